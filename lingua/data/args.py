@@ -1,0 +1,79 @@
+"""Args of the loader. Torch-free and numpy-free; the promise of order is in DESIGN's words in `loader.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lingua.args import Args, Text
+from lingua.tokenizer import TokenizerArgs
+
+
+class SourceArgs(Args):
+    """One data source."""
+
+    path: Text
+    """Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or one file."""
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Share of documents, relative to the other sources'. 0: not read."""
+    format: Literal["jsonl", "mmap_jsonl", "tokens"] = "jsonl"
+    """jsonl: raw lines; mmap_jsonl: raw lines with an index; tokens: files made by `lingua data tokenize`."""
+    text_key: str | None = None
+    """Field with the text. Null: `text`, else `content`."""
+    name: str | None = None
+    """Name in logs and state. Null: the path's last part."""
+
+
+class DataArgs(Args):
+    """Which rows the run sees, and how they are fed."""
+
+    root_dir: str | None = None
+    """Folder that relative source paths are looked up in."""
+    sources: dict[str, Annotated[float, Field(ge=0)]] | list[SourceArgs] = {}
+    """`name: weight` under root_dir, or a list of sources. Empty: the embedded corpus."""
+    batch_size: Annotated[int, Field(ge=1)] = 2
+    """B: rows of a micro step on each data-parallel rank."""
+    seq_len: Annotated[int, Field(ge=1)] = 2048
+    """S: tokens of a row."""
+    n_views: Annotated[int, Field(ge=1)] = 2
+    """Shifted copies of a row: 2 = inputs and next-token labels."""
+    seed: int = 42
+    """Seed of source choice and order."""
+    lanes: Annotated[int, Field(ge=1)] | None = None
+    """K, fixed for the life of a run. Null: the smallest multiple of the rows per step that is at least 64."""
+    add_bos: bool = True
+    """Begin every document with the tokenizer's begin token."""
+    add_eos: bool = True
+    """End every document with the tokenizer's end token."""
+    tokenizer: TokenizerArgs = TokenizerArgs()
+    """Text to tokens."""
+    load_async: bool = True
+    """Prepare batches in worker processes while the device computes. false: in the training process."""
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Worker processes per rank."""
+    prefetch_size: Annotated[int, Field(ge=1)] = 64
+    """Micro-step batches prepared ahead, at most (memory: B * S * n_views * 4 bytes each)."""
+    doc_mask: bool = False
+    """Positions restart and attention stops at document borders."""
+    on_bad_line: Literal["skip", "error"] = "skip"
+    """A line that is no JSON object with text: count and skip, or stop."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """With skip: the share of bad lines above which the run stops (looked at from 1000 lines on)."""
+    shuffle_window: Annotated[int, Field(ge=0)] = 0
+    """Rows of each lane shuffled together, for data that was not shuffled before. 0: none."""
+    skip_rows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = []
+    """[first, last] row numbers of the run that are passed over, such as rows that make the loss explode."""
+    accept_change: Text | None = None
+    """Fingerprint, as a refusal printed it, of changed sources that a resumed run may go on with."""
+    stage_to: str | None = None
+    """Copy the sources once per node to this fast folder (/dev/shm, say) and read them there."""
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Self:
+        if isinstance(self.sources, dict) and self.sources and self.root_dir is None:
+            raise ValueError("sources are given by name, so root_dir is needed; set data.root_dir")
+        for first, last in self.skip_rows:
+            if not 0 <= first <= last:
+                raise ValueError(f"skip_rows [{first}, {last}] is no range of rows; write [first, last]")
+        return self

@@ -1,0 +1,371 @@
+"""Args of the rooms that import torch, kept torch-free so that `lingua check` starts fast and needs no GPU.
+
+Each class belongs to the room named in its docstring. Arithmetic that only needs the config lives beside it
+(parameter counts, FLOPs per token), so that the check, the trainer and the benchmarks cannot disagree.
+
+Letters: B rows, S positions, D model width (`dim`), H heads, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lingua.args import Args, Part, Text, register
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AttnImpl = Literal["auto", "sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager"]
+
+# -- model (lingua/transformer.py, apps/main/transformer.py) ----------------------------------------------------
+
+
+class RopeScalingArgs(Args):
+    """Llama 3's stretching of rotary frequencies for contexts longer than those trained on (Llama 3.1 model card)."""
+
+    factor: Annotated[float, Field(ge=1)] = 32.0
+    """How much longer the context becomes."""
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Wavelengths above original_max_position_embeddings / this are divided by `factor`."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """Wavelengths below original_max_position_embeddings / this stay as they are; between, interpolated."""
+    original_max_position_embeddings: PositiveInt = 8192
+    """Context length, in positions, that the frequencies were made for."""
+    rope_type: Literal["llama3"] = "llama3"
+    """Only Llama 3's rule is known."""
+
+
+class ModelArgs(Part):
+    """What every model has, whatever its type: the loop, the check and the exporters read only this."""
+
+    type: str = "llama"
+    """Which registered model; own ones come by `plugins`."""
+    vocab_size: Annotated[int, Field(ge=-1)] = -1
+    """V. -1: the tokenizer's."""
+    max_seqlen: PositiveInt = 1024
+    """Longest S the model is built for; training raises it to data.seq_len."""
+    seed: int = 42
+    """Seed of the initial weights."""
+
+    def n_params(self) -> int:
+        """Parameters in all. Needs vocab_size >= 1."""
+        raise NotImplementedError
+
+    def n_params_non_embedding(self) -> int:
+        """Parameters without input embedding and output head."""
+        raise NotImplementedError
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward FLOPs per token, recomputation not counted."""
+        raise NotImplementedError
+
+
+@register("model", "llama")
+class LlamaArgs(ModelArgs):
+    """Llama-type decoder (apps/main/transformer.py)."""
+
+    builder: ClassVar[str] = "apps.main.transformer:LMTransformer"
+
+    type: Literal["llama"] = "llama"
+    dim: PositiveInt = 512
+    """D."""
+    n_layers: PositiveInt = 8
+    """L."""
+    n_heads: PositiveInt | None = None
+    """H. Null: dim / head_dim."""
+    head_dim: PositiveInt | None = None
+    """Width of a head. Null: dim / n_heads."""
+    n_kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention). Null: n_heads."""
+    hidden_dim: PositiveInt | None = None
+    """Width of the feed-forward layer. Null: 8/3 dim times ffn_dim_multiplier, rounded up to multiple_of."""
+    ffn_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Stretches the derived feed-forward width; ignored when hidden_dim is given."""
+    multiple_of: PositiveInt = 256
+    """The derived feed-forward width is a multiple of this."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of every RMSNorm."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary wavelengths."""
+    rope_scaling: RopeScalingArgs | None = None
+    """Llama 3's frequency scaling. Null: none."""
+    init_base_std: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of initial weights. Null: fan_in ** -0.5."""
+    init_std_factor: Literal["disabled", "global_depth", "current_depth", "dim_ratio"] = "disabled"
+    """Divides the std of residual outputs by: 1 | sqrt(2(L+1)) | sqrt(2(l+1)) | D/4096."""
+    weight_tying: bool = False
+    """Input embedding and output head are one parameter."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys of each head, before rotation."""
+    sliding_window: PositiveInt | None = None
+    """Each position sees itself and the sliding_window - 1 before it. Null: all before it."""
+    attn_impl: AttnImpl = "auto"
+    """Attention kernel; what is named is used, or refused with the reason. auto: the fastest that fits."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.n_heads is None and self.head_dim is None:
+            raise ValueError("needs n_heads or head_dim, and neither is given; set model.n_heads")
+        if self.n_heads is None and self.dim % (self.head_dim or 1):
+            raise ValueError(f"dim {self.dim} is not a multiple of head_dim {self.head_dim}; set n_heads too")
+        if self.head_dim is None and self.dim % (self.n_heads or 1):
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}; set head_dim too")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"n_heads {self.heads} is not a multiple of n_kv_heads {self.kv_heads}")
+        if self.head_width % 2:
+            raise ValueError(f"head_dim {self.head_width} is odd; rotary positions turn pairs")
+        return self
+
+    @property
+    def heads(self) -> int:
+        return self.n_heads or self.dim // (self.head_dim or 1)
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.dim // (self.n_heads or 1)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Llama's rule: two thirds of 4D (SwiGLU has three matrices), stretched, rounded up."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return self.multiple_of * ((width + self.multiple_of - 1) // self.multiple_of)
+
+    def n_params_non_embedding(self) -> int:
+        attention = 2 * self.dim * self.head_width * (self.heads + self.kv_heads)
+        norms = 2 * self.dim + (2 * self.head_width if self.qk_norm else 0)
+        return self.n_layers * (attention + 3 * self.dim * self.ffn_width + norms) + self.dim
+
+    def n_params(self) -> int:
+        embeddings = self.vocab_size * self.dim * (1 if self.weight_tying else 2)
+        return self.n_params_non_embedding() + embeddings
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """6N + 12LHQS (PaLM, arXiv 2204.02311, appendix B), N = all parameters but the input embedding's lookup.
+
+        Attention is not halved for causality; with a sliding window, S is the window.
+        """
+        n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
+        seen = min(seq_len, self.sliding_window or seq_len)
+        return 6 * n_matmul + 12 * self.n_layers * self.heads * self.head_width * seen
+
+
+# -- loss (lingua/loss.py) ---------------------------------------------------------------------------------------
+
+
+@register("loss", "cross_entropy")
+class CrossEntropyArgs(Part):
+    """Next-token cross-entropy (lingua/loss.py)."""
+
+    builder: ClassVar[str] = "lingua.loss:CrossEntropy"
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log-partition term that keeps logits small (PaLM uses 1e-4). 0: none."""
+    chunk_tokens: Annotated[int, Field(ge=0)] = 4096
+    """Logits are made for this many positions at a time, so the whole (B*S, V) never exists. 0: at once."""
+
+
+# -- optimizer (lingua/optim.py) ---------------------------------------------------------------------------------
+
+
+class OptimArgs(Part):
+    """What every optimizer has: learning rate, schedule, clipping, and what to do about a step gone wrong."""
+
+    type: str = "adamw"
+    """Which registered optimizer."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay, per step and lr."""
+    decay_all: bool = False
+    """Decay norms and embeddings too (lingua did). false: matrices of the blocks and the head only."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient, once per step. 0: no clipping."""
+    scheduler: str = "cosine"
+    """Schedule of the learning rate: constant, linear, inv_sqrt, cosine, wsd, or one of a plugin's."""
+    warmup: Annotated[int, Field(ge=0)] = 2000
+    """Steps of linear warm-up from 0."""
+    lr_min_ratio: Fraction = 0.1
+    """The schedule ends at lr times this."""
+    cycle_length: Annotated[float, Field(gt=0)] = 1.0
+    """cosine: length of a cycle as a share of the run."""
+    cosine_theta: Annotated[float, Field(gt=0)] = 1.0
+    """cosine: exponent on the progress within a cycle."""
+    annealing_step: Annotated[int, Field(ge=0)] = 1000
+    """inv_sqrt: steps of the final linear annealing."""
+    decay_fraction: Fraction = 0.1
+    """wsd: share of the run spent decaying."""
+    exp_factor: Annotated[float, Field(gt=0)] = 0.5
+    """inv_sqrt: exponent of the decay."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step."""
+    max_skips: Annotated[int, Field(ge=0)] = 10
+    """With `skip`: steps that may be skipped in a row before the run stops."""
+
+
+@register("optim", "adamw")
+class AdamWArgs(OptimArgs):
+    """AdamW (lingua/optim.py)."""
+
+    builder: ClassVar[str] = "lingua.optim:build_adamw"
+
+    type: Literal["adamw"] = "adamw"
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+
+
+# -- processes and parallelism (lingua/distributed.py, lingua/parallel.py) -----------------------------------------
+
+
+class DistributedArgs(Args):
+    """How the run is spread over devices."""
+
+    dp_replicate: PositiveInt | None = None
+    """Data-parallel copies. Null: world size / (dp_shard * tp_size)."""
+    dp_shard: PositiveInt | None = None
+    """Ranks that share one sharded copy. Null: with full_shard what dp_replicate leaves, otherwise 1."""
+    tp_size: PositiveInt = 1
+    """Tensor-parallel ranks."""
+    fsdp_type: Literal["no_shard", "full_shard"] = "no_shard"
+    """no_shard: replicas; full_shard: parameters, gradients and optimizer sharded (FSDP2)."""
+    model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32."""
+    compile: bool = False
+    """torch.compile each block."""
+    compile_cache_size_limit: PositiveInt = 8
+    """Recompilations allowed per block before torch falls back to eager."""
+    selective_activation_checkpointing: bool = False
+    """Recompute the cheap operators of each block in backward."""
+    full_activation_checkpointing: bool = False
+    """Recompute each whole block in backward."""
+    float8_recipe: Literal["rowwise", "tensorwise"] | None = None
+    """Matrix products of matching layers in float8 (Hopper only). Null: none."""
+    float8_filter: str = r"layers\.[0-9]+\."
+    """Regular expression of the module names that float8 applies to."""
+    matmul_allow_tf32: bool = False
+    """fp32 products may use TF32."""
+    allow_bf16_reduced_precision_reduction: bool = True
+    """bf16 products may accumulate in reduced precision."""
+    detect_anomaly: bool = False
+    """torch's anomaly detection; slow."""
+    spawn_method: Literal["fork", "spawn", "forkserver"] = "forkserver"
+    """Kept so that lingua's configs load; loader workers never import torch and need no choice."""
+    timeout_s: PositiveInt = 600
+    """A collective that waits longer than this ends the run."""
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Self:
+        if self.fsdp_type == "no_shard" and (self.dp_shard or 1) > 1:
+            raise ValueError(f"dp_shard {self.dp_shard} shards nothing with fsdp_type no_shard; use full_shard")
+        if self.selective_activation_checkpointing and self.full_activation_checkpointing:
+            raise ValueError("selective_ and full_activation_checkpointing exclude each other; choose one")
+        return self
+
+    def degrees(self, world_size: int) -> tuple[int, int, int]:
+        """(dp_replicate, dp_shard, tp_size) for this many ranks.
+
+        Raises ValueError with the sizes that fit when they do not multiply to world_size.
+        """
+        if world_size % self.tp_size:
+            raise ValueError(f"tp_size {self.tp_size} does not divide {world_size} ranks")
+        data_parallel = world_size // self.tp_size
+        shard, replicate = self.dp_shard, self.dp_replicate
+        if shard is None:
+            left = data_parallel // replicate if replicate and data_parallel % replicate == 0 else data_parallel
+            shard = left if self.fsdp_type == "full_shard" else 1
+        if replicate is None or replicate * shard != data_parallel:
+            if data_parallel % shard:
+                raise ValueError(f"dp_shard {shard} does not divide {data_parallel} data-parallel ranks")
+            replicate = data_parallel // shard
+        return replicate, shard, self.tp_size
+
+
+class EnvironmentArgs(Args):
+    """Environment variables set before torch starts. What the user's shell has set already wins."""
+
+    MKL_SERVICE_FORCE_INTEL: Text = "GNU"
+    """Threading layer of MKL."""
+    OMP_NUM_THREADS: Text = "1"
+    """Threads per process of CPU kernels; "auto" shares the machine's cores among its ranks."""
+    MKL_NUM_THREADS: Text = "1"
+    """The same for MKL."""
+    ENABLE_INTRA_NODE_COMM: Text = "1"
+    """NCCL paths inside a node."""
+    TORCH_NCCL_AVOID_RECORD_STREAMS: Text = "1"
+    """Less memory held by collectives."""
+    NCCL_IB_TIMEOUT: Text = "22"
+    """InfiniBand time-out exponent."""
+    NCCL_DEBUG: Text = "WARN"
+    """How much NCCL prints."""
+    TORCH_NCCL_ASYNC_ERROR_HANDLING: Text = "1"
+    """A failed collective ends the process instead of hanging."""
+
+
+# -- checkpoints (lingua/checkpoint/) ------------------------------------------------------------------------------
+
+
+class SaveEvery(Args):
+    """A period of checkpoints and how many of them to keep."""
+
+    every: Annotated[int, Field(ge=-1)] = 1000
+    """Steps between two. 0 or -1: none but the last."""
+    keep: Annotated[int, Field(ge=-1)] = 0
+    """Newest ones kept. 0 or -1: all."""
+
+
+class CheckpointArgs(Args):
+    """Checkpoints: when, how many, where, and what to start from."""
+
+    dump: SaveEvery = SaveEvery()
+    """Checkpoints kept for restart."""
+    eval: SaveEvery = SaveEvery()
+    """Checkpoints kept for evaluation."""
+    path: str | None = None
+    """Folder of the checkpoints. Null: <dump_dir>/checkpoints."""
+    init_ckpt_path: str | None = None
+    """Weights to start from: a run, a checkpoint folder, consolidated.pth, a torch file or a Hugging Face folder."""
+    init_ckpt_model_key: str | None = None
+    """Key under which the weights lie in that file or folder. Null: found by itself."""
+    continue_training_from_init: bool = False
+    """Take optimizer, step and data position from init_ckpt_path too."""
+    async_save_mode: Literal["shm"] | None = None
+    """shm: stage in /dev/shm and copy in the background. Null: write to the disk and wait."""
+    async_cleanup: bool = False
+    """Delete what retention gives up in the background."""
+    verify: Literal["drain", "readback"] = "drain"
+    """drain: what is written is hashed and compared; readback: also read again past the page cache."""
+    thread_debug: bool = True
+    """Kept so that the fork's configs load; has no effect."""
+
+
+# -- profiling (lingua/profiling.py) -------------------------------------------------------------------------------
+
+
+class ProfilerArgs(Args):
+    """Windows of steps that are profiled."""
+
+    run: bool = False
+    """Profile at all."""
+    trace_folder: str = "profiling"
+    """Where traces go, inside the run folder."""
+    mem_warmup: Annotated[int, Field(ge=0)] = 100
+    """Steps before the memory window."""
+    mem_steps: Annotated[int, Field(ge=0)] = 2
+    """Steps of the memory window. 0: none."""
+    profile_warmup: Annotated[int, Field(ge=0)] = 102
+    """Steps before the trace window."""
+    profile_steps: Annotated[int, Field(ge=0)] = 2
+    """Steps of the trace window. 0: none."""
