@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WrapValidator
 from pydantic_core import PydanticCustomError
 
 
@@ -44,7 +44,9 @@ class Part(Args):
     """A section whose `type` key chooses the class: model, optimizer, loss. User code adds its own by `@register`."""
 
     type: str
-    builder: ClassVar[str]  # "module:callable" that builds the part; imported only when it is built, so Args stay torch-free
+    builder: ClassVar[
+        str
+    ]  # "module:callable" that builds the part; imported only when it is built, so Args stay torch-free
 
 
 PartType = TypeVar("PartType", bound=type[Part])
@@ -69,25 +71,33 @@ def parts(kind: str) -> dict[str, type[Part]]:
     return dict(_parts.get(kind, {}))
 
 
-def part_field(kind: str, default_type: str) -> Any:
-    """Annotation of a field that holds one registered part, chosen by `type` (absent: `default_type`)."""
+def part_of(kind: str, default: type[Part]) -> WrapValidator:
+    """Validator of a field that holds one part: `Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)]`.
+
+    `type` absent or the default's own: the class `default` (an app's own Args); any other: a registered one.
+    """
 
     def choose(value: Any, handler: Callable[[Any], Any]) -> Any:
         if isinstance(value, Part):
             return value
         if not isinstance(value, dict):
             return handler(value)
+        default_type = default.model_fields["type"].default
         type_name = value.get("type", default_type)
-        part = _parts.get(kind, {}).get(type_name)
+        part = default if type_name == default_type else _parts.get(kind, {}).get(type_name)
         if part is None:
             raise PydanticCustomError(
                 "unknown_part",
                 "unknown {kind} type {type_name}; known: {known} (own ones: `plugins: [module]`)",
-                {"kind": kind, "type_name": repr(type_name), "known": ", ".join(sorted(_parts.get(kind, {})))},
+                {
+                    "kind": kind,
+                    "type_name": repr(type_name),
+                    "known": ", ".join(sorted({default_type, *_parts.get(kind, {})})),
+                },
             )
         return part.model_validate(value)
 
-    return Annotated[SerializeAsAny[Part], WrapValidator(choose)]
+    return WrapValidator(choose)
 
 
 def build_part(part: Part, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,99 @@
+"""Config of the main app: composes the sections of the rooms and adds what belongs to the run as a whole.
+
+Torch-free. A new key of an own app goes here; train, check, resume and every command then know it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from lingua.args import Args, Part, Text, part_of
+from lingua.data.args import DataArgs
+from lingua.evaluator import EvalArgs
+from lingua.metrics import LoggingArgs
+from lingua.schema import (
+    AdamWArgs,
+    CheckpointArgs,
+    CrossEntropyArgs,
+    DistributedArgs,
+    EnvironmentArgs,
+    LlamaArgs,
+    ModelArgs,
+    OptimArgs,
+    ProfilerArgs,
+)
+from lingua.slurm import SlurmArgs
+
+
+class LMTransformerArgs(LlamaArgs):
+    """The app's model; its keys are the `model:` section."""
+
+    builder: ClassVar[str] = f"{__package__}.transformer:LMTransformer"
+
+
+class ValidationArgs(Args):
+    """Held-out loss inside training."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two. 0: never."""
+    at_ends: bool = False
+    """Also before the first and after the last step."""
+    max_rows: Annotated[int, Field(ge=1)] = 64
+    """Rows per source, taken from the start of its `*.val.jsonl`."""
+
+
+class TrainArgs(Args):
+    """Everything a run is made of."""
+
+    name: Text = "lingua"
+    """Name of the run."""
+    dump_dir: str = ""
+    """Run folder. Empty: <dump_base>/<name>."""
+    dump_base: str = "out"
+    """Folder of run folders."""
+    app: str = __package__ or "apps.main"
+    """Package of the app that trains this run."""
+    plugins: list[str] = []
+    """Modules imported before the config is checked; they register models, optimizers, schedules, losses."""
+    seed: int = 42
+    """Seed of everything random in training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Length of the run in optimizer updates. Null: from epochs or total_flops; 1000 without those."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the sources."""
+    total_flops: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in floating-point operations of forward and backward."""
+    grad_acc_steps: Annotated[int, Field(ge=1)] | None = None
+    """Micro steps per optimizer update. Null: from global_batch_size, otherwise 1."""
+    global_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """G: rows per optimizer update over all ranks. Null: batch_size * grad_acc_steps * data-parallel ranks."""
+    gc_collect_freq: Annotated[int, Field(ge=1)] = 1000
+    """Steps between garbage collections; python's own collector is off in the loop."""
+    probe_freq: Annotated[int, Field(ge=1)] | None = None
+    """Steps between statistics of activations and gradients. Null: none."""
+    deterministic: bool = False
+    """Two runs are bitwise equal, and so is a resumed one; costs speed."""
+    stop_signals: list[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"]] = ["SIGINT", "SIGTERM", "SIGUSR2"]
+    """Signals that end the run after the current step, with a checkpoint."""
+    sample_prompt: str | None = None
+    """Prompt of a short sample printed at the end. Null: none."""
+    data: DataArgs = DataArgs()
+    optim: Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)] = AdamWArgs()
+    loss: Annotated[SerializeAsAny[Part], part_of("loss", CrossEntropyArgs)] = CrossEntropyArgs()
+    model: Annotated[SerializeAsAny[ModelArgs], part_of("model", LMTransformerArgs)] = LMTransformerArgs(n_heads=8)
+    distributed: DistributedArgs = DistributedArgs()
+    env: EnvironmentArgs = EnvironmentArgs()
+    checkpoint: CheckpointArgs = CheckpointArgs()
+    validation: ValidationArgs = ValidationArgs()
+    profiling: ProfilerArgs = ProfilerArgs()
+    logging: LoggingArgs = LoggingArgs()
+    eval: EvalArgs | None = None
+    """What the evaluator measures at each checkpoint of checkpoint.eval. Null: nothing."""
+    async_eval_gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs of the evaluation job. Null: evaluate in the training process."""
+    slurm: SlurmArgs | None = None
+    """Slurm settings of the evaluation job."""
