@@ -295,9 +295,9 @@ class EnvironmentArgs(Args):
 
     MKL_SERVICE_FORCE_INTEL: Text = "GNU"
     """Threading layer of MKL."""
-    OMP_NUM_THREADS: Text = "1"
-    """Threads per process of CPU kernels; "auto" shares the machine's cores among its ranks."""
-    MKL_NUM_THREADS: Text = "1"
+    OMP_NUM_THREADS: Text = "auto"
+    """Threads per process of CPU kernels. auto: 1 beside a GPU, otherwise the machine's cores over its ranks."""
+    MKL_NUM_THREADS: Text = "auto"
     """The same for MKL."""
     ENABLE_INTRA_NODE_COMM: Text = "1"
     """NCCL paths inside a node."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -32,3 +35,57 @@ class SlurmArgs(Args):
     """Node features."""
     exclude: Text = ""
     """Nodes to avoid."""
+
+
+@dataclass(frozen=True)
+class SlurmTask:
+    """This process as a task of an `srun` step of several tasks."""
+
+    job_id: str
+    rank: int
+    n_tasks: int
+    local_rank: int
+    n_local_tasks: int
+    node: int
+    head_node: str
+
+
+def this_task(env: Mapping[str, str]) -> SlurmTask | None:
+    """The task this process is, or None when no `srun` of several tasks started it.
+
+    Slurm sets SLURM_NTASKS in every shell of an allocation, also where a bare `python` was typed and no other rank
+    will ever come; SLURM_STEP_NUM_TASKS is set for the tasks of a step only.
+    """
+    n_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if n_tasks <= 1 or "SLURM_PROCID" not in env:
+        return None
+    per_node = _expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", str(n_tasks)))
+    node = int(env.get("SLURM_NODEID", "0"))
+    return SlurmTask(
+        job_id=env.get("SLURM_JOB_ID", "0"),
+        rank=int(env["SLURM_PROCID"]),
+        n_tasks=n_tasks,
+        local_rank=int(env.get("SLURM_LOCALID", "0")),
+        n_local_tasks=per_node[min(node, len(per_node) - 1)],
+        node=node,
+        head_node=first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")),
+    )
+
+
+def first_host(node_list: str) -> str:
+    """First name of a Slurm node list: `gpu[003-007,9],x1` -> `gpu003`."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", node_list)
+    if found is None:
+        raise ValueError(f"node list {node_list!r} names no node")
+    return found[1] + (found[2] or "") + found[3]
+
+
+def _expand_counts(text: str) -> list[int]:
+    """Slurm's short form of counts per node: `8(x2),4` -> [8, 8, 4]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if found is None:
+            raise ValueError(f"tasks per node {text!r} cannot be read")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts

@@ -1,0 +1,244 @@
+"""Processes: who this rank is, the process group, the mesh, and the few reductions that a run needs.
+
+Promise: ranks come from torchrun's variables or from the Slurm step, and a lone process in a big allocation stays
+alone. Every collective runs on the main thread. What one rank finds wrong, all ranks hear, so nobody waits in vain.
+Cost: one all-reduce of a few numbers per step, read one step late.
+
+Data-parallel order on the mesh (dp_replicate, dp_shard, tp): dp_rank = replicate * shard_size + shard.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lingua.schema import DistributedArgs, EnvironmentArgs
+from lingua.slurm import this_task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the others of its run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master: tuple[str, int] | None = None
+    """Host and port of rank 0. None: alone, no process group."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def find_place(env: Mapping[str, str] = os.environ) -> Place:
+    """This process's place: from torchrun (RANK, WORLD_SIZE, ...), else from the Slurm step, else alone."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            master=(env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))),
+        )
+    task = this_task(env)
+    if task is None:
+        return Place()
+    # Two runs on one node must not meet: the port follows from the job and its step.
+    step = f"{task.job_id}.{env.get('SLURM_STEP_ID', '0')}"
+    port = int(env.get("MASTER_PORT") or 20_000 + zlib.crc32(step.encode()) % 12_000)  # below the ephemeral ports
+    return Place(
+        rank=task.rank,
+        world_size=task.n_tasks,
+        local_rank=task.local_rank,
+        local_world_size=task.n_local_tasks,
+        master=(env.get("MASTER_ADDR") or task.head_node, port),
+    )
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: Place) -> torch.device:
+    """The device of this rank. Raises ValueError when a GPU is asked for and there is none for this rank."""
+    n_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
+        return torch.device("cpu")
+    if n_gpus == 0:
+        raise ValueError("device: cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
+    if place.local_rank >= n_gpus and n_gpus != 1:  # one visible GPU per task is a common binding
+        raise ValueError(f"local rank {place.local_rank} has no GPU: this node shows {n_gpus}; start fewer ranks")
+    return torch.device("cuda", place.local_rank if n_gpus > 1 else 0)
+
+
+def set_environment(args: EnvironmentArgs, place: Place, on_gpu: bool) -> None:
+    """Set what the user's shell has not set, and the CPU threads of torch to match."""
+    threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+    for name, value in args.model_dump().items():
+        os.environ.setdefault(name, str(threads) if value == "auto" else value)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@dataclass(frozen=True)
+class World:
+    """A started run's processes."""
+
+    place: Place
+    device: torch.device
+    mesh: DeviceMesh | None
+    """Axes dp_replicate, dp_shard, tp. None: one process."""
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.place.is_main
+
+
+@contextmanager
+def start_world(args: DistributedArgs, place: Place, device: torch.device) -> Iterator[World]:
+    """Join the process group and lay out the mesh; leave the group on the way out."""
+    replicate, shard, tp = args.degrees(place.world_size)
+    if place.master is None:
+        yield World(place, device, mesh=None)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    host, port = place.master
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{host}:{port}" if "MASTER_ADDR" not in os.environ else "env://",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=args.timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        mesh = init_device_mesh(
+            device.type, (replicate, shard, tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp")
+        )
+        dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
+        yield World(place, device, mesh, dp_rank, replicate * shard)
+    finally:
+        dist.destroy_process_group()
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------
+
+
+class RankError(RuntimeError):
+    """Another rank failed; the message is its own."""
+
+
+def from_main(act: Callable[[], T]) -> T:
+    """Run `act` on rank 0 and give its (picklable) result to all; its error is raised on all. Collective."""
+    if not dist.is_initialized():
+        return act()
+    outcome: list[tuple[str, object]] = [("", None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [("ok", act())]
+        except Exception as error:
+            _broadcast([("error", _portable(error))])
+            raise
+    kind, value = _broadcast(outcome)[0]
+    if kind == "error":
+        assert isinstance(value, Exception)
+        raise value
+    return value  # pyright: ignore[reportReturnType]
+
+
+def on_every_rank(act: Callable[[], T]) -> T:
+    """Run `act` on all ranks; if any fails, all raise, the others naming the first that failed. Collective."""
+    if not dist.is_initialized():
+        return act()
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = act()
+    except Exception as caught:
+        error = caught
+    reports: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None]
+    if failed:
+        raise RankError(failed[0])
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _broadcast(outcome: list[tuple[str, object]]) -> list[tuple[str, object]]:
+    dist.broadcast_object_list(outcome, src=0)
+    return outcome
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives pickling, else its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RankError(f"{type(error).__name__}: {error}")
+    return error
+
+
+class Votes:
+    """A few numbers per step, summed over all ranks and read one step later, so that nobody waits for the device.
+
+    ```
+    votes.cast(step, [loss_sum, stop, bad])      # step t: the reduction starts
+    votes.cast(step + 1, ...)                    # returns (t, sums of step t)
+    ```
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: tuple[int, torch.Tensor, torch.cuda.Event | None, dist.Work | None] | None = None
+
+    def cast(self, step: int, numbers: list[torch.Tensor | float]) -> tuple[int, list[float]] | None:
+        """Start the sum of `numbers` for `step`; return the previous step's sums, or None for the first."""
+        ballot = torch.stack(
+            [torch.as_tensor(number, dtype=torch.float32, device=self._device).detach() for number in numbers]
+        )
+        previous = self.drain()
+        if self._device.type == "cuda":
+            if dist.is_initialized():
+                dist.all_reduce(ballot)
+            on_host = ballot.to("cpu", non_blocking=True)
+            read = torch.cuda.Event()
+            read.record()
+            self._waiting = (step, on_host, read, None)
+        else:
+            work = dist.all_reduce(ballot, async_op=True) if dist.is_initialized() else None
+            self._waiting = (step, ballot, None, work)
+        return previous
+
+    def drain(self) -> tuple[int, list[float]] | None:
+        """The sums not read yet, if any."""
+        if self._waiting is None:
+            return None
+        step, ballot, read, work = self._waiting
+        self._waiting = None
+        if work is not None:
+            work.wait()
+        if read is not None:
+            read.synchronize()
+        return step, ballot.tolist()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
