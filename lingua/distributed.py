@@ -125,9 +125,7 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        mesh = init_device_mesh(
-            device.type, (replicate, shard, tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp")
-        )
+        mesh = init_device_mesh(device.type, (replicate, shard, tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
         yield World(place, device, mesh, dp_rank, replicate * shard)
     finally:

@@ -1,12 +1,34 @@
-"""Metrics of a run: `metrics.jsonl`, the console line, wandb and TensorBoard. Torch-free; values come in as numbers."""
+"""Metrics of a run: `metrics.jsonl`, the line on the console, wandb and TensorBoard.
+
+Promise: a line is written whole or retried with the next; a disk that fills up is reported once and never ends the
+run; every line carries its incarnation, so lines after a rollback can be told from those before. wandb counts by our
+own step, which may go back. Torch-free: values come in as plain numbers.
+Cost: one small write per `logging.freq` steps, not fsynced.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import logging
+import netrc
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+import orjson
 from pydantic import Field
 
 from lingua.args import Args, Text
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+_HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
 
 
 class WandbArgs(Args):
@@ -69,3 +91,143 @@ class LoggingArgs(Args):
     """Null: no wandb."""
     tensorboard: bool = False
     """Write TensorBoard files too (needs the tensorboard package)."""
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """Appends one JSON object per line to a file; lines that the disk refuses are held and tried again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._held: deque[bytes] = deque(maxlen=_HELD_LINES)
+        self._complained = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._held.append(orjson.dumps(dict(record), option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        try:
+            self._flush()
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                log.warning("cannot write %s: %s; the run goes on and tries again", self.path, error.strerror or error)
+
+    def _flush(self) -> None:
+        with self.path.open("ab") as file:
+            start = file.tell()
+            lines = b"".join(self._held)
+            if start and not _ends_with_newline(self.path):  # torn by an earlier kill
+                lines = b"\n" + lines
+            try:
+                file.write(lines)
+                file.flush()
+            except OSError:
+                os.truncate(self.path, start)
+                raise
+        self._held.clear()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a line torn by a kill is left out."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            records.append(orjson.loads(line))
+        except orjson.JSONDecodeError:
+            continue
+    return records
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------
+
+
+class MetricLogger:
+    """Sends each record to metrics.jsonl and to the trackers asked for. Made on rank 0 only; use as context manager."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        args: LoggingArgs,
+        *,
+        incarnation: int,
+        run_name: str,
+        config: Mapping[str, Any],
+        wandb_id: str | None = None,
+        wall_time: Callable[[], float] = time.time,
+    ) -> None:
+        self._lines = JsonLines(run_dir / METRICS_FILE)
+        self._incarnation = incarnation
+        self._wall_time = wall_time
+        self._wandb = _start_wandb(args.wandb, run_dir, run_name, config, wandb_id) if args.wandb else None
+        self._tensorboard = _start_tensorboard(run_dir) if args.tensorboard else None
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id to keep in checkpoints, so that a resumed run goes on in the same wandb run."""
+        return self._wandb.id if self._wandb is not None else None
+
+    def log(self, record: Mapping[str, float | int]) -> None:
+        """Write one record; needs the key `global_step`."""
+        step = int(record["global_step"])
+        created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
+        self._lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
+        if self._wandb is not None:
+            self._wandb.log(dict(record))
+        if self._tensorboard is not None:
+            for key, value in record.items():
+                self._tensorboard.add_scalar(key, value, step)
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _start_wandb(args: WandbArgs, run_dir: Path, run_name: str, config: Mapping[str, Any], wandb_id: str | None) -> Any:
+    import wandb  # half a second, and only some runs use it
+
+    settings = {key: value for key, value in args.model_dump().items() if value is not None}
+    if args.mode is None and not _has_wandb_key():
+        settings["mode"] = "offline"
+        log.info("wandb: no API key here, so this run is tracked offline; `wandb sync` uploads it later")
+    settings.setdefault("dir", str(run_dir))
+    settings.setdefault("name", run_name)
+    settings.setdefault("id", wandb_id or uuid.uuid4().hex[:8])
+    settings.setdefault("resume", "allow")
+    run = wandb.init(config=dict(config), **settings)
+    run.define_metric("global_step")
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):  # no ~/.netrc, or none that can be read
+        return False
+
+
+def _start_tensorboard(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "logging.tensorboard is true, but the package tensorboard is missing; "
+            "`uv pip install tensorboard`, or set logging.tensorboard=false"
+        ) from error
+    return SummaryWriter(str(run_dir / "tensorboard"))

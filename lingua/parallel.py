@@ -10,14 +10,15 @@ The model says where it can be cut: `model.layers` is a ModuleDict or ModuleList
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lingua.distributed import World
 from lingua.schema import DistributedArgs
@@ -40,6 +41,11 @@ def _policy(context: object, operator: object, *args: object, **kwargs: object) 
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _recompute_in_backward(block: nn.Module, **choice: Callable[[], Any]) -> None:
+    """Activation checkpointing by replacing `forward`, so that parameter names stay as they are."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **choice)
+
+
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, block) of the model's layers, in order."""
     layers = model.get_submodule("layers")
@@ -55,15 +61,15 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
         raise ValueError(f"distributed.tp_size {args.tp_size}: tensor parallelism is not available; use tp_size=1")
     if args.float8_recipe is not None:
         raise ValueError(f"distributed.float8_recipe {args.float8_recipe}: float8 is not available; leave it null")
-    layers = model.get_submodule("layers")
-    for name, block in blocks_of(model):
+    if args.model_dtype == "fp16":
+        raise ValueError("distributed.model_dtype fp16 needs loss scaling, which is not available; use bf16 or fp32")
+    for _, block in blocks_of(model):
         if args.full_activation_checkpointing:
-            block = checkpoint_wrapper(block)
+            _recompute_in_backward(block)
         elif args.selective_activation_checkpointing:
-            block = checkpoint_wrapper(block, context_fn=lambda: create_selective_checkpoint_contexts(_policy))
+            _recompute_in_backward(block, context_fn=partial(create_selective_checkpoint_contexts, _policy))
         if args.compile:
             block.compile()
-        layers.register_module(name, block)
     if args.compile:
         torch._dynamo.config.recompile_limit = args.compile_cache_size_limit
     if world.mesh is not None:
@@ -73,15 +79,15 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
             reduce_dtype=torch.float32,
         )
         for _, block in blocks_of(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=args.fsdp_type == "full_shard")
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
 
 
-def forward_precision(model: nn.Module, args: DistributedArgs, device: torch.device) -> contextlib.AbstractContextManager:
+def forward_precision(model: nn.Module, args: DistributedArgs, device: torch.device) -> AbstractContextManager:
     """Context of every forward pass: autocast where FSDP2 does not already choose the type."""
     if isinstance(model, FSDPModule) or args.model_dtype == "fp32":
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[args.model_dtype])
 
 
