@@ -1,0 +1,296 @@
+"""torch.distributed.checkpoint's files: laid out once, written as plain bytes, read without executing any code.
+
+Promise: stock `dcp.load` and `dcp_to_torch_save` open what is written here. The stock planner decides who writes
+which shard, once; from then on each file is a fixed sequence of constant bytes and tensor bytes at known offsets, the
+`.metadata` never changes, and a save needs no planning and no collective. There are tensors only, no pickled values.
+Reading takes `.metadata` through an allow-list and tensors with `weights_only`.
+Cost: planning gathers every rank's list of shards on rank 0, once per run.
+
+A file:  | head of blob 0 | bytes of tensor 0 | tail | padding to 64 | head of blob 1 | ...
+where a blob is what `torch.save` makes of the tensor (a zip archive whose checksums torch does not look at).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    _StorageInfo,  # pyright: ignore[reportPrivateUsage] - part of the format: what .metadata holds
+)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+
+from lingua.checkpoint import layout
+from lingua.files import Buffer, RunError
+
+ALIGNMENT_BYTES = 64
+
+
+# -- layout of the files -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a file: constant bytes, or the bytes of a tensor (then `constant` is None)."""
+
+    offset: int
+    size_bytes: int
+    constant: bytes | None
+    index: MetadataIndex | None = None
+    """Which shard of which tensor."""
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of one rank."""
+
+    name: str
+    size_bytes: int
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """All that a rank needs to know to save again and again."""
+
+    files: list[FilePlan]
+    metadata: bytes | None
+    """Content of `.metadata`; on rank 0 only."""
+    signature: list[tuple[str, tuple[int, ...], torch.dtype]]
+
+    def fits(self, tensors: dict[str, Tensor]) -> bool:
+        return self.signature == _signature(tensors)
+
+
+def _signature(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+
+
+class _Recorder:
+    """A file that notes what is written to it, and where something is left out."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytearray] = [bytearray()]
+        self.hole_bytes = 0
+
+    def write(self, data: Buffer) -> int:
+        self.pieces[-1] += data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        assert (whence, len(self.pieces)) == (1, 1), "torch.save reserves room for one tensor by one relative seek"
+        self.hole_bytes = offset
+        self.pieces.append(bytearray())
+        return 0
+
+    def flush(self) -> None:
+        pass
+
+
+@functools.lru_cache(maxsize=4096)
+def blob(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, int, bytes]:
+    """(head, bytes of the tensor, tail) of what `torch.save` writes for a tensor of this type and shape."""
+    recorder = _Recorder()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), recorder)  # pyright: ignore[reportArgumentType]
+    head, tail = (bytes(piece) for piece in [*recorder.pieces, bytearray()][:2])
+    return head, recorder.hole_bytes, tail
+
+
+def _plan_file(name: str, items: list[WriteItem]) -> tuple[FilePlan, dict[MetadataIndex, _StorageInfo]]:
+    parts: list[Part] = []
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    offset = 0
+
+    def add(constant: bytes | None, size_bytes: int, index: MetadataIndex | None = None) -> None:
+        nonlocal offset
+        if size_bytes:
+            parts.append(Part(offset, size_bytes, constant, index))
+            offset += size_bytes
+
+    for item in items:
+        data = item.tensor_data
+        assert data is not None, f"{item.index.fqn} is not a tensor"
+        padding = -offset % ALIGNMENT_BYTES
+        add(bytes(padding), padding)
+        begin = offset
+        head, size_bytes, tail = blob(data.properties.dtype, tuple(data.chunk.sizes))
+        add(head, len(head))
+        add(None, size_bytes, item.index)
+        add(tail, len(tail))
+        places[item.index] = _StorageInfo(name, begin, offset - begin)
+    return FilePlan(name, offset, parts), places
+
+
+def _plan_rank(plan: SavePlan, rank: int) -> list[tuple[FilePlan, dict[MetadataIndex, _StorageInfo]]]:
+    weights = [item for item in plan.items if item.index.fqn.startswith("model.")]
+    rest = [item for item in plan.items if not item.index.fqn.startswith("model.")]
+    named = ((layout.model_file(rank), weights), (layout.optim_file(rank), rest))
+    return [_plan_file(name, items) for name, items in named if items]
+
+
+def local_plan(tensors: dict[str, Tensor], is_coordinator: bool) -> SavePlan:
+    """What this rank holds, for `global_plan`."""
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(dict(tensors), is_coordinator=is_coordinator)
+    return planner.create_local_plan()
+
+
+def global_plan(
+    local_plans: list[SavePlan], paths: dict[str, tuple[str, ...]], aliases: dict[str, str]
+) -> tuple[list[SavePlan], bytes]:
+    """Who writes what, and the content of `.metadata`; made by rank 0.
+
+    `paths` says how names unfold into nested dicts. `aliases` are further names of a tensor, which is written once.
+    """
+    plans, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(local_plans)
+    places = {
+        index: place
+        for rank, plan in enumerate(plans)
+        for _, of_file in _plan_rank(plan, rank)
+        for index, place in of_file.items()
+    }
+    tensors = dict(metadata.state_dict_metadata)
+    for alias, name in aliases.items():
+        tensors[alias] = tensors[name]
+        same = {dataclasses.replace(index, fqn=alias): place for index, place in places.items() if index.fqn == name}
+        places |= same
+    metadata = Metadata(tensors, planner_data=paths, storage_data=places, version=CURRENT_DCP_VERSION)
+    return plans, pickle.dumps(metadata, protocol=4)
+
+
+def write_plan(tensors: dict[str, Tensor], plan: SavePlan, rank: int, metadata: bytes | None) -> WritePlan:
+    """This rank's files, from its share of the global plan."""
+    return WritePlan([file for file, _ in _plan_rank(plan, rank)], metadata, _signature(tensors))
+
+
+def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer]:
+    """The bytes of a file with the tensors' present values, part by part."""
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(dict(tensors))
+    for part in file.parts:
+        if part.constant is not None:
+            yield part.constant
+            continue
+        assert part.index is not None
+        content = host_bytes(planner.lookup_object(part.index))
+        assert len(content) == part.size_bytes, f"{part.index.fqn} changed its size"
+        yield content
+
+
+def host_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; a copy only where it lies on a device or is not contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType] - an array is a buffer
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if module_name == "torch" and isinstance(found := getattr(torch, global_name, None), torch.dtype):
+            return found
+        if (module_name, global_name) in _ALLOWED:
+            return super().find_class(module_name, global_name)
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint needs")
+
+
+def _read_metadata(file: BinaryIO, path: Path) -> Metadata:
+    try:
+        metadata = _AllowListUnpickler(file).load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise RunError(f"{path} is refused: {error}") from None
+    places = getattr(metadata, "storage_data", None)
+    if not isinstance(metadata, Metadata) or not isinstance(places, dict):
+        raise RunError(f"{path} is refused: it does not describe a checkpoint")
+    for place in places.values():
+        name = getattr(place, "relative_path", None)
+        if not isinstance(place, _StorageInfo) or not isinstance(name, str) or name != Path(name).name:
+            raise RunError(f"{path} is refused: it points at {name!r}, outside of its folder")
+        if getattr(place, "transform_descriptors", None):
+            raise RunError(f"{path} is refused: {name} is transformed (compressed); write it without extensions")
+    return metadata
+
+
+class _Reader(FileSystemReader):
+    """Stock reading (which takes tensors with weights_only), with our way to the metadata."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / layout.METADATA
+        try:
+            with path.open("rb") as file:
+                metadata = _read_metadata(file, path)
+        except FileNotFoundError:
+            raise RunError(f"{path.parent} is not a checkpoint folder: it has no {layout.METADATA}") from None
+        metadata.storage_meta = StorageMeta()
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise RunError(f"{read_item.dest_index.fqn} is a pickled value, not a tensor; refused")
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a checkpoint folder."""
+    described = _Reader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(d.size) for name, d in described.items() if isinstance(d, TensorStorageMetadata)}
+
+
+def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. No collective.
+
+    Raises RunError for what the folder lacks or holds in another shape, with the names.
+    """
+    reader, planner = _Reader(folder), _Planner(flatten_state_dict=False)
+    metadata = reader.read_metadata()
+    described = metadata.state_dict_metadata
+    problems = []
+    for name, tensor in tensors.items():
+        found = described.get(name)
+        if not isinstance(found, TensorStorageMetadata):
+            problems.append(f"{name} is missing")
+        elif tuple(found.size) != tuple(tensor.shape):
+            problems.append(f"{name} is {tuple(found.size)} there, {tuple(tensor.shape)} here")
+    if problems:
+        raise RunError(f"{folder} does not fit: {some(problems)}")
+    planner.set_up_planner(dict(tensors), metadata, is_coordinator=False)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    try:
+        reader.read_data(planner.create_local_plan(), planner).wait()
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AssertionError, ValueError) as error:
+        raise RunError(f"{folder} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
+
+
+def some(names: list[str], limit: int = 8) -> str:
+    """The first few of many, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

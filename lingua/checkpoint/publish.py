@@ -1,0 +1,300 @@
+"""How a checkpoint comes to exist for everyone, or for no one. Torch-free; whoever writes checkpoints does it by this.
+
+Promise: the mark is written last, after every byte and every name is on the disk and agrees with the checksums that
+were taken from memory. A published folder is never changed, only taken away whole: its mark first, then its name.
+Each function may be killed at any line; `reclaim` clears what that leaves.
+Cost: one fsync per file, four of folders, and the hash, which runs at memory speed.
+
+A life:   0000000004.tmp-2/model.00000.distcp ...   write_hashed, by every rank
+          0000000004.tmp-2/manifest.json            publish: checks sizes, syncs,
+          0000000004/                                 renames
+          checkpoint_0000000004.done                  and marks
+          0000000004.trash-5/                       retire: unmarked, renamed, removed
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from lingua.checkpoint import layout
+from lingua.files import DISK, Buffer, Files, RunError, entries, is_plain_file, read_json, write_json, write_whole
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+CHUNK_BYTES = 4 << 20  # hashed while still in cache, then written
+VERIFY_THREADS = min(8, os.cpu_count() or 1)
+
+
+class DamagedError(RunError):
+    """A checkpoint that is not what it was when it was written."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file must be: taken from memory, before the disk had a say."""
+
+    size_bytes: int
+    xxh3_128: str
+
+
+Manifest = dict[str, FileFacts]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def write_hashed(path: Path, parts: Iterable[Buffer], *, readback: bool = False, files: Files = DISK) -> FileFacts:
+    """Write a file durably and hash what goes in; `readback` also reads it again, past the page cache."""
+    digest, size_bytes = xxhash.xxh3_128(), 0
+    descriptor = files.create(path)
+    try:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), CHUNK_BYTES):
+                chunk = view[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                files.write(descriptor, chunk)
+            size_bytes += len(view)
+        files.fsync(descriptor)
+    finally:
+        files.close(descriptor)
+    facts = FileFacts(size_bytes, digest.hexdigest())
+    if readback and (problem := _differs(path, facts)):
+        raise OSError(errno.EIO, f"the disk gave back something else than was written ({problem})", str(path))
+    return facts
+
+
+def manifest_bytes(step: int, incarnation: int, facts: Manifest) -> bytes:
+    """The text of `manifest.json`; equal facts give equal bytes."""
+    listed = {name: {"bytes": fact.size_bytes, "xxh3_128": fact.xxh3_128} for name, fact in sorted(facts.items())}
+    document = {"version": VERSION, "step": step, "incarnation": incarnation, "files": listed}
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+
+def publish(
+    root: Path, step: int, incarnation: int, facts: Manifest, *, seconds: float = 0.0, files: Files = DISK
+) -> None:
+    """Turn the complete temporary folder of `step` into a checkpoint. Raises OSError, and then nothing is published.
+
+    `facts` are those of every file, from the ranks that wrote them.
+    """
+    source, target = layout.temporary(root, step, incarnation), layout.folder(root, step)
+    for name, fact in facts.items():
+        _must_be_there(source / name, fact)
+    manifest = manifest_bytes(step, incarnation, facts)
+    write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
+    if target.exists():  # a crash between rename and mark, or somebody's copy: not ours to delete
+        log.warning("%s has no mark and stands in the way of a new checkpoint; it is set aside", target)
+        files.rename(target, layout.aside(target, "unmarked"))
+    files.rename(source, target)
+    files.fsync_dir(root)
+    mark = {
+        "version": VERSION,
+        "step": step,
+        "incarnation": incarnation,
+        "manifest_xxh3_128": xxhash.xxh3_128_hexdigest(manifest),
+        "bytes": sum(fact.size_bytes for fact in facts.values()) + len(manifest),
+        "seconds": round(seconds, 3),
+        "created_at": time.time(),
+    }
+    write_json(layout.done_mark(root, step), mark, files=files)
+
+
+def _must_be_there(path: Path, fact: FileFacts) -> None:
+    try:
+        size_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise OSError(
+            errno.ENOENT,
+            "a rank wrote this file but rank 0 does not see it; is the run folder on a shared disk?",
+            str(path),
+        ) from None
+    if size_bytes != fact.size_bytes:
+        raise OSError(errno.EIO, f"the file has {size_bytes} bytes, {fact.size_bytes} were written", str(path))
+
+
+def abandon(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
+    """After a failed write or publish: leave nothing of it, as far as the disk lets us. Never raises."""
+    target = layout.folder(root, step)
+    try:
+        # The mark first: while it may stand, its folder is not touched.
+        with suppress(FileNotFoundError):
+            files.remove(layout.done_mark(root, step))
+        if target.exists():
+            _throw_away(target, layout.trash(root, step, incarnation), files)
+        if (temporary := layout.temporary(root, step, incarnation)).exists():
+            _throw_away(temporary, layout.trash(root, step, incarnation), files)
+    except OSError as error:
+        log.warning("cannot clear what is left of step %d's failed checkpoint: %s", step, error)
+
+
+# -- judging -----------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The facts a checkpoint folder states about itself. Raises DamagedError."""
+    return _parse_manifest(folder, _read(folder / layout.MANIFEST))
+
+
+def read_marked_manifest(root: Path, step: int) -> Manifest:
+    """The facts of a published checkpoint, whose mark vouches for the manifest. Raises DamagedError."""
+    mark_path, folder = layout.done_mark(root, step), layout.folder(root, step)
+    try:
+        mark = orjson.loads(_read(mark_path))
+        expected = mark["manifest_xxh3_128"]
+    except (orjson.JSONDecodeError, TypeError, KeyError):
+        raise DamagedError(f"{mark_path} is not a checkpoint's mark") from None
+    content = _read(folder / layout.MANIFEST)
+    if mark.get("step") != step or xxhash.xxh3_128_hexdigest(content) != expected:
+        raise DamagedError(f"{folder / layout.MANIFEST} is not the one that {mark_path.name} vouches for")
+    return _parse_manifest(folder, content)
+
+
+def _parse_manifest(folder: Path, content: bytes) -> Manifest:
+    try:
+        listed = orjson.loads(content)["files"]
+        facts = {name: FileFacts(int(fact["bytes"]), str(fact["xxh3_128"])) for name, fact in listed.items()}
+    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
+        raise DamagedError(f"{folder / layout.MANIFEST} is not a checkpoint's manifest") from None
+    if bad := [name for name in facts if name != Path(name).name or name in ("", ".", "..")]:
+        raise DamagedError(f"{folder / layout.MANIFEST} names {bad[0]!r}, which is no file of the folder")
+    return facts
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{path} is missing") from None
+
+
+def damage(folder: Path, facts: Manifest, *, threads: int = VERIFY_THREADS) -> list[str]:
+    """What of a checkpoint folder does not agree with its manifest, a sentence each; reads every byte, in parallel.
+
+    Raises OSError when a file cannot be judged (no permission, stale handle): that says nothing about its content.
+    """
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        found = pool.map(lambda item: _differs(folder / item[0], item[1]), sorted(facts.items()))
+        return [problem for problem in found if problem]
+
+
+def _differs(path: Path, fact: FileFacts) -> str | None:
+    if not is_plain_file(path):
+        return f"{path.name} is missing or not a plain file"
+    digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
+    try:
+        with path.open("rb", buffering=0) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes != fact.size_bytes:
+                return f"{path.name} has {size_bytes} bytes instead of {fact.size_bytes}"
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while n_read := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:n_read])
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return f"{path.name} cannot be read ({error.strerror})"
+        raise
+    return None if digest.hexdigest() == fact.xxh3_128 else f"{path.name} does not have the content it was written with"
+
+
+# -- taking away -------------------------------------------------------------------------------------------------
+
+
+def set_aside(run_dir: Path, root: Path, step: int, reason: str, *, files: Files = DISK) -> None:
+    """Take a published checkpoint and its evaluation out of sight, mark first; nothing is deleted."""
+    for path in (layout.done_mark(root, step), layout.folder(root, step), layout.evaluation(run_dir, step)):
+        if path.exists() or path.is_symlink():
+            files.rename(path, layout.aside(path, reason))
+            files.fsync_dir(path.parent)
+
+
+def retire(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
+    """Delete a published checkpoint that retention gives up. Raises OSError."""
+    files.remove(layout.done_mark(root, step))
+    files.fsync_dir(root)
+    _throw_away(layout.folder(root, step), layout.trash(root, step, incarnation), files)
+
+
+def reclaim(root: Path, incarnation: int, *, files: Files = DISK) -> None:
+    """Clear what earlier incarnations left unfinished. Call under the run's lock, before the first save.
+
+    A writer of an older incarnation that wakes up later finds its folder renamed, so that its publish fails.
+    """
+    for found in layout.temporaries(root):
+        if found.incarnation > incarnation:
+            log.warning("%s belongs to a newer start of this run; left alone", found.path)
+            continue
+        try:
+            if found.kind == "trash":
+                files.remove_tree(found.path)
+            else:
+                _throw_away(found.path, layout.trash(root, found.step, incarnation), files)
+        except OSError as error:
+            log.warning("cannot remove the leftover %s: %s", found.path, error)
+    for path in entries(root):
+        if path.name.startswith(".checkpoint_") and ".done.tmp-" in path.name:
+            with suppress(OSError):
+                files.remove(path)
+    for step in layout.unmarked_folders(root):
+        log.warning("%s has no .done mark, so it was never published; it is ignored", layout.folder(root, step))
+
+
+def _throw_away(path: Path, trash: Path, files: Files) -> None:
+    if trash.exists():
+        files.remove_tree(trash)
+    files.rename(path, trash)
+    files.remove_tree(trash)
+
+
+# -- pins --------------------------------------------------------------------------------------------------------
+
+
+def pin(root: Path, step: int, reader: str, expires_at: float) -> Path:
+    """Keep retention from `step` until `expires_at` (seconds since the epoch) or until the returned file is removed.
+
+    The reader then looks whether the mark is still there. `reader` becomes part of a file name.
+    """
+    path = root / layout.PINS / f"{layout.step_name(step)}.{reader}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"step": step, "expires_at": expires_at})
+    return path
+
+
+def pinned_steps(root: Path, now: float) -> set[int]:
+    """Steps with a lease that has not run out. Raises RunError or OSError for a lease that cannot be read."""
+    steps: set[int] = set()
+    for path in entries(root / layout.PINS):
+        if path.suffix != ".json" or path.name.startswith("."):
+            continue
+        lease: Any = read_json(path)
+        if not isinstance(lease, dict) or not isinstance(lease.get("step"), int):
+            raise RunError(f"{path} is not a lease; remove it")
+        if float(lease.get("expires_at", 0)) > now:
+            steps.add(lease["step"])
+    return steps
+
+
+def newest_intact(root: Path, *, skip: Collection[int] = ()) -> int | None:
+    """Newest published step whose every byte verifies; only reads, so it may look into a colleague's run."""
+    for step in reversed([s for s in layout.done_steps(root) if s not in skip]):
+        try:
+            problems = damage(layout.folder(root, step), read_marked_manifest(root, step))
+        except DamagedError as error:
+            problems = [str(error)]
+        if not problems:
+            return step
+        log.warning("checkpoint %d does not verify and is passed over: %s", step, "; ".join(problems))
+    return None

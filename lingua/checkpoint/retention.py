@@ -1,0 +1,58 @@
+"""What may be deleted: a pure function of numbers, asked only after a checkpoint has been published.
+
+Promise: the newest checkpoint and the newest one known to verify are never given up, and what is pinned stays.
+A checkpoint outside both rhythms (a stop's, the last one's) counts as a dump: it goes once `dump.keep` newer ones
+exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """Every how many steps, and how many of the newest to keep. `every` <= 0: never; `keep` <= 0: all."""
+
+    every: int
+    keep: int
+
+    def holds(self, step: int) -> bool:
+        return self.every > 0 and step > 0 and step % self.every == 0
+
+
+def is_due(step: int, dump: Rhythm, evaluation: Rhythm) -> bool:
+    """Whether a checkpoint is to be made after this step."""
+    return dump.holds(step) or evaluation.holds(step)
+
+
+def _newest(steps: list[int], keep: int) -> list[int]:
+    return steps if keep <= 0 else steps[-keep:]
+
+
+def to_delete(
+    done: Collection[int],
+    dump: Rhythm,
+    evaluation: Rhythm,
+    *,
+    verified: Collection[int],
+    pinned: Collection[int] = (),
+) -> list[int]:
+    """Published steps that nobody needs any more, ascending.
+
+    `done`: every published step; `verified`: those known to be intact (published or checked by this process).
+    """
+    steps = sorted(done)
+    kept = set(pinned) | set(steps[-1:]) | set(sorted(set(verified) & set(steps))[-1:])
+    kept.update(_newest([s for s in steps if dump.holds(s) or not evaluation.holds(s)], dump.keep))
+    kept.update(_newest([s for s in steps if evaluation.holds(s)], evaluation.keep))
+    return [step for step in steps if step not in kept]
+
+
+def kept_at_once(dump: Rhythm, evaluation: Rhythm) -> int | None:
+    """Checkpoints on the disk at the worst moment: all that are kept and the one being written. None: unbounded."""
+    used = [rhythm for rhythm in (dump, evaluation) if rhythm.every > 0]
+    if any(rhythm.keep <= 0 for rhythm in used):
+        return None
+    return max(1, sum(rhythm.keep for rhythm in used)) + 1

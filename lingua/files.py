@@ -1,0 +1,170 @@
+"""Files that are there whole or not at all, also after a crash.
+
+Promise: what `write_whole` returns from is on the disk under its final name, the folder entry included; before that
+the name shows the old content or none. Nothing here follows a symbolic link in the last part of a path it writes or
+deletes.
+Cost: one fsync per file and one per folder, milliseconds on a local disk, tens of them on a shared one.
+
+`Files` is the narrow seam through which checkpoints touch the disk: a handful of operations that a faulty twin in the
+tests replaces, to fail or to die at each of them in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+Buffer = bytes | bytearray | memoryview
+
+
+class RunError(RuntimeError):
+    """Something outside the program that its user can mend. The message is one clear sentence with the remedy."""
+
+
+class Files:
+    """The operations that change a disk. Each either happens or raises OSError; a mark is only ever renamed in."""
+
+    def create(self, path: Path) -> int:
+        """Open a new or emptied file for writing; returns its descriptor."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o666)  # the umask decides, as for every file of a run folder
+
+    def write(self, descriptor: int, data: Buffer) -> None:
+        """Write all of `data`, however often the disk takes only a part."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            view = view[os.write(descriptor, view) :]
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def mkdir(self, path: Path) -> None:
+        """Make a folder and its parents; one that is there already is fine."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def fsync_dir(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; fails when that name is taken, atomically on NFS too."""
+        os.link(source, target)
+
+    def remove(self, path: Path) -> None:
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        path.rmdir()
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder with all that is in it, one operation at a time. Links are removed, not followed."""
+        with os.scandir(path) as entries:
+            inside = list(entries)
+        for entry in inside:
+            if entry.is_dir(follow_symlinks=False):
+                self.remove_tree(Path(entry.path))
+            else:
+                self.remove(Path(entry.path))
+        self.rmdir(path)
+
+
+DISK = Files()
+
+
+def write_whole(path: Path, data: Buffer | str, mode: int | None = None, *, files: Files = DISK) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder.
+
+    `mode`: permission bits; None: as the umask says.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        descriptor = files.create(temporary)
+        try:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            files.write(descriptor, content)
+            files.fsync(descriptor)
+        finally:
+            files.close(descriptor)
+        files.rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    files.fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any, *, files: Files = DISK) -> None:
+    """`write_whole` of a JSON document that people can read too."""
+    write_whole(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE), files=files)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises OSError, or RunError that names the file when it is not JSON."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); it is damaged or was edited") from None
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes this user can still write where `path` is or will be. A quota is not seen here."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+
+
+def make_folder(path: Path, what: str) -> Path:
+    """Make sure that `path` is a folder one can write to; `what` names the setting for the error.
+
+    Raises RunError with one clear sentence when it is not.
+    """
+    probe = path / f".writable-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"{what}: cannot write to {path} ({error.strerror}); choose another folder or mend its permissions"
+        ) from None
+    return path
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a regular file, not a link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """What is in a folder, by name; nothing when there is no folder."""
+    try:
+        yield from sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+def human_bytes(n_bytes: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"

@@ -1,0 +1,230 @@
+"""One owner of a run folder at a time, each start with a number of its own.
+
+Promise: two trainers never own a folder at once; the second is refused with a sentence that says who is there. The
+lock of a dead owner holds nobody up for longer than a minute, and not at all when its death is certain (same host: no
+such process; same Slurm job, restarted). An owner that was overtaken while it slept learns it before it publishes.
+Cost: one small file per start, touched every 15 s by a thread.
+
+The folder `incarnations/` holds one file per start, 0000000001.json and so on; the owner is the one with the highest
+number. Taking over means creating the next number, which a file system grants to one process only, so there is no
+lock to break and no race in breaking it. The age of a heartbeat is measured with the file server's clock alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lingua.files import RunError, entries, read_json, write_json, write_whole
+
+log = logging.getLogger(__name__)
+
+FOLDER = "incarnations"
+BEAT_S = 15.0
+DEAD_AFTER_S = 60.0
+_NAME = re.compile(r"(\d{10})\.json", re.ASCII)
+
+
+class OccupiedError(RunError):
+    """Somebody else owns the run folder."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, well enough described to tell whether it is still there."""
+
+    host: str = ""
+    boot_id: str = ""
+    """Differs after each boot of the host."""
+    pid_space: str = ""
+    """Containers on one host see different processes."""
+    pid: int = 0
+    started: str = ""
+    """Start of the process in clock ticks since boot: a number that a recycled pid does not share."""
+    slurm_job_id: str = ""
+    slurm_restarts: int = 0
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.host, self.boot_id, self.pid_space
+
+
+def this_process(slurm_job_id: str = "", slurm_restarts: int = 0) -> Owner:
+    return Owner(
+        host=socket.gethostname(),
+        boot_id=_read("/proc/sys/kernel/random/boot_id"),
+        pid_space=_link("/proc/self/ns/pid"),
+        pid=os.getpid(),
+        started=_start_of(os.getpid()),
+        slurm_job_id=slurm_job_id,
+        slurm_restarts=slurm_restarts,
+    )
+
+
+def certainly(owner: Owner, me: Owner) -> bool | None:
+    """True: alive; False: dead; None: only its heartbeat can tell."""
+    if owner.place == me.place and owner.boot_id:
+        return _start_of(owner.pid) == owner.started
+    if owner.slurm_job_id and owner.slurm_job_id == me.slurm_job_id and owner.slurm_restarts < me.slurm_restarts:
+        return False  # Slurm starts a requeued job only after its processes are gone
+    return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """Field 22 of /proc/<pid>/stat (proc(5)); empty when there is no such process or it is a zombie."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before ")" may hold blanks
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+class RunLock:
+    """The ownership of one run folder. A context manager: acquire, beat, release."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        me: Owner | None = None,
+        *,
+        now: Callable[[], float] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`now`: seconds since the epoch; None: the file server's own clock."""
+        self._run_dir = run_dir
+        self._folder = run_dir / FOLDER
+        self._me = me or this_process()
+        self._now = now
+        self._sleep = sleep
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.incarnation = 0
+        """Number of this start, from 1. 0: not the owner."""
+
+    def acquire(self) -> int:
+        """Become the owner; returns the incarnation. Raises OccupiedError, or RunError when the folder cannot be written."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            while not self._try_next():
+                pass
+        except OSError as error:
+            raise RunError(f"cannot lock {self._run_dir}: {error.strerror} ({error.filename})") from None
+        self._thread = threading.Thread(target=self._beat_on, name="run-lock", daemon=True)
+        self._thread.start()
+        return self.incarnation
+
+    def _try_next(self) -> bool:
+        newest = self._newest()
+        if newest:
+            self._wait_until_gone(self._path(newest))
+        draft = self._folder / f".{os.getpid()}-{threading.get_ident()}.json"
+        write_json(draft, asdict(self._me) | {"incarnation": newest + 1, "released": False})
+        self._touch(draft)
+        try:
+            os.link(draft, self._path(newest + 1))
+        except FileExistsError:
+            return False  # somebody was faster: look again who it is
+        finally:
+            draft.unlink(missing_ok=True)
+        self.incarnation = newest + 1
+        return True
+
+    def _wait_until_gone(self, path: Path) -> None:
+        """Return when the owner described in `path` is gone; raise OccupiedError as soon as it shows to be alive."""
+        first_beat: float | None = None
+        while True:
+            beat = path.stat().st_mtime
+            record = read_json(path)
+            owner = Owner(**{key: record[key] for key in Owner.__dataclass_fields__ if key in record})
+            alive = certainly(owner, self._me)
+            if record.get("released") or alive is False:
+                return
+            if alive is None and self._time() - beat > DEAD_AFTER_S:
+                return
+            if alive or first_beat not in (None, beat):
+                raise OccupiedError(self._who(owner))
+            if first_beat is None:
+                log.info("waiting whether process %d on %s, which owns this run, is alive", owner.pid, owner.host)
+            first_beat = beat
+            self._sleep(5.0)
+
+    def _who(self, owner: Owner) -> str:
+        job = f", Slurm job {owner.slurm_job_id}" if owner.slurm_job_id else ""
+        return (
+            f"{self._run_dir} is being trained by process {owner.pid} on {owner.host}{job}; "
+            "stop that one first, or choose another name or dump_dir"
+        )
+
+    def check(self) -> None:
+        """Raise RunError if a newer start owns the folder."""
+        newest = self._newest()
+        if newest > self.incarnation:
+            raise RunError(
+                f"start {newest} of this run has taken over {self._run_dir}; this one, start {self.incarnation}, stops"
+            )
+
+    def release(self) -> None:
+        """Give the folder back; the number stays used."""
+        if not self.incarnation:
+            return
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        path = self._path(self.incarnation)
+        try:
+            write_json(path, read_json(path) | {"released": True})
+        except (OSError, RunError) as error:
+            log.warning("cannot release the lock of %s: %s", self._run_dir, error)
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def _beat_on(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            try:
+                self._touch(self._path(self.incarnation))
+            except OSError as error:
+                log.warning("no heartbeat in %s: %s", self._run_dir, error)
+
+    def _path(self, incarnation: int) -> Path:
+        return self._folder / f"{incarnation:010d}.json"
+
+    def _newest(self) -> int:
+        numbers = (int(match[1]) for path in entries(self._folder) if (match := _NAME.fullmatch(path.name)))
+        return max(numbers, default=0)
+
+    def _touch(self, path: Path) -> None:
+        os.utime(path, None if self._now is None else (self._now(), self._now()))
+
+    def _time(self) -> float:
+        if self._now is not None:
+            return self._now()
+        probe = self._folder / f".{os.getpid()}-{threading.get_ident()}.clock"
+        write_whole(probe, b"")
+        os.utime(probe)
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
