@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -191,48 +191,46 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-class Votes:
+class Votes(Generic[T]):
     """A few numbers per step, summed over all ranks and read one step later, so that nobody waits for the device.
 
     ```
-    votes.cast(step, [loss_sum, stop, bad])      # step t: the reduction starts
-    votes.cast(step + 1, ...)                    # returns (t, sums of step t)
+    votes.cast(facts_of_step_1, [loss, stop])    # the reduction starts; None
+    votes.cast(facts_of_step_2, [loss, stop])    # (facts_of_step_1, sums of step 1)
+    votes.read()                                 # (facts_of_step_2, sums of step 2), waiting for them
     ```
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._waiting: tuple[int, torch.Tensor, torch.cuda.Event | None, dist.Work | None] | None = None
+        self._waiting: tuple[T, torch.Tensor, Callable[[], object]] | None = None
 
-    def cast(self, step: int, numbers: list[torch.Tensor | float]) -> tuple[int, list[float]] | None:
-        """Start the sum of `numbers` for `step`; return the previous step's sums, or None for the first."""
+    def cast(self, facts: T, numbers: list[torch.Tensor | float]) -> tuple[T, list[float]] | None:
+        """Start the sums of this step's `numbers`; return what `read` would for the step before. Collective."""
         ballot = torch.stack(
             [torch.as_tensor(number, dtype=torch.float32, device=self._device).detach() for number in numbers]
         )
-        previous = self.drain()
+        before = self.read()
         if self._device.type == "cuda":
             if dist.is_initialized():
                 dist.all_reduce(ballot)
-            on_host = ballot.to("cpu", non_blocking=True)
-            read = torch.cuda.Event()
-            read.record()
-            self._waiting = (step, on_host, read, None)
+            ballot = ballot.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._waiting = (facts, ballot, arrived.synchronize)
         else:
             work = dist.all_reduce(ballot, async_op=True) if dist.is_initialized() else None
-            self._waiting = (step, ballot, None, work)
-        return previous
+            self._waiting = (facts, ballot, work.wait if work is not None else lambda: None)
+        return before
 
-    def drain(self) -> tuple[int, list[float]] | None:
-        """The sums not read yet, if any."""
+    def read(self) -> tuple[T, list[float]] | None:
+        """(facts, sums) of the newest step if they were not read yet."""
         if self._waiting is None:
             return None
-        step, ballot, read, work = self._waiting
+        facts, ballot, wait = self._waiting
         self._waiting = None
-        if work is not None:
-            work.wait()
-        if read is not None:
-            read.synchronize()
-        return step, ballot.tolist()
+        wait()
+        return facts, ballot.tolist()
 
 
 def free_port() -> int:

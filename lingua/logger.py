@@ -1,4 +1,4 @@
-"""Logging: one format with rank, incarnation-free and greppable, to the terminal and to the run folder.
+"""Logging: one format with rank, to the terminal and to the run folder.
 
 Promise: rank 0 speaks on the terminal, other ranks only from WARNING on; each rank writes a file of its own. A log
 that cannot be written (disk full, quota) never ends a run: that is said once on the terminal, and the run goes on.
@@ -25,7 +25,16 @@ class _SturdyFile(logging.FileHandler):
 
     _complained = False
 
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:
+            self._complain()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        self._complain()
+
+    def _complain(self) -> None:
         if not self._complained:
             self._complained = True
             print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; the run goes on without it", file=sys.stderr)

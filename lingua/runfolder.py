@@ -1,0 +1,50 @@
+"""What a run folder says about the run: the command, the environment without secrets, and how it ended.
+
+Promise: no value of a variable that may be a secret is ever written. `stop.json` repeats the exit code, since
+launchers in between (torchrun turns 75 into 1) swallow codes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lingua.files import write_whole
+
+STOP_FILE = "stop.json"
+EXIT_REQUEUE = 75  # sysexits.h EX_TEMPFAIL: saved, start me again
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+_SHOWN = re.compile(
+    r"^(SLURM|SBATCH|CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|LINGUA|WANDB|HF|UV|PYTHON|TRITON)"
+    r"|^(PATH|LD_LIBRARY_PATH|HOSTNAME|USER|TMPDIR|BASE_DIR|CONFIG_FILE|EXTRA_ARGS|VIRTUAL_ENV)$"
+)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
+_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def public_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that explain a run; names that smell of secrets keep their name only."""
+    shown = {name: value for name, value in sorted(env.items()) if _SHOWN.search(name)}
+    return {name: "***" if _SECRET.search(name) else _URL_LOGIN.sub("***@", value) for name, value in shown.items()}
+
+
+def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:
+    """Write run.sh (the command of the newest start) and env.txt."""
+    command = shlex.join([sys.executable, *argv])
+    write_whole(run_dir / "run.sh", f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
+    lines = [f"{name}={shlex.quote(value)}\n" for name, value in public_environment(env).items()]
+    write_whole(run_dir / "env.txt", "".join(lines).encode())
+
+
+def describe_stop(run_dir: Path, reason: str, step: int, exit_code: int, **more: Any) -> None:
+    """Write stop.json: why the newest start ended."""
+    record = {"reason": reason, "step": step, "exit_code": exit_code, **more}
+    write_whole(run_dir / STOP_FILE, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")

@@ -1,0 +1,41 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+from lingua.logger import log_to_folder, start_logging
+
+
+@pytest.fixture(autouse=True)
+def restore_logging():
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_each_rank_has_a_file_and_rank_0_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for rank in (0, 3):
+        start_logging(rank)
+        handler = log_to_folder(tmp_path, rank)
+        logging.getLogger("lingua.test").info("hello from %d", rank)
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    shown = capsys.readouterr().err
+    assert "hello from 0" in shown
+    assert "hello from 3" not in shown
+    assert "hello from 0" in (tmp_path / "train.log").read_text()
+    assert "3: hello from 3" in (tmp_path / "logs" / "rank_00003.log").read_text()
+
+
+def test_a_full_disk_under_the_log_is_said_once_and_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    start_logging(0)
+    handler = log_to_folder(tmp_path, 0)
+    for _ in range(3):
+        logging.getLogger("lingua.test").info("line")
+    logging.getLogger().removeHandler(handler)
+    handler.close()
+    assert capsys.readouterr().err.count("the run goes on without it") == 1

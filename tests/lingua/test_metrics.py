@@ -1,0 +1,84 @@
+import os
+from pathlib import Path
+
+import orjson
+import pytest
+
+from lingua.metrics import JsonLines, LoggingArgs, MetricLogger, WandbArgs, read_metrics
+
+
+class FullDisk(JsonLines):
+    """A disk that refuses writes until there is room again."""
+
+    room = False
+
+    def _flush(self) -> None:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        super()._flush()
+
+
+def test_lines_held_by_a_full_disk_are_written_when_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    lines = FullDisk(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        lines.write({"global_step": step})
+    assert caplog.text.count("No space left on device") == 1  # said once, not at every step
+    lines.room = True
+    lines.write({"global_step": 3})
+    assert [record["global_step"] for record in read_metrics(lines.path)] == [0, 1, 2, 3]
+
+
+def test_a_disk_that_is_really_full_does_not_raise(caplog: pytest.LogCaptureFixture):
+    JsonLines(Path("/dev/full")).write({"global_step": 1})
+    assert "the run goes on" in caplog.text
+
+
+def test_a_line_torn_by_a_kill_does_not_swallow_the_next(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"global_step": 1}\n{"global_st')
+    JsonLines(path).write({"global_step": 2})
+    assert [record["global_step"] for record in read_metrics(path)] == [1, 2]
+
+
+def test_every_line_says_when_and_in_which_incarnation(tmp_path: Path):
+    with MetricLogger(
+        tmp_path, LoggingArgs(), incarnation=3, run_name="x", config={}, wall_time=lambda: 0.0
+    ) as metrics:
+        metrics.log({"global_step": 1, "loss/out": 2.5})
+        assert metrics.wandb_id is None
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"global_step": 1, "loss/out": 2.5, "incarnation": 3, "created_at": "1970-01-01T00:00:00+00:00"}
+    ]
+
+
+def test_wandb_offline_keeps_its_id_over_restarts_and_takes_steps_that_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    args = LoggingArgs(wandb=WandbArgs(project="tests"))
+    with MetricLogger(tmp_path, args, incarnation=1, run_name="x", config={"a": 1}) as metrics:
+        first_id = metrics.wandb_id
+        metrics.log({"global_step": 20, "loss/out": 1.0})
+        metrics.log({"global_step": 10, "loss/out": 1.5})
+    with MetricLogger(tmp_path, args, incarnation=2, run_name="x", config={}, wandb_id=first_id) as metrics:
+        assert metrics.wandb_id == first_id
+    runs = [name for name in os.listdir(tmp_path / "wandb") if name.startswith("offline-run")]
+    assert runs
+    assert all(name.endswith(f"-{first_id}") for name in runs)
+
+
+def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path):
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match=r"logging\.tensorboard"):
+            MetricLogger(tmp_path, LoggingArgs(tensorboard=True), incarnation=1, run_name="x", config={})
+
+
+def test_metrics_are_one_json_object_per_line(tmp_path: Path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write({"global_step": 1, "a": 1.5})
+    lines.write({"global_step": 2, "a": 2.5})
+    assert [orjson.loads(line)["a"] for line in lines.path.read_bytes().splitlines()] == [1.5, 2.5]

@@ -1,0 +1,35 @@
+import subprocess
+from pathlib import Path
+
+import orjson
+
+from lingua.runfolder import describe_start, describe_stop, public_environment
+
+
+def test_secrets_never_reach_a_file():
+    env = {
+        "WANDB_API_KEY": "s3cret",
+        "HF_TOKEN": "s3cret",
+        "UV_INDEX_PRIVATE_PASSWORD": "s3cret",
+        "AWS_SECRET_ACCESS_KEY": "s3cret",
+        "MY_OWN_THING": "s3cret",
+        "UV_INDEX_URL": "https://me:s3cret@example.org/simple",
+        "SLURM_JOB_ID": "7",
+    }
+    shown = public_environment(env)
+    assert "s3cret" not in str(shown)
+    assert shown["SLURM_JOB_ID"] == "7"
+    assert shown["WANDB_API_KEY"] == "***"
+    assert shown["UV_INDEX_URL"] == "https://***@example.org/simple"
+
+
+def test_run_sh_repeats_the_command_whatever_it_holds(tmp_path: Path):
+    describe_start(tmp_path, ["-c", "import sys; print(sys.argv[1])", "a'; echo foo\nbar"], env={})
+    result = subprocess.run(["bash", str(tmp_path / "run.sh")], capture_output=True, text=True, check=True)
+    assert result.stdout == "a'; echo foo\nbar\n"
+
+
+def test_stop_json_repeats_the_exit_code(tmp_path: Path):
+    describe_stop(tmp_path, "signal", 12, 75, signal="SIGTERM")
+    record = orjson.loads((tmp_path / "stop.json").read_bytes())
+    assert record == {"reason": "signal", "step": 12, "exit_code": 75, "signal": "SIGTERM"}

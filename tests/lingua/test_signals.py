@@ -1,0 +1,40 @@
+import os
+import signal
+
+import pytest
+
+from lingua.signals import StopSignals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
+def test_a_signal_is_noted_with_its_time_and_nothing_else_happens(name: str):
+    with StopSignals([name], now=lambda: 12.5) as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.Signals[name])
+        assert (signals.received, signals.received_at_s) == (name, 12.5)
+
+
+def test_the_first_signal_is_the_one_that_counts():
+    with StopSignals(["SIGTERM", "SIGUSR2"]) as signals:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGUSR2"
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    child = os.fork()
+    if child == 0:
+        with StopSignals(["SIGINT"]):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGINT
+
+
+def test_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals(["SIGTERM"]):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

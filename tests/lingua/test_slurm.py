@@ -1,0 +1,48 @@
+import pytest
+
+from lingua.slurm import SlurmTask, first_host, this_task
+
+
+@pytest.mark.parametrize(
+    ("node_list", "expected"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[003-007,9],x1", "gpu003"),
+        ("gpu[12,14]", "gpu12"),
+        ("rack1-n[1-2]-ib", "rack1-n1-ib"),
+    ],
+)
+def test_first_host_of_a_node_list(node_list: str, expected: str):
+    assert first_host(node_list) == expected
+
+
+def test_a_task_of_a_step_knows_its_place():
+    env = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_NUM_TASKS": "12",
+        "SLURM_STEP_TASKS_PER_NODE": "8,4",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+    }
+    assert this_task(env) == SlurmTask("77", rank=9, n_tasks=12, local_rank=1, n_local_tasks=4, node=1, head_node="n1")
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"},  # a bare python in the batch shell
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty bash
+    ],
+)
+def test_a_lone_process_in_a_big_allocation_waits_for_nobody(env: dict[str, str]):
+    assert this_task(env) is None
+
+
+def test_unreadable_counts_are_named():
+    env = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "many"}
+    with pytest.raises(ValueError, match="'many' cannot be read"):
+        this_task(env)
