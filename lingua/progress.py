@@ -140,7 +140,7 @@ class ProgressLine:
         if shown and (on_terminal() if bar is None else bar):
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[line]}"),

@@ -91,7 +91,10 @@ def test_other_ranks_are_silent(caplog: pytest.LogCaptureFixture):
     assert not caplog.records
 
 
-def test_a_terminal_gets_a_bar_with_the_newest_metrics(capsys: pytest.CaptureFixture[str]):
+def test_a_terminal_gets_a_bar_with_the_newest_metrics(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
     with ProgressLine("myrun", 10, shown=True, bar=True) as progress:
         progress.advance(3)
         progress.report(METRICS)
