@@ -1,15 +1,16 @@
-"""Config mechanics: compose YAML files, override keys, validate, and say where every value came from.
+"""Base classes of every config section, parts chosen by their `type`, and what a schema knows about its own keys.
 
-Promise: whatever is wrong with a config is found here, all of it at once, before a process group, a device or a
-folder is touched; each finding names file, key, value and remedy. Nothing in a config is ever executed.
-Cost: no torch; pydantic and OmegaConf import in about 0.3 s.
+Promise: whatever is wrong with a config is a ConfigError, whose sentences name key, value and remedy; nothing in a
+config is ever executed. How files become a config is told in `layers.py`; how one is checked, in `compose.py`.
+Cost: no torch; pydantic imports in about 0.1 s.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WrapValidator
 from pydantic_core import PydanticCustomError
@@ -26,7 +27,9 @@ class ConfigError(ValueError):
 class Args(BaseModel):
     """Base of every config section: strict types, no unknown keys, values checked again on assignment."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True, validate_default=True
+    )
 
 
 def _number_to_text(value: Any) -> Any:
@@ -104,3 +107,91 @@ def build_part(part: Part, *args: Any, **kwargs: Any) -> Any:
     """Import the part's builder and call it with the part's Args first."""
     module, _, name = part.builder.partition(":")
     return getattr(importlib.import_module(module), name)(part, *args, **kwargs)
+
+
+# -- what a schema knows -----------------------------------------------------------------------------------------
+
+
+Key = tuple[str | int, ...]
+
+
+def dotted_key(key: Key) -> str:
+    return ".".join(map(str, key))
+
+
+def show(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def section_classes(schema: type[Args], name: str, *, items: bool = False) -> list[type[Args]]:
+    """Classes that a field (or the items of its list) may hold; none for a plain value or a free mapping."""
+    info = schema.model_fields[name]
+    found: list[type[Args]] = []
+    if isinstance(info.default, Part):
+        found = [type(info.default), *parts(name).values()]
+    else:
+        stack = [info.annotation]
+        while stack:
+            kind = stack.pop()
+            if isinstance(kind, type) and issubclass(kind, Args):
+                found.append(kind)
+            elif items or get_origin(kind) is not list:
+                stack.extend(get_args(kind))
+    return list(dict.fromkeys(found))
+
+
+def inner_sections(sections: list[type[Args]], name: str, *, items: bool = False) -> list[type[Args]]:
+    """The classes under key `name` of any of these sections."""
+    having = [section for section in sections if name in section.model_fields]
+    return [inner for section in having for inner in section_classes(section, name, items=items)]
+
+
+def is_section(schema: type[Args], name: str) -> bool:
+    return name in schema.model_fields and bool(section_classes(schema, name))
+
+
+def all_keys(schema: type[Args], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema, sections included."""
+    for name in schema.model_fields:
+        yield prefix + name
+        for section in section_classes(schema, name):
+            yield from all_keys(section, f"{prefix}{name}.")
+
+
+_PREPARE = "prepare the sources that way once, and name the new folders in data.sources"
+MOVED = {
+    "data.source_filter_functions": f"sources are not filtered while training; {_PREPARE}",
+    "data.randomize_rate": f"tokens are not randomised while training; {_PREPARE}",
+    "eval.dataset_dir": "use eval.validation.root_dir with eval.validation.sources",
+    "eval.tasks": "use eval.harness.tasks",
+    "slurm.anaconda": "take it out: jobs run in the environment that submitted them",
+    "slurm.script": "use `app` for the package that runs",
+    "slurm.launcher": "take it out: jobs are always submitted by sbatch",
+    "slurm.copy_code": "it belongs to the command that launches a run, not to the run",
+    "slurm.dirs_exists_ok": "it belongs to the command that launches a run, not to the run",
+    "slurm.override": "it belongs to the command that launches a run, not to the run",
+    "slurm.config": "it belongs to the command that launches a run, not to the run",
+    "slurm.stdout": "take it out: logs lie in the run folder's logs/",
+    "model.tie_weights": "use model.weight_tying",
+    "model.hf": "use data.tokenizer.name: hf, and checkpoint.init_ckpt_path for the weights",
+}
+"""Keys of lingua and its forks that are gone, each with what replaces it."""
+
+
+def unknown_key(key: Key, schema: type[Args]) -> str:
+    dotted = dotted_key(key)
+    if dotted in MOVED:
+        return f"{dotted} is no key here: {MOVED[dotted]}"
+    sections: list[type[Args]] = [schema]
+    for name, following in zip(key, key[1:], strict=False):
+        if isinstance(name, str):
+            sections = inner_sections(sections, name, items=isinstance(following, int))
+    names = [name for section in sections for name in section.model_fields]
+    last, prefix = str(key[-1]), dotted_key(key[:-1])
+    keys = list(all_keys(schema))
+    near = [name for name in keys if name.rpartition(".")[2] == last][:1]
+    near = near or [f"{prefix}.{name}" if prefix else name for name in difflib.get_close_matches(last, names, 1)]
+    near = near or list(difflib.get_close_matches(dotted, keys, 1))
+    hint = f"did you mean {near[0]}?" if near else f"the keys there are {', '.join(sorted(names))}"
+    return f"{dotted} is no key; {hint}"

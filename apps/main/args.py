@@ -5,9 +5,9 @@ Torch-free. A new key of an own app goes here; train, check, resume and every co
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from lingua.args import Args, Part, Text, part_of
 from lingua.data.args import DataArgs
@@ -97,3 +97,14 @@ class TrainArgs(Args):
     """GPUs of the evaluation job. Null: evaluate in the training process."""
     slurm: SlurmArgs | None = None
     """Slurm settings of the evaluation job."""
+
+    @model_validator(mode="after")
+    def _run_folder(self) -> Self:
+        """The folder depends on nothing but the config: a commit between two starts must not lose the run."""
+        if not self.dump_dir:
+            if not self.name:
+                raise ValueError(
+                    "name and dump_dir are both empty; set name, the run folder is then <dump_base>/<name>"
+                )
+            self.__dict__["dump_dir"] = f"{self.dump_base}/{self.name}"  # not by assignment, which validates again
+        return self
