@@ -1,0 +1,415 @@
+"""Batches of rows: which lane gives which row, to whom, and the state that a checkpoint keeps.
+
+Promise: row q = 0, 1, 2, ... of a run is the next row of lane q % K; step t uses rows [t*G, (t+1)*G). What the rows hold
+depends on (seed, sources and weights, tokenizer, seq_len, K) and on nothing else: not on world size, accumulation,
+workers, prefetch or restarts. Row q goes to data-parallel rank q % dp, so rank d owns the lanes l with l % dp = d.
+With K = 4 lanes, dp = 2, B = 1 and G = 4:
+
+    row    0  1  2  3 | 4  5  6  7 | ...          | ends a step
+    lane   0  1  2  3 | 0  1  2  3
+    rank   0  1  0  1 | 0  1  0  1                micro steps of rank 0: row 0, row 2, row 4, ...
+
+`data.skip_rows`: a row has number l + K*k, its place in its lane. A row to be passed over is left out of its lane and the
+lane's next row takes the turn, so rows keep their numbers, later ones move up within their lane, and neither dp nor
+workers matter. `Batch.rows` tells the numbers, which are what `skip_rows` takes.
+
+State that does not fit the config is refused with both values. Sources may change on purpose (`data.accept_change`):
+
+    weights changed      documents are chosen by the new weights from here on
+    source added         it begins with its first epoch
+    source taken away    a document of it that a lane is in the middle of is cut there
+    files changed        the source begins with an epoch that no lane has touched, in the order of its new size; what the
+                         old epochs had left is not read, a document that a lane is in the middle of is cut there;
+                         from there on again each document once per epoch
+
+Cost: state of 150-400 bytes per lane; memory for `prefetch_size` batches; in this process one copy per row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import xxhash
+
+from lingua.args import ConfigError
+from lingua.data.args import DataArgs, SourceArgs
+from lingua.data.jsonl import BadLines, DataError, JsonlSource
+from lingua.data.mix import Source
+from lingua.data.pack import IntArray, Lane, Packing, Row
+from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
+
+VERSION = 1
+
+
+class Batch(NamedTuple):
+    """Rows of one micro step on this rank. B rows, S positions."""
+
+    views: IntArray  # (n_views, B, S): views[0] inputs, views[1] labels
+    doc_ids: IntArray | None  # (B, S), with data.doc_mask: document of each input, counted from the row's begin
+    rows: np.ndarray  # (B,) int64: numbers of the rows in the run
+
+
+class Producer(Protocol):
+    """Makes the rows of this rank's lanes, in this process or in others."""
+
+    def next(self, lane: int) -> tuple[Row, dict[str, Any]]:
+        """The lane's next row and its state behind it."""
+        ...
+
+    def counts(self) -> dict[str, int]:
+        """Lines read, and bad ones by kind."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def default_lanes(rows_per_step: int) -> int:
+    """K where the config leaves it open: the smallest multiple of G that is at least 64."""
+    return rows_per_step * -(-64 // rows_per_step)
+
+
+# -- sources -------------------------------------------------------------------------------------------------------
+
+
+def source_args(args: DataArgs) -> list[SourceArgs]:
+    """Sources that are read, each with its name and path, by name: their order in the config does not matter."""
+    if isinstance(args.sources, dict):
+        listed = [SourceArgs(path=name, weight=weight, name=name) for name, weight in args.sources.items()]
+    else:
+        listed = args.sources
+    named = [source.model_copy(update={"name": source.name or Path(source.path).name}) for source in listed]
+    names = [str(source.name) for source in named]
+    twice = sorted(name for name, n in Counter(names).items() if n > 1)
+    if twice:
+        raise ConfigError(f"data.sources: two sources are called {twice[0]!r}; give each its own `name`")
+    read = [source for source in named if source.weight > 0]
+    if not read:
+        raise ConfigError("data.sources: no source with a weight above 0; nothing to read")
+    return sorted(read, key=lambda source: str(source.name))
+
+
+def source_path(args: DataArgs, source: SourceArgs) -> Path:
+    """Where a source lies: relative paths are looked up in data.root_dir."""
+    path = Path(os.path.expandvars(source.path)).expanduser()
+    return Path(os.path.expandvars(args.root_dir)).expanduser() / path if args.root_dir else path
+
+
+def open_sources(args: DataArgs, n_lanes: int) -> tuple[list[Source], BadLines]:
+    """All sources that are read, and the counters that they share."""
+    bad = BadLines(args.on_bad_line, args.max_bad_fraction)
+    sources: list[Source] = []
+    for source in source_args(args):
+        if source.format != "jsonl":
+            raise ConfigError(f"data.sources: format {source.format!r} of {source.name} is not there yet; use jsonl")
+        path = source_path(args, source)
+        sources.append(
+            JsonlSource(str(source.name), path, n_lanes, weight=source.weight, text_key=source.text_key, bad=bad)
+        )
+    return sources, bad
+
+
+# -- state ---------------------------------------------------------------------------------------------------------
+
+
+def order_of(args: DataArgs, n_lanes: int) -> dict[str, Any]:
+    """What the order of rows depends on besides the sources: a state fits only the same."""
+    return {
+        "version": VERSION,
+        "K": n_lanes,
+        "seq_len": args.seq_len,
+        "seed": args.seed,
+        "tokenizer": tokenizer_fingerprint(args.tokenizer),
+        "add_bos": args.add_bos,
+        "add_eos": args.add_eos,
+        "shuffle_window": args.shuffle_window,
+    }
+
+
+def sources_of(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+    """Weight and fingerprint of each source, as the state keeps them."""
+    return {source.name: {"weight": source.weight, "fingerprint": source.fingerprint} for source in sources}
+
+
+def fingerprint_of(described: dict[str, dict[str, Any]]) -> str:
+    """One short word for all sources with their weights: what `data.accept_change` takes."""
+    text = repr([(name, float(d["weight"]), d["fingerprint"]) for name, d in sorted(described.items())])
+    return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogateescape"))
+
+
+_REMEDY = {
+    "version": "go on with the version of lingua that wrote it",
+    "K": "set data.lanes to the first value, or begin a new run",
+    "tokenizer": "give the tokenizer file that the run began with, or begin a new run",
+}
+
+
+def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
+    """Refuse a state of another order, with both values."""
+    problems = []
+    for key, value in order.items():
+        if state.get(key) != value:
+            name = {"K": "number of lanes K", "tokenizer": "tokenizer"}.get(key, key)
+            remedy = _REMEDY.get(key, f"set data.{key} to the first value, or begin a new run")
+            problems.append(f"data state: {name} was {state.get(key)!r} and is {value!r} now; {remedy}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def adapt(state: dict[str, Any], sources: Sequence[Source], accept: str | None) -> dict[int, dict[str, Any]]:
+    """Lane states for these sources. Refused if they are not those of the state, unless the change is accepted."""
+    lanes = {int(lane): dict(record) for lane, record in state["lanes"].items()}
+    old, new = state["sources"], sources_of(sources)
+    if fingerprint_of(old) == fingerprint_of(new):
+        return lanes
+    changes = [change for name in sorted({*old, *new}) if (change := _change(name, old.get(name), new.get(name)))]
+    if accept != fingerprint_of(new):
+        raise ConfigError(
+            [
+                *changes,
+                f"data.sources are not those the run began with (were {fingerprint_of(old)}, are {fingerprint_of(new)}); "
+                f"restore them, or go on with them on purpose: data.accept_change={fingerprint_of(new)}",
+            ]
+        )
+    n_lanes = state["K"]
+    for source in sources:
+        if source.name in old and old[source.name]["fingerprint"] != new[source.name]["fingerprint"]:
+            _begin_again(source, lanes, n_lanes, state["epochs"][source.name])
+    for record in lanes.values():
+        record["tapes"] = {name: place for name, place in record["tapes"].items() if name in new}
+        if record["source"] not in record["tapes"]:
+            record["source"] = None
+    return lanes
+
+
+def _change(name: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> str | None:
+    if old is None:
+        return f"data.sources: {name} is new"
+    if new is None:
+        return f"data.sources: {name} is gone"
+    what = [f"{key} was {old[key]} and is {new[key]} now" for key in new if old[key] != new[key]]
+    return f"data.sources: {name}: {', '.join(what)}" if what else None
+
+
+def _begin_again(source: Source, lanes: dict[int, dict[str, Any]], n_lanes: int, epochs: int) -> None:
+    """Put all lanes at the begin of the first epoch that none has touched, on the tape of the changed files."""
+    begin = epochs * source.n_blocks
+    for lane, record in lanes.items():
+        record["tapes"][source.name] = [begin + (lane - begin) % n_lanes, -1]
+        if record["source"] == source.name:
+            record["source"] = None
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of all lanes from those of all ranks, which must be of the same moment. Order does not matter."""
+    first, *others = states
+    whole = {**first, "lanes": dict(first["lanes"]), "epochs": dict(first["epochs"])}
+    for state in others:
+        for key in first:
+            if key not in ("lanes", "epochs") and state.get(key) != first[key]:
+                raise ConfigError(f"data states of two ranks differ in {key}: {first[key]!r} and {state.get(key)!r}")
+        twice = whole["lanes"].keys() & state["lanes"].keys()
+        if twice:
+            raise ConfigError(f"data states of two ranks both hold lane {min(twice, key=int)}")
+        whole["lanes"] |= state["lanes"]
+        for name, epochs in state["epochs"].items():
+            whole["epochs"][name] = max(epochs, whole["epochs"].get(name, 0))
+    return whole
+
+
+# -- the loader ----------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    """Iterator of batches of one rank; a context manager."""
+
+    def __init__(
+        self,
+        producer: Producer,
+        *,
+        batch_size: int,
+        packing: Packing,
+        lanes: Sequence[int],
+        states: dict[int, dict[str, Any]],
+        header: dict[str, Any],
+        n_blocks: dict[str, int],
+        row: int,
+        dp_size: int,
+    ) -> None:
+        self._producer, self._batch_size, self._packing = producer, batch_size, packing
+        self._lanes, self._states, self._header, self._n_blocks = lanes, states, header, n_blocks
+        self._row, self._dp_size = row, dp_size  # rows of the run used so far, by all ranks
+        self._turn = row // dp_size  # rows of this rank used so far
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        n_rows, seq_len, n_views = self._batch_size, self._packing.seq_len, self._packing.n_views
+        views = np.empty((n_views, n_rows, seq_len), np.int32)
+        doc_ids = np.empty((n_rows, seq_len), np.int32) if self._packing.doc_ids else None
+        numbers = np.empty(n_rows, np.int64)
+        states: dict[int, dict[str, Any]] = {}
+        for i in range(n_rows):
+            lane = self._lanes[(self._turn + i) % len(self._lanes)]
+            row, states[lane] = self._producer.next(lane)
+            for view in range(n_views):
+                views[view, i] = row.tokens[view : view + seq_len]
+            if doc_ids is not None:
+                doc_ids[i] = row.doc_ids
+            numbers[i] = row.number
+        self._states |= states
+        self._turn += n_rows
+        self._row += n_rows * self._dp_size
+        return Batch(views, doc_ids, numbers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of this rank's lanes behind the last batch handed out. JSON-able; see `merge_states`."""
+        lanes = {str(lane): self._states[lane] for lane in self._lanes}
+        return {**self._header, "row": self._row, "epochs": self._epochs(), "lanes": lanes}
+
+    def _epochs(self) -> dict[str, int]:
+        """Per source the first epoch that none of this rank's lanes has touched."""
+        places = {name: [state["tapes"][name][0] for state in self._states.values()] for name in self._n_blocks}
+        return {name: max(place) // self._n_blocks[name] + 1 for name, place in places.items()}
+
+    def stats(self) -> dict[str, float]:
+        """Counters for the metrics: lines, bad lines by kind, and per source the epoch of this rank's lanes."""
+        counts = dict(self._producer.counts())
+        lines = counts.pop("lines", 0)
+        out: dict[str, float] = {"data/lines": lines, "data/bad_lines": sum(counts.values())}
+        out |= {f"data/bad_lines/{kind}": n for kind, n in sorted(counts.items())}
+        for name, n_blocks in self._n_blocks.items():
+            epochs = [state["tapes"][name][0] / n_blocks for state in self._states.values()]
+            out[f"data/epoch/{name}"] = sum(epochs) / len(epochs)
+            out[f"data/epoch_spread/{name}"] = max(epochs) - min(epochs)
+        return out
+
+    def close(self) -> None:
+        """Give back files and processes; harmless twice."""
+        self._producer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class InProcess:
+    """Rows made in this process, when they are asked for."""
+
+    def __init__(
+        self,
+        args: DataArgs,
+        n_lanes: int,
+        states: dict[int, dict[str, Any]],
+        sources: list[Source],
+        bad: BadLines,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._sources, self._bad = sources, bad
+        packing = packing_of(args)
+        self._lanes = {
+            lane: Lane(
+                lane,
+                n_lanes,
+                sources,
+                tokenizer,
+                packing,
+                seed=args.seed,
+                window=args.shuffle_window,
+                skip_rows=args.skip_rows,
+                state=state,
+            )
+            for lane, state in states.items()
+        }
+
+    def next(self, lane: int) -> tuple[Row, dict[str, Any]]:
+        made = self._lanes[lane]
+        return made.next(), made.state()
+
+    def counts(self) -> dict[str, int]:
+        return self._bad.counts()
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+
+def packing_of(args: DataArgs) -> Packing:
+    return Packing(args.seq_len, args.n_views, args.add_bos, args.add_eos, args.doc_mask)
+
+
+def build_loader(
+    args: DataArgs,
+    *,
+    rows_per_step: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    state: dict[str, Any] | None = None,
+) -> Loader:
+    """The loader of one data-parallel rank. `rows_per_step`: G; `state`: of all lanes (`merge_states`), or None.
+
+    Raises ConfigError or DataError, with the remedy, before anything is started.
+    """
+    n_lanes = args.lanes or default_lanes(rows_per_step)
+    _check_sizes(n_lanes, rows_per_step, dp_size, args.batch_size)
+    header = order_of(args, n_lanes)
+    if state is not None:
+        check_order(state, header)
+    sources, bad = open_sources(args, n_lanes)
+    for source in sources:
+        source.check()
+    if state is None:
+        states = {}
+        row = 0
+    else:
+        states = adapt(state, sources, args.accept_change)
+        row = state["row"]
+        if row % dp_size:
+            raise ConfigError(f"data state: {row} rows are used, which {dp_size} data-parallel ranks cannot share")
+    lanes = list(range(dp_rank, n_lanes, dp_size))
+    missing = [lane for lane in lanes if lane not in states] if state is not None else []
+    if missing:
+        raise ConfigError(f"data state: lanes {missing[:8]} are not in it; states of some ranks are missing")
+    own = {lane: states.get(lane) or _start(lane, sources) for lane in lanes}
+    header |= {"sources": sources_of(sources)}
+    tokenizer = build_tokenizer(args.tokenizer)
+    tokenizer.check_special(args.add_bos, args.add_eos)
+    producer: Producer
+    producer = InProcess(args, n_lanes, own, sources, bad, tokenizer)
+    return Loader(
+        producer,
+        batch_size=args.batch_size,
+        packing=packing_of(args),
+        lanes=lanes,
+        states=own,
+        header=header,
+        n_blocks={source.name: source.n_blocks for source in sources},
+        row=row,
+        dp_size=dp_size,
+    )
+
+
+def _start(lane: int, sources: Sequence[Source]) -> dict[str, Any]:
+    """State of a lane that has not begun."""
+    tapes = {source.name: [lane, -1] for source in sources}
+    return {"rows": 0, "pick": 0, "source": None, "tapes": tapes, "char": 0, "token": 0, "hash": f"{0:016x}"}
+
+
+def _check_sizes(n_lanes: int, rows_per_step: int, dp_size: int, batch_size: int) -> None:
+    if n_lanes % dp_size:
+        raise ConfigError(f"data.lanes: {n_lanes} lanes cannot be shared by {dp_size} data-parallel ranks")
+    if rows_per_step % (dp_size * batch_size):
+        raise ConfigError(
+            f"{rows_per_step} rows per step are not a multiple of {dp_size} ranks x data.batch_size {batch_size}"
+        )
+
+
+__all__ = ["Batch", "DataError", "Loader", "build_loader", "default_lanes", "merge_states"]
