@@ -120,7 +120,7 @@ class RunLock:
         """Number of this start, from 1. 0: not the owner."""
 
     def acquire(self) -> int:
-        """Become the owner; returns the incarnation. Raises OccupiedError, or RunError when the folder cannot be written."""
+        """Become the owner; returns the incarnation. Raises OccupiedError, or RunError for an unwritable folder."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             while not self._try_next():

@@ -259,10 +259,14 @@ class _Planner(DefaultLoadPlanner):
         raise RunError(f"{read_item.dest_index.fqn} is a pickled value, not a tensor; refused")
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint folder."""
+def tensor_properties(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of every tensor in a checkpoint folder."""
     described = _Reader(folder).read_metadata().state_dict_metadata
-    return {name: tuple(d.size) for name, d in described.items() if isinstance(d, TensorStorageMetadata)}
+    return {
+        name: (tuple(d.size), d.properties.dtype)
+        for name, d in described.items()
+        if isinstance(d, TensorStorageMetadata)
+    }
 
 
 def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:

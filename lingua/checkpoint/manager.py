@@ -61,6 +61,16 @@ class SaveReport:
     """Steps that retention gave up afterwards (with async_cleanup: will give up)."""
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What one rank has to say about its files."""
+
+    facts: Manifest
+    error: str | None = None
+    is_bug: bool = False
+    """Not the disk's fault: nothing that a later save would do better."""
+
+
 class Ranks:
     """The few exchanges a checkpoint needs. Alone, they cost nothing."""
 
@@ -99,6 +109,11 @@ class Ranks:
         if answer[1] is not None:
             raise RunError(answer[1])
         return answer[0]
+
+
+def _raise_if(error: str | None) -> None:
+    if error is not None:
+        raise RunError(error)
 
 
 class CheckpointManager:
@@ -168,13 +183,13 @@ class CheckpointManager:
         self._make_plan(state)
         written = self._ranks.gather(self._write(step, state))
         error = self._ranks.from_main(lambda: self._publish(step, written, started))
+        if final or any(of_rank.is_bug for of_rank in written):
+            _raise_if(error)
         report = SaveReport(step, path, published=error is None, error=error)
         report.seconds = time.perf_counter() - started
         if error is not None:
-            if final:
-                raise RunError(error)
             return report
-        report.size_bytes = sum(fact.size_bytes for facts, _ in written for fact in facts.values())
+        report.size_bytes = sum(fact.size_bytes for of_rank in written for fact in of_rank.facts.values())
         self._published.add(step)
         self._verified.add(step)
         report.deleted = self._ranks.from_main(self._retain)
@@ -211,8 +226,8 @@ class CheckpointManager:
                 at_once, human_bytes(needed), human_bytes(missing), self.root,
             )  # fmt: skip
 
-    def _write(self, step: int, state: TrainState) -> tuple[Manifest, str | None]:
-        """This rank's files: their facts, and what went wrong."""
+    def _write(self, step: int, state: TrainState) -> _Written:
+        """Write this rank's files into the temporary folder. Raises nothing: the others must hear what went wrong."""
         assert self._plan is not None
         folder = layout.temporary(self.root, step, self.incarnation)
         readback = self.args.verify == "readback"
@@ -232,20 +247,20 @@ class CheckpointManager:
                 facts[name] = publish.write_hashed(folder / name, [content], readback=readback, files=self._files)
             self._files.fsync_dir(folder)
         except OSError as error:
-            return facts, self._sentence(error)
-        except Exception:  # a bug on one rank: the others must hear of it instead of waiting
-            return facts, f"rank {self._ranks.rank} failed:\n{traceback.format_exc()}"
-        return facts, None
+            return _Written(facts, self._sentence(error))
+        except Exception:
+            return _Written(facts, f"rank {self._ranks.rank} failed:\n{traceback.format_exc()}", is_bug=True)
+        return _Written(facts)
 
     def _scalars(self, state: TrainState) -> bytes:
         document = scalars_of(state, self._ranks.rank, self._ranks.size)
         return orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
 
-    def _publish(self, step: int, written: list[tuple[Manifest, str | None]], started: float) -> str | None:
+    def _publish(self, step: int, written: list[_Written], started: float) -> str | None:
         """On rank 0, with every rank's facts: publish, or clear away; returns what went wrong."""
-        problem = next((error for _, error in written if error is not None), None)
+        problem = next((of_rank.error for of_rank in written if of_rank.error is not None), None)
         if problem is None:
-            facts = {name: fact for of_rank, _ in written for name, fact in of_rank.items()}
+            facts = {name: fact for of_rank in written for name, fact in of_rank.facts.items()}
             try:
                 if self._lock is not None:
                     self._lock.check()
@@ -336,8 +351,7 @@ class CheckpointManager:
         except OSError as error:
             unjudged = f"cannot read checkpoint {step}: {error}; mend that, or move {folder} and its mark away"
         found = self._ranks.gather((problems, unjudged))
-        if message := next((message for _, message in found if message), None):
-            raise RunError(message)
+        _raise_if(next((message for _, message in found if message), None))
         return [problem for problems, _ in found for problem in problems]
 
     def _set_aside(self, steps: list[int], reason: str, why: str) -> None:
@@ -373,8 +387,7 @@ class CheckpointManager:
             error = str(caught)
         except Exception:
             error = f"loading {folder} failed on rank {self._ranks.rank}:\n{traceback.format_exc()}"
-        if message := next((message for message in self._ranks.gather(error) if message), None):
-            raise RunError(message)
+        _raise_if(next((message for message in self._ranks.gather(error) if message), None))
         if self._ranks.rank == 0:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
@@ -387,7 +400,7 @@ class CheckpointManager:
         except (KeyError, TypeError):
             raise RunError(f"{folder / layout.train_state_file(0)} is not the state of a run") from None
         tensors = tensors_of(state)
-        there = set(dcp.tensor_shapes(folder))
+        there = set(dcp.tensor_properties(folder))
         here = set(tensors.by_name) | set(tensors.aliases)
         if extra := sorted(there - here):
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")

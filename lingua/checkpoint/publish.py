@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,6 +133,7 @@ def abandon(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> 
         # The mark first: while it may stand, its folder is not touched.
         with suppress(FileNotFoundError):
             files.remove(layout.done_mark(root, step))
+            files.fsync_dir(root)
         if target.exists():
             _throw_away(target, layout.trash(root, step, incarnation), files)
         if (temporary := layout.temporary(root, step, incarnation)).exists():
@@ -287,11 +288,12 @@ def pinned_steps(root: Path, now: float) -> set[int]:
     return steps
 
 
-def newest_intact(root: Path, *, skip: Collection[int] = ()) -> int | None:
-    """Newest published step whose every byte verifies; only reads, so it may look into a colleague's run."""
-    for step in reversed([s for s in layout.done_steps(root) if s not in skip]):
+def newest_intact(root: Path, *, needed: Callable[[str], bool] = lambda name: True) -> int | None:
+    """Newest published step whose `needed` files verify; only reads, so it may look into a colleague's run."""
+    for step in reversed(layout.done_steps(root)):
         try:
-            problems = damage(layout.folder(root, step), read_marked_manifest(root, step))
+            facts = read_marked_manifest(root, step)
+            problems = damage(layout.folder(root, step), {name: facts[name] for name in facts if needed(name)})
         except DamagedError as error:
             problems = [str(error)]
         if not problems:

@@ -1,0 +1,292 @@
+"""Weights from elsewhere: a run of ours, a checkpoint folder, a torch file, a Hugging Face folder.
+
+Promise: strict. Every parameter gets a value of its shape, nothing in the source is left over, or the error names what
+is wrong; the model is touched only after all names and shapes fit. No code in the source is executed: `.metadata` goes
+through an allow-list, torch files are read with weights_only. Checkpoints with a manifest are verified.
+Cost: files are mapped, not read whole; each rank copies only its own shards. No collective.
+
+Hugging Face's Llama turns the two halves of a head against each other, ours (as Meta's) turns neighbours: rows of wq
+and wk are put in our order while loading.
+
+    head of width 8, rows there:  0 1 2 3 | 4 5 6 7      pairs (0,4) (1,5) (2,6) (3,7)
+                     rows here:   0 4 1 5 2 6 3 7        the same pairs, side by side
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lingua.checkpoint import dcp, layout, publish
+from lingua.checkpoint.state import clean_name, model_tensors
+from lingua.files import RunError
+
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+
+# Tables that a model computes itself; some files carry them along.
+_COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs|rope_embeddings\.freqs_cis")
+
+_HUGGING_FACE = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+}
+_ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that can be read one by one, under the model's own names."""
+
+    what: str
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+def load_weights(model: nn.Module, path: str | Path, model_key: str | None = None) -> str:
+    """Fill `model` with the weights at `path`; returns what was loaded from where, for the log.
+
+    `path`: RUN, RUN@step, a checkpoint folder (ours or lingua's), consolidated.pth, any torch file, a safetensors file
+    or a Hugging Face folder. `model_key`: where in it the weights lie; "" for the top; None: found by itself.
+    Raises RunError with names, shapes and the remedy.
+    """
+    source = open_source(path, model_key)
+    tensors, aliases = model_tensors(model)
+    chosen = _match(source, tensors, aliases)
+    for name, theirs in chosen.items():
+        _copy(tensors[name], source.read(theirs))
+    n_values = sum(tensor.numel() for tensor in tensors.values())
+    return f"{len(tensors)} tensors ({n_values:,} parameters) from {source.what}"
+
+
+def _match(source: Source, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Our name -> the source's, for every tensor. Raises RunError for anything that does not fit."""
+    chosen: dict[str, str] = {}
+    problems: list[str] = []
+    for name, tensor in tensors.items():
+        names = [name, *(alias for alias, of in aliases.items() if of == name)]
+        theirs = next((n for n in names if n in source.shapes), None)
+        if theirs is None:
+            tied = " (it has tied weights: set model.weight_tying: true)" if name == HEAD else ""
+            problems.append(f"{name} is missing there{tied}")
+        elif source.shapes[theirs] != tuple(tensor.shape):
+            problems.append(f"{name} is {source.shapes[theirs]} there and {tuple(tensor.shape)} here")
+        else:
+            chosen[name] = theirs
+    for name in source.shapes:
+        if name not in tensors and name not in aliases and not _COMPUTED.fullmatch(name):
+            problems.append(f"{name} is not in this model")
+    untied = {alias: of for alias, of in aliases.items() if alias in source.shapes and of in source.shapes}
+    if HEAD not in tensors and HEAD not in aliases and HEAD in source.shapes:  # a tied model without a head of its own
+        problems = [problem for problem in problems if not problem.startswith(f"{HEAD} ")]
+        untied[HEAD] = EMBEDDING
+    if problems:
+        raise RunError(f"{source.what} does not fit this model: {dcp.some(problems)}")
+    for alias, name in untied.items():
+        if not torch.equal(source.read(alias), source.read(name)):
+            raise RunError(f"{source.what}: {alias} and {name} differ, but are one here; set model.weight_tying: false")
+    return chosen
+
+
+def _copy(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into `target`, of which this rank may hold only a shard."""
+    if isinstance(target, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        for axis, (size, start) in enumerate(zip(shape, offset, strict=True)):
+            whole = whole.narrow(axis, min(start, whole.shape[axis]), size)
+        target = target.to_local()
+    target.copy_(whole)
+
+
+# -- finding out what lies there ---------------------------------------------------------------------------------
+
+
+def open_source(path: str | Path, model_key: str | None = None) -> Source:
+    """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
+    place = Path(path)
+    step: int | None = None
+    run, at, number = str(path).rpartition("@")
+    if at and number.isdecimal() and not place.exists():
+        place, step = Path(run), int(number)
+    if not place.exists():
+        raise RunError(f"{place} does not exist; it should be a run, a checkpoint folder or a file of weights")
+    if (root := place / layout.CHECKPOINTS).is_dir():
+        return _from_run(root, step, model_key)
+    if step is not None:
+        raise RunError(f"{place} is not a run: it has no folder {layout.CHECKPOINTS!r}, so there is no step {step}")
+    if place.is_file():
+        return _from_safetensors([place]) if place.suffix == ".safetensors" else _from_torch(place, model_key)
+    if (place / layout.METADATA).exists():
+        return _from_dcp(place, model_key)
+    for file in (place / "consolidated.pth", place / "consolidated" / "consolidated.pth"):
+        if file.exists():
+            return _from_torch(file, model_key)
+    if files := _safetensors_of(place):
+        return _from_safetensors(files)
+    raise RunError(
+        f"{place} holds no weights: expected {layout.METADATA}, consolidated.pth, *.safetensors or a run's folder"
+    )
+
+
+def _is_weights(name: str) -> bool:
+    return name == layout.METADATA or name.startswith("model.")
+
+
+def _from_run(root: Path, step: int | None, model_key: str | None) -> Source:
+    if step is None:
+        step = publish.newest_intact(root, needed=_is_weights)
+        if step is None:
+            raise RunError(f"{root} has no published checkpoint that verifies")
+    elif step not in (steps := layout.done_steps(root)):
+        raise RunError(f"{root} has no published checkpoint of step {step}; it has {dcp.some([str(s) for s in steps])}")
+    return _from_dcp(layout.folder(root, step), model_key)
+
+
+def _from_dcp(folder: Path, model_key: str | None) -> Source:
+    if (folder / layout.MANIFEST).exists():
+        facts = publish.read_manifest(folder)
+        if problems := publish.damage(folder, {name: fact for name, fact in facts.items() if _is_weights(name)}):
+            raise RunError(f"{folder} does not verify: {'; '.join(problems)}; take another checkpoint")
+    described = dcp.tensor_properties(folder)
+    if model_key is None:
+        model_key = "model" if any(name.startswith("model.") for name in described) else ""
+    prefix = f"{model_key}." if model_key else ""
+    shapes = {name.removeprefix(prefix): shape for name, (shape, _) in described.items() if name.startswith(prefix)}
+
+    def read(name: str) -> Tensor:
+        shape, dtype = described[prefix + name]
+        tensor = torch.empty(shape, dtype=dtype)
+        dcp.read_into(folder, {prefix + name: tensor})
+        return tensor
+
+    return Source(f"checkpoint folder {folder}", shapes, read)
+
+
+def _from_torch(file: Path, model_key: str | None) -> Source:
+    try:
+        try:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise RunError(f"{file} is refused: it is not a plain file of tensors ({reason})") from None
+    keys = model_key.split(".") if model_key else []
+    if model_key is None and isinstance(content, dict):
+        keys = [key for key in ("model", "state_dict", "model_state_dict") if isinstance(content.get(key), dict)][:1]
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise RunError(f"{file} has no key {model_key!r}; set checkpoint.init_ckpt_model_key")
+        content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise RunError(
+            f"{file} holds more than tensors by name; say where they lie with checkpoint.init_ckpt_model_key"
+        )
+    tensors: dict[str, Tensor] = {clean_name(str(name)): value for name, value in content.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return _with_our_names(Source(f"torch file {file}", shapes, tensors.__getitem__), file.parent)
+
+
+def _safetensors_of(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = set(_json(index).get("weight_map", {}).values())
+        if bad := [name for name in names if name != Path(name).name]:
+            raise RunError(f"{index} points at {bad[0]!r}, outside of its folder")
+        return [folder / name for name in sorted(names)]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _from_safetensors(files: list[Path]) -> Source:
+    shapes: dict[str, tuple[int, ...]] = {}
+    opened: dict[str, Any] = {}
+    for file in files:
+        try:
+            mapped = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{file} cannot be read: {error}") from None
+        for name in mapped.keys():  # noqa: SIM118 - not a dict
+            shapes[name] = tuple(mapped.get_slice(name).get_shape())
+            opened[name] = mapped
+    where = files[0].parent if len(files) > 1 else files[0]
+    source = Source(f"safetensors {where}", shapes, lambda name: opened[name].get_tensor(name))
+    return _with_our_names(source, files[0].parent)
+
+
+# -- Hugging Face names --------------------------------------------------------------------------------------------
+
+
+def _with_our_names(source: Source, folder: Path) -> Source:
+    """The same weights under our names, if they have Hugging Face's; needs the config.json beside them."""
+    if "model.embed_tokens.weight" not in source.shapes:
+        return source
+    config = _json(folder / "config.json")
+    try:
+        head_width = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise RunError(f"{folder / 'config.json'} lacks hidden_size and num_attention_heads (or head_dim)") from None
+    theirs = {our_name(name): name for name in source.shapes}
+    if config.get("tie_word_embeddings") and HEAD not in theirs:
+        theirs[HEAD] = theirs[EMBEDDING]
+
+    def read(name: str) -> Tensor:
+        tensor = source.read(theirs[name])
+        return pair_neighbours(tensor, head_width) if any(part in name for part in _ROTATED) else tensor
+
+    shapes = {name: source.shapes[original] for name, original in theirs.items()}
+    return Source(f"Hugging Face {source.what}", shapes, read)
+
+
+def our_name(name: str) -> str:
+    """Hugging Face's name of a Llama tensor -> ours; an unknown one stays as it is."""
+    prefix, rest = "", name
+    if layer := re.match(r"model\.(layers\.\d+\.)", name):
+        prefix, rest = layer[1], name[layer.end() :]
+    module, _, kind = rest.rpartition(".")
+    return f"{prefix}{_HUGGING_FACE[module]}.{kind}" if module in _HUGGING_FACE else name
+
+
+def pair_neighbours(tensor: Tensor, head_width: int) -> Tensor:
+    """Rows of each head from halves (i, i + head_width/2) to neighbours (2i, 2i + 1)."""
+    heads = tensor.unflatten(0, (-1, 2, head_width // 2))  # (H, half, pair, ...)
+    return heads.transpose(1, 2).reshape(tensor.shape)
+
+
+def pair_halves(tensor: Tensor, head_width: int) -> Tensor:
+    """The inverse of `pair_neighbours`."""
+    heads = tensor.unflatten(0, (-1, head_width // 2, 2))  # (H, pair, half, ...)
+    return heads.transpose(1, 2).reshape(tensor.shape)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; Hugging Face weights need it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is not a JSON object")
+    return content

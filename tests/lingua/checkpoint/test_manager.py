@@ -1,0 +1,500 @@
+"""Save and load of real models: bitwise on any number of ranks, stock torch opens it, faults cost one checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as stock
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lingua.checkpoint import layout
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.state import TrainState
+from lingua.files import DISK, Buffer, Files, RunError, write_json
+from lingua.runlock import RunLock
+from lingua.schema import CheckpointArgs, SaveEvery
+from tests.fakes import FaultyFiles
+from tests.ranks import run_on_ranks
+
+VOCAB, DIM = 7, 4  # 7 is divisible by neither 2 nor 3
+
+
+class TinyLM(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(VOCAB, DIM)
+        self.layers = nn.ModuleDict({"0": nn.Linear(DIM, DIM), "1": nn.Linear(DIM, DIM)})
+        self.output = nn.Linear(DIM, VOCAB, bias=False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        if tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            hidden = torch.tanh(layer(hidden))
+        return self.output(hidden)
+
+
+def make(tied: bool = False, shard: bool = False, **shared: object) -> TrainState:
+    torch.manual_seed(1)
+    model = TinyLM(tied)
+    if shard:
+        for layer in model.layers.values():
+            fully_shard(layer)
+        fully_shard(model)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return TrainState(model, torch.optim.AdamW(groups, lr=0.0, fused=True), shared=dict(shared))
+
+
+def train(state: TrainState, first: int, last: int) -> None:
+    """Steps first..last; the learning rate of a step is set after the one before, as schedulers do."""
+    for step in range(first, last + 1):
+        tokens = torch.randint(VOCAB, (3, 5), generator=torch.Generator().manual_seed(step))
+        state.model(tokens).float().logsumexp(-1).sum().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.01 * step
+    state.shared["step"] = last
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def snapshot(state: TrainState) -> dict[str, Tensor]:
+    weights = {name: whole(tensor) for name, tensor in state.model.state_dict().items()}
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    for parameter, slots in state.optimizer.state.items():
+        weights |= {f"{names[id(parameter)]}.{key}": whole(value) for key, value in slots.items()}
+    return weights
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def args(every: int = 1, keep: int = 0) -> CheckpointArgs:
+    return CheckpointArgs(dump=SaveEvery(every=every, keep=keep), eval=SaveEvery(every=0))
+
+
+def manager_of(run_dir: Path, files: Files = DISK, keep: int = 0) -> CheckpointManager:
+    return CheckpointManager(args(keep=keep), run_dir, files=files)
+
+
+def saved_run(run_dir: Path, *steps: int) -> TrainState:
+    """A run with checkpoints at these steps; returns its state after the last."""
+    state = make()
+    manager = manager_of(run_dir)
+    before = 0
+    for step in steps:
+        train(state, before + 1, step)
+        assert manager.save(step, state).published
+        before = step
+    return state
+
+
+# -- equality ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resumed_training_equals_uninterrupted(tmp_path: Path, tied: bool) -> None:
+    state = make(tied)
+    manager = manager_of(tmp_path)
+    manager.prepare(state)  # creates the optimizer's state before the first step; must leave no trace
+    train(state, 1, 3)
+    assert manager.save(3, state).published
+    train(state, 4, 5)
+
+    plain = make(tied)
+    train(plain, 1, 5)
+    assert_equal(snapshot(plain), snapshot(state))
+
+    resumed = make(tied)
+    again = manager_of(tmp_path)
+    assert again.latest() == 3
+    again.load(3, resumed)
+    assert resumed.shared == {"step": 3}
+    train(resumed, 4, 5)
+    assert_equal(snapshot(plain), snapshot(resumed))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_on_any_ranks_load_on_any_ranks(tmp_path: Path, tied: bool) -> None:
+    def save(rank: int, n: int) -> dict[str, Tensor]:
+        state = make(tied, shard=n > 1, name="run")
+        state.per_rank = {"data": f"{rank} of {n}"}
+        train(state, 1, 2)
+        report = manager_of(tmp_path / f"by{n}").save(2, state)
+        assert report.published
+        assert report.size_bytes > 0
+        return snapshot(state)
+
+    def load(rank: int, n: int, saved_by: int) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+        state = make(tied, shard=n > 1)
+        manager = manager_of(tmp_path / f"by{saved_by}")
+        assert manager.latest() == 2
+        manager.load(2, state)
+        assert state.optimizer.param_groups[0]["lr"] == 0.02
+        assert state.shared == {"name": "run", "step": 2}
+        return snapshot(state), state.per_rank_all
+
+    for saved_by in (3, 2, 1):
+        expected = run_on_ranks(lambda rank, n=saved_by: save(rank, n), saved_by)[0]
+        for loaded_by in (1, 2, 3):
+            results = run_on_ranks(lambda rank, n=loaded_by, m=saved_by: load(rank, n, m), loaded_by)
+            for result, per_rank_all in results:
+                assert_equal(expected, result)
+                assert per_rank_all == [{"data": f"{rank} of {saved_by}"} for rank in range(saved_by)]
+
+
+def test_rng_continues(tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float]:
+        return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+    state = make()
+    np.random.seed(5)
+    np.random.randn()  # leaves half of a pair behind
+    random.gauss(0, 1)
+    manager_of(tmp_path).save(1, state)
+    expected = draw()
+    torch.manual_seed(9)
+    np.random.seed(9)
+    random.seed(9)
+    manager_of(tmp_path).load(1, make())
+    assert draw() == expected
+
+
+def test_other_world_size_seeds_from_seed_step_and_rank(tmp_path: Path) -> None:
+    run_on_ranks(lambda rank: manager_of(tmp_path).save(4, make(step=4)), 2)
+
+    def draw(seed: int) -> float:
+        state = make()
+        state.seed = seed
+        manager_of(tmp_path).load(4, state)
+        assert state.per_rank == {}
+        return torch.rand(()).item()
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_changed_config_wins_and_the_schedule_is_restored(tmp_path: Path) -> None:
+    state = make()
+    train(state, 1, 3)
+    manager_of(tmp_path).save(3, state)
+    other = make()
+    for group in other.optimizer.param_groups:
+        group["weight_decay"] = 0.5
+    other = TrainState(other.model, other.optimizer)
+    manager_of(tmp_path).load(3, other)
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.5, 0.5]
+    assert [group["lr"] for group in other.optimizer.param_groups] == [0.03, 0.03]
+    assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+# -- stock torch -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_stock_torch_opens_it(tmp_path: Path, tied: bool) -> None:
+    def save(rank: int) -> dict[str, Tensor]:
+        state = make(tied, shard=True)
+        train(state, 1, 2)
+        manager_of(tmp_path).save(2, state)
+        return snapshot(state)
+
+    expected = run_on_ranks(save, 3)[0]
+    folder = layout.folder(tmp_path / layout.CHECKPOINTS, 2)
+
+    fresh = make(tied)
+    loaded = {"model": fresh.model.state_dict()}
+    stock.load(loaded, checkpoint_id=folder, no_dist=True)
+    fresh.model.load_state_dict(loaded["model"])
+    assert_equal({n: t for n, t in expected.items() if n in loaded["model"]}, snapshot(fresh))
+
+    dcp_to_torch_save(folder, tmp_path / "whole.pt")
+    converted = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert set(converted) == {"model", "optim"}
+    for name, tensor in converted["model"].items():
+        assert torch.equal(tensor, expected[name])
+    for name, slots in converted["optim"]["state"].items():
+        for key, tensor in slots.items():
+            assert torch.equal(tensor, expected[f"{name}.{key}"])
+
+
+def test_a_tied_weight_is_written_once(tmp_path: Path) -> None:
+    sizes = {}
+    for tied in (False, True):
+        run_dir = tmp_path / str(tied)
+        manager_of(run_dir).save(1, make(tied))
+        sizes[tied] = (layout.folder(run_dir / layout.CHECKPOINTS, 1) / layout.model_file(0)).stat().st_size
+    assert sizes[False] - sizes[True] > VOCAB * DIM * 4
+
+
+def test_metadata_is_constant(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1, 2)
+    root = tmp_path / layout.CHECKPOINTS
+    first, second = ((layout.folder(root, step) / layout.METADATA).read_bytes() for step in (1, 2))
+    assert first == second
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+FILES = [layout.model_file(0), layout.optim_file(0), layout.train_state_file(0), layout.METADATA, layout.MANIFEST]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+def test_damage_is_set_aside_and_the_older_one_used(
+    tmp_path: Path, name: str, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    saved_run(tmp_path, 1, 2)
+    root = tmp_path / layout.CHECKPOINTS
+    result = layout.evaluation(tmp_path, 2) / "results.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    harm(layout.folder(root, 2) / name)
+    manager = manager_of(tmp_path)
+    assert manager.latest() == 1
+    assert name in caplog.text
+    assert layout.done_steps(root) == [1]
+    assert (root / "0000000002.broken-1").is_dir()
+    assert (root / "checkpoint_0000000002.done.broken-1").exists()
+    assert (tmp_path / "evals" / "0000000002.broken-1" / "results.json").exists()
+    state = make()
+    manager.load(1, state)
+    train(state, 2, 2)
+    assert manager.save(2, state).published  # its place is free again
+
+
+def test_a_damaged_mark_is_set_aside(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1, 2)
+    layout.done_mark(tmp_path / layout.CHECKPOINTS, 2).write_text("{")
+    assert manager_of(tmp_path).latest() == 1
+
+
+def test_nothing_intact_is_a_fresh_start(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1)
+    flip(layout.folder(tmp_path / layout.CHECKPOINTS, 1) / layout.model_file(0))
+    assert manager_of(tmp_path).latest() is None
+
+
+@pytest.mark.ranks
+def test_all_ranks_fall_back_to_the_same_step(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1, 2)
+    flip(layout.folder(tmp_path / layout.CHECKPOINTS, 2) / layout.optim_file(0))
+    assert run_on_ranks(lambda rank: manager_of(tmp_path).latest(), 3) == [1, 1, 1]
+
+
+def test_an_older_step_sets_later_ones_aside(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1, 2, 3)
+    manager = manager_of(tmp_path)
+    manager.load(1, make())
+    root = tmp_path / layout.CHECKPOINTS
+    assert layout.done_steps(root) == [1]
+    assert (root / "0000000003.later-1").is_dir()
+    with pytest.raises(RunError, match=r"no checkpoint of step 2; it has \[1\]"):
+        manager.load(2, make())
+
+
+def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1)
+    other = make()
+    other.model.layers["2"] = nn.Linear(DIM, DIM)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    with pytest.raises(RunError, match=r"model\.layers\.2\.weight is missing"):
+        manager_of(tmp_path).load(1, TrainState(other.model, other.optimizer))
+    del other.model.layers["2"], other.model.layers["1"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    kept = torch.optim.AdamW(other.model.parameters(), lr=0.0)
+    with pytest.raises(RunError, match=r"do not have: model\.layers\.1\.bias"):
+        manager_of(tmp_path).load(1, TrainState(other.model, kept))
+
+
+# -- hostile files -------------------------------------------------------------------------------------------------
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.witness,)
+
+
+def test_hostile_metadata_is_not_executed(tmp_path: Path) -> None:
+    saved_run(tmp_path, 1)
+    witness = tmp_path / "executed"
+    folder = layout.folder(tmp_path / layout.CHECKPOINTS, 1)
+    (folder / layout.METADATA).write_bytes(pickle.dumps(Touch(witness)))
+    with pytest.raises(RunError, match=r"\.metadata is refused"):
+        manager_of(tmp_path).load_folder(folder, make())
+    assert not witness.exists()
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_disk_costs_one_checkpoint_only(tmp_path: Path) -> None:
+    before = saved_run(tmp_path / "first", 1)
+    save = manager_of(tmp_path / "first", counting := FaultyFiles(), keep=1).save
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    train(before, 2, 2)
+    assert save(2, before).deleted == [1]
+    assert counting.n_done > 40
+    for fail_at in range(1, counting.n_done + 1):
+        run_dir = tmp_path / str(fail_at)
+        shutil.copytree(tmp_path / "copy", run_dir)
+        manager_of(run_dir, FaultyFiles(fail_at), keep=1).save(2, before)
+        manager = manager_of(run_dir)
+        newest = manager.latest()
+        assert newest in (1, 2)
+        manager.load(newest, state := make())
+        assert state.shared["step"] == newest
+        assert not layout.temporaries(run_dir / layout.CHECKPOINTS)
+        assert not list(run_dir.glob("*/*.broken-*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (errno.ENOSPC, r"checkpoint 2 is lost, older ones are untouched: the disk is full at .*free.*; make room"),
+        (errno.EDQUOT, r"the disk quota is used up at"),
+        (errno.EIO, r"Input/output error"),
+        (errno.EROFS, r"Read-only file system"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, error: int, sentence: str) -> None:
+    state = saved_run(tmp_path, 1)
+    manager = manager_of(tmp_path, FaultyFiles(1, error=error, lasting=True, operations=("create", "write")))
+    report = manager.save(2, state)
+    assert not report.published
+    assert report.error is not None
+    assert re.search(sentence, report.error)
+    with pytest.raises(RunError, match=sentence.replace("checkpoint 2", "checkpoint 3")):
+        manager.save(3, state, final=True)
+    assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [1]
+    assert not layout.temporaries(tmp_path / layout.CHECKPOINTS)
+
+
+@pytest.mark.ranks
+def test_one_rank_failing_is_told_to_all(tmp_path: Path) -> None:
+    def save(rank: int) -> tuple[str | None, str | None, bool]:
+        files = FaultyFiles(5, error=errno.EDQUOT) if rank == 2 else DISK
+        state = make(shard=True)
+        manager = manager_of(tmp_path, files)
+        failed = manager.save(1, state)
+        return failed.error, manager.save(2, state).error, manager.has(1)
+
+    for first, second, has_first in run_on_ranks(save, 3):
+        assert first is not None
+        assert "the disk quota is used up" in first
+        assert second is None
+        assert not has_first
+    assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [2]
+
+
+@pytest.mark.ranks
+def test_a_bug_on_one_rank_ends_all(tmp_path: Path) -> None:
+    def save(rank: int) -> str:
+        state = make(shard=True)
+        if rank == 1:
+            state.per_rank = {"data": object()}
+        with pytest.raises(RunError) as caught:
+            manager_of(tmp_path).save(1, state)
+        return str(caught.value)
+
+    for message in run_on_ranks(save, 2):
+        assert "rank 1 failed" in message
+        assert "not JSON serializable" in message
+
+
+def test_too_little_room_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingua.checkpoint.manager.free_bytes", lambda path: 1000)
+    with pytest.raises(RunError, match=r"has 1000 B free, but one checkpoint takes \d\d\.\d KiB; make room"):
+        manager_of(tmp_path).prepare(make())
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"dump_dir: cannot write to .*Not a directory"):
+        manager_of(tmp_path / "file")
+
+
+def test_a_published_step_is_not_written_again(tmp_path: Path) -> None:
+    state = saved_run(tmp_path, 1)
+    manager = manager_of(tmp_path, FaultyFiles(1))
+    assert manager.has(1)
+    assert manager.save(1, state, final=True).published
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_retention_runs_after_publishing(tmp_path: Path, in_background: bool) -> None:
+    settings = CheckpointArgs(
+        dump=SaveEvery(every=2, keep=1), eval=SaveEvery(every=3, keep=1), async_cleanup=in_background
+    )
+    state = make()
+    manager = CheckpointManager(settings, tmp_path)
+    assert [step for step in range(8) if manager.is_due(step)] == [2, 3, 4, 6]
+    for step in range(8):
+        if manager.is_due(step):
+            manager.save(step, state)
+    manager.close()
+    assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [6]
+
+
+def test_an_overtaken_start_does_not_publish(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    with lock:
+        manager = CheckpointManager(args(), tmp_path, lock=lock)
+        assert manager.incarnation == 1
+        manager.save(1, make())
+        write_json(tmp_path / "incarnations" / "0000000002.json", {})
+        with pytest.raises(RunError, match="start 2 of this run has taken over"):
+            manager.save(2, make())
+    assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [1]
+
+
+def test_readback_reads_what_the_disk_holds(tmp_path: Path) -> None:
+    class LyingFiles(Files):
+        def write(self, descriptor: int, data: Buffer) -> None:
+            super().write(descriptor, bytes(reversed(bytes(data))))
+
+    trusting = CheckpointManager(CheckpointArgs(), tmp_path / "trusting", files=LyingFiles())
+    assert trusting.save(1, make()).published
+    checking = CheckpointManager(CheckpointArgs(verify="readback"), tmp_path / "checking", files=LyingFiles())
+    report = checking.save(1, make())
+    assert not report.published
+    assert "gave back something else" in str(report.error)
