@@ -104,7 +104,7 @@ class TrainArgs(Args):
         if not self.dump_dir:
             if not self.name:
                 raise ValueError(
-                    "name and dump_dir are both empty; set name, the run folder is then <dump_base>/<name>"
+                    "name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>"
                 )
-            self.__dict__["dump_dir"] = f"{self.dump_base}/{self.name}"  # not by assignment, which validates again
+            object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
         return self
