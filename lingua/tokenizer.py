@@ -68,8 +68,10 @@ class Tokenizer(ABC):
         out = np.empty(n + add_bos + add_eos, np.int32)
         out[add_bos : add_bos + n] = ids
         if add_bos:
+            assert self.bos_id is not None, "check_special comes first"
             out[0] = self.bos_id
         if add_eos:
+            assert self.eos_id is not None, "check_special comes first"
             out[-1] = self.eos_id
         return out
 
@@ -156,7 +158,7 @@ _LLAMA3 = {
 
 
 def ranks_kind(n_ranks: int) -> Ranks:
-    """How a rank file of this length is used. OpenAI's files separate documents by <|endoftext|>, begin and end alike."""
+    """How a rank file of this length is used. In OpenAI's <|endoftext|> is both begin and end."""
     end = "<|endoftext|>"
     if n_ranks in (50256, 50280):  # r50k (GPT-2), p50k
         return Ranks(_GPT2, {end: 50256}, end, end)

@@ -1,6 +1,6 @@
 """Batches of rows: which lane gives which row, to whom, and the state that a checkpoint keeps.
 
-Promise: row q = 0, 1, 2, ... of a run is the next row of lane q % K; step t uses rows [t*G, (t+1)*G). What the rows hold
+Promise: row q = 0, 1, 2, ... of a run is the next row of lane q % K; step t uses rows [t*G, (t+1)*G). What they hold
 depends on (seed, sources and weights, tokenizer, seq_len, K) and on nothing else: not on world size, accumulation,
 workers, prefetch or restarts. Row q goes to data-parallel rank q % dp, so rank d owns the lanes l with l % dp = d.
 With K = 4 lanes, dp = 2, B = 1 and G = 4:
@@ -9,18 +9,18 @@ With K = 4 lanes, dp = 2, B = 1 and G = 4:
     lane   0  1  2  3 | 0  1  2  3
     rank   0  1  0  1 | 0  1  0  1                micro steps of rank 0: row 0, row 2, row 4, ...
 
-`data.skip_rows`: a row has number l + K*k, its place in its lane. A row to be passed over is left out of its lane and the
-lane's next row takes the turn, so rows keep their numbers, later ones move up within their lane, and neither dp nor
-workers matter. `Batch.rows` tells the numbers, which are what `skip_rows` takes.
+`data.skip_rows`: a row has number l + K*k, its place in its lane. A row to be passed over is left out of its lane and
+the lane's next row takes the turn, so rows keep their numbers, later ones move up within their lane, and neither dp
+nor workers matter. `Batch.rows` tells the numbers, which are what `skip_rows` takes.
 
 State that does not fit the config is refused with both values. Sources may change on purpose (`data.accept_change`):
 
     weights changed      documents are chosen by the new weights from here on
     source added         it begins with its first epoch
     source taken away    a document of it that a lane is in the middle of is cut there
-    files changed        the source begins with an epoch that no lane has touched, in the order of its new size; what the
-                         old epochs had left is not read, a document that a lane is in the middle of is cut there;
-                         from there on again each document once per epoch
+    files changed        the source begins with an epoch that no lane has touched, in the order of its new size;
+                         what the old epochs had left is not read, a document in the middle of
+                         which a lane stands is cut there; from there on again each document once per epoch
 
 Cost: state of 150-400 bytes per lane; memory for `prefetch_size` batches; in this process one copy per row.
 """
@@ -42,6 +42,7 @@ from lingua.data.args import DataArgs, SourceArgs
 from lingua.data.jsonl import BadLines, DataError, JsonlSource
 from lingua.data.mix import Source
 from lingua.data.pack import IntArray, Lane, Packing, Row
+from lingua.data.workers import Workers
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
 
 VERSION = 1
@@ -172,8 +173,8 @@ def adapt(state: dict[str, Any], sources: Sequence[Source], accept: str | None) 
         raise ConfigError(
             [
                 *changes,
-                f"data.sources are not those the run began with (were {fingerprint_of(old)}, are {fingerprint_of(new)}); "
-                f"restore them, or go on with them on purpose: data.accept_change={fingerprint_of(new)}",
+                f"data.sources are not those the run began with (were {fingerprint_of(old)}, are {fingerprint_of(new)}"
+                f"); restore them, or go on with them on purpose: data.accept_change={fingerprint_of(new)}",
             ]
         )
     n_lanes = state["K"]
@@ -260,7 +261,7 @@ class Loader:
             row, states[lane] = self._producer.next(lane)
             for view in range(n_views):
                 views[view, i] = row.tokens[view : view + seq_len]
-            if doc_ids is not None:
+            if doc_ids is not None and row.doc_ids is not None:
                 doc_ids[i] = row.doc_ids
             numbers[i] = row.number
         self._states |= states
@@ -342,6 +343,12 @@ class InProcess:
             source.close()
 
 
+def in_process(args: DataArgs, n_lanes: int, states: dict[int, dict[str, Any]]) -> InProcess:
+    """A producer of its own: what a worker runs."""
+    sources, bad = open_sources(args, n_lanes)
+    return InProcess(args, n_lanes, states, sources, bad, build_tokenizer(args.tokenizer))
+
+
 def packing_of(args: DataArgs) -> Packing:
     return Packing(args.seq_len, args.n_views, args.add_bos, args.add_eos, args.doc_mask)
 
@@ -353,10 +360,11 @@ def build_loader(
     dp_rank: int = 0,
     dp_size: int = 1,
     state: dict[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Loader:
     """The loader of one data-parallel rank. `rows_per_step`: G; `state`: of all lanes (`merge_states`), or None.
 
-    Raises ConfigError or DataError, with the remedy, before anything is started.
+    `tokenizer`: the one of `args.tokenizer`, where it is built already. Raises ConfigError or DataError, with the remedy, before anything is started.
     """
     n_lanes = args.lanes or default_lanes(rows_per_step)
     _check_sizes(n_lanes, rows_per_step, dp_size, args.batch_size)
@@ -380,10 +388,13 @@ def build_loader(
         raise ConfigError(f"data state: lanes {missing[:8]} are not in it; states of some ranks are missing")
     own = {lane: states.get(lane) or _start(lane, sources) for lane in lanes}
     header |= {"sources": sources_of(sources)}
-    tokenizer = build_tokenizer(args.tokenizer)
+    tokenizer = tokenizer or build_tokenizer(args.tokenizer)
     tokenizer.check_special(args.add_bos, args.add_eos)
     producer: Producer
-    producer = InProcess(args, n_lanes, own, sources, bad, tokenizer)
+    if args.load_async:
+        producer = Workers(args, n_lanes, lanes, row // dp_size % len(lanes), own)
+    else:
+        producer = InProcess(args, n_lanes, own, sources, bad, tokenizer)
     return Loader(
         producer,
         batch_size=args.batch_size,

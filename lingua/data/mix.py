@@ -1,6 +1,6 @@
 """Which document comes next on a lane: the order of blocks in a source, and the choice between sources.
 
-Promise: pure functions of (seed, sources and weights, K) and of a position. Nothing here has a history, so continuing at
+Promise: pure functions of (seed, sources and weights, K) and of a position. Nothing here has a history: continuing at
 document ten million costs what document one costs. Every (epoch, document) of a source is read by exactly one lane.
 
 A source is a tape of blocks, epoch after epoch. Epoch e holds its M blocks in an order of its own; lane l of K reads
@@ -102,11 +102,26 @@ class Reader(Protocol):
 class Source(Protocol):
     """A set of documents in blocks. Other formats plug in here: what they must have is blocks and offsets."""
 
-    name: str
-    key: int
-    weight: float
-    fingerprint: str
-    n_blocks: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def key(self) -> int: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the documents or their order do."""
+        ...
+
+    @property
+    def n_blocks(self) -> int: ...
+
+    def check(self) -> None:
+        """Refuse a source without any document."""
+        ...
 
     def reader(self) -> Reader: ...
 
