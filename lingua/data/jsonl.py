@@ -71,7 +71,7 @@ class BadLines:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Files of a source, by name: the path itself, or in a folder `*.chunk.*.jsonl`, else `*.jsonl`; no `*.val.jsonl`."""
+    """Files of a source by name: the path itself, or of a folder `*.chunk.*.jsonl`, else `*.jsonl` (no `*.val.jsonl`)."""
     if path.is_file():
         names = [path]
     elif path.is_dir():

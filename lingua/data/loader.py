@@ -164,7 +164,7 @@ def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
 
 def adapt(state: dict[str, Any], sources: Sequence[Source], accept: str | None) -> dict[int, dict[str, Any]]:
     """Lane states for these sources. Refused if they are not those of the state, unless the change is accepted."""
-    lanes = {int(lane): dict(record) for lane, record in state["lanes"].items()}
+    lanes = {int(lane): {**record, "tapes": dict(record["tapes"])} for lane, record in state["lanes"].items()}
     old, new = state["sources"], sources_of(sources)
     if fingerprint_of(old) == fingerprint_of(new):
         return lanes
@@ -181,9 +181,9 @@ def adapt(state: dict[str, Any], sources: Sequence[Source], accept: str | None) 
     for source in sources:
         if source.name in old and old[source.name]["fingerprint"] != new[source.name]["fingerprint"]:
             _begin_again(source, lanes, n_lanes, state["epochs"][source.name])
-    for record in lanes.values():
-        record["tapes"] = {name: place for name, place in record["tapes"].items() if name in new}
-        if record["source"] not in record["tapes"]:
+    for lane, record in lanes.items():
+        record["tapes"] = {name: record["tapes"].get(name, [lane, -1]) for name in new}
+        if record["source"] not in new:
             record["source"] = None
     return lanes
 
@@ -214,10 +214,11 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key in first:
             if key not in ("lanes", "epochs") and state.get(key) != first[key]:
                 raise ConfigError(f"data states of two ranks differ in {key}: {first[key]!r} and {state.get(key)!r}")
-        twice = whole["lanes"].keys() & state["lanes"].keys()
-        if twice:
-            raise ConfigError(f"data states of two ranks both hold lane {min(twice, key=int)}")
-        whole["lanes"] |= state["lanes"]
+        for lane, record in state["lanes"].items():  # ranks of one data-parallel rank hold the same lanes
+            if whole["lanes"].setdefault(lane, record) != record:
+                raise ConfigError(
+                    f"data states of two ranks differ in lane {lane}: {whole['lanes'][lane]} and {record}"
+                )
         for name, epochs in state["epochs"].items():
             whole["epochs"][name] = max(epochs, whole["epochs"].get(name, 0))
     return whole
@@ -360,13 +361,15 @@ def build_loader(
     dp_rank: int = 0,
     dp_size: int = 1,
     state: dict[str, Any] | None = None,
+    lanes: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Loader:
     """The loader of one data-parallel rank. `rows_per_step`: G; `state`: of all lanes (`merge_states`), or None.
 
-    `tokenizer`: the one of `args.tokenizer`, where it is built already. Raises ConfigError or DataError, with the remedy, before anything is started.
+    `lanes`: K where the caller has settled it; `tokenizer`: the one of `args.tokenizer` where it is built already.
+    Raises ConfigError or DataError, with the remedy, before anything is started.
     """
-    n_lanes = args.lanes or default_lanes(rows_per_step)
+    n_lanes = lanes or args.lanes or default_lanes(rows_per_step)
     _check_sizes(n_lanes, rows_per_step, dp_size, args.batch_size)
     header = order_of(args, n_lanes)
     if state is not None:
@@ -374,38 +377,38 @@ def build_loader(
     sources, bad = open_sources(args, n_lanes)
     for source in sources:
         source.check()
-    if state is None:
-        states = {}
-        row = 0
-    else:
-        states = adapt(state, sources, args.accept_change)
-        row = state["row"]
-        if row % dp_size:
-            raise ConfigError(f"data state: {row} rows are used, which {dp_size} data-parallel ranks cannot share")
-    lanes = list(range(dp_rank, n_lanes, dp_size))
-    missing = [lane for lane in lanes if lane not in states] if state is not None else []
-    if missing:
-        raise ConfigError(f"data state: lanes {missing[:8]} are not in it; states of some ranks are missing")
-    own = {lane: states.get(lane) or _start(lane, sources) for lane in lanes}
+    own_lanes = list(range(dp_rank, n_lanes, dp_size))
+    row, states = 0, {lane: _start(lane, sources) for lane in own_lanes}
+    if state is not None:
+        row, states = state["row"], _own_states(adapt(state, sources, args.accept_change), own_lanes)
+    if row % dp_size:
+        raise ConfigError(f"data state: {row} rows are used, which {dp_size} data-parallel ranks cannot share")
     header |= {"sources": sources_of(sources)}
     tokenizer = tokenizer or build_tokenizer(args.tokenizer)
     tokenizer.check_special(args.add_bos, args.add_eos)
     producer: Producer
     if args.load_async:
-        producer = Workers(args, n_lanes, lanes, row // dp_size % len(lanes), own)
+        producer = Workers(args, n_lanes, own_lanes, row // dp_size % len(own_lanes), states)
     else:
-        producer = InProcess(args, n_lanes, own, sources, bad, tokenizer)
+        producer = InProcess(args, n_lanes, states, sources, bad, tokenizer)
     return Loader(
         producer,
         batch_size=args.batch_size,
         packing=packing_of(args),
-        lanes=lanes,
-        states=own,
+        lanes=own_lanes,
+        states=states,
         header=header,
         n_blocks={source.name: source.n_blocks for source in sources},
         row=row,
         dp_size=dp_size,
     )
+
+
+def _own_states(states: dict[int, dict[str, Any]], lanes: Sequence[int]) -> dict[int, dict[str, Any]]:
+    missing = [lane for lane in lanes if lane not in states]
+    if missing:
+        raise ConfigError(f"data state: lane {missing[0]} is not in it; the states of some ranks are missing")
+    return {lane: states[lane] for lane in lanes}
 
 
 def _start(lane: int, sources: Sequence[Source]) -> dict[str, Any]:
