@@ -1,0 +1,103 @@
+"""The app's language model: a Llama-type decoder from the blocks of lingua/transformer.py. Change it freely.
+
+Promise: built on the meta device, then `to_empty`, then `init_weights(seed)`; the values are the same in any layout.
+With weight tying there is one parameter and no second name for it, so nothing can untie it.
+Cost: with a loss, logits exist only a chunk at a time; without one, whole.
+
+Letters: B rows, S positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lingua.attention import build_mask
+from lingua.loss import Loss
+from lingua.transformer import (
+    KVCache,
+    RMSNorm,
+    RotaryEmbedding,
+    Surroundings,
+    TransformerBlock,
+    cached_mask,
+    init_parameter,
+    initial_std,
+)
+
+from .args import LMTransformerArgs
+
+
+class LMTransformer(nn.Module):
+    """tok_embeddings, layers, norm, output."""
+
+    def __init__(self, args: LMTransformerArgs) -> None:
+        super().__init__()
+        if args.vocab_size < 1:
+            raise ValueError(f"model.vocab_size is {args.vocab_size}; set it to the tokenizer's number of tokens")
+        self.args = args
+        # sdpa runs everywhere. A trainer resolves `auto` for its machine before it builds the model.
+        self.attn_impl = "sdpa" if args.attn_impl == "auto" else args.attn_impl
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.rope_embeddings = RotaryEmbedding(args)
+        self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D): the head's own, or the embedding's."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, S) int
+        *,
+        labels: Tensor | None = None,  # (B, S) int, -100 where nothing is asked
+        doc_ids: Tensor | None = None,  # (B, S) int
+        loss: Loss | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,  # (B, S) int, with a cache
+        select: Tensor | None = None,  # (B,) int: the one position of each row whose logits are wanted
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss: (fp32 loss sum, number of labels)."""
+        around = self._surroundings(tokens, doc_ids, cache, positions)
+        x = self.tok_embeddings(tokens)  # (B, S, D)
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))  # the stream has the type it would have under FSDP2
+        for layer in self.layers:
+            x = layer(x, around)
+        x = self.norm(x)
+        if labels is not None:
+            assert loss is not None, "labels without a loss"
+            return loss(x, self.output_weight, labels)
+        if select is not None:
+            x = x[torch.arange(len(x), device=x.device), select].unsqueeze(1)
+        return functional.linear(x, self.output_weight)
+
+    def _surroundings(
+        self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None, positions: Tensor | None
+    ) -> Surroundings:
+        seq_len, window = tokens.shape[1], self.args.sliding_window
+        if cache is None:
+            cos, sin = self.rope_embeddings(seq_len, positions)
+            mask = build_mask(self.attn_impl, seq_len, window, doc_ids, tokens.device)
+            return Surroundings(self.attn_impl, window, cos, sin, mask)
+        assert positions is not None, "a cache needs positions"
+        assert doc_ids is None, "a cache knows no documents"
+        cos, sin = self.rope_embeddings(seq_len, positions)
+        mask = cached_mask(positions, cache.end, window)
+        # Cached passes are short or one token long and need an explicit mask, which sdpa takes everywhere.
+        return Surroundings("sdpa", window, cos, sin, mask, cache, positions)
+
+    def init_weights(self, seed: int) -> None:
+        """Initial values of all parameters and tables; also on sharded parameters."""
+        self.init_buffers()
+        for name, parameter in self.named_parameters():
+            init_parameter(parameter, initial_std(self.args, name, parameter.shape), seed, name)
+
+    def init_buffers(self) -> None:
+        """Tables that no checkpoint holds; call it after `to_empty` if weights are loaded instead of initialised."""
+        self.rope_embeddings.fill()

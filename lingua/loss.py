@@ -1,0 +1,107 @@
+"""Next-token cross-entropy straight from hidden states, so that the logits of a whole batch never exist.
+
+Promise: log-softmax in fp32 whatever the model's type; the sum over positions and their number are returned, so that
+gradient accumulation and data-parallel ranks normalise by tokens; labels of -100 count for nothing; no host sync.
+Cost: `chunk_tokens` * V fp32 logits at a time. Gradients are made in the forward pass while a chunk's logits are
+there: nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
+
+Letters: B rows, S positions, D model width, V vocabulary, N = B*S, n positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lingua.schema import CrossEntropyArgs
+
+IGNORE = -100
+
+
+class Loss(Protocol):
+    """What a model calls with its last hidden states. Own losses register Args whose builder makes one of these."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions)."""
+        ...
+
+
+class CrossEntropy:
+    """-log p(label), plus z_loss * log(Z)**2, summed over positions."""
+
+    def __init__(self, args: CrossEntropyArgs) -> None:
+        self.z_loss = args.z_loss
+        self.chunk_tokens = args.chunk_tokens
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        device_type = hidden.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
+        chunk = self.chunk_tokens or max(1, len(labels))
+        with_grad = torch.is_grad_enabled()
+        loss_sum: Any = _ChunkedCrossEntropy.apply(hidden, weight, labels, dtype, chunk, self.z_loss, with_grad)
+        return loss_sum, (labels != IGNORE).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (N,)
+        dtype: torch.dtype,
+        chunk_tokens: int,
+        z_loss: float,
+        with_grad: bool,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = weight.to(dtype)
+            loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            hidden_grad = torch.empty_like(hidden) if with_grad else None
+            weight_grad: Tensor | None = None
+            for start in range(0, len(labels), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                x = hidden[rows].to(dtype)  # (n, D)
+                logits = (x @ head.t()).float()  # (n, V)
+                chunk_loss, logits_grad = _loss_of_logits(logits, labels[rows], z_loss, with_grad)
+                loss_sum += chunk_loss
+                if hidden_grad is not None and logits_grad is not None:
+                    logits_grad = logits_grad.to(dtype)
+                    hidden_grad[rows] = logits_grad @ head
+                    product = logits_grad.t() @ x  # (V, D)
+                    weight_grad = product.float() if weight_grad is None else weight_grad.add_(product)
+        if with_grad:
+            ctx.weight_dtype = weight.dtype
+            ctx.save_for_backward(hidden_grad, weight_grad)
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        hidden_grad, weight_grad = ctx.saved_tensors
+        of_hidden = hidden_grad * grad.to(hidden_grad.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (weight_grad * grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        return of_hidden, of_weight, None, None, None, None, None
+
+
+def _loss_of_logits(logits: Tensor, labels: Tensor, z_loss: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss sum and its gradient (n, V), which takes the place of the fp32 logits (n, V)."""
+    counted = labels != IGNORE
+    target = torch.where(counted, labels, 0).long().unsqueeze(1)  # (n, 1)
+    log_z = torch.logsumexp(logits, dim=1)  # (n,)
+    losses = log_z - logits.gather(1, target).squeeze(1) + z_loss * log_z.square()
+    loss_sum = torch.where(counted, losses, 0.0).sum()
+    if not with_grad:
+        return loss_sum, None
+    # d/dlogits = p * (1 + 2 z log Z) - onehot(label)
+    grad = logits.sub_(log_z.unsqueeze(1)).exp_()
+    if z_loss:
+        grad.mul_((1 + 2 * z_loss * log_z).unsqueeze(1))
+    every_row = torch.arange(len(labels), device=labels.device)
+    grad[every_row, target.squeeze(1)] -= 1.0
+    return loss_sum, grad.masked_fill_(~counted.unsqueeze(1), 0.0)
