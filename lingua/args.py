@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -184,7 +185,7 @@ def unknown_key(key: Key, schema: type[Args]) -> str:
     if dotted in MOVED:
         return f"{dotted} is no key here: {MOVED[dotted]}"
     sections: list[type[Args]] = [schema]
-    for name, following in zip(key, key[1:], strict=False):
+    for name, following in itertools.pairwise(key):
         if isinstance(name, str):
             sections = inner_sections(sections, name, items=isinstance(following, int))
     names = [name for section in sections for name in section.model_fields]

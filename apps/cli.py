@@ -1,0 +1,111 @@
+"""The `lingua` command: thin; every sub-command is one call into a room, imported when it is called.
+
+Cost: `lingua --help` imports typer and nothing of ours that is heavy.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
+
+app = typer.Typer(
+    name="lingua",
+    help="Pretrain language models: check a config, train, generate. Killed anywhere, it goes on where it was.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Errors are one sentence; --debug or LINGUA_DEBUG=1 shows the traceback. "
+    "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 1 other failures.",
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG [+OVERLAY] [KEY=VALUE] ...",
+        help="A config (bare or as config=FILE), overlays (+debug, +my.yaml), overrides (optim.lr=1e-4), group picks "
+        "(model=llama_7B), app=PACKAGE.",
+        show_default=False,
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@app.command()
+def check(
+    words: Words = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: those the config speaks of.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that the hours are computed with.")] = 0.4,
+    gpu: Annotated[str, typer.Option(help="GPU that memory and hours are computed for.")] = "h200",
+    strict_paths: Annotated[bool, typer.Option(help="Missing data and tokenizer files are errors.")] = False,
+    accept_change: Annotated[bool, typer.Option(help="Allow changes of a started run that need it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    debug: Debug = False,
+) -> int:
+    """Check a config: what it resolves to, where each value came from, and figures to plan with."""
+    line = parse_command_line(words or [])
+    line.flags["accept-change"] = accept_change
+    room = app_module(choose_app(line), "report")
+    return room.report(line, world_size=world_size, mfu=mfu, gpu=gpu, strict_paths=strict_paths, as_json=as_json)
+
+
+@app.command()
+def schema(
+    reference: Annotated[bool, typer.Option(help="A page of all keys (markdown) instead of the JSON schema.")] = False,
+    chosen: Annotated[str, typer.Argument(metavar="[app=PACKAGE]", show_default=False)] = f"app={DEFAULT_APP}",
+    debug: Debug = False,
+) -> int:
+    """Print the JSON schema of configs, from which editors complete YAML, or the reference page of all keys."""
+    import orjson
+
+    from lingua.reference import json_schema, reference_page
+
+    args = app_module(chosen.removeprefix("app="), "args").TrainArgs
+    print(reference_page(args) if reference else orjson.dumps(json_schema(args), option=orjson.OPT_INDENT_2).decode())
+    return 0
+
+
+@app.command(context_settings=PASSED_ON)
+def train(words: Words = None) -> int:
+    """Train, or go on training: the same as `python -m apps.main.train`. All words are passed on."""
+    return _pass_on("train", words or [])
+
+
+@app.command(context_settings=PASSED_ON)
+def generate(
+    words: Annotated[list[str] | None, typer.Argument(metavar="ckpt=RUN_OR_FOLDER [KEY=VALUE] ...")] = None,
+) -> int:
+    """Generate text from a run or checkpoint: the same as `python -m apps.main.generate`. All words are passed on."""
+    return _pass_on("generate", words or [])
+
+
+def _pass_on(room: str, words: list[str]) -> int:
+    """Call the chosen app's `main(words)`."""
+    config = [word for word in words if not word.startswith(("-", "+", "prompt="))]
+    return app_module(choose_app(parse_command_line(config)), room).main(words)
+
+
+def _typer_main(words: list[str]) -> int:
+    import click
+
+    try:
+        return app(words, prog_name="lingua", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        raise KeyboardInterrupt from None
+
+
+def main() -> None:
+    """Console script `lingua`."""
+    sys.exit(run_main(_typer_main, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

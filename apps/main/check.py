@@ -1,0 +1,509 @@
+"""What a config means, and whether it can: sizes of a run, checks across sections, and figures to plan with.
+
+Promise: train, `lingua check` and every command that starts a run judge a config by `load` alone, so they cannot
+disagree; everything wrong is said at once, before a process group, a device or a folder is touched.
+Cost: no torch; a fraction of a second, more when a large tokenizer file or `epochs` needs the data looked at.
+
+The numbers of a step: B rows of a micro step on each of `dp` data-parallel ranks, G = B * grad_acc_steps * dp rows of
+a step, S tokens of a row, K lanes. G and K stay when a run goes on with other GPUs; grad_acc_steps is derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lingua.args import ConfigError
+from lingua.compose import Composed, examine
+from lingua.data.args import DataArgs
+from lingua.entry import CommandLine
+from lingua.freeze import Difference, compare, freeze, read_frozen
+from lingua.schema import LlamaArgs
+from lingua.tokenizer import TokenizerArgs, assumed_n_words, build_tokenizer
+
+from .args import TrainArgs
+
+DEFAULT_STEPS = 1000
+MIN_LANES = 64
+STATE_BYTES_PER_PARAM = 12  # fp32 parameter and AdamW's two fp32 moments
+_GIB = 1 << 30
+
+
+class Finding(NamedTuple):
+    """Something about a key (the first that it concerns)."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The sizes of a run: what the config leaves open, decided."""
+
+    world_size: int
+    dp_replicate: int
+    dp_shard: int
+    tp_size: int
+    batch_size: int
+    """B."""
+    seq_len: int
+    """S."""
+    grad_acc_steps: int
+    rows_per_step: int
+    """G."""
+    lanes: int
+    """K."""
+    n_steps: int
+    vocab_size: int
+    max_seqlen: int
+    how_long: str
+    """Where n_steps comes from."""
+    flops_per_token: float
+    n_params: int
+    n_params_non_embedding: int
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_len
+
+    @property
+    def tokens_per_rank_step(self) -> int:
+        """Tokens of a step on one data-parallel rank."""
+        return self.batch_size * self.grad_acc_steps * self.seq_len
+
+    @property
+    def total_tokens(self) -> int:
+        return self.n_steps * self.tokens_per_step
+
+    def frozen(self) -> dict[str, Any]:
+        """What the frozen config says in place of what was left open."""
+        return {
+            "steps": self.n_steps,
+            "epochs": None,
+            "total_flops": None,
+            "global_batch_size": self.rows_per_step,
+            "grad_acc_steps": None,  # derived again, so that other GPUs may go on
+            "data.lanes": self.lanes,
+            "model.vocab_size": self.vocab_size,
+            "model.max_seqlen": self.max_seqlen,
+        }
+
+
+@dataclass
+class Study:
+    """What is wrong and what is odd; `resolved` unless the sizes themselves are wrong."""
+
+    resolved: Resolved | None = None
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+
+
+@dataclass
+class Checked:
+    """A config that may start."""
+
+    composed: Composed[TrainArgs]
+    resolved: Resolved
+    warnings: list[str]
+    differences: list[Difference]
+    """Against the config of the run's first start; none at a first start."""
+    frozen: dict[str, Any]
+    """What `config.yaml` of the run folder says."""
+
+    @property
+    def args(self) -> TrainArgs:
+        return self.composed.args
+
+
+def load(
+    line: CommandLine, world_size: int | None = None, *, strict_paths: bool = False, schema: type[TrainArgs] = TrainArgs
+) -> Checked:
+    """The config of a command line, checked. Raises ConfigError with everything that is wrong with it."""
+    examined = examine(line.config, line.overlays, line.overrides, schema)
+    if examined.composed is None:
+        raise ConfigError(examined.complaints)
+    composed, args = examined.composed, examined.composed.args
+    frozen = read_frozen(Path(args.dump_dir))
+    study_ = study(args, world_size or default_world_size(args), frozen, strict_paths=strict_paths)
+    about = {key.partition(".")[0] for key in examined.bad_keys}
+    # What may only follow from a wrong key, which was left out, is not said.
+    errors = [finding for finding in study_.errors if finding.key.partition(".")[0] not in about]
+    complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
+    if complaints or study_.resolved is None:
+        raise ConfigError(complaints)
+    now = freeze(args, study_.resolved.frozen())
+    differences = compare(frozen, now) if frozen is not None else []
+    barring = [d for d in differences if d.rule == "refuse" or (d.rule == "accept" and not accepts(line))]
+    if barring:
+        raise ConfigError([f"{Path(args.dump_dir) / 'config.yaml'}: {difference}" for difference in barring])
+    warnings = [composed.complaint(*finding) for finding in study_.warnings]
+    return Checked(composed, study_.resolved, warnings, differences, now)
+
+
+def accepts(line: CommandLine) -> bool:
+    return bool(line.flags.get("accept-change"))
+
+
+def default_world_size(args: TrainArgs) -> int:
+    """The ranks that the config speaks of."""
+    layout = args.distributed
+    return (layout.dp_replicate or 1) * (layout.dp_shard or 1) * layout.tp_size
+
+
+def problems(args: TrainArgs, world_size: int) -> tuple[list[Finding], list[Finding]]:
+    """(errors, warnings) of a config that is valid key by key."""
+    found = study(args, world_size)
+    return found.errors, found.warnings
+
+
+def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None) -> Resolved:
+    """The sizes of a run on so many ranks. Raises ConfigError when they do not fit."""
+    found = study(args, world_size, frozen)
+    if found.errors or found.resolved is None:
+        raise ConfigError([finding.text for finding in found.errors])
+    return found.resolved
+
+
+def study(
+    args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None, *, strict_paths: bool = False
+) -> Study:
+    """Everything that is to be said about a valid config; `frozen` is that of the run's first start."""
+    found = Study()
+    (found.errors if strict_paths else found.warnings).extend(missing_paths(args))
+    found.errors += [*_conflicts(args), *_unreadable_sources(args.data)]
+    found.resolved = _sizes(args, world_size, frozen or {}, found)
+    if found.resolved is not None:
+        found.errors += _misfits(args, found.resolved)
+        found.warnings += _oddities(args, found.resolved)
+    return found
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def _sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: Study) -> Resolved | None:
+    try:
+        dp_replicate, dp_shard, tp_size = args.distributed.degrees(world_size)
+    except ValueError as error:
+        found.errors.append(Finding("distributed", f"distributed: {error}; mend the degrees or the number of ranks"))
+        return None
+    dp_size, batch_size = dp_replicate * dp_shard, args.data.batch_size
+    rows = _rows_per_step(args, dp_size, frozen, found)
+    if rows is None:
+        return None
+    lanes = args.data.lanes or frozen.get("data", {}).get("lanes") or default_lanes(rows)
+    vocab_size = _vocab_size(args, found)
+    model = args.model.model_copy(update={"vocab_size": vocab_size})
+    flops_per_token = model.flops_per_token(args.data.seq_len)
+    n_steps, how_long = _length(args, rows * args.data.seq_len, flops_per_token, found)
+    return Resolved(
+        world_size=world_size,
+        dp_replicate=dp_replicate,
+        dp_shard=dp_shard,
+        tp_size=tp_size,
+        batch_size=batch_size,
+        seq_len=args.data.seq_len,
+        grad_acc_steps=rows // (batch_size * dp_size),
+        rows_per_step=rows,
+        lanes=lanes,
+        n_steps=n_steps,
+        vocab_size=vocab_size,
+        max_seqlen=max(args.model.max_seqlen, args.data.seq_len),
+        how_long=how_long,
+        flops_per_token=flops_per_token,
+        n_params=model.n_params(),
+        n_params_non_embedding=model.n_params_non_embedding(),
+    )
+
+
+def default_lanes(rows_per_step: int) -> int:
+    """K: the smallest multiple of G that is at least 64."""
+    return rows_per_step * -(-MIN_LANES // rows_per_step)
+
+
+def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], found: Study) -> int | None:
+    """G: as stated, as frozen, or B * grad_acc_steps * dp; None (and an error) when B * dp does not divide it."""
+    batch_size, micro_steps, stated = args.data.batch_size, args.grad_acc_steps, args.global_batch_size
+    per_micro_step = batch_size * dp_size
+    own = per_micro_step * (micro_steps or 1)
+    rows = stated or frozen.get("global_batch_size") or own
+    what = f"{batch_size} rows * {dp_size} data-parallel ranks = {per_micro_step}"
+    if rows % per_micro_step:
+        why = f"global_batch_size is {rows}" if stated else f"this run's rows per step stay {rows}"
+        fits = " or ".join(str(b) for b in _divisors(rows, dp_size, near=batch_size))
+        remedy = f"set data.batch_size to {fits}" if fits else f"start on a number of ranks that divides {rows}"
+        if stated:
+            low = rows // per_micro_step * per_micro_step
+            near = " or ".join(str(n) for n in (low, low + per_micro_step) if n)
+            remedy = f"the nearest that fit are {near}"
+        key = "global_batch_size" if stated else "data.batch_size"
+        found.errors.append(Finding(key, f"{why}, no multiple of {what}; {remedy}"))
+        return None
+    if micro_steps is not None and rows != own:
+        if stated:
+            text = f"global_batch_size is {rows}, but {what} * grad_acc_steps {micro_steps} is {own}; drop one of them"
+            found.errors.append(Finding("global_batch_size", text))
+            return None
+        text = f"grad_acc_steps is {rows // per_micro_step} and not {micro_steps}, so that a step keeps its {rows} rows"
+        found.warnings.append(Finding("grad_acc_steps", text))
+    return rows
+
+
+def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
+    """The batch sizes closest to `near`, one on each side, that go into G on this many ranks."""
+    if rows % dp_size:
+        return []
+    fits = [b for b in range(1, rows // dp_size + 1) if rows // dp_size % b == 0]
+    return [*([b for b in fits if b < near][-1:]), *([b for b in fits if b > near][:1])]
+
+
+def _vocab_size(args: TrainArgs, found: Study) -> int:
+    """V: the model's own, else the tokenizer's, else what its name lets assume."""
+    n_words, known = _n_words(args.data.tokenizer)
+    stated = args.model.vocab_size
+    if stated > 0 and stated < n_words and known:
+        text = f"model.vocab_size is {stated}, but the tokenizer has {n_words} tokens; set it to {n_words} or to -1"
+        found.errors.append(Finding("model.vocab_size", text))
+    if stated == 0:
+        found.errors.append(Finding("model.vocab_size", f"model.vocab_size is 0; set it to {n_words} or to -1"))
+    return stated if stated > 0 else n_words
+
+
+def _n_words(args: TokenizerArgs) -> tuple[int, bool]:
+    """(vocabulary, whether it was read from the file)."""
+    if args.name != "bytes" and not _tokenizer_is_there(args):
+        return assumed_n_words(args), False
+    return build_tokenizer(args).n_words, True
+
+
+def _tokenizer_is_there(args: TokenizerArgs) -> bool:
+    path = Path(args.path or "")
+    return bool(args.path) and ((path / "tokenizer.json").is_file() or path.is_file())
+
+
+def _length(args: TrainArgs, tokens_per_step: int, flops_per_token: float, found: Study) -> tuple[int, str]:
+    if args.steps is not None:
+        return args.steps, "steps"
+    if args.total_flops is not None:
+        formula = (
+            f"total_flops {args.total_flops:.4g} / ({flops_per_token:.4g} per token * {tokens_per_step:,} per step)"
+        )
+        flops_per_step = flops_per_token * tokens_per_step
+        n_steps = int(args.total_flops / flops_per_step)
+        if n_steps < 1:
+            text = f"total_flops {args.total_flops:.4g} is less than one step; one takes {flops_per_step:.4g}"
+            found.errors.append(Finding("total_flops", text))
+        return n_steps, formula
+    if args.epochs is not None:
+        try:
+            tokens = estimate_tokens(args.data)
+        except (OSError, ValueError) as error:
+            text = f"epochs needs the data to be counted, and {error}; assumed {DEFAULT_STEPS} steps"
+            found.warnings.append(Finding("epochs", text))
+            return DEFAULT_STEPS, "assumed"
+        n_steps = max(1, int(args.epochs * tokens / tokens_per_step))
+        return n_steps, f"epochs {args.epochs:g} * {tokens:,} tokens (estimated from a sample) / {tokens_per_step:,}"
+    return DEFAULT_STEPS, "default"
+
+
+def estimate_tokens(args: DataArgs, sample_bytes: int = 1 << 20) -> int:
+    """Tokens of one pass over every source: its bytes times the tokens per byte of a sample from its first file.
+
+    The same files give the same number. Raises ConfigError or OSError when a source or the tokenizer is not there.
+    """
+    from itertools import islice
+
+    import orjson
+
+    from lingua.data.jsonl import find_files
+
+    tokenizer, total = build_tokenizer(args.tokenizer), 0
+    folders = source_folders(args)
+    if not folders:
+        raise ConfigError("data.sources is empty")
+    for folder in folders.values():
+        files = find_files(folder)
+        n_bytes = n_tokens = 0
+        with files[0].open("rb") as file:
+            for raw in islice(file, 10_000):
+                n_bytes += len(raw)
+                try:
+                    document = orjson.loads(raw)
+                    text = document.get("text", document.get("content", ""))
+                    n_tokens += len(tokenizer.encode(text, args.add_bos, args.add_eos))
+                except (ValueError, AttributeError, TypeError):
+                    continue  # the loader counts bad lines
+                if n_bytes >= sample_bytes:
+                    break
+        total += int(sum(file.stat().st_size for file in files) * n_tokens / max(1, n_bytes))
+    return total
+
+
+# -- wrong ---------------------------------------------------------------------------------------------------------
+
+
+def source_folders(args: DataArgs) -> dict[str, Path]:
+    """Place of each source by its name, as written (relative: to the working folder)."""
+    root = Path(args.root_dir or "")
+    if isinstance(args.sources, dict):
+        return {name: root / name for name, weight in args.sources.items() if weight > 0}
+    return {source.name or Path(source.path).name: root / source.path for source in args.sources if source.weight > 0}
+
+
+def missing_paths(args: TrainArgs) -> Iterator[Finding]:
+    """What the config names and this machine does not have, with what is assumed instead."""
+    for name, folder in source_folders(args.data).items():
+        if not folder.exists():
+            yield Finding("data.sources", f"data source {name}: {folder} is not on this machine; assumed to be good")
+    tokenizer = args.data.tokenizer
+    if tokenizer.path and not _tokenizer_is_there(tokenizer):
+        n_words = assumed_n_words(tokenizer)
+        text = f"data.tokenizer.path {tokenizer.path} is not on this machine; assumed to have {n_words:,} tokens"
+        yield Finding("data.tokenizer.path", text)
+    start = args.checkpoint.init_ckpt_path
+    if start and not Path(start).exists():
+        yield Finding("checkpoint.init_ckpt_path", f"checkpoint.init_ckpt_path {start} is not on this machine")
+    held_out = args.eval.validation if args.eval is not None else None
+    if held_out is not None and held_out.root_dir and not Path(held_out.root_dir).exists():
+        text = f"eval.validation.root_dir {held_out.root_dir} is not on this machine"
+        yield Finding("eval.validation.root_dir", text)
+
+
+def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
+    """Sources that are there and cannot be used."""
+    from lingua.data.jsonl import find_files
+
+    folders = source_folders(args)
+    if args.sources and not folders:
+        yield Finding("data.sources", "every weight in data.sources is 0; give one source a weight")
+    for folder in folders.values():
+        if folder.exists():
+            try:
+                find_files(folder)
+            except (ValueError, OSError) as error:
+                yield Finding("data.sources", str(error))
+
+
+def _conflicts(args: TrainArgs) -> Iterator[Finding]:
+    """Keys that contradict each other whatever the sizes."""
+    from lingua.schedule import SCHEDULES
+
+    lengths = [key for key in ("steps", "epochs", "total_flops") if getattr(args, key) is not None]
+    if len(lengths) > 1:
+        text = f"{' and '.join(lengths)} both say how long the run is; keep one, set {lengths[-1]}=null say"
+        yield Finding(lengths[-1], text)
+    if args.optim.scheduler not in SCHEDULES:
+        text = f"optim.scheduler is {args.optim.scheduler!r}; known are {', '.join(SCHEDULES)} (own ones by `plugins`)"
+        yield Finding("optim.scheduler", text)
+    if args.data.n_views < 2:
+        yield Finding("data.n_views", "data.n_views is 1, which leaves no labels; training needs 2")
+    tokenizer = args.data.tokenizer
+    if tokenizer.name != "bytes" and not tokenizer.path:
+        text = f"data.tokenizer.name is {tokenizer.name}, which needs a file; set data.tokenizer.path"
+        yield Finding("data.tokenizer", text)
+    if args.async_eval_gpus is not None and args.eval is None:
+        text = f"async_eval_gpus is {args.async_eval_gpus}, but nothing is evaluated; add a section `eval` or drop it"
+        yield Finding("async_eval_gpus", text)
+    if args.checkpoint.continue_training_from_init and not args.checkpoint.init_ckpt_path:
+        text = "checkpoint.continue_training_from_init needs checkpoint.init_ckpt_path; set it"
+        yield Finding("checkpoint.continue_training_from_init", text)
+    yield from _attention_conflicts(args)
+
+
+def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
+    """Kernels that cannot do what is asked of them, as far as can be told without torch and without a device."""
+    if not isinstance(args.model, LlamaArgs):
+        return
+    impl = args.model.attn_impl
+    for on, what in (
+        (args.model.sliding_window is not None, "model.sliding_window"),
+        (args.data.doc_mask, "data.doc_mask"),
+    ):
+        if on and impl in ("sdpa_flash", "sdpa_cudnn"):
+            text = f"model.attn_impl is {impl}, which knows no mask, but {what} needs one; use flex, sdpa or auto"
+            yield Finding("model.attn_impl", text)
+    if args.device == "cpu" and impl in ("sdpa_cudnn", "xformers", "flash_attn"):
+        text = f"model.attn_impl is {impl}, which needs a GPU, but device is cpu; use auto"
+        yield Finding("model.attn_impl", text)
+
+
+def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """Sizes that do not go into each other."""
+    if size.lanes % size.dp_size:
+        low = size.lanes // size.dp_size * size.dp_size
+        near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
+        text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; the nearest are {near}"
+        yield Finding("data.lanes", text)
+    if isinstance(args.model, LlamaArgs) and size.tp_size > 1:
+        for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
+            if n % size.tp_size:
+                text = (
+                    f"distributed.tp_size is {size.tp_size}, which does not divide the model's {n} {what}; change one"
+                )
+                yield Finding("distributed.tp_size", text)
+        if args.model.ffn_width % size.tp_size:
+            text = f"distributed.tp_size is {size.tp_size}, which does not divide the width {args.model.ffn_width}"
+            yield Finding("distributed.tp_size", f"{text} of the feed-forward layer; set model.multiple_of")
+
+
+# -- odd -----------------------------------------------------------------------------------------------------------
+
+
+def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """What can be run and was hardly meant."""
+    if args.steps is None and size.how_long == "default":
+        yield Finding("steps", f"no length is given; {DEFAULT_STEPS} steps are assumed")
+    if args.optim.warmup >= size.n_steps > 0:
+        text = f"optim.warmup is {args.optim.warmup} steps, but the run has {size.n_steps}; its peak is never reached"
+        yield Finding("optim.warmup", text)
+    if "max_seqlen" in args.model.model_fields_set and args.model.max_seqlen < size.seq_len:
+        text = f"model.max_seqlen is {args.model.max_seqlen}; it is raised to data.seq_len {size.seq_len}"
+        yield Finding("model.max_seqlen", text)
+    if args.distributed.dp_replicate not in (None, size.dp_replicate):
+        text = f"distributed.dp_replicate is {args.distributed.dp_replicate}, but on {size.world_size} ranks it is"
+        yield Finding("distributed.dp_replicate", f"{text} {size.dp_replicate}")
+    if args.data.n_views > 2:
+        yield Finding("data.n_views", f"data.n_views is {args.data.n_views}; this model learns from the first 2 only")
+    if args.distributed.model_dtype == "fp16":
+        yield Finding("distributed.model_dtype", "distributed.model_dtype is fp16 without loss scaling; bf16 is safer")
+    lanes_per_rank = size.lanes // size.dp_size
+    if args.data.num_workers > lanes_per_rank:
+        text = f"data.num_workers is {args.data.num_workers}, but a rank has {lanes_per_rank} lanes; the rest idles"
+        yield Finding("data.num_workers", text)
+    if args.data.num_workers > 1 and not args.data.load_async:
+        yield Finding("data.num_workers", "data.num_workers is ignored, since data.load_async is false")
+    ahead = args.data.prefetch_size * size.batch_size * size.seq_len * args.data.n_views * 4
+    if args.data.load_async and ahead > 4 * _GIB:
+        text = f"data.prefetch_size {args.data.prefetch_size} holds {human_bytes(ahead)} per rank; lower it"
+        yield Finding("data.prefetch_size", text)
+    if args.checkpoint.init_ckpt_model_key and not args.checkpoint.init_ckpt_path:
+        yield Finding("checkpoint.init_ckpt_model_key", "checkpoint.init_ckpt_model_key is ignored: no init_ckpt_path")
+    yield from _odd_checkpoints(args, size)
+
+
+def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    each = size.n_params * STATE_BYTES_PER_PARAM
+    for name in ("dump", "eval"):
+        period = getattr(args.checkpoint, name)
+        kept = size.n_steps // period.every if period.every > 0 and period.keep <= 0 else 0
+        if kept * each > 500 * _GIB:
+            text = f"checkpoint.{name}.keep is {period.keep} (all): {kept} checkpoints of {human_bytes(each)}"
+            yield Finding(f"checkpoint.{name}.keep", f"{text} are {human_bytes(kept * each)}; keep fewer")
+    every = [p.every for p in (args.checkpoint.dump, args.checkpoint.eval) if 0 < p.every < size.n_steps]
+    if not every and size.n_steps > 2000:
+        text = f"no checkpoint before the last of {size.n_steps} steps; whoever kills the run loses it"
+        yield Finding("checkpoint.dump.every", text)
+
+
+def human_bytes(n_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} TB"

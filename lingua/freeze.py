@@ -1,0 +1,150 @@
+"""The config of a run's first start against that of a later one: what may change, and at what price.
+
+Promise: decided by a table alone; every difference gets one sentence. The frozen config holds the numbers that were
+derived at the first start (steps, rows per step, lanes, vocabulary), so starting from it, on other GPUs too, means
+the same run.
+Cost: none to speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lingua.args import Args, show
+from lingua.layers import read_yaml
+
+CONFIG_FILE = "config.yaml"
+ORIGIN_FILE = "config.origin.yaml"
+
+Rule = Literal["free", "accept", "refuse"]
+
+# How long, how spread, how watched: nothing that a row or a parameter depends on.
+_FREE = (
+    "steps",
+    "epochs",
+    "total_flops",
+    "grad_acc_steps",
+    "name",
+    "dump_dir",
+    "dump_base",
+    "plugins",
+    "device",
+    "deterministic",
+    "distributed",
+    "env",
+    "checkpoint",
+    "validation",
+    "profiling",
+    "logging",
+    "eval",
+    "async_eval_gpus",
+    "slurm",
+    "gc_collect_freq",
+    "probe_freq",
+    "stop_signals",
+    "sample_prompt",
+)
+
+# The first pattern that fits a key decides. What none fits, such as a key of one's own app, needs --accept-change.
+RULES: tuple[tuple[str, Rule], ...] = (
+    # The same parameters in the same places, or the checkpoint does not fit.
+    ("model.max_seqlen", "free"),  # no parameter depends on it
+    ("model.seed", "free"),  # the weights exist already
+    ("model.attn_impl", "free"),  # another kernel for the same function
+    ("model", "refuse"),
+    ("optim.type", "refuse"),
+    # The order of rows.
+    ("data.seq_len", "refuse"),
+    ("data.n_views", "refuse"),
+    ("data.seed", "refuse"),
+    ("data.lanes", "refuse"),
+    ("data.shuffle_window", "refuse"),
+    ("data.add_bos", "refuse"),
+    ("data.add_eos", "refuse"),
+    ("data.tokenizer.path", "free"),  # files may move; their hash is in the loader's state
+    ("data.tokenizer", "refuse"),
+    ("data.sources", "accept"),
+    ("data.doc_mask", "accept"),
+    ("data", "free"),  # how rows are fed: batch_size, workers, prefetch, where the data lies, skip_rows
+    ("global_batch_size", "refuse"),
+    ("seed", "refuse"),
+    # Another course from here on.
+    ("optim.on_nonfinite", "free"),
+    ("optim.max_skips", "free"),
+    ("optim", "accept"),
+    ("loss.chunk_tokens", "free"),
+    ("loss", "accept"),
+    ("distributed.model_dtype", "accept"),
+    ("distributed.float8_*", "accept"),
+    ("app", "accept"),
+    *((key, "free") for key in _FREE),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key that is not as it was."""
+
+    key: str
+    old: Any
+    new: Any
+    rule: Rule
+
+    def __str__(self) -> str:
+        change = f"{self.key}: {show(self.old)} -> {show(self.new)}"
+        if self.rule == "refuse":
+            return f"{change} cannot change within a run; set it back, or start a new run under another name"
+        if self.rule == "accept":
+            return f"{change} changes what the run computes; allow it with --accept-change, or set it back"
+        return f"{change} takes effect from here on"
+
+
+def freeze(args: Args, derived: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as a tree of plain values, with the numbers derived from it in place of their keys' values."""
+    tree = args.model_dump(mode="json")
+    for dotted, value in derived.items():
+        *sections, name = dotted.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return tree
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML that reads back as the same tree."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_frozen(run_dir: Path) -> dict[str, Any] | None:
+    """The config of the run's first start; None when there was none. Raises ConfigError when it cannot be read."""
+    path = run_dir / CONFIG_FILE
+    return read_yaml(path).tree if path.is_file() else None
+
+
+def rule_of(key: str) -> Rule:
+    for pattern, rule in RULES:
+        if fnmatchcase(key, pattern) or key.startswith(f"{pattern}."):
+            return rule
+    return "accept"
+
+
+def compare(frozen: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Every key whose value changed. A key that only one side has (another version wrote it) is no difference."""
+    return [Difference(key, old, now, rule_of(key)) for key, old, now in _changes(frozen, new, "")]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    both = old.keys() & new.keys() if prefix != "data.sources." else old.keys() | new.keys()
+    for name in [name for name in (*old, *(key for key in new if key not in old)) if name in both]:
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _changes(was, now, f"{prefix}{name}.")
+        elif was != now:
+            yield f"{prefix}{name}", was, now
