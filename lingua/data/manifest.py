@@ -1,0 +1,70 @@
+"""The manifest beside prepared chunks: what they were made from and the size and hash of each file.
+
+Promise: `check_manifest` finds each file that is missing, cut off or (with `hashes`) changed, and chunks that do not
+belong there. Cost: one `stat` per file; with `hashes` one read of everything.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lingua.files import RunError, read_json
+
+MANIFEST = "manifest.json"
+_READ_BYTES = 4 << 20
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None where there is none. Raises RunError for one that is no manifest."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        return None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise RunError(f"{folder / MANIFEST} is no manifest of prepared data; remove it or prepare the data again")
+    return manifest
+
+
+def check_manifest(folder: Path, *, hashes: bool = False) -> list[str]:
+    """What is wrong with a prepared folder, one sentence each; nothing where there is no manifest to hold it to."""
+    try:
+        manifest = read_manifest(folder)
+    except RunError as error:
+        return [str(error)]
+    if manifest is None:
+        return []
+    problems = [
+        f"{folder / name} is not named in {folder / MANIFEST}; another preparation left it there, remove it"
+        for name in stray_files(folder, set(manifest["files"]))
+    ]
+    for name, facts in sorted(manifest["files"].items()):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing; copy it again or prepare the data again")
+        elif (size := path.stat().st_size) != facts["bytes"]:
+            problems.append(f"{path} has {size} bytes, its manifest says {facts['bytes']}; copy it again")
+        elif hashes and hash_file(path) != facts["xxh3_128"]:
+            problems.append(f"{path} has other content than its manifest says; copy it again")
+    return problems
+
+
+def stray_files(folder: Path, names: set[str]) -> list[str]:
+    """jsonl files of a folder that are not among `names`: a loader would read them as data."""
+    return sorted(path.name for path in folder.glob("*.jsonl") if path.name not in names)
+
+
+def hash_file(path: Path, *, past_cache: bool = False) -> str:
+    """XXH3-128 of a file; `past_cache`: of what is on the disk, as far as the system lets go of its copy."""
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(_READ_BYTES)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        if past_cache:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while n_read := file.readinto(buffer):
+            digest.update(view[:n_read])
+    return digest.hexdigest()
