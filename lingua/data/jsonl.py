@@ -71,7 +71,7 @@ class BadLines:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Files of a source by name: the path itself, or of a folder `*.chunk.*.jsonl`, else `*.jsonl` (no `*.val.jsonl`)."""
+    """Files of a source by name: the path, or a folder's `*.chunk.*.jsonl`, else its `*.jsonl` but `*.val.jsonl`."""
     if path.is_file():
         names = [path]
     elif path.is_dir():
@@ -136,11 +136,20 @@ class JsonlSource:
                 f"{path}: all files of source {name!r} are empty; mend data.sources or prepare the data again"
             )
         self.size_bytes = sum(file.size for file in self.files)
-        self.block_bytes = block_bytes(self.size_bytes, n_lanes)
-        counts = [-(-file.size // self.block_bytes) for file in self.files]
+        self.cut(block_bytes(self.size_bytes, n_lanes))
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def cut(self, block_bytes: int) -> None:
+        """Lay out the blocks; none crosses from one file to the next."""
+        self.block_bytes = block_bytes
+        counts = [-(-file.size // block_bytes) for file in self.files]
         self._first_block = [0, *itertools.accumulate(counts)]
         self.n_blocks = self._first_block[-1]
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def n_open(self) -> int:
+        """Descriptors held."""
+        return len(self._descriptors)
 
     @property
     def fingerprint(self) -> str:
@@ -162,9 +171,7 @@ class JsonlSource:
         data = os.pread(descriptor, n_bytes, offset)
         if not data:
             path, size, _ = self.files[file]
-            raise DataError(
-                f"{path}: ends at byte {offset} but had {size} at the start; it must not change during a run"
-            )
+            raise DataError(f"{path}: ends at byte {offset}, had {size} bytes before; it must not change during a run")
         return data
 
     def text(self, line: bytes, file: int, offset: int) -> str | None:

@@ -61,7 +61,7 @@ def window_order(index: int, n: int, seed: int, lane: int, window: int) -> int:
 
 def block_bytes(source_bytes: int, n_lanes: int) -> int:
     """Bytes of a block: about 16 blocks per lane and epoch, so that small sources spread over the lanes as well."""
-    return min(max(source_bytes // (16 * n_lanes), 1 << 10), 4 << 20)
+    return min(max(source_bytes // (16 * n_lanes), 256), 4 << 20)
 
 
 class Choice:
