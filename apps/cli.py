@@ -6,7 +6,7 @@ Cost: `lingua --help` imports typer and nothing of ours that is heavy.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -46,12 +46,13 @@ def check(
     accept_change: Annotated[bool, typer.Option(help="Allow changes of a started run that need it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
     debug: Debug = False,
-) -> int:
+) -> None:
     """Check a config: what it resolves to, where each value came from, and figures to plan with."""
     line = parse_command_line(words or [])
     line.flags["accept-change"] = accept_change
     room = app_module(choose_app(line), "report")
-    return room.report(line, world_size=world_size, mfu=mfu, gpu=gpu, strict_paths=strict_paths, as_json=as_json)
+    code = room.report(line, world_size=world_size, mfu=mfu, gpu=gpu, strict_paths=strict_paths, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -59,7 +60,7 @@ def schema(
     reference: Annotated[bool, typer.Option(help="A page of all keys (markdown) instead of the JSON schema.")] = False,
     chosen: Annotated[str, typer.Argument(metavar="[app=PACKAGE]", show_default=False)] = f"app={DEFAULT_APP}",
     debug: Debug = False,
-) -> int:
+) -> None:
     """Print the JSON schema of configs, from which editors complete YAML, or the reference page of all keys."""
     import orjson
 
@@ -67,44 +68,31 @@ def schema(
 
     args = app_module(chosen.removeprefix("app="), "args").TrainArgs
     print(reference_page(args) if reference else orjson.dumps(json_schema(args), option=orjson.OPT_INDENT_2).decode())
-    return 0
 
 
 @app.command(context_settings=PASSED_ON)
-def train(words: Words = None) -> int:
+def train(words: Words = None) -> None:
     """Train, or go on training: the same as `python -m apps.main.train`. All words are passed on."""
-    return _pass_on("train", words or [])
+    _pass_on("train", words or [])
 
 
 @app.command(context_settings=PASSED_ON)
 def generate(
     words: Annotated[list[str] | None, typer.Argument(metavar="ckpt=RUN_OR_FOLDER [KEY=VALUE] ...")] = None,
-) -> int:
+) -> None:
     """Generate text from a run or checkpoint: the same as `python -m apps.main.generate`. All words are passed on."""
-    return _pass_on("generate", words or [])
+    _pass_on("generate", words or [])
 
 
-def _pass_on(room: str, words: list[str]) -> int:
+def _pass_on(room: str, words: list[str]) -> NoReturn:
     """Call the chosen app's `main(words)`."""
     config = [word for word in words if not word.startswith(("-", "+", "prompt="))]
-    return app_module(choose_app(parse_command_line(config)), room).main(words)
-
-
-def _typer_main(words: list[str]) -> int:
-    import click
-
-    try:
-        return app(words, prog_name="lingua", standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        raise KeyboardInterrupt from None
+    raise typer.Exit(app_module(choose_app(parse_command_line(config)), room).main(words))
 
 
 def main() -> None:
     """Console script `lingua`."""
-    sys.exit(run_main(_typer_main, sys.argv[1:]))
+    sys.exit(run_main(lambda words: app(words, prog_name="lingua"), sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ class Examined(Generic[ArgsType]):
     """With defaults in place of what is wrong; None where that is impossible."""
     complaints: list[str]
     bad_keys: list[str]
-    """Keys and sections that the complaints are about."""
+    """Keys and sections whose value is wrong and was left out; unknown keys are none of them."""
 
 
 def examine(
@@ -242,7 +242,8 @@ def examine(
     findings += [finding for finding in more if finding[0] not in {key for key, _ in findings}]
     complaints = [_complaint(layer.marks, key, text) for key, text in findings]
     composed = None if args is None else Composed(args, layer.marks)
-    return Examined(composed, complaints, [dotted_key(key) for key, _ in findings])
+    bad_keys = [dotted_key(key) for key, text in findings if not text.startswith(f"{dotted_key(key)} is no key")]
+    return Examined(composed, complaints, bad_keys)
 
 
 def compose(

@@ -72,22 +72,32 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
 
 
 def choose_app(line: CommandLine) -> str:
-    """Package of the app: `app=` says it, else the config does, by its key `app` or by lying in <app>/configs."""
-    for word in reversed(line.overrides):
-        if word.startswith("app="):
-            return word.removeprefix("app=")
-    if line.config is None or not Path(line.config).is_file():
+    """Package of the app: `app=` says it; else the config, or the run of `ckpt=`, does by its key `app`; else the
+    config by lying in <app>/configs."""
+    said = dict(word.split("=", 1) for word in line.overrides)
+    if "app" in said:
+        return said["app"]
+    config = Path(line.config) if line.config is not None else _config_of_run(said.get("ckpt"))
+    if config is None or not config.is_file():
         return DEFAULT_APP
     from lingua.layers import read_yaml
 
-    named = read_yaml(Path(line.config)).tree.get("app")
+    named = read_yaml(config).tree.get("app")
     if isinstance(named, str):
         return named
-    for folder in Path(line.config).resolve().parents:
+    for folder in config.resolve().parents:
         if folder.name == "configs" and (folder.parent / "args.py").is_file():
             inside = folder.parent.is_relative_to(Path.cwd())
             return ".".join(folder.parent.relative_to(Path.cwd()).parts) if inside else DEFAULT_APP
     return DEFAULT_APP
+
+
+def _config_of_run(checkpoint: str | None) -> Path | None:
+    """The frozen config beside or above a checkpoint (<run>/checkpoints/<step>)."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    return next((p for p in (folder / "config.yaml" for folder in (path, *path.parents[:2])) if p.is_file()), None)
 
 
 def app_module(app: str, name: str) -> ModuleType:
@@ -124,7 +134,8 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
         if wants_traceback(words) or code is None:
             traceback.print_exc()
         else:
-            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+            for sentence in getattr(error, "problems", [str(error) or type(error).__name__]):
+                print(f"error: {sentence}", file=sys.stderr)
         return code or EXIT_FAILED
 
 

@@ -238,8 +238,8 @@ def _must_exist(path: Path, what: str, *more_folders: Path) -> None:
 
 
 def _near_files(path: Path, *more_folders: Path) -> str:
-    files = {file.name: file for folder in (*more_folders, path.parent) for file in folder.glob("*.y*ml")}
-    names = difflib.get_close_matches(path.name, files, 3, 0.5)
+    files = {file.stem: file for folder in (*more_folders, path.parent) for file in folder.glob("*.y*ml")}
+    names = difflib.get_close_matches(path.stem, files, 3, 0.5)
     return f"; did you mean {' or '.join(str(files[name]) for name in names)}?" if names else "; check the path"
 
 

@@ -29,6 +29,7 @@ DEFAULT_STEPS = 1000
 MIN_LANES = 64
 STATE_BYTES_PER_PARAM = 12  # fp32 parameter and AdamW's two fp32 moments
 _GIB = 1 << 30
+_SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 
 class Finding(NamedTuple):
@@ -132,7 +133,8 @@ def load(
     frozen = read_frozen(Path(args.dump_dir))
     study_ = study(args, world_size or default_world_size(args), frozen, strict_paths=strict_paths)
     about = {key.partition(".")[0] for key in examined.bad_keys}
-    # What may only follow from a wrong key, which was left out, is not said.
+    about |= _SIZE_KEYS if about & _SIZE_KEYS else set()
+    # What may only follow from a wrong value, which was left out, is not said.
     errors = [finding for finding in study_.errors if finding.key.partition(".")[0] not in about]
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
     if complaints or study_.resolved is None:
@@ -241,7 +243,7 @@ def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], fou
         if stated:
             low = rows // per_micro_step * per_micro_step
             near = " or ".join(str(n) for n in (low, low + per_micro_step) if n)
-            remedy = f"the nearest that fit are {near}"
+            remedy = f"set it to {near}"
         key = "global_batch_size" if stated else "data.batch_size"
         found.errors.append(Finding(key, f"{why}, no multiple of {what}; {remedy}"))
         return None
@@ -438,7 +440,7 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if size.lanes % size.dp_size:
         low = size.lanes // size.dp_size * size.dp_size
         near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
-        text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; the nearest are {near}"
+        text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; set it to {near}"
         yield Finding("data.lanes", text)
     if isinstance(args.model, LlamaArgs) and size.tp_size > 1:
         for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
