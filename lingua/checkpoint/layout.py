@@ -4,7 +4,8 @@
 checkpoints/0000001000/                    published, if and only if its mark is there
             checkpoint_0000001000.done     the mark: JSON, written last
             0000001500.tmp-3/              being written by incarnation 3
-            0000000500.trash-3/            given up, being removed
+            checkpoint_0000001500.done.tmp-3      its mark, ready to be renamed once the folder is in place
+            0000000500.trash-3/            given up, being removed; likewise checkpoint_0000000500.done.trash-3
             0000001000.broken-1/           did not verify (its mark: checkpoint_0000001000.done.broken-1)
             0000001500.later-1/            intact, but the run went back to a step before it
             pins/                          leases of readers
@@ -30,17 +31,18 @@ CHECKPOINTS = "checkpoints"
 
 _FOLDER = re.compile(r"(\d{10})", re.ASCII)
 _DONE = re.compile(r"checkpoint_(\d{10})\.done", re.ASCII)
-_TEMPORARY = re.compile(r"(\d{10})\.(tmp|trash)-(\d{1,9})", re.ASCII)
+_TEMPORARY = re.compile(r"(\d{10}|checkpoint_(\d{10})\.done)\.(tmp|trash)-(\d{1,9})", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Temporary:
-    """A folder on its way in (`tmp`) or out (`trash`)."""
+    """A folder or a mark on its way in (`tmp`) or out (`trash`)."""
 
     path: Path
     step: int
     kind: str
     incarnation: int
+    is_mark: bool
 
 
 def step_name(step: int) -> str:
@@ -56,12 +58,14 @@ def done_mark(root: Path, step: int) -> Path:
     return root / f"checkpoint_{step_name(step)}.done"
 
 
-def temporary(root: Path, step: int, incarnation: int) -> Path:
-    return root / f"{step_name(step)}.tmp-{incarnation}"
+def coming(path: Path, incarnation: int) -> Path:
+    """The name under which a step's folder or mark is prepared."""
+    return path.with_name(f"{path.name}.tmp-{incarnation}")
 
 
-def trash(root: Path, step: int, incarnation: int) -> Path:
-    return root / f"{step_name(step)}.trash-{incarnation}"
+def going(path: Path, incarnation: int) -> Path:
+    """The name under which a step's folder or mark is removed."""
+    return path.with_name(f"{path.name}.trash-{incarnation}")
 
 
 def aside(path: Path, reason: str) -> Path:
@@ -100,7 +104,9 @@ def parse_done(name: str) -> int | None:
 
 def parse_temporary(path: Path) -> Temporary | None:
     match = _TEMPORARY.fullmatch(path.name)
-    return Temporary(path, int(match[1]), match[2], int(match[3])) if match else None
+    if match is None:
+        return None
+    return Temporary(path, int(match[2] or match[1]), match[3], int(match[4]), is_mark=match[2] is not None)
 
 
 def done_steps(root: Path) -> list[int]:

@@ -127,6 +127,7 @@ class CheckpointManager:
         device: torch.device | str = "cpu",
         lock: RunLock | None = None,
         files: Files = DISK,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.args = args
         self.run_dir = Path(run_dir)
@@ -142,6 +143,10 @@ class CheckpointManager:
         self._verified: set[int] = set()
         self._cleaner = ThreadPoolExecutor(max_workers=1) if args.async_cleanup else None
         self._cleaning: Future[None] | None = None
+        self._now = now
+        self._safe_since_s = now()
+        """When the newest checkpoint was published; until one is, when this start began."""
+        self._last_save: dict[str, float] = {}
         self.incarnation, self._published = self._ranks.from_main(self._begin)
 
     def _begin(self) -> tuple[int, set[int]]:
@@ -192,6 +197,11 @@ class CheckpointManager:
         report.size_bytes = sum(fact.size_bytes for of_rank in written for fact in of_rank.facts.values())
         self._published.add(step)
         self._verified.add(step)
+        self._safe_since_s = self._now()
+        self._last_save = {
+            "checkpoint/stall_s": report.seconds,
+            "checkpoint/drain_gb_per_s": report.size_bytes / 1e9 / report.seconds,
+        }
         report.deleted = self._ranks.from_main(self._retain)
         self._published.difference_update(report.deleted)
         if self._ranks.rank == 0:
@@ -229,7 +239,7 @@ class CheckpointManager:
     def _write(self, step: int, state: TrainState) -> _Written:
         """Write this rank's files into the temporary folder. Raises nothing: the others must hear what went wrong."""
         assert self._plan is not None
-        folder = layout.temporary(self.root, step, self.incarnation)
+        folder = layout.coming(layout.folder(self.root, step), self.incarnation)
         readback = self.args.verify == "readback"
         facts: Manifest = {}
         try:
@@ -406,6 +416,11 @@ class CheckpointManager:
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
         dcp.read_into(folder, tensors.by_name)
         restore_scalars(state, documents, self._ranks.rank, self._ranks.size)
+
+    def metrics(self) -> dict[str, float]:
+        """What the newest save cost, and how much work a crash at this moment would lose."""
+        age_s = self._now() - self._safe_since_s
+        return {**self._last_save, "checkpoint/age_of_newest_done_s": age_s, "checkpoint/lost_work_at_risk_s": age_s}
 
     def close(self) -> None:
         """Wait for background deletion."""

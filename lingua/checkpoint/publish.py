@@ -1,15 +1,17 @@
 """How a checkpoint comes to exist for everyone, or for no one. Torch-free; whoever writes checkpoints does it by this.
 
-Promise: the mark is written last, after every byte and every name is on the disk and agrees with the checksums that
+Promise: the mark appears last, after every byte and every name is on the disk and agrees with the checksums that
 were taken from memory. A published folder is never changed, only taken away whole: its mark first, then its name.
-Each function may be killed at any line; `reclaim` clears what that leaves.
-Cost: one fsync per file, four of folders, and the hash, which runs at memory speed.
+Each function may be killed at any line; `reclaim` finishes or clears what that leaves.
+Cost: one fsync per file, a few of folders, and the hash, which runs at memory speed.
 
 A life:   0000000004.tmp-2/model.00000.distcp ...   write_hashed, by every rank
-          0000000004.tmp-2/manifest.json            publish: checks sizes, syncs,
-          0000000004/                                 renames
-          checkpoint_0000000004.done                  and marks
-          0000000004.trash-5/                       retire: unmarked, renamed, removed
+          0000000004.tmp-2/manifest.json            publish: sizes are checked, all is synced,
+          checkpoint_0000000004.done.tmp-2            the mark lies ready (from here on nothing needs room),
+          0000000004/                                 the folder gets its name
+          checkpoint_0000000004.done                  and then its mark
+          checkpoint_0000000004.done.trash-5        retire: unmarked,
+          0000000004.trash-5/                         renamed, removed, the old mark last
 """
 
 from __future__ import annotations
@@ -91,17 +93,16 @@ def publish(
 
     `facts` are those of every file, from the ranks that wrote them.
     """
-    source, target = layout.temporary(root, step, incarnation), layout.folder(root, step)
+    target, mark = layout.folder(root, step), layout.done_mark(root, step)
+    source, draft = layout.coming(target, incarnation), layout.coming(mark, incarnation)
     for name, fact in facts.items():
         _must_be_there(source / name, fact)
     manifest = manifest_bytes(step, incarnation, facts)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
-    if target.exists():  # a crash between rename and mark, or somebody's copy: not ours to delete
+    if target.exists():  # somebody's copy, or what is left of one set aside: not ours to delete
         log.warning("%s has no mark and stands in the way of a new checkpoint; it is set aside", target)
         files.rename(target, layout.aside(target, "unmarked"))
-    files.rename(source, target)
-    files.fsync_dir(root)
-    mark = {
+    facts_of_mark = {
         "version": VERSION,
         "step": step,
         "incarnation": incarnation,
@@ -110,7 +111,11 @@ def publish(
         "seconds": round(seconds, 3),
         "created_at": time.time(),
     }
-    write_json(layout.done_mark(root, step), mark, files=files)
+    write_json(draft, facts_of_mark, files=files)
+    files.rename(source, target)
+    files.fsync_dir(root)
+    files.rename(draft, mark)
+    files.fsync_dir(root)
 
 
 def _must_be_there(path: Path, fact: FileFacts) -> None:
@@ -128,16 +133,14 @@ def _must_be_there(path: Path, fact: FileFacts) -> None:
 
 def abandon(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
     """After a failed write or publish: leave nothing of it, as far as the disk lets us. Never raises."""
-    target = layout.folder(root, step)
+    target, mark = layout.folder(root, step), layout.done_mark(root, step)
+    source, draft = layout.coming(target, incarnation), layout.coming(mark, incarnation)
     try:
-        # The mark first: while it may stand, its folder is not touched.
-        with suppress(FileNotFoundError):
-            files.remove(layout.done_mark(root, step))
-            files.fsync_dir(root)
-        if target.exists():
-            _throw_away(target, layout.trash(root, step, incarnation), files)
-        if (temporary := layout.temporary(root, step, incarnation)).exists():
-            _throw_away(temporary, layout.trash(root, step, incarnation), files)
+        for is_ours in (mark, draft):  # without either, a folder of that name is not ours
+            if is_ours.exists():
+                _take_away(root, step, is_ours, incarnation, files)
+        if source.exists():
+            _throw_away(source, layout.going(target, incarnation), files)
     except OSError as error:
         log.warning("cannot clear what is left of step %d's failed checkpoint: %s", step, error)
 
@@ -215,8 +218,11 @@ def _differs(path: Path, fact: FileFacts) -> str | None:
 
 
 def set_aside(run_dir: Path, root: Path, step: int, reason: str, *, files: Files = DISK) -> None:
-    """Take a published checkpoint and its evaluation out of sight, mark first; nothing is deleted."""
-    for path in (layout.done_mark(root, step), layout.folder(root, step), layout.evaluation(run_dir, step)):
+    """Take a published checkpoint and its evaluation out of sight; nothing is deleted.
+
+    The evaluation first: were it left by a crash, it would pass for one of the step's next checkpoint.
+    """
+    for path in (layout.evaluation(run_dir, step), layout.done_mark(root, step), layout.folder(root, step)):
         if path.exists() or path.is_symlink():
             files.rename(path, layout.aside(path, reason))
             files.fsync_dir(path.parent)
@@ -224,39 +230,58 @@ def set_aside(run_dir: Path, root: Path, step: int, reason: str, *, files: Files
 
 def retire(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
     """Delete a published checkpoint that retention gives up. Raises OSError."""
-    files.remove(layout.done_mark(root, step))
-    files.fsync_dir(root)
-    _throw_away(layout.folder(root, step), layout.trash(root, step, incarnation), files)
+    _take_away(root, step, layout.done_mark(root, step), incarnation, files)
 
 
 def reclaim(root: Path, incarnation: int, *, files: Files = DISK) -> None:
-    """Clear what earlier incarnations left unfinished. Call under the run's lock, before the first save.
+    """Finish or clear what earlier starts left half done. Call under the run's lock, before the first save.
 
-    A writer of an older incarnation that wakes up later finds its folder renamed, so that its publish fails.
+    A writer of an older start that wakes up later finds its folder or its mark gone, so that its publish fails.
     """
-    for found in layout.temporaries(root):
-        if found.incarnation > incarnation:
-            log.warning("%s belongs to a newer start of this run; left alone", found.path)
-            continue
+    ours = [found for found in layout.temporaries(root) if found.incarnation <= incarnation]
+    for found in sorted(ours, key=lambda found: not found.is_mark):  # marks first: they say what a folder is
         try:
-            if found.kind == "trash":
-                files.remove_tree(found.path)
-            else:
-                _throw_away(found.path, layout.trash(root, found.step, incarnation), files)
+            _reclaim(root, found, incarnation, files)
         except OSError as error:
             log.warning("cannot remove the leftover %s: %s", found.path, error)
     for path in entries(root):
-        if path.name.startswith(".checkpoint_") and ".done.tmp-" in path.name:
+        if path.name.startswith(".checkpoint_") and ".tmp-" in path.name:
             with suppress(OSError):
                 files.remove(path)
     for step in layout.unmarked_folders(root):
-        log.warning("%s has no .done mark, so it was never published; it is ignored", layout.folder(root, step))
+        log.warning("%s has no .done mark, so it is not a checkpoint; it is ignored", layout.folder(root, step))
+
+
+def _reclaim(root: Path, found: layout.Temporary, incarnation: int, files: Files) -> None:
+    folder, mark = layout.folder(root, found.step), layout.done_mark(root, found.step)
+    if not found.is_mark:
+        _throw_away(found.path, layout.going(folder, incarnation), files)
+    elif mark.exists() or not folder.exists():
+        files.remove(found.path)
+    elif found.kind == "trash":
+        _take_away(root, found.step, found.path, incarnation, files)
+    else:  # all was on the disk but the last rename: the checkpoint is complete
+        files.rename(found.path, mark)
+        files.fsync_dir(root)
+        log.info("checkpoint %d of an earlier start was complete but for its mark; now it has one", found.step)
+
+
+def _take_away(root: Path, step: int, mark: Path, incarnation: int, files: Files) -> None:
+    """Unmark a folder and remove it; the mark's new name tells `reclaim` that it may finish this."""
+    folder, doomed = layout.folder(root, step), layout.going(layout.done_mark(root, step), incarnation)
+    if mark != doomed:
+        files.rename(mark, doomed)
+        files.fsync_dir(root)
+    if folder.exists():
+        _throw_away(folder, layout.going(folder, incarnation), files)
+    files.remove(doomed)
 
 
 def _throw_away(path: Path, trash: Path, files: Files) -> None:
-    if trash.exists():
-        files.remove_tree(trash)
-    files.rename(path, trash)
+    if path != trash:
+        if trash.exists():
+            files.remove_tree(trash)
+        files.rename(path, trash)
     files.remove_tree(trash)
 
 

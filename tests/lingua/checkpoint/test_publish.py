@@ -1,0 +1,292 @@
+"""The publish protocol without torch: killed or failing at every single operation, nothing published is ever bad."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lingua.checkpoint import layout, publish, retention
+from lingua.checkpoint.publish import DamagedError
+from lingua.files import DISK, Files, RunError, read_json, write_json
+from tests.fakes import NEEDS_ROOM, OPERATIONS, FaultyFiles, KillFiles
+from tests.ranks import exit_code_of
+
+NAMES = ("model.00000.distcp", "optim.00000.distcp", "train_state.00000.json")
+KEEP_ONE = retention.Rhythm(every=1, keep=1)
+NO_EVAL = retention.Rhythm(every=0, keep=0)
+
+
+def content(step: int, name: str) -> bytes:
+    return f"{name} of step {step} ".encode() * 20
+
+
+def write(root: Path, step: int, incarnation: int, files: Files) -> None:
+    folder = layout.coming(layout.folder(root, step), incarnation)
+    files.mkdir(folder)
+    facts = {name: publish.write_hashed(folder / name, [content(step, name)], files=files) for name in NAMES}
+    publish.publish(root, step, incarnation, facts, files=files)
+
+
+def retain(root: Path, incarnation: int, files: Files) -> None:
+    done = layout.done_steps(root)
+    for step in retention.to_delete(done, KEEP_ONE, NO_EVAL, verified=done[-1:]):
+        publish.retire(root, step, incarnation, files=files)
+
+
+def one_start(run_dir: Path, step: int, incarnation: int, files: Files) -> None:
+    """What a start does with checkpoints: clear, set damaged ones aside, save, let go of old ones."""
+    root = run_dir / layout.CHECKPOINTS
+    files.mkdir(root)
+    publish.reclaim(root, incarnation, files=files)
+    for found in layout.done_steps(root):
+        if not intact(root, found):
+            publish.set_aside(run_dir, root, found, "broken", files=files)
+    if step not in layout.done_steps(root):
+        write(root, step, incarnation, files)
+    retain(root, incarnation, files)
+
+
+def intact(root: Path, step: int) -> bool:
+    try:
+        return not publish.damage(layout.folder(root, step), publish.read_marked_manifest(root, step))
+    except DamagedError:
+        return False
+
+
+def names_in(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def run_with(run_dir: Path, *steps: int) -> Path:
+    """A run with these checkpoints, all kept; returns their folder."""
+    root = run_dir / layout.CHECKPOINTS
+    root.mkdir(parents=True)
+    for step in steps:
+        write(root, step, 1, DISK)
+    return root
+
+
+def damaged_newest(run_dir: Path) -> Path:
+    """A run with steps 1 and 2, of which 2 is damaged and has been evaluated."""
+    root = run_with(run_dir, 1, 2)
+    (layout.folder(root, 2) / NAMES[0]).write_bytes(b"x")
+    layout.evaluation(run_dir, 2).mkdir(parents=True)
+    return root
+
+
+def n_operations(run_dir: Path, step: int) -> int:
+    counting = FaultyFiles()
+    one_start(run_dir, step, 2, counting)
+    return counting.n_done
+
+
+# -- the crash matrix ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_killed_at_every_operation(tmp_path: Path, damaged: bool) -> None:
+    prepare = damaged_newest if damaged else lambda run_dir: run_with(run_dir, 1)
+    prepare(tmp_path / "count")
+    n_all = n_operations(tmp_path / "count", 2)
+    assert n_all > 35
+    for kill_at in range(1, n_all + 1):
+        run_dir = tmp_path / str(kill_at)
+        root = prepare(run_dir)
+        code = exit_code_of(lambda d=run_dir, n=kill_at: one_start(d, 2, 2, KillFiles(n)))
+        assert code == KillFiles.KILLED
+        check_after_a_death(root, damaged and kill_at < n_all, kill_at)
+
+        # The next start dies as well, somewhere else; the one after that goes through.
+        exit_code_of(lambda d=run_dir, n=kill_at: one_start(d, 2, 3, KillFiles(n * 7 % n_all + 1)))
+        check_after_a_death(root, damaged and kill_at < n_all, kill_at)
+        one_start(run_dir, 2, 4, DISK)
+        assert intact(root, 2)
+        left = {name for name in names_in(root) if not (damaged and re.search(r"\.(unmarked|broken)-1$", name))}
+        assert left == {"0000000002", "checkpoint_0000000002.done"}
+
+
+def check_after_a_death(root: Path, damaged: bool, kill_at: int) -> None:
+    done = layout.done_steps(root)
+    good = [step for step in done if intact(root, step)]
+    assert good, f"nothing left after a kill at {kill_at}"
+    assert damaged or good == done, f"a bad mark after a kill at {kill_at}"
+    assert good[0] == 1 or 2 in good, "the older one went before the newer one was there"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_failing_at_every_operation(tmp_path: Path, error: int, lasting: bool) -> None:
+    operations = NEEDS_ROOM if lasting and error != errno.EIO else OPERATIONS
+    counting = FaultyFiles(operations=operations)
+    run_with(tmp_path / "count", 1)
+    one_start(tmp_path / "count", 2, 2, counting)
+    for fail_at in range(1, counting.n_done + 1):
+        run_dir = tmp_path / str(fail_at)
+        root = run_with(run_dir, 1)
+        files = FaultyFiles(fail_at, error=error, lasting=lasting, operations=operations)
+        try:
+            one_start(run_dir, 2, 2, files)
+        except OSError:
+            if 1 in layout.done_steps(root):  # it was the publishing that failed, not the retention
+                publish.abandon(root, 2, 2, files=files)
+        assert all(intact(root, step) for step in layout.done_steps(root))
+        assert layout.done_steps(root), f"nothing left after a failure at {fail_at}"
+        one_start(run_dir, 2, 3, DISK)
+        assert layout.done_steps(root) == [2]
+        assert not layout.temporaries(root)
+        shutil.rmtree(run_dir)
+
+
+# -- publish -------------------------------------------------------------------------------------------------------
+
+
+def test_the_mark_comes_last(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    write(tmp_path, 5, 1, files)
+    source, draft = tmp_path / "0000000005.tmp-1", tmp_path / "checkpoint_0000000005.done.tmp-1"
+    assert files.log[-5:] == [
+        f"fsync_dir {tmp_path}",
+        f"rename {source}",
+        f"fsync_dir {tmp_path}",
+        f"rename {draft}",
+        f"fsync_dir {tmp_path}",
+    ]
+    mark = read_json(layout.done_mark(tmp_path, 5))
+    assert mark["step"] == 5
+    assert mark["bytes"] == sum(path.stat().st_size for path in layout.folder(tmp_path, 5).iterdir())
+
+
+def test_a_file_that_rank_0_does_not_see(tmp_path: Path) -> None:
+    layout.coming(layout.folder(tmp_path, 1), 1).mkdir()
+    facts = {"model.00001.distcp": publish.FileFacts(3, "0")}
+    with pytest.raises(OSError, match="is the run folder on a shared disk"):
+        publish.publish(tmp_path, 1, 1, facts)
+
+
+def test_a_file_that_shrank(tmp_path: Path) -> None:
+    folder = layout.coming(layout.folder(tmp_path, 1), 1)
+    folder.mkdir()
+    facts = {"a": publish.write_hashed(folder / "a", [b"1234"])}
+    (folder / "a").write_bytes(b"123")
+    with pytest.raises(OSError, match="has 3 bytes, 4 were written"):
+        publish.publish(tmp_path, 1, 1, facts)
+
+
+def test_an_unmarked_folder_is_set_aside_not_deleted(tmp_path: Path) -> None:
+    root = run_with(tmp_path, 1, 2)
+    layout.done_mark(root, 2).unlink()
+    publish.reclaim(root, 2)
+    assert layout.folder(root, 2).exists()
+    assert layout.done_steps(root) == [1]
+    write(root, 2, 2, DISK)
+    assert (root / "0000000002.unmarked-1").is_dir()
+    assert intact(root, 2)
+
+
+def test_a_late_publish_of_an_older_start_fails(tmp_path: Path) -> None:
+    folder = layout.coming(layout.folder(tmp_path, 1), 1)
+    folder.mkdir()
+    facts = {"a": publish.write_hashed(folder / "a", [b"1234"])}
+    publish.reclaim(tmp_path, 2)
+    with pytest.raises(FileNotFoundError):
+        publish.publish(tmp_path, 1, 1, facts)
+    assert names_in(tmp_path) == set()
+
+
+def test_reclaim_leaves_a_newer_start_alone(tmp_path: Path) -> None:
+    for name in ("0000000001.tmp-1", "0000000001.tmp-9", "0000000002.trash-1", "0000000003.tmp-x", "notes"):
+        (tmp_path / name).mkdir()
+    publish.reclaim(tmp_path, 2)
+    assert names_in(tmp_path) == {"0000000001.tmp-9", "0000000003.tmp-x", "notes"}
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    root = run_with(tmp_path / "run", 1)
+    (layout.coming(layout.folder(root, 2), 1)).mkdir()
+    (layout.coming(layout.folder(root, 2), 1) / "link").symlink_to(precious)
+    publish.reclaim(root, 2)
+    assert (precious / "file").read_text() == "kept"
+    (precious / "target").write_bytes(content(1, NAMES[0]))
+    (layout.folder(root, 1) / NAMES[0]).unlink()
+    (layout.folder(root, 1) / NAMES[0]).symlink_to(precious / "target")
+    assert not intact(root, 1)
+    with pytest.raises(OSError, match="symbolic link"):
+        publish.write_hashed(layout.folder(root, 1) / NAMES[0], [b"x"])
+
+
+# -- judging -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"files": 3}',
+        b'{"files": {"a": 1}}',
+        b'{"files": {"../a": {"bytes": 1, "xxh3_128": ""}}}',
+    ],
+)
+def test_a_manifest_that_is_none(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / layout.MANIFEST).write_bytes(text)
+    with pytest.raises(DamagedError, match=r"manifest\.json"):
+        publish.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"7", b"{}"])
+def test_a_mark_that_is_none(tmp_path: Path, text: bytes) -> None:
+    root = run_with(tmp_path, 1)
+    layout.done_mark(root, 1).write_bytes(text)
+    with pytest.raises(DamagedError, match="not a checkpoint's mark"):
+        publish.read_marked_manifest(root, 1)
+
+
+def test_a_mark_of_another_checkpoint(tmp_path: Path) -> None:
+    root = run_with(tmp_path, 1, 2)
+    shutil.copy(layout.done_mark(root, 1), layout.done_mark(root, 2))
+    with pytest.raises(DamagedError, match="vouches"):
+        publish.read_marked_manifest(root, 2)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_cannot_be_judged_is_not_called_damaged(tmp_path: Path) -> None:
+    root = run_with(tmp_path, 1)
+    (layout.folder(root, 1) / NAMES[0]).chmod(0)
+    with pytest.raises(PermissionError):
+        intact(root, 1)
+
+
+def test_newest_intact_passes_over_damage_without_touching_it(tmp_path: Path) -> None:
+    root = damaged_newest(tmp_path)
+    before = names_in(root)
+    assert publish.newest_intact(root) == 1
+    assert publish.newest_intact(root, needed=lambda name: name != NAMES[0]) == 2
+    assert names_in(root) == before
+
+
+def test_pins(tmp_path: Path) -> None:
+    publish.pin(tmp_path, 4, "eval-1", expires_at=100.0)
+    publish.pin(tmp_path, 5, "eval-1", expires_at=50.0)
+    assert publish.pinned_steps(tmp_path, now=70.0) == {4}
+    write_json(tmp_path / layout.PINS / "bad.json", [])
+    with pytest.raises(RunError, match="is not a lease"):
+        publish.pinned_steps(tmp_path, now=70.0)
+
+
+def test_the_protocol_needs_no_torch() -> None:
+    modules = "lingua.checkpoint.publish, lingua.checkpoint.retention, lingua.runlock"
+    probe = f"import sys, {modules}; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"

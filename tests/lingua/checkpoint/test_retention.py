@@ -1,0 +1,71 @@
+"""What may be deleted, by tables."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lingua.checkpoint.retention import Rhythm, is_due, kept_at_once, to_delete
+
+NEVER = Rhythm(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("done", "dump", "evaluation", "pinned", "deleted"),
+    [
+        ([], Rhythm(1, 1), NEVER, [], []),
+        ([5], Rhythm(1, 1), NEVER, [], []),
+        ([1, 2, 3], Rhythm(1, 1), NEVER, [], [1, 2]),
+        ([1, 2, 3], Rhythm(1, 2), NEVER, [], [1]),
+        ([1, 2, 3], Rhythm(1, 0), NEVER, [], []),
+        ([1, 2, 3], Rhythm(1, -1), NEVER, [], []),
+        ([1, 2, 3], Rhythm(1, 1), NEVER, [1], [2]),
+        # keep <= 0 means all, evaluated or not
+        ([4, 6, 8, 12, 16, 18], Rhythm(4, 1), Rhythm(6, -1), [], [4, 8]),
+        ([4, 6, 8, 12, 16, 18], Rhythm(4, 1), Rhythm(6, 1), [], [4, 6, 8, 12]),
+        # 12 belongs to both rhythms
+        ([4, 6, 8, 12], Rhythm(4, 1), Rhythm(6, 1), [], [4, 6, 8]),
+        # a stop at 7 counts as a dump, and goes when a newer dump is there
+        ([4, 7], Rhythm(4, 1), NEVER, [], [4]),
+        ([7, 8], Rhythm(4, 1), NEVER, [], [7]),
+        ([6, 7], Rhythm(4, 1), Rhythm(6, 1), [], []),
+        # without any rhythm there are stops and the last one only
+        ([3, 9], NEVER, NEVER, [], []),
+        ([3, 9], Rhythm(0, 1), NEVER, [], [3]),
+    ],
+)
+def test_table(done: list[int], dump: Rhythm, evaluation: Rhythm, pinned: list[int], deleted: list[int]) -> None:
+    assert to_delete(done, dump, evaluation, verified=done[-1:], pinned=pinned) == deleted
+
+
+def test_the_newest_verified_stays_even_if_newer_ones_are_unchecked() -> None:
+    assert to_delete([1, 2, 3], Rhythm(1, 1), NEVER, verified=[1]) == [2]
+
+
+STEPS = st.sets(st.integers(1, 60))
+RHYTHMS = st.builds(Rhythm, st.integers(-1, 12), st.integers(-1, 4))
+
+
+@given(STEPS, RHYTHMS, RHYTHMS, STEPS, STEPS)
+def test_promises(done: set[int], dump: Rhythm, evaluation: Rhythm, verified: set[int], pinned: set[int]) -> None:
+    deleted = set(to_delete(done, dump, evaluation, verified=verified, pinned=pinned))
+    assert deleted <= done - pinned
+    if done:
+        assert max(done) not in deleted
+    if verified & done:
+        assert max(verified & done) not in deleted
+    again = to_delete(done - deleted, dump, evaluation, verified=verified, pinned=pinned)
+    assert again == []
+
+
+def test_due() -> None:
+    assert [step for step in range(13) if is_due(step, Rhythm(4, 1), Rhythm(6, 1))] == [4, 6, 8, 12]
+    assert not any(is_due(step, Rhythm(0, 1), Rhythm(-1, 1)) for step in range(10))
+
+
+def test_kept_at_once() -> None:
+    assert kept_at_once(Rhythm(1, 1), Rhythm(2, 3)) == 5
+    assert kept_at_once(Rhythm(1, 0), Rhythm(2, 3)) is None
+    assert kept_at_once(Rhythm(1, 1), NEVER) == 2
+    assert kept_at_once(NEVER, NEVER) == 2

@@ -1,0 +1,119 @@
+"""A file is there whole or not at all, whatever the disk does."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from lingua.files import (
+    DISK,
+    Files,
+    RunError,
+    free_bytes,
+    human_bytes,
+    is_plain_file,
+    make_folder,
+    read_json,
+    write_json,
+    write_whole,
+)
+from tests.fakes import FaultyFiles, KillFiles
+from tests.ranks import exit_code_of
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A folder whose name has everything a name may have."""
+    folder = tmp_path / "run 'one' \"two\"\n$HOME *"
+    folder.mkdir()
+    return folder
+
+
+def test_write_whole(odd: Path) -> None:
+    path = odd / "file.json"
+    write_whole(path, "first")
+    write_whole(path, memoryview(b"second"))
+    assert path.read_bytes() == b"second"
+    assert os.listdir(odd) == ["file.json"]
+
+
+def test_modes_follow_the_umask_unless_given(odd: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_whole(odd / "shared", "")
+        write_whole(odd / "private", "", mode=0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((odd / "shared").stat().st_mode) == 0o640
+    assert stat.S_IMODE((odd / "private").stat().st_mode) == 0o600
+
+
+def test_old_or_new_at_every_failure_and_kill(odd: Path) -> None:
+    path = odd / "file"
+    counting = FaultyFiles()
+    write_whole(path, "old", files=counting)
+    for n in range(1, counting.n_done + 1):
+        write_whole(path, "old")
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(path, "new", files=FaultyFiles(n))
+        assert path.read_text() in ("old", "new")
+        assert os.listdir(odd) == ["file"]
+    for n in range(1, counting.n_done + 1):
+        write_whole(path, "old")
+        assert exit_code_of(lambda n=n: write_whole(path, "new", files=KillFiles(n))) == KillFiles.KILLED
+        assert path.read_text() in ("old", "new")
+
+
+def test_a_disk_that_takes_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, bytes(data[:3])))
+    write_whole(tmp_path / "file", b"0123456789")
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="symbolic link"):
+        DISK.create(tmp_path / "link")
+    write_whole(tmp_path / "link", "new")  # takes the link's place
+    assert (tmp_path / "target").read_text() == "precious"
+    assert is_plain_file(tmp_path / "link")
+
+
+def test_json(odd: Path) -> None:
+    write_json(odd / "a.json", {"a": [1, "ü"]})
+    assert read_json(odd / "a.json") == {"a": [1, "ü"]}
+    (odd / "b.json").write_text('{"a":')
+    with pytest.raises(RunError, match=r"b\.json is not valid JSON"):
+        read_json(odd / "b.json")
+
+
+def test_remove_tree_keeps_what_links_point_at(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("")
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    (tmp_path / "tree" / "deep" / "link").symlink_to(tmp_path / "precious")
+    (tmp_path / "tree" / "link").symlink_to(tmp_path / "precious" / "file")
+    Files().remove_tree(tmp_path / "tree")
+    assert os.listdir(tmp_path) == ["precious"]
+    assert os.listdir(tmp_path / "precious") == ["file"]
+
+
+def test_make_folder(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "a" / "b", "dump_dir").is_dir()
+    assert os.listdir(tmp_path / "a" / "b") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        RunError, match=r"^dump_dir: cannot write to .*file.c \(Not a directory\); choose another folder"
+    ):
+        make_folder(tmp_path / "file" / "c", "dump_dir")
+
+
+def test_numbers(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "not" / "yet" / "there") > 0
+    assert [human_bytes(n) for n in (0, 1023, 1536, 90e9, 2**41)] == ["0 B", "1023 B", "1.5 KiB", "83.8 GiB", "2.0 TiB"]
