@@ -11,6 +11,7 @@ tests replaces, to fail or to die at each of them in turn.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -48,8 +49,10 @@ class Files:
         os.close(descriptor)
 
     def mkdir(self, path: Path) -> None:
-        """Make a folder and its parents; one that is there already is fine."""
+        """Make a folder and its parents; one that is there already is fine, a link to one is not."""
         path.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 
     def fsync_dir(self, path: Path) -> None:
         """Make the names in a folder durable."""

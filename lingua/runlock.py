@@ -12,6 +12,7 @@ lock to break and no race in breaking it. The age of a heartbeat is measured wit
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -97,6 +98,17 @@ def _start_of(pid: int) -> str:
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
+def _claim(draft: Path, path: Path) -> None:
+    """Give `draft` the name `path`, unless it is taken: then FileExistsError."""
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        with path.open("xb") as file:  # a file system without hard links
+            file.write(draft.read_bytes())
+
+
 class RunLock:
     """The ownership of one run folder. A context manager: acquire, beat, release."""
 
@@ -139,7 +151,7 @@ class RunLock:
         write_json(draft, asdict(self._me) | {"incarnation": newest + 1, "released": False})
         self._touch(draft)
         try:
-            os.link(draft, self._path(newest + 1))
+            _claim(draft, self._path(newest + 1))
         except FileExistsError:
             return False  # somebody was faster: look again who it is
         finally:

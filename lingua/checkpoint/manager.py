@@ -35,6 +35,7 @@ import torch.distributed as dist
 from lingua.checkpoint import dcp, layout, publish, retention
 from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.state import TrainState, restore_scalars, scalars_of, tensors_of
+from lingua.checkpoint.weights import checkpoint_folder
 from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, make_folder, read_json
 from lingua.runlock import RunLock
 from lingua.schema import CheckpointArgs
@@ -152,6 +153,10 @@ class CheckpointManager:
     def _begin(self) -> tuple[int, set[int]]:
         incarnation = self._lock.incarnation if self._lock else 0
         make_folder(self.root, "checkpoint.path" if self.args.path else "dump_dir")
+        if self.args.async_save_mode is not None:
+            log.warning(
+                "checkpoint.async_save_mode %s: not built yet, saves are synchronous", self.args.async_save_mode
+            )
         publish.reclaim(self.root, incarnation, files=self._files)
         return incarnation, set(layout.done_steps(self.root))
 
@@ -386,6 +391,19 @@ class CheckpointManager:
             why = f"the run goes on from step {step}"
             self._ranks.from_main(lambda: self._set_aside(later, "later", why))
             self._published.difference_update(later)
+
+    def load_from(self, path: str | Path, state: TrainState) -> Path:
+        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder. Collective."""
+
+        def find() -> Path:
+            folder = checkpoint_folder(path)
+            if problems := publish.damage(folder, publish.read_manifest(folder)):
+                raise RunError(f"{folder} does not verify: {'; '.join(problems)}")
+            return folder
+
+        folder = self._ranks.from_main(find)
+        self.load_folder(folder, state)
+        return folder
 
     def load_folder(self, folder: Path, state: TrainState) -> None:
         """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here. Collective."""

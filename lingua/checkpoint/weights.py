@@ -125,15 +125,9 @@ def _copy(target: Tensor, whole: Tensor) -> None:
 
 def open_source(path: str | Path, model_key: str | None = None) -> Source:
     """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
-    place = Path(path)
-    step: int | None = None
-    run, at, number = str(path).rpartition("@")
-    if at and number.isdecimal() and not place.exists():
-        place, step = Path(run), int(number)
-    if not place.exists():
-        raise RunError(f"{place} does not exist; it should be a run, a checkpoint folder or a file of weights")
-    if (root := place / layout.CHECKPOINTS).is_dir():
-        return _from_run(root, step, model_key)
+    place, step = _parse(path)
+    if (place / layout.CHECKPOINTS).is_dir():
+        return _from_dcp(_of_run(place, step, _is_weights), model_key)
     if step is not None:
         raise RunError(f"{place} is not a run: it has no folder {layout.CHECKPOINTS!r}, so there is no step {step}")
     if place.is_file():
@@ -154,14 +148,40 @@ def _is_weights(name: str) -> bool:
     return name == layout.METADATA or name.startswith("model.")
 
 
-def _from_run(root: Path, step: int | None, model_key: str | None) -> Source:
+def checkpoint_folder(path: str | Path) -> Path:
+    """The checkpoint folder that RUN, RUN@step or a folder means; of a run without a step, the newest that verifies.
+
+    Only looks, so the run may be a colleague's. Raises RunError.
+    """
+    place, step = _parse(path)
+    if (place / layout.CHECKPOINTS).is_dir():
+        return _of_run(place, step, lambda name: True)
+    if step is None and (place / layout.METADATA).exists():
+        return place
+    raise RunError(f"{path} is neither a run nor a checkpoint folder")
+
+
+def _parse(path: str | Path) -> tuple[Path, int | None]:
+    """RUN@step -> (RUN, step); anything that exists under its whole name -> (path, None)."""
+    run, at, number = str(path).rpartition("@")
+    place, step = Path(path), None
+    if at and number.isdecimal() and not place.exists():
+        place, step = Path(run), int(number)
+    if not place.exists():
+        raise RunError(f"{place} does not exist; it should be a run, a checkpoint folder or a file of weights")
+    return place, step
+
+
+def _of_run(run_dir: Path, step: int | None, needed: Callable[[str], bool]) -> Path:
+    root = run_dir / layout.CHECKPOINTS
     if step is None:
-        step = publish.newest_intact(root, needed=_is_weights)
+        step = publish.newest_intact(root, needed=needed)
         if step is None:
             raise RunError(f"{root} has no published checkpoint that verifies")
     elif step not in (steps := layout.done_steps(root)):
-        raise RunError(f"{root} has no published checkpoint of step {step}; it has {dcp.some([str(s) for s in steps])}")
-    return _from_dcp(layout.folder(root, step), model_key)
+        there = dcp.some([str(s) for s in steps]) or "none"
+        raise RunError(f"{root} has no published checkpoint of step {step}; it has {there}")
+    return layout.folder(root, step)
 
 
 def _from_dcp(folder: Path, model_key: str | None) -> Source:

@@ -80,6 +80,9 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with pytest.raises(OSError, match="symbolic link"):
         DISK.create(tmp_path / "link")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="symbolic link"):
+        DISK.mkdir(tmp_path / "folder")
     write_whole(tmp_path / "link", "new")  # takes the link's place
     assert (tmp_path / "target").read_text() == "precious"
     assert is_plain_file(tmp_path / "link")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -115,6 +116,17 @@ def test_one_of_many_wins(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(results, key=str) == [1] + [None] * 7
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with RunLock(tmp_path) as lock:
+        assert lock.incarnation == 1
+        with pytest.raises(OccupiedError):
+            RunLock(tmp_path).acquire()
 
 
 def test_an_overtaken_owner_learns_it(tmp_path: Path) -> None:

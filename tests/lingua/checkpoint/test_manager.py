@@ -16,10 +16,11 @@ import torch
 import torch.distributed.checkpoint as stock
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lingua.checkpoint import layout
+from lingua.checkpoint import dcp, layout
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.files import DISK, Buffer, Files, RunError, write_json
@@ -209,6 +210,50 @@ def test_a_changed_config_wins_and_the_schedule_is_restored(tmp_path: Path) -> N
     assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.5, 0.5]
     assert [group["lr"] for group in other.optimizer.param_groups] == [0.03, 0.03]
     assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_another_run_is_continued(tmp_path: Path) -> None:
+    first = saved_run(tmp_path / "first", 1, 2)
+    manager = manager_of(tmp_path / "second")
+    state = make()
+    assert manager.load_from(f"{tmp_path / 'first'}@2", state).name == "0000000002"
+    assert_equal(snapshot(first), snapshot(state))
+    assert manager.latest() is None
+    flip(layout.folder(tmp_path / "first" / layout.CHECKPOINTS, 2) / layout.optim_file(0))
+    assert manager.load_from(tmp_path / "first", make()).name == "0000000001"
+    with pytest.raises(RunError, match=r"does not verify: optim\.00000\.distcp"):
+        manager.load_from(f"{tmp_path / 'first'}@2", make())
+    with pytest.raises(RunError, match="neither a run nor a checkpoint folder"):
+        manager.load_from(tmp_path, make())
+
+
+@pytest.mark.ranks
+def test_replicas_of_shards_are_written_once(tmp_path: Path) -> None:
+    def save(rank: int) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        model = TinyLM(tied=True)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+        fully_shard(model, mesh=mesh)
+        state = TrainState(model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+        train(state, 1, 2)
+        report = manager_of(tmp_path).save(2, state)
+        n_values = sum(p.numel() for p in model.parameters())
+        assert 3 * 4 * n_values < report.size_bytes
+        return snapshot(state)
+
+    expected = run_on_ranks(save, 4)[0]
+    root = tmp_path / layout.CHECKPOINTS
+    described = dcp.tensor_properties(layout.folder(root, 2))
+    assert described["model.output.weight"] == ((VOCAB, DIM), torch.float32)
+    torch.manual_seed(1)
+    model = TinyLM(tied=True)
+    state = TrainState(model, torch.optim.AdamW(model.parameters(), fused=True))
+    manager_of(tmp_path).load(2, state)
+    assert_equal(expected, snapshot(state))
+    indices = pickle.loads((layout.folder(root, 2) / layout.METADATA).read_bytes()).storage_data
+    places = {(place.relative_path, place.offset) for place in indices.values()}
+    aliases = sum(index.fqn == "model.output.weight" for index in indices)
+    assert len(places) == len(indices) - aliases
 
 
 # -- stock torch -------------------------------------------------------------------------------------------------
