@@ -138,6 +138,7 @@ class JsonlSource:
         self.size_bytes = sum(file.size for file in self.files)
         self.cut(block_bytes(self.size_bytes, n_lanes))
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._fingerprint: str | None = None
 
     def cut(self, block_bytes: int) -> None:
         """Lay out the blocks; none crosses from one file to the next."""
@@ -153,7 +154,9 @@ class JsonlSource:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.files)
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.files)
+        return self._fingerprint
 
     def block(self, block: int) -> tuple[int, int, int]:
         """File index, first byte and end of a block."""

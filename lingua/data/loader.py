@@ -27,6 +27,7 @@ Cost: state of 150-400 bytes per lane; memory for `prefetch_size` batches; in th
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -243,7 +244,7 @@ class Loader:
         row: int,
         dp_size: int,
     ) -> None:
-        self._producer, self._batch_size, self._packing = producer, batch_size, packing
+        self.producer, self._batch_size, self._packing = producer, batch_size, packing
         self._lanes, self._states, self._header, self._n_blocks = lanes, states, header, n_blocks
         self._row, self._dp_size = row, dp_size  # rows of the run used so far, by all ranks
         self._turn = row // dp_size  # rows of this rank used so far
@@ -259,7 +260,7 @@ class Loader:
         states: dict[int, dict[str, Any]] = {}
         for i in range(n_rows):
             lane = self._lanes[(self._turn + i) % len(self._lanes)]
-            row, states[lane] = self._producer.next(lane)
+            row, states[lane] = self.producer.next(lane)
             for view in range(n_views):
                 views[view, i] = row.tokens[view : view + seq_len]
             if doc_ids is not None and row.doc_ids is not None:
@@ -282,7 +283,7 @@ class Loader:
 
     def stats(self) -> dict[str, float]:
         """Counters for the metrics: lines, bad lines by kind, and per source the epoch of this rank's lanes."""
-        counts = dict(self._producer.counts())
+        counts = dict(self.producer.counts())
         lines = counts.pop("lines", 0)
         out: dict[str, float] = {"data/lines": lines, "data/bad_lines": sum(counts.values())}
         out |= {f"data/bad_lines/{kind}": n for kind, n in sorted(counts.items())}
@@ -294,7 +295,7 @@ class Loader:
 
     def close(self) -> None:
         """Give back files and processes; harmless twice."""
-        self._producer.close()
+        self.producer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -374,30 +375,32 @@ def build_loader(
     header = order_of(args, n_lanes)
     if state is not None:
         check_order(state, header)
-    sources, bad = open_sources(args, n_lanes)
-    for source in sources:
-        source.check()
-    own_lanes = list(range(dp_rank, n_lanes, dp_size))
-    row, states = 0, {lane: _start(lane, sources) for lane in own_lanes}
-    if state is not None:
-        row, states = state["row"], _own_states(adapt(state, sources, args.accept_change), own_lanes)
-    if row % dp_size:
-        raise ConfigError(f"data state: {row} rows are used, which {dp_size} data-parallel ranks cannot share")
-    header |= {"sources": sources_of(sources)}
     tokenizer = tokenizer or build_tokenizer(args.tokenizer)
     tokenizer.check_special(args.add_bos, args.add_eos)
-    producer: Producer
-    if args.load_async:
-        producer = Workers(args, n_lanes, own_lanes, row // dp_size % len(own_lanes), states)
-    else:
-        producer = InProcess(args, n_lanes, states, sources, bad, tokenizer)
+    sources, bad = open_sources(args, n_lanes)
+    own_lanes = list(range(dp_rank, n_lanes, dp_size))
+    with contextlib.ExitStack() as opened:
+        for source in sources:
+            opened.callback(source.close)
+            source.check()
+        row, states = 0, {lane: _start(lane, sources) for lane in own_lanes}
+        if state is not None:
+            row, states = state["row"], _own_states(adapt(state, sources, args.accept_change), own_lanes)
+        if row % dp_size:
+            raise ConfigError(f"data state: {row} rows are used, which {dp_size} data-parallel ranks cannot share")
+        producer: Producer
+        if args.load_async:
+            producer = Workers(args, n_lanes, own_lanes, row // dp_size % len(own_lanes), states)
+        else:
+            producer = InProcess(args, n_lanes, states, sources, bad, tokenizer)
+            opened.pop_all()  # the producer closes them
     return Loader(
         producer,
         batch_size=args.batch_size,
         packing=packing_of(args),
         lanes=own_lanes,
         states=states,
-        header=header,
+        header={**header, "sources": sources_of(sources)},
         n_blocks={source.name: source.n_blocks for source in sources},
         row=row,
         dp_size=dp_size,

@@ -45,6 +45,7 @@ from lingua.files import RunError
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _ROW, _LOG, _ERROR = b"RLE"
 _MAX_SLOTS = 32 << 10  # one byte each fits the pipes (64 KiB), so nobody ever blocks in a write
+_MESSAGE_CHARS = 1200  # fits a slot's note, also where JSON escapes every character
 _PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class Slots:
 
     def put(self, slot: int, note: bytes, row: Row | None = None) -> None:
         at = slot % self.n_slots * self._slot_bytes
-        note = note[: self._note]
+        if len(note) > self._note:
+            raise RuntimeError(f"a loader state of {len(note)} bytes is more than the {self._note} that were expected")
         self._memory[at : at + 4] = len(note).to_bytes(4, "little")
         self._memory[at + 4 : at + 4 + len(note)] = note
         if row is not None:
@@ -79,6 +81,9 @@ class Slots:
     def row(self, slot: int, number: int) -> Row:
         tokens, doc_ids = self._arrays(slot % self.n_slots * self._slot_bytes)
         return Row(tokens.copy(), doc_ids.copy() if self._n_doc_ids else None, number)
+
+    def close(self) -> None:
+        self._memory.close()
 
     def _arrays(self, at: int) -> tuple[np.ndarray, np.ndarray]:
         both = np.frombuffer(self._memory, np.int32, self._n_tokens + self._n_doc_ids, at + 4 + self._note)
@@ -106,8 +111,8 @@ class Workers:
         """`first`: index in `lanes` of the lane whose row is wanted first."""
         n = min(args.num_workers, len(lanes))
         n_slots = min(-(-args.prefetch_size * args.batch_size // n), _MAX_SLOTS)
-        # Pages that a short note leaves untouched cost nothing; 64 bytes of place per source, and room for an error.
-        note_bytes = 4096 + 512 * len(args.sources) // 4 * 4
+        # Room for an error message, and for the place in each source; pages that stay untouched cost nothing.
+        note_bytes = 8192 + 512 * len(args.sources)
         shape = Shape(n_slots, args.seq_len + args.n_views - 1, args.seq_len * args.doc_mask, note_bytes)
         self._of_lane = {lane: i % n for i, lane in enumerate(lanes)}
         turns = lanes[first:] + lanes[:first]
@@ -152,14 +157,13 @@ class _Worker:
         self._index, self._slot, self._arrived, self._closed = index, 0, b"", False
         self.counts: dict[str, int] = {}
         memory = os.memfd_create("lingua-rows")
+        self._slots = Slots(memory, *shape)
         self._ready, ready = os.pipe()
         free, self._free = os.pipe()
         try:
-            self._slots = Slots(memory, *shape)
             self.process = _start([ready, free, memory])
         except BaseException:
-            os.close(self._ready)
-            os.close(self._free)
+            self._release()
             raise
         finally:
             for descriptor in (memory, ready, free):
@@ -213,8 +217,12 @@ class _Worker:
             self._closed = True
             self.process.kill()
             self.process.wait()
-            os.close(self._ready)
-            os.close(self._free)
+            self._release()
+
+    def _release(self) -> None:
+        self._slots.close()
+        os.close(self._ready)
+        os.close(self._free)
 
 
 def _start(descriptors: list[int]) -> subprocess.Popen[bytes]:
@@ -264,12 +272,12 @@ class _Outbox(logging.Handler):
 
     def fail(self, error: BaseException) -> None:
         kind = next((name for name, type_ in _ERRORS.items() if isinstance(error, type_)), "bug")
-        message = str(error) if kind != "bug" else "in a loader worker:\n" + traceback.format_exc()[-3000:]
+        message = str(error) if kind != "bug" else "in a loader worker: " + traceback.format_exc()[-_MESSAGE_CHARS:]
         self.put(_ERROR, _note({"kind": kind, "message": message}))
 
 
 def _note(note: dict[str, Any]) -> bytes:
-    note["message"] = str(note["message"]).encode("utf-8", "replace").decode()[-1000:]
+    note["message"] = str(note["message"]).encode("utf-8", "replace").decode()[: _MESSAGE_CHARS + 100]
     return orjson.dumps(note)
 
 
