@@ -81,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         hidden_grad, weight_grad = ctx.saved_tensors
         of_hidden = hidden_grad * grad.to(hidden_grad.dtype) if ctx.needs_input_grad[0] else None

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lingua.loss import IGNORE, CrossEntropy
+from lingua.schema import CrossEntropyArgs
+
+N_ROWS, SEQ_LEN, DIM, VOCAB = 2, 9, 8, 21
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N_ROWS, SEQ_LEN, DIM, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, DIM, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCAB, (N_ROWS, SEQ_LEN), generator=generator)
+    labels[0, :3] = IGNORE
+    return hidden, weight, labels
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    logits = functional.linear(hidden, weight).float().flatten(0, 1)
+    loss = functional.cross_entropy(logits, labels.flatten(), reduction="sum")
+    return loss + z_loss * torch.logsumexp(logits, -1)[labels.flatten() != IGNORE].square().sum()
+
+
+def value_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(3.0 * loss, leaves)]
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 18, 1000])
+def test_value_and_gradients_equal_plain_cross_entropy(chunk_tokens: int, z_loss: float) -> None:
+    hidden, weight, labels = inputs()
+    loss, n_tokens = CrossEntropy(CrossEntropyArgs(chunk_tokens=chunk_tokens, z_loss=z_loss))(hidden, weight, labels)
+    assert (loss.dtype, n_tokens.item()) == (torch.float32, N_ROWS * SEQ_LEN - 3)
+    expected = value_and_gradients(reference(hidden, weight, labels, z_loss), hidden, weight)
+    for ours, theirs in zip(value_and_gradients(loss, hidden, weight), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_agrees_with_finite_differences() -> None:
+    hidden, weight, labels = inputs()
+    loss = CrossEntropy(CrossEntropyArgs(chunk_tokens=5, z_loss=0.1))
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) / weight.numel() ** 0.5
+    (gradient,) = torch.autograd.grad(loss(hidden, weight, labels)[0], weight)
+    step = 1e-2
+    with torch.no_grad():
+        up, down = (loss(hidden, weight + sign * step * direction, labels)[0] for sign in (1, -1))
+    assert (gradient * direction).sum().item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-3)
+
+
+def test_ignored_positions_count_for_nothing() -> None:
+    hidden, weight, labels = inputs()
+    loss, n_tokens = CrossEntropy(CrossEntropyArgs(z_loss=0.1))(hidden, weight, torch.full_like(labels, IGNORE))
+    assert (loss.item(), n_tokens.item()) == (0.0, 0)
+    assert all(not gradient.any() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_no_gradient_is_made_where_none_is_wanted() -> None:
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        loss, _ = CrossEntropy(CrossEntropyArgs())(hidden, weight, labels)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, reference(hidden, weight, labels, 0.0))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bf16_products_keep_an_fp32_sum(autocast: bool) -> None:
+    hidden, weight, labels = inputs(torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss, _ = CrossEntropy(CrossEntropyArgs(chunk_tokens=4))(hidden, weight, labels)
+    assert loss.dtype == torch.float32
+    for ours, theirs, leaf in zip(
+        value_and_gradients(loss, hidden, weight),
+        value_and_gradients(reference(hidden, weight, labels, 0.0), hidden, weight),
+        (loss, hidden, weight),
+        strict=True,
+    ):
+        assert ours.dtype == leaf.dtype
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.3)
