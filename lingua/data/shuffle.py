@@ -326,6 +326,11 @@ def _window(n_bytes: int) -> mmap.mmap:
     return _windows[0]
 
 
+def drop_window() -> None:
+    """Give the buffer back."""
+    _windows.clear()
+
+
 def _write_run(
     path: Path, view: memoryview, keys: np.ndarray, starts: np.ndarray, ends: np.ndarray, files: Files
 ) -> tuple[int, int]:

@@ -1,0 +1,123 @@
+"""What each stage of the preparation shares: tasks in forked processes that die with their parent, and progress.
+
+Promise: no process outlives the one that started it; a worker's error arrives as it was raised.
+Cost: a fork per worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from lingua.data.shuffle import drop_window
+from lingua.files import RunError, human_bytes
+from lingua.logger import on_terminal
+
+log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+_task: Callable[[int], Any] | None = None  # forked processes inherit it, with all that it refers to
+
+
+def _run_task(number: int) -> Any:
+    assert _task is not None
+    return _task(number)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: prctl(2)
+
+
+def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Iterator[tuple[int, _Result]]:
+    """(number, task(number)) as they come, from processes forked here; 1: in this one."""
+    if n_workers == 1:
+        for number in todo:
+            yield number, task(number)
+        return
+    global _task
+    _task = task
+    drop_window()  # each worker has its own
+    pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("fork"), initializer=_die_with_parent)
+    try:
+        futures = {pool.submit(_run_task, number): number for number in todo}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process was killed, perhaps for want of memory; give the same command again, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _task = None
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process plus that of its largest child so far."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
+
+
+class Progress:
+    """A bar per stage on a terminal; elsewhere a line when a stage begins, at every tenth of it, and at its end."""
+
+    def __init__(self, *, bar: bool | None = None, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._bar: Any = None
+        self._name, self._total, self._done, self._told, self._start_s = "", 0, 0, 0, 0.0
+        self.seconds: dict[str, float] = {}
+        """Time of each stage that has ended."""
+        if on_terminal() if bar is None else bar:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(file=sys.stderr),
+            )
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+        if self._bar:
+            self._bar.stop()
+
+    def begin(self, name: str, total_bytes: int) -> None:
+        self._end()
+        self._name, self._total, self._done, self._told, self._start_s = name, total_bytes, 0, 0, self._now()
+        if self._bar:
+            self._id = self._bar.add_task(name, total=total_bytes)
+        else:
+            log.info("%s: %s", name, human_bytes(total_bytes))
+
+    def advance(self, n_bytes: int) -> None:
+        self._done += n_bytes
+        tenth = 10 * self._done // max(self._total, 1)
+        if self._bar:
+            self._bar.update(self._id, completed=self._done)
+        elif self._told < tenth < 10:
+            self._told = tenth
+            log.info("%s: %d%% of %s", self._name, 10 * tenth, human_bytes(self._total))
+
+    def _end(self) -> None:
+        if self._name:
+            self.seconds[self._name] = self._now() - self._start_s
+            if not self._bar:
+                log.info("%s: %s in %.1f s", self._name, human_bytes(self._done), self.seconds[self._name])
+        self._name = ""

@@ -1,0 +1,73 @@
+"""Download a data set, shuffle it and split it into chunks: `lingua.data.prepare` from the command line.
+
+    uv run python setup/download_prepare_hf_data.py fineweb_edu_10bt 8 --data_dir data --nchunks 8
+    uv run python setup/download_prepare_hf_data.py mine 8 --source ~/texts --data_dir data
+
+Give the same command again after whatever stopped it: it goes on. `data.sources: {fineweb_edu_10bt_shuffled: 100}`
+with `data.root_dir: data` then reads the chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import orjson
+
+from lingua.data import hub
+from lingua.data.prepare import Job, prepare
+from lingua.data.stages import Progress, peak_rss_bytes
+from lingua.logger import start_logging
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("dataset", help=f"one of {', '.join(sorted(hub.DATASETS))}; with --source any name")
+    add("memory", type=float, metavar="MEMORY", help="GB (10^9 bytes) of memory that all processes may hold together")
+    add("--data_dir", type=Path, default=Path("data"), help="work folder: the download and the chunks (%(default)s)")
+    add("--tmp_dir", type=Path, default=Path("/tmp"), help="fast disk for sorted runs of all text (%(default)s)")
+    add("--seed", type=int, default=42, help="of the shuffle (%(default)s)")
+    add("--nchunks", type=int, default=32, help="files to split into (%(default)s)")
+    add("--final_data_dir", type=Path, help="copy the result there, checked")
+    add("--clear_work_dir_after_transfer_to_final", action="store_true", help="then remove both work folders")
+    add("--source", type=Path, help="folder of jsonl, gz, zst or parquet files instead of the hub; needs no network")
+    add("--revision", help="branch, tag or commit of the data set (main, as it is at the first start)")
+    add("--workers", type=int, help="processes (as many as cores and memory allow)")
+    add("--json", action="store_true", help="print the manifest, seconds per stage and peak memory as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    start_logging()
+    job = Job(
+        dataset=args.dataset,
+        memory_bytes=int(args.memory * 1e9),
+        data_dir=args.data_dir,
+        tmp_dir=args.tmp_dir,
+        seed=args.seed,
+        n_chunks=args.nchunks,
+        final_data_dir=args.final_data_dir,
+        clear=args.clear_work_dir_after_transfer_to_final,
+        source=args.source,
+        revision=args.revision,
+        n_workers=args.workers,
+    )
+    progress = Progress()
+    try:
+        manifest = prepare(job, progress=progress)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        facts = {"seconds": progress.seconds, "peak_rss_bytes": peak_rss_bytes()}
+        sys.stdout.buffer.write(orjson.dumps(manifest | facts) + b"\n")
+    else:
+        print(f"{manifest['documents']} documents in {job.final or job.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
