@@ -1,0 +1,245 @@
+"""The original libraries' ids, special tokens where they belong, and errors that tell what to do."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import regex
+import sentencepiece
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+from tiktoken_ext import openai_public
+from tokenizers import Tokenizer as HuggingFace
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from lingua.args import ConfigError
+from lingua.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    TokenizerArgs,
+    TokenizerError,
+    assumed_n_words,
+    build_tokenizer,
+    ranks_kind,
+    tokenizer_fingerprint,
+)
+
+TEXTS = [
+    "Hello world, it's 12345 o'clock!",
+    "  leading, trailing  \n\n\ttabs\r\nlines\n",
+    "def f(x: int) -> int:\n    return x**2  # squared\n\n\nprint(f(3))\n",
+    "Grüße, façade, naïve: 日本語のテキスト, 한국어, العربية, हिन्दी, עברית",
+    "😀👩‍👩‍👧‍👦 e\u0301 \u200b ﬁ ½ ² \x00 \x7f",
+    "IT'S WE'LL they've DON'T I'd",
+    "<s> </s> <|begin_of_text|> <|end_of_text|> <|endoftext|> <|reserved_special_token_0|>",
+    "",
+]
+CORPUS = [*TEXTS[:-1], "the quick brown fox jumps over the lazy dog and the other dogs"] * 20
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small tokenizer of each kind, trained on the texts."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    bpe = HuggingFace(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    (folder / "hf").mkdir()
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    bpe.enable_truncation(4)
+    bpe.save(str(folder / "hf" / "tokenizer.json"))
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "sp.model").write_bytes(model.getvalue())
+
+    tokens = [bytes([i]) for i in range(256)]
+    tokens += [b" t", b"he", b" the", b"in", b"  ", b"lo", b"hel", b"12", b"123", b"34", b"\n\n", b"It"]
+    ranks = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    (folder / "ranks.tiktoken").write_text(ranks)
+    return {"hf": folder / "hf", "sp": folder / "sp.model", "tiktoken": folder / "ranks.tiktoken"}
+
+
+@pytest.fixture(params=["bytes", "sp", "tiktoken", "hf"])
+def tokenizer(request: pytest.FixtureRequest, files: dict[str, Path]) -> Tokenizer:
+    path = files.get(request.param)
+    return build_tokenizer(TokenizerArgs(name=request.param, path=None if path is None else str(path)))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_begin_and_end_are_added_when_asked_for_and_text_never_spells_them(tokenizer: Tokenizer, text: str) -> None:
+    plain = tokenizer.encode(text, False, False)
+    assert plain.dtype == np.int32
+    assert all(0 <= token < tokenizer.n_words for token in plain)
+    assert tokenizer.bos_id not in plain
+    assert tokenizer.eos_id not in plain
+    both = tokenizer.encode(text, True, True).tolist()
+    assert both == [tokenizer.bos_id, *plain, tokenizer.eos_id]
+    assert tokenizer.encode(text, True, False).tolist() == both[:-1]
+    assert tokenizer.encode(text, False, True).tolist() == both[1:]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, False, False)) == text
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bytes_round_trip_any_text(text: str) -> None:
+    ids = ByteTokenizer().encode(text, True, True)
+    assert ids.tolist() == [256, *text.encode(), 257]
+    assert ByteTokenizer().decode(ids) == text
+
+
+def test_bytes_that_are_no_text_decode_visibly() -> None:
+    assert ByteTokenizer().decode([0xC3, 65, 256, -1]) == "\\xc3A"
+
+
+def test_agreement_with_the_original_libraries(files: dict[str, Path]) -> None:
+    model: Any = sentencepiece.SentencePieceProcessor(model_file=str(files["sp"]))
+    ours = {name: build_tokenizer(TokenizerArgs(name=name, path=str(path))) for name, path in files.items()}  # type: ignore[arg-type]
+    original = HuggingFace.from_file(str(files["hf"] / "tokenizer.json"))
+    original.no_truncation()
+    ranks = {base64.b64decode(line.split()[0]): i for i, line in enumerate(files["tiktoken"].read_text().splitlines())}
+    rust = tiktoken.Encoding("x", pat_str=ranks_kind(0).pattern, mergeable_ranks=ranks, special_tokens={})
+    for text in TEXTS[:-2]:  # the last but one spells special tokens
+        assert ours["sp"].encode(text, False, False).tolist() == model.encode(text)
+        assert ours["hf"].encode(text, False, False).tolist() == original.encode(text, add_special_tokens=False).ids
+        assert ours["tiktoken"].encode(text, False, False).tolist() == rust.encode_ordinary(text)
+    assert (ours["sp"].bos_id, ours["sp"].eos_id) == (model.bos_id(), model.eos_id())
+    assert (ours["hf"].bos_id, ours["hf"].eos_id) == (0, 1)
+    assert (ours["tiktoken"].bos_id, ours["tiktoken"].eos_id) == (len(ranks), len(ranks) + 1)
+    assert ours["tiktoken"].n_words == len(ranks) + 256
+
+
+def test_hf_declares_its_special_tokens_beside_the_file(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((files["hf"] / "tokenizer.json").read_bytes())
+    declared = {"bos_token": None, "eos_token": {"content": "<s>", "lstrip": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared))
+    build = build_tokenizer(TokenizerArgs(name="hf", path=str(tmp_path / "tokenizer.json")))
+    assert (build.bos_id, build.eos_id) == (None, 0)
+    build.check_special(add_bos=False, add_eos=True)
+    with pytest.raises(ConfigError, match=r"tokenizer hf has no begin token; set data\.add_bos: false"):
+        build.check_special(add_bos=True, add_eos=True)
+
+
+# -- rank files ----------------------------------------------------------------------------------------------------
+
+
+def _capture(monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str, Any]:
+    """What tiktoken itself knows about an encoding, without its download."""
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
+    return getattr(openai_public, name)()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_ranks"),
+    [("r50k_base", 50256), ("gpt2", 50256), ("p50k_base", 50280), ("cl100k_base", 100256), ("o200k_base", 199998)],
+)
+def test_published_rank_files_get_their_own_pattern_and_tokens(
+    monkeypatch: pytest.MonkeyPatch, name: str, n_ranks: int
+) -> None:
+    theirs, kind = _capture(monkeypatch, name), ranks_kind(n_ranks)
+    library = "".join(TEXTS) + Path(subprocess.__file__).read_text() + Path(json.__file__).read_text()
+    assert regex.findall(kind.pattern, library) == regex.findall(theirs["pat_str"], library)
+    assert kind.special == theirs["special_tokens"]
+    assert kind.bos == kind.eos == "<|endoftext|>"
+
+
+def test_llama_3_and_unknown_rank_files_have_their_special_tokens_behind_the_ranks() -> None:
+    for n_ranks in (128000, 1000):
+        kind = ranks_kind(n_ranks)
+        assert (kind.special[kind.bos], kind.special[kind.eos]) == (n_ranks, n_ranks + 1)
+        assert kind.special["<|eot_id|>"] == n_ranks + 9
+        assert kind.pattern == ranks_kind(100256).pattern
+
+
+def test_every_id_has_a_text(files: dict[str, Path]) -> None:
+    tokenizer = build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
+    for token in range(256, tokenizer.n_words):
+        assert tokenizer.decode([token])
+    assert tokenizer.decode([tokenizer.n_words - 256]) == "<|begin_of_text|>"
+    assert tokenizer.decode([tokenizer.n_words - 1]).startswith("<|reserved_special_token_")
+
+
+def test_text_that_makes_the_tokenizer_panic(files: dict[str, Path]) -> None:
+    tokenizer = build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
+    with pytest.raises(TokenizerError, match="gave up"):
+        tokenizer.encode(" " * 1_000_000, True, True)
+    with pytest.raises(TokenizerError, match="gave up"):
+        ByteTokenizer().encode("\ud800", True, True)
+    assert tokenizer.encode("still there", False, False).size > 0
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sp", "tiktoken", "hf"])
+def test_files_that_are_missing_or_of_another_kind(files: dict[str, Path], tmp_path: Path, name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"needs a file; set data.tokenizer.path"):
+        build_tokenizer(TokenizerArgs(name=name))
+    with pytest.raises(ConfigError, match=r"no file .*nothing; download it with .*download_tokenizer.py"):
+        build_tokenizer(TokenizerArgs(name=name, path=str(tmp_path / "nothing")))
+    for content in (b"", b"some text\n", b"\xff\x00" * 100):
+        (tmp_path / "other").write_bytes(content)
+        with pytest.raises(ConfigError, match="other"):
+            build_tokenizer(TokenizerArgs(name=name, path=str(tmp_path / "other")))
+
+
+def test_fingerprint_is_name_and_content(files: dict[str, Path], tmp_path: Path) -> None:
+    assert tokenizer_fingerprint(TokenizerArgs()) == ByteTokenizer().fingerprint == "bytes"
+    args = TokenizerArgs(name="tiktoken", path=str(files["tiktoken"]))
+    moved = tmp_path / "elsewhere"
+    moved.write_bytes(files["tiktoken"].read_bytes())
+    fingerprint = tokenizer_fingerprint(args)
+    assert fingerprint.startswith("tiktoken:")
+    assert build_tokenizer(args).fingerprint == fingerprint
+    assert tokenizer_fingerprint(TokenizerArgs(name="tiktoken", path=str(moved))) == fingerprint
+    moved.write_bytes(files["tiktoken"].read_bytes() + b"Zm9vYmFy 268\n")
+    assert tokenizer_fingerprint(TokenizerArgs(name="tiktoken", path=str(moved))) != fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "n_words"),
+    [
+        ("bytes", None, 258),
+        ("tiktoken", "/x/llama3/tokenizer.model", 128256),
+        ("tiktoken", "/x/r50k_base.tiktoken", 50512),
+        ("tiktoken", "cl100k_base.tiktoken", 100512),
+        ("sp", "tokenizer.model", 32000),
+        ("hf", "somewhere", 128256),
+    ],
+)
+def test_assumed_vocabulary(name: Any, path: str | None, n_words: int) -> None:
+    assert assumed_n_words(TokenizerArgs(name=name, path=path)) == n_words
+
+
+def test_importing_it_is_cheap() -> None:
+    heavy = "{'torch', 'numpy', 'tiktoken', 'sentencepiece', 'tokenizers'}"
+    code = f"import sys, lingua.tokenizer; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
