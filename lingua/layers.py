@@ -202,7 +202,7 @@ class _Composer:
     def pick(self, group: str, name: str, where: Origin, folders: list[Path], stack: tuple[Path, ...] = ()) -> Layer:
         """The group file `<folder>/<group>/<name>.yaml`; its keys belong to the section called like the group."""
         for folder in folders:
-            path = folder / group / f"{name}.yaml"
+            path = _as_typed(folder / group / f"{name}.yaml")
             if path.is_file():
                 layer = self.load(path, stack)
                 return layer.under(group) if is_section(self.schema, group) else layer
@@ -218,6 +218,11 @@ class _Composer:
             _must_exist(path, "overlay", self.configs / "overlays")
             return self.load(path)
         return self.pick("overlays", name, COMMAND_LINE, [self.configs])
+
+
+def _as_typed(path: Path) -> Path:
+    """Relative to the working folder where it lies inside, as people name it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _config_folders(path: Path) -> list[Path]:
@@ -240,7 +245,9 @@ def _must_exist(path: Path, what: str, *more_folders: Path) -> None:
 def _near_files(path: Path, *more_folders: Path) -> str:
     files = {file.stem: file for folder in (*more_folders, path.parent) for file in folder.glob("*.y*ml")}
     names = difflib.get_close_matches(path.stem, files, 3, 0.5)
-    return f"; did you mean {' or '.join(str(files[name]) for name in names)}?" if names else "; check the path"
+    return (
+        f"; did you mean {' or '.join(str(_as_typed(files[name])) for name in names)}?" if names else "; check the path"
+    )
 
 
 def _override(layer: Layer, word: str, schema: type[Args]) -> None:

@@ -234,17 +234,18 @@ def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], fou
     batch_size, micro_steps, stated = args.data.batch_size, args.grad_acc_steps, args.global_batch_size
     per_micro_step = batch_size * dp_size
     own = per_micro_step * (micro_steps or 1)
-    rows = stated or frozen.get("global_batch_size") or own
+    kept = frozen.get("global_batch_size")
+    rows = stated or kept or own
     what = f"{batch_size} rows * {dp_size} data-parallel ranks = {per_micro_step}"
     if rows % per_micro_step:
-        why = f"global_batch_size is {rows}" if stated else f"this run's rows per step stay {rows}"
+        why = f"this run's rows per step stay {rows}" if rows == kept else f"global_batch_size is {rows}"
         fits = " or ".join(str(b) for b in _divisors(rows, dp_size, near=batch_size))
         remedy = f"set data.batch_size to {fits}" if fits else f"start on a number of ranks that divides {rows}"
-        if stated:
+        if rows != kept:
             low = rows // per_micro_step * per_micro_step
             near = " or ".join(str(n) for n in (low, low + per_micro_step) if n)
             remedy = f"set it to {near}"
-        key = "global_batch_size" if stated else "data.batch_size"
+        key = "data.batch_size" if rows == kept else "global_batch_size"
         found.errors.append(Finding(key, f"{why}, no multiple of {what}; {remedy}"))
         return None
     if micro_steps is not None and rows != own:

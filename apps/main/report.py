@@ -47,11 +47,19 @@ def report(
         raise ConfigError(f"command line: --mfu {mfu} is no share of the peak; write one between 0 and 1")
     checked = load(line, world_size, strict_paths=strict_paths)
     figures = list(facts(checked.args, checked.resolved, mfu, gpu))
+    checked.warnings += too_large(figures, gpu)
     if as_json:
         sys.stdout.buffer.write(orjson.dumps(as_record(checked, figures), option=orjson.OPT_INDENT_2) + b"\n")
     else:
         _print(checked, figures)
     return 0
+
+
+def too_large(figures: list[Fact], gpu: str) -> list[str]:
+    peak, memory = find_peak(gpu), next(fact for fact in figures if fact.name == "memory_bytes")
+    if peak is None or memory.value <= peak.memory_gib * 2**30:
+        return []
+    return [f"about {memory.shown} per GPU are more than a {gpu} has; shard over more ranks or lower data.batch_size"]
 
 
 def as_record(checked: Checked, figures: list[Fact]) -> dict[str, Any]:
@@ -86,9 +94,9 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fac
     how = f"{STATE_BYTES_PER_PARAM} bytes per parameter: fp32 weight and AdamW's two moments"
     yield Fact("checkpoint_bytes", state, human_bytes(state), how)
     yield _memory(args, size, peak.memory_gib, gpu)
-    per_token, formula = size.flops_per_token, type(args.model).flops_per_token.__doc__ or ""
+    per_token, formula = float(size.flops_per_token), type(args.model).flops_per_token.__doc__ or ""
     yield Fact("flops_per_token", per_token, f"{per_token:.4g}", formula.partition("\n")[0])
-    total = per_token * size.total_tokens
+    total = float(per_token * size.total_tokens)
     yield Fact("total_flops", total, f"{total:.4g}", "FLOPs per token * total tokens")
     hours = total / (mfu * peak.flops_per_s * size.world_size) / 3600
     how = f"at MFU {mfu:g} of {peak.flops_per_s / 1e12:g} TFLOPS ({gpu}; {peak.sheet}) on {size.world_size} ranks"

@@ -161,9 +161,7 @@ def test_no_resolver_that_evaluates_is_ever_called(tmp_path: Path, value: str) -
     calls: list[object] = []
     OmegaConf.register_new_resolver("evil", lambda *words: calls.append(words), replace=True)
     try:
-        found = complaints(
-            tmp_path, f"dump_base: evil\nsteps: 1\nplugins: []\nsample_prompt: '{value}'\n".replace("word", "dump_base")
-        )
+        found = complaints(tmp_path, f"dump_base: evil\nsteps: 1\nplugins: []\nsample_prompt: '{value}'\n")
     finally:
         OmegaConf.clear_resolver("evil")
     assert len(found) == 1
@@ -220,7 +218,7 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("data: {sources: 5}", "run.yaml:1: data.sources is 5; it must be keys with values or a list"),
         (
             "model: {dim: 100, n_heads: 3}",
-            "run.yaml:1: model: dim 100 is not a multiple of n_heads 3; set head_dim too",
+            "run.yaml:1: model: dim 100 is not a multiple of n_heads 3",
         ),
         ("model: {type: mamba}", "run.yaml:1: model.type: unknown model type 'mamba'; known: llama"),
         ("data: {randomize_rate: 0.5}", "run.yaml:1: data.randomize_rate is no key here: tokens are not randomised"),

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apps.main.args import TrainArgs
+from apps.main.check import default_lanes, estimate_tokens, load, problems, resolve, source_folders
+from lingua.args import ConfigError
+from lingua.data.args import DataArgs
+from lingua.entry import parse_command_line
+from lingua.freeze import dump_yaml
+
+MANY = {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}}
+SMALL: dict[str, Any] = {
+    "steps": 100,
+    "model": {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2},
+    "optim": {"warmup": 10},
+    "data": {"batch_size": 4, "seq_len": 32},
+}
+
+
+def args(**changes: Any) -> TrainArgs:
+    tree = {**SMALL}
+    for name, value in changes.items():
+        tree[name] = {**tree[name], **value} if isinstance(tree.get(name), dict) and isinstance(value, dict) else value
+    return TrainArgs.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "rows", "micro_steps", "lanes"),
+    [
+        ({}, 1, 4, 1, 64),
+        ({}, 3, 12, 1, 72),
+        ({"grad_acc_steps": 3}, 2, 24, 3, 72),
+        ({"global_batch_size": 48}, 2, 48, 6, 96),
+        ({"global_batch_size": 24, "grad_acc_steps": 3}, 2, 24, 3, 72),
+        ({"data": {"lanes": 6}}, 2, 8, 1, 6),
+        ({"data": {"batch_size": 50}}, 2, 100, 1, 100),
+        ({"distributed": {"tp_size": 2}}, 4, 8, 1, 64),
+        ({"distributed": {"fsdp_type": "full_shard", "dp_shard": 2}}, 4, 16, 1, 64),
+    ],
+)
+def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps: int, lanes: int) -> None:
+    size = resolve(args(**changes), world_size)
+    assert (size.rows_per_step, size.grad_acc_steps, size.lanes) == (rows, micro_steps, lanes)
+    assert size.batch_size * size.grad_acc_steps * size.dp_size == size.rows_per_step
+    assert size.tokens_per_step == rows * size.seq_len == size.tokens_per_rank_step * size.dp_size
+
+
+def test_lanes_are_the_smallest_multiple_of_the_rows_that_is_at_least_64() -> None:
+    assert [default_lanes(n) for n in (1, 3, 63, 64, 65, 512)] == [64, 66, 126, 64, 65, 512]
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "key", "sentence"),
+    [
+        (
+            {"global_batch_size": 10},
+            1,
+            "global_batch_size",
+            "ranks = 4; set it to 8 or 12",
+        ),
+        ({"global_batch_size": 3}, 1, "global_batch_size", "set it to 4"),
+        ({"global_batch_size": 24, "grad_acc_steps": 2}, 1, "global_batch_size", "grad_acc_steps 2 is 8; drop one"),
+        ({"data": {"lanes": 7}}, 2, "data.lanes", "no multiple of 2 data-parallel ranks; set it to 6 or 8"),
+        ({"data": {"n_views": 1}}, 1, "data.n_views", "leaves no labels"),
+        ({"optim": {"scheduler": "cosin"}}, 1, "optim.scheduler", "known are constant"),
+        ({"epochs": 1.0}, 1, "epochs", "steps and epochs both say how long"),
+        ({"total_flops": 1e18}, 1, "total_flops", "set total_flops=null"),
+        ({"steps": None, "total_flops": 1.0}, 1, "total_flops", "less than one step"),
+        ({"async_eval_gpus": 1}, 1, "async_eval_gpus", "add a section `eval`"),
+        ({"distributed": {"tp_size": 2}}, 3, "distributed", "tp_size 2 does not divide 3 ranks"),
+        ({"distributed": {"fsdp_type": "full_shard", "dp_shard": 2}}, 3, "distributed", "dp_shard 2 does not divide 3"),
+        ({"distributed": {"tp_size": 4}}, 4, "distributed.tp_size", "does not divide the model's 2 key-value heads"),
+        ({"model": {"vocab_size": 100}}, 1, "model.vocab_size", "but the tokenizer has 258 tokens"),
+        ({"model": {"vocab_size": 0}}, 1, "model.vocab_size", "set it to 258 or to -1"),
+        ({"model": {"attn_impl": "sdpa_flash"}, "data": {"doc_mask": True}}, 1, "model.attn_impl", "knows no mask"),
+        ({"model": {"attn_impl": "sdpa_cudnn", "sliding_window": 8}}, 1, "model.attn_impl", "knows no mask"),
+        ({"model": {"attn_impl": "flash_attn"}, "device": "cpu"}, 1, "model.attn_impl", "needs a GPU"),
+        ({"data": {"tokenizer": {"name": "sp"}}}, 1, "data.tokenizer", "needs a file"),
+        ({"data": {"root_dir": "d", "sources": {"a": 0.0}}}, 1, "data.sources", "every weight in data.sources is 0"),
+        ({"checkpoint": {"continue_training_from_init": True}}, 1, "checkpoint.continue_training_from_init", "set it"),
+    ],
+)
+def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: str, sentence: str) -> None:
+    errors, _ = problems(args(**changes), world_size)
+    assert [finding.key for finding in errors] == [key]
+    assert sentence in errors[0].text
+    with pytest.raises(ConfigError):
+        resolve(args(**changes), world_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "key"),
+    [
+        ({"optim": {"warmup": 100}}, 1, "optim.warmup"),
+        ({"steps": None}, 1, "steps"),
+        ({"model": {"max_seqlen": 16}}, 1, "model.max_seqlen"),
+        ({"distributed": {"dp_replicate": 4}}, 2, "distributed.dp_replicate"),
+        ({"data": {"n_views": 3}}, 1, "data.n_views"),
+        ({"data": {"num_workers": 65}}, 1, "data.num_workers"),
+        ({"data": {"num_workers": 2, "load_async": False}}, 1, "data.num_workers"),
+        ({"data": {"seq_len": 8192, "prefetch_size": 100_000}}, 1, "data.prefetch_size"),
+        ({"distributed": {"model_dtype": "fp16"}}, 1, "distributed.model_dtype"),
+        ({"checkpoint": {"init_ckpt_model_key": "model"}}, 1, "checkpoint.init_ckpt_model_key"),
+        (
+            {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}},
+            1,
+            "checkpoint.dump.keep",
+        ),
+        ({"steps": 10**4, "checkpoint": {"dump": {"every": 0}, "eval": {"every": -1}}}, 1, "checkpoint.dump.every"),
+        ({"data": {"root_dir": "/nowhere", "sources": {"a": 1.0}}}, 1, "data.sources"),
+        ({"data": {"tokenizer": {"name": "tiktoken", "path": "/nowhere/tokenizer.model"}}}, 1, "data.tokenizer.path"),
+        ({"checkpoint": {"init_ckpt_path": "/nowhere"}}, 1, "checkpoint.init_ckpt_path"),
+    ],
+)
+def test_odd_things_warn(changes: dict[str, Any], world_size: int, key: str) -> None:
+    errors, warnings = problems(args(**changes), world_size)
+    assert errors == []
+    assert key in [finding.key for finding in warnings]
+
+
+def test_nothing_is_said_about_a_plain_config() -> None:
+    assert problems(args(), 1) == ([], [])
+
+
+def test_total_flops_makes_steps() -> None:
+    plain = resolve(args(), 2)
+    flops = plain.flops_per_token * plain.tokens_per_step * 7.5
+    size = resolve(args(steps=None, total_flops=flops), 2)
+    assert size.n_steps == 7
+    assert "total_flops" in size.how_long
+
+
+def test_epochs_make_steps_from_the_bytes_of_the_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    line = '{"text": "' + "x" * 98 + '"}\n'
+    (folder / "a.chunk.00.jsonl").write_text(line * 640)
+    data = {"root_dir": str(tmp_path), "sources": {"a": 1.0}}
+    assert estimate_tokens(DataArgs.model_validate(data)) == 640 * 100  # with begin and end
+    assert resolve(args(steps=None, epochs=2.0, data=data), 1).n_steps == 2 * 640 * 100 // (4 * 32)
+    (folder / "a.chunk.00.jsonl").unlink()
+    errors, _ = problems(args(data=data), 1)
+    assert "no *.jsonl file in this folder" in errors[0].text
+
+
+def test_sources_lie_under_root_dir_unless_absolute() -> None:
+    named = DataArgs.model_validate({"root_dir": "d", "sources": {"a": 1.0, "off": 0.0}})
+    assert source_folders(named) == {"a": Path("d/a")}
+    listed = DataArgs.model_validate({"root_dir": "d", "sources": [{"path": "a/b"}, {"path": "/c", "name": "see"}]})
+    assert source_folders(listed) == {"b": Path("d/a/b"), "see": Path("/c")}
+
+
+# -- on other GPUs -------------------------------------------------------------------------------------------------
+
+
+def frozen(**changes: Any) -> dict[str, Any]:
+    return {"global_batch_size": 48, "data": {"lanes": 96}, **changes}
+
+
+@pytest.mark.parametrize(("world_size", "micro_steps"), [(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)])
+def test_rows_and_lanes_stay_and_accumulation_follows(world_size: int, micro_steps: int) -> None:
+    size = resolve(args(), world_size, frozen())
+    assert (size.rows_per_step, size.lanes, size.grad_acc_steps) == (48, 96, micro_steps)
+
+
+def test_a_number_of_ranks_that_does_not_fit_names_sizes_that_do() -> None:
+    with pytest.raises(ConfigError, match=r"rows per step stay 48.*set data\.batch_size to 3 or 6"):
+        resolve(args(), 8, frozen())
+    with pytest.raises(ConfigError, match="start on a number of ranks that divides 48"):
+        resolve(args(), 5, frozen())
+
+
+# -- a whole command line ------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, **changes: Any) -> str:
+    path = folder / "x.yaml"
+    path.write_text(dump_yaml({**SMALL, "dump_dir": str(folder / "run"), **changes}))
+    return str(path)
+
+
+def loaded(*words: str, world_size: int = 1) -> Any:
+    return load(parse_command_line(words, ["accept-change"]), world_size)
+
+
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(write(tmp_path), "optim.lrr=1", "optim.scheduler=x", "async_eval_gpus=1", "steps=many", "epochs=1.0")
+    found = caught.value.problems
+    assert len(found) == 4  # that epochs and steps contradict each other cannot be said: steps is no number
+    assert all(problem.startswith("command line: ") for problem in found)
+
+
+def test_what_only_follows_from_a_wrong_value_is_not_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(write(tmp_path), "data.batch_size=x", "global_batch_size=7")
+    assert len(caught.value.problems) == 1
+
+
+def test_strict_paths_turns_missing_files_into_errors(tmp_path: Path) -> None:
+    line = parse_command_line([write(tmp_path, data={"root_dir": "/nowhere", "sources": {"a": 1.0}})])
+    (warning,) = load(line, 1).warnings
+    assert "x.yaml:" in warning
+    assert "/nowhere/a is not on this machine" in warning
+    with pytest.raises(ConfigError, match="/nowhere/a is not on this machine"):
+        load(line, 1, strict_paths=True)
+
+
+def test_a_second_start_is_compared_with_the_first(tmp_path: Path) -> None:
+    config, run_dir = write(tmp_path), tmp_path / "run"
+    first = loaded(config, world_size=2)
+    assert first.differences == []
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump_yaml(first.frozen))
+    again = loaded(config, world_size=1)
+    assert again.differences == []
+    assert (again.resolved.rows_per_step, again.resolved.grad_acc_steps) == (8, 2)
+    assert [str(d) for d in loaded(config, "steps=200", world_size=2).differences] == [
+        "steps: 100 -> 200 takes effect from here on"
+    ]
+    with pytest.raises(ConfigError, match=r"optim\.lr: .*--accept-change"):
+        loaded(config, "optim.lr=1", world_size=2)
+    assert len(loaded(config, "optim.lr=1", "--accept-change", world_size=2).differences) == 1
+    with pytest.raises(ConfigError, match=r"model\.dim: 64 -> 128 cannot change"):
+        loaded(config, "model.dim=128", "--accept-change", world_size=2)
+    from_frozen = loaded(str(run_dir / "config.yaml"), world_size=1)
+    assert (from_frozen.resolved.rows_per_step, from_frozen.differences) == (8, [])
+    with pytest.raises(ConfigError, match=r"rows per step stay 8.*set data\.batch_size to 2"):
+        loaded(str(run_dir / "config.yaml"), world_size=4)
