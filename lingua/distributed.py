@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lingua.files import RunError
 from lingua.schema import DistributedArgs, EnvironmentArgs
 from lingua.slurm import this_task
 
@@ -135,7 +136,7 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
 # -- agreement ---------------------------------------------------------------------------------------------------
 
 
-class RankError(RuntimeError):
+class RankError(RunError):
     """Another rank failed; the message is its own."""
 
 
@@ -175,6 +176,15 @@ def on_every_rank(act: Callable[[], T]) -> T:
     if failed:
         raise RankError(failed[0])
     return result  # pyright: ignore[reportReturnType]
+
+
+def first_given(value: T | None) -> T | None:
+    """The value of the lowest rank that has one. Collective."""
+    if not dist.is_initialized():
+        return value
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return next((given for given in values if given is not None), None)
 
 
 def _broadcast(outcome: list[tuple[str, object]]) -> list[tuple[str, object]]:

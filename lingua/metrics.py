@@ -28,6 +28,7 @@ from lingua.args import Args, Text
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "metrics.validation.jsonl"
 _HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
 
 
@@ -164,6 +165,7 @@ class MetricLogger:
         wall_time: Callable[[], float] = time.time,
     ) -> None:
         self._lines = JsonLines(run_dir / METRICS_FILE)
+        self._validation_lines = JsonLines(run_dir / VALIDATION_FILE)
         self._incarnation = incarnation
         self._wall_time = wall_time
         self._wandb = _start_wandb(args.wandb, run_dir, run_name, config, wandb_id) if args.wandb else None
@@ -175,15 +177,22 @@ class MetricLogger:
         return self._wandb.id if self._wandb is not None else None
 
     def log(self, record: Mapping[str, float | int]) -> None:
-        """Write one record; needs the key `global_step`."""
-        step = int(record["global_step"])
+        """Write one record of training; needs the key `global_step`."""
+        self._send(self._lines, record)
+
+    def log_validation(self, record: Mapping[str, float | int]) -> None:
+        """Write one record of held-out losses, `<source>/bpb` and the like."""
+        self._send(self._validation_lines, record, "validation/")
+
+    def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
         created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
-        self._lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
+        lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
+        tracked = {key if key == "global_step" else prefix + key: value for key, value in record.items()}
         if self._wandb is not None:
-            self._wandb.log(dict(record))
+            self._wandb.log(tracked)
         if self._tensorboard is not None:
-            for key, value in record.items():
-                self._tensorboard.add_scalar(key, value, step)
+            for key, value in tracked.items():
+                self._tensorboard.add_scalar(key, value, int(record["global_step"]))
 
     def __enter__(self) -> MetricLogger:
         return self

@@ -6,6 +6,7 @@ launchers in between (torchrun turns 75 into 1) swallow codes.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -18,7 +19,11 @@ import orjson
 
 from lingua.files import write_whole
 
+log = logging.getLogger(__name__)
+
 STOP_FILE = "stop.json"
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
 EXIT_REQUEUE = 75  # sysexits.h EX_TEMPFAIL: saved, start me again
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -44,7 +49,10 @@ def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.e
     write_whole(run_dir / "env.txt", "".join(lines).encode())
 
 
-def describe_stop(run_dir: Path, reason: str, step: int, exit_code: int, **more: Any) -> None:
-    """Write stop.json: why the newest start ended."""
-    record = {"reason": reason, "step": step, "exit_code": exit_code, **more}
-    write_whole(run_dir / STOP_FILE, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+def describe_stop(run_dir: Path, reason: str, exit_code: int, **more: Any) -> None:
+    """Write stop.json: why the newest start ended. A disk that refuses it is reported; the exit code still speaks."""
+    record = {"reason": reason, "exit_code": exit_code, **more}
+    try:
+        write_whole(run_dir / STOP_FILE, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+    except OSError as error:
+        log.warning("cannot write %s: %s", run_dir / STOP_FILE, error.strerror or error)

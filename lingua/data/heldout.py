@@ -7,7 +7,7 @@ Cost: reads and tokenizes `max_rows` rows once, at the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ IGNORED = -100  # label of a position that is not scored
 class Encoder(Protocol):
     """The part of a tokenizer used here."""
 
-    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]: ...
+    def encode(self, text: str, add_bos: bool, add_eos: bool) -> Iterable[int]: ...
 
 
 @dataclass(frozen=True)

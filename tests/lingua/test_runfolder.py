@@ -30,6 +30,6 @@ def test_run_sh_repeats_the_command_whatever_it_holds(tmp_path: Path):
 
 
 def test_stop_json_repeats_the_exit_code(tmp_path: Path):
-    describe_stop(tmp_path, "signal", 12, 75, signal="SIGTERM")
+    describe_stop(tmp_path, "signal", 75, step=12, signal="SIGTERM")
     record = orjson.loads((tmp_path / "stop.json").read_bytes())
     assert record == {"reason": "signal", "step": 12, "exit_code": 75, "signal": "SIGTERM"}

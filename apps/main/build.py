@@ -1,0 +1,197 @@
+"""Builds everything a run is made of, in the order in which it is needed; the loop itself is in `train.py`.
+
+Promise: nothing here moves the run's state; what is built twice from the same config and checkpoint is equal bit for
+bit. Initial weights do not depend on the number of ranks.
+Cost: start-up only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lingua.args import build_part
+from lingua.attention import resolve_attn_impl
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.state import TrainState
+from lingua.checkpoint.weights import load_weights
+from lingua.data.heldout import HeldOut, held_out_file, read_held_out
+from lingua.data.loader import Batch, Loader, build_loader, merge_states
+from lingua.distributed import World, on_every_rank
+from lingua.loss import CrossEntropy, Loss
+from lingua.parallel import DTYPES, parallelize, set_matmul_precision
+from lingua.runlock import RunLock
+from lingua.schema import CrossEntropyArgs, LlamaArgs
+from lingua.tokenizer import Tokenizer, build_tokenizer
+
+from .args import TrainArgs
+from .check import Resolved, source_folders
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A built run, ready for its next step."""
+
+    args: TrainArgs
+    size: Resolved
+    run_dir: Path
+    world: World
+    tokenizer: Tokenizer
+    model: nn.Module
+    loss: Loss
+    validation_loss: Loss
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    manager: CheckpointManager
+    held_out: list[HeldOut]
+    state: TrainState
+    """All that the next step depends on, as of the last snapshot; `shared` is always current."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates done (or skipped)."""
+        return self.shared["step"]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every rank knows alike and a checkpoint keeps: step, tokens, tracking id."""
+        return self.state.shared
+
+    def advance(self) -> None:
+        """One more update is done."""
+        self.shared["step"] += 1
+        self.shared["total_tokens"] += self.size.tokens_per_step
+
+    def snapshot(self) -> TrainState:
+        """The state with the position of the data after the last batch used."""
+        self.state.per_rank = {"data": self.loader.state_dict()}
+        return self.state
+
+    def batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """(batch, tokens (B, S), labels (B, S), document numbers (B, S) or None), the tensors on the device."""
+        for batch in self.loader:
+            tokens, labels = (self._to_device(view) for view in batch.views[:2])
+            yield batch, tokens, labels, None if batch.doc_ids is None else self._to_device(batch.doc_ids)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.world.device, non_blocking=True)
+        return tensor.long()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Bitwise equal runs: deterministic kernels only; an operator that has none raises an error that names it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS documentation, "Results reproducibility"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
+    """The model with its initial weights, spread over the world."""
+    sized = {"vocab_size": size.vocab_size, "max_seqlen": size.max_seqlen}
+    if isinstance(args.model, LlamaArgs):
+        dtype = DTYPES[args.distributed.model_dtype]
+        sized["attn_impl"] = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
+    model_args = args.model.model_copy(update=sized)
+    with torch.device("meta"):
+        model = build_part(model_args)
+    model = parallelize(model, args.distributed, world)
+    model.to_empty(device=world.device)
+    model.init_weights(model_args.seed)
+    return model
+
+
+def build_run(
+    args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
+) -> Run:
+    """Everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
+    if args.deterministic:
+        make_deterministic()
+    set_matmul_precision(args.distributed)
+    torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
+    seed_everything(args.seed + world.place.rank)
+
+    tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
+    model = on_every_rank(lambda: build_model(args, size, world))
+    optimizer = build_part(args.optim, list(model.named_parameters()))
+    fresh = {"step": 0, "total_tokens": 0, "skipped_steps": 0, "tracking_id": None}
+    state = TrainState(model, optimizer, shared=fresh, seed=args.seed)
+    manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
+    stack.callback(manager.close)
+    data_state = resume(state, manager, args)
+    manager.prepare(state)
+    loader = stack.enter_context(
+        on_every_rank(
+            lambda: build_loader(
+                args.data,
+                tokenizer=tokenizer,
+                rows_per_step=size.rows_per_step,
+                lanes=size.lanes,
+                dp_rank=world.dp_rank,
+                dp_size=world.dp_size,
+                state=data_state,
+            )
+        )
+    )
+    return Run(
+        args=args,
+        size=size,
+        run_dir=run_dir,
+        world=world,
+        tokenizer=tokenizer,
+        model=model,
+        loss=build_part(args.loss),
+        validation_loss=CrossEntropy(CrossEntropyArgs()),
+        optimizer=optimizer,
+        loader=loader,
+        manager=manager,
+        held_out=on_every_rank(lambda: held_out_rows(args, tokenizer)),
+        state=state,
+    )
+
+
+def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs) -> dict[str, Any] | None:
+    """Load the newest checkpoint, or the weights to start from; returns the loader's state, None for a fresh start."""
+    newest = manager.latest()
+    if newest is not None:
+        manager.load(newest, state)
+        return merge_states([rank["data"] for rank in state.per_rank_all])
+    if args.checkpoint.init_ckpt_path is not None:
+        log.info("%s", load_weights(state.model, args.checkpoint.init_ckpt_path, args.checkpoint.init_ckpt_model_key))
+    return None
+
+
+def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
+    """Rows of each source that has a `*.val.jsonl`; none when validation is off."""
+    if not (args.validation.every or args.validation.at_ends):
+        return []
+    found = {name: held_out_file(folder) for name, folder in source_folders(args.data).items()}
+    missing = [name for name, file in found.items() if file is None]
+    if missing:
+        log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(missing))
+    return [
+        read_held_out(name, file, tokenizer, max_rows=args.validation.max_rows, seq_len=args.data.seq_len)
+        for name, file in found.items()
+        if file is not None
+    ]

@@ -1,0 +1,190 @@
+"""From a checked config to an open run folder: ownership, the frozen config, metrics, and what the user is told.
+
+Promise: the folder has one owner; `config.yaml` says what runs now and `config.<start>.yaml` what ran before it was
+changed. Only rank 0 writes; what it finds wrong, all ranks raise.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+Generator = None  # TEMP
+
+from lingua.data.corpus import SOURCE_NAME, embedded_corpus
+from lingua.distributed import World, from_main
+from lingua.files import RunError, write_whole
+from lingua.flops import find_peak
+from lingua.freeze import CONFIG_FILE, ORIGIN_FILE, dump_yaml
+from lingua.logger import log_to_folder
+from lingua.metrics import MetricLogger
+from lingua.parallel import DTYPES
+from lingua.profiling import measured_matmul_flops
+from lingua.progress import Meter
+from lingua.runfolder import describe_start
+from lingua.runlock import RunLock
+from lingua.schema import GeneratorArgs
+
+from .args import TrainArgs
+from .build import Run
+from .check import Checked, Resolved
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunFolder:
+    """An open run folder. `lock` is rank 0's."""
+
+    path: Path
+    incarnation: int
+    lock: RunLock | None
+
+
+@contextmanager
+def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Iterator[RunFolder]:
+    """Own the folder, write what describes this start, and log into it. Collective."""
+    path = Path(checked.args.dump_dir)
+    lock = RunLock(path) if world.is_main else None
+
+    def begin() -> int:
+        assert lock is not None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
+            ) from error
+        incarnation = lock.acquire()
+        _freeze_config(path, checked, incarnation)
+        describe_start(path, ["-m", f"{checked.args.app}.train", *words])
+        return incarnation
+
+    try:
+        incarnation = from_main(begin)
+        handler = log_to_folder(path, world.place.rank)
+        try:
+            yield RunFolder(path, incarnation, lock)
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _freeze_config(path: Path, checked: Checked, incarnation: int) -> None:
+    text, file = dump_yaml(checked.frozen).encode(), path / CONFIG_FILE
+    if file.is_file() and file.read_bytes() != text:
+        write_whole(path / f"config.{incarnation - 1:04d}.yaml", file.read_bytes())
+    write_whole(file, text)
+    write_whole(path / ORIGIN_FILE, dump_yaml(checked.composed.origins()).encode())
+
+
+def use_embedded_corpus(args: TrainArgs) -> None:
+    """Where the config names no source, train on the sample corpus."""
+    if not args.data.sources:
+        folder = embedded_corpus()
+        args.data = args.data.model_copy(update={"root_dir": str(folder.parent), "sources": {SOURCE_NAME: 1.0}})
+
+
+def start_metrics(run: Run, incarnation: int, stack: ExitStack) -> MetricLogger | None:
+    """The metric logger of rank 0, None elsewhere; its tracking id is kept with the run. Collective."""
+    started: list[MetricLogger] = []
+
+    def start() -> str | None:
+        metrics = MetricLogger(
+            run.run_dir,
+            run.args.logging,
+            incarnation=incarnation,
+            run_name=run.args.name,
+            config=run.args.model_dump(mode="json"),
+            wandb_id=run.shared["tracking_id"],
+        )
+        started.append(stack.enter_context(metrics))
+        return metrics.wandb_id
+
+    run.shared["tracking_id"] = from_main(start)
+    return started[0] if started else None
+
+
+def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
+    """The run's speedometer. On a CPU, MFU is stated against a matrix product measured here."""
+    dtype = DTYPES[args.distributed.model_dtype]
+    if world.device.type == "cuda":
+        peak = find_peak(torch.cuda.get_device_name(world.device))
+        peak_flops = None if peak is None else peak.flops_per_s
+    else:
+        peak_flops = measured_matmul_flops(world.device, dtype)
+    return Meter(
+        n_steps=size.n_steps,
+        tokens_per_step=size.tokens_per_step,
+        flops_per_token=size.flops_per_token,
+        n_devices=world.place.world_size,
+        peak_flops=peak_flops,
+    )
+
+
+# -- what the user is told ---------------------------------------------------------------------------------------
+
+
+def say_hello(run: Run, checked: Checked, incarnation: int) -> None:
+    """What runs, where, and what differs from the first start."""
+    if not run.world.is_main:
+        return
+    size, device = run.size, run.world.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    log.info("%s: start %d in %s on %d x %s", run.args.name, incarnation, run.run_dir, size.world_size, where)
+    for warning in checked.warnings:
+        log.warning("%s", warning)
+    for difference in checked.differences:
+        log.info("config changed: %s", difference)
+    log.info(
+        "%s parameters, %s tokens per step (%d rows of %d), %s steps, %s tokens in all",
+        f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,
+        f"{size.n_steps:,}", f"{size.total_tokens:,}",
+    )  # fmt: skip
+
+
+def say_finished_already(run: Run) -> None:
+    if run.world.is_main:
+        log.info(
+            "%s is finished: all %d steps are done. To go on, raise the number: steps=%d",
+            run.run_dir, run.size.n_steps, 2 * run.size.n_steps,
+        )  # fmt: skip
+
+
+def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after: dict[str, float]) -> None:
+    """How it went and what to type next."""
+    if not run.world.is_main:
+        return
+    log.info(
+        "finished: %d steps, %s tokens; everything is in %s", run.step, f"{run.shared['total_tokens']:,}", run.run_dir
+    )
+    for source in run.held_out:
+        key = f"{source.name}/bpb"
+        if key in before and key in after:
+            share = after[key] / before[key]
+            log.info(
+                "held-out bits per byte of %s: %.3f before, %.3f after (%.0f%%)",
+                source.name, before[key], after[key], 100 * share,
+            )  # fmt: skip
+    command = f"uv run python -m {run.args.app}"
+    given, folder = shlex.join([word for word in words if not word.startswith("steps=")]), shlex.quote(str(run.run_dir))
+    log.info("next:")
+    log.info("  go on:            %s.train %s steps=%d", command, given, 2 * run.size.n_steps)
+    log.info("  generate:         %s.generate ckpt=%s 'prompt=import '", command, folder)
+    log.info("  look at a bigger: uv run lingua check apps/main/configs/llama_1B_8H200.yaml")
+
+
+def say_sample(run: Run, prompt: str) -> None:
+    """A few words from the trained model, the likeliest ones. Collective: sharded models need all ranks."""
+    generator = Generator(run.model, run.tokenizer, GeneratorArgs(max_gen_len=120, dtype="fp32"))
+    (answer,) = generator.generate([prompt])
+    if run.world.is_main:
+        log.info("a sample: %s%s", prompt, answer.text)

@@ -1,0 +1,264 @@
+"""Train: `python -m apps.main.train config=apps/main/configs/debug.yaml [key=value ...]`. The loop is `train`.
+
+Promise: killed at any line, the same command goes on from the newest published checkpoint; with `deterministic` bit
+for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint. Exit codes: 0 finished, 75
+saved and asks to be started again, 130 Ctrl-C (saved), 1 and 2 failures.
+Cost beside forward, backward and optimizer: one all-reduce of four numbers per step, read one step late.
+
+Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from lingua.distributed import Votes, find_place, first_given, pick_device, set_environment, start_world
+from lingua.entry import parse_command_line, run_main
+from lingua.files import RunError
+from lingua.logger import start_logging
+from lingua.metrics import MetricLogger
+from lingua.optim import clip_and_check, optimizer_step
+from lingua.parallel import forward_precision, sync_gradients
+from lingua.profiling import Profiler, memory_metrics
+from lingua.progress import Lap, Meter, ProgressLine
+from lingua.runfolder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, describe_stop
+from lingua.schedule import lr_at
+from lingua.signals import StopSignals
+
+from .build import Run, build_run
+from .check import load
+from .start import (
+    make_meter,
+    open_run_folder,
+    say_finished_already,
+    say_goodbye,
+    say_hello,
+    say_sample,
+    start_metrics,
+    use_embedded_corpus,
+)
+from .validate import validate
+
+log = logging.getLogger(__name__)
+
+HELP = """Train, or go on with a run that was stopped or killed.
+
+usage: python -m apps.main.train [config=]FILE [+OVERLAY ...] [key=value ...] [--accept-change] [--debug]
+
+  FILE             a YAML config; apps/main/configs/debug.yaml is the one to begin with
+  +OVERLAY         a YAML file, or the name of one in configs/overlays, on top of it
+  key=value        any key of the config, dotted: optim.lr=1e-3; a group pick: model=llama_7B
+  --accept-change  go on although a key that changes what the run computes is not as it was
+  --debug          show tracebacks
+
+`lingua check FILE` tells what would run; `lingua schema --reference` lists every key.
+Exit codes: 0 finished, 75 saved and asks to be started again, 130 Ctrl-C (saved), 2 bad config, 1 other failures."""
+
+
+class NonFiniteError(RunError):
+    """Loss or gradient of a step is not finite."""
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What the host knows of a step while the device still computes it."""
+
+    step: int
+    lr: float
+    first_row: int
+    lap: Lap
+
+
+def train(run: Run, signals: StopSignals, judge: Judge) -> None:
+    """Train until the last step, or until a rank is asked to stop, and save.
+
+    Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
+    optimizer are then as before that step, and nothing is saved on top of the last checkpoint.
+    """
+    args, size, device = run.args, run.size, run.world.device
+    parameters = list(run.model.parameters())
+    precision = forward_precision(run.model, args.distributed, device)
+    batches = run.batches()
+    votes: Votes[StepFacts] = Votes(device)
+    meter = judge.meter
+    halted = torch.zeros((), dtype=torch.bool, device=device)  # once set, the optimizer moves no more
+    run.model.train()
+    meter.start(run.step)
+
+    with Profiler(args.profiling, run.run_dir, device, run.world.place.rank) as profiler:
+        while run.step < size.n_steps and not judge.stop:
+            lr, first_row = lr_at(args.optim, run.step, size.n_steps), None
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(size.grad_acc_steps):
+                with meter.loading():
+                    batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
+                first_row = int(batch.rows[0]) if first_row is None else first_row
+                sync_gradients(run.model, micro_step == size.grad_acc_steps - 1)
+                with precision:
+                    loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
+                loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
+                loss.backward()
+                loss_sum += loss.detach()
+
+            grad_norm, finite = clip_and_check(parameters, args.optim.clip)
+            if args.optim.on_nonfinite == "stop":
+                halted |= ~finite
+                finite = ~halted
+            optimizer_step(run.optimizer, lr, finite)
+            run.optimizer.zero_grad()
+            run.advance()
+
+            facts = StepFacts(run.step, lr, first_row or 0, meter.lap())
+            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(signals.received is not None)]))
+            profiler.step(run.step)
+            judge.progress.advance(run.step)
+            if run.step % args.gc_collect_freq == 0:
+                gc.collect()
+            if args.validation.every and run.step % args.validation.every == 0:
+                with meter.paused():
+                    judge.report_validation(validate(run))
+            if run.manager.is_due(run.step) and run.step < size.n_steps:
+                judge.hear(votes.read())  # what is saved must have been judged
+                with meter.paused():
+                    run.manager.save(run.step, run.snapshot())
+        judge.hear(votes.read())
+
+    run.manager.save(run.step, run.snapshot(), final=True)
+
+
+class Judge:
+    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether a rank was asked to stop."""
+
+    def __init__(self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None) -> None:
+        self.stop = False
+        """A rank has been asked to stop: the same answer on all ranks after the same step."""
+        self.meter = meter
+        self.progress = progress
+        self._run = run
+        self._metrics = metrics
+        self._skips_in_a_row = 0
+
+    def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
+        if verdict is None:
+            return
+        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks) = verdict
+        n_ranks = self._run.world.place.world_size
+        self.stop |= stop_ranks > 0
+        if bad_ranks > 0:
+            self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
+        else:
+            self._skips_in_a_row = 0
+        if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
+            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks)
+
+    def report_validation(self, losses: dict[str, float]) -> dict[str, float]:
+        """Held-out losses at the present step, handed through."""
+        if self._metrics is not None and losses:
+            log.info("validation at step %d: %s", self._run.step, "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+            self._metrics.log_validation({"global_step": self._run.step, **losses})
+        return losses
+
+    def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
+        run, optim = self._run, self._run.args.optim
+        last_row = facts.first_row + run.size.rows_per_step - 1
+        what = f"step {facts.step} (rows {facts.first_row} to {last_row}): loss {loss}, gradient norm {grad_norm}"
+        self._skips_in_a_row += 1
+        run.shared["skipped_steps"] += 1
+        if optim.on_nonfinite == "skip" and self._skips_in_a_row <= optim.max_skips:
+            log.warning("%s is not finite; the optimizer did not move", what)
+            return
+        limit = f", and so were the {optim.max_skips} steps before it" if optim.on_nonfinite == "skip" else ""
+        raise NonFiniteError(
+            f"{what} is not finite{limit}. Nothing was updated. Since the data order is fixed, a restart meets these "
+            f"rows again: pass over them with data.skip_rows='[[{facts.first_row},{last_row}]]', or lower optim.lr"
+        )
+
+    def _report(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
+        run = self._run
+        record = {
+            "global_step": facts.step,
+            "acc_step": 0,
+            "loss/out": loss,
+            "optim/grad_norm": grad_norm,
+            "optim/lr": facts.lr,
+            "optim/total_tokens": facts.step * run.size.tokens_per_step,
+            "optim/skipped_steps": run.shared["skipped_steps"],
+            **self.meter.read(facts.step, facts.lap),
+            **memory_metrics(run.world.device),
+            **run.loader.stats(),
+            **run.manager.metrics(),
+        }
+        self.progress.report(record)
+        if self._metrics is not None:
+            self._metrics.log({key: value for key, value in record.items() if math.isfinite(value)})
+
+
+# -- entry -------------------------------------------------------------------------------------------------------
+
+
+def main(words: list[str]) -> int:
+    """Train what the words of a command line say; returns the exit code."""
+    line = parse_command_line(words, ["accept-change"])
+    if line.flags.get("help"):
+        print(HELP)
+        return 0
+    place = find_place()
+    start_logging(place.rank)
+    checked = load(line, place.world_size)
+    args, size = checked.args, checked.resolved
+    device = pick_device(args.device, place)
+    set_environment(args.env, place, on_gpu=device.type == "cuda")
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals(args.stop_signals))
+        world = stack.enter_context(start_world(args.distributed, place, device))
+        folder = stack.enter_context(open_run_folder(checked, words, world))
+        use_embedded_corpus(args)
+        try:
+            run = build_run(args, size, folder.path, world, folder.lock, stack)
+            say_hello(run, checked, folder.incarnation)
+            metrics = start_metrics(run, folder.incarnation, stack)
+            progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
+            judge = Judge(run, make_meter(args, size, world), progress, metrics)
+            return train_to_the_end(run, signals, judge, words)
+        except Exception as error:
+            if world.is_main:
+                describe_stop(folder.path, "error", EXIT_FAILED, error=f"{type(error).__name__}: {error}")
+            raise
+
+
+def train_to_the_end(run: Run, signals: StopSignals, judge: Judge, words: list[str]) -> int:
+    """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
+    args, finished_before = run.args, run.step >= run.size.n_steps
+    if finished_before:
+        say_finished_already(run)
+    else:
+        if run.step == 0 and args.validation.at_ends:
+            run.shared["validation_at_start"] = judge.report_validation(validate(run))
+        gc.disable()
+        train(run, signals, judge)
+        gc.enable()
+    finished = run.step >= run.size.n_steps
+    if finished and not finished_before:
+        after = judge.report_validation(validate(run)) if args.validation.at_ends else {}
+        say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
+        if args.sample_prompt is not None:
+            say_sample(run, args.sample_prompt)
+    signal = None if finished else first_given(signals.received)
+    exit_code = EXIT_FINISHED if finished else EXIT_INTERRUPTED if signal == "SIGINT" else EXIT_REQUEUE
+    if run.world.is_main:
+        if not finished:
+            log.info("stopped by %s after step %d, saved; the same command goes on from there", signal, run.step)
+        reason = "finished" if finished else "signal"
+        describe_stop(run.run_dir, reason, exit_code, step=run.step, signal=signal)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

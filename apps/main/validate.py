@@ -1,0 +1,46 @@
+"""Held-out loss inside training: nats per token and bits per byte of each source's `*.val.jsonl`.
+
+Promise: the same number on any number of ranks (up to the order of a sum); neither the data order nor any random
+state moves. Collective: all ranks take part.
+Cost: one forward pass over `validation.max_rows` rows per source, shared among the ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+import torch.distributed as dist
+
+from lingua.parallel import forward_precision
+
+from .build import Run
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ...}` at the run's present step."""
+    device, world = run.world.device, run.world
+    precision = forward_precision(run.model, run.args.distributed, device)
+    results: dict[str, float] = {}
+    run.model.eval()
+    for source in run.held_out:
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, scored tokens
+        for tokens, labels in source.share(world.dp_rank, world.dp_size, run.args.data.batch_size):
+            with precision:
+                loss_sum, n_tokens = run.model(
+                    torch.from_numpy(tokens).to(device).long(),
+                    labels=torch.from_numpy(labels).to(device).long(),
+                    loss=run.validation_loss,
+                )
+            total += torch.stack([loss_sum.double(), torch.as_tensor(n_tokens, device=device).double()])
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        nats, n_tokens = total.tolist()
+        results[f"{source.name}/nll"] = nats / n_tokens
+        results[f"{source.name}/bpb"] = nats / math.log(2) / source.n_bytes
+    run.model.train()
+    return results

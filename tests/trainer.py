@@ -1,0 +1,174 @@
+"""Real trainers in forked processes: torch is loaded once, a start costs a fraction of a second, any line can be a kill.
+
+A `hook(rank)` runs in the child before training and may wrap anything there, say to die at a chosen step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from apps.main.build import Run
+from apps.main.train import main
+from lingua.distributed import free_port
+from lingua.entry import run_main
+from lingua.metrics import read_metrics
+
+Hook = Callable[[int], None]
+
+TINY = [
+    "apps/main/configs/debug.yaml",
+    "model.dim=32",
+    "model.n_layers=2",
+    "model.n_heads=2",
+    "data.seq_len=32",
+    "data.batch_size=2",
+    "data.lanes=12",
+    "logging.freq=1",
+    "optim.warmup=2",
+    "validation.at_ends=false",
+    "sample_prompt=null",
+    "device=cpu",
+    "deterministic=true",
+    "distributed.timeout_s=30",
+]
+"""Words of a run that takes a second."""
+
+
+@dataclass
+class Result:
+    """How each rank ended (below 0: the signal that killed it), and what all of them said."""
+
+    exit_codes: list[int]
+    output: str
+
+    @property
+    def exit_code(self) -> int:
+        """The one code that all ranks ended with."""
+        assert len(set(self.exit_codes)) == 1, f"exit codes {self.exit_codes}\n{self.output}"
+        return self.exit_codes[0]
+
+
+class Trainer:
+    """Started ranks; `wait` for their end. A context manager, so that none outlives a test."""
+
+    def __init__(self, words: Sequence[str], n_ranks: int = 1, hook: Hook | None = None) -> None:
+        self._said = tempfile.TemporaryFile()
+        port = free_port()
+        self.pids = [self._start(words, rank, n_ranks, port, hook) for rank in range(n_ranks)]
+        self._running = set(self.pids)
+
+    def _start(self, words: Sequence[str], rank: int, n_ranks: int, port: int, hook: Hook | None) -> int:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # python 3.12 on forking with threads
+            pid = os.fork()
+        if pid:
+            return pid
+        code = 99
+        try:
+            for stream in (1, 2):
+                os.dup2(self._said.fileno(), stream)
+            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
+            for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_"))]:
+                del os.environ[name]
+            os.environ["OMP_NUM_THREADS"] = "1"
+            if n_ranks > 1:
+                os.environ.update(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(n_ranks),
+                    LOCAL_RANK=str(rank),
+                    LOCAL_WORLD_SIZE=str(n_ranks),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                )
+            if hook is not None:
+                hook(rank)
+            code = run_main(main, list(words))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def wait(self) -> Result:
+        codes = []
+        for pid in self.pids:
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            self._running.discard(pid)
+        self._said.seek(0)
+        return Result(codes, self._said.read().decode(errors="replace"))
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for pid in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._said.close()
+
+
+def train(words: Sequence[str], n_ranks: int = 1, hook: Hook | None = None) -> Result:
+    """Start trainers and wait for their end."""
+    with Trainer(words, n_ranks, hook) as trainer:
+        return trainer.wait()
+
+
+def at_step(step: int, act: Callable[[], Any], on_rank: int | None = None) -> Hook:
+    """Hook: do `act` right after update `step` (on one rank, or on all)."""
+
+    def hook(rank: int) -> None:
+        advance = Run.advance
+
+        def advance_and_act(run: Run) -> None:
+            advance(run)
+            if run.step == step and on_rank in (None, rank):
+                act()
+
+        Run.advance = advance_and_act
+
+    return hook
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def send_self(name: str) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signal.Signals[name])
+
+
+def published(run_dir: Path) -> list[int]:
+    """Steps with a `.done` mark."""
+    return sorted(int(mark.name[11:21]) for mark in (run_dir / "checkpoints").glob("checkpoint_*.done"))
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss by step; where a step was trained twice, both must be equal."""
+    by_step: dict[int, float] = {}
+    for record in read_metrics(run_dir / "metrics.jsonl"):
+        step, loss = record["global_step"], record.get("loss/out")
+        if loss is None:  # it was not finite
+            continue
+        assert by_step.setdefault(step, loss) == loss, f"step {step} was {by_step[step]}, then {loss}"
+    return by_step
+
+
+def fingerprint(run_dir: Path, step: int) -> dict[str, Any]:
+    """All that a checkpoint holds, as its manifest and JSON files say: equal if and only if bitwise equal."""
+    folder = run_dir / "checkpoints" / f"{step:010d}"
+    facts: dict[str, Any] = orjson.loads((folder / "manifest.json").read_bytes())
+    return facts["files"]
