@@ -144,6 +144,8 @@ def test_save_on_any_ranks_load_on_any_ranks(tmp_path: Path, tied: bool) -> None
         state = make(tied, shard=n > 1, name="run")
         state.per_rank = {"data": f"{rank} of {n}"}
         train(state, 1, 2)
+        with torch.no_grad():
+            state.model(torch.zeros(1, 1, dtype=torch.int64))  # FSDP leaves the root's weights gathered
         report = manager_of(tmp_path / f"by{n}").save(2, state)
         assert report.published
         assert report.size_bytes > 0
@@ -158,12 +160,11 @@ def test_save_on_any_ranks_load_on_any_ranks(tmp_path: Path, tied: bool) -> None
         assert state.shared == {"name": "run", "step": 2}
         return snapshot(state), state.per_rank_all
 
-    for saved_by in (3, 2, 1):
-        expected = run_on_ranks(lambda rank, n=saved_by: save(rank, n), saved_by)[0]
-        for loaded_by in (1, 2, 3):
-            results = run_on_ranks(lambda rank, n=loaded_by, m=saved_by: load(rank, n, m), loaded_by)
-            for result, per_rank_all in results:
-                assert_equal(expected, result)
+    saved = {n: run_on_ranks(lambda rank, n=n: save(rank, n), n)[0] for n in (1, 2, 3)}
+    for loaded_by in (1, 2, 3):
+        for of_rank in run_on_ranks(lambda rank, n=loaded_by: {m: load(rank, n, m) for m in saved}, loaded_by):
+            for saved_by, (result, per_rank_all) in of_rank.items():
+                assert_equal(saved[saved_by], result)
                 assert per_rank_all == [{"data": f"{rank} of {saved_by}"} for rank in range(saved_by)]
 
 
@@ -518,6 +519,19 @@ def test_retention_runs_after_publishing(tmp_path: Path, in_background: bool) ->
             manager.save(step, state)
     manager.close()
     assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [6]
+
+
+def test_metrics(tmp_path: Path) -> None:
+    clock = [1000.0]
+    manager = CheckpointManager(args(), tmp_path, now=lambda: clock[0])
+    clock[0] += 5
+    assert manager.metrics()["checkpoint/lost_work_at_risk_s"] == 5.0
+    manager.save(1, make())
+    clock[0] += 2
+    found = manager.metrics()
+    assert found["checkpoint/age_of_newest_done_s"] == found["checkpoint/lost_work_at_risk_s"] == 2.0
+    assert found["checkpoint/stall_s"] > 0
+    assert found["checkpoint/drain_gb_per_s"] > 0
 
 
 def test_an_overtaken_start_does_not_publish(tmp_path: Path) -> None:

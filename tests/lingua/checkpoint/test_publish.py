@@ -103,9 +103,9 @@ def test_killed_at_every_operation(tmp_path: Path, damaged: bool) -> None:
         assert code == KillFiles.KILLED
         check_after_a_death(root, damaged and kill_at < n_all, kill_at)
 
-        # The next start dies as well, somewhere else; the one after that goes through.
-        exit_code_of(lambda d=run_dir, n=kill_at: one_start(d, 2, 3, KillFiles(n * 7 % n_all + 1)))
-        check_after_a_death(root, damaged and kill_at < n_all, kill_at)
+        if kill_at % 3 == 0:  # the next start dies as well, somewhere else
+            exit_code_of(lambda d=run_dir, n=kill_at: one_start(d, 2, 3, KillFiles(n * 7 % n_all + 1)))
+            check_after_a_death(root, damaged and kill_at < n_all, kill_at)
         one_start(run_dir, 2, 4, DISK)
         assert intact(root, 2)
         left = {name for name in names_in(root) if not (damaged and re.search(r"\.(unmarked|broken)-1$", name))}
