@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import pytest
 
@@ -7,7 +8,7 @@ from lingua.schedule import SCHEDULES, lr_at, register_schedule
 from lingua.schema import OptimArgs
 
 
-def factors(steps: list[int], n_steps: int = 100, **keys: object) -> list[float]:
+def factors(steps: list[int], n_steps: int = 100, **keys: Any) -> list[float]:
     args = OptimArgs.model_validate({"lr": 2.0, "warmup": 10, "lr_min_ratio": 0.1, **keys})
     return [lr_at(args, step, n_steps) / 2.0 for step in steps]
 
@@ -43,7 +44,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("scheduler", "keys", "points"), TABLE)
-def test_known_points(scheduler: str, keys: dict[str, object], points: dict[int, float]) -> None:
+def test_known_points(scheduler: str, keys: dict[str, Any], points: dict[int, float]) -> None:
     assert factors(list(points), scheduler=scheduler, **keys) == pytest.approx(list(points.values()), abs=1e-6)
 
 
