@@ -309,3 +309,34 @@ def test_hugging_face_needs_its_config(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(RunError, match=r"config\.json is missing; Hugging Face weights need it"):
         load_weights(Names(0), folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_hugging_face_llama_gives_the_same_logits(tmp_path: Path, tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM  # slow to import
+
+    from apps.main.args import LMTransformerArgs
+    from apps.main.transformer import LMTransformer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=65,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    own_args = LMTransformerArgs(
+        vocab_size=65, dim=32, hidden_dim=48, n_layers=2, n_heads=4, n_kv_heads=2, norm_eps=1e-6, weight_tying=tied
+    )
+    ours = LMTransformer(own_args)
+    ours.init_weights(1)
+    load_weights(ours, tmp_path)
+    tokens = torch.randint(65, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
