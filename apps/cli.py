@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help in boxes would take longer to import than everything else
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Errors are one sentence; --debug or LINGUA_DEBUG=1 shows the traceback. "
     "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 1 other failures.",
@@ -47,7 +48,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Check a config: what it resolves to, where each value came from, and figures to plan with."""
+    """Check a config and plan with it.
+
+    Prints what it resolves to, the file each value came from, and derived figures with their formulas.
+    """
     line = parse_command_line(words or [])
     line.flags["accept-change"] = accept_change
     room = app_module(choose_app(line), "report")
@@ -61,7 +65,10 @@ def schema(
     chosen: Annotated[str, typer.Argument(metavar="[app=PACKAGE]", show_default=False)] = f"app={DEFAULT_APP}",
     debug: Debug = False,
 ) -> None:
-    """Print the JSON schema of configs, from which editors complete YAML, or the reference page of all keys."""
+    """Print the schema of configs.
+
+    As JSON, from which editors complete YAML, or as a page of all keys with type, default and meaning.
+    """
     import orjson
 
     from lingua.reference import json_schema, reference_page
@@ -72,7 +79,10 @@ def schema(
 
 @app.command(context_settings=PASSED_ON)
 def train(words: Words = None) -> None:
-    """Train, or go on training: the same as `python -m apps.main.train`. All words are passed on."""
+    """Train, or go on training.
+
+    The same as `python -m apps.main.train`: all words are passed on unchanged.
+    """
     _pass_on("train", words or [])
 
 
@@ -80,7 +90,10 @@ def train(words: Words = None) -> None:
 def generate(
     words: Annotated[list[str] | None, typer.Argument(metavar="ckpt=RUN_OR_FOLDER [KEY=VALUE] ...")] = None,
 ) -> None:
-    """Generate text from a run or checkpoint: the same as `python -m apps.main.generate`. All words are passed on."""
+    """Generate text from a run.
+
+    The same as `python -m apps.main.generate`: all words are passed on unchanged.
+    """
     _pass_on("generate", words or [])
 
 

@@ -29,6 +29,11 @@ DEFAULT_STEPS = 1000
 MIN_LANES = 64
 STATE_BYTES_PER_PARAM = 12  # fp32 parameter and AdamW's two fp32 moments
 _GIB = 1 << 30
+# What lingua/attention.py refuses wherever it runs; the rest depends on the device and is told when the run starts.
+_NO_WINDOW = ("sdpa_flash", "sdpa_cudnn")
+_NO_DOC_MASK = (*_NO_WINDOW, "xformers", "flash_attn")
+_GPU_ONLY = ("sdpa_cudnn", "flex", "xformers", "flash_attn")
+_NOT_DETERMINISTIC = ("xformers", "flash_attn")  # atomic additions in backward, whatever torch is told
 _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 
@@ -424,14 +429,15 @@ def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
     if not isinstance(args.model, LlamaArgs):
         return
     impl = args.model.attn_impl
-    for on, what in (
-        (args.model.sliding_window is not None, "model.sliding_window"),
-        (args.data.doc_mask, "data.doc_mask"),
-    ):
-        if on and impl in ("sdpa_flash", "sdpa_cudnn"):
-            text = f"model.attn_impl is {impl}, which knows no mask, but {what} needs one; use flex, sdpa or auto"
-            yield Finding("model.attn_impl", text)
-    if args.device == "cpu" and impl in ("sdpa_cudnn", "xformers", "flash_attn"):
+    window, doc_mask = args.model.sliding_window is not None, args.data.doc_mask
+    asked = "data.doc_mask" if doc_mask and impl in _NO_DOC_MASK else "model.sliding_window"
+    if (doc_mask and impl in _NO_DOC_MASK) or (window and impl in _NO_WINDOW):
+        text = f"model.attn_impl is {impl}, which cannot do {asked}; use flex, sdpa or auto"
+        yield Finding("model.attn_impl", text)
+    if args.deterministic and impl in _NOT_DETERMINISTIC:
+        text = f"deterministic is true, but model.attn_impl {impl} adds gradients up in any order; use sdpa or auto"
+        yield Finding("model.attn_impl", text)
+    if args.device == "cpu" and impl in _GPU_ONLY:
         text = f"model.attn_impl is {impl}, which needs a GPU, but device is cpu; use auto"
         yield Finding("model.attn_impl", text)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,16 @@ def test_words_are_passed_on_unchanged_to_the_chosen_app(tmp_path: Path) -> None
     for name in ("train", "generate"):
         done = lingua(name, *words, cwd=tmp_path)
         assert (done.stdout, done.returncode) == (f"{name} {words}\n", 75), done.stderr
+
+
+def test_a_copied_app_with_a_key_of_its_own_is_found_by_its_config(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(ROOT / "apps" / "main", mine, ignore=shutil.ignore_patterns("__pycache__"))
+    args = (mine / "args.py").read_text()
+    key = '    sharpness: float = 1.0\n    """How sharp."""\n    seed: int'
+    (mine / "args.py").write_text(args.replace("    seed: int", key, 1))
+    done = lingua("check", "mine/configs/debug.yaml", "sharpness=2", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["config"]["sharpness"], record["config"]["app"]) == (2.0, "mine")
+    assert "How sharp." in lingua("schema", "app=mine", cwd=tmp_path).stdout
