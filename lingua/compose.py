@@ -67,6 +67,8 @@ def _resolve(layer: Layer, schema: type[Args]) -> tuple[list[tuple[Key, str]], s
             values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException as error:
             raw, reason = at(layer.tree, key), str(error).splitlines()[0]
+            if unset := re.search("Environment variable '(.*)' not found", reason):
+                reason = f"the environment has no {unset[1]}; set it, or write ${{oc.env:{unset[1]},default}}"
             findings.append((key, f"{dotted_key(key)} is {show(raw)}, which cannot be resolved: {reason}"))
     for key, value in values.items():
         at(layer.tree, key[:-1])[key[-1]] = value

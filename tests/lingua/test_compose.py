@@ -229,6 +229,7 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("- a", "run.yaml:1: holds ['a'] where keys with values are expected"),
         ("name: &a [*a]", "run.yaml"),
         ("steps: ${stepps}", "run.yaml:1: steps is '${stepps}', which cannot be resolved"),
+        ("name: '${oc.env:NOT_SET_HERE}'", "cannot be resolved: the environment has no NOT_SET_HERE; set it, or write"),
         ("base: [nothing.yaml]", "run.yaml:1: base file nothing.yaml does not exist"),
         ("base: [run.yaml]", "run.yaml: is its own base"),
         ("base: {a: 1}", "run.yaml:1: base is {'a': 1}; write a list"),
