@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,28 +31,25 @@ class KVCache:
     at position p sees slots up to p only, and the token of position p overwrites slot p before.
     """
 
-    keys: list[Tensor]  # per layer (B, T, K, E)
-    values: list[Tensor]
+    n_slots: int
     end: int = 0
     """Slots in use: no query of the next pass lies at or behind it. Set by the caller; the host knows it."""
-
-    @staticmethod
-    def empty(args: LlamaArgs, n_rows: int, n_slots: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        shape = (n_rows, n_slots, args.kv_heads, args.head_width)
-        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)] for _ in "kv")
-        return KVCache(keys, values)
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of each layer, (B, n_slots, K, E); made by the layer's first pass, in the type it computes in."""
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, S, K, E) at positions (B, S); returns all that is in use, (B, end, K, E) each."""
+        if layer not in self.layers:
+            shape = (len(k), self.n_slots, *k.shape[2:])
+            self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+        keys, values = self.layers[layer]
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            store[rows, positions] = new.to(store.dtype)
-        return self.keys[layer][:, : self.end], self.values[layer][:, : self.end]
+        keys[rows, positions], values[rows, positions] = k, v
+        return keys[:, : self.end], values[:, : self.end]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but these, in this order."""
-        self.keys = [each[rows] for each in self.keys]
-        self.values = [each[rows] for each in self.values]
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 
 
 @dataclass(eq=False)

@@ -18,8 +18,7 @@ from lingua.transformer import KVCache
 from tests.ranks import run_on_ranks
 
 VOCAB, ROWS, SEQ_LEN = 37, 2, 24
-SMALL: dict[str, Any] = {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "max_seqlen": 32}
-SMALL["multiple_of"] = 8
+SMALL: dict[str, Any] = {
     "dim": 32,
     "n_layers": 2,
     "n_heads": 4,
@@ -44,9 +43,7 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def loss_and_gradients(
-    model: nn.Module, tokens: Tensor, labels: Tensor, **keys: Any
-) -> tuple[Tensor, Gradients]:
+def loss_and_gradients(model: nn.Module, tokens: Tensor, labels: Tensor, **keys: Any) -> tuple[Tensor, Gradients]:
     model.zero_grad()
     loss_sum, n_tokens = model(tokens, labels=labels, loss=LOSS)
     (loss_sum / n_tokens).backward()
@@ -190,9 +187,7 @@ def test_a_block_compiles_without_a_graph_break() -> None:
 # -- sharded -------------------------------------------------------------------------------------------------------
 
 
-def sharded_run(
-    mesh_shape: tuple[int, int], tying: bool, dtype: torch.dtype | None
-) -> tuple[Tensor, Gradients]:
+def sharded_run(mesh_shape: tuple[int, int], tying: bool, dtype: torch.dtype | None) -> tuple[Tensor, Gradients]:
     """Loss and gradients of one batch, a row per rank."""
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     with torch.device("meta"):
@@ -246,7 +241,7 @@ def test_cached_logits_equal_uncached_ones(keys: dict[str, Any]) -> None:
     """Two rows of 9 and 5 tokens in one padded pass, then token by token."""
     model, (tokens, _) = build(**keys), batch()
     lengths, width = [9, 5], 9
-    cache = KVCache.empty(model.args, ROWS, SEQ_LEN, torch.float32, torch.device("cpu"))
+    cache = KVCache(n_slots=SEQ_LEN)
     with torch.no_grad():
         expected = model(tokens)
         padded = tokens[:, :width].clone()
