@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingua.checkpoint.retention import Rhythm, is_due, kept_at_once, to_delete
@@ -47,6 +47,7 @@ STEPS = st.sets(st.integers(1, 60))
 RHYTHMS = st.builds(Rhythm, st.integers(-1, 12), st.integers(-1, 4))
 
 
+@settings(deadline=None)
 @given(STEPS, RHYTHMS, RHYTHMS, STEPS, STEPS)
 def test_promises(done: set[int], dump: Rhythm, evaluation: Rhythm, verified: set[int], pinned: set[int]) -> None:
     deleted = set(to_delete(done, dump, evaluation, verified=verified, pinned=pinned))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -228,6 +228,7 @@ def test_rows_of_a_head() -> None:
     assert pair_neighbours(rows, 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 5), st.sampled_from([(), (3,)]))
 def test_pairing_and_back(heads: int, pairs: int, rest: tuple[int, ...]) -> None:
     tensor = torch.rand(heads * 2 * pairs, *rest)
