@@ -39,6 +39,7 @@ from lingua.data.shuffle import (
     MappedRun,
     Output,
     Run,
+    available_bytes,
     load_runs,
     map_file,
     mark_of,
@@ -252,7 +253,9 @@ def _make(job: Job, progress: Progress, sleep: Callable[[float], None], files: F
             write_json(job.out / _STATE, recipe, files=files)
         else:
             _refuse_other(job, recorded, job.out, recipe["inputs"])
-    memory_bytes = job.memory_bytes - rss_bytes()
+    memory_bytes = min(job.memory_bytes - rss_bytes(), available_bytes() * 4 // 5)
+    if memory_bytes < job.memory_bytes - rss_bytes():
+        log.info("the machine has %s of memory to spare; that is the budget", human_bytes(memory_bytes))
     runs, counts = _runs(job, root, recipe, memory_bytes, progress, files)
     if not counts.documents:
         raise RunError(f"no document in {root}: {_told(counts)}")
@@ -418,8 +421,8 @@ def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
 
 
 def _sweep(job: Job, files: Files) -> None:
-    """Remove what only an unfinished preparation needs."""
-    for path in (*job.out.glob(".done-*.json"), job.out / _STATE):
+    """Remove what only an unfinished preparation needs, and what a killed one left half written."""
+    for path in (*job.out.glob(".done-*.json"), *job.out.glob(".*.tmp*"), job.out / _STATE):
         if path.is_file():
             files.remove(path)
     if (root := _scratch_root(job)).is_dir() and root.lstat().st_uid == os.getuid():
@@ -429,6 +432,8 @@ def _sweep(job: Job, files: Files) -> None:
 def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progress, files: Files) -> None:
     """Copy the result; each file gets its name only after it was read back from the target and is right."""
     files.mkdir(target)
+    for left in target.glob(".*.tmp*"):
+        files.remove(left)
     if stray := stray_files(target, set(manifest["files"])):
         raise RunError(
             f"{target} holds {stray[0]}, which is not of this preparation; remove it or choose another folder"

@@ -40,7 +40,9 @@ DOC_BYTES = 96
 FIXED_BYTES = 48 << 20
 """Blocks in flight and allocator slack beside the window."""
 BATCH_BYTES = 1 << 20
+MAX_WINDOW_BYTES = 8 << 30
 _BATCH_DOCS = 4096
+_MIN_WINDOW_BYTES = 1 << 16
 KEY_END = 1 << 64
 TEXT_KEYS = ("text", "content")
 _MAX_EXAMPLES = 3
@@ -279,7 +281,7 @@ def sort_file(
     files: Files = DISK,
 ) -> Counts:
     """Turn the lines of one input into sorted runs in `folder`, and mark them. Raises RunError for a line too large."""
-    window_bytes = max(memory_bytes - FIXED_BYTES, 1 << 16)
+    window_bytes = min(max(memory_bytes - FIXED_BYTES, _MIN_WINDOW_BYTES), MAX_WINDOW_BYTES)
     memory = _window(window_bytes)
     view = memoryview(memory)
     scan = LineScan(name)
@@ -322,7 +324,10 @@ _windows: list[mmap.mmap] = []
 def _window(n_bytes: int) -> mmap.mmap:
     """The one large buffer of this process. Kept, because the first touch of memory costs more than all else here."""
     if not _windows or len(_windows[0]) < n_bytes:
-        _windows[:] = [mmap.mmap(-1, n_bytes)]  # private pages that only exist once they are touched
+        _windows.clear()
+        window = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # exists where it is touched
+        window.madvise(mmap.MADV_HUGEPAGE)
+        _windows.append(window)
     return _windows[0]
 
 
@@ -458,7 +463,7 @@ def write_output(
     wrote: Callable[[int], None] = lambda _: None,
 ) -> str:
     """Write one output under its final name, whole or not at all; returns its XXH3-128."""
-    window_bytes = max(memory_bytes - FIXED_BYTES, 1 << 16)
+    window_bytes = min(max(memory_bytes - FIXED_BYTES, _MIN_WINDOW_BYTES), MAX_WINDOW_BYTES)
     digest = xxhash.xxh3_128()
     temporary = path.with_name(f".{path.name}.tmp")
     descriptor = files.create(temporary)
@@ -501,6 +506,12 @@ def _sorted_lines(runs: Sequence[Run], low: int, high: int, n_bytes: int) -> Ite
             run_of[batch].tolist(), starts[batch].tolist(), ends[batch].tolist(), strict=True
         ):
             yield views[number][start:end]
+
+
+def available_bytes() -> int:
+    """Memory that the machine can still give without swapping."""
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(facts["MemAvailable"].split()[0]) * 1024
 
 
 def rss_bytes() -> int:
