@@ -39,7 +39,7 @@ class DataError(ValueError):
 
 
 class BadLines:
-    """Counts what was read, and does with a bad line what the config says."""
+    """Counts what this process has read, and does with a bad line what the config says."""
 
     def __init__(self, on_bad_line: str = "skip", max_fraction: float = 1.0) -> None:
         self._stop, self._max_fraction = on_bad_line == "error", max_fraction
@@ -101,9 +101,9 @@ class File(NamedTuple):
     key: int
 
 
-def fingerprint(files: list[File]) -> str:
-    """Hash over names, sizes, first and last 4 KiB of the files; their folder does not matter."""
-    hasher = xxhash.xxh3_64()
+def fingerprint(files: list[File], text_key: str | None = None) -> str:
+    """Hash over names, sizes, first and last 4 KiB of the files, and which field is read; their folder is free."""
+    hasher = xxhash.xxh3_64((text_key or "").encode("utf-8", "surrogateescape"))
     for file in files:
         hasher.update(f"{file.path.name}\0{file.size}\0".encode("utf-8", "surrogateescape"))
         with file.path.open("rb") as stream:
@@ -127,6 +127,7 @@ class JsonlSource:
         bad: BadLines | None = None,
     ) -> None:
         self.name, self.weight, self.key = name, weight, name_key(name)
+        self._text_key = text_key
         self._keys = (text_key,) if text_key else ("text", "content")
         self.bad = bad or BadLines()
         sized = [File(file, file.stat().st_size, name_key(file.name)) for file in find_files(path)]
@@ -155,7 +156,7 @@ class JsonlSource:
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.files)
+            self._fingerprint = fingerprint(self.files, self._text_key)
         return self._fingerprint
 
     def block(self, block: int) -> tuple[int, int, int]:

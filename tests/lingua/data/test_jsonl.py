@@ -188,6 +188,8 @@ def test_fingerprint_is_of_names_sizes_and_ends(tmp_path: Path) -> None:
 
     first = of("a", line * 5)
     assert first == of("b", line * 5)
+    other_field = JsonlSource("x", tmp_path / "a", 1, text_key="body").fingerprint
+    assert other_field != first
     assert len({first, of("c", line * 6), of("d", b" " + line * 5), of("e", line * 5, "y.chunk.00.jsonl")}) == 4
 
 
