@@ -20,6 +20,8 @@ class FakeHub:
         self.wrong: set[str] = set()
         """Files that are served with other content than the hub says, once each."""
         self.requests: list[str] = []
+        self.keys: set[str] = set()
+        """Authorization headers that came."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> FakeHub:
@@ -52,6 +54,7 @@ class FakeHub:
         path = unquote(urlsplit(request.path).path)
         with self._lock:
             self.requests.append(f"{request.command} {path}")
+            self.keys.add(request.headers.get("Authorization", ""))
         if path.startswith("/api/") and "/revision/" in path:
             repo = path.removeprefix("/api/datasets/").partition("/revision/")[0]
             return self._json(request, {"id": repo, "sha": self.commit, "siblings": [], "tags": []})
@@ -59,7 +62,9 @@ class FakeHub:
             if self._once("refusals"):
                 return self._send(request, 503, {}, b"")
             return self._json(request, [self._entry(name, data) for name, data in self.files.items()])
-        name = path.partition(f"/resolve/{self.commit}/")[2]
+        name = path.partition("/resolve/")[2].partition("/")[2]
+        if f"/resolve/{self.commit}/" not in path and "/resolve/main/" not in path:
+            name = ""
         if name not in self.files:
             return self._send(request, 404, {"X-Error-Code": "EntryNotFound"}, b"")
         return self._file(request, name)
@@ -75,12 +80,12 @@ class FakeHub:
         etag = hashlib.sha256(data).hexdigest() if len(data) >= LFS_BYTES else _git_sha1(data)
         headers = {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
-        if name in self.wrong and request.command == "GET":
-            self.wrong.discard(name)
-            data = bytes(len(data))
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         cut = request.command == "GET" and len(data) >= LFS_BYTES and self._once("breaks")
+        if name in self.wrong and request.command == "GET" and not cut:
+            self.wrong.discard(name)
+            data = bytes(len(data))
         self._send(request, 206 if start else 200, headers, data[start:], cut=cut)
 
     def _once(self, name: str) -> bool:

@@ -40,6 +40,7 @@ from lingua.data.shuffle import (
     Output,
     Run,
     available_bytes,
+    drop_window,
     load_runs,
     map_file,
     mark_of,
@@ -366,7 +367,9 @@ def _write_all(
     _need(job.out, todo_bytes, "--data_dir")
     mapped_bytes = sum(run.n_bytes for run in runs if isinstance(run, MappedRun))  # each process is charged for them
     n_workers = _n_workers(job, memory_bytes - mapped_bytes, len(todo), todo_bytes, mapped_bytes)
-    window_bytes = max(_window_bytes(memory_bytes, n_workers) - mapped_bytes, FIXED_BYTES)
+    if n_workers > 1:
+        drop_window()
+    window_bytes = max(_window_bytes(memory_bytes, n_workers) - (mapped_bytes if n_workers == 1 else 0), FIXED_BYTES)
     progress.begin("write", sum(output.n_bytes for output in outputs))
     progress.advance(sum(output.n_bytes for output in outputs) - todo_bytes)
 
@@ -501,7 +504,8 @@ def _n_workers(job: Job, memory_bytes: int, n_tasks: int, n_bytes: int, reserve_
 
 def _window_bytes(memory_bytes: int, n_workers: int) -> int:
     """Memory of one process for its work."""
-    n_bytes = memory_bytes // n_workers - (_FORK_BYTES if n_workers > 1 else 0)
+    inherited_bytes = rss_bytes() if n_workers > 1 else 0
+    n_bytes = memory_bytes // n_workers - inherited_bytes - (_FORK_BYTES if n_workers > 1 else 0)
     if n_bytes < FIXED_BYTES + _FORK_BYTES:
         more_gb = (FIXED_BYTES + _FORK_BYTES - n_bytes) / 1e9
         raise ValueError(f"MEMORY is too small to work in; give at least {more_gb:.2f} GB more")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lingua.data.shuffle import drop_window
@@ -24,6 +25,7 @@ from lingua.logger import on_terminal
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
+_most_workers = 0
 _task: Callable[[int], Any] | None = None  # forked processes inherit it, with all that it refers to
 
 
@@ -42,8 +44,8 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
         for number in todo:
             yield number, task(number)
         return
-    global _task
-    _task = task
+    global _task, _most_workers
+    _task, _most_workers = task, max(_most_workers, n_workers)
     drop_window()  # each worker has its own
     pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("fork"), initializer=_die_with_parent)
     try:
@@ -60,9 +62,10 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process plus that of its largest child so far."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
+    """At most this much memory was resident at once: the peak of this process and those of its workers, added up."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own_kib = int(status["VmHWM"].split()[0])  # ru_maxrss would count what was there before exec
+    return (own_kib + _most_workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
 
 
 class Progress:
