@@ -1,0 +1,129 @@
+"""Generate: `python -m apps.main.generate ckpt=RUN_OR_FOLDER ["prompt=..."] [temperature=0.8 until=END ...]`.
+
+ckpt is a run, RUN@step, a checkpoint folder or any file of weights that training can start from; the model and the
+tokenizer are those of the run's config.yaml, or of the config given as `config=x.yaml` (a bare path is understood as
+either). Several `prompt=` make one batch; without one, prompts are read line by line until the end of input. The
+other keys are those of the config's section eval.generator; `until` is a string or a list.
+Cost: the weights once, in `dtype`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import BeforeValidator
+from torch import nn
+
+from lingua.args import ConfigError, build_part
+from lingua.checkpoint.weights import load_weights
+from lingua.compose import compose
+from lingua.distributed import find_place, pick_device
+from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.freeze import CONFIG_FILE
+from lingua.generator import Answer, Generator
+from lingua.parallel import DTYPES
+from lingua.schema import GeneratorArgs
+from lingua.tokenizer import build_tokenizer
+
+from .args import TrainArgs
+
+
+class GenerateArgs(GeneratorArgs):
+    """Keys of the command line."""
+
+    ckpt: str = ""
+    """Run, RUN@step, checkpoint folder or file of weights."""
+    app: str = ""
+    """Package of the app that trained the model. Empty: the one its config names."""
+    until: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    """Stop string or strings."""
+
+
+def main(words: list[str]) -> int:
+    """Answer the prompts on the command line, or those that are read."""
+    prompts = [word.removeprefix("prompt=") for word in words if word.startswith("prompt=")]
+    line = parse_command_line([word for word in words if not word.startswith("prompt=")])
+    if line.flags.get("help"):
+        print(__doc__)
+        return 0
+    config, args = read_command_line(line)
+    app = args.app or choose_app(CommandLine(config=str(config)))
+    if app != __package__:
+        return app_module(app, "generate").main([*words, f"app={app}"])
+    run_args = compose(str(config), [], [], TrainArgs).args
+    generator = load_generator(run_args, args)
+    for batch in [prompts] if prompts else ask(interactive=sys.stdin.isatty()):
+        for prompt, answer in zip(batch, generator.generate(batch), strict=True):
+            show(prompt, answer)
+    return 0
+
+
+def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
+    """(config of the model, how to generate). Raises ConfigError."""
+    bare = line.config if line.config is not None and not line.config.endswith((".yaml", ".yml")) else None
+    overrides = [*line.overrides, *([f"ckpt={bare}"] if bare else [])]
+    args = compose(None, line.overlays, overrides, GenerateArgs).args
+    if not args.ckpt:
+        raise ConfigError('command line: no checkpoint; write ckpt=RUN_OR_FOLDER, say ckpt=out/debug "prompt=import "')
+    return Path(line.config) if line.config and not bare else config_of(args.ckpt), args
+
+
+def config_of(ckpt: str) -> Path:
+    """The config.yaml of the run that a checkpoint belongs to: beside it, or up to two folders above."""
+    place = Path(ckpt).expanduser()
+    if not place.exists():
+        place = Path(str(place).rpartition("@")[0] or place)
+    if not place.exists():
+        raise ConfigError(f"ckpt={ckpt} does not exist; it should be a run, a checkpoint folder or a file of weights")
+    for folder in (place, *place.absolute().parents[:2]):
+        if (folder / CONFIG_FILE).is_file():
+            return folder / CONFIG_FILE
+    raise ConfigError(f"ckpt={ckpt} has no {CONFIG_FILE} near it that tells its model; name one with config=FILE")
+
+
+def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
+    """A generator with the weights of `args.ckpt` in the model of `run_args`."""
+    tokenizer = build_tokenizer(run_args.data.tokenizer)
+    vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.n_words
+    update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
+    device = pick_device(args.device, find_place())
+    with torch.device("meta"):
+        model: nn.Module = build_part(run_args.model.model_copy(update=update))
+    model.to(DTYPES[args.dtype]).to_empty(device=device)
+    model.init_buffers()  # pyright: ignore[reportCallIssue]
+    loaded = load_weights(model, args.ckpt)
+    print(f"{loaded}, on {device} in {args.dtype}", file=sys.stderr)
+    return Generator(model, tokenizer, args, add_bos=run_args.data.add_bos)
+
+
+def ask(interactive: bool) -> Iterator[list[str]]:
+    """Prompts typed one by one, or piped in and then answered together."""
+    if not interactive:
+        piped = [line.rstrip("\n") for line in sys.stdin]
+        yield from [piped] if piped else []
+        return
+    print("a prompt per line; Ctrl-D ends", file=sys.stderr)
+    yield from ([line] for line in _typed() if line)
+
+
+def _typed() -> Iterable[str]:
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def show(prompt: str, answer: Answer) -> None:
+    """Prompt and answer on stdout; what the user should know about them on stderr."""
+    if answer.n_cut:
+        print(f"(the prompt was too long: its first {answer.n_cut} tokens were cut off)", file=sys.stderr)
+    print(f"{prompt}{answer.text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

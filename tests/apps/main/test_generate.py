@@ -1,0 +1,115 @@
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from apps.main.args import LMTransformerArgs
+from apps.main.generate import config_of, main
+from apps.main.transformer import LMTransformer
+from lingua.args import ConfigError
+from lingua.entry import run_main
+
+CONFIG = """
+app: apps.main
+model: {dim: 16, n_layers: 1, n_heads: 2, multiple_of: 8, max_seqlen: 32}
+data: {seq_len: 24, tokenizer: {name: bytes}}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder as a run leaves it, with weights of a model that never was trained."""
+    folder = tmp_path / "a run's folder"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    model = LMTransformer(LMTransformerArgs(dim=16, n_layers=1, n_heads=2, multiple_of=8, vocab_size=258))
+    model.init_weights(1)
+    torch.save(model.state_dict(), folder / "consolidated.pth")
+    return folder
+
+
+def words(run: Path, *more: str) -> list[str]:
+    return [f"ckpt={run}/consolidated.pth", "max_gen_len=4", "dtype=fp32", *more]
+
+
+def test_prompts_are_answered_in_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(run, "prompt=one", "prompt=a: [b", "temperature=0.5", "top_k=5", "top_p=0.9")) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("one")
+    assert "\na: [b" in out
+    assert "parameters" in err
+
+
+def test_a_bare_path_and_a_config_elsewhere_are_understood(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(run, "prompt=one")) == 0
+    expected = capsys.readouterr().out
+    moved = run.parent / "elsewhere" / "deep" / "down"
+    moved.mkdir(parents=True)
+    (run / "consolidated.pth").rename(moved / "weights.pth")
+    more = ["max_gen_len=4", "dtype=fp32", "prompt=one"]
+    assert main([f"ckpt={moved}/weights.pth", f"config={run}/config.yaml", *more]) == 0
+    assert capsys.readouterr().out == expected
+    with pytest.raises(ConfigError, match=r"no config.yaml near it .* name one with config=FILE"):
+        main([str(moved / "weights.pth"), *more])
+
+
+def test_the_end_is_one_string_or_a_list(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(run, "prompt=one", "until=END")) == 0
+    assert main(words(run, "prompt=one", r'until=["\n\n", END]')) == 0
+    assert capsys.readouterr().out
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_said_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(run, f"prompt={'x' * 99}")) == 0
+    assert "its first 72 tokens were cut off" in capsys.readouterr().err  # 99 + begin, 32 - 4 kept
+
+
+def test_without_a_prompt_they_are_read(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(words(run)) == 0
+    assert capsys.readouterr().out.startswith("one")
+    typed = iter(["one", "", "two"])
+
+    def read_line(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("builtins.input", read_line)
+    assert main(words(run)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("one")
+    assert "\ntwo" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["prompt=x"], "no checkpoint; write ckpt=RUN_OR_FOLDER"),
+        (["ckpt=/no/such/run"], "ckpt=/no/such/run does not exist"),
+        (["ckpt=x", "temprature=1"], "temperature"),
+        (["ckpt=x", "temperature=-1"], "temperature"),
+    ],
+)
+def test_mistakes_are_one_sentence(given: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main, given) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_config_of_a_checkpoint_is_that_of_its_run(run: Path) -> None:
+    step = run / "checkpoints" / "0000000010"
+    step.mkdir(parents=True)
+    for ckpt in (str(run), f"{run}@10", str(step)):
+        assert config_of(ckpt) == run / "config.yaml"
+
+
+def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "ckpt=RUN_OR_FOLDER" in capsys.readouterr().out
