@@ -17,8 +17,8 @@ import orjson
 from lingua.files import RunError
 
 BLOCK_BYTES = 1 << 20
-PLAIN = (".jsonl", ".json")
-SUFFIXES = (*PLAIN, *(f"{plain}{packed}" for plain in PLAIN for packed in (".gz", ".zst", ".zstd")), ".parquet")
+PLAIN = ".jsonl"
+SUFFIXES = (PLAIN, *(f"{kind}.{packed}" for kind in (PLAIN, ".json") for packed in ("gz", "zst", "zstd")), ".parquet")
 _ROWS = 256
 
 

@@ -8,7 +8,6 @@ Cost: one read of each file to hash it; a file that was cut off by a kill is fet
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import time
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lingua.data.convert import SUFFIXES
-from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, read_json, write_json
+from lingua.data.stages import is_disk_full, need_space
+from lingua.files import DISK, Files, RunError, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +79,6 @@ class Snapshot:
     revision: str
     files: list[HubFile]
     complete: bool = False
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """No space or no quota. hf_xet tells it only in words."""
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota exceeded" in str(error)
 
 
 def may_pass(error: Exception) -> bool:
@@ -202,11 +196,7 @@ def _get_all(
 
     disable_progress_bars()  # one bar of ours for everything
     missing_bytes = sum(f.n_bytes for f in snapshot.files if not _has_size(folder / f.path, f.n_bytes))
-    if missing_bytes > (free := free_bytes(folder)):
-        raise RunError(
-            f"{folder} needs {human_bytes(missing_bytes)} more for the download and has {human_bytes(free)} free; "
-            "free some space or choose another --data_dir"
-        )
+    need_space(folder, missing_bytes, "--data_dir")
     begin(f"download {snapshot.repo}", sum(f.n_bytes for f in snapshot.files))
 
     pool = ThreadPoolExecutor(N_THREADS, thread_name_prefix="download")

@@ -39,18 +39,16 @@ from lingua.data.shuffle import (
     MappedRun,
     Output,
     Run,
-    available_bytes,
     drop_window,
     load_runs,
     map_file,
     mark_of,
     plan_outputs,
-    rss_bytes,
     sort_file,
     write_output,
 )
-from lingua.data.stages import Progress, each
-from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, read_json, write_json
+from lingua.data.stages import Progress, available_bytes, disk_of, each, need_space, rss_bytes
+from lingua.files import DISK, Files, RunError, human_bytes, read_json, write_json
 from lingua.runlock import OccupiedError, RunLock
 
 log = logging.getLogger(__name__)
@@ -142,7 +140,7 @@ def prepare(
                 _refuse_problems(check_manifest(job.out))
             _sweep(job, files)
             if job.final:
-                with _disk(job.final, "--final_data_dir"):
+                with disk_of(job.final, "--final_data_dir"):
                     _copy(job.out, job.final, manifest, progress, files)
                 copied_now = True
         if job.clear:
@@ -164,28 +162,6 @@ def _locked(job: Job, folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _disk(folder: Path, option: str) -> Iterator[None]:
-    """A full disk becomes a sentence; everything that is marked as done stays."""
-    try:
-        yield
-    except OSError as error:
-        if not hub.is_disk_full(error):
-            raise
-        raise RunError(
-            f"no space left for {folder} ({human_bytes(free_bytes(folder))} free; a quota may be lower); "
-            f"free some or choose another {option}, then give the same command again: it goes on from here"
-        ) from None
-
-
-def _need(folder: Path, n_bytes: int, option: str) -> None:
-    if n_bytes > (free := free_bytes(folder)):
-        raise RunError(
-            f"{folder} needs {human_bytes(n_bytes)} ({n_bytes} bytes) and has {human_bytes(free)} free; "
-            f"free some space or choose another {option}, then give the same command again: it goes on from here"
-        )
 
 
 # -- what was asked for, now and at the first start ------------------------------------------------------------------
@@ -242,7 +218,7 @@ def _finished_copy(job: Job) -> dict[str, Any] | None:
 
 def _make(job: Job, progress: Progress, sleep: Callable[[float], None], files: Files) -> dict[str, Any]:
     root, recipe = _inputs(job, progress, sleep, files)
-    with _disk(job.out, "--data_dir"):
+    with disk_of(job.out, "--data_dir"):
         files.mkdir(job.out)
         try:
             recorded = read_json(job.out / _STATE)
@@ -264,7 +240,7 @@ def _make(job: Job, progress: Progress, sleep: Callable[[float], None], files: F
     outputs = plan_outputs(runs, job.dataset, n_chunks=job.n_chunks, val_per_chunk=job.val_per_chunk)
     if (n_chunks := sum(".chunk." in output.name for output in outputs)) < job.n_chunks:
         log.warning("%d documents fill %d chunks, not %d", counts.documents, n_chunks, job.n_chunks)
-    with _disk(job.out, "--data_dir"):
+    with disk_of(job.out, "--data_dir"):
         written = _write_all(job, runs, outputs, memory_bytes, progress, files)
         manifest = {
             **recipe,
@@ -286,7 +262,7 @@ def _inputs(job: Job, progress: Progress, sleep: Callable[[float], None], files:
             raise ValueError(f"--source {job.source} holds no jsonl, gz, zst or parquet files")
         inputs = [[name, (job.source / name).stat().st_size] for name in names]
         return job.source, _recipe(job, "local", "local", inputs)
-    with _disk(job.raw, "--data_dir"):
+    with disk_of(job.raw, "--data_dir"):
         snapshot = hub.fetch(
             job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, sleep=sleep, files=files
         )
@@ -317,8 +293,8 @@ def _runs(
     reserve = _PARQUET_BYTES if any(name.endswith(".parquet") for name in names) else 0
     n_workers = _n_workers(job, memory_bytes, len(todo), sum(sizes), reserve)
     window_bytes = max(_window_bytes(memory_bytes, n_workers) - reserve, FIXED_BYTES)
-    with _disk(folder, "--tmp_dir"):
-        _need(folder, sum(sizes[number] for number in todo), "--tmp_dir")
+    with disk_of(folder, "--tmp_dir"):
+        need_space(folder, sum(sizes[number] for number in todo), "--tmp_dir")
         progress.begin("sort", sum(sizes))
         progress.advance(sum(sizes) - sum(sizes[number] for number in todo))
 
@@ -364,7 +340,7 @@ def _write_all(
     written = {output.name: _mark_read(job.out, output) for output in outputs}
     todo = [number for number, output in enumerate(outputs) if written[output.name] is None]
     todo_bytes = sum(outputs[number].n_bytes for number in todo)
-    _need(job.out, todo_bytes, "--data_dir")
+    need_space(job.out, todo_bytes, "--data_dir")
     mapped_bytes = sum(run.n_bytes for run in runs if isinstance(run, MappedRun))  # each process is charged for them
     n_workers = _n_workers(job, memory_bytes - mapped_bytes, len(todo), todo_bytes, mapped_bytes)
     if n_workers > 1:
@@ -410,7 +386,7 @@ def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
     """Folder of the runs of this recipe; what another recipe left there goes."""
     root = _scratch_root(job)
     folder = root / xxhash.xxh3_64_hexdigest(orjson.dumps(recipe))
-    with _disk(root, "--tmp_dir"):
+    with disk_of(root, "--tmp_dir"):
         files.mkdir(root)
         facts = root.lstat()
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():  # /tmp belongs to everybody
@@ -446,7 +422,7 @@ def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progre
     here = {name for name, facts in manifest["files"].items() if _is_copied(target / name, facts)}
     progress.advance(sum(manifest["files"][name]["bytes"] for name in here))
     todo = {name: facts for name, facts in manifest["files"].items() if name not in here}
-    _need(target, sum(facts["bytes"] for facts in todo.values()), "--final_data_dir")
+    need_space(target, sum(facts["bytes"] for facts in todo.values()), "--final_data_dir")
     for name, facts in todo.items():
         temporary = target / f".{name}.tmp"
         try:

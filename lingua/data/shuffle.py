@@ -22,7 +22,6 @@ budget, runs are views of the mapped files (`map_file`), and every byte is writt
 from __future__ import annotations
 
 import mmap
-import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,7 +44,7 @@ _BATCH_DOCS = 4096
 _MIN_WINDOW_BYTES = 1 << 16
 KEY_END = 1 << 64
 TEXT_KEYS = ("text", "content")
-_MAX_EXAMPLES = 3
+_MAX_EXAMPLES = 10
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -86,7 +85,7 @@ class Counts:
     def add(self, other: Counts) -> None:
         for name in ("documents", "blank", "not_json", "no_text", "empty"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.examples.extend(other.examples)
+        self.examples = (self.examples + other.examples)[:_MAX_EXAMPLES]
 
 
 def judge(line: memoryview) -> str:
@@ -404,7 +403,8 @@ def plan_outputs(runs: Sequence[Run], dataset: str, *, n_chunks: int, val_per_ch
     val = n_held_out(n_docs, n_chunks, val_per_chunk)
     n_chunks = min(n_chunks, n_docs - val)
     ranks = [val + (n_docs - val) * chunk // n_chunks for chunk in range(n_chunks)] if n_chunks else []
-    names = [f"{dataset}.chunk.{chunk:02d}.jsonl" for chunk in range(n_chunks)]
+    width = max(len(str(n_chunks - 1)), 2)  # readers sort by name
+    names = [f"{dataset}.chunk.{chunk:0{width}d}.jsonl" for chunk in range(n_chunks)]
     if val:
         ranks, names = [0, *ranks], [f"{dataset}.val.jsonl", *names]
     lows = [0, *(_key_at_rank(runs, rank) for rank in ranks[1:])]
@@ -506,14 +506,3 @@ def _sorted_lines(runs: Sequence[Run], low: int, high: int, n_bytes: int) -> Ite
             run_of[batch].tolist(), starts[batch].tolist(), ends[batch].tolist(), strict=True
         ):
             yield views[number][start:end]
-
-
-def available_bytes() -> int:
-    """Memory that the machine can still give without swapping."""
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(facts["MemAvailable"].split()[0]) * 1024
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -20,6 +20,7 @@ import zstandard
 from pyarrow import parquet
 
 from lingua.data import prepare as prepare_module
+from lingua.data import stages
 from lingua.data.convert import blocks, find_inputs
 from lingua.data.manifest import MANIFEST, check_manifest, read_manifest
 from lingua.data.prepare import Job, prepare
@@ -51,6 +52,9 @@ def job(tmp_path: Path) -> Job:
     """Three inputs of every packed kind, so that runs on disk are made; a copy on a final disk."""
     source = tmp_path / "source"
     (source / "sub").mkdir(parents=True)
+    (source / "about.json").write_text("{}")
+    (source / ".hidden").mkdir()
+    (source / ".hidden/x.jsonl").write_text("{}")
     (source / "b.jsonl").write_bytes(b"\n".join(texts(50, 1)))
     (source / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(texts(50, 2)) + b"\n"))
     packer = zstandard.ZstdCompressor()
@@ -187,7 +191,7 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing(job: Job, tmp_path: Path) -
 
 
 def test_too_little_space_is_said_before(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "free_bytes", lambda path: 10)
+    monkeypatch.setattr(stages, "free_bytes", lambda path: 10)
     with pytest.raises(RunError, match=r"fast/lingua-prepare.* needs .* bytes\) and has 10 B free; .*--tmp_dir"):
         prepare(job)
 

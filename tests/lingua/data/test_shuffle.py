@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lingua.data.shuffle import (
@@ -127,6 +127,7 @@ def test_odd_lines(tmp_path: Path, line: bytes, kind: str, ending: bytes) -> Non
     assert Counter(out) == Counter([good] * (1 + bool(ending)) + [line] * (kind == "documents"))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([b'{"text":"a"}', b'{"text":"bb"}', b"", b"\r", b"{", b"7"])), st.integers(1, 40))
 def test_blocks_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int) -> None:
     folder = tmp_path_factory.mktemp("cut")
@@ -162,3 +163,7 @@ def test_no_chunk_is_empty(tmp_path: Path) -> None:
     files = written(runs, tmp_path / "out", 0, n_chunks=32)
     assert sorted(files) == ["d.chunk.00.jsonl", "d.chunk.01.jsonl", "d.chunk.02.jsonl", "d.val.jsonl"]
     assert all(files.values())
+    many = plan_outputs(
+        sorted_runs([b"\n".join(lines_of(250))], tmp_path / "many", 0)[0], "d", n_chunks=101, val_per_chunk=1
+    )
+    assert [output.name for output in many[-2:]] == ["d.chunk.099.jsonl", "d.chunk.100.jsonl"]
