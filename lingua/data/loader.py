@@ -28,7 +28,6 @@ Cost: state of 150-400 bytes per lane; memory for `prefetch_size` batches; in th
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -91,9 +90,6 @@ def source_args(args: DataArgs) -> list[SourceArgs]:
     twice = sorted(name for name, n in Counter(names).items() if n > 1)
     if twice:
         raise ConfigError(f"data.sources: two sources are called {twice[0]!r}; give each its own `name`")
-    endless = [source.name for source in named if not math.isfinite(source.weight)]
-    if endless:
-        raise ConfigError(f"data.sources: the weight of {endless[0]!r} is no finite number")
     read = [source for source in named if source.weight > 0]
     if not read:
         raise ConfigError("data.sources: no source with a weight above 0; nothing to read")

@@ -312,7 +312,6 @@ def test_grown_files_begin_with_an_epoch_that_no_lane_has_touched(tmp_path: Path
     ("sources", "error", "message"),
     [
         ({"nothing": 1.0}, ConfigError, "nothing: no such file or folder"),
-        ({"big": float("inf")}, ConfigError, "weight of 'big' is no finite number"),
         ({"big": 0.0}, ConfigError, "no source with a weight above 0"),
         ([SourceArgs(path="big"), SourceArgs(path="x/big")], ConfigError, "two sources are called 'big'"),
         ({"big": 1.0, "empty": 1.0}, DataError, "source 'empty' are empty"),
