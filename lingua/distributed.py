@@ -117,14 +117,21 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
     if device.type == "cuda":
         torch.cuda.set_device(device)
     host, port = place.master
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{host}:{port}" if "MASTER_ADDR" not in os.environ else "env://",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(seconds=args.timeout_s),
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{host}:{port}" if "MASTER_ADDR" not in os.environ else "env://",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(seconds=args.timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"rank {place.rank} of {place.world_size} did not meet the others at {host}:{port} within "
+            f"{args.timeout_s} s ({reason}); see whether they all started, and why not in their logs"
+        ) from error
     try:
         mesh = init_device_mesh(device.type, (replicate, shard, tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")

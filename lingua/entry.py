@@ -133,7 +133,7 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
         code = _exit_code(error)
         if wants_traceback(words) or code is None:
             traceback.print_exc()
-        else:
+        elif code != EXIT_BAD_CONFIG or os.environ.get("RANK", "0") == "0":  # all ranks find the same in a config
             for sentence in getattr(error, "problems", [str(error) or type(error).__name__]):
                 print(f"error: {sentence}", file=sys.stderr)
         return code or EXIT_FAILED

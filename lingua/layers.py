@@ -129,8 +129,9 @@ def _marks(node: yaml.Node | None, place: str, path: Key = ()) -> Iterator[tuple
 
 
 def yaml_value(text: str) -> Any:
-    """What a YAML file would make of this value."""
-    return yaml.load(text, Loader=_YamlLoader)
+    """What a YAML file would make of this value; text without quotes stays as it is, line breaks and all."""
+    value = yaml.load(text, Loader=_YamlLoader)
+    return text if isinstance(value, str) and text[:1] not in ("'", '"', "|", ">") else value
 
 
 def scalar(text: str) -> Any:

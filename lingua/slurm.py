@@ -72,6 +72,11 @@ def this_task(env: Mapping[str, str]) -> SlurmTask | None:
     )
 
 
+def this_job(env: Mapping[str, str]) -> tuple[str, int]:
+    """(job id, times it was requeued); ("", 0) outside Slurm."""
+    return env.get("SLURM_JOB_ID", ""), int(env.get("SLURM_RESTART_COUNT") or 0)
+
+
 def first_host(node_list: str) -> str:
     """First name of a Slurm node list: `gpu[003-007,9],x1` -> `gpu003`."""
     found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", node_list)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Stopwatch:
 
 def install(watch: Stopwatch) -> None:
     """Put the stopwatch around the parts of the real loop."""
-    torch.Tensor.backward = watch.time("backward", torch.Tensor.backward)
+    setattr(torch.Tensor, "backward", watch.time("backward", torch.Tensor.backward))  # noqa: B010
     app.clip_and_check = watch.time("optimizer", app.clip_and_check)
     app.optimizer_step = watch.time("optimizer", app.optimizer_step)
     build_run = app.build_run
@@ -74,7 +75,7 @@ def install(watch: Stopwatch) -> None:
         advance(run)
         watch.end_step()
 
-    Run.advance = advance_and_note
+    setattr(Run, "advance", advance_and_note)  # noqa: B010
 
 
 def main() -> int:
@@ -92,8 +93,6 @@ def main() -> int:
         words += [*options.overrides, f"steps={options.steps}", f"dump_dir={folder}", "logging.freq=10"]
         if run_main(app.main, words) != 0:
             return 1
-        from pathlib import Path
-
         last = read_metrics(Path(folder) / "metrics.jsonl")[-1]
 
     steps = watch.steps[WARM_UP_STEPS:]

@@ -103,8 +103,6 @@ class TrainArgs(Args):
         """The folder depends on nothing but the config: a commit between two starts must not lose the run."""
         if not self.dump_dir:
             if not self.name:
-                raise ValueError(
-                    "name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>"
-                )
+                raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")
             object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
         return self

@@ -109,7 +109,7 @@ def make_deterministic() -> None:
 
 def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
     """The model with its initial weights, spread over the world."""
-    sized = {"vocab_size": size.vocab_size, "max_seqlen": size.max_seqlen}
+    sized: dict[str, Any] = {"vocab_size": size.vocab_size, "max_seqlen": size.max_seqlen}
     if isinstance(args.model, LlamaArgs):
         dtype = DTYPES[args.distributed.model_dtype]
         sized["attn_impl"] = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
@@ -118,7 +118,7 @@ def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
         model = build_part(model_args)
     model = parallelize(model, args.distributed, world)
     model.to_empty(device=world.device)
-    model.init_weights(model_args.seed)
+    model.init_weights(model_args.seed)  # pyright: ignore[reportCallIssue] - every model of an app has it
     return model
 
 
@@ -140,7 +140,8 @@ def build_run(
     manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
     stack.callback(manager.close)
     data_state = resume(state, manager, args)
-    manager.prepare(state)
+    if state.shared["step"] < size.n_steps:
+        manager.prepare(state)
     loader = stack.enter_context(
         on_every_rank(
             lambda: build_loader(
@@ -177,8 +178,14 @@ def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs) -> di
     if newest is not None:
         manager.load(newest, state)
         return merge_states([rank["data"] for rank in state.per_rank_all])
-    if args.checkpoint.init_ckpt_path is not None:
-        log.info("%s", load_weights(state.model, args.checkpoint.init_ckpt_path, args.checkpoint.init_ckpt_model_key))
+    start = args.checkpoint.init_ckpt_path
+    if start is not None and args.checkpoint.continue_training_from_init:
+        manager.load_from(start, state)
+        state.shared["tracking_id"] = None  # another run, so another line in the plots
+        return merge_states([rank["data"] for rank in state.per_rank_all])
+    if start is not None:
+        weights = on_every_rank(lambda: load_weights(state.model, start, args.checkpoint.init_ckpt_model_key))
+        log.info("%s", weights)
     return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingua.args import ConfigError
+from lingua.args import ConfigError, dotted_key
 from lingua.compose import Composed, examine
 from lingua.data.args import DataArgs
 from lingua.entry import CommandLine
@@ -131,6 +131,8 @@ def load(
     line: CommandLine, world_size: int | None = None, *, strict_paths: bool = False, schema: type[TrainArgs] = TrainArgs
 ) -> Checked:
     """The config of a command line, checked. Raises ConfigError with everything that is wrong with it."""
+    if line.config is None:
+        raise ConfigError("no config is named; name one, apps/main/configs/debug.yaml say")
     examined = examine(line.config, line.overlays, line.overrides, schema)
     if examined.composed is None:
         raise ConfigError(examined.complaints)
@@ -140,7 +142,8 @@ def load(
     about = {key.partition(".")[0] for key in examined.bad_keys}
     about |= _SIZE_KEYS if about & _SIZE_KEYS else set()
     # What may only follow from a wrong value, which was left out, is not said.
-    errors = [finding for finding in study_.errors if finding.key.partition(".")[0] not in about]
+    written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
+    errors = [f for f in study_.errors if f.key in written or f.key.partition(".")[0] not in about]
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
     if complaints or study_.resolved is None:
         raise ConfigError(complaints)

@@ -7,6 +7,7 @@ changed. Only rank 0 writes; what it finds wrong, all ranks raise.
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,21 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-Generator = None  # TEMP
 
 from lingua.data.corpus import SOURCE_NAME, embedded_corpus
 from lingua.distributed import World, from_main
 from lingua.files import RunError, write_whole
 from lingua.flops import find_peak
 from lingua.freeze import CONFIG_FILE, ORIGIN_FILE, dump_yaml
+from lingua.generator import Generator
 from lingua.logger import log_to_folder
 from lingua.metrics import MetricLogger
 from lingua.parallel import DTYPES
 from lingua.profiling import measured_matmul_flops
 from lingua.progress import Meter
 from lingua.runfolder import describe_start
-from lingua.runlock import RunLock
+from lingua.runlock import RunLock, this_process
 from lingua.schema import GeneratorArgs
+from lingua.slurm import this_job
 
 from .args import TrainArgs
 from .build import Run
@@ -50,7 +52,7 @@ class RunFolder:
 def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Iterator[RunFolder]:
     """Own the folder, write what describes this start, and log into it. Collective."""
     path = Path(checked.args.dump_dir)
-    lock = RunLock(path) if world.is_main else None
+    lock = RunLock(path, this_process(*this_job(os.environ))) if world.is_main else None
 
     def begin() -> int:
         assert lock is not None
@@ -183,8 +185,9 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
 
 
 def say_sample(run: Run, prompt: str) -> None:
-    """A few words from the trained model, the likeliest ones. Collective: sharded models need all ranks."""
-    generator = Generator(run.model, run.tokenizer, GeneratorArgs(max_gen_len=120, dtype="fp32"))
+    """A few words from the trained model. Collective: a sharded model needs all ranks."""
+    args = GeneratorArgs(temperature=0.7, top_p=0.9, max_gen_len=160)
+    generator = Generator(run.model, run.tokenizer, args, add_bos=run.args.data.add_bos)
     (answer,) = generator.generate([prompt])
     if run.world.is_main:
         log.info("a sample: %s%s", prompt, answer.text)

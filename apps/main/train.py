@@ -247,9 +247,9 @@ def train_to_the_end(run: Run, signals: StopSignals, judge: Judge, words: list[s
     finished = run.step >= run.size.n_steps
     if finished and not finished_before:
         after = judge.report_validation(validate(run)) if args.validation.at_ends else {}
-        say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
         if args.sample_prompt is not None:
             say_sample(run, args.sample_prompt)
+        say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
     signal = None if finished else first_given(signals.received)
     exit_code = EXIT_FINISHED if finished else EXIT_INTERRUPTED if signal == "SIGINT" else EXIT_REQUEUE
     if run.world.is_main:

@@ -332,11 +332,19 @@ class CheckpointManager:
     def latest(self) -> int | None:
         """The newest published step that verifies, the same on all ranks; None for a fresh start. Collective.
 
-        All ranks share the reading. What does not verify is set aside (renamed, never deleted) and reported.
+        All ranks share the reading. What does not verify is set aside (renamed, never deleted) and reported. Raises
+        RunError when there were some and none verifies: beginning again at step 0 is for a person to decide.
         """
+        set_aside: list[int] = []
         while True:
             self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
             if not self._published:
+                _raise_if(
+                    f"none of the checkpoints {set_aside} in {self.root} verifies; they are set aside there. "
+                    "Look at the disk; the same command begins again at step 0"
+                    if set_aside
+                    else None
+                )
                 return None
             step = max(self._published)
             problems = self._damage(step)
@@ -344,6 +352,7 @@ class CheckpointManager:
                 self._verified.add(step)
                 return step
             self._ranks.from_main(partial(self._set_aside, [step], "broken", "; ".join(problems)))
+            set_aside.append(step)
 
     def _damage(self, step: int) -> list[str]:
         """What is wrong with a published checkpoint, judged by all ranks, each reading a part. Collective."""

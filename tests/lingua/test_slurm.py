@@ -1,6 +1,6 @@
 import pytest
 
-from lingua.slurm import SlurmTask, first_host, this_task
+from lingua.slurm import SlurmTask, first_host, this_job, this_task
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,15 @@ def test_unreadable_counts_are_named():
     env = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "many"}
     with pytest.raises(ValueError, match="'many' cannot be read"):
         this_task(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, ("", 0)),
+        ({"SLURM_JOB_ID": "7"}, ("7", 0)),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, ("7", 2)),
+    ],
+)
+def test_the_job_and_how_often_it_was_requeued(env: dict[str, str], expected: tuple[str, int]):
+    assert this_job(env) == expected

@@ -1,4 +1,4 @@
-"""A stop signal on any rank ends all ranks after the same step, with a checkpoint from which the run goes on bitwise."""
+"""A stop signal on any rank ends all ranks after the same step, with a checkpoint; the run goes on from it bitwise."""
 
 from pathlib import Path
 

@@ -25,7 +25,7 @@ def spoil(*calls: int) -> Hook:
             loss, n_tokens = call(self, *args)
             return (loss * float("nan") if count in calls else loss), n_tokens
 
-        CrossEntropy.__call__ = spoiled
+        setattr(CrossEntropy, "__call__", spoiled)  # noqa: B010
 
     return hook
 

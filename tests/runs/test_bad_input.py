@@ -1,0 +1,188 @@
+"""What a person got wrong is answered by one sentence with the remedy, no traceback, and nothing is lost."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lingua.files import Files
+from tests.trainer import TINY, Hook, Trainer, at_step, published, train
+
+WORDS = [*TINY, "steps=4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "said"),
+    [
+        (["apps/main/configs/debu.yaml"], 2, "debug.yaml"),
+        ([], 2, "config"),
+        ([*WORDS, "optim.lrr=1"], 2, "optim.lr"),
+        ([*WORDS, "optim.lr=fast"], 2, "optim.lr"),
+        ([*WORDS, "optim.lr=fast", "model.dimm=3"], 2, "model.dim"),
+        ([*WORDS, "data.root_dir={dir}", "data.sources={{nothing: 1}}"], 2, "nothing"),
+        ([*WORDS, "data.tokenizer.name=sp", "data.tokenizer.path={dir}/no.model"], 2, "no.model"),
+        ([*WORDS, "dump_dir={dir}/file/run"], 1, "dump_dir"),
+        ([*WORDS, "device=cuda"], 1, "device=cpu"),
+        ([*WORDS, "data.batch_size=5", "global_batch_size=12"], 2, "10 or 15"),
+        ([*WORDS, "checkpoint.init_ckpt_path={dir}/nowhere"], 1, "nowhere"),
+        ([*WORDS, "--frobnicate"], 2, "--frobnicate"),
+    ],
+)
+def test_one_sentence_and_an_exit_code(tmp_path: Path, words: list[str], exit_code: int, said: str):
+    (tmp_path / "file").write_text("")
+    if "device=cuda" in words and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    filled = [word.format(dir=tmp_path) for word in words]
+    if filled and not any(word.startswith("dump_dir") for word in filled):
+        filled.append(f"dump_dir={tmp_path / 'run'}")
+    result = train(filled)
+    assert result.exit_code == exit_code, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_bad_yaml_is_named_with_its_line(tmp_path: Path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: x\nsteps: [1, 2\noptim: {}\n")
+    result = train([str(bad)])
+    assert result.exit_code == 2
+    assert "bad.yaml:" in result.output
+
+
+def test_a_traceback_is_there_for_who_asks(tmp_path: Path):
+    result = train([*WORDS, f"dump_dir={tmp_path}", "device=cuda", "--debug"])
+    assert result.exit_code == 1
+    assert "Traceback" in result.output
+
+
+def test_all_mistakes_are_said_at_once_and_no_folder_is_touched(tmp_path: Path):
+    run_dir = tmp_path / "run"
+    result = train([*WORDS, f"dump_dir={run_dir}", "optim.lr=-1", "model.dim=33", "nmae=x", "optim.scheduler=cosin"])
+    assert result.exit_code == 2
+    for key in ("optim.lr", "model", "nmae", "optim.scheduler"):
+        assert key in result.output
+    assert not run_dir.exists()
+
+
+def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path: Path):
+    words = [*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=2"]
+    assert train(words).exit_code == 0
+    victim = max((tmp_path / "checkpoints" / "0000000004").glob("model*.distcp"))
+    with victim.open("r+b") as file:
+        file.seek(victim.stat().st_size // 2)
+        file.write(b"\xff\x00\xff")
+    result = train(words)
+    assert result.exit_code == 0, result.output
+    assert "0000000004" in result.output
+    assert published(tmp_path) == [2, 4]  # trained again from 2
+
+
+def test_when_no_checkpoint_verifies_nothing_is_trained_over_them(tmp_path: Path):
+    words = [*WORDS, f"dump_dir={tmp_path}"]
+    assert train(words).exit_code == 0
+    for file in (tmp_path / "checkpoints" / "0000000004").glob("*.distcp"):
+        os.truncate(file, 10)
+    result = train(words)
+    assert result.exit_code == 1
+    assert "none of the checkpoints" in result.output
+
+
+def fill_disk_at(step: int) -> Hook:
+    """Hook: after update `step` every write of a checkpoint fails as on a full disk."""
+
+    def hook(rank: int) -> None:
+        def fail(self: Files, descriptor: int, data: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        def fill() -> None:
+            setattr(Files, "write", fail)  # noqa: B010
+
+        at_step(step, fill)(rank)
+
+    return hook
+
+
+def test_a_disk_that_fills_up_costs_that_checkpoint_and_not_the_run(tmp_path: Path):
+    words = [*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=1", "checkpoint.dump.keep=-1"]
+
+    def full_for_one_step(rank: int) -> None:
+        write = Files.write
+        fill_disk_at(2)(rank)
+        at_step(3, lambda: setattr(Files, "write", write))(rank)
+
+    result = train(words, hook=full_for_one_step)
+    assert result.exit_code == 0, result.output
+    assert "the disk is full" in result.output
+    assert published(tmp_path) == [1, 3, 4]
+
+
+def test_a_full_disk_at_the_last_save_is_an_error_and_older_checkpoints_stay(tmp_path: Path):
+    words = [*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=2"]
+    result = train(words, hook=fill_disk_at(4))
+    assert result.exit_code == 1
+    assert "the disk is full" in result.output
+    assert published(tmp_path) == [2]
+    assert train(words).exit_code == 0  # there is room again
+
+
+def test_a_finished_run_says_so_and_goes_on_when_steps_are_raised(tmp_path: Path):
+    words = [*TINY, f"dump_dir={tmp_path}"]
+    assert train([*words, "steps=2"]).exit_code == 0
+    again = train([*words, "steps=2"])
+    assert again.exit_code == 0
+    assert "finished" in again.output
+    assert train([*words, "steps=4"]).exit_code == 0
+    assert published(tmp_path) == [2, 4]
+
+
+def test_a_bare_python_in_a_big_allocation_waits_for_nobody(tmp_path: Path):
+    def in_allocation(rank: int) -> None:
+        os.environ.update(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_LOCALID="0")
+
+    assert train([*WORDS, f"dump_dir={tmp_path}"], hook=in_allocation).exit_code == 0
+
+
+def test_a_second_trainer_of_the_same_folder_is_refused(tmp_path: Path):
+    words = [*WORDS, f"dump_dir={tmp_path}"]
+    reached, reached_here = os.pipe()
+    go_on_here, go_on = os.pipe()
+
+    def wait_in_the_middle(rank: int) -> None:
+        def pause() -> None:
+            os.write(reached_here, b".")
+            os.read(go_on_here, 1)
+
+        at_step(2, pause)(rank)
+
+    with Trainer(words, hook=wait_in_the_middle) as first:
+        os.read(reached, 1)
+        second = train(words)
+        os.write(go_on, b".")
+        assert first.wait().exit_code == 0
+    assert second.exit_code == 1
+    assert f"process {first.pids[0]}" in second.output
+    assert "Traceback" not in second.output
+    for descriptor in (reached, reached_here, go_on_here, go_on):
+        os.close(descriptor)
+
+
+def test_a_run_folder_may_have_any_name(hostile_dir: Path):
+    words = [*WORDS, f"dump_dir={hostile_dir / 'run'}"]
+    result = train(words)
+    assert result.exit_code == 0, result.output
+    assert train([*words, "steps=5"]).exit_code == 0
+    assert published(hostile_dir / "run") == [4, 5]
+
+
+def test_the_model_cannot_change_within_a_run(tmp_path: Path):
+    words = [*WORDS, f"dump_dir={tmp_path}"]
+    assert train(words).exit_code == 0
+    result = train([*words, "steps=6", "model.n_layers=3"])
+    assert result.exit_code == 2
+    assert "model.n_layers" in result.output
+    accepted = train([*words, "steps=6", "optim.lr=1e-3"])
+    assert accepted.exit_code == 2
+    assert "--accept-change" in accepted.output
+    assert train([*words, "steps=6", "optim.lr=1e-3", "--accept-change"]).exit_code == 0
+    assert train([*words, "steps=8", "optim.lr=1e-3"]).exit_code == 0  # accepted once
