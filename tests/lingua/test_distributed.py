@@ -115,19 +115,19 @@ def test_all_ranks_hear_the_result_of_rank_0_or_its_error():
 
 
 def test_an_error_that_cannot_travel_still_arrives_as_words():
-    class Odd(ValueError):
+    class OddError(ValueError):
         def __init__(self, a: int, b: int) -> None:
             super().__init__(f"odd {a} {b}")
 
     def fail() -> None:
-        raise Odd(1, 2)
+        raise OddError(1, 2)
 
     def act(rank: int) -> str:
-        with pytest.raises((Odd, RankError)) as caught:
+        with pytest.raises((OddError, RankError)) as caught:
             from_main(fail)
         return str(caught.value)
 
-    assert run_on_ranks(act, 2) == ["odd 1 2", "Odd: odd 1 2"]
+    assert run_on_ranks(act, 2) == ["odd 1 2", "OddError: odd 1 2"]
 
 
 def test_when_one_rank_fails_all_raise_and_name_it():

@@ -351,10 +351,12 @@ def test_a_damaged_mark_is_set_aside(tmp_path: Path) -> None:
     assert manager_of(tmp_path).latest() == 1
 
 
-def test_nothing_intact_is_a_fresh_start(tmp_path: Path) -> None:
+def test_when_nothing_is_intact_a_person_decides(tmp_path: Path) -> None:
     saved_run(tmp_path, 1)
     flip(layout.folder(tmp_path / layout.CHECKPOINTS, 1) / layout.model_file(0))
-    assert manager_of(tmp_path).latest() is None
+    with pytest.raises(RunError, match=r"none of the checkpoints \[1\] .* verifies"):
+        manager_of(tmp_path).latest()
+    assert manager_of(tmp_path).latest() is None  # started again: from step 0
 
 
 @pytest.mark.ranks

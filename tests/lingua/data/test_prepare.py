@@ -27,7 +27,7 @@ from lingua.data.prepare import Job, prepare
 from lingua.data.stages import Progress, each
 from lingua.files import Buffer, Files, RunError
 
-MEMORY_BYTES = 4 << 30
+MEMORY_BYTES = 12 << 30
 
 
 def texts(n: int, seed: int) -> list[bytes]:
@@ -198,7 +198,7 @@ def test_too_little_space_is_said_before(job: Job, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "change",
-    [{"n_workers": 3}, {"n_workers": 1}, {"memory_bytes": 400 << 20}, {"clear": False, "final_data_dir": None}],
+    [{"n_workers": 3}, {"n_workers": 1}, {"memory_bytes": 6 << 30}, {"clear": False, "final_data_dir": None}],
 )
 def test_processes_and_memory_change_nothing(job: Job, tmp_path: Path, change: dict[str, object]) -> None:
     prepare(job)

@@ -47,7 +47,8 @@ def wait_for_end(pid: int, timeout_s: float = 30) -> None:
 
 
 def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """Names in /dev/shm, but for those that tests running beside this one make."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("test-", "lingua-"))}
 
 
 def test_signals_of_the_trainer_do_not_reach_workers(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_closing_is_prompt_and_leaves_nothing(tmp_path: Path) -> None:
     for pid in started:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     with pytest.raises(RunError, match="has ended"):
         next(loader)
 
