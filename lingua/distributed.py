@@ -224,9 +224,7 @@ class Votes(Generic[T]):
 
     def cast(self, facts: T, numbers: list[torch.Tensor | float]) -> tuple[T, list[float]] | None:
         """Start the sums of this step's `numbers`; return what `read` would for the step before. Collective."""
-        ballot = torch.stack(
-            [torch.as_tensor(number, dtype=torch.float32, device=self._device).detach() for number in numbers]
-        )
+        ballot = torch.stack([self._on_device(number) for number in numbers])
         before = self.read()
         if self._device.type == "cuda":
             if dist.is_initialized():
@@ -239,6 +237,11 @@ class Votes(Generic[T]):
             work = dist.all_reduce(ballot, async_op=True) if dist.is_initialized() else None
             self._waiting = (facts, ballot, work.wait if work is not None else lambda: None)
         return before
+
+    def _on_device(self, number: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(number, torch.Tensor):
+            return number.detach().float()
+        return torch.full((), number, dtype=torch.float32, device=self._device)  # filled there: no copy, no wait
 
     def read(self) -> tuple[T, list[float]] | None:
         """(facts, sums) of the newest step if they were not read yet."""

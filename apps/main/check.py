@@ -144,6 +144,7 @@ def load(
     # What may only follow from a wrong value, which was left out, is not said.
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
     errors = [f for f in study_.errors if f.key in written or f.key.partition(".")[0] not in about]
+    errors += _not_there_yet(args)
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
     if complaints or study_.resolved is None:
         raise ConfigError(complaints)
@@ -425,6 +426,26 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
         text = "checkpoint.continue_training_from_init needs checkpoint.init_ckpt_path; set it"
         yield Finding("checkpoint.continue_training_from_init", text)
     yield from _attention_conflicts(args)
+
+
+def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
+    """What training says of keys that other rooms will honour."""
+    if args.eval is not None:
+        yield "eval: nothing is evaluated while training yet; the checkpoints of checkpoint.eval are kept for it"
+    if args.probe_freq is not None:
+        yield f"probe_freq is {args.probe_freq}, but there are no probes yet; it has no effect"
+
+
+def _not_there_yet(args: TrainArgs) -> Iterator[Finding]:
+    """Keys of lingua's that this version cannot honour; what is asked is done or refused, never ignored."""
+    layout = args.distributed
+    for key, on, remedy in (
+        ("distributed.tp_size", layout.tp_size > 1, "tensor parallelism is not there yet; use 1, and full_shard"),
+        ("distributed.float8_recipe", layout.float8_recipe is not None, "float8 is not there yet; leave it null"),
+        ("distributed.model_dtype", layout.model_dtype == "fp16", "fp16 needs loss scaling, not there yet; use bf16"),
+    ):
+        if on:
+            yield Finding(key, f"{key}: {remedy}")
 
 
 def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:

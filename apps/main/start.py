@@ -34,7 +34,7 @@ from lingua.slurm import this_job
 
 from .args import TrainArgs
 from .build import Run
-from .check import Checked, Resolved
+from .check import Checked, Resolved, has_no_effect_yet
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def say_hello(run: Run, checked: Checked, incarnation: int) -> None:
     size, device = run.size, run.world.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     log.info("%s: start %d in %s on %d x %s", run.args.name, incarnation, run.run_dir, size.world_size, where)
-    for warning in checked.warnings:
+    for warning in (*checked.warnings, *has_no_effect_yet(run.args)):
         log.warning("%s", warning)
     for difference in checked.differences:
         log.info("config changed: %s", difference)
