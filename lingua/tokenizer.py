@@ -55,8 +55,6 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, add_bos: bool, add_eos: bool) -> np.ndarray:
         """Ids of the text as int32, with the begin and end tokens that are asked for."""
-        import numpy as np
-
         try:
             ids = self.encode_text(text)
         except BaseException as error:
@@ -64,6 +62,12 @@ class Tokenizer(ABC):
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise TokenizerError(f"the tokenizer gave up: {str(error)[:200]}") from None
             raise
+        return self.wrap(ids, add_bos, add_eos)
+
+    def wrap(self, ids: np.ndarray, add_bos: bool, add_eos: bool) -> np.ndarray:
+        """A copy as int32, with the begin and end tokens that are asked for."""
+        import numpy as np
+
         n = len(ids)
         out = np.empty(n + add_bos + add_eos, np.int32)
         out[add_bos : add_bos + n] = ids

@@ -339,7 +339,10 @@ def estimate_tokens(args: DataArgs, sample_bytes: int = 1 << 20) -> int:
     folders = source_folders(args)
     if not folders:
         raise ConfigError("data.sources is empty")
-    for folder in folders.values():
+    for name, folder in folders.items():
+        if name in token_sources(args):
+            total += _count_tokens(folder, args.add_bos + args.add_eos)
+            continue
         files = find_files(folder)
         n_bytes = n_tokens = 0
         with files[0].open("rb") as file:
@@ -355,6 +358,20 @@ def estimate_tokens(args: DataArgs, sample_bytes: int = 1 << 20) -> int:
                     break
         total += int(sum(file.stat().st_size for file in files) * n_tokens / max(1, n_bytes))
     return total
+
+
+def token_sources(args: DataArgs) -> set[str]:
+    """Names of the sources that are read from token files."""
+    listed = args.sources if isinstance(args.sources, list) else []
+    return {source.name or Path(source.path).name for source in listed if source.format == "tokens"}
+
+
+def _count_tokens(folder: Path, n_ends: int) -> int:
+    """Tokens of a folder of token files, as their headers say, with `n_ends` begin and end tokens per document."""
+    from lingua.data.tokens import find_token_files, read_facts
+
+    every = [read_facts(file) for file in find_token_files(folder)]
+    return sum(facts["tokens"] + n_ends * facts["documents"] for facts in every)
 
 
 # -- wrong ---------------------------------------------------------------------------------------------------------
@@ -394,10 +411,13 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
     folders = source_folders(args)
     if args.sources and not folders:
         yield Finding("data.sources", "every weight in data.sources is 0; give one source a weight")
-    for folder in folders.values():
+    for name, folder in folders.items():
         if folder.exists():
             try:
-                find_files(folder)
+                if name in token_sources(args):
+                    _count_tokens(folder, 0)
+                else:
+                    find_files(folder)
             except (ValueError, OSError) as error:
                 yield Finding("data.sources", str(error))
 

@@ -14,7 +14,9 @@ import bisect
 import itertools
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,8 @@ import orjson
 import xxhash
 
 from lingua.args import ConfigError
-from lingua.data.mix import Document, block_bytes, name_key
+from lingua.data.mix import DataError as DataError  # its users read files
+from lingua.data.mix import Document, Reader, block_bytes, name_key
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +35,6 @@ _LONG_READ_BYTES = 8 << 20  # in lines that do not end
 _OPEN_FILES = 256
 _MIN_LINES = 1000  # before the share of bad lines means something
 _BOM = b"\xef\xbb\xbf"
-
-
-class DataError(ValueError):
-    """The data is not as the config says; the message names file and byte offset."""
 
 
 class BadLines:
@@ -96,25 +95,104 @@ def find_files(path: Path) -> list[Path]:
 
 
 class File(NamedTuple):
+    """A jsonl file, or what was made from one: `size` and `key` (of the name) are the jsonl file's."""
+
     path: Path
     size: int
     key: int
 
 
-def fingerprint(files: list[File], text_key: str | None = None) -> str:
-    """Hash over names, sizes, first and last 4 KiB of the files, and which field is read; their folder is free."""
-    hasher = xxhash.xxh3_64((text_key or "").encode("utf-8", "surrogateescape"))
-    for file in files:
-        hasher.update(f"{file.path.name}\0{file.size}\0".encode("utf-8", "surrogateescape"))
-        with file.path.open("rb") as stream:
-            hasher.update(stream.read(4096))
-            stream.seek(max(0, file.size - 4096))
-            hasher.update(stream.read(4096))
+def edges(path: Path, size: int) -> str:
+    """Hash of the first and last 4 KiB of a file."""
+    with path.open("rb") as stream:
+        hasher = xxhash.xxh3_64(stream.read(4096))
+        stream.seek(max(0, size - 4096))
+        hasher.update(stream.read(4096))
     return hasher.hexdigest()
 
 
-class JsonlSource:
-    """The tape of one source: its files cut into blocks."""
+def fingerprint(files: Iterable[tuple[str, int, str]], text_key: str | None = None) -> str:
+    """Hash over (name, size, edges) of the files, and which field is read; their folder is free."""
+    hasher = xxhash.xxh3_64((text_key or "").encode("utf-8", "surrogateescape"))
+    for name, size, edge in files:
+        hasher.update(f"{name}\0{size}\0{edge}\0".encode("utf-8", "surrogateescape"))
+    return hasher.hexdigest()
+
+
+class Tape(ABC):
+    """Files cut into blocks of bytes; what the formats of sources share."""
+
+    def __init__(
+        self, name: str, files: Sequence[File], n_lanes: int, *, weight: float = 1.0, bad: BadLines | None = None
+    ) -> None:
+        self.name, self.weight, self.key = name, weight, name_key(name)
+        self.bad = bad or BadLines()
+        self.files = [file for file in files if file.size > 0]
+        if not self.files:
+            where = f"{files[0].path.parent}: " if files else ""
+            raise DataError(f"{where}all files of source {name!r} are empty; mend data.sources or prepare the data")
+        self.size_bytes = sum(file.size for file in self.files)
+        self.cut(block_bytes(self.size_bytes, n_lanes))
+
+    def cut(self, block_bytes: int) -> None:
+        """Lay out the blocks; none crosses from one file to the next."""
+        self.block_bytes = block_bytes
+        self.lay([-(-file.size // block_bytes) for file in self.files])
+
+    def lay(self, counts: Sequence[int]) -> None:
+        """Number the blocks through, given how many each file has."""
+        self._first_block = [0, *itertools.accumulate(counts)]
+        self.n_blocks = self._first_block[-1]
+
+    def place(self, block: int) -> tuple[int, int]:
+        """File index, and the block's number within that file."""
+        file = bisect.bisect_right(self._first_block, block) - 1
+        return file, block - self._first_block[file]
+
+    def block(self, block: int) -> tuple[int, int, int]:
+        """File index, first byte and end of a block."""
+        file, index = self.place(block)
+        start = index * self.block_bytes
+        return file, start, min(start + self.block_bytes, self.files[file].size)
+
+    def path_of(self, file_key: int) -> Path:
+        """The file that a document says it is from."""
+        return next(file.path for file in self.files if file.key == file_key)
+
+    def bad_text(self, document: Document, detail: str) -> None:
+        """The tokenizer gave up on a piece of this document."""
+        self.bad.report("tokenizer", self.path_of(document.file_key), document.start, detail)
+
+    def check(self) -> None:
+        """Refuse a source without any document: its lanes would look for one for ever. Usually reads one line."""
+        bad, self.bad = self.bad, BadLines()
+        self.bad._told.update(file.path for file in self.files)  # silent: lanes will meet these lines again
+        try:
+            reader = self.reader()
+            if not any(reader.document(block, -1) for block in range(self.n_blocks)):
+                raise DataError(
+                    f"{self.files[0].path.parent}: source {self.name!r} has no document in {self.bad.lines} lines "
+                    f"({dict(self.bad.kinds)}); look at data.sources and text_key"
+                )
+        finally:
+            self.bad = bad
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the documents or their order do."""
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """One lane's view of the tape."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back descriptors; harmless twice."""
+
+
+class JsonlSource(Tape):
+    """The tape of jsonl files."""
 
     def __init__(
         self,
@@ -126,27 +204,12 @@ class JsonlSource:
         text_key: str | None = None,
         bad: BadLines | None = None,
     ) -> None:
-        self.name, self.weight, self.key = name, weight, name_key(name)
         self._text_key = text_key
         self._keys = (text_key,) if text_key else ("text", "content")
-        self.bad = bad or BadLines()
-        sized = [File(file, file.stat().st_size, name_key(file.name)) for file in find_files(path)]
-        self.files = [file for file in sized if file.size > 0]
-        if not self.files:
-            raise DataError(
-                f"{path}: all files of source {name!r} are empty; mend data.sources or prepare the data again"
-            )
-        self.size_bytes = sum(file.size for file in self.files)
-        self.cut(block_bytes(self.size_bytes, n_lanes))
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._fingerprint: str | None = None
-
-    def cut(self, block_bytes: int) -> None:
-        """Lay out the blocks; none crosses from one file to the next."""
-        self.block_bytes = block_bytes
-        counts = [-(-file.size // block_bytes) for file in self.files]
-        self._first_block = [0, *itertools.accumulate(counts)]
-        self.n_blocks = self._first_block[-1]
+        files = [File(file, file.stat().st_size, name_key(file.name)) for file in find_files(path)]
+        super().__init__(name, files, n_lanes, weight=weight, bad=bad)
 
     @property
     def n_open(self) -> int:
@@ -156,14 +219,9 @@ class JsonlSource:
     @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.files, self._text_key)
+            files = ((file.path.name, file.size, edges(file.path, file.size)) for file in self.files)
+            self._fingerprint = fingerprint(files, self._text_key)
         return self._fingerprint
-
-    def block(self, block: int) -> tuple[int, int, int]:
-        """File index, first byte and end of a block."""
-        file = bisect.bisect_right(self._first_block, block) - 1
-        start = (block - self._first_block[file]) * self.block_bytes
-        return file, start, min(start + self.block_bytes, self.files[file].size)
 
     def pread(self, file: int, n_bytes: int, offset: int) -> bytes:
         """At least one byte, or DataError."""
@@ -199,31 +257,12 @@ class JsonlSource:
         bad.report(kind, self.files[file].path, offset, detail)
         return None
 
-    def bad_text(self, document: Document, detail: str) -> None:
-        """The tokenizer gave up on a piece of this document."""
-        path = next(file.path for file in self.files if file.key == document.file_key)
-        self.bad.report("tokenizer", path, document.start, detail)
-
     def _field(self, record: Any) -> Any:
         if type(record) is not dict:
             return None
         return next((record[key] for key in self._keys if key in record), None)
 
-    def check(self) -> None:
-        """Refuse a source without any document: its lanes would look for one for ever. Usually reads one line."""
-        bad, self.bad = self.bad, BadLines()
-        self.bad._told.update(file.path for file in self.files)  # silent: lanes will meet these lines again
-        try:
-            reader = self.reader()
-            if not any(reader.document(block, -1) for block in range(self.n_blocks)):
-                raise DataError(
-                    f"{self.files[0].path.parent}: source {self.name!r} has no document in {self.bad.lines} lines "
-                    f"({dict(self.bad.kinds)}); look at data.sources and text_key"
-                )
-        finally:
-            self.bad = bad
-
-    def reader(self) -> JsonlReader:
+    def reader(self) -> Reader:
         return JsonlReader(self)
 
     def close(self) -> None:

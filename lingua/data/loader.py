@@ -28,10 +28,7 @@ Cost: state of 150-400 bytes per lane; memory for `prefetch_size` batches; in th
 from __future__ import annotations
 
 import contextlib
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -39,10 +36,11 @@ import numpy as np
 import xxhash
 
 from lingua.args import ConfigError
-from lingua.data.args import DataArgs, SourceArgs
-from lingua.data.jsonl import BadLines, DataError, JsonlSource
+from lingua.data.args import DataArgs
+from lingua.data.jsonl import BadLines, DataError, Tape
 from lingua.data.mix import Source
 from lingua.data.pack import IntArray, Lane, Packing, Row
+from lingua.data.sources import check_manifests, open_sources
 from lingua.data.workers import Workers
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
 
@@ -74,46 +72,6 @@ class Producer(Protocol):
 def default_lanes(rows_per_step: int) -> int:
     """K where the config leaves it open: the smallest multiple of G that is at least 64."""
     return rows_per_step * -(-64 // rows_per_step)
-
-
-# -- sources -------------------------------------------------------------------------------------------------------
-
-
-def source_args(args: DataArgs) -> list[SourceArgs]:
-    """Sources that are read, each with its name and path, by name: their order in the config does not matter."""
-    if isinstance(args.sources, dict):
-        listed = [SourceArgs(path=name, weight=weight, name=name) for name, weight in args.sources.items()]
-    else:
-        listed = args.sources
-    named = [source.model_copy(update={"name": source.name or Path(source.path).name}) for source in listed]
-    names = [str(source.name) for source in named]
-    twice = sorted(name for name, n in Counter(names).items() if n > 1)
-    if twice:
-        raise ConfigError(f"data.sources: two sources are called {twice[0]!r}; give each its own `name`")
-    read = [source for source in named if source.weight > 0]
-    if not read:
-        raise ConfigError("data.sources: no source with a weight above 0; nothing to read")
-    return sorted(read, key=lambda source: str(source.name))
-
-
-def source_path(args: DataArgs, source: SourceArgs) -> Path:
-    """Where a source lies: relative paths are looked up in data.root_dir."""
-    path = Path(os.path.expandvars(source.path)).expanduser()
-    return Path(os.path.expandvars(args.root_dir)).expanduser() / path if args.root_dir else path
-
-
-def open_sources(args: DataArgs, n_lanes: int) -> tuple[list[Source], BadLines]:
-    """All sources that are read, and the counters that they share."""
-    bad = BadLines(args.on_bad_line, args.max_bad_fraction)
-    sources: list[Source] = []
-    for source in source_args(args):
-        if source.format != "jsonl":
-            raise ConfigError(f"data.sources: format {source.format!r} of {source.name} is not there yet; use jsonl")
-        path = source_path(args, source)
-        sources.append(
-            JsonlSource(str(source.name), path, n_lanes, weight=source.weight, text_key=source.text_key, bad=bad)
-        )
-    return sources, bad
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -312,7 +270,7 @@ class InProcess:
         args: DataArgs,
         n_lanes: int,
         states: dict[int, dict[str, Any]],
-        sources: list[Source],
+        sources: list[Tape],
         bad: BadLines,
         tokenizer: Tokenizer,
     ) -> None:
@@ -377,6 +335,7 @@ def build_loader(
         check_order(state, header)
     tokenizer = tokenizer or build_tokenizer(args.tokenizer)
     tokenizer.check_special(args.add_bos, args.add_eos)
+    check_manifests(args)
     sources, bad = open_sources(args, n_lanes)
     own_lanes = list(range(dp_rank, n_lanes, dp_size))
     with contextlib.ExitStack() as opened:

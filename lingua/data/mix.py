@@ -20,12 +20,19 @@ import bisect
 import itertools
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import xxhash
 
+if TYPE_CHECKING:
+    import numpy as np
+
 # Salts keep draws for different purposes apart.
 _SALT_BLOCKS, _SALT_SOURCE, _SALT_WINDOW = 1, 2, 3
+
+
+class DataError(ValueError):
+    """The data is not as the config says; the message names file and byte offset."""
 
 
 # -- randomness without a generator --------------------------------------------------------------------------------
@@ -82,6 +89,18 @@ class Choice:
 # -- documents of a lane -------------------------------------------------------------------------------------------
 
 
+class Encoded(Protocol):
+    """A document whose tokens were made before, piece by piece."""
+
+    def ids(self, char: int) -> np.ndarray:
+        """Ids of the piece that begins at this character. Raises TokenizerError where the tokenizer gave up."""
+        ...
+
+    def behind(self, char: int) -> int:
+        """First character of the piece behind that one; 0: it is the last."""
+        ...
+
+
 class Document(NamedTuple):
     """One document and where it lies. `start`, `end`: byte offsets in the file; the next one is looked for at `end`."""
 
@@ -89,6 +108,8 @@ class Document(NamedTuple):
     file_key: int
     start: int
     end: int
+    encoded: Encoded | None = None
+    """Set where tokens were made before; `text` is empty then."""
 
 
 class Reader(Protocol):

@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lingua.data.mix import Document, Documents, Place, Source, documents_state, draw, window_order
+from lingua.data.mix import DataError, Document, Documents, Place, Source, documents_state, draw, window_order
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 PIECE_CHARS = 256 << 10
+_MOST_BARREN = 1000
 _KEEP_CHARS = 192 << 10  # a piece is cut at white space behind this many characters, if there is any
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
@@ -48,6 +49,14 @@ def piece_end(text: str, start: int) -> int:
         return newline + 1
     space = text.rfind(" ", start + _KEEP_CHARS, limit)
     return space if space >= 0 else limit
+
+
+def piece_behind(document: Document, start: int) -> int:
+    """First character of the piece behind the one that begins at `start`; 0: it is the document's last."""
+    if document.encoded is not None:
+        return document.encoded.behind(start)
+    end = piece_end(document.text, start)
+    return end if end < len(document.text) else 0
 
 
 def chain(before: int, source_key: int, file_key: int, offset: int, char: int) -> int:
@@ -71,12 +80,21 @@ class Piece(NamedTuple):
     mark: Mark
 
 
+class Part(NamedTuple):
+    """Tokens of a row that come from one piece."""
+
+    mark: Mark
+    token: int  # of the piece, first used
+    n_tokens: int
+
+
 class Row(NamedTuple):
     """S + n_views - 1 tokens, the document each of the first S belongs to (None unless asked for), the row's number."""
 
     tokens: IntArray
     doc_ids: IntArray | None
     number: int
+    parts: tuple[Part, ...] = ()  # where all the tokens come from; not told by workers
 
 
 class Packing(NamedTuple):
@@ -107,6 +125,8 @@ class Packer:
         self._hash = 0
         self._pieces: deque[Piece] = deque()
         self._token = 0  # used ones of the first piece
+        self._barren = 0  # pieces in a row without a token
+        self._barren_from: dict[int, int] = {}  # by source: the tape position where they began
         if state is not None:
             self._hash = int(state["hash"], 16)
             if documents.source is not None:
@@ -121,12 +141,13 @@ class Packer:
         position = documents_state(self._sources, mark.pick, mark.source, mark.places)
         return {**position, "char": mark.char, "token": self._token, "hash": f"{mark.hash:016x}"}
 
-    def row(self) -> tuple[IntArray, IntArray | None]:
-        """The next row: tokens (S + n_views - 1,), doc_ids (S,) or None."""
+    def row(self) -> tuple[IntArray, IntArray | None, tuple[Part, ...]]:
+        """The next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
         seq_len, n = self._packing.seq_len, self._packing.seq_len + self._packing.n_views - 1
         tokens = np.empty(n, np.int32)
         doc_ids = np.empty(n, np.int32) if self._packing.doc_ids else None
         pieces, filled, index, skip = self._pieces, 0, 0, self._token
+        parts: list[Part] = []
         while filled < n:
             if index == len(pieces):
                 pieces.append(self._piece())
@@ -135,12 +156,14 @@ class Packer:
             tokens[filled : filled + len(part)] = part
             if doc_ids is not None:
                 doc_ids[filled : filled + len(part)] = piece.document
+            if len(part):
+                parts.append(Part(piece.mark, skip, len(part)))
             filled, index, skip = filled + len(part), index + 1, 0
         self._use(seq_len)
         if doc_ids is not None:
             doc_ids = doc_ids[:seq_len]
             doc_ids -= doc_ids[0]
-        return tokens, doc_ids
+        return tokens, doc_ids, tuple(parts)
 
     def _use(self, n_tokens: int) -> None:
         pieces, token = self._pieces, self._token + n_tokens
@@ -158,19 +181,38 @@ class Packer:
         mark = Mark(documents.pick, documents.source, documents.places, start, self._hash)
         source = self._sources[documents.source]
         self._hash = chain(self._hash, source.key, document.file_key, document.start, start)
-        end = piece_end(document.text, start)
-        last = end == len(document.text)
-        self._document, self._char = (None, 0) if last else (document, end)
-        whole = start == 0 and last
-        text = document.text if whole else document.text[start:end]
-        bos, eos = self._packing.add_bos and start == 0, self._packing.add_eos and last
+        behind = piece_behind(document, start)
+        self._document, self._char = (None, 0) if behind == 0 else (document, behind)
+        whole = start == 0 and behind == 0
+        bos, eos = self._packing.add_bos and start == 0, self._packing.add_eos and behind == 0
         try:
-            ids = self._tokenizer.encode(text, bos, eos)
+            if document.encoded is not None:
+                ids = self._tokenizer.wrap(document.encoded.ids(start), bos, eos)
+            else:
+                text = document.text if whole else document.text[start : behind or None]
+                ids = self._tokenizer.encode(text, bos, eos)
         except TokenizerError as error:
             source.bad_text(document, str(error))
             # A document in one piece is left out; a longer one loses this piece, not its begin and end.
             ids = np.empty(0, np.int32) if whole else self._tokenizer.encode("", bos, eos)
+        self._look_for_tokens(len(ids), mark)
         return Piece(ids, self._number, mark)
+
+    def _look_for_tokens(self, n_tokens: int, mark: Mark) -> None:
+        """Give up when documents give no token for too long: else `row` would look for some for ever."""
+        assert mark.source is not None
+        if n_tokens:
+            if self._barren:
+                self._barren, self._barren_from = 0, {}
+            return
+        position, source = mark.places[mark.source][0], self._sources[mark.source]
+        self._barren += 1
+        begin = self._barren_from.setdefault(mark.source, position)
+        if self._barren >= _MOST_BARREN and position - begin >= source.n_blocks:
+            raise DataError(
+                f"source {source.name!r}: {self._barren} documents in a row, more than an epoch of them, give no "
+                "token; look at the data and at data.tokenizer"
+            )
 
 
 class Lane:
@@ -199,7 +241,7 @@ class Lane:
         self._size = max(1, window)
         self._skip = merged(skip_rows)
         self._made = state["rows"] if state is not None else 0
-        self._window: list[tuple[IntArray, IntArray | None]] = []
+        self._window: list[tuple[IntArray, IntArray | None, tuple[Part, ...]]] = []
         self._window_state: dict[str, Any] = {}
         if self._made % self._size:
             self._fill()
@@ -216,11 +258,11 @@ class Lane:
                 self._fill()
             if self._size > 1:
                 index = window_order(index, self._size, self._seed, self.number, window)
-            tokens, doc_ids = self._window[index]
+            tokens, doc_ids, parts = self._window[index]
             number = self.number + self._n_lanes * self._made
             self._made += 1
             if not contains(self._skip, number):
-                return Row(tokens, doc_ids, number)
+                return Row(tokens, doc_ids, number, parts)
 
     def _fill(self) -> None:
         if self._size > 1:

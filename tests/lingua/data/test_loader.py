@@ -12,7 +12,8 @@ import pytest
 from lingua.args import ConfigError
 from lingua.data.args import DataArgs, SourceArgs
 from lingua.data.jsonl import DataError
-from lingua.data.loader import Batch, Loader, build_loader, default_lanes, merge_states, source_args
+from lingua.data.loader import Batch, Loader, build_loader, default_lanes, merge_states
+from lingua.data.sources import source_args
 from lingua.tokenizer import TokenizerArgs
 from tests.corpora import data_args, documents, two_sources, write_source
 from tests.resume import assert_resumes_everywhere
