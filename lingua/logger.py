@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 MAIN_LOG = "train.log"
 RANK_LOGS = "logs"
@@ -18,6 +19,17 @@ RANK_LOGS = "logs"
 class _Format(logging.Formatter):
     def __init__(self, rank: int) -> None:
         super().__init__(f"%(asctime)s %(levelname)-7s {rank}: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes to what sys.stderr is at that moment, so that lines appear above a progress bar and not within it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return sys.stderr
 
 
 class _SturdyFile(logging.FileHandler):
@@ -40,9 +52,9 @@ class _SturdyFile(logging.FileHandler):
             print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; the run goes on without it", file=sys.stderr)
 
 
-def start_logging(rank: int = 0, level: int = logging.INFO) -> None:
-    """Terminal output of this process; call once, as early as the rank is known."""
-    terminal = logging.StreamHandler()
+def start_logging(rank: int = 0, level: int = logging.INFO, own_packages: tuple[str, ...] = ("lingua", "apps")) -> None:
+    """Terminal output of this process; call once, as early as the rank is known. Other packages speak from WARNING."""
+    terminal = _Terminal()
     terminal.setFormatter(_Format(rank))
     terminal.setLevel(level if rank == 0 else logging.WARNING)
     root = logging.getLogger()
@@ -50,7 +62,7 @@ def start_logging(rank: int = 0, level: int = logging.INFO) -> None:
         root.removeHandler(old)
     root.addHandler(terminal)
     root.setLevel(logging.WARNING)
-    for name in ("lingua", "apps"):
+    for name in own_packages:
         logging.getLogger(name).setLevel(level)
     logging.captureWarnings(True)
 

@@ -46,7 +46,7 @@ from .start import (
 )
 from .validate import validate
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"{__package__}.train")  # also under `python -m`, where __name__ is "__main__"
 
 HELP = """Train, or go on with a run that was stopped or killed.
 
@@ -210,7 +210,7 @@ def main(words: list[str]) -> int:
         print(HELP)
         return 0
     place = find_place()
-    start_logging(place.rank)
+    start_logging(place.rank, own_packages=("lingua", str(__package__)))
     checked = load(line, place.world_size)
     args, size = checked.args, checked.resolved
     device = pick_device(args.device, place)
@@ -221,11 +221,12 @@ def main(words: list[str]) -> int:
         folder = stack.enter_context(open_run_folder(checked, words, world))
         use_embedded_corpus(args)
         try:
+            meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
             say_hello(run, checked, folder.incarnation)
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
-            judge = Judge(run, make_meter(args, size, world), progress, metrics)
+            judge = Judge(run, meter, progress, metrics)
             return train_to_the_end(run, signals, judge, words)
         except Exception as error:
             if world.is_main:

@@ -76,9 +76,7 @@ def test_degrees_of_parallelism(args: dict[str, Any], world_size: int, expected:
     assert DistributedArgs(**args).degrees(world_size) == expected
 
 
-@pytest.mark.parametrize(
-    ("args", "world_size"), [({"tp_size": 3}, 8), ({"fsdp_type": "full_shard", "dp_shard": 3}, 8)]
-)
+@pytest.mark.parametrize(("args", "world_size"), [({"tp_size": 3}, 8), ({"fsdp_type": "full_shard", "dp_shard": 3}, 8)])
 def test_degrees_that_do_not_fit_are_refused(args: dict[str, Any], world_size: int):
     with pytest.raises(ValueError, match="does not divide 8"):
         DistributedArgs(**args).degrees(world_size)
