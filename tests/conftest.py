@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the user's cache is used or left behind; the sample corpus is made once per worker."""
     monkeypatch.setenv("LINGUA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    return
 
 
 @pytest.fixture(params=["plain", "a blank", "it's; echo foo", "new\nline"])
