@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from lingua.args import ConfigError, dotted_key
 from lingua.compose import Composed, examine
-from lingua.data.args import DataArgs
+from lingua.data.args import DataArgs, default_lanes
 from lingua.entry import CommandLine
+from lingua.files import human_bytes
 from lingua.freeze import Difference, compare, freeze, read_frozen
 from lingua.schema import LlamaArgs
 from lingua.tokenizer import TokenizerArgs, assumed_n_words, build_tokenizer
@@ -26,7 +27,6 @@ from lingua.tokenizer import TokenizerArgs, assumed_n_words, build_tokenizer
 from .args import TrainArgs
 
 DEFAULT_STEPS = 1000
-MIN_LANES = 64
 STATE_BYTES_PER_PARAM = 12  # fp32 parameter and AdamW's two fp32 moments
 _GIB = 1 << 30
 # What lingua/attention.py refuses wherever it runs; the rest depends on the device and is told when the run starts.
@@ -231,11 +231,6 @@ def _sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: S
         n_params=model.n_params(),
         n_params_non_embedding=model.n_params_non_embedding(),
     )
-
-
-def default_lanes(rows_per_step: int) -> int:
-    """K: the smallest multiple of G that is at least 64."""
-    return rows_per_step * -(-MIN_LANES // rows_per_step)
 
 
 def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], found: Study) -> int | None:
@@ -454,6 +449,8 @@ def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
         yield "eval: nothing is evaluated while training yet; the checkpoints of checkpoint.eval are kept for it"
     if args.probe_freq is not None:
         yield f"probe_freq is {args.probe_freq}, but there are no probes yet; it has no effect"
+    if args.logging.acc_freq is not None:
+        yield f"logging.acc_freq is {args.logging.acc_freq}, but only whole steps are logged; it has no effect"
 
 
 def _not_there_yet(args: TrainArgs) -> Iterator[Finding]:
@@ -552,11 +549,3 @@ def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if not every and size.n_steps > 2000:
         text = f"no checkpoint before the last of {size.n_steps} steps; whoever kills the run loses it"
         yield Finding("checkpoint.dump.every", text)
-
-
-def human_bytes(n_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.1f} TB"

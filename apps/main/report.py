@@ -14,12 +14,13 @@ import orjson
 
 from lingua.args import ConfigError
 from lingua.entry import CommandLine
+from lingua.files import human_bytes
 from lingua.flops import PEAKS, find_peak
 from lingua.freeze import dump_yaml
 from lingua.schema import DistributedArgs, LlamaArgs
 
 from .args import TrainArgs
-from .check import STATE_BYTES_PER_PARAM, Checked, Resolved, human_bytes, load
+from .check import STATE_BYTES_PER_PARAM, Checked, Resolved, load
 
 
 class Fact(NamedTuple):

@@ -153,6 +153,8 @@ class Judge:
         self.stop |= stop_ranks > 0
         if bad_ranks > 0:
             self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
+        elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
+            raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
         else:
             self._skips_in_a_row = 0
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:

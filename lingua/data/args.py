@@ -9,6 +9,13 @@ from pydantic import Field, model_validator
 from lingua.args import Args, Text
 from lingua.tokenizer import TokenizerArgs
 
+MIN_LANES = 64
+
+
+def default_lanes(rows_per_step: int) -> int:
+    """K where the config leaves it open: the smallest multiple of the rows per step that is at least 64."""
+    return rows_per_step * -(-MIN_LANES // rows_per_step)
+
 
 class SourceArgs(Args):
     """One data source."""
@@ -18,7 +25,8 @@ class SourceArgs(Args):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Share of documents, relative to the other sources'. 0: not read."""
     format: Literal["jsonl", "mmap_jsonl", "tokens"] = "jsonl"
-    """jsonl: raw lines; mmap_jsonl: raw lines with an index; tokens: files made by `lingua data tokenize`."""
+    """jsonl: raw lines, shuffled by blocks; mmap_jsonl: raw lines with an index, shuffled one by one; tokens: files
+    made by `lingua data tokenize`, which give the rows of the jsonl they were made from."""
     text_key: str | None = None
     """Field with the text. Null: `text`, else `content`."""
     name: str | None = None
@@ -59,7 +67,8 @@ class DataArgs(Args):
     on_bad_line: Literal["skip", "error"] = "skip"
     """A line that is no JSON object with text: count and skip, or stop."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """With skip: the share of bad lines above which the run stops (looked at from 1000 lines on)."""
+    """With skip: the share of bad lines above which the run stops. Each loader process counts its own lines since its
+    start, and looks from 1000 on."""
     shuffle_window: Annotated[int, Field(ge=0)] = 0
     """Rows of each lane shuffled together, for data that was not shuffled before. 0: none."""
     skip_rows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = []
@@ -67,7 +76,8 @@ class DataArgs(Args):
     accept_change: Text | None = None
     """Fingerprint, as a refusal printed it, of changed sources that a resumed run may go on with."""
     stage_to: str | None = None
-    """Copy the sources once per node to this fast folder (/dev/shm, say) and read them there."""
+    """Copy the sources once per node to this fast folder (/dev/shm, say) and read them there. Null: read them in place.
+    Copying must end within distributed.timeout_s."""
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:

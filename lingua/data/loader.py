@@ -36,7 +36,7 @@ import numpy as np
 import xxhash
 
 from lingua.args import ConfigError
-from lingua.data.args import DataArgs
+from lingua.data.args import DataArgs, default_lanes
 from lingua.data.jsonl import BadLines, DataError, Tape
 from lingua.data.mix import Source
 from lingua.data.pack import IntArray, Lane, Packing, Row
@@ -67,11 +67,6 @@ class Producer(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def default_lanes(rows_per_step: int) -> int:
-    """K where the config leaves it open: the smallest multiple of G that is at least 64."""
-    return rows_per_step * -(-64 // rows_per_step)
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -388,4 +383,4 @@ def _check_sizes(n_lanes: int, rows_per_step: int, dp_size: int, batch_size: int
         )
 
 
-__all__ = ["Batch", "DataError", "Loader", "build_loader", "default_lanes", "merge_states"]
+__all__ = ["Batch", "DataError", "Loader", "build_loader", "merge_states"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from apps.main.args import TrainArgs
-from apps.main.check import default_lanes, estimate_tokens, load, problems, resolve, source_folders
+from apps.main.check import estimate_tokens, load, problems, resolve, source_folders
 from lingua.args import ConfigError
 from lingua.data.args import DataArgs
 from lingua.entry import parse_command_line
@@ -47,10 +47,6 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
     assert (size.rows_per_step, size.grad_acc_steps, size.lanes) == (rows, micro_steps, lanes)
     assert size.batch_size * size.grad_acc_steps * size.dp_size == size.rows_per_step
     assert size.tokens_per_step == rows * size.seq_len == size.tokens_per_rank_step * size.dp_size
-
-
-def test_lanes_are_the_smallest_multiple_of_the_rows_that_is_at_least_64() -> None:
-    assert [default_lanes(n) for n in (1, 3, 63, 64, 65, 512)] == [64, 66, 126, 64, 65, 512]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lingua.args import ConfigError
-from lingua.data.args import DataArgs, SourceArgs
+from lingua.data.args import DataArgs, SourceArgs, default_lanes
 from lingua.data.jsonl import DataError
-from lingua.data.loader import Batch, Loader, build_loader, default_lanes, merge_states
+from lingua.data.loader import Batch, Loader, build_loader, merge_states
 from lingua.data.sources import source_args
 from lingua.tokenizer import TokenizerArgs
 from tests.corpora import data_args, documents, two_sources, write_source
