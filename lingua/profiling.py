@@ -62,7 +62,7 @@ class Profiler:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            self._trace = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._trace = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
             self._trace.start()
         if args.mem_steps and self._steps == args.mem_warmup and self._device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=100_000)

@@ -1,0 +1,71 @@
+"""The run folder: config with origins, command, metrics, validation, profile; nothing secret."""
+
+import gzip
+from pathlib import Path
+
+import orjson
+import pytest
+import yaml
+
+from lingua.metrics import read_metrics
+from tests.trainer import TINY, train
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    words = [*TINY, "steps=6", f"dump_dir={folder}", "logging.freq=2", "validation.every=3", "validation.at_ends=true"]
+    words += ["profiling.run=true", "profiling.profile_warmup=1", "profiling.profile_steps=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_API_KEY", "s3cret-s3cret")
+        patch.setenv("HF_TOKEN", "s3cret-s3cret")
+        result = train(words)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_metrics_have_the_names_that_plots_expect(run_dir: Path):
+    records = read_metrics(run_dir / "metrics.jsonl")
+    assert [record["global_step"] for record in records] == [2, 4, 6]
+    expected = {
+        "global_step", "acc_step", "speed/wps", "speed/FLOPS", "speed/mfu", "speed/curr_iter_time",
+        "speed/data_load_time", "optim/grad_norm", "optim/lr", "optim/total_tokens", "loss/out", "created_at",
+        "incarnation", "checkpoint/age_of_newest_done_s", "checkpoint/lost_work_at_risk_s", "data/bad_lines",
+    }  # fmt: skip
+    assert expected <= set(records[-1])
+    assert any(key.startswith("memory/") for key in records[-1])
+    assert records[-1]["optim/total_tokens"] == 6 * 2 * 32
+
+
+def test_validation_has_lines_of_its_own_before_between_and_after(run_dir: Path):
+    records = read_metrics(run_dir / "metrics.validation.jsonl")
+    assert [record["global_step"] for record in records] == [0, 3, 6, 6]
+    assert records[-1]["python_stdlib/bpb"] < records[0]["python_stdlib/bpb"]
+
+
+def test_the_config_is_kept_with_the_place_of_every_value(run_dir: Path):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    origin = yaml.safe_load((run_dir / "config.origin.yaml").read_text())
+    assert config["model"]["dim"] == 32
+    assert config["global_batch_size"] == 2
+    assert origin["model.dim"] == "command line"
+    assert origin["optim.lr"].startswith("apps/main/configs/debug.yaml:")
+    assert origin["optim.beta1"] == "default"
+
+
+def test_no_secret_is_left_anywhere(run_dir: Path):
+    for file in run_dir.rglob("*"):
+        if file.is_file():
+            assert b"s3cret" not in file.read_bytes(), file
+
+
+def test_the_profile_opens(run_dir: Path):
+    (trace,) = (run_dir / "profiling").glob("trace_*.json.gz")
+    assert orjson.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+
+
+def test_the_end_says_what_to_type_next(tmp_path: Path):
+    words = [*TINY, "steps=2", f"dump_dir={tmp_path}", "validation.at_ends=true", "sample_prompt=import"]
+    said = train(words).output
+    for expected in ("bits per byte", "a sample: import", "steps=4", f"ckpt={tmp_path}"):
+        assert expected in said
