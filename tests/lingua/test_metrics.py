@@ -58,6 +58,7 @@ def test_wandb_offline_keeps_its_id_over_restarts_and_takes_steps_that_go_back(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "100")  # its service takes long to start on a busy machine
     args = LoggingArgs(wandb=WandbArgs(project="tests"))
     with MetricLogger(tmp_path, args, incarnation=1, run_name="x", config={"a": 1}) as metrics:
         first_id = metrics.wandb_id
