@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from apps.data import app as data_app
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     epilog="Errors are one sentence; --debug or LINGUA_DEBUG=1 shows the traceback. "
     "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 1 other failures.",
 )
+
+app.add_typer(data_app, name="data")
 
 Words = Annotated[
     list[str] | None,

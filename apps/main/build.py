@@ -27,6 +27,7 @@ from lingua.checkpoint.state import TrainState
 from lingua.checkpoint.weights import load_weights
 from lingua.data.heldout import HeldOut, held_out_file, read_held_out
 from lingua.data.loader import Batch, Loader, build_loader, merge_states
+from lingua.data.staging import staged
 from lingua.distributed import World, on_every_rank
 from lingua.loss import CrossEntropy, Loss
 from lingua.parallel import DTYPES, parallelize, set_matmul_precision
@@ -132,6 +133,7 @@ def build_run(
     torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
     seed_everything(args.seed + world.place.rank)
 
+    args.data = on_every_rank(lambda: stack.enter_context(staged(args.data)))
     tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
     model = on_every_rank(lambda: build_model(args, size, world))
     optimizer = build_part(args.optim, list(model.named_parameters()))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lingua.data.corpus import SOURCE_NAME, embedded_corpus
+from lingua.data.sources import filled
 from lingua.distributed import World, from_main
 from lingua.files import RunError, write_whole
 from lingua.flops import find_peak
@@ -90,9 +90,7 @@ def _freeze_config(path: Path, checked: Checked, incarnation: int) -> None:
 
 def use_embedded_corpus(args: TrainArgs) -> None:
     """Where the config names no source, train on the sample corpus."""
-    if not args.data.sources:
-        folder = embedded_corpus()
-        args.data = args.data.model_copy(update={"root_dir": str(folder.parent), "sources": {SOURCE_NAME: 1.0}})
+    args.data = filled(args.data)
 
 
 def start_metrics(run: Run, incarnation: int, stack: ExitStack) -> MetricLogger | None:

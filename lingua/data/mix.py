@@ -153,6 +153,12 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+def block_at(tape: Source, seed: int, position: int) -> int:
+    """The block at a tape position."""
+    epoch, index = divmod(position, tape.n_blocks)
+    return permuted(index, tape.n_blocks, draw(_SALT_BLOCKS, seed, tape.key, epoch))
+
+
 Place = tuple[int, int]  # tape position, byte offset (-1: the block's begin)
 
 
@@ -212,9 +218,7 @@ class Documents:
         """The block at a tape position; remembered, since many documents follow each other in it."""
         known, block = self._blocks[source]
         if known != position:
-            tape = self._sources[source]
-            epoch, index = divmod(position, tape.n_blocks)
-            block = permuted(index, tape.n_blocks, draw(_SALT_BLOCKS, self._seed, tape.key, epoch))
+            block = block_at(self._sources[source], self._seed, position)
             self._blocks[source] = position, block
         return block
 

@@ -150,7 +150,7 @@ class Packer:
         parts: list[Part] = []
         while filled < n:
             if index == len(pieces):
-                pieces.append(self._piece())
+                pieces.append(self.piece())
             piece = pieces[index]
             part = piece.ids[skip : skip + n - filled]
             tokens[filled : filled + len(part)] = part
@@ -171,8 +171,8 @@ class Packer:
             token -= len(pieces.popleft().ids)
         self._token = token
 
-    def _piece(self) -> Piece:
-        """Tokens of the next piece; none if the tokenizer gives up on it."""
+    def piece(self) -> Piece:
+        """The next piece; without tokens if the tokenizer gives up on it."""
         if self._document is None:
             self._document, self._char = self._documents.next(), 0
             self._number += 1

@@ -12,11 +12,20 @@ from pathlib import Path
 
 from lingua.args import ConfigError
 from lingua.data.args import DataArgs, SourceArgs
+from lingua.data.corpus import SOURCE_NAME, embedded_corpus
 from lingua.data.index import IndexedSource
 from lingua.data.jsonl import BadLines, DataError, JsonlSource, Tape, find_files
 from lingua.data.manifest import check_manifest
 from lingua.data.tokens import TokenSource, find_token_files
 from lingua.tokenizer import tokenizer_fingerprint
+
+
+def filled(args: DataArgs) -> DataArgs:
+    """Where the config names no source, the sample corpus is read."""
+    if args.sources:
+        return args
+    folder = embedded_corpus()
+    return args.model_copy(update={"root_dir": str(folder.parent), "sources": {SOURCE_NAME: 1.0}})
 
 
 def source_args(args: DataArgs) -> list[SourceArgs]:

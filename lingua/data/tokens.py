@@ -248,6 +248,15 @@ class TokenSource(Tape):
         files = ((facts["file"], facts["bytes"], facts["edges"]) for facts in self._facts)
         return fingerprint(files, self._facts[0]["text_key"])
 
+    @property
+    def n_tokens(self) -> int:
+        """Of one epoch, without begin and end tokens."""
+        return sum(facts["tokens"] for facts in self._facts)
+
+    @property
+    def n_documents(self) -> int:
+        return sum(facts["documents"] for facts in self._facts)
+
     def mapped(self, file: int) -> Mapped:
         return self._mapped[file]
 

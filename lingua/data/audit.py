@@ -1,0 +1,273 @@
+"""Proof of order: what a run has read, read again and compared with the states in its checkpoints.
+
+Promise of `audit`: for each lane and each checkpoint, the pieces of text that led to the saved position are, one after
+another, those that the order prescribes: none left out, none taken twice, over all restarts. What it rests on:
+
+    without tokenizing   each lane's running hash over (source, file, byte offset, first character) of every piece, and
+                         the number of rows that each lane has given
+    with tokenizing      also that the tokens of these pieces, cut every seq_len, end where the state says. Free of
+                         charge for token files and bytes; otherwise it takes the tokenizer's time for all that was read
+
+What it cannot see: whether the trainer really used the rows that the loader gave it, and, before a change of sources
+that was accepted, anything at all: the proof then begins at the first checkpoint with the present sources.
+Cost: everything that the run has read is read and parsed again.
+
+`rows_of_step` makes the rows of a step again from the nearest checkpoint before it, of the lanes it needs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lingua.args import ConfigError
+from lingua.data.args import DataArgs
+from lingua.data.jsonl import Tape
+from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, packing_of, sources_of
+from lingua.data.mix import Documents, block_at, documents_state
+from lingua.data.pack import Lane, Mark, Packer, Part, Row, contains, merged
+from lingua.data.sources import open_sources, source_args
+from lingua.data.stages import Progress, each
+from lingua.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
+
+State = dict[str, Any]
+
+
+class _Uncounted(ByteTokenizer):
+    """One token for each piece: for who wants to know the pieces only."""
+
+    _ONE = np.zeros(1, np.int32)
+
+    def encode(self, text: str, add_bos: bool, add_eos: bool) -> np.ndarray:
+        return self._ONE
+
+    def wrap(self, ids: np.ndarray, add_bos: bool, add_eos: bool) -> np.ndarray:
+        return self._ONE
+
+
+# -- audit ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Finding:
+    """The result of an audit; good without problems."""
+
+    checkpoints: list[int]
+    """Steps whose states were confirmed or not."""
+    begin: int
+    """The step from which on everything was read again; 0: from the first row."""
+    rows: int
+    pieces: int = 0
+    tokens_checked: bool = False
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def audit(
+    args: DataArgs,
+    n_lanes: int,
+    rows_per_step: int,
+    states: Mapping[int, State],
+    *,
+    count_tokens: bool | None = None,
+    n_workers: int = 1,
+    progress: Progress | None = None,
+) -> Finding:
+    """Read again what led to the states (of all lanes, by step). `count_tokens` None: where it costs no tokenizer."""
+    sources, _ = open_sources(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
+    now = fingerprint_of(sources_of(sources))
+    fits = sorted(step for step, state in states.items() if fingerprint_of(state["sources"]) == now)
+    if not fits:
+        raise ConfigError("no checkpoint has the sources that are there now; nothing can be confirmed")
+    for step in fits:
+        check_order(states[step], order_of(args, n_lanes))
+    cheap = args.tokenizer.name == "bytes" or all(s.format == "tokens" for s in source_args(args))
+    count_tokens = cheap if count_tokens is None else count_tokens
+    found = Finding(fits, 0, states[fits[-1]]["row"], tokens_checked=count_tokens)
+    if len(fits) < len(states) or args.accept_change:
+        found.begin = fits[0]
+        found.notes.append(f"the sources were changed during the run; what came before step {fits[0]} is not confirmed")
+    for step in fits:
+        found.problems += _wrong_counts(args, n_lanes, rows_per_step, step, states[step])
+    tokenizer = build_tokenizer(args.tokenizer) if count_tokens else _Uncounted()
+
+    def lane_task(lane: int) -> tuple[int, list[str]]:
+        stops = [(step, states[step]["lanes"][str(lane)]) for step in fits]
+        start = states[found.begin]["lanes"][str(lane)] if found.begin else None
+        return _walk(args, n_lanes, sources, tokenizer, lane, start, stops, count_tokens=count_tokens)
+
+    total = _bytes_read(sources, states[fits[-1]])
+    progress = progress or Progress(bar=False)
+    progress.begin("audit", total)
+    for _, (n_pieces, problems) in each(list(range(n_lanes)), lane_task, n_workers):
+        found.pieces += n_pieces
+        found.problems += problems
+        progress.advance(total // n_lanes)
+    for source in sources:
+        source.close()
+    return found
+
+
+def _bytes_read(sources: Sequence[Tape], state: State) -> int:
+    """About what the lanes have read so far."""
+    lanes = state["lanes"].values()
+    epochs = [sum(lane["tapes"][s.name][0] for lane in lanes) / len(lanes) / s.n_blocks for s in sources]
+    return sum(int(source.size_bytes * epoch) for source, epoch in zip(sources, epochs, strict=True))
+
+
+def _wrong_counts(args: DataArgs, n_lanes: int, rows_per_step: int, step: int, state: State) -> Iterator[str]:
+    """Whether every lane has given the rows that the step number demands; arithmetic only."""
+    row, passed_over = state["row"], merged(args.skip_rows)
+    if row != step * rows_per_step:
+        yield f"step {step}: {row} rows were used, {step} steps of {rows_per_step} are {step * rows_per_step}"
+    for lane in range(n_lanes):
+        made = state["lanes"][str(lane)]["rows"]
+        given = len(range(lane, row, n_lanes))
+        skipped = sum(contains(passed_over, lane + n_lanes * k) for k in range(made)) if passed_over else 0
+        # Rows that were passed over from some restart on had been given before it.
+        if not made - skipped <= given <= made:
+            yield f"step {step}, lane {lane}: gave {made - skipped} rows, its share of {row} rows is {given}"
+
+
+def _walk(
+    args: DataArgs,
+    n_lanes: int,
+    sources: Sequence[Tape],
+    tokenizer: Tokenizer,
+    lane: int,
+    start: State | None,
+    stops: Sequence[tuple[int, State]],
+    *,
+    count_tokens: bool,
+) -> tuple[int, list[str]]:
+    """(pieces read, problems) of one lane, from `start` (None: the first row) through all its saved positions."""
+    documents = Documents(lane, n_lanes, sources, args.seed, start)
+    packer = Packer(documents, sources, tokenizer, packing_of(args), start)
+    before = _tokens_given(args, start) - start["token"] if start else 0
+    n_pieces, piece, tokens = 0, None, before  # `tokens`: of all pieces before the one in hand
+    for step, state in stops:
+        if state["source"] is None:  # nothing read yet
+            continue
+        target = _order_of_piece(state)
+        while piece is None or _order_of_piece(_position(sources, piece.mark)) < target:
+            tokens += len(piece.ids) if piece is not None else 0
+            piece = packer.piece()
+            n_pieces += 1
+        where = f"step {step}, lane {lane}"
+        here = _position(sources, piece.mark)
+        if {key: state[key] for key in here} != here:
+            return n_pieces, [f"{where}: stands at {_told(state)}, the order leads to {_told(here)}"]
+        if state["hash"] != f"{piece.mark.hash:016x}":
+            return n_pieces, [f"{where}: stands at {_told(state)}, but came there by other documents (hash differs)"]
+        if count_tokens and (given := _tokens_given(args, state)) != tokens + state["token"]:
+            return n_pieces, [
+                f"{where}: {given} tokens were given, up to its position there are {tokens} + {state['token']}"
+            ]
+    return n_pieces, []
+
+
+def _tokens_given(args: DataArgs, state: State) -> int:
+    """Tokens before the position of a state, which with a shuffle window is the window's begin."""
+    window = max(1, args.shuffle_window)
+    return state["rows"] // window * window * args.seq_len
+
+
+def _position(sources: Sequence[Tape], mark: Mark) -> dict[str, Any]:
+    return {**documents_state(sources, mark.pick, mark.source, mark.places), "char": mark.char}
+
+
+def _order_of_piece(position: Mapping[str, Any]) -> tuple[int, int]:
+    return position["pick"], position["char"]
+
+
+def _told(position: Mapping[str, Any]) -> str:
+    place = position["tapes"].get(position["source"])
+    return f"document {position['pick']} of the lane ({position['source']}, tape position and byte {place})"
+
+
+# -- the rows of a step --------------------------------------------------------------------------------------------
+
+
+class Origin(NamedTuple):
+    """Tokens of a row and the document they come from."""
+
+    source: str
+    file: str
+    offset: int
+    """Byte at which the document's line begins."""
+    char: int
+    """First character of the piece that the tokens are from."""
+    token: int
+    """First token used, counted from that piece's begin."""
+    n_tokens: int
+    text: str
+
+
+def rows_of_step(
+    args: DataArgs, n_lanes: int, rows_per_step: int, states: Mapping[int, State], step: int
+) -> Iterator[tuple[int, list[Origin]]]:
+    """(row number, where its S tokens come from) for each row of the update that metrics call `global_step` = step."""
+    if step < 1:
+        raise ConfigError(f"--step {step}: the first step is 1")
+    begin = max((saved for saved in states if saved < step), default=0)
+    sources, _ = open_sources(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
+    tokenizer = build_tokenizer(args.tokenizer)
+    saved: dict[int, State] = {}
+    if begin:
+        check_order(states[begin], order_of(args, n_lanes))
+        saved = adapt(states[begin], sources, args.accept_change)
+    lanes: dict[int, Lane] = {}
+    first = (step - 1) * rows_per_step
+    for turn in range(first, first + rows_per_step):
+        number = turn % n_lanes
+        if number not in lanes:
+            lanes[number] = open_lane(args, n_lanes, sources, tokenizer, number, saved.get(number))
+            for _ in range(_turns(number, n_lanes, begin * rows_per_step, first)):
+                lanes[number].next()
+        row = lanes[number].next()
+        yield row.number, list(origins(args, sources, tokenizer, row))
+    for source in sources:
+        source.close()
+
+
+def _turns(lane: int, n_lanes: int, begin: int, end: int) -> int:
+    """Rows of the lane among the run's rows [begin, end)."""
+    before, behind = (len(range(lane, stop, n_lanes)) for stop in (begin, end))
+    return behind - before
+
+
+def open_lane(
+    args: DataArgs, n_lanes: int, sources: Sequence[Tape], tokenizer: Tokenizer, number: int, state: State | None = None
+) -> Lane:
+    return Lane(
+        number,
+        n_lanes,
+        sources,
+        tokenizer,
+        packing_of(args),
+        seed=args.seed,
+        window=args.shuffle_window,
+        skip_rows=args.skip_rows,
+        state=state,
+    )
+
+
+def origins(args: DataArgs, sources: Sequence[Tape], tokenizer: Tokenizer, row: Row) -> Iterator[Origin]:
+    """Where the first S tokens of a row come from."""
+    at = 0
+    for part in row.parts:
+        n = min(part.n_tokens, args.seq_len - at)
+        if n > 0:
+            yield _origin(args, sources, part, n, tokenizer.decode(row.tokens[at : at + n].tolist()))
+        at += n
+
+
+def _origin(args: DataArgs, sources: Sequence[Tape], part: Part, n_tokens: int, text: str) -> Origin:
+    mark = part.mark
+    assert mark.source is not None
+    source, (position, offset) = sources[mark.source], mark.places[mark.source]
+    file, _, _ = source.block(block_at(source, args.seed, position))
+    return Origin(source.name, str(source.files[file].path), offset, mark.char, part.token, n_tokens, text)
