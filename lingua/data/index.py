@@ -5,7 +5,7 @@ data again. An index that does not belong to its file (other size, other first o
 is never used: it is made again, beside the file or, where that is not writable, in the user's cache. Nothing in an
 index is executed. Two processes of a machine do not make the same index at once.
 Cost: 8 bytes per line on disk, none in memory; the scan runs at 1 GB/s or so from the page cache, once. Reading jumps:
-one `pread` per document, and about 15 us for its place in the order. On a slow shared disk, shuffle the data when it is
+one `pread` per document, and 10 to 45 us for its place in the order. On a slow shared disk, shuffle the data when it is
 prepared (setup/download_prepare_hf_data.py) or stage it (`data.stage_to`) instead.
 
 An index: 64 bytes of header (magic, version, size and edges of the file, number of lines, hash of what follows), then

@@ -1,0 +1,95 @@
+"""The proof of order over formats, windows, rows passed over, long documents and sources changed on purpose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lingua.args import ConfigError
+from lingua.data.args import DataArgs, SourceArgs
+from lingua.data.audit import audit, rows_of_step
+from lingua.data.loader import build_loader, merge_states
+from lingua.data.tokens import token_file, tokenize_file
+from lingua.tokenizer import ByteTokenizer
+from tests.corpora import data_args, two_sources, write_source
+
+K = G = 12
+
+
+def run(args: DataArgs, steps: list[int], states: dict[int, Any] | None = None) -> dict[int, Any]:
+    """States at these steps, each reached from the one before on another number of ranks."""
+    states = dict(states or {})
+    for turn, step in enumerate(steps):
+        dp = (1, 3, 2)[turn % 3]
+        begin = max(states, default=0)
+        parts = []
+        for rank in range(dp):
+            with build_loader(
+                args, rows_per_step=G, dp_rank=rank, dp_size=dp, state=states.get(begin), lanes=K
+            ) as loader:
+                for _ in range((step - begin) * G // dp // args.batch_size):
+                    next(loader)
+                parts.append(json.loads(json.dumps(loader.state_dict())))
+        states[step] = merge_states(parts)
+    return states
+
+
+@pytest.mark.parametrize("form", ["jsonl", "mmap_jsonl", "tokens"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"shuffle_window": 3}, {"skip_rows": [[20, 60]]}, {"add_bos": False, "shuffle_window": 4}]
+)
+def test_an_honest_run_is_confirmed(tmp_path: Path, form: str, changed: dict[str, Any]) -> None:
+    two_sources(tmp_path)
+    folder = write_source(tmp_path, "small", ["x " * 200_000, "y", "!"], n_files=1)  # two pieces
+    (folder / "small.chunk.01.jsonl").write_text('\n[]\n{"text": "z"}\n')
+    if form == "tokens":
+        for path in [*tmp_path.glob("*/*.jsonl")]:
+            tokenize_file(path, token_file(path, tmp_path / "made" / path.parent.name), ByteTokenizer())
+    sources = [SourceArgs(path=name, format=form) for name in ("big", "small")]  # pyright: ignore[reportArgumentType]
+    root = tmp_path / "made" if form == "tokens" else tmp_path
+    args = data_args(root, sources=sources, seq_len=3000, lanes=K, **{"max_bad_fraction": 1.0, **changed})
+    states = run(args, [1, 2, 5, 9])
+    for count_tokens in (True, False):
+        found = audit(args, K, G, states, count_tokens=count_tokens)
+        assert found.problems == []
+        assert (found.checkpoints, found.begin, found.rows) == ([1, 2, 5, 9], 0, 9 * G)
+    states[5]["lanes"]["7"]["token"] += 1
+    assert "step 5, lane 7" in audit(args, K, G, states).problems[0]
+
+
+def test_a_change_of_sources_begins_the_proof_anew(tmp_path: Path) -> None:
+    two_sources(tmp_path)
+    args = data_args(tmp_path, lanes=K)
+    states = run(args, [2])
+    changed = data_args(tmp_path, lanes=K, sources={"big": 1.0, "small": 1.0})
+    with pytest.raises(ConfigError) as refusal:
+        run(changed, [3], states)
+    changed = changed.model_copy(update={"accept_change": str(refusal.value).rpartition("=")[2]})
+    states = run(changed, [4, 6, 8], states)
+    found = audit(changed, K, G, states)
+    assert (found.problems, found.checkpoints, found.begin) == ([], [4, 6, 8], 4)
+    assert "what came before step 4 is not confirmed" in found.notes[0]
+    with pytest.raises(ConfigError, match="nothing can be confirmed"):
+        audit(data_args(tmp_path, lanes=K, sources={"big": 1.0}), K, G, states)
+
+
+def test_rows_of_a_step_are_the_same_from_every_checkpoint(tmp_path: Path) -> None:
+    two_sources(tmp_path)
+    args = data_args(tmp_path, lanes=2 * G, shuffle_window=2, skip_rows=[[30, 40]])
+    with build_loader(args, rows_per_step=G) as loader:
+        batches = [next(loader) for _ in range(5 * G // 2)]
+    numbers = [int(n) for batch in batches for n in batch.rows]
+    early = list(rows_of_step(args, 2 * G, G, {}, 5))
+    assert [number for number, _ in early] == numbers[4 * G :]
+    states: dict[int, Any] = {}
+    with build_loader(args, rows_per_step=G) as loader:
+        for step in range(1, 6):
+            for _ in range(G // 2):
+                next(loader)
+            states[step] = json.loads(json.dumps(loader.state_dict()))
+    assert list(rows_of_step(args, 2 * G, G, states, 5)) == early
+    with pytest.raises(ConfigError, match="the first step is 1"):
+        list(rows_of_step(args, 2 * G, G, states, 0))
