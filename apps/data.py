@@ -232,9 +232,11 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, dict[int, dict[str, Any]]]:
 
 
 def _progress() -> Any:
-    """A bar on a terminal; elsewhere nothing but the result."""
+    """A bar on a terminal; elsewhere plain lines on stderr."""
     from lingua.data.stages import Progress
+    from lingua.logger import start_logging
 
+    start_logging()
     return Progress()
 
 
@@ -250,8 +252,7 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
 
 def _lines(facts: dict[str, Any], indent: str = "") -> Any:
     """`key  value` lines; tables indented below their key."""
-    for key, value in facts.items():
-        name = key.replace("_", " ")
+    for name, value in facts.items():
         if isinstance(value, dict) and value:
             yield f"{indent}{name}"
             yield from _lines(value, indent + "  ")
@@ -263,6 +264,8 @@ def _lines(facts: dict[str, Any], indent: str = "") -> Any:
             yield f"{indent}{name:<24} {', '.join(map(str, value)) or '-'}"
         elif isinstance(value, float):
             yield f"{indent}{name:<24} {value:,.4g}"
+        elif isinstance(value, str) and "\n" in value:
+            yield f"{indent}{name:<24} {value!r}"
         else:
             shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
             yield f"{indent}{name:<24} {'-' if shown in (None, {}) else shown}"

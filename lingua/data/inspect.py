@@ -76,6 +76,7 @@ def inspect_path(path: Path, tokenizer: Tokenizer, text_key: str | None, progres
         if done > 16 << 20:
             progress.advance(done)
             done = 0
+    progress.advance(done)
     counts = dict(bad.kinds)
     estimated = estimate_tokens(source, tokenizer) if n_documents else 0
     source.close()

@@ -193,7 +193,7 @@ def test_preview(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "run").exists()
     code, out, _ = lingua(capsys, "preview", *run_words(corpus, tmp_path / "run"))
     assert code == 0
-    assert "share of tokens" in out
+    assert "share_of_tokens" in out
 
 
 def test_no_torch_and_help(tmp_path: Path) -> None:
