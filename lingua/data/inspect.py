@@ -155,7 +155,7 @@ def preview_mixture(
     n_tokens: Counter[str] = Counter()
     documents: dict[str, set[tuple[int, int]]] = {source.name: set() for source in sources}
     shown = []
-    progress.begin("reading", n_rows * args.seq_len)  # tokens, for once
+    progress.begin("reading", 4 * n_rows * args.seq_len)  # rows are 4 bytes a token
     for turn in range(n_rows):
         row = lanes[turn % n_lanes].next()
         for part in row.parts:
@@ -166,7 +166,7 @@ def preview_mixture(
         if turn < n_rows_shown:
             parts = [origin._asdict() for origin in origins(args, sources, tokenizer, row)]
             shown.append({"row": row.number, "documents": parts})
-        progress.advance(args.seq_len)
+        progress.advance(4 * args.seq_len)
     total, ends = max(1, n_tokens.total()), args.add_bos + args.add_eos
     by_source = {}
     for source in sources:
