@@ -195,7 +195,7 @@ def small_things(args: DataArgs) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, help="tiktoken rank file (see above)")
-    parser.add_argument("--bytes", type=float, default=20e6, help="text of the corpus (%(default)g)")
+    parser.add_argument("--bytes", type=float, default=6e7, help="text of the corpus (%(default)g)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, of which medians are told (%(default)s)")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a row (%(default)s)")
     parser.add_argument("--json", action="store_true")
