@@ -88,7 +88,7 @@ def set_environment(args: EnvironmentArgs, place: Place, on_gpu: bool) -> None:
     threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     for name, value in args.model_dump().items():
         os.environ.setdefault(name, str(threads) if value == "auto" else value)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"] or threads))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
     try:
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{host}:{port}" if "MASTER_ADDR" not in os.environ else "env://",
+            init_method="env://" if "RANK" in os.environ else f"tcp://{host}:{port}",  # torchrun keeps its own store
             rank=place.rank,
             world_size=place.world_size,
             timeout=timedelta(seconds=args.timeout_s),

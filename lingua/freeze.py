@@ -96,8 +96,12 @@ class Difference:
     new: Any
     rule: Rule
 
+    @property
+    def change(self) -> str:
+        return f"{self.key}: {show(self.old)} -> {show(self.new)}"
+
     def __str__(self) -> str:
-        change = f"{self.key}: {show(self.old)} -> {show(self.new)}"
+        change = self.change
         if self.rule == "refuse":
             return f"{change} cannot change within a run; set it back, or start a new run under another name"
         if self.rule == "accept":

@@ -116,14 +116,15 @@ class JsonLines:
                 log.warning("cannot write %s: %s; the run goes on and tries again", self.path, error.strerror or error)
 
     def _flush(self) -> None:
-        with self.path.open("ab") as file:
+        with self.path.open("ab", buffering=0) as file:  # what is refused must not be written later, on closing
             start = file.tell()
             lines = b"".join(self._held)
             if start and not _ends_with_newline(self.path):  # torn by an earlier kill
                 lines = b"\n" + lines
             try:
-                file.write(lines)
-                file.flush()
+                rest = memoryview(lines)
+                while rest:
+                    rest = rest[file.write(rest) :]
             except OSError:
                 os.truncate(self.path, start)
                 raise

@@ -85,6 +85,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if options.steps < 2 * WARM_UP_STEPS:
+        parser.error(f"--steps {options.steps} is too few: the first {WARM_UP_STEPS} warm up; give at least 20")
 
     watch = Stopwatch()
     install(watch)

@@ -158,7 +158,7 @@ def load(
 
 
 def accepts(line: CommandLine) -> bool:
-    return bool(line.flags.get("accept-change"))
+    return str(line.flags.get("accept-change", False)).lower() not in ("false", "no", "0", "")
 
 
 def default_world_size(args: TrainArgs) -> int:

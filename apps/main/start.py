@@ -27,7 +27,7 @@ from lingua.metrics import MetricLogger
 from lingua.parallel import DTYPES
 from lingua.profiling import measured_matmul_flops
 from lingua.progress import Meter
-from lingua.runfolder import describe_start
+from lingua.runfolder import STOP_FILE, describe_start
 from lingua.runlock import RunLock, this_process
 from lingua.schema import GeneratorArgs
 from lingua.slurm import this_job
@@ -46,6 +46,13 @@ class RunFolder:
     path: Path
     incarnation: int
     lock: RunLock | None
+    log_file: logging.Handler
+
+    def note_failure(self, error: Exception) -> None:
+        """Into this rank's log file; the terminal hears of it by the exit."""
+        text = f"ended by {type(error).__name__}: {error}"
+        trace = (type(error), error, error.__traceback__)
+        self.log_file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), trace))
 
 
 @contextmanager
@@ -63,6 +70,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
                 f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
             ) from error
         incarnation = lock.acquire()
+        (path / STOP_FILE).unlink(missing_ok=True)  # it tells of this start or of none
         _freeze_config(path, checked, incarnation)
         describe_start(path, ["-m", f"{checked.args.app}.train", *words])
         return incarnation
@@ -71,7 +79,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
         incarnation = from_main(begin)
         handler = log_to_folder(path, world.place.rank)
         try:
-            yield RunFolder(path, incarnation, lock)
+            yield RunFolder(path, incarnation, lock, handler)
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
@@ -143,7 +151,7 @@ def say_hello(run: Run, checked: Checked, incarnation: int) -> None:
     for warning in (*checked.warnings, *has_no_effect_yet(run.args)):
         log.warning("%s", warning)
     for difference in checked.differences:
-        log.info("config changed: %s", difference)
+        log.info("config changed: %s", difference.change)
     log.info(
         "%s parameters, %s tokens per step (%d rows of %d), %s steps, %s tokens in all",
         f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lingua.distributed import Votes, find_place, first_given, pick_device, set_environment, start_world
+from lingua.args import ConfigError
+from lingua.distributed import Votes, find_place, first_given, from_main, pick_device, set_environment, start_world
 from lingua.entry import parse_command_line, run_main
 from lingua.files import RunError
 from lingua.logger import start_logging
-from lingua.metrics import MetricLogger
+from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
 from lingua.optim import clip_and_check, optimizer_step
 from lingua.parallel import forward_precision, sync_gradients
 from lingua.profiling import Profiler, memory_metrics
@@ -73,6 +74,7 @@ class StepFacts:
     step: int
     lr: float
     first_row: int
+    last_row: int
     lap: Lap
 
 
@@ -94,12 +96,12 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> None:
 
     with Profiler(args.profiling, run.run_dir, device, run.world.place.rank) as profiler:
         while run.step < size.n_steps and not judge.stop:
-            lr, first_row = lr_at(args.optim, run.step, size.n_steps), None
+            lr, rows = lr_at(args.optim, run.step, size.n_steps), []
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(size.grad_acc_steps):
                 with meter.loading():
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
-                first_row = int(batch.rows[0]) if first_row is None else first_row
+                rows += [int(batch.rows.min()), int(batch.rows.max())]
                 sync_gradients(run.model, micro_step == size.grad_acc_steps - 1)
                 with precision:
                     loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
@@ -115,13 +117,13 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> None:
             run.optimizer.zero_grad()
             run.advance()
 
-            facts = StepFacts(run.step, lr, first_row or 0, meter.lap())
+            facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
             judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(signals.received is not None)]))
             profiler.step(run.step)
             judge.progress.advance(run.step)
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
-            if args.validation.every and run.step % args.validation.every == 0:
+            if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
                 with meter.paused():
                     judge.report_validation(validate(run))
             if run.manager.is_due(run.step) and run.step < size.n_steps:
@@ -150,7 +152,9 @@ class Judge:
             return
         facts, (loss_sum, norm_sum, bad_ranks, stop_ranks) = verdict
         n_ranks = self._run.world.place.world_size
-        self.stop |= stop_ranks > 0
+        if stop_ranks > 0 and not self.stop:
+            self.stop = True
+            log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
         if bad_ranks > 0:
             self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
         elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
@@ -169,8 +173,9 @@ class Judge:
 
     def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
         run, optim = self._run, self._run.args.optim
-        last_row = facts.first_row + run.size.rows_per_step - 1
-        what = f"step {facts.step} (rows {facts.first_row} to {last_row}): loss {loss}, gradient norm {grad_norm}"
+        rows = [facts.first_row, facts.last_row]
+        what = f"step {facts.step} (rows {rows[0]} to {rows[1]}): loss {loss}, gradient norm {grad_norm}"
+        skips = str([*run.args.data.skip_rows, rows]).replace(" ", "")
         self._skips_in_a_row += 1
         run.shared["skipped_steps"] += 1
         if optim.on_nonfinite == "skip" and self._skips_in_a_row <= optim.max_skips:
@@ -179,7 +184,7 @@ class Judge:
         limit = f", and so were the {optim.max_skips} steps before it" if optim.on_nonfinite == "skip" else ""
         raise NonFiniteError(
             f"{what} is not finite{limit}. Nothing was updated. Since the data order is fixed, a restart meets these "
-            f"rows again: pass over them with data.skip_rows='[[{facts.first_row},{last_row}]]', or lower optim.lr"
+            f"rows again: pass over them with data.skip_rows='{skips}', or lower optim.lr"
         )
 
     def _report(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
@@ -215,6 +220,8 @@ def main(words: list[str]) -> int:
     start_logging(place.rank, own_packages=("lingua", str(__package__)))
     checked = load(line, place.world_size)
     args, size = checked.args, checked.resolved
+    if args.app != __package__:
+        raise ConfigError(f"app is {args.app}, but this is {__package__}.train; type python -m {args.app}.train")
     device = pick_device(args.device, place)
     set_environment(args.env, place, on_gpu=device.type == "cuda")
     with ExitStack() as stack:
@@ -231,6 +238,7 @@ def main(words: list[str]) -> int:
             judge = Judge(run, meter, progress, metrics)
             return train_to_the_end(run, signals, judge, words)
         except Exception as error:
+            folder.note_failure(error)
             if world.is_main:
                 describe_stop(folder.path, "error", EXIT_FAILED, error=f"{type(error).__name__}: {error}")
             raise
@@ -238,29 +246,44 @@ def main(words: list[str]) -> int:
 
 def train_to_the_end(run: Run, signals: StopSignals, judge: Judge, words: list[str]) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
-    args, finished_before = run.args, run.step >= run.size.n_steps
-    if finished_before:
+    args = run.args
+    if run.step >= run.size.n_steps and was_said(run):
         say_finished_already(run)
-    else:
+        describe_end(run, "finished", EXIT_FINISHED)
+        return EXIT_FINISHED
+    if run.step < run.size.n_steps:
         if run.step == 0 and args.validation.at_ends:
             run.shared["validation_at_start"] = judge.report_validation(validate(run))
         gc.disable()
         train(run, signals, judge)
         gc.enable()
-    finished = run.step >= run.size.n_steps
-    if finished and not finished_before:
+    if run.step >= run.size.n_steps:
         after = judge.report_validation(validate(run)) if args.validation.at_ends else {}
         if args.sample_prompt is not None:
             say_sample(run, args.sample_prompt)
         say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
-    signal = None if finished else first_given(signals.received)
-    exit_code = EXIT_FINISHED if finished else EXIT_INTERRUPTED if signal == "SIGINT" else EXIT_REQUEUE
+        describe_end(run, "finished", EXIT_FINISHED)
+        return EXIT_FINISHED
+    signal = first_given(signals.received)
+    exit_code = EXIT_INTERRUPTED if signal == "SIGINT" else EXIT_REQUEUE
     if run.world.is_main:
-        if not finished:
-            log.info("stopped by %s after step %d, saved; the same command goes on from there", signal, run.step)
-        reason = "finished" if finished else "signal"
-        describe_stop(run.run_dir, reason, exit_code, step=run.step, signal=signal)
+        log.info("stopped by %s after step %d, saved; the same command goes on from there", signal, run.step)
+    describe_end(run, "signal", exit_code, signal=signal)
     return exit_code
+
+
+def was_said(run: Run) -> bool:
+    """Whether the last step was validated already; a kill after the last checkpoint leaves that to do. Collective."""
+    if not run.args.validation.at_ends:
+        return True
+    file = run.run_dir / VALIDATION_FILE
+    return from_main(lambda: file.is_file() and any(r["global_step"] == run.step for r in read_metrics(file)))
+
+
+def describe_end(run: Run, reason: str, exit_code: int, **more: str | None) -> None:
+    """Leave stop.json."""
+    if run.world.is_main:
+        describe_stop(run.run_dir, reason, exit_code, step=run.step, **more)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, name: str, exit_code: int):
     stop = orjson.loads((tmp_path / "stop.json").read_bytes())
     assert stop["reason"] == "signal"
     assert stop["signal"] == name
+    assert "asked to stop" in result.output
     assert stop["exit_code"] == exit_code
     assert published(tmp_path) == [stop["step"]]
     assert 4 <= stop["step"] <= 6  # heard one step later

@@ -7,8 +7,10 @@ import orjson
 import pytest
 import yaml
 
+import apps.main.train
+from apps.main.build import Run
 from lingua.metrics import read_metrics
-from tests.trainer import TINY, train
+from tests.trainer import TINY, at_step, kill_self, train
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_metrics_have_the_names_that_plots_expect(run_dir: Path):
 
 def test_validation_has_lines_of_its_own_before_between_and_after(run_dir: Path):
     records = read_metrics(run_dir / "metrics.validation.jsonl")
-    assert [record["global_step"] for record in records] == [0, 3, 6, 6]
+    assert [record["global_step"] for record in records] == [0, 3, 6]
     assert records[-1]["python_stdlib/bpb"] < records[0]["python_stdlib/bpb"]
 
 
@@ -62,6 +64,36 @@ def test_no_secret_is_left_anywhere(run_dir: Path):
 def test_the_profile_opens(run_dir: Path):
     (trace,) = (run_dir / "profiling").glob("trace_*.json.gz")
     assert orjson.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+
+
+def test_a_killed_run_leaves_no_word_of_the_start_before_and_a_failed_one_says_why(tmp_path: Path):
+    words = [*TINY, f"dump_dir={tmp_path}"]
+    assert train([*words, "steps=2"]).exit_code == 0
+    assert train([*words, "steps=9"], hook=at_step(4, kill_self)).exit_codes == [-9]
+    assert not (tmp_path / "stop.json").exists()
+    failed = train([*words, "steps=9", "data.sources=[{path: nothing}]", "--accept-change"])
+    assert failed.exit_code != 0
+    assert "nothing" in (tmp_path / "train.log").read_text() or not (tmp_path / "stop.json").exists()
+
+
+def test_what_is_left_to_do_after_the_last_checkpoint_is_done_by_the_next_start(tmp_path: Path):
+    words = [*TINY, f"dump_dir={tmp_path}", "steps=2", "validation.at_ends=true"]
+
+    def die_instead_of_validating(rank: int) -> None:
+        validate = apps.main.train.validate
+        calls: list[int] = []
+
+        def once(run: Run) -> dict[str, float]:
+            calls.append(1)
+            if len(calls) == 2:
+                kill_self()
+            return validate(run)
+
+        setattr(apps.main.train, "validate", once)  # noqa: B010
+
+    assert train(words, hook=die_instead_of_validating).exit_codes == [-9]
+    assert "bits per byte" in train(words).output
+    assert "is finished" in train(words).output
 
 
 def test_the_end_says_what_to_type_next(tmp_path: Path):
