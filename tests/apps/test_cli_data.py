@@ -167,7 +167,7 @@ def test_index_and_tokenize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_tokenize_a_config_and_train_from_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = run_words(corpus, tmp_path / "run")[:-1]
+    words = run_words(corpus, tmp_path / "run")
     made = record(capsys, "tokenize", *words, "--out", tmp_path / "t", "--workers", 1)
     (tmp_path / "tokens.yaml").write_text(json.dumps({"data": {"sources": made["data.sources"]}}))
     plain = record(capsys, "preview", *words, "--steps", 3)
@@ -200,9 +200,9 @@ def test_no_torch_and_help(tmp_path: Path) -> None:
     write_source(tmp_path, "s", ["a"])
     shown = "print('torch' in sys.modules, file=sys.stderr)"
     program = f"import sys\nfrom apps.cli import main\ntry:\n main()\nfinally:\n {shown}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment, debug = {**os.environ, "PYTHONPATH": str(ROOT)}, "apps/main/configs/debug.yaml"
     for words in (
-        ["data", "preview", "apps/main/configs/debug.yaml", "data.root_dir=" + str(tmp_path), "data.sources={s: 1}"],
+        ["data", "preview", debug, f"data.root_dir={tmp_path}", "data.sources={s: 1}", f"dump_dir={tmp_path / 'run'}"],
         ["data", "--help"],
     ):
         done = subprocess.run(
