@@ -10,7 +10,7 @@ The model says where it can be cut: `model.layers` is a ModuleDict or ModuleList
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -101,8 +101,3 @@ def set_matmul_precision(args: DistributedArgs) -> None:
     """Process-wide choices for matrix products."""
     torch.backends.cuda.matmul.allow_tf32 = args.matmul_allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = args.allow_bf16_reduced_precision_reduction
-
-
-def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
-    """Parameters over all ranks (a DTensor counts whole)."""
-    return sum(parameter.numel() for parameter in parameters)

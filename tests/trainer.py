@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -21,7 +22,6 @@ import orjson
 
 from apps.main.build import Run
 from apps.main.train import main
-from lingua.distributed import free_port
 from lingua.entry import run_main
 from lingua.metrics import read_metrics
 
@@ -58,6 +58,13 @@ class Result:
         """The one code that all ranks ended with."""
         assert len(set(self.exit_codes)) == 1, f"exit codes {self.exit_codes}\n{self.output}"
         return self.exit_codes[0]
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 class Trainer:
