@@ -49,8 +49,8 @@ class Files:
         os.close(descriptor)
 
     def mkdir(self, path: Path) -> None:
-        """Make a folder and its parents; one that is there already is fine, a link to one is not."""
-        path.mkdir(parents=True, exist_ok=True)
+        """Make a folder in one that is there; if it is there too that is fine, a link to one is not."""
+        path.mkdir(exist_ok=True)
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
 

@@ -3,15 +3,19 @@
 ```
 checkpoints/0000001000/                    published, if and only if its mark is there
             checkpoint_0000001000.done     the mark: JSON, written last
-            0000001500.tmp-3/              being written by incarnation 3
-            checkpoint_0000001500.done.tmp-3      its mark, ready to be renamed once the folder is in place
-            0000000500.trash-3/            given up, being removed; likewise checkpoint_0000000500.done.trash-3
             0000001000.broken-1/           did not verify (its mark: checkpoint_0000001000.done.broken-1)
             0000001500.later-1/            intact, but the run went back to a step before it
+            run_id                         tells this run from one that had the folder before
             pins/                          leases of readers
+            incarnation-3/                 the passage: all that start 3 writes or removes goes through it
+                0000001500/                    being written
+                checkpoint_0000001500.done     its mark, ready to be renamed once the folder is in place
+                0000000500.trash/              given up, being removed; its mark: checkpoint_0000000500.done.trash
+                0000000700.unmarked/           stood in the way and is not ours, on its way to be set aside
+            incarnation-2.closed/          a newer start has taken the passage away: nothing comes through any more
 ```
 
-Names are matched whole: `0000000012.tmp-1` is never taken for step 12.
+Names are matched whole: `0000000012.trash` is never taken for step 12.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 from lingua.files import entries
 
@@ -26,22 +31,25 @@ STEP_DIGITS = 10
 METADATA = ".metadata"  # torch.distributed.checkpoint's own name
 MANIFEST = "manifest.json"
 PINS = "pins"
+RUN_ID = "run_id"
 EVALS = "evals"
 CHECKPOINTS = "checkpoints"
 
 _FOLDER = re.compile(r"(\d{10})", re.ASCII)
 _DONE = re.compile(r"checkpoint_(\d{10})\.done", re.ASCII)
-_TEMPORARY = re.compile(r"(\d{10}|checkpoint_(\d{10})\.done)\.(tmp|trash)-(\d{1,9})", re.ASCII)
+_PASSAGE = re.compile(r"incarnation-(\d{1,9})(?:\.closed)?", re.ASCII)
+_INSIDE = re.compile(r"(\d{10}|checkpoint_(\d{10})\.done)(?:\.(trash|unmarked))?", re.ASCII)
+
+Kind = Literal["coming", "trash", "unmarked"]
 
 
 @dataclass(frozen=True)
 class Temporary:
-    """A folder or a mark on its way in (`tmp`) or out (`trash`)."""
+    """A folder or a mark on its way in (`coming`) or out."""
 
     path: Path
     step: int
-    kind: str
-    incarnation: int
+    kind: Kind
     is_mark: bool
 
 
@@ -58,14 +66,19 @@ def done_mark(root: Path, step: int) -> Path:
     return root / f"checkpoint_{step_name(step)}.done"
 
 
+def passage(root: Path, incarnation: int) -> Path:
+    """The folder through which a start's folders and marks come and go."""
+    return root / f"incarnation-{incarnation}"
+
+
 def coming(path: Path, incarnation: int) -> Path:
     """The name under which a step's folder or mark is prepared."""
-    return path.with_name(f"{path.name}.tmp-{incarnation}")
+    return passage(path.parent, incarnation) / path.name
 
 
-def going(path: Path, incarnation: int) -> Path:
-    """The name under which a step's folder or mark is removed."""
-    return path.with_name(f"{path.name}.trash-{incarnation}")
+def going(path: Path, incarnation: int, kind: Kind = "trash") -> Path:
+    """The name under which a step's folder or mark leaves."""
+    return passage(path.parent, incarnation) / f"{path.name}.{kind}"
 
 
 def aside(path: Path, reason: str) -> Path:
@@ -103,10 +116,12 @@ def parse_done(name: str) -> int | None:
 
 
 def parse_temporary(path: Path) -> Temporary | None:
-    match = _TEMPORARY.fullmatch(path.name)
+    """What lies in a passage, by its name."""
+    match = _INSIDE.fullmatch(path.name)
     if match is None:
         return None
-    return Temporary(path, int(match[2] or match[1]), match[3], int(match[4]), is_mark=match[2] is not None)
+    kind = cast("Kind", match[3] or "coming")
+    return Temporary(path, int(match[2] or match[1]), kind, is_mark=match[2] is not None)
 
 
 def done_steps(root: Path) -> list[int]:
@@ -114,8 +129,13 @@ def done_steps(root: Path) -> list[int]:
     return sorted(step for path in entries(root) if (step := parse_done(path.name)) is not None)
 
 
-def temporaries(root: Path) -> list[Temporary]:
-    return [found for path in entries(root) if (found := parse_temporary(path)) is not None]
+def passages(root: Path) -> list[tuple[int, Path]]:
+    """(incarnation, folder) of each passage, closed ones too."""
+    return [(int(match[1]), path) for path in entries(root) if (match := _PASSAGE.fullmatch(path.name))]
+
+
+def temporaries(passage: Path) -> list[Temporary]:
+    return [found for path in entries(passage) if (found := parse_temporary(path)) is not None]
 
 
 def unmarked_folders(root: Path) -> list[int]:

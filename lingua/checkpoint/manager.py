@@ -157,7 +157,7 @@ class CheckpointManager:
             log.warning(
                 "checkpoint.async_save_mode %s: not built yet, saves are synchronous", self.args.async_save_mode
             )
-        publish.reclaim(self.root, incarnation, files=self._files)
+        publish.open_passage(self.root, incarnation, files=self._files)
         return incarnation, set(layout.done_steps(self.root))
 
     # -- when ------------------------------------------------------------------------------------------------------

@@ -2,16 +2,21 @@
 
 Promise: the mark appears last, after every byte and every name is on the disk and agrees with the checksums that
 were taken from memory. A published folder is never changed, only taken away whole: its mark first, then its name.
-Each function may be killed at any line; `reclaim` finishes or clears what that leaves.
+Each function may be killed at any line; the next start's `open_passage` finishes or clears what that leaves.
 Cost: one fsync per file, a few of folders, and the hash, which runs at memory speed.
 
-A life:   0000000004.tmp-2/model.00000.distcp ...   write_hashed, by every rank
-          0000000004.tmp-2/manifest.json            publish: sizes are checked, all is synced,
-          checkpoint_0000000004.done.tmp-2            the mark lies ready (from here on nothing needs room),
-          0000000004/                                 the folder gets its name
-          checkpoint_0000000004.done                  and then its mark
-          checkpoint_0000000004.done.trash-5        retire: unmarked,
-          0000000004.trash-5/                         renamed, removed, the old mark last
+A life:   incarnation-2/0000000004/model.00000.distcp ...   write_hashed, by every rank
+          incarnation-2/0000000004/manifest.json            publish: sizes are checked, all is synced,
+          incarnation-2/checkpoint_0000000004.done            the mark lies ready (from here on nothing needs room),
+          0000000004/                                       the folder gets its name
+          checkpoint_0000000004.done                        and then its mark
+          incarnation-5/checkpoint_0000000004.done.trash    retire: unmarked,
+          incarnation-5/0000000004.trash/                   renamed, removed, the old mark last
+
+Fence: whatever changes a checkpoint's names goes through the folder of the writer's own incarnation. A newer start
+renames that folder, empties it and removes it. Where a writer of an older start goes on afterwards, also one that was
+frozen between two lines, each of its renames lacks a source or a target: it can neither publish nor delete. Emptying
+counts on NFS, where a client may still hold the folder by its handle.
 """
 
 from __future__ import annotations
@@ -101,7 +106,8 @@ def publish(
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
     if target.exists():  # somebody's copy, or what is left of one set aside: not ours to delete
         log.warning("%s has no mark and stands in the way of a new checkpoint; it is set aside", target)
-        files.rename(target, layout.aside(target, "unmarked"))
+        files.rename(target, layout.going(target, incarnation, "unmarked"))
+        files.rename(layout.going(target, incarnation, "unmarked"), layout.aside(target, "unmarked"))
     facts_of_mark = {
         "version": VERSION,
         "step": step,
@@ -233,33 +239,59 @@ def retire(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> N
     _take_away(root, step, layout.done_mark(root, step), incarnation, files)
 
 
-def reclaim(root: Path, incarnation: int, *, files: Files = DISK) -> None:
-    """Finish or clear what earlier starts left half done. Call under the run's lock, before the first save.
+def open_passage(root: Path, incarnation: int, *, files: Files = DISK) -> None:
+    """Close the passages of earlier starts, finishing or clearing what they left half done, and open this one's.
 
-    A writer of an older start that wakes up later finds its folder or its mark gone, so that its publish fails.
+    Call under the run's lock, before the first save. Raises OSError when this start's cannot be opened.
     """
-    ours = [found for found in layout.temporaries(root) if found.incarnation <= incarnation]
-    for found in sorted(ours, key=lambda found: not found.is_mark):  # marks first: they say what a folder is
+    for number, passage in layout.passages(root):
+        if number > incarnation:
+            continue
         try:
-            _reclaim(root, found, incarnation, files)
+            _close(root, passage, files)
         except OSError as error:
-            log.warning("cannot remove the leftover %s: %s", found.path, error)
-    for path in entries(root):
-        if path.name.startswith(".checkpoint_") and ".tmp-" in path.name:
-            with suppress(OSError):
-                files.remove(path)
+            log.warning("cannot remove the leftover %s: %s", passage, error)
+    files.mkdir(layout.passage(root, incarnation))
+    files.fsync_dir(root)
     for step in layout.unmarked_folders(root):
         log.warning("%s has no .done mark, so it is not a checkpoint; it is ignored", layout.folder(root, step))
 
 
-def _reclaim(root: Path, found: layout.Temporary, incarnation: int, files: Files) -> None:
+def _close(root: Path, passage: Path, files: Files) -> None:
+    closed = passage if passage.suffix else passage.with_name(f"{passage.name}.closed")
+    if passage != closed:
+        if closed.exists():
+            _close(root, closed, files)
+        files.rename(passage, closed)
+        files.fsync_dir(root)
+    for attempt in range(3):
+        found = layout.temporaries(closed)
+        for temporary in sorted(found, key=lambda t: not t.is_mark):  # marks first: they say what a folder is
+            _finish(root, temporary, files)
+        try:
+            files.remove_tree(closed)  # with it goes what else lay there: folders half written or half removed
+            return
+        except FileNotFoundError:  # somebody removes it too, or a late writer has moved something
+            if not closed.exists():
+                return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or attempt == 2:
+                raise
+
+
+def _finish(root: Path, found: layout.Temporary, files: Files) -> None:
+    """Do what is still to be done for one thing that a killed process left in its passage."""
     folder, mark = layout.folder(root, found.step), layout.done_mark(root, found.step)
     if not found.is_mark:
-        _throw_away(found.path, layout.going(folder, incarnation), files)
+        if found.kind == "unmarked":
+            files.rename(found.path, layout.aside(folder, "unmarked"))
     elif mark.exists() or not folder.exists():
         files.remove(found.path)
-    elif found.kind == "trash":
-        _take_away(root, found.step, found.path, incarnation, files)
+    elif found.kind == "trash":  # unmarked, but not removed
+        trash = found.path.with_name(f"{folder.name}.trash")
+        if trash.exists():
+            files.remove_tree(trash)
+        files.rename(folder, trash)
     else:  # all was on the disk but the last rename: the checkpoint is complete
         files.rename(found.path, mark)
         files.fsync_dir(root)
@@ -267,7 +299,7 @@ def _reclaim(root: Path, found: layout.Temporary, incarnation: int, files: Files
 
 
 def _take_away(root: Path, step: int, mark: Path, incarnation: int, files: Files) -> None:
-    """Unmark a folder and remove it; the mark's new name tells `reclaim` that it may finish this."""
+    """Unmark a folder and remove it; the mark's new name tells `_finish` that it may finish this."""
     folder, doomed = layout.folder(root, step), layout.going(layout.done_mark(root, step), incarnation)
     if mark != doomed:
         files.rename(mark, doomed)

@@ -13,14 +13,14 @@ def test_names() -> None:
     root = Path("c")
     assert layout.folder(root, 1000) == Path("c/0000001000")
     assert layout.done_mark(root, 1000) == Path("c/checkpoint_0000001000.done")
-    assert layout.coming(layout.folder(root, 12), 3) == Path("c/0000000012.tmp-3")
-    assert layout.going(layout.done_mark(root, 12), 3) == Path("c/checkpoint_0000000012.done.trash-3")
+    assert layout.coming(layout.folder(root, 12), 3) == Path("c/incarnation-3/0000000012")
+    assert layout.going(layout.done_mark(root, 12), 3) == Path("c/incarnation-3/checkpoint_0000000012.done.trash")
     assert layout.evaluation(Path("run"), 7) == Path("run/evals/0000000007")
     assert layout.train_state_file(11) == "train_state.00011.json"
 
 
 @pytest.mark.parametrize(
-    "name", ["12", "0000000012.tmp-1", "0000000012\n", "step-0000000012", "٠٠٠٠٠٠٠٠١٢", "00000000012"]
+    "name", ["12", "0000000012.trash", "0000000012\n", "step-0000000012", "٠٠٠٠٠٠٠٠١٢", "00000000012"]
 )
 def test_no_folder_of_a_step(name: str) -> None:
     assert layout.parse_folder(name) is None
@@ -31,7 +31,7 @@ def test_no_folder_of_a_step(name: str) -> None:
     [
         "checkpoint_12.done",
         "checkpoint_0000000012.done.broken-1",
-        ".checkpoint_0000000012.done.tmp-3",
+        "checkpoint_0000000012.done.trash",
         "0000000012.done",
     ],
 )
@@ -40,14 +40,18 @@ def test_no_mark(name: str) -> None:
 
 
 def test_what_is_there(tmp_path: Path) -> None:
-    for name in ("0000000002", "0000000001", "0000000003.tmp-2", "0000000001.broken-1", "pins"):
+    for name in ("0000000002", "0000000001", "incarnation-2", "incarnation-12.closed", "0000000001.broken-1", "pins"):
         (tmp_path / name).mkdir()
     layout.done_mark(tmp_path, 1).write_text("{}")
     layout.done_mark(tmp_path, 10).write_text("{}")
     assert layout.done_steps(tmp_path) == [1, 10]
     assert layout.unmarked_folders(tmp_path) == [2]
-    layout.going(layout.done_mark(tmp_path, 7), 11).write_text("{}")
-    found = [(t.step, t.kind, t.incarnation, t.is_mark) for t in layout.temporaries(tmp_path)]
-    assert found == [(3, "tmp", 2, False), (7, "trash", 11, True)]
+    passage = layout.passage(tmp_path, 2)
+    (passage / "0000000003").mkdir()
+    (passage / "0000000004.unmarked").mkdir()
+    layout.going(layout.done_mark(tmp_path, 7), 2).write_text("{}")
+    found = [(t.step, t.kind, t.is_mark) for t in layout.temporaries(passage)]
+    assert found == [(3, "coming", False), (4, "unmarked", False), (7, "trash", True)]
+    assert layout.passages(tmp_path) == [(12, tmp_path / "incarnation-12.closed"), (2, passage)]
     assert layout.aside(tmp_path / "0000000001", "broken").name == "0000000001.broken-2"
     assert layout.done_steps(tmp_path / "absent") == []

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +46,7 @@ def one_start(run_dir: Path, step: int, incarnation: int, files: Files) -> None:
     """What a start does with checkpoints: clear, set damaged ones aside, save, let go of old ones."""
     root = run_dir / layout.CHECKPOINTS
     files.mkdir(root)
-    publish.reclaim(root, incarnation, files=files)
+    publish.open_passage(root, incarnation, files=files)
     for found in layout.done_steps(root):
         if not intact(root, found):
             publish.set_aside(run_dir, root, found, "broken", files=files)
@@ -68,8 +70,14 @@ def run_with(run_dir: Path, *steps: int) -> Path:
     """A run with these checkpoints, all kept; returns their folder."""
     root = run_dir / layout.CHECKPOINTS
     root.mkdir(parents=True)
+    publish.open_passage(root, 1)
     for step in steps:
         write(root, step, 1, DISK)
+    return root
+
+
+def started(root: Path, incarnation: int = 1) -> Path:
+    publish.open_passage(root, incarnation)
     return root
 
 
@@ -109,7 +117,8 @@ def test_killed_at_every_operation(tmp_path: Path, damaged: bool) -> None:
         one_start(run_dir, 2, 4, DISK)
         assert intact(root, 2)
         left = {name for name in names_in(root) if not (damaged and re.search(r"\.(unmarked|broken)-1$", name))}
-        assert left == {"0000000002", "checkpoint_0000000002.done"}
+        assert left == {"0000000002", "checkpoint_0000000002.done", "incarnation-4"}
+        assert names_in(layout.passage(root, 4)) == set()
 
 
 def check_after_a_death(root: Path, damaged: bool, kill_at: int) -> None:
@@ -140,7 +149,7 @@ def test_failing_at_every_operation(tmp_path: Path, error: int, lasting: bool) -
         assert layout.done_steps(root), f"nothing left after a failure at {fail_at}"
         one_start(run_dir, 2, 3, DISK)
         assert layout.done_steps(root) == [2]
-        assert not layout.temporaries(root)
+        assert names_in(layout.passage(root, 3)) == set()
         shutil.rmtree(run_dir)
 
 
@@ -149,10 +158,11 @@ def test_failing_at_every_operation(tmp_path: Path, error: int, lasting: bool) -
 
 def test_the_mark_comes_last(tmp_path: Path) -> None:
     files = FaultyFiles()
+    passage = layout.passage(started(tmp_path), 1)
     write(tmp_path, 5, 1, files)
-    source, draft = tmp_path / "0000000005.tmp-1", tmp_path / "checkpoint_0000000005.done.tmp-1"
+    source, draft = passage / "0000000005", passage / "checkpoint_0000000005.done"
     assert files.log[-5:] == [
-        f"fsync_dir {tmp_path}",
+        f"fsync_dir {passage}",
         f"rename {source}",
         f"fsync_dir {tmp_path}",
         f"rename {draft}",
@@ -164,14 +174,14 @@ def test_the_mark_comes_last(tmp_path: Path) -> None:
 
 
 def test_a_file_that_rank_0_does_not_see(tmp_path: Path) -> None:
-    layout.coming(layout.folder(tmp_path, 1), 1).mkdir()
+    layout.coming(layout.folder(started(tmp_path), 1), 1).mkdir()
     facts = {"model.00001.distcp": publish.FileFacts(3, "0")}
     with pytest.raises(OSError, match="is the run folder on a shared disk"):
         publish.publish(tmp_path, 1, 1, facts)
 
 
 def test_a_file_that_shrank(tmp_path: Path) -> None:
-    folder = layout.coming(layout.folder(tmp_path, 1), 1)
+    folder = layout.coming(layout.folder(started(tmp_path), 1), 1)
     folder.mkdir()
     facts = {"a": publish.write_hashed(folder / "a", [b"1234"])}
     (folder / "a").write_bytes(b"123")
@@ -182,7 +192,7 @@ def test_a_file_that_shrank(tmp_path: Path) -> None:
 def test_an_unmarked_folder_is_set_aside_not_deleted(tmp_path: Path) -> None:
     root = run_with(tmp_path, 1, 2)
     layout.done_mark(root, 2).unlink()
-    publish.reclaim(root, 2)
+    publish.open_passage(root, 2)
     assert layout.folder(root, 2).exists()
     assert layout.done_steps(root) == [1]
     write(root, 2, 2, DISK)
@@ -190,21 +200,56 @@ def test_an_unmarked_folder_is_set_aside_not_deleted(tmp_path: Path) -> None:
     assert intact(root, 2)
 
 
-def test_a_late_publish_of_an_older_start_fails(tmp_path: Path) -> None:
-    folder = layout.coming(layout.folder(tmp_path, 1), 1)
-    folder.mkdir()
-    facts = {"a": publish.write_hashed(folder / "a", [b"1234"])}
-    publish.reclaim(tmp_path, 2)
-    with pytest.raises(FileNotFoundError):
-        publish.publish(tmp_path, 1, 1, facts)
-    assert names_in(tmp_path) == set()
+class FrozenFiles(FaultyFiles):
+    """A disk whose user is frozen before operation `fail_at`, and wakes up after a newer start has begun."""
+
+    def __init__(self, fail_at: int, newer_start: Callable[[], None]) -> None:
+        super().__init__(fail_at)
+        self._newer_start = newer_start
+
+    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        self.n_done += 1
+        if self.n_done == self.fail_at:
+            self._newer_start()
+        return operation(*args)
 
 
-def test_reclaim_leaves_a_newer_start_alone(tmp_path: Path) -> None:
-    for name in ("0000000001.tmp-1", "0000000001.tmp-9", "0000000002.trash-1", "0000000003.tmp-x", "notes"):
-        (tmp_path / name).mkdir()
-    publish.reclaim(tmp_path, 2)
-    assert names_in(tmp_path) == {"0000000001.tmp-9", "0000000003.tmp-x", "notes"}
+def test_a_writer_that_wakes_up_after_a_newer_start_changes_nothing(tmp_path: Path) -> None:
+    def old_start(run_dir: Path, files: Files) -> None:
+        root = run_dir / layout.CHECKPOINTS
+        (layout.folder(root, 3)).mkdir(exist_ok=True)  # in the way
+        try:
+            write(root, 3, 1, files)
+            retain(root, 1, files)
+        except OSError:
+            publish.abandon(root, 3, 1, files=files)
+
+    run_with(tmp_path / "count", 1)
+    counting = FaultyFiles()
+    old_start(tmp_path / "count", counting)
+    outcomes = set()
+    for freeze_at in range(1, counting.n_done + 1):
+        root = run_with(tmp_path / str(freeze_at), 1)
+        seen: list[set[str]] = []
+
+        def newer_start(root: Path = root, seen: list[set[str]] = seen) -> None:
+            publish.open_passage(root, 2)
+            seen.append({name for name in names_in(root) if "unmarked" not in name})
+
+        old_start(root.parent, FrozenFiles(freeze_at, newer_start))
+        left = {name for name in names_in(root) if "unmarked" not in name}
+        assert left == seen[0], f"the old writer changed something after it was frozen at {freeze_at}"
+        assert all(intact(root, step) for step in layout.done_steps(root))
+        outcomes.add(tuple(layout.done_steps(root)))
+    assert outcomes == {(1,), (1, 3), (3,)}
+
+
+def test_a_newer_start_is_left_alone(tmp_path: Path) -> None:
+    for name in ("incarnation-1", "incarnation-1.closed", "incarnation-9", "incarnation-x", "notes"):
+        (tmp_path / name / "0000000003").mkdir(parents=True)
+    publish.open_passage(tmp_path, 2)
+    assert names_in(tmp_path) == {"incarnation-2", "incarnation-9", "incarnation-x", "notes"}
+    assert names_in(tmp_path / "incarnation-9") == {"0000000003"}
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
@@ -214,7 +259,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     root = run_with(tmp_path / "run", 1)
     (layout.coming(layout.folder(root, 2), 1)).mkdir()
     (layout.coming(layout.folder(root, 2), 1) / "link").symlink_to(precious)
-    publish.reclaim(root, 2)
+    publish.open_passage(root, 2)
     assert (precious / "file").read_text() == "kept"
     (precious / "target").write_bytes(content(1, NAMES[0]))
     (layout.folder(root, 1) / NAMES[0]).unlink()
