@@ -41,7 +41,7 @@ RESTARTS = 3
 
 
 class NoSlotError(RunError):
-    """No slot could be allocated on some rank. Raised on all of them."""
+    """Some rank has no slot to fill and will never have one. Raised on all of them."""
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
@@ -139,6 +139,8 @@ class _Report:
     usable: set[int]
     problem: str | None = None
     fatal: str | None = None
+    is_gone: bool = False
+    """The region's names have vanished, as RemoveIPC of systemd does it (logind.conf(5)); what is mapped stays."""
     slots: dict[int, SlotView] | None = None
     """A leader's view of its node."""
 
@@ -273,8 +275,9 @@ class Courier:
         for problem in dict.fromkeys(r.problem for r in reports if r.problem):
             self.problems.append(problem)
         everywhere = set.intersection(*(r.usable for r in reports))
-        if not everywhere:
-            raise NoSlotError("; ".join(self.problems) or "no slot could be allocated")
+        if not everywhere or any(r.is_gone for r in reports):
+            gone = [f"{self.region.folder} was removed by somebody"] if any(r.is_gone for r in reports) else []
+            raise NoSlotError("; ".join(self.problems + gone) or "no slot could be allocated")
         nodes = [{n: view for n, view in r.slots.items() if n in everywhere} for r in reports if r.slots is not None]
         number = choose_slot(nodes)
         if number is None or not self._claim(number, [node[number] for node in nodes]):
@@ -290,7 +293,8 @@ class Courier:
         """What this rank tells the others. Local."""
         report = _Report(problem=problem or self._problem, usable=usable)
         self._problem = None
-        if not self.is_leader:
+        report.is_gone = self._lock is not None and not self._lock.is_current()
+        if not self.is_leader or report.is_gone:
             return report
         try:
             self.read_events()

@@ -44,9 +44,6 @@ SILENT_S = 30.0
 LONGEST_PAUSE_S = 60.0
 """Between two attempts on a disk that fails."""
 
-NICE = 5
-"""The ranks come first where cores are short."""
-
 EventKind = Literal["published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed"]
 """failing: the disk refused, the step is tried again; silent: the disk does not answer; fenced: a newer start owns
 the run; failed: a bug of ours."""
@@ -411,15 +408,15 @@ class Service:
         log.log(level, "%s %s", kind, facts)
         facts = {"kind": kind, "incarnation": self._incarnation, "at_s": self._wall_clock(), **facts}
         line = orjson.dumps(facts) + b"\n"
-        descriptor = os.open(
-            self.region.events_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
         try:
-            os.write(descriptor, line)
-        except OSError as error:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self.region.events_file, flags, 0o600)
+            try:
+                os.write(descriptor, line)
+            finally:
+                os.close(descriptor)
+        except OSError as error:  # no memory, or the region's names have vanished: the disk still gets its bytes
             log.error("cannot tell the ranks: %s", error)
-        finally:
-            os.close(descriptor)
 
 
 # -- the process ---------------------------------------------------------------------------------------------------
@@ -440,7 +437,6 @@ def main(words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s checkpoint service: %(message)s")
     for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(deaf, signal.SIG_IGN)
-    os.nice(NICE)
     try:
         service = Service(make_region(args.run_dir, args.shm), wait_s=args.wait_s)
         if not service.take():
