@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,16 +251,8 @@ class Courier:
         """Make the folders of `n_slots` slots and clear what else lies in free ones; `names`: this rank's files."""
         of_all = self._ranks.gather(names)
         keep = set().union(*(of_all[rank] for rank in self.node.ranks))
-        self._ranks.on_each(lambda: self._make_slots(n_slots, keep) if self.is_leader else None)
-
-    def _make_slots(self, n_slots: int, keep: set[str]) -> None:
-        for number in range(n_slots):
-            slot = self.region.slot(number)
-            if not slot.folder.exists():
-                self._files.mkdir(slot.folder)
-                self._files.close(self._files.create(slot.mark("free")))
-            if slot.state() == "free":
-                slot.clear_leftovers(keep, files=self._files)
+        act = partial(self.region.make_slots, n_slots, keep, files=self._files)
+        self._ranks.on_each(act if self.is_leader else lambda: None)
 
     # -- save ------------------------------------------------------------------------------------------------------
 

@@ -189,6 +189,19 @@ def why_missing(target: Target) -> Exception:
     return FileNotFoundError(2, "the run's folder is gone", str(target.root))
 
 
+def is_published(save: Save, target: Target, *, files: Files = DISK) -> bool:
+    """Whether a step is there already; one that lacked but its last rename, when a service of this start died, gets it.
+
+    Raises OSError.
+    """
+    if save.node == 0:
+        publish.resume(target.root, save.step, target.incarnation, files=files)
+    if not layout.done_mark(target.root, save.step).exists():
+        return False
+    files.fsync_dir(target.root)
+    return True
+
+
 def publish_step(
     save: Save,
     facts: Manifest,

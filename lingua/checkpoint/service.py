@@ -254,8 +254,8 @@ class Service:
         """In a thread: from the slot to the published checkpoint. Returns whether it was us who published it."""
         target = job.session.target()
         try:
-            if job.save.step in layout.done_steps(target.root):
-                return False
+            if drain.is_published(job.save, target, files=self._files):
+                return job.save.node == 0 and _incarnation_of(target.root, job.save.step) == target.incarnation
             with drain.at_work(target, job.save, files=self._files):
                 return self._write_and_publish(job, target)
         except (OSError, DamagedError, NodeMissingError) as error:
@@ -309,18 +309,20 @@ class Service:
             self._settled(job, published_here)
 
     def _settled(self, job: _Job, published_here: bool) -> None:
-        job.slot.change("draining", "free", files=self._files)
         if self._failures:
             self._failures = 0
             self._say("recovered", step=job.save.step, why="the disk takes checkpoints again")
-        if job.save.node > 0:
-            return
-        seconds = self._now() - job.started_s
-        rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
-        self._say("published", step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate)
+        if job.save.node == 0:
+            self._say_published(job)
+        job.slot.change("draining", "free", files=self._files)  # last: else a death here would leave it unsaid
         if published_here:
             self._verified.add(job.save.step)
             self._retain(job.session, job.session.target())
+
+    def _say_published(self, job: _Job) -> None:
+        seconds = self._now() - job.started_s
+        rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
+        self._say("published", step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate)
 
     # -- retention -------------------------------------------------------------------------------------------------
 
@@ -336,6 +338,8 @@ class Service:
         except (RunError, OSError) as error:
             self._say("failing", step=0, why=f"no checkpoint is deleted, since the pins cannot be read: {error}")
             return []
+        passage = layout.passage(target.root, target.incarnation)
+        interrupted = {found.step for found in layout.temporaries(passage) if found.kind == "trash"}
         steps = retention.to_delete(
             layout.done_steps(target.root),
             retention.Rhythm(*session.dump),
@@ -344,9 +348,12 @@ class Service:
             pinned=pinned,
             keep_every=session.keep_every,
         )
-        for step in steps:
+        for step in [*sorted(interrupted), *steps]:
             try:
-                publish.retire(target.root, step, target.incarnation, files=self._files)
+                if step in interrupted:
+                    publish.resume(target.root, step, target.incarnation, files=self._files)
+                else:
+                    publish.retire(target.root, step, target.incarnation, files=self._files)
             except OSError as error:
                 self._say("failing", step=0, why=f"cannot delete checkpoint {step}: {error}")
             else:
@@ -395,13 +402,24 @@ class Service:
 
     def _leave(self) -> None:
         """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
-        session = read_session(self.region)
-        unsaved = [found[0].step for slot in self.region.slots() if (found := slot.complete())]
-        if unsaved and session is not None and self._fenced != session.incarnation:
-            log.error("leaving although steps %s are in memory only; a start on this node saves them", unsaved)
-        elif self._trainers.take():
-            self.region.remove(files=self._files)
+        if self._trainers.take():  # none comes before we have looked, and none finds a region that is being removed
+            session = read_session(self.region)
+            unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
+            if steps := [save.step for save in unsaved if session is not None and self._may_be_missed(save, session)]:
+                log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
+            else:
+                self.region.remove(files=self._files)
         self._executor.shutdown(wait=False)
+        self._trainers.close()
+        self._own.close()
+
+    def _may_be_missed(self, save: Save, session: Session) -> bool:
+        """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
+        if self._fenced != session.incarnation:
+            return True
+        root = Path(session.root)
+        newest = max(layout.done_steps(root), default=-1)
+        return save.step > newest and (newest < 0 or _incarnation_of(root, newest) <= save.incarnation)
 
     def _say(self, kind: EventKind, **facts: Any) -> None:
         level = logging.INFO if kind in ("published", "recovered", "retired") else logging.ERROR
@@ -417,6 +435,11 @@ class Service:
                 os.close(descriptor)
         except OSError as error:  # no memory, or the region's names have vanished: the disk still gets its bytes
             log.error("cannot tell the ranks: %s", error)
+
+
+def _incarnation_of(root: Path, step: int) -> int:
+    """Which start published a step."""
+    return publish.mark_facts(root, step).get("incarnation", 0)
 
 
 # -- the process ---------------------------------------------------------------------------------------------------

@@ -163,6 +163,16 @@ class Region:
     def slots(self) -> list[Slot]:
         return [Slot(path) for path in entries(self.folder) if _SLOT.fullmatch(path.name) and path.is_dir()]
 
+    def make_slots(self, n_slots: int, keep: Collection[str], *, files: Files = DISK) -> None:
+        """Make the folders of `n_slots` slots and clear what else than `keep` lies in free ones. Call as the leader."""
+        for number in range(n_slots):
+            slot = self.slot(number)
+            if not slot.folder.exists():
+                files.mkdir(slot.folder)
+                files.close(files.create(slot.mark("free")))
+            if slot.state() == "free":
+                slot.clear_leftovers(keep, files=files)
+
     def lock(self, name: str) -> ProcessLock:
         return ProcessLock(self.folder / name)
 
