@@ -26,6 +26,7 @@ Cost: listings of a memory file system, microseconds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -97,6 +98,14 @@ class Slot:
         for state in ("claimed", "free"):
             if self.mark(state).exists():
                 files.remove(self.mark(state))
+
+    def unclaim(self, *, files: Files = DISK) -> None:
+        """After the death of a leader: what it has not filled anew is staged as before."""
+        if self.mark("claimed").exists():
+            if self.state() == "claimed":
+                self.change("claimed", "staged", files=files)
+            else:
+                files.remove(self.mark("claimed"))
 
     def change(self, old: State, new: State, *, files: Files = DISK) -> bool:
         """Whether it was us who changed the state; False: somebody else was faster."""
@@ -179,9 +188,17 @@ class Region:
                 slot.change(state, "staged", files=files)
 
     def remove(self, *, files: Files = DISK) -> None:
-        """Give all memory back."""
-        if self.folder.exists():
-            files.remove_tree(self.folder)
+        """Give all memory back; call as the holder of `trainer.lock`, which keeps ranks out until all else is gone."""
+        for path in sorted(entries(self.folder), key=lambda path: path.name == TRAINER_LOCK):
+            if path.is_dir() and not path.is_symlink():
+                files.remove_tree(path)
+            else:
+                files.remove(path)
+        try:
+            files.rmdir(self.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a rank has just come in
+                raise
 
 
 # -- regions on this machine ---------------------------------------------------------------------------------------
