@@ -59,11 +59,10 @@ class Throttle:
             self.done_bytes += n_bytes
             if not self.limit_bytes_per_s:
                 return
-            begin = max(self._free_at_s, self.now())
-            self._free_at_s = begin + n_bytes / self.limit_bytes_per_s
-            wait_s = begin - self.now()
-        if wait_s > 0:
-            self.sleep(wait_s)
+            begin_s = max(self._free_at_s, self.now())
+            self._free_at_s = begin_s + n_bytes / self.limit_bytes_per_s
+        while self.limit_bytes_per_s and (wait_s := begin_s - self.now()) > 0:
+            self.sleep(min(wait_s, LOOK_S))
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ class Session:
     linger_s: float = 5.0
     patience_s: float = 3600.0
     """How long a disk that fails is tried after the last rank has gone."""
+    ending: bool = False
+    """The ranks have nothing left to do but to wait for their last save."""
     deadline_s: float | None = None
     """Seconds since the epoch at which the job ends, once it has been asked to stop."""
 
@@ -236,7 +238,7 @@ class Service:
             for number, (_, save, facts) in waiting.items()
         ]
         left_s = None if session.deadline_s is None else session.deadline_s - self._wall_clock()
-        ending = alone or session.deadline_s is not None
+        ending = alone or session.ending
         number = next_to_drain(candidates, ending=ending, time_left_s=left_s, bytes_per_s=self._rate_bytes_per_s)
         if number is not None:
             self._begin(*waiting[number], session)
@@ -244,6 +246,9 @@ class Service:
     def _begin(self, slot: Slot, save: Save, facts: Manifest, session: Session) -> None:
         if not slot.change("staged", "draining", files=self._files):
             return  # a rank was faster and fills it anew
+        if slot.complete() != (save, facts):  # it was even faster: what is marked now is another save, being filled
+            slot.change("draining", "staged", files=self._files)
+            return
         job = _Job(slot, save, facts, session, Future(), self._now(), Throttle(session.bandwidth_bytes_per_s))
         job.writing.set()
         self._progress = (self._now(), 0)
@@ -290,18 +295,20 @@ class Service:
             published_here = job.future.result()
         except FencedError as error:
             self._fenced = job.session.incarnation
-            self._say("fenced", step=step, why=str(error))
+            self._say("fenced", step=step, why=str(error), incarnation=job.session.incarnation)
             job.slot.change("draining", "staged", files=self._files)
         except (DamagedError, NodeMissingError) as error:
+            why = f"checkpoint {step} is lost, older ones are untouched: {error}"
+            self._say("lost", step=step, why=why, incarnation=job.session.incarnation)
             job.slot.change("draining", "free", files=self._files)
-            self._say("lost", step=step, why=f"checkpoint {step} is lost, older ones are untouched: {error}")
         except OSError as error:
             self._failures += 1
             again_s = pause_s(self._failures)
             self._not_before_s = self._now() + again_s
             job.slot.change("draining", "staged", files=self._files)
             why = f"{publish.disk_sentence(error, Path(job.session.root), job.size_bytes)}; it stays in memory"
-            self._say("failing", step=step, why=f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s")
+            why = f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s"
+            self._say("failing", step=step, why=why, incarnation=job.session.incarnation)
         except BaseException:
             self._say("failed", step=step, why=traceback.format_exc())
             raise
@@ -312,17 +319,15 @@ class Service:
         if self._failures:
             self._failures = 0
             self._say("recovered", step=job.save.step, why="the disk takes checkpoints again")
-        if job.save.node == 0:
-            self._say_published(job)
-        job.slot.change("draining", "free", files=self._files)  # last: else a death here would leave it unsaid
+        if job.save.node == 0:  # said first: whoever dies in between, the next one says it again
+            seconds = self._now() - job.started_s
+            facts = {"bytes": job.size_bytes, "gb_per_s": job.size_bytes / 1e9 / max(seconds, 1e-9)}
+            incarnation = job.session.incarnation
+            self._say("published", step=job.save.step, seconds=seconds, **facts, incarnation=incarnation)
+        job.slot.change("draining", "free", files=self._files)
         if published_here:
             self._verified.add(job.save.step)
             self._retain(job.session, job.session.target())
-
-    def _say_published(self, job: _Job) -> None:
-        seconds = self._now() - job.started_s
-        rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
-        self._say("published", step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate)
 
     # -- retention -------------------------------------------------------------------------------------------------
 
@@ -363,7 +368,7 @@ class Service:
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def _throttle_jobs(self, session: Session, alone: bool) -> None:
-        hurry = alone or session.deadline_s is not None
+        hurry = alone or session.ending
         for job in self._jobs:
             job.throttle.limit_bytes_per_s = None if hurry else session.bandwidth_bytes_per_s
 
