@@ -378,6 +378,9 @@ def test_a_service_killed_at_any_operation_is_replaced(tmp_path: Path, shm: Path
     for kill_at in range(1, 60, 2):
         with Services(lambda n, kill_at=kill_at: KillFiles(kill_at) if n == 1 else DISK) as services:
             save_twice(tmp_path / str(kill_at), shm, services)
+            services.wait()
+            if list(base(shm).iterdir()):  # killed after its last word: the next start gives the memory back
+                CheckpointManager(args(shm, keep=1), tmp_path / str(kill_at), start_service=services.start).close()
         assert 2 in done(tmp_path / str(kill_at))
         assert facts_of(tmp_path / str(kill_at), 2) == facts_of(tmp_path / "calm", 2)
         publish.open_passage(tmp_path / str(kill_at) / layout.CHECKPOINTS, 9)
@@ -438,7 +441,9 @@ def test_a_start_that_was_overtaken_ends(tmp_path: Path, shm: Path):
             manager.save(2, make(), final=True)
         manager.close()
     assert done(tmp_path) == []
-    assert not list(base(shm).iterdir())
+    kept = region_of(tmp_path, shm).slot(0).complete()  # the newer start may have died before it could save anything
+    assert kept is not None
+    assert kept[0].step == 1
 
 
 def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(tmp_path: Path, shm: Path):

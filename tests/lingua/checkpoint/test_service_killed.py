@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -76,7 +75,8 @@ def after_a_death(world: World) -> None:
     start.begin()
     start.make_slots()
     slots = [start.stage(step) for step in (2, 3, 4)]
-    assert slots[1] and slots[2]
+    assert slots[1]
+    assert slots[2]
     slots[1].change("staged", "draining")
     slots[2].say_unready(0)
     folder = layout.coming(layout.folder(world.root, 3), 2)
