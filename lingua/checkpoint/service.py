@@ -177,8 +177,8 @@ class Service:
         self._files = files
         self._executor = executor or ThreadPoolExecutor(max_workers=8, thread_name_prefix="drain")
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
-        self._trainers = region.lock(TRAINER_LOCK)
         self._own = region.lock(SERVICE_LOCK)
+        self._trainers = region.lock(TRAINER_LOCK)
         self._jobs: list[_Job] = []
         self._retiring: Future[list[int]] | None = None
         self._verified: set[int] = set()
@@ -193,8 +193,8 @@ class Service:
         self._fenced = -1
 
     def take(self) -> bool:
-        """Become the region's service; False: there is one already."""
-        if not self._own.take():
+        """Become the region's service; False: there is one already, or was one that is removing the region."""
+        if not (self._own.take() and self._own.is_current() and self._trainers.is_current()):
             return False
         self.region.recover(files=self._files)
         return True
@@ -238,6 +238,8 @@ class Service:
             for number, (_, save, facts) in waiting.items()
         ]
         left_s = None if session.deadline_s is None else session.deadline_s - self._wall_clock()
+        if left_s is not None and left_s < 0:
+            left_s = None  # we live on, so the job did not end then
         ending = alone or session.ending
         number = next_to_drain(candidates, ending=ending, time_left_s=left_s, bytes_per_s=self._rate_bytes_per_s)
         if number is not None:

@@ -205,8 +205,9 @@ class Region:
                 slot.change(state, "staged", files=files)
 
     def remove(self, *, files: Files = DISK) -> None:
-        """Give all memory back; call as the holder of `trainer.lock`, which keeps ranks out until all else is gone."""
-        for path in sorted(entries(self.folder), key=lambda path: path.name == TRAINER_LOCK):
+        """Give all memory back; call as the holder of both locks, which go last: nobody comes in before."""
+        last = (TRAINER_LOCK, SERVICE_LOCK)
+        for path in sorted(entries(self.folder), key=lambda path: last.index(path.name) if path.name in last else -1):
             if path.is_dir() and not path.is_symlink():
                 files.remove_tree(path)
             else:
