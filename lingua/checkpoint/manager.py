@@ -33,7 +33,7 @@ from lingua.checkpoint.direct import DirectWriter
 from lingua.checkpoint.ranks import Ranks, raise_if
 from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.room import DiskRoom
-from lingua.checkpoint.service import Session
+from lingua.checkpoint.session import Session
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
 from lingua.runlock import RunLock, this_process
