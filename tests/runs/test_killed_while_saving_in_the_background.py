@@ -15,7 +15,7 @@ import pytest
 
 from lingua.checkpoint import drain, publish
 from lingua.checkpoint.layout import folder
-from lingua.checkpoint.slots import base
+from lingua.checkpoint.slots import base, region_of
 from lingua.files import DISK, Files
 from lingua.metrics import read_metrics
 from tests.fakes import BlockingFiles, FaultyFiles, KillFiles
@@ -231,8 +231,15 @@ def test_all_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable
 
 def leave_in_memory(run_dir: Path, shm: Path, n_ranks: int = 1) -> None:
     """Steps 2 and 4 are complete in memory, none is on the disk, and everything is dead."""
+
+    def kill_when_complete() -> None:
+        slots = region_of(run_dir, shm).slots()
+        while not any(found and found[0].step == 4 for found in (slot.complete() for slot in slots)):
+            time.sleep(0.01)
+        kill_self()
+
     with Services(lambda start: BlockingFiles(WRITE)) as services:
-        train(words(run_dir, shm), n_ranks, both(served_by(services), at_step(5, kill_self)))
+        train(words(run_dir, shm), n_ranks, both(served_by(services), at_step(5, kill_when_complete)))
         services.kill()
     assert published(run_dir) == []
 
@@ -251,7 +258,7 @@ def test_what_is_complete_in_memory_is_saved_before_going_on(
 def test_starts_killed_while_they_save_what_they_found(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
     run_dir = tmp_path / "run"
     leave_in_memory(run_dir, shm)
-    for block_at in (RENAME, WRITE):
+    for block_at in (WRITTEN, WRITE):  # before the files of the first of two are written, when the second is begun
         blocked = tmp_path / f"blocked_{block_at}"
         with Services(lambda start, at=block_at, mark=blocked: BlockingFiles(at, mark)) as services:
             with Trainer(words(run_dir, shm), 1, served_by(services)) as trainer:
