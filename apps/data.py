@@ -171,9 +171,18 @@ def audit(
 
     from lingua.data.audit import audit as confirm
 
-    args, n_lanes, rows_per_step, states = read_run(run)
+    args, n_lanes, rows_per_step, first_row, states = read_run(run)
     with _progress() as progress:
-        found = confirm(args, n_lanes, rows_per_step, states, count_tokens=tokens, n_workers=workers, progress=progress)
+        found = confirm(
+            args,
+            n_lanes,
+            rows_per_step,
+            states,
+            first_row=first_row,
+            count_tokens=tokens,
+            n_workers=workers,
+            progress=progress,
+        )
     _show({"ok": not found.problems, **asdict(found)}, as_json)
     raise typer.Exit(1 if found.problems else 0)
 
@@ -192,8 +201,8 @@ def rows(
     """
     from lingua.data.audit import rows_of_step
 
-    args, n_lanes, rows_per_step, states = read_run(run)
-    table = rows_of_step(args, n_lanes, rows_per_step, states, step)
+    args, n_lanes, rows_per_step, first_row, states = read_run(run)
+    table = rows_of_step(args, n_lanes, rows_per_step, states, step, first_row=first_row)
     if as_json:
         _show(
             {"step": step, "rows": [{"row": n, "documents": [o._asdict() for o in parts]} for n, parts in table]}, True
@@ -206,10 +215,11 @@ def rows(
             print(f"    {part.text[:chars]!r}{' ...' if len(part.text) > chars else ''}")
 
 
-def read_run(run: Path) -> tuple[DataArgs, int, int, dict[int, dict[str, Any]]]:
-    """Data section, K, G and the loader's state of each published checkpoint, of all lanes."""
+def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, Any]]]:
+    """Data section, K, G, first row and the loader's state of each published checkpoint, of all lanes."""
     from lingua.args import ConfigError
     from lingua.checkpoint import layout
+    from lingua.checkpoint.lookup import root_of
     from lingua.data.args import DataArgs
     from lingua.data.loader import merge_states
     from lingua.data.sources import filled
@@ -220,15 +230,16 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, dict[int, dict[str, Any]]]:
     config = run / CONFIG_FILE
     if not config.is_file():
         raise ConfigError(f"{run}: no run folder, it has no {CONFIG_FILE}")
-    tree, root = read_yaml(config).tree, run / layout.CHECKPOINTS
-    states = {}
+    tree, root = read_yaml(config).tree, root_of(run)
+    first_row, states = 0, {}
     for step in layout.done_steps(root):
-        files = sorted(layout.folder(root, step).glob("train_state.*.json"))
-        states[step] = merge_states([read_json(file)["per_rank"]["data"] for file in files])
+        documents = [read_json(file) for file in sorted(layout.folder(root, step).glob("train_state.*.json"))]
+        states[step] = merge_states([document["per_rank"]["data"] for document in documents])
+        first_row = documents[0]["shared"].get("first_row", 0)
     if not states:
         raise ConfigError(f"{run}: no checkpoint yet, so there is nothing to go by")
     args = filled(DataArgs.model_validate(tree["data"]))
-    return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), states
+    return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), first_row, states
 
 
 def _progress() -> Any:

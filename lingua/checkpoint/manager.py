@@ -32,10 +32,9 @@ import orjson
 import torch
 import torch.distributed as dist
 
-from lingua.checkpoint import dcp, layout, publish, retention
+from lingua.checkpoint import dcp, layout, lookup, publish, retention
 from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.state import TrainState, restore_scalars, scalars_of, tensors_of
-from lingua.checkpoint.weights import checkpoint_folder
 from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, make_folder, read_json
 from lingua.runlock import RunLock
 from lingua.schema import CheckpointArgs
@@ -138,6 +137,7 @@ class CheckpointManager:
         self._files = files
         self._dump = retention.Rhythm(args.dump.every, args.dump.keep)
         self._eval = retention.Rhythm(args.eval.every, args.eval.keep)
+        self._read_all = args.verify_on_load == "full"
         self._ranks = Ranks()
         self._plan: dcp.WritePlan | None = None
         self._total_bytes = 0
@@ -164,7 +164,7 @@ class CheckpointManager:
 
     def is_due(self, step: int) -> bool:
         """Whether the config asks for a checkpoint after this step."""
-        return retention.is_due(step, self._dump, self._eval)
+        return retention.is_due(step, self._dump, self._eval, self.args.keep_every)
 
     def has(self, step: int) -> bool:
         """Whether this step is published already."""
@@ -233,7 +233,7 @@ class CheckpointManager:
                 f"{self.root} has {human_bytes(free)} free, but one checkpoint takes {human_bytes(needed)}; "
                 "make room, or choose another disk with dump_dir or checkpoint.path"
             )
-        at_once = retention.kept_at_once(self._dump, self._eval)
+        at_once = retention.kept_at_once(self._dump, self._eval, self.args.keep_every)
         missing = needed * (at_once or 0) - free - needed * len(self._published)
         if missing > 0:
             log.warning(
@@ -307,7 +307,14 @@ class CheckpointManager:
             log.warning("no checkpoint is deleted, since the pins cannot be read: %s", error)
             return []
         done = layout.done_steps(self.root)
-        steps = retention.to_delete(done, self._dump, self._eval, verified=self._verified, pinned=pinned)
+        steps = retention.to_delete(
+            done,
+            self._dump,
+            self._eval,
+            verified=self._verified,
+            pinned=pinned,
+            keep_every=self.args.keep_every,
+        )
         if self._cleaner is None:
             self._retire(steps)
         else:
@@ -371,7 +378,7 @@ class CheckpointManager:
         problems: list[str] = []
         unjudged: str | None = None
         try:
-            problems = publish.damage(folder, mine)
+            problems = publish.damage(folder, mine, content=self._read_all)
         except OSError as error:
             unjudged = f"cannot read checkpoint {step}: {error}; mend that, or move {folder} and its mark away"
         found = self._ranks.gather((problems, unjudged))
@@ -401,25 +408,21 @@ class CheckpointManager:
             self._ranks.from_main(lambda: self._set_aside(later, "later", why))
             self._published.difference_update(later)
 
-    def load_from(self, path: str | Path, state: TrainState) -> Path:
-        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder. Collective."""
+    def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:
+        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder. Collective.
 
-        def find() -> Path:
-            folder = checkpoint_folder(path)
-            if problems := publish.damage(folder, publish.read_manifest(folder)):
-                raise RunError(f"{folder} does not verify: {'; '.join(problems)}")
-            return folder
-
-        folder = self._ranks.from_main(find)
-        self.load_folder(folder, state)
+        Without `optimizer` that one stays fresh.
+        """
+        folder = self._ranks.from_main(lambda: lookup.intact(path, content=self._read_all).folder)
+        self.load_folder(folder, state, optimizer=optimizer)
         return folder
 
-    def load_folder(self, folder: Path, state: TrainState) -> None:
+    def load_folder(self, folder: Path, state: TrainState, *, optimizer: bool = True) -> None:
         """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here. Collective."""
         started = time.perf_counter()
         error: str | None = None
         try:
-            self._load_local(folder, state)
+            self._load_local(folder, state, optimizer)
         except (RunError, OSError) as caught:
             error = str(caught)
         except Exception:
@@ -429,7 +432,7 @@ class CheckpointManager:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
 
-    def _load_local(self, folder: Path, state: TrainState) -> None:
+    def _load_local(self, folder: Path, state: TrainState, optimizer: bool) -> None:
         first = read_json(folder / layout.train_state_file(0))
         try:
             n_ranks = int(first["world_size"])
@@ -437,12 +440,12 @@ class CheckpointManager:
         except (KeyError, TypeError):
             raise RunError(f"{folder / layout.train_state_file(0)} is not the state of a run") from None
         tensors = tensors_of(state)
-        there = set(dcp.tensor_properties(folder))
-        here = set(tensors.by_name) | set(tensors.aliases)
-        if extra := sorted(there - here):
+        wanted = {name: t for name, t in tensors.by_name.items() if optimizer or name.startswith("model.")}
+        there = {name for name in dcp.tensor_properties(folder) if optimizer or name.startswith("model.")}
+        if extra := sorted(there - set(wanted) - set(tensors.aliases)):
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
-        dcp.read_into(folder, tensors.by_name)
-        restore_scalars(state, documents, self._ranks.rank, self._ranks.size)
+        dcp.read_into(folder, wanted)
+        restore_scalars(state, documents, self._ranks.rank, self._ranks.size, optimizer=optimizer)
 
     def metrics(self) -> dict[str, float]:
         """What the newest save cost, and how much work a crash at this moment would lose."""

@@ -27,7 +27,6 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,17 +190,27 @@ def _read(path: Path) -> bytes:
         raise DamagedError(f"{path} is missing") from None
 
 
-def damage(folder: Path, facts: Manifest, *, threads: int = VERIFY_THREADS) -> list[str]:
+def damage(
+    folder: Path,
+    facts: Manifest,
+    *,
+    threads: int = VERIFY_THREADS,
+    content: bool = True,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> list[str]:
     """What of a checkpoint folder does not agree with its manifest, a sentence each; reads every byte, in parallel.
 
+    Without `content` only sizes are looked at. `advance` hears of the bytes read, in any thread.
     Raises OSError when a file cannot be judged (no permission, stale handle): that says nothing about its content.
     """
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        found = pool.map(lambda item: _differs(folder / item[0], item[1]), sorted(facts.items()))
+        found = pool.map(lambda item: _differs(folder / item[0], item[1], content, advance), sorted(facts.items()))
         return [problem for problem in found if problem]
 
 
-def _differs(path: Path, fact: FileFacts) -> str | None:
+def _differs(
+    path: Path, fact: FileFacts, content: bool = True, advance: Callable[[int], object] = lambda n_bytes: None
+) -> str | None:
     if not is_plain_file(path):
         return f"{path.name} is missing or not a plain file"
     digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
@@ -210,9 +219,12 @@ def _differs(path: Path, fact: FileFacts) -> str | None:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != fact.size_bytes:
                 return f"{path.name} has {size_bytes} bytes instead of {fact.size_bytes}"
+            if not content:
+                return None
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while n_read := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:n_read])
+                advance(n_read)
     except OSError as error:
         if error.errno == errno.EIO:
             return f"{path.name} cannot be read ({error.strerror})"
@@ -343,17 +355,3 @@ def pinned_steps(root: Path, now: float) -> set[int]:
         if float(lease.get("expires_at", 0)) > now:
             steps.add(lease["step"])
     return steps
-
-
-def newest_intact(root: Path, *, needed: Callable[[str], bool] = lambda name: True) -> int | None:
-    """Newest published step whose `needed` files verify; only reads, so it may look into a colleague's run."""
-    for step in reversed(layout.done_steps(root)):
-        try:
-            facts = read_marked_manifest(root, step)
-            problems = damage(layout.folder(root, step), {name: facts[name] for name in facts if needed(name)})
-        except DamagedError as error:
-            problems = [str(error)]
-        if not problems:
-            return step
-        log.warning("checkpoint %d does not verify and is passed over: %s", step, "; ".join(problems))
-    return None
