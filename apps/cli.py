@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 1 other failures.",
 )
 
+app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(data_app, name="data")
 
 Words = Annotated[

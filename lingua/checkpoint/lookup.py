@@ -2,7 +2,7 @@
 
 Promise: only looks, so the run may be a colleague's. Inside a run a checkpoint is one with a `.done` mark, which
 vouches for its manifest; a folder that travelled is taken by its own path and judged by its own manifest.
-Cost: listings; `intact` reads every byte that is needed, or with `content=False` only sizes.
+Cost: listings; `intact` reads every byte that is needed, or with `sizes_only` none.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ def every_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is there: of a run (`root` and `step` are known), or a folder by itself."""
+    """A checkpoint that is there: of a run (all is known), or a folder by itself."""
 
     folder: Path
     root: Path | None = None
     step: int | None = None
+    run_dir: Path | None = None
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -45,7 +46,7 @@ class Checkpoint:
         self,
         *,
         needed: Callable[[str], bool] = every_file,
-        content: bool = True,
+        sizes_only: bool = False,
         advance: Callable[[int], object] = lambda n_bytes: None,
     ) -> list[str]:
         """What of its `needed` files is not as it was written, a sentence each. Raises OSError: it cannot be judged."""
@@ -53,7 +54,7 @@ class Checkpoint:
             facts = {name: fact for name, fact in self.manifest().items() if needed(name)}
         except DamagedError as error:
             return [str(error)]
-        return publish.damage(self.folder, facts, content=content, advance=advance)
+        return publish.damage(self.folder, facts, sizes_only=sizes_only, advance=advance)
 
 
 def split(path: str | Path) -> tuple[Path, int | None]:
@@ -86,25 +87,25 @@ def find(path: str | Path) -> list[Checkpoint]:
     """All checkpoints that a path may mean, the best first: of a run without a step the newest. Raises RunError."""
     place, step = split(path)
     if (root := root_of(place)).is_dir():
-        return _of_run(root, step)
+        return _of_run(place, root, step)
     if step is not None:
         raise RunError(f"{place} is not a run: it has no folder {layout.CHECKPOINTS!r}, so there is no step {step}")
     if not (place / layout.METADATA).exists():
         raise RunError(f"{path} is neither a run nor a checkpoint folder")
     number = layout.parse_folder(place.name)
     if number is not None and layout.done_mark(place.parent, number).exists():
-        return [Checkpoint(place, place.parent, number)]
+        return [Checkpoint(place, place.parent, number, place.parent.parent)]
     return [Checkpoint(place)]
 
 
-def _of_run(root: Path, step: int | None) -> list[Checkpoint]:
+def _of_run(run_dir: Path, root: Path, step: int | None) -> list[Checkpoint]:
     there = layout.done_steps(root)
     if step is not None and step not in there:
         raise RunError(f"{root} has no published checkpoint of step {step}; it has {some_steps(there)}")
     if not there:
         raise RunError(f"{root} has no published checkpoint")
     steps = reversed(there) if step is None else [step]
-    return [Checkpoint(layout.folder(root, found), root, found) for found in steps]
+    return [Checkpoint(layout.folder(root, found), root, found, run_dir) for found in steps]
 
 
 def some_steps(steps: list[int], limit: int = 8) -> str:
@@ -118,11 +119,11 @@ def find_one(path: str | Path) -> Checkpoint:
     return find(path)[0]
 
 
-def intact(path: str | Path, *, needed: Callable[[str], bool] = every_file, content: bool = True) -> Checkpoint:
+def intact(path: str | Path, *, needed: Callable[[str], bool] = every_file, sizes_only: bool = False) -> Checkpoint:
     """The checkpoint that a path means, or of a run without a step the newest that verifies. Raises RunError."""
     candidates = find(path)
     for checkpoint in candidates:
-        problems = checkpoint.damage(needed=needed, content=content)
+        problems = checkpoint.damage(needed=needed, sizes_only=sizes_only)
         if not problems:
             return checkpoint
         if len(candidates) == 1:

@@ -137,7 +137,7 @@ class CheckpointManager:
         self._files = files
         self._dump = retention.Rhythm(args.dump.every, args.dump.keep)
         self._eval = retention.Rhythm(args.eval.every, args.eval.keep)
-        self._read_all = args.verify_on_load == "full"
+        self._sizes_only = args.verify_on_load == "sizes"
         self._ranks = Ranks()
         self._plan: dcp.WritePlan | None = None
         self._total_bytes = 0
@@ -378,7 +378,7 @@ class CheckpointManager:
         problems: list[str] = []
         unjudged: str | None = None
         try:
-            problems = publish.damage(folder, mine, content=self._read_all)
+            problems = publish.damage(folder, mine, sizes_only=self._sizes_only)
         except OSError as error:
             unjudged = f"cannot read checkpoint {step}: {error}; mend that, or move {folder} and its mark away"
         found = self._ranks.gather((problems, unjudged))
@@ -413,7 +413,7 @@ class CheckpointManager:
 
         Without `optimizer` that one stays fresh.
         """
-        folder = self._ranks.from_main(lambda: lookup.intact(path, content=self._read_all).folder)
+        folder = self._ranks.from_main(lambda: lookup.intact(path, sizes_only=self._sizes_only).folder)
         self.load_folder(folder, state, optimizer=optimizer)
         return folder
 

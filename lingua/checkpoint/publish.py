@@ -194,22 +194,22 @@ def damage(
     folder: Path,
     facts: Manifest,
     *,
+    sizes_only: bool = False,
     threads: int = VERIFY_THREADS,
-    content: bool = True,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> list[str]:
     """What of a checkpoint folder does not agree with its manifest, a sentence each; reads every byte, in parallel.
 
-    Without `content` only sizes are looked at. `advance` hears of the bytes read, in any thread.
+    `sizes_only`: looks at names and sizes, and reads nothing. `advance` hears of the bytes read, in any thread.
     Raises OSError when a file cannot be judged (no permission, stale handle): that says nothing about its content.
     """
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        found = pool.map(lambda item: _differs(folder / item[0], item[1], content, advance), sorted(facts.items()))
+        found = pool.map(lambda item: _differs(folder / item[0], item[1], sizes_only, advance), sorted(facts.items()))
         return [problem for problem in found if problem]
 
 
 def _differs(
-    path: Path, fact: FileFacts, content: bool = True, advance: Callable[[int], object] = lambda n_bytes: None
+    path: Path, fact: FileFacts, sizes_only: bool = False, advance: Callable[[int], object] = lambda n_bytes: None
 ) -> str | None:
     if not is_plain_file(path):
         return f"{path.name} is missing or not a plain file"
@@ -219,7 +219,7 @@ def _differs(
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != fact.size_bytes:
                 return f"{path.name} has {size_bytes} bytes instead of {fact.size_bytes}"
-            if not content:
+            if sizes_only:
                 return None
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while n_read := file.readinto(buffer):

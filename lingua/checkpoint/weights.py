@@ -127,7 +127,7 @@ def open_source(path: str | Path, model_key: str | None = None) -> Source:
     """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
     place, step = lookup.split(path)
     if step is not None or lookup.root_of(place).is_dir() or (place / layout.MANIFEST).exists():
-        return _from_dcp(lookup.intact(path, needed=_is_weights).folder, model_key)
+        return _from_dcp(lookup.intact(path, needed=is_weights).folder, model_key)
     if place.is_file():
         return _from_safetensors([place]) if place.suffix == ".safetensors" else _from_torch(place, model_key)
     if (place / layout.METADATA).exists():  # another program's: there is nothing to verify it by
@@ -142,7 +142,7 @@ def open_source(path: str | Path, model_key: str | None = None) -> Source:
     )
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
     return name == layout.METADATA or name.startswith("model.")
 
 

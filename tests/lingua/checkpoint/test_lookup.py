@@ -16,7 +16,7 @@ from tests.checkpoints import FILES, damage, make_run, names_under
 def test_a_run_means_its_newest_and_a_step_that_one(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run", 1, 2, 3)
     assert [found.step for found in lookup.find(tmp_path / "run")] == [3, 2, 1]
-    assert lookup.find_one(f"{tmp_path}/run@2") == lookup.Checkpoint(layout.folder(root, 2), root, 2)
+    assert lookup.find_one(f"{tmp_path}/run@2") == lookup.Checkpoint(layout.folder(root, 2), root, 2, tmp_path / "run")
 
 
 def test_a_folder_inside_a_run_is_vouched_for_by_its_mark_and_one_that_travelled_by_its_manifest(
@@ -68,7 +68,7 @@ def test_intact_passes_over_damage_without_touching_it(tmp_path: Path) -> None:
     before = names_under(tmp_path)
     assert lookup.intact(tmp_path / "run").step == 1
     assert lookup.intact(tmp_path / "run", needed=lambda name: name == FILES[1]).step == 2
-    assert lookup.intact(tmp_path / "run", content=False).step == 3  # its sizes are right
+    assert lookup.intact(tmp_path / "run", sizes_only=True).step == 3  # its sizes are right
     with pytest.raises(RunError, match=r"does not verify: model\.00000\.distcp does not have the content"):
         lookup.intact(f"{tmp_path}/run@3")
     damage(root, 1)
