@@ -217,6 +217,8 @@ def _continue_other(
         state.shared = fresh_shared()
     elif "schedule" in reset:
         state.shared["schedule_begin"] = state.shared["step"]
+    if reset:
+        log.info("begun anew, not taken over: %s", ", ".join(reset))
     state.shared["tracking_id"] = None  # another run, so another line in the plots
     state.shared["first_row"] = (data["row"] if data else 0) - state.shared["step"] * size.rows_per_step
     return data

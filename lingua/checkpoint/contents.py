@@ -57,8 +57,12 @@ class TensorFacts:
     """A tied weight: the tensor whose bytes these are too."""
 
     @property
+    def n_values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def size_bytes(self) -> int:
-        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
+        return DTYPE_BYTES[self.dtype] * self.n_values
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
