@@ -91,7 +91,7 @@ def fork(
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder of the new run; its last part is the name.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE] ...", help="On top of RUN's config; also overlays.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="On top of RUN's config; also overlays.", show_default=False),
     ] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: those the config speaks of.")] = None,
     as_json: AsJson = False,

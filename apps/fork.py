@@ -168,7 +168,7 @@ def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) 
             for source in sources:
                 source.close()
     except ConfigError as error:
-        return [*error.problems, "or read from the first row on, with checkpoint.reset=[data]"]
+        return [*error.problems, "a fork may also read from the first row on: checkpoint.reset=[data]"]
     except (DataError, OSError):
         pass
     return []

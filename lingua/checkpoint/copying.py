@@ -21,7 +21,7 @@ from typing import Any
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint, root_of
-from lingua.checkpoint.publish import DamagedError
+from lingua.checkpoint.publish import DamagedError, Manifest
 from lingua.files import DISK, Buffer, Files, RunError, free_bytes, human_bytes, write_whole
 from lingua.freeze import CONFIG_FILE, dump_yaml, read_frozen
 from lingua.runlock import RunLock, this_process
@@ -51,40 +51,50 @@ def copy_checkpoint(
     config = travelling_config(run_dir)
     _check_target(target_dir, config)
     facts = source.manifest()
-    target_root = target_dir / layout.CHECKPOINTS
-    copied = layout.folder(target_root, step)
-    if layout.done_mark(target_root, step).exists():
-        if publish.read_marked_manifest(target_root, step) != facts:
-            raise RunError(f"{target_dir} has another checkpoint of step {step}; choose another folder")
-        return copied
     needed, free = sum(fact.size_bytes for fact in facts.values()), free_bytes(target_dir)
     if free < needed:
         raise RunError(f"{target_dir} has {human_bytes(free)} free, the checkpoint takes {human_bytes(needed)}")
     with RunLock(target_dir, this_process(*this_job(os.environ))) as lock, pinned(root, step, "copy") as renew:
+        target_root = target_dir / layout.CHECKPOINTS
         target_root.mkdir(exist_ok=True)
         publish.open_passage(target_root, lock.incarnation, files=files)
-        coming = layout.coming(copied, lock.incarnation)
-        began_s = time.monotonic()
-        try:
-            files.mkdir(coming)
-            for name, fact in sorted(facts.items()):
-                chunks = _chunks(source, name, advance)
-                if publish.write_hashed(coming / name, chunks, files=files) != fact:
-                    raise DamagedError(f"{source.folder / name} does not have the content it was written with")
-                renew()
-            if config is not None:
-                write_whole(target_dir / CONFIG_FILE, dump_yaml(config), files=files)
-            lock.check()
-            seconds = time.monotonic() - began_s
-            publish.publish(target_root, step, lock.incarnation, facts, seconds=seconds, files=files)
-        except BaseException:
-            publish.abandon(target_root, step, lock.incarnation, files=files)
-            raise
-        finally:
-            passage = layout.passage(target_root, lock.incarnation)
-            if passage.exists() and not any(passage.iterdir()):
-                files.rmdir(passage)
-    return copied
+        if not _is_there(target_root, step, facts):
+            began_s = time.monotonic()
+            try:
+                coming = layout.coming(layout.folder(target_root, step), lock.incarnation)
+                _copy_files(source, coming, advance, renew, files)
+                if config is not None:
+                    write_whole(target_dir / CONFIG_FILE, dump_yaml(config), files=files)
+                lock.check()
+                seconds = time.monotonic() - began_s
+                publish.publish(target_root, step, lock.incarnation, facts, seconds=seconds, files=files)
+            except BaseException:
+                publish.abandon(target_root, step, lock.incarnation, files=files)
+                raise
+        files.rmdir(layout.passage(target_root, lock.incarnation))
+    return layout.folder(target_root, step)
+
+
+def _is_there(root: Path, step: int, facts: Manifest) -> bool:
+    if not layout.done_mark(root, step).exists():
+        return False
+    if publish.read_marked_manifest(root, step) != facts:
+        raise RunError(f"{root} has another checkpoint of step {step}; choose another folder")
+    return True
+
+
+def _copy_files(
+    source: Checkpoint,
+    folder: Path,
+    advance: Callable[[int], object],
+    renew: Callable[[], None],
+    files: Files,
+) -> None:
+    files.mkdir(folder)
+    for name, fact in sorted(source.manifest().items()):
+        if publish.write_hashed(folder / name, _chunks(source, name, advance), files=files) != fact:
+            raise DamagedError(f"{source.folder / name} does not have the content it was written with")
+        renew()
 
 
 def copy_newest(
