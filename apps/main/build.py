@@ -149,7 +149,7 @@ def build_run(
     stack.callback(manager.close)
     data_state = resume(state, manager, args, size)
     if state.shared["step"] < size.n_steps:
-        manager.prepare(state)
+        manager.prepare(state, size.n_steps)
     loader = stack.enter_context(
         on_every_rank(
             lambda: build_loader(

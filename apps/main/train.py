@@ -13,7 +13,9 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -31,6 +33,7 @@ from lingua.profiling import Profiler, memory_metrics
 from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, describe_stop
 from lingua.signals import StopSignals
+from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
@@ -112,6 +115,7 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> None:
             if args.optim.on_nonfinite == "stop":
                 halted |= ~finite
                 finite = ~halted
+            run.manager.before_update()
             optimizer_step(run.optimizer, lr, finite)
             run.optimizer.zero_grad()
             run.advance()
@@ -131,7 +135,8 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> None:
                     run.manager.save(run.step, run.snapshot())
         judge.hear(votes.read())
 
-    run.manager.save(run.step, run.snapshot(), final=True)
+    job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
+    run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
 
 
 class Judge:

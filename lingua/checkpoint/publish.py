@@ -35,7 +35,19 @@ import orjson
 import xxhash
 
 from lingua.checkpoint import layout
-from lingua.files import DISK, Buffer, Files, RunError, entries, is_plain_file, read_json, write_json, write_whole
+from lingua.files import (
+    DISK,
+    Buffer,
+    Files,
+    RunError,
+    entries,
+    free_bytes,
+    human_bytes,
+    is_plain_file,
+    read_json,
+    write_json,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +148,15 @@ def _must_be_there(path: Path, fact: FileFacts) -> None:
         raise OSError(errno.EIO, f"the file has {size_bytes} bytes, {fact.size_bytes} were written", str(path))
 
 
+def disk_sentence(error: OSError, root: Path, needed_bytes: int) -> str:
+    """What is wrong with the disk, for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        free = human_bytes(free_bytes(root))
+        return f"{reason} at {root} ({free} free, a checkpoint takes {human_bytes(needed_bytes)}); make room"
+    return f"{error.filename or root}: {error.strerror or error}"
+
+
 def abandon(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
     """After a failed write or publish: leave nothing of it, as far as the disk lets us. Never raises."""
     target, mark = layout.folder(root, step), layout.done_mark(root, step)
@@ -170,6 +191,15 @@ def read_marked_manifest(root: Path, step: int) -> Manifest:
     if mark.get("step") != step or xxhash.xxh3_128_hexdigest(content) != expected:
         raise DamagedError(f"{folder / layout.MANIFEST} is not the one that {mark_path.name} vouches for")
     return _parse_manifest(folder, content)
+
+
+def mark_facts(root: Path, step: int) -> dict[str, Any]:
+    """What a mark says (step, incarnation, bytes, seconds, ...); nothing where it is damaged."""
+    try:
+        facts = orjson.loads(layout.done_mark(root, step).read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _parse_manifest(folder: Path, content: bytes) -> Manifest:
@@ -209,7 +239,7 @@ def damage(
 
 
 def _differs(
-    path: Path, fact: FileFacts, sizes_only: bool = False, advance: Callable[[int], object] = lambda n_bytes: None
+    path: Path, fact: FileFacts, size_only: bool = False, advance: Callable[[int], object] = lambda n_bytes: None
 ) -> str | None:
     if not is_plain_file(path):
         return f"{path.name} is missing or not a plain file"
@@ -219,7 +249,7 @@ def _differs(
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != fact.size_bytes:
                 return f"{path.name} has {size_bytes} bytes instead of {fact.size_bytes}"
-            if sizes_only:
+            if size_only:
                 return None
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while n_read := file.readinto(buffer):
