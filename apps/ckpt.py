@@ -90,7 +90,7 @@ def _show_survey(found: Survey) -> None:
     what = {"coming": "being written", "trash": "being removed", "unmarked": "on its way to be set aside"}
 
     def told(one: Moving) -> str:
-        return f"{one.path.relative_to(found.root)}, {human_bytes(one.size_bytes)}"
+        return f"{_inside(one.path, found.root)}, {human_bytes(one.size_bytes)}"
 
     for one in found.moving:
         print(f"{what[one.what]}: {told(one)}, last change {duration(now_s - one.changed_at)} ago")
@@ -243,7 +243,8 @@ def gc(
     """Show what of a run's checkpoints nobody needs any more, and with --yes delete it.
 
     What dead starts left half done, what was set aside (broken, later, unmarked), what retention gives up by the run's
-    config, pins that have run out. Refused while the run is being trained or its checkpoint service may be writing.
+    config, pins that have run out, and on this machine the memory of your dead runs. Refused while the run is being
+    trained or its checkpoint service is writing.
     """
     from lingua.checkpoint.garbage import remove_garbage, survey_garbage, why_not_now
     from lingua.files import human_bytes
@@ -255,7 +256,7 @@ def gc(
     def say(items: list[Item]) -> None:
         shown.extend(items)
         if items and not as_json:
-            rows = [(item.why, human_bytes(item.size_bytes), item.path.relative_to(run)) for item in items]
+            rows = [(item.why, human_bytes(item.size_bytes), _inside(item.path, run)) for item in items]
             show_table(("why", "size", "what"), rows, right=("size",))
 
     if yes:
@@ -363,6 +364,11 @@ def consolidate(
         show_json({"file": target, "bytes": n_bytes, "folder": one.folder})
     else:
         print(f"{target} ({human_bytes(n_bytes)})")
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """Relative to the folder, where it lies in it."""
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
 def _name(one: Checkpoint) -> str:

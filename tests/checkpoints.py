@@ -37,7 +37,8 @@ def make_run(run_dir: Path, *steps: int, **checkpoint: Any) -> Path:
     """
     root = run_dir / layout.CHECKPOINTS
     root.mkdir(parents=True)
-    section = {"dump": {"every": 1, "keep": 0}, "eval": {"every": 0, "keep": 0}, **checkpoint}
+    section = {"dump": {"every": 1, "keep": 0}, "eval": {"every": 0, "keep": 0}, "shm_path": f"{run_dir}.shm"}
+    section |= checkpoint
     config = {"dump_dir": str(run_dir), "steps": 100, "checkpoint": section}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     (run_dir / "incarnations").mkdir()

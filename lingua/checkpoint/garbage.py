@@ -3,6 +3,8 @@
 Promise: looking writes nothing. Removing owns the run meanwhile, as a start of its own: no trainer can begin or go on
 beside it, and whatever an older start left half done is finished or cleared as a trainer would. What retention gives
 up, it gives up by the run's own config, and only beside a checkpoint that was read and verifies.
+Memory in /dev/shm of this user's dead runs on this machine goes too, unless it holds a snapshot that only the run's
+next start can save.
 Cost: where retention would delete something, the newest checkpoint is read once.
 """
 
@@ -10,23 +12,29 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from lingua.args import ConfigError
 from lingua.checkpoint import layout, publish, retention
-from lingua.checkpoint.lookup import Checkpoint, run_root
+from lingua.checkpoint.drain import BEAT_S, busy_writers
+from lingua.checkpoint.lookup import Checkpoint, root_of, run_root
+from lingua.checkpoint.slots import SHM, stale_regions
 from lingua.checkpoint.survey import leases, moving, periods_of, set_aside, tree_facts
 from lingua.files import DISK, Files, RunError
-from lingua.runlock import RunLock, newest_start, this_process
+from lingua.freeze import read_frozen
+from lingua.runlock import Owner, RunLock, newest_start, this_process
 from lingua.slurm import this_job
 
 log = logging.getLogger(__name__)
 
-QUIET_S = 300.0
-"""What has changed more recently may still be being written, by a checkpoint service that outlived its trainer."""
+SILENT_S = 4 * BEAT_S
+"""A checkpoint service on another machine that has not shown itself for so long is taken for dead."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ def survey_garbage(
         *(_tree(found.path, f"set aside: {found.what}", files) for found in set_aside(run_dir / layout.EVALS)),
         *_given_up(run_dir, root, incarnation, now(), files),
         *(_tree(pin.path, "a pin that has run out", files) for pin in leases(root) if pin.expires_at <= now()),
+        *_memory(run_dir, files),
     ]
 
 
@@ -95,6 +104,18 @@ def _given_up(run_dir: Path, root: Path, incarnation: int, now_s: float, files: 
         yield Item(layout.folder(root, step), "retention", size_bytes, remove)
 
 
+def _memory(run_dir: Path, files: Files) -> Iterator[Item]:
+    """Memory of this machine that this user's dead runs hold. What a run's next start would still save stays."""
+    shm = ((read_frozen(run_dir) or {}).get("checkpoint") or {}).get("shm_path")
+    for stale in stale_regions(Path(shm or SHM)):
+        root = Path(stale.run_dir) / layout.CHECKPOINTS
+        with suppress(ConfigError):  # another run's config is none of our business
+            root = root_of(Path(stale.run_dir))
+        if not Path(stale.run_dir).is_dir() or set(stale.unsaved_steps) <= set(layout.done_steps(root)):
+            remove = partial(stale.region.remove, files=files)
+            yield Item(stale.region.folder, f"memory of {stale.run_dir}", stale.size_bytes, remove)
+
+
 def _newest_intact(root: Path, done: list[int]) -> list[int]:
     """The newest step that verifies. Raises RunError when none does: until a person has looked, all stay."""
     for step in reversed(done):
@@ -111,15 +132,14 @@ def why_not_now(run_dir: Path, now: Callable[[], float] = time.time) -> str | No
     start = newest_start(run_dir, now=now)
     if start is not None and start.alive:
         return f"{run_dir} is being trained by {start}; stop that one first"
-    for number, passage in layout.passages(run_root(run_dir)):
-        for path in passage.iterdir():
-            age_s = now() - tree_facts(path)[1]
-            if age_s < QUIET_S:
-                return (
-                    f"start {number} of {run_dir} is gone, but {path.name} has changed {age_s:.0f} s ago: its "
-                    f"checkpoint service may still be writing; try again in {QUIET_S - age_s:.0f} s"
-                )
+    for path, (beat, alive) in busy_writers(run_root(run_dir), sys.maxsize, _me()).items():
+        if alive or now() - beat < SILENT_S:
+            return f"{run_dir} is not being trained, but its checkpoint service still writes {path.name}; wait for it"
     return None
+
+
+def _me() -> Owner:
+    return this_process(*this_job(os.environ))
 
 
 def remove_garbage(
@@ -133,7 +153,7 @@ def remove_garbage(
     root = run_root(run_dir)
     if reason := why_not_now(run_dir, now):
         raise RunError(reason)
-    with RunLock(run_dir, this_process(*this_job(os.environ))) as lock:
+    with RunLock(run_dir, _me()) as lock:
         items = survey_garbage(run_dir, lock.incarnation, now=now, files=files)
         said(items)
         publish.open_passage(root, lock.incarnation, files=files)

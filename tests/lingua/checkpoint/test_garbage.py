@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from lingua.checkpoint import layout, lookup, publish
+from lingua.checkpoint import layout, lookup, publish, slots
 from lingua.checkpoint.garbage import Item, remove_garbage, survey_garbage, why_not_now
-from lingua.files import DISK, Files, RunError
+from lingua.files import DISK, Files, RunError, write_json
 from lingua.runlock import RunLock
 from tests.checkpoints import damage, make_run, names_under, write_part
 from tests.fakes import FaultyFiles, KillFiles
@@ -155,13 +158,53 @@ def test_refused_while_the_run_is_being_trained(tmp_path: Path) -> None:
         assert names_under(root) == before
 
 
-def test_refused_while_a_service_may_be_writing(tmp_path: Path) -> None:
+def test_refused_while_a_service_is_writing(tmp_path: Path) -> None:
     root = untidy(tmp_path)
+    write_json(layout.passage(root, 1) / "writer-0000000007-0.json", {"host": "node-b", "boot_id": "1", "pid": 1})
     before = names_under(root)
-    with pytest.raises(RunError, match=r"start 1 of .* is gone, but .* has changed \d s ago: .*; try again in \d+ s"):
+    with pytest.raises(RunError, match=r"its checkpoint service still writes writer-0000000007-0\.json"):
         remove_garbage(tmp_path, lambda items: None)
     assert names_under(root) == before
-    assert why_not_now(tmp_path, now=later) is None
+    assert why_not_now(tmp_path, now=later) is None  # it has been silent for hours
+
+
+def region(run_dir: Path, shm: Path, step: int) -> slots.Region:
+    """Memory of a run whose processes are all dead, with a complete snapshot in it."""
+    found = slots.make_region(run_dir, shm)
+    write_json(found.session_file, {"run_dir": str(run_dir)})
+    slot = found.slot(0)
+    slot.folder.mkdir()
+    save = slots.Save("id", 1, step, (0,))
+    slot.put_mark(save)
+    slot.say_ready(0, save, {})
+    return found
+
+
+@contextmanager
+def holding(lock: Path) -> Iterator[None]:
+    """Another process, that holds a lock until the block ends."""
+    program = "import sys; from pathlib import Path; from lingua.files import ProcessLock; "
+    program += "ProcessLock(Path(sys.argv[1])).take(); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        yield
+
+
+def test_memory_of_dead_runs_goes_unless_their_next_start_would_save_what_is_in_it(tmp_path: Path) -> None:
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    for name in ("run", "unsaved", "living"):
+        make_run(tmp_path / name, 1, shm_path=str(shm))
+    saved, unsaved = region(tmp_path / "run", shm, 1), region(tmp_path / "unsaved", shm, 2)
+    gone, living = region(tmp_path / "gone", shm, 2), region(tmp_path / "living", shm, 1)
+    told: list[Item] = []
+    with holding(living.folder / slots.TRAINER_LOCK):
+        remove_garbage(tmp_path / "run", told.extend)
+    assert sorted(item.why for item in told) == [f"memory of {tmp_path / name}" for name in ("gone", "run")]
+    assert [found.folder.exists() for found in (saved, gone, unsaved, living)] == [False, False, True, True]
 
 
 class Waking(Files):
