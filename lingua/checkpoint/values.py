@@ -80,7 +80,7 @@ def consolidate(
         torch.save({"model": _empty(weights)}, file)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
-    for names in batches(weights):
+    for names in batches({name: fact for name, fact in weights.items() if fact.same_as is None}):
         dcp.read_into(folder, {name: mapped[name.removeprefix("model.")] for name in names})
         advance(sum(weights[name].size_bytes for name in names))
     del mapped
