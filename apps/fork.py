@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,22 +154,22 @@ def _data_states(folder: Path) -> list[dict[str, Any]]:
 
 
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
-    """What the loader would refuse when the run starts. Sources that are not on this machine are not judged."""
-    from lingua.data.jsonl import DataError
+    """What the loader would refuse when the run starts. What is not on this machine is not judged."""
     from lingua.data.loader import adapt, check_order, merge_states, order_of
-    from lingua.data.sources import filled, open_sources
+    from lingua.data.sources import filled, open_sources, source_args, source_path
 
+    if args.tokenizer.path and not Path(args.tokenizer.path).exists():
+        return []
+    args = filled(args)
     try:
         state = merge_states(states)
         check_order(state, order_of(args, lanes))
-        sources, _ = open_sources(filled(args), lanes)
-        try:
-            adapt(state, sources, args.accept_change)
-        finally:
-            for source in sources:
-                source.close()
+        if all(source_path(args, source).exists() for source in source_args(args)):
+            sources, _ = open_sources(args, lanes)
+            with ExitStack() as opened:
+                for source in sources:
+                    opened.callback(source.close)
+                adapt(state, sources, args.accept_change)
     except ConfigError as error:
         return [*error.problems, "a fork may also read from the first row on: checkpoint.reset=[data]"]
-    except (DataError, OSError):
-        pass
     return []
