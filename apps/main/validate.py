@@ -1,8 +1,8 @@
 """Held-out loss inside training: nats per token and bits per byte of each source's `*.val.jsonl`.
 
 Promise: the same number on any number of ranks (up to the order of a sum); neither the data order nor any random
-state moves. Collective: all ranks take part.
-Cost: one forward pass over `validation.max_rows` rows per source, shared among the ranks.
+state moves. A stop asked of any rank ends it on all after the same batch. Collective: all ranks take part.
+Cost: one forward pass over `validation.max_rows` rows per source, shared among the ranks, and a vote per batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from lingua.distributed import Votes
+from lingua.guard import Guard
 from lingua.parallel import forward_precision
 
 from .build import Run
@@ -21,11 +23,15 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def validate(run: Run) -> dict[str, float]:
-    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ...}` at the run's present step."""
+def validate(run: Run, guard: Guard) -> dict[str, float] | None:
+    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ...}` at the run's present step.
+
+    None, on all ranks alike, when one of them was asked to stop; what was measured by then is thrown away.
+    """
     device, world = run.world.device, run.world
     precision = forward_precision(run.model, run.args.distributed, device)
     results: dict[str, float] = {}
+    votes: Votes[None] = Votes(device)
     run.model.eval()
     for source in run.held_out:
         total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, scored tokens
@@ -37,6 +43,10 @@ def validate(run: Run) -> dict[str, float]:
                     loss=run.validation_loss,
                 )
             total += torch.stack([loss_sum.double(), torch.as_tensor(n_tokens, device=device).double()])
+            verdict = votes.cast(None, [float(guard.asked)])
+            if verdict is not None and verdict[1][0] > 0:
+                run.model.train()
+                return None
         if dist.is_initialized():
             dist.all_reduce(total)
         nats, n_tokens = total.tolist()
