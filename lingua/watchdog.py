@@ -85,6 +85,4 @@ class Pulse:
         if not self._paces_s:
             return f"the start did not come to its first steps within {limit_s:.0f} s (watchdog.other_s)"
         usual_s = statistics.median(self._paces_s)
-        return (
-            f"no step was finished for {limit_s:.0f} s after step {self.step}; a step takes {usual_s:.3g} s (watchdog)"
-        )
+        return f"no step was finished for {limit_s:.0f} s after step {self.step}; one takes {usual_s:.3g} s (watchdog)"

@@ -15,27 +15,38 @@ import torch.distributed as dist
 
 from lingua.distributed import Votes
 from lingua.guard import Guard
-from lingua.parallel import forward_precision
+from lingua.parallel import forward_precision, reshard
 
 from .build import Run
 
 log = logging.getLogger(__name__)
 
 
-@torch.no_grad()
 def validate(run: Run, guard: Guard) -> dict[str, float] | None:
     """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ...}` at the run's present step.
 
     None, on all ranks alike, when one of them was asked to stop; what was measured by then is thrown away.
     """
+    run.model.eval()
+    try:
+        return _measure(run, guard)
+    finally:
+        reshard(run.model)
+        run.model.train()
+
+
+@torch.no_grad()
+def _measure(run: Run, guard: Guard) -> dict[str, float] | None:
     device, world = run.world.device, run.world
     precision = forward_precision(run.model, run.args.distributed, device)
     results: dict[str, float] = {}
     votes: Votes[None] = Votes(device)
-    run.model.eval()
     for source in run.held_out:
         total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, scored tokens
         for tokens, labels in source.share(world.dp_rank, world.dp_size, run.args.data.batch_size):
+            verdict = votes.cast(None, [float(guard.asked)])
+            if verdict is not None and verdict[1][0] > 0:
+                return None
             with precision:
                 loss_sum, n_tokens = run.model(
                     torch.from_numpy(tokens).to(device).long(),
@@ -43,14 +54,9 @@ def validate(run: Run, guard: Guard) -> dict[str, float] | None:
                     loss=run.validation_loss,
                 )
             total += torch.stack([loss_sum.double(), torch.as_tensor(n_tokens, device=device).double()])
-            verdict = votes.cast(None, [float(guard.asked)])
-            if verdict is not None and verdict[1][0] > 0:
-                run.model.train()
-                return None
         if dist.is_initialized():
             dist.all_reduce(total)
         nats, n_tokens = total.tolist()
         results[f"{source.name}/nll"] = nats / n_tokens
         results[f"{source.name}/bpb"] = nats / math.log(2) / source.n_bytes
-    run.model.train()
     return results
