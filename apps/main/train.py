@@ -13,7 +13,9 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FINISHED, describe_stop, end_asked_for
 from lingua.schedule import lr_at
 from lingua.signals import STOP_REQUEST, StopSignals
+from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
@@ -116,6 +119,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> None:
             if args.optim.on_nonfinite == "stop":
                 halted |= ~finite
                 finite = ~halted
+            run.manager.before_update()
             optimizer_step(run.optimizer, lr, finite)
             run.optimizer.zero_grad()
             run.advance()
@@ -136,9 +140,10 @@ def train(run: Run, guard: Guard, judge: Judge) -> None:
                     run.manager.save(run.step, run.snapshot())
         judge.hear(votes.read())
 
-    if run.step:
+    if run.step:  # before the first step there is nothing that a restart would miss
+        job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
         with guard.pulse.during("checkpoint"):
-            run.manager.save(run.step, run.snapshot(), final=True)
+            run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
 
 
 class Judge:

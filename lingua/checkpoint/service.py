@@ -1,0 +1,453 @@
+"""The checkpoint service, one process per node: takes complete slots to the disk and publishes them. No torch.
+
+    python -m lingua.checkpoint.service RUN_DIR [--shm PATH] [--wait-s N]
+
+Promise: it outlives the ranks of its node, never the job. Killed at any line, the next service or the next start goes
+on from what the slots' marks say. A disk that fails is tried again, later and later; a slot is let go only when its
+step is published, when it turns out not to hold what was staged, or when a newer start does not want it.
+What happens is told to the ranks through `events.jsonl`; the loop here never touches the durable disk itself, so that
+a disk that hangs is reported too.
+Cost: one listing of the region every 50 ms, and memory of a few MB; while draining, one thread per file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from lingua.checkpoint import drain, layout, publish, retention
+from lingua.checkpoint.drain import FencedError, NodeMissingError, Target, Throttle
+from lingua.checkpoint.publish import DamagedError, Manifest
+from lingua.checkpoint.slots import SERVICE_LOCK, SHM, TRAINER_LOCK, Region, Save, Slot, make_region
+from lingua.files import DISK, Files, RunError, read_json, write_json
+
+log = logging.getLogger(__name__ if __name__ != "__main__" else "lingua.checkpoint.service")
+
+POLL_S = 0.05
+BEAT_S = 5.0
+"""Between two signs of life on the disk while a step is being written."""
+SILENT_S = 30.0
+"""A disk that takes no byte for so long is reported."""
+LONGEST_PAUSE_S = 60.0
+"""Between two attempts on a disk that fails."""
+
+EventKind = Literal["published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed"]
+"""failing: the disk refused, the step is tried again; silent: the disk does not answer; fenced: a newer start owns
+the run; failed: a bug of ours."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the newest start of the run says to the service; rank 0 of the node writes it whole."""
+
+    run_id: str
+    run_dir: str
+    root: str
+    incarnation: int
+    dump: tuple[int, int] = (0, 0)
+    """Every, keep."""
+    eval: tuple[int, int] = (0, 0)
+    keep_every: int = 0
+    verified: tuple[int, ...] = ()
+    """Steps that the ranks have verified."""
+    rescue: tuple[tuple[int, int], ...] = ()
+    """(incarnation, step) of saves by earlier starts that are wanted."""
+    readback: bool = False
+    threads: int = 4
+    bandwidth_bytes_per_s: float | None = None
+    node_timeout_s: float = 1800.0
+    job: tuple[str, int] = ("", 0)
+    """Slurm job id and how often it was requeued."""
+    linger_s: float = 5.0
+    patience_s: float = 3600.0
+    """How long a disk that fails is tried after the last rank has gone."""
+    deadline_s: float | None = None
+    """Seconds since the epoch at which the job ends, once it has been asked to stop."""
+
+    def wants(self, save: Save) -> bool:
+        own = save.run_id == self.run_id and save.incarnation == self.incarnation
+        return own or (save.run_id == self.run_id and (save.incarnation, save.step) in self.rescue)
+
+    def target(self) -> Target:
+        return Target(Path(self.root), self.incarnation, self.readback, self.threads, self.node_timeout_s, self.job)
+
+
+def read_session(region: Region) -> Session | None:
+    """The newest start's session; None before the first one. Raises RunError for one of another version."""
+    try:
+        content: dict[str, Any] = read_json(region.session_file)
+        content |= {key: tuple(content[key]) for key in ("dump", "eval", "verified", "job")}
+        content["rescue"] = tuple(tuple(pair) for pair in content["rescue"])
+        return Session(**content)
+    except FileNotFoundError:
+        return None
+    except (TypeError, KeyError) as error:
+        raise RunError(f"{region.session_file} is of another version of lingua ({error}); remove it") from None
+
+
+def write_session(region: Region, session: Session, *, files: Files = DISK) -> None:
+    write_json(region.session_file, asdict(session), files=files)
+
+
+# -- decisions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A complete slot that waits to be drained."""
+
+    number: int
+    step: int
+    size_bytes: int
+
+
+def next_to_drain(
+    waiting: Sequence[Candidate], *, ending: bool, time_left_s: float | None, bytes_per_s: float | None
+) -> int | None:
+    """Which slot to drain next, by its number; None: none.
+
+    In order of steps as long as the run goes on. When it ends only the newest matters, and then only if it fits into
+    the time that is left: two halves are none. What was never measured is tried.
+    """
+    if not waiting:
+        return None
+    chosen = max(waiting, key=lambda c: c.step) if ending else min(waiting, key=lambda c: c.step)
+    if time_left_s is not None and bytes_per_s and chosen.size_bytes / bytes_per_s > time_left_s:
+        return None
+    return chosen.number
+
+
+def pause_s(attempt: int) -> float:
+    """After the n-th failure in a row, n from 1: 1, 2, 4, ... up to a minute."""
+    return min(LONGEST_PAUSE_S, 2.0 ** (attempt - 1))
+
+
+# -- the loop ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    """One slot on its way to the disk."""
+
+    slot: Slot
+    save: Save
+    facts: Manifest
+    session: Session
+    future: Future[bool]
+    started_s: float
+    throttle: Throttle
+    writing: threading.Event = field(default_factory=threading.Event)
+    """Set while it needs the disk for itself."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(fact.size_bytes for fact in self.facts.values())
+
+
+class Service:
+    """The service of one region. `tick` is one pass; `run` goes on until there is nothing left to do."""
+
+    def __init__(
+        self,
+        region: Region,
+        *,
+        files: Files = DISK,
+        executor: Executor | None = None,
+        now: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+        wait_s: float = 0.0,
+    ) -> None:
+        self.region = region
+        self._files = files
+        self._executor = executor or ThreadPoolExecutor(max_workers=8, thread_name_prefix="drain")
+        self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
+        self._trainers = region.lock(TRAINER_LOCK)
+        self._own = region.lock(SERVICE_LOCK)
+        self._jobs: list[_Job] = []
+        self._retiring: Future[list[int]] | None = None
+        self._verified: set[int] = set()
+        self._rate_bytes_per_s: float | None = None
+        self._failures = 0
+        self._not_before_s = 0.0
+        self._alone_since_s: float | None = None
+        self._first_rank_until_s = now() + wait_s
+        self._progress = (0.0, 0)
+        self._silent = False
+        self._incarnation = 0
+        self._fenced = -1
+
+    def take(self) -> bool:
+        """Become the region's service; False: there is one already."""
+        if not self._own.take():
+            return False
+        self.region.recover(files=self._files)
+        return True
+
+    def run(self) -> None:
+        """Serve until the ranks are gone and nothing is left to save."""
+        while self.tick():
+            self._sleep(POLL_S)
+        self._leave()
+
+    def tick(self) -> bool:
+        """One pass over the region; False: there is nothing left to do here."""
+        session = read_session(self.region)
+        self._incarnation = session.incarnation if session else 0
+        alone = self._trainers.holder() is None
+        for job in [job for job in self._jobs if job.future.done()]:
+            self._jobs.remove(job)
+            self._settle(job)
+        self._report_silence()
+        if session is not None:
+            self._throttle_jobs(session, alone)
+            self._begin_next(session, alone)
+        return self._is_needed(session, alone)
+
+    # -- one slot --------------------------------------------------------------------------------------------------
+
+    def _begin_next(self, session: Session, alone: bool) -> None:
+        if any(job.writing.is_set() for job in self._jobs) or self._now() < self._not_before_s:
+            return
+        if self._fenced == session.incarnation:
+            return
+        waiting: dict[int, tuple[Slot, Save, Manifest]] = {}
+        for slot in self.region.slots():
+            if slot.state() == "staged" and (found := slot.complete()):
+                if session.wants(found[0]):
+                    waiting[slot.number] = (slot, *found)
+                else:
+                    slot.change("staged", "free", files=self._files)
+        candidates = [
+            Candidate(number, save.step, sum(fact.size_bytes for fact in facts.values()))
+            for number, (_, save, facts) in waiting.items()
+        ]
+        left_s = None if session.deadline_s is None else session.deadline_s - self._wall_clock()
+        ending = alone or session.deadline_s is not None
+        number = next_to_drain(candidates, ending=ending, time_left_s=left_s, bytes_per_s=self._rate_bytes_per_s)
+        if number is not None:
+            self._begin(*waiting[number], session)
+
+    def _begin(self, slot: Slot, save: Save, facts: Manifest, session: Session) -> None:
+        if not slot.change("staged", "draining", files=self._files):
+            return  # a rank was faster and fills it anew
+        job = _Job(slot, save, facts, session, Future(), self._now(), Throttle(session.bandwidth_bytes_per_s))
+        job.writing.set()
+        self._progress = (self._now(), 0)
+        self._jobs.append(job)
+        job.future = self._executor.submit(self._store, job)
+
+    def _store(self, job: _Job) -> bool:
+        """In a thread: from the slot to the published checkpoint. Returns whether it was us who published it."""
+        target = job.session.target()
+        try:
+            if job.save.step in layout.done_steps(target.root):
+                return False
+            with drain.at_work(target, job.save, files=self._files):
+                return self._write_and_publish(job, target)
+        except (OSError, DamagedError, NodeMissingError) as error:
+            if isinstance(why := drain.why_missing(target), FencedError):
+                raise why from error
+            self._clear_away(job, target, error)
+            raise
+        finally:
+            job.writing.clear()
+
+    def _write_and_publish(self, job: _Job, target: Target) -> bool:
+        if not drain.has_part(job.save, job.facts, target):
+            drain.write_files(job.slot.folder, job.facts, job.save.step, target, job.throttle, self._files)
+        job.writing.clear()
+        self._rate_bytes_per_s = job.size_bytes / max(self._now() - job.started_s, 1e-9)
+        return drain.publish_step(
+            job.save, job.facts, target, lambda: self._now() - job.started_s, files=self._files, sleep=self._sleep
+        )
+
+    def _clear_away(self, job: _Job, target: Target, error: Exception) -> None:
+        try:
+            drain.give_up(job.save, job.facts, target, files=self._files)
+            if isinstance(error, DamagedError):
+                drain.say_lost(job.save, target, str(error), files=self._files)
+        except OSError as error:
+            log.warning("cannot clear what is left of step %d: %s", job.save.step, error)
+
+    def _settle(self, job: _Job) -> None:
+        """What became of a slot."""
+        step = job.save.step
+        try:
+            published_here = job.future.result()
+        except FencedError as error:
+            self._fenced = job.session.incarnation
+            self._say("fenced", step=step, why=str(error))
+            job.slot.change("draining", "staged", files=self._files)
+        except (DamagedError, NodeMissingError) as error:
+            job.slot.change("draining", "free", files=self._files)
+            self._say("lost", step=step, why=f"checkpoint {step} is lost, older ones are untouched: {error}")
+        except OSError as error:
+            self._failures += 1
+            again_s = pause_s(self._failures)
+            self._not_before_s = self._now() + again_s
+            job.slot.change("draining", "staged", files=self._files)
+            why = f"{publish.disk_sentence(error, Path(job.session.root), job.size_bytes)}; it stays in memory"
+            self._say("failing", step=step, why=f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s")
+        except BaseException:
+            self._say("failed", step=step, why=traceback.format_exc())
+            raise
+        else:
+            self._settled(job, published_here)
+
+    def _settled(self, job: _Job, published_here: bool) -> None:
+        job.slot.change("draining", "free", files=self._files)
+        if self._failures:
+            self._failures = 0
+            self._say("recovered", step=job.save.step, why="the disk takes checkpoints again")
+        if job.save.node > 0:
+            return
+        seconds = self._now() - job.started_s
+        rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
+        self._say("published", step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate)
+        if published_here:
+            self._verified.add(job.save.step)
+            self._retain(job.session, job.session.target())
+
+    # -- retention -------------------------------------------------------------------------------------------------
+
+    def _retain(self, session: Session, target: Target) -> None:
+        if self._retiring is not None and not self._retiring.done():
+            return  # the next published step asks again
+        self._retiring = self._executor.submit(self._retire, session, target)
+
+    def _retire(self, session: Session, target: Target) -> list[int]:
+        """In a thread: delete what nobody needs any more."""
+        try:
+            pinned = publish.pinned_steps(target.root, self._wall_clock())
+        except (RunError, OSError) as error:
+            self._say("failing", step=0, why=f"no checkpoint is deleted, since the pins cannot be read: {error}")
+            return []
+        steps = retention.to_delete(
+            layout.done_steps(target.root),
+            retention.Rhythm(*session.dump),
+            retention.Rhythm(*session.eval),
+            verified=self._verified | set(session.verified),
+            pinned=pinned,
+            keep_every=session.keep_every,
+        )
+        for step in steps:
+            try:
+                publish.retire(target.root, step, target.incarnation, files=self._files)
+            except OSError as error:
+                self._say("failing", step=0, why=f"cannot delete checkpoint {step}: {error}")
+            else:
+                self._say("retired", step=step)
+        return steps
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def _throttle_jobs(self, session: Session, alone: bool) -> None:
+        hurry = alone or session.deadline_s is not None
+        for job in self._jobs:
+            job.throttle.limit_bytes_per_s = None if hurry else session.bandwidth_bytes_per_s
+
+    def _report_silence(self) -> None:
+        """Tell of a disk that takes nothing any more, and of its return."""
+        writing = [job for job in self._jobs if job.writing.is_set()]
+        done_bytes = sum(job.throttle.done_bytes for job in writing)
+        since_s, last_bytes = self._progress
+        if not writing or done_bytes != last_bytes:
+            self._progress = (self._now(), done_bytes)
+            if self._silent:
+                self._silent = False
+                self._say("recovered", step=0, why="the disk answers again")
+        elif self._now() - since_s > SILENT_S and not self._silent:
+            self._silent = True
+            step = writing[0].save.step
+            why = f"the disk has taken nothing of checkpoint {step} for {SILENT_S:.0f} s; training goes on"
+            self._say("silent", step=step, why=why)
+
+    def _is_needed(self, session: Session | None, alone: bool) -> bool:
+        if not alone:
+            self._alone_since_s = None
+            self._first_rank_until_s = 0.0
+            return True
+        if self._jobs or (self._retiring is not None and not self._retiring.done()):
+            return True
+        if session is None:
+            return self._now() < self._first_rank_until_s
+        if self._alone_since_s is None:
+            self._alone_since_s = self._now()
+        alone_s = self._now() - self._alone_since_s
+        unsaved = [slot for slot in self.region.slots() if slot.complete()]
+        if unsaved and self._fenced != session.incarnation:
+            return alone_s < session.patience_s
+        return alone_s < session.linger_s or self._now() < self._first_rank_until_s
+
+    def _leave(self) -> None:
+        """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
+        session = read_session(self.region)
+        unsaved = [found[0].step for slot in self.region.slots() if (found := slot.complete())]
+        if unsaved and session is not None and self._fenced != session.incarnation:
+            log.error("leaving although steps %s are in memory only; a start on this node saves them", unsaved)
+        elif self._trainers.take():
+            self.region.remove(files=self._files)
+        self._executor.shutdown(wait=False)
+
+    def _say(self, kind: EventKind, **facts: Any) -> None:
+        level = logging.INFO if kind in ("published", "recovered", "retired") else logging.ERROR
+        log.log(level, "%s %s", kind, facts)
+        facts = {"kind": kind, "incarnation": self._incarnation, "at_s": self._wall_clock(), **facts}
+        line = orjson.dumps(facts) + b"\n"
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self.region.events_file, flags, 0o600)
+            try:
+                os.write(descriptor, line)
+            finally:
+                os.close(descriptor)
+        except OSError as error:  # no memory, or the region's names have vanished: the disk still gets its bytes
+            log.error("cannot tell the ranks: %s", error)
+
+
+# -- the process ---------------------------------------------------------------------------------------------------
+
+
+def main(words: list[str]) -> int:
+    """Serve a run on this node; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lingua.checkpoint.service",
+        description="Take the checkpoints that a run stages in /dev/shm of this node to the disk. A run starts it "
+        "itself; under Slurm it is a step of its own, begun before the ranks. Ends when the ranks are gone and all is "
+        "saved. Deaf to SIGTERM, SIGUSR2, SIGINT and SIGHUP: kill -9 it if you must, nothing is lost by that.",
+    )
+    parser.add_argument("run_dir", type=Path, help="the run folder (dump_dir); made if it is not there yet")
+    parser.add_argument("--shm", type=Path, default=SHM, help="memory file system (checkpoint.shm_path): %(default)s")
+    parser.add_argument("--wait-s", type=float, default=0.0, help="seconds to wait for the first rank (%(default)s)")
+    args = parser.parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s checkpoint service: %(message)s")
+    for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        signal.signal(deaf, signal.SIG_IGN)
+    try:
+        service = Service(make_region(args.run_dir, args.shm), wait_s=args.wait_s)
+        if not service.take():
+            log.info("%s has a service on this node already", args.run_dir)
+            return 0
+        service.run()
+    except (RunError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
