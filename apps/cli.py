@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from apps import runs as run_commands
 from apps.data import app as data_app
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
 
@@ -98,6 +99,10 @@ def generate(
     The same as `python -m apps.main.generate`: all words are passed on unchanged.
     """
     _pass_on("generate", words or [])
+
+
+for command in run_commands.COMMANDS:
+    app.command()(command)
 
 
 def _pass_on(room: str, words: list[str]) -> NoReturn:

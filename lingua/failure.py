@@ -48,8 +48,8 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "config": Kind(False, "mend the config; `lingua check` tells whether it is right"),
     "setup": Kind(False, "do what the message says, then start it again"),
-    "data": Kind(False, "the data order is fixed, so a restart meets it again: mend the file, or data.skip_rows"),
-    "nan": Kind(False, "a restart meets these rows again: pass over them with data.skip_rows, or lower optim.lr"),
+    "data": Kind(False, "mend the file, or pass over its rows with data.skip_rows"),
+    "nan": Kind(False, "pass over these rows with data.skip_rows, or lower optim.lr"),
     "oom": Kind(False, "lower data.batch_size (grad_acc_steps follows), or set full_activation_checkpointing"),
     "disk_full": Kind(False, "make room, or raise the quota; checkpoints that are published are whole"),
     "occupied": Kind(False, "another start owns the run folder: stop that one, or choose another name"),

@@ -120,6 +120,15 @@ def stop_request(run_dir: Path, incarnation: int) -> Path:
     return run_dir / FOLDER / f"{incarnation:010d}.stop"
 
 
+def ask_to_stop(run_dir: Path, incarnation: int) -> None:
+    """Ask a start to stop, from any machine that sees the folder. Raises RunError where one may not write."""
+    path = stop_request(run_dir, incarnation)
+    try:
+        write_whole(path, b"")
+    except OSError as error:
+        raise RunError(f"cannot ask {run_dir} to stop: {error.strerror} ({path.parent}); its owner can") from None
+
+
 class RunLock:
     """The ownership of one run folder. A context manager: acquire, beat, release."""
 
