@@ -279,6 +279,8 @@ def _saved(status: Status) -> str:
         return "no checkpoint yet: it begins at step 0 again" if status.step else "nothing was trained yet"
     again = max(0, (status.step or 0) - status.checkpoint)
     lost = "no step is lost" if not again else f"{again:,} steps are trained again"
+    if status.state in LIVING:
+        lost = f"killed now, it would train {again:,} steps again"
     if status.state == "killed":  # the newest steps may not be in the metrics
         lost = "what came after it is trained again"
     return f"checkpoint {_aged(status.checkpoint, status.checkpoint_age_s)}; {lost}"
