@@ -115,7 +115,32 @@ def stop(run: Run, debug: Debug = False) -> None:
     )
 
 
-COMMANDS = (why, status, runs, diff, stop)
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where runs are to lie.")] = Path("out"),
+    node: Annotated[
+        bool, typer.Option("--node", help="Only whether this node is fit to train, as jobs check it.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what this machine can do for training, and what is wrong, with the remedy. Exit code 1: something is wrong.
+
+    With --node, the self-test that a job makes on each of its nodes before it begins; it prints JSON.
+    """
+    if node:
+        from lingua.node_check import main as check_node
+
+        raise typer.Exit(check_node(["--dir", str(folder)]))
+    from dataclasses import asdict
+
+    from lingua.doctor import examine, table
+
+    findings = examine(folder)
+    _print([asdict(finding) for finding in findings], table(findings), as_json)
+    raise typer.Exit(1 if any(finding.level == "wrong" for finding in findings) else 0)
+
+
+COMMANDS = (why, status, runs, diff, stop, doctor)
 
 
 def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:
