@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lingua.node_check import Answer, check_device, check_folder, judge, local_problems, main, nodes_of_ranks
+from lingua.distributed import Place
+from lingua.node_check import (
+    Answer,
+    Verdict,
+    check_device,
+    check_folder,
+    check_together,
+    judge,
+    local_problems,
+    main,
+    nodes_of_ranks,
+)
 from tests.trainer import free_port
 
-ROOT = Path(__file__).parents[2]
 NODES = ["n1", "n1", "n2", "n2"]
 FINE = {rank: Answer(node, []) for rank, node in enumerate(NODES)}
 
@@ -77,26 +86,38 @@ def test_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert facts["bad_nodes"] == [os.environ.get("SLURMD_NODENAME") or os.uname().nodename]
 
 
-def start(rank: int, n_ranks: int, port: int, node: str, *words: str) -> subprocess.Popen[str]:
-    place = {"RANK": rank, "WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    tasks = f"1(x{n_ranks})"
-    step = {"SLURM_STEP_NODELIST": f"n[1-{n_ranks}]", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURMD_NODENAME": node}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **{name: str(value) for name, value in place.items()}, **step}
-    command = [sys.executable, "-m", "lingua.node_check", "--device", "cpu", "--shm-gib", "0", *words]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def together(present: list[int], n_ranks: int, within_s: float) -> dict[int, Verdict | None]:
+    """The verdicts of those ranks of a job that are there; one node each."""
+    port, nodes, context = free_port(), [f"n{rank}" for rank in range(n_ranks)], multiprocessing.get_context("fork")
+    verdicts: Any = context.Queue()
+
+    def act(rank: int) -> None:
+        place = Place(rank, n_ranks, master=("127.0.0.1", port))
+        answer = Answer(nodes[rank], [])
+        verdicts.put((rank, check_together(place, answer, torch.device("cpu"), nodes, within_s)))
+
+    processes = [context.Process(target=act, args=(rank,)) for rank in present]
+    for process in processes:
+        process.start()
+    told = dict(verdicts.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    return told
 
 
 @pytest.mark.ranks
-def test_ranks_sum_up_and_name_the_node_that_does_not_come(tmp_path: Path):
-    """At the same time: a pair that is fit, and three of whom the last never comes."""
-    pair, three = free_port(), free_port()
-    started = [start(rank, 2, pair, f"n{rank + 1}") for rank in range(2)]
-    started += [start(rank, 3, three, f"n{rank + 1}", "--within", "20") for rank in range(2)]
-    said = [process.communicate() for process in started]
-    verdict = json.loads(said[0][0])
-    assert (verdict["ok"], verdict["bad_nodes"], verdict["n_ranks"]) == (True, [], 2), said[0]
-    assert said[1][0] == ""
-    verdict = json.loads(said[2][0])
-    assert (verdict["ok"], verdict["bad_nodes"]) == (False, ["n3"])
-    assert verdict["problems"] == {"n3": ["rank 2 did not answer in time"]}
-    assert [process.returncode for process in started] == [0, 0, 1, 0]
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_ranks_that_are_all_there_sum_up():
+    told = together([0, 1, 2], 3, within_s=60)
+    assert told[0] is not None
+    assert (told[0].ok, told[0].bad_nodes, told[0].n_ranks) == (True, [], 3)
+    assert (told[1], told[2]) == (None, None)
+
+
+@pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_rank_that_does_not_come_names_its_node():
+    told = together([0, 1], 3, within_s=8)
+    assert told[0] is not None
+    assert (told[0].ok, told[0].bad_nodes) == (False, ["n2"])
+    assert told[0].problems == {"n2": ["rank 2 did not answer in time"]}
