@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,3 +26,11 @@ def hostile_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / request.param
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """A memory file system's folder of the test's own."""
+    folder = Path(tempfile.mkdtemp(prefix="lingua-test-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)

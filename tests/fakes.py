@@ -14,6 +14,19 @@ OPERATIONS = ("create", "write", "fsync", "close", "mkdir", "fsync_dir", "rename
 NEEDS_ROOM = ("create", "write", "fsync", "mkdir")
 
 
+class Clock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self, now_s: float = 1000.0) -> None:
+        self.now_s = now_s
+
+    def now(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
 class FaultyFiles(Files):
     """A disk whose operation number `fail_at` (from 1) fails, and with `lasting` every one after it.
 

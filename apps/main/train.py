@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from lingua.args import ConfigError
+from lingua.checkpoint.manager import SaveReport
 from lingua.distributed import Votes, find_place, first_given, from_main, pick_device, set_environment, start_world
 from lingua.entry import parse_command_line, run_main
 from lingua.files import RunError
@@ -84,8 +85,8 @@ class StepFacts:
     lap: Lap
 
 
-def train(run: Run, guard: Guard, judge: Judge) -> None:
-    """Train until the last step, or until a rank is asked to stop, and save.
+def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
+    """Train until the last step, or until a rank is asked to stop, and save; returns how that went.
 
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
     optimizer are then as before that step, and nothing is saved on top of the last checkpoint.
@@ -140,10 +141,9 @@ def train(run: Run, guard: Guard, judge: Judge) -> None:
                     run.manager.save(run.step, run.snapshot())
         judge.hear(votes.read())
 
-    if run.step:  # before the first step there is nothing that a restart would miss
-        job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
-        with guard.pulse.during("checkpoint"):
-            run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
+    job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
+    with guard.pulse.during("checkpoint"):
+        return run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
 
 
 class Judge:
@@ -269,6 +269,7 @@ def main(words: list[str]) -> int:
 def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
     args, n_steps = run.args, run.size.n_steps
+    unsaved: str | None = None
     if run.step >= n_steps and was_validated(run):
         say_finished_already(run)
         describe_end(run, "finished", EXIT_FINISHED)
@@ -279,7 +280,7 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> 
         elif not was_validated(run):  # a stop came in between
             judge.report_validation(validate(run, guard))
         gc.disable()
-        train(run, guard, judge)
+        unsaved = None if judge.stop else train(run, guard, judge).error  # stopped already: there is nothing new
         gc.enable()
     stopped, after = run.step < n_steps, {}
     if not stopped and args.validation.at_ends:
@@ -287,7 +288,7 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> 
             losses = validate(run, guard)
         stopped, after = losses is None, judge.report_validation(losses)
     if stopped:
-        return say_stopped(run, guard)
+        return say_stopped(run, guard, unsaved)
     if args.sample_prompt is not None:
         say_sample(run, args.sample_prompt)
     say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
@@ -295,14 +296,20 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> 
     return EXIT_FINISHED
 
 
-def say_stopped(run: Run, guard: Guard) -> int:
-    """Leave the word that the run was asked to stop; returns the exit code. Collective."""
+def say_stopped(run: Run, guard: Guard, unsaved: str | None) -> int:
+    """Leave the word that the run was asked to stop; `unsaved`: why without a checkpoint. Returns the exit code.
+
+    Collective.
+    """
     received = first_given(guard.received)
     assert received is not None, "the votes said so"
     reason, exit_code = end_asked_for(received)
     if run.world.is_main:
-        log.info("stopped by %s after step %d, saved; the same command goes on from there", received, run.step)
-    describe_end(run, reason, exit_code, signal=received)
+        if unsaved is None:
+            log.info("stopped by %s after step %d, saved; the same command goes on from there", received, run.step)
+        else:
+            log.warning("stopped by %s after step %d: %s", received, run.step, unsaved)
+    describe_end(run, reason, exit_code, signal=received, unsaved=unsaved)
     return exit_code
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lingua.checkpoint import dcp, room
 from lingua.checkpoint.courier import Courier
 from lingua.checkpoint.ranks import Ranks
 from lingua.checkpoint.stage import Stager
-from lingua.checkpoint.state import TrainState, scalars_json, tensors_of
-from lingua.files import Files, free_bytes
+from lingua.checkpoint.state import TrainState, scalars_json
+from lingua.files import Files, RunError, free_bytes
 from lingua.schema import CheckpointArgs
 
 log = logging.getLogger(__name__)
@@ -39,15 +41,16 @@ class BackgroundWriter:
         device: torch.device,
         files: Files,
         *,
-        wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.courier = courier
         self._args, self._ranks, self._device, self._files = args, ranks, device, files
-        self._wall_clock, self._sleep = wall_clock, sleep
+        self._sleep = sleep
         self._stager: Stager | None = None
         self.n_skipped = 0
         """Saves that found no slot."""
+        self._newest: int | None = None
+        """Step of the last save that was staged."""
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -97,39 +100,56 @@ class BackgroundWriter:
 
     # -- save ------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: TrainState, *, final: bool, deadline_s: float | None) -> str | None:
-        """Stage a snapshot; why there is none, None otherwise. The `final` one waits for a slot.
+    def save(
+        self, step: int, state: TrainState, tensors: dict[str, Tensor], *, final: bool, deadline_s: float | None
+    ) -> str | None:
+        """Stage a snapshot; why there is none, None otherwise. The `final` one hurries the services, and waits.
 
-        Raises NoSlotError when there is no slot at all that it could wait for.
+        Raises NoSlotError when there is no slot at all that it could wait for, and RunError, on all ranks, for a bug.
         """
         assert self._stager is not None
-        number = self._take_slot(step)
-        while number is None and final and not (deadline_s and self._wall_clock() > deadline_s):
+        if final:
+            self.courier.tell(ending=True, deadline_s=deadline_s)
+        if step == self._newest:
+            return None  # as it is
+        scalars, bug = self._scalars(state)
+        number = self._take_slot(step, bug)
+        while number is None and final and not self._ranks.from_main(lambda: self.courier.is_late(deadline_s)):
             self._sleep(LOOK_S)
-            number = self._take_slot(step)
+            number = self._take_slot(step, bug)
         if number is None:
             self.n_skipped += 1
             return f"checkpoint {step} is skipped: every slot is still being written to the disk"
-        scalars = scalars_json(state, self._ranks.rank, self._ranks.size)
-        self._stager.fill(number, self.courier.save_of(step), tensors_of(state).by_name, scalars, state.model)
+        self._stager.fill(number, self.courier.save_of(step), tensors, scalars, state.model)
+        self._newest = step
         return None
 
-    def _take_slot(self, step: int) -> int | None:
+    def _scalars(self, state: TrainState) -> tuple[bytes, str | None]:
+        """This rank's JSON, and why there is none: the other ranks must hear of that. Local."""
+        try:
+            return scalars_json(state, self._ranks.rank, self._ranks.size), None
+        except Exception:
+            return b"", f"rank {self._ranks.rank} failed:\n{traceback.format_exc()}"
+
+    def _take_slot(self, step: int, bug: str | None) -> int | None:
         assert self._stager is not None
         error = self._stager.wait_until_ready()
         problem = None if error is None else f"rank {self._ranks.rank}: the last checkpoint is lost: {error}"
         usable, failed = self._stager.usable_slots()
         if failed is not None and problem is None:
             problem = f"rank {self._ranks.rank}: a slot cannot be allocated: {failed}"
-        return self.courier.take_slot(step, usable, problem)
+        return self.courier.take_slot(step, usable, problem, bug)
 
     def finish(self, step: int, deadline_s: float | None) -> str | None:
-        """Wait until a staged step is on the disk, or until the job ends; why it is not, None if it is."""
+        """Wait until a staged step is on the disk; None if it is, what is missing if the job ends before.
+
+        Raises RunError, on all ranks, when it will not be there.
+        """
         assert self._stager is not None
         error = self._stager.wait_until_ready()
         lost = [str(e) for e in self._ranks.gather(error) if e is not None]
         if lost:
-            return f"checkpoint {step} is lost: {lost[0]}"
+            raise RunError(f"checkpoint {step} is lost: {lost[0]}")
         return self.courier.await_published(step, deadline_s)
 
     def before_update(self) -> None:

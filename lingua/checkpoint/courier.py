@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -36,8 +37,12 @@ HANDOVER_S = 600.0
 """How long a start waits for a service of an older one that is writing a step."""
 SILENT_BEATS = 3
 """A writer elsewhere that has not shown itself for so many beats is dead."""
+LEAVE_S = 5.0
+"""What ranks need to leave before the job ends."""
 RESTARTS = 3
-"""Of the service, in one start of the run."""
+"""Of the service, until it has published something."""
+START_S = 30.0
+"""How long a service may take to start."""
 
 
 class NoSlotError(RunError):
@@ -93,14 +98,25 @@ def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int
 # -- the service as a process --------------------------------------------------------------------------------------
 
 
-def start_service(run_dir: Path, shm: Path, log_file: Path) -> None:
+class Started(Protocol):
+    """A process that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None: it runs."""
+
+
+StartService = Callable[[Path, Path, Path], Started]
+"""(run folder, memory file system, log file) -> a service of this node."""
+
+
+def start_service(run_dir: Path, shm: Path, log_file: Path) -> Started:
     """Start the service of this node in a session of its own, so that it outlives us."""
     command = [sys.executable, "-m", "lingua.checkpoint.service", os.path.realpath(run_dir), "--shm", str(shm)]
     home = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as said:
-        subprocess.Popen(
+        return subprocess.Popen(
             command,
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.DEVNULL,
@@ -156,7 +172,7 @@ class Courier:
         session: Session,
         *,
         files: Files = DISK,
-        start: Callable[[Path, Path, Path], None] = start_service,
+        start: StartService = start_service,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -170,8 +186,11 @@ class Courier:
         self._session = session
         self._rescued: list[int] = []
         self._starts = 0
+        self._service: Started | None = None
         self._problem: str | None = None
         self._fatal: str | None = None
+        self._outcomes: dict[int, dict[str, Any]] = {}
+        """The last word on each step since the last save."""
         self.problems: list[str] = []
         """What went wrong since the caller last emptied this; the same on all ranks."""
         self._lock: ProcessLock | None = None
@@ -215,6 +234,8 @@ class Courier:
     def _complete(self) -> dict[int, Save]:
         if not self._service_lives():
             self.region.recover(files=self._files)
+        for slot in self.region.slots():
+            slot.unclaim(files=self._files)
         return {slot.number: found[0] for slot in self.region.slots() if (found := slot.complete())}
 
     def open(self, unsaved: set[tuple[int, int]]) -> None:
@@ -247,29 +268,25 @@ class Courier:
             self._sleep(LOOK_S)
 
     def make_slots(self, n_slots: int, names: set[str]) -> None:
-        """Make the folders of `n_slots` slots and clear what else lies in free ones; `names`: this rank's files."""
+        """Make the folders of `n_slots` slots, remove further ones, and clear what else lies in them.
+
+        `names`: this rank's files.
+        """
         of_all = self._ranks.gather(names)
         keep = set().union(*(of_all[rank] for rank in self.node.ranks))
-        self._ranks.on_each(lambda: self._make_slots(n_slots, keep) if self.is_leader else None)
-
-    def _make_slots(self, n_slots: int, keep: set[str]) -> None:
-        for number in range(n_slots):
-            slot = self.region.slot(number)
-            if not slot.folder.exists():
-                self._files.mkdir(slot.folder)
-                self._files.close(self._files.create(slot.mark("free")))
-            if slot.state() == "free":
-                slot.clear_leftovers(keep, files=self._files)
+        act = partial(self.region.make_slots, n_slots, keep, files=self._files)
+        self._ranks.on_each(act if self.is_leader else lambda: None)
 
     # -- save ------------------------------------------------------------------------------------------------------
 
-    def take_slot(self, step: int, usable: set[int], problem: str | None) -> int | None:
+    def take_slot(self, step: int, usable: set[int], problem: str | None, fatal: str | None = None) -> int | None:
         """The slot to fill with `step`, marked already; None: all are taken.
 
         `usable`: this rank's allocated slots; `problem`: why its part of the last save is not there. Raises RunError,
-        on all ranks, for what no later save would do better.
+        on all ranks, for what no later save would do better, `fatal` of any rank included.
         """
         report = self._report(usable, problem)
+        report.fatal = report.fatal or fatal
         reports = self._ranks.gather(report)
         raise_if(next((r.fatal for r in reports if r.fatal), None))
         for problem in dict.fromkeys(r.problem for r in reports if r.problem):
@@ -282,10 +299,12 @@ class Courier:
         number = choose_slot(nodes)
         if number is None or not self._claim(number, [node[number] for node in nodes]):
             return None
+        self._outcomes.clear()
         if self.is_leader:
             try:
                 self.region.slot(number).put_mark(self.save_of(step), files=self._files)
             except OSError as error:  # the others hear of it at the next save; without a mark nobody takes the slot
+                self.region.slot(number).change("claimed", "free", files=self._files)
                 self._problem = f"checkpoint {step} is lost: {error.filename}: {error.strerror}"
         return number
 
@@ -330,31 +349,42 @@ class Courier:
 
     # -- end -------------------------------------------------------------------------------------------------------
 
+    def is_late(self, deadline_s: float | None) -> bool:
+        """Whether so little is left until the job ends that the ranks must leave. Local."""
+        return deadline_s is not None and self._wall_clock() > deadline_s - LEAVE_S
+
     def await_published(self, step: int, deadline_s: float | None) -> str | None:
-        """Wait until a staged step is on the disk; why it is not, None if it is.
+        """Wait until a staged step is on the disk; None if it is, what is missing if the job ends before.
 
-        `deadline_s`: seconds since the epoch when the job ends, if it has been asked to stop; the services then hurry
-        and begin nothing that does not fit.
+        `deadline_s`: seconds since the epoch when the job ends, if that is known. Raises RunError, on all ranks, when
+        the step is lost, and when a disk refuses it and nobody knows for how long to go on trying.
         """
-        self.tell(deadline_s=deadline_s)
-        return self._ranks.from_main(lambda: self._await_on_main(step, deadline_s))
-
-    def _await_on_main(self, step: int, deadline_s: float | None) -> str | None:
         next_word_s = self._now() + 10.0
         while True:
-            for event in self.read_events():
-                if event["step"] == step:
-                    if event["kind"] == "published":
-                        return None
-                    if event["kind"] in ("lost", "failing", "fenced", "failed"):
-                        return event["why"]
-            if deadline_s is not None and self._wall_clock() > deadline_s:
-                return f"checkpoint {step} is in the memory of {socket.gethostname()}, but not on the disk yet"
-            if self._now() > next_word_s:
+            is_settled, missing = self._ranks.on_each(lambda: self._outcome(step, deadline_s))[0]
+            if is_settled:
+                return missing
+            if self._now() > next_word_s and self._ranks.rank == 0:
                 log.info("waiting until checkpoint %d is on the disk", step)
                 next_word_s = self._now() + 10.0
-            self._ensure_service()
             self._sleep(LOOK_S)
+
+    def _outcome(self, step: int, deadline_s: float | None) -> tuple[bool, str | None]:
+        """Whether the fate of a step is known to this node, and what is missing if it is not published. Local."""
+        if not self.is_leader:
+            return False, None
+        self.read_events()
+        raise_if(self._fatal)
+        self._ensure_service()
+        event = self._outcomes.get(step, {"kind": "nothing"})
+        if event["kind"] == "lost" or (event["kind"] == "failing" and deadline_s is None):
+            raise RunError(event["why"])
+        if event["kind"] == "published":
+            return True, None
+        if not self.is_late(deadline_s):
+            return False, None
+        trouble = f" ({event['why']})" if "why" in event else ""
+        return True, f"checkpoint {step} is in the memory of {socket.gethostname()}, but not on the disk yet{trouble}"
 
     def close(self) -> None:
         """Leave the region; its service stays until all is saved. Local."""
@@ -369,7 +399,10 @@ class Courier:
         events = [event for event in self._events.read() if event["incarnation"] == self._session.incarnation]
         for event in events:
             self._log(event)
-            if event["kind"] in ("failed", "fenced"):
+            if event["kind"] in ("published", "lost", "failing"):
+                self._outcomes[event["step"]] = event
+                self._starts = min(self._starts, 1) if event["kind"] == "published" else self._starts
+            elif event["kind"] in ("failed", "fenced"):
                 self._fatal = event["why"]
         return events
 
@@ -393,20 +426,20 @@ class Courier:
 
     def _ensure_service(self) -> None:
         """Start the node's service if there is none. Raises RunError when it dies again and again. Local, leaders."""
-        if self._service_lives():
-            return
         log_file = self._run_dir / "logs" / f"checkpoint_service.{self.node.number}.log"
-        if self._starts > RESTARTS:
-            raise RunError(f"the checkpoint service of this node has ended {self._starts} times; see {log_file}")
-        if self._starts:
-            log.warning("the checkpoint service of this node is gone; starting another")
-        self._starts += 1
-        self._start(self._run_dir, self._shm, log_file)
-        for _ in range(int(30.0 / LOOK_S)):
-            if self._service_lives():
-                return
-            self._sleep(LOOK_S)
-        raise RunError(f"the checkpoint service did not start within 30 s; see {log_file}")
+        while not self._service_lives():
+            if self._starts > RESTARTS:
+                raise RunError(f"the checkpoint service of this node has ended {self._starts} times; see {log_file}")
+            if self._starts:
+                log.warning("the checkpoint service of this node is gone; starting another")
+            self._starts += 1
+            self._service = self._start(self._run_dir, self._shm, log_file)
+            looks = 0
+            while self._service.poll() is None and not self._service_lives():
+                looks += 1
+                if looks > START_S / LOOK_S:
+                    raise RunError(f"the checkpoint service did not start within {START_S:.0f} s; see {log_file}")
+                self._sleep(LOOK_S)
 
 
 # -- the start before ours -----------------------------------------------------------------------------------------

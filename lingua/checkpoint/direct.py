@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.publish import Manifest, disk_sentence
 from lingua.checkpoint.ranks import Ranks, raise_if
-from lingua.checkpoint.state import TrainState, scalars_json, tensors_of
+from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.files import Files, RunError
 
 log = logging.getLogger(__name__)
@@ -44,22 +46,25 @@ class DirectWriter:
     check_owner: Callable[[], None]
     """On rank 0: raises RunError when a newer start owns the run."""
 
-    def save(self, step: int, plan: dcp.WritePlan, state: TrainState, total_bytes: int) -> tuple[str | None, int]:
+    def save(
+        self, step: int, plan: dcp.WritePlan, state: TrainState, tensors: dict[str, Tensor], total_bytes: int
+    ) -> tuple[str | None, int]:
         """(why there is no checkpoint, or None; its bytes). Collective. Raises RunError for a bug on any rank."""
         started = time.perf_counter()
-        written = self.ranks.gather(self._write(step, plan, state, total_bytes))
+        written = self.ranks.gather(self._write(step, plan, state, tensors, total_bytes))
         error = self.ranks.from_main(lambda: self._publish(step, written, started, total_bytes))
         if any(of_rank.is_bug for of_rank in written):
             raise_if(error)
         return error, sum(fact.size_bytes for of_rank in written for fact in of_rank.facts.values())
 
-    def _write(self, step: int, plan: dcp.WritePlan, state: TrainState, total_bytes: int) -> _Written:
+    def _write(
+        self, step: int, plan: dcp.WritePlan, state: TrainState, tensors: dict[str, Tensor], total_bytes: int
+    ) -> _Written:
         """Write this rank's files. Raises nothing: the others must hear what went wrong."""
         folder = layout.coming(layout.folder(self.root, step), self.incarnation)
         facts: Manifest = {}
         try:
             self.files.mkdir(folder)
-            tensors = tensors_of(state).by_name
             for file in plan.files:
                 content = dcp.file_content(file, tensors)
                 facts[file.name] = publish.write_hashed(

@@ -59,11 +59,10 @@ class Throttle:
             self.done_bytes += n_bytes
             if not self.limit_bytes_per_s:
                 return
-            begin = max(self._free_at_s, self.now())
-            self._free_at_s = begin + n_bytes / self.limit_bytes_per_s
-            wait_s = begin - self.now()
-        if wait_s > 0:
-            self.sleep(wait_s)
+            begin_s = max(self._free_at_s, self.now())
+            self._free_at_s = begin_s + n_bytes / self.limit_bytes_per_s
+        while self.limit_bytes_per_s and (wait_s := begin_s - self.now()) > 0:
+            self.sleep(min(wait_s, LOOK_S))
 
 
 @dataclass(frozen=True)
@@ -187,6 +186,19 @@ def why_missing(target: Target) -> Exception:
     if target.root.exists() and not target.passage.exists():
         return FencedError(f"{target.passage} is gone: a newer start of this run has begun")
     return FileNotFoundError(2, "the run's folder is gone", str(target.root))
+
+
+def is_published(save: Save, target: Target, *, files: Files = DISK) -> bool:
+    """Whether a step is there already; one that lacked but its last rename, when a service of this start died, gets it.
+
+    Raises OSError.
+    """
+    if save.node == 0:
+        publish.resume(target.root, save.step, target.incarnation, files=files)
+    if not layout.done_mark(target.root, save.step).exists():
+        return False
+    files.fsync_dir(target.root)
+    return True
 
 
 def publish_step(

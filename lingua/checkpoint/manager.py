@@ -34,7 +34,7 @@ from lingua.checkpoint.ranks import Ranks, raise_if
 from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.room import DiskRoom
 from lingua.checkpoint.service import Session
-from lingua.checkpoint.state import TrainState, tensors_of
+from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
 from lingua.runlock import RunLock, this_process
 from lingua.schema import CheckpointArgs
@@ -59,7 +59,8 @@ class SaveReport:
     seconds: float = 0.0
     """How long the caller waited."""
     deleted: list[int] = field(default_factory=list)
-    """Steps that retention gave up afterwards (with async_cleanup: will give up)."""
+    """Steps that retention gave up afterwards (with async_cleanup: will give up). The service does not
+    tell: empty."""
 
 
 class CheckpointManager:
@@ -74,7 +75,7 @@ class CheckpointManager:
         lock: RunLock | None = None,
         files: Files = DISK,
         now: Callable[[], float] = time.monotonic,
-        start_service: Callable[[Path, Path, Path], None] = courier.start_service,
+        start_service: courier.StartService = courier.start_service,
     ) -> None:
         self.args = args
         self.run_dir = Path(run_dir)
@@ -90,8 +91,9 @@ class CheckpointManager:
         self._cleaner = ThreadPoolExecutor(max_workers=1) if args.async_cleanup else None
         self._cleaning: Future[None] | None = None
         self._now = now
-        self._safe_since_s = now()
-        """When the newest checkpoint was published; until one is, when this start began."""
+        self._published_at_s = self._safe_until_s = now()
+        """When the newest checkpoint was published and when its snapshot was taken; before, when this start began."""
+        self._staged_at_s: dict[int, float] = {}
         self._last_save: dict[str, float] = {}
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
         self.incarnation, run_id, newest_done = self._ranks.from_main(self._look)
@@ -125,7 +127,7 @@ class CheckpointManager:
         except OSError as error:
             raise RunError(publish.disk_sentence(error, self.root, 0)) from error
 
-    def _join_background(self, run_id: str, start: Callable[[Path, Path, Path], None]) -> BackgroundWriter | None:
+    def _join_background(self, run_id: str, start: courier.StartService) -> BackgroundWriter | None:
         args = self.args
         if args.async_save_mode is None:
             return None
@@ -154,12 +156,11 @@ class CheckpointManager:
 
         Raises RunError with the numbers when they do not fit on the disk.
         """
-        self._make_plan(state)
+        self._make_plan(tensors_of(state))
         self._ranks.from_main(self._check_room)
         return self._total_bytes
 
-    def _make_plan(self, state: TrainState) -> dcp.WritePlan:
-        tensors = tensors_of(state)
+    def _make_plan(self, tensors: Tensors) -> dcp.WritePlan:
         if self._plan is not None and self._plan.fits(tensors.by_name):
             return self._plan
         rank = self._ranks.rank
@@ -224,28 +225,31 @@ class CheckpointManager:
         """Make a checkpoint, then let retention delete older ones.
 
         A failure is told in the report. With `final` it raises RunError, since nothing comes after, and the caller
-        waits until the checkpoint is on the disk, or until `deadline_s` (seconds since the epoch: the job ends).
+        waits until the checkpoint is on the disk. Only where the job ends before, at `deadline_s` (seconds since the
+        epoch), it is left in memory, and the report says that.
         """
         if step in self._published:
             return SaveReport(step, layout.folder(self.root, step), published=True)
         started = time.perf_counter()
-        plan = self._make_plan(state)
+        tensors = tensors_of(state)
+        plan = self._make_plan(tensors)
         if self._background is not None:
             try:
-                return self._save_in_background(step, state, started, final, deadline_s)
+                return self._save_in_background(step, state, tensors, started, final, deadline_s)
             except courier.NoSlotError as error:
                 self._leave_background(str(error))
-        return self._save_directly(step, state, plan, started, final)
+        return self._save_directly(step, state, tensors, plan, started, final)
 
     def _save_in_background(
-        self, step: int, state: TrainState, started: float, final: bool, deadline_s: float | None
+        self, step: int, state: TrainState, tensors: Tensors, started: float, final: bool, deadline_s: float | None
     ) -> SaveReport:
         assert self._background is not None
-        error = self._background.save(step, state, final=final, deadline_s=deadline_s)
+        error = self._background.save(step, state, tensors.by_name, final=final, deadline_s=deadline_s)
         report = SaveReport(step, layout.folder(self.root, step), published=False, staged=error is None, error=error)
         report.seconds = time.perf_counter() - started
         report.size_bytes = self._total_bytes if report.staged else 0
         if report.staged:
+            self._staged_at_s[step] = self._now()
             rate = self._total_bytes / 1e9 / report.seconds
             self._last_save |= {"checkpoint/stall_s": report.seconds, "checkpoint/stage_gb_per_s": rate}
         if self._ranks.rank == 0:
@@ -257,21 +261,17 @@ class CheckpointManager:
                 size = human_bytes(self._total_bytes)
                 log.info("checkpoint %d: %s staged in %.0f ms", step, size, 1000 * report.seconds)
         self._background.courier.problems.clear()
-        if final:
-            if report.staged:
-                error = self._background.finish(step, deadline_s)
-                report.published = error is None
-            if not report.published and not (report.staged and deadline_s is not None):
-                raise_if(error)
-            report.error = error
+        if final and report.staged:
+            report.error = self._background.finish(step, deadline_s)
+            report.published = report.error is None
             if report.published:
                 self._published.add(step)
         return report
 
     def _save_directly(
-        self, step: int, state: TrainState, plan: dcp.WritePlan, started: float, final: bool
+        self, step: int, state: TrainState, tensors: Tensors, plan: dcp.WritePlan, started: float, final: bool
     ) -> SaveReport:
-        error, size_bytes = self._direct.save(step, plan, state, self._total_bytes)
+        error, size_bytes = self._direct.save(step, plan, state, tensors.by_name, self._total_bytes)
         report = SaveReport(step, layout.folder(self.root, step), published=error is None, error=error)
         report.seconds = time.perf_counter() - started
         if error is not None:
@@ -283,7 +283,7 @@ class CheckpointManager:
         report.size_bytes = size_bytes
         self._published.add(step)
         self._restorer.verified.add(step)
-        self._safe_since_s = self._now()
+        self._published_at_s = self._safe_until_s = self._now()
         rate = size_bytes / 1e9 / report.seconds
         self._last_save = {"checkpoint/stall_s": report.seconds, "checkpoint/drain_gb_per_s": rate}
         report.deleted = self._ranks.from_main(self._retain)
@@ -363,15 +363,16 @@ class CheckpointManager:
         if self._background is not None and self._background.courier.is_leader:
             for event in self._background.courier.read_events():
                 if event["kind"] == "published":
-                    self._safe_since_s = self._now()
+                    self._published_at_s = self._now()
+                    self._safe_until_s = self._staged_at_s.get(event["step"], self._safe_until_s)
+                    self._staged_at_s = {s: t for s, t in self._staged_at_s.items() if s > event["step"]}
                     self._last_save["checkpoint/drain_gb_per_s"] = event["gb_per_s"]
-        age_s = self._now() - self._safe_since_s
         counts = {} if self._background is None else {"checkpoint/skipped": float(self._background.n_skipped)}
         return {
             **self._last_save,
             **counts,
-            "checkpoint/age_of_newest_done_s": age_s,
-            "checkpoint/lost_work_at_risk_s": age_s,
+            "checkpoint/age_of_newest_done_s": self._now() - self._published_at_s,
+            "checkpoint/lost_work_at_risk_s": self._now() - self._safe_until_s,
         }
 
     def close(self) -> None:

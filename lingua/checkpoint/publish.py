@@ -113,6 +113,8 @@ def publish(
     source, draft = layout.coming(target, incarnation), layout.coming(mark, incarnation)
     for name, fact in facts.items():
         _must_be_there(source / name, fact)
+    for half in source.glob(f".{layout.MANIFEST}.tmp-*"):  # a process of this start died here
+        files.remove(half)
     manifest = manifest_bytes(step, incarnation, facts)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
     if target.exists():  # somebody's copy, or what is left of one set aside: not ours to delete
@@ -287,6 +289,16 @@ def open_passage(root: Path, incarnation: int, *, files: Files = DISK) -> None:
     files.fsync_dir(root)
     for step in layout.unmarked_folders(root):
         log.warning("%s has no .done mark, so it is not a checkpoint; it is ignored", layout.folder(root, step))
+
+
+def resume(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
+    """Finish what a killed process of this very start has left half done with the names of a step. Raises OSError."""
+    found = [t for t in layout.temporaries(layout.passage(root, incarnation)) if t.step == step]
+    for temporary in sorted(found, key=lambda t: not t.is_mark):
+        _finish(root, temporary, files)
+    trash = layout.going(layout.folder(root, step), incarnation)
+    if trash.exists():
+        files.remove_tree(trash)
 
 
 def _close(root: Path, passage: Path, files: Files) -> None:

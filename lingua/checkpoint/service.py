@@ -74,6 +74,8 @@ class Session:
     linger_s: float = 5.0
     patience_s: float = 3600.0
     """How long a disk that fails is tried after the last rank has gone."""
+    ending: bool = False
+    """The ranks have nothing left to do but to wait for their last save."""
     deadline_s: float | None = None
     """Seconds since the epoch at which the job ends, once it has been asked to stop."""
 
@@ -236,7 +238,7 @@ class Service:
             for number, (_, save, facts) in waiting.items()
         ]
         left_s = None if session.deadline_s is None else session.deadline_s - self._wall_clock()
-        ending = alone or session.deadline_s is not None
+        ending = alone or session.ending
         number = next_to_drain(candidates, ending=ending, time_left_s=left_s, bytes_per_s=self._rate_bytes_per_s)
         if number is not None:
             self._begin(*waiting[number], session)
@@ -244,6 +246,9 @@ class Service:
     def _begin(self, slot: Slot, save: Save, facts: Manifest, session: Session) -> None:
         if not slot.change("staged", "draining", files=self._files):
             return  # a rank was faster and fills it anew
+        if slot.complete() != (save, facts):  # it was even faster: what is marked now is another save, being filled
+            slot.change("draining", "staged", files=self._files)
+            return
         job = _Job(slot, save, facts, session, Future(), self._now(), Throttle(session.bandwidth_bytes_per_s))
         job.writing.set()
         self._progress = (self._now(), 0)
@@ -254,8 +259,8 @@ class Service:
         """In a thread: from the slot to the published checkpoint. Returns whether it was us who published it."""
         target = job.session.target()
         try:
-            if job.save.step in layout.done_steps(target.root):
-                return False
+            if drain.is_published(job.save, target, files=self._files):
+                return job.save.node == 0 and _incarnation_of(target.root, job.save.step) == target.incarnation
             with drain.at_work(target, job.save, files=self._files):
                 return self._write_and_publish(job, target)
         except (OSError, DamagedError, NodeMissingError) as error:
@@ -290,18 +295,20 @@ class Service:
             published_here = job.future.result()
         except FencedError as error:
             self._fenced = job.session.incarnation
-            self._say("fenced", step=step, why=str(error))
+            self._say("fenced", step=step, why=str(error), incarnation=job.session.incarnation)
             job.slot.change("draining", "staged", files=self._files)
         except (DamagedError, NodeMissingError) as error:
+            why = f"checkpoint {step} is lost, older ones are untouched: {error}"
+            self._say("lost", step=step, why=why, incarnation=job.session.incarnation)
             job.slot.change("draining", "free", files=self._files)
-            self._say("lost", step=step, why=f"checkpoint {step} is lost, older ones are untouched: {error}")
         except OSError as error:
             self._failures += 1
             again_s = pause_s(self._failures)
             self._not_before_s = self._now() + again_s
             job.slot.change("draining", "staged", files=self._files)
             why = f"{publish.disk_sentence(error, Path(job.session.root), job.size_bytes)}; it stays in memory"
-            self._say("failing", step=step, why=f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s")
+            why = f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s"
+            self._say("failing", step=step, why=why, incarnation=job.session.incarnation)
         except BaseException:
             self._say("failed", step=step, why=traceback.format_exc())
             raise
@@ -309,15 +316,15 @@ class Service:
             self._settled(job, published_here)
 
     def _settled(self, job: _Job, published_here: bool) -> None:
-        job.slot.change("draining", "free", files=self._files)
         if self._failures:
             self._failures = 0
             self._say("recovered", step=job.save.step, why="the disk takes checkpoints again")
-        if job.save.node > 0:
-            return
-        seconds = self._now() - job.started_s
-        rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
-        self._say("published", step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate)
+        if job.save.node == 0:  # said first: whoever dies in between, the next one says it again
+            seconds = self._now() - job.started_s
+            facts = {"bytes": job.size_bytes, "gb_per_s": job.size_bytes / 1e9 / max(seconds, 1e-9)}
+            incarnation = job.session.incarnation
+            self._say("published", step=job.save.step, seconds=seconds, **facts, incarnation=incarnation)
+        job.slot.change("draining", "free", files=self._files)
         if published_here:
             self._verified.add(job.save.step)
             self._retain(job.session, job.session.target())
@@ -336,6 +343,8 @@ class Service:
         except (RunError, OSError) as error:
             self._say("failing", step=0, why=f"no checkpoint is deleted, since the pins cannot be read: {error}")
             return []
+        passage = layout.passage(target.root, target.incarnation)
+        interrupted = {found.step for found in layout.temporaries(passage) if found.kind == "trash"}
         steps = retention.to_delete(
             layout.done_steps(target.root),
             retention.Rhythm(*session.dump),
@@ -344,9 +353,12 @@ class Service:
             pinned=pinned,
             keep_every=session.keep_every,
         )
-        for step in steps:
+        for step in [*sorted(interrupted), *steps]:
             try:
-                publish.retire(target.root, step, target.incarnation, files=self._files)
+                if step in interrupted:
+                    publish.resume(target.root, step, target.incarnation, files=self._files)
+                else:
+                    publish.retire(target.root, step, target.incarnation, files=self._files)
             except OSError as error:
                 self._say("failing", step=0, why=f"cannot delete checkpoint {step}: {error}")
             else:
@@ -356,7 +368,7 @@ class Service:
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def _throttle_jobs(self, session: Session, alone: bool) -> None:
-        hurry = alone or session.deadline_s is not None
+        hurry = alone or session.ending
         for job in self._jobs:
             job.throttle.limit_bytes_per_s = None if hurry else session.bandwidth_bytes_per_s
 
@@ -395,13 +407,24 @@ class Service:
 
     def _leave(self) -> None:
         """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
-        session = read_session(self.region)
-        unsaved = [found[0].step for slot in self.region.slots() if (found := slot.complete())]
-        if unsaved and session is not None and self._fenced != session.incarnation:
-            log.error("leaving although steps %s are in memory only; a start on this node saves them", unsaved)
-        elif self._trainers.take():
-            self.region.remove(files=self._files)
+        if self._trainers.take():  # none comes before we have looked, and none finds a region that is being removed
+            session = read_session(self.region)
+            unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
+            if steps := [save.step for save in unsaved if session is not None and self._may_be_missed(save, session)]:
+                log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
+            else:
+                self.region.remove(files=self._files)
         self._executor.shutdown(wait=False)
+        self._trainers.close()
+        self._own.close()
+
+    def _may_be_missed(self, save: Save, session: Session) -> bool:
+        """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
+        if self._fenced != session.incarnation:
+            return True
+        root = Path(session.root)
+        newest = max(layout.done_steps(root), default=-1)
+        return save.step > newest and (newest < 0 or _incarnation_of(root, newest) <= save.incarnation)
 
     def _say(self, kind: EventKind, **facts: Any) -> None:
         level = logging.INFO if kind in ("published", "recovered", "retired") else logging.ERROR
@@ -417,6 +440,11 @@ class Service:
                 os.close(descriptor)
         except OSError as error:  # no memory, or the region's names have vanished: the disk still gets its bytes
             log.error("cannot tell the ranks: %s", error)
+
+
+def _incarnation_of(root: Path, step: int) -> int:
+    """Which start published a step."""
+    return publish.mark_facts(root, step).get("incarnation", 0)
 
 
 # -- the process ---------------------------------------------------------------------------------------------------

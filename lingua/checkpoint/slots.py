@@ -26,6 +26,7 @@ Cost: listings of a memory file system, microseconds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -98,6 +99,14 @@ class Slot:
             if self.mark(state).exists():
                 files.remove(self.mark(state))
 
+    def unclaim(self, *, files: Files = DISK) -> None:
+        """After the death of a leader: what it has not filled anew is staged as before."""
+        if self.mark("claimed").exists():
+            if self.state() == "claimed":
+                self.change("claimed", "staged", files=files)
+            else:
+                files.remove(self.mark("claimed"))
+
     def change(self, old: State, new: State, *, files: Files = DISK) -> bool:
         """Whether it was us who changed the state; False: somebody else was faster."""
         try:
@@ -163,6 +172,23 @@ class Region:
     def slots(self) -> list[Slot]:
         return [Slot(path) for path in entries(self.folder) if _SLOT.fullmatch(path.name) and path.is_dir()]
 
+    def make_slots(self, n_slots: int, keep: Collection[str], *, files: Files = DISK) -> None:
+        """Make the folders of `n_slots` slots; of free ones, remove those beyond and what is not to be kept in others.
+
+        Call as the leader.
+        """
+        for number in range(n_slots):
+            slot = self.slot(number)
+            if not slot.folder.exists():
+                files.close(files.create(slot.mark("free")))
+                files.mkdir(slot.folder)
+        for slot in self.slots():
+            if slot.state() == "free" and slot.number < n_slots:
+                slot.clear_leftovers(keep, files=files)
+            elif slot.state() == "free":
+                files.remove_tree(slot.folder)
+                files.remove(slot.mark("free"))
+
     def lock(self, name: str) -> ProcessLock:
         return ProcessLock(self.folder / name)
 
@@ -179,9 +205,17 @@ class Region:
                 slot.change(state, "staged", files=files)
 
     def remove(self, *, files: Files = DISK) -> None:
-        """Give all memory back."""
-        if self.folder.exists():
-            files.remove_tree(self.folder)
+        """Give all memory back; call as the holder of `trainer.lock`, which keeps ranks out until all else is gone."""
+        for path in sorted(entries(self.folder), key=lambda path: path.name == TRAINER_LOCK):
+            if path.is_dir() and not path.is_symlink():
+                files.remove_tree(path)
+            else:
+                files.remove(path)
+        try:
+            files.rmdir(self.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a rank has just come in
+                raise
 
 
 # -- regions on this machine ---------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +31,8 @@ from lingua.checkpoint.publish import FileFacts, Manifest
 from lingua.checkpoint.slots import Region, Save, Slot
 from lingua.files import DISK, Files
 
-TOUCH_BYTES = 64 << 20
-"""Pages touched between two chances for other threads."""
+STRETCH_BYTES = 64 << 20
+"""Allocated, and touched, between two chances to stop."""
 HASH_BYTES = 16 << 20
 PAGE_BYTES = 4096
 
@@ -38,8 +40,8 @@ PAGE_BYTES = 4096
 class SlotFile:
     """One file of one slot, mapped into this process."""
 
-    def __init__(self, slot: Slot, plan: FilePlan, *, pin: bool) -> None:
-        """Allocate, touch and write the constant parts. Raises OSError: no room, or not our file."""
+    def __init__(self, slot: Slot, plan: FilePlan, device: torch.device, closing: threading.Event) -> None:
+        """Allocate, touch, write the constant parts and pin. Raises OSError: no room, not our file, or `closing`."""
         self.plan = plan
         self._targets: dict[int, Tensor] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -50,17 +52,20 @@ class SlotFile:
                 raise PermissionError(errno.EPERM, "not a file of ours", str(slot.folder / plan.name))
             if facts.st_size > plan.size_bytes:
                 os.ftruncate(descriptor, plan.size_bytes)
-            os.posix_fallocate(descriptor, 0, plan.size_bytes)  # a hole in a full /dev/shm would be a SIGBUS later
+            for start in range(0, plan.size_bytes, STRETCH_BYTES):
+                _go_on(closing)  # a hole in a full /dev/shm would be a SIGBUS later
+                os.posix_fallocate(descriptor, start, min(STRETCH_BYTES, plan.size_bytes - start))
             self._map = mmap.mmap(descriptor, plan.size_bytes)
         finally:
             os.close(descriptor)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        for start in range(0, plan.size_bytes, TOUCH_BYTES):
-            self.bytes[start : start + TOUCH_BYTES : PAGE_BYTES].fill_(0)
+        for start in range(0, plan.size_bytes, STRETCH_BYTES):
+            _go_on(closing)
+            self.bytes[start : start + STRETCH_BYTES : PAGE_BYTES].fill_(0)
         for part in plan.parts:
             if part.constant is not None:
                 self._map[part.offset : part.offset + part.size_bytes] = part.constant
-        self._pinned = pin and _pin(self.bytes)
+        self._pinned = device.type == "cuda" and _pin(self.bytes)
 
     def target(self, part_number: int, source: Tensor) -> Tensor:
         """Where the bytes of a part lie, seen as a tensor like `source`."""
@@ -82,6 +87,11 @@ class SlotFile:
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())  # pyright: ignore[reportOptionalMemberAccess]
             self._pinned = False
+
+
+def _go_on(closing: threading.Event) -> None:
+    if closing.is_set():
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
 
 def _pin(memory: Tensor) -> bool:
@@ -116,6 +126,7 @@ class Stager:
         self._in_flight: torch.cuda.Event | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._failed: OSError | None = None
+        self._closing = threading.Event()
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -125,14 +136,26 @@ class Stager:
 
     def _allocate(self, n_slots: int) -> None:
         """In a thread. A slot for which there is no room is left out."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread begins with device 0
         for number in range(n_slots):
-            slot = self._region.slot(number)
+            slot, files = self._region.slot(number), []
             try:
-                pin = self._device.type == "cuda"
-                self._slots[number] = [SlotFile(slot, file, pin=pin) for file in self._plan.files]
+                for plan in self._plan.files:
+                    files.append(SlotFile(slot, plan, self._device, self._closing))
             except OSError as error:
                 self._failed = error
+                self._give_back(slot, files)
                 return
+            self._slots[number] = files
+
+    def _give_back(self, slot: Slot, files: list[SlotFile]) -> None:
+        """A slot that lacks a part will not be used: free its memory."""
+        for file in files:
+            file.close()
+        for plan in self._plan.files:
+            with suppress(OSError):
+                self._files.remove(slot.folder / plan.name)
 
     def usable_slots(self) -> tuple[set[int], OSError | None]:
         """Numbers of the slots that are allocated, and once, why the next one is not. Waits for the allocation."""
@@ -155,7 +178,12 @@ class Stager:
     def fill(self, number: int, save: Save, tensors: dict[str, Tensor], scalars: bytes, model: nn.Module) -> None:
         """Copy the tensors' present values into a slot. The hash follows in a thread, then `ready` is said."""
         slot = self._region.slot(number)
-        slot.say_unready(self._rank, files=self._files)
+        try:
+            slot.say_unready(self._rank, files=self._files)
+        except OSError as error:  # told by `wait_until_ready`, as all that goes wrong with the memory
+            self._hashing = Future()
+            self._hashing.set_exception(error)
+            return
         pairs = self._pairs(number, tensors)
         small = {layout.train_state_file(self._rank): scalars}
         if self._plan.metadata is not None:
@@ -233,6 +261,7 @@ class Stager:
 
     def close(self) -> None:
         """Wait for the thread and let go of the slots; what they hold stays."""
+        self._closing.set()
         self._worker.shutdown(wait=True)
         for files in self._slots.values():
             for file in files:
