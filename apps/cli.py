@@ -23,7 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # help in boxes would take longer to import than everything else
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Errors are one sentence; --debug or LINGUA_DEBUG=1 shows the traceback. "
-    "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 1 other failures.",
+    "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 76 hung, 130 ended by a "
+    "person, 1 other failures.",
 )
 
 app.add_typer(data_app, name="data")

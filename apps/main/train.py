@@ -1,8 +1,9 @@
 """Train: `python -m apps.main.train config=apps/main/configs/debug.yaml [key=value ...]`. The loop is `train`.
 
 Promise: killed at any line, the same command goes on from the newest published checkpoint; with `deterministic` bit
-for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint. Exit codes: 0 finished, 75
-saved and asks to be started again, 130 Ctrl-C (saved), 1 and 2 failures.
+for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint; a failure of any rank ends all
+within seconds (lingua/guard.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person
+(saved), 76 hung, 1 and 2 failures.
 Cost beside forward, backward and optimizer: one all-reduce of four numbers per step, read one step late.
 
 Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
@@ -67,7 +68,8 @@ usage: python -m apps.main.train [config=]FILE [+OVERLAY ...] [key=value ...] [-
   --debug          show tracebacks
 
 `lingua check FILE` tells what would run; `lingua schema --reference` lists every key.
-Exit codes: 0 finished, 75 saved and asks to be started again, 130 Ctrl-C (saved), 2 bad config, 1 other failures."""
+Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person: Ctrl-C or `lingua stop` (saved),
+2 bad config, 76 hung, 1 other failures."""
 
 
 class NonFiniteError(RunError):
