@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from apps import runs as run_commands
 from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
 from apps.output import AsJson, Debug, show_json
@@ -27,7 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # help in boxes would take longer to import than everything else
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Errors are one sentence; --debug or LINGUA_DEBUG=1 shows the traceback. "
-    "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 1 other failures.",
+    "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 76 hung, 130 ended by a "
+    "person, 1 other failures.",
 )
 
 app.add_typer(ckpt_app, name="ckpt")
@@ -134,6 +136,10 @@ def generate(
     The same as `python -m apps.main.generate`: all words are passed on unchanged.
     """
     _pass_on("generate", words or [])
+
+
+for command in run_commands.COMMANDS:
+    app.command()(command)
 
 
 def _pass_on(room: str, words: list[str]) -> NoReturn:

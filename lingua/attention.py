@@ -99,7 +99,7 @@ def refusal(impl: str, place: Place) -> str | None:
 # Fastest first, where masks are wanted and where they are not. sdpa chooses torch's own best kernel.
 _BEST_MASKED = ("flex", "sdpa")
 _BEST_CAUSAL = ("sdpa",)
-_ALL = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager")
+ALL_IMPLS = ("sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager")
 
 
 def choose(impl: str, place: Place) -> str:
@@ -110,7 +110,7 @@ def choose(impl: str, place: Place) -> str:
     reason = refusal(impl, place)
     if reason is None:
         return impl
-    fitting = [each for each in _ALL if refusal(each, place) is None]
+    fitting = [each for each in ALL_IMPLS if refusal(each, place) is None]
     raise ConfigError(f"model.attn_impl {impl}: {reason}; here these work: {', '.join(fitting)} (or auto)")
 
 

@@ -21,7 +21,9 @@ from typing import Generic, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from lingua.failure import RankError, classify, mark_known
 from lingua.files import RunError
 from lingua.schema import DistributedArgs, EnvironmentArgs
 from lingua.slurm import this_task
@@ -100,6 +102,8 @@ class World:
     """Axes dp_replicate, dp_shard, tp. None: one process."""
     dp_rank: int = 0
     dp_size: int = 1
+    store: dist.Store | None = None
+    """Where the ranks met. None: one process."""
 
     @property
     def is_main(self) -> bool:
@@ -116,13 +120,17 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
     if device.type == "cuda":
         torch.cuda.set_device(device)
     host, port = place.master
+    timeout = timedelta(seconds=args.timeout_s)
+    meeting = "env://" if "RANK" in os.environ else f"tcp://{host}:{port}"  # torchrun keeps its own store
     try:
+        store, _, _ = next(dist.rendezvous(meeting, place.rank, place.world_size, timeout=timeout))
+        store.set_timeout(timeout)
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method="env://" if "RANK" in os.environ else f"tcp://{host}:{port}",  # torchrun keeps its own store
+            store=dist.PrefixStore("ranks", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(seconds=args.timeout_s),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except dist.DistError as error:
@@ -133,17 +141,15 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
         ) from error
     try:
         mesh = init_device_mesh(device.type, (replicate, shard, tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+        for group in mesh.get_all_groups():  # torch gives those of gloo 30 minutes, whatever the default group has
+            _set_pg_timeout(timeout, group)
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
-        yield World(place, device, mesh, dp_rank, replicate * shard)
+        yield World(place, device, mesh, dp_rank, replicate * shard, store)
     finally:
         dist.destroy_process_group()
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------
-
-
-class RankError(RunError):
-    """Another rank failed; the message is its own."""
 
 
 def from_main(act: Callable[[], T]) -> T:
@@ -156,11 +162,12 @@ def from_main(act: Callable[[], T]) -> T:
             outcome = [("ok", act())]
         except Exception as error:
             _broadcast([("error", _portable(error))])
+            mark_known(error)
             raise
     kind, value = _broadcast(outcome)[0]
     if kind == "error":
         assert isinstance(value, Exception)
-        raise value
+        raise mark_known(value)
     return value  # pyright: ignore[reportReturnType]
 
 
@@ -174,13 +181,13 @@ def on_every_rank(act: Callable[[], T]) -> T:
         result = act()
     except Exception as caught:
         error = caught
-    reports: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+    reports: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if error is None else (f"{type(error).__name__}: {error}", classify(error)))
     if error is not None:
-        raise error
-    failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report is not None]
+        raise mark_known(error)
+    failed = [(f"rank {rank}: {report[0]}", report[1]) for rank, report in enumerate(reports) if report is not None]
     if failed:
-        raise RankError(failed[0])
+        raise mark_known(RankError(*failed[0]))
     return result  # pyright: ignore[reportReturnType]
 
 
@@ -203,7 +210,7 @@ def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RankError(f"{type(error).__name__}: {error}")
+        return RankError(f"{type(error).__name__}: {error}", classify(error))
     return error
 
 

@@ -48,6 +48,7 @@ _FREE = (
     "gc_collect_freq",
     "probe_freq",
     "stop_signals",
+    "watchdog",
     "sample_prompt",
 )
 

@@ -91,6 +91,13 @@ def forward_precision(model: nn.Module, args: DistributedArgs, device: torch.dev
     return torch.autocast(device.type, dtype=DTYPES[args.model_dtype])
 
 
+def reshard(model: nn.Module) -> None:
+    """Put the shards back in place of gathered parameters, which a forward pass without a backward leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def sync_gradients(model: nn.Module, wanted: bool) -> None:
     """Whether the next backward reduces gradients over ranks; the last micro step of a step must."""
     if isinstance(model, FSDPModule):

@@ -17,7 +17,9 @@ from typing import Any
 
 import orjson
 
-from lingua.files import write_whole
+from lingua.files import entries, write_whole
+from lingua.logger import RANK_LOGS
+from lingua.signals import STOP_REQUEST
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ STOP_FILE = "stop.json"
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_REQUEUE = 75  # sysexits.h EX_TEMPFAIL: saved, start me again
-EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+EXIT_HUNG = 76  # the watchdog ended it
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C: a person wanted it to end, and it stays ended
 
 _SHOWN = re.compile(
     r"^(SLURM|SBATCH|CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|LINGUA|WANDB|HF|UV|PYTHON|TRITON)"
@@ -47,6 +50,26 @@ def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.e
     write_whole(run_dir / "run.sh", f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in public_environment(env).items()]
     write_whole(run_dir / "env.txt", "".join(lines).encode())
+
+
+def end_asked_for(received: str) -> tuple[str, int]:
+    """(reason for stop.json, exit code) of a run that was asked to stop, by a signal or by `lingua stop`."""
+    if received == STOP_REQUEST:
+        return "asked", EXIT_INTERRUPTED
+    return "signal", EXIT_INTERRUPTED if received == "SIGINT" else EXIT_REQUEUE
+
+
+def put_by_last_words(run_dir: Path, incarnation: int) -> None:
+    """Number what an earlier start, `incarnation`, said at its end; stop.json and its like tell of the newest or none.
+
+    logs/stop.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt tell of start 1.
+    """
+    said = [path for path in entries(run_dir / RANK_LOGS) if re.fullmatch(r"(error|stacks)_\d+\.(json|txt)", path.name)]
+    for path in (run_dir / STOP_FILE, *said):
+        target = run_dir / RANK_LOGS / f"{path.stem}.{incarnation:04d}{path.suffix}"
+        if path.is_file():
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
 
 
 def describe_stop(run_dir: Path, reason: str, exit_code: int, **more: Any) -> None:

@@ -3,7 +3,7 @@
 Promise: two trainers never own a folder at once; the second is refused with a sentence that says who is there. The
 lock of a dead owner holds nobody up for longer than a minute, and not at all when its death is certain (same host: no
 such process; same Slurm job, restarted). An owner that was overtaken while it slept learns it before it publishes.
-Cost: one small file per start, touched every 15 s by a thread.
+Cost: one small file per start, touched every BEAT_S by a thread, which then looks whether `lingua stop` has asked.
 
 The folder `incarnations/` holds one file per start, 0000000001.json and so on; the owner is the one with the highest
 number. Taking over means creating the next number, which a file system grants to one process only, so there is no
@@ -29,7 +29,7 @@ from lingua.files import RunError, entries, read_json, write_json, write_whole
 log = logging.getLogger(__name__)
 
 FOLDER = "incarnations"
-BEAT_S = 15.0
+BEAT_S = 10.0
 DEAD_AFTER_S = 60.0
 _NAME = re.compile(r"(\d{10})\.json", re.ASCII)
 
@@ -115,6 +115,20 @@ def _claim(draft: Path, path: Path) -> None:
             file.write(draft.read_bytes())
 
 
+def stop_request(run_dir: Path, incarnation: int) -> Path:
+    """The file that asks this very start to stop; a later start knows nothing of it."""
+    return run_dir / FOLDER / f"{incarnation:010d}.stop"
+
+
+def ask_to_stop(run_dir: Path, incarnation: int) -> None:
+    """Ask a start to stop, from any machine that sees the folder. Raises RunError where one may not write."""
+    path = stop_request(run_dir, incarnation)
+    try:
+        write_whole(path, b"")
+    except OSError as error:
+        raise RunError(f"cannot ask {run_dir} to stop: {error.strerror} ({path.parent}); its owner can") from None
+
+
 @dataclass(frozen=True)
 class Start:
     """The newest start of a run, as far as reading alone can tell."""
@@ -172,6 +186,8 @@ class RunLock:
         self._thread: threading.Thread | None = None
         self.incarnation = 0
         """Number of this start, from 1. 0: not the owner."""
+        self.on_stop_request: Callable[[], object] = lambda: None
+        """Called, from the beating thread, when somebody has asked this start to stop."""
 
     def acquire(self) -> int:
         """Become the owner; returns the incarnation. Raises OccupiedError, or RunError for an unwritable folder."""
@@ -259,6 +275,8 @@ class RunLock:
         while not self._stop.wait(BEAT_S):
             try:
                 self._touch(_path(self._folder, self.incarnation))
+                if stop_request(self._run_dir, self.incarnation).exists():
+                    self.on_stop_request()
             except OSError as error:
                 log.warning("no heartbeat in %s: %s", self._run_dir, error)
 

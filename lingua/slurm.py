@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -106,3 +107,31 @@ def job_end_s(env: Mapping[str, str], grace_s: float | None, asked_at_s: float) 
     if env.get("SLURM_JOB_END_TIME", "").isdigit():
         limits.append(float(env["SLURM_JOB_END_TIME"]))
     return min(limits, default=None)
+
+
+def this_node_name(env: Mapping[str, str]) -> str:
+    """Slurm's name of this node, which `--exclude` understands; the host's own outside Slurm."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def node_of_each_task(env: Mapping[str, str]) -> list[str]:
+    """The node of every task of this step, by rank, as `--distribution=block` lays them out; [] outside a step."""
+    if "SLURM_STEP_NODELIST" not in env:
+        return []
+    nodes = expand_hosts(env["SLURM_STEP_NODELIST"])
+    counts = _expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return [node for node, n_tasks in zip(nodes, counts, strict=False) for _ in range(n_tasks)]
+
+
+def expand_hosts(node_list: str) -> list[str]:
+    """`gpu[003-004,9],x1` -> ["gpu003", "gpu004", "gpu9", "x1"]."""
+    hosts = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):
+        prefix, _, rest = part.partition("[")
+        numbers, _, suffix = rest.partition("]")
+        for span in numbers.split(",") if rest else [""]:
+            first, _, last = span.partition("-")
+            ends = range(int(first), int(last) + 1) if last else None
+            middle = [span] if ends is None else [f"{number:0{len(first)}d}" for number in ends]
+            hosts += [prefix + number + suffix for number in middle]
+    return hosts

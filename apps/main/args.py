@@ -25,6 +25,7 @@ from lingua.schema import (
     ProfilerArgs,
 )
 from lingua.slurm import SlurmArgs
+from lingua.watchdog import WatchdogArgs
 
 
 class LMTransformerArgs(LlamaArgs):
@@ -88,6 +89,8 @@ class TrainArgs(Args):
     distributed: DistributedArgs = DistributedArgs()
     env: EnvironmentArgs = EnvironmentArgs()
     checkpoint: CheckpointArgs = CheckpointArgs()
+    watchdog: WatchdogArgs | None = WatchdogArgs()
+    """When the run counts as hung. Null: never."""
     validation: ValidationArgs = ValidationArgs()
     profiling: ProfilerArgs = ProfilerArgs()
     logging: LoggingArgs = LoggingArgs()

@@ -27,7 +27,7 @@ from lingua.metrics import MetricLogger
 from lingua.parallel import DTYPES
 from lingua.profiling import measured_matmul_flops
 from lingua.progress import Meter
-from lingua.runfolder import STOP_FILE, describe_start
+from lingua.runfolder import describe_start, put_by_last_words
 from lingua.runlock import RunLock, this_process
 from lingua.schema import GeneratorArgs
 from lingua.slurm import this_job
@@ -46,13 +46,6 @@ class RunFolder:
     path: Path
     incarnation: int
     lock: RunLock | None
-    log_file: logging.Handler
-
-    def note_failure(self, error: Exception) -> None:
-        """Into this rank's log file; the terminal hears of it by the exit."""
-        text = f"ended by {type(error).__name__}: {error}"
-        trace = (type(error), error, error.__traceback__)
-        self.log_file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), trace))
 
 
 @contextmanager
@@ -70,7 +63,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
                 f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
             ) from error
         incarnation = lock.acquire()
-        (path / STOP_FILE).unlink(missing_ok=True)  # it tells of this start or of none
+        put_by_last_words(path, incarnation - 1)
         _freeze_config(path, checked, incarnation)
         describe_start(path, ["-m", f"{checked.args.app}.train", *words])
         return incarnation
@@ -79,13 +72,22 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
         incarnation = from_main(begin)
         handler = log_to_folder(path, world.place.rank)
         try:
-            yield RunFolder(path, incarnation, lock, handler)
+            yield RunFolder(path, incarnation, lock)
+        except Exception as error:
+            _note_failure(handler, error)
+            raise
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
     finally:
         if lock is not None:
             lock.release()
+
+
+def _note_failure(log_file: logging.Handler, error: Exception) -> None:
+    """Into this rank's log file; the terminal hears of it by the exit."""
+    text, trace = f"ended by {type(error).__name__}: {error}", (type(error), error, error.__traceback__)
+    log_file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), trace))
 
 
 def _freeze_config(path: Path, checked: Checked, incarnation: int) -> None:

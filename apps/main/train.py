@@ -1,8 +1,9 @@
 """Train: `python -m apps.main.train config=apps/main/configs/debug.yaml [key=value ...]`. The loop is `train`.
 
 Promise: killed at any line, the same command goes on from the newest published checkpoint; with `deterministic` bit
-for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint. Exit codes: 0 finished, 75
-saved and asks to be started again, 130 Ctrl-C (saved), 1 and 2 failures.
+for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint; a failure of any rank ends all
+within seconds (lingua/guard.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person
+(saved), 76 hung, 1 and 2 failures.
 Cost beside forward, backward and optimizer: one all-reduce of four numbers per step, read one step late.
 
 Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -26,14 +28,16 @@ from lingua.checkpoint.manager import SaveReport
 from lingua.distributed import Votes, find_place, first_given, from_main, pick_device, set_environment, start_world
 from lingua.entry import parse_command_line, run_main
 from lingua.files import RunError
+from lingua.guard import Guard
 from lingua.logger import start_logging
 from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
 from lingua.optim import clip_and_check, optimizer_step
 from lingua.parallel import forward_precision, sync_gradients
+from lingua.peers import Peers
 from lingua.profiling import Profiler, memory_metrics
 from lingua.progress import Lap, Meter, ProgressLine
-from lingua.runfolder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, describe_stop
-from lingua.signals import StopSignals
+from lingua.runfolder import EXIT_FINISHED, describe_stop, end_asked_for
+from lingua.signals import STOP_REQUEST, StopSignals
 from lingua.slurm import job_end_s
 
 from .build import Run, build_run
@@ -63,7 +67,8 @@ usage: python -m apps.main.train [config=]FILE [+OVERLAY ...] [key=value ...] [-
   --debug          show tracebacks
 
 `lingua check FILE` tells what would run; `lingua schema --reference` lists every key.
-Exit codes: 0 finished, 75 saved and asks to be started again, 130 Ctrl-C (saved), 2 bad config, 1 other failures."""
+Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person: Ctrl-C or `lingua stop` (saved),
+2 bad config, 76 hung, 1 other failures."""
 
 
 class NonFiniteError(RunError):
@@ -81,7 +86,7 @@ class StepFacts:
     lap: Lap
 
 
-def train(run: Run, signals: StopSignals, judge: Judge) -> SaveReport:
+def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     """Train until the last step, or until a rank is asked to stop, and save; returns how that went.
 
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
@@ -122,22 +127,24 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> SaveReport:
             run.advance()
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(signals.received is not None)]))
+            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(guard.asked)]))
+            guard.pulse.beat(run.step)
             profiler.step(run.step)
             judge.progress.advance(run.step)
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
             if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
-                with meter.paused():
-                    judge.report_validation(validate(run))
+                with meter.paused(), guard.pulse.during("validation"):
+                    judge.report_validation(validate(run, guard))
             if run.manager.is_due(run.step) and run.step < size.n_steps:
                 judge.hear(votes.read())  # what is saved must have been judged
-                with meter.paused():
+                with meter.paused(), guard.pulse.during("checkpoint"):
                     run.manager.save(run.step, run.snapshot())
         judge.hear(votes.read())
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
-    return run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
+    with guard.pulse.during("checkpoint"):
+        return run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
 
 
 class Judge:
@@ -157,9 +164,8 @@ class Judge:
             return
         facts, (loss_sum, norm_sum, bad_ranks, stop_ranks) = verdict
         n_ranks = self._run.world.place.world_size
-        if stop_ranks > 0 and not self.stop:
-            self.stop = True
-            log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
+        if stop_ranks > 0:
+            self.stop_soon()
         if bad_ranks > 0:
             self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
         elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
@@ -169,8 +175,17 @@ class Judge:
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
             self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks)
 
-    def report_validation(self, losses: dict[str, float]) -> dict[str, float]:
-        """Held-out losses at the present step, handed through."""
+    def stop_soon(self) -> None:
+        """All ranks have agreed to stop."""
+        if not self.stop:
+            self.stop = True
+            log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
+
+    def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:
+        """Held-out losses at the present step, handed through. None: all ranks agreed to stop instead."""
+        if losses is None:
+            self.stop_soon()
+            return {}
         if self._metrics is not None and losses:
             log.info("validation at step %d: %s", self._run.step, "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
             self._metrics.log_validation({"global_step": self._run.step, **losses})
@@ -231,59 +246,79 @@ def main(words: list[str]) -> int:
     set_environment(args.env, place, on_gpu=device.type == "cuda")
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(args.stop_signals))
-        world = stack.enter_context(start_world(args.distributed, place, device))
-        folder = stack.enter_context(open_run_folder(checked, words, world))
-        use_embedded_corpus(args)
-        try:
+        guard = stack.enter_context(Guard(place.rank, signals, args.watchdog, Path(args.dump_dir)))
+        with guard.reporting():
+            world = stack.enter_context(start_world(args.distributed, place, device))
+            if world.store is not None:
+                guard.join(Peers(world.store, place.rank, place.world_size))
+            folder = stack.enter_context(open_run_folder(checked, words, world))
+            guard.open(folder.incarnation)
+            if folder.lock is not None:
+                folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
+                guard.last_acts.append(folder.lock.release)
+            use_embedded_corpus(args)
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
+            guard.pulse.step = run.step
             say_hello(run, checked, folder.incarnation)
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
-            judge = Judge(run, meter, progress, metrics)
-            return train_to_the_end(run, signals, judge, words)
-        except Exception as error:
-            folder.note_failure(error)
-            if world.is_main:
-                describe_stop(folder.path, "error", EXIT_FAILED, error=f"{type(error).__name__}: {error}")
-            raise
+            guard.last_acts.append(progress.stop)
+            return train_to_the_end(run, guard, Judge(run, meter, progress, metrics), words)
 
 
-def train_to_the_end(run: Run, signals: StopSignals, judge: Judge, words: list[str]) -> int:
+def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
-    args = run.args
+    args, n_steps = run.args, run.size.n_steps
     unsaved: str | None = None
-    if run.step >= run.size.n_steps and was_said(run):
+    if run.step >= n_steps and was_validated(run):
         say_finished_already(run)
         describe_end(run, "finished", EXIT_FINISHED)
         return EXIT_FINISHED
-    if run.step < run.size.n_steps:
+    if run.step < n_steps:
         if run.step == 0 and args.validation.at_ends:
-            run.shared["validation_at_start"] = judge.report_validation(validate(run))
+            run.shared["validation_at_start"] = judge.report_validation(validate(run, guard))
+        elif not was_validated(run):  # a stop came in between
+            judge.report_validation(validate(run, guard))
         gc.disable()
-        unsaved = train(run, signals, judge).error
+        unsaved = None if judge.stop else train(run, guard, judge).error  # stopped already: there is nothing new
         gc.enable()
-    if run.step >= run.size.n_steps:
-        after = judge.report_validation(validate(run)) if args.validation.at_ends else {}
-        if args.sample_prompt is not None:
-            say_sample(run, args.sample_prompt)
-        say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
-        describe_end(run, "finished", EXIT_FINISHED)
-        return EXIT_FINISHED
-    signal = first_given(signals.received)
-    exit_code = EXIT_INTERRUPTED if signal == "SIGINT" else EXIT_REQUEUE
+    stopped, after = run.step < n_steps, {}
+    if not stopped and args.validation.at_ends:
+        with guard.pulse.during("validation"):
+            losses = validate(run, guard)
+        stopped, after = losses is None, judge.report_validation(losses)
+    if stopped:
+        return say_stopped(run, guard, unsaved)
+    if args.sample_prompt is not None:
+        say_sample(run, args.sample_prompt)
+    say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
+    describe_end(run, "finished", EXIT_FINISHED)
+    return EXIT_FINISHED
+
+
+def say_stopped(run: Run, guard: Guard, unsaved: str | None) -> int:
+    """Leave the word that the run was asked to stop; `unsaved`: why without a checkpoint. Returns the exit code.
+
+    Collective.
+    """
+    received = first_given(guard.received)
+    assert received is not None, "the votes said so"
+    reason, exit_code = end_asked_for(received)
     if run.world.is_main:
         if unsaved is None:
-            log.info("stopped by %s after step %d, saved; the same command goes on from there", signal, run.step)
+            log.info("stopped by %s after step %d, saved; the same command goes on from there", received, run.step)
         else:
-            log.warning("stopped by %s after step %d: %s", signal, run.step, unsaved)
-    describe_end(run, "signal", exit_code, signal=signal, unsaved=unsaved)
+            log.warning("stopped by %s after step %d: %s", received, run.step, unsaved)
+    describe_end(run, reason, exit_code, signal=received, unsaved=unsaved)
     return exit_code
 
 
-def was_said(run: Run) -> bool:
-    """Whether the last step was validated already; a kill after the last checkpoint leaves that to do. Collective."""
-    if not run.args.validation.at_ends:
+def was_validated(run: Run) -> bool:
+    """Whether nothing is owed at this step: a kill or a stop may come between a step and its validation. Collective."""
+    every, at_end = run.args.validation.every, run.step >= run.size.n_steps
+    due = run.args.validation.at_ends if at_end else run.step and every and run.step % every == 0
+    if not due or not run.held_out:
         return True
     file = run.run_dir / VALIDATION_FILE
     return from_main(lambda: file.is_file() and any(r["global_step"] == run.step for r in read_metrics(file)))

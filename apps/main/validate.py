@@ -1,8 +1,8 @@
 """Held-out loss inside training: nats per token and bits per byte of each source's `*.val.jsonl`.
 
 Promise: the same number on any number of ranks (up to the order of a sum); neither the data order nor any random
-state moves. Collective: all ranks take part.
-Cost: one forward pass over `validation.max_rows` rows per source, shared among the ranks.
+state moves. A stop asked of any rank ends it on all after the same batch. Collective: all ranks take part.
+Cost: one forward pass over `validation.max_rows` rows per source, shared among the ranks, and a vote per batch.
 """
 
 from __future__ import annotations
@@ -13,23 +13,40 @@ import math
 import torch
 import torch.distributed as dist
 
-from lingua.parallel import forward_precision
+from lingua.distributed import Votes
+from lingua.guard import Guard
+from lingua.parallel import forward_precision, reshard
 
 from .build import Run
 
 log = logging.getLogger(__name__)
 
 
+def validate(run: Run, guard: Guard) -> dict[str, float] | None:
+    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ...}` at the run's present step.
+
+    None, on all ranks alike, when one of them was asked to stop; what was measured by then is thrown away.
+    """
+    run.model.eval()
+    try:
+        return _measure(run, guard)
+    finally:
+        reshard(run.model)
+        run.model.train()
+
+
 @torch.no_grad()
-def validate(run: Run) -> dict[str, float]:
-    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ...}` at the run's present step."""
+def _measure(run: Run, guard: Guard) -> dict[str, float] | None:
     device, world = run.world.device, run.world
     precision = forward_precision(run.model, run.args.distributed, device)
     results: dict[str, float] = {}
-    run.model.eval()
+    votes: Votes[None] = Votes(device)
     for source in run.held_out:
         total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, scored tokens
         for tokens, labels in source.share(world.dp_rank, world.dp_size, run.args.data.batch_size):
+            verdict = votes.cast(None, [float(guard.asked)])
+            if verdict is not None and verdict[1][0] > 0:
+                return None
             with precision:
                 loss_sum, n_tokens = run.model(
                     torch.from_numpy(tokens).to(device).long(),
@@ -42,5 +59,4 @@ def validate(run: Run) -> dict[str, float]:
         nats, n_tokens = total.tolist()
         results[f"{source.name}/nll"] = nats / n_tokens
         results[f"{source.name}/bpb"] = nats / math.log(2) / source.n_bytes
-    run.model.train()
     return results

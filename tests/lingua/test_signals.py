@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from lingua.signals import StopSignals
+from lingua.signals import STOP_REQUEST, StopSignals
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
@@ -38,3 +38,31 @@ def test_old_handlers_come_back():
     with StopSignals(["SIGTERM"]):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_waiting_thread_hears_a_signal_that_python_has_not_handled_yet():
+    """As while the main thread is inside a long call; here the handler that would note it is not run at all."""
+    with StopSignals(["SIGTERM"]) as signals:
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received is None
+        signals.wait(10)
+        assert signals.received == "SIGTERM"
+
+
+def test_waiting_ends_on_request_and_other_signals_mean_nothing():
+    with StopSignals(["SIGTERM"]) as signals:
+        old = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        signals.wait(10)
+        signal.signal(signal.SIGUSR1, old)
+        signals.wake()
+        signals.wait(10)
+        assert signals.received is None
+
+
+def test_a_request_counts_as_a_signal_does():
+    with StopSignals(["SIGTERM"], now=lambda: 7.0) as signals:
+        signals.ask(STOP_REQUEST)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (signals.received, signals.received_at_s) == (STOP_REQUEST, 7.0)

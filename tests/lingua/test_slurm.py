@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from lingua.slurm import SlurmTask, first_host, this_job, this_task
+from lingua.slurm import SlurmTask, expand_hosts, first_host, node_of_each_task, this_job, this_node_name, this_task
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,23 @@ def test_unreadable_counts_are_named():
 )
 def test_the_job_and_how_often_it_was_requeued(env: dict[str, str], expected: tuple[str, int]):
     assert this_job(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("n1", ["n1"]),
+        ("gpu[003-005,9],x1", ["gpu003", "gpu004", "gpu005", "gpu9", "x1"]),
+        ("a[1-2]-ib,b", ["a1-ib", "a2-ib", "b"]),
+    ],
+)
+def test_hosts_of_a_node_list(text: str, hosts: list[str]):
+    assert expand_hosts(text) == hosts
+
+
+def test_the_node_of_each_task():
+    env = {"SLURM_STEP_NODELIST": "n[1-2],m7", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
+    assert node_of_each_task(env) == ["n1", "n1", "n2", "n2", "m7"]
+    assert node_of_each_task({}) == []
+    assert this_node_name({"SLURMD_NODENAME": "n7"}) == "n7"
+    assert this_node_name({}) == os.uname().nodename

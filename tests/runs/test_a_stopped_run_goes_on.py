@@ -1,11 +1,18 @@
 """A stop signal on any rank ends all ranks after the same step, with a checkpoint; the run goes on from it bitwise."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
-from tests.trainer import TINY, at_step, fingerprint, losses, published, send_self, train
+import apps.main.build
+from lingua.data.heldout import HeldOut
+from lingua.metrics import read_metrics
+from lingua.tokenizer import Tokenizer, TokenizerArgs
+from tests.trainer import TINY, Hook, at_step, fingerprint, losses, published, send_self, train
 
 WORDS = [*TINY, "steps=10"]
 
@@ -63,3 +70,67 @@ def test_a_signal_after_the_last_step_changes_nothing(tmp_path: Path):
     result = train([*WORDS, f"dump_dir={tmp_path}"], hook=at_step(10, send_self("SIGTERM")))
     assert result.exit_code == 0, result.output
     assert published(tmp_path) == [10]
+
+
+def ask_while_building(rank_asked: int, name: str = "SIGTERM") -> Hook:
+    """Hook: one rank gets a signal while it builds its tokenizer, which then takes for ever."""
+
+    def hook(rank: int) -> None:
+        build = apps.main.build.build_tokenizer
+
+        def build_slowly(args: TokenizerArgs) -> Tokenizer:
+            if rank == rank_asked:
+                send_self(name)()
+                threading.Event().wait()
+            return build(args)
+
+        setattr(apps.main.build, "build_tokenizer", build_slowly)  # noqa: B010
+
+    return hook
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_start_is_left_at_once(tmp_path: Path, name: str, exit_code: int):
+    words = [*WORDS, f"dump_dir={tmp_path}"]
+    result = train(words, hook=ask_while_building(0, name))
+    assert result.exit_code == exit_code, result.output
+    assert "nothing is lost" in result.output
+    stop = orjson.loads((tmp_path / "stop.json").read_bytes())
+    assert (stop["reason"], stop["signal"], stop["exit_code"]) == ("signal", name, exit_code)
+    assert orjson.loads((tmp_path / "incarnations" / "0000000001.json").read_bytes())["released"]
+    assert train(words).exit_code == 0
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_start_is_left_by_all_ranks_while_they_wait_for_each_other(tmp_path: Path, asked: int):
+    words = [*WORDS, f"dump_dir={tmp_path}", "distributed.timeout_s=300"]
+    result = train(words, n_ranks=2, hook=ask_while_building(asked))
+    assert result.exit_code == 75, result.output
+    assert orjson.loads((tmp_path / "stop.json").read_bytes())["exit_code"] == 75
+    assert train(words, n_ranks=2).exit_code == 0
+
+
+@pytest.mark.ranks
+def test_validation_is_left_by_all_ranks_and_made_up_for(tmp_path: Path):
+    """One rank is asked after the first of many batches; the next start begins with that validation."""
+
+    def hook(rank: int) -> None:
+        share = HeldOut.share
+
+        def ask_after_one(self: HeldOut, *args: int) -> Iterator[Any]:
+            for number, batch in enumerate(share(self, *args)):
+                if number == 1 and rank == 1:
+                    send_self("SIGTERM")()
+                assert number < 4, "validation went on"
+                yield batch
+
+        setattr(HeldOut, "share", ask_after_one)  # noqa: B010
+
+    words = [*WORDS, f"dump_dir={tmp_path}", "validation.every=5", "validation.max_rows=64"]
+    result = train(words, n_ranks=2, hook=hook)
+    assert result.exit_code == 75, result.output
+    assert published(tmp_path) == [5]
+    assert not (tmp_path / "metrics.validation.jsonl").exists()
+    assert train(words, n_ranks=2).exit_code == 0
+    assert [record["global_step"] for record in read_metrics(tmp_path / "metrics.validation.jsonl")] == [5]

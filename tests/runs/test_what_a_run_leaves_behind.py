@@ -9,6 +9,7 @@ import yaml
 
 import apps.main.train
 from apps.main.build import Run
+from lingua.guard import Guard
 from lingua.metrics import read_metrics
 from tests.trainer import TINY, at_step, kill_self, train
 
@@ -83,11 +84,11 @@ def test_what_is_left_to_do_after_the_last_checkpoint_is_done_by_the_next_start(
         validate = apps.main.train.validate
         calls: list[int] = []
 
-        def once(run: Run) -> dict[str, float]:
+        def once(run: Run, guard: Guard) -> dict[str, float] | None:
             calls.append(1)
             if len(calls) == 2:
                 kill_self()
-            return validate(run)
+            return validate(run, guard)
 
         setattr(apps.main.train, "validate", once)  # noqa: B010
 

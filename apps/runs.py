@@ -1,0 +1,163 @@
+"""`lingua why | status | runs | diff | stop | doctor`: how runs are doing, from a login node.
+
+Thin: each command reads run folders, asks Slurm at most once and prints what lingua/status.py says. No torch, except
+in `doctor`, which tells what torch can do here. `--json` prints one JSON value instead.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lingua.runfacts import RunFacts
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
+
+
+def why(run: Run, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Tell in five lines what ended a run.
+
+    From stop.json, the error files of the ranks, the starts, the metrics, and Slurm where it can be reached.
+    """
+    from lingua.runlock import this_process
+    from lingua.status import why as explain
+
+    (facts,) = _read([run], from_accounts=True)
+    told = explain(facts, this_process())
+    _print(told, [f"{name:<6} {text}" for name, text in told.items()], as_json)
+
+
+def status(runs: Runs, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show how runs are doing: step, speed, time left, last checkpoint and evaluation, and the Slurm job."""
+    from dataclasses import asdict
+
+    from lingua.runlock import this_process
+    from lingua.status import describe, status_of
+
+    found = [status_of(facts, this_process()) for facts in _read(runs)]
+    lines = [line for one in found for line in describe(one)]
+    _print([asdict(one) for one in found], lines, as_json)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Runs at or below this folder, up to four levels.")] = Path("out"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs below a folder, one line each."""
+    from dataclasses import asdict
+
+    from lingua.runfacts import find_runs
+    from lingua.runlock import this_process
+    from lingua.status import status_of, table
+
+    found = [status_of(facts, this_process()) for facts in _read(find_runs(folder))]
+    _print([asdict(one) for one in found], table(found) if found else [f"no runs in {folder}"], as_json)
+
+
+def diff(
+    left: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    right: Annotated[Path, typer.Argument(metavar="RUN", help="Another.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two runs: keys of their configs that differ, and their losses at common steps."""
+    from lingua.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
+    from lingua.rundiff import ABSENT, common_curves, config_differences, describe
+
+    both = _read([left, right])
+
+    def records(facts: RunFacts, name: str) -> list[dict[str, Any]]:
+        file = facts.path / name
+        return read_metrics(file) if file.is_file() else []
+
+    a, b = both
+    curves = common_curves(records(a, METRICS_FILE), records(b, METRICS_FILE))
+    held_out = records(a, VALIDATION_FILE), records(b, VALIDATION_FILE)
+    keys = sorted({key for one in held_out for record in one for key in record if "/" in key})
+    validation = {key: common_curves(*held_out, key) for key in keys}
+    differences = config_differences(a.config, b.config)
+    record = {
+        "config": {key: [None if v is ABSENT else v for v in values] for key, values in differences.items()},
+        "loss": curves.__dict__ | {"first_difference": curves.first_difference},
+        "validation": {key: curve.__dict__ for key, curve in validation.items()},
+    }
+    names = (str(a.path), str(b.path))
+    _print(record, describe(names, differences, curves, validation), as_json)
+
+
+def stop(run: Run, debug: Debug = False) -> None:
+    """Ask a running run to end politely: it saves after the step it is at, and is not requeued.
+
+    For any machine that sees the run folder. The run looks every ten seconds, off its hot path; its exit code is then
+    130. What waits in Slurm's queue is not running: cancel that job.
+    """
+    from lingua.files import RunError
+    from lingua.runlock import BEAT_S, ask_to_stop, this_process
+    from lingua.status import is_alive, state_of
+
+    (facts,) = _read([run])
+    if facts.start is None or not is_alive(facts, this_process()):
+        waiting = facts.job is not None and facts.job.is_waiting
+        remedy = f"; to keep job {facts.job_id} from starting it again: scancel {facts.job_id}" if waiting else ""
+        raise RunError(f"{facts.path} is not running, it is {state_of(facts, this_process())}{remedy}")
+    ask_to_stop(facts.path, facts.start.number)
+    print(
+        f"asked start {facts.start.number} of {facts.path} on {facts.start.owner.host} to stop; it looks every "
+        f"{BEAT_S:.0f} s, finishes its step and saves. `lingua status {facts.path}` shows when it has"
+    )
+
+
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where runs are to lie.")] = Path("out"),
+    node: Annotated[
+        bool, typer.Option("--node", help="Only whether this node is fit to train, as jobs check it.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what this machine can do for training, and what is wrong, with the remedy. Exit code 1: something is wrong.
+
+    With --node, the self-test that a job makes on each of its nodes before it begins; it prints JSON.
+    """
+    if node:
+        from lingua.node_check import main as check_node
+
+        raise typer.Exit(check_node(["--dir", str(folder)]))
+    from dataclasses import asdict
+
+    from lingua.doctor import examine, table
+
+    findings = examine(folder)
+    _print([asdict(finding) for finding in findings], table(findings), as_json)
+    raise typer.Exit(1 if any(finding.level == "wrong" for finding in findings) else 0)
+
+
+COMMANDS = (why, status, runs, diff, stop, doctor)
+
+
+def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:
+    """Facts of run folders, those of Slurm included where a run knows a job. Raises RunError where there is no run."""
+    from dataclasses import replace
+
+    from lingua.queue import job_of, jobs_in_queue
+    from lingua.runfacts import find_run, read_run
+
+    found = [read_run(find_run(path)) for path in paths]
+    queue = jobs_in_queue() if any(facts.job_id for facts in found) else {}
+    if from_accounts:
+        return [replace(facts, job=job_of(facts.job_id, queue)) for facts in found]
+    return [replace(facts, job=queue.get(facts.job_id)) for facts in found]
+
+
+def _print(record: Any, lines: list[str], as_json: bool) -> None:
+    import orjson
+
+    print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode() if as_json else os.linesep.join(lines))

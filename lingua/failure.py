@@ -1,0 +1,178 @@
+"""What ended a run, told apart well enough to decide whether starting it again may help.
+
+Promise: every failure has exactly one kind, decided by `classify` from the error alone; whatever no rule knows is a
+`bug`. `logs/error_<rank>.json` says the kind, and so does `stop.json`. Torch-free: torch's errors are known by name.
+Cost: nothing until something fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import socket
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lingua.files import RunError, entries, read_json, write_json
+from lingua.logger import RANK_LOGS
+
+log = logging.getLogger(__name__)
+
+
+class RankError(RunError):
+    """Another rank failed, or cannot be reached. `kind` is that rank's."""
+
+    def __init__(self, message: str, kind: str = "nccl") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class HungError(RunError):
+    """This rank counts as hung."""
+
+    kind = "hang"
+
+
+class Kind(NamedTuple):
+    """What follows from a kind of failure."""
+
+    restart_may_help: bool
+    """Whether the same command on the same data may get further, perhaps on another node."""
+    remedy: str
+
+
+KINDS: dict[str, Kind] = {
+    "config": Kind(False, "mend the config; `lingua check` tells whether it is right"),
+    "setup": Kind(False, "do what the message says, then start it again"),
+    "data": Kind(False, "mend the file, or pass over its rows with data.skip_rows"),
+    "nan": Kind(False, "pass over these rows with data.skip_rows, or lower optim.lr"),
+    "oom": Kind(False, "lower data.batch_size (grad_acc_steps follows), or set full_activation_checkpointing"),
+    "disk_full": Kind(False, "make room, or raise the quota; checkpoints that are published are whole"),
+    "occupied": Kind(False, "another start owns the run folder: stop that one, or choose another name"),
+    "disk": Kind(True, "the disk or its server failed; see whether other jobs on that node can read it"),
+    "nccl": Kind(True, "a rank or the network between ranks was lost; the other error files tell which"),
+    "device": Kind(True, "a GPU failed; exclude its node and tell who looks after it"),
+    "worker": Kind(True, "a loader process died, often for want of memory: lower data.prefetch_size or num_workers"),
+    "hang": Kind(True, "logs/stacks_<rank>.txt shows where each rank stood"),
+    "bug": Kind(True, "the traceback is in the error file and in the log of that rank"),
+}
+
+_BY_CLASS = {
+    "ConfigError": "config",
+    "DataError": "data",
+    "NonFiniteError": "nan",
+    "OccupiedError": "occupied",
+    "OutOfMemoryError": "oom",  # torch's
+    "MemoryError": "oom",
+    "DistError": "nccl",  # torch's, with DistBackendError, DistNetworkError and DistStoreError below it
+    "ConnectionError": "nccl",
+}
+# Messages of torch, NCCL, gloo and CUDA, which come as plain RuntimeErrors; the first that is found decides.
+_BY_MESSAGE: tuple[tuple[str, str], ...] = (
+    (r"out of memory|can't allocate memory|not enough memory", "oom"),
+    (r"device-side assert", "bug"),  # an index out of range, say
+    (r"NCCL|\bgloo\b|Connection (closed|reset) by peer|ProcessGroup", "nccl"),
+    (r"did not meet the others", "nccl"),
+    (r"CUDA error|CUDNN_STATUS|CUBLAS_STATUS|\bECC\b|no CUDA-capable device", "device"),
+    (r"loader worker \d+ .*(was killed|ended with exit code)", "worker"),
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def classify(error: BaseException) -> str:
+    """The kind of a failure: a key of KINDS."""
+    if isinstance(error, RankError | HungError):
+        return error.kind
+    names = {cls.__name__ for cls in type(error).__mro__}
+    found = next((kind for name, kind in _BY_CLASS.items() if name in names), None)
+    if found is not None:
+        return found
+    if isinstance(error, OSError):
+        return "disk_full" if error.errno in _FULL else "disk"
+    if isinstance(error, RuntimeError):  # RunError too
+        text = str(error)
+        if isinstance(error, RunError) and ("disk is full" in text or "quota is used up" in text):
+            return "disk_full"
+        found = next((kind for pattern, kind in _BY_MESSAGE if re.search(pattern, text, re.IGNORECASE)), None)
+        return found or ("setup" if isinstance(error, RunError) else "bug")
+    return "config" if isinstance(error, ValueError) and not isinstance(error, UnicodeError) else "bug"
+
+
+def mark_known(error: Exception) -> Exception:
+    """Mark an error that every rank raises by itself, so that none need be told."""
+    setattr(error, "known_to_all", True)  # noqa: B010 - of any class
+    return error
+
+
+def known_to_all(error: Exception) -> bool:
+    return getattr(error, "known_to_all", False)
+
+
+# -- what is left behind -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank of one start failed; error_<rank>.json holds it."""
+
+    kind: str
+    type: str
+    message: str
+    traceback: str
+    rank: int
+    step: int | None
+    """Updates done. None: training had not begun."""
+    incarnation: int | None
+    """Number of the start. None: the run folder was not opened yet."""
+    host: str = ""
+    time: str = ""
+    because_of_rank: int | None = None
+    """The rank that failed first, where this one only follows."""
+
+
+def failure_of(error: BaseException, **more: Any) -> Failure:
+    """What is to be said of an error that was raised here and now."""
+    return Failure(
+        kind=classify(error),
+        type=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+        host=socket.gethostname(),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        **more,
+    )
+
+
+def error_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / RANK_LOGS / f"error_{rank}.json"
+
+
+def stacks_file(run_dir: Path, rank: int) -> Path:
+    return run_dir / RANK_LOGS / f"stacks_{rank}.txt"
+
+
+def record(run_dir: Path, failure: Failure) -> None:
+    """Write error_<rank>.json. A disk that refuses it is reported; it must not hide the failure itself."""
+    path = error_file(run_dir, failure.rank)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(failure) | {"restart_may_help": KINDS[failure.kind].restart_may_help})
+    except OSError as error:
+        log.warning("cannot write %s: %s", path, error.strerror or error)
+
+
+def read_failures(run_dir: Path) -> list[Failure]:
+    """The newest start's failures by rank; files that cannot be read are left out."""
+    found = []
+    for path in entries(run_dir / RANK_LOGS):
+        if re.fullmatch(r"error_\d+\.json", path.name):
+            try:
+                facts = read_json(path)
+                found.append(Failure(**{name: facts[name] for name in Failure.__dataclass_fields__}))
+            except (OSError, RunError, KeyError, TypeError):
+                log.warning("%s cannot be read", path)
+    return sorted(found, key=lambda failure: failure.rank)

@@ -1,0 +1,47 @@
+"""What ranks tell each other outside of collectives: that one of them is leaving, and why.
+
+Promise: works while the main thread of a rank is stuck in a collective, under gloo and NCCL alike, and needs nothing
+from the rank that is stuck. Rank 0, where the store usually lives, leaves last, so the others' last words get through.
+Cost: one question to the store per rank and POLL_S, from a thread, over a connection of its own; nothing per step.
+
+Aborting the process group would wake the others too, but torch offers that for NCCL alone, as an experiment, and a
+rank that waits for its disk would not notice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+_END = "lingua/end"
+_LEFT = "lingua/left"
+
+
+class Peers:
+    """The other ranks, reached over the store at which all met. Methods raise torch's DistError when it is gone."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        # A connection of its own, since the main thread may be waiting in the other. (torch's stubs lack `clone`.)
+        self._store: dist.Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self._rank = rank
+        self._world_size = world_size
+
+    def tell(self, message: bytes) -> None:
+        """Tell all ranks; of several messages the first one stands."""
+        self._store.compare_set(_END, "", message.decode())
+
+    def told(self) -> bytes | None:
+        """What a rank has told, or None."""
+        return self._store.get(_END) if self._store.check([_END]) else None
+
+    def leave(self, within_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
+        """The last thing a rank does. Rank 0 waits for the others, but not for longer than `within_s`."""
+        if self._rank:
+            self._store.add(_LEFT, 1)
+            return
+        waited_s = 0.0
+        while self._store.add(_LEFT, 0) < self._world_size - 1 and waited_s < within_s:
+            sleep(0.05)
+            waited_s += 0.05

@@ -1,0 +1,67 @@
+"""What Slurm says about jobs, for people on a login node.
+
+Promise: a cluster without Slurm, or a controller that is slow, costs the answer and no more: then nothing is known.
+Cost: one `squeue` for all jobs, one `sacct` for a job that has left the queue; PATIENCE_S each at most.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+PATIENCE_S = 5.0
+Ask = Callable[[Sequence[str]], str | None]
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm sees it."""
+
+    id: str
+    state: str
+    """RUNNING, PENDING, CANCELLED by 1000, ..."""
+    reason: str = ""
+    """Why it waits or ended, in Slurm's word."""
+    left: str = ""
+    """Of its time limit, as Slurm writes it."""
+    nodes: str = ""
+
+    @property
+    def is_waiting(self) -> bool:
+        """In the queue: it will start, or start again, by itself."""
+        return self.state in _WAITING
+
+
+def ask_slurm(words: Sequence[str]) -> str | None:
+    """Output of a Slurm command; None where there is none or it failed."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def jobs_in_queue(ask: Ask = ask_slurm) -> dict[str, Job]:
+    """This user's jobs that wait, run, or ended a moment ago, by id."""
+    text = ask(["squeue", "--me", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%N"])
+    return {job.id: job for job in map(_job, (text or "").splitlines()) if job is not None}
+
+
+def job_of(job_id: str, queue: dict[str, Job], ask: Ask = ask_slurm) -> Job | None:
+    """A job, from the queue or from Slurm's accounts; None when Slurm does not know it (any more)."""
+    if not job_id or job_id in queue:
+        return queue.get(job_id)
+    text = ask(
+        ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=JobIDRaw,State,Reason"]
+    )
+    return next((job for job in map(_job, (text or "").splitlines()) if job is not None and job.id == job_id), None)
+
+
+def _job(line: str) -> Job | None:
+    fields = [field.strip() for field in line.split("|")]
+    if len(fields) < 2 or not fields[0]:
+        return None
+    fields[2:3] = ["" if field == "None" else field for field in fields[2:3]]
+    return Job(*fields[:5])
