@@ -59,22 +59,19 @@ log = logging.getLogger(__name__)
 # -- freezing ------------------------------------------------------------------------------------------------------
 
 
-def freeze_job(line: CommandLine, tree: Path, key: str, n_ranks: int | None) -> Path:
-    """Check a config and freeze it and the code of `tree` for one job; returns the job file. Raises ConfigError."""
-    checked = app_module(choose_app(line), "check").load(line, n_ranks)
+def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
+    """Freeze a checked config (an app's `check.load`) and the code of `tree` for one job; returns the job file."""
     run_dir = make_folder(Path(checked.args.dump_dir).absolute(), "dump_dir")
     freeze_code(tree, run_dir, again="refreeze" in line.flags)
     job_file = make_folder(run_dir / JOBS, "dump_dir") / f"{key}.json"
-    write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
     facts = {
         "typed": [line.config, *(f"+{overlay}" for overlay in line.overlays), *line.overrides],
         "accept_change": "accept-change" in line.flags,
         "n_ranks": checked.resolved.world_size,
         "origins": checked.composed.origins(),
     }
+    write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
     write_json(job_file, facts)
-    for warning in checked.warnings:
-        log.warning("%s", warning)
     return job_file
 
 
@@ -83,8 +80,11 @@ def begin(env: Mapping[str, str]) -> int:
     base_dir, allocation = Path.cwd(), this_allocation(env)
     words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
     line = parse_command_line(words, ["accept-change", "refreeze"])
-    key = allocation.job_id if allocation else f"local-{os.getpid()}"
-    job_file = freeze_job(line, base_dir, key, allocation.n_tasks if allocation else None)
+    checked = app_module(choose_app(line), "check").load(line, allocation.n_tasks if allocation else None)
+    for warning in checked.warnings:
+        log.warning("%s", warning)
+    key = allocation.job_id if allocation else "local"
+    job_file = freeze_job(checked, line, base_dir, key)
     if allocation is not None:
         _link(base_dir / LINKS / key, job_file)
     code = environment(job_file.parents[1] / "code", env)
@@ -266,7 +266,10 @@ class Holder:
             tries = self._tries()
             avoid = sorted({*tries.get("avoid", []), *(outcome.stop or {}).get("bad_nodes", [])})
             write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
-            requeue(self.job.name, avoid)
+            try:
+                requeue(self.job.name, avoid)
+            except RunError as error:  # no right to, or no batch job: its exit code still says what it wants
+                log.error("%s", error)
         return verdict.exit_code
 
     def _state(self) -> JobState:

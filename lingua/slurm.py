@@ -96,11 +96,12 @@ def this_allocation(env: Mapping[str, str]) -> Allocation | None:
     if not env.get("SLURM_JOB_ID"):
         return None
     n_nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
-    cpus = env.get("SLURM_CPUS_PER_TASK")
+    per_node, cpus = env.get("SLURM_NTASKS_PER_NODE"), env.get("SLURM_CPUS_PER_TASK")
     return Allocation(
         *this_job(env),
         n_nodes=n_nodes,
-        n_tasks=int(env.get("SLURM_NTASKS") or n_nodes * int(env.get("SLURM_NTASKS_PER_NODE") or 1)),
+        # SLURM_NTASKS is that of the submission, also where a requeued job was given fewer nodes.
+        n_tasks=n_nodes * int(per_node) if per_node else int(env.get("SLURM_NTASKS") or n_nodes),
         cpus_per_task=int(cpus) if cpus else None,
     )
 
@@ -144,10 +145,10 @@ def _expand_counts(text: str) -> list[int]:
 Runner = Callable[[Sequence[str]], str]
 
 
-def run_command(words: Sequence[str]) -> str:
+def run_command(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """Output of a Slurm command. Raises RunError with its own words."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=120)
     except FileNotFoundError:
         raise RunError(f"there is no {words[0]} on this machine; run this where Slurm is, or add --local") from None
     except subprocess.TimeoutExpired:

@@ -91,7 +91,7 @@ class Cluster:
             self._start("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
             for node in self.nodes:
                 self.start_node(node)
-            until(lambda: self._idle_nodes() == len(self.nodes), f"{len(self.nodes)} idle nodes")
+            until(lambda: self.idle_nodes() == len(self.nodes), f"{len(self.nodes)} idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -175,7 +175,7 @@ class Cluster:
                 continue
         return found
 
-    def _idle_nodes(self) -> int:
+    def idle_nodes(self) -> int:
         done = subprocess.run(
             ["sinfo", "--noheader", "--format=%D", "--states=idle", "--partition=main"],
             env=self.env, capture_output=True, text=True, check=False,

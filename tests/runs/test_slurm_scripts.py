@@ -1,13 +1,11 @@
 """The Slurm scripts, as they are, on a real Slurm: what is submitted runs, from any folder, and what is wrong is said."""
 
-import re
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.checkout import Checkout, stop_of, tiny
-from tests.slurm_cluster import Cluster
+from tests.checkout import Checkout, tiny
+from tests.slurm_cluster import until
 from tests.trainer import published
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
@@ -79,8 +77,6 @@ def test_what_runs_is_what_was_frozen(checkout: Checkout):
 
     def restarted() -> bool:
         return "start 2 in" in (checkout.run_dir("frozen") / "train.log").read_text()
-
-    from tests.slurm_cluster import until
 
     until(restarted, "a second start")
     step = checkout.wait_for_step("frozen", 1)
