@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,9 @@ def _this_host(env: Mapping[str, str]) -> str:
         except OSError:
             continue
         return name
-    raise RunError(f"the name of this node, {socket.gethostname()}, has no address; set MASTER_ADDR in launcher.env.set")
+    raise RunError(
+        f"the name of this node, {socket.gethostname()}, has no address; set MASTER_ADDR in launcher.env.set"
+    )
 
 
 class Holder:
@@ -228,7 +230,9 @@ class Holder:
         ranks = subprocess.Popen(ranks_command(self.job), env=variables, stdin=subprocess.DEVNULL)
         exit_code = self._wait(ranks)
         if serving is not None and exit_code is not None and self._wait(serving) is None:
-            log.warning("the checkpoint service still writes with %d s left; its slots stay for the next start", RESERVE_S)
+            log.warning(
+                "the checkpoint service still writes with %d s left; its slots stay for the next start", RESERVE_S
+            )
         return exit_code
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:

@@ -12,7 +12,7 @@ from lingua.args import Args, Text
 class LaunchEnvArgs(Args):
     """Environment variables of all ranks, over what the shell has set. A fabric's are a group file: launcher/<name>."""
 
-    set: dict[str, Text] = {}  # noqa: A003 - as users say it
+    set: dict[str, Text] = {}
     """Variables to set."""
     unset: list[Text] = []
     """Variables to take away."""

@@ -88,5 +88,3 @@ def tiny(name: str, steps: int, *more: str) -> list[str]:
 def undisturbed(folder: Path, steps: int, *more: str) -> list[str]:
     """Words of the same run in another folder, without Slurm."""
     return [*TINY, f"dump_dir={folder}", f"steps={steps}", *more]
-
-

@@ -20,13 +20,19 @@ SCRIPTS = {
     "preemptible_4": ["--partition=low", "--ntasks-per-node=2"],
     "sphinx_1": [],
 }
-RANKS = {"miso_8": 2, "miso_8_silent": 1, "miso_16": 2, "miso_24": 3, "preemptible_1": 1, "preemptible_4": 2, "sphinx_1": 1}
+RANKS = {
+    "miso_8": 2,
+    "miso_8_silent": 1,
+    "miso_16": 2,
+    "miso_24": 3,
+    "preemptible_1": 1,
+    "preemptible_4": 2,
+    "sphinx_1": 1,
+}
 
 
 def test_every_script_trains_to_the_end(checkout: Checkout):
-    jobs = {
-        script: checkout.submit(f"{script}.slurm", tiny(script, 4), *flags) for script, flags in SCRIPTS.items()
-    }
+    jobs = {script: checkout.submit(f"{script}.slurm", tiny(script, 4), *flags) for script, flags in SCRIPTS.items()}
     for script, job_id in jobs.items():
         checkout.finish(job_id)
         run_dir = checkout.run_dir(script)
