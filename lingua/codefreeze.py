@@ -23,7 +23,7 @@ _LEFT_OUT = ("out", "data", "build", "dist", "wandb", "tests")  # at the top of 
 
 
 def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
-    """The folder of the run's code, copied from `tree` if there is none yet, or `again`; the older is kept beside it."""
+    """The folder of the run's code, copied from `tree` if there is none or `again`; an older one is kept beside it."""
     code = run_dir / FOLDER
     if os.pathsep in str(code.absolute()):
         raise ConfigError(f"run folder {run_dir} has a {os.pathsep!r} in its path, which Python cannot import from")

@@ -71,11 +71,11 @@ def run_ranks(
             )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         first_end_s: float | None = None
-        while any([rank.poll() is None for rank in ranks]):
-            if first_end_s is None and any(rank.returncode is not None for rank in ranks):
+        while alive := [rank for rank in ranks if rank.poll() is None]:
+            if first_end_s is None and len(alive) < len(ranks):
                 first_end_s = now()
             if first_end_s is not None and now() - first_end_s > PATIENCE_S:
-                for rank in ranks:
+                for rank in alive:
                     rank.kill()
             sleep(POLL_S)
         return exit_code_of([rank.returncode for rank in ranks])

@@ -16,7 +16,8 @@ from lingua.launch import launch
 
 HELP = """usage: python -m lingua.stool [script=apps.main.train] config=FILE [KEY=VALUE ...]
 
-  nodes ngpu ncpu mem time partition account qos constraint exclude    what is asked of Slurm (ncpu: per GPU, time: minutes)
+  nodes ngpu ncpu mem time partition account qos constraint exclude
+                          what is asked of Slurm (ncpu: cores per GPU, time: minutes)
   launcher=sbatch|bash    submit, or run here
   other keys              override the config
 

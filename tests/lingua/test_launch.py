@@ -1,4 +1,4 @@
-"""run.sh as text (golden files), and what is done with it; sbatch itself is proved in tests/runs/test_slurm_launch.py."""
+"""run.sh as text (golden files), and what is done with it. Real submissions: tests/runs/test_slurm_launch.py."""
 
 from __future__ import annotations
 
@@ -112,6 +112,6 @@ def test_ranks_that_do_not_go_into_nodes_are_refused(tmp_path: Path, monkeypatch
 def test_a_wrong_config_submits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     sbatch = Sbatch()
-    with pytest.raises(ConfigError, match="optim.lrr is no key"):
+    with pytest.raises(ConfigError, match=r"optim\.lrr is no key"):
         launch(parse_command_line([*TINY, f"dump_dir={tmp_path / 'x'}", "optim.lrr=1"]), base_dir=ROOT, run=sbatch)
     assert (sbatch.words, list(tmp_path.iterdir())) == ([], [])

@@ -1,4 +1,4 @@
-"""The Slurm scripts, as they are, on a real Slurm: what is submitted runs, from any folder, and what is wrong is said."""
+"""The Slurm scripts, as they are, on a real Slurm: they run from any folder, and what is wrong is said."""
 
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def test_out_and_data_may_be_links(checkout: Checkout, tmp_path: Path):
 
 
 def test_what_runs_is_what_was_frozen(checkout: Checkout):
-    """The first start freezes code and config; a tree that is broken later breaks no requeue and no new job of the run."""
+    """The first start freezes code and config; a tree that is broken later breaks no requeue."""
     words = tiny("frozen", 100_000, "checkpoint.dump.every=100000")
     job_id = checkout.submit("sphinx_1.slurm", words)
     checkout.wait_for_step("frozen", 1)
