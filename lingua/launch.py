@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ def launch(
     write_whole(path, text, mode=0o755)
     if local:
         alone = {name: value for name, value in env.items() if not name.startswith("SLURM_")}
-        return subprocess.run(["bash", str(path)], env=alone, check=False).returncode
+        os.execvpe("bash", ["bash", str(path)], alone)  # nothing in between that would have to pass signals on
     logs = make_folder(script.run_dir / RANK_LOGS, "dump_dir")
     job_id = run(["sbatch", "--parsable", f"--chdir={logs}", str(path)], env=_not_overruled(launcher, env)).strip()
     print(f"job {job_id.partition(';')[0]}: {path}")
