@@ -18,7 +18,6 @@ Cost: half a second per start; no torch. `hold` sleeps in between.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import signal
@@ -52,6 +51,8 @@ LINKS = ".jobs"
 RESERVE_S = 15.0
 """Left of the time limit when a job whose ranks still run is requeued."""
 SERVICE = "lingua.checkpoint.service"
+SERVICE_WAIT_S = 600.0
+"""For the first rank: longer than torch takes to be imported from a slow shared disk."""
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,8 @@ class Job:
     launcher: LauncherArgs
     n_ranks: int
     train_words: list[str]
-    with_service: bool
+    shm: str | None
+    """Memory file system of the checkpoint service. None: no service is asked for."""
     allocation: Allocation | None
 
     @property
@@ -124,14 +126,14 @@ def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     launcher = LauncherArgs.model_validate(tree.get("launcher", {}))
     facts = read_json(job_file)
     accepted = ["--accept-change"] if facts["accept_change"] else []
-    asks_for_service = tree.get("checkpoint", {}).get("async_save_mode") == "shm"
+    checkpoint = tree.get("checkpoint", {})
     return Job(
         run_dir=job_file.parents[1],
         app=tree["app"],
         launcher=launcher,
         n_ranks=allocation.n_tasks if allocation else facts["n_ranks"],
         train_words=[str(config), *accepted],
-        with_service=asks_for_service and importlib.util.find_spec(SERVICE) is not None,
+        shm=checkpoint["shm_path"] if checkpoint.get("async_save_mode") == "shm" else None,
         allocation=allocation,
     )
 
@@ -162,11 +164,12 @@ def service_command(job: Job) -> list[str] | None:
 
     A step of its own, since a process dies with its step; it holds none of what the ranks need.
     """
-    if job.allocation is None or not job.with_service:
+    if job.allocation is None or job.shm is None:
         return None
     n_nodes = job.allocation.n_nodes
     share = ["--overlap", "--mem=0", "--gres=none", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
-    return [*_srun(job, "service.%n"), *share, sys.executable, "-u", "-m", SERVICE, str(job.run_dir)]
+    serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm, f"--wait-s={SERVICE_WAIT_S:.0f}"]
+    return [*_srun(job, "service.%n"), *share, *serve]
 
 
 def _srun(job: Job, name: str) -> list[str]:
@@ -218,6 +221,7 @@ class Holder:
         self._stop_file = job.run_dir / STOP_FILE
         self._before = _identity(self._stop_file)
         self._first_step = self._newest_step()
+        self._n_starts = len(starts(job.run_dir))
 
     def run(self, env: Mapping[str, str]) -> int | None:
         """Start the steps and wait for them; the ranks' exit code, None when the time is up."""
@@ -291,12 +295,17 @@ class Holder:
         return max(done_steps(self.job.run_dir / CHECKPOINTS), default=0)
 
 
+def starts(run_dir: Path) -> list[Path]:
+    """The records of all starts of a run, in order."""
+    return [path for path in entries(run_dir / INCARNATIONS) if path.name[:1].isdigit() and path.suffix == ".json"]
+
+
 def owned_by_another(run_dir: Path, job_id: str) -> bool:
     """Whether the newest start of the run is another job's, and has not ended by itself."""
-    starts = [path for path in entries(run_dir / INCARNATIONS) if path.name[:1].isdigit() and path.suffix == ".json"]
-    if not starts:
+    known = starts(run_dir)
+    if not known:
         return False
-    owner = read_json(starts[-1])
+    owner = read_json(known[-1])
     return not owner.get("released") and owner.get("slurm_job_id") != job_id
 
 

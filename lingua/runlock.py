@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lingua.files import RunError, entries, read_json, write_json, write_whole
 
@@ -67,6 +68,11 @@ def this_process(slurm_job_id: str = "", slurm_restarts: int = 0) -> Owner:
         slurm_job_id=slurm_job_id,
         slurm_restarts=slurm_restarts,
     )
+
+
+def owner_in(record: Any) -> Owner:
+    """The owner that a JSON document describes."""
+    return Owner(**{key: record[key] for key in Owner.__dataclass_fields__ if key in record})
 
 
 def certainly(owner: Owner, me: Owner) -> bool | None:
@@ -165,7 +171,7 @@ class RunLock:
         while True:
             beat = path.stat().st_mtime
             record = read_json(path)
-            owner = Owner(**{key: record[key] for key in Owner.__dataclass_fields__ if key in record})
+            owner = owner_in(record)
             alive = certainly(owner, self._me)
             if record.get("released") or alive is False:
                 return

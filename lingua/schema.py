@@ -339,11 +339,33 @@ class CheckpointArgs(Args):
     continue_training_from_init: bool = False
     """Take optimizer, step and data position from init_ckpt_path too."""
     async_save_mode: Literal["shm"] | None = None
-    """shm: stage in /dev/shm and copy in the background. Null: write to the disk and wait."""
+    """shm: stage in memory and let the checkpoint service write in the background. Null: write to the disk and wait."""
     async_cleanup: bool = False
-    """Delete what retention gives up in the background."""
+    """Delete what retention gives up in the background; with async_save_mode it always is."""
+    shm_path: Text = "/dev/shm"
+    """Memory file system for staging, on each node."""
+    slots: Annotated[int, Field(ge=1, le=9)] = 2
+    """Snapshots that a node's memory holds at once; fewer are taken where they do not fit."""
+    strict: bool = False
+    """Stop with an error, instead of saving synchronously, where memory does not suffice for one slot."""
+    bandwidth_gb_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Limit on writing in the background, per node. Null: none. At the end of a run there is none."""
+    drain_threads: Annotated[int, Field(ge=1, le=64)] = 4
+    """Files that a node writes at once."""
+    grace_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that the job still has after a stop signal. Null: known from Slurm, or as many as it takes."""
+    node_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long nodes wait for each other's part of a checkpoint."""
+    linger_s: Annotated[float, Field(ge=0)] = 5.0
+    """How long the service stays, and keeps the slots allocated, after the last rank of its node has gone."""
+    disk_budget_gb: Annotated[float, Field(gt=0)] | None = None
+    """What checkpoints may take on the disk (10^9 bytes); quotas are not seen otherwise. Null: what is free."""
     verify: Literal["drain", "readback"] = "drain"
     """drain: what is written is hashed and compared; readback: also read again past the page cache."""
+    verify_on_load: Literal["full", "sizes"] = "full"
+    """full: every byte is read and compared before a checkpoint is loaded; sizes: only names and sizes."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints whose step is a multiple of this stay for good. 0: none."""
     thread_debug: bool = True
     """Kept so that the fork's configs load; has no effect."""
 

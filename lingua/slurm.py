@@ -140,6 +140,18 @@ def _expand_counts(text: str) -> list[int]:
     return counts
 
 
+def job_end_s(env: Mapping[str, str], grace_s: float | None, asked_at_s: float) -> float | None:
+    """When a job that was asked to stop ends, in seconds since the epoch; None: nobody knows.
+
+    SLURM_JOB_END_TIME is its time limit (sbatch(1), "output environment variables"). A preemption ends it sooner, by a
+    grace that the job is not told: `grace_s`.
+    """
+    limits = [] if grace_s is None else [asked_at_s + grace_s]
+    if env.get("SLURM_JOB_END_TIME", "").isdigit():
+        limits.append(float(env["SLURM_JOB_END_TIME"]))
+    return min(limits, default=None)
+
+
 # -- commands ------------------------------------------------------------------------------------------------------
 
 Runner = Callable[[Sequence[str]], str]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.checkout import Checkout
 from tests.slurm_cluster import Cluster, why_not
+
+if TYPE_CHECKING:
+    from tests.checkout import Checkout
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -43,4 +48,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, slurm: Cluster) -> Checkout:
+    from tests.checkout import Checkout  # imports torch, which most tests do without
+
     return Checkout(tmp_path, slurm)
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """A memory file system's folder of the test's own."""
+    folder = Path(tempfile.mkdtemp(prefix="lingua-test-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)

@@ -30,7 +30,7 @@ def run_on_ranks(fn: Callable[[int], Any], n: int, timeout_s: float = TIMEOUT_S)
         try:
             for rank in range(n):
                 reader, writer = Pipe(duplex=False)
-                pid = _fork()
+                pid = fork()
                 if pid == 0:
                     _be_rank(fn, rank, n, os.path.join(folder, "store"), writer, timeout_s)
                 writer.close()
@@ -45,7 +45,7 @@ def run_on_ranks(fn: Callable[[int], Any], n: int, timeout_s: float = TIMEOUT_S)
 
 def exit_code_of(fn: Callable[[], Any]) -> int:
     """Call `fn` in a forked process; returns its exit code: 0 when fn returns, 1 when it raises, or what it chose."""
-    pid = _fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:
@@ -58,7 +58,8 @@ def exit_code_of(fn: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _fork() -> int:
+def fork() -> int:
+    """os.fork without Python 3.12's warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # python 3.12 on forking with threads: ours hold no lock
         return os.fork()

@@ -13,13 +13,16 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from lingua.args import ConfigError
+from lingua.checkpoint.manager import SaveReport
 from lingua.distributed import Votes, find_place, first_given, from_main, pick_device, set_environment, start_world
 from lingua.entry import parse_command_line, run_main
 from lingua.files import RunError
@@ -32,6 +35,7 @@ from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, describe_stop
 from lingua.schedule import lr_at
 from lingua.signals import StopSignals
+from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
@@ -78,8 +82,8 @@ class StepFacts:
     lap: Lap
 
 
-def train(run: Run, signals: StopSignals, judge: Judge) -> None:
-    """Train until the last step, or until a rank is asked to stop, and save.
+def train(run: Run, signals: StopSignals, judge: Judge) -> SaveReport:
+    """Train until the last step, or until a rank is asked to stop, and save; returns how that went.
 
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
     optimizer are then as before that step, and nothing is saved on top of the last checkpoint.
@@ -113,6 +117,7 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> None:
             if args.optim.on_nonfinite == "stop":
                 halted |= ~finite
                 finite = ~halted
+            run.manager.before_update()
             optimizer_step(run.optimizer, lr, finite)
             run.optimizer.zero_grad()
             run.advance()
@@ -132,7 +137,8 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> None:
                     run.manager.save(run.step, run.snapshot())
         judge.hear(votes.read())
 
-    run.manager.save(run.step, run.snapshot(), final=True)
+    job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
+    return run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
 
 
 class Judge:
@@ -247,6 +253,7 @@ def main(words: list[str]) -> int:
 def train_to_the_end(run: Run, signals: StopSignals, judge: Judge, words: list[str]) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
     args = run.args
+    unsaved: str | None = None
     if run.step >= run.size.n_steps and was_said(run):
         say_finished_already(run)
         describe_end(run, "finished", EXIT_FINISHED)
@@ -255,7 +262,7 @@ def train_to_the_end(run: Run, signals: StopSignals, judge: Judge, words: list[s
         if run.step == 0 and args.validation.at_ends:
             run.shared["validation_at_start"] = judge.report_validation(validate(run))
         gc.disable()
-        train(run, signals, judge)
+        unsaved = train(run, signals, judge).error
         gc.enable()
     if run.step >= run.size.n_steps:
         after = judge.report_validation(validate(run)) if args.validation.at_ends else {}
@@ -267,8 +274,11 @@ def train_to_the_end(run: Run, signals: StopSignals, judge: Judge, words: list[s
     signal = first_given(signals.received)
     exit_code = EXIT_INTERRUPTED if signal == "SIGINT" else EXIT_REQUEUE
     if run.world.is_main:
-        log.info("stopped by %s after step %d, saved; the same command goes on from there", signal, run.step)
-    describe_end(run, "signal", exit_code, signal=signal)
+        if unsaved is None:
+            log.info("stopped by %s after step %d, saved; the same command goes on from there", signal, run.step)
+        else:
+            log.warning("stopped by %s after step %d: %s", signal, run.step, unsaved)
+    describe_end(run, "signal", exit_code, signal=signal, unsaved=unsaved)
     return exit_code
 
 

@@ -35,7 +35,19 @@ import orjson
 import xxhash
 
 from lingua.checkpoint import layout
-from lingua.files import DISK, Buffer, Files, RunError, entries, is_plain_file, read_json, write_json, write_whole
+from lingua.files import (
+    DISK,
+    Buffer,
+    Files,
+    RunError,
+    entries,
+    free_bytes,
+    human_bytes,
+    is_plain_file,
+    read_json,
+    write_json,
+    write_whole,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +113,8 @@ def publish(
     source, draft = layout.coming(target, incarnation), layout.coming(mark, incarnation)
     for name, fact in facts.items():
         _must_be_there(source / name, fact)
+    for half in source.glob(f".{layout.MANIFEST}.tmp-*"):  # a process of this start died here
+        files.remove(half)
     manifest = manifest_bytes(step, incarnation, facts)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
     if target.exists():  # somebody's copy, or what is left of one set aside: not ours to delete
@@ -134,6 +148,15 @@ def _must_be_there(path: Path, fact: FileFacts) -> None:
         ) from None
     if size_bytes != fact.size_bytes:
         raise OSError(errno.EIO, f"the file has {size_bytes} bytes, {fact.size_bytes} were written", str(path))
+
+
+def disk_sentence(error: OSError, root: Path, needed_bytes: int) -> str:
+    """What is wrong with the disk, for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        free = human_bytes(free_bytes(root))
+        return f"{reason} at {root} ({free} free, a checkpoint takes {human_bytes(needed_bytes)}); make room"
+    return f"{error.filename or root}: {error.strerror or error}"
 
 
 def abandon(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
@@ -172,6 +195,15 @@ def read_marked_manifest(root: Path, step: int) -> Manifest:
     return _parse_manifest(folder, content)
 
 
+def mark_facts(root: Path, step: int) -> dict[str, Any]:
+    """What a mark says (step, incarnation, bytes, seconds, ...); nothing where it is damaged."""
+    try:
+        facts = orjson.loads(layout.done_mark(root, step).read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def _parse_manifest(folder: Path, content: bytes) -> Manifest:
     try:
         listed = orjson.loads(content)["files"]
@@ -190,17 +222,18 @@ def _read(path: Path) -> bytes:
         raise DamagedError(f"{path} is missing") from None
 
 
-def damage(folder: Path, facts: Manifest, *, threads: int = VERIFY_THREADS) -> list[str]:
+def damage(folder: Path, facts: Manifest, *, sizes_only: bool = False, threads: int = VERIFY_THREADS) -> list[str]:
     """What of a checkpoint folder does not agree with its manifest, a sentence each; reads every byte, in parallel.
 
+    `sizes_only`: looks at names and sizes, and reads nothing.
     Raises OSError when a file cannot be judged (no permission, stale handle): that says nothing about its content.
     """
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        found = pool.map(lambda item: _differs(folder / item[0], item[1]), sorted(facts.items()))
+        found = pool.map(lambda item: _differs(folder / item[0], item[1], sizes_only), sorted(facts.items()))
         return [problem for problem in found if problem]
 
 
-def _differs(path: Path, fact: FileFacts) -> str | None:
+def _differs(path: Path, fact: FileFacts, size_only: bool = False) -> str | None:
     if not is_plain_file(path):
         return f"{path.name} is missing or not a plain file"
     digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
@@ -209,6 +242,8 @@ def _differs(path: Path, fact: FileFacts) -> str | None:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != fact.size_bytes:
                 return f"{path.name} has {size_bytes} bytes instead of {fact.size_bytes}"
+            if size_only:
+                return None
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while n_read := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:n_read])
@@ -254,6 +289,16 @@ def open_passage(root: Path, incarnation: int, *, files: Files = DISK) -> None:
     files.fsync_dir(root)
     for step in layout.unmarked_folders(root):
         log.warning("%s has no .done mark, so it is not a checkpoint; it is ignored", layout.folder(root, step))
+
+
+def resume(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
+    """Finish what a killed process of this very start has left half done with the names of a step. Raises OSError."""
+    found = [t for t in layout.temporaries(layout.passage(root, incarnation)) if t.step == step]
+    for temporary in sorted(found, key=lambda t: not t.is_mark):
+        _finish(root, temporary, files)
+    trash = layout.going(layout.folder(root, step), incarnation)
+    if trash.exists():
+        files.remove_tree(trash)
 
 
 def _close(root: Path, passage: Path, files: Files) -> None:

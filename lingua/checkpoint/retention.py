@@ -38,6 +38,7 @@ def to_delete(
     *,
     verified: Collection[int],
     pinned: Collection[int] = (),
+    keep_every: int = 0,
 ) -> list[int]:
     """Published steps that nobody needs any more, ascending.
 

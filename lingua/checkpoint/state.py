@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import orjson
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -137,6 +138,12 @@ def scalars_of(state: TrainState, rank: int, world_size: int) -> dict[str, Any]:
     if rank == 0:
         document |= {"shared": state.shared, "param_groups": _groups(state), "optim_scalars": _optim_scalars(state)}
     return document
+
+
+def scalars_json(state: TrainState, rank: int, world_size: int) -> bytes:
+    """`scalars_of` as the content of a file."""
+    document = scalars_of(state, rank, world_size)
+    return orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
 
 
 def restore_scalars(state: TrainState, documents: list[dict[str, Any]], rank: int, world_size: int) -> None:

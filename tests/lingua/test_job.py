@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 def job(run_dir: Path = Path("/runs/100%"), n_nodes: int = 2, **more: object) -> Job:
     facts = {
         "run_dir": run_dir, "app": "apps.main", "launcher": LauncherArgs(), "n_ranks": 4 * n_nodes,
-        "train_words": ["/runs/job.yaml"], "with_service": False,
+        "train_words": ["/runs/job.yaml"], "shm": None,
         "allocation": Allocation("7", restarts=0, n_nodes=n_nodes, n_tasks=4 * n_nodes, cpus_per_task=20),
     } | more  # fmt: skip
     return Job(**facts)  # pyright: ignore[reportArgumentType]
@@ -57,10 +57,10 @@ def test_one_task_per_node_starts_the_ranks_below_it():
 
 def test_the_service_is_a_step_of_its_own_that_holds_nothing():
     assert service_command(job()) is None
-    words = service_command(job(with_service=True))
+    words = service_command(job(shm="/dev/shm"))
     assert words is not None
     assert {"--overlap", "--mem=0", "--gres=none", "--ntasks=2", "--nodes=2", "--input=none"} <= set(words)
-    assert words[-2:] == ["lingua.checkpoint.service", "/runs/100%"]
+    assert words[-5:-1] == ["lingua.checkpoint.service", "/runs/100%", "--shm", "/dev/shm"]
 
 
 def test_variables_of_the_config_win_over_the_shell():

@@ -41,6 +41,26 @@ def test_preempted_three_times_and_bitwise_equal(checkout: Checkout, tmp_path: P
     assert fingerprint(run_dir, steps) == fingerprint(tmp_path / "calm", steps)
 
 
+def test_a_service_step_saves_what_preemption_left_in_memory_and_may_be_killed(
+    checkout: Checkout, tmp_path: Path, shm: Path
+):
+    """With async_save_mode shm: the service is a step before that of the ranks; both ends of a job are published."""
+    steps = 1000
+    words = tiny("staged", steps, "checkpoint.dump.every=50", "checkpoint.async_save_mode=shm")
+    words += [f"checkpoint.shm_path={shm}", "launcher.tasks_per_node=per_node"]
+    job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
+    run_dir = checkout.run_dir("staged")
+    step = checkout.wait_for_step("staged", 60)
+    assert (run_dir / "logs" / f"{job_id}.service.0.out").exists()
+    preempt(checkout, job_id, 1)
+    assert published(run_dir)[-1] >= step, "the batch script waits for the service"
+    checkout.wait_for_step("staged", published(run_dir)[-1] + 20)
+    checkout.cluster.run("scancel", "--signal=KILL", f"{job_id}.0")
+    checkout.finish(job_id)
+    assert train(undisturbed(tmp_path / "calm", steps, "checkpoint.dump.every=50"), n_ranks=2).exit_code == 0
+    assert fingerprint(run_dir, steps) == fingerprint(tmp_path / "calm", steps)
+
+
 def test_preemption_reaches_the_ranks_of_one_task_per_node(checkout: Checkout):
     words = tiny("below", LONG, "launcher.tasks_per_node=per_node")
     job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")

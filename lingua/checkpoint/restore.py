@@ -1,0 +1,149 @@
+"""Finding, verifying and loading checkpoints. Every method is collective.
+
+Promise: one rank decides and all ranks load the same; what does not verify is set aside, renamed and never deleted,
+with a loud report. Nothing of a checkpoint is executed.
+Cost: a full verification reads every byte once, shared by the ranks; `sizes` reads only names and sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from lingua.checkpoint import dcp, layout, publish
+from lingua.checkpoint.publish import Manifest
+from lingua.checkpoint.ranks import Ranks, raise_if
+from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
+from lingua.checkpoint.weights import checkpoint_folder
+from lingua.files import Files, RunError, read_json
+
+log = logging.getLogger(__name__)
+
+
+class Restorer:
+    """Loads from the checkpoints of one run, or from elsewhere."""
+
+    def __init__(self, run_dir: Path, root: Path, ranks: Ranks, files: Files, verify: Literal["full", "sizes"]) -> None:
+        self._run_dir, self._root, self._ranks, self._files = run_dir, root, ranks, files
+        self._verify = verify
+        self.verified: set[int] = set()
+        """Steps that were read and found intact."""
+
+    def latest(self, published: set[int]) -> int | None:
+        """The newest of the published steps that verifies; None for a fresh start.
+
+        What does not verify is set aside and taken out of `published`. Raises RunError when there were some and none
+        verifies: beginning again at step 0 is for a person to decide.
+        """
+        broken: list[int] = []
+        while published:
+            step = max(published)
+            problems = self.damage(step)
+            if not problems:
+                return step
+            self._ranks.from_main(partial(self._set_aside, [step], "broken", "; ".join(problems)))
+            published.discard(step)
+            broken.append(step)
+        if broken:
+            raise RunError(
+                f"none of the checkpoints {broken} in {self._root} verifies; they are set aside there. "
+                "Look at the disk; the same command begins again at step 0"
+            )
+        return None
+
+    def damage(self, step: int) -> list[str]:
+        """What is wrong with a published checkpoint, judged by all ranks, each reading a part."""
+        if step in self.verified:
+            return []
+        folder = layout.folder(self._root, step)
+
+        def manifest() -> Manifest | str:
+            try:
+                return publish.read_marked_manifest(self._root, step)
+            except publish.DamagedError as error:
+                return str(error)
+
+        facts = self._ranks.from_main(manifest)
+        if isinstance(facts, str):
+            return [facts]
+        mine = dict(sorted(facts.items())[self._ranks.rank :: self._ranks.size])
+        problems: list[str] = []
+        unjudged: str | None = None
+        try:
+            problems = publish.damage(folder, mine, sizes_only=self._verify == "sizes")
+        except OSError as error:
+            unjudged = f"cannot read checkpoint {step}: {error}; mend that, or move {folder} and its mark away"
+        found = self._ranks.gather((problems, unjudged))
+        raise_if(next((message for _, message in found if message), None))
+        everything = [problem for problems, _ in found for problem in problems]
+        if not everything:
+            self.verified.add(step)
+        return everything
+
+    def _set_aside(self, steps: list[int], reason: str, why: str) -> None:
+        for step in sorted(steps, reverse=True):
+            log.error("CHECKPOINT %d IS SET ASIDE as %s in %s: %s", step, reason, self._root, why)
+            publish.set_aside(self._run_dir, self._root, step, reason, files=self._files)
+
+    def load(self, step: int, published: set[int], state: TrainState) -> None:
+        """Restore a published step into `state`, in place; later ones and their evaluations are set aside.
+
+        Raises RunError, on all ranks, when it cannot be loaded.
+        """
+        if step not in published:
+            raise RunError(f"{self._root} has no checkpoint of step {step}; it has {sorted(published) or 'none'}")
+        if problems := self.damage(step):
+            raise RunError(f"checkpoint {step} in {self._root} does not verify: {'; '.join(problems)}")
+        self.load_folder(layout.folder(self._root, step), state)
+        later = sorted(s for s in published if s > step)
+        if later:
+            why = f"the run goes on from step {step}"
+            self._ranks.from_main(lambda: self._set_aside(later, "later", why))
+            published.difference_update(later)
+
+    def load_from(self, path: str | Path, state: TrainState) -> Path:
+        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder."""
+
+        def find() -> Path:
+            folder = checkpoint_folder(path)
+            if problems := publish.damage(folder, publish.read_manifest(folder)):
+                raise RunError(f"{folder} does not verify: {'; '.join(problems)}")
+            return folder
+
+        folder = self._ranks.from_main(find)
+        self.load_folder(folder, state)
+        return folder
+
+    def load_folder(self, folder: Path, state: TrainState) -> None:
+        """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here."""
+        started = time.perf_counter()
+        error: str | None = None
+        try:
+            self._load_local(folder, state)
+        except (RunError, OSError) as caught:
+            error = str(caught)
+        except Exception:
+            error = f"loading {folder} failed on rank {self._ranks.rank}:\n{traceback.format_exc()}"
+        raise_if(next((message for message in self._ranks.gather(error) if message), None))
+        if self._ranks.rank == 0:
+            n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
+            log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
+
+    def _load_local(self, folder: Path, state: TrainState) -> None:
+        first = read_json(folder / layout.train_state_file(0))
+        try:
+            n_ranks = int(first["world_size"])
+            documents = [first, *(read_json(folder / layout.train_state_file(rank)) for rank in range(1, n_ranks))]
+        except (KeyError, TypeError):
+            raise RunError(f"{folder / layout.train_state_file(0)} is not the state of a run") from None
+        tensors = tensors_of(state)
+        there = set(dcp.tensor_properties(folder))
+        here = set(tensors.by_name) | set(tensors.aliases)
+        if extra := sorted(there - here):
+            raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
+        dcp.read_into(folder, tensors.by_name)
+        restore_scalars(state, documents, self._ranks.rank, self._ranks.size)

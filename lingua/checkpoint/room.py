@@ -1,0 +1,146 @@
+"""Whether checkpoints will fit, on the disk and in memory, and what kind of /dev/shm this is. Torch-free, pure.
+
+Promise: the answer comes before step 1, with the numbers. A quota is not seen by the file system's own figures; for
+that there is `checkpoint.disk_budget_gb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lingua.files import human_bytes
+
+RESERVE_BYTES = 256 << 20
+"""Of /dev/shm and of the memory limit left alone: other users of both, NCCL's buffers among them."""
+
+
+@dataclass(frozen=True)
+class DiskRoom:
+    """What the checkpoints' disk offers and what a run wants of it."""
+
+    free_bytes: int
+    held_bytes: int
+    """What published checkpoints of this run take already."""
+    checkpoint_bytes: int
+    at_once: int | None
+    """Checkpoints at the worst moment, the one being written included; None: all are kept."""
+    budget_bytes: int | None = None
+
+    def problem(self, root: Path) -> str | None:
+        """Why the run cannot go on, in one sentence; None: it fits."""
+        wanted = self.checkpoint_bytes * (self.at_once or 1)
+        offered = self.free_bytes + self.held_bytes
+        size = human_bytes(self.checkpoint_bytes)
+        remedy = "lower checkpoint.dump.keep or checkpoint.eval.keep, or choose another disk with checkpoint.path"
+        if self.budget_bytes is not None and wanted > self.budget_bytes:
+            return (
+                f"checkpoints take {self.at_once or 1} x {size} = {human_bytes(wanted)}, but checkpoint.disk_budget_gb "
+                f"allows {human_bytes(self.budget_bytes)}; {remedy}"
+            )
+        if wanted > offered:
+            return (
+                f"checkpoints take {self.at_once or 1} x {size} = {human_bytes(wanted)}, but {root} has "
+                f"{human_bytes(self.free_bytes)} free and {human_bytes(self.held_bytes)} in checkpoints of this run; "
+                f"make room, {remedy}"
+            )
+        return None
+
+    def warning(self, root: Path) -> str | None:
+        """All checkpoints are kept: what fits."""
+        if self.at_once is not None or not self.checkpoint_bytes:
+            return None
+        return f"all checkpoints are kept; {root} has room for {self.free_bytes // self.checkpoint_bytes} of them"
+
+
+@dataclass(frozen=True)
+class MemoryRoom:
+    """What a node's memory offers to slots. Pages of slots that are there already count as free."""
+
+    shm_free_bytes: int
+    limit_bytes: int | None
+    """Of the job's control group, to which /dev/shm counts; None: no limit."""
+    used_bytes: int
+    slot_bytes: int
+    """One slot of all ranks of the node."""
+
+    def slots(self, wanted: int) -> int:
+        """How many slots fit, at most `wanted`."""
+        offered = self.shm_free_bytes - RESERVE_BYTES
+        if self.limit_bytes is not None:
+            offered = min(offered, self.limit_bytes - self.used_bytes - RESERVE_BYTES)
+        return max(0, min(wanted, offered // max(1, self.slot_bytes)))
+
+    def sentence(self, wanted: int) -> str:
+        limit = "" if self.limit_bytes is None else f", the job's memory limit {human_bytes(self.limit_bytes)} with "
+        limit += "" if self.limit_bytes is None else f"{human_bytes(self.used_bytes)} in use"
+        return (
+            f"{wanted} slots take {wanted} x {human_bytes(self.slot_bytes)} of this node's memory; /dev/shm has "
+            f"{human_bytes(self.shm_free_bytes)} free{limit}"
+        )
+
+
+def read_cgroup(name: str) -> str | None:
+    """A file below /sys/fs/cgroup; None when there is none that we may read."""
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text()
+    except OSError:
+        return None
+
+
+def memory_limit(proc_cgroup: str, read: Callable[[str], str | None] = read_cgroup) -> tuple[int | None, int]:
+    """(limit, in use) of this process's memory control group, in bytes; limit None: there is none.
+
+    `proc_cgroup`: text of /proc/self/cgroup. Version 2 has `memory.max`, version 1 `memory.limit_in_bytes`
+    (cgroups(7)); a limit may stand in any group above ours. Cached files count as use there, but give way to what is
+    needed: those not used lately (`inactive_file`, cgroup-v2.rst of the kernel) are left out.
+    """
+    tightest: tuple[int | None, int] = (None, 0)
+    for line in proc_cgroup.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, limit_name, used_name, cached_name = (
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else ("", "memory.max", "memory.current", "inactive_file")
+        )
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            folder = "/".join([*([top] if top else []), *parts[:depth]])
+            limit = (read(f"{folder}/{limit_name}".lstrip("/")) or "max").strip()
+            if not limit.isdigit() or int(limit) >= 1 << 60:  # version 1 writes "no limit" as a huge number
+                continue
+            used = int(read(f"{folder}/{used_name}".lstrip("/")) or 0)
+            facts = (read(f"{folder}/memory.stat".lstrip("/")) or "").split()
+            used -= int(dict(zip(facts[::2], facts[1::2], strict=False)).get(cached_name, 0))
+            if tightest[0] is None or int(limit) - used < tightest[0] - tightest[1]:
+                tightest = (int(limit), used)
+    return tightest
+
+
+def private_shm(mounts: str, mounts_of_init: str | None, env: Mapping[str, str], shm: str = "/dev/shm") -> str | None:
+    """Why what is left in /dev/shm may not outlive the job, in a few words; None: nothing speaks for that.
+
+    `mounts`: text of /proc/self/mountinfo (proc(5)); `mounts_of_init`: that of process 1, where it may be read.
+    """
+    ours, theirs = _mount_of(mounts, shm), _mount_of(mounts_of_init or "", shm)
+    if ours is not None and theirs is not None and ours != theirs:
+        return "it is a mount of this job's own"
+    if ours is not None and ours[1] != "/":
+        return f"it is {ours[1]} of another file system, as containers and job_container/tmpfs make it"
+    for name in ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "KUBERNETES_SERVICE_HOST", "container"):
+        if env.get(name):
+            return "this is a container"
+    return None
+
+
+def _mount_of(mounts: str, point: str) -> tuple[str, str] | None:
+    """(device, root within it) of the last mount at `point`."""
+    found = None
+    for line in mounts.splitlines():
+        fields = line.split()
+        if len(fields) > 4 and fields[4] == point:
+            found = (fields[2], fields[3])
+    return found

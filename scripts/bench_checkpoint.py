@@ -1,0 +1,235 @@
+"""What a checkpoint costs: how long training waits for it, how fast it reaches the disk, what steps lose meanwhile.
+
+    uv run python scripts/bench_checkpoint.py [--params 80e6] [--rounds 5] [--json] [--folder DIR]
+
+One process, one state (fp32 parameters with AdamW: 12 bytes per parameter), all ways in turn in every round, medians:
+
+    copy_s                bare copy of all tensors into memory that was written to before
+    ours_stall_s          our asynchronous save: what the caller waits
+    ours_direct_s         our synchronous save
+    dcp_async_cold_s      torch.distributed.checkpoint.async_save as it comes
+    dcp_async_warm_s      the same with one DefaultStager for all saves
+    dcp_save_s            torch.distributed.checkpoint.save
+    drain_gb_per_s        our service, from taking up a slot to the published checkpoint, checksums included
+    cp_gb_per_s           `cp -r` of the same bytes from /dev/shm and `sync`
+    slowdown_draining     how much longer a step of matrix products takes while the service writes; all cores but one
+                          compute. Steps with and without take turns
+    extra_memory_bytes    memory beside the slots: what the process grew by, and all of the service's
+
+Ratios are of values of the same round. The machine should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.slots import SERVICE_LOCK, region_of
+from lingua.checkpoint.state import TrainState, tensors_of
+from lingua.files import human_bytes
+from lingua.schema import CheckpointArgs, SaveEvery
+
+WIDTH = 1024
+STEP_S = 0.02
+
+
+def make_state(n_params: int) -> TrainState:
+    """A model of square matrices with a started AdamW."""
+    n_layers = max(1, n_params // (WIDTH * WIDTH))
+    model = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(n_layers)])
+    state = TrainState(model, torch.optim.AdamW(model.parameters(), fused=True), shared={"step": 0})
+    tensors_of(state)
+    return state
+
+
+def timed(act: Callable[[], Any]) -> tuple[float, Any]:
+    start_s = time.perf_counter()
+    result = act()
+    return time.perf_counter() - start_s, result
+
+
+def anonymous_bytes(pid: int | str) -> int:
+    """Private memory of a process (proc(5): RssAnon, in kB); slots are shared memory and do not count."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Bench:
+    """All ways of saving one state."""
+
+    def __init__(self, n_params: int, folder: Path) -> None:
+        self.folder = folder
+        self.state = make_state(n_params)
+        self.tensors = tensors_of(self.state).by_name
+        self.size_bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        before_bytes = anonymous_bytes("self")
+        self.manager = self._manager("ours", "shm")
+        self.manager.prepare(self.state)
+        self.step = 0
+        self._drain_rate = 0.0
+        self._ours()  # the first one waits for the allocation
+        self._wait_for_service()
+        self.grown_bytes = anonymous_bytes("self") - before_bytes
+        self.direct = self._manager("direct", None)
+        self.direct.prepare(self.state)
+        self.copies = {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
+        gpu = torch.cuda.is_available()
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu, use_shared_memory=True, use_async_staging=gpu, use_non_blocking_copy=gpu
+            )
+        )
+
+    def _manager(self, name: str, mode: Any) -> CheckpointManager:
+        keep = SaveEvery(every=1, keep=1)
+        args = CheckpointArgs(dump=keep, eval=SaveEvery(every=0), async_save_mode=mode, strict=True, linger_s=0)
+        return CheckpointManager(args, self.folder / name)
+
+    def _service_pid(self) -> int | None:
+        lock = region_of(self.folder / "ours").lock(SERVICE_LOCK)
+        try:
+            return lock.holder()
+        finally:
+            lock.close()
+
+    def _ours(self) -> float:
+        self.step += 1
+        seconds, report = timed(lambda: self.manager.save(self.step, self.state))
+        assert report.staged, report.error
+        return seconds
+
+    def _draining(self) -> bool:
+        """Whether the newest save is still on its way."""
+        return not (self.folder / "ours" / "checkpoints" / f"checkpoint_{self.step:010d}.done").exists()
+
+    def _wait_for_service(self) -> float:
+        """GB/s that the service reports for the newest save, once it has published it."""
+        before = self._drain_rate
+        while self._draining() or self._drain_rate == before:
+            time.sleep(0.01)
+            self._drain_rate = self.manager.metrics().get("checkpoint/drain_gb_per_s", before)
+        return self._drain_rate
+
+    def _stock(self, save: Callable[[str], Any]) -> float:
+        """Seconds that a stock save keeps us waiting; its end is awaited outside."""
+        target = self.folder / "stock"
+        shutil.rmtree(target, ignore_errors=True)
+        seconds, pending = timed(lambda: save(str(target)))
+        if pending is not None and hasattr(pending, "upload_completion"):
+            pending.upload_completion.result()
+        elif pending is not None and hasattr(pending, "result"):
+            pending.result()
+        return seconds
+
+    def _copy(self) -> None:
+        for name, tensor in self.tensors.items():
+            self.copies[name].copy_(tensor)
+
+    def _cp(self) -> float:
+        """GB/s of `cp` and `sync` from a slot to the disk."""
+        slot, target = region_of(self.folder / "ours").slot(0).folder, self.folder / "cp"
+        shutil.rmtree(target, ignore_errors=True)
+        script = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
+        seconds, _ = timed(lambda: subprocess.run(["sh", "-c", script, "sh", slot, target], check=True))
+        return sum(path.stat().st_size for path in target.iterdir()) / 1e9 / seconds
+
+    def round(self) -> dict[str, float]:
+        nested: dict[str, Any] = {"state": self.tensors}
+        found = {"copy_s": timed(self._copy)[0], "ours_stall_s": self._ours()}
+        found["drain_gb_per_s"] = self._wait_for_service()
+        found["cp_gb_per_s"] = self._cp()
+        found["dcp_async_cold_s"] = self._stock(lambda path: dcp.async_save(nested, checkpoint_id=path))
+        found["dcp_async_warm_s"] = self._stock(
+            lambda path: dcp.async_save(nested, checkpoint_id=path, async_stager=self.stager)
+        )
+        found["dcp_save_s"] = self._stock(lambda path: dcp.save(nested, checkpoint_id=path))
+        found["ours_direct_s"] = timed(lambda: self.direct.save(self.step, self.state))[0]
+        found["stall_per_copy"] = found["ours_stall_s"] / found["copy_s"]
+        found["stall_per_dcp_async"] = found["ours_stall_s"] / found["dcp_async_cold_s"]
+        found["stall_per_dcp_async_warm"] = found["ours_stall_s"] / found["dcp_async_warm_s"]
+        found["drain_per_cp"] = found["drain_gb_per_s"] / found["cp_gb_per_s"]
+        return found
+
+    def slowdown(self, seconds: float) -> dict[str, float]:
+        """Median step with the service writing and with it idle, in turns."""
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+        left = torch.randn(WIDTH, WIDTH)
+        n_products = max(1, round(STEP_S / max(1e-4, timed(lambda: [left @ left for _ in range(20)])[0] / 20)))
+
+        def step() -> float:
+            return timed(lambda: [left @ left for _ in range(n_products)])[0]
+
+        times: dict[bool, list[float]] = {True: [], False: []}
+        end_s = time.perf_counter() + seconds
+        while time.perf_counter() < end_s:
+            self._ours()
+            time.sleep(0.1)  # hashing in a thread of ours is part of the save, not of the drain
+            while self._draining():
+                times[True].append(step())
+            times[False] += [step() for _ in range(20)]
+        busy, idle = statistics.median(times[True]), statistics.median(times[False])
+        return {"step_idle_s": idle, "step_draining_s": busy, "slowdown_draining": busy / idle - 1}
+
+    def close(self) -> None:
+        self.manager.close()
+        self.direct.close()
+        self.stager.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=float, default=80e6, help="parameters (default 80e6: 0.96 GB of state)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slowdown-s", type=float, default=20.0, help="seconds spent on slowdown_draining")
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        bench = Bench(int(options.params), Path(folder))
+        bench.round()  # warms up
+        rounds = [bench.round() for _ in range(options.rounds)]
+        result: dict[str, Any] = {
+            "machine": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "state_bytes": bench.size_bytes,
+            "rounds": options.rounds,
+            **{key: statistics.median(found[key] for found in rounds) for key in rounds[0]},
+        }
+        service = bench._service_pid()
+        assert service is not None
+        result["extra_memory_bytes"] = bench.grown_bytes + anonymous_bytes(service)
+        result |= bench.slowdown(options.slowdown_s)
+        bench.close()
+        dist.destroy_process_group()
+        while region_of(bench.folder / "ours").folder.exists():  # the service leaves last
+            time.sleep(0.05)
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    for key, value in result.items():
+        text = human_bytes(value) if key.endswith("_bytes") else f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{key:>25}  {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,571 @@
+"""Saves in the background, with real services: the bits are those of the call, and all that goes wrong is told."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import torch
+import torch.distributed.checkpoint as stock
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from lingua.checkpoint import courier, drain, layout, publish, room
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.slots import Region, State, base, region_of
+from lingua.files import DISK, Buffer, Files, RunError
+from lingua.runlock import RunLock
+from lingua.schema import CheckpointArgs, SaveEvery
+from tests.fakes import FaultyFiles, KillFiles
+from tests.ranks import run_on_ranks
+from tests.services import Services
+from tests.tiny import assert_equal, make, snapshot, train
+
+
+def args(shm: Path, keep: int = 0, linger_s: float = 0.0, **more: Any) -> CheckpointArgs:
+    dump, evaluation = SaveEvery(every=1, keep=keep), SaveEvery(every=0)
+    where = {"async_save_mode": "shm", "shm_path": str(shm)}
+    return CheckpointArgs(dump=dump, eval=evaluation, linger_s=linger_s, **where, **more)
+
+
+@pytest.fixture
+def services(shm: Path) -> Iterator[Services]:
+    with Services() as started:
+        yield started
+
+
+class GatedFiles(Files):
+    """A disk that takes nothing until a file is there."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate = gate
+
+    def write(self, descriptor: int, data: Buffer) -> None:
+        wait_until(self.gate.exists)
+        super().write(descriptor, data)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came")
+
+
+def wait_for_state(region: Region, number: int, state: State) -> None:
+    wait_until(lambda: region.slot(number).state() == state)
+
+
+def facts_of(run_dir: Path, step: int) -> dict[str, Any]:
+    folder = layout.folder(run_dir / layout.CHECKPOINTS, step)
+    return orjson.loads((folder / layout.MANIFEST).read_bytes())["files"]
+
+
+def done(run_dir: Path) -> list[int]:
+    return layout.done_steps(run_dir / layout.CHECKPOINTS)
+
+
+def events(region: Region) -> list[tuple[str, int]]:
+    said = [orjson.loads(line) for line in region.events_file.read_bytes().splitlines()]
+    return [(event["kind"], event["step"]) for event in said]
+
+
+# -- equality ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_snapshot_is_of_the_moment_of_the_call(tmp_path: Path, shm: Path, services: Services, tied: bool):
+    state = make(tied, dim=512)
+    manager = CheckpointManager(args(shm), tmp_path / "background", start_service=services.start)
+    direct = CheckpointManager(CheckpointArgs(), tmp_path / "direct")
+    manager.prepare(state)
+    direct.prepare(state)
+    for first in (1, 5, 9):
+        train(state, first, first)
+        assert direct.save(first, state).published
+        assert manager.save(first, state).staged
+        train(state, first + 1, first + 3)
+    train(state, 13, 13)
+    report = manager.save(13, state, final=True)
+    assert report.published
+    assert report.size_bytes > 3 * 4 * 2 * 512 * 512
+    manager.close()
+    assert 13 in done(tmp_path / "background")
+    for step in done(tmp_path / "background"):
+        if step < 13:
+            assert facts_of(tmp_path / "background", step) == facts_of(tmp_path / "direct", step)
+    resumed = make(tied, dim=512)
+    again = CheckpointManager(args(shm), tmp_path / "background", start_service=services.start)
+    assert again.latest() == 13
+    again.load(13, resumed)
+    again.close()
+    assert_equal(snapshot(state), snapshot(resumed))
+
+
+@pytest.mark.ranks
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_on_any_ranks_it_loads_on_any_ranks_and_in_stock_torch(tmp_path: Path, shm: Path, tied: bool):
+    def save(rank: int, n: int) -> dict[str, Tensor]:
+        state = make(tied, shard=n > 1)
+        manager = CheckpointManager(args(shm), tmp_path / f"by{n}", start_service=services.start)
+        manager.prepare(state)
+        train(state, 1, 2)
+        assert manager.save(2, state).staged
+        then = snapshot(state)
+        train(state, 3, 4)
+        assert manager.save(4, state, final=True).published
+        manager.close()
+        return then
+
+    def load(rank: int, n: int, saved_by: int) -> dict[str, Tensor]:
+        state = make(tied, shard=n > 1)
+        manager = CheckpointManager(CheckpointArgs(), tmp_path / f"by{saved_by}")
+        manager.load(2, state)
+        return snapshot(state)
+
+    with Services() as services:
+        saved = {n: run_on_ranks(lambda rank, n=n: save(rank, n), n)[0] for n in (1, 2, 3)}
+        services.wait()
+        assert all(done(tmp_path / f"by{n}") == [2, 4] for n in saved)
+    folder = layout.folder(tmp_path / "by3" / layout.CHECKPOINTS, 2)
+    fresh = make(tied)
+    loaded = {"model": fresh.model.state_dict()}
+    stock.load(loaded, checkpoint_id=folder, no_dist=True)
+    for name, tensor in loaded["model"].items():
+        assert torch.equal(tensor, saved[3][name])
+    dcp_to_torch_save(folder, tmp_path / "whole.pt")
+    converted = torch.load(tmp_path / "whole.pt", weights_only=True)
+    for name, slots in converted["optim"]["state"].items():
+        for key, tensor in slots.items():
+            assert torch.equal(tensor, saved[3][f"{name}.{key}"])
+    for loaded_by in (1, 2, 3):
+        for of_rank in run_on_ranks(lambda rank, n=loaded_by: {m: load(rank, n, m) for m in saved}, loaded_by):
+            for saved_by, result in of_rank.items():
+                assert_equal(saved[saved_by], result)
+
+
+@pytest.mark.ranks
+def test_nodes_publish_together(tmp_path: Path, shm: Path, services: Services):
+    """Three ranks on two nodes, each with memory and a service of its own."""
+
+    def save(rank: int) -> tuple[dict[str, Tensor], list[bool]]:
+        node = shm / ("left" if rank < 2 else "right")
+        node.mkdir(exist_ok=True)
+        state = make(shard=True)
+        manager = CheckpointManager(args(node, keep=1), tmp_path, start_service=services.start)
+        manager.prepare(state)
+        published = []
+        for step in (1, 2, 3):
+            train(state, step, step)
+            published.append(manager.save(step, state, final=step == 3).published)
+        manager.close()
+        return snapshot(state), published
+
+    expected = run_on_ranks(save, 3)
+    assert all(published == [False, False, True] for _, published in expected)
+    services.wait()
+    root = tmp_path / layout.CHECKPOINTS
+    assert done(tmp_path) == [3]
+    assert not list(root.glob("incarnation-*/*"))
+    assert sorted(log.name for log in tmp_path.glob("logs/checkpoint_service*")) == [
+        "checkpoint_service.0.log",
+        "checkpoint_service.1.log",
+    ]
+    state = make()
+    CheckpointManager(CheckpointArgs(), tmp_path).load(3, state)
+    assert_equal(expected[0][0], snapshot(state))
+    assert not list(base(shm / "left").iterdir())
+    assert not list(base(shm / "right").iterdir())
+
+
+# -- slots -------------------------------------------------------------------------------------------------------
+
+
+def save_behind_a_gate(rank: int, run_dir: Path, shm: Path, services: Services, gate: Path, slots: int) -> list[Any]:
+    """Saves of steps 1 to 4 while the disk takes nothing, then it does; what each report said, and what was skipped."""
+    state = make(shard=True)
+    manager = CheckpointManager(args(shm, slots=slots), run_dir, start_service=services.start)
+    manager.prepare(state)
+    said: list[Any] = []
+    for step in (1, 2, 3):
+        train(state, step, step)
+        report = manager.save(step, state)
+        said.append((report.staged, report.published, report.error))
+        if step == 1:
+            wait_for_state(region_of(run_dir, shm), 0, "draining")
+    if rank == 0:
+        threading.Timer(0.2, gate.touch).start()
+    assert manager.save(4, state, final=True).published
+    said.append(manager.metrics()["checkpoint/skipped"])
+    manager.close()
+    return said
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("slots", [1, 2])
+def test_where_every_slot_is_busy_the_newest_wait_or_are_skipped(tmp_path: Path, shm: Path, slots: int):
+    gate = tmp_path / "gate"
+    with Services(lambda n: GatedFiles(gate)) as services:
+        said = run_on_ranks(lambda r: save_behind_a_gate(r, tmp_path, shm, services, gate, slots), 2)
+    assert said[0] == said[1]
+    *reports, n_skipped = said[0]
+    if slots == 1:
+        assert reports[0] == (True, False, None)
+        for step, (staged, published, error) in zip((2, 3), reports[1:], strict=True):
+            assert (staged, published) == (False, False)
+            assert error == f"checkpoint {step} is skipped: every slot is still being written to the disk"
+        assert n_skipped == 2
+    else:
+        assert reports == [(True, False, None)] * 3
+        assert n_skipped == 0
+    assert done(tmp_path) == [1, 4]  # with two slots, 2 gave way to 3 and 3 to 4
+
+
+def test_a_step_on_its_way_is_not_staged_again(tmp_path: Path, shm: Path):
+    gate = tmp_path / "gate"
+    with Services(lambda n: GatedFiles(gate)) as services:
+        state = make()
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        assert manager.save(2, state).staged
+        region = region_of(tmp_path, shm)
+        wait_for_state(region, 0, "draining")
+        timer = threading.Timer(0.1, gate.touch)
+        timer.start()
+        assert manager.save(2, state, final=True).published
+        timer.join()
+        assert not list((region.folder / "slot-1").glob("ready.*"))
+        assert events(region) == [("published", 2)]
+        manager.close()
+
+
+def test_runs_on_one_node_do_not_meet(tmp_path: Path, shm: Path, services: Services):
+    managers, states = [], []
+    for name in ("one", "two"):
+        state = make(name=name)
+        train(state, 1, len(name))
+        managers.append(CheckpointManager(args(shm), tmp_path / name / "run", start_service=services.start))
+        managers[-1].prepare(state)
+        states.append(state)
+    for manager, state in zip(managers, states, strict=True):
+        manager.save(1, state)
+    for manager, state in zip(managers, states, strict=True):
+        assert manager.save(2, state, final=True).published
+        manager.close()
+    services.wait()
+    for name in ("one", "two"):
+        state = make()
+        CheckpointManager(CheckpointArgs(), tmp_path / name / "run").load(2, state)
+        assert state.shared["name"] == name
+    assert not list(base(shm).iterdir())
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "n_slots", "sentence"),
+    [
+        (1 << 40, None, 2, ""),
+        (room.RESERVE_BYTES + 100_000, None, 2, ""),
+        (room.RESERVE_BYTES + 60_000, None, 1, r"2 slots take 2 x .* of this node's memory; /dev/shm has .* 1 slots"),
+        (1 << 40, (room.RESERVE_BYTES + 60_000, 0), 1, r"the job's memory limit 256\.\d MiB with 0 B in use; 1 slots"),
+        (room.RESERVE_BYTES, None, 0, r"saves are synchronous: 1 slots take 1 x .*; lower the memory use"),
+    ],
+)
+def test_fewer_slots_then_none_where_memory_is_short(
+    tmp_path: Path,
+    shm: Path,
+    services: Services,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free: int,
+    limit: tuple[int, int] | None,
+    n_slots: int,
+    sentence: str,
+):
+    monkeypatch.setattr("lingua.checkpoint.background.free_bytes", lambda path: free)
+    monkeypatch.setattr(room, "memory_limit", lambda text: limit or (None, 0))
+    caplog.set_level(logging.WARNING)
+    manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+    manager.prepare(make(dim=16))
+    assert re.search(sentence, caplog.text)
+    assert len(region_of(tmp_path, shm).slots()) == n_slots
+    report = manager.save(1, make(dim=16))
+    assert (report.staged, report.published) == ((True, False) if n_slots else (False, True))
+    assert manager.save(2, make(dim=16), final=True).published
+    manager.close()
+    assert 2 in done(tmp_path)
+
+
+def test_strict_asks_for_memory(tmp_path: Path, shm: Path, services: Services, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lingua.checkpoint.background.free_bytes", lambda path: 0)
+    manager = CheckpointManager(args(shm, strict=True), tmp_path, start_service=services.start)
+    with pytest.raises(RunError, match=r"/dev/shm has 0 B free.*or allow synchronous saves with checkpoint.strict=f"):
+        manager.prepare(make())
+    manager.close()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("full_from_slot", [0, 1])
+def test_memory_that_is_full_for_one_rank_is_so_for_all(tmp_path: Path, shm: Path, full_from_slot: int):
+    def save(rank: int) -> tuple[list[Any], str]:
+        allocate, n_done = os.posix_fallocate, 0
+
+        def allocate_or_fail(descriptor: int, offset: int, n_bytes: int) -> None:
+            nonlocal n_done
+            if rank == 1 and n_done == 2 * full_from_slot:  # two files per slot
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            n_done += 1
+            allocate(descriptor, offset, n_bytes)
+
+        os.posix_fallocate = allocate_or_fail
+        said: list[str] = []
+        logging.getLogger("lingua").addHandler(handler := logging.Handler())
+        handler.emit = lambda record: said.append(record.getMessage())  # pyright: ignore[reportAttributeAccessIssue]
+        state = make(shard=True)
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        manager.prepare(state)
+        reports = [manager.save(step, state, final=step == 3) for step in (1, 2, 3)]
+        manager.close()
+        return [(report.staged, report.published) for report in reports], "\n".join(said)
+
+    with Services() as services:
+        (first, said), (second, _) = run_on_ranks(save, 2)
+    assert first == second
+    assert 3 in done(tmp_path)
+    assert "rank 1: a slot cannot be allocated: [Errno 28] No space left on device" in said
+    if full_from_slot == 0:
+        assert first == [(False, True)] * 3
+        assert "saves are synchronous" in said
+    else:
+        assert first[0] == (True, False)
+        assert first[2] == (True, True)
+        assert said.count("No space left") == 1
+
+
+def test_slots_stay_allocated_and_those_not_wanted_any_more_do_not(tmp_path: Path, shm: Path, services: Services):
+    region = region_of(tmp_path, shm)
+    kept: dict[int, int] = {}
+    for n_slots in (3, 1, 2):
+        manager = CheckpointManager(args(shm, slots=n_slots, linger_s=60), tmp_path, start_service=services.start)
+        manager.prepare(make())
+        assert manager.save(n_slots, make(), final=True).published
+        manager.close()
+        assert [slot.number for slot in region.slots()] == list(range(n_slots))
+        assert {path.name for path in region.folder.glob("slot-*.*")} == {f"slot-{n}.free" for n in range(n_slots)}
+        inode = (region.slot(0).folder / layout.model_file(0)).stat().st_ino
+        assert kept.setdefault(0, inode) == inode
+    assert services.kill() == 1  # one for all three
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def test_a_service_killed_at_any_operation_is_replaced(tmp_path: Path, shm: Path):
+    with Services() as services:
+        save_twice(tmp_path / "calm", shm, services)
+    for kill_at in range(1, 60, 2):
+        with Services(lambda n, kill_at=kill_at: KillFiles(kill_at) if n == 1 else DISK) as services:
+            save_twice(tmp_path / str(kill_at), shm, services)
+            services.wait()
+            if list(base(shm).iterdir()):  # killed after its last word: the next start gives the memory back
+                CheckpointManager(args(shm, keep=1), tmp_path / str(kill_at), start_service=services.start).close()
+        assert 2 in done(tmp_path / str(kill_at))
+        assert facts_of(tmp_path / str(kill_at), 2) == facts_of(tmp_path / "calm", 2)
+        publish.open_passage(tmp_path / str(kill_at) / layout.CHECKPOINTS, 9)
+        assert not list((tmp_path / str(kill_at)).rglob("*.trash"))
+        assert not list(base(shm).iterdir())
+
+
+def save_twice(run_dir: Path, shm: Path, services: Services) -> None:
+    state = make()
+    manager = CheckpointManager(args(shm, keep=1), run_dir, start_service=services.start)
+    manager.prepare(state)
+    train(state, 1, 1)
+    assert manager.save(1, state).staged
+    train(state, 2, 2)
+    assert manager.save(2, state, final=True).published
+    manager.close()
+
+
+def test_a_service_that_dies_again_and_again_ends_the_run(tmp_path: Path, shm: Path):
+    with Services(lambda n: KillFiles(1)) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        manager.save(1, make())
+        sentence = r"the checkpoint service of this node has ended 4 times; see .*/logs/checkpoint_service\.0\.log"
+        with pytest.raises(RunError, match=sentence):
+            manager.save(2, make(), final=True)
+        manager.close()
+
+
+class BrokenFiles(Files):
+    """A bug."""
+
+    def fsync_dir(self, path: Path) -> None:
+        if path.name == "0000000001":
+            raise ZeroDivisionError("what was never thought of")
+        super().fsync_dir(path)
+
+
+def test_a_bug_of_the_service_reaches_the_loop(tmp_path: Path, shm: Path):
+    with Services(lambda n: BrokenFiles()) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        manager.save(1, make())
+        region = region_of(tmp_path, shm)
+        wait_until(lambda: region.events_file.exists() and ("failed", 1) in events(region))
+        with pytest.raises(RunError, match="ZeroDivisionError: what was never thought of"):
+            manager.save(2, make())
+        manager.close()
+
+
+def test_a_start_that_was_overtaken_ends(tmp_path: Path, shm: Path):
+    gate = tmp_path / "gate"
+    with Services(lambda n: GatedFiles(gate)) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        manager.save(1, make())
+        wait_for_state(region_of(tmp_path, shm), 0, "draining")
+        publish.open_passage(tmp_path / layout.CHECKPOINTS, 5)
+        gate.touch()
+        with pytest.raises(RunError, match="a newer start of this run has begun"):
+            manager.save(2, make(), final=True)
+        manager.close()
+    assert done(tmp_path) == []
+    kept = region_of(tmp_path, shm).slot(0).complete()  # the newer start may have died before it could save anything
+    assert kept is not None
+    assert kept[0].step == 1
+
+
+def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(tmp_path: Path, shm: Path):
+    gate = tmp_path / "gate"
+    with Services(lambda n: GatedFiles(gate)) as services:
+        old = RunLock(tmp_path)
+        old.acquire()
+        manager = CheckpointManager(args(shm), tmp_path, lock=old, start_service=services.start)
+        manager.save(1, make(step=1))
+        wait_for_state(region_of(tmp_path, shm), 0, "draining")
+        manager.close()
+        old.release()
+        with RunLock(tmp_path) as lock, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(courier, "HANDOVER_S", 0.0)
+            threading.Timer(0.2, gate.touch).start()
+            manager = CheckpointManager(args(shm), tmp_path, lock=lock, start_service=services.start)
+            assert manager.latest() == 1  # it was in memory, and is saved by the new start
+            manager.prepare(make())
+            manager.save(2, make())
+            assert manager.save(3, make(), final=True).published
+            manager.close()
+
+
+@pytest.mark.ranks
+def test_a_bug_on_one_rank_ends_all(tmp_path: Path, shm: Path):
+    def save(rank: int) -> str:
+        state = make(shard=True)
+        if rank == 1:
+            state.per_rank = {"data": object()}
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        with pytest.raises(RunError) as caught:
+            manager.save(1, state)
+        manager.close()
+        return str(caught.value)
+
+    with Services() as services:
+        for message in run_on_ranks(save, 2):
+            assert "rank 1 failed" in message
+            assert "not JSON serializable" in message
+
+
+def test_a_slot_that_somebody_overwrites_is_never_published(tmp_path: Path, shm: Path):
+    gate = tmp_path / "gate"
+    with Services(lambda n: GatedFiles(gate)) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        manager.save(1, make())
+        region = region_of(tmp_path, shm)
+        wait_for_state(region, 0, "draining")
+        with (region.slot(0).folder / layout.optim_file(0)).open("r+b") as file:
+            file.seek(1000)
+            file.write(b"somebody")
+        threading.Timer(0.1, gate.touch).start()
+        with pytest.raises(RunError, match=r"checkpoint 1 is lost.*was changed after it was staged"):
+            manager.save(1, make(), final=True)
+        assert manager.save(2, make(), final=True).published
+        manager.close()
+    assert done(tmp_path) == [2]
+
+
+# -- the end of a run ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_on_the_disk_when_the_job_ends_is_left_to_the_service(tmp_path: Path, shm: Path):
+    gate = tmp_path / "gate"
+    with Services(lambda n: GatedFiles(gate)) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        report = manager.save(1, make(), final=True, deadline_s=time.time())
+        assert report.staged
+        assert not report.published
+        assert re.fullmatch(r"checkpoint 1 is in the memory of \S+, but not on the disk yet", str(report.error))
+        manager.close()
+        gate.touch()
+    assert done(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_disk_that_refuses_the_last_save_is_one_sentence(tmp_path: Path, shm: Path, error: int):
+    def refusing(n: int) -> Files:
+        return FaultyFiles(1, error=error, lasting=True, operations=("mkdir",))
+
+    sentence = {errno.ENOSPC: "the disk is full at .*; make room", errno.EDQUOT: "the disk quota is used up at"}
+    with Services(refusing) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        with pytest.raises(RunError, match=sentence.get(error, os.strerror(error)) + ".*it stays in memory"):
+            manager.save(1, make(), final=True)
+        manager.close()
+        assert services.kill() == 1
+    with Services() as services:  # the next start finds it
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        assert manager.latest() == 1
+        manager.close()
+    assert not list(base(shm).iterdir())
+
+
+def test_a_limit_on_bandwidth_ends_with_the_run(tmp_path: Path, shm: Path):
+    def small_chunks() -> None:
+        setattr(drain, "CHUNK_BYTES", 256)  # noqa: B010
+
+    with Services(prepare=small_chunks) as services:  # one byte per second
+        manager = CheckpointManager(args(shm, bandwidth_gb_per_s=1e-9), tmp_path, start_service=services.start)
+        manager.save(1, make())
+        wait_for_state(region_of(tmp_path, shm), 0, "draining")
+        assert manager.save(1, make(), final=True).published
+        manager.close()
+
+
+def test_metrics(tmp_path: Path, shm: Path, services: Services):
+    clock = [1000.0]
+    manager = CheckpointManager(args(shm), tmp_path, start_service=services.start, now=lambda: clock[0])
+    manager.prepare(make())
+    clock[0] = 1005.0
+    assert manager.metrics() == {
+        "checkpoint/skipped": 0.0,
+        "checkpoint/age_of_newest_done_s": 5.0,
+        "checkpoint/lost_work_at_risk_s": 5.0,
+    }
+    manager.save(1, make())
+    clock[0] = 1010.0
+    wait_until(lambda: done(tmp_path) == [1] and "checkpoint/drain_gb_per_s" in manager.metrics())
+    clock[0] = 1012.0
+    found = manager.metrics()
+    assert found["checkpoint/age_of_newest_done_s"] == 2.0
+    assert found["checkpoint/lost_work_at_risk_s"] == 7.0  # what was done since the snapshot
+    assert found["checkpoint/stall_s"] > 0
+    manager.close()

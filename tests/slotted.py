@@ -1,0 +1,288 @@
+"""A run at protocol level, without torch: ranks that stage bytes instead of tensors, and what must hold after a death.
+
+`World` is one run folder and the memory of its nodes below one place. `Start` does to the slots what a start of the
+run does by `courier.py` and `stage.py`, in the same order and through the same seam. Everything lies in /dev/shm: a
+synced file costs 0.05 ms there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lingua.checkpoint import layout, publish
+from lingua.checkpoint.publish import DamagedError, FileFacts, Manifest
+from lingua.checkpoint.service import Service
+from lingua.checkpoint.session import Session, write_session
+from lingua.checkpoint.slots import SHM, TRAINER_LOCK, Region, Save, Slot, make_region, region_of
+from lingua.files import DISK, Files
+from tests.fakes import Clock
+
+RUN_ID = "the-run"
+KILLED = 137
+
+
+class Inline(Executor):
+    """Runs what is submitted at once, on the calling thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def names_of(rank: int) -> tuple[str, str, str]:
+    return layout.model_file(rank), layout.optim_file(rank), layout.train_state_file(rank)
+
+
+def content(step: int, name: str) -> bytes:
+    return f"{name} of step {step} ".encode() * 400  # more than one page of memory
+
+
+@dataclass(frozen=True)
+class World:
+    """A run folder and the memory of its nodes."""
+
+    place: Path
+    n_nodes: int = 1
+
+    @property
+    def run_dir(self) -> Path:
+        return self.place / "run"
+
+    @property
+    def root(self) -> Path:
+        return self.run_dir / layout.CHECKPOINTS
+
+    def shm(self, node: int = 0) -> Path:
+        return self.place / f"shm-{node}"
+
+    def region(self, node: int = 0) -> Region:
+        return region_of(self.run_dir, self.shm(node))
+
+    def session(self, incarnation: int, **changes: Any) -> Session:
+        session = Session(
+            run_id=RUN_ID,
+            run_dir=str(self.run_dir),
+            root=str(self.root),
+            incarnation=incarnation,
+            dump=(1, 1),
+            linger_s=0.0,
+            threads=1,  # so that the n-th operation is always the same one
+        )
+        return replace(session, **changes)
+
+    def make(self, *published: int) -> World:
+        """The folders, and these steps published by start 1."""
+        self.root.mkdir(parents=True)
+        for node in range(self.n_nodes):
+            self.shm(node).mkdir()
+        publish.open_passage(self.root, 1)
+        for step in published:
+            folder = layout.coming(layout.folder(self.root, step), 1)
+            folder.mkdir()
+            facts = {name: publish.write_hashed(folder / name, [content(step, name)]) for name in names_of(0)}
+            publish.publish(self.root, step, 1, facts)
+        return self
+
+    def done(self) -> list[int]:
+        return layout.done_steps(self.root)
+
+    def intact(self, step: int) -> bool:
+        try:
+            facts = publish.read_marked_manifest(self.root, step)
+        except DamagedError:
+            return False
+        folder = layout.folder(self.root, step)
+        return not publish.damage(folder, facts, threads=1) and {path.name for path in folder.iterdir()} == {
+            *facts,
+            layout.MANIFEST,
+        }
+
+    def staged(self) -> dict[int, int]:
+        """Step -> slot of what is complete in the memory of node 0."""
+        found = [(slot, slot.complete()) for slot in self.region().slots()]
+        return {complete[0].step: slot.number for slot, complete in found if complete}
+
+    def service(self, node: int = 0, **arguments: Any) -> Service:
+        """One whose time passes by sleeping and whose threads are the caller's, unless told otherwise."""
+        clock = arguments.pop("clock", None) or Clock()
+        given = {"executor": Inline(), "now": clock.now, "wall_clock": clock.now, "sleep": clock.sleep}
+        return Service(make_region(self.run_dir, self.shm(node)), **(given | arguments))
+
+    def events(self, node: int = 0) -> list[dict[str, Any]]:
+        path = self.region(node).events_file
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def kinds(self, node: int = 0) -> list[str]:
+        return [event["kind"] for event in self.events(node)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run, as the ranks of one node do it: what `Courier` and `Stager` do, with bytes for tensors."""
+
+    world: World
+    incarnation: int
+    files: Files = DISK
+    node: int = 0
+    ranks: tuple[int, ...] = (0,)
+    n_slots: int = 2
+
+    @property
+    def region(self) -> Region:
+        return self.world.region(self.node)
+
+    def begin(self, *, service_lives: bool = False, **session: Any) -> None:
+        """Join, look for unsaved snapshots, shut older starts out, tell the service."""
+        region = make_region(self.world.run_dir, self.world.shm(self.node), files=self.files)
+        if not service_lives:
+            region.recover(files=self.files)
+        found = {slot.number: complete[0] for slot in region.slots() if (complete := slot.complete())}
+        newest = max(self.world.done(), default=-1)
+        wanted = {n: save for n, save in found.items() if save.run_id == RUN_ID and save.step > newest}
+        for slot in region.slots():
+            if slot.number not in wanted:
+                slot.change("staged", "free", files=self.files)
+        rescue = tuple(sorted((save.incarnation, save.step) for save in wanted.values()))
+        told = self.world.session(self.incarnation, rescue=rescue, **session)
+        write_session(region, replace(told, is_open=False), files=self.files)
+        if self.node == 0:
+            publish.open_passage(self.world.root, self.incarnation, files=self.files)
+        write_session(region, told, files=self.files)
+
+    def make_slots(self) -> None:
+        """What `Courier.make_slots` does; and the space for the files."""
+        keep = {name for rank in self.ranks for name in names_of(rank)}
+        self.region.make_slots(self.n_slots, keep, files=self.files)
+
+    def save_of(self, step: int) -> Save:
+        return Save(RUN_ID, self.incarnation, step, self.ranks, self.node, self.world.n_nodes)
+
+    def take_slot(self, step: int) -> Slot | None:
+        """A free slot, else the newest that waits; marked."""
+        slots = [self.region.slot(number) for number in range(self.n_slots)]
+        slot = next((slot for slot in slots if slot.state() == "free"), None)
+        if slot is None:
+            waiting = [slot for slot in slots if slot.state() == "staged"]
+            slot = max(waiting, key=lambda slot: save.step if (save := slot.save()) else -1, default=None)
+            if slot is None or not slot.change("staged", "claimed", files=self.files):
+                return None
+        slot.put_mark(self.save_of(step), files=self.files)
+        return slot
+
+    def fill(self, slot: Slot, step: int) -> None:
+        """Every rank's files, overwritten where they lie; then `ready`."""
+        for rank in self.ranks:
+            slot.say_unready(rank, files=self.files)
+            facts: Manifest = {}
+            for name in names_of(rank):
+                data = content(step, name)
+                descriptor = os.open(slot.folder / name, os.O_WRONLY | os.O_CREAT, 0o600)
+                self.files.write(descriptor, data)
+                os.ftruncate(descriptor, len(data))
+                os.close(descriptor)
+                facts[name] = FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
+            slot.say_ready(rank, self.save_of(step), facts, files=self.files)
+
+    def stage(self, step: int) -> Slot | None:
+        slot = self.take_slot(step)
+        if slot is not None:
+            self.fill(slot, step)
+        return slot
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def killed(act: Callable[[], Any]) -> bool:
+    """Run `act` in a process of its own, which may die at once; whether it did. An exception in it is ours too."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            act()
+            code = 0
+        except BaseException as error:
+            os.write(writer, repr(error).encode()[:60_000])
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as said:
+        problem = said.read().decode()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, KILLED), f"the process did not die where it should, but of {problem or code}"
+    return code == KILLED
+
+
+@contextmanager
+def a_rank_lives(region: Region) -> Iterator[None]:
+    """Another process that holds the ranks' lock."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, b"1" if region.lock(TRAINER_LOCK).take(shared=True) else b"0")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reader, 1) == b"1"
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
+
+
+@contextmanager
+def fast_place() -> Iterator[Path]:
+    """A folder where fsync costs nothing."""
+    with tempfile.TemporaryDirectory(dir=SHM if os.access(SHM, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+class Template:
+    """A world that is made once and put back, at the same place, for every case: regions are named after it."""
+
+    def __init__(self, place: Path, make: Callable[[World], None], *published: int) -> None:
+        self.world = World(place / "world")
+        self._copy = place / "template"
+        self.world.make(*published)
+        make(self.world)
+        shutil.copytree(self.world.place, self._copy, symlinks=True)
+
+    def fresh(self) -> World:
+        shutil.rmtree(self.world.place)
+        shutil.copytree(self._copy, self.world.place, symlinks=True)
+        return self.world
+
+
+def serve(service: Service) -> None:
+    """Until the service has nothing left to do, ranks being alive."""
+    assert service.take()
+    for _ in range(50):
+        service.tick()
+        if not any(slot.complete() for slot in service.region.slots()):
+            break
+    service.tick()
+
+
+def steps_in(names: Sequence[str]) -> list[int]:
+    return sorted(step for name in names if (step := layout.parse_folder(name)) is not None)
