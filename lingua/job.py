@@ -27,9 +27,11 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from lingua.args import ConfigError
 from lingua.checkpoint.layout import CHECKPOINTS, done_steps
@@ -44,12 +46,13 @@ from lingua.ranks import PATIENCE_S, rank_env, run_ranks
 from lingua.requeue import Outcome, Verdict, judge
 from lingua.runfolder import STOP_FILE
 from lingua.runlock import FOLDER as INCARNATIONS
-from lingua.slurm import Allocation, JobState, job_state, node_name, requeue, this_allocation
+from lingua.slurm import Allocation, JobState, job_state, requeue, this_allocation, this_node_name
 
 JOBS = "jobs"
 LINKS = ".jobs"
 RESERVE_S = 15.0
 """Left of the time limit when a job whose ranks still run is requeued."""
+NODE_CHECK = "lingua.node_check"
 SERVICE = "lingua.checkpoint.service"
 SERVICE_WAIT_S = 600.0
 """For the first rank: longer than torch takes to be imported from a slow shared disk."""
@@ -159,6 +162,25 @@ def ranks_command(job: Job) -> list[str]:
     ]
 
 
+def node_check_command(job: Job) -> list[str] | None:
+    """The step that says which nodes are bad, with as many tasks as ranks; None: not asked for."""
+    if job.allocation is None or not job.launcher.node_check:
+        return None
+    tasks = ["--gpu-bind=none", "--kill-on-bad-exit=0", f"--ntasks={job.n_ranks}"]
+    return ["srun", "--export=ALL", "--input=none", *tasks, sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"]
+
+
+def read_bad_nodes(said: str) -> list[str]:
+    """From what the node check said: a line of JSON, among others perhaps."""
+    for line in said.splitlines():
+        if line.startswith("{"):
+            try:
+                return [str(node) for node in orjson.loads(line)["bad_nodes"]]
+            except (ValueError, KeyError):
+                continue
+    return []
+
+
 def service_command(job: Job) -> list[str] | None:
     """The step of the checkpoint service, one process per node; None: not asked for.
 
@@ -201,7 +223,7 @@ def free_port(name: str) -> int:
 
 def _this_host(env: Mapping[str, str]) -> str:
     """A name of this host, where rank 0 will be: the batch script runs on the first node."""
-    for name in (node_name(env), socket.gethostname()):
+    for name in (this_node_name(env), socket.gethostname()):
         try:
             socket.getaddrinfo(name, None)
         except OSError:
@@ -223,9 +245,18 @@ class Holder:
         self._first_step = self._newest_step()
         self._n_starts = len(starts(job.run_dir))
 
-    def run(self, env: Mapping[str, str]) -> int | None:
+    def check_nodes(self, variables: Mapping[str, str]) -> list[str]:
+        """The nodes that the node check says are bad."""
+        command = node_check_command(self.job)
+        if command is None:
+            return []
+        done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+        said = done.stdout.decode(errors="replace")
+        print(said, end="", flush=True)
+        return read_bad_nodes(said) if done.returncode else []
+
+    def run(self, variables: Mapping[str, str]) -> int | None:
         """Start the steps and wait for them; the ranks' exit code, None when the time is up."""
-        variables = rank_variables(self.job, env)
         if self.job.allocation is None:
             command = ranks_command(self.job)
             return run_ranks(command, [rank_env(variables, i, self.job.n_ranks, 0, 1) for i in range(self.job.n_ranks)])
@@ -328,8 +359,12 @@ def hold(job_file: Path, env: Mapping[str, str]) -> int:
     logs = make_folder(job.run_dir / RANK_LOGS, "dump_dir")
     if allocation is not None:
         _speak_into(logs / f"{job.name}.out")
-    holder = Holder(job)
-    return holder.act(holder.outcome(holder.run(env)))
+    holder, variables = Holder(job), rank_variables(job, env)
+    bad_nodes = holder.check_nodes(variables)
+    if bad_nodes:
+        log.error("not fit: %s", ", ".join(bad_nodes))
+        return holder.act(replace(holder.outcome(1), stop={"exit_code": 1, "kind": "device", "bad_nodes": bad_nodes}))
+    return holder.act(holder.outcome(holder.run(variables)))
 
 
 def _note(number: int, frame: object) -> None:

@@ -53,6 +53,8 @@ class LauncherArgs(Args):
     """Go back into the queue after preemption, the time limit and failures that may pass."""
     max_retries: Annotated[int, Field(ge=0)] = 3
     """Failed starts in a row, without a step gained, after which the job stays ended."""
+    node_check: bool = False
+    """Before the ranks begin, check device, memory, disk and network of each node; a bad one is avoided from then on."""
     env: LaunchEnvArgs = LaunchEnvArgs()
     setup: list[Text] = []
     """Shell lines run on the first node before anything else (`module load cuda`). Only `lingua launch` knows them."""

@@ -7,6 +7,7 @@ lists of words, never shell text; what Slurm answers to a command it refuses is 
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,9 +112,9 @@ def this_node(env: Mapping[str, str]) -> tuple[int, int]:
     return int(env.get("SLURM_NODEID", "0")), int(env.get("SLURM_STEP_NUM_NODES", "1"))
 
 
-def node_name(env: Mapping[str, str]) -> str:
-    """Slurm's name of this node."""
-    return env.get("SLURMD_NODENAME", "localhost")
+def this_node_name(env: Mapping[str, str]) -> str:
+    """Slurm's name of this node, which `--exclude` understands; the host's own outside Slurm."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def this_job(env: Mapping[str, str]) -> tuple[str, int]:

@@ -17,9 +17,11 @@ from lingua.job import (
     Job,
     free_port,
     freeze_job,
+    node_check_command,
     owned_by_another,
     rank_variables,
     ranks_command,
+    read_bad_nodes,
     read_job,
     service_command,
 )
@@ -53,6 +55,26 @@ def test_one_task_per_node_starts_the_ranks_below_it():
     words = ranks_command(job(launcher=LauncherArgs(tasks_per_node="per_node")))
     assert {"--ntasks=2", "--cpus-per-task=80"} <= set(words)
     assert words[words.index("lingua.ranks") :][1] == "4"
+
+
+def test_nodes_are_checked_by_as_many_tasks_as_ranks():
+    assert node_check_command(job()) is None
+    words = node_check_command(job(launcher=LauncherArgs(node_check=True, tasks_per_node="per_node")))
+    assert words is not None
+    assert {"--ntasks=8", "--gpu-bind=none", "lingua.node_check", "--dir=/runs/100%"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", []),
+        ("a warning\n", []),
+        ('{"ok": false, "bad_nodes": ["n7", "n9"]}\n', ["n7", "n9"]),
+        ('[Gloo] Rank 0\n{broken\n{"bad_nodes": ["n7"]}', ["n7"]),
+    ],
+)
+def test_what_the_node_check_says(said: str, expected: list[str]):
+    assert read_bad_nodes(said) == expected
 
 
 def test_the_service_is_a_step_of_its_own_that_holds_nothing():
