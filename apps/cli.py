@@ -127,6 +127,29 @@ def train(words: Words = None) -> None:
     _pass_on("train", words or [])
 
 
+@app.command()
+def launch(
+    words: Words = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run the script here, without Slurm.")] = False,
+    refreeze: Annotated[bool, typer.Option("--refreeze", help="Take the code of the tree anew.")] = False,
+    accept_change: Annotated[bool, typer.Option(help="Allow changes of a started run that need it.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Submit a run to Slurm.
+
+    Checks the config, freezes it and the code in the run folder, writes run.sh there and submits it. The section
+    `launcher` says what is asked of Slurm.
+    """
+    from pathlib import Path
+
+    from lingua.launch import launch
+
+    line = parse_command_line(words or [])
+    line.flags |= {name: True for name, on in {"refreeze": refreeze, "accept-change": accept_change}.items() if on}
+    raise typer.Exit(launch(line, base_dir=Path.cwd(), dry_run=dry_run, local=local))
+
+
 @app.command(context_settings=PASSED_ON)
 def generate(
     words: Annotated[list[str] | None, typer.Argument(metavar="ckpt=RUN_OR_FOLDER [KEY=VALUE] ...")] = None,

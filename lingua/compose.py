@@ -113,8 +113,13 @@ def _import_plugins(layer: Layer) -> list[tuple[Key, str]]:
 
 
 def see_working_folder() -> None:
-    """Make modules of the working folder importable, as `python -m` does and a console script does not."""
-    if not {"", os.getcwd()} & set(sys.path):
+    """Make modules of the working folder importable, as `python -m` does and a console script does not.
+
+    Last of all where Python was told not to (PYTHONSAFEPATH): a job runs its frozen code, not the tree it is run in.
+    """
+    if sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    elif not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
 
 

@@ -44,6 +44,7 @@ _FREE = (
     "logging",
     "eval",
     "async_eval_gpus",
+    "launcher",
     "slurm",
     "gc_collect_freq",
     "probe_freq",

@@ -45,9 +45,10 @@ def public_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:
-    """Write run.sh (the command of the newest start) and env.txt."""
-    command = shlex.join([sys.executable, *argv])
-    write_whole(run_dir / "run.sh", f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
+    """Write run.sh (the command of the newest start; that of `lingua launch` stays) and env.txt."""
+    command, script = shlex.join([sys.executable, *argv]), run_dir / "run.sh"
+    if not script.is_file() or b"\n#SBATCH" not in script.read_bytes():
+        write_whole(script, f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in public_environment(env).items()]
     write_whole(run_dir / "env.txt", "".join(lines).encode())
 

@@ -1,16 +1,23 @@
-"""Slurm facts from the environment, sbatch text, submission. SLURM_* variables are read here and nowhere else."""
+"""Slurm facts from the environment, and the few commands that a job gives about itself.
+
+Promise: SLURM_* variables are read here and in the first lines of `scripts/job.sh`, and nowhere else. Commands are
+lists of words, never shell text; what Slurm answers to a command it refuses is the error.
+"""
 
 from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated
 
 from pydantic import Field
 
 from lingua.args import Args, Text
+from lingua.files import RunError
 
 
 class SlurmArgs(Args):
@@ -73,6 +80,43 @@ def this_task(env: Mapping[str, str]) -> SlurmTask | None:
     )
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm gave to the job whose batch script this process is."""
+
+    job_id: str
+    restarts: int
+    """Times it was requeued."""
+    n_nodes: int
+    n_tasks: int
+    cpus_per_task: int | None
+
+
+def this_allocation(env: Mapping[str, str]) -> Allocation | None:
+    """The allocation of this process; None outside Slurm."""
+    if not env.get("SLURM_JOB_ID"):
+        return None
+    n_nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
+    per_node, cpus = env.get("SLURM_NTASKS_PER_NODE"), env.get("SLURM_CPUS_PER_TASK")
+    return Allocation(
+        *this_job(env),
+        n_nodes=n_nodes,
+        # SLURM_NTASKS is that of the submission, also where a requeued job was given fewer nodes.
+        n_tasks=n_nodes * int(per_node) if per_node else int(env.get("SLURM_NTASKS") or n_nodes),
+        cpus_per_task=int(cpus) if cpus else None,
+    )
+
+
+def this_node(env: Mapping[str, str]) -> tuple[int, int]:
+    """(number of this node, nodes) of the step; (0, 1) outside one."""
+    return int(env.get("SLURM_NODEID", "0")), int(env.get("SLURM_STEP_NUM_NODES", "1"))
+
+
+def this_node_name(env: Mapping[str, str]) -> str:
+    """Slurm's name of this node, which `--exclude` understands; the host's own outside Slurm."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def this_job(env: Mapping[str, str]) -> tuple[str, int]:
     """(job id, times it was requeued); ("", 0) outside Slurm."""
     return env.get("SLURM_JOB_ID", ""), int(env.get("SLURM_RESTART_COUNT") or 0)
@@ -109,11 +153,6 @@ def job_end_s(env: Mapping[str, str], grace_s: float | None, asked_at_s: float) 
     return min(limits, default=None)
 
 
-def this_node_name(env: Mapping[str, str]) -> str:
-    """Slurm's name of this node, which `--exclude` understands; the host's own outside Slurm."""
-    return env.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def node_of_each_task(env: Mapping[str, str]) -> list[str]:
     """The node of every task of this step, by rank, as `--distribution=block` lays them out; [] outside a step."""
     if "SLURM_STEP_NODELIST" not in env:
@@ -135,3 +174,71 @@ def expand_hosts(node_list: str) -> list[str]:
             middle = [span] if ends is None else [f"{number:0{len(first)}d}" for number in ends]
             hosts += [prefix + number + suffix for number in middle]
     return hosts
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+Runner = Callable[[Sequence[str]], str]
+
+
+def run_command(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    """Output of a Slurm command. Raises RunError with its own words."""
+    try:
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=120)
+    except FileNotFoundError:
+        raise RunError(f"there is no {words[0]} on this machine; run this where Slurm is, or add --local") from None
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{words[0]} gave no answer within 120 s; the controller may be down") from None
+    if done.returncode:
+        raise RunError(f"{' '.join(words[:2])} was refused: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as the controller sees it."""
+
+    name: str
+    """RUNNING, COMPLETING, ..."""
+    preempted: bool = False
+    ends_at_s: float | None = None
+    """Seconds since the epoch: its time limit, or the end of its grace. None: no limit."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Somebody, or Slurm, is already ending it: a cancelled job must not come back by our hand.
+
+        Seen in Slurm 22.05: after `scancel` a job is COMPLETING while its tasks still run; a preempted one in its
+        grace and one before its time limit are RUNNING; what Slurm requeues by itself is COMPLETING too.
+        """
+        return self.name not in ("RUNNING", "SUSPENDED", "SIGNALING", "UNKNOWN")
+
+
+def read_job_state(text: str) -> JobState:
+    """From the output of `scontrol show job`."""
+    facts = dict(re.findall(r"(\w+)=(\S*)", text))
+    return JobState(
+        facts.get("JobState", "UNKNOWN"), facts.get("PreemptTime", "None") != "None", _epoch_s(facts.get("EndTime", ""))
+    )
+
+
+def _epoch_s(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None  # Unknown
+
+
+def job_state(job_id: str, run: Runner = run_command) -> JobState:
+    """Raises RunError when the controller does not answer."""
+    return read_job_state(run(["scontrol", "--oneliner", "show", "job", job_id]))
+
+
+def requeue(job_id: str, exclude: Sequence[str] = (), run: Runner = run_command) -> None:
+    """Put the job back into the queue, away from the nodes of `exclude`; this process is killed soon after.
+
+    Nodes can be excluded of a pending job only: so first the one, then, before the kill, the other.
+    """
+    run(["scontrol", "requeue", job_id])
+    if exclude:
+        run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}"])

@@ -7,8 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.slurm_cluster import Cluster, why_not
+
+if TYPE_CHECKING:
+    from tests.checkout import Checkout
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -26,6 +32,25 @@ def hostile_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / request.param
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm of three nodes, one per session. SLURM_REQUIRED=1: its absence is a failure and no skip."""
+    reason = why_not()
+    if reason is not None and os.environ.get("SLURM_REQUIRED"):
+        pytest.fail(reason)
+    if reason is not None:
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, slurm: Cluster) -> Checkout:
+    from tests.checkout import Checkout  # imports torch, which most tests do without
+
+    return Checkout(tmp_path, slurm)
 
 
 @pytest.fixture

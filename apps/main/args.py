@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from lingua.args import Args, Part, Text, part_of
 from lingua.data.args import DataArgs
 from lingua.evaluator import EvalArgs
+from lingua.launcher import LauncherArgs
 from lingua.metrics import LoggingArgs
 from lingua.schema import (
     AdamWArgs,
@@ -98,6 +99,7 @@ class TrainArgs(Args):
     """What the evaluator measures at each checkpoint of checkpoint.eval. Null: nothing."""
     async_eval_gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs of the evaluation job. Null: evaluate in the training process."""
+    launcher: LauncherArgs = LauncherArgs()
     slurm: SlurmArgs | None = None
     """Slurm settings of the evaluation job."""
 

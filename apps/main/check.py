@@ -162,7 +162,9 @@ def accepts(line: CommandLine) -> bool:
 
 
 def default_world_size(args: TrainArgs) -> int:
-    """The ranks that the config speaks of."""
+    """The ranks that the config speaks of: those of `launcher`, else those of `distributed`."""
+    if args.launcher.gpus is not None:
+        return args.launcher.nodes * max(1, args.launcher.gpus)
     layout = args.distributed
     return (layout.dp_replicate or 1) * (layout.dp_shard or 1) * layout.tp_size
 

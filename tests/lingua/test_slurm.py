@@ -2,7 +2,22 @@ import os
 
 import pytest
 
-from lingua.slurm import SlurmTask, expand_hosts, first_host, node_of_each_task, this_job, this_node_name, this_task
+from lingua.files import RunError
+from lingua.slurm import (
+    Allocation,
+    JobState,
+    SlurmTask,
+    expand_hosts,
+    first_host,
+    node_of_each_task,
+    read_job_state,
+    requeue,
+    run_command,
+    this_allocation,
+    this_job,
+    this_node_name,
+    this_task,
+)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +95,60 @@ def test_the_node_of_each_task():
     assert node_of_each_task({}) == []
     assert this_node_name({"SLURMD_NODENAME": "n7"}) == "n7"
     assert this_node_name({}) == os.uname().nodename
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, Allocation("7", 0, 1, 1, None)),
+        (
+            {
+                "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NUM_NODES": "3",
+                "SLURM_NTASKS_PER_NODE": "8",
+                "SLURM_CPUS_PER_TASK": "20",
+            },
+            Allocation("7", 0, 3, 24, 20),
+        ),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_RESTART_COUNT": "2"}, Allocation("7", 2, 1, 4, None)),
+        # requeued on one node of the two it had: SLURM_NTASKS is still that of the submission
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"},
+            Allocation("7", 0, 1, 8, None),
+        ),
+    ],
+)
+def test_what_slurm_gave(env: dict[str, str], expected: Allocation | None):
+    assert this_allocation(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "preempted", "cancelled", "limited"),
+    [
+        # as `scontrol --oneliner show job` of Slurm 22.05 said
+        ("JobId=1 JobState=RUNNING Reason=None EndTime=2026-11-21T10:38:28 PreemptTime=None", False, False, True),
+        ("JobId=1 JobState=RUNNING EndTime=2026-11-21T10:37:55 PreemptTime=2026-11-21T10:37:25", True, False, True),
+        ("JobId=1 JobState=COMPLETING Reason=None EndTime=2026-11-21T10:37:25", False, True, True),
+        ("JobId=1 JobState=CANCELLED Reason=None EndTime=2026-11-21T10:37:25", False, True, True),
+        ("JobId=1 JobState=RUNNING EndTime=Unknown", False, False, False),
+        ("nothing that is known", False, False, False),
+    ],
+)
+def test_the_state_of_a_job(text: str, preempted: bool, cancelled: bool, limited: bool):
+    state = read_job_state(text)
+    assert (state.preempted, state.cancelled, state.ends_at_s is not None) == (preempted, cancelled, limited)
+
+
+def test_nodes_are_excluded_once_the_job_is_pending():
+    said: list[list[str]] = []
+    requeue("7", ["n1", "n3"], run=lambda words: said.append(list(words)) or "")
+    assert said == [["scontrol", "requeue", "7"], ["scontrol", "update", "JobId=7", "ExcNodeList=n1,n3"]]
+
+
+def test_a_command_that_fails_is_one_sentence():
+    with pytest.raises(RunError, match="false --requeue was refused"):
+        run_command(["false", "--requeue"])
+    with pytest.raises(RunError, match="there is no scontrol-of-nowhere on this machine"):
+        run_command(["scontrol-of-nowhere"])
+    assert JobState("RUNNING").cancelled is False

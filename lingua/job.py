@@ -1,0 +1,392 @@
+"""Inside a job: freeze what was submitted, start the ranks, wait, and say whether the job goes back into the queue.
+
+    python -m lingua.job begin              first start of a *.slurm script: CONFIG_FILE and EXTRA_ARGS say what
+    python -m lingua.job hold JOB_FILE      every start: run what JOB_FILE froze
+
+Promise: what runs is what was submitted. `begin` checks the config as training does and freezes it, and the code, into
+the run folder; each later start of the job runs those, edits of the working tree notwithstanding. `hold` outlives its
+ranks: signals are theirs, it only notes that they came. It requeues by `requeue.judge` alone, and never a job that is
+being cancelled. With RESERVE_S left of the time limit it requeues a job whose ranks still run: late is lost.
+Cost: half a second per start; no torch. `hold` sleeps in between.
+
+    <run>/code/               the code
+          jobs/4711.yaml      the config, resolved       jobs/4711.json    words typed, places of the values
+          jobs/4711.tries.json                           failed starts in a row, nodes to avoid
+          logs/4711.out       what this process says     logs/4711.0.out   what rank 0 says
+    $BASE_DIR/.jobs/4711      link to jobs/4711.json, by which a requeued job finds its run
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lingua.args import ConfigError
+from lingua.checkpoint.layout import CHECKPOINTS, done_steps
+from lingua.codefreeze import environment, freeze_code
+from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.files import RunError, entries, make_folder, read_json, write_json, write_whole
+from lingua.freeze import dump_yaml
+from lingua.launcher import LauncherArgs
+from lingua.layers import read_yaml
+from lingua.logger import RANK_LOGS
+from lingua.ranks import PATIENCE_S, rank_env, run_ranks
+from lingua.requeue import Outcome, Verdict, judge
+from lingua.runfolder import STOP_FILE
+from lingua.runlock import FOLDER as INCARNATIONS
+from lingua.slurm import Allocation, JobState, job_state, requeue, this_allocation, this_node_name
+
+JOBS = "jobs"
+LINKS = ".jobs"
+RESERVE_S = 15.0
+"""Left of the time limit when a job whose ranks still run is requeued."""
+NODE_CHECK = "lingua.node_check"
+SERVICE = "lingua.checkpoint.service"
+SERVICE_WAIT_S = 600.0
+"""For the first rank: longer than torch takes to be imported from a slow shared disk."""
+
+log = logging.getLogger(__name__)
+
+
+# -- freezing ------------------------------------------------------------------------------------------------------
+
+
+def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
+    """Freeze a checked config (an app's `check.load`) and the code of `tree` for one job; returns the job file."""
+    run_dir = make_folder(Path(checked.args.dump_dir).absolute(), "dump_dir")
+    freeze_code(tree, run_dir, again="refreeze" in line.flags)
+    job_file = make_folder(run_dir / JOBS, "dump_dir") / f"{key}.json"
+    facts = {
+        "typed": [line.config, *(f"+{overlay}" for overlay in line.overlays), *line.overrides],
+        "accept_change": "accept-change" in line.flags,
+        "n_ranks": checked.resolved.world_size,
+        "origins": checked.composed.origins(),
+    }
+    write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
+    write_json(job_file, facts)
+    return job_file
+
+
+def begin(env: Mapping[str, str]) -> int:
+    """First start of a job that a *.slurm script submitted; becomes `hold`, run by the frozen code."""
+    base_dir, allocation = Path.cwd(), this_allocation(env)
+    words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
+    line = parse_command_line(words, ["accept-change", "refreeze"])
+    checked = app_module(choose_app(line), "check").load(line, allocation.n_tasks if allocation else None)
+    for warning in checked.warnings:
+        log.warning("%s", warning)
+    key = allocation.job_id if allocation else "local"
+    job_file = freeze_job(checked, line, base_dir, key)
+    if allocation is not None:
+        _link(base_dir / LINKS / key, job_file)
+    code = environment(job_file.parents[1] / "code", env)
+    os.execve(sys.executable, [sys.executable, "-m", __spec__.name, "hold", str(job_file)], {**env, **code})
+
+
+def _link(link: Path, target: Path) -> None:
+    draft = make_folder(link.parent, "BASE_DIR") / f".{link.name}-{os.getpid()}"
+    draft.symlink_to(target)
+    draft.replace(link)  # a cluster that was set up anew counts its jobs from 1
+
+
+# -- running -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `hold` holds."""
+
+    run_dir: Path
+    app: str
+    launcher: LauncherArgs
+    n_ranks: int
+    train_words: list[str]
+    shm: str | None
+    """Memory file system of the checkpoint service. None: no service is asked for."""
+    allocation: Allocation | None
+
+    @property
+    def name(self) -> str:
+        return self.allocation.job_id if self.allocation else "local"
+
+
+def read_job(job_file: Path, allocation: Allocation | None) -> Job:
+    """The job that a job file froze. Raises OSError, RunError or ConfigError when it cannot be read."""
+    config = job_file.with_suffix(".yaml")
+    tree = read_yaml(config).tree
+    launcher = LauncherArgs.model_validate(tree.get("launcher", {}))
+    facts = read_json(job_file)
+    accepted = ["--accept-change"] if facts["accept_change"] else []
+    checkpoint = tree.get("checkpoint", {})
+    return Job(
+        run_dir=job_file.parents[1],
+        app=tree["app"],
+        launcher=launcher,
+        n_ranks=allocation.n_tasks if allocation else facts["n_ranks"],
+        train_words=[str(config), *accepted],
+        shm=checkpoint["shm_path"] if checkpoint.get("async_save_mode") == "shm" else None,
+        allocation=allocation,
+    )
+
+
+def ranks_command(job: Job) -> list[str]:
+    """The step of the ranks. Nothing but srun stands between Slurm and Python, or one process of ours per node."""
+    train = [sys.executable, "-u", "-m", f"{job.app}.train", *job.train_words]
+    slurm = job.allocation
+    if slurm is None:
+        return train
+    per_node = job.launcher.tasks_per_node == "per_node"
+    n_local = job.n_ranks // slurm.n_nodes
+    cpus = (slurm.cpus_per_task or 1) * (n_local if per_node else 1)
+    return [
+        *_srun(job, "%t"),
+        "--kill-on-bad-exit=0",  # a rank that is through must not end one that still saves
+        f"--wait={PATIENCE_S:.0f}",
+        "--gpu-bind=none",  # every rank sees all GPUs of its node, or NCCL loses its direct path
+        f"--ntasks={slurm.n_nodes if per_node else job.n_ranks}",
+        f"--cpus-per-task={cpus}",
+        *([sys.executable, "-m", "lingua.ranks", str(n_local)] if per_node else []),
+        *train,
+    ]
+
+
+def node_check_command(job: Job) -> list[str] | None:
+    """The step that says which nodes are bad, with as many tasks as ranks; None: not asked for."""
+    if job.allocation is None or not job.launcher.node_check:
+        return None
+    tasks = ["--gpu-bind=none", "--kill-on-bad-exit=0", f"--ntasks={job.n_ranks}"]
+    return ["srun", "--export=ALL", "--input=none", *tasks, sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"]
+
+
+def read_bad_nodes(said: str) -> list[str]:
+    """From what the node check said: a line of JSON, among others perhaps."""
+    for line in said.splitlines():
+        if line.startswith("{"):
+            try:
+                return [str(node) for node in orjson.loads(line)["bad_nodes"]]
+            except (ValueError, KeyError):
+                continue
+    return []
+
+
+def service_command(job: Job) -> list[str] | None:
+    """The step of the checkpoint service, one process per node; None: not asked for.
+
+    A step of its own, since a process dies with its step; it holds none of what the ranks need.
+    """
+    if job.allocation is None or job.shm is None:
+        return None
+    n_nodes = job.allocation.n_nodes
+    share = ["--overlap", "--mem=0", "--gres=none", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
+    serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm, f"--wait-s={SERVICE_WAIT_S:.0f}"]
+    return [*_srun(job, "service.%n"), *share, *serve]
+
+
+def _srun(job: Job, name: str) -> list[str]:
+    logs = str(job.run_dir / RANK_LOGS).replace("%", "%%")
+    return ["srun", "--export=ALL", "--input=none", "--open-mode=append", f"--output={logs}/%j.{name}.out"]
+
+
+def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
+    """Where the ranks meet, and what the config sets and unsets."""
+    n_nodes = job.allocation.n_nodes if job.allocation else 1
+    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(free_port(job.name))}
+    kept = {name: value for name, value in env.items() if name not in job.launcher.env.unset}
+    return {**kept, **wanted, **job.launcher.env.set}
+
+
+def free_port(name: str) -> int:
+    """A port of this host, below the ephemeral ones, that nobody listens on; two jobs begin to look at two places."""
+    first = zlib.crc32(name.encode())
+    for i in range(12_000):
+        port = 20_000 + (first + i) % 12_000
+        with socket.socket() as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise RunError(f"{socket.gethostname()} has no free port between 20000 and 32000; see who listens there")
+
+
+def _this_host(env: Mapping[str, str]) -> str:
+    """A name of this host, where rank 0 will be: the batch script runs on the first node."""
+    for name in (this_node_name(env), socket.gethostname()):
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError:
+            continue
+        return name
+    raise RunError(
+        f"the name of this node, {socket.gethostname()}, has no address; set MASTER_ADDR in launcher.env.set"
+    )
+
+
+class Holder:
+    """Runs one start of a job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.tries_file = job.run_dir / JOBS / f"{job.name}.tries.json"
+        self._stop_file = job.run_dir / STOP_FILE
+        self._before = _identity(self._stop_file)
+        self._first_step = self._newest_step()
+        self._n_starts = len(starts(job.run_dir))
+
+    def check_nodes(self, variables: Mapping[str, str]) -> list[str]:
+        """The nodes that the node check says are bad."""
+        command = node_check_command(self.job)
+        if command is None:
+            return []
+        done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
+        said = done.stdout.decode(errors="replace")
+        print(said, end="", flush=True)
+        return read_bad_nodes(said) if done.returncode else []
+
+    def run(self, variables: Mapping[str, str]) -> int | None:
+        """Start the steps and wait for them; the ranks' exit code, None when the time is up."""
+        if self.job.allocation is None:
+            command = ranks_command(self.job)
+            return run_ranks(command, [rank_env(variables, i, self.job.n_ranks, 0, 1) for i in range(self.job.n_ranks)])
+        service = service_command(self.job)
+        serving = None if service is None else subprocess.Popen(service, env=variables, stdin=subprocess.DEVNULL)
+        ranks = subprocess.Popen(ranks_command(self.job), env=variables, stdin=subprocess.DEVNULL)
+        exit_code = self._wait(ranks)
+        if serving is not None and exit_code is not None and self._wait(serving) is None:
+            log.warning(
+                "the checkpoint service still writes with %d s left; its slots stay for the next start", RESERVE_S
+            )
+        return exit_code
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
+        """Its exit code; None when only RESERVE_S are left of the time limit."""
+        while True:
+            ends_at_s = self._state().ends_at_s
+            left_s = None if ends_at_s is None else ends_at_s - RESERVE_S - time.time()
+            if left_s is not None and left_s <= 0:
+                return process.poll()
+            try:
+                return process.wait(left_s)
+            except subprocess.TimeoutExpired:
+                continue  # the limit may have been moved meanwhile: look again
+
+    def outcome(self, exit_code: int | None) -> Outcome:
+        stop = self._stop_file if _identity(self._stop_file) != self._before else None
+        return Outcome(
+            exit_code=exit_code,
+            stop=read_json(stop) if stop is not None else None,
+            occupied=owned_by_another(self.job.run_dir, self.job.name),
+            cancelled=self._state().cancelled,
+            steps_gained=self._newest_step() - self._first_step,
+            fruitless=self._tries().get("fruitless", 0),
+        )
+
+    def act(self, outcome: Outcome) -> int:
+        """Requeue the job if that is right; returns the exit code."""
+        verdict = judge(outcome, self.job.launcher.max_retries)
+        if self.job.allocation is None:
+            return verdict.exit_code
+        if verdict.requeue and not self.job.launcher.requeue:
+            verdict = Verdict(False, f"{verdict.why}, and launcher.requeue is false", verdict.exit_code)
+        log.info("%s: %s", "back into the queue" if verdict.requeue else "the job ends", verdict.why)
+        if verdict.requeue:
+            tries = self._tries()
+            avoid = sorted({*tries.get("avoid", []), *(outcome.stop or {}).get("bad_nodes", [])})
+            write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
+            try:
+                requeue(self.job.name, avoid)
+            except RunError as error:  # no right to, or no batch job: its exit code still says what it wants
+                log.error("%s", error)
+        return verdict.exit_code
+
+    def _state(self) -> JobState:
+        try:
+            return job_state(self.job.name) if self.job.allocation else JobState("RUNNING")
+        except RunError as error:
+            log.warning("%s", error)
+            return JobState("UNKNOWN")
+
+    def _tries(self) -> dict[str, Any]:
+        slurm = self.job.allocation
+        return read_json(self.tries_file) if slurm and slurm.restarts and self.tries_file.is_file() else {}
+
+    def _newest_step(self) -> int:
+        return max(done_steps(self.job.run_dir / CHECKPOINTS), default=0)
+
+
+def starts(run_dir: Path) -> list[Path]:
+    """The records of all starts of a run, in order."""
+    return [path for path in entries(run_dir / INCARNATIONS) if path.name[:1].isdigit() and path.suffix == ".json"]
+
+
+def owned_by_another(run_dir: Path, job_id: str) -> bool:
+    """Whether the newest start of the run is another job's, and has not ended by itself."""
+    known = starts(run_dir)
+    if not known:
+        return False
+    owner = read_json(known[-1])
+    return not owner.get("released") and owner.get("slurm_job_id") != job_id
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is written anew."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def hold(job_file: Path, env: Mapping[str, str]) -> int:
+    """Run what a job file froze; returns the job's exit code."""
+    allocation = this_allocation(env)
+    if allocation is not None:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, _note)
+    job = read_job(job_file, allocation)
+    logs = make_folder(job.run_dir / RANK_LOGS, "dump_dir")
+    if allocation is not None:
+        _speak_into(logs / f"{job.name}.out")
+    holder, variables = Holder(job), rank_variables(job, env)
+    bad_nodes = holder.check_nodes(variables)
+    if bad_nodes:
+        log.error("not fit: %s", ", ".join(bad_nodes))
+        return holder.act(replace(holder.outcome(1), stop={"exit_code": 1, "kind": "device", "bad_nodes": bad_nodes}))
+    return holder.act(holder.outcome(holder.run(variables)))
+
+
+def _note(number: int, frame: object) -> None:
+    log.info("%s: left to the ranks", signal.Signals(number).name)
+
+
+def _speak_into(path: Path) -> None:
+    """From here on all output goes to `path`; Slurm's own file, in the folder of sbatch, says where."""
+    print(f"log: {path}", flush=True)
+    with path.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
+def main(words: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s job: %(message)s", force=True)
+    if words == ["begin"]:
+        return begin(os.environ)
+    if len(words) == 2 and words[0] == "hold":
+        return hold(Path(words[1]), os.environ)
+    raise ConfigError("usage: python -m lingua.job begin | hold JOB_FILE")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""`lingua launch`: check a config, freeze it with the code, write `run.sh` into the run folder, submit it.
+
+Promise: nothing is written or submitted unless the config passes the check that training makes. The script is a pure
+function of what it is made from, and holds any path, however it is spelled. Submitted with sbatch, or started with
+bash on a machine without Slurm, it runs the same frozen code and config; typing `sbatch run.sh` again goes on.
+Cost: a second; no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from lingua.args import ConfigError
+from lingua.codefreeze import FOLDER as CODE
+from lingua.entry import CommandLine, app_module, choose_app
+from lingua.files import make_folder, write_whole
+from lingua.job import JOBS, freeze_job
+from lingua.launcher import LauncherArgs
+from lingua.logger import RANK_LOGS
+from lingua.slurm import run_command
+
+RUN_SCRIPT = "run.sh"
+# Characters that an #SBATCH line takes without quotes; sbatch ends it at a blank.
+_PLAIN = re.compile(r"[\w@%+=:,./\[\]|&*()-]*")
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a run.sh is made from."""
+
+    name: str
+    launcher: LauncherArgs
+    """With gpus filled in."""
+    base_dir: Path
+    python: Path
+    job_file: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.job_file.parents[1]
+
+
+def render(script: Script) -> str:
+    """The text of run.sh. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
+    lines = [f"#SBATCH {option}" for option in _options(script)]
+    variables = {"BASE_DIR": script.base_dir, "PYTHON": script.python, "JOB_FILE": script.job_file}
+    exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
+    body = shlex.quote(str(script.run_dir / CODE / "scripts" / "job.sh"))
+    how = "# Made by `lingua launch`. sbatch run.sh: submit it again; bash run.sh: run it here, without Slurm."
+    return "\n".join(["#!/usr/bin/env bash", how, *lines, *exports, *script.launcher.setup, f"source {body}", ""])
+
+
+def _options(script: Script) -> list[str]:
+    launcher = script.launcher
+    named = {
+        "job-name": re.sub(r"[^\w.@+-]+", "_", script.name),
+        "nodes": launcher.nodes,
+        "ntasks-per-node": launcher.gpus or 1,
+        "gpus-per-node": launcher.gpus or None,
+        "cpus-per-task": launcher.cpus_per_gpu,
+        "mem": launcher.mem,
+        "time": launcher.time,
+        "partition": launcher.partition,
+        "account": launcher.account,
+        "qos": launcher.qos,
+        "constraint": launcher.constraint,
+        "exclude": launcher.exclude,
+        "comment": launcher.comment,
+        "signal": f"USR2@{launcher.signal_s}" if launcher.signal_s else None,
+        "distribution": "block",
+        "open-mode": "append",
+    }
+    given = [f"--{name}={_quoted(name, str(value))}" for name, value in named.items() if value not in (None, "")]
+    flags = ["--exclusive"] if launcher.exclusive else []
+    flags.append("--requeue" if launcher.requeue else "--no-requeue")
+    return [*given, *flags, *(_directive(option) for option in launcher.directives)]
+
+
+def _quoted(name: str, value: str) -> str:
+    if _PLAIN.fullmatch(value):
+        return value
+    if re.search(r'["\\\n\r]', value):
+        raise ConfigError(f"launcher.{name}: {value!r} holds a quote, backslash or newline; an #SBATCH line cannot")
+    return f'"{value}"'
+
+
+def _directive(option: str) -> str:
+    if not option.startswith("--") or "\n" in option:
+        raise ConfigError(f"launcher.directives: {option!r} is no option of sbatch; write '--name=value'")
+    return option
+
+
+def launch(
+    line: CommandLine,
+    *,
+    base_dir: Path,
+    dry_run: bool = False,
+    local: bool = False,
+    env: Mapping[str, str] = os.environ,
+    run: Callable[..., str] = run_command,
+) -> int:
+    """Check, freeze, write run.sh, submit; returns an exit code. Raises ConfigError or RunError."""
+    checked = app_module(choose_app(line), "check").load(line)
+    launcher: LauncherArgs = checked.args.launcher
+    gpus = launcher.gpus if launcher.gpus is not None else _share(checked.resolved.world_size, launcher.nodes)
+    key = "launch-" + sha256(repr((line.config, line.overlays, line.overrides)).encode()).hexdigest()[:8]
+    job_file = Path(checked.args.dump_dir).absolute() / JOBS / f"{key}.json"
+    script = Script(
+        name=checked.args.name,
+        launcher=launcher.model_copy(update={"gpus": gpus}),
+        base_dir=base_dir,
+        python=Path(sys.executable),
+        job_file=job_file,
+    )
+    text = render(script)
+    for warning in checked.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if dry_run:
+        print(text, end="")
+        return 0
+    freeze_job(checked, line, base_dir, key)
+    path = script.run_dir / RUN_SCRIPT
+    write_whole(path, text, mode=0o755)
+    if local:
+        alone = {name: value for name, value in env.items() if not name.startswith("SLURM_")}
+        os.execvpe("bash", ["bash", str(path)], alone)  # nothing in between that would have to pass signals on
+    logs = make_folder(script.run_dir / RANK_LOGS, "dump_dir")
+    job_id = run(["sbatch", "--parsable", f"--chdir={logs}", str(path)], env=_not_overruled(launcher, env)).strip()
+    print(f"job {job_id.partition(';')[0]}: {path}")
+    return 0
+
+
+def _share(n_ranks: int, n_nodes: int) -> int:
+    if n_ranks % n_nodes:
+        raise ConfigError(f"launcher.nodes is {n_nodes}, but the config speaks of {n_ranks} ranks; set launcher.gpus")
+    return n_ranks // n_nodes
+
+
+def _not_overruled(launcher: LauncherArgs, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the SBATCH_* variables (of a site file, say) that the config is more exact than.
+
+    sbatch lets them overrule #SBATCH lines.
+    """
+    names = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
+    said = {names.get(key, f"SBATCH_{key.upper()}") for key, value in launcher.model_dump().items() if value}
+    return {name: value for name, value in env.items() if name not in said}

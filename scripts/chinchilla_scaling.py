@@ -1,0 +1,75 @@
+"""The same compute for every depth, learning rate and seed: 30 jobs of miso_8_silent.
+
+    python scripts/chinchilla_scaling.py [--dry-run] [--depths 24 16] [--lrs 1e-3] [--seeds 0 1] [-- OPTIONS OF SBATCH]
+
+Width is 96 times the depth, with heads of 32; `total_flops` decides the number of steps. Needs BASE_DIR; EMAIL may be
+set, EXTRA_ARGS go to every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+CONFIG = "apps/main/configs/llama_8H200_chinchilla.yaml"
+TWO_HOURS_FLOPS = 26.205e18  # of 8 H200 at 46% of their peak; 52.41e18 for four hours
+
+
+def points(depths: Sequence[int], lrs: Sequence[float], seeds: Sequence[int], flops: float) -> Iterator[list[str]]:
+    """Overrides of each run."""
+    for seed, lr, depth in itertools.product(seeds, lrs, depths):
+        name = f"chinchilla_d{depth}_lr{lr:g}_s{seed}"
+        yield [
+            f"name={name}",
+            f"logging.wandb.name={name}",
+            f"model.n_layers={depth}",
+            f"model.dim={96 * depth}",
+            f"model.n_heads={3 * depth}",
+            "data.batch_size=16",
+            f"total_flops={flops:g}",
+            f"optim.lr={lr:g}",
+            f"seed={seed}",
+        ]
+
+
+def submission(
+    words: Sequence[str], options: Sequence[str], env: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) that submits one run."""
+    mail = [f"--mail-user={env['EMAIL']}"] if env.get("EMAIL") else []
+    name = words[0].removeprefix("name=")
+    script = str(Path(env["BASE_DIR"]) / "apps/main/configs/miso_8_silent.slurm")
+    passed = "--export=ALL,BASE_DIR,CONFIG_FILE,EXTRA_ARGS"
+    command = ["sbatch", passed, f"--job-name={name}", "--time=4:00:00", *mail, *options, script]
+    extra = " ".join([*words, *env.get("EXTRA_ARGS", "").split()])
+    return command, {**env, "CONFIG_FILE": CONFIG, "EXTRA_ARGS": extra}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs="+", default=[24, 16, 12, 8, 4])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 5e-4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--total-flops", type=float, default=TWO_HOURS_FLOPS)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, options = parser.parse_args(argv[:split]), argv[split + 1 :]
+    if not os.environ.get("BASE_DIR"):
+        parser.error("BASE_DIR is not set; export it (the folder of your checkout)")
+    for words in points(args.depths, args.lrs, args.seeds, args.total_flops):
+        command, env = submission(words, options, os.environ)
+        if args.dry_run:
+            print(f"EXTRA_ARGS={shlex.quote(env['EXTRA_ARGS'])} {shlex.join(command)}")
+        else:
+            subprocess.run(command, env=env, check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

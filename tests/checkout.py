@@ -1,0 +1,90 @@
+"""A checkout of this repository in a folder of its own, from which jobs are submitted as a user submits them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+
+from lingua.metrics import read_metrics
+from tests.slurm_cluster import Cluster, until
+from tests.trainer import TINY
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "apps/main/configs/debug.yaml"
+PARTS = ("lingua", "apps", "scripts", "setup", "pyproject.toml")
+
+
+class Checkout:
+    """`path` is the checkout, `submit` a user's sbatch from a folder that is not the checkout."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.path = folder / "my checkout"
+        self.home = folder / "home"
+        self.home.mkdir()
+        for part in PARTS:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copyfile
+            copy(ROOT / part, self.path / part)  # pyright: ignore[reportArgumentType]
+
+    def submit(self, script: str, words: Sequence[str], *flags: str, **env: str) -> str:
+        """`sbatch FLAGS apps/main/configs/SCRIPT` with EXTRA_ARGS; returns the job id."""
+        variables = {
+            "BASE_DIR": str(self.path),
+            "CONFIG_FILE": CONFIG,
+            "EXTRA_ARGS": " ".join(words),
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": "",
+            **env,
+        }
+        passed = "--export=ALL,BASE_DIR,CONFIG_FILE"
+        path = self.path / "apps/main/configs" / script
+        return self.cluster.sbatch(passed, *flags, str(path), cwd=self.home, **variables)
+
+    def run_dir(self, name: str) -> Path:
+        return self.path / "out" / name
+
+    def said(self, job_id: str) -> str:
+        """All that a job has said, wherever."""
+        logs = sorted(self.path.glob(f"out/*/logs/{job_id}.*"))
+        files = [self.home / f"slurm-{job_id}.out", *logs]
+        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in files if path.exists())
+
+    def wait_for_step(self, name: str, step: int, timeout_s: float = 90.0) -> int:
+        """Until the run has trained so far; returns the newest step."""
+        metrics = self.run_dir(name) / "metrics.jsonl"
+
+        def reached() -> int | None:
+            newest = newest_step(metrics)
+            return newest if newest is not None and newest >= step else None
+
+        return until(reached, f"step {step} of {name}", timeout_s)
+
+    def finish(self, job_id: str, timeout_s: float = 120.0) -> None:
+        """Wait until the job is over, and all right."""
+        facts = self.cluster.wait(job_id, timeout_s=timeout_s)
+        assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), f"{facts}\n{self.said(job_id)}"
+
+
+def newest_step(metrics: Path) -> int | None:
+    if not metrics.is_file():
+        return None
+    return max((record["global_step"] for record in read_metrics(metrics)), default=None)
+
+
+def stop_of(run_dir: Path) -> dict[str, object]:
+    return orjson.loads((run_dir / "stop.json").read_bytes())
+
+
+def tiny(name: str, steps: int, *more: str) -> list[str]:
+    """Words of a tiny run under `out/`."""
+    return [*TINY[1:], f"name={name}", f"steps={steps}", *more]
+
+
+def undisturbed(folder: Path, steps: int, *more: str) -> list[str]:
+    """Words of the same run in another folder, without Slurm."""
+    return [*TINY, f"dump_dir={folder}", f"steps={steps}", *more]

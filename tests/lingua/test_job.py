@@ -1,0 +1,230 @@
+"""What a job does inside Slurm, as far as no Slurm is needed: commands as words, and what its end is judged by."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+import lingua.job
+from lingua.entry import parse_command_line
+from lingua.files import RunError, write_json
+from lingua.job import (
+    Holder,
+    Job,
+    free_port,
+    freeze_job,
+    node_check_command,
+    owned_by_another,
+    rank_variables,
+    ranks_command,
+    read_bad_nodes,
+    read_job,
+    service_command,
+)
+from lingua.launcher import LaunchEnvArgs, LauncherArgs
+from lingua.requeue import Outcome
+from lingua.slurm import Allocation, JobState
+from tests.trainer import TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+def job(run_dir: Path = Path("/runs/100%"), n_nodes: int = 2, **more: object) -> Job:
+    facts = {
+        "run_dir": run_dir, "app": "apps.main", "launcher": LauncherArgs(), "n_ranks": 4 * n_nodes,
+        "train_words": ["/runs/job.yaml"], "shm": None,
+        "allocation": Allocation("7", restarts=0, n_nodes=n_nodes, n_tasks=4 * n_nodes, cpus_per_task=20),
+    } | more  # fmt: skip
+    return Job(**facts)  # pyright: ignore[reportArgumentType]
+
+
+def test_one_task_per_rank_sees_all_gpus_and_outlives_its_neighbours():
+    words = ranks_command(job())
+    assert words[0] == "srun"
+    for option in ("--ntasks=8", "--cpus-per-task=20", "--gpu-bind=none", "--kill-on-bad-exit=0", "--export=ALL"):
+        assert option in words
+    assert "--output=/runs/100%%/logs/%j.%t.out" in words, "a % of the path is no pattern of Slurm's"
+    assert words[-3:] == ["-m", "apps.main.train", "/runs/job.yaml"]
+
+
+def test_one_task_per_node_starts_the_ranks_below_it():
+    words = ranks_command(job(launcher=LauncherArgs(tasks_per_node="per_node")))
+    assert {"--ntasks=2", "--cpus-per-task=80"} <= set(words)
+    assert words[words.index("lingua.ranks") :][1] == "4"
+
+
+def test_nodes_are_checked_by_as_many_tasks_as_ranks():
+    assert node_check_command(job()) is None
+    words = node_check_command(job(launcher=LauncherArgs(node_check=True, tasks_per_node="per_node")))
+    assert words is not None
+    assert {"--ntasks=8", "--gpu-bind=none", "lingua.node_check", "--dir=/runs/100%"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", []),
+        ("a warning\n", []),
+        ('{"ok": false, "bad_nodes": ["n7", "n9"]}\n', ["n7", "n9"]),
+        ('[Gloo] Rank 0\n{broken\n{"bad_nodes": ["n7"]}', ["n7"]),
+    ],
+)
+def test_what_the_node_check_says(said: str, expected: list[str]):
+    assert read_bad_nodes(said) == expected
+
+
+def test_the_service_is_a_step_of_its_own_that_holds_nothing():
+    assert service_command(job()) is None
+    words = service_command(job(shm="/dev/shm"))
+    assert words is not None
+    assert {"--overlap", "--mem=0", "--gres=none", "--ntasks=2", "--nodes=2", "--input=none"} <= set(words)
+    assert words[-5:-1] == ["lingua.checkpoint.service", "/runs/100%", "--shm", "/dev/shm"]
+
+
+def test_variables_of_the_config_win_over_the_shell():
+    env = LaunchEnvArgs(set={"NCCL_DEBUG": "INFO"}, unset=["NCCL_IB_DISABLE"])
+    shell = {"NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN", "HOME": "/h"}
+    variables = rank_variables(job(n_nodes=1, launcher=LauncherArgs(env=env)), shell)
+    port = variables.pop("MASTER_PORT")
+    assert variables == {"HOME": "/h", "NCCL_DEBUG": "INFO", "MASTER_ADDR": "127.0.0.1"}
+    assert 20_000 <= int(port) < 32_000
+
+
+def test_a_taken_port_is_passed_over():
+    first = free_port("7")
+    with socket.socket() as listener:
+        listener.bind(("", first))
+        assert free_port("7") != first
+    assert free_port("8") != first, "another job begins to look elsewhere"
+
+
+def test_a_job_file_brings_back_what_was_frozen(hostile_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    run_dir = hostile_dir / "run"
+    words = [*TINY, f"dump_dir={json.dumps(str(run_dir))}", "launcher.max_retries=7", "--accept-change"]
+    line = parse_command_line(words, ["accept-change"])
+    job_file = freeze_job(lingua.job.app_module("apps.main", "check").load(line, 2), line, ROOT, "7")
+    read = read_job(job_file, None)
+    assert (read.run_dir, read.app, read.n_ranks, read.launcher.max_retries) == (run_dir, "apps.main", 2, 7)
+    assert read.train_words == [str(run_dir / "jobs" / "7.yaml"), "--accept-change"]
+    assert ranks_command(read)[0] != "srun", "outside Slurm there is no srun"
+
+
+@pytest.mark.parametrize(
+    ("owners", "expected"),
+    [
+        ([], False),
+        ([{"slurm_job_id": "7"}], False),
+        ([{"slurm_job_id": "8"}], True),
+        ([{"slurm_job_id": "8", "released": True}], False),
+        ([{"slurm_job_id": "8"}, {"slurm_job_id": "7"}], False),
+        ([{"slurm_job_id": ""}], True),
+    ],
+)
+def test_whose_run_it_is(tmp_path: Path, owners: list[dict[str, object]], expected: bool):
+    folder = tmp_path / "incarnations"
+    folder.mkdir()
+    (folder / ".5-6.json").write_text("a draft")
+    for n, owner in enumerate(owners, 1):
+        write_json(folder / f"{n:010d}.json", owner)
+    assert owned_by_another(tmp_path, "7") == expected
+
+
+class Controller:
+    """Slurm's answers, and what it was told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, state: str = "RUNNING", refuses: bool = False) -> None:
+        self.state, self.refuses, self.requeued = state, refuses, []
+        monkeypatch.setattr(lingua.job, "job_state", lambda job_id: JobState(self.state))
+        monkeypatch.setattr(lingua.job, "requeue", self._requeue)
+
+    def _requeue(self, job_id: str, exclude: list[str]) -> None:
+        if self.refuses:
+            raise RunError("scontrol requeue was refused: Access denied")
+        self.requeued.append((job_id, exclude))
+
+
+def ended(tmp_path: Path, **stop: object) -> Holder:
+    (tmp_path / "jobs").mkdir(exist_ok=True)
+    holder = Holder(job(tmp_path))
+    if stop:
+        write_json(tmp_path / "stop.json", stop)
+    return holder
+
+
+def test_a_bad_node_is_avoided_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    controller = Controller(monkeypatch)
+    holder = ended(tmp_path, reason="error", exit_code=1, kind="device", bad_nodes=["n3"])
+    assert holder.act(holder.outcome(1)) == 1
+    assert controller.requeued == [("7", ["n3"])]
+    again = Holder(job(tmp_path, allocation=Allocation("7", 1, 2, 8, 20)))
+    assert again.outcome(1).fruitless == 1
+    assert again.outcome(1).stop is None, "the last start's stop.json is none of this one's"
+    again.act(Outcome(75, {"exit_code": 75, "signal": "SIGTERM", "bad_nodes": ["n1"]}))
+    assert controller.requeued[-1] == ("7", ["n1", "n3"])
+
+
+def test_a_new_job_of_the_same_number_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Controller(monkeypatch)
+    holder = ended(tmp_path)
+    holder.act(Outcome(1))
+    assert Holder(job(tmp_path)).outcome(1).fruitless == 0
+
+
+def test_what_is_being_cancelled_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    controller = Controller(monkeypatch, state="COMPLETING")
+    holder = ended(tmp_path, reason="signal", exit_code=75, signal="SIGTERM")
+    assert holder.act(holder.outcome(75)) == 75
+    assert controller.requeued == []
+
+
+def test_requeue_can_be_switched_off_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    controller = Controller(monkeypatch)
+    (tmp_path / "jobs").mkdir()
+    Holder(job(tmp_path, launcher=LauncherArgs(requeue=False))).act(Outcome(75))
+    assert controller.requeued == []
+    controller.refuses = True
+    assert Holder(job(tmp_path)).act(Outcome(75)) == 75, "the exit code still says what it wants"
+
+
+def test_progress_is_counted_in_published_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Controller(monkeypatch)
+    marks = tmp_path / "checkpoints"
+    marks.mkdir()
+    (marks / "checkpoint_0000000010.done").touch()
+    holder = ended(tmp_path)
+    (marks / "checkpoint_0000000025.done").touch()
+    assert holder.outcome(1).steps_gained == 15
+
+
+def test_a_job_that_is_still_running_when_its_time_is_up_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import subprocess
+    import sys
+
+    limits = iter([None, 1.0])  # extended once, then over
+    monkeypatch.setattr(lingua.job, "job_state", lambda job_id: JobState("RUNNING", ends_at_s=next(limits)))
+    holder = ended(tmp_path)
+
+    class Endless(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            raise subprocess.TimeoutExpired("srun", timeout or 0)
+
+    endless = Endless([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        assert holder._wait(endless) is None
+    finally:
+        endless.kill()
+        subprocess.Popen.wait(endless)
+
+
+def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lingua.job, "job_state", lambda job_id: pytest.fail("there is no Slurm"))
+    holder = Holder(job(tmp_path, allocation=None))
+    assert holder.act(holder.outcome(75)) == 75
+    assert os.listdir(tmp_path) == []

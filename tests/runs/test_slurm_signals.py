@@ -1,0 +1,179 @@
+"""What Slurm takes away comes back and ends bitwise equal; what a person ends stays ended. On a real Slurm."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.checkout import Checkout, tiny, undisturbed
+from tests.slurm_cluster import until
+from tests.trainer import fingerprint, losses, published, train
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+
+LONG = 100_000
+"""Steps that nobody waits for."""
+
+
+def preempt(checkout: Checkout, job_id: str, starts: int) -> None:
+    """A job of the partition `high` takes the nodes for a moment; returns when `job_id` has been requeued."""
+    node = checkout.cluster.job(job_id)["NodeList"]
+    words = ["--partition=high", f"--nodelist={node}", "--gpus-per-node=8", "--output=/dev/null", "--wrap=true"]
+    checkout.cluster.sbatch(*words, cwd=checkout.home)
+    until(lambda: checkout.cluster.job(job_id)["Restarts"] == str(starts), f"requeue {starts} of job {job_id}")
+
+
+def test_preempted_three_times_and_bitwise_equal(checkout: Checkout, tmp_path: Path):
+    steps = 1200
+    words = tiny("taken", steps, "checkpoint.dump.every=100000")
+    job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
+    run_dir, step = checkout.run_dir("taken"), 0
+    for n in (1, 2, 3):
+        step = checkout.wait_for_step("taken", step + 20)
+        assert step < steps, "the run is too short to be preempted"
+        preempt(checkout, job_id, n)
+        assert published(run_dir)[-1] >= step, "nothing was saved in the grace"
+    checkout.finish(job_id)
+    assert losses(run_dir).keys() == set(range(1, steps + 1))
+    assert train(undisturbed(tmp_path / "calm", steps), n_ranks=2).exit_code == 0
+    assert fingerprint(run_dir, steps) == fingerprint(tmp_path / "calm", steps)
+
+
+def test_a_service_step_saves_what_preemption_left_in_memory_and_may_be_killed(
+    checkout: Checkout, tmp_path: Path, shm: Path
+):
+    """With async_save_mode shm: the service is a step before that of the ranks; both ends of a job are published."""
+    steps = 1000
+    words = tiny("staged", steps, "checkpoint.dump.every=50", "checkpoint.async_save_mode=shm")
+    words += [f"checkpoint.shm_path={shm}", "launcher.tasks_per_node=per_node"]
+    job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
+    run_dir = checkout.run_dir("staged")
+    step = checkout.wait_for_step("staged", 60)
+    assert (run_dir / "logs" / f"{job_id}.service.0.out").exists()
+    preempt(checkout, job_id, 1)
+    assert published(run_dir)[-1] >= step, "the batch script waits for the service"
+    checkout.wait_for_step("staged", published(run_dir)[-1] + 20)
+    checkout.cluster.run("scancel", "--signal=KILL", f"{job_id}.0")
+    checkout.finish(job_id)
+    assert train(undisturbed(tmp_path / "calm", steps, "checkpoint.dump.every=50"), n_ranks=2).exit_code == 0
+    assert fingerprint(run_dir, steps) == fingerprint(tmp_path / "calm", steps)
+
+
+def test_preemption_reaches_the_ranks_of_one_task_per_node(checkout: Checkout):
+    words = tiny("below", LONG, "launcher.tasks_per_node=per_node")
+    job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
+    step = checkout.wait_for_step("below", 5)
+    preempt(checkout, job_id, 1)
+    assert published(checkout.run_dir("below"))[-1] >= step
+    checkout.cluster.run("scancel", job_id)
+
+
+def test_the_time_limit_saves_and_requeues(checkout: Checkout):
+    """USR2 comes before the limit of one minute (the smallest there is); the requeued job goes on where it was."""
+    words = tiny("limited", LONG, "launcher.tasks_per_node=per_node")
+    job_id = checkout.submit("sphinx_1.slurm", words, "--time=1", "--signal=USR2@30", "--ntasks-per-node=2")
+    step = checkout.wait_for_step("limited", 1)
+    until(lambda: checkout.cluster.job(job_id)["Restarts"] == "1", "the requeue", 90)
+    run_dir = checkout.run_dir("limited")
+    (saved,) = published(run_dir)[-1:]
+    assert saved >= step
+    assert "back into the queue: the time was up after" in checkout.said(job_id)
+    assert checkout.wait_for_step("limited", saved + 1) > saved
+    checkout.cluster.run("scancel", job_id)
+    checkout.cluster.wait(job_id, "CANCELLED")
+
+
+@pytest.mark.parametrize("words", [[], ["--signal=KILL"]])
+def test_a_cancelled_job_stays_cancelled(checkout: Checkout, words: list[str]):
+    job_id = checkout.submit("sphinx_1.slurm", tiny("cancelled", LONG))
+    step = checkout.wait_for_step("cancelled", 5)
+    checkout.cluster.run("scancel", *words, job_id)
+    checkout.cluster.wait(job_id, "CANCELLED")
+    log = checkout.run_dir("cancelled") / "logs" / f"{job_id}.out"
+    until(lambda: "the job ends" in log.read_text(), "the last words of the job")
+    facts = checkout.cluster.job(job_id)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    (saved,) = published(checkout.run_dir("cancelled"))
+    assert saved >= step, "a cancelled run is saved too, as far as KillWait allows"
+
+
+def test_usr2_to_tasks_of_their_own_saves_and_requeues(checkout: Checkout):
+    job_id = checkout.submit("sphinx_1.slurm", tiny("told", LONG), "--ntasks-per-node=2")
+    step = checkout.wait_for_step("told", 5)
+    checkout.cluster.run("scancel", "--signal=USR2", job_id)
+    until(lambda: checkout.cluster.job(job_id)["Restarts"] == "1", "the requeue")
+    assert published(checkout.run_dir("told"))[-1] >= step
+    checkout.cluster.run("scancel", job_id)
+
+
+def test_a_failure_without_progress_is_not_tried_for_ever(checkout: Checkout):
+    """A module that dies on import ends the job after launcher.max_retries requeues, and says so."""
+    words = tiny("broken", 10, "launcher.max_retries=1")
+    (checkout.path / "apps/main/transformer.py").write_text("raise OSError('a disk went away')\n")
+    job_id = checkout.submit("sphinx_1.slurm", words)
+    facts = checkout.cluster.wait(job_id, timeout_s=120)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
+    said = checkout.said(job_id)
+    assert "it failed with exit code 1 without a step gained; try 1 of 1" in said
+    assert "2 starts in a row gained no step" in said
+
+
+def test_a_second_job_for_the_same_run_leaves(checkout: Checkout):
+    words = tiny("once", LONG)
+    first = checkout.submit("sphinx_1.slurm", words)
+    checkout.wait_for_step("once", 1)
+    second = checkout.submit("sphinx_1.slurm", words)
+    facts = checkout.cluster.wait(second)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0")
+    assert f"Slurm job {first}; stop that one first" in checkout.said(second)
+    assert "another job trains in this run folder" in checkout.said(second)
+    assert checkout.cluster.job(first)["JobState"] == "RUNNING"
+    checkout.cluster.run("scancel", first)
+
+
+def test_two_runs_meet_at_different_ports(checkout: Checkout):
+    """Both on one node, at the same time."""
+    node = checkout.cluster.nodes[0]
+    flags = [f"--nodelist={node}", "--ntasks-per-node=2"]
+    jobs = [checkout.submit("sphinx_1.slurm", tiny(name, LONG), *flags) for name in ("left", "right")]
+    for name in ("left", "right"):
+        checkout.wait_for_step(name, 1)
+    assert [checkout.cluster.job(job_id)["JobState"] for job_id in jobs] == ["RUNNING", "RUNNING"]
+    checkout.cluster.run("scancel", *jobs)
+
+
+def test_a_shell_in_a_big_allocation_trains_alone_and_is_never_requeued(checkout: Checkout, tmp_path: Path):
+    command = [sys.executable, "-m", "apps.main.train", *undisturbed(tmp_path / "alone", 2)]
+    done = subprocess.run(
+        ["salloc", "--ntasks=4", "--quiet", *command],
+        cwd=checkout.path, env=checkout.cluster.env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert published(tmp_path / "alone") == [2]
+    assert orjson.loads((tmp_path / "alone" / "stop.json").read_bytes())["reason"] == "finished"
+
+
+def test_a_lost_node_and_on_with_fewer(checkout: Checkout):
+    """One of two nodes dies; Slurm requeues, the job is given one node, and no row is skipped or repeated."""
+    cluster, lost = checkout.cluster, checkout.cluster.nodes[2]
+    words = tiny("shrinking", LONG, "checkpoint.dump.every=20")
+    job_id = checkout.submit("sphinx_1.slurm", words, f"--nodelist={cluster.nodes[0]},{lost}", "--nodes=2")
+    run_dir = checkout.run_dir("shrinking")
+    step = checkout.wait_for_step("shrinking", 25)
+    assert " on 2 x CPU" in (run_dir / "train.log").read_text()
+    cluster.kill_node(lost)
+    try:
+        cluster.wait(job_id, "PENDING")
+        cluster.run("scontrol", "update", f"JobId={job_id}", "ReqNodeList=", "NumNodes=1-1", "NumTasks=1", "NumCPUs=4")
+        checkout.wait_for_step("shrinking", step + 20)
+        assert " on 1 x CPU" in (run_dir / "train.log").read_text()
+        cluster.run("scancel", job_id)
+        cluster.wait(job_id, "CANCELLED")
+    finally:
+        cluster.start_node(lost)
+    audit = [sys.executable, "-m", "apps.cli", "data", "audit", str(run_dir)]
+    done = subprocess.run(audit, cwd=checkout.path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    until(lambda: cluster.idle_nodes() == 3, "three idle nodes")
