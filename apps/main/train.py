@@ -33,7 +33,6 @@ from lingua.parallel import forward_precision, sync_gradients
 from lingua.profiling import Profiler, memory_metrics
 from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, describe_stop
-from lingua.schedule import lr_at
 from lingua.signals import StopSignals
 from lingua.slurm import job_end_s
 
@@ -100,7 +99,7 @@ def train(run: Run, signals: StopSignals, judge: Judge) -> SaveReport:
 
     with Profiler(args.profiling, run.run_dir, device, run.world.place.rank) as profiler:
         while run.step < size.n_steps and not judge.stop:
-            lr, rows = lr_at(args.optim, run.step, size.n_steps), []
+            lr, rows = run.lr, []
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(size.grad_acc_steps):
                 with meter.loading():
@@ -201,7 +200,7 @@ class Judge:
             "loss/out": loss,
             "optim/grad_norm": grad_norm,
             "optim/lr": facts.lr,
-            "optim/total_tokens": facts.step * run.size.tokens_per_step,
+            "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],
             **self.meter.read(facts.step, facts.lap),
             **memory_metrics(run.world.device),
