@@ -370,6 +370,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path: Path, shm: Pat
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_and_sharded_run_goes_on_bit_for_bit(tmp_path: Path, shm: Path):
     compiled = "distributed.compile=true"
     assert train([*WORDS, compiled, f"dump_dir={tmp_path / 'calm'}"], 2).exit_code == 0
