@@ -382,21 +382,12 @@ class Service:
         """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
         if self._trainers.take() and self.is_current():  # from here on no rank comes before we are done
             session = read_session(self.region)
-            unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
-            if steps := [save.step for save in unsaved if session is not None and self._may_be_missed(save, session)]:
-                log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
+            unsaved = [found[0].step for slot in self.region.slots() if (found := slot.complete())]
+            if unsaved and session is not None and self._fenced != session.incarnation:
+                log.error("leaving although steps %s are in memory only; a start on this node saves them", unsaved)
             else:
                 self.region.remove(files=self._files)
         self.close()
-
-    def _may_be_missed(self, save: Save, session: Session) -> bool:
-        """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
-        if self._fenced != session.incarnation:
-            return True
-        root = Path(session.root)
-        newest = max(layout.done_steps(root), default=-1)
-        publisher = publish.mark_facts(root, newest).get("incarnation", 0) if newest >= 0 else 0
-        return save.step > newest and publisher <= save.incarnation
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)
