@@ -382,12 +382,21 @@ class Service:
         """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
         if self._trainers.take() and self.is_current():  # from here on no rank comes before we are done
             session = read_session(self.region)
-            unsaved = [found[0].step for slot in self.region.slots() if (found := slot.complete())]
-            if unsaved and session is not None and self._fenced != session.incarnation:
-                log.error("leaving although steps %s are in memory only; a start on this node saves them", unsaved)
+            unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
+            if steps := [save.step for save in unsaved if session is not None and self._may_be_missed(save, session)]:
+                log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
             else:
                 self.region.remove(files=self._files)
         self.close()
+
+    def _may_be_missed(self, save: Save, session: Session) -> bool:
+        """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
+        if self._fenced != session.incarnation:
+            return True
+        root = Path(session.root)
+        newest = max(layout.done_steps(root), default=-1)
+        publisher = publish.mark_facts(root, newest).get("incarnation", 0) if newest >= 0 else 0
+        return save.step > newest and publisher <= save.incarnation
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)
@@ -434,12 +443,13 @@ def main(words: list[str]) -> int:
     args = parser.parse_args(words)
     for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(deaf, signal.SIG_IGN)
-    lines = logging.StreamHandler()
-    lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s checkpoint service: %(message)s"))
-    said: SimpleQueue[logging.LogRecord] = SimpleQueue()
-    listener = QueueListener(said, lines)  # the log lies on the disk that may hang; the loop must not
+    lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    form = "%(asctime)s %(levelname)s checkpoint service: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, handlers=[QueueHandler(lines)])
+    listener = QueueListener(
+        lines, logging.StreamHandler()
+    )  # the log lies on a disk that may hang
     listener.start()
-    logging.basicConfig(level=logging.INFO, handlers=[QueueHandler(said)])
     code = 0
     try:
         serve(args.run_dir, args.shm, args.wait_s)

@@ -441,9 +441,7 @@ def test_a_start_that_was_overtaken_ends(tmp_path: Path, shm: Path):
             manager.save(2, make(), final=True)
         manager.close()
     assert done(tmp_path) == []
-    kept = region_of(tmp_path, shm).slot(0).complete()  # the newer start may have died before it could save anything
-    assert kept is not None
-    assert kept[0].step == 1
+    assert not list(base(shm).iterdir())
 
 
 def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(tmp_path: Path, shm: Path):
