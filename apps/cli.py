@@ -5,13 +5,18 @@ Cost: `lingua --help` imports typer and nothing of ours that is heavy.
 
 from __future__ import annotations
 
+import shlex
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from apps import runs as run_commands
+from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
+from apps.output import AsJson, Debug, show_json
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
 
 app = typer.Typer(
@@ -27,6 +32,7 @@ app = typer.Typer(
     "person, 1 other failures.",
 )
 
+app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(data_app, name="data")
 
 Words = Annotated[
@@ -38,7 +44,6 @@ Words = Annotated[
         show_default=False,
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
@@ -50,7 +55,7 @@ def check(
     gpu: Annotated[str, typer.Option(help="GPU that memory and hours are computed for.")] = "h200",
     strict_paths: Annotated[bool, typer.Option(help="Missing data and tokenizer files are errors.")] = False,
     accept_change: Annotated[bool, typer.Option(help="Allow changes of a started run that need it.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check a config and plan with it.
@@ -80,6 +85,37 @@ def schema(
 
     args = app_module(chosen.removeprefix("app="), "args").TrainArgs
     print(reference_page(args) if reference else orjson.dumps(json_schema(args), option=orjson.OPT_INDENT_2).decode())
+
+
+@app.command()
+def fork(
+    place: Annotated[str, typer.Argument(metavar="RUN@STEP", help="A published checkpoint; RUN alone: its newest.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder of the new run; its last part is the name.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="On top of RUN's config; also overlays.", show_default=False),
+    ] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: those the config speaks of.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make a new run that goes on from another one's checkpoint.
+
+    It takes over weights, optimizer, schedule, step and data position, except what checkpoint.reset=[optim, schedule,
+    data, step] names, and gets a tracking id of its own. RUN is only read; everything is checked before NEW is made.
+    """
+    from apps.fork import fork as make_fork
+
+    made = make_fork(place, new, words or [], world_size)
+    if as_json:
+        show_json({**asdict(made), "config": made.config})
+        return
+    print(f"{made.folder} goes on from {made.origin}")
+    for line in (*made.changes, *(f"warning: {warning}" for warning in made.warnings)):
+        print(f"  {line}")
+    if made.pinned_until is None:
+        print(f"  {place} could not be pinned: its run's retention may delete it before the first start, so start soon")
+    print(f"start it with\n  lingua train {shlex.quote(str(made.config))}")
 
 
 @app.command(context_settings=PASSED_ON)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.output import AsJson, Debug, progress_shown, show
 from lingua.entry import app_module, choose_app, parse_command_line
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Words = Annotated[
     list[str], typer.Argument(metavar="CONFIG [KEY=VALUE] ...", help="A config with overlays, overrides.")
 ]
@@ -56,12 +55,12 @@ def inspect(
     from lingua.tokenizer import TokenizerArgs, build_tokenizer
 
     if doc is not None:
-        _show(find_document(path, doc, text_key), as_json)
+        show(find_document(path, doc, text_key), as_json)
         return
     encoder = build_tokenizer(TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path}))
-    with _progress() as progress:
+    with progress_shown() as progress:
         facts = inspect_path(path, encoder, text_key, progress)
-    _show(facts, as_json)
+    show(facts, as_json)
 
 
 @app.command()
@@ -83,7 +82,7 @@ def preview(
     line = parse_command_line(words)
     checked = app_module(choose_app(line), "check").load(line)
     size = checked.resolved
-    with _progress() as progress:
+    with progress_shown() as progress:
         facts = preview_mixture(
             filled(checked.args.data),
             size.lanes,
@@ -93,7 +92,7 @@ def preview(
             n_rows_shown=rows,
             progress=progress,
         )
-    _show(facts, as_json)
+    show(facts, as_json)
 
 
 @app.command()
@@ -110,8 +109,8 @@ def index(
     """
     from lingua.data.inspect import index_files
 
-    with _progress() as progress:
-        _show(index_files(files, out, progress), as_json)
+    with progress_shown() as progress:
+        show(index_files(files, out, progress), as_json)
 
 
 @app.command()
@@ -144,8 +143,8 @@ def tokenize(
         sources = [{"path": str(Path(word).absolute()), "text_key": text_key} for word in words]
         encoder = TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path})
         args = DataArgs.model_validate({"sources": sources, "tokenizer": encoder})
-    with _progress() as progress:
-        _show(tokenize_sources(args, out, workers, progress), as_json)
+    with progress_shown() as progress:
+        show(tokenize_sources(args, out, workers, progress), as_json)
 
 
 @app.command()
@@ -171,10 +170,19 @@ def audit(
 
     from lingua.data.audit import audit as confirm
 
-    args, n_lanes, rows_per_step, states = read_run(run)
-    with _progress() as progress:
-        found = confirm(args, n_lanes, rows_per_step, states, count_tokens=tokens, n_workers=workers, progress=progress)
-    _show({"ok": not found.problems, **asdict(found)}, as_json)
+    args, n_lanes, rows_per_step, first_row, states = read_run(run)
+    with progress_shown() as progress:
+        found = confirm(
+            args,
+            n_lanes,
+            rows_per_step,
+            states,
+            first_row=first_row,
+            count_tokens=tokens,
+            n_workers=workers,
+            progress=progress,
+        )
+    show({"ok": not found.problems, **asdict(found)}, as_json)
     raise typer.Exit(1 if found.problems else 0)
 
 
@@ -192,10 +200,10 @@ def rows(
     """
     from lingua.data.audit import rows_of_step
 
-    args, n_lanes, rows_per_step, states = read_run(run)
-    table = rows_of_step(args, n_lanes, rows_per_step, states, step)
+    args, n_lanes, rows_per_step, first_row, states = read_run(run)
+    table = rows_of_step(args, n_lanes, rows_per_step, states, step, first_row=first_row)
     if as_json:
-        _show(
+        show(
             {"step": step, "rows": [{"row": n, "documents": [o._asdict() for o in parts]} for n, parts in table]}, True
         )
         return
@@ -206,10 +214,11 @@ def rows(
             print(f"    {part.text[:chars]!r}{' ...' if len(part.text) > chars else ''}")
 
 
-def read_run(run: Path) -> tuple[DataArgs, int, int, dict[int, dict[str, Any]]]:
-    """Data section, K, G and the loader's state of each published checkpoint, of all lanes."""
+def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, Any]]]:
+    """Data section, K, G, first row and the loader's state of each published checkpoint, of all lanes."""
     from lingua.args import ConfigError
     from lingua.checkpoint import layout
+    from lingua.checkpoint.lookup import root_of
     from lingua.data.args import DataArgs
     from lingua.data.loader import merge_states
     from lingua.data.sources import filled
@@ -220,52 +229,13 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, dict[int, dict[str, Any]]]:
     config = run / CONFIG_FILE
     if not config.is_file():
         raise ConfigError(f"{run}: no run folder, it has no {CONFIG_FILE}")
-    tree, root = read_yaml(config).tree, run / layout.CHECKPOINTS
-    states = {}
+    tree, root = read_yaml(config).tree, root_of(run)
+    first_row, states = 0, {}
     for step in layout.done_steps(root):
-        files = sorted(layout.folder(root, step).glob("train_state.*.json"))
-        states[step] = merge_states([read_json(file)["per_rank"]["data"] for file in files])
+        documents = [read_json(file) for file in sorted(layout.folder(root, step).glob("train_state.*.json"))]
+        states[step] = merge_states([document["per_rank"]["data"] for document in documents])
+        first_row = documents[0]["shared"].get("first_row", 0)
     if not states:
         raise ConfigError(f"{run}: no checkpoint yet, so there is nothing to go by")
     args = filled(DataArgs.model_validate(tree["data"]))
-    return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), states
-
-
-def _progress() -> Any:
-    """A bar on a terminal; elsewhere plain lines on stderr."""
-    from lingua.data.stages import Progress
-    from lingua.logger import start_logging
-
-    start_logging()
-    return Progress()
-
-
-def _show(facts: dict[str, Any], as_json: bool) -> None:
-    import orjson
-
-    if as_json:
-        print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
-        return
-    for line in _lines(facts):
-        print(line)
-
-
-def _lines(facts: dict[str, Any], indent: str = "") -> Any:
-    """`key  value` lines; tables indented below their key."""
-    for name, value in facts.items():
-        if isinstance(value, dict) and value:
-            yield f"{indent}{name}"
-            yield from _lines(value, indent + "  ")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for number, item in enumerate(value):
-                yield f"{indent}{name} {number}"
-                yield from _lines(item, indent + "  ")
-        elif isinstance(value, list):
-            yield f"{indent}{name:<24} {', '.join(map(str, value)) or '-'}"
-        elif isinstance(value, float):
-            yield f"{indent}{name:<24} {value:,.4g}"
-        elif isinstance(value, str) and "\n" in value:
-            yield f"{indent}{name:<24} {value!r}"
-        else:
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-            yield f"{indent}{name:<24} {'-' if shown in (None, {}) else shown}"
+    return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), first_row, states

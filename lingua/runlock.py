@@ -129,6 +129,42 @@ def ask_to_stop(run_dir: Path, incarnation: int) -> None:
         raise RunError(f"cannot ask {run_dir} to stop: {error.strerror} ({path.parent}); its owner can") from None
 
 
+@dataclass(frozen=True)
+class Start:
+    """The newest start of a run, as far as reading alone can tell."""
+
+    incarnation: int
+    owner: Owner
+    alive: bool
+    """It is certain, or its heart has beaten of late by this machine's clock."""
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.owner.slurm_job_id}" if self.owner.slurm_job_id else ""
+        return f"start {self.incarnation} (process {self.owner.pid} on {self.owner.host}{job})"
+
+
+def newest_start(run_dir: Path, me: Owner | None = None, now: Callable[[], float] = time.time) -> Start | None:
+    """Who owned the run last and whether it is alive; None before the first start. Only reads, so nothing is sure."""
+    newest = _newest(run_dir / FOLDER)
+    if not newest:
+        return None
+    path = _path(run_dir / FOLDER, newest)
+    record, age_s = read_json(path), now() - path.stat().st_mtime
+    owner = owner_in(record)
+    alive = certainly(owner, me or this_process())
+    alive = age_s < DEAD_AFTER_S if alive is None else alive
+    return Start(newest, owner, alive and not record.get("released"))
+
+
+def _newest(folder: Path) -> int:
+    numbers = (int(match[1]) for path in entries(folder) if (match := _NAME.fullmatch(path.name)))
+    return max(numbers, default=0)
+
+
+def _path(folder: Path, incarnation: int) -> Path:
+    return folder / f"{incarnation:010d}.json"
+
+
 class RunLock:
     """The ownership of one run folder. A context manager: acquire, beat, release."""
 
@@ -166,14 +202,14 @@ class RunLock:
         return self.incarnation
 
     def _try_next(self) -> bool:
-        newest = self._newest()
+        newest = _newest(self._folder)
         if newest:
-            self._wait_until_gone(self._path(newest))
+            self._wait_until_gone(_path(self._folder, newest))
         draft = self._folder / f".{os.getpid()}-{threading.get_ident()}.json"
         write_json(draft, asdict(self._me) | {"incarnation": newest + 1, "released": False})
         self._touch(draft)
         try:
-            _claim(draft, self._path(newest + 1))
+            _claim(draft, _path(self._folder, newest + 1))
         except FileExistsError:
             return False  # somebody was faster: look again who it is
         finally:
@@ -209,7 +245,7 @@ class RunLock:
 
     def check(self) -> None:
         """Raise RunError if a newer start owns the folder."""
-        newest = self._newest()
+        newest = _newest(self._folder)
         if newest > self.incarnation:
             raise RunError(
                 f"start {newest} of this run has taken over {self._run_dir}; this one, start {self.incarnation}, stops"
@@ -222,7 +258,7 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        path = self._path(self.incarnation)
+        path = _path(self._folder, self.incarnation)
         try:
             write_json(path, read_json(path) | {"released": True})
         except (OSError, RunError) as error:
@@ -238,18 +274,11 @@ class RunLock:
     def _beat_on(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                self._touch(self._path(self.incarnation))
+                self._touch(_path(self._folder, self.incarnation))
                 if stop_request(self._run_dir, self.incarnation).exists():
                     self.on_stop_request()
             except OSError as error:
                 log.warning("no heartbeat in %s: %s", self._run_dir, error)
-
-    def _path(self, incarnation: int) -> Path:
-        return self._folder / f"{incarnation:010d}.json"
-
-    def _newest(self) -> int:
-        numbers = (int(match[1]) for path in entries(self._folder) if (match := _NAME.fullmatch(path.name)))
-        return max(numbers, default=0)
 
     def _touch(self, path: Path) -> None:
         os.utime(path, None if self._now is None else (self._now(), self._now()))

@@ -330,6 +330,8 @@ class CheckpointArgs(Args):
     """Checkpoints kept for restart."""
     eval: SaveEvery = SaveEvery()
     """Checkpoints kept for evaluation."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between milestones, which are saved whatever the periods say and kept for good. 0: none."""
     path: str | None = None
     """Folder of the checkpoints. Null: <dump_dir>/checkpoints."""
     init_ckpt_path: str | None = None
@@ -338,6 +340,10 @@ class CheckpointArgs(Args):
     """Key under which the weights lie in that file or folder. Null: found by itself."""
     continue_training_from_init: bool = False
     """Take optimizer, step and data position from init_ckpt_path too."""
+    reset: list[Literal["optim", "schedule", "data", "step"]] = []
+    """What continue_training_from_init does not take over. optim: optimizer state; schedule: the learning rate begins
+    anew at this step; data: rows from the first one on; step: steps and tokens from 0 on, the learning rate with them.
+    A later start of the same run resets nothing."""
     async_save_mode: Literal["shm"] | None = None
     """shm: stage in memory and let the checkpoint service write in the background. Null: write to the disk and wait."""
     async_cleanup: bool = False
@@ -364,8 +370,6 @@ class CheckpointArgs(Args):
     """drain: what is written is hashed and compared; readback: also read again past the page cache."""
     verify_on_load: Literal["full", "sizes"] = "full"
     """full: every byte is read and compared before a checkpoint is loaded; sizes: only names and sizes."""
-    keep_every: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints whose step is a multiple of this stay for good. 0: none."""
     thread_debug: bool = True
     """Kept so that the fork's configs load; has no effect."""
 

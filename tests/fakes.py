@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lingua.files import Files
@@ -46,20 +49,27 @@ class FaultyFiles(Files):
         self.error = error
         self.lasting = lasting
         self.n_done = 0
+        self._counting = threading.Lock()
         self.log: list[str] = []
         for name in operations:
             setattr(self, name, partial(self._operate, name, getattr(super(), name)))
 
     def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        self.n_done += 1
+        number = self._count()
         self.log.append(f"{name} {args[0]}")
-        if self.fail_at and (self.n_done == self.fail_at or (self.lasting and self.n_done > self.fail_at)):
+        if self.fail_at and (number == self.fail_at or (self.lasting and number > self.fail_at)):
             if name == "write":
                 operation(args[0], memoryview(args[1]).cast("B")[: len(args[1]) // 2])
             if name == "close":
                 operation(*args)  # a close that reports an error has closed all the same
             self._fail(name)
         return operation(*args)
+
+    def _count(self) -> int:
+        """The number of this operation; several threads may ask."""
+        with self._counting:
+            self.n_done += 1
+            return self.n_done
 
     def _fail(self, name: str) -> None:
         raise OSError(self.error, os.strerror(self.error), name)
@@ -72,3 +82,19 @@ class KillFiles(FaultyFiles):
 
     def _fail(self, name: str) -> None:
         os._exit(self.KILLED)
+
+
+class BlockingFiles(FaultyFiles):
+    """A disk whose n-th operation does not return, or not before there is a file `until`; then `mark` is there."""
+
+    def __init__(self, fail_at: int, mark: Path | None = None, *, until: Path | None = None) -> None:
+        super().__init__(fail_at)
+        self._mark, self._until = mark, until
+
+    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        if self._count() == self.fail_at:
+            if self._mark is not None:
+                self._mark.touch()
+            while self._until is None or not self._until.exists():
+                time.sleep(0.01)
+        return operation(*args)

@@ -23,7 +23,8 @@ import xxhash
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, FileFacts, Manifest
-from lingua.checkpoint.service import Service, Session, write_session
+from lingua.checkpoint.service import Service
+from lingua.checkpoint.session import Session, write_session
 from lingua.checkpoint.slots import SHM, TRAINER_LOCK, Region, Save, Slot, make_region, region_of
 from lingua.files import DISK, Files
 from tests.fakes import Clock
@@ -157,10 +158,11 @@ class Start:
         for slot in region.slots():
             if slot.number not in wanted:
                 slot.change("staged", "free", files=self.files)
-        if self.node == 0:
-            publish.open_passage(self.world.root, self.incarnation, files=self.files)
         rescue = tuple(sorted((save.incarnation, save.step) for save in wanted.values()))
         told = self.world.session(self.incarnation, rescue=rescue, **session)
+        write_session(region, replace(told, is_open=False), files=self.files)
+        if self.node == 0:
+            publish.open_passage(self.world.root, self.incarnation, files=self.files)
         write_session(region, told, files=self.files)
 
     def make_slots(self) -> None:

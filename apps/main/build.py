@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from lingua.distributed import World, on_every_rank
 from lingua.loss import CrossEntropy, Loss
 from lingua.parallel import DTYPES, parallelize, set_matmul_precision
 from lingua.runlock import RunLock
+from lingua.schedule import lr_at
 from lingua.schema import CrossEntropyArgs, LlamaArgs
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
@@ -64,6 +65,12 @@ class Run:
     def step(self) -> int:
         """Optimizer updates done (or skipped)."""
         return self.shared["step"]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update; the schedule spans the steps from where it began to the last."""
+        begin = self.shared.get("schedule_begin", 0)  # older checkpoints lack it
+        return lr_at(self.args.optim, self.step - begin, self.size.n_steps - begin)
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -137,13 +144,12 @@ def build_run(
     tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
     model = on_every_rank(lambda: build_model(args, size, world))
     optimizer = build_part(args.optim, list(model.named_parameters()))
-    fresh = {"step": 0, "total_tokens": 0, "skipped_steps": 0, "tracking_id": None}
-    state = TrainState(model, optimizer, shared=fresh, seed=args.seed)
+    state = TrainState(model, optimizer, shared=fresh_shared(), seed=args.seed)
     manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
     stack.callback(manager.close)
-    data_state = resume(state, manager, args)
+    data_state = resume(state, manager, args, size)
     if state.shared["step"] < size.n_steps:
-        manager.prepare(state)
+        manager.prepare(state, size.n_steps)
     loader = stack.enter_context(
         on_every_rank(
             lambda: build_loader(
@@ -174,21 +180,48 @@ def build_run(
     )
 
 
-def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs) -> dict[str, Any] | None:
-    """Load the newest checkpoint, or the weights to start from; returns the loader's state, None for a fresh start."""
+def fresh_shared() -> dict[str, Any]:
+    """What every rank knows alike before the first step."""
+    return {
+        "step": 0,
+        "total_tokens": 0,
+        "skipped_steps": 0,
+        "tracking_id": None,
+        "schedule_begin": 0,  # step that the learning rate's schedule counts from
+        "first_row": 0,  # step t uses the rows first_row + [t*G, (t+1)*G)
+    }
+
+
+def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
+    """Load the newest checkpoint, or what to start from; returns the loader's state, None for rows from the first."""
     newest = manager.latest()
     if newest is not None:
         manager.load(newest, state)
         return merge_states([rank["data"] for rank in state.per_rank_all])
     start = args.checkpoint.init_ckpt_path
     if start is not None and args.checkpoint.continue_training_from_init:
-        manager.load_from(start, state)
-        state.shared["tracking_id"] = None  # another run, so another line in the plots
-        return merge_states([rank["data"] for rank in state.per_rank_all])
+        return _continue_other(state, manager, start, args.checkpoint.reset, size)
     if start is not None:
         weights = on_every_rank(lambda: load_weights(state.model, start, args.checkpoint.init_ckpt_model_key))
         log.info("%s", weights)
     return None
+
+
+def _continue_other(
+    state: TrainState, manager: CheckpointManager, start: str, reset: Sequence[str], size: Resolved
+) -> dict[str, Any] | None:
+    """Go on with another run's full state, but for what is `reset`; returns the loader's state."""
+    manager.load_from(start, state, optimizer="optim" not in reset)
+    data = None if "data" in reset else merge_states([rank["data"] for rank in state.per_rank_all])
+    if "step" in reset:
+        state.shared = fresh_shared()
+    elif "schedule" in reset:
+        state.shared["schedule_begin"] = state.shared["step"]
+    if reset:
+        log.info("begun anew, not taken over: %s", ", ".join(reset))
+    state.shared["tracking_id"] = None  # another run, so another line in the plots
+    state.shared["first_row"] = (data["row"] if data else 0) - state.shared["step"] * size.rows_per_step
+    return data
 
 
 def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:

@@ -191,6 +191,7 @@ def study(
     found.resolved = _sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
         found.errors += _misfits(args, found.resolved)
+        found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
         found.warnings += _oddities(args, found.resolved)
     return found
 
@@ -391,12 +392,24 @@ def missing_paths(args: TrainArgs) -> Iterator[Finding]:
         text = f"data.tokenizer.path {tokenizer.path} is not on this machine; assumed to have {n_words:,} tokens"
         yield Finding("data.tokenizer.path", text)
     start = args.checkpoint.init_ckpt_path
-    if start and not Path(start).exists():
+    if start and not _place_of(start)[0].exists():
         yield Finding("checkpoint.init_ckpt_path", f"checkpoint.init_ckpt_path {start} is not on this machine")
     held_out = args.eval.validation if args.eval is not None else None
     if held_out is not None and held_out.root_dir and not Path(held_out.root_dir).exists():
         text = f"eval.validation.root_dir {held_out.root_dir} is not on this machine"
         yield Finding("eval.validation.root_dir", text)
+
+
+def _place_of(start: str) -> tuple[Path, int | None]:
+    """(where init_ckpt_path leads, the step it names or by its newest checkpoint means)."""
+    from lingua.checkpoint import lookup
+    from lingua.files import RunError
+
+    try:
+        found = lookup.find_one(start)
+    except (RunError, OSError):  # a file of weights, or nothing at all
+        return Path(start), None
+    return found.folder, found.step
 
 
 def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
@@ -440,6 +453,12 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
     if args.checkpoint.continue_training_from_init and not args.checkpoint.init_ckpt_path:
         text = "checkpoint.continue_training_from_init needs checkpoint.init_ckpt_path; set it"
         yield Finding("checkpoint.continue_training_from_init", text)
+    if args.checkpoint.reset and not args.checkpoint.continue_training_from_init:
+        text = (
+            f"checkpoint.reset is {args.checkpoint.reset}, but no state is taken over that it could be left out of; "
+            "set checkpoint.continue_training_from_init and init_ckpt_path, or drop it"
+        )
+        yield Finding("checkpoint.reset", text)
     yield from _attention_conflicts(args)
 
 
@@ -502,6 +521,20 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
             yield Finding("distributed.tp_size", f"{text} of the feed-forward layer; set model.multiple_of")
 
 
+def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """A first start with a state that has all its steps behind it."""
+    start, reset = args.checkpoint.init_ckpt_path, args.checkpoint.reset
+    if start is None or not args.checkpoint.continue_training_from_init or "step" in reset:
+        return
+    _, step = _place_of(start)
+    if step is not None and step >= size.n_steps:
+        text = (
+            f"steps is {size.n_steps}, but {start} has {step} steps behind it; raise steps, or count from 0 with "
+            f"checkpoint.reset=[{','.join([*reset, 'step'])}]"
+        )
+        yield Finding("steps", text)
+
+
 # -- odd -----------------------------------------------------------------------------------------------------------
 
 
@@ -539,13 +572,17 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     each = size.n_params * STATE_BYTES_PER_PARAM
-    for name in ("dump", "eval"):
-        period = getattr(args.checkpoint, name)
-        kept = size.n_steps // period.every if period.every > 0 and period.keep <= 0 else 0
+    kept_for_good = {
+        "dump.keep": args.checkpoint.dump.every if args.checkpoint.dump.keep <= 0 else 0,
+        "eval.keep": args.checkpoint.eval.every if args.checkpoint.eval.keep <= 0 else 0,
+        "keep_every": args.checkpoint.keep_every,
+    }
+    for key, every in kept_for_good.items():
+        kept = size.n_steps // every if every > 0 else 0
         if kept * each > 500 * _GIB:
-            text = f"checkpoint.{name}.keep is {period.keep} (all): {kept} checkpoints of {human_bytes(each)}"
-            yield Finding(f"checkpoint.{name}.keep", f"{text} are {human_bytes(kept * each)}; keep fewer")
-    every = [p.every for p in (args.checkpoint.dump, args.checkpoint.eval) if 0 < p.every < size.n_steps]
-    if not every and size.n_steps > 2000:
+            text = f"checkpoint.{key} keeps all {kept} checkpoints of {human_bytes(each)}"
+            yield Finding(f"checkpoint.{key}", f"{text}, {human_bytes(kept * each)}; keep fewer")
+    periods = (args.checkpoint.dump.every, args.checkpoint.eval.every, args.checkpoint.keep_every)
+    if not any(0 < every < size.n_steps for every in periods) and size.n_steps > 2000:
         text = f"no checkpoint before the last of {size.n_steps} steps; whoever kills the run loses it"
         yield Finding("checkpoint.dump.every", text)

@@ -37,7 +37,6 @@ from lingua.peers import Peers
 from lingua.profiling import Profiler, memory_metrics
 from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FINISHED, describe_stop, end_asked_for
-from lingua.schedule import lr_at
 from lingua.signals import STOP_REQUEST, StopSignals
 from lingua.slurm import job_end_s
 
@@ -105,7 +104,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
 
     with Profiler(args.profiling, run.run_dir, device, run.world.place.rank) as profiler:
         while run.step < size.n_steps and not judge.stop:
-            lr, rows = lr_at(args.optim, run.step, size.n_steps), []
+            lr, rows = run.lr, []
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(size.grad_acc_steps):
                 with meter.loading():
@@ -216,7 +215,7 @@ class Judge:
             "loss/out": loss,
             "optim/grad_norm": grad_norm,
             "optim/lr": facts.lr,
-            "optim/total_tokens": facts.step * run.size.tokens_per_step,
+            "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],
             **self.meter.read(facts.step, facts.lap),
             **memory_metrics(run.world.device),

@@ -21,12 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import orjson
-
 from lingua.checkpoint import drain
 from lingua.checkpoint.ranks import Ranks, node_of, raise_if
-from lingua.checkpoint.service import Session, write_session
-from lingua.checkpoint.slots import SERVICE_LOCK, TRAINER_LOCK, Region, Save, Slot, State, make_region
+from lingua.checkpoint.session import Events, Session, write_session
+from lingua.checkpoint.slots import SERVICE_LOCK, TRAINER_LOCK, Save, Slot, State, make_region
 from lingua.files import DISK, Files, ProcessLock, RunError
 from lingua.runlock import Owner
 
@@ -126,25 +124,6 @@ def start_service(run_dir: Path, shm: Path, log_file: Path) -> Started:
         )
 
 
-class Events:
-    """What the service has said since we last asked."""
-
-    def __init__(self, region: Region) -> None:
-        self._path = region.events_file
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
-        except FileNotFoundError:
-            return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [orjson.loads(line) for line in whole.splitlines()]
-
-
 # -- the courier ---------------------------------------------------------------------------------------------------
 
 
@@ -229,11 +208,21 @@ class Courier:
         if self._ranks.rank == 0 and wanted:
             steps = sorted(step for _, step in wanted)
             log.info("checkpoints %s of an earlier start are still in memory; they are saved before going on", steps)
+        self._ranks.on_each(self._announce)
         return wanted
 
+    def _announce(self) -> None:
+        """An older start's service that is shut out now must not take what it holds for unwanted, should we die."""
+        if self.is_leader:
+            write_session(self.region, replace(self._session, is_open=False), files=self._files)
+
     def _complete(self) -> dict[int, Save]:
-        if not self._service_lives():
-            self.region.recover(files=self._files)
+        lock = self.region.lock(SERVICE_LOCK)
+        try:
+            if lock.take():  # no service lives, and none starts before we are done
+                self.region.recover(files=self._files)
+        finally:
+            lock.close()
         for slot in self.region.slots():
             slot.unclaim(files=self._files)
         return {slot.number: found[0] for slot in self.region.slots() if (found := slot.complete())}
@@ -304,7 +293,6 @@ class Courier:
             try:
                 self.region.slot(number).put_mark(self.save_of(step), files=self._files)
             except OSError as error:  # the others hear of it at the next save; without a mark nobody takes the slot
-                self.region.slot(number).change("claimed", "free", files=self._files)
                 self._problem = f"checkpoint {step} is lost: {error.filename}: {error.strerror}"
         return number
 

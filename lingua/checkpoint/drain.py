@@ -225,10 +225,24 @@ def publish_step(
     return True
 
 
-def say_lost(save: Save, target: Target, why: str, *, files: Files = DISK) -> None:
-    """This node will not have its part of a step; so that node 0 need not wait."""
-    if save.node > 0:
-        _say_part(save, target, {"lost": why}, files)
+def forget_loss(save: Save, target: Target, *, files: Files = DISK) -> None:
+    """This start saves a step again that it has lost before. Raises OSError."""
+    path = target.part_file(save.step, save.node)
+    if save.n_nodes > 1 and _loss_in(path):
+        files.remove(path)
+
+
+def _loss_in(path: Path) -> str | None:
+    """Why a node will not have its part of a step; None: it has not said so."""
+    part = _said_in(path)
+    return part.get("lost") if part else None
+
+
+def _said_in(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except (FileNotFoundError, RunError):  # not there, or not readable: a crash of the file server may cut it short
+        return None
 
 
 def _say_part(save: Save, target: Target, what: dict[str, Any], files: Files) -> None:
@@ -262,12 +276,9 @@ def _await_parts(save: Save, target: Target, sleep: Callable[[float], None]) -> 
 
 
 def _read_part(save: Save, target: Target, node: int) -> Manifest | None:
-    try:
-        part = read_json(target.part_file(save.step, node))
-    except FileNotFoundError:
-        return None
-    if part["incarnation"] != save.incarnation or part["step"] != save.step:
-        return None  # of a save with the same number that an older start of this run left behind
+    part = _said_in(target.part_file(save.step, node))
+    if part is None or (part["incarnation"], part["step"]) != (save.incarnation, save.step):
+        return None  # or of a save with the same number that an older start of this run left behind
     if "lost" in part:
         raise NodeMissingError(f"on node {node}, {part['lost']}")
     return {name: FileFacts(**fact) for name, fact in part["files"].items()}
@@ -280,21 +291,39 @@ def _await_mark(save: Save, target: Target, sleep: Callable[[float], None]) -> N
             return
         if not target.passage.exists():
             raise why_missing(target)
-        if not target.part_file(save.step, save.node).exists() and not mark.exists():
-            raise NodeMissingError(f"node 0 has given up checkpoint {save.step}")
+        _read_part(save, target, 0)  # raises if node 0 has given up
         sleep(LOOK_S)
     raise NodeMissingError(f"node 0 has not published checkpoint {save.step} within {2 * target.node_timeout_s:.0f} s")
 
 
-def give_up(save: Save, facts: Manifest, target: Target, *, files: Files = DISK) -> None:
-    """Remove what a failed attempt has left, as far as the disk lets us; node 0 clears for all."""
+def clear_away(save: Save, facts: Manifest, target: Target, *, files: Files = DISK) -> None:
+    """Remove what a failed attempt of this node has left, before the next one; what other nodes wrote stays.
+
+    Raises OSError.
+    """
+    if layout.done_mark(target.root, save.step).exists():
+        return  # published; only the last fsync has failed
+    if save.n_nodes == 1:
+        publish.abandon(target.root, save.step, target.incarnation, files=files)
+    elif not has_part(save, facts, target):
+        _remove_own(save, facts, target, files)
+
+
+def give_up(save: Save, facts: Manifest, target: Target, why: str, *, files: Files = DISK) -> None:
+    """There will be no such step: tell the other nodes. Node 0 clears for all. Raises OSError."""
     if save.node == 0:
         publish.abandon(target.root, save.step, target.incarnation, files=files)
         _remove_parts(save, target, files)
-    elif not has_part(save, facts, target):
-        for name in facts:
-            with suppress(FileNotFoundError):
-                files.remove(target.folder(save.step) / name)
+    elif _loss_in(target.part_file(save.step, 0)):  # only then: else node 0 may still publish what we have written
+        _remove_own(save, facts, target, files)
+    if save.n_nodes > 1:
+        _say_part(save, target, {"lost": why}, files)
+
+
+def _remove_own(save: Save, facts: Manifest, target: Target, files: Files) -> None:
+    for name in facts:
+        with suppress(FileNotFoundError):
+            files.remove(target.folder(save.step) / name)
 
 
 def _remove_parts(save: Save, target: Target, files: Files) -> None:

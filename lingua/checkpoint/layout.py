@@ -39,6 +39,7 @@ _FOLDER = re.compile(r"(\d{10})", re.ASCII)
 _DONE = re.compile(r"checkpoint_(\d{10})\.done", re.ASCII)
 _PASSAGE = re.compile(r"incarnation-(\d{1,9})(?:\.closed)?", re.ASCII)
 _INSIDE = re.compile(r"(\d{10}|checkpoint_(\d{10})\.done)(?:\.(trash|unmarked))?", re.ASCII)
+_ASIDE = re.compile(r"(?:(\d{10})|checkpoint_(\d{10})\.done)\.([a-z]+)-\d+", re.ASCII)
 
 Kind = Literal["coming", "trash", "unmarked"]
 
@@ -87,6 +88,12 @@ def aside(path: Path, reason: str) -> Path:
     while (other := path.with_name(f"{path.name}.{reason}-{n}")).exists() or other.is_symlink():
         n += 1
     return other
+
+
+def parse_aside(name: str) -> tuple[int, str] | None:
+    """(step, reason) of a folder, mark or evaluation that was set aside."""
+    match = _ASIDE.fullmatch(name)
+    return (int(match[1] or match[2]), match[3]) if match else None
 
 
 def model_file(rank: int) -> str:

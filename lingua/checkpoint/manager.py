@@ -33,7 +33,7 @@ from lingua.checkpoint.direct import DirectWriter
 from lingua.checkpoint.ranks import Ranks, raise_if
 from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.room import DiskRoom
-from lingua.checkpoint.service import Session
+from lingua.checkpoint.session import Session
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
 from lingua.runlock import RunLock, this_process
@@ -151,13 +151,14 @@ class CheckpointManager:
         there = courier.Courier(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
         return BackgroundWriter(args, there, self._ranks, self.device, self._files)
 
-    def prepare(self, state: TrainState) -> int:
+    def prepare(self, state: TrainState, n_steps: int = 0) -> int:
         """Plan the files and make sure that they fit, on the disk and in memory; returns a checkpoint's bytes.
 
+        `n_steps`: of the whole run, all of whose milestones must fit.
         Raises RunError with the numbers when they do not fit on the disk.
         """
         self._make_plan(tensors_of(state))
-        self._ranks.from_main(self._check_room)
+        self._ranks.from_main(lambda: self._check_room(n_steps))
         return self._total_bytes
 
     def _make_plan(self, tensors: Tensors) -> dcp.WritePlan:
@@ -186,14 +187,14 @@ class CheckpointManager:
         if self._ranks.rank == 0:
             log.warning("saves are synchronous: %s", why)
 
-    def _check_room(self) -> None:
+    def _check_room(self, n_steps: int) -> None:
         held_bytes = sum(publish.mark_facts(self.root, step).get("bytes", 0) for step in self._published)
         budget = self.args.disk_budget_gb
         room = DiskRoom(
             free_bytes=free_bytes(self.root),
             held_bytes=held_bytes,
             checkpoint_bytes=self._total_bytes,
-            at_once=retention.kept_at_once(self._dump, self._eval),
+            at_once=retention.kept_at_once(self._dump, self._eval, self.args.keep_every, n_steps),
             budget_bytes=int(budget * 1e9) if budget else None,
         )
         raise_if(room.problem(self.root))
@@ -208,7 +209,7 @@ class CheckpointManager:
 
     def is_due(self, step: int) -> bool:
         """Whether the config asks for a checkpoint after this step. Local."""
-        return retention.is_due(step, self._dump, self._eval)
+        return retention.is_due(step, self._dump, self._eval, self.args.keep_every)
 
     def has(self, step: int) -> bool:
         """Whether this step is known to be published, on all ranks. Local."""
@@ -348,9 +349,12 @@ class CheckpointManager:
         """
         self._restorer.load(step, self._published, state)
 
-    def load_from(self, path: str | Path, state: TrainState) -> Path:
-        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder."""
-        return self._restorer.load_from(path, state)
+    def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:
+        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder.
+
+        Without `optimizer` that one stays fresh.
+        """
+        return self._restorer.load_from(path, state, optimizer=optimizer)
 
     def load_folder(self, folder: Path, state: TrainState) -> None:
         """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here."""

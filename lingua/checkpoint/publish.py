@@ -222,18 +222,27 @@ def _read(path: Path) -> bytes:
         raise DamagedError(f"{path} is missing") from None
 
 
-def damage(folder: Path, facts: Manifest, *, sizes_only: bool = False, threads: int = VERIFY_THREADS) -> list[str]:
+def damage(
+    folder: Path,
+    facts: Manifest,
+    *,
+    sizes_only: bool = False,
+    threads: int = VERIFY_THREADS,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> list[str]:
     """What of a checkpoint folder does not agree with its manifest, a sentence each; reads every byte, in parallel.
 
-    `sizes_only`: looks at names and sizes, and reads nothing.
+    `sizes_only`: looks at names and sizes, and reads nothing. `advance` hears of the bytes read, in any thread.
     Raises OSError when a file cannot be judged (no permission, stale handle): that says nothing about its content.
     """
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        found = pool.map(lambda item: _differs(folder / item[0], item[1], sizes_only), sorted(facts.items()))
+        found = pool.map(lambda item: _differs(folder / item[0], item[1], sizes_only, advance), sorted(facts.items()))
         return [problem for problem in found if problem]
 
 
-def _differs(path: Path, fact: FileFacts, size_only: bool = False) -> str | None:
+def _differs(
+    path: Path, fact: FileFacts, size_only: bool = False, advance: Callable[[int], object] = lambda n_bytes: None
+) -> str | None:
     if not is_plain_file(path):
         return f"{path.name} is missing or not a plain file"
     digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
@@ -247,6 +256,7 @@ def _differs(path: Path, fact: FileFacts, size_only: bool = False) -> str | None
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             while n_read := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:n_read])
+                advance(n_read)
     except OSError as error:
         if error.errno == errno.EIO:
             return f"{path.name} cannot be read ({error.strerror})"
@@ -387,17 +397,3 @@ def pinned_steps(root: Path, now: float) -> set[int]:
         if float(lease.get("expires_at", 0)) > now:
             steps.add(lease["step"])
     return steps
-
-
-def newest_intact(root: Path, *, needed: Callable[[str], bool] = lambda name: True) -> int | None:
-    """Newest published step whose `needed` files verify; only reads, so it may look into a colleague's run."""
-    for step in reversed(layout.done_steps(root)):
-        try:
-            facts = read_marked_manifest(root, step)
-            problems = damage(layout.folder(root, step), {name: facts[name] for name in facts if needed(name)})
-        except DamagedError as error:
-            problems = [str(error)]
-        if not problems:
-            return step
-        log.warning("checkpoint %d does not verify and is passed over: %s", step, "; ".join(problems))
-    return None

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from lingua.checkpoint import dcp, layout, publish
+from lingua.checkpoint import dcp, layout, lookup, publish
 from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.ranks import Ranks, raise_if
 from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
-from lingua.checkpoint.weights import checkpoint_folder
 from lingua.files import Files, RunError, read_json
 
 log = logging.getLogger(__name__)
@@ -105,25 +104,22 @@ class Restorer:
             self._ranks.from_main(lambda: self._set_aside(later, "later", why))
             published.difference_update(later)
 
-    def load_from(self, path: str | Path, state: TrainState) -> Path:
-        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder."""
+    def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:
+        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder.
 
-        def find() -> Path:
-            folder = checkpoint_folder(path)
-            if problems := publish.damage(folder, publish.read_manifest(folder)):
-                raise RunError(f"{folder} does not verify: {'; '.join(problems)}")
-            return folder
-
-        folder = self._ranks.from_main(find)
-        self.load_folder(folder, state)
+        Without `optimizer` that one stays fresh.
+        """
+        sizes_only = self._verify == "sizes"
+        folder = self._ranks.from_main(lambda: lookup.intact(path, sizes_only=sizes_only).folder)
+        self.load_folder(folder, state, optimizer=optimizer)
         return folder
 
-    def load_folder(self, folder: Path, state: TrainState) -> None:
+    def load_folder(self, folder: Path, state: TrainState, *, optimizer: bool = True) -> None:
         """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here."""
         started = time.perf_counter()
         error: str | None = None
         try:
-            self._load_local(folder, state)
+            self._load_local(folder, state, optimizer)
         except (RunError, OSError) as caught:
             error = str(caught)
         except Exception:
@@ -133,7 +129,7 @@ class Restorer:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
 
-    def _load_local(self, folder: Path, state: TrainState) -> None:
+    def _load_local(self, folder: Path, state: TrainState, optimizer: bool) -> None:
         first = read_json(folder / layout.train_state_file(0))
         try:
             n_ranks = int(first["world_size"])
@@ -141,9 +137,9 @@ class Restorer:
         except (KeyError, TypeError):
             raise RunError(f"{folder / layout.train_state_file(0)} is not the state of a run") from None
         tensors = tensors_of(state)
-        there = set(dcp.tensor_properties(folder))
-        here = set(tensors.by_name) | set(tensors.aliases)
-        if extra := sorted(there - here):
+        wanted = {name: t for name, t in tensors.by_name.items() if optimizer or name.startswith("model.")}
+        there = {name for name in dcp.tensor_properties(folder) if optimizer or name.startswith("model.")}
+        if extra := sorted(there - set(wanted) - set(tensors.aliases)):
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
-        dcp.read_into(folder, tensors.by_name)
-        restore_scalars(state, documents, self._ranks.rank, self._ranks.size)
+        dcp.read_into(folder, wanted)
+        restore_scalars(state, documents, self._ranks.rank, self._ranks.size, optimizer=optimizer)

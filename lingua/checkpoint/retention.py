@@ -2,7 +2,7 @@
 
 Promise: the newest checkpoint and the newest one known to verify are never given up, and what is pinned stays.
 A checkpoint outside both rhythms (a stop's, the last one's) counts as a dump: it goes once `dump.keep` newer ones
-exist.
+exist. Milestones (every `keep_every` steps, 0: none) are kept for good.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ class Rhythm:
         return self.every > 0 and step > 0 and step % self.every == 0
 
 
-def is_due(step: int, dump: Rhythm, evaluation: Rhythm) -> bool:
+def is_milestone(step: int, keep_every: int) -> bool:
+    return Rhythm(keep_every, 0).holds(step)
+
+
+def is_due(step: int, dump: Rhythm, evaluation: Rhythm, keep_every: int = 0) -> bool:
     """Whether a checkpoint is to be made after this step."""
-    return dump.holds(step) or evaluation.holds(step)
+    return dump.holds(step) or evaluation.holds(step) or is_milestone(step, keep_every)
 
 
 def _newest(steps: list[int], keep: int) -> list[int]:
@@ -46,14 +50,19 @@ def to_delete(
     """
     steps = sorted(done)
     kept = set(pinned) | set(steps[-1:]) | set(sorted(set(verified) & set(steps))[-1:])
+    kept.update(step for step in steps if is_milestone(step, keep_every))
     kept.update(_newest([s for s in steps if dump.holds(s) or not evaluation.holds(s)], dump.keep))
     kept.update(_newest([s for s in steps if evaluation.holds(s)], evaluation.keep))
     return [step for step in steps if step not in kept]
 
 
-def kept_at_once(dump: Rhythm, evaluation: Rhythm) -> int | None:
-    """Checkpoints on the disk at the worst moment: all that are kept and the one being written. None: unbounded."""
+def kept_at_once(dump: Rhythm, evaluation: Rhythm, keep_every: int = 0, n_steps: int = 0) -> int | None:
+    """Checkpoints on the disk at the worst moment: all that are kept and the one being written. None: unbounded.
+
+    With `keep_every`, the milestones of all `n_steps` are counted.
+    """
     used = [rhythm for rhythm in (dump, evaluation) if rhythm.every > 0]
     if any(rhythm.keep <= 0 for rhythm in used):
         return None
-    return max(1, sum(rhythm.keep for rhythm in used)) + 1
+    milestones = n_steps // keep_every if keep_every > 0 else 0
+    return max(1, sum(rhythm.keep for rhythm in used)) + milestones + 1

@@ -93,17 +93,18 @@ def memory_limit(proc_cgroup: str, read: Callable[[str], str | None] = read_cgro
     """(limit, in use) of this process's memory control group, in bytes; limit None: there is none.
 
     `proc_cgroup`: text of /proc/self/cgroup. Version 2 has `memory.max`, version 1 `memory.limit_in_bytes`
-    (cgroups(7)); a limit may stand in any group above ours.
+    (cgroups(7)); a limit may stand in any group above ours. Cached files count as use there, but give way to what is
+    needed: those not used lately (`inactive_file`, cgroup-v2.rst of the kernel) are left out.
     """
     tightest: tuple[int | None, int] = (None, 0)
     for line in proc_cgroup.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        top, limit_name, used_name = (
-            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+        top, limit_name, used_name, cached_name = (
+            ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
             if controllers
-            else ("", "memory.max", "memory.current")
+            else ("", "memory.max", "memory.current", "inactive_file")
         )
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts), -1, -1):
@@ -112,6 +113,8 @@ def memory_limit(proc_cgroup: str, read: Callable[[str], str | None] = read_cgro
             if not limit.isdigit() or int(limit) >= 1 << 60:  # version 1 writes "no limit" as a huge number
                 continue
             used = int(read(f"{folder}/{used_name}".lstrip("/")) or 0)
+            facts = (read(f"{folder}/memory.stat".lstrip("/")) or "").split()
+            used -= int(dict(zip(facts[::2], facts[1::2], strict=False)).get(cached_name, 0))
             if tightest[0] is None or int(limit) - used < tightest[0] - tightest[1]:
                 tightest = (int(limit), used)
     return tightest

@@ -20,19 +20,21 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from typing import Any, Literal
-
-import orjson
+from queue import SimpleQueue
+from typing import Any
 
 from lingua.checkpoint import drain, layout, publish, retention
 from lingua.checkpoint.drain import FencedError, NodeMissingError, Target, Throttle
 from lingua.checkpoint.publish import DamagedError, Manifest
+from lingua.checkpoint.session import EventKind, Events, Session, read_session
 from lingua.checkpoint.slots import SERVICE_LOCK, SHM, TRAINER_LOCK, Region, Save, Slot, make_region
-from lingua.files import DISK, Files, RunError, read_json, write_json
+from lingua.files import DISK, Files, RunError
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "lingua.checkpoint.service")
 
@@ -43,65 +45,6 @@ SILENT_S = 30.0
 """A disk that takes no byte for so long is reported."""
 LONGEST_PAUSE_S = 60.0
 """Between two attempts on a disk that fails."""
-
-EventKind = Literal["published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed"]
-"""failing: the disk refused, the step is tried again; silent: the disk does not answer; fenced: a newer start owns
-the run; failed: a bug of ours."""
-
-
-@dataclass(frozen=True)
-class Session:
-    """What the newest start of the run says to the service; rank 0 of the node writes it whole."""
-
-    run_id: str
-    run_dir: str
-    root: str
-    incarnation: int
-    dump: tuple[int, int] = (0, 0)
-    """Every, keep."""
-    eval: tuple[int, int] = (0, 0)
-    keep_every: int = 0
-    verified: tuple[int, ...] = ()
-    """Steps that the ranks have verified."""
-    rescue: tuple[tuple[int, int], ...] = ()
-    """(incarnation, step) of saves by earlier starts that are wanted."""
-    readback: bool = False
-    threads: int = 4
-    bandwidth_bytes_per_s: float | None = None
-    node_timeout_s: float = 1800.0
-    job: tuple[str, int] = ("", 0)
-    """Slurm job id and how often it was requeued."""
-    linger_s: float = 5.0
-    patience_s: float = 3600.0
-    """How long a disk that fails is tried after the last rank has gone."""
-    ending: bool = False
-    """The ranks have nothing left to do but to wait for their last save."""
-    deadline_s: float | None = None
-    """Seconds since the epoch at which the job ends, once it has been asked to stop."""
-
-    def wants(self, save: Save) -> bool:
-        own = save.run_id == self.run_id and save.incarnation == self.incarnation
-        return own or (save.run_id == self.run_id and (save.incarnation, save.step) in self.rescue)
-
-    def target(self) -> Target:
-        return Target(Path(self.root), self.incarnation, self.readback, self.threads, self.node_timeout_s, self.job)
-
-
-def read_session(region: Region) -> Session | None:
-    """The newest start's session; None before the first one. Raises RunError for one of another version."""
-    try:
-        content: dict[str, Any] = read_json(region.session_file)
-        content |= {key: tuple(content[key]) for key in ("dump", "eval", "verified", "job")}
-        content["rescue"] = tuple(tuple(pair) for pair in content["rescue"])
-        return Session(**content)
-    except FileNotFoundError:
-        return None
-    except (TypeError, KeyError) as error:
-        raise RunError(f"{region.session_file} is of another version of lingua ({error}); remove it") from None
-
-
-def write_session(region: Region, session: Session, *, files: Files = DISK) -> None:
-    write_json(region.session_file, asdict(session), files=files)
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
@@ -122,12 +65,13 @@ def next_to_drain(
     """Which slot to drain next, by its number; None: none.
 
     In order of steps as long as the run goes on. When it ends only the newest matters, and then only if it fits into
-    the time that is left: two halves are none. What was never measured is tried.
+    the time that is left: two halves are none. What was never measured is tried, and where the end did not come when
+    it was expected, everything is.
     """
     if not waiting:
         return None
     chosen = max(waiting, key=lambda c: c.step) if ending else min(waiting, key=lambda c: c.step)
-    if time_left_s is not None and bytes_per_s and chosen.size_bytes / bytes_per_s > time_left_s:
+    if time_left_s is not None and bytes_per_s and 0 <= time_left_s < chosen.size_bytes / bytes_per_s:
         return None
     return chosen.number
 
@@ -177,8 +121,8 @@ class Service:
         self._files = files
         self._executor = executor or ThreadPoolExecutor(max_workers=8, thread_name_prefix="drain")
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
-        self._trainers = region.lock(TRAINER_LOCK)
         self._own = region.lock(SERVICE_LOCK)
+        self._trainers = region.lock(TRAINER_LOCK)
         self._jobs: list[_Job] = []
         self._retiring: Future[list[int]] | None = None
         self._verified: set[int] = set()
@@ -191,13 +135,21 @@ class Service:
         self._silent = False
         self._incarnation = 0
         self._fenced = -1
+        self._events = Events(region)
+        self._unsaid: deque[dict[str, Any]] = deque()
+        self._saying = threading.Lock()
 
     def take(self) -> bool:
-        """Become the region's service; False: there is one already."""
-        if not self._own.take():
+        """Become the region's service; False: there is one already, or the region has just been removed."""
+        if not (self._own.take() and self.is_current()):
             return False
         self.region.recover(files=self._files)
+        self._events.mend()
         return True
+
+    def is_current(self) -> bool:
+        """Whether the region is still the one that was opened. Nobody else's may be touched by its name."""
+        return self._own.is_current() and self._trainers.is_current()
 
     def run(self) -> None:
         """Serve until the ranks are gone and nothing is left to save."""
@@ -214,7 +166,8 @@ class Service:
             self._jobs.remove(job)
             self._settle(job)
         self._report_silence()
-        if session is not None:
+        self._tell_ranks()
+        if session is not None and session.is_open:
             self._throttle_jobs(session, alone)
             self._begin_next(session, alone)
         return self._is_needed(session, alone)
@@ -261,6 +214,7 @@ class Service:
         try:
             if drain.is_published(job.save, target, files=self._files):
                 return job.save.node == 0 and _incarnation_of(target.root, job.save.step) == target.incarnation
+            drain.forget_loss(job.save, target, files=self._files)
             with drain.at_work(target, job.save, files=self._files):
                 return self._write_and_publish(job, target)
         except (OSError, DamagedError, NodeMissingError) as error:
@@ -274,32 +228,34 @@ class Service:
     def _write_and_publish(self, job: _Job, target: Target) -> bool:
         if not drain.has_part(job.save, job.facts, target):
             drain.write_files(job.slot.folder, job.facts, job.save.step, target, job.throttle, self._files)
-        job.writing.clear()
-        self._rate_bytes_per_s = job.size_bytes / max(self._now() - job.started_s, 1e-9)
+        if job.save.n_nodes > 1:
+            job.writing.clear()  # from here on it waits for others
+        if job.throttle.limit_bytes_per_s is None:
+            self._rate_bytes_per_s = job.size_bytes / max(self._now() - job.started_s, 1e-9)
         return drain.publish_step(
             job.save, job.facts, target, lambda: self._now() - job.started_s, files=self._files, sleep=self._sleep
         )
 
     def _clear_away(self, job: _Job, target: Target, error: Exception) -> None:
         try:
-            drain.give_up(job.save, job.facts, target, files=self._files)
-            if isinstance(error, DamagedError):
-                drain.say_lost(job.save, target, str(error), files=self._files)
+            if isinstance(error, OSError):
+                drain.clear_away(job.save, job.facts, target, files=self._files)
+            else:
+                drain.give_up(job.save, job.facts, target, str(error), files=self._files)
         except OSError as error:
             log.warning("cannot clear what is left of step %d: %s", job.save.step, error)
 
     def _settle(self, job: _Job) -> None:
         """What became of a slot."""
-        step = job.save.step
+        step, start = job.save.step, job.session.incarnation
         try:
             published_here = job.future.result()
         except FencedError as error:
-            self._fenced = job.session.incarnation
-            self._say("fenced", step=step, why=str(error), incarnation=job.session.incarnation)
+            self._fenced = start
+            self._say("fenced", start, step=step, why=str(error))
             job.slot.change("draining", "staged", files=self._files)
         except (DamagedError, NodeMissingError) as error:
-            why = f"checkpoint {step} is lost, older ones are untouched: {error}"
-            self._say("lost", step=step, why=why, incarnation=job.session.incarnation)
+            self._say("lost", start, step=step, why=f"checkpoint {step} is lost, older ones are untouched: {error}")
             job.slot.change("draining", "free", files=self._files)
         except OSError as error:
             self._failures += 1
@@ -307,10 +263,9 @@ class Service:
             self._not_before_s = self._now() + again_s
             job.slot.change("draining", "staged", files=self._files)
             why = f"{publish.disk_sentence(error, Path(job.session.root), job.size_bytes)}; it stays in memory"
-            why = f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s"
-            self._say("failing", step=step, why=why, incarnation=job.session.incarnation)
+            self._say("failing", start, step=step, why=f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s")
         except BaseException:
-            self._say("failed", step=step, why=traceback.format_exc())
+            self._say("failed", start, step=step, why=traceback.format_exc())
             raise
         else:
             self._settled(job, published_here)
@@ -318,16 +273,22 @@ class Service:
     def _settled(self, job: _Job, published_here: bool) -> None:
         if self._failures:
             self._failures = 0
-            self._say("recovered", step=job.save.step, why="the disk takes checkpoints again")
-        if job.save.node == 0:  # said first: whoever dies in between, the next one says it again
-            seconds = self._now() - job.started_s
-            facts = {"bytes": job.size_bytes, "gb_per_s": job.size_bytes / 1e9 / max(seconds, 1e-9)}
-            incarnation = job.session.incarnation
-            self._say("published", step=job.save.step, seconds=seconds, **facts, incarnation=incarnation)
-        job.slot.change("draining", "free", files=self._files)
+            why = "the disk takes checkpoints again"
+            self._say("recovered", job.session.incarnation, step=job.save.step, why=why)
+        if job.save.node == 0:
+            self._say_published(job)
+        job.slot.change("draining", "free", files=self._files)  # last: else a death here would leave it unsaid
         if published_here:
             self._verified.add(job.save.step)
             self._retain(job.session, job.session.target())
+
+    def _say_published(self, job: _Job) -> None:
+        seconds = self._now() - job.started_s
+        rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
+        self._say(
+            "published", job.session.incarnation,
+            step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate,
+        )  # fmt: skip
 
     # -- retention -------------------------------------------------------------------------------------------------
 
@@ -341,7 +302,8 @@ class Service:
         try:
             pinned = publish.pinned_steps(target.root, self._wall_clock())
         except (RunError, OSError) as error:
-            self._say("failing", step=0, why=f"no checkpoint is deleted, since the pins cannot be read: {error}")
+            why = f"no checkpoint is deleted, since the pins cannot be read: {error}"
+            self._say("failing", session.incarnation, step=0, why=why)
             return []
         passage = layout.passage(target.root, target.incarnation)
         interrupted = {found.step for found in layout.temporaries(passage) if found.kind == "trash"}
@@ -360,9 +322,12 @@ class Service:
                 else:
                     publish.retire(target.root, step, target.incarnation, files=self._files)
             except OSError as error:
-                self._say("failing", step=0, why=f"cannot delete checkpoint {step}: {error}")
+                if isinstance(why := drain.why_missing(target), FencedError):
+                    self._say("fenced", session.incarnation, step=step, why=str(why))
+                    break
+                self._say("failing", session.incarnation, step=0, why=f"cannot delete checkpoint {step}: {error}")
             else:
-                self._say("retired", step=step)
+                self._say("retired", session.incarnation, step=step)
         return steps
 
     # -- the rest --------------------------------------------------------------------------------------------------
@@ -381,12 +346,12 @@ class Service:
             self._progress = (self._now(), done_bytes)
             if self._silent:
                 self._silent = False
-                self._say("recovered", step=0, why="the disk answers again")
+                self._say("recovered", self._incarnation, step=0, why="the disk answers again")
         elif self._now() - since_s > SILENT_S and not self._silent:
             self._silent = True
             step = writing[0].save.step
             why = f"the disk has taken nothing of checkpoint {step} for {SILENT_S:.0f} s; training goes on"
-            self._say("silent", step=step, why=why)
+            self._say("silent", self._incarnation, step=step, why=why)
 
     def _is_needed(self, session: Session | None, alone: bool) -> bool:
         if not alone:
@@ -399,47 +364,52 @@ class Service:
             return self._now() < self._first_rank_until_s
         if self._alone_since_s is None:
             self._alone_since_s = self._now()
+            self._take_back_claims()
         alone_s = self._now() - self._alone_since_s
         unsaved = [slot for slot in self.region.slots() if slot.complete()]
-        if unsaved and self._fenced != session.incarnation:
+        if unsaved and session.is_open and self._fenced != session.incarnation:
             return alone_s < session.patience_s
         return alone_s < session.linger_s or self._now() < self._first_rank_until_s
 
+    def _take_back_claims(self) -> None:
+        """Ranks that died while they took the slot of a save that waits: it may still be complete."""
+        if self._trainers.take():
+            for slot in self.region.slots():
+                slot.unclaim(files=self._files)
+            self._trainers.release()
+
     def _leave(self) -> None:
         """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
-        if self._trainers.take():  # none comes before we have looked, and none finds a region that is being removed
+        if self._trainers.take() and self.is_current():  # from here on no rank comes before we are done
             session = read_session(self.region)
-            unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
-            if steps := [save.step for save in unsaved if session is not None and self._may_be_missed(save, session)]:
-                log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
+            unsaved = [found[0].step for slot in self.region.slots() if (found := slot.complete())]
+            if unsaved and session is not None and self._fenced != session.incarnation:
+                log.error("leaving although steps %s are in memory only; a start on this node saves them", unsaved)
             else:
                 self.region.remove(files=self._files)
+        self.close()
+
+    def close(self) -> None:
         self._executor.shutdown(wait=False)
         self._trainers.close()
         self._own.close()
 
-    def _may_be_missed(self, save: Save, session: Session) -> bool:
-        """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
-        if self._fenced != session.incarnation:
-            return True
-        root = Path(session.root)
-        newest = max(layout.done_steps(root), default=-1)
-        return save.step > newest and (newest < 0 or _incarnation_of(root, newest) <= save.incarnation)
-
-    def _say(self, kind: EventKind, **facts: Any) -> None:
+    def _say(self, kind: EventKind, incarnation: int, **facts: Any) -> None:
+        """Tell the ranks of the start whom it concerns."""
+        self._unsaid.append({"kind": kind, "incarnation": incarnation, "at_s": self._wall_clock(), **facts})
+        self._tell_ranks()
         level = logging.INFO if kind in ("published", "recovered", "retired") else logging.ERROR
         log.log(level, "%s %s", kind, facts)
-        facts = {"kind": kind, "incarnation": self._incarnation, "at_s": self._wall_clock(), **facts}
-        line = orjson.dumps(facts) + b"\n"
-        try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(self.region.events_file, flags, 0o600)
-            try:
-                os.write(descriptor, line)
-            finally:
-                os.close(descriptor)
-        except OSError as error:  # no memory, or the region's names have vanished: the disk still gets its bytes
-            log.error("cannot tell the ranks: %s", error)
+
+    def _tell_ranks(self) -> None:
+        with self._saying:
+            while self._unsaid:
+                try:
+                    self._events.say(self._unsaid[0])
+                except OSError as error:  # no memory, or the region's names have vanished: the disk gets its bytes
+                    log.error("cannot tell the ranks %s: %s", self._unsaid[0], error)
+                    return  # until the next pass
+                self._unsaid.popleft()
 
 
 def _incarnation_of(root: Path, step: int) -> int:
@@ -462,20 +432,46 @@ def main(words: list[str]) -> int:
     parser.add_argument("--shm", type=Path, default=SHM, help="memory file system (checkpoint.shm_path): %(default)s")
     parser.add_argument("--wait-s", type=float, default=0.0, help="seconds to wait for the first rank (%(default)s)")
     args = parser.parse_args(words)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s checkpoint service: %(message)s")
     for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(deaf, signal.SIG_IGN)
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s checkpoint service: %(message)s"))
+    said: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    listener = QueueListener(said, lines)  # the log lies on the disk that may hang; the loop must not
+    listener.start()
+    logging.basicConfig(level=logging.INFO, handlers=[QueueHandler(said)])
+    code = 0
     try:
-        service = Service(make_region(args.run_dir, args.shm), wait_s=args.wait_s)
-        if not service.take():
-            log.info("%s has a service on this node already", args.run_dir)
-            return 0
-        service.run()
+        serve(args.run_dir, args.shm, args.wait_s)
     except (RunError, OSError) as error:
         log.error("%s", error)
-        return 1
-    return 0
+        code = 1
+    except Exception:
+        log.exception("the checkpoint service has a bug")
+        code = 1
+    listener.stop()
+    return code
+
+
+def serve(run_dir: Path, shm: Path, wait_s: float) -> None:
+    """Be the service of a run on this node, unless there is one. Raises RunError, OSError."""
+    while True:
+        region = make_region(run_dir, shm)
+        try:
+            service = Service(region, wait_s=wait_s)
+        except FileNotFoundError:
+            continue  # one that leaves has just removed the region
+        if service.take():
+            service.run()
+            return
+        is_current = service.is_current()
+        service.close()
+        if is_current:
+            log.info("%s has a service on this node already", run_dir)
+            return
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # at once: a thread that waits for the disk must not keep the next service from its lock

@@ -32,6 +32,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,8 +94,12 @@ class Slot:
             return None
 
     def put_mark(self, save: Save, *, files: Files = DISK) -> None:
-        """The slot is about to be filled with `save`."""
-        write_json(self.mark("staged"), asdict(save), files=files)
+        """The slot is about to be filled with `save`. Raises OSError without room for a mark; the slot is free then."""
+        try:
+            write_json(self.mark("staged"), asdict(save), files=files)
+        except OSError:
+            self.change("claimed", "free", files=files)
+            raise
         for state in ("claimed", "free"):
             if self.mark(state).exists():
                 files.remove(self.mark(state))
@@ -173,21 +178,23 @@ class Region:
         return [Slot(path) for path in entries(self.folder) if _SLOT.fullmatch(path.name) and path.is_dir()]
 
     def make_slots(self, n_slots: int, keep: Collection[str], *, files: Files = DISK) -> None:
-        """Make the folders of `n_slots` slots; of free ones, remove those beyond and what is not to be kept in others.
+        """Make the folders of `n_slots` slots; clear what else than `keep` lies in free ones, and what is of no use.
 
         Call as the leader.
         """
+        for path in self.folder.glob(".*.tmp-*"):  # a leader died while it wrote a mark
+            files.remove(path)
         for number in range(n_slots):
             slot = self.slot(number)
             if not slot.folder.exists():
-                files.close(files.create(slot.mark("free")))
+                files.close(files.create(slot.mark("free")))  # first: a slot without a mark belongs to nobody
                 files.mkdir(slot.folder)
         for slot in self.slots():
-            if slot.state() == "free" and slot.number < n_slots:
+            if slot.state() == "free":
                 slot.clear_leftovers(keep, files=files)
-            elif slot.state() == "free":
-                files.remove_tree(slot.folder)
-                files.remove(slot.mark("free"))
+                if slot.number >= n_slots:
+                    files.remove_tree(slot.folder)
+                    files.remove(slot.mark("free"))
 
     def lock(self, name: str) -> ProcessLock:
         return ProcessLock(self.folder / name)
@@ -205,8 +212,9 @@ class Region:
                 slot.change(state, "staged", files=files)
 
     def remove(self, *, files: Files = DISK) -> None:
-        """Give all memory back; call as the holder of `trainer.lock`, which keeps ranks out until all else is gone."""
-        for path in sorted(entries(self.folder), key=lambda path: path.name == TRAINER_LOCK):
+        """Give all memory back; call as the holder of both locks, which go last: nobody comes in before."""
+        last = (TRAINER_LOCK, SERVICE_LOCK)
+        for path in sorted(entries(self.folder), key=lambda path: last.index(path.name) if path.name in last else -1):
             if path.is_dir() and not path.is_symlink():
                 files.remove_tree(path)
             else:
@@ -236,9 +244,11 @@ def region_of(run_dir: Path, shm: Path = SHM) -> Region:
 def make_region(run_dir: Path, shm: Path = SHM, *, files: Files = DISK) -> Region:
     """The region of a run, made if need be. Raises RunError when it is not ours, OSError when there is no room."""
     region = region_of(run_dir, shm)
-    for folder in (base(shm), region.folder):
-        _make_private(folder, files)
-    return region
+    _make_private(base(shm), files)
+    while True:
+        with suppress(FileNotFoundError):  # a service that leaves has just removed it
+            _make_private(region.folder, files)
+            return region
 
 
 def _make_private(folder: Path, files: Files) -> None:
@@ -246,11 +256,14 @@ def _make_private(folder: Path, files: Files) -> None:
         before = os.umask(0o077)
         try:
             files.mkdir(folder)
+        except FileExistsError:
+            pass  # no folder: told below
         finally:
             os.umask(before)
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
-        what = "a link" if stat.S_ISLNK(facts.st_mode) else f"of user {facts.st_uid}, mode {facts.st_mode & 0o777:o}"
+        what = f"of user {facts.st_uid}, mode {facts.st_mode & 0o777:o}"
+        what = "a link" if stat.S_ISLNK(facts.st_mode) else what if stat.S_ISDIR(facts.st_mode) else "no folder"
         raise RunError(
             f"{folder} is {what}; it must be a folder that is yours with mode 700. Remove it, or choose another place "
             "with checkpoint.shm_path"

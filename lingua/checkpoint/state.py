@@ -146,14 +146,17 @@ def scalars_json(state: TrainState, rank: int, world_size: int) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
 
 
-def restore_scalars(state: TrainState, documents: list[dict[str, Any]], rank: int, world_size: int) -> None:
-    """Put back what `scalars_of` took, from the documents of all ranks that saved."""
+def restore_scalars(
+    state: TrainState, documents: list[dict[str, Any]], rank: int, world_size: int, *, optimizer: bool = True
+) -> None:
+    """Put back what `scalars_of` took, from the documents of all ranks that saved; the optimizer's only if asked."""
     first = documents[0]
     state.shared = first["shared"]
     state.per_rank_all = [document["per_rank"] for document in documents]
     state.per_rank = state.per_rank_all[rank] if len(documents) == world_size else {}
-    _restore_groups(state, first["param_groups"])
-    _restore_optim_scalars(state, first["optim_scalars"])
+    if optimizer:
+        _restore_groups(state, first["param_groups"])
+        _restore_optim_scalars(state, first["optim_scalars"])
     if len(documents) == world_size:
         restore_rng(documents[rank]["rng"])
     else:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lingua.checkpoint import dcp, layout, publish
+from lingua.checkpoint import dcp, layout, lookup
 from lingua.checkpoint.state import clean_name, model_tensors
 from lingua.files import RunError
 
@@ -125,14 +125,12 @@ def _copy(target: Tensor, whole: Tensor) -> None:
 
 def open_source(path: str | Path, model_key: str | None = None) -> Source:
     """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
-    place, step = _parse(path)
-    if (place / layout.CHECKPOINTS).is_dir():
-        return _from_dcp(_of_run(place, step, _is_weights), model_key)
-    if step is not None:
-        raise RunError(f"{place} is not a run: it has no folder {layout.CHECKPOINTS!r}, so there is no step {step}")
+    place, step = lookup.split(path)
+    if step is not None or lookup.root_of(place).is_dir() or (place / layout.MANIFEST).exists():
+        return _from_dcp(lookup.intact(path, needed=is_weights).folder, model_key)
     if place.is_file():
         return _from_safetensors([place]) if place.suffix == ".safetensors" else _from_torch(place, model_key)
-    if (place / layout.METADATA).exists():
+    if (place / layout.METADATA).exists():  # another program's: there is nothing to verify it by
         return _from_dcp(place, model_key)
     for file in (place / "consolidated.pth", place / "consolidated" / "consolidated.pth"):
         if file.exists():
@@ -144,51 +142,11 @@ def open_source(path: str | Path, model_key: str | None = None) -> Source:
     )
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
     return name == layout.METADATA or name.startswith("model.")
 
 
-def checkpoint_folder(path: str | Path) -> Path:
-    """The checkpoint folder that RUN, RUN@step or a folder means; of a run without a step, the newest that verifies.
-
-    Only looks, so the run may be a colleague's. Raises RunError.
-    """
-    place, step = _parse(path)
-    if (place / layout.CHECKPOINTS).is_dir():
-        return _of_run(place, step, lambda name: True)
-    if step is None and (place / layout.METADATA).exists():
-        return place
-    raise RunError(f"{path} is neither a run nor a checkpoint folder")
-
-
-def _parse(path: str | Path) -> tuple[Path, int | None]:
-    """RUN@step -> (RUN, step); anything that exists under its whole name -> (path, None)."""
-    run, at, number = str(path).rpartition("@")
-    place, step = Path(path), None
-    if at and number.isdecimal() and not place.exists():
-        place, step = Path(run), int(number)
-    if not place.exists():
-        raise RunError(f"{place} does not exist; it should be a run, a checkpoint folder or a file of weights")
-    return place, step
-
-
-def _of_run(run_dir: Path, step: int | None, needed: Callable[[str], bool]) -> Path:
-    root = run_dir / layout.CHECKPOINTS
-    if step is None:
-        step = publish.newest_intact(root, needed=needed)
-        if step is None:
-            raise RunError(f"{root} has no published checkpoint that verifies")
-    elif step not in (steps := layout.done_steps(root)):
-        there = dcp.some([str(s) for s in steps]) or "none"
-        raise RunError(f"{root} has no published checkpoint of step {step}; it has {there}")
-    return layout.folder(root, step)
-
-
 def _from_dcp(folder: Path, model_key: str | None) -> Source:
-    if (folder / layout.MANIFEST).exists():
-        facts = publish.read_manifest(folder)
-        if problems := publish.damage(folder, {name: fact for name, fact in facts.items() if _is_weights(name)}):
-            raise RunError(f"{folder} does not verify: {'; '.join(problems)}; take another checkpoint")
     described = dcp.tensor_properties(folder)
     if model_key is None:
         model_key = "model" if any(name.startswith("model.") for name in described) else ""

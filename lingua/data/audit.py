@@ -72,11 +72,15 @@ def audit(
     rows_per_step: int,
     states: Mapping[int, State],
     *,
+    first_row: int = 0,
     count_tokens: bool | None = None,
     n_workers: int = 1,
     progress: Progress | None = None,
 ) -> Finding:
-    """Read again what led to the states (of all lanes, by step). `count_tokens` None: where it costs no tokenizer."""
+    """Read again what led to the states (of all lanes, by step). `count_tokens` None: where it costs no tokenizer.
+
+    Step t uses the rows first_row + [t*G, (t+1)*G): a run that began with another one's state may count differently.
+    """
     sources, _ = open_sources(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
     now = fingerprint_of(sources_of(sources))
     fits = sorted(step for step, state in states.items() if fingerprint_of(state["sources"]) == now)
@@ -91,7 +95,7 @@ def audit(
         found.begin = fits[0]
         found.notes.append(f"the sources were changed during the run; what came before step {fits[0]} is not confirmed")
     for step in fits:
-        found.problems += _wrong_counts(args, n_lanes, rows_per_step, step, states[step])
+        found.problems += _wrong_counts(args, n_lanes, rows_per_step, first_row, step, states[step])
     tokenizer = build_tokenizer(args.tokenizer) if count_tokens else _Uncounted()
 
     def lane_task(lane: int) -> tuple[int, list[str]]:
@@ -118,11 +122,13 @@ def _bytes_read(sources: Sequence[Tape], state: State) -> int:
     return sum(int(source.size_bytes * epoch) for source, epoch in zip(sources, epochs, strict=True))
 
 
-def _wrong_counts(args: DataArgs, n_lanes: int, rows_per_step: int, step: int, state: State) -> Iterator[str]:
+def _wrong_counts(
+    args: DataArgs, n_lanes: int, rows_per_step: int, first_row: int, step: int, state: State
+) -> Iterator[str]:
     """Whether every lane has given the rows that the step number demands; arithmetic only."""
     row, passed_over = state["row"], merged(args.skip_rows)
-    if row != step * rows_per_step:
-        yield f"step {step}: {row} rows were used, {step} steps of {rows_per_step} are {step * rows_per_step}"
+    if row != (due := first_row + step * rows_per_step):
+        yield f"step {step}: {row} rows were used, {step} steps of {rows_per_step} from row {first_row} on are {due}"
     for lane in range(n_lanes):
         made = state["lanes"][str(lane)]["rows"]
         given = len(range(lane, row, n_lanes))
@@ -207,11 +213,15 @@ class Origin(NamedTuple):
 
 
 def rows_of_step(
-    args: DataArgs, n_lanes: int, rows_per_step: int, states: Mapping[int, State], step: int
+    args: DataArgs, n_lanes: int, rows_per_step: int, states: Mapping[int, State], step: int, *, first_row: int = 0
 ) -> Iterator[tuple[int, list[Origin]]]:
-    """(row number, where its S tokens come from) for each row of the update that metrics call `global_step` = step."""
-    if step < 1:
-        raise ConfigError(f"--step {step}: the first step is 1")
+    """(row number, where its S tokens come from) for each row of the update that metrics call `global_step` = step.
+
+    `first_row`: as in `audit`.
+    """
+    first = first_row + (step - 1) * rows_per_step
+    if step < 1 or first < 0:
+        raise ConfigError(f"--step {step}: the first step is {1 + max(0, -first_row) // rows_per_step}")
     begin = max((saved for saved in states if saved < step), default=0)
     sources, _ = open_sources(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
     tokenizer = build_tokenizer(args.tokenizer)
@@ -220,12 +230,11 @@ def rows_of_step(
         check_order(states[begin], order_of(args, n_lanes))
         saved = adapt(states[begin], sources, args.accept_change)
     lanes: dict[int, Lane] = {}
-    first = (step - 1) * rows_per_step
     for turn in range(first, first + rows_per_step):
         number = turn % n_lanes
         if number not in lanes:
             lanes[number] = open_lane(args, n_lanes, sources, tokenizer, number, saved.get(number))
-            for _ in range(_turns(number, n_lanes, begin * rows_per_step, first)):
+            for _ in range(_turns(number, n_lanes, states[begin]["row"] if begin else 0, first)):
                 lanes[number].next()
         row = lanes[number].next()
         yield row.number, list(origins(args, sources, tokenizer, row))

@@ -95,9 +95,9 @@ def forge(state: dict[str, Any], what: str) -> None:
 def test_audit_finds_each_kind_of_lie(
     run: Path, what: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args, n_lanes, rows_per_step, states = read_run(run)
+    args, n_lanes, rows_per_step, first_row, states = read_run(run)
     forge(states[4], what)
-    monkeypatch.setattr("apps.data.read_run", lambda path: (args, n_lanes, rows_per_step, states))
+    monkeypatch.setattr("apps.data.read_run", lambda path: (args, n_lanes, rows_per_step, first_row, states))
     code, out, _ = lingua(capsys, "audit", run, "--json", "--workers", 1)
     found = json.loads(out)
     assert (code, found["ok"]) == (1, False)
@@ -105,7 +105,7 @@ def test_audit_finds_each_kind_of_lie(
 
 
 def test_rows_are_those_that_the_step_was_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args, n_lanes, rows_per_step, _ = read_run(run)
+    args, n_lanes, rows_per_step, _, _ = read_run(run)
     with build_loader(args, rows_per_step=rows_per_step, lanes=n_lanes) as loader:
         trained = [[bytes(i for i in ids if i < 256) for ids in next(loader).views[0].tolist()] for _ in range(24)]
     flat = [text for batch in trained for text in batch]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lingua.files import RunError, read_json
-from lingua.runlock import OccupiedError, Owner, RunLock, certainly, this_process
+from lingua.runlock import OccupiedError, Owner, RunLock, certainly, newest_start, this_process
 from tests.ranks import exit_code_of
 
 
@@ -143,6 +143,27 @@ def test_an_overtaken_owner_learns_it(tmp_path: Path) -> None:
 def test_without_an_injected_clock_the_file_servers_is_used(tmp_path: Path) -> None:
     lock_of(tmp_path, ELSEWHERE).acquire()  # its beat lies decades back
     assert RunLock(tmp_path).acquire() == 2
+
+
+def test_looking_tells_who_owns_the_run_and_writes_nothing(tmp_path: Path) -> None:
+    assert newest_start(tmp_path) is None
+    clock = Clock()
+    with lock_of(tmp_path, clock=clock):
+        before = sorted(os.listdir(tmp_path / "incarnations"))
+        found = newest_start(tmp_path)
+        assert found is not None
+        assert (found.incarnation, found.alive) == (1, True)
+        assert str(found).startswith(f"start 1 (process {os.getpid()} on ")
+        assert sorted(os.listdir(tmp_path / "incarnations")) == before
+    released = newest_start(tmp_path)
+    assert released is not None
+    assert not released.alive
+    lock_of(tmp_path, replace(ELSEWHERE, slurm_job_id="17"), clock).acquire()
+    for later_s, alive in ((30, True), (90, False)):  # only its heartbeat can tell
+        found = newest_start(tmp_path, now=lambda later_s=later_s: clock.time + later_s)
+        assert str(found) == "start 2 (process 1 on node-b, Slurm job 17)"
+        assert found is not None
+        assert found.alive is alive
 
 
 def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:

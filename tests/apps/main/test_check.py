@@ -11,6 +11,7 @@ from lingua.args import ConfigError
 from lingua.data.args import DataArgs
 from lingua.entry import parse_command_line
 from lingua.freeze import dump_yaml
+from tests.checkpoints import make_run
 
 MANY = {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}}
 SMALL: dict[str, Any] = {
@@ -89,6 +90,8 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ({"data": {"tokenizer": {"name": "sp"}}}, 1, "data.tokenizer", "needs a file"),
         ({"data": {"root_dir": "d", "sources": {"a": 0.0}}}, 1, "data.sources", "every weight in data.sources is 0"),
         ({"checkpoint": {"continue_training_from_init": True}}, 1, "checkpoint.continue_training_from_init", "set it"),
+        ({"checkpoint": {"reset": ["data"]}}, 1, "checkpoint.reset", "no state is taken over"),
+        ({"checkpoint": {"reset": ["step"], "init_ckpt_path": "x"}}, 1, "checkpoint.reset", "or drop it"),
     ],
 )
 def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: str, sentence: str) -> None:
@@ -116,6 +119,11 @@ def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: 
             {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}},
             1,
             "checkpoint.dump.keep",
+        ),
+        (
+            {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"keep": 1}, "keep_every": 1000}},
+            1,
+            "checkpoint.keep_every",
         ),
         ({"steps": 10**4, "checkpoint": {"dump": {"every": 0}, "eval": {"every": -1}}}, 1, "checkpoint.dump.every"),
         ({"data": {"root_dir": "/nowhere", "sources": {"a": 1.0}}}, 1, "data.sources"),
@@ -159,6 +167,22 @@ def test_sources_lie_under_root_dir_unless_absolute() -> None:
     assert source_folders(named) == {"a": Path("d/a")}
     listed = DataArgs.model_validate({"root_dir": "d", "sources": [{"path": "a/b"}, {"path": "/c", "name": "see"}]})
     assert source_folders(listed) == {"b": Path("d/a/b"), "see": Path("/c")}
+
+
+def test_a_run_to_go_on_from(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 50, 100)
+
+    def found(start: str, *reset: str) -> tuple[list[str], list[str]]:
+        checkpoint = {"init_ckpt_path": start, "continue_training_from_init": True, "reset": list(reset)}
+        errors, warnings = problems(args(checkpoint=checkpoint), 1)
+        return [finding.text for finding in errors], [finding.text for finding in warnings]
+
+    assert found(f"{tmp_path}/run@50") == ([], [])
+    for start in (f"{tmp_path}/run@100", f"{tmp_path}/run"):
+        (error,), _ = found(start, "data")
+        assert "has 100 steps behind it; raise steps, or count from 0 with checkpoint.reset=[data,step]" in error
+        assert found(start, "step") == ([], [])
+    assert found(f"{tmp_path}/run@7")[1] == [f"checkpoint.init_ckpt_path {tmp_path}/run@7 is not on this machine"]
 
 
 # -- on other GPUs -------------------------------------------------------------------------------------------------

@@ -313,14 +313,6 @@ def test_what_cannot_be_judged_is_not_called_damaged(tmp_path: Path) -> None:
         intact(root, 1)
 
 
-def test_newest_intact_passes_over_damage_without_touching_it(tmp_path: Path) -> None:
-    root = damaged_newest(tmp_path)
-    before = names_in(root)
-    assert publish.newest_intact(root) == 1
-    assert publish.newest_intact(root, needed=lambda name: name != NAMES[0]) == 2
-    assert names_in(root) == before
-
-
 def test_pins(tmp_path: Path) -> None:
     publish.pin(tmp_path, 4, "eval-1", expires_at=100.0)
     publish.pin(tmp_path, 5, "eval-1", expires_at=50.0)

@@ -60,7 +60,14 @@ def test_promises(done: set[int], dump: Rhythm, evaluation: Rhythm, verified: se
     assert again == []
 
 
+def test_milestones_stay_for_good() -> None:
+    done = [4, 6, 8, 10, 12, 16, 18, 20]
+    assert to_delete(done, Rhythm(4, 1), Rhythm(6, 1), verified=[20], keep_every=10) == [4, 6, 8, 12, 16]
+    assert to_delete(done, Rhythm(4, 1), Rhythm(6, 1), verified=[20], keep_every=0) == [4, 6, 8, 10, 12, 16]
+
+
 def test_due() -> None:
+    assert [step for step in range(13) if is_due(step, Rhythm(4, 1), NEVER, keep_every=5)] == [4, 5, 8, 10, 12]
     assert [step for step in range(13) if is_due(step, Rhythm(4, 1), Rhythm(6, 1))] == [4, 6, 8, 12]
     assert not any(is_due(step, Rhythm(0, 1), Rhythm(-1, 1)) for step in range(10))
 
@@ -70,3 +77,4 @@ def test_kept_at_once() -> None:
     assert kept_at_once(Rhythm(1, 0), Rhythm(2, 3)) is None
     assert kept_at_once(Rhythm(1, 1), NEVER) == 2
     assert kept_at_once(NEVER, NEVER) == 2
+    assert kept_at_once(Rhythm(1, 1), NEVER, keep_every=10, n_steps=35) == 5

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 
@@ -57,6 +58,9 @@ def next_start(world: World, incarnation: int, step: int) -> None:
         serve(world.service())
         assert max(world.done()) == newest, "what an earlier start left in memory was not saved"
         start.make_slots()
+        assert not list(start.region.folder.rglob(".*.tmp-*")), "half a mark is left"
+        assert {slot.state() for slot in start.region.slots()} == {"free"}
+        assert len(start.region.slots()) == start.n_slots
         assert start.stage(step) is not None
     service = world.service()
     assert service.take()
@@ -75,8 +79,8 @@ def after_a_death(world: World) -> None:
     start.begin()
     start.make_slots()
     slots = [start.stage(step) for step in (2, 3, 4)]
-    assert slots[1]
-    assert slots[2]
+    assert slots[1] is not None
+    assert slots[2] is not None
     slots[1].change("staged", "draining")
     slots[2].say_unready(0)
     folder = layout.coming(layout.folder(world.root, 3), 2)
@@ -151,7 +155,11 @@ def kill_the_service(ranks_live: bool) -> int:
         def life(world: World, files: Files) -> None:
             life_of_a_service(world, files, leaves=not ranks_live)
 
-        n_all = operations(template, life)
+        def counted(world: World, files: Files) -> None:
+            with a_rank_lives(world.region()) if ranks_live else nullcontext():
+                life(world, files)
+
+        n_all = operations(template, counted)
         for n in range(1, n_all + 1):
             world = template.fresh()
             if ranks_live:
@@ -172,7 +180,7 @@ def goes_on_beside_its_ranks(world: World, n: int, n_all: int) -> None:
         check(world, 1, {2: 0, 3: 1})
         serve(world.service())
         folders = steps_in([path.name for path in world.root.iterdir()])
-        assert 3 in folders
+        assert 3 in folders, f"{folders} after a death at {n}: {world.events()}"
         assert len(folders) <= 2, f"{folders}: litter, or a step that was not given up"
         assert Start(world, 2).stage(4)
         serve(world.service())

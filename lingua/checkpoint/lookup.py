@@ -1,0 +1,132 @@
+"""Which checkpoint RUN, RUN@step or a folder means, and whether it is what its manifest says. Torch-free.
+
+Promise: only looks, so the run may be a colleague's. Inside a run a checkpoint is one with a `.done` mark, which
+vouches for its manifest; a folder that travelled is taken by its own path and judged by its own manifest.
+Cost: listings; `intact` reads every byte that is needed, or with `sizes_only` none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lingua.checkpoint import layout, publish
+from lingua.checkpoint.publish import DamagedError, Manifest
+from lingua.files import RunError
+from lingua.freeze import CONFIG_FILE, read_frozen
+
+log = logging.getLogger(__name__)
+
+
+def every_file(name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is there: of a run (all is known), or a folder by itself."""
+
+    folder: Path
+    root: Path | None = None
+    step: int | None = None
+    run_dir: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def manifest(self) -> Manifest:
+        """What its files must be. Raises DamagedError."""
+        if self.root is None or self.step is None:
+            return publish.read_manifest(self.folder)
+        return publish.read_marked_manifest(self.root, self.step)
+
+    def damage(
+        self,
+        *,
+        needed: Callable[[str], bool] = every_file,
+        sizes_only: bool = False,
+        advance: Callable[[int], object] = lambda n_bytes: None,
+    ) -> list[str]:
+        """What of its `needed` files is not as it was written, a sentence each. Raises OSError: it cannot be judged."""
+        try:
+            facts = {name: fact for name, fact in self.manifest().items() if needed(name)}
+        except DamagedError as error:
+            return [str(error)]
+        return publish.damage(self.folder, facts, sizes_only=sizes_only, advance=advance)
+
+
+def split(path: str | Path) -> tuple[Path, int | None]:
+    """RUN@step -> (RUN, step); anything that exists under its whole name -> (path, None). Raises RunError."""
+    run, at, number = str(path).rpartition("@")
+    place, step = Path(path), None
+    if at and number.isdecimal() and not place.exists():
+        place, step = Path(run), int(number)
+    if not place.exists():
+        raise RunError(f"{place} does not exist; it should be a run, a checkpoint folder or a file of weights")
+    return place, step
+
+
+def root_of(run_dir: Path) -> Path:
+    """Where a run's checkpoints are, or would be: the `checkpoint.path` of its config, else RUN/checkpoints."""
+    config = read_frozen(run_dir) or {}
+    elsewhere = (config.get("checkpoint") or {}).get("path")
+    return Path(elsewhere) if elsewhere else run_dir / layout.CHECKPOINTS
+
+
+def run_root(run_dir: Path) -> Path:
+    """`root_of`, for commands that need a run. Raises RunError."""
+    if not (root := root_of(run_dir)).is_dir() and not (run_dir / CONFIG_FILE).is_file():
+        what = "has neither config.yaml nor checkpoints/" if run_dir.exists() else "does not exist"
+        raise RunError(f"{run_dir} is no run: it {what}")
+    return root
+
+
+def find(path: str | Path) -> list[Checkpoint]:
+    """All checkpoints that a path may mean, the best first: of a run without a step the newest. Raises RunError."""
+    place, step = split(path)
+    if (root := root_of(place)).is_dir():
+        return _of_run(place, root, step)
+    if step is not None:
+        raise RunError(f"{place} is not a run: it has no folder {layout.CHECKPOINTS!r}, so there is no step {step}")
+    if not (place / layout.METADATA).exists():
+        raise RunError(f"{path} is neither a run nor a checkpoint folder")
+    number = layout.parse_folder(place.name)
+    if number is not None and layout.done_mark(place.parent, number).exists():
+        return [Checkpoint(place, place.parent, number, place.parent.parent)]
+    return [Checkpoint(place)]
+
+
+def _of_run(run_dir: Path, root: Path, step: int | None) -> list[Checkpoint]:
+    there = layout.done_steps(root)
+    if step is not None and step not in there:
+        raise RunError(f"{root} has no published checkpoint of step {step}; it has {some_steps(there)}")
+    if not there:
+        raise RunError(f"{root} has no published checkpoint")
+    steps = reversed(there) if step is None else [step]
+    return [Checkpoint(layout.folder(root, found), root, found, run_dir) for found in steps]
+
+
+def some_steps(steps: list[int], limit: int = 8) -> str:
+    """The newest few of many steps, in ascending order."""
+    shown = ", ".join(map(str, steps[-limit:])) or "none"
+    return shown if len(steps) <= limit else f"{shown} and {len(steps) - limit} before them"
+
+
+def find_one(path: str | Path) -> Checkpoint:
+    """The checkpoint that a path means, verified in no way. Raises RunError."""
+    return find(path)[0]
+
+
+def intact(path: str | Path, *, needed: Callable[[str], bool] = every_file, sizes_only: bool = False) -> Checkpoint:
+    """The checkpoint that a path means, or of a run without a step the newest that verifies. Raises RunError."""
+    candidates = find(path)
+    for checkpoint in candidates:
+        problems = checkpoint.damage(needed=needed, sizes_only=sizes_only)
+        if not problems:
+            return checkpoint
+        if len(candidates) == 1:
+            raise RunError(f"{checkpoint} does not verify: {'; '.join(problems)}; take another checkpoint")
+        log.warning("%s does not verify and is passed over: %s", checkpoint, "; ".join(problems))
+    raise RunError(f"{candidates[0].folder.parent} has no published checkpoint that verifies")

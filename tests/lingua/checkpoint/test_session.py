@@ -1,0 +1,138 @@
+"""What ranks and service say to each other: whole, complete, bounded, also where memory is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from lingua.checkpoint import session
+from lingua.checkpoint.session import Events, read_session, write_session
+from lingua.checkpoint.slots import Region, Save, make_region
+from lingua.files import RunError, read_json, write_json
+from tests.fakes import FaultyFiles
+from tests.slotted import World
+
+
+@pytest.fixture
+def region(tmp_path: Path) -> Region:
+    return make_region(tmp_path / "run", tmp_path)
+
+
+def numbers(events: Events) -> list[int]:
+    return [event["n"] for event in events.read()]
+
+
+# -- session -------------------------------------------------------------------------------------------------------
+
+
+def test_session(tmp_path: Path, region: Region) -> None:
+    assert read_session(region) is None
+    told = World(tmp_path).session(3, rescue=((2, 100),), eval=(5, 1), deadline_s=7.5, verified=(1, 2), job=("77", 1))
+    write_session(region, told)
+    assert read_session(region) == told
+    with pytest.raises(OSError, match="No space"):
+        write_session(region, World(tmp_path).session(4), files=FaultyFiles(2))
+    assert read_session(region) == told
+
+
+@pytest.mark.parametrize("change", [{"unknown": 1}, {"dump": None}, {"rescue": [3]}, None])
+def test_a_session_of_another_version(tmp_path: Path, region: Region, change: dict[str, object] | None) -> None:
+    write_session(region, World(tmp_path).session(3))
+    content = read_json(region.session_file)
+    write_json(region.session_file, [] if change is None else content | change)
+    with pytest.raises(RunError, match=r"session\.json is of another version of lingua .*; remove it"):
+        read_session(region)
+
+
+@pytest.mark.parametrize(
+    ("save", "is_wanted"),
+    [
+        (Save("the-run", 3, 500, (0,)), True),
+        (Save("the-run", 2, 100, (0,)), True),
+        (Save("the-run", 2, 200, (0,)), False),
+        (Save("the-run", 1, 100, (0,)), False),
+        (Save("the-run", 4, 500, (0,)), False),
+        (Save("another", 3, 500, (0,)), False),
+        (Save("another", 2, 100, (0,)), False),
+    ],
+)
+def test_which_saves_a_session_wants(tmp_path: Path, save: Save, is_wanted: bool) -> None:
+    assert World(tmp_path).session(3, rescue=((2, 100),)).wants(save) == is_wanted
+
+
+# -- events --------------------------------------------------------------------------------------------------------
+
+
+def test_events_from_now_on(region: Region) -> None:
+    service = Events(region)
+    assert Events(region).read() == []
+    service.say({"n": 1})
+    ranks = Events(region)
+    service.say({"n": 2})
+    service.say({"n": 3})
+    assert numbers(ranks) == [2, 3]
+    assert numbers(ranks) == []
+
+
+def test_ranks_that_come_before_anything_was_said(region: Region) -> None:
+    ranks, service = Events(region), Events(region)
+    service.say({"n": 1})
+    assert numbers(ranks) == [1]
+
+
+def test_the_file_is_bounded_and_nothing_is_missed(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "EVENTS_BYTES", 1000)
+    ranks, service = Events(region), Events(region)
+    seen: list[int] = []
+    for n in range(1000):
+        service.say({"n": n, "why": "x" * (n % 50)})
+        if n % 7 == 0:
+            seen += numbers(ranks)
+    seen += numbers(ranks)
+    assert seen == list(range(1000))
+    assert sum(path.stat().st_size for path in region.folder.iterdir()) < 3000
+
+
+@pytest.mark.parametrize("taken", [0, 5])
+def test_without_memory_an_event_is_said_later_or_not_at_all(
+    region: Region, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    ranks, service = Events(region), Events(region)
+    service.say({"n": 1})
+    real = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if not taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data[:taken])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        service.say({"n": 2})
+    assert numbers(ranks) == [1]
+    monkeypatch.undo()
+    service.say({"n": 3})
+    assert numbers(ranks) == [3]
+
+
+def test_the_half_line_of_a_killed_service_is_cut_off(region: Region) -> None:
+    ranks, service = Events(region), Events(region)
+    service.mend()
+    service.say({"n": 1})
+    with service.path.open("ab") as file:
+        file.write(b'{"n": 2, "wh')
+    assert numbers(ranks) == [1]
+    Events(region).mend()
+    Events(region).say({"n": 3})
+    assert numbers(ranks) == [3]
+
+
+def test_events_are_no_link(region: Region, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"")
+    Events(region).path.symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic link"):
+        Events(region).say({"n": 1})
+    assert (tmp_path / "precious").read_bytes() == b""

@@ -1,0 +1,368 @@
+"""Trainer, checkpoint service or both killed at any operation of a save in the background: nothing is lost by it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import orjson
+import pytest
+
+from lingua.checkpoint import drain, publish
+from lingua.checkpoint.layout import folder
+from lingua.checkpoint.slots import base, region_of
+from lingua.files import DISK, Files
+from lingua.metrics import read_metrics
+from tests.fakes import BlockingFiles, FaultyFiles, KillFiles
+from tests.services import Services, both, served_by
+from tests.trainer import TINY, Hook, Trainer, at_step, fingerprint, kill_self, losses, published, send_self, train
+
+N_STEPS = 6
+WORDS = [*TINY, f"steps={N_STEPS}", "checkpoint.dump.every=2", "checkpoint.dump.keep=1", "data.num_workers=1"]
+
+TAKE_SLOT = 1
+WRITE = 12
+WRITTEN = 25
+MANIFEST = 30
+DRAFT = 36
+RENAME = 38
+MARK = 40
+SYNC_MARK = 41
+FREE = 43
+"""Operations of the service, as they come for the first checkpoint of a run with one rank."""
+UNMARK, TRASH, REMOVE, REMOVE_MARK = 87, 89, 92, 96
+"""Of its retention, and of the memory that is given back after that, for the last one: in a run of two checkpoints."""
+GIVE_BACK, LAST_LOCK = 105, 114
+
+PASSAGE, SESSION, SLOT_MARK, SLOT, STAGED, FILLED, READY, READY_SYNC, SECOND, ENDING, CLAIMED = (
+    3, 9, 17, 19, 27, 33, 40, 41, 46, 65, 72,
+)  # fmt: skip
+"""Operations of the trainer."""
+
+
+def words(run_dir: Path, shm: Path, *more: str) -> list[str]:
+    where = ["checkpoint.async_save_mode=shm", f"checkpoint.shm_path={shm}", "checkpoint.linger_s=0"]
+    return [*WORDS, f"dump_dir={run_dir}", *where, *more]
+
+
+@cache
+def calm_run(folder: Path, n_ranks: int) -> Path:
+    """The undisturbed run, synchronous."""
+    run_dir = folder / f"calm_{n_ranks}"
+    assert train([*WORDS, f"dump_dir={run_dir}"], n_ranks).exit_code == 0
+    return run_dir
+
+
+@pytest.fixture
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    return lambda n_ranks: calm_run(tmp_path_factory.getbasetemp(), n_ranks)
+
+
+def said_published(run_dir: Path) -> list[int]:
+    """Steps that the services say they have published."""
+    lines = (line for log in run_dir.glob("logs/checkpoint_service*") for line in log.read_text().splitlines())
+    return [int(line.split("'step': ")[1].split(",")[0]) for line in lines if " published {" in line]
+
+
+def assert_nothing_published_is_lost(run_dir: Path) -> None:
+    done = published(run_dir)
+    assert max(said_published(run_dir), default=0) <= max(done, default=0)
+    for step in done[-1:]:
+        root = run_dir / "checkpoints"
+        assert publish.damage(folder(root, step), publish.read_marked_manifest(root, step)) == []
+
+
+def end_calmly(run_dir: Path, shm: Path, n_ranks: int, calm: Path) -> None:
+    """Start once more: the end is that of the undisturbed run, and nothing lies about."""
+    with Services() as services:
+        result = train(words(run_dir, shm), n_ranks, served_by(services))
+    assert result.exit_code == 0, result.output
+    assert fingerprint(run_dir, N_STEPS) == fingerprint(calm, N_STEPS)
+    assert losses(run_dir) == losses(calm)
+    assert_nothing_published_is_lost(run_dir)
+    assert not list(base(shm).iterdir())
+    assert not [path for path in (run_dir / "checkpoints").rglob("*") if path.suffix in (".trash", ".closed")]
+
+
+def first_steps(run_dir: Path) -> dict[int, int]:
+    """Incarnation -> the first step that it trained."""
+    found: dict[int, int] = {}
+    for record in read_metrics(run_dir / "metrics.jsonl"):
+        found.setdefault(record["incarnation"], record["global_step"])
+    return found
+
+
+# -- one of them, at an operation ----------------------------------------------------------------------------------
+
+
+def service_dies(kill_at: int) -> Callable[[int], Files]:
+    return lambda start: KillFiles(kill_at) if start == 1 else DISK
+
+
+def kill_the_service(run_dir: Path, shm: Path, n_ranks: int, kill_at: int, calm: Path) -> None:
+    with Services(service_dies(kill_at)) as services:
+        result = train(words(run_dir, shm), n_ranks, served_by(services))
+    assert result.exit_code == 0, result.output
+    assert_nothing_published_is_lost(run_dir)
+    if kill_at < UNMARK:  # there was another one after it
+        assert not list(base(shm).iterdir())
+    end_calmly(run_dir, shm, n_ranks, calm)
+
+
+@pytest.mark.parametrize("kill_at", [RENAME, FREE])
+def test_a_killed_service_is_replaced(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: int):
+    kill_the_service(tmp_path / "run", shm, 1, kill_at, calm(1))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kill_at", [MARK])
+def test_a_killed_service_of_two_ranks(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: int):
+    kill_the_service(tmp_path / "run", shm, 2, kill_at, calm(2))
+
+
+def kill_a_rank(run_dir: Path, shm: Path, n_ranks: int, rank: int, kill_at: int, calm: Path) -> None:
+    def files(r: int) -> Files:
+        return KillFiles(kill_at) if r == rank else DISK
+
+    with Services() as services:
+        result = train(words(run_dir, shm), n_ranks, served_by(services, files))
+        assert result.exit_codes[rank] == KillFiles.KILLED, result.output
+        assert all(code != 0 for code in result.exit_codes)
+    assert_nothing_published_is_lost(run_dir)
+    if kill_at > SESSION:  # the service was there, has saved all that was complete, and has left
+        assert not list(base(shm).iterdir())
+    end_calmly(run_dir, shm, n_ranks, calm)
+
+
+@pytest.mark.parametrize("kill_at", [SLOT_MARK, STAGED, READY_SYNC, CLAIMED])
+def test_a_killed_trainer_goes_on(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: int):
+    kill_a_rank(tmp_path / "run", shm, 1, 0, kill_at, calm(1))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("rank", "kill_at"), [(1, 14)])
+def test_a_killed_rank_of_two(tmp_path: Path, shm: Path, calm: Callable[[int], Path], rank: int, kill_at: int):
+    kill_a_rank(tmp_path / "run", shm, 2, rank, kill_at, calm(2))
+
+
+# -- both ----------------------------------------------------------------------------------------------------------
+
+
+def kill_both(run_dir: Path, shm: Path, n_ranks: int, block_at: int, calm: Path) -> None:
+    """The service stands still at an operation, then all is killed."""
+    hook = at_step(5, kill_self) if block_at <= FREE else plain
+    with Services(lambda start: BlockingFiles(block_at)) as services:
+        result = train(words(run_dir, shm), n_ranks, both(served_by(services), hook))
+        assert all(code < 0 for code in result.exit_codes) or block_at > FREE, result.output
+        services.kill()
+    assert_nothing_published_is_lost(run_dir)
+    end_calmly(run_dir, shm, n_ranks, calm)
+
+
+def plain(rank: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("block_at", [WRITE, MARK, SYNC_MARK, TRASH])
+def test_when_all_is_killed_the_next_start_goes_on(
+    tmp_path: Path, shm: Path, calm: Callable[[int], Path], block_at: int
+):
+    kill_both(tmp_path / "run", shm, 1, block_at, calm(1))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("block_at", [RENAME])
+def test_all_of_two_ranks(tmp_path: Path, shm: Path, calm: Callable[[int], Path], block_at: int):
+    kill_both(tmp_path / "run", shm, 2, block_at, calm(2))
+
+
+SERVICE_POINTS = (
+    TAKE_SLOT,
+    2,
+    8,
+    WRITE,
+    18,
+    WRITTEN,
+    MANIFEST,
+    DRAFT,
+    MARK,
+    SYNC_MARK,
+    42,
+    60,
+    UNMARK,
+    REMOVE,
+    GIVE_BACK,
+)
+TRAINER_POINTS = (1, PASSAGE, SESSION, 14, SLOT, 23, 29, 30, FILLED, READY, SECOND, 55, ENDING)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_service_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    for at in SERVICE_POINTS:
+        kill_the_service(tmp_path / str(at), shm, 1, at, calm(1))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_trainer_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    for at in TRAINER_POINTS:
+        kill_a_rank(tmp_path / str(at), shm, 1, 0, at, calm(1))
+    for rank, at in ((0, SLOT), (0, READY), (1, 1), (1, 5), (1, 10), (1, 20)):
+        kill_a_rank(tmp_path / f"{rank}_{at}", shm, 2, rank, at, calm(2))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_all_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    for at in (*SERVICE_POINTS, RENAME, FREE, TRASH, REMOVE_MARK, 101, LAST_LOCK):
+        kill_both(tmp_path / str(at), shm, 1, at, calm(1))
+    for at in (WRITE, MARK, FREE):
+        kill_both(tmp_path / f"two_{at}", shm, 2, at, calm(2))
+
+
+# -- what is only in memory ----------------------------------------------------------------------------------------
+
+
+def leave_in_memory(run_dir: Path, shm: Path, n_ranks: int = 1) -> None:
+    """Steps 2 and 4 are complete in memory, none is on the disk, and everything is dead."""
+
+    def kill_when_complete() -> None:
+        slots = region_of(run_dir, shm).slots()
+        while not any(found and found[0].step == 4 for found in (slot.complete() for slot in slots)):
+            time.sleep(0.01)
+        kill_self()
+
+    with Services(lambda start: BlockingFiles(WRITE)) as services:
+        train(words(run_dir, shm), n_ranks, both(served_by(services), at_step(5, kill_when_complete)))
+        services.kill()
+    assert published(run_dir) == []
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("n_ranks", [2])
+def test_what_is_complete_in_memory_is_saved_before_going_on(
+    tmp_path: Path, shm: Path, calm: Callable[[int], Path], n_ranks: int
+):
+    run_dir = tmp_path / "run"
+    leave_in_memory(run_dir, shm, n_ranks)
+    end_calmly(run_dir, shm, n_ranks, calm(n_ranks))
+    assert first_steps(run_dir) == {1: 1, 2: 5}
+
+
+def test_starts_killed_while_they_save_what_they_found(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    run_dir = tmp_path / "run"
+    leave_in_memory(run_dir, shm)
+    for block_at in (WRITTEN, WRITE):  # before the files of the first of two are written, when the second is begun
+        blocked = tmp_path / f"blocked_{block_at}"
+        with Services(lambda start, at=block_at, mark=blocked: BlockingFiles(at, mark)) as services:
+            with Trainer(words(run_dir, shm), 1, served_by(services)) as trainer:
+                while not blocked.exists():
+                    time.sleep(0.01)
+                os.kill(trainer.pids[0], signal.SIGKILL)
+                trainer.wait()
+            services.kill()
+        assert published(run_dir) == []
+    end_calmly(run_dir, shm, 1, calm(1))
+    assert first_steps(run_dir) == {1: 1, 4: 5}
+
+
+def test_a_folder_begun_anew_inherits_nothing(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    run_dir = tmp_path / "run"
+    leave_in_memory(run_dir, shm)
+    shutil.rmtree(run_dir)
+    end_calmly(run_dir, shm, 1, calm(1))
+    assert first_steps(run_dir) == {1: 1}
+
+
+def test_memory_of_an_older_timeline_is_not_taken(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    """Start 1 leaves step 4 on one node; start 2, on another, begins anew and saves step 2; start 3 is on the first."""
+    run_dir, other_node = tmp_path / "run", shm / "other"
+    other_node.mkdir()
+    leave_in_memory(run_dir, shm)
+    with Services() as services:
+        hook = both(served_by(services), at_step(1, send_self("SIGTERM")))
+        assert train(words(run_dir, other_node), 1, hook).exit_code == 75
+    assert published(run_dir) == [2]
+    end_calmly(run_dir, shm, 1, calm(1))
+    assert first_steps(run_dir) == {1: 1, 2: 1, 3: 3}
+
+
+# -- stop ----------------------------------------------------------------------------------------------------------
+
+
+def stop(run_dir: Path) -> dict[str, object]:
+    return orjson.loads((run_dir / "stop.json").read_bytes())
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("n_ranks", "step"), [(1, 4), (2, 2)])
+def test_a_stop_signal_saves_before_the_exit(
+    tmp_path: Path, shm: Path, calm: Callable[[int], Path], n_ranks: int, step: int
+):
+    """The step is also due: it is saved once."""
+    run_dir = tmp_path / "run"
+    with Services() as services:
+        hook = both(served_by(services), at_step(step - 1, send_self("SIGTERM"), on_rank=n_ranks - 1))
+        result = train(words(run_dir, shm), n_ranks, hook)
+        assert result.exit_code == 75, result.output
+        assert published(run_dir) == [step]
+    assert said_published(run_dir)[-1] == step
+    assert stop(run_dir) == {"reason": "signal", "exit_code": 75, "step": step, "signal": "SIGTERM", "unsaved": None}
+    end_calmly(run_dir, shm, n_ranks, calm(n_ranks))
+
+
+def small_chunks() -> None:
+    setattr(drain, "CHUNK_BYTES", 1 << 14)  # noqa: B010
+
+
+def test_a_stop_signal_lifts_the_limit_on_bandwidth(tmp_path: Path, shm: Path):
+    run_dir = tmp_path / "run"
+    with Services(prepare=small_chunks) as services:
+        hook = both(served_by(services), at_step(3, send_self("SIGTERM")))
+        slow = "checkpoint.bandwidth_gb_per_s=1e-6"  # a kilobyte per second
+        assert train(words(run_dir, shm, slow), 1, hook).exit_code == 75
+        assert published(run_dir)[-1] == 4
+
+
+def ends_in(seconds: float) -> Hook:
+    def hook(rank: int) -> None:
+        os.environ["SLURM_JOB_END_TIME"] = str(int(time.time() + seconds))
+
+    return hook
+
+
+def test_what_does_not_get_to_the_disk_in_time_is_said(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    run_dir, gate = tmp_path / "run", tmp_path / "gate"
+    with Services(lambda start: BlockingFiles(WRITE, until=gate)) as services:
+        hook = both(served_by(services), ends_in(0), at_step(3, send_self("SIGTERM")))
+        result = train(words(run_dir, shm), 1, hook)
+        assert result.exit_code == 75, result.output
+        assert published(run_dir) == []
+        gate.touch()
+    assert "checkpoint 4 is in the memory of " in str(stop(run_dir)["unsaved"])
+    assert published(run_dir)[-1] == 4  # the service outlives the trainer
+    end_calmly(run_dir, shm, 1, calm(1))
+    assert first_steps(run_dir) == {1: 1, 2: 5}
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
+    run_dir = tmp_path / "run"
+
+    def full(start: int) -> Files:
+        return FaultyFiles(1, lasting=True, operations=("mkdir",))
+
+    with Services(full) as services:
+        result = train(words(run_dir, shm), 1, served_by(services))
+        assert result.exit_code == 1
+        services.kill()
+    assert "the disk is full at" in result.output.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert stop(run_dir)["reason"] == "error"
+    end_calmly(run_dir, shm, 1, calm(1))
+    assert first_steps(run_dir) == {1: 1}
