@@ -6,17 +6,16 @@ in `doctor`, which tells what torch can do here. `--json` prints one JSON value 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from apps.output import AsJson, Debug, show_json
+
 if TYPE_CHECKING:
     from lingua.runfacts import RunFacts
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
 
@@ -158,6 +157,7 @@ def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:
 
 
 def _print(record: Any, lines: list[str], as_json: bool) -> None:
-    import orjson
-
-    print(orjson.dumps(record, option=orjson.OPT_INDENT_2).decode() if as_json else os.linesep.join(lines))
+    if as_json:
+        show_json(record)
+    else:
+        print("\n".join(lines))

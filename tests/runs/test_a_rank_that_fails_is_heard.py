@@ -100,7 +100,7 @@ def test_a_rank_that_is_gone_without_a_word(tmp_path: Path, killed: int):
     assert train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=2).exit_code == 0
 
 
-WATCHDOG = ["watchdog.min_s=2", "watchdog.step_factor=5", "watchdog.other_s=100", "steps=20"]
+WATCHDOG = ["watchdog.min_s=6", "watchdog.step_factor=5", "watchdog.other_s=100", "steps=20"]
 
 
 @pytest.mark.ranks
