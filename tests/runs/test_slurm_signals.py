@@ -133,14 +133,18 @@ def test_a_second_job_for_the_same_run_leaves(checkout: Checkout):
     checkout.cluster.run("scancel", first)
 
 
-def test_two_runs_meet_at_different_ports(checkout: Checkout):
-    """Both on one node, at the same time."""
+def test_two_runs_on_a_node_share_neither_port_nor_gpu(checkout: Checkout):
     node = checkout.cluster.nodes[0]
     flags = [f"--nodelist={node}", "--ntasks-per-node=2"]
     jobs = [checkout.submit("sphinx_1.slurm", tiny(name, LONG), *flags) for name in ("left", "right")]
     for name in ("left", "right"):
         checkout.wait_for_step(name, 1)
     assert [checkout.cluster.job(job_id)["JobState"] for job_id in jobs] == ["RUNNING", "RUNNING"]
+    env = [dict(line.split("=", 1) for line in (checkout.run_dir(name) / "env.txt").read_text().splitlines())
+           for name in ("left", "right")]  # fmt: skip
+    gpus = sorted(variables["CUDA_VISIBLE_DEVICES"] for variables in env)
+    assert len(set(gpus)) == 2
+    assert all(gpus)
     checkout.cluster.run("scancel", *jobs)
 
 
