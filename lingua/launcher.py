@@ -54,7 +54,7 @@ class LauncherArgs(Args):
     max_retries: Annotated[int, Field(ge=0)] = 3
     """Failed starts in a row, without a step gained, after which the job stays ended."""
     node_check: bool = False
-    """Before the ranks begin, check device, memory, disk and network of each node; a bad one is avoided from then on."""
+    """Check device, memory, disk and network of each node before the ranks begin; a bad one is avoided from then on."""
     env: LaunchEnvArgs = LaunchEnvArgs()
     setup: list[Text] = []
     """Shell lines run on the first node before anything else (`module load cuda`). Only `lingua launch` knows them."""
