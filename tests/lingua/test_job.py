@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -201,26 +202,22 @@ def test_progress_is_counted_in_published_steps(tmp_path: Path, monkeypatch: pyt
     assert holder.outcome(1).steps_gained == 15
 
 
+class Endless:
+    """A step that does not end."""
+
+    def wait(self, timeout: float | None) -> int:
+        raise subprocess.TimeoutExpired("srun", timeout or 0)
+
+    def poll(self) -> None:
+        return None
+
+
 def test_a_job_that_is_still_running_when_its_time_is_up_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import subprocess
-    import sys
-
     limits = iter([None, 1.0])  # extended once, then over
     monkeypatch.setattr(lingua.job, "job_state", lambda job_id: JobState("RUNNING", ends_at_s=next(limits)))
-    holder = ended(tmp_path)
-
-    class Endless(subprocess.Popen[bytes]):
-        def wait(self, timeout: float | None = None) -> int:
-            raise subprocess.TimeoutExpired("srun", timeout or 0)
-
-    endless = Endless([sys.executable, "-c", "import time; time.sleep(600)"])
-    try:
-        assert holder._wait(endless) is None
-    finally:
-        endless.kill()
-        subprocess.Popen.wait(endless)
+    assert ended(tmp_path)._wait(Endless()) is None  # pyright: ignore[reportArgumentType]
 
 
 def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
