@@ -142,7 +142,12 @@ def read_job(job_file: Path, allocation: Allocation | None) -> Job:
 
 
 def ranks_command(job: Job) -> list[str]:
-    """The step of the ranks. Nothing but srun stands between Slurm and Python, or one process of ours per node."""
+    """The step of the ranks. Nothing but srun stands between Slurm and Python, or one process of ours per node.
+
+    GPUs asked for per node are bound to no task: every rank sees all those of its node, as NCCL's direct path needs.
+    `--gpu-bind=none` would do more: it unsets CUDA_VISIBLE_DEVICES (Slurm 22.05), and then two jobs that share a node
+    without device cgroups take the same GPUs.
+    """
     train = [sys.executable, "-u", "-m", f"{job.app}.train", *job.train_words]
     slurm = job.allocation
     if slurm is None:
@@ -154,7 +159,6 @@ def ranks_command(job: Job) -> list[str]:
         *_srun(job, "%t"),
         "--kill-on-bad-exit=0",  # a rank that is through must not end one that still saves
         f"--wait={PATIENCE_S:.0f}",
-        "--gpu-bind=none",  # every rank sees all GPUs of its node, or NCCL loses its direct path
         f"--ntasks={slurm.n_nodes if per_node else job.n_ranks}",
         f"--cpus-per-task={cpus}",
         *([sys.executable, "-m", "lingua.ranks", str(n_local)] if per_node else []),
@@ -166,7 +170,7 @@ def node_check_command(job: Job) -> list[str] | None:
     """The step that says which nodes are bad, with as many tasks as ranks; None: not asked for."""
     if job.allocation is None or not job.launcher.node_check:
         return None
-    tasks = ["--gpu-bind=none", "--kill-on-bad-exit=0", f"--ntasks={job.n_ranks}"]
+    tasks = ["--kill-on-bad-exit=0", f"--ntasks={job.n_ranks}"]
     return ["srun", "--export=ALL", "--input=none", *tasks, sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"]
 
 
@@ -189,7 +193,7 @@ def service_command(job: Job) -> list[str] | None:
     if job.allocation is None or job.shm is None:
         return None
     n_nodes = job.allocation.n_nodes
-    share = ["--overlap", "--mem=0", "--gres=none", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
+    share = ["--overlap", "--mem=0", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
     serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm, f"--wait-s={SERVICE_WAIT_S:.0f}"]
     return [*_srun(job, "service.%n"), *share, *serve]
 
@@ -203,7 +207,8 @@ def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
     """Where the ranks meet, and what the config sets and unsets."""
     n_nodes = job.allocation.n_nodes if job.allocation else 1
     wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(free_port(job.name))}
-    kept = {name: value for name, value in env.items() if name not in job.launcher.env.unset}
+    taken = {*job.launcher.env.unset, "SLURM_GPU_BIND"}  # a site's default would bind GPUs to tasks
+    kept = {name: value for name, value in env.items() if name not in taken}
     return {**kept, **wanted, **job.launcher.env.set}
 
 
@@ -264,10 +269,14 @@ class Holder:
         serving = None if service is None else subprocess.Popen(service, env=variables, stdin=subprocess.DEVNULL)
         ranks = subprocess.Popen(ranks_command(self.job), env=variables, stdin=subprocess.DEVNULL)
         exit_code = self._wait(ranks)
-        if serving is not None and exit_code is not None and self._wait(serving) is None:
-            log.warning(
-                "the checkpoint service still writes with %d s left; its slots stay for the next start", RESERVE_S
-            )
+        if serving is None or exit_code is None or len(starts(self.job.run_dir)) == self._n_starts:
+            return exit_code  # no rank came as far as the run folder, so there is nothing to serve
+        log.info("the ranks ended with exit code %d; waiting for the checkpoint service", exit_code)
+        served = self._wait(serving)
+        if served is None:
+            log.warning("the service still writes with %d s left; its slots stay for the next start", RESERVE_S)
+        elif served:
+            log.warning("the step of the checkpoint service ended with exit code %d", served)
         return exit_code
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:

@@ -27,6 +27,7 @@ from lingua.logger import RANK_LOGS
 from lingua.slurm import run_command
 
 RUN_SCRIPT = "run.sh"
+BODY = Path("scripts", "job.sh")
 # Characters that an #SBATCH line takes without quotes; sbatch ends it at a blank.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]|&*()-]*")
 
@@ -52,7 +53,7 @@ def render(script: Script) -> str:
     lines = [f"#SBATCH {option}" for option in _options(script)]
     variables = {"BASE_DIR": script.base_dir, "PYTHON": script.python, "JOB_FILE": script.job_file}
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
-    body = shlex.quote(str(script.run_dir / CODE / "scripts" / "job.sh"))
+    body = shlex.quote(str(script.run_dir / CODE / BODY))
     how = "# Made by `lingua launch`. sbatch run.sh: submit it again; bash run.sh: run it here, without Slurm."
     return "\n".join(["#!/usr/bin/env bash", how, *lines, *exports, *script.launcher.setup, f"source {body}", ""])
 
@@ -107,6 +108,8 @@ def launch(
     run: Callable[..., str] = run_command,
 ) -> int:
     """Check, freeze, write run.sh, submit; returns an exit code. Raises ConfigError or RunError."""
+    if not (base_dir / BODY).is_file():
+        raise ConfigError(f"{base_dir} is no checkout of lingua: it has no {BODY}; go to yours and launch from there")
     checked = app_module(choose_app(line), "check").load(line)
     launcher: LauncherArgs = checked.args.launcher
     gpus = launcher.gpus if launcher.gpus is not None else _share(checked.resolved.world_size, launcher.nodes)

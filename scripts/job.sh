@@ -8,6 +8,9 @@
 # Nothing is installed or synced. A requeued job runs the code and config that its first start froze into the run
 # folder; only this file and the environment are as they are now.
 
+# Slurm's signals are for the ranks: a batch script that dies of one inside its grace would not be requeued.
+[[ -z ${SLURM_JOB_ID-} ]] || trap '' TERM USR1 USR2
+
 give_up() { echo "error: $*" >&2; exit 2; }
 
 cd -- "$BASE_DIR" || exit 2

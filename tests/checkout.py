@@ -54,7 +54,7 @@ class Checkout:
         files = [self.home / f"slurm-{job_id}.out", *logs]
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in files if path.exists())
 
-    def wait_for_step(self, name: str, step: int, timeout_s: float = 90.0) -> int:
+    def wait_for_step(self, name: str, step: int, timeout_s: float = 240.0) -> int:
         """Until the run has trained so far; returns the newest step."""
         metrics = self.run_dir(name) / "metrics.jsonl"
 
@@ -64,7 +64,7 @@ class Checkout:
 
         return until(reached, f"step {step} of {name}", timeout_s)
 
-    def finish(self, job_id: str, timeout_s: float = 120.0) -> None:
+    def finish(self, job_id: str, timeout_s: float = 300.0) -> None:
         """Wait until the job is over, and all right."""
         facts = self.cluster.wait(job_id, timeout_s=timeout_s)
         assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), f"{facts}\n{self.said(job_id)}"

@@ -10,6 +10,7 @@ Partitions: `main` (the default) and `low` on all nodes, and `high`, which preem
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ GRACE_S = 30
 KILL_WAIT_S = 5
 GPUS_PER_NODE = 8
 CGROUP_V1 = Path("/sys/fs/cgroup/freezer")
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 # Of jobs that are over for good. A requeued job passes through PREEMPTED, NODE_FAIL or CANCELLED on its way.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 
@@ -44,7 +46,7 @@ def why_not() -> str | None:
     return None if CGROUP_V1.is_dir() else f"no {CGROUP_V1}: process tracking needs cgroup v1"
 
 
-def until(found: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
+def until(found: Callable[[], T | None], what: str, timeout_s: float = 120.0) -> T:
     """Look every tenth of a second until `found` gives something true."""
     deadline = time.monotonic() + timeout_s
     while not (value := found()):
@@ -99,12 +101,7 @@ class Cluster:
 
     def __exit__(self, *exception: object) -> None:
         if "slurmctld" in self._daemons:
-            subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=self.env, check=False)
-            subprocess.run(["scancel", "--user=root"], env=self.env, check=False)
-            try:
-                until(lambda: not self.run("squeue", "--noheader").strip(), "no job is left", 20)
-            except (AssertionError, subprocess.CalledProcessError) as error:
-                print(f"cluster: {error}", file=sys.stderr)
+            self.cancel_all()
         for name in reversed(self._daemons):
             self._daemons[name].terminate()
         for daemon in self._daemons.values():
@@ -114,6 +111,14 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+
+    def cancel_all(self) -> None:
+        """Cancel every job and wait until its processes are gone."""
+        subprocess.run(["scancel", "--user=root"], env=self.env, check=False)
+        try:
+            until(lambda: not self.run("squeue", "--noheader").strip(), "no job is left", 30)
+        except (AssertionError, subprocess.CalledProcessError) as error:
+            print(f"cluster: {error}", file=sys.stderr)
 
     # -- what a user types -----------------------------------------------------------------------------------------
 
@@ -132,7 +137,7 @@ class Cluster:
         """What `scontrol show job` says."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job_id)))
 
-    def wait(self, job_id: str, *states: str, timeout_s: float = 90.0) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, timeout_s: float = 240.0) -> dict[str, str]:
         """The job's facts once it is in one of these states; without states, once it is over."""
         wanted = set(states) or ENDED
 
@@ -185,9 +190,11 @@ class Cluster:
     def _start(self, name: str, *words: str, program: str | None = None) -> None:
         log = (self.folder / f"{name}.log").open("ab")
         command = [shutil.which(program or name) or name, *words]
+        libc = ctypes.CDLL(None)
         self._daemons[name] = subprocess.Popen(
-            command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
+            command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # also when the tests are killed
+        )  # fmt: skip
         log.close()
 
     def _write_config(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def job(run_dir: Path = Path("/runs/100%"), n_nodes: int = 2, **more: object) ->
 def test_one_task_per_rank_sees_all_gpus_and_outlives_its_neighbours():
     words = ranks_command(job())
     assert words[0] == "srun"
-    for option in ("--ntasks=8", "--cpus-per-task=20", "--gpu-bind=none", "--kill-on-bad-exit=0", "--export=ALL"):
+    for option in ("--ntasks=8", "--cpus-per-task=20", "--kill-on-bad-exit=0", "--export=ALL"):
         assert option in words
     assert "--output=/runs/100%%/logs/%j.%t.out" in words, "a % of the path is no pattern of Slurm's"
     assert words[-3:] == ["-m", "apps.main.train", "/runs/job.yaml"]
@@ -61,7 +62,7 @@ def test_nodes_are_checked_by_as_many_tasks_as_ranks():
     assert node_check_command(job()) is None
     words = node_check_command(job(launcher=LauncherArgs(node_check=True, tasks_per_node="per_node")))
     assert words is not None
-    assert {"--ntasks=8", "--gpu-bind=none", "lingua.node_check", "--dir=/runs/100%"} <= set(words)
+    assert {"--ntasks=8", "lingua.node_check", "--dir=/runs/100%"} <= set(words)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,13 @@ def test_the_service_is_a_step_of_its_own_that_holds_nothing():
     assert service_command(job()) is None
     words = service_command(job(shm="/dev/shm"))
     assert words is not None
-    assert {"--overlap", "--mem=0", "--gres=none", "--ntasks=2", "--nodes=2", "--input=none"} <= set(words)
+    assert {"--overlap", "--mem=0", "--ntasks=2", "--nodes=2", "--input=none"} <= set(words)
     assert words[-5:-1] == ["lingua.checkpoint.service", "/runs/100%", "--shm", "/dev/shm"]
 
 
 def test_variables_of_the_config_win_over_the_shell():
     env = LaunchEnvArgs(set={"NCCL_DEBUG": "INFO"}, unset=["NCCL_IB_DISABLE"])
-    shell = {"NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN", "HOME": "/h"}
+    shell = {"SLURM_GPU_BIND": "single:1", "NCCL_IB_DISABLE": "1", "NCCL_DEBUG": "WARN", "HOME": "/h"}
     variables = rank_variables(job(n_nodes=1, launcher=LauncherArgs(env=env)), shell)
     port = variables.pop("MASTER_PORT")
     assert variables == {"HOME": "/h", "NCCL_DEBUG": "INFO", "MASTER_ADDR": "127.0.0.1"}
@@ -201,26 +202,22 @@ def test_progress_is_counted_in_published_steps(tmp_path: Path, monkeypatch: pyt
     assert holder.outcome(1).steps_gained == 15
 
 
+class Endless:
+    """A step that does not end."""
+
+    def wait(self, timeout: float | None) -> int:
+        raise subprocess.TimeoutExpired("srun", timeout or 0)
+
+    def poll(self) -> None:
+        return None
+
+
 def test_a_job_that_is_still_running_when_its_time_is_up_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import subprocess
-    import sys
-
     limits = iter([None, 1.0])  # extended once, then over
     monkeypatch.setattr(lingua.job, "job_state", lambda job_id: JobState("RUNNING", ends_at_s=next(limits)))
-    holder = ended(tmp_path)
-
-    class Endless(subprocess.Popen[bytes]):
-        def wait(self, timeout: float | None = None) -> int:
-            raise subprocess.TimeoutExpired("srun", timeout or 0)
-
-    endless = Endless([sys.executable, "-c", "import time; time.sleep(600)"])
-    try:
-        assert holder._wait(endless) is None
-    finally:
-        endless.kill()
-        subprocess.Popen.wait(endless)
+    assert ended(tmp_path)._wait(Endless()) is None  # pyright: ignore[reportArgumentType]
 
 
 def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -109,6 +109,11 @@ def test_ranks_that_do_not_go_into_nodes_are_refused(tmp_path: Path, monkeypatch
         launch(line, base_dir=ROOT, run=Sbatch())
 
 
+def test_a_launch_from_elsewhere_says_so(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"is no checkout of lingua: it has no scripts/job\.sh; go to yours"):
+        launch(parse_command_line([*TINY]), base_dir=tmp_path, run=Sbatch())
+
+
 def test_a_wrong_config_submits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     sbatch = Sbatch()

@@ -16,7 +16,7 @@ from tests.checkout import ROOT, Checkout, newest_step
 from tests.slurm_cluster import until
 from tests.trainer import TINY, published
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.mark.ranks
@@ -48,7 +48,7 @@ def test_launched_and_submitted_by_stool(checkout: Checkout, tmp_path: Path):
         SBATCH_PARTITION="high",
     )  # fmt: skip
     job_id = launched.removeprefix("job ").partition(":")[0]
-    facts = checkout.cluster.wait(job_id, timeout_s=120)
+    facts = checkout.cluster.wait(job_id)
     said = "\n".join(path.read_text() for path in (run_dir / "logs").iterdir())
     assert (facts["JobState"], facts["Partition"], facts["NumNodes"]) == ("COMPLETED", "low", "2"), said
     assert published(run_dir) == [3]
