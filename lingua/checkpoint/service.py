@@ -437,9 +437,7 @@ def main(words: list[str]) -> int:
     lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
     form = "%(asctime)s %(levelname)s checkpoint service: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, handlers=[QueueHandler(lines)])
-    listener = QueueListener(
-        lines, logging.StreamHandler()
-    )  # the log lies on a disk that may hang
+    listener = QueueListener(lines, logging.StreamHandler())  # the log lies on a disk that may hang
     listener.start()
     code = 0
     try:
