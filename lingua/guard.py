@@ -3,7 +3,7 @@
 Promise: a rank that fails, wherever, is heard by all within seconds: each leaves with a sentence and an
 `error_<rank>.json` of its own, long before a collective would time out. A rank that hangs is found by the watchdog;
 then every rank's stacks are in `logs/stacks_<rank>.txt`. A stop signal that arrives before the first step of this start
-is done ends all ranks at once, since there is nothing yet that could be lost; later the loop decides, by votes. Once a
+is done ends all ranks soon, since there is nothing yet that could be lost; later the loop decides, by votes. Once a
 failure is written down, the process is gone within LEAVE_WITHIN_S, whatever its cleaning up waits for.
 Cost: two threads that sleep. Torch-free.
 
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 POLL_S = 0.5
+START_GRACE_S = 2.0
+"""How long a stop that comes before the first step of a start waits for that step."""
 ECHO_S = 5.0
 """How long a rank that lost contact waits to hear whose fault that was."""
 LOST_S = 20.0
@@ -176,6 +178,9 @@ class Guard:
                 self._leave(self._end.exit_code)
             return
         if self._signals.received is not None and self.pulse.starting:
+            assert self._signals.received_at_s is not None
+            if self._now() - self._signals.received_at_s < START_GRACE_S:
+                return  # the first step may be about to end: then the loop can save it
             reason, exit_code = end_asked_for(self._signals.received)
             message = f"stopped by {self._signals.received} before the first step of this start; nothing is lost"
             self._go(End(self._rank, reason, exit_code, message, signal=self._signals.received))

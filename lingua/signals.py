@@ -60,7 +60,8 @@ class StopSignals:
     def ask(self, name: str) -> None:
         """As if a signal of this name had arrived."""
         if self.received is None:
-            self.received, self.received_at_s = name, self.now()
+            self.received_at_s = self.now()
+            self.received = name  # last: other threads look at it first
 
     def wait(self, timeout_s: float) -> None:
         """Return when a signal arrives, or after `timeout_s`; `received` is right then. For any thread."""

@@ -125,10 +125,10 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
             optimizer_step(run.optimizer, lr, finite)
             run.optimizer.zero_grad()
             run.advance()
+            guard.pulse.beat(run.step)
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
             judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(guard.asked)]))
-            guard.pulse.beat(run.step)
             profiler.step(run.step)
             judge.progress.advance(run.step)
             if run.step % args.gc_collect_freq == 0:
