@@ -1,6 +1,6 @@
 import pytest
 
-from lingua.slurm import SlurmTask, first_host, this_job, this_task
+from lingua.slurm import SlurmTask, first_host, job_end_s, this_job, this_task
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,19 @@ def test_unreadable_counts_are_named():
 )
 def test_the_job_and_how_often_it_was_requeued(env: dict[str, str], expected: tuple[str, int]):
     assert this_job(env) == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "grace_s", "expected"),
+    [
+        ({}, None, None),  # no Slurm, nothing said: as long as it takes
+        ({}, 60.0, 1060.0),
+        ({"SLURM_JOB_END_TIME": "5000"}, None, 5000.0),
+        ({"SLURM_JOB_END_TIME": "5000"}, 60.0, 1060.0),
+        ({"SLURM_JOB_END_TIME": "1030"}, 60.0, 1030.0),
+        ({"SLURM_JOB_END_TIME": "Unknown"}, None, None),
+        ({"SLURM_JOB_END_TIME": ""}, 60.0, 1060.0),
+    ],
+)
+def test_when_a_job_that_was_asked_to_stop_ends(env: dict[str, str], grace_s: float | None, expected: float | None):
+    assert job_end_s(env, grace_s, asked_at_s=1000.0) == expected
