@@ -27,7 +27,7 @@ from lingua.checkpoint.service import Service
 from lingua.checkpoint.session import Session, write_session
 from lingua.checkpoint.slots import SHM, TRAINER_LOCK, Region, Save, Slot, make_region, region_of
 from lingua.files import DISK, Files
-from tests.fakes import Clock
+from tests.fakes import Clock, FaultyFiles
 
 RUN_ID = "the-run"
 KILLED = 137
@@ -160,7 +160,6 @@ class Start:
                 slot.change("staged", "free", files=self.files)
         rescue = tuple(sorted((save.incarnation, save.step) for save in wanted.values()))
         told = self.world.session(self.incarnation, rescue=rescue, **session)
-        write_session(region, replace(told, is_open=False), files=self.files)
         if self.node == 0:
             publish.open_passage(self.world.root, self.incarnation, files=self.files)
         write_session(region, told, files=self.files)
@@ -282,6 +281,21 @@ def serve(service: Service) -> None:
         if not any(slot.complete() for slot in service.region.slots()):
             break
     service.tick()
+
+
+class DiskFiles(FaultyFiles):
+    """Only what happens below `root` counts and fails; `heal` ends a lasting failure."""
+
+    def __init__(self, root: Path, fail_at: int = 0, **how: Any) -> None:
+        self._root = str(root)
+        super().__init__(fail_at, **how)
+
+    def heal(self) -> None:
+        self.fail_at = 0
+
+    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        where = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else str(args[0])
+        return super()._operate(name, operation, *args) if where.startswith(self._root) else operation(*args)
 
 
 def steps_in(names: Sequence[str]) -> list[int]:

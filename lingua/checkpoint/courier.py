@@ -208,13 +208,7 @@ class Courier:
         if self._ranks.rank == 0 and wanted:
             steps = sorted(step for _, step in wanted)
             log.info("checkpoints %s of an earlier start are still in memory; they are saved before going on", steps)
-        self._ranks.on_each(self._announce)
         return wanted
-
-    def _announce(self) -> None:
-        """An older start's service that is shut out now must not take what it holds for unwanted, should we die."""
-        if self.is_leader:
-            write_session(self.region, replace(self._session, is_open=False), files=self._files)
 
     def _complete(self) -> dict[int, Save]:
         lock = self.region.lock(SERVICE_LOCK)

@@ -225,13 +225,6 @@ def publish_step(
     return True
 
 
-def forget_loss(save: Save, target: Target, *, files: Files = DISK) -> None:
-    """This start saves a step again that it has lost before. Raises OSError."""
-    path = target.part_file(save.step, save.node)
-    if save.n_nodes > 1 and _loss_in(path):
-        files.remove(path)
-
-
 def _loss_in(path: Path) -> str | None:
     """Why a node will not have its part of a step; None: it has not said so."""
     part = _said_in(path)
@@ -251,8 +244,14 @@ def _say_part(save: Save, target: Target, what: dict[str, Any], files: Files) ->
 
 
 def has_part(save: Save, facts: Manifest, target: Target) -> bool:
-    """Whether this node has said already that its files are written. Then nobody may touch them any more."""
-    return save.n_nodes > 1 and _read_part(save, target, save.node) == facts
+    """Whether this node has said already that its files are written. Then nobody may touch them any more.
+
+    Raises NodeMissingError when there will be no such step.
+    """
+    if save.n_nodes == 1:
+        return False
+    _read_part(save, target, 0)
+    return _read_part(save, target, save.node) == facts
 
 
 def _await_parts(save: Save, target: Target, sleep: Callable[[float], None]) -> Manifest:
@@ -308,7 +307,7 @@ def clear_away(save: Save, facts: Manifest, target: Target, *, files: Files = DI
         return  # published; only the last fsync has failed
     if save.n_nodes == 1:
         publish.abandon(target.root, save.step, target.incarnation, files=files)
-    elif not has_part(save, facts, target):
+    elif not target.part_file(save.step, save.node).exists():
         _remove_own(save, facts, target, files)
 
 

@@ -167,7 +167,7 @@ class Service:
             self._settle(job)
         self._report_silence()
         self._tell_ranks()
-        if session is not None and session.is_open:
+        if session is not None:
             self._throttle_jobs(session, alone)
             self._begin_next(session, alone)
         return self._is_needed(session, alone)
@@ -184,7 +184,7 @@ class Service:
             if slot.state() == "staged" and (found := slot.complete()):
                 if session.wants(found[0]):
                     waiting[slot.number] = (slot, *found)
-                else:
+                elif session.gives_up(found[0]):
                     slot.change("staged", "free", files=self._files)
         candidates = [
             Candidate(number, save.step, sum(fact.size_bytes for fact in facts.values()))
@@ -214,7 +214,6 @@ class Service:
         try:
             if drain.is_published(job.save, target, files=self._files):
                 return job.save.node == 0 and _incarnation_of(target.root, job.save.step) == target.incarnation
-            drain.forget_loss(job.save, target, files=self._files)
             with drain.at_work(target, job.save, files=self._files):
                 return self._write_and_publish(job, target)
         except (OSError, DamagedError, NodeMissingError) as error:
@@ -327,6 +326,7 @@ class Service:
                     break
                 self._say("failing", session.incarnation, step=0, why=f"cannot delete checkpoint {step}: {error}")
             else:
+                self._verified.discard(step)
                 self._say("retired", session.incarnation, step=step)
         return steps
 
@@ -367,7 +367,7 @@ class Service:
             self._take_back_claims()
         alone_s = self._now() - self._alone_since_s
         unsaved = [slot for slot in self.region.slots() if slot.complete()]
-        if unsaved and session.is_open and self._fenced != session.incarnation:
+        if unsaved and self._fenced != session.incarnation:
             return alone_s < session.patience_s
         return alone_s < session.linger_s or self._now() < self._first_rank_until_s
 
@@ -382,12 +382,20 @@ class Service:
         """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
         if self._trainers.take() and self.is_current():  # from here on no rank comes before we are done
             session = read_session(self.region)
-            unsaved = [found[0].step for slot in self.region.slots() if (found := slot.complete())]
-            if unsaved and session is not None and self._fenced != session.incarnation:
-                log.error("leaving although steps %s are in memory only; a start on this node saves them", unsaved)
+            unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
+            if steps := [save.step for save in unsaved if session is not None and self._may_be_missed(save, session)]:
+                log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
             else:
                 self.region.remove(files=self._files)
         self.close()
+
+    def _may_be_missed(self, save: Save, session: Session) -> bool:
+        """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
+        if self._fenced != session.incarnation:
+            return True
+        root = Path(session.root)
+        newest = max(layout.done_steps(root), default=-1)
+        return save.step > newest and (newest < 0 or _incarnation_of(root, newest) <= save.incarnation)
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)

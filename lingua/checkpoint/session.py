@@ -34,8 +34,6 @@ class Session:
     run_dir: str
     root: str
     incarnation: int
-    is_open: bool = True
-    """False: this start is about to shut older ones out; until it has, nothing is begun and nothing given up."""
     dump: tuple[int, int] = (0, 0)
     """Every, keep."""
     eval: tuple[int, int] = (0, 0)
@@ -61,6 +59,10 @@ class Session:
     def wants(self, save: Save) -> bool:
         own = save.run_id == self.run_id and save.incarnation == self.incarnation
         return own or (save.run_id == self.run_id and (save.incarnation, save.step) in self.rescue)
+
+    def gives_up(self, save: Save) -> bool:
+        """Whether a save is of no use any more; that of a start newer than this session, read a while ago, is."""
+        return not self.wants(save) and (save.run_id != self.run_id or save.incarnation < self.incarnation)
 
     def target(self) -> Target:
         return Target(Path(self.root), self.incarnation, self.readback, self.threads, self.node_timeout_s, self.job)

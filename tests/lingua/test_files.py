@@ -11,6 +11,7 @@ import pytest
 from lingua.files import (
     DISK,
     Files,
+    ProcessLock,
     RunError,
     free_bytes,
     human_bytes,
@@ -120,3 +121,81 @@ def test_make_folder(tmp_path: Path) -> None:
 def test_numbers(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet" / "there") > 0
     assert [human_bytes(n) for n in (0, 1023, 1536, 90e9, 2**41)] == ["0 B", "1023 B", "1.5 KiB", "83.8 GiB", "2.0 TiB"]
+
+
+# -- locks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_is_for_one_process_or_for_all_that_share_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+
+    def others_can_take(*, shared: bool) -> bool:
+        def act() -> None:
+            assert ProcessLock(path).take(shared=shared)
+
+        return exit_code_of(act) == 0
+
+    lock = ProcessLock(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert others_can_take(shared=False)
+    assert lock.take(shared=True)
+    assert others_can_take(shared=True)
+    assert not others_can_take(shared=False)
+    assert lock.take()
+    assert not others_can_take(shared=True)
+    lock.release()
+    assert others_can_take(shared=False)
+    assert lock.take()
+    lock.close()
+    assert others_can_take(shared=False)
+
+
+def test_who_holds_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = ProcessLock(path)
+    me = os.getpid()
+
+    def asked_by_another(expected: int | None) -> bool:
+        def act() -> None:
+            assert ProcessLock(path).holder() == expected
+
+        return exit_code_of(act) == 0
+
+    assert asked_by_another(None)
+    for shared in (True, False):
+        assert lock.take(shared=shared)
+        assert asked_by_another(me)
+        assert asked_by_another(me), "asking takes nothing and frees nothing"
+    assert lock.holder() is None, "of others"
+
+
+def test_a_death_frees_a_lock_and_a_child_does_not_inherit_it(tmp_path: Path) -> None:
+    lock = ProcessLock(tmp_path / "lock")
+
+    def take_and_die() -> None:
+        assert lock.take()
+        os._exit(7)
+
+    assert exit_code_of(take_and_die) == 7
+    assert lock.take()
+
+    def child() -> None:
+        assert lock.holder() is not None
+        assert not lock.take()
+
+    assert exit_code_of(child) == 0
+
+
+def test_a_lock_whose_file_was_replaced(tmp_path: Path) -> None:
+    lock = ProcessLock(tmp_path / "lock")
+    assert lock.is_current()
+    (tmp_path / "lock").unlink()
+    assert not lock.is_current()
+    other = ProcessLock(tmp_path / "lock")
+    assert other.is_current()
+    assert not lock.is_current()
+    (tmp_path / "link").symlink_to(tmp_path / "lock")
+    with pytest.raises(OSError, match="symbolic link"):
+        ProcessLock(tmp_path / "link")
+    lock.close()
+    other.close()

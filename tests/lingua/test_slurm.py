@@ -9,6 +9,7 @@ from lingua.slurm import (
     SlurmTask,
     expand_hosts,
     first_host,
+    job_end_s,
     node_of_each_task,
     read_job_state,
     requeue,
@@ -152,3 +153,19 @@ def test_a_command_that_fails_is_one_sentence():
     with pytest.raises(RunError, match="there is no scontrol-of-nowhere on this machine"):
         run_command(["scontrol-of-nowhere"])
     assert JobState("RUNNING").cancelled is False
+
+
+@pytest.mark.parametrize(
+    ("env", "grace_s", "expected"),
+    [
+        ({}, None, None),  # no Slurm, nothing said: as long as it takes
+        ({}, 60.0, 1060.0),
+        ({"SLURM_JOB_END_TIME": "5000"}, None, 5000.0),
+        ({"SLURM_JOB_END_TIME": "5000"}, 60.0, 1060.0),
+        ({"SLURM_JOB_END_TIME": "1030"}, 60.0, 1030.0),
+        ({"SLURM_JOB_END_TIME": "Unknown"}, None, None),
+        ({"SLURM_JOB_END_TIME": ""}, 60.0, 1060.0),
+    ],
+)
+def test_when_a_job_that_was_asked_to_stop_ends(env: dict[str, str], grace_s: float | None, expected: float | None):
+    assert job_end_s(env, grace_s, asked_at_s=1000.0) == expected

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from lingua.checkpoint.courier import RESTARTS, Courier, SlotView, choose_slot, worth_saving
-from lingua.checkpoint.ranks import Ranks
-from lingua.checkpoint.service import Session
+from lingua.checkpoint import publish
+from lingua.checkpoint.courier import (
+    HANDOVER_S,
+    RESTARTS,
+    SILENT_BEATS,
+    Courier,
+    SlotView,
+    await_older_writers,
+    choose_slot,
+    worth_saving,
+)
+from lingua.checkpoint.drain import BEAT_S, Target
+from lingua.checkpoint.ranks import Node, Ranks, node_of
+from lingua.checkpoint.session import Session
 from lingua.checkpoint.slots import Save, State, make_region
-from lingua.files import RunError
+from lingua.files import RunError, write_json
+from lingua.runlock import Owner, this_process
+from tests.fakes import Clock
 
 
 def view(word: str) -> SlotView:
@@ -117,3 +131,75 @@ def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
         assert slot.state() == "free"
         assert [path.name for path in region.folder.glob("slot-0.*")] == ["slot-0.free"]
         there.close()
+
+
+@pytest.mark.parametrize(
+    ("places", "rank", "expected"),
+    [
+        (["a"], 0, Node(0, 1, (0,))),
+        (["a", "a", "b", "b"], 3, Node(1, 2, (2, 3))),
+        (["b", "a", "b", "a"], 1, Node(1, 2, (1, 3))),  # numbered by their first rank, not by name
+        (["b", "a", "b", "a"], 2, Node(0, 2, (0, 2))),
+        ([("h", 1), ("h", 2)], 1, Node(1, 2, (1,))),  # two regions of one machine
+    ],
+)
+def test_node_of(places: list[object], rank: int, expected: Node) -> None:
+    assert node_of(rank, places) == expected
+    assert expected.leader == expected.ranks[0]
+
+
+# -- the start before ours -----------------------------------------------------------------------------------------
+
+ELSEWHERE = Owner(host="elsewhere", boot_id="b", pid=1)
+
+
+def a_writer(root: Path, owner: Owner) -> Path:
+    publish.open_passage(root, 1)
+    path = Target(root, 1).writer_file(5, 0)
+    write_json(path, vars(owner))
+    return path
+
+
+def test_nobody_writes(tmp_path: Path) -> None:
+    clock = Clock()
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=clock.sleep)
+    assert clock.now() == 1000.0
+
+
+def test_a_writer_on_this_machine_is_waited_for_until_it_is_done(tmp_path: Path) -> None:
+    path, clock = a_writer(tmp_path, this_process()), Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now() > 1200.0:
+            path.unlink(missing_ok=True)
+
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=sleep)
+    assert 1200.0 < clock.now() < 1201.0
+
+
+def test_one_that_never_ends_is_shut_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    a_writer(tmp_path, this_process())
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=clock.sleep)
+    assert HANDOVER_S <= clock.now() - 1000.0 < HANDOVER_S + 1.0
+    assert "it is shut out" in caplog.text
+
+
+def test_one_elsewhere_counts_as_long_as_it_shows_itself(tmp_path: Path) -> None:
+    path, clock = a_writer(tmp_path, ELSEWHERE), Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now() < 1100.0:
+            os.utime(path, (clock.now(), clock.now()))  # another clock than ours: only that it moves counts
+
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=sleep)
+    assert clock.now() - 1100.0 == pytest.approx(SILENT_BEATS * BEAT_S, abs=1.5)
+
+
+def test_one_whose_job_was_requeued_is_dead(tmp_path: Path) -> None:
+    clock = Clock()
+    a_writer(tmp_path, Owner(host="elsewhere", boot_id="b", pid=1, slurm_job_id="7", slurm_restarts=0))
+    await_older_writers(tmp_path, 2, this_process("7", 1), now=clock.now, sleep=clock.sleep)
+    assert clock.now() == 1000.0

@@ -48,19 +48,20 @@ def test_a_session_of_another_version(tmp_path: Path, region: Region, change: di
 
 
 @pytest.mark.parametrize(
-    ("save", "is_wanted"),
+    ("save", "wanted", "given_up"),
     [
-        (Save("the-run", 3, 500, (0,)), True),
-        (Save("the-run", 2, 100, (0,)), True),
-        (Save("the-run", 2, 200, (0,)), False),
-        (Save("the-run", 1, 100, (0,)), False),
-        (Save("the-run", 4, 500, (0,)), False),
-        (Save("another", 3, 500, (0,)), False),
-        (Save("another", 2, 100, (0,)), False),
+        (Save("the-run", 3, 500, (0,)), True, False),
+        (Save("the-run", 2, 100, (0,)), True, False),
+        (Save("the-run", 2, 200, (0,)), False, True),
+        (Save("the-run", 1, 100, (0,)), False, True),
+        (Save("the-run", 4, 500, (0,)), False, False),  # this session is no longer the newest
+        (Save("another", 3, 500, (0,)), False, True),
+        (Save("another", 2, 100, (0,)), False, True),
     ],
 )
-def test_which_saves_a_session_wants(tmp_path: Path, save: Save, is_wanted: bool) -> None:
-    assert World(tmp_path).session(3, rescue=((2, 100),)).wants(save) == is_wanted
+def test_which_saves_a_session_wants(tmp_path: Path, save: Save, wanted: bool, given_up: bool) -> None:
+    told = World(tmp_path).session(3, rescue=((2, 100),))
+    assert (told.wants(save), told.gives_up(save)) == (wanted, given_up)
 
 
 # -- events --------------------------------------------------------------------------------------------------------
