@@ -202,7 +202,8 @@ def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size:
     if start is not None and args.checkpoint.continue_training_from_init:
         return _continue_other(state, manager, start, args.checkpoint.reset, size)
     if start is not None:
-        weights = on_every_rank(lambda: load_weights(state.model, start, args.checkpoint.init_ckpt_model_key))
+        key, sizes_only = args.checkpoint.init_ckpt_model_key, args.checkpoint.verify_on_load == "sizes"
+        weights = on_every_rank(lambda: load_weights(state.model, start, key, sizes_only=sizes_only))
         log.info("%s", weights)
     return None
 

@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -221,7 +221,7 @@ def publish_step(
         return False
     everything = facts if save.n_nodes == 1 else _await_parts(save, target, sleep)
     publish.publish(target.root, save.step, target.incarnation, everything, seconds=seconds(), files=files)
-    _remove_parts(save, target, files)
+    _remove_parts(save, target, range(save.n_nodes), files)
     return True
 
 
@@ -289,9 +289,12 @@ def _await_mark(save: Save, target: Target, sleep: Callable[[float], None]) -> N
     for _ in range(int(2 * target.node_timeout_s / LOOK_S) + 1):  # longer than node 0 waits for us
         if mark.exists():
             return
+        is_settled = not target.part_file(save.step, save.node).exists()
         if not target.passage.exists():
             raise why_missing(target)
         _read_part(save, target, 0)  # raises if node 0 has given up
+        if is_settled:
+            return  # published, and by now given up by retention
         sleep(LOOK_S)
     raise NodeMissingError(f"node 0 has not published checkpoint {save.step} within {2 * target.node_timeout_s:.0f} s")
 
@@ -311,13 +314,13 @@ def clear_away(save: Save, facts: Manifest, target: Target, *, files: Files = DI
 
 def give_up(save: Save, facts: Manifest, target: Target, why: str, *, files: Files = DISK) -> None:
     """There will be no such step: tell the other nodes. Node 0 clears for all. Raises OSError."""
-    if save.node == 0:
-        publish.abandon(target.root, save.step, target.incarnation, files=files)
-        _remove_parts(save, target, files)
-    elif _loss_in(target.part_file(save.step, 0)):  # only then: else node 0 may still publish what we have written
-        _remove_own(save, facts, target, files)
     if save.n_nodes > 1:
         _say_part(save, target, {"lost": why}, files)
+    if save.node == 0:
+        publish.abandon(target.root, save.step, target.incarnation, files=files)
+        _remove_parts(save, target, range(1, save.n_nodes), files)
+    elif _loss_in(target.part_file(save.step, 0)):  # only then: else node 0 may still publish what we have written
+        _remove_own(save, facts, target, files)
 
 
 def _remove_own(save: Save, facts: Manifest, target: Target, files: Files) -> None:
@@ -326,8 +329,7 @@ def _remove_own(save: Save, facts: Manifest, target: Target, files: Files) -> No
             files.remove(target.folder(save.step) / name)
 
 
-def _remove_parts(save: Save, target: Target, files: Files) -> None:
-    if save.n_nodes > 1:
-        for node in range(save.n_nodes):
-            with suppress(FileNotFoundError):
-                files.remove(target.part_file(save.step, node))
+def _remove_parts(save: Save, target: Target, nodes: Iterable[int], files: Files) -> None:
+    for node in nodes if save.n_nodes > 1 else ():
+        with suppress(FileNotFoundError):
+            files.remove(target.part_file(save.step, node))

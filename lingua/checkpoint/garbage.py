@@ -154,6 +154,7 @@ def remove_garbage(
     if reason := why_not_now(run_dir, now):
         raise RunError(reason)
     with RunLock(run_dir, _me()) as lock:
+        root.mkdir(parents=True, exist_ok=True)  # of a run that never saved
         items = survey_garbage(run_dir, lock.incarnation, now=now, files=files)
         said(items)
         publish.open_passage(root, lock.incarnation, files=files)

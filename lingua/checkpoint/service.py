@@ -434,12 +434,11 @@ def main(words: list[str]) -> int:
     args = parser.parse_args(words)
     for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(deaf, signal.SIG_IGN)
-    lines = logging.StreamHandler()
-    lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s checkpoint service: %(message)s"))
-    said: SimpleQueue[logging.LogRecord] = SimpleQueue()
-    listener = QueueListener(said, lines)  # the log lies on the disk that may hang; the loop must not
+    lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    form = "%(asctime)s %(levelname)s checkpoint service: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, handlers=[QueueHandler(lines)])
+    listener = QueueListener(lines, logging.StreamHandler())  # the log lies on a disk that may hang
     listener.start()
-    logging.basicConfig(level=logging.INFO, handlers=[QueueHandler(said)])
     code = 0
     try:
         serve(args.run_dir, args.shm, args.wait_s)

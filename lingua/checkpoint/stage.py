@@ -24,6 +24,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.tensor import DTensor
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.dcp import FilePlan, WritePlan
@@ -120,6 +121,7 @@ class Stager:
         self._region, self._rank, self._plan, self._files = region, rank, plan, files
         self._device = device
         self._slots: dict[int, list[SlotFile]] = {}
+        self._known_pairs: dict[int, tuple[list[int], list[tuple[Tensor, Tensor]]]] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage")
         self._allocating: Future[None] | None = None
         self._hashing: Future[None] | None = None
@@ -197,7 +199,11 @@ class Stager:
         self._hashing = self._worker.submit(self._finish, _Staging(slot, save, small, copied))
 
     def _pairs(self, number: int, tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(where to, what) for every part."""
+        """(where to, what) for every part; looked up anew only when a tensor lies elsewhere than at the last save."""
+        places = [_place(tensor) for tensor in tensors.values()]
+        known = self._known_pairs.get(number)
+        if known is not None and known[0] == places:
+            return known[1]
         planner = DefaultSavePlanner(flatten_state_dict=False)
         planner.set_up_planner(dict(tensors))
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -206,6 +212,7 @@ class Stager:
                 if part.index is not None:
                     source: Any = planner.lookup_object(part.index).detach()
                     pairs.append((file.target(part_number, source), source))
+        self._known_pairs[number] = (places, pairs)  # holds the tensors, so that nothing else comes to lie there
         return pairs
 
     def _copy_on_stream(self, pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Callable[[], None]:
@@ -267,6 +274,13 @@ class Stager:
             for file in files:
                 file.close()
         self._slots.clear()
+        self._known_pairs.clear()
+
+
+def _place(tensor: Tensor) -> int:
+    """Where this rank's part of a tensor lies."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() costs a view
+    return local.data_ptr()
 
 
 def _nothing() -> None:

@@ -65,14 +65,15 @@ class Source:
     read: Callable[[str], Tensor]
 
 
-def load_weights(model: nn.Module, path: str | Path, model_key: str | None = None) -> str:
+def load_weights(model: nn.Module, path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> str:
     """Fill `model` with the weights at `path`; returns what was loaded from where, for the log.
 
     `path`: RUN, RUN@step, a checkpoint folder (ours or lingua's), consolidated.pth, any torch file, a safetensors file
     or a Hugging Face folder. `model_key`: where in it the weights lie; "" for the top; None: found by itself.
+    `sizes_only`: of a checkpoint with a manifest, only sizes are verified.
     Raises RunError with names, shapes and the remedy.
     """
-    source = open_source(path, model_key)
+    source = open_source(path, model_key, sizes_only=sizes_only)
     tensors, aliases = model_tensors(model)
     chosen = _match(source, tensors, aliases)
     for name, theirs in chosen.items():
@@ -123,11 +124,11 @@ def _copy(target: Tensor, whole: Tensor) -> None:
 # -- finding out what lies there ---------------------------------------------------------------------------------
 
 
-def open_source(path: str | Path, model_key: str | None = None) -> Source:
+def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> Source:
     """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
     place, step = lookup.split(path)
     if step is not None or lookup.root_of(place).is_dir() or (place / layout.MANIFEST).exists():
-        return _from_dcp(lookup.intact(path, needed=is_weights).folder, model_key)
+        return _from_dcp(lookup.intact(path, needed=is_weights, sizes_only=sizes_only).folder, model_key)
     if place.is_file():
         return _from_safetensors([place]) if place.suffix == ".safetensors" else _from_torch(place, model_key)
     if (place / layout.METADATA).exists():  # another program's: there is nothing to verify it by

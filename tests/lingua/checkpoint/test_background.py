@@ -136,7 +136,7 @@ def test_saved_on_any_ranks_it_loads_on_any_ranks_and_in_stock_torch(tmp_path: P
 
     with Services() as services:
         saved = {n: run_on_ranks(lambda rank, n=n: save(rank, n), n)[0] for n in (1, 2, 3)}
-        services.wait()
+        assert services.wait() == 0
         assert all(done(tmp_path / f"by{n}") == [2, 4] for n in saved)
     folder = layout.folder(tmp_path / "by3" / layout.CHECKPOINTS, 2)
     fresh = make(tied)
@@ -174,7 +174,7 @@ def test_nodes_publish_together(tmp_path: Path, shm: Path, services: Services):
 
     expected = run_on_ranks(save, 3)
     assert all(published == [False, False, True] for _, published in expected)
-    services.wait()
+    assert services.wait() == 0
     root = tmp_path / layout.CHECKPOINTS
     assert done(tmp_path) == [3]
     assert not list(root.glob("incarnation-*/*"))
@@ -262,7 +262,7 @@ def test_runs_on_one_node_do_not_meet(tmp_path: Path, shm: Path, services: Servi
     for manager, state in zip(managers, states, strict=True):
         assert manager.save(2, state, final=True).published
         manager.close()
-    services.wait()
+    assert services.wait() == 0
     for name in ("one", "two"):
         state = make()
         CheckpointManager(CheckpointArgs(), tmp_path / name / "run").load(2, state)
@@ -378,7 +378,7 @@ def test_a_service_killed_at_any_operation_is_replaced(tmp_path: Path, shm: Path
     for kill_at in range(1, 60, 2):
         with Services(lambda n, kill_at=kill_at: KillFiles(kill_at) if n == 1 else DISK) as services:
             save_twice(tmp_path / str(kill_at), shm, services)
-            services.wait()
+            assert services.wait() == 0
             if list(base(shm).iterdir()):  # killed after its last word: the next start gives the memory back
                 CheckpointManager(args(shm, keep=1), tmp_path / str(kill_at), start_service=services.start).close()
         assert 2 in done(tmp_path / str(kill_at))
@@ -441,9 +441,7 @@ def test_a_start_that_was_overtaken_ends(tmp_path: Path, shm: Path):
             manager.save(2, make(), final=True)
         manager.close()
     assert done(tmp_path) == []
-    kept = region_of(tmp_path, shm).slot(0).complete()  # the newer start may have died before it could save anything
-    assert kept is not None
-    assert kept[0].step == 1
+    assert not list(base(shm).iterdir())
 
 
 def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(tmp_path: Path, shm: Path):

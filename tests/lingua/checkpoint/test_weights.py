@@ -172,6 +172,19 @@ def test_a_run_gives_its_newest_intact_checkpoint_untouched(tmp_path: Path) -> N
         load_weights(model, f"{run}@7")
 
 
+def test_a_verification_that_is_limited_to_sizes(tmp_path: Path) -> None:
+    file = layout.folder(run_of(tmp_path, Names(1)) / layout.CHECKPOINTS, 1) / layout.model_file(0)
+    content = bytearray(file.read_bytes())
+    content[content.index(Names(1).norm.weight.detach().numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match="does not have the content it was written with"):
+        load_weights(Names(0), f"{tmp_path}@1")
+    model = Names(0)
+    load_weights(model, f"{tmp_path}@1", sizes_only=True)
+    loaded, expected = weights(model), weights(Names(1))
+    assert [name for name in loaded if not torch.equal(loaded[name], expected[name])] == ["norm.weight"]
+
+
 @pytest.mark.ranks
 def test_shards_take_their_part(tmp_path: Path) -> None:
     expected = weights(Names(1))
