@@ -76,6 +76,13 @@ Manifest = dict[str, FileFacts]
 
 def write_hashed(path: Path, parts: Iterable[Buffer], *, readback: bool = False, files: Files = DISK) -> FileFacts:
     """Write a file durably and hash what goes in; `readback` also reads it again, past the page cache."""
+    descriptor, facts = write_unsynced(path, parts, files=files)
+    sync_written(descriptor, path, facts, readback=readback, files=files)
+    return facts
+
+
+def write_unsynced(path: Path, parts: Iterable[Buffer], *, files: Files = DISK) -> tuple[int, FileFacts]:
+    """Write a file and hash what goes in; returns its open descriptor for `sync_written`."""
     digest, size_bytes = xxhash.xxh3_128(), 0
     descriptor = files.create(path)
     try:
@@ -86,13 +93,20 @@ def write_hashed(path: Path, parts: Iterable[Buffer], *, readback: bool = False,
                 digest.update(chunk)
                 files.write(descriptor, chunk)
             size_bytes += len(view)
+    except BaseException:
+        files.close(descriptor)
+        raise
+    return descriptor, FileFacts(size_bytes, digest.hexdigest())
+
+
+def sync_written(descriptor: int, path: Path, facts: FileFacts, *, readback: bool = False, files: Files = DISK) -> None:
+    """Make a written file durable and close it."""
+    try:
         files.fsync(descriptor)
     finally:
         files.close(descriptor)
-    facts = FileFacts(size_bytes, digest.hexdigest())
     if readback and (problem := _differs(path, facts)):
         raise OSError(errno.EIO, f"the disk gave back something else than was written ({problem})", str(path))
-    return facts
 
 
 def manifest_bytes(step: int, incarnation: int, facts: Manifest) -> bytes:
