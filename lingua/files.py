@@ -92,6 +92,13 @@ class Files:
 DISK = Files()
 
 
+def make_folders(path: Path, *, files: Files = DISK) -> None:
+    """Make a folder and those above it that are missing."""
+    if not path.parent.exists():
+        make_folders(path.parent, files=files)
+    files.mkdir(path)
+
+
 def write_whole(path: Path, data: Buffer | str, mode: int | None = None, *, files: Files = DISK) -> None:
     """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder.
 

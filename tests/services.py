@@ -166,6 +166,7 @@ class _Spawner:
             os.dup2(said, 2)
             sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             logging.getLogger().handlers.clear()
+            logging.getLogger("lingua").setLevel(logging.NOTSET)  # whatever a test before has set
             self._prepare()
             service.Service = partial(service.Service, files=self._files(self._n_started))
             code = service.main([str(run_dir), "--shm", str(shm)])

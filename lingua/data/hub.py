@@ -20,7 +20,7 @@ from typing import Any
 
 from lingua.data.convert import SUFFIXES
 from lingua.data.stages import is_disk_full, need_space
-from lingua.files import DISK, Files, RunError, read_json, write_json
+from lingua.files import DISK, Files, RunError, make_folders, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def fetch(
             f"no data set {dataset!r}; there are {', '.join(sorted(DATASETS))}, and any name with --source FOLDER"
         )
     snapshot = _recorded(folder, revision) or _resolve(dataset, revision or "main", sleep)
-    files.mkdir(folder)
+    make_folders(folder, files=files)
     if snapshot.complete:
         cut = [f.path for f in snapshot.files if not _has_size(folder / f.path, f.n_bytes)]
         if not cut:

@@ -48,7 +48,7 @@ from lingua.data.shuffle import (
     write_output,
 )
 from lingua.data.stages import Progress, available_bytes, disk_of, each, need_space, rss_bytes
-from lingua.files import DISK, Files, RunError, human_bytes, read_json, write_json
+from lingua.files import DISK, Files, RunError, human_bytes, make_folders, read_json, write_json
 from lingua.runlock import OccupiedError, RunLock
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _finished_copy(job: Job) -> dict[str, Any] | None:
 def _make(job: Job, progress: Progress, sleep: Callable[[float], None], files: Files) -> dict[str, Any]:
     root, recipe = _inputs(job, progress, sleep, files)
     with disk_of(job.out, "--data_dir"):
-        files.mkdir(job.out)
+        make_folders(job.out, files=files)
         try:
             recorded = read_json(job.out / _STATE)
         except FileNotFoundError:
@@ -387,7 +387,7 @@ def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
     root = _scratch_root(job)
     folder = root / xxhash.xxh3_64_hexdigest(orjson.dumps(recipe))
     with disk_of(root, "--tmp_dir"):
-        files.mkdir(root)
+        make_folders(root, files=files)
         facts = root.lstat()
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():  # /tmp belongs to everybody
             raise RunError(f"{root} belongs to somebody else; choose another --tmp_dir")
@@ -395,7 +395,7 @@ def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
         for other in root.iterdir():
             if other != folder:
                 files.remove_tree(other)
-        files.mkdir(folder)
+        make_folders(folder, files=files)
     return folder
 
 
@@ -410,7 +410,7 @@ def _sweep(job: Job, files: Files) -> None:
 
 def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progress, files: Files) -> None:
     """Copy the result; each file gets its name only after it was read back from the target and is right."""
-    files.mkdir(target)
+    make_folders(target, files=files)
     for left in target.glob(".*.tmp*"):
         files.remove(left)
     if stray := stray_files(target, set(manifest["files"])):

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.mark.ranks
+@pytest.mark.soak
 def test_the_same_script_runs_without_slurm_and_goes_on(tmp_path: Path):
     run_dir = tmp_path / "it's; `exit`\n100%"
     words = [*TINY, "steps=100000", f"dump_dir={json.dumps(str(run_dir))}", "launcher.gpus=2"]
