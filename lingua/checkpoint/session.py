@@ -11,7 +11,7 @@ import errno
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import orjson
 
@@ -115,22 +115,24 @@ class Events:
 
     def read(self) -> list[dict[str, Any]]:
         """What was said since the last time."""
-        lines: list[bytes] = []
-        inode = _facts(self.path)[0]
-        if inode != self._inode:
-            if self._inode is not None and _facts(self._before)[0] == self._inode:
-                lines = self._rest_of(self._before)
-            self._inode, self._offset = inode, 0
-        lines += self._rest_of(self.path)
-        return [orjson.loads(line) for line in lines]
-
-    def _rest_of(self, path: Path) -> list[bytes]:
         try:
-            with path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
+            file = self.path.open("rb")
         except FileNotFoundError:
             return []
+        with file:
+            lines: list[bytes] = []
+            inode = os.fstat(file.fileno()).st_ino  # of what is read, whatever the name means by now
+            if inode != self._inode:
+                if self._inode is not None and _facts(self._before)[0] == self._inode:
+                    with self._before.open("rb") as before:
+                        lines = self._rest_of(before)
+                self._inode, self._offset = inode, 0
+            lines += self._rest_of(file)
+        return [orjson.loads(line) for line in lines]
+
+    def _rest_of(self, file: BinaryIO) -> list[bytes]:
+        file.seek(self._offset)
+        content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
         return whole.splitlines()
