@@ -372,6 +372,7 @@ def test_slots_stay_allocated_and_those_not_wanted_any_more_do_not(tmp_path: Pat
 # -- what goes wrong -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_service_killed_at_any_operation_is_replaced(tmp_path: Path, shm: Path):
     with Services() as services:
         save_twice(tmp_path / "calm", shm, services)

@@ -204,7 +204,10 @@ def count_disk_operations() -> int:
 N_DISK = count_disk_operations()
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+ALSO = [pytest.param(error, marks=pytest.mark.soak) for error in (errno.EDQUOT, errno.EROFS)]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, *ALSO])
 @pytest.mark.parametrize("lasting", [False, True])
 def test_failing_at_every_operation(error: int, lasting: bool) -> None:
     assert N_DISK > 45
@@ -550,6 +553,7 @@ def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.soak
 def test_500_saves_grow_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lingua.checkpoint.service.log.disabled", True)  # pytest keeps every line
     start = started(world)
