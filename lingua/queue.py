@@ -6,9 +6,11 @@ Cost: one `squeue` for all jobs, one `sacct` for a job that has left the queue; 
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from lingua.files import RunError
+from lingua.slurm import run_command
 
 PATIENCE_S = 5.0
 Ask = Callable[[Sequence[str]], str | None]
@@ -37,10 +39,9 @@ class Job:
 def ask_slurm(words: Sequence[str]) -> str | None:
     """Output of a Slurm command; None where there is none or it failed."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-    except (OSError, subprocess.TimeoutExpired):
+        return run_command(words, timeout_s=PATIENCE_S)
+    except (OSError, RunError):
         return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def jobs_in_queue(ask: Ask = ask_slurm) -> dict[str, Job]:

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lingua.failure import KINDS
 from lingua.runfolder import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE
 
 EXIT_BAD_CONFIG = 2
 _KILLED_BY_SIGTERM = 128 + signal.SIGTERM  # a rank that had only begun to import
-# Kinds of failure that the same command meets again, as stop.json names them.
-HOPELESS = ("config", "setup", "data", "nan", "oom", "disk_full", "occupied")
+HOPELESS = tuple(kind for kind, facts in KINDS.items() if not facts.restart_may_help)
+"""Kinds of failure that the same command meets again, as stop.json names them."""
 
 
 @dataclass(frozen=True)

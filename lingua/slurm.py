@@ -181,14 +181,14 @@ def expand_hosts(node_list: str) -> list[str]:
 Runner = Callable[[Sequence[str]], str]
 
 
-def run_command(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
     """Output of a Slurm command. Raises RunError with its own words."""
     try:
-        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
     except FileNotFoundError:
         raise RunError(f"there is no {words[0]} on this machine; run this where Slurm is, or add --local") from None
     except subprocess.TimeoutExpired:
-        raise RunError(f"{words[0]} gave no answer within 120 s; the controller may be down") from None
+        raise RunError(f"{words[0]} gave no answer within {timeout_s:.0f} s; the controller may be down") from None
     if done.returncode:
         raise RunError(f"{' '.join(words[:2])} was refused: {(done.stderr or done.stdout).strip()}")
     return done.stdout

@@ -75,6 +75,20 @@ class FaultyFiles(Files):
         raise OSError(self.error, os.strerror(self.error), name)
 
 
+class FrozenFiles(FaultyFiles):
+    """A disk whose user is frozen before operation `fail_at`, and wakes up after a newer start has begun."""
+
+    def __init__(self, fail_at: int, newer_start: Callable[[], None]) -> None:
+        super().__init__(fail_at)
+        self._newer_start = newer_start
+
+    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        self.n_done += 1
+        if self.n_done == self.fail_at:
+            self._newer_start()
+        return operation(*args)
+
+
 class KillFiles(FaultyFiles):
     """A disk at whose n-th operation the process dies at once; for forked processes."""
 

@@ -26,7 +26,7 @@ from lingua.checkpoint.ranks import Ranks, node_of, raise_if
 from lingua.checkpoint.session import Events, Session, write_session
 from lingua.checkpoint.slots import SERVICE_LOCK, TRAINER_LOCK, Save, Slot, State, make_region
 from lingua.files import DISK, Files, ProcessLock, RunError
-from lingua.runlock import Owner
+from lingua.runlock import Owner, this_process
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +189,8 @@ class Courier:
             if lock.take(shared=True) and lock.is_current():
                 self._lock = lock
                 facts = self.region.folder.stat()
-                boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-                return socket.gethostname(), boot_id, facts.st_dev, facts.st_ino
+                me = this_process()
+                return me.host, me.boot_id, facts.st_dev, facts.st_ino
             lock.close()
             self._sleep(LOOK_S)
 

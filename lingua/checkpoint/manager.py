@@ -116,7 +116,7 @@ class CheckpointManager:
         if not id_file.exists():
             write_whole(id_file, secrets.token_hex(8))
         done = layout.done_steps(self.root)
-        newest = (done[-1], publish.mark_facts(self.root, done[-1]).get("incarnation", 0)) if done else (-1, 0)
+        newest = (done[-1], publish.incarnation_of(self.root, done[-1])) if done else (-1, 0)
         return self._lock.incarnation if self._lock else 0, id_file.read_text(), newest
 
     def _open_passage(self) -> None:

@@ -218,6 +218,11 @@ def mark_facts(root: Path, step: int) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def incarnation_of(root: Path, step: int) -> int:
+    """Which start published a step; 0 where its mark is damaged."""
+    return mark_facts(root, step).get("incarnation", 0)
+
+
 def _parse_manifest(folder: Path, content: bytes) -> Manifest:
     try:
         listed = orjson.loads(content)["files"]

@@ -213,7 +213,7 @@ class Service:
         target = job.session.target()
         try:
             if drain.is_published(job.save, target, files=self._files):
-                return job.save.node == 0 and _incarnation_of(target.root, job.save.step) == target.incarnation
+                return job.save.node == 0 and publish.incarnation_of(target.root, job.save.step) == target.incarnation
             with drain.at_work(target, job.save, files=self._files):
                 return self._write_and_publish(job, target)
         except (OSError, DamagedError, NodeMissingError) as error:
@@ -395,7 +395,7 @@ class Service:
             return True
         root = Path(session.root)
         newest = max(layout.done_steps(root), default=-1)
-        return save.step > newest and (newest < 0 or _incarnation_of(root, newest) <= save.incarnation)
+        return save.step > newest and (newest < 0 or publish.incarnation_of(root, newest) <= save.incarnation)
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)
@@ -418,11 +418,6 @@ class Service:
                     log.error("cannot tell the ranks %s: %s", self._unsaid[0], error)
                     return  # until the next pass
                 self._unsaid.popleft()
-
-
-def _incarnation_of(root: Path, step: int) -> int:
-    """Which start published a step."""
-    return publish.mark_facts(root, step).get("incarnation", 0)
 
 
 # -- the process ---------------------------------------------------------------------------------------------------

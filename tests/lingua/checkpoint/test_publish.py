@@ -8,16 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lingua.checkpoint import layout, publish, retention
 from lingua.checkpoint.publish import DamagedError
 from lingua.files import DISK, Files, RunError, read_json, write_json
-from tests.fakes import NEEDS_ROOM, OPERATIONS, FaultyFiles, KillFiles
+from tests.fakes import NEEDS_ROOM, OPERATIONS, FaultyFiles, FrozenFiles, KillFiles
 from tests.ranks import exit_code_of
 
 NAMES = ("model.00000.distcp", "optim.00000.distcp", "train_state.00000.json")
@@ -198,20 +196,6 @@ def test_an_unmarked_folder_is_set_aside_not_deleted(tmp_path: Path) -> None:
     write(root, 2, 2, DISK)
     assert (root / "0000000002.unmarked-1").is_dir()
     assert intact(root, 2)
-
-
-class FrozenFiles(FaultyFiles):
-    """A disk whose user is frozen before operation `fail_at`, and wakes up after a newer start has begun."""
-
-    def __init__(self, fail_at: int, newer_start: Callable[[], None]) -> None:
-        super().__init__(fail_at)
-        self._newer_start = newer_start
-
-    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        self.n_done += 1
-        if self.n_done == self.fail_at:
-            self._newer_start()
-        return operation(*args)
 
 
 def test_a_writer_that_wakes_up_after_a_newer_start_changes_nothing(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lingua.checkpoint.service import SILENT_S, Candidate, Service, next_to_drai
 from lingua.checkpoint.session import write_session
 from lingua.checkpoint.slots import SERVICE_LOCK, Slot, base, make_region
 from lingua.files import Buffer, Files, write_json
-from tests.fakes import Clock, FaultyFiles
+from tests.fakes import Clock, FrozenFiles
 from tests.slotted import DiskFiles, Start, World, a_rank_lives, fast_place, names_of, serve
 
 LONG_S = 60.0
@@ -442,20 +442,6 @@ def test_pins_that_cannot_be_read_keep_everything(world: World) -> None:
 
 
 # -- a newer start -------------------------------------------------------------------------------------------------
-
-
-class FrozenFiles(FaultyFiles):
-    """The service is frozen before its n-th operation and wakes up after a newer start has begun elsewhere."""
-
-    def __init__(self, fail_at: int, newer_start: Callable[[], None]) -> None:
-        super().__init__(fail_at)
-        self._newer_start = newer_start
-
-    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        self.n_done += 1
-        if self.n_done == self.fail_at:
-            self._newer_start()
-        return operation(*args)
 
 
 def test_a_service_that_wakes_up_after_a_newer_start_changes_nothing() -> None:
