@@ -57,6 +57,8 @@ GRACE_RESERVE_S = 3.0
 """Left of a preemption's grace at that moment: at its end Slurm requeues by itself, where it is set up to."""
 NODE_CHECK = "lingua.node_check"
 SERVICE = "lingua.checkpoint.service"
+RANKS_STEP, SERVICE_STEP = "ranks", "service"
+"""Names of the job's steps, as `squeue --steps` shows them."""
 SERVICE_WAIT_S = 600.0
 """For the first rank: longer than torch takes to be imported from a slow shared disk."""
 
@@ -159,7 +161,7 @@ def ranks_command(job: Job) -> list[str]:
     n_local = job.n_ranks // slurm.n_nodes
     cpus = (slurm.cpus_per_task or 1) * (n_local if per_node else 1)
     return [
-        *_srun(job, "%t"),
+        *_srun(job, RANKS_STEP, "%t"),
         "--kill-on-bad-exit=0",  # a rank that is through must not end one that still saves
         f"--wait={PATIENCE_S:.0f}",
         f"--ntasks={slurm.n_nodes if per_node else job.n_ranks}",
@@ -200,12 +202,13 @@ def service_command(job: Job) -> list[str] | None:
     share = ["--overlap", "--mem=0", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
     serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm]
     # Ranks come once per start of a job: to linger for others would cost its grace.
-    return [*_srun(job, "service.%n"), *share, *serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"]
+    return [*_srun(job, SERVICE_STEP, "service.%n"), *share, *serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"]
 
 
-def _srun(job: Job, name: str) -> list[str]:
+def _srun(job: Job, step: str, log_name: str) -> list[str]:
     logs = str(job.run_dir / RANK_LOGS).replace("%", "%%")
-    return ["srun", "--export=ALL", "--input=none", "--open-mode=append", f"--output={logs}/%j.{name}.out"]
+    output = ["--open-mode=append", f"--output={logs}/%j.{log_name}.out"]
+    return ["srun", f"--job-name={step}", "--export=ALL", "--input=none", *output]
 
 
 def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
