@@ -145,9 +145,8 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
 def leave(exit_code: int) -> NoReturn:
     """End this process at once, for a `main` that has closed whatever it opened.
 
-    To take an interpreter with torch apart costs a second of CPU per rank, and a node's ranks are more than its idle
-    cores: 1.1 s from stop.json to the end of two ranks on two idle cores, 10 s on busy ones; like this 0.2 s. A job in
-    its grace has better use for them.
+    To take an interpreter with torch apart costs a second of CPU per rank, which a job in its grace may not have: from
+    stop.json to the end of two ranks it was 1.1 s on two idle cores and 10 s on busy ones; like this 0.2 s.
     """
     atexit._run_exitfuncs()  # what packages ask for: logging, wandb, multiprocessing
     for stream in (sys.stdout, sys.stderr):

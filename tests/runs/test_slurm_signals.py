@@ -7,7 +7,9 @@ from pathlib import Path
 import orjson
 import pytest
 
+from lingua.drill import step_of
 from lingua.files import read_json
+from lingua.job import SERVICE_STEP
 from tests.checkout import Checkout, tiny, undisturbed
 from tests.slurm_cluster import until
 from tests.trainer import fingerprint, losses, published, train
@@ -20,7 +22,9 @@ LONG = 100_000
 
 def preempt(checkout: Checkout, job_id: str, starts: int) -> None:
     """A job of the partition `high` takes the nodes for a moment; returns when `job_id` has been requeued."""
-    node = checkout.cluster.job(job_id)["NodeList"]
+    facts = checkout.cluster.job(job_id)
+    node = facts["NodeList"]
+    assert facts["JobState"] == "RUNNING", facts
     words = ["--partition=high", f"--nodelist={node}", "--gpus-per-node=8", "--output=/dev/null", "--wrap=true"]
     checkout.cluster.sbatch(*words, cwd=checkout.home)
     until(lambda: checkout.cluster.job(job_id)["Restarts"] == str(starts), f"requeue {starts} of job {job_id}")
@@ -46,10 +50,13 @@ def test_preempted_three_times_and_bitwise_equal(checkout: Checkout, tmp_path: P
 def test_a_service_step_saves_what_preemption_left_in_memory_and_may_be_killed(
     checkout: Checkout, tmp_path: Path, shm: Path
 ):
-    """With async_save_mode shm: the service is a step before that of the ranks; both ends of a job are published."""
+    """With async_save_mode shm: the service is a step before that of the ranks; both ends of a job are published.
+
+    With grace_s so short the ranks leave as soon as all is in memory: the batch script waits for the service.
+    """
     steps = 1000
     words = tiny("staged", steps, "checkpoint.dump.every=50", "checkpoint.async_save_mode=shm")
-    words += [f"checkpoint.shm_path={shm}", "launcher.tasks_per_node=per_node"]
+    words += [f"checkpoint.shm_path={shm}", "checkpoint.grace_s=5", "launcher.tasks_per_node=per_node"]
     job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
     run_dir = checkout.run_dir("staged")
     step = checkout.wait_for_step("staged", 60)
@@ -57,7 +64,8 @@ def test_a_service_step_saves_what_preemption_left_in_memory_and_may_be_killed(
     preempt(checkout, job_id, 1)
     assert published(run_dir)[-1] >= step, "the batch script waits for the service"
     checkout.wait_for_step("staged", published(run_dir)[-1] + 20)
-    checkout.cluster.run("scancel", "--signal=KILL", f"{job_id}.0")
+    listed = checkout.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i|%j")
+    checkout.cluster.run("scancel", "--signal=KILL", step_of(listed, SERVICE_STEP) or f"no service in {listed}")
     checkout.finish(job_id)
     assert train(undisturbed(tmp_path / "calm", steps, "checkpoint.dump.every=50"), n_ranks=2).exit_code == 0
     assert fingerprint(run_dir, steps) == fingerprint(tmp_path / "calm", steps)
