@@ -58,6 +58,8 @@ ASK_S = 1.0
 """Between two questions to Slurm's controller."""
 SETTLED_S = 5.0
 """A job that is over for so long does not come back: what is requeued passes through such states."""
+END_WITHIN_S = 300.0
+"""A cancelled job that is not over by then has come back: longer than any KillWait."""
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -189,8 +191,8 @@ class OnSlurm:
     ) -> None:
         self._run, self._now, self._sleep = run, now, sleep
         self._job_id = ""
-        self._asked_s = self._over_since_s = float("-inf")
-        self._is_over = False
+        self._asked_s = float("-inf")
+        self._over_since_s = float("inf")
 
     def start(self, line: CommandLine, base_dir: Path) -> None:
         with contextlib.redirect_stdout(sys.stderr):
@@ -198,7 +200,7 @@ class OnSlurm:
 
     def _submit(self, words: Sequence[str], env: Mapping[str, str]) -> str:
         answer = self._run(words, env=env)
-        self._job_id, self._is_over, self._asked_s = answer.strip().partition(";")[0], False, self._now()
+        self._job_id, self._over_since_s = answer.strip().partition(";")[0], float("inf")
         return answer
 
     def strike(self, kind: str, run_dir: Path) -> str:
@@ -221,15 +223,10 @@ class OnSlurm:
 
     def is_over(self) -> bool:
         now_s = self._now()
-        if now_s - self._asked_s < ASK_S:
-            return self._is_over
-        self._asked_s = now_s
-        if self._state() not in OVER:
-            self._over_since_s = float("inf")
-        elif self._over_since_s == float("inf"):
-            self._over_since_s = now_s
-        self._is_over = now_s - self._over_since_s > SETTLED_S
-        return self._is_over
+        if now_s - self._asked_s >= ASK_S:
+            self._asked_s = now_s
+            self._over_since_s = min(self._over_since_s, now_s) if self._state() in OVER else float("inf")
+        return now_s - self._over_since_s > SETTLED_S
 
     def _state(self) -> str:
         try:
@@ -240,11 +237,11 @@ class OnSlurm:
 
     def end(self) -> bool:
         self._run(["scancel", self._job_id])
-        self._over_since_s = float("inf")
+        until_s = self._now() + END_WITHIN_S
         while not self.is_over():
-            self._sleep(ASK_S)
-            if self._state() in ("RUNNING", "PENDING"):
+            if self._now() > until_s:
                 return False
+            self._sleep(ASK_S)
         return self._state() == "CANCELLED"
 
     def close(self) -> None:
