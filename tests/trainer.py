@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch._inductor  # noqa: F401 - `deterministic` imports it: seconds, here once for all forks
 
 from apps.main.build import Run
 from apps.main.train import main
@@ -120,11 +121,17 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def kill(self) -> None:
+        """Kill -9 what has not been waited for."""
         for pid in self._running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for pid in self._running:
             os.waitpid(pid, 0)
+        self._running.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
         self._said.close()
 
 
