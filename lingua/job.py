@@ -9,6 +9,8 @@ ranks: signals are theirs, it only notes that they came. It requeues by `requeue
 being cancelled. With RESERVE_S left of the time limit it requeues a job whose ranks still run: late is lost.
 Cost: half a second per start; no torch. `hold` sleeps in between.
 
+A job file lies in <run>/jobs, or in the folder `tasks` of a sweep, whose points share one frozen code.
+
     <run>/code/               the code
           jobs/4711.yaml      the config, resolved       jobs/4711.json    words typed, places of the values
           jobs/4711.tries.json                           failed starts in a row, nodes to avoid
@@ -68,15 +70,20 @@ def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
     run_dir = make_folder(Path(checked.args.dump_dir).absolute(), "dump_dir")
     freeze_code(tree, run_dir, again="refreeze" in line.flags)
     job_file = make_folder(run_dir / JOBS, "dump_dir") / f"{key}.json"
+    write_job(checked, line, job_file)
+    return job_file
+
+
+def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
+    """A checked config as a job file, with the YAML beside it."""
     facts = {
-        "typed": [line.config, *(f"+{overlay}" for overlay in line.overlays), *line.overrides],
+        "typed": line.typed,
         "accept_change": "accept-change" in line.flags,
         "n_ranks": checked.resolved.world_size,
         "origins": checked.composed.origins(),
     }
     write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
     write_json(job_file, facts)
-    return job_file
 
 
 def begin(env: Mapping[str, str]) -> int:
@@ -131,7 +138,7 @@ def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     accepted = ["--accept-change"] if facts["accept_change"] else []
     checkpoint = tree.get("checkpoint", {})
     return Job(
-        run_dir=job_file.parents[1],
+        run_dir=Path(tree["dump_dir"]).absolute(),
         app=tree["app"],
         launcher=launcher,
         n_ranks=allocation.n_tasks if allocation else facts["n_ranks"],
@@ -206,7 +213,8 @@ def _srun(job: Job, name: str) -> list[str]:
 def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
     """Where the ranks meet, and what the config sets and unsets."""
     n_nodes = job.allocation.n_nodes if job.allocation else 1
-    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(free_port(job.name))}
+    seed = job.name if job.allocation else str(job.run_dir)
+    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(free_port(seed))}
     taken = {*job.launcher.env.unset, "SLURM_GPU_BIND"}  # a site's default would bind GPUs to tasks
     kept = {name: value for name, value in env.items() if name not in taken}
     return {**kept, **wanted, **job.launcher.env.set}
@@ -313,16 +321,17 @@ class Holder:
         if verdict.requeue:
             tries = self._tries()
             avoid = sorted({*tries.get("avoid", []), *(outcome.stop or {}).get("bad_nodes", [])})
+            make_folder(self.tries_file.parent, "dump_dir")
             write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
             try:
-                requeue(self.job.name, avoid)
+                requeue(self.job.allocation.address, avoid)
             except RunError as error:  # no right to, or no batch job: its exit code still says what it wants
                 log.error("%s", error)
         return verdict.exit_code
 
     def _state(self) -> JobState:
         try:
-            return job_state(self.job.name) if self.job.allocation else JobState("RUNNING")
+            return job_state(self.job.allocation.address) if self.job.allocation else JobState("RUNNING")
         except RunError as error:
             log.warning("%s", error)
             return JobState("UNKNOWN")
