@@ -33,6 +33,7 @@ _MAX_LEGEND = 24
 _LOG_FROM = 8
 """A logarithmic axis where the largest value is so many times the smallest."""
 _BAD, _OPEN = "#c1121f", "#7a7a7a"
+_WORDS = {"new": "never ran"}
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -43,36 +44,53 @@ _STYLES = ("-", "--", ":", "-.")
 class Layout:
     """Which key is the horizontal axis, and what tells the lines in the picture apart."""
 
-    x: str | None
-    """None: no swept key is a number, so the points stand side by side."""
+    x: str
+    is_number: bool
+    """Otherwise its values stand side by side."""
     is_log: bool
     series: tuple[str, ...]
-    """Keys that take several values at one place of x."""
+    """Keys that take several values at one place of x. Seeds are dots of one line, which goes through their mean."""
 
 
 def layout_of(keys: Sequence[str], points: Sequence[Mapping[str, Any]]) -> Layout:
-    """A learning rate is the horizontal axis, else the first key whose values are numbers."""
-    numeric = [key for key in keys if all(_is_number(point[key]) for point in points) and _n_values(key, points) > 1]
-    x = next((key for key in numeric if _is_rate(key)), numeric[0] if numeric else None)
-    if x is None:
-        return Layout(None, False, ())
-    values = [point[x] for point in points]
-    is_log = min(values) > 0 and (_is_rate(x) or max(values) / min(values) >= _LOG_FROM)
-    others = [key for key in keys if key != x]
-    at_x = [[point for point in points if point[x] == value] for value in dict.fromkeys(values)]
-    return Layout(x, is_log, tuple(key for key in others if any(_n_values(key, group) > 1 for group in at_x)))
+    """A learning rate is the horizontal axis, else the first key of numbers, else the first; a seed if nothing else."""
+    wanted = sorted(keys, key=lambda key: (_ends(key, "seed"), not _is_numeric(key, points), not _ends(key, "lr")))
+    x, values = wanted[0], [point[wanted[0]] for point in points]
+    is_number = _is_numeric(x, points)
+    is_log = is_number and min(values) > 0 and (_ends(x, "lr") or max(values) / min(values) >= _LOG_FROM)
+    at_x = [[point for point in points if repr(point[x]) == text] for text in dict.fromkeys(map(repr, values))]
+    others = [key for key in keys if key != x and not _ends(key, "seed")]
+    return Layout(x, is_number, is_log, tuple(key for key in others if any(_n_values(key, at) > 1 for at in at_x)))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def places_of(layout: Layout, points: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of each point, where it stands on the horizontal axis."""
+    values = [point[layout.x] for point in points]
+    if layout.is_number:
+        return values
+    order = list(dict.fromkeys(map(repr, values)))
+    return [float(order.index(repr(value))) for value in values]
 
 
-def _is_rate(key: str) -> bool:
-    return key.rpartition(".")[2] == "lr"
+def _is_numeric(key: str, points: Sequence[Mapping[str, Any]]) -> bool:
+    numbers = all(isinstance(point[key], int | float) and not isinstance(point[key], bool) for point in points)
+    return numbers and _n_values(key, points) > 1
+
+
+def _ends(key: str, name: str) -> bool:
+    return key.rpartition(".")[2] == name
 
 
 def _n_values(key: str, points: Sequence[Mapping[str, Any]]) -> int:
     return len({repr(point[key]) for point in points})
+
+
+def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(x, mean of y) of dots, by x."""
+    at: dict[float, list[float]] = {}
+    for x, y in dots:
+        at.setdefault(x, []).append(y)
+    return [(x, sum(ys) / len(ys)) for x, ys in sorted(at.items())]
 
 
 def thinned(curve: Curve, n_wanted: int = _MAX_DOTS) -> tuple[list[float], list[float]]:
@@ -91,22 +109,25 @@ def highest_shown(curves: Sequence[Curve]) -> float | None:
 # -- the picture ---------------------------------------------------------------------------------------------------
 
 
-def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]]) -> Figure:
-    """Left: the ranking figure of the finished points. Right: all curves."""
+def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: bool = True) -> Figure:
+    """Left: the ranking figure of the finished points. Right: all curves. `titled`: it stands alone."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     points = [point for point, _ in read]
     layout = layout_of(sweep.keys, sweep.points)
-    colors = _colors(layout, points)
+    places = dict(zip(sweep.numbers, places_of(layout, sweep.points), strict=True))
+    colors = _colors(places)
     with rc_context(_LOOK):
-        figure = Figure(figsize=(13, 5.2), dpi=_DPI, layout="constrained")
+        figure = Figure(figsize=(13, 5.2), dpi=_DPI)
+        figure.set_layout_engine("constrained", w_pad=0.1, wspace=0.05)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        _draw_figures(left, layout, points, colors)
+        _draw_figures(left, layout, points, places, colors)
         _draw_curves(right, layout, read, colors)
-        figure.suptitle(_headline(sweep, points), x=0.008, ha="left", fontsize=12, weight="bold")
         missing = list(_unfinished(points))
-        if missing:
+        if titled:
+            figure.suptitle(_headline(sweep, points), x=0.008, ha="left", fontsize=12, weight="bold")
+        if titled and missing:
             figure.supxlabel("\n".join(missing), x=0.008, ha="left", fontsize=8.5, color=_BAD)
     return figure
 
@@ -130,7 +151,8 @@ def _headline(sweep: Sweep, points: Sequence[PointStatus]) -> str:
     if best is None:
         return told
     figure = getattr(best, ranked_by(points))
-    return f"{told}; best: point {best.point}, {_shortened(label(best.values))}, {figure:.4f}"
+    what = ranked_by(points).replace("_", "-")
+    return f"{told}; best: point {best.point}, {_shortened(label(best.values))}, {what} {figure:.4f}"
 
 
 def _unfinished(points: Sequence[PointStatus], n_shown: int = 6) -> Iterator[str]:
@@ -147,101 +169,92 @@ def _how(point: PointStatus) -> str:
     at = f" at step {point.step:,}" if point.step else ""
     if point.cause:
         return f"{point.state}{at}: {point.cause}"
-    return {"new": "never ran"}.get(point.state, f"is {point.state}{at}")
+    return _WORDS.get(point.state, f"is {point.state}{at}")
 
 
 def _shortened(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _colors(layout: Layout, points: Sequence[PointStatus]) -> dict[int, Any]:
-    """Of each point: dark for the smallest value of x, light for the largest."""
+def _colors(places: Mapping[int, float]) -> dict[int, Any]:
+    """Of each point: dark for the smallest place, light for the largest."""
     from matplotlib import colormaps
 
-    places = [point.values[layout.x] if layout.x else point.point for point in points]
-    order = sorted(dict.fromkeys(places))
-    scale = colormaps["viridis"]
-    return {
-        point.point: scale(0.88 * order.index(place) / max(1, len(order) - 1))
-        for point, place in zip(points, places, strict=True)
-    }
+    order, scale = sorted(set(places.values())), colormaps["viridis"]
+    return {number: scale(0.88 * order.index(place) / max(1, len(order) - 1)) for number, place in places.items()}
 
 
 def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[PointStatus]]:
-    """Points by what tells their lines apart, in order of x."""
+    """Points by what tells their lines apart."""
     found: dict[str, list[PointStatus]] = {}
-    x = layout.x
-    for point in points if x is None else sorted(points, key=lambda point: point.values[x]):
+    for point in points:
         found.setdefault(label({key: point.values[key] for key in layout.series}), []).append(point)
     return found
 
 
-def _draw_figures(axes: Axes, layout: Layout, points: Sequence[PointStatus], colors: Mapping[int, Any]) -> None:
+def _draw_figures(
+    axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float], colors: Mapping[int, Any]
+) -> None:
     """The figure of each finished point over its place."""
     field, best = ranked_by(points), best_of(points)
-    place = {point.point: point.values[layout.x] if layout.x else point.point for point in points}
     finished = [p for p in points if p.state == "finished" and getattr(p, field) is not None]
     series = _series(layout, points)
     for style, (name, line) in zip(_cycled(_STYLES, len(series)), series.items(), strict=True):
-        done = [point for point in line if point in finished]
-        xs, ys = [place[p.point] for p in done], [getattr(p, field) for p in done]
-        if layout.x is not None:
+        dots = [(places[p.point], getattr(p, field)) for p in line if p in finished]
+        if layout.is_number or layout.series:
+            xs, ys = zip(*mean_line(dots), strict=True) if dots else ((), ())
             axes.plot(xs, ys, style, color="#9a9a9a", linewidth=1.2, zorder=2, label=name or None)
-        axes.scatter(xs, ys, s=46, c=[colors[p.point] for p in done], zorder=3)
+    for point in finished:
+        axes.scatter(places[point.point], getattr(point, field), s=46, color=colors[point.point], zorder=3)
     if best is not None:
-        x, y = place[best.point], getattr(best, field)
+        x, y = places[best.point], getattr(best, field)
         axes.scatter([x], [y], s=230, facecolors="none", edgecolors="black", linewidths=1.6, zorder=4)
-        text = f"best: {y:.4f}"
-        axes.annotate(text, (x, y), (0, 14), textcoords="offset points", ha="center", weight="bold", fontsize=9.5)
-    for point in points:
-        if point not in finished:
-            _mark_missing(axes, point, place[point.point])
-    axes.margins(0.12, 0.16)
-    _title_places(axes, layout, points, place)
+        axes.annotate(
+            f"best: {y:.4f}", (x, y), (0, -12), textcoords="offset points",
+            ha="center", va="top", weight="bold", fontsize=9.5,
+        )  # fmt: skip
+    for place in dict.fromkeys(places.values()):
+        missing = [point for point in points if point not in finished and places[point.point] == place]
+        if missing:
+            _mark_missing(axes, missing, place)
+    axes.margins(0.12, 0.18)
+    _title_places(axes, layout, points, places)
     axes.set_ylabel(AXIS_TITLES[field])
-    axes.set_title("after the last step", fontsize=10.5, loc="left", pad=16)
+    axes.set_title("after the last step", fontsize=10.5, loc="left", pad=18)
     if layout.series and len(series) <= _MAX_LEGEND:
         axes.legend(fontsize=8.5)
 
 
-def _mark_missing(axes: Axes, point: PointStatus, x: float) -> None:
-    """A sign above the upper edge, at the point's place."""
-    open_ = point.busy or point.state == "new"
-    above = axes.get_xaxis_transform()
-    color = _OPEN if open_ else _BAD
-    axes.plot([x], [1.0], marker="o" if open_ else "X", color=color, ms=8, mfc="none" if open_ else color,
+def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
+    """A sign on the upper edge, at the place of points that have no figure."""
+    failed = any(not point.busy and point.state != "new" for point in points)
+    color, above = _BAD if failed else _OPEN, axes.get_xaxis_transform()
+    axes.plot([x], [1.0], marker="X" if failed else "o", color=color, ms=8, mfc=color if failed else "white",
               transform=above, clip_on=False, linestyle="none", zorder=5)  # fmt: skip
+    states = dict.fromkeys(
+        f"{p.state} ({p.kind})" if p.kind and not p.busy else _WORDS.get(p.state, p.state) for p in points
+    )
     axes.annotate(
-        f"{point.state} ({point.kind})" if point.kind and not open_ else point.state,
-        (x, 1.0), (0, 8), xycoords=above, textcoords="offset points", ha="center", fontsize=8, color=color,
+        ",\n".join(states), (x, 1.0), (0, 8), xycoords=above, textcoords="offset points",
+        ha="center", fontsize=8, color=color,
     )  # fmt: skip
 
 
-def _title_places(axes: Axes, layout: Layout, points: Sequence[PointStatus], place: Mapping[int, float]) -> None:
+def _title_places(axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float]) -> None:
     """The horizontal axis: a tick at each swept value."""
     if layout.is_log:
         axes.set_xscale("log")
-    ticks = sorted(dict.fromkeys(place.values()))
-    if layout.x is None:
-        names = [f"{point.point}: {_shortened(label(point.values), 30)}" for point in points]
-        axes.set_xticks(ticks, names, rotation=25, ha="right", fontsize=8.5)
-        axes.set_xlabel("point")
-        return
-    rotated = {"rotation": 30, "ha": "right"} if len(ticks) > 6 else {}
-    axes.set_xticks(ticks, [spell(tick) for tick in ticks], **rotated)
+    names = {places[point.point]: _shortened(spell(point.values[layout.x]), 30) for point in points}
+    crowded = len(names) > 7 or sum(map(len, names.values())) > 50
+    axes.set_xticks(list(names), list(names.values()), **({"rotation": 30, "ha": "right"} if crowded else {}))
     axes.set_xticks([], minor=True)
-    axes.set_xlabel(f"{_meaning(layout.x)}{', logarithmic' if layout.is_log else ''}")
-
-
-def _meaning(key: str) -> str:
-    return f"peak learning rate ({key})" if key == "optim.lr" else key
+    meaning = f"peak learning rate ({layout.x})" if layout.x == "optim.lr" else layout.x
+    axes.set_xlabel(f"{meaning}, log scale" if layout.is_log else meaning)
 
 
 def _draw_curves(
     axes: Axes, layout: Layout, read: Sequence[tuple[PointStatus, Curve]], colors: Mapping[int, Any]
 ) -> None:
-    from matplotlib.ticker import EngFormatter
-
     points = [point for point, _ in read]
     best, series = best_of(points), _series(layout, points)
     styles = dict(zip(series, _cycled(_STYLES, len(series)), strict=True))
@@ -264,12 +277,20 @@ def _draw_curves(
     lowest = min((min(curve.losses) for _, curve in read if curve.losses), default=None)
     if top is not None and lowest is not None and top > lowest:
         axes.set_ylim(lowest - 0.05 * (top - lowest), top + 0.05 * (top - lowest))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(lambda value, _: counted(value))
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel(AXIS_TITLES["loss"])
     axes.set_title("while training (running average)", fontsize=10.5, loc="left", pad=16)
     if 0 < len(axes.get_legend_handles_labels()[0]) <= _MAX_LEGEND:
         axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def counted(n: float) -> str:
+    """2500000000 -> `2.5B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:g}{unit}"
+    return f"{n:g}"
 
 
 def _cycled(styles: Sequence[str], n: int) -> list[str]:
@@ -287,10 +308,10 @@ def write_report(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], folder
         )
     from matplotlib import rc_context
 
-    figure, png, svg = draw(sweep, read), io.BytesIO(), io.StringIO()
+    png, svg = io.BytesIO(), io.StringIO()
     with rc_context(_LOOK):
-        figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
-        figure.savefig(svg, format="svg", metadata={"Date": None})
+        draw(sweep, read).savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
+        draw(sweep, read, titled=False).savefig(svg, format="svg", metadata={"Date": None})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / PNG, png.getvalue(), files=DISK)
@@ -303,7 +324,8 @@ def write_report(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], folder
 def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], svg: str) -> str:
     """The HTML page around a picture."""
     points = [point for point, _ in read]
-    colors, best = _colors(layout_of(sweep.keys, sweep.points), points), best_of(points)
+    places, best = places_of(layout_of(sweep.keys, sweep.points), sweep.points), best_of(points)
+    colors = _colors(dict(zip(sweep.numbers, places, strict=True)))
     names = list(short_names(sweep.keys).values())
     held_out = any(point.held_out is not None for point in points)
     heading = ["point", *names, "state", "step", "loss", "lowest", *(["held-out"] if held_out else []), "run"]
@@ -315,7 +337,9 @@ def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], svg: str) -> s
         headline=html.escape(_headline(sweep, points)),
         command=html.escape("lingua sweep " + " ".join(sweep.typed)),
         picture=picture,
-        heading="".join(f"<th>{html.escape(name)}</th>" for name in heading),
+        heading="".join(
+            f"<th{'' if name in ('state', 'run') else ' class=number'}>{html.escape(name)}</th>" for name in heading
+        ),
         rows=rows,
         note=html.escape(f"loss: {LOSS_IS}; lowest: the lowest it ever was, and at which step")
         + ("; held-out: bits per byte, the mean of the sources" if held_out else ""),
@@ -359,7 +383,8 @@ svg {{ width: 100%; height: auto; margin: 1em 0 }}
 code, pre {{ font: 13px ui-monospace, monospace }} pre {{ white-space: pre-wrap; color: #555; margin: 0 }}
 table {{ border-collapse: collapse }}
 th, td {{ padding: .3em .9em; text-align: left; border-bottom: 1px solid #e4e4e4 }}
-th {{ font-weight: 600 }} .number {{ text-align: right; font-variant-numeric: tabular-nums }}
+th {{ font-weight: 600; white-space: nowrap }}
+th.number, td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
 .best td {{ font-weight: 700; background: #f0f7ee }} .bad {{ color: #c1121f }}
 td i {{ display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em }}
 small, p.note {{ color: #6a6a6a; font-weight: 400 }}
