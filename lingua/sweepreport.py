@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lingua.files import DISK, RunError, write_whole
 from lingua.grid import label, short_names, spell
 from lingua.sweep import Sweep
-from lingua.sweepstatus import LOSS_IS, Curve, PointStatus, best_of, ranked_by
+from lingua.sweepstatus import LOSS_IS, Curve, PointStatus, best_of, ranked_by, told_state
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,6 @@ _MAX_LEGEND = 24
 _LOG_FROM = 8
 """A logarithmic axis where the largest value is so many times the smallest."""
 _BAD, _OPEN = "#c1121f", "#7a7a7a"
-_WORDS = {"new": "never ran"}
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -169,7 +168,11 @@ def _how(point: PointStatus) -> str:
     at = f" at step {point.step:,}" if point.step else ""
     if point.cause:
         return f"{point.state}{at}: {point.cause}"
-    return _WORDS.get(point.state, f"is {point.state}{at}")
+    return told_state(point) if point.state == "new" else f"is {point.state}{at}"
+
+
+def _went_wrong(point: PointStatus) -> bool:
+    return not point.busy and point.state not in ("finished", "new")
 
 
 def _shortened(text: str, length: int = 80) -> str:
@@ -227,13 +230,11 @@ def _draw_figures(
 
 def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
     """A sign on the upper edge, at the place of points that have no figure."""
-    failed = any(not point.busy and point.state != "new" for point in points)
+    failed = any(_went_wrong(point) for point in points)
     color, above = _BAD if failed else _OPEN, axes.get_xaxis_transform()
     axes.plot([x], [1.0], marker="X" if failed else "o", color=color, ms=8, mfc=color if failed else "white",
               transform=above, clip_on=False, linestyle="none", zorder=5)  # fmt: skip
-    states = dict.fromkeys(
-        f"{p.state} ({p.kind})" if p.kind and not p.busy else _WORDS.get(p.state, p.state) for p in points
-    )
+    states = dict.fromkeys(map(told_state, points))
     axes.annotate(
         ",\n".join(states), (x, 1.0), (0, 8), xycoords=above, textcoords="offset points",
         ha="center", fontsize=8, color=color,
@@ -271,7 +272,7 @@ def _draw_curves(
             linewidth=2.6 if is_best else 1.3, zorder=4 if is_best else 3,
             label=_shortened(f"{point.point}: {label(point.values)}{' (best)' if is_best else how}", 48),
         )  # fmt: skip
-        if point.state != "finished" and not point.busy:
+        if _went_wrong(point):
             axes.plot(tokens[-1:], losses[-1:], "X", color=_BAD, ms=7, zorder=5)
     top = highest_shown(finished or [curve for _, curve in read])
     lowest = min((min(curve.losses) for _, curve in read if curve.losses), default=None)
@@ -349,14 +350,13 @@ def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], svg: str) -> s
 
 def _row(sweep: Sweep, point: PointStatus, color: Any, held_out: bool, is_best: bool) -> str:
     swatch = "#" + "".join(f"{round(255 * part):02x}" for part in color[:3])
-    state = f"{point.state} ({point.kind})" if point.kind else point.state
     at = f" <small>at {point.best_step:,}</small>" if point.best_step is not None else ""
     step = "-" if point.step is None else f"{point.step:,}"
     of = "" if point.n_steps is None else f" <small>of {point.n_steps:,}</small>"
     cells = [
         f'<td class="number"><i style="background:{swatch}"></i>{point.point}</td>',
         *(f'<td class="number">{html.escape(spell(point.values[key]))}</td>' for key in sweep.keys),
-        f'<td class="{"bad" if point.state not in ("finished",) and not point.busy else ""}">{html.escape(state)}</td>',
+        f'<td class="{"bad" if _went_wrong(point) else ""}">{html.escape(told_state(point))}</td>',
         f'<td class="number">{step}{of}</td>',
         f'<td class="number">{_figure(point.loss)}</td>',
         f'<td class="number">{_figure(point.best)}{at}</td>',

@@ -213,7 +213,7 @@ def table(sweep: Sweep, points: Sequence[PointStatus]) -> list[str]:
             (
                 str(point.point),
                 *(spell(point.values[key]) for key in sweep.keys),
-                f"{point.state} ({point.kind})" if point.kind else point.state,
+                told_state(point),
                 "-" if point.step is None else f"{point.step:,}",
                 "-" if point.n_steps is None else f"{point.n_steps:,}",
                 _figure(point.loss),
@@ -232,6 +232,12 @@ def table(sweep: Sweep, points: Sequence[PointStatus]) -> list[str]:
         figure = f"{field.replace('_', '-')} {_figure(getattr(best, field))}"
         lines.append(f"best of those finished: point {best.point}, {figure}, {best.run}")
     return lines
+
+
+def told_state(point: PointStatus) -> str:
+    """`failed (nan)`."""
+    state = "never ran" if point.state == "new" else point.state
+    return f"{state} ({point.kind})" if point.kind and not point.busy else state
 
 
 def _figure(value: float | None) -> str:
