@@ -74,6 +74,7 @@ def start(
     what each point asks of Slurm; it is the same for all.
     """
     from lingua.entry import parse_command_line
+    from lingua.slurm import run_command
     from lingua.sweep import make_sweep, plan_sweep
 
     plan = plan_sweep(parse_command_line(words or []), Path.cwd(), at_once)
@@ -82,6 +83,8 @@ def start(
     if dry_run:
         _show_plan(plan, as_json)
         return
+    if not local:
+        run_command(["sbatch", "--version"])  # before anything is written
     sweep = make_sweep(plan, Path.cwd())
     if not as_json:
         _show_points(plan)
@@ -194,7 +197,11 @@ def _start(sweep: Sweep, numbers: list[int], local: bool, as_json: bool) -> None
 
     again = f"`lingua sweep rerun {sweep.folder}` tries it again"
     if local:
-        raise typer.Exit(run_points(sweep, numbers, gpus=gpus_here(), say=lambda text: print(text, flush=True)))
+        stream = sys.stderr if as_json else sys.stdout
+        code = run_points(sweep, numbers, gpus=gpus_here(), say=lambda text: print(text, file=stream, flush=True))
+        if as_json:
+            show_json({"sweep": str(sweep.folder), "points": numbers, "exit_code": code})
+        raise typer.Exit(code)
     try:
         known = submit_points(sweep, numbers)
     except RunError as error:

@@ -60,10 +60,10 @@ def read_axes(tree: Mapping[str, Any], marks: Mapping[Key, Origin], overrides: S
     paired = {key: keys for keys in axes if len(keys) > 1 for key in keys}
     for word in overrides:
         key, _, text = word.partition("=")
-        if key in paired:
-            problems.append(f"{COMMAND_LINE}: {key} is paired in the grid with others of {', '.join(paired[key])}")
         values = _values_of(text)
-        if len(values) > 1:
+        if key in paired:
+            problems.append(f"{COMMAND_LINE}: {key} is one of grid.paired ({', '.join(paired[key])}); change it there")
+        elif len(values) > 1:
             axes[key,] = Axis((key,), tuple((value,) for value in values), (COMMAND_LINE,))
         else:
             axes.pop((key,), None)

@@ -216,8 +216,8 @@ def _same_launcher(checked: Sequence[Any]) -> LauncherArgs:
     for number, launcher in enumerate(launchers, 1):
         if launcher != launchers[0]:
             raise ConfigError(
-                f"point 1 asks for {launchers[0].gpus} GPUs per node and point {number} for {launcher.gpus}, but the "
-                "points are tasks of one job; set launcher.gpus, or start two sweeps"
+                f"points 1 and {number} ask for {launchers[0].gpus} and {launcher.gpus} GPUs per node, but they are "
+                "tasks of one job; set launcher.gpus, or start two sweeps"
             )
     return launchers[0]
 

@@ -222,8 +222,8 @@ def table(sweep: Sweep, points: Sequence[PointStatus]) -> list[str]:
                 f"{point.job} {point.job_state}".strip() or "-",
             )
         )
-    after = len(names) + 1
-    right = (0, *range(after + 1, after + 5 + held_out))
+    state = 1 + len(names)
+    right = (*range(state), *range(state + 1, state + 5 + held_out))
     lines = [*columns(rows, right), "", f"loss: {LOSS_IS}; best: its lowest"]
     if held_out:
         lines.append("held-out: bits per byte, the mean of the sources")
