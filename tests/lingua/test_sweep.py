@@ -101,7 +101,7 @@ def test_a_group_of_configs_is_swept_too(tmp_path: Path):
         (
             ["model.dim=32,33,wide"],
             [
-                "point 2 (dim=33): command line: model: dim 33 is no",
+                "model: dim 33 is not a multiple of n_heads 2",
                 "point 3 (dim=wide): command line: model.dim is 'wide'",
             ],
         ),
@@ -114,7 +114,7 @@ def test_every_point_is_checked_before_anything_is_written(tmp_path: Path, words
         plan(tmp_path / "rates", *words)
     assert len(refused.value.problems) == len(problems), refused.value.problems
     for said, expected in zip(refused.value.problems, problems, strict=True):
-        assert expected.removesuffix(" no") in said
+        assert expected in said
     assert list(tmp_path.iterdir()) == []
 
 
