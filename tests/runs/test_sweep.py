@@ -1,4 +1,4 @@
-"""A sweep without Slurm, from its command to its report: two real runs side by side, one of which fails."""
+"""A sweep without Slurm, from its command to its report: two points, of which one fails before it trains."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ def lingua_sweep(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[in
     return code, said.out, said.err
 
 
-@pytest.mark.ranks
 def test_two_points_side_by_side(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     folder = tmp_path / "it's; `exit` 100%"
-    words = [*TINY, "steps=4", f"dump_dir={json.dumps(str(folder))}", "optim.lr=1e-3,1e9"]
-    command = [sys.executable, "-m", "apps.cli", "sweep", *words, "--local", "--at-once=2"]
+    words = [*TINY, "steps=4", f"dump_dir={json.dumps(str(folder))}", "optim.lr=1e-3,3e-4"]
+    no_second = 'launcher.setup=["[[ $1 != 2 ]] || exit 3"]'
+    command = [sys.executable, "-m", "apps.cli", "sweep", *words, no_second, "--local", "--at-once=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}  # inside an allocation too
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     logs = "\n".join(path.read_text() for path in (folder / "logs").iterdir())
     assert done.returncode == 1, done.stderr + logs
-    assert "point 2 (lr=1e+09) runs; log: " in done.stdout
+    assert "point 2 (lr=0.0003) runs; log: " in done.stdout
     assert "point 1 finished after" in done.stdout
-    assert "point 2 ended with exit code 1 after" in done.stdout
+    assert "point 2 ended with exit code 3 after" in done.stdout
     assert published(folder / "1") == [4]
 
     code, out, _ = lingua_sweep(capsys, "status", folder, "--json")
     first, second = json.loads(out)["points"]
     assert (code, first["state"], first["step"], first["values"]) == (0, "finished", 4, {"optim.lr": 1e-3})
-    assert (second["state"], second["kind"], second["busy"]) == ("failed", "nan", False)
+    assert (second["state"], second["step"], second["busy"]) == ("new", None, False)
     assert "best of those finished: point 1" in lingua_sweep(capsys, "status", folder)[1]
 
     code, out, _ = lingua_sweep(capsys, "rerun", folder, "--local", "--dry-run")
-    assert (code, out.count("\n")) == (0, 1)
-    assert out.startswith("point 2 (lr=1e+09): failed (nan: NonFiniteError")
-    code, _, err = lingua_sweep(capsys, "rerun", folder, "--skip=nan")
-    assert (code, err) == (1, "error: nothing to start again: of 2 points 1 finished, 1 failed\n")
+    assert (code, out) == (0, "point 2 (lr=0.0003): never ran\n")
+    code, _, err = lingua_sweep(capsys, "rerun", folder, "1", "--local")
+    assert (code, err) == (1, "error: point 1 is finished, so it is not started again\n")
 
     code, out, _ = lingua_sweep(capsys, "report", folder)
     assert code == 0
     assert out.splitlines()[-2:] == [str(folder / "report.html"), str(folder / "report.png")]
-    assert "point 2 (lr=1e+09) failed at step" in (folder / "report.html").read_text()
+    assert "point 2 (lr=0.0003) never ran" in (folder / "report.html").read_text()
 
     monkeypatch.chdir(ROOT)
     code, _, err = lingua_sweep(capsys, *words)
