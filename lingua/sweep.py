@@ -155,6 +155,7 @@ def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) ->
     lines = [replace(base, point=_completed(point, i, folder, args)) for i, point in enumerate(points, 1)]
     values = [{key: value for key, (value, _) in point.items()} for point in points]
     checked = _check(lines, [label(each) for each in values], app_module(app, "check").load)
+    _must_not_share(checked)
     sweep = Sweep(folder, args.name, line.typed, list(values[0]), values, at_once)
     launcher = _same_launcher(checked)
     script = Script(
@@ -209,6 +210,16 @@ def _about(problem: str, numbers: list[int], labels: Sequence[str]) -> str:
         return problem
     more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
     return f"point {numbers[0]} ({labels[numbers[0] - 1]}){more}: {problem}"
+
+
+def _must_not_share(checked: Sequence[Any]) -> None:
+    folders = [Path(each.args.checkpoint.path).absolute() for each in checked if each.args.checkpoint.path]
+    shared = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if shared is not None:
+        raise ConfigError(
+            f"checkpoint.path is {shared} for several points, which would take each other's checkpoints; leave it out, "
+            "or write ${dump_dir} into it"
+        )
 
 
 def _same_launcher(checked: Sequence[Any]) -> LauncherArgs:

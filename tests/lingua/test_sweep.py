@@ -106,6 +106,7 @@ def test_a_group_of_configs_is_swept_too(tmp_path: Path):
             ],
         ),
         (["optim.lr=1,x", "seed=1,2"], ["point 3 (lr=x seed=1) and 1 more: command line: optim.lr is 'x'"]),
+        (["optim.lr=1,2", "checkpoint.path=/c"], ["checkpoint.path is /c for several points, which would take each"]),
         (["distributed.dp_replicate=1,2"], ["points 1 and 2 ask for 1 and 2 GPUs per node"]),
     ],
 )
