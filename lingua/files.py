@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 Buffer = bytes | bytearray | memoryview
+BLOCK_BYTES = mmap.PAGESIZE
+"""Its multiples suit O_DIRECT: Lustre asks for pages, local file systems for the blocks of their disk."""
 
 
 class RunError(RuntimeError):
@@ -42,7 +46,12 @@ class Files:
         """Write all of `data`, however often the disk takes only a part."""
         view = memoryview(data).cast("B")
         while len(view):
-            view = view[os.write(descriptor, view) :]
+            whole_bytes = len(view) // BLOCK_BYTES * BLOCK_BYTES or len(view)
+            try:
+                view = view[os.write(descriptor, view[:whole_bytes]) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _use_page_cache(descriptor):
+                    raise
 
     def fsync(self, descriptor: int) -> None:
         os.fsync(descriptor)
@@ -90,6 +99,22 @@ class Files:
 
 
 DISK = Files()
+
+
+def skip_page_cache(descriptor: int) -> None:
+    """From here on, write straight to the disk (O_DIRECT, open(2)) what lies in whole blocks at whole pages.
+
+    The rest, and everything on a file system that has no such way, goes through the page cache as ever.
+    """
+    with suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+
+
+def _use_page_cache(descriptor: int) -> bool:
+    """End `skip_page_cache`; False if it was not on."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return bool(flags & os.O_DIRECT)
 
 
 def make_folders(path: Path, *, files: Files = DISK) -> None:

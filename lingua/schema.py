@@ -358,6 +358,8 @@ class CheckpointArgs(Args):
     """Limit on writing in the background, per node. Null: none. At the end of a run there is none."""
     drain_threads: Annotated[int, Field(ge=1, le=64)] = 4
     """Files that a node writes at once."""
+    direct_io: bool = True
+    """Write past the page cache where the file system can: less of the CPU, and none of the job's memory limit."""
     grace_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds that the job still has after a stop signal. Null: known from Slurm, or as many as it takes."""
     node_timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lingua.files import Files
 
@@ -30,8 +31,18 @@ class Clock:
         self.now_s += seconds
 
 
+class At(NamedTuple):
+    """An operation by what it does: the n-th whose words match a pattern.
+
+    Words are the operation and its paths: "write /run/a.json", "rename /run/.a.json.tmp-12 /run/a.json".
+    """
+
+    pattern: str
+    nth: int = 1
+
+
 class FaultyFiles(Files):
-    """A disk whose operation number `fail_at` (from 1) fails, and with `lasting` every one after it.
+    """A disk one of whose operations fails: number `fail_at` (from 1), and with `lasting` every one after it, or `At`.
 
     A failing write writes half of its data first, as real disks do. Only `operations` are counted and fail.
     `n_done` counts; with fail_at = 0 nothing ever fails.
@@ -39,7 +50,7 @@ class FaultyFiles(Files):
 
     def __init__(
         self,
-        fail_at: int = 0,
+        fail_at: int | At = 0,
         *,
         error: int = errno.ENOSPC,
         lasting: bool = False,
@@ -55,9 +66,7 @@ class FaultyFiles(Files):
             setattr(self, name, partial(self._operate, name, getattr(super(), name)))
 
     def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        number = self._count()
-        self.log.append(f"{name} {args[0]}")
-        if self.fail_at and (number == self.fail_at or (self.lasting and number > self.fail_at)):
+        if self._is_hit(name, args):
             if name == "write":
                 operation(args[0], memoryview(args[1]).cast("B")[: len(args[1]) // 2])
             if name == "close":
@@ -65,14 +74,30 @@ class FaultyFiles(Files):
             self._fail(name)
         return operation(*args)
 
-    def _count(self) -> int:
-        """The number of this operation; several threads may ask."""
+    def _is_hit(self, name: str, args: Sequence[Any]) -> bool:
+        """Count an operation and tell whether it is to fail; several threads may ask."""
+        paths = args[:2] if name in ("rename", "link") else args[:1]
+        words = " ".join([name, *(str(path_of(path)) for path in paths)])
         with self._counting:
             self.n_done += 1
-            return self.n_done
+            self.log.append(words)
+            if isinstance(self.fail_at, At):
+                return (
+                    bool(re.search(self.fail_at.pattern, words))
+                    and self._n_like(self.fail_at.pattern) == self.fail_at.nth
+                )
+            return self.fail_at > 0 and (self.n_done == self.fail_at or (self.lasting and self.n_done > self.fail_at))
+
+    def _n_like(self, pattern: str) -> int:
+        return sum(bool(re.search(pattern, line)) for line in self.log)
 
     def _fail(self, name: str) -> None:
         raise OSError(self.error, os.strerror(self.error), name)
+
+
+def path_of(place: int | Path) -> Path:
+    """Where an open descriptor leads; a path is one already."""
+    return Path(os.readlink(f"/proc/self/fd/{place}")) if isinstance(place, int) else place
 
 
 class FrozenFiles(FaultyFiles):
@@ -83,8 +108,7 @@ class FrozenFiles(FaultyFiles):
         self._newer_start = newer_start
 
     def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        self.n_done += 1
-        if self.n_done == self.fail_at:
+        if self._is_hit(name, args):
             self._newer_start()
         return operation(*args)
 
@@ -101,12 +125,12 @@ class KillFiles(FaultyFiles):
 class BlockingFiles(FaultyFiles):
     """A disk whose n-th operation does not return, or not before there is a file `until`; then `mark` is there."""
 
-    def __init__(self, fail_at: int, mark: Path | None = None, *, until: Path | None = None) -> None:
+    def __init__(self, fail_at: int | At, mark: Path | None = None, *, until: Path | None = None) -> None:
         super().__init__(fail_at)
         self._mark, self._until = mark, until
 
     def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        if self._count() == self.fail_at:
+        if self._is_hit(name, args):
             if self._mark is not None:
                 self._mark.touch()
             while self._until is None or not self._until.exists():

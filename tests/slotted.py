@@ -27,7 +27,7 @@ from lingua.checkpoint.service import Service
 from lingua.checkpoint.session import Session, write_session
 from lingua.checkpoint.slots import SHM, TRAINER_LOCK, Region, Save, Slot, make_region, region_of
 from lingua.files import DISK, Files
-from tests.fakes import Clock, FaultyFiles
+from tests.fakes import Clock, FaultyFiles, path_of
 
 RUN_ID = "the-run"
 KILLED = 137
@@ -287,15 +287,15 @@ class DiskFiles(FaultyFiles):
     """Only what happens below `root` counts and fails; `heal` ends a lasting failure."""
 
     def __init__(self, root: Path, fail_at: int = 0, **how: Any) -> None:
-        self._root = str(root)
+        self._root = root
         super().__init__(fail_at, **how)
 
     def heal(self) -> None:
         self.fail_at = 0
 
     def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        where = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else str(args[0])
-        return super()._operate(name, operation, *args) if where.startswith(self._root) else operation(*args)
+        inside = path_of(args[0]).is_relative_to(self._root)
+        return super()._operate(name, operation, *args) if inside else operation(*args)
 
 
 def steps_in(names: Sequence[str]) -> list[int]:

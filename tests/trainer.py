@@ -120,11 +120,17 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def kill(self) -> None:
+        """Kill -9 what has not been waited for."""
         for pid in self._running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for pid in self._running:
             os.waitpid(pid, 0)
+        self._running.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
         self._said.close()
 
 

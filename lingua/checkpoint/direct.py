@@ -42,6 +42,7 @@ class DirectWriter:
     incarnation: int
     ranks: Ranks
     files: Files
+    direct_io: bool
     readback: bool
     check_owner: Callable[[], None]
     """On rank 0: raises RunError when a newer start owns the run."""
@@ -68,7 +69,11 @@ class DirectWriter:
             for file in plan.files:
                 content = dcp.file_content(file, tensors)
                 facts[file.name] = publish.write_hashed(
-                    folder / file.name, content, readback=self.readback, files=self.files
+                    folder / file.name,
+                    publish.in_pages(content) if self.direct_io else content,
+                    direct_io=self.direct_io,
+                    readback=self.readback,
+                    files=self.files,
                 )
             small = {layout.train_state_file(self.ranks.rank): scalars_json(state, self.ranks.rank, self.ranks.size)}
             if plan.metadata is not None:

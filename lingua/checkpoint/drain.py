@@ -71,6 +71,7 @@ class Target:
 
     root: Path
     incarnation: int
+    direct_io: bool = True
     readback: bool = False
     threads: int = 4
     node_timeout_s: float = 1800.0
@@ -145,7 +146,7 @@ def write_files(
     def write(item: tuple[str, FileFacts, mmap.mmap | bytes]) -> tuple[int, Path, FileFacts]:
         name, expected, content = item
         parts = _chunks(memoryview(content), throttle)
-        descriptor, written = publish.write_unsynced(folder / name, parts, files=files)
+        descriptor, written = publish.write_unsynced(folder / name, parts, direct_io=target.direct_io, files=files)
         if written != expected:
             files.close(descriptor)
             raise DamagedError(f"{slot / name} was changed after it was staged")

@@ -104,7 +104,13 @@ class CheckpointManager:
             self._background.courier.open(unsaved)
         self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
         self._direct = DirectWriter(
-            self.root, self.incarnation, self._ranks, files, args.verify == "readback", self._check_owner
+            self.root,
+            self.incarnation,
+            self._ranks,
+            files,
+            direct_io=args.direct_io,
+            readback=args.verify == "readback",
+            check_owner=self._check_owner,
         )
 
     # -- start -----------------------------------------------------------------------------------------------------
@@ -140,6 +146,7 @@ class CheckpointManager:
             dump=(args.dump.every, args.dump.keep),
             eval=(args.eval.every, args.eval.keep),
             keep_every=args.keep_every,
+            direct_io=args.direct_io,
             readback=args.verify == "readback",
             threads=args.drain_threads,
             bandwidth_bytes_per_s=limit * 1e9 if limit else None,

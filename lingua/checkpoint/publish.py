@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from lingua.files import (
     human_bytes,
     is_plain_file,
     read_json,
+    skip_page_cache,
     write_json,
     write_whole,
 )
@@ -52,7 +54,7 @@ from lingua.files import (
 log = logging.getLogger(__name__)
 
 VERSION = 1
-CHUNK_BYTES = 4 << 20  # hashed while still in cache, then written
+CHUNK_BYTES = 16 << 20  # past the page cache a disk is fastest with large writes: 16 MiB gave 1.8 GB/s, 4 MiB 1.55
 VERIFY_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -74,18 +76,27 @@ Manifest = dict[str, FileFacts]
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def write_hashed(path: Path, parts: Iterable[Buffer], *, readback: bool = False, files: Files = DISK) -> FileFacts:
+def write_hashed(
+    path: Path, parts: Iterable[Buffer], *, direct_io: bool = False, readback: bool = False, files: Files = DISK
+) -> FileFacts:
     """Write a file durably and hash what goes in; `readback` also reads it again, past the page cache."""
-    descriptor, facts = write_unsynced(path, parts, files=files)
+    descriptor, facts = write_unsynced(path, parts, direct_io=direct_io, files=files)
     sync_written(descriptor, path, facts, readback=readback, files=files)
     return facts
 
 
-def write_unsynced(path: Path, parts: Iterable[Buffer], *, files: Files = DISK) -> tuple[int, FileFacts]:
-    """Write a file and hash what goes in; returns its open descriptor for `sync_written`."""
+def write_unsynced(
+    path: Path, parts: Iterable[Buffer], *, direct_io: bool = False, files: Files = DISK
+) -> tuple[int, FileFacts]:
+    """Write a file and hash what goes in; returns its open descriptor for `sync_written`.
+
+    `direct_io`: past the page cache, as far as parts are whole pages (`in_pages` makes them so).
+    """
     digest, size_bytes = xxhash.xxh3_128(), 0
     descriptor = files.create(path)
     try:
+        if direct_io:
+            skip_page_cache(descriptor)
         for part in parts:
             view = memoryview(part).cast("B")
             for start in range(0, len(view), CHUNK_BYTES):
@@ -97,6 +108,27 @@ def write_unsynced(path: Path, parts: Iterable[Buffer], *, files: Files = DISK) 
         files.close(descriptor)
         raise
     return descriptor, FileFacts(size_bytes, digest.hexdigest())
+
+
+def in_pages(parts: Iterable[Buffer]) -> Iterator[Buffer]:
+    """The same bytes in pieces of whole pages, but for the last; each holds until the next is asked for.
+
+    Cost: one copy in memory, and CHUNK_BYTES of it.
+    """
+    with memoryview(mmap.mmap(-1, CHUNK_BYTES)) as buffer:
+        n_filled = 0
+        for part in parts:
+            view = memoryview(part).cast("B")
+            while len(view):
+                n_taken = min(len(view), CHUNK_BYTES - n_filled)
+                buffer[n_filled : n_filled + n_taken] = view[:n_taken]
+                view = view[n_taken:]
+                n_filled += n_taken
+                if n_filled == CHUNK_BYTES:
+                    yield buffer
+                    n_filled = 0
+        if n_filled:
+            yield buffer[:n_filled]
 
 
 def sync_written(descriptor: int, path: Path, facts: FileFacts, *, readback: bool = False, files: Files = DISK) -> None:

@@ -42,6 +42,7 @@ class Session:
     """Steps that the ranks have verified."""
     rescue: tuple[tuple[int, int], ...] = ()
     """(incarnation, step) of saves by earlier starts that are wanted."""
+    direct_io: bool = True
     readback: bool = False
     threads: int = 4
     bandwidth_bytes_per_s: float | None = None
@@ -65,7 +66,15 @@ class Session:
         return not self.wants(save) and (save.run_id != self.run_id or save.incarnation < self.incarnation)
 
     def target(self) -> Target:
-        return Target(Path(self.root), self.incarnation, self.readback, self.threads, self.node_timeout_s, self.job)
+        return Target(
+            root=Path(self.root),
+            incarnation=self.incarnation,
+            direct_io=self.direct_io,
+            readback=self.readback,
+            threads=self.threads,
+            node_timeout_s=self.node_timeout_s,
+            job=self.job,
+        )
 
 
 def read_session(region: Region) -> Session | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
 import stat
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lingua.files import (
+    BLOCK_BYTES,
     DISK,
     Files,
     ProcessLock,
@@ -18,6 +22,7 @@ from lingua.files import (
     is_plain_file,
     make_folder,
     read_json,
+    skip_page_cache,
     write_json,
     write_whole,
 )
@@ -74,6 +79,70 @@ def test_a_disk_that_takes_a_little_at_a_time(tmp_path: Path, monkeypatch: pytes
     write_whole(tmp_path / "file", b"0123456789")
     monkeypatch.undo()
     assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def is_past_the_page_cache(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stays"),
+    [
+        ([BLOCK_BYTES], True),
+        ([3 * BLOCK_BYTES, BLOCK_BYTES], True),
+        ([BLOCK_BYTES, 1], False),
+        ([BLOCK_BYTES + 513, 7, 2 * BLOCK_BYTES], False),
+        ([5], False),
+        ([0], True),
+    ],
+)
+def test_past_the_page_cache_every_byte_arrives(tmp_path: Path, sizes: list[int], stays: bool) -> None:
+    descriptor = DISK.create(tmp_path / "file")
+    skip_page_cache(descriptor)
+    if not is_past_the_page_cache(descriptor):
+        pytest.skip(f"the file system of {tmp_path} has a page cache only")
+    whole = b""
+    for size in sizes:
+        pages = mmap.mmap(-1, size or 1)
+        pages.write(os.urandom(size))
+        DISK.write(descriptor, memoryview(pages)[:size])
+        whole += pages[:size]
+    assert is_past_the_page_cache(descriptor) is stays
+    DISK.close(descriptor)
+    assert (tmp_path / "file").read_bytes() == whole
+
+
+def test_memory_between_pages_goes_through_the_page_cache(tmp_path: Path) -> None:
+    descriptor = DISK.create(tmp_path / "file")
+    skip_page_cache(descriptor)
+    pages = mmap.mmap(-1, 2 * BLOCK_BYTES)
+    pages.write(os.urandom(2 * BLOCK_BYTES))
+    DISK.write(descriptor, memoryview(pages)[1 : 1 + BLOCK_BYTES])
+    DISK.close(descriptor)
+    assert (tmp_path / "file").read_bytes() == pages[1 : 1 + BLOCK_BYTES]
+
+
+def test_a_file_system_without_another_way_has_its_page_cache(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, command: int, *value: int) -> int:
+        if command == fcntl.F_SETFL:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, command, *value)
+
+    real = fcntl.fcntl
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    descriptor = DISK.create(shm / "file")
+    skip_page_cache(descriptor)
+    DISK.write(descriptor, b"x" * 5000)
+    DISK.close(descriptor)
+    assert (shm / "file").read_bytes() == b"x" * 5000
+
+
+def test_a_write_that_is_wrong_for_another_reason_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        DISK.write(descriptor, b"x")
+    os.close(descriptor)
 
 
 def test_a_link_is_not_written_through(tmp_path: Path) -> None:

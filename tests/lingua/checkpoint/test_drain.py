@@ -355,6 +355,38 @@ def test_the_other_node_s_service_killed_at_every_operation(pair: World) -> None
     assert counting.n_done >= 20
 
 
+def finish(world: World, files: Files) -> None:
+    """What the service of the first node does once the other has said its part."""
+    found = world.region(0).slot(0).complete()
+    assert found is not None
+    if not drain.is_published(found[0], world.session(2).target(), files=files):
+        write_part(world, 0, files)
+
+
+def test_the_publishing_node_s_service_killed_at_every_operation(pair: World) -> None:
+    for start in begin_nodes(pair):
+        start.stage(2)
+    target = pair.session(2).target()
+
+    def begin_anew() -> None:
+        shutil.rmtree(layout.folder(pair.root, 2), ignore_errors=True)
+        layout.done_mark(pair.root, 2).unlink(missing_ok=True)
+        for node in (0, 1):
+            target.part_file(2, node).unlink(missing_ok=True)
+        write_part_and_wait(pair, 1, DISK)
+
+    counting = FaultyFiles()
+    begin_anew()
+    finish(pair, counting)
+    assert counting.n_done >= 30
+    for n in range(1, counting.n_done + 1):
+        begin_anew()
+        assert killed(lambda n=n: finish(pair, KillFiles(n)))
+        finish(pair, DISK)
+        assert 2 in pair.done()
+        assert pair.intact(2), f"killed at {n}: {counting.log[n - 1]}"
+
+
 # -- who is at work ------------------------------------------------------------------------------------------------
 
 

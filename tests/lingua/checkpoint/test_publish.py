@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from lingua.checkpoint import layout, publish, retention
 from lingua.checkpoint.publish import DamagedError
@@ -161,9 +163,9 @@ def test_the_mark_comes_last(tmp_path: Path) -> None:
     source, draft = passage / "0000000005", passage / "checkpoint_0000000005.done"
     assert files.log[-5:] == [
         f"fsync_dir {passage}",
-        f"rename {source}",
+        f"rename {source} {layout.folder(tmp_path, 5)}",
         f"fsync_dir {tmp_path}",
-        f"rename {draft}",
+        f"rename {draft} {layout.done_mark(tmp_path, 5)}",
         f"fsync_dir {tmp_path}",
     ]
     mark = read_json(layout.done_mark(tmp_path, 5))
@@ -185,6 +187,28 @@ def test_a_file_that_shrank(tmp_path: Path) -> None:
     (folder / "a").write_bytes(b"123")
     with pytest.raises(OSError, match="has 3 bytes, 4 were written"):
         publish.publish(tmp_path, 1, 1, facts)
+
+
+@pytest.mark.parametrize("direct_io", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [[], [0], [1], [4096], [4095, 2], [10_000, 64, 10_000], [3, 1 << 20], [500, 2 << 20, 500]]
+)
+def test_parts_of_any_size_are_written_and_hashed(tmp_path: Path, sizes: list[int], direct_io: bool) -> None:
+    parts = [os.urandom(size) for size in sizes]
+    whole = b"".join(parts)
+    facts = publish.write_hashed(
+        tmp_path / "file", publish.in_pages(parts) if direct_io else parts, direct_io=direct_io
+    )
+    assert (tmp_path / "file").read_bytes() == whole
+    assert facts == publish.FileFacts(len(whole), xxhash.xxh3_128_hexdigest(whole))
+
+
+def test_pieces_are_whole_pages_but_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "CHUNK_BYTES", 2 * mmap.PAGESIZE)
+    parts = [bytes([n]) * size for n, size in enumerate((10, 3 * mmap.PAGESIZE, 5000, 0, mmap.PAGESIZE))]
+    pieces = [bytes(piece) for piece in publish.in_pages(parts)]
+    assert b"".join(pieces) == b"".join(parts)
+    assert {len(piece) for piece in pieces[:-1]} == {2 * mmap.PAGESIZE}
 
 
 def test_an_unmarked_folder_is_set_aside_not_deleted(tmp_path: Path) -> None:
