@@ -135,9 +135,10 @@ def rerun(
     from lingua.codefreeze import freeze_code
     from lingua.failure import KINDS
     from lingua.files import RunError
+    from lingua.grid import label
     from lingua.launch import must_be_checkout
     from lingua.sweep import read_sweep
-    from lingua.sweepstatus import read_points, to_rerun
+    from lingua.sweepstatus import read_points, to_rerun, told_state
 
     unknown = [kind for kind in skip or [] if kind not in KINDS]
     if unknown:
@@ -147,9 +148,7 @@ def rerun(
     chosen = to_rerun(now, points or [], skip or [])
     if not as_json:
         for number in chosen:
-            point = now[number - 1]
-            what = f"{point.state} ({point.cause or point.kind})" if point.cause or point.kind else point.state
-            print(f"point {number} ({_label(found, number)}): {'never ran' if point.state == 'new' else what}")
+            print(f"point {number} ({label(found.values(number))}): {told_state(now[number - 1])}")
     if dry_run:
         if as_json:
             show_json({"points": chosen})
@@ -220,12 +219,6 @@ def _queue(sweep: Sweep, must_answer: bool = False) -> dict[str, Job]:
     if not sweep.jobs:
         return {}
     return jobs_in_queue(run_command if must_answer else ask_slurm)
-
-
-def _label(sweep: Sweep, number: int) -> str:
-    from lingua.grid import label
-
-    return label(sweep.values(number))
 
 
 def _show_points(plan: Plan) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ _DPI = 150
 _MAX_DOTS = 600
 """Of a curve: more cannot be told apart on a page."""
 _MAX_LEGEND = 24
+_MAX_LISTED = 7
 _LOG_FROM = 8
 """A logarithmic axis where the largest value is so many times the smallest."""
 _BAD, _OPEN = "#c1121f", "#7a7a7a"
@@ -84,6 +86,16 @@ def _n_values(key: str, points: Sequence[Mapping[str, Any]]) -> int:
     return len({repr(point[key]) for point in points})
 
 
+def ticks_of(layout: Layout, places: Sequence[float]) -> tuple[list[float], bool]:
+    """(places that get a tick, whether their names need room): of two that nearly touch, the first."""
+    ordered = sorted(set(places))
+    spots = [math.log(place) for place in ordered] if layout.is_log else ordered
+    width, chosen = (spots[-1] - spots[0]) or 1.0, [0]
+    chosen += [i for i in range(1, len(spots)) if spots[i] - spots[i - 1] >= 0.045 * width]
+    narrow = any(spots[b] - spots[a] < 0.11 * width for a, b in itertools.pairwise(chosen))
+    return [ordered[i] for i in chosen], narrow
+
+
 def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """(x, mean of y) of dots, by x."""
     at: dict[float, list[float]] = {}
@@ -123,7 +135,9 @@ def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: boo
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         _draw_figures(left, layout, points, places, colors)
         _draw_curves(right, layout, read, colors)
-        missing = list(_unfinished(points))
+        missing = [_shortened(line, 150) for line in _unfinished(points)]
+        if len(missing) > _MAX_LISTED:
+            missing[_MAX_LISTED - 1 :] = [f"and {len(missing) - _MAX_LISTED + 1} more that are not finished"]
         if titled:
             figure.suptitle(_headline(sweep, points), x=0.008, ha="left", fontsize=12, weight="bold")
         if titled and missing:
@@ -154,13 +168,10 @@ def _headline(sweep: Sweep, points: Sequence[PointStatus]) -> str:
     return f"{told}; best: point {best.point}, {_shortened(label(best.values))}, {what} {figure:.4f}"
 
 
-def _unfinished(points: Sequence[PointStatus], n_shown: int = 6) -> Iterator[str]:
+def _unfinished(points: Sequence[PointStatus]) -> list[str]:
     """A line per point without a figure."""
     missing = [point for point in points if point.state != "finished"]
-    for point in missing[:n_shown]:
-        yield _shortened(f"point {point.point} ({label(point.values)}) {_how(point)}", 150)
-    if len(missing) > n_shown:
-        yield f"and {len(missing) - n_shown} more that are not finished"
+    return [f"point {point.point} ({label(point.values)}) {_how(point)}" for point in missing]
 
 
 def _how(point: PointStatus) -> str:
@@ -184,7 +195,7 @@ def _colors(places: Mapping[int, float]) -> dict[int, Any]:
     from matplotlib import colormaps
 
     order, scale = sorted(set(places.values())), colormaps["viridis"]
-    return {number: scale(0.88 * order.index(place) / max(1, len(order) - 1)) for number, place in places.items()}
+    return {number: scale(0.84 * order.index(place) / max(1, len(order) - 1)) for number, place in places.items()}
 
 
 def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[PointStatus]]:
@@ -246,8 +257,9 @@ def _title_places(axes: Axes, layout: Layout, points: Sequence[PointStatus], pla
     if layout.is_log:
         axes.set_xscale("log")
     names = {places[point.point]: _shortened(spell(point.values[layout.x]), 30) for point in points}
-    crowded = len(names) > 7 or sum(map(len, names.values())) > 50
-    axes.set_xticks(list(names), list(names.values()), **({"rotation": 30, "ha": "right"} if crowded else {}))
+    ticks, narrow = ticks_of(layout, list(names))
+    turned = {"rotation": 30, "ha": "right"} if narrow or sum(map(len, names.values())) > 50 else {}
+    axes.set_xticks(ticks, [names[tick] for tick in ticks], **turned)
     axes.set_xticks([], minor=True)
     meaning = f"peak learning rate ({layout.x})" if layout.x == "optim.lr" else layout.x
     axes.set_xlabel(f"{meaning}, log scale" if layout.is_log else meaning)
@@ -331,7 +343,7 @@ def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], svg: str) -> s
     held_out = any(point.held_out is not None for point in points)
     heading = ["point", *names, "state", "step", "loss", "lowest", *(["held-out"] if held_out else []), "run"]
     rows = "\n".join(_row(sweep, point, colors[point.point], held_out, point is best) for point in points)
-    missing = "".join(f"<li>{html.escape(line)}</li>" for line in _unfinished(points, len(points)))
+    missing = "".join(f"<li>{html.escape(line)}</li>" for line in _unfinished(points))
     picture = svg[svg.index("<svg") :].replace("<svg ", '<svg role="img" aria-label="loss against what was swept" ', 1)
     return _PAGE.format(
         title=html.escape(sweep.name),
@@ -381,7 +393,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d1d1d; max-width: 1280px;
 h1 {{ font-size: 1.35em; margin-bottom: .2em }} h2 {{ font-size: 1.1em; margin-top: 1.6em }}
 svg {{ width: 100%; height: auto; margin: 1em 0 }}
 code, pre {{ font: 13px ui-monospace, monospace }} pre {{ white-space: pre-wrap; color: #555; margin: 0 }}
-table {{ border-collapse: collapse }}
+div {{ overflow-x: auto }} table {{ border-collapse: collapse; white-space: nowrap }}
 th, td {{ padding: .3em .9em; text-align: left; border-bottom: 1px solid #e4e4e4 }}
 th {{ font-weight: 600; white-space: nowrap }}
 th.number, td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
@@ -392,10 +404,10 @@ small, p.note {{ color: #6a6a6a; font-weight: 400 }}
 <h1>{headline}</h1>
 <pre>{command}</pre>
 {picture}
-<table>
+<div><table>
 <tr>{heading}</tr>
 {rows}
-</table>
+</table></div>
 <p class="note">{note}</p>
 {missing}
 </html>

@@ -10,7 +10,7 @@ import pytest
 
 from lingua.files import RunError
 from lingua.sweep import Sweep
-from lingua.sweepreport import counted, highest_shown, layout_of, mean_line, places_of, thinned, write_report
+from lingua.sweepreport import counted, highest_shown, layout_of, mean_line, places_of, thinned, ticks_of, write_report
 from lingua.sweepstatus import Curve, PointStatus
 
 LR, DIM, SEED, MODEL = "optim.lr", "model.dim", "seed", "model"
@@ -50,6 +50,18 @@ def test_places():
     assert places_of(layout_of(keys, points), points) == [0, 0, 1, 1]
     keys, points = product(lr=[1e-3, 1e-4])
     assert places_of(layout_of(keys, points), points) == [1e-3, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks", "narrow"),
+    [
+        ([1e-4, 3e-4, 1e-3], [1e-4, 3e-4, 1e-3], False),
+        ([1e-3, 1e-3, 2e-3], [1e-3, 2e-3], False),
+        ([1e-4, 3e-4, 3.1e-4, 1e-3, 1e3], [1e-4, 3e-4, 1e-3, 1e3], True),  # 3.1e-4 would cover 3e-4
+    ],
+)
+def test_names_below_the_axis_do_not_cover_each_other(values: list[float], ticks: list[float], narrow: bool):
+    assert ticks_of(layout_of([LR], [{LR: value} for value in values]), values) == (ticks, narrow)
 
 
 def test_lines_go_through_means():
