@@ -3,7 +3,7 @@
 Promise: nothing is written or submitted unless every point passes the check that training makes. The code is frozen
 once, for all points; the folder of a sweep is there whole or not at all. A point is a run like any other: the script,
 signals, requeue and run folder are those of `lingua launch`.
-Cost: a check per point, 20 ms each; no torch.
+Cost: a check per point, some 30 ms each; no torch.
 
     <sweep>/sweep.json            what is swept, and the jobs that were submitted
             run.sh                sbatch's script; bash run.sh 2 runs point 2 here

@@ -169,6 +169,15 @@ def test_a_bad_node_is_avoided_from_then_on(tmp_path: Path, monkeypatch: pytest.
     assert controller.requeued[-1] == ("7", ["n1", "n3"])
 
 
+def test_a_task_of_an_array_goes_back_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And its run folder need not have a folder of jobs: a sweep keeps the job files of its points."""
+    controller = Controller(monkeypatch)
+    holder = Holder(job(tmp_path, allocation=Allocation("30", 0, 1, 1, 1, array_task="30_3")))
+    holder.act(Outcome(75, {"exit_code": 75, "signal": "SIGTERM"}))
+    assert controller.requeued == [("30_3", [])]
+    assert (tmp_path / "jobs" / "30.tries.json").is_file()
+
+
 def test_a_new_job_of_the_same_number_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Controller(monkeypatch)
     holder = ended(tmp_path)

@@ -14,6 +14,7 @@ import lingua.sweep
 from lingua.args import ConfigError
 from lingua.entry import parse_command_line
 from lingua.files import RunError, read_json
+from lingua.job import read_job
 from lingua.layers import read_yaml
 from lingua.sweep import (
     Plan,
@@ -61,6 +62,7 @@ def test_a_sweep_is_frozen_and_submitted_once(hostile_dir: Path):
     assert (config["optim"]["lr"], config["seed"], config["dump_dir"]) == (3e-4, 1, str(folder / "3"))
     assert config["name"] == "debug lr=0.0003 seed=1"
     assert read_json(folder / "tasks" / "3.json")["origins"]["optim.lr"] == "command line"
+    assert read_job(made.task_file(3), None).run_dir == made.run_dir(3)
     known = submit_points(made, list(made.numbers), env={}, run=sbatch)
     known = submit_points(known, [4, 2], env={}, run=sbatch)
     shared = ["sbatch", "--parsable", f"--chdir={folder / 'logs'}"]
