@@ -47,6 +47,7 @@ from lingua.slurm import run_command
 
 SWEEP_FILE = "sweep.json"
 TASKS = "tasks"
+_ENDS = {EXIT_FINISHED: "finished", EXIT_REQUEUE: "saved, and can go on,"}
 
 
 @dataclass(frozen=True)
@@ -331,7 +332,7 @@ def run_points(
                     del slots[slot]
                     processes.remove(process)
                     codes[number] = code
-                    how = "finished" if code == EXIT_FINISHED else f"ended with exit code {code}"
+                    how = _ENDS.get(code, f"ended with exit code {code}")
                     say(f"point {number} {how} after {duration(now() - began_s)}")
     if len(codes) == len(numbers) and not any(codes.values()):
         return EXIT_FINISHED

@@ -207,7 +207,12 @@ def test_a_signal_reaches_the_points_and_no_other_begins(tmp_path: Path):
         if not sent and all((tmp_path / f"on.{i}").exists() for i in (1, 2)):
             sent.append(signal.raise_signal(signal.SIGTERM))
 
-    assert run_points(sweep, [1, 2, 3], say=lambda _: None, sleep=send_once) == 75
+    said: list[str] = []
+    assert run_points(sweep, [1, 2, 3], say=said.append, sleep=send_once) == 75
+    assert sorted(text.partition(" after ")[0] for text in said[2:]) == [
+        "point 1 saved, and can go on,",
+        "point 2 saved, and can go on,",
+    ]
     assert sorted(path.name for path in tmp_path.glob("heard.*")) == ["heard.1", "heard.2"]
     assert not (tmp_path / "on.3").exists()
 
