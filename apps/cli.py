@@ -16,6 +16,7 @@ import typer
 from apps import runs as run_commands
 from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
+from apps.drill import drill
 from apps.output import AsJson, Debug, show_json
 from apps.sweep import app as sweep_app
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
@@ -163,7 +164,7 @@ def generate(
     _pass_on("generate", words or [])
 
 
-for command in run_commands.COMMANDS:
+for command in (*run_commands.COMMANDS, drill):
     app.command()(command)
 
 

@@ -39,6 +39,7 @@ from lingua.args import ConfigError
 from lingua.checkpoint.layout import CHECKPOINTS, done_steps
 from lingua.codefreeze import environment, freeze_code
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.failure import read_failures
 from lingua.files import RunError, entries, make_folder, read_json, write_json, write_whole
 from lingua.freeze import dump_yaml
 from lingua.launcher import LauncherArgs
@@ -54,8 +55,12 @@ JOBS = "jobs"
 LINKS = ".jobs"
 RESERVE_S = 15.0
 """Left of the time limit when a job whose ranks still run is requeued."""
+GRACE_RESERVE_S = 3.0
+"""Left of a preemption's grace at that moment: at its end Slurm requeues by itself, where it is set up to."""
 NODE_CHECK = "lingua.node_check"
 SERVICE = "lingua.checkpoint.service"
+RANKS_STEP, SERVICE_STEP = "ranks", "service"
+"""Names of the job's steps, as `squeue --steps` shows them."""
 SERVICE_WAIT_S = 600.0
 """For the first rank: longer than torch takes to be imported from a slow shared disk."""
 
@@ -163,7 +168,7 @@ def ranks_command(job: Job) -> list[str]:
     n_local = job.n_ranks // slurm.n_nodes
     cpus = (slurm.cpus_per_task or 1) * (n_local if per_node else 1)
     return [
-        *_srun(job, "%t"),
+        *_srun(job, RANKS_STEP, "%t"),
         "--kill-on-bad-exit=0",  # a rank that is through must not end one that still saves
         f"--wait={PATIENCE_S:.0f}",
         f"--ntasks={slurm.n_nodes if per_node else job.n_ranks}",
@@ -181,15 +186,16 @@ def node_check_command(job: Job) -> list[str] | None:
     return ["srun", "--export=ALL", "--input=none", *tasks, sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"]
 
 
-def read_bad_nodes(said: str) -> list[str]:
-    """From what the node check said: a line of JSON, among others perhaps."""
+def read_bad_nodes(said: str) -> dict[str, list[str]]:
+    """What is wrong, by bad node, from what the node check said: a line of JSON, among others perhaps."""
     for line in said.splitlines():
         if line.startswith("{"):
             try:
-                return [str(node) for node in orjson.loads(line)["bad_nodes"]]
+                verdict = orjson.loads(line)
+                return {node: verdict["problems"].get(node, []) for node in verdict["bad_nodes"]}
             except (ValueError, KeyError):
                 continue
-    return []
+    return {}
 
 
 def service_command(job: Job) -> list[str] | None:
@@ -201,13 +207,15 @@ def service_command(job: Job) -> list[str] | None:
         return None
     n_nodes = job.allocation.n_nodes
     share = ["--overlap", "--mem=0", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
-    serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm, f"--wait-s={SERVICE_WAIT_S:.0f}"]
-    return [*_srun(job, "service.%n"), *share, *serve]
+    serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm]
+    # Ranks come once per start of a job: to linger for others would cost its grace.
+    return [*_srun(job, SERVICE_STEP, "service.%n"), *share, *serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"]
 
 
-def _srun(job: Job, name: str) -> list[str]:
+def _srun(job: Job, step: str, log_name: str) -> list[str]:
     logs = str(job.run_dir / RANK_LOGS).replace("%", "%%")
-    return ["srun", "--export=ALL", "--input=none", "--open-mode=append", f"--output={logs}/%j.{name}.out"]
+    output = ["--open-mode=append", f"--output={logs}/%j.{log_name}.out"]
+    return ["srun", f"--job-name={step}", "--export=ALL", "--input=none", *output]
 
 
 def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
@@ -257,6 +265,7 @@ class Holder:
         self._before = _identity(self._stop_file)
         self._first_step = self._newest_step()
         self._n_starts = len(starts(job.run_dir))
+        self._failed_before = frozenset(read_failures(job.run_dir))
 
     def check_nodes(self, variables: Mapping[str, str]) -> list[str]:
         """The nodes that the node check says are bad."""
@@ -266,7 +275,10 @@ class Holder:
         done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
         said = done.stdout.decode(errors="replace")
         print(said, end="", flush=True)
-        return read_bad_nodes(said) if done.returncode else []
+        problems = read_bad_nodes(said) if done.returncode else {}
+        for node, sentences in problems.items():
+            log.error("%s is not fit to train: %s", node, "; ".join(sentences))
+        return sorted(problems)
 
     def run(self, variables: Mapping[str, str]) -> int | None:
         """Start the steps and wait for them; the ranks' exit code, None when the time is up."""
@@ -282,16 +294,17 @@ class Holder:
         log.info("the ranks ended with exit code %d; waiting for the checkpoint service", exit_code)
         served = self._wait(serving)
         if served is None:
-            log.warning("the service still writes with %d s left; its slots stay for the next start", RESERVE_S)
+            log.warning("the checkpoint service still writes and the time is up; its slots stay for the next start")
         elif served:
             log.warning("the step of the checkpoint service ended with exit code %d", served)
         return exit_code
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Its exit code; None when only RESERVE_S are left of the time limit."""
+        """Its exit code; None when the time is up but for the reserve."""
         while True:
-            ends_at_s = self._state().ends_at_s
-            left_s = None if ends_at_s is None else ends_at_s - RESERVE_S - time.time()
+            state = self._state()
+            reserve_s = GRACE_RESERVE_S if state.preempted else RESERVE_S
+            left_s = None if state.ends_at_s is None else state.ends_at_s - reserve_s - time.time()
             if left_s is not None and left_s <= 0:
                 return process.poll()
             try:
@@ -304,6 +317,7 @@ class Holder:
         return Outcome(
             exit_code=exit_code,
             stop=read_json(stop) if stop is not None else None,
+            kinds=frozenset(failure.kind for failure in set(read_failures(self.job.run_dir)) - self._failed_before),
             occupied=owned_by_another(self.job.run_dir, self.job.name),
             cancelled=self._state().cancelled,
             steps_gained=self._newest_step() - self._first_step,
@@ -380,7 +394,6 @@ def hold(job_file: Path, env: Mapping[str, str]) -> int:
     holder, variables = Holder(job), rank_variables(job, env)
     bad_nodes = holder.check_nodes(variables)
     if bad_nodes:
-        log.error("not fit: %s", ", ".join(bad_nodes))
         return holder.act(replace(holder.outcome(1), stop={"exit_code": 1, "kind": "device", "bad_nodes": bad_nodes}))
     return holder.act(holder.outcome(holder.run(variables)))
 
