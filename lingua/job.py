@@ -137,6 +137,10 @@ class Job:
 def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     """The job that a job file froze. Raises OSError, RunError or ConfigError when it cannot be read."""
     config = job_file.with_suffix(".yaml")
+    if not config.is_file():
+        raise RunError(
+            f"{config} is not there: no such job or point was frozen, or its folder was moved; submit it anew"
+        )
     tree = read_yaml(config).tree
     launcher = LauncherArgs.model_validate(tree.get("launcher", {}))
     facts = read_json(job_file)

@@ -124,6 +124,11 @@ def test_a_job_file_brings_back_what_was_frozen(hostile_dir: Path, monkeypatch: 
     assert ranks_command(read)[0] != "srun", "outside Slurm there is no srun"
 
 
+def test_a_job_that_was_never_frozen(tmp_path: Path):
+    with pytest.raises(RunError, match=r"99\.yaml is not there: no such job or point was frozen.*submit it anew"):
+        read_job(tmp_path / "99.json", None)
+
+
 @pytest.mark.parametrize(
     ("owners", "expected"),
     [
