@@ -18,7 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from lingua.layers import Point
 
 DEFAULT_APP = "apps.main"
 EXIT_FAILED = 1
@@ -35,6 +38,14 @@ class CommandLine:
     overrides: list[str] = field(default_factory=list)
     flags: dict[str, str | bool] = field(default_factory=dict)
     """`--accept-change` -> True, `--world-size=8` -> "8"."""
+    point: Point | None = None
+    """A point of a sweep: values on top of everything, and the block `grid` is no part of the config."""
+
+    @property
+    def typed(self) -> list[str]:
+        """The words, flags left out."""
+        config = [] if self.config is None else [self.config]
+        return [*config, *(f"+{overlay}" for overlay in self.overlays), *self.overrides]
 
     @property
     def debug(self) -> bool:

@@ -9,6 +9,8 @@ ranks: signals are theirs, it only notes that they came. It requeues by `requeue
 being cancelled. With RESERVE_S left of the time limit it requeues a job whose ranks still run: late is lost.
 Cost: half a second per start; no torch. `hold` sleeps in between.
 
+A job file lies in <run>/jobs, or in the folder `tasks` of a sweep, whose points share one frozen code.
+
     <run>/code/               the code
           jobs/4711.yaml      the config, resolved       jobs/4711.json    words typed, places of the values
           jobs/4711.tries.json                           failed starts in a row, nodes to avoid
@@ -73,15 +75,20 @@ def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
     run_dir = make_folder(Path(checked.args.dump_dir).absolute(), "dump_dir")
     freeze_code(tree, run_dir, again="refreeze" in line.flags)
     job_file = make_folder(run_dir / JOBS, "dump_dir") / f"{key}.json"
+    write_job(checked, line, job_file)
+    return job_file
+
+
+def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
+    """A checked config as a job file, with the YAML beside it."""
     facts = {
-        "typed": [line.config, *(f"+{overlay}" for overlay in line.overlays), *line.overrides],
+        "typed": line.typed,
         "accept_change": "accept-change" in line.flags,
         "n_ranks": checked.resolved.world_size,
         "origins": checked.composed.origins(),
     }
     write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
     write_json(job_file, facts)
-    return job_file
 
 
 def begin(env: Mapping[str, str]) -> int:
@@ -130,13 +137,17 @@ class Job:
 def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     """The job that a job file froze. Raises OSError, RunError or ConfigError when it cannot be read."""
     config = job_file.with_suffix(".yaml")
+    if not config.is_file():
+        raise RunError(
+            f"{config} is not there: no such job or point was frozen, or its folder was moved; submit it anew"
+        )
     tree = read_yaml(config).tree
     launcher = LauncherArgs.model_validate(tree.get("launcher", {}))
     facts = read_json(job_file)
     accepted = ["--accept-change"] if facts["accept_change"] else []
     checkpoint = tree.get("checkpoint", {})
     return Job(
-        run_dir=job_file.parents[1],
+        run_dir=Path(tree["dump_dir"]).absolute(),
         app=tree["app"],
         launcher=launcher,
         n_ranks=allocation.n_tasks if allocation else facts["n_ranks"],
@@ -328,16 +339,17 @@ class Holder:
         if verdict.requeue:
             tries = self._tries()
             avoid = sorted({*tries.get("avoid", []), *(outcome.stop or {}).get("bad_nodes", [])})
+            make_folder(self.tries_file.parent, "dump_dir")
             write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
             try:
-                requeue(self.job.name, avoid)
+                requeue(self.job.allocation.address, avoid)
             except RunError as error:  # no right to, or no batch job: its exit code still says what it wants
                 log.error("%s", error)
         return verdict.exit_code
 
     def _state(self) -> JobState:
         try:
-            return job_state(self.job.name) if self.job.allocation else JobState("RUNNING")
+            return job_state(self.job.allocation.address) if self.job.allocation else JobState("RUNNING")
         except RunError as error:
             log.warning("%s", error)
             return JobState("UNKNOWN")

@@ -130,6 +130,11 @@ def test_a_job_file_brings_back_what_was_frozen(hostile_dir: Path, monkeypatch: 
     assert ranks_command(read)[0] != "srun", "outside Slurm there is no srun"
 
 
+def test_a_job_that_was_never_frozen(tmp_path: Path):
+    with pytest.raises(RunError, match=r"99\.yaml is not there: no such job or point was frozen.*submit it anew"):
+        read_job(tmp_path / "99.json", None)
+
+
 @pytest.mark.parametrize(
     ("owners", "expected"),
     [
@@ -182,6 +187,15 @@ def test_a_bad_node_is_avoided_from_then_on(tmp_path: Path, monkeypatch: pytest.
     assert again.outcome(1).stop is None, "the last start's stop.json is none of this one's"
     again.act(Outcome(75, {"exit_code": 75, "signal": "SIGTERM", "bad_nodes": ["n1"]}))
     assert controller.requeued[-1] == ("7", ["n1", "n3"])
+
+
+def test_a_task_of_an_array_goes_back_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And its run folder need not have a folder of jobs: a sweep keeps the job files of its points."""
+    controller = Controller(monkeypatch)
+    holder = Holder(job(tmp_path, allocation=Allocation("30", 0, 1, 1, 1, array_task="30_3")))
+    holder.act(Outcome(75, {"exit_code": 75, "signal": "SIGTERM"}))
+    assert controller.requeued == [("30_3", [])]
+    assert (tmp_path / "jobs" / "30.tries.json").is_file()
 
 
 def test_what_ranks_report_counts_also_where_stop_json_does_not_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
