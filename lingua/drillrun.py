@@ -43,7 +43,7 @@ from lingua.entry import CommandLine, parse_command_line
 from lingua.files import RunError, write_whole
 from lingua.freeze import CONFIG_FILE, dump_yaml
 from lingua.job import RANKS_STEP, SERVICE_STEP
-from lingua.launch import launch
+from lingua.launch import launch, without_slurm
 from lingua.layers import read_yaml
 from lingua.logger import MAIN_LOG
 from lingua.metrics import METRICS_FILE, read_metrics
@@ -273,10 +273,9 @@ class Here:
             launch(line, base_dir=base_dir, run=self._begin)
 
     def _begin(self, words: Sequence[str], env: Mapping[str, str]) -> str:
-        alone = {name: value for name, value in env.items() if not name.startswith("SLURM_")}
         with self._output.open("ab") as said:
             self._process = subprocess.Popen(
-                ["bash", words[-1]], env=alone, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                ["bash", words[-1]], env=without_slurm(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
                 start_new_session=True,
             )  # fmt: skip
         return "here"
