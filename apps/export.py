@@ -106,6 +106,9 @@ def import_(
     run: Annotated[
         bool, typer.Option("--run", help="Take a run of Meta Lingua over: weights, optimizer, step and config.")
     ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="With --run: read instead of the old run's config.yaml, an edited copy say.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -114,11 +117,15 @@ def import_(
     OUT does wherever weights do: checkpoint.init_ckpt_path, generate, export; its config.yaml starts continued
     pretraining. With --run, OUT is a run folder that goes on at the old run's step.
     """
+    if config is not None and not run:
+        from lingua.args import ConfigError
+
+        raise ConfigError("--config goes with --run; a Hugging Face folder has its own config.json")
     if run:
         from apps.takeover import take_over
 
         with progress_shown() as progress:
-            made = take_over(Path(place), out, progress)
+            made = take_over(Path(place), out, progress, config=config)
     else:
         made = make_import(Path(place), out)
     _tell(made, as_json)

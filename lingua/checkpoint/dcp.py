@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -250,6 +250,30 @@ def read_metadata(folder: Path) -> Metadata:
 def tensor_properties(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of every tensor in a checkpoint folder."""
     return properties_in(read_metadata(folder))
+
+
+def files_of(metadata: Metadata) -> dict[str, int]:
+    """Name of each file of a checkpoint folder -> bytes that it must have at least."""
+    needed: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    return needed
+
+
+def chosen(metadata: Metadata, names: Mapping[str, str]) -> Metadata:
+    """Metadata of some of the tensors alone, under other names: `names` is old -> new. They stay in their files."""
+    described = {names[name]: d for name, d in metadata.state_dict_metadata.items() if name in names}
+    places = {
+        dataclasses.replace(index, fqn=names[index.fqn]): place
+        for index, place in metadata.storage_data.items()
+        if index.fqn in names
+    }
+    paths = {name: tuple(name.split(".", 1)) for name in described if name.startswith("model.")}
+    for name in described:
+        if name.startswith("optim.state."):
+            parameter, _, key = name.removeprefix("optim.state.").rpartition(".")
+            paths[name] = ("optim", "state", parameter, key)
+    return Metadata(described, planner_data=paths, storage_data=places, version=CURRENT_DCP_VERSION)
 
 
 def properties_in(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter, save
 
 from apps.cli import app
 from apps.export import Dtype, Format, make_export, make_import
@@ -264,10 +267,39 @@ def test_the_commands(hostile_dir: Path, capsys: pytest.CaptureFixture[str]) -> 
         1,
         f"error: {back} is there already; choose a new folder, or remove it first\n",
     )
-    # text comes out of each of them, the same
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_text_comes_out_of_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, meta = tmp_path / "run", tmp_path / "meta" / "checkpoints" / "0000000001"
+    make_run(run, n_layers=1)
+    for form in Format:
+        make_export(str(run), tmp_path / form, form)
+    make_import(tmp_path / "hf", tmp_path / "back")
+    # as Meta Lingua leaves them: a folder of torch's that nobody vouches for, and one file with params.json
+    save({"model": weights(run)}, storage_writer=FileSystemWriter(meta), no_dist=True)
+    (tmp_path / "meta" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    (meta / "consolidated").mkdir()
+    (tmp_path / "torch" / "consolidated.pth").rename(meta / "consolidated" / "consolidated.pth")
+    (meta / "consolidated" / "params.json").write_text(described(run / "config.yaml").model_dump_json())
+    places = [
+        run,
+        f"{run}@1",
+        *(tmp_path / name for name in ("hf", "safetensors", "back")),
+        meta,
+        meta / "consolidated",
+    ]
     said = [
-        lingua(capsys, "generate", f"ckpt={folder}", "prompt=ab", "max_gen_len=2", "device=cpu", "dtype=fp32")
-        for folder in (run, hf, back)
+        lingua(capsys, "generate", f"ckpt={place}", "prompt=ab", "max_gen_len=2", "device=cpu", "dtype=fp32")
+        for place in places
     ]
     assert {code for code, _, _ in said} == {0}, said
     assert len({out for _, out, _ in said}) == 1
+
+
+def test_no_torch_and_no_waiting_before_a_command_runs() -> None:
+    program = "import sys, apps.cli, apps.export; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
