@@ -17,7 +17,9 @@ from apps import export as export_commands
 from apps import runs as run_commands
 from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
+from apps.drill import drill
 from apps.output import AsJson, Debug, show_json
+from apps.sweep import app as sweep_app
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
 
 app = typer.Typer(
@@ -35,6 +37,7 @@ app = typer.Typer(
 
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(data_app, name="data")
+app.add_typer(sweep_app, name="sweep")
 
 Words = Annotated[
     list[str] | None,
@@ -164,7 +167,7 @@ def generate(
 
 app.command("export")(export_commands.export)
 app.command("import")(export_commands.import_)
-for command in run_commands.COMMANDS:
+for command in (*run_commands.COMMANDS, drill):
     app.command()(command)
 
 

@@ -2,7 +2,8 @@
 
 Promise: the folder that is made is there whole or not at all; weights of a checkpoint are verified against its
 manifest before they are read, and kept from retention meanwhile. No GPU; nothing in a file is executed.
-Cost: two passes over the weights (verify, convert); memory of one tensor. torch is imported when a command runs.
+Cost: two passes over the weights (verify, convert); memory of about three times the largest tensor. torch is imported
+when a command runs.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Promise: values are those of the source, bit for bit unless another type is asked for; what is written is on the disk
 when a function returns. Whole folders are their callers' doing (`whole_folder`).
-Cost: each tensor is read once and written once; memory of one tensor, and of the pieces it is read in.
+Cost: each tensor is read once and written once; memory of about three times the largest tensor.
 
 A safetensors file:  | 8 bytes: length of the head | head: JSON, name -> type, shape, where | bytes of the tensors |
 """
