@@ -125,7 +125,7 @@ def write_safetensors(
         for n in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
-        publish.write_hashed(folder / name, _content(shard, advance), files=files)
+        publish.write_hashed(folder / name, publish.in_pages(_content(shard, advance)), files=files)
     if len(shards) > 1:
         index: Mapping[str, object] = {
             "metadata": {"total_size": sum(item.size_bytes for item in items)},

@@ -162,7 +162,7 @@ def test_an_export_that_dies_anywhere_leaves_nothing_or_all(tmp_path: Path) -> N
     make_run(run, n_layers=1)
 
     def make(files: Files) -> None:
-        make_export(str(run), out, Format.hf, shard_bytes=60_000, files=files)
+        make_export(str(run), out, Format.hf, shard_bytes=80_000, files=files)
 
     counted = FaultyFiles()
     make(counted)

