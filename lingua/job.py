@@ -225,8 +225,8 @@ def _srun(job: Job, step: str, log_name: str) -> list[str]:
 def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
     """Where the ranks meet, and what the config sets and unsets."""
     n_nodes = job.allocation.n_nodes if job.allocation else 1
-    seed = job.name if job.allocation else str(job.run_dir)
-    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(free_port(seed))}
+    port = free_port(f"{job.name} {job.run_dir}")  # two clusters on one host have jobs of the same number
+    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(port)}
     taken = {*job.launcher.env.unset, "SLURM_GPU_BIND"}  # a site's default would bind GPUs to tasks
     kept = {name: value for name, value in env.items() if name not in taken}
     return {**kept, **wanted, **job.launcher.env.set}

@@ -91,8 +91,8 @@ def stop_of(run_dir: Path) -> dict[str, object]:
 
 
 def tiny(name: str, steps: int, *more: str) -> list[str]:
-    """Words of a tiny run under `out/`."""
-    return [*TINY[1:], f"name={name}", f"steps={steps}", *more]
+    """Words of a tiny run under `out/`. Its ranks may be long in coming: several tests share a few cores."""
+    return [*TINY[1:], "distributed.timeout_s=120", f"name={name}", f"steps={steps}", *more]
 
 
 def undisturbed(folder: Path, steps: int, *more: str) -> list[str]:

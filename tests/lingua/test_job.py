@@ -104,6 +104,12 @@ def test_variables_of_the_config_win_over_the_shell():
     assert 20_000 <= int(port) < 32_000
 
 
+def test_jobs_of_one_number_in_two_clusters_meet_at_two_ports():
+    """Neither listens while the other looks: its ranks still import torch."""
+    ports = {rank_variables(job(Path(run), n_nodes=1), {})["MASTER_PORT"] for run in ("/runs/a", "/runs/b")}
+    assert len(ports) == 2
+
+
 def test_a_taken_port_is_passed_over():
     first = free_port("7")
     with socket.socket() as listener:

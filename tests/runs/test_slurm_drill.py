@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from tests.checkout import ROOT, Checkout
+from tests.slurm_cluster import until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -37,7 +38,7 @@ def test_one_minute_on_slurm(checkout: Checkout):
     assert sum(told["blows"].values()) >= 2
     assert {"service", "TERM"} <= set(told["blows"])
     assert 0 < told["signal_to_safe_max_s"] < 30, "less than the grace of this partition"
-    assert checkout.cluster.run("squeue", "--noheader") == "", "nothing is left in the queue"
+    until(lambda: not checkout.cluster.run("squeue", "--noheader"), "nothing is left in the queue")
 
 
 @pytest.mark.soak
