@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "metrics.validation.jsonl"
+EVAL_FILE = "metrics.eval.jsonl"
 _HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
 
 

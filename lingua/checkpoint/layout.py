@@ -33,6 +33,9 @@ MANIFEST = "manifest.json"
 PINS = "pins"
 RUN_ID = "run_id"
 EVALS = "evals"
+RESULTS = "results.json"
+FAILED = "failed.json"
+FOLLOWER = "follow.json"
 CHECKPOINTS = "checkpoints"
 
 _FOLDER = re.compile(r"(\d{10})", re.ASCII)
