@@ -161,6 +161,23 @@ def generate(
     _pass_on("generate", words or [])
 
 
+@app.command("eval", context_settings=PASSED_ON)
+def evaluate(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RUN[@STEP]] [KEY=VALUE] ...")] = None,
+    follow: Annotated[str | None, typer.Option(metavar="RUN", help="Each checkpoint as it appears.")] = None,
+    newest_first: Annotated[bool, typer.Option("--newest-first", help="Of those that wait, the newest first.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="With --follow: end as soon as nothing waits.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a checkpoint, or with --follow all of a run as they appear.
+
+    The same as `python -m apps.main.eval`, whose --help tells the rest: KEY=VALUE are keys of the section `eval`, and
+    config=FILE says what to measure.
+    """
+    options = {f"follow={follow}": follow, "newest_first=true": newest_first, "--once": once, "--json": as_json}
+    _pass_on("eval", [*(words or []), *(word for word, given in options.items() if given)])
+
+
 for command in run_commands.COMMANDS:
     app.command()(command)
 

@@ -72,12 +72,12 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
 
 
 def choose_app(line: CommandLine) -> str:
-    """Package of the app: `app=` says it; else the config, or the run of `ckpt=`, does by its key `app`; else the
-    config by lying in <app>/configs."""
+    """Package of the app: `app=` says it; else the config, or the run of `ckpt=` or `follow=`, does by its key `app`;
+    else the config by lying in <app>/configs."""
     said = dict(word.split("=", 1) for word in line.overrides)
     if "app" in said:
         return said["app"]
-    config = Path(line.config) if line.config is not None else _config_of_run(said.get("ckpt"))
+    config = Path(line.config) if line.config is not None else _config_of_run(said.get("ckpt") or said.get("follow"))
     if config is None or not config.is_file():
         return DEFAULT_APP
     from lingua.layers import read_yaml
