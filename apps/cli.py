@@ -17,7 +17,7 @@ from apps import runs as run_commands
 from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
 from apps.output import AsJson, Debug, show_json
-from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
+from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main, with_ckpt
 
 app = typer.Typer(
     name="lingua",
@@ -172,10 +172,13 @@ def evaluate(
     """Evaluate a checkpoint, or with --follow all of a run as they appear.
 
     The same as `python -m apps.main.eval`, whose --help tells the rest: KEY=VALUE are keys of the section `eval`, and
-    config=FILE says what to measure.
+    config=FILE says what to measure. `lingua eval prefetch CONFIG` fetches the data sets of its tasks, where there is a
+    network; jobs then read them from the cache.
     """
     options = {f"follow={follow}": follow, "newest_first=true": newest_first, "--once": once, "--json": as_json}
-    _pass_on("eval", [*(words or []), *(word for word, given in options.items() if given)])
+    given = [word for word, is_given in options.items() if is_given]
+    words = words or []
+    _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])
 
 
 for command in run_commands.COMMANDS:
@@ -184,7 +187,7 @@ for command in run_commands.COMMANDS:
 
 def _pass_on(room: str, words: list[str]) -> NoReturn:
     """Call the chosen app's `main(words)`."""
-    config = [word for word in words if not word.startswith(("-", "+", "prompt="))]
+    config = [word for word in words if not word.startswith(("-", "+", "prompt=", "prefetch"))]
     raise typer.Exit(app_module(choose_app(parse_command_line(config)), room).main(words))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -69,6 +70,12 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
     if wrong:
         raise ConfigError(wrong)
     return line
+
+
+def with_ckpt(words: Sequence[str]) -> list[str]:
+    """A bare RUN, RUN@STEP or folder reads as `ckpt=`; a config may then stand beside it."""
+    other = re.compile(r"[-+].*|.*=.*|.*\.ya?ml", re.DOTALL)
+    return [word if other.fullmatch(word) else f"ckpt={word}" for word in words]
 
 
 def choose_app(line: CommandLine) -> str:

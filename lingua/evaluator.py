@@ -61,6 +61,8 @@ class HarnessArgs(Args):
 
     tasks: list[Text | dict[str, Any]] = []
     """Task names, or mappings with `task` and its settings."""
+    include_path: str | None = None
+    """Folder of further task files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples before each question. Null: the task's own."""
     device: Text | None = None
@@ -82,7 +84,7 @@ class HarnessArgs(Args):
     write_out: bool = False
     """Print the first prompts."""
     log_samples: bool = True
-    """Keep every question and answer."""
+    """Keep every question and answer, in evals/<step>/samples.json."""
     system_instruction: str | None = None
     """System text before every prompt."""
     apply_chat_template: bool | Text = False
@@ -143,7 +145,7 @@ class EvalArgs(Args):
     logging: LoggingArgs | None = None
     """Logging of a hand-started evaluation."""
     core_metrics: dict[str, float] | None = None
-    """Weight of each metric in `core_eval/overall_avg`."""
+    """Weight of each metric (<task>/<metric>, or a task for its first) in `core_eval/overall_avg`."""
     terminal_eval_wandb: bool = False
     """After the last evaluation, one wandb run with training and evaluation metrics joined."""
     wipe_ckpt: bool = False
@@ -318,12 +320,20 @@ def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable
     return RunState(exit_code != EXIT_REQUEUE, exit_code == EXIT_FINISHED, max(0.0, now() - seen_s))
 
 
+def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, Any], *, files: Files = DISK) -> None:
+    """results.json of what was found, last; samples.json of single questions and answers before. Raises OSError."""
+    metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}
+    if found.get("samples"):
+        write_json(folder / layout.SAMPLES, found["samples"], files=files)
+    write_json(folder / layout.RESULTS, {**facts, "details": found.get("details", {}), "metrics": metrics}, files=files)
+
+
 # -- the evaluator -------------------------------------------------------------------------------------------------
 
 Beat = Callable[[], None]
 """Called between two batches; raises when the evaluation is to be left."""
 Measure = Callable[[Checkpoint, Beat], Mapping[str, Any]]
-"""Evaluates a checkpoint: metrics by name, and under "details" what else is to be kept."""
+"""Evaluates a checkpoint: metrics by name; under "details" and "samples" what else is to be kept."""
 
 
 class Stopped(Exception):  # noqa: N818 - nothing is wrong
@@ -479,8 +489,8 @@ class Evaluator:
             self._must_be_ours(lock)
             seconds = self._now() - began_s
             facts = {"version": 1, "global_step": step, "incarnation": incarnation, "seconds": round(seconds, 3)}
-            results = {**facts, "created_at": self._now(), "details": found.pop("details", {}), "metrics": found}
-            write_json(layout.evaluation(self.run_dir, step) / layout.RESULTS, results, files=self._files)
+            facts["created_at"] = self._now()
+            write_results(layout.evaluation(self.run_dir, step), facts, found, files=self._files)
         except LostError as error:
             log.warning("the evaluation of step %d is left: %s", step, error)
             return

@@ -2,6 +2,7 @@
 
 usage: python -m apps.main.eval [ckpt=]RUN[@STEP] [config=FILE] [key=value ...]      by hand
        python -m apps.main.eval follow=RUN [config=FILE] [key=value ...]             as they appear, until the run ends
+       python -m apps.main.eval prefetch CONFIG [key=value ...]                      fetch data sets, on a login node
 
   RUN[@STEP]      a run (its newest checkpoint), a step of it, a checkpoint folder, or a folder or file of weights
   config=FILE     what to measure, such as apps/main/configs/eval.yaml; or the config of a run, for weights that have
@@ -20,6 +21,7 @@ Exit codes: 0 all is evaluated, 75 told by a signal to stop, 130 Ctrl-C, 2 bad c
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,17 +33,18 @@ import torch.distributed as dist
 
 from apps.output import show_json
 from lingua.args import ConfigError
-from lingua.checkpoint.layout import RESULTS
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.compose import compose
 from lingua.data.heldout import held_out_file
 from lingua.data.jsonl import find_files
 from lingua.data.sources import filled
 from lingua.distributed import World, find_place, from_main, on_every_rank, pick_device, set_environment, start_world
-from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
-from lingua.evaluator import Beat, EvalArgs, Evaluator, EvalValidationArgs
-from lingua.files import RunError, make_folder, write_json
+from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main, with_ckpt
+from lingua.evaluator import Beat, EvalArgs, Evaluator, EvalValidationArgs, write_results
+from lingua.files import RunError, make_folder
 from lingua.freeze import CONFIG_FILE
+from lingua.generator import Generator
+from lingua.harness import be_offline, load_tasks, make_lm, run_tasks
 from lingua.layers import stack_layers
 from lingua.logger import start_logging
 from lingua.parallel import DTYPES
@@ -49,6 +52,7 @@ from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.schema import DistributedArgs
 from lingua.scorer import Loss, Scorer, Wording, score_documents
 from lingua.signals import StopSignals
+from lingua.slurm import this_allocation
 
 from .args import TrainArgs
 from .check import source_folders
@@ -99,18 +103,14 @@ def read_command_line(line: CommandLine) -> Order:
             own[name] = value
         else:
             overrides.append(word)
-    config = line.config
-    if config is not None and not config.endswith((".yaml", ".yml")):  # a bare RUN
-        own.setdefault("ckpt", config)
-        config = None
     place = own.get("follow") or own.get("ckpt") or own.get("ckpt_dir")
     if not place:
         raise ConfigError("command line: nothing to evaluate; write ckpt=RUN_OR_FOLDER, or follow=RUN")
     if "follow" in own and not (Path(place) / CONFIG_FILE).is_file():
         raise ConfigError(f"follow={place}: no run, it has no {CONFIG_FILE}; start the run first")
-    if config is not None and not _is_about_measures(config):
-        return Order(place, "follow" in own, Path(config), None, line.overlays, overrides)
-    return Order(place, "follow" in own, config_of(place), config, line.overlays, overrides)
+    if line.config is not None and not _is_about_measures(line.config):
+        return Order(place, "follow" in own, Path(line.config), None, line.overlays, overrides)
+    return Order(place, "follow" in own, config_of(place), line.config, line.overlays, overrides)
 
 
 def _is_about_measures(config: str) -> bool:
@@ -162,7 +162,10 @@ class Measures:
         """Raises ConfigError for what is missing, before anything is loaded."""
         self.run_args, self.args, self.world = run_args, args, world
         self.texts = held_out_texts(run_args, args.validation) if args.validation is not None else []
-        if not self.texts:
+        self.harness = args.harness if args.harness is not None and args.harness.tasks else None
+        if self.harness is not None:
+            load_tasks(self.harness)
+        if not self.texts and self.harness is None:
             raise ConfigError("eval: nothing is measured; set eval.validation or eval.harness.tasks")
 
     def measure(self, ckpt: str | Path, beat: Beat) -> dict[str, Any]:
@@ -175,7 +178,12 @@ class Measures:
         log.info("%s, on %s in %s", loaded, device, generator.dtype)
         scorer = Scorer(model, generator.max_tokens, beat)
         data = self.run_args.data
-        return self._held_out(scorer, Wording(tokenizer, data.add_bos, data.add_eos))
+        wording = Wording(tokenizer, data.add_bos, data.add_eos)
+        found: dict[str, Any] = self._held_out(scorer, wording)
+        if self.harness is not None:
+            lm = make_lm(scorer, Generator(model, tokenizer, generator, add_bos=data.add_bos), wording)
+            found |= run_tasks(lm, self.harness, self.args.core_metrics)
+        return found
 
     def _held_out(self, scorer: Scorer, wording: Wording) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -212,7 +220,9 @@ class Measures:
 
 def main(words: list[str]) -> int:
     """Evaluate what the words of a command line say; returns the exit code."""
-    line = parse_command_line(words, ["once", "json"])
+    if words[:1] == ["prefetch"]:
+        return prefetch(words[1:])
+    line = parse_command_line(with_ckpt(words), ["once", "json"])
     if line.flags.get("help"):
         print(__doc__)
         return 0
@@ -223,6 +233,8 @@ def main(words: list[str]) -> int:
     if (app := app or choose_app(CommandLine(config=str(order.run_config)))) != __package__:
         return app_module(app, "eval").main(words)
     run_args, args = order.compose()
+    if this_allocation(os.environ) is not None:  # compute nodes: what is not in the cache would only be waited for
+        be_offline()
     device = pick_device(args.generator.device, place)
     set_environment(run_args.env, place, on_gpu=device.type == "cuda")
     timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
@@ -232,7 +244,24 @@ def main(words: list[str]) -> int:
             return follow(Path(order.place), measures, once=bool(line.flags.get("once")))
         found = measures.measure(order.place, lambda: None)
     if place.is_main:
-        show({"ckpt": order.place, **found}, args.dump_dir, as_json=bool(line.flags.get("json")))
+        show(order.place, found, args.dump_dir, as_json=bool(line.flags.get("json")))
+    return 0
+
+
+def prefetch(words: list[str]) -> int:
+    """Fetch the data of a config's harness tasks into Hugging Face's cache; jobs then read it from there."""
+    line = parse_command_line(words)
+    if line.config is None:
+        raise ConfigError("command line: no config whose data sets are fetched; write lingua eval prefetch CONFIG")
+    if _is_about_measures(line.config):
+        args = compose(line.config, line.overlays, line.overrides, EvalArgs).args
+    else:
+        args = compose(line.config, line.overlays, line.overrides, TrainArgs).args.eval or EvalArgs()
+    if args.harness is None or not args.harness.tasks:
+        print(f"{line.config} names no harness tasks; there is nothing to fetch")
+        return 0
+    for name in load_tasks(args.harness):
+        print(f"{name}: there")
     return 0
 
 
@@ -279,17 +308,16 @@ def _nothing() -> str | None:
     return None
 
 
-def show(found: dict[str, Any], dump_dir: str | None, as_json: bool) -> None:
+def show(ckpt: str, found: Mapping[str, Any], dump_dir: str | None, *, as_json: bool) -> None:
     """Print results, and write them where they are wanted."""
-    head = {"ckpt": found.pop("ckpt"), "details": found.pop("details", {})}
-    results = {**head, "metrics": found}
     if dump_dir:
-        write_json(make_folder(Path(dump_dir), "eval.dump_dir") / RESULTS, results)
+        write_results(make_folder(Path(dump_dir), "eval.dump_dir"), {"ckpt": ckpt}, found)
+    metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}
     if as_json:
-        show_json(results)
+        show_json({"ckpt": ckpt, "details": found.get("details", {}), "metrics": metrics})
         return
-    width = max(map(len, found))
-    for name, value in found.items():
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
         print(f"{name:<{width}}  {value:,.6g}")
 
 

@@ -168,3 +168,37 @@ def run_alone_on_ranks(act: Any, n: int) -> list[Any]:
 def test_what_is_missing_is_told_before_anything_is_loaded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Measures, "measure", lambda *args: pytest.fail("it was loaded"))
     assert run_main(main, [str(run), "validation.sources=[nowhere]"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_of_the_harness_beside_held_out_text(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"q": f"def f{n}(", "a": n % 2}) + "\n" for n in range(4)))
+    measures = tmp_path / "measures.yaml"
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "a",
+        "doc_to_choice": ["x", "self"],
+    }
+    harness = {"tasks": [task], "bootstrap_iters": 0}
+    settings = {"generator": {"dtype": "fp32"}, "validation": {"max_steps": 1}, "harness": harness}
+    measures.write_text(json.dumps(settings | {"core_metrics": {"mine": 2.0}}))
+    assert main(["prefetch", str(measures)]) == 0
+    assert capsys.readouterr().out.endswith("mine: there\n")
+    assert main([f"follow={copy}", f"config={measures}"]) == 0
+    line = read_metrics(copy / "metrics.eval.jsonl")[-1]
+    assert line["core_eval/overall_avg"] == line["eval/overall_avg"] == line["eval/mine/acc_norm"]
+    assert "validation/mine/bpb" in line
+    assert len(read_json(copy / "evals/0000000005/samples.json")["mine"]) == 4
+    (tmp_path / "q.jsonl").rename(tmp_path / "gone")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "another cache"))
+    assert run_main(main, [str(copy), f"config={measures}"]) == 2
+    assert "eval.harness.tasks: mine cannot be loaded here" in capsys.readouterr().err
