@@ -16,7 +16,9 @@ import typer
 from apps import runs as run_commands
 from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
+from apps.drill import drill
 from apps.output import AsJson, Debug, show_json
+from apps.sweep import app as sweep_app
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main, with_ckpt
 
 app = typer.Typer(
@@ -34,6 +36,7 @@ app = typer.Typer(
 
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(data_app, name="data")
+app.add_typer(sweep_app, name="sweep")
 
 Words = Annotated[
     list[str] | None,
@@ -181,7 +184,7 @@ def evaluate(
     _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])
 
 
-for command in run_commands.COMMANDS:
+for command in (*run_commands.COMMANDS, drill):
     app.command()(command)
 
 

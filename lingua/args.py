@@ -162,6 +162,7 @@ def all_keys(schema: type[Args], prefix: str = "") -> Iterator[str]:
 
 _PREPARE = "prepare the sources that way once, and name the new folders in data.sources"
 MOVED = {
+    "grid": "it is for `lingua sweep`; start a sweep with this file, or take it out",
     "data.source_filter_functions": f"sources are not filtered while training; {_PREPARE}",
     "data.randomize_rate": f"tokens are not randomised while training; {_PREPARE}",
     "eval.dataset_dir": "use eval.validation.root_dir with eval.validation.sources",

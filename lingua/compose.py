@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from lingua.args import Args, ConfigError, Key, dotted_key, show, unknown_key
-from lingua.layers import DEFAULT, Layer, Origin, at, leaves, scalar, stack_layers
+from lingua.layers import DEFAULT, Layer, Origin, Point, at, leaves, scalar, stack_layers
 
 # -- interpolation and paths ---------------------------------------------------------------------------------------
 
@@ -239,10 +239,14 @@ class Examined(Generic[ArgsType]):
 
 
 def examine(
-    config: str | None, overlays: list[str], overrides: list[str], schema: type[ArgsType]
+    config: str | None,
+    overlays: list[str],
+    overrides: list[str],
+    schema: type[ArgsType],
+    point: Point | None = None,
 ) -> Examined[ArgsType]:
     """Compose and validate, collecting complaints. Raises ConfigError only when there is nothing to validate."""
-    layer = stack_layers(config, overlays, overrides, schema)
+    layer = stack_layers(config, overlays, overrides, schema, point)
     findings, interpolated = _resolve(layer, schema)
     findings += _expand_paths(layer) + _import_plugins(layer)
     args, more = _validate(layer.tree, schema, interpolated)

@@ -9,6 +9,8 @@ ranks: signals are theirs, it only notes that they came. It requeues by `requeue
 being cancelled. With RESERVE_S left of the time limit it requeues a job whose ranks still run: late is lost.
 Cost: half a second per start; no torch. `hold` sleeps in between.
 
+A job file lies in <run>/jobs, or in the folder `tasks` of a sweep, whose points share one frozen code.
+
     <run>/code/               the code
           jobs/4711.yaml      the config, resolved       jobs/4711.json    words typed, places of the values
           jobs/4711.tries.json                           failed starts in a row, nodes to avoid
@@ -37,6 +39,7 @@ from lingua.args import ConfigError
 from lingua.checkpoint.layout import CHECKPOINTS, done_steps
 from lingua.codefreeze import environment, freeze_code
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.failure import read_failures
 from lingua.files import RunError, entries, make_folder, read_json, write_json, write_whole
 from lingua.freeze import dump_yaml
 from lingua.launcher import LauncherArgs
@@ -52,8 +55,12 @@ JOBS = "jobs"
 LINKS = ".jobs"
 RESERVE_S = 15.0
 """Left of the time limit when a job whose ranks still run is requeued."""
+GRACE_RESERVE_S = 3.0
+"""Left of a preemption's grace at that moment: at its end Slurm requeues by itself, where it is set up to."""
 NODE_CHECK = "lingua.node_check"
 SERVICE = "lingua.checkpoint.service"
+RANKS_STEP, SERVICE_STEP = "ranks", "service"
+"""Names of the job's steps, as `squeue --steps` shows them."""
 SERVICE_WAIT_S = 600.0
 """For the first rank: longer than torch takes to be imported from a slow shared disk."""
 
@@ -68,15 +75,20 @@ def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
     run_dir = make_folder(Path(checked.args.dump_dir).absolute(), "dump_dir")
     freeze_code(tree, run_dir, again="refreeze" in line.flags)
     job_file = make_folder(run_dir / JOBS, "dump_dir") / f"{key}.json"
+    write_job(checked, line, job_file)
+    return job_file
+
+
+def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
+    """A checked config as a job file, with the YAML beside it."""
     facts = {
-        "typed": [line.config, *(f"+{overlay}" for overlay in line.overlays), *line.overrides],
+        "typed": line.typed,
         "accept_change": "accept-change" in line.flags,
         "n_ranks": checked.resolved.world_size,
         "origins": checked.composed.origins(),
     }
     write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
     write_json(job_file, facts)
-    return job_file
 
 
 def begin(env: Mapping[str, str]) -> int:
@@ -125,13 +137,17 @@ class Job:
 def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     """The job that a job file froze. Raises OSError, RunError or ConfigError when it cannot be read."""
     config = job_file.with_suffix(".yaml")
+    if not config.is_file():
+        raise RunError(
+            f"{config} is not there: no such job or point was frozen, or its folder was moved; submit it anew"
+        )
     tree = read_yaml(config).tree
     launcher = LauncherArgs.model_validate(tree.get("launcher", {}))
     facts = read_json(job_file)
     accepted = ["--accept-change"] if facts["accept_change"] else []
     checkpoint = tree.get("checkpoint", {})
     return Job(
-        run_dir=job_file.parents[1],
+        run_dir=Path(tree["dump_dir"]).absolute(),
         app=tree["app"],
         launcher=launcher,
         n_ranks=allocation.n_tasks if allocation else facts["n_ranks"],
@@ -156,7 +172,7 @@ def ranks_command(job: Job) -> list[str]:
     n_local = job.n_ranks // slurm.n_nodes
     cpus = (slurm.cpus_per_task or 1) * (n_local if per_node else 1)
     return [
-        *_srun(job, "%t"),
+        *_srun(job, RANKS_STEP, "%t"),
         "--kill-on-bad-exit=0",  # a rank that is through must not end one that still saves
         f"--wait={PATIENCE_S:.0f}",
         f"--ntasks={slurm.n_nodes if per_node else job.n_ranks}",
@@ -174,15 +190,16 @@ def node_check_command(job: Job) -> list[str] | None:
     return ["srun", "--export=ALL", "--input=none", *tasks, sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"]
 
 
-def read_bad_nodes(said: str) -> list[str]:
-    """From what the node check said: a line of JSON, among others perhaps."""
+def read_bad_nodes(said: str) -> dict[str, list[str]]:
+    """What is wrong, by bad node, from what the node check said: a line of JSON, among others perhaps."""
     for line in said.splitlines():
         if line.startswith("{"):
             try:
-                return [str(node) for node in orjson.loads(line)["bad_nodes"]]
+                verdict = orjson.loads(line)
+                return {node: verdict["problems"].get(node, []) for node in verdict["bad_nodes"]}
             except (ValueError, KeyError):
                 continue
-    return []
+    return {}
 
 
 def service_command(job: Job) -> list[str] | None:
@@ -194,19 +211,22 @@ def service_command(job: Job) -> list[str] | None:
         return None
     n_nodes = job.allocation.n_nodes
     share = ["--overlap", "--mem=0", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
-    serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm, f"--wait-s={SERVICE_WAIT_S:.0f}"]
-    return [*_srun(job, "service.%n"), *share, *serve]
+    serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm]
+    # Ranks come once per start of a job: to linger for others would cost its grace.
+    return [*_srun(job, SERVICE_STEP, "service.%n"), *share, *serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"]
 
 
-def _srun(job: Job, name: str) -> list[str]:
+def _srun(job: Job, step: str, log_name: str) -> list[str]:
     logs = str(job.run_dir / RANK_LOGS).replace("%", "%%")
-    return ["srun", "--export=ALL", "--input=none", "--open-mode=append", f"--output={logs}/%j.{name}.out"]
+    output = ["--open-mode=append", f"--output={logs}/%j.{log_name}.out"]
+    return ["srun", f"--job-name={step}", "--export=ALL", "--input=none", *output]
 
 
 def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
     """Where the ranks meet, and what the config sets and unsets."""
     n_nodes = job.allocation.n_nodes if job.allocation else 1
-    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(free_port(job.name))}
+    port = free_port(f"{job.name} {job.run_dir}")  # two clusters on one host have jobs of the same number
+    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(port)}
     taken = {*job.launcher.env.unset, "SLURM_GPU_BIND"}  # a site's default would bind GPUs to tasks
     kept = {name: value for name, value in env.items() if name not in taken}
     return {**kept, **wanted, **job.launcher.env.set}
@@ -249,6 +269,7 @@ class Holder:
         self._before = _identity(self._stop_file)
         self._first_step = self._newest_step()
         self._n_starts = len(starts(job.run_dir))
+        self._failed_before = frozenset(read_failures(job.run_dir))
 
     def check_nodes(self, variables: Mapping[str, str]) -> list[str]:
         """The nodes that the node check says are bad."""
@@ -258,7 +279,10 @@ class Holder:
         done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
         said = done.stdout.decode(errors="replace")
         print(said, end="", flush=True)
-        return read_bad_nodes(said) if done.returncode else []
+        problems = read_bad_nodes(said) if done.returncode else {}
+        for node, sentences in problems.items():
+            log.error("%s is not fit to train: %s", node, "; ".join(sentences))
+        return sorted(problems)
 
     def run(self, variables: Mapping[str, str]) -> int | None:
         """Start the steps and wait for them; the ranks' exit code, None when the time is up."""
@@ -274,16 +298,17 @@ class Holder:
         log.info("the ranks ended with exit code %d; waiting for the checkpoint service", exit_code)
         served = self._wait(serving)
         if served is None:
-            log.warning("the service still writes with %d s left; its slots stay for the next start", RESERVE_S)
+            log.warning("the checkpoint service still writes and the time is up; its slots stay for the next start")
         elif served:
             log.warning("the step of the checkpoint service ended with exit code %d", served)
         return exit_code
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Its exit code; None when only RESERVE_S are left of the time limit."""
+        """Its exit code; None when the time is up but for the reserve."""
         while True:
-            ends_at_s = self._state().ends_at_s
-            left_s = None if ends_at_s is None else ends_at_s - RESERVE_S - time.time()
+            state = self._state()
+            reserve_s = GRACE_RESERVE_S if state.preempted else RESERVE_S
+            left_s = None if state.ends_at_s is None else state.ends_at_s - reserve_s - time.time()
             if left_s is not None and left_s <= 0:
                 return process.poll()
             try:
@@ -296,6 +321,7 @@ class Holder:
         return Outcome(
             exit_code=exit_code,
             stop=read_json(stop) if stop is not None else None,
+            kinds=frozenset(failure.kind for failure in set(read_failures(self.job.run_dir)) - self._failed_before),
             occupied=owned_by_another(self.job.run_dir, self.job.name),
             cancelled=self._state().cancelled,
             steps_gained=self._newest_step() - self._first_step,
@@ -313,16 +339,17 @@ class Holder:
         if verdict.requeue:
             tries = self._tries()
             avoid = sorted({*tries.get("avoid", []), *(outcome.stop or {}).get("bad_nodes", [])})
+            make_folder(self.tries_file.parent, "dump_dir")
             write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
             try:
-                requeue(self.job.name, avoid)
+                requeue(self.job.allocation.address, avoid)
             except RunError as error:  # no right to, or no batch job: its exit code still says what it wants
                 log.error("%s", error)
         return verdict.exit_code
 
     def _state(self) -> JobState:
         try:
-            return job_state(self.job.name) if self.job.allocation else JobState("RUNNING")
+            return job_state(self.job.allocation.address) if self.job.allocation else JobState("RUNNING")
         except RunError as error:
             log.warning("%s", error)
             return JobState("UNKNOWN")
@@ -371,7 +398,6 @@ def hold(job_file: Path, env: Mapping[str, str]) -> int:
     holder, variables = Holder(job), rank_variables(job, env)
     bad_nodes = holder.check_nodes(variables)
     if bad_nodes:
-        log.error("not fit: %s", ", ".join(bad_nodes))
         return holder.act(replace(holder.outcome(1), stop={"exit_code": 1, "kind": "device", "bad_nodes": bad_nodes}))
     return holder.act(holder.outcome(holder.run(variables)))
 

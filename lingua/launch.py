@@ -12,10 +12,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from lingua.args import ConfigError
 from lingua.codefreeze import FOLDER as CODE
@@ -28,6 +29,9 @@ from lingua.slurm import run_command
 
 RUN_SCRIPT = "run.sh"
 BODY = Path("scripts", "job.sh")
+_HOW = "# Made by `lingua launch`. sbatch run.sh: submit it again; bash run.sh: run it here, without Slurm."
+_HOW_ARRAY = "# Made by `lingua sweep`. sbatch --array=2 run.sh: submit point 2 again; bash run.sh 2: run it here."
+_TASK = "${1:-${SLURM_ARRAY_TASK_ID:?say which point: bash run.sh 2}}"
 # Characters that an #SBATCH line takes without quotes; sbatch ends it at a blank.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]|&*()-]*")
 
@@ -42,20 +46,27 @@ class Script:
     base_dir: Path
     python: Path
     job_file: Path
+    """Of an array, any one of the folder that holds those of its tasks, 1.json and so on."""
+    array: str = ""
+    """`1-3%2`: an array of these tasks, so many at a time. Empty: none."""
 
     @property
     def run_dir(self) -> Path:
+        """The run folder, or that of the sweep: it holds the code."""
         return self.job_file.parents[1]
 
 
 def render(script: Script) -> str:
     """The text of run.sh. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
     lines = [f"#SBATCH {option}" for option in _options(script)]
-    variables = {"BASE_DIR": script.base_dir, "PYTHON": script.python, "JOB_FILE": script.job_file}
+    job_file, how = shlex.quote(str(script.job_file)), _HOW
+    if script.array:
+        job_file, how = f"{shlex.quote(str(script.job_file.parent))}/{_TASK}.json", _HOW_ARRAY
+    variables = {"BASE_DIR": script.base_dir, "PYTHON": script.python}
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
     body = shlex.quote(str(script.run_dir / CODE / BODY))
-    how = "# Made by `lingua launch`. sbatch run.sh: submit it again; bash run.sh: run it here, without Slurm."
-    return "\n".join(["#!/usr/bin/env bash", how, *lines, *exports, *script.launcher.setup, f"source {body}", ""])
+    what = [*exports, f"export JOB_FILE={job_file}", *script.launcher.setup, f"source {body}"]
+    return "\n".join(["#!/usr/bin/env bash", how, *lines, *what, ""])
 
 
 def _options(script: Script) -> list[str]:
@@ -75,6 +86,7 @@ def _options(script: Script) -> list[str]:
         "exclude": launcher.exclude,
         "comment": launcher.comment,
         "signal": f"USR2@{launcher.signal_s}" if launcher.signal_s else None,
+        "array": script.array,
         "distribution": "block",
         "open-mode": "append",
     }
@@ -108,16 +120,14 @@ def launch(
     run: Callable[..., str] = run_command,
 ) -> int:
     """Check, freeze, write run.sh, submit; returns an exit code. Raises ConfigError or RunError."""
-    if not (base_dir / BODY).is_file():
-        raise ConfigError(f"{base_dir} is no checkout of lingua: it has no {BODY}; go to yours and launch from there")
+    must_be_checkout(base_dir)
     checked = app_module(choose_app(line), "check").load(line)
-    launcher: LauncherArgs = checked.args.launcher
-    gpus = launcher.gpus if launcher.gpus is not None else _share(checked.resolved.world_size, launcher.nodes)
+    launcher = complete_launcher(checked)
     key = "launch-" + sha256(repr((line.config, line.overlays, line.overrides)).encode()).hexdigest()[:8]
     job_file = Path(checked.args.dump_dir).absolute() / JOBS / f"{key}.json"
     script = Script(
         name=checked.args.name,
-        launcher=launcher.model_copy(update={"gpus": gpus}),
+        launcher=launcher,
         base_dir=base_dir,
         python=Path(sys.executable),
         job_file=job_file,
@@ -132,12 +142,41 @@ def launch(
     path = script.run_dir / RUN_SCRIPT
     write_whole(path, text, mode=0o755)
     if local:
-        alone = {name: value for name, value in env.items() if not name.startswith("SLURM_")}
-        os.execvpe("bash", ["bash", str(path)], alone)  # nothing in between that would have to pass signals on
-    logs = make_folder(script.run_dir / RANK_LOGS, "dump_dir")
-    job_id = run(["sbatch", "--parsable", f"--chdir={logs}", str(path)], env=_not_overruled(launcher, env)).strip()
-    print(f"job {job_id.partition(';')[0]}: {path}")
+        # Nothing stays in between that would have to pass signals on.
+        os.execvpe("bash", ["bash", str(path)], without_slurm(env))
+    print(f"job {submit(path, launcher, env=env, run=run)}: {path}")
     return 0
+
+
+def submit(
+    script: Path,
+    launcher: LauncherArgs,
+    options: Sequence[str] = (),
+    *,
+    env: Mapping[str, str] = os.environ,
+    run: Callable[..., str] = run_command,
+) -> str:
+    """Hand a run.sh to sbatch; returns the job id. Slurm's own words go into the folder's logs/."""
+    logs = make_folder(script.parent / RANK_LOGS, "dump_dir")
+    words = ["sbatch", "--parsable", f"--chdir={logs}", *options, str(script)]
+    return run(words, env=_not_overruled(launcher, env)).strip().partition(";")[0]
+
+
+def must_be_checkout(base_dir: Path) -> None:
+    if not (base_dir / BODY).is_file():
+        raise ConfigError(f"{base_dir} is no checkout of lingua: it has no {BODY}; go to yours and launch from there")
+
+
+def without_slurm(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a job that runs here, even inside an allocation."""
+    return {name: value for name, value in env.items() if not name.startswith("SLURM_")}
+
+
+def complete_launcher(checked: Any) -> LauncherArgs:
+    """The `launcher` section of a checked config, with gpus filled in."""
+    launcher: LauncherArgs = checked.args.launcher
+    gpus = launcher.gpus if launcher.gpus is not None else _share(checked.resolved.world_size, launcher.nodes)
+    return launcher.model_copy(update={"gpus": gpus})
 
 
 def _share(n_ranks: int, n_nodes: int) -> int:

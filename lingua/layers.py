@@ -32,6 +32,9 @@ import yaml
 
 from lingua.args import Args, ConfigError, Key, inner_sections, is_section, show
 
+GRID = "grid"
+"""Block of a config that only `lingua sweep` reads."""
+
 # -- reading YAML with the line of every key -----------------------------------------------------------------------
 
 
@@ -48,6 +51,8 @@ class Origin:
 
 COMMAND_LINE = Origin("command line")
 DEFAULT = Origin("default")
+Point = Mapping[str, tuple[Any, Origin]]
+"""Values by dotted key, each with its place: a point of a sweep."""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -165,8 +170,8 @@ class _Composer:
     schema: type[Args]
     configs: Path
     """The app's own folder of configs."""
-    picks: dict[str, str]
-    """Group picks of the command line."""
+    picks: dict[str, tuple[str, Origin]]
+    """Group picks of the command line, or of a point."""
     used: set[str] = field(default_factory=set)
     """Groups of those that took the place of a base's pick."""
 
@@ -197,7 +202,7 @@ class _Composer:
         group, _, name = base.replace("=", "/", 1).partition("/")
         if group in self.picks:
             self.used.add(group)
-            name, where = self.picks[group], COMMAND_LINE
+            name, where = self.picks[group]
         return self.pick(group, name, where, [*_config_folders(named_in), self.configs], stack)
 
     def pick(self, group: str, name: str, where: Origin, folders: list[Path], stack: tuple[Path, ...] = ()) -> Layer:
@@ -251,13 +256,17 @@ def _near_files(path: Path, *more_folders: Path) -> str:
     )
 
 
-def _override(layer: Layer, word: str, schema: type[Args]) -> None:
-    """Apply one `a.b.c=value`."""
+def _parse(word: str) -> tuple[str, Any]:
+    """Key and value of one `a.b.c=value`."""
     dotted, _, text = word.partition("=")
     try:
-        value = yaml_value(text)
+        return dotted, yaml_value(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"command line: {dotted}={text} is not valid YAML; put the value in quotes") from error
+        raise ConfigError(f"{COMMAND_LINE}: {dotted}={text} is not valid YAML; put the value in quotes") from error
+
+
+def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: type[Args]) -> None:
+    """Set one key."""
     key = _split(dotted, schema, layer.tree)
     node: Any = layer.tree
     for depth, name in enumerate(key[:-1], 1):
@@ -265,7 +274,7 @@ def _override(layer: Layer, word: str, schema: type[Args]) -> None:
             node = node[name]
             continue
         if isinstance(node, list):
-            raise ConfigError(f"command line: {dotted} names item {name} of a list of {len(node)}; count from 0")
+            raise ConfigError(f"{origin}: {dotted} names item {name} of a list of {len(node)}; count from 0")
         if not isinstance(node.get(name), dict | list):
             layer.forget(key[:depth])
             node[name] = {}
@@ -273,7 +282,7 @@ def _override(layer: Layer, word: str, schema: type[Args]) -> None:
     name = key[-1]
     if isinstance(node, list):
         if not isinstance(name, int) or name >= len(node):
-            raise ConfigError(f"command line: {dotted} names item {name} of a list of {len(node)}; count from 0")
+            raise ConfigError(f"{origin}: {dotted} names item {name} of a list of {len(node)}; count from 0")
         layer.forget(key)
         node[name] = value
     elif isinstance(value, dict) and isinstance(node.get(name), dict):
@@ -281,8 +290,8 @@ def _override(layer: Layer, word: str, schema: type[Args]) -> None:
     else:
         layer.forget(key)
         node[name] = value
-    marked = {(*key, inner): COMMAND_LINE for inner in value} if isinstance(value, dict) else {}
-    layer.marks.update({key: COMMAND_LINE, **marked})
+    marked = {(*key, inner): origin for inner in value} if isinstance(value, dict) else {}
+    layer.marks.update({key: origin, **marked})
 
 
 def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
@@ -306,30 +315,36 @@ def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
 # -- the whole stack ---
 
 
-def stack_layers(config: str | None, overlays: list[str], overrides: list[str], schema: type[Args]) -> Layer:
+def stack_layers(
+    config: str | None, overlays: list[str], overrides: list[str], schema: type[Args], point: Point | None = None
+) -> Layer:
     configs = Path(sys.modules[schema.__module__].__file__ or "").parent / "configs"
-    words = [(word.partition("=")[0], word.partition("=")[2], word) for word in overrides]
-    picks = {key: value for key, value, _ in words if _is_pick(key, value, schema, configs)}
+    values = [(*_parse(word), COMMAND_LINE) for word in overrides]
+    values += [(key, *placed) for key, placed in (point or {}).items()]
+    picks = {key: (str(value), place) for key, value, place in values if _is_pick(key, value, schema, configs)}
     composer = _Composer(schema, configs, picks)
     layer = Layer()
     if config is not None:
         path = Path(config).expanduser()
         _must_exist(path, "config", configs)
         layer = composer.load(path)
-    for group, name in picks.items():
+    for group, (name, where) in picks.items():
         if group not in composer.used:
             layer.tree.pop(group, None)
             layer.forget((group,))
-            layer.merge(composer.pick(group, name, COMMAND_LINE, [configs]))
+            layer.merge(composer.pick(group, name, where, [configs]))
     for overlay in overlays:
         layer.merge(composer.overlay(overlay))
-    for key, _, word in words:
+    if point is not None:
+        layer.tree.pop(GRID, None)
+        layer.forget((GRID,))
+    for key, value, origin in values:
         if key not in picks:
-            _override(layer, word, schema)
+            _override(layer, key, value, origin, schema)
     return layer
 
 
-def _is_pick(key: str, value: str, schema: type[Args], configs: Path) -> bool:
+def _is_pick(key: str, value: Any, schema: type[Args], configs: Path) -> bool:
     if key in schema.model_fields:
-        return is_section(schema, key) and isinstance(scalar(value), str) and not value.startswith("${")
+        return is_section(schema, key) and isinstance(value, str) and not value.startswith("${")
     return "." not in key and (configs / key).is_dir()

@@ -111,7 +111,7 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     return metrics
 
 
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 12) -> float:
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 6) -> float:
     """FLOPs/s of a square matrix product here and now, the fastest of several: what MFU on a CPU is stated against."""
     generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays untouched
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)

@@ -15,6 +15,7 @@ from lingua.slurm import run_command
 PATIENCE_S = 5.0
 Ask = Callable[[Sequence[str]], str | None]
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,18 @@ class Job:
     left: str = ""
     """Of its time limit, as Slurm writes it."""
     nodes: str = ""
+    array_task: str = ""
+    """`4711_3`, where it is a task of an array."""
 
     @property
     def is_waiting(self) -> bool:
         """In the queue: it will start, or start again, by itself."""
         return self.state in _WAITING
+
+    @property
+    def is_there(self) -> bool:
+        """It waits or runs: not over."""
+        return self.is_waiting or self.state in _RUNNING
 
 
 def ask_slurm(words: Sequence[str]) -> str | None:
@@ -45,9 +53,13 @@ def ask_slurm(words: Sequence[str]) -> str | None:
 
 
 def jobs_in_queue(ask: Ask = ask_slurm) -> dict[str, Job]:
-    """This user's jobs that wait, run, or ended a moment ago, by id."""
-    text = ask(["squeue", "--me", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%N"])
-    return {job.id: job for job in map(_job, (text or "").splitlines()) if job is not None}
+    """This user's jobs that wait, run, or ended a moment ago, by id; tasks of arrays also as `4711_3`.
+
+    Tasks that never started have no id of their own yet.
+    """
+    text = ask(["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%N|%F_%K"])
+    jobs = [job for job in map(_job, (text or "").splitlines()) if job is not None]
+    return {job.id: job for job in jobs} | {job.array_task: job for job in jobs if job.array_task}
 
 
 def job_of(job_id: str, queue: dict[str, Job], ask: Ask = ask_slurm) -> Job | None:
@@ -65,4 +77,5 @@ def _job(line: str) -> Job | None:
     if len(fields) < 2 or not fields[0]:
         return None
     fields[2:3] = ["" if field == "None" else field for field in fields[2:3]]
-    return Job(*fields[:5])
+    fields[5:6] = ["" if field.endswith("_N/A") else field for field in fields[5:6]]
+    return Job(*fields[:6])

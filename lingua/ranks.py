@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO
 
 from lingua.slurm import this_node
 
@@ -49,27 +51,9 @@ def run_ranks(
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
     """Run a command once per environment until all have ended; returns their exit code."""
-    libc = ctypes.CDLL(None)
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
     ranks: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        for rank in ranks:
-            rank.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        # A signal between two starts would miss the second: it waits until all are there.
-        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-        for env in envs:
-            # A group of its own: Ctrl-C on a terminal reaches a rank once, through this process, and not twice.
-            ranks.append(
-                subprocess.Popen(command, env=dict(env), preexec_fn=_unblocked(die_with_parent), process_group=0)
-            )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    with signals_passed_on(ranks):
+        start_below(ranks, [(command, env, None) for env in envs])
         first_end_s: float | None = None
         while alive := [rank for rank in ranks if rank.poll() is None]:
             if first_end_s is None and len(alive) < len(ranks):
@@ -79,19 +63,55 @@ def run_ranks(
                     rank.kill()
             sleep(POLL_S)
         return exit_code_of([rank.returncode for rank in ranks])
+
+
+@contextmanager
+def signals_passed_on(
+    processes: list[subprocess.Popen[bytes]], heard: Callable[[int], object] = lambda number: None
+) -> Iterator[None]:
+    """Inside, a signal of PASSED_ON goes to all `processes`, and to `heard`. In the end none of them is left."""
+
+    def pass_on(number: int, frame: object) -> None:
+        heard(number)
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in processes:
+            process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _unblocked(act: Callable[[], None]) -> Callable[[], None]:
+def start_below(
+    processes: list[subprocess.Popen[bytes]],
+    commands: Sequence[tuple[Sequence[str], Mapping[str, str], IO[bytes] | None]],
+    at_death: signal.Signals = signal.SIGKILL,
+) -> None:
+    """Add a process to `processes` for each (command, environment, where its output goes).
+
+    When this process dies they get the signal `at_death`.
+    """
+    libc = ctypes.CDLL(None)
+
     def begin() -> None:
-        act()
+        libc.prctl(_PR_SET_PDEATHSIG, at_death)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
-    return begin
+    # A signal between two starts would miss the second: it waits until all are there.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    try:
+        for command, env, output in commands:
+            # A group of its own: Ctrl-C on a terminal reaches a process once, through this one, and not twice.
+            started = subprocess.Popen(
+                command, env=dict(env), stdout=output, stderr=output, preexec_fn=begin, process_group=0
+            )
+            processes.append(started)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
 
 def main(words: Sequence[str]) -> int:

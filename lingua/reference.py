@@ -66,6 +66,10 @@ def json_schema(schema: type[Args]) -> dict[str, Any]:
         "description": "Files and group picks that this file builds on, left to right.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
+    main["properties"]["grid"] = {
+        "description": "For `lingua sweep`: lists of values by key; `paired` holds those that go together.",
+        "type": "object",
+    }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **main, "$defs": definitions}
 
 

@@ -60,9 +60,15 @@ def config_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> dic
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
+def curve(records: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
+    """Finite values of `key` by step; of a step that was trained twice, the newest."""
+    found = {record["global_step"]: record[key] for record in records if key in record}
+    return {step: value for step, value in found.items() if value is not None}
+
+
 def common_curves(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]], key: str = "loss/out") -> Curves:
     """Values of `key` at the steps that both runs reported."""
-    a, b = ({record["global_step"]: record[key] for record in records if key in record} for records in (left, right))
+    a, b = curve(left, key), curve(right, key)
     steps = sorted(a.keys() & b.keys())
     return Curves(steps, [a[step] for step in steps], [b[step] for step in steps])
 

@@ -1,6 +1,7 @@
 """Slurm facts from the environment, and the few commands that a job gives about itself.
 
-Promise: SLURM_* variables are read here and in the first lines of `scripts/job.sh`, and nowhere else. Commands are
+Promise: SLURM_* variables are read here, in the first lines of `scripts/job.sh` and, for the number of a task, in the
+`run.sh` of a sweep; nowhere else. Commands are
 lists of words, never shell text; what Slurm answers to a command it refuses is the error.
 """
 
@@ -90,6 +91,13 @@ class Allocation:
     n_nodes: int
     n_tasks: int
     cpus_per_task: int | None
+    array_task: str = ""
+    """`4711_3`, where the job is a task of an array."""
+
+    @property
+    def address(self) -> str:
+        """What Slurm's commands call this job. An array's last task has the id of the array, which means all tasks."""
+        return self.array_task or self.job_id
 
 
 def this_allocation(env: Mapping[str, str]) -> Allocation | None:
@@ -104,6 +112,7 @@ def this_allocation(env: Mapping[str, str]) -> Allocation | None:
         # SLURM_NTASKS is that of the submission, also where a requeued job was given fewer nodes.
         n_tasks=n_nodes * int(per_node) if per_node else int(env.get("SLURM_NTASKS") or n_nodes),
         cpus_per_task=int(cpus) if cpus else None,
+        array_task=f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if (task := env.get("SLURM_ARRAY_TASK_ID")) else "",
     )
 
 
@@ -229,16 +238,17 @@ def _epoch_s(text: str) -> float | None:
         return None  # Unknown
 
 
-def job_state(job_id: str, run: Runner = run_command) -> JobState:
-    """Raises RunError when the controller does not answer."""
-    return read_job_state(run(["scontrol", "--oneliner", "show", "job", job_id]))
+def job_state(address: str, run: Runner = run_command) -> JobState:
+    """Of the job with this `Allocation.address`. Raises RunError when the controller does not answer."""
+    return read_job_state(run(["scontrol", "--oneliner", "show", "job", address]))
 
 
-def requeue(job_id: str, exclude: Sequence[str] = (), run: Runner = run_command) -> None:
-    """Put the job back into the queue, away from the nodes of `exclude`; this process is killed soon after.
+def requeue(address: str, exclude: Sequence[str] = (), run: Runner = run_command) -> None:
+    """Put the job with this `Allocation.address` back into the queue, away from the nodes of `exclude`.
 
-    Nodes can be excluded of a pending job only: so first the one, then, before the kill, the other.
+    This process is killed soon after. Nodes can be excluded of a pending job only: so first the one, then, before the
+    kill, the other.
     """
-    run(["scontrol", "requeue", job_id])
+    run(["scontrol", "requeue", address])
     if exclude:
-        run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}"])
+        run(["scontrol", "update", f"JobId={address}", f"ExcNodeList={','.join(exclude)}"])

@@ -64,6 +64,16 @@ class Checkout:
 
         return until(reached, f"step {step} of {name}", timeout_s)
 
+    def wait_for_start(self, name: str, number: int, timeout_s: float = 240.0) -> int:
+        """Until start `number` of the run has trained a step; returns its first one."""
+        metrics = self.run_dir(name) / "metrics.jsonl"
+
+        def trained() -> int | None:
+            records = read_metrics(metrics) if metrics.is_file() else []
+            return min((r["global_step"] for r in records if r["incarnation"] >= number), default=None)
+
+        return until(trained, f"a step of start {number} of {name}", timeout_s)
+
     def finish(self, job_id: str, timeout_s: float = 300.0) -> None:
         """Wait until the job is over, and all right."""
         facts = self.cluster.wait(job_id, timeout_s=timeout_s)
@@ -81,8 +91,8 @@ def stop_of(run_dir: Path) -> dict[str, object]:
 
 
 def tiny(name: str, steps: int, *more: str) -> list[str]:
-    """Words of a tiny run under `out/`."""
-    return [*TINY[1:], f"name={name}", f"steps={steps}", *more]
+    """Words of a tiny run under `out/`. Its ranks may be long in coming: several tests share a few cores."""
+    return [*TINY[1:], "distributed.timeout_s=120", f"name={name}", f"steps={steps}", *more]
 
 
 def undisturbed(folder: Path, steps: int, *more: str) -> list[str]:

@@ -155,16 +155,18 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self._start(node, "-D", "-f", str(self.folder / "slurm.conf"), "-N", node, program="slurmd")
 
-    def kill_node(self, node: str) -> None:
-        """As if its power failed: the daemon and all that ran there are gone at once."""
+    def kill_node(self, node: str, *, all_is_gone: bool = True) -> None:
+        """As if its power failed: the daemon and all that ran there are gone at once; or the daemon alone is."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
-        for group in CGROUP_V1.glob(f"slurm_{node}/**/cgroup.procs"):
-            for pid in group.read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
-        for pid in self._managers_of(node):
+        for pid in [*self.processes_of(node), *self._managers_of(node)] if all_is_gone else []:
             os.kill(pid, signal.SIGKILL)
+
+    def processes_of(self, node: str) -> list[int]:
+        """Of the jobs there."""
+        groups = CGROUP_V1.glob(f"slurm_{node}/**/cgroup.procs")
+        return [int(pid) for group in groups for pid in group.read_text().split()]
 
     def _managers_of(self, node: str) -> list[int]:
         """The slurmstepd processes of a node: they hold its spool folder open."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch._inductor  # noqa: F401 - `deterministic` imports it: seconds, here once for all forks
 
 from apps.main.build import Run
 from apps.main.train import main

@@ -133,7 +133,7 @@ def load(
     """The config of a command line, checked. Raises ConfigError with everything that is wrong with it."""
     if line.config is None:
         raise ConfigError("no config is named; name one, apps/main/configs/debug.yaml say")
-    examined = examine(line.config, line.overlays, line.overrides, schema)
+    examined = examine(line.config, line.overlays, line.overrides, schema, line.point)
     if examined.composed is None:
         raise ConfigError(examined.complaints)
     composed, args = examined.composed, examined.composed.args

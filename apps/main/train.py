@@ -26,7 +26,7 @@ import torch
 from lingua.args import ConfigError
 from lingua.checkpoint.manager import SaveReport
 from lingua.distributed import Votes, find_place, first_given, from_main, pick_device, set_environment, start_world
-from lingua.entry import parse_command_line, run_main
+from lingua.entry import leave, parse_command_line, run_main
 from lingua.files import RunError
 from lingua.guard import Guard
 from lingua.logger import start_logging
@@ -331,4 +331,4 @@ def describe_end(run: Run, reason: str, exit_code: int, **more: str | None) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    leave(run_main(main, sys.argv[1:]))

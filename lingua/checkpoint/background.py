@@ -94,8 +94,7 @@ class BackgroundWriter:
         why = room.private_shm(Path("/proc/self/mountinfo").read_text(), of_init, env, shm)
         if why is not None:
             log.warning(
-                "%s may not outlive this job (%s): a checkpoint that is only in memory when the job ends is lost",
-                shm, why,
+                "%s %s (%s): a checkpoint that is only in memory when the job ends is lost", shm, room.PRIVATE_SHM, why
             )  # fmt: skip
 
     # -- save ------------------------------------------------------------------------------------------------------

@@ -318,7 +318,8 @@ class Courier:
         is_staged = self.is_leader and nodes[self.node.number].state == "staged"
         won = not is_staged or slot.change("staged", "claimed", files=self._files)
         if all(self._ranks.gather(won)):
-            self.problems.append(f"checkpoint {max(node.step for node in nodes)} gave its slot to a newer one")
+            if self._ranks.rank == 0:
+                log.warning("checkpoint %d gave its slot to a newer one", max(node.step for node in nodes))
             return True
         if is_staged and won:
             slot.change("claimed", "staged", files=self._files)

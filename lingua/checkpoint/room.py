@@ -12,6 +12,8 @@ from pathlib import Path
 
 from lingua.files import human_bytes
 
+PRIVATE_SHM = "may not outlive this job"
+"""What is said of a memory file system that is the job's alone; `lingua drill` reads it."""
 RESERVE_BYTES = 256 << 20
 """Of /dev/shm and of the memory limit left alone: other users of both, NCCL's buffers among them."""
 

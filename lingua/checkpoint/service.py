@@ -1,6 +1,6 @@
 """The checkpoint service, one process per node: takes complete slots to the disk and publishes them. No torch.
 
-    python -m lingua.checkpoint.service RUN_DIR [--shm PATH] [--wait-s N]
+    python -m lingua.checkpoint.service RUN_DIR [--shm PATH] [--wait-s N] [--linger-s N]
 
 Promise: it outlives the ranks of its node, never the job. Killed at any line, the next service or the next start goes
 on from what the slots' marks say. A disk that fails is tried again, later and later; a slot is let go only when its
@@ -116,7 +116,9 @@ class Service:
         wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         wait_s: float = 0.0,
+        linger_s: float | None = None,
     ) -> None:
+        """`wait_s`: for the first rank; `linger_s`: after the last one (None: as the run says)."""
         self.region = region
         self._files = files
         self._executor = executor or ThreadPoolExecutor(max_workers=8, thread_name_prefix="drain")
@@ -131,6 +133,7 @@ class Service:
         self._not_before_s = 0.0
         self._alone_since_s: float | None = None
         self._first_rank_until_s = now() + wait_s
+        self._linger_s = linger_s
         self._progress = (0.0, 0)
         self._silent = False
         self._incarnation = 0
@@ -370,7 +373,8 @@ class Service:
         unsaved = [slot for slot in self.region.slots() if slot.complete()]
         if unsaved and self._fenced != session.incarnation:
             return alone_s < session.patience_s
-        return alone_s < session.linger_s or self._now() < self._first_rank_until_s
+        linger_s = session.linger_s if self._linger_s is None else self._linger_s
+        return alone_s < linger_s or self._now() < self._first_rank_until_s
 
     def _take_back_claims(self) -> None:
         """Ranks that died while they took the slot of a save that waits: it may still be complete."""
@@ -435,6 +439,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="the run folder (dump_dir); made if it is not there yet")
     parser.add_argument("--shm", type=Path, default=SHM, help="memory file system (checkpoint.shm_path): %(default)s")
     parser.add_argument("--wait-s", type=float, default=0.0, help="seconds to wait for the first rank (%(default)s)")
+    parser.add_argument("--linger-s", type=float, help="seconds to stay after the last (checkpoint.linger_s)")
     args = parser.parse_args(words)
     for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(deaf, signal.SIG_IGN)
@@ -445,7 +450,7 @@ def main(words: list[str]) -> int:
     listener.start()
     code = 0
     try:
-        serve(args.run_dir, args.shm, args.wait_s)
+        serve(args.run_dir, args.shm, args.wait_s, args.linger_s)
     except (RunError, OSError) as error:
         log.error("%s", error)
         code = 1
@@ -456,12 +461,12 @@ def main(words: list[str]) -> int:
     return code
 
 
-def serve(run_dir: Path, shm: Path, wait_s: float) -> None:
+def serve(run_dir: Path, shm: Path, wait_s: float, linger_s: float | None = None) -> None:
     """Be the service of a run on this node, unless there is one. Raises RunError, OSError."""
     while True:
         region = make_region(run_dir, shm)
         try:
-            service = Service(region, wait_s=wait_s)
+            service = Service(region, wait_s=wait_s, linger_s=linger_s)
         except FileNotFoundError:
             continue  # one that leaves has just removed the region
         if service.take():

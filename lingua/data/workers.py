@@ -214,7 +214,7 @@ class _Worker:
     def close(self) -> None:
         """Kill at once: a worker has nothing to save."""
         if not self._closed:
-            self._closed = True
+            self._closed, self._arrived = True, b""
             self.process.kill()
             self.process.wait()
             self._release()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(capsys: pytest.CaptureFixtur
     assert "AttributeError" in capsys.readouterr().err
     assert run_main(lambda words: None, []) == 0
     assert run_main(lambda words: 75, []) == 75
+
+
+def test_who_leaves_keeps_its_word_and_its_promises_to_packages() -> None:
+    code = "import atexit, lingua.entry; atexit.register(print, 'last'); print('first'); lingua.entry.leave(75)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "first\nlast\n", "")

@@ -6,12 +6,15 @@ import json
 import os
 import socket
 import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import lingua.job
 from lingua.entry import parse_command_line
+from lingua.failure import failure_of, record
 from lingua.files import RunError, write_json
 from lingua.job import (
     Holder,
@@ -68,13 +71,17 @@ def test_nodes_are_checked_by_as_many_tasks_as_ranks():
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        ("", []),
-        ("a warning\n", []),
-        ('{"ok": false, "bad_nodes": ["n7", "n9"]}\n', ["n7", "n9"]),
-        ('[Gloo] Rank 0\n{broken\n{"bad_nodes": ["n7"]}', ["n7"]),
+        ("", {}),
+        ("a warning\n", {}),
+        (
+            '{"bad_nodes": ["n7", "n9"], "problems": {"n7": ["disk"], "n9": ["a", "b"]}}',
+            {"n7": ["disk"], "n9": ["a", "b"]},
+        ),
+        ('[Gloo] Rank 0\n{broken\n{"bad_nodes": ["n7"], "problems": {"n7": ["disk"]}}', {"n7": ["disk"]}),
+        ('{"bad_nodes": [], "problems": {"network": ["rank 0: gloo"]}}', {}),
     ],
 )
-def test_what_the_node_check_says(said: str, expected: list[str]):
+def test_what_the_node_check_says(said: str, expected: dict[str, list[str]]):
     assert read_bad_nodes(said) == expected
 
 
@@ -83,7 +90,9 @@ def test_the_service_is_a_step_of_its_own_that_holds_nothing():
     words = service_command(job(shm="/dev/shm"))
     assert words is not None
     assert {"--overlap", "--mem=0", "--ntasks=2", "--nodes=2", "--input=none"} <= set(words)
-    assert words[-5:-1] == ["lingua.checkpoint.service", "/runs/100%", "--shm", "/dev/shm"]
+    at = words.index("lingua.checkpoint.service")
+    assert words[at + 1 : at + 4] == ["/runs/100%", "--shm", "/dev/shm"]
+    assert words[-1] == "--linger-s=0", "a job in its grace has no time to wait for ranks that never come"
 
 
 def test_variables_of_the_config_win_over_the_shell():
@@ -93,6 +102,12 @@ def test_variables_of_the_config_win_over_the_shell():
     port = variables.pop("MASTER_PORT")
     assert variables == {"HOME": "/h", "NCCL_DEBUG": "INFO", "MASTER_ADDR": "127.0.0.1"}
     assert 20_000 <= int(port) < 32_000
+
+
+def test_jobs_of_one_number_in_two_clusters_meet_at_two_ports():
+    """Neither listens while the other looks: its ranks still import torch."""
+    ports = {rank_variables(job(Path(run), n_nodes=1), {})["MASTER_PORT"] for run in ("/runs/a", "/runs/b")}
+    assert len(ports) == 2
 
 
 def test_a_taken_port_is_passed_over():
@@ -113,6 +128,11 @@ def test_a_job_file_brings_back_what_was_frozen(hostile_dir: Path, monkeypatch: 
     assert (read.run_dir, read.app, read.n_ranks, read.launcher.max_retries) == (run_dir, "apps.main", 2, 7)
     assert read.train_words == [str(run_dir / "jobs" / "7.yaml"), "--accept-change"]
     assert ranks_command(read)[0] != "srun", "outside Slurm there is no srun"
+
+
+def test_a_job_that_was_never_frozen(tmp_path: Path):
+    with pytest.raises(RunError, match=r"99\.yaml is not there: no such job or point was frozen.*submit it anew"):
+        read_job(tmp_path / "99.json", None)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +189,27 @@ def test_a_bad_node_is_avoided_from_then_on(tmp_path: Path, monkeypatch: pytest.
     assert controller.requeued[-1] == ("7", ["n1", "n3"])
 
 
+def test_a_task_of_an_array_goes_back_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And its run folder need not have a folder of jobs: a sweep keeps the job files of its points."""
+    controller = Controller(monkeypatch)
+    holder = Holder(job(tmp_path, allocation=Allocation("30", 0, 1, 1, 1, array_task="30_3")))
+    holder.act(Outcome(75, {"exit_code": 75, "signal": "SIGTERM"}))
+    assert controller.requeued == [("30_3", [])]
+    assert (tmp_path / "jobs" / "30.tries.json").is_file()
+
+
+def test_what_ranks_report_counts_also_where_stop_json_does_not_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    controller = Controller(monkeypatch)
+    failures = [failure_of(OSError("away"), rank=n, step=1, incarnation=n) for n in (1, 2)]
+    record(tmp_path, failures[0])
+    holder = ended(tmp_path)
+    assert holder.outcome(1).kinds == frozenset(), "that is of the start before"
+    record(tmp_path, replace(failures[1], kind="oom"))
+    assert holder.outcome(1).kinds == {"oom"}
+    holder.act(holder.outcome(1))
+    assert controller.requeued == [], "a restart would meet it again"
+
+
 def test_a_new_job_of_the_same_number_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Controller(monkeypatch)
     holder = ended(tmp_path)
@@ -218,6 +259,22 @@ def test_a_job_that_is_still_running_when_its_time_is_up_is_not_waited_for(
     limits = iter([None, 1.0])  # extended once, then over
     monkeypatch.setattr(lingua.job, "job_state", lambda job_id: JobState("RUNNING", ends_at_s=next(limits)))
     assert ended(tmp_path)._wait(Endless()) is None  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("preempted", "left_s", "is_up"), [(False, 10, True), (False, 20, False), (True, 1, True), (True, 10, False)]
+)
+def test_of_a_grace_less_is_kept_in_reserve_than_of_a_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: bool, left_s: float, is_up: bool
+):
+    class Ends(Endless):
+        def wait(self, timeout: float | None) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return 0
+
+    state = JobState("RUNNING", preempted, time.time() + left_s)
+    monkeypatch.setattr(lingua.job, "job_state", lambda job_id: state)
+    waited = ended(tmp_path)._wait(Ends())  # pyright: ignore[reportArgumentType]
+    assert waited == (None if is_up else 0)
 
 
 def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def script(launcher: LauncherArgs, base: Path = Path("/home/me/lingua"), name: s
     [
         ("launch_plain.sh", script(LauncherArgs(gpus=1))),
         ("launch_cpu.sh", script(LauncherArgs(gpus=0, nodes=2, signal_s=0))),
+        ("sweep.sh", replace(script(LauncherArgs(nodes=2, gpus=8), Path("/home/it's me")), array="1-12%4")),
         ("launch_everything.sh", script(EVERYTHING, Path("/home/my self/it's; echo $HOME\n&/lingua"), "a run; rm -rf")),
     ],
 )

@@ -6,9 +6,12 @@ import lingua.queue
 from lingua.queue import Job, ask_slurm, job_of, jobs_in_queue
 
 SQUEUE = """\
-7|RUNNING|None|1-02:03:04|n[1-2]
-8|PENDING|Priority|2:00:00|
-9|CANCELLED|None|INVALID|n3
+7|RUNNING|None|1-02:03:04|n[1-2]|7_N/A
+8|PENDING|Priority|2:00:00||8_N/A
+9|CANCELLED|None|INVALID|n3|9_N/A
+31|RUNNING|None|2:00:00|n4|30_1
+30|PENDING|Priority|2:00:00||30_2
+30|PENDING|Priority|2:00:00||30_3
 """
 SACCT = """\
 12|CANCELLED by 1000|None
@@ -24,7 +27,9 @@ def test_the_queue_is_read_at_once():
     queue = jobs_in_queue(slurm)
     assert queue["7"] == Job("7", "RUNNING", "", "1-02:03:04", "n[1-2]")
     assert queue["8"] == Job("8", "PENDING", "Priority", "2:00:00", "")
-    assert [job.id for job in queue.values() if job.is_waiting] == ["8"]
+    assert [name for name, job in queue.items() if job.is_waiting] == ["8", "30", "30_2", "30_3"]
+    assert [name for name, job in queue.items() if not job.is_there] == ["9"]
+    assert queue["30_1"] is queue["31"], "a task that has started has an id of its own"
 
 
 def test_a_job_that_left_the_queue_is_in_the_accounts():

@@ -169,3 +169,14 @@ def test_a_command_that_fails_is_one_sentence():
 )
 def test_when_a_job_that_was_asked_to_stop_ends(env: dict[str, str], grace_s: float | None, expected: float | None):
     assert job_end_s(env, grace_s, asked_at_s=1000.0) == expected
+
+
+def test_a_task_of_an_array_is_never_called_by_its_job_id():
+    """Seen in Slurm 22.05: the last task has the array's id, and `scontrol requeue` of that brings all tasks back."""
+    array = {"SLURM_JOB_ID": "30", "SLURM_ARRAY_JOB_ID": "30", "SLURM_ARRAY_TASK_ID": "3"}
+    allocation = this_allocation(array)
+    assert allocation is not None
+    assert (allocation.job_id, allocation.address) == ("30", "30_3")
+    alone = this_allocation({"SLURM_JOB_ID": "30"})
+    assert alone is not None
+    assert alone.address == "30"

@@ -47,10 +47,10 @@ REMOVE_MARK = At(r"remove .*/checkpoint_0000000002\.done\.trash$")
 GIVE_BACK_FILE = At(r"remove .*/slot-0/train_state\.00000\.json$")
 GIVE_BACK_SLOT = At(r"remove .*/slot-0\.free$")
 LAST_LOCK = At(r"remove .*/service\.lock$")
-AT_THE_END = (GIVE_BACK_FILE, GIVE_BACK_SLOT, LAST_LOCK)
+AT_THE_END = (UNMARK, TRASH, REMOVE, REMOVE_MARK, GIVE_BACK_FILE, GIVE_BACK_SLOT, LAST_LOCK)
 SERVICE_POINTS = (
     *(TAKE_SLOT, WRITER, MAKE_FOLDER, WRITE, SYNC, WRITTEN, MANIFEST, DRAFT, RENAME, MARK, SYNC_MARK, WRITER_GONE),
-    *(FREE, LAST_SYNC, UNMARK, TRASH, REMOVE, REMOVE_MARK, GIVE_BACK_FILE, GIVE_BACK_SLOT, LAST_LOCK),
+    *(FREE, LAST_SYNC, *AT_THE_END),
 )
 
 # Operations of rank 0.
@@ -67,13 +67,14 @@ READY_SYNC = At(r"fsync_dir .*/slot-0$")
 SECOND = At(r"rename .*/slot-\d\.staged$", 2)
 THIRD_READY = At(r"rename .*/ready\.00000\.json$", 3)
 ENDING = At(r"rename .*/session\.json$", 3)
-BEFORE_THE_SERVICE = (At(r"mkdir .*/lingua-\d+$"), PASSAGE, SESSION)
+MEMORY = At(r"mkdir .*/lingua-\d+$")
+BEFORE_THE_SERVICE = (MEMORY, PASSAGE, SESSION)
 TRAINER_POINTS = (
     *BEFORE_THE_SERVICE,
     *(SECOND_SESSION, SLOT_MARK, SLOT, STAGED, STATE, FILLED, READY, READY_SYNC, SECOND, THIRD_READY, ENDING),
 )
 RANK_1_POINTS = (
-    At(r"mkdir .*/lingua-\d+$"),
+    MEMORY,
     At(r"create .*/train_state\.00001\.json$"),
     At(r"write .*/train_state\.00001\.json$", 2),
     At(r"rename .*/ready\.00001\.json$"),
@@ -170,9 +171,7 @@ def kill_a_rank(run_dir: Path, shm: Path, n_ranks: int, rank: int, kill_at: At, 
         assert result.exit_codes[rank] == KillFiles.KILLED, result.output
         assert all(code != 0 for code in result.exit_codes)
     assert_nothing_published_is_lost(run_dir)
-    if (
-        rank > 0 or kill_at not in BEFORE_THE_SERVICE
-    ):  # the service was there, has saved all that was complete, and has left
+    if kill_at not in BEFORE_THE_SERVICE:  # it was there, has saved all that was complete, and has left
         assert not list(base(shm).iterdir())
     end_calmly(run_dir, shm, n_ranks, calm)
 

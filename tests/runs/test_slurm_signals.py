@@ -7,6 +7,9 @@ from pathlib import Path
 import orjson
 import pytest
 
+from lingua.drill import step_of
+from lingua.files import read_json
+from lingua.job import SERVICE_STEP
 from tests.checkout import Checkout, tiny, undisturbed
 from tests.slurm_cluster import until
 from tests.trainer import fingerprint, losses, published, train
@@ -15,39 +18,56 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 LONG = 100_000
 """Steps that nobody waits for."""
+STEADY = "optim.scheduler=constant"
+"""For runs that are compared at a step which nobody knows before."""
 
 
 def preempt(checkout: Checkout, job_id: str, starts: int) -> None:
     """A job of the partition `high` takes the nodes for a moment; returns when `job_id` has been requeued."""
-    node = checkout.cluster.job(job_id)["NodeList"]
+    facts = checkout.cluster.job(job_id)
+    node = facts["NodeList"]
+    assert facts["JobState"] == "RUNNING", facts
     words = ["--partition=high", f"--nodelist={node}", "--gpus-per-node=8", "--output=/dev/null", "--wrap=true"]
     checkout.cluster.sbatch(*words, cwd=checkout.home)
     until(lambda: checkout.cluster.job(job_id)["Restarts"] == str(starts), f"requeue {starts} of job {job_id}")
 
 
+def cancel(checkout: Checkout, job_id: str, run_dir: Path) -> int:
+    """End a run as a person does; returns its newest checkpoint."""
+    checkout.cluster.run("scancel", job_id)
+    checkout.cluster.wait(job_id, "CANCELLED")
+    return published(run_dir)[-1]
+
+
+def assert_undisturbed(run_dir: Path, calm: Path, step: int) -> None:
+    """Every step was trained, and the checkpoint is that of a run that nobody disturbed, bit for bit."""
+    assert losses(run_dir).keys() >= set(range(1, step + 1))
+    assert train(undisturbed(calm, step, STEADY), n_ranks=2).exit_code == 0
+    assert fingerprint(run_dir, step) == fingerprint(calm, step)
+
+
 def test_preempted_three_times_and_bitwise_equal(checkout: Checkout, tmp_path: Path):
-    steps = 1200
-    words = tiny("taken", steps, "checkpoint.dump.every=100000")
+    words = tiny("taken", LONG, STEADY, "checkpoint.dump.every=100000")
     job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
     run_dir, step = checkout.run_dir("taken"), 0
     for n in (1, 2, 3):
         step = checkout.wait_for_step("taken", step + 20)
-        assert step < steps, "the run is too short to be preempted"
         preempt(checkout, job_id, n)
         assert published(run_dir)[-1] >= step, "nothing was saved in the grace"
-    checkout.finish(job_id)
-    assert losses(run_dir).keys() == set(range(1, steps + 1))
-    assert train(undisturbed(tmp_path / "calm", steps), n_ranks=2).exit_code == 0
-    assert fingerprint(run_dir, steps) == fingerprint(tmp_path / "calm", steps)
+        step = published(run_dir)[-1]
+    checkout.wait_for_step("taken", step + 20)
+    assert_undisturbed(run_dir, tmp_path / "calm", cancel(checkout, job_id, run_dir))
 
 
 def test_a_service_step_saves_what_preemption_left_in_memory_and_may_be_killed(
     checkout: Checkout, tmp_path: Path, shm: Path
 ):
-    """With async_save_mode shm: the service is a step before that of the ranks; both ends of a job are published."""
-    steps = 1000
-    words = tiny("staged", steps, "checkpoint.dump.every=50", "checkpoint.async_save_mode=shm")
-    words += [f"checkpoint.shm_path={shm}", "launcher.tasks_per_node=per_node"]
+    """With async_save_mode shm: the service is a step of its own beside that of the ranks.
+
+    With grace_s so short the ranks leave as soon as all is in memory: the batch script waits for the service.
+    """
+    words = tiny("staged", LONG, STEADY, "checkpoint.dump.every=50", "checkpoint.async_save_mode=shm")
+    words += [f"checkpoint.shm_path={shm}", "checkpoint.grace_s=5", "launcher.tasks_per_node=per_node"]
     job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
     run_dir = checkout.run_dir("staged")
     step = checkout.wait_for_step("staged", 60)
@@ -55,10 +75,12 @@ def test_a_service_step_saves_what_preemption_left_in_memory_and_may_be_killed(
     preempt(checkout, job_id, 1)
     assert published(run_dir)[-1] >= step, "the batch script waits for the service"
     checkout.wait_for_step("staged", published(run_dir)[-1] + 20)
-    checkout.cluster.run("scancel", "--signal=KILL", f"{job_id}.0")
-    checkout.finish(job_id)
-    assert train(undisturbed(tmp_path / "calm", steps, "checkpoint.dump.every=50"), n_ranks=2).exit_code == 0
-    assert fingerprint(run_dir, steps) == fingerprint(tmp_path / "calm", steps)
+    listed = checkout.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i|%j")
+    checkout.cluster.run("scancel", "--signal=KILL", step_of(listed, SERVICE_STEP) or f"no service in {listed}")
+    until(lambda: (run_dir / "logs" / "checkpoint_service.0.log").exists(), "a service that the ranks begin")
+    step = published(run_dir)[-1]
+    until(lambda: published(run_dir)[-1] > step + 50, "checkpoints after the death of the service")
+    assert_undisturbed(run_dir, tmp_path / "calm", cancel(checkout, job_id, run_dir))
 
 
 def test_preemption_reaches_the_ranks_of_one_task_per_node(checkout: Checkout):
@@ -70,16 +92,23 @@ def test_preemption_reaches_the_ranks_of_one_task_per_node(checkout: Checkout):
 
 
 def test_the_time_limit_saves_and_requeues(checkout: Checkout):
-    """USR2 comes before the limit of one minute (the smallest there is); the requeued job goes on where it was."""
+    """USR2 comes before the limit; the requeued job goes on where it was.
+
+    The limit is brought near when the run trains: a start takes its time on a busy machine.
+    """
     words = tiny("limited", LONG, "launcher.tasks_per_node=per_node")
-    job_id = checkout.submit("sphinx_1.slurm", words, "--time=1", "--signal=USR2@30", "--ntasks-per-node=2")
+    job_id = checkout.submit("sphinx_1.slurm", words, "--time=20", "--signal=USR2@30", "--ntasks-per-node=2")
     step = checkout.wait_for_step("limited", 1)
+    hours, minutes, seconds = map(int, checkout.cluster.job(job_id)["RunTime"].split(":"))
+    limit = (3600 * hours + 60 * minutes + seconds + 50) // 60 + 1  # so 50 to 110 s are left
+    checkout.cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={limit}")
     until(lambda: checkout.cluster.job(job_id)["Restarts"] == "1", "the requeue")
     run_dir = checkout.run_dir("limited")
     (saved,) = published(run_dir)[-1:]
     assert saved >= step
+    assert read_json(run_dir / "stop.json")["signal"] == "SIGUSR2"
     assert "back into the queue: the time was up after" in checkout.said(job_id)
-    assert checkout.wait_for_step("limited", saved + 1) > saved
+    assert checkout.wait_for_start("limited", 2) == saved + 1
 
 
 @pytest.mark.parametrize("words", [[], ["--signal=KILL"]])
@@ -114,6 +143,59 @@ def test_a_failure_without_progress_is_not_tried_for_ever(checkout: Checkout):
     said = checkout.said(job_id)
     assert "it failed with exit code 1 without a step gained; try 1 of 1" in said
     assert "2 starts in a row gained no step" in said
+
+
+HANGING = """
+def _advance_and_hang(run, advance=Run.advance):
+    import os, pathlib, time
+
+    advance(run)
+    second_start = pathlib.Path("out/stuck/incarnations/0000000002.json")
+    if run.step == 30 and os.environ["SLURM_PROCID"] == "1" and not second_start.exists():
+        time.sleep(10_000)
+
+
+Run.advance = _advance_and_hang
+"""
+
+
+def test_a_rank_that_hangs_is_found_dumped_and_requeued(checkout: Checkout, tmp_path: Path):
+    """Rank 1 sleeps after step 30 of the first start; what was published before counts as progress."""
+    build = checkout.path / "apps/main/build.py"
+    build.write_text(build.read_text() + HANGING)
+    words = tiny("stuck", 40, "checkpoint.dump.every=20", "watchdog.min_s=10", "launcher.max_retries=0")
+    job_id = checkout.submit("preemptible_4.slurm", words, "--ntasks-per-node=2")
+    checkout.finish(job_id)
+    run_dir = checkout.run_dir("stuck")
+    assert checkout.cluster.job(job_id)["Restarts"] == "1"
+    stop = read_json(run_dir / "logs" / "stop.0001.json")
+    assert (stop["exit_code"], stop["kind"]) == (76, "hang")
+    stacks = [(run_dir / "logs" / f"stacks_{rank}.0001.txt").read_text() for rank in (0, 1)]
+    assert "in _advance_and_hang" in stacks[1]
+    assert "in _advance_and_hang" not in stacks[0]
+    assert "back into the queue: it failed with exit code 76 after 20 steps" in checkout.said(job_id)
+    assert losses(run_dir).keys() == set(range(1, 41)), "steps 21 to 30 were trained twice, with equal losses"
+    assert published(run_dir) == [20, 40]
+
+
+def test_a_bad_node_is_named_and_avoided(checkout: Checkout):
+    """The node check finds a node unfit: the job goes back into the queue and comes to another one."""
+    bad = checkout.cluster.nodes[0]
+    check = checkout.path / "lingua/node_check.py"
+    check.write_text(
+        check.read_text().replace("    checks: list", f"    if this_node_name(os.environ) == {bad!r}:\n        "
+                                  "return ['device cuda:3: it is on fire']\n    checks: list")
+    )  # fmt: skip
+    words = tiny("picky", 3, "launcher.node_check=true", "launcher.max_retries=1")
+    blocked = [checkout.cluster.sbatch("--exclusive", f"--nodelist={node}", "--output=/dev/null", "--wrap=sleep 1000",
+                                       cwd=checkout.home) for node in checkout.cluster.nodes[1:]]  # fmt: skip
+    job_id = checkout.submit("sphinx_1.slurm", words)
+    until(lambda: checkout.cluster.job(job_id)["ExcNodeList"] == bad, f"a requeue without {bad}")
+    assert f"{bad} is not fit to train: device cuda:3: it is on fire" in checkout.said(job_id)
+    checkout.cluster.run("scancel", *blocked)
+    checkout.finish(job_id)
+    assert checkout.cluster.job(job_id)["NodeList"] != bad
+    assert published(checkout.run_dir("picky")) == [3]
 
 
 def test_a_second_job_for_the_same_run_leaves(checkout: Checkout):
@@ -153,20 +235,26 @@ def test_a_shell_in_a_big_allocation_trains_alone_and_is_never_requeued(checkout
     assert orjson.loads((tmp_path / "alone" / "stop.json").read_bytes())["reason"] == "finished"
 
 
-def test_a_lost_node_and_on_with_fewer(checkout: Checkout):
-    """One of two nodes dies; Slurm requeues, the job is given one node, and no row is skipped or repeated."""
+@pytest.mark.parametrize("all_is_gone", [True, False], ids=["power", "slurmd"])
+def test_a_lost_node_and_on_with_fewer(checkout: Checkout, all_is_gone: bool):
+    """One of two nodes dies, or only its slurmd; Slurm requeues, the job is given one node, no row is lost or doubled.
+
+    Where only the daemon died, the rank there lives on: it must end by itself.
+    """
     cluster, lost = checkout.cluster, checkout.cluster.nodes[2]
     words = tiny("shrinking", LONG, "checkpoint.dump.every=20")
     job_id = checkout.submit("sphinx_1.slurm", words, f"--nodelist={cluster.nodes[0]},{lost}", "--nodes=2")
     run_dir = checkout.run_dir("shrinking")
-    step = checkout.wait_for_step("shrinking", 25)
+    checkout.wait_for_step("shrinking", 25)
     assert " on 2 x CPU" in (run_dir / "train.log").read_text()
-    cluster.kill_node(lost)
+    cluster.kill_node(lost, all_is_gone=all_is_gone)
     try:
         cluster.wait(job_id, "PENDING")
         cluster.run("scontrol", "update", f"JobId={job_id}", "ReqNodeList=", "NumNodes=1-1", "NumTasks=1", "NumCPUs=4")
-        checkout.wait_for_step("shrinking", step + 20)
+        first = checkout.wait_for_start("shrinking", 2)
+        assert first > 20, "it begins where the newest checkpoint is"
         assert " on 1 x CPU" in (run_dir / "train.log").read_text()
+        assert cluster.processes_of(lost) == [], "no rank of the first start is left"
         cluster.run("scancel", job_id)
         cluster.wait(job_id, "CANCELLED")
     finally:

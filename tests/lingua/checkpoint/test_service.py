@@ -508,6 +508,15 @@ def test_half_a_save_of_dead_ranks_is_given_back(world: World) -> None:
     assert list(base(world.shm()).iterdir()) == []
 
 
+@pytest.mark.parametrize(("asked_s", "stays_s"), [(None, 5.0), (0.0, 0.0), (2.0, 2.0)])
+def test_how_long_it_stays_after_the_last_rank(world: World, asked_s: float | None, stays_s: float) -> None:
+    staged(started(world, linger_s=5.0), 2)
+    clock = Clock(0.0)
+    run_to_its_end(world.service(clock=clock, linger_s=asked_s))
+    assert stays_s <= clock.now_s < stays_s + 1.0
+    assert world.done() == [2]
+
+
 def test_a_rank_that_comes_while_the_service_leaves_keeps_its_region(world: World) -> None:
     start = started(world)
     service = world.service()
