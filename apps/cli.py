@@ -170,15 +170,30 @@ def evaluate(
     follow: Annotated[str | None, typer.Option(metavar="RUN", help="Each checkpoint as it appears.")] = None,
     newest_first: Annotated[bool, typer.Option("--newest-first", help="Of those that wait, the newest first.")] = False,
     once: Annotated[bool, typer.Option("--once", help="With --follow: end as soon as nothing waits.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="With --follow: a Slurm job for each checkpoint.")] = False,
     as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Evaluate a checkpoint, or with --follow all of a run as they appear.
 
     The same as `python -m apps.main.eval`, whose --help tells the rest: KEY=VALUE are keys of the section `eval`, and
     config=FILE says what to measure. `lingua eval prefetch CONFIG` fetches the data sets of its tasks, where there is a
     network; jobs then read them from the cache.
+
+    With --slurm this process needs no GPU: each evaluation is a job, which asks for async_eval_gpus and what the
+    section slurm of the run's config says.
     """
+    if slurm:
+        from lingua.evaljob import follow_by_jobs
+        from lingua.logger import start_logging
+
+        if follow is None:
+            raise typer.BadParameter("--slurm goes with --follow RUN")
+        start_logging(own_packages=("lingua",))
+        line = parse_command_line([*(words or []), *(["newest_first=true"] if newest_first else [])])
+        raise typer.Exit(follow_by_jobs(Path(follow), line, once=once, base_dir=Path.cwd()))
     options = {f"follow={follow}": follow, "newest_first=true": newest_first, "--once": once, "--json": as_json}
+    options["--debug"] = debug
     given = [word for word, is_given in options.items() if is_given]
     words = words or []
     _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])

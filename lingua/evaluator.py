@@ -159,7 +159,7 @@ class EvalArgs(Args):
     backoff_s: Annotated[float, Field(ge=0)] = 60.0
     """Pause after the first failure of a checkpoint; doubled after each."""
     timeout_hours: Annotated[float, Field(gt=0)] = 12.0
-    """An evaluation that takes longer has failed."""
+    """An evaluation that takes longer has failed; with --slurm, its time in the queue counts."""
     max_pinned_hours: Annotated[float, Field(gt=0)] = 24.0
     """For so long a checkpoint waits for its evaluation, whatever retention says; then it may be deleted, loudly."""
     idle_hours: Annotated[float, Field(gt=0)] = 24.0
