@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from lingua.checkpoint.lookup import Checkpoint
 from lingua.codefreeze import FOLDER as CODE
 from lingua.compose import compose
 from lingua.entry import CommandLine, app_module, choose_app
-from lingua.evaluator import POLL_S, Beat, EvalArgs, Evaluator, Stopped
+from lingua.evaluator import POLL_S, Beat, EvalArgs, Evaluator, Stopped, training_id
 from lingua.files import RunError, make_folder, read_json, write_whole
 from lingua.freeze import CONFIG_FILE
 from lingua.launch import RUN_SCRIPT, sbatch_options
 from lingua.launcher import LauncherArgs
+from lingua.metrics import EvaluationTracker
 from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.signals import StopSignals
 from lingua.slurm import Runner, SlurmArgs, run_command
@@ -186,8 +188,23 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
         jobs = EvalJobs(
             run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(), run=run, sleep=signals.wait
         )
-        evaluator = Evaluator(
-            run_dir, args, jobs.measure, stopping=lambda: signals.received is not None, sleep=signals.wait
+        tracker = EvaluationTracker(
+            run_args.logging.wandb,
+            run_dir,
+            run_args.name,
+            run_args.model_dump(mode="json"),
+            partial(training_id, run_dir),
         )
-        log.info("the evaluator of %s ends: %s", run_dir, evaluator.follow(once=once))
+        evaluator = Evaluator(
+            run_dir,
+            args,
+            jobs.measure,
+            on_record=tracker.log,
+            stopping=lambda: signals.received is not None,
+            sleep=signals.wait,
+        )
+        try:
+            log.info("the evaluator of %s ends: %s", run_dir, evaluator.follow(once=once))
+        finally:
+            tracker.close()
         return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]

@@ -320,6 +320,15 @@ def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable
     return RunState(exit_code != EXIT_REQUEUE, exit_code == EXIT_FINISHED, max(0.0, now() - seen_s))
 
 
+def training_id(run_dir: Path, step: int) -> str | None:
+    """The tracking id that a published checkpoint keeps; None: none, or the checkpoint is gone."""
+    try:
+        state = read_json(layout.folder(run_root(run_dir), step) / layout.train_state_file(0))
+        return state["shared"].get("tracking_id")
+    except (OSError, RunError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, Any], *, files: Files = DISK) -> None:
     """results.json of what was found, last; samples.json of single questions and answers before. Raises OSError."""
     metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}

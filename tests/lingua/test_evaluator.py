@@ -28,6 +28,7 @@ from lingua.evaluator import (
     decide,
     is_due,
     not_before_s,
+    training_id,
 )
 from lingua.files import DISK, Files, read_json, write_json
 from lingua.metrics import read_metrics
@@ -234,6 +235,15 @@ def test_a_wrong_config_is_not_tried_with_every_checkpoint(tmp_path: Path) -> No
         evaluator(tmp_path, refuse).follow()
     evaluator(tmp_path).follow()
     assert lines(tmp_path) == [2, 4]
+
+
+def test_the_tracking_id_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    root = finished_run(tmp_path, 2)
+    state = layout.folder(root, 2) / layout.train_state_file(0)
+    assert training_id(tmp_path, 2) is None  # not the state of a run
+    write_json(state, {"shared": {"tracking_id": "ab12"}})
+    assert training_id(tmp_path, 2) == "ab12"
+    assert training_id(tmp_path, 3) is None
 
 
 # -- several evaluators --------------------------------------------------------------------------------------------
