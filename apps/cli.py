@@ -20,7 +20,7 @@ from apps.data import app as data_app
 from apps.drill import drill
 from apps.output import AsJson, Debug, show_json
 from apps.sweep import app as sweep_app
-from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main
+from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main, with_ckpt
 
 app = typer.Typer(
     name="lingua",
@@ -165,6 +165,41 @@ def generate(
     _pass_on("generate", words or [])
 
 
+@app.command("eval", context_settings=PASSED_ON)
+def evaluate(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RUN[@STEP]] [KEY=VALUE] ...")] = None,
+    follow: Annotated[str | None, typer.Option(metavar="RUN", help="Each checkpoint as it appears.")] = None,
+    newest_first: Annotated[bool, typer.Option("--newest-first", help="Of those that wait, the newest first.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="With --follow: end as soon as nothing waits.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="With --follow: a Slurm job for each checkpoint.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a checkpoint, or with --follow all of a run as they appear.
+
+    The same as `python -m apps.main.eval`, whose --help tells the rest: KEY=VALUE are keys of the section `eval`, and
+    config=FILE says what to measure. `lingua eval prefetch CONFIG` fetches the data sets of its tasks, where there is a
+    network; jobs then read them from the cache.
+
+    With --slurm this process needs no GPU: each evaluation is a job, which asks for async_eval_gpus and what the
+    section slurm of the run's config says.
+    """
+    if slurm:
+        from lingua.evaljob import follow_by_jobs
+        from lingua.logger import start_logging
+
+        if follow is None:
+            raise typer.BadParameter("--slurm goes with --follow RUN")
+        start_logging(own_packages=("lingua",))
+        line = parse_command_line([*(words or []), *(["newest_first=true"] if newest_first else [])])
+        raise typer.Exit(follow_by_jobs(Path(follow), line, once=once, base_dir=Path.cwd()))
+    options = {f"follow={follow}": follow, "newest_first=true": newest_first, "--once": once, "--json": as_json}
+    options["--debug"] = debug
+    given = [word for word, is_given in options.items() if is_given]
+    words = words or []
+    _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])
+
+
 app.command("export")(export_commands.export)
 app.command("import")(export_commands.import_)
 for command in (*run_commands.COMMANDS, drill):
@@ -173,7 +208,7 @@ for command in (*run_commands.COMMANDS, drill):
 
 def _pass_on(room: str, words: list[str]) -> NoReturn:
     """Call the chosen app's `main(words)`."""
-    config = [word for word in words if not word.startswith(("-", "+", "prompt="))]
+    config = [word for word in words if not word.startswith(("-", "+", "prompt=", "prefetch"))]
     raise typer.Exit(app_module(choose_app(parse_command_line(config)), room).main(words))
 
 

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -85,13 +86,19 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
     return line
 
 
+def with_ckpt(words: Sequence[str]) -> list[str]:
+    """A bare RUN, RUN@STEP or folder reads as `ckpt=`; a config may then stand beside it."""
+    other = re.compile(r"[-+].*|.*=.*|.*\.ya?ml", re.DOTALL)
+    return [word if other.fullmatch(word) else f"ckpt={word}" for word in words]
+
+
 def choose_app(line: CommandLine) -> str:
-    """Package of the app: `app=` says it; else the config, or the run of `ckpt=`, does by its key `app`; else the
-    config by lying in <app>/configs."""
+    """Package of the app: `app=` says it; else the config, or the run of `ckpt=` or `follow=`, does by its key `app`;
+    else the config by lying in <app>/configs."""
     said = dict(word.split("=", 1) for word in line.overrides)
     if "app" in said:
         return said["app"]
-    config = Path(line.config) if line.config is not None else _config_of_run(said.get("ckpt"))
+    config = Path(line.config) if line.config is not None else _config_of_run(said.get("ckpt") or said.get("follow"))
     if config is None or not config.is_file():
         return DEFAULT_APP
     from lingua.layers import read_yaml

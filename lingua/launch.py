@@ -58,7 +58,7 @@ class Script:
 
 def render(script: Script) -> str:
     """The text of run.sh. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
-    lines = [f"#SBATCH {option}" for option in _options(script)]
+    lines = [f"#SBATCH {option}" for option in sbatch_options(script.name, script.launcher, script.array)]
     job_file, how = shlex.quote(str(script.job_file)), _HOW
     if script.array:
         job_file, how = f"{shlex.quote(str(script.job_file.parent))}/{_TASK}.json", _HOW_ARRAY
@@ -69,10 +69,10 @@ def render(script: Script) -> str:
     return "\n".join(["#!/usr/bin/env bash", how, *lines, *what, ""])
 
 
-def _options(script: Script) -> list[str]:
-    launcher = script.launcher
+def sbatch_options(name: str, launcher: LauncherArgs, array: str = "") -> list[str]:
+    """What a job asks of Slurm, an option each. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
     named = {
-        "job-name": re.sub(r"[^\w.@+-]+", "_", script.name),
+        "job-name": re.sub(r"[^\w.@+-]+", "_", name),
         "nodes": launcher.nodes,
         "ntasks-per-node": launcher.gpus or 1,
         "gpus-per-node": launcher.gpus or None,
@@ -86,7 +86,7 @@ def _options(script: Script) -> list[str]:
         "exclude": launcher.exclude,
         "comment": launcher.comment,
         "signal": f"USR2@{launcher.signal_s}" if launcher.signal_s else None,
-        "array": script.array,
+        "array": array,
         "distribution": "block",
         "open-mode": "append",
     }

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "metrics.validation.jsonl"
+EVAL_FILE = "metrics.eval.jsonl"
 _HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
 
 
@@ -42,7 +43,7 @@ class WandbArgs(Args):
     name: Text | None = None
     """Display name. Null: the run's."""
     group: Text | None = None
-    """Group."""
+    """Group. Null: the run's name; its evaluations are in the same."""
     tags: list[Text] | None = None
     """Tags."""
     notes: Text | None = None
@@ -205,6 +206,47 @@ class MetricLogger:
             self._tensorboard.close()
 
 
+class EvaluationTracker:
+    """Sends a run's evaluations to a wandb run of their own, `<id>_eval` in the same group, from the first one on."""
+
+    def __init__(
+        self,
+        args: WandbArgs | None,
+        run_dir: Path,
+        run_name: str,
+        config: Mapping[str, Any],
+        training_id: Callable[[int], str | None],
+    ) -> None:
+        """`args`: the training run's, None: no wandb. `training_id`: id of the wandb run that trained a step."""
+        self._args, self._run_dir, self._run_name, self._config = args, run_dir, run_name, config
+        self._training_id = training_id
+        self._wandb: Any = None
+
+    def log(self, record: Mapping[str, float | int]) -> None:
+        """One evaluation; needs the key `global_step`. What wandb refuses is reported: the files have it."""
+        if self._args is None:
+            return
+        try:
+            if self._wandb is None:
+                args = evaluation_wandb(self._args, self._run_name, self._training_id(int(record["global_step"])))
+                self._wandb = _start_wandb(args, self._run_dir, self._run_name, self._config, None)
+            self._wandb.log(dict(record))
+        except Exception as error:  # another program's, and the network's
+            log.warning("wandb does not take the evaluation of step %s: %s", record["global_step"], error)
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def evaluation_wandb(args: WandbArgs, run_name: str, training_id: str | None) -> WandbArgs:
+    """The settings of the evaluations' wandb run, made from the training run's."""
+    own = {"name": f"{args.name or run_name}_eval", "group": args.group or run_name, "job_type": "eval"}
+    return args.model_copy(
+        update=own | {"id": f"{training_id or run_name}_eval", "fork_from": None, "resume_from": None}
+    )
+
+
 def _start_wandb(args: WandbArgs, run_dir: Path, run_name: str, config: Mapping[str, Any], wandb_id: str | None) -> Any:
     import wandb  # half a second, and only some runs use it
 
@@ -214,6 +256,7 @@ def _start_wandb(args: WandbArgs, run_dir: Path, run_name: str, config: Mapping[
         log.info("wandb: no API key here, so this run is tracked offline; `wandb sync` uploads it later")
     settings.setdefault("dir", str(run_dir))
     settings.setdefault("name", run_name)
+    settings.setdefault("group", run_name)
     settings.setdefault("id", wandb_id or uuid.uuid4().hex[:8])
     settings.setdefault("resume", "allow")
     run = wandb.init(config=dict(config), **settings)

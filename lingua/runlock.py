@@ -173,11 +173,13 @@ class RunLock:
         run_dir: Path,
         me: Owner | None = None,
         *,
+        doing: str = "trained",
         now: Callable[[], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`now`: seconds since the epoch; None: the file server's own clock."""
+        """`now`: seconds since the epoch; None: the file server's own clock. `doing`: what owners do, for people."""
         self._run_dir = run_dir
+        self._doing = doing
         self._folder = run_dir / FOLDER
         self._me = me or this_process()
         self._now = now
@@ -239,7 +241,7 @@ class RunLock:
     def _who(self, owner: Owner) -> str:
         job = f", Slurm job {owner.slurm_job_id}" if owner.slurm_job_id else ""
         return (
-            f"{self._run_dir} is being trained by process {owner.pid} on {owner.host}{job}; "
+            f"{self._run_dir} is being {self._doing} by process {owner.pid} on {owner.host}{job}; "
             "stop that one first, or choose another name or dump_dir"
         )
 
@@ -250,6 +252,10 @@ class RunLock:
             raise RunError(
                 f"start {newest} of this run has taken over {self._run_dir}; this one, start {self.incarnation}, stops"
             )
+
+    def holds(self) -> bool:
+        """Whether the folder is still ours: no newer start owns it, and it was not moved away."""
+        return _newest(self._folder) == self.incarnation
 
     def release(self) -> None:
         """Give the folder back; the number stays used."""

@@ -467,7 +467,7 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
 def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
     """What training says of keys that other rooms will honour."""
     if args.eval is not None:
-        yield "eval: nothing is evaluated while training yet; the checkpoints of checkpoint.eval are kept for it"
+        yield f"eval: start `lingua eval --follow {args.dump_dir}` beside the run; it evaluates nothing by itself yet"
     if args.probe_freq is not None:
         yield f"probe_freq is {args.probe_freq}, but there are no probes yet; it has no effect"
     if args.logging.acc_freq is not None:

@@ -27,7 +27,7 @@ from lingua.entry import CommandLine, app_module, choose_app, parse_command_line
 from lingua.generator import Answer, Generator
 from lingua.parallel import DTYPES
 from lingua.schema import GeneratorArgs
-from lingua.tokenizer import build_tokenizer
+from lingua.tokenizer import Tokenizer, build_tokenizer
 
 from .args import TrainArgs
 from .described import config_of, described
@@ -74,17 +74,28 @@ def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
 
 def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
     """A generator with the weights of `args.ckpt` in the model of `run_args`."""
+    device = pick_device(args.device, find_place())
+    model, tokenizer, loaded = load_model(run_args, args.ckpt, device, DTYPES[args.dtype])
+    print(f"{loaded}, on {device} in {args.dtype}", file=sys.stderr)
+    return Generator(model, tokenizer, args, add_bos=run_args.data.add_bos)
+
+
+def load_model(
+    run_args: TrainArgs, ckpt: str | Path, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, Tokenizer, str]:
+    """The model of `run_args` with the weights at `ckpt`, its tokenizer, and what was loaded from where.
+
+    Memory: the model, and its largest tensor once more. Raises RunError for weights that do not fit.
+    """
     tokenizer = build_tokenizer(run_args.data.tokenizer)
     vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.n_words
     update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
-    device = pick_device(args.device, find_place())
     with torch.device("meta"):
         model: nn.Module = build_part(run_args.model.model_copy(update=update))
-    model.to(DTYPES[args.dtype]).to_empty(device=device)
+    model.to(dtype).to_empty(device=device)
     model.init_buffers()  # pyright: ignore[reportCallIssue]
-    loaded = load_weights(model, args.ckpt)
-    print(f"{loaded}, on {device} in {args.dtype}", file=sys.stderr)
-    return Generator(model, tokenizer, args, add_bos=run_args.data.add_bos)
+    loaded = load_weights(model, ckpt, sizes_only=run_args.checkpoint.verify_on_load == "sizes")
+    return model, tokenizer, loaded
 
 
 def ask(interactive: bool) -> Iterator[list[str]]:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint, root_of
+from lingua.checkpoint.pins import pinned
 from lingua.checkpoint.publish import DamagedError, Manifest
 from lingua.files import DISK, Buffer, Files, RunError, free_bytes, human_bytes, write_whole
 from lingua.freeze import CONFIG_FILE, dump_yaml, read_frozen
@@ -29,8 +28,6 @@ from lingua.slurm import this_job
 
 log = logging.getLogger(__name__)
 
-LEASE_S = 6 * 3600.0
-"""Renewed after each file."""
 CHUNK_BYTES = 4 << 20
 
 
@@ -151,28 +148,3 @@ def _chunks(source: Checkpoint, name: str, advance: Callable[[int], object]) -> 
             f"{source.folder / name} is gone: the run's retention has deleted step {source.step} meanwhile; "
             "copy another step"
         ) from None
-
-
-@contextmanager
-def pinned(root: Path, step: int, why: str, lease_s: float = LEASE_S) -> Iterator[Callable[[], None]]:
-    """Keep retention from a step inside the block; yields what renews the lease. Raises RunError: it is gone already.
-
-    Where the run may not be written to, that is said, and the block goes on without.
-    """
-    reader = f"{why}-{socket.gethostname()}-{os.getpid()}"
-
-    def renew() -> None:
-        publish.pin(root, step, reader, time.time() + lease_s)
-
-    try:
-        path = publish.pin(root, step, reader, time.time() + lease_s)
-    except OSError as error:
-        log.warning("step %d is not pinned (%s): the run's retention may delete it meanwhile", step, error.strerror)
-        yield lambda: None
-        return
-    try:
-        if not layout.done_mark(root, step).exists():
-            raise RunError(f"step {step} is gone: the run's retention has just deleted it; take another one")
-        yield renew
-    finally:
-        path.unlink(missing_ok=True)

@@ -397,7 +397,7 @@ class Courier:
             )  # fmt: skip
         elif event["kind"] == "recovered":
             log.info("%s", event["why"])
-        elif event["kind"] != "retired":
+        elif event["kind"] != "retired" or "why" in event:
             log.error("%s", event["why"])
 
     def _service_lives(self) -> bool:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from lingua.args import ConfigError
-from lingua.checkpoint import layout, publish, retention
+from lingua.checkpoint import layout, pins, publish, retention
 from lingua.checkpoint.drain import BEAT_S, busy_writers
 from lingua.checkpoint.lookup import Checkpoint, root_of, run_root
 from lingua.checkpoint.slots import SHM, stale_regions
@@ -84,7 +84,7 @@ def _given_up(run_dir: Path, root: Path, incarnation: int, now_s: float, files: 
     periods, done = periods_of(run_dir), layout.done_steps(root)
     if periods is None:
         return
-    pinned = publish.pinned_steps(root, now_s)
+    held = pins.held_steps(run_dir, root, now_s)
 
     def decide(verified: list[int]) -> list[int]:
         return retention.to_delete(
@@ -92,7 +92,7 @@ def _given_up(run_dir: Path, root: Path, incarnation: int, now_s: float, files: 
             periods.dump,
             periods.evaluation,
             verified=verified,
-            pinned=pinned,
+            pinned=held.steps,
             keep_every=periods.keep_every,
         )
 

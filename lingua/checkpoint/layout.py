@@ -33,6 +33,10 @@ MANIFEST = "manifest.json"
 PINS = "pins"
 RUN_ID = "run_id"
 EVALS = "evals"
+RESULTS = "results.json"
+SAMPLES = "samples.json"
+FAILED = "failed.json"
+FOLLOWER = "follow.json"
 CHECKPOINTS = "checkpoints"
 
 _FOLDER = re.compile(r"(\d{10})", re.ASCII)

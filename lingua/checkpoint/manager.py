@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from lingua.checkpoint import courier, dcp, layout, publish, retention
+from lingua.checkpoint import courier, dcp, layout, pins, publish, retention
 from lingua.checkpoint.background import BackgroundWriter
 from lingua.checkpoint.direct import DirectWriter
 from lingua.checkpoint.ranks import Ranks, raise_if
@@ -306,7 +306,7 @@ class CheckpointManager:
     def _retain(self) -> list[int]:
         """On rank 0: delete what nobody needs; a disk that refuses is reported, not fatal."""
         try:
-            pinned = publish.pinned_steps(self.root, time.time())
+            held = pins.held_steps(self.run_dir, self.root, time.time())
         except (RunError, OSError) as error:
             log.warning("no checkpoint is deleted, since the pins cannot be read: %s", error)
             return []
@@ -316,9 +316,11 @@ class CheckpointManager:
             self._dump,
             self._eval,
             verified=self._restorer.verified,
-            pinned=pinned,
+            pinned=held.steps,
             keep_every=self.args.keep_every,
         )
+        for step in sorted(held.overdue & set(steps)):
+            log.error("%s", pins.farewell(step))
         if self._cleaner is None:
             self._retire(steps)
         else:

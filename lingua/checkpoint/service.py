@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from lingua.checkpoint import drain, layout, publish, retention
+from lingua.checkpoint import drain, layout, pins, publish, retention
 from lingua.checkpoint.drain import FencedError, NodeMissingError, Target, Throttle
 from lingua.checkpoint.publish import DamagedError, Manifest
 from lingua.checkpoint.session import EventKind, Events, Session, read_session
@@ -302,7 +302,7 @@ class Service:
     def _retire(self, session: Session, target: Target) -> list[int]:
         """In a thread: delete what nobody needs any more."""
         try:
-            pinned = publish.pinned_steps(target.root, self._wall_clock())
+            held = pins.held_steps(Path(session.run_dir), target.root, self._wall_clock())
         except (RunError, OSError) as error:
             why = f"no checkpoint is deleted, since the pins cannot be read: {error}"
             self._say("failing", session.incarnation, step=0, why=why)
@@ -314,7 +314,7 @@ class Service:
             retention.Rhythm(*session.dump),
             retention.Rhythm(*session.eval),
             verified=self._verified | set(session.verified),
-            pinned=pinned,
+            pinned=held.steps,
             keep_every=session.keep_every,
         )
         for step in [*sorted(interrupted), *steps]:
@@ -330,7 +330,8 @@ class Service:
                 self._say("failing", session.incarnation, step=0, why=f"cannot delete checkpoint {step}: {error}")
             else:
                 self._verified.discard(step)
-                self._say("retired", session.incarnation, step=step)
+                why = {"why": pins.farewell(step)} if step in held.overdue else {}
+                self._say("retired", session.incarnation, step=step, **why)
         return steps
 
     # -- the rest --------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def read_held_out(
     budget = max_rows * seq_len
     stream: list[int] = []
     n_bytes = 0
-    for text in _texts(file, text_key):
+    for text in read_texts(file, text_key):
         ids = list(tokenizer.encode(text, add_bos=True, add_eos=True))
         if len(stream) + len(ids) > budget + 1:
             if stream:
@@ -78,7 +78,8 @@ def read_held_out(
     return HeldOut(name, tokens.reshape(n_rows, seq_len), labels.reshape(n_rows, seq_len), n_bytes)
 
 
-def _texts(file: Path, text_key: str | None) -> Iterator[str]:
+def read_texts(file: Path, text_key: str | None) -> Iterator[str]:
+    """The documents of a jsonl file in order; lines without text are passed over."""
     with file.open("rb") as lines:
         for line in lines:
             try:

@@ -115,3 +115,13 @@ def test_a_copied_app_with_a_key_of_its_own_is_found_by_its_config(tmp_path: Pat
     record = json.loads(done.stdout)
     assert (record["config"]["sharpness"], record["config"]["app"]) == (2.0, "mine")
     assert "How sharp." in lingua("schema", "app=mine", cwd=tmp_path).stdout
+
+
+def test_eval_says_what_it_takes_and_what_is_wrong(tmp_path: Path) -> None:
+    done = lingua("eval", "--help")
+    for word in ("--follow RUN", "--newest-first", "--once", "prefetch CONFIG"):
+        assert word in " ".join(done.stdout.split())
+    nowhere = lingua("eval", f"{tmp_path}/run@3", "config=apps/main/configs/eval.yaml")
+    assert (nowhere.returncode, f"ckpt={tmp_path}/run@3 does not exist" in nowhere.stderr) == (2, True)
+    nothing = lingua("eval", "prefetch", DEBUG)
+    assert (nothing.returncode, "names no harness tasks" in nothing.stdout) == (0, True), nothing.stderr

@@ -1,10 +1,12 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
+from lingua import metrics as metrics_module
 from lingua.metrics import JsonLines, LoggingArgs, MetricLogger, WandbArgs, read_metrics
 
 
@@ -82,3 +84,58 @@ def test_metrics_are_one_json_object_per_line(tmp_path: Path):
     lines.write({"global_step": 1, "a": 1.5})
     lines.write({"global_step": 2, "a": 2.5})
     assert [orjson.loads(line)["a"] for line in lines.path.read_bytes().splitlines()] == [1.5, 2.5]
+
+
+# -- evaluations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "training_id", "expected"),
+    [
+        (WandbArgs(), "ab12", ("ab12_eval", "x_eval", "x")),
+        (WandbArgs(), None, ("x_eval", "x_eval", "x")),
+        (
+            WandbArgs(name="mine", group="all", id="ab12", resume_from="y?_step=3"),
+            "ab12",
+            ("ab12_eval", "mine_eval", "all"),
+        ),
+    ],
+)
+def test_evaluations_are_a_wandb_run_of_their_own_in_the_same_group(
+    args: WandbArgs, training_id: str | None, expected: tuple[str, str, str]
+) -> None:
+    own = metrics_module.evaluation_wandb(args, "x", training_id)
+    assert (own.id, own.name, own.group) == expected
+    assert own.resume_from is None
+
+
+def test_the_tracker_begins_with_the_first_evaluation_and_outlives_what_wandb_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Any] = []
+
+    class Run:
+        def log(self, record: dict[str, Any]) -> None:
+            if record["global_step"] == 4:
+                raise ConnectionError("no route to host")
+            sent.append(record)
+
+        def finish(self) -> None:
+            sent.append("finished")
+
+    def start(args: WandbArgs, *rest: Any) -> Run:
+        sent.append(args.id)
+        return Run()
+
+    monkeypatch.setattr(metrics_module, "_start_wandb", start)
+    tracker = metrics_module.EvaluationTracker(WandbArgs(), tmp_path, "x", {}, lambda step: f"of{step}")
+    assert sent == []
+    for step in (2, 4, 1):
+        tracker.log({"global_step": step})
+    tracker.close()
+    assert sent == ["of2_eval", {"global_step": 2}, {"global_step": 1}, "finished"]
+    assert "wandb does not take the evaluation of step 4: no route to host" in caplog.text
+    off = metrics_module.EvaluationTracker(None, tmp_path, "x", {}, lambda step: None)
+    off.log({"global_step": 2})
+    off.close()
+    assert len(sent) == 4

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lingua.checkpoint import layout, publish
+from lingua.checkpoint import layout, pins, publish
 from lingua.checkpoint.service import SILENT_S, Candidate, Service, next_to_drain, pause_s
 from lingua.checkpoint.session import write_session
 from lingua.checkpoint.slots import SERVICE_LOCK, Slot, base, make_region
@@ -425,6 +425,23 @@ def test_pins_and_milestones_are_kept(world: World) -> None:
         service.tick()
         service.tick()
     assert world.done() == [3, 5]
+
+
+def test_what_waits_for_its_evaluation_stays_and_goes_with_a_word(world: World) -> None:
+    start = started(world)
+    clock = Clock(publish.mark_facts(world.root, 1)["created_at"])
+    pins.follow(world.run_dir, pins.Follower(every=1, max_pinned_s=100.0, seen_at_s=clock.now_s))
+    service = world.service(clock=clock)
+    assert service.take()
+    with a_rank_lives(start.region):
+        for step, passes_s in ((2, 0.0), (3, 300.0)):
+            staged(start, step)
+            clock.sleep(passes_s)
+            pins.follow(world.run_dir, pins.Follower(every=1, max_pinned_s=100.0, seen_at_s=clock.now_s))
+            service.tick()
+            service.tick()
+            assert world.done() == ([1, 2] if step == 2 else [3])
+    assert "CHECKPOINT 1 GOES WITHOUT AN EVALUATION" in " ".join(event.get("why", "") for event in world.events())
 
 
 def test_pins_that_cannot_be_read_keep_everything(world: World) -> None:
