@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from apps import export as export_commands
 from apps import runs as run_commands
 from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
@@ -199,6 +200,8 @@ def evaluate(
     _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])
 
 
+app.command("export")(export_commands.export)
+app.command("import")(export_commands.import_)
 for command in (*run_commands.COMMANDS, drill):
     app.command()(command)
 

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from lingua.args import Args, ConfigError, Key, dotted_key, show, unknown_key
+from lingua.args import MOVED, Args, ConfigError, Key, dotted_key, show, unknown_key
 from lingua.layers import DEFAULT, Layer, Origin, Point, at, leaves, scalar, stack_layers
 
 # -- interpolation and paths ---------------------------------------------------------------------------------------
@@ -247,6 +247,7 @@ def examine(
 ) -> Examined[ArgsType]:
     """Compose and validate, collecting complaints. Raises ConfigError only when there is nothing to validate."""
     layer = stack_layers(config, overlays, overrides, schema, point)
+    _drop_inert(layer)
     findings, interpolated = _resolve(layer, schema)
     findings += _expand_paths(layer) + _import_plugins(layer)
     args, more = _validate(layer.tree, schema, interpolated)
@@ -255,6 +256,16 @@ def examine(
     composed = None if args is None else Composed(args, layer.marks)
     bad_keys = [dotted_key(key) for key, text in findings if not text.startswith(f"{dotted_key(key)} is no key")]
     return Examined(composed, complaints, bad_keys)
+
+
+def _drop_inert(layer: Layer) -> None:
+    """Leave out keys that are gone where their value asks for nothing: configs frozen by lingua's forks have them."""
+    for dotted in MOVED:
+        key = tuple(dotted.split("."))
+        section = layer.tree.get(key[0])
+        if isinstance(section, dict) and key[1] in section and not section[key[1]]:
+            layer.forget(key)
+            del section[key[1]]
 
 
 def compose(

@@ -16,10 +16,11 @@ import fcntl
 import mmap
 import os
 import shutil
+import socket
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,40 @@ def read_json(path: Path) -> Any:
         return orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
         raise RunError(f"{path} is not valid JSON ({error}); it is damaged or was edited") from None
+
+
+@contextmanager
+def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
+    """A folder beside `path` to fill; at the end of the block it gets that name, after an error it is removed.
+
+    Files in it must be durable when the block ends. What a process of this machine left when it was killed is removed;
+    `path` must not be there. Raises RunError: it is, or somebody else made it meanwhile.
+    """
+    path = path.absolute()
+    if path.exists() or path.is_symlink():
+        raise RunError(f"{path} is there already; choose a new folder, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begin = f".{path.name}.tmp-{socket.gethostname()}-"
+    for left in entries(path.parent):
+        pid = left.name.removeprefix(begin)
+        if left.name.startswith(begin) and pid.isdecimal() and not Path("/proc", pid).exists():
+            files.remove_tree(left)
+    temporary = path.with_name(f"{begin}{os.getpid()}")
+    files.mkdir(temporary)
+    try:
+        yield temporary
+        files.fsync_dir(temporary)
+        try:
+            files.rename(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            raise RunError(f"{path} was made by somebody else meanwhile; choose a new folder") from error
+    except BaseException:
+        if temporary.exists():
+            files.remove_tree(temporary)
+        raise
+    files.fsync_dir(path.parent)
 
 
 def free_bytes(path: Path) -> int:

@@ -1,8 +1,9 @@
 """Generate: `python -m apps.main.generate ckpt=RUN_OR_FOLDER ["prompt=..."] [temperature=0.8 until=END ...]`.
 
-ckpt is a run, RUN@step, a checkpoint folder or any file of weights that training can start from; the model and the
-tokenizer are those of the run's config.yaml, or of the config given as `config=x.yaml` (a bare path is understood as
-either). Several `prompt=` make one batch; without one, prompts are read line by line until the end of input. The
+ckpt is a run, RUN@step, a checkpoint folder, what `lingua export` and `lingua import` make, a Hugging Face folder or
+any file of weights that training can start from; the model and the tokenizer are those of the run's config.yaml (Meta
+Lingua's params.json, Hugging Face's config.json), or of the config given as `config=x.yaml` (a bare path is understood
+as either). Several `prompt=` make one batch; without one, prompts are read line by line until the end of input. The
 other keys are those of the config's section eval.generator; `until` is a string or a list.
 Cost: the weights once, in `dtype`.
 """
@@ -23,13 +24,13 @@ from lingua.checkpoint.weights import load_weights
 from lingua.compose import compose
 from lingua.distributed import find_place, pick_device
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
-from lingua.freeze import CONFIG_FILE
 from lingua.generator import Answer, Generator
 from lingua.parallel import DTYPES
 from lingua.schema import GeneratorArgs
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
 from .args import TrainArgs
+from .described import config_of, described
 
 
 class GenerateArgs(GeneratorArgs):
@@ -54,8 +55,7 @@ def main(words: list[str]) -> int:
     app = args.app or choose_app(CommandLine(config=str(config)))
     if app != __package__:
         return app_module(app, "generate").main([*words, f"app={app}"])
-    run_args = compose(str(config), [], [], TrainArgs).args
-    generator = load_generator(run_args, args)
+    generator = load_generator(described(config), args)
     for batch in [prompts] if prompts else ask(interactive=sys.stdin.isatty()):
         for prompt, answer in zip(batch, generator.generate(batch), strict=True):
             show(prompt, answer)
@@ -70,19 +70,6 @@ def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
     if not args.ckpt:
         raise ConfigError('command line: no checkpoint; write ckpt=RUN_OR_FOLDER, say ckpt=out/debug "prompt=import "')
     return Path(line.config) if line.config and not bare else config_of(args.ckpt), args
-
-
-def config_of(ckpt: str) -> Path:
-    """The config.yaml of the run that a checkpoint belongs to: beside it, or up to two folders above."""
-    place = Path(ckpt).expanduser()
-    if not place.exists():
-        place = Path(str(place).rpartition("@")[0] or place)
-    if not place.exists():
-        raise ConfigError(f"ckpt={ckpt} does not exist; it should be a run, a checkpoint folder or a file of weights")
-    for folder in (place, *place.absolute().parents[:2]):
-        if (folder / CONFIG_FILE).is_file():
-            return folder / CONFIG_FILE
-    raise ConfigError(f"ckpt={ckpt} has no {CONFIG_FILE} near it that tells its model; name one with config=FILE")
 
 
 def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:

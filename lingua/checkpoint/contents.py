@@ -173,6 +173,13 @@ def read_scalars(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder / layout.train_state_file(0)} is not the state of a run") from None
 
 
+def read_tokenizer(folder: Path) -> str | None:
+    """Fingerprint of the tokenizer that a run's rows were made with; None where the checkpoint does not tell."""
+    path = folder / layout.train_state_file(0)
+    per_rank = read_json(path).get("per_rank", {}) if path.exists() else {}
+    return per_rank.get("data", {}).get("tokenizer")
+
+
 def _position(states: list[dict[str, Any]]) -> dict[str, Any]:
     """Where the data stands, from the loader's states of all ranks."""
     first = states[0]

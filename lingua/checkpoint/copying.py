@@ -131,13 +131,18 @@ def _check_target(target_dir: Path, config: dict[str, Any] | None) -> None:
         raise RunError(f"{target_dir} keeps its checkpoints in {root_of(target_dir)}; choose another folder")
 
 
+def chunks(path: Path, advance: Callable[[int], object]) -> Iterator[Buffer]:
+    """The bytes of a file; each piece holds until the next is asked for."""
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while n_read := file.readinto(buffer):
+            yield buffer[:n_read]
+            advance(n_read)
+
+
 def _chunks(source: Checkpoint, name: str, advance: Callable[[int], object]) -> Iterator[Buffer]:
     try:
-        with (source.folder / name).open("rb", buffering=0) as file:
-            buffer = memoryview(bytearray(CHUNK_BYTES))
-            while n_read := file.readinto(buffer):
-                yield buffer[:n_read]
-                advance(n_read)
+        yield from chunks(source.folder / name, advance)
     except FileNotFoundError:
         raise RunError(
             f"{source.folder / name} is gone: the run's retention has deleted step {source.step} meanwhile; "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -242,23 +242,57 @@ class _Planner(DefaultLoadPlanner):
         raise RunError(f"{read_item.dest_index.fqn} is a pickled value, not a tensor; refused")
 
 
+def read_metadata(folder: Path) -> Metadata:
+    """What a checkpoint folder says of itself. Raises RunError when it is not what it should be."""
+    return _Reader(folder).read_metadata()
+
+
 def tensor_properties(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of every tensor in a checkpoint folder."""
-    described = _Reader(folder).read_metadata().state_dict_metadata
+    return properties_in(read_metadata(folder))
+
+
+def files_of(metadata: Metadata) -> dict[str, int]:
+    """Name of each file of a checkpoint folder -> bytes that it must have at least."""
+    needed: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    return needed
+
+
+def chosen(metadata: Metadata, names: Mapping[str, str]) -> Metadata:
+    """Metadata of some of the tensors alone, under other names: `names` is old -> new. They stay in their files."""
+    described = {names[name]: d for name, d in metadata.state_dict_metadata.items() if name in names}
+    places = {
+        dataclasses.replace(index, fqn=names[index.fqn]): place
+        for index, place in metadata.storage_data.items()
+        if index.fqn in names
+    }
+    paths = {name: tuple(name.split(".", 1)) for name in described if name.startswith("model.")}
+    for name in described:
+        if name.startswith("optim.state."):
+            parameter, _, key = name.removeprefix("optim.state.").rpartition(".")
+            paths[name] = ("optim", "state", parameter, key)
+    return Metadata(described, planner_data=paths, storage_data=places, version=CURRENT_DCP_VERSION)
+
+
+def properties_in(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The same, of metadata that have been read."""
     return {
         name: (tuple(d.size), d.properties.dtype)
-        for name, d in described.items()
+        for name, d in metadata.state_dict_metadata.items()
         if isinstance(d, TensorStorageMetadata)
     }
 
 
-def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
+def read_into(folder: Path, tensors: dict[str, Tensor], metadata: Metadata | None = None) -> None:
     """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. No collective.
 
+    `metadata`: those of the folder, for who reads tensor by tensor: reading them takes time with the number of shards.
     Raises RunError for what the folder lacks or holds in another shape, with the names.
     """
     reader, planner = _Reader(folder), _Planner(flatten_state_dict=False)
-    metadata = reader.read_metadata()
+    metadata = metadata or reader.read_metadata()
     described = metadata.state_dict_metadata
     problems = []
     for name, tensor in tensors.items():

@@ -114,16 +114,28 @@ def some_steps(steps: list[int], limit: int = 8) -> str:
     return shown if len(steps) <= limit else f"{shown} and {len(steps) - limit} before them"
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path means checkpoints of ours, which there are manifests of. Raises RunError: nothing is there."""
+    place, step = split(path)
+    return step is not None or root_of(place).is_dir() or (place / layout.MANIFEST).exists()
+
+
 def find_one(path: str | Path) -> Checkpoint:
     """The checkpoint that a path means, verified in no way. Raises RunError."""
     return find(path)[0]
 
 
-def intact(path: str | Path, *, needed: Callable[[str], bool] = every_file, sizes_only: bool = False) -> Checkpoint:
+def intact(
+    path: str | Path,
+    *,
+    needed: Callable[[str], bool] = every_file,
+    sizes_only: bool = False,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> Checkpoint:
     """The checkpoint that a path means, or of a run without a step the newest that verifies. Raises RunError."""
     candidates = find(path)
     for checkpoint in candidates:
-        problems = checkpoint.damage(needed=needed, sizes_only=sizes_only)
+        problems = checkpoint.damage(needed=needed, sizes_only=sizes_only, advance=advance)
         if not problems:
             return checkpoint
         if len(candidates) == 1:

@@ -296,7 +296,7 @@ def _differs(
 ) -> str | None:
     if not is_plain_file(path):
         return f"{path.name} is missing or not a plain file"
-    digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
+    digest = xxhash.xxh3_128()
     try:
         with path.open("rb", buffering=0) as file:
             size_bytes = os.fstat(file.fileno()).st_size
@@ -305,6 +305,7 @@ def _differs(
             if size_only:
                 return None
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            buffer = bytearray(min(CHUNK_BYTES, size_bytes))
             while n_read := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:n_read])
                 advance(n_read)

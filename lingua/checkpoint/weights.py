@@ -14,7 +14,6 @@ and wk are put in our order while loading.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -30,30 +29,28 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lingua.checkpoint import dcp, layout, lookup
 from lingua.checkpoint.state import clean_name, model_tensors
-from lingua.files import RunError
+from lingua.files import RunError, read_json
+from lingua.huggingface import (
+    CONFIG_FILE,
+    EMBEDDING,
+    HEAD,
+    INDEX_FILE,
+    head_width,
+    is_rotated,
+    our_name,
+    read_config,
+)
 
-EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""What safetensors calls the types of numbers."""
 
+_TIED_HEAD = "output.tied_module.weight"  # Meta Lingua's second name of a tied embedding
 # Tables that a model computes itself; some files carry them along.
 _COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs|rope_embeddings\.freqs_cis")
-
-_HUGGING_FACE = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-}
-_ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,7 @@ class Source:
 
     what: str
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
     read: Callable[[str], Tensor]
 
 
@@ -126,8 +124,8 @@ def _copy(target: Tensor, whole: Tensor) -> None:
 
 def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> Source:
     """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
-    place, step = lookup.split(path)
-    if step is not None or lookup.root_of(place).is_dir() or (place / layout.MANIFEST).exists():
+    place, _ = lookup.split(path)
+    if lookup.is_checkpoint(path):
         return _from_dcp(lookup.intact(path, needed=is_weights, sizes_only=sizes_only).folder, model_key)
     if place.is_file():
         return _from_safetensors([place]) if place.suffix == ".safetensors" else _from_torch(place, model_key)
@@ -148,19 +146,26 @@ def is_weights(name: str) -> bool:
 
 
 def _from_dcp(folder: Path, model_key: str | None) -> Source:
-    described = dcp.tensor_properties(folder)
+    metadata = dcp.read_metadata(folder)
+    described = dcp.properties_in(metadata)
     if model_key is None:
         model_key = "model" if any(name.startswith("model.") for name in described) else ""
     prefix = f"{model_key}." if model_key else ""
-    shapes = {name.removeprefix(prefix): shape for name, (shape, _) in described.items() if name.startswith(prefix)}
+    theirs = {_untied(name.removeprefix(prefix)): name for name in described if name.startswith(prefix)}
 
     def read(name: str) -> Tensor:
-        shape, dtype = described[prefix + name]
+        shape, dtype = described[theirs[name]]
         tensor = torch.empty(shape, dtype=dtype)
-        dcp.read_into(folder, {prefix + name: tensor})
+        dcp.read_into(folder, {theirs[name]: tensor}, metadata)
         return tensor
 
-    return Source(f"checkpoint folder {folder}", shapes, read)
+    shapes = {name: described[their][0] for name, their in theirs.items()}
+    dtypes = {name: described[their][1] for name, their in theirs.items()}
+    return Source(f"checkpoint folder {folder}", shapes, dtypes, read)
+
+
+def _untied(name: str) -> str:
+    return HEAD if name == _TIED_HEAD else name
 
 
 def _from_torch(file: Path, model_key: str | None) -> Source:
@@ -183,15 +188,16 @@ def _from_torch(file: Path, model_key: str | None) -> Source:
         raise RunError(
             f"{file} holds more than tensors by name; say where they lie with checkpoint.init_ckpt_model_key"
         )
-    tensors: dict[str, Tensor] = {clean_name(str(name)): value for name, value in content.items()}
+    tensors: dict[str, Tensor] = {_untied(clean_name(str(name))): value for name, value in content.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return _with_our_names(Source(f"torch file {file}", shapes, tensors.__getitem__), file.parent)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    return _with_our_names(Source(f"torch file {file}", shapes, dtypes, tensors.__getitem__), file.parent)
 
 
 def _safetensors_of(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if index.exists():
-        names = set(_json(index).get("weight_map", {}).values())
+        names = set(read_json(index).get("weight_map", {}).values())
         if bad := [name for name in names if name != Path(name).name]:
             raise RunError(f"{index} points at {bad[0]!r}, outside of its folder")
         return [folder / name for name in sorted(names)]
@@ -200,6 +206,7 @@ def _safetensors_of(folder: Path) -> list[Path]:
 
 def _from_safetensors(files: list[Path]) -> Source:
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
     opened: dict[str, Any] = {}
     for file in files:
         try:
@@ -207,10 +214,13 @@ def _from_safetensors(files: list[Path]) -> Source:
         except (SafetensorError, OSError) as error:
             raise RunError(f"{file} cannot be read: {error}") from None
         for name in mapped.keys():  # noqa: SIM118 - not a dict
-            shapes[name] = tuple(mapped.get_slice(name).get_shape())
+            facts = mapped.get_slice(name)
+            if facts.get_dtype() not in TYPES:
+                raise RunError(f"{file}: {name} is {facts.get_dtype()}, a type of numbers that no model here has")
+            shapes[name], dtypes[name] = tuple(facts.get_shape()), TYPES[facts.get_dtype()]
             opened[name] = mapped
     where = files[0].parent if len(files) > 1 else files[0]
-    source = Source(f"safetensors {where}", shapes, lambda name: opened[name].get_tensor(name))
+    source = Source(f"safetensors {where}", shapes, dtypes, lambda name: opened[name].get_tensor(name))
     return _with_our_names(source, files[0].parent)
 
 
@@ -221,30 +231,19 @@ def _with_our_names(source: Source, folder: Path) -> Source:
     """The same weights under our names, if they have Hugging Face's; needs the config.json beside them."""
     if "model.embed_tokens.weight" not in source.shapes:
         return source
-    config = _json(folder / "config.json")
-    try:
-        head_width = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise RunError(f"{folder / 'config.json'} lacks hidden_size and num_attention_heads (or head_dim)") from None
+    config = read_config(folder)
+    width = head_width(config, folder / CONFIG_FILE)
     theirs = {our_name(name): name for name in source.shapes}
     if config.get("tie_word_embeddings") and HEAD not in theirs:
         theirs[HEAD] = theirs[EMBEDDING]
 
     def read(name: str) -> Tensor:
         tensor = source.read(theirs[name])
-        return pair_neighbours(tensor, head_width) if any(part in name for part in _ROTATED) else tensor
+        return pair_neighbours(tensor, width) if is_rotated(name) else tensor
 
     shapes = {name: source.shapes[original] for name, original in theirs.items()}
-    return Source(f"Hugging Face {source.what}", shapes, read)
-
-
-def our_name(name: str) -> str:
-    """Hugging Face's name of a Llama tensor -> ours; an unknown one stays as it is."""
-    prefix, rest = "", name
-    if layer := re.match(r"model\.(layers\.\d+\.)", name):
-        prefix, rest = layer[1], name[layer.end() :]
-    module, _, kind = rest.rpartition(".")
-    return f"{prefix}{_HUGGING_FACE[module]}.{kind}" if module in _HUGGING_FACE else name
+    dtypes = {name: source.dtypes[original] for name, original in theirs.items()}
+    return Source(f"Hugging Face {source.what}", shapes, dtypes, read)
 
 
 def pair_neighbours(tensor: Tensor, head_width: int) -> Tensor:
@@ -257,15 +256,3 @@ def pair_halves(tensor: Tensor, head_width: int) -> Tensor:
     """The inverse of `pair_neighbours`."""
     heads = tensor.unflatten(0, (-1, head_width // 2, 2))  # (H, pair, half, ...)
     return heads.transpose(1, 2).reshape(tensor.shape)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing; Hugging Face weights need it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is not a JSON object")
-    return content

@@ -23,6 +23,7 @@ from lingua.files import (
     make_folder,
     read_json,
     skip_page_cache,
+    whole_folder,
     write_json,
     write_whole,
 )
@@ -268,3 +269,29 @@ def test_a_lock_whose_file_was_replaced(tmp_path: Path) -> None:
         ProcessLock(tmp_path / "link")
     lock.close()
     other.close()
+
+
+def test_a_folder_is_there_whole_or_not_at_all(odd: Path) -> None:
+    def make(files: Files) -> None:
+        with whole_folder(odd / "above" / "new", files=files) as folder:
+            for name in "ab":
+                write_whole(folder / name, name, files=files)
+
+    counting = FaultyFiles()
+    make(counting)
+    DISK.remove_tree(odd / "above")
+    for n in range(1, counting.n_done + 1):
+        assert exit_code_of(lambda n=n: make(KillFiles(n))) == KillFiles.KILLED
+        if (odd / "above" / "new").exists():
+            DISK.remove_tree(odd / "above" / "new")
+        with pytest.raises(OSError, match="No space"):
+            make(FaultyFiles(n))  # clears what the dead one left, and what it makes itself
+        there = [path.name for path in (odd / "above").iterdir()]
+        assert there in ([], ["new"])  # whole, but the folder above could not be synced
+        for name in there:
+            assert sorted(os.listdir(odd / "above" / name)) == ["a", "b"]
+            DISK.remove_tree(odd / "above" / name)
+    make(DISK)
+    assert os.listdir(odd / "above") == ["new"]
+    with pytest.raises(RunError, match="is there already; choose a new folder"):
+        make(DISK)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from apps.export import Format, make_export, make_import
 from tests.trainer import TINY, fingerprint, losses, published, train
 
 WORDS = [*TINY, "optim.scheduler=constant", "optim.warmup=0"]
@@ -53,3 +54,20 @@ def test_weights_of_another_shape_are_refused_by_name(other: Path, tmp_path: Pat
     assert result.exit_code == 1
     assert "tok_embeddings.weight" in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_model_that_was_exported_comes_in_again(other: Path, tmp_path: Path):
+    make_export(f"{other}@6", tmp_path / "hf", Format.hf)
+    make_import(tmp_path / "hf", tmp_path / "in")
+    shape = [word for word in WORDS if not word.startswith(("model.", "apps/"))]
+    started = {}
+    for name, words in {
+        "run": [*WORDS, f"checkpoint.init_ckpt_path={other}@6"],
+        "folder": [*WORDS, f"checkpoint.init_ckpt_path={tmp_path / 'hf'}"],
+        "config": [str(tmp_path / "in" / "config.yaml"), *shape],  # as one starts continued pretraining
+    }.items():
+        same = ["steps=2", "optim.lr=1e-3", "distributed.model_dtype=fp32", f"dump_dir={tmp_path / name}"]
+        result = train([*words, *same])
+        assert result.exit_code == 0, result.output
+        started[name] = losses(tmp_path / name)
+    assert started["folder"] == started["config"] == started["run"]

@@ -17,6 +17,12 @@ from tests.fakes import FaultyFiles, KillFiles
 from tests.ranks import exit_code_of
 
 
+@pytest.fixture
+def tmp_path(shm: Path) -> Path:
+    """In memory: thousands of fsyncs cost nothing there."""
+    return shm
+
+
 def copy(run_dir: Path, step: int, target: Path, files: Files = DISK) -> Path:
     return copy_checkpoint(lookup.find_one(f"{run_dir}@{step}"), target, files=files)
 

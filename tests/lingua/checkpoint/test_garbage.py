@@ -22,6 +22,12 @@ from tests.ranks import exit_code_of
 KEEP_ONE = {"dump": {"every": 1, "keep": 1}}
 
 
+@pytest.fixture
+def tmp_path(shm: Path) -> Path:
+    """In memory: thousands of fsyncs cost nothing there."""
+    return shm
+
+
 def later() -> float:
     """When all that a test has just written lies quiet."""
     return time.time() + 10_000

@@ -25,6 +25,12 @@ KEEP_ONE = retention.Rhythm(every=1, keep=1)
 NO_EVAL = retention.Rhythm(every=0, keep=0)
 
 
+@pytest.fixture
+def tmp_path(shm: Path) -> Path:
+    """In memory: thousands of fsyncs cost nothing there."""
+    return shm
+
+
 def content(step: int, name: str) -> bytes:
     return f"{name} of step {step} ".encode() * 20
 

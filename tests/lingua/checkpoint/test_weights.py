@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from lingua.checkpoint import layout
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
-from lingua.checkpoint.weights import load_weights, our_name, pair_halves, pair_neighbours
+from lingua.checkpoint.weights import load_weights, pair_halves, pair_neighbours
 from lingua.files import RunError
+from lingua.huggingface import our_name
 from lingua.schema import CheckpointArgs
 from tests.ranks import run_on_ranks
 
