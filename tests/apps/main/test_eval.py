@@ -210,6 +210,6 @@ def test_an_exported_folder_gives_the_numbers_of_its_checkpoint(
 ) -> None:
     make_export(f"{run}@4", tmp_path / "hf", Format.hf)
     file = f"{run.parent}/data/mine/mine.val.jsonl"
-    words = [f"validation.sources=[{file}]", "validation.use_val_from_train_src=false", "generator.dtype=fp32"]
+    words = [*SMALL, f"validation.sources=[{file}]", "validation.use_val_from_train_src=false"]
     expected = by_hand(capsys, f"{run}@4", *words)
     assert by_hand(capsys, f"{tmp_path}/hf", *words) == pytest.approx(expected, rel=1e-6)
