@@ -468,6 +468,9 @@ def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
     """What training says of keys that other rooms will honour."""
     if args.eval is not None:
         yield f"eval: start `lingua eval --follow {args.dump_dir}` beside the run; it evaluates nothing by itself yet"
+        for key in ("wipe_ckpt", "terminal_eval_wandb"):
+            if getattr(args.eval, key):
+                yield f"eval.{key} has no effect yet"
     if args.probe_freq is not None:
         yield f"probe_freq is {args.probe_freq}, but there are no probes yet; it has no effect"
     if args.logging.acc_freq is not None:

@@ -58,7 +58,8 @@ from lingua.slurm import this_allocation
 
 from .args import TrainArgs
 from .check import source_folders
-from .generate import config_of, load_model
+from .described import config_of, described
+from .generate import load_model
 
 log = logging.getLogger(f"{__package__}.eval")
 
@@ -84,12 +85,15 @@ class Order:
 
     def compose(self) -> tuple[TrainArgs, EvalArgs]:
         """Config of the run, and what to measure. Raises ConfigError."""
-        if self.measures is None:
+        if self.measures is None and self.run_config.suffix == ".json":  # nothing of ours stands beside it
+            run_args = described(self.run_config)
+            args = compose(None, self.overlays, self.overrides, EvalArgs).args
+        elif self.measures is None:
             overrides = [f"eval.{word}" for word in self.overrides]
             run_args = compose(str(self.run_config), self.overlays, overrides, TrainArgs).args
             args = run_args.eval or EvalArgs()
         else:
-            run_args = compose(str(self.run_config), [], [], TrainArgs).args
+            run_args = described(self.run_config)
             args = compose(self.measures, self.overlays, self.overrides, EvalArgs).args
         if self.follow and args.dump_dir:
             raise ConfigError(f"eval.dump_dir is {args.dump_dir}: results go to {self.place}/evals; take it out")

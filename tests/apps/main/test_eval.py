@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from apps.export import Format, make_export
 from apps.main import eval as evaluation
 from apps.main.eval import Measures, main
 from lingua.checkpoint import layout
@@ -202,3 +203,13 @@ def test_tasks_of_the_harness_beside_held_out_text(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "another cache"))
     assert run_main(main, [str(copy), f"config={measures}"]) == 2
     assert "eval.harness.tasks: mine cannot be loaded here" in capsys.readouterr().err
+
+
+def test_an_exported_folder_gives_the_numbers_of_its_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_export(f"{run}@4", tmp_path / "hf", Format.hf)
+    file = f"{run.parent}/data/mine/mine.val.jsonl"
+    words = [*SMALL, f"validation.sources=[{file}]", "validation.use_val_from_train_src=false"]
+    expected = by_hand(capsys, f"{run}@4", *words)
+    assert by_hand(capsys, f"{tmp_path}/hf", *words) == pytest.approx(expected, rel=1e-6)
