@@ -192,7 +192,7 @@ def lm_of(model: LMTransformer, tokenizer: Tokenizer, *, add_bos: bool = True, m
 def hugging_face(model: LMTransformer, folder: Path, **more: Any) -> Any:
     """Harness's own `hf` model with the same weights."""
     pytest.importorskip("accelerate")
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    model_of_harness = pytest.importorskip("lm_eval.models.huggingface").HFLM
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from lingua.checkpoint import weights
@@ -225,7 +225,7 @@ def hugging_face(model: LMTransformer, folder: Path, **more: Any) -> Any:
         pad_token="<|end_of_text|>",
         clean_up_tokenization_spaces=False,
     )
-    return HFLM(pretrained=theirs, tokenizer=spoken, max_length=CONTEXT, batch_size=3, device="cpu", **more)
+    return model_of_harness(pretrained=theirs, tokenizer=spoken, max_length=CONTEXT, batch_size=3, device="cpu", **more)
 
 
 def answers_of(lm: Any, tasks: list[dict[str, Any]]) -> dict[str, Any]:
