@@ -330,7 +330,7 @@ def test_a_stop_signal_saves_before_the_exit(
         result = train(words(run_dir, shm), n_ranks, hook)
         assert result.exit_code == 75, result.output
         assert published(run_dir) == [step]
-    assert said_published(run_dir)[-1] == step
+    assert said_published(run_dir).count(step) == 1
     assert stop(run_dir) == {"reason": "signal", "exit_code": 75, "step": step, "signal": "SIGTERM", "unsaved": None}
     end_calmly(run_dir, shm, n_ranks, calm(n_ranks))
 

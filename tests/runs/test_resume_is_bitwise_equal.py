@@ -77,7 +77,7 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["no_shard", "full_shard"])
+@pytest.mark.parametrize("layout", [pytest.param("no_shard", marks=pytest.mark.soak), "full_shard"])
 def test_two_ranks_of_which_one_is_killed(tmp_path: Path, layout: str):
     words = [*WORDS, f"distributed.fsdp_type={layout}", "grad_acc_steps=1"]
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"

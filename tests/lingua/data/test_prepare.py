@@ -145,14 +145,15 @@ def killed_at(job: Job, n: int) -> bool:
     return code == 9
 
 
-def test_killed_at_any_operation_it_ends_with_the_same_bytes(job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
+def test_killed_at_any_operation_it_ends_with_the_same_bytes(job: Job, tmp_path: Path, every: int) -> None:
     counting = FailingFiles()
     prepare(job, files=counting)
     assert job.final
     expected = content(job.final)
     assert lines_in(job.final) == expected_lines()
     assert counting.n_done > 80
-    for n in range(1, counting.n_done + 1):
+    for n in range(1, counting.n_done + 1, every):
         again = elsewhere(job, tmp_path / f"killed{n}")
         assert killed_at(again, n)
         prepare(again)
