@@ -126,6 +126,7 @@ class Service:
         self._own = region.lock(SERVICE_LOCK)
         self._trainers = region.lock(TRAINER_LOCK)
         self._jobs: list[_Job] = []
+        self._to_retain: Session | None = None
         self._retiring: Future[list[int]] | None = None
         self._verified: set[int] = set()
         self._rate_bytes_per_s: float | None = None
@@ -168,6 +169,7 @@ class Service:
         for job in [job for job in self._jobs if job.future.done()]:
             self._jobs.remove(job)
             self._settle(job)
+        self._begin_retention()
         self._report_silence()
         self._tell_ranks()
         if session is not None:
@@ -282,7 +284,7 @@ class Service:
         job.slot.change("draining", "free", files=self._files)  # last: else a death here would leave it unsaid
         if published_here:
             self._verified.add(job.save.step)
-            self._retain(job.session, job.session.target())
+            self._to_retain = job.session
 
     def _say_published(self, job: _Job) -> None:
         seconds = self._now() - job.started_s
@@ -294,10 +296,14 @@ class Service:
 
     # -- retention -------------------------------------------------------------------------------------------------
 
-    def _retain(self, session: Session, target: Target) -> None:
-        if self._retiring is not None and not self._retiring.done():
-            return  # the next published step asks again
-        self._retiring = self._executor.submit(self._retire, session, target)
+    def _begin_retention(self) -> None:
+        """Once for all steps that were published while the last pass was at work."""
+        if self._to_retain is not None and not self._is_retiring():
+            session, self._to_retain = self._to_retain, None
+            self._retiring = self._executor.submit(self._retire, session, session.target())
+
+    def _is_retiring(self) -> bool:
+        return self._retiring is not None and not self._retiring.done()
 
     def _retire(self, session: Session, target: Target) -> list[int]:
         """In a thread: delete what nobody needs any more."""
@@ -362,7 +368,7 @@ class Service:
             self._alone_since_s = None
             self._first_rank_until_s = 0.0
             return True
-        if self._jobs or (self._retiring is not None and not self._retiring.done()):
+        if self._jobs or self._to_retain is not None or self._is_retiring():
             return True
         if session is None:
             return self._now() < self._first_rank_until_s

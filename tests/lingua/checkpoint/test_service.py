@@ -24,7 +24,7 @@ from lingua.checkpoint.service import SILENT_S, Candidate, Service, next_to_drai
 from lingua.checkpoint.session import write_session
 from lingua.checkpoint.slots import SERVICE_LOCK, Slot, base, make_region
 from lingua.files import Buffer, Files, write_json
-from tests.fakes import Clock, FrozenFiles
+from tests.fakes import At, BlockingFiles, Clock, FrozenFiles
 from tests.slotted import DiskFiles, Start, World, a_rank_lives, fast_place, names_of, serve
 
 LONG_S = 60.0
@@ -442,6 +442,21 @@ def test_what_waits_for_its_evaluation_stays_and_goes_with_a_word(world: World) 
             service.tick()
             assert world.done() == ([1, 2] if step == 2 else [3])
     assert "CHECKPOINT 1 GOES WITHOUT AN EVALUATION" in " ".join(event.get("why", "") for event in world.events())
+
+
+def test_what_is_published_while_a_deletion_lasts_has_its_turn_after_it(world: World) -> None:
+    start, gate = started(world), world.place / "gate"
+    files = BlockingFiles(At(r"rename .*\.trash$"), until=gate)
+    service = world.service(files=files, executor=ThreadPoolExecutor(4))
+    assert service.take()
+    for step in (2, 4):
+        staged(start, step)
+        wait_until(lambda step=step: service.tick() and step in world.done())
+    assert set(world.done()) >= {1, 2, 4}, "the deletion of step 1 hangs"
+    gate.touch()
+    wait_until(lambda: not service.tick())
+    service._leave()
+    assert world.done() == [4]
 
 
 def test_pins_that_cannot_be_read_keep_everything(world: World) -> None:
