@@ -139,11 +139,11 @@ def test_a_newer_start_and_a_lost_run_folder_are_told_apart(world: World) -> Non
 # -- several nodes -------------------------------------------------------------------------------------------------
 
 
-def begin_nodes(world: World, incarnation: int = 2) -> list[Start]:
+def begin_nodes(world: World, incarnation: int = 2, *, node_timeout_s: float = SHORT_S) -> list[Start]:
     """A start on all nodes; node n has rank n."""
     starts = [Start(world, incarnation, node=node, ranks=(node,)) for node in range(world.n_nodes)]
     for start in starts:
-        start.begin(node_timeout_s=SHORT_S)
+        start.begin(node_timeout_s=node_timeout_s)
         start.make_slots()
     return starts
 
@@ -176,7 +176,7 @@ def serve_nodes(world: World, *nodes: int, files: dict[int, Files] | None = None
 def test_a_step_counts_when_all_nodes_hold_it(n_nodes: int) -> None:
     with fast_place() as place:
         world = World(place, n_nodes).make(1)
-        for start in begin_nodes(world):
+        for start in begin_nodes(world, node_timeout_s=1e9):
             start.stage(2)
         serve_nodes(world, *range(n_nodes))
         assert world.done() == [2]
@@ -269,7 +269,7 @@ def test_a_part_that_was_cut_short_does_not_count(pair: World, text: bytes) -> N
 def n_disk_operations(node: int) -> int:
     with fast_place() as place:
         world = World(place, n_nodes=2).make(1)
-        for start in begin_nodes(world):
+        for start in begin_nodes(world, node_timeout_s=1e9):
             start.stage(2)
         files = DiskFiles(world.root)
         serve_nodes(world, 0, 1, files={node: files})
