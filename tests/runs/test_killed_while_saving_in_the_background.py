@@ -28,7 +28,7 @@ WORDS = [*TINY, f"steps={N_STEPS}", "checkpoint.dump.every=2", "checkpoint.dump.
 TAKE_SLOT = At(r"rename .*/slot-0\.staged ")
 WRITER = At(r"create .*/\.writer-0000000002-0\.json")
 MAKE_FOLDER = At(r"mkdir .*/0000000002$")
-WRITE = At(r"write .*/0000000002/model\.00000\.distcp$")
+WRITE = At(r"write .*/\d{10}/model\.00000\.distcp$")  # of whichever step is taken first: at an end, the newest
 SYNC = At(r"fsync .*/0000000002/model\.00000\.distcp$")
 WRITTEN = At(r"fsync_dir .*/incarnation-\d+/000000000[24]$")
 MANIFEST = At(r"rename .*/0000000002/manifest\.json$")
