@@ -261,11 +261,11 @@ def examine(
 def _drop_inert(layer: Layer) -> None:
     """Leave out keys that are gone where their value asks for nothing: configs frozen by lingua's forks have them."""
     for dotted in MOVED:
-        key = tuple(dotted.split("."))
-        section = layer.tree.get(key[0])
-        if isinstance(section, dict) and key[1] in section and not section[key[1]]:
-            layer.forget(key)
-            del section[key[1]]
+        outer, _, name = dotted.partition(".")
+        section = layer.tree.get(outer)
+        if isinstance(section, dict) and name in section and not section[name]:
+            layer.forget((outer, name))
+            del section[name]
 
 
 def compose(

@@ -243,6 +243,11 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, text: str, senten
     assert sentence in found[0]
 
 
+def test_a_grid_outside_a_sweep_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="grid is no key here: it is for `lingua sweep`"):
+        composed(tmp_path, "grid: {optim.lr: [1e-3]}")
+
+
 def test_everything_wrong_is_said_at_once_and_each_with_its_place(tmp_path: Path) -> None:
     text = "steps: many\nunknown: 1\ndata: {batch_size: 0}\nmodel: {dim: 100, n_heads: 3}\nname: ${evil:}"
     found = complaints(tmp_path, text, "optim.lrr=1", "seed=x")
