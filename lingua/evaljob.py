@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from lingua.checkpoint.lookup import Checkpoint
 from lingua.codefreeze import FOLDER as CODE
 from lingua.compose import compose
 from lingua.entry import CommandLine, app_module, choose_app
-from lingua.evaluator import POLL_S, Beat, EvalArgs, Evaluator, Stopped, training_id
+from lingua.evaluator import POLL_S, Beat, EvalArgs, Evaluator, Stopped, evaluation_tracker
 from lingua.files import RunError, make_folder, read_json, write_whole
 from lingua.freeze import CONFIG_FILE
 from lingua.launch import RUN_SCRIPT, sbatch_options
 from lingua.launcher import LauncherArgs
-from lingua.metrics import EvaluationTracker
 from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.signals import StopSignals
 from lingua.slurm import Runner, SlurmArgs, run_command
@@ -188,13 +186,7 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
         jobs = EvalJobs(
             run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(), run=run, sleep=signals.wait
         )
-        tracker = EvaluationTracker(
-            run_args.logging.wandb,
-            run_dir,
-            run_args.name,
-            run_args.model_dump(mode="json"),
-            partial(training_id, run_dir),
-        )
+        tracker = evaluation_tracker(run_args, run_dir)
         evaluator = Evaluator(
             run_dir,
             args,

@@ -35,7 +35,7 @@ from lingua.checkpoint.lookup import Checkpoint, run_root
 from lingua.checkpoint.pins import Follower, Verdict, follow, pinned, verdict
 from lingua.checkpoint.survey import Periods, periods_of
 from lingua.files import DISK, Files, RunError, entries, read_json, write_json
-from lingua.metrics import EVAL_FILE, JsonLines, LoggingArgs, WandbArgs, read_metrics
+from lingua.metrics import EVAL_FILE, EvaluationTracker, JsonLines, LoggingArgs, WandbArgs, read_metrics
 from lingua.runfolder import EXIT_FINISHED, EXIT_REQUEUE, STOP_FILE
 from lingua.runlock import FOLDER as TRIES
 from lingua.runlock import OccupiedError, Owner, RunLock, newest_start, this_process
@@ -327,6 +327,12 @@ def training_id(run_dir: Path, step: int) -> str | None:
         return state["shared"].get("tracking_id")
     except (OSError, RunError, KeyError, TypeError, AttributeError):
         return None
+
+
+def evaluation_tracker(run_args: Any, run_dir: Path) -> EvaluationTracker:
+    """Where the evaluations of a run are tracked, as its config (the app's TrainArgs) says."""
+    config = run_args.model_dump(mode="json")
+    return EvaluationTracker(run_args.logging.wandb, run_dir, run_args.name, config, partial(training_id, run_dir))
 
 
 def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, Any], *, files: Files = DISK) -> None:

@@ -25,7 +25,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,13 @@ from lingua.data.jsonl import find_files
 from lingua.data.sources import filled
 from lingua.distributed import World, find_place, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main, with_ckpt
-from lingua.evaluator import Beat, EvalArgs, Evaluator, EvalValidationArgs, training_id, write_results
+from lingua.evaluator import Beat, EvalArgs, Evaluator, EvalValidationArgs, evaluation_tracker, write_results
 from lingua.files import RunError, make_folder
 from lingua.freeze import CONFIG_FILE
 from lingua.generator import Generator
 from lingua.harness import be_offline, load_tasks, make_lm, run_tasks
 from lingua.layers import stack_layers
 from lingua.logger import start_logging
-from lingua.metrics import EvaluationTracker
 from lingua.parallel import DTYPES
 from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.schema import DistributedArgs
@@ -288,14 +286,7 @@ def follow(run_dir: Path, measures: Measures, *, once: bool) -> int:
         def is_stopping() -> bool:
             return signals.received is not None
 
-        run_args = measures.run_args
-        tracker = EvaluationTracker(
-            run_args.logging.wandb,
-            run_dir,
-            run_args.name,
-            run_args.model_dump(mode="json"),
-            partial(training_id, run_dir),
-        )
+        tracker = evaluation_tracker(measures.run_args, run_dir)
         evaluator = Evaluator(run_dir, measures.args, measure, on_record=tracker.log, stopping=is_stopping, sleep=sleep)
         log.info("evaluating the checkpoints of %s", run_dir)
         try:
