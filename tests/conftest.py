@@ -31,6 +31,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("LINGUA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a test, or the program within it, sets in the environment ends with it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(params=["plain", "a blank", "it's; echo foo", "new\nline"])
 def hostile_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder whose name tries to break out of whatever quotes it."""

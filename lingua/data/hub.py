@@ -97,7 +97,11 @@ def may_pass(error: Exception) -> bool:
 
 def persist(action: Callable[[], Any], what: str, sleep: Callable[[float], None] = time.sleep) -> Any:
     """Result of `action`, tried again while the failure may pass. Raises RunError that says what failed at last."""
+    from huggingface_hub import constants
+
     for pause_s in (*PAUSES_S, None):
+        if constants.HF_HUB_OFFLINE:
+            raise RunError(f"{what}: HF_HUB_OFFLINE is set, so nothing is asked of the hub; unset it")
         try:
             return action()
         except Exception as error:

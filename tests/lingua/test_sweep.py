@@ -123,7 +123,7 @@ def test_every_point_is_checked_before_anything_is_written(tmp_path: Path, words
 
 def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path):
     config = tmp_path / "exp.yaml"
-    config.write_text(f"base: [{ROOT / TINY[0]}]\ngrid:\n  optim.lrr: [1, 2]\n")
+    config.write_text(f"base: [{ROOT / TINY[0]}]\ngrid:\n  optim.lrr: [1, 2]\ndump_dir: {tmp_path / 'new'}\n")
     with pytest.raises(ConfigError, match=rf"{config}:3: optim.lrr is no key"):
         plan_sweep(parse_command_line([str(config)]), ROOT)
 

@@ -190,3 +190,9 @@ def test_pauses_grow_and_end() -> None:
     with pytest.raises(RunError, match=r"fetching x: ConnectionError: broken; tried 6 times"):
         persist(fail, "fetching x", pauses.append)
     assert pauses == sorted(hub.PAUSES_S)
+
+
+def test_an_offline_environment_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match=r"fetching x: HF_HUB_OFFLINE is set, .*; unset it"):
+        persist(lambda: pytest.fail("asked the hub"), "fetching x", lambda pause_s: pytest.fail("waited"))
