@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("LINGUA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """What is set in the environment within ends with it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
-    """What a test, or the program within it, sets in the environment ends with it."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    """Of each test too, and of the program that it calls."""
+    with own_environment():
+        yield
 
 
 @pytest.fixture(params=["plain", "a blank", "it's; echo foo", "new\nline"])

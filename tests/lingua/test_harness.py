@@ -23,6 +23,7 @@ from lingua.harness import cleaned, generator_args, load_tasks, make_lm, metrics
 from lingua.schema import GeneratorArgs
 from lingua.scorer import Row, Scorer, Wording
 from lingua.tokenizer import ByteTokenizer, Tokenizer, TokenizerArgs, build_tokenizer
+from tests.conftest import own_environment
 from tests.ranks import run_on_ranks
 
 CONTEXT = 48
@@ -111,12 +112,11 @@ def test_without_the_package_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture(scope="module")
 def lm_eval(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The package, without a network and without its words."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
-    patch.setenv("TQDM_DISABLE", "1")
-    harness.be_offline()
-    yield pytest.importorskip("lm_eval")
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch, own_environment():
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TQDM_DISABLE", "1")
+        harness.be_offline()
+        yield pytest.importorskip("lm_eval")
 
 
 @pytest.fixture(scope="module")
