@@ -130,6 +130,14 @@ def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
     return model
 
 
+def build_loss(args: TrainArgs) -> Loss:
+    """What training minimises; compiled where the model is."""
+    loss = build_part(args.loss)
+    if args.distributed.compile and isinstance(loss, CrossEntropy):
+        loss.compile()
+    return loss
+
+
 def build_run(
     args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
 ) -> Run:
@@ -170,7 +178,7 @@ def build_run(
         world=world,
         tokenizer=tokenizer,
         model=model,
-        loss=build_part(args.loss),
+        loss=build_loss(args),
         validation_loss=CrossEntropy(CrossEntropyArgs()),
         optimizer=optimizer,
         loader=loader,

@@ -39,6 +39,21 @@ def test_value_and_gradients_equal_plain_cross_entropy(chunk_tokens: int, z_loss
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler meets its own old parts
+@pytest.mark.parametrize(("dtype", "z_loss"), [(torch.float32, 0.01), (torch.bfloat16, 0.0)])
+def test_compiled_it_is_the_same(dtype: torch.dtype, z_loss: float) -> None:
+    hidden, weight, labels = inputs(dtype)
+    args = CrossEntropyArgs(chunk_tokens=9, z_loss=z_loss)
+    plain, compiled = CrossEntropy(args), CrossEntropy(args)
+    compiled.compile()
+    expected = value_and_gradients(plain(hidden, weight, labels)[0], hidden, weight)
+    found = value_and_gradients(compiled(hidden, weight, labels)[0], hidden, weight)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
 def test_gradient_agrees_with_finite_differences() -> None:
     hidden, weight, labels = inputs()
     loss = CrossEntropy(CrossEntropyArgs(chunk_tokens=5, z_loss=0.1))
