@@ -8,6 +8,7 @@ Letters: B rows, S positions, D model width (`dim`), H heads, L layers, V vocabu
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -249,9 +250,11 @@ class DistributedArgs(Args):
     full_activation_checkpointing: bool = False
     """Recompute each whole block in backward."""
     float8_recipe: Literal["rowwise", "tensorwise"] | None = None
-    """Matrix products of matching layers in float8 (Hopper only). Null: none."""
+    """Matrix products of matching layers in float8 (Ada and Hopper GPUs on). rowwise: a scale per row, more exact;
+    tensorwise: one per tensor, faster. Null: none."""
     float8_filter: str = r"layers\.[0-9]+\."
-    """Regular expression of the module names that float8 applies to."""
+    """Regular expression, searched for in the names of the blocks' linear layers (layers.0.attention.wq): those are
+    float8. Widths that are no multiple of 16 leave a layer as it is."""
     matmul_allow_tf32: bool = False
     """fp32 products may use TF32."""
     allow_bf16_reduced_precision_reduction: bool = True
@@ -269,6 +272,10 @@ class DistributedArgs(Args):
             raise ValueError(f"dp_shard {self.dp_shard} shards nothing with fsdp_type no_shard; use full_shard")
         if self.selective_activation_checkpointing and self.full_activation_checkpointing:
             raise ValueError("selective_ and full_activation_checkpointing exclude each other; choose one")
+        try:
+            re.compile(self.float8_filter)
+        except re.error as error:
+            raise ValueError(f"float8_filter {self.float8_filter!r} is no regular expression: {error}") from error
         return self
 
     def degrees(self, world_size: int) -> tuple[int, int, int]:
