@@ -75,8 +75,6 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
         raise ValueError(f"distributed.tp_size {args.tp_size}: tensor parallelism is not available; use tp_size=1")
     if args.float8_recipe is not None:
         _use_float8(model, args, world.device)
-    if args.model_dtype == "fp16":
-        raise ValueError("distributed.model_dtype fp16 needs loss scaling, which is not available; use bf16 or fp32")
     for _, block in blocks_of(model):
         if args.full_activation_checkpointing:
             _recompute_in_backward(block)

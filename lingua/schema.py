@@ -205,7 +205,8 @@ class OptimArgs(Part):
     exp_factor: Annotated[float, Field(gt=0)] = 0.5
     """inv_sqrt: exponent of the decay."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step."""
+    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step. With
+    distributed.model_dtype fp16 a gradient that overflows is always skipped, until the loss scale has fallen to 1."""
     max_skips: Annotated[int, Field(ge=0)] = 10
     """With `skip`: steps that may be skipped in a row before the run stops."""
 
@@ -240,7 +241,8 @@ class DistributedArgs(Args):
     fsdp_type: Literal["no_shard", "full_shard"] = "no_shard"
     """no_shard: replicas; full_shard: parameters, gradients and optimizer sharded (FSDP2)."""
     model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32."""
+    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
+    bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
     compile: bool = False
     """torch.compile each block."""
     compile_cache_size_limit: PositiveInt = 8
