@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from lingua.schema import CrossEntropyArgs
 
 IGNORE = -100
+_FP16_ROOM = 64.0
+"""fp16 ends at 65504, and the head's gradient sums up to chunk_tokens positions before any loss scale could help."""
 
 
 class Loss(Protocol):
@@ -79,7 +81,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss_sum += chunk_loss
                 if hidden_grad is not None and logits_grad is not None:
                     hidden_grad[rows] = logits_grad @ head
-                    product = logits_grad.t() @ x  # (V, D)
+                    if dtype == torch.float16:
+                        product = (logits_grad.t() @ (x / _FP16_ROOM)).float().mul_(_FP16_ROOM)  # (V, D)
+                    else:
+                        product = logits_grad.t() @ x  # (V, D)
                     weight_grad = product.float() if weight_grad is None else weight_grad.add_(product)
         if with_grad:
             ctx.weight_dtype = weight.dtype

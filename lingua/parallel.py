@@ -10,6 +10,7 @@ The model says where it can be cut: `model.layers` is a ModuleDict or ModuleList
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,8 +21,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lingua import float8
 from lingua.distributed import World
 from lingua.schema import DistributedArgs
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,6 +50,16 @@ def _recompute_in_backward(block: nn.Module, **choice: Callable[[], Any]) -> Non
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, **choice)
 
 
+def _use_float8(model: nn.Module, args: DistributedArgs, device: torch.device) -> None:
+    """Products of matching layers in float8. Raises ValueError where that cannot be."""
+    assert args.float8_recipe is not None
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    reason = float8.refusal(device.type, capability)
+    if reason is not None:
+        raise ValueError(f"distributed.float8_recipe {args.float8_recipe}: {reason}; leave it null here")
+    log.info("%s", float8.convert(model, args.float8_recipe, args.float8_filter))
+
+
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, block) of the model's layers, in order."""
     layers = model.get_submodule("layers")
@@ -60,9 +74,7 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
     if args.tp_size > 1:
         raise ValueError(f"distributed.tp_size {args.tp_size}: tensor parallelism is not available; use tp_size=1")
     if args.float8_recipe is not None:
-        raise ValueError(f"distributed.float8_recipe {args.float8_recipe}: float8 is not available; leave it null")
-    if args.model_dtype == "fp16":
-        raise ValueError("distributed.model_dtype fp16 needs loss scaling, which is not available; use bf16 or fp32")
+        _use_float8(model, args, world.device)
     for _, block in blocks_of(model):
         if args.full_activation_checkpointing:
             _recompute_in_backward(block)

@@ -8,6 +8,7 @@ Letters: B rows, S positions, D model width (`dim`), H heads, L layers, V vocabu
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -204,7 +205,8 @@ class OptimArgs(Part):
     exp_factor: Annotated[float, Field(gt=0)] = 0.5
     """inv_sqrt: exponent of the decay."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step."""
+    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step. With
+    distributed.model_dtype fp16 a gradient that overflows is always skipped, until the loss scale has fallen to 1."""
     max_skips: Annotated[int, Field(ge=0)] = 10
     """With `skip`: steps that may be skipped in a row before the run stops."""
 
@@ -239,7 +241,8 @@ class DistributedArgs(Args):
     fsdp_type: Literal["no_shard", "full_shard"] = "no_shard"
     """no_shard: replicas; full_shard: parameters, gradients and optimizer sharded (FSDP2)."""
     model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32."""
+    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
+    bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
     compile: bool = False
     """torch.compile each block."""
     compile_cache_size_limit: PositiveInt = 8
@@ -249,9 +252,11 @@ class DistributedArgs(Args):
     full_activation_checkpointing: bool = False
     """Recompute each whole block in backward."""
     float8_recipe: Literal["rowwise", "tensorwise"] | None = None
-    """Matrix products of matching layers in float8 (Hopper only). Null: none."""
+    """Matrix products of matching layers in float8 (Ada and Hopper GPUs on). rowwise: a scale per row, more exact;
+    tensorwise: one per tensor, faster. Null: none."""
     float8_filter: str = r"layers\.[0-9]+\."
-    """Regular expression of the module names that float8 applies to."""
+    """Regular expression, searched for in the names of the blocks' linear layers (layers.0.attention.wq): those are
+    float8. Widths that are no multiple of 16 leave a layer as it is."""
     matmul_allow_tf32: bool = False
     """fp32 products may use TF32."""
     allow_bf16_reduced_precision_reduction: bool = True
@@ -269,6 +274,10 @@ class DistributedArgs(Args):
             raise ValueError(f"dp_shard {self.dp_shard} shards nothing with fsdp_type no_shard; use full_shard")
         if self.selective_activation_checkpointing and self.full_activation_checkpointing:
             raise ValueError("selective_ and full_activation_checkpointing exclude each other; choose one")
+        try:
+            re.compile(self.float8_filter)
+        except re.error as error:
+            raise ValueError(f"float8_filter {self.float8_filter!r} is no regular expression: {error}") from error
         return self
 
     def degrees(self, world_size: int) -> tuple[int, int, int]:

@@ -30,6 +30,7 @@ from lingua.data.loader import Batch, Loader, build_loader, merge_states
 from lingua.data.staging import staged
 from lingua.distributed import World, on_every_rank
 from lingua.loss import CrossEntropy, Loss
+from lingua.lossscale import LossScale
 from lingua.parallel import DTYPES, parallelize, set_matmul_precision
 from lingua.runlock import RunLock
 from lingua.schedule import lr_at
@@ -58,6 +59,8 @@ class Run:
     loader: Loader
     manager: CheckpointManager
     held_out: list[HeldOut]
+    loss_scale: LossScale | None
+    """With fp16 only."""
     state: TrainState
     """All that the next step depends on, as of the last snapshot; `shared` is always current."""
 
@@ -83,8 +86,10 @@ class Run:
         self.shared["total_tokens"] += self.size.tokens_per_step
 
     def snapshot(self) -> TrainState:
-        """The state with the position of the data after the last batch used."""
+        """The state with the position of the data after the last batch used; waits for the device with fp16."""
         self.state.per_rank = {"data": self.loader.state_dict()}
+        if self.loss_scale is not None:
+            self.shared["loss_scale"] = self.loss_scale.state()
         return self.state
 
     def batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
@@ -156,6 +161,8 @@ def build_run(
     manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
     stack.callback(manager.close)
     data_state = resume(state, manager, args, size)
+    saved_scale = state.shared.pop("loss_scale", None)
+    loss_scale = LossScale(world.device, saved_scale) if args.distributed.model_dtype == "fp16" else None
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
     loader = stack.enter_context(
@@ -184,6 +191,7 @@ def build_run(
         loader=loader,
         manager=manager,
         held_out=on_every_rank(lambda: held_out_rows(args, tokenizer)),
+        loss_scale=loss_scale,
         state=state,
     )
 

@@ -462,6 +462,7 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
         )
         yield Finding("checkpoint.reset", text)
     yield from _attention_conflicts(args)
+    yield from _float8_conflicts(args)
 
 
 def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
@@ -482,8 +483,6 @@ def _not_there_yet(args: TrainArgs) -> Iterator[Finding]:
     layout = args.distributed
     for key, on, remedy in (
         ("distributed.tp_size", layout.tp_size > 1, "tensor parallelism is not there yet; use 1, and full_shard"),
-        ("distributed.float8_recipe", layout.float8_recipe is not None, "float8 is not there yet; leave it null"),
-        ("distributed.model_dtype", layout.model_dtype == "fp16", "fp16 needs loss scaling, not there yet; use bf16"),
     ):
         if on:
             yield Finding(key, f"{key}: {remedy}")
@@ -505,6 +504,17 @@ def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
     if args.device == "cpu" and impl in _GPU_ONLY:
         text = f"model.attn_impl is {impl}, which needs a GPU, but device is cpu; use auto"
         yield Finding("model.attn_impl", text)
+
+
+def _float8_conflicts(args: TrainArgs) -> Iterator[Finding]:
+    recipe, key = args.distributed.float8_recipe, "distributed.float8_recipe"
+    if recipe is None:
+        return
+    if args.device == "cpu":
+        yield Finding(key, f"{key} is {recipe}, which needs a GPU, but device is cpu; leave it null")
+    if args.distributed.tp_size > 1:
+        text = f"{key} is {recipe}, which does not know tensor parallelism; leave it null, or set distributed.tp_size=1"
+        yield Finding(key, text)
 
 
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
@@ -559,7 +569,13 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if args.data.n_views > 2:
         yield Finding("data.n_views", f"data.n_views is {args.data.n_views}; this model learns from the first 2 only")
     if args.distributed.model_dtype == "fp16":
-        yield Finding("distributed.model_dtype", "distributed.model_dtype is fp16 without loss scaling; bf16 is safer")
+        text = (
+            "distributed.model_dtype is fp16, whose loss scale costs skipped steps; bf16 needs none where a GPU has it"
+        )
+        yield Finding("distributed.model_dtype", text)
+    if args.distributed.float8_recipe is not None and not args.distributed.compile:
+        text = "distributed.float8_recipe without distributed.compile is slower than bf16: scaling is not fused"
+        yield Finding("distributed.float8_recipe", f"{text}; set distributed.compile=true")
     lanes_per_rank = size.lanes // size.dp_size
     if args.data.num_workers > lanes_per_rank:
         text = f"data.num_workers is {args.data.num_workers}, but a rank has {lanes_per_rank} lanes; the rest idles"

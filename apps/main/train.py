@@ -4,7 +4,7 @@ Promise: killed at any line, the same command goes on from the newest published 
 for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint; a failure of any rank ends all
 within seconds (lingua/guard.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person
 (saved), 76 hung, 1 and 2 failures.
-Cost beside forward, backward and optimizer: one all-reduce of four numbers per step, read one step late.
+Cost beside forward, backward and optimizer: one all-reduce of a few numbers per step, read one step late.
 
 Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
 """
@@ -30,6 +30,7 @@ from lingua.entry import leave, parse_command_line, run_main
 from lingua.files import RunError
 from lingua.guard import Guard
 from lingua.logger import start_logging
+from lingua.lossscale import is_overflow
 from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
 from lingua.optim import clip_and_check, optimizer_step
 from lingua.parallel import forward_precision, sync_gradients
@@ -92,7 +93,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
     optimizer are then as before that step, and nothing is saved on top of the last checkpoint.
     """
-    args, size, device = run.args, run.size, run.world.device
+    args, size, device, loss_scale = run.args, run.size, run.world.device, run.loss_scale
     parameters = list(run.model.parameters())
     precision = forward_precision(run.model, args.distributed, device)
     batches = run.batches()
@@ -114,21 +115,25 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                 with precision:
                     loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
                 loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
-                loss.backward()
+                (loss if loss_scale is None else loss * loss_scale.factor).backward()
                 loss_sum += loss.detach()
 
-            grad_norm, finite = clip_and_check(parameters, args.optim.clip)
+            factor = None if loss_scale is None else loss_scale.factor
+            grad_norm, finite = clip_and_check(parameters, args.optim.clip, factor)
             if args.optim.on_nonfinite == "stop":
-                halted |= ~finite
-                finite = ~halted
+                halted |= ~finite if loss_scale is None else ~finite & loss_scale.is_least
+            moves = finite & ~halted
             run.manager.before_update()
-            optimizer_step(run.optimizer, lr, finite)
+            optimizer_step(run.optimizer, lr, moves)
             run.optimizer.zero_grad()
             run.advance()
             guard.pulse.beat(run.step)
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(guard.asked)]))
+            also = [] if factor is None else [factor]
+            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~moves, float(guard.asked), *also]))
+            if loss_scale is not None:
+                loss_scale.update(finite)
             profiler.step(run.step)
             judge.progress.advance(run.step)
             if run.step % args.gc_collect_freq == 0:
@@ -162,18 +167,22 @@ class Judge:
     def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
         if verdict is None:
             return
-        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks) = verdict
+        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, *scale_sum) = verdict
         n_ranks = self._run.world.place.world_size
         if stop_ranks > 0:
             self.stop_soon()
-        if bad_ranks > 0:
+        scale = scale_sum[0] / n_ranks if scale_sum else None
+        if bad_ranks > 0 and scale is not None and is_overflow(loss_sum, scale):
+            self._run.shared["skipped_steps"] += 1
+            log.info("step %d overflowed at loss scale %g: halved; the optimizer did not move", facts.step, scale)
+        elif bad_ranks > 0:
             self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
         elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
             raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
         else:
             self._skips_in_a_row = 0
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
-            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks)
+            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks, scale)
 
     def stop_soon(self) -> None:
         """All ranks have agreed to stop."""
@@ -207,7 +216,7 @@ class Judge:
             f"rows again: pass over them with data.skip_rows='{skips}', or lower optim.lr"
         )
 
-    def _report(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
+    def _report(self, facts: StepFacts, loss: float, grad_norm: float, loss_scale: float | None) -> None:
         run = self._run
         record = {
             "global_step": facts.step,
@@ -217,6 +226,7 @@ class Judge:
             "optim/lr": facts.lr,
             "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],
+            **({} if loss_scale is None else {"optim/loss_scale": loss_scale}),
             **self.meter.read(facts.step, facts.lap),
             **memory_metrics(run.world.device),
             **run.loader.stats(),

@@ -87,6 +87,7 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ),
         ({"model": {"attn_impl": "flash_attn"}, "device": "cpu"}, 1, "model.attn_impl", "needs a GPU"),
         ({"model": {"attn_impl": "flash_attn"}, "deterministic": True}, 1, "model.attn_impl", "use sdpa or auto"),
+        ({"distributed": {"float8_recipe": "rowwise"}, "device": "cpu"}, 1, "distributed.float8_recipe", "needs a GPU"),
         ({"data": {"tokenizer": {"name": "sp"}}}, 1, "data.tokenizer", "needs a file"),
         ({"data": {"root_dir": "d", "sources": {"a": 0.0}}}, 1, "data.sources", "every weight in data.sources is 0"),
         ({"checkpoint": {"continue_training_from_init": True}}, 1, "checkpoint.continue_training_from_init", "set it"),
@@ -114,6 +115,7 @@ def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: 
         ({"data": {"num_workers": 2, "load_async": False}}, 1, "data.num_workers"),
         ({"data": {"seq_len": 8192, "prefetch_size": 100_000}}, 1, "data.prefetch_size"),
         ({"distributed": {"model_dtype": "fp16"}}, 1, "distributed.model_dtype"),
+        ({"distributed": {"float8_recipe": "tensorwise"}}, 1, "distributed.float8_recipe"),
         ({"checkpoint": {"init_ckpt_model_key": "model"}}, 1, "checkpoint.init_ckpt_model_key"),
         (
             {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}},
