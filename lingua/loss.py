@@ -4,17 +4,23 @@ Promise: log-softmax in fp32 whatever the model's type; the sum over positions a
 gradient accumulation and data-parallel ranks normalise by tokens; labels of -100 count for nothing; no host sync.
 Cost: `chunk_tokens` * V fp32 logits at a time. Gradients are made in the forward pass while a chunk's logits are
 there: nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
+Under tensor parallelism each rank has the logits of its own words alone: V/t of them. Then the hidden states of all
+positions are gathered once, their gradients reduce-scattered once, and two numbers per position are exchanged.
 
-Letters: B rows, S positions, D model width, V vocabulary, N = B*S, n positions of a chunk.
+Letters: B rows, S positions, D model width, V vocabulary, N = B*S, n positions of a chunk, t tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lingua.schema import CrossEntropyArgs
 
@@ -25,7 +31,11 @@ class Loss(Protocol):
     """What a model calls with its last hidden states. Own losses register Args whose builder makes one of these."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions)."""
+        """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
+
+        Under tensor parallelism hidden is a DTensor split by positions and weight one split by words, and every rank of
+        the mesh returns the same. A loss that can do that says so: `splits_words = True` in its Args.
+        """
         ...
 
 
@@ -39,10 +49,13 @@ class CrossEntropy:
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        words = AllWords()
+        if isinstance(weight, DTensor):
+            hidden, weight, words = _own_words(hidden, weight)
         hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
         chunk = self.chunk_tokens or max(1, len(labels))
         with_grad = torch.is_grad_enabled()
-        loss_sum: Any = _ChunkedCrossEntropy.apply(hidden, weight, labels, dtype, chunk, self.z_loss, with_grad)
+        loss_sum: Any = _ChunkedCrossEntropy.apply(hidden, weight, labels, dtype, chunk, self.z_loss, with_grad, words)
         return loss_sum, (labels != IGNORE).sum()
 
 
@@ -57,6 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         z_loss: float,
         with_grad: bool,
+        words: AllWords | OwnWords,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
@@ -67,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + chunk_tokens)
                 x = hidden[rows].to(dtype)  # (n, D)
                 logits = (x @ head.t()).float()  # (n, V)
-                chunk_loss, logits_grad = _loss_of_logits(logits, labels[rows], z_loss, with_grad)
+                chunk_loss, logits_grad = words.loss_of_logits(logits, labels[rows], z_loss, with_grad)
                 loss_sum += chunk_loss
                 if hidden_grad is not None and logits_grad is not None:
                     logits_grad = logits_grad.to(dtype)
@@ -86,7 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         of_hidden = hidden_grad * grad.to(hidden_grad.dtype) if ctx.needs_input_grad[0] else None
         of_weight = (weight_grad * grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, None, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None, None, None
 
 
 def _loss_of_logits(logits: Tensor, labels: Tensor, z_loss: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -105,3 +119,60 @@ def _loss_of_logits(logits: Tensor, labels: Tensor, z_loss: float, with_grad: bo
     every_row = torch.arange(len(labels), device=labels.device)
     grad[every_row, target.squeeze(1)] -= 1.0
     return loss_sum, grad.masked_fill_(~counted.unsqueeze(1), 0.0)
+
+
+# -- words spread over ranks ---------------------------------------------------------------------------------------
+
+
+class AllWords:
+    """This rank has the logits of the whole vocabulary."""
+
+    def loss_of_logits(
+        self, logits: Tensor, labels: Tensor, z_loss: float, with_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return _loss_of_logits(logits, labels, z_loss, with_grad)
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """This rank has the logits of the words from `first` on, the other ranks of the group those of the rest."""
+
+    first: int
+    group: dist.ProcessGroup
+
+    def loss_of_logits(
+        self, logits: Tensor, labels: Tensor, z_loss: float, with_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `_loss_of_logits`, of logits (n, V/t); the loss is that of all words, on every rank. Collective."""
+        counted = labels != IGNORE
+        target = torch.where(counted, labels, 0).long() - self.first  # (n,)
+        is_own = (target >= 0) & (target < logits.shape[1])
+        target = torch.where(is_own, target, 0).unsqueeze(1)  # (n, 1)
+        top = logits.amax(dim=1)  # (n,)
+        dist.all_reduce(top, dist.ReduceOp.MAX, self.group)
+        logits.sub_(top.unsqueeze(1))
+        of_target = torch.where(is_own, logits.gather(1, target).squeeze(1), 0.0)
+        powers = logits.exp_()
+        sums = torch.stack([powers.sum(dim=1), of_target])  # (2, n)
+        dist.all_reduce(sums, group=self.group)
+        z, of_target = sums  # of exp(logit - top); logit - top
+        log_z = z.log() + top
+        losses = z.log() - of_target + z_loss * log_z.square()
+        loss_sum = torch.where(counted, losses, 0.0).sum()
+        if not with_grad:
+            return loss_sum, None
+        grad = powers.mul_(((1 + 2 * z_loss * log_z) / z).unsqueeze(1))
+        every_row = torch.arange(len(labels), device=labels.device)
+        grad[every_row, target.squeeze(1)] -= is_own.to(grad.dtype)
+        return loss_sum, grad.masked_fill_(~counted.unsqueeze(1), 0.0)
+
+
+def _own_words(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, OwnWords]:
+    """(hidden of all positions, this rank's rows of the weight, which words those are). Collective."""
+    assert isinstance(hidden, DTensor), "the head is split over ranks, but the stream is not"
+    assert weight.placements == (Shard(0),), weight.placements
+    mesh = weight.device_mesh
+    # Each rank will know the gradient that comes by its own words; the sum of these is the gradient.
+    everywhere = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
+    return everywhere, weight.to_local(), OwnWords(first, mesh.get_group())

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lingua.distributed import World
 from lingua.schema import DistributedArgs
+from lingua.tensor_parallel import split_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,12 +58,12 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
 
     Raises ValueError for a layout that is not built yet.
     """
-    if args.tp_size > 1:
-        raise ValueError(f"distributed.tp_size {args.tp_size}: tensor parallelism is not available; use tp_size=1")
     if args.float8_recipe is not None:
         raise ValueError(f"distributed.float8_recipe {args.float8_recipe}: float8 is not available; leave it null")
     if args.model_dtype == "fp16":
         raise ValueError("distributed.model_dtype fp16 needs loss scaling, which is not available; use bf16 or fp32")
+    if world.mesh is not None and args.tp_size > 1:
+        split_model(model, world.mesh["tp"])
     for _, block in blocks_of(model):
         if args.full_activation_checkpointing:
             _recompute_in_backward(block)

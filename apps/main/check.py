@@ -481,7 +481,6 @@ def _not_there_yet(args: TrainArgs) -> Iterator[Finding]:
     """Keys of lingua's that this version cannot honour; what is asked is done or refused, never ignored."""
     layout = args.distributed
     for key, on, remedy in (
-        ("distributed.tp_size", layout.tp_size > 1, "tensor parallelism is not there yet; use 1, and full_shard"),
         ("distributed.float8_recipe", layout.float8_recipe is not None, "float8 is not there yet; leave it null"),
         ("distributed.model_dtype", layout.model_dtype == "fp16", "fp16 needs loss scaling, not there yet; use bf16"),
     ):
@@ -514,16 +513,30 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
         text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; set it to {near}"
         yield Finding("data.lanes", text)
-    if isinstance(args.model, LlamaArgs) and size.tp_size > 1:
+    if size.tp_size > 1:
+        yield from _tensor_parallel_misfits(args, size)
+
+
+def _tensor_parallel_misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """What cannot be split into tp_size equal parts, or not at all (lingua/tensor_parallel.py)."""
+    n_ranks, text = size.tp_size, f"distributed.tp_size is {size.tp_size}"
+    if isinstance(args.model, LlamaArgs):
         for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
-            if n % size.tp_size:
-                text = (
-                    f"distributed.tp_size is {size.tp_size}, which does not divide the model's {n} {what}; change one"
+            if n % n_ranks:
+                yield Finding(
+                    "distributed.tp_size", f"{text}, which does not divide the model's {n} {what}; change one"
                 )
-                yield Finding("distributed.tp_size", text)
-        if args.model.ffn_width % size.tp_size:
-            text = f"distributed.tp_size is {size.tp_size}, which does not divide the width {args.model.ffn_width}"
-            yield Finding("distributed.tp_size", f"{text} of the feed-forward layer; set model.multiple_of")
+        if args.model.ffn_width % n_ranks:
+            width = f"the width {args.model.ffn_width} of the feed-forward layer"
+            yield Finding("distributed.tp_size", f"{text}, which does not divide {width}; set model.multiple_of")
+    if size.seq_len % n_ranks:
+        remedy = f"set data.seq_len to {size.seq_len - size.seq_len % n_ranks or n_ranks}"
+        yield Finding("distributed.tp_size", f"{text}, which does not divide data.seq_len {size.seq_len}; {remedy}")
+    if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's way to split leaves a rank none
+        yield Finding("distributed.tp_size", f"{text}, too many for a vocabulary of {size.vocab_size}; use fewer")
+    if not getattr(args.loss, "splits_words", False):
+        remedy = "use cross_entropy, or let it, and say splits_words = True in its Args"
+        yield Finding("loss.type", f"{text}, but the loss {args.loss.type} takes no head that is split; {remedy}")
 
 
 def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
