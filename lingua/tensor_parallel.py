@@ -4,7 +4,7 @@ Promise: what is computed, and the names of parameters, stay; every parameter is
 model is refused. Between the blocks each rank holds some of the positions (sequence parallelism), so that norms and the
 residual stream are split too.
 Cost: per block two all-gathers and two reduce-scatters of the stream (B, S, D) in forward, and as many in backward; the
-gathered inputs of attention and feed-forward are kept for backward. An all-reduce of each norm's gradient.
+gathered inputs of attention and feed-forward are kept for backward. Per step an all-reduce of each norm's gradient.
 
     stream (B, S/t, D) -> norm -> gather (B, S, D) -> wq wk wv | w1 w3 by rows -> own heads | own width -> wo | w2 by
     columns -> reduce-scatter (B, S/t, D) -> + stream
