@@ -164,6 +164,7 @@ class CrossEntropyArgs(Part):
     """Next-token cross-entropy (lingua/loss.py)."""
 
     builder: ClassVar[str] = "lingua.loss:CrossEntropy"
+    splits_words: ClassVar[bool] = True  # takes a head whose words are spread over ranks: tensor parallelism
 
     type: Literal["cross_entropy"] = "cross_entropy"
     z_loss: Annotated[float, Field(ge=0)] = 0.0
@@ -237,9 +238,13 @@ class DistributedArgs(Args):
     dp_shard: PositiveInt | None = None
     """Ranks that share one sharded copy. Null: with full_shard what dp_replicate leaves, otherwise 1."""
     tp_size: PositiveInt = 1
-    """Tensor-parallel ranks."""
+    """Ranks that share each row: heads, feed-forward and words are split over them, positions between the blocks."""
     fsdp_type: Literal["no_shard", "full_shard"] = "no_shard"
     """no_shard: replicas; full_shard: parameters, gradients and optimizer sharded (FSDP2)."""
+    keep_gathered: bool = False
+    """full_shard: gather the parameters once per step, not twice per micro step; 2 more bytes of each (bf16)."""
+    accumulate_sharded: bool = False
+    """full_shard: reduce gradients in every micro step, not once per step; 4 bytes less of each while accumulating."""
     model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
     bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
@@ -272,6 +277,11 @@ class DistributedArgs(Args):
     def _shards_fit(self) -> Self:
         if self.fsdp_type == "no_shard" and (self.dp_shard or 1) > 1:
             raise ValueError(f"dp_shard {self.dp_shard} shards nothing with fsdp_type no_shard; use full_shard")
+        for key in ("keep_gathered", "accumulate_sharded"):
+            if self.fsdp_type == "no_shard" and getattr(self, key):
+                raise ValueError(
+                    f"{key} is about shards, which fsdp_type no_shard has none of; use full_shard, or drop it"
+                )
         if self.selective_activation_checkpointing and self.full_activation_checkpointing:
             raise ValueError("selective_ and full_activation_checkpointing exclude each other; choose one")
         try:

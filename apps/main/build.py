@@ -151,7 +151,7 @@ def build_run(
         make_deterministic()
     set_matmul_precision(args.distributed)
     torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
-    seed_everything(args.seed + world.place.rank)
+    seed_everything(args.seed + world.dp_rank)  # tensor-parallel ranks draw alike what they hold in common
 
     args.data = on_every_rank(lambda: stack.enter_context(staged(args.data)))
     tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))

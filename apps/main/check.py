@@ -144,7 +144,6 @@ def load(
     # What may only follow from a wrong value, which was left out, is not said.
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
     errors = [f for f in study_.errors if f.key in written or f.key.partition(".")[0] not in about]
-    errors += _not_there_yet(args)
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
     if complaints or study_.resolved is None:
         raise ConfigError(complaints)
@@ -478,16 +477,6 @@ def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
         yield f"logging.acc_freq is {args.logging.acc_freq}, but only whole steps are logged; it has no effect"
 
 
-def _not_there_yet(args: TrainArgs) -> Iterator[Finding]:
-    """Keys of lingua's that this version cannot honour; what is asked is done or refused, never ignored."""
-    layout = args.distributed
-    for key, on, remedy in (
-        ("distributed.tp_size", layout.tp_size > 1, "tensor parallelism is not there yet; use 1, and full_shard"),
-    ):
-        if on:
-            yield Finding(key, f"{key}: {remedy}")
-
-
 def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
     """Kernels that cannot do what is asked of them, as far as can be told without torch and without a device."""
     if not isinstance(args.model, LlamaArgs):
@@ -524,16 +513,30 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
         text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; set it to {near}"
         yield Finding("data.lanes", text)
-    if isinstance(args.model, LlamaArgs) and size.tp_size > 1:
+    if size.tp_size > 1:
+        yield from _tensor_parallel_misfits(args, size)
+
+
+def _tensor_parallel_misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """What cannot be split into tp_size equal parts, or not at all (lingua/tensor_parallel.py)."""
+    n_ranks, text = size.tp_size, f"distributed.tp_size is {size.tp_size}"
+    if isinstance(args.model, LlamaArgs):
         for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
-            if n % size.tp_size:
-                text = (
-                    f"distributed.tp_size is {size.tp_size}, which does not divide the model's {n} {what}; change one"
+            if n % n_ranks:
+                yield Finding(
+                    "distributed.tp_size", f"{text}, which does not divide the model's {n} {what}; change one"
                 )
-                yield Finding("distributed.tp_size", text)
-        if args.model.ffn_width % size.tp_size:
-            text = f"distributed.tp_size is {size.tp_size}, which does not divide the width {args.model.ffn_width}"
-            yield Finding("distributed.tp_size", f"{text} of the feed-forward layer; set model.multiple_of")
+        if args.model.ffn_width % n_ranks:
+            width = f"the width {args.model.ffn_width} of the feed-forward layer"
+            yield Finding("distributed.tp_size", f"{text}, which does not divide {width}; set model.multiple_of")
+    if size.seq_len % n_ranks:
+        remedy = f"set data.seq_len to {size.seq_len - size.seq_len % n_ranks or n_ranks}"
+        yield Finding("distributed.tp_size", f"{text}, which does not divide data.seq_len {size.seq_len}; {remedy}")
+    if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's way to split leaves a rank none
+        yield Finding("distributed.tp_size", f"{text}, too many for a vocabulary of {size.vocab_size}; use fewer")
+    if not getattr(args.loss, "splits_words", False):
+        remedy = "use cross_entropy, or let it, and say splits_words = True in its Args"
+        yield Finding("loss.type", f"{text}, but the loss {args.loss.type} takes no head that is split; {remedy}")
 
 
 def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ from lingua.logger import start_logging
 from lingua.lossscale import is_overflow
 from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
 from lingua.optim import clip_and_check, optimizer_step
-from lingua.parallel import forward_precision, sync_gradients
+from lingua.parallel import begin_micro_step, forward_precision
 from lingua.peers import Peers
 from lingua.profiling import Profiler, memory_metrics
 from lingua.progress import Lap, Meter, ProgressLine
@@ -111,7 +111,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                 with meter.loading():
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
-                sync_gradients(run.model, micro_step == size.grad_acc_steps - 1)
+                begin_micro_step(run.model, args.distributed, is_last=micro_step == size.grad_acc_steps - 1)
                 with precision:
                     loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
                 loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows

@@ -7,10 +7,11 @@ import pytest
 
 from apps.main.args import TrainArgs
 from apps.main.check import estimate_tokens, load, problems, resolve, source_folders
-from lingua.args import ConfigError
+from lingua.args import ConfigError, Part
 from lingua.data.args import DataArgs
 from lingua.entry import parse_command_line
 from lingua.freeze import dump_yaml
+from lingua.schema import DistributedArgs
 from tests.checkpoints import make_run
 
 MANY = {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}}
@@ -71,6 +72,27 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ({"distributed": {"tp_size": 2}}, 3, "distributed", "tp_size 2 does not divide 3 ranks"),
         ({"distributed": {"fsdp_type": "full_shard", "dp_shard": 2}}, 3, "distributed", "dp_shard 2 does not divide 3"),
         ({"distributed": {"tp_size": 4}}, 4, "distributed.tp_size", "does not divide the model's 2 key-value heads"),
+        (
+            {"distributed": {"tp_size": 2}, "model": {"hidden_dim": 33}},
+            2,
+            "distributed.tp_size",
+            "does not divide the width 33 of the feed-forward layer; set model.multiple_of",
+        ),
+        (
+            {"distributed": {"tp_size": 2}, "data": {"seq_len": 31}},
+            2,
+            "distributed.tp_size",
+            "does not divide data.seq_len 31; set data.seq_len to 30",
+        ),
+        (
+            {
+                "distributed": {"tp_size": 32},
+                "model": {"n_heads": 32, "n_kv_heads": 32, "hidden_dim": 64},
+            },
+            32,
+            "distributed.tp_size",
+            "too many for a vocabulary of 258",
+        ),
         ({"model": {"vocab_size": 100}}, 1, "model.vocab_size", "but the tokenizer has 258 tokens"),
         ({"model": {"vocab_size": 0}}, 1, "model.vocab_size", "set it to 258 or to -1"),
         (
@@ -101,6 +123,16 @@ def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: 
     assert sentence in errors[0].text
     with pytest.raises(ConfigError):
         resolve(args(**changes), world_size)
+
+
+def test_a_loss_that_takes_no_split_head_is_refused_under_tensor_parallelism() -> None:
+    class OwnLossArgs(Part):
+        type: str = "own"
+
+    own = args(distributed={"tp_size": 2}, loss=OwnLossArgs())
+    errors, _ = problems(own, 2)
+    assert [(finding.key, "takes no head that is split" in finding.text) for finding in errors] == [("loss.type", True)]
+    assert problems(own.model_copy(update={"distributed": DistributedArgs()}), 2)[0] == []
 
 
 @pytest.mark.parametrize(
