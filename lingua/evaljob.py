@@ -5,7 +5,7 @@ start that saved the checkpoint: a follower that was killed finds the job that i
 answer none is submitted. A job whose evaluation is not wanted any more is cancelled.
 Cost: one `squeue` per look while a job is there.
 
-    evals/0000001000/job-3/run.sh slurm-17.out results.json    of the checkpoint that start 3 saved
+    evals/0000001000/start-3/run.sh slurm-17.out results.json    of the checkpoint that start 3 saved
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from lingua.checkpoint.lookup import Checkpoint
 from lingua.codefreeze import FOLDER as CODE
 from lingua.compose import compose
 from lingua.entry import CommandLine, app_module, choose_app
-from lingua.evaluator import POLL_S, Beat, EvalArgs, Evaluator, Stopped, evaluation_tracker
-from lingua.files import RunError, make_folder, read_json, write_whole
+from lingua.evalargs import EvalArgs
+from lingua.evaluator import Beat, Evaluator, Stopped, evaluation_tracker, read_results
+from lingua.files import RunError, make_folder, write_whole
 from lingua.freeze import CONFIG_FILE
 from lingua.launch import RUN_SCRIPT, sbatch_options
 from lingua.launcher import LauncherArgs
@@ -74,6 +75,8 @@ class EvalJobs:
     base_dir: Path
     """Where the jobs run: relative paths mean there what they mean in training."""
     python: Path = Path(sys.executable)
+    poll_s: float = 30.0
+    """Between two looks at a job."""
     run: Runner = run_command
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.time
@@ -83,10 +86,10 @@ class EvalJobs:
         assert checkpoint.root is not None
         assert checkpoint.step is not None
         incarnation = publish.incarnation_of(checkpoint.root, checkpoint.step)
-        folder = layout.evaluation(self.run_dir, checkpoint.step) / f"job-{incarnation}"
+        folder = layout.found(self.run_dir, checkpoint.step, incarnation)
+        if (there := read_results(folder)) is not None:
+            return there[1]
         name = self._name(checkpoint.root, checkpoint.step, incarnation)
-        if (found := _results(folder)) is not None:
-            return found
         if not self._is_there(name):
             self._submit(folder, name, checkpoint.step)
         try:
@@ -126,7 +129,7 @@ class EvalJobs:
 
     def _wait(self, folder: Path, name: str, beat: Beat) -> Mapping[str, Any]:
         gone_s: float | None = None
-        while (found := _results(folder)) is None:
+        while (there := read_results(folder)) is None:
             beat()
             try:
                 is_there = self._is_there(name)
@@ -139,22 +142,14 @@ class EvalJobs:
             gone_s = None if is_there else gone_s
             if gone_s is not None and self.now() - gone_s >= PATIENCE_S:
                 raise RunError(f"its job ended without results: {_last_error(folder)}")
-            self.sleep(POLL_S)
-        return found
+            self.sleep(self.poll_s)
+        return there[1]
 
     def _cancel(self, name: str) -> None:
         try:
             self.run(["scancel", "--me", f"--name={name}"])
         except RunError as error:
             log.warning("%s", error)
-
-
-def _results(folder: Path) -> dict[str, Any] | None:
-    try:
-        written = read_json(folder / layout.RESULTS)
-    except FileNotFoundError:
-        return None
-    return {**written["metrics"], "details": written["details"]}
 
 
 def _last_error(folder: Path) -> str:
@@ -184,8 +179,9 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
     launcher = asked_of_slurm(slurm, gpus)
     with StopSignals(("SIGINT", "SIGTERM", "SIGUSR2")) as signals:
         jobs = EvalJobs(
-            run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(), run=run, sleep=signals.wait
-        )
+            run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(),
+            poll_s=args.poll_s, run=run, sleep=signals.wait,
+        )  # fmt: skip
         tracker = evaluation_tracker(run_args, run_dir)
         evaluator = Evaluator(
             run_dir,
