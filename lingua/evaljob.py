@@ -11,12 +11,14 @@ Cost: one `squeue` per look while a job is there.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,15 @@ from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.codefreeze import FOLDER as CODE
 from lingua.compose import compose
-from lingua.entry import CommandLine, app_module, choose_app
+from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
 from lingua.evalargs import EvalArgs
+from lingua.evalstart import alone
 from lingua.evaluator import Beat, Evaluator, Stopped, evaluation_tracker, read_results
 from lingua.files import RunError, make_folder, write_whole
 from lingua.freeze import CONFIG_FILE
-from lingua.launch import RUN_SCRIPT, sbatch_options
+from lingua.launch import RUN_SCRIPT, not_overruled, sbatch_options
 from lingua.launcher import LauncherArgs
+from lingua.logger import start_logging
 from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.signals import StopSignals
 from lingua.slurm import Runner, SlurmArgs, run_command
@@ -161,7 +165,7 @@ def _last_error(folder: Path) -> str:
     return f"{said[-1]} ({logs[-1]})" if said else f"see {logs[-1]}"
 
 
-def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Path, run: Runner = run_command) -> int:
+def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Path, run: Runner | None = None) -> int:
     """Follow a run, each of its evaluations a Slurm job; returns the exit code. Raises ConfigError."""
     config = run_dir / CONFIG_FILE
     if not config.is_file():
@@ -177,6 +181,7 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
     slurm: SlurmArgs = run_args.slurm or SlurmArgs()
     gpus = slurm.ngpu if run_args.async_eval_gpus is None else run_args.async_eval_gpus
     launcher = asked_of_slurm(slurm, gpus)
+    run = run or partial(run_command, env=not_overruled(launcher, os.environ))
     with StopSignals(("SIGINT", "SIGTERM", "SIGUSR2")) as signals:
         jobs = EvalJobs(
             run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(),
@@ -196,3 +201,20 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
         finally:
             tracker.close()
         return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]
+
+
+def main(words: list[str]) -> int:
+    """RUN [--once] [--alone] [KEY=VALUE ...]: `lingua eval --follow RUN --slurm`, as a run starts it by itself."""
+    line = parse_command_line(words[1:], ["once", "alone"])
+    if not words or words[0].startswith("-"):
+        raise ConfigError("usage: python -m lingua.evaljob RUN [--once] [--alone] [KEY=VALUE ...]")
+    start_logging(own_packages=("lingua",))
+    run_dir, once = Path(words[0]), bool(line.flags.get("once"))
+    if not line.flags.get("alone"):
+        return follow_by_jobs(run_dir, line, once=once, base_dir=Path.cwd())
+    with alone(run_dir) as is_ours:
+        return follow_by_jobs(run_dir, line, once=once, base_dir=Path.cwd()) if is_ours else EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

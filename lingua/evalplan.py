@@ -39,6 +39,11 @@ class Candidate:
     """Its results are there (`layout.found`), and are to become the verdict."""
 
     @property
+    def is_owed(self) -> bool:
+        """There is no verdict yet, or not its line."""
+        return self.verdict is None or (self.verdict == "evaluated" and not self.is_logged)
+
+    @property
     def is_busy(self) -> bool:
         return any(one.end == "running" for one in self.tries)
 

@@ -9,6 +9,7 @@ usage: python -m apps.main.eval [ckpt=]RUN[@STEP] [config=FILE] [key=value ...] 
                   none near them. Without it: the section `eval` of the run's config
   key=value       a key of that section: validation.max_steps=100 harness=null newest_first=true
   --once          with follow: end as soon as nothing waits
+  --alone         with follow: leave if another one that was started so is there; what a run starts by itself is
   --json          print the results as JSON
 
 By hand the results are printed, and with dump_dir=FOLDER written to FOLDER/results.json. Following writes
@@ -24,6 +25,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from lingua.compose import compose
 from lingua.distributed import find_place, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main, with_ckpt
 from lingua.evalargs import EvalArgs
+from lingua.evalstart import alone
 from lingua.evaluator import Beat, Evaluator, evaluation_tracker, write_results
 from lingua.files import RunError, make_folder
 from lingua.freeze import CONFIG_FILE
@@ -119,7 +122,7 @@ def main(words: list[str]) -> int:
     """Evaluate what the words of a command line say; returns the exit code."""
     if words[:1] == ["prefetch"]:
         return prefetch(words[1:])
-    line = parse_command_line(with_ckpt(words), ["once", "json"])
+    line = parse_command_line(with_ckpt(words), ["once", "json", "alone"])
     if line.flags.get("help"):
         print(__doc__)
         return 0
@@ -138,7 +141,7 @@ def main(words: list[str]) -> int:
     with start_world(DistributedArgs(timeout_s=timeout_s), place, device) as world:
         measures = on_every_rank(lambda: Measures(run_args, args, world))
         if order.follow:
-            return follow(Path(order.place), measures, once=bool(line.flags.get("once")))
+            return follow_alone(Path(order.place), measures, line)
         found = measures.measure(order.place, lambda: None)
     if place.is_main:
         show(order.place, found, args.dump_dir, as_json=bool(line.flags.get("json")))
@@ -160,6 +163,14 @@ def prefetch(words: list[str]) -> int:
     for name in load_tasks(args.harness):
         print(f"{name}: there")
     return 0
+
+
+def follow_alone(run_dir: Path, measures: Measures, line: CommandLine) -> int:
+    """`follow`, with --alone unless the run has another evaluator that it started."""
+    with ExitStack() as stack:
+        if line.flags.get("alone") and not from_main(lambda: stack.enter_context(alone(run_dir))):
+            return EXIT_FINISHED
+        return follow(run_dir, measures, once=bool(line.flags.get("once")))
 
 
 def follow(run_dir: Path, measures: Measures, *, once: bool) -> int:

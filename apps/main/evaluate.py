@@ -1,11 +1,11 @@
-"""How a run sees to its evaluations: not at all, or in the training process (`async_eval_gpus: null`).
+"""How a run sees to its evaluations: not at all, by an evaluator beside it, or in the training process.
 
-Promise of the latter: after a checkpoint of `checkpoint.eval.every`, and the last, the ranks measure a copy of the
-weights that they hold, bit for bit what `lingua eval` finds in that checkpoint; the training model, its random states
-and the order of the data are not touched. The results are the verdict once the checkpoint is published, and not
-before. A stop asked of any rank ends an evaluation within a batch; a start makes up for what is owed, with the weights
-that it has just loaded where they are the ones, else from the published folder. What fails is given up with its reason,
-also after MAX_KILLED starts in a row that were killed at it; training goes on.
+Promise of the last (`async_eval_gpus: null`): after a checkpoint of `checkpoint.eval.every`, and the last, the ranks
+measure a copy of the weights that they hold, bit for bit what `lingua eval` finds in that checkpoint; the training
+model, its random states and the order of the data are not touched. The results are the verdict once the checkpoint is
+published, and not before. A stop asked of any rank ends an evaluation within a batch; a start makes up for what is
+owed, with the weights that it has just loaded where they are the ones, else from the published folder. What fails is
+given up with its reason, also after MAX_KILLED starts in a row that were killed at it; training goes on.
 Cost: training stands still meanwhile. Each rank holds the whole model once more, in `eval.generator.dtype`.
 """
 
@@ -30,14 +30,16 @@ from lingua.checkpoint.state import restore_rng, rng_state
 from lingua.checkpoint.weights import copy_weights
 from lingua.distributed import World, first_given, from_main, on_every_rank, patient
 from lingua.evalargs import EvalArgs
+from lingua.evalstart import OwnEvaluator, devices_beside, has_slurm
 from lingua.evaluator import Beat, Evaluator, Stopped
 from lingua.files import RunError
 from lingua.guard import Guard
 from lingua.harness import be_offline
 from lingua.metrics import MetricLogger
 from lingua.parallel import DTYPES
+from lingua.runfolder import EXIT_REQUEUE
 from lingua.runlock import this_process
-from lingua.slurm import this_allocation, this_job
+from lingua.slurm import SlurmArgs, this_allocation, this_job
 
 from .args import TrainArgs
 from .build import Run
@@ -71,6 +73,62 @@ class Evaluation:
 
     def look(self) -> None:
         """Now and then. Local, on every rank."""
+
+    def end(self, exit_code: int) -> None:
+        """The run has ended so. Local, on every rank."""
+
+
+class Beside(Evaluation):
+    """By an evaluator of its own, which rank 0 starts and later starts find again (lingua/evalstart.py)."""
+
+    def __init__(self, run: Run) -> None:
+        self._is_due = Rhythm(run.args.checkpoint.eval.every, 0).holds
+        self._own = own_evaluator(run) if run.world.is_main else None
+
+    def begin(self) -> bool:
+        if self._own is not None:
+            self._own.ensure()
+        return False
+
+    def saved(self, report: SaveReport, *, last: bool = False) -> bool:
+        if self._own is not None and (last or self._is_due(report.step)):
+            self._own.ensure()  # it may have died
+        return False
+
+    def end(self, exit_code: int) -> None:
+        if self._own is not None and exit_code != EXIT_REQUEUE:  # then the next start has one of its own
+            self._own.hand_over()
+
+
+def own_evaluator(run: Run) -> OwnEvaluator:
+    """The evaluator that a run with `async_eval_gpus` starts."""
+    args, place = run.args, run.world.place
+    assert args.eval is not None
+    assert args.async_eval_gpus is not None
+    slurm, devices = None, None
+    if has_slurm(os.environ):
+        slurm = args.slurm or SlurmArgs()
+    else:
+        n_gpus = torch.cuda.device_count()
+        found = devices_beside(os.environ, n_gpus, place.local_world_size, args.async_eval_gpus)
+        if found is None:
+            log.warning(
+                "async_eval_gpus is %d, but the ranks leave none of %d GPUs free: evaluations are made on the CPU; "
+                "start fewer ranks, or set async_eval_gpus=null", args.async_eval_gpus, n_gpus,
+            )  # fmt: skip
+        devices = found or ""
+    return OwnEvaluator(run.run_dir.absolute(), args.app, args.eval, slurm, devices)
+
+
+def make_evaluation(
+    run: Run, guard: Guard, measures: Measures | None, metrics: MetricLogger | None, incarnation: int
+) -> Evaluation:
+    """How this run sees to its evaluations; `measures`: of `make_measures`."""
+    if measures is not None:
+        return InTraining(run, guard, measures, metrics, incarnation)
+    if run.args.eval is not None and run.args.eval.automatic:
+        return Beside(run)
+    return Evaluation()
 
 
 def make_measures(args: TrainArgs, world: World) -> Measures | None:

@@ -42,7 +42,7 @@ from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
-from .evaluate import Evaluation, InTraining, make_measures
+from .evaluate import Evaluation, make_evaluation, make_measures
 from .start import (
     make_meter,
     open_run_folder,
@@ -271,8 +271,10 @@ def main(words: list[str]) -> int:
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
             guard.last_acts.append(progress.stop)
-            evaluation = InTraining(run, guard, measures, metrics, folder.incarnation) if measures else Evaluation()
-            return train_to_the_end(run, guard, Judge(run, meter, progress, metrics, evaluation), words)
+            evaluation = make_evaluation(run, guard, measures, metrics, folder.incarnation)
+            exit_code = train_to_the_end(run, guard, Judge(run, meter, progress, metrics, evaluation), words)
+            evaluation.end(exit_code)
+            return exit_code
 
 
 def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:

@@ -112,7 +112,8 @@ def test_killed_in_an_evaluation(data: Path, tmp_path: Path, shm: Path, place: s
                     (tmp_path / f"killed-{n}").touch()
                     kill_self()
 
-            wrap(*PLACES[place], die)
+            owner, name = PLACES[place]
+            wrap(owner, name, die)
 
         train(words, 1, hook)
     assert train(words).exit_code == 0
