@@ -17,7 +17,13 @@ from lingua.files import read_json
 from lingua.metrics import read_metrics
 from tests.trainer import TINY
 
-EVAL = "eval={harness: null, generator: {dtype: fp32, device: cpu}, validation: {max_steps: 3}, poll_s: 0.2}"
+EVAL = [
+    "eval.harness=null",
+    "eval.generator.dtype=fp32",
+    "eval.generator.device=cpu",
+    "eval.validation.max_steps=3",
+    "eval.poll_s=0.2",
+]
 
 
 def make_data(folder: Path) -> Path:
@@ -34,7 +40,7 @@ def make_data(folder: Path) -> Path:
 def words_of(data: Path, run_dir: Path, *more: str) -> list[str]:
     """Words of a run of 5 steps; those due are 2, 4 and the last."""
     what = [f"dump_dir={run_dir}", "steps=5", "checkpoint.eval={every: 2, keep: 0}", "checkpoint.dump.every=2"]
-    return [*TINY, *what, f"data.root_dir={data}", "data.sources={mine: 1.0}", EVAL, *more]
+    return [*TINY, *what, f"data.root_dir={data}", "data.sources={mine: 1.0}", *EVAL, *more]
 
 
 def evaluations(run_dir: Path) -> dict[int, dict[str, float]]:

@@ -14,17 +14,17 @@ from tests.slurm_cluster import until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-EVERY = 2000
+EVERY = 500
 
 
 def test_preempted_and_every_checkpoint_is_evaluated_by_a_job_of_its_own(checkout: Checkout, tmp_path: Path) -> None:
-    """The evaluator is started by the run and again by its second start; a last job records what is left at the end."""
-    words = tiny("judged", 2 * EVERY, "checkpoint.dump.every=100000", f"checkpoint.eval={{every:{EVERY},keep:0}}")
-    words += [f"data.root_dir={make_data(tmp_path)}", "data.sources={mine:1.0}", "logging.freq=20"]
-    words += [EVAL.replace(" ", ""), "async_eval_gpus=1", "slurm={ncpu:1,mem:100M,time:20}"]
+    """The run starts its evaluator, and so does its second start; a last job records what is left at the end."""
+    words = tiny("judged", 2 * EVERY, "checkpoint.dump.every=100000", f"checkpoint.eval.every={EVERY}", *EVAL)
+    words += [f"data.root_dir={make_data(tmp_path)}", "data.sources.mine=1.0", "logging.freq=10"]
+    words += ["async_eval_gpus=1", "slurm.ncpu=1", "slurm.mem=100M", "slurm.time=20"]
     job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=1")
     run_dir = checkout.run_dir("judged")
-    checkout.wait_for_step("judged", 100)
+    checkout.wait_for_step("judged", 20)
     preempt(checkout, job_id, 1)
     checkout.finish(job_id)
     assert len(list((run_dir / "evals/incarnations").glob("*.json"))) >= 2, "each start has started one"
