@@ -151,6 +151,19 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
         dist.destroy_process_group()
 
 
+@contextmanager
+def patient(timeout_s: float, usual_s: float) -> Iterator[None]:
+    """Meanwhile ranks wait for each other for up to `timeout_s`, as where each has work of its own to do first."""
+    if not dist.is_initialized():
+        yield
+        return
+    _set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(timedelta(seconds=usual_s), dist.group.WORLD)
+
+
 # -- agreement ---------------------------------------------------------------------------------------------------
 
 

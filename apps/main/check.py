@@ -188,7 +188,7 @@ def study(
     """Everything that is to be said about a valid config; `frozen` is that of the run's first start."""
     found = Study()
     (found.errors if strict_paths else found.warnings).extend(missing_paths(args))
-    found.errors += [*_conflicts(args), *_unreadable_sources(args.data)]
+    found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
     found.resolved = _sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
         found.errors += _misfits(args, found.resolved)
@@ -431,6 +431,24 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
                 yield Finding("data.sources", str(error))
 
 
+def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
+    """Evaluations by the run itself that would fail at each checkpoint, as far as the data is on this machine."""
+    from lingua.data.jsonl import DataError
+
+    from .texts import held_out_texts
+
+    if args.eval is None or not args.eval.automatic:
+        return
+    if args.eval.validation is None:
+        if args.eval.harness is None or not args.eval.harness.tasks:
+            yield Finding("eval", "eval: nothing is measured; set eval.validation or eval.harness.tasks, or eval=null")
+    elif args.data.sources and not any(missing_paths(args)):
+        try:
+            held_out_texts(args.data, args.eval.validation)
+        except (ConfigError, DataError) as error:
+            yield Finding("eval.validation", str(error))
+
+
 def _conflicts(args: TrainArgs) -> Iterator[Finding]:
     """Keys that contradict each other whatever the sizes."""
     from lingua.schedule import SCHEDULES
@@ -467,7 +485,6 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
 def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
     """What training says of keys that other rooms will honour."""
     if args.eval is not None:
-        yield f"eval: start `lingua eval --follow {args.dump_dir}` beside the run; it evaluates nothing by itself yet"
         for key in ("wipe_ckpt", "terminal_eval_wandb"):
             if getattr(args.eval, key):
                 yield f"eval.{key} has no effect yet"

@@ -43,6 +43,7 @@ from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
+from .evaluate import Evaluation, make_evaluation, make_measures
 from .start import (
     make_meter,
     open_run_folder,
@@ -136,6 +137,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                 loss_scale.update(finite)
             profiler.step(run.step)
             judge.progress.advance(run.step)
+            judge.evaluation.look()
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
             if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
@@ -144,7 +146,9 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
             if run.manager.is_due(run.step) and run.step < size.n_steps:
                 judge.hear(votes.read())  # what is saved must have been judged
                 with meter.paused(), guard.pulse.during("checkpoint"):
-                    run.manager.save(run.step, run.snapshot())
+                    report = run.manager.save(run.step, run.snapshot())
+                with meter.paused():
+                    judge.hear_of_stop(judge.evaluation.saved(report))
         judge.hear(votes.read())
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
@@ -155,10 +159,13 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
 class Judge:
     """Reads each step's votes: loss, gradient norm, whether it went wrong, whether a rank was asked to stop."""
 
-    def __init__(self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None) -> None:
+    def __init__(
+        self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None, evaluation: Evaluation
+    ) -> None:
         self.stop = False
         """A rank has been asked to stop: the same answer on all ranks after the same step."""
         self.meter = meter
+        self.evaluation = evaluation
         self.progress = progress
         self._run = run
         self._metrics = metrics
@@ -169,8 +176,7 @@ class Judge:
             return
         facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, *scale_sum) = verdict
         n_ranks = self._run.world.place.world_size
-        if stop_ranks > 0:
-            self.stop_soon()
+        self.hear_of_stop(stop_ranks > 0)
         scale = scale_sum[0] / n_ranks if scale_sum else None
         if bad_ranks > 0 and scale is not None and is_overflow(loss_sum, scale):
             self._run.shared["skipped_steps"] += 1
@@ -184,16 +190,16 @@ class Judge:
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
             self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks, scale)
 
-    def stop_soon(self) -> None:
-        """All ranks have agreed to stop."""
-        if not self.stop:
+    def hear_of_stop(self, agreed: bool) -> None:
+        """`agreed`: by all ranks, to stop."""
+        if agreed and not self.stop:
             self.stop = True
             log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
 
     def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:
         """Held-out losses at the present step, handed through. None: all ranks agreed to stop instead."""
         if losses is None:
-            self.stop_soon()
+            self.hear_of_stop(True)
             return {}
         if self._metrics is not None and losses:
             log.info("validation at step %d: %s", self._run.step, "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
@@ -267,6 +273,7 @@ def main(words: list[str]) -> int:
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
                 guard.last_acts.append(folder.lock.release)
             use_embedded_corpus(args)
+            measures = make_measures(args, world)
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
             guard.pulse.step = run.step
@@ -274,14 +281,20 @@ def main(words: list[str]) -> int:
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
             guard.last_acts.append(progress.stop)
-            return train_to_the_end(run, guard, Judge(run, meter, progress, metrics), words)
+            evaluation = make_evaluation(run, guard, measures, metrics, folder.incarnation)
+            exit_code = train_to_the_end(run, guard, Judge(run, meter, progress, metrics, evaluation), words)
+            evaluation.end(exit_code)
+            return exit_code
 
 
 def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
     args, n_steps = run.args, run.size.n_steps
-    unsaved: str | None = None
+    report: SaveReport | None = None
+    judge.hear_of_stop(judge.evaluation.begin())
     if run.step >= n_steps and was_validated(run):
+        if judge.stop:
+            return say_stopped(run, guard, None)
         say_finished_already(run)
         describe_end(run, "finished", EXIT_FINISHED)
         return EXIT_FINISHED
@@ -291,15 +304,17 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> 
         elif not was_validated(run):  # a stop came in between
             judge.report_validation(validate(run, guard))
         gc.disable()
-        unsaved = None if judge.stop else train(run, guard, judge).error  # stopped already: there is nothing new
+        report = None if judge.stop else train(run, guard, judge)  # stopped already: there is nothing new
         gc.enable()
     stopped, after = run.step < n_steps, {}
     if not stopped and args.validation.at_ends:
         with guard.pulse.during("validation"):
             losses = validate(run, guard)
         stopped, after = losses is None, judge.report_validation(losses)
+    if not stopped and report is not None:
+        stopped = judge.evaluation.saved(report, last=True)
     if stopped:
-        return say_stopped(run, guard, unsaved)
+        return say_stopped(run, guard, report.error if report is not None else None)
     if args.sample_prompt is not None:
         say_sample(run, args.sample_prompt)
     say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
