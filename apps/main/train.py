@@ -111,11 +111,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
                 sync_gradients(run.model, micro_step == size.grad_acc_steps - 1)
-                with precision:
-                    loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
-                loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
-                loss.backward()
-                loss_sum += loss.detach()
+                loss_sum += run.micro_step(precision, tokens, labels, doc_ids)
 
             grad_norm, finite = clip_and_check(parameters, args.optim.clip)
             if args.optim.on_nonfinite == "stop":
