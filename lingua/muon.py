@@ -12,7 +12,8 @@ matrix is orthogonalised whole, by one rank, and all replicas take that rank's r
 A step that `found_inf` holds back leaves parameters and momentum as they are, bit for bit, without a host sync.
 Cost: one fp32 momentum per matrix instead of AdamW's two moments. Per step and matrix of m x n (m <= n), about
 5 * 6 m^2 n FLOPs, shared by all ranks: 5 m / (tokens per step) of what forward and backward take. Two exchanges of the
-matrices' local bytes in `ns_dtype` where they are sharded, one broadcast of them where there are replicas.
+matrices' local bytes in `ns_dtype` where they are sharded, one broadcast of them where there are replicas. Memory for a
+few whole matrices: each rank has one at a time.
 Why not torch.optim.Muon: it takes matrices only, works on every rank alike, and cannot be held back by a flag.
 """
 
@@ -116,14 +117,10 @@ def layout_of(named: Sequence[tuple[str, Tensor]]) -> Layout:
     return Layout(shards, replicas)
 
 
-def share_out(costs: Sequence[float], n_owners: int) -> list[int]:
-    """Owner of each item, so that no owner has much more to do than another: dearest first, to whom has least."""
-    load, owners = [0.0] * n_owners, [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owner = load.index(min(load))
-        owners[item] = owner
-        load[owner] += costs[item]
-    return owners
+def rounds(costs: Sequence[float], n_owners: int) -> list[list[int]]:
+    """Items in rounds of one per owner, the dearest first, so that the owners of a round have about as much to do."""
+    dearest_first = sorted(range(len(costs)), key=lambda item: -costs[item])
+    return [dearest_first[i : i + n_owners] for i in range(0, len(costs), n_owners)]
 
 
 def cost_of(shape: Sequence[int]) -> float:
@@ -133,80 +130,47 @@ def cost_of(shape: Sequence[int]) -> float:
 
 
 def orthogonalise(
-    local: Sequence[Tensor],  # this rank's rows of each matrix
+    local: Sequence[Tensor],  # this rank's rows of each matrix, at most one matrix per rank
     shapes: Sequence[Sequence[int]],  # of the whole matrices
     layout: Layout,
     whole: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """This rank's rows of `whole(matrix)` for each matrix, each computed by one rank. Collective."""
-    shards, replicas = layout.shards, layout.replicas
-    owners = share_out([cost_of(shape) for shape in shapes], shards.size * replicas.size)
-    owner_at = [divmod(owner, shards.size) for owner in owners]  # (replica, shard)
-    results: list[Tensor | None] = [None] * len(local)
-    mine = [i for i, (replica, _) in enumerate(owner_at) if replica == replicas.rank]
-    for i, rows in zip(mine, _within_replica(local, shapes, layout, mine, owner_at, whole), strict=True):
-        results[i] = rows
-    for replica in range(replicas.size if replicas.group is not None else 0):
-        there = [i for i, (owner, _) in enumerate(owner_at) if owner == replica]
-        flat = _joined([results[i] for i in there] if replica == replicas.rank else [local[i] for i in there])
-        if flat is None:
+    """This rank's rows of `whole(matrix)` for each matrix, the i-th computed by the i-th rank alone. Collective."""
+    shards, replicas, results = layout.shards, layout.replicas, list(local)
+    by_replica = [slice(r * shards.size, (r + 1) * shards.size) for r in range(replicas.size)]
+    own = by_replica[replicas.rank]
+    results[own] = _within_replica(local[own], shapes[own], layout, whole)
+    for replica, items in enumerate(by_replica if replicas.group is not None else []):
+        sizes = [tensor.numel() for tensor in local[items]]
+        if sum(sizes) == 0:
             continue
+        flat = torch.cat([tensor.reshape(-1) for tensor in results[items]])
         dist.broadcast(flat, group=replicas.group, group_src=replica)
-        if replica != replicas.rank:
-            for i, rows in zip(there, flat.split([local[i].numel() for i in there]), strict=True):
-                results[i] = rows.view(local[i].shape)
-    return [rows for rows in results if rows is not None]
+        results[items] = [rows.view_as(old) for rows, old in zip(flat.split(sizes), local[items], strict=True)]
+    return results
 
 
 def _within_replica(
-    local: Sequence[Tensor],
-    shapes: Sequence[Sequence[int]],
-    layout: Layout,
-    items: Sequence[int],
-    owner_at: Sequence[tuple[int, int]],
-    whole: Callable[[Tensor], Tensor],
+    local: Sequence[Tensor], shapes: Sequence[Sequence[int]], layout: Layout, whole: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """`orthogonalise` for some of the matrices, by the ranks that share one copy."""
+    """`orthogonalise` by the ranks that share one copy: to each rank all rows of its matrix, and back."""
     shards = layout.shards
-    if shards.group is None or not items:
-        return [whole(local[i]) for i in items]
-    by_owner = [[i for i in items if owner_at[i][1] == shard] for shard in range(shards.size)]
-    own = by_owner[shards.rank]
-    # To each owner this rank's rows of its matrices; from each rank its rows of ours.
-    outgoing = [sum(local[i].numel() for i in theirs) for theirs in by_owner]
-    incoming = [
-        sum(layout.n_local_rows(shapes[i][0], shard) * shapes[i][1] for i in own) for shard in range(shards.size)
-    ]
-    sent = torch.cat([local[i].reshape(-1) for theirs in by_owner for i in theirs])
-    received = _exchange(sent, outgoing, incoming, shards)
-    pieces: dict[int, list[Tensor]] = {i: [] for i in own}  # by rank
-    for shard, part in enumerate(received.split(incoming)):
-        sizes = [layout.n_local_rows(shapes[i][0], shard) * shapes[i][1] for i in own]
-        for i, rows in zip(own, part.split(sizes), strict=True):
-            pieces[i].append(rows.view(-1, shapes[i][1]))
-    done = {i: whole(torch.cat(pieces[i])) for i in own}
-    back = [
-        done[i].split([layout.n_local_rows(shapes[i][0], s) for s in range(shards.size)])[shard].reshape(-1)
-        for shard in range(shards.size)
-        for i in own
-    ]
-    returned = _exchange(torch.cat(back) if back else sent.new_empty(0), incoming, outgoing, shards)
-    found: dict[int, Tensor] = {}
-    for theirs, part in zip(by_owner, returned.split(outgoing), strict=True):
-        for i, rows in zip(theirs, part.split([local[i].numel() for i in theirs]), strict=True):
-            found[i] = rows.view(local[i].shape)
-    return [found[i] for i in items]
+    if shards.group is None or not local:
+        return [whole(matrix) for matrix in local]
+    outgoing = [tensor.numel() for tensor in local] + [0] * (shards.size - len(local))
+    n_rows, n_columns = shapes[shards.rank] if shards.rank < len(local) else (0, 0)
+    incoming = [layout.n_local_rows(n_rows, shard) * n_columns for shard in range(shards.size)]
+    matrix = _exchange(torch.cat([tensor.reshape(-1) for tensor in local]), outgoing, incoming, shards)
+    if n_rows:
+        matrix = whole(matrix.view(n_rows, n_columns)).reshape(-1)
+    returned = _exchange(matrix, incoming, outgoing, shards).split(outgoing)
+    return [rows.view_as(old) for rows, old in zip(returned, local, strict=False)]
 
 
 def _exchange(sent: Tensor, outgoing: list[int], incoming: list[int], axis: Axis) -> Tensor:
     received = sent.new_empty(sum(incoming))
     dist.all_to_all_single(received, sent, incoming, outgoing, group=axis.group)
     return received
-
-
-def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    flat = [tensor.reshape(-1) for tensor in tensors if tensor is not None]
-    return torch.cat(flat) if sum(map(Tensor.numel, flat)) else None
 
 
 # -- the optimizer -------------------------------------------------------------------------------------------------
@@ -255,6 +219,12 @@ class Muon(torch.optim.Optimizer):
 
     def _step_matrices(self, group: dict[str, Any], wanted: Tensor | None) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
+        n_owners = self.layout.shards.size * self.layout.replicas.size
+        for items in rounds([cost_of(p.shape) for p in parameters], n_owners):
+            self._step_round([parameters[i] for i in items], group, wanted)
+
+    def _step_round(self, parameters: list[nn.Parameter], group: dict[str, Any], wanted: Tensor | None) -> None:
+        """One matrix per rank: memory for one whole matrix, and for this rank's rows of the others."""
         updates = [self._momentum(p, group, wanted).to(self._ns_dtype) for p in parameters]
         shapes = [tuple(p.shape) for p in parameters]
         orthogonal = orthogonalise(

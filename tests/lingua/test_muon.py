@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lingua.checkpoint.state import TrainState, tensors_of
-from lingua.muon import Muon, build_muon, cost_of, layout_of, newton_schulz, scale_of, share_out
+from lingua.muon import Muon, build_muon, cost_of, layout_of, newton_schulz, rounds, scale_of
 from lingua.optim import build_adamw, clip_and_check, optimizer_step
 from lingua.schema import AdamWArgs, MuonArgs
 from tests.ranks import run_on_ranks
@@ -180,16 +180,19 @@ def test_a_loaded_state_goes_on_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("costs", "n", "owners"),
+    ("costs", "n", "expected"),
     [
         ([], 2, []),
-        ([1, 1, 1, 1], 2, [0, 1, 0, 1]),
-        ([1, 1, 4, 2], 2, [1, 1, 0, 1]),
-        ([3], 3, [0]),
+        ([1, 1, 1, 1], 2, [[0, 1], [2, 3]]),
+        ([1, 1, 4, 2, 2], 2, [[2, 3], [4, 0], [1]]),
+        ([3], 3, [[0]]),
+        ([1, 2, 3], 1, [[2], [1], [0]]),
     ],
 )
-def test_work_is_shared_out_evenly(costs: list[float], n: int, owners: list[int]) -> None:
-    assert share_out(costs, n) == owners
+def test_a_round_has_one_matrix_per_rank_of_about_the_same_cost(
+    costs: list[float], n: int, expected: list[list[int]]
+) -> None:
+    assert rounds(costs, n) == expected
 
 
 def test_cost_is_that_of_the_short_side_twice() -> None:

@@ -204,6 +204,9 @@ def test_a_step_that_ended_the_run_can_be_looked_at(tmp_path: Path):
     assert "loss not finite here; the run reported nothing of this step" in out
     assert "(4 of 4 rows)" in out
     assert "the run's own words: step" in out
+    code, _, err = lingua_replay(run, step + 1)
+    assert code == 1
+    assert f"step {step}, on the way, is not finite here: look at that one with --step {step}" in err
 
 
 @pytest.mark.soak
