@@ -110,16 +110,14 @@ def summary(found: Replayed) -> Iterator[str]:
 def _told_way(way: Way) -> Iterator[str]:
     if way.n_steps == 0:
         return
-    told = f"{way.n_steps} steps on the way"
-    if way.n_compared == 0:
-        yield f"{told}; none of them was reported"
-    elif way.n_equal == way.n_compared:
-        yield f"{told}; the {way.n_compared} reported losses are equal to the last bit"
-    else:
+    told = f"{way.n_steps} step{'s' if way.n_steps > 1 else ''} on the way, {way.n_compared or 'none'} reported"
+    if way.n_equal < way.n_compared:
         yield (
-            f"{told}; of {way.n_compared} reported losses {way.n_equal} are equal to the last bit, the largest "
-            f"difference is {way.largest_difference:.2g} of the loss, at step {way.at_step}"
+            f"{told}: {way.n_equal} of the losses equal to the last bit, the largest difference "
+            f"{way.largest_difference:.2g} of the loss, at step {way.at_step}"
         )
+    else:
+        yield f"{told}{': losses equal to the last bit' if way.n_compared else ''}"
 
 
 def _judged(here: float | None, there: float | None, *, reported: bool) -> str:

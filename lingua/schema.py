@@ -171,7 +171,7 @@ class CrossEntropyArgs(Part):
     """Logits are made for this many positions at a time, so the whole (B*S, V) never exists. 0: at once."""
 
 
-# -- optimizer (lingua/optim.py) ---------------------------------------------------------------------------------
+# -- optimizer (lingua/optim.py, lingua/muon.py) -----------------------------------------------------------------
 
 
 class OptimArgs(Part):

@@ -227,7 +227,7 @@ def _parallel(shape: tuple[int, ...], names: tuple[str, ...]) -> Callable[[int],
     ("shape", "names"),
     [
         ((2,), ("dp_shard",)),
-        ((2, 1), ("dp_replicate", "dp_shard")),
+        pytest.param((2, 1), ("dp_replicate", "dp_shard"), marks=pytest.mark.soak),
         pytest.param((1, 3), ("dp_replicate", "dp_shard"), marks=pytest.mark.soak),
         ((2, 2), ("dp_replicate", "dp_shard")),
     ],

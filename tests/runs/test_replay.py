@@ -101,11 +101,12 @@ def test_loss_and_gradient_norm_are_those_of_the_start_that_trained_it_to_the_la
     assert math.hypot(*found["groups"].values()) == pytest.approx(record["optim/grad_norm"], rel=1e-5)
 
 
+@pytest.mark.soak
 def test_what_is_told_to_people(twice: Path):
     code, out, err = lingua_replay(twice, 7, "--rows", "2", "--chars", "9", "--gradients")
     assert code == 0, err
     assert "to the last bit" in out
-    assert "2 steps on the way; the 2 reported losses are equal to the last bit" in out
+    assert "2 steps on the way, 2 reported: losses equal to the last bit" in out
     assert "... and 2 rows with smaller losses" in out
     assert "layers.1 " in out
     assert " -  " not in out.partition("row ")[2].partition("...")[0]  # every row has its gradient norm
