@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ class Past:
     last_words: str = ""
     """Of a newest start that failed."""
 
+    @cached_property
+    def by_step(self) -> dict[int, list[Mapping[str, Any]]]:
+        """The lines of each step, in the order of the starts."""
+        found: dict[int, list[Mapping[str, Any]]] = {}
+        for record in sorted(self.records, key=lambda record: record["incarnation"]):
+            found.setdefault(record["global_step"], []).append(record)
+        return found
+
     @property
     def reached(self) -> int:
         """No later step can have been trained: a last one that went wrong is in no line and in no checkpoint."""
@@ -50,9 +59,8 @@ class Past:
         The newest that reported it; else, lines being `freq` steps apart, the newest that can have come by; else the
         newest.
         """
-        reported = [r["incarnation"] for r in self.records if r["global_step"] == step]
-        if reported:
-            return max(reported)
+        if step in self.by_step:
+            return self.by_step[step][-1]["incarnation"]
         spans: dict[int, list[int]] = {}
         for record in self.records:
             spans.setdefault(record["incarnation"], []).append(record["global_step"])
@@ -61,7 +69,11 @@ class Past:
 
     def reported(self, step: int, start: int) -> Mapping[str, Any] | None:
         """What a start reported of a step."""
-        return next((r for r in self.records if r["global_step"] == step and r["incarnation"] == start), None)
+        return next((record for record in self.by_step.get(step, ()) if record["incarnation"] == start), None)
+
+    def on_the_way(self, step: int, start: int) -> Mapping[str, Any] | None:
+        """What was reported of a step by `start`, or by the last start before it that trained the step."""
+        return next((r for r in reversed(self.by_step.get(step, ())) if r["incarnation"] <= start), None)
 
     def before(self, step: int, start: int) -> list[int]:
         """Published steps from which this start can have come to `step`, the nearest first."""

@@ -316,7 +316,7 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
             learner.optimizer.zero_grad()
             learner.advance()
             progress.advance(learner.step)
-            record = past.reported(learner.step, start)
+            record = past.on_the_way(learner.step, start)
             if record is not None and record.get("loss/out") is not None:
                 found.append((learner.step, loss_sum.item(), record["loss/out"]))
     return compare(last - first, found)

@@ -39,6 +39,18 @@ def test_which_start_trained_a_step(lines: dict[int, list[int]], freq: int, newe
     assert past(lines, freq, newest_start=newest).start_of(step) == start
 
 
+def test_what_was_reported_of_a_step_on_the_way_to_a_start() -> None:
+    run = past({1: [1, 2, 3], 3: [2, 3], 2: [3]})
+
+    def by(step: int, start: int) -> int | None:
+        record = run.on_the_way(step, start)
+        return None if record is None else record["incarnation"]
+
+    assert [by(1, 3), by(2, 3), by(2, 2), by(3, 2), by(4, 3)] == [1, 3, 1, 2, None]
+    assert run.reported(2, 2) is None  # of the step itself only the start's own word counts
+    assert run.reported(2, 3) == {"global_step": 2, "incarnation": 3}
+
+
 def test_only_checkpoints_that_the_start_can_have_come_by_lie_before_a_step() -> None:
     run = past({}, published={10: 1, 20: 1, 30: 2, 40: 3})
     assert run.before(35, 3) == [30, 20, 10]
