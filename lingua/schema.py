@@ -173,7 +173,7 @@ class CrossEntropyArgs(Part):
     """Logits are made for this many positions at a time, so the whole (B*S, V) never exists. 0: at once."""
 
 
-# -- optimizer (lingua/optim.py) ---------------------------------------------------------------------------------
+# -- optimizer (lingua/optim.py, lingua/muon.py) -----------------------------------------------------------------
 
 
 class OptimArgs(Part):
@@ -211,20 +211,57 @@ class OptimArgs(Part):
     max_skips: Annotated[int, Field(ge=0)] = 10
     """With `skip`: steps that may be skipped in a row before the run stops."""
 
+    def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
+        """Bytes of the optimizer's state, to plan with; unless it says otherwise, two fp32 moments as AdamW's.
 
-@register("optim", "adamw")
-class AdamWArgs(OptimArgs):
-    """AdamW (lingua/optim.py)."""
+        `n_in_matrices`: those of the parameters that are in the matrices of the blocks.
+        """
+        return 8 * n_params
 
-    builder: ClassVar[str] = "lingua.optim:build_adamw"
 
-    type: Literal["adamw"] = "adamw"
+class AdamArgs(OptimArgs):
+    """What AdamW needs, alone or as a part of another optimizer."""
+
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.95
     """Decay of the second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
+
+
+@register("optim", "adamw")
+class AdamWArgs(AdamArgs):
+    """AdamW (lingua/optim.py)."""
+
+    builder: ClassVar[str] = "lingua.optim:build_adamw"
+
+    type: Literal["adamw"] = "adamw"
+
+
+@register("optim", "muon")
+class MuonArgs(AdamArgs):
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors (lingua/muon.py)."""
+
+    builder: ClassVar[str] = "lingua.muon:build_muon"
+
+    type: Literal["muon"] = "muon"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the momentum of the matrices (Keller Jordan)."""
+    nesterov: bool = True
+    """Orthogonalise the gradient mixed with the momentum, instead of the momentum alone."""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """Newton-Schulz iterations that make a matrix orthogonal, or nearly so."""
+    ns_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of these iterations and of what ranks exchange for them. fp32: on CPUs without fast bf16."""
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Multiplies a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
+    carry over (Moonlight, arXiv 2502.16982); original: sqrt(max(1, rows / columns)), for which lr is about 0.02."""
+    adamw_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """AdamW's part learns at lr times this. With `scale: original` about 0.015 (3e-4 beside 0.02)."""
+
+    def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
+        return 4 * n_in_matrices + super().state_bytes(n_params - n_in_matrices, 0)
 
 
 # -- processes and parallelism (lingua/distributed.py, lingua/parallel.py) -----------------------------------------

@@ -27,7 +27,6 @@ from lingua.tokenizer import TokenizerArgs, assumed_n_words, build_tokenizer
 from .args import TrainArgs
 
 DEFAULT_STEPS = 1000
-STATE_BYTES_PER_PARAM = 12  # fp32 parameter and AdamW's two fp32 moments
 _GIB = 1 << 30
 # What lingua/attention.py refuses wherever it runs; the rest depends on the device and is told when the run starts.
 _NO_WINDOW = ("sdpa_flash", "sdpa_cudnn")
@@ -69,6 +68,8 @@ class Resolved:
     flops_per_token: float
     n_params: int
     n_params_non_embedding: int
+    checkpoint_bytes: int
+    """fp32 parameters and the optimizer's state, to plan with: the few vectors of the blocks count as matrices."""
 
     @property
     def dp_size(self) -> int:
@@ -214,6 +215,7 @@ def _sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: S
     vocab_size = _vocab_size(args, found)
     model = args.model.model_copy(update={"vocab_size": vocab_size})
     flops_per_token = model.flops_per_token(args.data.seq_len)
+    n_params = model.n_params()
     n_steps, how_long = _length(args, rows * args.data.seq_len, flops_per_token, found)
     return Resolved(
         world_size=world_size,
@@ -230,8 +232,9 @@ def _sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: S
         max_seqlen=max(args.model.max_seqlen, args.data.seq_len),
         how_long=how_long,
         flops_per_token=flops_per_token,
-        n_params=model.n_params(),
+        n_params=n_params,
         n_params_non_embedding=model.n_params_non_embedding(),
+        checkpoint_bytes=4 * n_params + args.optim.state_bytes(n_params, model.n_params_non_embedding()),
     )
 
 
@@ -537,6 +540,9 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 def _tensor_parallel_misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     """What cannot be split into tp_size equal parts, or not at all (lingua/tensor_parallel.py)."""
     n_ranks, text = size.tp_size, f"distributed.tp_size is {size.tp_size}"
+    if args.optim.type == "muon":
+        sentence = f"optim.type is muon, which needs whole rows of matrices, but {text}"
+        yield Finding("optim.type", f"{sentence}; use tp_size 1 and full_shard, or optim.type adamw")
     if isinstance(args.model, LlamaArgs):
         for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
             if n % n_ranks:
@@ -612,7 +618,7 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 
 def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    each = size.n_params * STATE_BYTES_PER_PARAM
+    each = size.checkpoint_bytes
     kept_for_good = {
         "dump.keep": args.checkpoint.dump.every if args.checkpoint.dump.keep <= 0 else 0,
         "eval.keep": args.checkpoint.eval.every if args.checkpoint.eval.keep <= 0 else 0,

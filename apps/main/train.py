@@ -113,14 +113,9 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
                 begin_micro_step(run.model, args.distributed, is_last=micro_step == size.grad_acc_steps - 1)
-                with precision:
-                    loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
-                loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
-                (loss if loss_scale is None else loss * loss_scale.factor).backward()
-                loss_sum += loss.detach()
+                loss_sum += run.micro_step(precision, tokens, labels, doc_ids)
 
-            factor = None if loss_scale is None else loss_scale.factor
-            grad_norm, finite = clip_and_check(parameters, args.optim.clip, factor)
+            grad_norm, finite = clip_and_check(parameters, args.optim.clip, run.loss_factor)
             if args.optim.on_nonfinite == "stop":
                 halted |= ~finite if loss_scale is None else ~finite & loss_scale.is_least
             moves = finite & ~halted
@@ -131,7 +126,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
             guard.pulse.beat(run.step)
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            also = [] if factor is None else [factor]
+            also = [] if run.loss_factor is None else [run.loss_factor]
             judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~moves, float(guard.asked), *also]))
             if loss_scale is not None:
                 loss_scale.update(finite)

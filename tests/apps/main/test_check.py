@@ -115,6 +115,7 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ({"checkpoint": {"continue_training_from_init": True}}, 1, "checkpoint.continue_training_from_init", "set it"),
         ({"checkpoint": {"reset": ["data"]}}, 1, "checkpoint.reset", "no state is taken over"),
         ({"checkpoint": {"reset": ["step"], "init_ckpt_path": "x"}}, 1, "checkpoint.reset", "or drop it"),
+        ({"optim": {"type": "muon"}, "distributed": {"tp_size": 2}}, 2, "optim.type", "use tp_size 1 and full_shard"),
     ],
 )
 def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: str, sentence: str) -> None:
@@ -173,6 +174,15 @@ def test_odd_things_warn(changes: dict[str, Any], world_size: int, key: str) -> 
 
 def test_nothing_is_said_about_a_plain_config() -> None:
     assert problems(args(), 1) == ([], [])
+
+
+@pytest.mark.parametrize(("optim", "in_matrices", "in_others"), [("adamw", 12, 12), ("muon", 8, 12)])
+def test_a_checkpoint_holds_the_weights_and_what_the_optimizer_keeps(
+    optim: str, in_matrices: int, in_others: int
+) -> None:
+    size = resolve(args(optim={"type": optim}), 1)
+    others = size.n_params - size.n_params_non_embedding
+    assert size.checkpoint_bytes == in_matrices * size.n_params_non_embedding + in_others * others
 
 
 def test_total_flops_makes_steps() -> None:
