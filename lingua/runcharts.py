@@ -34,8 +34,8 @@ from lingua.chart import (
 )
 from lingua.probemaps import HeatMap
 from lingua.progress import duration
-from lingua.runhistory import GRAD_NORM, HFU, LOSS, LR, MFU, SPENT, TOKENS, WPS, History, Scores, keys_of
-from lingua.series import START, STEP, WHEN, Numbers, Thinned, thinned
+from lingua.runhistory import GRAD_NORM, HFU, LOSS, LR, MFU, SPENT, TOKENS, WPS, History, Scores, Start, keys_of
+from lingua.series import START, STEP, WHEN, Numbers, Table, Thinned, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -300,12 +300,8 @@ def _draw_time_line(run: History) -> Figure:
     for start in run.starts:
         if start.began_s is not None and start.ended_s is not None:
             axes.axvspan(place(start.began_s), place(start.ended_s), color=SERIES[0], alpha=0.1, linewidth=0)
-    for table, color in ((run.metrics, SERIES[0]), (run.undone, FAINT)):
-        for start in run.starts:
-            x, y = table.where(table[START] == start.number).curve(STEP, WHEN)
-            if color == SERIES[0] and start.begun_s is not None and start.first_step is not None:
-                x, y = np.append(start.begun_s, x), np.append(start.first_step, y)
-            points = thinned(x, y, N_PIECES)
+        for tables, color in (((run.metrics, run.undone), FAINT), ((run.metrics,), SERIES[0])):
+            points = _progress(start, tables)
             axes.plot(place(points.x), points.mean, color=color, linewidth=1.8, zorder=3)
     _draw_events(axes, run, place, max(ends))
     _draw_ends(axes, run, place)
@@ -317,6 +313,16 @@ def _draw_time_line(run: History) -> Figure:
     axes.set_xlabel(f"{unit} since the first start")
     legend(axes)
     return figure
+
+
+def _progress(start: Start, tables: Iterable[Table]) -> Thinned:
+    """Steps of a start over time."""
+    there = start.begun_s is not None and start.first_step is not None
+    x, y = np.array([start.begun_s] * there, dtype=float), np.array([start.first_step] * there, dtype=float)
+    for table in tables:
+        more_x, more_y = table.where(table[START] == start.number).curve(STEP, WHEN)
+        x, y = np.append(x, more_x), np.append(y, more_y)
+    return thinned(x, y, N_PIECES)
 
 
 _MARKS: dict[str, tuple[str, str, float, str]] = {
