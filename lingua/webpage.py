@@ -71,7 +71,8 @@ summary { cursor: pointer; color: var(--c0); padding: .3em 0 } details { margin:
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .7em; margin: 1.2em 0 }
 .cards div { border: 1px solid var(--grid); border-radius: 8px; padding: .55em .8em }
 .cards b { display: block; font-size: 1.25em; line-height: 1.3; font-variant-numeric: tabular-nums }
-.charts { margin-top: 1.2em; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 1.6em 2em }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 1.6em 2em;
+  margin-top: 1.2em }
 figure { margin: 0; position: relative; min-width: 0 }
 figcaption { margin-bottom: .3em } figcaption small { display: block }
 .plot { position: relative } .wide { overflow-x: auto } .wide svg { min-width: 680px }
