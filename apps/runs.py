@@ -1,4 +1,4 @@
-"""`lingua why | status | runs | diff | stop | doctor`: how runs are doing, from a login node.
+"""`lingua why | status | runs | diff | report | stop | doctor`: how runs are doing, from a login node.
 
 Thin: each command reads run folders, asks Slurm at most once and prints what lingua/status.py says. No torch, except
 in `doctor`, which tells what torch can do here. `--json` prints one JSON value instead.
@@ -92,6 +92,40 @@ def diff(
     _print(record, describe(names, differences, curves, validation), as_json)
 
 
+def report(
+    runs: Runs,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="The page. Default: RUN/report.html; of several runs lingua-report.html in the current folder.",
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also each picture as a PNG file in DIR.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a run, or about several next to each other: curves, time line, where the time went,
+    evaluations, config.
+
+    Made from the run folders alone, also while the runs are going; the page needs no other file and no network.
+    """
+    import time
+
+    from lingua.runhistory import read_history
+    from lingua.runlock import this_process
+    from lingua.runreport import as_record, write_report
+
+    me, now_s = this_process(), time.time()
+    histories = [read_history(facts, me, now_s) for facts in _read(runs)]
+    page, pictures = write_report(histories, out, png)
+    record = {"html": str(page), "png": [str(path) for path in pictures], "runs": as_record(histories, me)}
+    _print(record if as_json else None, [str(page), *([f"{len(pictures)} pictures in {png}"] if png else [])], as_json)
+
+
 def stop(run: Run, debug: Debug = False) -> None:
     """Ask a running run to end politely: it saves after the step it is at, and is not requeued.
 
@@ -139,7 +173,7 @@ def doctor(
     raise typer.Exit(1 if any(finding.level == "wrong" for finding in findings) else 0)
 
 
-COMMANDS = (why, status, runs, diff, stop, doctor)
+COMMANDS = (why, status, runs, diff, report, stop, doctor)
 
 
 def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:

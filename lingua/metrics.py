@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, the line on the console, wandb and TensorBoard.
+"""Metrics of a run: `metrics.jsonl` and its like, wandb and TensorBoard.
 
 Promise: a line is written whole or retried with the next; a disk that fills up is reported once and never ends the
 run; every line carries its incarnation, so lines after a rollback can be told from those before. wandb counts by our
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "metrics.validation.jsonl"
+CHECKPOINT_FILE = "metrics.checkpoint.jsonl"
 EVAL_FILE = "metrics.eval.jsonl"
 _HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
 
@@ -168,6 +169,7 @@ class MetricLogger:
     ) -> None:
         self._lines = JsonLines(run_dir / METRICS_FILE)
         self._validation_lines = JsonLines(run_dir / VALIDATION_FILE)
+        self._checkpoint_lines = JsonLines(run_dir / CHECKPOINT_FILE)
         self._incarnation = incarnation
         self._wall_time = wall_time
         self._wandb = _start_wandb(args.wandb, run_dir, run_name, config, wandb_id) if args.wandb else None
@@ -186,6 +188,10 @@ class MetricLogger:
         """Write one record of held-out losses, `<source>/bpb` and the like."""
         self._send(self._validation_lines, record, "validation/")
 
+    def log_checkpoint(self, record: Mapping[str, Any]) -> None:
+        """Write what happened to the checkpoint of `global_step`; to the file only."""
+        self._write(self._checkpoint_lines, record)
+
     def track(self, record: Mapping[str, float | int]) -> None:
         """Send a record that has a file of its own, an evaluation's, to the trackers; needs `global_step`."""
         if self._wandb is not None:
@@ -194,9 +200,12 @@ class MetricLogger:
             for key, value in record.items():
                 self._tensorboard.add_scalar(key, value, int(record["global_step"]))
 
-    def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
+    def _write(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
         created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
         lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
+
+    def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
+        self._write(lines, record)
         self.track({key if key == "global_step" else prefix + key: value for key, value in record.items()})
 
     def __enter__(self) -> MetricLogger:

@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from lingua.args import show
 from lingua.files import entries, write_whole
 from lingua.logger import RANK_LOGS
 from lingua.signals import STOP_REQUEST
@@ -35,6 +36,7 @@ _SHOWN = re.compile(
     r"|^(PATH|LD_LIBRARY_PATH|HOSTNAME|USER|TMPDIR|BASE_DIR|CONFIG_FILE|EXTRA_ARGS|VIRTUAL_ENV)$"
 )
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(^|_)(secret|password|passwd|token|api_?key|credentials?|auth)s?$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -42,6 +44,28 @@ def public_environment(env: Mapping[str, str]) -> dict[str, str]:
     """The variables that explain a run; names that smell of secrets keep their name only."""
     shown = {name: value for name, value in sorted(env.items()) if _SHOWN.search(name)}
     return {name: "***" if _SECRET.search(name) else _URL_LOGIN.sub("***@", value) for name, value in shown.items()}
+
+
+def public_text(text: str) -> str:
+    """Text without logins in addresses."""
+    return _URL_LOGIN.sub("***@", text)
+
+
+def public_value(key: str, value: Any) -> str:
+    """The value of a config key as it may be shown; of names that smell of secrets nothing is.
+
+    `env` holds variables of the environment and is judged like it; other keys (`tokenizer`, `text_key`) by whole words.
+    """
+    return public_text(show(_without_secrets(key, value)))
+
+
+def _without_secrets(key: str, value: Any) -> Any:
+    name = key.rpartition(".")[2]
+    if value is not None and (_SECRET.search(name) if key.startswith("env.") else _SECRET_KEY.search(name)):
+        return "***"
+    if isinstance(value, Mapping):
+        return {inner: _without_secrets(f"{key}.{inner}", v) for inner, v in value.items()}
+    return [_without_secrets(key, v) for v in value] if isinstance(value, list) else value
 
 
 def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:

@@ -208,7 +208,7 @@ class RunLock:
         if newest:
             self._wait_until_gone(_path(self._folder, newest))
         draft = self._folder / f".{os.getpid()}-{threading.get_ident()}.json"
-        write_json(draft, asdict(self._me) | {"incarnation": newest + 1, "released": False})
+        write_json(draft, asdict(self._me) | {"incarnation": newest + 1, "released": False, "began_at": time.time()})
         self._touch(draft)
         try:
             _claim(draft, _path(self._folder, newest + 1))
@@ -266,7 +266,7 @@ class RunLock:
             self._thread.join()
         path = _path(self._folder, self.incarnation)
         try:
-            write_json(path, read_json(path) | {"released": True})
+            write_json(path, read_json(path) | {"released": True, "released_at": time.time()})
         except (OSError, RunError) as error:
             log.warning("cannot release the lock of %s: %s", self._run_dir, error)
 

@@ -7,8 +7,6 @@ Cost: matplotlib, a second or two, imported here only; no torch, no display.
 
 from __future__ import annotations
 
-import html
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -16,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lingua.chart import BAD, DPI, FAINT, INK, LOG_FROM, PAPER, SOFT, STYLES, counted, look, png_of, svg_of
 from lingua.files import DISK, RunError, write_whole
 from lingua.grid import label, short_names, spell
 from lingua.sweep import Sweep
 from lingua.sweepstatus import LOSS_IS, Curve, PointStatus, best_of, ranked_by, told_state
+from lingua.webpage import page as whole_page
+from lingua.webpage import text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,15 +28,10 @@ if TYPE_CHECKING:
 
 PNG, HTML = "report.png", "report.html"
 AXIS_TITLES = {"loss": "training loss (nats per token)", "held_out": "held-out loss (bits per byte)"}
-_DPI = 150
 _MAX_DOTS = 600
 """Of a curve: more cannot be told apart on a page."""
 _MAX_LEGEND = 24
 _MAX_LISTED = 7
-_LOG_FROM = 8
-"""A logarithmic axis where the largest value is so many times the smallest."""
-_BAD, _OPEN = "#c1121f", "#7a7a7a"
-_STYLES = ("-", "--", ":", "-.")
 
 
 # -- what is drawn against what: pure ------------------------------------------------------------------------------
@@ -58,7 +54,7 @@ def layout_of(keys: Sequence[str], points: Sequence[Mapping[str, Any]]) -> Layou
     wanted = sorted(keys, key=lambda key: (_ends(key, "seed"), not _is_numeric(key, points), not _ends(key, "lr")))
     x, values = wanted[0], [point[wanted[0]] for point in points]
     is_number = _is_numeric(x, points)
-    is_log = is_number and min(values) > 0 and (_ends(x, "lr") or max(values) / min(values) >= _LOG_FROM)
+    is_log = is_number and min(values) > 0 and (_ends(x, "lr") or max(values) / min(values) >= LOG_FROM)
     at_x = [[point for point in points if repr(point[x]) == text] for text in dict.fromkeys(map(repr, values))]
     others = [key for key in keys if key != x and not _ends(key, "seed")]
     return Layout(x, is_number, is_log, tuple(key for key in others if any(_n_values(key, at) > 1 for at in at_x)))
@@ -122,15 +118,14 @@ def highest_shown(curves: Sequence[Curve]) -> float | None:
 
 def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: bool = True) -> Figure:
     """Left: the ranking figure of the finished points. Right: all curves. `titled`: it stands alone."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     points = [point for point, _ in read]
     layout = layout_of(sweep.keys, sweep.points)
     places = dict(zip(sweep.numbers, places_of(layout, sweep.points), strict=True))
     colors = _colors(places)
-    with rc_context(_LOOK):
-        figure = Figure(figsize=(13, 5.2), dpi=_DPI)
+    with look():
+        figure = Figure(figsize=(13, 5.2), dpi=DPI)
         figure.set_layout_engine("constrained", w_pad=0.1, wspace=0.05)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         _draw_figures(left, layout, points, places, colors)
@@ -141,21 +136,8 @@ def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: boo
         if titled:
             figure.suptitle(_headline(sweep, points), x=0.008, ha="left", fontsize=12, weight="bold")
         if titled and missing:
-            figure.supxlabel("\n".join(missing), x=0.008, ha="left", fontsize=8.5, color=_BAD)
+            figure.supxlabel("\n".join(missing), x=0.008, ha="left", fontsize=8.5, color=BAD)
     return figure
-
-
-_LOOK: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.hashsalt": "lingua",
-    "svg.fonttype": "path",
-}
 
 
 def _headline(sweep: Sweep, points: Sequence[PointStatus]) -> str:
@@ -213,16 +195,16 @@ def _draw_figures(
     field, best = ranked_by(points), best_of(points)
     finished = [p for p in points if p.state == "finished" and getattr(p, field) is not None]
     series = _series(layout, points)
-    for style, (name, line) in zip(_cycled(_STYLES, len(series)), series.items(), strict=True):
+    for style, (name, line) in zip(_cycled(STYLES, len(series)), series.items(), strict=True):
         dots = [(places[p.point], getattr(p, field)) for p in line if p in finished]
         if layout.is_number or layout.series:
             xs, ys = zip(*mean_line(dots), strict=True) if dots else ((), ())
-            axes.plot(xs, ys, style, color="#9a9a9a", linewidth=1.2, zorder=2, label=name or None)
+            axes.plot(xs, ys, style, color=FAINT, linewidth=1.2, zorder=2, label=name or None)
     for point in finished:
         axes.scatter(places[point.point], getattr(point, field), s=46, color=colors[point.point], zorder=3)
     if best is not None:
         x, y = places[best.point], getattr(best, field)
-        axes.scatter([x], [y], s=230, facecolors="none", edgecolors="black", linewidths=1.6, zorder=4)
+        axes.scatter([x], [y], s=230, facecolors="none", edgecolors=INK, linewidths=1.6, zorder=4)
         axes.annotate(
             f"best: {y:.4f}", (x, y), (0, -12), textcoords="offset points",
             ha="center", va="top", weight="bold", fontsize=9.5,
@@ -242,8 +224,8 @@ def _draw_figures(
 def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
     """A sign on the upper edge, at the place of points that have no figure."""
     failed = any(_went_wrong(point) for point in points)
-    color, above = _BAD if failed else _OPEN, axes.get_xaxis_transform()
-    axes.plot([x], [1.0], marker="X" if failed else "o", color=color, ms=8, mfc=color if failed else "white",
+    color, above = BAD if failed else SOFT, axes.get_xaxis_transform()
+    axes.plot([x], [1.0], marker="X" if failed else "o", color=color, ms=8, mfc=color if failed else PAPER,
               transform=above, clip_on=False, linestyle="none", zorder=5)  # fmt: skip
     states = dict.fromkeys(map(told_state, points))
     axes.annotate(
@@ -270,7 +252,7 @@ def _draw_curves(
 ) -> None:
     points = [point for point, _ in read]
     best, series = best_of(points), _series(layout, points)
-    styles = dict(zip(series, _cycled(_STYLES, len(series)), strict=True))
+    styles = dict(zip(series, _cycled(STYLES, len(series)), strict=True))
     style_of = {point.point: styles[name] for name, line in series.items() for point in line}
     finished = [curve for point, curve in read if point.state == "finished"]
     for point, curve in read:
@@ -285,7 +267,7 @@ def _draw_curves(
             label=_shortened(f"{point.point}: {label(point.values)}{' (best)' if is_best else how}", 48),
         )  # fmt: skip
         if _went_wrong(point):
-            axes.plot(tokens[-1:], losses[-1:], "X", color=_BAD, ms=7, zorder=5)
+            axes.plot(tokens[-1:], losses[-1:], "X", color=BAD, ms=7, zorder=5)
     top = highest_shown(finished or [curve for _, curve in read])
     lowest = min((min(curve.losses) for _, curve in read if curve.losses), default=None)
     if top is not None and lowest is not None and top > lowest:
@@ -296,14 +278,6 @@ def _draw_curves(
     axes.set_title("while training (running average)", fontsize=10.5, loc="left", pad=16)
     if 0 < len(axes.get_legend_handles_labels()[0]) <= _MAX_LEGEND:
         axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def counted(n: float) -> str:
-    """2500000000 -> `2.5B`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:g}{unit}"
-    return f"{n:g}"
 
 
 def _cycled(styles: Sequence[str], n: int) -> list[str]:
@@ -319,16 +293,12 @@ def write_report(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], folder
         raise RunError(
             f"no point of {sweep.folder} has reported a step yet; `lingua sweep status {sweep.folder}` shows more"
         )
-    from matplotlib import rc_context
-
-    png, svg = io.BytesIO(), io.StringIO()
-    with rc_context(_LOOK):
-        draw(sweep, read).savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
-        draw(sweep, read, titled=False).savefig(svg, format="svg", metadata={"Date": None})
+    png = png_of(draw(sweep, read))
+    svg = svg_of(draw(sweep, read, titled=False), "loss against what was swept", "p1")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / PNG, png.getvalue(), files=DISK)
-        write_whole(folder / HTML, page(sweep, read, svg.getvalue()))
+        write_whole(folder / PNG, png, files=DISK)
+        write_whole(folder / HTML, page(sweep, read, svg))
     except OSError as error:
         raise RunError(f"cannot write the report into {folder}: {error.strerror}; choose another with --out") from None
     return folder / HTML, folder / PNG
@@ -343,20 +313,15 @@ def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], svg: str) -> s
     held_out = any(point.held_out is not None for point in points)
     heading = ["point", *names, "state", "step", "loss", "lowest", *(["held-out"] if held_out else []), "run"]
     rows = "\n".join(_row(sweep, point, colors[point.point], held_out, point is best) for point in points)
-    missing = "".join(f"<li>{html.escape(line)}</li>" for line in _unfinished(points))
-    picture = svg[svg.index("<svg") :].replace("<svg ", '<svg role="img" aria-label="loss against what was swept" ', 1)
-    return _PAGE.format(
-        title=html.escape(sweep.name),
-        headline=html.escape(_headline(sweep, points)),
-        command=html.escape("lingua sweep " + " ".join(sweep.typed)),
-        picture=picture,
-        heading="".join(
-            f"<th{'' if name in ('state', 'run') else ' class=number'}>{html.escape(name)}</th>" for name in heading
-        ),
-        rows=rows,
-        note=html.escape(f"loss: {LOSS_IS}; lowest: the lowest it ever was, and at which step")
-        + ("; held-out: bits per byte, the mean of the sources" if held_out else ""),
-        missing=f"<h2>Not finished</h2><ul>{missing}</ul>" if missing else "",
+    missing = "".join(f"<li>{text(line)}</li>" for line in _unfinished(points))
+    cells = "".join(f"<th{'' if name in ('state', 'run') else ' class=number'}>{text(name)}</th>" for name in heading)
+    note = text(f"loss: {LOSS_IS}; lowest: the lowest it ever was, and at which step")
+    note += "; held-out: bits per byte, the mean of the sources" if held_out else ""
+    return whole_page(
+        sweep.name,
+        f"<h1>{text(_headline(sweep, points))}</h1>\n<pre>{text('lingua sweep ' + ' '.join(sweep.typed))}</pre>\n"
+        f'<figure class="wide">{svg}</figure>\n<div class="scroll"><table>\n<tr>{cells}</tr>\n{rows}\n</table></div>\n'
+        f'<p class="note">{note}</p>\n' + (f"<h2>Not finished</h2><ul>{missing}</ul>" if missing else ""),
     )
 
 
@@ -366,49 +331,17 @@ def _row(sweep: Sweep, point: PointStatus, color: Any, held_out: bool, is_best: 
     step = "-" if point.step is None else f"{point.step:,}"
     of = "" if point.n_steps is None else f" <small>of {point.n_steps:,}</small>"
     cells = [
-        f'<td class="number"><i style="background:{swatch}"></i>{point.point}</td>',
-        *(f'<td class="number">{html.escape(spell(point.values[key]))}</td>' for key in sweep.keys),
-        f'<td class="{"bad" if _went_wrong(point) else ""}">{html.escape(told_state(point))}</td>',
+        f'<td class="number"><i class="dot" style="background:{swatch}"></i>{point.point}</td>',
+        *(f'<td class="number">{text(spell(point.values[key]))}</td>' for key in sweep.keys),
+        f'<td class="{"bad" if _went_wrong(point) else ""}">{text(told_state(point))}</td>',
         f'<td class="number">{step}{of}</td>',
         f'<td class="number">{_figure(point.loss)}</td>',
         f'<td class="number">{_figure(point.best)}{at}</td>',
         *([f'<td class="number">{_figure(point.held_out)}</td>'] if held_out else []),
-        f"<td><code>{html.escape(point.run)}</code></td>",
+        f"<td><code>{text(point.run)}</code></td>",
     ]
     return f"<tr{' class=best' if is_best else ''}>{''.join(cells)}</tr>"
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1d1d1d; max-width: 1280px; margin: 2em auto; padding: 0 1.5em }}
-h1 {{ font-size: 1.35em; margin-bottom: .2em }} h2 {{ font-size: 1.1em; margin-top: 1.6em }}
-svg {{ width: 100%; height: auto; margin: 1em 0 }}
-code, pre {{ font: 13px ui-monospace, monospace }} pre {{ white-space: pre-wrap; color: #555; margin: 0 }}
-div {{ overflow-x: auto }} table {{ border-collapse: collapse; white-space: nowrap }}
-th, td {{ padding: .3em .9em; text-align: left; border-bottom: 1px solid #e4e4e4 }}
-th {{ font-weight: 600; white-space: nowrap }}
-th.number, td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
-.best td {{ font-weight: 700; background: #f0f7ee }} .bad {{ color: #c1121f }}
-td i {{ display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em }}
-small, p.note {{ color: #6a6a6a; font-weight: 400 }}
-</style>
-<h1>{headline}</h1>
-<pre>{command}</pre>
-{picture}
-<div><table>
-<tr>{heading}</tr>
-{rows}
-</table></div>
-<p class="note">{note}</p>
-{missing}
-</html>
-"""

@@ -103,6 +103,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     halted = torch.zeros((), dtype=torch.bool, device=device)  # once set, the optimizer moves no more
     run.model.train()
     meter.start(run.step)
+    judge.note("begun")
 
     with Profiler(args.profiling, run.run_dir, device, run.world.place.rank) as profiler:
         while run.step < size.n_steps and not judge.stop:
@@ -142,13 +143,16 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                 judge.hear(votes.read())  # what is saved must have been judged
                 with meter.paused(), guard.pulse.during("checkpoint"):
                     report = run.manager.save(run.step, run.snapshot())
+                judge.report_save(report)
                 with meter.paused():
                     judge.hear_of_stop(judge.evaluation.saved(report))
         judge.hear(votes.read())
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
     with guard.pulse.during("checkpoint"):
-        return run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
+        report = run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
+    judge.report_save(report)
+    return report
 
 
 class Judge:
@@ -196,10 +200,29 @@ class Judge:
         if losses is None:
             self.hear_of_stop(True)
             return {}
+        seconds = {"seconds": losses["seconds"]} if losses else {}
+        losses = {key: value for key, value in losses.items() if key != "seconds"}  # no clock in a checkpoint
         if self._metrics is not None and losses:
             log.info("validation at step %d: %s", self._run.step, "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
-            self._metrics.log_validation({"global_step": self._run.step, **losses})
+            self._metrics.log_validation({"global_step": self._run.step, **losses, **seconds})
         return losses
+
+    def report_save(self, report: SaveReport) -> None:
+        """How a save went."""
+        if not report.seconds:
+            return  # it was there already
+        cost = {"seconds": report.seconds, "bytes": report.size_bytes}
+        if report.staged:
+            self.note("staged", **cost)
+        if report.error is not None:
+            self.note("failed", error=report.error)
+        elif report.published:
+            self.note("published", **({} if report.staged else cost))
+
+    def note(self, event: str, **facts: float | str) -> None:
+        """Write what happened at the present step, for `lingua report`."""
+        if self._metrics is not None:
+            self._metrics.log_checkpoint({"global_step": self._run.step, "event": event, **facts})
 
     def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
         run, optim = self._run, self._run.args.optim
@@ -236,6 +259,9 @@ class Judge:
         self.progress.report(record)
         if self._metrics is not None:
             self._metrics.log({key: value for key, value in record.items() if math.isfinite(value)})
+            for published in run.manager.published_since:
+                self._metrics.log_checkpoint({**published, "event": "published"})
+        run.manager.published_since.clear()
 
 
 # -- entry -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,15 @@ log = logging.getLogger(__name__)
 
 
 def validate(run: Run, guard: Guard) -> dict[str, float] | None:
-    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ...}` at the run's present step.
+    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ..., "seconds": it took}` at the present step.
 
     None, on all ranks alike, when one of them was asked to stop; what was measured by then is thrown away.
     """
+    began_s = time.perf_counter()
     run.model.eval()
     try:
-        return _measure(run, guard)
+        results = _measure(run, guard)
+        return results and results | {"seconds": time.perf_counter() - began_s}
     finally:
         reshard(run.model)
         run.model.train()

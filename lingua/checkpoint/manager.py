@@ -95,6 +95,8 @@ class CheckpointManager:
         """When the newest checkpoint was published and when its snapshot was taken; before, when this start began."""
         self._staged_at_s: dict[int, float] = {}
         self._last_save: dict[str, float] = {}
+        self.published_since: list[dict[str, float]] = []
+        """What the checkpoint service has published since the caller last emptied this: step and seconds of each."""
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
         self.incarnation, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
@@ -380,6 +382,7 @@ class CheckpointManager:
                     self._safe_until_s = self._staged_at_s.get(event["step"], self._safe_until_s)
                     self._staged_at_s = {s: t for s, t in self._staged_at_s.items() if s > event["step"]}
                     self._last_save["checkpoint/drain_gb_per_s"] = event["gb_per_s"]
+                    self.published_since.append({"global_step": event["step"], "seconds": event["seconds"]})
         counts = {} if self._background is None else {"checkpoint/skipped": float(self._background.n_skipped)}
         return {
             **self._last_save,

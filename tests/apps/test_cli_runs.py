@@ -85,6 +85,22 @@ def test_diff(capsys: pytest.CaptureFixture[str], folder: Path):
     assert "loss: equal at all 8 common steps" in out
 
 
+def test_report(capsys: pytest.CaptureFixture[str], folder: Path):
+    page = folder / "page.html"
+    made = record(capsys, "report", folder / "calm", folder / "sweep" / "killed", "--out", page)
+    assert (made["html"], made["png"]) == (str(page), [])
+    calm, killed = made["runs"]
+    assert [(one["number"], one["first_step"], one["end"]) for one in calm["starts"]] == [(1, 0, "finished")]
+    assert [(e["kind"], e["step"]) for e in calm["checkpoints"]] == [("published", 4), ("published", 8)]
+    assert [one["end"] for one in killed["starts"]] == ["killed"]
+    assert [one["step"] for one in calm["validations"]] == [4]
+    assert min(calm["seconds"][kind] for kind in ("training", "saving", "validating", "starting")) > 0
+    assert sum(calm["seconds"].values()) == pytest.approx(
+        calm["starts"][0]["ended_s"] - calm["starts"][0]["began_s"], rel=0.02
+    )
+    assert "2 runs" in page.read_text()
+
+
 def test_what_is_no_run_or_does_not_run_is_a_sentence(capsys: pytest.CaptureFixture[str], folder: Path):
     for words in (["why", folder], ["status", folder / "calm", folder / "nothing"], ["diff", folder, folder]):
         code, _, err = lingua_says(capsys, *words)
@@ -142,7 +158,8 @@ def test_no_torch_is_needed(folder: Path):
     program = (
         "import sys; from apps.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     )
-    for words in (["why", "calm"], ["status", "calm"], ["runs", "."], ["diff", "calm", "calm"]):
+    report = ["report", "calm", "--out", "page.html"]
+    for words in (["why", "calm"], ["status", "calm"], ["runs", "."], ["diff", "calm", "calm"], report):
         done = subprocess.run(
             [sys.executable, "-c", program, *words],
             cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,

@@ -111,6 +111,7 @@ def test_micro_steps_send_what_the_layout_needs_and_no_more(shape: tuple[int, in
         gradients: list[list[Tensor]] = []
         for args, expected in layouts:
             model = build(shape, args)
+            found: list[Tensor] = []
             for _ in range(2):  # the second step must be as the first
                 counts, found = step(model, args, n)
                 assert counts == expected, args

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from lingua.chart import counted
 from lingua.files import RunError
 from lingua.sweep import Sweep
-from lingua.sweepreport import counted, highest_shown, layout_of, mean_line, places_of, thinned, ticks_of, write_report
+from lingua.sweepreport import highest_shown, layout_of, mean_line, places_of, thinned, ticks_of, write_report
 from lingua.sweepstatus import Curve, PointStatus
 
 LR, DIM, SEED, MODEL = "optim.lr", "model.dim", "seed", "model"

@@ -46,6 +46,16 @@ def test_validation_has_lines_of_its_own_before_between_and_after(run_dir: Path)
     assert records[-1]["python_stdlib/bpb"] < records[0]["python_stdlib/bpb"]
 
 
+def test_what_became_of_each_checkpoint_has_a_line(run_dir: Path):
+    records = read_metrics(run_dir / "metrics.checkpoint.jsonl")
+    assert (records[0]["event"], records[0]["global_step"]) == ("begun", 0)
+    published = [record["global_step"] for record in records if record["event"] == "published"]
+    assert published[-1] == 6
+    assert all(record["incarnation"] == 1 and record["created_at"] for record in records)
+    validations = read_metrics(run_dir / "metrics.validation.jsonl")
+    assert all(record["seconds"] > 0 for record in validations)
+
+
 def test_the_config_is_kept_with_the_place_of_every_value(run_dir: Path):
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     origin = yaml.safe_load((run_dir / "config.origin.yaml").read_text())
