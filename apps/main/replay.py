@@ -36,10 +36,10 @@ from lingua.data.sources import filled
 from lingua.distributed import Place, World, pick_device, set_environment
 from lingua.files import DISK, RunError
 from lingua.freeze import rule_of
-from lingua.history import Past, check_step, nothing_before, read_past
 from lingua.layers import read_yaml
 from lingua.optim import clip_and_check, optimizer_step
 from lingua.parallel import forward_precision
+from lingua.past import Past, check_step, nothing_before, read_past
 from lingua.progress import ProgressLine
 from lingua.rundiff import config_differences, relative_difference
 from lingua.tokenizer import build_tokenizer

@@ -5,7 +5,7 @@ import pytest
 
 from lingua.args import ConfigError
 from lingua.files import write_json
-from lingua.history import Past, check_step, nothing_before, read_past
+from lingua.past import Past, check_step, nothing_before, read_past
 from tests.checkpoints import make_run, publish_step
 
 
