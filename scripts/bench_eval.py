@@ -24,6 +24,7 @@ import logging
 import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -111,8 +112,8 @@ def timed(act: Callable[[], Any]) -> tuple[float, Any]:
 def said(found: dict[str, Any], task: str) -> list[Any]:
     """What a model answered, in a form that two can be compared in."""
     answers = [sample["resps"] for sample in found["samples"][task]]
-    if task == "answers":
-        return answers
+    if task == "answers":  # bytes that are no UTF-8: hf shows each as one sign, we as \\xNN
+        return [re.sub(r"\\x[0-9a-f]{2}", "\N{REPLACEMENT CHARACTER}", answer) for ((answer,),) in answers]
     numbers = str(answers).replace("[", " ").replace("]", " ").replace("'", " ").replace(",", " ").split()
     return [float(word) for word in numbers if word not in ("True", "False")]
 
@@ -131,8 +132,9 @@ def must_agree(task: str, ours: list[Any], theirs: list[Any]) -> None:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
+    hugging_face: Any = huggingface.HFLM  # its decorator hides its parameters
     make_run(folder / "run", options.overrides)
     args = compose(str(folder / "run" / "config.yaml"), [], [], TrainArgs).args
     make_export(str(folder / "run"), folder / "hf", Format.hf)
@@ -145,7 +147,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = make_lm(scorer, Generator(model, tokenizer, settings, add_bos=args.data.add_bos), wording)
     # hf scores a second begin token before whole texts if it is told to add one.
     theirs = {
-        begins: HFLM(
+        begins: hugging_face(
             pretrained=str(folder / "hf"), device="cpu", dtype="float32", max_length=context, batch_size=batch,
             add_bos_token=begins,
         )
