@@ -40,7 +40,7 @@ from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.signals import StopSignals
 from lingua.slurm import Runner, SlurmArgs, run_command
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"{__package__}.evaljob")  # also under `python -m`
 
 PATIENCE_S = 90.0
 """After a job has gone, until its results must be seen: a shared disk's names may be a minute old."""

@@ -30,11 +30,11 @@ def test_preempted_and_every_checkpoint_is_evaluated_by_a_job_of_its_own(checkou
     assert len(list((run_dir / "evals/incarnations").glob("*.json"))) >= 2, "each start has started one"
     steps = [EVERY, 2 * EVERY]
     last = until(lambda: sorted(run_dir.glob("logs/*.evaluator.out")), "the last job")[0]
-    until(lambda: "ends: the run is finished" in last.read_text(), "the end of the last job")
+    until(lambda: "ends: the run is finished" in last.read_text(), "the end of the last job", 300)
     found = evaluations(run_dir)
     assert found == by_hand(run_dir, steps)
     for step in steps:
         (job,) = run_dir.glob(f"evals/{step:010d}/start-*/run.sh")
         assert "#SBATCH --gpus-per-node=1\n" in job.read_text()
         assert read_json(job.parent / "results.json")["metrics"] == found[step]
-    assert not checkout.cluster.run("squeue", "--noheader").strip(), "nothing is left in the queue"
+    until(lambda: not checkout.cluster.run("squeue", "--noheader").strip(), "an empty queue")
