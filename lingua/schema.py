@@ -244,9 +244,14 @@ class DistributedArgs(Args):
     """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
     bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile the blocks, and the loss."""
+    compile_scope: Literal["block", "model"] = "block"
+    """block: each by itself, all sharing one compiled code; model: all at once, slow to compile, one process only."""
+    compile_cache: Text | None = "auto"
+    """Folder of the node's own where compiled code is kept for its ranks and for later starts. auto: below /var/tmp,
+    private to the user. Null: torch's own choice. TORCHINDUCTOR_CACHE_DIR in the environment wins."""
     compile_cache_size_limit: PositiveInt = 8
-    """Recompilations allowed per block before torch falls back to eager."""
+    """Versions of compiled code (train, validate, other numbers of rows) before torch falls back to eager."""
     selective_activation_checkpointing: bool = False
     """Recompute the cheap operators of each block in backward."""
     full_activation_checkpointing: bool = False

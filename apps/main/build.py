@@ -25,6 +25,7 @@ from lingua.attention import resolve_attn_impl
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.checkpoint.weights import load_weights
+from lingua.compiling import keep_compiled_code
 from lingua.data.heldout import HeldOut, held_out_file, read_held_out
 from lingua.data.loader import Batch, Loader, build_loader, merge_states
 from lingua.data.staging import staged
@@ -142,6 +143,8 @@ def build_run(
     if args.deterministic:
         make_deterministic()
     set_matmul_precision(args.distributed)
+    if args.distributed.compile:
+        on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
     seed_everything(args.seed + world.place.rank)
 
@@ -177,7 +180,7 @@ def build_run(
         world=world,
         tokenizer=tokenizer,
         model=model,
-        loss=build_part(args.loss),
+        loss=build_loss(args),
         validation_loss=CrossEntropy(CrossEntropyArgs()),
         optimizer=optimizer,
         loader=loader,
@@ -186,6 +189,14 @@ def build_run(
         loss_scale=loss_scale,
         state=state,
     )
+
+
+def build_loss(args: TrainArgs) -> Loss:
+    """The loss of training, compiled if the model is; own losses compile themselves."""
+    loss = build_part(args.loss)
+    if args.distributed.compile and isinstance(loss, CrossEntropy):
+        loss.compile()
+    return loss
 
 
 def fresh_shared() -> dict[str, Any]:

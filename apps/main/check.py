@@ -192,7 +192,7 @@ def study(
     found.errors += [*_conflicts(args), *_unreadable_sources(args.data)]
     found.resolved = _sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
-        found.errors += _misfits(args, found.resolved)
+        found.errors += [*_misfits(args, found.resolved), *_compile_conflicts(args, found.resolved)]
         found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
         found.warnings += _oddities(args, found.resolved)
     return found
@@ -515,6 +515,15 @@ def _float8_conflicts(args: TrainArgs) -> Iterator[Finding]:
     if args.distributed.tp_size > 1:
         text = f"{key} is {recipe}, which does not know tensor parallelism; leave it null, or set distributed.tp_size=1"
         yield Finding(key, text)
+
+
+def _compile_conflicts(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    layout = args.distributed
+    if layout.compile and layout.compile_scope == "model" and size.world_size > 1:
+        text = (
+            f"distributed.compile_scope is model, which needs one process, but there are {size.world_size}; use block"
+        )
+        yield Finding("distributed.compile_scope", text)
 
 
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
