@@ -33,7 +33,7 @@ _GIB = 1 << 30
 _NO_WINDOW = ("sdpa_flash", "sdpa_cudnn")
 _NO_DOC_MASK = (*_NO_WINDOW, "xformers", "flash_attn")
 _GPU_ONLY = ("sdpa_cudnn", "flex", "xformers", "flash_attn")
-_NOT_DETERMINISTIC = ("xformers", "flash_attn")  # atomic additions in backward, whatever torch is told
+_NOT_DETERMINISTIC = ("sdpa_cudnn", "xformers")  # atomic additions in backward, whatever torch is told
 _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 
@@ -499,7 +499,9 @@ def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
         text = f"model.attn_impl is {impl}, which cannot do {asked}; use flex, sdpa or auto"
         yield Finding("model.attn_impl", text)
     if args.deterministic and impl in _NOT_DETERMINISTIC:
-        text = f"deterministic is true, but model.attn_impl {impl} adds gradients up in any order; use sdpa or auto"
+        text = (
+            f"deterministic is true, but model.attn_impl {impl} adds gradients up in any order; use sdpa, flex or auto"
+        )
         yield Finding("model.attn_impl", text)
     if args.device == "cpu" and impl in _GPU_ONLY:
         text = f"model.attn_impl is {impl}, which needs a GPU, but device is cpu; use auto"
