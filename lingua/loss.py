@@ -24,7 +24,7 @@ _FP16_ROOM = 64.0
 """fp16 ends at 65504, and the head's gradient sums up to chunk_tokens positions before any loss scale could help."""
 
 
-OfLogits = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+OfLogits = Callable[[Tensor, Tensor, int | None, float, bool], tuple[Tensor, Tensor | None]]
 """`_loss_of_logits`, or that compiled."""
 
 
@@ -32,7 +32,10 @@ class Loss(Protocol):
     """What a model calls with its last hidden states. Own losses register Args whose builder makes one of these."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions)."""
+        """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
+
+        With a padded vocabulary (`model.vocab_multiple_of`) also `n_words=`: rows of the weight behind are no tokens.
+        """
         ...
 
 
@@ -48,14 +51,16 @@ class CrossEntropy:
         """Fuse what is done to a chunk's logits: eight passes over memory become three."""
         self._of_logits = torch.compile(_loss_of_logits, backend=backend)
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, n_words: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
         chunk = self.chunk_tokens or max(1, len(labels))
         with_grad = torch.is_grad_enabled()
         loss_sum: Any = _ChunkedCrossEntropy.apply(
-            hidden, weight, labels, dtype, chunk, self.z_loss, with_grad, self._of_logits
+            hidden, weight, labels, n_words, dtype, chunk, self.z_loss, with_grad, self._of_logits
         )
         return loss_sum, (labels != IGNORE).sum()
 
@@ -67,6 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
         labels: Tensor,  # (N,)
+        n_words: int | None,
         dtype: torch.dtype,
         chunk_tokens: int,
         z_loss: float,
@@ -81,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 x = hidden[rows].to(dtype)  # (n, D)
-                chunk_loss, logits_grad = of_logits(x @ head.t(), labels[rows], z_loss, with_grad)
+                chunk_loss, logits_grad = of_logits(x @ head.t(), labels[rows], n_words, z_loss, with_grad)
                 loss_sum += chunk_loss
                 if hidden_grad is not None and logits_grad is not None:
                     hidden_grad[rows] = logits_grad @ head
@@ -102,12 +108,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         of_hidden = hidden_grad * grad.to(hidden_grad.dtype) if ctx.needs_input_grad[0] else None
         of_weight = (weight_grad * grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, None, None, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None, None, None, None
 
 
-def _loss_of_logits(logits: Tensor, labels: Tensor, z_loss: float, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+def _loss_of_logits(
+    logits: Tensor, labels: Tensor, n_words: int | None, z_loss: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
     """Loss sum and its gradient (n, V), computed in fp32, in the type of the logits (n, V), which are lost."""
     dtype, logits = logits.dtype, logits.float()
+    if n_words is not None:
+        # exp(-inf) is 0: columns behind n_words have no part in the loss, and their gradients are exactly 0.
+        if torch.compiler.is_compiling():
+            is_word = torch.arange(logits.shape[1], device=labels.device) < n_words
+            logits = torch.where(is_word, logits, float("-inf"))
+        else:
+            logits[:, n_words:] = float("-inf")
     counted = labels != IGNORE
     target = torch.where(counted, labels, 0).long().unsqueeze(1)  # (n, 1)
     log_z = torch.logsumexp(logits, dim=1)  # (n,)

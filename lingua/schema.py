@@ -66,6 +66,9 @@ class LlamaArgs(ModelArgs):
     """Llama-type decoder, built from the blocks of lingua/transformer.py. An app's own Args say who builds it."""
 
     type: Literal["llama"] = "llama"
+    vocab_multiple_of: PositiveInt = 1
+    """Embedding and head get rows up to a multiple of this, which kernels like (64 or 128). The additional ones are no
+    tokens: they have no probability, no gradient and no place in what is exported for others."""
     dim: PositiveInt = 512
     """D."""
     n_layers: PositiveInt = 8
@@ -116,6 +119,11 @@ class LlamaArgs(ModelArgs):
         return self
 
     @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: V, padded."""
+        return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+
+    @property
     def heads(self) -> int:
         return self.n_heads or self.dim // (self.head_dim or 1)
 
@@ -143,13 +151,14 @@ class LlamaArgs(ModelArgs):
         return self.n_layers * (attention + 3 * self.dim * self.ffn_width + norms) + self.dim
 
     def n_params(self) -> int:
-        embeddings = self.vocab_size * self.dim * (1 if self.weight_tying else 2)
+        embeddings = self.vocab_rows * self.dim * (1 if self.weight_tying else 2)
         return self.n_params_non_embedding() + embeddings
 
     def flops_per_token(self, seq_len: int) -> float:
         """6N + 12LHQS (PaLM, arXiv 2204.02311, appendix B), N = all parameters but the input embedding's lookup.
 
-        Attention is not halved for causality; with a sliding window, S is the window.
+        Attention is not halved for causality; with a sliding window, S is the window. Padded rows of the vocabulary
+        (`vocab_multiple_of`) are computed with and not counted.
         """
         n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
         seen = min(seq_len, self.sliding_window or seq_len)
