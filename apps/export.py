@@ -167,7 +167,6 @@ def make_export(
     from lingua.files import DISK, whole_folder, write_whole
     from lingua.freeze import CONFIG_FILE, dump_yaml
     from lingua.parallel import DTYPES
-    from lingua.tokenizer import build_tokenizer
 
     files = files or DISK
     if dtype is not None and form is Format.torch:
@@ -188,8 +187,7 @@ def make_export(
             made.origin, torch_type = source.what, None if dtype is None else DTYPES[dtype]
             if form is Format.hf:
                 args, model, made.warnings = _llama(config)
-                n_words = build_tokenizer(args.data.tokenizer).n_words if trim_vocab else None
-                items = as_theirs(source, model, n_words, torch_type)
+                items = as_theirs(source, model, _rows_to_keep(args, model, trim_vocab), torch_type)
                 made.warnings += _describe(folder, args, model, items[0], checkpoint, files)
             else:
                 items = as_ours(source, torch_type)
@@ -231,6 +229,18 @@ def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
         return
     with pinned(checkpoint.root, checkpoint.step, "export"):
         yield checkpoint
+
+
+def _rows_to_keep(args: TrainArgs, model: LlamaArgs, trim_vocab: bool) -> int | None:
+    """Rows of embedding and head that go along; None: all."""
+    from lingua.tokenizer import build_tokenizer
+
+    if trim_vocab:
+        return build_tokenizer(args.data.tokenizer).n_words
+    if model.vocab_multiple_of == 1:
+        return None
+    # Others would take the padded rows for tokens, and give them probability.
+    return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).n_words
 
 
 def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:

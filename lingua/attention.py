@@ -43,6 +43,8 @@ class Place:
     window: bool
     installed: frozenset[str]
     """Which of xformers and flash_attn can be imported."""
+    deterministic: bool = False
+    """Whether gradients must be equal from run to run."""
 
 
 def _not_cuda(place: Place, least: tuple[int, int]) -> str | None:
@@ -70,6 +72,15 @@ def _too_wide(place: Place, most: int) -> str | None:
     return None
 
 
+def _varies(place: Place) -> str | None:
+    """For kernels whose backward adds up in any order, and that torch's deterministic mode cannot change.
+
+    torch's own flash and memory-efficient kernels obey it (its notes on randomness, "CUDA SDPA"), flash_attn takes an
+    argument (2.4.1 on), flex has each gradient summed by one program (no atomics in its backward template).
+    """
+    return "its gradients differ from run to run (deterministic: true)" if place.deterministic else None
+
+
 def _missing(place: Place, package: str) -> str | None:
     return None if package in place.installed else f"the package {package} is not installed"
 
@@ -84,12 +95,12 @@ def refusal(impl: str, place: Place) -> str | None:
             return _masked(place, window=False) if place.device_type == "cpu" else on_gpu or _too_wide(place, 256)
         case "sdpa_cudnn":
             unfit = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place, window=False)
-            return unfit or _too_wide(place, 128)
+            return unfit or _too_wide(place, 128) or _varies(place)
         case "flex":
             return _not_cuda(place, (7, 5))
         case "xformers":
             unfit = _missing(place, "xformers") or _not_cuda(place, (8, 0)) or _not_half(place)
-            return unfit or _masked(place, window=True) or _too_wide(place, 256)
+            return unfit or _masked(place, window=True) or _too_wide(place, 256) or _varies(place)
         case "flash_attn":
             unfit = _missing(place, "flash_attn") or _not_cuda(place, (8, 0)) or _not_half(place)
             return unfit or _masked(place, window=True) or _too_wide(place, 256)
@@ -129,6 +140,7 @@ def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc
         doc_mask=doc_mask,
         window=args.sliding_window is not None,
         installed=installed(),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return choose(args.attn_impl, place)
 
@@ -239,7 +251,9 @@ def _local_bias(window: int) -> Any:
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    return flash_attn_func(q, k, v, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0))
+    reach = (-1, -1) if window is None else (window - 1, 0)
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_func(q, k, v, causal=True, window_size=reach, deterministic=repeatable)
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, int | None], Tensor]] = {

@@ -31,7 +31,8 @@ _FP16_ROOM = 64.0
 """fp16 ends at 65504, and the head's gradient sums up to chunk_tokens positions before any loss scale could help."""
 
 
-LossOfLogits = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+LossOfLogits = Callable[[Tensor, Tensor, int | None, float, bool], tuple[Tensor, Tensor | None]]
+"""`_loss_of_logits`, that compiled, or that of a rank's own words."""
 
 
 class Loss(Protocol):
@@ -40,6 +41,7 @@ class Loss(Protocol):
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
 
+        With a padded vocabulary (`model.vocab_multiple_of`) also `n_words=`: rows of the weight behind are no tokens.
         Under tensor parallelism hidden is a DTensor split by positions and weight one split by words, and every rank of
         the mesh returns the same. A loss that can do that says so: `splits_words = True` in its Args.
         """
@@ -54,11 +56,13 @@ class CrossEntropy:
         self.chunk_tokens = args.chunk_tokens
         self._loss_of_logits: LossOfLogits = _loss_of_logits
 
-    def compile(self) -> None:
+    def compile(self, backend: Any = "inductor") -> None:
         """What is between the matrix products becomes one or two kernels, which read the logits in the model's type."""
-        self._loss_of_logits = torch.compile(_loss_of_logits, dynamic=False)
+        self._loss_of_logits = torch.compile(_loss_of_logits, backend=backend, dynamic=False)
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, n_words: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         loss_of_logits = self._loss_of_logits
@@ -67,8 +71,9 @@ class CrossEntropy:
             loss_of_logits = own_words.loss_of_logits
         hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
         chunk = self.chunk_tokens or max(1, len(labels))
+        with_grad = torch.is_grad_enabled()
         loss_sum: Any = _ChunkedCrossEntropy.apply(
-            hidden, weight, labels, dtype, chunk, self.z_loss, torch.is_grad_enabled(), loss_of_logits
+            hidden, weight, labels, n_words, dtype, chunk, self.z_loss, with_grad, loss_of_logits
         )
         return loss_sum, (labels != IGNORE).sum()
 
@@ -80,6 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
         labels: Tensor,  # (N,)
+        n_words: int | None,
         dtype: torch.dtype,
         chunk_tokens: int,
         z_loss: float,
@@ -94,7 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 x = hidden[rows].to(dtype)  # (n, D)
-                chunk_loss, logits_grad = loss_of_logits(x @ head.t(), labels[rows], z_loss, with_grad)
+                chunk_loss, logits_grad = loss_of_logits(x @ head.t(), labels[rows], n_words, z_loss, with_grad)
                 loss_sum += chunk_loss
                 if hidden_grad is not None and logits_grad is not None:
                     hidden_grad[rows] = logits_grad @ head
@@ -115,17 +121,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         of_hidden = hidden_grad * grad.to(hidden_grad.dtype) if ctx.needs_input_grad[0] else None
         of_weight = (weight_grad * grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, *[None] * 6
+        return of_hidden, of_weight, *[None] * 7
 
 
 def _loss_of_logits(
     logits: Tensor,  # (n, V), of any type; not needed afterwards
     labels: Tensor,  # (n,)
+    n_words: int | None,
     z_loss: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum, fp32, and its gradient (n, V) in the type of the logits."""
     dtype, logits = logits.dtype, logits.float()
+    if n_words is not None:
+        # exp(-inf) is 0: columns behind n_words have no part in the loss, and their gradients are exactly 0.
+        if torch.compiler.is_compiling():
+            is_word = torch.arange(logits.shape[1], device=labels.device) < n_words
+            logits = torch.where(is_word, logits, float("-inf"))
+        else:
+            logits[:, n_words:] = float("-inf")
     counted = labels != IGNORE
     target = torch.where(counted, labels, 0).long().unsqueeze(1)  # (n, 1)
     log_z = torch.logsumexp(logits, dim=1)  # (n,)
@@ -135,7 +149,9 @@ def _loss_of_logits(
         return loss_sum, None
     # d/dlogits = p * (1 + 2 z log Z) - onehot(label); uncounted rows: 0
     scale = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0).unsqueeze(1)  # (n, 1)
-    if torch.compiler.is_compiling():  # one pass over the logits; a scattered write would end it
+    if torch.compiler.is_compiling():
+        # One pass over the logits, which a scattered write would end, and without in-place operators: with them
+        # torch 2.10 summed up wrong losses (CPU, fp32).
         grad = (logits - log_z.unsqueeze(1)).exp() * scale
         columns = torch.arange(logits.shape[1], device=logits.device)
         return loss_sum, (grad - (counted.unsqueeze(1) & (columns == target)).float()).to(dtype)
@@ -155,10 +171,12 @@ class OwnWords:
     group: dist.ProcessGroup
 
     def loss_of_logits(
-        self, logits: Tensor, labels: Tensor, z_loss: float, with_grad: bool
+        self, logits: Tensor, labels: Tensor, n_words: int | None, z_loss: float, with_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
         """As `_loss_of_logits`, of logits (n, V/t); the loss is that of all words, on every rank. Collective."""
         dtype, logits = logits.dtype, logits.float()
+        if n_words is not None:
+            logits[:, max(n_words - self.first, 0) :] = float("-inf")
         counted = labels != IGNORE
         target = torch.where(counted, labels, 0).long() - self.first  # (n,)
         is_own = (target >= 0) & (target < logits.shape[1])

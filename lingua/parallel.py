@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lingua import float8
+from lingua.compiling import compile_model
 from lingua.distributed import World
 from lingua.schema import DistributedArgs
 from lingua.tensor_parallel import split_model
@@ -54,8 +55,17 @@ def _policy(context: object, operator: object, *args: object, **kwargs: object) 
 
 
 def _recompute_in_backward(block: nn.Module, **choice: Callable[[], Any]) -> None:
-    """Activation checkpointing by replacing `forward`, so that parameter names stay as they are."""
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **choice)
+    """Activation checkpointing by replacing `forward`, so that parameter names stay as they are.
+
+    A function of this file and no `partial`: torch.compile begins at the first frame that is not torch's own, and would
+    find none below `checkpoint`.
+    """
+    plain = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(plain, *args, use_reentrant=False, **choice, **kwargs)
+
+    block.forward = forward
 
 
 def _use_float8(model: nn.Module, args: DistributedArgs, device: torch.device) -> None:
@@ -88,10 +98,10 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
             _recompute_in_backward(block)
         elif args.selective_activation_checkpointing:
             _recompute_in_backward(block, context_fn=partial(create_selective_checkpoint_contexts, _policy))
-        if args.compile:
-            block.compile()
     if args.compile:
-        torch._dynamo.config.recompile_limit = args.compile_cache_size_limit
+        if args.compile_scope == "model" and world.mesh is not None:
+            raise ValueError("distributed.compile_scope model needs one process: FSDP2 works between blocks; use block")
+        compile_model(model, (block for _, block in blocks_of(model)), args)
     if world.mesh is not None:
         mesh = _data_mesh(world.mesh)
         reshard_after_forward = args.fsdp_type == "full_shard" and not args.keep_gathered

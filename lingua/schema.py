@@ -66,6 +66,9 @@ class LlamaArgs(ModelArgs):
     """Llama-type decoder, built from the blocks of lingua/transformer.py. An app's own Args say who builds it."""
 
     type: Literal["llama"] = "llama"
+    vocab_multiple_of: PositiveInt = 1
+    """Embedding and head get rows up to a multiple of this, which kernels like (64 or 128). The additional ones are no
+    tokens: they have no probability, no gradient and no place in what is exported for others."""
     dim: PositiveInt = 512
     """D."""
     n_layers: PositiveInt = 8
@@ -116,6 +119,11 @@ class LlamaArgs(ModelArgs):
         return self
 
     @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: V, padded."""
+        return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+
+    @property
     def heads(self) -> int:
         return self.n_heads or self.dim // (self.head_dim or 1)
 
@@ -143,13 +151,14 @@ class LlamaArgs(ModelArgs):
         return self.n_layers * (attention + 3 * self.dim * self.ffn_width + norms) + self.dim
 
     def n_params(self) -> int:
-        embeddings = self.vocab_size * self.dim * (1 if self.weight_tying else 2)
+        embeddings = self.vocab_rows * self.dim * (1 if self.weight_tying else 2)
         return self.n_params_non_embedding() + embeddings
 
     def flops_per_token(self, seq_len: int) -> float:
         """6N + 12LHQS (PaLM, arXiv 2204.02311, appendix B), N = all parameters but the input embedding's lookup.
 
-        Attention is not halved for causality; with a sliding window, S is the window.
+        Attention is not halved for causality; with a sliding window, S is the window. Padded rows of the vocabulary
+        (`vocab_multiple_of`) are computed with and not counted.
         """
         n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
         seen = min(seq_len, self.sliding_window or seq_len)
@@ -286,9 +295,14 @@ class DistributedArgs(Args):
     """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
     bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile the blocks, and the loss."""
+    compile_scope: Literal["block", "model"] = "block"
+    """block: each by itself, all sharing one compiled code; model: all at once, slow to compile, one process only."""
+    compile_cache: Text | None = "auto"
+    """Folder of the node's own where compiled code is kept for its ranks and for later starts. auto: below /var/tmp,
+    private to the user. Null: torch's own choice. TORCHINDUCTOR_CACHE_DIR in the environment wins."""
     compile_cache_size_limit: PositiveInt = 8
-    """Recompilations allowed per block before torch falls back to eager."""
+    """Versions of compiled code (train, validate, other numbers of rows) before torch falls back to eager."""
     selective_activation_checkpointing: bool = False
     """Recompute the cheap operators of each block in backward."""
     full_activation_checkpointing: bool = False

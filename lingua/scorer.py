@@ -66,14 +66,16 @@ class _Head:
     def __init__(self, rows: Tensor, positions: Tensor, targets: Tensor) -> None:
         self._rows, self._positions, self._targets = rows, positions, targets  # (N,) each
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, n_words: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """hidden (B, S, D), weight (V, D) -> (nats (N,) fp64, whether the likeliest (N,))."""
         nats, greedy = [], []
         for start in range(0, len(self._targets), CHUNK_TOKENS):
             here = slice(start, start + CHUNK_TOKENS)
             targets = self._targets[here]
             x = hidden[self._rows[here], self._positions[here]].to(weight.dtype)  # (n, D)
-            logits = (x @ weight.t()).float()  # (n, V)
+            logits = (x @ weight.t())[:, :n_words].float()  # (n, V)
             of_target = logits.gather(1, targets[:, None]).squeeze(1)
             nats.append((torch.logsumexp(logits, 1) - of_target).double())
             greedy.append(logits.argmax(1) == targets)

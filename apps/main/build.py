@@ -25,6 +25,7 @@ from lingua.attention import resolve_attn_impl
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.checkpoint.weights import load_weights
+from lingua.compiling import keep_compiled_code
 from lingua.data.heldout import HeldOut, held_out_file, read_held_out
 from lingua.data.loader import Batch, Loader, build_loader, merge_states
 from lingua.data.staging import staged
@@ -179,6 +180,8 @@ def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
     if args.deterministic:
         make_deterministic()
     set_matmul_precision(args.distributed)
+    if args.distributed.compile:
+        on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
     seed_everything(args.seed + world.dp_rank)  # tensor-parallel ranks draw alike what they hold in common
     model = on_every_rank(lambda: build_model(args, size, world))

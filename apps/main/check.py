@@ -32,7 +32,7 @@ _GIB = 1 << 30
 _NO_WINDOW = ("sdpa_flash", "sdpa_cudnn")
 _NO_DOC_MASK = (*_NO_WINDOW, "xformers", "flash_attn")
 _GPU_ONLY = ("sdpa_cudnn", "flex", "xformers", "flash_attn")
-_NOT_DETERMINISTIC = ("xformers", "flash_attn")  # atomic additions in backward, whatever torch is told
+_NOT_DETERMINISTIC = ("sdpa_cudnn", "xformers")  # atomic additions in backward, whatever torch is told
 _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 
@@ -192,7 +192,7 @@ def study(
     found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
     found.resolved = _sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
-        found.errors += _misfits(args, found.resolved)
+        found.errors += [*_misfits(args, found.resolved), *_compile_conflicts(args, found.resolved)]
         found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
         found.warnings += _oddities(args, found.resolved)
     return found
@@ -508,7 +508,9 @@ def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
         text = f"model.attn_impl is {impl}, which cannot do {asked}; use flex, sdpa or auto"
         yield Finding("model.attn_impl", text)
     if args.deterministic and impl in _NOT_DETERMINISTIC:
-        text = f"deterministic is true, but model.attn_impl {impl} adds gradients up in any order; use sdpa or auto"
+        text = (
+            f"deterministic is true, but model.attn_impl {impl} adds gradients up in any order; use sdpa, flex or auto"
+        )
         yield Finding("model.attn_impl", text)
     if args.device == "cpu" and impl in _GPU_ONLY:
         text = f"model.attn_impl is {impl}, which needs a GPU, but device is cpu; use auto"
@@ -524,6 +526,15 @@ def _float8_conflicts(args: TrainArgs) -> Iterator[Finding]:
     if args.distributed.tp_size > 1:
         text = f"{key} is {recipe}, which does not know tensor parallelism; leave it null, or set distributed.tp_size=1"
         yield Finding(key, text)
+
+
+def _compile_conflicts(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    layout = args.distributed
+    if layout.compile and layout.compile_scope == "model" and size.world_size > 1:
+        text = (
+            f"distributed.compile_scope is model, which needs one process, but there are {size.world_size}; use block"
+        )
+        yield Finding("distributed.compile_scope", text)
 
 
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:

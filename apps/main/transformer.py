@@ -39,15 +39,15 @@ class LMTransformer(nn.Module):
         self.args = args
         # sdpa runs everywhere. A trainer resolves `auto` for its machine before it builds the model.
         self.attn_impl = "sdpa" if args.attn_impl == "auto" else args.attn_impl
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)
         self.rope_embeddings = RotaryEmbedding(args)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_rows, bias=False)
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D): the head's own, or the embedding's."""
+        """(V, D), V padded: the head's own, or the embedding's."""
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def forward(
@@ -72,11 +72,12 @@ class LMTransformer(nn.Module):
         x = self.norm(x)
         if labels is not None:
             assert loss is not None, "labels without a loss"
-            return loss(x, self.output_weight, labels)
+            padded = {"n_words": self.args.vocab_size} if self.args.vocab_rows > self.args.vocab_size else {}
+            return loss(x, self.output_weight, labels, **padded)
         x = whole(x)
         if select is not None:
             x = x[torch.arange(len(x), device=x.device), select].unsqueeze(1)
-        return logits(x, self.output_weight)
+        return logits(x, self.output_weight)[..., : self.args.vocab_size]
 
     def _surroundings(
         self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None, positions: Tensor | None

@@ -36,6 +36,7 @@ WORKING = [
     (place(head_dim=192), ["sdpa", "sdpa_flash", "flex", "xformers", "flash_attn", "eager"]),
     (place(head_dim=20), ["sdpa", "flex", "eager"]),
     (place(installed=frozenset()), ["sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "eager"]),
+    (place(deterministic=True), ["sdpa", "sdpa_flash", "flex", "flash_attn", "eager"]),
     (place("cpu"), ["sdpa", "sdpa_flash", "eager"]),
     (place("cpu", doc_mask=True), ["sdpa", "eager"]),
 ]
@@ -74,6 +75,11 @@ def test_auto_is_the_best_that_fits(here: Place, best: str) -> None:
         ("sdpa_cudnn", place(doc_mask=True), r"takes no document mask \(data.doc_mask\); here these work: sdpa, flex"),
         ("sdpa_flash", place(window=True), r"takes no sliding window \(model.sliding_window\)"),
         ("sdpa_cudnn", place(head_dim=256), "head_dim is 256; it needs a multiple of 8 up to 128"),
+        (
+            "xformers",
+            place(deterministic=True),
+            r"differ from run to run \(deterministic: true\); here these work: sdpa",
+        ),
     ],
 )
 def test_what_is_asked_is_refused_with_reason_and_remedy(impl: str, here: Place, sentence: str) -> None:

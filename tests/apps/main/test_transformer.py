@@ -14,6 +14,7 @@ from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
 from lingua.loss import CrossEntropy
 from lingua.schema import CrossEntropyArgs
+from lingua.scorer import Row, Scorer
 from lingua.transformer import KVCache
 from tests.ranks import run_on_ranks
 
@@ -115,6 +116,35 @@ def test_select_gives_the_logits_of_one_position_per_row() -> None:
     logits = model(tokens)
     chosen = model(tokens, select=torch.tensor([3, 20]))
     torch.testing.assert_close(chosen[:, 0], torch.stack([logits[0, 3], logits[1, 20]]))
+
+
+# -- padded vocabulary -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tying", [False, True])
+def test_padded_rows_of_the_vocabulary_have_no_part_in_anything(tying: bool) -> None:
+    plain, padded = build(weight_tying=tying), build(seed=2, weight_tying=tying, vocab_multiple_of=16)
+    assert padded.output_weight.shape == (48, 32)
+    assert sum(p.numel() for p in padded.parameters()) == padded.args.n_params()
+    assert padded.args.flops_per_token(8) == plain.args.flops_per_token(8)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            target = padded.get_parameter(name)
+            target[: len(parameter)] = parameter
+        padded.output_weight[VOCAB:] = 100.0  # they would win everywhere
+    tokens, labels = batch()
+    torch.testing.assert_close(padded(tokens), plain(tokens))
+    loss, gradients = loss_and_gradients(plain, tokens, labels)
+    gradients = {name: gradient.clone() for name, gradient in gradients.items()}
+    padded_loss, padded_gradients = loss_and_gradients(padded, tokens, labels)
+    torch.testing.assert_close(padded_loss, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(padded_gradients[name][: len(gradient)], gradient)
+        assert not padded_gradients[name][len(gradient) :].any(), name
+    row = Row(tokens[0].tolist(), 1)
+    theirs, ours = (Scorer(model, 64).score([row])[0] for model in (plain, padded))
+    assert ours.nats == pytest.approx(theirs.nats)
+    assert ours.is_greedy == theirs.is_greedy
 
 
 # -- weight tying --------------------------------------------------------------------------------------------------
