@@ -30,6 +30,7 @@ from lingua.chart import (
     counted,
     draw,
     legend,
+    plain,
     shown_range,
 )
 from lingua.probemaps import HeatMap
@@ -237,7 +238,7 @@ def _spent_of_several(runs: Sequence[History], names: Sequence[str]) -> Figure:
             left += shares
     for place, total in zip(places, totals, strict=True):
         _tell_bar(axes, brief(total), 1.0, place)
-    axes.set_yticks(places, list(names))
+    axes.set_yticks(places, [plain(name) for name in names])
     axes.set_xlim(0, 1.15)
     legend(axes)
     _bare(axes)
@@ -356,7 +357,7 @@ def _draw_ends(axes: Axes, run: History, place: Callable[[Any], Any]) -> None:
         color = BAD if went_wrong else SOFT
         axes.plot([place(start.ended_s)], [step], "x" if went_wrong else "|", color=color, ms=8, mew=2, zorder=6)
         axes.annotate(
-            start.end, (place(start.ended_s), step), (-5, 6), textcoords="offset points",
+            plain(start.end), (place(start.ended_s), step), (-5, 6), textcoords="offset points",
             ha="right", fontsize=8.5, color=color, zorder=6,
         )  # fmt: skip
 
@@ -382,7 +383,7 @@ def _draw_heat(heat: HeatMap) -> Figure:
         norm=LogNorm() if is_log else Normalize(), extent=(edges[0], edges[-1], len(heat.layers) - 0.5, -0.5),
     )  # fmt: skip
     every = max(1, math.ceil(len(heat.layers) / 24))
-    axes.set_yticks(range(0, len(heat.layers), every), heat.layers[::every], fontsize=7)
+    axes.set_yticks(range(0, len(heat.layers), every), [plain(name) for name in heat.layers[::every]], fontsize=7)
     axes.grid(visible=False)
     axes.xaxis.set_major_formatter(lambda value, _: counted(value))
     axes.set_xlabel("step")

@@ -82,8 +82,9 @@ def as_record(runs: Sequence[History], me: Owner | None = None) -> list[dict[str
 def names_of(runs: Sequence[History]) -> list[str]:
     """A short name for each, no two alike."""
     names = [run.facts.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.facts.path) for run in runs]
+    for other in (lambda path: path.name, str):
+        if len(set(names)) < len(names):
+            names = [other(run.facts.path) for run in runs]
     return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
