@@ -143,9 +143,7 @@ def look() -> Iterator[None]:
     from matplotlib import rc_context
 
     with rc_context(LOOK), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing from font"
-        )  # names in any script; the page has its own fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         yield
 
 

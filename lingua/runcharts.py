@@ -327,7 +327,7 @@ def _progress(start: Start, tables: Iterable[Table]) -> Thinned:
 
 
 _MARKS: dict[str, tuple[str, str, float, str]] = {
-    "staged": ("o", SERIES[1], 5.5, "in memory only"),
+    "staged": ("o", SERIES[1], 5.5, "staged, not known to be published"),
     "published": ("o", GOOD, 5.0, "checkpoint published"),
     "evaluated": ("D", SERIES[3], 5.0, "evaluated"),
     "failed": ("X", BAD, 7.0, "checkpoint failed"),
@@ -337,10 +337,11 @@ _MARKS: dict[str, tuple[str, str, float, str]] = {
 
 def _draw_events(axes: Axes, run: History, place: Callable[[Any], Any], last_s: float) -> None:
     published = {(event.step, event.start) for event in run.events if event.kind == "published"}
+    gone_on_from = {start.first_step for start in run.starts[1:]}  # so these were, whatever was told
     for kind, (marker, color, size, name) in _MARKS.items():
         some = [e for e in run.events if e.kind == kind and e.at_s <= last_s]
         if kind == "staged":
-            some = [event for event in some if (event.step, event.start) not in published]
+            some = [e for e in some if (e.step, e.start) not in published and e.step not in gone_on_from]
         xs, ys = [place(event.at_s) for event in some], [event.step for event in some]
         if xs:
             inside = "none" if kind == "staged" else color

@@ -249,7 +249,8 @@ def _config(run: History) -> Iterator[str]:
     rows = []
     for key, value in flatten(run.facts.config).items():
         inside = (place for leaf, place in origins.items() if leaf == key or leaf.startswith(f"{key}."))
-        rows.append((key, public_value(key, value), str(next(inside, "-"))))
+        nowhere = "default" if origins and value in ([], {}) else "-"  # a list's items have places, an empty one none
+        rows.append((key, public_value(key, value), str(next(inside, nowhere))))
     given = [row for row in rows if row[2] != "default"]
     yield "<h2>Config</h2>" + table(["key", "value", "from"], given)
     rest = [row[:2] for row in rows if row[2] == "default"]
