@@ -19,6 +19,7 @@ from apps.ckpt import app as ckpt_app
 from apps.data import app as data_app
 from apps.drill import drill
 from apps.output import AsJson, Debug, show_json
+from apps.replay import replay
 from apps.sweep import app as sweep_app
 from lingua.entry import DEFAULT_APP, app_module, choose_app, parse_command_line, run_main, with_ckpt
 
@@ -202,7 +203,7 @@ def evaluate(
 
 app.command("export")(export_commands.export)
 app.command("import")(export_commands.import_)
-for command in (*run_commands.COMMANDS, drill):
+for command in (*run_commands.COMMANDS, drill, replay):
     app.command()(command)
 
 

@@ -104,6 +104,8 @@ class World:
     dp_size: int = 1
     store: dist.Store | None = None
     """Where the ranks met. None: one process."""
+    tp_rank: int = 0
+    """Among the ranks that share the rows of one dp_rank, each with a part of the model."""
 
     @property
     def is_main(self) -> bool:
@@ -144,9 +146,22 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
         for group in mesh.get_all_groups():  # torch gives those of gloo 30 minutes, whatever the default group has
             _set_pg_timeout(timeout, group)
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
-        yield World(place, device, mesh, dp_rank, replicate * shard, store)
+        yield World(place, device, mesh, dp_rank, replicate * shard, store, mesh.get_local_rank("tp"))
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def patient(timeout_s: float, usual_s: float) -> Iterator[None]:
+    """Meanwhile ranks wait for each other for up to `timeout_s`, as where each has work of its own to do first."""
+    if not dist.is_initialized():
+        yield
+        return
+    _set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(timedelta(seconds=usual_s), dist.group.WORLD)
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------

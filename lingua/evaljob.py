@@ -5,18 +5,20 @@ start that saved the checkpoint: a follower that was killed finds the job that i
 answer none is submitted. A job whose evaluation is not wanted any more is cancelled.
 Cost: one `squeue` per look while a job is there.
 
-    evals/0000001000/job-3/run.sh slurm-17.out results.json    of the checkpoint that start 3 saved
+    evals/0000001000/start-3/run.sh slurm-17.out results.json    of the checkpoint that start 3 saved
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,20 @@ from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.codefreeze import FOLDER as CODE
 from lingua.compose import compose
-from lingua.entry import CommandLine, app_module, choose_app
-from lingua.evaluator import POLL_S, Beat, EvalArgs, Evaluator, Stopped, evaluation_tracker
-from lingua.files import RunError, make_folder, read_json, write_whole
+from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.evalargs import EvalArgs
+from lingua.evalstart import alone
+from lingua.evaluator import Beat, Evaluator, Stopped, evaluation_tracker, read_results
+from lingua.files import RunError, make_folder, write_whole
 from lingua.freeze import CONFIG_FILE
-from lingua.launch import RUN_SCRIPT, sbatch_options
+from lingua.launch import RUN_SCRIPT, not_overruled, sbatch_options
 from lingua.launcher import LauncherArgs
+from lingua.logger import start_logging
 from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.signals import StopSignals
 from lingua.slurm import Runner, SlurmArgs, run_command
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(f"{__package__}.evaljob")  # also under `python -m`
 
 PATIENCE_S = 90.0
 """After a job has gone, until its results must be seen: a shared disk's names may be a minute old."""
@@ -74,6 +79,8 @@ class EvalJobs:
     base_dir: Path
     """Where the jobs run: relative paths mean there what they mean in training."""
     python: Path = Path(sys.executable)
+    poll_s: float = 30.0
+    """Between two looks at a job."""
     run: Runner = run_command
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.time
@@ -83,10 +90,10 @@ class EvalJobs:
         assert checkpoint.root is not None
         assert checkpoint.step is not None
         incarnation = publish.incarnation_of(checkpoint.root, checkpoint.step)
-        folder = layout.evaluation(self.run_dir, checkpoint.step) / f"job-{incarnation}"
+        folder = layout.found(self.run_dir, checkpoint.step, incarnation)
+        if (there := read_results(folder)) is not None:
+            return there[1]
         name = self._name(checkpoint.root, checkpoint.step, incarnation)
-        if (found := _results(folder)) is not None:
-            return found
         if not self._is_there(name):
             self._submit(folder, name, checkpoint.step)
         try:
@@ -126,7 +133,7 @@ class EvalJobs:
 
     def _wait(self, folder: Path, name: str, beat: Beat) -> Mapping[str, Any]:
         gone_s: float | None = None
-        while (found := _results(folder)) is None:
+        while (there := read_results(folder)) is None:
             beat()
             try:
                 is_there = self._is_there(name)
@@ -139,22 +146,14 @@ class EvalJobs:
             gone_s = None if is_there else gone_s
             if gone_s is not None and self.now() - gone_s >= PATIENCE_S:
                 raise RunError(f"its job ended without results: {_last_error(folder)}")
-            self.sleep(POLL_S)
-        return found
+            self.sleep(self.poll_s)
+        return there[1]
 
     def _cancel(self, name: str) -> None:
         try:
             self.run(["scancel", "--me", f"--name={name}"])
         except RunError as error:
             log.warning("%s", error)
-
-
-def _results(folder: Path) -> dict[str, Any] | None:
-    try:
-        written = read_json(folder / layout.RESULTS)
-    except FileNotFoundError:
-        return None
-    return {**written["metrics"], "details": written["details"]}
 
 
 def _last_error(folder: Path) -> str:
@@ -166,7 +165,7 @@ def _last_error(folder: Path) -> str:
     return f"{said[-1]} ({logs[-1]})" if said else f"see {logs[-1]}"
 
 
-def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Path, run: Runner = run_command) -> int:
+def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Path, run: Runner | None = None) -> int:
     """Follow a run, each of its evaluations a Slurm job; returns the exit code. Raises ConfigError."""
     config = run_dir / CONFIG_FILE
     if not config.is_file():
@@ -182,10 +181,12 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
     slurm: SlurmArgs = run_args.slurm or SlurmArgs()
     gpus = slurm.ngpu if run_args.async_eval_gpus is None else run_args.async_eval_gpus
     launcher = asked_of_slurm(slurm, gpus)
+    run = run or partial(run_command, env=not_overruled(launcher, os.environ))
     with StopSignals(("SIGINT", "SIGTERM", "SIGUSR2")) as signals:
         jobs = EvalJobs(
-            run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(), run=run, sleep=signals.wait
-        )
+            run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(),
+            poll_s=args.poll_s, run=run, sleep=signals.wait,
+        )  # fmt: skip
         tracker = evaluation_tracker(run_args, run_dir)
         evaluator = Evaluator(
             run_dir,
@@ -200,3 +201,20 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
         finally:
             tracker.close()
         return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]
+
+
+def main(words: list[str]) -> int:
+    """RUN [--once] [--alone] [KEY=VALUE ...]: `lingua eval --follow RUN --slurm`, as a run starts it by itself."""
+    line = parse_command_line(words[1:], ["once", "alone"])
+    if not words or words[0].startswith("-"):
+        raise ConfigError("usage: python -m lingua.evaljob RUN [--once] [--alone] [KEY=VALUE ...]")
+    start_logging(own_packages=("lingua",))
+    run_dir, once = Path(words[0]), bool(line.flags.get("once"))
+    if not line.flags.get("alone"):
+        return follow_by_jobs(run_dir, line, once=once, base_dir=Path.cwd())
+    with alone(run_dir) as is_ours:
+        return follow_by_jobs(run_dir, line, once=once, base_dir=Path.cwd()) if is_ours else EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

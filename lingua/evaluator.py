@@ -1,10 +1,10 @@
-"""Which published checkpoints still need an evaluation, and seeing to it that each gets exactly one. Torch-free.
+"""Sees to it that each published checkpoint that is due gets exactly one evaluation. Torch-free.
 
 Promise: a checkpoint is seen by its `.done` mark only. Each one of `checkpoint.eval.every`, and the run's last, is
 evaluated once, however many evaluators there are and wherever they are killed: `evals/<step>/results.json` appears
 whole, then one line in `metrics.eval.jsonl`. What fails is tried again, later and later, and given up in the end with
 the reason in `evals/<step>/failed.json`. Everything ends: an evaluation, a wait, a claim, a pin.
-Cost: a few looks at small files every POLL_S seconds; nothing is held while there is nothing to do.
+Cost: a few looks at small files every `eval.poll_s`; nothing is held while there is nothing to do.
 
 There is no list of what is to be done: a restart reads the folders again. Evaluators agree by the lock that runs have
 too, one for each step's folder, and each of its numbers is a try:
@@ -13,266 +13,42 @@ too, one for each step's folder, and each of its numbers is a try:
     evals/0000001000/incarnations/0000000001.json    try 1: whose, and is it alive
                      try-0001.json                   how it ended, unless it was killed or successful
                      results.json | failed.json      the verdict; names the start that saved the checkpoint
+                     start-3/results.json            found already of the checkpoint that start 3 saved: by a job, or
+                                                     in training, before it was published; the next look adopts it
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
-from pydantic import Field
-
-from lingua.args import Args, ConfigError, Text
+from lingua.args import ConfigError
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint, run_root
-from lingua.checkpoint.pins import Follower, Verdict, follow, pinned, verdict
+from lingua.checkpoint.pins import Follower, follow, pinned, verdict
 from lingua.checkpoint.survey import Periods, periods_of
-from lingua.files import DISK, Files, RunError, entries, read_json, write_json
-from lingua.metrics import EVAL_FILE, EvaluationTracker, JsonLines, LoggingArgs, WandbArgs, read_metrics
+from lingua.evalargs import EvalArgs
+from lingua.evalplan import MAX_KILLED, Candidate, Decision, RunState, Try, decide, is_due
+from lingua.files import DISK, Files, RunError, entries, make_folders, read_json, write_json
+from lingua.metrics import EVAL_FILE, EvaluationTracker, JsonLines, read_metrics
 from lingua.runfolder import EXIT_FINISHED, EXIT_REQUEUE, STOP_FILE
 from lingua.runlock import FOLDER as TRIES
 from lingua.runlock import OccupiedError, Owner, RunLock, newest_start, this_process
-from lingua.schema import GeneratorArgs
 
 log = logging.getLogger(__name__)
 
-POLL_S = 30.0
 LEASE_S = 3600.0
 """Of the checkpoint that is being evaluated; renewed while that goes on."""
 LOOK_S = 10.0
 """Between two looks, during an evaluation, whether it is still ours to do."""
 SAY_AGAIN_S = 600.0
 """Between two times that retention is told of us."""
-MAX_KILLED = 8
-"""Tries that ended without a word, after which the checkpoint itself is taken for the cause."""
-
-# -- keys ----------------------------------------------------------------------------------------------------------
-
-
-class HarnessArgs(Args):
-    """lm-evaluation-harness; keys are those of its `simple_evaluate`."""
-
-    tasks: list[Text | dict[str, Any]] = []
-    """Task names, or mappings with `task` and its settings."""
-    include_path: str | None = None
-    """Folder of further task files."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """Examples before each question. Null: the task's own."""
-    device: Text | None = None
-    """Kept for lingua's configs; generator.device decides."""
-    use_cache: Text | None = None
-    """File of cached answers."""
-    cache_requests: bool = False
-    """Cache built requests."""
-    rewrite_requests_cache: bool = False
-    """Build that cache anew."""
-    delete_requests_cache: bool = False
-    """Delete that cache."""
-    limit: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
-    """Questions per task (a fraction: share of them). Null: all."""
-    bootstrap_iters: Annotated[int, Field(ge=0)] = 100000
-    """Resamples for standard errors."""
-    check_integrity: bool = False
-    """Run the tasks' own checks."""
-    write_out: bool = False
-    """Print the first prompts."""
-    log_samples: bool = True
-    """Keep every question and answer, in evals/<step>/samples.json."""
-    system_instruction: str | None = None
-    """System text before every prompt."""
-    apply_chat_template: bool | Text = False
-    """Wrap prompts in the chat template."""
-    fewshot_as_multiturn: bool = False
-    """Examples as turns of a conversation."""
-    gen_kwargs: Text | dict[str, Any] | None = None
-    """Overrides for generation tasks."""
-    verbosity: Text = "INFO"
-    """Log level of the harness."""
-    predict_only: bool = False
-    """Answers without scores."""
-    random_seed: int = 0
-    """Seed of python's random."""
-    numpy_random_seed: int = 1234
-    """Seed of numpy."""
-    torch_random_seed: int = 1234
-    """Seed of torch."""
-    fewshot_random_seed: int = 1234
-    """Seed of the examples' choice."""
-
-
-class EvalValidationArgs(Args):
-    """Held-out loss at evaluation."""
-
-    max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Documents per source, at most. Null: all."""
-    stride: Annotated[int, Field(ge=1)] | None = None
-    """Tokens by which the context moves on in documents longer than it; each token is scored once, and sees at least
-    max_seqlen - stride before it. Smaller is nearer to the whole context, and dearer. Null: half of max_seqlen."""
-    use_val_from_train_src: bool = True
-    """Use the `*.val.jsonl` beside the training sources."""
-    root_dir: str = ""
-    """Folder of further held-out sources."""
-    sources: list[Text] | dict[str, Any] = []
-    """Further held-out sources under root_dir."""
-
-
-class EvalArgs(Args):
-    """What an evaluation measures."""
-
-    name: Text = "evals"
-    """Name of the evaluation."""
-    dump_dir: str | None = None
-    """Where results go. Null: <run>/evals."""
-    metric_log_dir: str | None = None
-    """Where metrics.eval.jsonl is. Null: the run folder."""
-    ckpt_dir: str = ""
-    """Checkpoint to evaluate."""
-    generator: GeneratorArgs = GeneratorArgs()
-    """Sampling and scoring."""
-    harness: HarnessArgs | None = HarnessArgs()
-    """lm-evaluation-harness. Null: not run."""
-    validation: EvalValidationArgs | None = EvalValidationArgs()
-    """Held-out loss. Null: not measured."""
-    wandb: WandbArgs | None = None
-    """wandb run of a hand-started evaluation."""
-    logging: LoggingArgs | None = None
-    """Logging of a hand-started evaluation."""
-    core_metrics: dict[str, float] | None = None
-    """Weight of each metric (<task>/<metric>, or a task for its first) in `core_eval/overall_avg`."""
-    terminal_eval_wandb: bool = False
-    """After the last evaluation, one wandb run with training and evaluation metrics joined."""
-    wipe_ckpt: bool = False
-    """Give a checkpoint up to retention as soon as it is evaluated."""
-    global_step: int | None = None
-    """Step the checkpoint belongs to. Null: from its name."""
-    newest_first: bool = False
-    """Of several checkpoints that wait, the newest first. false: in order."""
-    max_tries: Annotated[int, Field(ge=1)] = 3
-    """Failures after which a checkpoint is given up, with the reason in evals/<step>/failed.json."""
-    backoff_s: Annotated[float, Field(ge=0)] = 60.0
-    """Pause after the first failure of a checkpoint; doubled after each."""
-    timeout_hours: Annotated[float, Field(gt=0)] = 12.0
-    """An evaluation that takes longer has failed; with --slurm, its time in the queue counts."""
-    max_pinned_hours: Annotated[float, Field(gt=0)] = 24.0
-    """For so long a checkpoint waits for its evaluation, whatever retention says; then it may be deleted, loudly."""
-    idle_hours: Annotated[float, Field(gt=0)] = 24.0
-    """An evaluator with nothing to do ends when its run has been silent for so long."""
-
-
-# -- decisions -----------------------------------------------------------------------------------------------------
-
-
-class Try(NamedTuple):
-    """One attempt at an evaluation."""
-
-    end: Literal["running", "failed", "stopped", "killed"]
-    """stopped: its evaluator was asked to leave; killed: it ended without a word."""
-    at_s: float
-    """When it ended; of one that was killed, its last sign of life."""
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A published checkpoint that is to be evaluated, and how far that is."""
-
-    step: int
-    published_at_s: float
-    verdict: Verdict | None = None
-    is_logged: bool = False
-    """Its line is in metrics.eval.jsonl."""
-    tries: tuple[Try, ...] = ()
-
-    @property
-    def is_busy(self) -> bool:
-        return any(one.end == "running" for one in self.tries)
-
-    @property
-    def failures(self) -> list[Try]:
-        return [one for one in self.tries if one.end == "failed"]
-
-    @property
-    def n_killed(self) -> int:
-        """How many of the newest tries were killed."""
-        alive = (n for n, one in enumerate(reversed(self.tries)) if one.end != "killed")
-        return next(alive, len(self.tries))
-
-
-class RunState(NamedTuple):
-    """How the run is that makes the checkpoints."""
-
-    has_ended: bool
-    """It said so and asks for no other start."""
-    finished: bool
-    """It came to its last step."""
-    silent_s: float
-    """Since its last sign of life; 0 while it trains."""
-
-
-class Decision(NamedTuple):
-    """What an evaluator does next."""
-
-    act: Literal["record", "give_up", "evaluate", "wait", "end"]
-    step: int = -1
-    why: str = ""
-
-
-ENDED_SILENT_S = 600.0
-"""A run that has ended unfinished may be started again; for so long its evaluator waits for that."""
-
-
-def is_due(step: int, periods: Periods) -> bool:
-    """Whether a checkpoint is to be evaluated: by `checkpoint.eval.every`, or as the run's last."""
-    return periods.evaluation.holds(step) or (step > 0 and step == periods.n_steps)
-
-
-def decide(candidates: Sequence[Candidate], run: RunState, args: EvalArgs, now_s: float) -> Decision:
-    """What to do next. `candidates`: all that are due, in any order."""
-    free = [one for one in sorted(candidates, key=lambda c: c.step) if not one.is_busy]
-    for one in free:
-        if one.verdict == "evaluated" and not one.is_logged:
-            return Decision("record", one.step)
-    owed = [one for one in free if one.verdict is None]
-    for one in owed:
-        if why := hopeless(one, args.max_tries):
-            return Decision("give_up", one.step, why)
-    ready = [one for one in owed if now_s >= not_before_s(one, args.backoff_s)]
-    if ready:
-        return Decision("evaluate", ready[-1 if args.newest_first else 0].step)
-    if waiting := [one.step for one in candidates if one.verdict is None or one.is_busy]:
-        return Decision("wait", why=f"steps {waiting} are with another evaluator, or failed a moment ago")
-    if run.finished:
-        return Decision("end", why="the run is finished, and nothing is left to evaluate")
-    patience_s = min(ENDED_SILENT_S, 3600 * args.idle_hours) if run.has_ended else 3600 * args.idle_hours
-    if run.silent_s >= patience_s:
-        return Decision(
-            "end", why=f"nothing is left to evaluate, and the run is silent for {run.silent_s / 3600:.1f} h"
-        )
-    return Decision("wait")
-
-
-def hopeless(candidate: Candidate, max_tries: int) -> str | None:
-    """Why a checkpoint is given up; None: it is not."""
-    failures = candidate.failures
-    if len(failures) >= max_tries:
-        return f"{len(failures)} tries failed, the last with: {failures[-1].why}"
-    if candidate.n_killed >= MAX_KILLED:
-        return f"{candidate.n_killed} evaluators in a row were killed while they were at it; is there enough memory?"
-    return None
-
-
-def not_before_s(candidate: Candidate, backoff_s: float) -> float:
-    """When a checkpoint may be tried again: after the n-th failure, backoff_s * 2**(n-1) later."""
-    failures = candidate.failures
-    return failures[-1].at_s + backoff_s * 2 ** (len(failures) - 1) if failures else 0.0
-
 
 # -- what lies there -----------------------------------------------------------------------------------------------
 
@@ -343,6 +119,17 @@ def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, An
     write_json(folder / layout.RESULTS, {**facts, "details": found.get("details", {}), "metrics": metrics}, files=files)
 
 
+def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(facts, found) as they were written; None: no results are there. Raises OSError or RunError."""
+    try:
+        facts: dict[str, Any] = read_json(folder / layout.RESULTS)
+    except FileNotFoundError:
+        return None
+    samples = folder / layout.SAMPLES
+    more = {"details": facts.pop("details"), "samples": read_json(samples) if samples.is_file() else {}}
+    return facts, {**facts.pop("metrics"), **more}
+
+
 # -- the evaluator -------------------------------------------------------------------------------------------------
 
 Beat = Callable[[], None]
@@ -370,6 +157,7 @@ class Evaluator:
         *,
         on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
         stopping: Callable[[], bool] = lambda: False,
+        max_killed: int = MAX_KILLED,
         me: Owner | None = None,
         files: Files = DISK,
         now: Callable[[], float] = time.time,
@@ -380,6 +168,7 @@ class Evaluator:
         self.root = run_root(run_dir)
         self._args = args
         self._measure, self._on_record, self._stopping = measure, on_record, stopping
+        self._max_killed = max_killed
         self._me = me or this_process()
         self._files, self._now, self._sleep = files, now, sleep
         self._periods = self._read_periods()
@@ -387,6 +176,8 @@ class Evaluator:
         self._came_s = now()
         self._said_s = float("-inf")
         self._overdue: set[int] = set()
+        self._trying: tuple[int, int] | None = None
+        """Step and number of the try that goes on."""
 
     def _read_periods(self) -> Periods:
         """Anew at each look: a later start of the run may change them."""
@@ -405,15 +196,26 @@ class Evaluator:
             if self._stopping():
                 return "asked to stop"
             if decision.act == "wait" or decision == before:  # a disk that refuses is not asked all the time
-                self._sleep(POLL_S)
+                self._sleep(self._args.poll_s)
             before = decision
 
-    def tick(self) -> Decision:
+    def catch_up(self, *, measuring: bool = True) -> None:
+        """Do what can be done at once, and wait for nothing; without `measuring` only what needs no model."""
+        before: Decision | None = None
+        while not self._stopping():
+            decision = self.tick(measuring=measuring)
+            if decision.act in ("wait", "end") or decision == before:
+                return
+            before = decision
+
+    def tick(self, *, measuring: bool = True) -> Decision:
         """Look, decide, and do one thing; a disk that refuses is reported and asked again later."""
         try:
             self._tell_retention()
             decision = self._decide()
-            if decision.act in ("evaluate", "give_up", "record"):
+            if decision.act == "evaluate" and not measuring:
+                return Decision("wait")
+            if decision.act in ("evaluate", "adopt", "give_up", "record"):
                 self._under_claim(decision)
         except OccupiedError as error:  # another evaluator was faster
             log.info("%s", error)
@@ -444,12 +246,14 @@ class Evaluator:
         except FileNotFoundError:
             return None
         facts = publish.mark_facts(self.root, step)
+        incarnation: int = facts.get("incarnation", 0)
         return Candidate(
             step,
             float(facts.get("created_at", published_at_s)),
             verdict(self.run_dir, self.root, step),
-            (step, facts.get("incarnation", 0)) in logged,
+            (step, incarnation) in logged,
             read_tries(layout.evaluation(self.run_dir, step), self._me, self._now),
+            (layout.found(self.run_dir, step, incarnation) / layout.RESULTS).is_file(),
         )
 
     def _decide(self) -> Decision:
@@ -458,7 +262,7 @@ class Evaluator:
         self._complain(candidates)
         seen_s = max([self._came_s, *(one.published_at_s for one in candidates)])
         run = read_run_state(self.run_dir, seen_s, self._me, self._now)
-        return decide(candidates, run, self._args, self._now())
+        return decide(candidates, run, self._args, self._now(), self._max_killed)
 
     def _complain(self, candidates: Iterable[Candidate]) -> None:
         """Say once of each checkpoint that it has waited for too long."""
@@ -476,53 +280,98 @@ class Evaluator:
     def _under_claim(self, decision: Decision) -> None:
         """Do it as the owner of the step's folder, if it is still to be done then."""
         step = decision.step
-        lock = RunLock(layout.evaluation(self.run_dir, step), self._me, doing="evaluated", sleep=self._sleep)
-        with lock:
+        with self._claim(step) as lock:
             now_there = self._candidate(step, logged_evaluations(self._metrics_file))
             if now_there is None:
                 return
-            ended = partial(self._end_try, step, lock.incarnation)
             if decision.act == "record" and now_there.verdict == "evaluated" and not now_there.is_logged:
                 self._record(step)
-            elif decision.act == "give_up" and now_there.verdict is None:
+            elif now_there.verdict is not None:
+                return
+            elif decision.act == "adopt" and now_there.is_found:
+                self._adopt(step)
+            elif decision.act == "give_up":
                 self._give_up(step, decision.why)
-            elif decision.act == "evaluate" and now_there.verdict is None:
-                self._evaluate(step, lock, ended)
+            elif decision.act == "evaluate":
+                self._evaluate(step, lock)
+
+    def _claim(self, step: int) -> RunLock:
+        return RunLock(layout.evaluation(self.run_dir, step), self._me, doing="evaluated", sleep=self._sleep)
+
+    def abandon(self) -> None:
+        """For a process that is being ended: the try that goes on was stopped, and did not fail. From any thread."""
+        if self._trying is not None:
+            self._end_try(*self._trying, "stopped", "its process was asked to leave")
 
     def _end_try(self, step: int, number: int, end: str, why: str) -> None:
         folder = layout.evaluation(self.run_dir, step)
         write_json(try_file(folder, number), {"end": end, "at_s": self._now(), "why": why}, files=self._files)
 
-    def _evaluate(self, step: int, lock: RunLock, ended: Callable[[str, str], None]) -> None:
+    def evaluate_ahead(self, step: int, incarnation: int) -> None:
+        """Evaluate what start `incarnation` has saved and nobody has published yet; it counts as soon as somebody does.
+
+        `measure` is given a checkpoint that is not there, so it must have the weights. What fails is tried no more.
+        """
+        try:
+            with self._claim(step) as lock:
+                folder = layout.found(self.run_dir, step, incarnation)
+                make_folders(folder, files=self._files)
+                if self._attempt(step, incarnation, lock, folder, lambda: None):
+                    self._end_try(step, lock.incarnation, "found", "waits for the publication")
+        except (OSError, RunError) as error:
+            log.error("step %d is not evaluated ahead of its publication: %s", step, error)
+
+    def _evaluate(self, step: int, lock: RunLock) -> None:
+        incarnation, limit_s = publish.incarnation_of(self.root, step), 3600 * self._args.max_pinned_hours
+        with pinned(self.root, step, "eval", lease_s=LEASE_S, limit_s=limit_s, now=self._now) as renew:
+            is_done = self._attempt(step, incarnation, lock, layout.evaluation(self.run_dir, step), renew)
+        if is_done:
+            self._record(step)
+
+    def _attempt(self, step: int, incarnation: int, lock: RunLock, folder: Path, renew: Callable[[], None]) -> bool:
+        """Measure and write the results into `folder`. False: how it ended instead is written down for the next try."""
         checkpoint = Checkpoint(layout.folder(self.root, step), self.root, step, self.run_dir)
-        incarnation, began_s = publish.incarnation_of(self.root, step), self._now()
-        limit_s = 3600 * self._args.max_pinned_hours
+        began_s, ended = self._now(), partial(self._end_try, step, lock.incarnation)
+        self._trying = (step, lock.incarnation)
         log.info("evaluating step %d (try %d)", step, lock.incarnation)
         try:
-            with pinned(self.root, step, "eval", lease_s=LEASE_S, limit_s=limit_s, now=self._now) as renew:
-                found = dict(self._measure(checkpoint, self._beat(lock, renew)))
+            found = dict(self._measure(checkpoint, self._beat(lock, renew)))
             self._must_be_ours(lock)
             seconds = self._now() - began_s
             facts = {"version": 1, "global_step": step, "incarnation": incarnation, "seconds": round(seconds, 3)}
             facts["created_at"] = self._now()
-            write_results(layout.evaluation(self.run_dir, step), facts, found, files=self._files)
+            write_results(folder, facts, found, files=self._files)
         except LostError as error:
             log.warning("the evaluation of step %d is left: %s", step, error)
-            return
+            return False
         except Stopped:
             ended("stopped", "asked to stop")
-            return
+            return False
         except ConfigError:  # of no use to try that again, with any checkpoint
             ended("stopped", "the config is wrong")
             raise
         except Exception as error:
             log.exception("the evaluation of step %d failed", step)
             ended("failed", f"{type(error).__name__}: {error}")
-            return
+            return False
         except BaseException:
             ended("stopped", "interrupted")
             raise
+        finally:
+            self._trying = None
         log.info("step %d is evaluated, in %.1f s", step, seconds)
+        return True
+
+    def _adopt(self, step: int) -> None:
+        """Make the verdict of what was found already."""
+        incarnation = publish.incarnation_of(self.root, step)
+        there = read_results(layout.found(self.run_dir, step, incarnation))
+        if there is None:
+            return
+        written, found = there
+        facts = {"version": 1, "global_step": step, "incarnation": incarnation, "created_at": self._now()}
+        facts |= {key: written[key] for key in ("seconds", "created_at") if key in written}
+        write_results(layout.evaluation(self.run_dir, step), facts, found, files=self._files)
         self._record(step)
 
     def _beat(self, lock: RunLock, renew: Callable[[], None]) -> Beat:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from lingua.args import ConfigError
 from lingua.distributed import from_main, on_every_rank
-from lingua.evaluator import HarnessArgs
+from lingua.evalargs import HarnessArgs
 from lingua.generator import Generator
 from lingua.schema import GeneratorArgs
 from lingua.scorer import Row, Score, Scorer, Wording, windows

@@ -159,7 +159,7 @@ def submit(
     """Hand a run.sh to sbatch; returns the job id. Slurm's own words go into the folder's logs/."""
     logs = make_folder(script.parent / RANK_LOGS, "dump_dir")
     words = ["sbatch", "--parsable", f"--chdir={logs}", *options, str(script)]
-    return run(words, env=_not_overruled(launcher, env)).strip().partition(";")[0]
+    return run(words, env=not_overruled(launcher, env)).strip().partition(";")[0]
 
 
 def must_be_checkout(base_dir: Path) -> None:
@@ -185,7 +185,7 @@ def _share(n_ranks: int, n_nodes: int) -> int:
     return n_ranks // n_nodes
 
 
-def _not_overruled(launcher: LauncherArgs, env: Mapping[str, str]) -> dict[str, str]:
+def not_overruled(launcher: LauncherArgs, env: Mapping[str, str]) -> dict[str, str]:
     """The environment without the SBATCH_* variables (of a site file, say) that the config is more exact than.
 
     sbatch lets them overrule #SBATCH lines.

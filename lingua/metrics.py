@@ -192,18 +192,21 @@ class MetricLogger:
         """Write what happened to the checkpoint of `global_step`; to the file only."""
         self._write(self._checkpoint_lines, record)
 
+    def track(self, record: Mapping[str, float | int]) -> None:
+        """Send a record that has a file of its own, an evaluation's, to the trackers; needs `global_step`."""
+        if self._wandb is not None:
+            self._wandb.log(dict(record))
+        if self._tensorboard is not None:
+            for key, value in record.items():
+                self._tensorboard.add_scalar(key, value, int(record["global_step"]))
+
     def _write(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
         created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
         lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
 
     def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
         self._write(lines, record)
-        tracked = {key if key == "global_step" else prefix + key: value for key, value in record.items()}
-        if self._wandb is not None:
-            self._wandb.log(tracked)
-        if self._tensorboard is not None:
-            for key, value in tracked.items():
-                self._tensorboard.add_scalar(key, value, int(record["global_step"]))
+        self.track({key if key == "global_step" else prefix + key: value for key, value in record.items()})
 
     def __enter__(self) -> MetricLogger:
         return self

@@ -44,17 +44,24 @@ def build_adamw(args: AdamWArgs, named_parameters: Iterable[tuple[str, nn.Parame
 
 
 @torch.no_grad()
-def clip_and_check(parameters: Iterable[nn.Parameter], clip: float) -> tuple[Tensor, Tensor]:
+def clip_and_check(
+    parameters: Iterable[nn.Parameter], clip: float, loss_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale the gradients so that their norm over all ranks is at most `clip` (0: leave them).
 
-    Returns (norm before, whether it is finite) as scalars on the device.
+    `loss_scale`: a factor that is in the gradients and is taken out of them. Returns (norm before clipping, whether it
+    is finite) as scalars on the device.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm(grads)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if clip > 0:
-        factor = torch.clamp(clip / (norm + 1e-6), max=1.0)
+    if loss_scale is not None:
+        norm = norm / loss_scale
+    factor = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else None
+    if loss_scale is not None:
+        factor = 1 / loss_scale if factor is None else factor / loss_scale
+    if factor is not None:
         torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads], factor)
     return norm, torch.isfinite(norm)
 

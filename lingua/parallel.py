@@ -1,15 +1,22 @@
-"""One function that turns a model into a parallel one: activation checkpointing, compile, FSDP2 or replicas.
+"""One function that turns a model into a parallel one: tensor parallelism, activation checkpointing, compile, FSDP2.
 
 Promise: parameters and optimizer stay fp32 and keep their names, whatever the layout; reductions are fp32; weights
 that are tied stay one tensor. One code path for replicas, full shards and their product (HSDP): FSDP2 on a mesh of
-(dp_replicate, dp_shard). A single process needs no FSDP and gets autocast instead.
-Cost: with several ranks, what FSDP2 costs; on one rank, nothing.
+(dp_replicate, dp_shard), over what tensor parallelism has split. A single process needs no FSDP and gets autocast.
+Cost: with several ranks, what FSDP2 costs; on one rank, nothing. What ranks send in a step of n micro steps, per block:
+
+    replicas                      one all-reduce of the gradient
+    full shards                   2n all-gathers of the parameters, one reduce-scatter of the gradient
+      keep_gathered               1 all-gather; 2 bytes per parameter more (bf16)
+      accumulate_sharded          n reduce-scatters; the gradient of n > 1 is not held whole: 4 bytes per parameter less
+    HSDP                          as full shards, and one all-reduce of the reduced gradient
 
 The model says where it can be cut: `model.layers` is a ModuleDict or ModuleList of blocks.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,11 +24,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lingua import float8
 from lingua.distributed import World
 from lingua.schema import DistributedArgs
+from lingua.tensor_parallel import split_model
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,6 +58,16 @@ def _recompute_in_backward(block: nn.Module, **choice: Callable[[], Any]) -> Non
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, **choice)
 
 
+def _use_float8(model: nn.Module, args: DistributedArgs, device: torch.device) -> None:
+    """Products of matching layers in float8. Raises ValueError where that cannot be."""
+    assert args.float8_recipe is not None
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    reason = float8.refusal(device.type, capability)
+    if reason is not None:
+        raise ValueError(f"distributed.float8_recipe {args.float8_recipe}: {reason}; leave it null here")
+    log.info("%s", float8.convert(model, args.float8_recipe, args.float8_filter))
+
+
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, block) of the model's layers, in order."""
     layers = model.get_submodule("layers")
@@ -57,12 +79,10 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
 
     Raises ValueError for a layout that is not built yet.
     """
-    if args.tp_size > 1:
-        raise ValueError(f"distributed.tp_size {args.tp_size}: tensor parallelism is not available; use tp_size=1")
     if args.float8_recipe is not None:
-        raise ValueError(f"distributed.float8_recipe {args.float8_recipe}: float8 is not available; leave it null")
-    if args.model_dtype == "fp16":
-        raise ValueError("distributed.model_dtype fp16 needs loss scaling, which is not available; use bf16 or fp32")
+        _use_float8(model, args, world.device)
+    if world.mesh is not None and args.tp_size > 1:
+        split_model(model, world.mesh["tp"])
     for _, block in blocks_of(model):
         if args.full_activation_checkpointing:
             _recompute_in_backward(block)
@@ -73,15 +93,35 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
     if args.compile:
         torch._dynamo.config.recompile_limit = args.compile_cache_size_limit
     if world.mesh is not None:
-        mesh = world.mesh["dp_replicate", "dp_shard"]
+        mesh = _data_mesh(world.mesh)
+        reshard_after_forward = args.fsdp_type == "full_shard" and not args.keep_gathered
         policy = MixedPrecisionPolicy(
             param_dtype=None if args.model_dtype == "fp32" else DTYPES[args.model_dtype],
             reduce_dtype=torch.float32,
         )
         for _, block in blocks_of(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=args.fsdp_type == "full_shard")
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        _gather_ahead(model)
     return model
+
+
+def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The data-parallel axes; without replicas only one, or FSDP2 would reduce over a group of one rank."""
+    return mesh["dp_replicate", "dp_shard"] if mesh.size(0) > 1 else mesh["dp_shard"]
+
+
+def _gather_ahead(model: nn.Module) -> None:
+    """Begin to gather a block's parameters before the block in front of it computes.
+
+    Otherwise that begins when the host arrives at the block, which is too late where the host is not far ahead of the
+    device. In backward FSDP2 does it by itself. Price: the parameters of one more block, gathered.
+    """
+    blocks = [block for _, block in blocks_of(model)]
+    for module, following in zip([model, *blocks], blocks, strict=False):
+        assert isinstance(module, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        module.set_modules_to_forward_prefetch([following])
 
 
 def forward_precision(model: nn.Module, args: DistributedArgs, device: torch.device) -> AbstractContextManager:
@@ -98,10 +138,16 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def sync_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward reduces gradients over ranks; the last micro step of a step must."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+def begin_micro_step(model: nn.Module, args: DistributedArgs, is_last: bool) -> None:
+    """Say before each micro step whether it is the last of its step: what can wait until then is not sent before."""
+    if not isinstance(model, FSDPModule):
+        return
+    if args.accumulate_sharded:
+        model.set_requires_all_reduce(is_last)  # of HSDP: among the replicas
+    else:
+        model.set_requires_gradient_sync(is_last)
+    # Nothing moves until the update. Where forward has left all parameters gathered, keeping them costs no more.
+    model.set_reshard_after_backward(is_last or (args.fsdp_type == "full_shard" and not args.keep_gathered))
 
 
 def set_matmul_precision(args: DistributedArgs) -> None:

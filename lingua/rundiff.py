@@ -73,6 +73,11 @@ def common_curves(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]
     return Curves(steps, [a[step] for step in steps], [b[step] for step in steps])
 
 
+def relative_difference(value: float, other: float) -> float:
+    """How far apart they are, as a share of `other`."""
+    return 0.0 if value == other else abs(value - other) / max(abs(other), 1e-30)
+
+
 def some_of(n: int, n_wanted: int = _ROWS) -> list[int]:
     """Indexes below n, evenly spread, the first and the last among them."""
     if n <= n_wanted:

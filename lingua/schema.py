@@ -8,6 +8,7 @@ Letters: B rows, S positions, D model width (`dim`), H heads, L layers, V vocabu
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -163,6 +164,7 @@ class CrossEntropyArgs(Part):
     """Next-token cross-entropy (lingua/loss.py)."""
 
     builder: ClassVar[str] = "lingua.loss:CrossEntropy"
+    splits_words: ClassVar[bool] = True  # takes a head whose words are spread over ranks: tensor parallelism
 
     type: Literal["cross_entropy"] = "cross_entropy"
     z_loss: Annotated[float, Field(ge=0)] = 0.0
@@ -171,7 +173,7 @@ class CrossEntropyArgs(Part):
     """Logits are made for this many positions at a time, so the whole (B*S, V) never exists. 0: at once."""
 
 
-# -- optimizer (lingua/optim.py) ---------------------------------------------------------------------------------
+# -- optimizer (lingua/optim.py, lingua/muon.py) -----------------------------------------------------------------
 
 
 class OptimArgs(Part):
@@ -204,24 +206,62 @@ class OptimArgs(Part):
     exp_factor: Annotated[float, Field(gt=0)] = 0.5
     """inv_sqrt: exponent of the decay."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step."""
+    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step. With
+    distributed.model_dtype fp16 a gradient that overflows is always skipped, until the loss scale has fallen to 1."""
     max_skips: Annotated[int, Field(ge=0)] = 10
     """With `skip`: steps that may be skipped in a row before the run stops."""
 
+    def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
+        """Bytes of the optimizer's state, to plan with; unless it says otherwise, two fp32 moments as AdamW's.
 
-@register("optim", "adamw")
-class AdamWArgs(OptimArgs):
-    """AdamW (lingua/optim.py)."""
+        `n_in_matrices`: those of the parameters that are in the matrices of the blocks.
+        """
+        return 8 * n_params
 
-    builder: ClassVar[str] = "lingua.optim:build_adamw"
 
-    type: Literal["adamw"] = "adamw"
+class AdamArgs(OptimArgs):
+    """What AdamW needs, alone or as a part of another optimizer."""
+
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.95
     """Decay of the second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
+
+
+@register("optim", "adamw")
+class AdamWArgs(AdamArgs):
+    """AdamW (lingua/optim.py)."""
+
+    builder: ClassVar[str] = "lingua.optim:build_adamw"
+
+    type: Literal["adamw"] = "adamw"
+
+
+@register("optim", "muon")
+class MuonArgs(AdamArgs):
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors (lingua/muon.py)."""
+
+    builder: ClassVar[str] = "lingua.muon:build_muon"
+
+    type: Literal["muon"] = "muon"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the momentum of the matrices (Keller Jordan)."""
+    nesterov: bool = True
+    """Orthogonalise the gradient mixed with the momentum, instead of the momentum alone."""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """Newton-Schulz iterations that make a matrix orthogonal, or nearly so."""
+    ns_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of these iterations and of what ranks exchange for them. fp32: on CPUs without fast bf16."""
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Multiplies a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
+    carry over (Moonlight, arXiv 2502.16982); original: sqrt(max(1, rows / columns)), for which lr is about 0.02."""
+    adamw_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """AdamW's part learns at lr times this. With `scale: original` about 0.015 (3e-4 beside 0.02)."""
+
+    def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
+        return 4 * n_in_matrices + super().state_bytes(n_params - n_in_matrices, 0)
 
 
 # -- processes and parallelism (lingua/distributed.py, lingua/parallel.py) -----------------------------------------
@@ -235,11 +275,16 @@ class DistributedArgs(Args):
     dp_shard: PositiveInt | None = None
     """Ranks that share one sharded copy. Null: with full_shard what dp_replicate leaves, otherwise 1."""
     tp_size: PositiveInt = 1
-    """Tensor-parallel ranks."""
+    """Ranks that share each row: heads, feed-forward and words are split over them, positions between the blocks."""
     fsdp_type: Literal["no_shard", "full_shard"] = "no_shard"
     """no_shard: replicas; full_shard: parameters, gradients and optimizer sharded (FSDP2)."""
+    keep_gathered: bool = False
+    """full_shard: gather the parameters once per step, not twice per micro step; 2 more bytes of each (bf16)."""
+    accumulate_sharded: bool = False
+    """full_shard: reduce gradients in every micro step, not once per step; 4 bytes less of each while accumulating."""
     model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32."""
+    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
+    bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
     compile: bool = False
     """torch.compile each block."""
     compile_cache_size_limit: PositiveInt = 8
@@ -249,9 +294,11 @@ class DistributedArgs(Args):
     full_activation_checkpointing: bool = False
     """Recompute each whole block in backward."""
     float8_recipe: Literal["rowwise", "tensorwise"] | None = None
-    """Matrix products of matching layers in float8 (Hopper only). Null: none."""
+    """Matrix products of matching layers in float8 (Ada and Hopper GPUs on). rowwise: a scale per row, more exact;
+    tensorwise: one per tensor, faster. Null: none."""
     float8_filter: str = r"layers\.[0-9]+\."
-    """Regular expression of the module names that float8 applies to."""
+    """Regular expression, searched for in the names of the blocks' linear layers (layers.0.attention.wq): those are
+    float8. Widths that are no multiple of 16 leave a layer as it is."""
     matmul_allow_tf32: bool = False
     """fp32 products may use TF32."""
     allow_bf16_reduced_precision_reduction: bool = True
@@ -267,8 +314,17 @@ class DistributedArgs(Args):
     def _shards_fit(self) -> Self:
         if self.fsdp_type == "no_shard" and (self.dp_shard or 1) > 1:
             raise ValueError(f"dp_shard {self.dp_shard} shards nothing with fsdp_type no_shard; use full_shard")
+        for key in ("keep_gathered", "accumulate_sharded"):
+            if self.fsdp_type == "no_shard" and getattr(self, key):
+                raise ValueError(
+                    f"{key} is about shards, which fsdp_type no_shard has none of; use full_shard, or drop it"
+                )
         if self.selective_activation_checkpointing and self.full_activation_checkpointing:
             raise ValueError("selective_ and full_activation_checkpointing exclude each other; choose one")
+        try:
+            re.compile(self.float8_filter)
+        except re.error as error:
+            raise ValueError(f"float8_filter {self.float8_filter!r} is no regular expression: {error}") from error
         return self
 
     def degrees(self, world_size: int) -> tuple[int, int, int]:

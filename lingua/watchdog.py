@@ -59,9 +59,13 @@ class Pulse:
         self._n_beats += 1
         self.step, self._since_s = step, now_s
 
+    def sign(self) -> None:
+        """What is done now, and is no step, gets on."""
+        self._since_s = self.now()
+
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """Around what is no step: "validation", "checkpoint"."""
+        """Around what is no step: "validation", "checkpoint", "evaluation"."""
         self._since_s, self._doing = self.now(), what
         yield
         self._since_s, self._doing = self.now(), None

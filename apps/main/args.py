@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from lingua.args import Args, Part, Text, part_of
 from lingua.data.args import DataArgs
-from lingua.evaluator import EvalArgs
+from lingua.evalargs import EvalArgs
 from lingua.launcher import LauncherArgs
 from lingua.metrics import LoggingArgs
 from lingua.schema import (
@@ -98,7 +98,8 @@ class TrainArgs(Args):
     eval: EvalArgs | None = None
     """What the evaluator measures at each checkpoint of checkpoint.eval. Null: nothing."""
     async_eval_gpus: Annotated[int, Field(ge=0)] | None = None
-    """GPUs of the evaluation job. Null: evaluate in the training process."""
+    """GPUs of an evaluation outside of the training process: a Slurm job for each checkpoint within a job, elsewhere a
+    process beside the run. 0: on CPU. Null: evaluate in the training process, which stands still meanwhile."""
     launcher: LauncherArgs = LauncherArgs()
     slurm: SlurmArgs | None = None
     """Slurm settings of the evaluation job."""

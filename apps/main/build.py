@@ -11,10 +11,10 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from lingua.data.loader import Batch, Loader, build_loader, merge_states
 from lingua.data.staging import staged
 from lingua.distributed import World, on_every_rank
 from lingua.loss import CrossEntropy, Loss
+from lingua.lossscale import LossScale
 from lingua.parallel import DTYPES, parallelize, set_matmul_precision
 from lingua.runlock import RunLock
 from lingua.schedule import lr_at
@@ -43,21 +44,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Run:
-    """A built run, ready for its next step."""
+class Learner:
+    """What takes the next step: model, optimizer, rows and state."""
 
     args: TrainArgs
     size: Resolved
-    run_dir: Path
     world: World
-    tokenizer: Tokenizer
     model: nn.Module
     loss: Loss
-    validation_loss: Loss
     optimizer: torch.optim.Optimizer
     loader: Loader
-    manager: CheckpointManager
-    held_out: list[HeldOut]
+    loss_scale: LossScale | None
+    """With fp16 only."""
     state: TrainState
     """All that the next step depends on, as of the last snapshot; `shared` is always current."""
 
@@ -77,14 +75,21 @@ class Run:
         """What every rank knows alike and a checkpoint keeps: step, tokens, tracking id."""
         return self.state.shared
 
+    @property
+    def loss_factor(self) -> torch.Tensor | None:
+        """What gradients are multiplied with until they are clipped. None: nothing."""
+        return None if self.loss_scale is None else self.loss_scale.factor
+
     def advance(self) -> None:
         """One more update is done."""
         self.shared["step"] += 1
         self.shared["total_tokens"] += self.size.tokens_per_step
 
     def snapshot(self) -> TrainState:
-        """The state with the position of the data after the last batch used."""
+        """The state with the position of the data after the last batch used; waits for the device with fp16."""
         self.state.per_rank = {"data": self.loader.state_dict()}
+        if self.loss_scale is not None:
+            self.shared["loss_scale"] = self.loss_scale.state()
         return self.state
 
     def batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
@@ -93,11 +98,36 @@ class Run:
             tokens, labels = (self._to_device(view) for view in batch.views[:2])
             yield batch, tokens, labels, None if batch.doc_ids is None else self._to_device(batch.doc_ids)
 
+    def micro_step(
+        self,
+        precision: AbstractContextManager[object],
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        doc_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Forward and backward of one micro step; returns its share of the step's loss. Gradients add up."""
+        with precision:
+            loss, _ = self.model(tokens, labels=labels, doc_ids=doc_ids, loss=self.loss)
+        loss = loss / self.size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
+        (loss if self.loss_factor is None else loss * self.loss_factor).backward()
+        return loss.detach()
+
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self.world.device.type == "cuda":
             tensor = tensor.pin_memory().to(self.world.device, non_blocking=True)
         return tensor.long()
+
+
+@dataclass
+class Run(Learner):
+    """A built run, ready for its next step."""
+
+    run_dir: Path
+    tokenizer: Tokenizer
+    validation_loss: Loss
+    manager: CheckpointManager
+    held_out: list[HeldOut]
 
 
 def seed_everything(seed: int) -> None:
@@ -130,52 +160,76 @@ def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
     return model
 
 
-def build_run(
-    args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
-) -> Run:
-    """Everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
+def build_loss(args: TrainArgs) -> Loss:
+    """What training minimises; compiled where the model is."""
+    loss = build_part(args.loss)
+    if args.distributed.compile and isinstance(loss, CrossEntropy):
+        loss.compile()
+    return loss
+
+
+def build_loss_scale(args: TrainArgs, state: TrainState, device: torch.device) -> LossScale | None:
+    """As the checkpoint left it, with fp16; none otherwise, and a state that has one no longer does."""
+    saved = state.shared.pop("loss_scale", None)
+    return LossScale(device, saved) if args.distributed.model_dtype == "fp16" else None
+
+
+def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
+    """Model and optimizer as before the first step, and the process-wide settings that they are computed with."""
     if args.deterministic:
         make_deterministic()
     set_matmul_precision(args.distributed)
     torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
-    seed_everything(args.seed + world.place.rank)
-
-    args.data = on_every_rank(lambda: stack.enter_context(staged(args.data)))
-    tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
+    seed_everything(args.seed + world.dp_rank)  # tensor-parallel ranks draw alike what they hold in common
     model = on_every_rank(lambda: build_model(args, size, world))
     optimizer = build_part(args.optim, list(model.named_parameters()))
-    state = TrainState(model, optimizer, shared=fresh_shared(), seed=args.seed)
+    return TrainState(model, optimizer, shared=fresh_shared(), seed=args.seed)
+
+
+def build_rows(
+    args: TrainArgs, size: Resolved, world: World, tokenizer: Tokenizer, data_state: dict[str, Any] | None
+) -> Loader:
+    """This rank's rows, from where `data_state` (of all lanes) stands; None: from the first."""
+    return on_every_rank(
+        lambda: build_loader(
+            args.data,
+            tokenizer=tokenizer,
+            rows_per_step=size.rows_per_step,
+            lanes=size.lanes,
+            dp_rank=world.dp_rank,
+            dp_size=world.dp_size,
+            state=data_state,
+        )
+    )
+
+
+def build_run(
+    args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
+) -> Run:
+    """Everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
+    args.data = on_every_rank(lambda: stack.enter_context(staged(args.data)))
+    tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
+    state = build_state(args, size, world)
     manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
     stack.callback(manager.close)
     data_state = resume(state, manager, args, size)
+    loss_scale = build_loss_scale(args, state, world.device)
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
-    loader = stack.enter_context(
-        on_every_rank(
-            lambda: build_loader(
-                args.data,
-                tokenizer=tokenizer,
-                rows_per_step=size.rows_per_step,
-                lanes=size.lanes,
-                dp_rank=world.dp_rank,
-                dp_size=world.dp_size,
-                state=data_state,
-            )
-        )
-    )
     return Run(
         args=args,
         size=size,
         run_dir=run_dir,
         world=world,
         tokenizer=tokenizer,
-        model=model,
-        loss=build_part(args.loss),
+        model=state.model,
+        loss=build_loss(args),
         validation_loss=CrossEntropy(CrossEntropyArgs()),
-        optimizer=optimizer,
-        loader=loader,
+        optimizer=state.optimizer,
+        loader=stack.enter_context(build_rows(args, size, world, tokenizer, data_state)),
         manager=manager,
         held_out=on_every_rank(lambda: held_out_rows(args, tokenizer)),
+        loss_scale=loss_scale,
         state=state,
     )
 
@@ -192,15 +246,26 @@ def fresh_shared() -> dict[str, Any]:
     }
 
 
+class LoadsFrom(Protocol):
+    """What restores the full state of another run: CheckpointManager, Restorer."""
+
+    def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path: ...
+
+
 def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
     """Load the newest checkpoint, or what to start from; returns the loader's state, None for rows from the first."""
     newest = manager.latest()
     if newest is not None:
         manager.load(newest, state)
         return merge_states([rank["data"] for rank in state.per_rank_all])
+    return begin(state, manager, args, size)
+
+
+def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
+    """Be as a run is at its first start; returns the loader's state, None for rows from the first."""
     start = args.checkpoint.init_ckpt_path
     if start is not None and args.checkpoint.continue_training_from_init:
-        return _continue_other(state, manager, start, args.checkpoint.reset, size)
+        return _continue_other(state, loads, start, args.checkpoint.reset, size)
     if start is not None:
         key, sizes_only = args.checkpoint.init_ckpt_model_key, args.checkpoint.verify_on_load == "sizes"
         weights = on_every_rank(lambda: load_weights(state.model, start, key, sizes_only=sizes_only))
@@ -209,10 +274,10 @@ def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size:
 
 
 def _continue_other(
-    state: TrainState, manager: CheckpointManager, start: str, reset: Sequence[str], size: Resolved
+    state: TrainState, loads: LoadsFrom, start: str, reset: Sequence[str], size: Resolved
 ) -> dict[str, Any] | None:
     """Go on with another run's full state, but for what is `reset`; returns the loader's state."""
-    manager.load_from(start, state, optimizer="optim" not in reset)
+    loads.load_from(start, state, optimizer="optim" not in reset)
     data = None if "data" in reset else merge_states([rank["data"] for rank in state.per_rank_all])
     if "step" in reset:
         state.shared = fresh_shared()

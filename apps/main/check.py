@@ -27,7 +27,6 @@ from lingua.tokenizer import TokenizerArgs, assumed_n_words, build_tokenizer
 from .args import TrainArgs
 
 DEFAULT_STEPS = 1000
-STATE_BYTES_PER_PARAM = 12  # fp32 parameter and AdamW's two fp32 moments
 _GIB = 1 << 30
 # What lingua/attention.py refuses wherever it runs; the rest depends on the device and is told when the run starts.
 _NO_WINDOW = ("sdpa_flash", "sdpa_cudnn")
@@ -69,6 +68,8 @@ class Resolved:
     flops_per_token: float
     n_params: int
     n_params_non_embedding: int
+    checkpoint_bytes: int
+    """fp32 parameters and the optimizer's state, to plan with: the few vectors of the blocks count as matrices."""
 
     @property
     def dp_size(self) -> int:
@@ -144,7 +145,6 @@ def load(
     # What may only follow from a wrong value, which was left out, is not said.
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
     errors = [f for f in study_.errors if f.key in written or f.key.partition(".")[0] not in about]
-    errors += _not_there_yet(args)
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
     if complaints or study_.resolved is None:
         raise ConfigError(complaints)
@@ -189,7 +189,7 @@ def study(
     """Everything that is to be said about a valid config; `frozen` is that of the run's first start."""
     found = Study()
     (found.errors if strict_paths else found.warnings).extend(missing_paths(args))
-    found.errors += [*_conflicts(args), *_unreadable_sources(args.data)]
+    found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
     found.resolved = _sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
         found.errors += _misfits(args, found.resolved)
@@ -215,6 +215,7 @@ def _sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: S
     vocab_size = _vocab_size(args, found)
     model = args.model.model_copy(update={"vocab_size": vocab_size})
     flops_per_token = model.flops_per_token(args.data.seq_len)
+    n_params = model.n_params()
     n_steps, how_long = _length(args, rows * args.data.seq_len, flops_per_token, found)
     return Resolved(
         world_size=world_size,
@@ -231,8 +232,9 @@ def _sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: S
         max_seqlen=max(args.model.max_seqlen, args.data.seq_len),
         how_long=how_long,
         flops_per_token=flops_per_token,
-        n_params=model.n_params(),
+        n_params=n_params,
         n_params_non_embedding=model.n_params_non_embedding(),
+        checkpoint_bytes=4 * n_params + args.optim.state_bytes(n_params, model.n_params_non_embedding()),
     )
 
 
@@ -432,6 +434,24 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
                 yield Finding("data.sources", str(error))
 
 
+def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
+    """Evaluations by the run itself that would fail at each checkpoint, as far as the data is on this machine."""
+    from lingua.data.jsonl import DataError
+
+    from .texts import held_out_texts
+
+    if args.eval is None or not args.eval.automatic:
+        return
+    if args.eval.validation is None:
+        if args.eval.harness is None or not args.eval.harness.tasks:
+            yield Finding("eval", "eval: nothing is measured; set eval.validation or eval.harness.tasks, or eval=null")
+    elif args.data.sources and not any(missing_paths(args)):
+        try:
+            held_out_texts(args.data, args.eval.validation)
+        except (ConfigError, DataError) as error:
+            yield Finding("eval.validation", str(error))
+
+
 def _conflicts(args: TrainArgs) -> Iterator[Finding]:
     """Keys that contradict each other whatever the sizes."""
     from lingua.schedule import SCHEDULES
@@ -462,12 +482,12 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
         )
         yield Finding("checkpoint.reset", text)
     yield from _attention_conflicts(args)
+    yield from _float8_conflicts(args)
 
 
 def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
     """What training says of keys that other rooms will honour."""
     if args.eval is not None:
-        yield f"eval: start `lingua eval --follow {args.dump_dir}` beside the run; it evaluates nothing by itself yet"
         for key in ("wipe_ckpt", "terminal_eval_wandb"):
             if getattr(args.eval, key):
                 yield f"eval.{key} has no effect yet"
@@ -475,18 +495,6 @@ def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
         yield f"probe_freq is {args.probe_freq}, but there are no probes yet; it has no effect"
     if args.logging.acc_freq is not None:
         yield f"logging.acc_freq is {args.logging.acc_freq}, but only whole steps are logged; it has no effect"
-
-
-def _not_there_yet(args: TrainArgs) -> Iterator[Finding]:
-    """Keys of lingua's that this version cannot honour; what is asked is done or refused, never ignored."""
-    layout = args.distributed
-    for key, on, remedy in (
-        ("distributed.tp_size", layout.tp_size > 1, "tensor parallelism is not there yet; use 1, and full_shard"),
-        ("distributed.float8_recipe", layout.float8_recipe is not None, "float8 is not there yet; leave it null"),
-        ("distributed.model_dtype", layout.model_dtype == "fp16", "fp16 needs loss scaling, not there yet; use bf16"),
-    ):
-        if on:
-            yield Finding(key, f"{key}: {remedy}")
 
 
 def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
@@ -507,6 +515,17 @@ def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
         yield Finding("model.attn_impl", text)
 
 
+def _float8_conflicts(args: TrainArgs) -> Iterator[Finding]:
+    recipe, key = args.distributed.float8_recipe, "distributed.float8_recipe"
+    if recipe is None:
+        return
+    if args.device == "cpu":
+        yield Finding(key, f"{key} is {recipe}, which needs a GPU, but device is cpu; leave it null")
+    if args.distributed.tp_size > 1:
+        text = f"{key} is {recipe}, which does not know tensor parallelism; leave it null, or set distributed.tp_size=1"
+        yield Finding(key, text)
+
+
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     """Sizes that do not go into each other."""
     if size.lanes % size.dp_size:
@@ -514,16 +533,33 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
         text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; set it to {near}"
         yield Finding("data.lanes", text)
-    if isinstance(args.model, LlamaArgs) and size.tp_size > 1:
+    if size.tp_size > 1:
+        yield from _tensor_parallel_misfits(args, size)
+
+
+def _tensor_parallel_misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """What cannot be split into tp_size equal parts, or not at all (lingua/tensor_parallel.py)."""
+    n_ranks, text = size.tp_size, f"distributed.tp_size is {size.tp_size}"
+    if args.optim.type == "muon":
+        sentence = f"optim.type is muon, which needs whole rows of matrices, but {text}"
+        yield Finding("optim.type", f"{sentence}; use tp_size 1 and full_shard, or optim.type adamw")
+    if isinstance(args.model, LlamaArgs):
         for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
-            if n % size.tp_size:
-                text = (
-                    f"distributed.tp_size is {size.tp_size}, which does not divide the model's {n} {what}; change one"
+            if n % n_ranks:
+                yield Finding(
+                    "distributed.tp_size", f"{text}, which does not divide the model's {n} {what}; change one"
                 )
-                yield Finding("distributed.tp_size", text)
-        if args.model.ffn_width % size.tp_size:
-            text = f"distributed.tp_size is {size.tp_size}, which does not divide the width {args.model.ffn_width}"
-            yield Finding("distributed.tp_size", f"{text} of the feed-forward layer; set model.multiple_of")
+        if args.model.ffn_width % n_ranks:
+            width = f"the width {args.model.ffn_width} of the feed-forward layer"
+            yield Finding("distributed.tp_size", f"{text}, which does not divide {width}; set model.multiple_of")
+    if size.seq_len % n_ranks:
+        remedy = f"set data.seq_len to {size.seq_len - size.seq_len % n_ranks or n_ranks}"
+        yield Finding("distributed.tp_size", f"{text}, which does not divide data.seq_len {size.seq_len}; {remedy}")
+    if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's way to split leaves a rank none
+        yield Finding("distributed.tp_size", f"{text}, too many for a vocabulary of {size.vocab_size}; use fewer")
+    if not getattr(args.loss, "splits_words", False):
+        remedy = "use cross_entropy, or let it, and say splits_words = True in its Args"
+        yield Finding("loss.type", f"{text}, but the loss {args.loss.type} takes no head that is split; {remedy}")
 
 
 def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
@@ -559,7 +595,13 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if args.data.n_views > 2:
         yield Finding("data.n_views", f"data.n_views is {args.data.n_views}; this model learns from the first 2 only")
     if args.distributed.model_dtype == "fp16":
-        yield Finding("distributed.model_dtype", "distributed.model_dtype is fp16 without loss scaling; bf16 is safer")
+        text = (
+            "distributed.model_dtype is fp16, whose loss scale costs skipped steps; bf16 needs none where a GPU has it"
+        )
+        yield Finding("distributed.model_dtype", text)
+    if args.distributed.float8_recipe is not None and not args.distributed.compile:
+        text = "distributed.float8_recipe without distributed.compile is slower than bf16: scaling is not fused"
+        yield Finding("distributed.float8_recipe", f"{text}; set distributed.compile=true")
     lanes_per_rank = size.lanes // size.dp_size
     if args.data.num_workers > lanes_per_rank:
         text = f"data.num_workers is {args.data.num_workers}, but a rank has {lanes_per_rank} lanes; the rest idles"
@@ -576,7 +618,7 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 
 def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    each = size.n_params * STATE_BYTES_PER_PARAM
+    each = size.checkpoint_bytes
     kept_for_good = {
         "dump.keep": args.checkpoint.dump.every if args.checkpoint.dump.keep <= 0 else 0,
         "eval.keep": args.checkpoint.eval.every if args.checkpoint.eval.keep <= 0 else 0,

@@ -9,6 +9,7 @@ usage: python -m apps.main.eval [ckpt=]RUN[@STEP] [config=FILE] [key=value ...] 
                   none near them. Without it: the section `eval` of the run's config
   key=value       a key of that section: validation.max_steps=100 harness=null newest_first=true
   --once          with follow: end as soon as nothing waits
+  --alone         with follow: leave if another one that was started so is there; what a run starts by itself is
   --json          print the results as JSON
 
 By hand the results are printed, and with dump_dir=FOLDER written to FOLDER/results.json. Following writes
@@ -24,40 +25,33 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from apps.output import show_json
 from lingua.args import ConfigError
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.compose import compose
-from lingua.data.heldout import held_out_file
-from lingua.data.jsonl import find_files
-from lingua.data.sources import filled
-from lingua.distributed import World, find_place, from_main, on_every_rank, pick_device, set_environment, start_world
+from lingua.distributed import find_place, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main, with_ckpt
-from lingua.evaluator import Beat, EvalArgs, Evaluator, EvalValidationArgs, evaluation_tracker, write_results
+from lingua.evalargs import EvalArgs
+from lingua.evalstart import alone
+from lingua.evaluator import Beat, Evaluator, evaluation_tracker, write_results
 from lingua.files import RunError, make_folder
 from lingua.freeze import CONFIG_FILE
-from lingua.generator import Generator
-from lingua.harness import be_offline, load_tasks, make_lm, run_tasks
+from lingua.harness import be_offline, load_tasks
 from lingua.layers import stack_layers
 from lingua.logger import start_logging
-from lingua.parallel import DTYPES
 from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.schema import DistributedArgs
-from lingua.scorer import Loss, Scorer, Wording, score_documents
 from lingua.signals import StopSignals
 from lingua.slurm import this_allocation
 
 from .args import TrainArgs
-from .check import source_folders
 from .described import config_of, described
-from .generate import load_model
+from .measures import Measures
 
 log = logging.getLogger(f"{__package__}.eval")
 
@@ -121,104 +115,6 @@ def _is_about_measures(config: str) -> bool:
     return stack_layers(config, [], [], EvalArgs).tree.keys() <= EvalArgs.model_fields.keys()
 
 
-@dataclass(frozen=True)
-class HeldOutText:
-    """A file of documents to score."""
-
-    name: str
-    file: Path
-    text_key: str | None = None
-
-
-def held_out_texts(run_args: TrainArgs, args: EvalValidationArgs) -> list[HeldOutText]:
-    """The files whose loss is measured. Raises ConfigError when one that is named is missing, or there is none."""
-    found: list[HeldOutText] = []
-    if args.use_val_from_train_src:
-        data = filled(run_args.data)
-        keys = {} if isinstance(data.sources, dict) else {s.name or Path(s.path).name: s.text_key for s in data.sources}
-        for name, folder in source_folders(data).items():
-            if file := held_out_file(folder):
-                found.append(HeldOutText(name, file, keys.get(name)))
-    for name in args.sources:
-        path = Path(args.root_dir) / name
-        if not path.exists():
-            raise ConfigError(f"eval.validation.sources: {path} does not exist; mend the name or validation.root_dir")
-        files = [held_out_file(path) or find_files(path)[0]] if path.is_dir() else [path]
-        found += [HeldOutText(Path(name).name.removesuffix(".jsonl"), file) for file in files]
-    names = [one.name for one in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"eval.validation: two held-out sources are called {twice[0]!r}; rename one")
-    if not found:
-        raise ConfigError(
-            "eval.validation: there is no *.val.jsonl beside the training sources and none is named; "
-            "set eval.validation.sources, or eval.validation=null"
-        )
-    return found
-
-
-# -- measuring -----------------------------------------------------------------------------------------------------
-
-
-class Measures:
-    """What is measured of each checkpoint; all ranks take part."""
-
-    def __init__(self, run_args: TrainArgs, args: EvalArgs, world: World) -> None:
-        """Raises ConfigError for what is missing, before anything is loaded."""
-        self.run_args, self.args, self.world = run_args, args, world
-        self.texts = held_out_texts(run_args, args.validation) if args.validation is not None else []
-        self.harness = args.harness if args.harness is not None and args.harness.tasks else None
-        if self.harness is not None:
-            load_tasks(self.harness)
-        if not self.texts and self.harness is None:
-            raise ConfigError("eval: nothing is measured; set eval.validation or eval.harness.tasks")
-
-    def measure(self, ckpt: str | Path, beat: Beat) -> dict[str, Any]:
-        """Metrics of a checkpoint. Collective; a failure of one rank is heard by all."""
-        generator = self.args.generator
-        device = self.world.device
-        model, tokenizer, loaded = on_every_rank(
-            lambda: load_model(self.run_args, ckpt, device, DTYPES[generator.dtype])
-        )
-        log.info("%s, on %s in %s", loaded, device, generator.dtype)
-        scorer = Scorer(model, generator.max_tokens, beat)
-        data = self.run_args.data
-        wording = Wording(tokenizer, data.add_bos, data.add_eos)
-        found: dict[str, Any] = self._held_out(scorer, wording)
-        if self.harness is not None:
-            lm = make_lm(scorer, Generator(model, tokenizer, generator, add_bos=data.add_bos), wording)
-            found |= run_tasks(lm, self.harness, self.args.core_metrics)
-        return found
-
-    def _held_out(self, scorer: Scorer, wording: Wording) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for text in self.texts:
-            loss = self._share_of(text, scorer, wording)
-            metrics |= loss.metrics(f"validation/{text.name}")
-        return metrics
-
-    def _share_of(self, text: HeldOutText, scorer: Scorer, wording: Wording) -> Loss:
-        """The loss over all ranks, of which each scores its share of the documents."""
-        args, world = self.args.validation, self.world
-        assert args is not None
-        loss = on_every_rank(
-            lambda: score_documents(
-                scorer,
-                text.file,
-                wording,
-                text_key=text.text_key,
-                max_documents=args.max_steps,
-                stride=args.stride,
-                share=(world.place.rank, world.place.world_size),
-            )
-        )
-        if not dist.is_initialized():
-            return loss
-        sums = torch.tensor([loss.nats, loss.n_tokens, loss.n_bytes, loss.n_documents], dtype=torch.float64)
-        dist.all_reduce(sums)
-        nats, *counts = sums.tolist()
-        return Loss(nats, *map(int, counts))
-
-
 # -- entry ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +122,7 @@ def main(words: list[str]) -> int:
     """Evaluate what the words of a command line say; returns the exit code."""
     if words[:1] == ["prefetch"]:
         return prefetch(words[1:])
-    line = parse_command_line(with_ckpt(words), ["once", "json"])
+    line = parse_command_line(with_ckpt(words), ["once", "json", "alone"])
     if line.flags.get("help"):
         print(__doc__)
         return 0
@@ -245,7 +141,7 @@ def main(words: list[str]) -> int:
     with start_world(DistributedArgs(timeout_s=timeout_s), place, device) as world:
         measures = on_every_rank(lambda: Measures(run_args, args, world))
         if order.follow:
-            return follow(Path(order.place), measures, once=bool(line.flags.get("once")))
+            return follow_alone(Path(order.place), measures, line)
         found = measures.measure(order.place, lambda: None)
     if place.is_main:
         show(order.place, found, args.dump_dir, as_json=bool(line.flags.get("json")))
@@ -267,6 +163,14 @@ def prefetch(words: list[str]) -> int:
     for name in load_tasks(args.harness):
         print(f"{name}: there")
     return 0
+
+
+def follow_alone(run_dir: Path, measures: Measures, line: CommandLine) -> int:
+    """`follow`, with --alone unless the run has another evaluator that it started."""
+    with ExitStack() as stack:
+        if line.flags.get("alone") and not from_main(lambda: stack.enter_context(alone(run_dir))):
+            return EXIT_FINISHED
+        return follow(run_dir, measures, once=bool(line.flags.get("once")))
 
 
 def follow(run_dir: Path, measures: Measures, *, once: bool) -> int:

@@ -88,14 +88,20 @@ def load_model(
     Memory: the model, and its largest tensor once more. Raises RunError for weights that do not fit.
     """
     tokenizer = build_tokenizer(run_args.data.tokenizer)
+    model = bare_model(run_args, tokenizer, device, dtype)
+    loaded = load_weights(model, ckpt, sizes_only=run_args.checkpoint.verify_on_load == "sizes")
+    return model, tokenizer, loaded
+
+
+def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model of `run_args`, whole and by itself, whose weights are to be filled in."""
     vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.n_words
     update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
     with torch.device("meta"):
         model: nn.Module = build_part(run_args.model.model_copy(update=update))
     model.to(dtype).to_empty(device=device)
     model.init_buffers()  # pyright: ignore[reportCallIssue]
-    loaded = load_weights(model, ckpt, sizes_only=run_args.checkpoint.verify_on_load == "sizes")
-    return model, tokenizer, loaded
+    return model
 
 
 def ask(interactive: bool) -> Iterator[list[str]]:

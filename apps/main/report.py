@@ -20,7 +20,7 @@ from lingua.freeze import dump_yaml
 from lingua.schema import DistributedArgs, LlamaArgs
 
 from .args import TrainArgs
-from .check import STATE_BYTES_PER_PARAM, Checked, Resolved, load
+from .check import Checked, Resolved, load
 
 
 class Fact(NamedTuple):
@@ -78,7 +78,7 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fac
     """Derived figures in the order in which they are asked for."""
     peak = find_peak(gpu)
     assert peak is not None
-    n, state = size.n_params, size.n_params * STATE_BYTES_PER_PARAM
+    n, state = size.n_params, size.checkpoint_bytes
     yield Fact("parameters", n, f"{n:,}", "all")
     n_blocks = size.n_params_non_embedding
     yield Fact("parameters_non_embedding", n_blocks, f"{n_blocks:,}", "without input embedding and output head")
@@ -92,7 +92,7 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fac
     yield Fact("steps", size.n_steps, f"{size.n_steps:,}", size.how_long)
     yield Fact("total_tokens", size.total_tokens, f"{size.total_tokens:,}", "steps * tokens per step")
     yield Fact("tokens_per_parameter", size.total_tokens / n, f"{size.total_tokens / n:.3g}", "of all parameters")
-    how = f"{STATE_BYTES_PER_PARAM} bytes per parameter: fp32 weight and AdamW's two moments"
+    how = f"{state / n:.4g} bytes per parameter: fp32 weights and the state of {args.optim.type}"
     yield Fact("checkpoint_bytes", state, human_bytes(state), how)
     yield _memory(args, size, peak.memory_gib, gpu)
     per_token, formula = float(size.flops_per_token), type(args.model).flops_per_token.__doc__ or ""
@@ -110,7 +110,14 @@ def _layout(size: Resolved) -> str:
 
 def _memory(args: TrainArgs, size: Resolved, gpu_gib: int, gpu: str) -> Fact:
     """Bytes on one GPU: states, activations of a micro step, and the largest piece of logits."""
-    parts = {"parameters, gradients, moments": 16 * size.n_params / (size.dp_shard * size.tp_size)}
+    states = (4 * size.n_params + size.checkpoint_bytes) / (size.dp_shard * size.tp_size)
+    parts = {"parameters, gradients, optimizer": states}
+    if args.distributed.fsdp_type == "full_shard":
+        whole = size.n_params / size.tp_size
+        if args.distributed.keep_gathered:
+            parts["gathered parameters"] = whole * (4 if args.distributed.model_dtype == "fp32" else 2)
+        if size.grad_acc_steps > 1 and not args.distributed.accumulate_sharded:
+            parts["accumulated gradients"] = whole * 4
     if isinstance(args.model, LlamaArgs):
         parts["activations"] = _activation_bytes(args.model, args.distributed, size)
     positions = size.batch_size * size.seq_len
@@ -125,13 +132,15 @@ def _activation_bytes(model: LlamaArgs, layout: DistributedArgs, size: Resolved)
     """What backward keeps of a micro step in 2-byte types, counted block by block, attention scores never stored.
 
     Per position and layer: six vectors of width D (two inputs of norms, two outputs, queries, attention's output), keys
-    and values, four of the feed-forward width (both products, the gate's output, their product).
+    and values, four of the feed-forward width (both products, the gate's output, their product). Tensor-parallel ranks
+    share all of them but the outputs of the norms, which are kept gathered.
     """
     width = 2 if layout.model_dtype != "fp32" else 4
-    whole = width * (6 * model.dim + 2 * model.kv_heads * model.head_width + 4 * model.ffn_width) / size.tp_size
+    shared = 4 * model.dim + 2 * model.kv_heads * model.head_width + 4 * model.ffn_width
+    whole = width * (2 * model.dim + shared / size.tp_size)
     positions = size.batch_size * size.seq_len
     if layout.full_activation_checkpointing:  # every block's input, and one block in full
-        return positions * (width * model.dim * model.n_layers + whole)
+        return positions * (width * model.dim * model.n_layers / size.tp_size + whole)
     share = 0.5 if layout.selective_activation_checkpointing else 1.0
     return positions * whole * model.n_layers * share
 

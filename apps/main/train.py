@@ -4,7 +4,7 @@ Promise: killed at any line, the same command goes on from the newest published 
 for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint; a failure of any rank ends all
 within seconds (lingua/guard.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person
 (saved), 76 hung, 1 and 2 failures.
-Cost beside forward, backward and optimizer: one all-reduce of four numbers per step, read one step late.
+Cost beside forward, backward and optimizer: one all-reduce of a few numbers per step, read one step late.
 
 Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
 """
@@ -30,9 +30,10 @@ from lingua.entry import leave, parse_command_line, run_main
 from lingua.files import RunError
 from lingua.guard import Guard
 from lingua.logger import start_logging
+from lingua.lossscale import is_overflow
 from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
 from lingua.optim import clip_and_check, optimizer_step
-from lingua.parallel import forward_precision, sync_gradients
+from lingua.parallel import begin_micro_step, forward_precision
 from lingua.peers import Peers
 from lingua.profiling import Profiler, memory_metrics
 from lingua.progress import Lap, Meter, ProgressLine
@@ -42,6 +43,7 @@ from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
+from .evaluate import Evaluation, make_evaluation, make_measures
 from .start import (
     make_meter,
     open_run_folder,
@@ -92,7 +94,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
     optimizer are then as before that step, and nothing is saved on top of the last checkpoint.
     """
-    args, size, device = run.args, run.size, run.world.device
+    args, size, device, loss_scale = run.args, run.size, run.world.device, run.loss_scale
     parameters = list(run.model.parameters())
     precision = forward_precision(run.model, args.distributed, device)
     batches = run.batches()
@@ -111,27 +113,27 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                 with meter.loading():
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
-                sync_gradients(run.model, micro_step == size.grad_acc_steps - 1)
-                with precision:
-                    loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
-                loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
-                loss.backward()
-                loss_sum += loss.detach()
+                begin_micro_step(run.model, args.distributed, is_last=micro_step == size.grad_acc_steps - 1)
+                loss_sum += run.micro_step(precision, tokens, labels, doc_ids)
 
-            grad_norm, finite = clip_and_check(parameters, args.optim.clip)
+            grad_norm, finite = clip_and_check(parameters, args.optim.clip, run.loss_factor)
             if args.optim.on_nonfinite == "stop":
-                halted |= ~finite
-                finite = ~halted
+                halted |= ~finite if loss_scale is None else ~finite & loss_scale.is_least
+            moves = finite & ~halted
             run.manager.before_update()
-            optimizer_step(run.optimizer, lr, finite)
+            optimizer_step(run.optimizer, lr, moves)
             run.optimizer.zero_grad()
             run.advance()
             guard.pulse.beat(run.step)
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(guard.asked)]))
+            also = [] if run.loss_factor is None else [run.loss_factor]
+            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~moves, float(guard.asked), *also]))
+            if loss_scale is not None:
+                loss_scale.update(finite)
             profiler.step(run.step)
             judge.progress.advance(run.step)
+            judge.evaluation.look()
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
             if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
@@ -140,7 +142,10 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
             if run.manager.is_due(run.step) and run.step < size.n_steps:
                 judge.hear(votes.read())  # what is saved must have been judged
                 with meter.paused(), guard.pulse.during("checkpoint"):
-                    judge.report_save(run.manager.save(run.step, run.snapshot()))
+                    report = run.manager.save(run.step, run.snapshot())
+                judge.report_save(report)
+                with meter.paused():
+                    judge.hear_of_stop(judge.evaluation.saved(report))
         judge.hear(votes.read())
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
@@ -153,10 +158,13 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
 class Judge:
     """Reads each step's votes: loss, gradient norm, whether it went wrong, whether a rank was asked to stop."""
 
-    def __init__(self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None) -> None:
+    def __init__(
+        self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None, evaluation: Evaluation
+    ) -> None:
         self.stop = False
         """A rank has been asked to stop: the same answer on all ranks after the same step."""
         self.meter = meter
+        self.evaluation = evaluation
         self.progress = progress
         self._run = run
         self._metrics = metrics
@@ -165,29 +173,32 @@ class Judge:
     def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
         if verdict is None:
             return
-        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks) = verdict
+        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, *scale_sum) = verdict
         n_ranks = self._run.world.place.world_size
-        if stop_ranks > 0:
-            self.stop_soon()
-        if bad_ranks > 0:
+        self.hear_of_stop(stop_ranks > 0)
+        scale = scale_sum[0] / n_ranks if scale_sum else None
+        if bad_ranks > 0 and scale is not None and is_overflow(loss_sum, scale):
+            self._run.shared["skipped_steps"] += 1
+            log.info("step %d overflowed at loss scale %g: halved; the optimizer did not move", facts.step, scale)
+        elif bad_ranks > 0:
             self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
         elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
             raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
         else:
             self._skips_in_a_row = 0
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
-            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks)
+            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks, scale)
 
-    def stop_soon(self) -> None:
-        """All ranks have agreed to stop."""
-        if not self.stop:
+    def hear_of_stop(self, agreed: bool) -> None:
+        """`agreed`: by all ranks, to stop."""
+        if agreed and not self.stop:
             self.stop = True
             log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
 
     def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:
         """Held-out losses at the present step, handed through. None: all ranks agreed to stop instead."""
         if losses is None:
-            self.stop_soon()
+            self.hear_of_stop(True)
             return {}
         seconds = {"seconds": losses["seconds"]} if losses else {}
         losses = {key: value for key, value in losses.items() if key != "seconds"}  # no clock in a checkpoint
@@ -229,7 +240,7 @@ class Judge:
             f"rows again: pass over them with data.skip_rows='{skips}', or lower optim.lr"
         )
 
-    def _report(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
+    def _report(self, facts: StepFacts, loss: float, grad_norm: float, loss_scale: float | None) -> None:
         run = self._run
         record = {
             "global_step": facts.step,
@@ -239,6 +250,7 @@ class Judge:
             "optim/lr": facts.lr,
             "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],
+            **({} if loss_scale is None else {"optim/loss_scale": loss_scale}),
             **self.meter.read(facts.step, facts.lap),
             **memory_metrics(run.world.device),
             **run.loader.stats(),
@@ -282,6 +294,7 @@ def main(words: list[str]) -> int:
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
                 guard.last_acts.append(folder.lock.release)
             use_embedded_corpus(args)
+            measures = make_measures(args, world)
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
             guard.pulse.step = run.step
@@ -289,14 +302,20 @@ def main(words: list[str]) -> int:
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
             guard.last_acts.append(progress.stop)
-            return train_to_the_end(run, guard, Judge(run, meter, progress, metrics), words)
+            evaluation = make_evaluation(run, guard, measures, metrics, folder.incarnation)
+            exit_code = train_to_the_end(run, guard, Judge(run, meter, progress, metrics, evaluation), words)
+            evaluation.end(exit_code)
+            return exit_code
 
 
 def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
     args, n_steps = run.args, run.size.n_steps
-    unsaved: str | None = None
+    report: SaveReport | None = None
+    judge.hear_of_stop(judge.evaluation.begin())
     if run.step >= n_steps and was_validated(run):
+        if judge.stop:
+            return say_stopped(run, guard, None)
         say_finished_already(run)
         describe_end(run, "finished", EXIT_FINISHED)
         return EXIT_FINISHED
@@ -306,15 +325,17 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> 
         elif not was_validated(run):  # a stop came in between
             judge.report_validation(validate(run, guard))
         gc.disable()
-        unsaved = None if judge.stop else train(run, guard, judge).error  # stopped already: there is nothing new
+        report = None if judge.stop else train(run, guard, judge)  # stopped already: there is nothing new
         gc.enable()
     stopped, after = run.step < n_steps, {}
     if not stopped and args.validation.at_ends:
         with guard.pulse.during("validation"):
             losses = validate(run, guard)
         stopped, after = losses is None, judge.report_validation(losses)
+    if not stopped and report is not None:
+        stopped = judge.evaluation.saved(report, last=True)
     if stopped:
-        return say_stopped(run, guard, unsaved)
+        return say_stopped(run, guard, report.error if report is not None else None)
     if args.sample_prompt is not None:
         say_sample(run, args.sample_prompt)
     say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lingua.attention import build_mask
 from lingua.loss import Loss
+from lingua.tensor_parallel import logits, whole
 from lingua.transformer import (
     KVCache,
     RMSNorm,
@@ -73,9 +73,10 @@ class LMTransformer(nn.Module):
         if labels is not None:
             assert loss is not None, "labels without a loss"
             return loss(x, self.output_weight, labels)
+        x = whole(x)
         if select is not None:
             x = x[torch.arange(len(x), device=x.device), select].unsqueeze(1)
-        return functional.linear(x, self.output_weight)
+        return logits(x, self.output_weight)
 
     def _surroundings(
         self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None, positions: Tensor | None

@@ -58,6 +58,8 @@ def _measure(run: Run, guard: Guard) -> dict[str, float] | None:
                 )
             total += torch.stack([loss_sum.double(), torch.as_tensor(n_tokens, device=device).double()])
         if dist.is_initialized():
+            if world.tp_rank:  # a tensor-parallel group has scored the same rows: they count once
+                total.zero_()
             dist.all_reduce(total)
         nats, n_tokens = total.tolist()
         results[f"{source.name}/nll"] = nats / n_tokens

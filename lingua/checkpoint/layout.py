@@ -116,6 +116,11 @@ def evaluation(run_dir: Path, step: int) -> Path:
     return run_dir / EVALS / step_name(step)
 
 
+def found(run_dir: Path, step: int, incarnation: int) -> Path:
+    """Where lies what an evaluation found, until an evaluator makes it the verdict on the checkpoint of that start."""
+    return evaluation(run_dir, step) / f"start-{incarnation}"
+
+
 def parse_folder(name: str) -> int | None:
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match else None

@@ -3,7 +3,7 @@
 Promise: strict. Every parameter gets a value of its shape, nothing in the source is left over, or the error names what
 is wrong; the model is touched only after all names and shapes fit. No code in the source is executed: `.metadata` goes
 through an allow-list, torch files are read with weights_only. Checkpoints with a manifest are verified.
-Cost: files are mapped, not read whole; each rank copies only its own shards. No collective.
+Cost: files are mapped, not read whole; each rank copies only its own shards. No collective, but in `copy_weights`.
 
 Hugging Face's Llama turns the two halves of a head against each other, ours (as Meta's) turns neighbours: rows of wq
 and wk are put in our order while loading.
@@ -78,6 +78,18 @@ def load_weights(model: nn.Module, path: str | Path, model_key: str | None = Non
         _copy(tensors[name], source.read(theirs))
     n_values = sum(tensor.numel() for tensor in tensors.values())
     return f"{len(tensors)} tensors ({n_values:,} parameters) from {source.what}"
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Fill `target`, which each rank holds whole and in any dtype, with the weights of `source`, sharded or not.
+
+    Of one architecture. Collective where `source` is sharded, a tensor at a time.
+    """
+    theirs, ours = model_tensors(source)[0], model_tensors(target)[0]
+    assert theirs.keys() == ours.keys(), f"two models: {theirs.keys() ^ ours.keys()}"
+    for name, tensor in theirs.items():
+        ours[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 def _match(source: Source, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, str]:

@@ -13,8 +13,9 @@ import pytest
 from lingua.args import ConfigError
 from lingua.checkpoint import layout, publish
 from lingua.entry import parse_command_line
+from lingua.evalargs import EvalArgs
 from lingua.evaljob import EvalJobs, asked_of_slurm, follow_by_jobs
-from lingua.evaluator import EvalArgs, Evaluator, write_results
+from lingua.evaluator import Evaluator, write_results
 from lingua.files import RunError, read_json, write_json
 from lingua.launcher import LauncherArgs
 from lingua.metrics import read_metrics
@@ -150,14 +151,14 @@ def test_a_job_that_takes_too_long_is_cancelled(tmp_path: Path, clock: Clock) ->
 def test_the_results_of_another_checkpoint_of_that_step_are_not_taken(tmp_path: Path, clock: Clock) -> None:
     root = finished_run(tmp_path, 2)
     slurm = Slurm()
-    late = layout.evaluation(tmp_path, 2) / "job-1"
+    late = layout.evaluation(tmp_path, 2) / "start-1"
     publish.set_aside(tmp_path, root, 2, "later")
     publish.open_passage(root, 2)
     publish_step(root, 2, incarnation=2)
     late.mkdir(parents=True)
     slurm.act(late)  # of the start before
     follower(tmp_path, slurm, clock).follow()
-    assert [folder.name for folder in slurm.submitted] == ["job-2"]
+    assert [folder.name for folder in slurm.submitted] == ["start-2"]
 
 
 @pytest.mark.parametrize(("gpus", "nodes", "per_node"), [(0, 1, 0), (1, 1, 1), (8, 1, 8), (9, 2, 5), (16, 2, 8)])
@@ -179,11 +180,11 @@ def test_the_script_runs_as_written_wherever_it_lies(hostile_dir: Path) -> None:
         tool.chmod(0o755)
     jobs = EvalJobs(hostile_dir, "apps.main", ["name=a b"], LauncherArgs(gpus=2), hostile_dir, python=python)
     script = hostile_dir / "run.sh"
-    script.write_text(jobs.render(hostile_dir / "job-1", "eval-cafe-2-1", 2))
+    script.write_text(jobs.render(hostile_dir / "start-1", "eval-cafe-2-1", 2))
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": ""}
     said = subprocess.run([shutil.which("bash") or "bash", str(script)], env=env, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    words = ["-u", "-m", "apps.main.eval", f"ckpt={hostile_dir}@2", f"dump_dir={hostile_dir}/job-1", "name=a b"]
+    words = ["-u", "-m", "apps.main.eval", f"ckpt={hostile_dir}@2", f"dump_dir={hostile_dir}/start-1", "name=a b"]
     assert said.stdout == "".join(f"{word}\n" for word in (hostile_dir, hostile_dir / "code", *words))
     assert "#SBATCH --gpus-per-node=2\n" in script.read_text()
 

@@ -1,4 +1,4 @@
-"""Each checkpoint is evaluated once: decisions by tables, then evaluators that fail, die, race and are overtaken."""
+"""Each checkpoint is evaluated once: evaluators that fail, die, race and are overtaken."""
 
 from __future__ import annotations
 
@@ -15,96 +15,17 @@ from lingua.args import ConfigError
 from lingua.checkpoint import layout, publish, retention
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.checkpoint.pins import held_steps
-from lingua.checkpoint.survey import Periods
-from lingua.evaluator import (
-    MAX_KILLED,
-    POLL_S,
-    Beat,
-    Candidate,
-    EvalArgs,
-    Evaluator,
-    RunState,
-    Try,
-    decide,
-    is_due,
-    not_before_s,
-    training_id,
-)
+from lingua.evalargs import EvalArgs
+from lingua.evalplan import MAX_KILLED
+from lingua.evaluator import Beat, Evaluator, Stopped, training_id
 from lingua.files import DISK, Files, read_json, write_json
 from lingua.metrics import read_metrics
 from tests.checkpoints import make_run, publish_step
 from tests.fakes import At, Clock, FaultyFiles, KillFiles
 from tests.ranks import exit_code_of
 
-TRAINING = RunState(has_ended=False, finished=False, silent_s=0.0)
-FINISHED = RunState(has_ended=True, finished=True, silent_s=0.0)
 BEGAN_S = time.time()
-ARGS = EvalArgs(max_tries=2, backoff_s=10.0, idle_hours=2.0)
-
-
-def a(step: int, *ends: str, **more: Any) -> Candidate:
-    """A candidate whose tries ended so, all at 100 s."""
-    tries = tuple(Try(end, 100.0, "no luck") for end in ends)  # pyright: ignore[reportArgumentType]
-    return Candidate(step, 0.0, tries=tries, **more)
-
-
-DONE = {"verdict": "evaluated", "is_logged": True}
-
-
-@pytest.mark.parametrize(
-    ("candidates", "run", "changes", "now_s", "expected"),
-    [
-        ([], TRAINING, {}, 0, ("wait", -1)),
-        ([], FINISHED, {}, 0, ("end", -1)),
-        ([a(4), a(2)], TRAINING, {}, 0, ("evaluate", 2)),
-        ([a(4), a(2)], FINISHED, {}, 0, ("evaluate", 2)),
-        ([a(4), a(2)], TRAINING, {"newest_first": True}, 0, ("evaluate", 4)),
-        ([a(2, **DONE), a(4)], TRAINING, {}, 0, ("evaluate", 4)),
-        ([a(2, **DONE), a(4, **DONE)], FINISHED, {}, 0, ("end", -1)),
-        # two evaluators share the work
-        ([a(2, "running"), a(4)], TRAINING, {}, 0, ("evaluate", 4)),
-        ([a(2, "running")], FINISHED, {}, 0, ("wait", -1)),
-        ([a(2, "killed", "running"), a(4, **DONE)], FINISHED, {}, 0, ("wait", -1)),
-        # results without their line: a kill came in between
-        ([a(2, verdict="evaluated"), a(4)], TRAINING, {"newest_first": True}, 0, ("record", 2)),
-        ([a(2, "running", verdict="evaluated")], FINISHED, {}, 0, ("wait", -1)),
-        # again, later and later, and others meanwhile
-        ([a(2, "failed")], FINISHED, {}, 109, ("wait", -1)),
-        ([a(2, "failed"), a(4)], FINISHED, {}, 109, ("evaluate", 4)),
-        ([a(2, "failed")], FINISHED, {}, 110, ("evaluate", 2)),
-        ([a(2, "failed", "failed")], FINISHED, {}, 100, ("give_up", 2)),
-        ([a(2, "failed", "failed")], FINISHED, {"max_tries": 3}, 119, ("wait", -1)),
-        ([a(2, "failed", "failed")], FINISHED, {"max_tries": 3}, 120, ("evaluate", 2)),
-        ([a(2, "failed", "failed", verdict="given_up")], FINISHED, {}, 100, ("end", -1)),
-        # a kill is nobody's fault, a stop neither
-        ([a(2, "killed", "stopped", "killed")], TRAINING, {}, 0, ("evaluate", 2)),
-        ([a(2, *["killed"] * MAX_KILLED)], TRAINING, {}, 0, ("give_up", 2)),
-        ([a(2, *["killed"] * MAX_KILLED, "stopped")], TRAINING, {}, 0, ("evaluate", 2)),
-        # the end of a run that does not finish
-        ([], RunState(False, False, 7199.0), {}, 0, ("wait", -1)),
-        ([], RunState(False, False, 7200.0), {}, 0, ("end", -1)),
-        ([], RunState(True, False, 599.0), {}, 0, ("wait", -1)),
-        ([], RunState(True, False, 600.0), {}, 0, ("end", -1)),
-        ([a(2)], RunState(True, False, 1e9), {}, 0, ("evaluate", 2)),
-        ([a(2, "failed")], RunState(True, False, 1e9), {}, 101, ("wait", -1)),
-    ],
-)
-def test_what_to_do_next(
-    candidates: list[Candidate], run: RunState, changes: dict[str, Any], now_s: float, expected: tuple[str, int]
-) -> None:
-    assert decide(candidates, run, ARGS.model_copy(update=changes), now_s)[:2] == expected
-
-
-def test_pauses_double() -> None:
-    pauses = [not_before_s(a(2, *["failed"] * n), 10.0) for n in range(5)]
-    assert pauses == [0.0, 110.0, 120.0, 140.0, 180.0]
-
-
-def test_due_are_those_of_the_period_and_the_last() -> None:
-    periods = Periods(retention.Rhythm(1, 1), retention.Rhythm(4, 1), keep_every=3, n_steps=10)
-    assert [step for step in range(13) if is_due(step, periods)] == [4, 8, 10, 12]
-    never = Periods(retention.Rhythm(1, 1), retention.Rhythm(0, 0), keep_every=0, n_steps=10)
-    assert [step for step in range(13) if is_due(step, never)] == [10]
+POLL_S = EvalArgs().poll_s
 
 
 # -- whole evaluators ----------------------------------------------------------------------------------------------
@@ -303,6 +224,110 @@ def test_the_run_goes_back_meanwhile(tmp_path: Path, late: bool) -> None:
     evaluator(tmp_path).follow()
     assert results(tmp_path) == {2: 2.0}
     assert [(r["global_step"], r["incarnation"]) for r in read_metrics(tmp_path / "metrics.eval.jsonl")] == [(2, 2)]
+
+
+# -- before it is published ----------------------------------------------------------------------------------------
+
+
+def waiting_run(run_dir: Path) -> Path:
+    """A run that has saved step 2, which nobody has published yet."""
+    return make_run(run_dir, 1, eval={"every": 2, "keep": 1})
+
+
+def held(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
+    beat()
+    return {"loss": float(checkpoint.step or 0), "samples": {"task": [1]}}
+
+
+def never(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
+    raise AssertionError("it was found already")
+
+
+def test_what_is_found_ahead_counts_once_it_is_published(tmp_path: Path) -> None:
+    root = waiting_run(tmp_path)
+    one = evaluator(tmp_path, held)
+    one.evaluate_ahead(2, 1)
+    one.catch_up()
+    assert results(tmp_path) == {}
+    assert not (tmp_path / "metrics.eval.jsonl").exists()
+    publish_step(root, 2)
+    evaluator(tmp_path, never).catch_up(measuring=False)  # whoever looks next
+    assert results(tmp_path) == {2: 2.0}
+    assert lines(tmp_path) == [2]
+    assert read_json(tmp_path / "evals/0000000002/samples.json") == {"task": [1]}
+    assert read_json(tmp_path / "evals/0000000002/results.json").keys() >= {"seconds", "created_at", "details"}
+
+
+def test_what_is_found_ahead_is_not_taken_for_another_start_s_checkpoint(tmp_path: Path) -> None:
+    root = waiting_run(tmp_path)
+    evaluator(tmp_path, held).evaluate_ahead(2, 1)
+    publish.open_passage(root, 2)
+    publish_step(root, 2, incarnation=2)
+    one = evaluator(tmp_path)
+    one.catch_up(measuring=False)
+    assert results(tmp_path) == {}
+    one.catch_up()
+    assert lines(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("error", [ValueError("no luck"), Stopped()])
+def test_what_fails_ahead_is_given_up_once_it_is_published_and_a_stop_is_no_failure(
+    tmp_path: Path, error: Exception
+) -> None:
+    root = waiting_run(tmp_path)
+
+    def fail(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
+        raise error
+
+    args = EvalArgs(max_tries=1)
+    one = Evaluator(tmp_path, args, fail)
+    one.evaluate_ahead(2, 1)
+    publish_step(root, 2)
+    Evaluator(tmp_path, args, measure).catch_up()
+    failed = tmp_path / "evals/0000000002/failed.json"
+    if isinstance(error, Stopped):
+        assert results(tmp_path) == {2: 2.0}
+        assert not failed.exists()
+    else:
+        assert read_json(failed)["reason"] == "ValueError: no luck"
+        assert results(tmp_path) == {}
+
+
+def test_killed_at_every_operation_of_finding_ahead_and_adopting(tmp_path: Path) -> None:
+    """Killed before or after the publication: once it is published, the next evaluator comes to one verdict."""
+
+    def act(run_dir: Path, files: Files) -> None:
+        evaluator(run_dir, held, files=files).evaluate_ahead(2, 1)
+        publish_step(run_dir / "checkpoints", 2)
+        evaluator(run_dir, held, files=files).catch_up()
+
+    waiting_run(tmp_path / "count")
+    counting = FaultyFiles()
+    act(tmp_path / "count", counting)
+    assert counting.n_done > 15
+    for kill_at in range(1, counting.n_done + 1):
+        root = waiting_run(run_dir := tmp_path / str(kill_at))
+        assert exit_code_of(lambda n=kill_at, r=run_dir: act(r, KillFiles(n))) == KillFiles.KILLED
+        if not layout.done_mark(root, 2).exists():
+            assert results(run_dir) == {}
+            publish_step(root, 2)
+        evaluator(run_dir).catch_up()
+        what = f"killed at {counting.log[kill_at - 1]}"
+        assert results(run_dir) == {2: 2.0}, what
+        assert lines(run_dir) == [2], what
+
+
+def test_a_process_that_is_ended_in_an_evaluation_says_so(tmp_path: Path) -> None:
+    waiting_run(tmp_path)
+
+    def be_ended(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
+        one.abandon()
+        os._exit(3)
+
+    one = evaluator(tmp_path, be_ended)
+    one.abandon()  # nothing goes on
+    assert exit_code_of(lambda: one.evaluate_ahead(2, 1)) == 3
+    assert read_json(tmp_path / "evals/0000000002/try-0001.json")["end"] == "stopped"
 
 
 # -- kills ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
 from lingua import harness
 from lingua.args import ConfigError
-from lingua.evaluator import HarnessArgs
+from lingua.evalargs import HarnessArgs
 from lingua.generator import Generator
 from lingua.harness import cleaned, generator_args, load_tasks, make_lm, metrics_of, run_tasks, scored_rows
 from lingua.schema import GeneratorArgs

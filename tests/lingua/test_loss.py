@@ -39,6 +39,21 @@ def test_value_and_gradients_equal_plain_cross_entropy(chunk_tokens: int, z_loss
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler meets its own old parts
+@pytest.mark.parametrize(("dtype", "z_loss"), [(torch.float32, 0.01), (torch.bfloat16, 0.0)])
+def test_compiled_it_is_the_same(dtype: torch.dtype, z_loss: float) -> None:
+    hidden, weight, labels = inputs(dtype)
+    args = CrossEntropyArgs(chunk_tokens=9, z_loss=z_loss)
+    plain, compiled = CrossEntropy(args), CrossEntropy(args)
+    compiled.compile()
+    expected = value_and_gradients(plain(hidden, weight, labels)[0], hidden, weight)
+    found = value_and_gradients(compiled(hidden, weight, labels)[0], hidden, weight)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
 def test_gradient_agrees_with_finite_differences() -> None:
     hidden, weight, labels = inputs()
     loss = CrossEntropy(CrossEntropyArgs(chunk_tokens=5, z_loss=0.1))
@@ -79,3 +94,17 @@ def test_bf16_products_keep_an_fp32_sum(autocast: bool) -> None:
     ):
         assert ours.dtype == leaf.dtype
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.3)
+
+
+def test_in_fp16_many_positions_of_one_label_do_not_overflow_the_heads_gradient():
+    """4096 positions that all miss the same label sum to more than fp16 holds, whatever the loss is scaled by."""
+    hidden = torch.full((1, 4096, 4), 30.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(8, 4, dtype=torch.float32, requires_grad=True)
+    loss = CrossEntropy(CrossEntropyArgs(chunk_tokens=4096))
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss_sum, n_tokens = loss(hidden, weight, torch.full((1, 4096), 3))
+    (loss_sum / n_tokens).backward()
+    assert weight.grad is not None
+    expected = torch.full((8, 4), 30 / 8)  # (p - 1 at the label) * hidden, p = 1/8
+    expected[3] -= 30
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=0)

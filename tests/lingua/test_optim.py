@@ -158,3 +158,16 @@ def test_sharded_steps_equal_whole_ones_and_a_bad_gradient_on_one_rank_stops_all
         assert norms == pytest.approx(expected_norms, rel=1e-5)
         for ours, theirs in zip(state, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_a_loss_scale_leaves_no_trace_in_norm_and_gradients(clip: float) -> None:
+    plain, scaled = Tiny(), Tiny()
+    plain(torch.tensor([1, 2])).backward()
+    (scaled(torch.tensor([1, 2])) * 1024).backward()
+    norm, _ = clip_and_check(plain.parameters(), clip)
+    scaled_norm, finite = clip_and_check(scaled.parameters(), clip, torch.tensor(1024.0))
+    assert finite
+    torch.testing.assert_close(scaled_norm, norm)
+    for mine, other in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)

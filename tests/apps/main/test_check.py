@@ -7,10 +7,11 @@ import pytest
 
 from apps.main.args import TrainArgs
 from apps.main.check import estimate_tokens, load, problems, resolve, source_folders
-from lingua.args import ConfigError
+from lingua.args import ConfigError, Part
 from lingua.data.args import DataArgs
 from lingua.entry import parse_command_line
 from lingua.freeze import dump_yaml
+from lingua.schema import DistributedArgs
 from tests.checkpoints import make_run
 
 MANY = {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}}
@@ -71,6 +72,27 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ({"distributed": {"tp_size": 2}}, 3, "distributed", "tp_size 2 does not divide 3 ranks"),
         ({"distributed": {"fsdp_type": "full_shard", "dp_shard": 2}}, 3, "distributed", "dp_shard 2 does not divide 3"),
         ({"distributed": {"tp_size": 4}}, 4, "distributed.tp_size", "does not divide the model's 2 key-value heads"),
+        (
+            {"distributed": {"tp_size": 2}, "model": {"hidden_dim": 33}},
+            2,
+            "distributed.tp_size",
+            "does not divide the width 33 of the feed-forward layer; set model.multiple_of",
+        ),
+        (
+            {"distributed": {"tp_size": 2}, "data": {"seq_len": 31}},
+            2,
+            "distributed.tp_size",
+            "does not divide data.seq_len 31; set data.seq_len to 30",
+        ),
+        (
+            {
+                "distributed": {"tp_size": 32},
+                "model": {"n_heads": 32, "n_kv_heads": 32, "hidden_dim": 64},
+            },
+            32,
+            "distributed.tp_size",
+            "too many for a vocabulary of 258",
+        ),
         ({"model": {"vocab_size": 100}}, 1, "model.vocab_size", "but the tokenizer has 258 tokens"),
         ({"model": {"vocab_size": 0}}, 1, "model.vocab_size", "set it to 258 or to -1"),
         (
@@ -87,11 +109,13 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ),
         ({"model": {"attn_impl": "flash_attn"}, "device": "cpu"}, 1, "model.attn_impl", "needs a GPU"),
         ({"model": {"attn_impl": "flash_attn"}, "deterministic": True}, 1, "model.attn_impl", "use sdpa or auto"),
+        ({"distributed": {"float8_recipe": "rowwise"}, "device": "cpu"}, 1, "distributed.float8_recipe", "needs a GPU"),
         ({"data": {"tokenizer": {"name": "sp"}}}, 1, "data.tokenizer", "needs a file"),
         ({"data": {"root_dir": "d", "sources": {"a": 0.0}}}, 1, "data.sources", "every weight in data.sources is 0"),
         ({"checkpoint": {"continue_training_from_init": True}}, 1, "checkpoint.continue_training_from_init", "set it"),
         ({"checkpoint": {"reset": ["data"]}}, 1, "checkpoint.reset", "no state is taken over"),
         ({"checkpoint": {"reset": ["step"], "init_ckpt_path": "x"}}, 1, "checkpoint.reset", "or drop it"),
+        ({"optim": {"type": "muon"}, "distributed": {"tp_size": 2}}, 2, "optim.type", "use tp_size 1 and full_shard"),
     ],
 )
 def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: str, sentence: str) -> None:
@@ -100,6 +124,16 @@ def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: 
     assert sentence in errors[0].text
     with pytest.raises(ConfigError):
         resolve(args(**changes), world_size)
+
+
+def test_a_loss_that_takes_no_split_head_is_refused_under_tensor_parallelism() -> None:
+    class OwnLossArgs(Part):
+        type: str = "own"
+
+    own = args(distributed={"tp_size": 2}, loss=OwnLossArgs())
+    errors, _ = problems(own, 2)
+    assert [(finding.key, "takes no head that is split" in finding.text) for finding in errors] == [("loss.type", True)]
+    assert problems(own.model_copy(update={"distributed": DistributedArgs()}), 2)[0] == []
 
 
 @pytest.mark.parametrize(
@@ -114,6 +148,7 @@ def test_impossible_combinations(changes: dict[str, Any], world_size: int, key: 
         ({"data": {"num_workers": 2, "load_async": False}}, 1, "data.num_workers"),
         ({"data": {"seq_len": 8192, "prefetch_size": 100_000}}, 1, "data.prefetch_size"),
         ({"distributed": {"model_dtype": "fp16"}}, 1, "distributed.model_dtype"),
+        ({"distributed": {"float8_recipe": "tensorwise"}}, 1, "distributed.float8_recipe"),
         ({"checkpoint": {"init_ckpt_model_key": "model"}}, 1, "checkpoint.init_ckpt_model_key"),
         (
             {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}},
@@ -139,6 +174,15 @@ def test_odd_things_warn(changes: dict[str, Any], world_size: int, key: str) -> 
 
 def test_nothing_is_said_about_a_plain_config() -> None:
     assert problems(args(), 1) == ([], [])
+
+
+@pytest.mark.parametrize(("optim", "in_matrices", "in_others"), [("adamw", 12, 12), ("muon", 8, 12)])
+def test_a_checkpoint_holds_the_weights_and_what_the_optimizer_keeps(
+    optim: str, in_matrices: int, in_others: int
+) -> None:
+    size = resolve(args(optim={"type": optim}), 1)
+    others = size.n_params - size.n_params_non_embedding
+    assert size.checkpoint_bytes == in_matrices * size.n_params_non_embedding + in_others * others
 
 
 def test_total_flops_makes_steps() -> None:

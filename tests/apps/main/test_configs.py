@@ -9,7 +9,7 @@ import pytest
 from apps.main import check
 from lingua.compose import compose
 from lingua.entry import parse_command_line
-from lingua.evaluator import EvalArgs
+from lingua.evalargs import EvalArgs
 
 CONFIGS = Path(check.__file__).parent / "configs"
 TRAINED = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "eval")

@@ -19,8 +19,9 @@ from lingua.checkpoint.lookup import find_one
 from lingua.entry import run_main
 from lingua.files import read_json
 from lingua.metrics import read_metrics
+from tests.evaluated import make_data, words_of
 from tests.ranks import run_on_ranks
-from tests.trainer import TINY, free_port, train
+from tests.trainer import free_port, train
 
 SMALL = ["generator.dtype=fp32", "generator.device=cpu", "validation.max_steps=3", "generator.max_tokens=4000"]
 
@@ -28,16 +29,7 @@ SMALL = ["generator.dtype=fp32", "generator.device=cpu", "validation.max_steps=3
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    held_out = folder / "data" / "mine"
-    held_out.mkdir(parents=True)
-    texts = [f"def f{n}(x):\n    return x + {n}\n" * 5 for n in range(8)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (held_out / "mine.chunk.0.jsonl").write_text(lines * 20)
-    (held_out / "mine.val.jsonl").write_text(lines)
-    words = [*TINY, f"dump_dir={folder}/run", "steps=5", "checkpoint.eval={every: 2, keep: 0}"]
-    words += [f"data.root_dir={folder}/data", "data.sources={mine: 1.0}", "checkpoint.dump.every=2"]
-    words += ["eval={harness: null, generator: {dtype: fp32, device: cpu}, validation: {max_steps: 3}}"]
-    result = train(words)
+    result = train(words_of(make_data(folder), folder / "run", "eval.automatic=false"))
     assert result.exit_code == 0, result.output
     return folder / "run"
 

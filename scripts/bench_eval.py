@@ -1,0 +1,210 @@
+"""How fast checkpoints are evaluated: our model under lm-evaluation-harness against harness's own `hf` model.
+
+    uv run --extra harness python scripts/bench_eval.py [--json] [--rounds 5] [--documents 40] [--batch 16]
+
+One process, on the CPU: a run of one checkpoint is made in a temporary folder (apps/main/configs/debug.yaml's model,
+random weights; key=value change it), exported for `hf`, and both answer the same questions, with the same number of
+rows in a batch, in turn in every round:
+
+    choices      multiple choice, four answers of several tokens each
+    letters      multiple choice, four answers of one token each, as in MMLU
+    pages        likelihood of whole texts that are longer than the context
+    answers      greedy text until a stop string
+    validation   held-out documents, by `lingua eval` alone
+
+Each number is the median over the rounds; a ratio is `hf`'s seconds over ours in the same round, so above 1 we are
+faster. The first round warms up and does not count. That both say the same is checked. Nothing needs a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.export import Format, make_export
+from apps.main.args import TrainArgs
+from apps.main.generate import load_model
+from lingua.args import build_part
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.state import TrainState
+from lingua.compose import compose
+from lingua.evalargs import HarnessArgs
+from lingua.files import RunError
+from lingua.freeze import dump_yaml, freeze
+from lingua.generator import Generator
+from lingua.harness import be_offline, make_lm, run_tasks
+from lingua.schema import CheckpointArgs, GeneratorArgs
+from lingua.scorer import Scorer, Wording, score_documents
+
+CONFIG = "apps/main/configs/debug.yaml"
+ANSWER_TOKENS = 32
+
+
+def make_run(run_dir: Path, overrides: list[str]) -> None:
+    """A run whose one checkpoint holds random weights."""
+    args = compose(CONFIG, [], [*overrides, f"dump_dir={run_dir}"], TrainArgs).args
+    sized = {"vocab_size": 258, "max_seqlen": args.data.seq_len}
+    model = build_part(args.model.model_copy(update=sized))
+    model.init_weights(1)
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump_yaml(freeze(args, {f"model.{k}": v for k, v in sized.items()})))
+    manager = CheckpointManager(CheckpointArgs(), run_dir)
+    manager.save(1, TrainState(model, torch.optim.AdamW(model.parameters())))
+    manager.close()
+
+
+def make_tasks(folder: Path, n_documents: int, context: int) -> list[dict[str, Any]]:
+    """A task of each kind over a file of made-up text; questions of different lengths, up to the context's."""
+    draw, words = random.Random(1), ["return", "self", "import", "for", "in", "range", "lambda", "x", "def", "None"]
+
+    def text(n_characters: int) -> str:
+        found = ""
+        while len(found) < n_characters:
+            found += draw.choice(words) + " "
+        return found[:n_characters].strip()
+
+    lines = [
+        {
+            "question": text(draw.randrange(20, context - 60)),
+            "gold": draw.randrange(4),
+            "options": [text(draw.randrange(8, 40)) for _ in range(4)],
+            "page": text(2 * context),
+            "text": text(draw.randrange(50, 3 * context)),
+        }
+        for _ in range(n_documents)
+    ]
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test"}
+    choice = {"output_type": "multiple_choice", "doc_to_target": "gold", "doc_to_text": "{{question}}"}
+    until = {"until": ["\n\n"], "max_gen_toks": ANSWER_TOKENS, "do_sample": False}
+    page = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{page}}"}
+    answer = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{page}}"}
+    return [
+        common | choice | {"task": "choices", "doc_to_choice": "{{options}}"},
+        common | choice | {"task": "letters", "doc_to_choice": ["A", "B", "C", "D"]},
+        common | page | {"task": "pages", "metric_list": [{"metric": "bits_per_byte"}]},
+        common | answer | {"task": "answers", "generation_kwargs": until, "metric_list": [{"metric": "exact_match"}]},
+    ]
+
+
+def timed(act: Callable[[], Any]) -> tuple[float, Any]:
+    start_s = time.perf_counter()
+    result = act()
+    return time.perf_counter() - start_s, result
+
+
+def said(found: dict[str, Any], task: str) -> list[Any]:
+    """What a model answered, in a form that two can be compared in."""
+    answers = [sample["resps"] for sample in found["samples"][task]]
+    if task == "answers":  # bytes that are no UTF-8: hf shows each as one sign, we as \\xNN
+        return [re.sub(r"\\x[0-9a-f]{2}", "\N{REPLACEMENT CHARACTER}", answer) for ((answer,),) in answers]
+    numbers = str(answers).replace("[", " ").replace("]", " ").replace("'", " ").replace(",", " ").split()
+    return [float(word) for word in numbers if word not in ("True", "False")]
+
+
+def must_agree(task: str, ours: list[Any], theirs: list[Any]) -> None:
+    """Raises RunError: a faster wrong answer is none."""
+    if task == "answers":
+        same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+        if same < 0.9:  # random weights: near-ties may fall either way
+            raise RunError(f"answers: only {same:.0%} are those of hf")
+        return
+    worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
+    if worst > 1e-3:
+        raise RunError(f"{task}: a likelihood differs from that of hf by {worst:.1e}")
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rounds."""
+    from lm_eval.models import huggingface
+
+    hugging_face: Any = huggingface.HFLM  # its decorator hides its parameters
+    make_run(folder / "run", options.overrides)
+    args = compose(str(folder / "run" / "config.yaml"), [], [], TrainArgs).args
+    make_export(str(folder / "run"), folder / "hf", Format.hf)
+    context, batch = args.data.seq_len, options.batch
+    tasks = make_tasks(folder, options.documents, context)
+    model, tokenizer, _ = load_model(args, folder / "run", torch.device("cpu"), torch.float32)
+    settings = GeneratorArgs(dtype="fp32", max_tokens=batch * context)
+    wording = Wording(tokenizer, args.data.add_bos, args.data.add_eos)
+    scorer = Scorer(model, settings.max_tokens)
+    ours = make_lm(scorer, Generator(model, tokenizer, settings, add_bos=args.data.add_bos), wording)
+    # hf scores a second begin token before whole texts if it is told to add one.
+    theirs = {
+        begins: hugging_face(
+            pretrained=str(folder / "hf"), device="cpu", dtype="float32", max_length=context, batch_size=batch,
+            add_bos_token=begins,
+        )
+        for begins in (True, False)
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {}
+    for number in range(options.rounds + 1):
+        for task in tasks:
+            name, chosen = task["task"], HarnessArgs(tasks=[task], bootstrap_iters=0, verbosity="ERROR")
+            pair = [("ours", ours), ("hf", theirs[name != "pages"])]
+            found = {}
+            for who, lm in pair if number % 2 else reversed(pair):
+                taken_s, found[who] = timed(lambda lm=lm, chosen=chosen: run_tasks(lm, chosen, None))
+                seconds.setdefault(f"{name}_{who}", []).append(taken_s)
+            must_agree(name, said(found["ours"], name), said(found["hf"], name))
+        taken_s, loss = timed(lambda: score_documents(scorer, folder / "data.jsonl", wording))
+        seconds.setdefault("validation", []).append(taken_s / loss.n_tokens)
+    counted = {name: values[1:] for name, values in seconds.items()}
+    result: dict[str, Any] = {f"{name}_s": statistics.median(values) for name, values in counted.items()}
+    result["validation_tokens_per_s"] = 1 / result.pop("validation_s")
+    for task in tasks:
+        name = task["task"]
+        ratios = [b / a for a, b in zip(counted[f"{name}_ours"], counted[f"{name}_hf"], strict=True)]
+        result[f"{name}_speedup"] = statistics.median(ratios)
+    totals = [
+        [sum(counted[f"{task['task']}_{who}"][n] for task in tasks) for n in range(options.rounds)]
+        for who in ("ours", "hf")
+    ]
+    result["speedup"] = statistics.median(b / a for a, b in zip(*totals, strict=True))
+    return {name: round(value, 4) for name, value in result.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="key=value of the model's config")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--documents", type=int, default=40, help="of each task")
+    parser.add_argument("--batch", type=int, default=16, help="rows")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.documents < 1 or options.batch < 1:
+        parser.error("--rounds, --documents and --batch are at least 1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    be_offline()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HOME": f"{folder}/cache"}
+        result = measure(options, Path(folder))
+    threads = torch.get_num_threads()
+    result["machine"] = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>24}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

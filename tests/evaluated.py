@@ -1,0 +1,62 @@
+"""Runs that are evaluated: a little data with held-out documents, what was found, and what is found by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.main.args import TrainArgs
+from apps.main.measures import Measures
+from lingua.compose import compose
+from lingua.distributed import Place, World
+from lingua.files import read_json
+from lingua.metrics import read_metrics
+from tests.trainer import TINY
+
+EVAL = [
+    "eval.harness=null",
+    "eval.generator.dtype=fp32",
+    "eval.generator.device=cpu",
+    "eval.validation.max_steps=3",
+    "eval.poll_s=0.2",
+]
+
+
+def make_data(folder: Path) -> Path:
+    """A source `mine` with held-out documents beside it; returns the folder of sources."""
+    source = folder / "data" / "mine"
+    source.mkdir(parents=True)
+    texts = [f"def f{n}(x):\n    return x + {n}\n" * 5 for n in range(8)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (source / "mine.chunk.0.jsonl").write_text(lines * 20)
+    (source / "mine.val.jsonl").write_text(lines)
+    return folder / "data"
+
+
+def words_of(data: Path, run_dir: Path, *more: str) -> list[str]:
+    """Words of a run of 5 steps; those due are 2, 4 and the last."""
+    what = [f"dump_dir={run_dir}", "steps=5", "checkpoint.eval={every: 2, keep: 0}", "checkpoint.dump.every=2"]
+    return [*TINY, *what, f"data.root_dir={data}", "data.sources={mine: 1.0}", *EVAL, *more]
+
+
+def evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step, as the verdicts say; each has its one line, which says the same."""
+    found = {int(file.parent.name): read_json(file)["metrics"] for file in sorted(run_dir.glob("evals/*/results.json"))}
+    file = run_dir / "metrics.eval.jsonl"
+    lines = read_metrics(file) if file.is_file() else []
+    assert sorted(line["global_step"] for line in lines) == sorted(found), "none is lost, none comes twice"
+    for line in lines:
+        assert line.items() >= found[line["global_step"]].items()
+    return found
+
+
+def by_hand(run_dir: Path, steps: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The same, found afterwards in the published checkpoints by one process."""
+    args = compose(str(run_dir / "config.yaml"), [], [], TrainArgs).args
+    assert args.eval is not None
+    measures = Measures(args, args.eval, World(Place(), torch.device("cpu"), mesh=None))
+    return {step: measures.measure(f"{run_dir}@{step}", lambda: None) for step in steps}
