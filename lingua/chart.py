@@ -11,7 +11,9 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,7 @@ SERIES = [COLORS[f"c{i}"][0] for i in range(8)]
 INK, SOFT, GRID, PAPER, BAD, GOOD, FAINT = (
     COLORS[name][0] for name in ("ink", "soft", "grid", "paper", "bad", "good", "faint")
 )
+_MAX_LEGEND = 16
 STYLES = ("-", "--", ":", "-.")
 
 LOOK: dict[Any, Any] = {
@@ -134,27 +137,37 @@ def blank(size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def look() -> Any:
+@contextmanager
+def look() -> Iterator[None]:
     """Context in which figures are made and written."""
     from matplotlib import rc_context
 
-    return rc_context(LOOK)
+    with rc_context(LOOK), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
+        yield
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
     points, front = line.points, 1 if line.is_back else 3
     if not points.is_whole:
         axes.fill_between(points.x, points.low, points.high, color=line.color, alpha=0.22, linewidth=0, zorder=front)
-    style: dict[str, Any] = {"color": line.color, "zorder": front + 1, "label": line.name or None}
+    style: dict[str, Any] = {"color": line.color, "zorder": front + 1, "label": plain(line.name, 44) or None}
     if line.dots or len(points.x) == 1:
         style |= {"marker": "o", "markersize": 4.5}
     axes.plot(points.x, points.mean, line.style, linewidth=1.0 if line.is_back else 1.6, **style)
 
 
+def plain(name: str, length: int = 28) -> str:
+    """A name from outside as text of a picture: on one line, short, its end kept, nothing of it taken for a formula."""
+    name = " ".join(name.split())
+    name = name if len(name) <= length else "..." + name[3 - length :]
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # "_": matplotlib would leave it out
+
+
 def legend(axes: Axes) -> None:
-    """Names above the picture, where there are several curves."""
+    """Names above the picture, where there are several curves, and not too many."""
     named = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
-    if len(named) > 1:
+    if 1 < len(named) <= _MAX_LEGEND:
         n_columns = max(1, min(len(named), int(90 / (max(map(len, named)) + 7))))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=n_columns, borderaxespad=0.3, handlelength=1.6)
 

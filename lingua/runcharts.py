@@ -30,6 +30,7 @@ from lingua.chart import (
     counted,
     draw,
     legend,
+    plain,
     shown_range,
 )
 from lingua.probemaps import HeatMap
@@ -237,7 +238,7 @@ def _spent_of_several(runs: Sequence[History], names: Sequence[str]) -> Figure:
             left += shares
     for place, total in zip(places, totals, strict=True):
         _tell_bar(axes, brief(total), 1.0, place)
-    axes.set_yticks(places, list(names))
+    axes.set_yticks(places, [plain(name) for name in names])
     axes.set_xlim(0, 1.15)
     legend(axes)
     _bare(axes)
@@ -326,7 +327,7 @@ def _progress(start: Start, tables: Iterable[Table]) -> Thinned:
 
 
 _MARKS: dict[str, tuple[str, str, float, str]] = {
-    "staged": ("o", SERIES[1], 5.5, "in memory only"),
+    "staged": ("o", SERIES[1], 5.5, "staged, not known to be published"),
     "published": ("o", GOOD, 5.0, "checkpoint published"),
     "evaluated": ("D", SERIES[3], 5.0, "evaluated"),
     "failed": ("X", BAD, 7.0, "checkpoint failed"),
@@ -336,10 +337,11 @@ _MARKS: dict[str, tuple[str, str, float, str]] = {
 
 def _draw_events(axes: Axes, run: History, place: Callable[[Any], Any], last_s: float) -> None:
     published = {(event.step, event.start) for event in run.events if event.kind == "published"}
+    gone_on_from = {start.first_step for start in run.starts[1:]}  # so these were, whatever was told
     for kind, (marker, color, size, name) in _MARKS.items():
         some = [e for e in run.events if e.kind == kind and e.at_s <= last_s]
         if kind == "staged":
-            some = [event for event in some if (event.step, event.start) not in published]
+            some = [e for e in some if (e.step, e.start) not in published and e.step not in gone_on_from]
         xs, ys = [place(event.at_s) for event in some], [event.step for event in some]
         if xs:
             inside = "none" if kind == "staged" else color
@@ -356,7 +358,7 @@ def _draw_ends(axes: Axes, run: History, place: Callable[[Any], Any]) -> None:
         color = BAD if went_wrong else SOFT
         axes.plot([place(start.ended_s)], [step], "x" if went_wrong else "|", color=color, ms=8, mew=2, zorder=6)
         axes.annotate(
-            start.end, (place(start.ended_s), step), (-5, 6), textcoords="offset points",
+            plain(start.end), (place(start.ended_s), step), (-5, 6), textcoords="offset points",
             ha="right", fontsize=8.5, color=color, zorder=6,
         )  # fmt: skip
 
@@ -382,7 +384,7 @@ def _draw_heat(heat: HeatMap) -> Figure:
         norm=LogNorm() if is_log else Normalize(), extent=(edges[0], edges[-1], len(heat.layers) - 0.5, -0.5),
     )  # fmt: skip
     every = max(1, math.ceil(len(heat.layers) / 24))
-    axes.set_yticks(range(0, len(heat.layers), every), heat.layers[::every], fontsize=7)
+    axes.set_yticks(range(0, len(heat.layers), every), [plain(name) for name in heat.layers[::every]], fontsize=7)
     axes.grid(visible=False)
     axes.xaxis.set_major_formatter(lambda value, _: counted(value))
     axes.set_xlabel("step")

@@ -233,10 +233,6 @@ def limits_of(starts: Sequence[Start]) -> dict[int, float]:
     return limits
 
 
-def still_counts(starts: Sequence[Start], step: int, number: int) -> bool:
-    return step <= limits_of(starts).get(number, np.inf)
-
-
 def counting(starts: Sequence[Start], table: Table) -> np.ndarray:
     """Mask of the lines that no later start has trained again."""
     mask = np.ones(len(table), dtype=bool)
@@ -247,7 +243,8 @@ def counting(starts: Sequence[Start], table: Table) -> np.ndarray:
 
 def that_count(starts: Sequence[Start], scores: Iterable[Scores]) -> list[Scores]:
     """The newest figures of each step, by step, without those of steps that were trained again."""
-    newest = {one.step: one for one in scores if still_counts(starts, one.step, one.start)}
+    limits = limits_of(starts)
+    newest = {one.step: one for one in scores if one.step <= limits.get(one.start, np.inf)}
     return [newest[step] for step in sorted(newest)]
 
 

@@ -82,8 +82,9 @@ def as_record(runs: Sequence[History], me: Owner | None = None) -> list[dict[str
 def names_of(runs: Sequence[History]) -> list[str]:
     """A short name for each, no two alike."""
     names = [run.facts.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.facts.path) for run in runs]
+    for other in (lambda path: path.name, str):
+        if len(set(names)) < len(names):
+            names = [other(run.facts.path) for run in runs]
     return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
@@ -248,7 +249,8 @@ def _config(run: History) -> Iterator[str]:
     rows = []
     for key, value in flatten(run.facts.config).items():
         inside = (place for leaf, place in origins.items() if leaf == key or leaf.startswith(f"{key}."))
-        rows.append((key, public_value(key, value), str(next(inside, "-"))))
+        nowhere = "default" if origins and value in ([], {}) else "-"  # a list's items have places, an empty one none
+        rows.append((key, public_value(key, value), str(next(inside, nowhere))))
     given = [row for row in rows if row[2] != "default"]
     yield "<h2>Config</h2>" + table(["key", "value", "from"], given)
     rest = [row[:2] for row in rows if row[2] == "default"]

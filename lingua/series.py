@@ -2,7 +2,7 @@
 
 Promise: a line that is torn, half written or of another kind is passed over; a key that a line lacks is NaN there. A
 thinned curve keeps the lowest and the highest value of every piece; the same file gives the same points.
-Cost: one pass over the file, 8 bytes of memory per key and line: a million lines of 0.9 kB take 9 s and 100 MB.
+Cost: one pass over the file, 8 bytes of memory per key and line: a million lines of 0.75 kB took 9 s of a core, 0.3 GB.
 """
 
 from __future__ import annotations

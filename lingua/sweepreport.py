@@ -173,11 +173,11 @@ def _shortened(text: str, length: int = 80) -> str:
 
 
 def _colors(places: Mapping[int, float]) -> dict[int, Any]:
-    """Of each point: dark for the smallest place, light for the largest."""
+    """Of each point: dark for the smallest place, light for the largest; all seen on light and on dark pages."""
     from matplotlib import colormaps
 
     order, scale = sorted(set(places.values())), colormaps["viridis"]
-    return {number: scale(0.84 * order.index(place) / max(1, len(order) - 1)) for number, place in places.items()}
+    return {number: scale(0.3 + 0.56 * order.index(place) / max(1, len(order) - 1)) for number, place in places.items()}
 
 
 def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[PointStatus]]:

@@ -13,7 +13,7 @@ import pytest
 
 from lingua.files import write_json
 from lingua.runfacts import read_run
-from lingua.runhistory import SPENT, History, Start, in_order, limits_of, read_history, still_counts, told_end
+from lingua.runhistory import SPENT, History, Scores, Start, in_order, limits_of, read_history, that_count, told_end
 from lingua.runlock import Owner, this_process
 from lingua.series import STEP, WHEN
 
@@ -42,7 +42,8 @@ def start(number: int, first_step: int | None, **more: Any) -> Start:
 def test_the_work_of_a_start_counts_up_to_where_later_ones_went_on(first_steps: list[int | None], limits: list[float]):
     starts = [start(i + 1, step) for i, step in enumerate(first_steps)]
     assert [limits_of(starts)[one.number] for one in starts] == limits
-    assert still_counts(starts, 10**9, 99)  # of a start that nothing is known of
+    unknown = Scores(10**9, 99, 0.0, {})  # of a start that left no other trace
+    assert that_count(starts, [unknown]) == [unknown]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lingua.runhistory import History
 from lingua.runreport import as_record, config_changes, names_of, report_page, write_report
 from tests.lingua.test_runhistory import history_of, make_run
 
-EVIL = "<script>alert(1)</script>\"'&{x}</title>"
+EVIL = "_$x^{$ <script>alert(1)</script>\"'&{x}</title>"
 
 
 class Tags(HTMLParser):
@@ -79,6 +79,7 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path):
     (tmp_path / "metrics.checkpoint.jsonl").write_text(text.replace("the disk is full", "<b>https://me:pw@host"))
     page = report_page([history_of(tmp_path)])
     read = Tags(page)
+    report_page([history_of(tmp_path)] * 2)  # names in the pictures too
     assert EVIL in read.text
     assert "<img" in read.text
     assert "me:pw" not in page
