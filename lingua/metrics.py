@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "metrics.validation.jsonl"
 EVAL_FILE = "metrics.eval.jsonl"
+PROBE_FILE = "probe.jsonl"
 _HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
 
 
@@ -168,6 +169,7 @@ class MetricLogger:
     ) -> None:
         self._lines = JsonLines(run_dir / METRICS_FILE)
         self._validation_lines = JsonLines(run_dir / VALIDATION_FILE)
+        self._probe_lines = JsonLines(run_dir / PROBE_FILE)
         self._incarnation = incarnation
         self._wall_time = wall_time
         self._wandb = _start_wandb(args.wandb, run_dir, run_name, config, wandb_id) if args.wandb else None
@@ -186,9 +188,16 @@ class MetricLogger:
         """Write one record of held-out losses, `<source>/bpb` and the like."""
         self._send(self._validation_lines, record, "validation/")
 
-    def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
+    def log_probe(self, record: Mapping[str, float | int]) -> None:
+        """Write one record of a probe, hundreds of figures: into its file only."""
+        self._write(self._probe_lines, record)
+
+    def _write(self, lines: JsonLines, record: Mapping[str, float | int]) -> None:
         created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
         lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
+
+    def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
+        self._write(lines, record)
         tracked = {key if key == "global_step" else prefix + key: value for key, value in record.items()}
         if self._wandb is not None:
             self._wandb.log(tracked)

@@ -471,8 +471,6 @@ def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
         for key in ("wipe_ckpt", "terminal_eval_wandb"):
             if getattr(args.eval, key):
                 yield f"eval.{key} has no effect yet"
-    if args.probe_freq is not None:
-        yield f"probe_freq is {args.probe_freq}, but there are no probes yet; it has no effect"
     if args.logging.acc_freq is not None:
         yield f"logging.acc_freq is {args.logging.acc_freq}, but only whole steps are logged; it has no effect"
 

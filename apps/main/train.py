@@ -17,11 +17,12 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lingua.args import ConfigError
 from lingua.checkpoint.manager import SaveReport
@@ -34,6 +35,7 @@ from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
 from lingua.optim import clip_and_check, optimizer_step
 from lingua.parallel import forward_precision, sync_gradients
 from lingua.peers import Peers
+from lingua.probe import probe
 from lingua.profiling import Profiler, memory_metrics
 from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FINISHED, describe_stop, end_asked_for
@@ -110,13 +112,15 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                 with meter.loading():
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
-                sync_gradients(run.model, micro_step == size.grad_acc_steps - 1)
+                last = micro_step == size.grad_acc_steps - 1
+                sync_gradients(run.model, last)
                 with precision:
                     loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
                 loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
                 loss.backward()
                 loss_sum += loss.detach()
-
+                if last and args.probe_freq and (run.step + 1) % args.probe_freq == 0:
+                    judge.report_probe(probe_batch(run, precision, tokens, labels, doc_ids))
             grad_norm, finite = clip_and_check(parameters, args.optim.clip)
             if args.optim.on_nonfinite == "stop":
                 halted |= ~finite
@@ -145,6 +149,18 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
     with guard.pulse.during("checkpoint"):
         return run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
+
+
+def probe_batch(
+    run: Run, precision: AbstractContextManager, tokens: Tensor, labels: Tensor, doc_ids: Tensor | None
+) -> dict[str, float]:
+    """Statistics of the model on a micro batch, and of the gradients that are there. Collective."""
+
+    def forward() -> None:
+        with precision:
+            run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.validation_loss)
+
+    return probe(run.model, run.world.device, forward, doc_ids)
 
 
 class Judge:
@@ -190,6 +206,11 @@ class Judge:
             log.info("validation at step %d: %s", self._run.step, "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
             self._metrics.log_validation({"global_step": self._run.step, **losses})
         return losses
+
+    def report_probe(self, statistics: dict[str, float]) -> None:
+        """What a probe has seen in the step that is about to end."""
+        if self._metrics is not None:
+            self._metrics.log_probe({"global_step": self._run.step + 1, **statistics})
 
     def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
         run, optim = self._run, self._run.args.optim
