@@ -4,7 +4,7 @@ Promise: killed at any line, the same command goes on from the newest published 
 for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint; a failure of any rank ends all
 within seconds (lingua/guard.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person
 (saved), 76 hung, 1 and 2 failures.
-Cost beside forward, backward and optimizer: one all-reduce of four numbers per step, read one step late.
+Cost beside forward, backward and optimizer: one all-reduce of six numbers per step, read one step late.
 
 Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
 """
@@ -36,15 +36,17 @@ from lingua.optim import clip_and_check, optimizer_step
 from lingua.parallel import forward_precision, sync_gradients
 from lingua.peers import Peers
 from lingua.probe import probe
-from lingua.profiling import Profiler, memory_metrics
+from lingua.profilewindows import Requests, take_request
+from lingua.profiling import Profiler
 from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FINISHED, describe_stop, end_asked_for
-from lingua.signals import STOP_REQUEST, StopSignals
+from lingua.signals import STOP_REQUEST, StopSignals, noted
 from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
 from .start import (
+    RunFolder,
     make_meter,
     open_run_folder,
     say_finished_already,
@@ -99,28 +101,34 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     precision = forward_precision(run.model, args.distributed, device)
     batches = run.batches()
     votes: Votes[StepFacts] = Votes(device)
-    meter = judge.meter
+    meter, profiler = judge.meter, judge.profiler
     halted = torch.zeros((), dtype=torch.bool, device=device)  # once set, the optimizer moves no more
     run.model.train()
     meter.start(run.step)
 
-    with Profiler(args.profiling, run.run_dir, device, run.world.place.rank) as profiler:
+    with profiler:
+        profiler.start(run.step)
         while run.step < size.n_steps and not judge.stop:
             lr, rows = run.lr, []
             loss_sum = torch.zeros((), device=device)
+            profiler.mark("rest")
             for micro_step in range(size.grad_acc_steps):
                 with meter.loading():
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
+                profiler.mark("data")
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
                 last = micro_step == size.grad_acc_steps - 1
                 sync_gradients(run.model, last)
                 with precision:
                     loss, _ = run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.loss)
                 loss = loss / size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
+                profiler.mark("forward")
                 loss.backward()
+                profiler.mark("backward")
                 loss_sum += loss.detach()
                 if last and args.probe_freq and (run.step + 1) % args.probe_freq == 0:
                     judge.report_probe(probe_batch(run, precision, tokens, labels, doc_ids))
+                    profiler.mark("rest")
             grad_norm, finite = clip_and_check(parameters, args.optim.clip)
             if args.optim.on_nonfinite == "stop":
                 halted |= ~finite
@@ -128,11 +136,13 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
             run.manager.before_update()
             optimizer_step(run.optimizer, lr, finite)
             run.optimizer.zero_grad()
+            profiler.mark("optimizer")
             run.advance()
             guard.pulse.beat(run.step)
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(guard.asked)]))
+            wishes = profiler.requests.ballot()
+            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~finite, float(guard.asked), *wishes]))
             profiler.step(run.step)
             judge.progress.advance(run.step)
             if run.step % args.gc_collect_freq == 0:
@@ -164,13 +174,16 @@ def probe_batch(
 
 
 class Judge:
-    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether a rank was asked to stop."""
+    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether to stop, what to profile."""
 
-    def __init__(self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None) -> None:
+    def __init__(
+        self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None, profiler: Profiler
+    ) -> None:
         self.stop = False
         """A rank has been asked to stop: the same answer on all ranks after the same step."""
         self.meter = meter
         self.progress = progress
+        self.profiler = profiler
         self._run = run
         self._metrics = metrics
         self._skips_in_a_row = 0
@@ -178,8 +191,9 @@ class Judge:
     def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
         if verdict is None:
             return
-        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks) = verdict
+        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, *wishes) = verdict
         n_ranks = self._run.world.place.world_size
+        self.profiler.hear(wishes)
         if stop_ranks > 0:
             self.stop_soon()
         if bad_ranks > 0:
@@ -239,7 +253,7 @@ class Judge:
             "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],
             **self.meter.read(facts.step, facts.lap),
-            **memory_metrics(run.world.device),
+            **self.profiler.memory.report(),
             **run.loader.stats(),
             **run.manager.metrics(),
         }
@@ -267,6 +281,9 @@ def main(words: list[str]) -> int:
     set_environment(args.env, place, on_gpu=device.type == "cuda")
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(args.stop_signals))
+        requests = Requests()
+        if args.profiling.signal not in (None, *args.stop_signals):
+            stack.enter_context(noted(args.profiling.signal, requests.signal))
         guard = stack.enter_context(Guard(place.rank, signals, args.watchdog, Path(args.dump_dir)))
         with guard.reporting():
             world = stack.enter_context(start_world(args.distributed, place, device))
@@ -276,6 +293,7 @@ def main(words: list[str]) -> int:
             guard.open(folder.incarnation)
             if folder.lock is not None:
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
+                folder.lock.on_beat = lambda: look_for_request(folder, requests)
                 guard.last_acts.append(folder.lock.release)
             use_embedded_corpus(args)
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
@@ -285,7 +303,15 @@ def main(words: list[str]) -> int:
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
             guard.last_acts.append(progress.stop)
-            return train_to_the_end(run, guard, Judge(run, meter, progress, metrics), words)
+            profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
+            return train_to_the_end(run, guard, Judge(run, meter, progress, metrics, profiler), words)
+
+
+def look_for_request(folder: RunFolder, requests: Requests) -> None:
+    """Take what `lingua profile` asks of this start."""
+    request = take_request(folder.path, folder.incarnation)
+    if request is not None:
+        requests.ask(request)
 
 
 def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:
