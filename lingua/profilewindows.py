@@ -52,8 +52,8 @@ def planned(args: ProfilerArgs, done: int, rank: int) -> frozenset[Kind]:
         "trace": (args.profile_warmup, args.profile_steps),
         "memory": (args.mem_warmup, args.mem_steps),
     }
-    open_ = [kind for kind, (warmup, n_steps) in windows.items() if lies_in(done, warmup, n_steps, args.every)]
-    return frozenset(open_) & allowed(args, rank)
+    now = [kind for kind, (warmup, n_steps) in windows.items() if lies_in(done, warmup, n_steps, args.every)]
+    return allowed(args, rank).intersection(now)
 
 
 def allowed(args: ProfilerArgs, rank: int) -> frozenset[Kind]:

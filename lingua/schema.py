@@ -60,6 +60,10 @@ class ModelArgs(Part):
         """Forward and backward FLOPs per token, recomputation not counted."""
         raise NotImplementedError
 
+    def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float | None:
+        """FLOPs per token of computing `blocks`, or only their `attention` kernels, once more. None: not known."""
+        return None
+
 
 class LlamaArgs(ModelArgs):
     """Llama-type decoder, built from the blocks of lingua/transformer.py. An app's own Args say who builds it."""
@@ -153,6 +157,17 @@ class LlamaArgs(ModelArgs):
         n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
         seen = min(seq_len, self.sliding_window or seq_len)
         return 6 * n_matmul + 12 * self.n_layers * self.heads * self.head_width * seen
+
+    def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float:
+        """One more forward pass of all blocks, 2N_blocks + 4LHQS, or of their attention kernels alone, 4LHQS.
+
+        A forward pass is a third of forward and backward (PaLM, as above; "hardware FLOPs" as in arXiv 2205.05198, A).
+        The last product of a block is not made again: backward needs its inputs only (torch stops there).
+        """
+        again = self.n_params_non_embedding() - self.n_layers * self.dim * self.ffn_width
+        seen = min(seq_len, self.sliding_window or seq_len)
+        kernels = 4 * self.n_layers * self.heads * self.head_width * seen
+        return (2 * again if blocks else 0) + (kernels if blocks or attention else 0)
 
 
 # -- loss (lingua/loss.py) ---------------------------------------------------------------------------------------

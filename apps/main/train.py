@@ -299,7 +299,7 @@ def main(words: list[str]) -> int:
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
             guard.pulse.step = run.step
-            say_hello(run, checked, folder.incarnation)
+            say_hello(run, checked, meter, folder.incarnation)
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
             guard.last_acts.append(progress.stop)
