@@ -1,4 +1,4 @@
-"""`lingua why | status | runs | diff | report | stop | doctor`: how runs are doing, from a login node.
+"""`lingua why | status | runs | diff | report | stop | profile | doctor`: how runs are doing, from a login node.
 
 Thin: each command reads run folders, asks Slurm at most once and prints what lingua/status.py says. No torch, except
 in `doctor`, which tells what torch can do here. `--json` prints one JSON value instead.
@@ -148,6 +148,48 @@ def stop(run: Run, debug: Debug = False) -> None:
     )
 
 
+def profile(
+    run: Run,
+    steps: Annotated[int, typer.Option(help="Steps to profile, the next ones.")] = 4,
+    heavy: Annotated[bool, typer.Option("--heavy", help="Also a torch trace and, on a GPU, its memory.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the files are there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a running run for a profile of its next steps: time and memory of each, with --heavy a trace.
+
+    For any machine that sees the run folder. The run looks every ten seconds; nothing but the profiled steps is slower.
+    """
+    import time
+
+    from lingua.files import RunError, read_json
+    from lingua.profilewindows import answer_file, ask_to_profile
+    from lingua.runfacts import read_run
+    from lingua.runlock import BEAT_S, this_process
+    from lingua.status import is_alive, state_of
+
+    (facts,) = _read([run])
+    if facts.start is None or not is_alive(facts, this_process()):
+        raise RunError(f"{facts.path} is not running, it is {state_of(facts, this_process())}; start it first")
+    start = facts.start.number
+    folder = facts.path / facts.config.get("profiling", {}).get("trace_folder", "profiling")
+    request = ask_to_profile(facts.path, start, steps, heavy)
+    print(
+        f"asked start {start} of {facts.path} for {steps} steps; it looks every {BEAT_S:.0f} s. Files will be in "
+        f"{folder}, named by first step and rank: light_*_rank*.jsonl" + (", trace_*.json.gz" if heavy else "")
+    )
+    answer = answer_file(folder, request.id)
+    while wait and not answer.exists():
+        time.sleep(1.0)
+        facts = read_run(facts.path)  # Slurm need not be asked
+        if facts.start is None or facts.start.number != start or not is_alive(facts, this_process()):
+            if answer.exists():
+                break
+            raise RunError(f"{facts.path} ended before it had profiled: `lingua why {facts.path}` tells the reason")
+    if wait:
+        for name in read_json(answer)["files"]:
+            print(folder / name)
+
+
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Where runs are to lie.")] = Path("out"),
     node: Annotated[
@@ -173,7 +215,7 @@ def doctor(
     raise typer.Exit(1 if any(finding.level == "wrong" for finding in findings) else 0)
 
 
-COMMANDS = (why, status, runs, diff, report, stop, doctor)
+COMMANDS = (why, status, runs, diff, report, stop, profile, doctor)
 
 
 def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:

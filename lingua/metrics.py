@@ -31,6 +31,7 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "metrics.validation.jsonl"
 CHECKPOINT_FILE = "metrics.checkpoint.jsonl"
 EVAL_FILE = "metrics.eval.jsonl"
+PROBE_FILE = "probe.jsonl"
 _HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
 
 
@@ -170,6 +171,7 @@ class MetricLogger:
         self._lines = JsonLines(run_dir / METRICS_FILE)
         self._validation_lines = JsonLines(run_dir / VALIDATION_FILE)
         self._checkpoint_lines = JsonLines(run_dir / CHECKPOINT_FILE)
+        self._probe_lines = JsonLines(run_dir / PROBE_FILE)
         self._incarnation = incarnation
         self._wall_time = wall_time
         self._wandb = _start_wandb(args.wandb, run_dir, run_name, config, wandb_id) if args.wandb else None
@@ -191,6 +193,10 @@ class MetricLogger:
     def log_checkpoint(self, record: Mapping[str, Any]) -> None:
         """Write what happened to the checkpoint of `global_step`; to the file only."""
         self._write(self._checkpoint_lines, record)
+
+    def log_probe(self, record: Mapping[str, float | int]) -> None:
+        """Write one record of a probe, hundreds of figures: into its file only."""
+        self._write(self._probe_lines, record)
 
     def track(self, record: Mapping[str, float | int]) -> None:
         """Send a record that has a file of its own, an evaluation's, to the trackers; needs `global_step`."""

@@ -164,3 +164,9 @@ def set_matmul_precision(args: DistributedArgs) -> None:
     """Process-wide choices for matrix products."""
     torch.backends.cuda.matmul.allow_tf32 = args.matmul_allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = args.allow_bf16_reduced_precision_reduction
+
+
+def recomputed(args: DistributedArgs, attn_impl: str) -> tuple[bool, bool]:
+    """What backward computes again: (blocks, attention kernels). Selective: kernels that _KEPT_OPERATORS lacks."""
+    selective = args.selective_activation_checkpointing and attn_impl not in ("sdpa", "sdpa_flash", "sdpa_cudnn")
+    return args.full_activation_checkpointing, args.full_activation_checkpointing or selective

@@ -14,7 +14,6 @@ import numpy as np
 
 from lingua.series import STEP, Numbers, is_number, records_in
 
-PROBE_FILE = "probe.jsonl"
 MAX_STEPS = 400
 _PREFIX = "probe/"
 _WANTED = ("rms", "std", "mean", "max")

@@ -1,7 +1,8 @@
 """How fast a run goes and how long it will take: measured here, shown as a bar on a terminal and as lines in a log.
 
 Promise: rates are of the steps since the last report, so they are right after a resume; the time left is estimated
-from this incarnation's own steps. MFU counts model FLOPs only (no recomputation) over the device's peak.
+from this incarnation's own steps. MFU counts model FLOPs only over the device's peak (PaLM, arXiv 2204.02311, B); HFU
+adds those that activation checkpointing computes again, but not what attention kernels recompute inside.
 Cost: two clock readings per micro step.
 """
 
@@ -44,11 +45,13 @@ class Meter:
         flops_per_token: float,
         n_devices: int,
         peak_flops: float | None,
+        recomputed_flops_per_token: float | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._n_steps = n_steps
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
+        self._recomputed_flops_per_token = recomputed_flops_per_token
         self._n_devices = n_devices
         self._peak_flops = peak_flops
         self._now = now
@@ -56,6 +59,13 @@ class Meter:
         self._loading_s = 0.0
         self._read: tuple[int, Lap] = (0, Lap(0.0, 0.0))
         self._first: tuple[int, Lap] | None = None  # the first report of this start
+
+    def formula(self) -> str:
+        """How MFU and HFU come about, with this run's numbers."""
+        model, again = self._flops_per_token, self._recomputed_flops_per_token
+        peak = "the device's peak, which is not known" if self._peak_flops is None else f"{self._peak_flops:.4g} per s"
+        hardware = "" if again is None else f"; hfu = (that + {again:.4g} recomputed per token) likewise"
+        return f"mfu = {model:.4g} FLOPs per token (6N + 12LHQS, PaLM appendix B) * speed/wps / {peak}{hardware}"
 
     def start(self, step: int) -> None:
         """`step` updates are done; the clock runs."""
@@ -94,6 +104,9 @@ class Meter:
         }
         if self._peak_flops is not None:
             metrics["speed/mfu"] = flops_per_s / self._peak_flops
+            if self._recomputed_flops_per_token is not None:
+                recomputed_per_s = tokens_per_s * self._recomputed_flops_per_token
+                metrics["speed/hfu"] = (flops_per_s + recomputed_per_s) / self._peak_flops
         if self._first is None:  # the first steps compile and warm up; they say nothing about the rest
             self._first, seconds_per_step = (step, lap), elapsed_s / n_steps
         else:

@@ -3,7 +3,8 @@
 Promise: two trainers never own a folder at once; the second is refused with a sentence that says who is there. The
 lock of a dead owner holds nobody up for longer than a minute, and not at all when its death is certain (same host: no
 such process; same Slurm job, restarted). An owner that was overtaken while it slept learns it before it publishes.
-Cost: one small file per start, touched every BEAT_S by a thread, which then looks whether `lingua stop` has asked.
+Cost: one small file per start, touched every BEAT_S by a thread, which then looks whether `lingua stop` or
+`lingua profile` has asked.
 
 The folder `incarnations/` holds one file per start, 0000000001.json and so on; the owner is the one with the highest
 number. Taking over means creating the next number, which a file system grants to one process only, so there is no
@@ -190,6 +191,8 @@ class RunLock:
         """Number of this start, from 1. 0: not the owner."""
         self.on_stop_request: Callable[[], object] = lambda: None
         """Called, from the beating thread, when somebody has asked this start to stop."""
+        self.on_beat: Callable[[], object] = lambda: None
+        """Called at each heartbeat, from its thread; may raise OSError."""
 
     def acquire(self) -> int:
         """Become the owner; returns the incarnation. Raises OccupiedError, or RunError for an unwritable folder."""
@@ -283,6 +286,7 @@ class RunLock:
                 self._touch(_path(self._folder, self.incarnation))
                 if stop_request(self._run_dir, self.incarnation).exists():
                     self.on_stop_request()
+                self.on_beat()
             except OSError as error:
                 log.warning("no heartbeat in %s: %s", self._run_dir, error)
 

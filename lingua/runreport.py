@@ -21,7 +21,8 @@ from lingua.chart import look, png_of, readings, svg_of
 from lingua.files import RunError, human_bytes, write_whole
 from lingua.freeze import CONFIG_FILE, ORIGIN_FILE
 from lingua.layers import read_yaml
-from lingua.probemaps import PROBE_FILE, read_probes
+from lingua.metrics import PROBE_FILE
+from lingua.probemaps import read_probes
 from lingua.progress import duration
 from lingua.runcharts import Picture, brief, pictures_of, probe_picture, spent_picture, time_line
 from lingua.rundiff import ABSENT, config_differences, flatten

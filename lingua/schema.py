@@ -61,6 +61,10 @@ class ModelArgs(Part):
         """Forward and backward FLOPs per token, recomputation not counted."""
         raise NotImplementedError
 
+    def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float | None:
+        """FLOPs per token of computing `blocks`, or only their `attention` kernels, once more. None: not known."""
+        return None
+
 
 class LlamaArgs(ModelArgs):
     """Llama-type decoder, built from the blocks of lingua/transformer.py. An app's own Args say who builds it."""
@@ -163,6 +167,17 @@ class LlamaArgs(ModelArgs):
         n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
         seen = min(seq_len, self.sliding_window or seq_len)
         return 6 * n_matmul + 12 * self.n_layers * self.heads * self.head_width * seen
+
+    def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float:
+        """One more forward pass of all blocks, 2N_blocks + 4LHQS, or of their attention kernels alone, 4LHQS.
+
+        A forward pass is a third of forward and backward (PaLM, as above; "hardware FLOPs" as in arXiv 2205.05198, A).
+        The last product of a block is not made again: backward needs its inputs only (torch stops there).
+        """
+        again = self.n_params_non_embedding() - self.n_layers * self.dim * self.ffn_width
+        seen = min(seq_len, self.sliding_window or seq_len)
+        kernels = 4 * self.n_layers * self.heads * self.head_width * seen
+        return (2 * again if blocks else 0) + (kernels if blocks or attention else 0)
 
 
 # -- loss (lingua/loss.py) ---------------------------------------------------------------------------------------
@@ -450,20 +465,39 @@ class CheckpointArgs(Args):
 
 
 class ProfilerArgs(Args):
-    """Windows of steps that are profiled."""
+    """Windows of steps that are profiled. Light: time and memory of each step, jsonl, from every rank. Heavy: a torch
+    trace, and on a GPU a snapshot of its memory; steps are several times slower in it."""
 
     run: bool = False
-    """Profile at all."""
+    """Profile the windows below. false: only what `lingua profile` or a signal asks for."""
     trace_folder: str = "profiling"
-    """Where traces go, inside the run folder."""
+    """Where files go, inside the run folder."""
+    light_warmup: Annotated[int, Field(ge=0)] = 10
+    """Steps of a start before the light window."""
+    light_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps of the light window. 0: none."""
     mem_warmup: Annotated[int, Field(ge=0)] = 100
-    """Steps before the memory window."""
+    """Steps of a start before the memory window."""
     mem_steps: Annotated[int, Field(ge=0)] = 2
     """Steps of the memory window. 0: none."""
     profile_warmup: Annotated[int, Field(ge=0)] = 102
-    """Steps before the trace window."""
+    """Steps of a start before the trace window."""
     profile_steps: Annotated[int, Field(ge=0)] = 2
     """Steps of the trace window. 0: none."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps from the begin of a window to the next of its kind. 0: one of each kind per start."""
+    ranks: list[Annotated[int, Field(ge=0)]] | Literal["all"] = [0]
+    """Ranks that write traces and memory snapshots."""
+    signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] | None = "SIGUSR1"
+    """Signal that opens a light and a heavy window of profile_steps, at least one. Null: none. One that is in
+    stop_signals stops."""
+
+    @model_validator(mode="after")
+    def _windows_end(self) -> Self:
+        longest = max(self.mem_steps, self.profile_steps)
+        if 0 < self.every <= longest:
+            raise ValueError(f"every {self.every} leaves no step between heavy windows of {longest}; raise every")
+        return self
 
 
 # -- generation (apps/main/generate.py) ----------------------------------------------------------------------------

@@ -13,13 +13,24 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_REQUEST = "lingua stop"
 """What `received` says when nobody sent a signal, but a person asked for the end."""
+
+
+@contextmanager
+def noted(name: str, note: Callable[..., object]) -> Iterator[None]:
+    """Inside, `note` is called in the handler of a signal that asks for something else than the end."""
+    old = signal.signal(signal.Signals[name], note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.Signals[name], old)
 
 
 @dataclass

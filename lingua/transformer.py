@@ -157,14 +157,18 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(args.head_width, args.norm_eps) if args.qk_norm else None
 
     def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, heads, E)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin)
+        q, k, v = self.project(x, around)
         if around.cache is not None and around.positions is not None:
             k, v = around.cache.update(self.layer, around.positions, k, v)
         out = attend(around.impl, q, k, v, around.mask, around.window)  # (B, S, H, E)
         return self.wo(out.flatten(-2))
+
+    def project(self, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, D) -> rotated q (B, S, H, E) and k (B, S, K, E), and v (B, S, K, E)."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, heads, E)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin), v
 
 
 class FeedForward(nn.Module):

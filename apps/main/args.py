@@ -76,7 +76,7 @@ class TrainArgs(Args):
     gc_collect_freq: Annotated[int, Field(ge=1)] = 1000
     """Steps between garbage collections; python's own collector is off in the loop."""
     probe_freq: Annotated[int, Field(ge=1)] | None = None
-    """Steps between statistics of activations and gradients. Null: none."""
+    """Steps between statistics of activations, weights, gradients and attention (probe.jsonl). Null: none."""
     deterministic: bool = False
     """Two runs are bitwise equal, and so is a resumed one; costs speed."""
     stop_signals: list[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"]] = ["SIGINT", "SIGTERM", "SIGUSR2"]

@@ -99,19 +99,21 @@ class Learner:
             tokens, labels = (self._to_device(view) for view in batch.views[:2])
             yield batch, tokens, labels, None if batch.doc_ids is None else self._to_device(batch.doc_ids)
 
-    def micro_step(
+    def loss_share(
         self,
         precision: AbstractContextManager[object],
-        tokens: torch.Tensor,
+        tokens: torch.Tensor,  # (B, S)
         labels: torch.Tensor,
         doc_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Forward and backward of one micro step; returns its share of the step's loss. Gradients add up."""
+        """A micro step's share of its step's loss. Ranks are averaged, so in all this is the mean over G rows."""
         with precision:
             loss, _ = self.model(tokens, labels=labels, doc_ids=doc_ids, loss=self.loss)
-        loss = loss / self.size.tokens_per_rank_step  # ranks are averaged, so in all this is the mean over G rows
+        return loss / self.size.tokens_per_rank_step
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a `loss_share` to those that are there, times `loss_factor`."""
         (loss if self.loss_factor is None else loss * self.loss_factor).backward()
-        return loss.detach()
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

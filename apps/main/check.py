@@ -491,8 +491,6 @@ def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
         for key in ("wipe_ckpt", "terminal_eval_wandb"):
             if getattr(args.eval, key):
                 yield f"eval.{key} has no effect yet"
-    if args.probe_freq is not None:
-        yield f"probe_freq is {args.probe_freq}, but there are no probes yet; it has no effect"
     if args.logging.acc_freq is not None:
         yield f"logging.acc_freq is {args.logging.acc_freq}, but only whole steps are logged; it has no effect"
 
@@ -623,6 +621,9 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if args.data.load_async and ahead > 4 * _GIB:
         text = f"data.prefetch_size {args.data.prefetch_size} holds {human_bytes(ahead)} per rank; lower it"
         yield Finding("data.prefetch_size", text)
+    if args.profiling.signal in args.stop_signals:
+        text = f"profiling.signal {args.profiling.signal} is in stop_signals too: it ends the run and opens no window"
+        yield Finding("profiling.signal", text)
     if args.checkpoint.init_ckpt_model_key and not args.checkpoint.init_ckpt_path:
         yield Finding("checkpoint.init_ckpt_model_key", "checkpoint.init_ckpt_model_key is ignored: no init_ckpt_path")
     yield from _odd_checkpoints(args, size)

@@ -308,7 +308,9 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
             lr, loss_sum = learner.lr, torch.zeros((), device=learner.world.device)
             for _ in range(learner.size.grad_acc_steps):
                 _, tokens, labels, doc_ids = next(batches)
-                loss_sum += learner.micro_step(precision, tokens, labels, doc_ids)
+                loss = learner.loss_share(precision, tokens, labels, doc_ids)
+                learner.backward(loss)
+                loss_sum += loss.detach()
             _, finite = clip_and_check(parameters, optim.clip, learner.loss_factor)
             overflow = learner.loss_scale is not None and not learner.loss_scale.is_least
             if optim.on_nonfinite == "stop" and not finite and not overflow:
@@ -345,7 +347,9 @@ def take_apart(
         micro_batch = next(batches)
         taken.append(micro_batch)
         _, tokens, labels, doc_ids = micro_batch
-        loss_sum += learner.micro_step(precision, tokens, labels, doc_ids)
+        loss = learner.loss_share(precision, tokens, labels, doc_ids)
+        learner.backward(loss)
+        loss_sum += loss.detach()
         if first_bad is None and not (clip_and_check(parameters, 0.0)[1] and torch.isfinite(loss_sum)):
             first_bad = number
     return taken, loss_sum.item(), clip_and_check(parameters, 0.0, learner.loss_factor)[0].item(), first_bad

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from lingua.attention import resolve_attn_impl
 from lingua.data.sources import filled
 from lingua.distributed import World, from_main
 from lingua.files import RunError, write_whole
@@ -24,12 +25,12 @@ from lingua.freeze import CONFIG_FILE, ORIGIN_FILE, dump_yaml
 from lingua.generator import Generator
 from lingua.logger import log_to_folder
 from lingua.metrics import MetricLogger
-from lingua.parallel import DTYPES
+from lingua.parallel import DTYPES, recomputed
 from lingua.profiling import measured_matmul_flops
 from lingua.progress import Meter
 from lingua.runfolder import describe_start, put_by_last_words
 from lingua.runlock import RunLock, this_process
-from lingua.schema import GeneratorArgs
+from lingua.schema import GeneratorArgs, LlamaArgs
 from lingua.slurm import this_job
 
 from .args import TrainArgs
@@ -137,13 +138,22 @@ def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
         flops_per_token=size.flops_per_token,
         n_devices=world.place.world_size,
         peak_flops=peak_flops,
+        recomputed_flops_per_token=_recomputed_flops(args, world, dtype),
     )
+
+
+def _recomputed_flops(args: TrainArgs, world: World, dtype: torch.dtype) -> float | None:
+    impl = "sdpa"
+    if isinstance(args.model, LlamaArgs):
+        impl = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
+    blocks, attention = recomputed(args.distributed, impl)
+    return args.model.recomputed_flops_per_token(args.data.seq_len, blocks, attention)
 
 
 # -- what the user is told ---------------------------------------------------------------------------------------
 
 
-def say_hello(run: Run, checked: Checked, incarnation: int) -> None:
+def say_hello(run: Run, checked: Checked, meter: Meter, incarnation: int) -> None:
     """What runs, where, and what differs from the first start."""
     if not run.world.is_main:
         return
@@ -159,6 +169,7 @@ def say_hello(run: Run, checked: Checked, incarnation: int) -> None:
         f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,
         f"{size.n_steps:,}", f"{size.total_tokens:,}",
     )  # fmt: skip
+    log.info("%s", meter.formula())
 
 
 def say_finished_already(run: Run) -> None:

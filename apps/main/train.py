@@ -17,11 +17,12 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lingua.args import ConfigError
 from lingua.checkpoint.manager import SaveReport
@@ -35,16 +36,19 @@ from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
 from lingua.optim import clip_and_check, optimizer_step
 from lingua.parallel import begin_micro_step, forward_precision
 from lingua.peers import Peers
-from lingua.profiling import Profiler, memory_metrics
+from lingua.probe import probe
+from lingua.profilewindows import Requests, take_request
+from lingua.profiling import Profiler
 from lingua.progress import Lap, Meter, ProgressLine
 from lingua.runfolder import EXIT_FINISHED, describe_stop, end_asked_for
-from lingua.signals import STOP_REQUEST, StopSignals
+from lingua.signals import STOP_REQUEST, StopSignals, noted
 from lingua.slurm import job_end_s
 
 from .build import Run, build_run
 from .check import load
 from .evaluate import Evaluation, make_evaluation, make_measures
 from .start import (
+    RunFolder,
     make_meter,
     open_run_folder,
     say_finished_already,
@@ -99,22 +103,33 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     precision = forward_precision(run.model, args.distributed, device)
     batches = run.batches()
     votes: Votes[StepFacts] = Votes(device)
-    meter = judge.meter
+    meter, profiler = judge.meter, judge.profiler
     halted = torch.zeros((), dtype=torch.bool, device=device)  # once set, the optimizer moves no more
     run.model.train()
     meter.start(run.step)
     judge.note("begun")
 
-    with Profiler(args.profiling, run.run_dir, device, run.world.place.rank) as profiler:
+    with profiler:
+        profiler.start(run.step)
         while run.step < size.n_steps and not judge.stop:
             lr, rows = run.lr, []
             loss_sum = torch.zeros((), device=device)
+            profiler.mark("rest")
             for micro_step in range(size.grad_acc_steps):
                 with meter.loading():
                     batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
+                profiler.mark("data")
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
-                begin_micro_step(run.model, args.distributed, is_last=micro_step == size.grad_acc_steps - 1)
-                loss_sum += run.micro_step(precision, tokens, labels, doc_ids)
+                is_last = micro_step == size.grad_acc_steps - 1
+                begin_micro_step(run.model, args.distributed, is_last=is_last)
+                loss = run.loss_share(precision, tokens, labels, doc_ids)
+                profiler.mark("forward")
+                run.backward(loss)
+                profiler.mark("backward")
+                loss_sum += loss.detach()
+                if is_last and args.probe_freq and (run.step + 1) % args.probe_freq == 0:
+                    judge.report_probe(probe_batch(run, precision, tokens, labels, doc_ids))
+                    profiler.mark("rest")
 
             grad_norm, finite = clip_and_check(parameters, args.optim.clip, run.loss_factor)
             if args.optim.on_nonfinite == "stop":
@@ -123,12 +138,13 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
             run.manager.before_update()
             optimizer_step(run.optimizer, lr, moves)
             run.optimizer.zero_grad()
+            profiler.mark("optimizer")
             run.advance()
             guard.pulse.beat(run.step)
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            also = [] if run.loss_factor is None else [run.loss_factor]
-            judge.hear(votes.cast(facts, [loss_sum, grad_norm, ~moves, float(guard.asked), *also]))
+            numbers = [loss_sum, grad_norm, ~moves, float(guard.asked), *profiler.requests.ballot()]
+            judge.hear(votes.cast(facts, numbers if run.loss_factor is None else [*numbers, run.loss_factor]))
             if loss_scale is not None:
                 loss_scale.update(finite)
             profiler.step(run.step)
@@ -155,17 +171,40 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
     return report
 
 
+def probe_batch(
+    run: Run, precision: AbstractContextManager, tokens: Tensor, labels: Tensor, doc_ids: Tensor | None
+) -> dict[str, float]:
+    """Statistics of the model on a micro batch, and of the gradients that are there. Collective."""
+
+    def forward() -> None:
+        with precision:
+            run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.validation_loss)
+
+    found = probe(run.model, run.world.device, forward, doc_ids)
+    if run.loss_factor is None:
+        return found
+    factor = run.loss_factor.item()
+    return {key: value / factor if "/grad/" in key else value for key, value in found.items()}
+
+
 class Judge:
-    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether a rank was asked to stop."""
+    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether to stop, what to profile."""
 
     def __init__(
-        self, run: Run, meter: Meter, progress: ProgressLine, metrics: MetricLogger | None, evaluation: Evaluation
+        self,
+        run: Run,
+        meter: Meter,
+        progress: ProgressLine,
+        metrics: MetricLogger | None,
+        evaluation: Evaluation,
+        profiler: Profiler,
     ) -> None:
         self.stop = False
         """A rank has been asked to stop: the same answer on all ranks after the same step."""
         self.meter = meter
         self.evaluation = evaluation
         self.progress = progress
+        self.profiler = profiler
         self._run = run
         self._metrics = metrics
         self._skips_in_a_row = 0
@@ -173,8 +212,9 @@ class Judge:
     def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
         if verdict is None:
             return
-        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, *scale_sum) = verdict
+        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, signalled, asked, *scale_sum) = verdict
         n_ranks = self._run.world.place.world_size
+        self.profiler.hear([signalled, asked])
         self.hear_of_stop(stop_ranks > 0)
         scale = scale_sum[0] / n_ranks if scale_sum else None
         if bad_ranks > 0 and scale is not None and is_overflow(loss_sum, scale):
@@ -224,6 +264,11 @@ class Judge:
         if self._metrics is not None:
             self._metrics.log_checkpoint({"global_step": self._run.step, "event": event, **facts})
 
+    def report_probe(self, statistics: dict[str, float]) -> None:
+        """What a probe has seen in the step that is about to end."""
+        if self._metrics is not None:
+            self._metrics.log_probe({"global_step": self._run.step + 1, **statistics})
+
     def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
         run, optim = self._run, self._run.args.optim
         rows = [facts.first_row, facts.last_row]
@@ -252,7 +297,7 @@ class Judge:
             "optim/skipped_steps": run.shared["skipped_steps"],
             **({} if loss_scale is None else {"optim/loss_scale": loss_scale}),
             **self.meter.read(facts.step, facts.lap),
-            **memory_metrics(run.world.device),
+            **self.profiler.memory.report(),
             **run.loader.stats(),
             **run.manager.metrics(),
         }
@@ -283,6 +328,9 @@ def main(words: list[str]) -> int:
     set_environment(args.env, place, on_gpu=device.type == "cuda")
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(args.stop_signals))
+        requests = Requests()
+        if args.profiling.signal not in (None, *args.stop_signals):
+            stack.enter_context(noted(args.profiling.signal, requests.signal))
         guard = stack.enter_context(Guard(place.rank, signals, args.watchdog, Path(args.dump_dir)))
         with guard.reporting():
             world = stack.enter_context(start_world(args.distributed, place, device))
@@ -292,20 +340,30 @@ def main(words: list[str]) -> int:
             guard.open(folder.incarnation)
             if folder.lock is not None:
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
+                folder.lock.on_beat = lambda: look_for_request(folder, requests)
                 guard.last_acts.append(folder.lock.release)
             use_embedded_corpus(args)
             measures = make_measures(args, world)
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
             guard.pulse.step = run.step
-            say_hello(run, checked, folder.incarnation)
+            say_hello(run, checked, meter, folder.incarnation)
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
             guard.last_acts.append(progress.stop)
             evaluation = make_evaluation(run, guard, measures, metrics, folder.incarnation)
-            exit_code = train_to_the_end(run, guard, Judge(run, meter, progress, metrics, evaluation), words)
+            profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
+            judge = Judge(run, meter, progress, metrics, evaluation, profiler)
+            exit_code = train_to_the_end(run, guard, judge, words)
             evaluation.end(exit_code)
             return exit_code
+
+
+def look_for_request(folder: RunFolder, requests: Requests) -> None:
+    """Take what `lingua profile` asks of this start."""
+    request = take_request(folder.path, folder.incarnation)
+    if request is not None:
+        requests.ask(request)
 
 
 def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:

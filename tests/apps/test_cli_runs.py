@@ -16,7 +16,8 @@ import pytest
 import lingua.runlock
 from apps.cli import app
 from lingua.entry import run_main
-from tests.trainer import TINY, Trainer, at_step, kill_self, losses, published, train
+from lingua.metrics import read_metrics
+from tests.trainer import TINY, Trainer, at_step, kill_self, losses, published, send_self, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,9 +107,10 @@ def test_what_is_no_run_or_does_not_run_is_a_sentence(capsys: pytest.CaptureFixt
         code, _, err = lingua_says(capsys, *words)
         assert code == 1
         assert "is no run folder" in err
-    code, _, err = lingua_says(capsys, "stop", folder / "calm")
-    assert code == 1
-    assert "is not running, it is finished" in err
+    for command in ("stop", "profile"):
+        code, _, err = lingua_says(capsys, command, folder / "calm")
+        assert code == 1
+        assert "is not running, it is finished" in err
 
 
 @pytest.mark.ranks
@@ -136,6 +138,45 @@ def test_a_run_is_stopped_from_the_login_node(capsys: pytest.CaptureFixture[str]
 
     again = train([*words[:-2], f"steps={stop['step'] + 2}", words[-1]], n_ranks=2, hook=hook)
     assert again.exit_code == 0, again.output  # the request was for the start before
+
+
+@pytest.mark.ranks
+def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """A signal that one rank gets, then `lingua profile`: both ranks time the same steps, rank 0 alone traces."""
+    reached, reached_here = os.pipe()
+
+    def hook(rank: int) -> None:
+        setattr(lingua.runlock, "BEAT_S", 0.05)  # noqa: B010
+        at_step(3, send_self("SIGUSR1"), on_rank=1)(rank)
+        at_step(8, lambda: os.write(reached_here, b"."), on_rank=0)(rank)
+
+    words = [*TINY, f"dump_dir={tmp_path}", "steps=1000000", "optim.scheduler=constant", "profiling.profile_steps=1"]
+    with Trainer(words, n_ranks=2, hook=hook) as trainer:
+        os.read(reached, 1)
+        code, out, err = lingua_says(capsys, "profile", tmp_path, "--steps", 2, "--heavy", "--wait")
+        assert code == 0, err
+        assert lingua_says(capsys, "stop", tmp_path)[0] == 0
+        result = trainer.wait()
+    assert result.exit_code == 130, result.output
+    for descriptor in (reached, reached_here):
+        os.close(descriptor)
+
+    folder = tmp_path / "profiling"
+    light = {path.name: read_metrics(path) for path in sorted(folder.glob("light_*"))}
+    steps = {name: [record["global_step"] for record in records] for name, records in light.items()}
+    first, asked = steps["light_0000000005_rank0.jsonl"], out.splitlines()[-2:]
+    assert first == steps["light_0000000005_rank1.jsonl"] == [5]  # asked at 3, voted at 4 at the latest
+    begin = Path(asked[0]).name[6:16]
+    assert asked == [str(folder / f"light_{begin}_rank0.jsonl"), str(folder / f"trace_{begin}_rank0.json.gz")]
+    assert steps[f"light_{begin}_rank0.jsonl"] == steps[f"light_{begin}_rank1.jsonl"] == [int(begin), int(begin) + 1]
+    assert len(light) == 4
+    assert len(list(folder.glob("trace_*"))) == 2
+    for record in (record for records in light.values() for record in records):
+        parts = sum(record[f"time/{phase}_s"] for phase in ("data", "forward", "backward", "optimizer", "rest"))
+        assert parts == pytest.approx(record["time/step_s"], abs=1e-4)
+        assert min(record["time/forward_s"], record["time/backward_s"]) > 0
 
 
 def test_a_start_is_stopped_too(tmp_path: Path):

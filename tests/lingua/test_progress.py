@@ -28,6 +28,19 @@ def test_rates_are_of_the_steps_since_the_last_reading():
     assert metrics["speed/mfu"] == pytest.approx(32 * 10 / 1000)
 
 
+@pytest.mark.parametrize(("recomputed", "hfu"), [(None, None), (0, 32 * 10 / 1000), (2.5, 32 * 12.5 / 1000)])
+def test_hardware_flops_count_what_is_computed_again(recomputed: float | None, hfu: float | None):
+    clock = Clock()
+    meter = Meter(
+        n_steps=9, tokens_per_step=64, flops_per_token=10, n_devices=2, peak_flops=1000,
+        recomputed_flops_per_token=recomputed, now=clock,
+    )  # fmt: skip
+    meter.start(0)
+    clock.now_s += 5
+    assert meter.read(5, meter.lap()).get("speed/hfu") == (None if hfu is None else pytest.approx(hfu))
+    assert ("hfu = " in meter.formula()) == (hfu is not None)
+
+
 def test_pauses_do_not_count():
     clock = Clock()
     meter = make_meter(clock)

@@ -9,11 +9,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
+from lingua.distributed import Place, World
 from lingua.loss import CrossEntropy
-from lingua.schema import CrossEntropyArgs
+from lingua.parallel import parallelize, recomputed
+from lingua.schema import CrossEntropyArgs, DistributedArgs
 from lingua.scorer import Row, Scorer
 from lingua.transformer import KVCache
 from tests.ranks import run_on_ranks
@@ -75,6 +78,26 @@ def test_parameter_names_are_linguas() -> None:
 def test_parameters_are_as_many_as_the_config_says(keys: dict[str, Any]) -> None:
     model = build(**keys)
     assert sum(p.numel() for p in model.parameters()) == model.args.n_params()
+
+
+@pytest.mark.parametrize("keys", [*VARIANTS, {"full": True}])
+def test_flops_are_those_that_torch_counts(keys: dict[str, Any]) -> None:
+    """Forward, backward and what is computed again, of a model whose attention counts the whole square."""
+    keys = dict(keys)
+    full = keys.pop("full", False)
+    model, (tokens, _) = build(attn_impl="eager", **keys), batch()
+    if full:
+        parallelize(
+            model, DistributedArgs(full_activation_checkpointing=True), World(Place(), torch.device("cpu"), None)
+        )
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).sum().backward()
+    blocks, attention = recomputed(DistributedArgs(full_activation_checkpointing=full), "eager")
+    args = model.args.model_copy(update={"sliding_window": None})  # eager computes what it then masks
+    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    counted = args.flops_per_token(SEQ_LEN) - 6 * norms
+    again = args.recomputed_flops_per_token(SEQ_LEN, blocks, attention) - (2 * norms if full else 0)
+    assert counter.get_total_flops() == (counted + again) * tokens.numel()
 
 
 def test_a_vocabulary_of_unknown_size_is_refused() -> None:
