@@ -140,11 +140,11 @@ def build_run(
     args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
 ) -> Run:
     """Everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
+    if args.distributed.compile:
+        on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     if args.deterministic:
         make_deterministic()
     set_matmul_precision(args.distributed)
-    if args.distributed.compile:
-        on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
     seed_everything(args.seed + world.place.rank)
 
