@@ -46,7 +46,7 @@ def keep_compiled_code(folder: str | None, env: MutableMapping[str, str] = os.en
     What the environment sets already wins. Returns the folder in use, None where it is not ours to say. Raises
     ValueError for a folder that others can write to.
     """
-    if folder is None or INDUCTOR in env:
+    if folder is None or _is_users(env):
         return None
     places = _places(env) if folder == "auto" else [Path(folder).expanduser().absolute()]
     place = _private(_first_private(places) / f"torch-{torch.__version__}")
@@ -54,6 +54,16 @@ def keep_compiled_code(folder: str | None, env: MutableMapping[str, str] = os.en
     # By itself Triton's cache lies in a folder per device, so that ranks would not find each other's kernels.
     env.setdefault(TRITON, str(_private(place / "triton")))
     return place
+
+
+def _is_users(env: MutableMapping[str, str]) -> bool:
+    """Whether the user has chosen a folder. torch writes its own choice into the environment as soon as its compiler is
+    imported, which `deterministic: true` does."""
+    if INDUCTOR not in env:
+        return False
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds
+
+    return env[INDUCTOR] != default_cache_dir()
 
 
 def _places(env: MutableMapping[str, str]) -> list[Path]:

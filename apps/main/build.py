@@ -179,11 +179,11 @@ def build_loss_scale(args: TrainArgs, state: TrainState, device: torch.device) -
 
 def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
     """Model and optimizer as before the first step, and the process-wide settings that they are computed with."""
+    if args.distributed.compile:
+        on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     if args.deterministic:
         make_deterministic()
     set_matmul_precision(args.distributed)
-    if args.distributed.compile:
-        on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
     seed_everything(args.seed + world.dp_rank)  # tensor-parallel ranks draw alike what they hold in common
     model = on_every_rank(lambda: build_model(args, size, world))

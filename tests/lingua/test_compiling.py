@@ -154,6 +154,14 @@ def test_what_the_environment_says_wins(tmp_path: Path):
     assert env[TRITON] == "/mine"
 
 
+def test_what_torch_has_put_there_by_itself_does_not(tmp_path: Path):
+    import torch._inductor  # noqa: F401 - sets the variable
+
+    env = dict(os.environ)
+    assert keep_compiled_code(str(tmp_path), env) is not None
+    assert env[INDUCTOR].startswith(str(tmp_path))
+
+
 @pytest.mark.parametrize("trap", ["others may write", "a link", "a file", "somebody else's"])
 def test_code_that_others_could_have_put_there_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str):
     kept = tmp_path / "kept"

@@ -1,0 +1,47 @@
+"""`deterministic: true` with torch.compile and FSDP2: cold and warm caches, undisturbed and killed, the same bytes."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.trainer import TINY, Hook, at_step, fingerprint, kill_self, losses, published, train
+
+WORDS = [
+    *TINY,
+    "steps=4",
+    "checkpoint.dump.every=2",
+    "checkpoint.dump.keep=-1",
+    "distributed.compile=true",
+    "distributed.fsdp_type=full_shard",
+    "distributed.selective_activation_checkpointing=true",
+    "distributed.timeout_s=300",  # one rank may compile for long while the other waits
+]
+
+
+def lenient(then: Hook = lambda rank: None) -> Hook:
+    """Hook: Inductor may warn of what torch itself does not use any more."""
+
+    def hook(rank: int) -> None:
+        warnings.simplefilter("ignore")
+        then(rank)
+
+    return hook
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.ranks
+def test_two_ranks_compiled_and_sharded(tmp_path: Path):
+    words = [*WORDS, f"distributed.compile_cache={tmp_path / 'compiled'}"]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    result = train([*words, f"dump_dir={calm}"], 2, lenient())  # compiles
+    assert result.exit_code == 0, result.output
+    assert any((tmp_path / "compiled").glob("torch-*/inductor/fxgraph/*")), "nothing was kept"
+    codes = train([*words, f"dump_dir={killed}"], 2, lenient(at_step(3, kill_self))).exit_codes  # finds it
+    assert -9 in codes
+    assert published(killed) == [2]
+    result = train([*words, f"dump_dir={killed}"], 2, lenient())
+    assert result.exit_code == 0, result.output
+    assert losses(killed) == losses(calm)
+    assert [fingerprint(killed, step) for step in (2, 4)] == [fingerprint(calm, step) for step in (2, 4)]
