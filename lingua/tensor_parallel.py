@@ -51,6 +51,17 @@ def _gather(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return gathered, *rest
 
 
+class SplitWords(RowwiseParallel):
+    """Rows of an embedding; what it looks up arrives before it is handed on, since a compiled block would otherwise be
+    compiled once for a stream that is on its way and once for one that is there."""
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh
+    ) -> Any:
+        return outputs.redistribute(placements=output_layouts)
+
+
 # The stream stays a DTensor from block to block: it knows its length, so positions need not divide evenly.
 _NORM = SequenceParallel(sequence_dim=1)
 _HEAD_NORM = SequenceParallel(sequence_dim=2, use_local_output=True)  # (B, S, heads, E): each rank has its heads
@@ -58,7 +69,7 @@ _TO_OWN = ColwiseParallel()
 _FROM_OWN = RowwiseParallel(output_layouts=_BY_POSITION, use_local_output=False)
 
 BLOCKS: Mapping[str, ParallelStyle] = {
-    r"tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=_BY_POSITION, use_local_output=False),
+    r"tok_embeddings": SplitWords(input_layouts=Replicate(), output_layouts=_BY_POSITION, use_local_output=False),
     r"layers\.\d+\.(attention_norm|ffn_norm)|norm": _NORM,
     r"layers\.\d+\.(attention|feed_forward)": GatherPositions(),
     r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])": _TO_OWN,

@@ -122,7 +122,7 @@ def _memory(args: TrainArgs, size: Resolved, gpu_gib: int, gpu: str) -> Fact:
         parts["activations"] = _activation_bytes(args.model, args.distributed, size)
     positions = size.batch_size * size.seq_len
     chunk = min(positions, getattr(args.loss, "chunk_tokens", 0) or positions)
-    parts["logits"] = 8 * chunk * size.vocab_size  # fp32 values and gradients
+    parts["logits"] = 8 * chunk * size.vocab_size / size.tp_size  # fp32 values and gradients
     total = sum(parts.values())
     shares = " + ".join(f"{what} {human_bytes(n)}" for what, n in parts.items())
     return Fact("memory_bytes", total, human_bytes(total), f"roughly, of {gpu_gib} GiB of a {gpu}: {shares}")

@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
-from lingua.distributed import Place, World
 from lingua.loss import CrossEntropy
-from lingua.parallel import begin_micro_step, blocks_of, parallelize, reshard
+from lingua.parallel import begin_micro_step, blocks_of, reshard
 from lingua.schema import CrossEntropyArgs, DistributedArgs
+from tests import layouts
+from tests.layouts import Layout
 from tests.ranks import run_on_ranks
 
-N_LAYERS, VOCAB, SEQ_LEN = 3, 37, 8
+N_LAYERS, VOCAB, SEQ_LEN = 3, 257, 8
 N_GROUPS = N_LAYERS + 1  # of parameters that FSDP2 sends together: the blocks, and the rest
 LOSS = CrossEntropy(CrossEntropyArgs())
 NAMES = {
@@ -51,14 +50,8 @@ class Sent(TorchDispatchMode):
 
 
 def build(shape: tuple[int, int, int], args: DistributedArgs) -> LMTransformer:
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-    with torch.device("meta"):
-        sizes: dict[str, Any] = {"dim": 16, "n_layers": N_LAYERS, "n_heads": 2, "multiple_of": 8}
-        model = LMTransformer(LMTransformerArgs(**sizes, vocab_size=VOCAB, max_seqlen=SEQ_LEN))
-    parallelize(model, args, World(Place(), torch.device("cpu"), mesh))
-    model.to_empty(device="cpu")
-    model.init_weights(1)
-    return model
+    sizes: dict[str, Any] = {"dim": 16, "n_layers": N_LAYERS, "n_heads": 2, "n_kv_heads": 2, "qk_norm": False}
+    return layouts.build(Layout(*shape).world(), args, **sizes)
 
 
 def step(model: LMTransformer, args: DistributedArgs, n_micro_steps: int) -> tuple[Counter[str], list[Tensor]]:

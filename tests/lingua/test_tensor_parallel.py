@@ -12,62 +12,37 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
-from lingua.distributed import Place, World
+from lingua.distributed import World
 from lingua.generator import Answer, Generator
 from lingua.loss import CrossEntropy
-from lingua.parallel import parallelize
 from lingua.schema import CrossEntropyArgs, DistributedArgs, GeneratorArgs
 from lingua.tensor_parallel import split_model
 from lingua.tokenizer import ByteTokenizer
+from tests import layouts
+from tests.layouts import Layout, whole
 from tests.ranks import run_on_ranks
 
 VOCAB, ROWS, SEQ_LEN = 259, 4, 24  # of bytes; neither 2 nor 4 divides it
-SMALL: dict[str, Any] = {
-    "dim": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "qk_norm": True,
-    "vocab_size": VOCAB,
-    "max_seqlen": 32,
-    "multiple_of": 8,
-}
 LOSS = CrossEntropy(CrossEntropyArgs(chunk_tokens=20, z_loss=1e-3))
 Shape = tuple[int, int, int]
 """dp_replicate, dp_shard, tp."""
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def build(shape: Shape | None, keys: dict[str, Any], layout: dict[str, Any]) -> tuple[LMTransformer, int, int]:
-    """(model, dp_rank, dp_size); `shape` None: on one rank."""
-    world = World(Place(), torch.device("cpu"), mesh=None)
-    dp_rank, dp_size, tp_size = 0, 1, 1
-    if shape is not None:
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-        tp_size, dp_size = shape[2], shape[0] * shape[1]
-        dp_rank = mesh.get_local_rank("dp_replicate") * shape[1] + mesh.get_local_rank("dp_shard")
-        world = World(Place(), torch.device("cpu"), mesh, dp_rank, dp_size, tp_rank=mesh.get_local_rank("tp"))
-    with torch.device("meta"):
-        model = LMTransformer(LMTransformerArgs(**(SMALL | keys)))
-    args = DistributedArgs(**{"fsdp_type": "full_shard", "model_dtype": "fp32", "tp_size": tp_size, **layout})
-    parallelize(model, args, world)
-    model.to_empty(device="cpu")
-    model.init_weights(1)
-    return model, dp_rank, dp_size
+def build(shape: Shape, keys: dict[str, Any], layout: dict[str, Any]) -> tuple[LMTransformer, World]:
+    world = Layout(*shape).world()
+    args = DistributedArgs(**{"fsdp_type": "full_shard", "model_dtype": "fp32", "tp_size": shape[2], **layout})
+    return layouts.build(world, args, vocab_size=VOCAB, **keys), world
 
 
 Found = tuple[Tensor, dict[str, Tensor], Tensor, list[Answer]]
 
 
-def compute(shape: Shape | None, keys: dict[str, Any], layout: dict[str, Any], generate: bool = True) -> Found:
+def compute(shape: Shape, keys: dict[str, Any], layout: dict[str, Any], speak: bool = True) -> Found:
     """(mean loss of this rank's rows, weights and gradients whole, logits of uneven rows, two answers)."""
-    model, dp_rank, dp_size = build(shape, keys, layout)
-    rows = torch.randint(0, VOCAB, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))[dp_rank::dp_size]
+    model, world = build(shape, keys, layout)
+    rows = torch.randint(0, VOCAB, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
+    rows = rows[world.dp_rank :: world.dp_size]
     doc_ids = (torch.arange(SEQ_LEN) > 9).long().expand(len(rows), -1)
     labels = rows[:, 1:].clone()
     labels[:, :3] = -100
@@ -76,10 +51,10 @@ def compute(shape: Shape | None, keys: dict[str, Any], layout: dict[str, Any], g
     loss.backward()
     tensors = {f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     tensors |= {name: whole(p) for name, p in model.named_parameters()}
+    if not speak:
+        return loss.detach(), tensors, torch.zeros(()), []
     with torch.no_grad():
-        logits = model(torch.arange(14).view(2, 7)) if generate else torch.zeros(())
-    if not generate:
-        return loss.detach(), tensors, logits, []
+        logits = model(torch.arange(14).view(2, 7))
     answers = Generator(model, ByteTokenizer(), GeneratorArgs(max_gen_len=6)).generate(["ab", "cdefg"])
     return loss.detach(), tensors, logits, answers
 
@@ -98,57 +73,62 @@ def assert_alike(found: list[Found], expected: Found) -> None:
         assert their_answers == answers
 
 
+ONE: Shape = (1, 1, 1)
 TIED = {"weight_tying": True}
 
 
 @pytest.mark.ranks
 def test_two_ranks_compute_what_one_computes() -> None:
-    variants = [({}, {}), (TIED, {"full_activation_checkpointing": True})]
-    for keys, layout in variants:
-        assert_alike(run_on_ranks(lambda rank, k=keys, d=layout: compute((1, 1, 2), k, d), 2), compute(None, keys, {}))
+    layout = {"full_activation_checkpointing": True}
+    assert_alike(run_on_ranks(lambda rank: compute((1, 1, 2), TIED, layout), 2), compute(ONE, TIED, {}))
 
 
 @pytest.mark.ranks
 @pytest.mark.soak
-@pytest.mark.parametrize("shape", [(1, 2, 2), (2, 1, 2)])
 @pytest.mark.parametrize(
-    ("keys", "layout"),
+    ("shape", "keys", "layout"),
     [
-        ({}, {}),
-        (TIED, {}),
-        ({"head_dim": 16, "hidden_dim": 40, "n_kv_heads": 4, "qk_norm": False}, {}),
-        ({"sliding_window": 5}, {"selective_activation_checkpointing": True}),
+        ((1, 2, 2), {}, {}),
+        ((2, 1, 2), TIED, {}),
+        ((1, 2, 2), {"head_dim": 16, "hidden_dim": 40, "n_kv_heads": 4, "qk_norm": False}, {}),
+        ((1, 2, 2), {"sliding_window": 5, **TIED}, {"selective_activation_checkpointing": True}),
     ],
 )
 def test_four_ranks_compute_what_one_computes(shape: Shape, keys: dict[str, Any], layout: dict[str, Any]) -> None:
-    assert_alike(run_on_ranks(lambda rank: compute(shape, keys, layout), 4), compute(None, keys, {}))
+    found = run_on_ranks(lambda rank: compute(shape, keys, layout, speak=False), 4)
+    assert_alike(found, compute(ONE, keys, {}, speak=False))
 
 
 @pytest.mark.ranks
 @pytest.mark.soak
-@pytest.mark.parametrize("layout", [{}, {"selective_activation_checkpointing": True}])
-def test_compiled_blocks_compute_the_same(layout: dict[str, Any]) -> None:
+@pytest.mark.timeout(200)
+def test_compiled_blocks_compute_the_same() -> None:
+    """One graph for all blocks: what differs from block to block would be compiled again and again."""
+
     def on_rank(rank: int) -> Found:
         traced_only = partialmethod(nn.Module.compile, backend="aot_eager")  # C++ would take a minute here
         setattr(nn.Module, "compile", traced_only)  # noqa: B010 - a type checker knows what it would be
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, while it traces
-            return compute((1, 1, 2), TIED, {"compile": True, **layout}, generate=False)
+            found = compute((1, 1, 2), TIED, {"compile": True}, speak=False)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert not torch._dynamo.utils.counters["graph_break"]
+        return found
 
-    assert_alike(run_on_ranks(on_rank, 2), compute(None, TIED, {}, generate=False))
+    assert_alike(run_on_ranks(on_rank, 2, timeout_s=180), compute(ONE, TIED, {}, speak=False))
 
 
 @pytest.mark.ranks
 @pytest.mark.soak
 def test_four_tensor_parallel_ranks_split_heads_to_one_each() -> None:
     keys = {"n_kv_heads": 4, "weight_tying": True}
-    assert_alike(run_on_ranks(lambda rank: compute((1, 1, 4), keys, {}), 4), compute(None, keys, {}))
+    assert_alike(run_on_ranks(lambda rank: compute((1, 1, 4), keys, {}), 4), compute(ONE, keys, {}))
 
 
 @pytest.mark.ranks
 @pytest.mark.soak
 def test_bf16_stays_near_fp32() -> None:
-    loss, tensors, _, _ = compute(None, {}, {})
+    loss, tensors, _, _ = compute(ONE, {}, {})
     for found_loss, found, _, _ in run_on_ranks(lambda rank: compute((1, 1, 2), {}, {"model_dtype": "bf16"}), 2):
         assert found_loss.item() == pytest.approx(loss.item(), rel=0.02)
         for name, tensor in tensors.items():
@@ -159,11 +139,11 @@ def test_bf16_stays_near_fp32() -> None:
 @pytest.mark.ranks
 def test_a_rank_holds_a_part_of_everything_but_the_norms() -> None:
     def on_rank(rank: int) -> dict[str, tuple[int, ...]]:
-        model, _, _ = build((1, 1, 2), {}, {})
+        model, _ = build((1, 1, 2), {}, {})
         return {n: tuple(p.to_local().shape) for n, p in model.named_parameters() if isinstance(p, DTensor)}
 
     first, second = run_on_ranks(on_rank, 2)
-    assert first.keys() == {name for name, _ in build(None, {}, {})[0].named_parameters()}
+    assert first.keys() == {name for name, _ in build(ONE, {}, {})[0].named_parameters()}
     assert (first["tok_embeddings.weight"], second["tok_embeddings.weight"]) == ((130, 32), (129, 32))
     assert (first["output.weight"], second["output.weight"]) == ((130, 32), (129, 32))
     block = {name.removeprefix("layers.1."): shape for name, shape in second.items() if "layers.1." in name}
@@ -177,9 +157,8 @@ def test_a_rank_holds_a_part_of_everything_but_the_norms() -> None:
 
 def test_a_model_with_a_parameter_that_no_rule_covers_is_refused() -> None:
     def on_rank(rank: int) -> str:
-        with torch.device("meta"):
-            model = LMTransformer(LMTransformerArgs(**SMALL))
-            model.gate = nn.Linear(3, 3)
+        model, _ = build(ONE, {}, {})
+        model.gate = nn.Linear(3, 3)
         with pytest.raises(ValueError, match="tp_size") as caught:
             split_model(model, init_device_mesh("cpu", (2,)))
         return str(caught.value)

@@ -1,10 +1,19 @@
 """Accumulation, number of ranks and sharding change how a step is computed, not what it is."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.trainer import TINY, losses, train
+from apps.main.build import Run
+from lingua.checkpoint import dcp
+from lingua.metrics import read_metrics
+from tests.layouts import LAYOUTS, Layout
+from tests.trainer import TINY, Hook, fingerprint, losses, train
 
 WORDS = [*TINY, "steps=8", "optim.clip=0.1", "data.lanes=12"]  # a clip that bites: it must act on the whole gradient
 G = 12  # rows per step
@@ -57,3 +66,103 @@ def test_a_run_goes_on_with_the_same_rows_on_other_numbers_of_ranks(one_large_ba
     constant = tmp_path / "constant"
     assert train([*WORDS, f"dump_dir={constant}", f"data.batch_size={G}", "optim.scheduler=constant"]).exit_code == 0
     assert losses(tmp_path) == pytest.approx(losses(constant), rel=2e-5)
+
+
+# -- every layout, all at once -------------------------------------------------------------------------------------
+
+TWENTY = [
+    *TINY, "steps=20", "optim.clip=0.1", "data.lanes=12", "data.doc_mask=true", "loss.z_loss=1e-4",
+    "model.weight_tying=true", "model.qk_norm=true", "validation.at_ends=true",
+]  # fmt: skip
+
+
+def note_rows(run_dir: Path) -> Hook:
+    """Hook: each rank leaves the numbers of its rows, a micro step per line."""
+
+    def hook(rank: int) -> None:
+        batches = Run.batches
+
+        def noted(run: Run) -> Iterator[Any]:
+            with (run_dir / f"rows.{rank}").open("w", buffering=1) as file:
+                for batch, *tensors in batches(run):
+                    print(*batch.rows.tolist(), file=file)
+                    yield batch, *tensors
+
+        setattr(Run, "batches", noted)  # noqa: B010 - a type checker knows what it would be
+
+    return hook
+
+
+def rows_of(run_dir: Path, rank: int) -> list[list[int]]:
+    return [[int(row) for row in line.split()] for line in (run_dir / f"rows.{rank}").read_text().splitlines()]
+
+
+def parameters(run_dir: Path) -> dict[str, Tensor]:
+    """Of the last checkpoint, whole."""
+    folder = run_dir / "checkpoints" / "0000000020"
+    described = {n: facts for n, facts in dcp.tensor_properties(folder).items() if n.startswith("model.")}
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in described.items()}
+    dcp.read_into(folder, tensors)
+    return tensors
+
+
+def validations(run_dir: Path) -> list[dict[str, Any]]:
+    records = read_metrics(run_dir / "metrics.validation.jsonl")
+    return [{key: value for key, value in record.items() if key.endswith(("/nll", "/bpb"))} for record in records]
+
+
+def run_twenty(run_dir: Path, layout: Layout, micro_steps: int, *words: str) -> str:
+    """What the ranks said."""
+    run_dir.mkdir()
+    batch = G // micro_steps // layout.dp_size
+    sizes = [f"data.batch_size={batch}", f"grad_acc_steps={micro_steps}"]
+    result = train([*TWENTY, *layout.words, *sizes, f"dump_dir={run_dir}", *words], layout.n_ranks, note_rows(run_dir))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def twenty_on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("twenty") / "one"
+    run_twenty(run_dir, LAYOUTS["one"], 1)
+    return run_dir
+
+
+@pytest.mark.soak
+@pytest.mark.ranks
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_twenty_steps_of_every_layout_end_where_one_rank_ends(twenty_on_one: Path, tmp_path: Path, name: str):
+    layout = LAYOUTS[name]
+    for micro_steps in (1, 3):
+        run_dir = tmp_path / f"by {micro_steps}"
+        run_twenty(run_dir, layout, micro_steps)
+        assert losses(run_dir) == pytest.approx(losses(twenty_on_one), rel=1e-5)
+        for ours, theirs in zip(validations(run_dir), validations(twenty_on_one), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+        expected = parameters(twenty_on_one)
+        for key, parameter in parameters(run_dir).items():
+            # Where a gradient is nearly 0, Adam makes much of how it was rounded; a step moves a value by lr <= 2e-3.
+            assert (parameter - expected[key]).abs().max() < 2e-4, key
+            assert (parameter - expected[key]).norm() < 1e-4 * expected[key].norm(), key
+
+        by_rank = [rows_of(run_dir, rank) for rank in range(layout.n_ranks)]
+        for step in range(20):
+            lines = slice(step * micro_steps, (step + 1) * micro_steps)
+            of_dp_rank = [list(chain(*by_rank[dp_rank * layout.tp][lines])) for dp_rank in range(layout.dp_size)]
+            assert sorted(chain(*of_dp_rank)) == list(range(step * G, (step + 1) * G))
+            for dp_rank, rows in enumerate(of_dp_rank):  # row r is of lane r % K, which is rank r % K % dp's
+                assert rows == sorted(rows)
+                assert {row % 12 % layout.dp_size for row in rows} == {dp_rank}
+        for rank, rows in enumerate(by_rank):  # tensor-parallel peers read the same rows
+            assert rows[: 20 * micro_steps] == by_rank[rank // layout.tp * layout.tp][: 20 * micro_steps]
+
+    if name in ("hybrid", "tp of shards"):
+        run_twenty(tmp_path / "again", layout, 1)
+        assert fingerprint(tmp_path / "again", 20) == fingerprint(tmp_path / "by 1", 20)
+
+
+@pytest.mark.soak
+@pytest.mark.ranks
+def test_a_tensor_parallel_run_speaks_in_the_end(tmp_path: Path):
+    assert "a sample: def" in run_twenty(tmp_path / "run", LAYOUTS["tp"], 1, "steps=2", "sample_prompt=def")
