@@ -1,6 +1,6 @@
 """How fast checkpoints are evaluated: our model under lm-evaluation-harness against harness's own `hf` model.
 
-    uv run --extra harness python scripts/bench_eval.py [--json] [--rounds 5] [--documents 40] [--batch 16]
+    uv run --extra harness python scripts/bench_eval.py [--json] [--rounds 5] [--documents 12] [--batch 16]
 
 One process, on the CPU: a run of one checkpoint is made in a temporary folder (apps/main/configs/debug.yaml's model,
 random weights; key=value change it), exported for `hf`, and both answer the same questions, with the same number of
@@ -184,7 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="key=value of the model's config")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--documents", type=int, default=40, help="of each task")
+    parser.add_argument("--documents", type=int, default=12, help="of each task")
     parser.add_argument("--batch", type=int, default=16, help="rows")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

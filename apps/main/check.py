@@ -436,16 +436,16 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
 
 def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
     """Evaluations by the run itself that would fail at each checkpoint, as far as the data is on this machine."""
-    from lingua.data.jsonl import DataError
-
-    from .texts import held_out_texts
-
     if args.eval is None or not args.eval.automatic:
         return
     if args.eval.validation is None:
         if args.eval.harness is None or not args.eval.harness.tasks:
             yield Finding("eval", "eval: nothing is measured; set eval.validation or eval.harness.tasks, or eval=null")
     elif args.data.sources and not any(missing_paths(args)):
+        from lingua.data.jsonl import DataError
+
+        from .texts import held_out_texts
+
         try:
             held_out_texts(args.data, args.eval.validation)
         except (ConfigError, DataError) as error:
