@@ -24,7 +24,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("origin")
     two_sources(folder / "data")
     words = [*TINY, "steps=6", "checkpoint.dump={every: 3, keep: 0}", f"data.root_dir={folder / 'data'}"]
-    words += ["data.sources={big: 3.0, small: 1.0}", "eval.name=x", "eval.dump_dir=elsewhere"]
+    words += ["data.sources={big: 3.0, small: 1.0}", "eval.dump_dir=elsewhere", "eval.automatic=false"]
     result = train([*words, f"checkpoint.path={folder / 'ckpts'}", f"dump_dir={folder / 'run'}"])
     assert result.exit_code == 0, result.output
     return folder / "run"
