@@ -168,5 +168,5 @@ def set_matmul_precision(args: DistributedArgs) -> None:
 
 def recomputed(args: DistributedArgs, attn_impl: str) -> tuple[bool, bool]:
     """What backward computes again: (blocks, attention kernels). Selective: kernels that _KEPT_OPERATORS lacks."""
-    selective = args.selective_activation_checkpointing and attn_impl not in ("sdpa", "sdpa_flash", "sdpa_cudnn")
+    selective = args.selective_activation_checkpointing and not attn_impl.startswith("sdpa")
     return args.full_activation_checkpointing, args.full_activation_checkpointing or selective

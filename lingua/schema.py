@@ -17,7 +17,9 @@ from lingua.args import Args, Part, Text, register
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-AttnImpl = Literal["auto", "sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager"]
+AttnImpl = Literal[
+    "auto", "sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager"
+]
 
 # -- model (lingua/transformer.py, apps/main/transformer.py) ----------------------------------------------------
 
@@ -106,7 +108,8 @@ class LlamaArgs(ModelArgs):
     sliding_window: PositiveInt | None = None
     """Each position sees itself and the sliding_window - 1 before it. Null: all before it."""
     attn_impl: AttnImpl = "auto"
-    """Attention kernel; what is named is used, or refused with the reason. auto: the fastest that fits."""
+    """Attention kernel; what is named is used, or refused with the reason. sdpa: torch's choice; sdpa_cudnn_first: the
+    same, but cuDNN's wherever it can. auto: the fastest that fits."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

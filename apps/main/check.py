@@ -29,10 +29,14 @@ from .args import TrainArgs
 DEFAULT_STEPS = 1000
 _GIB = 1 << 30
 # What lingua/attention.py refuses wherever it runs; the rest depends on the device and is told when the run starts.
-_NO_WINDOW = ("sdpa_flash", "sdpa_cudnn")
+_NO_WINDOW = ("sdpa_flash", "sdpa_cudnn", "sdpa_cudnn_first")
 _NO_DOC_MASK = (*_NO_WINDOW, "xformers", "flash_attn")
-_GPU_ONLY = ("sdpa_cudnn", "flex", "xformers", "flash_attn")
-_NOT_DETERMINISTIC = ("sdpa_cudnn", "xformers")  # atomic additions in backward, whatever torch is told
+_GPU_ONLY = ("sdpa_cudnn", "sdpa_cudnn_first", "flex", "xformers", "flash_attn")
+_NOT_DETERMINISTIC = (
+    "sdpa_cudnn",
+    "sdpa_cudnn_first",
+    "xformers",
+)  # atomic additions in backward, whatever torch is told
 _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 

@@ -8,7 +8,7 @@ from lingua.args import ConfigError
 from lingua.attention import Place, attend, build_mask, choose, refusal, resolve_attn_impl
 from lingua.schema import LlamaArgs
 
-NAMES = ["sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager"]
+NAMES = ["sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager"]
 BOTH = frozenset({"xformers", "flash_attn"})
 
 
@@ -33,9 +33,10 @@ WORKING = [
     (place(doc_mask=True, window=True), ["sdpa", "flex", "eager"]),
     (place(dtype=torch.float32), ["sdpa", "flex", "eager"]),
     (place(capability=(7, 0)), ["sdpa", "eager"]),
-    (place(head_dim=192), ["sdpa", "sdpa_flash", "flex", "xformers", "flash_attn", "eager"]),
-    (place(head_dim=20), ["sdpa", "flex", "eager"]),
-    (place(installed=frozenset()), ["sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "eager"]),
+    (place(capability=(8, 0)), [name for name in NAMES if name != "sdpa_cudnn_first"]),
+    (place(head_dim=192), ["sdpa", "sdpa_cudnn_first", "sdpa_flash", "flex", "xformers", "flash_attn", "eager"]),
+    (place(head_dim=20), ["sdpa", "sdpa_cudnn_first", "flex", "eager"]),
+    (place(installed=frozenset()), ["sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "eager"]),
     (place(deterministic=True), ["sdpa", "sdpa_flash", "flex", "flash_attn", "eager"]),
     (place("cpu"), ["sdpa", "sdpa_flash", "eager"]),
     (place("cpu", doc_mask=True), ["sdpa", "eager"]),
@@ -50,7 +51,11 @@ def test_what_works_where(here: Place, working: list[str]) -> None:
 @pytest.mark.parametrize(
     ("here", "best"),
     [
-        (place(), "sdpa"),
+        (place(), "sdpa_cudnn_first"),
+        (place(capability=(8, 0)), "sdpa"),
+        (place(capability=(10, 0)), "sdpa"),
+        (place(deterministic=True), "sdpa"),
+        (place(dtype=torch.float32), "sdpa"),
         (place(doc_mask=True), "flex"),
         (place(window=True), "flex"),
         (place("cpu"), "sdpa"),
@@ -141,3 +146,12 @@ def test_all_kernels_that_run_here_agree(kv_heads: int, documents: bool, window:
         grads = torch.autograd.grad((out.float() * upstream).sum(), (q, k, v))
         for ours, theirs in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance, msg=impl)
+
+
+def test_an_order_of_kernels_is_one_graph_and_ends_with_its_call() -> None:
+    q, k, v = torch.randn(3, 2, 9, 4, 8).unbind()
+    before = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+    traced = torch.compile(attend, backend="eager", fullgraph=True)
+    out = traced("sdpa_cudnn_first", q, k, v, None, None)
+    torch.testing.assert_close(out, attend("eager", q, k, v, None, None))
+    assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == before
