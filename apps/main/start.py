@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from lingua.attention import resolve_attn_impl
+from lingua.checkpoint.weights import copy_weights
 from lingua.data.sources import filled
-from lingua.distributed import World, from_main
+from lingua.distributed import World, from_main, on_every_rank
 from lingua.files import RunError, write_whole
 from lingua.flops import find_peak
 from lingua.freeze import CONFIG_FILE, ORIGIN_FILE, dump_yaml
@@ -36,6 +37,7 @@ from lingua.slurm import this_job
 from .args import TrainArgs
 from .build import Run
 from .check import Checked, Resolved, has_no_effect_yet
+from .generate import bare_model
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +208,13 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
 def say_sample(run: Run, prompt: str) -> None:
     """A few words from the trained model. Collective: a sharded model needs all ranks."""
     args = GeneratorArgs(temperature=0.7, top_p=0.9, max_gen_len=160)
-    generator = Generator(run.model, run.tokenizer, args, add_bos=run.args.data.add_bos)
+    model = run.model
+    if run.size.tp_size > 1:
+        # Tokens come one position at a time, which leaves all tensor-parallel ranks but one without any: there torch's
+        # gloo spoilt the heap (2.10, "malloc(): unaligned tcache chunk", now and then). So each rank has a whole copy.
+        model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, run.world.device, torch.float32))
+        copy_weights(run.model, model)
+    generator = Generator(model, run.tokenizer, args, add_bos=run.args.data.add_bos)
     (answer,) = generator.generate([prompt])
     if run.world.is_main:
         log.info("a sample: %s%s", prompt, answer.text)

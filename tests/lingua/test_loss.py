@@ -41,7 +41,7 @@ def test_value_and_gradients_equal_plain_cross_entropy(chunk_tokens: int, z_loss
 
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler meets its own old parts
-@pytest.mark.parametrize(("dtype", "z_loss"), [(torch.float32, 0.01), (torch.bfloat16, 0.0)])
+@pytest.mark.parametrize(("dtype", "z_loss"), [(torch.bfloat16, 0.01)])
 def test_compiled_it_is_the_same(dtype: torch.dtype, z_loss: float) -> None:
     hidden, weight, labels = inputs(dtype)
     args = CrossEntropyArgs(chunk_tokens=9, z_loss=z_loss)

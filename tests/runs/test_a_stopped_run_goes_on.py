@@ -52,7 +52,7 @@ def test_signals_are_configurable(tmp_path: Path):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_one_rank_is_asked_and_both_leave_after_the_same_step(tmp_path: Path, asked: int):
     words = [*WORDS, f"dump_dir={tmp_path}", "data.load_async=true"]
     result = train(words, n_ranks=2, hook=at_step(3, send_self("SIGTERM"), on_rank=asked))
@@ -102,7 +102,7 @@ def test_a_start_is_left_at_once(tmp_path: Path, name: str, exit_code: int):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_start_is_left_by_all_ranks_while_they_wait_for_each_other(tmp_path: Path, asked: int):
     words = [*WORDS, f"dump_dir={tmp_path}", "distributed.timeout_s=300"]
     result = train(words, n_ranks=2, hook=ask_while_building(asked))

@@ -37,12 +37,12 @@ def one_large_batch(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float
         pytest.param(3, ["data.batch_size=4", "distributed.fsdp_type=full_shard"], marks=pytest.mark.ranks),
         pytest.param(
             4, ["data.batch_size=3", "distributed.fsdp_type=full_shard", "distributed.dp_shard=2"],
-            marks=pytest.mark.ranks,
+            marks=[pytest.mark.ranks, pytest.mark.soak],
         ),
         pytest.param(2, ["data.batch_size=4", "grad_acc_steps=3", "distributed.tp_size=2"], marks=pytest.mark.ranks),
         pytest.param(
             4, ["data.batch_size=6", "distributed.tp_size=2", "distributed.fsdp_type=full_shard"],
-            marks=pytest.mark.ranks,
+            marks=[pytest.mark.ranks, pytest.mark.soak],
         ),
         (1, [f"data.batch_size={G}", "distributed.selective_activation_checkpointing=true"]),
         (1, [f"data.batch_size={G}", "distributed.full_activation_checkpointing=true"]),

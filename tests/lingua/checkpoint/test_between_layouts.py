@@ -112,6 +112,7 @@ def assert_stock_torch_opens(run_dir: Path, tied: bool, saved: dict[str, Tensor]
     assert [name for name, tensor in loaded["model"].items() if not torch.equal(tensor, saved[name])] == []
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore")  # stock torch's own
 def test_from_tensor_parallel_ranks_to_shards_and_back(tmp_path: Path, shm: Path) -> None:

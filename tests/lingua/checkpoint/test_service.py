@@ -208,7 +208,7 @@ ALSO = [pytest.param(error, marks=pytest.mark.soak) for error in (errno.EDQUOT, 
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, *ALSO])
-@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("lasting", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_failing_at_every_operation(error: int, lasting: bool) -> None:
     assert N_DISK > 45
     with fast_place() as place:
