@@ -68,7 +68,7 @@ def test_alone(tmp_path: Path):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("failing", [0, 2])
+@pytest.mark.parametrize("failing", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_the_others_leave_soon_with_a_sentence_of_their_own(tmp_path: Path, failing: int):
     """Nobody waits for the collective to time out: that would take 300 s, and a test may take 120."""
     hook = fail_loading(4, DataError("x.jsonl line 7: no text"), failing)
@@ -87,7 +87,7 @@ def test_the_others_leave_soon_with_a_sentence_of_their_own(tmp_path: Path, fail
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_rank_that_is_gone_without_a_word(tmp_path: Path, killed: int):
     result = train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=2, hook=quickly(at_step(5, kill_self, on_rank=killed)))
     left = 1 - killed

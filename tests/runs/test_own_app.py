@@ -101,6 +101,7 @@ def test_a_plugin_brings_an_optimizer_and_a_schedule(workplace: Path):
     assert "lr 1.00e-03" in trained.stderr  # half of the peak
 
 
+@pytest.mark.soak
 def test_torchrun_starts_ranks_as_the_readme_says(tmp_path: Path):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "apps.main.train", "apps/main/configs/debug.yaml", *SMALL]

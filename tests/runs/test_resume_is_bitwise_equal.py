@@ -56,7 +56,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(kill_during_save_of(12, 5), id="in the last save"),
     ],
 )
-@pytest.mark.parametrize("load_async", ["true", "false"])
+@pytest.mark.parametrize("load_async", ["true", pytest.param("false", marks=pytest.mark.soak)])
 def test_a_killed_run_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: Path, kill: Hook, load_async: str):
     words = [*WORDS, f"dump_dir={tmp_path}", f"data.load_async={load_async}"]
     assert train(words, hook=kill).exit_codes == [-9]

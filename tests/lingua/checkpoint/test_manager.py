@@ -81,7 +81,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, tied: bool) -> No
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_save_on_any_ranks_load_on_any_ranks(tmp_path: Path, tied: bool) -> None:
     def save(rank: int, n: int) -> dict[str, Tensor]:
         state = make(tied, shard=n > 1, name="run")
