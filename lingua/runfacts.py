@@ -117,9 +117,9 @@ def read_run(path: Path, job: Job | None = None, now_s: float | None = None) -> 
         path=path,
         config=config,
         start=start,
-        stop=_json(path / STOP_FILE),
+        stop=json_object_in(path / STOP_FILE),
         stop_age_s=age_s(path / STOP_FILE),
-        earlier=tuple(_json(_stop_of(path, number)) for number in range(1, start.number)) if start else (),
+        earlier=tuple(json_object_in(_stop_of(path, number)) for number in range(1, start.number)) if start else (),
         failures=tuple(read_failures(path)),
         metrics=last_line(path / METRICS_FILE),
         metrics_age_s=age_s(path / METRICS_FILE),
@@ -154,7 +154,7 @@ def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 
 def _newest_start(path: Path, now_s: float) -> Start | None:
     files = [file for file in entries(path / FOLDER) if re.fullmatch(r"\d{10}\.json", file.name)]
-    record = _json(files[-1]) if files else None
+    record = json_object_in(files[-1]) if files else None
     if record is None:
         return None
     age_s = max(0.0, now_s - files[-1].stat().st_mtime)
@@ -173,7 +173,8 @@ def _config(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def json_object_in(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is none that can be read."""
     try:
         record = read_json(path)
     except (OSError, RunError):

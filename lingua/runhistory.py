@@ -20,7 +20,7 @@ from lingua.checkpoint.lookup import root_of
 from lingua.failure import Failure
 from lingua.files import RunError, entries, read_json
 from lingua.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE
-from lingua.runfacts import RunFacts
+from lingua.runfacts import RunFacts, json_object_in
 from lingua.runlock import FOLDER, Owner, owner_in
 from lingua.series import START, STEP, WHEN, Table, is_number, read_table, records_in, when
 from lingua.status import is_alive, root_cause, state_of
@@ -335,7 +335,7 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
     for folder in entries(facts.path / EVALS):
         step = parse_folder(folder.name)
         for name, kind in ((RESULTS, "evaluated"), (FAILED, "given up")):
-            record = _json(folder / name) if step is not None else None
+            record = json_object_in(folder / name) if step is not None else None
             if record and step is not None and is_number(record.get("created_at")):
                 seconds, why = _number(record.get("seconds")), str(record.get("reason", ""))
                 start = record.get("incarnation")
@@ -345,7 +345,7 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
 
 
 def _marked(mark: Path, step: int) -> Event | None:
-    record = _json(mark)
+    record = json_object_in(mark)
     if not record or not is_number(record.get("created_at")) or not isinstance(record.get("incarnation"), int):
         return None
     size_bytes = record.get("bytes")
@@ -363,14 +363,6 @@ def _scores(path: Path) -> list[Scores]:
         seconds = _number(record.get("seconds")) or 0.0
         found.append(Scores(int(record[STEP]), start, when(record.get(WHEN)), values, seconds))
     return found
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        record = read_json(path)
-    except (OSError, RunError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def keys_of(scores: Collection[Scores]) -> list[str]:
