@@ -56,5 +56,7 @@ def test_nothing_grows(tmp_path: Path, shm: Path):
     assert len(warm) == N_STEPS - WARM_STEPS
     memory, files, threads = ([line[column] for line in warm] for column in (1, 2, 3))
     assert max(memory[-50:]) - max(memory[:50]) < GROWTH_BYTES
-    assert max(files[-50:]) <= max(files[:50])
-    assert max(threads[-50:]) <= max(threads[:50])
+    # What grows stays: the least of the end tells. A thread may be counted while it ends (faulthandler starts another
+    # at each arming; 3 % of looks on a busy machine saw both).
+    assert min(files[-50:]) <= max(files[:50])
+    assert min(threads[-50:]) <= max(threads[:50])
