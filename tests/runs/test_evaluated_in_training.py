@@ -62,12 +62,13 @@ def test_training_does_not_notice_and_the_numbers_are_those_of_the_checkpoints(
     more = [*SHARDED, f"checkpoint.shm_path={shm}", "deterministic=true"]
     assert train(words_of(data, with_it, *more), 2, stir).exit_code == 0
     assert train(words_of(data, without, *more, "eval=null"), 2).exit_code == 0
-    assert published(with_it) == published(without) == [2, 4, 5]
-    for step in (2, 4, 5):
+    done = published(with_it)  # on a slow disk step 4 may be overtaken in memory by step 5, in either run
+    assert {2, 5} <= set(done) & set(published(without))
+    for step in set(done) & set(published(without)):
         assert fingerprint(with_it, step) == fingerprint(without, step)
     found = evaluations(with_it)
-    assert sorted(found) == [2, 4, 5]
-    for step, metrics in by_hand(with_it, [2, 4, 5]).items():
+    assert sorted(found) == done
+    for step, metrics in by_hand(with_it, done).items():
         assert found[step] == pytest.approx(metrics, rel=1e-6)
     assert not (without / "evals").exists()
 
@@ -117,9 +118,10 @@ def test_killed_in_an_evaluation(data: Path, tmp_path: Path, shm: Path, place: s
 
         train(words, 1, hook)
     assert train(words).exit_code == 0
-    found = evaluations(tmp_path / "run")
-    assert sorted(found) == [2, 4, 5]
-    assert found == by_hand(tmp_path / "run", [2, 4, 5])
+    found, done = evaluations(tmp_path / "run"), published(tmp_path / "run")
+    assert {2, 5} <= set(done)  # in memory, step 4 may be overtaken by step 5
+    assert sorted(found) == done
+    assert found == by_hand(tmp_path / "run", done)
 
 
 @pytest.mark.soak

@@ -38,10 +38,10 @@ def test_losses_are_near_those_of_fp32(tmp_path: Path):
     assert column(tmp_path / "fp32", "optim/loss_scale") == [None] * 8
 
 
-@pytest.mark.parametrize(
-    ("n_ranks", "words"),
-    [(1, []), pytest.param(2, ["distributed.fsdp_type=full_shard"], marks=[pytest.mark.ranks, pytest.mark.soak])],
-)
+@pytest.mark.soak
+@pytest.mark.ranks
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("n_ranks", "words"), [(1, []), (2, ["distributed.fsdp_type=full_shard"])])
 def test_overflows_are_skipped_and_a_killed_run_is_bitwise_equal(tmp_path: Path, n_ranks: int, words: list[str]):
     """The second start must take the scale from the checkpoint: at 2**19 it would skip steps again."""
     calm, killed = ([*WORDS, *words, f"dump_dir={tmp_path / name}"] for name in ("calm", "killed"))
