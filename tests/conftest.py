@@ -50,7 +50,7 @@ def _own_environment() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["plain", "a blank", "it's; echo foo", "new\nline"])
+@pytest.fixture(params=["plain", "a blank, it's; echo foo\n$(new) line"])
 def hostile_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder whose name tries to break out of whatever quotes it."""
     folder = tmp_path / request.param

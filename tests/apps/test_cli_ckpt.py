@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lingua.entry import run_main
 from lingua.files import write_json
 from lingua.runlock import RunLock
 from tests.checkpoints import damage, make_run, names_under, publish_step, write_part
+from tests.no_torch import said_without_torch
 from tests.trainer import TINY, train
 
 ROOT = Path(__file__).parents[2]
@@ -227,25 +226,7 @@ def test_what_is_wrong_is_a_sentence_and_an_exit_code(
 
 def test_no_torch_and_help(tmp_path: Path) -> None:
     make_run(tmp_path / "run", 1)
-    shown = "print('torch' in sys.modules, file=sys.stderr)"
-    program = f"import sys\nfrom apps.cli import main\ntry:\n main()\nfinally:\n {shown}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for words in (
-        ["ls", "run"],
-        ["verify", "run"],
-        ["gc", "run", "--yes"],
-        ["wait", "run@1"],
-        ["copy", "run", "copy"],
-        ["--help"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, "ckpt", *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.endswith("False\n")
+    words = (["ls", "run"], ["verify", "run"], ["gc", "run", "--yes"], ["wait", "run@1"], ["copy", "run", "copy"])
+    said = said_without_torch(tmp_path, *(["ckpt", *each] for each in (*words, ["--help"])))
     for name in ("ls", "verify", "inspect", "diff", "gc", "wait", "copy", "consolidate"):
-        assert name in done.stdout
+        assert name in said

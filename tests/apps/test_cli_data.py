@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from apps.data import read_run
 from lingua.data.loader import build_loader
 from lingua.entry import run_main
 from tests.corpora import documents, two_sources, write_source
+from tests.no_torch import said_without_torch
 from tests.trainer import TINY, at_step, kill_self, train
 
 ROOT = Path(__file__).parents[2]
@@ -198,16 +196,6 @@ def test_preview(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_no_torch_and_help(tmp_path: Path) -> None:
     write_source(tmp_path, "s", ["a"])
-    shown = "print('torch' in sys.modules, file=sys.stderr)"
-    program = f"import sys\nfrom apps.cli import main\ntry:\n main()\nfinally:\n {shown}"
-    environment, debug = {**os.environ, "PYTHONPATH": str(ROOT)}, "apps/main/configs/debug.yaml"
-    for words in (
-        ["data", "preview", debug, f"data.root_dir={tmp_path}", "data.sources={s: 1}", f"dump_dir={tmp_path / 'run'}"],
-        ["data", "--help"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.endswith("False\n")
-    assert all(name in done.stdout for name in ("inspect", "preview", "index", "tokenize", "audit", "rows"))
+    preview = ["apps/main/configs/debug.yaml", f"data.root_dir={tmp_path}", "data.sources={s: 1}"]
+    said = said_without_torch(ROOT, ["data", "preview", *preview, f"dump_dir={tmp_path / 'run'}"], ["data", "--help"])
+    assert all(name in said for name in ("inspect", "preview", "index", "tokenize", "audit", "rows"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import lingua.runlock
 from apps.cli import app
 from lingua.entry import run_main
 from lingua.metrics import read_metrics
+from tests.no_torch import said_without_torch
 from tests.trainer import TINY, Trainer, at_step, kill_self, losses, published, send_self, train
 
 ROOT = Path(__file__).parents[2]
@@ -196,13 +195,5 @@ def test_a_start_is_stopped_too(tmp_path: Path):
 
 
 def test_no_torch_is_needed(folder: Path):
-    program = (
-        "import sys; from apps.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
-    )
     report = ["report", "calm", "--out", "page.html"]
-    for words in (["why", "calm"], ["status", "calm"], ["runs", "."], ["diff", "calm", "calm"], report):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words],
-            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert done.stderr == "False\n"
+    said_without_torch(folder, ["why", "calm"], ["status", "calm"], ["runs", "."], ["diff", "calm", "calm"], report)

@@ -86,8 +86,9 @@ def test_the_others_leave_soon_with_a_sentence_of_their_own(tmp_path: Path, fail
     assert train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=3).exit_code == 0  # the lock was given back
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_is_gone_without_a_word(tmp_path: Path, killed: int):
     result = train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=2, hook=quickly(at_step(5, kill_self, on_rank=killed)))
     left = 1 - killed

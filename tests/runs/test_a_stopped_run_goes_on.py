@@ -111,6 +111,7 @@ def test_a_start_is_left_by_all_ranks_while_they_wait_for_each_other(tmp_path: P
     assert train(words, n_ranks=2).exit_code == 0
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_validation_is_left_by_all_ranks_and_made_up_for(tmp_path: Path):
     """One rank is asked after the first of many batches; the next start begins with that validation."""

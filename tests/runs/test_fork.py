@@ -70,6 +70,7 @@ def test_a_fork_goes_on_as_the_run_did(origin: Path, tmp_path: Path, capsys: pyt
     assert all("pins" in name for name in changed), changed  # and that lease is all that the other run sees of it
 
 
+@pytest.mark.soak
 def test_a_fork_of_a_fork_on_two_ranks_with_a_change(origin: Path, tmp_path: Path) -> None:
     assert fork(f"{origin}@3", tmp_path / "a", "steps=4") == 0
     start(tmp_path / "a")

@@ -176,7 +176,7 @@ def kill_a_rank(run_dir: Path, shm: Path, n_ranks: int, rank: int, kill_at: At, 
     end_calmly(run_dir, shm, n_ranks, calm)
 
 
-@pytest.mark.parametrize("kill_at", [SLOT_MARK, STAGED, READY_SYNC, THIRD_READY])
+@pytest.mark.parametrize("kill_at", [STAGED, THIRD_READY])
 def test_a_killed_trainer_goes_on(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: At):
     kill_a_rank(tmp_path / "run", shm, 1, 0, kill_at, calm(1))
 
@@ -208,7 +208,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("block_at", [WRITE, MARK, SYNC_MARK, TRASH])
+@pytest.mark.parametrize("block_at", [WRITE, MARK])
 def test_when_all_is_killed_the_next_start_goes_on(
     tmp_path: Path, shm: Path, calm: Callable[[int], Path], block_at: At
 ):
@@ -222,28 +222,34 @@ def test_all_of_two_ranks(tmp_path: Path, shm: Path, calm: Callable[[int], Path]
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
-def test_a_service_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
-    for n, at in enumerate(SERVICE_POINTS):
-        kill_the_service(tmp_path / str(n), shm, 1, at, calm(1))
+@pytest.mark.parametrize("kill_at", SERVICE_POINTS)
+def test_a_service_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: At):
+    kill_the_service(tmp_path / "run", shm, 1, kill_at, calm(1))
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
-def test_a_trainer_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
-    for n, at in enumerate(TRAINER_POINTS):
-        kill_a_rank(tmp_path / str(n), shm, 1, 0, at, calm(1))
-    for n, (rank, at) in enumerate([(0, SLOT), (0, READY), *((1, at) for at in RANK_1_POINTS)]):
-        kill_a_rank(tmp_path / f"two_{n}", shm, 2, rank, at, calm(2))
+@pytest.mark.parametrize(
+    ("n_ranks", "rank", "kill_at"),
+    [
+        *((1, 0, at) for at in TRAINER_POINTS),
+        *((2, 0, at) for at in (SLOT, READY)),
+        *((2, 1, at) for at in RANK_1_POINTS),
+    ],
+)
+def test_a_trainer_killed_at_more_operations(
+    tmp_path: Path, shm: Path, calm: Callable[[int], Path], n_ranks: int, rank: int, kill_at: At
+):
+    kill_a_rank(tmp_path / "run", shm, n_ranks, rank, kill_at, calm(n_ranks))
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
-def test_all_killed_at_more_operations(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
-    for n, at in enumerate(SERVICE_POINTS):
-        kill_both(tmp_path / str(n), shm, 1, at, calm(1))
-    for n, at in enumerate((WRITE, MARK, FREE)):
-        kill_both(tmp_path / f"two_{n}", shm, 2, at, calm(2))
+@pytest.mark.parametrize(
+    ("n_ranks", "kill_at"), [*((1, at) for at in SERVICE_POINTS), *((2, at) for at in (WRITE, MARK, FREE))]
+)
+def test_all_killed_at_more_operations(
+    tmp_path: Path, shm: Path, calm: Callable[[int], Path], n_ranks: int, kill_at: At
+):
+    kill_both(tmp_path / "run", shm, n_ranks, kill_at, calm(n_ranks))
 
 
 # -- what is only in memory ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def one_large_batch(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float
     [
         (1, ["data.batch_size=3", "grad_acc_steps=4"]),
         (1, ["data.batch_size=4", f"global_batch_size={G}"]),
-        pytest.param(2, ["data.batch_size=6"], marks=pytest.mark.ranks),
+        pytest.param(2, ["data.batch_size=6"], marks=[pytest.mark.ranks, pytest.mark.soak]),
         pytest.param(2, ["data.batch_size=2", "grad_acc_steps=3"], marks=pytest.mark.ranks),
         pytest.param(3, ["data.batch_size=4", "distributed.fsdp_type=full_shard"], marks=pytest.mark.ranks),
         pytest.param(

@@ -68,6 +68,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: P
     assert published(tmp_path)[-1] == N_STEPS
 
 
+@pytest.mark.soak
 def test_killed_again_and_again(undisturbed: Path, tmp_path: Path):
     words = [*WORDS, f"dump_dir={tmp_path}"]
     for step in (2, 5, 6, 9, 11):

@@ -24,6 +24,7 @@ def lingua_sweep(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[in
     return code, said.out, said.err
 
 
+@pytest.mark.soak
 def test_two_points_side_by_side(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     folder = tmp_path / "it's; `exit` 100%"
     cheap = "deterministic=false"  # what that imports takes longer than this run
