@@ -1,8 +1,9 @@
 """Attention by the kernel that the config names, or a refusal that says why and what would work here.
 
 Promise: `resolve_attn_impl` decides before a model is built; what it returns is what runs. All kernels compute the
-same function: causal, with `window` only the last `window` positions, with document numbers only the own document.
-Cost: sdpa and eager need a (B, 1, S, S) mask of booleans for documents, (1, 1, S, S) for a window; flex a block mask.
+same function: causal, with `window` only the last `window` positions, with documents only the own document.
+Cost: sdpa and eager need a (B, 1, S, S) mask of booleans for documents, (1, 1, S, S) for a window; flex a block mask;
+varlen, flash_attn and xformers are told where documents begin, in numbers that the host has made: 4 bytes a document.
 
 Letters: B rows, S query positions, T key positions, H heads, K key/value heads (K divides H), E head width.
 """
@@ -10,22 +11,29 @@ Letters: B rows, S query positions, T key positions, H heads, K key/value heads 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from lingua.args import ConfigError
 from lingua.schema import LlamaArgs
 
 HALF = (torch.float16, torch.bfloat16)
 Mask = Any
-"""None: causal and nothing else; a boolean tensor (B or 1, 1, S, T), True where seen; or flex's BlockMask."""
+"""None: causal and nothing else; a boolean tensor (B or 1, 1, S, T), True where seen; flex's BlockMask; xformers' bias;
+or int32 (N + 1,), where N sequences begin in the rows laid end to end."""
+
+_VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
+"""torch 2.10: `is_causal` and no window; from 2.11 on `window_size`; later `enable_gqa`, which its kernel needs not."""
 
 # -- the decision ------------------------------------------------------------------------------------------------
 
@@ -45,6 +53,8 @@ class Place:
     """Which of xformers and flash_attn can be imported."""
     deterministic: bool = False
     """Whether gradients must be equal from run to run."""
+    varlen_windows: bool = "window_size" in _VARLEN_TAKES
+    """Whether torch's varlen_attn knows sliding windows."""
 
 
 def _not_cuda(place: Place, least: tuple[int, int]) -> str | None:
@@ -60,10 +70,16 @@ def _not_half(place: Place) -> str | None:
     return None if place.dtype in HALF else f"it computes in bf16 or fp16 only, and the model in {place.dtype}"
 
 
-def _masked(place: Place, window: bool) -> str | None:
+def _masked(place: Place) -> str | None:
     if place.doc_mask:
         return "it takes no document mask (data.doc_mask)"
-    return "it takes no sliding window (model.sliding_window)" if place.window and not window else None
+    return "it takes no sliding window (model.sliding_window)" if place.window else None
+
+
+def _no_window(place: Place) -> str | None:
+    if place.window and not place.varlen_windows:
+        return f"that of torch {torch.__version__} takes no sliding window (model.sliding_window)"
+    return None
 
 
 def _too_wide(place: Place, most: int) -> str | None:
@@ -75,8 +91,9 @@ def _too_wide(place: Place, most: int) -> str | None:
 def _varies(place: Place) -> str | None:
     """For kernels whose backward adds up in any order, and that torch's deterministic mode cannot change.
 
-    torch's own flash and memory-efficient kernels obey it (its notes on randomness, "CUDA SDPA"), flash_attn takes an
-    argument (2.4.1 on), flex has each gradient summed by one program (no atomics in its backward template).
+    torch's own flash and memory-efficient kernels obey it (its notes on randomness, "CUDA SDPA"; varlen is the former),
+    flash_attn takes an argument (2.4.1 on), flex has each gradient summed by one program (no atomics in its backward
+    template).
     """
     return "its gradients differ from run to run (deterministic: true)" if place.deterministic else None
 
@@ -91,32 +108,44 @@ def refusal(impl: str, place: Place) -> str | None:
         case "sdpa" | "eager":
             return None
         case "sdpa_flash":
-            on_gpu = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place, window=False)
-            return _masked(place, window=False) if place.device_type == "cpu" else on_gpu or _too_wide(place, 256)
+            on_gpu = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place)
+            return _masked(place) if place.device_type == "cpu" else on_gpu or _too_wide(place, 256)
         case "sdpa_cudnn_first":
-            unfit = _not_cuda(place, (9, 0)) or _not_half(place) or _masked(place, window=False)
-            return unfit or _varies(place)
+            return _not_cuda(place, (9, 0)) or _not_half(place) or _masked(place) or _varies(place)
         case "sdpa_cudnn":
-            unfit = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place, window=False)
+            unfit = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place)
             return unfit or _too_wide(place, 128) or _varies(place)
         case "flex":
             return _not_cuda(place, (7, 5))
+        case "varlen":
+            return _not_cuda(place, (8, 0)) or _not_half(place) or _no_window(place) or _too_wide(place, 256)
         case "xformers":
             unfit = _missing(place, "xformers") or _not_cuda(place, (8, 0)) or _not_half(place)
-            return unfit or _masked(place, window=True) or _too_wide(place, 256) or _varies(place)
+            return unfit or _too_wide(place, 256) or _varies(place)
         case "flash_attn":
             unfit = _missing(place, "flash_attn") or _not_cuda(place, (8, 0)) or _not_half(place)
-            return unfit or _masked(place, window=True) or _too_wide(place, 256)
+            return unfit or _too_wide(place, 256)
     return "there is no such implementation"
 
 
 # Fastest first, where masks are wanted and where they are not. sdpa leaves it to torch, which takes flash before cuDNN;
 # on Hopper cuDNN's kernels are 1.7 to 2.3 times as fast in training shapes, on Ampere, Ada and Blackwell they are not
-# (huggingface/transformers, pull request 48163, six GPUs).
+# (huggingface/transformers, pull request 48163, six GPUs). With documents flex is before varlen: 0.72 + 1.56 against
+# 0.77 + 1.96 ms, forward and backward of Llama 3 8B (pytorch/torchtitan, pull request 2000).
 _BEST_MASKED = ("flex", "sdpa")
 _BEST_CAUSAL = ("sdpa",)
 _BEST_CAUSAL_ON_HOPPER = ("sdpa_cudnn_first", "sdpa")
-ALL_IMPLS = ("sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager")
+ALL_IMPLS = (
+    "sdpa",
+    "sdpa_cudnn_first",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "flex",
+    "varlen",
+    "xformers",
+    "flash_attn",
+    "eager",
+)
 
 
 def choose(impl: str, place: Place) -> str:
@@ -152,6 +181,34 @@ def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc
     return choose(args.attn_impl, place)
 
 
+# -- documents -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class RowDocuments:
+    """Which document each position of a batch belongs to, in both forms that kernels want.
+
+    One object and not loose tensors, as Surroundings (lingua/transformer.py) is.
+    """
+
+    ids: Tensor  # (B, S) int: positions of a row with equal numbers may see each other
+    bounds: Tensor  # (N + 1,) int32: where documents begin in the rows laid end to end; last B S
+
+    def row(self, number: int) -> RowDocuments:
+        """Those of one row. Waits for the device."""
+        begin, end = number * self.ids.shape[1], (number + 1) * self.ids.shape[1]
+        inside = (self.bounds >= begin) & (self.bounds <= end)
+        return RowDocuments(self.ids[number : number + 1], self.bounds[inside] - begin)
+
+
+def document_bounds(doc_ids: np.ndarray) -> np.ndarray:
+    """Document numbers (B, S), each in one piece -> int32 (N + 1,): where documents begin in the rows laid end to end,
+    and B S. A document that goes on in the next row begins anew there."""
+    begins = np.ones(doc_ids.shape, dtype=bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return np.append(np.flatnonzero(begins), doc_ids.size).astype(np.int32)
+
+
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
@@ -161,10 +218,20 @@ def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (key > query - window)
 
 
-def build_mask(impl: str, seq_len: int, window: int | None, doc_ids: Tensor | None, device: torch.device) -> Mask:
-    """The mask of a pass over whole rows; doc_ids (B, S): equal numbers may see each other."""
-    if doc_ids is None and (window is None or window >= seq_len or impl in ("xformers", "flash_attn")):
+def build_mask(
+    impl: str, shape: tuple[int, int], window: int | None, documents: RowDocuments | None, device: torch.device
+) -> Mask:
+    """The mask of a pass over whole rows, (B, S)."""
+    n_rows, seq_len = shape
+    if impl == "varlen":  # it knows sequences only: without documents, rows
+        rows = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * seq_len
+        return rows if documents is None else documents.bounds
+    knows_windows = impl in ("xformers", "flash_attn")
+    if documents is None and (window is None or window >= seq_len or knows_windows):
         return None  # a plain causal pass, or a kernel that knows windows itself
+    if documents is not None and knows_windows:
+        return documents.bounds if impl == "flash_attn" else _diagonal_bias(documents.bounds, shape, window)
+    doc_ids = None if documents is None else documents.ids
     if impl == "flex":
         return _block_mask(seq_len, window, doc_ids, device)
     positions = torch.arange(seq_len, device=device)
@@ -172,6 +239,20 @@ def build_mask(impl: str, seq_len: int, window: int | None, doc_ids: Tensor | No
     if doc_ids is None:
         return seen[None, None]
     return (seen & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]  # (B, 1, S, S)
+
+
+def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None) -> Any:
+    """xformers' bias for documents.
+
+    Its list on the host is that of one sequence: the kernels read `seqstart` and `max_seqlen` alone, and torch.compile,
+    which looks at every number on the host, would compile anew for each batch.
+    """
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
+    n_rows, seq_len = shape
+    sequences = _SeqLenInfo(seqstart=bounds, max_seqlen=seq_len, min_seqlen=1, seqstart_py=[0, n_rows * seq_len])
+    bias = BlockDiagonalMask(q_seqinfo=sequences, k_seqinfo=sequences)
+    return bias.make_causal() if window is None or window >= seq_len else bias.make_local_attention(window)
 
 
 def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device: torch.device) -> Mask:
@@ -190,7 +271,7 @@ def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device
 
 def attend(impl: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
     """q (B, S, H, E), k and v (B, T, K, E) -> (B, S, H, E)."""
-    if window is not None and mask is None and window >= q.shape[1]:
+    if window is not None and window >= q.shape[1]:
         window = None
     return _KERNELS[impl](q, k, v, mask, window)
 
@@ -254,11 +335,34 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Te
     return out.transpose(1, 2)
 
 
+def _packed(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, **how: Any) -> Tensor:
+    """A kernel on the rows laid end to end, (B S, heads, E), told where sequences begin.
+
+    None is longer than a row. That is said instead of the longest, which torch.compile would take for a constant.
+    """
+    longest = q.shape[1]
+    out = kernel(*(each.flatten(0, 1) for each in (q, k, v)), bounds, bounds, longest, longest, **how)
+    return out.unflatten(0, q.shape[:2])
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    how: dict[str, Any] = {"is_causal": True}
+    if "window_size" in _VARLEN_TAKES:
+        how = {"window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in _VARLEN_TAKES:
+        how["enable_gqa"] = k.shape[2] != q.shape[2]
+    return _packed(varlen_attn, q, k, v, mask, **how)
+
+
 def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
     from xformers.ops import fmha
 
+    if k.shape[2] != q.shape[2]:
+        k, v = (each.repeat_interleave(q.shape[2] // each.shape[2], dim=2) for each in (k, v))
+    if mask is not None:
+        one_row = (each.flatten(0, 1).unsqueeze(0) for each in (q, k, v))  # (1, B S, H, E)
+        return fmha.memory_efficient_attention(*one_row, attn_bias=mask).view(q.shape)
     bias = fmha.attn_bias.LowerTriangularMask() if window is None else _local_bias(window)
-    k, v = (_for_each_head(each.transpose(1, 2), q.shape[2]).transpose(1, 2) for each in (k, v))
     return fmha.memory_efficient_attention(q, k, v, attn_bias=bias)
 
 
@@ -269,11 +373,16 @@ def _local_bias(window: int) -> Any:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
-    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    reach = (-1, -1) if window is None else (window - 1, 0)
-    repeatable = torch.are_deterministic_algorithms_enabled()
-    return flash_attn_func(q, k, v, causal=True, window_size=reach, deterministic=repeatable)
+    how: dict[str, Any] = {
+        "causal": True,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if mask is None:
+        return flash_attn_func(q, k, v, **how)
+    return _packed(flash_attn_varlen_func, q, k, v, mask, **how)
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, int | None], Tensor]] = {
@@ -282,6 +391,7 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, int | None], Tensor]
     "sdpa_flash": partial(_sdpa_by, SDPBackend.FLASH_ATTENTION),
     "sdpa_cudnn": partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION),
     "flex": _flex,
+    "varlen": _varlen,
     "xformers": _xformers,
     "flash_attn": _flash_attn,
     "eager": _eager,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lingua.schema import DistributedArgs
 
@@ -35,6 +35,11 @@ def compile_model(
     torch._dynamo.config.recompile_limit = args.compile_cache_size_limit
     for module in blocks if args.compile_scope == "block" else [model]:
         module.compile(backend=backend)
+
+
+def let_length_vary(tensor: Tensor) -> None:
+    """Have code compiled for any length of `tensor` from the first on, not anew when a second one comes."""
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 # -- where compiled code is kept -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -46,6 +47,7 @@ _KEPT_OPERATORS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
 }
 
 
@@ -168,5 +170,5 @@ def set_matmul_precision(args: DistributedArgs) -> None:
 
 def recomputed(args: DistributedArgs, attn_impl: str) -> tuple[bool, bool]:
     """What backward computes again: (blocks, attention kernels). Selective: kernels that _KEPT_OPERATORS lacks."""
-    selective = args.selective_activation_checkpointing and not attn_impl.startswith("sdpa")
+    selective = args.selective_activation_checkpointing and not attn_impl.startswith(("sdpa", "varlen"))
     return args.full_activation_checkpointing, args.full_activation_checkpointing or selective

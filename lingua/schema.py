@@ -18,7 +18,7 @@ from lingua.args import Args, Part, Text, register
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AttnImpl = Literal[
-    "auto", "sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "xformers", "flash_attn", "eager"
+    "auto", "sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "varlen", "xformers", "flash_attn", "eager"
 ]
 
 # -- model (lingua/transformer.py, apps/main/transformer.py) ----------------------------------------------------
@@ -109,7 +109,7 @@ class LlamaArgs(ModelArgs):
     """Each position sees itself and the sliding_window - 1 before it. Null: all before it."""
     attn_impl: AttnImpl = "auto"
     """Attention kernel; what is named is used, or refused with the reason. sdpa: torch's choice; sdpa_cudnn_first: the
-    same, but cuDNN's wherever it can. auto: the fastest that fits."""
+    same, but cuDNN's wherever it can; varlen: torch's flash kernel on packed documents. auto: the fastest that fits."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

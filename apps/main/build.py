@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from lingua.args import build_part
-from lingua.attention import resolve_attn_impl
+from lingua.attention import RowDocuments, document_bounds, resolve_attn_impl
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.checkpoint.weights import load_weights
-from lingua.compiling import keep_compiled_code
+from lingua.compiling import keep_compiled_code, let_length_vary
 from lingua.data.heldout import HeldOut, held_out_file, read_held_out
 from lingua.data.loader import Batch, Loader, build_loader, merge_states
 from lingua.data.staging import staged
@@ -93,33 +93,39 @@ class Learner:
             self.shared["loss_scale"] = self.loss_scale.state()
         return self.state
 
-    def batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """(batch, tokens (B, S), labels (B, S), document numbers (B, S) or None), the tensors on the device."""
+    def batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, RowDocuments | None]]:
+        """(batch, tokens (B, S), labels (B, S), documents with data.doc_mask), the tensors on the device."""
         for batch in self.loader:
-            tokens, labels = (self._to_device(view) for view in batch.views[:2])
-            yield batch, tokens, labels, None if batch.doc_ids is None else self._to_device(batch.doc_ids)
+            tokens, labels = (self._to_device(view).long() for view in batch.views[:2])
+            yield batch, tokens, labels, None if batch.doc_ids is None else self._documents(batch.doc_ids)
 
     def loss_share(
         self,
         precision: AbstractContextManager[object],
         tokens: torch.Tensor,  # (B, S)
         labels: torch.Tensor,
-        doc_ids: torch.Tensor | None,
+        documents: RowDocuments | None,
     ) -> torch.Tensor:
         """A micro step's share of its step's loss. Ranks are averaged, so in all this is the mean over G rows."""
         with precision:
-            loss, _ = self.model(tokens, labels=labels, doc_ids=doc_ids, loss=self.loss)
+            loss, _ = self.model(tokens, labels=labels, documents=documents, loss=self.loss)
         return loss / self.size.tokens_per_rank_step
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a `loss_share` to those that are there, times `loss_factor`."""
         (loss if self.loss_factor is None else loss * self.loss_factor).backward()
 
+    def _documents(self, doc_ids: np.ndarray) -> RowDocuments:
+        bounds = self._to_device(document_bounds(doc_ids))
+        if self.args.distributed.compile:
+            let_length_vary(bounds)
+        return RowDocuments(self._to_device(doc_ids), bounds)
+
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         if self.world.device.type == "cuda":
             tensor = tensor.pin_memory().to(self.world.device, non_blocking=True)
-        return tensor.long()
+        return tensor
 
 
 @dataclass

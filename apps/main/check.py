@@ -29,9 +29,8 @@ from .args import TrainArgs
 DEFAULT_STEPS = 1000
 _GIB = 1 << 30
 # What lingua/attention.py refuses wherever it runs; the rest depends on the device and is told when the run starts.
-_NO_WINDOW = ("sdpa_flash", "sdpa_cudnn", "sdpa_cudnn_first")
-_NO_DOC_MASK = (*_NO_WINDOW, "xformers", "flash_attn")
-_GPU_ONLY = ("sdpa_cudnn", "sdpa_cudnn_first", "flex", "xformers", "flash_attn")
+_NO_MASK = ("sdpa_flash", "sdpa_cudnn", "sdpa_cudnn_first")
+_GPU_ONLY = ("sdpa_cudnn", "sdpa_cudnn_first", "flex", "varlen", "xformers", "flash_attn")
 _NOT_DETERMINISTIC = (
     "sdpa_cudnn",
     "sdpa_cudnn_first",
@@ -504,9 +503,8 @@ def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
     if not isinstance(args.model, LlamaArgs):
         return
     impl = args.model.attn_impl
-    window, doc_mask = args.model.sliding_window is not None, args.data.doc_mask
-    asked = "data.doc_mask" if doc_mask and impl in _NO_DOC_MASK else "model.sliding_window"
-    if (doc_mask and impl in _NO_DOC_MASK) or (window and impl in _NO_WINDOW):
+    if impl in _NO_MASK and (args.data.doc_mask or args.model.sliding_window is not None):
+        asked = "data.doc_mask" if args.data.doc_mask else "model.sliding_window"
         text = f"model.attn_impl is {impl}, which cannot do {asked}; use flex, sdpa or auto"
         yield Finding("model.attn_impl", text)
     if args.deterministic and impl in _NOT_DETERMINISTIC:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lingua.args import ConfigError
+from lingua.attention import RowDocuments
 from lingua.autopsy import Watch, first_nonfinite, grad_norms, nonfinite_names
 from lingua.checkpoint import layout, lookup, retention
 from lingua.checkpoint.lookup import Checkpoint
@@ -62,7 +63,7 @@ _ALONE = {
     "data.max_bad_fraction": "1.0",  # bad lines were judged by the run
 }
 
-MicroBatch = tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor | None]
+MicroBatch = tuple[Batch, torch.Tensor, torch.Tensor, RowDocuments | None]
 
 
 @dataclass(frozen=True)
@@ -307,8 +308,8 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
         while learner.step < last:
             lr, loss_sum = learner.lr, torch.zeros((), device=learner.world.device)
             for _ in range(learner.size.grad_acc_steps):
-                _, tokens, labels, doc_ids = next(batches)
-                loss = learner.loss_share(precision, tokens, labels, doc_ids)
+                _, tokens, labels, documents = next(batches)
+                loss = learner.loss_share(precision, tokens, labels, documents)
                 learner.backward(loss)
                 loss_sum += loss.detach()
             _, finite = clip_and_check(parameters, optim.clip, learner.loss_factor)
@@ -346,8 +347,8 @@ def take_apart(
     for number in range(learner.size.grad_acc_steps):
         micro_batch = next(batches)
         taken.append(micro_batch)
-        _, tokens, labels, doc_ids = micro_batch
-        loss = learner.loss_share(precision, tokens, labels, doc_ids)
+        _, tokens, labels, documents = micro_batch
+        loss = learner.loss_share(precision, tokens, labels, documents)
         learner.backward(loss)
         loss_sum += loss.detach()
         if first_bad is None and not (clip_and_check(parameters, 0.0)[1] and torch.isfinite(loss_sum)):
@@ -368,12 +369,12 @@ def row_by_row(
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager") if compiled else nullcontext())
         watch = stack.enter_context(first_nonfinite(learner.model)) if watched else Watch()
-        for micro_step, (batch, *tensors) in enumerate(taken):
+        for micro_step, (batch, tokens, labels, documents) in enumerate(taken):
             for i, number in enumerate(batch.rows.tolist()):
-                tokens, labels, doc_ids = (None if t is None else t[i : i + 1] for t in tensors)  # (1, S)
+                row = {"labels": labels[i : i + 1], "documents": None if documents is None else documents.row(i)}
                 watch.clear()
                 with precision, torch.set_grad_enabled(backward):
-                    loss_sum, n_labels = learner.model(tokens, labels=labels, doc_ids=doc_ids, loss=learner.loss)
+                    loss_sum, n_labels = learner.model(tokens[i : i + 1], **row, loss=learner.loss)
                     loss = loss_sum / n_labels.clamp(min=1)
                 grad_norm = _grad_norm(learner, loss) if backward else None
                 yield (

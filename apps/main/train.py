@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lingua.args import ConfigError
+from lingua.attention import RowDocuments
 from lingua.checkpoint.manager import SaveReport
 from lingua.distributed import Votes, find_place, first_given, from_main, pick_device, set_environment, start_world
 from lingua.entry import leave, parse_command_line, run_main
@@ -117,18 +118,18 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
             profiler.mark("rest")
             for micro_step in range(size.grad_acc_steps):
                 with meter.loading():
-                    batch, tokens, labels, doc_ids = next(batches)  # (B, S) each
+                    batch, tokens, labels, documents = next(batches)  # (B, S) each
                 profiler.mark("data")
                 rows += [int(batch.rows.min()), int(batch.rows.max())]
                 is_last = micro_step == size.grad_acc_steps - 1
                 begin_micro_step(run.model, args.distributed, is_last=is_last)
-                loss = run.loss_share(precision, tokens, labels, doc_ids)
+                loss = run.loss_share(precision, tokens, labels, documents)
                 profiler.mark("forward")
                 run.backward(loss)
                 profiler.mark("backward")
                 loss_sum += loss.detach()
                 if is_last and args.probe_freq and (run.step + 1) % args.probe_freq == 0:
-                    judge.report_probe(probe_batch(run, precision, tokens, labels, doc_ids))
+                    judge.report_probe(probe_batch(run, precision, tokens, labels, documents))
                     profiler.mark("rest")
 
             grad_norm, finite = clip_and_check(parameters, args.optim.clip, run.loss_factor)
@@ -172,15 +173,15 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
 
 
 def probe_batch(
-    run: Run, precision: AbstractContextManager, tokens: Tensor, labels: Tensor, doc_ids: Tensor | None
+    run: Run, precision: AbstractContextManager, tokens: Tensor, labels: Tensor, documents: RowDocuments | None
 ) -> dict[str, float]:
     """Statistics of the model on a micro batch, and of the gradients that are there. Collective."""
 
     def forward() -> None:
         with precision:
-            run.model(tokens, labels=labels, doc_ids=doc_ids, loss=run.validation_loss)
+            run.model(tokens, labels=labels, documents=documents, loss=run.validation_loss)
 
-    found = probe(run.model, run.world.device, forward, doc_ids)
+    found = probe(run.model, run.world.device, forward, None if documents is None else documents.ids)
     if run.loss_factor is None:
         return found
     factor = run.loss_factor.item()

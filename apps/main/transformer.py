@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lingua.attention import build_mask
+from lingua.attention import RowDocuments, build_mask
 from lingua.loss import Loss
 from lingua.tensor_parallel import logits, whole
 from lingua.transformer import (
@@ -55,14 +55,14 @@ class LMTransformer(nn.Module):
         tokens: Tensor,  # (B, S) int
         *,
         labels: Tensor | None = None,  # (B, S) int, -100 where nothing is asked
-        doc_ids: Tensor | None = None,  # (B, S) int
+        documents: RowDocuments | None = None,
         loss: Loss | None = None,
         cache: KVCache | None = None,
         positions: Tensor | None = None,  # (B, S) int, with a cache
         select: Tensor | None = None,  # (B,) int: the one position of each row whose logits are wanted
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss: (fp32 loss sum, number of labels)."""
-        around = self._surroundings(tokens, doc_ids, cache, positions)
+        around = self._surroundings(tokens, documents, cache, positions)
         x = self.tok_embeddings(tokens)  # (B, S, D)
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
@@ -80,15 +80,15 @@ class LMTransformer(nn.Module):
         return logits(x, self.output_weight)[..., : self.args.vocab_size]
 
     def _surroundings(
-        self, tokens: Tensor, doc_ids: Tensor | None, cache: KVCache | None, positions: Tensor | None
+        self, tokens: Tensor, documents: RowDocuments | None, cache: KVCache | None, positions: Tensor | None
     ) -> Surroundings:
-        seq_len, window = tokens.shape[1], self.args.sliding_window
+        (n_rows, seq_len), window = tokens.shape, self.args.sliding_window
         if cache is None:
             cos, sin = self.rope_embeddings(seq_len, positions)
-            mask = build_mask(self.attn_impl, seq_len, window, doc_ids, tokens.device)
+            mask = build_mask(self.attn_impl, (n_rows, seq_len), window, documents, tokens.device)
             return Surroundings(self.attn_impl, window, cos, sin, mask)
         assert positions is not None, "a cache needs positions"
-        assert doc_ids is None, "a cache knows no documents"
+        assert documents is None, "a cache knows no documents"
         cos, sin = self.rope_embeddings(seq_len, positions)
         mask = cached_mask(positions, cache.end, window)
         # Cached passes are short or one token long and need an explicit mask, which sdpa takes everywhere.

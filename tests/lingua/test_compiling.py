@@ -13,11 +13,13 @@ from torch import Tensor
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
 from lingua import compiling, parallel
-from lingua.compiling import INDUCTOR, TRITON, compile_model, keep_compiled_code
+from lingua.attention import RowDocuments
+from lingua.compiling import INDUCTOR, TRITON, compile_model, keep_compiled_code, let_length_vary
 from lingua.distributed import Place, World
 from lingua.loss import CrossEntropy
 from lingua.parallel import forward_precision, parallelize
-from lingua.schema import CrossEntropyArgs, DistributedArgs
+from lingua.schema import AttnImpl, CrossEntropyArgs, DistributedArgs
+from tests.packed_kernels import give_varlen_a_cpu, row_documents
 
 LOSS = CrossEntropy(CrossEntropyArgs())
 SELECTIVE, FULL = {"selective_activation_checkpointing": True}, {"full_activation_checkpointing": True}
@@ -45,11 +47,13 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     torch._dynamo.reset()
 
 
-def build(**keys: Any) -> tuple[LMTransformer, DistributedArgs]:
+def build(impl: AttnImpl = "sdpa", **keys: Any) -> tuple[LMTransformer, DistributedArgs]:
     args = DistributedArgs.model_validate({"model_dtype": "fp32", **keys})
     with torch.device("meta"):
         model: Any = LMTransformer(
-            LMTransformerArgs(dim=16, n_layers=4, n_heads=2, vocab_size=40, multiple_of=16, max_seqlen=16)
+            LMTransformerArgs(
+                dim=16, n_layers=4, n_heads=2, vocab_size=40, multiple_of=16, max_seqlen=16, attn_impl=impl
+            )
         )
     model = parallelize(model, args, World(Place(), torch.device("cpu"), mesh=None))
     model.to_empty(device="cpu")
@@ -57,12 +61,14 @@ def build(**keys: Any) -> tuple[LMTransformer, DistributedArgs]:
     return model, args
 
 
-def step(model: LMTransformer, args: DistributedArgs, n_rows: int = 4) -> dict[str, Tensor]:
+def step(
+    model: LMTransformer, args: DistributedArgs, n_rows: int = 4, documents: RowDocuments | None = None
+) -> dict[str, Tensor]:
     """Gradients of one batch, or without gradients nothing."""
     tokens = torch.randint(40, (n_rows, 9), generator=torch.Generator().manual_seed(0))
     with forward_precision(model, args, torch.device("cpu")), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, while it traces
-        loss, _ = model(tokens[:, :-1], labels=tokens[:, 1:], loss=LOSS)
+        loss, _ = model(tokens[:, :-1], labels=tokens[:, 1:], documents=documents, loss=LOSS)
     if not torch.is_grad_enabled():
         return {}
     loss.backward()
@@ -80,6 +86,21 @@ def test_blocks_share_one_code_and_compute_what_they_did(backend: Counting, keys
     assert backend.graphs == 1  # for four layers
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("keys", [{}, SELECTIVE, FULL])
+def test_documents_in_any_number_share_one_code(backend: Counting, keys: dict[str, Any]):
+    give_varlen_a_cpu()
+    model, args = build("varlen", compile=True, **keys)
+    plain, _ = build()
+    for n_documents in (2, 1, 5, 3):
+        documents = row_documents([[min(at, n_documents - 1) for at in range(8)]] * 4)
+        let_length_vary(documents.bounds)
+        found, expected = (step(each, args, documents=documents) for each in (model, plain))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
+    assert backend.graphs == 1  # for four layers and four numbers
 
 
 @pytest.mark.soak

@@ -19,6 +19,8 @@ from lingua.parallel import parallelize, recomputed
 from lingua.schema import CrossEntropyArgs, DistributedArgs
 from lingua.scorer import Row, Scorer
 from lingua.transformer import KVCache
+from tests import packed_kernels
+from tests.packed_kernels import give_varlen_a_cpu, row_documents
 from tests.ranks import run_on_ranks
 
 VOCAB, ROWS, SEQ_LEN = 37, 2, 24
@@ -124,14 +126,29 @@ def test_a_window_ends_what_is_seen() -> None:
     assert difference[9:].max() < 1e-5
 
 
-@pytest.mark.parametrize("keys", [{}, {"sliding_window": 5}, {"attn_impl": "eager"}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"sliding_window": 5}, {"attn_impl": "eager"}, {"attn_impl": "varlen", "n_kv_heads": 2}]
+)
 def test_packed_documents_are_as_if_alone(keys: dict[str, Any]) -> None:
+    give_varlen_a_cpu()
     model, (tokens, _) = build(**keys), batch()
-    doc_ids = torch.tensor([[0] * 9 + [1] * 15, [0] * 24])
-    packed = model(tokens, doc_ids=doc_ids)
+    packed = model(tokens, documents=row_documents([[0] * 9 + [1] * 15, [0] * 24]))
     torch.testing.assert_close(packed[:1, :9], model(tokens[:1, :9]))
     torch.testing.assert_close(packed[:1, 9:], model(tokens[:1, 9:]))
     torch.testing.assert_close(packed[1:], model(tokens[1:]))
+
+
+@pytest.mark.parametrize(("checkpointing", "n_calls"), [("full", 4), ("selective", 2)])
+def test_selective_checkpointing_keeps_what_varlen_returns(checkpointing: str, n_calls: int) -> None:
+    give_varlen_a_cpu()
+    model, (tokens, labels) = build(attn_impl="varlen"), batch()
+    args = DistributedArgs.model_validate({f"{checkpointing}_activation_checkpointing": True})
+    parallelize(model, args, World(Place(), torch.device("cpu"), None))
+    packed_kernels.CALLS.clear()
+    loss_sum, _ = model(tokens, labels=labels, documents=row_documents([[0] * 9 + [1] * 15, [0] * 24]), loss=LOSS)
+    loss_sum.backward()
+    assert len(packed_kernels.CALLS) == n_calls  # of two layers
+    assert recomputed(args, "varlen") == ((True, True) if checkpointing == "full" else (False, False))
 
 
 def test_select_gives_the_logits_of_one_position_per_row() -> None:
