@@ -335,7 +335,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Te
     return out.transpose(1, 2)
 
 
-def _packed(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, **how: Any) -> Tensor:
+def _packed(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, **how: Any) -> Tensor:
     """A kernel on the rows laid end to end, (B S, heads, E), told where sequences begin.
 
     None is longer than a row. That is said instead of the longest, which torch.compile would take for a constant.

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -122,10 +122,12 @@ def judge_slurm(config: Mapping[str, str] | None) -> list[Finding]:
     return findings
 
 
-def judge_kernels(refusals: Mapping[str, str | None]) -> Finding:
-    """`refusals`: by kernel, why it cannot be used here; None: it can."""
-    usable = [name for name, reason in refusals.items() if reason is None]
-    return Finding("attention", "ok", ", ".join(usable))
+def judge_kernels(plain: Mapping[str, str | None], documents: Mapping[str, str | None]) -> Finding:
+    """By kernel, why it cannot be used here, without and with data.doc_mask; None: it can."""
+    usable, packed = (
+        ", ".join(name for name, reason in refusals.items() if reason is None) for refusals in (plain, documents)
+    )
+    return Finding("attention", "ok", f"{usable}; with data.doc_mask: {packed}")
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------
@@ -195,7 +197,9 @@ def _torch_findings() -> list[Finding]:
         *judge_torch(torch.__version__, sys.version_info[:2]),
         judge_gpus(names, torch.version.cuda, Path("/proc/driver/nvidia/version").exists()),
         _xformers(importlib.import_module),
-        judge_kernels({name: refusal(name, place) for name in ALL_IMPLS}),
+        judge_kernels(
+            *({name: refusal(name, replace(place, doc_mask=asked)) for name in ALL_IMPLS} for asked in (False, True))
+        ),
         Finding("ranks", "ok", ", ".join(backends))
         if gloo and (nccl or not on_gpu)
         else Finding("ranks", "wrong", f"torch has only {backends}", "several ranks need gloo and nccl: uv sync"),

@@ -9,7 +9,7 @@ process of its own (forked, so torch is imported once), most wanted first, none 
 what was left out is named. Its parts:
 
     matmul             8192^3 bf16 products of random numbers: the rate that shares of the peak are stated against
-    attention          forward and backward of each kernel that runs here
+    attention ...      forward and backward of each kernel that runs here, of whole rows and of documents in them
     <model> ...        whole updates (forward, backward, clip, AdamW) on random tokens: tokens/s, MFU, memory, power
     transformers ...   LlamaForCausalLM, torch.compile, autocast, fused AdamW, clipping: as a user would write it
     loop ...           the real trainer from jsonl to checkpoints in /dev/shm and on the disk, started cold and warm
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -38,10 +39,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,7 +52,8 @@ from apps.main.build import build_loss, build_model, make_deterministic
 from apps.main.check import Checked, load
 from apps.output import show_table
 from lingua.args import build_part
-from lingua.attention import ALL_IMPLS, attend, resolve_attn_impl
+from lingua.attention import ALL_IMPLS, RowDocuments, attend, build_mask, document_bounds, resolve_attn_impl
+from lingua.compiling import let_length_vary
 from lingua.distributed import Place, World
 from lingua.entry import parse_command_line
 from lingua.flops import find_peak
@@ -93,6 +97,8 @@ class Loop(NamedTuple):
 
 
 FULL = "distributed.full_activation_checkpointing=true"
+DOCUMENTS = "data.doc_mask=true"
+MEAN_DOCUMENT = 512  # positions; our choice, near web text's
 GPU_CASES = (
     Case("1B bf16 2048", "llama_1B"),
     Case("transformers 1B bf16 2048", "llama_1B", transformers=True),
@@ -100,12 +106,16 @@ GPU_CASES = (
     Case("1B float8 rowwise 2048", "llama_1B", ("distributed.float8_recipe=rowwise",)),
     Case("1B deterministic 2048", "llama_1B", ("deterministic=true",)),
     Case("1B bf16 4096", "llama_1B", seq_len=4096, batches=(4, 2, 1)),
+    Case("1B documents flex 2048", "llama_1B", (DOCUMENTS, "model.attn_impl=flex")),
+    Case("1B documents varlen 2048", "llama_1B", (DOCUMENTS, "model.attn_impl=varlen")),
     Case("280M bf16 2048", "llama_280M", batches=(32, 16, 8)),
     Case("7B float8 rowwise 2048", "llama_7B", (FULL, "distributed.float8_recipe=rowwise"), batches=(8, 4, 2, 1)),
     Case("1B float8 tensorwise 2048", "llama_1B", ("distributed.float8_recipe=tensorwise",)),
     Case("7B bf16 4096", "llama_7B", (FULL,), seq_len=4096, batches=(4, 2, 1)),
     Case("280M bf16 4096", "llama_280M", seq_len=4096, batches=(16, 8, 4)),
     Case("transformers 280M bf16 2048", "llama_280M", batches=(32, 16, 8), transformers=True),
+    Case("1B documents xformers 2048", "llama_1B", (DOCUMENTS, "model.attn_impl=xformers")),
+    Case("1B documents flash_attn 2048", "llama_1B", (DOCUMENTS, "model.attn_impl=flash_attn")),
 )
 GPU_LOOPS = (
     # Steps 1-20 train undisturbed, those after the save of step 20 beside it: both in one run.
@@ -130,6 +140,7 @@ TINY_CASES = (
     Case("7B bf16 2048", TINY, (*_EAGER, FULL), seq_len=32, batches=(2,)),
     Case("1B float8 rowwise 2048", TINY, (*_EAGER, "distributed.float8_recipe=rowwise"), seq_len=32, batches=(2,)),
     Case("1B deterministic 2048", TINY, (*_EAGER, "deterministic=true"), seq_len=32, batches=(2,)),
+    Case("1B documents sdpa 2048", TINY, (*_EAGER, DOCUMENTS, "model.attn_impl=sdpa"), seq_len=32, batches=(2,)),
 )
 
 
@@ -212,6 +223,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def some_documents(batch: int, seq_len: int, device: torch.device, seed: int) -> RowDocuments:
+    """Documents of random lengths, MEAN_DOCUMENT positions in the mean before rows cut them."""
+    begins = np.random.default_rng(seed).random((batch, seq_len)) < 1 / MEAN_DOCUMENT
+    doc_ids = begins.cumsum(axis=1).astype(np.int32)
+    ids, bounds = (torch.from_numpy(array).to(device) for array in (doc_ids, document_bounds(doc_ids)))
+    return RowDocuments(ids, bounds)
+
+
 # -- updates on random tokens --------------------------------------------------------------------------------------
 
 
@@ -229,6 +248,13 @@ class Trainer:
         self._rows = [
             torch.randint(0, self.size.vocab_size, shape, device=device, generator=generator) for _ in range(2)
         ]
+        self._documents: Iterator[RowDocuments | None] = itertools.repeat(None)
+        if self.args.data.doc_mask:  # of another number in each step, as they are when one trains
+            several = [some_documents(*shape, device, seed) for seed in range(4)]
+            if self.args.distributed.compile:
+                for each in several:
+                    let_length_vary(each.bounds)
+            self._documents = itertools.cycle(several)
         self.attn_impl = "sdpa"
         self._device = device
         self.step = self._ours() if not case.transformers else self._theirs()
@@ -245,7 +271,7 @@ class Trainer:
 
         def step() -> None:
             with precision:
-                loss_sum, _ = model(tokens, labels=labels, loss=loss)
+                loss_sum, _ = model(tokens, labels=labels, documents=next(self._documents), loss=loss)
             (loss_sum / labels.numel()).backward()
             _, finite = clip_and_check(parameters, args.optim.clip)
             optimizer_step(optimizer, args.optim.lr, finite)
@@ -346,25 +372,36 @@ def measure(case: Case, peaks: Mapping[str, float], folder: str, steps: int) -> 
     return {"error": f"no batch of {case.batches} fits into the memory"}
 
 
-def measure_attention(seq_len: int, heads: int = 16, head_dim: int = 128, batch: int = 8) -> dict[str, Any]:
-    """TFLOP/s of forward and backward of each kernel; causal, so half of the square is counted."""
+def measure_attention(
+    seq_len: int, heads: int = 16, head_dim: int = 128, batch: int = 8, *, packed: bool = False
+) -> dict[str, Any]:
+    """TFLOP/s of forward and backward of each kernel; causal, so half of each square is counted: of the rows', or, when
+    documents are `packed` in them, of the documents'. And what their mask takes, made once per step for all layers."""
     device = pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = (batch, seq_len, heads, head_dim)
+    documents = some_documents(batch, seq_len, device, seed=0) if packed else None
+    lengths = [seq_len] * batch if documents is None else documents.bounds.diff().tolist()
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     out_grad = torch.randn(shape, device=device, dtype=dtype)
-    flops = 3.5 * 4 * batch * heads * seq_len**2 * head_dim / 2  # backward has 5 products where forward has 2
+    squares = sum(length**2 for length in lengths)
+    flops = 3.5 * 4 * heads * squares * head_dim / 2  # backward has 5 products where forward has 2
     found: dict[str, Any] = {}
     for impl in ALL_IMPLS:
         model = LlamaArgs(dim=heads * head_dim, n_heads=heads, attn_impl=impl)
         try:
-            resolve_attn_impl(model, device.type, dtype, doc_mask=False)
+            resolve_attn_impl(model, device.type, dtype, doc_mask=packed)
+            make_mask = partial(build_mask, impl, (batch, seq_len), None, documents, device)
+            mask = make_mask()
 
-            def step(impl: str = impl) -> None:
-                attend(impl, q, k, v, None, None).backward(out_grad)
+            def step(impl: str = impl, mask: Any = mask) -> None:
+                attend(impl, q, k, v, mask, None).backward(out_grad)
                 q.grad = k.grad = v.grad = None
 
-            found[impl] = {"tflops": flops / statistics.median(timed_s(step, device, 10, 3)) / 1e12}
+            found[impl] = {
+                "tflops": flops / statistics.median(timed_s(step, device, 10, 3)) / 1e12,
+                "mask_ms": statistics.median(timed_s(make_mask, device, 10, 3)) * 1e3,
+            }
         except Exception as error:  # a kernel that fails here is a finding, too
             found[impl] = {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
     return found
@@ -467,6 +504,7 @@ def gpu_plan(tiny: bool) -> list[tuple[str, float]]:
     cases = TINY_CASES if tiny else GPU_CASES
     first, rest = cases[:3], cases[3:]
     steps = [("attention 2048", 25.0), *((case.name, case.seconds) for case in first)]
+    steps.append(("attention documents 2048", 30.0))
     steps += [(loop.name, loop.seconds) for loop in GPU_LOOPS]
     return [*steps, *((case.name, case.seconds) for case in rest)]
 
@@ -496,7 +534,8 @@ def gpu_suite(names: Sequence[str], tiny: bool, budget_s: float, steps: int, say
                 found = measure_loop(loop, small, folder, folder / "cache")
                 shutil.rmtree(folder / what.replace(" ", "_"), ignore_errors=True)
             else:
-                found = apart(measure_attention, *((32, 2, 16, 2) if tiny else (2048,)))
+                sizes = (32, 2, 16, 2) if tiny else (2048,)
+                found = apart(partial(measure_attention, *sizes, packed="documents" in what))
             result["cases"][what] = found
     return result | {"goals": goals(result["cases"]), "seconds": time.monotonic() - began_s}
 
@@ -598,7 +637,8 @@ def show(result: Mapping[str, Any]) -> None:
     for name, found in result["cases"].items():
         if name.startswith("attention"):
             show_table(
-                (name, "TFLOP/s", ""), [(k, figure(v.get("tflops")), v.get("error", "")) for k, v in found.items()]
+                (name, "TFLOP/s", "mask, ms", ""),
+                [(k, figure(v.get("tflops")), figure(v.get("mask_ms")), v.get("error", "")) for k, v in found.items()],
             )
             print()
     for goal in result.get("goals", []):

@@ -329,3 +329,40 @@ def test_documents_in_any_number_are_one_graph(packed: str) -> None:
         torch.testing.assert_close(out, expected)
     assert backend.graphs == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("impl", ["flex", *PACKED])
+def test_compiled_kernels_agree_on_documents_and_wait_for_nothing(impl: str, window: int | None) -> None:
+    """In bf16, in one graph, with shared heads, at a size of which the kernels have several blocks."""
+    n_rows, seq_len, width = 3, 512, 64
+    here = Place(
+        "cuda", torch.cuda.get_device_capability(), DTYPE, width, True, window is not None, attention.installed()
+    )
+    reason = refusal(impl, here)
+    if reason is not None:
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    backend = Counting()
+    traced = torch.compile(attend, backend=backend, fullgraph=True)
+    numbers = np.random.default_rng(0)
+    q, k, v, upstream = (
+        torch.randn(n_rows, seq_len, heads, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
+        for heads in (8, 2, 2, 8)
+    )
+    for n_documents in (3, 40, 1, 7):
+        doc_ids = np.sort(numbers.integers(0, n_documents, (n_rows, seq_len)), axis=1)
+        documents, found = row_documents(doc_ids, DEVICE), []
+        let_length_vary(documents.bounds)
+        for name, attention_of in (("eager", attend), (impl, attend if impl == "flex" else traced)):
+            mask = build_mask(name, (n_rows, seq_len), window, documents, q.device)
+            torch.cuda.set_sync_debug_mode("error" if backend.graphs else "default")  # tracing may look at the device
+            out = attention_of(name, q, k, v, mask, window)
+            grads = torch.autograd.grad(out, (q, k, v), upstream)
+            torch.cuda.set_sync_debug_mode("default")
+            found.append([out, *grads])
+        for theirs, ours in zip(*found, strict=True):
+            assert (ours - theirs).float().norm() <= 0.02 * theirs.float().norm()
+    assert backend.graphs == (0 if impl == "flex" else 1)

@@ -47,7 +47,11 @@ GIB = 2**30
         (judge_disk(Path("out"), "lustre", 9 * GIB, 9.0, None), "note", "async_save_mode=shm"),
         (judge_disk(Path("out"), "ext4", 9 * GIB, 0.1, None), "note", "not shared"),
         (judge_disk(Path("out"), "nfs", 0, 0.1, "out: Disk quota exceeded"), "wrong", "quota"),
-        (judge_kernels({"sdpa": None, "flex": "it runs on CUDA only"}), "ok", "sdpa"),
+        (
+            judge_kernels({"sdpa": None, "sdpa_flash": None, "flex": "CUDA only"}, {"sdpa": None, "sdpa_flash": "no"}),
+            "ok",
+            "sdpa, sdpa_flash; with data.doc_mask: sdpa ",
+        ),
         (judge_slurm(None)[0], "note", "not here"),
     ],
 )
