@@ -33,7 +33,8 @@ Mask = Any
 or int32 (N + 1,), where N sequences begin in the rows laid end to end."""
 
 _VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
-"""torch 2.10: `is_causal` and no window; from 2.11 on `window_size`; later `enable_gqa`, which its kernel needs not."""
+"""torch 2.10: `is_causal` and no window; from 2.11 on `window_size`; in 2.12 `enable_gqa`, too. Its flash kernels share
+key heads in all of them (pytorch/torchtitan, pull request 2259)."""
 
 # -- the decision ------------------------------------------------------------------------------------------------
 

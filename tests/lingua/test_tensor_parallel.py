@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import partialmethod
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from apps.main.transformer import LMTransformer
+from lingua import parallel
+from lingua.compiling import compile_model
 from lingua.distributed import World
 from lingua.loss import CrossEntropy
 from lingua.schema import CrossEntropyArgs, DistributedArgs
@@ -101,17 +103,15 @@ def test_four_ranks_compute_what_one_computes(shape: Shape, keys: dict[str, Any]
 @pytest.mark.ranks
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # C++ takes minutes, see below
-def test_compiled_blocks_compute_the_same(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_blocks_compute_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for all blocks: what differs from block to block would be compiled again and again.
 
-    Inductor makes 18 kernels of a block with its backward, each some ten seconds of g++, and while one rank compiles,
-    the other waits for what it leaves in the cache: no exchange may give up before that.
+    On the CPU Inductor makes 18 kernels of a block and its backward, seconds of g++ each: minutes on two busy cores.
     """
+    monkeypatch.setattr(parallel, "compile_model", partial(compile_model, backend=backend))
 
     def on_rank(rank: int) -> Found:
-        with_backend = partialmethod(nn.Module.compile, backend=backend)
-        setattr(nn.Module, "compile", with_backend)  # noqa: B010 - a type checker knows what it would be
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()  # a forked rank has those of the tests before
         with warnings.catch_warnings():
