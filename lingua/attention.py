@@ -224,14 +224,13 @@ def build_mask(
 ) -> Mask:
     """The mask of a pass over whole rows, (B, S)."""
     n_rows, seq_len = shape
-    if impl == "varlen":  # it knows sequences only: without documents, rows
+    if impl in ("varlen", "xformers", "flash_attn"):  # they know windows themselves
+        if documents is not None:
+            return _diagonal_bias(documents.bounds, shape, window) if impl == "xformers" else documents.bounds
         rows = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * seq_len
-        return rows if documents is None else documents.bounds
-    knows_windows = impl in ("xformers", "flash_attn")
-    if documents is None and (window is None or window >= seq_len or knows_windows):
-        return None  # a plain causal pass, or a kernel that knows windows itself
-    if documents is not None and knows_windows:
-        return documents.bounds if impl == "flash_attn" else _diagonal_bias(documents.bounds, shape, window)
+        return rows if impl == "varlen" else None
+    if documents is None and (window is None or window >= seq_len):
+        return None  # a plain causal pass
     doc_ids = None if documents is None else documents.ids
     if impl == "flex":
         return _block_mask(seq_len, window, doc_ids, device)
