@@ -22,18 +22,16 @@ from torch import Tensor
 
 from lingua.attention import RowDocuments, document_bounds
 
+CALLS: list[dict[str, Any]] = []
+"""What the stand-in operators were told, newest last."""
+
+Piece = tuple[slice, Tensor, Tensor, Tensor]
+
 
 def row_documents(doc_ids: np.ndarray | Sequence[Sequence[int]], device: str = "cpu") -> RowDocuments:
     """Of document numbers (B, S), as a trainer makes them."""
     numbers = np.asarray(doc_ids, dtype=np.int32)
     return RowDocuments(torch.from_numpy(numbers).to(device), torch.from_numpy(document_bounds(numbers)).to(device))
-
-
-CALLS: list[dict[str, Any]] = []
-"""What the stand-in operators were told, newest last."""
-
-
-Piece = tuple[slice, Tensor, Tensor, Tensor]
 
 
 def _pieces(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int) -> Iterator[Piece]:

@@ -89,7 +89,7 @@ def test_blocks_share_one_code_and_compute_what_they_did(backend: Counting, keys
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("keys", [{}, SELECTIVE, FULL])
+@pytest.mark.parametrize("keys", [{}, SELECTIVE, FULL, {"compile_scope": "model"}])
 def test_documents_in_any_number_share_one_code(backend: Counting, keys: dict[str, Any]):
     give_varlen_a_cpu()
     model, args = build("varlen", compile=True, **keys)

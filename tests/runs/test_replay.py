@@ -25,7 +25,9 @@ from tests.corpora import write_source
 from tests.ranks import exit_code_of, run_on_ranks
 from tests.trainer import TINY, at_step, kill_self, losses, train
 
-WORDS = [*TINY, "checkpoint.dump={every: 4, keep: -1}", "grad_acc_steps=2", "optim.scheduler=constant"]
+WORDS = [
+    *TINY, "checkpoint.dump={every: 4, keep: -1}", "grad_acc_steps=2", "optim.scheduler=constant", "data.doc_mask=true",
+]  # fmt: skip
 
 
 def lingua_replay(run: Path, step: int, *words: str) -> tuple[int, str, str]:
