@@ -4,7 +4,7 @@ Promise: log-softmax in fp32 whatever the model's type; the sum over positions a
 gradient accumulation and data-parallel ranks normalise by tokens; labels of -100 count for nothing; no host sync.
 Cost: `chunk_tokens` * V fp32 logits at a time. Gradients are made in the forward pass while a chunk's logits are
 there: nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
-Compiled, a chunk's logits exist in the model's type only, and are passed over three times instead of some fifteen.
+Compiled, a chunk's logits exist in the model's type only, and are passed over three times instead of some ten.
 Under tensor parallelism each rank has the logits of its own words alone: V/t of them. Then the hidden states of all
 positions are gathered once, their gradients reduce-scattered once, and two numbers per position are exchanged.
 
@@ -32,7 +32,7 @@ _FP16_ROOM = 64.0
 
 
 LossOfLogits = Callable[[Tensor, Tensor, int | None, float, bool], tuple[Tensor, Tensor | None]]
-"""`_loss_of_logits`, that compiled, or that of a rank's own words."""
+"""(logits, labels, n_words, z_loss, with_grad) -> (loss sum, gradient): `OwnWords.loss_of_logits` tells more."""
 
 
 class Loss(Protocol):
@@ -54,11 +54,11 @@ class CrossEntropy:
     def __init__(self, args: CrossEntropyArgs) -> None:
         self.z_loss = args.z_loss
         self.chunk_tokens = args.chunk_tokens
-        self._loss_of_logits: LossOfLogits = _loss_of_logits
+        self._loss_of_logits: LossOfLogits = OwnWords().loss_of_logits
 
     def compile(self, backend: Any = "inductor") -> None:
         """What is between the matrix products becomes one or two kernels, which read the logits in the model's type."""
-        self._loss_of_logits = torch.compile(_loss_of_logits, backend=backend, dynamic=False)
+        self._loss_of_logits = torch.compile(_loss_of_logits_in_one_pass, backend=backend, dynamic=False)
 
     def __call__(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, *, n_words: int | None = None
@@ -119,27 +119,79 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         hidden_grad, weight_grad = ctx.saved_tensors
-        of_hidden = hidden_grad * grad.to(hidden_grad.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = (weight_grad * grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        # In place: once. autograd refuses a second backward by itself, since what was saved has changed.
+        of_hidden = hidden_grad.mul_(grad.to(hidden_grad.dtype)) if ctx.needs_input_grad[0] else None
+        of_weight = weight_grad.mul_(grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
         return of_hidden, of_weight, *[None] * 7
 
 
-def _loss_of_logits(
-    logits: Tensor,  # (n, V), of any type; not needed afterwards
-    labels: Tensor,  # (n,)
-    n_words: int | None,
-    z_loss: float,
-    with_grad: bool,
+# -- from logits to loss and gradient ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """This rank has the logits of the words from `first` on, the other ranks of the group those of the rest."""
+
+    first: int = 0
+    group: dist.ProcessGroup | None = None
+    """None: all words are here."""
+
+    def loss_of_logits(
+        self,
+        logits: Tensor,  # (n, V/t), of any type; overwritten
+        labels: Tensor,  # (n,)
+        n_words: int | None,
+        z_loss: float,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss sum, fp32, of all words on every rank, and its gradient (n, V/t) in the type of the logits. Collective.
+
+        Five passes over one fp32 copy of the logits; the exponentials are taken once.
+        """
+        dtype, logits = logits.dtype, logits.float()
+        if n_words is not None:
+            # exp(-inf) is 0: columns behind n_words have no part in the loss, and their gradients are exactly 0.
+            logits[:, max(n_words - self.first, 0) :] = float("-inf")
+        counted = labels != IGNORE
+        target = torch.where(counted, labels, 0).long() - self.first  # (n,)
+        # Where all words are here, a label that is none of them is an error of `gather` and not another rank's.
+        is_own = counted if self.group is None else counted & (target >= 0) & (target < logits.shape[1])
+        target = torch.where(is_own, target, 0).unsqueeze(1)  # (n, 1)
+        top = logits.amax(dim=1)  # (n,)
+        self._reduce(top, dist.ReduceOp.MAX)
+        logits.sub_(top.unsqueeze(1))
+        of_target = torch.where(is_own, logits.gather(1, target).squeeze(1), 0.0)
+        powers = logits.exp_()
+        sums = torch.stack([powers.sum(dim=1), of_target])  # (2, n)
+        self._reduce(sums, dist.ReduceOp.SUM)
+        z, of_target = sums  # of exp(logit - top); logit - top
+        log_z = z.log() + top
+        losses = z.log() - of_target + z_loss * log_z.square()
+        loss_sum = torch.where(counted, losses, 0.0).sum()
+        if not with_grad:
+            return loss_sum, None
+        # d/dlogits = p * (1 + 2 z log Z) - onehot(label); uncounted rows: 0
+        grad = powers.mul_(torch.where(counted, (1 + 2 * z_loss * log_z) / z, 0.0).unsqueeze(1))
+        grad.scatter_add_(1, target, -is_own.float().unsqueeze(1))
+        return loss_sum, grad.to(dtype)
+
+    def _reduce(self, x: Tensor, how: dist.ReduceOp.RedOpType) -> None:
+        if self.group is not None:
+            dist.all_reduce(x, how, self.group)
+
+
+def _loss_of_logits_in_one_pass(
+    logits: Tensor, labels: Tensor, n_words: int | None, z_loss: float, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss sum, fp32, and its gradient (n, V) in the type of the logits."""
+    """As `OwnWords().loss_of_logits`, to be compiled.
+
+    Without a scattered write, which would end the pass over the logits, and without in-place operators: with them
+    torch 2.10 summed up wrong losses (CPU, fp32).
+    """
     dtype, logits = logits.dtype, logits.float()
     if n_words is not None:
-        # exp(-inf) is 0: columns behind n_words have no part in the loss, and their gradients are exactly 0.
-        if torch.compiler.is_compiling():
-            is_word = torch.arange(logits.shape[1], device=labels.device) < n_words
-            logits = torch.where(is_word, logits, float("-inf"))
-        else:
-            logits[:, n_words:] = float("-inf")
+        is_word = torch.arange(logits.shape[1], device=labels.device) < n_words
+        logits = torch.where(is_word, logits, float("-inf"))
     counted = labels != IGNORE
     target = torch.where(counted, labels, 0).long().unsqueeze(1)  # (n, 1)
     log_z = torch.logsumexp(logits, dim=1)  # (n,)
@@ -147,56 +199,10 @@ def _loss_of_logits(
     loss_sum = torch.where(counted, losses, 0.0).sum()
     if not with_grad:
         return loss_sum, None
-    # d/dlogits = p * (1 + 2 z log Z) - onehot(label); uncounted rows: 0
     scale = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0).unsqueeze(1)  # (n, 1)
-    if torch.compiler.is_compiling():
-        # One pass over the logits, which a scattered write would end, and without in-place operators: with them
-        # torch 2.10 summed up wrong losses (CPU, fp32).
-        grad = (logits - log_z.unsqueeze(1)).exp() * scale
-        columns = torch.arange(logits.shape[1], device=logits.device)
-        return loss_sum, (grad - (counted.unsqueeze(1) & (columns == target)).float()).to(dtype)
-    grad = logits.sub_(log_z.unsqueeze(1)).exp_().mul_(scale)
-    grad.scatter_add_(1, target, -counted.float().unsqueeze(1))
-    return loss_sum, grad.to(dtype)
-
-
-# -- words spread over ranks ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OwnWords:
-    """This rank has the logits of the words from `first` on, the other ranks of the group those of the rest."""
-
-    first: int
-    group: dist.ProcessGroup
-
-    def loss_of_logits(
-        self, logits: Tensor, labels: Tensor, n_words: int | None, z_loss: float, with_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `_loss_of_logits`, of logits (n, V/t); the loss is that of all words, on every rank. Collective."""
-        dtype, logits = logits.dtype, logits.float()
-        if n_words is not None:
-            logits[:, max(n_words - self.first, 0) :] = float("-inf")
-        counted = labels != IGNORE
-        target = torch.where(counted, labels, 0).long() - self.first  # (n,)
-        is_own = (target >= 0) & (target < logits.shape[1])
-        target = torch.where(is_own, target, 0).unsqueeze(1)  # (n, 1)
-        top = logits.amax(dim=1)  # (n,)
-        dist.all_reduce(top, dist.ReduceOp.MAX, self.group)
-        logits.sub_(top.unsqueeze(1))
-        of_target = torch.where(is_own, logits.gather(1, target).squeeze(1), 0.0)
-        powers = logits.exp_()
-        sums = torch.stack([powers.sum(dim=1), of_target])  # (2, n)
-        dist.all_reduce(sums, group=self.group)
-        z, of_target = sums  # of exp(logit - top); logit - top
-        log_z = z.log() + top
-        losses = z.log() - of_target + z_loss * log_z.square()
-        loss_sum = torch.where(counted, losses, 0.0).sum()
-        if not with_grad:
-            return loss_sum, None
-        grad = powers.mul_(torch.where(counted, (1 + 2 * z_loss * log_z) / z, 0.0).unsqueeze(1))
-        grad.scatter_add_(1, target, -(is_own & counted).float().unsqueeze(1))
-        return loss_sum, grad.to(dtype)
+    grad = (logits - log_z.unsqueeze(1)).exp() * scale
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    return loss_sum, (grad - (counted.unsqueeze(1) & (columns == target)).float()).to(dtype)
 
 
 def _own_words(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, OwnWords]:

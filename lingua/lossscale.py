@@ -3,7 +3,7 @@
 Promise: the host never waits for the device; all ranks have the same factor, since they agree on whether the gradient
 was finite; it is part of a checkpoint, so a resumed run is bitwise the same. What overflows costs its step and halves
 the factor. At the factor's minimum, or with a loss that is not finite itself, it is no matter of scaling any more.
-Cost: two kernels on scalars per step; the gradient is brought back by the same pass that clips it.
+Cost: two kernels on scalars per step; the gradient is brought back by the division that clips it.
 
 Constants are those of torch.amp.GradScaler (its docs, "init_scale", "growth_factor", "backoff_factor",
 "growth_interval"); the minimum is that of Megatron-LM (`--min-loss-scale 1.0`), GradScaler has none.

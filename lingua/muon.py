@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lingua.optim import build_adamw
+from lingua.optim import amp_scaling, build_adamw, divide_gradients
 from lingua.schema import AdamWArgs, MuonArgs
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
         self._adamw = adamw
         self._scale: Scale = args.scale
         self._ns_steps, self._ns_dtype = args.ns_steps, DTYPES[args.ns_dtype]
-        # GradScaler's word for it: `found_inf` is heeded on the device.
+        # GradScaler's word for it: `found_inf` and `grad_scale` are heeded on the device.
         self._step_supports_amp_scaling = getattr(adamw, "_step_supports_amp_scaling", False)
         own: dict[str, Any] = {
             "params": matrices,
@@ -205,16 +205,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update, or none at all where `found_inf` (a scalar on the device, set by `optimizer_step`) is not 0."""
+        """One update by the gradients over `grad_scale`, or none at all where `found_inf` is not 0.
+
+        Both are scalars on the device, set by `optimizer_step`; without them gradients are taken as they are.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         for group in self.param_groups:
             if group["muon"]:
+                divide_gradients(group["params"], grad_scale)
                 self._step_matrices(group, None if found_inf is None else found_inf == 0)
-        self._step_others(found_inf)
+        self._step_others(found_inf, grad_scale)
         return loss
 
     def _step_matrices(self, group: dict[str, Any], wanted: Tensor | None) -> None:
@@ -247,22 +252,19 @@ class Muon(torch.optim.Optimizer):
         momentum.copy_(moved if wanted is None else torch.where(wanted, moved, momentum))
         return torch.lerp(grad, moved, mu) if group["nesterov"] else moved
 
-    def _step_others(self, found_inf: Tensor | None) -> None:
+    def _step_others(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         adamw, groups = self._adamw, [group for group in self.param_groups if not group["muon"]]
         adamw.state = self.state  # anew in each step: loading a state replaces them
         adamw.param_groups = groups
         rates = [group["lr"] for group in groups]
-        if found_inf is not None:
-            adamw.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
         try:
             for group in groups:
                 group["lr"] = group["lr"] * group["lr_ratio"]
-            adamw.step()
+            with amp_scaling(adamw, found_inf=found_inf, grad_scale=grad_scale):
+                adamw.step()
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
-            if found_inf is not None:
-                del adamw.found_inf  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -121,9 +121,12 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x0, x1), (x2, x3), ... of x (B, S, heads, E) by their angles; in fp32, returned in x's type."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    first, second = pairs[..., 0], pairs[..., 1]  # (B, S, heads, E/2)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (S or B S, 1, E/2)
-    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    if torch.compiler.is_compiling():  # into one kernel; inductor makes none of complex numbers
+        first, second = pairs[..., 0], pairs[..., 1]  # (B, S, heads, E/2)
+        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    else:  # the same numbers by one operator in forward and one in backward
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return turned.flatten(-2).type_as(x)
 
 

@@ -58,7 +58,7 @@ from lingua.distributed import Place, World
 from lingua.entry import parse_command_line
 from lingua.flops import find_peak
 from lingua.metrics import read_metrics
-from lingua.optim import clip_and_check, optimizer_step
+from lingua.optim import measure_gradient, optimizer_step
 from lingua.parallel import forward_precision, set_matmul_precision
 from lingua.profiling import measured_matmul_flops
 from lingua.schema import LlamaArgs
@@ -273,8 +273,8 @@ class Trainer:
             with precision:
                 loss_sum, _ = model(tokens, labels=labels, documents=next(self._documents), loss=loss)
             (loss_sum / labels.numel()).backward()
-            _, finite = clip_and_check(parameters, args.optim.clip)
-            optimizer_step(optimizer, args.optim.lr, finite)
+            _, finite, divisor = measure_gradient(parameters, args.optim.clip)
+            optimizer_step(optimizer, args.optim.lr, finite, divisor)
             optimizer.zero_grad()
 
         return step

@@ -59,7 +59,7 @@ class Stopwatch:
 def install(watch: Stopwatch) -> None:
     """Put the stopwatch around the parts of the real loop."""
     setattr(torch.Tensor, "backward", watch.time("backward", torch.Tensor.backward))  # noqa: B010
-    app.clip_and_check = watch.time("optimizer", app.clip_and_check)
+    app.measure_gradient = watch.time("optimizer", app.measure_gradient)
     app.optimizer_step = watch.time("optimizer", app.optimizer_step)
     build_run = app.build_run
 

@@ -38,7 +38,7 @@ from lingua.distributed import Place, World, pick_device, set_environment
 from lingua.files import DISK, RunError
 from lingua.freeze import rule_of
 from lingua.layers import read_yaml
-from lingua.optim import clip_and_check, optimizer_step
+from lingua.optim import measure_gradient, optimizer_step
 from lingua.parallel import forward_precision
 from lingua.past import Past, check_step, nothing_before, read_past
 from lingua.progress import ProgressLine
@@ -312,12 +312,12 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
                 loss = learner.loss_share(precision, tokens, labels, documents)
                 learner.backward(loss)
                 loss_sum += loss.detach()
-            _, finite = clip_and_check(parameters, optim.clip, learner.loss_factor)
+            _, finite, divisor = measure_gradient(parameters, optim.clip, learner.loss_factor)
             overflow = learner.loss_scale is not None and not learner.loss_scale.is_least
             if optim.on_nonfinite == "stop" and not finite and not overflow:
                 step = learner.step + 1
                 raise RunError(f"step {step}, on the way, is not finite here: look at that one with --step {step}")
-            optimizer_step(learner.optimizer, lr, finite)
+            optimizer_step(learner.optimizer, lr, finite, divisor)
             if learner.loss_scale is not None:
                 learner.loss_scale.update(finite)
             learner.optimizer.zero_grad()
@@ -351,9 +351,9 @@ def take_apart(
         loss = learner.loss_share(precision, tokens, labels, documents)
         learner.backward(loss)
         loss_sum += loss.detach()
-        if first_bad is None and not (clip_and_check(parameters, 0.0)[1] and torch.isfinite(loss_sum)):
+        if first_bad is None and not (measure_gradient(parameters, 0.0).finite and torch.isfinite(loss_sum)):
             first_bad = number
-    return taken, loss_sum.item(), clip_and_check(parameters, 0.0, learner.loss_factor)[0].item(), first_bad
+    return taken, loss_sum.item(), measure_gradient(parameters, 0.0, learner.loss_factor).norm.item(), first_bad
 
 
 def row_by_row(
@@ -390,7 +390,7 @@ def row_by_row(
 
 def _grad_norm(learner: Learner, loss: torch.Tensor) -> float:
     loss.backward()
-    norm, _ = clip_and_check(list(learner.model.parameters()), 0.0)
+    norm = measure_gradient(learner.model.parameters(), 0.0).norm
     learner.optimizer.zero_grad()
     return norm.item()
 

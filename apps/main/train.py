@@ -34,7 +34,7 @@ from lingua.guard import Guard
 from lingua.logger import start_logging
 from lingua.lossscale import is_overflow
 from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
-from lingua.optim import clip_and_check, optimizer_step
+from lingua.optim import measure_gradient, optimizer_step
 from lingua.parallel import begin_micro_step, forward_precision
 from lingua.peers import Peers
 from lingua.probe import probe
@@ -132,12 +132,12 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                     judge.report_probe(probe_batch(run, precision, tokens, labels, documents))
                     profiler.mark("rest")
 
-            grad_norm, finite = clip_and_check(parameters, args.optim.clip, run.loss_factor)
+            grad_norm, finite, divisor = measure_gradient(parameters, args.optim.clip, run.loss_factor)
             if args.optim.on_nonfinite == "stop":
                 halted |= ~finite if loss_scale is None else ~finite & loss_scale.is_least
             moves = finite & ~halted
             run.manager.before_update()
-            optimizer_step(run.optimizer, lr, moves)
+            optimizer_step(run.optimizer, lr, moves, divisor)
             run.optimizer.zero_grad()
             profiler.mark("optimizer")
             run.advance()

@@ -80,6 +80,21 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     torch.testing.assert_close(loss, reference(hidden, weight, labels, 0.0))
 
 
+def test_a_second_backward_is_refused() -> None:
+    hidden, weight, labels = inputs()
+    loss, _ = CrossEntropy(CrossEntropyArgs())(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_label_that_is_no_word_is_an_error() -> None:
+    hidden, weight, labels = inputs()
+    labels[1, 2] = VOCAB
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        CrossEntropy(CrossEntropyArgs())(hidden, weight, labels)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bf16_products_keep_an_fp32_sum(autocast: bool) -> None:
     hidden, weight, labels = inputs(torch.float32 if autocast else torch.bfloat16)

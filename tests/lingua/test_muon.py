@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lingua.checkpoint.state import TrainState, tensors_of
 from lingua.muon import Muon, build_muon, cost_of, layout_of, newton_schulz, rounds, scale_of
-from lingua.optim import build_adamw, clip_and_check, optimizer_step
+from lingua.optim import build_adamw, measure_gradient, optimizer_step
 from lingua.schema import AdamWArgs, MuonArgs
 from tests.ranks import run_on_ranks
 
@@ -55,7 +55,8 @@ def args(**changed: Any) -> MuonArgs:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int, first: int = 0) -> None:
     for step in range(first, first + n_steps):
         model(torch.tensor([step % 7, 3, 5])).backward()
-        optimizer_step(optimizer, 0.01 * (step + 1), clip_and_check(model.parameters(), 1.0)[1])
+        _, finite, divisor = measure_gradient(model.parameters(), 1.0)
+        optimizer_step(optimizer, 0.01 * (step + 1), finite, divisor)
         optimizer.zero_grad()
 
 
@@ -99,10 +100,10 @@ def test_matrices_move_as_by_torchs_muon_and_the_rest_as_by_adamw(scale: Any, ne
         for model in (ours, theirs):
             model.zero_grad()
             model(torch.tensor([step, 3])).backward()
-        optimizer_step(optimizer, 0.01 * step, TRUE)
+        optimizer_step(optimizer, 0.01 * step, TRUE, None)
         muon.param_groups[0]["lr"] = 0.01 * step
         muon.step()
-        optimizer_step(adamw, 0.01 * step, TRUE)
+        optimizer_step(adamw, 0.01 * step, TRUE, None)
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, msg=name)
 
@@ -118,7 +119,7 @@ def test_adamws_part_can_learn_at_a_rate_of_its_own() -> None:
     optimizer = build_muon(args(adamw_lr_ratio=0.5), ours.named_parameters())
     for model, its, lr in ((ours, optimizer, 0.02), (theirs, adamw, 0.01)):
         model(torch.tensor([1, 3])).backward()
-        optimizer_step(its, lr, TRUE)
+        optimizer_step(its, lr, TRUE, None)
     torch.testing.assert_close(ours.tok_embeddings.weight, theirs.tok_embeddings.weight)
 
 
@@ -152,16 +153,33 @@ def test_a_step_that_is_not_finite_changes_nothing(poisoned: str, n_before: int)
     grad = model.get_parameter(poisoned).grad
     assert grad is not None
     grad[0, 0] = float("nan")
-    _, finite = clip_and_check(model.parameters(), 1.0)
-    optimizer_step(optimizer, 0.1, finite)
+    _, finite, divisor = measure_gradient(model.parameters(), 1.0)
+    optimizer_step(optimizer, 0.1, finite, divisor)
     optimizer.zero_grad()
     assert same(everything(model, optimizer), before)
     assert not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "grad_scale")
     train(model, optimizer, 1, n_before)
     twin = Tiny()
     twin_optimizer = build_muon(args(), twin.named_parameters())
     train(twin, twin_optimizer, n_before + 1)
     assert same(everything(model, optimizer), everything(twin, twin_optimizer))
+
+
+def test_steps_equal_those_by_gradients_that_torch_has_clipped() -> None:
+    ours, theirs = Tiny(), Tiny()
+    optimizer, reference = (build_muon(args(), model.named_parameters()) for model in (ours, theirs))
+    for at in range(3):
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(torch.tensor([at, 3])).backward()
+        _, finite, divisor = measure_gradient(ours.parameters(), 0.1)
+        optimizer_step(optimizer, 0.1, finite, divisor)
+        assert torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1) > 0.2
+        optimizer_step(reference, 0.1, TRUE, None)
+    found, expected = everything(ours, optimizer), everything(theirs, reference)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_loaded_state_goes_on_bit_for_bit() -> None:
@@ -215,7 +233,8 @@ def _parallel(shape: tuple[int, ...], names: tuple[str, ...]) -> Callable[[int],
         for parameter in model.parameters():
             assert isinstance(parameter.grad, DTensor)
             parameter.grad.to_local().fill_(float("nan"))
-        optimizer_step(optimizer, 0.1, clip_and_check(model.parameters(), 1.0)[1])
+        _, finite, divisor = measure_gradient(model.parameters(), 1.0)
+        optimizer_step(optimizer, 0.1, finite, divisor)
         optimizer.zero_grad()
         return before, same(everything(model, optimizer), before)
 

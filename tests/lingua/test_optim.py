@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lingua.optim import build_adamw, clip_and_check, optimizer_step
+from lingua.optim import Gradient, build_adamw, measure_gradient, optimizer_step
 from lingua.schema import AdamWArgs
 from tests.ranks import run_on_ranks
 
@@ -40,6 +40,10 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def take_step(optimizer: torch.optim.Optimizer, gradient: Gradient, lr: float = 0.01) -> None:
+    optimizer_step(optimizer, lr, gradient.finite, gradient.divisor)
+
+
 @pytest.mark.parametrize(
     ("decay_all", "decayed"), [(False, {"w.weight"}), (True, {"w.weight", "tok_embeddings.weight", "norm.weight"})]
 )
@@ -63,7 +67,7 @@ def test_steps_equal_a_plain_adamw() -> None:
         for model in (ours, theirs):
             model.zero_grad()
             model(torch.tensor([step % 5, 3])).backward()
-        optimizer_step(optimizer, 0.01 * step, TRUE)
+        optimizer_step(optimizer, 0.01 * step, TRUE, None)
         reference.param_groups[0]["lr"] = 0.01 * step
         reference.step()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -77,15 +81,15 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float, first: bool) -
     optimizer = build_adamw(AdamWArgs(), model.named_parameters())
     if not first:
         model(torch.tensor([1, 2])).backward()
-        optimizer_step(optimizer, 0.01, TRUE)
+        optimizer_step(optimizer, 0.01, TRUE, None)
     before = everything(model, optimizer)
     model(torch.tensor([1, 2])).backward()
     assert model.w.weight.grad is not None
     model.w.weight.grad[0, 0] = poison
-    norm, finite = clip_and_check(model.parameters(), 1.0)
+    norm, finite, divisor = measure_gradient(model.parameters(), 1.0)
     assert not finite
     assert not norm.isfinite()
-    optimizer_step(optimizer, 0.01, finite)
+    optimizer_step(optimizer, 0.01, finite, divisor)
     optimizer.zero_grad()
     after = everything(model, optimizer)
     assert same(after[:3], before[:3])
@@ -97,9 +101,10 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float, first: bool) -
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()) if not first else twin_optimizer.state_dict())
     for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
         each(torch.tensor([1, 2])).backward()
-        optimizer_step(its_optimizer, 0.01, clip_and_check(each.parameters(), 1.0)[1])
+        take_step(its_optimizer, measure_gradient(each.parameters(), 1.0))
     assert same(everything(model, optimizer), everything(twin, twin_optimizer))
     assert not hasattr(optimizer, "found_inf")
+    assert not hasattr(optimizer, "grad_scale")
 
 
 def test_an_optimizer_without_fused_kernels_is_held_back_too() -> None:
@@ -107,20 +112,47 @@ def test_an_optimizer_without_fused_kernels_is_held_back_too() -> None:
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     model(torch.tensor([1, 2])).backward()
     before = [whole(p) for p in model.parameters()]
-    optimizer_step(optimizer, 0.1, FALSE)
+    optimizer_step(optimizer, 0.1, FALSE, None)
     assert same([whole(p) for p in model.parameters()], before)
-    optimizer_step(optimizer, 0.1, TRUE)
+    optimizer_step(optimizer, 0.1, TRUE, None)
     assert not same([whole(p) for p in model.parameters()], before)
 
 
-@pytest.mark.parametrize(("clip", "norm_after"), [(0.5, 0.5), (1e9, 5.0), (0.0, 5.0)])
-def test_clip_bounds_the_norm_of_the_whole_gradient(clip: float, norm_after: float) -> None:
+@pytest.mark.parametrize(("clip", "divisor"), [(0.5, 10.0), (1e9, 1.0), (0.0, None)])
+def test_the_divisor_bounds_the_norm_of_the_whole_gradient(clip: float, divisor: float | None) -> None:
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(2))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([[-4.0]])  # one has none
-    norm, finite = clip_and_check(parameters, clip)
-    assert (norm.item(), finite.item()) == (5.0, True)
-    left = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    assert left.norm().item() == pytest.approx(norm_after, rel=1e-4)
+    found = measure_gradient(parameters, clip)
+    assert (found.norm.item(), found.finite.item()) == (5.0, True)
+    assert (found.divisor is None) == (divisor is None)
+    assert found.divisor is None or found.divisor.item() == pytest.approx(divisor, rel=1e-6)
+    assert (parameters[0].grad, parameters[1].grad) == (3.0, -4.0)
+
+
+@pytest.mark.parametrize("clip", [0.1, 1e9])
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_equal_those_by_gradients_that_torch_has_clipped(clip: float, fused: bool) -> None:
+    ours, theirs = Tiny(), Tiny()
+
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        adamw = build_adamw(AdamWArgs(), model.named_parameters())
+        return adamw if fused else torch.optim.SGD(model.parameters(), momentum=0.9)
+
+    optimizer, reference = build(ours), build(theirs)
+    for at in range(3):
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(torch.tensor([at, 3])).backward()
+        take_step(optimizer, measure_gradient(ours.parameters(), clip))
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        for group in reference.param_groups:
+            group["lr"] = 0.01
+        reference.step()
+    # AdamW's updates hardly tell how large gradients are; its moments do.
+    moments = "momentum_buffer" if not fused else "exp_avg_sq"
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(optimizer.state[mine][moments], reference.state[other][moments], atol=0, rtol=1e-5)
 
 
 def _train(layout: str, steps: int = 3) -> tuple[list[Tensor], list[float], bool]:
@@ -140,9 +172,9 @@ def _train(layout: str, steps: int = 3) -> tuple[list[Tensor], list[float], bool
             gradient = model.tok_embeddings.weight.grad
             assert gradient is not None
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient)[0, 0] = float("nan")
-        norm, finite = clip_and_check(model.parameters(), 0.1)
-        norms.append(norm.item())
-        optimizer_step(optimizer, 0.01, finite)
+        gradient = measure_gradient(model.parameters(), 0.1)
+        norms.append(gradient.norm.item())
+        take_step(optimizer, gradient)
         optimizer.zero_grad()
     return before, norms[:steps], same(everything(model, optimizer), before)
 
@@ -161,13 +193,17 @@ def test_sharded_steps_equal_whole_ones_and_a_bad_gradient_on_one_rank_stops_all
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_a_loss_scale_leaves_no_trace_in_norm_and_gradients(clip: float) -> None:
-    plain, scaled = Tiny(), Tiny()
-    plain(torch.tensor([1, 2])).backward()
-    (scaled(torch.tensor([1, 2])) * 1024).backward()
-    norm, _ = clip_and_check(plain.parameters(), clip)
-    scaled_norm, finite = clip_and_check(scaled.parameters(), clip, torch.tensor(1024.0))
-    assert finite
+def test_a_loss_scale_leaves_no_trace_in_norm_and_moments(clip: float) -> None:
+    found: list[tuple[Tensor, list[Tensor]]] = []
+    for factor in (None, torch.tensor(1024.0)):
+        model = Tiny()
+        optimizer = build_adamw(AdamWArgs(), model.named_parameters())
+        (model(torch.tensor([1, 2])) * (1 if factor is None else factor)).backward()
+        gradient = measure_gradient(model.parameters(), clip, factor)
+        assert gradient.finite
+        take_step(optimizer, gradient)
+        found.append((gradient.norm, everything(model, optimizer)))
+    (norm, state), (scaled_norm, scaled_state) = found
     torch.testing.assert_close(scaled_norm, norm)
-    for mine, other in zip(scaled.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
+    for mine, other in zip(scaled_state, state, strict=True):
+        torch.testing.assert_close(mine, other, atol=0, rtol=1e-5)

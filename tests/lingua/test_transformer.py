@@ -37,6 +37,21 @@ def test_rotation_is_multiplication_of_neighbouring_pairs_by_complex_numbers() -
     torch.testing.assert_close(turned(x, 10), torch.view_as_real(pairs).flatten(-2))
 
 
+def test_what_the_compiler_sees_of_the_rotation_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 10, 3, 8, generator=generator, requires_grad=True)
+    out_grad = torch.randn(2, 3, 10, 8, generator=generator).transpose(1, 2)  # as attention hands it back
+
+    def both_ways() -> list[Tensor]:
+        out = turned(x, 10)
+        return [out.detach(), *torch.autograd.grad(out, x, out_grad)]
+
+    as_it_runs = both_ways()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for eager, compiled in zip(as_it_runs, both_ways(), strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
 def test_scores_depend_on_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
     scores = [
