@@ -7,7 +7,6 @@ Cost: one pass over the metrics (see `series.py`), and a small file per start, c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lingua.failure import Failure
 from lingua.files import RunError, entries, read_json
 from lingua.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE
 from lingua.runfacts import RunFacts, json_object_in
-from lingua.runlock import FOLDER, Owner, owner_in
+from lingua.runlock import FOLDER, Owner, owner_in, start_files
 from lingua.series import START, STEP, WHEN, Table, is_number, read_table, records_in, when
 from lingua.status import is_alive, root_cause, state_of
 
@@ -141,7 +140,7 @@ def read_starts(
     facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner, now_s: float
 ) -> list[Start]:
     """Every start that left a trace, the first one first."""
-    files = {int(f.stem): f for f in entries(facts.path / FOLDER) if re.fullmatch(r"\d{10}\.json", f.name)}
+    files = start_files(facts.path / FOLDER)
     begun = {r[START]: r for r in notes if r["event"] == "begun" and isinstance(r.get(START), int)}
     numbers = sorted({*files, *begun, *(int(n) for n in np.unique(table[START]) if np.isfinite(n))})
     found = [_read_start(n, files.get(n), begun.get(n), table.where(table[START] == n)) for n in numbers]
@@ -223,7 +222,10 @@ def told_end(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ())
 
 
 def limits_of(starts: Sequence[Start]) -> dict[int, float]:
-    """Of each start, the step up to which its work counts: where the lowest of the later starts went on from."""
+    """Of each start, the step up to which its work counts: where the lowest of the later starts went on from.
+
+    For who computed a step, counting or not, see `Past.start_of` in past.py.
+    """
     limits: dict[int, float] = {}
     limit = np.inf
     for start in reversed(starts):
