@@ -28,6 +28,8 @@ LOSS, TOKENS, LR, GRAD_NORM = "loss/out", "optim/total_tokens", "optim/lr", "opt
 WPS, MFU, HFU = "speed/wps", "speed/mfu", "speed/hfu"
 _STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
 _KEYS = (LOSS, TOKENS, LR, GRAD_NORM, WPS, MFU, HFU, _STEP_S, _LOAD_S, _STALL_S)
+TRAINED_S = "trained_s"
+"""Seconds of training that counts up to a line, the wait for data with it; start-up, validation and saves left out."""
 
 SPENT = {
     "training": "training that counts",
@@ -97,7 +99,7 @@ class History:
     now_s: float
     starts: list[Start]
     metrics: Table
-    """What counts."""
+    """What counts, with the column TRAINED_S."""
     undone: Table
     """Lines of steps that a later start trained again, or will."""
     events: list[Event]
@@ -110,6 +112,15 @@ class History:
     def seconds(self) -> dict[str, float]:
         """Seconds by kind, of the whole run."""
         return {kind: sum(one[kind] for one in self.spent) for kind in SPENT}
+
+    def at(self, steps: np.ndarray, key: str) -> np.ndarray:
+        """What a column that grows with the steps was after each of `steps`; between two lines on a straight line."""
+        xs, ys = self.metrics.curve(key)
+        if len(xs) == 0:
+            return np.full(len(steps), np.nan)
+        if self.starts and self.starts[0].first_step == 0:
+            xs, ys = np.append(0.0, xs), np.append(0.0, ys)
+        return np.interp(steps, xs, ys)
 
 
 def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
@@ -124,7 +135,7 @@ def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
         state=state_of(facts, me),
         now_s=now_s,
         starts=starts,
-        metrics=table.where(counts),
+        metrics=_with_time(starts, table, counts),
         undone=table.where(~counts),
         events=sorted(_events(facts, notes), key=lambda event: event.at_s),
         validations=that_count(starts, validations),
@@ -253,6 +264,22 @@ def that_count(starts: Sequence[Start], scores: Iterable[Scores]) -> list[Scores
 # -- where the time went -------------------------------------------------------------------------------------------
 
 
+def _with_time(starts: Sequence[Start], table: Table, counts: np.ndarray) -> Table:
+    """The lines that count, with TRAINED_S."""
+    seconds = np.zeros(len(table))
+    for start in starts:
+        mine = table[START] == start.number
+        seconds[mine] = _seconds(start, table.where(mine), _STEP_S)
+    kept = table.where(counts)
+    return Table({**kept.columns, TRAINED_S: np.cumsum(seconds[counts])})
+
+
+def _seconds(start: Start, lines: Table, key: str) -> np.ndarray:
+    """Seconds that the steps of each line of a start took; `key` has the mean of a step."""
+    n_steps = np.maximum(np.diff(lines[STEP], prepend=start.first_step or 0), 0)
+    return np.nan_to_num(lines[key]) * n_steps
+
+
 def account(
     starts: Sequence[Start],
     table: Table,
@@ -284,9 +311,8 @@ def _account_start(
     if start.began_s is None or start.ended_s is None:
         return spent
     all_s = max(0.0, start.ended_s - start.began_s)
-    n_steps = np.maximum(np.diff(lines[STEP], prepend=start.first_step or 0), 0)
-    trained_s = np.nan_to_num(lines[_STEP_S]) * n_steps
-    loaded_s = np.minimum(np.nan_to_num(lines[_LOAD_S]) * n_steps, trained_s)
+    trained_s = _seconds(start, lines, _STEP_S)
+    loaded_s = np.minimum(_seconds(start, lines, _LOAD_S), trained_s)
     spent["training"] = float((trained_s - loaded_s)[counts].sum())
     spent["loading"] = float(loaded_s[counts].sum())
     spent["lost"] = float(trained_s[~counts].sum())
