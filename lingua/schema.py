@@ -279,8 +279,8 @@ class MuonArgs(AdamArgs):
     """Orthogonalise the gradient mixed with the momentum, instead of the momentum alone."""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """Newton-Schulz iterations that make a matrix orthogonal, or nearly so."""
-    ns_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of these iterations and of what ranks exchange for them. fp32: on CPUs without fast bf16."""
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of these iterations and of what ranks exchange for them. auto: bf16 on a GPU, fp32 on a CPU."""
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Multiplies a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
     carry over (Moonlight, arXiv 2502.16982); original: sqrt(max(1, rows / columns)), for which lr is about 0.02."""
