@@ -52,6 +52,8 @@ INK, SOFT, GRID, PAPER, BAD, GOOD, FAINT = (
     COLORS[name][0] for name in ("ink", "soft", "grid", "paper", "bad", "good", "faint")
 )
 _MAX_LEGEND = 16
+_LETTERS_PER_INCH = 13
+"""Of a legend; beside the axis' own title and numbers."""
 STYLES = ("-", "--", ":", "-.")
 
 LOOK: dict[Any, Any] = {
@@ -168,7 +170,12 @@ def legend(axes: Axes) -> None:
     """Names above the picture, where there are several curves, and not too many."""
     named = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
     if 1 < len(named) <= _MAX_LEGEND:
-        n_columns = max(1, min(len(named), int(90 / (max(map(len, named)) + 7))))
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        room = _LETTERS_PER_INCH * figure.get_figwidth()
+        n_columns = max(
+            1, min(len(named), int(room / (max(map(len, named)) + 6)))
+        )  # 6: a piece of the curve, and a gap
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=n_columns, borderaxespad=0.3, handlelength=1.6)
 
 

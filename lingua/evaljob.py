@@ -38,7 +38,7 @@ from lingua.launcher import LauncherArgs
 from lingua.logger import start_logging
 from lingua.runfolder import EXIT_FINISHED, end_asked_for
 from lingua.signals import StopSignals
-from lingua.slurm import Runner, SlurmArgs, run_command
+from lingua.slurm import Runner, SlurmArgs, jobs_named, run_command
 
 log = logging.getLogger(f"{__package__}.evaljob")  # also under `python -m`
 
@@ -109,7 +109,7 @@ class EvalJobs:
 
     def _is_there(self, name: str) -> bool:
         """Whether the job waits or runs. Raises RunError where Slurm does not answer."""
-        return bool(self.run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).strip())
+        return bool(jobs_named(name, self.run))
 
     def _submit(self, folder: Path, name: str, step: int) -> None:
         make_folder(folder, "evals")

@@ -38,7 +38,7 @@ from lingua.launch import not_overruled, sbatch_options
 from lingua.launcher import LauncherArgs
 from lingua.logger import RANK_LOGS
 from lingua.runlock import OccupiedError, RunLock, newest_start, this_process
-from lingua.slurm import Runner, SlurmArgs, run_command, this_job
+from lingua.slurm import Runner, SlurmArgs, jobs_named, run_command, this_job
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class OwnEvaluator:
         name = f"follow-{(run_root(self.run_dir) / layout.RUN_ID).read_text().strip()}"
         env = not_overruled(asked, follower_environment(self.env, None))
         run = self.run or partial(run_command, env=env)
-        if known := run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).split():
+        if known := jobs_named(name, run):
             return known[0]
         script = make_folder(self.run_dir / layout.EVALS, "evals") / SCRIPT
         write_whole(script, self.render(name, asked), mode=0o755)

@@ -73,6 +73,7 @@ _BY_CLASS = {
 }
 # Messages of torch, NCCL, gloo and CUDA, which come as plain RuntimeErrors; the first that is found decides.
 _BY_MESSAGE: tuple[tuple[str, str], ...] = (
+    (r"^Function '\w+' returned nan values", "nan"),  # torch's anomaly detection
     (r"out of memory|can't allocate memory|not enough memory", "oom"),
     (r"device-side assert", "bug"),  # an index out of range, say
     (r"NCCL|\bgloo\b|Connection (closed|reset) by peer|ProcessGroup", "nccl"),

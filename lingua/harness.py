@@ -3,18 +3,14 @@
 Promise: the answers are those of harness's own `hf` model with the same weights and tokens: prompts that are too long
 lose their beginning, never the part that is scored; an answer ends before a stop string, however its tokens are cut.
 Prompts begin as training's documents do. Ranks share the requests; all get all answers. Importing this module needs
-no lm-eval; what is missing of it, or of a task's data, is a ConfigError before anything is loaded.
+no lm-eval.
 Cost: see `scorer.py` and `generator.py`; questions are batched by length.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,6 +20,7 @@ import torch.distributed as dist
 from lingua.args import ConfigError
 from lingua.distributed import from_main, on_every_rank
 from lingua.evalargs import HarnessArgs
+from lingua.evaltasks import cleaned, lm_eval, task_manager, task_name
 from lingua.generator import Generator
 from lingua.schema import GeneratorArgs
 from lingua.scorer import Row, Score, Scorer, Wording, windows
@@ -37,75 +34,6 @@ BLOCK = 64
 """Requests that stay on one rank: the answers to one question are neighbours, and share its forward pass."""
 HEADLINES = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte")
 """The one metric of a task that counts in `eval/overall_avg`, the first that it has."""
-
-
-# -- tasks ---------------------------------------------------------------------------------------------------------
-
-
-def _lm_eval(module: str = "") -> Any:
-    """A module of lm-eval. Raises ConfigError where it is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            "eval.harness.tasks needs the package lm-eval; `uv sync --extra harness` or `pip install '.[harness]'` "
-            "gets it; or set eval.harness=null"
-        )
-    return importlib.import_module(f"lm_eval{module}")
-
-
-def cleaned(tasks: Sequence[str | Mapping[str, Any]]) -> list[Any]:
-    """Tasks as harness takes them today: `trust_remote_code` is gone, since its data sets execute no code any more."""
-    found: list[Any] = []
-    for task in tasks:
-        if isinstance(task, str):
-            found.append(task)
-            continue
-        settings = dict(task)
-        kwargs = {k: v for k, v in (settings.pop("dataset_kwargs", None) or {}).items() if k != "trust_remote_code"}
-        if kwargs:
-            settings["dataset_kwargs"] = kwargs
-        found.append(settings["task"] if settings.keys() == {"task"} else settings)
-    return found
-
-
-def task_name(task: str | Mapping[str, Any]) -> str:
-    return task if isinstance(task, str) else str(task.get("task", task))
-
-
-def _need_index(tasks: Sequence[Any]) -> bool:
-    """Whether harness's own task files are asked for: a task that is written out in the config needs none."""
-    return not all(isinstance(task, dict) and "dataset_path" in task for task in tasks)
-
-
-@functools.cache  # reading the index of all tasks takes seconds
-def _task_manager(include_path: str | None, with_index: bool) -> Any:
-    return _lm_eval(".tasks").TaskManager(include_path=include_path, include_defaults=with_index)
-
-
-def load_tasks(args: HarnessArgs) -> list[str]:
-    """Load each task with its data, which takes it from the network where that is allowed; returns their names.
-
-    Raises ConfigError that names what cannot be had.
-    """
-    problems, tasks = [], cleaned(args.tasks)
-    manager = _task_manager(args.include_path, _need_index(tasks))
-    for task in tasks:
-        try:
-            manager.load([task])
-        except Exception as error:  # of harness, of a task's own code, of the network
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            problems.append(
-                f"eval.harness.tasks: {task_name(task)} cannot be loaded here ({type(error).__name__}: {reason}); "
-                "where there is a network, run `lingua eval prefetch CONFIG`, or take it out"
-            )
-    if problems:
-        raise ConfigError(problems)
-    return [task_name(task) for task in args.tasks]
-
-
-def be_offline() -> None:
-    """From here on data sets are taken from the cache alone, unless the environment says otherwise."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        os.environ.setdefault(name, "1")
 
 
 # -- the model as harness sees it ----------------------------------------------------------------------------------
@@ -148,7 +76,7 @@ def generator_args(base: GeneratorArgs, kwargs: Mapping[str, Any]) -> GeneratorA
 def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
     """A harness `LM` that answers with this model. Raises ConfigError where lm-eval is missing."""
 
-    class LinguaLM(_lm_eval(".api.model").TemplateLM):
+    class LinguaLM(lm_eval(".api.model").TemplateLM):
         """Text to tokens as training has it; the rest of the tokenization is harness's own."""
 
         @property
@@ -251,9 +179,8 @@ def run_tasks(lm: Any, args: HarnessArgs, core_metrics: Mapping[str, float] | No
         raise ConfigError("eval.harness.apply_chat_template is set, but a pretrained model has no template; drop it")
     settings = args.model_dump(exclude={"tasks", "device", "verbosity", "include_path"})
     tasks = cleaned(args.tasks)
-    manager = _task_manager(args.include_path, _need_index(tasks))
     logging.getLogger("lm_eval").setLevel(args.verbosity.upper())
-    answers = _lm_eval().simple_evaluate(lm, tasks=tasks, task_manager=manager, **settings)
+    answers = lm_eval().simple_evaluate(lm, tasks=tasks, task_manager=task_manager(args), **settings)
     answers = from_main(lambda: _plain(answers))  # harness adds up on one rank of each machine
     details = {key: answers[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in answers}
     metrics = metrics_of(answers["results"], [task_name(task) for task in args.tasks], core_metrics or {})

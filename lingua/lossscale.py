@@ -2,8 +2,10 @@
 
 Promise: the host never waits for the device; all ranks have the same factor, since they agree on whether the gradient
 was finite; it is part of a checkpoint, so a resumed run is bitwise the same. What overflows costs its step and halves
-the factor. At the factor's minimum, or with a loss that is not finite itself, it is no matter of scaling any more.
-Cost: two kernels on scalars per step; the gradient is brought back by the division that clips it.
+the factor. At the factor's minimum, or with a loss that is not finite itself, it is no matter of scaling any more: with
+`on_nonfinite: stop` the optimizer moves no more from that step on, although the host hears of it a step later. Ranks
+whose own loss was finite may move once more in that time; the run then ends and nothing of it is saved.
+Cost: a few kernels on scalars per step; the gradient is brought back by the division that clips it.
 
 Constants are those of torch.amp.GradScaler (its docs, "init_scale", "growth_factor", "backoff_factor",
 "growth_interval"); the minimum is that of Megatron-LM (`--min-loss-scale 1.0`), GradScaler has none.
@@ -33,10 +35,9 @@ class LossScale:
         self.factor = torch.full((), saved["factor"], dtype=torch.float32, device=device)
         self._good_steps = torch.full((), saved["good_steps"], dtype=torch.int32, device=device)
 
-    @property
-    def is_least(self) -> Tensor:
-        """Whether the factor cannot be lowered any more (a scalar on the device)."""
-        return self.factor <= MINIMUM
+    def can_mend(self, loss: Tensor) -> Tensor:
+        """`is_overflow` on the device: loss and result are scalars there."""
+        return loss.isfinite() & (self.factor > MINIMUM)
 
     def update(self, finite: Tensor) -> None:
         """After a step: halve the factor if its gradient was not finite, double it after enough that were."""

@@ -54,7 +54,10 @@ class Past:
         return max([*lines, *(step + self.freq for step in self.published), self.ended_at + 1, self.freq])
 
     def start_of(self, step: int) -> int:
-        """The start that trained a step.
+        """The start that trained a step last.
+
+        That need not be the one whose work counts (`limits_of` in runhistory.py): what came after the checkpoint that a
+        newer start went back to counts no more, also where that start has not come so far yet.
 
         The newest that reported it; else, lines being `freq` steps apart, the newest that can have come by; else the
         newest.

@@ -18,8 +18,6 @@ from lingua.runfolder import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE
 
 EXIT_BAD_CONFIG = 2
 _KILLED_BY_SIGTERM = 128 + signal.SIGTERM  # a rank that had only begun to import
-HOPELESS = tuple(kind for kind, facts in KINDS.items() if not facts.restart_may_help)
-"""Kinds of failure that the same command meets again, as stop.json names them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def judge(outcome: Outcome, max_retries: int) -> Verdict:
         return Verdict(False, "the config is wrong", code)
     if outcome.occupied:
         return Verdict(False, "another job trains in this run folder", code)
-    hopeless = sorted(kinds & set(HOPELESS))
+    hopeless = sorted(kind for kind in kinds if kind in KINDS and not KINDS[kind].restart_may_help)
     if hopeless:
         return Verdict(False, f"a restart would meet the same failure again ({', '.join(hopeless)})", code)
     if code == _KILLED_BY_SIGTERM or (code == EXIT_REQUEUE and stop.get("signal") == "SIGTERM"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +35,21 @@ from lingua.chart import (
 )
 from lingua.probemaps import HeatMap
 from lingua.progress import duration
-from lingua.runhistory import GRAD_NORM, HFU, LOSS, LR, MFU, SPENT, TOKENS, WPS, History, Scores, Start, keys_of
+from lingua.runhistory import (
+    GRAD_NORM,
+    HFU,
+    LOSS,
+    LR,
+    MFU,
+    SPENT,
+    TOKENS,
+    TRAINED_S,
+    WPS,
+    History,
+    Scores,
+    Start,
+    keys_of,
+)
 from lingua.series import START, STEP, WHEN, Numbers, Table, Thinned, thinned
 
 if TYPE_CHECKING:
@@ -43,6 +57,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 N_PIECES = 240
+MIN_PIECES, MIN_PIECES_COMPARED = 80, 25
 _MAX_SCORES = 8
 _MAX_LABELS = 12
 SPENT_COLORS = dict(zip(SPENT, (GOOD, SERIES[0], SERIES[1], SERIES[3], SERIES[7], BAD, SOFT, FAINT), strict=True))
@@ -61,10 +76,40 @@ class Picture:
     is_wide: bool = False
 
 
+@dataclass(frozen=True)
+class Across:
+    """What losses are drawn over."""
+
+    column: str
+    key: str
+    """Behind the name of a picture's file."""
+    title: str
+    axis: str
+    unit: float = 1.0
+    """Of the axis, in the column's."""
+    note: str = ""
+
+
+STEPS = Across(STEP, "", "", "step")
+
+
 def pictures_of(runs: Sequence[History], names: Sequence[str]) -> list[Picture]:
-    """Curves of one run, or of several; those without a point are left out."""
-    charts = [*_training(runs, names), *_held_out(runs, names), *_evaluations(runs, names), *_speed(runs, names)]
+    """Curves of one run, or of several, whose losses are compared over steps, tokens and time; those without a point
+    are left out."""
+    losses = [chart for over in _axes(runs) for chart in (*_training(runs, names, over), *_held_out(runs, names, over))]
+    charts = [*losses, *_evaluations(runs, names), *_course(runs, names), *_speed(runs, names)]
     return [_picture(chart) for chart in charts if any(len(line.points.x) for line in chart.lines)]
+
+
+def _axes(runs: Sequence[History]) -> list[Across]:
+    if len(runs) == 1:
+        return [STEPS]
+    size_s, unit = time_unit(max((run.metrics[TRAINED_S][-1] for run in runs if len(run.metrics)), default=0.0))
+    return [
+        replace(STEPS, title=" over steps"),
+        Across(TOKENS, "_tokens", " over tokens", "tokens trained on"),
+        Across(TRAINED_S, "_time", " over time", f"{unit} of training", size_s, "without start-up, saves, validation"),
+    ]
 
 
 def _picture(chart: Chart) -> Picture:
@@ -74,23 +119,25 @@ def _picture(chart: Chart) -> Picture:
 # -- curves --------------------------------------------------------------------------------------------------------
 
 
-def _training(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
+def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Iterable[Chart]:
     several = len(runs) > 1
-    is_thinned = any(len(run.metrics) > n_pieces(len(run.metrics)) for run in runs)
-    note = "mean of neighbouring steps, and their range" if is_thinned else ""
-    if not several and len(runs[0].undone):
-        note = f"{note}; " if note else ""
-        note += "grey: trained again after a restart"
-    for x, what in ((STEP, "step"), (TOKENS, "tokens trained on"))[: 1 + several]:
-        lines = _lines(runs, names, LOSS, x)
-        back = [] if several else _undone(runs[0], LOSS)
-        low_high = shown_range([line.points.mean if several else line.points.high for line in lines])
-        if low_high and not several:
-            lows = [float(line.points.low.min()) for line in lines if len(line.points.x)]
-            low_high = (min([low_high[0], *lows]), low_high[1])
-        key = "loss" if x == STEP else "loss_tokens"
-        title = f"Training loss over {'tokens' if x == TOKENS else 'steps'}" if several else "Training loss"
-        yield Chart(key, title, note, what, "nats per token", [*back, *lines], y_range=low_high)
+    lengths, at_least = [len(run.metrics) for run in runs], MIN_PIECES_COMPARED if several else MIN_PIECES
+    is_thinned = any(length > n_pieces(length, at_least) for length in lengths)
+    notes = ["mean of neighbouring steps" + ("" if several else ", and their range")] if is_thinned else []
+    notes += [over.note] if over.note else []
+    notes += ["grey: trained again after a restart"] if not several and len(runs[0].undone) else []
+    lines = _lines(runs, names, LOSS, over)
+    back = [] if several else _undone(runs[0], LOSS)
+    low_high = shown_range([line.points.mean if several else line.points.high for line in lines])
+    if low_high and not several:
+        lows = [float(line.points.low.min()) for line in lines if len(line.points.x)]
+        low_high = (min([low_high[0], *lows]), low_high[1])
+    title, lines = f"Training loss{over.title}", [*back, *lines]
+    yield Chart(f"loss{over.key}", title, "; ".join(notes), over.axis, "nats per token", lines, y_range=low_high)
+
+
+def _course(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
+    """What goes with the loss."""
     yield Chart("lr", "Learning rate", "", "step", "learning rate", _lines(runs, names, LR))
     norms = _lines(runs, names, GRAD_NORM)
     is_log = _wants_log(line.points for line in norms)
@@ -112,10 +159,10 @@ def _speed(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
     yield Chart("mfu", "Model FLOPs utilisation", note, "step", "share of the peak", mfu, percent=True)
 
 
-def _lines(runs: Sequence[History], names: Sequence[str], key: str, x: str = STEP) -> list[Line]:
+def _lines(runs: Sequence[History], names: Sequence[str], key: str, over: Across = STEPS) -> list[Line]:
     several = len(runs) > 1
     return [
-        Line(name if several else "", _points(run, key, x), *_look_of(i))
+        Line(name if several else "", _points(run, key, over, is_alone=not several), *_look_of(i))
         for i, (run, name) in enumerate(zip(runs, names, strict=True))
     ]
 
@@ -125,14 +172,21 @@ def _look_of(i: int) -> tuple[str, str]:
     return SERIES[i % len(SERIES)], STYLES[i // len(SERIES) % len(STYLES)]
 
 
-def _points(run: History, key: str, x: str = STEP) -> Thinned:
-    xs, ys = run.metrics.curve(key, x)
-    return thinned(xs, ys, N_PIECES if key == LR else n_pieces(len(xs)))
+def _points(run: History, key: str, over: Across = STEPS, *, is_alone: bool = True) -> Thinned:
+    """Of a run that is compared with others only the means, of more steps: their ranges would hide each other."""
+    xs, ys = run.metrics.curve(key, over.column)
+    xs = xs / over.unit
+    if key == LR:
+        return thinned(xs, ys, N_PIECES)
+    if is_alone:
+        return thinned(xs, ys, n_pieces(len(xs)))
+    points = thinned(xs, ys, n_pieces(len(xs), MIN_PIECES_COMPARED))
+    return replace(points, low=points.mean, high=points.mean)
 
 
-def n_pieces(n_points: int) -> int:
+def n_pieces(n_points: int, at_least: int = MIN_PIECES) -> int:
     """Pieces of a noisy curve: enough points in each that their mean tells more than they do."""
-    return max(min(n_points // 8, N_PIECES), 80)
+    return max(min(n_points // 8, N_PIECES), at_least)
 
 
 def _undone(run: History, key: str) -> list[Line]:
@@ -155,36 +209,52 @@ def _wants_log(curves: Iterable[Thinned]) -> bool:
 # -- held-out losses and evaluations -------------------------------------------------------------------------------
 
 
-def _held_out(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
+def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Iterable[Chart]:
     """Bits per byte while training and by the evaluator, each source."""
     several, lines, n = len(runs) > 1, [], 0
-    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-        kinds = ((run.validations, "", "-"), (run.evaluations, "evaluated: ", "--"))
-        for scores, prefix, style in kinds:
-            for key in (key for key in keys_of(scores) if key.endswith("/bpb")):
-                source = key.removeprefix("validation/").removesuffix("/bpb")
-                label = f"{name}: {prefix}{source}" if several else prefix + source
+    both = [(run.validations, run.evaluations) for run in runs]
+    sources = {_source_of(key) for pair in both for scores in pair for key in _bpb_keys(scores)}
+    for i, (run, name, pair) in enumerate(zip(runs, names, both, strict=True)):
+        for scores, how, style in zip(pair, ("", "evaluated"), ("-", "--"), strict=True):
+            for key in _bpb_keys(scores):
+                who = name if several else ""
+                source = _source_of(key) if len(sources) > 1 or not several else ""
                 color = SERIES[(i if several else n) % len(SERIES)]
-                lines.append(Line(label, _scored(scores, key), color, style, dots=len(scores) <= 40))
+                points = _scored(scores, key, run, over)
+                told = ": ".join(part for part in (who, how, source) if part)
+                lines.append(Line(told, points, color, style, dots=len(scores) <= 40))
                 n += 1
     curves = [line.points.mean for line in lines]
     flat = sorted(float(v) for curve in curves for v in (curve[1:] if len(curve) > 3 else curve))
     margin = 0.05 * (flat[-1] - flat[0]) if flat else 0.0
     top = (flat[0] - margin, flat[-1] + margin) if margin else None
-    note = "whole documents by the evaluator, rows while training" if any(run.evaluations for run in runs) else ""
-    yield Chart("held_out", "Held-out loss", note, "step", "bits per byte", lines, y_range=top)
+    notes = sorted(sources) if several and len(sources) == 1 else []
+    notes += ["whole documents by the evaluator, rows while training"] if any(run.evaluations for run in runs) else []
+    notes += [over.note] if over.note else []
+    title, note = f"Held-out loss{over.title}", "; ".join(notes)
+    yield Chart(f"held_out{over.key}", title, note, over.axis, "bits per byte", lines, y_range=top)
+
+
+def _bpb_keys(scores: Sequence[Scores]) -> list[str]:
+    return [key for key in keys_of(scores) if key.endswith("/bpb")]
+
+
+def _source_of(key: str) -> str:
+    return key.removeprefix("validation/").removesuffix("/bpb")
 
 
 def _evaluations(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
     keys = [key for key in dict.fromkeys(k for run in runs for k in keys_of(run.evaluations)) if is_task(key)]
     keys = sorted(keys, key=lambda key: "overall_avg" not in key)[:_MAX_SCORES]
     if len(runs) == 1:
-        lines = [Line(key, _scored(runs[0].evaluations, key), *_look_of(i), dots=True) for i, key in enumerate(keys)]
+        lines = [
+            Line(key, _scored(runs[0].evaluations, key, runs[0]), *_look_of(i), dots=True) for i, key in enumerate(keys)
+        ]
         yield Chart("evaluations", "Evaluation tasks", "", "step", "score", lines)
         return
     for key in keys:
         lines = [
-            Line(name, _scored(run.evaluations, key), *_look_of(i), dots=True)
+            Line(name, _scored(run.evaluations, key, run), *_look_of(i), dots=True)
             for i, (run, name) in enumerate(zip(runs, names, strict=True))
         ]
         yield Chart(f"evaluations_{keys.index(key)}", key, "evaluated", "step", "score", lines)
@@ -195,9 +265,12 @@ def is_task(key: str) -> bool:
     return key.startswith(("eval/", "core_eval/"))
 
 
-def _scored(scores: Sequence[Scores], key: str) -> Thinned:
+def _scored(scores: Sequence[Scores], key: str, run: History, over: Across = STEPS) -> Thinned:
     there = [(one.step, one.values[key]) for one in scores if math.isfinite(one.values.get(key, math.nan))]
     x, y = np.array(there, dtype=float).reshape(-1, 2).T
+    if over.column != STEP:
+        x = run.at(x, over.column) / over.unit
+        x, y = x[np.isfinite(x)], y[np.isfinite(x)]
     return thinned(x, y, N_PIECES)
 
 

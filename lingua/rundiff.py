@@ -1,4 +1,4 @@
-"""How two runs differ: the keys of their configs, and their curves at the steps that both reported.
+"""How runs differ: the keys of their configs, and of two runs the curves at the steps that both reported.
 
 Promise: what is called equal is equal to the last bit. Where a run went back to a checkpoint, its newest line of a step
 counts. Torch-free.
@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lingua.args import show
+from lingua.freeze import rule_of
+from lingua.grid import label
+from lingua.runfolder import public_value
 from lingua.status import columns
 
 _OWN_KEYS = ("name", "dump_dir")  # differ by nature
 _ROWS = 12
+_LABEL_LENGTH = 36
 
 
 class _Absent:
@@ -58,6 +62,33 @@ def config_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> dic
     keys = [*a, *(key for key in b if key not in a)]
     both = {key: (a.get(key, ABSENT), b.get(key, ABSENT)) for key in keys if key not in _OWN_KEYS}
     return {key: values for key, values in both.items() if values[0] != values[1]}
+
+
+def keys_that_differ(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys that are not the same in all configs, those of the first one in its order."""
+    found: dict[str, None] = {}
+    for other in configs[1:]:
+        found |= dict.fromkeys(config_differences(configs[0], other))
+    order = {key: i for i, key in enumerate(flatten(configs[0]))} if configs else {}
+    return sorted(found, key=lambda key: order.get(key, len(order)))
+
+
+def telling_labels(configs: Sequence[Mapping[str, Any]], max_length: int = _LABEL_LENGTH) -> list[str]:
+    """`type=muon lr=0.004` for each config: what tells the runs apart, in a few words. No labels when it takes more.
+
+    Of the keys that all have those that change what is learned; where none of these differs, the others.
+    """
+    flat = [flatten(config) for config in configs]
+    keys = [key for key in keys_that_differ(configs) if all(key in tree for tree in flat)]
+    keys = [key for key in keys if rule_of(key) != "free"] or keys
+    labels = [label({key: _public(key, tree[key]) for key in keys}) for tree in flat]
+    return labels if keys and max(map(len, labels)) <= max_length else []
+
+
+def _public(key: str, value: Any) -> Any:
+    """A value to be spelled, unless it is a secret."""
+    text = public_value(key, value)
+    return value if text == show(value) else text
 
 
 def curve(records: Sequence[dict[str, Any]], key: str) -> dict[int, float]:

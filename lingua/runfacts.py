@@ -7,7 +7,6 @@ Cost: a dozen small files and the last 64 KiB of the metrics, whatever the lengt
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from lingua.logger import RANK_LOGS
 from lingua.metrics import METRICS_FILE, VALIDATION_FILE
 from lingua.queue import Job
 from lingua.runfolder import STOP_FILE
-from lingua.runlock import FOLDER, Owner, owner_in
+from lingua.runlock import FOLDER, Owner, owner_in, start_files
 
 _TAIL_BYTES = 64 << 10
 
@@ -153,12 +152,12 @@ def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _newest_start(path: Path, now_s: float) -> Start | None:
-    files = [file for file in entries(path / FOLDER) if re.fullmatch(r"\d{10}\.json", file.name)]
-    record = json_object_in(files[-1]) if files else None
-    if record is None:
+    number, file = max(start_files(path / FOLDER).items(), default=(0, None))
+    record = json_object_in(file) if file is not None else None
+    if file is None or record is None:
         return None
-    age_s = max(0.0, now_s - files[-1].stat().st_mtime)
-    return Start(int(files[-1].stem), owner_in(record), bool(record.get("released")), age_s)
+    age_s = max(0.0, now_s - file.stat().st_mtime)
+    return Start(number, owner_in(record), bool(record.get("released")), age_s)
 
 
 def _stop_of(path: Path, number: int) -> Path:

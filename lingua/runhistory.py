@@ -7,7 +7,6 @@ Cost: one pass over the metrics (see `series.py`), and a small file per start, c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lingua.failure import Failure
 from lingua.files import RunError, entries, read_json
 from lingua.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE
 from lingua.runfacts import RunFacts, json_object_in
-from lingua.runlock import FOLDER, Owner, owner_in
+from lingua.runlock import FOLDER, Owner, owner_in, start_files
 from lingua.series import START, STEP, WHEN, Table, is_number, read_table, records_in, when
 from lingua.status import is_alive, root_cause, state_of
 
@@ -29,6 +28,8 @@ LOSS, TOKENS, LR, GRAD_NORM = "loss/out", "optim/total_tokens", "optim/lr", "opt
 WPS, MFU, HFU = "speed/wps", "speed/mfu", "speed/hfu"
 _STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
 _KEYS = (LOSS, TOKENS, LR, GRAD_NORM, WPS, MFU, HFU, _STEP_S, _LOAD_S, _STALL_S)
+TRAINED_S = "trained_s"
+"""Seconds of training that counts up to a line, the wait for data with it; start-up, validation and saves left out."""
 
 SPENT = {
     "training": "training that counts",
@@ -98,7 +99,7 @@ class History:
     now_s: float
     starts: list[Start]
     metrics: Table
-    """What counts."""
+    """What counts, with the column TRAINED_S."""
     undone: Table
     """Lines of steps that a later start trained again, or will."""
     events: list[Event]
@@ -111,6 +112,15 @@ class History:
     def seconds(self) -> dict[str, float]:
         """Seconds by kind, of the whole run."""
         return {kind: sum(one[kind] for one in self.spent) for kind in SPENT}
+
+    def at(self, steps: np.ndarray, key: str) -> np.ndarray:
+        """What a column that grows with the steps was after each of `steps`; between two lines on a straight line."""
+        xs, ys = self.metrics.curve(key)
+        if len(xs) == 0:
+            return np.full(len(steps), np.nan)
+        if self.starts and self.starts[0].first_step == 0:
+            xs, ys = np.append(0.0, xs), np.append(0.0, ys)
+        return np.interp(steps, xs, ys)
 
 
 def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
@@ -125,7 +135,7 @@ def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
         state=state_of(facts, me),
         now_s=now_s,
         starts=starts,
-        metrics=table.where(counts),
+        metrics=_with_time(starts, table, counts),
         undone=table.where(~counts),
         events=sorted(_events(facts, notes), key=lambda event: event.at_s),
         validations=that_count(starts, validations),
@@ -141,7 +151,7 @@ def read_starts(
     facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner, now_s: float
 ) -> list[Start]:
     """Every start that left a trace, the first one first."""
-    files = {int(f.stem): f for f in entries(facts.path / FOLDER) if re.fullmatch(r"\d{10}\.json", f.name)}
+    files = start_files(facts.path / FOLDER)
     begun = {r[START]: r for r in notes if r["event"] == "begun" and isinstance(r.get(START), int)}
     numbers = sorted({*files, *begun, *(int(n) for n in np.unique(table[START]) if np.isfinite(n))})
     found = [_read_start(n, files.get(n), begun.get(n), table.where(table[START] == n)) for n in numbers]
@@ -223,7 +233,10 @@ def told_end(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ())
 
 
 def limits_of(starts: Sequence[Start]) -> dict[int, float]:
-    """Of each start, the step up to which its work counts: where the lowest of the later starts went on from."""
+    """Of each start, the step up to which its work counts: where the lowest of the later starts went on from.
+
+    For who computed a step, counting or not, see `Past.start_of` in past.py.
+    """
     limits: dict[int, float] = {}
     limit = np.inf
     for start in reversed(starts):
@@ -249,6 +262,22 @@ def that_count(starts: Sequence[Start], scores: Iterable[Scores]) -> list[Scores
 
 
 # -- where the time went -------------------------------------------------------------------------------------------
+
+
+def _with_time(starts: Sequence[Start], table: Table, counts: np.ndarray) -> Table:
+    """The lines that count, with TRAINED_S."""
+    seconds = np.zeros(len(table))
+    for start in starts:
+        mine = table[START] == start.number
+        seconds[mine] = _seconds(start, table.where(mine), _STEP_S)
+    kept = table.where(counts)
+    return Table({**kept.columns, TRAINED_S: np.cumsum(seconds[counts])})
+
+
+def _seconds(start: Start, lines: Table, key: str) -> np.ndarray:
+    """Seconds that the steps of each line of a start took; `key` has the mean of a step."""
+    n_steps = np.maximum(np.diff(lines[STEP], prepend=start.first_step or 0), 0)
+    return np.nan_to_num(lines[key]) * n_steps
 
 
 def account(
@@ -282,9 +311,8 @@ def _account_start(
     if start.began_s is None or start.ended_s is None:
         return spent
     all_s = max(0.0, start.ended_s - start.began_s)
-    n_steps = np.maximum(np.diff(lines[STEP], prepend=start.first_step or 0), 0)
-    trained_s = np.nan_to_num(lines[_STEP_S]) * n_steps
-    loaded_s = np.minimum(np.nan_to_num(lines[_LOAD_S]) * n_steps, trained_s)
+    trained_s = _seconds(start, lines, _STEP_S)
+    loaded_s = np.minimum(_seconds(start, lines, _LOAD_S), trained_s)
     spent["training"] = float((trained_s - loaded_s)[counts].sum())
     spent["loading"] = float(loaded_s[counts].sum())
     spent["lost"] = float(trained_s[~counts].sum())

@@ -157,9 +157,14 @@ def newest_start(run_dir: Path, me: Owner | None = None, now: Callable[[], float
     return Start(newest, owner, alive and not record.get("released"))
 
 
+def start_files(folder: Path) -> dict[int, Path]:
+    """The file of each start in a folder `incarnations`, the first start first."""
+    found = {int(match[1]): path for path in entries(folder) if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
 def _newest(folder: Path) -> int:
-    numbers = (int(match[1]) for path in entries(folder) if (match := _NAME.fullmatch(path.name)))
-    return max(numbers, default=0)
+    return max(start_files(folder), default=0)
 
 
 def _path(folder: Path, incarnation: int) -> Path:

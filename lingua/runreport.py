@@ -25,7 +25,7 @@ from lingua.metrics import PROBE_FILE
 from lingua.probemaps import read_probes
 from lingua.progress import duration
 from lingua.runcharts import Picture, brief, pictures_of, probe_picture, spent_picture, time_line
-from lingua.rundiff import ABSENT, config_differences, flatten
+from lingua.rundiff import ABSENT, config_differences, flatten, keys_that_differ, telling_labels
 from lingua.runfolder import public_text, public_value
 from lingua.runhistory import LOSS, MFU, SPENT, WPS, History, Start, keys_of
 from lingua.runlock import Owner, this_process
@@ -87,6 +87,12 @@ def names_of(runs: Sequence[History]) -> list[str]:
         if len(set(names)) < len(names):
             names = [other(run.facts.path) for run in runs]
     return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def labels_of(runs: Sequence[History], names: Sequence[str]) -> list[str]:
+    """Names of curves: with what differs between the configs, where a few words tell it."""
+    told = telling_labels([run.facts.config for run in runs])
+    return [f"{name}: {words}" for name, words in zip(names, told, strict=True)] if told else list(names)
 
 
 # -- the page ------------------------------------------------------------------------------------------------------
@@ -303,7 +309,7 @@ def _page_of_several(
     figures = ["step", "loss", "held-out", "tokens/s", "MFU", "training that counts", "starts"]
     heading = ["run", "state", *figures, "folder"]
     yield table(heading, rows, numbers=range(2, 9))
-    pictures = pictures_of(runs, names)
+    pictures = pictures_of(runs, labels_of(runs, names))
     if any(s > 0 for run in runs for s in run.seconds.values()):
         pictures.append(spent_picture(runs, names))
     yield artist.show_all(pictures) or "<p>No step has been reported yet.</p>"
@@ -336,8 +342,7 @@ def _run_row(name: str, run: History, status: Status) -> tuple[str, ...]:
 def _differences(runs: Sequence[History], names: Sequence[str]) -> str:
     """A row per key that is not the same in all runs."""
     flat = [flatten(run.facts.config) for run in runs]
-    keys = {key for other in runs[1:] for key in config_differences(runs[0].facts.config, other.facts.config)}
-    keys = sorted(keys, key=lambda key: next((list(tree).index(key) for tree in flat if key in tree), 0))
+    keys = keys_that_differ([run.facts.config for run in runs])
     if not keys:
         return "<p>The configs are equal.</p>"
     rows = [(key, *(_spelled(key, tree.get(key, ABSENT)) for tree in flat)) for key in keys]

@@ -279,8 +279,8 @@ class MuonArgs(AdamArgs):
     """Orthogonalise the gradient mixed with the momentum, instead of the momentum alone."""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """Newton-Schulz iterations that make a matrix orthogonal, or nearly so."""
-    ns_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of these iterations and of what ranks exchange for them. fp32: on CPUs without fast bf16."""
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of these iterations and of what ranks exchange for them. auto: bf16 on a GPU, fp32 on a CPU."""
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Multiplies a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
     carry over (Moonlight, arXiv 2502.16982); original: sqrt(max(1, rows / columns)), for which lr is about 0.02."""
@@ -336,7 +336,8 @@ class DistributedArgs(Args):
     allow_bf16_reduced_precision_reduction: bool = True
     """bf16 products may accumulate in reduced precision."""
     detect_anomaly: bool = False
-    """torch's anomaly detection; slow."""
+    """torch's anomaly detection: the run ends in the backward pass of the first NaN, whatever optim.on_nonfinite and
+    fp16's loss scale would do; slow."""
     spawn_method: Literal["fork", "spawn", "forkserver"] = "forkserver"
     """Kept so that lingua's configs load; loader workers never import torch and need no choice."""
     timeout_s: PositiveInt = 600

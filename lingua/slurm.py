@@ -243,6 +243,11 @@ def job_state(address: str, run: Runner = run_command) -> JobState:
     return read_job_state(run(["scontrol", "--oneliner", "show", "job", address]))
 
 
+def jobs_named(name: str, run: Runner = run_command) -> list[str]:
+    """Ids of this user's jobs of that name that wait or run. Raises RunError when the controller does not answer."""
+    return run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).split()
+
+
 def requeue(address: str, exclude: Sequence[str] = (), run: Runner = run_command) -> None:
     """Put the job with this `Allocation.address` back into the queue, away from the nodes of `exclude`.
 

@@ -109,7 +109,7 @@ for (const plot of document.querySelectorAll('[data-readings]')) {
     }
     hide(at === null);
     if (at === null) return;
-    tip.replaceChildren(Math.round(at).toLocaleString('en'), ...rows);
+    tip.replaceChildren(Number(at < 100 ? at.toPrecision(3) : at.toFixed()).toLocaleString('en'), ...rows);
     const place = left + (at - lo) / (hi - lo) * (right - left);
     rule.style.cssText = `left:${100 * place}%;top:${100 * top}%;height:${100 * (bottom - top)}%`;
     tip.style.cssText = share < .6 ? `left:${100 * place + 2}%` : `right:${100 * (1 - place) + 2}%`;

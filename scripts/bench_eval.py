@@ -44,10 +44,11 @@ from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.compose import compose
 from lingua.evalargs import HarnessArgs
+from lingua.evaltasks import be_offline
 from lingua.files import RunError
 from lingua.freeze import dump_yaml, freeze
 from lingua.generator import Generator
-from lingua.harness import be_offline, make_lm, run_tasks
+from lingua.harness import make_lm, run_tasks
 from lingua.schema import CheckpointArgs, GeneratorArgs
 from lingua.scorer import Scorer, Wording, score_documents
 

@@ -31,10 +31,10 @@ from lingua.checkpoint.weights import copy_weights
 from lingua.distributed import World, first_given, from_main, on_every_rank, patient
 from lingua.evalargs import EvalArgs
 from lingua.evalstart import OwnEvaluator, devices_beside, has_slurm
+from lingua.evaltasks import be_offline
 from lingua.evaluator import Beat, Evaluator, Stopped
 from lingua.files import RunError
 from lingua.guard import Guard
-from lingua.harness import be_offline
 from lingua.metrics import MetricLogger
 from lingua.parallel import DTYPES
 from lingua.runfolder import EXIT_REQUEUE

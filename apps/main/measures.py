@@ -18,9 +18,10 @@ from torch import nn
 from lingua.args import ConfigError
 from lingua.distributed import World, on_every_rank
 from lingua.evalargs import EvalArgs
+from lingua.evaltasks import load_tasks
 from lingua.evaluator import Beat
 from lingua.generator import Generator
-from lingua.harness import load_tasks, make_lm, run_tasks
+from lingua.harness import make_lm, run_tasks
 from lingua.parallel import DTYPES
 from lingua.scorer import Loss, Scorer, Wording, score_documents
 from lingua.tokenizer import Tokenizer

@@ -313,7 +313,7 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
                 learner.backward(loss)
                 loss_sum += loss.detach()
             _, finite, divisor = measure_gradient(parameters, optim.clip, learner.loss_factor)
-            overflow = learner.loss_scale is not None and not learner.loss_scale.is_least
+            overflow = learner.loss_scale is not None and learner.loss_scale.can_mend(loss_sum)
             if optim.on_nonfinite == "stop" and not finite and not overflow:
                 step = learner.step + 1
                 raise RunError(f"step {step}, on the way, is not finite here: look at that one with --step {step}")

@@ -134,7 +134,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
 
             grad_norm, finite, divisor = measure_gradient(parameters, args.optim.clip, run.loss_factor)
             if args.optim.on_nonfinite == "stop":
-                halted |= ~finite if loss_scale is None else ~finite & loss_scale.is_least
+                halted |= ~finite if loss_scale is None else ~finite & ~loss_scale.can_mend(loss_sum)
             moves = finite & ~halted
             run.manager.before_update()
             optimizer_step(run.optimizer, lr, moves, divisor)

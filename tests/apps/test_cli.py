@@ -117,11 +117,31 @@ def test_a_copied_app_with_a_key_of_its_own_is_found_by_its_config(tmp_path: Pat
     assert "How sharp." in lingua("schema", "app=mine", cwd=tmp_path).stdout
 
 
-def test_eval_says_what_it_takes_and_what_is_wrong(tmp_path: Path) -> None:
-    done = lingua("eval", "--help")
-    for word in ("--follow RUN", "--newest-first", "--once", "prefetch CONFIG"):
-        assert word in " ".join(done.stdout.split())
-    nowhere = lingua("eval", f"{tmp_path}/run@3", "config=apps/main/configs/eval.yaml")
-    assert (nowhere.returncode, f"ckpt={tmp_path}/run@3 does not exist" in nowhere.stderr) == (2, True)
-    nothing = lingua("eval", "prefetch", DEBUG)
-    assert (nothing.returncode, "names no harness tasks" in nothing.stdout) == (0, True), nothing.stderr
+def test_eval_says_what_it_takes_and_what_is_wrong_without_torch(tmp_path: Path) -> None:
+    cases = [
+        (["--help"], 0, ["--follow RUN", "--newest-first", "--once", "prefetch CONFIG"]),
+        ([f"{tmp_path}/run@3", "config=apps/main/configs/eval.yaml"], 2, [f"ckpt={tmp_path}/run@3 does not exist"]),
+        (["prefetch", DEBUG], 0, ["names no harness tasks"]),
+    ]
+    program = """
+import json, sys
+from apps.cli import main
+from apps.main.eval import main as without_typer
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["lingua", "eval", *words]
+    try:
+        main()
+    except SystemExit as left:
+        print(f"left with {left.code}")
+print("python -m: ", without_typer(["--help"]), "torch" in sys.modules)
+"""
+    words = json.dumps([words for words, _, _ in cases])
+    done = subprocess.run(
+        [sys.executable, "-c", program, words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    *parts, last = " ".join(done.stdout.split()).split("left with ")
+    for part, code, (_, expected, told) in zip(parts, [each[0] for each in (*parts[1:], last)], cases, strict=True):
+        assert all(each in part for each in told), done.stdout
+        assert code == str(expected), done.stdout
+    assert "--once" in last
+    assert last.endswith("python -m: 0 False"), last

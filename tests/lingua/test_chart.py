@@ -54,3 +54,18 @@ def test_a_picture_in_a_page(log_y: bool):
         ("<b>$x^{$ 数", "c0", 50),
         ("b", "c1", 50),
     ]
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "b"], ["debug_adamw: type=adamw lr=0.002", "b" * 32], [f"{i}:name=12" for i in range(9)]]
+)
+def test_the_names_of_curves_stay_inside_the_picture(names: list[str]):
+    x = np.arange(3.0)
+    lines = [Line(name, thinned(x, x, 5), SERIES[0]) for name in names]
+    with look():
+        figure = draw(Chart("k", "t", "", "step", "loss", lines))
+        figure.draw_without_rendering()
+        legend = figure.axes[0].get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().x1 <= figure.bbox.x1
+        assert figure.axes[0].get_position().width > 0.8  # the curves keep their room

@@ -26,6 +26,8 @@ class NonFiniteError(RunError):
         (RunError("none of the checkpoints verifies"), "setup"),
         (DataError("x.jsonl line 7: no text"), "data"),
         (NonFiniteError("step 7: the loss is nan"), "nan"),
+        (RuntimeError("Function 'SqrtBackward0' returned nan values in its 0th output."), "nan"),
+        (RuntimeError("Function 'MulBackward0' returned an invalid gradient at index 0 - got [2]"), "bug"),
         (OccupiedError("out/x is being trained by process 7"), "occupied"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom"),
         (MemoryError(), "oom"),
@@ -56,6 +58,14 @@ class NonFiniteError(RunError):
 )
 def test_every_error_has_one_kind(error: Exception, kind: str):
     assert classify(error) == kind
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in SqrtBackward0")
+def test_the_nan_that_torchs_anomaly_detection_ends_at_is_one():
+    x = torch.zeros(1, requires_grad=True)
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError) as caught:
+        (x.sqrt() * 0).sum().backward()
+    assert classify(caught.value) == "nan"
 
 
 def test_what_would_loop_is_not_started_again():

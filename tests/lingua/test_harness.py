@@ -18,8 +18,9 @@ from apps.main.transformer import LMTransformer
 from lingua import harness
 from lingua.args import ConfigError
 from lingua.evalargs import HarnessArgs
+from lingua.evaltasks import be_offline, load_tasks
 from lingua.generator import Generator
-from lingua.harness import cleaned, generator_args, load_tasks, make_lm, metrics_of, run_tasks, scored_rows
+from lingua.harness import generator_args, make_lm, metrics_of, run_tasks, scored_rows
 from lingua.schema import GeneratorArgs
 from lingua.scorer import Row, Scorer, Wording
 from lingua.tokenizer import ByteTokenizer, Tokenizer, TokenizerArgs, build_tokenizer
@@ -46,14 +47,6 @@ def test_rows_that_score_a_continuation(
     context: list[int], continuation: list[int], rows: list[tuple[list[int], int]]
 ) -> None:
     assert list(scored_rows(context, continuation, 4)) == [Row(*row) for row in rows]
-
-
-def test_settings_that_are_gone_are_taken_out() -> None:
-    boolq = {"task": "boolq", "dataset_kwargs": {"trust_remote_code": True}}
-    assert cleaned(["piqa", boolq]) == ["piqa", "boolq"]
-    assert cleaned([boolq | {"num_fewshot": 2}]) == [{"task": "boolq", "num_fewshot": 2}]
-    kept = {"task": "x", "dataset_kwargs": {"data_files": "a"}}
-    assert cleaned([kept]) == [kept]
 
 
 @pytest.mark.parametrize(
@@ -100,12 +93,6 @@ def test_names_of_metrics_and_averages(caplog: pytest.LogCaptureFixture) -> None
     assert "eval.core_metrics: c is not measured" in caplog.text
 
 
-def test_without_the_package_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the package lm-eval; `uv sync --extra harness`"):
-        load_tasks(HarnessArgs(tasks=["piqa"]))
-
-
 # -- with harness itself -------------------------------------------------------------------------------------------
 
 
@@ -115,7 +102,7 @@ def lm_eval(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch, own_environment():
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TQDM_DISABLE", "1")
-        harness.be_offline()
+        be_offline()
         yield pytest.importorskip("lm_eval")
 
 

@@ -35,11 +35,11 @@ def test_it_equals_torchs_own():
 
 def test_it_ends_at_its_minimum():
     scale = LossScale(CPU, {"factor": 2.0, "good_steps": 7})
-    assert not scale.is_least
+    assert scale.can_mend(torch.tensor(3.0))
     for _ in range(3):
         scale.update(BAD)
     assert scale.factor.item() == 1
-    assert scale.is_least
+    assert not scale.can_mend(torch.tensor(3.0))
 
 
 def test_state_goes_on_where_it_was():
@@ -56,3 +56,4 @@ def test_state_goes_on_where_it_was():
 )
 def test_what_a_smaller_factor_can_mend(loss: float, factor: float, overflow: bool):
     assert is_overflow(loss, factor) == overflow
+    assert LossScale(CPU, {"factor": factor, "good_steps": 0}).can_mend(torch.tensor(loss)).item() == overflow

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lingua.checkpoint.state import TrainState, tensors_of
-from lingua.muon import Muon, build_muon, cost_of, layout_of, newton_schulz, rounds, scale_of
+from lingua.muon import Muon, build_muon, cost_of, layout_of, newton_schulz, ns_dtype_on, rounds, scale_of
 from lingua.optim import build_adamw, measure_gradient, optimizer_step
 from lingua.schema import AdamWArgs, MuonArgs
 from tests.ranks import run_on_ranks
@@ -72,6 +72,19 @@ def test_the_iteration_keeps_singular_vectors_and_evens_out_the_values(shape: tu
     assert (values.diagonal() < 1.25).all()
     torch.testing.assert_close(values, values.diagonal().diag(), atol=1e-5, rtol=0)
     assert not newton_schulz(torch.zeros(shape), 5, torch.float32).any()
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "dtype"),
+    [
+        ("cpu", "auto", torch.float32),
+        ("cuda", "auto", torch.bfloat16),
+        ("cpu", "bf16", torch.bfloat16),
+        ("cuda", "fp32", torch.float32),
+    ],
+)
+def test_the_type_of_the_iteration(device: str, wanted: Any, dtype: torch.dtype) -> None:
+    assert ns_dtype_on(torch.device(device), wanted) == dtype
 
 
 @pytest.mark.parametrize(

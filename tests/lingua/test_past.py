@@ -33,6 +33,7 @@ TWICE: dict[int, list[int]] = {1: [5, 10, 15, 20, 25], 2: [25, 30]}
         (TWICE, 5, 2, 33, 2),
         (TWICE, 5, 3, 36, 3),  # behind all that was reported
         ({}, 10, 4, 3, 4),
+        ({1: [1, 2, 3, 4], 2: [3]}, 1, 2, 4, 1),  # it no longer counts, but nobody else has trained it
     ],
 )
 def test_which_start_trained_a_step(lines: dict[int, list[int]], freq: int, newest: int, step: int, start: int) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lingua.requeue import HOPELESS, Outcome, judge
+from lingua.failure import KINDS
+from lingua.requeue import Outcome, judge
 
 SAVED = {"reason": "signal", "exit_code": 75, "signal": "SIGUSR2"}
 TAKEN = {"reason": "signal", "exit_code": 75, "signal": "SIGTERM"}
@@ -36,9 +37,13 @@ BUG = {"reason": "error", "exit_code": 1, "error": "RuntimeError: ..."}
         (Outcome(1, BUG, fruitless=2), True, 1, 3),
         (Outcome(1, BUG, fruitless=3), False, 1, 4),
         (Outcome(1, BUG, fruitless=3, steps_gained=1), True, 1, 0),
-        # failures that a restart meets again
+        # failures that a restart meets again, and those that may pass
         (Outcome(2), False, 2, 0),
-        *((Outcome(1, {**BUG, "kind": kind}, steps_gained=100), False, 1, 0) for kind in HOPELESS),
+        *(
+            (Outcome(1, {**BUG, "kind": kind}, steps_gained=100), facts.restart_may_help, 1, 0)
+            for kind, facts in KINDS.items()
+        ),
+        (Outcome(1, {**BUG, "kind": "of another version"}, steps_gained=100), True, 1, 0),
         (Outcome(1, BUG, kinds=frozenset({"nccl", "oom"}), steps_gained=100), False, 1, 0),
         (Outcome(1, {**BUG, "kind": "nccl"}, steps_gained=100), True, 1, 0),
         # people

@@ -1,6 +1,18 @@
 """Two runs compared: keys and curves."""
 
-from lingua.rundiff import ABSENT, common_curves, config_differences, describe, some_of
+from typing import Any
+
+import pytest
+
+from lingua.rundiff import (
+    ABSENT,
+    common_curves,
+    config_differences,
+    describe,
+    keys_that_differ,
+    some_of,
+    telling_labels,
+)
 
 
 def test_keys_that_differ():
@@ -14,6 +26,32 @@ def test_keys_that_differ():
         "new": (ABSENT, None),
     }
     assert config_differences(left, left) == {}
+
+
+ADAMW = {"name": "a", "steps": 200, "optim": {"type": "adamw", "lr": 2e-3, "beta1": 0.9}, "logging": {"freq": 1}}
+MUON = {"name": "b", "steps": 200, "optim": {"type": "muon", "lr": 4e-3, "momentum": 0.95}, "logging": {"freq": 10}}
+
+
+@pytest.mark.parametrize(
+    ("configs", "labels"),
+    [
+        ([ADAMW, MUON], ["type=adamw lr=0.002", "type=muon lr=0.004"]),  # what only one has follows from the rest
+        ([ADAMW, ADAMW | {"steps": 100}], ["steps=200", "steps=100"]),  # nothing else differs
+        ([ADAMW, ADAMW], []),
+        ([{"env": {"API_KEY": "a"}}, {"env": {"API_KEY": "b"}}], ["API_KEY='***'", "API_KEY='***'"]),
+        ([{"seed": 1, "note": "x" * 40}, {"seed": 2, "note": "y" * 40}], []),  # too long
+        ([ADAMW], []),
+        ([], []),
+    ],
+)
+def test_what_tells_runs_apart_in_a_few_words(configs: list[dict[str, Any]], labels: list[str]):
+    assert telling_labels(configs) == labels
+
+
+def test_keys_that_differ_stand_in_the_order_of_the_first_config():
+    assert keys_that_differ([ADAMW, ADAMW | {"steps": 1}, MUON]) == [
+        "steps", "optim.type", "optim.lr", "optim.beta1", "logging.freq", "optim.momentum",
+    ]  # fmt: skip
 
 
 def records(*pairs: tuple[int, float]) -> list[dict[str, float]]:

@@ -9,11 +9,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lingua.files import write_json
 from lingua.runfacts import read_run
-from lingua.runhistory import SPENT, History, Scores, Start, in_order, limits_of, read_history, that_count, told_end
+from lingua.runhistory import (
+    SPENT,
+    TOKENS,
+    TRAINED_S,
+    History,
+    Scores,
+    Start,
+    in_order,
+    limits_of,
+    read_history,
+    that_count,
+    told_end,
+)
 from lingua.runlock import Owner, this_process
 from lingua.series import STEP, WHEN
 
@@ -154,6 +167,15 @@ def test_where_the_time_went(tmp_path: Path):
     assert (second["starting"], second["validating"], second["idle"]) == (5.0, 6.0, 0.0)
     assert sum(second.values()) == 25.0  # 60 to 85
     assert run.seconds == {kind: first[kind] + second[kind] for kind in SPENT}
+
+
+def test_curves_over_time_and_tokens(tmp_path: Path):
+    run = history_of(make_run(tmp_path))
+    assert run.metrics[TRAINED_S].tolist() == [4, 8, 12, 16, 20]  # without what was trained in vain
+    assert run.at(np.array([0, 5, 6, 10]), TRAINED_S).tolist() == [0, 10, 12, 20]
+    assert run.at(np.array([0, 10, 99]), TOKENS).tolist() == [0, 640, 640]
+    (tmp_path / "metrics.jsonl").unlink()
+    assert np.isnan(history_of(tmp_path).at(np.array([5]), TOKENS)).all()
 
 
 def test_runs_from_before_such_notes_were_taken(tmp_path: Path):

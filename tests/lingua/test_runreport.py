@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -100,8 +101,10 @@ def test_several_runs_next_to_each_other(tmp_path: Path):
         (tmp_path / name / "config.yaml").write_text(f"name: {name}\nsteps: 10\nmodel: {{dim: {dim}}}\n")
     runs = [history_of(tmp_path / name) for name in ("a", "b")]
     text = Tags(report_page(runs)).text
-    assert "Training loss over steps" in text
-    assert "Training loss over tokens" in text
+    for what, over in itertools.product(("Training", "Held-out"), ("steps", "tokens", "time")):
+        assert f"{what} loss over {over}" in text
+    assert "seconds of training" in text
+    assert text.count("a: dim=8") == text.count("b: dim=16") >= 6  # the names of the curves
     differences = text.partition("Config differences")[2]
     assert re.findall(r"model\.dim\s*8\s*16", differences)
     assert names_of(runs) == ["a", "b"]

@@ -1,10 +1,13 @@
 """fp16: a gradient that overflows costs its step and no more, and the loss scale belongs to the state of a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from apps.main import train as loop
 from lingua import lossscale
 from lingua.metrics import read_metrics
 from tests.runs.test_nonfinite_steps import spoil
@@ -74,7 +77,21 @@ def test_at_the_smallest_scale_an_overflow_ends_the_run(tmp_path: Path):
 
 @pytest.mark.soak
 def test_a_loss_that_is_not_finite_is_no_matter_of_scaling(tmp_path: Path):
-    result = train([*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=2"], hook=spoil(4))
+    def hook(rank: int) -> None:
+        spoil(4)(rank)
+        step = loop.optimizer_step
+
+        def told(
+            optimizer: torch.optim.Optimizer, lr: float, moves: torch.Tensor, divisor: torch.Tensor | None
+        ) -> None:
+            print(f"moves: {moves.item()}", flush=True)
+            step(optimizer, lr, moves, divisor)
+
+        setattr(loop, "optimizer_step", told)  # noqa: B010
+
+    result = train([*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=3"], hook=hook)
     assert result.exit_code == 1
     assert "step 4 (rows 6 to 7)" in result.output
-    assert published(tmp_path) == [2]
+    moves = re.findall(r"moves: (\w+)", result.output)
+    assert moves == ["True"] * 3 + ["False"] * 2  # heard of while step 5 is computed
+    assert published(tmp_path) == [3]

@@ -8,7 +8,7 @@ from lingua.checkpoint import contents
 from lingua.metrics import read_metrics
 from tests.trainer import TINY, at_step, fingerprint, kill_self, losses, published, train
 
-WORDS = [*TINY, "+muon", "optim.ns_dtype=fp32", "steps=8", "checkpoint.dump={every: 2, keep: -1}"]
+WORDS = [*TINY, "+muon", "steps=8", "checkpoint.dump={every: 2, keep: -1}"]
 G = 12  # rows per step
 RANKS = [*WORDS, f"global_batch_size={G}", "distributed.fsdp_type=full_shard", "optim.scheduler=constant"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from apps.export import Format, make_export
-from apps.main import eval as evaluation
-from apps.main.eval import Measures, main
+from apps.main.eval import main
+from apps.main.measures import Measures
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import find_one
 from lingua.entry import run_main
@@ -111,7 +111,7 @@ def test_following_gives_what_evaluating_afterwards_gives(copy: Path, capsys: py
 def test_a_damaged_checkpoint_is_given_up_and_the_others_are_evaluated(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation.StopSignals, "wait", lambda self, timeout_s: None)
+    monkeypatch.setattr("apps.main.follow.StopSignals.wait", lambda self, timeout_s: None)
     weights = layout.folder(copy / "checkpoints", 4) / layout.model_file(0)
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
