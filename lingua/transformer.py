@@ -126,7 +126,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = pairs[..., 0], pairs[..., 1]  # (B, S, heads, E/2)
         turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     else:  # the same numbers by one operator in forward and one in backward
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos.float(), sin.float()))
     return turned.flatten(-2).type_as(x)
 
 
