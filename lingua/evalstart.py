@@ -186,6 +186,7 @@ class OwnEvaluator:
             if not owed:
                 return
             if self.slurm is None:
+                self.ensure()  # it may have died since the last save
                 log.info("steps %s are still to be evaluated; that goes on beside, see %s", owed, self.log_file)
                 return
             self._dismiss()

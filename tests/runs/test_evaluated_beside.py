@@ -48,7 +48,9 @@ def test_run_and_evaluator_are_killed_in_turn(tmp_path: Path) -> None:
     until(lambda: evaluator_of(run_dir) is None, "its leave")
 
     def kill_it() -> None:
-        os.kill(until(lambda: evaluator_of(run_dir), "another evaluator", 60), signal.SIGKILL)
+        pid = until(lambda: evaluator_of(run_dir), "another evaluator", 60)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, and left for the run to find
 
     assert train([*words, "steps=8"], hook=at_step(7, kill_it)).exit_code == 0
     until(lambda: sorted(evaluations(run_dir)) == [2, 4, 6, 8], "all evaluations", 120)
