@@ -33,6 +33,9 @@ NAMES = {
 }
 
 
+SEND_NOTHING = ("wait", "_wrap_tensor_autograd")  # the latter from torch 2.11 on
+
+
 class Sent(TorchDispatchMode):
     """Counts the collectives that are begun inside."""
 
@@ -44,7 +47,7 @@ class Sent(TorchDispatchMode):
         name = func.name().partition(".")[0]
         if name in NAMES:
             self.counts[NAMES[name]] += 1
-        elif name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
+        elif name.startswith(("c10d::", "_c10d_functional::")) and not any(word in name for word in SEND_NOTHING):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 

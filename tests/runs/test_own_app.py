@@ -25,7 +25,7 @@ SMALL = [
 def workplace(tmp_path: Path) -> Path:
     """A copy of the code in which apps/mine is a changed copy of apps/main."""
     for package in ("apps", "lingua"):
-        shutil.copytree(REPOSITORY / package, tmp_path / package)  # what is compiled stays so
+        shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     mine = tmp_path / "apps" / "mine"
     shutil.copytree(tmp_path / "apps" / "main", mine)
     args = mine / "args.py"
