@@ -27,8 +27,10 @@ class Checkout:
         self.home = folder / "home"
         self.home.mkdir()
         for part in PARTS:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copyfile
-            copy(ROOT / part, self.path / part)  # pyright: ignore[reportArgumentType]
+            if (ROOT / part).is_dir():  # without compiled code, which others may be writing at this moment
+                shutil.copytree(ROOT / part, self.path / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(ROOT / part, self.path / part)
 
     def submit(self, script: str, words: Sequence[str], *flags: str, **env: str) -> str:
         """`sbatch FLAGS apps/main/configs/SCRIPT` with EXTRA_ARGS; returns the job id."""
