@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -59,10 +60,13 @@ def exit_code_of(fn: Callable[[], Any]) -> int:
 
 
 def fork() -> int:
-    """os.fork without Python 3.12's warning."""
+    """os.fork without Python 3.12's warning, and without Inductor's threads: a child would wait for them for ever."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # python 3.12 on forking with threads: ours hold no lock
-        return os.fork()
+        pid = os.fork()
+    if pid == 0 and (inductor := sys.modules.get("torch._inductor.async_compile")):
+        inductor.AsyncCompile.pool.cache_clear()  # torch 2.11 too forgets its pool of processes only (after_fork)
+    return pid
 
 
 def _be_rank(fn: Callable[[int], Any], rank: int, n: int, store: str, writer: Any, timeout_s: float) -> None:

@@ -12,7 +12,6 @@ import socket
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from apps.main.build import Run
 from apps.main.train import main
 from lingua.entry import run_main
 from lingua.metrics import read_metrics
+from tests.ranks import fork
 
 Hook = Callable[[int], None]
 
@@ -80,9 +80,7 @@ class Trainer:
     def _start(self, words: Sequence[str], rank: int, n_ranks: int, port: int, hook: Hook | None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # python 3.12 on forking with threads
-            pid = os.fork()
+        pid = fork()
         if pid:
             return pid
         code = 99

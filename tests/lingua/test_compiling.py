@@ -3,6 +3,8 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lingua.loss import CrossEntropy
 from lingua.parallel import forward_precision, parallelize
 from lingua.schema import AttnImpl, CrossEntropyArgs, DistributedArgs
 from tests.packed_kernels import give_varlen_a_cpu, row_documents
+from tests.ranks import exit_code_of
 
 LOSS = CrossEntropy(CrossEntropyArgs())
 SELECTIVE, FULL = {"selective_activation_checkpointing": True}, {"full_activation_checkpointing": True}
@@ -181,6 +184,19 @@ def test_what_torch_has_put_there_by_itself_does_not(tmp_path: Path):
     env = dict(os.environ)
     assert keep_compiled_code(str(tmp_path), env) is not None
     assert env[INDUCTOR].startswith(str(tmp_path))
+
+
+def test_a_fork_of_a_process_that_compiled_can_compile(monkeypatch: pytest.MonkeyPatch):
+    """Inductor's threads do not come along: on a machine without compiled code a forked trainer would wait for ever."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    monkeypatch.setattr(AsyncCompile, "pool", lru_cache(1)(lambda: ThreadPoolExecutor(1)))
+
+    def answer() -> None:
+        AsyncCompile.pool().submit(int).result(timeout=10)
+
+    answer()
+    assert exit_code_of(answer) == 0
 
 
 @pytest.mark.parametrize("trap", ["others may write", "a link", "a file", "somebody else's"])
