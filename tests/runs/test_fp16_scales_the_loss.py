@@ -31,7 +31,6 @@ def column(run_dir: Path, key: str) -> list[Any]:
     return [record.get(key) for record in read_metrics(run_dir / "metrics.jsonl")]
 
 
-@pytest.mark.soak
 def test_losses_are_near_those_of_fp32(tmp_path: Path):
     for dtype in ("fp16", "fp32"):
         words = [*WORDS, f"distributed.model_dtype={dtype}", f"dump_dir={tmp_path / dtype}"]
@@ -41,10 +40,10 @@ def test_losses_are_near_those_of_fp32(tmp_path: Path):
     assert column(tmp_path / "fp32", "optim/loss_scale") == [None] * 8
 
 
-@pytest.mark.soak
-@pytest.mark.ranks
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("n_ranks", "words"), [(1, []), (2, ["distributed.fsdp_type=full_shard"])])
+@pytest.mark.parametrize(
+    ("n_ranks", "words"),
+    [(1, []), pytest.param(2, ["distributed.fsdp_type=full_shard"], marks=[pytest.mark.soak, pytest.mark.ranks])],
+)
 def test_overflows_are_skipped_and_a_killed_run_is_bitwise_equal(tmp_path: Path, n_ranks: int, words: list[str]):
     """The second start must take the scale from the checkpoint: at 2**19 it would skip steps again."""
     calm, killed = ([*WORDS, *words, f"dump_dir={tmp_path / name}"] for name in ("calm", "killed"))
@@ -64,7 +63,6 @@ def test_overflows_are_skipped_and_a_killed_run_is_bitwise_equal(tmp_path: Path,
     assert fingerprint(tmp_path / "killed", 8) == fingerprint(tmp_path / "calm", 8)
 
 
-@pytest.mark.soak
 def test_at_the_smallest_scale_an_overflow_ends_the_run(tmp_path: Path):
     def hook(rank: int) -> None:
         lossscale.INITIAL = lossscale.MINIMUM = 2.0**40
@@ -75,7 +73,6 @@ def test_at_the_smallest_scale_an_overflow_ends_the_run(tmp_path: Path):
     assert "is not finite" in result.output
 
 
-@pytest.mark.soak
 def test_a_loss_that_is_not_finite_is_no_matter_of_scaling(tmp_path: Path):
     def hook(rank: int) -> None:
         spoil(4)(rank)
