@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.services import Services, both, served_by
+from tests.slurm_cluster import until
 from tests.trainer import TINY, Hook, at_step, fingerprint, kill_self, losses, published, train
 
 WORDS = [
@@ -32,16 +34,25 @@ def lenient(then: Hook = lambda rank: None) -> Hook:
 @pytest.mark.timeout(1500)  # 20 kernels in C++, one after the other: two ranks on two busy cores need minutes
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["fsdp_type=full_shard", "tp_size=2"])
-def test_two_ranks_compiled_and_spread(tmp_path: Path, layout: str):
+def test_two_ranks_compiled_and_spread(tmp_path: Path, shm: Path, layout: str):
+    """The calm run compiles and saves synchronously; the killed one finds the code and saves in the background."""
     words = [*WORDS, f"distributed.{layout}", f"distributed.compile_cache={tmp_path / 'compiled'}"]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    result = train([*words, f"dump_dir={calm}"], 2, lenient())  # compiles
+    result = train([*words, f"dump_dir={calm}"], 2, lenient())
     assert result.exit_code == 0, result.output
     assert any((tmp_path / "compiled").glob("torch-*/inductor/fxgraph/*")), "nothing was kept"
-    codes = train([*words, f"dump_dir={killed}"], 2, lenient(at_step(3, kill_self))).exit_codes  # finds it
+
+    words += [f"dump_dir={killed}", "checkpoint.async_save_mode=shm", f"checkpoint.shm_path={shm}"]
+
+    def kill_when_published() -> None:
+        until(lambda: published(killed) == [2], "the first checkpoint")
+        kill_self()
+
+    with Services() as services:
+        codes = train(words, 2, both(lenient(at_step(3, kill_when_published)), served_by(services))).exit_codes
     assert -9 in codes
-    assert published(killed) == [2]
-    result = train([*words, f"dump_dir={killed}"], 2, lenient())
+    with Services() as services:
+        result = train(words, 2, both(lenient(), served_by(services)))
     assert result.exit_code == 0, result.output
     assert losses(killed) == losses(calm)
     assert [fingerprint(killed, step) for step in (2, 4)] == [fingerprint(calm, step) for step in (2, 4)]

@@ -390,21 +390,3 @@ def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path: Path, shm: Pat
     assert stop(run_dir)["reason"] == "error"
     end_calmly(run_dir, shm, 1, calm(1))
     assert first_steps(run_dir) == {1: 1}
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1800)
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_and_sharded_run_goes_on_bit_for_bit(tmp_path: Path, shm: Path):
-    compiled = "distributed.compile=true"
-    assert train([*WORDS, compiled, f"dump_dir={tmp_path / 'calm'}"], 2).exit_code == 0
-    run_dir = tmp_path / "run"
-    with Services() as services:
-        hook = both(served_by(services), at_step(3, send_self("SIGTERM")))
-        result = train(words(run_dir, shm, compiled), 2, hook)
-        assert result.exit_code == 75, result.output
-    with Services() as services:
-        result = train(words(run_dir, shm, compiled), 2, served_by(services))
-    assert result.exit_code == 0, result.output
-    assert fingerprint(run_dir, N_STEPS) == fingerprint(tmp_path / "calm", N_STEPS)
-    assert losses(run_dir) == losses(tmp_path / "calm")
