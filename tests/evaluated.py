@@ -43,9 +43,14 @@ def words_of(data: Path, run_dir: Path, *more: str) -> list[str]:
     return [*TINY, *what, f"data.root_dir={data}", "data.sources={mine: 1.0}", *EVAL, *more]
 
 
+def verdicts(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step. The line of the newest may not be there yet."""
+    return {int(file.parent.name): read_json(file)["metrics"] for file in sorted(run_dir.glob("evals/*/results.json"))}
+
+
 def evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step, as the verdicts say; each has its one line, which says the same."""
-    found = {int(file.parent.name): read_json(file)["metrics"] for file in sorted(run_dir.glob("evals/*/results.json"))}
+    """Verdicts after the last evaluator's end; each has its one line, which says the same."""
+    found = verdicts(run_dir)
     file = run_dir / "metrics.eval.jsonl"
     lines = read_metrics(file) if file.is_file() else []
     assert sorted(line["global_step"] for line in lines) == sorted(found), "none is lost, none comes twice"

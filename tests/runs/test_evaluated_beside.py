@@ -10,7 +10,7 @@ import pytest
 
 from lingua.checkpoint import layout
 from lingua.runlock import newest_start
-from tests.evaluated import by_hand, evaluations, make_data, words_of
+from tests.evaluated import by_hand, evaluations, make_data, verdicts, words_of
 from tests.slurm_cluster import until
 from tests.trainer import Trainer, at_step, kill_self, train
 
@@ -44,8 +44,9 @@ def test_run_and_evaluator_are_killed_in_turn(tmp_path: Path) -> None:
     with Trainer(waiting) as trainer:
         assert trainer.wait().exit_code == 0
         assert evaluator_of(run_dir) in (first, None), "found again, or through already"
-    until(lambda: sorted(evaluations(run_dir)) == [2, 4], "the evaluations of the first part", 120)
+    until(lambda: sorted(verdicts(run_dir)) == [2, 4], "the evaluations of the first part", 120)
     until(lambda: evaluator_of(run_dir) is None, "its leave")
+    assert sorted(evaluations(run_dir)) == [2, 4]
 
     def kill_it() -> None:
         pid = until(lambda: evaluator_of(run_dir), "another evaluator", 60)
@@ -53,6 +54,6 @@ def test_run_and_evaluator_are_killed_in_turn(tmp_path: Path) -> None:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, and left for the run to find
 
     assert train([*words, "steps=8"], hook=at_step(7, kill_it)).exit_code == 0
-    until(lambda: sorted(evaluations(run_dir)) == [2, 4, 6, 8], "all evaluations", 120)
-    assert evaluations(run_dir) == by_hand(run_dir, [2, 4, 6, 8])
+    until(lambda: sorted(verdicts(run_dir)) == [2, 4, 6, 8], "all evaluations", 120)
     until(lambda: evaluator_of(run_dir) is None, "its leave")
+    assert evaluations(run_dir) == by_hand(run_dir, [2, 4, 6, 8])
