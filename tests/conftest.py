@@ -6,13 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.slurm_cluster import Cluster, why_not
+from tests.slurm_cluster import Cluster, until, why_not
 
 if TYPE_CHECKING:
     from tests.checkout import Checkout
@@ -84,4 +84,10 @@ def shm() -> Iterator[Path]:
     """A memory file system's folder of the test's own."""
     folder = Path(tempfile.mkdtemp(prefix="lingua-test-", dir="/dev/shm"))
     yield folder
-    shutil.rmtree(folder)
+    until(lambda: _is_removed(folder), f"the end of {folder}")
+
+
+def _is_removed(folder: Path) -> bool:
+    with suppress(OSError):  # a service of the test may be giving back its memory at this moment
+        shutil.rmtree(folder)
+    return not folder.exists()
