@@ -7,11 +7,11 @@ import pytest
 
 from tests.services import Services, both, served_by
 from tests.slurm_cluster import until
-from tests.trainer import TINY, Hook, at_step, fingerprint, kill_self, losses, published, train
+from tests.trainer import TINY, Hook, at_step, fingerprint, kill_self, losses, published, send_self, train
 
 WORDS = [
     *TINY,
-    "steps=4",
+    "steps=6",
     "checkpoint.dump.every=2",
     "checkpoint.dump.keep=-1",
     "distributed.compile=true",
@@ -35,7 +35,8 @@ def lenient(then: Hook = lambda rank: None) -> Hook:
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", ["fsdp_type=full_shard", "tp_size=2"])
 def test_two_ranks_compiled_and_spread(tmp_path: Path, shm: Path, layout: str):
-    """The calm run compiles and saves synchronously; the killed one finds the code and saves in the background."""
+    """The calm run compiles and saves synchronously. The other one finds the code, saves in the background, is killed
+    and then asked to stop."""
     words = [*WORDS, f"distributed.{layout}", f"distributed.compile_cache={tmp_path / 'compiled'}"]
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     result = train([*words, f"dump_dir={calm}"], 2, lenient())
@@ -51,8 +52,9 @@ def test_two_ranks_compiled_and_spread(tmp_path: Path, shm: Path, layout: str):
     with Services() as services:
         codes = train(words, 2, both(lenient(at_step(3, kill_when_published)), served_by(services))).exit_codes
     assert -9 in codes
-    with Services() as services:
-        result = train(words, 2, both(lenient(), served_by(services)))
-    assert result.exit_code == 0, result.output
+    for hook, exit_code in ((at_step(3, send_self("SIGTERM")), 75), (lambda rank: None, 0)):
+        with Services() as services:
+            result = train(words, 2, both(lenient(hook), served_by(services)))
+        assert result.exit_code == exit_code, result.output
     assert losses(killed) == losses(calm)
-    assert [fingerprint(killed, step) for step in (2, 4)] == [fingerprint(calm, step) for step in (2, 4)]
+    assert [fingerprint(killed, step) for step in (2, 4, 6)] == [fingerprint(calm, step) for step in (2, 4, 6)]
