@@ -120,9 +120,9 @@ def dotted_key(key: Key) -> str:
     return ".".join(map(str, key))
 
 
-def show(value: Any) -> str:
+def show(value: Any, at_most: int = 80) -> str:
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= at_most else text[: at_most - 3] + "..."
 
 
 def section_classes(schema: type[Args], name: str, *, items: bool = False) -> list[type[Args]]:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from lingua.agreement import require_same_config
 from lingua.failure import RankError, classify, mark_known
 from lingua.files import RunError
 from lingua.schema import DistributedArgs, EnvironmentArgs
@@ -113,8 +114,13 @@ class World:
 
 
 @contextmanager
-def start_world(args: DistributedArgs, place: Place, device: torch.device) -> Iterator[World]:
-    """Join the process group and lay out the mesh; leave the group on the way out."""
+def start_world(
+    args: DistributedArgs, place: Place, device: torch.device, config: Mapping[str, Any]
+) -> Iterator[World]:
+    """Join the process group and lay out the mesh; leave the group on the way out.
+
+    `config`: what all ranks must have alike. Raises MixedConfigError on all of them where they do not.
+    """
     replicate, shard, tp = args.degrees(place.world_size)
     if place.master is None:
         yield World(place, device, mesh=None)
@@ -127,6 +133,7 @@ def start_world(args: DistributedArgs, place: Place, device: torch.device) -> It
     try:
         store, _, _ = next(dist.rendezvous(meeting, place.rank, place.world_size, timeout=timeout))
         store.set_timeout(timeout)
+        require_same_config(store, place.rank, place.world_size, config)
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("ranks", store),

@@ -64,6 +64,7 @@ KINDS: dict[str, Kind] = {
 _BY_CLASS = {
     "ConfigError": "config",
     "DataError": "data",
+    "MixedConfigError": "setup",  # by class: its message holds values, which may be any words
     "NonFiniteError": "nan",
     "OccupiedError": "occupied",
     "OutOfMemoryError": "oom",  # torch's

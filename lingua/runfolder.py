@@ -51,12 +51,12 @@ def public_text(text: str) -> str:
     return _URL_LOGIN.sub("***@", text)
 
 
-def public_value(key: str, value: Any) -> str:
+def public_value(key: str, value: Any, at_most: int = 80) -> str:
     """The value of a config key as it may be shown; of names that smell of secrets nothing is.
 
     `env` holds variables of the environment and is judged like it; other keys (`tokenizer`, `text_key`) by whole words.
     """
-    return public_text(show(_without_secrets(key, value)))
+    return public_text(show(_without_secrets(key, value), at_most))
 
 
 def _without_secrets(key: str, value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.output import show_json
+from lingua.agreement import code_of
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.distributed import find_place, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.entry import CommandLine
@@ -48,7 +49,9 @@ def carry_out(order: Order, run_args: TrainArgs, args: EvalArgs, line: CommandLi
     device = pick_device(args.generator.device, place)
     set_environment(run_args.env, place, on_gpu=device.type == "cuda")
     timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
-    with start_world(DistributedArgs(timeout_s=timeout_s), place, device) as world:
+    same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
+    same |= code_of(["lingua", run_args.app, *run_args.plugins])
+    with start_world(DistributedArgs(timeout_s=timeout_s), place, device, same) as world:
         measures = on_every_rank(lambda: Measures(run_args, args, world))
         if order.follow:
             return follow_alone(Path(order.place), measures, line)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lingua.agreement import code_of
 from lingua.args import ConfigError
 from lingua.attention import RowDocuments
 from lingua.checkpoint.manager import SaveReport
@@ -334,7 +335,8 @@ def main(words: list[str]) -> int:
             stack.enter_context(noted(args.profiling.signal, requests.signal))
         guard = stack.enter_context(Guard(place.rank, signals, args.watchdog, Path(args.dump_dir)))
         with guard.reporting():
-            world = stack.enter_context(start_world(args.distributed, place, device))
+            same = checked.frozen | code_of(["lingua", args.app, *args.plugins])
+            world = stack.enter_context(start_world(args.distributed, place, device, same))
             if world.store is not None:
                 guard.join(Peers(world.store, place.rank, place.world_size))
             folder = stack.enter_context(open_run_folder(checked, words, world))
