@@ -131,6 +131,8 @@ class Struck:
     """From the blow until the run trained again. None: it did not."""
     refused: str = ""
     """The cluster's words, where the user may not do this."""
+    ended: str = ""
+    """The last words of the job, where the run came back only because the drill submitted it again."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,8 @@ class Facts:
     """Whether the cancelled job stayed cancelled. None: it was not seen."""
     private_shm: str = ""
     """The run's warning."""
-    may_requeue: bool | None = None
-    """Whether a job may put itself back into the queue. None: it was not seen, or there is no Slurm."""
+    not_requeued: str = ""
+    """Why Slurm did not take back a job that asked for it. Empty: it did, or there is no Slurm."""
     limits: Limits = Limits()
 
 
@@ -183,6 +185,8 @@ def _broken(facts: Facts) -> Iterator[str]:
     for blow in done:
         if blow.back_s is None:
             yield f"after {blow.kind} at step {blow.step} the run did not train again"
+        if blow.ended:
+            yield f"after {blow.kind} at step {blow.step} the job did not go back into the queue: {blow.ended}"
         if blow.kind in SAVING and (blow.saved is None or blow.saved < blow.step):
             yield f"{blow.kind} at step {blow.step} was not answered by a checkpoint; the newest is {blow.saved}"
     for step, how in (facts.lost or {}).items():
@@ -202,8 +206,11 @@ def _limits(facts: Facts) -> Iterator[str]:
     limits = facts.limits
     if facts.private_shm:
         yield f"/dev/shm is not shared or is cleared: {facts.private_shm}"
-    if facts.may_requeue is False:
-        yield "a job may not requeue itself here: submit the same script again, it goes on where it was"
+    if facts.not_requeued:
+        yield (
+            "a job may not requeue itself here: submit the same script again, it goes on where it was "
+            f"({facts.not_requeued})"
+        )
     if limits.grace_s is not None and limits.preempt_mode not in ("", "OFF") and limits.grace_s <= slowest_s:
         yield (
             f"a preempted job has {limits.grace_s:.0f} s (GraceTime) and a save took up to {slowest_s:.1f} s: what was "

@@ -42,10 +42,10 @@ from lingua.drill import (
 from lingua.entry import CommandLine, parse_command_line
 from lingua.files import RunError, write_whole
 from lingua.freeze import CONFIG_FILE, dump_yaml
-from lingua.job import RANKS_STEP, SERVICE_STEP
+from lingua.job import NO_REQUEUE, RANKS_STEP, REFUSED, SERVICE_STEP
 from lingua.launch import launch, without_slurm
 from lingua.layers import read_yaml
-from lingua.logger import MAIN_LOG
+from lingua.logger import MAIN_LOG, RANK_LOGS
 from lingua.metrics import METRICS_FILE, read_metrics
 from lingua.runfacts import last_line
 from lingua.runfolder import EXIT_INTERRUPTED
@@ -60,6 +60,8 @@ SETTLED_S = 5.0
 """A job that is over for so long does not come back: what is requeued passes through such states."""
 END_WITHIN_S = 300.0
 """A cancelled job that is not over by then has come back: longer than any KillWait."""
+TAKEN_AWAY = ("CANCELLED", "NODE_FAIL", "BOOT_FAIL")
+"""States of a job that did not end by itself."""
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
@@ -166,6 +168,10 @@ class Place(Protocol):
         """Whether the run has ended and does not come back by itself."""
         ...
 
+    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+        """(whether it was for the cluster to bring the run back, what was said at its end), of a run that is over."""
+        ...
+
     def end(self) -> bool:
         """End the run as a person does, wait, and tell whether it stayed ended."""
         ...
@@ -227,6 +233,18 @@ class OnSlurm:
             self._asked_s = now_s
             self._over_since_s = min(self._over_since_s, now_s) if self._state() in OVER else float("inf")
         return now_s - self._over_since_s > SETTLED_S
+
+    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+        if (state := self._state()) in TAKEN_AWAY:
+            return True, f"job {self._job_id} is {state}"
+        path = run_dir / RANK_LOGS / f"{self._job_id}.out"
+        try:
+            lines = path.read_text(errors="replace").split("\n")
+        except OSError as error:
+            return False, f"it is {state}, and its log cannot be read: {error}"
+        refused = next((line for line in reversed(lines) if REFUSED in line or NO_REQUEUE in line), None)
+        last = refused or next((line for line in reversed(lines) if line.strip()), "nothing")
+        return refused is not None, f"{last.strip()} ({path})"
 
     def _state(self) -> str:
         try:
@@ -297,6 +315,9 @@ class Here:
     def is_over(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
+    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+        return True, f"its output is in {self._output}"
+
     def end(self) -> bool:
         assert self._process is not None
         self._process.send_signal(signal.SIGINT)
@@ -338,7 +359,7 @@ class Drill:
         self._minutes, self._patience_s = minutes, patience_s
         self._say, self._now, self._sleep = say, now, sleep
         self._watch = Watch(folder / "taken")
-        self._may_requeue: bool | None = None
+        self._not_requeued = ""
 
     def run(self, seed: int) -> Facts:
         """Do it; whatever was started is ended when this returns or raises."""
@@ -374,7 +395,7 @@ class Drill:
             last_step=max(layout.done_steps(watch.root), default=0),
             stayed_away=stayed_away,
             private_shm=self._said_of_shm(),
-            may_requeue=self._may_requeue,
+            not_requeued=self._not_requeued,
             limits=limits,
         )
         trained = losses(watch.run_dir)
@@ -404,15 +425,20 @@ class Drill:
         struck = Struck(blow.kind, step, refused=refused)
         if refused:
             return struck
-        resubmitted = False
+        ended = ""
 
         def is_back() -> bool:
-            nonlocal resubmitted
+            nonlocal ended
             now_in, _ = watch.look()
             if blow.kind == "service":  # the ranks live; the service that they begin publishes
                 return max(watch.marks, default=0) > before
             if now_in == start and place.is_over():
-                resubmitted = True
+                if place.requeues:
+                    by_cluster, words = place.last_words(watch.run_dir)
+                    if by_cluster:
+                        self._not_requeued = words
+                    else:
+                        ended = words
                 place.start(line, self._base_dir)
             return now_in > start
 
@@ -420,13 +446,11 @@ class Drill:
             self._wait(is_back, f"did not train again after {blow.kind}")
         except GivenUpError as error:
             log.warning("%s", error)
-            return replace(struck, saved=watch.newest_of(start))
-        if place.requeues and blow.kind in (*SAVING, "KILL"):
-            self._may_requeue = not resubmitted
+            return replace(struck, saved=watch.newest_of(start), ended=ended)
         saved = watch.newest_of(start)
         mark = watch.marks.get(saved) if saved is not None else None
         safe_s = mark.at_s - clock_s if mark is not None and mark.at_s >= clock_s else None
-        return replace(struck, saved=saved, safe_s=safe_s, back_s=self._now() - at_s)
+        return replace(struck, saved=saved, safe_s=safe_s, back_s=self._now() - at_s, ended=ended)
 
     def _wait(self, found: Callable[[], bool], what: str) -> None:
         deadline_s = self._now() + self._patience_s
@@ -471,4 +495,5 @@ def describe(struck: Struck) -> str:
         return f"{struck.kind}: refused ({struck.refused})"
     safe = f", safe after {struck.safe_s:.1f} s" if struck.safe_s is not None else ""
     back = f"training again after {struck.back_s:.0f} s" if struck.back_s is not None else "did not come back"
-    return f"{struck.kind} at step {struck.step}: checkpoint {struck.saved}{safe}; {back}"
+    again = f", submitted again by the drill: {struck.ended}" if struck.ended else ""
+    return f"{struck.kind} at step {struck.step}: checkpoint {struck.saved}{safe}; {back}{again}"

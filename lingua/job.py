@@ -7,6 +7,7 @@ Promise: what runs is what was submitted. `begin` checks the config as training 
 the run folder; each later start of the job runs those, edits of the working tree notwithstanding. `hold` outlives its
 ranks: signals are theirs, it only notes that they came. It requeues by `requeue.judge` alone, and never a job that is
 being cancelled. With RESERVE_S left of the time limit it requeues a job whose ranks still run: late is lost.
+What fails in here ends in a verdict too: a fact that cannot be read counts as unknown and is judged without.
 Cost: half a second per start; no torch. `hold` sleeps in between.
 
 A job file lies in <run>/jobs, or in the folder `tasks` of a sweep, whose points share one frozen code.
@@ -28,10 +29,10 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -39,7 +40,7 @@ from lingua.args import ConfigError
 from lingua.checkpoint.layout import CHECKPOINTS, done_steps
 from lingua.codefreeze import environment, freeze_code
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
-from lingua.failure import read_failures
+from lingua.failure import KINDS, Failure, classify, read_failures
 from lingua.files import RunError, entries, make_folder, read_json, write_json, write_whole
 from lingua.freeze import dump_yaml
 from lingua.launcher import LauncherArgs
@@ -47,7 +48,7 @@ from lingua.layers import read_yaml
 from lingua.logger import RANK_LOGS
 from lingua.ranks import PATIENCE_S, rank_env, run_ranks
 from lingua.requeue import Outcome, Verdict, judge
-from lingua.runfolder import STOP_FILE
+from lingua.runfolder import EXIT_FAILED, STOP_FILE
 from lingua.runlock import FOLDER as INCARNATIONS
 from lingua.slurm import Allocation, JobState, job_state, requeue, this_allocation, this_node_name
 
@@ -63,8 +64,16 @@ RANKS_STEP, SERVICE_STEP = "ranks", "service"
 """Names of the job's steps, as `squeue --steps` shows them."""
 SERVICE_WAIT_S = 600.0
 """For the first rank: longer than torch takes to be imported from a slow shared disk."""
+LOOKS = 3
+"""At a fact about the run, before it counts as unknown."""
+LOOK_AGAIN_S = 0.5
+_UNKNOWN = (-1, -1)
+NO_REQUEUE = "launcher.requeue is false"
+REFUSED = "Slurm did not take the job back"
+"""In the log of a job that did not come back for a reason that is not ours; `lingua drill` looks for the two."""
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 # -- freezing ------------------------------------------------------------------------------------------------------
@@ -137,11 +146,12 @@ class Job:
 def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     """The job that a job file froze. Raises OSError, RunError or ConfigError when it cannot be read."""
     config = job_file.with_suffix(".yaml")
-    if not config.is_file():
+    try:
+        tree = read_yaml(config).tree
+    except FileNotFoundError:
         raise RunError(
             f"{config} is not there: no such job or point was frozen, or its folder was moved; submit it anew"
-        )
-    tree = read_yaml(config).tree
+        ) from None
     launcher = LauncherArgs.model_validate(tree.get("launcher", {}))
     facts = read_json(job_file)
     accepted = ["--accept-change"] if facts["accept_change"] else []
@@ -262,14 +272,30 @@ def _this_host(env: Mapping[str, str]) -> str:
 class Holder:
     """Runs one start of a job."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, sleep: Callable[[float], None] = time.sleep) -> None:
         self.job = job
         self.tries_file = job.run_dir / JOBS / f"{job.name}.tries.json"
+        self._sleep = sleep
         self._stop_file = job.run_dir / STOP_FILE
-        self._before = _identity(self._stop_file)
+        self._stop_before = self._ask(lambda: _identity(self._stop_file), _UNKNOWN)
         self._first_step = self._newest_step()
-        self._n_starts = len(starts(job.run_dir))
-        self._failed_before = frozenset(read_failures(job.run_dir))
+        self._starts_before = self._count_starts()
+        self._failed_before = self._failures()
+
+    def hold(self, env: Mapping[str, str]) -> int:
+        """The whole of a start, up to the verdict; returns the exit code. Whatever fails in here is judged as well."""
+        try:
+            variables = rank_variables(self.job, env)
+            bad_nodes = self.check_nodes(variables)
+            exit_code = EXIT_FAILED if bad_nodes else self.run(variables)
+        except Exception as error:
+            bad_nodes, exit_code = [], EXIT_FAILED
+            log.error("this start of the job failed: %s", error, exc_info=_is_bug(error))
+        outcome = self.outcome(exit_code)
+        if bad_nodes:
+            stop = {"exit_code": exit_code, "kind": "device", "bad_nodes": bad_nodes}
+            outcome = replace(outcome, stop=stop)
+        return self.act(outcome)
 
     def check_nodes(self, variables: Mapping[str, str]) -> list[str]:
         """The nodes that the node check says are bad."""
@@ -293,7 +319,8 @@ class Holder:
         serving = None if service is None else subprocess.Popen(service, env=variables, stdin=subprocess.DEVNULL)
         ranks = subprocess.Popen(ranks_command(self.job), env=variables, stdin=subprocess.DEVNULL)
         exit_code = self._wait(ranks)
-        if serving is None or exit_code is None or len(starts(self.job.run_dir)) == self._n_starts:
+        n_starts = self._count_starts()
+        if serving is None or exit_code is None or (n_starts is not None and n_starts == self._starts_before):
             return exit_code  # no rank came as far as the run folder, so there is nothing to serve
         log.info("the ranks ended with exit code %d; waiting for the checkpoint service", exit_code)
         served = self._wait(serving)
@@ -317,15 +344,16 @@ class Holder:
                 continue  # the limit may have been moved meanwhile: look again
 
     def outcome(self, exit_code: int | None) -> Outcome:
-        stop = self._stop_file if _identity(self._stop_file) != self._before else None
+        """All that the verdict goes by. Raises nothing: what cannot be read is unknown, and the log says so."""
+        run_dir, first, last = self.job.run_dir, self._first_step, self._newest_step()
         return Outcome(
             exit_code=exit_code,
-            stop=read_json(stop) if stop is not None else None,
-            kinds=frozenset(failure.kind for failure in set(read_failures(self.job.run_dir)) - self._failed_before),
-            occupied=owned_by_another(self.job.run_dir, self.job.name),
+            stop=self._ask(self._read_stop, None),
+            kinds=frozenset(failure.kind for failure in self._failures() - self._failed_before),
+            occupied=self._ask(lambda: owned_by_another(run_dir, self.job.name), False),
             cancelled=self._state().cancelled,
-            steps_gained=self._newest_step() - self._first_step,
-            fruitless=self._tries().get("fruitless", 0),
+            steps_gained=0 if first is None or last is None else last - first,
+            fruitless=self._tries()[0],
         )
 
     def act(self, outcome: Outcome) -> int:
@@ -334,32 +362,97 @@ class Holder:
         if self.job.allocation is None:
             return verdict.exit_code
         if verdict.requeue and not self.job.launcher.requeue:
-            verdict = Verdict(False, f"{verdict.why}, and launcher.requeue is false", verdict.exit_code)
+            verdict = replace(verdict, requeue=False, why=f"{verdict.why}, and {NO_REQUEUE}")
+        avoid = sorted({*self._tries()[1], *(outcome.stop or {}).get("bad_nodes", [])})
+        if verdict.requeue:
+            verdict = self._count(verdict, avoid)
         log.info("%s: %s", "back into the queue" if verdict.requeue else "the job ends", verdict.why)
         if verdict.requeue:
-            tries = self._tries()
-            avoid = sorted({*tries.get("avoid", []), *(outcome.stop or {}).get("bad_nodes", [])})
-            make_folder(self.tries_file.parent, "dump_dir")
-            write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
-            try:
-                requeue(self.job.allocation.address, avoid)
-            except RunError as error:  # no right to, or no batch job: its exit code still says what it wants
-                log.error("%s", error)
+            send_back(self.job.allocation, avoid)
         return verdict.exit_code
 
-    def _state(self) -> JobState:
+    def _count(self, verdict: Verdict, avoid: list[str]) -> Verdict:
+        """Keep the count of failed starts. Where that fails every restart may have been one, so that they do end."""
         try:
-            return job_state(self.job.allocation.address) if self.job.allocation else JobState("RUNNING")
-        except RunError as error:
-            log.warning("%s", error)
-            return JobState("UNKNOWN")
+            make_folder(self.tries_file.parent, "dump_dir")
+            write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
+        except Exception as error:
+            log.error("cannot count the tries of this job: %s", error, exc_info=_is_bug(error))
+            assert self.job.allocation is not None
+            if verdict.fruitless and self.job.allocation.restarts >= self.job.launcher.max_retries:
+                return replace(verdict, requeue=False, why=f"{verdict.why}, and the tries cannot be counted ({error})")
+        return verdict
 
-    def _tries(self) -> dict[str, Any]:
+    # -- facts -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, question: Callable[[], T], unknown: T) -> T:
+        """The answer, or `unknown` after LOOKS failures: a job must not die of a look at its own run."""
+        for look in range(LOOKS):
+            try:
+                return question()
+            except Exception as error:
+                log.warning("a fact about the run is unknown: %s", error, exc_info=_is_bug(error))
+                if not isinstance(error, OSError):  # another look would see the same
+                    break
+                if look < LOOKS - 1:
+                    self._sleep(LOOK_AGAIN_S)
+        return unknown
+
+    def _read_stop(self) -> dict[str, Any] | None:
+        """The stop.json of this start; None: it left none, and what is there is an older start's."""
+        now = _identity(self._stop_file)
+        if now is None or now == self._stop_before or self._stop_before == _UNKNOWN:
+            return None
+        stop = read_json(self._stop_file)
+        if not isinstance(stop, dict) or not isinstance(stop.get("exit_code"), int):
+            raise RunError(f"{self._stop_file} does not say how the run ended")
+        return stop
+
+    def _failures(self) -> frozenset[Failure]:
+        return self._ask(lambda: frozenset(read_failures(self.job.run_dir)), frozenset())
+
+    def _state(self) -> JobState:
         slurm = self.job.allocation
-        return read_json(self.tries_file) if slurm and slurm.restarts and self.tries_file.is_file() else {}
+        if slurm is None:
+            return JobState("RUNNING")
+        return self._ask(lambda: job_state(slurm.address), JobState("UNKNOWN"))
 
-    def _newest_step(self) -> int:
-        return max(done_steps(self.job.run_dir / CHECKPOINTS), default=0)
+    def _tries(self) -> tuple[int, list[str]]:
+        """(failed starts in a row before this one that gained nothing, nodes to avoid)."""
+        return self._ask(self._read_tries, (0, []))
+
+    def _read_tries(self) -> tuple[int, list[str]]:
+        slurm = self.job.allocation
+        if slurm is None or not slurm.restarts:
+            return 0, []  # what is there is of an older job of the same number
+        try:
+            tries = read_json(self.tries_file)
+        except FileNotFoundError:
+            return 0, []
+        if not isinstance(tries, dict):
+            raise RunError(f"{self.tries_file} does not count the tries of a job")
+        return int(tries.get("fruitless", 0)), [str(node) for node in tries.get("avoid", [])]
+
+    def _newest_step(self) -> int | None:
+        return self._ask(lambda: max(done_steps(self.job.run_dir / CHECKPOINTS), default=0), None)
+
+    def _count_starts(self) -> int | None:
+        return self._ask(lambda: len(starts(self.job.run_dir)), None)
+
+
+def send_back(allocation: Allocation, avoid: Sequence[str] = ()) -> None:
+    """Put the job back into the queue, if Slurm takes it; else its exit code still says what it wants."""
+    try:
+        requeue(allocation.address, avoid)
+    except RunError as error:  # no right to, no batch job, no controller
+        log.error("%s: %s", REFUSED, error)
+    except Exception as error:
+        log.error("cannot ask Slurm to take the job back: %s", error, exc_info=_is_bug(error))
+
+
+def _is_bug(error: Exception) -> bool:
+    """Whether a traceback tells more than the sentence."""
+    return not isinstance(error, OSError | RunError)
 
 
 def starts(run_dir: Path) -> list[Path]:
@@ -373,11 +466,13 @@ def owned_by_another(run_dir: Path, job_id: str) -> bool:
     if not known:
         return False
     owner = read_json(known[-1])
+    if not isinstance(owner, dict) or "slurm_job_id" not in owner:
+        raise RunError(f"{known[-1]} does not say whose start it is")
     return not owner.get("released") and owner.get("slurm_job_id") != job_id
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Changes when the file is written anew."""
+    """Changes when the file is written anew. None: it is not there."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -395,11 +490,7 @@ def hold(job_file: Path, env: Mapping[str, str]) -> int:
     logs = make_folder(job.run_dir / RANK_LOGS, "dump_dir")
     if allocation is not None:
         _speak_into(logs / f"{job.name}.out")
-    holder, variables = Holder(job), rank_variables(job, env)
-    bad_nodes = holder.check_nodes(variables)
-    if bad_nodes:
-        return holder.act(replace(holder.outcome(1), stop={"exit_code": 1, "kind": "device", "bad_nodes": bad_nodes}))
-    return holder.act(holder.outcome(holder.run(variables)))
+    return Holder(job).hold(env)
 
 
 def _note(number: int, frame: object) -> None:
@@ -416,11 +507,26 @@ def _speak_into(path: Path) -> None:
 
 def main(words: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s job: %(message)s", force=True)
-    if words == ["begin"]:
-        return begin(os.environ)
-    if len(words) == 2 and words[0] == "hold":
-        return hold(Path(words[1]), os.environ)
-    raise ConfigError("usage: python -m lingua.job begin | hold JOB_FILE")
+    if words != ["begin"] and (len(words) != 2 or words[0] != "hold"):
+        raise ConfigError("usage: python -m lingua.job begin | hold JOB_FILE")
+    try:
+        return begin(os.environ) if words == ["begin"] else hold(Path(words[1]), os.environ)
+    except Exception as error:
+        return _give_up(error, this_allocation(os.environ))
+
+
+def _give_up(error: Exception, allocation: Allocation | None) -> int:
+    """After an error before any rank was started: requeue the job if that may help, else raise the error.
+
+    What the job is was not read, so its restarts are all that can be counted.
+    """
+    limit = LauncherArgs().max_retries
+    if allocation is None or not KINDS[classify(error)].restart_may_help or allocation.restarts >= limit:
+        raise error
+    log.error("%s", error, exc_info=_is_bug(error))
+    log.info("back into the queue: no rank was started; try %d of %d", allocation.restarts + 1, limit)
+    send_back(allocation)
+    return EXIT_FAILED
 
 
 if __name__ == "__main__":

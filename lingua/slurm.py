@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -248,12 +249,30 @@ def jobs_named(name: str, run: Runner = run_command) -> list[str]:
     return run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).split()
 
 
-def requeue(address: str, exclude: Sequence[str] = (), run: Runner = run_command) -> None:
+REQUEUE_PAUSES_S = (1.0, 4.0)
+"""Before the second and the third try: a controller that is just being restarted refuses too."""
+
+
+def requeue(
+    address: str,
+    exclude: Sequence[str] = (),
+    run: Runner = run_command,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
     """Put the job with this `Allocation.address` back into the queue, away from the nodes of `exclude`.
 
     This process is killed soon after. Nodes can be excluded of a pending job only: so first the one, then, before the
     kill, the other.
     """
-    run(["scontrol", "requeue", address])
+    for pause_s in REQUEUE_PAUSES_S:
+        try:
+            run(["scontrol", "requeue", address])
+            break
+        except RunError as error:
+            if "denied" in str(error).lower():
+                raise
+        sleep(pause_s)
+    else:
+        run(["scontrol", "requeue", address])
     if exclude:
         run(["scontrol", "update", f"JobId={address}", f"ExcNodeList={','.join(exclude)}"])

@@ -30,7 +30,6 @@ GOOD = Facts(
     last_step=200,
     differences=(),
     stayed_away=True,
-    may_requeue=True,
     limits=Limits(grace_s=300.0, preempt_mode="REQUEUE", kill_wait_s=30.0),
 )
 
@@ -52,6 +51,10 @@ def test_nothing_to_complain_of():
         ({"struck": ()}, "no blow fell on a run that trained"),
         ({"struck": (Struck("requeue", 7, refused="denied"),)}, "no blow fell on a run that trained"),
         ({"struck": (replace(TERM, back_s=None),)}, "after TERM at step 100 the run did not train again"),
+        (
+            {"struck": (replace(KILL, ended="FileNotFoundError: stop.json"),)},
+            "after KILL at step 150 the job did not go back into the queue: FileNotFoundError: stop.json",
+        ),
         ({"struck": (replace(TERM, saved=80),)}, "TERM at step 100 was not answered by a checkpoint; the newest is 80"),
         ({"struck": (replace(TERM, kind="USR2", saved=None),)}, "the newest is None"),
         ({"lost": {140: "the newest is now 120"}}, "checkpoint 140 was published and is lost: the newest is now 120"),
@@ -74,7 +77,7 @@ def test_a_broken_promise_fails_the_drill(changes: dict[str, Any], sentence: str
     ("changes", "sentence"),
     [
         ({"private_shm": "a tmpfs of the job's own"}, "a tmpfs of the job's own"),
-        ({"may_requeue": False}, "a job may not requeue itself here"),
+        ({"not_requeued": "Access denied"}, "goes on where it was (Access denied)"),
         ({"limits": Limits(grace_s=0.0, preempt_mode="REQUEUE")}, "0 s (GraceTime) and a save took up to 0.4 s"),
         ({"limits": Limits(grace_s=60.0, preempt_mode="CANCEL")}, "PreemptMode=CANCEL"),
         ({"limits": Limits(kill_wait_s=0.0)}, "leave 0 s (KillWait)"),
@@ -90,7 +93,7 @@ def test_what_a_cluster_does_not_grant_is_told_and_is_no_failure(changes: dict[s
 
 def test_without_preemption_its_grace_does_not_matter():
     assert judge(replace(GOOD, limits=Limits(grace_s=0.0, preempt_mode="OFF"))).limits == []
-    assert judge(replace(GOOD, limits=Limits(), may_requeue=None, stayed_away=None)).limits == []
+    assert judge(replace(GOOD, limits=Limits(), stayed_away=None)).limits == []
 
 
 def test_what_requeue_and_kill_leave_unsaved_is_no_broken_promise():

@@ -12,12 +12,15 @@ import orjson
 import pytest
 
 import lingua.drillrun
+import lingua.job
 from lingua.checkpoint import layout, publish
 from lingua.drill import EVERY, Facts, Limits, judge
 from lingua.drillrun import Drill, OnSlurm, Watch, describe
 from lingua.entry import CommandLine
 from lingua.files import RunError
+from lingua.job import NO_REQUEUE, REFUSED
 from lingua.layers import read_yaml
+from lingua.slurm import Allocation
 from tests.fakes import Clock
 
 
@@ -88,12 +91,19 @@ class Played:
             layout.done_mark(root, newest).unlink()
             shutil.rmtree(layout.folder(root, newest))
         self.trains = False
-        if not self.faults.get("stays_down") and not self.faults.get("may_not_requeue"):
+        if not self.faults.get("stays_down") and not self._ends:
             self.waits = 10
         return ""
 
+    @property
+    def _ends(self) -> bool:
+        return bool(self.faults.get("may_not_requeue") or self.faults.get("dies"))
+
     def is_over(self) -> bool:
-        return not self.trains and bool(self.faults.get("may_not_requeue"))
+        return not self.trains and self._ends
+
+    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+        return (False, "FileNotFoundError: stop.json") if self.faults.get("dies") else (True, "Access denied")
 
     def end(self) -> bool:
         self.trains, self.waits = False, 0
@@ -121,7 +131,7 @@ def test_a_run_that_keeps_its_promises(tmp_path: Path):
     assert judge(facts).broken == []
     assert judge(facts).limits == []
     assert {blow.kind for blow in facts.struck} == {"TERM", "KILL"}
-    assert (facts.may_requeue, facts.stayed_away, place.is_closed) == (True, True, True)
+    assert (facts.not_requeued, facts.stayed_away, place.is_closed) == ("", True, True)
     assert place.starts == {"taken": len(facts.struck) + 1, "calm": 1}
     assert facts.last_step in facts.published
     assert all(blow.safe_s is None or blow.safe_s >= 0 for blow in facts.struck), "None: it had just been saved"
@@ -133,6 +143,7 @@ def test_a_run_that_keeps_its_promises(tmp_path: Path):
     [
         ("forgets", r"TERM at step \d+ was not answered by a checkpoint"),
         ("loses", r"checkpoint \d+ was published and is lost: the newest is now"),
+        ("dies", r"after (TERM|KILL) at step \d+ the job did not go back into the queue: FileNotFoundError: stop"),
         ("stays_down", r"after (TERM|KILL) at step \d+ the run did not train again"),
         ("differs", r"not equal to the undisturbed run: model.bin of checkpoint \d+"),
         ("drifts", r"not equal to the undisturbed run: the loss of step 1 is"),
@@ -147,7 +158,7 @@ def test_each_broken_promise_is_found(tmp_path: Path, fault: str, sentence: str)
 
 def test_what_the_cluster_does_not_grant_is_seen(tmp_path: Path):
     facts, _ = play(tmp_path, may_not_requeue=True)
-    assert facts.may_requeue is False
+    assert facts.not_requeued == "Access denied"
     assert judge(facts).kept, "the drill has submitted it again"
     refused, _ = play(tmp_path / "again", forbids=True)
     assert judge(refused).limits == ["TERM was refused: Access denied"]
@@ -239,3 +250,39 @@ def test_whether_a_cancelled_job_stays_so(states: list[str], stayed: bool, monke
     place, controller, _ = on_slurm(states, monkeypatch)
     assert place.end() is stayed
     assert controller.asked[0] == "scancel 7"
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "by_cluster", "words"),
+    [
+        ("FAILED", "FileNotFoundError: [Errno 2] stop.json\n\n", False, "FileNotFoundError: [Errno 2] stop.json ("),
+        ("FAILED", "job: the job ends: 2 starts in a row gained no step\n", False, "2 starts in a row gained no step"),
+        ("FAILED", "", False, "nothing ("),
+        ("FAILED", None, False, "it is FAILED, and its log cannot be read"),
+        ("FAILED", f"job: back into the queue\njob: {REFUSED}: Access denied\n", True, "Access denied"),
+        ("COMPLETED", f"job: the job ends: the time was up, and {NO_REQUEUE}\n", True, NO_REQUEUE),
+        ("NODE_FAIL", "job: \n", True, "job 7 is NODE_FAIL"),
+    ],
+)
+def test_whose_fault_it_is_that_a_job_did_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, said: str | None, by_cluster: bool, words: str
+):
+    """The cluster's, only where the log of the job or its state says so; all else is ours."""
+    place, _, _ = on_slurm([state], monkeypatch)
+    if said is not None:
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "7.out").write_text(said)
+    found = place.last_words(tmp_path)
+    assert found[0] is by_cluster
+    assert words in found[1]
+
+
+def test_what_a_job_says_when_slurm_refuses_is_what_the_drill_looks_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(address: str, avoid: Sequence[str]) -> None:
+        raise RunError("scontrol requeue was refused: Access denied")
+
+    monkeypatch.setattr(lingua.job, "requeue", refuse)
+    lingua.job.send_back(Allocation("7", 0, 1, 1, 1))
+    assert f"{REFUSED}: scontrol requeue was refused: Access denied" in caplog.text

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import logging
 import os
+import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 import lingua.job
 from lingua.entry import parse_command_line
 from lingua.failure import failure_of, record
-from lingua.files import RunError, write_json
+from lingua.files import RunError, read_json, write_json
 from lingua.job import (
     Holder,
     Job,
@@ -31,6 +37,7 @@ from lingua.job import (
 )
 from lingua.launcher import LaunchEnvArgs, LauncherArgs
 from lingua.requeue import Outcome
+from lingua.runfolder import put_by_last_words
 from lingua.slurm import Allocation, JobState
 from tests.trainer import TINY
 
@@ -163,10 +170,10 @@ class Controller:
         monkeypatch.setattr(lingua.job, "job_state", lambda job_id: JobState(self.state))
         monkeypatch.setattr(lingua.job, "requeue", self._requeue)
 
-    def _requeue(self, job_id: str, exclude: list[str]) -> None:
+    def _requeue(self, job_id: str, exclude: Sequence[str]) -> None:
         if self.refuses:
             raise RunError("scontrol requeue was refused: Access denied")
-        self.requeued.append((job_id, exclude))
+        self.requeued.append((job_id, list(exclude)))
 
 
 def ended(tmp_path: Path, **stop: object) -> Holder:
@@ -282,3 +289,173 @@ def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.Monke
     holder = Holder(job(tmp_path, allocation=None))
     assert holder.act(holder.outcome(75)) == 75
     assert os.listdir(tmp_path) == []
+
+
+# -- what goes wrong in the job's own code -------------------------------------------------------------------------
+
+
+def restarted(tmp_path: Path, restarts: int, **more: Any) -> Holder:
+    """The holder of a start that Slurm has requeued so often; two looks at a fact cost no time."""
+    allocation = Allocation("7", restarts, 2, 8, 20)
+    return Holder(job(tmp_path, allocation=allocation, **more), sleep=lambda seconds: None)
+
+
+TERM = {"reason": "signal", "exit_code": 75, "signal": "SIGTERM", "step": 3}
+USR2 = {"reason": "signal", "exit_code": 75, "signal": "SIGUSR2", "step": 3}
+FAILED = {"reason": "error", "exit_code": 1, "kind": "nccl", "error": "RankError: rank 1 is gone"}
+ENDS: dict[str, tuple[int | None, dict[str, Any] | None, bool]] = {
+    # exit code of the ranks, what they say at their end, whether they came as far as the run folder
+    "TERM": (75, TERM, True),
+    "USR2": (75, USR2, True),
+    "another rank fails": (1, FAILED, True),
+    "KILL": (137, None, True),
+    "KILL while torch is imported": (137, None, False),
+    "the time is up": (None, None, True),
+}
+
+
+@pytest.mark.parametrize("first", ENDS)
+def test_however_three_starts_end_the_job_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str):
+    """A start moves away what the one before said: what the ranks of this one leave is none of that one's."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # 216 jobs
+    for n, others in enumerate(itertools.product(ENDS, repeat=2)):
+        assert times_back(tmp_path / str(n), monkeypatch, [first, *others]) == 3, others
+
+
+def times_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch, ends: Sequence[str]) -> int:
+    """How often a job goes back into the queue whose starts end like this."""
+    controller, began = Controller(monkeypatch), 0
+    (run_dir / "incarnations").mkdir(parents=True)
+    for restarts, end in enumerate(ends):
+        exit_code, stop, opens_the_folder = ENDS[end]
+        holder = restarted(run_dir, restarts)
+        if opens_the_folder:
+            began += 1
+            write_json(run_dir / "incarnations" / f"{began:010d}.json", {"slurm_job_id": "7"})
+            put_by_last_words(run_dir, began - 1)
+        if stop is not None:
+            write_json(run_dir / "stop.json", stop)
+        outcome = holder.outcome(exit_code)
+        assert outcome.stop == stop
+        assert holder.act(outcome) == (75 if exit_code is None else exit_code)
+    return len(controller.requeued)
+
+
+FILES = ("stop.json", "jobs/7.tries.json", "incarnations/0000000001.json", "logs/error_0.json")
+
+
+def broken(path: Path, how: str) -> None:
+    """Make a file that cannot be made sense of, or cannot be read at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if how == "a folder":
+        path.mkdir()
+    else:
+        path.write_text(how)
+
+
+@pytest.mark.parametrize("how", ["", "{", "[]", "null", '"x"', '{"exit_code": "x", "fruitless": "x"}', "a folder"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_cannot_be_read_does_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+):
+    controller = Controller(monkeypatch)
+    (tmp_path / "jobs").mkdir()
+    holder = restarted(tmp_path, 1)
+    broken(tmp_path / name, how)
+    assert holder.act(holder.outcome(137)) == 137
+    assert controller.requeued == [("7", [])]
+
+
+def raising(error: Exception) -> Callable[..., NoReturn]:
+    def fail(*args: object, **more: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+LOOKS = ("read_json", "read_failures", "owned_by_another", "done_steps", "starts", "job_state", "_identity")
+WRITES = ("write_json", "make_folder")
+STEPS = ("rank_variables", "node_check_command", "ranks_command", "service_command", "read_bad_nodes")
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EAGAIN, "RunError", "a bug"])
+@pytest.mark.parametrize("name", [*LOOKS, *WRITES, *STEPS])
+def test_whatever_fails_in_the_jobs_own_code_it_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: int | str
+):
+    """Each function that `hold` calls fails, from before its first line to its last."""
+    controller = Controller(monkeypatch)
+    (tmp_path / "jobs").mkdir()
+    write_json(tmp_path / "stop.json", TERM)
+    write_json(tmp_path / "jobs" / "7.tries.json", {"fruitless": 0, "avoid": []})
+    raised = OSError(error, "x") if isinstance(error, int) else RunError("x") if error == "RunError" else KeyError("x")
+    monkeypatch.setattr(subprocess, "run", lambda *words, **more: subprocess.CompletedProcess(words, 1, b"{}"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: Ended(137))
+    monkeypatch.setattr(lingua.job, name, raising(raised))
+    launcher = LauncherArgs(node_check=True)
+    holder = restarted(tmp_path, 1, launcher=launcher, shm="/dev/shm")
+    assert holder.hold({"PATH": os.environ["PATH"]}) in (1, 75, 137)
+    assert controller.requeued == [("7", [])]
+
+
+def test_a_fact_that_comes_at_the_second_look_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Controller(monkeypatch)
+    holder = restarted(tmp_path, 0)
+    write_json(tmp_path / "stop.json", USR2)
+    answers: list[Exception | None] = [OSError(errno.ESTALE, "Stale file handle"), None]
+
+    def read(path: Path) -> Any:
+        if path.name == "stop.json" and (error := answers.pop(0)) is not None:
+            raise error
+        return read_json(path)
+
+    monkeypatch.setattr(lingua.job, "read_json", read)
+    assert holder.outcome(1).stop == USR2
+
+
+def test_tries_that_cannot_be_counted_do_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run folder that takes nothing must not send a job round for ever; what Slurm takes away comes back though."""
+    controller = Controller(monkeypatch)
+    monkeypatch.setattr(lingua.job, "write_json", raising(OSError(errno.EROFS, "Read-only file system")))
+    (tmp_path / "jobs").mkdir()
+    for restarts in range(6):
+        restarted(tmp_path, restarts).act(Outcome(1))
+    assert len(controller.requeued) == LauncherArgs().max_retries
+    restarted(tmp_path, 6).act(Outcome(75, TERM))
+    assert len(controller.requeued) == LauncherArgs().max_retries + 1
+
+
+class Ended:
+    """A step that is through."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+    def wait(self, timeout: float | None) -> int:
+        return self.exit_code
+
+
+@pytest.mark.parametrize(
+    ("error", "restarts", "comes_back"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), 0, True),
+        (OSError(errno.EIO, "Input/output error"), 2, True),
+        (OSError(errno.EIO, "Input/output error"), 3, False),  # a count of the failures alone cannot be had
+        (KeyError("a bug of ours"), 0, True),
+        (RunError("jobs/7.yaml is not there: no such job; submit it anew"), 0, False),
+    ],
+)
+def test_a_job_that_cannot_read_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, restarts: int, comes_back: bool
+):
+    controller = Controller(monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **more: None)
+    monkeypatch.setattr(lingua.job, "read_job", raising(error))
+    monkeypatch.setattr(os, "environ", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)})
+    if comes_back:
+        assert lingua.job.main(["hold", "jobs/7.json"]) == 1
+    else:
+        with pytest.raises(type(error)):
+            lingua.job.main(["hold", "jobs/7.json"])
+    assert controller.requeued == ([("7", [])] if comes_back else [])

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Sequence
 
 import pytest
 
@@ -145,6 +146,32 @@ def test_nodes_are_excluded_once_the_job_is_pending():
     said: list[list[str]] = []
     requeue("7", ["n1", "n3"], run=lambda words: said.append(list(words)) or "")
     assert said == [["scontrol", "requeue", "7"], ["scontrol", "update", "JobId=7", "ExcNodeList=n1,n3"]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "n_tries", "requeued"),
+    [
+        (["Unable to contact slurm controller (connect failure)", ""], 2, True),
+        (["Socket timed out on send/recv operation", "Socket timed out on send/recv operation", ""], 3, True),
+        (["Unable to contact slurm controller (connect failure)"] * 5, 3, False),
+        (["Access/permission denied for job 7", ""], 1, False),
+    ],
+)
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(answers: list[str], n_tries: int, requeued: bool):
+    said: list[list[str]] = []
+
+    def run(words: Sequence[str]) -> str:
+        said.append(list(words))
+        if answer := answers[len(said) - 1]:
+            raise RunError(f"scontrol requeue was refused: {answer}")
+        return ""
+
+    if requeued:
+        requeue("7", run=run, sleep=lambda seconds: None)
+    else:
+        with pytest.raises(RunError, match="was refused"):
+            requeue("7", run=run, sleep=lambda seconds: None)
+    assert said == [["scontrol", "requeue", "7"]] * n_tries
 
 
 def test_a_command_that_fails_is_one_sentence():

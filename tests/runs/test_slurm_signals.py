@@ -9,7 +9,7 @@ import pytest
 
 from lingua.drill import step_of
 from lingua.files import read_json
-from lingua.job import SERVICE_STEP
+from lingua.job import RANKS_STEP, SERVICE_STEP
 from tests.checkout import Checkout, tiny, undisturbed
 from tests.slurm_cluster import until
 from tests.trainer import fingerprint, losses, published, train
@@ -131,6 +131,20 @@ def test_usr2_to_tasks_of_their_own_saves_and_requeues(checkout: Checkout):
     checkout.cluster.run("scancel", "--signal=USR2", job_id)
     until(lambda: checkout.cluster.job(job_id)["Restarts"] == "1", "the requeue")
     assert published(checkout.run_dir("told"))[-1] >= step
+
+
+def test_ranks_that_are_killed_after_a_polite_end_come_back(checkout: Checkout):
+    """The second start has moved away what the first said at its end, and leaves no word of its own."""
+    job_id = checkout.submit("sphinx_1.slurm", tiny("killed", LONG, "checkpoint.dump.every=20"), "--ntasks-per-node=2")
+    checkout.wait_for_step("killed", 5)
+    checkout.cluster.run("scancel", "--signal=USR2", job_id)
+    until(lambda: checkout.cluster.job(job_id)["Restarts"] == "1", "the requeue after a polite end")
+    saved = checkout.wait_for_start("killed", 2) - 1
+    listed = checkout.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i|%j")
+    checkout.cluster.run("scancel", "--signal=KILL", step_of(listed, RANKS_STEP) or f"no ranks in {listed}")
+    until(lambda: checkout.cluster.job(job_id)["Restarts"] == "2", "the requeue after the kill")
+    assert checkout.wait_for_start("killed", 3) > saved
+    assert "back into the queue: it failed with" in checkout.said(job_id)
 
 
 def test_a_failure_without_progress_is_not_tried_for_ever(checkout: Checkout):
