@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,7 @@ def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None =
             for name in sorted(sizes)
         }
         made_here = {
-            layout.METADATA: pickle.dumps(kept, protocol=4),
+            layout.METADATA: dcp.metadata_bytes(kept),
             layout.train_state_file(0): orjson.dumps(_state(checked, step), option=orjson.OPT_SERIALIZE_NUMPY),
         }
         for name, content in made_here.items():

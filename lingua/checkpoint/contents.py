@@ -12,6 +12,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +37,10 @@ ALLOWED = {
     ("pathlib._local", "PosixPath"),
     ("collections", "OrderedDict"),
 }
-"""(module, name) of all that a `.metadata` may name, besides torch's types of numbers."""
+"""(module, name) of all that a `.metadata` may name, besides torch's types of numbers and `GETATTR`."""
+
+GETATTR = ("builtins", "getattr")
+"""How Python 3.11.2 names a member of an enum. A reader takes `enum_member` in its place, never getattr itself."""
 
 DTYPE_BYTES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8,
@@ -96,17 +100,35 @@ class _Place(_StandIn):
     pass
 
 
+class _MemoryFormat(Enum):
+    TORCH_CONTIGUOUS_FORMAT = 0
+    TORCH_CHANNELS_LAST = 1
+    TORCH_PRESERVE_FORMAT = 2
+
+
 _STAND_INS: dict[str, Any] = {
     "TensorStorageMetadata": _Tensor,
     "MetadataIndex": _Index,
     "_StorageInfo": _Place,
     "OrderedDict": OrderedDict,
     "Size": tuple,
+    "_MEM_FORMAT_ENCODING": _MemoryFormat,
 }
+
+
+def enum_member(enum: Any, name: Any, /) -> Any:
+    """Return an enum's member of that name, and nothing else that getattr would return."""
+    if not isinstance(enum, EnumType) or name not in enum.__members__:
+        raise pickle.UnpicklingError(
+            f"it takes {name!r} from {enum!r} by {'.'.join(GETATTR)}, which no checkpoint needs"
+        )
+    return enum.__members__[name]
 
 
 class _TorchFreeUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == GETATTR:
+            return enum_member
         if (module_name, global_name) in ALLOWED:
             return _STAND_INS.get(global_name, _StandIn)
         if module_name == "torch" and global_name in DTYPE_BYTES:

@@ -12,8 +12,10 @@ where a blob is what `torch.save` makes of the tensor (a zip archive whose check
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import functools
+import io
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +29,13 @@ from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
     _StorageInfo,  # pyright: ignore[reportPrivateUsage] - part of the format: what .metadata holds
 )
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,  # pyright: ignore[reportPrivateUsage] - the same
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 from lingua.checkpoint import contents, layout
@@ -166,7 +174,22 @@ def global_plan(
         same = {dataclasses.replace(index, fqn=alias): place for index, place in places.items() if index.fqn == name}
         places |= same
     metadata = Metadata(tensors, planner_data=paths, storage_data=places, version=CURRENT_DCP_VERSION)
-    return plans, pickle.dumps(metadata, protocol=4)
+    return plans, metadata_bytes(metadata)
+
+
+def metadata_bytes(metadata: Metadata) -> bytes:
+    """Make the content of `.metadata`: the same bytes on every Python.
+
+    Pythons disagree on how to pickle a member of an enum: 3.11.2 calls builtins.getattr, which no reader should allow.
+    """
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, protocol=4)
+    pickler.dispatch_table = {
+        **copyreg.dispatch_table,
+        _MEM_FORMAT_ENCODING: lambda member: (type(member), (member.value,)),
+    }
+    pickler.dump(metadata)
+    return file.getvalue()
 
 
 def write_plan(tensors: dict[str, Tensor], plan: SavePlan, rank: int, metadata: bytes | None) -> WritePlan:
@@ -199,10 +222,13 @@ def host_bytes(tensor: Tensor) -> memoryview:
 
 class _AllowListUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == contents.GETATTR:
+            return contents.enum_member
         if module_name == "torch" and isinstance(found := getattr(torch, global_name, None), torch.dtype):
             return found
         if (module_name, global_name) in contents.ALLOWED:
-            return super().find_class(module_name, global_name)
+            here = "pathlib" if module_name == "pathlib._local" else module_name  # only Python 3.13 has the other
+            return super().find_class(here, global_name)
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no checkpoint needs")
 
 

@@ -88,7 +88,6 @@ class Hostile:
         (Hostile(), "posix.system"),
         ({"storage_data": Path}, "pathlib.Path"),
         (eval, "builtins.eval"),
-        (getattr, "builtins.getattr"),
     ],
 )
 def test_nothing_is_executed(tmp_path: Path, value: object, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
