@@ -365,28 +365,3 @@ class Profiler:
                 draft.unlink()
             return
         log.info("profile: written to %s", path)
-
-
-# -- the machine's speed -------------------------------------------------------------------------------------------
-
-
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs/s of a square matrix product here and now, the fastest of several: what MFU on a CPU is stated against.
-
-    Costs 0.2 s: sizes grow to 1024, or until a product is slow (in bf16 and fp16 on a CPU: 3 s at 1024).
-    """
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays untouched
-    fastest = 0.0
-    for size in (128, 256, 512, 1024):
-        a = torch.randn(size, size, device=device, generator=generator).to(dtype)
-        best_s = min(_seconds(lambda a=a: (a @ a).sum().item()) for _ in range(6))
-        fastest = max(fastest, 2 * size**3 / best_s)
-        if best_s > 0.02:
-            break
-    return fastest
-
-
-def _seconds(act: Callable[[], object]) -> float:
-    start_s = time.perf_counter()
-    act()
-    return time.perf_counter() - start_s

@@ -2,7 +2,8 @@
 
 Promise: rates are of the steps since the last report, so they are right after a resume; the time left is estimated
 from this incarnation's own steps. MFU counts model FLOPs only over the device's peak (PaLM, arXiv 2204.02311, B); HFU
-adds those that activation checkpointing computes again, but not what attention kernels recompute inside.
+adds those that activation checkpointing computes again, but not what attention kernels recompute inside. A device
+without a known peak, as every CPU is, has neither: a yardstick measured beside other processes may be far too short.
 Cost: two clock readings per micro step.
 """
 
@@ -61,11 +62,13 @@ class Meter:
         self._first: tuple[int, Lap] | None = None  # the first report of this start
 
     def formula(self) -> str:
-        """How MFU and HFU come about, with this run's numbers."""
+        """Say how MFU and HFU come about, with this run's numbers."""
         model, again = self._flops_per_token, self._recomputed_flops_per_token
-        peak = "the device's peak, which is not known" if self._peak_flops is None else f"{self._peak_flops:.4g} per s"
+        per_token = f"{model:.4g} FLOPs per token (6N + 12LHQS, PaLM appendix B)"
+        if self._peak_flops is None:
+            return f"{per_token}; no mfu, as this device's peak is not known"
         hardware = "" if again is None else f"; hfu = (that + {again:.4g} recomputed per token) likewise"
-        return f"mfu = {model:.4g} FLOPs per token (6N + 12LHQS, PaLM appendix B) * speed/wps / {peak}{hardware}"
+        return f"mfu = {per_token} * speed/wps / {self._peak_flops:.4g} per s{hardware}"
 
     def start(self, step: int) -> None:
         """`step` updates are done; the clock runs."""

@@ -16,8 +16,8 @@ what was left out is named. Its parts:
 
     MFU = tokens/s * (6 N + 12 L H Q S) / peak    (PaLM, arXiv 2204.02311, appendix B; N without the embedding's lookup)
 
-The causal-halved value counts 6 L H Q S for attention. The peak is the data sheet's (lingua/flops.py); on a CPU it is a
-measured matrix product. A goal that is missed is said, and is no failure: figures are for people to judge.
+The causal-halved value counts 6 L H Q S for attention. The peak is the data sheet's (lingua/flops.py); a device without
+one, such as a CPU, has no MFU. A goal that is missed is said, and is no failure: figures are for people to judge.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ from lingua.flops import find_peak
 from lingua.metrics import read_metrics
 from lingua.optim import measure_gradient, optimizer_step
 from lingua.parallel import forward_precision, set_matmul_precision
-from lingua.profiling import measured_matmul_flops
 from lingua.schema import LlamaArgs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "apps" / "main" / "configs"
 FORMULA = "tokens/s * (6 N + 12 L H Q S) / peak, N = parameters without the input embedding's lookup"
 VOCAB = 128_256  # Llama 3's, which the recipes train with
+PEAK_NAMES = {"sheet": "data sheet", "matmul": "matrix product"}
 WARM_UP_STEPS = 4
 ALONE = Place()
 
@@ -195,9 +195,7 @@ def timed_s(act: Callable[[], object], device: torch.device, repeats: int, warm_
 
 
 def matmul_flops(device: torch.device) -> float:
-    """FLOPs/s of a large bf16 product of random numbers, median of 20; on a CPU of a small fp32 one, the fastest."""
-    if device.type != "cuda":
-        return measured_matmul_flops(device, torch.float32)
+    """Measure a GPU's FLOPs/s on a large bf16 product of random numbers, median of 20."""
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / statistics.median(timed_s(lambda: a @ b, device, 20, 5))
@@ -329,6 +327,7 @@ def rates(case: Case, batch: int, times_s: Sequence[float], trainer: Trainer, pe
         model = trainer.args.model
         halved -= tokens_per_s * 6 * model.n_layers * model.heads * model.head_width * case.seq_len
     deciles = statistics.quantiles(times_s, n=10)
+    sheet, matmul = peaks.get("sheet"), peaks.get("matmul")
     return {
         "n_params": size.n_params,
         "batch_size": batch,
@@ -338,9 +337,8 @@ def rates(case: Case, batch: int, times_s: Sequence[float], trainer: Trainer, pe
         "step_s": median_s,
         "step_s_p10_p90": [deciles[0], deciles[-1]],
         "tokens_per_s": tokens_per_s,
-        "mfu": flops_per_s / peaks["sheet"],
-        "mfu_causal_halved": halved / peaks["sheet"],
-        "share_of_matmul": flops_per_s / peaks["matmul"],
+        **({"mfu": flops_per_s / sheet, "mfu_causal_halved": halved / sheet} if sheet else {}),
+        **({"share_of_matmul": flops_per_s / matmul} if matmul else {}),
     }
 
 
@@ -486,17 +484,17 @@ def apart(act: Callable[..., Any], *args: Any) -> Any:
     return {"error": f"the process ended with {process.exitcode}"} if result is None else result
 
 
-def device_facts() -> dict[str, Any]:
-    device = pick_device()
+def device_facts(device: torch.device | None = None) -> dict[str, Any]:
+    """Describe `device` (by default the GPU, if there is one) and the peaks to state its rates against."""
+    device = device or pick_device()
     facts = machine(device)
-    matmul = matmul_flops(device)
-    peak = find_peak(facts["device"]) if device.type == "cuda" else None
-    source = peak.sheet if peak else "a measured matrix product"
-    return {
-        "machine": facts,
-        "peaks": {"sheet": peak.flops_per_s if peak else matmul, "matmul": matmul},
-        "peak": source,
-    }
+    peaks, source = {}, "not known"
+    if device.type == "cuda":
+        peaks["matmul"] = matmul_flops(device)
+        peak = find_peak(facts["device"])
+        if peak is not None:
+            peaks["sheet"], source = peak.flops_per_s, peak.sheet
+    return {"machine": facts, "peaks": peaks, "peak": source}
 
 
 def gpu_plan(tiny: bool) -> list[tuple[str, float]]:
@@ -572,9 +570,9 @@ def goals(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def cpu_suite(names: Sequence[str], rounds: int, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Ours and transformers' take turns, `steps` updates each; ratio of the medians."""
-    facts = device_facts()
-    result: dict[str, Any] = facts | {"formula": FORMULA, "cases": {}}
     device = torch.device("cpu")
+    facts = device_facts(device)
+    result: dict[str, Any] = facts | {"formula": FORMULA, "cases": {}}
     for case in CPU_CASES:
         if names and case.name not in names:
             continue
@@ -614,12 +612,10 @@ def rows_of(cases: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> I
 
 def show(result: Mapping[str, Any]) -> None:
     """Tables for people."""
-    facts = result["machine"]
-    print(f"{facts['device']}, torch {facts['torch']}; MFU = {result['formula']}")
-    print(
-        f"peak {result['peaks']['sheet'] / 1e12:.4g} TFLOP/s ({result['peak']}), "
-        f"matrix product {result['peaks']['matmul'] / 1e12:.4g} TFLOP/s\n"
-    )
+    facts, peaks = result["machine"], result["peaks"]
+    print(f"{facts['device']}, torch {facts['torch']}" + (f"; MFU = {result['formula']}" if "sheet" in peaks else ""))
+    measured = [f"{name} {peaks[key] / 1e12:.4g} TFLOP/s" for key, name in PEAK_NAMES.items() if key in peaks]
+    print(f"peak: {result['peak']}" + "".join(f"; {text}" for text in measured) + "\n")
     for columns in (
         ("batch_size", "step_s", "tokens_per_s", "mfu", "mfu_causal_halved", "share_of_matmul", "over_transformers"),
         ("peak_memory_gib", "power_w", "first_step_s", "attention", "error"),
@@ -630,6 +626,7 @@ def show(result: Mapping[str, Any]) -> None:
             for name, found in result["cases"].items()
             if not name.startswith("attention") and (name.startswith("loop") == (columns[0] == "start_to_step_1_s"))
         }
+        columns = [column for column in columns if any(found.get(column) is not None for found in picked.values())]
         rows = list(rows_of(picked, columns))
         if rows:
             show_table(("", *columns), rows, columns)

@@ -107,7 +107,7 @@ def main() -> int:
         "steps": len(steps),
         **{f"{part}_s": round(value, 6) for part, value in medians.items()},
         "tokens_per_s": round(last["speed/wps"], 1),
-        "mfu": last.get("speed/mfu"),
+        **({"mfu": last["speed/mfu"]} if "speed/mfu" in last else {}),
         "outside_share": round(statistics.median(outside), 4),
     }
     if options.json:

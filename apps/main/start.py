@@ -27,7 +27,6 @@ from lingua.generator import Generator
 from lingua.logger import log_to_folder
 from lingua.metrics import MetricLogger
 from lingua.parallel import DTYPES, recomputed
-from lingua.profiling import measured_matmul_flops
 from lingua.progress import Meter
 from lingua.runfolder import describe_start, put_by_last_words
 from lingua.runlock import RunLock, this_process
@@ -127,26 +126,22 @@ def start_metrics(run: Run, incarnation: int, stack: ExitStack) -> MetricLogger 
 
 
 def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
-    """The run's speedometer. On a CPU, MFU is stated against a matrix product measured here."""
-    dtype = DTYPES[args.distributed.model_dtype]
-    if world.device.type == "cuda":
-        peak = find_peak(torch.cuda.get_device_name(world.device))
-        peak_flops = None if peak is None else peak.flops_per_s
-    else:
-        peak_flops = measured_matmul_flops(world.device, dtype)
+    """Make the run's speedometer. A CPU has no data sheet to state MFU against."""
+    peak = find_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     return Meter(
         n_steps=size.n_steps,
         tokens_per_step=size.tokens_per_step,
         flops_per_token=size.flops_per_token,
         n_devices=world.place.world_size,
-        peak_flops=peak_flops,
-        recomputed_flops_per_token=_recomputed_flops(args, world, dtype),
+        peak_flops=None if peak is None else peak.flops_per_s,
+        recomputed_flops_per_token=_recomputed_flops(args, world),
     )
 
 
-def _recomputed_flops(args: TrainArgs, world: World, dtype: torch.dtype) -> float | None:
+def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
     impl = "sdpa"
     if isinstance(args.model, LlamaArgs):
+        dtype = DTYPES[args.distributed.model_dtype]
         impl = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
     blocks, attention = recomputed(args.distributed, impl)
     return args.model.recomputed_flops_per_token(args.data.seq_len, blocks, attention)

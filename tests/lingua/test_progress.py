@@ -41,6 +41,20 @@ def test_hardware_flops_count_what_is_computed_again(recomputed: float | None, h
     assert ("hfu = " in meter.formula()) == (hfu is not None)
 
 
+def test_a_device_without_a_known_peak_has_no_share_of_it():
+    clock = Clock()
+    meter = Meter(
+        n_steps=9, tokens_per_step=64, flops_per_token=10, n_devices=2, peak_flops=None,
+        recomputed_flops_per_token=2.5, now=clock,
+    )  # fmt: skip
+    meter.start(0)
+    clock.now_s += 5
+    metrics = meter.read(5, meter.lap())
+    assert metrics["speed/FLOPS"] == pytest.approx(32 * 10)
+    assert not {"speed/mfu", "speed/hfu"} & set(metrics)
+    assert "no mfu" in meter.formula()
+
+
 def test_pauses_do_not_count():
     clock = Clock()
     meter = make_meter(clock)

@@ -67,6 +67,18 @@ def test_steps_beside_a_save_are_compared_with_those_before_it(bench: ModuleType
     assert (found["save_stall_s"], found["drain_gb_per_s"], found["mfu"]) == (0.25, 1.5, None)
 
 
+def test_a_cpu_has_no_peak_that_a_busy_moment_could_spoil(bench: ModuleType, tmp_path: Path) -> None:
+    cpu = bench.torch.device("cpu")
+    facts = bench.device_facts(cpu)
+    assert facts["peaks"] == {}
+    trainer = bench.Trainer(bench.TINY_CASES[0], 2, cpu, str(tmp_path))
+    found = bench.rates(bench.TINY_CASES[0], 2, [1.0, 1.0], trainer, facts["peaks"])
+    assert found["tokens_per_s"] == 2 * 32
+    assert not {"mfu", "mfu_causal_halved", "share_of_matmul"} & set(found)
+    sheet = bench.rates(bench.TINY_CASES[0], 2, [1.0, 1.0], trainer, {"sheet": 2e12, "matmul": 1e12})
+    assert sheet["share_of_matmul"] == pytest.approx(2 * sheet["mfu"])
+
+
 def test_what_the_time_does_not_suffice_for_is_named(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def apart(act: Any, *args: Any) -> dict[str, Any]:
         return {"peaks": {}} if act is bench.device_facts else {"tokens_per_s": 1.0}
