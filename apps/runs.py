@@ -50,14 +50,15 @@ def runs(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the runs below a folder, one line each."""
+    """List the runs below a folder, one line each; not those that failed before they trained (`lingua why RUN`)."""
     from dataclasses import asdict
 
     from lingua.runfacts import find_runs
     from lingua.runlock import this_process
-    from lingua.status import status_of, table
+    from lingua.status import has_trained, status_of, table
 
-    found = [status_of(facts, this_process()) for facts in _read(find_runs(folder))]
+    every = [(facts, status_of(facts, this_process())) for facts in _read(find_runs(folder))]
+    found = [status for facts, status in every if has_trained(facts, status)]
     _print([asdict(one) for one in found], table(found) if found else [f"no runs in {folder}"], as_json)
 
 

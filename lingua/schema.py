@@ -48,8 +48,8 @@ class ModelArgs(Part):
     """V. -1: the tokenizer's."""
     max_seqlen: PositiveInt = 1024
     """Longest S the model is built for; training raises it to data.seq_len."""
-    seed: int = 42
-    """Seed of the initial weights."""
+    seed: int | None = None
+    """Seed of the initial weights. Null: the run's `seed`."""
 
     def n_params(self) -> int:
         """Parameters in all. Needs vocab_size >= 1."""

@@ -76,6 +76,12 @@ def state_of(facts: RunFacts, me: Owner) -> str:
     return "saved" if facts.stop.get("exit_code") == EXIT_REQUEUE else "stopped"
 
 
+def has_trained(facts: RunFacts, status: Status) -> bool:
+    """Return whether a run is more than starts that failed before training: its first start may still succeed."""
+    ended = [*facts.earlier, facts.stop]
+    return status.state != "failed" or status.step is not None or any(s is None or "step" in s for s in ended)
+
+
 def status_of(facts: RunFacts, me: Owner) -> Status:
     """The run in figures."""
     state, metrics = state_of(facts, me), facts.metrics or {}

@@ -42,6 +42,7 @@ from lingua.layers import Origin, Point, read_yaml, stack_layers
 from lingua.logger import RANK_LOGS
 from lingua.progress import duration
 from lingua.ranks import POLL_S, signals_passed_on, start_below
+from lingua.rundiff import flatten
 from lingua.runfolder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE
 from lingua.slurm import run_command
 
@@ -157,6 +158,7 @@ def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) ->
     values = [{key: value for key, (value, _) in point.items()} for point in points]
     checked = _check(lines, [label(each) for each in values], app_module(app, "check").load)
     _must_not_share(checked)
+    _must_differ(checked, [label(each) for each in values])
     sweep = Sweep(folder, args.name, line.typed, list(values[0]), values, at_once)
     launcher = _same_launcher(checked)
     script = Script(
@@ -220,6 +222,29 @@ def _must_not_share(checked: Sequence[Any]) -> None:
         raise ConfigError(
             f"checkpoint.path is {shared} for several points, which would take each other's checkpoints; leave it out, "
             "or write ${dump_dir} into it"
+        )
+
+
+# What differs between points, or may, without a bearing on what they train.
+_OF_A_POINT = {"name", "dump_dir", "seed", "checkpoint.path", "eval.dump_dir", "eval.metric_log_dir"}
+
+
+def _must_differ(checked: Sequence[Any], labels: Sequence[str]) -> None:
+    """Refuse points that train the same thing. `seed` itself trains nothing: model.seed and data.seed do."""
+    seen: dict[str, int] = {}
+    for number, each in enumerate(checked, 1):
+        tree = flatten(each.frozen)
+        trained = {key: tree[key] for key in tree if key not in _OF_A_POINT and not key.startswith("logging.")}
+        first = seen.setdefault(repr(sorted(trained.items())), number)
+        if first == number:
+            continue
+        remedy = "keep one of them"
+        if each.args.seed != checked[first - 1].args.seed:
+            remedy = (
+                "model.seed and data.seed are set, so that seed changes nothing; leave them out, or set them to null"
+            )
+        raise ConfigError(
+            f"points {first} ({labels[first - 1]}) and {number} ({labels[number - 1]}) train the same thing: {remedy}"
         )
 
 

@@ -236,7 +236,7 @@ def init_parameter(parameter: Tensor, std: float | None, seed: int, name: str) -
     if std is None:
         parameter.fill_(1.0)
         return
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{seed:d}/{name}".encode(), digest_size=7).digest()
     generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little"))
     whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
     nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)

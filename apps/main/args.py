@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from lingua.args import Args, Part, Text, part_of
-from lingua.data.args import DataArgs
+from lingua.data.args import DEFAULT_SEED, DataArgs
 from lingua.evalargs import EvalArgs
 from lingua.launcher import LauncherArgs
 from lingua.metrics import LoggingArgs
@@ -59,8 +59,8 @@ class TrainArgs(Args):
     """Package of the app that trains this run."""
     plugins: list[str] = []
     """Modules imported before the config is checked; they register models, optimizers, schedules, losses."""
-    seed: int = 42
-    """Seed of everything random in training."""
+    seed: int = DEFAULT_SEED
+    """Seed of everything random in training; model.seed and data.seed follow it unless they are set."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     steps: Annotated[int, Field(ge=0)] | None = None
@@ -111,4 +111,13 @@ class TrainArgs(Args):
             if not self.name:
                 raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")
             object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
+        return self
+
+    @model_validator(mode="after")
+    def _seeds(self) -> Self:
+        """State the seeds that follow `seed`, so that a frozen config holds numbers."""
+        for name in ("model", "data"):
+            section = getattr(self, name)
+            if section.seed is None:
+                object.__setattr__(self, name, section.model_copy(update={"seed": self.seed}))
         return self

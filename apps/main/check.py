@@ -10,17 +10,19 @@ a step, S tokens of a row, K lanes. G and K stay when a run goes on with other G
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingua.args import ConfigError, dotted_key
-from lingua.compose import Composed, examine
+from lingua.compose import Composed, Examined, examine
 from lingua.data.args import DataArgs, default_lanes
+from lingua.earlier import Earlier, read_earlier
 from lingua.entry import CommandLine
 from lingua.files import human_bytes
-from lingua.freeze import Difference, compare, freeze, read_frozen
+from lingua.freeze import Difference, compare, freeze
+from lingua.layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.schema import LlamaArgs
 from lingua.tokenizer import TokenizerArgs, assumed_n_words, build_tokenizer
 
@@ -123,6 +125,8 @@ class Checked:
     warnings: list[str]
     differences: list[Difference]
     """Against the config of the run's first start; none at a first start."""
+    waived: list[Difference]
+    """Differences that would bar the start if the run had a checkpoint; `start.settle_config` looks once more."""
     frozen: dict[str, Any]
     """What `config.yaml` of the run folder says."""
 
@@ -141,23 +145,93 @@ def load(
     if examined.composed is None:
         raise ConfigError(examined.complaints)
     composed, args = examined.composed, examined.composed.args
-    frozen = read_frozen(Path(args.dump_dir))
-    study_ = study(args, world_size or default_world_size(args), frozen, strict_paths=strict_paths)
+    earlier = read_earlier(Path(args.dump_dir), Path(args.checkpoint.path) if args.checkpoint.path else None)
+    kept = earlier.config if earlier.is_bound or earlier.has_begun else None
+    followers = [name for name in ("model", "data") if (name, "seed") not in composed.marks]
+    n_ranks = world_size or default_world_size(args)
+    judged = _judge(examined, composed, n_ranks, followers, kept, strict_paths)
+    barring = _barring(judged, earlier, line)
+    if not earlier.is_bound and kept is not None and (judged.complaints or barring):
+        # No step is kept, so what the earlier start derived need not be either.
+        judged = _judge(examined, composed, n_ranks, followers, None, strict_paths)
+        barring = _barring(judged, earlier, line)
+    if judged.complaints or judged.study.resolved is None:
+        raise ConfigError(judged.complaints)
+    if earlier.is_bound and barring:
+        raise ConfigError([f"{Path(args.dump_dir) / 'config.yaml'}: {difference}" for difference in barring])
+    warnings = [composed.complaint(*finding) for finding in [*judged.study.warnings, *_idle_seed(composed)]]
+    for name in followers:
+        composed.marks[name, "seed"] = _origin_of_seed(composed, getattr(args, name).seed)
+    waived = [] if earlier.is_bound else barring
+    differences = _differences(judged, earlier) if kept is not None else []
+    differences = [replace(d, rule="free") if waived or earlier.allows(d) else d for d in differences]
+    return Checked(composed, judged.study.resolved, warnings, differences, waived, judged.frozen)
+
+
+@dataclass
+class _Judged:
+    """A config held against what an earlier start derived."""
+
+    study: Study
+    complaints: list[str]
+    frozen: dict[str, Any]
+    """What `config.yaml` would say; empty where the sizes are wrong."""
+
+
+def _judge(
+    examined: Examined[TrainArgs],
+    composed: Composed[TrainArgs],
+    world_size: int,
+    followers: Sequence[str],
+    kept: Mapping[str, Any] | None,
+    strict_paths: bool,
+) -> _Judged:
+    """Study a config. `kept`: the frozen config whose derived numbers stay; `followers`: sections without a seed."""
+    args = composed.args
+    for name in followers:
+        getattr(args, name).seed = (kept or {}).get(name, {}).get("seed", args.seed)
+    found = study(args, world_size, kept, strict_paths=strict_paths)
     about = {key.partition(".")[0] for key in examined.bad_keys}
     about |= _SIZE_KEYS if about & _SIZE_KEYS else set()
     # What may only follow from a wrong value, which was left out, is not said.
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
-    errors = [f for f in study_.errors if f.key in written or f.key.partition(".")[0] not in about]
+    errors = [f for f in found.errors if f.key in written or f.key.partition(".")[0] not in about]
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
-    if complaints or study_.resolved is None:
-        raise ConfigError(complaints)
-    now = freeze(args, study_.resolved.frozen())
-    differences = compare(frozen, now) if frozen is not None else []
-    barring = [d for d in differences if d.rule == "refuse" or (d.rule == "accept" and not accepts(line))]
-    if barring:
-        raise ConfigError([f"{Path(args.dump_dir) / 'config.yaml'}: {difference}" for difference in barring])
-    warnings = [composed.complaint(*finding) for finding in study_.warnings]
-    return Checked(composed, study_.resolved, warnings, differences, now)
+    return _Judged(found, complaints, freeze(args, found.resolved.frozen()) if found.resolved else {})
+
+
+def _differences(judged: _Judged, earlier: Earlier) -> list[Difference]:
+    return compare(earlier.config, judged.frozen) if earlier.config is not None else []
+
+
+def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Difference]:
+    """The differences that a run with a checkpoint does not let pass."""
+    accepted = accepts(line)
+    return [
+        difference
+        for difference in _differences(judged, earlier)
+        if difference.rule == "refuse"
+        or (difference.rule == "accept" and not accepted and not earlier.allows(difference))
+    ]
+
+
+def _origin_of_seed(composed: Composed[TrainArgs], value: int) -> Origin:
+    """The place of a seed that the config does not state."""
+    if value != composed.args.seed:
+        return Origin("the run's first start")
+    return Origin(f"seed, {composed.marks.get(('seed',), DEFAULT)}")
+
+
+def _idle_seed(composed: Composed[TrainArgs]) -> Iterator[Finding]:
+    """A seed that was typed over a config that states the two which decide."""
+    typed, stated = composed.marks.get(("seed",)), [composed.marks.get((name, "seed")) for name in ("model", "data")]
+    seeds = (composed.args.model.seed, composed.args.data.seed)
+    if typed == COMMAND_LINE and None not in stated and COMMAND_LINE not in stated and composed.args.seed not in seeds:
+        text = (
+            f"seed is {composed.args.seed}, but model.seed is {seeds[0]} ({stated[0]}) and data.seed {seeds[1]} "
+            f"({stated[1]}): weights and rows stay as they are; set both to null, and they follow seed"
+        )
+        yield Finding("seed", text)
 
 
 def accepts(line: CommandLine) -> bool:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
+from lingua.args import ConfigError
 from lingua.attention import resolve_attn_impl
+from lingua.checkpoint.layout import done_steps
 from lingua.checkpoint.weights import copy_weights
 from lingua.data.sources import filled
 from lingua.distributed import World, from_main, on_every_rank
@@ -65,8 +67,10 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
                 f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
             ) from error
         incarnation = lock.acquire()
+        if not checked.waived:
+            _freeze_config(path, checked, incarnation)
+        # After the config: what the last start said may be the reason why this one is allowed to differ.
         put_by_last_words(path, incarnation - 1)
-        _freeze_config(path, checked, incarnation)
         describe_start(path, ["-m", f"{checked.args.app}.train", *words])
         return incarnation
 
@@ -84,6 +88,24 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
     finally:
         if lock is not None:
             lock.release()
+
+
+def settle_config(run: Run, checked: Checked, incarnation: int) -> None:
+    """Freeze a config that only a run without a checkpoint may begin with, once it is sure that there is none.
+
+    Collective. Call after the run was built: a checkpoint that was only in the memory of other machines when the config
+    was checked is on the disk by now. Raises ConfigError, and then the config of the earlier start stays.
+    """
+
+    def settle() -> None:
+        if not checked.waived:
+            return
+        if steps := done_steps(run.manager.root):
+            what = f"{run.run_dir / CONFIG_FILE}: checkpoint {steps[-1]} of an earlier start was saved only now"
+            raise ConfigError([f"{what}, and {difference}" for difference in checked.waived])
+        _freeze_config(run.run_dir, checked, incarnation)
+
+    from_main(settle)
 
 
 def _note_failure(log_file: logging.Handler, error: Exception) -> None:

@@ -57,6 +57,7 @@ from .start import (
     say_goodbye,
     say_hello,
     say_sample,
+    settle_config,
     start_metrics,
     use_embedded_corpus,
 )
@@ -349,6 +350,7 @@ def main(words: list[str]) -> int:
             measures = make_measures(args, world)
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
+            settle_config(run, checked, folder.incarnation)
             guard.pulse.step = run.step
             say_hello(run, checked, meter, folder.incarnation)
             metrics = start_metrics(run, folder.incarnation, stack)

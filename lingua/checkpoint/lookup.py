@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, Manifest
+from lingua.checkpoint.slots import region_of
 from lingua.files import RunError
 from lingua.freeze import CONFIG_FILE, read_frozen
 
@@ -81,6 +82,29 @@ def run_root(run_dir: Path) -> Path:
         what = "has neither config.yaml nor checkpoints/" if run_dir.exists() else "does not exist"
         raise RunError(f"{run_dir} is no run: it {what}")
     return root
+
+
+def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
+    """Return whether the next start of a run would go on from a checkpoint, which lies below one of `roots`.
+
+    Besides a published one that is one that lacks nothing but its mark, which the next start sets, and a snapshot in
+    this machine's memory (`shm`), which the next start saves first. A snapshot of several nodes counts only once it is
+    published: no node can tell by itself whether the other parts are still there. Each is looked for before what it
+    becomes, so that a checkpoint on its way is not missed.
+    """
+    ids = {(root / layout.RUN_ID).read_text() for root in roots if (root / layout.RUN_ID).is_file()}
+    for slot in region_of(run_dir, shm).slots():
+        found = slot.complete()
+        if found is not None and found[0].n_nodes == 1 and found[0].run_id in ids:
+            return True
+    return any(_unmarked_but_whole(root) or layout.done_steps(root) for root in roots)
+
+
+def _unmarked_but_whole(root: Path) -> bool:
+    """Whether a start died between giving a checkpoint its name and giving it its mark."""
+    unmarked = layout.unmarked_folders(root)
+    marks = (mark for _, passage in layout.passages(root) for mark in layout.temporaries(passage) if mark.is_mark)
+    return any(mark.kind == "coming" and mark.step in unmarked for mark in marks)
 
 
 def find(path: str | Path) -> list[Checkpoint]:

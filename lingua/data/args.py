@@ -10,6 +10,7 @@ from lingua.args import Args, Text
 from lingua.tokenizer import TokenizerArgs
 
 MIN_LANES = 64
+DEFAULT_SEED = 42
 
 
 def default_lanes(rows_per_step: int) -> int:
@@ -46,8 +47,8 @@ class DataArgs(Args):
     """S: tokens of a row."""
     n_views: Annotated[int, Field(ge=1)] = 2
     """Shifted copies of a row: 2 = inputs and next-token labels."""
-    seed: int = 42
-    """Seed of source choice and order."""
+    seed: int | None = None
+    """Seed of source choice and order. Null: the run's `seed`."""
     lanes: Annotated[int, Field(ge=1)] | None = None
     """K, fixed for the life of a run. Null: the smallest multiple of the rows per step that is at least 64."""
     add_bos: bool = True
@@ -78,6 +79,11 @@ class DataArgs(Args):
     stage_to: str | None = None
     """Copy the sources once per node to this fast folder (/dev/shm, say) and read them there. Null: read them in place.
     Copying must end within distributed.timeout_s."""
+
+    @property
+    def order_seed(self) -> int:
+        """The seed in effect. A run's config always states it (`TrainArgs`); the default is for data without a run."""
+        return DEFAULT_SEED if self.seed is None else self.seed
 
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:

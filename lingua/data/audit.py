@@ -150,7 +150,7 @@ def _walk(
     count_tokens: bool,
 ) -> tuple[int, list[str]]:
     """(pieces read, problems) of one lane, from `start` (None: the first row) through all its saved positions."""
-    documents = Documents(lane, n_lanes, sources, args.seed, start)
+    documents = Documents(lane, n_lanes, sources, args.order_seed, start)
     packer = Packer(documents, sources, tokenizer, packing_of(args), start)
     before = _tokens_given(args, start) - start["token"] if start else 0
     n_pieces, piece, tokens = 0, None, before  # `tokens`: of all pieces before the one in hand
@@ -257,7 +257,7 @@ def open_lane(
         sources,
         tokenizer,
         packing_of(args),
-        seed=args.seed,
+        seed=args.order_seed,
         window=args.shuffle_window,
         skip_rows=args.skip_rows,
         state=state,
@@ -278,5 +278,5 @@ def _origin(args: DataArgs, sources: Sequence[Tape], part: Part, n_tokens: int, 
     mark = part.mark
     assert mark.source is not None
     source, (position, offset) = sources[mark.source], mark.places[mark.source]
-    file, _, _ = source.block(block_at(source, args.seed, position))
+    file, _, _ = source.block(block_at(source, args.order_seed, position))
     return Origin(source.name, str(source.files[file].path), offset, mark.char, part.token, n_tokens, text)

@@ -53,6 +53,31 @@ class Sbatch:
         return f"{4710 + len(self.words)}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            ["seed=1,2", "optim.lr=1e-3,3e-4", "model.seed=5", "data.seed=5"],
+            r"^points 1 \(seed=1 lr=0.001\) and 3 \(seed=2 lr=0.001\) train the same thing: model.seed and data.seed",
+        ),
+        (["optim.lr=1e-3,0.0010"], "0.001 is there twice"),
+        (
+            ["data.lanes=null,64"],
+            r"^points 1 .* and 2 \(lanes=64\) train the same thing: keep one",
+        ),
+    ],
+)
+def test_points_that_train_the_same_are_refused(hostile_dir: Path, words: list[str], problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        plan(hostile_dir / "x", *words)
+
+
+def test_a_sweep_over_seeds_trains_different_things(hostile_dir: Path):
+    found = plan(hostile_dir / "x", "seed=1,2", "model.seed=null,5", "checkpoint.path=${dump_dir}/elsewhere")
+    trees = [each.frozen for each in found.checked]
+    assert [(t["model"]["seed"], t["data"]["seed"]) for t in trees] == [(1, 1), (5, 1), (2, 2), (5, 2)]
+
+
 def test_a_sweep_is_frozen_and_submitted_once(hostile_dir: Path):
     folder, sbatch = hostile_dir / "rates", Sbatch()
     made = make_sweep(plan(folder, "optim.lr=1e-3,3e-4", "seed=1,2", at_once=2), ROOT)

@@ -2,12 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import apps.main.train
+from apps.cli import app
+from apps.main.build import Run
+from lingua.entry import run_main
 from lingua.files import Files
-from tests.trainer import TINY, Hook, Trainer, at_step, published, train
+from tests.trainer import TINY, Hook, Trainer, at_step, kill_self, published, train
 
 WORDS = [*TINY, "steps=4"]
 
@@ -186,3 +191,55 @@ def test_the_model_cannot_change_within_a_run(tmp_path: Path):
     assert "--accept-change" in accepted.output
     assert train([*words, "steps=6", "optim.lr=1e-3", "--accept-change"]).exit_code == 0
     assert train([*words, "steps=8", "optim.lr=1e-3"]).exit_code == 0  # accepted once
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["data.tokenizer.name=tiktoken", "data.tokenizer.path=nope.model"],
+        ["data.sources=[{path: nope}]"],
+        ["data.batch_size=3", "checkpoint.init_ckpt_path=nope"],
+    ],
+    ids=" ".join,
+)
+def test_a_first_start_that_fails_does_not_freeze_its_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: list[str]
+):
+    def lingua(*words: object) -> str:
+        assert run_main(lambda given: app(given, standalone_mode=False), list(map(str, words))) == 0
+        return capsys.readouterr().out
+
+    words = [*WORDS, f"dump_dir={tmp_path / 'run'}"]
+    failed = train([*words, *mistake])
+    assert failed.exit_code != 0
+    assert "nope" in failed.output
+    assert "nope" in lingua("why", tmp_path / "run")
+    assert lingua("runs", tmp_path) == f"no runs in {tmp_path}\n"
+    again = train(words)
+    assert again.exit_code == 0, again.output
+    assert published(tmp_path / "run") == [4]
+    assert str(tmp_path / "run") in lingua("runs", tmp_path)
+
+
+def test_a_checkpoint_that_turns_up_late_binds_the_config(tmp_path: Path):
+    """It was in another machine's memory when the config was checked, and is on the disk when the run is built."""
+    words = [*WORDS, f"dump_dir={tmp_path / 'run'}", "checkpoint.dump.every=2"]
+    assert train(words, hook=at_step(3, kill_self)).exit_codes == [-9]
+    before, away = (tmp_path / "run" / "config.yaml").read_bytes(), tmp_path / "away"
+    (mark,) = (tmp_path / "run" / "checkpoints").glob("*.done")
+    mark.rename(away)
+
+    def publish_late(rank: int) -> None:
+        build_run = apps.main.train.build_run
+
+        def late(*args: Any) -> Run:
+            away.rename(mark)
+            return build_run(*args)
+
+        setattr(apps.main.train, "build_run", late)  # noqa: B010
+
+    refused = train([*words, "optim.lr=1e-4"], hook=publish_late)
+    assert refused.exit_code == 2
+    assert "checkpoint 2 of an earlier start was saved only now, and optim.lr" in refused.output
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert train(words).exit_code == 0

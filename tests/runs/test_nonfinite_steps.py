@@ -7,7 +7,7 @@ import torch
 
 from lingua.loss import CrossEntropy
 from lingua.metrics import read_metrics
-from tests.trainer import TINY, Hook, losses, published, train
+from tests.trainer import TINY, Hook, at_step, kill_self, losses, published, train
 
 WORDS = [*TINY, "steps=8"]
 
@@ -40,6 +40,15 @@ def test_the_run_stops_before_the_optimizer_moves_and_names_step_and_rows(tmp_pa
     assert published(tmp_path) == [2]
 
     assert train([*words, "data.skip_rows=[[6,7]]"]).exit_code == 0  # the way past
+
+
+def test_the_lower_rate_that_the_message_asks_for_is_accepted(tmp_path: Path):
+    words = [*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=2", "optim.lr=1e-3"]
+    assert "lower optim.lr" in train(words, hook=spoil(4)).output
+    assert train([*words, "optim.lr=2e-3"]).exit_code == 2
+    lower = [*words, "optim.lr=1e-4"]
+    assert train(lower, hook=at_step(4, kill_self)).exit_codes == [-9]
+    assert train(lower).exit_code == 0  # the config of the start that was killed says so now
 
 
 def test_it_stops_even_when_that_step_would_have_been_saved(tmp_path: Path):

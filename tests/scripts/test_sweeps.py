@@ -72,9 +72,13 @@ def test_thirty_models_of_the_same_compute(tmp_path: Path, sbatch: dict[str, str
     subprocess.run(command, cwd=tmp_path, env=sbatch, check=True)
     jobs = submitted(tmp_path)
     assert len({extra[0] for _, extra, _ in jobs}) == len(jobs) == 30
+    trained = set()
     for config, extra, words in jobs:
         assert "--partition=night" in words
         assert words[-1].endswith("miso_8_silent.slurm")
         checked = check.load(parse_command_line([str(ROOT / config), *extra]))
         assert checked.args.model.dim == 96 * checked.args.model.n_layers  # pyright: ignore[reportAttributeAccessIssue]
         assert checked.resolved.n_steps > 1000
+        tree = checked.frozen
+        trained.add((tree["model"]["n_layers"], tree["optim"]["lr"], tree["model"]["seed"], tree["data"]["seed"]))
+    assert len(trained) == 30, "no two of them train the same thing"

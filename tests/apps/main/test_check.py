@@ -8,6 +8,7 @@ import pytest
 from apps.main.args import TrainArgs
 from apps.main.check import estimate_tokens, load, problems, resolve, source_folders
 from lingua.args import ConfigError, Part
+from lingua.checkpoint.slots import Save, make_region
 from lingua.data.args import DataArgs
 from lingua.entry import parse_command_line
 from lingua.freeze import dump_yaml
@@ -287,12 +288,34 @@ def test_strict_paths_turns_missing_files_into_errors(tmp_path: Path) -> None:
         load(line, 1, strict_paths=True)
 
 
+def started(run_dir: Path, config: dict[str, Any], *, has_begun: bool = True) -> None:
+    """Leave what a start leaves that saved nothing; `has_begun`: it came to its first step."""
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump_yaml(config))
+    (run_dir / "metrics.checkpoint.jsonl").write_text('{"event": "begun"}\n' if has_begun else "")
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "run_id").write_text("the-run")
+
+
+def publish_mark(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "checkpoint_0000000004.done").write_text("{}")
+
+
+def stage_snapshot(run_dir: Path, shm: Path, **changes: Any) -> None:
+    """A complete snapshot in memory, as a start leaves it that was killed before the service drained it."""
+    save = Save(**{"run_id": "the-run", "incarnation": 1, "step": 4, "ranks": (0,), **changes})
+    region = make_region(run_dir, shm)
+    region.make_slots(1, set())
+    region.slot(0).put_mark(save)
+    region.slot(0).say_ready(0, save, {})
+
+
 def test_a_second_start_is_compared_with_the_first(tmp_path: Path) -> None:
     config, run_dir = write(tmp_path), tmp_path / "run"
     first = loaded(config, world_size=2)
     assert first.differences == []
-    run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(dump_yaml(first.frozen))
+    started(run_dir, first.frozen)
+    publish_mark(run_dir)
     again = loaded(config, world_size=1)
     assert again.differences == []
     assert (again.resolved.rows_per_step, again.resolved.grad_acc_steps) == (8, 2)
@@ -308,3 +331,102 @@ def test_a_second_start_is_compared_with_the_first(tmp_path: Path) -> None:
     assert (from_frozen.resolved.rows_per_step, from_frozen.differences) == (8, [])
     with pytest.raises(ConfigError, match=r"rows per step stay 8.*set data\.batch_size to 2"):
         loaded(str(run_dir / "config.yaml"), world_size=4)
+
+
+def test_until_there_is_a_checkpoint_the_config_is_free(tmp_path: Path) -> None:
+    config = write(tmp_path)
+    started(tmp_path / "run", loaded(config, world_size=2).frozen)
+    free = loaded(config, "model.dim=128", "optim.lr=1", "data.lanes=40", "seed=1", world_size=2)
+    assert {"model.dim", "optim.lr", "data.lanes", "seed"} <= {d.key for d in free.waived}
+    assert "model.dim: 64 -> 128 takes effect from here on" in [str(d) for d in free.differences]
+    unchanged = loaded(config, world_size=1)  # on other GPUs; lowering data.batch_size is the same
+    assert (unchanged.resolved.rows_per_step, unchanged.resolved.grad_acc_steps, unchanged.waived) == (8, 2, [])
+    assert loaded(config, "data.batch_size=3", world_size=2).resolved.rows_per_step == 6
+
+
+def test_a_start_that_failed_before_training_leaves_nothing_to_keep(tmp_path: Path) -> None:
+    config = write(tmp_path)
+    started(tmp_path / "run", loaded(config, world_size=2).frozen, has_begun=False)
+    again = loaded(config, "data.batch_size=1", world_size=2)
+    assert (again.resolved.rows_per_step, again.differences) == (2, [])
+
+
+@pytest.mark.parametrize("changes", [{}, {"run_id": "older"}, {"ranks": (0, 1)}, {"n_nodes": 2}], ids=str)
+def test_a_complete_snapshot_in_memory_counts_as_a_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Not that of an older run of this name, nor half of one, nor what only several nodes together have."""
+    config = write(tmp_path, checkpoint={"async_save_mode": "shm", "shm_path": str(tmp_path)})
+    started(tmp_path / "run", loaded(config).frozen)
+    stage_snapshot(tmp_path / "run", tmp_path, **changes)
+    if changes:
+        assert [d.key for d in loaded(config, "optim.lr=1").waived] == ["optim.lr"]
+    else:
+        with pytest.raises(ConfigError, match=r"optim\.lr: .*--accept-change"):
+            loaded(config, "optim.lr=1")
+
+
+def test_a_checkpoint_that_lacks_only_its_mark_counts_as_one(tmp_path: Path) -> None:
+    config, root = write(tmp_path), tmp_path / "run" / "checkpoints"
+    started(tmp_path / "run", loaded(config).frozen)
+    (root / "0000000004").mkdir()
+    assert loaded(config, "optim.lr=1").waived != []
+    (root / "incarnation-1").mkdir()
+    (root / "incarnation-1" / "checkpoint_0000000004.done").write_text("{}")
+    with pytest.raises(ConfigError, match=r"optim\.lr: .*--accept-change"):
+        loaded(config, "optim.lr=1")
+
+
+def test_after_a_nan_the_rate_may_be_lowered(tmp_path: Path) -> None:
+    """As the message of the failure says, and nothing else."""
+    config, run_dir = write(tmp_path, optim={"lr": 0.5}), tmp_path / "run"
+    started(run_dir, loaded(config).frozen)
+    publish_mark(run_dir)
+    with pytest.raises(ConfigError, match="--accept-change"):
+        loaded(config, "optim.lr=0.1")
+    (run_dir / "stop.json").write_text('{"reason": "error", "kind": "nan"}')
+    lowered = loaded(config, "optim.lr=0.1", "data.skip_rows=[[6,7]]")
+    assert [str(d) for d in lowered.differences if d.key == "optim.lr"] == [
+        "optim.lr: 0.5 -> 0.1 takes effect from here on"
+    ]
+    for word in ("optim.lr=0.6", "optim.weight_decay=0.3"):
+        with pytest.raises(ConfigError, match="--accept-change"):
+            loaded(config, word)
+
+
+# -- seeds ---------------------------------------------------------------------------------------------------------
+
+
+def seeds(checked: Any) -> tuple[int, int, int]:
+    tree = checked.frozen
+    return tree["seed"], tree["model"]["seed"], tree["data"]["seed"]
+
+
+def test_the_seeds_of_weights_and_rows_follow_seed(tmp_path: Path) -> None:
+    config = write(tmp_path)
+    assert seeds(loaded(config)) == (42, 42, 42)
+    assert seeds(loaded(config, "seed=7")) == (7, 7, 7)
+    assert seeds(loaded(config, "seed=7", "data.seed=1")) == (7, 7, 1)
+    origins = loaded(config, "seed=7").composed.origins()
+    assert (origins["model.seed"], origins["data.seed"]) == ("seed, command line", "seed, command line")
+    assert loaded(config).composed.origins()["data.seed"] == "seed, default"
+    stated = write(tmp_path, model={**SMALL["model"], "seed": 3})
+    assert seeds(loaded(stated, "seed=7")) == (7, 3, 7)
+    assert seeds(loaded(stated, "seed=7", "model.seed=null")) == (7, 7, 7)
+
+
+def test_a_run_that_began_with_other_seeds_keeps_them(tmp_path: Path) -> None:
+    """model.seed and data.seed were 42 whatever `seed` was."""
+    config, run_dir = write(tmp_path, seed=777), tmp_path / "run"
+    older = loaded(config, "model.seed=42", "data.seed=42").frozen
+    started(run_dir, older)
+    publish_mark(run_dir)
+    again = loaded(config)
+    assert (seeds(again), again.differences) == ((777, 42, 42), [])
+    assert (again.args.model.seed, again.args.data.order_seed) == (42, 42)
+    assert again.composed.origins()["data.seed"] == "the run's first start"
+
+
+def test_a_seed_that_changes_nothing_is_a_warning(tmp_path: Path) -> None:
+    config = write(tmp_path, data={**SMALL["data"], "seed": 1}, model={**SMALL["model"], "seed": 1})
+    (warning,) = [text for text in loaded(config, "seed=2").warnings if "follow seed" in text]
+    assert warning.startswith("command line: seed is 2, but model.seed is 1 (")
+    assert not [text for text in loaded(config, "seed=2", "data.seed=null").warnings if "follow seed" in text]
