@@ -27,7 +27,7 @@ from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.codefreeze import FOLDER as CODE
 from lingua.compose import compose
-from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.entry import CommandLine, app_module, choose_app, leave, parse_command_line, run_main
 from lingua.evalargs import EvalArgs
 from lingua.evalstart import alone
 from lingua.evaluator import Beat, Evaluator, Stopped, evaluation_tracker, read_results
@@ -199,7 +199,7 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
         try:
             log.info("the evaluator of %s ends: %s", run_dir, evaluator.follow(once=once))
         finally:
-            tracker.close()
+            tracker.close(hurry=signals.received is not None)
         return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]
 
 
@@ -217,4 +217,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    leave(run_main(main, sys.argv[1:]))

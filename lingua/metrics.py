@@ -1,8 +1,8 @@
 """Metrics of a run: `metrics.jsonl` and its like, wandb and TensorBoard.
 
 Promise: a line is written whole or retried with the next; a disk that fills up is reported once and never ends the
-run; every line carries its incarnation, so lines after a rollback can be told from those before. wandb counts by our
-own step, which may go back. Torch-free: values come in as plain numbers.
+run, and neither does a tracker (tracking.py); every line carries its incarnation, so lines after a rollback can be told
+from those before. wandb counts by our own step, which may go back. Torch-free: values come in as plain numbers.
 Cost: one small write per `logging.freq` steps, not fsynced.
 """
 
@@ -24,6 +24,7 @@ import orjson
 from pydantic import Field
 
 from lingua.args import Args, Text
+from lingua.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,14 @@ CHECKPOINT_FILE = "metrics.checkpoint.jsonl"
 EVAL_FILE = "metrics.eval.jsonl"
 PROBE_FILE = "probe.jsonl"
 _HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
+BEGIN_S = 10.0
+"""How long a start waits for its trackers; records are held for those that take longer."""
+WANDB_INIT_S = 30
+"""After this long without an answer from the server, wandb tracks offline. WANDB_INIT_TIMEOUT overrules it."""
+FINISH_S = 60.0
+"""How long the end of a run waits for what its trackers still have to send, ..."""
+HURRIED_FINISH_S = 5.0
+"""... and how long one that failed or was asked to stop does: a job's grace may be short."""
 
 
 class WandbArgs(Args):
@@ -174,13 +183,18 @@ class MetricLogger:
         self._probe_lines = JsonLines(run_dir / PROBE_FILE)
         self._incarnation = incarnation
         self._wall_time = wall_time
-        self._wandb = _start_wandb(args.wandb, run_dir, run_name, config, wandb_id) if args.wandb else None
-        self._tensorboard = _start_tensorboard(run_dir) if args.tensorboard else None
-
-    @property
-    def wandb_id(self) -> str | None:
+        self._finish_s = FINISH_S
+        self._trackers: list[Tracker] = []
+        self.wandb_id: str | None = None
         """Id to keep in checkpoints, so that a resumed run goes on in the same wandb run."""
-        return self._wandb.id if self._wandb is not None else None
+        if args.wandb is not None:
+            settings = wandb_settings(args.wandb, run_dir, run_name, wandb_id)
+            self.wandb_id = settings["id"]
+            self._trackers.append(wandb_tracker(settings, config))
+        if args.tensorboard:
+            self._trackers.append(_tensorboard_tracker(run_dir))
+        for tracker in self._trackers:
+            tracker.wait_until_begun(BEGIN_S)
 
     def log(self, record: Mapping[str, float | int]) -> None:
         """Write one record of training; needs the key `global_step`."""
@@ -200,11 +214,12 @@ class MetricLogger:
 
     def track(self, record: Mapping[str, float | int]) -> None:
         """Send a record that has a file of its own, an evaluation's, to the trackers; needs `global_step`."""
-        if self._wandb is not None:
-            self._wandb.log(dict(record))
-        if self._tensorboard is not None:
-            for key, value in record.items():
-                self._tensorboard.add_scalar(key, value, int(record["global_step"]))
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def hurry(self) -> None:
+        """Do not wait long for the trackers at the end: the run was asked to stop."""
+        self._finish_s = HURRIED_FINISH_S
 
     def _write(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
         created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
@@ -218,10 +233,8 @@ class MetricLogger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close(*((0, self._finish_s) if kind is None else (1, HURRIED_FINISH_S)))
 
 
 class EvaluationTracker:
@@ -238,23 +251,22 @@ class EvaluationTracker:
         """`args`: the training run's, None: no wandb. `training_id`: id of the wandb run that trained a step."""
         self._args, self._run_dir, self._run_name, self._config = args, run_dir, run_name, config
         self._training_id = training_id
-        self._wandb: Any = None
+        self._tracker: Tracker | None = None
 
     def log(self, record: Mapping[str, float | int]) -> None:
-        """One evaluation; needs the key `global_step`. What wandb refuses is reported: the files have it."""
+        """Send one evaluation; needs the key `global_step`."""
         if self._args is None:
             return
-        try:
-            if self._wandb is None:
-                args = evaluation_wandb(self._args, self._run_name, self._training_id(int(record["global_step"])))
-                self._wandb = _start_wandb(args, self._run_dir, self._run_name, self._config, None)
-            self._wandb.log(dict(record))
-        except Exception as error:  # another program's, and the network's
-            log.warning("wandb does not take the evaluation of step %s: %s", record["global_step"], error)
+        if self._tracker is None:
+            args = evaluation_wandb(self._args, self._run_name, self._training_id(int(record["global_step"])))
+            self._tracker = wandb_tracker(wandb_settings(args, self._run_dir, self._run_name), self._config)
+            self._tracker.wait_until_begun(BEGIN_S)
+        self._tracker.log(record)
 
-    def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
+    def close(self, *, hurry: bool = False) -> None:
+        """Send what is still to be sent. `hurry`: this process was asked to stop."""
+        if self._tracker is not None:
+            self._tracker.close(0, HURRIED_FINISH_S if hurry else FINISH_S)
 
 
 def evaluation_wandb(args: WandbArgs, run_name: str, training_id: str | None) -> WandbArgs:
@@ -265,22 +277,60 @@ def evaluation_wandb(args: WandbArgs, run_name: str, training_id: str | None) ->
     )
 
 
-def _start_wandb(args: WandbArgs, run_dir: Path, run_name: str, config: Mapping[str, Any], wandb_id: str | None) -> Any:
-    import wandb  # half a second, and only some runs use it
-
+def wandb_settings(args: WandbArgs, run_dir: Path, run_name: str, wandb_id: str | None = None) -> dict[str, Any]:
+    """Return the keywords of `wandb.init`. `wandb_id`: that of the start before, which this one goes on with."""
     settings = {key: value for key, value in args.model_dump().items() if value is not None}
+    if wandb_id is not None:  # it was forked or rewound already
+        settings.pop("fork_from", None)
+        settings.pop("resume_from", None)
     if args.mode is None and not _has_wandb_key():
         settings["mode"] = "offline"
         log.info("wandb: no API key here, so this run is tracked offline; `wandb sync` uploads it later")
     settings.setdefault("dir", str(run_dir))
     settings.setdefault("name", run_name)
     settings.setdefault("group", run_name)
+    if "resume_from" in settings:
+        settings["id"] = settings["resume_from"].partition("?")[0]  # wandb takes no other
     settings.setdefault("id", wandb_id or uuid.uuid4().hex[:8])
-    settings.setdefault("resume", "allow")
-    run = wandb.init(config=dict(config), **settings)
-    run.define_metric("global_step")
-    run.define_metric("*", step_metric="global_step")
-    return run
+    if not settings.keys() & {"fork_from", "resume_from"}:  # wandb takes one of the three
+        settings.setdefault("resume", "allow")
+    return settings
+
+
+def wandb_tracker(settings: dict[str, Any], config: Mapping[str, Any]) -> Tracker:
+    """Track with wandb: as `settings` say, and offline once that has failed."""
+
+    def begin_offline() -> _WandbRun:
+        import wandb
+
+        try:
+            wandb.teardown()  # to the helper process of the first try, if it lives, the id is taken
+        except (Exception, SystemExit) as error:
+            log.debug("wandb.teardown: %s", error)
+        return _WandbRun(settings | {"mode": "offline"}, config)
+
+    return Tracker("wandb", [lambda: _WandbRun(settings, config), begin_offline])
+
+
+class _WandbRun:
+    def __init__(self, settings: dict[str, Any], config: Mapping[str, Any]) -> None:
+        # wandb would tell its maker of errors, and wait 20 s for that at the end where there is no network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb  # half a second, and only some runs use it
+
+        limits = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": WANDB_INIT_S}
+        self._run = wandb.init(config=dict(config), settings=limits, **settings)
+        self._run.define_metric("global_step")
+        self._run.define_metric("*", step_metric="global_step")
+        self.folder: str | None = str(Path(self._run.dir).parent)
+        self._teardown = wandb.teardown
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._run.log(dict(record))
+
+    def finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+        self._teardown()  # or it is done when Python ends, where nothing limits how long it takes
 
 
 def _has_wandb_key() -> bool:
@@ -293,7 +343,7 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def _start_tensorboard(run_dir: Path) -> Any:
+def _tensorboard_tracker(run_dir: Path) -> Tracker:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -301,4 +351,18 @@ def _start_tensorboard(run_dir: Path) -> Any:
             "logging.tensorboard is true, but the package tensorboard is missing; "
             "`uv pip install tensorboard`, or set logging.tensorboard=false"
         ) from error
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    return Tracker("tensorboard", [lambda: _TensorBoard(SummaryWriter(str(run_dir / "tensorboard")))])
+
+
+class _TensorBoard:
+    folder: str | None = None
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for key, value in record.items():
+            self._writer.add_scalar(key, value, int(record["global_step"]))
+
+    def finish(self, exit_code: int) -> None:
+        self._writer.close()

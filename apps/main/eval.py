@@ -27,7 +27,7 @@ from pathlib import Path
 
 from lingua.args import ConfigError
 from lingua.compose import compose
-from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main, with_ckpt
+from lingua.entry import CommandLine, app_module, choose_app, leave, parse_command_line, run_main, with_ckpt
 from lingua.evalargs import EvalArgs
 from lingua.evaltasks import load_tasks
 from lingua.freeze import CONFIG_FILE
@@ -132,4 +132,4 @@ def prefetch(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    leave(run_main(main, sys.argv[1:]))

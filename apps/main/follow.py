@@ -93,7 +93,7 @@ def follow(run_dir: Path, measures: Measures, *, once: bool) -> int:
             why = evaluator.follow(once=once)
         finally:
             from_main(_nothing)
-            tracker.close()
+            tracker.close(hurry=signals.received is not None)
     log.info("the evaluator of %s ends: %s", run_dir, why)
     return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]
 

@@ -236,6 +236,8 @@ class Judge:
         """`agreed`: by all ranks, to stop."""
         if agreed and not self.stop:
             self.stop = True
+            if self._metrics is not None:
+                self._metrics.hurry()
             log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
 
     def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:

@@ -108,3 +108,10 @@ def test_who_leaves_keeps_its_word_and_its_promises_to_packages() -> None:
     code = "import atexit, lingua.entry; atexit.register(print, 'last'); print('first'); lingua.entry.leave(75)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (75, "first\nlast\n", "")
+
+
+def test_who_leaves_does_not_wait_for_a_package_that_never_ends() -> None:
+    code = "import atexit, threading, lingua.entry; lingua.entry.EXIT_HOOKS_S = 0.01\n"
+    code += "atexit.register(threading.Event().wait); print('said', end=''); lingua.entry.leave(75)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "said", "")
