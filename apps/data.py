@@ -223,13 +223,12 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
     from lingua.data.loader import merge_states
     from lingua.data.sources import filled
     from lingua.files import read_json
-    from lingua.freeze import CONFIG_FILE
-    from lingua.layers import read_yaml
+    from lingua.freeze import CONFIG_FILE, read_config
 
     config = run / CONFIG_FILE
     if not config.is_file():
         raise ConfigError(f"{run}: no run folder, it has no {CONFIG_FILE}")
-    tree, root = read_yaml(config).tree, root_of(run)
+    tree, root = read_config(config), root_of(run)
     first_row, states = 0, {}
     for step in layout.done_steps(root):
         documents = [read_json(file) for file in sorted(layout.folder(root, step).glob("train_state.*.json"))]

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WrapValidator
 from pydantic_core import PydanticCustomError
@@ -29,16 +29,60 @@ class Args(BaseModel):
     """Base of every config section: strict types, no unknown keys, values checked again on assignment."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True, validate_default=True
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # or a frozen config has null where a free mapping holds .inf
+        validate_assignment=True,
+        validate_default=True,
     )
 
 
-def _number_to_text(value: Any) -> Any:
+# -- numbers as they were written ----------------------------------------------------------------------------------
+
+
+class Written:
+    """A number that remembers how a config spells it, as 0042 or 1.10."""
+
+    text: str
+
+    def __new__(cls, value: float, text: str) -> Self:
+        number = super().__new__(cls, value)  # pyright: ignore[reportCallIssue]
+        number.text = text
+        return number
+
+    def __getnewargs__(self) -> tuple[Any, str]:
+        return plain(self), self.text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class WrittenInt(Written, int):
+    """A whole number."""
+
+
+class WrittenFloat(Written, float):
+    """Any other."""
+
+
+def plain(tree: Any) -> Any:
+    """Copy a tree of values, with ordinary numbers in place of those that remember their spelling."""
+    if isinstance(tree, dict):
+        return {name: plain(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [plain(value) for value in tree]
+    return int(tree) if isinstance(tree, WrittenInt) else float(tree) if isinstance(tree, WrittenFloat) else tree
+
+
+def _as_written(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-# YAML reads `name: 7` as a number; where text is meant, the number's spelling is what the author wrote.
-Text = Annotated[str, BeforeValidator(_number_to_text)]
+Text = Annotated[str, BeforeValidator(_as_written)]
+"""Text. A number is taken as it was written: `name: 1.10` is the text 1.10."""
+Anything = Annotated[Any, BeforeValidator(plain)]
+"""Whatever YAML can say."""
 
 
 # -- parts chosen by their `type` key ------------------------------------------------------------------------------

@@ -25,27 +25,38 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from lingua.args import MOVED, Args, ConfigError, Key, dotted_key, show, unknown_key
-from lingua.layers import DEFAULT, Layer, Origin, Point, at, leaves, scalar, stack_layers
+from lingua.args import MOVED, Args, ConfigError, Key, Written, dotted_key, plain, show, unknown_key
+from lingua.layers import DEFAULT, Layer, Origin, Point, at, has_interpolation, leaves, scalar, stack_layers, unescape
 
 # -- interpolation and paths ---------------------------------------------------------------------------------------
 
 _RESOLVERS = ("oc.env", "oc.select", "mul", "div_up")
 # What may follow `${`: one of the resolvers, or a plain key. A computed resolver name (`${${a}:...}`) is neither.
 _ALLOWED = re.compile(rf"\s*(?:(?:{'|'.join(map(re.escape, _RESOLVERS))})\s*:|[\w.\[\]-]+\s*\}})")
+# A default without quotes or anything nested.
+_DEFAULT = re.compile(r"(\$\{\s*oc\.(env|select)\s*:[^,${}'\"]*,\s*)([^\s,${}'\"\\]+)(\s*\})")
 _PATH_KEY = re.compile(r"(^|_)(path|dir|folder)$|^(dump_base|stage_to|use_cache)$")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
 def _resolve(layer: Layer, schema: type[Args]) -> tuple[list[tuple[Key, str]], set[Key]]:
     """Replace interpolations by their values, in place. Returns (findings, keys that were interpolated)."""
-    open_keys = [key for key, value in leaves(layer.tree) if isinstance(value, str) and "${" in value]
+    texts = {key: value for key, value in leaves(layer.tree) if isinstance(value, str) and "${" in value}
+    found = _interpolate(layer, schema, {key: value for key, value in texts.items() if has_interpolation(value)})
+    for key, value in list(leaves(layer.tree)):  # those that were left out are gone
+        if key in texts and value == texts[key] and not has_interpolation(value):
+            at(layer.tree, key[:-1])[key[-1]] = unescape(value)
+    return found
+
+
+def _interpolate(
+    layer: Layer, schema: type[Args], open_keys: Mapping[Key, str]
+) -> tuple[list[tuple[Key, str]], set[Key]]:
     findings = []
-    for key in open_keys:
-        value = at(layer.tree, key)
+    for key, value in open_keys.items():
         if any(not _ALLOWED.match(rest) for rest in value.split("${")[1:]):
             what = f"{dotted_key(key)} is {show(value)}; only ${{key}} and {', '.join(_RESOLVERS)} are resolved"
-            findings.append((key, f"{what}, write the value itself"))
+            findings.append((key, f"{what}; write the value itself, or \\${{ for text"))
     if not open_keys or findings:  # nothing is resolved next to something that must not be
         for key, _ in findings:
             _leave_out(layer.tree, key)
@@ -55,26 +66,51 @@ def _resolve(layer: Layer, schema: type[Args]) -> tuple[list[tuple[Key, str]], s
     from omegaconf.errors import OmegaConfBaseException
 
     add_resolver = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    add_resolver("mul", lambda a, b: a * b, replace=True)
-    add_resolver("div_up", lambda a, b: -(-a // b), replace=True)
+    add_resolver("mul", lambda a, b: _number(a) * _number(b), replace=True)
+    add_resolver("div_up", lambda a, b: -(-_number(a) // _number(b)), replace=True)
+    for key, value in open_keys.items():
+        at(layer.tree, key[:-1])[key[-1]] = _DEFAULT.sub(_quote_default, value)
     whole = Layer(schema().model_dump(mode="json")) if _has_defaults(schema) else Layer()
     whole.merge(Layer(layer.tree))
-    config = OmegaConf.create(whole.tree)
+    try:
+        config = OmegaConf.create(whole.tree, flags={"allow_objects": True})  # numbers that remember their spelling
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key} cannot be resolved: {reason}; mend it, or write \\${{ for text") from error
     values: dict[Key, Any] = {}
     for key in open_keys:
         try:
             value = at(config, key)
             values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException as error:
-            raw, reason = at(layer.tree, key), str(error).splitlines()[0]
+            raw, reason = open_keys[key], str(error).splitlines()[0]
             if unset := re.search("Environment variable '(.*)' not found", reason):
                 reason = f"the environment has no {unset[1]}; set it, or write ${{oc.env:{unset[1]},default}}"
+            else:
+                reason += "; mend it, or write \\${ for text"
             findings.append((key, f"{dotted_key(key)} is {show(raw)}, which cannot be resolved: {reason}"))
     for key, value in values.items():
         at(layer.tree, key[:-1])[key[-1]] = value
     for key, _ in findings:
         _leave_out(layer.tree, key)
     return findings, set(open_keys)
+
+
+def _quote_default(found: re.Match[str]) -> str:
+    """Put a resolver's default in quotes where OmegaConf would not keep its spelling: 1.10, 1_000; true as text."""
+    begin, resolver, default, end = found.groups()
+    value = scalar(default)
+    is_kept = value is None or (str(plain(value)) == default and isinstance(value, Written))
+    is_kept = is_kept or (isinstance(value, bool) and resolver == "select")
+    return found[0] if is_kept else f"{begin}'{default}'{end}"
+
+
+def _number(value: Any) -> Any:
+    """A resolver's argument; the environment's are text."""
+    number = scalar(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError(f"{show(value)} is not a number")
+    return plain(number)
 
 
 def _has_defaults(schema: type[Args]) -> bool:
@@ -93,7 +129,11 @@ def _expand_paths(layer: Layer) -> list[tuple[Key, str]]:
             what = f"{dotted_key(key)} is {show(value)}, and the environment has no {missing[0]}"
             findings.append((key, f"{what}; set it, or write ${{oc.env:{missing[0]},default}}"))
         elif value.startswith("~") or "$" in value:
-            at(layer.tree, key[:-1])[key[-1]] = os.path.expanduser(os.path.expandvars(value))
+            expanded = os.path.expanduser(os.path.expandvars(value))
+            at(layer.tree, key[:-1])[key[-1]] = expanded
+            if _VARIABLE.search(expanded):  # the frozen config would be expanded once more
+                what = f"{dotted_key(key)} is {show(value)}, that is {expanded}, which holds a variable again"
+                findings.append((key, f"{what}; write the folder itself"))
     return findings
 
 
@@ -144,6 +184,8 @@ _EXPECTED = {
     "too_short": "at least {min_length} long",
     "too_long": "at most {max_length} long",
 }
+_OLD_BOOLS = {"yes": True, "on": True, "no": False, "off": False}
+"""What YAML 1.1 took for true and false."""
 _SCALARS = {"int_type": int, "float_type": (int, float), "bool_type": bool}
 
 
@@ -196,6 +238,10 @@ def _sentence(error: Mapping[str, Any], key: Key, schema: type[Args]) -> str:
         remedy = f" (write {int(value)})"
     elif kind in _SCALARS and isinstance(value, str) and isinstance(scalar(value), _SCALARS[kind]):
         remedy = " (write it without quotes)"
+    elif kind == "bool_type" and isinstance(value, str) and value.lower() in _OLD_BOOLS:
+        remedy = f" (write {show(_OLD_BOOLS[value.lower()])})"
+    elif kind == "string_type" and isinstance(value, bool | int | float):
+        remedy = " (put it in quotes)"
     elif value is None:
         remedy = " (leave the key out for its default)"
     return f"{dotted} is {show(value)}{remedy}; it must be {_expected(error)}"

@@ -41,10 +41,9 @@ from lingua.drill import (
 )
 from lingua.entry import CommandLine, parse_command_line
 from lingua.files import RunError, write_whole
-from lingua.freeze import CONFIG_FILE, dump_yaml
+from lingua.freeze import CONFIG_FILE, dump_yaml, read_config
 from lingua.job import NO_REQUEUE, RANKS_STEP, REFUSED, SERVICE_STEP
 from lingua.launch import launch, without_slurm
-from lingua.layers import read_yaml
 from lingua.logger import MAIN_LOG, RANK_LOGS
 from lingua.metrics import METRICS_FILE, read_metrics
 from lingua.runfacts import last_line
@@ -301,7 +300,7 @@ class Here:
     def strike(self, kind: str, run_dir: Path) -> str:
         assert self._process is not None
         if kind == "service":
-            shm = Path(read_yaml(run_dir / CONFIG_FILE).tree["checkpoint"]["shm_path"])
+            shm = Path(read_config(run_dir / CONFIG_FILE)["checkpoint"]["shm_path"])
             lock = region_of(run_dir, shm).lock(SERVICE_LOCK)
             pid = lock.holder()
             lock.close()

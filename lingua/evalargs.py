@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from lingua.args import Args, Text
+from lingua.args import Anything, Args, Text
 from lingua.metrics import LoggingArgs, WandbArgs
 from lingua.schema import GeneratorArgs
 
@@ -14,9 +14,9 @@ from lingua.schema import GeneratorArgs
 class HarnessArgs(Args):
     """lm-evaluation-harness; keys are those of its `simple_evaluate`."""
 
-    tasks: list[Text | dict[str, Any]] = []
+    tasks: list[Text | dict[str, Anything]] = []
     """Task names, or mappings with `task` and its settings."""
-    include_path: str | None = None
+    include_path: Text | None = None
     """Folder of further task files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples before each question. Null: the task's own."""
@@ -30,7 +30,7 @@ class HarnessArgs(Args):
     """Build that cache anew."""
     delete_requests_cache: bool = False
     """Delete that cache."""
-    limit: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+    limit: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] | None = None
     """Questions per task (a fraction: share of them). Null: all."""
     bootstrap_iters: Annotated[int, Field(ge=0)] = 100000
     """Resamples for standard errors."""
@@ -40,13 +40,13 @@ class HarnessArgs(Args):
     """Print the first prompts."""
     log_samples: bool = True
     """Keep every question and answer, in evals/<step>/samples.json."""
-    system_instruction: str | None = None
+    system_instruction: Text | None = None
     """System text before every prompt."""
     apply_chat_template: bool | Text = False
     """Wrap prompts in the chat template."""
     fewshot_as_multiturn: bool = False
     """Examples as turns of a conversation."""
-    gen_kwargs: Text | dict[str, Any] | None = None
+    gen_kwargs: Text | dict[str, Anything] | None = None
     """Overrides for generation tasks."""
     verbosity: Text = "INFO"
     """Log level of the harness."""
@@ -72,9 +72,9 @@ class EvalValidationArgs(Args):
     max_seqlen - stride before it. Smaller is nearer to the whole context, and dearer. Null: half of max_seqlen."""
     use_val_from_train_src: bool = True
     """Use the `*.val.jsonl` beside the training sources."""
-    root_dir: str = ""
+    root_dir: Text = ""
     """Folder of further held-out sources."""
-    sources: list[Text] | dict[str, Any] = []
+    sources: list[Text] | dict[str, Anything] = []
     """Further held-out sources under root_dir."""
 
 
@@ -83,11 +83,11 @@ class EvalArgs(Args):
 
     name: Text = "evals"
     """Name of the evaluation."""
-    dump_dir: str | None = None
+    dump_dir: Text | None = None
     """Where results go. Null: <run>/evals."""
-    metric_log_dir: str | None = None
+    metric_log_dir: Text | None = None
     """Where metrics.eval.jsonl is. Null: the run folder."""
-    ckpt_dir: str = ""
+    ckpt_dir: Text = ""
     """Checkpoint to evaluate."""
     generator: GeneratorArgs = GeneratorArgs()
     """Sampling and scoring."""

@@ -8,16 +8,17 @@ Cost: none to speak of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
-from lingua.args import Args, show
-from lingua.layers import read_yaml
+from lingua.args import Args, Written, WrittenFloat, WrittenInt, plain, show
+from lingua.layers import CORE_SCHEMA, escape, read_yaml, unescape
 
 CONFIG_FILE = "config.yaml"
 ORIGIN_FILE = "config.origin.yaml"
@@ -100,7 +101,7 @@ class Difference:
 
     @property
     def change(self) -> str:
-        return f"{self.key}: {show(self.old)} -> {show(self.new)}"
+        return f"{self.key}: {show(plain(self.old))} -> {show(plain(self.new))}"
 
     def __str__(self) -> str:
         change = self.change
@@ -123,15 +124,54 @@ def freeze(args: Args, derived: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def _written(tag: str, dumper: yaml.SafeDumper, number: Written) -> yaml.Node:
+    return dumper.represent_scalar(tag, number.text)
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # PyYAML loses U+0085 and its like, unless double quotes escape them.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.2 would not read as text; and what YAML 1.1 would not, for other people's readers."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _tag, _pattern, _first in CORE_SCHEMA:
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+for _char, _resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items():
+    _Dumper.yaml_implicit_resolvers.setdefault(_char, []).extend(_resolvers)
+_Dumper.add_representer(str, _text)
+for _kind, _name in ((WrittenInt, "int"), (WrittenFloat, "float")):
+    _Dumper.add_representer(_kind, partial(_written, f"tag:yaml.org,2002:{_name}"))
+
+
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """YAML that reads back as the same tree."""
-    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, width=120)
+    """YAML that `read_config` reads as the same tree. A `${` in it is escaped, so that nothing is filled in there."""
+    escaped = _with_texts(dict(tree), escape)
+    return yaml.dump(escaped, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a frozen config. Raises ConfigError when it cannot be read."""
+    return _with_texts(read_yaml(path).tree, unescape)
 
 
 def read_frozen(run_dir: Path) -> dict[str, Any] | None:
     """The config of the run's first start; None when there was none. Raises ConfigError when it cannot be read."""
     path = run_dir / CONFIG_FILE
-    return read_yaml(path).tree if path.is_file() else None
+    return read_config(path) if path.is_file() else None
+
+
+def _with_texts(tree: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a tree, with every text value changed; names stay."""
+    if isinstance(tree, dict):
+        return {name: _with_texts(value, change) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_with_texts(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
 
 
 def rule_of(key: str) -> Rule:

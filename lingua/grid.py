@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from lingua.args import ConfigError, Key, show
+from lingua.args import ConfigError, Key, plain, show
 from lingua.layers import COMMAND_LINE, GRID, Origin, Point, yaml_value
 
 PAIRED = "paired"
@@ -155,7 +155,7 @@ def _misfits(axis: Axis) -> Iterator[str]:
         if why is not None:
             hint = "" if origin != COMMAND_LINE else f" (a comma that belongs to the value is quoted: {key}='\"a,b\"')"
             yield f"{origin}: {key} cannot be swept: {why}{hint}"
-    told = [repr(values) for values in axis.values]
+    told = [repr(plain(list(values))) for values in axis.values]
     for i, text in enumerate(told):
         if text in told[:i]:
             what = ", ".join(f"{k} {spell(v)}" for k, v in zip(axis.keys, axis.values[i], strict=True))

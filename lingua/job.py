@@ -42,9 +42,8 @@ from lingua.codefreeze import environment, freeze_code
 from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
 from lingua.failure import KINDS, Failure, classify, read_failures
 from lingua.files import RunError, entries, make_folder, read_json, write_json, write_whole
-from lingua.freeze import dump_yaml
+from lingua.freeze import dump_yaml, read_config
 from lingua.launcher import LauncherArgs
-from lingua.layers import read_yaml
 from lingua.logger import RANK_LOGS
 from lingua.ranks import PATIENCE_S, rank_env, run_ranks
 from lingua.requeue import Outcome, Verdict, judge
@@ -147,7 +146,7 @@ def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     """The job that a job file froze. Raises OSError, RunError or ConfigError when it cannot be read."""
     config = job_file.with_suffix(".yaml")
     try:
-        tree = read_yaml(config).tree
+        tree = read_config(config)
     except FileNotFoundError:
         raise RunError(
             f"{config} is not there: no such job or point was frozen, or its folder was moved; submit it anew"

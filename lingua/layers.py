@@ -26,11 +26,23 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
+from yaml.constructor import ConstructorError
 
-from lingua.args import Args, ConfigError, Key, inner_sections, is_section, show
+from lingua.args import (
+    Args,
+    ConfigError,
+    Key,
+    Written,
+    WrittenFloat,
+    WrittenInt,
+    inner_sections,
+    is_section,
+    plain,
+    show,
+)
 
 GRID = "grid"
 """Block of a config that only `lingua sweep` reads."""
@@ -55,19 +67,66 @@ Point = Mapping[str, tuple[Any, Origin]]
 """Values by dotted key, each with its place: a point of a sweep."""
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """YAML without tags that build objects; 1e-4 is a number and 2024-01-01 is text, as OmegaConf reads them."""
-
-
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?[0-9]+\Z|0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
 )
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
+CORE_SCHEMA = (
+    (f"{_TAG}int", _INT, "-+0123456789"),
+    (f"{_TAG}float", _FLOAT, "-+.0123456789"),
+    (f"{_TAG}bool", _BOOL, "tTfF"),
+    (f"{_TAG}null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
+    (f"{_TAG}merge", re.compile(r"<<\Z"), "<"),  # not of 1.2, but anchors are of little use without it
+)
+"""Which words are not text, by YAML 1.2's core schema: (tag, pattern, first characters). Unlike YAML 1.1, which PyYAML
+reads, it knows no octal 0123, no base 60 (1:30), no 1_000, no yes and no, and no dates; and 1e-4 is a number."""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2 without tags that build objects. Keys are text; numbers remember how they were written."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (f"{_TAG}null", f"{_TAG}str", f"{_TAG}seq", f"{_TAG}map", None)
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        node.value = [(_as_text(key), value) for key, value in node.value]
+        return super().construct_mapping(node, deep)
+
+    def number(self, node: yaml.ScalarNode) -> WrittenInt | WrittenFloat:
+        text = self.construct_scalar(node)
+        if node.tag == f"{_TAG}float" and _FLOAT.match(text):
+            return WrittenFloat(float(re.sub(r"\.(?=[a-z])", "", text.lower())), text)
+        if not _INT.match(text):
+            raise ConstructorError(None, None, f"{text!r} is not a number", node.start_mark)
+        try:
+            return WrittenInt(int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)), text)
+        except ValueError as error:  # thousands of digits
+            raise ConstructorError(None, None, f"a number of {len(text)} digits", node.start_mark) from error
+
+    def truth(self, node: yaml.ScalarNode) -> bool:
+        text = self.construct_scalar(node)
+        if not _BOOL.match(text):
+            raise ConstructorError(None, None, f"{text!r} is neither true nor false", node.start_mark)
+        return text.lower() == "true"
+
+
+def _as_text(key: yaml.Node) -> yaml.Node:
+    """A mapping's key is a name, also where it looks like a number, true or null."""
+    return yaml.ScalarNode(f"{_TAG}str", key.value, key.start_mark) if isinstance(key, yaml.ScalarNode) else key
+
+
+for _tag, _pattern, _first in CORE_SCHEMA:
+    _YamlLoader.add_implicit_resolver(_tag, _pattern, list(_first))
+_YamlLoader.add_constructor(f"{_TAG}int", _YamlLoader.number)
+_YamlLoader.add_constructor(f"{_TAG}float", _YamlLoader.number)
+_YamlLoader.add_constructor(f"{_TAG}bool", _YamlLoader.truth)
+_YamlLoader.add_constructor(f"{_TAG}merge", _YamlLoader.construct_yaml_str)  # where it is a value
 
 
 @dataclass
@@ -136,6 +195,8 @@ def _marks(node: yaml.Node | None, place: str, path: Key = ()) -> Iterator[tuple
 def yaml_value(text: str) -> Any:
     """What a YAML file would make of this value; text without quotes stays as it is, line breaks and all."""
     value = yaml.load(text, Loader=_YamlLoader)
+    if isinstance(value, Written):
+        return type(value)(plain(value), text)  # as typed, a comment included: should the key hold text, it is all text
     return text if isinstance(value, str) and text[:1] not in ("'", '"', "|", ">") else value
 
 
@@ -144,6 +205,26 @@ def scalar(text: str) -> Any:
         return yaml_value(text)
     except yaml.YAMLError:
         return text
+
+
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+
+
+def has_interpolation(text: str) -> bool:
+    """Whether OmegaConf would fill something in: a `${` that no backslash takes back."""
+    return _INTERPOLATION.search(text) is not None
+
+
+def escape(text: str) -> str:
+    """Text in which OmegaConf fills nothing in."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def unescape(text: str) -> str:
+    """The text that `escape` was given; as it is where there is something to fill in."""
+    if has_interpolation(text):
+        return text
+    return re.sub(r"(\\*)\\\$\{", lambda found: found[1][: len(found[1]) // 2] + "${", text)
 
 
 def leaves(tree: Any, path: Key = ()) -> Iterator[tuple[Key, Any]]:

@@ -67,9 +67,9 @@ class WandbArgs(Args):
     """Null: online where an API key is at hand, otherwise offline."""
     id: Text | None = None
     """Run id. Null: made at the first start and kept over restarts."""
-    config_exclude_keys: list[str] | None = None
+    config_exclude_keys: list[Text] | None = None
     """Config keys not sent."""
-    config_include_keys: list[str] | None = None
+    config_include_keys: list[Text] | None = None
     """Only these config keys are sent."""
     anonymous: Text | None = None
     """Anonymous mode."""

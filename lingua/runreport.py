@@ -19,8 +19,7 @@ import yaml
 
 from lingua.chart import look, png_of, readings, svg_of
 from lingua.files import RunError, human_bytes, write_whole
-from lingua.freeze import CONFIG_FILE, ORIGIN_FILE
-from lingua.layers import read_yaml
+from lingua.freeze import CONFIG_FILE, ORIGIN_FILE, read_config
 from lingua.metrics import PROBE_FILE
 from lingua.probemaps import read_probes
 from lingua.progress import duration
@@ -285,7 +284,7 @@ def _spelled(key: str, value: Any) -> str:
 
 def _tree(path: Path) -> dict[str, Any]:
     try:
-        return read_yaml(path).tree
+        return read_config(path)
     except (OSError, ValueError):
         return {}
 

@@ -328,7 +328,7 @@ class DistributedArgs(Args):
     float8_recipe: Literal["rowwise", "tensorwise"] | None = None
     """Matrix products of matching layers in float8 (Ada and Hopper GPUs on). rowwise: a scale per row, more exact;
     tensorwise: one per tensor, faster. Null: none."""
-    float8_filter: str = r"layers\.[0-9]+\."
+    float8_filter: Text = r"layers\.[0-9]+\."
     """Regular expression, searched for in the names of the blocks' linear layers (layers.0.attention.wq): those are
     float8. Widths that are no multiple of 16 leave a layer as it is."""
     matmul_allow_tf32: bool = False
@@ -421,11 +421,11 @@ class CheckpointArgs(Args):
     """Checkpoints kept for evaluation."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Steps between milestones, which are saved whatever the periods say and kept for good. 0: none."""
-    path: str | None = None
+    path: Text | None = None
     """Folder of the checkpoints. Null: <dump_dir>/checkpoints."""
-    init_ckpt_path: str | None = None
+    init_ckpt_path: Text | None = None
     """Weights to start from: a run, a checkpoint folder, consolidated.pth, a torch file or a Hugging Face folder."""
-    init_ckpt_model_key: str | None = None
+    init_ckpt_model_key: Text | None = None
     """Key under which the weights lie in that file or folder. Null: found by itself."""
     continue_training_from_init: bool = False
     """Take optimizer, step and data position from init_ckpt_path too."""
@@ -474,7 +474,7 @@ class ProfilerArgs(Args):
 
     run: bool = False
     """Profile the windows below. false: only what `lingua profile` or a signal asks for."""
-    trace_folder: str = "profiling"
+    trace_folder: Text = "profiling"
     """Where files go, inside the run folder."""
     light_warmup: Annotated[int, Field(ge=0)] = 10
     """Steps of a start before the light window."""
@@ -522,7 +522,7 @@ class GeneratorArgs(Args):
     """Tokens (prompts and answers, padded) in one batch, at most."""
     max_prompt_len: PositiveInt | None = None
     """Longer prompts keep their end. Null: what max_seqlen leaves."""
-    until: list[str] = []
+    until: list[Text] = []
     """Stop strings; they and what follows are not part of the answer."""
     compile_prefilling: bool = False
     """torch.compile the pass over the prompts."""

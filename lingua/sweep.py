@@ -28,17 +28,17 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from lingua.args import ConfigError
+from lingua.args import ConfigError, plain
 from lingua.codefreeze import freeze_code
 from lingua.compose import examine
 from lingua.entry import CommandLine, app_module, choose_app
 from lingua.files import DISK, RunError, make_folder, make_folders, read_json, write_json, write_whole
-from lingua.freeze import CONFIG_FILE
+from lingua.freeze import CONFIG_FILE, read_config
 from lingua.grid import label, plain_overrides, points_of, read_axes
 from lingua.job import write_job
 from lingua.launch import RUN_SCRIPT, Script, complete_launcher, must_be_checkout, render, submit, without_slurm
 from lingua.launcher import LauncherArgs
-from lingua.layers import Origin, Point, read_yaml, stack_layers
+from lingua.layers import Origin, Point, stack_layers
 from lingua.logger import RANK_LOGS
 from lingua.progress import duration
 from lingua.ranks import POLL_S, signals_passed_on, start_below
@@ -155,7 +155,7 @@ def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) ->
     folder = Path(args.dump_dir)
     _must_be_free(folder)
     lines = [replace(base, point=_completed(point, i, folder, args)) for i, point in enumerate(points, 1)]
-    values = [{key: value for key, (value, _) in point.items()} for point in points]
+    values = [{key: plain(value) for key, (value, _) in point.items()} for point in points]
     checked = _check(lines, [label(each) for each in values], app_module(app, "check").load)
     _must_not_share(checked)
     _must_differ(checked, [label(each) for each in values])
@@ -312,7 +312,7 @@ def submit_points(
 
 
 def _config(sweep: Sweep, number: int) -> dict[str, Any]:
-    return read_yaml(sweep.task_file(number).with_suffix(".yaml")).tree
+    return read_config(sweep.task_file(number).with_suffix(".yaml"))
 
 
 # -- without Slurm -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orjson
 
-from lingua.args import Args, ConfigError
+from lingua.args import Args, ConfigError, Text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ class TokenizerArgs(Args):
 
     name: Literal["bytes", "sp", "tiktoken", "hf"] = "bytes"
     """bytes needs no file; sp: SentencePiece model; tiktoken: rank file; hf: tokenizer.json or its folder."""
-    path: str | None = None
+    path: Text | None = None
     """File (or folder, for hf) of the tokenizer."""
 
 

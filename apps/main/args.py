@@ -5,6 +5,7 @@ Torch-free. A new key of an own app goes here; train, check, resume and every co
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -51,13 +52,13 @@ class TrainArgs(Args):
 
     name: Text = "lingua"
     """Name of the run."""
-    dump_dir: str = ""
+    dump_dir: Text = ""
     """Run folder. Empty: <dump_base>/<name>."""
-    dump_base: str = "out"
+    dump_base: Text = "out"
     """Folder of run folders."""
-    app: str = __package__ or "apps.main"
+    app: Text = __package__ or "apps.main"
     """Package of the app that trains this run."""
-    plugins: list[str] = []
+    plugins: list[Text] = []
     """Modules imported before the config is checked; they register models, optimizers, schedules, losses."""
     seed: int = DEFAULT_SEED
     """Seed of everything random in training; model.seed and data.seed follow it unless they are set."""
@@ -81,7 +82,7 @@ class TrainArgs(Args):
     """Two runs are bitwise equal, and so is a resumed one; costs speed."""
     stop_signals: list[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"]] = ["SIGINT", "SIGTERM", "SIGUSR2"]
     """Signals that end the run after the current step, with a checkpoint."""
-    sample_prompt: str | None = None
+    sample_prompt: Text | None = None
     """Prompt of a short sample printed at the end. Null: none."""
     data: DataArgs = DataArgs()
     optim: Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)] = AdamWArgs()
@@ -110,6 +111,8 @@ class TrainArgs(Args):
         if not self.dump_dir:
             if not self.name:
                 raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")
+            if re.search(r"\$[\w{]", self.name):  # the frozen dump_dir would be expanded, as every path is
+                raise ValueError(f"name is {self.name!r}; a run folder cannot hold a $, so take it out or set dump_dir")
             object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
         return self
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import BeforeValidator
 from torch import nn
 
-from lingua.args import ConfigError, build_part
+from lingua.args import ConfigError, Text, build_part
 from lingua.checkpoint.weights import load_weights
 from lingua.compose import compose
 from lingua.distributed import find_place, pick_device
@@ -36,11 +36,11 @@ from .described import config_of, described
 class GenerateArgs(GeneratorArgs):
     """Keys of the command line."""
 
-    ckpt: str = ""
+    ckpt: Text = ""
     """Run, RUN@step, checkpoint folder or file of weights."""
-    app: str = ""
+    app: Text = ""
     """Package of the app that trained the model. Empty: the one its config names."""
-    until: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    until: Annotated[list[Text], BeforeValidator(lambda value: value if isinstance(value, list) else [value])] = []
     """Stop string or strings."""
 
 

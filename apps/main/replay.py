@@ -36,8 +36,7 @@ from lingua.data.loader import Batch, merge_states
 from lingua.data.sources import filled
 from lingua.distributed import Place, World, pick_device, set_environment
 from lingua.files import DISK, RunError
-from lingua.freeze import rule_of
-from lingua.layers import read_yaml
+from lingua.freeze import read_config, rule_of
 from lingua.optim import measure_gradient, optimizer_step
 from lingua.parallel import forward_precision
 from lingua.past import Past, check_step, nothing_before, read_past
@@ -166,7 +165,7 @@ def replay(
     config = past.config_of(start)
     args = compose(str(config), [], [*(f"{key}={value}" for key, value in _ALONE.items()), *words], TrainArgs).args
     args.data = filled(args.data)
-    size = resolve(args, 1, read_yaml(config).tree)
+    size = resolve(args, 1, read_config(config))
     check_step(past, step, size.n_steps)
     checkpoint = find_checkpoint(past, args, step, start, origin)
     tell_other_starts(past, step, start, checkpoint)
@@ -256,9 +255,9 @@ def _none_was_due(args: TrainArgs, step: int) -> bool:
 def tell_other_starts(past: Past, step: int, start: int, checkpoint: Checkpoint | None) -> None:
     """Say so where steps on the way were trained with another config than step N."""
     begin_at = 0 if checkpoint is None else checkpoint.step or 0
-    own = read_yaml(past.config_of(start)).tree
+    own = read_config(past.config_of(start))
     for other in sorted({past.start_of(s) for s in range(begin_at + 1, step)} - {start}):
-        theirs = read_yaml(past.config_of(other)).tree
+        theirs = read_config(past.config_of(other))
         differ = [key for key in config_differences(own, theirs) if rule_of(key) != "free"]
         if differ:
             log.warning(

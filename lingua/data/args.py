@@ -28,16 +28,16 @@ class SourceArgs(Args):
     format: Literal["jsonl", "mmap_jsonl", "tokens"] = "jsonl"
     """jsonl: raw lines, shuffled by blocks; mmap_jsonl: raw lines with an index, shuffled one by one; tokens: files
     made by `lingua data tokenize`, which give the rows of the jsonl they were made from."""
-    text_key: str | None = None
+    text_key: Text | None = None
     """Field with the text. Null: `text`, else `content`."""
-    name: str | None = None
+    name: Text | None = None
     """Name in logs and state. Null: the path's last part."""
 
 
 class DataArgs(Args):
     """Which rows the run sees, and how they are fed."""
 
-    root_dir: str | None = None
+    root_dir: Text | None = None
     """Folder that relative source paths are looked up in."""
     sources: dict[str, Annotated[float, Field(ge=0)]] | list[SourceArgs] = {}
     """`name: weight` under root_dir, or a list of sources. Empty: the embedded corpus."""
@@ -76,7 +76,7 @@ class DataArgs(Args):
     """[first, last] row numbers of the run that are passed over, such as rows that make the loss explode."""
     accept_change: Text | None = None
     """Fingerprint, as a refusal printed it, of changed sources that a resumed run may go on with."""
-    stage_to: str | None = None
+    stage_to: Text | None = None
     """Copy the sources once per node to this fast folder (/dev/shm, say) and read them there. Null: read them in place.
     Copying must end within distributed.timeout_s."""
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from apps.main.args import TrainArgs
 from lingua.args import ConfigError
 from lingua.compose import Composed, compose, examine
+from lingua.launch import sbatch_options
 
 
 def composed(folder: Path, text: str = "", *words: str, overlays: list[str] | None = None) -> Composed[TrainArgs]:
@@ -113,6 +114,16 @@ def test_debug_overlay_is_found_by_its_name(tmp_path: Path) -> None:
         ("data.sources={a: 1.0}", "data.sources", {"a": 1.0, "x": 3.0}),
         ("data.sources.dclm_baseline_1.0_10prct=5", "data.sources", {"x": 3.0, "dclm_baseline_1.0_10prct": 5.0}),
         ("sample_prompt='a=b'", "sample_prompt", "a=b"),
+        ("seed=0123", "seed", 123),
+        ("seed=0x1F", "seed", 31),
+        ("seed=0o17", "seed", 15),
+        ("optim.lr=.5", "optim.lr", 0.5),
+        ("total_flops=2e5", "total_flops", 2e5),
+        ("dump_dir=0042", "dump_dir", "0042"),
+        ("launcher.comment=5 # five", "launcher.comment", "5 # five"),
+        ("launcher.setup=[0042, 1.10, yes]", "launcher.setup", ["0042", "1.10", "yes"]),
+        ("eval={harness: {gen_kwargs: {a: 1.10, b: [0042]}}}", "eval.harness.gen_kwargs", {"a": 1.1, "b": [42]}),
+        ("eval={harness: {limit: 0100}}", "eval.harness.limit", 100),
     ],
 )
 def test_override(tmp_path: Path, word: str, key: str, value: object) -> None:
@@ -120,6 +131,91 @@ def test_override(tmp_path: Path, word: str, key: str, value: object) -> None:
     for name in key.split("."):
         dumped = dumped[name]
     assert dumped == value
+
+
+SPELLINGS = ["2:00:00", "1.10", "0123", "0042", "08", "2e5", "1e-3", "1_000", "0x1F", "0o17", "+7", ".inf", "yes"]
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_text_keys_keep_the_spelling_that_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("TYPED", text)
+    keys = ("name", "launcher.time", "env.NCCL_DEBUG", "launcher.env.set.X", "data.tokenizer.path", "data.root_dir")
+    file = "name: {0}\nlauncher: {{time: {0}, env: {{set: {{X: {0}}}}}}}\nenv: {{NCCL_DEBUG: {0}}}\n"
+    file += "data: {{root_dir: {0}, tokenizer: {{path: {0}}}}}\n"
+    quoted = "name: '{0}'\nlauncher: {{time: '{0}', env: {{set: {{X: '{0}'}}}}}}\nenv: {{NCCL_DEBUG: '{0}'}}\n"
+    quoted += "data: {{root_dir: '{0}', tokenizer: {{path: '{0}'}}}}\n"
+    for args in (
+        composed(tmp_path, file.format(text)).args,
+        composed(tmp_path, "", *(f"{key}={text}" for key in keys)).args,
+        composed(tmp_path, quoted.format("${oc.env:TYPED}")).args,
+        composed(tmp_path, quoted.format(f"${{oc.env:NOT_SET_HERE,{text}}}")).args,
+        composed(tmp_path, quoted.format(f"${{oc.select:not_there,{text}}}")).args,
+        composed(tmp_path, file.format(text).replace(f"name: {text}", "name: ${launcher.time}")).args,
+    ):
+        data, launcher = args.data, args.launcher
+        assert (args.name, launcher.time, args.env.NCCL_DEBUG, launcher.env.set) == (text, text, text, {"X": text})
+        assert (data.root_dir, data.tokenizer.path, args.dump_dir) == (text, text, f"out/{text}")
+    assert composed(tmp_path, f"launcher: {{time: {text}}}\nname: 'a-${{launcher.time}}'").args.name == f"a-{text}"
+
+
+def test_the_time_limit_reaches_sbatch_as_typed(tmp_path: Path) -> None:
+    launcher = composed(tmp_path, "launcher: {account: 0042}", "launcher.time=2:00:00").args.launcher
+    assert {"--time=2:00:00", "--account=0042"} <= set(sbatch_options("x", launcher))
+
+
+@pytest.mark.parametrize("text", ["1:30", "1_000", "0b11", "2024-01-01", "1e", "٣"])
+def test_what_yaml_1_2_does_not_take_for_a_number_is_refused_where_one_belongs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("TYPED", text)
+    sentence = f"optim.lr is '{text}'; it must be a number"
+    assert complaints(tmp_path, "", f"optim.lr={text}") == [f"command line: {sentence}"]
+    assert complaints(tmp_path, f"optim: {{lr: {text}}}") == [f"run.yaml:1: {sentence}"]
+    assert complaints(tmp_path, "optim: {lr: '${oc.env:TYPED}'}") == [f"run.yaml:1: {sentence}"]
+
+
+def test_names_in_a_mapping_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+    text = "data: {root_dir: d, sources: {2024: 1, 0042: 2, true: 3}}\nlauncher: {env: {set: {1: 1.0}}}"
+    args = composed(tmp_path, text).args
+    assert args.data.sources == {"2024": 1.0, "0042": 2.0, "true": 3.0}
+    assert args.launcher.env.set == {"1": "1.0"}
+
+
+def test_numbers_of_the_environment_are_reckoned_with_as_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOW_MANY", "012")
+    args = composed(tmp_path, "steps: '${mul:${oc.env:HOW_MANY},3}'\nseed: ${oc.env:HOW_MANY}").args
+    assert (args.steps, args.seed) == (36, 12)
+    monkeypatch.setenv("HOW_MANY", "1_2")
+    (found,) = complaints(tmp_path, "steps: '${mul:${oc.env:HOW_MANY},3}'")
+    assert "'1_2' is not a number" in found
+
+
+def test_an_escaped_interpolation_is_text(tmp_path: Path) -> None:
+    text = "sample_prompt: '\\${evil:1} \\\\\\${x}'\n"
+    text += "launcher: {setup: ['export A=\\${A:-1}']}\nname: n\nslurm: {mem: '${sample_prompt}'}"
+    args = composed(tmp_path, text).args
+    assert args.sample_prompt == "${evil:1} \\${x}"
+    assert args.launcher.setup == ["export A=${A:-1}"]
+    assert args.slurm is not None
+    assert args.slurm.mem == args.sample_prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a$HOME", ()),
+        ("dump_base: $NESTED/x", ()),
+        ("", ("checkpoint.path=$NESTED",)),
+    ],
+)
+def test_a_path_that_the_frozen_config_would_expand_again_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("NESTED", "a/$HOME")
+    (found,) = complaints(tmp_path, text, *words)
+    assert "holds a variable again" in found or "cannot hold a $" in found
 
 
 def test_an_item_of_a_list_can_be_overridden(tmp_path: Path) -> None:
@@ -207,9 +303,19 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
             "data: {batch_size: '4'}",
             "run.yaml:1: data.batch_size is '4' (write it without quotes); it must be a whole number",
         ),
-        ("steps: 1e3", "run.yaml:1: steps is 1000.0 (write 1000); it must be a whole number"),
+        ("steps: 1e3", "run.yaml:1: steps is 1e3 (write 1000); it must be a whole number"),
         ("data: {batch_size: 0}", "run.yaml:1: data.batch_size is 0; it must be at least 1"),
-        ("optim: {lr: .inf}", "run.yaml:1: optim.lr is inf; it must be a finite number"),
+        ("optim: {lr: .inf}", "run.yaml:1: optim.lr is .inf; it must be a finite number"),
+        ("optim: {lr: 1:30}", "run.yaml:1: optim.lr is '1:30'; it must be a number"),
+        ("seed: 1_000", "run.yaml:1: seed is '1_000'; it must be a whole number"),
+        (
+            "distributed: {compile: yes}",
+            "run.yaml:1: distributed.compile is 'yes' (write true); it must be true or false",
+        ),
+        ("name: true", "run.yaml:1: name is true (put it in quotes); it must be text"),
+        ("seed: !!int 1_0", "run.yaml:1: not valid YAML: '1_0' is not a number"),
+        ("seed: !!bool yes", "run.yaml:1: not valid YAML: 'yes' is neither true nor false"),
+        ("seed: " + "9" * 5000, "run.yaml:1: not valid YAML: a number of 5000 digits"),
         ("distributed: {compile: 1}", "run.yaml:1: distributed.compile is 1; it must be true or false"),
         ("device: tpu", "run.yaml:1: device is 'tpu'; it must be 'auto', 'cpu' or 'cuda'"),
         ("data: 3", "run.yaml:1: data is 3; it must be a section (keys with values)"),
@@ -230,6 +336,10 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("name: &a [*a]", "run.yaml"),
         ("steps: ${stepps}", "run.yaml:1: steps is '${stepps}', which cannot be resolved"),
         ("name: '${oc.env:NOT_SET_HERE}'", "cannot be resolved: the environment has no NOT_SET_HERE; set it, or write"),
+        (
+            "sample_prompt: ${oc.env:X",
+            "sample_prompt cannot be resolved: missing BRACE_CLOSE at '<EOF>'; mend it, or write",
+        ),
         ("base: [nothing.yaml]", "run.yaml:1: base file nothing.yaml does not exist"),
         ("base: [run.yaml]", "run.yaml: is its own base"),
         ("base: {a: 1}", "run.yaml:1: base is {'a': 1}; write a list"),

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from apps.main.args import TrainArgs
 from lingua.compose import compose
-from lingua.freeze import compare, dump_yaml, freeze, read_frozen, rule_of
+from lingua.freeze import compare, dump_yaml, freeze, read_config, read_frozen, rule_of
 
 BASE: dict[str, Any] = {"data": {"root_dir": "d", "sources": {"a": 1.0}}}
 
@@ -87,6 +91,55 @@ def test_a_key_that_another_version_did_not_have_is_no_difference() -> None:
 def test_a_difference_names_key_and_both_values() -> None:
     (difference,) = compare(config(), config(optim__lr=0.5))
     assert str(difference).startswith("optim.lr: 0.0003 -> 0.5 ")
+
+
+NOT_TEXT_ELSEWHERE = ["2e5", "08", "0042", "0o17", "0x1F", "1_000", "1:30", "2:00:00", "1.10", ".inf", "~", "null"]
+NOT_TEXT_ELSEWHERE += ["true", "yes", "on", "2024-01-01", "<<", "=", "", "!!int 5", "&a", "*a", "# a", "- a", "a: b"]
+LIKE_INTERPOLATIONS = ["${x}", "\\${x}", "\\\\${x}", "${HOME:-x}", "${", "a${oc.env:HOME}"]
+TEXTS = st.one_of(
+    st.text(), st.text("0123456789._:+-eExo ", max_size=8), st.sampled_from(NOT_TEXT_ELSEWHERE + LIKE_INTERPOLATIONS)
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(text=TEXTS, texts=st.lists(TEXTS, max_size=3), lr=st.floats(1e-300, 1e300), n=st.integers(), rest=ANYTHING)
+@example(text="\x85", texts=NOT_TEXT_ELSEWHERE, lr=1e22, n=-1, rest=[float("inf"), 1.0, 1, True, "\u2028 a  b\r"])
+@example(text="a" * 200, texts=LIKE_INTERPOLATIONS, lr=1e-5, n=0, rest={text: text for text in NOT_TEXT_ELSEWHERE})
+def test_any_config_reads_back_as_itself(text: str, texts: list[str], lr: float, n: int, rest: Any) -> None:
+    said = {
+        "seed": n,
+        "sample_prompt": text,
+        "optim": {"lr": lr},
+        "launcher": {"account": text, "setup": texts, "env": {"set": dict.fromkeys(texts, text)}},
+        "logging": {"wandb": {"tags": texts}},
+        "eval": {"harness": {"tasks": [*texts, {"rest": rest}], "gen_kwargs": {text: rest}}},
+    }
+    frozen = freeze(TrainArgs.model_validate(said), {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_bytes(dump_yaml(frozen).encode())
+        assert read_config(path) == frozen
+        again = freeze(compose(str(path), [], [], TrainArgs).args, {})
+    assert repr(again) == repr(frozen)  # 1 is not 1.0 and not True
+
+
+@pytest.mark.parametrize("text", NOT_TEXT_ELSEWHERE)
+def test_readers_of_older_yaml_see_text_where_the_frozen_config_has_text(text: str) -> None:
+    assert yaml.safe_load(dump_yaml({"name": text, text: 1})) == {"name": text, text: 1}
+
+
+@pytest.mark.parametrize("name", ["2e5", "08", "0o17"])
+def test_text_that_an_older_version_froze_without_quotes_is_text_again(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"name: {name}\nenv: {{NCCL_DEBUG: {name}}}\nseed: 5\n")
+    args = compose(str(tmp_path / "config.yaml"), [], [], TrainArgs).args
+    assert (args.name, args.env.NCCL_DEBUG, args.seed) == (name, name, 5)
+    (tmp_path / "config.yaml").write_text(dump_yaml(read_config(tmp_path / "config.yaml")))  # as copies are made
+    assert compose(str(tmp_path / "config.yaml"), [], [], TrainArgs).args == args
 
 
 @pytest.mark.parametrize("name", ["plain", "7", "null", "a: b", "ünï\n'\""])

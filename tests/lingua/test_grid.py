@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from apps.main.args import TrainArgs
 from lingua.args import ConfigError
+from lingua.compose import examine
 from lingua.grid import label, plain_overrides, points_of, read_axes, spell
 from lingua.layers import read_yaml
 
@@ -73,7 +75,7 @@ def test_points(text: str, words: list[str], expected: list[dict[str, Any]]):
 @pytest.mark.parametrize(
     ("text", "words", "problems"),
     [
-        ("grid: {optim.lr: 1e-3}", [], ["exp.yaml:1: grid.optim.lr is 0.001; write a list: [0.001]"]),
+        ("grid: {optim.lr: 1e-3}", [], ["exp.yaml:1: grid.optim.lr is 1e-3; write a list: [1e-3]"]),
         ("grid:\n  model: base", [], ["exp.yaml:2: grid.model is 'base'; write a list: [base]"]),
         ("grid: {a: 1e-3, b: []}", [], ["write a list", "grid.b is an empty list"]),
         ("grid: [1, 2]", [], ["exp.yaml:1: grid is [1, 2]; write keys with lists of values below it"]),
@@ -88,6 +90,7 @@ def test_points(text: str, words: list[str], expected: list[dict[str, Any]]):
             ["exp.yaml:1: launcher.nodes cannot be swept: the points are tasks of"],
         ),
         ("", ["launcher.exclude=n1,n2"], ["(a comma that belongs to the value is quoted: launcher.exclude='\"a,b\"')"]),
+        ("", ["optim.lr=1e-3,0.001"], ["optim.lr 0.001 is there twice"]),
         ("", ["name=a,b"], ["name cannot be swept: each point has its own"]),
         ("", ["app=apps.a,apps.b"], ["app cannot be swept"]),
     ],
@@ -122,3 +125,9 @@ def test_values_as_people_write_them(value: Any, told: str):
 def test_a_label_is_short_where_it_can_be():
     assert label({"optim.lr": 1e-3, "model.dim": 8}) == "lr=0.001 dim=8"
     assert label({"data.seed": 1, "seed": 2, "optim.lr": 3.0}) == "data.seed=1 seed=2 lr=3"
+
+
+def test_a_point_keeps_the_spelling_where_the_key_is_text() -> None:
+    points = points_of(read_axes({}, {}, ["env.NCCL_DEBUG=08,1.10"]))
+    examined = [examine(None, [], [], TrainArgs, point).composed for point in points]
+    assert [each and each.args.env.NCCL_DEBUG for each in examined] == ["08", "1.10"]
