@@ -66,7 +66,7 @@ def test_a_model_that_was_exported_comes_in_again(other: Path, tmp_path: Path):
         "folder": [*WORDS, f"checkpoint.init_ckpt_path={tmp_path / 'hf'}"],
         "config": [str(tmp_path / "in" / "config.yaml"), *shape],  # as one starts continued pretraining
     }.items():
-        same = ["steps=2", "optim.lr=1e-3", "distributed.model_dtype=fp32", f"dump_dir={tmp_path / name}"]
+        same = ["steps=2", "seed=7", "optim.lr=1e-3", "distributed.model_dtype=fp32", f"dump_dir={tmp_path / name}"]
         result = train([*words, *same])
         assert result.exit_code == 0, result.output
         started[name] = losses(tmp_path / name)
