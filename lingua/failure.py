@@ -7,7 +7,6 @@ Cost: nothing until something fails.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import socket
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingua.files import RunError, entries, read_json, write_json
+from lingua.files import DiskError, RunError, entries, read_json, write_json
 from lingua.logger import RANK_LOGS
 
 log = logging.getLogger(__name__)
@@ -82,19 +81,18 @@ _BY_MESSAGE: tuple[tuple[str, str], ...] = (
     (r"CUDA error|CUDNN_STATUS|CUBLAS_STATUS|\bECC\b|no CUDA-capable device", "device"),
     (r"loader worker \d+ .*(was killed|ended with exit code)", "worker"),
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def classify(error: BaseException) -> str:
     """The kind of a failure: a key of KINDS."""
-    if isinstance(error, RankError | HungError):
+    if isinstance(error, RankError | HungError | DiskError):
         return error.kind
     names = {cls.__name__ for cls in type(error).__mro__}
     found = next((kind for name, kind in _BY_CLASS.items() if name in names), None)
     if found is not None:
         return found
     if isinstance(error, OSError):
-        return "disk_full" if error.errno in _FULL else "disk"
+        return "disk_full" if DiskError.of(error).kind == "disk_full" else "disk"
     if isinstance(error, RuntimeError):  # RunError too
         text = str(error)
         if isinstance(error, RunError) and ("disk is full" in text or "quota is used up" in text):
@@ -102,6 +100,17 @@ def classify(error: BaseException) -> str:
         found = next((kind for pattern, kind in _BY_MESSAGE if re.search(pattern, text, re.IGNORECASE)), None)
         return found or ("setup" if isinstance(error, RunError) else "bug")
     return "config" if isinstance(error, ValueError) and not isinstance(error, UnicodeError) else "bug"
+
+
+def carried(error: Exception, message: str | None = None) -> RunError:
+    """The error for other ranks to raise: a sentence, by default its own, and what tells its kind."""
+    message = str(error) if message is None else message
+    if isinstance(error, DiskError):
+        return DiskError(message, error.errno, error.path)
+    if isinstance(error, OSError):
+        return DiskError.of(error, message)
+    kind = classify(error)
+    return RunError(message) if kind == "setup" else RankError(message, kind)
 
 
 def mark_known(error: Exception) -> Exception:

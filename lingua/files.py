@@ -35,6 +35,36 @@ class RunError(RuntimeError):
     """Something outside the program that its user can mend. The message is one clear sentence with the remedy."""
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TO_MEND = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG
+)  # fmt: skip
+
+
+class DiskError(RunError):
+    """An OSError as a sentence. It keeps the errno and the path, also when it is pickled for other ranks."""
+
+    def __init__(self, message: str, number: int | None = None, path: str | None = None) -> None:
+        super().__init__(message)
+        self.errno, self.path = number, path
+
+    @classmethod
+    def of(cls, error: OSError, message: str | None = None) -> DiskError:
+        path = error.filename
+        return cls(message or str(error), error.errno, None if path is None else os.fsdecode(path))
+
+    @property
+    def kind(self) -> str:
+        """As `lingua.failure` knows it: what is full or wrong a person must mend, all else may pass by itself."""
+        if self.errno in _FULL:
+            return "disk_full"
+        return "setup" if self.errno in _TO_MEND else "disk"
+
+    @property
+    def may_pass(self) -> bool:
+        return self.kind == "disk"
+
+
 class Files:
     """The operations that change a disk. Each either happens or raises OSError; a mark is only ever renamed in."""
 
@@ -118,6 +148,17 @@ def _use_page_cache(descriptor: int) -> bool:
     return bool(flags & os.O_DIRECT)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in here names the file; one of a descriptor does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def make_folders(path: Path, *, files: Files = DISK) -> None:
     """Make a folder and those above it that are missing."""
     if not path.parent.exists():
@@ -135,10 +176,11 @@ def write_whole(path: Path, data: Buffer | str, mode: int | None = None, *, file
     try:
         descriptor = files.create(temporary)
         try:
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-            files.write(descriptor, content)
-            files.fsync(descriptor)
+            with naming(path):
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
+                files.write(descriptor, content)
+                files.fsync(descriptor)
         finally:
             files.close(descriptor)
         files.rename(temporary, path)
@@ -211,8 +253,8 @@ def make_folder(path: Path, what: str) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise RunError(
-            f"{what}: cannot write to {path} ({error.strerror}); choose another folder or mend its permissions"
+        raise DiskError.of(
+            error, f"{what}: cannot write to {path} ({error.strerror}); choose another folder or mend its permissions"
         ) from None
     return path
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lingua.files import RunError, entries, read_json, write_json, write_whole
+from lingua.files import DiskError, RunError, entries, read_json, write_json, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class RunLock:
             while not self._try_next():
                 pass
         except OSError as error:
-            raise RunError(f"cannot lock {self._run_dir}: {error.strerror} ({error.filename})") from None
+            raise DiskError.of(error, f"cannot lock {self._run_dir}: {error.strerror} ({error.filename})") from None
         self._thread = threading.Thread(target=self._beat_on, name="run-lock", daemon=True)
         self._thread.start()
         return self.incarnation

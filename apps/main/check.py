@@ -20,7 +20,7 @@ from lingua.compose import Composed, Examined, examine
 from lingua.data.args import DataArgs, default_lanes
 from lingua.earlier import Earlier, read_earlier
 from lingua.entry import CommandLine
-from lingua.files import human_bytes
+from lingua.files import DiskError, human_bytes
 from lingua.freeze import Difference, compare, freeze
 from lingua.layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.schema import LlamaArgs
@@ -507,7 +507,11 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
                     _count_tokens(folder, 0)
                 else:
                     find_files(folder)
-            except (ValueError, OSError) as error:
+            except OSError as error:
+                if DiskError.of(error).may_pass:  # no fault of the config
+                    raise
+                yield Finding("data.sources", str(error))
+            except ValueError as error:
                 yield Finding("data.sources", str(error))
 
 

@@ -22,7 +22,7 @@ from lingua.checkpoint.layout import done_steps
 from lingua.checkpoint.weights import copy_weights
 from lingua.data.sources import filled
 from lingua.distributed import World, from_main, on_every_rank
-from lingua.files import RunError, write_whole
+from lingua.files import DiskError, write_whole
 from lingua.flops import find_peak
 from lingua.freeze import CONFIG_FILE, ORIGIN_FILE, dump_yaml
 from lingua.generator import Generator
@@ -63,9 +63,8 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(
-                f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
-            ) from error
+            text = f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
+            raise DiskError.of(error, text) from error
         incarnation = lock.acquire()
         if not checked.waived:
             _freeze_config(path, checked, incarnation)

@@ -169,7 +169,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
     with guard.pulse.during("checkpoint"):
-        report = run.manager.save(run.step, run.snapshot(), final=True, deadline_s=job_ends_s)
+        report = run.manager.save(run.step, run.snapshot(), final=True, stopping=judge.stop, deadline_s=job_ends_s)
     judge.report_save(report)
     return report
 

@@ -22,6 +22,7 @@ from lingua.checkpoint.courier import Courier
 from lingua.checkpoint.ranks import Ranks
 from lingua.checkpoint.stage import Stager
 from lingua.checkpoint.state import TrainState, scalars_json
+from lingua.failure import RankError, carried, classify
 from lingua.files import Files, RunError, free_bytes
 from lingua.schema import CheckpointArgs
 
@@ -123,14 +124,15 @@ class BackgroundWriter:
         self._newest = step
         return None
 
-    def _scalars(self, state: TrainState) -> tuple[bytes, str | None]:
+    def _scalars(self, state: TrainState) -> tuple[bytes, RunError | None]:
         """This rank's JSON, and why there is none: the other ranks must hear of that. Local."""
         try:
             return scalars_json(state, self._ranks.rank, self._ranks.size), None
-        except Exception:
-            return b"", f"rank {self._ranks.rank} failed:\n{traceback.format_exc()}"
+        except Exception as error:
+            what = f"rank {self._ranks.rank} failed:\n{traceback.format_exc()}"
+            return b"", RankError(what, classify(error))
 
-    def _take_slot(self, step: int, bug: str | None) -> int | None:
+    def _take_slot(self, step: int, bug: RunError | None) -> int | None:
         assert self._stager is not None
         error = self._stager.wait_until_ready()
         problem = None if error is None else f"rank {self._ranks.rank}: the last checkpoint is lost: {error}"
@@ -139,17 +141,17 @@ class BackgroundWriter:
             problem = f"rank {self._ranks.rank}: a slot cannot be allocated: {failed}"
         return self.courier.take_slot(step, usable, problem, bug)
 
-    def finish(self, step: int, deadline_s: float | None) -> str | None:
-        """Wait until a staged step is on the disk; None if it is, what is missing if the job ends before.
+    def finish(self, step: int, deadline_s: float | None, stopping: bool) -> str | None:
+        """Wait until a staged step is on the disk; None if it is, what is missing if it stays in memory.
 
-        Raises RunError, on all ranks, when it will not be there.
+        Raises RunError, on all ranks, when it will not be there. See `Courier.await_published`.
         """
         assert self._stager is not None
         error = self._stager.wait_until_ready()
-        lost = [str(e) for e in self._ranks.gather(error) if e is not None]
+        lost = [e for e in self._ranks.gather(error) if e is not None]
         if lost:
-            raise RunError(f"checkpoint {step} is lost: {lost[0]}")
-        return self.courier.await_published(step, deadline_s)
+            raise carried(lost[0], f"checkpoint {step} is lost: {lost[0]}")
+        return self.courier.await_published(step, deadline_s, stopping)
 
     def before_update(self) -> None:
         """Call before parameters or optimizer state change. Local."""

@@ -25,7 +25,8 @@ from lingua.checkpoint import drain
 from lingua.checkpoint.ranks import Ranks, node_of, raise_if
 from lingua.checkpoint.session import Events, Session, write_session
 from lingua.checkpoint.slots import SERVICE_LOCK, TRAINER_LOCK, Save, Slot, State, make_region
-from lingua.files import DISK, Files, ProcessLock, RunError
+from lingua.failure import RankError, carried
+from lingua.files import DISK, DiskError, Files, ProcessLock, RunError
 from lingua.runlock import Owner, this_process
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ LEAVE_S = 5.0
 """What ranks need to leave before the job ends."""
 RESTARTS = 3
 """Of the service, until it has published something."""
+TRIES = 4
+"""Of the service to save what somebody waits for, on a disk that fails in a way that may pass: some seconds."""
 START_S = 30.0
 """How long a service may take to start."""
 
@@ -93,6 +96,16 @@ def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int
     return {key for key in good if key[0] == last}
 
 
+def is_refusal(event: dict[str, Any]) -> bool:
+    """Whether the disk has refused a checkpoint; what cannot be deleted is `failing` too."""
+    return event["kind"] == "failing" and "errno" in event
+
+
+def refusal(event: dict[str, Any]) -> DiskError:
+    """What the service has said, as an error."""
+    return DiskError(event["why"], event.get("errno"))
+
+
 # -- the service as a process --------------------------------------------------------------------------------------
 
 
@@ -133,7 +146,7 @@ class _Report:
 
     usable: set[int]
     problem: str | None = None
-    fatal: str | None = None
+    fatal: RunError | None = None
     is_gone: bool = False
     """The region's names have vanished, as RemoveIPC of systemd does it (logind.conf(5)); what is mapped stays."""
     slots: dict[int, SlotView] | None = None
@@ -167,7 +180,9 @@ class Courier:
         self._starts = 0
         self._service: Started | None = None
         self._problem: str | None = None
-        self._fatal: str | None = None
+        self._fatal: RunError | None = None
+        self._n_refusals = 0
+        """By the disk, since it last took a checkpoint."""
         self._outcomes: dict[int, dict[str, Any]] = {}
         """The last word on each step since the last save."""
         self.problems: list[str] = []
@@ -241,12 +256,15 @@ class Courier:
 
     def _await_rescue(self) -> None:
         while any(self.region.slot(number).state() != "free" for number in self._rescued):
-            for event in self.read_events():
-                if event["kind"] in ("failing", "failed"):
-                    raise RunError(
-                        f"this node's memory holds a newer checkpoint than the disk, and it cannot be saved: "
-                        f"{event['why']}. Mend that and start again on {socket.gethostname()}"
-                    )
+            events = self.read_events()
+            refused = next((refusal(event) for event in reversed(events) if is_refusal(event)), None)
+            error = self._fatal or (refused if refused is not None and not self._may_pass(refused) else None)
+            if error is not None:
+                raise carried(
+                    error,
+                    f"this node's memory holds a newer checkpoint than the disk, and it cannot be saved: {error}. "
+                    f"Mend that and start again on {socket.gethostname()}",
+                )
             self._ensure_service()
             self._sleep(LOOK_S)
 
@@ -262,7 +280,7 @@ class Courier:
 
     # -- save ------------------------------------------------------------------------------------------------------
 
-    def take_slot(self, step: int, usable: set[int], problem: str | None, fatal: str | None = None) -> int | None:
+    def take_slot(self, step: int, usable: set[int], problem: str | None, fatal: RunError | None = None) -> int | None:
         """The slot to fill with `step`, marked already; None: all are taken.
 
         `usable`: this rank's allocated slots; `problem`: why its part of the last save is not there. Raises RunError,
@@ -301,7 +319,7 @@ class Courier:
             self.read_events()
             self._ensure_service()
         except RunError as error:
-            report.fatal = str(error)
+            report.fatal = carried(error)
         report.fatal = report.fatal or self._fatal
         report.slots = {slot.number: self._view(slot) for slot in self.region.slots()}
         return report
@@ -336,15 +354,17 @@ class Courier:
         """Whether so little is left until the job ends that the ranks must leave. Local."""
         return deadline_s is not None and self._wall_clock() > deadline_s - LEAVE_S
 
-    def await_published(self, step: int, deadline_s: float | None) -> str | None:
-        """Wait until a staged step is on the disk; None if it is, what is missing if the job ends before.
+    def await_published(self, step: int, deadline_s: float | None, stopping: bool = False) -> str | None:
+        """Wait until a staged step is on the disk; None if it is, what is missing if it stays in memory.
 
-        `deadline_s`: seconds since the epoch when the job ends, if that is known. Raises RunError, on all ranks, when
-        the step is lost, and when a disk refuses it and nobody knows for how long to go on trying.
+        `deadline_s`: seconds since the epoch when the job ends, if that is known; it stays in memory then. Where that
+        is not known and the disk refuses the step TRIES times, it stays there too if the run is only `stopping`.
+        Raises RunError, on all ranks, when the disk refuses the step otherwise, and when it is lost.
         """
         next_word_s = self._now() + 10.0
+        self._n_refusals = 0  # those of earlier steps do not count
         while True:
-            is_settled, missing = self._ranks.on_each(lambda: self._outcome(step, deadline_s))[0]
+            is_settled, missing = self._ranks.on_each(lambda: self._outcome(step, deadline_s, stopping))[0]
             if is_settled:
                 return missing
             if self._now() > next_word_s and self._ranks.rank == 0:
@@ -352,7 +372,7 @@ class Courier:
                 next_word_s = self._now() + 10.0
             self._sleep(LOOK_S)
 
-    def _outcome(self, step: int, deadline_s: float | None) -> tuple[bool, str | None]:
+    def _outcome(self, step: int, deadline_s: float | None, stopping: bool) -> tuple[bool, str | None]:
         """Whether the fate of a step is known to this node, and what is missing if it is not published. Local."""
         if not self.is_leader:
             return False, None
@@ -360,11 +380,16 @@ class Courier:
         raise_if(self._fatal)
         self._ensure_service()
         event = self._outcomes.get(step, {"kind": "nothing"})
-        if event["kind"] == "lost" or (event["kind"] == "failing" and deadline_s is None):
-            raise RunError(event["why"])
+        if event["kind"] == "lost":
+            raise RankError(event["why"], "disk")  # a rank that trains it again may save it
         if event["kind"] == "published":
             return True, None
-        if not self.is_late(deadline_s):
+        is_over = self.is_late(deadline_s)
+        if event["kind"] == "failing" and deadline_s is None and not self._may_pass(refusal(event)):
+            if not stopping or not refusal(event).may_pass:
+                raise refusal(event)
+            is_over = True
+        if not is_over:
             return False, None
         trouble = f" ({event['why']})" if "why" in event else ""
         return True, f"checkpoint {step} is in the memory of {socket.gethostname()}, but not on the disk yet{trouble}"
@@ -384,10 +409,16 @@ class Courier:
             self._log(event)
             if event["kind"] in ("published", "lost", "failing"):
                 self._outcomes[event["step"]] = event
-                self._starts = min(self._starts, 1) if event["kind"] == "published" else self._starts
+                self._n_refusals += is_refusal(event)
+            if event["kind"] == "published":
+                self._starts, self._n_refusals = min(self._starts, 1), 0
             elif event["kind"] in ("failed", "fenced"):
-                self._fatal = event["why"]
+                self._fatal = RankError(event["why"], "bug") if event["kind"] == "failed" else RunError(event["why"])
         return events
+
+    def _may_pass(self, refused: DiskError) -> bool:
+        """Whether it is worth waiting for the service's next attempt."""
+        return refused.may_pass and self._n_refusals < TRIES
 
     def _log(self, event: dict[str, Any]) -> None:
         if event["kind"] == "published":

@@ -1,6 +1,6 @@
 """The synchronous way of a checkpoint: every rank writes its files to the disk and waits, then rank 0 publishes.
 
-Promise: a failure costs that checkpoint only; its remains are removed and all ranks hear the reason.
+Promise: a failure costs that checkpoint only; its remains are removed and all ranks hear the reason, with its errno.
 Cost: the caller waits for hashing, writing and fsync of this rank's share, and for two small collectives.
 """
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from torch import Tensor
 
 from lingua.checkpoint import dcp, layout, publish
-from lingua.checkpoint.publish import Manifest, disk_sentence
-from lingua.checkpoint.ranks import Ranks, raise_if
+from lingua.checkpoint.publish import Manifest, disk_error
+from lingua.checkpoint.ranks import Ranks
 from lingua.checkpoint.state import TrainState, scalars_json
-from lingua.files import Files, RunError
+from lingua.failure import RankError, carried, classify
+from lingua.files import DiskError, Files, RunError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class _Written:
     """What one rank has to say about its files."""
 
     facts: Manifest
-    error: str | None = None
+    error: RunError | None = None
     is_bug: bool = False
     """Not the disk's fault: nothing that a later save would do better."""
 
@@ -48,15 +49,39 @@ class DirectWriter:
     """On rank 0: raises RunError when a newer start owns the run."""
 
     def save(
-        self, step: int, plan: dcp.WritePlan, state: TrainState, tensors: dict[str, Tensor], total_bytes: int
-    ) -> tuple[str | None, int]:
-        """(why there is no checkpoint, or None; its bytes). Collective. Raises RunError for a bug on any rank."""
+        self,
+        step: int,
+        plan: dcp.WritePlan,
+        state: TrainState,
+        tensors: dict[str, Tensor],
+        total_bytes: int,
+        *,
+        again: bool = False,
+    ) -> tuple[RunError | None, int]:
+        """(why there is no checkpoint, or None; its bytes). Collective. Raises RunError for a bug on any rank.
+
+        `again`: this start has just tried and failed; where only the last words were missing, these are said.
+        """
         started = time.perf_counter()
+        if again:
+            try:
+                if self.ranks.from_main(lambda: self._is_published(step)):
+                    return None, total_bytes
+            except DiskError as error:  # on all ranks; to write now would set aside what may lack but its mark
+                return error, 0
         written = self.ranks.gather(self._write(step, plan, state, tensors, total_bytes))
         error = self.ranks.from_main(lambda: self._publish(step, written, started, total_bytes))
-        if any(of_rank.is_bug for of_rank in written):
-            raise_if(error)
+        if error is not None and any(of_rank.is_bug for of_rank in written):
+            raise error
         return error, sum(fact.size_bytes for of_rank in written for fact in of_rank.facts.values())
+
+    def _is_published(self, step: int) -> bool:
+        """On rank 0: whether the step is there after all, since clearing away what failed has failed too."""
+        publish.resume(self.root, step, self.incarnation, files=self.files)
+        if not layout.done_mark(self.root, step).exists():
+            return False
+        self.files.fsync_dir(self.root)
+        return publish.incarnation_of(self.root, step) == self.incarnation
 
     def _write(
         self, step: int, plan: dcp.WritePlan, state: TrainState, tensors: dict[str, Tensor], total_bytes: int
@@ -82,12 +107,13 @@ class DirectWriter:
                 facts[name] = publish.write_hashed(folder / name, [content], readback=self.readback, files=self.files)
             self.files.fsync_dir(folder)
         except OSError as error:
-            return _Written(facts, disk_sentence(error, self.root, total_bytes))
-        except Exception:
-            return _Written(facts, f"rank {self.ranks.rank} failed:\n{traceback.format_exc()}", is_bug=True)
+            return _Written(facts, disk_error(error, self.root, total_bytes))
+        except Exception as error:
+            told = RankError(f"rank {self.ranks.rank} failed:\n{traceback.format_exc()}", classify(error))
+            return _Written(facts, told, is_bug=True)
         return _Written(facts)
 
-    def _publish(self, step: int, written: list[_Written], started: float, total_bytes: int) -> str | None:
+    def _publish(self, step: int, written: list[_Written], started: float, total_bytes: int) -> RunError | None:
         """On rank 0, with every rank's facts: publish, or clear away; returns what went wrong."""
         problem = next((of_rank.error for of_rank in written if of_rank.error is not None), None)
         if problem is None:
@@ -98,9 +124,9 @@ class DirectWriter:
                 publish.publish(self.root, step, self.incarnation, facts, seconds=seconds, files=self.files)
                 return None
             except OSError as error:
-                problem = disk_sentence(error, self.root, total_bytes)
+                problem = disk_error(error, self.root, total_bytes)
             except RunError:
                 publish.abandon(self.root, step, self.incarnation, files=self.files)
                 raise
         publish.abandon(self.root, step, self.incarnation, files=self.files)
-        return f"checkpoint {step} is lost, older ones are untouched: {problem}"
+        return carried(problem, f"checkpoint {step} is lost, older ones are untouched: {problem}")

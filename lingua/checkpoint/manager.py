@@ -1,8 +1,9 @@
 """What the training loop sees of checkpoints: when one is due, save, find the newest good one, load.
 
 Promise: one rank decides and all ranks hear it. A save that fails (full disk, quota, a broken disk) costs that
-checkpoint and nothing else: its remains are removed, older ones stay, all ranks get the same report. Every rank calls
-every method at the same step, unless it says "local".
+checkpoint and nothing else: its remains are removed, older ones stay, all ranks get the same report. The last save of
+a run is tried again, a few times, where the fault may pass. Every rank calls every method at the same step, unless it
+says "local".
 Cost: see `direct.py` (synchronous) and `background.py` (asynchronous).
 
     manager = CheckpointManager(args.checkpoint, run_dir, device=device, lock=lock)
@@ -30,17 +31,20 @@ import torch
 from lingua.checkpoint import courier, dcp, layout, pins, publish, retention
 from lingua.checkpoint.background import BackgroundWriter
 from lingua.checkpoint.direct import DirectWriter
-from lingua.checkpoint.ranks import Ranks, raise_if
+from lingua.checkpoint.ranks import Ranks
 from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.room import DiskRoom
 from lingua.checkpoint.session import Session
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
-from lingua.files import DISK, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
+from lingua.files import DISK, DiskError, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
 from lingua.runlock import RunLock, this_process
 from lingua.schema import CheckpointArgs
 from lingua.slurm import this_job
 
 log = logging.getLogger(__name__)
+
+FINAL_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Before each further try of a last save that the disk has refused."""
 
 
 @dataclass
@@ -75,6 +79,8 @@ class CheckpointManager:
         lock: RunLock | None = None,
         files: Files = DISK,
         now: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
         start_service: courier.StartService = courier.start_service,
     ) -> None:
         self.args = args
@@ -90,7 +96,7 @@ class CheckpointManager:
         self._total_bytes = 0
         self._cleaner = ThreadPoolExecutor(max_workers=1) if args.async_cleanup else None
         self._cleaning: Future[None] | None = None
-        self._now = now
+        self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
         self._published_at_s = self._safe_until_s = now()
         """When the newest checkpoint was published and when its snapshot was taken; before, when this start began."""
         self._staged_at_s: dict[int, float] = {}
@@ -133,7 +139,7 @@ class CheckpointManager:
         try:
             publish.open_passage(self.root, self.incarnation, files=self._files)
         except OSError as error:
-            raise RunError(publish.disk_sentence(error, self.root, 0)) from error
+            raise publish.disk_error(error, self.root, 0) from error
 
     def _join_background(self, run_id: str, start: courier.StartService) -> BackgroundWriter | None:
         args = self.args
@@ -206,7 +212,8 @@ class CheckpointManager:
             at_once=retention.kept_at_once(self._dump, self._eval, self.args.keep_every, n_steps),
             budget_bytes=int(budget * 1e9) if budget else None,
         )
-        raise_if(room.problem(self.root))
+        if (problem := room.problem(self.root)) is not None:
+            raise RunError(problem)
         if warning := room.warning(self.root):
             log.info("%s", warning)
 
@@ -231,12 +238,21 @@ class CheckpointManager:
         if self._background is not None:
             self._background.before_update()
 
-    def save(self, step: int, state: TrainState, *, final: bool = False, deadline_s: float | None = None) -> SaveReport:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        final: bool = False,
+        stopping: bool = False,
+        deadline_s: float | None = None,
+    ) -> SaveReport:
         """Make a checkpoint, then let retention delete older ones.
 
-        A failure is told in the report. With `final` it raises RunError, since nothing comes after, and the caller
-        waits until the checkpoint is on the disk. Only where the job ends before, at `deadline_s` (seconds since the
-        epoch), it is left in memory, and the report says that.
+        A failure is told in the report. With `final` the save is tried again where that may help, then it raises
+        RunError, since nothing comes after, and the caller waits until the checkpoint is on the disk. It is left in
+        memory, and the report says that, where the job ends before, at `deadline_s` (seconds since the epoch), and,
+        with `stopping`, where the disk goes on failing: the run is meant to go on.
         """
         if step in self._published:
             return SaveReport(step, layout.folder(self.root, step), published=True)
@@ -245,13 +261,20 @@ class CheckpointManager:
         plan = self._make_plan(tensors)
         if self._background is not None:
             try:
-                return self._save_in_background(step, state, tensors, started, final, deadline_s)
+                return self._save_in_background(step, state, tensors, started, final, stopping, deadline_s)
             except courier.NoSlotError as error:
                 self._leave_background(str(error))
-        return self._save_directly(step, state, tensors, plan, started, final)
+        return self._save_directly(step, state, tensors, plan, started, final, deadline_s)
 
     def _save_in_background(
-        self, step: int, state: TrainState, tensors: Tensors, started: float, final: bool, deadline_s: float | None
+        self,
+        step: int,
+        state: TrainState,
+        tensors: Tensors,
+        started: float,
+        final: bool,
+        stopping: bool,
+        deadline_s: float | None,
     ) -> SaveReport:
         assert self._background is not None
         error = self._background.save(step, state, tensors.by_name, final=final, deadline_s=deadline_s)
@@ -272,23 +295,38 @@ class CheckpointManager:
                 log.info("checkpoint %d: %s staged in %.0f ms", step, size, 1000 * report.seconds)
         self._background.courier.problems.clear()
         if final and report.staged:
-            report.error = self._background.finish(step, deadline_s)
+            report.error = self._background.finish(step, deadline_s, stopping)
             report.published = report.error is None
             if report.published:
                 self._published.add(step)
         return report
 
     def _save_directly(
-        self, step: int, state: TrainState, tensors: Tensors, plan: dcp.WritePlan, started: float, final: bool
+        self,
+        step: int,
+        state: TrainState,
+        tensors: Tensors,
+        plan: dcp.WritePlan,
+        started: float,
+        final: bool,
+        deadline_s: float | None,
     ) -> SaveReport:
         error, size_bytes = self._direct.save(step, plan, state, tensors.by_name, self._total_bytes)
-        report = SaveReport(step, layout.folder(self.root, step), published=error is None, error=error)
+        for pause_s in FINAL_PAUSES_S if final else ():
+            if error is None or not self._may_try_again(error, pause_s, deadline_s):
+                break
+            if self._ranks.rank == 0:
+                log.warning("%s; trying again in %g s", error, pause_s)
+            self._sleep(pause_s)
+            error, size_bytes = self._direct.save(step, plan, state, tensors.by_name, self._total_bytes, again=True)
+        report = SaveReport(step, layout.folder(self.root, step), published=error is None)
         report.seconds = time.perf_counter() - started
         if error is not None:
+            report.error = str(error)
             if self._ranks.rank == 0:
                 log.error("%s", error)
             if final:
-                raise RunError(error)
+                raise error
             return report
         report.size_bytes = size_bytes
         self._published.add(step)
@@ -303,16 +341,22 @@ class CheckpointManager:
             log.info("checkpoint %d: %s in %.2f s (%.2f GB/s) at %s", step, size, report.seconds, rate, report.path)
         return report
 
+    def _may_try_again(self, error: RunError, pause_s: float, deadline_s: float | None) -> bool:
+        if not isinstance(error, DiskError) or not error.may_pass:
+            return False
+        latest_s = None if deadline_s is None else deadline_s - courier.LEAVE_S - pause_s
+        return self._ranks.from_main(lambda: latest_s is None or self._wall_clock() < latest_s)
+
     # -- retention -------------------------------------------------------------------------------------------------
 
     def _retain(self) -> list[int]:
         """On rank 0: delete what nobody needs; a disk that refuses is reported, not fatal."""
         try:
             held = pins.held_steps(self.run_dir, self.root, time.time())
+            done = layout.done_steps(self.root)
         except (RunError, OSError) as error:
-            log.warning("no checkpoint is deleted, since the pins cannot be read: %s", error)
+            log.warning("no checkpoint is deleted, since the pins or the folder cannot be read: %s", error)
             return []
-        done = layout.done_steps(self.root)
         steps = retention.to_delete(
             done,
             self._dump,

@@ -39,12 +39,14 @@ from lingua.checkpoint import layout
 from lingua.files import (
     DISK,
     Buffer,
+    DiskError,
     Files,
     RunError,
     entries,
     free_bytes,
     human_bytes,
     is_plain_file,
+    naming,
     read_json,
     skip_page_cache,
     write_json,
@@ -102,7 +104,8 @@ def write_unsynced(
             for start in range(0, len(view), CHUNK_BYTES):
                 chunk = view[start : start + CHUNK_BYTES]
                 digest.update(chunk)
-                files.write(descriptor, chunk)
+                with naming(path):
+                    files.write(descriptor, chunk)
             size_bytes += len(view)
     except BaseException:
         files.close(descriptor)
@@ -134,7 +137,8 @@ def in_pages(parts: Iterable[Buffer]) -> Iterator[Buffer]:
 def sync_written(descriptor: int, path: Path, facts: FileFacts, *, readback: bool = False, files: Files = DISK) -> None:
     """Make a written file durable and close it."""
     try:
-        files.fsync(descriptor)
+        with naming(path):
+            files.fsync(descriptor)
     finally:
         files.close(descriptor)
     if readback and (problem := _differs(path, facts)):
@@ -196,11 +200,18 @@ def _must_be_there(path: Path, fact: FileFacts) -> None:
         raise OSError(errno.EIO, f"the file has {size_bytes} bytes, {fact.size_bytes} were written", str(path))
 
 
-def disk_sentence(error: OSError, root: Path, needed_bytes: int) -> str:
+def disk_error(error: OSError, root: Path, needed_bytes: int) -> DiskError:
     """What is wrong with the disk, for people."""
+    return DiskError.of(error, disk_sentence(error, root, needed_bytes))
+
+
+def disk_sentence(error: OSError, root: Path, needed_bytes: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-        free = human_bytes(free_bytes(root))
+        try:
+            free = human_bytes(free_bytes(root))
+        except OSError:
+            free = "unknown"
         return f"{reason} at {root} ({free} free, a checkpoint takes {human_bytes(needed_bytes)}); make room"
     return f"{error.filename or root}: {error.strerror or error}"
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lingua.failure import RankError, carried, classify
 from lingua.files import RunError
 
 T = TypeVar("T")
@@ -49,25 +50,25 @@ class Ranks:
             try:
                 answer = [act(), None]
             except (RunError, OSError) as error:
-                answer = [None, f"{error}"]
-            except BaseException:
+                answer = [None, carried(error)]
+            except BaseException as error:
                 if self._group is not None:  # the others must not wait for us
-                    dist.broadcast_object_list([None, "rank 0 failed, see its log"], src=0, group=self._group)
+                    told = RankError("rank 0 failed, see its log", classify(error))
+                    dist.broadcast_object_list([None, told], src=0, group=self._group)
                 raise
         if self._group is not None:
             dist.broadcast_object_list(answer, src=0, group=self._group)
-        if answer[1] is not None:
-            raise RunError(answer[1])
+        raise_if(answer[1])
         return answer[0]
 
     def on_each(self, act: Callable[[], T]) -> list[T]:
         """What `act` returned on each rank, on every rank; or the first RunError or OSError, on every rank."""
         value: T | None = None
-        error: str | None = None
+        error: RunError | None = None
         try:
             value = act()
         except (RunError, OSError) as caught:
-            error = str(caught)
+            error = carried(caught)
         answers = self.gather((value, error))
         raise_if(next((error for _, error in answers if error is not None), None))
         return [value for value, _ in answers]  # pyright: ignore[reportReturnType] - without an error there is one
@@ -94,6 +95,6 @@ def node_of(rank: int, places: list[Any]) -> Node:
     return Node(distinct.index(places[rank]), len(distinct), ranks)
 
 
-def raise_if(error: str | None) -> None:
+def raise_if(error: RunError | None) -> None:
     if error is not None:
-        raise RunError(error)
+        raise error

@@ -18,6 +18,7 @@ from lingua.checkpoint import dcp, layout, lookup, publish
 from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.ranks import Ranks, raise_if
 from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
+from lingua.failure import RankError, carried, classify
 from lingua.files import Files, RunError, read_json
 
 log = logging.getLogger(__name__)
@@ -71,13 +72,14 @@ class Restorer:
             return [facts]
         mine = dict(sorted(facts.items())[self._ranks.rank :: self._ranks.size])
         problems: list[str] = []
-        unjudged: str | None = None
+        unjudged: RunError | None = None
         try:
             problems = publish.damage(folder, mine, sizes_only=self._verify == "sizes")
         except OSError as error:
-            unjudged = f"cannot read checkpoint {step}: {error}; mend that, or move {folder} and its mark away"
+            remedy = f"mend that, or move {folder} and its mark away"
+            unjudged = carried(error, f"cannot read checkpoint {step}: {error}; {remedy}")
         found = self._ranks.gather((problems, unjudged))
-        raise_if(next((message for _, message in found if message), None))
+        raise_if(next((told for _, told in found if told is not None), None))
         everything = [problem for problems, _ in found for problem in problems]
         if not everything:
             self.verified.add(step)
@@ -117,14 +119,15 @@ class Restorer:
     def load_folder(self, folder: Path, state: TrainState, *, optimizer: bool = True) -> None:
         """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here."""
         started = time.perf_counter()
-        error: str | None = None
+        error: RunError | None = None
         try:
             self._load_local(folder, state, optimizer)
         except (RunError, OSError) as caught:
-            error = str(caught)
-        except Exception:
-            error = f"loading {folder} failed on rank {self._ranks.rank}:\n{traceback.format_exc()}"
-        raise_if(next((message for message in self._ranks.gather(error) if message), None))
+            error = carried(caught)
+        except Exception as caught:
+            what = f"loading {folder} failed on rank {self._ranks.rank}:\n{traceback.format_exc()}"
+            error = RankError(what, classify(caught))
+        raise_if(next((told for told in self._ranks.gather(error) if told is not None), None))
         if self._ranks.rank == 0:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)

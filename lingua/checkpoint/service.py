@@ -45,6 +45,8 @@ SILENT_S = 30.0
 """A disk that takes no byte for so long is reported."""
 LONGEST_PAUSE_S = 60.0
 """Between two attempts on a disk that fails."""
+ENDING_PAUSE_S = 4.0
+"""The same, once the run ends: whoever waits has not much time."""
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ class Service:
         self._verified: set[int] = set()
         self._rate_bytes_per_s: float | None = None
         self._failures = 0
-        self._not_before_s = 0.0
+        self._not_before_s = self._failed_at_s = 0.0
         self._alone_since_s: float | None = None
         self._first_rank_until_s = now() + wait_s
         self._linger_s = linger_s
@@ -180,6 +182,8 @@ class Service:
     # -- one slot --------------------------------------------------------------------------------------------------
 
     def _begin_next(self, session: Session, alone: bool) -> None:
+        if session.ending:
+            self._not_before_s = min(self._not_before_s, self._failed_at_s + ENDING_PAUSE_S)
         if any(job.writing.is_set() for job in self._jobs) or self._now() < self._not_before_s:
             return
         if self._fenced == session.incarnation:
@@ -264,10 +268,12 @@ class Service:
         except OSError as error:
             self._failures += 1
             again_s = pause_s(self._failures)
-            self._not_before_s = self._now() + again_s
+            self._failed_at_s = self._now()
+            self._not_before_s = self._failed_at_s + again_s
             job.slot.change("draining", "staged", files=self._files)
             why = f"{publish.disk_sentence(error, Path(job.session.root), job.size_bytes)}; it stays in memory"
-            self._say("failing", start, step=step, why=f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s")
+            why = f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s"
+            self._say("failing", start, step=step, why=why, errno=error.errno)
         except BaseException:
             self._say("failed", start, step=step, why=traceback.format_exc())
             raise

@@ -29,7 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lingua.checkpoint import dcp, layout, lookup
 from lingua.checkpoint.state import clean_name, model_tensors
-from lingua.files import RunError, read_json
+from lingua.files import DiskError, RunError, read_json
 from lingua.huggingface import (
     CONFIG_FILE,
     EMBEDDING,
@@ -223,7 +223,9 @@ def _from_safetensors(files: list[Path]) -> Source:
     for file in files:
         try:
             mapped = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise DiskError.of(error, f"{file} cannot be read: {error}") from None
+        except SafetensorError as error:
             raise RunError(f"{file} cannot be read: {error}") from None
         for name in mapped.keys():  # noqa: SIM118 - not a dict
             facts = mapped.get_slice(name)

@@ -29,7 +29,7 @@ from lingua.data.args import DataArgs, SourceArgs
 from lingua.data.index import index_places
 from lingua.data.jsonl import edges
 from lingua.data.sources import check_manifests, source_args, source_files, source_path
-from lingua.files import RunError, free_bytes, human_bytes, make_folder
+from lingua.files import DiskError, RunError, free_bytes, human_bytes, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,8 @@ def _copy(folder: Path, pieces: list[Piece], stage_to: str) -> None:
         (folder / "complete").write_text(_boot_id())
     except OSError as error:
         _remove(folder)
-        raise RunError(f"data.stage_to: cannot copy to {folder} ({error.strerror}); choose another folder") from error
+        text = f"data.stage_to: cannot copy to {folder} ({error.strerror}); choose another folder"
+        raise DiskError.of(error, text) from error
     log.info("copied the data to %s", folder)
 
 

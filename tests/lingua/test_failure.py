@@ -1,6 +1,7 @@
 """Kinds of failures, decided by a table; the files that tell of them."""
 
 import errno
+import pickle
 from pathlib import Path
 
 import orjson
@@ -9,8 +10,18 @@ import torch
 
 from lingua.args import ConfigError
 from lingua.data.jsonl import DataError
-from lingua.failure import KINDS, HungError, RankError, classify, error_file, failure_of, read_failures, record
-from lingua.files import RunError
+from lingua.failure import (
+    KINDS,
+    HungError,
+    RankError,
+    carried,
+    classify,
+    error_file,
+    failure_of,
+    read_failures,
+    record,
+)
+from lingua.files import DiskError, RunError, make_folder
 from lingua.runlock import OccupiedError
 
 
@@ -37,6 +48,11 @@ class NonFiniteError(RunError):
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk_full"),
         (RunError("checkpoint 4 is lost: the disk is full at out/x (0 B free); make room"), "disk_full"),
         (OSError(errno.EIO, "Input/output error"), "disk"),
+        (DiskError("checkpoint 4 is lost: Input/output error", errno.EIO), "disk"),
+        (DiskError("cannot lock out/x: Stale file handle", errno.ESTALE), "disk"),
+        (DiskError("checkpoint 4 is lost", errno.ENOSPC), "disk_full"),
+        (DiskError("dump_dir: cannot write to out/x", errno.EACCES), "setup"),
+        (DiskError("dump_dir: cannot write to out/x", errno.ENOTDIR), "setup"),
         (FileNotFoundError(errno.ENOENT, "No such file"), "disk"),
         (torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error"), "nccl"),
         (torch.distributed.DistNetworkError("Failed to recv"), "nccl"),
@@ -66,6 +82,39 @@ def test_the_nan_that_torchs_anomaly_detection_ends_at_is_one():
     with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError) as caught:
         (x.sqrt() * 0).sum().backward()
     assert classify(caught.value) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "path"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/run/a"), errno.EIO, "/run/a"),
+        (OSError(errno.ESTALE, "Stale file handle"), errno.ESTALE, None),
+        (DiskError("it failed", errno.EIO, "/run/a"), errno.EIO, "/run/a"),
+    ],
+)
+def test_an_error_of_the_disk_keeps_its_errno_and_path_on_its_way_to_other_ranks(
+    error: Exception, number: int, path: str | None
+):
+    told = pickle.loads(pickle.dumps(carried(error, "checkpoint 4 is lost")))
+    assert isinstance(told, DiskError)
+    assert (str(told), told.errno, told.path, classify(told)) == ("checkpoint 4 is lost", number, path, "disk")
+
+
+@pytest.mark.parametrize("error", [RunError("x"), OccupiedError("x"), DataError("x"), ValueError("x"), TypeError("x")])
+def test_an_error_keeps_its_kind_on_its_way_to_other_ranks(error: Exception):
+    assert classify(pickle.loads(pickle.dumps(carried(error)))) == classify(error)
+
+
+def test_a_folder_that_cannot_be_written_for_a_moment_is_no_matter_of_setup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(path: Path, data: bytes) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DiskError, match=r"dump_dir: cannot write to .* \(Stale file handle\)") as caught:
+        make_folder(tmp_path, "dump_dir")
+    assert classify(caught.value) == "disk"
 
 
 def test_what_would_loop_is_not_started_again():

@@ -1,7 +1,9 @@
 """A stop signal on any rank ends all ranks after the same step, with a checkpoint; the run goes on from it bitwise."""
 
+import errno
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,14 @@ import orjson
 import pytest
 
 import apps.main.build
+from lingua.checkpoint.manager import CheckpointManager
 from lingua.data.heldout import HeldOut
+from lingua.files import Files
 from lingua.metrics import read_metrics
+from lingua.requeue import Outcome, judge
 from lingua.tokenizer import Tokenizer, TokenizerArgs
+from tests.fakes import FaultyFiles
+from tests.services import both
 from tests.trainer import TINY, Hook, at_step, fingerprint, losses, published, send_self, train
 
 WORDS = [*TINY, "steps=10"]
@@ -35,6 +42,31 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, name: str, exit_code: int):
     calm = tmp_path / "calm"
     assert train([*WORDS, f"dump_dir={calm}"]).exit_code == 0
     assert fingerprint(tmp_path, 10) == fingerprint(calm, 10)
+
+
+def on_disk(files: Files) -> Hook:
+    """Hook: checkpoints go to this disk, and pauses between two tries cost no time."""
+
+    def hook(rank: int) -> None:
+        manager = partial(CheckpointManager, files=files, sleep=lambda seconds: None)
+        setattr(apps.main.build, "CheckpointManager", manager)  # noqa: B010
+
+    return hook
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_disk_that_fails_in_the_save_that_a_signal_asks_for_does_not_end_the_run_for_good(
+    tmp_path: Path, lasting: bool
+):
+    words = [*WORDS, f"dump_dir={tmp_path}"]
+    disk = FaultyFiles(1, error=errno.EIO, lasting=lasting, operations=("fsync",))
+    result = train(words, hook=both(on_disk(disk), at_step(4, send_self("SIGTERM"))))
+    assert result.exit_code == (1 if lasting else 75), result.output
+    stop = orjson.loads((tmp_path / "stop.json").read_bytes())
+    assert (stop.get("kind"), stop["exit_code"]) == (("disk", 1) if lasting else (None, 75))
+    assert "Input/output error" in result.output
+    assert published(tmp_path) == ([] if lasting else [stop["step"]])
+    assert judge(Outcome(result.exit_code, stop), max_retries=3).requeue
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path):

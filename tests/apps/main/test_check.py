@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,18 @@ def test_odd_things_warn(changes: dict[str, Any], world_size: int, key: str) -> 
     errors, warnings = problems(args(**changes), world_size)
     assert errors == []
     assert key in [finding.key for finding in warnings]
+
+
+def test_a_disk_that_is_away_is_no_mistake_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake is exit code 2, and a job that ends so never comes back."""
+
+    def stale(folder: Path) -> list[Path]:
+        raise OSError(errno.ESTALE, "Stale file handle", str(folder))
+
+    monkeypatch.setattr("lingua.data.jsonl.find_files", stale)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="Stale file handle"):
+        problems(args(data={"root_dir": str(tmp_path), "sources": {"a": 1.0}}), 1)
 
 
 def test_nothing_is_said_about_a_plain_config() -> None:

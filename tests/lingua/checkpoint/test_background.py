@@ -19,13 +19,14 @@ import torch.distributed.checkpoint as stock
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lingua.checkpoint import courier, drain, layout, publish, room
+from lingua.checkpoint import courier, drain, layout, publish, room, service
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.slots import Region, State, base, region_of
-from lingua.files import DISK, Buffer, Files, RunError
+from lingua.failure import classify
+from lingua.files import DISK, Buffer, DiskError, Files, RunError
 from lingua.runlock import RunLock
 from lingua.schema import CheckpointArgs, SaveEvery
-from tests.fakes import FaultyFiles, KillFiles
+from tests.fakes import At, FaultyFiles, KillFiles
 from tests.ranks import run_on_ranks
 from tests.services import Services
 from tests.tiny import assert_equal, make, snapshot, train
@@ -520,16 +521,61 @@ def test_what_is_not_on_the_disk_when_the_job_ends_is_left_to_the_service(tmp_pa
     assert done(tmp_path) == [1]
 
 
+def impatient() -> None:
+    """In a service: it tries a disk that has failed again soon."""
+    setattr(service, "pause_s", lambda attempt: 0.01)  # noqa: B010
+
+
+def refusing(error: int) -> Callable[[int], Files]:
+    """The disk of each service: it never takes a checkpoint."""
+    return lambda n: FaultyFiles(1, error=error, lasting=True, operations=("mkdir",))
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_refuses_the_last_save_once_is_asked_again(tmp_path: Path, shm: Path, error: int):
+    with Services(lambda n: FaultyFiles(At("fsync "), error=error), impatient) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        assert manager.save(1, make(), final=True).published
+        manager.close()
+    assert done(tmp_path) == [1]
+
+
+def test_of_a_run_that_is_asked_to_stop_the_snapshot_in_memory_counts(tmp_path: Path, shm: Path):
+    """The disk goes on failing, and nobody knows when the job ends."""
+    with Services(refusing(errno.EIO), impatient) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        report = manager.save(1, make(), final=True, stopping=True)
+        assert (report.staged, report.published) == (True, False)
+        assert re.search(r"is in the memory of \S+, but not on the disk yet \(.*Input/output error", str(report.error))
+        manager.close()
+        assert services.kill() == 1
+    with Services(lambda n: FaultyFiles(At("fsync "), error=errno.EIO), impatient) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        assert manager.latest() == 1, "the next start saves it, also where its disk fails once more"
+        manager.close()
+
+
+def test_a_start_that_cannot_save_what_it_finds_in_memory_is_tried_again(tmp_path: Path, shm: Path):
+    with Services(refusing(errno.EIO), impatient) as services:
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        manager.save(1, make(), final=True, stopping=True)
+        manager.close()
+        assert services.kill() == 1
+    with Services(refusing(errno.ESTALE), impatient) as services:
+        with pytest.raises(DiskError, match=r"it cannot be saved: .*Stale file handle.* start again on") as caught:
+            CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        assert (caught.value.errno, classify(caught.value)) == (errno.ESTALE, "disk")
+        services.kill()
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 def test_a_disk_that_refuses_the_last_save_is_one_sentence(tmp_path: Path, shm: Path, error: int):
-    def refusing(n: int) -> Files:
-        return FaultyFiles(1, error=error, lasting=True, operations=("mkdir",))
-
     sentence = {errno.ENOSPC: "the disk is full at .*; make room", errno.EDQUOT: "the disk quota is used up at"}
-    with Services(refusing) as services:
+    with Services(refusing(error), impatient) as services:
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
-        with pytest.raises(RunError, match=sentence.get(error, os.strerror(error)) + ".*it stays in memory"):
+        with pytest.raises(DiskError, match=sentence.get(error, os.strerror(error)) + ".*it stays in memory") as caught:
             manager.save(1, make(), final=True)
+        assert caught.value.errno == error
         manager.close()
         assert services.kill() == 1
     with Services() as services:  # the next start finds it

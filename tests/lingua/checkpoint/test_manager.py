@@ -22,10 +22,11 @@ from torch.distributed.fsdp import fully_shard
 from lingua.checkpoint import dcp, layout
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
-from lingua.files import DISK, Buffer, Files, RunError, write_json
+from lingua.failure import KINDS, classify
+from lingua.files import DISK, Buffer, DiskError, Files, RunError, write_json
 from lingua.runlock import RunLock
 from lingua.schema import CheckpointArgs, SaveEvery
-from tests.fakes import FaultyFiles
+from tests.fakes import At, Clock, FaultyFiles
 from tests.ranks import run_on_ranks
 from tests.tiny import DIM, VOCAB, TinyLM, assert_equal, make, snapshot, train
 
@@ -35,7 +36,7 @@ def args(every: int = 1, keep: int = 0) -> CheckpointArgs:
 
 
 def manager_of(run_dir: Path, files: Files = DISK, keep: int = 0) -> CheckpointManager:
-    return CheckpointManager(args(keep=keep), run_dir, files=files)
+    return CheckpointManager(args(keep=keep), run_dir, files=files, sleep=lambda seconds: None)
 
 
 def left_behind(root: Path) -> list[Path]:
@@ -402,6 +403,124 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, error: int, sentence: str) 
         manager.save(3, state, final=True)
     assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [1]
     assert not left_behind(tmp_path / layout.CHECKPOINTS)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_the_last_save_survives_any_one_fault_of_the_disk(tmp_path: Path, error: int) -> None:
+    """Each operation fails once in the save that a stop asks for; nothing comes after it but the end of the run."""
+    state = saved_run(tmp_path / "first", 1)
+    train(state, 2, 2)
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    manager = manager_of(tmp_path / "first", counting := FaultyFiles(), keep=1)
+    n_opening = counting.n_done
+    assert manager.save(2, state, final=True).published
+    expected = (layout.folder(tmp_path / "first" / layout.CHECKPOINTS, 2) / layout.MANIFEST).read_bytes()
+    for fail_at in range(n_opening + 1, counting.n_done + 1):
+        run_dir = tmp_path / str(fail_at)
+        shutil.copytree(tmp_path / "copy", run_dir)
+        files = FaultyFiles(fail_at, error=error)
+        assert manager_of(run_dir, files, keep=1).save(2, state, final=True).published, files.log[fail_at - 1]
+        again = manager_of(run_dir)
+        assert again.latest() == 2
+        assert (layout.folder(again.root, 2) / layout.MANIFEST).read_bytes() == expected
+        assert not left_behind(again.root)
+        assert not list(again.root.glob("*.unmarked-*")), files.log[fail_at - 1]
+
+
+@pytest.mark.parametrize("lasts", range(1, 4))
+def test_the_last_save_survives_a_fault_that_also_hits_the_clearing_away(tmp_path: Path, lasts: int) -> None:
+    """The folder has its name when an fsync fails, and the renames that follow fail for a while."""
+
+    class Outage(Files):
+        left = 0
+
+        def fsync_dir(self, path: Path) -> None:
+            if path.name == layout.CHECKPOINTS and layout.folder(path, 2).exists() and not Outage.left:
+                Outage.left = -1
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            super().fsync_dir(path)
+
+        def rename(self, source: Path, target: Path) -> None:
+            if Outage.left < 0 and Outage.left >= -lasts:
+                Outage.left -= 1
+                raise OSError(errno.EIO, "Input/output error", str(source))
+            super().rename(source, target)
+
+    state = saved_run(tmp_path, 1)
+    train(state, 2, 2)
+    assert manager_of(tmp_path, Outage()).save(2, state, final=True).published
+    again = manager_of(tmp_path)
+    assert again.latest() == 2
+    assert sorted(path.name for path in again.root.iterdir() if "unmarked" in path.name or "broken" in path.name) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "n_tries"),
+    [
+        (errno.EIO, "disk", 6),
+        (errno.ESTALE, "disk", 6),
+        (errno.ETIMEDOUT, "disk", 6),
+        (errno.EROFS, "disk", 6),
+        (errno.ENOSPC, "disk_full", 1),
+        (errno.EDQUOT, "disk_full", 1),
+        (errno.EACCES, "setup", 1),
+    ],
+)
+def test_a_disk_that_stays_broken_ends_the_run_as_what_it_is(
+    tmp_path: Path, error: int, kind: str, n_tries: int
+) -> None:
+    files = FaultyFiles(1, error=error, lasting=True, operations=("mkdir",))
+    manager = manager_of(tmp_path, files=DISK)
+    manager._direct.files = files  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(DiskError) as caught:
+        manager.save(1, make(), final=True)
+    assert (caught.value.errno, classify(caught.value)) == (error, kind)
+    assert files.n_done == n_tries
+    assert KINDS[kind].restart_may_help is (n_tries > 1)
+
+
+@pytest.mark.parametrize(("grace_s", "n_tries"), [(5.0, 1), (5.6, 2), (8.0, 3), (1000.0, 6)])
+def test_the_last_save_is_tried_again_only_within_the_grace(tmp_path: Path, grace_s: float, n_tries: int) -> None:
+    clock, files = Clock(), FaultyFiles(1, error=errno.EIO, lasting=True, operations=("create",))
+    manager = CheckpointManager(args(), tmp_path, files=files, wall_clock=clock.now, sleep=clock.sleep)
+    with pytest.raises(DiskError, match="Input/output error"):
+        manager.save(1, make(), final=True, deadline_s=clock.now() + grace_s)
+    assert files.n_done == n_tries
+
+
+def test_a_checkpoint_is_there_although_the_folder_cannot_be_listed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, done_steps = manager_of(tmp_path), layout.done_steps
+
+    def stale(root: Path) -> list[int]:
+        raise OSError(errno.ESTALE, "Stale file handle", str(root))
+
+    monkeypatch.setattr(layout, "done_steps", stale)
+    assert manager.save(1, make(), final=True).published
+    assert "Stale file handle" in caplog.text
+    assert done_steps(manager.root) == [1]
+
+
+@pytest.mark.ranks
+def test_a_fault_on_one_rank_keeps_its_errno_on_all(tmp_path: Path) -> None:
+    def save(rank: int) -> tuple[bool, int | None, str]:
+        once = FaultyFiles(At("fsync ", 1), error=errno.ESTALE) if rank == 1 else DISK
+        manager = manager_of(tmp_path, once)
+        published = manager.save(1, make(shard=True), final=True).published
+        lasting = FaultyFiles(1, error=errno.EIO, lasting=True, operations=("fsync",))
+        manager._direct.files = lasting if rank == 1 else DISK  # pyright: ignore[reportPrivateUsage]
+        with pytest.raises(DiskError) as caught:
+            manager.save(2, make(shard=True), final=True)
+        return published, caught.value.errno, classify(caught.value)
+
+    def fails(rank: int) -> str:
+        with pytest.raises((RunError, ZeroDivisionError)) as caught:
+            manager_of(tmp_path)._ranks.from_main(lambda: 1 // 0)  # pyright: ignore[reportPrivateUsage]
+        return classify(caught.value)
+
+    assert run_on_ranks(save, 2) == [(True, errno.EIO, "disk")] * 2
+    assert run_on_ranks(fails, 2) == ["bug"] * 2, "a rank that only hears of it must not call it a matter of setup"
 
 
 @pytest.mark.ranks
