@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp

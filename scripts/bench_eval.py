@@ -34,6 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 
 from apps.export import Format, make_export

@@ -44,6 +44,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import numpy as np
 import torch
 from torch import nn

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 
 import apps.main.train as app

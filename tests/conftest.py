@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import lingua  # noqa: F401 (first of all: it sets what torch reads once)
 from tests.slurm_cluster import Cluster, until, why_not
 
 if TYPE_CHECKING:
