@@ -73,6 +73,18 @@ class Files:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o666)  # the umask decides, as for every file of a run folder
 
+    def reserve(self, path: Path, n_bytes: int) -> int:
+        """Open a file to overwrite it in place; returns its descriptor. Its first `n_bytes` need no more room then."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(descriptor).st_size < n_bytes:
+                with naming(path):
+                    os.posix_fallocate(descriptor, 0, n_bytes)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
     def write(self, descriptor: int, data: Buffer) -> None:
         """Write all of `data`, however often the disk takes only a part."""
         view = memoryview(data).cast("B")

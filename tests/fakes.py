@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from lingua.files import Files
 
-OPERATIONS = ("create", "write", "fsync", "close", "mkdir", "fsync_dir", "rename", "link", "remove", "rmdir")
-NEEDS_ROOM = ("create", "write", "fsync", "mkdir")
+OPERATIONS = ("create", "reserve", "write", "fsync", "close", "mkdir", "fsync_dir", "rename", "link", "remove", "rmdir")
+NEEDS_ROOM = ("create", "reserve", "write", "fsync", "mkdir")
 
 
 class Clock:
@@ -98,6 +98,37 @@ class FaultyFiles(Files):
 def path_of(place: int | Path) -> Path:
     """Where an open descriptor leads; a path is one already."""
     return Path(os.readlink(f"/proc/self/fd/{place}")) if isinstance(place, int) else place
+
+
+class FillingMemory:
+    """A memory file system that others fill, its bytes and its names, once there is a file `full`.
+
+    Called, it makes every `Files` of this process see that.
+    """
+
+    def __init__(self, memory: Path, full: Path) -> None:
+        self._memory, self._full = memory, full
+
+    def __call__(self, set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+        for name in NEEDS_ROOM:
+            set_attribute(Files, name, self._guarded(name, getattr(Files, name)))
+
+    def _guarded(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def operate(files: Files, place: int | Path, *args: Any) -> Any:
+            path = path_of(place)
+            if path.is_relative_to(self._memory) and self._full.exists() and self._takes_room(name, place, path, *args):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return operation(files, place, *args)
+
+        return operate
+
+    def _takes_room(self, name: str, place: int | Path, path: Path, *args: Any) -> bool:
+        if name == "fsync" or (name == "mkdir" and path.exists()):
+            return False
+        if name in ("create", "mkdir") or not path.exists():
+            return True
+        end = os.lseek(place, 0, os.SEEK_CUR) + len(args[0]) if isinstance(place, int) else args[0]
+        return end > path.stat().st_blocks * 512
 
 
 class FrozenFiles(FaultyFiles):

@@ -1,7 +1,8 @@
 """The asynchronous way of a checkpoint on one rank: memory for it, the snapshot, and what became of it.
 
 Promise: a save costs the caller one memory copy; it is skipped, counted and reported when every slot is being written;
-only the last save of a run waits. Where a node's memory does not suffice, that is known before step 1.
+only the last save of a run waits. Where a node's memory does not suffice, that is known before step 1. Where it fails
+later, NoSlotError asks the caller for a synchronous save.
 Cost: see `stage.py`, `courier.py` and `service.py`; the process spends nothing between two saves.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import dcp, room
-from lingua.checkpoint.courier import Courier
+from lingua.checkpoint.courier import Courier, NoSlotError
 from lingua.checkpoint.ranks import Ranks
 from lingua.checkpoint.stage import Stager
 from lingua.checkpoint.state import TrainState, scalars_json
@@ -52,6 +53,8 @@ class BackgroundWriter:
         """Saves that found no slot."""
         self._newest: int | None = None
         """Step of the last save that was staged."""
+        self._number = 0
+        """Its slot."""
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -73,7 +76,9 @@ class BackgroundWriter:
             log.warning("%s; %d slots are used", tightest.sentence(wanted), n_slots)
         self._say_private(env)
         stager = Stager(self.courier.region, self._ranks.rank, plan, device=self._device, files=self._files)
-        self.courier.make_slots(n_slots, stager.names)
+        if why := self.courier.make_slots(n_slots, stager.names):
+            stager.close()
+            return why
         stager.allocate(n_slots)
         self._stager = stager
         return None
@@ -105,7 +110,8 @@ class BackgroundWriter:
     ) -> str | None:
         """Stage a snapshot; why there is none, None otherwise. The `final` one hurries the services, and waits.
 
-        Raises NoSlotError when there is no slot at all that it could wait for, and RunError, on all ranks, for a bug.
+        Raises NoSlotError, on all ranks, when there is no slot at all that it could wait for, or when memory failed the
+        save before, and RunError, on all ranks, for a bug.
         """
         assert self._stager is not None
         if final:
@@ -121,7 +127,7 @@ class BackgroundWriter:
             self.n_skipped += 1
             return f"checkpoint {step} is skipped: every slot is still being written to the disk"
         self._stager.fill(number, self.courier.save_of(step), tensors, scalars, state.model)
-        self._newest = step
+        self._newest, self._number = step, number
         return None
 
     def _scalars(self, state: TrainState) -> tuple[bytes, RunError | None]:
@@ -134,23 +140,30 @@ class BackgroundWriter:
 
     def _take_slot(self, step: int, bug: RunError | None) -> int | None:
         assert self._stager is not None
-        error = self._stager.wait_until_ready()
-        problem = None if error is None else f"rank {self._ranks.rank}: the last checkpoint is lost: {error}"
         usable, failed = self._stager.usable_slots()
-        if failed is not None and problem is None:
-            problem = f"rank {self._ranks.rank}: a slot cannot be allocated: {failed}"
+        problem = None if failed is None else f"rank {self._ranks.rank}: a slot cannot be allocated: {failed}"
+        if error := self._why_lost():
+            problem = f"rank {self._ranks.rank}: the last checkpoint is lost: {error}"
+            usable = usable if self._args.strict else set()  # strict: never synchronous
         return self.courier.take_slot(step, usable, problem, bug)
+
+    def _why_lost(self) -> OSError | None:
+        """Why this rank's part of the last save is not in memory; told once. Local."""
+        assert self._stager is not None
+        error = self._stager.wait_until_ready() or self.courier.mark_error
+        self.courier.mark_error = None
+        return error
 
     def finish(self, step: int, deadline_s: float | None, stopping: bool) -> str | None:
         """Wait until a staged step is on the disk; None if it is, what is missing if it stays in memory.
 
-        Raises RunError, on all ranks, when it will not be there. See `Courier.await_published`.
+        Raises RunError, on all ranks, when it will not be there: NoSlotError, when memory failed it. See
+        `Courier.await_published`.
         """
-        assert self._stager is not None
-        error = self._stager.wait_until_ready()
-        lost = [e for e in self._ranks.gather(error) if e is not None]
+        lost = [error for error in self._ranks.gather(self._why_lost()) if error is not None]
         if lost:
-            raise carried(lost[0], f"checkpoint {step} is lost: {lost[0]}")
+            why = f"checkpoint {step} is lost: {lost[0]}"
+            raise NoSlotError(why) if self.courier.withdraw(self._number) else carried(lost[0], why)
         return self.courier.await_published(step, deadline_s, stopping)
 
     def before_update(self) -> None:

@@ -9,6 +9,7 @@ Cost: per save one gather of a few hundred bytes beside the copy.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -17,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,9 @@ TRIES = 4
 """Of the service to save what somebody waits for, on a disk that fails in a way that may pass: some seconds."""
 START_S = 30.0
 """How long a service may take to start."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 class NoSlotError(RunError):
@@ -171,7 +174,7 @@ class Courier:
     ) -> None:
         """Join the region of this node. `session` lacks nothing but what differs between nodes.
 
-        Raises RunError, on all ranks, when a region cannot be had.
+        Raises RunError, on all ranks, when a region cannot be had: NoSlotError, when there is no room for it.
         """
         self._run_dir, self._shm, self._ranks, self._files = run_dir, shm, ranks, files
         self._start, self._now, self._wall_clock, self._sleep = start, now, wall_clock, sleep
@@ -179,7 +182,8 @@ class Courier:
         self._rescued: list[int] = []
         self._starts = 0
         self._service: Started | None = None
-        self._problem: str | None = None
+        self.mark_error: OSError | None = None
+        """Why this node's slot did not get its mark at the last save; whoever reads it sets it back."""
         self._fatal: RunError | None = None
         self._n_refusals = 0
         """By the disk, since it last took a checkpoint."""
@@ -188,12 +192,22 @@ class Courier:
         self.problems: list[str] = []
         """What went wrong since the caller last emptied this; the same on all ranks."""
         self._lock: ProcessLock | None = None
-        places = ranks.on_each(self._join)
-        self.node = node_of(ranks.rank, places)
+        joined = ranks.on_each(self._join)
+        if no_room := next((why for _, why in joined if why is not None), None):
+            self.close()
+            raise NoSlotError(no_room)
+        self.node = node_of(ranks.rank, [place for place, _ in joined])
         self.is_leader = ranks.rank == self.node.leader
         self._events = Events(self.region)
 
-    def _join(self) -> tuple[str, str, int, int]:
+    def _join(self) -> tuple[tuple[str, str, int, int] | None, str | None]:
+        """Enter the region; returns its place, and why there is no room for it. Local."""
+        try:
+            return self._enter(), None
+        except OSError as error:
+            return None, _no_room(error)
+
+    def _enter(self) -> tuple[str, str, int, int]:
         """Make the region if need be and hold its lock; returns what tells it from all others. Local."""
         while True:
             self.region = make_region(self._run_dir, self._shm, files=self._files)
@@ -203,6 +217,8 @@ class Courier:
                 continue  # a service that leaves has just removed the region
             if lock.take(shared=True) and lock.is_current():
                 self._lock = lock
+                for record in (self.region.session, self.region.events):
+                    record.reserve(files=self._files)
                 facts = self.region.folder.stat()
                 me = this_process()
                 return me.host, me.boot_id, facts.st_dev, facts.st_ino
@@ -233,7 +249,7 @@ class Courier:
         finally:
             lock.close()
         for slot in self.region.slots():
-            slot.unclaim(files=self._files)
+            slot.change("claimed", "staged", files=self._files)
         return {slot.number: found[0] for slot in self.region.slots() if (found := slot.complete())}
 
     def open(self, unsaved: set[tuple[int, int]]) -> None:
@@ -268,15 +284,22 @@ class Courier:
             self._ensure_service()
             self._sleep(LOOK_S)
 
-    def make_slots(self, n_slots: int, names: set[str]) -> None:
+    def make_slots(self, n_slots: int, names: set[str]) -> str | None:
         """Make the folders of `n_slots` slots, remove further ones, and clear what else lies in them.
 
-        `names`: this rank's files.
+        `names`: this rank's files. Returns why there is no room, None otherwise.
         """
         of_all = self._ranks.gather(names)
         keep = set().union(*(of_all[rank] for rank in self.node.ranks))
-        act = partial(self.region.make_slots, n_slots, keep, files=self._files)
-        self._ranks.on_each(act if self.is_leader else lambda: None)
+
+        def act() -> str | None:
+            try:
+                self.region.make_slots(n_slots, keep, files=self._files)
+            except OSError as error:
+                return _no_room(error)
+            return None
+
+        return next((why for why in self._ranks.on_each(act if self.is_leader else lambda: None) if why), None)
 
     # -- save ------------------------------------------------------------------------------------------------------
 
@@ -304,14 +327,19 @@ class Courier:
         if self.is_leader:
             try:
                 self.region.slot(number).put_mark(self.save_of(step), files=self._files)
-            except OSError as error:  # the others hear of it at the next save; without a mark nobody takes the slot
-                self._problem = f"checkpoint {step} is lost: {error.filename}: {error.strerror}"
+            except OSError as error:  # the others hear of it later; without a mark nobody takes the slot
+                self.mark_error = error
         return number
+
+    def withdraw(self, number: int) -> bool:
+        """Take back a save that is lost on some node; False: a service has begun with the part of another one."""
+        slot = self.region.slot(number)
+        own = not self.is_leader or slot.state() == "free" or slot.change("staged", "free", files=self._files)
+        return all(self._ranks.gather(own))
 
     def _report(self, usable: set[int], problem: str | None) -> _Report:
         """What this rank tells the others. Local."""
-        report = _Report(problem=problem or self._problem, usable=usable)
-        self._problem = None
+        report = _Report(problem=problem, usable=usable)
         report.is_gone = self._lock is not None and not self._lock.is_current()
         if not self.is_leader or report.is_gone:
             return report
@@ -454,6 +482,13 @@ class Courier:
                 if looks > START_S / LOOK_S:
                     raise RunError(f"the checkpoint service did not start within {START_S:.0f} s; see {log_file}")
                 self._sleep(LOOK_S)
+
+
+def _no_room(error: OSError) -> str:
+    """Why there is no room for a region or its slots; raises what is something else."""
+    if error.errno not in NO_ROOM:
+        raise error
+    return f"there is no room in memory for checkpoints: {error.filename}: {error.strerror}"
 
 
 # -- the start before ours -----------------------------------------------------------------------------------------

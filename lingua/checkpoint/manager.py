@@ -163,7 +163,11 @@ class CheckpointManager:
             linger_s=args.linger_s,
         )
         shm = Path(args.shm_path)
-        there = courier.Courier(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
+        try:
+            there = courier.Courier(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
+        except courier.NoSlotError as error:
+            self._say_synchronous(str(error), strict=args.strict)
+            return None
         return BackgroundWriter(args, there, self._ranks, self.device, self._files)
 
     def prepare(self, state: TrainState, n_steps: int = 0) -> int:
@@ -192,13 +196,16 @@ class CheckpointManager:
                 self._leave_background(problem)
         return self._plan
 
-    def _leave_background(self, why: str) -> None:
-        """From here on saves are synchronous; all ranks come here together."""
-        if self.args.strict:
-            raise RunError(f"{why}; or allow synchronous saves with checkpoint.strict=false")
+    def _leave_background(self, why: str, *, final: bool = False) -> None:
+        """From here on saves are synchronous, a `final` one also if `strict`; all ranks come here together."""
+        self._say_synchronous(why, strict=self.args.strict and not final)
         assert self._background is not None
         self._background.close()
         self._background = None
+
+    def _say_synchronous(self, why: str, *, strict: bool) -> None:
+        if strict:
+            raise RunError(f"{why}; or allow synchronous saves with checkpoint.strict=false")
         if self._ranks.rank == 0:
             log.warning("saves are synchronous: %s", why)
 
@@ -263,7 +270,7 @@ class CheckpointManager:
             try:
                 return self._save_in_background(step, state, tensors, started, final, stopping, deadline_s)
             except courier.NoSlotError as error:
-                self._leave_background(str(error))
+                self._leave_background(str(error), final=final)
         return self._save_directly(step, state, tensors, plan, started, final, deadline_s)
 
     def _save_in_background(

@@ -5,7 +5,7 @@
 Promise: it outlives the ranks of its node, never the job. Killed at any line, the next service or the next start goes
 on from what the slots' marks say. A disk that fails is tried again, later and later; a slot is let go only when its
 step is published, when it turns out not to hold what was staged, or when a newer start does not want it.
-What happens is told to the ranks through `events.jsonl`; the loop here never touches the durable disk itself, so that
+What happens is told to the ranks through `events`; the loop here never touches the durable disk itself, so that
 a disk that hangs is reported too.
 Cost: one listing of the region every 50 ms, and memory of a few MB; while draining, one thread per file.
 """
@@ -150,7 +150,6 @@ class Service:
         if not (self._own.take() and self.is_current()):
             return False
         self.region.recover(files=self._files)
-        self._events.mend()
         return True
 
     def is_current(self) -> bool:
@@ -392,7 +391,7 @@ class Service:
         """Ranks that died while they took the slot of a save that waits: it may still be complete."""
         if self._trainers.take():
             for slot in self.region.slots():
-                slot.unclaim(files=self._files)
+                slot.change("claimed", "staged", files=self._files)
             self._trainers.release()
 
     def _leave(self) -> None:
@@ -431,7 +430,7 @@ class Service:
             while self._unsaid:
                 try:
                     self._events.say(self._unsaid[0])
-                except OSError as error:  # no memory, or the region's names have vanished: the disk gets its bytes
+                except OSError as error:  # the region's names have vanished: the disk gets its bytes
                     log.error("cannot tell the ranks %s: %s", self._unsaid[0], error)
                     return  # until the next pass
                 self._unsaid.popleft()

@@ -1,25 +1,19 @@
-"""What the ranks and the service of a node say to each other, in two files of their region. Torch-free.
+"""What the ranks and the service of a node say to each other, in two records of their region. Torch-free.
 
-Promise: `session.json` is whole, and the newest start's. What the service says in `events.jsonl` is there whole or not
-at all, and nothing is missed by who reads every now and then.
+Promise: the session is whole, and the newest start's. What the service says in `events` is there whole or not at all,
+and nothing is missed by who reads every now and then. Neither needs room once the ranks have begun.
 Cost: one small file of a memory file system each.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
-
-import orjson
+from typing import Any, Literal
 
 from lingua.checkpoint.drain import Target
 from lingua.checkpoint.slots import Region, Save
-from lingua.files import DISK, Files, RunError, read_json, write_json
-
-EVENTS_BYTES = 1 << 20
+from lingua.files import DISK, Files, RunError
 
 EventKind = Literal["published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed"]
 """failing: the disk refused, the step is tried again; silent: the disk does not answer; fenced: a newer start owns
@@ -80,77 +74,49 @@ class Session:
 def read_session(region: Region) -> Session | None:
     """The newest start's session; None before the first one. Raises RunError for one of another version."""
     try:
-        content: dict[str, Any] = read_json(region.session_file)
+        content: dict[str, Any] | None = region.session.read()
+        if content is None:
+            return None
         content |= {key: tuple(content[key]) for key in ("dump", "eval", "verified", "job")}
         content["rescue"] = tuple(tuple(pair) for pair in content["rescue"])
         return Session(**content)
     except FileNotFoundError:
         return None
     except (TypeError, KeyError) as error:
-        raise RunError(f"{region.session_file} is of another version of lingua ({error}); remove it") from None
+        raise RunError(f"{region.session.path} is of another version of lingua ({error}); remove it") from None
 
 
 def write_session(region: Region, session: Session, *, files: Files = DISK) -> None:
-    write_json(region.session_file, asdict(session), files=files)
+    region.session.write(asdict(session), files=files)
 
 
 class Events:
-    """What the service of a region says to its ranks, a line of JSON each. After a megabyte the file begins anew."""
+    """What the service of a region says to its ranks. The newest are kept, a thousand or more."""
 
     def __init__(self, region: Region) -> None:
         """Reading begins with what is said from now on."""
-        self.path = region.events_file
-        self._before = self.path.with_name(f"{self.path.name}.before")
-        self._inode, self._offset = _facts(self.path)
-
-    def mend(self) -> None:
-        """Cut off the half line of a service that was killed. Call as the only one who says something."""
-        if self.path.exists():
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        self._record = region.events
+        self._n_read = self._said()[0]
 
     def say(self, event: dict[str, Any]) -> None:
-        """Raises OSError when there is no room; then nothing is said."""
-        line = orjson.dumps(event) + b"\n"
-        if _facts(self.path)[1] > EVENTS_BYTES:
-            os.replace(self.path, self._before)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            size_bytes = os.fstat(descriptor).st_size
-            if os.write(descriptor, line) < len(line):
-                os.ftruncate(descriptor, size_bytes)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        finally:
-            os.close(descriptor)
+        """Call as the only one who says something. Raises OSError; then nothing is said."""
+        n_said, newest = self._said()
+        newest.append(event)
+        while len(newest) > 1 and not self._record.fits([n_said + 1, newest]):
+            del newest[: (len(newest) + 1) // 2]
+        self._record.write([n_said + 1, newest])
 
     def read(self) -> list[dict[str, Any]]:
         """What was said since the last time."""
+        n_said, newest = self._said()
+        n_new = max(0, n_said - self._n_read)
+        self._n_read += n_new
+        return newest[-n_new:] if n_new else []
+
+    def _said(self) -> tuple[int, list[dict[str, Any]]]:
+        """How many events there have been, and the newest of them."""
         try:
-            file = self.path.open("rb")
+            n_said, newest = self._record.read() or (0, [])
         except FileNotFoundError:
-            return []
-        with file:
-            lines: list[bytes] = []
-            inode = os.fstat(file.fileno()).st_ino  # of what is read, whatever the name means by now
-            if inode != self._inode:
-                if self._inode is not None and _facts(self._before)[0] == self._inode:
-                    with self._before.open("rb") as before:
-                        lines = self._rest_of(before)
-                self._inode, self._offset = inode, 0
-            lines += self._rest_of(file)
-        return [orjson.loads(line) for line in lines]
-
-    def _rest_of(self, file: BinaryIO) -> list[bytes]:
-        file.seek(self._offset)
-        content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return whole.splitlines()
-
-
-def _facts(path: Path) -> tuple[int | None, int]:
-    """(inode, bytes) of a file; (None, 0) of none."""
-    try:
-        facts = path.stat()
-    except FileNotFoundError:
-        return None, 0
-    return facts.st_ino, facts.st_size
+            return 0, []
+        return n_said, newest

@@ -4,16 +4,17 @@ Promise: who may touch a slot is told by the name of its mark, and a mark change
 wants to fill a slot and a service that wants to drain it one wins and the other knows. A slot without any mark is in
 the middle of a change and belongs to nobody who asks. A slot counts as complete only when every rank of the node has
 said so for the same save. Names are predictable on a machine that others share: a link
-or a folder of another user is refused.
+or a folder of another user is refused. All that a save writes is allocated when the slots are made and overwritten in
+place (`records.py`): others who fill the memory file system later, its bytes or its names, keep no save from it.
 Cost: listings of a memory file system, microseconds.
 
 /dev/shm/lingua-<uid>/<run>-<hash of its path>/     a region: one run on one node; only its user may look inside
     trainer.lock       locked (shared) by every rank of the node
     service.lock       locked by the node's service
-    session.json       what the newest start says to the service
-    events.jsonl       what the service says to the ranks
+    session            what the newest start says to the service
+    events             what the service says to the ranks
     slot-0/            model.00003.distcp ...   the final bytes of each file, allocated once
-           ready.00003.json                     rank 3's part is complete: size and checksum of its files
+           ready.00003                          rank 3's part is complete: size and checksum of its files
     slot-0.staged      the mark; its content: one save (step, incarnation, which ranks)
 
     free -> staged       leader (lowest rank of the node): the slot is being filled, then complete
@@ -21,7 +22,7 @@ Cost: listings of a memory file system, microseconds.
     draining -> free     service: published, or lost
     draining -> staged   service: the disk failed, try again later
     staged -> claimed    leader: to be filled with a newer save, if all nodes agree; back to staged if not
-    claimed -> staged    leader: the new mark comes first, then the old one goes
+    claimed -> staged    leader: the mark says the new save first
 """
 
 from __future__ import annotations
@@ -38,18 +39,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lingua.checkpoint.publish import FileFacts, Manifest
-from lingua.files import DISK, Files, ProcessLock, RunError, entries, read_json, write_json
+from lingua.checkpoint.records import Record
+from lingua.files import DISK, Files, ProcessLock, RunError, entries
 
 State = Literal["free", "staged", "draining", "claimed"]
 STATES: tuple[State, ...] = ("draining", "staged", "claimed", "free")
 SHM = Path("/dev/shm")
-SESSION = "session.json"
-EVENTS = "events.jsonl"
 TRAINER_LOCK = "trainer.lock"
 SERVICE_LOCK = "service.lock"
 
+MARK_BYTES = 4096
+"""Room for what a mark, or a rank's `ready`, says: ranks of one node, a few files."""
+SESSION_BYTES = 32 << 10
+"""Two paths, and steps of checkpoints."""
+EVENTS_BYTES = 256 << 10
+"""More than a thousand events."""
+
 _SLOT = re.compile(r"slot-(\d{1,3})", re.ASCII)
-_READY = re.compile(r"ready\.\d{5}\.json", re.ASCII)
+_READY = re.compile(r"ready\.\d{5}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -88,29 +95,28 @@ class Slot:
         if state in (None, "free"):
             return None
         try:
-            content = read_json(self.mark(state))
+            content = self._said_by(state).read()
             return Save(**(content | {"ranks": tuple(content["ranks"])}))
-        except (OSError, RunError, TypeError, KeyError):
+        except (OSError, TypeError, KeyError):
             return None
 
+    def _said_by(self, state: State) -> Record:
+        return Record(self.mark(state), MARK_BYTES)
+
+    def make(self, *, files: Files = DISK) -> None:
+        """A free slot without files. Raises OSError."""
+        self._said_by("free").reserve(files=files)  # first: a slot without a mark belongs to nobody
+        files.mkdir(self.folder)
+
     def put_mark(self, save: Save, *, files: Files = DISK) -> None:
-        """The slot is about to be filled with `save`. Raises OSError without room for a mark; the slot is free then."""
+        """A slot that is free or claimed is about to be filled with `save`. Raises OSError; the slot is free then."""
+        before: State = "claimed" if self.mark("claimed").exists() else "free"
         try:
-            write_json(self.mark("staged"), asdict(save), files=files)
+            self._said_by(before).write(asdict(save), files=files)
+            files.rename(self.mark(before), self.mark("staged"))
         except OSError:
             self.change("claimed", "free", files=files)
             raise
-        for state in ("claimed", "free"):
-            if self.mark(state).exists():
-                files.remove(self.mark(state))
-
-    def unclaim(self, *, files: Files = DISK) -> None:
-        """After the death of a leader: what it has not filled anew is staged as before."""
-        if self.mark("claimed").exists():
-            if self.state() == "claimed":
-                self.change("claimed", "staged", files=files)
-            else:
-                files.remove(self.mark("claimed"))
 
     def change(self, old: State, new: State, *, files: Files = DISK) -> bool:
         """Whether it was us who changed the state; False: somebody else was faster."""
@@ -121,18 +127,21 @@ class Slot:
         return True
 
     def ready_file(self, rank: int) -> Path:
-        return self.folder / f"ready.{rank:05d}.json"
+        return self.folder / f"ready.{rank:05d}"
+
+    def ready(self, rank: int) -> Record:
+        """What rank `rank` says of its files."""
+        return Record(self.ready_file(rank), MARK_BYTES)
 
     def say_ready(self, rank: int, save: Save, facts: Manifest, *, files: Files = DISK) -> None:
         """Rank `rank`'s files of `save` are complete."""
         listed = {name: asdict(fact) for name, fact in facts.items()}
         ready = {"run_id": save.run_id, "incarnation": save.incarnation, "step": save.step, "files": listed}
-        write_json(self.ready_file(rank), ready, files=files)
+        self.ready(rank).write(ready, files=files)
 
     def say_unready(self, rank: int, *, files: Files = DISK) -> None:
         """Rank `rank` is about to change its files."""
-        if self.ready_file(rank).exists():
-            files.remove(self.ready_file(rank))
+        self.ready(rank).write(None, files=files)
 
     def complete(self) -> tuple[Save, Manifest] | None:
         """The save and the facts of all its files on this node; None while a rank's part is missing."""
@@ -142,11 +151,11 @@ class Slot:
         facts: Manifest = {}
         for rank in save.ranks:
             try:
-                ready: Any = read_json(self.ready_file(rank))
+                ready: Any = self.ready(rank).read()
                 if (ready["run_id"], ready["incarnation"], ready["step"]) != (save.run_id, save.incarnation, save.step):
                     return None
                 facts |= {name: FileFacts(**fact) for name, fact in ready["files"].items()}
-            except (OSError, RunError, TypeError, KeyError, AttributeError):
+            except (OSError, TypeError, KeyError, AttributeError):
                 return None
         return save, facts
 
@@ -164,12 +173,12 @@ class Region:
         self.folder = folder
 
     @property
-    def session_file(self) -> Path:
-        return self.folder / SESSION
+    def session(self) -> Record:
+        return Record(self.folder / "session", SESSION_BYTES)
 
     @property
-    def events_file(self) -> Path:
-        return self.folder / EVENTS
+    def events(self) -> Record:
+        return Record(self.folder / "events", EVENTS_BYTES)
 
     def slot(self, number: int) -> Slot:
         return Slot(self.folder / f"slot-{number}")
@@ -182,13 +191,10 @@ class Region:
 
         Call as the leader.
         """
-        for path in self.folder.glob(".*.tmp-*"):  # a leader died while it wrote a mark
-            files.remove(path)
         for number in range(n_slots):
             slot = self.slot(number)
             if not slot.folder.exists():
-                files.close(files.create(slot.mark("free")))  # first: a slot without a mark belongs to nobody
-                files.mkdir(slot.folder)
+                slot.make(files=files)
         for slot in self.slots():
             if slot.state() == "free":
                 slot.clear_leftovers(keep, files=files)
@@ -202,14 +208,10 @@ class Region:
     def recover(self, *, files: Files = DISK) -> None:
         """After a death: what was in the middle of a change is staged again, or free. Call as the only owner."""
         for slot in self.slots():
-            if slot.mark("staged").exists():
-                for state in ("draining", "claimed", "free"):
-                    if slot.mark(state).exists():
-                        files.remove(slot.mark(state))
-            elif slot.state() is None:
-                files.close(files.create(slot.mark("free")))
             for state in ("draining", "claimed"):
                 slot.change(state, "staged", files=files)
+            if slot.state() is None:
+                slot.make(files=files)
 
     def remove(self, *, files: Files = DISK) -> None:
         """Give all memory back; call as the holder of both locks, which go last: nobody comes in before."""
@@ -289,8 +291,8 @@ def stale_regions(shm: Path = SHM) -> Iterator[StaleRegion]:
         if folder.is_symlink() or not folder.is_dir() or _is_held(region):
             continue
         try:
-            run_dir = str(read_json(region.session_file)["run_dir"])
-        except (OSError, RunError, TypeError, KeyError):
+            run_dir = str(region.session.read()["run_dir"])
+        except (OSError, TypeError, KeyError):
             run_dir = "unknown"
         size_bytes = sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
         complete = [found[0].step for slot in region.slots() if (found := slot.complete())]

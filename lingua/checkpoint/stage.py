@@ -5,7 +5,7 @@ files; `ready` is said only after all of them have been hashed. On a GPU the cop
 the next forward and backward do; `before_update` makes the optimizer wait for them, and what a forward may change
 (buffers) is copied before it starts.
 Cost: the caller waits for the copy at memory speed (GPU: for its launch). Allocation, first touch, pinning and hashing
-happen in a thread. Memory: the slots, and nothing beside them.
+happen in a thread. Memory: the slots, and nothing beside them: a save writes only what was allocated before.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from lingua.files import DISK, Files
 STRETCH_BYTES = 64 << 20
 """Allocated, and touched, between two chances to stop."""
 HASH_BYTES = 16 << 20
+SMALL_BYTES = 1 << 20
+"""A rank's JSON gets room in multiples of this, since it grows from save to save."""
 PAGE_BYTES = 4096
 
 
@@ -145,6 +147,9 @@ class Stager:
             try:
                 for plan in self._plan.files:
                     files.append(SlotFile(slot, plan, self._device, self._closing))
+                for name, size_bytes in self._small_files().items():
+                    self._files.close(self._files.reserve(slot.folder / name, size_bytes))
+                slot.ready(self._rank).reserve(files=self._files)
             except OSError as error:
                 self._failed = error
                 self._give_back(slot, files)
@@ -155,9 +160,9 @@ class Stager:
         """A slot that lacks a part will not be used: free its memory."""
         for file in files:
             file.close()
-        for plan in self._plan.files:
+        for path in [slot.ready_file(self._rank), *(slot.folder / name for name in self.names)]:
             with suppress(OSError):
-                self._files.remove(slot.folder / plan.name)
+                self._files.remove(path)
 
     def usable_slots(self) -> tuple[set[int], OSError | None]:
         """Numbers of the slots that are allocated, and once, why the next one is not. Waits for the allocation."""
@@ -170,10 +175,14 @@ class Stager:
     @property
     def names(self) -> set[str]:
         """Files that this rank keeps in each slot."""
-        small = {layout.train_state_file(self._rank)} | (
-            {layout.METADATA} if self._plan.metadata is not None else set()
+        return {file.name for file in self._plan.files} | set(self._small_files())
+
+    def _small_files(self) -> dict[str, int]:
+        """Names of this rank's further files, and how much room they get."""
+        metadata = self._plan.metadata
+        return {layout.train_state_file(self._rank): SMALL_BYTES} | (
+            {} if metadata is None else {layout.METADATA: len(metadata)}
         )
-        return {file.name for file in self._plan.files} | small
 
     # -- one save --------------------------------------------------------------------------------------------------
 
@@ -247,7 +256,10 @@ class Stager:
         staging.slot.say_ready(self._rank, staging.save, facts, files=self._files)
 
     def _write_small(self, slot: Slot, name: str, content: bytes) -> FileFacts:
-        descriptor = self._files.create(slot.folder / name)
+        room_bytes = self._small_files()[name]
+        if len(content) > room_bytes:
+            room_bytes = -(-len(content) // SMALL_BYTES) * SMALL_BYTES
+        descriptor = self._files.reserve(slot.folder / name, room_bytes)
         try:
             self._files.write(descriptor, content)
         finally:

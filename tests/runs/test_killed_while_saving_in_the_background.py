@@ -55,30 +55,34 @@ SERVICE_POINTS = (
 
 # Operations of rank 0.
 PASSAGE = At(r"mkdir .*/incarnation-1$")
-SESSION = At(r"rename .*/session\.json$")
-SECOND_SESSION = At(r"close .*/\.session\.json", 2)
-SLOT_MARK = At(r"create .*/slot-0\.free$")
+JOIN = At(r"reserve .*/events$")
+SESSION = At(r"write .*/session$")
+SECOND_SESSION = At(r"close .*/session$", 3)  # the first one is of `reserve`
+SLOT_MARK = At(r"reserve .*/slot-0\.free$")
 SLOT = At(r"mkdir .*/slot-0$")
 STAGED = At(r"rename .*/slot-0\.staged$")
 STATE = At(r"write .*/slot-0/train_state\.00000\.json$")
-FILLED = At(r"create .*/slot-0/\.metadata$")
-READY = At(r"rename .*/slot-0/ready\.00000\.json$")
-READY_SYNC = At(r"fsync_dir .*/slot-0$")
+FILLED = At(r"write .*/slot-0/\.metadata$")
+READY = At(r"write .*/slot-0/ready\.00000$", 2)  # each save says first that it is not
+READY_SAID = At(r"close .*/slot-0/ready\.00000$", 3)
+SECOND_MARK = At(r"write .*/slot-\d\.(free|claimed)$", 2)
 SECOND = At(r"rename .*/slot-\d\.staged$", 2)
-THIRD_READY = At(r"rename .*/ready\.00000\.json$", 3)
-ENDING = At(r"rename .*/session\.json$", 3)
+SECOND_UNREADY = At(r"write .*/ready\.00000$", 3)
+THIRD_READY = At(r"write .*/ready\.00000$", 6)
+ENDING = At(r"write .*/session$", 3)
 MEMORY = At(r"mkdir .*/lingua-\d+$")
-BEFORE_THE_SERVICE = (MEMORY, PASSAGE, SESSION)
+BEFORE_THE_SERVICE = (MEMORY, JOIN, PASSAGE, SESSION)
 TRAINER_POINTS = (
     *BEFORE_THE_SERVICE,
-    *(SECOND_SESSION, SLOT_MARK, SLOT, STAGED, STATE, FILLED, READY, READY_SYNC, SECOND, THIRD_READY, ENDING),
+    *(SECOND_SESSION, SLOT_MARK, SLOT, STAGED, STATE, FILLED, READY, READY_SAID),
+    *(SECOND_MARK, SECOND, SECOND_UNREADY, THIRD_READY, ENDING),
 )
 RANK_1_POINTS = (
     MEMORY,
-    At(r"create .*/train_state\.00001\.json$"),
+    At(r"reserve .*/train_state\.00001\.json$"),
     At(r"write .*/train_state\.00001\.json$", 2),
-    At(r"rename .*/ready\.00001\.json$"),
-    At(r"fsync_dir .*/slot-\d$", 2),
+    At(r"write .*/ready\.00001$", 2),
+    At(r"close .*/ready\.00001$", 6),  # two of `reserve`, two of each save
 )
 
 

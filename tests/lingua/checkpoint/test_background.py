@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,15 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lingua.checkpoint import courier, drain, layout, publish, room, service
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.slots import Region, State, base, region_of
+from lingua.checkpoint.stage import SMALL_BYTES
 from lingua.failure import classify
 from lingua.files import DISK, Buffer, DiskError, Files, RunError
 from lingua.runlock import RunLock
 from lingua.schema import CheckpointArgs, SaveEvery
-from tests.fakes import At, FaultyFiles, KillFiles
+from tests.fakes import At, FaultyFiles, FillingMemory, KillFiles
 from tests.ranks import run_on_ranks
 from tests.services import Services
+from tests.slotted import events_in
 from tests.tiny import assert_equal, make, snapshot, train
 
 
@@ -77,8 +83,7 @@ def done(run_dir: Path) -> list[int]:
 
 
 def events(region: Region) -> list[tuple[str, int]]:
-    said = [orjson.loads(line) for line in region.events_file.read_bytes().splitlines()]
-    return [(event["kind"], event["step"]) for event in said]
+    return [(event["kind"], event["step"]) for event in events_in(region)]
 
 
 # -- equality ----------------------------------------------------------------------------------------------------
@@ -245,7 +250,7 @@ def test_a_step_on_its_way_is_not_staged_again(tmp_path: Path, shm: Path):
         timer.start()
         assert manager.save(2, state, final=True).published
         timer.join()
-        assert not list((region.folder / "slot-1").glob("ready.*"))
+        assert region.slot(1).ready(0).read() is None
         assert events(region) == [("published", 2)]
         manager.close()
 
@@ -325,9 +330,10 @@ def test_memory_that_is_full_for_one_rank_is_so_for_all(tmp_path: Path, shm: Pat
 
         def allocate_or_fail(descriptor: int, offset: int, n_bytes: int) -> None:
             nonlocal n_done
-            if rank == 1 and n_done == 2 * full_from_slot:  # two files per slot
+            is_small = n_bytes == SMALL_BYTES  # one per slot
+            if rank == 1 and is_small and n_done == full_from_slot:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            n_done += 1
+            n_done += is_small
             allocate(descriptor, offset, n_bytes)
 
         os.posix_fallocate = allocate_or_fail
@@ -345,7 +351,7 @@ def test_memory_that_is_full_for_one_rank_is_so_for_all(tmp_path: Path, shm: Pat
         (first, said), (second, _) = run_on_ranks(save, 2)
     assert first == second
     assert 3 in done(tmp_path)
-    assert "rank 1: a slot cannot be allocated: [Errno 28] No space left on device" in said
+    assert "rank 1: a slot cannot be allocated: [Errno 28] No space left on device: '/dev/shm/" in said
     if full_from_slot == 0:
         assert first == [(False, True)] * 3
         assert "saves are synchronous" in said
@@ -368,6 +374,191 @@ def test_slots_stay_allocated_and_those_not_wanted_any_more_do_not(tmp_path: Pat
         inode = (region.slot(0).folder / layout.model_file(0)).stat().st_ino
         assert kept.setdefault(0, inode) == inode
     assert services.kill() == 1  # one for all three
+
+
+# -- memory that fills later -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Memory:
+    """A small memory file system, and how somebody fills it."""
+
+    path: Path
+    fill: Callable[[], object]
+    prepare: Callable[[], None] = lambda: None
+    """For services."""
+
+
+@pytest.fixture(params=["fake", "mounted"])
+def memory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    monkeypatch.setattr(room, "RESERVE_BYTES", 0)
+    if request.param == "fake":
+        shm, full = request.getfixturevalue("shm"), tmp_path / "full"
+        filling = FillingMemory(shm, full)
+        filling(monkeypatch.setattr)
+        yield Memory(shm, full.touch, filling)
+        return
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m,nr_inodes=200", "tmpfs", str(shm)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root may mount")
+    yield Memory(shm, lambda: fill(shm))
+    subprocess.run(["umount", "--lazy", shm], check=True)
+
+
+def fill(memory: Path) -> None:
+    """Take all that is left, names and bytes."""
+    for n in itertools.count():
+        try:
+            (memory / f"somebody's.{n}").touch()
+        except OSError:
+            break
+    with (memory / "somebody's.0").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_memory_that_somebody_fills_in_mid_run_costs_no_checkpoint(tmp_path: Path, memory: Memory):
+    with Services(prepare=memory.prepare) as services:
+        for steps, start in ((range(1, 6), None), (range(6, 8), 5)):  # the second begins in memory that is full
+            manager = CheckpointManager(args(memory.path, linger_s=60), tmp_path, start_service=services.start)
+            assert manager.latest() == start
+            state = make()
+            manager.prepare(state)
+            for step in steps:
+                report = manager.save(step, state, final=step == steps[-1])
+                assert report.staged, report.error
+                assert report.published == (step == steps[-1])
+                if step < steps[-1]:
+                    wait_until(lambda step=step: step in done(tmp_path))
+                memory.fill() if step == 1 else None
+            manager.close()
+        assert services.kill() == 1
+    assert done(tmp_path) == list(range(1, 8))
+
+
+def test_a_snapshot_in_memory_that_somebody_filled_is_saved_by_the_next_start(tmp_path: Path, memory: Memory):
+    with Services(lambda n: GatedFiles(tmp_path / "never"), memory.prepare) as services:
+        manager = CheckpointManager(args(memory.path), tmp_path, start_service=services.start)
+        assert manager.save(1, make(step=1)).staged
+        wait_for_state(region_of(tmp_path, memory.path), 0, "draining")
+        memory.fill()
+        assert manager.save(2, make(step=2)).staged
+        manager.close()
+        assert services.kill() == 1
+    with Services(prepare=memory.prepare) as services:
+        manager = CheckpointManager(args(memory.path), tmp_path, start_service=services.start)
+        assert manager.latest() == 2
+        manager.close()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_memory_that_is_full_when_a_run_starts(
+    tmp_path: Path, memory: Memory, strict: bool, caplog: pytest.LogCaptureFixture
+):
+    memory.fill()
+    sentence = r"there is no room in memory for checkpoints: .*/lingua-\d+: No space left on device"
+    with Services(prepare=memory.prepare) as services:
+        if strict:
+            with pytest.raises(RunError, match=sentence + "; or allow synchronous saves with checkpoint.strict=false"):
+                CheckpointManager(args(memory.path, strict=True), tmp_path, start_service=services.start)
+            return
+        manager = CheckpointManager(args(memory.path), tmp_path, start_service=services.start)
+        assert re.search("saves are synchronous: " + sentence, caplog.text)
+        manager.prepare(make())
+        assert manager.save(1, make()).published
+        assert manager.save(2, make(), final=True).published
+        manager.close()
+    assert done(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("what", [r"reserve .*/session", r"reserve .*/events", r"reserve .*/slot-1\.free"])
+def test_memory_that_has_no_room_for_its_own_papers(
+    tmp_path: Path, shm: Path, services: Services, what: str, caplog: pytest.LogCaptureFixture
+):
+    files = FaultyFiles(At(what))
+    manager = CheckpointManager(args(shm), tmp_path, start_service=services.start, files=files)
+    manager.prepare(make())
+    assert "saves are synchronous: there is no room in memory for checkpoints: reserve: No space left" in caplog.text
+    assert manager.save(1, make()).published
+    manager.close()
+
+
+LOSSES = [
+    r"write .*/slot-0\.free",
+    r"rename .*/slot-0\.free",
+    r"write .*/train_state",
+    r"reserve .*/ready",
+    r"write .*/ready",
+]
+"""What may fail in a save: the mark, this rank's JSON, its word that it is ready."""
+
+
+def saved_once(run_dir: Path, shm: Path, services: Services, then_fails: str, **more: Any) -> CheckpointManager:
+    """Checkpoint 1 is published; what fails then fails once."""
+    files = FaultyFiles()
+    manager = CheckpointManager(args(shm, **more), run_dir, start_service=services.start, files=files)
+    manager.prepare(make())
+    manager.save(1, make())
+    wait_until(lambda: done(run_dir) == [1])
+    wait_for_state(region_of(run_dir, shm), 0, "free")
+    files.fail_at, files.log = At(then_fails), []
+    return manager
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("what", LOSSES)
+def test_a_last_save_that_memory_loses_is_made_on_the_disk(
+    tmp_path: Path, shm: Path, services: Services, what: str, strict: bool, caplog: pytest.LogCaptureFixture
+):
+    manager = saved_once(tmp_path, shm, services, what, strict=strict)
+    report = manager.save(2, make(), final=True)
+    assert (report.staged, report.published) == (False, True)
+    assert "saves are synchronous: checkpoint 2 is lost: [Errno 28] No space left on device" in caplog.text
+    manager.close()
+    assert done(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_after_a_save_that_memory_loses_saves_are_synchronous(
+    tmp_path: Path, shm: Path, services: Services, what: str, caplog: pytest.LogCaptureFixture
+):
+    manager = saved_once(tmp_path, shm, services, what)
+    assert manager.save(2, make()).staged
+    assert manager.save(3, make()).published
+    assert "saves are synchronous: rank 0: the last checkpoint is lost: [Errno 28] No space left" in caplog.text
+    assert manager.save(4, make(), final=True).published
+    manager.close()
+    assert done(tmp_path) == [1, 3, 4]
+
+
+def test_strict_goes_on_in_the_background_after_a_loss(
+    tmp_path: Path, shm: Path, services: Services, caplog: pytest.LogCaptureFixture
+):
+    manager = saved_once(tmp_path, shm, services, r"write .*/train_state", strict=True)
+    for step in (2, 3):
+        assert manager.save(step, make()).staged
+    assert "rank 0: the last checkpoint is lost: [Errno 28] No space left" in caplog.text
+    assert manager.save(4, make(), final=True).published
+    manager.close()
+    assert 2 not in done(tmp_path)
+
+
+@pytest.mark.ranks
+def test_a_last_save_that_one_rank_s_memory_loses_is_made_on_the_disk_by_all(tmp_path: Path, shm: Path):
+    def save(rank: int) -> tuple[bool, bool]:
+        state = make(shard=True)
+        files = FaultyFiles(At(r"write .*/train_state") if rank == 1 else 0)
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start, files=files)
+        manager.prepare(state)
+        report = manager.save(1, state, final=True)
+        manager.close()
+        return report.staged, report.published
+
+    with Services() as services:
+        assert run_on_ranks(save, 2) == [(False, True)] * 2
+    assert done(tmp_path) == [1]
 
 
 # -- what goes wrong -----------------------------------------------------------------------------------------------
@@ -425,7 +616,7 @@ def test_a_bug_of_the_service_reaches_the_loop(tmp_path: Path, shm: Path):
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         manager.save(1, make())
         region = region_of(tmp_path, shm)
-        wait_until(lambda: region.events_file.exists() and ("failed", 1) in events(region))
+        wait_until(lambda: ("failed", 1) in events(region))
         with pytest.raises(RunError, match="ZeroDivisionError: what was never thought of"):
             manager.save(2, make())
         manager.close()

@@ -117,14 +117,25 @@ def test_a_service_that_hangs_at_its_start_is_told(tmp_path: Path):
     there.close()
 
 
+@pytest.mark.parametrize(("state", "taken_back"), [("free", True), ("staged", True), ("draining", False)])
+def test_a_lost_save_is_taken_back_unless_a_service_is_at_work_on_it(tmp_path: Path, state: State, taken_back: bool):
+    there = courier_of(tmp_path, lambda *where: Running())
+    slot = there.region.slot(0)
+    slot.make()
+    slot.change("free", state)
+    assert there.withdraw(0) == taken_back
+    assert slot.state() == ("free" if taken_back else state)
+    there.close()
+
+
 def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
-    """Whatever single file of a slot's change is there when a rank dies, while the service lives on."""
+    """Whatever the slot's mark is when a rank dies, while the service lives on."""
     region = make_region(tmp_path / "run", tmp_path)
     slot = region.slot(0)
     slot.folder.mkdir()
-    for marks in (["claimed"], ["claimed", "staged"], ["free", "staged"], ["free"], ["staged"]):
-        for state in marks:
-            slot.mark(state).write_text("{}")  # pyright: ignore[reportArgumentType]
+    states: tuple[State, ...] = ("claimed", "free", "staged")
+    for state in states:
+        slot.mark(state).write_text("{}")
         there = courier_of(tmp_path, lambda *where: Running())
         there._service_lives = lambda: True  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
         assert there.find_unsaved((-1, 0)) == set()

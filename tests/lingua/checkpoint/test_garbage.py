@@ -177,7 +177,7 @@ def test_refused_while_a_service_is_writing(tmp_path: Path) -> None:
 def region(run_dir: Path, shm: Path, step: int) -> slots.Region:
     """Memory of a run whose processes are all dead, with a complete snapshot in it."""
     found = slots.make_region(run_dir, shm)
-    write_json(found.session_file, {"run_dir": str(run_dir)})
+    found.session.write({"run_dir": str(run_dir)})
     slot = found.slot(0)
     slot.folder.mkdir()
     save = slots.Save("id", 1, step, (0,))

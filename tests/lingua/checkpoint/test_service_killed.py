@@ -58,7 +58,6 @@ def next_start(world: World, incarnation: int, step: int) -> None:
         serve(world.service())
         assert max(world.done()) == newest, "what an earlier start left in memory was not saved"
         start.make_slots()
-        assert not list(start.region.folder.rglob(".*.tmp-*")), "half a mark is left"
         assert {slot.state() for slot in start.region.slots()} == {"free"}
         assert len(start.region.slots()) == start.n_slots
         assert start.stage(step) is not None
@@ -107,7 +106,7 @@ def kill_the_ranks(service_dies_too: bool) -> int:
             assert killed(lambda world=world, n=n: life_of_a_rank(world, KillFiles(n)))
             staged = world.staged()
             check(world, 1, staged)
-            if not service_dies_too and world.region().session_file.exists():
+            if not service_dies_too and world.region().session.path.exists():
                 service = world.service()
                 assert service.take()
                 service.run()

@@ -101,31 +101,24 @@ def test_of_two_who_want_a_slot_one_gets_it(slot: Slot) -> None:
     assert slot.state() == "draining"
 
 
-def test_a_claimed_slot_gets_its_new_mark_before_it_loses_the_old_one(slot: Slot) -> None:
+def test_a_claimed_slot_says_its_new_save_before_it_is_staged(slot: Slot) -> None:
     slot.put_mark(SAVE)
     slot.change("staged", "claimed")
     files = FaultyFiles()
     newer = Save("run", 3, 2000, (0,))
     slot.put_mark(newer, files=files)
-    assert [line.split()[0] for line in files.log] == [
-        "create",
-        "write",
-        "fsync",
-        "close",
-        "rename",
-        "fsync_dir",
-        "remove",
-    ]
+    assert [line.split()[0] for line in files.log] == ["reserve", "write", "close", "rename"]
     assert (slot.state(), slot.save()) == ("staged", newer)
 
 
 @pytest.mark.parametrize("old", ["free", "claimed"])
-def test_without_room_for_a_mark_the_slot_is_free(region: Region, slot: Slot, old: State) -> None:
+@pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
+def test_where_a_mark_cannot_be_put_the_slot_is_free(region: Region, slot: Slot, old: State, fail_at: int) -> None:
     if old == "claimed":
         slot.put_mark(SAVE)
         slot.change("staged", "claimed")
     with pytest.raises(OSError, match="No space"):
-        slot.put_mark(SAVE, files=FaultyFiles(2))
+        slot.put_mark(SAVE, files=FaultyFiles(fail_at))
     assert slot.state() == "free"
     assert marks(region) == ["slot-0.free"]
 
@@ -136,24 +129,20 @@ def test_without_room_for_a_mark_the_slot_is_free(region: Region, slot: Slot, ol
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        ([], "free"),
-        (["free"], "free"),
-        (["staged"], "staged"),
-        (["draining"], "staged"),
-        (["claimed"], "staged"),
-        (["staged", "free"], "staged"),
-        (["staged", "claimed"], "staged"),
-        (["staged", "draining"], "staged"),
-        (["draining", "free"], "staged"),
+        (None, "free"),
+        ("free", "free"),
+        ("staged", "staged"),
+        ("draining", "staged"),
+        ("claimed", "staged"),
     ],
 )
-def test_recover(region: Region, slot: Slot, found: list[State], expected: State) -> None:
+def test_recover(region: Region, slot: Slot, found: State | None, expected: State) -> None:
     slot.mark("free").unlink()
-    for state in found:
-        slot.mark(state).touch()
+    if found is not None:
+        slot.mark(found).touch()
     region.recover()
     assert slot.state() == expected
-    assert set(marks(region)) <= {f"slot-0.{expected}", "slot-0.free"}
+    assert marks(region) == [f"slot-0.{expected}"]
 
 
 def test_slots_are_made_once_and_kept(region: Region) -> None:
@@ -162,7 +151,6 @@ def test_slots_are_made_once_and_kept(region: Region) -> None:
     (region.slot(0).folder / "of another world size").touch()
     (region.slot(1).folder / "b").touch()
     region.slot(1).put_mark(SAVE)
-    (region.folder / ".slot-1.staged.tmp-77").touch()  # a leader died here
     region.make_slots(2, {"a"})
     assert os.listdir(region.slot(0).folder) == ["a"]
     assert os.listdir(region.slot(1).folder) == ["b"], "it is not free"
@@ -290,7 +278,7 @@ def test_stale_regions(tmp_path: Path) -> None:
     assert [(stale.run_dir, stale.unsaved_steps) for stale in found] == [(str(world.run_dir), [7])]
     on_disk = sum(path.stat().st_size for path in start.region.slot(0).folder.iterdir())
     assert found[0].size_bytes >= on_disk > 0
-    start.region.session_file.write_bytes(b"{")
+    start.region.session.path.write_bytes(b"{")
     assert [stale.run_dir for stale in stale_regions(world.shm())] == ["unknown"]
     start.region.remove()
     assert list(stale_regions(world.shm())) == []

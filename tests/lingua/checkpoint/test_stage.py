@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lingua.checkpoint import dcp, layout, publish
-from lingua.checkpoint.slots import Save, make_region
-from lingua.checkpoint.stage import SlotFile, Stager
+from lingua.checkpoint.publish import Manifest
+from lingua.checkpoint.slots import Save, Slot, make_region
+from lingua.checkpoint.stage import SMALL_BYTES, SlotFile, Stager
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files
 from tests.fakes import FaultyFiles
@@ -27,6 +28,27 @@ def plan_of(tensors: Tensors) -> dcp.WritePlan:
     local = dcp.local_plan(tensors.by_name, is_coordinator=True)
     plans, metadata = dcp.global_plan([local], tensors.paths, tensors.aliases)
     return dcp.write_plan(tensors.by_name, plans[0], 0, metadata)
+
+
+class NoRoomFrom:
+    """`os.posix_fallocate` of a disk that is full from the n-th allocation on, n from 0."""
+
+    def __init__(self, n: int) -> None:
+        self.n_done, self._n, self._allocate = 0, n, os.posix_fallocate
+
+    def __call__(self, descriptor: int, offset: int, n_bytes: int) -> None:
+        if self.n_done == self._n:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.n_done += 1
+        self._allocate(descriptor, offset, n_bytes)
+
+
+def copied(folder: Path, slot: Slot, facts: Manifest) -> Path:
+    """The files of a slot as a checkpoint has them: without what they have in reserve."""
+    folder.mkdir()
+    for name, fact in facts.items():
+        (folder / name).write_bytes((slot.folder / name).read_bytes()[: fact.size_bytes])
+    return folder
 
 
 def stager_of(folder: Path, state: TrainState, n_slots: int = 1, files: Files = DISK) -> Stager:
@@ -59,8 +81,9 @@ def test_a_slot_holds_the_files_of_a_checkpoint(tmp_path: Path, tied: bool):
         found = slot.complete()
         assert found is not None
         assert found[0] == save(step)
-        assert publish.damage(slot.folder, found[1]) == []
-        dcp.read_into(slot.folder, tensors_of(train_back).by_name)
+        folder = copied(tmp_path / str(step), slot, found[1])
+        assert publish.damage(folder, found[1]) == []
+        dcp.read_into(folder, tensors_of(train_back).by_name)
         assert_equal(expected, snapshot(train_back))
         state = train_back
     stager.close()
@@ -85,7 +108,7 @@ def test_a_slot_that_is_being_filled_is_not_ready(tmp_path: Path, monkeypatch: p
     stager.close()
 
 
-@pytest.mark.parametrize("operation", ["create", "rename", "remove"])
+@pytest.mark.parametrize("operation", ["reserve", "write", "close"])
 def test_memory_that_fails_is_told_and_leaves_nothing_ready(tmp_path: Path, operation: str):
     state = make()
     stager = stager_of(tmp_path, state)
@@ -105,17 +128,11 @@ def test_memory_that_fails_is_told_and_leaves_nothing_ready(tmp_path: Path, oper
     stager.close()
 
 
-def test_slots_without_room_are_left_out_and_give_back_what_they_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    allocate, n_done = os.posix_fallocate, 0
-
-    def allocate_three(descriptor: int, offset: int, n_bytes: int) -> None:
-        nonlocal n_done
-        n_done += 1
-        if n_done > 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        allocate(descriptor, offset, n_bytes)
-
-    monkeypatch.setattr(os, "posix_fallocate", allocate_three)
+@pytest.mark.parametrize("n_files", range(5))
+def test_slots_without_room_are_left_out_and_give_back_what_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int
+):
+    monkeypatch.setattr(os, "posix_fallocate", NoRoomFrom(5 + n_files))  # weights, optimizer, two small ones, `ready`
     stager = stager_of(tmp_path, make(), n_slots=2)
     usable, error = stager.usable_slots()
     assert usable == {0}
@@ -124,6 +141,29 @@ def test_slots_without_room_are_left_out_and_give_back_what_they_have(tmp_path: 
     assert stager.usable_slots() == ({0}, None)
     region = make_region(tmp_path / "run", tmp_path)
     assert list(region.slot(1).folder.iterdir()) == []
+    stager.close()
+
+
+def test_what_a_save_writes_was_allocated_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = make()
+    stager = stager_of(tmp_path, state)
+    stager.usable_slots()
+    slot = make_region(tmp_path / "run", tmp_path).slot(0)
+    slot.make()
+    monkeypatch.setattr(os, "posix_fallocate", NoRoomFrom(0))
+    files = FaultyFiles()
+    stager._files = files  # pyright: ignore[reportPrivateUsage]
+    for step, n_bytes in enumerate((2, SMALL_BYTES, 10)):
+        slot.put_mark(save(step), files=files)
+        stager.fill(0, save(step), tensors_of(state).by_name, b"x" * n_bytes, state.model)
+        assert stager.wait_until_ready() is None
+        found = slot.complete()
+        assert found is not None
+        assert found[1][layout.train_state_file(0)].size_bytes == n_bytes
+        assert slot.change("staged", "free", files=files)
+    assert {line.split()[0] for line in files.log} == {"reserve", "write", "close", "rename"}
+    stager.fill(0, save(9), tensors_of(state).by_name, b"x" * (SMALL_BYTES + 1), state.model)
+    assert getattr(stager.wait_until_ready(), "errno", None) == errno.ENOSPC
     stager.close()
 
 
