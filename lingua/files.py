@@ -55,7 +55,7 @@ class DiskError(RunError):
 
     @property
     def kind(self) -> str:
-        """As `lingua.failure` knows it: what is full or wrong a person must mend, all else may pass by itself."""
+        """As `lingua.run.failure` knows it: what is full or wrong a person must mend, all else may pass by itself."""
         if self.errno in _FULL:
             return "disk_full"
         return "setup" if self.errno in _TO_MEND else "disk"
@@ -335,3 +335,8 @@ class ProcessLock:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def raise_if(error: RunError | None) -> None:
+    if error is not None:
+        raise error

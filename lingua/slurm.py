@@ -14,37 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated
 
-from pydantic import Field
-
-from lingua.args import Args, Text
 from lingua.files import RunError
-
-
-class SlurmArgs(Args):
-    """Settings of a job of its own, as lingua's stool names them."""
-
-    nodes: Annotated[int, Field(ge=1)] = 1
-    """Nodes."""
-    ngpu: Annotated[int, Field(ge=0)] = 1
-    """GPUs per node."""
-    ncpu: Annotated[int, Field(ge=1)] = 16
-    """CPU cores per GPU."""
-    mem: Text = ""
-    """Memory per node, as sbatch writes it ("64G"). Empty: the partition's default."""
-    time: int = -1
-    """Time limit in minutes. -1: the partition's."""
-    partition: Text = ""
-    """Partition. Empty: the cluster's default."""
-    account: Text = ""
-    """Account. Empty: the user's default."""
-    qos: Text = ""
-    """Quality of service."""
-    constraint: Text = ""
-    """Node features."""
-    exclude: Text = ""
-    """Nodes to avoid."""
 
 
 @dataclass(frozen=True)
@@ -276,3 +247,72 @@ def requeue(
         run(["scontrol", "requeue", address])
     if exclude:
         run(["scontrol", "update", f"JobId={address}", f"ExcNodeList={','.join(exclude)}"])
+
+
+PATIENCE_S = 5.0
+Ask = Callable[[Sequence[str]], str | None]
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm sees it."""
+
+    id: str
+    state: str
+    """RUNNING, PENDING, CANCELLED by 1000, ..."""
+    reason: str = ""
+    """Why it waits or ended, in Slurm's word."""
+    left: str = ""
+    """Of its time limit, as Slurm writes it."""
+    nodes: str = ""
+    array_task: str = ""
+    """`4711_3`, where it is a task of an array."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """In the queue: it will start, or start again, by itself."""
+        return self.state in _WAITING
+
+    @property
+    def is_there(self) -> bool:
+        """It waits or runs: not over."""
+        return self.is_waiting or self.state in _RUNNING
+
+
+def ask_slurm(words: Sequence[str]) -> str | None:
+    """Output of a Slurm command; None where there is none or it failed."""
+    try:
+        return run_command(words, timeout_s=PATIENCE_S)
+    except (OSError, RunError):
+        return None
+
+
+def jobs_in_queue(ask: Ask = ask_slurm) -> dict[str, Job]:
+    """This user's jobs that wait, run, or ended a moment ago, by id; tasks of arrays also as `4711_3`.
+
+    Tasks that never started have no id of their own yet.
+    """
+    text = ask(["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%N|%F_%K"])
+    jobs = [job for job in map(_job, (text or "").splitlines()) if job is not None]
+    return {job.id: job for job in jobs} | {job.array_task: job for job in jobs if job.array_task}
+
+
+def job_of(job_id: str, queue: dict[str, Job], ask: Ask = ask_slurm) -> Job | None:
+    """A job, from the queue or from Slurm's accounts; None when Slurm does not know it (any more)."""
+    if not job_id or job_id in queue:
+        return queue.get(job_id)
+    text = ask(
+        ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=JobIDRaw,State,Reason"]
+    )
+    return next((job for job in map(_job, (text or "").splitlines()) if job is not None and job.id == job_id), None)
+
+
+def _job(line: str) -> Job | None:
+    fields = [field.strip() for field in line.split("|")]
+    if len(fields) < 2 or not fields[0]:
+        return None
+    fields[2:3] = ["" if field == "None" else field for field in fields[2:3]]
+    fields[5:6] = ["" if field.endswith("_N/A") else field for field in fields[5:6]]
+    return Job(*fields[:6])

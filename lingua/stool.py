@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lingua.args import ConfigError
-from lingua.entry import CommandLine, parse_command_line, run_main
-from lingua.launch import launch
+from lingua.config.base import ConfigError
+from lingua.config.command_line import CommandLine, parse_command_line, run_main
+from lingua.launch.submit import launch
 
 HELP = """usage: python -m lingua.stool [script=apps.main.train] config=FILE [KEY=VALUE ...]
 

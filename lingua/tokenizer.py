@@ -13,23 +13,15 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from lingua.args import Args, ConfigError, Text
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import TokenizerArgs
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-class TokenizerArgs(Args):
-    """Which tokenizer."""
-
-    name: Literal["bytes", "sp", "tiktoken", "hf"] = "bytes"
-    """bytes needs no file; sp: SentencePiece model; tiktoken: rank file; hf: tokenizer.json or its folder."""
-    path: Text | None = None
-    """File (or folder, for hf) of the tokenizer."""
 
 
 class TokenizerError(ValueError):

@@ -43,10 +43,10 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lingua.checkpoint.manager import CheckpointManager
-from lingua.checkpoint.slots import SERVICE_LOCK, region_of
+from lingua.checkpoint.shm.slots import SERVICE_LOCK, region_of
 from lingua.checkpoint.state import TrainState, tensors_of
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import human_bytes
-from lingua.schema import CheckpointArgs, SaveEvery
 
 WIDTH = 1024
 STEP_S = 0.02

@@ -37,21 +37,22 @@ from typing import Any
 import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 
-from apps.export import Format, make_export
+from apps.cli.export import Format, make_export
 from apps.main.args import TrainArgs
-from apps.main.generate import load_model
-from lingua.args import build_part
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
-from lingua.compose import compose
-from lingua.evalargs import HarnessArgs
-from lingua.evaltasks import be_offline
+from lingua.config.base import build_part
+from lingua.config.compose import compose
+from lingua.config.frozen import dump_yaml, freeze
+from lingua.config.keys.checkpoint import CheckpointArgs
+from lingua.config.keys.eval import HarnessArgs
+from lingua.config.keys.generate import GeneratorArgs
+from lingua.eval.harness import make_lm, run_tasks
+from lingua.eval.harness_tasks import be_offline
+from lingua.eval.scorer import Scorer, Wording, score_documents
 from lingua.files import RunError
-from lingua.freeze import dump_yaml, freeze
-from lingua.generator import Generator
-from lingua.harness import make_lm, run_tasks
-from lingua.schema import CheckpointArgs, GeneratorArgs
-from lingua.scorer import Scorer, Wording, score_documents
+from lingua.model.generate import Generator
+from lingua.train.load_model import load_model
 
 CONFIG = "apps/main/configs/debug.yaml"
 ANSWER_TOKENS = 32

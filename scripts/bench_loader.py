@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lingua.data.args import DataArgs, SourceArgs
+from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data.loader import Loader, build_loader
-from lingua.tokenizer import TiktokenTokenizer, TokenizerArgs, build_tokenizer
+from lingua.tokenizer import TiktokenTokenizer, build_tokenizer
 
 ROWS = 16  # of a batch
 

@@ -16,8 +16,9 @@ what was left out is named. Its parts:
 
     MFU = tokens/s * (6 N + 12 L H Q S) / peak    (PaLM, arXiv 2204.02311, appendix B; N without the embedding's lookup)
 
-The causal-halved value counts 6 L H Q S for attention. The peak is the data sheet's (lingua/flops.py); a device without
-one, such as a CPU, has no MFU. A goal that is missed is said, and is no failure: figures are for people to judge.
+The causal-halved value counts 6 L H Q S for attention. The peak is the data sheet's (lingua/run/throughput.py); a
+device without one, such as a CPU, has no MFU. A goal that is missed is said, and is
+no failure: figures are for people to judge.
 """
 
 from __future__ import annotations
@@ -49,19 +50,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from apps.main.build import build_loss, build_model, make_deterministic
-from apps.main.check import Checked, load
-from apps.output import show_table
-from lingua.args import build_part
-from lingua.attention import ALL_IMPLS, RowDocuments, attend, build_mask, document_bounds, resolve_attn_impl
-from lingua.compiling import let_length_vary
-from lingua.distributed import Place, World
-from lingua.entry import parse_command_line
-from lingua.flops import find_peak
-from lingua.metrics import read_metrics
-from lingua.optim import measure_gradient, optimizer_step
-from lingua.parallel import forward_precision, set_matmul_precision
-from lingua.schema import LlamaArgs
+from lingua.config.base import build_part
+from lingua.config.command_line import parse_command_line
+from lingua.config.keys.model import LlamaArgs
+from lingua.console import show_table
+from lingua.distributed.compile import let_length_vary
+from lingua.distributed.parallelize import forward_precision, set_matmul_precision
+from lingua.distributed.process_group import Place, World
+from lingua.model.attention import ALL_IMPLS, RowDocuments, attend, build_mask, document_bounds, resolve_attn_impl
+from lingua.optim.adamw import measure_gradient, optimizer_step
+from lingua.run.metrics import read_metrics
+from lingua.run.throughput import find_peak
+from lingua.train.build import build_loss, build_model, make_deterministic
+from lingua.train.check import Checked, load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "apps" / "main" / "configs"

@@ -24,9 +24,9 @@ import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch read
 import torch
 
 import apps.main.train as app
-from apps.main.build import Run
-from lingua.entry import run_main
-from lingua.metrics import read_metrics
+from lingua.config.command_line import run_main
+from lingua.run.metrics import read_metrics
+from lingua.train.build import Run
 
 WARM_UP_STEPS = 5
 

@@ -37,6 +37,8 @@ code=$BASE_DIR
 [[ -z $job ]] || code=$(dirname -- "$(dirname -- "$job")")/code
 export BASE_DIR PYTHON PYTHONSAFEPATH=1 PYTHONPATH=$code${PYTHONPATH:+:$PYTHONPATH}
 if [[ -z $job ]]; then
-  exec "$PYTHON" -m lingua.job begin
+  exec "$PYTHON" -m lingua.launch.job begin
 fi
-exec "$PYTHON" -m lingua.job hold "$job"
+hold=lingua.launch.job
+[[ -f $code/lingua/launch/job.py ]] || hold=lingua.job # code that was frozen before December 2026
+exec "$PYTHON" -m $hold hold "$job"

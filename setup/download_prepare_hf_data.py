@@ -1,4 +1,4 @@
-"""Download a data set, shuffle it and split it into chunks: `lingua.data.prepare` from the command line.
+"""Download a data set, shuffle it and split it into chunks: `lingua.data.prepare.pipeline` from the command line.
 
     uv run python setup/download_prepare_hf_data.py fineweb_edu_10bt 8 --data_dir data --nchunks 8
     uv run python setup/download_prepare_hf_data.py mine 8 --source ~/texts --data_dir data
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import orjson
 
-from lingua.data import hub
-from lingua.data.prepare import Job, prepare
-from lingua.data.stages import Progress, peak_rss_bytes
+from lingua.console import Progress
+from lingua.data.prepare import hub
+from lingua.data.prepare.pipeline import Job, prepare
+from lingua.data.prepare.worker_pool import peak_rss_bytes
 from lingua.logger import start_logging
 
 

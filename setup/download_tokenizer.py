@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from lingua.data.hub import persist
+from lingua.data.prepare.hub import persist
 
 
 class Place(NamedTuple):

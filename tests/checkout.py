@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
 from tests.slurm_cluster import Cluster, until
 from tests.trainer import TINY
 

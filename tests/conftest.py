@@ -74,7 +74,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def checkout(tmp_path: Path, slurm: Cluster) -> Iterator[Checkout]:
     """A checkout to submit jobs from; what still runs at the end of the test is cancelled."""
-    from tests.checkout import Checkout  # imports torch, which most tests do without
+    from tests.checkout import Checkout
 
     yield Checkout(tmp_path, slurm)
     slurm.cancel_all()

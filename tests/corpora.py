@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lingua.data.args import DataArgs
+from lingua.config.keys.data import DataArgs
 
 
 def write_source(folder: Path, name: str, documents: list[str], n_files: int = 2) -> Path:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from apps.main.args import TrainArgs
-from apps.main.measures import Measures
-from lingua.compose import compose
-from lingua.distributed import Place, World
+from lingua.config.compose import compose
+from lingua.distributed.process_group import Place, World
+from lingua.eval.measures import Measures
 from lingua.files import read_json
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
 from tests.trainer import TINY
 
 EVAL = [

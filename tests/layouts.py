@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
-from lingua.distributed import Place, World
-from lingua.parallel import parallelize
-from lingua.schema import DistributedArgs
+from lingua.config.keys.distributed import DistributedArgs
+from lingua.distributed.parallelize import parallelize
+from lingua.distributed.process_group import Place, World
 
 
 @dataclass(frozen=True)

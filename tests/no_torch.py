@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import json, sys
-from apps.cli import main
+from apps.cli.main import main
 for words in json.loads(sys.argv.pop()):
     sys.argv[1:] = words
     try:

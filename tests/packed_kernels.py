@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lingua.attention import RowDocuments, document_bounds
+from lingua.model.attention import RowDocuments, document_bounds
 
 CALLS: list[dict[str, Any]] = []
 """What the stand-in operators were told, newest last."""

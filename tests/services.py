@@ -20,10 +20,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import apps.main.build
-from lingua.checkpoint import service
-from lingua.checkpoint.courier import Started
+import lingua.train.build
 from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.shm import service
+from lingua.checkpoint.shm.coordinator import Started
 from lingua.files import DISK, Files
 from tests.ranks import fork
 from tests.trainer import Hook
@@ -188,7 +188,7 @@ def served_by(services: Services, files: Callable[[int], Files] = plain_files) -
 
     def hook(rank: int) -> None:
         manager = partial(CheckpointManager, start_service=services.start, files=files(rank))
-        setattr(apps.main.build, "CheckpointManager", manager)  # noqa: B010
+        setattr(lingua.train.build, "CheckpointManager", manager)  # noqa: B010
 
     return hook
 

@@ -22,9 +22,9 @@ import xxhash
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, FileFacts, Manifest
-from lingua.checkpoint.service import Service
-from lingua.checkpoint.session import Session, write_session
-from lingua.checkpoint.slots import SHM, TRAINER_LOCK, Region, Save, Slot, make_region, region_of
+from lingua.checkpoint.shm.messages import Session, write_session
+from lingua.checkpoint.shm.service import Service
+from lingua.checkpoint.shm.slots import SHM, TRAINER_LOCK, Region, Save, Slot, make_region, region_of
 from lingua.files import DISK, Files
 from tests.fakes import Clock, FaultyFiles, path_of
 

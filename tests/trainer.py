@@ -20,10 +20,10 @@ from typing import Any
 import orjson
 import torch._inductor  # noqa: F401 - `deterministic` imports it: seconds, here once for all forks
 
-from apps.main.build import Run
 from apps.main.train import main
-from lingua.entry import run_main
-from lingua.metrics import read_metrics
+from lingua.config.command_line import run_main
+from lingua.run.metrics import read_metrics
+from lingua.train.build import Run
 from tests.ranks import fork
 
 Hook = Callable[[int], None]

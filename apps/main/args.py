@@ -1,33 +1,17 @@
-"""Config of the main app: composes the sections of the rooms and adds what belongs to the run as a whole.
+"""Config of the main app. Torch-free.
 
-Torch-free. A new key of an own app goes here; train, check, resume and every command then know it.
+A key that you add here is known to train, check, resume and every command.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import SerializeAsAny
 
-from lingua.args import Args, Part, Text, part_of
-from lingua.data.args import DEFAULT_SEED, DataArgs
-from lingua.evalargs import EvalArgs
-from lingua.launcher import LauncherArgs
-from lingua.metrics import LoggingArgs
-from lingua.schema import (
-    AdamWArgs,
-    CheckpointArgs,
-    CrossEntropyArgs,
-    DistributedArgs,
-    EnvironmentArgs,
-    LlamaArgs,
-    ModelArgs,
-    OptimArgs,
-    ProfilerArgs,
-)
-from lingua.slurm import SlurmArgs
-from lingua.watchdog import WatchdogArgs
+from lingua.config.base import part_of
+from lingua.config.keys import train
+from lingua.config.keys.model import LlamaArgs, ModelArgs
 
 
 class LMTransformerArgs(LlamaArgs):
@@ -36,91 +20,9 @@ class LMTransformerArgs(LlamaArgs):
     builder: ClassVar[str] = f"{__package__}.transformer:LMTransformer"
 
 
-class ValidationArgs(Args):
-    """Held-out loss inside training."""
-
-    every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two. 0: never."""
-    at_ends: bool = False
-    """Also before the first and after the last step."""
-    max_rows: Annotated[int, Field(ge=1)] = 64
-    """Rows per source, taken from the start of its `*.val.jsonl`."""
-
-
-class TrainArgs(Args):
+class TrainArgs(train.TrainArgs):
     """Everything a run is made of."""
 
-    name: Text = "lingua"
-    """Name of the run."""
-    dump_dir: Text = ""
-    """Run folder. Empty: <dump_base>/<name>."""
-    dump_base: Text = "out"
-    """Folder of run folders."""
-    app: Text = __package__ or "apps.main"
+    app: str = __package__ or "apps.main"
     """Package of the app that trains this run."""
-    plugins: list[Text] = []
-    """Modules imported before the config is checked; they register models, optimizers, schedules, losses."""
-    seed: int = DEFAULT_SEED
-    """Seed of everything random in training; model.seed and data.seed follow it unless they are set."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
-    steps: Annotated[int, Field(ge=0)] | None = None
-    """Length of the run in optimizer updates. Null: from epochs or total_flops; 1000 without those."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    """Length of the run in passes over the sources."""
-    total_flops: Annotated[float, Field(gt=0)] | None = None
-    """Length of the run in floating-point operations of forward and backward."""
-    grad_acc_steps: Annotated[int, Field(ge=1)] | None = None
-    """Micro steps per optimizer update. Null: from global_batch_size, otherwise 1."""
-    global_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """G: rows per optimizer update over all ranks. Null: batch_size * grad_acc_steps * data-parallel ranks."""
-    gc_collect_freq: Annotated[int, Field(ge=1)] = 1000
-    """Steps between garbage collections; python's own collector is off in the loop."""
-    probe_freq: Annotated[int, Field(ge=1)] | None = None
-    """Steps between statistics of activations, weights, gradients and attention (probe.jsonl). Null: none."""
-    deterministic: bool = False
-    """Two runs are bitwise equal, and so is a resumed one; costs speed."""
-    stop_signals: list[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"]] = ["SIGINT", "SIGTERM", "SIGUSR2"]
-    """Signals that end the run after the current step, with a checkpoint."""
-    sample_prompt: Text | None = None
-    """Prompt of a short sample printed at the end. Null: none."""
-    data: DataArgs = DataArgs()
-    optim: Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)] = AdamWArgs()
-    loss: Annotated[SerializeAsAny[Part], part_of("loss", CrossEntropyArgs)] = CrossEntropyArgs()
     model: Annotated[SerializeAsAny[ModelArgs], part_of("model", LMTransformerArgs)] = LMTransformerArgs(n_heads=8)
-    distributed: DistributedArgs = DistributedArgs()
-    env: EnvironmentArgs = EnvironmentArgs()
-    checkpoint: CheckpointArgs = CheckpointArgs()
-    watchdog: WatchdogArgs | None = WatchdogArgs()
-    """When the run counts as hung. Null: never."""
-    validation: ValidationArgs = ValidationArgs()
-    profiling: ProfilerArgs = ProfilerArgs()
-    logging: LoggingArgs = LoggingArgs()
-    eval: EvalArgs | None = None
-    """What the evaluator measures at each checkpoint of checkpoint.eval. Null: nothing."""
-    async_eval_gpus: Annotated[int, Field(ge=0)] | None = None
-    """GPUs of an evaluation outside of the training process: a Slurm job for each checkpoint within a job, elsewhere a
-    process beside the run. 0: on CPU. Null: evaluate in the training process, which stands still meanwhile."""
-    launcher: LauncherArgs = LauncherArgs()
-    slurm: SlurmArgs | None = None
-    """Slurm settings of the evaluation job."""
-
-    @model_validator(mode="after")
-    def _run_folder(self) -> Self:
-        """The folder depends on nothing but the config: a commit between two starts must not lose the run."""
-        if not self.dump_dir:
-            if not self.name:
-                raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")
-            if re.search(r"\$[\w{]", self.name):  # the frozen dump_dir would be expanded, as every path is
-                raise ValueError(f"name is {self.name!r}; a run folder cannot hold a $, so take it out or set dump_dir")
-            object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
-        return self
-
-    @model_validator(mode="after")
-    def _seeds(self) -> Self:
-        """State the seeds that follow `seed`, so that a frozen config holds numbers."""
-        for name in ("model", "data"):
-            section = getattr(self, name)
-            if section.seed is None:
-                object.__setattr__(self, name, section.model_copy(update={"seed": self.seed}))
-        return self

@@ -22,78 +22,21 @@ Exit codes: 0 all is evaluated, 75 told by a signal to stop, 130 Ctrl-C, 2 bad c
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-from lingua.args import ConfigError
-from lingua.compose import compose
-from lingua.entry import CommandLine, app_module, choose_app, leave, parse_command_line, run_main, with_ckpt
-from lingua.evalargs import EvalArgs
-from lingua.evaltasks import load_tasks
-from lingua.freeze import CONFIG_FILE
-from lingua.layers import stack_layers
+from lingua.config.base import ConfigError
+from lingua.config.command_line import (
+    app_module,
+    leave,
+    parse_command_line,
+    run_main,
+    with_ckpt,
+)
+from lingua.config.compose import compose
+from lingua.config.keys.eval import EvalArgs
+from lingua.eval.harness_tasks import load_tasks
+from lingua.eval.order import is_about_measures, read_command_line
 
 from .args import TrainArgs
-from .described import config_of, described
-
-# -- what is to be done --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the command line asks for."""
-
-    place: str
-    """The checkpoint, or the run to follow."""
-    follow: bool
-    run_config: Path
-    """Config that tells the model."""
-    measures: str | None
-    """Config that says what is measured; None: the run's own."""
-    overlays: list[str]
-    overrides: list[str]
-
-    def compose(self) -> tuple[TrainArgs, EvalArgs]:
-        """Config of the run, and what to measure. Raises ConfigError."""
-        if self.measures is None and self.run_config.suffix == ".json":  # nothing of ours stands beside it
-            run_args = described(self.run_config)
-            args = compose(None, self.overlays, self.overrides, EvalArgs).args
-        elif self.measures is None:
-            overrides = [f"eval.{word}" for word in self.overrides]
-            run_args = compose(str(self.run_config), self.overlays, overrides, TrainArgs).args
-            args = run_args.eval or EvalArgs()
-        else:
-            run_args = described(self.run_config)
-            args = compose(self.measures, self.overlays, self.overrides, EvalArgs).args
-        if self.follow and args.dump_dir:
-            raise ConfigError(f"eval.dump_dir is {args.dump_dir}: results go to {self.place}/evals; take it out")
-        return run_args, args
-
-
-def read_command_line(line: CommandLine) -> Order:
-    """Raises ConfigError."""
-    own, overrides = {}, []
-    for word in line.overrides:
-        name, _, value = word.partition("=")
-        if name in ("ckpt", "ckpt_dir", "follow", "app"):
-            own[name] = value
-        else:
-            overrides.append(word)
-    place = own.get("follow") or own.get("ckpt") or own.get("ckpt_dir")
-    if not place:
-        raise ConfigError("command line: nothing to evaluate; write ckpt=RUN_OR_FOLDER, or follow=RUN")
-    if "follow" in own and not (Path(place) / CONFIG_FILE).is_file():
-        raise ConfigError(f"follow={place}: no run, it has no {CONFIG_FILE}; start the run first")
-    if line.config is not None and not _is_about_measures(line.config):
-        return Order(place, "follow" in own, Path(line.config), None, line.overlays, overrides)
-    return Order(place, "follow" in own, config_of(place), line.config, line.overlays, overrides)
-
-
-def _is_about_measures(config: str) -> bool:
-    return stack_layers(config, [], [], EvalArgs).tree.keys() <= EvalArgs.model_fields.keys()
-
-
-# -- entry ---------------------------------------------------------------------------------------------------------
 
 
 def main(words: list[str]) -> int:
@@ -105,11 +48,10 @@ def main(words: list[str]) -> int:
         print(__doc__)
         return 0
     order = read_command_line(line)
-    app = str(dict(word.split("=", 1) for word in line.overrides).get("app", ""))
-    if (app := app or choose_app(CommandLine(config=str(order.run_config)))) != __package__:
-        return app_module(app, "eval").main(words)
+    if order.app != __package__:
+        return app_module(order.app, "eval").main(words)
     run_args, args = order.compose()
-    from .follow import carry_out
+    from lingua.eval.follow import carry_out
 
     return carry_out(order, run_args, args, line)
 
@@ -119,7 +61,7 @@ def prefetch(words: list[str]) -> int:
     line = parse_command_line(words)
     if line.config is None:
         raise ConfigError("command line: no config whose data sets are fetched; write lingua eval prefetch CONFIG")
-    if _is_about_measures(line.config):
+    if is_about_measures(line.config):
         args = compose(line.config, line.overlays, line.overrides, EvalArgs).args
     else:
         args = compose(line.config, line.overlays, line.overrides, TrainArgs).args.eval or EvalArgs()

@@ -15,22 +15,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import BeforeValidator
-from torch import nn
 
-from lingua.args import ConfigError, Text, build_part
-from lingua.checkpoint.weights import load_weights
-from lingua.compose import compose
-from lingua.distributed import find_place, pick_device
-from lingua.entry import CommandLine, app_module, choose_app, parse_command_line, run_main
-from lingua.generator import Answer, Generator
-from lingua.parallel import DTYPES
-from lingua.schema import GeneratorArgs
-from lingua.tokenizer import Tokenizer, build_tokenizer
-
-from .args import TrainArgs
-from .described import config_of, described
+from lingua.config.base import ConfigError, Text
+from lingua.config.command_line import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.config.compose import compose
+from lingua.config.keys.generate import GeneratorArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.distributed.parallelize import DTYPES
+from lingua.distributed.process_group import find_place, pick_device
+from lingua.model.generate import Answer, Generator
+from lingua.train.describe import config_of, described
+from lingua.train.load_model import load_model
 
 
 class GenerateArgs(GeneratorArgs):
@@ -78,30 +74,6 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
     model, tokenizer, loaded = load_model(run_args, args.ckpt, device, DTYPES[args.dtype])
     print(f"{loaded}, on {device} in {args.dtype}", file=sys.stderr)
     return Generator(model, tokenizer, args, add_bos=run_args.data.add_bos)
-
-
-def load_model(
-    run_args: TrainArgs, ckpt: str | Path, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, Tokenizer, str]:
-    """The model of `run_args` with the weights at `ckpt`, its tokenizer, and what was loaded from where.
-
-    Memory: the model, and its largest tensor once more. Raises RunError for weights that do not fit.
-    """
-    tokenizer = build_tokenizer(run_args.data.tokenizer)
-    model = bare_model(run_args, tokenizer, device, dtype)
-    loaded = load_weights(model, ckpt, sizes_only=run_args.checkpoint.verify_on_load == "sizes")
-    return model, tokenizer, loaded
-
-
-def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model of `run_args`, whole and by itself, whose weights are to be filled in."""
-    vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.n_words
-    update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
-    with torch.device("meta"):
-        model: nn.Module = build_part(run_args.model.model_copy(update=update))
-    model.to(dtype).to_empty(device=device)
-    model.init_buffers()  # pyright: ignore[reportCallIssue]
-    return model
 
 
 def ask(interactive: bool) -> Iterator[list[str]]:

@@ -2,8 +2,8 @@
 
 Promise: killed at any line, the same command goes on from the newest published checkpoint; with `deterministic` bit
 for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint; a failure of any rank ends all
-within seconds (lingua/guard.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person
-(saved), 76 hung, 1 and 2 failures.
+within seconds (lingua/run/watchdog.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a
+person (saved), 76 hung, 1 and 2 failures.
 Cost beside forward, backward and optimizer: one all-reduce of a few numbers per step, read one step late.
 
 Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
@@ -13,43 +13,47 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lingua.agreement import code_of
-from lingua.args import ConfigError
-from lingua.attention import RowDocuments
 from lingua.checkpoint.manager import SaveReport
-from lingua.distributed import Votes, find_place, first_given, from_main, pick_device, set_environment, start_world
-from lingua.entry import leave, parse_command_line, run_main
-from lingua.files import RunError
-from lingua.guard import Guard
+from lingua.config.base import ConfigError
+from lingua.config.command_line import leave, parse_command_line, run_main
+from lingua.console import ProgressLine
+from lingua.distributed.parallelize import begin_micro_step, forward_precision
+from lingua.distributed.peers import Peers
+from lingua.distributed.process_group import (
+    Votes,
+    find_place,
+    first_given,
+    from_main,
+    pick_device,
+    set_environment,
+    start_world,
+)
+from lingua.distributed.same_config import code_of
+from lingua.eval.in_training import Evaluation, make_evaluation, make_measures
 from lingua.logger import start_logging
-from lingua.lossscale import is_overflow
-from lingua.metrics import VALIDATION_FILE, MetricLogger, read_metrics
-from lingua.optim import measure_gradient, optimizer_step
-from lingua.parallel import begin_micro_step, forward_precision
-from lingua.peers import Peers
-from lingua.probe import probe
-from lingua.profilewindows import Requests, take_request
-from lingua.profiling import Profiler
-from lingua.progress import Lap, Meter, ProgressLine
-from lingua.runfolder import EXIT_FINISHED, describe_stop, end_asked_for
+from lingua.model.attention import RowDocuments
+from lingua.optim.adamw import measure_gradient, optimizer_step
+from lingua.profiling.probe import probe
+from lingua.profiling.profiler import Profiler
+from lingua.profiling.windows import Requests, take_request
+from lingua.run.folder import EXIT_FINISHED, describe_stop, end_asked_for
+from lingua.run.metrics import VALIDATION_FILE, read_metrics
+from lingua.run.watchdog import Guard
 from lingua.signals import STOP_REQUEST, StopSignals, noted
 from lingua.slurm import job_end_s
-
-from .build import Run, build_run
-from .check import load
-from .evaluate import Evaluation, make_evaluation, make_measures
-from .start import (
+from lingua.train.build import Run, build_run
+from lingua.train.check import load
+from lingua.train.judge import Judge, StepFacts
+from lingua.train.start import (
     RunFolder,
     make_meter,
     open_run_folder,
@@ -61,7 +65,9 @@ from .start import (
     start_metrics,
     use_embedded_corpus,
 )
-from .validate import validate
+from lingua.train.validate import validate
+
+from .args import TrainArgs
 
 log = logging.getLogger(f"{__package__}.train")  # also under `python -m`, where __name__ is "__main__"
 
@@ -80,22 +86,7 @@ Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a pe
 2 bad config, 76 hung, 1 other failures."""
 
 
-class NonFiniteError(RunError):
-    """Loss or gradient of a step is not finite."""
-
-
-@dataclass(frozen=True)
-class StepFacts:
-    """What the host knows of a step while the device still computes it."""
-
-    step: int
-    lr: float
-    first_row: int
-    last_row: int
-    lap: Lap
-
-
-def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
+def train(run: Run, guard: Guard, judge: Judge, evaluation: Evaluation) -> SaveReport:
     """Train until the last step, or until a rank is asked to stop, and save; returns how that went.
 
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
@@ -152,7 +143,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                 loss_scale.update(finite)
             profiler.step(run.step)
             judge.progress.advance(run.step)
-            judge.evaluation.look()
+            evaluation.look()
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
             if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
@@ -164,7 +155,7 @@ def train(run: Run, guard: Guard, judge: Judge) -> SaveReport:
                     report = run.manager.save(run.step, run.snapshot())
                 judge.report_save(report)
                 with meter.paused():
-                    judge.hear_of_stop(judge.evaluation.saved(report))
+                    judge.hear_of_stop(evaluation.saved(report))
         judge.hear(votes.read())
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
@@ -190,130 +181,6 @@ def probe_batch(
     return {key: value / factor if "/grad/" in key else value for key, value in found.items()}
 
 
-class Judge:
-    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether to stop, what to profile."""
-
-    def __init__(
-        self,
-        run: Run,
-        meter: Meter,
-        progress: ProgressLine,
-        metrics: MetricLogger | None,
-        evaluation: Evaluation,
-        profiler: Profiler,
-    ) -> None:
-        self.stop = False
-        """A rank has been asked to stop: the same answer on all ranks after the same step."""
-        self.meter = meter
-        self.evaluation = evaluation
-        self.progress = progress
-        self.profiler = profiler
-        self._run = run
-        self._metrics = metrics
-        self._skips_in_a_row = 0
-
-    def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
-        if verdict is None:
-            return
-        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, signalled, asked, *scale_sum) = verdict
-        n_ranks = self._run.world.place.world_size
-        self.profiler.hear([signalled, asked])
-        self.hear_of_stop(stop_ranks > 0)
-        scale = scale_sum[0] / n_ranks if scale_sum else None
-        if bad_ranks > 0 and scale is not None and is_overflow(loss_sum, scale):
-            self._run.shared["skipped_steps"] += 1
-            log.info("step %d overflowed at loss scale %g: halved; the optimizer did not move", facts.step, scale)
-        elif bad_ranks > 0:
-            self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
-        elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
-            raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
-        else:
-            self._skips_in_a_row = 0
-        if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
-            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks, scale)
-
-    def hear_of_stop(self, agreed: bool) -> None:
-        """`agreed`: by all ranks, to stop."""
-        if agreed and not self.stop:
-            self.stop = True
-            if self._metrics is not None:
-                self._metrics.hurry()
-            log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
-
-    def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:
-        """Held-out losses at the present step, handed through. None: all ranks agreed to stop instead."""
-        if losses is None:
-            self.hear_of_stop(True)
-            return {}
-        seconds = {"seconds": losses["seconds"]} if losses else {}
-        losses = {key: value for key, value in losses.items() if key != "seconds"}  # no clock in a checkpoint
-        if self._metrics is not None and losses:
-            log.info("validation at step %d: %s", self._run.step, "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
-            self._metrics.log_validation({"global_step": self._run.step, **losses, **seconds})
-        return losses
-
-    def report_save(self, report: SaveReport) -> None:
-        """How a save went."""
-        if not report.seconds:
-            return  # it was there already
-        cost = {"seconds": report.seconds, "bytes": report.size_bytes}
-        if report.staged:
-            self.note("staged", **cost)
-        if report.error is not None:
-            self.note("failed", error=report.error)
-        elif report.published:
-            self.note("published", **({} if report.staged else cost))
-
-    def note(self, event: str, **facts: float | str) -> None:
-        """Write what happened at the present step, for `lingua report`."""
-        if self._metrics is not None:
-            self._metrics.log_checkpoint({"global_step": self._run.step, "event": event, **facts})
-
-    def report_probe(self, statistics: dict[str, float]) -> None:
-        """What a probe has seen in the step that is about to end."""
-        if self._metrics is not None:
-            self._metrics.log_probe({"global_step": self._run.step + 1, **statistics})
-
-    def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
-        run, optim = self._run, self._run.args.optim
-        rows = [facts.first_row, facts.last_row]
-        what = f"step {facts.step} (rows {rows[0]} to {rows[1]}): loss {loss}, gradient norm {grad_norm}"
-        skips = str([*run.args.data.skip_rows, rows]).replace(" ", "")
-        self._skips_in_a_row += 1
-        run.shared["skipped_steps"] += 1
-        if optim.on_nonfinite == "skip" and self._skips_in_a_row <= optim.max_skips:
-            log.warning("%s is not finite; the optimizer did not move", what)
-            return
-        limit = f", and so were the {optim.max_skips} steps before it" if optim.on_nonfinite == "skip" else ""
-        raise NonFiniteError(
-            f"{what} is not finite{limit}. Nothing was updated. Since the data order is fixed, a restart meets these "
-            f"rows again: pass over them with data.skip_rows='{skips}', or lower optim.lr"
-        )
-
-    def _report(self, facts: StepFacts, loss: float, grad_norm: float, loss_scale: float | None) -> None:
-        run = self._run
-        record = {
-            "global_step": facts.step,
-            "acc_step": 0,
-            "loss/out": loss,
-            "optim/grad_norm": grad_norm,
-            "optim/lr": facts.lr,
-            "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
-            "optim/skipped_steps": run.shared["skipped_steps"],
-            **({} if loss_scale is None else {"optim/loss_scale": loss_scale}),
-            **self.meter.read(facts.step, facts.lap),
-            **self.profiler.memory.report(),
-            **run.loader.stats(),
-            **run.manager.metrics(),
-        }
-        self.progress.report(record)
-        if self._metrics is not None:
-            self._metrics.log({key: value for key, value in record.items() if math.isfinite(value)})
-            for published in run.manager.published_since:
-                self._metrics.log_checkpoint({**published, "event": "published"})
-        run.manager.published_since.clear()
-
-
 # -- entry -------------------------------------------------------------------------------------------------------
 
 
@@ -325,7 +192,7 @@ def main(words: list[str]) -> int:
         return 0
     place = find_place()
     start_logging(place.rank, own_packages=("lingua", str(__package__)))
-    checked = load(line, place.world_size)
+    checked = load(line, place.world_size, schema=TrainArgs)
     args, size = checked.args, checked.resolved
     if args.app != __package__:
         raise ConfigError(f"app is {args.app}, but this is {__package__}.train; type python -m {args.app}.train")
@@ -360,8 +227,8 @@ def main(words: list[str]) -> int:
             guard.last_acts.append(progress.stop)
             evaluation = make_evaluation(run, guard, measures, metrics, folder.incarnation)
             profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
-            judge = Judge(run, meter, progress, metrics, evaluation, profiler)
-            exit_code = train_to_the_end(run, guard, judge, words)
+            judge = Judge(run, meter, progress, metrics, profiler)
+            exit_code = train_to_the_end(run, guard, judge, evaluation, words)
             evaluation.end(exit_code)
             return exit_code
 
@@ -373,11 +240,11 @@ def look_for_request(folder: RunFolder, requests: Requests) -> None:
         requests.ask(request)
 
 
-def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> int:
+def train_to_the_end(run: Run, guard: Guard, judge: Judge, evaluation: Evaluation, words: list[str]) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
     args, n_steps = run.args, run.size.n_steps
     report: SaveReport | None = None
-    judge.hear_of_stop(judge.evaluation.begin())
+    judge.hear_of_stop(evaluation.begin())
     if run.step >= n_steps and was_validated(run):
         if judge.stop:
             return say_stopped(run, guard, None)
@@ -390,7 +257,7 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> 
         elif not was_validated(run):  # a stop came in between
             judge.report_validation(validate(run, guard))
         gc.disable()
-        report = None if judge.stop else train(run, guard, judge)  # stopped already: there is nothing new
+        report = None if judge.stop else train(run, guard, judge, evaluation)  # stopped already: there is nothing new
         gc.enable()
     stopped, after = run.step < n_steps, {}
     if not stopped and args.validation.at_ends:
@@ -398,7 +265,7 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, words: list[str]) -> 
             losses = validate(run, guard)
         stopped, after = losses is None, judge.report_validation(losses)
     if not stopped and report is not None:
-        stopped = judge.evaluation.saved(report, last=True)
+        stopped = evaluation.saved(report, last=True)
     if stopped:
         return say_stopped(run, guard, report.error if report is not None else None)
     if args.sample_prompt is not None:

@@ -1,4 +1,4 @@
-"""The app's language model: a Llama-type decoder from the blocks of lingua/transformer.py. Change it freely.
+"""The app's language model: a Llama-type decoder from the blocks of lingua/model/transformer.py. Change it freely.
 
 Promise: built on the meta device, then `to_empty`, then `init_weights(seed)`; the values are the same in any layout.
 With weight tying there is one parameter and no second name for it, so nothing can untie it.
@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lingua.attention import RowDocuments, build_mask
-from lingua.loss import Loss
-from lingua.tensor_parallel import logits, whole
-from lingua.transformer import (
+from lingua.distributed.tensor_parallel import logits, whole
+from lingua.model.attention import RowDocuments, build_mask
+from lingua.model.loss import Loss
+from lingua.model.transformer import (
     KVCache,
     RMSNorm,
     RotaryEmbedding,

@@ -38,7 +38,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
-from lingua.checkpoint import contents, layout
+from lingua.checkpoint import layout
+from lingua.checkpoint import metadata as contents
 from lingua.files import Buffer, RunError
 
 ALIGNMENT_BYTES = 64

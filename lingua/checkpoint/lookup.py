@@ -14,9 +14,9 @@ from pathlib import Path
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, Manifest
-from lingua.checkpoint.slots import region_of
+from lingua.checkpoint.shm.slots import region_of
+from lingua.config.frozen import CONFIG_FILE, read_frozen
 from lingua.files import RunError
-from lingua.freeze import CONFIG_FILE, read_frozen
 
 log = logging.getLogger(__name__)
 

@@ -28,17 +28,18 @@ from pathlib import Path
 
 import torch
 
-from lingua.checkpoint import courier, dcp, layout, pins, publish, retention
-from lingua.checkpoint.background import BackgroundWriter
-from lingua.checkpoint.direct import DirectWriter
-from lingua.checkpoint.ranks import Ranks
+from lingua.checkpoint import dcp, layout, pins, publish, retention
+from lingua.checkpoint.capacity import DiskRoom
 from lingua.checkpoint.restore import Restorer
-from lingua.checkpoint.room import DiskRoom
-from lingua.checkpoint.session import Session
+from lingua.checkpoint.shm import coordinator
+from lingua.checkpoint.shm.messages import Session
+from lingua.checkpoint.shm.writer import BackgroundWriter
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
+from lingua.checkpoint.sync_writer import DirectWriter
+from lingua.config.keys.checkpoint import CheckpointArgs
+from lingua.distributed.process_group import Ranks
 from lingua.files import DISK, DiskError, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
-from lingua.runlock import RunLock, this_process
-from lingua.schema import CheckpointArgs
+from lingua.run.lock import RunLock, this_process
 from lingua.slurm import this_job
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class CheckpointManager:
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
-        start_service: courier.StartService = courier.start_service,
+        start_service: coordinator.StartService = coordinator.start_service,
     ) -> None:
         self.args = args
         self.run_dir = Path(run_dir)
@@ -135,13 +136,13 @@ class CheckpointManager:
 
     def _open_passage(self) -> None:
         if self.args.async_save_mode:
-            courier.await_older_writers(self.root, self.incarnation, this_process(*this_job(os.environ)))
+            coordinator.await_older_writers(self.root, self.incarnation, this_process(*this_job(os.environ)))
         try:
             publish.open_passage(self.root, self.incarnation, files=self._files)
         except OSError as error:
             raise publish.disk_error(error, self.root, 0) from error
 
-    def _join_background(self, run_id: str, start: courier.StartService) -> BackgroundWriter | None:
+    def _join_background(self, run_id: str, start: coordinator.StartService) -> BackgroundWriter | None:
         args = self.args
         if args.async_save_mode is None:
             return None
@@ -164,8 +165,8 @@ class CheckpointManager:
         )
         shm = Path(args.shm_path)
         try:
-            there = courier.Courier(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
-        except courier.NoSlotError as error:
+            there = coordinator.Courier(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
+        except coordinator.NoSlotError as error:
             self._say_synchronous(str(error), strict=args.strict)
             return None
         return BackgroundWriter(args, there, self._ranks, self.device, self._files)
@@ -269,7 +270,7 @@ class CheckpointManager:
         if self._background is not None:
             try:
                 return self._save_in_background(step, state, tensors, started, final, stopping, deadline_s)
-            except courier.NoSlotError as error:
+            except coordinator.NoSlotError as error:
                 self._leave_background(str(error), final=final)
         return self._save_directly(step, state, tensors, plan, started, final, deadline_s)
 
@@ -351,7 +352,7 @@ class CheckpointManager:
     def _may_try_again(self, error: RunError, pause_s: float, deadline_s: float | None) -> bool:
         if not isinstance(error, DiskError) or not error.may_pass:
             return False
-        latest_s = None if deadline_s is None else deadline_s - courier.LEAVE_S - pause_s
+        latest_s = None if deadline_s is None else deadline_s - coordinator.LEAVE_S - pause_s
         return self._ranks.from_main(lambda: latest_s is None or self._wall_clock() < latest_s)
 
     # -- retention -------------------------------------------------------------------------------------------------

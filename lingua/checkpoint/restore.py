@@ -16,10 +16,10 @@ from typing import Literal
 
 from lingua.checkpoint import dcp, layout, lookup, publish
 from lingua.checkpoint.publish import Manifest
-from lingua.checkpoint.ranks import Ranks, raise_if
 from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
-from lingua.failure import RankError, carried, classify
-from lingua.files import Files, RunError, read_json
+from lingua.distributed.process_group import Ranks
+from lingua.files import Files, RunError, raise_if, read_json
+from lingua.run.failure import RankError, carried, classify
 
 log = logging.getLogger(__name__)
 

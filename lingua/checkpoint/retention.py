@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
+
+from lingua.checkpoint import retention
+from lingua.config.frozen import read_frozen
+from lingua.config.keys.checkpoint import CheckpointArgs
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,32 @@ def kept_at_once(dump: Rhythm, evaluation: Rhythm, keep_every: int = 0, n_steps:
         return None
     milestones = n_steps // keep_every if keep_every > 0 else 0
     return max(1, sum(rhythm.keep for rhythm in used)) + milestones + 1
+
+
+@dataclass(frozen=True)
+class Periods:
+    """When a run saves and what it keeps."""
+
+    dump: retention.Rhythm
+    evaluation: retention.Rhythm
+    keep_every: int
+    n_steps: int | None
+
+    def kinds(self, step: int) -> list[str]:
+        holds = {
+            "dump": self.dump.holds(step),
+            "eval": self.evaluation.holds(step),
+            "milestone": retention.is_milestone(step, self.keep_every),
+        }
+        return [kind for kind, is_one in holds.items() if is_one] or ["stop"]
+
+
+def periods_of(run_dir: Path) -> Periods | None:
+    """The periods of a run's frozen config; None where there is none. Raises ConfigError or ValueError."""
+    config = read_frozen(run_dir)
+    if config is None:
+        return None
+    section = config.get("checkpoint") or {}
+    args = CheckpointArgs.model_validate({k: section[k] for k in ("dump", "eval", "keep_every") if k in section})
+    dump, evaluation = (retention.Rhythm(period.every, period.keep) for period in (args.dump, args.eval))
+    return Periods(dump, evaluation, args.keep_every, config.get("steps"))

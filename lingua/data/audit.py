@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lingua.args import ConfigError
-from lingua.data.args import DataArgs
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs
+from lingua.console import Progress
+from lingua.data.in_process import packing_of
 from lingua.data.jsonl import Tape
-from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, packing_of, sources_of
+from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of
 from lingua.data.mix import Documents, block_at, documents_state
 from lingua.data.pack import Lane, Mark, Packer, Part, Row, contains, merged
+from lingua.data.prepare.worker_pool import each
 from lingua.data.sources import open_sources, source_args
-from lingua.data.stages import Progress, each
 from lingua.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 
 State = dict[str, Any]

@@ -11,15 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lingua.args import ConfigError
-from lingua.data import tokens
-from lingua.data.args import DataArgs
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs
+from lingua.console import Progress
+from lingua.data import token_files
 from lingua.data.audit import open_lane, origins
-from lingua.data.index import SUFFIX, write_index
 from lingua.data.jsonl import BadLines, JsonlSource, Tape, find_files
+from lingua.data.jsonl_indexed import SUFFIX, write_index
 from lingua.data.mix import Document
+from lingua.data.prepare.worker_pool import each
 from lingua.data.sources import open_sources, source_args, source_files
-from lingua.data.stages import Progress, each
 from lingua.tokenizer import Tokenizer, TokenizerError, build_tokenizer
 
 _SAMPLE_BYTES = 1 << 20
@@ -37,7 +38,7 @@ def in_order(source: Tape) -> Iterator[Document]:
 
 def estimate_tokens(source: Tape, tokenizer: Tokenizer, n_ends: int = 0) -> int:
     """Tokens of one epoch: bytes times tokens per byte of documents taken from all over the source."""
-    if isinstance(source, tokens.TokenSource):
+    if isinstance(source, token_files.TokenSource):
         return source.n_tokens + n_ends * source.n_documents
     reader, n_bytes, n_tokens = source.reader(), 0, 0
     n_probes = min(source.n_blocks, 64)
@@ -57,7 +58,7 @@ def estimate_tokens(source: Tape, tokenizer: Tokenizer, n_ends: int = 0) -> int:
 
 
 def _is_tokens(path: Path) -> bool:
-    return path.name.endswith(tokens.SUFFIX) or (path.is_dir() and any(path.glob(f"*{tokens.SUFFIX}")))
+    return path.name.endswith(token_files.SUFFIX) or (path.is_dir() and any(path.glob(f"*{token_files.SUFFIX}")))
 
 
 def inspect_path(path: Path, tokenizer: Tokenizer, text_key: str | None, progress: Progress) -> dict[str, Any]:
@@ -95,12 +96,12 @@ def inspect_path(path: Path, tokenizer: Tokenizer, text_key: str | None, progres
 
 
 def _inspect_tokens(path: Path, progress: Progress) -> dict[str, Any]:
-    files = tokens.find_token_files(path)
-    every = [tokens.read_facts(file) for file in files]
+    files = token_files.find_token_files(path)
+    every = [token_files.read_facts(file) for file in files]
     progress.begin("checking", sum(file.stat().st_size for file in files))
     damaged = []
     for file, facts in zip(files, every, strict=True):
-        if not tokens.check_hash(file, facts):
+        if not token_files.check_hash(file, facts):
             damaged.append(str(file))
         progress.advance(file.stat().st_size)
     bad: Counter[str] = Counter()
@@ -220,17 +221,17 @@ def tokenize_sources(args: DataArgs, out: Path, n_workers: int, progress: Progre
         if source.format == "tokens":
             raise ConfigError(f"source {source.name} is made of token files already; name the jsonl")
         for file in source_files(args, source):
-            target = tokens.token_file(file, out / str(source.name))
+            target = token_files.token_file(file, out / str(source.name))
             if file.stat().st_size == 0:
                 continue
-            if tokens.is_made(file, target, tokenizer, source.text_key):
+            if token_files.is_made(file, target, tokenizer, source.text_key):
                 n_there += 1
             else:
                 todo.append((file, target, source.text_key))
 
     def task(number: int) -> dict[str, Any]:
         file, target, text_key = todo[number]
-        return tokens.tokenize_file(file, target, tokenizer, text_key)
+        return token_files.tokenize_file(file, target, tokenizer, text_key)
 
     progress.begin("tokenizing", sum(file.stat().st_size for file, _, _ in todo))
     n_tokens = n_documents = 0

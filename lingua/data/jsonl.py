@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import orjson
 import xxhash
 
-from lingua.args import ConfigError
-from lingua.data.mix import DataError as DataError  # its users read files
+from lingua.config.base import ConfigError
+from lingua.data.mix import DataError as DataError
 from lingua.data.mix import Document, Reader, block_bytes, name_key
 
 logger = logging.getLogger(__name__)

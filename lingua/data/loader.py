@@ -30,16 +30,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import xxhash
 
-from lingua.args import ConfigError
-from lingua.data.args import DataArgs, default_lanes
-from lingua.data.jsonl import BadLines, DataError, Tape
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs, default_lanes
+from lingua.data.in_process import InProcess, Producer, packing_of
+from lingua.data.jsonl import DataError
 from lingua.data.mix import Source
-from lingua.data.pack import IntArray, Lane, Packing, Row
+from lingua.data.pack import IntArray, Packing
 from lingua.data.sources import check_manifests, open_sources
 from lingua.data.workers import Workers
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
@@ -53,20 +54,6 @@ class Batch(NamedTuple):
     views: IntArray  # (n_views, B, S): views[0] inputs, views[1] labels
     doc_ids: IntArray | None  # (B, S), with data.doc_mask: document of each input, counted from the row's begin
     rows: np.ndarray  # (B,) int64: numbers of the rows in the run
-
-
-class Producer(Protocol):
-    """Makes the rows of this rank's lanes, in this process or in others."""
-
-    def next(self, lane: int) -> tuple[Row, dict[str, Any]]:
-        """The lane's next row and its state behind it."""
-        ...
-
-    def counts(self) -> dict[str, int]:
-        """Lines read, and bad ones by kind."""
-        ...
-
-    def close(self) -> None: ...
 
 
 # -- state ---------------------------------------------------------------------------------------------------------
@@ -255,57 +242,6 @@ class Loader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-class InProcess:
-    """Rows made in this process, when they are asked for."""
-
-    def __init__(
-        self,
-        args: DataArgs,
-        n_lanes: int,
-        states: dict[int, dict[str, Any]],
-        sources: list[Tape],
-        bad: BadLines,
-        tokenizer: Tokenizer,
-    ) -> None:
-        self._sources, self._bad = sources, bad
-        packing = packing_of(args)
-        self._lanes = {
-            lane: Lane(
-                lane,
-                n_lanes,
-                sources,
-                tokenizer,
-                packing,
-                seed=args.order_seed,
-                window=args.shuffle_window,
-                skip_rows=args.skip_rows,
-                state=state,
-            )
-            for lane, state in states.items()
-        }
-
-    def next(self, lane: int) -> tuple[Row, dict[str, Any]]:
-        made = self._lanes[lane]
-        return made.next(), made.state()
-
-    def counts(self) -> dict[str, int]:
-        return self._bad.counts()
-
-    def close(self) -> None:
-        for source in self._sources:
-            source.close()
-
-
-def in_process(args: DataArgs, n_lanes: int, states: dict[int, dict[str, Any]]) -> InProcess:
-    """A producer of its own: what a worker runs."""
-    sources, bad = open_sources(args, n_lanes)
-    return InProcess(args, n_lanes, states, sources, bad, build_tokenizer(args.tokenizer))
-
-
-def packing_of(args: DataArgs) -> Packing:
-    return Packing(args.seq_len, args.n_views, args.add_bos, args.add_eos, args.doc_mask)
 
 
 def build_loader(

@@ -10,14 +10,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from lingua.args import ConfigError
-from lingua.data.args import DataArgs, SourceArgs
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs, SourceArgs, source_folders, token_sources
 from lingua.data.corpus import SOURCE_NAME, embedded_corpus
-from lingua.data.index import IndexedSource
 from lingua.data.jsonl import BadLines, DataError, JsonlSource, Tape, find_files
+from lingua.data.jsonl_indexed import IndexedSource
 from lingua.data.manifest import check_manifest
-from lingua.data.tokens import TokenSource, find_token_files
-from lingua.tokenizer import tokenizer_fingerprint
+from lingua.data.token_files import TokenSource, find_token_files
+from lingua.tokenizer import build_tokenizer, tokenizer_fingerprint
 
 
 def filled(args: DataArgs) -> DataArgs:
@@ -83,3 +83,47 @@ def open_sources(args: DataArgs, n_lanes: int) -> tuple[list[Tape], BadLines]:
             opened = kind(name, path, n_lanes, weight=source.weight, text_key=source.text_key, bad=bad)
         sources.append(opened)
     return sources, bad
+
+
+def estimate_tokens(args: DataArgs, sample_bytes: int = 1 << 20) -> int:
+    """Tokens of one pass over every source: its bytes times the tokens per byte of a sample from its first file.
+
+    The same files give the same number. Raises ConfigError or OSError when a source or the tokenizer is not there.
+    """
+    from itertools import islice
+
+    import orjson
+
+    from lingua.data.jsonl import find_files
+
+    tokenizer, total = build_tokenizer(args.tokenizer), 0
+    folders = source_folders(args)
+    if not folders:
+        raise ConfigError("data.sources is empty")
+    for name, folder in folders.items():
+        if name in token_sources(args):
+            total += count_tokens(folder, args.add_bos + args.add_eos)
+            continue
+        files = find_files(folder)
+        n_bytes = n_tokens = 0
+        with files[0].open("rb") as file:
+            for raw in islice(file, 10_000):
+                n_bytes += len(raw)
+                try:
+                    document = orjson.loads(raw)
+                    text = document.get("text", document.get("content", ""))
+                    n_tokens += len(tokenizer.encode(text, args.add_bos, args.add_eos))
+                except (ValueError, AttributeError, TypeError):
+                    continue  # the loader counts bad lines
+                if n_bytes >= sample_bytes:
+                    break
+        total += int(sum(file.stat().st_size for file in files) * n_tokens / max(1, n_bytes))
+    return total
+
+
+def count_tokens(folder: Path, n_ends: int) -> int:
+    """Tokens of a folder of token files, as their headers say, with `n_ends` begin and end tokens per document."""
+    from lingua.data.token_files import find_token_files, read_facts
+
+    every = [read_facts(file) for file in find_token_files(folder)]
+    return sum(facts["tokens"] + n_ends * facts["documents"] for facts in every)

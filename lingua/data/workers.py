@@ -36,8 +36,8 @@ import numpy as np
 import orjson
 
 import lingua
-from lingua.args import ConfigError
-from lingua.data.args import DataArgs
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs
 from lingua.data.jsonl import DataError
 from lingua.data.pack import Row
 from lingua.files import RunError
@@ -283,7 +283,7 @@ def _note(note: dict[str, Any]) -> bytes:
 
 def _rows(setup: dict[str, Any]) -> Iterator[tuple[Row, bytes]]:
     """Rows of the worker's lanes in turn, each with its note."""
-    from lingua.data.loader import in_process
+    from lingua.data.in_process import in_process
 
     args = DataArgs.model_validate(setup["args"])
     turns = [lane for lane, _ in setup["states"]]

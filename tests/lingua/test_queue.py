@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-import lingua.queue
-from lingua.queue import Job, ask_slurm, job_of, jobs_in_queue
+import lingua.slurm
+from lingua.slurm import Job, ask_slurm, job_of, jobs_in_queue
 
 SQUEUE = """\
 7|RUNNING|None|1-02:03:04|n[1-2]|7_N/A
@@ -42,7 +42,7 @@ def test_a_job_that_left_the_queue_is_in_the_accounts():
 def test_no_slurm_is_no_answer(monkeypatch):
     assert ask_slurm(["no-such-command-as-this"]) is None
     assert ask_slurm(["false"]) is None
-    monkeypatch.setattr(lingua.queue, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(lingua.slurm, "PATIENCE_S", 0.01)
     assert ask_slurm(["sleep", "5"]) is None
     assert jobs_in_queue(lambda words: None) == {}
     assert job_of("7", {}, lambda words: None) is None

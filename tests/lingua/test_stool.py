@@ -1,6 +1,6 @@
 import pytest
 
-from lingua.args import ConfigError
+from lingua.config.base import ConfigError
 from lingua.stool import translate
 
 FORK = ["script=apps.main.train", "config=c.yaml", "nodes=2", "ngpu=8", "ncpu=16", "mem=64G", "time=1440",

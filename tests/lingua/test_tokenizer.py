@@ -21,11 +21,11 @@ from tiktoken_ext import openai_public
 from tokenizers import Tokenizer as HuggingFace
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from lingua.args import ConfigError
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import TokenizerArgs
 from lingua.tokenizer import (
     ByteTokenizer,
     Tokenizer,
-    TokenizerArgs,
     TokenizerError,
     assumed_n_words,
     build_tokenizer,

@@ -9,10 +9,10 @@ import orjson
 import pytest
 
 import apps.main.train
-import lingua.guard
+import lingua.run.watchdog
 from lingua.data.jsonl import DataError
 from lingua.data.loader import Batch, Loader
-from lingua.guard import Guard
+from lingua.run.watchdog import Guard
 from tests.trainer import TINY, Hook, at_step, kill_self, published, train
 
 WORDS = [*TINY, "steps=12", "checkpoint.dump.every=2", "distributed.timeout_s=300"]
@@ -40,7 +40,7 @@ def quickly(hook: Hook) -> Hook:
 
     def impatient(rank: int) -> None:
         for name in ("ECHO_S", "LAST_WORDS_S"):
-            setattr(lingua.guard, name, 1.0)
+            setattr(lingua.run.watchdog, name, 1.0)
         hook(rank)
 
     return impatient
@@ -67,6 +67,7 @@ def test_alone(tmp_path: Path):
     assert orjson.loads((tmp_path / "logs" / "stop.0001.json").read_bytes()) == stop
 
 
+@pytest.mark.gate
 @pytest.mark.ranks
 @pytest.mark.parametrize("failing", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_the_others_leave_soon_with_a_sentence_of_their_own(tmp_path: Path, failing: int):
@@ -144,7 +145,7 @@ def test_a_slow_validation_is_no_hang_but_an_endless_one_is(tmp_path: Path, vali
 
 def test_what_hangs_in_cleaning_up_is_left_behind(tmp_path: Path):
     def hook(rank: int) -> None:
-        setattr(lingua.guard, "LEAVE_WITHIN_S", 0.5)  # noqa: B010
+        setattr(lingua.run.watchdog, "LEAVE_WITHIN_S", 0.5)  # noqa: B010
         setattr(Loader, "close", lambda self: threading.Event().wait())  # noqa: B010
         fail_loading(4, DataError("no text"), 0)(rank)
 

@@ -10,13 +10,14 @@ from typing import Any
 import orjson
 import pytest
 
-import apps.main.build
+import lingua.train.build
 from lingua.checkpoint.manager import CheckpointManager
-from lingua.data.heldout import HeldOut
+from lingua.config.keys.data import TokenizerArgs
+from lingua.data.held_out import HeldOut
 from lingua.files import Files
-from lingua.metrics import read_metrics
-from lingua.requeue import Outcome, judge
-from lingua.tokenizer import Tokenizer, TokenizerArgs
+from lingua.launch.requeue import Outcome, judge
+from lingua.run.metrics import read_metrics
+from lingua.tokenizer import Tokenizer
 from tests.fakes import FaultyFiles
 from tests.services import both
 from tests.trainer import TINY, Hook, at_step, fingerprint, losses, published, send_self, train
@@ -49,7 +50,7 @@ def on_disk(files: Files) -> Hook:
 
     def hook(rank: int) -> None:
         manager = partial(CheckpointManager, files=files, sleep=lambda seconds: None)
-        setattr(apps.main.build, "CheckpointManager", manager)  # noqa: B010
+        setattr(lingua.train.build, "CheckpointManager", manager)  # noqa: B010
 
     return hook
 
@@ -108,7 +109,7 @@ def ask_while_building(rank_asked: int, name: str = "SIGTERM") -> Hook:
     """Hook: one rank gets a signal while it builds its tokenizer, which then takes for ever."""
 
     def hook(rank: int) -> None:
-        build = apps.main.build.build_tokenizer
+        build = lingua.train.build.build_tokenizer
 
         def build_slowly(args: TokenizerArgs) -> Tokenizer:
             if rank == rank_asked:
@@ -116,7 +117,7 @@ def ask_while_building(rank_asked: int, name: str = "SIGTERM") -> Hook:
                 threading.Event().wait()
             return build(args)
 
-        setattr(apps.main.build, "build_tokenizer", build_slowly)  # noqa: B010
+        setattr(lingua.train.build, "build_tokenizer", build_slowly)  # noqa: B010
 
     return hook
 

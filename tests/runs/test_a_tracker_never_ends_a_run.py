@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-import lingua.metrics
-from lingua.metrics import read_metrics
+import lingua.run.metrics
+from lingua.run.metrics import read_metrics
 from tests.trainer import TINY, Hook, published, train
 
 WORDS = [*TINY, "steps=4", "checkpoint.dump.every=2", "logging.wandb={project: tests, mode: online}"]
@@ -27,7 +27,7 @@ def with_wandb(bad_call: str, act: Any) -> Hook:
         package.__dict__.update(init=lambda **settings: run, teardown=ignore)
         (package if bad_call == "init" else run).__dict__[bad_call] = act
         sys.modules["wandb"] = package
-        lingua.metrics.BEGIN_S = lingua.metrics.FINISH_S = 0.1
+        lingua.run.metrics.BEGIN_S = lingua.run.metrics.FINISH_S = 0.1
 
     return hook
 

@@ -33,7 +33,7 @@ def lenient(then: Hook = lambda rank: None) -> Hook:
 @pytest.mark.soak
 @pytest.mark.timeout(1500)  # 20 kernels in C++, one after the other: two ranks on two busy cores need minutes
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", ["fsdp_type=full_shard", "tp_size=2"])
+@pytest.mark.parametrize("layout", [pytest.param("fsdp_type=full_shard", marks=pytest.mark.gate), "tp_size=2"])
 def test_two_ranks_compiled_and_spread(tmp_path: Path, shm: Path, layout: str):
     """The calm run compiles and saves synchronously. The other one finds the code, saves in the background, is killed
     and then asked to stop."""

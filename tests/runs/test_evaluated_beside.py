@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lingua.checkpoint import layout
-from lingua.runlock import newest_start
+from lingua.run.lock import newest_start
 from tests.evaluated import by_hand, evaluations, make_data, verdicts, words_of
 from tests.slurm_cluster import until
 from tests.trainer import Trainer, at_step, kill_self, train
@@ -33,6 +33,7 @@ def test_it_goes_on_when_the_run_has_ended_and_then_ends_itself(tmp_path: Path) 
     until(lambda: evaluator_of(run_dir) is None, "its leave")
 
 
+@pytest.mark.gate
 def test_run_and_evaluator_are_killed_in_turn(tmp_path: Path) -> None:
     """The run is killed: its evaluator stays and is found again. The evaluator is killed: the run starts another."""
     run_dir = tmp_path / "run"

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from apps.main.measures import Measures
 from lingua.checkpoint import layout
-from lingua.evaluator import Evaluator
+from lingua.eval.evaluator import Evaluator
+from lingua.eval.measures import Measures
+from lingua.eval.scorer import Scorer
 from lingua.files import read_json
-from lingua.scorer import Scorer
 from tests.evaluated import by_hand, evaluations, make_data, words_of
 from tests.trainer import Hook, fingerprint, kill_self, published, train
 

@@ -9,10 +9,10 @@ import orjson
 import pytest
 import torch
 
-from apps.cli import app
+from apps.cli.main import app
 from lingua.checkpoint import dcp, layout
-from lingua.entry import run_main
-from lingua.metrics import read_metrics
+from lingua.config.command_line import run_main
+from lingua.run.metrics import read_metrics
 from tests.checkpoints import names_under
 from tests.trainer import TINY, at_step, fingerprint, kill_self, losses, published, train
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from apps.main import train as loop
-from lingua import lossscale
-from lingua.metrics import read_metrics
+from lingua.optim import loss_scale
+from lingua.run.metrics import read_metrics
 from tests.runs.test_nonfinite_steps import spoil
 from tests.trainer import TINY, Hook, at_step, fingerprint, kill_self, losses, published, train
 
@@ -20,7 +20,7 @@ def begins_at(factor: float, then: Hook | None = None) -> Hook:
     """Hook: the first loss scale of a run."""
 
     def hook(rank: int) -> None:
-        lossscale.INITIAL = factor
+        loss_scale.INITIAL = factor
         if then is not None:
             then(rank)
 
@@ -40,6 +40,7 @@ def test_losses_are_near_those_of_fp32(tmp_path: Path):
     assert column(tmp_path / "fp32", "optim/loss_scale") == [None] * 8
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize(
     ("n_ranks", "words"),
     [(1, []), pytest.param(2, ["distributed.fsdp_type=full_shard"], marks=[pytest.mark.soak, pytest.mark.ranks])],
@@ -65,7 +66,7 @@ def test_overflows_are_skipped_and_a_killed_run_is_bitwise_equal(tmp_path: Path,
 
 def test_at_the_smallest_scale_an_overflow_ends_the_run(tmp_path: Path):
     def hook(rank: int) -> None:
-        lossscale.INITIAL = lossscale.MINIMUM = 2.0**40
+        loss_scale.INITIAL = loss_scale.MINIMUM = 2.0**40
 
     result = train([*WORDS, f"dump_dir={tmp_path}"], hook=hook)
     assert result.exit_code == 1

@@ -12,11 +12,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from lingua.checkpoint import drain, publish
+from lingua.checkpoint import publish
 from lingua.checkpoint.layout import folder
-from lingua.checkpoint.slots import base, region_of
+from lingua.checkpoint.shm import drain
+from lingua.checkpoint.shm.slots import base, region_of
 from lingua.files import DISK, Files
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
 from tests.fakes import At, BlockingFiles, FaultyFiles, KillFiles
 from tests.services import Services, both, served_by
 from tests.trainer import TINY, Hook, Trainer, at_step, fingerprint, kill_self, losses, published, send_self, train

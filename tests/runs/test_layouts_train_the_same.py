@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from apps.main.build import Run
 from lingua.checkpoint import dcp
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
+from lingua.train.build import Run
 from tests.layouts import LAYOUTS, Layout
 from tests.trainer import TINY, Hook, fingerprint, losses, train
 
@@ -162,6 +162,7 @@ def test_twenty_steps_of_every_layout_end_where_one_rank_ends(twenty_on_one: Pat
         assert fingerprint(tmp_path / "again", 20) == fingerprint(tmp_path / "by 1", 20)
 
 
+@pytest.mark.gate
 @pytest.mark.soak
 @pytest.mark.ranks
 def test_a_tensor_parallel_run_speaks_in_the_end(tmp_path: Path):

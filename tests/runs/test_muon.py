@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lingua.checkpoint import contents
-from lingua.metrics import read_metrics
+from lingua.checkpoint import metadata
+from lingua.run.metrics import read_metrics
 from tests.trainer import TINY, at_step, fingerprint, kill_self, losses, published, train
 
 WORDS = [*TINY, "+muon", "steps=8", "checkpoint.dump={every: 2, keep: -1}"]
@@ -20,7 +20,7 @@ def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path: Path):
     assert train(killed).exit_code == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "calm")
     assert fingerprint(tmp_path / "killed", 8) == fingerprint(tmp_path / "calm", 8)
-    tensors = contents.read_tensors(tmp_path / "calm" / "checkpoints" / "0000000008")
+    tensors = metadata.read_tensors(tmp_path / "calm" / "checkpoints" / "0000000008")
     assert "optim.state.layers.1.attention.wq.weight.momentum" in tensors
     assert "optim.state.layers.1.attention.wq.weight.exp_avg" not in tensors
     assert "optim.state.layers.1.attention_norm.weight.exp_avg" in tensors
@@ -53,6 +53,7 @@ def test_layouts_train_the_same(alone: dict[int, float], tmp_path: Path, n_ranks
     assert published(tmp_path / "run")[-1] == 8
 
 
+@pytest.mark.gate
 @pytest.mark.soak
 @pytest.mark.ranks
 def test_killed_on_two_ranks_a_run_goes_on_with_one_and_with_three(alone: dict[int, float], tmp_path: Path):

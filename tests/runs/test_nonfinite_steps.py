@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lingua.loss import CrossEntropy
-from lingua.metrics import read_metrics
+from lingua.model.loss import CrossEntropy
+from lingua.run.metrics import read_metrics
 from tests.trainer import TINY, Hook, at_step, kill_self, losses, published, train
 
 WORDS = [*TINY, "steps=8"]

@@ -62,7 +62,9 @@ def test_a_changed_copy_is_found_by_every_command(workplace: Path):
     assert resumed.returncode == 0, resumed.stderr
     assert "loaded full state" in resumed.stderr
 
-    checked = run(workplace, "-m", "apps.cli", "check", config, "model.embedding_scale=2.0", "model.embeding_scale=1")
+    checked = run(
+        workplace, "-m", "apps.cli.main", "check", config, "model.embedding_scale=2.0", "model.embeding_scale=1"
+    )
     assert checked.returncode == 2
     assert "model.embedding_scale" in checked.stderr  # the key exists, and is the nearest to the misspelt one
 
@@ -73,9 +75,9 @@ def test_a_changed_copy_is_found_by_every_command(workplace: Path):
 PLUGIN = """
 from typing import Annotated, ClassVar, Literal
 import torch
-from lingua.args import Part, register
-from lingua.schema import OptimArgs
-from lingua.schedule import register_schedule
+from lingua.config.base import Part, register
+from lingua.config.keys.optim import OptimArgs
+from lingua.optim.schedule import register_schedule
 
 @register("optim", "plain_sgd")
 class SgdArgs(OptimArgs):
@@ -101,6 +103,7 @@ def test_a_plugin_brings_an_optimizer_and_a_schedule(workplace: Path):
     assert "lr 1.00e-03" in trained.stderr  # half of the peak
 
 
+@pytest.mark.gate
 @pytest.mark.soak
 def test_torchrun_starts_ranks_as_the_readme_says(tmp_path: Path):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]

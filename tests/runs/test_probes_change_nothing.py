@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
 from tests.trainer import TINY, at_step, fingerprint, kill_self, losses, train
 
 WORDS = [*TINY, "steps=6", "data.batch_size=1"]

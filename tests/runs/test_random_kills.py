@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.checkpoint.slots import base
+from lingua.checkpoint.shm.slots import base
 from tests.services import Services, served_by
 from tests.trainer import TINY, Hook, Trainer, fingerprint, losses, published, train
 
@@ -59,7 +59,7 @@ def disturb(seconds: float, words: list[str], n_ranks: int, rng: random.Random) 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("n_ranks", "n_kills"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize(("n_ranks", "n_kills"), [pytest.param(1, 8, marks=pytest.mark.gate), (2, 4)])
 def test_random_kills_lose_nothing(tmp_path: Path, n_ranks: int, n_kills: int):
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
     began = time.monotonic()
@@ -83,7 +83,7 @@ def test_random_kills_lose_nothing(tmp_path: Path, n_ranks: int, n_kills: int):
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("n_ranks", [pytest.param(1, marks=pytest.mark.gate), 2])
 def test_random_kills_while_saving_in_the_background(tmp_path: Path, shm: Path, n_ranks: int):
     n_kills = int(os.environ.get("LINGUA_SOAK_KILLS", "40")) * (3 if n_ranks == 1 else 1) // 4
     calm = tmp_path / "calm"

@@ -6,9 +6,9 @@ from pathlib import Path
 import orjson
 import pytest
 
-from lingua.agreement import MixedConfigError
-from lingua.failure import read_failures
-from lingua.requeue import Outcome, judge
+from lingua.distributed.same_config import MixedConfigError
+from lingua.launch.requeue import Outcome, judge
+from lingua.run.failure import read_failures
 from tests.trainer import TINY, Hook, train
 
 WORDS = [*TINY, "steps=2"]

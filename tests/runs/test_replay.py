@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from apps.cli import app
-from apps.data import read_run
+from apps.cli.data import read_run
+from apps.cli.main import app
+from lingua.config.command_line import run_main
 from lingua.data.audit import rows_of_step
-from lingua.entry import run_main
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
 from tests.checkpoints import names_under
 from tests.corpora import write_source
 from tests.ranks import exit_code_of, run_on_ranks
@@ -103,6 +103,7 @@ def test_loss_and_gradient_norm_are_those_of_the_start_that_trained_it_to_the_la
     assert math.hypot(*found["groups"].values()) == pytest.approx(record["optim/grad_norm"], rel=1e-5)
 
 
+@pytest.mark.gate
 @pytest.mark.soak
 def test_what_is_told_to_people(twice: Path):
     code, out, err = lingua_replay(twice, 7, "--rows", "2", "--chars", "9", "--gradients")

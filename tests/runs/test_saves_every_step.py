@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.main.build import Run
+from lingua.train.build import Run
 from tests.services import Services, both, served_by
 from tests.trainer import TINY, Hook, train
 
@@ -40,6 +40,7 @@ def shared_pages() -> int:
     return int(Path("/proc/self/statm").read_text().split()[2])
 
 
+@pytest.mark.gate
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_nothing_grows(tmp_path: Path, shm: Path):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def drill(cwd: Path, env: dict[str, str], *words: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "apps.cli", "drill", "--json", "--patience=3", *words, "device=cpu"]
+    command = [sys.executable, "-m", "apps.cli.main", "drill", "--json", "--patience=3", *words, "device=cpu"]
     done = subprocess.run(command, cwd=cwd, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
     said = done.stderr.decode()
     assert done.stdout, said
@@ -41,6 +41,7 @@ def test_one_minute_on_slurm(checkout: Checkout):
     until(lambda: not checkout.cluster.run("squeue", "--noheader"), "nothing is left in the queue")
 
 
+@pytest.mark.gate
 @pytest.mark.soak
 def test_some_seconds_without_slurm(tmp_path: Path):
     told = drill(ROOT, dict(os.environ), "--minutes=0.4", "--local", f"--folder={tmp_path / 'drill'}")

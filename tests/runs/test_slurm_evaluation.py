@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 EVERY = 500
 
 
+@pytest.mark.gate
 def test_preempted_and_every_checkpoint_is_evaluated_by_a_job_of_its_own(checkout: Checkout, tmp_path: Path) -> None:
     """The run starts its evaluator, and so does its second start; a last job records what is left at the end."""
     words = tiny("judged", 2 * EVERY, "checkpoint.dump.every=100000", f"checkpoint.eval.every={EVERY}", *EVAL)

@@ -19,13 +19,14 @@ from tests.trainer import TINY, published
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.gate
 @pytest.mark.ranks
 @pytest.mark.soak
 def test_the_same_script_runs_without_slurm_and_goes_on(tmp_path: Path):
     run_dir = tmp_path / "it's; `exit`\n100%"
     words = [*TINY, "steps=100000", f"dump_dir={json.dumps(str(run_dir))}", "launcher.gpus=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = subprocess.Popen([sys.executable, "-m", "apps.cli", "launch", "--local", *words], cwd=ROOT, env=env)
+    launch = subprocess.Popen([sys.executable, "-m", "apps.cli.main", "launch", "--local", *words], cwd=ROOT, env=env)
     try:
         step = until(lambda: newest_step(run_dir / "metrics.jsonl"), "a step")
         launch.send_signal(signal.SIGTERM)
@@ -34,17 +35,18 @@ def test_the_same_script_runs_without_slurm_and_goes_on(tmp_path: Path):
         launch.kill()
         launch.wait()
     assert published(run_dir)[-1] >= step
-    again = [sys.executable, "-m", "apps.cli", "launch", "--local", *words, f"steps={published(run_dir)[-1] + 2}"]
+    again = [sys.executable, "-m", "apps.cli.main", "launch", "--local", *words, f"steps={published(run_dir)[-1] + 2}"]
     assert subprocess.run(again, cwd=ROOT, env=env, check=False).returncode == 0
     assert orjson.loads((run_dir / "stop.json").read_bytes())["reason"] == "finished"
 
 
+@pytest.mark.gate
 @pytest.mark.slurm
 def test_launched_and_submitted_by_stool(checkout: Checkout, tmp_path: Path):
     run_dir = tmp_path / "it's; `exit`\n%j"
     cpu = ["steps=3", "launcher.cpus_per_gpu=1", "launcher.mem=100M", "launcher.partition=low"]
     launched = checkout.cluster.run(
-        sys.executable, "-m", "apps.cli", "launch", *TINY, *cpu, f"dump_dir={json.dumps(str(run_dir))}",
+        sys.executable, "-m", "apps.cli.main", "launch", *TINY, *cpu, f"dump_dir={json.dumps(str(run_dir))}",
         "launcher.nodes=2", "launcher.gpus=1", cwd=checkout.path, PYTHONPATH=str(checkout.path),
         SBATCH_PARTITION="high",
     )  # fmt: skip

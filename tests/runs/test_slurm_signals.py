@@ -7,9 +7,9 @@ from pathlib import Path
 import orjson
 import pytest
 
-from lingua.drill import step_of
 from lingua.files import read_json
-from lingua.job import RANKS_STEP, SERVICE_STEP
+from lingua.launch.job import RANKS_STEP, SERVICE_STEP
+from lingua.selfcheck.drill_plan import step_of
 from tests.checkout import Checkout, tiny, undisturbed
 from tests.slurm_cluster import until
 from tests.trainer import fingerprint, losses, published, train
@@ -46,6 +46,7 @@ def assert_undisturbed(run_dir: Path, calm: Path, step: int) -> None:
     assert fingerprint(run_dir, step) == fingerprint(calm, step)
 
 
+@pytest.mark.gate
 def test_preempted_three_times_and_bitwise_equal(checkout: Checkout, tmp_path: Path):
     words = tiny("taken", LONG, STEADY, "checkpoint.dump.every=100000")
     job_id = checkout.submit("preemptible_4.slurm", words, "--partition=low", "--ntasks-per-node=2")
@@ -91,6 +92,7 @@ def test_preemption_reaches_the_ranks_of_one_task_per_node(checkout: Checkout):
     assert published(checkout.run_dir("below"))[-1] >= step
 
 
+@pytest.mark.gate
 def test_the_time_limit_saves_and_requeues(checkout: Checkout):
     """USR2 comes before the limit; the requeued job goes on where it was.
 
@@ -133,6 +135,7 @@ def test_usr2_to_tasks_of_their_own_saves_and_requeues(checkout: Checkout):
     assert published(checkout.run_dir("told"))[-1] >= step
 
 
+@pytest.mark.gate
 def test_ranks_that_are_killed_after_a_polite_end_come_back(checkout: Checkout):
     """The second start has moved away what the first said at its end, and leaves no word of its own."""
     job_id = checkout.submit("sphinx_1.slurm", tiny("killed", LONG, "checkpoint.dump.every=20"), "--ntasks-per-node=2")
@@ -173,9 +176,10 @@ Run.advance = _advance_and_hang
 """
 
 
+@pytest.mark.gate
 def test_a_rank_that_hangs_is_found_dumped_and_requeued(checkout: Checkout, tmp_path: Path):
     """Rank 1 sleeps after step 30 of the first start; what was published before counts as progress."""
-    build = checkout.path / "apps/main/build.py"
+    build = checkout.path / "lingua/train/build.py"
     build.write_text(build.read_text() + HANGING)
     words = tiny("stuck", 40, "checkpoint.dump.every=20", "watchdog.min_s=10", "launcher.max_retries=0")
     job_id = checkout.submit("preemptible_4.slurm", words, "--ntasks-per-node=2")
@@ -195,7 +199,7 @@ def test_a_rank_that_hangs_is_found_dumped_and_requeued(checkout: Checkout, tmp_
 def test_a_bad_node_is_named_and_avoided(checkout: Checkout):
     """The node check finds a node unfit: the job goes back into the queue and comes to another one."""
     bad = checkout.cluster.nodes[0]
-    check = checkout.path / "lingua/node_check.py"
+    check = checkout.path / "lingua/selfcheck/node_check.py"
     check.write_text(
         check.read_text().replace("    checks: list", f"    if this_node_name(os.environ) == {bad!r}:\n        "
                                   "return ['device cuda:3: it is on fire']\n    checks: list")
@@ -273,7 +277,7 @@ def test_a_lost_node_and_on_with_fewer(checkout: Checkout, all_is_gone: bool):
         cluster.wait(job_id, "CANCELLED")
     finally:
         cluster.start_node(lost)
-    audit = [sys.executable, "-m", "apps.cli", "data", "audit", str(run_dir)]
+    audit = [sys.executable, "-m", "apps.cli.main", "data", "audit", str(run_dir)]
     done = subprocess.run(audit, cwd=checkout.path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     until(lambda: cluster.idle_nodes() == 3, "three idle nodes")

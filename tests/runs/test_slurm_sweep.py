@@ -29,7 +29,7 @@ grid:
 
 def sweep(checkout: Checkout, *words: object) -> str:
     """Output of `lingua sweep ...`, typed in the checkout."""
-    command = [sys.executable, "-m", "apps.cli", "sweep", *map(str, words)]
+    command = [sys.executable, "-m", "apps.cli.main", "sweep", *map(str, words)]
     return checkout.cluster.run(*command, cwd=checkout.path, PYTHONPATH=str(checkout.path), OMP_NUM_THREADS="1")
 
 
@@ -37,6 +37,7 @@ def points(checkout: Checkout, folder: Path) -> list[dict[str, Any]]:
     return json.loads(sweep(checkout, "status", folder, "--json"))["points"]
 
 
+@pytest.mark.gate
 def test_an_array_with_a_failing_point(checkout: Checkout, tmp_path: Path):
     cluster, folder, config = checkout.cluster, tmp_path / "it's; 100%j", tmp_path / "rates.yaml"
     config.write_text(GRID.format(config=checkout.path / TINY[0]))

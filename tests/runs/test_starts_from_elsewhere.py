@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.export import Format, make_export, make_import
+from apps.cli.export import Format, make_export, make_import
 from tests.trainer import TINY, fingerprint, losses, published, train
 
 WORDS = [*TINY, "optim.scheduler=constant", "optim.warmup=0"]

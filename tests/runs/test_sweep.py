@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from apps.cli import app
-from lingua.entry import run_main
+from apps.cli.main import app
+from lingua.config.command_line import run_main
 from tests.checkout import ROOT
 from tests.trainer import TINY, published
 
@@ -24,13 +24,14 @@ def lingua_sweep(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[in
     return code, said.out, said.err
 
 
+@pytest.mark.gate
 @pytest.mark.soak
 def test_two_points_side_by_side(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     folder = tmp_path / "it's; `exit` 100%"
     cheap = "deterministic=false"  # what that imports takes longer than this run
     words = [*TINY, cheap, "steps=4", f"dump_dir={json.dumps(str(folder))}", "optim.lr=1e-3,3e-4"]
     no_second = 'launcher.setup=["[[ $1 != 2 ]] || exit 3"]'
-    command = [sys.executable, "-m", "apps.cli", "sweep", *words, no_second, "--local", "--at-once=2"]
+    command = [sys.executable, "-m", "apps.cli.main", "sweep", *words, no_second, "--local", "--at-once=2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}  # inside an allocation too
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     logs = "\n".join(path.read_text() for path in (folder / "logs").iterdir())

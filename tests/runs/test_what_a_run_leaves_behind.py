@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import apps.main.train
-from apps.main.build import Run
-from lingua.guard import Guard
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
+from lingua.run.watchdog import Guard
+from lingua.train.build import Run
 from tests.trainer import TINY, at_step, kill_self, train
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from apps.main import check
-from lingua.entry import parse_command_line
+from lingua.config.command_line import parse_command_line
+from lingua.train import check
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from apps.main import check
-from lingua.compose import compose
-from lingua.entry import parse_command_line
-from lingua.evalargs import EvalArgs
+from lingua.config.command_line import parse_command_line
+from lingua.config.compose import compose
+from lingua.config.keys.eval import EvalArgs
+from lingua.train import check
 
-CONFIGS = Path(check.__file__).parent / "configs"
+CONFIGS = Path(check.__file__).parents[2] / "apps" / "main" / "configs"
 TRAINED = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "eval")
 ONE_B, SMALL, SEVEN_B = (1_809_946_624, 1_284_610_048), (493_917_184, 231_248_896), (7_526_944_768, 6_476_271_616)
 

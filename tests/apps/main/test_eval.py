@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from apps.export import Format, make_export
+from apps.cli.export import Format, make_export
 from apps.main.eval import main
-from apps.main.measures import Measures
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import find_one
-from lingua.entry import run_main
+from lingua.config.command_line import run_main
+from lingua.eval.measures import Measures
 from lingua.files import read_json
-from lingua.metrics import read_metrics
+from lingua.run.metrics import read_metrics
 from tests.evaluated import make_data, words_of
 from tests.ranks import run_on_ranks
 from tests.trainer import free_port, train
@@ -111,7 +111,7 @@ def test_following_gives_what_evaluating_afterwards_gives(copy: Path, capsys: py
 def test_a_damaged_checkpoint_is_given_up_and_the_others_are_evaluated(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apps.main.follow.StopSignals.wait", lambda self, timeout_s: None)
+    monkeypatch.setattr("lingua.eval.follow.StopSignals.wait", lambda self, timeout_s: None)
     weights = layout.folder(copy / "checkpoints", 4) / layout.model_file(0)
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1

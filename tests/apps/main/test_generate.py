@@ -7,8 +7,8 @@ import torch
 from apps.main.args import LMTransformerArgs
 from apps.main.generate import config_of, main
 from apps.main.transformer import LMTransformer
-from lingua.args import ConfigError
-from lingua.entry import run_main
+from lingua.config.base import ConfigError
+from lingua.config.command_line import run_main
 
 CONFIG = """
 app: apps.main

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
-from lingua.distributed import Place, World
-from lingua.loss import CrossEntropy
-from lingua.parallel import parallelize, recomputed
-from lingua.schema import CrossEntropyArgs, DistributedArgs
-from lingua.scorer import Row, Scorer
-from lingua.transformer import KVCache
+from lingua.config.keys.distributed import DistributedArgs
+from lingua.config.keys.model import CrossEntropyArgs
+from lingua.distributed.parallelize import parallelize, recomputed
+from lingua.distributed.process_group import Place, World
+from lingua.eval.scorer import Row, Scorer
+from lingua.model.loss import CrossEntropy
+from lingua.model.transformer import KVCache
 from tests import packed_kernels
 from tests.packed_kernels import give_varlen_a_cpu, row_documents
 from tests.ranks import run_on_ranks

@@ -14,9 +14,11 @@ from torch import Tensor
 from lingua.checkpoint import layout
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
-from lingua.loss import CrossEntropy
-from lingua.optim import build_adamw
-from lingua.schema import AdamWArgs, CheckpointArgs, CrossEntropyArgs, SaveEvery
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
+from lingua.config.keys.model import CrossEntropyArgs
+from lingua.config.keys.optim import AdamWArgs
+from lingua.model.loss import CrossEntropy
+from lingua.optim.adamw import build_adamw
 from tests.layouts import LAYOUTS, build, whole
 from tests.ranks import run_on_ranks
 from tests.services import Services

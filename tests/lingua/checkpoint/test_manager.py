@@ -22,10 +22,10 @@ from torch.distributed.fsdp import fully_shard
 from lingua.checkpoint import dcp, layout
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
-from lingua.failure import KINDS, classify
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Buffer, DiskError, Files, RunError, write_json
-from lingua.runlock import RunLock
-from lingua.schema import CheckpointArgs, SaveEvery
+from lingua.run.failure import KINDS, classify
+from lingua.run.lock import RunLock
 from tests.fakes import At, Clock, FaultyFiles
 from tests.ranks import run_on_ranks
 from tests.tiny import DIM, VOCAB, TinyLM, assert_equal, make, snapshot, train

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lingua.checkpoint import layout, pins, publish
-from lingua.checkpoint.garbage import survey_garbage
 from lingua.checkpoint.pins import Follower, awaited, held_steps, pinned, verdict
+from lingua.checkpoint.tools.gc import survey_garbage
 from lingua.files import RunError, write_json
 from tests.checkpoints import make_run
 from tests.fakes import Clock

@@ -337,7 +337,7 @@ def test_pins(tmp_path: Path) -> None:
 
 
 def test_the_protocol_needs_no_torch() -> None:
-    modules = "lingua.checkpoint.publish, lingua.checkpoint.retention, lingua.runlock"
+    modules = "lingua.checkpoint.publish, lingua.checkpoint.retention, lingua.run.lock"
     probe = f"import sys, {modules}; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
 )
 
-from lingua.checkpoint import contents, dcp, layout
+from lingua.checkpoint import dcp, layout, metadata
 from lingua.files import RunError
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -50,7 +50,7 @@ def test_what_another_python_wrote_is_read(folder: Path) -> None:
     found = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
     dcp.read_into(folder, found)
     assert all(torch.equal(tensor, found[name]) for name, tensor in tensors().items())
-    facts = contents.read_tensors(folder)
+    facts = metadata.read_tensors(folder)
     assert {name: str(fact) for name, fact in facts.items()} == {
         "model.w": "float32 [2, 3]",
         "optim.state.w.step": "float32 []",
@@ -70,7 +70,7 @@ class Call:
         return getattr, self.args
 
 
-READERS: list[Callable[[Path], object]] = [dcp.tensor_properties, contents.read_tensors]
+READERS: list[Callable[[Path], object]] = [dcp.tensor_properties, metadata.read_tensors]
 
 
 def folder_with(planned: object, folder: Path) -> Path:

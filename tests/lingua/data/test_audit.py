@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from lingua.args import ConfigError
-from lingua.data.args import DataArgs, SourceArgs
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs, SourceArgs
 from lingua.data.audit import audit, rows_of_step
 from lingua.data.loader import build_loader, merge_states
-from lingua.data.tokens import token_file, tokenize_file
+from lingua.data.token_files import token_file, tokenize_file
 from lingua.tokenizer import ByteTokenizer
 from tests.corpora import data_args, two_sources, write_source
 

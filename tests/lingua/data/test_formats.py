@@ -13,16 +13,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from apps.main.check import estimate_tokens
-from lingua.args import ConfigError
-from lingua.data import index as index_file
-from lingua.data import tokens as token_file
-from lingua.data.args import DataArgs, SourceArgs
-from lingua.data.index import IndexedSource, find_index, index_places, map_index, read_header, write_index
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
+from lingua.data import jsonl_indexed as index_file
+from lingua.data import token_files as token_file
 from lingua.data.jsonl import DataError
+from lingua.data.jsonl_indexed import IndexedSource, find_index, index_places, map_index, read_header, write_index
 from lingua.data.loader import Loader, build_loader, merge_states
-from lingua.data.tokens import TokenSource, check_hash, is_made, read_facts, tokenize_file
-from lingua.tokenizer import ByteTokenizer, TokenizerArgs
+from lingua.data.sources import estimate_tokens
+from lingua.data.token_files import TokenSource, check_hash, is_made, read_facts, tokenize_file
+from lingua.tokenizer import ByteTokenizer
 from tests.corpora import data_args, two_sources, write_source
 from tests.resume import assert_resumes_everywhere
 

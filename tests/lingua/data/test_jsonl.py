@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lingua.args import ConfigError
+from lingua.config.base import ConfigError
 from lingua.data.jsonl import BadLines, DataError, JsonlSource, find_files
 from lingua.data.mix import Document
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingua.args import ConfigError
-from lingua.data.args import DataArgs, SourceArgs, default_lanes
+from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs, default_lanes
 from lingua.data.jsonl import DataError
 from lingua.data.loader import Batch, Loader, build_loader, merge_states
 from lingua.data.sources import source_args
-from lingua.tokenizer import TokenizerArgs
 from tests.corpora import data_args, documents, two_sources, write_source
 from tests.resume import assert_resumes_everywhere
 

@@ -1,0 +1,360 @@
+"""`lingua export` and `lingua import`: models that leave the house, and those that come in.
+
+Promise: the folder that is made is there whole or not at all; weights of a checkpoint are verified against its
+manifest before they are read, and kept from retention meanwhile. No GPU; nothing in a file is executed.
+Cost: two passes over the weights (verify, convert); memory of about three times the largest tensor. torch is imported
+when a command runs.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from apps.cli.made import Made
+from lingua.console import AsJson, Debug, progress_shown, show_json
+
+if TYPE_CHECKING:
+    from lingua.checkpoint.export_weights import Item
+    from lingua.checkpoint.lookup import Checkpoint
+    from lingua.config.keys.model import LlamaArgs
+    from lingua.config.keys.train import TrainArgs
+    from lingua.console import Progress
+    from lingua.files import Files
+
+GIGA = 10**9
+_CONFIG_HEAD = (
+    "# Weights of {origin!r}. Continued pretraining: lingua train {config!r} data.root_dir=... data.sources=...\n"
+)
+
+
+class Format(StrEnum):
+    """What is made of a model."""
+
+    hf = "hf"
+    safetensors = "safetensors"
+    torch = "torch"
+
+
+class Dtype(StrEnum):
+    """Type of numbers."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def export(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN[@STEP]",
+            help="A run (its newest checkpoint), RUN@STEP, a checkpoint folder, or a file or folder of weights.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; it must not be there.")],
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="hf: what AutoModelForCausalLM opens, with the tokenizer; safetensors: our names and config.yaml; "
+            "torch: consolidated.pth and config.yaml.",
+        ),
+    ] = Format.hf,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: as they are stored.")] = None,
+    shard_gb: Annotated[float, typer.Option(min=1e-6, help="Size of a safetensors file, at most (10^9 bytes).")] = 5.0,
+    trim_vocab: Annotated[
+        bool,
+        typer.Option("--trim-vocab", help="hf: leave out rows of embedding and head behind the tokenizer's tokens."),
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for other programs: a Hugging Face folder, safetensors, or one torch file.
+
+    Of a run without a step, the newest checkpoint that verifies. The run is only read, so a colleague's will do, and
+    one that is being trained.
+    """
+    made = make_export(place, out, form, dtype=dtype, shard_bytes=shard_gb * GIGA, trim_vocab=trim_vocab)
+    _tell(made, as_json)
+    if form is Format.hf and not as_json:
+        print(f'open it with\n  AutoModelForCausalLM.from_pretrained("{made.folder}")')
+
+
+def import_(
+    place: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder; with --run, a run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must not be there.")],
+    run: Annotated[
+        bool, typer.Option("--run", help="Take a run of Meta Lingua over: weights, optimizer, step and config.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="With --run: read instead of the old run's config.yaml, an edited copy say.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Take in a model: weights under our names, a config.yaml that describes it, its tokenizer.
+
+    OUT does wherever weights do: checkpoint.init_ckpt_path, generate, export; its config.yaml starts continued
+    pretraining. With --run, OUT is a run folder that goes on at the old run's step.
+    """
+    if config is not None and not run:
+        from lingua.config.base import ConfigError
+
+        raise ConfigError("--config goes with --run; a Hugging Face folder has its own config.json")
+    if run:
+        from apps.cli.takeover import take_over
+
+        with progress_shown() as progress:
+            made = take_over(Path(place), out, progress, config=config)
+    else:
+        made = make_import(Path(place), out)
+    _tell(made, as_json)
+    if not as_json:
+        more = "" if run else " data.root_dir=... data.sources=..."
+        print(f"go on with it\n  lingua train {shlex.quote(str(made.folder / 'config.yaml'))}{more}")
+
+
+def _tell(made: Made, as_json: bool) -> None:
+    from lingua.files import human_bytes
+
+    if as_json:
+        show_json(asdict(made))
+        return
+    for warning in made.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{made.folder}: {human_bytes(made.bytes)} from {made.origin}")
+
+
+# -- out -------------------------------------------------------------------------------------------------------------
+
+
+def make_export(
+    place: str,
+    out: Path,
+    form: Format,
+    *,
+    dtype: Dtype | None = None,
+    shard_bytes: float = 5 * GIGA,
+    trim_vocab: bool = False,
+    files: Files | None = None,
+) -> Made:
+    """`lingua export` without its words. Raises ConfigError, RunError and OSError; then there is no folder."""
+    from lingua.checkpoint.export_weights import as_ours, as_theirs, write_safetensors
+    from lingua.checkpoint.load_weights import open_source
+    from lingua.config.base import ConfigError
+    from lingua.config.frozen import CONFIG_FILE, dump_yaml
+    from lingua.distributed.parallelize import DTYPES
+    from lingua.files import DISK, whole_folder, write_whole
+    from lingua.train.describe import config_of
+
+    files = files or DISK
+    if dtype is not None and form is Format.torch:
+        raise ConfigError("--dtype goes with --format hf and safetensors; a torch file has the stored type")
+    if trim_vocab and form is not Format.hf:
+        raise ConfigError("--trim-vocab goes with --format hf; our own programs know the tokenizer")
+    config = config_of(place)
+    made = Made(out, place)
+    with (
+        whole_folder(out, files=files) as folder,
+        progress_shown() as progress,
+        _verified(place, progress) as checkpoint,
+    ):
+        if form is Format.torch:
+            _write_torch(folder, checkpoint, place, progress)
+        else:
+            source = open_source(checkpoint.folder if checkpoint else place, sizes_only=True)
+            made.origin, torch_type = source.what, None if dtype is None else DTYPES[dtype]
+            if form is Format.hf:
+                args, model, made.warnings = _llama(config)
+                items = as_theirs(source, model, _rows_to_keep(args, model, trim_vocab), torch_type)
+                made.warnings += _describe(folder, args, model, items[0], checkpoint, files)
+            else:
+                items = as_ours(source, torch_type)
+            progress.begin("writing", sum(item.size_bytes for item in items))
+            write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
+        if form is not Format.hf:
+            write_whole(folder / CONFIG_FILE, dump_yaml(_travelling(config)), files=files)
+        _count(made, folder)
+    return made
+
+
+def _count(made: Made, folder: Path) -> None:
+    made.files = sorted(path.name for path in folder.iterdir())
+    made.bytes = sum(path.stat().st_size for path in folder.iterdir())
+
+
+@contextmanager
+def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
+    """The checkpoint that is meant, its weights read and compared, kept from retention; None: a file or folder of
+    weights that there is no manifest of."""
+    from lingua.checkpoint import lookup
+    from lingua.checkpoint.load_weights import is_weights
+    from lingua.checkpoint.tools.copy import pinned
+
+    if not lookup.is_checkpoint(place):
+        yield None
+        return
+    newest = lookup.find_one(place)
+    progress.begin(f"verifying {newest}", sum(f.size_bytes for n, f in newest.manifest().items() if is_weights(n)))
+    lock = threading.Lock()
+
+    def advance(n_bytes: int) -> None:
+        with lock:
+            progress.advance(n_bytes)
+
+    checkpoint = lookup.intact(place, needed=is_weights, advance=advance)
+    if checkpoint.root is None or checkpoint.step is None:
+        yield checkpoint
+        return
+    with pinned(checkpoint.root, checkpoint.step, "export"):
+        yield checkpoint
+
+
+def _rows_to_keep(args: TrainArgs, model: LlamaArgs, trim_vocab: bool) -> int | None:
+    """Rows of embedding and head that go along; None: all."""
+    from lingua.tokenizer import build_tokenizer
+
+    if trim_vocab:
+        return build_tokenizer(args.data.tokenizer).n_words
+    if model.vocab_multiple_of == 1:
+        return None
+    # Others would take the padded rows for tokens, and give them probability.
+    return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).n_words
+
+
+def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:
+    """(args, the model's, warnings). Raises ConfigError when Hugging Face's libraries do not have such a model."""
+    from lingua.config.base import ConfigError
+    from lingua.config.command_line import DEFAULT_APP, CommandLine, choose_app
+    from lingua.config.keys.model import LlamaArgs
+    from lingua.train.describe import described
+
+    app = choose_app(CommandLine(config=str(config)))
+    args = described(config)
+    if not isinstance(args.model, LlamaArgs):
+        raise ConfigError(
+            f"{config}: model.type is {args.model.type!r}, which Hugging Face's libraries do not have; "
+            "use --format safetensors"
+        )
+    if app == DEFAULT_APP:
+        return args, args.model, []
+    return (
+        args,
+        args.model,
+        [
+            f"{config}: the app {app} has a model of its own; its tensors fit a Llama's, but whether it computes the "
+            "same is for you to compare"
+        ],
+    )
+
+
+def _describe(
+    folder: Path, args: TrainArgs, model: LlamaArgs, embedding: Item, checkpoint: Checkpoint | None, files: Files
+) -> list[str]:
+    """Write config.json, generation_config.json and the tokenizer; returns warnings."""
+    from lingua.config.base import ConfigError
+    from lingua.files import RunError, write_json
+    from lingua.model import huggingface
+    from lingua.model.tokenizer_json import write_tokenizer
+    from lingua.tokenizer import build_tokenizer
+
+    max_seqlen = max(model.max_seqlen, args.data.seq_len)
+    warnings, ids = [], (None, None)
+    try:
+        _same_tokenizer(args, checkpoint)
+        tokenizer = build_tokenizer(args.data.tokenizer)
+        ids = tokenizer.bos_id, tokenizer.eos_id
+        settings = {"add_bos": args.data.add_bos, "max_seqlen": max_seqlen}
+        warning = write_tokenizer(args.data.tokenizer, folder, **settings, files=files)
+        warnings = [warning] if warning else []
+    except (ConfigError, RunError) as error:
+        warnings = [f"no tokenizer goes along: {error}"]
+    special = dict(zip(("bos_token_id", "eos_token_id"), ids, strict=True))
+    document = huggingface.config_json(
+        model,
+        vocab_size=embedding.shape[0],
+        max_seqlen=max_seqlen,
+        dtype=str(embedding.dtype).removeprefix("torch."),
+        bos_id=ids[0],
+        eos_id=ids[1],
+    )
+    write_json(folder / huggingface.CONFIG_FILE, document, files=files)
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **special}, files=files)
+    return warnings
+
+
+def _same_tokenizer(args: TrainArgs, checkpoint: Checkpoint | None) -> None:
+    """Raise ConfigError when the tokenizer is not the one that the checkpoint was trained with, as far as it tells."""
+    from lingua.checkpoint.metadata import read_tokenizer
+    from lingua.config.base import ConfigError
+    from lingua.tokenizer import tokenizer_fingerprint
+
+    trained = read_tokenizer(checkpoint.folder) if checkpoint else None
+    if trained is not None and trained != (now := tokenizer_fingerprint(args.data.tokenizer)):
+        raise ConfigError(f"the model was trained with {trained}, and data.tokenizer.path is {now} now")
+
+
+def _write_torch(folder: Path, checkpoint: Checkpoint | None, place: str, progress: Progress) -> None:
+    from lingua.checkpoint.metadata import read_tensors
+    from lingua.checkpoint.tools.diff import CONSOLIDATED, consolidate
+    from lingua.config.base import ConfigError
+
+    if checkpoint is None:
+        raise ConfigError(f"{place}: --format torch is made of a checkpoint; use --format safetensors")
+    tensors = read_tensors(checkpoint.folder)
+    n_bytes = sum(fact.size_bytes for name, fact in tensors.items() if name.startswith("model."))
+    progress.begin("writing", n_bytes)
+    consolidate(checkpoint.folder, tensors, folder / CONSOLIDATED, progress.advance)
+
+
+def _travelling(config: Path) -> dict[str, Any]:
+    """The config for weights that lie elsewhere now."""
+    from lingua.checkpoint.tools.copy import travelling_config
+    from lingua.config.frozen import CONFIG_FILE
+    from lingua.train.describe import described
+
+    found = travelling_config(config.parent) if config.name == CONFIG_FILE else None
+    return found if found is not None else described(config).model_dump(mode="json")
+
+
+# -- in --------------------------------------------------------------------------------------------------------------
+
+
+def make_import(place: Path, out: Path, *, shard_bytes: float = 5 * GIGA, files: Files | None = None) -> Made:
+    """`lingua import` of a Hugging Face folder. Raises ConfigError, RunError and OSError; then there is no folder."""
+    from apps.main.args import LMTransformerArgs
+    from lingua.checkpoint.export_weights import as_ours, must_fit, write_safetensors
+    from lingua.checkpoint.load_weights import open_source
+    from lingua.config.frozen import CONFIG_FILE, dump_yaml
+    from lingua.files import DISK, whole_folder, write_whole
+    from lingua.model.huggingface import HEAD
+    from lingua.model.tokenizer_json import copy_tokenizer
+    from lingua.train.describe import hugging_face_tree
+
+    files, here = files or DISK, out.absolute()
+    tree = hugging_face_tree(place, here)
+    with whole_folder(out, files=files) as folder, progress_shown() as progress:
+        source = open_source(place)
+        model = LMTransformerArgs.model_validate(tree["model"])
+        must_fit(source, model)
+        made = Made(out, source.what)
+        items = [item for item in as_ours(source) if item.name != HEAD or not model.weight_tying]
+        progress.begin("writing", sum(item.size_bytes for item in items))
+        write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
+        if not copy_tokenizer(place, folder, files=files):
+            made.warnings.append(f"{place} has no tokenizer; put its tokenizer.json into {out}")
+        start = {"name": f"{out.name}_continued", **tree, "checkpoint": {"init_ckpt_path": str(here)}}
+        text = _CONFIG_HEAD.format(origin=str(place), config=str(out / CONFIG_FILE)) + dump_yaml(start)
+        write_whole(folder / CONFIG_FILE, text, files=files)
+        _count(made, folder)
+    return made

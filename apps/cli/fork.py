@@ -1,0 +1,176 @@
+"""`lingua fork`: a new run that goes on from a published checkpoint of another one, with its full state.
+
+Promise: everything is checked before anything is made: the config as training would check it, and whether model,
+optimizer and data of the checkpoint fit it. The other run is only read; where it may be written to, the checkpoint is
+pinned for a week, until the new run has one of its own. The new folder holds a config.yaml and nothing else: it names
+the checkpoint (checkpoint.init_ckpt_path), so where the run comes from stays on record.
+Cost: no torch; the checkpoint's files are looked at, not read. The first start reads and verifies them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lingua.checkpoint import layout, lookup, metadata, publish
+from lingua.checkpoint.lookup import Checkpoint
+from lingua.config.base import ConfigError
+from lingua.config.command_line import parse_command_line
+from lingua.config.frozen import CONFIG_FILE, Difference, compare, dump_yaml, read_frozen
+from lingua.config.keys.data import DataArgs
+from lingua.files import RunError, entries, read_json, write_whole
+from lingua.train.check import load
+
+if TYPE_CHECKING:
+    from lingua.train.check import Checked
+
+PIN_S = 7 * 86400.0
+_SAID_BY_FORK = ("dump_dir", "dump_base", "checkpoint.init_ckpt_path")
+# What belongs to the other run alone.
+_NOT_INHERITED = {
+    "checkpoint.path": None,
+    "checkpoint.reset": [],
+    "checkpoint.init_ckpt_model_key": None,
+    "eval.dump_dir": None,
+    "eval.metric_log_dir": None,
+    "data.accept_change": None,
+}
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A run that is ready to start."""
+
+    folder: Path
+    origin: str
+    """RUN@step."""
+    changes: list[str]
+    """What differs from the other run's config."""
+    warnings: list[str]
+    pinned_until: float | None
+    """Seconds since the epoch; None: the other run may not be written to."""
+
+    @property
+    def config(self) -> Path:
+        return self.folder / CONFIG_FILE
+
+
+def fork(place: str, folder: Path, words: Sequence[str], world_size: int | None = None) -> Fork:
+    """Make `folder` a run that goes on from RUN[@step]. Raises ConfigError, RunError and OSError; then nothing is made.
+
+    `words`: overrides, overlays and group picks on top of the other run's config, as for training.
+    """
+    checkpoint = lookup.find_one(place)
+    if checkpoint.run_dir is None or checkpoint.step is None:
+        raise RunError(f"{place} is no run's checkpoint; write RUN@STEP, and copy a run with `lingua ckpt copy`")
+    if any(entries(folder)) or folder.is_file():
+        raise ConfigError(f"{folder} is there already; choose a new folder")
+    if problems := checkpoint.damage(sizes_only=True):
+        raise RunError(f"{checkpoint} is damaged: {'; '.join(problems)}; take another step")
+    config = read_frozen(checkpoint.run_dir)
+    if config is None:
+        raise ConfigError(f"{checkpoint.run_dir} has no {CONFIG_FILE} that the fork could begin with")
+    origin = f"{checkpoint.run_dir.absolute()}@{checkpoint.step}"
+    checked = _check(checkpoint.run_dir / CONFIG_FILE, config, origin, folder, words, world_size)
+    differences = compare(config, checked.frozen)
+    if problems := list(misfits(checkpoint, checked, differences)):
+        raise ConfigError(problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    pinned_until = _pin(checkpoint, folder)
+    write_whole(folder / CONFIG_FILE, dump_yaml(checked.frozen))
+    own = (*_SAID_BY_FORK, *_NOT_INHERITED, "name", "checkpoint.continue_training_from_init")
+    changes = [d.change for d in differences if d.key not in own or any(w.startswith(f"{d.key}=") for w in words)]
+    return Fork(folder, origin, changes, checked.warnings, pinned_until)
+
+
+def _check(
+    config_file: Path,
+    config: dict[str, Any],
+    origin: str,
+    folder: Path,
+    words: Sequence[str],
+    world_size: int | None,
+) -> Checked:
+    """The config of the fork, checked as training checks it."""
+    line = parse_command_line([str(config_file), *words])
+    for word in line.overrides:
+        if (key := word.partition("=")[0]) in _SAID_BY_FORK:
+            raise ConfigError(f"command line: {key} is said by RUN@STEP and NEW; take {word} out")
+    given = {
+        **{key: value for key, value in _NOT_INHERITED.items() if _has(config, key)},
+        "name": folder.name,
+        "dump_dir": str(folder.absolute()),
+        "checkpoint.init_ckpt_path": origin,
+        "checkpoint.continue_training_from_init": True,
+    }
+    line.overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()] + line.overrides
+    return load(line, world_size)
+
+
+def _has(config: dict[str, Any], dotted: str) -> bool:
+    section, _, name = dotted.partition(".")
+    return isinstance(config.get(section), dict) and name in config[section]
+
+
+def _pin(checkpoint: Checkpoint, folder: Path) -> float | None:
+    assert checkpoint.root is not None
+    assert checkpoint.step is not None
+    until = time.time() + PIN_S
+    try:
+        publish.pin(checkpoint.root, checkpoint.step, f"fork-{folder.name}", until)
+    except OSError:
+        return None
+    return until
+
+
+# -- does the state fit --------------------------------------------------------------------------------------------
+
+
+def misfits(checkpoint: Checkpoint, checked: Checked, differences: Sequence[Difference]) -> Iterator[str]:
+    """What of the checkpoint's state the changed config cannot take over, with the remedy."""
+    settings = checked.args.checkpoint
+    changed = {difference.key: difference for difference in differences}
+    tensors = metadata.read_tensors(checkpoint.folder)
+    if any(key.startswith("model.") and d.rule == "refuse" for key, d in changed.items()):
+        there = sum(t.n_values for name, t in tensors.items() if name.startswith("model.") and t.same_as is None)
+        if there != checked.resolved.n_params:
+            keys, here = [d.change for key, d in changed.items() if key.startswith("model.")], checked.resolved.n_params
+            yield f"{', '.join(keys)}: {checkpoint} has {there:,} parameters, this model {here:,}; set it back"
+    if not settings.continue_training_from_init:
+        return
+    if "optim.type" in changed and "optim" not in settings.reset:
+        yield f"{changed['optim.type'].change}: its state does not fit; begin it anew with checkpoint.reset=[optim]"
+    if "data" not in settings.reset:
+        yield from data_problems(checked.args.data, checked.resolved.lanes, _data_states(checkpoint.folder))
+
+
+def _data_states(folder: Path) -> list[dict[str, Any]]:
+    documents = [read_json(file) for file in sorted(folder.glob(layout.train_state_file(0).replace("00000", "*")))]
+    return [document["per_rank"]["data"] for document in documents]
+
+
+def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
+    """What the loader would refuse when the run starts. What is not on this machine is not judged."""
+    from lingua.data.loader import adapt, check_order, merge_states, order_of
+    from lingua.data.sources import filled, open_sources, source_args, source_path
+
+    if args.tokenizer.path and not Path(args.tokenizer.path).exists():
+        return []
+    args = filled(args)
+    try:
+        state = merge_states(states)
+        check_order(state, order_of(args, lanes))
+        if all(source_path(args, source).exists() for source in source_args(args)):
+            sources, _ = open_sources(args, lanes)
+            with ExitStack() as opened:
+                for source in sources:
+                    opened.callback(source.close)
+                adapt(state, sources, args.accept_change)
+    except ConfigError as error:
+        return [*error.problems, "a fork may also read from the first row on: checkpoint.reset=[data]"]
+    return []

@@ -1,0 +1,272 @@
+"""Weights from elsewhere: a run of ours, a checkpoint folder, a torch file, a Hugging Face folder.
+
+Promise: strict. Every parameter gets a value of its shape, nothing in the source is left over, or the error names what
+is wrong; the model is touched only after all names and shapes fit. No code in the source is executed: `.metadata` goes
+through an allow-list, torch files are read with weights_only. Checkpoints with a manifest are verified.
+Cost: files are mapped, not read whole; each rank copies only its own shards. No collective, but in `copy_weights`.
+
+Hugging Face's Llama turns the two halves of a head against each other, ours (as Meta's) turns neighbours: rows of wq
+and wk are put in our order while loading.
+
+    head of width 8, rows there:  0 1 2 3 | 4 5 6 7      pairs (0,4) (1,5) (2,6) (3,7)
+                     rows here:   0 4 1 5 2 6 3 7        the same pairs, side by side
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lingua.checkpoint import dcp, layout, lookup
+from lingua.checkpoint.state import clean_name, model_tensors
+from lingua.files import DiskError, RunError, read_json
+from lingua.model.huggingface import (
+    CONFIG_FILE,
+    EMBEDDING,
+    HEAD,
+    INDEX_FILE,
+    head_width,
+    is_rotated,
+    our_name,
+    read_config,
+)
+
+TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""What safetensors calls the types of numbers."""
+
+_TIED_HEAD = "output.tied_module.weight"  # Meta Lingua's second name of a tied embedding
+# Tables that a model computes itself; some files carry them along.
+_COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs|rope_embeddings\.freqs_cis")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that can be read one by one, under the model's own names."""
+
+    what: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    read: Callable[[str], Tensor]
+
+
+def load_weights(model: nn.Module, path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> str:
+    """Fill `model` with the weights at `path`; returns what was loaded from where, for the log.
+
+    `path`: RUN, RUN@step, a checkpoint folder (ours or lingua's), consolidated.pth, any torch file, a safetensors file
+    or a Hugging Face folder. `model_key`: where in it the weights lie; "" for the top; None: found by itself.
+    `sizes_only`: of a checkpoint with a manifest, only sizes are verified.
+    Raises RunError with names, shapes and the remedy.
+    """
+    source = open_source(path, model_key, sizes_only=sizes_only)
+    tensors, aliases = model_tensors(model)
+    chosen = _match(source, tensors, aliases)
+    for name, theirs in chosen.items():
+        _copy(tensors[name], source.read(theirs))
+    n_values = sum(tensor.numel() for tensor in tensors.values())
+    return f"{len(tensors)} tensors ({n_values:,} parameters) from {source.what}"
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Fill `target`, which each rank holds whole and in any dtype, with the weights of `source`, sharded or not.
+
+    Of one architecture. Collective where `source` is sharded, a tensor at a time.
+    """
+    theirs, ours = model_tensors(source)[0], model_tensors(target)[0]
+    assert theirs.keys() == ours.keys(), f"two models: {theirs.keys() ^ ours.keys()}"
+    for name, tensor in theirs.items():
+        ours[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
+def _match(source: Source, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Our name -> the source's, for every tensor. Raises RunError for anything that does not fit."""
+    chosen: dict[str, str] = {}
+    problems: list[str] = []
+    for name, tensor in tensors.items():
+        names = [name, *(alias for alias, of in aliases.items() if of == name)]
+        theirs = next((n for n in names if n in source.shapes), None)
+        if theirs is None:
+            tied = " (it has tied weights: set model.weight_tying: true)" if name == HEAD else ""
+            problems.append(f"{name} is missing there{tied}")
+        elif source.shapes[theirs] != tuple(tensor.shape):
+            problems.append(f"{name} is {source.shapes[theirs]} there and {tuple(tensor.shape)} here")
+        else:
+            chosen[name] = theirs
+    for name in source.shapes:
+        if name not in tensors and name not in aliases and not _COMPUTED.fullmatch(name):
+            problems.append(f"{name} is not in this model")
+    untied = {alias: of for alias, of in aliases.items() if alias in source.shapes and of in source.shapes}
+    if HEAD not in tensors and HEAD not in aliases and HEAD in source.shapes:  # a tied model without a head of its own
+        problems = [problem for problem in problems if not problem.startswith(f"{HEAD} ")]
+        untied[HEAD] = EMBEDDING
+    if problems:
+        raise RunError(f"{source.what} does not fit this model: {dcp.some(problems)}")
+    for alias, name in untied.items():
+        if not torch.equal(source.read(alias), source.read(name)):
+            raise RunError(f"{source.what}: {alias} and {name} differ, but are one here; set model.weight_tying: false")
+    return chosen
+
+
+def _copy(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into `target`, of which this rank may hold only a shard."""
+    if isinstance(target, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        for axis, (size, start) in enumerate(zip(shape, offset, strict=True)):
+            whole = whole.narrow(axis, min(start, whole.shape[axis]), size)
+        target = target.to_local()
+    target.copy_(whole)
+
+
+# -- finding out what lies there ---------------------------------------------------------------------------------
+
+
+def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> Source:
+    """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
+    place, _ = lookup.split(path)
+    if lookup.is_checkpoint(path):
+        return _from_dcp(lookup.intact(path, needed=is_weights, sizes_only=sizes_only).folder, model_key)
+    if place.is_file():
+        return _from_safetensors([place]) if place.suffix == ".safetensors" else _from_torch(place, model_key)
+    if (place / layout.METADATA).exists():  # another program's: there is nothing to verify it by
+        return _from_dcp(place, model_key)
+    for file in (place / "consolidated.pth", place / "consolidated" / "consolidated.pth"):
+        if file.exists():
+            return _from_torch(file, model_key)
+    if files := _safetensors_of(place):
+        return _from_safetensors(files)
+    raise RunError(
+        f"{place} holds no weights: expected {layout.METADATA}, consolidated.pth, *.safetensors or a run's folder"
+    )
+
+
+def is_weights(name: str) -> bool:
+    return name == layout.METADATA or name.startswith("model.")
+
+
+def _from_dcp(folder: Path, model_key: str | None) -> Source:
+    metadata = dcp.read_metadata(folder)
+    described = dcp.properties_in(metadata)
+    if model_key is None:
+        model_key = "model" if any(name.startswith("model.") for name in described) else ""
+    prefix = f"{model_key}." if model_key else ""
+    theirs = {_untied(name.removeprefix(prefix)): name for name in described if name.startswith(prefix)}
+
+    def read(name: str) -> Tensor:
+        shape, dtype = described[theirs[name]]
+        tensor = torch.empty(shape, dtype=dtype)
+        dcp.read_into(folder, {theirs[name]: tensor}, metadata)
+        return tensor
+
+    shapes = {name: described[their][0] for name, their in theirs.items()}
+    dtypes = {name: described[their][1] for name, their in theirs.items()}
+    return Source(f"checkpoint folder {folder}", shapes, dtypes, read)
+
+
+def _untied(name: str) -> str:
+    return HEAD if name == _TIED_HEAD else name
+
+
+def _from_torch(file: Path, model_key: str | None) -> Source:
+    try:
+        try:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise RunError(f"{file} is refused: it is not a plain file of tensors ({reason})") from None
+    keys = model_key.split(".") if model_key else []
+    if model_key is None and isinstance(content, dict):
+        keys = [key for key in ("model", "state_dict", "model_state_dict") if isinstance(content.get(key), dict)][:1]
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise RunError(f"{file} has no key {model_key!r}; set checkpoint.init_ckpt_model_key")
+        content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise RunError(
+            f"{file} holds more than tensors by name; say where they lie with checkpoint.init_ckpt_model_key"
+        )
+    tensors: dict[str, Tensor] = {_untied(clean_name(str(name))): value for name, value in content.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    return _with_our_names(Source(f"torch file {file}", shapes, dtypes, tensors.__getitem__), file.parent)
+
+
+def _safetensors_of(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if index.exists():
+        names = set(read_json(index).get("weight_map", {}).values())
+        if bad := [name for name in names if name != Path(name).name]:
+            raise RunError(f"{index} points at {bad[0]!r}, outside of its folder")
+        return [folder / name for name in sorted(names)]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _from_safetensors(files: list[Path]) -> Source:
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    opened: dict[str, Any] = {}
+    for file in files:
+        try:
+            mapped = safe_open(file, framework="pt")
+        except OSError as error:
+            raise DiskError.of(error, f"{file} cannot be read: {error}") from None
+        except SafetensorError as error:
+            raise RunError(f"{file} cannot be read: {error}") from None
+        for name in mapped.keys():  # noqa: SIM118 - not a dict
+            facts = mapped.get_slice(name)
+            if facts.get_dtype() not in TYPES:
+                raise RunError(f"{file}: {name} is {facts.get_dtype()}, a type of numbers that no model here has")
+            shapes[name], dtypes[name] = tuple(facts.get_shape()), TYPES[facts.get_dtype()]
+            opened[name] = mapped
+    where = files[0].parent if len(files) > 1 else files[0]
+    source = Source(f"safetensors {where}", shapes, dtypes, lambda name: opened[name].get_tensor(name))
+    return _with_our_names(source, files[0].parent)
+
+
+# -- Hugging Face names --------------------------------------------------------------------------------------------
+
+
+def _with_our_names(source: Source, folder: Path) -> Source:
+    """The same weights under our names, if they have Hugging Face's; needs the config.json beside them."""
+    if "model.embed_tokens.weight" not in source.shapes:
+        return source
+    config = read_config(folder)
+    width = head_width(config, folder / CONFIG_FILE)
+    theirs = {our_name(name): name for name in source.shapes}
+    if config.get("tie_word_embeddings") and HEAD not in theirs:
+        theirs[HEAD] = theirs[EMBEDDING]
+
+    def read(name: str) -> Tensor:
+        tensor = source.read(theirs[name])
+        return pair_neighbours(tensor, width) if is_rotated(name) else tensor
+
+    shapes = {name: source.shapes[original] for name, original in theirs.items()}
+    dtypes = {name: source.dtypes[original] for name, original in theirs.items()}
+    return Source(f"Hugging Face {source.what}", shapes, dtypes, read)
+
+
+def pair_neighbours(tensor: Tensor, head_width: int) -> Tensor:
+    """Rows of each head from halves (i, i + head_width/2) to neighbours (2i, 2i + 1)."""
+    heads = tensor.unflatten(0, (-1, 2, head_width // 2))  # (H, half, pair, ...)
+    return heads.transpose(1, 2).reshape(tensor.shape)
+
+
+def pair_halves(tensor: Tensor, head_width: int) -> Tensor:
+    """The inverse of `pair_neighbours`."""
+    heads = tensor.unflatten(0, (-1, head_width // 2, 2))  # (H, pair, half, ...)
+    return heads.transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,345 @@
+"""From a slot to a published checkpoint: the work that the service does for one save. Torch-free, blocking.
+
+Promise: what is written is hashed on its way and must be what the ranks hashed in memory; a step of several nodes is
+published by its first node once each of the others has written all of its files and said so on the disk; retrying
+after a failure at any line is right.
+Cost: one read of the slot, one write and fsync per file; a few listings per second while nodes wait for each other.
+
+    incarnation-3/0000001500/                      the files of all nodes
+    incarnation-3/part-0000001500-1.json           node 1 has written its files: these, with these checksums
+    incarnation-3/writer-0000001500-1.json         node 1's service is at work on it; touched while it is
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lingua.checkpoint import layout, publish
+from lingua.checkpoint.publish import CHUNK_BYTES, DamagedError, FileFacts, Manifest
+from lingua.checkpoint.shm.slots import Save
+from lingua.files import DISK, Buffer, Files, RunError, is_plain_file, read_json, write_json
+from lingua.run.lock import Owner, certainly, owner_in, this_process
+
+BEAT_S = 5.0
+LOOK_S = 0.25
+"""Between two looks at what other nodes have written."""
+
+
+class FencedError(RunError):
+    """A newer start of the run has taken the passage away: what this one still holds is not wanted any more."""
+
+
+class NodeMissingError(RunError):
+    """Another node did not write its part of a step."""
+
+
+@dataclass
+class Throttle:
+    """Keeps all threads together at a rate. `limit` may change at any time; None: no limit."""
+
+    limit_bytes_per_s: float | None = None
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    done_bytes: int = 0
+    """Bytes let through so far; whoever watches sees progress by it."""
+    _free_at_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def let_through(self, n_bytes: int) -> None:
+        with self._lock:
+            self.done_bytes += n_bytes
+            if not self.limit_bytes_per_s:
+                return
+            begin_s = max(self._free_at_s, self.now())
+            self._free_at_s = begin_s + n_bytes / self.limit_bytes_per_s
+        while self.limit_bytes_per_s and (wait_s := begin_s - self.now()) > 0:
+            self.sleep(min(wait_s, LOOK_S))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a save goes: the checkpoints of a run, through the passage of the present start."""
+
+    root: Path
+    incarnation: int
+    direct_io: bool = True
+    readback: bool = False
+    threads: int = 4
+    node_timeout_s: float = 1800.0
+    """How long nodes wait for each other's parts."""
+    job: tuple[str, int] = ("", 0)
+    """Slurm job id and how often it was requeued."""
+
+    @property
+    def passage(self) -> Path:
+        return layout.passage(self.root, self.incarnation)
+
+    def folder(self, step: int) -> Path:
+        return layout.coming(layout.folder(self.root, step), self.incarnation)
+
+    def part_file(self, step: int, node: int) -> Path:
+        return self.passage / f"part-{layout.step_name(step)}-{node}.json"
+
+    def writer_file(self, step: int, node: int) -> Path:
+        return self.passage / f"writer-{layout.step_name(step)}-{node}.json"
+
+
+@contextmanager
+def at_work(target: Target, save: Save, *, files: Files = DISK) -> Iterator[None]:
+    """Show by a file that is touched again and again that somebody works on a step. Raises OSError."""
+    path = target.writer_file(save.step, save.node)
+    write_json(path, asdict(this_process(*target.job)), files=files)
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_S):
+            with suppress(OSError):  # the writing itself tells what is wrong with the disk
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, name="writer-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with suppress(OSError):
+            files.remove(path)
+
+
+def busy_writers(root: Path, before: int, me: Owner) -> dict[Path, tuple[float, bool | None]]:
+    """Services of starts before `before` that say they are at work -> (last beat, surely alive; None: unknown)."""
+    found: dict[Path, tuple[float, bool | None]] = {}
+    for incarnation, passage in layout.passages(root):
+        if incarnation >= before:
+            continue
+        for path in passage.glob("writer-*.json"):
+            with suppress(OSError, RunError):  # it is just being removed
+                alive = certainly(owner_in(read_json(path)), me)
+                if alive is not False:
+                    found[path] = (path.stat().st_mtime, alive)
+    return found
+
+
+def write_files(
+    slot: Path, facts: Manifest, step: int, target: Target, throttle: Throttle, files: Files = DISK
+) -> None:
+    """Write this node's files of a step and make them durable.
+
+    Raises OSError when the disk fails, DamagedError when the slot does not hold what its ranks said, FencedError.
+    """
+    folder = target.folder(step)
+    try:
+        files.mkdir(folder)
+    except FileNotFoundError:
+        raise why_missing(target) from None
+
+    def write(item: tuple[str, FileFacts, mmap.mmap | bytes]) -> tuple[int, Path, FileFacts]:
+        name, expected, content = item
+        parts = _chunks(memoryview(content), throttle)
+        descriptor, written = publish.write_unsynced(folder / name, parts, direct_io=target.direct_io, files=files)
+        if written != expected:
+            files.close(descriptor)
+            raise DamagedError(f"{slot / name} was changed after it was staged")
+        return descriptor, folder / name, written
+
+    opened = [(name, fact, _map(slot / name, fact)) for name, fact in facts.items()]  # also where names vanish later
+    largest_first = sorted(opened, key=lambda item: -item[1].size_bytes)
+    with ThreadPoolExecutor(max_workers=target.threads, initializer=_step_back) as pool:
+        writing = [pool.submit(write, item) for item in largest_first]
+    unsynced = [future.result() for future in writing if future.exception() is None]
+    try:
+        for future in writing:
+            future.result()
+        while unsynced:  # one at a time: side by side they took twice as long on ext4
+            publish.sync_written(*unsynced.pop(), readback=target.readback, files=files)
+    finally:
+        for descriptor, *_ in unsynced:
+            files.close(descriptor)
+    files.fsync_dir(folder)
+
+
+def _step_back() -> None:
+    """This thread computes only where nobody else wants the core (on Linux a thread has a niceness of its own)."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _map(path: Path, fact: FileFacts) -> mmap.mmap | bytes:
+    if not is_plain_file(path) or path.stat().st_size < fact.size_bytes:  # a small file's is longer: reserved
+        raise DamagedError(f"{path} is not the file that was staged")
+    if fact.size_bytes == 0:
+        return b""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return mmap.mmap(descriptor, fact.size_bytes, prot=mmap.PROT_READ)
+    finally:
+        os.close(descriptor)
+
+
+def _chunks(content: memoryview, throttle: Throttle) -> Iterator[Buffer]:
+    for start in range(0, len(content), CHUNK_BYTES):
+        chunk = content[start : start + CHUNK_BYTES]
+        throttle.let_through(len(chunk))
+        yield chunk
+
+
+def why_missing(target: Target) -> Exception:
+    """What it means that a name in the passage was not found."""
+    if target.root.exists() and not target.passage.exists():
+        return FencedError(f"{target.passage} is gone: a newer start of this run has begun")
+    return FileNotFoundError(2, "the run's folder is gone", str(target.root))
+
+
+def is_published(save: Save, target: Target, *, files: Files = DISK) -> bool:
+    """Whether a step is there already; one that lacked but its last rename, when a service of this start died, gets it.
+
+    Raises OSError.
+    """
+    if save.node == 0:
+        publish.resume(target.root, save.step, target.incarnation, files=files)
+    if not layout.done_mark(target.root, save.step).exists():
+        return False
+    files.fsync_dir(target.root)
+    return True
+
+
+def publish_step(
+    save: Save,
+    facts: Manifest,
+    target: Target,
+    seconds: Callable[[], float],
+    *,
+    files: Files = DISK,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Publish a step whose files of this node are written; with several nodes, wait for them or for node 0.
+
+    Returns whether it was this node that published. Raises OSError, FencedError, NodeMissingError.
+    """
+    if save.n_nodes > 1 and not has_part(save, facts, target):
+        _say_part(save, target, {"files": {name: asdict(fact) for name, fact in facts.items()}}, files)
+    if save.node > 0:
+        _await_mark(save, target, sleep)
+        return False
+    everything = facts if save.n_nodes == 1 else _await_parts(save, target, sleep)
+    publish.publish(target.root, save.step, target.incarnation, everything, seconds=seconds(), files=files)
+    _remove_parts(save, target, range(save.n_nodes), files)
+    return True
+
+
+def _loss_in(path: Path) -> str | None:
+    """Why a node will not have its part of a step; None: it has not said so."""
+    part = _said_in(path)
+    return part.get("lost") if part else None
+
+
+def _said_in(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except (FileNotFoundError, RunError):  # not there, or not readable: a crash of the file server may cut it short
+        return None
+
+
+def _say_part(save: Save, target: Target, what: dict[str, Any], files: Files) -> None:
+    part = {"incarnation": save.incarnation, "step": save.step, **what}
+    write_json(target.part_file(save.step, save.node), part, files=files)
+
+
+def has_part(save: Save, facts: Manifest, target: Target) -> bool:
+    """Whether this node has said already that its files are written. Then nobody may touch them any more.
+
+    Raises NodeMissingError when there will be no such step.
+    """
+    if save.n_nodes == 1:
+        return False
+    _read_part(save, target, 0)
+    return _read_part(save, target, save.node) == facts
+
+
+def _await_parts(save: Save, target: Target, sleep: Callable[[float], None]) -> Manifest:
+    everything: Manifest = {}
+    missing = set(range(save.n_nodes))
+    for _ in range(int(target.node_timeout_s / LOOK_S) + 1):
+        for node in sorted(missing):
+            part_facts = _read_part(save, target, node)
+            if part_facts is not None:
+                everything |= part_facts
+                missing.discard(node)
+        if not missing:
+            return everything
+        if not target.passage.exists():
+            raise why_missing(target)
+        sleep(LOOK_S)
+    raise NodeMissingError(
+        f"node {min(missing)} of {save.n_nodes} has not written its part of checkpoint {save.step} within "
+        f"{target.node_timeout_s:.0f} s"
+    )
+
+
+def _read_part(save: Save, target: Target, node: int) -> Manifest | None:
+    part = _said_in(target.part_file(save.step, node))
+    if part is None or (part["incarnation"], part["step"]) != (save.incarnation, save.step):
+        return None  # or of a save with the same number that an older start of this run left behind
+    if "lost" in part:
+        raise NodeMissingError(f"on node {node}, {part['lost']}")
+    return {name: FileFacts(**fact) for name, fact in part["files"].items()}
+
+
+def _await_mark(save: Save, target: Target, sleep: Callable[[float], None]) -> None:
+    mark = layout.done_mark(target.root, save.step)
+    for _ in range(int(2 * target.node_timeout_s / LOOK_S) + 1):  # longer than node 0 waits for us
+        if mark.exists():
+            return
+        is_settled = not target.part_file(save.step, save.node).exists()
+        if not target.passage.exists():
+            raise why_missing(target)
+        _read_part(save, target, 0)  # raises if node 0 has given up
+        if is_settled:
+            return  # published, and by now given up by retention
+        sleep(LOOK_S)
+    raise NodeMissingError(f"node 0 has not published checkpoint {save.step} within {2 * target.node_timeout_s:.0f} s")
+
+
+def clear_away(save: Save, facts: Manifest, target: Target, *, files: Files = DISK) -> None:
+    """Remove what a failed attempt of this node has left, before the next one; what other nodes wrote stays.
+
+    Raises OSError.
+    """
+    if layout.done_mark(target.root, save.step).exists():
+        return  # published; only the last fsync has failed
+    if save.n_nodes == 1:
+        publish.abandon(target.root, save.step, target.incarnation, files=files)
+    elif not target.part_file(save.step, save.node).exists():
+        _remove_own(save, facts, target, files)
+
+
+def give_up(save: Save, facts: Manifest, target: Target, why: str, *, files: Files = DISK) -> None:
+    """There will be no such step: tell the other nodes. Node 0 clears for all. Raises OSError."""
+    if save.n_nodes > 1:
+        _say_part(save, target, {"lost": why}, files)
+    if save.node == 0:
+        publish.abandon(target.root, save.step, target.incarnation, files=files)
+        _remove_parts(save, target, range(1, save.n_nodes), files)
+    elif _loss_in(target.part_file(save.step, 0)):  # only then: else node 0 may still publish what we have written
+        _remove_own(save, facts, target, files)
+
+
+def _remove_own(save: Save, facts: Manifest, target: Target, files: Files) -> None:
+    for name in facts:
+        with suppress(FileNotFoundError):
+            files.remove(target.folder(save.step) / name)
+
+
+def _remove_parts(save: Save, target: Target, nodes: Iterable[int], files: Files) -> None:
+    for node in nodes if save.n_nodes > 1 else ():
+        with suppress(FileNotFoundError):
+            files.remove(target.part_file(save.step, node))

@@ -1,0 +1,299 @@
+"""Staging: this rank's tensors into its files of a slot, by one memory copy per tensor.
+
+Promise: the bytes in a slot are those of the tensors at the moment of the call, and they are the final bytes of the
+files; `ready` is said only after all of them have been hashed. On a GPU the copies run on a stream of their own while
+the next forward and backward do; `before_update` makes the optimizer wait for them, and what a forward may change
+(buffers) is copied before it starts.
+Cost: the caller waits for the copy at memory speed (GPU: for its launch). Allocation, first touch, pinning and hashing
+happen in a thread. Memory: the slots, and nothing beside them: a save writes only what was allocated before.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.tensor import DTensor
+
+from lingua.checkpoint import layout
+from lingua.checkpoint.dcp import FilePlan, WritePlan
+from lingua.checkpoint.publish import FileFacts, Manifest
+from lingua.checkpoint.shm.slots import Region, Save, Slot
+from lingua.files import DISK, Files
+
+STRETCH_BYTES = 64 << 20
+"""Allocated, and touched, between two chances to stop."""
+HASH_BYTES = 16 << 20
+SMALL_BYTES = 1 << 20
+"""A rank's JSON gets room in multiples of this, since it grows from save to save."""
+PAGE_BYTES = 4096
+
+
+class SlotFile:
+    """One file of one slot, mapped into this process."""
+
+    def __init__(self, slot: Slot, plan: FilePlan, device: torch.device, closing: threading.Event) -> None:
+        """Allocate, touch, write the constant parts and pin. Raises OSError: no room, not our file, or `closing`."""
+        self.plan = plan
+        self._targets: dict[int, Tensor] = {}
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(slot.folder / plan.name, flags, 0o600)
+        try:
+            facts = os.fstat(descriptor)
+            if facts.st_uid != os.getuid() or facts.st_nlink != 1:
+                raise PermissionError(errno.EPERM, "not a file of ours", str(slot.folder / plan.name))
+            if facts.st_size > plan.size_bytes:
+                os.ftruncate(descriptor, plan.size_bytes)
+            for start in range(0, plan.size_bytes, STRETCH_BYTES):
+                _go_on(closing)  # a hole in a full /dev/shm would be a SIGBUS later
+                os.posix_fallocate(descriptor, start, min(STRETCH_BYTES, plan.size_bytes - start))
+            self._map = mmap.mmap(descriptor, plan.size_bytes)
+        finally:
+            os.close(descriptor)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        for start in range(0, plan.size_bytes, STRETCH_BYTES):
+            _go_on(closing)
+            self.bytes[start : start + STRETCH_BYTES : PAGE_BYTES].fill_(0)
+        for part in plan.parts:
+            if part.constant is not None:
+                self._map[part.offset : part.offset + part.size_bytes] = part.constant
+        self._pinned = device.type == "cuda" and _pin(self.bytes)
+
+    def target(self, part_number: int, source: Tensor) -> Tensor:
+        """Where the bytes of a part lie, seen as a tensor like `source`."""
+        if part_number not in self._targets:
+            part = self.plan.parts[part_number]
+            assert source.numel() * source.element_size() == part.size_bytes, f"{part.index} changed its size"
+            stretch = self.bytes[part.offset : part.offset + part.size_bytes]
+            self._targets[part_number] = stretch.view(source.dtype).view(source.shape)
+        return self._targets[part_number]
+
+    def facts(self) -> FileFacts:
+        digest, content = xxhash.xxh3_128(), memoryview(self._map)
+        for start in range(0, len(content), HASH_BYTES):
+            digest.update(content[start : start + HASH_BYTES])
+        content.release()
+        return FileFacts(self.plan.size_bytes, digest.hexdigest())
+
+    def close(self) -> None:
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())  # pyright: ignore[reportOptionalMemberAccess]
+            self._pinned = False
+
+
+def _go_on(closing: threading.Event) -> None:
+    if closing.is_set():
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+
+def _pin(memory: Tensor) -> bool:
+    """Let the GPU copy into this memory directly. Whether it is so now; without, copies are slower but right."""
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # pyright: ignore[reportOptionalMemberAccess]
+    return int(code) == 0
+
+
+@dataclass
+class _Staging:
+    """A snapshot on its way into a slot."""
+
+    slot: Slot
+    save: Save
+    small: dict[str, bytes]
+    copied: Callable[[], None]
+    """Returns once all copies are there."""
+
+
+class Stager:
+    """The slots of a node, as one rank fills them."""
+
+    def __init__(
+        self, region: Region, rank: int, plan: WritePlan, *, device: torch.device, files: Files = DISK
+    ) -> None:
+        self._region, self._rank, self._plan, self._files = region, rank, plan, files
+        self._device = device
+        self._slots: dict[int, list[SlotFile]] = {}
+        self._known_pairs: dict[int, tuple[list[int], list[tuple[Tensor, Tensor]]]] = {}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage")
+        self._allocating: Future[None] | None = None
+        self._hashing: Future[None] | None = None
+        self._in_flight: torch.cuda.Event | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._failed: OSError | None = None
+        self._closing = threading.Event()
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, n_slots: int) -> None:
+        """Begin to allocate, touch and pin this rank's files in the first `n_slots` slots of the region."""
+        self._allocating = self._worker.submit(self._allocate, n_slots)
+
+    def _allocate(self, n_slots: int) -> None:
+        """In a thread. A slot for which there is no room is left out."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread begins with device 0
+        for number in range(n_slots):
+            slot, files = self._region.slot(number), []
+            try:
+                for plan in self._plan.files:
+                    files.append(SlotFile(slot, plan, self._device, self._closing))
+                for name, size_bytes in self._small_files().items():
+                    self._files.close(self._files.reserve(slot.folder / name, size_bytes))
+                slot.ready(self._rank).reserve(files=self._files)
+            except OSError as error:
+                self._failed = error
+                self._give_back(slot, files)
+                return
+            self._slots[number] = files
+
+    def _give_back(self, slot: Slot, files: list[SlotFile]) -> None:
+        """A slot that lacks a part will not be used: free its memory."""
+        for file in files:
+            file.close()
+        for path in [slot.ready_file(self._rank), *(slot.folder / name for name in self.names)]:
+            with suppress(OSError):
+                self._files.remove(path)
+
+    def usable_slots(self) -> tuple[set[int], OSError | None]:
+        """Numbers of the slots that are allocated, and once, why the next one is not. Waits for the allocation."""
+        if self._allocating is not None:
+            self._allocating.result()
+            self._allocating = None
+        failed, self._failed = self._failed, None
+        return set(self._slots), failed
+
+    @property
+    def names(self) -> set[str]:
+        """Files that this rank keeps in each slot."""
+        return {file.name for file in self._plan.files} | set(self._small_files())
+
+    def _small_files(self) -> dict[str, int]:
+        """Names of this rank's further files, and how much room they get."""
+        metadata = self._plan.metadata
+        return {layout.train_state_file(self._rank): SMALL_BYTES} | (
+            {} if metadata is None else {layout.METADATA: len(metadata)}
+        )
+
+    # -- one save --------------------------------------------------------------------------------------------------
+
+    def fill(self, number: int, save: Save, tensors: dict[str, Tensor], scalars: bytes, model: nn.Module) -> None:
+        """Copy the tensors' present values into a slot. The hash follows in a thread, then `ready` is said."""
+        slot = self._region.slot(number)
+        try:
+            slot.say_unready(self._rank, files=self._files)
+        except OSError as error:  # told by `wait_until_ready`, as all that goes wrong with the memory
+            self._hashing = Future()
+            self._hashing.set_exception(error)
+            return
+        pairs = self._pairs(number, tensors)
+        small = {layout.train_state_file(self._rank): scalars}
+        if self._plan.metadata is not None:
+            small[layout.METADATA] = self._plan.metadata
+        if self._stream is None:
+            for target, source in pairs:
+                target.copy_(source)
+            copied = _nothing
+        else:
+            copied = self._copy_on_stream(pairs, model)
+        self._hashing = self._worker.submit(self._finish, _Staging(slot, save, small, copied))
+
+    def _pairs(self, number: int, tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(where to, what) for every part; looked up anew only when a tensor lies elsewhere than at the last save."""
+        places = [_place(tensor) for tensor in tensors.values()]
+        known = self._known_pairs.get(number)
+        if known is not None and known[0] == places:
+            return known[1]
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        planner.set_up_planner(dict(tensors))
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for file in self._slots[number]:
+            for part_number, part in enumerate(file.plan.parts):
+                if part.index is not None:
+                    source: Any = planner.lookup_object(part.index).detach()
+                    pairs.append((file.target(part_number, source), source))
+        self._known_pairs[number] = (places, pairs)  # holds the tensors, so that nothing else comes to lie there
+        return pairs
+
+    def _copy_on_stream(self, pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Callable[[], None]:
+        assert self._stream is not None
+        current = torch.cuda.current_stream(self._device)
+        changed_by_forward = {buffer.data_ptr() for buffer in model.buffers()}
+        event = torch.cuda.Event()
+        for target, source in pairs:
+            if source.data_ptr() in changed_by_forward or source.device.type == "cpu":
+                target.copy_(source, non_blocking=True)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                if source.data_ptr() not in changed_by_forward and source.device.type != "cpu":
+                    target.copy_(source, non_blocking=True)
+            event.record()
+        self._in_flight = event
+        return event.synchronize
+
+    def before_update(self) -> None:
+        """Call before parameters or optimizer state change: the device waits until they are copied."""
+        if self._in_flight is not None:
+            self._in_flight.wait(torch.cuda.current_stream(self._device))
+            self._in_flight = None
+
+    def _finish(self, staging: _Staging) -> None:
+        """In a thread: hash what was copied and say that this rank's part is ready."""
+        staging.copied()
+        facts: Manifest = {file.plan.name: file.facts() for file in self._slots[staging.slot.number]}
+        for name, content in staging.small.items():
+            facts[name] = self._write_small(staging.slot, name, content)
+        staging.slot.say_ready(self._rank, staging.save, facts, files=self._files)
+
+    def _write_small(self, slot: Slot, name: str, content: bytes) -> FileFacts:
+        room_bytes = self._small_files()[name]
+        if len(content) > room_bytes:
+            room_bytes = -(-len(content) // SMALL_BYTES) * SMALL_BYTES
+        descriptor = self._files.reserve(slot.folder / name, room_bytes)
+        try:
+            self._files.write(descriptor, content)
+        finally:
+            self._files.close(descriptor)
+        return FileFacts(len(content), xxhash.xxh3_128_hexdigest(content))
+
+    def wait_until_ready(self) -> OSError | None:
+        """Wait for the thread's part of the last save; why it failed, if memory was the reason."""
+        if self._hashing is None:
+            return None
+        try:
+            self._hashing.result()
+        except OSError as error:
+            return error
+        finally:
+            self._hashing = None
+        return None
+
+    def close(self) -> None:
+        """Wait for the thread and let go of the slots; what they hold stays."""
+        self._closing.set()
+        self._worker.shutdown(wait=True)
+        for files in self._slots.values():
+            for file in files:
+                file.close()
+        self._slots.clear()
+        self._known_pairs.clear()
+
+
+def _place(tensor: Tensor) -> int:
+    """Where this rank's part of a tensor lies."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() costs a view
+    return local.data_ptr()
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,132 @@
+"""The synchronous way of a checkpoint: every rank writes its files to the disk and waits, then rank 0 publishes.
+
+Promise: a failure costs that checkpoint only; its remains are removed and all ranks hear the reason, with its errno.
+Cost: the caller waits for hashing, writing and fsync of this rank's share, and for two small collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lingua.checkpoint import dcp, layout, publish
+from lingua.checkpoint.publish import Manifest, disk_error
+from lingua.checkpoint.state import TrainState, scalars_json
+from lingua.distributed.process_group import Ranks
+from lingua.files import DiskError, Files, RunError
+from lingua.run.failure import RankError, carried, classify
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one rank has to say about its files."""
+
+    facts: Manifest
+    error: RunError | None = None
+    is_bug: bool = False
+    """Not the disk's fault: nothing that a later save would do better."""
+
+
+@dataclass
+class DirectWriter:
+    """Writes and publishes checkpoints of one run."""
+
+    root: Path
+    incarnation: int
+    ranks: Ranks
+    files: Files
+    direct_io: bool
+    readback: bool
+    check_owner: Callable[[], None]
+    """On rank 0: raises RunError when a newer start owns the run."""
+
+    def save(
+        self,
+        step: int,
+        plan: dcp.WritePlan,
+        state: TrainState,
+        tensors: dict[str, Tensor],
+        total_bytes: int,
+        *,
+        again: bool = False,
+    ) -> tuple[RunError | None, int]:
+        """(why there is no checkpoint, or None; its bytes). Collective. Raises RunError for a bug on any rank.
+
+        `again`: this start has just tried and failed; where only the last words were missing, these are said.
+        """
+        started = time.perf_counter()
+        if again:
+            try:
+                if self.ranks.from_main(lambda: self._is_published(step)):
+                    return None, total_bytes
+            except DiskError as error:  # on all ranks; to write now would set aside what may lack but its mark
+                return error, 0
+        written = self.ranks.gather(self._write(step, plan, state, tensors, total_bytes))
+        error = self.ranks.from_main(lambda: self._publish(step, written, started, total_bytes))
+        if error is not None and any(of_rank.is_bug for of_rank in written):
+            raise error
+        return error, sum(fact.size_bytes for of_rank in written for fact in of_rank.facts.values())
+
+    def _is_published(self, step: int) -> bool:
+        """On rank 0: whether the step is there after all, since clearing away what failed has failed too."""
+        publish.resume(self.root, step, self.incarnation, files=self.files)
+        if not layout.done_mark(self.root, step).exists():
+            return False
+        self.files.fsync_dir(self.root)
+        return publish.incarnation_of(self.root, step) == self.incarnation
+
+    def _write(
+        self, step: int, plan: dcp.WritePlan, state: TrainState, tensors: dict[str, Tensor], total_bytes: int
+    ) -> _Written:
+        """Write this rank's files. Raises nothing: the others must hear what went wrong."""
+        folder = layout.coming(layout.folder(self.root, step), self.incarnation)
+        facts: Manifest = {}
+        try:
+            self.files.mkdir(folder)
+            for file in plan.files:
+                content = dcp.file_content(file, tensors)
+                facts[file.name] = publish.write_hashed(
+                    folder / file.name,
+                    publish.in_pages(content) if self.direct_io else content,
+                    direct_io=self.direct_io,
+                    readback=self.readback,
+                    files=self.files,
+                )
+            small = {layout.train_state_file(self.ranks.rank): scalars_json(state, self.ranks.rank, self.ranks.size)}
+            if plan.metadata is not None:
+                small[layout.METADATA] = plan.metadata
+            for name, content in small.items():
+                facts[name] = publish.write_hashed(folder / name, [content], readback=self.readback, files=self.files)
+            self.files.fsync_dir(folder)
+        except OSError as error:
+            return _Written(facts, disk_error(error, self.root, total_bytes))
+        except Exception as error:
+            told = RankError(f"rank {self.ranks.rank} failed:\n{traceback.format_exc()}", classify(error))
+            return _Written(facts, told, is_bug=True)
+        return _Written(facts)
+
+    def _publish(self, step: int, written: list[_Written], started: float, total_bytes: int) -> RunError | None:
+        """On rank 0, with every rank's facts: publish, or clear away; returns what went wrong."""
+        problem = next((of_rank.error for of_rank in written if of_rank.error is not None), None)
+        if problem is None:
+            facts = {name: fact for of_rank in written for name, fact in of_rank.facts.items()}
+            try:
+                self.check_owner()
+                seconds = time.perf_counter() - started
+                publish.publish(self.root, step, self.incarnation, facts, seconds=seconds, files=self.files)
+                return None
+            except OSError as error:
+                problem = disk_error(error, self.root, total_bytes)
+            except RunError:
+                publish.abandon(self.root, step, self.incarnation, files=self.files)
+                raise
+        publish.abandon(self.root, step, self.incarnation, files=self.files)
+        return carried(problem, f"checkpoint {step} is lost, older ones are untouched: {problem}")

@@ -1,0 +1,150 @@
+"""A published checkpoint, copied to another folder and published there. Torch-free.
+
+Promise: the copy exists whole or not at all: what is read is hashed while it is written and compared with the manifest,
+and the mark comes last, as for every checkpoint. Killed anywhere, the same command clears what is left and begins
+again. Retention keeps the original meanwhile, if its run may be written to; if not, a copy that it overtakes fails.
+Cost: one pass over the bytes.
+
+The folder that receives looks like a run: config.yaml, checkpoints/; so everything that takes a run takes the copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lingua.checkpoint import layout, publish
+from lingua.checkpoint.lookup import Checkpoint, root_of
+from lingua.checkpoint.pins import pinned
+from lingua.checkpoint.publish import DamagedError, Manifest
+from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_frozen
+from lingua.files import DISK, Buffer, Files, RunError, free_bytes, human_bytes, write_whole
+from lingua.run.lock import RunLock, this_process
+from lingua.slurm import this_job
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 4 << 20
+
+
+def copy_checkpoint(
+    source: Checkpoint,
+    target_dir: Path,
+    *,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+    files: Files = DISK,
+) -> Path:
+    """Copy a run's checkpoint to `target_dir`; returns the folder there, also of a copy that is there already.
+
+    Raises DamagedError when the source is not what it was written as, RunError and OSError otherwise.
+    """
+    root, step, run_dir = source.root, source.step, source.run_dir
+    if root is None or step is None or run_dir is None:
+        raise RunError(f"{source} is not in a run; copy a folder that has travelled by other means")
+    config = travelling_config(run_dir)
+    _check_target(target_dir, config)
+    facts = source.manifest()
+    needed, free = sum(fact.size_bytes for fact in facts.values()), free_bytes(target_dir)
+    if free < needed:
+        raise RunError(f"{target_dir} has {human_bytes(free)} free, the checkpoint takes {human_bytes(needed)}")
+    with RunLock(target_dir, this_process(*this_job(os.environ))) as lock, pinned(root, step, "copy") as renew:
+        target_root = target_dir / layout.CHECKPOINTS
+        target_root.mkdir(exist_ok=True)
+        publish.open_passage(target_root, lock.incarnation, files=files)
+        if not _is_there(target_root, step, facts):
+            began_s = time.monotonic()
+            try:
+                coming = layout.coming(layout.folder(target_root, step), lock.incarnation)
+                _copy_files(source, coming, advance, renew, files)
+                if config is not None:
+                    write_whole(target_dir / CONFIG_FILE, dump_yaml(config), files=files)
+                lock.check()
+                seconds = time.monotonic() - began_s
+                publish.publish(target_root, step, lock.incarnation, facts, seconds=seconds, files=files)
+            except BaseException:
+                publish.abandon(target_root, step, lock.incarnation, files=files)
+                raise
+        files.rmdir(layout.passage(target_root, lock.incarnation))
+    return layout.folder(target_root, step)
+
+
+def _is_there(root: Path, step: int, facts: Manifest) -> bool:
+    if not layout.done_mark(root, step).exists():
+        return False
+    if publish.read_marked_manifest(root, step) != facts:
+        raise RunError(f"{root} has another checkpoint of step {step}; choose another folder")
+    return True
+
+
+def _copy_files(
+    source: Checkpoint,
+    folder: Path,
+    advance: Callable[[int], object],
+    renew: Callable[[], None],
+    files: Files,
+) -> None:
+    files.mkdir(folder)
+    for name, fact in sorted(source.manifest().items()):
+        if publish.write_hashed(folder / name, _chunks(source, name, advance), files=files) != fact:
+            raise DamagedError(f"{source.folder / name} does not have the content it was written with")
+        renew()
+
+
+def copy_newest(
+    candidates: Sequence[Checkpoint],
+    target_dir: Path,
+    *,
+    begin: Callable[[Checkpoint], object] = lambda checkpoint: None,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> Path:
+    """Copy the first of these that is not damaged; `begin` hears of each that is tried. Raises as copy_checkpoint."""
+    for checkpoint in candidates:
+        begin(checkpoint)
+        try:
+            return copy_checkpoint(checkpoint, target_dir, advance=advance)
+        except DamagedError as error:
+            if checkpoint is candidates[-1]:
+                raise
+            log.warning("%s is damaged and passed over: %s", checkpoint, error)
+    raise RunError("there is no checkpoint to copy")
+
+
+def travelling_config(run_dir: Path) -> dict[str, Any] | None:
+    """The frozen config, for a folder whose checkpoints lie in it whatever `checkpoint.path` says."""
+    config = read_frozen(run_dir)
+    if config is not None and isinstance(config.get("checkpoint"), dict):
+        config["checkpoint"] = {**config["checkpoint"], "path": None}
+    return config
+
+
+def _check_target(target_dir: Path, config: dict[str, Any] | None) -> None:
+    if (target_dir / "run.sh").exists():
+        raise RunError(f"{target_dir} is a run that was trained in that folder; choose another one to copy to")
+    there = read_frozen(target_dir)
+    if there is not None and there.get("dump_dir") != (config or {}).get("dump_dir"):
+        raise RunError(f"{target_dir} holds copies from another run, {there.get('dump_dir')}; choose another folder")
+    if there is not None and root_of(target_dir) != target_dir / layout.CHECKPOINTS:
+        raise RunError(f"{target_dir} keeps its checkpoints in {root_of(target_dir)}; choose another folder")
+
+
+def chunks(path: Path, advance: Callable[[int], object]) -> Iterator[Buffer]:
+    """The bytes of a file; each piece holds until the next is asked for."""
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while n_read := file.readinto(buffer):
+            yield buffer[:n_read]
+            advance(n_read)
+
+
+def _chunks(source: Checkpoint, name: str, advance: Callable[[int], object]) -> Iterator[Buffer]:
+    try:
+        yield from chunks(source.folder / name, advance)
+    except FileNotFoundError:
+        raise RunError(
+            f"{source.folder / name} is gone: the run's retention has deleted step {source.step} meanwhile; "
+            "copy another step"
+        ) from None

@@ -1,0 +1,101 @@
+"""What needs the values of a checkpoint's tensors: comparing two, and making one file of the model's weights.
+
+Promise: nothing is executed; `consolidated.pth` appears whole or not at all, and stock `torch.load(weights_only=True)`
+opens it, mapped if asked. (The zip checksums in it say nothing; torch does not look at them.)
+Cost: each byte is read once. Memory: a few tensors at a time; the file is written through a map of itself.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lingua.checkpoint import dcp
+from lingua.checkpoint.metadata import TensorFacts
+from lingua.files import DISK, RunError
+
+BATCH_BYTES = 256 << 20
+CONSOLIDATED = "consolidated.pth"
+
+
+def batches(facts: Mapping[str, TensorFacts]) -> Iterator[list[str]]:
+    """The names, in order, cut into lists of about BATCH_BYTES each: as much as is read at once."""
+    batch, n_bytes = [], 0
+    for name, fact in facts.items():
+        if batch and n_bytes + fact.size_bytes > BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+        batch.append(name)
+        n_bytes += fact.size_bytes
+    if batch:
+        yield batch
+
+
+def largest_differences(
+    a: Path, b: Path, facts: Mapping[str, TensorFacts], advance: Callable[[int], object] = lambda n_bytes: None
+) -> Iterator[tuple[str, float]]:
+    """(name, largest absolute difference) of the tensors `facts`, which both have alike; 0.0: bitwise equal."""
+    for names in batches(facts):
+        here, there = (_read(folder, {name: facts[name] for name in names}) for folder in (a, b))
+        for name in names:
+            yield name, _largest(here[name], there[name])
+            advance(facts[name].size_bytes)
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    if torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
+        return 0.0
+    return float((a.double() - b.double()).abs().max())
+
+
+def _read(folder: Path, facts: Mapping[str, TensorFacts]) -> dict[str, Tensor]:
+    tensors = {name: torch.empty(fact.shape, dtype=_dtype(fact)) for name, fact in facts.items()}
+    dcp.read_into(folder, tensors)
+    return tensors
+
+
+def _dtype(fact: TensorFacts) -> torch.dtype:
+    return getattr(torch, fact.dtype)
+
+
+def consolidate(
+    folder: Path,
+    facts: Mapping[str, TensorFacts],
+    target: Path,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> int:
+    """Write the model's weights among `facts` to one torch file `{"model": {name: tensor}}`; returns its bytes.
+
+    Raises RunError when there are none.
+    """
+    weights = {name: fact for name, fact in facts.items() if name.startswith("model.")}
+    if not weights:
+        raise RunError(f"{folder} holds no tensor of a model (none is called model.*)")
+    temporary = target.with_name(f".{target.name}.tmp")
+    with temporary.open("wb") as file, torch.serialization.skip_data():  # laid out as torch.save would, without values
+        torch.save({"model": _empty(weights)}, file)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
+    for names in batches({name: fact for name, fact in weights.items() if fact.same_as is None}):
+        dcp.read_into(folder, {name: mapped[name.removeprefix("model.")] for name in names})
+        advance(sum(weights[name].size_bytes for name in names))
+    del mapped
+    _make_durable(temporary, target)
+    return target.stat().st_size
+
+
+def _empty(weights: Mapping[str, TensorFacts]) -> dict[str, Tensor]:
+    """Tensors without values, tied ones shared: their memory is never touched."""
+    own = {name: torch.empty(fact.shape, dtype=_dtype(fact)) for name, fact in weights.items() if fact.same_as is None}
+    return {name.removeprefix("model."): own[fact.same_as or name] for name, fact in weights.items()}
+
+
+def _make_durable(temporary: Path, target: Path) -> None:
+    with temporary.open("rb+") as file:
+        DISK.fsync(file.fileno())
+    DISK.rename(temporary, target)
+    DISK.fsync_dir(target.parent)

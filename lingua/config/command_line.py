@@ -1,0 +1,200 @@
+"""Where words of a command line come in and an exit code goes out; every entry point uses these few functions.
+
+Promise: what a person can mend is one clear sentence and no traceback, unless `--debug` or LINGUA_DEBUG=1 asks for
+it. Exit code 2: the config or the command line is wrong and nothing was touched; 1: anything else that failed.
+Cost: imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import difflib
+import importlib
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from lingua.config.keys.train import TrainArgs
+    from lingua.config.yaml_layers import Point
+
+DEFAULT_APP = "apps.main"
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 2
+EXIT_INTERRUPTED = 130
+EXIT_HOOKS_S = 5.0
+"""How long packages may take to clean up when a process leaves."""
+
+
+@dataclass
+class CommandLine:
+    """The words of a command line, sorted."""
+
+    config: str | None = None
+    overlays: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    flags: dict[str, str | bool] = field(default_factory=dict)
+    """`--accept-change` -> True, `--world-size=8` -> "8"."""
+    point: Point | None = None
+    """A point of a sweep: values on top of everything, and the block `grid` is no part of the config."""
+
+    @property
+    def typed(self) -> list[str]:
+        """The words, flags left out."""
+        config = [] if self.config is None else [self.config]
+        return [*config, *(f"+{overlay}" for overlay in self.overlays), *self.overrides]
+
+    @property
+    def debug(self) -> bool:
+        return bool(self.flags.get("debug"))
+
+
+def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> CommandLine:
+    """Sort words: a bare path or `config=x.yaml`, `+overlay.yaml`, `a.b=value`, `--flag` of the given names.
+
+    Raises ConfigError. `--debug` and `--help` are known everywhere; `script=apps.mine.train` reads as `app=apps.mine`.
+    """
+    from lingua.config.base import ConfigError
+
+    line, wrong = CommandLine(), []
+    known = ["debug", "help", *flags]
+    for word in words:
+        name, has_value, value = word.lstrip("-").partition("=")
+        if word.startswith("-"):
+            name = {"h": "help"}.get(name, name)
+            if word.startswith("---") or name not in known:
+                near = difflib.get_close_matches(name, known, 1) or known
+                wrong.append(f"command line: unknown option {word}; did you mean --{near[0]}?")
+            line.flags[name] = value if has_value else True
+        elif word.startswith("+"):
+            line.overlays.append(word[1:])
+        elif not has_value or name == "config":
+            path = value if has_value else word
+            if line.config is not None:
+                wrong.append(f"command line: two configs, {line.config} and {path}; write +{path} to stack the second")
+            line.config = path
+        elif name == "script":
+            line.overrides.append(f"app={value.rpartition('.')[0]}")
+        else:
+            line.overrides.append(word)
+    if wrong:
+        raise ConfigError(wrong)
+    return line
+
+
+def with_ckpt(words: Sequence[str]) -> list[str]:
+    """A bare RUN, RUN@STEP or folder reads as `ckpt=`; a config may then stand beside it."""
+    other = re.compile(r"[-+].*|.*=.*|.*\.ya?ml", re.DOTALL)
+    return [word if other.fullmatch(word) else f"ckpt={word}" for word in words]
+
+
+def choose_app(line: CommandLine) -> str:
+    """Package of the app: `app=` says it; else the config, or the run of `ckpt=` or `follow=`, does by its key `app`;
+    else the config by lying in <app>/configs."""
+    said = dict(word.split("=", 1) for word in line.overrides)
+    if "app" in said:
+        return said["app"]
+    config = Path(line.config) if line.config is not None else _config_of_run(said.get("ckpt") or said.get("follow"))
+    if config is None or not config.is_file():
+        return DEFAULT_APP
+    from lingua.config.yaml_layers import read_yaml
+
+    named = read_yaml(config).tree.get("app")
+    if isinstance(named, str):
+        return named
+    for folder in config.resolve().parents:
+        if folder.name == "configs" and (folder.parent / "args.py").is_file():
+            inside = folder.parent.is_relative_to(Path.cwd())
+            return ".".join(folder.parent.relative_to(Path.cwd()).parts) if inside else DEFAULT_APP
+    return DEFAULT_APP
+
+
+def _config_of_run(checkpoint: str | None) -> Path | None:
+    """The frozen config beside or above a checkpoint (<run>/checkpoints/<step>)."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    return next((p for p in (folder / "config.yaml" for folder in (path, *path.parents[:2])) if p.is_file()), None)
+
+
+def app_module(app: str, name: str) -> ModuleType:
+    """Module `name` of an app, `train` say. Raises ConfigError when there is no such app."""
+    from lingua.config.base import ConfigError
+    from lingua.config.compose import see_working_folder
+
+    see_working_folder()
+    module = f"{app}.{name}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise ConfigError(
+            f"app {app} has no module {module} importable from {Path.cwd()}; "
+            f"run in the folder above it, or choose another with app={DEFAULT_APP}"
+        ) from error
+
+
+def app_schema(app: str) -> type[TrainArgs]:
+    """Return the class of an app's config. Raises ConfigError when there is no such app."""
+    return app_module(app, "args").TrainArgs
+
+
+def wants_traceback(words: Sequence[str]) -> bool:
+    return "--debug" in words or os.environ.get("LINGUA_DEBUG", "") not in ("", "0")
+
+
+def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> int:
+    """Call `main(words)`; returns the process's exit code, errors printed as sentences."""
+    try:
+        return main(list(words)) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        code = _exit_code(error)
+        if wants_traceback(words) or code is None:
+            traceback.print_exc()
+        elif code != EXIT_BAD_CONFIG or os.environ.get("RANK", "0") == "0":  # all ranks find the same in a config
+            for sentence in getattr(error, "problems", [str(error) or type(error).__name__]):
+                print(f"error: {sentence}", file=sys.stderr)
+        return code or EXIT_FAILED
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process at once, for a `main` that has closed whatever it opened.
+
+    To take an interpreter with torch apart costs a second of CPU per rank, which a job in its grace may not have: from
+    stop.json to the end of two ranks it was 1.1 s on two idle cores and 10 s on busy ones; like this 0.2 s.
+    """
+    _flush()
+    late = threading.Timer(EXIT_HOOKS_S, os._exit, [exit_code])  # a package may wait for a server, or for ever
+    late.daemon = True
+    late.start()
+    atexit._run_exitfuncs()  # what packages ask for: logging, wandb, multiprocessing
+    _flush()
+    os._exit(exit_code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
+            stream.flush()
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Exit code of an error that is a person's to mend; None for a fault of the program."""
+    from lingua.config.base import ConfigError
+    from lingua.files import RunError
+
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_CONFIG
+    return EXIT_FAILED if isinstance(error, ValueError | OSError | RunError) else None

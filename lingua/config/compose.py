@@ -1,0 +1,377 @@
+"""A config from its files to validated Args: interpolation, paths, plugins, validation, and a sentence per finding.
+
+Promise: whatever is wrong with a config is found here, all of it at once, before a process group, a device or a
+folder is touched; each finding names file, key, value and remedy. Nothing in a config is ever executed.
+Cost: no torch; pydantic and OmegaConf import in about 0.3 s.
+
+`${other.key}`, `${oc.env:NAME,default}`, `${oc.select:key,default}`, `${mul:2,3}` and `${div_up:7,2}` are resolved;
+any other resolver is refused. In keys that hold paths (whose names end in path, dir or folder; dump_base,
+stage_to, use_cache) a leading `~` and every `$NAME` are expanded.
+
+Relative paths are relative to the folder in which the command is run, and stay as written. The Slurm scripts go to
+BASE_DIR first; code that was frozen elsewhere runs with that same working folder, so the paths mean the same there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from lingua.config.base import MOVED, Args, ConfigError, Key, Written, dotted_key, plain, show, unknown_key
+from lingua.config.yaml_layers import (
+    DEFAULT,
+    Layer,
+    Origin,
+    Point,
+    at,
+    has_interpolation,
+    leaves,
+    scalar,
+    stack_layers,
+    unescape,
+)
+
+# -- interpolation and paths ---------------------------------------------------------------------------------------
+
+_RESOLVERS = ("oc.env", "oc.select", "mul", "div_up")
+# What may follow `${`: one of the resolvers, or a plain key. A computed resolver name (`${${a}:...}`) is neither.
+_ALLOWED = re.compile(rf"\s*(?:(?:{'|'.join(map(re.escape, _RESOLVERS))})\s*:|[\w.\[\]-]+\s*\}})")
+# A default without quotes or anything nested.
+_DEFAULT = re.compile(r"(\$\{\s*oc\.(env|select)\s*:[^,${}'\"]*,\s*)([^\s,${}'\"\\]+)(\s*\})")
+_PATH_KEY = re.compile(r"(^|_)(path|dir|folder)$|^(dump_base|stage_to|use_cache)$")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def _resolve(layer: Layer, schema: type[Args]) -> tuple[list[tuple[Key, str]], set[Key]]:
+    """Replace interpolations by their values, in place. Returns (findings, keys that were interpolated)."""
+    texts = {key: value for key, value in leaves(layer.tree) if isinstance(value, str) and "${" in value}
+    found = _interpolate(layer, schema, {key: value for key, value in texts.items() if has_interpolation(value)})
+    for key, value in list(leaves(layer.tree)):  # those that were left out are gone
+        if key in texts and value == texts[key] and not has_interpolation(value):
+            at(layer.tree, key[:-1])[key[-1]] = unescape(value)
+    return found
+
+
+def _interpolate(
+    layer: Layer, schema: type[Args], open_keys: Mapping[Key, str]
+) -> tuple[list[tuple[Key, str]], set[Key]]:
+    findings = []
+    for key, value in open_keys.items():
+        if any(not _ALLOWED.match(rest) for rest in value.split("${")[1:]):
+            what = f"{dotted_key(key)} is {show(value)}; only ${{key}} and {', '.join(_RESOLVERS)} are resolved"
+            findings.append((key, f"{what}; write the value itself, or \\${{ for text"))
+    if not open_keys or findings:  # nothing is resolved next to something that must not be
+        for key, _ in findings:
+            _leave_out(layer.tree, key)
+        return findings, set()
+
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    add_resolver = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+    add_resolver("mul", lambda a, b: _number(a) * _number(b), replace=True)
+    add_resolver("div_up", lambda a, b: -(-_number(a) // _number(b)), replace=True)
+    for key, value in open_keys.items():
+        at(layer.tree, key[:-1])[key[-1]] = _DEFAULT.sub(_quote_default, value)
+    whole = Layer(schema().model_dump(mode="json")) if _has_defaults(schema) else Layer()
+    whole.merge(Layer(layer.tree))
+    try:
+        config = OmegaConf.create(whole.tree, flags={"allow_objects": True})  # numbers that remember their spelling
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key} cannot be resolved: {reason}; mend it, or write \\${{ for text") from error
+    values: dict[Key, Any] = {}
+    for key in open_keys:
+        try:
+            value = at(config, key)
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException as error:
+            raw, reason = open_keys[key], str(error).splitlines()[0]
+            if unset := re.search("Environment variable '(.*)' not found", reason):
+                reason = f"the environment has no {unset[1]}; set it, or write ${{oc.env:{unset[1]},default}}"
+            else:
+                reason += "; mend it, or write \\${ for text"
+            findings.append((key, f"{dotted_key(key)} is {show(raw)}, which cannot be resolved: {reason}"))
+    for key, value in values.items():
+        at(layer.tree, key[:-1])[key[-1]] = value
+    for key, _ in findings:
+        _leave_out(layer.tree, key)
+    return findings, set(open_keys)
+
+
+def _quote_default(found: re.Match[str]) -> str:
+    """Put a resolver's default in quotes where OmegaConf would not keep its spelling: 1.10, 1_000; true as text."""
+    begin, resolver, default, end = found.groups()
+    value = scalar(default)
+    is_kept = value is None or (str(plain(value)) == default and isinstance(value, Written))
+    is_kept = is_kept or (isinstance(value, bool) and resolver == "select")
+    return found[0] if is_kept else f"{begin}'{default}'{end}"
+
+
+def _number(value: Any) -> Any:
+    """A resolver's argument; the environment's are text."""
+    number = scalar(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ValueError(f"{show(value)} is not a number")
+    return plain(number)
+
+
+def _has_defaults(schema: type[Args]) -> bool:
+    return not any(info.is_required() for info in schema.model_fields.values())
+
+
+def _expand_paths(layer: Layer) -> list[tuple[Key, str]]:
+    """Expand `~` and `$NAME` in keys that hold paths, in place."""
+    findings = []
+    for key, value in list(leaves(layer.tree)):
+        names = [name for name in key if isinstance(name, str)]
+        if not isinstance(value, str) or not names or not _PATH_KEY.search(names[-1]):
+            continue
+        missing = [a or b for a, b in _VARIABLE.findall(value) if (a or b) not in os.environ]
+        if missing:
+            what = f"{dotted_key(key)} is {show(value)}, and the environment has no {missing[0]}"
+            findings.append((key, f"{what}; set it, or write ${{oc.env:{missing[0]},default}}"))
+        elif value.startswith("~") or "$" in value:
+            expanded = os.path.expanduser(os.path.expandvars(value))
+            at(layer.tree, key[:-1])[key[-1]] = expanded
+            if _VARIABLE.search(expanded):  # the frozen config would be expanded once more
+                what = f"{dotted_key(key)} is {show(value)}, that is {expanded}, which holds a variable again"
+                findings.append((key, f"{what}; write the folder itself"))
+    return findings
+
+
+def _import_plugins(layer: Layer) -> list[tuple[Key, str]]:
+    """Import the modules of `plugins`; the working folder is importable, as for `python -m`."""
+    plugins, findings = layer.tree.get("plugins"), []
+    if not isinstance(plugins, list):
+        return []
+    see_working_folder()
+    for index, name in enumerate(plugins):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # somebody else's module may raise anything
+            what = f"plugins names {show(name)}, which cannot be imported from {Path.cwd()}"
+            findings.append((("plugins", index), f"{what}: {type(error).__name__}: {error}; mend it or take it out"))
+    return findings
+
+
+def see_working_folder() -> None:
+    """Make modules of the working folder importable, as `python -m` does and a console script does not.
+
+    Last of all where Python was told not to (PYTHONSAFEPATH): a job runs its frozen code, not the tree it is run in.
+    """
+    if sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    elif not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+
+
+# -- validating ----------------------------------------------------------------------------------------------------
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "keys with values",
+    "model_type": "a section (keys with values)",
+    "model_attributes_type": "a section (keys with values)",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} long",
+    "too_long": "at most {max_length} long",
+}
+_OLD_BOOLS = {"yes": True, "on": True, "no": False, "off": False}
+"""What YAML 1.1 took for true and false."""
+_SCALARS = {"int_type": int, "float_type": (int, float), "bool_type": bool}
+
+
+def _real_key(error: Mapping[str, Any], tree: Any) -> tuple[Key, bool]:
+    """pydantic's location without the names of union members; and whether there were any."""
+    loc, key = error["loc"], []
+    for depth, name in enumerate(loc, 1):
+        if isinstance(tree, dict) and (name in tree or (error["type"] == "missing" and depth == len(loc))):
+            key.append(name)
+            tree = tree.get(name)
+        elif isinstance(tree, list) and isinstance(name, int) and name < len(tree):
+            key.append(name)
+            tree = tree[name]
+    return tuple(key), len(key) < len(loc)
+
+
+def _sentences(error: ValidationError, tree: Any, schema: type[Args]) -> list[tuple[Key, str]]:
+    """One finding per key. Of a union's members, the one that got furthest speaks."""
+    listed = [(*_real_key(item, tree), item) for item in error.errors(include_url=False)]
+    findings: dict[Key, str] = {}
+    for key, of_union, item in listed:
+        inside = [other for other, _, _ in listed if other[: len(key)] == key and other != key]
+        if of_union and inside:
+            continue
+        if key in findings and item["type"] in _EXPECTED:
+            findings[key] += " or " + _expected(item)
+        elif key not in findings:
+            findings[key] = _sentence(item, key, schema)
+    return list(findings.items())
+
+
+def _expected(error: Mapping[str, Any]) -> str:
+    kind = error["type"]
+    return _EXPECTED[kind].format(**error.get("ctx", {})) if kind in _EXPECTED else str(error["msg"]).lower()
+
+
+def _sentence(error: Mapping[str, Any], key: Key, schema: type[Args]) -> str:
+    kind, value, dotted = error["type"], error["input"], dotted_key(key) or "the config"
+    context = error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return unknown_key(key, schema)
+    if kind == "missing":
+        return f"{dotted} is missing; set it"
+    if kind == "value_error":
+        return f"{dotted}: {context['error']}"
+    if kind == "unknown_part":
+        return f"{dotted}.type: {error['msg']}"
+    remedy = ""
+    if isinstance(value, float) and value.is_integer() and kind in ("int_type", "int_from_float"):
+        remedy = f" (write {int(value)})"
+    elif kind in _SCALARS and isinstance(value, str) and isinstance(scalar(value), _SCALARS[kind]):
+        remedy = " (write it without quotes)"
+    elif kind == "bool_type" and isinstance(value, str) and value.lower() in _OLD_BOOLS:
+        remedy = f" (write {show(_OLD_BOOLS[value.lower()])})"
+    elif kind == "string_type" and isinstance(value, bool | int | float):
+        remedy = " (put it in quotes)"
+    elif value is None:
+        remedy = " (leave the key out for its default)"
+    return f"{dotted} is {show(value)}{remedy}; it must be {_expected(error)}"
+
+
+ArgsType = TypeVar("ArgsType", bound=Args)
+
+
+@dataclass
+class Composed(Generic[ArgsType]):
+    """A composed config and where its values came from."""
+
+    args: ArgsType
+    marks: dict[Key, Origin]
+
+    def origins(self) -> dict[str, str]:
+        """For `config.origin.yaml`: the place that each leaf key's value came from."""
+        dumped = self.args.model_dump(mode="json")
+        return {dotted_key(key): str(self.marks.get(key, DEFAULT)) for key, _ in leaves(dumped)}
+
+    def complaint(self, dotted: str, text: str) -> str:
+        """A finding about a key, with the place of its value in front."""
+        return _complaint(self.marks, tuple(dotted.split(".")), text)
+
+
+def _complaint(marks: Mapping[Key, Origin], key: Key, text: str) -> str:
+    inside = [origin for mark, origin in marks.items() if mark[: len(key)] == key]
+    origin = marks.get(key) or (inside or [DEFAULT])[0]
+    return text if origin == DEFAULT else f"{origin}: {text}"
+
+
+@dataclass
+class Examined(Generic[ArgsType]):
+    """A config with all that is wrong with it."""
+
+    composed: Composed[ArgsType] | None
+    """With defaults in place of what is wrong; None where that is impossible."""
+    complaints: list[str]
+    bad_keys: list[str]
+    """Keys and sections whose value is wrong and was left out; unknown keys are none of them."""
+
+
+def examine(
+    config: str | None,
+    overlays: list[str],
+    overrides: list[str],
+    schema: type[ArgsType],
+    point: Point | None = None,
+) -> Examined[ArgsType]:
+    """Compose and validate, collecting complaints. Raises ConfigError only when there is nothing to validate."""
+    layer = stack_layers(config, overlays, overrides, schema, point)
+    _drop_inert(layer)
+    findings, interpolated = _resolve(layer, schema)
+    findings += _expand_paths(layer) + _import_plugins(layer)
+    args, more = _validate(layer.tree, schema, interpolated)
+    findings += [finding for finding in more if finding[0] not in {key for key, _ in findings}]
+    complaints = [_complaint(layer.marks, key, text) for key, text in findings]
+    composed = None if args is None else Composed(args, layer.marks)
+    bad_keys = [dotted_key(key) for key, text in findings if not text.startswith(f"{dotted_key(key)} is no key")]
+    return Examined(composed, complaints, bad_keys)
+
+
+def _drop_inert(layer: Layer) -> None:
+    """Leave out keys that are gone where their value asks for nothing: configs frozen by lingua's forks have them."""
+    for dotted in MOVED:
+        outer, _, name = dotted.partition(".")
+        section = layer.tree.get(outer)
+        if isinstance(section, dict) and name in section and not section[name]:
+            layer.forget((outer, name))
+            del section[name]
+
+
+def compose(
+    config: str | None, overlays: list[str], overrides: list[str], schema: type[ArgsType]
+) -> Composed[ArgsType]:
+    """The validated config. Raises ConfigError with everything that is wrong with it."""
+    examined = examine(config, overlays, overrides, schema)
+    if examined.complaints or examined.composed is None:
+        raise ConfigError(examined.complaints)
+    return examined.composed
+
+
+def _validate(
+    tree: dict[str, Any], schema: type[ArgsType], interpolated: set[Key]
+) -> tuple[ArgsType | None, list[tuple[Key, str]]]:
+    """(args, findings). What is wrong is left out and the rest validated again, so that later checks see the rest."""
+    findings: list[tuple[Key, str]] = []
+    for _ in range(4):
+        try:
+            return schema.model_validate(tree), findings
+        except ValidationError as error:
+            if _read_environment_numbers(error, tree, interpolated):
+                continue
+            found = _sentences(error, tree, schema)
+        findings += [finding for finding in found if finding[0] not in {key for key, _ in findings}]
+        for key, _ in found:
+            _leave_out(tree, key)
+    return None, findings
+
+
+def _read_environment_numbers(error: ValidationError, tree: Any, interpolated: set[Key]) -> bool:
+    """The environment holds text; where a number or a truth value is wanted, its text is read as YAML would."""
+    mended = False
+    for item in error.errors(include_url=False):
+        key, _ = _real_key(item, tree)
+        if item["type"] in _SCALARS and key in interpolated and isinstance(item["input"], str):
+            value = scalar(item["input"])
+            mended |= not isinstance(value, str)
+            at(tree, key[:-1])[key[-1]] = value
+    return mended
+
+
+def _leave_out(tree: Any, key: Key) -> None:
+    if not key or not isinstance(key[-1], str):
+        key = key[:-1]  # an item of a list: the list as a whole
+    while key and not isinstance(key[-1], str):
+        key = key[:-1]
+    if key:
+        try:
+            at(tree, key[:-1]).pop(key[-1], None)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return

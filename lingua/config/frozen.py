@@ -1,0 +1,196 @@
+"""The config of a run's first start against that of a later one: what may change, and at what price.
+
+Promise: decided by a table alone; every difference gets one sentence. The frozen config holds the numbers that were
+derived at the first start (steps, rows per step, lanes, vocabulary), so starting from it, on other GPUs too, means
+the same run.
+Cost: none to speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from lingua.config.base import Args, Written, WrittenFloat, WrittenInt, plain, show
+from lingua.config.yaml_layers import CORE_SCHEMA, escape, read_yaml, unescape
+
+CONFIG_FILE = "config.yaml"
+ORIGIN_FILE = "config.origin.yaml"
+
+Rule = Literal["free", "accept", "refuse"]
+
+# How long, how spread, how watched: nothing that a row or a parameter depends on.
+_FREE = (
+    "steps",
+    "epochs",
+    "total_flops",
+    "grad_acc_steps",
+    "name",
+    "dump_dir",
+    "dump_base",
+    "plugins",
+    "device",
+    "deterministic",
+    "distributed",
+    "env",
+    "checkpoint",
+    "validation",
+    "profiling",
+    "logging",
+    "eval",
+    "async_eval_gpus",
+    "launcher",
+    "slurm",
+    "gc_collect_freq",
+    "probe_freq",
+    "stop_signals",
+    "watchdog",
+    "sample_prompt",
+)
+
+# The first pattern that fits a key decides. What none fits, such as a key of one's own app, needs --accept-change.
+RULES: tuple[tuple[str, Rule], ...] = (
+    # The same parameters in the same places, or the checkpoint does not fit.
+    ("model.max_seqlen", "free"),  # no parameter depends on it
+    ("model.seed", "free"),  # the weights exist already
+    ("model.attn_impl", "free"),  # another kernel for the same function
+    ("model", "refuse"),
+    ("optim.type", "refuse"),
+    # The order of rows.
+    ("data.seq_len", "refuse"),
+    ("data.n_views", "refuse"),
+    ("data.seed", "refuse"),
+    ("data.lanes", "refuse"),
+    ("data.shuffle_window", "refuse"),
+    ("data.add_bos", "refuse"),
+    ("data.add_eos", "refuse"),
+    ("data.tokenizer.path", "free"),  # files may move; their hash is in the loader's state
+    ("data.tokenizer", "refuse"),
+    ("data.sources", "accept"),
+    ("data.doc_mask", "accept"),
+    ("data", "free"),  # how rows are fed: batch_size, workers, prefetch, where the data lies, skip_rows
+    ("global_batch_size", "refuse"),
+    ("seed", "refuse"),
+    # Another course from here on.
+    ("optim.on_nonfinite", "free"),
+    ("optim.max_skips", "free"),
+    ("optim", "accept"),
+    ("loss.chunk_tokens", "free"),
+    ("loss", "accept"),
+    ("distributed.model_dtype", "accept"),
+    ("distributed.float8_*", "accept"),
+    ("app", "accept"),
+    *((key, "free") for key in _FREE),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key that is not as it was."""
+
+    key: str
+    old: Any
+    new: Any
+    rule: Rule
+
+    @property
+    def change(self) -> str:
+        return f"{self.key}: {show(plain(self.old))} -> {show(plain(self.new))}"
+
+    def __str__(self) -> str:
+        change = self.change
+        if self.rule == "refuse":
+            return f"{change} cannot change within a run; set it back, or start a new run under another name"
+        if self.rule == "accept":
+            return f"{change} changes what the run computes; allow it with --accept-change, or set it back"
+        return f"{change} takes effect from here on"
+
+
+def freeze(args: Args, derived: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as a tree of plain values, with the numbers derived from it in place of their keys' values."""
+    tree = args.model_dump(mode="json")
+    for dotted, value in derived.items():
+        *sections, name = dotted.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[name] = value
+    return tree
+
+
+def _written(tag: str, dumper: yaml.SafeDumper, number: Written) -> yaml.Node:
+    return dumper.represent_scalar(tag, number.text)
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # PyYAML loses U+0085 and its like, unless double quotes escape them.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.2 would not read as text; and what YAML 1.1 would not, for other people's readers."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+for _tag, _pattern, _first in CORE_SCHEMA:
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+for _char, _resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items():
+    _Dumper.yaml_implicit_resolvers.setdefault(_char, []).extend(_resolvers)
+_Dumper.add_representer(str, _text)
+for _kind, _name in ((WrittenInt, "int"), (WrittenFloat, "float")):
+    _Dumper.add_representer(_kind, partial(_written, f"tag:yaml.org,2002:{_name}"))
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML that `read_config` reads as the same tree. A `${` in it is escaped, so that nothing is filled in there."""
+    escaped = _with_texts(dict(tree), escape)
+    return yaml.dump(escaped, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a frozen config. Raises ConfigError when it cannot be read."""
+    return _with_texts(read_yaml(path).tree, unescape)
+
+
+def read_frozen(run_dir: Path) -> dict[str, Any] | None:
+    """The config of the run's first start; None when there was none. Raises ConfigError when it cannot be read."""
+    path = run_dir / CONFIG_FILE
+    return read_config(path) if path.is_file() else None
+
+
+def _with_texts(tree: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a tree, with every text value changed; names stay."""
+    if isinstance(tree, dict):
+        return {name: _with_texts(value, change) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_with_texts(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
+
+
+def rule_of(key: str) -> Rule:
+    for pattern, rule in RULES:
+        if fnmatchcase(key, pattern) or key.startswith(f"{pattern}."):
+            return rule
+    return "accept"
+
+
+def compare(frozen: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Every key whose value changed. A key that only one side has (another version wrote it) is no difference."""
+    return [Difference(key, old, now, rule_of(key)) for key, old, now in _changes(frozen, new, "")]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    both = old.keys() & new.keys() if prefix != "data.sources." else old.keys() | new.keys()
+    for name in [name for name in (*old, *(key for key in new if key not in old)) if name in both]:
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _changes(was, now, f"{prefix}{name}.")
+        elif was != now:
+            yield f"{prefix}{name}", was, now

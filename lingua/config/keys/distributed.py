@@ -1,0 +1,116 @@
+"""Keys of `distributed:` and `env:`."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from lingua.config.base import Args, PositiveInt, Text
+
+
+class DistributedArgs(Args):
+    """How the run is spread over devices."""
+
+    dp_replicate: PositiveInt | None = None
+    """Data-parallel copies. Null: world size / (dp_shard * tp_size)."""
+    dp_shard: PositiveInt | None = None
+    """Ranks that share one sharded copy. Null: with full_shard what dp_replicate leaves, otherwise 1."""
+    tp_size: PositiveInt = 1
+    """Ranks that share each row: heads, feed-forward and words are split over them, positions between the blocks."""
+    fsdp_type: Literal["no_shard", "full_shard"] = "no_shard"
+    """no_shard: replicas; full_shard: parameters, gradients and optimizer sharded (FSDP2)."""
+    keep_gathered: bool = False
+    """full_shard: gather the parameters once per step, not twice per micro step; 2 more bytes of each (bf16)."""
+    accumulate_sharded: bool = False
+    """full_shard: reduce gradients in every micro step, not once per step; 4 bytes less of each while accumulating."""
+    model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
+    bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
+    compile: bool = False
+    """torch.compile the blocks, and the loss."""
+    compile_scope: Literal["block", "model"] = "block"
+    """block: each by itself, all sharing one compiled code; model: all at once, slow to compile, one process only."""
+    compile_cache: Text | None = "auto"
+    """Folder of the node's own where compiled code is kept for its ranks and for later starts. auto: below /var/tmp,
+    private to the user. Null: torch's own choice. TORCHINDUCTOR_CACHE_DIR in the environment wins."""
+    compile_cache_size_limit: PositiveInt = 8
+    """Versions of compiled code (train, validate, other numbers of rows) before torch falls back to eager."""
+    selective_activation_checkpointing: bool = False
+    """Recompute the cheap operators of each block in backward."""
+    full_activation_checkpointing: bool = False
+    """Recompute each whole block in backward."""
+    float8_recipe: Literal["rowwise", "tensorwise"] | None = None
+    """Matrix products of matching layers in float8 (Ada and Hopper GPUs on). rowwise: a scale per row, more exact;
+    tensorwise: one per tensor, faster. Null: none."""
+    float8_filter: Text = r"layers\.[0-9]+\."
+    """Regular expression, searched for in the names of the blocks' linear layers (layers.0.attention.wq): those are
+    float8. Widths that are no multiple of 16 leave a layer as it is."""
+    matmul_allow_tf32: bool = False
+    """fp32 products may use TF32."""
+    allow_bf16_reduced_precision_reduction: bool = True
+    """bf16 products may accumulate in reduced precision."""
+    detect_anomaly: bool = False
+    """torch's anomaly detection: the run ends in the backward pass of the first NaN, whatever optim.on_nonfinite and
+    fp16's loss scale would do; slow."""
+    spawn_method: Literal["fork", "spawn", "forkserver"] = "forkserver"
+    """Kept so that lingua's configs load; loader workers never import torch and need no choice."""
+    timeout_s: PositiveInt = 600
+    """A collective that waits longer than this ends the run."""
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> Self:
+        if self.fsdp_type == "no_shard" and (self.dp_shard or 1) > 1:
+            raise ValueError(f"dp_shard {self.dp_shard} shards nothing with fsdp_type no_shard; use full_shard")
+        for key in ("keep_gathered", "accumulate_sharded"):
+            if self.fsdp_type == "no_shard" and getattr(self, key):
+                raise ValueError(
+                    f"{key} is about shards, which fsdp_type no_shard has none of; use full_shard, or drop it"
+                )
+        if self.selective_activation_checkpointing and self.full_activation_checkpointing:
+            raise ValueError("selective_ and full_activation_checkpointing exclude each other; choose one")
+        try:
+            re.compile(self.float8_filter)
+        except re.error as error:
+            raise ValueError(f"float8_filter {self.float8_filter!r} is no regular expression: {error}") from error
+        return self
+
+    def degrees(self, world_size: int) -> tuple[int, int, int]:
+        """(dp_replicate, dp_shard, tp_size) for this many ranks.
+
+        Raises ValueError with the sizes that fit when they do not multiply to world_size.
+        """
+        if world_size % self.tp_size:
+            raise ValueError(f"tp_size {self.tp_size} does not divide {world_size} ranks")
+        data_parallel = world_size // self.tp_size
+        shard, replicate = self.dp_shard, self.dp_replicate
+        if shard is None:
+            left = data_parallel // replicate if replicate and data_parallel % replicate == 0 else data_parallel
+            shard = left if self.fsdp_type == "full_shard" else 1
+        if replicate is None or replicate * shard != data_parallel:
+            if data_parallel % shard:
+                raise ValueError(f"dp_shard {shard} does not divide {data_parallel} data-parallel ranks")
+            replicate = data_parallel // shard
+        return replicate, shard, self.tp_size
+
+
+class EnvironmentArgs(Args):
+    """Environment variables set before torch starts. What the user's shell has set already wins."""
+
+    MKL_SERVICE_FORCE_INTEL: Text = "GNU"
+    """Threading layer of MKL."""
+    OMP_NUM_THREADS: Text = "auto"
+    """Threads per process of CPU kernels. auto: 1 beside a GPU, otherwise the machine's cores over its ranks."""
+    MKL_NUM_THREADS: Text = "auto"
+    """The same for MKL."""
+    ENABLE_INTRA_NODE_COMM: Text = "1"
+    """NCCL paths inside a node."""
+    TORCH_NCCL_AVOID_RECORD_STREAMS: Text = "1"
+    """Less memory held by collectives."""
+    NCCL_IB_TIMEOUT: Text = "22"
+    """InfiniBand time-out exponent."""
+    NCCL_DEBUG: Text = "WARN"
+    """How much NCCL prints."""
+    TORCH_NCCL_ASYNC_ERROR_HANDLING: Text = "1"
+    """A failed collective ends the process instead of hanging."""

@@ -1,0 +1,126 @@
+"""The section `eval`: what is measured of a checkpoint, and when that is given up. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from lingua.config.base import Anything, Args, Text
+from lingua.config.keys.generate import GeneratorArgs
+from lingua.config.keys.logging import LoggingArgs, WandbArgs
+
+
+class HarnessArgs(Args):
+    """lm-evaluation-harness; keys are those of its `simple_evaluate`."""
+
+    tasks: list[Text | dict[str, Anything]] = []
+    """Task names, or mappings with `task` and its settings."""
+    include_path: Text | None = None
+    """Folder of further task files."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question. Null: the task's own."""
+    device: Text | None = None
+    """Kept for lingua's configs; generator.device decides."""
+    use_cache: Text | None = None
+    """File of cached answers."""
+    cache_requests: bool = False
+    """Cache built requests."""
+    rewrite_requests_cache: bool = False
+    """Build that cache anew."""
+    delete_requests_cache: bool = False
+    """Delete that cache."""
+    limit: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] | None = None
+    """Questions per task (a fraction: share of them). Null: all."""
+    bootstrap_iters: Annotated[int, Field(ge=0)] = 100000
+    """Resamples for standard errors."""
+    check_integrity: bool = False
+    """Run the tasks' own checks."""
+    write_out: bool = False
+    """Print the first prompts."""
+    log_samples: bool = True
+    """Keep every question and answer, in evals/<step>/samples.json."""
+    system_instruction: Text | None = None
+    """System text before every prompt."""
+    apply_chat_template: bool | Text = False
+    """Wrap prompts in the chat template."""
+    fewshot_as_multiturn: bool = False
+    """Examples as turns of a conversation."""
+    gen_kwargs: Text | dict[str, Anything] | None = None
+    """Overrides for generation tasks."""
+    verbosity: Text = "INFO"
+    """Log level of the harness."""
+    predict_only: bool = False
+    """Answers without scores."""
+    random_seed: int = 0
+    """Seed of python's random."""
+    numpy_random_seed: int = 1234
+    """Seed of numpy."""
+    torch_random_seed: int = 1234
+    """Seed of torch."""
+    fewshot_random_seed: int = 1234
+    """Seed of the examples' choice."""
+
+
+class EvalValidationArgs(Args):
+    """Held-out loss at evaluation."""
+
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Documents per source, at most. Null: all."""
+    stride: Annotated[int, Field(ge=1)] | None = None
+    """Tokens by which the context moves on in documents longer than it; each token is scored once, and sees at least
+    max_seqlen - stride before it. Smaller is nearer to the whole context, and dearer. Null: half of max_seqlen."""
+    use_val_from_train_src: bool = True
+    """Use the `*.val.jsonl` beside the training sources."""
+    root_dir: Text = ""
+    """Folder of further held-out sources."""
+    sources: list[Text] | dict[str, Anything] = []
+    """Further held-out sources under root_dir."""
+
+
+class EvalArgs(Args):
+    """What an evaluation measures."""
+
+    name: Text = "evals"
+    """Name of the evaluation."""
+    dump_dir: Text | None = None
+    """Where results go. Null: <run>/evals."""
+    metric_log_dir: Text | None = None
+    """Where metrics.eval.jsonl is. Null: the run folder."""
+    ckpt_dir: Text = ""
+    """Checkpoint to evaluate."""
+    generator: GeneratorArgs = GeneratorArgs()
+    """Sampling and scoring."""
+    harness: HarnessArgs | None = HarnessArgs()
+    """lm-evaluation-harness. Null: not run."""
+    validation: EvalValidationArgs | None = EvalValidationArgs()
+    """Held-out loss. Null: not measured."""
+    wandb: WandbArgs | None = None
+    """wandb run of a hand-started evaluation."""
+    logging: LoggingArgs | None = None
+    """Logging of a hand-started evaluation."""
+    core_metrics: dict[str, float] | None = None
+    """Weight of each metric (<task>/<metric>, or a task for its first) in `core_eval/overall_avg`."""
+    terminal_eval_wandb: bool = False
+    """After the last evaluation, one wandb run with training and evaluation metrics joined."""
+    wipe_ckpt: bool = False
+    """Give a checkpoint up to retention as soon as it is evaluated."""
+    global_step: int | None = None
+    """Step the checkpoint belongs to. Null: from its name."""
+    newest_first: bool = False
+    """Of several checkpoints that wait, the newest first. false: in order."""
+    automatic: bool = True
+    """The run sees to its evaluations itself: in its own processes, or by an evaluator that it starts (as
+    async_eval_gpus says). false: what is evaluated, `lingua eval` does."""
+    poll_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds between two looks of an evaluator for new checkpoints."""
+    max_tries: Annotated[int, Field(ge=1)] = 3
+    """Failures after which a checkpoint is given up, with the reason in evals/<step>/failed.json."""
+    backoff_s: Annotated[float, Field(ge=0)] = 60.0
+    """Pause after the first failure of a checkpoint; doubled after each."""
+    timeout_hours: Annotated[float, Field(gt=0)] = 12.0
+    """An evaluation that takes longer has failed; with --slurm, its time in the queue counts."""
+    max_pinned_hours: Annotated[float, Field(gt=0)] = 24.0
+    """For so long a checkpoint waits for its evaluation, whatever retention says; then it may be deleted, loudly."""
+    idle_hours: Annotated[float, Field(gt=0)] = 24.0
+    """An evaluator with nothing to do ends when its run has been silent for so long."""

@@ -1,0 +1,40 @@
+"""Keys of `eval.generator:` and of `generate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lingua.config.base import Args, PositiveInt, Text
+
+
+class GeneratorArgs(Args):
+    """Sampling from a model; the evaluator uses the same."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: the most likely token always (greedy)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample from the smallest set of tokens with this probability in all. Null: all."""
+    top_k: PositiveInt | None = None
+    """Sample from this many most likely tokens. Null: all."""
+    max_gen_len: PositiveInt = 512
+    """Tokens generated per prompt, at most."""
+    max_tokens: PositiveInt = 1024
+    """Tokens (prompts and answers, padded) in one batch, at most."""
+    max_prompt_len: PositiveInt | None = None
+    """Longer prompts keep their end. Null: what max_seqlen leaves."""
+    until: list[Text] = []
+    """Stop strings; they and what follows are not part of the answer."""
+    compile_prefilling: bool = False
+    """torch.compile the pass over the prompts."""
+    reduce_generation_overhead: bool = False
+    """torch.compile the one-token step."""
+    show_progress: bool = False
+    """Progress bar."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of weights and cache (on a CPU fp32 is faster)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where."""
+    seed: int = 42
+    """Seed of the sampling."""

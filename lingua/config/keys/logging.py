@@ -1,0 +1,71 @@
+"""Keys of `logging:`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lingua.config.base import Args, Text
+
+
+class WandbArgs(Args):
+    """Weights & Biases run; keys are those of `wandb.init`."""
+
+    project: Text | None = None
+    """Project."""
+    entity: Text | None = None
+    """Team or user. Null: the account's default."""
+    name: Text | None = None
+    """Display name. Null: the run's."""
+    group: Text | None = None
+    """Group. Null: the run's name; its evaluations are in the same."""
+    tags: list[Text] | None = None
+    """Tags."""
+    notes: Text | None = None
+    """Notes."""
+    job_type: Text | None = None
+    """Kind of job."""
+    dir: Text | None = None
+    """Folder of wandb's files. Null: <dump_dir>/wandb."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """Null: online where an API key is at hand, otherwise offline."""
+    id: Text | None = None
+    """Run id. Null: made at the first start and kept over restarts."""
+    config_exclude_keys: list[Text] | None = None
+    """Config keys not sent."""
+    config_include_keys: list[Text] | None = None
+    """Only these config keys are sent."""
+    anonymous: Text | None = None
+    """Anonymous mode."""
+    allow_val_change: bool | None = None
+    """Config values may change on resume."""
+    resume: bool | Text | None = None
+    """wandb's own resume rule. Null: allow."""
+    force: bool | None = None
+    """Stop without an account."""
+    tensorboard: bool | None = None
+    """Mirror TensorBoard."""
+    sync_tensorboard: bool | None = None
+    """Upload TensorBoard files."""
+    monitor_gym: bool | None = None
+    """Kept for lingua's configs."""
+    save_code: bool | None = None
+    """Upload the main script."""
+    fork_from: Text | None = None
+    """wandb's fork_from."""
+    resume_from: Text | None = None
+    """wandb's resume_from."""
+
+
+class LoggingArgs(Args):
+    """What is reported, how often, and where to."""
+
+    freq: Annotated[int, Field(ge=1)] = 10
+    """Steps between two lines."""
+    acc_freq: Annotated[int, Field(ge=1)] | None = None
+    """Micro steps between two lines with gradient accumulation. Null: steps only."""
+    wandb: WandbArgs | None = None
+    """Null: no wandb."""
+    tensorboard: bool = False
+    """Write TensorBoard files too (needs the tensorboard package)."""

@@ -1,0 +1,97 @@
+"""Keys of `optim:`."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lingua.config.base import Fraction, Part, register
+
+
+class OptimArgs(Part):
+    """What every optimizer has: learning rate, schedule, clipping, and what to do about a step gone wrong."""
+
+    type: str = "adamw"
+    """Which registered optimizer."""
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay, per step and lr."""
+    decay_all: bool = False
+    """Decay norms and embeddings too (lingua did). false: matrices of the blocks and the head only."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the whole gradient, once per step. 0: no clipping."""
+    scheduler: str = "cosine"
+    """Schedule of the learning rate: constant, linear, inv_sqrt, cosine, wsd, or one of a plugin's."""
+    warmup: Annotated[int, Field(ge=0)] = 2000
+    """Steps of linear warm-up from 0."""
+    lr_min_ratio: Fraction = 0.1
+    """The schedule ends at lr times this."""
+    cycle_length: Annotated[float, Field(gt=0)] = 1.0
+    """cosine: length of a cycle as a share of the run."""
+    cosine_theta: Annotated[float, Field(gt=0)] = 1.0
+    """cosine: exponent on the progress within a cycle."""
+    annealing_step: Annotated[int, Field(ge=0)] = 1000
+    """inv_sqrt: steps of the final linear annealing."""
+    decay_fraction: Fraction = 0.1
+    """wsd: share of the run spent decaying."""
+    exp_factor: Annotated[float, Field(gt=0)] = 0.5
+    """inv_sqrt: exponent of the decay."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step. With
+    distributed.model_dtype fp16 a gradient that overflows is always skipped, until the loss scale has fallen to 1."""
+    max_skips: Annotated[int, Field(ge=0)] = 10
+    """With `skip`: steps that may be skipped in a row before the run stops."""
+
+    def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
+        """Bytes of the optimizer's state, to plan with; unless it says otherwise, two fp32 moments as AdamW's.
+
+        `n_in_matrices`: those of the parameters that are in the matrices of the blocks.
+        """
+        return 8 * n_params
+
+
+class AdamArgs(OptimArgs):
+    """What AdamW needs, alone or as a part of another optimizer."""
+
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+
+
+@register("optim", "adamw")
+class AdamWArgs(AdamArgs):
+    """AdamW (lingua/optim/adamw.py)."""
+
+    builder: ClassVar[str] = "lingua.optim.adamw:build_adamw"
+
+    type: Literal["adamw"] = "adamw"
+
+
+@register("optim", "muon")
+class MuonArgs(AdamArgs):
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors (lingua/optim/muon.py)."""
+
+    builder: ClassVar[str] = "lingua.optim.muon:build_muon"
+
+    type: Literal["muon"] = "muon"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the momentum of the matrices (Keller Jordan)."""
+    nesterov: bool = True
+    """Orthogonalise the gradient mixed with the momentum, instead of the momentum alone."""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """Newton-Schulz iterations that make a matrix orthogonal, or nearly so."""
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of these iterations and of what ranks exchange for them. auto: bf16 on a GPU, fp32 on a CPU."""
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Multiplies a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
+    carry over (Moonlight, arXiv 2502.16982); original: sqrt(max(1, rows / columns)), for which lr is about 0.02."""
+    adamw_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """AdamW's part learns at lr times this. With `scale: original` about 0.015 (3e-4 beside 0.02)."""
+
+    def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
+        return 4 * n_in_matrices + super().state_bytes(n_params - n_in_matrices, 0)

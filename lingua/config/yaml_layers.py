@@ -1,0 +1,431 @@
+"""YAML files, overlays and overrides stacked into one tree that knows where every value came from.
+
+Promise: a missing file, broken YAML, a repeated key or a circular `base` is one ConfigError with file and line.
+Cost: milliseconds; no torch.
+
+How a config comes about, weakest first:
+
+    defaults of the Args classes
+    `base: [common.yaml, model/llama_7B]`   left to right; a file's own keys come after its bases
+    the config file                         its deltas
+    +overlay.yaml, +debug                   as ordered on the command line
+    a.b.c=value                             as ordered on the command line
+
+Sections merge key by key; anything else, lists included, is replaced whole. A source of the data mix that a base
+brought in is switched off by weight 0. An entry of `base` that ends in .yaml is a file, relative to the file that
+names it. Any other is a group pick: `model/llama_7B` (or `model=llama_7B`) is `configs/model/llama_7B.yaml`, whose
+keys land in the section `model` (at the top, where no section has the group's name). `model=llama_7B` on the command
+line takes the place of the config's own pick of that group; where it has none, of its whole section `model`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from lingua.config.base import (
+    Args,
+    ConfigError,
+    Key,
+    Written,
+    WrittenFloat,
+    WrittenInt,
+    inner_sections,
+    is_section,
+    plain,
+    show,
+)
+
+GRID = "grid"
+"""Block of a config that only `lingua sweep` reads."""
+
+# -- reading YAML with the line of every key -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: a file and line, the command line, or the default."""
+
+    place: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.place if self.line is None else f"{self.place}:{self.line}"
+
+
+COMMAND_LINE = Origin("command line")
+DEFAULT = Origin("default")
+Point = Mapping[str, tuple[Any, Origin]]
+"""Values by dotted key, each with its place: a point of a sweep."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?[0-9]+\Z|0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
+_FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
+)
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
+CORE_SCHEMA = (
+    (f"{_TAG}int", _INT, "-+0123456789"),
+    (f"{_TAG}float", _FLOAT, "-+.0123456789"),
+    (f"{_TAG}bool", _BOOL, "tTfF"),
+    (f"{_TAG}null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
+    (f"{_TAG}merge", re.compile(r"<<\Z"), "<"),  # not of 1.2, but anchors are of little use without it
+)
+"""Which words are not text, by YAML 1.2's core schema: (tag, pattern, first characters). Unlike YAML 1.1, which PyYAML
+reads, it knows no octal 0123, no base 60 (1:30), no 1_000, no yes and no, and no dates; and 1e-4 is a number."""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2 without tags that build objects. Keys are text; numbers remember how they were written."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (f"{_TAG}null", f"{_TAG}str", f"{_TAG}seq", f"{_TAG}map", None)
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        node.value = [(_as_text(key), value) for key, value in node.value]
+        return super().construct_mapping(node, deep)
+
+    def number(self, node: yaml.ScalarNode) -> WrittenInt | WrittenFloat:
+        text = self.construct_scalar(node)
+        if node.tag == f"{_TAG}float" and _FLOAT.match(text):
+            return WrittenFloat(float(re.sub(r"\.(?=[a-z])", "", text.lower())), text)
+        if not _INT.match(text):
+            raise ConstructorError(None, None, f"{text!r} is not a number", node.start_mark)
+        try:
+            return WrittenInt(int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)), text)
+        except ValueError as error:  # thousands of digits
+            raise ConstructorError(None, None, f"a number of {len(text)} digits", node.start_mark) from error
+
+    def truth(self, node: yaml.ScalarNode) -> bool:
+        text = self.construct_scalar(node)
+        if not _BOOL.match(text):
+            raise ConstructorError(None, None, f"{text!r} is neither true nor false", node.start_mark)
+        return text.lower() == "true"
+
+
+def _as_text(key: yaml.Node) -> yaml.Node:
+    """A mapping's key is a name, also where it looks like a number, true or null."""
+    return yaml.ScalarNode(f"{_TAG}str", key.value, key.start_mark) if isinstance(key, yaml.ScalarNode) else key
+
+
+for _tag, _pattern, _first in CORE_SCHEMA:
+    _YamlLoader.add_implicit_resolver(_tag, _pattern, list(_first))
+_YamlLoader.add_constructor(f"{_TAG}int", _YamlLoader.number)
+_YamlLoader.add_constructor(f"{_TAG}float", _YamlLoader.number)
+_YamlLoader.add_constructor(f"{_TAG}bool", _YamlLoader.truth)
+_YamlLoader.add_constructor(f"{_TAG}merge", _YamlLoader.construct_yaml_str)  # where it is a value
+
+
+@dataclass
+class Layer:
+    """A tree of values, with the origin of each key."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    marks: dict[Key, Origin] = field(default_factory=dict)
+
+    def under(self, section: str) -> Layer:
+        marks = {(section, *key): origin for key, origin in self.marks.items()}
+        return Layer({section: self.tree}, marks)
+
+    def merge(self, other: Layer) -> None:
+        """`other` wins; sections merge key by key, everything else is replaced."""
+        self._merge(self.tree, other.tree, (), other.marks)
+
+    def _merge(self, tree: dict[str, Any], over: dict[str, Any], path: Key, marks: Mapping[Key, Origin]) -> None:
+        for name, value in over.items():
+            key = (*path, name)
+            if isinstance(value, dict) and isinstance(tree.get(name), dict):
+                self._merge(tree[name], value, key, marks)
+            else:
+                self.forget(key)
+                tree[name] = value
+                self.marks.update({mark: origin for mark, origin in marks.items() if mark[: len(key)] == key})
+
+    def forget(self, key: Key) -> None:
+        self.marks = {mark: origin for mark, origin in self.marks.items() if mark[: len(key)] != key}
+
+
+def read_yaml(path: Path, text: str | None = None) -> Layer:
+    """A YAML file's keys; a syntax error, a repeated key or a tag that builds objects is a ConfigError with line."""
+    try:
+        loader = _YamlLoader(path.read_text(encoding="utf-8") if text is None else text)
+        node = loader.get_single_node()
+        marks = dict(_marks(node, str(path)))
+        tree = loader.construct_document(node) if node is not None else {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        reason = " ".join(filter(None, [error.context, error.problem]))
+        raise ConfigError(f"{path}:{line}: not valid YAML: {reason}; mend that line") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error or type(error).__name__}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}:1: holds {show(tree)} where keys with values are expected; write `key: value` lines")
+    return Layer(tree, marks)
+
+
+def _marks(node: yaml.Node | None, place: str, path: Key = ()) -> Iterator[tuple[Key, Origin]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for name, value in node.value:
+            line = name.start_mark.line + 1
+            if name.value in seen:
+                raise ConfigError(f"{place}:{line}: the key {name.value} is there twice; keep one of them")
+            seen.add(name.value)
+            yield (*path, name.value), Origin(place, line)
+            yield from _marks(value, place, (*path, name.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*path, index), Origin(place, value.start_mark.line + 1)
+            yield from _marks(value, place, (*path, index))
+
+
+def yaml_value(text: str) -> Any:
+    """What a YAML file would make of this value; text without quotes stays as it is, line breaks and all."""
+    value = yaml.load(text, Loader=_YamlLoader)
+    if isinstance(value, Written):
+        return type(value)(plain(value), text)  # as typed, a comment included: should the key hold text, it is all text
+    return text if isinstance(value, str) and text[:1] not in ("'", '"', "|", ">") else value
+
+
+def scalar(text: str) -> Any:
+    try:
+        return yaml_value(text)
+    except yaml.YAMLError:
+        return text
+
+
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+
+
+def has_interpolation(text: str) -> bool:
+    """Whether OmegaConf would fill something in: a `${` that no backslash takes back."""
+    return _INTERPOLATION.search(text) is not None
+
+
+def escape(text: str) -> str:
+    """Text in which OmegaConf fills nothing in."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def unescape(text: str) -> str:
+    """The text that `escape` was given; as it is where there is something to fill in."""
+    if has_interpolation(text):
+        return text
+    return re.sub(r"(\\*)\\\$\{", lambda found: found[1][: len(found[1]) // 2] + "${", text)
+
+
+def leaves(tree: Any, path: Key = ()) -> Iterator[tuple[Key, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    if (not items and path) or not isinstance(tree, dict | list):
+        yield path, tree
+    for name, value in items:
+        yield from leaves(value, (*path, name))
+
+
+def at(tree: Any, key: Key) -> Any:
+    for name in key:
+        tree = tree[name]
+    return tree
+
+
+# -- composing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Composer:
+    """Finds and stacks the files of one config."""
+
+    schema: type[Args]
+    configs: Path
+    """The app's own folder of configs."""
+    picks: dict[str, tuple[str, Origin]]
+    """Group picks of the command line, or of a point."""
+    used: set[str] = field(default_factory=set)
+    """Groups of those that took the place of a base's pick."""
+
+    def load(self, path: Path, stack: tuple[Path, ...] = ()) -> Layer:
+        """A file on top of its bases."""
+        if path.resolve() in stack:
+            raise ConfigError(f"{path}: is its own base ({' -> '.join(map(str, stack))}); take it out of `base`")
+        own = read_yaml(path)
+        bases = own.tree.pop("base", None) or []
+        where = own.marks.get(("base",), Origin(str(path)))
+        if isinstance(bases, str):
+            bases = [bases]
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            raise ConfigError(f"{where}: base is {show(bases)}; write a list of files and group picks")
+        layer = Layer()
+        for base in bases:
+            layer.merge(self._base(base, path, where, (*stack, path.resolve())))
+        own.forget(("base",))
+        layer.merge(own)
+        return layer
+
+    def _base(self, base: str, named_in: Path, where: Origin, stack: tuple[Path, ...]) -> Layer:
+        if base.endswith((".yaml", ".yml")):
+            path = named_in.parent / Path(base).expanduser()
+            if not path.is_file():
+                raise ConfigError(f"{where}: base file {path} does not exist{_near_files(path)}")
+            return self.load(path, stack)
+        group, _, name = base.replace("=", "/", 1).partition("/")
+        if group in self.picks:
+            self.used.add(group)
+            name, where = self.picks[group]
+        return self.pick(group, name, where, [*_config_folders(named_in), self.configs], stack)
+
+    def pick(self, group: str, name: str, where: Origin, folders: list[Path], stack: tuple[Path, ...] = ()) -> Layer:
+        """The group file `<folder>/<group>/<name>.yaml`; its keys belong to the section called like the group."""
+        for folder in folders:
+            path = _as_typed(folder / group / f"{name}.yaml")
+            if path.is_file():
+                layer = self.load(path, stack)
+                return layer.under(group) if is_section(self.schema, group) else layer
+        there = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+        near = difflib.get_close_matches(name, there, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = f"there are {', '.join(there)}" if there else f"{self.configs / group} holds none"
+        raise ConfigError(f"{where}: no config {group}/{name}: {known}{hint or '; choose one of these'}")
+
+    def overlay(self, name: str) -> Layer:
+        path = Path(name).expanduser()
+        if path.suffix in (".yaml", ".yml") or path.is_file():
+            _must_exist(path, "overlay", self.configs / "overlays")
+            return self.load(path)
+        return self.pick("overlays", name, COMMAND_LINE, [self.configs])
+
+
+def _as_typed(path: Path) -> Path:
+    """Relative to the working folder where it lies inside, as people name it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _config_folders(path: Path) -> list[Path]:
+    """Folders in which a file's group picks are looked up: its own and those above, up to one called configs."""
+    found = []
+    for folder in path.resolve().parents[:4]:
+        found.append(folder)
+        if folder.name == "configs":
+            break
+    return found
+
+
+def _must_exist(path: Path, what: str, *more_folders: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{what} {path} is a folder; name a YAML file in it{_near_files(path / '_', *more_folders)}")
+    if not path.is_file():
+        raise ConfigError(f"{what} {path} does not exist in {Path.cwd()}{_near_files(path, *more_folders)}")
+
+
+def _near_files(path: Path, *more_folders: Path) -> str:
+    files = {file.stem: file for folder in (*more_folders, path.parent) for file in folder.glob("*.y*ml")}
+    names = difflib.get_close_matches(path.stem, files, 3, 0.5)
+    return (
+        f"; did you mean {' or '.join(str(_as_typed(files[name])) for name in names)}?" if names else "; check the path"
+    )
+
+
+def _parse(word: str) -> tuple[str, Any]:
+    """Key and value of one `a.b.c=value`."""
+    dotted, _, text = word.partition("=")
+    try:
+        return dotted, yaml_value(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{COMMAND_LINE}: {dotted}={text} is not valid YAML; put the value in quotes") from error
+
+
+def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: type[Args]) -> None:
+    """Set one key."""
+    key = _split(dotted, schema, layer.tree)
+    node: Any = layer.tree
+    for depth, name in enumerate(key[:-1], 1):
+        if isinstance(node, list) and isinstance(name, int) and name < len(node):
+            node = node[name]
+            continue
+        if isinstance(node, list):
+            raise ConfigError(f"{origin}: {dotted} names item {name} of a list of {len(node)}; count from 0")
+        if not isinstance(node.get(name), dict | list):
+            layer.forget(key[:depth])
+            node[name] = {}
+        node = node[name]
+    name = key[-1]
+    if isinstance(node, list):
+        if not isinstance(name, int) or name >= len(node):
+            raise ConfigError(f"{origin}: {dotted} names item {name} of a list of {len(node)}; count from 0")
+        layer.forget(key)
+        node[name] = value
+    elif isinstance(value, dict) and isinstance(node.get(name), dict):
+        node[name] = {**node[name], **value}
+    else:
+        layer.forget(key)
+        node[name] = value
+    marked = {(*key, inner): origin for inner in value} if isinstance(value, dict) else {}
+    layer.marks.update({key: origin, **marked})
+
+
+def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
+    """The key's parts. In free mappings (data.sources) what is left is one name, since names may hold dots."""
+    parts_left, key, sections = dotted.split("."), [], [schema]
+    while parts_left:
+        if isinstance(tree, list) and parts_left[0].isdigit():
+            key.append(int(parts_left.pop(0)))
+            tree = tree[key[-1]] if key[-1] < len(tree) else None
+            continue
+        known = {name for section in sections for name in section.model_fields}
+        free = not sections and not (isinstance(tree, dict) and isinstance(tree.get(parts_left[0]), dict | list))
+        name = ".".join(parts_left) if free else parts_left[0]
+        parts_left = [] if free else parts_left[1:]
+        key.append(name)
+        tree = tree.get(name) if isinstance(tree, dict) else None
+        sections = inner_sections(sections, name, items=isinstance(tree, list)) if name in known else []
+    return tuple(key)
+
+
+# -- the whole stack ---
+
+
+def stack_layers(
+    config: str | None, overlays: list[str], overrides: list[str], schema: type[Args], point: Point | None = None
+) -> Layer:
+    configs = Path(sys.modules[schema.__module__].__file__ or "").parent / "configs"
+    values = [(*_parse(word), COMMAND_LINE) for word in overrides]
+    values += [(key, *placed) for key, placed in (point or {}).items()]
+    picks = {key: (str(value), place) for key, value, place in values if _is_pick(key, value, schema, configs)}
+    composer = _Composer(schema, configs, picks)
+    layer = Layer()
+    if config is not None:
+        path = Path(config).expanduser()
+        _must_exist(path, "config", configs)
+        layer = composer.load(path)
+    for group, (name, where) in picks.items():
+        if group not in composer.used:
+            layer.tree.pop(group, None)
+            layer.forget((group,))
+            layer.merge(composer.pick(group, name, where, [configs]))
+    for overlay in overlays:
+        layer.merge(composer.overlay(overlay))
+    if point is not None:
+        layer.tree.pop(GRID, None)
+        layer.forget((GRID,))
+    for key, value, origin in values:
+        if key not in picks:
+            _override(layer, key, value, origin, schema)
+    return layer
+
+
+def _is_pick(key: str, value: Any, schema: type[Args], configs: Path) -> bool:
+    if key in schema.model_fields:
+        return is_section(schema, key) and isinstance(value, str) and not value.startswith("${")
+    return "." not in key and (configs / key).is_dir()

@@ -1,0 +1,489 @@
+"""From a published data set to shuffled chunks a run can read: download, convert, shuffle, split, hold out, copy.
+
+Promise: the chunks are a pure function of (input files, seed, number of chunks). Killed at any point and started again
+with the same command it goes on, doubles no line, and ends with the same bytes. The memory budget covers the resident
+memory of all processes. Work folders are cleared only after the copy on the final disk was read back and is right.
+Cost: disk for the download, for sorted runs of all text under `tmp_dir` (none when plain jsonl fits the budget), and
+for the chunks.
+
+    <data_dir>/<ds>/                     the download            .download.json   commit and hashes
+    <data_dir>/<ds>_shuffled/            <ds>.chunk.NN.jsonl, <ds>.val.jsonl, manifest.json (last)
+                                         .prepare.json, .done-*.json   while it is being made
+    <tmp_dir>/lingua-prepare-<uid>-*/    sorted runs             NNNNNN.done.json per input
+    <final_data_dir>/<ds>_shuffled/      the copy                manifest.json (last)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from lingua.console import Progress
+from lingua.data.manifest import MANIFEST, check_manifest, hash_file, read_manifest, stray_files
+from lingua.data.prepare import hub
+from lingua.data.prepare.convert import blocks, find_inputs, is_plain
+from lingua.data.prepare.external_sort import (
+    DOC_BYTES,
+    FIXED_BYTES,
+    Counts,
+    MappedRun,
+    Output,
+    Run,
+    drop_window,
+    load_runs,
+    map_file,
+    mark_of,
+    plan_outputs,
+    sort_file,
+    write_output,
+)
+from lingua.data.prepare.worker_pool import available_bytes, disk_of, each, need_space, rss_bytes
+from lingua.files import DISK, Files, RunError, human_bytes, make_folders, read_json, write_json
+from lingua.run.lock import OccupiedError, RunLock
+
+log = logging.getLogger(__name__)
+
+ORDER_VERSION = 1  # counts up when the same input and seed would give another order
+VAL_PER_CHUNK = 10_000
+MAX_WORKERS = 16
+_STATE = ".prepare.json"
+_WORKER_BYTES = 192 << 20  # below this a process spends its memory on itself
+_FORK_BYTES = 32 << 20  # pages that a forked process soon has of its own; also the smallest useful window
+_PARQUET_BYTES = 96 << 20  # its library and a row group
+_SMALL_BYTES = 64 << 20  # below this a second process costs more than it saves
+_COPY_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for. Lengths are in bytes; folders need not exist yet."""
+
+    dataset: str
+    memory_bytes: int
+    data_dir: Path = Path("data")
+    tmp_dir: Path = Path("/tmp")
+    seed: int = 42
+    n_chunks: int = 32
+    final_data_dir: Path | None = None
+    clear: bool = False
+    source: Path | None = None
+    """A local folder of jsonl, gz, zst or parquet files instead of the hub."""
+    revision: str | None = None
+    n_workers: int | None = None
+    """Processes. None: as many as cores, inputs and memory allow."""
+    val_per_chunk: int = VAL_PER_CHUNK
+
+    @property
+    def raw(self) -> Path:
+        return self.data_dir / self.dataset
+
+    @property
+    def out(self) -> Path:
+        return self.data_dir / f"{self.dataset}_shuffled"
+
+    @property
+    def final(self) -> Path | None:
+        return self.final_data_dir / f"{self.dataset}_shuffled" if self.final_data_dir else None
+
+    @property
+    def repo(self) -> str:
+        return "local" if self.source else hub.DATASETS[self.dataset].repo
+
+
+def check_job(job: Job) -> None:
+    """Raises ValueError with a remedy for what cannot work, before anything is touched."""
+    if job.source is None and job.dataset not in hub.DATASETS:
+        known = ", ".join(sorted(hub.DATASETS))
+        raise ValueError(f"no data set {job.dataset!r}; there are {known}, and any name with --source FOLDER")
+    if not job.dataset or "/" in job.dataset or job.dataset.startswith("."):
+        raise ValueError(f"{job.dataset!r} is no name for a data set: it becomes a folder")
+    if job.n_chunks < 1:
+        raise ValueError(f"--nchunks {job.n_chunks}: at least one chunk is needed")
+    if job.clear and job.final is None:
+        raise ValueError("--clear_work_dir_after_transfer_to_final needs --final_data_dir: else nothing would remain")
+    if job.final and job.final.resolve() == job.out.resolve():
+        raise ValueError(f"--final_data_dir is --data_dir ({job.data_dir}); leave it out")
+    if job.source is not None:
+        if not job.source.is_dir():
+            raise ValueError(f"--source {job.source} is no folder")
+        if job.source.resolve() in (job.out.resolve(), job.final.resolve() if job.final else None):
+            raise ValueError(f"--source {job.source} is where the result goes; choose another --data_dir")
+    _window_bytes(job.memory_bytes - rss_bytes(), 1)
+
+
+def prepare(
+    job: Job, *, sleep: Callable[[float], None] = time.sleep, files: Files = DISK, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Do all that is not done yet; returns the manifest. Raises RunError or ValueError with one clear sentence."""
+    check_job(job)
+    progress = progress or Progress()
+    lock_folder = job.data_dir / f".prepare-{job.dataset}"
+    with progress, _locked(job, lock_folder):
+        manifest = _finished_copy(job)
+        copied_now = False
+        if manifest is None:
+            manifest = read_manifest(job.out)
+            if manifest is None:
+                manifest = _make(job, progress, sleep, files)
+            else:
+                _refuse_other(job, manifest, job.out)
+                _refuse_problems(check_manifest(job.out))
+            _sweep(job, files)
+            if job.final:
+                with disk_of(job.final, "--final_data_dir"):
+                    _copy(job.out, job.final, manifest, progress, files)
+                copied_now = True
+        if job.clear:
+            _clear(job, files, verified=copied_now)
+    if job.clear:
+        DISK.remove_tree(lock_folder)
+    return manifest
+
+
+@contextmanager
+def _locked(job: Job, folder: Path) -> Iterator[None]:
+    lock = RunLock(folder)
+    try:
+        lock.acquire()
+    except OccupiedError as error:
+        owner = str(error).partition(" by ")[2].partition(";")[0]
+        raise RunError(f"{job.out} is being prepared by {owner or 'another process'}; let it end, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# -- what was asked for, now and at the first start ------------------------------------------------------------------
+
+
+def _recipe(job: Job, revision: str, requested: str, inputs: list[list[Any]]) -> dict[str, Any]:
+    """All that the result depends on."""
+    return {
+        "version": ORDER_VERSION,
+        "dataset": job.dataset,
+        "repo": job.repo,
+        "requested_revision": requested,
+        "revision": revision,
+        "seed": job.seed,
+        "n_chunks": job.n_chunks,
+        "val_per_chunk": job.val_per_chunk,
+        "inputs": inputs,
+    }
+
+
+def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[list[Any]] | None = None) -> None:
+    """Raises ValueError when the folder holds something else than what is asked for."""
+    wanted: dict[str, Any] = {"version": ORDER_VERSION, "dataset": job.dataset, "repo": job.repo, "seed": job.seed}
+    wanted |= {"n_chunks": job.n_chunks, "val_per_chunk": job.val_per_chunk}
+    if job.revision not in (None, recipe.get("requested_revision"), recipe.get("revision")):
+        wanted["revision"] = job.revision
+    remedy = f"remove {folder} to prepare it anew, or choose another folder"
+    for key, value in wanted.items():
+        if recipe.get(key) != value:
+            raise ValueError(f"{folder} was prepared with {key} {recipe.get(key)}, not {value}; {remedy}")
+    if inputs is not None and inputs != recipe["inputs"]:
+        was, now = ({name: rest for name, *rest in listed} for listed in (recipe["inputs"], inputs))
+        changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        raise ValueError(f"the input files changed since {folder} was begun ({', '.join(changed[:3])}); {remedy}")
+
+
+def _refuse_problems(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RunError(problems[0] + more)
+
+
+def _finished_copy(job: Job) -> dict[str, Any] | None:
+    if job.final is None or (manifest := read_manifest(job.final)) is None:
+        return None
+    _refuse_other(job, manifest, job.final)
+    _refuse_problems(check_manifest(job.final))
+    log.info("%s is complete already", job.final)
+    return manifest
+
+
+# -- making the chunks -----------------------------------------------------------------------------------------------
+
+
+def _make(job: Job, progress: Progress, sleep: Callable[[float], None], files: Files) -> dict[str, Any]:
+    root, recipe = _inputs(job, progress, sleep, files)
+    with disk_of(job.out, "--data_dir"):
+        make_folders(job.out, files=files)
+        try:
+            recorded = read_json(job.out / _STATE)
+        except FileNotFoundError:
+            if stray := stray_files(job.out, set()):
+                raise ValueError(
+                    f"{job.out} already holds {stray[0]}, from elsewhere; remove it or choose another --data_dir"
+                ) from None
+            write_json(job.out / _STATE, recipe, files=files)
+        else:
+            _refuse_other(job, recorded, job.out, recipe["inputs"])
+    memory_bytes = min(job.memory_bytes - rss_bytes(), available_bytes() * 4 // 5)
+    if memory_bytes < job.memory_bytes - rss_bytes():
+        log.info("the machine has %s of memory to spare; that is the budget", human_bytes(memory_bytes))
+    runs, counts = _runs(job, root, recipe, memory_bytes, progress, files)
+    if not counts.documents:
+        raise RunError(f"no document in {root}: {_told(counts)}")
+    log.info("%s", _told(counts))
+    outputs = plan_outputs(runs, job.dataset, n_chunks=job.n_chunks, val_per_chunk=job.val_per_chunk)
+    if (n_chunks := sum(".chunk." in output.name for output in outputs)) < job.n_chunks:
+        log.warning("%d documents fill %d chunks, not %d", counts.documents, n_chunks, job.n_chunks)
+    with disk_of(job.out, "--data_dir"):
+        written = _write_all(job, runs, outputs, memory_bytes, progress, files)
+        manifest = {
+            **recipe,
+            "tool": f"lingua {metadata.version('lingua')}",
+            "documents": counts.documents,
+            "held_out": sum(output.n_docs for output in outputs if output.name.endswith(".val.jsonl")),
+            "counts": asdict(counts),
+            "files": written,
+        }
+        write_json(job.out / MANIFEST, manifest, files=files)
+    return manifest
+
+
+def _inputs(job: Job, progress: Progress, sleep: Callable[[float], None], files: Files) -> tuple[Path, dict[str, Any]]:
+    """Folder of the input files, and the recipe that names them."""
+    if job.source is not None:
+        names = find_inputs(job.source)
+        if not names:
+            raise ValueError(f"--source {job.source} holds no jsonl, gz, zst or parquet files")
+        inputs = [[name, (job.source / name).stat().st_size] for name in names]
+        return job.source, _recipe(job, "local", "local", inputs)
+    with disk_of(job.raw, "--data_dir"):
+        snapshot = hub.fetch(
+            job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, sleep=sleep, files=files
+        )
+    inputs = [[file.path, file.n_bytes, file.sha256 or file.git_sha1] for file in snapshot.files]
+    return job.raw, _recipe(job, snapshot.revision, snapshot.requested, inputs)
+
+
+def _told(counts: Counts) -> str:
+    """What became of the lines, for people."""
+    told = f"{counts.documents} documents"
+    left_out = {"blank lines": counts.blank, "not JSON": counts.not_json}
+    left_out |= {"without text": counts.no_text, "with empty text": counts.empty}
+    if some := ", ".join(f"{n} {what}" for what, n in left_out.items() if n):
+        told += f"; left out: {some}"
+    return told + "".join(f"; {example}" for example in counts.examples[:3])
+
+
+def _runs(
+    job: Job, root: Path, recipe: dict[str, Any], memory_bytes: int, progress: Progress, files: Files
+) -> tuple[Sequence[Run], Counts]:
+    """Sorted runs of all inputs and what became of their lines; `memory_bytes`: what is left of the budget."""
+    names = [name for name, *_ in recipe["inputs"]]
+    sizes = [size for _, size, *_ in recipe["inputs"]]
+    if (mapped := _map_all(job, root, names, sizes, memory_bytes, progress)) is not None:
+        return mapped
+    folder = _scratch(job, recipe, files)
+    todo = [number for number in range(len(names)) if not mark_of(folder, number).is_file()]
+    reserve = _PARQUET_BYTES if any(name.endswith(".parquet") for name in names) else 0
+    n_workers = _n_workers(job, memory_bytes, len(todo), sum(sizes), reserve)
+    window_bytes = max(_window_bytes(memory_bytes, n_workers) - reserve, FIXED_BYTES)
+    with disk_of(folder, "--tmp_dir"):
+        need_space(folder, sum(sizes[number] for number in todo), "--tmp_dir")
+        progress.begin("sort", sum(sizes))
+        progress.advance(sum(sizes) - sum(sizes[number] for number in todo))
+
+        def sort(number: int) -> None:
+            path = root / names[number]
+            source = blocks(path)
+            sort_file(source, str(path), number, folder, seed=job.seed, memory_bytes=window_bytes, files=files)
+
+        for number, _ in each(todo, sort, n_workers):
+            progress.advance(sizes[number])
+    return load_runs(folder, len(names))
+
+
+def _map_all(
+    job: Job, root: Path, names: list[str], sizes: list[int], memory_bytes: int, progress: Progress
+) -> tuple[Sequence[Run], Counts] | None:
+    """Runs without a copy when everything is plain jsonl and fits the budget together with its index; else None."""
+    budget_bytes = memory_bytes - FIXED_BYTES
+    expected_bytes = 0
+    for name, size in zip(names, sizes, strict=True):
+        if not is_plain(name) or expected_bytes + size > budget_bytes:
+            return None
+        with (root / name).open("rb") as file:
+            head = file.read(1 << 20)
+        expected_bytes += size + DOC_BYTES * (1 + head.count(b"\n") * size // max(len(head), 1))
+    if expected_bytes > budget_bytes:
+        return None
+    progress.begin("scan", sum(sizes))
+    runs: list[Run] = []
+    total = Counts()
+    for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        run, counts = map_file(root / name, str(root / name), number, job.seed)
+        runs += [run] if run else []
+        total.add(counts)
+        progress.advance(size)
+    return runs, total
+
+
+def _write_all(
+    job: Job, runs: Sequence[Run], outputs: list[Output], memory_bytes: int, progress: Progress, files: Files
+) -> dict[str, dict[str, Any]]:
+    """Size, count and hash of each output by name."""
+    written = {output.name: _mark_read(job.out, output) for output in outputs}
+    todo = [number for number, output in enumerate(outputs) if written[output.name] is None]
+    todo_bytes = sum(outputs[number].n_bytes for number in todo)
+    need_space(job.out, todo_bytes, "--data_dir")
+    mapped_bytes = sum(run.n_bytes for run in runs if isinstance(run, MappedRun))  # each process is charged for them
+    n_workers = _n_workers(job, memory_bytes - mapped_bytes, len(todo), todo_bytes, mapped_bytes)
+    if n_workers > 1:
+        drop_window()
+    window_bytes = max(_window_bytes(memory_bytes, n_workers) - (mapped_bytes if n_workers == 1 else 0), FIXED_BYTES)
+    progress.begin("write", sum(output.n_bytes for output in outputs))
+    progress.advance(sum(output.n_bytes for output in outputs) - todo_bytes)
+
+    def write(number: int) -> dict[str, Any]:
+        output = outputs[number]
+        digest = write_output(runs, output, job.out / output.name, memory_bytes=window_bytes, files=files)
+        facts = {"documents": output.n_docs, "bytes": output.n_bytes, "xxh3_128": digest}
+        write_json(_mark(job.out, output), facts, files=files)
+        return facts
+
+    for number, facts in each(todo, write, n_workers):
+        written[outputs[number].name] = facts
+        progress.advance(outputs[number].n_bytes)
+    return {name: facts for name, facts in written.items() if facts is not None}
+
+
+def _mark(folder: Path, output: Output) -> Path:
+    return folder / f".done-{output.name}.json"
+
+
+def _mark_read(folder: Path, output: Output) -> dict[str, Any] | None:
+    try:
+        facts = read_json(_mark(folder, output))
+        return facts if (folder / output.name).stat().st_size == facts["bytes"] == output.n_bytes else None
+    except FileNotFoundError:
+        return None
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _scratch_root(job: Job) -> Path:
+    place = xxhash.xxh3_64_hexdigest(str(job.out.resolve()).encode())
+    return job.tmp_dir / f"lingua-prepare-{os.getuid()}-{place}"
+
+
+def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
+    """Folder of the runs of this recipe; what another recipe left there goes."""
+    root = _scratch_root(job)
+    folder = root / xxhash.xxh3_64_hexdigest(orjson.dumps(recipe))
+    with disk_of(root, "--tmp_dir"):
+        make_folders(root, files=files)
+        facts = root.lstat()
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():  # /tmp belongs to everybody
+            raise RunError(f"{root} belongs to somebody else; choose another --tmp_dir")
+        root.chmod(0o700)
+        for other in root.iterdir():
+            if other != folder:
+                files.remove_tree(other)
+        make_folders(folder, files=files)
+    return folder
+
+
+def _sweep(job: Job, files: Files) -> None:
+    """Remove what only an unfinished preparation needs, and what a killed one left half written."""
+    for path in (*job.out.glob(".done-*.json"), *job.out.glob(".*.tmp*"), job.out / _STATE):
+        if path.is_file():
+            files.remove(path)
+    if (root := _scratch_root(job)).is_dir() and root.lstat().st_uid == os.getuid():
+        files.remove_tree(root)
+
+
+def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progress, files: Files) -> None:
+    """Copy the result; each file gets its name only after it was read back from the target and is right."""
+    make_folders(target, files=files)
+    for left in target.glob(".*.tmp*"):
+        files.remove(left)
+    if stray := stray_files(target, set(manifest["files"])):
+        raise RunError(
+            f"{target} holds {stray[0]}, which is not of this preparation; remove it or choose another folder"
+        )
+    n_bytes = sum(facts["bytes"] for facts in manifest["files"].values())
+    progress.begin(f"copy to {target}", n_bytes)
+    here = {name for name, facts in manifest["files"].items() if _is_copied(target / name, facts)}
+    progress.advance(sum(manifest["files"][name]["bytes"] for name in here))
+    todo = {name: facts for name, facts in manifest["files"].items() if name not in here}
+    need_space(target, sum(facts["bytes"] for facts in todo.values()), "--final_data_dir")
+    for name, facts in todo.items():
+        temporary = target / f".{name}.tmp"
+        try:
+            _copy_bytes(source / name, temporary, files)
+            if hash_file(temporary, past_cache=True) != facts["xxh3_128"]:
+                raise RunError(
+                    f"the copy of {source / name} in {target} has other content than the manifest says; check both "
+                    "disks, then give the same command again"
+                )
+            files.rename(temporary, target / name)
+        except (OSError, RunError):
+            temporary.unlink(missing_ok=True)
+            raise
+        progress.advance(facts["bytes"])
+    files.fsync_dir(target)
+    write_json(target / MANIFEST, manifest, files=files)
+
+
+def _is_copied(path: Path, facts: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["xxh3_128"]
+
+
+def _copy_bytes(source: Path, target: Path, files: Files) -> None:
+    descriptor = files.create(target)
+    try:
+        with source.open("rb", buffering=0) as file:
+            while block := file.read(_COPY_BYTES):
+                files.write(descriptor, block)
+        files.fsync(descriptor)
+    finally:
+        files.close(descriptor)
+
+
+def _clear(job: Job, files: Files, *, verified: bool) -> None:
+    """Remove both work folders. A `source` folder is the user's own and stays."""
+    assert job.final is not None
+    folders = [folder for folder in (job.out, *(() if job.source else (job.raw,))) if folder.is_dir()]
+    if folders and not verified:
+        _refuse_problems(check_manifest(job.final, hashes=True))
+    for folder in folders:
+        log.info("removing %s", folder)
+        files.remove_tree(folder)
+
+
+# -- memory and processes --------------------------------------------------------------------------------------------
+
+
+def _n_workers(job: Job, memory_bytes: int, n_tasks: int, n_bytes: int, reserve_bytes: int) -> int:
+    """Processes that cores, tasks and memory allow; 1: no process beside this one."""
+    if job.n_workers is None and n_bytes < _SMALL_BYTES:
+        return 1
+    wanted = job.n_workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    return max(min(wanted, n_tasks, memory_bytes // (_WORKER_BYTES + reserve_bytes)), 1)
+
+
+def _window_bytes(memory_bytes: int, n_workers: int) -> int:
+    """Memory of one process for its work."""
+    inherited_bytes = rss_bytes() if n_workers > 1 else 0
+    n_bytes = memory_bytes // n_workers - inherited_bytes - (_FORK_BYTES if n_workers > 1 else 0)
+    if n_bytes < FIXED_BYTES + _FORK_BYTES:
+        more_gb = (FIXED_BYTES + _FORK_BYTES - n_bytes) / 1e9
+        raise ValueError(f"MEMORY is too small to work in; give at least {more_gb:.2f} GB more")
+    return n_bytes

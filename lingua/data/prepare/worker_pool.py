@@ -1,0 +1,107 @@
+"""What the stages of the preparation share: forked workers that die with their parent, memory, disk space, progress.
+
+Promise: no process outlives the one that started it; a worker's error arrives as it was raised.
+Cost: a fork per worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import multiprocessing
+import os
+import resource
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lingua.data.prepare.external_sort import drop_window
+from lingua.files import RunError, free_bytes, human_bytes
+
+log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+_most_workers = 0
+_task: Callable[[int], Any] | None = None  # forked processes inherit it, with all that it refers to
+
+
+def _run_task(number: int) -> Any:
+    assert _task is not None
+    return _task(number)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: prctl(2)
+
+
+def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Iterator[tuple[int, _Result]]:
+    """(number, task(number)) as they come, from processes forked here; 1: in this one."""
+    if n_workers == 1:
+        for number in todo:
+            yield number, task(number)
+        return
+    global _task, _most_workers
+    _task, _most_workers = task, max(_most_workers, n_workers)
+    drop_window()  # each worker has its own
+    pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("fork"), initializer=_die_with_parent)
+    try:
+        futures = {pool.submit(_run_task, number): number for number in todo}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process was killed, perhaps for want of memory; give the same command again, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _task = None
+
+
+def peak_rss_bytes() -> int:
+    """At most this much memory was resident at once: the peak of this process and those of its workers, added up."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own_kib = int(status["VmHWM"].split()[0])  # ru_maxrss would count what was there before exec
+    return (own_kib + _most_workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+
+
+def available_bytes() -> int:
+    """Memory that the machine can still give without swapping."""
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(facts["MemAvailable"].split()[0]) * 1024
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """No space or no quota. hf_xet tells it only in words."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota exceeded" in str(error)
+
+
+@contextmanager
+def disk_of(folder: Path, option: str) -> Iterator[None]:
+    """A full disk becomes a sentence; everything that is marked as done stays."""
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise RunError(
+            f"no space left for {folder} ({human_bytes(free_bytes(folder))} free; a quota may be lower); "
+            f"free some or choose another {option}, then give the same command again: it goes on from here"
+        ) from None
+
+
+def need_space(folder: Path, n_bytes: int, option: str) -> None:
+    if n_bytes > (free := free_bytes(folder)):
+        raise RunError(
+            f"{folder} needs {human_bytes(n_bytes)} ({n_bytes} bytes) and has {human_bytes(free)} free; "
+            f"free some space or choose another {option}, then give the same command again: it goes on from here"
+        )

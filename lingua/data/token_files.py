@@ -1,0 +1,314 @@
+"""`format: tokens`: documents tokenized before, by `lingua data tokenize`, in files that are memory-mapped.
+
+Promise: the rows of the jsonl files that they were made from, to the token: the same blocks (byte ranges of the jsonl
+files), the same pieces, the same state, so a run may change from `jsonl` to `tokens` and back at any restart. Begin and
+end tokens are not in them; `add_bos` and `add_eos` are free. Another tokenizer than the config's is refused. A file is
+there whole or not at all.
+Cost: 2 bytes per token (4 for vocabularies above 65,536) and 32 per piece of at most 256 Ki characters, mostly one
+per document; reading takes no tokenizer time and no memory beyond the page cache.
+
+A file: 4096 bytes of header (magic, then JSON), the ids, and a table of four columns of int64, a row per piece:
+
+    start    byte offset of the document's line in the jsonl file
+    end      where the next line begins
+    char     first character of the piece; ~char where the tokenizer gave up on it
+    token    its first id in this file                             (one more row: the number of ids)
+
+Lines that are no documents are left out; how many of which kind there were is in the header.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import xxhash
+
+from lingua.config.base import ConfigError
+from lingua.data.jsonl import BadLines, DataError, File, JsonlSource, Tape, edges, fingerprint
+from lingua.data.mix import Document, Reader, name_key
+from lingua.data.pack import piece_end
+from lingua.tokenizer import Tokenizer, TokenizerError
+
+SUFFIX = ".tokens"
+VERSION = 1
+_MAGIC = b"LINGUATK"
+_HEADER_BYTES = 4096
+_ALIGN = 8
+
+
+# -- making them ---------------------------------------------------------------------------------------------------
+
+
+def token_file(path: Path, folder: Path) -> Path:
+    """Name of the token file of a jsonl file."""
+    return folder / (path.name + SUFFIX)
+
+
+def is_made(path: Path, target: Path, tokenizer: Tokenizer, text_key: str | None) -> bool:
+    """Whether the token file of this very jsonl file, by this tokenizer, is there."""
+    try:
+        facts = read_facts(target)
+    except (OSError, DataError):
+        return False
+    size = path.stat().st_size
+    now = {"tokenizer": tokenizer.fingerprint, "text_key": text_key, "bytes": size, "edges": edges(path, size)}
+    return {key: facts[key] for key in now} == now
+
+
+def tokenize_file(
+    path: Path,
+    target: Path,
+    tokenizer: Tokenizer,
+    text_key: str | None = None,
+    advance: Callable[[int], object] = lambda n_bytes: None,
+) -> dict[str, Any]:
+    """Write the token file of a jsonl file; returns what its header says. `advance` hears of the bytes done."""
+    bad = BadLines()
+    source = JsonlSource(path.name, path, 1, text_key=text_key, bad=bad)
+    dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
+    columns = [array("q") for _ in range(4)]
+    starts, ends, chars, tokens = columns
+    n_documents = n_tokens = at = 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+    try:
+        with open(descriptor, "wb", buffering=1 << 20) as out:
+            out.write(bytes(_HEADER_BYTES))
+            digest, reader = xxhash.xxh3_64(), source.reader()
+            for block in range(source.n_blocks):
+                offset = -1
+                while (document := reader.document(block, offset)) is not None:
+                    offset, char, n_documents = document.end, 0, n_documents + 1
+                    while char < len(document.text):
+                        end = piece_end(document.text, char)
+                        starts.append(document.start)
+                        ends.append(document.end)
+                        tokens.append(n_tokens)
+                        try:
+                            ids = tokenizer.encode(document.text[char:end], False, False).astype(dtype).tobytes()
+                            chars.append(char)
+                        except TokenizerError as error:
+                            source.bad_text(document, str(error))
+                            ids = b""
+                            chars.append(~char)
+                        digest.update(ids)
+                        out.write(ids)
+                        n_tokens, char = n_tokens + len(ids) // dtype.itemsize, end
+                    advance(document.end - at)
+                    at = document.end
+            advance(source.size_bytes - at)
+            tokens.append(n_tokens)
+            for part in (bytes(-out.tell() % _ALIGN), *(column.tobytes() for column in columns)):
+                digest.update(part)
+                out.write(part)
+            facts = {
+                "version": VERSION,
+                "file": path.name,
+                "bytes": source.size_bytes,
+                "edges": edges(path, source.size_bytes),
+                "text_key": text_key,
+                "tokenizer": tokenizer.fingerprint,
+                "dtype": dtype.str,
+                "documents": n_documents,
+                "pieces": len(starts),
+                "tokens": n_tokens,
+                "bad": dict(bad.kinds),
+                "xxh3_64": digest.hexdigest(),
+            }
+            out.seek(0)
+            out.write((_MAGIC + orjson.dumps(facts)).ljust(_HEADER_BYTES, b"\n"))
+            out.flush()
+            os.fchmod(descriptor, 0o644)
+            os.fsync(descriptor)
+        if path.stat().st_size != source.size_bytes:
+            raise DataError(f"{path}: changed while it was tokenized; wait until it is complete")
+        os.rename(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    finally:
+        source.close()
+    return facts
+
+
+# -- reading them --------------------------------------------------------------------------------------------------
+
+
+def find_token_files(path: Path) -> list[Path]:
+    """Token files of a source: the path, or what a folder holds."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such file or folder; mend data.sources or data.root_dir")
+    files = [file for file in path.iterdir() if file.name.endswith(SUFFIX) and not file.name.startswith(".")]
+    if not files:
+        raise ConfigError(f"{path}: no *{SUFFIX} file in this folder; make them with `lingua data tokenize`")
+    return sorted(files, key=lambda file: file.name.removesuffix(SUFFIX))  # the order of the jsonl files
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What the header of a token file says. Raises DataError for a file that is none or not whole."""
+    with path.open("rb") as file:
+        head, size = file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
+    if not head.startswith(_MAGIC):
+        raise DataError(f"{path}: no token file; make it with `lingua data tokenize`")
+    try:
+        facts = orjson.loads(head[len(_MAGIC) :])
+        if facts["version"] != VERSION:
+            raise DataError(f"{path}: of version {facts['version']}, this is {VERSION}; tokenize again")
+        expected = _table_at(facts) + 8 * (4 * facts["pieces"] + 1)
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        raise DataError(f"{path}: damaged header; tokenize again") from None
+    if size != expected:
+        raise DataError(f"{path}: has {size} bytes, its header says {expected}; copy it again or tokenize again")
+    return facts
+
+
+def check_hash(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether the content is what was written; reads all of it."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        file.seek(_HEADER_BYTES)
+        while data := file.read(4 << 20):
+            digest.update(data)
+    return digest.hexdigest() == facts["xxh3_64"]
+
+
+def _table_at(facts: dict[str, Any]) -> int:
+    ids_end = _HEADER_BYTES + facts["tokens"] * np.dtype(facts["dtype"]).itemsize
+    return ids_end + -ids_end % _ALIGN
+
+
+class Mapped(NamedTuple):
+    """A token file in memory. T tokens, P pieces."""
+
+    ids: np.ndarray  # (T,) uint16 or uint32
+    start: np.ndarray  # (P,) int64, as the next two
+    end: np.ndarray
+    char: np.ndarray
+    token: np.ndarray  # (P + 1,) int64
+
+
+def map_tokens(path: Path, facts: dict[str, Any]) -> Mapped:
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    n = facts["pieces"]
+    table = np.frombuffer(mapped, np.dtype("<i8"), 4 * n + 1, _table_at(facts))
+    ids = np.frombuffer(mapped, np.dtype(facts["dtype"]), facts["tokens"], _HEADER_BYTES)
+    return Mapped(ids, table[:n], table[n : 2 * n], table[2 * n : 3 * n], table[3 * n :])
+
+
+class TokenSource(Tape):
+    """The tape of token files, in blocks of the jsonl files they were made from."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        n_lanes: int,
+        *,
+        tokenizer: str,
+        weight: float = 1.0,
+        text_key: str | None = None,
+        bad: BadLines | None = None,
+    ) -> None:
+        """`tokenizer`: the config's fingerprint, which the files must have."""
+        files = []
+        self._facts: list[dict[str, Any]] = []
+        self._mapped: list[Mapped] = []
+        for file in find_token_files(path):
+            facts = read_facts(file)
+            if facts["tokenizer"] != tokenizer:
+                raise ConfigError(
+                    f"{file}: made by tokenizer {facts['tokenizer']}, and data.tokenizer is {tokenizer}; "
+                    "set data.tokenizer to the first, or tokenize again"
+                )
+            if text_key not in (None, facts["text_key"]):
+                raise ConfigError(
+                    f"{file}: made from field {facts['text_key'] or 'text or content'!r}, and text_key of source "
+                    f"{name} is {text_key!r}; drop it, or tokenize again"
+                )
+            if facts["bytes"] > 0:
+                files.append(File(file, facts["bytes"], name_key(facts["file"])))
+                self._facts.append(facts)
+                self._mapped.append(map_tokens(file, facts))
+        super().__init__(name, files, n_lanes, weight=weight, bad=bad)
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the jsonl files, since the rows are the same."""
+        files = ((facts["file"], facts["bytes"], facts["edges"]) for facts in self._facts)
+        return fingerprint(files, self._facts[0]["text_key"])
+
+    @property
+    def n_tokens(self) -> int:
+        """Of one epoch, without begin and end tokens."""
+        return sum(facts["tokens"] for facts in self._facts)
+
+    @property
+    def n_documents(self) -> int:
+        return sum(facts["documents"] for facts in self._facts)
+
+    def mapped(self, file: int) -> Mapped:
+        return self._mapped[file]
+
+    def reader(self) -> Reader:
+        return TokenReader(self)
+
+    def close(self) -> None:
+        """The maps go when nobody holds them any more."""
+
+
+class TokenReader:
+    """Finds documents in the tables; has no buffer."""
+
+    def __init__(self, source: TokenSource) -> None:
+        self._source = source
+
+    def document(self, block: int, offset: int) -> Document | None:
+        """The first document of the block that begins at or after `offset` (-1: the block's begin); None: no more."""
+        source = self._source
+        file, first, last = source.block(block)
+        mapped = source.mapped(file)
+        row = int(np.searchsorted(mapped.start, first if offset < 0 else offset))
+        if row == len(mapped.start) or mapped.start[row] >= last:
+            return None
+        source.bad.lines += 1
+        start, end = int(mapped.start[row]), int(mapped.end[row])
+        return Document("", source.files[file].key, start, end, MappedDocument(mapped, row))
+
+
+class MappedDocument:
+    """The pieces of one document, from its first row of the table on."""
+
+    def __init__(self, mapped: Mapped, row: int) -> None:
+        self._mapped, self._row, self._char = mapped, row, 0
+
+    def ids(self, char: int) -> np.ndarray:
+        mapped, row = self._mapped, self._row_of(char)
+        if mapped.char[row] < 0:
+            raise TokenizerError("the tokenizer gave up when the token file was made")
+        return mapped.ids[mapped.token[row] : mapped.token[row + 1]]
+
+    def behind(self, char: int) -> int:
+        row, start = self._row_of(char) + 1, self._mapped.start
+        return self._first_char(row) if row < len(start) and start[row] == start[row - 1] else 0
+
+    def _first_char(self, row: int) -> int:
+        char = int(self._mapped.char[row])
+        return char if char >= 0 else ~char
+
+    def _row_of(self, char: int) -> int:
+        while self._char < char:  # pieces are asked for in order, and a document has few
+            self._row += 1
+            self._char = self._first_char(self._row)
+        assert self._char == char, "no piece begins there"
+        return self._row

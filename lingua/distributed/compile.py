@@ -1,0 +1,103 @@
+"""torch.compile: what of a model is compiled, how often anew, and where compiled code is kept between starts.
+
+Promise: blocks of one kind share their compiled code, however many there are; a pass without gradients, or with
+another number of rows, adds one more, at most `compile_cache_size_limit` in all. Compiled code is kept in a folder of
+this node that nobody else can write to (what is found there is executed), for all its ranks and for later starts.
+Cost: a first start compiles; later ones on that node find most of it done. Nothing ever removes what is kept, and each
+version of torch has a folder of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lingua.config.keys.distributed import DistributedArgs
+
+INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+
+
+def compile_model(
+    model: nn.Module, blocks: Iterable[nn.Module], args: DistributedArgs, backend: Any = "inductor"
+) -> None:
+    """Have the blocks, or the whole model, compiled when they are first called. Do this before FSDP2 wraps them.
+
+    torch begins at the first frame below `nn.Module.__call__` that is not its own: a block's `forward`, which blocks of
+    a class share. So hooks of FSDP2 stay outside, and the guards of one block's code hold for all.
+    """
+    torch._dynamo.config.recompile_limit = args.compile_cache_size_limit
+    for module in blocks if args.compile_scope == "block" else [model]:
+        module.compile(backend=backend)
+
+
+def let_length_vary(tensor: Tensor) -> None:
+    """Have code compiled for any length of `tensor` from the first on, not anew when a second one comes."""
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+# -- where compiled code is kept -----------------------------------------------------------------------------------
+
+
+def keep_compiled_code(folder: str | None, env: MutableMapping[str, str] = os.environ) -> Path | None:
+    """Point torch's and Triton's caches at `folder` ("auto": a place of this user on this node; None: torch's own).
+
+    What the environment sets already wins. Returns the folder in use, None where it is not ours to say. Raises
+    ValueError for a folder that others can write to.
+    """
+    if folder is None or _is_users(env):
+        return None
+    places = _places(env) if folder == "auto" else [Path(folder).expanduser().absolute()]
+    place = _private(_first_private(places) / f"torch-{torch.__version__}")
+    env[INDUCTOR] = str(_private(place / "inductor"))
+    # By itself Triton's cache lies in a folder per device, so that ranks would not find each other's kernels.
+    env.setdefault(TRITON, str(_private(place / "triton")))
+    return place
+
+
+def _is_users(env: MutableMapping[str, str]) -> bool:
+    """Whether the user has chosen a folder. torch writes its own choice into the environment as soon as its compiler is
+    imported, which `deterministic: true` does."""
+    if INDUCTOR not in env:
+        return False
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes seconds
+
+    return env[INDUCTOR] != default_cache_dir()
+
+
+def _places(env: MutableMapping[str, str]) -> list[Path]:
+    """Local disks, the first that outlives a job and a reboot: /tmp is often a job's own."""
+    roots = ["/var/tmp", env.get("TMPDIR", "/tmp"), "/tmp"]
+    return [Path(root) / f"lingua-compiled-{os.getuid()}" for root in roots]
+
+
+def _first_private(places: Sequence[Path]) -> Path:
+    reasons = []
+    for place in places:
+        try:
+            return _private(place)
+        except ValueError as error:
+            reasons.append(str(error))
+    raise ValueError(
+        f"distributed.compile_cache: {'; '.join(reasons)}; name a folder of your own on a local disk, or set it to null"
+    )
+
+
+def _private(folder: Path) -> Path:
+    """The folder, made if it is not there. Raises ValueError when that fails, or when it is not ours alone."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        facts = folder.lstat()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror})") from error
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise ValueError(f"{folder} is not this user's alone, and what lies there is executed")
+    return folder

@@ -1,0 +1,337 @@
+"""Processes: who this rank is, the process group, the mesh, and the few reductions that a run needs.
+
+Promise: ranks come from torchrun's variables or from the Slurm step, and a lone process in a big allocation stays
+alone. Every collective runs on the main thread. What one rank finds wrong, all ranks hear, so nobody waits in vain.
+Cost: one all-reduce of a few numbers per step, read one step late.
+
+Data-parallel order on the mesh (dp_replicate, dp_shard, tp): dp_rank = replicate * shard_size + shard.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
+from lingua.distributed.same_config import require_same_config
+from lingua.files import RunError, raise_if
+from lingua.run.failure import RankError, carried, classify, mark_known
+from lingua.slurm import this_task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the others of its run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master: tuple[str, int] | None = None
+    """Host and port of rank 0. None: alone, no process group."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def find_place(env: Mapping[str, str] = os.environ) -> Place:
+    """This process's place: from torchrun (RANK, WORLD_SIZE, ...), else from the Slurm step, else alone."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Place(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            master=(env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))),
+        )
+    task = this_task(env)
+    if task is None:
+        return Place()
+    # Two runs on one node must not meet: the port follows from the job and its step.
+    step = f"{task.job_id}.{env.get('SLURM_STEP_ID', '0')}"
+    port = int(env.get("MASTER_PORT") or 20_000 + zlib.crc32(step.encode()) % 12_000)  # below the ephemeral ports
+    return Place(
+        rank=task.rank,
+        world_size=task.n_tasks,
+        local_rank=task.local_rank,
+        local_world_size=task.n_local_tasks,
+        master=(env.get("MASTER_ADDR") or task.head_node, port),
+    )
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: Place) -> torch.device:
+    """The device of this rank. Raises ValueError when a GPU is asked for and there is none for this rank."""
+    n_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
+        return torch.device("cpu")
+    if n_gpus == 0:
+        raise ValueError("device: cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
+    if place.local_rank >= n_gpus and n_gpus != 1:  # one visible GPU per task is a common binding
+        raise ValueError(f"local rank {place.local_rank} has no GPU: this node shows {n_gpus}; start fewer ranks")
+    return torch.device("cuda", place.local_rank if n_gpus > 1 else 0)
+
+
+def set_environment(args: EnvironmentArgs, place: Place, on_gpu: bool) -> None:
+    """Set what the user's shell has not set, and the CPU threads of torch to match."""
+    threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+    for name, value in args.model_dump().items():
+        os.environ.setdefault(name, str(threads) if value == "auto" else value)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"] or threads))
+
+
+@dataclass(frozen=True)
+class World:
+    """A started run's processes."""
+
+    place: Place
+    device: torch.device
+    mesh: DeviceMesh | None
+    """Axes dp_replicate, dp_shard, tp. None: one process."""
+    dp_rank: int = 0
+    dp_size: int = 1
+    store: dist.Store | None = None
+    """Where the ranks met. None: one process."""
+    tp_rank: int = 0
+    """Among the ranks that share the rows of one dp_rank, each with a part of the model."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.place.is_main
+
+
+@contextmanager
+def start_world(
+    args: DistributedArgs, place: Place, device: torch.device, config: Mapping[str, Any]
+) -> Iterator[World]:
+    """Join the process group and lay out the mesh; leave the group on the way out.
+
+    `config`: what all ranks must have alike. Raises MixedConfigError on all of them where they do not.
+    """
+    replicate, shard, tp = args.degrees(place.world_size)
+    if place.master is None:
+        yield World(place, device, mesh=None)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    host, port = place.master
+    timeout = timedelta(seconds=args.timeout_s)
+    meeting = "env://" if "RANK" in os.environ else f"tcp://{host}:{port}"  # torchrun keeps its own store
+    try:
+        store, _, _ = next(dist.rendezvous(meeting, place.rank, place.world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        require_same_config(store, place.rank, place.world_size, config)
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("ranks", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"rank {place.rank} of {place.world_size} did not meet the others at {host}:{port} within "
+            f"{args.timeout_s} s ({reason}); see whether they all started, and why not in their logs"
+        ) from error
+    try:
+        mesh = init_device_mesh(device.type, (replicate, shard, tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+        for group in mesh.get_all_groups():  # torch gives those of gloo 30 minutes, whatever the default group has
+            _set_pg_timeout(timeout, group)
+        dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
+        yield World(place, device, mesh, dp_rank, replicate * shard, store, mesh.get_local_rank("tp"))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def patient(timeout_s: float, usual_s: float) -> Iterator[None]:
+    """Meanwhile ranks wait for each other for up to `timeout_s`, as where each has work of its own to do first."""
+    if not dist.is_initialized():
+        yield
+        return
+    _set_pg_timeout(timedelta(seconds=timeout_s), dist.group.WORLD)
+    try:
+        yield
+    finally:
+        _set_pg_timeout(timedelta(seconds=usual_s), dist.group.WORLD)
+
+
+# -- agreement ---------------------------------------------------------------------------------------------------
+
+
+def from_main(act: Callable[[], T]) -> T:
+    """Run `act` on rank 0 and give its (picklable) result to all; its error is raised on all. Collective."""
+    if not dist.is_initialized():
+        return act()
+    outcome: list[tuple[str, object]] = [("", None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [("ok", act())]
+        except Exception as error:
+            _broadcast([("error", _portable(error))])
+            mark_known(error)
+            raise
+    kind, value = _broadcast(outcome)[0]
+    if kind == "error":
+        assert isinstance(value, Exception)
+        raise mark_known(value)
+    return value  # pyright: ignore[reportReturnType]
+
+
+def on_every_rank(act: Callable[[], T]) -> T:
+    """Run `act` on all ranks; if any fails, all raise, the others naming the first that failed. Collective."""
+    if not dist.is_initialized():
+        return act()
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = act()
+    except Exception as caught:
+        error = caught
+    reports: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, None if error is None else (f"{type(error).__name__}: {error}", classify(error)))
+    if error is not None:
+        raise mark_known(error)
+    failed = [(f"rank {rank}: {report[0]}", report[1]) for rank, report in enumerate(reports) if report is not None]
+    if failed:
+        raise mark_known(RankError(*failed[0]))
+    return result  # pyright: ignore[reportReturnType]
+
+
+def first_given(value: T | None) -> T | None:
+    """The value of the lowest rank that has one. Collective."""
+    if not dist.is_initialized():
+        return value
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return next((given for given in values if given is not None), None)
+
+
+def _broadcast(outcome: list[tuple[str, object]]) -> list[tuple[str, object]]:
+    dist.broadcast_object_list(outcome, src=0)
+    return outcome
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives pickling, else its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RankError(f"{type(error).__name__}: {error}", classify(error))
+    return error
+
+
+class Votes(Generic[T]):
+    """A few numbers per step, summed over all ranks and read one step later, so that nobody waits for the device.
+
+    ```
+    votes.cast(facts_of_step_1, [loss, stop])    # the reduction starts; None
+    votes.cast(facts_of_step_2, [loss, stop])    # (facts_of_step_1, sums of step 1)
+    votes.read()                                 # (facts_of_step_2, sums of step 2), waiting for them
+    ```
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: tuple[T, torch.Tensor, Callable[[], object]] | None = None
+
+    def cast(self, facts: T, numbers: list[torch.Tensor | float]) -> tuple[T, list[float]] | None:
+        """Start the sums of this step's `numbers`; return what `read` would for the step before. Collective."""
+        ballot = torch.stack([self._on_device(number) for number in numbers])
+        before = self.read()
+        if self._device.type == "cuda":
+            if dist.is_initialized():
+                dist.all_reduce(ballot)
+            ballot = ballot.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._waiting = (facts, ballot, arrived.synchronize)
+        else:
+            work = dist.all_reduce(ballot, async_op=True) if dist.is_initialized() else None
+            self._waiting = (facts, ballot, work.wait if work is not None else lambda: None)
+        return before
+
+    def _on_device(self, number: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(number, torch.Tensor):
+            return number.detach().float()
+        return torch.full((), number, dtype=torch.float32, device=self._device)  # filled there: no copy, no wait
+
+    def read(self) -> tuple[T, list[float]] | None:
+        """(facts, sums) of the newest step if they were not read yet."""
+        if self._waiting is None:
+            return None
+        facts, ballot, wait = self._waiting
+        self._waiting = None
+        wait()
+        return facts, ballot.tolist()
+
+
+SLOWEST_DISK = timedelta(hours=4)
+"""How long ranks wait for the slowest one's writing, reading or verifying."""
+
+
+class Ranks:
+    """This rank among all ranks of the run."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+        self._group: dist.ProcessGroup | None = None
+        if self.size > 1:
+            group = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_main(self, act: Callable[[], T]) -> T:
+        """What `act` returns on rank 0, on every rank; or its RunError or OSError, on every rank."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer = [act(), None]
+            except (RunError, OSError) as error:
+                answer = [None, carried(error)]
+            except BaseException as error:
+                if self._group is not None:  # the others must not wait for us
+                    told = RankError("rank 0 failed, see its log", classify(error))
+                    dist.broadcast_object_list([None, told], src=0, group=self._group)
+                raise
+        if self._group is not None:
+            dist.broadcast_object_list(answer, src=0, group=self._group)
+        raise_if(answer[1])
+        return answer[0]
+
+    def on_each(self, act: Callable[[], T]) -> list[T]:
+        """What `act` returned on each rank, on every rank; or the first RunError or OSError, on every rank."""
+        value: T | None = None
+        error: RunError | None = None
+        try:
+            value = act()
+        except (RunError, OSError) as caught:
+            error = carried(caught)
+        answers = self.gather((value, error))
+        raise_if(next((error for _, error in answers if error is not None), None))
+        return [value for value, _ in answers]  # pyright: ignore[reportReturnType] - without an error there is one

@@ -1,0 +1,416 @@
+"""Sees to it that each published checkpoint that is due gets exactly one evaluation. Torch-free.
+
+Promise: a checkpoint is seen by its `.done` mark only. Each one of `checkpoint.eval.every`, and the run's last, is
+evaluated once, however many evaluators there are and wherever they are killed: `evals/<step>/results.json` appears
+whole, then one line in `metrics.eval.jsonl`. What fails is tried again, later and later, and given up in the end with
+the reason in `evals/<step>/failed.json`. Everything ends: an evaluation, a wait, a claim, a pin.
+Cost: a few looks at small files every `eval.poll_s`; nothing is held while there is nothing to do.
+
+There is no list of what is to be done: a restart reads the folders again. Evaluators agree by the lock that runs have
+too, one for each step's folder, and each of its numbers is a try:
+
+    evals/follow.json                            somebody evaluates this run: retention waits for them
+    evals/0000001000/incarnations/0000000001.json    try 1: whose, and is it alive
+                     try-0001.json                   how it ended, unless it was killed or successful
+                     results.json | failed.json      the verdict; names the start that saved the checkpoint
+                     start-3/results.json            found already of the checkpoint that start 3 saved: by a job, or
+                                                     in training, before it was published; the next look adopts it
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lingua.checkpoint import layout, publish
+from lingua.checkpoint.lookup import Checkpoint, run_root
+from lingua.checkpoint.pins import Follower, follow, pinned, verdict
+from lingua.checkpoint.retention import Periods, periods_of
+from lingua.config.base import ConfigError
+from lingua.config.keys.eval import EvalArgs
+from lingua.eval.plan import MAX_KILLED, Candidate, Decision, RunState, Try, decide, is_due
+from lingua.files import DISK, Files, RunError, entries, make_folders, read_json, write_json
+from lingua.run.folder import EXIT_FINISHED, EXIT_REQUEUE, STOP_FILE
+from lingua.run.lock import FOLDER as TRIES
+from lingua.run.lock import OccupiedError, Owner, RunLock, newest_start, this_process
+from lingua.run.metrics import EVAL_FILE, EvaluationTracker, JsonLines, read_metrics
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 3600.0
+"""Of the checkpoint that is being evaluated; renewed while that goes on."""
+LOOK_S = 10.0
+"""Between two looks, during an evaluation, whether it is still ours to do."""
+SAY_AGAIN_S = 600.0
+"""Between two times that retention is told of us."""
+
+# -- what lies there -----------------------------------------------------------------------------------------------
+
+
+def try_file(folder: Path, number: int) -> Path:
+    return folder / f"try-{number:04d}.json"
+
+
+def read_tries(folder: Path, me: Owner, now: Callable[[], float]) -> tuple[Try, ...]:
+    """The attempts at one step's evaluation, in order."""
+    start = newest_start(folder, me, now)
+    tries: list[Try] = []
+    for path in entries(folder / TRIES):
+        if path.suffix != ".json" or not path.stem.isdecimal():
+            continue
+        number = int(path.stem)
+        ended = try_file(folder, number)
+        if ended.is_file():
+            record = read_json(ended)
+            tries.append(Try(record["end"], float(record["at_s"]), record["why"]))
+        elif start is not None and number == start.incarnation and start.alive:
+            tries.append(Try("running", now()))
+        else:
+            tries.append(Try("killed", path.stat().st_mtime))
+    return tuple(tries)
+
+
+def logged_evaluations(file: Path) -> set[tuple[int, int]]:
+    """(step, start that saved the checkpoint) of each line of a metrics.eval.jsonl."""
+    records = read_metrics(file) if file.is_file() else []
+    return {(r["global_step"], r.get("incarnation", 0)) for r in records if "global_step" in r}
+
+
+def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable[[], float]) -> RunState:
+    """`newest_mark_s`: when the newest checkpoint was published, or the evaluator came."""
+    start = newest_start(run_dir, me, now)
+    if start is not None and start.alive:
+        return RunState(has_ended=False, finished=False, silent_s=0.0)
+    seen_s, exit_code = newest_mark_s, EXIT_REQUEUE
+    with suppress(FileNotFoundError):
+        exit_code = read_json(run_dir / STOP_FILE).get("exit_code", EXIT_REQUEUE)
+        seen_s = max(seen_s, (run_dir / STOP_FILE).stat().st_mtime)
+    if start is not None:
+        seen_s = max(seen_s, (run_dir / TRIES / f"{start.incarnation:010d}.json").stat().st_mtime)
+    return RunState(exit_code != EXIT_REQUEUE, exit_code == EXIT_FINISHED, max(0.0, now() - seen_s))
+
+
+def training_id(run_dir: Path, step: int) -> str | None:
+    """The tracking id that a published checkpoint keeps; None: none, or the checkpoint is gone."""
+    try:
+        state = read_json(layout.folder(run_root(run_dir), step) / layout.train_state_file(0))
+        return state["shared"].get("tracking_id")
+    except (OSError, RunError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def evaluation_tracker(run_args: Any, run_dir: Path) -> EvaluationTracker:
+    """Where the evaluations of a run are tracked, as its config (the app's TrainArgs) says."""
+    config = run_args.model_dump(mode="json")
+    return EvaluationTracker(run_args.logging.wandb, run_dir, run_args.name, config, partial(training_id, run_dir))
+
+
+def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, Any], *, files: Files = DISK) -> None:
+    """results.json of what was found, last; samples.json of single questions and answers before. Raises OSError."""
+    metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}
+    if found.get("samples"):
+        write_json(folder / layout.SAMPLES, found["samples"], files=files)
+    write_json(folder / layout.RESULTS, {**facts, "details": found.get("details", {}), "metrics": metrics}, files=files)
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(facts, found) as they were written; None: no results are there. Raises OSError or RunError."""
+    try:
+        facts: dict[str, Any] = read_json(folder / layout.RESULTS)
+    except FileNotFoundError:
+        return None
+    samples = folder / layout.SAMPLES
+    more = {"details": facts.pop("details"), "samples": read_json(samples) if samples.is_file() else {}}
+    return facts, {**facts.pop("metrics"), **more}
+
+
+# -- the evaluator -------------------------------------------------------------------------------------------------
+
+Beat = Callable[[], None]
+"""Called between two batches; raises when the evaluation is to be left."""
+Measure = Callable[[Checkpoint, Beat], Mapping[str, Any]]
+"""Evaluates a checkpoint: metrics by name; under "details" and "samples" what else is to be kept."""
+
+
+class Stopped(Exception):  # noqa: N818 - nothing is wrong
+    """This evaluator was asked to leave."""
+
+
+class LostError(RunError):
+    """The evaluation is not ours any more: another evaluator has it, or the run went back before this step."""
+
+
+class Evaluator:
+    """One evaluator of a run. `follow` goes on until there is nothing left to do; `tick` does one thing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        args: EvalArgs,
+        measure: Measure,
+        *,
+        on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        stopping: Callable[[], bool] = lambda: False,
+        max_killed: int = MAX_KILLED,
+        me: Owner | None = None,
+        files: Files = DISK,
+        now: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`on_record` hears of each line written to metrics.eval.jsonl. Raises RunError, ConfigError: not a run."""
+        self.run_dir = run_dir
+        self.root = run_root(run_dir)
+        self._args = args
+        self._measure, self._on_record, self._stopping = measure, on_record, stopping
+        self._max_killed = max_killed
+        self._me = me or this_process()
+        self._files, self._now, self._sleep = files, now, sleep
+        self._periods = self._read_periods()
+        self._metrics_file = Path(args.metric_log_dir or run_dir) / EVAL_FILE
+        self._came_s = now()
+        self._said_s = float("-inf")
+        self._overdue: set[int] = set()
+        self._trying: tuple[int, int] | None = None
+        """Step and number of the try that goes on."""
+
+    def _read_periods(self) -> Periods:
+        """Anew at each look: a later start of the run may change them."""
+        periods = periods_of(self.run_dir)
+        if periods is None:
+            raise ConfigError(f"{self.run_dir} has no config.yaml, which says what to evaluate; start the run first")
+        return periods
+
+    def follow(self, *, once: bool = False) -> str:
+        """Evaluate what is due until the run has ended, or with `once` until nothing is; returns why it ends."""
+        before: Decision | None = None
+        while True:
+            decision = self.tick()
+            if decision.act == "end" or (once and decision.act == "wait"):
+                return decision.why or "nothing is left to evaluate"
+            if self._stopping():
+                return "asked to stop"
+            if decision.act == "wait" or decision == before:  # a disk that refuses is not asked all the time
+                self._sleep(self._args.poll_s)
+            before = decision
+
+    def catch_up(self, *, measuring: bool = True) -> None:
+        """Do what can be done at once, and wait for nothing; without `measuring` only what needs no model."""
+        before: Decision | None = None
+        while not self._stopping():
+            decision = self.tick(measuring=measuring)
+            if decision.act in ("wait", "end") or decision == before:
+                return
+            before = decision
+
+    def tick(self, *, measuring: bool = True) -> Decision:
+        """Look, decide, and do one thing; a disk that refuses is reported and asked again later."""
+        try:
+            self._tell_retention()
+            decision = self._decide()
+            if decision.act == "evaluate" and not measuring:
+                return Decision("wait")
+            if decision.act in ("evaluate", "adopt", "give_up", "record"):
+                self._under_claim(decision)
+        except OccupiedError as error:  # another evaluator was faster
+            log.info("%s", error)
+            return Decision("wait")
+        except (OSError, RunError) as error:
+            log.error("the evaluator of %s is held up: %s", self.run_dir, error)
+            return Decision("wait")
+        return decision
+
+    def _tell_retention(self) -> None:
+        if self._now() - self._said_s >= SAY_AGAIN_S:
+            follower = Follower(self._periods.evaluation.every, 3600 * self._args.max_pinned_hours, self._now())
+            follow(self.run_dir, follower, files=self._files)
+            self._said_s = self._now()
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Candidate]:
+        """All published checkpoints that are due, ascending."""
+        due = [step for step in layout.done_steps(self.root) if is_due(step, self._periods)]
+        logged = logged_evaluations(self._metrics_file)
+        return [found for step in due if (found := self._candidate(step, logged)) is not None]
+
+    def _candidate(self, step: int, logged: Collection[tuple[int, int]]) -> Candidate | None:
+        """None: retention was faster."""
+        try:
+            published_at_s = layout.done_mark(self.root, step).stat().st_mtime
+        except FileNotFoundError:
+            return None
+        facts = publish.mark_facts(self.root, step)
+        incarnation: int = facts.get("incarnation", 0)
+        return Candidate(
+            step,
+            float(facts.get("created_at", published_at_s)),
+            verdict(self.run_dir, self.root, step),
+            (step, incarnation) in logged,
+            read_tries(layout.evaluation(self.run_dir, step), self._me, self._now),
+            (layout.found(self.run_dir, step, incarnation) / layout.RESULTS).is_file(),
+        )
+
+    def _decide(self) -> Decision:
+        self._periods = self._read_periods()
+        candidates = self.candidates()
+        self._complain(candidates)
+        seen_s = max([self._came_s, *(one.published_at_s for one in candidates)])
+        run = read_run_state(self.run_dir, seen_s, self._me, self._now)
+        return decide(candidates, run, self._args, self._now(), self._max_killed)
+
+    def _complain(self, candidates: Iterable[Candidate]) -> None:
+        """Say once of each checkpoint that it has waited for too long."""
+        limit_s = 3600 * self._args.max_pinned_hours
+        for one in candidates:
+            if one.verdict is None and self._now() - one.published_at_s > limit_s and one.step not in self._overdue:
+                self._overdue.add(one.step)
+                log.error(
+                    "CHECKPOINT %d HAS WAITED FOR ITS EVALUATION FOR MORE THAN %g h (eval.max_pinned_hours): retention "
+                    "may delete it now", one.step, self._args.max_pinned_hours,
+                )  # fmt: skip
+
+    # -- doing -----------------------------------------------------------------------------------------------------
+
+    def _under_claim(self, decision: Decision) -> None:
+        """Do it as the owner of the step's folder, if it is still to be done then."""
+        step = decision.step
+        with self._claim(step) as lock:
+            now_there = self._candidate(step, logged_evaluations(self._metrics_file))
+            if now_there is None:
+                return
+            if decision.act == "record" and now_there.verdict == "evaluated" and not now_there.is_logged:
+                self._record(step)
+            elif now_there.verdict is not None:
+                return
+            elif decision.act == "adopt" and now_there.is_found:
+                self._adopt(step)
+            elif decision.act == "give_up":
+                self._give_up(step, decision.why)
+            elif decision.act == "evaluate":
+                self._evaluate(step, lock)
+
+    def _claim(self, step: int) -> RunLock:
+        return RunLock(layout.evaluation(self.run_dir, step), self._me, doing="evaluated", sleep=self._sleep)
+
+    def abandon(self) -> None:
+        """For a process that is being ended: the try that goes on was stopped, and did not fail. From any thread."""
+        if self._trying is not None:
+            self._end_try(*self._trying, "stopped", "its process was asked to leave")
+
+    def _end_try(self, step: int, number: int, end: str, why: str) -> None:
+        folder = layout.evaluation(self.run_dir, step)
+        write_json(try_file(folder, number), {"end": end, "at_s": self._now(), "why": why}, files=self._files)
+
+    def evaluate_ahead(self, step: int, incarnation: int) -> None:
+        """Evaluate what start `incarnation` has saved and nobody has published yet; it counts as soon as somebody does.
+
+        `measure` is given a checkpoint that is not there, so it must have the weights. What fails is tried no more.
+        """
+        try:
+            with self._claim(step) as lock:
+                folder = layout.found(self.run_dir, step, incarnation)
+                make_folders(folder, files=self._files)
+                if self._attempt(step, incarnation, lock, folder, lambda: None):
+                    self._end_try(step, lock.incarnation, "found", "waits for the publication")
+        except (OSError, RunError) as error:
+            log.error("step %d is not evaluated ahead of its publication: %s", step, error)
+
+    def _evaluate(self, step: int, lock: RunLock) -> None:
+        incarnation, limit_s = publish.incarnation_of(self.root, step), 3600 * self._args.max_pinned_hours
+        with pinned(self.root, step, "eval", lease_s=LEASE_S, limit_s=limit_s, now=self._now) as renew:
+            is_done = self._attempt(step, incarnation, lock, layout.evaluation(self.run_dir, step), renew)
+        if is_done:
+            self._record(step)
+
+    def _attempt(self, step: int, incarnation: int, lock: RunLock, folder: Path, renew: Callable[[], None]) -> bool:
+        """Measure and write the results into `folder`. False: how it ended instead is written down for the next try."""
+        checkpoint = Checkpoint(layout.folder(self.root, step), self.root, step, self.run_dir)
+        began_s, ended = self._now(), partial(self._end_try, step, lock.incarnation)
+        self._trying = (step, lock.incarnation)
+        log.info("evaluating step %d (try %d)", step, lock.incarnation)
+        try:
+            found = dict(self._measure(checkpoint, self._beat(lock, renew)))
+            self._must_be_ours(lock)
+            seconds = self._now() - began_s
+            facts = {"version": 1, "global_step": step, "incarnation": incarnation, "seconds": round(seconds, 3)}
+            facts["created_at"] = self._now()
+            write_results(folder, facts, found, files=self._files)
+        except LostError as error:
+            log.warning("the evaluation of step %d is left: %s", step, error)
+            return False
+        except Stopped:
+            ended("stopped", "asked to stop")
+            return False
+        except ConfigError:  # of no use to try that again, with any checkpoint
+            ended("stopped", "the config is wrong")
+            raise
+        except Exception as error:
+            log.exception("the evaluation of step %d failed", step)
+            ended("failed", f"{type(error).__name__}: {error}")
+            return False
+        except BaseException:
+            ended("stopped", "interrupted")
+            raise
+        finally:
+            self._trying = None
+        log.info("step %d is evaluated, in %.1f s", step, seconds)
+        return True
+
+    def _adopt(self, step: int) -> None:
+        """Make the verdict of what was found already."""
+        incarnation = publish.incarnation_of(self.root, step)
+        there = read_results(layout.found(self.run_dir, step, incarnation))
+        if there is None:
+            return
+        written, found = there
+        facts = {"version": 1, "global_step": step, "incarnation": incarnation, "created_at": self._now()}
+        facts |= {key: written[key] for key in ("seconds", "created_at") if key in written}
+        write_results(layout.evaluation(self.run_dir, step), facts, found, files=self._files)
+        self._record(step)
+
+    def _beat(self, lock: RunLock, renew: Callable[[], None]) -> Beat:
+        began_s = looked_s = self._now()
+        limit_hours = self._args.timeout_hours
+
+        def beat() -> None:
+            nonlocal looked_s
+            if self._stopping():
+                raise Stopped
+            if self._now() - began_s > 3600 * limit_hours:
+                raise RunError(f"it took longer than eval.timeout_hours={limit_hours:g}; raise that, or measure less")
+            if self._now() - looked_s >= LOOK_S:
+                looked_s = self._now()
+                self._must_be_ours(lock)
+                try:
+                    renew()
+                    self._tell_retention()
+                except OSError as error:  # the pin lasts a while without that
+                    log.warning("cannot tell retention of the evaluation: %s", error)
+
+        return beat
+
+    def _must_be_ours(self, lock: RunLock) -> None:
+        if not lock.holds():
+            raise LostError("another evaluator has taken over, or the run went back to before this step")
+
+    def _give_up(self, step: int, why: str) -> None:
+        """The verdict that there will be none. Retention may have the checkpoint."""
+        record = {"version": 1, "global_step": step, "incarnation": publish.incarnation_of(self.root, step)}
+        path = layout.evaluation(self.run_dir, step) / layout.FAILED
+        write_json(path, {**record, "reason": why, "created_at": self._now()}, files=self._files)
+        log.error("STEP %d IS NOT EVALUATED: %s. To have it tried again, remove %s", step, why, path.parent)
+
+    def _record(self, step: int) -> None:
+        """The evaluation's line in metrics.eval.jsonl, made from its results."""
+        results = read_json(layout.evaluation(self.run_dir, step) / layout.RESULTS)
+        created_at = datetime.fromtimestamp(results["created_at"], tz=UTC).isoformat()
+        record = {"global_step": step, **results["metrics"]}
+        written = {**record, "incarnation": results["incarnation"], "created_at": created_at}
+        JsonLines(self._metrics_file).write(written)
+        self._on_record(record)

@@ -1,0 +1,235 @@
+"""lm-evaluation-harness, through its own `LM` interface: our models answer its questions.
+
+Promise: the answers are those of harness's own `hf` model with the same weights and tokens: prompts that are too long
+lose their beginning, never the part that is scored; an answer ends before a stop string, however its tokens are cut.
+Prompts begin as training's documents do. Ranks share the requests; all get all answers. Importing this module needs
+no lm-eval.
+Cost: see `scorer.py` and `generator.py`; questions are batched by length.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lingua.config.base import ConfigError
+from lingua.config.keys.eval import HarnessArgs
+from lingua.config.keys.generate import GeneratorArgs
+from lingua.distributed.process_group import from_main, on_every_rank
+from lingua.eval.harness_tasks import cleaned, lm_eval, task_manager, task_name
+from lingua.eval.scorer import Row, Score, Scorer, Wording, windows
+from lingua.model.generate import Generator
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAX_GEN_LEN = 256
+"""Of an answer whose task says nothing, as in harness's `hf` (models/utils.py, normalize_gen_kwargs)."""
+BLOCK = 64
+"""Requests that stay on one rank: the answers to one question are neighbours, and share its forward pass."""
+HEADLINES = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte")
+"""The one metric of a task that counts in `eval/overall_avg`, the first that it has."""
+
+
+# -- the model as harness sees it ----------------------------------------------------------------------------------
+
+
+def scored_rows(context: Sequence[int], continuation: Sequence[int], longest: int) -> Iterator[Row]:
+    """Rows that score a continuation, each with at most `longest` tokens before its last. `context` is not empty."""
+    if len(continuation) <= longest:
+        ids = [*context, *continuation][-(longest + 1) :]
+        if continuation:
+            yield Row(ids, len(ids) - len(continuation))
+        return
+    ids = [context[-1], *continuation]
+    for start, end, first in windows(len(ids), longest, longest):
+        yield Row(ids[start:end], first)
+
+
+def together(scores: Sequence[Score]) -> tuple[float, bool]:
+    """(log-likelihood, whether each token is the likeliest) of rows that score one text."""
+    return -sum(score.nats for score in scores), all(score.is_greedy for score in scores)
+
+
+def generator_args(base: GeneratorArgs, kwargs: Mapping[str, Any]) -> GeneratorArgs:
+    """How to answer, from harness's generation arguments; unknown ones are ConfigErrors."""
+    left = dict(kwargs)
+    until = left.pop("until", None) or []
+    lengths = [left.pop(key, None) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")]
+    sampled, temperature = left.pop("do_sample", None), float(left.pop("temperature", 0.0) or 0.0)
+    update: dict[str, Any] = {
+        "until": [until] if isinstance(until, str) else [stop for stop in until if stop],
+        "max_gen_len": int(next((n for n in lengths if n is not None), MAX_GEN_LEN)),
+        "temperature": 0.0 if sampled is False else temperature or (1.0 if sampled else 0.0),
+    }
+    update |= {key: left.pop(key) for key in ("top_k", "top_p") if key in left}
+    if left:
+        raise ConfigError(f"eval.harness.gen_kwargs: {', '.join(left)} means nothing here; take it out")
+    return GeneratorArgs.model_validate(base.model_dump() | update)
+
+
+def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
+    """A harness `LM` that answers with this model. Raises ConfigError where lm-eval is missing."""
+
+    class LinguaLM(lm_eval(".api.model").TemplateLM):
+        """Text to tokens as training has it; the rest of the tokenization is harness's own."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return _token(wording.tokenizer.eos_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return _token(wording.prefix)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return wording.tokenizer.fingerprint.replace("/", "_").replace(":", "_")
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            begins = wording.add_bos and wording.tokenizer.bos_id is not None and add_special_tokens is not False
+            return wording.tokenizer.encode(string, add_bos=begins, add_eos=False).tolist()
+
+        def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+            found = _shared(
+                requests, lambda mine: _score([list(scored_rows(c, t, scorer.context)) for _, c, t in mine])
+            )
+            for (request, _, _), answer in zip(requests, found, strict=True):
+                if request is not None:
+                    self.cache_hook.add_partial("loglikelihood", request, answer)
+            return found
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            def score(mine: list[Any]) -> list[tuple[float, bool]]:
+                prefix = [] if wording.prefix is None else [wording.prefix]
+                all_ids = [[*prefix, *self.tok_encode(request.args[0], False)] for request in mine]
+                places = [list(windows(len(ids), scorer.context, scorer.context)) for ids in all_ids]
+                return _score(
+                    [
+                        [Row(ids[start:end], first) for start, end, first in here]
+                        for ids, here in zip(all_ids, places, strict=True)
+                    ]
+                )
+
+            found = [log_likelihood for log_likelihood, _ in _shared(requests, score)]
+            for request, answer in zip(requests, found, strict=True):
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+            return found
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            answers: dict[int, str] = {}
+            alike: dict[str, list[int]] = defaultdict(list)
+            for number, request in enumerate(requests):
+                alike[json.dumps(request.args[1], sort_keys=True)].append(number)
+            for numbers in alike.values():
+                args = generator_args(generator.args, requests[numbers[0]].args[1])
+                said = _shared([requests[n].args[0] for n in numbers], lambda mine, args=args: _generate(mine, args))
+                answers |= zip(numbers, said, strict=True)
+            found = [answers[n] for n in range(len(requests))]
+            for request, answer in zip(requests, found, strict=True):
+                self.cache_hook.add_partial("generate_until", request.args, answer)
+            return found
+
+    def _score(rows_of: list[list[Row]]) -> list[tuple[float, bool]]:
+        """One answer per list of rows."""
+        scores = iter(scorer.score([row for rows in rows_of for row in rows]))
+        return [together([next(scores) for _ in rows]) for rows in rows_of]
+
+    def _generate(prompts: list[str], args: GeneratorArgs) -> list[str]:
+        scorer.beat()
+        same = Generator(generator.model, generator.tokenizer, args, add_bos=generator.add_bos)
+        # A prompt is never empty where there is a token to begin with; without one, harness's empty one is a blank.
+        answers = same.generate([prompt or ("" if generator.add_bos else " ") for prompt in prompts])
+        begin = "" if wording.tokenizer.bos_id is None else wording.tokenizer.decode([wording.tokenizer.bos_id])
+        return [answer.text.replace(begin, "") if begin else answer.text for answer in answers]  # no text, as in `hf`
+
+    return LinguaLM()
+
+
+def _token(token: int | None) -> int:
+    if token is None:
+        raise ConfigError("eval.harness: the tokenizer has neither begin nor end token to stand before a text")
+    return token
+
+
+def _shared(items: Sequence[Any], act: Callable[[list[Any]], list[T]]) -> list[T]:
+    """`act` on each rank's share of the items; all results, in order. Collective."""
+    if not dist.is_initialized():
+        return act(list(items))
+    rank, n_ranks = dist.get_rank(), dist.get_world_size()
+    shares = [[n for n in range(len(items)) if n // BLOCK % n_ranks == each] for each in range(n_ranks)]
+    mine = on_every_rank(lambda: act([items[n] for n in shares[rank]]))
+    of_all: list[list[T]] = [[]] * n_ranks
+    dist.all_gather_object(of_all, mine)
+    answers = {n: answer for share, found in zip(shares, of_all, strict=True) for n, answer in zip(share, found)}  # noqa: B905
+    return [answers[n] for n in range(len(items))]
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+def run_tasks(lm: Any, args: HarnessArgs, core_metrics: Mapping[str, float] | None) -> dict[str, Any]:
+    """Metrics of all tasks by name; under "details" what harness says of them, and the samples. Collective."""
+    if args.apply_chat_template:
+        raise ConfigError("eval.harness.apply_chat_template is set, but a pretrained model has no template; drop it")
+    settings = args.model_dump(exclude={"tasks", "device", "verbosity", "include_path"})
+    tasks = cleaned(args.tasks)
+    logging.getLogger("lm_eval").setLevel(args.verbosity.upper())
+    answers = lm_eval().simple_evaluate(lm, tasks=tasks, task_manager=task_manager(args), **settings)
+    answers = from_main(lambda: _plain(answers))  # harness adds up on one rank of each machine
+    details = {key: answers[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in answers}
+    metrics = metrics_of(answers["results"], [task_name(task) for task in args.tasks], core_metrics or {})
+    return {**metrics, "details": {"harness": details}, "samples": answers.get("samples") or {}}
+
+
+def _plain(answers: Any) -> Any:
+    """Without what JSON does not know: numpy's numbers, functions in configs."""
+
+    def default(value: Any) -> Any:
+        return value.item() if hasattr(value, "item") else str(value)
+
+    keys = ("results", "groups", "versions", "n-shot", "n-samples", "samples")
+    return json.loads(json.dumps({key: answers[key] for key in keys if key in answers}, default=default))
+
+
+def metrics_of(
+    results: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], core_metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """`eval/<task>/<metric>`, `eval_stderr/...`, and averages.
+
+    `eval/overall_avg`: of the tasks' headline metrics. `core_eval/...`: the metrics that `core_metrics` names
+    (<task>/<metric>, or a task for its headline), times their weights; `core_eval/overall_avg`: their weighted average.
+    """
+    found: dict[str, float] = {}
+    for task, values in results.items():
+        for key, value in values.items():
+            name, _, kind = key.partition(",")
+            if isinstance(value, bool) or not isinstance(value, int | float) or name in ("alias", "sample_len"):
+                continue
+            prefix, name = ("eval_stderr", name.removesuffix("_stderr")) if name.endswith("_stderr") else ("eval", name)
+            found[f"{prefix}/{task}/{name}" + (f",{kind}" if kind not in ("", "none") else "")] = value
+    headlines = {task: name for task in results if (name := _headline(found, task)) is not None}
+    if measured := [found[headlines[task]] for task in tasks if task in headlines]:
+        found["eval/overall_avg"] = sum(measured) / len(measured)
+    chosen = {name: headlines.get(name, f"eval/{name}") for name in core_metrics}
+    if missing := [name for name, metric in chosen.items() if metric not in found]:
+        log.warning("eval.core_metrics: %s is not measured, so there is no core_eval", ", ".join(missing))
+    elif total := sum(core_metrics.values()):
+        core = {f"core_eval/{name}": found[metric] * core_metrics[name] for name, metric in chosen.items()}
+        found |= core | {"core_eval/overall_avg": sum(core.values()) / total}
+    return found
+
+
+def _headline(found: Mapping[str, float], task: str) -> str | None:
+    names = [
+        name
+        for headline in HEADLINES
+        for name in found
+        if name == f"eval/{task}/{headline}" or name.startswith(f"eval/{task}/{headline},")
+    ]
+    return next(iter(names), None)

@@ -1,0 +1,124 @@
+"""The ranks of one node as processes below this one: `python -m lingua.launch.local_ranks N COMMAND...`.
+
+Promise: each rank gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, ...). SIGTERM, SIGUSR1, SIGUSR2 and SIGINT
+are passed on and the ranks get all the time they need to save; torchrun dies of SIGUSR2 and kills its workers 30 s
+after SIGTERM. When a rank fails, the others get PATIENCE_S to end by themselves. No rank outlives this process.
+Cost: one sleeping process; no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+from lingua.slurm import this_node
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+PATIENCE_S = 120.0
+"""For the others to end after the first has: longer than it takes to hear of a lost rank, shorter than a grace."""
+POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def rank_env(env: Mapping[str, str], local_rank: int, n_local: int, node: int, n_nodes: int) -> dict[str, str]:
+    """The environment of one rank, with torchrun's names."""
+    return {
+        **env,
+        "RANK": str(node * n_local + local_rank),
+        "WORLD_SIZE": str(n_nodes * n_local),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(n_local),
+    }
+
+
+def exit_code_of(codes: Sequence[int]) -> int:
+    """One code for all: the highest, a signal's as a shell reports it."""
+    return max(128 - code if code < 0 else code for code in codes)
+
+
+def run_ranks(
+    command: Sequence[str],
+    envs: Sequence[Mapping[str, str]],
+    *,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Run a command once per environment until all have ended; returns their exit code."""
+    ranks: list[subprocess.Popen[bytes]] = []
+    with signals_passed_on(ranks):
+        start_below(ranks, [(command, env, None) for env in envs])
+        first_end_s: float | None = None
+        while alive := [rank for rank in ranks if rank.poll() is None]:
+            if first_end_s is None and len(alive) < len(ranks):
+                first_end_s = now()
+            if first_end_s is not None and now() - first_end_s > PATIENCE_S:
+                for rank in alive:
+                    rank.kill()
+            sleep(POLL_S)
+        return exit_code_of([rank.returncode for rank in ranks])
+
+
+@contextmanager
+def signals_passed_on(
+    processes: list[subprocess.Popen[bytes]], heard: Callable[[int], object] = lambda number: None
+) -> Iterator[None]:
+    """Inside, a signal of PASSED_ON goes to all `processes`, and to `heard`. In the end none of them is left."""
+
+    def pass_on(number: int, frame: object) -> None:
+        heard(number)
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_below(
+    processes: list[subprocess.Popen[bytes]],
+    commands: Sequence[tuple[Sequence[str], Mapping[str, str], IO[bytes] | None]],
+    at_death: signal.Signals = signal.SIGKILL,
+) -> None:
+    """Add a process to `processes` for each (command, environment, where its output goes).
+
+    When this process dies they get the signal `at_death`.
+    """
+    libc = ctypes.CDLL(None)
+
+    def begin() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, at_death)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+
+    # A signal between two starts would miss the second: it waits until all are there.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    try:
+        for command, env, output in commands:
+            # A group of its own: Ctrl-C on a terminal reaches a process once, through this one, and not twice.
+            started = subprocess.Popen(
+                command, env=dict(env), stdout=output, stderr=output, preexec_fn=begin, process_group=0
+            )
+            processes.append(started)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+
+
+def main(words: Sequence[str]) -> int:
+    n_local, command = int(words[0]), words[1:]
+    node, n_nodes = this_node(os.environ)
+    return run_ranks(command, [rank_env(os.environ, i, n_local, node, n_nodes) for i in range(n_local)])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,398 @@
+"""Attention by the kernel that the config names, or a refusal that says why and what would work here.
+
+Promise: `resolve_attn_impl` decides before a model is built; what it returns is what runs. All kernels compute the
+same function: causal, with `window` only the last `window` positions, with documents only the own document.
+Cost: sdpa and eager need a (B, 1, S, S) mask of booleans for documents, (1, 1, S, S) for a window; flex a block mask;
+varlen, flash_attn and xformers are told where documents begin, in numbers that the host has made: 4 bytes a document.
+
+Letters: B rows, S query positions, T key positions, H heads, K key/value heads (K divides H), E head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+from lingua.config.base import ConfigError
+from lingua.config.keys.model import LlamaArgs
+
+HALF = (torch.float16, torch.bfloat16)
+Mask = Any
+"""None: causal and nothing else; a boolean tensor (B or 1, 1, S, T), True where seen; flex's BlockMask; xformers' bias;
+or int32 (N + 1,), where N sequences begin in the rows laid end to end."""
+
+_VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
+"""torch 2.10: `is_causal` and no window; from 2.11 on `window_size`; in 2.12 `enable_gqa`, too. Its flash kernels share
+key heads in all of them (pytorch/torchtitan, pull request 2259)."""
+
+# -- the decision ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """All that the choice of a kernel depends on."""
+
+    device_type: str
+    capability: tuple[int, int]
+    """CUDA compute capability; (0, 0) elsewhere."""
+    dtype: torch.dtype
+    head_dim: int
+    doc_mask: bool
+    window: bool
+    installed: frozenset[str]
+    """Which of xformers and flash_attn can be imported."""
+    deterministic: bool = False
+    """Whether gradients must be equal from run to run."""
+    varlen_windows: bool = "window_size" in _VARLEN_TAKES
+    """Whether torch's varlen_attn knows sliding windows."""
+
+
+def _not_cuda(place: Place, least: tuple[int, int]) -> str | None:
+    if place.device_type != "cuda":
+        return f"it runs on CUDA only, and the device is {place.device_type}"
+    if place.capability < least:
+        have, need = (".".join(map(str, version)) for version in (place.capability, least))
+        return f"it needs compute capability {need}, and this GPU has {have}"
+    return None
+
+
+def _not_half(place: Place) -> str | None:
+    return None if place.dtype in HALF else f"it computes in bf16 or fp16 only, and the model in {place.dtype}"
+
+
+def _masked(place: Place) -> str | None:
+    if place.doc_mask:
+        return "it takes no document mask (data.doc_mask)"
+    return "it takes no sliding window (model.sliding_window)" if place.window else None
+
+
+def _no_window(place: Place) -> str | None:
+    if place.window and not place.varlen_windows:
+        return f"that of torch {torch.__version__} takes no sliding window (model.sliding_window)"
+    return None
+
+
+def _too_wide(place: Place, most: int) -> str | None:
+    if place.head_dim > most or place.head_dim % 8:
+        return f"head_dim is {place.head_dim}; it needs a multiple of 8 up to {most}"
+    return None
+
+
+def _varies(place: Place) -> str | None:
+    """For kernels whose backward adds up in any order, and that torch's deterministic mode cannot change.
+
+    torch's own flash and memory-efficient kernels obey it (its notes on randomness, "CUDA SDPA"; varlen is the former),
+    flash_attn takes an argument (2.4.1 on), flex has each gradient summed by one program (no atomics in its backward
+    template).
+    """
+    return "its gradients differ from run to run (deterministic: true)" if place.deterministic else None
+
+
+def _missing(place: Place, package: str) -> str | None:
+    return None if package in place.installed else f"the package {package} is not installed"
+
+
+def refusal(impl: str, place: Place) -> str | None:
+    """Why this kernel cannot be used here; None if it can."""
+    match impl:
+        case "sdpa" | "eager":
+            return None
+        case "sdpa_flash":
+            on_gpu = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place)
+            return _masked(place) if place.device_type == "cpu" else on_gpu or _too_wide(place, 256)
+        case "sdpa_cudnn_first":
+            return _not_cuda(place, (9, 0)) or _not_half(place) or _masked(place) or _varies(place)
+        case "sdpa_cudnn":
+            unfit = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place)
+            return unfit or _too_wide(place, 128) or _varies(place)
+        case "flex":
+            return _not_cuda(place, (7, 5))
+        case "varlen":
+            return _not_cuda(place, (8, 0)) or _not_half(place) or _no_window(place) or _too_wide(place, 256)
+        case "xformers":
+            unfit = _missing(place, "xformers") or _not_cuda(place, (8, 0)) or _not_half(place)
+            return unfit or _too_wide(place, 256) or _varies(place)
+        case "flash_attn":
+            unfit = _missing(place, "flash_attn") or _not_cuda(place, (8, 0)) or _not_half(place)
+            return unfit or _too_wide(place, 256)
+    return "there is no such implementation"
+
+
+# Fastest first, where masks are wanted and where they are not. sdpa leaves it to torch, which takes flash before cuDNN;
+# on Hopper cuDNN's kernels are 1.7 to 2.3 times as fast in training shapes, on Ampere, Ada and Blackwell they are not
+# (huggingface/transformers, pull request 48163, six GPUs). With documents flex is before varlen: 0.72 + 1.56 against
+# 0.77 + 1.96 ms, forward and backward of Llama 3 8B (pytorch/torchtitan, pull request 2000).
+_BEST_MASKED = ("flex", "sdpa")
+_BEST_CAUSAL = ("sdpa",)
+_BEST_CAUSAL_ON_HOPPER = ("sdpa_cudnn_first", "sdpa")
+ALL_IMPLS = (
+    "sdpa",
+    "sdpa_cudnn_first",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "flex",
+    "varlen",
+    "xformers",
+    "flash_attn",
+    "eager",
+)
+
+
+def choose(impl: str, place: Place) -> str:
+    """The kernel that runs for `attn_impl: <impl>`. Raises ConfigError if what is named cannot be had."""
+    if impl == "auto":
+        causal = _BEST_CAUSAL_ON_HOPPER if place.capability[0] == 9 else _BEST_CAUSAL
+        best = _BEST_MASKED if place.doc_mask or place.window else causal
+        return next(each for each in best if refusal(each, place) is None)
+    reason = refusal(impl, place)
+    if reason is None:
+        return impl
+    fitting = [each for each in ALL_IMPLS if refusal(each, place) is None]
+    raise ConfigError(f"model.attn_impl {impl}: {reason}; here these work: {', '.join(fitting)} (or auto)")
+
+
+@cache
+def installed() -> frozenset[str]:
+    return frozenset(name for name in ("xformers", "flash_attn") if importlib.util.find_spec(name) is not None)
+
+
+def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc_mask: bool) -> str:
+    """The kernel for this model on this machine: never "auto". Raises ConfigError with the reason and what fits."""
+    place = Place(
+        device_type=device_type,
+        capability=torch.cuda.get_device_capability() if device_type == "cuda" else (0, 0),
+        dtype=dtype,
+        head_dim=args.head_width,
+        doc_mask=doc_mask,
+        window=args.sliding_window is not None,
+        installed=installed(),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return choose(args.attn_impl, place)
+
+
+# -- documents -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class RowDocuments:
+    """Which document each position of a batch belongs to, in both forms that kernels want.
+
+    One object and not loose tensors, as Surroundings (lingua/model/transformer.py) is.
+    """
+
+    ids: Tensor  # (B, S) int: positions of a row with equal numbers may see each other
+    bounds: Tensor  # (N + 1,) int32: where documents begin in the rows laid end to end; last B S
+
+    def row(self, number: int) -> RowDocuments:
+        """Those of one row. Waits for the device."""
+        begin, end = number * self.ids.shape[1], (number + 1) * self.ids.shape[1]
+        inside = (self.bounds >= begin) & (self.bounds <= end)
+        return RowDocuments(self.ids[number : number + 1], self.bounds[inside] - begin)
+
+
+def document_bounds(doc_ids: np.ndarray) -> np.ndarray:
+    """Document numbers (B, S), each in one piece -> int32 (N + 1,): where documents begin in the rows laid end to end,
+    and B S. A document that goes on in the next row begins anew there."""
+    begins = np.ones(doc_ids.shape, dtype=bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return np.append(np.flatnonzero(begins), doc_ids.size).astype(np.int32)
+
+
+# -- masks ---------------------------------------------------------------------------------------------------------
+
+
+def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Whether the position `key` is seen from the position `query`; both broadcast."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def build_mask(
+    impl: str, shape: tuple[int, int], window: int | None, documents: RowDocuments | None, device: torch.device
+) -> Mask:
+    """The mask of a pass over whole rows, (B, S)."""
+    n_rows, seq_len = shape
+    if impl in ("varlen", "xformers", "flash_attn"):  # they know windows themselves
+        if documents is not None:
+            return _diagonal_bias(documents.bounds, shape, window) if impl == "xformers" else documents.bounds
+        rows = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * seq_len
+        return rows if impl == "varlen" else None
+    if documents is None and (window is None or window >= seq_len):
+        return None  # a plain causal pass
+    doc_ids = None if documents is None else documents.ids
+    if impl == "flex":
+        return _block_mask(seq_len, window, doc_ids, device)
+    positions = torch.arange(seq_len, device=device)
+    seen = visible(positions[:, None], positions, window)  # (S, S)
+    if doc_ids is None:
+        return seen[None, None]
+    return (seen & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]  # (B, 1, S, S)
+
+
+def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None) -> Any:
+    """xformers' bias for documents.
+
+    Its list on the host is that of one sequence: the kernels read `seqstart` and `max_seqlen` alone, and torch.compile,
+    which looks at every number on the host, would compile anew for each batch.
+    """
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
+    n_rows, seq_len = shape
+    sequences = _SeqLenInfo(seqstart=bounds, max_seqlen=seq_len, min_seqlen=1, seqstart_py=[0, n_rows * seq_len])
+    bias = BlockDiagonalMask(q_seqinfo=sequences, k_seqinfo=sequences)
+    return bias.make_causal() if window is None or window >= seq_len else bias.make_local_attention(window)
+
+
+def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device: torch.device) -> Mask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        causal = visible(q, k, window)
+        return causal if doc_ids is None else causal & (doc_ids[b, q] == doc_ids[b, k])
+
+    rows = None if doc_ids is None else len(doc_ids)
+    return create_block_mask(seen, rows, None, seq_len, seq_len, device=str(device))
+
+
+# -- kernels -------------------------------------------------------------------------------------------------------
+
+
+def attend(impl: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    """q (B, S, H, E), k and v (B, T, K, E) -> (B, S, H, E)."""
+    if window is not None and window >= q.shape[1]:
+        window = None
+    return _KERNELS[impl](q, k, v, mask, window)
+
+
+def _for_each_head(k: Tensor, n_heads: int) -> Tensor:
+    """(B, K, T, E) -> (B, H, T, E): each key/value head serves H / K neighbouring query heads."""
+    return k if k.shape[1] == n_heads else k.repeat_interleave(n_heads // k.shape[1], dim=1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, heads, positions, E)
+    grouped = k.shape[1] != q.shape[1]
+    # Only the plain causal kernels of CUDA share key heads; with a mask, enable_gqa would mean the slow fallback.
+    shared = grouped and mask is None and q.device.type == "cuda"
+    if grouped and not shared:
+        k, v = _for_each_head(k, q.shape[1]), _for_each_head(v, q.shape[1])
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+    return out.transpose(1, 2)
+
+
+def _sdpa_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    with sdpa_kernel(backend):
+        return _sdpa(q, k, v, mask, window)
+
+
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):  # an order, no restriction: what cuDNN cannot do, others do
+        return _sdpa(q, k, v, mask, window)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    k, v = _for_each_head(k, q.shape[1]), _for_each_head(v, q.shape[1])
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, H, S, T)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    if mask is None:
+        mask = _block_mask(q.shape[2], None, None, q.device)
+    out = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
+    return out.transpose(1, 2)
+
+
+def _packed(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, **how: Any) -> Tensor:
+    """A kernel on the rows laid end to end, (B S, heads, E), told where sequences begin.
+
+    None is longer than a row. That is said instead of the longest, which torch.compile would take for a constant.
+    """
+    longest = q.shape[1]
+    out = kernel(*(each.flatten(0, 1) for each in (q, k, v)), bounds, bounds, longest, longest, **how)
+    return out.unflatten(0, q.shape[:2])
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    how: dict[str, Any] = {"is_causal": True}
+    if "window_size" in _VARLEN_TAKES:
+        how = {"window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in _VARLEN_TAKES:
+        how["enable_gqa"] = k.shape[2] != q.shape[2]
+    return _packed(varlen_attn, q, k, v, mask, **how)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    from xformers.ops import fmha
+
+    if k.shape[2] != q.shape[2]:
+        k, v = (each.repeat_interleave(q.shape[2] // each.shape[2], dim=2) for each in (k, v))
+    if mask is not None:
+        one_row = (each.flatten(0, 1).unsqueeze(0) for each in (q, k, v))  # (1, B S, H, E)
+        return fmha.memory_efficient_attention(*one_row, attn_bias=mask).view(q.shape)
+    bias = fmha.attn_bias.LowerTriangularMask() if window is None else _local_bias(window)
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=bias)
+
+
+def _local_bias(window: int) -> Any:
+    from xformers.ops import fmha
+
+    return fmha.attn_bias.LocalAttentionFromBottomRightMask(window_left=window - 1, window_right=0)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    how: dict[str, Any] = {
+        "causal": True,
+        "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if mask is None:
+        return flash_attn_func(q, k, v, **how)
+    return _packed(flash_attn_varlen_func, q, k, v, mask, **how)
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, int | None], Tensor]] = {
+    "sdpa": _sdpa,
+    "sdpa_cudnn_first": _sdpa_cudnn_first,
+    "sdpa_flash": partial(_sdpa_by, SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION),
+    "flex": _flex,
+    "varlen": _varlen,
+    "xformers": _xformers,
+    "flash_attn": _flash_attn,
+    "eager": _eager,
+}

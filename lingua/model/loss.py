@@ -1,0 +1,216 @@
+"""Next-token cross-entropy straight from hidden states, so that the logits of a whole batch never exist.
+
+Promise: log-softmax in fp32 whatever the model's type; the sum over positions and their number are returned, so that
+gradient accumulation and data-parallel ranks normalise by tokens; labels of -100 count for nothing; no host sync.
+Cost: `chunk_tokens` * V fp32 logits at a time. Gradients are made in the forward pass while a chunk's logits are
+there: nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
+Compiled, a chunk's logits exist in the model's type only, and are passed over three times instead of some ten.
+Under tensor parallelism each rank has the logits of its own words alone: V/t of them. Then the hidden states of all
+positions are gathered once, their gradients reduce-scattered once, and two numbers per position are exchanged.
+
+Letters: B rows, S positions, D model width, V vocabulary, N = B*S, n positions of a chunk, t tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lingua.config.keys.model import CrossEntropyArgs
+
+IGNORE = -100
+_FP16_ROOM = 64.0
+"""fp16 ends at 65504, and the head's gradient sums up to chunk_tokens positions before any loss scale could help."""
+
+
+LossOfLogits = Callable[[Tensor, Tensor, int | None, float, bool], tuple[Tensor, Tensor | None]]
+"""(logits, labels, n_words, z_loss, with_grad) -> (loss sum, gradient): `OwnWords.loss_of_logits` tells more."""
+
+
+class Loss(Protocol):
+    """What a model calls with its last hidden states. Own losses register Args whose builder makes one of these."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
+
+        With a padded vocabulary (`model.vocab_multiple_of`) also `n_words=`: rows of the weight behind are no tokens.
+        Under tensor parallelism hidden is a DTensor split by positions and weight one split by words, and every rank of
+        the mesh returns the same. A loss that can do that says so: `splits_words = True` in its Args.
+        """
+        ...
+
+
+class CrossEntropy:
+    """-log p(label), plus z_loss * log(Z)**2, summed over positions."""
+
+    def __init__(self, args: CrossEntropyArgs) -> None:
+        self.z_loss = args.z_loss
+        self.chunk_tokens = args.chunk_tokens
+        self._loss_of_logits: LossOfLogits = OwnWords().loss_of_logits
+
+    def compile(self, backend: Any = "inductor") -> None:
+        """What is between the matrix products becomes one or two kernels, which read the logits in the model's type."""
+        self._loss_of_logits = torch.compile(_loss_of_logits_in_one_pass, backend=backend, dynamic=False)
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, n_words: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        device_type = hidden.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        loss_of_logits = self._loss_of_logits
+        if isinstance(weight, DTensor):
+            hidden, weight, own_words = _own_words(hidden, weight)
+            loss_of_logits = own_words.loss_of_logits
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
+        chunk = self.chunk_tokens or max(1, len(labels))
+        with_grad = torch.is_grad_enabled()
+        loss_sum: Any = _ChunkedCrossEntropy.apply(
+            hidden, weight, labels, n_words, dtype, chunk, self.z_loss, with_grad, loss_of_logits
+        )
+        return loss_sum, (labels != IGNORE).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (N,)
+        n_words: int | None,
+        dtype: torch.dtype,
+        chunk_tokens: int,
+        z_loss: float,
+        with_grad: bool,
+        loss_of_logits: LossOfLogits,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = weight.to(dtype)
+            loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            hidden_grad = torch.empty_like(hidden) if with_grad else None
+            weight_grad: Tensor | None = None
+            for start in range(0, len(labels), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                x = hidden[rows].to(dtype)  # (n, D)
+                chunk_loss, logits_grad = loss_of_logits(x @ head.t(), labels[rows], n_words, z_loss, with_grad)
+                loss_sum += chunk_loss
+                if hidden_grad is not None and logits_grad is not None:
+                    hidden_grad[rows] = logits_grad @ head
+                    if dtype == torch.float16:
+                        product = (logits_grad.t() @ (x / _FP16_ROOM)).float().mul_(_FP16_ROOM)  # (V, D)
+                    else:
+                        product = logits_grad.t() @ x  # (V, D)
+                    weight_grad = product.float() if weight_grad is None else weight_grad.add_(product)
+        if with_grad:
+            ctx.weight_dtype = weight.dtype
+            ctx.save_for_backward(hidden_grad, weight_grad)
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,) = grads
+        hidden_grad, weight_grad = ctx.saved_tensors
+        # In place: once. autograd refuses a second backward by itself, since what was saved has changed.
+        of_hidden = hidden_grad.mul_(grad.to(hidden_grad.dtype)) if ctx.needs_input_grad[0] else None
+        of_weight = weight_grad.mul_(grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        return of_hidden, of_weight, *[None] * 7
+
+
+# -- from logits to loss and gradient ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OwnWords:
+    """This rank has the logits of the words from `first` on, the other ranks of the group those of the rest."""
+
+    first: int = 0
+    group: dist.ProcessGroup | None = None
+    """None: all words are here."""
+
+    def loss_of_logits(
+        self,
+        logits: Tensor,  # (n, V/t), of any type; overwritten
+        labels: Tensor,  # (n,)
+        n_words: int | None,
+        z_loss: float,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss sum, fp32, of all words on every rank, and its gradient (n, V/t) in the type of the logits. Collective.
+
+        Five passes over one fp32 copy of the logits; the exponentials are taken once.
+        """
+        dtype, logits = logits.dtype, logits.float()
+        if n_words is not None:
+            # exp(-inf) is 0: columns behind n_words have no part in the loss, and their gradients are exactly 0.
+            logits[:, max(n_words - self.first, 0) :] = float("-inf")
+        counted = labels != IGNORE
+        target = torch.where(counted, labels, 0).long() - self.first  # (n,)
+        # Where all words are here, a label that is none of them is an error of `gather` and not another rank's.
+        is_own = counted if self.group is None else counted & (target >= 0) & (target < logits.shape[1])
+        target = torch.where(is_own, target, 0).unsqueeze(1)  # (n, 1)
+        top = logits.amax(dim=1)  # (n,)
+        self._reduce(top, dist.ReduceOp.MAX)
+        logits.sub_(top.unsqueeze(1))
+        of_target = torch.where(is_own, logits.gather(1, target).squeeze(1), 0.0)
+        powers = logits.exp_()
+        sums = torch.stack([powers.sum(dim=1), of_target])  # (2, n)
+        self._reduce(sums, dist.ReduceOp.SUM)
+        z, of_target = sums  # of exp(logit - top); logit - top
+        log_z = z.log() + top
+        losses = z.log() - of_target + z_loss * log_z.square()
+        loss_sum = torch.where(counted, losses, 0.0).sum()
+        if not with_grad:
+            return loss_sum, None
+        # d/dlogits = p * (1 + 2 z log Z) - onehot(label); uncounted rows: 0
+        grad = powers.mul_(torch.where(counted, (1 + 2 * z_loss * log_z) / z, 0.0).unsqueeze(1))
+        grad.scatter_add_(1, target, -is_own.float().unsqueeze(1))
+        return loss_sum, grad.to(dtype)
+
+    def _reduce(self, x: Tensor, how: dist.ReduceOp.RedOpType) -> None:
+        if self.group is not None:
+            dist.all_reduce(x, how, self.group)
+
+
+def _loss_of_logits_in_one_pass(
+    logits: Tensor, labels: Tensor, n_words: int | None, z_loss: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `OwnWords().loss_of_logits`, to be compiled.
+
+    Without a scattered write, which would end the pass over the logits, and without in-place operators: with them
+    torch 2.10 summed up wrong losses (CPU, fp32).
+    """
+    dtype, logits = logits.dtype, logits.float()
+    if n_words is not None:
+        is_word = torch.arange(logits.shape[1], device=labels.device) < n_words
+        logits = torch.where(is_word, logits, float("-inf"))
+    counted = labels != IGNORE
+    target = torch.where(counted, labels, 0).long().unsqueeze(1)  # (n, 1)
+    log_z = torch.logsumexp(logits, dim=1)  # (n,)
+    losses = log_z - logits.gather(1, target).squeeze(1) + z_loss * log_z.square()
+    loss_sum = torch.where(counted, losses, 0.0).sum()
+    if not with_grad:
+        return loss_sum, None
+    scale = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0).unsqueeze(1)  # (n, 1)
+    grad = (logits - log_z.unsqueeze(1)).exp() * scale
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    return loss_sum, (grad - (counted.unsqueeze(1) & (columns == target)).float()).to(dtype)
+
+
+def _own_words(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, OwnWords]:
+    """(hidden of all positions, this rank's rows of the weight, which words those are). Collective."""
+    assert isinstance(hidden, DTensor), "the head is split over ranks, but the stream is not"
+    assert weight.placements == (Shard(0),), weight.placements
+    mesh = weight.device_mesh
+    # Each rank will know the gradient that comes by its own words; the sum of these is the gradient.
+    everywhere = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
+    return everywhere, weight.to_local(), OwnWords(first, mesh.get_group())

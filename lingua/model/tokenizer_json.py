@@ -1,0 +1,140 @@
+"""Tokenizers as the files that Hugging Face's libraries open. Torch-free.
+
+Promise: `tokenizer.json` gives the ids of our tokenizer, tried on a sample of scripts, digits and blanks before it is
+kept. Text that spells a special token is one there, as is the custom; with us it is ordinary text.
+Cost: for a tiktoken file of 128,000 ranks, its merges are found anew: some seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lingua.config.keys.data import TokenizerArgs
+from lingua.files import DISK, Files, RunError, write_json, write_whole
+from lingua.tokenizer import Tokenizer, build_tokenizer, read_ranks, tokenizer_file
+
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILES = (
+    TOKENIZER_FILE,
+    SETTINGS_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    SENTENCEPIECE_FILE,
+)
+"""What belongs to a tokenizer in a Hugging Face folder."""
+
+_SAMPLE = (
+    "Ein Satz, a sentence, une phrase: 1234567 + 0.5 = x_1;\n\n\tdef f(x):\r\n        return 'it''s'  \n"
+    "  日本語のテキスト, العربية, हिन्दी, Ελληνικά, naïve café, 🙂👩‍👩‍👧 \u200b\x00\x7f end "
+)
+
+
+def write_tokenizer(
+    args: TokenizerArgs, folder: Path, *, add_bos: bool, max_seqlen: int, files: Files = DISK
+) -> str | None:
+    """Write the files of a tokenizer into a folder; returns a warning where their reading may differ from ours.
+
+    `add_bos`: whether the model's texts began with the begin token, so that transformers puts it there too. Raises
+    ConfigError when the tokenizer is not on this machine, RunError when it cannot be said in their format; then
+    nothing is written.
+    """
+    tokenizer = build_tokenizer(args)
+    if args.name == "hf":
+        copy_tokenizer(tokenizer_file(args).parent, folder, files=files)
+        if not (folder / TOKENIZER_FILE).exists():  # the file had a name of its own
+            write_whole(folder / TOKENIZER_FILE, tokenizer_file(args).read_bytes(), files=files)
+        if not (folder / SETTINGS_FILE).exists():
+            text = (folder / TOKENIZER_FILE).read_text()
+            names = {token["id"]: token["content"] for token in json.loads(text).get("added_tokens") or []}
+            write_json(folder / SETTINGS_FILE, _settings(tokenizer, names, max_seqlen), files=files)
+        return None
+    if args.name == "sp":
+        write_whole(folder / SENTENCEPIECE_FILE, tokenizer_file(args).read_bytes(), files=files)
+        return (
+            f"{SENTENCEPIECE_FILE} is SentencePiece's own file; transformers makes a tokenizer of it by rules of its "
+            "own, so compare the ids before you rely on them"
+        )
+    text, names = _as_bpe(args, tokenizer, add_bos)
+    write_whole(folder / TOKENIZER_FILE, text, files=files)
+    write_json(folder / SETTINGS_FILE, _settings(tokenizer, names, max_seqlen), files=files)
+    return None
+
+
+def copy_tokenizer(source: Path, folder: Path, *, files: Files = DISK) -> list[str]:
+    """Copy what there is of a tokenizer in a Hugging Face folder; returns the names."""
+    names = [name for name in HUGGING_FACE_FILES if (source / name).is_file()]
+    for name in names:
+        write_whole(folder / name, (source / name).read_bytes(), files=files)
+    return names
+
+
+def _settings(tokenizer: Tokenizer, names: Mapping[int, str], max_seqlen: int) -> dict[str, Any]:
+    def name_of(token: int | None) -> str | None:
+        return None if token is None else names.get(token)
+
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name_of(tokenizer.bos_id),
+        "eos_token": name_of(tokenizer.eos_id),
+        "model_max_length": max_seqlen,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _as_bpe(args: TokenizerArgs, tokenizer: Tokenizer, add_bos: bool) -> tuple[str, dict[int, str]]:
+    """(tokenizer.json, names of the special tokens by id) of the byte or a tiktoken tokenizer."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Model
+
+    if args.name == "bytes":
+        ranks, pattern = {bytes([byte]): byte for byte in range(256)}, None
+        special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
+    else:
+        ranks, kind = read_ranks(tokenizer_file(args))
+        pattern, special = kind.pattern, kind.special
+    letters = _letters()
+    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | special
+    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
+    model = Model(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
+    model.pre_tokenizer = pre_tokenizers.Sequence([*pieces, as_bytes])  # pyright: ignore[reportAttributeAccessIssue]
+    model.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    names = {token: name for name, token in special.items()}
+    if any(model.token_to_id(name) != token for name, token in special.items()):
+        raise RunError(f"{args.path}: its special tokens cannot be said in Hugging Face's format")
+    if model.encode(_SAMPLE, add_special_tokens=False).ids != tokenizer.encode(_SAMPLE, False, False).tolist():
+        raise RunError(f"{args.path or args.name}: a tokenizer.json made of it gives other ids, so none is written")
+    if add_bos and tokenizer.bos_id is not None:
+        begin = names[tokenizer.bos_id]
+        model.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, tokenizer.bos_id)]
+        )
+    return model.to_str(), names
+
+
+def _letters() -> dict[int, str]:
+    """A printable letter for each byte, as GPT-2 spells them: itself where it is printable, else one from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Pairs of tokens that make a token, in the order in which they are merged: by the rank of what they make."""
+    found = []
+    for token, rank in ranks.items():
+        for cut in range(1, len(token)):
+            left, right = ranks.get(token[:cut]), ranks.get(token[cut:])
+            if left is not None and right is not None:
+                found.append((rank, left, right, token[:cut], token[cut:]))
+    return [(left, right) for _, _, _, left, right in sorted(found)]

@@ -1,0 +1,246 @@
+"""Blocks of a Llama-type decoder: norm, rotary positions, attention, feed-forward, and their initial weights.
+
+Promise: parameter names and the rotation of neighbouring pairs are lingua's, so its weights load. Norms, rotation and
+softmax compute in fp32 under autocast and under FSDP2's mixed precision alike. Initial weights are a function of
+(seed, parameter name, shape) alone: the same on any number of ranks, sharded or not (CPU and CUDA draw differently).
+Cost: no host sync, no graph break; each rank draws whole tensors and keeps its share.
+
+Letters: B rows, S positions, T cached positions, D model width, H heads, K key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
+
+from lingua.config.keys.model import LlamaArgs, RopeScalingArgs
+from lingua.model.attention import Mask, attend, visible
+
+
+@dataclass(eq=False)
+class KVCache:
+    """Keys and values of the positions seen so far; slot t of a row holds its position t.
+
+    Rows may differ in length and are padded on the right: what padding leaves in a slot is never seen, since a query
+    at position p sees slots up to p only, and the token of position p overwrites slot p before.
+    """
+
+    n_slots: int
+    end: int = 0
+    """Slots in use: no query of the next pass lies at or behind it. Set by the caller; the host knows it."""
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of each layer, (B, n_slots, K, E); made by the layer's first pass, in the type it computes in."""
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, S, K, E) at positions (B, S); returns all that is in use, (B, end, K, E) each."""
+        if layer not in self.layers:
+            shape = (len(k), self.n_slots, *k.shape[2:])
+            self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
+        keys, values = self.layers[layer]
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        keys[rows, positions], values[rows, positions] = k, v
+        return keys[:, : self.end], values[:, : self.end]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows but these, in this order."""
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+
+
+@dataclass(eq=False)
+class Surroundings:
+    """What all blocks of one forward pass share.
+
+    One object and not loose tensors: FSDP2 casts tensor arguments of a block to bf16, and angles must stay fp32.
+    """
+
+    impl: str
+    window: int | None
+    cos: Tensor  # fp32 (S, E/2), or (B, S, E/2)
+    sin: Tensor
+    mask: Mask = None
+    cache: KVCache | None = None
+    positions: Tensor | None = None  # (B, S), with a cache
+
+
+# -- rotary positions --------------------------------------------------------------------------------------------
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScalingArgs | None) -> Tensor:
+    """Radians per position of each pair, fp64 (E/2,) on the CPU."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    frequencies = theta ** (-pairs / head_dim)
+    if scaling is None:
+        return frequencies
+    # Llama 3.1: long waves are stretched by `factor`, short ones stay, those between are blended.
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_position_embeddings / wavelengths  # within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = (turns >= high).double() if low == high else ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+class RotaryEmbedding(nn.Module):
+    """Table of cosines and sines, fp32, not part of the state dict."""
+
+    cos: Tensor  # (max_seqlen, E/2)
+    sin: Tensor
+
+    def __init__(self, args: LlamaArgs) -> None:
+        super().__init__()
+        self.args = args
+        for name in ("cos", "sin"):
+            table = torch.empty(args.max_seqlen, args.head_width // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
+        if not self.cos.is_meta:
+            self.fill()
+
+    def fill(self) -> None:
+        """Compute the table in fp32, whatever `to_empty` or `.to(dtype)` made of it."""
+        args, device = self.args, self.cos.device
+        frequencies = rotary_frequencies(args.head_width, args.rope_theta, args.rope_scaling)
+        angles = torch.outer(torch.arange(args.max_seqlen, dtype=torch.float64, device="cpu"), frequencies)
+        self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
+
+    def forward(self, seq_len: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows of the table for the first seq_len positions, (S, E/2), or for positions (B, S), (B, S, E/2)."""
+        if positions is not None:
+            return self.cos[positions], self.sin[positions]
+        if seq_len > len(self.cos):
+            raise ValueError(
+                f"rows of {seq_len} positions, but the model is built for model.max_seqlen={len(self.cos)}"
+            )
+        return self.cos[:seq_len], self.sin[:seq_len]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x0, x1), (x2, x3), ... of x (B, S, heads, E) by their angles; in fp32, returned in x's type."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (S or B S, 1, E/2)
+    if torch.compiler.is_compiling():  # into one kernel; inductor makes none of complex numbers
+        first, second = pairs[..., 0], pairs[..., 1]  # (B, S, heads, E/2)
+        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    else:  # the same numbers by one operator in forward and one in backward
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos.float(), sin.float()))
+    return turned.flatten(-2).type_as(x)
+
+
+# -- blocks --------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32, returned in x's type."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, args: LlamaArgs, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = args.head_width
+        self.wq = nn.Linear(args.dim, args.heads * args.head_width, bias=False)
+        self.wk = nn.Linear(args.dim, args.kv_heads * args.head_width, bias=False)
+        self.wv = nn.Linear(args.dim, args.kv_heads * args.head_width, bias=False)
+        self.wo = nn.Linear(args.heads * args.head_width, args.dim, bias=False)
+        self.q_norm = RMSNorm(args.head_width, args.norm_eps) if args.qk_norm else None
+        self.k_norm = RMSNorm(args.head_width, args.norm_eps) if args.qk_norm else None
+
+    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
+        q, k, v = self.project(x, around)
+        if around.cache is not None and around.positions is not None:
+            k, v = around.cache.update(self.layer, around.positions, k, v)
+        out = attend(around.impl, q, k, v, around.mask, around.window)  # (B, S, H, E)
+        return self.wo(out.flatten(-2))
+
+    def project(self, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, D) -> rotated q (B, S, H, E) and k (B, S, K, E), and v (B, S, K, E)."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, heads, E)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin), v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, args: LlamaArgs) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.ffn_width, bias=False)
+        self.w3 = nn.Linear(args.dim, args.ffn_width, bias=False)
+        self.w2 = nn.Linear(args.ffn_width, args.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(self, args: LlamaArgs, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(args, layer)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), around)  # (B, S, D)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+def cached_mask(positions: Tensor, n_slots: int, window: int | None) -> Tensor:
+    """What queries at positions (B, S) see of n_slots cache slots: (B, 1, S, T)."""
+    slots = torch.arange(n_slots, device=positions.device)
+    return visible(positions[:, None, :, None], slots, window)
+
+
+# -- initial weights -----------------------------------------------------------------------------------------------
+
+
+def initial_std(args: LlamaArgs, name: str, shape: torch.Size) -> float | None:
+    """Standard deviation of a parameter's initial values, cut off at 3 of them; None: all ones (norms)."""
+    if len(shape) < 2:
+        return None
+    fan_in = args.dim if "embed" in name else shape[-1]
+    std = args.init_base_std or fan_in**-0.5
+    return std / _depth_factor(args, name) if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")) else std
+
+
+def _depth_factor(args: LlamaArgs, name: str) -> float:
+    layer = int(name.split("layers.")[1].split(".")[0])
+    return {
+        "disabled": 1.0,
+        "global_depth": (2 * (args.n_layers + 1)) ** 0.5,
+        "current_depth": (2 * (layer + 1)) ** 0.5,
+        "dim_ratio": args.dim / 4096,
+    }[args.init_std_factor]
+
+
+@torch.no_grad()
+def init_parameter(parameter: Tensor, std: float | None, seed: int, name: str) -> None:
+    """Fill a parameter, sharded or not, with the values that (seed, name) stand for."""
+    if std is None:
+        parameter.fill_(1.0)
+        return
+    digest = hashlib.blake2b(f"{seed:d}/{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little"))
+    whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
+    if isinstance(parameter, DTensor):
+        # Every rank has drawn the whole tensor: each takes its share, and nothing is sent.
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(whole)

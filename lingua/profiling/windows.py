@@ -1,0 +1,168 @@
+"""Which steps are profiled, and how: by plan, or because somebody asks a running run. Torch-free.
+
+Promise: the decision is a pure function of the config, the steps done and what was asked. A request is for one start
+of a run and is taken once; all ranks agree on its steps by the votes that they cast anyway.
+Cost: two numbers in each step's vote, and one look at a file per heartbeat.
+
+`lingua profile RUN` leaves `incarnations/<start>.profile`; rank 0's heartbeat takes it, and when its window has closed
+`<trace_folder>/asked_<id>.json` says which files there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lingua.config.keys.profiling import ProfilerArgs
+from lingua.files import RunError, read_json, write_json
+from lingua.run.lock import FOLDER
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["light", "trace", "memory"]
+LIGHT: frozenset[Kind] = frozenset(("light",))
+ALL: frozenset[Kind] = frozenset(("light", "trace", "memory"))
+MOST_STEPS = 10_000
+MOST_HEAVY_STEPS = 20
+"""A trace of more is slow to open; each step of it is held in memory until the window closes."""
+_ID = re.compile(r"[0-9a-f]{8}")
+
+
+# -- the decision --------------------------------------------------------------------------------------------------
+
+
+def lies_in(done: int, warmup: int, n_steps: int, every: int) -> bool:
+    """Whether the step after `done` ones lies in a window of `n_steps` that begins after `warmup` (every `every`)."""
+    since = done - warmup
+    return 0 <= (since % every if every and since >= 0 else since) < n_steps
+
+
+def planned(args: ProfilerArgs, done: int, rank: int) -> frozenset[Kind]:
+    """What the config says of the step after `done` steps of this start."""
+    if not args.run:
+        return frozenset()
+    windows: dict[Kind, tuple[int, int]] = {
+        "light": (args.light_warmup, args.light_steps),
+        "trace": (args.profile_warmup, args.profile_steps),
+        "memory": (args.mem_warmup, args.mem_steps),
+    }
+    now = [kind for kind, (warmup, n_steps) in windows.items() if lies_in(done, warmup, n_steps, args.every)]
+    return allowed(args, rank).intersection(now)
+
+
+def allowed(args: ProfilerArgs, rank: int) -> frozenset[Kind]:
+    """What a rank may profile: light windows are everybody's, heavy ones those of `ranks`."""
+    return ALL if args.ranks == "all" or rank in args.ranks else LIGHT
+
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """Profile the next steps. `id` is empty when a signal asked."""
+
+    n_steps: int
+    heavy: bool
+    id: str = ""
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return ALL if self.heavy else LIGHT
+
+
+class Requests:
+    """What a running run is asked to profile. Any thread or handler may ask; the loop votes and hears the outcome."""
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._asked: deque[Request] = deque()
+        self._voted: deque[Request] = deque()
+
+    def signal(self, *_: object) -> None:
+        """A signal has arrived; fit for a handler."""
+        self._signalled = True
+
+    def ask(self, request: Request) -> None:
+        self._asked.append(request)
+
+    def ballot(self) -> list[float]:
+        """This rank's two numbers for the next vote: whether a signal came, and what was asked of it, each once.
+
+        Only rank 0 looks for requests, so their sum over ranks is the number itself.
+        """
+        signalled, self._signalled = self._signalled, False
+        if not self._asked:
+            return [float(signalled), 0.0]
+        request = self._asked.popleft()
+        self._voted.append(request)
+        return [float(signalled), float(2 * request.n_steps + request.heavy)]
+
+    def agreed(self, sums: Sequence[float], n_steps: int) -> Request | None:
+        """What all ranks are to profile by the sums of their ballots; `n_steps`: when a signal asked."""
+        signalled, asked = sums
+        if asked > 0:
+            own_id = self._voted.popleft().id if self._voted else ""
+            return Request(int(asked) // 2, bool(int(asked) % 2), own_id)
+        return Request(n_steps, heavy=True) if signalled > 0 else None
+
+
+def request_file(run_dir: Path, incarnation: int) -> Path:
+    """The file that asks this very start; a later one knows nothing of it."""
+    return run_dir / FOLDER / f"{incarnation:010d}.profile"
+
+
+def answer_file(folder: Path, request_id: str) -> Path:
+    """What a run leaves in its trace folder when the window of a request has closed."""
+    return folder / f"asked_{request_id}.json"
+
+
+def ask_to_profile(run_dir: Path, incarnation: int, n_steps: int, heavy: bool) -> Request:
+    """Ask a start, from any machine that sees the folder. Raises RunError: too many steps, or not to be written."""
+    most = MOST_HEAVY_STEPS if heavy else MOST_STEPS
+    if not 1 <= n_steps <= most:
+        kind = "a heavy window" if heavy else "a window"
+        raise RunError(f"--steps is {n_steps}, but {kind} has 1 to {most} steps; choose one of these")
+    path, request = request_file(run_dir, incarnation), Request(n_steps, heavy, uuid.uuid4().hex[:8])
+    if path.exists():
+        raise RunError(f"{run_dir} has not heard the last request yet ({path}); try again in some seconds")
+    try:
+        write_json(path, asdict(request))
+    except OSError as error:
+        raise RunError(f"cannot ask {run_dir} for a profile: {error.strerror} ({path.parent}); its owner can") from None
+    return request
+
+
+def take_request(run_dir: Path, incarnation: int) -> Request | None:
+    """The request that waits for this start, if any; it is gone then. Raises OSError."""
+    path = request_file(run_dir, incarnation)
+    if not path.exists():
+        return None
+    try:
+        request = request_in(read_json(path))
+    except RunError as error:
+        log.warning("not profiled: %s", error)
+        request = None
+    path.unlink(missing_ok=True)
+    return request
+
+
+def request_in(record: Any) -> Request:
+    """The request that a JSON document holds; others may have written it. Raises RunError."""
+    if isinstance(record, Mapping):
+        n_steps, heavy, request_id = (record.get(key) for key in ("n_steps", "heavy", "id"))
+        if (
+            type(n_steps) is int
+            and type(heavy) is bool
+            and 1 <= n_steps <= (MOST_HEAVY_STEPS if heavy else MOST_STEPS)
+            and isinstance(request_id, str)
+            and _ID.fullmatch(request_id)
+        ):
+            return Request(n_steps, heavy, request_id)
+    raise RunError(f"{record} asks for no profile; `lingua profile` writes such requests")

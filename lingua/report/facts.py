@@ -1,0 +1,181 @@
+"""What a run folder says about its run at this moment, gathered from its files; nothing is decided here.
+
+Promise: only reads; a file that is missing, torn or of another version is as if it said nothing. Torch-free.
+Cost: a dozen small files and the last 64 KiB of the metrics, whatever the length of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+from lingua.checkpoint.layout import CHECKPOINTS, EVALS, done_mark, done_steps, parse_folder
+from lingua.config.frozen import CONFIG_FILE
+from lingua.files import RunError, entries, read_json
+from lingua.logger import RANK_LOGS
+from lingua.run.failure import Failure, read_failures
+from lingua.run.folder import STOP_FILE
+from lingua.run.lock import FOLDER, Owner, owner_in, start_files
+from lingua.run.metrics import METRICS_FILE, VALIDATION_FILE
+from lingua.slurm import Job
+
+_TAIL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Start:
+    """The newest start of a run."""
+
+    number: int
+    owner: Owner
+    released: bool
+    beat_age_s: float
+    """Seconds since its last sign of life, by this machine's clock."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run folder, read."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    start: Start | None = None
+    stop: dict[str, Any] | None = None
+    stop_age_s: float | None = None
+    earlier: tuple[dict[str, Any] | None, ...] = ()
+    """stop.json of each start before the newest; None for one that was killed."""
+    failures: tuple[Failure, ...] = ()
+    """Of the newest start."""
+    metrics: dict[str, Any] | None = None
+    """Its last line."""
+    metrics_age_s: float | None = None
+    validation: dict[str, Any] | None = None
+    evaluated_step: int | None = None
+    checkpoint: int | None = None
+    """Step of the newest published checkpoint."""
+    checkpoint_age_s: float | None = None
+    job: Job | None = None
+    """The newest start's, where Slurm knows it."""
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name", self.path.name))
+
+    @property
+    def n_steps(self) -> int | None:
+        return self.config.get("steps")
+
+    @property
+    def job_id(self) -> str:
+        return self.start.owner.slurm_job_id if self.start is not None else ""
+
+
+def find_run(path: Path) -> Path:
+    """The run folder a person means. Raises RunError when it is none."""
+    if (path / CONFIG_FILE).is_file():
+        return path
+    inside = find_runs(path)
+    hint = f"; did you mean {inside[0]}?" if inside else "; `lingua runs FOLDER` lists the runs below a folder"
+    raise RunError(f"{path} is no run folder: it has no {CONFIG_FILE}{hint}")
+
+
+def find_runs(folder: Path, depth: int = 4) -> list[Path]:
+    """Run folders at or below a folder, by name; nothing inside a run is looked at."""
+    if (folder / CONFIG_FILE).is_file() and (folder / FOLDER).is_dir():
+        return [folder]
+    if depth == 0:
+        return []
+    below = [path for path in entries(folder) if path.is_dir() and not path.name.startswith(".")]
+    return [run for path in below for run in find_runs(path, depth - 1)]
+
+
+def read_run(path: Path, job: Job | None = None, now_s: float | None = None) -> RunFacts:
+    """Everything a run folder says."""
+    now_s = time.time() if now_s is None else now_s
+
+    def age_s(file: Path) -> float | None:
+        try:
+            return max(0.0, now_s - file.stat().st_mtime)
+        except OSError:
+            return None
+
+    start = _newest_start(path, now_s)
+    config = _config(path)
+    root = Path(config.get("checkpoint", {}).get("path") or path / CHECKPOINTS)
+    done = done_steps(root)
+    evaluated = (parse_folder(each.name) for each in entries(path / EVALS) if (each / "results.json").is_file())
+    return RunFacts(
+        path=path,
+        config=config,
+        start=start,
+        stop=json_object_in(path / STOP_FILE),
+        stop_age_s=age_s(path / STOP_FILE),
+        earlier=tuple(json_object_in(_stop_of(path, number)) for number in range(1, start.number)) if start else (),
+        failures=tuple(read_failures(path)),
+        metrics=last_line(path / METRICS_FILE),
+        metrics_age_s=age_s(path / METRICS_FILE),
+        validation=last_line(path / VALIDATION_FILE),
+        evaluated_step=max((step for step in evaluated if step is not None), default=None),
+        checkpoint=done[-1] if done else None,
+        checkpoint_age_s=age_s(done_mark(root, done[-1])) if done else None,
+        job=job,
+    )
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole record of a metrics file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = deque(file)
+    except OSError:
+        return None
+    return next(_records(reversed(lines)), None)
+
+
+def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue  # torn by a kill, or cut by the tail
+        if isinstance(record, dict):
+            yield record
+
+
+def _newest_start(path: Path, now_s: float) -> Start | None:
+    number, file = max(start_files(path / FOLDER).items(), default=(0, None))
+    record = json_object_in(file) if file is not None else None
+    if file is None or record is None:
+        return None
+    age_s = max(0.0, now_s - file.stat().st_mtime)
+    return Start(number, owner_in(record), bool(record.get("released")), age_s)
+
+
+def _stop_of(path: Path, number: int) -> Path:
+    return path / RANK_LOGS / f"stop.{number:04d}.json"
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load((path / CONFIG_FILE).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def json_object_in(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is none that can be read."""
+    try:
+        record = read_json(path)
+    except (OSError, RunError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,398 @@
+"""The history of a run, put together from its folder: every start, what came of its steps, and where the time went.
+
+Promise: only reads; a file that is missing, torn or of an older version leaves a gap and no wrong figure. Where a run
+went back, what the newer start trained counts, and the rest is told as lost. Torch-free.
+Cost: one pass over the metrics (see `series.py`), and a small file per start, checkpoint and evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lingua.checkpoint.layout import EVALS, FAILED, RESULTS, done_mark, done_steps, parse_folder
+from lingua.checkpoint.lookup import root_of
+from lingua.files import RunError, entries, read_json
+from lingua.report.facts import RunFacts, json_object_in
+from lingua.report.series import START, STEP, WHEN, Table, is_number, read_table, records_in, when
+from lingua.report.status import is_alive, root_cause, state_of
+from lingua.run.failure import Failure
+from lingua.run.lock import FOLDER, Owner, owner_in, start_files
+from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE
+
+LOSS, TOKENS, LR, GRAD_NORM = "loss/out", "optim/total_tokens", "optim/lr", "optim/grad_norm"
+WPS, MFU, HFU = "speed/wps", "speed/mfu", "speed/hfu"
+_STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
+_KEYS = (LOSS, TOKENS, LR, GRAD_NORM, WPS, MFU, HFU, _STEP_S, _LOAD_S, _STALL_S)
+TRAINED_S = "trained_s"
+"""Seconds of training that counts up to a line, the wait for data with it; start-up, validation and saves left out."""
+
+SPENT = {
+    "training": "training that counts",
+    "loading": "waiting for data",
+    "saving": "held up by checkpoints",
+    "validating": "validation",
+    "starting": "start-up, until the first step",
+    "lost": "lost: trained again, or killed before it was saved",
+    "other": "ending, and steps not reported yet",
+    "idle": "not running",
+}
+"""Kinds of time, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run. None: no file tells."""
+
+    number: int
+    owner: Owner
+    began_s: float | None = None
+    """Seconds since the epoch, as all times here."""
+    begun_s: float | None = None
+    """When its first step began."""
+    ended_s: float | None = None
+    """Its last sign of life; now, while it lives."""
+    first_step: int | None = None
+    """The step that it went on from."""
+    last_step: int | None = None
+    """The last one that it reported."""
+    end: str = ""
+    """running, finished, killed, ...; a word or two."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to the checkpoint of a step."""
+
+    kind: str
+    """staged, published, failed, evaluated, given up."""
+    step: int
+    at_s: float
+    start: int
+    seconds: float | None = None
+    """staged: training stood still; published: from memory to the disk (or all of it); evaluated: it took."""
+    size_bytes: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one step: a validation or an evaluation."""
+
+    step: int
+    start: int
+    at_s: float
+    values: dict[str, float]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class History:
+    """All that is shown of a run."""
+
+    facts: RunFacts
+    state: str
+    now_s: float
+    starts: list[Start]
+    metrics: Table
+    """What counts, with the column TRAINED_S."""
+    undone: Table
+    """Lines of steps that a later start trained again, or will."""
+    events: list[Event]
+    validations: list[Scores] = field(default_factory=list)
+    evaluations: list[Scores] = field(default_factory=list)
+    spent: list[dict[str, float]] = field(default_factory=list)
+    """Seconds by kind, of each start; `idle` is what followed it."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind, of the whole run."""
+        return {kind: sum(one[kind] for one in self.spent) for kind in SPENT}
+
+    def at(self, steps: np.ndarray, key: str) -> np.ndarray:
+        """What a column that grows with the steps was after each of `steps`; between two lines on a straight line."""
+        xs, ys = self.metrics.curve(key)
+        if len(xs) == 0:
+            return np.full(len(steps), np.nan)
+        if self.starts and self.starts[0].first_step == 0:
+            xs, ys = np.append(0.0, xs), np.append(0.0, ys)
+        return np.interp(steps, xs, ys)
+
+
+def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
+    """Everything of one run."""
+    table = read_table(facts.path / METRICS_FILE, _KEYS)
+    notes = [r for r in records_in(facts.path / CHECKPOINT_FILE) if isinstance(r.get("event"), str)]
+    validations = _scores(facts.path / VALIDATION_FILE)
+    starts = read_starts(facts, table, notes, me, now_s)
+    counts = counting(starts, table)
+    return History(
+        facts=facts,
+        state=state_of(facts, me),
+        now_s=now_s,
+        starts=starts,
+        metrics=_with_time(starts, table, counts),
+        undone=table.where(~counts),
+        events=sorted(_events(facts, notes), key=lambda event: event.at_s),
+        validations=that_count(starts, validations),
+        evaluations=that_count(starts, _scores(facts.path / EVAL_FILE)),
+        spent=account(starts, table, counts, validations, notes),
+    )
+
+
+# -- starts --------------------------------------------------------------------------------------------------------
+
+
+def read_starts(
+    facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner, now_s: float
+) -> list[Start]:
+    """Every start that left a trace, the first one first."""
+    files = start_files(facts.path / FOLDER)
+    begun = {r[START]: r for r in notes if r["event"] == "begun" and isinstance(r.get(START), int)}
+    numbers = sorted({*files, *begun, *(int(n) for n in np.unique(table[START]) if np.isfinite(n))})
+    found = [_read_start(n, files.get(n), begun.get(n), table.where(table[START] == n)) for n in numbers]
+    ends = [_end_of(start, facts, me) for start in found]
+    starts = [replace(start, end=end) for start, end in zip(found, ends, strict=True)]
+    if starts and starts[-1].end == "running":
+        starts[-1] = replace(starts[-1], ended_s=now_s)
+    return in_order(starts)
+
+
+def _read_start(number: int, file: Path | None, begun: Mapping[str, Any] | None, lines: Table) -> Start:
+    record: dict[str, Any] = {}
+    sign_s = None
+    if file is not None:
+        try:
+            record, sign_s = dict(read_json(file)), file.stat().st_mtime
+        except (OSError, RunError, TypeError, ValueError):
+            record = {}
+    steps, times = lines[STEP], lines[WHEN]
+    first_step, begun_s = None, None
+    if len(steps):
+        gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+        first_step = max(0, int(steps[0] - gap))
+        begun_s = _number(times[0] - np.nan_to_num(lines[_STEP_S][0]) * (steps[0] - first_step))
+        sign_s = max([s for s in (sign_s, _number(times[-1])) if s is not None], default=None)
+    if begun is not None:
+        first_step, begun_s = int(begun[STEP]), _number(when(begun.get(WHEN)))
+    released_s = _number(record.get("released_at"))
+    return Start(
+        number=number,
+        owner=owner_in(record),
+        began_s=_number(record.get("began_at")) or begun_s,
+        begun_s=begun_s,
+        ended_s=released_s or sign_s or begun_s,
+        first_step=first_step,
+        last_step=int(steps[-1]) if len(steps) else None,
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def in_order(starts: Sequence[Start]) -> list[Start]:
+    """No start reaches into the next one: a folder that was copied has the copy's times as last signs of life."""
+    found = list(starts)
+    for i, later in enumerate(found[1:]):
+        if later.began_s is not None and (found[i].ended_s or 0.0) > later.began_s:
+            found[i] = replace(found[i], ended_s=later.began_s)
+    return found
+
+
+def _end_of(start: Start, facts: RunFacts, me: Owner) -> str:
+    """How a start ended, in a word or two."""
+    if facts.start is not None and start.number > facts.start.number:
+        return "not known"
+    if facts.start is None or start.number == facts.start.number:
+        return "running" if is_alive(facts, me) else told_end(facts.stop, facts.failures)
+    before = facts.earlier[start.number - 1 : start.number]
+    return told_end(before[0] if before else None)
+
+
+def told_end(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ()) -> str:
+    """What stop.json says; a start that left none was killed, unless its ranks say something else."""
+    if stop is None:
+        cause = root_cause(failures)
+        return "killed" if cause is None else f"failed ({cause.kind})"
+    match stop.get("reason"):
+        case "error":
+            return f"failed ({stop.get('kind', 'error')})"
+        case "signal":
+            return f"stopped by {stop.get('signal', 'a signal')}"
+        case "asked":
+            return "stopped by `lingua stop`"
+    return str(stop.get("reason", "not known"))
+
+
+# -- what counts ---------------------------------------------------------------------------------------------------
+
+
+def limits_of(starts: Sequence[Start]) -> dict[int, float]:
+    """Of each start, the step up to which its work counts: where the lowest of the later starts went on from.
+
+    For who computed a step, counting or not, see `Past.start_of` in past.py.
+    """
+    limits: dict[int, float] = {}
+    limit = np.inf
+    for start in reversed(starts):
+        limits[start.number] = limit
+        if start.first_step is not None:
+            limit = min(limit, start.first_step)
+    return limits
+
+
+def counting(starts: Sequence[Start], table: Table) -> np.ndarray:
+    """Mask of the lines that no later start has trained again."""
+    mask = np.ones(len(table), dtype=bool)
+    for number, limit in limits_of(starts).items():
+        mask &= (table[START] != number) | (table[STEP] <= limit)
+    return mask
+
+
+def that_count(starts: Sequence[Start], scores: Iterable[Scores]) -> list[Scores]:
+    """The newest figures of each step, by step, without those of steps that were trained again."""
+    limits = limits_of(starts)
+    newest = {one.step: one for one in scores if one.step <= limits.get(one.start, np.inf)}
+    return [newest[step] for step in sorted(newest)]
+
+
+# -- where the time went -------------------------------------------------------------------------------------------
+
+
+def _with_time(starts: Sequence[Start], table: Table, counts: np.ndarray) -> Table:
+    """The lines that count, with TRAINED_S."""
+    seconds = np.zeros(len(table))
+    for start in starts:
+        mine = table[START] == start.number
+        seconds[mine] = _seconds(start, table.where(mine), _STEP_S)
+    kept = table.where(counts)
+    return Table({**kept.columns, TRAINED_S: np.cumsum(seconds[counts])})
+
+
+def _seconds(start: Start, lines: Table, key: str) -> np.ndarray:
+    """Seconds that the steps of each line of a start took; `key` has the mean of a step."""
+    n_steps = np.maximum(np.diff(lines[STEP], prepend=start.first_step or 0), 0)
+    return np.nan_to_num(lines[key]) * n_steps
+
+
+def account(
+    starts: Sequence[Start],
+    table: Table,
+    counts: np.ndarray,
+    validations: Sequence[Scores],
+    notes: Iterable[Mapping[str, Any]],
+) -> list[dict[str, float]]:
+    """Seconds by kind of each start. They add up to the time from its beginning to the next one's."""
+    saved: dict[Any, float] = {}
+    for note in notes:
+        if note["event"] in ("staged", "published") and note.get("bytes"):  # training waited for these
+            saved[note.get(START)] = saved.get(note.get(START), 0.0) + (_number(note.get("seconds")) or 0.0)
+    accounts = []
+    for i, start in enumerate(starts):
+        chosen = table[START] == start.number
+        mine = [one for one in validations if one.start == start.number]
+        one = _account_start(start, table.where(chosen), counts[chosen], mine, saved.get(start.number))
+        later = starts[i + 1].began_s if i + 1 < len(starts) else None
+        if later is not None and start.ended_s is not None:
+            one["idle"] = max(0.0, later - start.ended_s)
+        accounts.append(one)
+    return accounts
+
+
+def _account_start(
+    start: Start, lines: Table, counts: np.ndarray, validations: Sequence[Scores], saving_s: float | None
+) -> dict[str, float]:
+    spent = dict.fromkeys(SPENT, 0.0)
+    if start.began_s is None or start.ended_s is None:
+        return spent
+    all_s = max(0.0, start.ended_s - start.began_s)
+    trained_s = _seconds(start, lines, _STEP_S)
+    loaded_s = np.minimum(_seconds(start, lines, _LOAD_S), trained_s)
+    spent["training"] = float((trained_s - loaded_s)[counts].sum())
+    spent["loading"] = float(loaded_s[counts].sum())
+    spent["lost"] = float(trained_s[~counts].sum())
+    spent["saving"] = _stalls_s(lines[_STALL_S]) if saving_s is None else saving_s
+    spent["validating"] = sum(one.seconds for one in validations)
+    if start.begun_s is None:
+        spent["starting"] = all_s
+    else:
+        before_s = sum(one.seconds for one in validations if one.at_s <= start.begun_s)
+        spent["starting"] = max(0.0, start.begun_s - start.began_s - before_s)
+    if start.end == "killed" and len(lines):  # what it trained since its last line
+        spent["lost"] += max(0.0, start.ended_s - float(lines[WHEN][-1]))
+    spent["other"] = max(0.0, all_s - sum(spent.values()))
+    return spent
+
+
+def _stalls_s(stalls: np.ndarray) -> float:
+    """Seconds of all saves: each line repeats the newest one's."""
+    there = stalls[np.isfinite(stalls)]
+    return float(there[np.diff(there, prepend=np.nan) != 0].sum()) if len(there) else 0.0
+
+
+# -- checkpoints and scores ----------------------------------------------------------------------------------------
+
+
+def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
+    """Of checkpoints and evaluations, from what the trainer noted, the marks, and the evaluations' folders."""
+    events = []
+    for note in notes:
+        at_s, step, start = when(note.get(WHEN)), int(note[STEP]), note.get(START)
+        if note["event"] in ("staged", "published", "failed") and np.isfinite(at_s) and isinstance(start, int):
+            size_bytes, why = note.get("bytes"), str(note.get("error", ""))
+            seconds = _number(note.get("seconds"))
+            events.append(Event(note["event"], step, at_s, start, seconds, size_bytes or None, why))
+    told = {(event.step, event.start): i for i, event in enumerate(events) if event.kind == "published"}
+    try:
+        root = root_of(facts.path)
+    except ValueError:  # a config that cannot be read
+        root = facts.path / "checkpoints"
+    for step in done_steps(root):
+        event = _marked(done_mark(root, step), step)
+        if event is None:
+            continue
+        if (step, event.start) in told:  # it knows better when, and how large it is
+            events[told[step, event.start]] = event
+        else:
+            events.append(event)
+    for folder in entries(facts.path / EVALS):
+        step = parse_folder(folder.name)
+        for name, kind in ((RESULTS, "evaluated"), (FAILED, "given up")):
+            record = json_object_in(folder / name) if step is not None else None
+            if record and step is not None and is_number(record.get("created_at")):
+                seconds, why = _number(record.get("seconds")), str(record.get("reason", ""))
+                start = record.get("incarnation")
+                start = start if isinstance(start, int) else 0
+                events.append(Event(kind, step, record["created_at"], start, seconds, None, why))
+    return events
+
+
+def _marked(mark: Path, step: int) -> Event | None:
+    record = json_object_in(mark)
+    if not record or not is_number(record.get("created_at")) or not isinstance(record.get("incarnation"), int):
+        return None
+    size_bytes = record.get("bytes")
+    seconds = _number(record.get("seconds"))
+    return Event("published", step, record["created_at"], record["incarnation"], seconds, size_bytes)
+
+
+def _scores(path: Path) -> list[Scores]:
+    """All figures of a file, in its order."""
+    found = []
+    for record in records_in(path):
+        values = {key: float(v) for key, v in record.items() if "/" in key and is_number(v)}
+        start = record.get(START)
+        start = start if isinstance(start, int) else 0
+        seconds = _number(record.get("seconds")) or 0.0
+        found.append(Scores(int(record[STEP]), start, when(record.get(WHEN)), values, seconds))
+    return found
+
+
+def keys_of(scores: Collection[Scores]) -> list[str]:
+    """The names of all figures, in the order of their first appearance."""
+    return list(dict.fromkeys(key for one in scores for key in one.values))

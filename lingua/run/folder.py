@@ -1,0 +1,106 @@
+"""What a run folder says about the run: the command, the environment without secrets, and how it ended.
+
+Promise: no value of a variable that may be a secret is ever written. `stop.json` repeats the exit code, since
+launchers in between (torchrun turns 75 into 1) swallow codes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from lingua.config.base import show
+from lingua.files import entries, write_whole
+from lingua.logger import RANK_LOGS
+from lingua.signals import STOP_REQUEST
+
+log = logging.getLogger(__name__)
+
+STOP_FILE = "stop.json"
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_REQUEUE = 75  # sysexits.h EX_TEMPFAIL: saved, start me again
+EXIT_HUNG = 76  # the watchdog ended it
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C: a person wanted it to end, and it stays ended
+
+_SHOWN = re.compile(
+    r"^(SLURM|SBATCH|CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|LINGUA|WANDB|HF|UV|PYTHON|TRITON)"
+    r"|^(PATH|LD_LIBRARY_PATH|HOSTNAME|USER|TMPDIR|BASE_DIR|CONFIG_FILE|EXTRA_ARGS|VIRTUAL_ENV)$"
+)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"(^|_)(secret|password|passwd|token|api_?key|credentials?|auth)s?$", re.IGNORECASE)
+_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def public_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that explain a run; names that smell of secrets keep their name only."""
+    shown = {name: value for name, value in sorted(env.items()) if _SHOWN.search(name)}
+    return {name: "***" if _SECRET.search(name) else _URL_LOGIN.sub("***@", value) for name, value in shown.items()}
+
+
+def public_text(text: str) -> str:
+    """Text without logins in addresses."""
+    return _URL_LOGIN.sub("***@", text)
+
+
+def public_value(key: str, value: Any, at_most: int = 80) -> str:
+    """The value of a config key as it may be shown; of names that smell of secrets nothing is.
+
+    `env` holds variables of the environment and is judged like it; other keys (`tokenizer`, `text_key`) by whole words.
+    """
+    return public_text(show(_without_secrets(key, value), at_most))
+
+
+def _without_secrets(key: str, value: Any) -> Any:
+    name = key.rpartition(".")[2]
+    if value is not None and (_SECRET.search(name) if key.startswith("env.") else _SECRET_KEY.search(name)):
+        return "***"
+    if isinstance(value, Mapping):
+        return {inner: _without_secrets(f"{key}.{inner}", v) for inner, v in value.items()}
+    return [_without_secrets(key, v) for v in value] if isinstance(value, list) else value
+
+
+def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:
+    """Write run.sh (the command of the newest start; that of `lingua launch` stays) and env.txt."""
+    command, script = shlex.join([sys.executable, *argv]), run_dir / "run.sh"
+    if not script.is_file() or b"\n#SBATCH" not in script.read_bytes():
+        write_whole(script, f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
+    lines = [f"{name}={shlex.quote(value)}\n" for name, value in public_environment(env).items()]
+    write_whole(run_dir / "env.txt", "".join(lines).encode())
+
+
+def end_asked_for(received: str) -> tuple[str, int]:
+    """(reason for stop.json, exit code) of a run that was asked to stop, by a signal or by `lingua stop`."""
+    if received == STOP_REQUEST:
+        return "asked", EXIT_INTERRUPTED
+    return "signal", EXIT_INTERRUPTED if received == "SIGINT" else EXIT_REQUEUE
+
+
+def put_by_last_words(run_dir: Path, incarnation: int) -> None:
+    """Number what an earlier start, `incarnation`, said at its end; stop.json and its like tell of the newest or none.
+
+    logs/stop.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt tell of start 1.
+    """
+    said = [path for path in entries(run_dir / RANK_LOGS) if re.fullmatch(r"(error|stacks)_\d+\.(json|txt)", path.name)]
+    for path in (run_dir / STOP_FILE, *said):
+        target = run_dir / RANK_LOGS / f"{path.stem}.{incarnation:04d}{path.suffix}"
+        if path.is_file():
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+
+
+def describe_stop(run_dir: Path, reason: str, exit_code: int, **more: Any) -> None:
+    """Write stop.json: why the newest start ended. A disk that refuses it is reported; the exit code still speaks."""
+    record = {"reason": reason, "exit_code": exit_code, **more}
+    try:
+        write_whole(run_dir / STOP_FILE, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+    except OSError as error:
+        log.warning("cannot write %s: %s", run_dir / STOP_FILE, error.strerror or error)

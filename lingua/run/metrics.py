@@ -1,0 +1,305 @@
+"""Metrics of a run: `metrics.jsonl` and its like, wandb and TensorBoard.
+
+Promise: a line is written whole or retried with the next; a disk that fills up is reported once and never ends the
+run, and neither does a tracker (tracking.py); every line carries its incarnation, so lines after a rollback can be told
+from those before. wandb counts by our own step, which may go back. Torch-free: values come in as plain numbers.
+Cost: one small write per `logging.freq` steps, not fsynced.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from lingua.config.keys.logging import LoggingArgs, WandbArgs
+from lingua.run.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "metrics.validation.jsonl"
+CHECKPOINT_FILE = "metrics.checkpoint.jsonl"
+EVAL_FILE = "metrics.eval.jsonl"
+PROBE_FILE = "probe.jsonl"
+_HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
+BEGIN_S = 10.0
+"""How long a start waits for its trackers; records are held for those that take longer."""
+WANDB_INIT_S = 30
+"""After this long without an answer from the server, wandb tracks offline. WANDB_INIT_TIMEOUT overrules it."""
+FINISH_S = 60.0
+"""How long the end of a run waits for what its trackers still have to send, ..."""
+HURRIED_FINISH_S = 5.0
+"""... and how long one that failed or was asked to stop does: a job's grace may be short."""
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+class JsonLines:
+    """Appends one JSON object per line to a file; lines that the disk refuses are held and tried again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._held: deque[bytes] = deque(maxlen=_HELD_LINES)
+        self._complained = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._held.append(orjson.dumps(dict(record), option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        try:
+            self._flush()
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                log.warning("cannot write %s: %s; the run goes on and tries again", self.path, error.strerror or error)
+
+    def _flush(self) -> None:
+        with self.path.open("ab", buffering=0) as file:  # what is refused must not be written later, on closing
+            start = file.tell()
+            lines = b"".join(self._held)
+            if start and not _ends_with_newline(self.path):  # torn by an earlier kill
+                lines = b"\n" + lines
+            try:
+                rest = memoryview(lines)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                os.truncate(self.path, start)
+                raise
+        self._held.clear()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a line torn by a kill is left out."""
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            records.append(orjson.loads(line))
+        except orjson.JSONDecodeError:
+            continue
+    return records
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------
+
+
+class MetricLogger:
+    """Sends each record to metrics.jsonl and to the trackers asked for. Made on rank 0 only; use as context manager."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        args: LoggingArgs,
+        *,
+        incarnation: int,
+        run_name: str,
+        config: Mapping[str, Any],
+        wandb_id: str | None = None,
+        wall_time: Callable[[], float] = time.time,
+    ) -> None:
+        self._lines = JsonLines(run_dir / METRICS_FILE)
+        self._validation_lines = JsonLines(run_dir / VALIDATION_FILE)
+        self._checkpoint_lines = JsonLines(run_dir / CHECKPOINT_FILE)
+        self._probe_lines = JsonLines(run_dir / PROBE_FILE)
+        self._incarnation = incarnation
+        self._wall_time = wall_time
+        self._finish_s = FINISH_S
+        self._trackers: list[Tracker] = []
+        self.wandb_id: str | None = None
+        """Id to keep in checkpoints, so that a resumed run goes on in the same wandb run."""
+        if args.wandb is not None:
+            settings = wandb_settings(args.wandb, run_dir, run_name, wandb_id)
+            self.wandb_id = settings["id"]
+            self._trackers.append(wandb_tracker(settings, config))
+        if args.tensorboard:
+            self._trackers.append(_tensorboard_tracker(run_dir))
+        for tracker in self._trackers:
+            tracker.wait_until_begun(BEGIN_S)
+
+    def log(self, record: Mapping[str, float | int]) -> None:
+        """Write one record of training; needs the key `global_step`."""
+        self._send(self._lines, record)
+
+    def log_validation(self, record: Mapping[str, float | int]) -> None:
+        """Write one record of held-out losses, `<source>/bpb` and the like."""
+        self._send(self._validation_lines, record, "validation/")
+
+    def log_checkpoint(self, record: Mapping[str, Any]) -> None:
+        """Write what happened to the checkpoint of `global_step`; to the file only."""
+        self._write(self._checkpoint_lines, record)
+
+    def log_probe(self, record: Mapping[str, float | int]) -> None:
+        """Write one record of a probe, hundreds of figures: into its file only."""
+        self._write(self._probe_lines, record)
+
+    def track(self, record: Mapping[str, float | int]) -> None:
+        """Send a record that has a file of its own, an evaluation's, to the trackers; needs `global_step`."""
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def hurry(self) -> None:
+        """Do not wait long for the trackers at the end: the run was asked to stop."""
+        self._finish_s = HURRIED_FINISH_S
+
+    def _write(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
+        created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
+        lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
+
+    def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
+        self._write(lines, record)
+        self.track({key if key == "global_step" else prefix + key: value for key, value in record.items()})
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for tracker in self._trackers:
+            tracker.close(*((0, self._finish_s) if kind is None else (1, HURRIED_FINISH_S)))
+
+
+class EvaluationTracker:
+    """Sends a run's evaluations to a wandb run of their own, `<id>_eval` in the same group, from the first one on."""
+
+    def __init__(
+        self,
+        args: WandbArgs | None,
+        run_dir: Path,
+        run_name: str,
+        config: Mapping[str, Any],
+        training_id: Callable[[int], str | None],
+    ) -> None:
+        """`args`: the training run's, None: no wandb. `training_id`: id of the wandb run that trained a step."""
+        self._args, self._run_dir, self._run_name, self._config = args, run_dir, run_name, config
+        self._training_id = training_id
+        self._tracker: Tracker | None = None
+
+    def log(self, record: Mapping[str, float | int]) -> None:
+        """Send one evaluation; needs the key `global_step`."""
+        if self._args is None:
+            return
+        if self._tracker is None:
+            args = evaluation_wandb(self._args, self._run_name, self._training_id(int(record["global_step"])))
+            self._tracker = wandb_tracker(wandb_settings(args, self._run_dir, self._run_name), self._config)
+            self._tracker.wait_until_begun(BEGIN_S)
+        self._tracker.log(record)
+
+    def close(self, *, hurry: bool = False) -> None:
+        """Send what is still to be sent. `hurry`: this process was asked to stop."""
+        if self._tracker is not None:
+            self._tracker.close(0, HURRIED_FINISH_S if hurry else FINISH_S)
+
+
+def evaluation_wandb(args: WandbArgs, run_name: str, training_id: str | None) -> WandbArgs:
+    """The settings of the evaluations' wandb run, made from the training run's."""
+    own = {"name": f"{args.name or run_name}_eval", "group": args.group or run_name, "job_type": "eval"}
+    return args.model_copy(
+        update=own | {"id": f"{training_id or run_name}_eval", "fork_from": None, "resume_from": None}
+    )
+
+
+def wandb_settings(args: WandbArgs, run_dir: Path, run_name: str, wandb_id: str | None = None) -> dict[str, Any]:
+    """Return the keywords of `wandb.init`. `wandb_id`: that of the start before, which this one goes on with."""
+    settings = {key: value for key, value in args.model_dump().items() if value is not None}
+    if wandb_id is not None:  # it was forked or rewound already
+        settings.pop("fork_from", None)
+        settings.pop("resume_from", None)
+    if args.mode is None and not _has_wandb_key():
+        settings["mode"] = "offline"
+        log.info("wandb: no API key here, so this run is tracked offline; `wandb sync` uploads it later")
+    settings.setdefault("dir", str(run_dir))
+    settings.setdefault("name", run_name)
+    settings.setdefault("group", run_name)
+    if "resume_from" in settings:
+        settings["id"] = settings["resume_from"].partition("?")[0]  # wandb takes no other
+    settings.setdefault("id", wandb_id or uuid.uuid4().hex[:8])
+    if not settings.keys() & {"fork_from", "resume_from"}:  # wandb takes one of the three
+        settings.setdefault("resume", "allow")
+    return settings
+
+
+def wandb_tracker(settings: dict[str, Any], config: Mapping[str, Any]) -> Tracker:
+    """Track with wandb: as `settings` say, and offline once that has failed."""
+
+    def begin_offline() -> _WandbRun:
+        import wandb
+
+        try:
+            wandb.teardown()  # to the helper process of the first try, if it lives, the id is taken
+        except (Exception, SystemExit) as error:
+            log.debug("wandb.teardown: %s", error)
+        return _WandbRun(settings | {"mode": "offline"}, config)
+
+    return Tracker("wandb", [lambda: _WandbRun(settings, config), begin_offline])
+
+
+class _WandbRun:
+    def __init__(self, settings: dict[str, Any], config: Mapping[str, Any]) -> None:
+        # wandb would tell its maker of errors, and wait 20 s for that at the end where there is no network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb  # half a second, and only some runs use it
+
+        limits = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": WANDB_INIT_S}
+        self._run = wandb.init(config=dict(config), settings=limits, **settings)
+        self._run.define_metric("global_step")
+        self._run.define_metric("*", step_metric="global_step")
+        self.folder: str | None = str(Path(self._run.dir).parent)
+        self._teardown = wandb.teardown
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._run.log(dict(record))
+
+    def finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+        self._teardown()  # or it is done when Python ends, where nothing limits how long it takes
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):  # no ~/.netrc, or none that can be read
+        return False
+
+
+def _tensorboard_tracker(run_dir: Path) -> Tracker:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "logging.tensorboard is true, but the package tensorboard is missing; "
+            "`uv pip install tensorboard`, or set logging.tensorboard=false"
+        ) from error
+    return Tracker("tensorboard", [lambda: _TensorBoard(SummaryWriter(str(run_dir / "tensorboard")))])
+
+
+class _TensorBoard:
+    folder: str | None = None
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        for key, value in record.items():
+            self._writer.add_scalar(key, value, int(record["global_step"]))
+
+    def finish(self, exit_code: int) -> None:
+        self._writer.close()

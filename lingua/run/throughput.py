@@ -1,0 +1,148 @@
+"""How fast a run goes and how long it will take: measured here, shown as a bar on a terminal and as lines in a log.
+
+Promise: rates are of the steps since the last report, so they are right after a resume; the time left is estimated
+from this incarnation's own steps. MFU counts model FLOPs only over the device's peak (PaLM, arXiv 2204.02311, B); HFU
+adds those that activation checkpointing computes again, but not what attention kernels recompute inside. A device
+without a known peak, as every CPU is, has neither: a yardstick measured beside other processes may be far too short.
+Cost: two clock readings per micro step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lap:
+    """The clock at the end of a step."""
+
+    training_s: float
+    """Seconds of training since this start, pauses left out."""
+    loading_s: float
+    """Of these, seconds spent waiting for batches."""
+
+
+class Meter:
+    """Turns laps into rates. Steps are read one step late, so each keeps its own lap."""
+
+    def __init__(
+        self,
+        *,
+        n_steps: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        n_devices: int,
+        peak_flops: float | None,
+        recomputed_flops_per_token: float | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._n_steps = n_steps
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._recomputed_flops_per_token = recomputed_flops_per_token
+        self._n_devices = n_devices
+        self._peak_flops = peak_flops
+        self._now = now
+        self._start_s = now()
+        self._loading_s = 0.0
+        self._read: tuple[int, Lap] = (0, Lap(0.0, 0.0))
+        self._first: tuple[int, Lap] | None = None  # the first report of this start
+
+    def formula(self) -> str:
+        """Say how MFU and HFU come about, with this run's numbers."""
+        model, again = self._flops_per_token, self._recomputed_flops_per_token
+        per_token = f"{model:.4g} FLOPs per token (6N + 12LHQS, PaLM appendix B)"
+        if self._peak_flops is None:
+            return f"{per_token}; no mfu, as this device's peak is not known"
+        hardware = "" if again is None else f"; hfu = (that + {again:.4g} recomputed per token) likewise"
+        return f"mfu = {per_token} * speed/wps / {self._peak_flops:.4g} per s{hardware}"
+
+    def start(self, step: int) -> None:
+        """`step` updates are done; the clock runs."""
+        self._start_s, self._loading_s = self._now(), 0.0
+        self._read = (step, self.lap())
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        start_s = self._now()
+        yield
+        self._loading_s += self._now() - start_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training, such as validation or saving."""
+        start_s = self._now()
+        yield
+        self._start_s += self._now() - start_s
+
+    def lap(self) -> Lap:
+        return Lap(self._now() - self._start_s, self._loading_s)
+
+    def read(self, step: int, lap: Lap) -> dict[str, float]:
+        """Metrics of the steps since the last reading."""
+        last_step, last = self._read
+        assert step > last_step
+        n_steps, elapsed_s = step - last_step, max(lap.training_s - last.training_s, 1e-9)
+        tokens_per_s = n_steps * self._tokens_per_step / elapsed_s / self._n_devices
+        flops_per_s = tokens_per_s * self._flops_per_token
+        metrics = {
+            "speed/wps": tokens_per_s,
+            "speed/FLOPS": flops_per_s,
+            "speed/curr_iter_time": elapsed_s / n_steps,
+            "speed/data_load_time": (lap.loading_s - last.loading_s) / n_steps,
+        }
+        if self._peak_flops is not None:
+            metrics["speed/mfu"] = flops_per_s / self._peak_flops
+            if self._recomputed_flops_per_token is not None:
+                recomputed_per_s = tokens_per_s * self._recomputed_flops_per_token
+                metrics["speed/hfu"] = (flops_per_s + recomputed_per_s) / self._peak_flops
+        if self._first is None:  # the first steps compile and warm up; they say nothing about the rest
+            self._first, seconds_per_step = (step, lap), elapsed_s / n_steps
+        else:
+            first_step, first = self._first
+            seconds_per_step = (lap.training_s - first.training_s) / (step - first_step)
+        metrics["time/eta_s"] = seconds_per_step * (self._n_steps - step)
+        self._read = (step, lap)
+        return metrics
+
+
+class Peak(NamedTuple):
+    """One accelerator."""
+
+    flops_per_s: float
+    memory_gib: int
+    sheet: str
+
+
+# By a name that torch's device name contains, lower case; longer names are looked for first.
+PEAKS: dict[str, Peak] = {
+    "b200": Peak(2250e12, 180, "NVIDIA DGX B200 data sheet: 72 PFLOPS FP8 with sparsity for 8, a quarter dense bf16"),
+    "h200": Peak(989.5e12, 141, "NVIDIA H200 data sheet (SXM): BF16 1,979 TFLOPS with sparsity, half dense"),
+    "h100": Peak(989.5e12, 80, "NVIDIA H100 data sheet (SXM): BF16 1,979 TFLOPS with sparsity, half dense"),
+    "h100 pcie": Peak(756.5e12, 80, "NVIDIA H100 data sheet (PCIe): BF16 1,513 TFLOPS with sparsity, half dense"),
+    "h100 nvl": Peak(835.5e12, 94, "NVIDIA H100 data sheet (NVL): BF16 1,671 TFLOPS with sparsity, half dense"),
+    "a100": Peak(312e12, 80, "NVIDIA A100 data sheet: BF16 312 TFLOPS"),
+    "l40s": Peak(362.05e12, 48, "NVIDIA L40S data sheet: BF16 362.05 TFLOPS"),
+    "a40": Peak(149.7e12, 48, "NVIDIA A40 data sheet: BF16 149.7 TFLOPS"),
+    "a10": Peak(125e12, 24, "NVIDIA A10 data sheet: BF16 125 TFLOPS"),
+    "rtx a6000": Peak(154.85e12, 48, "NVIDIA RTX A6000 data sheet: tensor 309.7 TFLOPS with sparsity, half dense"),
+    "rtx 6000 ada": Peak(364.25e12, 48, "NVIDIA RTX 6000 Ada data sheet: tensor (FP8) 1,457 TFLOPS sparse, a quarter"),
+    "v100": Peak(125e12, 32, "NVIDIA V100 data sheet (SXM2): FP16 125 TFLOPS; it has no bf16"),
+}
+
+
+def find_peak(device_name: str) -> Peak | None:
+    """The row of a device, by torch's name for it ("NVIDIA H100 80GB HBM3") or a short one ("h200")."""
+    words = device_name.lower().replace("-", " ").split()
+    for name in sorted(PEAKS, key=len, reverse=True):
+        if set(name.split()) <= set(words):
+            return PEAKS[name]
+    return None

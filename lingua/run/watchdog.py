@@ -1,0 +1,360 @@
+"""Watches over a rank from beside its main thread, which may be stuck, and ends the process when that is right.
+
+Promise: a rank that fails, wherever, is heard by all within seconds: each leaves with a sentence and an
+`error_<rank>.json` of its own, long before a collective would time out. A rank that hangs is found by the watchdog;
+then every rank's stacks are in `logs/stacks_<rank>.txt`. A stop signal that arrives before the first step of this start
+is done ends all ranks soon, since there is nothing yet that could be lost; later the loop decides, by votes. Once a
+failure is written down, the process is gone within LEAVE_WITHIN_S, whatever its cleaning up waits for.
+Cost: two threads that sleep. Torch-free.
+
+    with Guard(rank, signals, args.watchdog, run_dir) as guard:
+        with guard.reporting():           # an error in here is written down and told to the other ranks
+            guard.join(peers)             # once they have met
+            guard.open(incarnation)       # from here on the run folder is ours
+            ...; guard.pulse.beat(step)
+
+This thread ends the process by `os._exit`: an exception cannot be raised in a main thread that waits in a collective.
+What that skips is what a kill skips too, and the next start copes with that; `last_acts` are done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import orjson
+
+from lingua.config.keys.watchdog import WatchdogArgs
+from lingua.run.failure import Failure, HungError, RankError, failure_of, known_to_all, record, stacks_file
+from lingua.run.folder import EXIT_FAILED, EXIT_HUNG, describe_stop, end_asked_for
+from lingua.signals import StopSignals
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+POLL_S = 0.5
+START_GRACE_S = 2.0
+"""How long a stop that comes before the first step of a start waits for that step."""
+ECHO_S = 5.0
+"""How long a rank that lost contact waits to hear whose fault that was."""
+LOST_S = 20.0
+"""How long a rank that cannot reach the others any more may take to end by itself."""
+LEAVE_WITHIN_S = 60.0
+LAST_WORDS_S = 5.0
+
+
+class Others(Protocol):
+    """The part of `peers.Peers` used here."""
+
+    def tell(self, message: bytes) -> None: ...
+
+    def told(self) -> bytes | None: ...
+
+    def leave(self, within_s: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a rank leaves; what it tells the others."""
+
+    rank: int
+    reason: str
+    """As in stop.json: error, signal, asked."""
+    exit_code: int
+    message: str
+    kind: str = ""
+    """Of an error."""
+    signal: str = ""
+
+
+class Guard:
+    """Context manager, entered by the main thread of every rank before it waits for anybody."""
+
+    def __init__(
+        self,
+        rank: int,
+        signals: StopSignals,
+        watchdog: WatchdogArgs | None,
+        run_dir: Path,
+        *,
+        now: Callable[[], float] = time.monotonic,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        self.pulse = Pulse(watchdog, now)
+        self.last_acts: list[Callable[[], object]] = []
+        """Done before the process is ended from here: release a lock, free the terminal."""
+        self._rank, self._signals, self._run_dir = rank, signals, run_dir
+        self._now, self._leave = now, leave
+        self._peers: Others | None = None
+        self._incarnation: int | None = None
+        self._end: End | None = None
+        self._leave_by_s = float("inf")
+        self._only_one = threading.Lock()
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Guard:
+        self._start(self._watch, "guard")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._signals.wake()
+        for thread in self._threads:
+            thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._say_farewell()
+
+    def _start(self, act: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=act, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def join(self, peers: Others) -> None:
+        """The other ranks can be reached from now on."""
+        self._peers = peers
+        self._start(self._listen, "peers")
+
+    def open(self, incarnation: int) -> None:
+        """The run folder is ours, as its start number `incarnation`."""
+        self._incarnation = incarnation
+
+    # -- the main thread -------------------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop; the others may not know yet."""
+        return self._signals.received is not None
+
+    @property
+    def received(self) -> str | None:
+        """What asked this rank to stop."""
+        return self._signals.received
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """An error in here is written down and told to the other ranks before anything is cleaned up.
+
+        When contact with another rank was lost, that rank may have said why: then this one leaves with that reason.
+        """
+        try:
+            yield
+        except Exception as error:
+            failure = self._failure(error)
+            if failure.kind != "nccl" or self._peers is None or known_to_all(error):
+                self._settle(self._end_of(failure), failure, tell=not known_to_all(error))
+                raise
+            for _ in range(round(ECHO_S / POLL_S)):
+                self._closed.wait(POLL_S)  # the listening thread ends the process when it hears of a reason
+            why = failure.message.strip().partition("\n")[0]
+            lost = RankError(f"contact with another rank was lost, and none has said why ({why}); see their logs")
+            failure = replace(failure, message=str(lost))
+            self._settle(self._end_of(failure), failure)
+            raise lost from error
+
+    # -- threads ---------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            self._signals.wait(TICK_S)
+            self.look()
+
+    def look(self) -> None:
+        """One look at the signals and the clock."""
+        if self._end is not None:
+            if self._now() > self._leave_by_s:
+                log.error("cleaning up did not end within %d s; leaving", LEAVE_WITHIN_S)
+                self._leave(self._end.exit_code)
+            return
+        if self._signals.received is not None and self.pulse.starting:
+            assert self._signals.received_at_s is not None
+            if self._now() - self._signals.received_at_s < START_GRACE_S:
+                return  # the first step may be about to end: then the loop can save it
+            reason, exit_code = end_asked_for(self._signals.received)
+            message = f"stopped by {self._signals.received} before the first step of this start; nothing is lost"
+            self._go(End(self._rank, reason, exit_code, message, signal=self._signals.received))
+        elif (problem := self.pulse.overdue()) is not None:
+            error = HungError(f"rank {self._rank} hangs: {problem}; where it stands is in {self._stacks}")
+            failure = self._failure(error)
+            self._go(self._end_of(failure), failure)
+        elif (limit_s := self.pulse.limit_s) != float("inf"):
+            self._arm(limit_s + 60)
+
+    def _arm(self, limit_s: float) -> None:
+        """Should a call hold Python's lock for ever, no thread of ours runs any more; this needs none."""
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=2)
+
+    def _listen(self) -> None:
+        """Leave when another rank says so, or cannot be reached any more."""
+        assert self._peers is not None
+        while not self._closed.wait(POLL_S):
+            try:
+                told = self._peers.told()
+            except RuntimeError as error:  # torch's DistError
+                self._lost(str(error).partition("\n")[0])
+                return
+            if told is None:
+                continue
+            end = End(**orjson.loads(told))
+            if end.rank != self._rank:
+                self._follow(end)
+            return
+
+    def _lost(self, how: str) -> None:
+        if self._closed.wait(LOST_S):
+            return  # the run was over
+        error = RankError(f"rank 0 or its node is gone ({how})")
+        failure = self._failure(error)
+        self._go(self._end_of(failure), failure)
+
+    def _follow(self, end: End) -> None:
+        """Leave because another rank does."""
+        if end.reason != "error":
+            self._go(replace(end, message=f"{end.message} (rank {end.rank})"))
+            return
+        error = RankError(f"rank {end.rank} failed, so rank {self._rank} leaves: {end.message}", end.kind)
+        failure = replace(self._failure(error), because_of_rank=end.rank)
+        self._go(replace(end, message=f"rank {end.rank}: {end.message}"), failure)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _failure(self, error: Exception) -> Failure:
+        return failure_of(error, rank=self._rank, step=self.pulse.step, incarnation=self._incarnation)
+
+    def _end_of(self, failure: Failure) -> End:
+        exit_code = EXIT_HUNG if failure.kind == "hang" else EXIT_FAILED
+        return End(self._rank, "error", exit_code, f"{failure.type}: {failure.message}", failure.kind)
+
+    def _settle(self, end: End, failure: Failure | None = None, *, tell: bool = True) -> bool:
+        """Tell the others and the run folder. False: this rank is leaving already."""
+        with self._only_one:
+            if self._end is not None:
+                return False
+            self._end, self._leave_by_s = end, self._now() + LEAVE_WITHIN_S
+        if tell and self._peers is not None:
+            try:
+                self._peers.tell(orjson.dumps(asdict(end)))
+            except RuntimeError as error:
+                log.warning("the other ranks cannot be told: %s", str(error).partition("\n")[0])
+        if failure is not None and failure.kind != "occupied":  # then the folder is somebody else's
+            if failure.kind == "hang":
+                self._dump_stacks()
+            record(self._run_dir, failure)
+        if self._rank == 0 and self._incarnation is not None:
+            facts = {"step": self.pulse.step, "kind": end.kind, "rank": end.rank, "signal": end.signal}
+            if end.reason == "error":
+                facts["error"] = end.message
+            facts = {key: value for key, value in facts.items() if value not in ("", None)}
+            describe_stop(self._run_dir, end.reason, end.exit_code, **facts)
+        return True
+
+    def _go(self, end: End, failure: Failure | None = None) -> None:
+        """Settle and end the process from this thread."""
+        if not self._settle(end, failure):
+            return
+        if failure is None:
+            log.warning("%s", end.message)
+        else:
+            log.error("%s", failure.message)
+        for act in self.last_acts:
+            try:
+                act()
+            except Exception:
+                log.exception("on the way out")
+        self._say_farewell()
+        logging.shutdown()
+        self._leave(end.exit_code)
+
+    def _say_farewell(self) -> None:
+        if self._peers is not None:
+            with contextlib.suppress(RuntimeError):  # the store is gone: nobody is waiting
+                self._peers.leave(LAST_WORDS_S)
+
+    @property
+    def _stacks(self) -> Path:
+        return stacks_file(self._run_dir, self._rank)
+
+    def _dump_stacks(self) -> None:
+        try:
+            self._stacks.parent.mkdir(parents=True, exist_ok=True)
+            with self._stacks.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._stacks, error.strerror or error)
+
+
+_WARM_UP_STEPS = 5  # compilation, autotuning, first touch of memory and files
+_REMEMBERED_STEPS = 51
+
+
+class Pulse:
+    """The signs of life of one rank. `args` None: never overdue."""
+
+    def __init__(self, args: WatchdogArgs | None, now: Callable[[], float] = time.monotonic) -> None:
+        self._args = args
+        self.now = now
+        self._since_s = now()
+        self._paces_s: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._n_beats = 0
+        self._doing: str | None = None
+        self.step: int | None = None
+        """Updates done, as the loop last said. None: there is no loop yet."""
+
+    @property
+    def starting(self) -> bool:
+        """No step of this start is done, so there is nothing that a checkpoint could save."""
+        return self._n_beats == 0
+
+    def beat(self, step: int) -> None:
+        """An update is done."""
+        now_s = self.now()
+        if self._n_beats >= _WARM_UP_STEPS:
+            self._paces_s.append(now_s - self._since_s)
+        self._n_beats += 1
+        self.step, self._since_s = step, now_s
+
+    def sign(self) -> None:
+        """What is done now, and is no step, gets on."""
+        self._since_s = self.now()
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Around what is no step: "validation", "checkpoint", "evaluation"."""
+        self._since_s, self._doing = self.now(), what
+        yield
+        self._since_s, self._doing = self.now(), None
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds that what is done now may take."""
+        if self._args is None:
+            return float("inf")
+        if self._doing is not None or not self._paces_s:
+            return self._args.other_s
+        return max(self._args.min_s, self._args.step_factor * statistics.median(self._paces_s))
+
+    def overdue(self) -> str | None:
+        """Why this rank counts as hung, in one sentence; None while all is well."""
+        limit_s = self.limit_s
+        if self.now() - self._since_s <= limit_s:
+            return None
+        if self._doing is not None:
+            return f"the {self._doing} at step {self.step} did not end within {limit_s:.0f} s (watchdog.other_s)"
+        if not self._paces_s:
+            return f"the start did not come to its first steps within {limit_s:.0f} s (watchdog.other_s)"
+        usual_s = statistics.median(self._paces_s)
+        return f"no step was finished for {limit_s:.0f} s after step {self.step}; one takes {usual_s:.3g} s (watchdog)"

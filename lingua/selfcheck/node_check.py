@@ -1,0 +1,271 @@
+"""Is every node of a job fit to train? `python -m lingua.selfcheck.node_check`, once per rank, before the ranks begin.
+
+Promise: names the nodes that are not, in one JSON object on rank 0's stdout and by the exit code (0 fit, 1 not); a node
+whose rank does not answer in time is one of them. A device that hangs, a disk that does not answer or a rank that is
+not there delays the answer to `--within` seconds, not for ever.
+Cost: a start of Python with torch; then a second: a small matrix product, some MiB written, one all-reduce.
+
+    srun python -m lingua.selfcheck.node_check --dir out/my_run --shm-gib 40
+    {"ok": false, "bad_nodes": ["n7"], "problems": {"n7": ["device cuda:3: ..."]}, "n_ranks": 16, "seconds": 4.1}
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from lingua.config.command_line import run_main
+from lingua.files import free_bytes, human_bytes
+from lingua.slurm import node_of_each_task, this_node_name
+
+if TYPE_CHECKING:
+    from lingua.distributed.process_group import Place
+
+SHM = Path("/dev/shm")
+PROBE_BYTES = 16 << 20
+_MATRIX = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank found on its node."""
+
+    node: str
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks found."""
+
+    ok: bool
+    bad_nodes: list[str]
+    problems: dict[str, list[str]]
+    """By node; those between nodes under "network"."""
+    n_ranks: int
+    seconds: float
+
+
+# -- one node ------------------------------------------------------------------------------------------------------
+
+
+def local_problems(devices: Sequence[Any], folder: Path | None, shm_bytes: int, shm: Path = SHM) -> list[str]:
+    """What is wrong here, one sentence each."""
+    checks: list[Callable[[], str | None]] = [lambda device=device: check_device(device) for device in devices]
+    checks.append(lambda: check_room(shm, max(shm_bytes, PROBE_BYTES)) or check_folder(shm))
+    if folder is not None:
+        checks.append(lambda: check_folder(next(p for p in (folder, *folder.absolute().parents) if p.exists())))
+    return [problem for check in checks if (problem := check()) is not None]
+
+
+def check_device(device: Any) -> str | None:
+    """A product of small integers, which every correct device computes exactly, in TF32 too."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(0, 4, (2, _MATRIX, _MATRIX), generator=generator).float()
+    try:
+        product = (a.to(device) @ b.to(device)).cpu()
+    except RuntimeError as error:
+        return f"device {device}: {str(error).partition(chr(10))[0]}"
+    expected = (a.to(torch.int64).numpy() @ b.to(torch.int64).numpy()).astype("float32")
+    n_wrong = int((product.numpy() != expected).sum())
+    return f"device {device}: {n_wrong} of {expected.size} numbers of a matrix product are wrong" if n_wrong else None
+
+
+def check_room(folder: Path, n_bytes: int) -> str | None:
+    try:
+        free = free_bytes(folder)
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    if free >= n_bytes:
+        return None
+    return f"{folder}: {human_bytes(free)} free, {human_bytes(n_bytes)} needed; see who left files there"
+
+
+def check_folder(folder: Path, n_bytes: int = PROBE_BYTES) -> str | None:
+    """Write, flush and read back."""
+    probe, content = folder / f".node_check-{os.uname().nodename}-{os.getpid()}", os.urandom(n_bytes)
+    try:
+        with probe.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        same = probe.read_bytes() == content
+        probe.unlink()
+    except OSError as error:
+        return f"{folder}: {error.strerror or error}"
+    return None if same else f"{folder}: what was written there is not what is read back"
+
+
+# -- all nodes -----------------------------------------------------------------------------------------------------
+
+
+def judge(answers: Mapping[int, Answer], network: Mapping[int, str], nodes: Sequence[str], seconds: float) -> Verdict:
+    """The verdict on ranks' answers. `network`: by rank, why it could not sum up; `nodes`: of each rank, as expected.
+
+    When only some ranks could not sum up, their nodes are to blame; when none could, no one is.
+    """
+    problems: dict[str, list[str]] = {}
+    for rank, node in enumerate(nodes):
+        found = answers[rank].problems if rank in answers else [f"rank {rank} did not answer in time"]
+        if found:
+            problems.setdefault(answers[rank].node if rank in answers else node, []).extend(found)
+    bad = set(problems)
+    for rank, problem in network.items():
+        some = len(network) < len(nodes)
+        where = answers[rank].node if some else "network"
+        problems.setdefault(where, []).append(f"rank {rank}: {problem}")
+        bad |= {where} if some else set()
+    return Verdict(not problems, sorted(bad), problems, len(nodes), round(seconds, 2))
+
+
+def nodes_of_ranks(of_tasks: Sequence[str], n_ranks: int) -> list[str]:
+    """The node of each rank, where each task of the step started equally many; made-up names where that cannot be."""
+    if not of_tasks or n_ranks % len(of_tasks):
+        return [f"the node of rank {rank}" for rank in range(n_ranks)]
+    return [node for node in of_tasks for _ in range(n_ranks // len(of_tasks))]
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Gloo speaks on stdout, which is for the verdict."""
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def check_together(place: Place, answer: Answer, device: Any, nodes: Sequence[str], within_s: float) -> Verdict | None:
+    """Share the answers over a store on rank 0 and sum up once; the verdict on rank 0, None elsewhere.
+
+    Raises torch's DistError where rank 0 cannot be reached.
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    assert place.master is not None
+    started_s, limit = time.monotonic(), timedelta(seconds=within_s)
+    own_store = place.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun keeps one
+    store = dist.TCPStore(*place.master, is_master=own_store, timeout=limit, wait_for_workers=False)
+    store.set(f"answer/{place.rank}", orjson.dumps(asdict(answer)).decode())
+
+    def collect(what: str, until_s: float) -> dict[int, bytes]:
+        missing = set(range(place.world_size))
+        found: dict[int, bytes] = {}
+        while missing and time.monotonic() < until_s:
+            found |= {rank: store.get(f"{what}/{rank}") for rank in missing if store.check([f"{what}/{rank}"])}
+            missing -= set(found)
+            time.sleep(0.05)
+        return found
+
+    def sum_up() -> str:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        meeting = dist.PrefixStore("sum", store)
+        try:
+            dist.init_process_group(
+                backend, store=meeting, rank=place.rank, world_size=place.world_size, timeout=limit / 3
+            )
+            total = torch.full((1024,), place.rank + 1.0, device=device)
+            dist.all_reduce(total)
+            expected = place.world_size * (place.world_size + 1) / 2
+            return "" if bool((total == expected).all()) else f"an all-reduce gave {total[0].item()}, not {expected}"
+        except RuntimeError as error:
+            return f"{backend}: {str(error).strip().partition(chr(10))[0]}"
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    if not place.is_main:
+        if store.get("go") == b"1":
+            with stdout_to_stderr():
+                store.set(f"sum/{place.rank}", sum_up())
+        store.get("done")
+        return None
+    answers = {rank: Answer(**orjson.loads(raw)) for rank, raw in collect("answer", started_s + within_s / 2).items()}
+    everybody = len(answers) == place.world_size and not any(each.problems for each in answers.values())
+    store.set("go", "1" if everybody else "0")
+    network: dict[int, str] = {}
+    if everybody:
+        with stdout_to_stderr():
+            store.set("sum/0", sum_up())
+        said = collect("sum", started_s + within_s)
+        network = {rank: said.get(rank, b"no answer").decode() for rank in range(place.world_size)}
+    verdict = judge(answers, {k: v for k, v in network.items() if v}, nodes, time.monotonic() - started_s)
+    store.set("done", "1")
+    time.sleep(0.2)  # the others read it from this process
+    return verdict
+
+
+# -- command -------------------------------------------------------------------------------------------------------
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lingua.selfcheck.node_check", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--dir", type=Path, help="a folder that must be writable; the run folder, say")
+    parser.add_argument("--shm-gib", type=float, default=1.0, help="room needed in /dev/shm")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what is checked")
+    parser.add_argument("--within", type=float, default=120.0, help="seconds until the answer, at most")
+    given = parser.parse_args(words)
+    node = this_node_name(os.environ)
+
+    def give_up() -> None:
+        _say(Verdict(False, [node], {node: [f"no answer within {given.within:g} s"]}, 1, given.within))
+        os._exit(1)
+
+    last_word = threading.Timer(given.within + 5, give_up)  # rank 0 has told its verdict on this rank by then
+    last_word.daemon = True
+    last_word.start()
+
+    import torch
+
+    from lingua.distributed.process_group import find_place, pick_device
+
+    started_s, place = time.monotonic(), find_place()
+    try:
+        device = pick_device(given.device, place)
+        alone = place.master is None and device.type == "cuda"
+        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if alone else [device]
+        problems = local_problems(devices, given.dir, int(given.shm_gib * 2**30))
+    except (RuntimeError, ValueError) as error:
+        device, problems = torch.device("cpu"), [str(error).partition("\n")[0]]
+    answer = Answer(node, problems)
+    if place.master is None:
+        verdict = judge({0: answer}, {}, [node], time.monotonic() - started_s)
+    else:
+        nodes = nodes_of_ranks(node_of_each_task(os.environ), place.world_size)
+        try:
+            verdict = check_together(place, answer, device, nodes, given.within)
+        except RuntimeError as error:  # torch's DistError
+            why = str(error).partition("\n")[0]
+            verdict = Verdict(False, [nodes[0]], {nodes[0]: [f"rank 0 cannot be reached from {node}: {why}"]}, 1, 0.0)
+    last_word.cancel()
+    if verdict is None:
+        return 1 if problems else 0
+    _say(verdict)
+    return 0 if verdict.ok else 1
+
+
+def _say(verdict: Verdict) -> None:
+    print(orjson.dumps(asdict(verdict)).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -1,0 +1,347 @@
+"""The report of a sweep: the loss against what was swept, and the curves, as a picture and as one page.
+
+Promise: `report.html` needs no other file and no network; `report.png` holds the same picture. The same facts make
+the same bytes. A point that is not finished has no place among the figures: it is marked at the upper edge and listed.
+Cost: matplotlib, a second or two, imported here only; no torch, no display.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lingua.files import DISK, RunError, write_whole
+from lingua.report.diff import label, short_names, spell
+from lingua.report.figure import BAD, DPI, FAINT, INK, LOG_FROM, PAPER, SOFT, STYLES, counted, look, png_of, svg_of
+from lingua.report.html import page as whole_page
+from lingua.report.html import text
+from lingua.sweep.status import LOSS_IS, Curve, PointStatus, best_of, ranked_by, told_state
+from lingua.sweep.sweep import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PNG, HTML = "report.png", "report.html"
+AXIS_TITLES = {"loss": "training loss (nats per token)", "held_out": "held-out loss (bits per byte)"}
+_MAX_DOTS = 600
+"""Of a curve: more cannot be told apart on a page."""
+_MAX_LEGEND = 24
+_MAX_LISTED = 7
+
+
+# -- what is drawn against what: pure ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which key is the horizontal axis, and what tells the lines in the picture apart."""
+
+    x: str
+    is_number: bool
+    """Otherwise its values stand side by side."""
+    is_log: bool
+    series: tuple[str, ...]
+    """Keys that take several values at one place of x. Seeds are dots of one line, which goes through their mean."""
+
+
+def layout_of(keys: Sequence[str], points: Sequence[Mapping[str, Any]]) -> Layout:
+    """A learning rate is the horizontal axis, else the first key of numbers, else the first; a seed if nothing else."""
+    wanted = sorted(keys, key=lambda key: (_ends(key, "seed"), not _is_numeric(key, points), not _ends(key, "lr")))
+    x, values = wanted[0], [point[wanted[0]] for point in points]
+    is_number = _is_numeric(x, points)
+    is_log = is_number and min(values) > 0 and (_ends(x, "lr") or max(values) / min(values) >= LOG_FROM)
+    at_x = [[point for point in points if repr(point[x]) == text] for text in dict.fromkeys(map(repr, values))]
+    others = [key for key in keys if key != x and not _ends(key, "seed")]
+    return Layout(x, is_number, is_log, tuple(key for key in others if any(_n_values(key, at) > 1 for at in at_x)))
+
+
+def places_of(layout: Layout, points: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of each point, where it stands on the horizontal axis."""
+    values = [point[layout.x] for point in points]
+    if layout.is_number:
+        return values
+    order = list(dict.fromkeys(map(repr, values)))
+    return [float(order.index(repr(value))) for value in values]
+
+
+def _is_numeric(key: str, points: Sequence[Mapping[str, Any]]) -> bool:
+    numbers = all(isinstance(point[key], int | float) and not isinstance(point[key], bool) for point in points)
+    return numbers and _n_values(key, points) > 1
+
+
+def _ends(key: str, name: str) -> bool:
+    return key.rpartition(".")[2] == name
+
+
+def _n_values(key: str, points: Sequence[Mapping[str, Any]]) -> int:
+    return len({repr(point[key]) for point in points})
+
+
+def ticks_of(layout: Layout, places: Sequence[float]) -> tuple[list[float], bool]:
+    """(places that get a tick, whether their names need room): of two that nearly touch, the first."""
+    ordered = sorted(set(places))
+    spots = [math.log(place) for place in ordered] if layout.is_log else ordered
+    width, chosen = (spots[-1] - spots[0]) or 1.0, [0]
+    chosen += [i for i in range(1, len(spots)) if spots[i] - spots[i - 1] >= 0.045 * width]
+    narrow = any(spots[b] - spots[a] < 0.11 * width for a, b in itertools.pairwise(chosen))
+    return [ordered[i] for i in chosen], narrow
+
+
+def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(x, mean of y) of dots, by x."""
+    at: dict[float, list[float]] = {}
+    for x, y in dots:
+        at.setdefault(x, []).append(y)
+    return [(x, sum(ys) / len(ys)) for x, ys in sorted(at.items())]
+
+
+def thinned(curve: Curve, n_wanted: int = _MAX_DOTS) -> tuple[list[float], list[float]]:
+    """(tokens, losses) at no more than so many places, the last one among them."""
+    every = max(1, math.ceil(len(curve.steps) / n_wanted))
+    chosen = [i for i in range(len(curve.steps)) if (len(curve.steps) - 1 - i) % every == 0]
+    return [curve.tokens[i] for i in chosen], [curve.losses[i] for i in chosen]
+
+
+def highest_shown(curves: Sequence[Curve]) -> float | None:
+    """Upper end of the axis of curves: what comes before the first twentieth of a run is cut off."""
+    shown = [loss for curve in curves for loss in curve.losses[len(curve.losses) // 20 :]]
+    return max(shown, default=None)
+
+
+# -- the picture ---------------------------------------------------------------------------------------------------
+
+
+def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: bool = True) -> Figure:
+    """Left: the ranking figure of the finished points. Right: all curves. `titled`: it stands alone."""
+    from matplotlib.figure import Figure
+
+    points = [point for point, _ in read]
+    layout = layout_of(sweep.keys, sweep.points)
+    places = dict(zip(sweep.numbers, places_of(layout, sweep.points), strict=True))
+    colors = _colors(places)
+    with look():
+        figure = Figure(figsize=(13, 5.2), dpi=DPI)
+        figure.set_layout_engine("constrained", w_pad=0.1, wspace=0.05)
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+        _draw_figures(left, layout, points, places, colors)
+        _draw_curves(right, layout, read, colors)
+        missing = [_shortened(line, 150) for line in _unfinished(points)]
+        if len(missing) > _MAX_LISTED:
+            missing[_MAX_LISTED - 1 :] = [f"and {len(missing) - _MAX_LISTED + 1} more that are not finished"]
+        if titled:
+            figure.suptitle(_headline(sweep, points), x=0.008, ha="left", fontsize=12, weight="bold")
+        if titled and missing:
+            figure.supxlabel("\n".join(missing), x=0.008, ha="left", fontsize=8.5, color=BAD)
+    return figure
+
+
+def _headline(sweep: Sweep, points: Sequence[PointStatus]) -> str:
+    best, n_finished = best_of(points), sum(point.state == "finished" for point in points)
+    told = f"{sweep.name}: {n_finished} of {len(points)} points finished"
+    if best is None:
+        return told
+    figure = getattr(best, ranked_by(points))
+    what = ranked_by(points).replace("_", "-")
+    return f"{told}; best: point {best.point}, {_shortened(label(best.values))}, {what} {figure:.4f}"
+
+
+def _unfinished(points: Sequence[PointStatus]) -> list[str]:
+    """A line per point without a figure."""
+    missing = [point for point in points if point.state != "finished"]
+    return [f"point {point.point} ({label(point.values)}) {_how(point)}" for point in missing]
+
+
+def _how(point: PointStatus) -> str:
+    """Why a point has no figure."""
+    at = f" at step {point.step:,}" if point.step else ""
+    if point.cause:
+        return f"{point.state}{at}: {point.cause}"
+    return told_state(point) if point.state == "new" else f"is {point.state}{at}"
+
+
+def _went_wrong(point: PointStatus) -> bool:
+    return not point.busy and point.state not in ("finished", "new")
+
+
+def _shortened(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _colors(places: Mapping[int, float]) -> dict[int, Any]:
+    """Of each point: dark for the smallest place, light for the largest; all seen on light and on dark pages."""
+    from matplotlib import colormaps
+
+    order, scale = sorted(set(places.values())), colormaps["viridis"]
+    return {number: scale(0.3 + 0.56 * order.index(place) / max(1, len(order) - 1)) for number, place in places.items()}
+
+
+def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[PointStatus]]:
+    """Points by what tells their lines apart."""
+    found: dict[str, list[PointStatus]] = {}
+    for point in points:
+        found.setdefault(label({key: point.values[key] for key in layout.series}), []).append(point)
+    return found
+
+
+def _draw_figures(
+    axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float], colors: Mapping[int, Any]
+) -> None:
+    """The figure of each finished point over its place."""
+    field, best = ranked_by(points), best_of(points)
+    finished = [p for p in points if p.state == "finished" and getattr(p, field) is not None]
+    series = _series(layout, points)
+    for style, (name, line) in zip(_cycled(STYLES, len(series)), series.items(), strict=True):
+        dots = [(places[p.point], getattr(p, field)) for p in line if p in finished]
+        if layout.is_number or layout.series:
+            xs, ys = zip(*mean_line(dots), strict=True) if dots else ((), ())
+            axes.plot(xs, ys, style, color=FAINT, linewidth=1.2, zorder=2, label=name or None)
+    for point in finished:
+        axes.scatter(places[point.point], getattr(point, field), s=46, color=colors[point.point], zorder=3)
+    if best is not None:
+        x, y = places[best.point], getattr(best, field)
+        axes.scatter([x], [y], s=230, facecolors="none", edgecolors=INK, linewidths=1.6, zorder=4)
+        axes.annotate(
+            f"best: {y:.4f}", (x, y), (0, -12), textcoords="offset points",
+            ha="center", va="top", weight="bold", fontsize=9.5,
+        )  # fmt: skip
+    for place in dict.fromkeys(places.values()):
+        missing = [point for point in points if point not in finished and places[point.point] == place]
+        if missing:
+            _mark_missing(axes, missing, place)
+    axes.margins(0.12, 0.18)
+    _title_places(axes, layout, points, places)
+    axes.set_ylabel(AXIS_TITLES[field])
+    axes.set_title("after the last step", fontsize=10.5, loc="left", pad=18)
+    if layout.series and len(series) <= _MAX_LEGEND:
+        axes.legend(fontsize=8.5)
+
+
+def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
+    """A sign on the upper edge, at the place of points that have no figure."""
+    failed = any(_went_wrong(point) for point in points)
+    color, above = BAD if failed else SOFT, axes.get_xaxis_transform()
+    axes.plot([x], [1.0], marker="X" if failed else "o", color=color, ms=8, mfc=color if failed else PAPER,
+              transform=above, clip_on=False, linestyle="none", zorder=5)  # fmt: skip
+    states = dict.fromkeys(map(told_state, points))
+    axes.annotate(
+        ",\n".join(states), (x, 1.0), (0, 8), xycoords=above, textcoords="offset points",
+        ha="center", fontsize=8, color=color,
+    )  # fmt: skip
+
+
+def _title_places(axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float]) -> None:
+    """The horizontal axis: a tick at each swept value."""
+    if layout.is_log:
+        axes.set_xscale("log")
+    names = {places[point.point]: _shortened(spell(point.values[layout.x]), 30) for point in points}
+    ticks, narrow = ticks_of(layout, list(names))
+    turned = {"rotation": 30, "ha": "right"} if narrow or sum(map(len, names.values())) > 50 else {}
+    axes.set_xticks(ticks, [names[tick] for tick in ticks], **turned)
+    axes.set_xticks([], minor=True)
+    meaning = f"peak learning rate ({layout.x})" if layout.x == "optim.lr" else layout.x
+    axes.set_xlabel(f"{meaning}, log scale" if layout.is_log else meaning)
+
+
+def _draw_curves(
+    axes: Axes, layout: Layout, read: Sequence[tuple[PointStatus, Curve]], colors: Mapping[int, Any]
+) -> None:
+    points = [point for point, _ in read]
+    best, series = best_of(points), _series(layout, points)
+    styles = dict(zip(series, _cycled(STYLES, len(series)), strict=True))
+    style_of = {point.point: styles[name] for name, line in series.items() for point in line}
+    finished = [curve for point, curve in read if point.state == "finished"]
+    for point, curve in read:
+        if not curve.steps:
+            continue
+        tokens, losses = thinned(curve)
+        is_best = best is not None and point.point == best.point
+        how = "" if point.state == "finished" else f" ({point.state})"
+        axes.plot(
+            tokens, losses, style_of[point.point], color=colors[point.point],
+            linewidth=2.6 if is_best else 1.3, zorder=4 if is_best else 3,
+            label=_shortened(f"{point.point}: {label(point.values)}{' (best)' if is_best else how}", 48),
+        )  # fmt: skip
+        if _went_wrong(point):
+            axes.plot(tokens[-1:], losses[-1:], "X", color=BAD, ms=7, zorder=5)
+    top = highest_shown(finished or [curve for _, curve in read])
+    lowest = min((min(curve.losses) for _, curve in read if curve.losses), default=None)
+    if top is not None and lowest is not None and top > lowest:
+        axes.set_ylim(lowest - 0.05 * (top - lowest), top + 0.05 * (top - lowest))
+    axes.xaxis.set_major_formatter(lambda value, _: counted(value))
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel(AXIS_TITLES["loss"])
+    axes.set_title("while training (running average)", fontsize=10.5, loc="left", pad=16)
+    if 0 < len(axes.get_legend_handles_labels()[0]) <= _MAX_LEGEND:
+        axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _cycled(styles: Sequence[str], n: int) -> list[str]:
+    return [styles[i % len(styles)] for i in range(n)]
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def write_report(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], folder: Path) -> tuple[Path, Path]:
+    """Write report.html and report.png; returns both paths. Raises RunError while there is nothing to show."""
+    if not any(curve.steps for _, curve in read):
+        raise RunError(
+            f"no point of {sweep.folder} has reported a step yet; `lingua sweep status {sweep.folder}` shows more"
+        )
+    png = png_of(draw(sweep, read))
+    svg = svg_of(draw(sweep, read, titled=False), "loss against what was swept", "p1")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / PNG, png, files=DISK)
+        write_whole(folder / HTML, page(sweep, read, svg))
+    except OSError as error:
+        raise RunError(f"cannot write the report into {folder}: {error.strerror}; choose another with --out") from None
+    return folder / HTML, folder / PNG
+
+
+def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], svg: str) -> str:
+    """The HTML page around a picture."""
+    points = [point for point, _ in read]
+    places, best = places_of(layout_of(sweep.keys, sweep.points), sweep.points), best_of(points)
+    colors = _colors(dict(zip(sweep.numbers, places, strict=True)))
+    names = list(short_names(sweep.keys).values())
+    held_out = any(point.held_out is not None for point in points)
+    heading = ["point", *names, "state", "step", "loss", "lowest", *(["held-out"] if held_out else []), "run"]
+    rows = "\n".join(_row(sweep, point, colors[point.point], held_out, point is best) for point in points)
+    missing = "".join(f"<li>{text(line)}</li>" for line in _unfinished(points))
+    cells = "".join(f"<th{'' if name in ('state', 'run') else ' class=number'}>{text(name)}</th>" for name in heading)
+    note = text(f"loss: {LOSS_IS}; lowest: the lowest it ever was, and at which step")
+    note += "; held-out: bits per byte, the mean of the sources" if held_out else ""
+    return whole_page(
+        sweep.name,
+        f"<h1>{text(_headline(sweep, points))}</h1>\n<pre>{text('lingua sweep ' + ' '.join(sweep.typed))}</pre>\n"
+        f'<figure class="wide">{svg}</figure>\n<div class="scroll"><table>\n<tr>{cells}</tr>\n{rows}\n</table></div>\n'
+        f'<p class="note">{note}</p>\n' + (f"<h2>Not finished</h2><ul>{missing}</ul>" if missing else ""),
+    )
+
+
+def _row(sweep: Sweep, point: PointStatus, color: Any, held_out: bool, is_best: bool) -> str:
+    swatch = "#" + "".join(f"{round(255 * part):02x}" for part in color[:3])
+    at = f" <small>at {point.best_step:,}</small>" if point.best_step is not None else ""
+    step = "-" if point.step is None else f"{point.step:,}"
+    of = "" if point.n_steps is None else f" <small>of {point.n_steps:,}</small>"
+    cells = [
+        f'<td class="number"><i class="dot" style="background:{swatch}"></i>{point.point}</td>',
+        *(f'<td class="number">{text(spell(point.values[key]))}</td>' for key in sweep.keys),
+        f'<td class="{"bad" if _went_wrong(point) else ""}">{text(told_state(point))}</td>',
+        f'<td class="number">{step}{of}</td>',
+        f'<td class="number">{_figure(point.loss)}</td>',
+        f'<td class="number">{_figure(point.best)}{at}</td>',
+        *([f'<td class="number">{_figure(point.held_out)}</td>'] if held_out else []),
+        f"<td><code>{text(point.run)}</code></td>",
+    ]
+    return f"<tr{' class=best' if is_best else ''}>{''.join(cells)}</tr>"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

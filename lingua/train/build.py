@@ -1,0 +1,316 @@
+"""Builds everything a run is made of, in the order in which it is needed; the loop itself is in `train.py`.
+
+Promise: nothing here moves the run's state; what is built twice from the same config and checkpoint is equal bit for
+bit. Initial weights do not depend on the number of ranks.
+Cost: start-up only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from lingua.checkpoint.load_weights import load_weights
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.state import TrainState
+from lingua.config.base import build_part
+from lingua.config.keys.data import source_folders
+from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.data.held_out import HeldOut, held_out_file, read_held_out
+from lingua.data.loader import Batch, Loader, build_loader, merge_states
+from lingua.data.local_copy import staged
+from lingua.distributed.compile import keep_compiled_code, let_length_vary
+from lingua.distributed.parallelize import DTYPES, parallelize, set_matmul_precision
+from lingua.distributed.process_group import World, on_every_rank
+from lingua.model.attention import RowDocuments, document_bounds, resolve_attn_impl
+from lingua.model.loss import CrossEntropy, Loss
+from lingua.optim.loss_scale import LossScale
+from lingua.optim.schedule import lr_at
+from lingua.run.lock import RunLock
+from lingua.tokenizer import Tokenizer, build_tokenizer
+from lingua.train.sizes import Resolved
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Learner:
+    """What takes the next step: model, optimizer, rows and state."""
+
+    args: TrainArgs
+    size: Resolved
+    world: World
+    model: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    loss_scale: LossScale | None
+    """With fp16 only."""
+    state: TrainState
+    """All that the next step depends on, as of the last snapshot; `shared` is always current."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates done (or skipped)."""
+        return self.shared["step"]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update; the schedule spans the steps from where it began to the last."""
+        begin = self.shared.get("schedule_begin", 0)  # older checkpoints lack it
+        return lr_at(self.args.optim, self.step - begin, self.size.n_steps - begin)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every rank knows alike and a checkpoint keeps: step, tokens, tracking id."""
+        return self.state.shared
+
+    @property
+    def loss_factor(self) -> torch.Tensor | None:
+        """What gradients are multiplied with until they are clipped. None: nothing."""
+        return None if self.loss_scale is None else self.loss_scale.factor
+
+    def advance(self) -> None:
+        """One more update is done."""
+        self.shared["step"] += 1
+        self.shared["total_tokens"] += self.size.tokens_per_step
+
+    def snapshot(self) -> TrainState:
+        """The state with the position of the data after the last batch used; waits for the device with fp16."""
+        self.state.per_rank = {"data": self.loader.state_dict()}
+        if self.loss_scale is not None:
+            self.shared["loss_scale"] = self.loss_scale.state()
+        return self.state
+
+    def batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, RowDocuments | None]]:
+        """(batch, tokens (B, S), labels (B, S), documents with data.doc_mask), the tensors on the device."""
+        for batch in self.loader:
+            tokens, labels = (self._to_device(view).long() for view in batch.views[:2])
+            yield batch, tokens, labels, None if batch.doc_ids is None else self._documents(batch.doc_ids)
+
+    def loss_share(
+        self,
+        precision: AbstractContextManager[object],
+        tokens: torch.Tensor,  # (B, S)
+        labels: torch.Tensor,
+        documents: RowDocuments | None,
+    ) -> torch.Tensor:
+        """A micro step's share of its step's loss. Ranks are averaged, so in all this is the mean over G rows."""
+        with precision:
+            loss, _ = self.model(tokens, labels=labels, documents=documents, loss=self.loss)
+        return loss / self.size.tokens_per_rank_step
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a `loss_share` to those that are there, times `loss_factor`."""
+        (loss if self.loss_factor is None else loss * self.loss_factor).backward()
+
+    def _documents(self, doc_ids: np.ndarray) -> RowDocuments:
+        bounds = self._to_device(document_bounds(doc_ids))
+        if self.args.distributed.compile:
+            let_length_vary(bounds)
+        return RowDocuments(self._to_device(doc_ids), bounds)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.world.device, non_blocking=True)
+        return tensor
+
+
+@dataclass
+class Run(Learner):
+    """A built run, ready for its next step."""
+
+    run_dir: Path
+    tokenizer: Tokenizer
+    validation_loss: Loss
+    manager: CheckpointManager
+    held_out: list[HeldOut]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Bitwise equal runs: deterministic kernels only; an operator that has none raises an error that names it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS documentation, "Results reproducibility"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
+    """The model with its initial weights, spread over the world."""
+    sized: dict[str, Any] = {"vocab_size": size.vocab_size, "max_seqlen": size.max_seqlen}
+    if isinstance(args.model, LlamaArgs):
+        dtype = DTYPES[args.distributed.model_dtype]
+        sized["attn_impl"] = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
+    model_args = args.model.model_copy(update=sized)
+    with torch.device("meta"):
+        model = build_part(model_args)
+    model = parallelize(model, args.distributed, world)
+    model.to_empty(device=world.device)
+    model.init_weights(model_args.seed)  # pyright: ignore[reportCallIssue] - every model of an app has it
+    return model
+
+
+def build_loss(args: TrainArgs) -> Loss:
+    """What training minimises; compiled where the model is."""
+    loss = build_part(args.loss)
+    if args.distributed.compile and isinstance(loss, CrossEntropy):
+        loss.compile()
+    return loss
+
+
+def build_loss_scale(args: TrainArgs, state: TrainState, device: torch.device) -> LossScale | None:
+    """As the checkpoint left it, with fp16; none otherwise, and a state that has one no longer does."""
+    saved = state.shared.pop("loss_scale", None)
+    return LossScale(device, saved) if args.distributed.model_dtype == "fp16" else None
+
+
+def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
+    """Model and optimizer as before the first step, and the process-wide settings that they are computed with."""
+    if args.distributed.compile:
+        on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
+    if args.deterministic:
+        make_deterministic()
+    set_matmul_precision(args.distributed)
+    torch.autograd.set_detect_anomaly(args.distributed.detect_anomaly)
+    seed_everything(args.seed + world.dp_rank)  # tensor-parallel ranks draw alike what they hold in common
+    model = on_every_rank(lambda: build_model(args, size, world))
+    optimizer = build_part(args.optim, list(model.named_parameters()))
+    return TrainState(model, optimizer, shared=fresh_shared(), seed=args.seed)
+
+
+def build_rows(
+    args: TrainArgs, size: Resolved, world: World, tokenizer: Tokenizer, data_state: dict[str, Any] | None
+) -> Loader:
+    """This rank's rows, from where `data_state` (of all lanes) stands; None: from the first."""
+    return on_every_rank(
+        lambda: build_loader(
+            args.data,
+            tokenizer=tokenizer,
+            rows_per_step=size.rows_per_step,
+            lanes=size.lanes,
+            dp_rank=world.dp_rank,
+            dp_size=world.dp_size,
+            state=data_state,
+        )
+    )
+
+
+def build_run(
+    args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
+) -> Run:
+    """Everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
+    args.data = on_every_rank(lambda: stack.enter_context(staged(args.data)))
+    tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
+    state = build_state(args, size, world)
+    manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
+    stack.callback(manager.close)
+    data_state = resume(state, manager, args, size)
+    loss_scale = build_loss_scale(args, state, world.device)
+    if state.shared["step"] < size.n_steps:
+        manager.prepare(state, size.n_steps)
+    return Run(
+        args=args,
+        size=size,
+        run_dir=run_dir,
+        world=world,
+        tokenizer=tokenizer,
+        model=state.model,
+        loss=build_loss(args),
+        validation_loss=CrossEntropy(CrossEntropyArgs()),
+        optimizer=state.optimizer,
+        loader=stack.enter_context(build_rows(args, size, world, tokenizer, data_state)),
+        manager=manager,
+        held_out=on_every_rank(lambda: held_out_rows(args, tokenizer)),
+        loss_scale=loss_scale,
+        state=state,
+    )
+
+
+def fresh_shared() -> dict[str, Any]:
+    """What every rank knows alike before the first step."""
+    return {
+        "step": 0,
+        "total_tokens": 0,
+        "skipped_steps": 0,
+        "tracking_id": None,
+        "schedule_begin": 0,  # step that the learning rate's schedule counts from
+        "first_row": 0,  # step t uses the rows first_row + [t*G, (t+1)*G)
+    }
+
+
+class LoadsFrom(Protocol):
+    """What restores the full state of another run: CheckpointManager, Restorer."""
+
+    def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path: ...
+
+
+def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
+    """Load the newest checkpoint, or what to start from; returns the loader's state, None for rows from the first."""
+    newest = manager.latest()
+    if newest is not None:
+        manager.load(newest, state)
+        return merge_states([rank["data"] for rank in state.per_rank_all])
+    return begin(state, manager, args, size)
+
+
+def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
+    """Be as a run is at its first start; returns the loader's state, None for rows from the first."""
+    start = args.checkpoint.init_ckpt_path
+    if start is not None and args.checkpoint.continue_training_from_init:
+        return _continue_other(state, loads, start, args.checkpoint.reset, size)
+    if start is not None:
+        key, sizes_only = args.checkpoint.init_ckpt_model_key, args.checkpoint.verify_on_load == "sizes"
+        weights = on_every_rank(lambda: load_weights(state.model, start, key, sizes_only=sizes_only))
+        log.info("%s", weights)
+    return None
+
+
+def _continue_other(
+    state: TrainState, loads: LoadsFrom, start: str, reset: Sequence[str], size: Resolved
+) -> dict[str, Any] | None:
+    """Go on with another run's full state, but for what is `reset`; returns the loader's state."""
+    loads.load_from(start, state, optimizer="optim" not in reset)
+    data = None if "data" in reset else merge_states([rank["data"] for rank in state.per_rank_all])
+    if "step" in reset:
+        state.shared = fresh_shared()
+    elif "schedule" in reset:
+        state.shared["schedule_begin"] = state.shared["step"]
+    if reset:
+        log.info("begun anew, not taken over: %s", ", ".join(reset))
+    state.shared["tracking_id"] = None  # another run, so another line in the plots
+    state.shared["first_row"] = (data["row"] if data else 0) - state.shared["step"] * size.rows_per_step
+    return data
+
+
+def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
+    """Rows of each source that has a `*.val.jsonl`; none when validation is off."""
+    if not (args.validation.every or args.validation.at_ends):
+        return []
+    found = {name: held_out_file(folder) for name, folder in source_folders(args.data).items()}
+    missing = [name for name, file in found.items() if file is None]
+    if missing:
+        log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(missing))
+    return [
+        read_held_out(name, file, tokenizer, max_rows=args.validation.max_rows, seq_len=args.data.seq_len)
+        for name, file in found.items()
+        if file is not None
+    ]

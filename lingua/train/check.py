@@ -1,0 +1,479 @@
+"""What a config means, and whether it can: sizes of a run, checks across sections, and figures to plan with.
+
+Promise: train, `lingua check` and every command that starts a run judge a config by `load` alone, so they cannot
+disagree; everything wrong is said at once, before a process group, a device or a folder is touched.
+Cost: no torch; a fraction of a second, more when a large tokenizer file or `epochs` needs the data looked at.
+
+The numbers of a step: B rows of a micro step on each of `dp` data-parallel ranks, G = B * grad_acc_steps * dp rows of
+a step, S tokens of a row, K lanes. G and K stay when a run goes on with other GPUs; grad_acc_steps is derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lingua.config.base import ConfigError, dotted_key
+from lingua.config.command_line import CommandLine, app_schema, choose_app
+from lingua.config.compose import Composed, Examined, examine
+from lingua.config.frozen import Difference, compare, freeze
+from lingua.config.keys.data import DataArgs, source_folders, token_sources
+from lingua.config.keys.model import LlamaArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
+from lingua.files import DiskError, human_bytes
+from lingua.tokenizer import assumed_n_words
+from lingua.train.earlier import Earlier, read_earlier
+from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, tokenizer_is_there
+
+_GIB = 1 << 30
+# What lingua/model/attention.py refuses wherever it runs; the rest depends on the device and is told at the start.
+_NO_MASK = ("sdpa_flash", "sdpa_cudnn", "sdpa_cudnn_first")
+_GPU_ONLY = ("sdpa_cudnn", "sdpa_cudnn_first", "flex", "varlen", "xformers", "flash_attn")
+_NOT_DETERMINISTIC = (
+    "sdpa_cudnn",
+    "sdpa_cudnn_first",
+    "xformers",
+)  # atomic additions in backward, whatever torch is told
+_SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
+
+
+@dataclass
+class Checked:
+    """A config that may start."""
+
+    composed: Composed[TrainArgs]
+    resolved: Resolved
+    warnings: list[str]
+    differences: list[Difference]
+    """Against the config of the run's first start; none at a first start."""
+    waived: list[Difference]
+    """Differences that would bar the start if the run had a checkpoint; `start.settle_config` looks once more."""
+    frozen: dict[str, Any]
+    """What `config.yaml` of the run folder says."""
+
+    @property
+    def args(self) -> TrainArgs:
+        return self.composed.args
+
+
+def load(
+    line: CommandLine,
+    world_size: int | None = None,
+    *,
+    strict_paths: bool = False,
+    schema: type[TrainArgs] | None = None,
+) -> Checked:
+    """The config of a command line, checked. Raises ConfigError with everything that is wrong with it.
+
+    `schema`: the config class of the app; None: of the app that the line chooses.
+    """
+    if line.config is None:
+        raise ConfigError("no config is named; name one, apps/main/configs/debug.yaml say")
+    schema = schema or app_schema(choose_app(line))
+    examined = examine(line.config, line.overlays, line.overrides, schema, line.point)
+    if examined.composed is None:
+        raise ConfigError(examined.complaints)
+    composed, args = examined.composed, examined.composed.args
+    earlier = read_earlier(Path(args.dump_dir), Path(args.checkpoint.path) if args.checkpoint.path else None)
+    kept = earlier.config if earlier.is_bound or earlier.has_begun else None
+    followers = [name for name in ("model", "data") if (name, "seed") not in composed.marks]
+    n_ranks = world_size or default_world_size(args)
+    judged = _judge(examined, composed, n_ranks, followers, kept, strict_paths)
+    barring = _barring(judged, earlier, line)
+    if not earlier.is_bound and kept is not None and (judged.complaints or barring):
+        # No step is kept, so what the earlier start derived need not be either.
+        judged = _judge(examined, composed, n_ranks, followers, None, strict_paths)
+        barring = _barring(judged, earlier, line)
+    if judged.complaints or judged.study.resolved is None:
+        raise ConfigError(judged.complaints)
+    if earlier.is_bound and barring:
+        raise ConfigError([f"{Path(args.dump_dir) / 'config.yaml'}: {difference}" for difference in barring])
+    warnings = [composed.complaint(*finding) for finding in [*judged.study.warnings, *_idle_seed(composed)]]
+    for name in followers:
+        composed.marks[name, "seed"] = _origin_of_seed(composed, getattr(args, name).seed)
+    waived = [] if earlier.is_bound else barring
+    differences = _differences(judged, earlier) if kept is not None else []
+    differences = [replace(d, rule="free") if waived or earlier.allows(d) else d for d in differences]
+    return Checked(composed, judged.study.resolved, warnings, differences, waived, judged.frozen)
+
+
+@dataclass
+class _Judged:
+    """A config held against what an earlier start derived."""
+
+    study: Study
+    complaints: list[str]
+    frozen: dict[str, Any]
+    """What `config.yaml` would say; empty where the sizes are wrong."""
+
+
+def _judge(
+    examined: Examined[TrainArgs],
+    composed: Composed[TrainArgs],
+    world_size: int,
+    followers: Sequence[str],
+    kept: Mapping[str, Any] | None,
+    strict_paths: bool,
+) -> _Judged:
+    """Study a config. `kept`: the frozen config whose derived numbers stay; `followers`: sections without a seed."""
+    args = composed.args
+    for name in followers:
+        getattr(args, name).seed = (kept or {}).get(name, {}).get("seed", args.seed)
+    found = study(args, world_size, kept, strict_paths=strict_paths)
+    about = {key.partition(".")[0] for key in examined.bad_keys}
+    about |= _SIZE_KEYS if about & _SIZE_KEYS else set()
+    # What may only follow from a wrong value, which was left out, is not said.
+    written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
+    errors = [f for f in found.errors if f.key in written or f.key.partition(".")[0] not in about]
+    complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
+    return _Judged(found, complaints, freeze(args, found.resolved.frozen()) if found.resolved else {})
+
+
+def _differences(judged: _Judged, earlier: Earlier) -> list[Difference]:
+    return compare(earlier.config, judged.frozen) if earlier.config is not None else []
+
+
+def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Difference]:
+    """The differences that a run with a checkpoint does not let pass."""
+    accepted = accepts(line)
+    return [
+        difference
+        for difference in _differences(judged, earlier)
+        if difference.rule == "refuse"
+        or (difference.rule == "accept" and not accepted and not earlier.allows(difference))
+    ]
+
+
+def _origin_of_seed(composed: Composed[TrainArgs], value: int) -> Origin:
+    """The place of a seed that the config does not state."""
+    if value != composed.args.seed:
+        return Origin("the run's first start")
+    return Origin(f"seed, {composed.marks.get(('seed',), DEFAULT)}")
+
+
+def _idle_seed(composed: Composed[TrainArgs]) -> Iterator[Finding]:
+    """A seed that was typed over a config that states the two which decide."""
+    typed, stated = composed.marks.get(("seed",)), [composed.marks.get((name, "seed")) for name in ("model", "data")]
+    seeds = (composed.args.model.seed, composed.args.data.seed)
+    if typed == COMMAND_LINE and None not in stated and COMMAND_LINE not in stated and composed.args.seed not in seeds:
+        text = (
+            f"seed is {composed.args.seed}, but model.seed is {seeds[0]} ({stated[0]}) and data.seed {seeds[1]} "
+            f"({stated[1]}): weights and rows stay as they are; set both to null, and they follow seed"
+        )
+        yield Finding("seed", text)
+
+
+def accepts(line: CommandLine) -> bool:
+    return str(line.flags.get("accept-change", False)).lower() not in ("false", "no", "0", "")
+
+
+def default_world_size(args: TrainArgs) -> int:
+    """The ranks that the config speaks of: those of `launcher`, else those of `distributed`."""
+    if args.launcher.gpus is not None:
+        return args.launcher.nodes * max(1, args.launcher.gpus)
+    layout = args.distributed
+    return (layout.dp_replicate or 1) * (layout.dp_shard or 1) * layout.tp_size
+
+
+def problems(args: TrainArgs, world_size: int) -> tuple[list[Finding], list[Finding]]:
+    """(errors, warnings) of a config that is valid key by key."""
+    found = study(args, world_size)
+    return found.errors, found.warnings
+
+
+def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None) -> Resolved:
+    """The sizes of a run on so many ranks. Raises ConfigError when they do not fit."""
+    found = study(args, world_size, frozen)
+    if found.errors or found.resolved is None:
+        raise ConfigError([finding.text for finding in found.errors])
+    return found.resolved
+
+
+def study(
+    args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None, *, strict_paths: bool = False
+) -> Study:
+    """Everything that is to be said about a valid config; `frozen` is that of the run's first start."""
+    found = Study()
+    (found.errors if strict_paths else found.warnings).extend(missing_paths(args))
+    found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
+    found.resolved = sizes(args, world_size, frozen or {}, found)
+    if found.resolved is not None:
+        found.errors += [*_misfits(args, found.resolved), *_compile_conflicts(args, found.resolved)]
+        found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
+        found.warnings += _oddities(args, found.resolved)
+    return found
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+
+# -- wrong ---------------------------------------------------------------------------------------------------------
+
+
+def missing_paths(args: TrainArgs) -> Iterator[Finding]:
+    """What the config names and this machine does not have, with what is assumed instead."""
+    for name, folder in source_folders(args.data).items():
+        if not folder.exists():
+            yield Finding("data.sources", f"data source {name}: {folder} is not on this machine; assumed to be good")
+    tokenizer = args.data.tokenizer
+    if tokenizer.path and not tokenizer_is_there(tokenizer):
+        n_words = assumed_n_words(tokenizer)
+        text = f"data.tokenizer.path {tokenizer.path} is not on this machine; assumed to have {n_words:,} tokens"
+        yield Finding("data.tokenizer.path", text)
+    start = args.checkpoint.init_ckpt_path
+    if start and not _place_of(start)[0].exists():
+        yield Finding("checkpoint.init_ckpt_path", f"checkpoint.init_ckpt_path {start} is not on this machine")
+    held_out = args.eval.validation if args.eval is not None else None
+    if held_out is not None and held_out.root_dir and not Path(held_out.root_dir).exists():
+        text = f"eval.validation.root_dir {held_out.root_dir} is not on this machine"
+        yield Finding("eval.validation.root_dir", text)
+
+
+def _place_of(start: str) -> tuple[Path, int | None]:
+    """(where init_ckpt_path leads, the step it names or by its newest checkpoint means)."""
+    from lingua.checkpoint import lookup
+    from lingua.files import RunError
+
+    try:
+        found = lookup.find_one(start)
+    except (RunError, OSError):  # a file of weights, or nothing at all
+        return Path(start), None
+    return found.folder, found.step
+
+
+def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
+    """Sources that are there and cannot be used."""
+    from lingua.data.jsonl import find_files
+
+    folders = source_folders(args)
+    if args.sources and not folders:
+        yield Finding("data.sources", "every weight in data.sources is 0; give one source a weight")
+    for name, folder in folders.items():
+        if folder.exists():
+            try:
+                if name in token_sources(args):
+                    from lingua.data.sources import count_tokens  # numpy
+
+                    count_tokens(folder, 0)
+                else:
+                    find_files(folder)
+            except OSError as error:
+                if DiskError.of(error).may_pass:  # no fault of the config
+                    raise
+                yield Finding("data.sources", str(error))
+            except ValueError as error:
+                yield Finding("data.sources", str(error))
+
+
+def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
+    """Evaluations by the run itself that would fail at each checkpoint, as far as the data is on this machine."""
+    if args.eval is None or not args.eval.automatic:
+        return
+    if args.eval.validation is None:
+        if args.eval.harness is None or not args.eval.harness.tasks:
+            yield Finding("eval", "eval: nothing is measured; set eval.validation or eval.harness.tasks, or eval=null")
+    elif args.data.sources and not any(missing_paths(args)):
+        from lingua.data.held_out import held_out_texts
+        from lingua.data.jsonl import DataError
+
+        try:
+            held_out_texts(args.data, args.eval.validation)
+        except (ConfigError, DataError) as error:
+            yield Finding("eval.validation", str(error))
+
+
+def _conflicts(args: TrainArgs) -> Iterator[Finding]:
+    """Keys that contradict each other whatever the sizes."""
+    from lingua.optim.schedule import SCHEDULES
+
+    lengths = [key for key in ("steps", "epochs", "total_flops") if getattr(args, key) is not None]
+    if len(lengths) > 1:
+        text = f"{' and '.join(lengths)} both say how long the run is; keep one, set {lengths[-1]}=null say"
+        yield Finding(lengths[-1], text)
+    if args.optim.scheduler not in SCHEDULES:
+        text = f"optim.scheduler is {args.optim.scheduler!r}; known are {', '.join(SCHEDULES)} (own ones by `plugins`)"
+        yield Finding("optim.scheduler", text)
+    if args.data.n_views < 2:
+        yield Finding("data.n_views", "data.n_views is 1, which leaves no labels; training needs 2")
+    tokenizer = args.data.tokenizer
+    if tokenizer.name != "bytes" and not tokenizer.path:
+        text = f"data.tokenizer.name is {tokenizer.name}, which needs a file; set data.tokenizer.path"
+        yield Finding("data.tokenizer", text)
+    if args.async_eval_gpus is not None and args.eval is None:
+        text = f"async_eval_gpus is {args.async_eval_gpus}, but nothing is evaluated; add a section `eval` or drop it"
+        yield Finding("async_eval_gpus", text)
+    if args.checkpoint.continue_training_from_init and not args.checkpoint.init_ckpt_path:
+        text = "checkpoint.continue_training_from_init needs checkpoint.init_ckpt_path; set it"
+        yield Finding("checkpoint.continue_training_from_init", text)
+    if args.checkpoint.reset and not args.checkpoint.continue_training_from_init:
+        text = (
+            f"checkpoint.reset is {args.checkpoint.reset}, but no state is taken over that it could be left out of; "
+            "set checkpoint.continue_training_from_init and init_ckpt_path, or drop it"
+        )
+        yield Finding("checkpoint.reset", text)
+    yield from _attention_conflicts(args)
+    yield from _float8_conflicts(args)
+
+
+def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
+    """What training says of keys that other rooms will honour."""
+    if args.eval is not None:
+        for key in ("wipe_ckpt", "terminal_eval_wandb"):
+            if getattr(args.eval, key):
+                yield f"eval.{key} has no effect yet"
+    if args.logging.acc_freq is not None:
+        yield f"logging.acc_freq is {args.logging.acc_freq}, but only whole steps are logged; it has no effect"
+
+
+def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
+    """Kernels that cannot do what is asked of them, as far as can be told without torch and without a device."""
+    if not isinstance(args.model, LlamaArgs):
+        return
+    impl = args.model.attn_impl
+    if impl in _NO_MASK and (args.data.doc_mask or args.model.sliding_window is not None):
+        asked = "data.doc_mask" if args.data.doc_mask else "model.sliding_window"
+        text = f"model.attn_impl is {impl}, which cannot do {asked}; use flex, sdpa or auto"
+        yield Finding("model.attn_impl", text)
+    if args.deterministic and impl in _NOT_DETERMINISTIC:
+        text = (
+            f"deterministic is true, but model.attn_impl {impl} adds gradients up in any order; use sdpa, flex or auto"
+        )
+        yield Finding("model.attn_impl", text)
+    if args.device == "cpu" and impl in _GPU_ONLY:
+        text = f"model.attn_impl is {impl}, which needs a GPU, but device is cpu; use auto"
+        yield Finding("model.attn_impl", text)
+
+
+def _float8_conflicts(args: TrainArgs) -> Iterator[Finding]:
+    recipe, key = args.distributed.float8_recipe, "distributed.float8_recipe"
+    if recipe is None:
+        return
+    if args.device == "cpu":
+        yield Finding(key, f"{key} is {recipe}, which needs a GPU, but device is cpu; leave it null")
+    if args.distributed.tp_size > 1:
+        text = f"{key} is {recipe}, which does not know tensor parallelism; leave it null, or set distributed.tp_size=1"
+        yield Finding(key, text)
+
+
+def _compile_conflicts(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    layout = args.distributed
+    if layout.compile and layout.compile_scope == "model" and size.world_size > 1:
+        text = (
+            f"distributed.compile_scope is model, which needs one process, but there are {size.world_size}; use block"
+        )
+        yield Finding("distributed.compile_scope", text)
+
+
+def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """Sizes that do not go into each other."""
+    if size.lanes % size.dp_size:
+        low = size.lanes // size.dp_size * size.dp_size
+        near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
+        text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; set it to {near}"
+        yield Finding("data.lanes", text)
+    if size.tp_size > 1:
+        yield from _tensor_parallel_misfits(args, size)
+
+
+def _tensor_parallel_misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """What cannot be split into tp_size equal parts, or not at all (lingua/distributed/tensor_parallel.py)."""
+    n_ranks, text = size.tp_size, f"distributed.tp_size is {size.tp_size}"
+    if args.optim.type == "muon":
+        sentence = f"optim.type is muon, which needs whole rows of matrices, but {text}"
+        yield Finding("optim.type", f"{sentence}; use tp_size 1 and full_shard, or optim.type adamw")
+    if isinstance(args.model, LlamaArgs):
+        for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
+            if n % n_ranks:
+                yield Finding(
+                    "distributed.tp_size", f"{text}, which does not divide the model's {n} {what}; change one"
+                )
+        if args.model.ffn_width % n_ranks:
+            width = f"the width {args.model.ffn_width} of the feed-forward layer"
+            yield Finding("distributed.tp_size", f"{text}, which does not divide {width}; set model.multiple_of")
+    if size.seq_len % n_ranks:
+        remedy = f"set data.seq_len to {size.seq_len - size.seq_len % n_ranks or n_ranks}"
+        yield Finding("distributed.tp_size", f"{text}, which does not divide data.seq_len {size.seq_len}; {remedy}")
+    if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's way to split leaves a rank none
+        yield Finding("distributed.tp_size", f"{text}, too many for a vocabulary of {size.vocab_size}; use fewer")
+    if not getattr(args.loss, "splits_words", False):
+        remedy = "use cross_entropy, or let it, and say splits_words = True in its Args"
+        yield Finding("loss.type", f"{text}, but the loss {args.loss.type} takes no head that is split; {remedy}")
+
+
+def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """A first start with a state that has all its steps behind it."""
+    start, reset = args.checkpoint.init_ckpt_path, args.checkpoint.reset
+    if start is None or not args.checkpoint.continue_training_from_init or "step" in reset:
+        return
+    _, step = _place_of(start)
+    if step is not None and step >= size.n_steps:
+        text = (
+            f"steps is {size.n_steps}, but {start} has {step} steps behind it; raise steps, or count from 0 with "
+            f"checkpoint.reset=[{','.join([*reset, 'step'])}]"
+        )
+        yield Finding("steps", text)
+
+
+# -- odd -----------------------------------------------------------------------------------------------------------
+
+
+def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """What can be run and was hardly meant."""
+    if args.steps is None and size.how_long == "default":
+        yield Finding("steps", f"no length is given; {DEFAULT_STEPS} steps are assumed")
+    if args.optim.warmup >= size.n_steps > 0:
+        text = f"optim.warmup is {args.optim.warmup} steps, but the run has {size.n_steps}; its peak is never reached"
+        yield Finding("optim.warmup", text)
+    if "max_seqlen" in args.model.model_fields_set and args.model.max_seqlen < size.seq_len:
+        text = f"model.max_seqlen is {args.model.max_seqlen}; it is raised to data.seq_len {size.seq_len}"
+        yield Finding("model.max_seqlen", text)
+    if args.distributed.dp_replicate not in (None, size.dp_replicate):
+        text = f"distributed.dp_replicate is {args.distributed.dp_replicate}, but on {size.world_size} ranks it is"
+        yield Finding("distributed.dp_replicate", f"{text} {size.dp_replicate}")
+    if args.data.n_views > 2:
+        yield Finding("data.n_views", f"data.n_views is {args.data.n_views}; this model learns from the first 2 only")
+    if args.distributed.model_dtype == "fp16":
+        text = (
+            "distributed.model_dtype is fp16, whose loss scale costs skipped steps; bf16 needs none where a GPU has it"
+        )
+        yield Finding("distributed.model_dtype", text)
+    if args.distributed.float8_recipe is not None and not args.distributed.compile:
+        text = "distributed.float8_recipe without distributed.compile is slower than bf16: scaling is not fused"
+        yield Finding("distributed.float8_recipe", f"{text}; set distributed.compile=true")
+    lanes_per_rank = size.lanes // size.dp_size
+    if args.data.num_workers > lanes_per_rank:
+        text = f"data.num_workers is {args.data.num_workers}, but a rank has {lanes_per_rank} lanes; the rest idles"
+        yield Finding("data.num_workers", text)
+    if args.data.num_workers > 1 and not args.data.load_async:
+        yield Finding("data.num_workers", "data.num_workers is ignored, since data.load_async is false")
+    ahead = args.data.prefetch_size * size.batch_size * size.seq_len * args.data.n_views * 4
+    if args.data.load_async and ahead > 4 * _GIB:
+        text = f"data.prefetch_size {args.data.prefetch_size} holds {human_bytes(ahead)} per rank; lower it"
+        yield Finding("data.prefetch_size", text)
+    if args.profiling.signal in args.stop_signals:
+        text = f"profiling.signal {args.profiling.signal} is in stop_signals too: it ends the run and opens no window"
+        yield Finding("profiling.signal", text)
+    if args.checkpoint.init_ckpt_model_key and not args.checkpoint.init_ckpt_path:
+        yield Finding("checkpoint.init_ckpt_model_key", "checkpoint.init_ckpt_model_key is ignored: no init_ckpt_path")
+    yield from _odd_checkpoints(args, size)
+
+
+def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    each = size.checkpoint_bytes
+    kept_for_good = {
+        "dump.keep": args.checkpoint.dump.every if args.checkpoint.dump.keep <= 0 else 0,
+        "eval.keep": args.checkpoint.eval.every if args.checkpoint.eval.keep <= 0 else 0,
+        "keep_every": args.checkpoint.keep_every,
+    }
+    for key, every in kept_for_good.items():
+        kept = size.n_steps // every if every > 0 else 0
+        if kept * each > 500 * _GIB:
+            text = f"checkpoint.{key} keeps all {kept} checkpoints of {human_bytes(each)}"
+            yield Finding(f"checkpoint.{key}", f"{text}, {human_bytes(kept * each)}; keep fewer")
+    periods = (args.checkpoint.dump.every, args.checkpoint.eval.every, args.checkpoint.keep_every)
+    if not any(0 < every < size.n_steps for every in periods) and size.n_steps > 2000:
+        text = f"no checkpoint before the last of {size.n_steps} steps; whoever kills the run loses it"
+        yield Finding("checkpoint.dump.every", text)

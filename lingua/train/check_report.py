@@ -1,0 +1,182 @@
+"""`lingua check`: the resolved config with the place of every value, and figures to plan a run with.
+
+Promise: every figure comes with the formula it was made by. Nothing is built, nothing is written.
+Cost: no torch; well under a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import orjson
+
+from lingua.config.base import ConfigError
+from lingua.config.command_line import CommandLine
+from lingua.config.frozen import dump_yaml
+from lingua.config.keys.distributed import DistributedArgs
+from lingua.config.keys.model import LlamaArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.files import human_bytes
+from lingua.run.throughput import PEAKS, find_peak
+from lingua.train.check import Checked, load
+from lingua.train.sizes import Resolved
+
+
+class Fact(NamedTuple):
+    """A derived figure."""
+
+    name: str
+    value: float
+    shown: str
+    how: str
+
+
+def report(
+    line: CommandLine,
+    *,
+    world_size: int | None = None,
+    mfu: float = 0.4,
+    gpu: str = "h200",
+    strict_paths: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Print what a config means; returns the exit code. Raises ConfigError with everything that is wrong with it."""
+    if find_peak(gpu) is None:
+        raise ConfigError(f"command line: --gpu {gpu} is not in the table; known are {', '.join(PEAKS)}")
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"command line: --mfu {mfu} is no share of the peak; write one between 0 and 1")
+    checked = load(line, world_size, strict_paths=strict_paths)
+    figures = list(facts(checked.args, checked.resolved, mfu, gpu))
+    checked.warnings += too_large(figures, gpu)
+    if as_json:
+        sys.stdout.buffer.write(orjson.dumps(as_record(checked, figures), option=orjson.OPT_INDENT_2) + b"\n")
+    else:
+        _print(checked, figures)
+    return 0
+
+
+def too_large(figures: list[Fact], gpu: str) -> list[str]:
+    peak, memory = find_peak(gpu), next(fact for fact in figures if fact.name == "memory_bytes")
+    if peak is None or memory.value <= peak.memory_gib * 2**30:
+        return []
+    return [f"about {memory.shown} per GPU are more than a {gpu} has; shard over more ranks or lower data.batch_size"]
+
+
+def as_record(checked: Checked, figures: list[Fact]) -> dict[str, Any]:
+    return {
+        "config": checked.args.model_dump(mode="json"),
+        "origins": checked.composed.origins(),
+        "facts": {fact.name: fact.value for fact in figures},
+        "formulas": {fact.name: fact.how for fact in figures},
+        "warnings": checked.warnings,
+        "differences": [str(difference) for difference in checked.differences],
+    }
+
+
+def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fact]:
+    """Derived figures in the order in which they are asked for."""
+    peak = find_peak(gpu)
+    assert peak is not None
+    n, state = size.n_params, size.checkpoint_bytes
+    yield Fact("parameters", n, f"{n:,}", "all")
+    n_blocks = size.n_params_non_embedding
+    yield Fact("parameters_non_embedding", n_blocks, f"{n_blocks:,}", "without input embedding and output head")
+    yield Fact("vocabulary", size.vocab_size, f"{size.vocab_size:,}", "of the model, else of the tokenizer")
+    yield Fact("ranks", size.world_size, f"{size.world_size:,}", _layout(size))
+    micro = f"B {size.batch_size} * grad_acc_steps {size.grad_acc_steps} * {size.dp_size} data-parallel ranks"
+    yield Fact("rows_per_step", size.rows_per_step, f"{size.rows_per_step:,}", f"G = {micro}")
+    yield Fact("lanes", size.lanes, f"{size.lanes:,}", "K, fixed for the life of the run")
+    per_step = size.tokens_per_step
+    yield Fact("tokens_per_step", per_step, f"{per_step:,}", f"G * S {size.seq_len}")
+    yield Fact("steps", size.n_steps, f"{size.n_steps:,}", size.how_long)
+    yield Fact("total_tokens", size.total_tokens, f"{size.total_tokens:,}", "steps * tokens per step")
+    yield Fact("tokens_per_parameter", size.total_tokens / n, f"{size.total_tokens / n:.3g}", "of all parameters")
+    how = f"{state / n:.4g} bytes per parameter: fp32 weights and the state of {args.optim.type}"
+    yield Fact("checkpoint_bytes", state, human_bytes(state), how)
+    yield _memory(args, size, peak.memory_gib, gpu)
+    per_token, formula = float(size.flops_per_token), type(args.model).flops_per_token.__doc__ or ""
+    yield Fact("flops_per_token", per_token, f"{per_token:.4g}", formula.partition("\n")[0])
+    total = float(per_token * size.total_tokens)
+    yield Fact("total_flops", total, f"{total:.4g}", "FLOPs per token * total tokens")
+    hours = total / (mfu * peak.flops_per_s * size.world_size) / 3600
+    how = f"at MFU {mfu:g} of {peak.flops_per_s / 1e12:g} TFLOPS ({gpu}; {peak.sheet}) on {size.world_size} ranks"
+    yield Fact("hours", hours, f"{hours:,.2f}", how)
+
+
+def _layout(size: Resolved) -> str:
+    return f"dp_replicate {size.dp_replicate} * dp_shard {size.dp_shard} * tp_size {size.tp_size}"
+
+
+def _memory(args: TrainArgs, size: Resolved, gpu_gib: int, gpu: str) -> Fact:
+    """Bytes on one GPU: states, activations of a micro step, and the largest piece of logits."""
+    states = (4 * size.n_params + size.checkpoint_bytes) / (size.dp_shard * size.tp_size)
+    parts = {"parameters, gradients, optimizer": states}
+    if args.distributed.fsdp_type == "full_shard":
+        whole = size.n_params / size.tp_size
+        if args.distributed.keep_gathered:
+            parts["gathered parameters"] = whole * (4 if args.distributed.model_dtype == "fp32" else 2)
+        if size.grad_acc_steps > 1 and not args.distributed.accumulate_sharded:
+            parts["accumulated gradients"] = whole * 4
+    if isinstance(args.model, LlamaArgs):
+        parts["activations"] = _activation_bytes(args.model, args.distributed, size)
+    positions = size.batch_size * size.seq_len
+    chunk = min(positions, getattr(args.loss, "chunk_tokens", 0) or positions)
+    parts["logits"] = 8 * chunk * size.vocab_size / size.tp_size  # fp32 values and gradients
+    total = sum(parts.values())
+    shares = " + ".join(f"{what} {human_bytes(n)}" for what, n in parts.items())
+    return Fact("memory_bytes", total, human_bytes(total), f"roughly, of {gpu_gib} GiB of a {gpu}: {shares}")
+
+
+def _activation_bytes(model: LlamaArgs, layout: DistributedArgs, size: Resolved) -> float:
+    """What backward keeps of a micro step in 2-byte types, counted block by block, attention scores never stored.
+
+    Per position and layer: six vectors of width D (two inputs of norms, two outputs, queries, attention's output), keys
+    and values, four of the feed-forward width (both products, the gate's output, their product). Tensor-parallel ranks
+    share all of them but the outputs of the norms, which are kept gathered.
+    """
+    width = 2 if layout.model_dtype != "fp32" else 4
+    shared = 4 * model.dim + 2 * model.kv_heads * model.head_width + 4 * model.ffn_width
+    whole = width * (2 * model.dim + shared / size.tp_size)
+    positions = size.batch_size * size.seq_len
+    if layout.full_activation_checkpointing:  # every block's input, and one block in full
+        return positions * (width * model.dim * model.n_layers / size.tp_size + whole)
+    share = 0.5 if layout.selective_activation_checkpointing else 1.0
+    return positions * whole * model.n_layers * share
+
+
+# -- printing ------------------------------------------------------------------------------------------------------
+
+
+def _print(checked: Checked, figures: list[Fact]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    print("\n".join(annotated(checked.args.model_dump(mode="json"), checked.composed.origins())))
+    table = Table("", "value", "how", box=None, pad_edge=False, header_style="bold")
+    for fact in figures:
+        table.add_row(fact.name.replace("_", " "), Text(fact.shown, justify="right"), Text(fact.how))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print()
+    console.print(table)
+    for difference in checked.differences:
+        console.print(Text(f"since the first start: {difference}"))
+    for warning in checked.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def annotated(tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "", indent: str = "") -> list[str]:
+    """The config as YAML, each value with the place it came from."""
+    lines = []
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            lines += [f"{indent}{name}:", *annotated(value, origins, f"{prefix}{name}.", indent + "  ")]
+            continue
+        text = dump_yaml({name: value}).rstrip("\n").replace("\n", "\n" + indent)
+        key = prefix + name
+        inside = [origin for leaf, origin in origins.items() if leaf == key or leaf.startswith(f"{key}.")]
+        first, newline, rest = text.partition("\n")
+        lines.append(f"{indent}{first}{f'  # {inside[0]}' if inside else ''}{newline}{rest}")
+    return lines

@@ -1,0 +1,58 @@
+"""Which config describes the weights at a path, and what it says: our config.yaml, Meta Lingua's params.json, Hugging
+Face's config.json. Torch-free.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lingua.config.base import ConfigError
+from lingua.config.command_line import CommandLine, app_schema, choose_app
+from lingua.config.compose import compose
+from lingua.config.frozen import CONFIG_FILE
+from lingua.config.keys.data import TokenizerArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.model import huggingface
+from lingua.model.tokenizer_json import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from lingua.tokenizer import build_tokenizer
+
+PARAMS_FILE = "params.json"
+
+
+def config_of(ckpt: str) -> Path:
+    """The config of the model that a checkpoint belongs to: beside it, or up to two folders above."""
+    place = Path(ckpt).expanduser()
+    if not place.exists():
+        place = Path(str(place).rpartition("@")[0] or place)
+    if not place.exists():
+        raise ConfigError(f"ckpt={ckpt} does not exist; it should be a run, a checkpoint folder or a file of weights")
+    for folder in (place, *place.absolute().parents[:2]):
+        for name in (CONFIG_FILE, PARAMS_FILE, huggingface.CONFIG_FILE):
+            if (folder / name).is_file():
+                return folder / name
+    raise ConfigError(f"ckpt={ckpt} has no {CONFIG_FILE} near it that tells its model; name one with config=FILE")
+
+
+def described(config: Path) -> TrainArgs:
+    """The args that a config stands for, of the app that it names. Raises ConfigError."""
+    schema = app_schema(choose_app(CommandLine(config=str(config))))
+    if config.name == huggingface.CONFIG_FILE:
+        return schema.model_validate(hugging_face_tree(config.parent, config.parent))
+    return compose(str(config), [], [], schema).args
+
+
+def hugging_face_tree(folder: Path, tokenizer_folder: Path) -> dict[str, Any]:
+    """Sections `model` and `data` for the model of a Hugging Face folder. Raises ConfigError or RunError.
+
+    `tokenizer_folder`: where its tokenizer lies, or will.
+    """
+    model = huggingface.model_section(huggingface.read_config(folder), folder / huggingface.CONFIG_FILE)
+    name, file = "hf", TOKENIZER_FILE
+    if not (folder / TOKENIZER_FILE).is_file() and (folder / SENTENCEPIECE_FILE).is_file():
+        name, file = "sp", SENTENCEPIECE_FILE
+    data: dict[str, Any] = {"tokenizer": {"name": name, "path": str(tokenizer_folder / file)}}
+    if (folder / file).is_file():
+        tokenizer = build_tokenizer(TokenizerArgs(name=name, path=str(folder / file)))  # pyright: ignore[reportArgumentType]
+        data |= {"add_bos": tokenizer.bos_id is not None, "add_eos": tokenizer.eos_id is not None}
+    return {"model": model, "data": data}

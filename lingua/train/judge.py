@@ -1,0 +1,155 @@
+"""Reads each step's reduced numbers: logs, skips or halts, and notices a stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from lingua.checkpoint.manager import SaveReport
+from lingua.console import ProgressLine
+from lingua.files import RunError
+from lingua.optim.loss_scale import is_overflow
+from lingua.profiling.profiler import Profiler
+from lingua.run.metrics import MetricLogger
+from lingua.run.throughput import Lap, Meter
+from lingua.train.build import Run
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RunError):
+    """Loss or gradient of a step is not finite."""
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What the host knows of a step while the device still computes it."""
+
+    step: int
+    lr: float
+    first_row: int
+    last_row: int
+    lap: Lap
+
+
+class Judge:
+    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether to stop, what to profile."""
+
+    def __init__(
+        self,
+        run: Run,
+        meter: Meter,
+        progress: ProgressLine,
+        metrics: MetricLogger | None,
+        profiler: Profiler,
+    ) -> None:
+        self.stop = False
+        """A rank has been asked to stop: the same answer on all ranks after the same step."""
+        self.meter = meter
+        self.progress = progress
+        self.profiler = profiler
+        self._run = run
+        self._metrics = metrics
+        self._skips_in_a_row = 0
+
+    def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
+        if verdict is None:
+            return
+        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, signalled, asked, *scale_sum) = verdict
+        n_ranks = self._run.world.place.world_size
+        self.profiler.hear([signalled, asked])
+        self.hear_of_stop(stop_ranks > 0)
+        scale = scale_sum[0] / n_ranks if scale_sum else None
+        if bad_ranks > 0 and scale is not None and is_overflow(loss_sum, scale):
+            self._run.shared["skipped_steps"] += 1
+            log.info("step %d overflowed at loss scale %g: halved; the optimizer did not move", facts.step, scale)
+        elif bad_ranks > 0:
+            self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
+        elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
+            raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
+        else:
+            self._skips_in_a_row = 0
+        if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
+            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks, scale)
+
+    def hear_of_stop(self, agreed: bool) -> None:
+        """`agreed`: by all ranks, to stop."""
+        if agreed and not self.stop:
+            self.stop = True
+            if self._metrics is not None:
+                self._metrics.hurry()
+            log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
+
+    def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:
+        """Held-out losses at the present step, handed through. None: all ranks agreed to stop instead."""
+        if losses is None:
+            self.hear_of_stop(True)
+            return {}
+        seconds = {"seconds": losses["seconds"]} if losses else {}
+        losses = {key: value for key, value in losses.items() if key != "seconds"}  # no clock in a checkpoint
+        if self._metrics is not None and losses:
+            log.info("validation at step %d: %s", self._run.step, "  ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+            self._metrics.log_validation({"global_step": self._run.step, **losses, **seconds})
+        return losses
+
+    def report_save(self, report: SaveReport) -> None:
+        """How a save went."""
+        if not report.seconds:
+            return  # it was there already
+        cost = {"seconds": report.seconds, "bytes": report.size_bytes}
+        if report.staged:
+            self.note("staged", **cost)
+        if report.error is not None:
+            self.note("failed", error=report.error)
+        elif report.published:
+            self.note("published", **({} if report.staged else cost))
+
+    def note(self, event: str, **facts: float | str) -> None:
+        """Write what happened at the present step, for `lingua report`."""
+        if self._metrics is not None:
+            self._metrics.log_checkpoint({"global_step": self._run.step, "event": event, **facts})
+
+    def report_probe(self, statistics: dict[str, float]) -> None:
+        """What a probe has seen in the step that is about to end."""
+        if self._metrics is not None:
+            self._metrics.log_probe({"global_step": self._run.step + 1, **statistics})
+
+    def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
+        run, optim = self._run, self._run.args.optim
+        rows = [facts.first_row, facts.last_row]
+        what = f"step {facts.step} (rows {rows[0]} to {rows[1]}): loss {loss}, gradient norm {grad_norm}"
+        skips = str([*run.args.data.skip_rows, rows]).replace(" ", "")
+        self._skips_in_a_row += 1
+        run.shared["skipped_steps"] += 1
+        if optim.on_nonfinite == "skip" and self._skips_in_a_row <= optim.max_skips:
+            log.warning("%s is not finite; the optimizer did not move", what)
+            return
+        limit = f", and so were the {optim.max_skips} steps before it" if optim.on_nonfinite == "skip" else ""
+        raise NonFiniteError(
+            f"{what} is not finite{limit}. Nothing was updated. Since the data order is fixed, a restart meets these "
+            f"rows again: pass over them with data.skip_rows='{skips}', or lower optim.lr"
+        )
+
+    def _report(self, facts: StepFacts, loss: float, grad_norm: float, loss_scale: float | None) -> None:
+        run = self._run
+        record = {
+            "global_step": facts.step,
+            "acc_step": 0,
+            "loss/out": loss,
+            "optim/grad_norm": grad_norm,
+            "optim/lr": facts.lr,
+            "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
+            "optim/skipped_steps": run.shared["skipped_steps"],
+            **({} if loss_scale is None else {"optim/loss_scale": loss_scale}),
+            **self.meter.read(facts.step, facts.lap),
+            **self.profiler.memory.report(),
+            **run.loader.stats(),
+            **run.manager.metrics(),
+        }
+        self.progress.report(record)
+        if self._metrics is not None:
+            self._metrics.log({key: value for key, value in record.items() if math.isfinite(value)})
+            for published in run.manager.published_since:
+                self._metrics.log_checkpoint({**published, "event": "published"})
+        run.manager.published_since.clear()

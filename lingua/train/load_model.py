@@ -1,0 +1,37 @@
+"""A model with weights loaded, outside of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lingua.checkpoint.load_weights import load_weights
+from lingua.config.base import build_part
+from lingua.config.keys.train import TrainArgs
+from lingua.tokenizer import Tokenizer, build_tokenizer
+
+
+def load_model(
+    run_args: TrainArgs, ckpt: str | Path, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, Tokenizer, str]:
+    """The model of `run_args` with the weights at `ckpt`, its tokenizer, and what was loaded from where.
+
+    Memory: the model, and its largest tensor once more. Raises RunError for weights that do not fit.
+    """
+    tokenizer = build_tokenizer(run_args.data.tokenizer)
+    model = bare_model(run_args, tokenizer, device, dtype)
+    loaded = load_weights(model, ckpt, sizes_only=run_args.checkpoint.verify_on_load == "sizes")
+    return model, tokenizer, loaded
+
+
+def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model of `run_args`, whole and by itself, whose weights are to be filled in."""
+    vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.n_words
+    update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
+    with torch.device("meta"):
+        model: nn.Module = build_part(run_args.model.model_copy(update=update))
+    model.to(dtype).to_empty(device=device)
+    model.init_buffers()  # pyright: ignore[reportCallIssue]
+    return model

@@ -1,0 +1,413 @@
+"""`lingua replay RUN --step N`: a step of a run computed again, on one device, from the checkpoint before it.
+
+Promise: the run folder is only read: no lock, no pin, no file, so a colleague's run will do. The config is that of the
+start that trained the step; rows per step stay, so accumulation is derived for one device. A deterministic run of
+one process in fp32 gives the loss and gradient norm that it reported, to the last bit; other layouts, devices and types
+round differently. The step's own update is not made: parameters are those with which it was computed.
+Cost: loading the checkpoint, the steps between it and N, step N once whole and once row by row (with `gradients`, or
+where only the gradient is not finite, also backward).
+
+Letters: B rows of a micro step, S positions, G rows of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lingua.checkpoint import layout, lookup, retention
+from lingua.checkpoint.lookup import Checkpoint
+from lingua.checkpoint.restore import Restorer
+from lingua.checkpoint.state import TrainState
+from lingua.config.base import ConfigError
+from lingua.config.command_line import CommandLine, app_schema, choose_app
+from lingua.config.compose import compose
+from lingua.config.frozen import read_config, rule_of
+from lingua.config.keys.train import TrainArgs
+from lingua.console import ProgressLine
+from lingua.data.audit import Origin, rows_of_step
+from lingua.data.loader import Batch, merge_states
+from lingua.data.sources import filled
+from lingua.distributed.parallelize import forward_precision
+from lingua.distributed.process_group import Place, Ranks, World, pick_device, set_environment
+from lingua.files import DISK, RunError
+from lingua.model.attention import RowDocuments
+from lingua.optim.adamw import measure_gradient, optimizer_step
+from lingua.profiling.first_nonfinite import Watch, first_nonfinite, grad_norms, nonfinite_names
+from lingua.report.diff import config_differences, relative_difference
+from lingua.report.past import Past, check_step, nothing_before, read_past
+from lingua.tokenizer import build_tokenizer
+from lingua.train.build import Learner, begin, build_loss, build_loss_scale, build_rows, build_state
+from lingua.train.check import resolve
+from lingua.train.sizes import Resolved
+
+log = logging.getLogger(__name__)
+
+# One process has no ranks to spread over; rows are read where and when they are needed.
+_ALONE = {
+    "distributed.dp_replicate": "null",
+    "distributed.dp_shard": "null",
+    "distributed.tp_size": "1",
+    "distributed.fsdp_type": "no_shard",
+    "distributed.detect_anomaly": "false",  # ends at the first NaN, which is what is looked for
+    "data.load_async": "false",
+    "data.stage_to": "null",
+    "data.max_bad_fraction": "1.0",  # bad lines were judged by the run
+}
+
+MicroBatch = tuple[Batch, torch.Tensor, torch.Tensor, RowDocuments | None]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a run reports of a step. None: it was not finite, or not reported."""
+
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """The steps between the checkpoint and step N, against what was reported of them."""
+
+    n_steps: int
+    n_compared: int = 0
+    n_equal: int = 0
+    """To the last bit."""
+    largest_difference: float = 0.0
+    """Of the losses, relative."""
+    at_step: int | None = None
+
+
+@dataclass(frozen=True)
+class ReplayedRow:
+    """One row of the step, computed alone."""
+
+    row: int
+    micro_step: int
+    loss: float
+    """Mean over its labels."""
+    grad_norm: float | None
+    first_nonfinite: str | None
+    documents: list[Origin]
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and (self.grad_norm is None or math.isfinite(self.grad_norm))
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step as it came out here, and as it was reported."""
+
+    run: str
+    step: int
+    start: int
+    config: str
+    changes: list[str]
+    """Overrides of the config."""
+    checkpoint: int | None
+    """None: from where the run began."""
+    device: str
+    rows_per_step: int
+    micro_steps: int
+    way: Way
+    here: Numbers
+    reported: Numbers | None
+    finite: bool
+    first_bad_micro_step: int | None
+    """From 0. None: all is finite."""
+    bad_parameters: list[str]
+    """Not finite before the step already."""
+    groups: dict[str, float]
+    """Gradient norm by layer, before clipping."""
+    rows: list[ReplayedRow]
+    """The worst first."""
+    last_words: str
+
+    @property
+    def is_same(self) -> bool | None:
+        """Whether loss and gradient norm are those reported, to the last bit; None: nothing was reported."""
+        if self.reported is None:
+            return None
+        return (self.here.loss, self.here.grad_norm) == (self.reported.loss, self.reported.grad_norm)
+
+
+# -- the replay ----------------------------------------------------------------------------------------------------
+
+
+def replay(
+    run: Path,
+    step: int,
+    *,
+    start: int | None = None,
+    origin: int | None = None,
+    words: Sequence[str] = (),
+    gradients: bool = False,
+) -> Replayed:
+    """Compute step N (`global_step` of the metrics, from 1) again. Raises ConfigError or RunError.
+
+    `start`: which start's step; `origin`: the checkpoint to begin with, 0: where the run began; `words`: overrides on
+    top of the run's config; `gradients`: each row's gradient norm too.
+    """
+    past = read_past(run)
+    start = past.start_of(step) if start is None else start
+    if start > past.newest_start:
+        raise ConfigError(f"--start {start}: {past.run_dir} was started {past.newest_start} times")
+    config = past.config_of(start)
+    schema = app_schema(choose_app(CommandLine(config=str(config))))
+    args = compose(str(config), [], [*(f"{key}={value}" for key, value in _ALONE.items()), *words], schema).args
+    args.data = filled(args.data)
+    size = resolve(args, 1, read_config(config))
+    check_step(past, step, size.n_steps)
+    checkpoint = find_checkpoint(past, args, step, start, origin)
+    tell_other_starts(past, step, start, checkpoint)
+
+    device = pick_device(args.device, Place())
+    set_environment(args.env, Place(), on_gpu=device.type == "cuda")
+    with ExitStack() as stack:
+        learner = load(past, args, size, World(Place(), device, mesh=None), checkpoint, stack)
+        if learner.step >= step:
+            raise ConfigError(f"--step {step}: the run began after step {learner.step}; choose a later one")
+        precision = forward_precision(learner.model, args.distributed, device)
+        way = go(learner, past, start, step - 1, precision)
+        state_before = learner.loader.state_dict()
+        bad_parameters = nonfinite_names(learner.model.named_parameters())
+        lr = learner.lr
+        taken, loss, grad_norm, first_bad = take_apart(learner, precision)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        groups = grad_norms(learner.model)
+        learner.optimizer.zero_grad()
+        only_backward = not finite and math.isfinite(loss)
+        losses = list(row_by_row(learner, precision, taken, watched=not finite, backward=gradients or only_backward))
+    documents = origins_of(args, size, learner.shared.get("first_row", 0), step, state_before)
+    rows = [ReplayedRow(documents=documents[number], row=number, **facts) for number, facts in losses]
+    record = past.reported(step, start)
+    return Replayed(
+        run=str(run),
+        step=step,
+        start=start,
+        config=str(config),
+        changes=list(words),
+        checkpoint=None if checkpoint is None else checkpoint.step,
+        device=str(device),
+        rows_per_step=size.rows_per_step,
+        micro_steps=size.grad_acc_steps,
+        way=way,
+        here=Numbers(_finite(loss), _finite(grad_norm), lr),
+        reported=None if record is None else _numbers(record),
+        finite=finite,
+        first_bad_micro_step=first_bad,
+        bad_parameters=bad_parameters,
+        groups=groups,
+        rows=sorted(rows, key=_badness),
+        last_words=past.last_words if start == past.newest_start and not finite else "",
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _numbers(record: Mapping[str, Any]) -> Numbers:
+    return Numbers(record.get("loss/out"), record.get("optim/grad_norm"), record.get("optim/lr"))
+
+
+def _badness(row: ReplayedRow) -> tuple[bool, float]:
+    """Sorts rows that are not finite to the front, then by loss."""
+    return row.is_finite, -row.loss if math.isfinite(row.loss) else -math.inf
+
+
+def find_checkpoint(past: Past, args: TrainArgs, step: int, start: int, origin: int | None) -> Checkpoint | None:
+    """The nearest checkpoint before `step` that verifies; None: where the run began. Raises ConfigError or RunError."""
+    there = past.before(step, start)
+    if origin is not None and origin not in (0, *there):
+        raise ConfigError(f"--from {origin}: no checkpoint to come to step {step} from; there are 0 and {there}")
+    if origin == 0 or (not there and origin is None and _none_was_due(args, step)):
+        return None
+    sizes_only = args.checkpoint.verify_on_load == "sizes"
+    for candidate in there if origin is None else [origin]:
+        found = Checkpoint(layout.folder(past.root, candidate), past.root, candidate, past.run_dir)
+        problems = found.damage(sizes_only=sizes_only)
+        if not problems:
+            return found
+        log.warning("checkpoint %d does not verify and is passed over: %s", candidate, "; ".join(problems))
+    raise nothing_before(past, step, start)
+
+
+def _none_was_due(args: TrainArgs, step: int) -> bool:
+    """Whether the config asks for no checkpoint between where the run began and `step`."""
+    wants = args.checkpoint
+    first = 0
+    if wants.init_ckpt_path and wants.continue_training_from_init and "step" not in wants.reset:
+        first = lookup.find_one(wants.init_ckpt_path).step or 0
+    rhythms = [retention.Rhythm(each.every, each.keep) for each in (wants.dump, wants.eval)]
+    return not any(retention.is_due(s, rhythms[0], rhythms[1], wants.keep_every) for s in range(first + 1, step))
+
+
+def tell_other_starts(past: Past, step: int, start: int, checkpoint: Checkpoint | None) -> None:
+    """Say so where steps on the way were trained with another config than step N."""
+    begin_at = 0 if checkpoint is None else checkpoint.step or 0
+    own = read_config(past.config_of(start))
+    for other in sorted({past.start_of(s) for s in range(begin_at + 1, step)} - {start}):
+        theirs = read_config(past.config_of(other))
+        differ = [key for key in config_differences(own, theirs) if rule_of(key) != "free"]
+        if differ:
+            log.warning(
+                "some steps on the way were trained by start %d, whose config differs from that of start %d in %s",
+                other, start, ", ".join(differ),
+            )  # fmt: skip
+
+
+def load(
+    past: Past, args: TrainArgs, size: Resolved, world: World, checkpoint: Checkpoint | None, stack: ExitStack
+) -> Learner:
+    """Everything as it was after the checkpoint, or where the run began."""
+    tokenizer = build_tokenizer(args.data.tokenizer)
+    state: TrainState = build_state(args, size, world)
+    restorer = Restorer(past.run_dir, past.root, Ranks(), DISK, args.checkpoint.verify_on_load)
+    if checkpoint is None:
+        data_state = begin(state, restorer, args, size)
+    else:
+        restorer.load_folder(checkpoint.folder, state)
+        data_state = merge_states([rank["data"] for rank in state.per_rank_all])
+    try:
+        loader = stack.enter_context(build_rows(args, size, world, tokenizer, data_state))
+    except ConfigError as error:
+        raise ConfigError([*error.problems, "replay needs the very data that the run has read"]) from None
+    state.model.train()
+    return Learner(
+        args=args,
+        size=size,
+        world=world,
+        model=state.model,
+        loss=build_loss(args),
+        optimizer=state.optimizer,
+        loader=loader,
+        loss_scale=build_loss_scale(args, state, world.device),
+        state=state,
+    )
+
+
+def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractContextManager[object]) -> Way:
+    """Train up to and including step `last`, as the run did."""
+    parameters, optim, first = list(learner.model.parameters()), learner.args.optim, learner.step
+    if last > first:
+        log.info("training %d steps to get to step %d", last - first, last + 1)
+    found: list[tuple[int, float, float]] = []
+    batches = learner.batches()
+    with ProgressLine("replay", last, shown=last > first) as progress:
+        while learner.step < last:
+            lr, loss_sum = learner.lr, torch.zeros((), device=learner.world.device)
+            for _ in range(learner.size.grad_acc_steps):
+                _, tokens, labels, documents = next(batches)
+                loss = learner.loss_share(precision, tokens, labels, documents)
+                learner.backward(loss)
+                loss_sum += loss.detach()
+            _, finite, divisor = measure_gradient(parameters, optim.clip, learner.loss_factor)
+            overflow = learner.loss_scale is not None and learner.loss_scale.can_mend(loss_sum)
+            if optim.on_nonfinite == "stop" and not finite and not overflow:
+                step = learner.step + 1
+                raise RunError(f"step {step}, on the way, is not finite here: look at that one with --step {step}")
+            optimizer_step(learner.optimizer, lr, finite, divisor)
+            if learner.loss_scale is not None:
+                learner.loss_scale.update(finite)
+            learner.optimizer.zero_grad()
+            learner.advance()
+            progress.advance(learner.step)
+            record = past.on_the_way(learner.step, start)
+            if record is not None and record.get("loss/out") is not None:
+                found.append((learner.step, loss_sum.item(), record["loss/out"]))
+    return compare(last - first, found)
+
+
+def compare(n_steps: int, found: Sequence[tuple[int, float, float]]) -> Way:
+    """`found`: (step, loss here, loss reported)."""
+    if not found:
+        return Way(n_steps)
+    apart = {step: relative_difference(here, there) for step, here, there in found}
+    worst = max(apart, key=lambda step: apart[step])
+    return Way(n_steps, len(found), sum(here == there for _, here, there in found), apart[worst], worst)
+
+
+def take_apart(
+    learner: Learner, precision: AbstractContextManager[object]
+) -> tuple[list[MicroBatch], float, float, int | None]:
+    """The step without its update: (its micro batches, loss, gradient norm, first micro step that was not finite)."""
+    parameters, taken, first_bad = list(learner.model.parameters()), [], None
+    loss_sum, batches = torch.zeros((), device=learner.world.device), learner.batches()
+    for number in range(learner.size.grad_acc_steps):
+        micro_batch = next(batches)
+        taken.append(micro_batch)
+        _, tokens, labels, documents = micro_batch
+        loss = learner.loss_share(precision, tokens, labels, documents)
+        learner.backward(loss)
+        loss_sum += loss.detach()
+        if first_bad is None and not (measure_gradient(parameters, 0.0).finite and torch.isfinite(loss_sum)):
+            first_bad = number
+    return taken, loss_sum.item(), measure_gradient(parameters, 0.0, learner.loss_factor).norm.item(), first_bad
+
+
+def row_by_row(
+    learner: Learner,
+    precision: AbstractContextManager[object],
+    taken: Sequence[MicroBatch],
+    *,
+    watched: bool,
+    backward: bool,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, facts) of each row of the step, each alone in its pass."""
+    compiled = learner.args.distributed.compile  # single rows would compile again, and hide their insides
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager") if compiled else nullcontext())
+        watch = stack.enter_context(first_nonfinite(learner.model)) if watched else Watch()
+        for micro_step, (batch, tokens, labels, documents) in enumerate(taken):
+            for i, number in enumerate(batch.rows.tolist()):
+                row = {"labels": labels[i : i + 1], "documents": None if documents is None else documents.row(i)}
+                watch.clear()
+                with precision, torch.set_grad_enabled(backward):
+                    loss_sum, n_labels = learner.model(tokens[i : i + 1], **row, loss=learner.loss)
+                    loss = loss_sum / n_labels.clamp(min=1)
+                grad_norm = _grad_norm(learner, loss) if backward else None
+                yield (
+                    number,
+                    {
+                        "micro_step": micro_step,
+                        "loss": loss.item(),
+                        "grad_norm": grad_norm,
+                        "first_nonfinite": _named(watch, loss.item(), grad_norm),
+                    },
+                )
+
+
+def _grad_norm(learner: Learner, loss: torch.Tensor) -> float:
+    loss.backward()
+    norm = measure_gradient(learner.model.parameters(), 0.0).norm
+    learner.optimizer.zero_grad()
+    return norm.item()
+
+
+def _named(watch: Watch, loss: float, grad_norm: float | None) -> str | None:
+    if watch.forward is not None:
+        return watch.forward
+    if not math.isfinite(loss):
+        return "the loss: all modules' outputs are finite"
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        return watch.backward or "the gradient of a parameter: those of all outputs are finite"
+    return None
+
+
+def origins_of(
+    args: TrainArgs, size: Resolved, first_row: int, step: int, state_before: dict[str, Any]
+) -> dict[int, list[Origin]]:
+    """Where each row of the step comes from; `state_before`: the loader's after step N - 1."""
+    states = {step - 1: state_before} if step > 1 else {}
+    return dict(rows_of_step(args.data, size.lanes, size.rows_per_step, states, step, first_row=first_row))

@@ -1,0 +1,214 @@
+"""Sizes of a run: what the config leaves open, decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lingua.config.keys.data import TokenizerArgs, default_lanes
+from lingua.config.keys.train import TrainArgs
+from lingua.tokenizer import assumed_n_words, build_tokenizer
+
+DEFAULT_STEPS = 1000
+
+
+class Finding(NamedTuple):
+    """Something about a key (the first that it concerns)."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The sizes of a run: what the config leaves open, decided."""
+
+    world_size: int
+    dp_replicate: int
+    dp_shard: int
+    tp_size: int
+    batch_size: int
+    """B."""
+    seq_len: int
+    """S."""
+    grad_acc_steps: int
+    rows_per_step: int
+    """G."""
+    lanes: int
+    """K."""
+    n_steps: int
+    vocab_size: int
+    max_seqlen: int
+    how_long: str
+    """Where n_steps comes from."""
+    flops_per_token: float
+    n_params: int
+    n_params_non_embedding: int
+    checkpoint_bytes: int
+    """fp32 parameters and the optimizer's state, to plan with: the few vectors of the blocks count as matrices."""
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_len
+
+    @property
+    def tokens_per_rank_step(self) -> int:
+        """Tokens of a step on one data-parallel rank."""
+        return self.batch_size * self.grad_acc_steps * self.seq_len
+
+    @property
+    def total_tokens(self) -> int:
+        return self.n_steps * self.tokens_per_step
+
+    def frozen(self) -> dict[str, Any]:
+        """What the frozen config says in place of what was left open."""
+        return {
+            "steps": self.n_steps,
+            "epochs": None,
+            "total_flops": None,
+            "global_batch_size": self.rows_per_step,
+            "grad_acc_steps": None,  # derived again, so that other GPUs may go on
+            "data.lanes": self.lanes,
+            "model.vocab_size": self.vocab_size,
+            "model.max_seqlen": self.max_seqlen,
+        }
+
+
+@dataclass
+class Study:
+    """What is wrong and what is odd; `resolved` unless the sizes themselves are wrong."""
+
+    resolved: Resolved | None = None
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+
+
+def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: Study) -> Resolved | None:
+    try:
+        dp_replicate, dp_shard, tp_size = args.distributed.degrees(world_size)
+    except ValueError as error:
+        found.errors.append(Finding("distributed", f"distributed: {error}; mend the degrees or the number of ranks"))
+        return None
+    dp_size, batch_size = dp_replicate * dp_shard, args.data.batch_size
+    rows = _rows_per_step(args, dp_size, frozen, found)
+    if rows is None:
+        return None
+    lanes = args.data.lanes or frozen.get("data", {}).get("lanes") or default_lanes(rows)
+    vocab_size = _vocab_size(args, found)
+    model = args.model.model_copy(update={"vocab_size": vocab_size})
+    flops_per_token = model.flops_per_token(args.data.seq_len)
+    n_params = model.n_params()
+    n_steps, how_long = _length(args, rows * args.data.seq_len, flops_per_token, found)
+    return Resolved(
+        world_size=world_size,
+        dp_replicate=dp_replicate,
+        dp_shard=dp_shard,
+        tp_size=tp_size,
+        batch_size=batch_size,
+        seq_len=args.data.seq_len,
+        grad_acc_steps=rows // (batch_size * dp_size),
+        rows_per_step=rows,
+        lanes=lanes,
+        n_steps=n_steps,
+        vocab_size=vocab_size,
+        max_seqlen=max(args.model.max_seqlen, args.data.seq_len),
+        how_long=how_long,
+        flops_per_token=flops_per_token,
+        n_params=n_params,
+        n_params_non_embedding=model.n_params_non_embedding(),
+        checkpoint_bytes=4 * n_params + args.optim.state_bytes(n_params, model.n_params_non_embedding()),
+    )
+
+
+def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], found: Study) -> int | None:
+    """G: as stated, as frozen, or B * grad_acc_steps * dp; None (and an error) when B * dp does not divide it."""
+    batch_size, micro_steps, stated = args.data.batch_size, args.grad_acc_steps, args.global_batch_size
+    per_micro_step = batch_size * dp_size
+    own = per_micro_step * (micro_steps or 1)
+    kept = frozen.get("global_batch_size")
+    rows = stated or kept or own
+    what = f"{batch_size} rows * {dp_size} data-parallel ranks = {per_micro_step}"
+    if rows % per_micro_step:
+        why = f"this run's rows per step stay {rows}" if rows == kept else f"global_batch_size is {rows}"
+        fits = " or ".join(str(b) for b in _divisors(rows, dp_size, near=batch_size))
+        remedy = f"set data.batch_size to {fits}" if fits else f"start on a number of ranks that divides {rows}"
+        if rows != kept:
+            low = rows // per_micro_step * per_micro_step
+            near = " or ".join(str(n) for n in (low, low + per_micro_step) if n)
+            remedy = f"set it to {near}"
+        key = "data.batch_size" if rows == kept else "global_batch_size"
+        found.errors.append(Finding(key, f"{why}, no multiple of {what}; {remedy}"))
+        return None
+    if micro_steps is not None and rows != own:
+        if stated:
+            text = f"global_batch_size is {rows}, but {what} * grad_acc_steps {micro_steps} is {own}; drop one of them"
+            found.errors.append(Finding("global_batch_size", text))
+            return None
+        text = f"grad_acc_steps is {rows // per_micro_step} and not {micro_steps}, so that a step keeps its {rows} rows"
+        found.warnings.append(Finding("grad_acc_steps", text))
+    return rows
+
+
+def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
+    """The batch sizes closest to `near`, one on each side, that go into G on this many ranks."""
+    if rows % dp_size:
+        return []
+    fits = [b for b in range(1, rows // dp_size + 1) if rows // dp_size % b == 0]
+    return [*([b for b in fits if b < near][-1:]), *([b for b in fits if b > near][:1])]
+
+
+def _vocab_size(args: TrainArgs, found: Study) -> int:
+    """V: the model's own, else the tokenizer's, else what its name lets assume."""
+    n_words, known = _n_words(args.data.tokenizer)
+    stated = args.model.vocab_size
+    if stated > 0 and stated < n_words and known:
+        text = f"model.vocab_size is {stated}, but the tokenizer has {n_words} tokens; set it to {n_words} or to -1"
+        found.errors.append(Finding("model.vocab_size", text))
+    if stated == 0:
+        found.errors.append(Finding("model.vocab_size", f"model.vocab_size is 0; set it to {n_words} or to -1"))
+    return stated if stated > 0 else n_words
+
+
+def _n_words(args: TokenizerArgs) -> tuple[int, bool]:
+    """(vocabulary, whether it was read from the file)."""
+    if args.name != "bytes" and not tokenizer_is_there(args):
+        return assumed_n_words(args), False
+    return build_tokenizer(args).n_words, True
+
+
+def tokenizer_is_there(args: TokenizerArgs) -> bool:
+    path = Path(args.path or "")
+    return bool(args.path) and ((path / "tokenizer.json").is_file() or path.is_file())
+
+
+def _length(args: TrainArgs, tokens_per_step: int, flops_per_token: float, found: Study) -> tuple[int, str]:
+    if args.steps is not None:
+        return args.steps, "steps"
+    if args.total_flops is not None:
+        formula = (
+            f"total_flops {args.total_flops:.4g} / ({flops_per_token:.4g} per token * {tokens_per_step:,} per step)"
+        )
+        flops_per_step = flops_per_token * tokens_per_step
+        n_steps = int(args.total_flops / flops_per_step)
+        if n_steps < 1:
+            text = f"total_flops {args.total_flops:.4g} is less than one step; one takes {flops_per_step:.4g}"
+            found.errors.append(Finding("total_flops", text))
+        return n_steps, formula
+    if args.epochs is not None:
+        try:
+            from lingua.data.sources import estimate_tokens  # numpy
+
+            tokens = estimate_tokens(args.data)
+        except (OSError, ValueError) as error:
+            text = f"epochs needs the data to be counted, and {error}; assumed {DEFAULT_STEPS} steps"
+            found.warnings.append(Finding("epochs", text))
+            return DEFAULT_STEPS, "assumed"
+        n_steps = max(1, int(args.epochs * tokens / tokens_per_step))
+        return n_steps, f"epochs {args.epochs:g} * {tokens:,} tokens (estimated from a sample) / {tokens_per_step:,}"
+    return DEFAULT_STEPS, "default"

@@ -1,0 +1,236 @@
+"""From a checked config to an open run folder: ownership, the frozen config, metrics, and what the user is told.
+
+Promise: the folder has one owner; `config.yaml` says what runs now and `config.<start>.yaml` what ran before it was
+changed. Only rank 0 writes; what it finds wrong, all ranks raise.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lingua.checkpoint.layout import done_steps
+from lingua.checkpoint.load_weights import copy_weights
+from lingua.config.base import ConfigError
+from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml
+from lingua.config.keys.generate import GeneratorArgs
+from lingua.config.keys.model import LlamaArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.data.sources import filled
+from lingua.distributed.parallelize import DTYPES, recomputed
+from lingua.distributed.process_group import World, from_main, on_every_rank
+from lingua.files import DiskError, write_whole
+from lingua.logger import log_to_folder
+from lingua.model.attention import resolve_attn_impl
+from lingua.model.generate import Generator
+from lingua.run.folder import describe_start, put_by_last_words
+from lingua.run.lock import RunLock, this_process
+from lingua.run.metrics import MetricLogger
+from lingua.run.throughput import Meter, find_peak
+from lingua.slurm import this_job
+from lingua.train.build import Run
+from lingua.train.check import Checked, has_no_effect_yet
+from lingua.train.load_model import bare_model
+from lingua.train.sizes import Resolved
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunFolder:
+    """An open run folder. `lock` is rank 0's."""
+
+    path: Path
+    incarnation: int
+    lock: RunLock | None
+
+
+@contextmanager
+def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Iterator[RunFolder]:
+    """Own the folder, write what describes this start, and log into it. Collective."""
+    path = Path(checked.args.dump_dir)
+    lock = RunLock(path, this_process(*this_job(os.environ))) if world.is_main else None
+
+    def begin() -> int:
+        assert lock is not None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
+            raise DiskError.of(error, text) from error
+        incarnation = lock.acquire()
+        if not checked.waived:
+            _freeze_config(path, checked, incarnation)
+        # After the config: what the last start said may be the reason why this one is allowed to differ.
+        put_by_last_words(path, incarnation - 1)
+        describe_start(path, ["-m", f"{checked.args.app}.train", *words])
+        return incarnation
+
+    try:
+        incarnation = from_main(begin)
+        handler = log_to_folder(path, world.place.rank)
+        try:
+            yield RunFolder(path, incarnation, lock)
+        except Exception as error:
+            _note_failure(handler, error)
+            raise
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def settle_config(run: Run, checked: Checked, incarnation: int) -> None:
+    """Freeze a config that only a run without a checkpoint may begin with, once it is sure that there is none.
+
+    Collective. Call after the run was built: a checkpoint that was only in the memory of other machines when the config
+    was checked is on the disk by now. Raises ConfigError, and then the config of the earlier start stays.
+    """
+
+    def settle() -> None:
+        if not checked.waived:
+            return
+        if steps := done_steps(run.manager.root):
+            what = f"{run.run_dir / CONFIG_FILE}: checkpoint {steps[-1]} of an earlier start was saved only now"
+            raise ConfigError([f"{what}, and {difference}" for difference in checked.waived])
+        _freeze_config(run.run_dir, checked, incarnation)
+
+    from_main(settle)
+
+
+def _note_failure(log_file: logging.Handler, error: Exception) -> None:
+    """Into this rank's log file; the terminal hears of it by the exit."""
+    text, trace = f"ended by {type(error).__name__}: {error}", (type(error), error, error.__traceback__)
+    log_file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), trace))
+
+
+def _freeze_config(path: Path, checked: Checked, incarnation: int) -> None:
+    text, file = dump_yaml(checked.frozen).encode(), path / CONFIG_FILE
+    if file.is_file() and file.read_bytes() != text:
+        write_whole(path / f"config.{incarnation - 1:04d}.yaml", file.read_bytes())
+    write_whole(file, text)
+    write_whole(path / ORIGIN_FILE, dump_yaml(checked.composed.origins()).encode())
+
+
+def use_embedded_corpus(args: TrainArgs) -> None:
+    """Where the config names no source, train on the sample corpus."""
+    args.data = filled(args.data)
+
+
+def start_metrics(run: Run, incarnation: int, stack: ExitStack) -> MetricLogger | None:
+    """The metric logger of rank 0, None elsewhere; its tracking id is kept with the run. Collective."""
+    started: list[MetricLogger] = []
+
+    def start() -> str | None:
+        metrics = MetricLogger(
+            run.run_dir,
+            run.args.logging,
+            incarnation=incarnation,
+            run_name=run.args.name,
+            config=run.args.model_dump(mode="json"),
+            wandb_id=run.shared["tracking_id"],
+        )
+        started.append(stack.enter_context(metrics))
+        return metrics.wandb_id
+
+    run.shared["tracking_id"] = from_main(start)
+    return started[0] if started else None
+
+
+def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
+    """Make the run's speedometer. A CPU has no data sheet to state MFU against."""
+    peak = find_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    return Meter(
+        n_steps=size.n_steps,
+        tokens_per_step=size.tokens_per_step,
+        flops_per_token=size.flops_per_token,
+        n_devices=world.place.world_size,
+        peak_flops=None if peak is None else peak.flops_per_s,
+        recomputed_flops_per_token=_recomputed_flops(args, world),
+    )
+
+
+def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
+    impl = "sdpa"
+    if isinstance(args.model, LlamaArgs):
+        dtype = DTYPES[args.distributed.model_dtype]
+        impl = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
+    blocks, attention = recomputed(args.distributed, impl)
+    return args.model.recomputed_flops_per_token(args.data.seq_len, blocks, attention)
+
+
+# -- what the user is told ---------------------------------------------------------------------------------------
+
+
+def say_hello(run: Run, checked: Checked, meter: Meter, incarnation: int) -> None:
+    """What runs, where, and what differs from the first start."""
+    if not run.world.is_main:
+        return
+    size, device = run.size, run.world.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    log.info("%s: start %d in %s on %d x %s", run.args.name, incarnation, run.run_dir, size.world_size, where)
+    for warning in (*checked.warnings, *has_no_effect_yet(run.args)):
+        log.warning("%s", warning)
+    for difference in checked.differences:
+        log.info("config changed: %s", difference.change)
+    log.info(
+        "%s parameters, %s tokens per step (%d rows of %d), %s steps, %s tokens in all",
+        f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,
+        f"{size.n_steps:,}", f"{size.total_tokens:,}",
+    )  # fmt: skip
+    log.info("%s", meter.formula())
+
+
+def say_finished_already(run: Run) -> None:
+    if run.world.is_main:
+        log.info(
+            "%s is finished: all %d steps are done. To go on, raise the number: steps=%d",
+            run.run_dir, run.size.n_steps, 2 * run.size.n_steps,
+        )  # fmt: skip
+
+
+def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after: dict[str, float]) -> None:
+    """How it went and what to type next."""
+    if not run.world.is_main:
+        return
+    log.info(
+        "finished: %d steps, %s tokens; everything is in %s", run.step, f"{run.shared['total_tokens']:,}", run.run_dir
+    )
+    for source in run.held_out:
+        key = f"{source.name}/bpb"
+        if key in before and key in after:
+            share = after[key] / before[key]
+            log.info(
+                "held-out bits per byte of %s: %.3f before, %.3f after (%.0f%%)",
+                source.name, before[key], after[key], 100 * share,
+            )  # fmt: skip
+    command = f"uv run python -m {run.args.app}"
+    given, folder = shlex.join([word for word in words if not word.startswith("steps=")]), shlex.quote(str(run.run_dir))
+    log.info("next:")
+    log.info("  go on:            %s.train %s steps=%d", command, given, 2 * run.size.n_steps)
+    log.info("  generate:         %s.generate ckpt=%s 'prompt=import '", command, folder)
+    log.info("  look at a bigger: uv run lingua check apps/main/configs/llama_1B_8H200.yaml")
+
+
+def say_sample(run: Run, prompt: str) -> None:
+    """A few words from the trained model. Collective: a sharded model needs all ranks."""
+    args = GeneratorArgs(temperature=0.7, top_p=0.9, max_gen_len=160)
+    model = run.model
+    if run.size.tp_size > 1:
+        # Tokens come one position at a time, which leaves all tensor-parallel ranks but one without any: there torch's
+        # gloo spoilt the heap (2.10, "malloc(): unaligned tcache chunk", now and then). So each rank has a whole copy.
+        model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, run.world.device, torch.float32))
+        copy_weights(run.model, model)
+    generator = Generator(model, run.tokenizer, args, add_bos=run.args.data.add_bos)
+    (answer,) = generator.generate([prompt])
+    if run.world.is_main:
+        log.info("a sample: %s%s", prompt, answer.text)

@@ -1,0 +1,198 @@
+"""`lingua why | status | runs | diff | stop` from their words to their exit codes, on real runs and without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+import lingua.run.lock
+import lingua.train.build
+from apps.cli.main import app
+from lingua.config.command_line import run_main
+from lingua.run.metrics import read_metrics
+from tests.no_torch import said_without_torch
+from tests.trainer import TINY, Trainer, at_step, kill_self, losses, published, send_self, train
+
+ROOT = Path(__file__).parents[3]
+
+
+def lingua_says(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `lingua ...`."""
+    code = run_main(lambda given: app(given, prog_name="lingua", standalone_mode=False), list(map(str, words)))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def record(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+    code, out, err = lingua_says(capsys, *words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs: `calm` finished, `killed` not."""
+    out = tmp_path_factory.mktemp("out")
+    words = [*TINY, "steps=8", "checkpoint.dump.every=4", "validation.every=4"]
+    assert train([*words, f"dump_dir={out / 'calm'}"]).exit_code == 0
+    killed = [*words, f"dump_dir={out / 'sweep' / 'killed'}", "optim.clip=0.5"]
+    assert train(killed, hook=at_step(6, kill_self)).exit_codes == [-9]
+    return out
+
+
+def test_what_ended_it_in_five_lines(capsys: pytest.CaptureFixture[str], folder: Path):
+    code, out, _ = lingua_says(capsys, "why", folder / "sweep" / "killed")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["ended", "cause", "where", "saved", "next"]
+    assert "killed, step 5 of 8" in out or "killed, step 4 of 8" in out
+    assert "checkpoint 4" in out
+    assert record(capsys, "why", folder / "calm")["cause"] == "all steps are done"
+
+
+def test_status(capsys: pytest.CaptureFixture[str], folder: Path):
+    calm, killed = record(capsys, "status", folder / "calm", folder / "sweep" / "killed")
+    assert (calm["state"], calm["step"], calm["n_steps"], calm["checkpoint"]) == ("finished", 8, 8, 8)
+    assert (killed["state"], killed["checkpoint"], killed["starts"]) == ("killed", 4, 1)
+    assert calm["validated_step"] == 4
+    code, out, _ = lingua_says(capsys, "status", folder / "calm")
+    assert (code, out.splitlines()[0]) == (0, f"{folder / 'calm'}  finished")
+
+
+def test_runs_below_a_folder(capsys: pytest.CaptureFixture[str], folder: Path):
+    code, out, _ = lingua_says(capsys, "runs", folder)
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
+        [str(folder / "calm"), "finished"],
+        [str(folder / "sweep" / "killed"), "killed"],
+    ]
+    assert [run["state"] for run in record(capsys, "runs", folder)] == ["finished", "killed"]
+    assert "no runs" in lingua_says(capsys, "runs", folder / "nothing")[1]
+
+
+def test_diff(capsys: pytest.CaptureFixture[str], folder: Path):
+    facts = record(capsys, "diff", folder / "calm", folder / "sweep" / "killed")
+    assert facts["config"] == {"optim.clip": [1.0, 0.5]}
+    assert facts["loss"]["steps"][:4] == [1, 2, 3, 4]
+    assert facts["loss"]["left"][0] == losses(folder / "calm")[1] == facts["loss"]["right"][0]
+    code, out, _ = lingua_says(capsys, "diff", folder / "calm", folder / "calm")
+    assert code == 0
+    assert "the configs are equal" in out
+    assert "loss: equal at all 8 common steps" in out
+
+
+def test_report(capsys: pytest.CaptureFixture[str], folder: Path):
+    page = folder / "page.html"
+    made = record(capsys, "report", folder / "calm", folder / "sweep" / "killed", "--out", page)
+    assert (made["html"], made["png"]) == (str(page), [])
+    calm, killed = made["runs"]
+    assert [(one["number"], one["first_step"], one["end"]) for one in calm["starts"]] == [(1, 0, "finished")]
+    assert [(e["kind"], e["step"]) for e in calm["checkpoints"]] == [("published", 4), ("published", 8)]
+    assert [one["end"] for one in killed["starts"]] == ["killed"]
+    assert [one["step"] for one in calm["validations"]] == [4]
+    assert min(calm["seconds"][kind] for kind in ("training", "saving", "validating", "starting")) > 0
+    assert sum(calm["seconds"].values()) == pytest.approx(
+        calm["starts"][0]["ended_s"] - calm["starts"][0]["began_s"], rel=0.02
+    )
+    assert "2 runs" in page.read_text()
+
+
+def test_what_is_no_run_or_does_not_run_is_a_sentence(capsys: pytest.CaptureFixture[str], folder: Path):
+    for words in (["why", folder], ["status", folder / "calm", folder / "nothing"], ["diff", folder, folder]):
+        code, _, err = lingua_says(capsys, *words)
+        assert code == 1
+        assert "is no run folder" in err
+    for command in ("stop", "profile"):
+        code, _, err = lingua_says(capsys, command, folder / "calm")
+        assert code == 1
+        assert "is not running, it is finished" in err
+
+
+@pytest.mark.ranks
+def test_a_run_is_stopped_from_the_login_node(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Both ranks leave after the same step, saved, with the code that is not requeued; the next start goes on."""
+    reached, reached_here = os.pipe()
+
+    def hook(rank: int) -> None:
+        setattr(lingua.run.lock, "BEAT_S", 0.05)  # noqa: B010
+        at_step(3, lambda: os.write(reached_here, b"."), on_rank=0)(rank)
+
+    words = [*TINY, f"dump_dir={tmp_path}", "steps=1000000", "optim.scheduler=constant"]
+    with Trainer(words, n_ranks=2, hook=hook) as trainer:
+        os.read(reached, 1)
+        code, out, err = lingua_says(capsys, "stop", tmp_path)
+        assert code == 0, err
+        assert "asked start 1" in out
+        result = trainer.wait()
+    assert result.exit_code == 130, result.output
+    stop = orjson.loads((tmp_path / "stop.json").read_bytes())
+    assert (stop["reason"], stop["exit_code"], [stop["step"]]) == ("asked", 130, published(tmp_path))
+    assert record(capsys, "status", tmp_path)[0]["state"] == "stopped"
+    for descriptor in (reached, reached_here):
+        os.close(descriptor)
+
+    again = train([*words[:-2], f"steps={stop['step'] + 2}", words[-1]], n_ranks=2, hook=hook)
+    assert again.exit_code == 0, again.output  # the request was for the start before
+
+
+@pytest.mark.ranks
+def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """A signal that one rank gets, then `lingua profile`: both ranks time the same steps, rank 0 alone traces."""
+    reached, reached_here = os.pipe()
+
+    def hook(rank: int) -> None:
+        setattr(lingua.run.lock, "BEAT_S", 0.05)  # noqa: B010
+        at_step(3, send_self("SIGUSR1"), on_rank=1)(rank)
+        at_step(8, lambda: os.write(reached_here, b"."), on_rank=0)(rank)
+
+    words = [*TINY, f"dump_dir={tmp_path}", "steps=1000000", "optim.scheduler=constant", "profiling.profile_steps=1"]
+    with Trainer(words, n_ranks=2, hook=hook) as trainer:
+        os.read(reached, 1)
+        code, out, err = lingua_says(capsys, "profile", tmp_path, "--steps", 2, "--heavy", "--wait")
+        assert code == 0, err
+        assert lingua_says(capsys, "stop", tmp_path)[0] == 0
+        result = trainer.wait()
+    assert result.exit_code == 130, result.output
+    for descriptor in (reached, reached_here):
+        os.close(descriptor)
+
+    folder = tmp_path / "profiling"
+    light = {path.name: read_metrics(path) for path in sorted(folder.glob("light_*"))}
+    steps = {name: [record["global_step"] for record in records] for name, records in light.items()}
+    first, asked = steps["light_0000000005_rank0.jsonl"], out.splitlines()[-2:]
+    assert first == steps["light_0000000005_rank1.jsonl"] == [5]  # asked at 3, voted at 4 at the latest
+    begin = Path(asked[0]).name[6:16]
+    assert asked == [str(folder / f"light_{begin}_rank0.jsonl"), str(folder / f"trace_{begin}_rank0.json.gz")]
+    assert steps[f"light_{begin}_rank0.jsonl"] == steps[f"light_{begin}_rank1.jsonl"] == [int(begin), int(begin) + 1]
+    assert len(light) == 4
+    assert len(list(folder.glob("trace_*"))) == 2
+    for record in (record for records in light.values() for record in records):
+        parts = sum(record[f"time/{phase}_s"] for phase in ("data", "forward", "backward", "optimizer", "rest"))
+        assert parts == pytest.approx(record["time/step_s"], abs=1e-4)
+        assert min(record["time/forward_s"], record["time/backward_s"]) > 0
+
+
+def test_a_start_is_stopped_too(tmp_path: Path):
+    def hook(rank: int) -> None:
+        setattr(lingua.run.lock, "BEAT_S", 0.05)  # noqa: B010
+
+        def ask_and_hang(args: object) -> None:
+            lingua.run.lock.ask_to_stop(tmp_path, 1)
+            threading.Event().wait()
+
+        setattr(lingua.train.build, "build_tokenizer", ask_and_hang)  # noqa: B010
+
+    assert train([*TINY, "steps=3", f"dump_dir={tmp_path}"], hook=hook).exit_code == 130
+    assert train([*TINY, "steps=3", f"dump_dir={tmp_path}"]).exit_code == 0
+
+
+def test_no_torch_is_needed(folder: Path):
+    report = ["report", "calm", "--out", "page.html"]
+    said_without_torch(folder, ["why", "calm"], ["status", "calm"], ["runs", "."], ["diff", "calm", "calm"], report)

@@ -1,0 +1,218 @@
+"""Which slot, what is worth saving, and the start of a service: decisions by tables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lingua.checkpoint import publish
+from lingua.checkpoint.shm.coordinator import (
+    HANDOVER_S,
+    RESTARTS,
+    SILENT_BEATS,
+    Courier,
+    Node,
+    SlotView,
+    await_older_writers,
+    choose_slot,
+    node_of,
+    worth_saving,
+)
+from lingua.checkpoint.shm.drain import BEAT_S, Target
+from lingua.checkpoint.shm.messages import Session
+from lingua.checkpoint.shm.slots import Save, State, make_region
+from lingua.distributed.process_group import Ranks
+from lingua.files import RunError, write_json
+from lingua.run.lock import Owner, this_process
+from tests.fakes import Clock
+
+
+def view(word: str) -> SlotView:
+    """free | staged 4 | draining 4 | None"""
+    state, _, step = word.partition(" ")
+    states: dict[str, State | None] = {
+        "free": "free", "staged": "staged", "draining": "draining", "claimed": "claimed", "None": None,
+    }  # fmt: skip
+    return SlotView(states[state], int(step or -1))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "number"),
+    [
+        ([["free", "free"]], 0),
+        ([["staged 2", "free"]], 1),
+        ([["draining 2", "staged 4"]], 1),
+        ([["staged 4", "draining 2"]], 0),
+        ([["staged 2", "staged 4"]], 1),  # the older one is drained first
+        ([["draining 2", "draining 4"]], None),
+        ([["draining 2", "None"]], None),  # in the middle of a change
+        ([["draining 2", "claimed 4"]], None),
+        ([["free", "free"], ["draining 2", "free"]], 1),
+        ([["draining 2", "staged 4"], ["staged 2", "staged 4"]], 1),
+        ([["draining 2", "staged 4"], ["draining 2", "draining 4"]], None),
+        ([["draining 2", "free"], ["draining 2", "staged 4"]], 1),  # one node has lost it
+        ([["free", "free"], ["staged 2"]], 0),  # a node with fewer slots
+        ([[]], None),
+    ],
+)
+def test_choose_slot(nodes: list[list[str]], number: int | None):
+    views = [{n: view(word) for n, word in enumerate(node)} for node in nodes]
+    assert choose_slot(views) == number
+
+
+def one(incarnation: int, step: int, node: int = 0, n_nodes: int = 1, run_id: str = "run") -> Save:
+    return Save(run_id, incarnation, step, (node,), node, n_nodes)
+
+
+@pytest.mark.parametrize(
+    ("found", "newest_done", "wanted"),
+    [
+        ([], (-1, 0), set()),
+        ([one(1, 4), one(1, 6)], (-1, 0), {(1, 4), (1, 6)}),
+        ([one(1, 4), one(1, 6)], (4, 1), {(1, 6)}),
+        ([one(1, 6)], (6, 1), set()),
+        ([one(1, 6)], (4, 2), set()),  # start 2 went back to 4 or before: 6 is of another timeline
+        ([one(1, 6), one(2, 5)], (4, 1), {(2, 5)}),
+        ([one(1, 6, run_id="before")], (-1, 0), set()),
+        ([one(1, 6, 0, 2)], (-1, 0), set()),
+        ([one(1, 6, 0, 2), one(1, 6, 1, 2)], (-1, 0), {(1, 6)}),
+        ([one(1, 6, 0, 2), one(1, 8, 1, 2)], (-1, 0), set()),
+        ([one(1, 6, 0, 2), one(1, 6, 1, 2), one(1, 8, 0, 2)], (-1, 0), {(1, 6)}),
+    ],
+)
+def test_worth_saving(found: list[Save], newest_done: tuple[int, int], wanted: set[tuple[int, int]]):
+    assert worth_saving(found, "run", newest_done) == wanted
+
+
+class Ended:
+    """A process that was started and has ended."""
+
+    def poll(self) -> int | None:
+        return 1
+
+
+class Running:
+    def poll(self) -> int | None:
+        return None
+
+
+def courier_of(folder: Path, start: object) -> Courier:
+    session = Session("run", str(folder / "run"), str(folder / "run" / "checkpoints"), 2)
+    return Courier(folder / "run", folder, Ranks(), session, start=start, sleep=lambda s: None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_service_that_ends_at_once_is_started_a_few_times(tmp_path: Path):
+    started: list[tuple[Path, ...]] = []
+    there = courier_of(tmp_path, lambda *where: (started.append(where), Ended())[1])
+    with pytest.raises(RunError, match=r"has ended 4 times; see .*logs/checkpoint_service\.0\.log"):
+        there.tell()
+    assert len(started) == RESTARTS + 1
+    there.close()
+
+
+def test_a_service_that_hangs_at_its_start_is_told(tmp_path: Path):
+    there = courier_of(tmp_path, lambda *where: Running())
+    with pytest.raises(RunError, match="did not start within 30 s"):
+        there.tell()
+    there.close()
+
+
+@pytest.mark.parametrize(("state", "taken_back"), [("free", True), ("staged", True), ("draining", False)])
+def test_a_lost_save_is_taken_back_unless_a_service_is_at_work_on_it(tmp_path: Path, state: State, taken_back: bool):
+    there = courier_of(tmp_path, lambda *where: Running())
+    slot = there.region.slot(0)
+    slot.make()
+    slot.change("free", state)
+    assert there.withdraw(0) == taken_back
+    assert slot.state() == ("free" if taken_back else state)
+    there.close()
+
+
+def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
+    """Whatever the slot's mark is when a rank dies, while the service lives on."""
+    region = make_region(tmp_path / "run", tmp_path)
+    slot = region.slot(0)
+    slot.folder.mkdir()
+    states: tuple[State, ...] = ("claimed", "free", "staged")
+    for state in states:
+        slot.mark(state).write_text("{}")
+        there = courier_of(tmp_path, lambda *where: Running())
+        there._service_lives = lambda: True  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        assert there.find_unsaved((-1, 0)) == set()
+        assert slot.state() == "free"
+        assert [path.name for path in region.folder.glob("slot-0.*")] == ["slot-0.free"]
+        there.close()
+
+
+@pytest.mark.parametrize(
+    ("places", "rank", "expected"),
+    [
+        (["a"], 0, Node(0, 1, (0,))),
+        (["a", "a", "b", "b"], 3, Node(1, 2, (2, 3))),
+        (["b", "a", "b", "a"], 1, Node(1, 2, (1, 3))),  # numbered by their first rank, not by name
+        (["b", "a", "b", "a"], 2, Node(0, 2, (0, 2))),
+        ([("h", 1), ("h", 2)], 1, Node(1, 2, (1,))),  # two regions of one machine
+    ],
+)
+def test_node_of(places: list[object], rank: int, expected: Node) -> None:
+    assert node_of(rank, places) == expected
+    assert expected.leader == expected.ranks[0]
+
+
+# -- the start before ours -----------------------------------------------------------------------------------------
+
+ELSEWHERE = Owner(host="elsewhere", boot_id="b", pid=1)
+
+
+def a_writer(root: Path, owner: Owner) -> Path:
+    publish.open_passage(root, 1)
+    path = Target(root, 1).writer_file(5, 0)
+    write_json(path, vars(owner))
+    return path
+
+
+def test_nobody_writes(tmp_path: Path) -> None:
+    clock = Clock()
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=clock.sleep)
+    assert clock.now() == 1000.0
+
+
+def test_a_writer_on_this_machine_is_waited_for_until_it_is_done(tmp_path: Path) -> None:
+    path, clock = a_writer(tmp_path, this_process()), Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now() > 1200.0:
+            path.unlink(missing_ok=True)
+
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=sleep)
+    assert 1200.0 < clock.now() < 1201.0
+
+
+def test_one_that_never_ends_is_shut_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    a_writer(tmp_path, this_process())
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=clock.sleep)
+    assert HANDOVER_S <= clock.now() - 1000.0 < HANDOVER_S + 1.0
+    assert "it is shut out" in caplog.text
+
+
+def test_one_elsewhere_counts_as_long_as_it_shows_itself(tmp_path: Path) -> None:
+    path, clock = a_writer(tmp_path, ELSEWHERE), Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now() < 1100.0:
+            os.utime(path, (clock.now(), clock.now()))  # another clock than ours: only that it moves counts
+
+    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=sleep)
+    assert clock.now() - 1100.0 == pytest.approx(SILENT_BEATS * BEAT_S, abs=1.5)
+
+
+def test_one_whose_job_was_requeued_is_dead(tmp_path: Path) -> None:
+    clock = Clock()
+    a_writer(tmp_path, Owner(host="elsewhere", boot_id="b", pid=1, slurm_job_id="7", slurm_restarts=0))
+    await_older_writers(tmp_path, 2, this_process("7", 1), now=clock.now, sleep=clock.sleep)
+    assert clock.now() == 1000.0

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from apps.main.args import TrainArgs
+from lingua.config.base import Args, Part
+from lingua.config.reference import all_sections, field_docs, json_schema, reference_page
+
+
+def test_every_key_of_every_section_says_what_it_means() -> None:
+    unsaid = [
+        f"{section.__name__}.{name}"
+        for section in all_sections(TrainArgs)
+        if section.__module__.startswith(("lingua.", "apps."))  # not what other tests registered
+        for name, info in section.model_fields.items()
+        if name not in field_docs(section) and not isinstance(info.default, Args | Part) and name != "type"
+    ]
+    assert unsaid == []
+
+
+def test_the_json_schema_knows_every_part_and_key() -> None:
+    schema = json_schema(TrainArgs)
+    definitions = schema["$defs"]
+    (model,) = schema["properties"]["model"]["anyOf"]
+    model_keys = definitions[model["$ref"].rpartition("/")[2]]["properties"]
+    assert {"dim", "n_heads", "attn_impl"} <= set(model_keys)
+    assert model_keys["dim"]["description"] == "D."
+    assert {"base", "data", "optim", "checkpoint"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+def test_the_reference_page_has_every_section_with_type_default_and_meaning() -> None:
+    page = reference_page(TrainArgs)
+    for line in (
+        "## model (type: llama)",
+        "## checkpoint.dump",
+        "## data.sources",
+        "| `batch_size` | int (>= 1) | `2` | B: rows of a micro step on each data-parallel rank. |",
+        "| `device` | `auto`, `cpu`, `cuda` | `'auto'` | auto: a GPU where there is one. |",
+        "| `path` | str | required | Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or one file. |",
+    ):
+        assert line in page

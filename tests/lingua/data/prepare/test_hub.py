@@ -1,0 +1,198 @@
+"""Downloads from a small hub on loopback: pinned, checked, taken up again. Each in a process of its own, because the
+hub's client reads HF_ENDPOINT when it is imported."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from lingua.data.prepare import hub
+from lingua.data.prepare.hub import DATASETS, HubFile, may_pass, persist
+from lingua.files import RunError
+from tests.hub import FakeHub
+
+RUN = """
+import sys
+from lingua.data.prepare import hub
+hub.PAUSES_S = (0.0,) * 3
+sys.path.insert(0, "setup")
+import download_prepare_hf_data as script
+sys.exit(script.main())
+"""
+
+
+def texts(n: int, name: str) -> list[dict[str, str]]:
+    return [{"text": f"{name} {number} " + "z" * 50, "id": f"{name}-{number}"} for number in range(n)]
+
+
+def parquet_bytes(rows: list[dict[str, str]]) -> bytes:
+    sink = io.BytesIO()
+    table = pyarrow.Table.from_pylist([row | {"score": 0.5} for row in rows])
+    parquet.write_table(table, sink, row_group_size=100, compression="none")
+    return sink.getvalue()
+
+
+def zst_bytes(rows: list[dict[str, str]]) -> bytes:
+    return zstandard.compress(b"\n".join(orjson.dumps(row) for row in rows))
+
+
+@dataclass
+class Result:
+    code: int
+    error: str
+    facts: dict[str, object]
+
+
+def run(server: FakeHub, folder: Path, dataset: str, *options: str) -> Result:
+    command = [sys.executable, "-c", RUN, dataset, "1", "--data_dir", str(folder / "data"), "--nchunks", "2", "--json"]
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
+    env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, "--tmp_dir", str(folder / "tmp"), *options], env=env, capture_output=True, text=True, check=False
+    )
+    return Result(ended.returncode, ended.stderr, json.loads(ended.stdout) if ended.stdout else {})
+
+
+def lines_in(folder: Path) -> Counter[str]:
+    return Counter(
+        orjson.loads(line)["id"] for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines()
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+
+
+def test_parquet_over_a_connection_that_breaks(tmp_path: Path) -> None:
+    rows = [texts(300, "a"), texts(200, "b"), texts(9, "other")]
+    files = {
+        "README.md": b"# not data",
+        "sample/10BT/000.parquet": parquet_bytes(rows[0]),
+        "sample/10BT/001.parquet": parquet_bytes(rows[1]),
+        "data/x.parquet": parquet_bytes(rows[2]),
+    }
+    with FakeHub(files, breaks=1, refusals=1) as server:
+        server.wrong.add("sample/10BT/001.parquet")
+        result = run(server, tmp_path, "fineweb_edu_10bt")
+        assert result.code == 0, result.error
+        assert "trying again" in result.error
+        assert not any("/resolve/" in request and "10BT" not in request for request in server.requests)
+    out = tmp_path / "data/fineweb_edu_10bt_shuffled"
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"fineweb_edu_10bt.{name}.jsonl" for name in ("chunk.00", "chunk.01", "val")),
+        "manifest.json",
+    ]
+    assert lines_in(out) == Counter(row["id"] for part in rows[:2] for row in part)
+    assert (result.facts["repo"], result.facts["revision"]) == ("HuggingFaceFW/fineweb-edu", "a" * 40)
+    assert result.facts["documents"] == 500
+
+
+def test_zst_and_the_commit_of_the_first_start_is_kept(tmp_path: Path) -> None:
+    """The hub moves on and then goes away; what was begun is what is finished."""
+    names = [f"global-shard_01_of_10/local-shard_{n}_of_10/s.jsonl.zst" for n in range(3)]
+    files = {name: zst_bytes(texts(100, str(n))) for n, name in enumerate(names)}
+    with FakeHub(files | {"global-shard_02_of_10/s.jsonl.zst": zst_bytes(texts(5, "no"))}) as server:
+        short = dict(server.files)
+        server.files[names[2]] = b""  # nothing comes for the third file: its connection breaks every time
+        server._entry = lambda name, data: FakeHub._entry(server, name, short[name])  # type: ignore[method-assign]
+        first = run(server, tmp_path, "dclm_baseline_1.0_10prct")
+        assert first.code == 1
+        assert "s.jsonl.zst" in first.error
+        assert "it goes on from here" in first.error
+        server.files = short
+        server.commit = "b" * 40
+        n_requests = len(server.requests)
+        second = run(server, tmp_path, "dclm_baseline_1.0_10prct")
+        assert second.code == 1, "the hub has forgotten the commit"
+        assert all("a" * 40 in request for request in server.requests[n_requests:])
+        server.commit = "a" * 40
+        n_requests = len(server.requests)
+        third = run(server, tmp_path, "dclm_baseline_1.0_10prct")
+        assert third.code == 0, third.error
+        assert not any(f"GET /datasets/{name}" in "".join(server.requests[n_requests:]) for name in names[:2])
+        assert not any("/revision/" in request for request in server.requests[n_requests:])
+    out = tmp_path / "data/dclm_baseline_1.0_10prct_shuffled"
+    before = content(out)
+    assert lines_in(out) == Counter(f"{n}-{number}" for n in range(3) for number in range(100))
+    for path in out.iterdir():
+        path.unlink()
+    gone = run(server, tmp_path, "dclm_baseline_1.0_10prct")  # no hub there any more: the download is whole
+    assert gone.code == 0, gone.error
+    assert content(out) == before
+    other = run(server, tmp_path, "dclm_baseline_1.0_10prct", "--revision", "v2")
+    assert other.code == 1
+    assert "revision aaaa" in other.error
+
+
+def test_a_refusal_is_not_tried_again(tmp_path: Path) -> None:
+    with FakeHub({}) as server:
+        result = run(server, tmp_path, "cosmopedia_v2")
+    assert result.code == 1
+    assert result.error.splitlines()[-1].startswith("error: HuggingFaceTB/smollm-corpus at aaaa")
+    assert "has no files cosmopedia-v2/*" in result.error
+
+
+def test_the_known_data_sets() -> None:
+    """The names that recipes use."""
+    assert sorted(DATASETS) == [
+        "cosmopedia_v2", "dclm_baseline_1.0", "dclm_baseline_1.0_10prct", "dclm_pool_1b_1x",
+        "fineweb_edu", "fineweb_edu_10bt", "python_edu",
+    ]  # fmt: skip
+
+
+def test_content_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"hello\n")
+    small = HubFile("x", 6, None, "ce013625030ba8dba906f756967f9e9ca394464a")  # git hash-object
+    large = HubFile("x", 6, "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03", "")  # sha256sum
+    assert small.is_at(path)
+    assert large.is_at(path)
+    path.write_bytes(b"hellO\n")
+    assert not small.is_at(path)
+    assert not large.is_at(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionResetError(104, "reset"), True),
+        (TimeoutError("slow"), True),
+        (OSError(28, "No space left on device"), False),
+        (OSError(122, "Disk quota exceeded"), False),
+        (RuntimeError("Data processing error: No space left on device"), False),
+        (PermissionError(13, "no"), False),
+        (ValueError("no such repository"), False),
+        (RuntimeError("peer closed connection"), True),
+    ],
+)
+def test_what_may_pass(error: Exception, passes: bool) -> None:
+    assert may_pass(error) == passes
+
+
+def test_pauses_grow_and_end() -> None:
+    pauses: list[float] = []
+
+    def fail() -> None:
+        raise ConnectionError("broken")
+
+    with pytest.raises(RunError, match=r"fetching x: ConnectionError: broken; tried 6 times"):
+        persist(fail, "fetching x", pauses.append)
+    assert pauses == sorted(hub.PAUSES_S)
+
+
+def test_an_offline_environment_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match=r"fetching x: HF_HUB_OFFLINE is set, .*; unset it"):
+        persist(lambda: pytest.fail("asked the hub"), "fetching x", lambda pause_s: pytest.fail("waited"))

@@ -1,0 +1,407 @@
+"""The preparation: killed anywhere it goes on, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from lingua.console import Progress
+from lingua.data.manifest import MANIFEST, check_manifest, read_manifest
+from lingua.data.prepare import pipeline as prepare_module
+from lingua.data.prepare import worker_pool
+from lingua.data.prepare.convert import blocks, find_inputs
+from lingua.data.prepare.pipeline import Job, prepare
+from lingua.data.prepare.worker_pool import each
+from lingua.files import Buffer, Files, RunError
+
+MEMORY_BYTES = 12 << 30
+
+
+def texts(n: int, seed: int) -> list[bytes]:
+    rng = random.Random(seed)
+    return [orjson.dumps({"text": f"{seed}-{number} " + "y" * rng.randrange(200)}) for number in range(n)]
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: hundreds of runs with real fsyncs would take a minute on a disk."""
+    try:
+        folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="test-prepare-"))
+    except OSError:
+        yield tmp_path
+        return
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Three inputs of every packed kind, so that runs on disk are made; a copy on a final disk."""
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "about.json").write_text("{}")
+    (source / ".hidden").mkdir()
+    (source / ".hidden/x.jsonl").write_text("{}")
+    (source / "b.jsonl").write_bytes(b"\n".join(texts(50, 1)))
+    (source / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(texts(50, 2)) + b"\n"))
+    packer = zstandard.ZstdCompressor()
+    two_frames = [packer.compress(b"\n".join(texts(25, seed)) + b"\n") for seed in (3, 4)]
+    (source / "sub/c.jsonl.zst").write_bytes(b"".join(two_frames))
+    return Job(
+        "mine", MEMORY_BYTES, tmp_path / "data", tmp_path / "fast", n_chunks=3,
+        final_data_dir=tmp_path / "final", clear=True, source=source,
+    )  # fmt: skip
+
+
+def expected_lines() -> Counter[bytes]:
+    return Counter(texts(50, 1) + texts(50, 2) + texts(25, 3) + texts(25, 4))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def lines_in(folder: Path) -> Counter[bytes]:
+    return Counter(line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines())
+
+
+class FailingFiles(Files):
+    """Fails at the n-th operation that changes the disk; a write is half done by then."""
+
+    def __init__(self, fail_at: int = -1, *, die: bool = False) -> None:
+        self.n_done, self._fail_at, self._die = 0, fail_at, die
+
+    def _count(self) -> None:
+        self.n_done += 1
+        if self.n_done == self._fail_at:
+            if self._die:
+                os._exit(9)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def create(self, path: Path) -> int:
+        self._count()
+        return super().create(path)
+
+    def write(self, descriptor: int, data: Buffer) -> None:
+        if self.n_done + 1 == self._fail_at:
+            super().write(descriptor, memoryview(data)[: len(data) // 2])
+        self._count()
+        super().write(descriptor, data)
+
+    def fsync(self, descriptor: int) -> None:
+        self._count()
+        super().fsync(descriptor)
+
+    def mkdir(self, path: Path) -> None:
+        self._count()
+        super().mkdir(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._count()
+        super().rename(source, target)
+
+    def fsync_dir(self, path: Path) -> None:
+        self._count()
+        super().fsync_dir(path)
+
+    def remove(self, path: Path) -> None:
+        self._count()
+        super().remove(path)
+
+    def rmdir(self, path: Path) -> None:
+        self._count()
+        super().rmdir(path)
+
+
+def elsewhere(job: Job, folder: Path) -> Job:
+    return replace(job, data_dir=folder / "data", tmp_dir=folder / "fast", final_data_dir=folder / "final")
+
+
+def killed_at(job: Job, n: int) -> bool:
+    """Run in a forked process that dies at operation n, as by kill -9; whether it did."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            prepare(job, files=FailingFiles(n, die=True))
+            code = 0
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
+def test_killed_at_any_operation_it_ends_with_the_same_bytes(job: Job, tmp_path: Path, every: int) -> None:
+    counting = FailingFiles()
+    prepare(job, files=counting)
+    assert job.final
+    expected = content(job.final)
+    assert lines_in(job.final) == expected_lines()
+    assert counting.n_done > 80
+    for n in range(1, counting.n_done + 1, every):
+        again = elsewhere(job, tmp_path / f"killed{n}")
+        assert killed_at(again, n)
+        prepare(again)
+        assert again.final
+        assert content(again.final) == expected, n
+        assert list(again.data_dir.iterdir()) == []
+        assert list(again.tmp_dir.iterdir()) == []
+
+
+def test_killed_again_and_again(job: Job, tmp_path: Path) -> None:
+    prepare(job)
+    again = elsewhere(job, tmp_path / "often")
+    n_kills = 0
+    while killed_at(again, 23 + n_kills % 5):
+        n_kills += 1
+    assert n_kills > 3
+    assert again.final
+    assert job.final
+    assert content(again.final) == content(job.final)
+
+
+def test_a_full_disk_is_a_sentence_and_costs_nothing(job: Job, tmp_path: Path) -> None:
+    counting = FailingFiles()
+    prepare(job, files=counting)
+    assert job.final
+    for n in range(1, counting.n_done + 1, 3):
+        again = elsewhere(job, tmp_path / f"full{n}")
+        with pytest.raises((OSError, RunError)) as error:
+            prepare(again, files=FailingFiles(n))
+        if error.type is RunError:  # else while sweeping, which needs no space
+            assert "no space left for" in str(error.value), n
+            assert "goes on from here" in str(error.value), n
+        prepare(again)
+        assert again.final
+        assert content(again.final) == content(job.final), n
+
+
+def test_too_little_space_is_said_before(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "free_bytes", lambda path: 10)
+    with pytest.raises(RunError, match=r"fast/lingua-prepare.* needs .* bytes\) and has 10 B free; .*--tmp_dir"):
+        prepare(job)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_workers": 3}, {"n_workers": 1}, {"memory_bytes": 6 << 30}, {"clear": False, "final_data_dir": None}],
+)
+def test_processes_and_memory_change_nothing(job: Job, tmp_path: Path, change: dict[str, object]) -> None:
+    prepare(job)
+    other = replace(elsewhere(job, tmp_path / "other"), **change)
+    prepare(other)
+    assert job.final
+    assert content(other.final or other.out) == content(job.final)
+
+
+def test_plain_files_need_no_runs_and_give_the_same(job: Job, tmp_path: Path) -> None:
+    prepare(job)
+    assert job.source
+    plain = tmp_path / "plain"
+    for name in find_inputs(job.source):
+        target = plain / name.removesuffix(".gz").removesuffix(".zst")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"".join(blocks(job.source / name)))
+    mapped = replace(elsewhere(job, tmp_path / "other"), source=plain)
+    prepare(mapped)
+    assert not mapped.tmp_dir.exists()
+    assert job.final
+    assert mapped.final
+    expected = content(job.final) | {MANIFEST: b""}
+    assert content(mapped.final) | {MANIFEST: b""} == expected
+
+
+def test_another_seed_gives_another_order(job: Job, tmp_path: Path) -> None:
+    prepare(job)
+    other = replace(elsewhere(job, tmp_path / "other"), seed=43)
+    prepare(other)
+    assert job.final
+    assert other.final
+    assert lines_in(other.final) == lines_in(job.final)
+    name = "mine.chunk.00.jsonl"
+    assert (other.final / name).read_bytes() != (job.final / name).read_bytes()
+
+
+def test_a_finished_preparation_is_left_alone(job: Job) -> None:
+    manifest = prepare(job)
+    assert job.final
+    before = {path: path.stat().st_mtime_ns for path in job.final.iterdir()}
+    assert prepare(job) == manifest
+    assert {path: path.stat().st_mtime_ns for path in job.final.iterdir()} == before
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_another_request_for_the_same_folder_is_refused(job: Job, final: bool) -> None:
+    if not final:
+        job = replace(job, final_data_dir=None, clear=False)
+    prepare(job)
+    with pytest.raises(ValueError, match=r"was prepared with seed 42, not 7; remove .*mine_shuffled"):
+        prepare(replace(job, seed=7))
+    with pytest.raises(ValueError, match="n_chunks 3, not 4"):
+        prepare(replace(job, n_chunks=4))
+
+
+def test_changed_inputs_are_refused_midway(job: Job) -> None:
+    assert killed_at(job, 40)
+    assert job.source
+    (job.source / "b.jsonl").write_bytes(b"\n".join(texts(51, 1)))
+    with pytest.raises(ValueError, match=r"input files changed since .* was begun \(b.jsonl\)"):
+        prepare(job)
+
+
+def test_two_at_once_are_refused(job: Job) -> None:
+    with (
+        prepare_module._locked(job, job.data_dir / ".prepare-mine"),
+        pytest.raises(RunError, match=r"mine_shuffled is being prepared by process \d+ on"),
+    ):
+        prepare(job)
+
+
+def test_a_copy_that_is_not_right_is_no_copy(job: Job) -> None:
+    class Flipping(Files):
+        final = False
+
+        def create(self, path: Path) -> int:
+            self.final = "final" in str(path)
+            return super().create(path)
+
+        def write(self, descriptor: int, data: Buffer) -> None:
+            super().write(descriptor, bytes([data[0] ^ 1]) + bytes(data[1:]) if self.final else data)
+
+    with pytest.raises(RunError, match=r"has other content than the manifest says; check both disks"):
+        prepare(job, files=Flipping())
+    assert job.final
+    assert content(job.final) == {}
+    assert check_manifest(job.out, hashes=True) == []
+    assert job.source
+    assert job.source.is_dir()
+    prepare(job)
+    assert not job.out.exists()
+    assert job.source.is_dir()
+
+
+def test_work_is_not_cleared_while_the_copy_is_bad(job: Job) -> None:
+    prepare(replace(job, clear=False))
+    assert job.final
+    chunk = job.final / "mine.chunk.01.jsonl"
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    with pytest.raises(RunError, match=r"chunk.01.jsonl has other content"):
+        prepare(job)
+    assert check_manifest(job.out, hashes=True) == []
+
+
+def test_chunks_from_elsewhere_are_not_mixed_in(job: Job) -> None:
+    assert job.final
+    for folder in (job.out, job.final):
+        folder.mkdir(parents=True)
+        stray = folder / "mine.chunk.31.jsonl"
+        stray.write_bytes(b"{}\n")
+        with pytest.raises((ValueError, RunError), match=r"holds mine.chunk.31.jsonl"):
+            prepare(job)
+        stray.unlink()
+    prepare(job)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": None}, "no data set 'mine'; there are cosmopedia_v2"),
+        ({"dataset": "a/b"}, "no name for a data set"),
+        ({"n_chunks": 0}, "at least one chunk"),
+        ({"final_data_dir": None}, "needs --final_data_dir"),
+        ({"memory_bytes": 1 << 20}, "MEMORY is too small"),
+        ({"source": Path("nowhere")}, "is no folder"),
+    ],
+)
+def test_impossible_requests(job: Job, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(replace(job, **change))
+    assert not job.data_dir.exists()
+
+
+def test_the_manifest_tells_what_is_wrong(job: Job) -> None:
+    job = replace(job, final_data_dir=None, clear=False)
+    manifest = prepare(job)
+    assert (manifest["documents"], manifest["held_out"]) == (150, 1)
+    assert check_manifest(job.out, hashes=True) == []
+    assert check_manifest(job.out / "nowhere") == []
+    chunk = job.out / "mine.chunk.00.jsonl"
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[::-1])
+    assert check_manifest(job.out) == []
+    assert "other content" in check_manifest(job.out, hashes=True)[0]
+    chunk.write_bytes(data[:-1])
+    assert "its manifest says" in check_manifest(job.out)[0]
+    chunk.rename(job.out / "mine.chunk.07.jsonl")
+    problems = check_manifest(job.out)
+    assert "chunk.07.jsonl is not named" in problems[0]
+    assert "chunk.00.jsonl is missing" in problems[1]
+    (job.out / MANIFEST).write_text("[]")
+    with pytest.raises(RunError, match="is no manifest"):
+        read_manifest(job.out)
+    assert "is no manifest" in check_manifest(job.out)[0]
+
+
+def test_parquet_keeps_text_and_id(tmp_path: Path) -> None:
+    columns = {"text": ["a", None, "ü\n"], "id": ["1", "2", "3"], "score": [0.1, 0.2, 0.3]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet", row_group_size=2)
+    lines = b"".join(blocks(tmp_path / "x.parquet")).splitlines()
+    assert [orjson.loads(line) for line in lines] == [
+        {"text": "a", "id": "1"}, {"text": None, "id": "2"}, {"text": "ü\n", "id": "3"},
+    ]  # fmt: skip
+    job = Job("p", MEMORY_BYTES, tmp_path / "data", tmp_path / "fast", source=tmp_path)
+    assert prepare(job)["counts"]["no_text"] == 1
+
+
+def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"blob_id": ["1"]}), tmp_path / "x.parquet")
+    with pytest.raises(RunError, match=r"no column text or content, only blob_id"):
+        list(blocks(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_cut_off_files_are_named(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"x{suffix}"
+    lines = b"\n".join(texts(500, 1))
+    if suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"text": ["abc"] * 500}), whole)
+    else:
+        whole.write_bytes(gzip.compress(lines) if suffix.endswith("gz") else zstandard.compress(lines))
+        assert b"".join(blocks(whole)) == lines
+    whole.write_bytes(whole.read_bytes()[:-9])
+    with pytest.raises(RunError, match=rf"x{suffix} is (damaged|cut off)"):
+        list(blocks(whole))
+
+
+def test_a_dead_worker_is_told() -> None:
+    with pytest.raises(RunError, match="a worker process was killed"):
+        list(each([1, 2], lambda number: os._exit(number), 2))
+
+
+def test_progress_off_a_terminal_is_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    ticks = iter([0.0, 2.0])
+    with Progress(bar=False, now=lambda: next(ticks)) as progress:
+        progress.begin("sort", 1000)
+        for _ in range(4):
+            progress.advance(250)
+    assert caplog.messages == [
+        "sort: 1000 B", "sort: 20% of 1000 B", "sort: 50% of 1000 B", "sort: 70% of 1000 B", "sort: 1000 B in 2.0 s",
+    ]  # fmt: skip
+    assert progress.seconds == {"sort": 2.0}

@@ -1,0 +1,53 @@
+"""What ranks tell each other while one of them is stuck in a collective."""
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lingua.distributed.peers import Peers
+from tests.ranks import run_on_ranks
+from tests.trainer import free_port
+
+
+@pytest.mark.ranks
+def test_a_message_arrives_while_the_main_thread_waits_in_a_collective():
+    port = free_port()
+
+    def act(rank: int) -> list[bytes | None]:
+        store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
+        peers, heard = Peers(store, rank, 3), list[bytes | None]()
+        heard.append(peers.told())
+        dist.barrier()
+
+        def listen() -> None:
+            while peers.told() is None:
+                time.sleep(0.01)
+            heard.append(peers.told())
+
+        listening = threading.Thread(target=listen)
+        listening.start()
+        if rank == 2:
+            peers.tell(b"rank 2 has no data")
+            peers.tell(b"again")  # the first one stands
+            listening.join()
+        dist.all_reduce(torch.ones(1))  # which rank 2 enters only when it has heard itself
+        listening.join()
+        peers.leave(within_s=10)  # rank 0 goes last, or the others could not have asked
+        return heard
+
+    assert run_on_ranks(act, 3) == [[None, b"rank 2 has no data"]] * 3
+
+
+def test_rank_0_does_not_wait_for_ever_for_those_who_are_gone():
+    store = dist.TCPStore("127.0.0.1", free_port(), 1, is_master=True)
+    naps: list[float] = []
+    Peers(store, 0, 3).leave(within_s=1, sleep=naps.append)
+    assert sum(naps) == pytest.approx(1, abs=0.06)
+    Peers(store, 1, 3).leave(within_s=1)
+    Peers(store, 2, 3).leave(within_s=1)
+    naps.clear()
+    Peers(store, 0, 3).leave(within_s=1, sleep=naps.append)
+    assert naps == []

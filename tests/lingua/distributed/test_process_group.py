@@ -1,0 +1,142 @@
+from typing import Any
+
+import pytest
+import torch
+
+from lingua.config.keys.distributed import DistributedArgs
+from lingua.distributed.process_group import Place, RankError, Votes, find_place, from_main, on_every_rank, pick_device
+from tests.ranks import run_on_ranks
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "1234",
+}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+def test_torchrun_says_where_we_are():
+    assert find_place(TORCHRUN) == Place(5, 8, 1, 4, ("head", 1234))
+
+
+def test_torchrun_inside_slurm_wins_over_the_task():
+    assert find_place(SLURM | TORCHRUN).world_size == 8
+
+
+def test_a_slurm_step_says_where_we_are():
+    place = find_place(SLURM)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
+    assert place.master is not None
+    assert place.master[0] == "n1"
+
+
+def test_two_jobs_and_two_steps_do_not_meet_at_one_port():
+    places = [find_place(SLURM | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job in "789" for step in "01"]
+    assert len({place.master for place in places}) == len(places)
+
+
+@pytest.mark.parametrize("env", [{}, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}])
+def test_otherwise_we_are_alone(env: dict[str, str]):
+    assert find_place(env) == Place()
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_the_remedy():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="device=cpu"):
+        pick_device("cuda", Place())
+    assert pick_device("auto", Place()) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("args", "world_size", "expected"),
+    [
+        ({}, 1, (1, 1, 1)),
+        ({}, 8, (8, 1, 1)),
+        ({"fsdp_type": "full_shard"}, 8, (1, 8, 1)),
+        ({"fsdp_type": "full_shard", "dp_replicate": 2}, 8, (2, 4, 1)),
+        ({"fsdp_type": "full_shard", "dp_shard": 2}, 8, (4, 2, 1)),
+        ({"fsdp_type": "full_shard", "tp_size": 2}, 8, (1, 4, 2)),
+        ({"dp_replicate": 24}, 8, (8, 1, 1)),  # a config for 24 GPUs on 8
+    ],
+)
+def test_degrees_of_parallelism(args: dict[str, Any], world_size: int, expected: tuple[int, int, int]):
+    assert DistributedArgs(**args).degrees(world_size) == expected
+
+
+@pytest.mark.parametrize(("args", "world_size"), [({"tp_size": 3}, 8), ({"fsdp_type": "full_shard", "dp_shard": 3}, 8)])
+def test_degrees_that_do_not_fit_are_refused(args: dict[str, Any], world_size: int):
+    with pytest.raises(ValueError, match="does not divide 8"):
+        DistributedArgs(**args).degrees(world_size)
+
+
+def test_votes_are_sums_over_ranks_read_one_step_late():
+    def act(rank: int) -> list[Any]:
+        votes: Votes[str] = Votes(torch.device("cpu"))
+        return [
+            votes.cast("one", [float(rank), torch.tensor(True)]),
+            votes.cast("two", [10.0, torch.tensor(rank == 1)]),
+            votes.read(),
+            votes.read(),
+        ]
+
+    expected = [None, ("one", [3.0, 3.0]), ("two", [30.0, 1.0]), None]
+    assert run_on_ranks(act, 3) == [expected] * 3
+    assert act(0) == [None, ("one", [0.0, 1.0]), ("two", [10.0, 0.0]), None]  # alone
+
+
+def test_all_ranks_hear_the_result_of_rank_0_or_its_error():
+    def act(rank: int) -> list[str]:
+        heard = [from_main(lambda: f"from {rank}")]
+        try:
+            from_main(lambda: int("x"))
+        except ValueError as error:
+            heard.append(f"{type(error).__name__}: {error}")
+        return heard
+
+    results = run_on_ranks(act, 2)
+    assert results[0] == results[1]
+    assert results[1][0] == "from 0"
+    assert results[1][1].startswith("ValueError: invalid literal")
+
+
+def test_an_error_that_cannot_travel_still_arrives_as_words():
+    class OddError(ValueError):
+        def __init__(self, a: int, b: int) -> None:
+            super().__init__(f"odd {a} {b}")
+
+    def fail() -> None:
+        raise OddError(1, 2)
+
+    def act(rank: int) -> str:
+        with pytest.raises((OddError, RankError)) as caught:
+            from_main(fail)
+        return str(caught.value)
+
+    assert run_on_ranks(act, 2) == ["odd 1 2", "OddError: odd 1 2"]
+
+
+def test_when_one_rank_fails_all_raise_and_name_it():
+    def act(rank: int) -> str:
+        def work() -> int:
+            return 1 // (1 - rank)
+
+        with pytest.raises((ZeroDivisionError, RankError)) as caught:
+            on_every_rank(work)
+        return str(caught.value)
+
+    results = run_on_ranks(act, 3)
+    assert "rank 1: ZeroDivisionError" in results[0]
+    assert "rank 1: ZeroDivisionError" in results[2]

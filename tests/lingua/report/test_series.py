@@ -1,0 +1,60 @@
+"""Metrics files as columns, and curves thinned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lingua.report.series import WHEN, read_table, records_in, thinned, when
+
+
+def test_what_is_no_record_is_passed_over(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [
+        '{"global_step": 1, "incarnation": 1, "loss": 2.5, "created_at": "1970-01-01T00:01:00+00:00"}',
+        "\x00\x00{",
+        "[1, 2]",
+        '{"loss": 9.0}',
+        '{"global_step": "2"}',
+        '{"global_step": 3, "loss": null, "created_at": "yesterday"}',
+        '{"global_step": 4, "loss": true}',
+        '{"global_step": 5, "lo',
+    ]
+    file.write_text("\n".join(lines))
+    table = read_table(file, ["loss"])
+    assert table["global_step"].tolist() == [1, 3, 4]
+    assert np.array_equal(table["loss"], [2.5, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(table[WHEN], [60.0, np.nan, np.nan], equal_nan=True)
+    assert [column.tolist() for column in table.curve("loss")] == [[1], [2.5]]
+    assert len(read_table(tmp_path / "nothing", ["loss"])) == 0
+    assert list(records_in(tmp_path)) == []  # a folder
+
+
+@pytest.mark.parametrize("text", [None, 5, "", "yesterday"])
+def test_what_is_no_time_is_none(text: object):
+    assert np.isnan(when(text))
+
+
+@pytest.mark.parametrize(("n", "n_pieces"), [(0, 10), (1, 10), (10, 10), (11, 10), (1000, 7), (12345, 240)])
+def test_a_thinned_curve_keeps_extremes_and_ends(n: int, n_pieces: int):
+    x = np.arange(n, dtype=float)
+    y = np.random.default_rng(n).normal(size=n)
+    thin = thinned(x, y, n_pieces)
+    assert len(thin.x) == min(n, n_pieces)
+    assert thin.is_whole == (n <= n_pieces)
+    if n:
+        assert (thin.low.min(), thin.high.max()) == (y.min(), y.max())
+        assert (thin.x[0], thin.x[-1]) == (x[0], x[-1])
+        assert (thin.low <= thin.mean).all()
+        assert (thin.mean <= thin.high).all()
+        assert (np.diff(thin.x) > 0).all()
+    again = thinned(x, y, n_pieces)
+    assert all(np.array_equal(getattr(thin, name), getattr(again, name)) for name in ("x", "mean", "low", "high"))
+
+
+def test_a_piece_is_the_mean_of_its_points():
+    thin = thinned(np.arange(6.0), np.array([1.0, 3.0, 5.0, 7.0, 2.0, 4.0]), 3)
+    assert thin.mean.tolist() == [2, 6, 3]
+    assert (thin.low.tolist(), thin.high.tolist()) == ([1, 5, 2], [3, 7, 4])

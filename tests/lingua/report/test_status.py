@@ -1,0 +1,170 @@
+"""How a run is doing and what ended it, decided on facts alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lingua.console import columns
+from lingua.report.facts import RunFacts, Start
+from lingua.report.status import describe, root_cause, state_of, status_of, table, why
+from lingua.run.failure import Failure
+from lingua.run.lock import Owner
+from lingua.slurm import Job
+
+ME = Owner(host="login", boot_id="a", pid_space="p", pid=1, started="1")
+THERE = Owner(host="n1", boot_id="b", pid_space="p", pid=7, started="7", slurm_job_id="42")
+START = Start(number=3, owner=THERE, released=False, beat_age_s=5.0)
+METRICS = {"global_step": 120, "incarnation": 3, "loss/out": 3.25, "speed/wps": 5000.0, "time/eta_s": 7200.0}
+RUNNING = RunFacts(
+    path=Path("out/x"),
+    config={"name": "x", "steps": 1000},
+    start=START,
+    earlier=({"reason": "signal", "signal": "SIGTERM"}, None),
+    metrics=METRICS,
+    metrics_age_s=20.0,
+    checkpoint=100,
+    checkpoint_age_s=90.0,
+    validation={"global_step": 100, "web/bpb": 1.5, "web/nll": 1.0, "incarnation": 3, "created_at": "now"},
+)
+GONE = replace(RUNNING, start=replace(START, beat_age_s=9000.0))
+
+
+def ended(reason: str, exit_code: int, **more: Any) -> RunFacts:
+    stop = {"reason": reason, "exit_code": exit_code, "step": 120, **more}
+    return replace(RUNNING, start=replace(START, released=True), stop=stop, stop_age_s=300.0)
+
+
+def failure(kind: str, rank: int = 0, **more: Any) -> Failure:
+    facts = {"type": "SomeError", "message": "line 7\nmore", "traceback": "", "step": 120, "incarnation": 3}
+    return Failure(**{"kind": kind, "rank": rank, "host": f"n{rank}", "time": "2026-01-01T00:00:00", **facts, **more})
+
+
+DATA = replace(
+    ended("error", 1, kind="data", error="rank 1: SomeError: line 7"),
+    failures=(failure("data", 0, because_of_rank=1), failure("data", 1)),
+)
+
+
+@pytest.mark.parametrize(
+    ("facts", "state"),
+    [
+        (RunFacts(Path("out/x")), "new"),
+        (RUNNING, "running"),
+        (replace(RUNNING, metrics=None), "starting"),
+        (replace(RUNNING, metrics={**METRICS, "incarnation": 2}), "starting"),
+        (GONE, "killed"),
+        (replace(RUNNING, start=replace(START, beat_age_s=150.0)), "running"),  # a shared disk shows it late
+        (replace(GONE, job=Job("42", "PENDING", "Priority")), "queued"),
+        (replace(GONE, job=Job("42", "NODE_FAIL")), "killed"),
+        (ended("finished", 0), "finished"),
+        (ended("signal", 75, signal="SIGTERM"), "saved"),
+        (replace(ended("signal", 75, signal="SIGTERM"), job=Job("42", "PENDING")), "queued"),
+        (ended("signal", 130, signal="SIGINT"), "stopped"),
+        (ended("asked", 130, signal="lingua stop"), "stopped"),
+        (DATA, "failed"),
+        (replace(GONE, failures=(failure("nccl", 1),)), "failed"),  # rank 0 was killed, another could still speak
+        (replace(RUNNING, start=replace(START, owner=replace(ME, started="?"))), "killed"),  # no such process here
+    ],
+)
+def test_the_state_in_one_word(facts: RunFacts, state: str):
+    assert state_of(facts, ME) == state
+
+
+def test_the_first_failure_is_the_cause():
+    assert root_cause(()) is None
+    assert root_cause(DATA.failures) == DATA.failures[1]
+    lost, hung = failure("nccl", 0), failure("hang", 2, time="2026-01-01T00:00:09")
+    assert root_cause((lost, hung)) == hung
+
+
+def test_a_status_has_the_figures():
+    status = status_of(RUNNING, ME)
+    assert (status.state, status.step, status.n_steps, status.loss, status.left_s) == ("running", 120, 1000, 3.25, 7200)
+    assert (status.checkpoint, status.checkpoint_age_s, status.job) == (100, 90.0, "42")
+    assert status.validation == {"web/bpb": 1.5, "web/nll": 1.0}
+    assert status_of(ended("finished", 0), ME).left_s == 0
+    assert status_of(DATA, ME).kind == "data"
+
+
+def test_the_status_as_people_read_it():
+    facts = replace(RUNNING, job=Job("42", "RUNNING", left="3:00:00"))
+    assert describe(status_of(facts, ME)) == [
+        "out/x  running",
+        "  step        120 of 1,000 (12%), loss 3.2500, 20s ago",
+        "  speed       5,000 tokens/s per device",
+        "  left        2h0m of training; of the job's time 3:00:00",
+        "  checkpoint  100, 1m30s ago",
+        "  evaluation  validation at 100: web/bpb 1.5000",
+        "  job         42 RUNNING",
+        "  start       3 on n1",
+    ]
+    assert describe(status_of(RunFacts(Path("out/y")), ME)) == [
+        "out/y  new",
+        "  step        0",
+        "  checkpoint  none yet",
+        "  start       none yet",
+    ]
+
+
+def test_runs_in_a_table():
+    lines = table([status_of(RUNNING, ME), status_of(DATA, ME), status_of(RunFacts(Path("y")), ME)])
+    assert lines[1].split("  ")[0] == "out/x"
+    assert "failed (data)" in lines[2]
+    assert "2h0m" in lines[1]
+    assert "2h0m" not in lines[2]  # it does not go on
+    assert len({line.index(word) for line, word in zip(lines[:2], ("state", "running"), strict=True)}) == 1
+
+
+def test_columns():
+    assert columns([("a", "bb"), ("ccc", "d")], right=(1,)) == ["a    bb", "ccc   d"]
+
+
+def test_why_a_data_error():
+    told = why(DATA, ME)
+    assert list(told) == ["ended", "cause", "where", "saved", "next"]
+    assert told["ended"] == "failed, step 120 of 1,000, 5m0s ago; start 3 (before: SIGTERM, killed)"
+    assert told["cause"] == "data: SomeError: line 7"
+    assert told["where"].startswith(
+        "rank 1 on n1, after step 120, 2026-01-01T00:00:00, Slurm job 42; out/x/logs/error_1"
+    )
+    assert "(and 1 that followed)" in told["where"]
+    assert told["saved"] == "checkpoint 100, 1m30s ago; 20 steps are trained again"
+    assert told["next"].startswith("a restart would meet it again: mend the file")
+
+
+@pytest.mark.parametrize(
+    ("facts", "line", "said"),
+    [
+        (GONE, "cause", "without a word"),
+        (GONE, "ended", "killed, step 120 of 1,000, 20s ago"),  # the newest sign of life
+        (replace(GONE, job=Job("42", "OUT_OF_MEMORY")), "cause", "Slurm says OUT_OF_MEMORY"),
+        (replace(GONE, job=Job("42", "FAILED", "NonZeroExitCode")), "cause", "Slurm says FAILED (NonZeroExitCode)"),
+        (replace(GONE, job=Job("42", "PENDING", "Resources")), "next", "when Slurm starts job 42"),
+        (ended("signal", 75, signal="SIGUSR2"), "cause", "SIGUSR2: preemption, the time limit"),
+        (ended("signal", 75, signal="SIGUSR2"), "saved", "checkpoint 100"),
+        (ended("asked", 130, signal="lingua stop"), "cause", "a person: lingua stop"),
+        (ended("signal", 130, signal="SIGINT"), "cause", "a person: Ctrl-C"),
+        (ended("finished", 0), "next", "raise `steps`"),
+        (RUNNING, "ended", "not at all: it is running"),
+        (RUNNING, "saved", "killed now, it would train 20 steps again"),
+        (RunFacts(Path("out/x")), "ended", "out/x was never started"),
+        (replace(GONE, checkpoint=None), "saved", "it begins at step 0 again"),
+        (replace(DATA, failures=(failure("hang", 1),)), "next", "a restart may help: logs/stacks_"),
+        (replace(DATA, failures=(failure("hang", 1),)), "where", "stacks_*.txt"),
+        (replace(DATA, failures=()), "cause", "data: rank 1: SomeError: line 7"),
+        (replace(DATA, failures=(failure("setup", 1, step=None),)), "where", "before the first step"),
+    ],
+)
+def test_why_anything_else(facts: RunFacts, line: str, said: str):
+    told = why(facts, ME)
+    assert said in told[line]
+    assert not any("\n" in text for text in told.values())
+
+
+def test_many_starts_that_ended_alike_are_counted():
+    earlier = (None, *({"reason": "signal", "signal": "SIGTERM"},) * 4, {"reason": "error", "kind": "hang"})
+    assert "(before: killed, 4 x SIGTERM, hang)" in why(replace(GONE, earlier=earlier), ME)["ended"]

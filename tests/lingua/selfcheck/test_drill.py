@@ -1,0 +1,288 @@
+"""`lingua drill`, the work, on a run that is played by a few lines: each promise that is broken is told."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+import lingua.launch.job
+import lingua.selfcheck.drill
+from lingua.checkpoint import layout, publish
+from lingua.config.command_line import CommandLine
+from lingua.config.yaml_layers import read_yaml
+from lingua.files import RunError
+from lingua.launch.job import NO_REQUEUE, REFUSED
+from lingua.selfcheck.drill import Drill, OnSlurm, Watch, describe
+from lingua.selfcheck.drill_plan import EVERY, Facts, Limits, judge
+from lingua.slurm import Allocation
+from tests.fakes import Clock
+
+
+class Played:
+    """A place whose runs train a step each time somebody looks away, and answer every signal."""
+
+    kinds: Sequence[str] = ("TERM", "KILL")
+    requeues = True
+
+    def __init__(self, clock: Clock, **faults: bool) -> None:
+        self.clock, self.faults = clock, faults
+        self.config: dict[str, Any] = {}
+        self.starts: dict[str, int] = {}
+        self.step, self.trains, self.is_closed = 0, False, False
+        self.waits = 0
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config["dump_dir"])
+
+    def start(self, line: CommandLine, base_dir: Path) -> None:
+        assert line.config is not None
+        self.config = read_yaml(Path(line.config)).tree
+        self.begin()
+
+    def begin(self) -> None:
+        name = self.config["name"]
+        self.starts[name] = self.starts.get(name, 0) + 1
+        root = self.run_dir / layout.CHECKPOINTS
+        root.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "train.log").touch()
+        publish.open_passage(root, self.starts[name])
+        self.step, self.trains = max(layout.done_steps(root), default=0), True
+
+    def sleep(self, seconds: float) -> None:
+        self.clock.sleep(seconds)
+        if self.waits:
+            self.waits -= 1
+            if not self.waits:
+                self.begin()
+        if self.trains and self.step < self.config["steps"]:
+            self.step += 1
+            loss = 1.0 / self.step + (self.faults.get("drifts", False) and self.config["name"] == "taken")
+            record = {"global_step": self.step, "loss/out": loss, "incarnation": self.starts[self.config["name"]]}
+            with (self.run_dir / "metrics.jsonl").open("ab") as lines:
+                lines.write(orjson.dumps(record) + b"\n")
+            if self.step % EVERY == 0 or self.step == self.config["steps"]:
+                self.save()
+
+    def save(self) -> None:
+        root, incarnation = self.run_dir / layout.CHECKPOINTS, self.starts[self.config["name"]]
+        if self.step in layout.done_steps(root):
+            return
+        folder = layout.coming(layout.folder(root, self.step), incarnation)
+        folder.mkdir()
+        noise = self.config["name"].encode() if self.faults.get("differs") else b""
+        facts = {"model.bin": publish.write_hashed(folder / "model.bin", [b"%d" % self.step + noise])}
+        publish.publish(root, self.step, incarnation, facts)
+
+    def strike(self, kind: str, run_dir: Path) -> str:
+        if kind == "TERM" and self.faults.get("forbids"):
+            return "Access denied"
+        if kind == "TERM" and not self.faults.get("forgets"):
+            self.save()
+        if self.faults.get("loses"):
+            root = run_dir / layout.CHECKPOINTS
+            newest = max(layout.done_steps(root))
+            layout.done_mark(root, newest).unlink()
+            shutil.rmtree(layout.folder(root, newest))
+        self.trains = False
+        if not self.faults.get("stays_down") and not self._ends:
+            self.waits = 10
+        return ""
+
+    @property
+    def _ends(self) -> bool:
+        return bool(self.faults.get("may_not_requeue") or self.faults.get("dies"))
+
+    def is_over(self) -> bool:
+        return not self.trains and self._ends
+
+    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+        return (False, "FileNotFoundError: stop.json") if self.faults.get("dies") else (True, "Access denied")
+
+    def end(self) -> bool:
+        self.trains, self.waits = False, 0
+        return not self.faults.get("comes_back")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def limits(self) -> Limits:
+        return Limits(grace_s=30.0, preempt_mode="REQUEUE")
+
+
+def play(tmp_path: Path, **faults: bool) -> tuple[Facts, Played]:
+    clock = Clock()
+    place = Played(clock, **faults)
+    drill = Drill(
+        tmp_path / "drill", [], place, minutes=1, patience_s=60, base_dir=tmp_path,
+        say=lambda text: None, now=clock.now, sleep=place.sleep,
+    )  # fmt: skip
+    return drill.run(seed=1), place
+
+
+def test_a_run_that_keeps_its_promises(tmp_path: Path):
+    facts, place = play(tmp_path)
+    assert judge(facts).broken == []
+    assert judge(facts).limits == []
+    assert {blow.kind for blow in facts.struck} == {"TERM", "KILL"}
+    assert (facts.not_requeued, facts.stayed_away, place.is_closed) == ("", True, True)
+    assert place.starts == {"taken": len(facts.struck) + 1, "calm": 1}
+    assert facts.last_step in facts.published
+    assert all(blow.safe_s is None or blow.safe_s >= 0 for blow in facts.struck), "None: it had just been saved"
+    assert any(blow.safe_s is not None for blow in facts.struck if blow.kind == "TERM")
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("forgets", r"TERM at step \d+ was not answered by a checkpoint"),
+        ("loses", r"checkpoint \d+ was published and is lost: the newest is now"),
+        ("dies", r"after (TERM|KILL) at step \d+ the job did not go back into the queue: FileNotFoundError: stop"),
+        ("stays_down", r"after (TERM|KILL) at step \d+ the run did not train again"),
+        ("differs", r"not equal to the undisturbed run: model.bin of checkpoint \d+"),
+        ("drifts", r"not equal to the undisturbed run: the loss of step 1 is"),
+        ("comes_back", r"the job was cancelled and came back"),
+    ],
+)
+def test_each_broken_promise_is_found(tmp_path: Path, fault: str, sentence: str):
+    facts, place = play(tmp_path, **{fault: True})
+    assert any(re.search(sentence, broken) for broken in judge(facts).broken), judge(facts)
+    assert place.is_closed
+
+
+def test_what_the_cluster_does_not_grant_is_seen(tmp_path: Path):
+    facts, _ = play(tmp_path, may_not_requeue=True)
+    assert facts.not_requeued == "Access denied"
+    assert judge(facts).kept, "the drill has submitted it again"
+    refused, _ = play(tmp_path / "again", forbids=True)
+    assert judge(refused).limits == ["TERM was refused: Access denied"]
+    assert "TERM: refused (Access denied)" in [describe(blow) for blow in refused.struck]
+
+
+def test_a_damaged_checkpoint_counts_as_lost(tmp_path: Path):
+    facts, _ = play(tmp_path)
+    watch = Watch(tmp_path / "drill" / "taken")
+    watch.verify()
+    assert watch.lost == {}
+    (layout.folder(watch.root, facts.last_step) / "model.bin").write_bytes(b"?")
+    watch.verify()
+    assert list(watch.lost) == [facts.last_step]
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):
+    (tmp_path / "drill" / "data" / "words").mkdir(parents=True)
+    with pytest.raises(RunError, match="is there already; choose another folder with --folder"):
+        play(tmp_path)
+
+
+class Controller:
+    """Slurm's answers."""
+
+    def __init__(self, states: list[str]) -> None:
+        self.states, self.asked = states, []
+
+    def __call__(self, words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+        self.asked.append(" ".join(words))
+        if words[0] == "sbatch":
+            return "7;cluster\n"
+        if words[0] == "squeue":
+            return "7.0|service\n7.1|ranks\n"
+        if words[:2] == ["scontrol", "requeue"]:
+            raise RunError("scontrol requeue was refused: Access/permission denied")
+        return f"JobId=7 JobState={self.states.pop(0) if len(self.states) > 1 else self.states[0]}"
+
+
+def on_slurm(states: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[OnSlurm, Controller, Clock]:
+    """A place whose job 7 was submitted a moment ago."""
+
+    def submit(line: CommandLine, *, base_dir: Path, run: Callable[..., str]) -> int:
+        run(["sbatch", "run.sh"], env={})
+        return 0
+
+    clock, controller = Clock(), Controller(states)
+    place = OnSlurm(controller, now=clock.now, sleep=clock.sleep)
+    monkeypatch.setattr(lingua.selfcheck.drill, "launch", submit)
+    place.start(CommandLine(), Path())
+    controller.asked.clear()
+    return place, controller, clock
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        ("TERM", "scancel --signal=TERM 7"),
+        ("USR2", "scancel --signal=USR2 7"),
+        ("KILL", "scancel --signal=KILL 7.1"),
+        ("service", "scancel --signal=KILL 7.0"),
+    ],
+)
+def test_what_a_user_may_do(kind: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place, controller, _ = on_slurm(["RUNNING"], monkeypatch)
+    assert place.strike(kind, tmp_path) == ""
+    assert controller.asked[-1] == asked
+
+
+def test_what_a_user_may_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place, _, _ = on_slurm(["RUNNING"], monkeypatch)
+    assert "permission denied" in place.strike("requeue", tmp_path)
+
+
+def test_a_job_that_passes_through_the_end_is_not_over(monkeypatch: pytest.MonkeyPatch):
+    place, _, clock = on_slurm(["FAILED", "PENDING", "FAILED"], monkeypatch)
+    answers = []
+    for _ in range(10):
+        clock.sleep(1.5)
+        answers.append(place.is_over())
+    assert answers == [False] * 6 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("states", "stayed"),
+    [(["COMPLETING", "CANCELLED"], True), (["COMPLETING", "PENDING"], False), (["COMPLETED"], False)],
+)
+def test_whether_a_cancelled_job_stays_so(states: list[str], stayed: bool, monkeypatch: pytest.MonkeyPatch):
+    place, controller, _ = on_slurm(states, monkeypatch)
+    assert place.end() is stayed
+    assert controller.asked[0] == "scancel 7"
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "by_cluster", "words"),
+    [
+        ("FAILED", "FileNotFoundError: [Errno 2] stop.json\n\n", False, "FileNotFoundError: [Errno 2] stop.json ("),
+        ("FAILED", "job: the job ends: 2 starts in a row gained no step\n", False, "2 starts in a row gained no step"),
+        ("FAILED", "", False, "nothing ("),
+        ("FAILED", None, False, "it is FAILED, and its log cannot be read"),
+        ("FAILED", f"job: back into the queue\njob: {REFUSED}: Access denied\n", True, "Access denied"),
+        ("COMPLETED", f"job: the job ends: the time was up, and {NO_REQUEUE}\n", True, NO_REQUEUE),
+        ("NODE_FAIL", "job: \n", True, "job 7 is NODE_FAIL"),
+    ],
+)
+def test_whose_fault_it_is_that_a_job_did_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, said: str | None, by_cluster: bool, words: str
+):
+    """The cluster's, only where the log of the job or its state says so; all else is ours."""
+    place, _, _ = on_slurm([state], monkeypatch)
+    if said is not None:
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / "7.out").write_text(said)
+    found = place.last_words(tmp_path)
+    assert found[0] is by_cluster
+    assert words in found[1]
+
+
+def test_what_a_job_says_when_slurm_refuses_is_what_the_drill_looks_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(address: str, avoid: Sequence[str]) -> None:
+        raise RunError("scontrol requeue was refused: Access denied")
+
+    monkeypatch.setattr(lingua.launch.job, "requeue", refuse)
+    lingua.launch.job.send_back(Allocation("7", 0, 1, 1, 1))
+    assert f"{REFUSED}: scontrol requeue was refused: Access denied" in caplog.text

@@ -1,0 +1,89 @@
+"""Wings import one way. Imports inside functions and under TYPE_CHECKING count; there is no list of exceptions."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# A name imports only names of lower levels, and its own modules.
+LEVELS = [
+    ["files", "logger", "signals"],
+    ["config"],
+    ["slurm", "tokenizer"],
+    ["run", "optim"],
+    ["console", "model"],
+    ["data", "distributed"],
+    ["profiling", "checkpoint"],
+    ["report"],
+    ["train"],
+    ["launch"],
+    ["sweep", "selfcheck"],
+    ["eval"],
+    ["stool", "args", "schema", "schedule"],  # the last three are old names, for plugins
+    ["apps"],
+    ["setup", "scripts"],
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {
+    module_of(path): path for top in ("lingua", "apps", "setup", "scripts") for path in (ROOT / top).rglob("*.py")
+}
+
+
+def wing_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "lingua" and len(parts) > 1 else parts[0]
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules of this repository that a module names in its import statements, wherever they stand."""
+    found: set[str] = set()
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for name in names:
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            if name not in ("", "lingua", "apps", module):
+                found.add(name)
+    return found
+
+
+def test_every_wing_has_a_level():
+    assert {wing_of(module) for module in MODULES} - {"lingua"} == set(LEVEL)
+
+
+def test_wings_import_only_lower_wings():
+    wrong = [
+        f"{module} imports {other}"
+        for module in sorted(MODULES)
+        for other in sorted(imports_of(module))
+        if wing_of(module) != wing_of(other) and LEVEL[wing_of(other)] >= LEVEL[wing_of(module)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_import_each_other_in_no_circle():
+    graph = {module: imports_of(module) for module in MODULES}
+    done: set[str] = set()
+
+    def follow(module: str, trail: list[str]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for other in sorted(graph[module]):
+                follow(other, [*trail, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        follow(module, [])
