@@ -10,11 +10,13 @@ Cost: the weights once, in `dtype`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import BeforeValidator
 
 from lingua.config.base import ConfigError, Text
@@ -24,7 +26,7 @@ from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.process_group import find_place, pick_device
-from lingua.model.generate import Answer, Generator
+from lingua.model.generate import Answer, Generator, cpu_threads
 from lingua.train.describe import config_of, described
 from lingua.train.load_model import load_model
 
@@ -72,6 +74,9 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
     """A generator with the weights of `args.ckpt` in the model of `run_args`."""
     device = pick_device(args.device, find_place())
     model, tokenizer, loaded = load_model(run_args, args.ckpt, device, DTYPES[args.dtype])
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        n_params = sum(parameter.numel() for parameter in model.parameters())
+        torch.set_num_threads(cpu_threads(n_params, torch.get_num_threads()))
     print(f"{loaded}, on {device} in {args.dtype}", file=sys.stderr)
     return Generator(model, tokenizer, args, add_bos=run_args.data.add_bos)
 

@@ -223,6 +223,15 @@ MOVED = {
     "model.hf": "use data.tokenizer.name: hf, and checkpoint.init_ckpt_path for the weights",
 }
 """Keys of lingua and its forks that are gone, each with what replaces it."""
+NO_EFFECT: dict[str, Any] = {
+    "distributed.spawn_method": "forkserver",
+    "checkpoint.thread_debug": True,
+    "logging.acc_freq": None,
+    "eval.wipe_ckpt": False,
+    "eval.terminal_eval_wandb": False,
+    "eval.harness.device": None,
+}
+"""Keys that are read and ignored, each with the default it had: older configs and Meta Lingua's hold them."""
 
 
 def unknown_key(key: Key, schema: type[Args]) -> str:

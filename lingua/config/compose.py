@@ -19,13 +19,13 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from lingua.config.base import MOVED, Args, ConfigError, Key, Written, dotted_key, plain, show, unknown_key
+from lingua.config.base import MOVED, NO_EFFECT, Args, ConfigError, Key, Written, dotted_key, plain, show, unknown_key
 from lingua.config.yaml_layers import (
     DEFAULT,
     Layer,
@@ -267,6 +267,8 @@ class Composed(Generic[ArgsType]):
 
     args: ArgsType
     marks: dict[Key, Origin]
+    ignored: list[str] = field(default_factory=list)
+    """Keys that were set and have no effect."""
 
     def origins(self) -> dict[str, str]:
         """For `config.origin.yaml`: the place that each leaf key's value came from."""
@@ -305,12 +307,13 @@ def examine(
     """Compose and validate, collecting complaints. Raises ConfigError only when there is nothing to validate."""
     layer = stack_layers(config, overlays, overrides, schema, point)
     _drop_inert(layer)
+    ignored = _drop_ignored(layer, schema)
     findings, interpolated = _resolve(layer, schema)
     findings += _expand_paths(layer) + _import_plugins(layer)
     args, more = _validate(layer.tree, schema, interpolated)
     findings += [finding for finding in more if finding[0] not in {key for key, _ in findings}]
     complaints = [_complaint(layer.marks, key, text) for key, text in findings]
-    composed = None if args is None else Composed(args, layer.marks)
+    composed = None if args is None else Composed(args, layer.marks, ignored)
     bad_keys = [dotted_key(key) for key, text in findings if not text.startswith(f"{dotted_key(key)} is no key")]
     return Examined(composed, complaints, bad_keys)
 
@@ -323,6 +326,23 @@ def _drop_inert(layer: Layer) -> None:
         if isinstance(section, dict) and name in section and not section[name]:
             layer.forget((outer, name))
             del section[name]
+
+
+def _drop_ignored(layer: Layer, schema: type[Args]) -> list[str]:
+    """Leave out the keys that have no effect; return those whose value asks for something."""
+    asked = []
+    for dotted, default in NO_EFFECT.items():
+        key = tuple(dotted.split("."))
+        key = key if key[0] in schema.model_fields else key[1:]  # a config of the section `eval` alone
+        section: Any = layer.tree
+        for name in key[:-1]:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and key[-1] in section:
+            if section.pop(key[-1]) != default:
+                asked.append(dotted_key(key))
+            else:
+                layer.forget(key)
+    return asked
 
 
 def compose(

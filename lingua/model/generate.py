@@ -22,6 +22,12 @@ from lingua.model.transformer import KVCache
 from lingua.tokenizer import Tokenizer
 
 End = Literal["until", "eos", "length"]
+ONE_THREAD_PARAMS = 10_000_000
+"""A model of at most so many parameters is not split over CPU threads: a token's products are too small.
+
+Measured with 5 million parameters on two cores, the threads spinning as `lingua/__init__.py` sets it: one thread
+generates 2.3 times what two do, and 3.8 times beside a busy process.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class Answer:
 
 
 # -- pure decisions ------------------------------------------------------------------------------------------------
+
+
+def cpu_threads(n_params: int, n_threads: int) -> int:
+    """Return how many of `n_threads` CPU threads generate fastest."""
+    return 1 if n_params <= ONE_THREAD_PARAMS else n_threads
 
 
 def prompt_room(args: GeneratorArgs, max_seqlen: int) -> int:

@@ -91,7 +91,8 @@ def load(
         raise ConfigError(judged.complaints)
     if earlier.is_bound and barring:
         raise ConfigError([f"{Path(args.dump_dir) / 'config.yaml'}: {difference}" for difference in barring])
-    warnings = [composed.complaint(*finding) for finding in [*judged.study.warnings, *_idle_seed(composed)]]
+    ignored = [Finding(key, f"{key} has no effect; take it out") for key in composed.ignored]
+    warnings = [composed.complaint(*finding) for finding in [*judged.study.warnings, *_idle_seed(composed), *ignored]]
     for name in followers:
         composed.marks[name, "seed"] = _origin_of_seed(composed, getattr(args, name).seed)
     waived = [] if earlier.is_bound else barring
@@ -316,16 +317,6 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
         yield Finding("checkpoint.reset", text)
     yield from _attention_conflicts(args)
     yield from _float8_conflicts(args)
-
-
-def has_no_effect_yet(args: TrainArgs) -> Iterator[str]:
-    """What training says of keys that other rooms will honour."""
-    if args.eval is not None:
-        for key in ("wipe_ckpt", "terminal_eval_wandb"):
-            if getattr(args.eval, key):
-                yield f"eval.{key} has no effect yet"
-    if args.logging.acc_freq is not None:
-        yield f"logging.acc_freq is {args.logging.acc_freq}, but only whole steps are logged; it has no effect"
 
 
 def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ from lingua.run.metrics import MetricLogger
 from lingua.run.throughput import Meter, find_peak
 from lingua.slurm import this_job
 from lingua.train.build import Run
-from lingua.train.check import Checked, has_no_effect_yet
+from lingua.train.check import Checked
 from lingua.train.load_model import bare_model
 from lingua.train.sizes import Resolved
 
@@ -178,7 +178,7 @@ def say_hello(run: Run, checked: Checked, meter: Meter, incarnation: int) -> Non
     size, device = run.size, run.world.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     log.info("%s: start %d in %s on %d x %s", run.args.name, incarnation, run.run_dir, size.world_size, where)
-    for warning in (*checked.warnings, *has_no_effect_yet(run.args)):
+    for warning in checked.warnings:
         log.warning("%s", warning)
     for difference in checked.differences:
         log.info("config changed: %s", difference.change)

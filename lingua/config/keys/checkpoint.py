@@ -67,5 +67,3 @@ class CheckpointArgs(Args):
     """drain: what is written is hashed and compared; readback: also read again past the page cache."""
     verify_on_load: Literal["full", "sizes"] = "full"
     """full: every byte is read and compared before a checkpoint is loaded; sizes: only names and sizes."""
-    thread_debug: bool = True
-    """Kept so that the fork's configs load; has no effect."""

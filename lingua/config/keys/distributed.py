@@ -54,8 +54,6 @@ class DistributedArgs(Args):
     detect_anomaly: bool = False
     """torch's anomaly detection: the run ends in the backward pass of the first NaN, whatever optim.on_nonfinite and
     fp16's loss scale would do; slow."""
-    spawn_method: Literal["fork", "spawn", "forkserver"] = "forkserver"
-    """Kept so that lingua's configs load; loader workers never import torch and need no choice."""
     timeout_s: PositiveInt = 600
     """A collective that waits longer than this ends the run."""
 

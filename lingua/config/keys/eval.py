@@ -20,8 +20,6 @@ class HarnessArgs(Args):
     """Folder of further task files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples before each question. Null: the task's own."""
-    device: Text | None = None
-    """Kept for lingua's configs; generator.device decides."""
     use_cache: Text | None = None
     """File of cached answers."""
     cache_requests: bool = False
@@ -101,10 +99,6 @@ class EvalArgs(Args):
     """Logging of a hand-started evaluation."""
     core_metrics: dict[str, float] | None = None
     """Weight of each metric (<task>/<metric>, or a task for its first) in `core_eval/overall_avg`."""
-    terminal_eval_wandb: bool = False
-    """After the last evaluation, one wandb run with training and evaluation metrics joined."""
-    wipe_ckpt: bool = False
-    """Give a checkpoint up to retention as soon as it is evaluated."""
     global_step: int | None = None
     """Step the checkpoint belongs to. Null: from its name."""
     newest_first: bool = False

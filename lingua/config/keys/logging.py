@@ -63,8 +63,6 @@ class LoggingArgs(Args):
 
     freq: Annotated[int, Field(ge=1)] = 10
     """Steps between two lines."""
-    acc_freq: Annotated[int, Field(ge=1)] | None = None
-    """Micro steps between two lines with gradient accumulation. Null: steps only."""
     wandb: WandbArgs | None = None
     """Null: no wandb."""
     tensorboard: bool = False

@@ -113,3 +113,20 @@ def test_the_config_of_a_checkpoint_is_that_of_its_run(run: Path) -> None:
 def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "ckpt=RUN_OR_FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("users_own", "after"), [(None, 1), ("2", 2)], ids=["one thread", "the user's own number"])
+def test_a_small_model_is_not_split_over_threads(
+    run: Path, monkeypatch: pytest.MonkeyPatch, users_own: str | None, after: int
+) -> None:
+    if users_own is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", users_own)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(words(run, "prompt=one", "device=cpu")) == 0
+        assert torch.get_num_threads() == after
+    finally:
+        torch.set_num_threads(before)

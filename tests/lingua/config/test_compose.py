@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from apps.main.args import TrainArgs
 from lingua.config.base import ConfigError
 from lingua.config.compose import Composed, compose, examine
+from lingua.config.keys.eval import EvalArgs
 from lingua.launch.submit import sbatch_options
 
 
@@ -395,3 +396,15 @@ def test_a_plugin_registers_before_the_config_is_checked(tmp_path: Path, monkeyp
     done = composed(tmp_path, text)
     assert done.args.model_dump()["optim"]["sharpness"] == 2.0
     assert "optim.sharpness is no key" not in str(complaints(tmp_path, text + "\nseed: x"))
+
+
+def test_keys_without_an_effect_are_read_and_named_where_they_ask_for_something(tmp_path: Path) -> None:
+    config = tmp_path / "old.yaml"
+    config.write_text(
+        "distributed: {spawn_method: forkserver}\ncheckpoint: {thread_debug: true}\nlogging: {acc_freq: 8}\n"
+        "eval: {wipe_ckpt: true, terminal_eval_wandb: false, harness: {tasks: [copa], device: cpu}}\n"
+    )
+    composed = compose(str(config), [], [], TrainArgs)
+    assert composed.ignored == ["logging.acc_freq", "eval.wipe_ckpt", "eval.harness.device"]
+    config.write_text("wipe_ckpt: true\nharness: {device: cpu}\n")
+    assert compose(str(config), [], [], EvalArgs).ignored == ["wipe_ckpt", "harness.device"]

@@ -293,6 +293,11 @@ def test_what_only_follows_from_a_wrong_value_is_not_said(tmp_path: Path) -> Non
     assert len(caught.value.problems) == 1
 
 
+def test_a_key_without_an_effect_is_a_warning(tmp_path: Path) -> None:
+    (warning,) = loaded(write(tmp_path), "distributed.spawn_method=fork", "checkpoint.thread_debug=true").warnings
+    assert warning == "command line: distributed.spawn_method has no effect; take it out"
+
+
 def test_strict_paths_turns_missing_files_into_errors(tmp_path: Path) -> None:
     line = parse_command_line([write(tmp_path, data={"root_dir": "/nowhere", "sources": {"a": 1.0}})])
     (warning,) = load(line, 1).warnings
