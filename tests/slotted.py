@@ -1,7 +1,7 @@
 """A run at protocol level, without torch: ranks that stage bytes instead of tensors, and what must hold after a death.
 
 `World` is one run folder and the memory of its nodes below one place. `Start` does to the slots what a start of the
-run does by `courier.py` and `stage.py`, in the same order and through the same seam. Everything lies in /dev/shm: a
+run does by `coordinator.py` and `stage.py`, in the same order and through the same seam. Everything lies in /dev/shm: a
 synced file costs 0.05 ms there.
 """
 
@@ -137,7 +137,7 @@ class World:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run, as the ranks of one node do it: what `Courier` and `Stager` do, with bytes for tensors."""
+    """One start of a run, as the ranks of one node do it: `Coordinator` and `Stager`, with bytes for tensors."""
 
     world: World
     incarnation: int
@@ -168,7 +168,7 @@ class Start:
         write_session(region, told, files=self.files)
 
     def make_slots(self) -> None:
-        """What `Courier.make_slots` does; and the space for the files."""
+        """What `Coordinator.make_slots` does; and the space for the files."""
         keep = {name for rank in self.ranks for name in names_of(rank)}
         self.region.make_slots(self.n_slots, keep, files=self.files)
 

@@ -29,7 +29,7 @@ from lingua.console import ProgressLine
 from lingua.distributed.parallelize import begin_micro_step, forward_precision
 from lingua.distributed.peers import Peers
 from lingua.distributed.process_group import (
-    Votes,
+    StepReduce,
     find_place,
     first_given,
     from_main,
@@ -47,12 +47,12 @@ from lingua.profiling.profiler import Profiler
 from lingua.profiling.windows import Requests, take_request
 from lingua.run.folder import EXIT_FINISHED, describe_stop, end_asked_for
 from lingua.run.metrics import VALIDATION_FILE, read_metrics
-from lingua.run.watchdog import Guard
+from lingua.run.watchdog import Watchdog
 from lingua.signals import STOP_REQUEST, StopSignals, noted
 from lingua.slurm import job_end_s
 from lingua.train.build import Run, build_run
 from lingua.train.check import load
-from lingua.train.judge import Judge, StepFacts
+from lingua.train.monitor import StepFacts, StepMonitor
 from lingua.train.start import (
     RunFolder,
     make_meter,
@@ -86,7 +86,7 @@ Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a pe
 2 bad config, 76 hung, 1 other failures."""
 
 
-def train(run: Run, guard: Guard, judge: Judge, evaluation: Evaluation) -> SaveReport:
+def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation) -> SaveReport:
     """Train until the last step, or until a rank is asked to stop, and save; returns how that went.
 
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
@@ -96,16 +96,16 @@ def train(run: Run, guard: Guard, judge: Judge, evaluation: Evaluation) -> SaveR
     parameters = list(run.model.parameters())
     precision = forward_precision(run.model, args.distributed, device)
     batches = run.batches()
-    votes: Votes[StepFacts] = Votes(device)
-    meter, profiler = judge.meter, judge.profiler
+    reduce: StepReduce[StepFacts] = StepReduce(device)
+    meter, profiler = monitor.meter, monitor.profiler
     halted = torch.zeros((), dtype=torch.bool, device=device)  # once set, the optimizer moves no more
     run.model.train()
     meter.start(run.step)
-    judge.note("begun")
+    monitor.note("begun")
 
     with profiler:
         profiler.start(run.step)
-        while run.step < size.n_steps and not judge.stop:
+        while run.step < size.n_steps and not monitor.stop:
             lr, rows = run.lr, []
             loss_sum = torch.zeros((), device=device)
             profiler.mark("rest")
@@ -122,7 +122,7 @@ def train(run: Run, guard: Guard, judge: Judge, evaluation: Evaluation) -> SaveR
                 profiler.mark("backward")
                 loss_sum += loss.detach()
                 if is_last and args.probe_freq and (run.step + 1) % args.probe_freq == 0:
-                    judge.report_probe(probe_batch(run, precision, tokens, labels, documents))
+                    monitor.report_probe(probe_batch(run, precision, tokens, labels, documents))
                     profiler.mark("rest")
 
             grad_norm, finite, divisor = measure_gradient(parameters, args.optim.clip, run.loss_factor)
@@ -134,34 +134,38 @@ def train(run: Run, guard: Guard, judge: Judge, evaluation: Evaluation) -> SaveR
             run.optimizer.zero_grad()
             profiler.mark("optimizer")
             run.advance()
-            guard.pulse.beat(run.step)
+            watchdog.heartbeat.beat(run.step)
 
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            numbers = [loss_sum, grad_norm, ~moves, float(guard.asked), *profiler.requests.ballot()]
-            judge.hear(votes.cast(facts, numbers if run.loss_factor is None else [*numbers, run.loss_factor]))
+            # A name with a slash is a metric: its mean over ranks is logged.
+            numbers = {"loss/out": loss_sum, "optim/grad_norm": grad_norm, "unmoved": ~moves}
+            numbers |= {"stop": float(watchdog.asked), **profiler.requests.numbers()}
+            if run.loss_factor is not None:
+                numbers["optim/loss_scale"] = run.loss_factor
+            monitor.read(reduce.submit(facts, numbers))
             if loss_scale is not None:
                 loss_scale.update(finite)
             profiler.step(run.step)
-            judge.progress.advance(run.step)
+            monitor.progress.advance(run.step)
             evaluation.look()
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
             if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
-                with meter.paused(), guard.pulse.during("validation"):
-                    judge.report_validation(validate(run, guard))
+                with meter.paused(), watchdog.heartbeat.during("validation"):
+                    monitor.report_validation(validate(run, watchdog))
             if run.manager.is_due(run.step) and run.step < size.n_steps:
-                judge.hear(votes.read())  # what is saved must have been judged
-                with meter.paused(), guard.pulse.during("checkpoint"):
+                monitor.read(reduce.result())  # what is saved must have been judged
+                with meter.paused(), watchdog.heartbeat.during("checkpoint"):
                     report = run.manager.save(run.step, run.snapshot())
-                judge.report_save(report)
+                monitor.report_save(report)
                 with meter.paused():
-                    judge.hear_of_stop(evaluation.saved(report))
-        judge.hear(votes.read())
+                    monitor.note_stop(evaluation.saved(report))
+        monitor.read(reduce.result())
 
-    job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if judge.stop else None
-    with guard.pulse.during("checkpoint"):
-        report = run.manager.save(run.step, run.snapshot(), final=True, stopping=judge.stop, deadline_s=job_ends_s)
-    judge.report_save(report)
+    job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if monitor.stop else None
+    with watchdog.heartbeat.during("checkpoint"):
+        report = run.manager.save(run.step, run.snapshot(), final=True, stopping=monitor.stop, deadline_s=job_ends_s)
+    monitor.report_save(report)
     return report
 
 
@@ -203,32 +207,32 @@ def main(words: list[str]) -> int:
         requests = Requests()
         if args.profiling.signal not in (None, *args.stop_signals):
             stack.enter_context(noted(args.profiling.signal, requests.signal))
-        guard = stack.enter_context(Guard(place.rank, signals, args.watchdog, Path(args.dump_dir)))
-        with guard.reporting():
+        watchdog = stack.enter_context(Watchdog(place.rank, signals, args.watchdog, Path(args.dump_dir)))
+        with watchdog.reporting():
             same = checked.frozen | code_of(["lingua", args.app, *args.plugins])
             world = stack.enter_context(start_world(args.distributed, place, device, same))
             if world.store is not None:
-                guard.join(Peers(world.store, place.rank, place.world_size))
+                watchdog.join(Peers(world.store, place.rank, place.world_size))
             folder = stack.enter_context(open_run_folder(checked, words, world))
-            guard.open(folder.incarnation)
+            watchdog.open(folder.incarnation)
             if folder.lock is not None:
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
                 folder.lock.on_beat = lambda: look_for_request(folder, requests)
-                guard.last_acts.append(folder.lock.release)
+                watchdog.at_exit.append(folder.lock.release)
             use_embedded_corpus(args)
             measures = make_measures(args, world)
             meter = make_meter(args, size, world)  # measures the machine before loader workers use it
             run = build_run(args, size, folder.path, world, folder.lock, stack)
             settle_config(run, checked, folder.incarnation)
-            guard.pulse.step = run.step
+            watchdog.heartbeat.step = run.step
             say_hello(run, checked, meter, folder.incarnation)
             metrics = start_metrics(run, folder.incarnation, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
-            guard.last_acts.append(progress.stop)
-            evaluation = make_evaluation(run, guard, measures, metrics, folder.incarnation)
+            watchdog.at_exit.append(progress.stop)
+            evaluation = make_evaluation(run, watchdog, measures, metrics, folder.incarnation)
             profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
-            judge = Judge(run, meter, progress, metrics, profiler)
-            exit_code = train_to_the_end(run, guard, judge, evaluation, words)
+            monitor = StepMonitor(run, meter, progress, metrics, profiler)
+            exit_code = train_to_the_end(run, watchdog, monitor, evaluation, words)
             evaluation.end(exit_code)
             return exit_code
 
@@ -240,34 +244,38 @@ def look_for_request(folder: RunFolder, requests: Requests) -> None:
         requests.ask(request)
 
 
-def train_to_the_end(run: Run, guard: Guard, judge: Judge, evaluation: Evaluation, words: list[str]) -> int:
+def train_to_the_end(
+    run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation, words: list[str]
+) -> int:
     """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
     args, n_steps = run.args, run.size.n_steps
     report: SaveReport | None = None
-    judge.hear_of_stop(evaluation.begin())
+    monitor.note_stop(evaluation.begin())
     if run.step >= n_steps and was_validated(run):
-        if judge.stop:
-            return say_stopped(run, guard, None)
+        if monitor.stop:
+            return say_stopped(run, watchdog, None)
         say_finished_already(run)
         describe_end(run, "finished", EXIT_FINISHED)
         return EXIT_FINISHED
     if run.step < n_steps:
         if run.step == 0 and args.validation.at_ends:
-            run.shared["validation_at_start"] = judge.report_validation(validate(run, guard))
+            run.shared["validation_at_start"] = monitor.report_validation(validate(run, watchdog))
         elif not was_validated(run):  # a stop came in between
-            judge.report_validation(validate(run, guard))
+            monitor.report_validation(validate(run, watchdog))
         gc.disable()
-        report = None if judge.stop else train(run, guard, judge, evaluation)  # stopped already: there is nothing new
+        report = (
+            None if monitor.stop else train(run, watchdog, monitor, evaluation)
+        )  # stopped already: there is nothing new
         gc.enable()
     stopped, after = run.step < n_steps, {}
     if not stopped and args.validation.at_ends:
-        with guard.pulse.during("validation"):
-            losses = validate(run, guard)
-        stopped, after = losses is None, judge.report_validation(losses)
+        with watchdog.heartbeat.during("validation"):
+            losses = validate(run, watchdog)
+        stopped, after = losses is None, monitor.report_validation(losses)
     if not stopped and report is not None:
         stopped = evaluation.saved(report, last=True)
     if stopped:
-        return say_stopped(run, guard, report.error if report is not None else None)
+        return say_stopped(run, watchdog, report.error if report is not None else None)
     if args.sample_prompt is not None:
         say_sample(run, args.sample_prompt)
     say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
@@ -275,13 +283,13 @@ def train_to_the_end(run: Run, guard: Guard, judge: Judge, evaluation: Evaluatio
     return EXIT_FINISHED
 
 
-def say_stopped(run: Run, guard: Guard, unsaved: str | None) -> int:
+def say_stopped(run: Run, watchdog: Watchdog, unsaved: str | None) -> int:
     """Leave the word that the run was asked to stop; `unsaved`: why without a checkpoint. Returns the exit code.
 
     Collective.
     """
-    received = first_given(guard.received)
-    assert received is not None, "the votes said so"
+    received = first_given(watchdog.received)
+    assert received is not None, "a reduction said so"
     reason, exit_code = end_asked_for(received)
     if run.world.is_main:
         if unsaved is None:

@@ -16,10 +16,10 @@ from lingua.distributed.tensor_parallel import logits, whole
 from lingua.model.attention import RowDocuments, build_mask
 from lingua.model.loss import Loss
 from lingua.model.transformer import (
+    ForwardContext,
     KVCache,
     RMSNorm,
     RotaryEmbedding,
-    Surroundings,
     TransformerBlock,
     cached_mask,
     init_parameter,
@@ -62,13 +62,13 @@ class LMTransformer(nn.Module):
         select: Tensor | None = None,  # (B,) int: the one position of each row whose logits are wanted
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss: (fp32 loss sum, number of labels)."""
-        around = self._surroundings(tokens, documents, cache, positions)
+        ctx = self._forward_context(tokens, documents, cache, positions)
         x = self.tok_embeddings(tokens)  # (B, S, D)
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))  # the stream has the type it would have under FSDP2
         for layer in self.layers:
-            x = layer(x, around)
+            x = layer(x, ctx)
         x = self.norm(x)
         if labels is not None:
             assert loss is not None, "labels without a loss"
@@ -79,20 +79,20 @@ class LMTransformer(nn.Module):
             x = x[torch.arange(len(x), device=x.device), select].unsqueeze(1)
         return logits(x, self.output_weight)[..., : self.args.vocab_size]
 
-    def _surroundings(
+    def _forward_context(
         self, tokens: Tensor, documents: RowDocuments | None, cache: KVCache | None, positions: Tensor | None
-    ) -> Surroundings:
+    ) -> ForwardContext:
         (n_rows, seq_len), window = tokens.shape, self.args.sliding_window
         if cache is None:
             cos, sin = self.rope_embeddings(seq_len, positions)
             mask = build_mask(self.attn_impl, (n_rows, seq_len), window, documents, tokens.device)
-            return Surroundings(self.attn_impl, window, cos, sin, mask)
+            return ForwardContext(self.attn_impl, window, cos, sin, mask)
         assert positions is not None, "a cache needs positions"
         assert documents is None, "a cache knows no documents"
         cos, sin = self.rope_embeddings(seq_len, positions)
         mask = cached_mask(positions, cache.end, window)
         # Cached passes are short or one token long and need an explicit mask, which sdpa takes everywhere.
-        return Surroundings("sdpa", window, cos, sin, mask, cache, positions)
+        return ForwardContext("sdpa", window, cos, sin, mask, cache, positions)
 
     def init_weights(self, seed: int) -> None:
         """Initial values of all parameters and tables; also on sharded parameters."""

@@ -107,10 +107,10 @@ class CheckpointManager:
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
         self.incarnation, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
-        unsaved = self._background.courier.find_unsaved(newest_done) if self._background else set()
+        unsaved = self._background.coordinator.find_unsaved(newest_done) if self._background else set()
         self._ranks.from_main(self._open_passage)
         if self._background:
-            self._background.courier.open(unsaved)
+            self._background.coordinator.open(unsaved)
         self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
         self._direct = DirectWriter(
             self.root,
@@ -165,7 +165,7 @@ class CheckpointManager:
         )
         shm = Path(args.shm_path)
         try:
-            there = coordinator.Courier(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
+            there = coordinator.Coordinator(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
         except coordinator.NoSlotError as error:
             self._say_synchronous(str(error), strict=args.strict)
             return None
@@ -191,7 +191,7 @@ class CheckpointManager:
         own_bytes = sum(file.size_bytes for file in self._plan.files) + len(self._plan.metadata or b"")
         self._total_bytes = sum(self._ranks.gather(own_bytes))
         if self._background is not None:
-            self._background.courier.tell(verified=tuple(sorted(self._restorer.verified)))
+            self._background.coordinator.tell(verified=tuple(sorted(self._restorer.verified)))
             problem = self._background.prepare(self._plan)
             if problem is not None:
                 self._leave_background(problem)
@@ -294,14 +294,14 @@ class CheckpointManager:
             rate = self._total_bytes / 1e9 / report.seconds
             self._last_save |= {"checkpoint/stall_s": report.seconds, "checkpoint/stage_gb_per_s": rate}
         if self._ranks.rank == 0:
-            for problem in self._background.courier.problems:
+            for problem in self._background.coordinator.problems:
                 log.error("%s", problem)
             if error is not None:
                 log.error("%s", error)
             else:
                 size = human_bytes(self._total_bytes)
                 log.info("checkpoint %d: %s staged in %.0f ms", step, size, 1000 * report.seconds)
-        self._background.courier.problems.clear()
+        self._background.coordinator.problems.clear()
         if final and report.staged:
             report.error = self._background.finish(step, deadline_s, stopping)
             report.published = report.error is None
@@ -427,8 +427,8 @@ class CheckpointManager:
 
     def metrics(self) -> dict[str, float]:
         """What the newest save cost, and how much work a crash at this moment would lose. Local."""
-        if self._background is not None and self._background.courier.is_leader:
-            for event in self._background.courier.read_events():
+        if self._background is not None and self._background.coordinator.is_leader:
+            for event in self._background.coordinator.read_events():
                 if event["kind"] == "published":
                     self._published_at_s = self._now()
                     self._safe_until_s = self._staged_at_s.get(event["step"], self._safe_until_s)

@@ -236,34 +236,38 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-class Votes(Generic[T]):
-    """A few numbers per step, summed over all ranks and read one step later, so that nobody waits for the device.
+class StepReduce(Generic[T]):
+    """An asynchronous all-reduce of a few named numbers per step, read one step late, so that nobody waits.
 
     ```
-    votes.cast(facts_of_step_1, [loss, stop])    # the reduction starts; None
-    votes.cast(facts_of_step_2, [loss, stop])    # (facts_of_step_1, sums of step 1)
-    votes.read()                                 # (facts_of_step_2, sums of step 2), waiting for them
+    reduce.submit(facts_of_step_1, {"loss": loss, "stop": stop})    # starts the sums; None
+    reduce.submit(facts_of_step_2, {"loss": loss, "stop": stop})    # (facts_of_step_1, sums of step 1)
+    reduce.result()                                                 # (facts_of_step_2, sums of step 2), waits for them
     ```
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._waiting: tuple[T, torch.Tensor, Callable[[], object]] | None = None
+        self._pending: tuple[T, list[str], torch.Tensor, Callable[[], object]] | None = None
 
-    def cast(self, facts: T, numbers: list[torch.Tensor | float]) -> tuple[T, list[float]] | None:
-        """Start the sums of this step's `numbers`; return what `read` would for the step before. Collective."""
-        ballot = torch.stack([self._on_device(number) for number in numbers])
-        before = self.read()
+    def submit(self, facts: T, numbers: Mapping[str, torch.Tensor | float]) -> tuple[T, dict[str, float]] | None:
+        """Start the sums over ranks of this step's `numbers`; return what `result` would for the step before.
+
+        Collective: all ranks give the same names in the same order.
+        """
+        sums = torch.stack([self._on_device(number) for number in numbers.values()])  # (n_numbers,) fp32
+        before = self.result()
         if self._device.type == "cuda":
             if dist.is_initialized():
-                dist.all_reduce(ballot)
-            ballot = ballot.to("cpu", non_blocking=True)
+                dist.all_reduce(sums)
+            sums = sums.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-            self._waiting = (facts, ballot, arrived.synchronize)
+            wait = arrived.synchronize
         else:
-            work = dist.all_reduce(ballot, async_op=True) if dist.is_initialized() else None
-            self._waiting = (facts, ballot, work.wait if work is not None else lambda: None)
+            work = dist.all_reduce(sums, async_op=True) if dist.is_initialized() else None
+            wait = work.wait if work is not None else lambda: None
+        self._pending = (facts, list(numbers), sums, wait)
         return before
 
     def _on_device(self, number: torch.Tensor | float) -> torch.Tensor:
@@ -271,14 +275,14 @@ class Votes(Generic[T]):
             return number.detach().float()
         return torch.full((), number, dtype=torch.float32, device=self._device)  # filled there: no copy, no wait
 
-    def read(self) -> tuple[T, list[float]] | None:
-        """(facts, sums) of the newest step if they were not read yet."""
-        if self._waiting is None:
+    def result(self) -> tuple[T, dict[str, float]] | None:
+        """Return (facts, sums by name) of the newest step, or None if they were read already. Waits for them."""
+        if self._pending is None:
             return None
-        facts, ballot, wait = self._waiting
-        self._waiting = None
+        facts, names, sums, wait = self._pending
+        self._pending = None
         wait()
-        return facts, ballot.tolist()
+        return facts, dict(zip(names, sums.tolist(), strict=True))
 
 
 SLOWEST_DISK = timedelta(hours=4)

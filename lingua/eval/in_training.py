@@ -41,7 +41,7 @@ from lingua.files import RunError
 from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import this_process
 from lingua.run.metrics import MetricLogger
-from lingua.run.watchdog import Guard
+from lingua.run.watchdog import Watchdog
 from lingua.slurm import this_allocation, this_job
 from lingua.train.build import Run
 from lingua.train.load_model import bare_model
@@ -121,11 +121,11 @@ def own_evaluator(run: Run) -> OwnEvaluator:
 
 
 def make_evaluation(
-    run: Run, guard: Guard, measures: Measures | None, metrics: MetricLogger | None, incarnation: int
+    run: Run, watchdog: Watchdog, measures: Measures | None, metrics: MetricLogger | None, incarnation: int
 ) -> Evaluation:
     """How this run sees to its evaluations; `measures`: of `make_measures`."""
     if measures is not None:
-        return InTraining(run, guard, measures, metrics, incarnation)
+        return InTraining(run, watchdog, measures, metrics, incarnation)
     if run.args.eval is not None and run.args.eval.automatic:
         return Beside(run)
     return Evaluation()
@@ -147,14 +147,14 @@ class InTraining(Evaluation):
     def __init__(
         self,
         run: Run,
-        guard: Guard,
+        watchdog: Watchdog,
         measures: Measures,
         metrics: MetricLogger | None,
         incarnation: int,
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._guard, self._measures, self._now = run, guard, measures, now
+        self._run, self._guard, self._measures, self._now = run, watchdog, measures, now
         self._incarnation = incarnation
         self._period = Rhythm(run.args.checkpoint.eval.every, 0)
         self._n_begun = 0
@@ -171,14 +171,14 @@ class InTraining(Evaluation):
                 args,
                 self._lead,
                 on_record=metrics.track if metrics is not None else lambda record: None,
-                stopping=lambda: guard.asked or self._is_stopping,
+                stopping=lambda: watchdog.asked or self._is_stopping,
                 max_killed=MAX_KILLED,
                 me=this_process(*this_job(os.environ)),
             )
             if run.world.is_main
             else None
         )
-        guard.last_acts.append(self._abandon)
+        watchdog.at_exit.append(self._abandon)
 
     def begin(self) -> bool:
         return self._together(lambda evaluator: evaluator.catch_up())
@@ -209,7 +209,7 @@ class InTraining(Evaluation):
     def _together(self, act: Callable[[Evaluator], None]) -> bool:
         """Rank 0 does `act`, and the others their shares of what it measures meanwhile."""
         timeout_s, usual_s = 3600 * self._measures.args.timeout_hours, self._run.args.distributed.timeout_s
-        with self._guard.pulse.during("evaluation"), patient(timeout_s, usual_s):
+        with self._guard.heartbeat.during("evaluation"), patient(timeout_s, usual_s):
             if self._evaluator is None:
                 self._obey()
             else:
@@ -292,7 +292,7 @@ class InTraining(Evaluation):
 
     def _beat(self) -> None:
         """Before each batch. Raises Stopped when this rank was asked to stop, or another has left. Local."""
-        self._guard.pulse.sign()
+        self._guard.heartbeat.sign()
         if self._guard.asked:
             self._leave()
             raise Stopped

@@ -53,7 +53,7 @@ class KVCache:
 
 
 @dataclass(eq=False)
-class Surroundings:
+class ForwardContext:
     """What all blocks of one forward pass share.
 
     One object and not loose tensors: FSDP2 casts tensor arguments of a block to bf16, and angles must stay fp32.
@@ -159,19 +159,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(args.head_width, args.norm_eps) if args.qk_norm else None
         self.k_norm = RMSNorm(args.head_width, args.norm_eps) if args.qk_norm else None
 
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        q, k, v = self.project(x, around)
-        if around.cache is not None and around.positions is not None:
-            k, v = around.cache.update(self.layer, around.positions, k, v)
-        out = attend(around.impl, q, k, v, around.mask, around.window)  # (B, S, H, E)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        q, k, v = self.project(x, ctx)
+        if ctx.cache is not None and ctx.positions is not None:
+            k, v = ctx.cache.update(self.layer, ctx.positions, k, v)
+        out = attend(ctx.impl, q, k, v, ctx.mask, ctx.window)  # (B, S, H, E)
         return self.wo(out.flatten(-2))
 
-    def project(self, x: Tensor, around: Surroundings) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, D) -> rotated q (B, S, H, E) and k (B, S, K, E), and v (B, S, K, E)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, heads, E)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, around.cos, around.sin), rotate(k, around.cos, around.sin), v
+        return rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin), v
 
 
 class FeedForward(nn.Module):
@@ -197,8 +197,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, around: Surroundings) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), around)  # (B, S, D)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), ctx)  # (B, S, D)
         return x + self.feed_forward(self.ffn_norm(x))
 
 

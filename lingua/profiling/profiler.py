@@ -16,7 +16,7 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -89,8 +89,8 @@ class CudaClock:
 class StepTimes:
     """What each step's time went into. `mark(phase)`: the time since the last mark was that phase's.
 
-    What is not marked is `rest`: votes, metrics, validation, checkpoints. On a GPU `data` is how long the device had
-    nothing to do, or copied the batch; a wait of the host that the device did not notice is not seen.
+    What is not marked is `rest`: reductions, metrics, validation, checkpoints. On a GPU `data` is how long the device
+    had nothing to do, or copied the batch; a wait of the host that the device did not notice is not seen.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -249,8 +249,8 @@ class Profiler:
         if self._light is not None:
             self._light.times.mark(phase)
 
-    def hear(self, sums: Sequence[float]) -> None:
-        """The votes about requests, summed over ranks: the window begins with the next step."""
+    def read(self, sums: Mapping[str, float]) -> None:
+        """Take the requests that all ranks agree on; their window begins with the next step."""
         request = self.requests.agreed(sums, max(1, self._args.profile_steps))
         if request is not None:
             self._granted.append(request)

@@ -1,7 +1,7 @@
 """Which steps are profiled, and how: by plan, or because somebody asks a running run. Torch-free.
 
 Promise: the decision is a pure function of the config, the steps done and what was asked. A request is for one start
-of a run and is taken once; all ranks agree on its steps by the votes that they cast anyway.
+of a run and is taken once; all ranks agree on its steps by the numbers that they reduce anyway.
 Cost: two numbers in each step's vote, and one look at a file per heartbeat.
 
 `lingua profile RUN` leaves `incarnations/<start>.profile`; rank 0's heartbeat takes it, and when its window has closed
@@ -14,7 +14,7 @@ import logging
 import re
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,12 +78,12 @@ class Request:
 
 
 class Requests:
-    """What a running run is asked to profile. Any thread or handler may ask; the loop votes and hears the outcome."""
+    """What a running run is asked to profile. Any thread or handler may ask; the loop reduces and agrees."""
 
     def __init__(self) -> None:
         self._signalled = False
         self._asked: deque[Request] = deque()
-        self._voted: deque[Request] = deque()
+        self._submitted: deque[Request] = deque()
 
     def signal(self, *_: object) -> None:
         """A signal has arrived; fit for a handler."""
@@ -92,25 +92,25 @@ class Requests:
     def ask(self, request: Request) -> None:
         self._asked.append(request)
 
-    def ballot(self) -> list[float]:
-        """This rank's two numbers for the next vote: whether a signal came, and what was asked of it, each once.
+    def numbers(self) -> dict[str, float]:
+        """Return this rank's numbers for the next reduction: whether a signal came, and what was asked, each once.
 
         Only rank 0 looks for requests, so their sum over ranks is the number itself.
         """
         signalled, self._signalled = self._signalled, False
-        if not self._asked:
-            return [float(signalled), 0.0]
-        request = self._asked.popleft()
-        self._voted.append(request)
-        return [float(signalled), float(2 * request.n_steps + request.heavy)]
+        request = self._asked.popleft() if self._asked else None
+        if request is not None:
+            self._submitted.append(request)
+        asked = 0 if request is None else 2 * request.n_steps + request.heavy
+        return {"profile_signal": float(signalled), "profile_request": float(asked)}
 
-    def agreed(self, sums: Sequence[float], n_steps: int) -> Request | None:
-        """What all ranks are to profile by the sums of their ballots; `n_steps`: when a signal asked."""
-        signalled, asked = sums
+    def agreed(self, sums: Mapping[str, float], n_steps: int) -> Request | None:
+        """Return what all ranks are to profile by the sums of their numbers; `n_steps`: when a signal asked."""
+        asked = int(sums["profile_request"])
         if asked > 0:
-            own_id = self._voted.popleft().id if self._voted else ""
-            return Request(int(asked) // 2, bool(int(asked) % 2), own_id)
-        return Request(n_steps, heavy=True) if signalled > 0 else None
+            own_id = self._submitted.popleft().id if self._submitted else ""
+            return Request(asked // 2, bool(asked % 2), own_id)
+        return Request(n_steps, heavy=True) if sums["profile_signal"] > 0 else None
 
 
 def request_file(run_dir: Path, incarnation: int) -> Path:

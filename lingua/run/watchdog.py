@@ -3,18 +3,18 @@
 Promise: a rank that fails, wherever, is heard by all within seconds: each leaves with a sentence and an
 `error_<rank>.json` of its own, long before a collective would time out. A rank that hangs is found by the watchdog;
 then every rank's stacks are in `logs/stacks_<rank>.txt`. A stop signal that arrives before the first step of this start
-is done ends all ranks soon, since there is nothing yet that could be lost; later the loop decides, by votes. Once a
+is done ends all ranks soon, since there is nothing yet that could be lost; later the loop decides for all ranks. Once a
 failure is written down, the process is gone within LEAVE_WITHIN_S, whatever its cleaning up waits for.
 Cost: two threads that sleep. Torch-free.
 
-    with Guard(rank, signals, args.watchdog, run_dir) as guard:
+    with Watchdog(rank, signals, args.watchdog, run_dir) as guard:
         with guard.reporting():           # an error in here is written down and told to the other ranks
             guard.join(peers)             # once they have met
             guard.open(incarnation)       # from here on the run folder is ours
             ...; guard.pulse.beat(step)
 
 This thread ends the process by `os._exit`: an exception cannot be raised in a main thread that waits in a collective.
-What that skips is what a kill skips too, and the next start copes with that; `last_acts` are done.
+What that skips is what a kill skips too, and the next start copes with that; `at_exit` are done.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class End:
     signal: str = ""
 
 
-class Guard:
+class Watchdog:
     """Context manager, entered by the main thread of every rank before it waits for anybody."""
 
     def __init__(
@@ -92,8 +92,8 @@ class Guard:
         now: Callable[[], float] = time.monotonic,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
-        self.pulse = Pulse(watchdog, now)
-        self.last_acts: list[Callable[[], object]] = []
+        self.heartbeat = Heartbeat(watchdog, now)
+        self.at_exit: list[Callable[[], object]] = []
         """Done before the process is ended from here: release a lock, free the terminal."""
         self._rank, self._signals, self._run_dir = rank, signals, run_dir
         self._now, self._leave = now, leave
@@ -105,8 +105,8 @@ class Guard:
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def __enter__(self) -> Guard:
-        self._start(self._watch, "guard")
+    def __enter__(self) -> Watchdog:
+        self._start(self._watch, "watchdog")
         return self
 
     def __exit__(
@@ -180,18 +180,18 @@ class Guard:
                 log.error("cleaning up did not end within %d s; leaving", LEAVE_WITHIN_S)
                 self._leave(self._end.exit_code)
             return
-        if self._signals.received is not None and self.pulse.starting:
+        if self._signals.received is not None and self.heartbeat.starting:
             assert self._signals.received_at_s is not None
             if self._now() - self._signals.received_at_s < START_GRACE_S:
                 return  # the first step may be about to end: then the loop can save it
             reason, exit_code = end_asked_for(self._signals.received)
             message = f"stopped by {self._signals.received} before the first step of this start; nothing is lost"
             self._go(End(self._rank, reason, exit_code, message, signal=self._signals.received))
-        elif (problem := self.pulse.overdue()) is not None:
+        elif (problem := self.heartbeat.overdue()) is not None:
             error = HungError(f"rank {self._rank} hangs: {problem}; where it stands is in {self._stacks}")
             failure = self._failure(error)
             self._go(self._end_of(failure), failure)
-        elif (limit_s := self.pulse.limit_s) != float("inf"):
+        elif (limit_s := self.heartbeat.limit_s) != float("inf"):
             self._arm(limit_s + 60)
 
     def _arm(self, limit_s: float) -> None:
@@ -233,7 +233,7 @@ class Guard:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _failure(self, error: Exception) -> Failure:
-        return failure_of(error, rank=self._rank, step=self.pulse.step, incarnation=self._incarnation)
+        return failure_of(error, rank=self._rank, step=self.heartbeat.step, incarnation=self._incarnation)
 
     def _end_of(self, failure: Failure) -> End:
         exit_code = EXIT_HUNG if failure.kind == "hang" else EXIT_FAILED
@@ -255,7 +255,7 @@ class Guard:
                 self._dump_stacks()
             record(self._run_dir, failure)
         if self._rank == 0 and self._incarnation is not None:
-            facts = {"step": self.pulse.step, "kind": end.kind, "rank": end.rank, "signal": end.signal}
+            facts = {"step": self.heartbeat.step, "kind": end.kind, "rank": end.rank, "signal": end.signal}
             if end.reason == "error":
                 facts["error"] = end.message
             facts = {key: value for key, value in facts.items() if value not in ("", None)}
@@ -270,7 +270,7 @@ class Guard:
             log.warning("%s", end.message)
         else:
             log.error("%s", failure.message)
-        for act in self.last_acts:
+        for act in self.at_exit:
             try:
                 act()
             except Exception:
@@ -301,7 +301,7 @@ _WARM_UP_STEPS = 5  # compilation, autotuning, first touch of memory and files
 _REMEMBERED_STEPS = 51
 
 
-class Pulse:
+class Heartbeat:
     """The signs of life of one rank. `args` None: never overdue."""
 
     def __init__(self, args: WatchdogArgs | None, now: Callable[[], float] = time.monotonic) -> None:

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 
 from lingua.distributed.parallelize import forward_precision, reshard
-from lingua.distributed.process_group import Votes
-from lingua.run.watchdog import Guard
+from lingua.distributed.process_group import StepReduce
+from lingua.run.watchdog import Watchdog
 from lingua.train.build import Run
 
 log = logging.getLogger(__name__)
 
 
-def validate(run: Run, guard: Guard) -> dict[str, float] | None:
+def validate(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
     """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ..., "seconds": it took}` at the present step.
 
     None, on all ranks alike, when one of them was asked to stop; what was measured by then is thrown away.
@@ -30,7 +30,7 @@ def validate(run: Run, guard: Guard) -> dict[str, float] | None:
     began_s = time.perf_counter()
     run.model.eval()
     try:
-        results = _measure(run, guard)
+        results = _measure(run, watchdog)
         return results and results | {"seconds": time.perf_counter() - began_s}
     finally:
         reshard(run.model)
@@ -38,16 +38,16 @@ def validate(run: Run, guard: Guard) -> dict[str, float] | None:
 
 
 @torch.no_grad()
-def _measure(run: Run, guard: Guard) -> dict[str, float] | None:
+def _measure(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
     device, world = run.world.device, run.world
     precision = forward_precision(run.model, run.args.distributed, device)
     results: dict[str, float] = {}
-    votes: Votes[None] = Votes(device)
+    reduce: StepReduce[None] = StepReduce(device)
     for source in run.held_out:
         total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, scored tokens
         for tokens, labels in source.share(world.dp_rank, world.dp_size, run.args.data.batch_size):
-            verdict = votes.cast(None, [float(guard.asked)])
-            if verdict is not None and verdict[1][0] > 0:
+            before = reduce.submit(None, {"stop": float(watchdog.asked)})
+            if before is not None and before[1]["stop"] > 0:
                 return None
             with precision:
                 loss_sum, n_tokens = run.model(

@@ -12,7 +12,7 @@ import apps.main.train
 import lingua.run.watchdog
 from lingua.data.jsonl import DataError
 from lingua.data.loader import Batch, Loader
-from lingua.run.watchdog import Guard
+from lingua.run.watchdog import Watchdog
 from tests.trainer import TINY, Hook, at_step, kill_self, published, train
 
 WORDS = [*TINY, "steps=12", "checkpoint.dump.every=2", "distributed.timeout_s=300"]
@@ -130,11 +130,11 @@ def test_a_slow_validation_is_no_hang_but_an_endless_one_is(tmp_path: Path, vali
     def hook(rank: int) -> None:
         validate = apps.main.train.validate
 
-        def slowly(run: Any, guard: Guard) -> Any:
-            now = guard.pulse.now
-            guard.pulse.now = lambda: now() + validation_s  # so much time passes, and the guard looks
-            guard.look()
-            return validate(run, guard)
+        def slowly(run: Any, watchdog: Watchdog) -> Any:
+            now = watchdog.heartbeat.now
+            watchdog.heartbeat.now = lambda: now() + validation_s  # so much time passes, and the guard looks
+            watchdog.look()
+            return validate(run, watchdog)
 
         setattr(apps.main.train, "validate", slowly)  # noqa: B010
 

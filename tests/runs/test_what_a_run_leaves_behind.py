@@ -9,7 +9,7 @@ import yaml
 
 import apps.main.train
 from lingua.run.metrics import read_metrics
-from lingua.run.watchdog import Guard
+from lingua.run.watchdog import Watchdog
 from lingua.train.build import Run
 from tests.trainer import TINY, at_step, kill_self, train
 
@@ -95,11 +95,11 @@ def test_what_is_left_to_do_after_the_last_checkpoint_is_done_by_the_next_start(
         validate = apps.main.train.validate
         calls: list[int] = []
 
-        def once(run: Run, guard: Guard) -> dict[str, float] | None:
+        def once(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
             calls.append(1)
             if len(calls) == 2:
                 kill_self()
-            return validate(run, guard)
+            return validate(run, watchdog)
 
         setattr(apps.main.train, "validate", once)  # noqa: B010
 

@@ -156,7 +156,7 @@ class _Report:
     """A leader's view of its node."""
 
 
-class Courier:
+class Coordinator:
     """One rank's side of the asynchronous path. Every method is collective unless it says otherwise."""
 
     def __init__(

@@ -3,7 +3,7 @@
 Promise: a save costs the caller one memory copy; it is skipped, counted and reported when every slot is being written;
 only the last save of a run waits. Where a node's memory does not suffice, that is known before step 1. Where it fails
 later, NoSlotError asks the caller for a synchronous save.
-Cost: see `stage.py`, `courier.py` and `service.py`; the process spends nothing between two saves.
+Cost: see `stage.py`, `coordinator.py` and `service.py`; the process spends nothing between two saves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import capacity, dcp
-from lingua.checkpoint.shm.coordinator import Courier, NoSlotError
+from lingua.checkpoint.shm.coordinator import Coordinator, NoSlotError
 from lingua.checkpoint.shm.staging import Stager
 from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.config.keys.checkpoint import CheckpointArgs
@@ -38,14 +38,14 @@ class BackgroundWriter:
     def __init__(
         self,
         args: CheckpointArgs,
-        courier: Courier,
+        coordinator: Coordinator,
         ranks: Ranks,
         device: torch.device,
         files: Files,
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.courier = courier
+        self.coordinator = coordinator
         self._args, self._ranks, self._device, self._files = args, ranks, device, files
         self._sleep = sleep
         self._stager: Stager | None = None
@@ -65,7 +65,7 @@ class BackgroundWriter:
             self._stager = None
         own_bytes = sum(file.size_bytes for file in plan.files)
         sizes = self._ranks.gather(own_bytes)
-        slot_bytes = sum(sizes[rank] for rank in self.courier.node.ranks)
+        slot_bytes = sum(sizes[rank] for rank in self.coordinator.node.ranks)
         offers = self._ranks.on_each(lambda: self._room(slot_bytes))
         wanted = self._args.slots
         n_slots = min(offer.slots(wanted) for offer in offers)
@@ -75,8 +75,8 @@ class BackgroundWriter:
         if n_slots < wanted and self._ranks.rank == 0:
             log.warning("%s; %d slots are used", tightest.sentence(wanted), n_slots)
         self._say_private(env)
-        stager = Stager(self.courier.region, self._ranks.rank, plan, device=self._device, files=self._files)
-        if why := self.courier.make_slots(n_slots, stager.names):
+        stager = Stager(self.coordinator.region, self._ranks.rank, plan, device=self._device, files=self._files)
+        if why := self.coordinator.make_slots(n_slots, stager.names):
             stager.close()
             return why
         stager.allocate(n_slots)
@@ -84,7 +84,7 @@ class BackgroundWriter:
         return None
 
     def _room(self, slot_bytes: int) -> capacity.MemoryRoom:
-        region = self.courier.region
+        region = self.coordinator.region
         held = sum(path.lstat().st_blocks * 512 for slot in region.slots() for path in slot.folder.iterdir())
         limit, used = capacity.memory_limit(Path("/proc/self/cgroup").read_text())
         return capacity.MemoryRoom(free_bytes(region.folder) + held, limit, max(0, used - held), slot_bytes)
@@ -116,18 +116,18 @@ class BackgroundWriter:
         """
         assert self._stager is not None
         if final:
-            self.courier.tell(ending=True, deadline_s=deadline_s)
+            self.coordinator.tell(ending=True, deadline_s=deadline_s)
         if step == self._newest:
             return None  # as it is
         scalars, bug = self._scalars(state)
         number = self._take_slot(step, bug)
-        while number is None and final and not self._ranks.from_main(lambda: self.courier.is_late(deadline_s)):
+        while number is None and final and not self._ranks.from_main(lambda: self.coordinator.is_late(deadline_s)):
             self._sleep(LOOK_S)
             number = self._take_slot(step, bug)
         if number is None:
             self.n_skipped += 1
             return f"checkpoint {step} is skipped: every slot is still being written to the disk"
-        self._stager.fill(number, self.courier.save_of(step), tensors, scalars, state.model)
+        self._stager.fill(number, self.coordinator.save_of(step), tensors, scalars, state.model)
         self._newest, self._number = step, number
         return None
 
@@ -146,26 +146,26 @@ class BackgroundWriter:
         if error := self._why_lost():
             problem = f"rank {self._ranks.rank}: the last checkpoint is lost: {error}"
             usable = usable if self._args.strict else set()  # strict: never synchronous
-        return self.courier.take_slot(step, usable, problem, bug)
+        return self.coordinator.take_slot(step, usable, problem, bug)
 
     def _why_lost(self) -> OSError | None:
         """Why this rank's part of the last save is not in memory; told once. Local."""
         assert self._stager is not None
-        error = self._stager.wait_until_ready() or self.courier.mark_error
-        self.courier.mark_error = None
+        error = self._stager.wait_until_ready() or self.coordinator.mark_error
+        self.coordinator.mark_error = None
         return error
 
     def finish(self, step: int, deadline_s: float | None, stopping: bool) -> str | None:
         """Wait until a staged step is on the disk; None if it is, what is missing if it stays in memory.
 
         Raises RunError, on all ranks, when it will not be there: NoSlotError, when memory failed it. See
-        `Courier.await_published`.
+        `Coordinator.await_published`.
         """
         lost = [error for error in self._ranks.gather(self._why_lost()) if error is not None]
         if lost:
             why = f"checkpoint {step} is lost: {lost[0]}"
-            raise NoSlotError(why) if self.courier.withdraw(self._number) else carried(lost[0], why)
-        return self.courier.await_published(step, deadline_s, stopping)
+            raise NoSlotError(why) if self.coordinator.withdraw(self._number) else carried(lost[0], why)
+        return self.coordinator.await_published(step, deadline_s, stopping)
 
     def before_update(self) -> None:
         """Call before parameters or optimizer state change. Local."""
@@ -176,4 +176,4 @@ class BackgroundWriter:
         """Local."""
         if self._stager is not None:
             self._stager.close()
-        self.courier.close()
+        self.coordinator.close()

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from lingua.config.keys.distributed import DistributedArgs
-from lingua.distributed.process_group import Place, RankError, Votes, find_place, from_main, on_every_rank, pick_device
+from lingua.distributed.process_group import (
+    Place,
+    RankError,
+    StepReduce,
+    find_place,
+    from_main,
+    on_every_rank,
+    pick_device,
+)
 from tests.ranks import run_on_ranks
 
 TORCHRUN = {
@@ -82,19 +90,19 @@ def test_degrees_that_do_not_fit_are_refused(args: dict[str, Any], world_size: i
         DistributedArgs(**args).degrees(world_size)
 
 
-def test_votes_are_sums_over_ranks_read_one_step_late():
+def test_a_step_is_reduced_over_ranks_and_read_one_step_late():
     def act(rank: int) -> list[Any]:
-        votes: Votes[str] = Votes(torch.device("cpu"))
+        reduce: StepReduce[str] = StepReduce(torch.device("cpu"))
         return [
-            votes.cast("one", [float(rank), torch.tensor(True)]),
-            votes.cast("two", [10.0, torch.tensor(rank == 1)]),
-            votes.read(),
-            votes.read(),
+            reduce.submit("one", {"a": float(rank), "b": torch.tensor(True)}),
+            reduce.submit("two", {"a": 10.0, "b": torch.tensor(rank == 1)}),
+            reduce.result(),
+            reduce.result(),
         ]
 
-    expected = [None, ("one", [3.0, 3.0]), ("two", [30.0, 1.0]), None]
+    expected = [None, ("one", {"a": 3.0, "b": 3.0}), ("two", {"a": 30.0, "b": 1.0}), None]
     assert run_on_ranks(act, 3) == [expected] * 3
-    assert act(0) == [None, ("one", [0.0, 1.0]), ("two", [10.0, 0.0]), None]  # alone
+    assert act(0) == [None, ("one", {"a": 0.0, "b": 1.0}), ("two", {"a": 10.0, "b": 0.0}), None]  # alone
 
 
 def test_all_ranks_hear_the_result_of_rank_0_or_its_error():

@@ -121,7 +121,7 @@ def test_requests_are_granted_one_after_the_other_and_answered(tmp_path: Path):
         profiler.start(10)
         for request in (Request(2, False, "00000001"), Request(1, True, "00000002"), Request(50, False, "00000003")):
             profiler.requests.ask(request)
-            profiler.hear(profiler.requests.ballot())
+            profiler.read(profiler.requests.numbers())
         train(profiler, 11, 15)
     folder, names = tmp_path / "profiling", dict[str, list[str]]()
     for name in ("00000001", "00000002", "00000003"):
@@ -139,7 +139,7 @@ def test_a_request_within_a_planned_window_has_files_of_its_own(tmp_path: Path):
         profiler.start(0)
         train(profiler, 1, 2)
         profiler.requests.ask(Request(1, False, "00000001"))
-        profiler.hear(profiler.requests.ballot())
+        profiler.read(profiler.requests.numbers())
         train(profiler, 3, 6)
     light = {int(path.name[6:16]): steps_in(path) for path in (tmp_path / "profiling").glob("light_*")}
     assert light == {2: [2, 3], 4: [4], 5: [5]}
@@ -150,7 +150,7 @@ def test_a_disk_that_refuses_the_files_costs_the_files_alone(tmp_path: Path, cap
     with Profiler(ProfilerArgs(**PLAN), tmp_path, CPU, rank=0) as profiler:
         profiler.start(0)
         profiler.requests.ask(Request(1, False, "00000001"))
-        profiler.hear(profiler.requests.ballot())
+        profiler.read(profiler.requests.numbers())
         train(profiler, 1, 4)
     said = "\n".join(caplog.messages)
     for part in ("cannot make", "lines lost, cannot write", "cannot write", "cannot answer"):

@@ -3,7 +3,7 @@
 import pytest
 
 from lingua.config.keys.watchdog import WatchdogArgs
-from lingua.run.watchdog import Pulse
+from lingua.run.watchdog import Heartbeat
 
 ARGS = WatchdogArgs(step_factor=10, min_s=60, other_s=1000)
 
@@ -16,15 +16,15 @@ class Clock:
         return self.time_s
 
 
-def at_pace(step_s: float, n_steps: int = 20, first_step_s: float = 500.0) -> tuple[Pulse, Clock]:
+def at_pace(step_s: float, n_steps: int = 20, first_step_s: float = 500.0) -> tuple[Heartbeat, Clock]:
     """A run after n steps, the first of which took long."""
     clock = Clock()
-    pulse = Pulse(ARGS, clock)
+    heartbeat = Heartbeat(ARGS, clock)
     for step in range(1, n_steps + 1):
         clock.time_s += first_step_s if step == 1 else step_s
-        assert pulse.overdue() is None
-        pulse.beat(step)
-    return pulse, clock
+        assert heartbeat.overdue() is None
+        heartbeat.beat(step)
+    return heartbeat, clock
 
 
 @pytest.mark.parametrize(
@@ -32,57 +32,57 @@ def at_pace(step_s: float, n_steps: int = 20, first_step_s: float = 500.0) -> tu
     [(0.1, 60), (6, 60), (7, 70), (100, 1000), (300, 3000)],  # never below min_s, else ten steps
 )
 def test_a_step_is_judged_by_the_runs_own_pace(step_s: float, limit_s: float):
-    pulse, clock = at_pace(step_s)
+    heartbeat, clock = at_pace(step_s)
     clock.time_s += limit_s
-    assert pulse.overdue() is None
+    assert heartbeat.overdue() is None
     clock.time_s += 1
     sentence = f"no step was finished for {limit_s} s after step 20; one takes {step_s:.3g} s (watchdog)"
-    assert pulse.overdue() == sentence
+    assert heartbeat.overdue() == sentence
 
 
 def test_a_start_has_time_to_compile():
     clock = Clock()
-    pulse = Pulse(ARGS, clock)
-    assert pulse.starting
+    heartbeat = Heartbeat(ARGS, clock)
+    assert heartbeat.starting
     clock.time_s += 999
-    assert pulse.overdue() is None
+    assert heartbeat.overdue() is None
     clock.time_s += 2
-    assert "did not come to its first steps within 1000 s" in (pulse.overdue() or "")
+    assert "did not come to its first steps within 1000 s" in (heartbeat.overdue() or "")
 
 
 def test_the_first_steps_may_compile_again_and_are_no_measure():
-    pulse, _ = at_pace(0.1, n_steps=5)
-    assert not pulse.starting
-    assert pulse.limit_s == 1000
-    pulse.beat(6)
-    assert pulse.limit_s == 60
+    heartbeat, _ = at_pace(0.1, n_steps=5)
+    assert not heartbeat.starting
+    assert heartbeat.limit_s == 1000
+    heartbeat.beat(6)
+    assert heartbeat.limit_s == 60
 
 
 def test_one_slow_step_changes_little():
-    pulse, clock = at_pace(7)
+    heartbeat, clock = at_pace(7)
     clock.time_s += 65
-    pulse.beat(21)
-    assert pulse.limit_s == 70
+    heartbeat.beat(21)
+    assert heartbeat.limit_s == 70
 
 
 def test_validation_and_checkpoints_have_a_limit_of_their_own_and_do_not_count_as_a_step():
-    pulse, clock = at_pace(1)
-    with pulse.during("validation"):
+    heartbeat, clock = at_pace(1)
+    with heartbeat.during("validation"):
         clock.time_s += 999
-        assert pulse.overdue() is None
+        assert heartbeat.overdue() is None
         clock.time_s += 2
-        assert pulse.overdue() == "the validation at step 20 did not end within 1000 s (watchdog.other_s)"
-    assert pulse.overdue() is None
+        assert heartbeat.overdue() == "the validation at step 20 did not end within 1000 s (watchdog.other_s)"
+    assert heartbeat.overdue() is None
     clock.time_s += 1
-    pulse.beat(21)
-    assert pulse.limit_s == 60
+    heartbeat.beat(21)
+    assert heartbeat.limit_s == 60
     clock.time_s += 61
-    assert pulse.overdue() is not None
+    assert heartbeat.overdue() is not None
 
 
 def test_without_a_watchdog_nothing_is_overdue():
     clock = Clock()
-    pulse = Pulse(None, clock)
+    heartbeat = Heartbeat(None, clock)
     clock.time_s += 1e9
-    assert pulse.overdue() is None
-    assert pulse.limit_s == float("inf")
+    assert heartbeat.overdue() is None
+    assert heartbeat.limit_s == float("inf")

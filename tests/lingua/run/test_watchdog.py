@@ -12,7 +12,7 @@ import lingua.run.watchdog
 from lingua.config.keys.watchdog import WatchdogArgs
 from lingua.files import RunError
 from lingua.run.failure import HungError, RankError, mark_known, read_failures
-from lingua.run.watchdog import End, Guard
+from lingua.run.watchdog import End, Watchdog
 from lingua.signals import STOP_REQUEST, StopSignals
 
 FAILED_ELSEWHERE = End(2, "error", 1, "DataError: line 7", "data")
@@ -41,8 +41,10 @@ class Rank:
     def __init__(self, run_dir: Path, rank: int = 0, watchdog: WatchdogArgs | None = None) -> None:
         self.run_dir, self.time_s, self.exit_codes = run_dir, 0.0, list[int]()
         self.signals = StopSignals([], now=lambda: self.time_s)
-        self.guard = Guard(rank, self.signals, watchdog, run_dir, now=lambda: self.time_s, leave=self.exit_codes.append)
-        self.guard.open(3)
+        self.watchdog = Watchdog(
+            rank, self.signals, watchdog, run_dir, now=lambda: self.time_s, leave=self.exit_codes.append
+        )
+        self.watchdog.open(3)
 
     @property
     def stop(self) -> dict[str, Any]:
@@ -58,8 +60,8 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def listen(rank: Rank, room: Any) -> None:
     """What the listening thread does, here and now."""
-    rank.guard._peers = room
-    rank.guard._listen()
+    rank.watchdog._peers = room
+    rank.watchdog._listen()
 
 
 @pytest.mark.parametrize(
@@ -68,14 +70,14 @@ def listen(rank: Rank, room: Any) -> None:
 )
 def test_a_stop_before_the_first_step_ends_it_at_once(tmp_path: Path, received: str, reason: str, exit_code: int):
     rank, room = Rank(tmp_path), Room()
-    rank.guard._peers = room
-    rank.guard.look()
+    rank.watchdog._peers = room
+    rank.watchdog.look()
     assert rank.exit_codes == []
     rank.signals.ask(received)
-    rank.guard.look()
+    rank.watchdog.look()
     assert rank.exit_codes == []  # the first step may be about to end
     rank.time_s += lingua.run.watchdog.START_GRACE_S
-    rank.guard.look()
+    rank.watchdog.look()
     assert rank.exit_codes == [exit_code]
     assert (rank.stop["reason"], rank.stop["signal"], rank.stop["exit_code"]) == (reason, received, exit_code)
     assert room.left == 1
@@ -88,19 +90,19 @@ def test_a_stop_before_the_first_step_ends_it_at_once(tmp_path: Path, received: 
 
 def test_after_the_first_step_the_loop_decides(tmp_path: Path):
     rank = Rank(tmp_path)
-    rank.guard.pulse.beat(1)
+    rank.watchdog.heartbeat.beat(1)
     rank.signals.ask("SIGTERM")
     rank.time_s += lingua.run.watchdog.START_GRACE_S
-    rank.guard.look()
+    rank.watchdog.look()
     assert rank.exit_codes == []
-    assert rank.guard.asked
+    assert rank.watchdog.asked
 
 
 def test_a_hang_is_written_down_with_stacks_and_told(tmp_path: Path):
     rank, room = Rank(tmp_path, watchdog=WatchdogArgs(other_s=10)), Room()
-    rank.guard._peers = room
+    rank.watchdog._peers = room
     rank.time_s = 11
-    rank.guard.look()
+    rank.watchdog.look()
     assert rank.exit_codes == [76]
     assert (rank.stop["kind"], rank.stop["exit_code"]) == ("hang", 76)
     assert "test_a_hang_is_written_down" in (tmp_path / "logs" / "stacks_0.txt").read_text()
@@ -115,7 +117,7 @@ def test_a_hang_is_written_down_with_stacks_and_told(tmp_path: Path):
 
 def test_the_failure_of_another_rank_is_taken_over_with_its_kind(tmp_path: Path):
     rank, released = Rank(tmp_path), list[str]()
-    rank.guard.last_acts += [lambda: released.append("lock"), lambda: 1 // 0, lambda: released.append("terminal")]
+    rank.watchdog.at_exit += [lambda: released.append("lock"), lambda: 1 // 0, lambda: released.append("terminal")]
     listen(rank, Room(FAILED_ELSEWHERE))
     assert rank.exit_codes == [1]
     assert released == ["lock", "terminal"]  # one that fails does not keep the others from being done
@@ -127,20 +129,20 @@ def test_the_failure_of_another_rank_is_taken_over_with_its_kind(tmp_path: Path)
 
 def test_an_own_failure_is_told_and_raised(tmp_path: Path):
     rank, room = Rank(tmp_path), Room()
-    rank.guard._peers = room
-    with pytest.raises(RunError, match="no room"), rank.guard.reporting():
+    rank.watchdog._peers = room
+    with pytest.raises(RunError, match="no room"), rank.watchdog.reporting():
         raise RunError("no room")
     assert End(**orjson.loads(room.message or b"")) == End(0, "error", 1, "RunError: no room", "setup")
     assert rank.exit_codes == []  # the main thread ends by itself, ...
     rank.time_s += lingua.run.watchdog.LEAVE_WITHIN_S + 1
-    rank.guard.look()
+    rank.watchdog.look()
     assert rank.exit_codes == [1]  # ... or is ended
 
 
 def test_what_all_ranks_raise_is_told_to_none(tmp_path: Path):
     rank, room = Rank(tmp_path), Room()
-    rank.guard._peers = room
-    with pytest.raises(RankError), rank.guard.reporting():
+    rank.watchdog._peers = room
+    with pytest.raises(RankError), rank.watchdog.reporting():
         raise mark_known(RankError("rank 1: DataError: line 7", "data"))
     assert room.message is None
     assert rank.stop["kind"] == "data"
@@ -149,10 +151,10 @@ def test_what_all_ranks_raise_is_told_to_none(tmp_path: Path):
 def test_who_lost_contact_hears_whose_fault_it_was(tmp_path: Path):
     """Nobody said why: then the sentence is this rank's own."""
     rank = Rank(tmp_path)
-    rank.guard._peers = Room()
+    rank.watchdog._peers = Room()
     with (
         pytest.raises(RankError, match=r"contact with another rank was lost.*Connection closed"),
-        rank.guard.reporting(),
+        rank.watchdog.reporting(),
     ):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer\nmore")
     assert rank.stop["kind"] == "nccl"
@@ -169,7 +171,7 @@ def test_a_store_that_is_gone_ends_a_rank_that_does_not_end_by_itself(tmp_path: 
     assert read_failures(tmp_path)[0].message == "rank 0 or its node is gone (Failed to recv)"
 
     over = Rank(tmp_path / "over", rank=1)
-    over.guard._closed.set()
+    over.watchdog._closed.set()
     listen(over, Gone())
     assert over.exit_codes == []
 
@@ -178,16 +180,16 @@ def test_the_folder_of_another_start_is_left_alone(tmp_path: Path):
     from lingua.run.lock import OccupiedError
 
     rank = Rank(tmp_path)
-    rank.guard._incarnation = None  # it was never ours
-    with pytest.raises(OccupiedError), rank.guard.reporting():
+    rank.watchdog._incarnation = None  # it was never ours
+    with pytest.raises(OccupiedError), rank.watchdog.reporting():
         raise OccupiedError("out/x is being trained by process 7")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_context_that_ends_in_good_order_leaves_no_thread(tmp_path: Path):
-    with StopSignals(["SIGUSR1"]) as signals, Guard(0, signals, WatchdogArgs(), tmp_path) as guard:
-        guard.join(Room())
-        threads = list(guard._threads)
+    with StopSignals(["SIGUSR1"]) as signals, Watchdog(0, signals, WatchdogArgs(), tmp_path) as watchdog:
+        watchdog.join(Room())
+        threads = list(watchdog._threads)
         assert all(thread.is_alive() for thread in threads)
     assert not any(thread.is_alive() for thread in threads)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from lingua.checkpoint.shm.coordinator import (
     HANDOVER_S,
     RESTARTS,
     SILENT_BEATS,
-    Courier,
+    Coordinator,
     Node,
     SlotView,
     await_older_writers,
@@ -98,9 +98,9 @@ class Running:
         return None
 
 
-def courier_of(folder: Path, start: object) -> Courier:
+def courier_of(folder: Path, start: object) -> Coordinator:
     session = Session("run", str(folder / "run"), str(folder / "run" / "checkpoints"), 2)
-    return Courier(folder / "run", folder, Ranks(), session, start=start, sleep=lambda s: None)  # pyright: ignore[reportArgumentType]
+    return Coordinator(folder / "run", folder, Ranks(), session, start=start, sleep=lambda s: None)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_service_that_ends_at_once_is_started_a_few_times(tmp_path: Path):

@@ -33,8 +33,8 @@ class StepFacts:
     lap: Lap
 
 
-class Judge:
-    """Reads each step's votes: loss, gradient norm, whether it went wrong, whether to stop, what to profile."""
+class StepMonitor:
+    """Reads each step's sums over ranks: loss, gradient norm, whether it went wrong, to stop, what to profile."""
 
     def __init__(
         self,
@@ -53,27 +53,32 @@ class Judge:
         self._metrics = metrics
         self._skips_in_a_row = 0
 
-    def hear(self, verdict: tuple[StepFacts, list[float]] | None) -> None:
-        if verdict is None:
+    def read(self, reduced: tuple[StepFacts, dict[str, float]] | None) -> None:
+        """Act on the sums of a step over all ranks; None: there is none yet.
+
+        Sums whose name has a slash are metrics: their mean over ranks is logged.
+        """
+        if reduced is None:
             return
-        facts, (loss_sum, norm_sum, bad_ranks, stop_ranks, signalled, asked, *scale_sum) = verdict
+        facts, sums = reduced
         n_ranks = self._run.world.place.world_size
-        self.profiler.hear([signalled, asked])
-        self.hear_of_stop(stop_ranks > 0)
-        scale = scale_sum[0] / n_ranks if scale_sum else None
-        if bad_ranks > 0 and scale is not None and is_overflow(loss_sum, scale):
+        means = {name: value / n_ranks for name, value in sums.items() if "/" in name}
+        self.profiler.read(sums)
+        self.note_stop(sums["stop"] > 0)
+        loss_sum, scale = sums["loss/out"], means.get("optim/loss_scale")
+        if sums["unmoved"] > 0 and scale is not None and is_overflow(loss_sum, scale):
             self._run.shared["skipped_steps"] += 1
             log.info("step %d overflowed at loss scale %g: halved; the optimizer did not move", facts.step, scale)
-        elif bad_ranks > 0:
-            self._skip_or_halt(facts, loss_sum / n_ranks, norm_sum / n_ranks)
+        elif sums["unmoved"] > 0:
+            self._skip_or_halt(facts, means["loss/out"], means["optim/grad_norm"])
         elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
             raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
         else:
             self._skips_in_a_row = 0
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
-            self._report(facts, loss_sum / n_ranks, norm_sum / n_ranks, scale)
+            self._report(facts, means)
 
-    def hear_of_stop(self, agreed: bool) -> None:
+    def note_stop(self, agreed: bool) -> None:
         """`agreed`: by all ranks, to stop."""
         if agreed and not self.stop:
             self.stop = True
@@ -84,7 +89,7 @@ class Judge:
     def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:
         """Held-out losses at the present step, handed through. None: all ranks agreed to stop instead."""
         if losses is None:
-            self.hear_of_stop(True)
+            self.note_stop(True)
             return {}
         seconds = {"seconds": losses["seconds"]} if losses else {}
         losses = {key: value for key, value in losses.items() if key != "seconds"}  # no clock in a checkpoint
@@ -131,17 +136,15 @@ class Judge:
             f"rows again: pass over them with data.skip_rows='{skips}', or lower optim.lr"
         )
 
-    def _report(self, facts: StepFacts, loss: float, grad_norm: float, loss_scale: float | None) -> None:
+    def _report(self, facts: StepFacts, means: dict[str, float]) -> None:
         run = self._run
         record = {
             "global_step": facts.step,
             "acc_step": 0,
-            "loss/out": loss,
-            "optim/grad_norm": grad_norm,
+            **means,
             "optim/lr": facts.lr,
             "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],
-            **({} if loss_scale is None else {"optim/loss_scale": loss_scale}),
             **self.meter.read(facts.step, facts.lap),
             **self.profiler.memory.report(),
             **run.loader.stats(),
