@@ -35,7 +35,6 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import orjson
 
-import lingua
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
 from lingua.data.jsonl import DataError
@@ -227,7 +226,7 @@ class _Worker:
 
 def _start(descriptors: list[int]) -> subprocess.Popen[bytes]:
     """Start a worker. Its signals are blocked from the first moment until it ignores them itself."""
-    root = str(Path(lingua.__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # Each worker has one thread: the lanes are the parallelism.
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

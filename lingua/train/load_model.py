@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lingua.checkpoint.load_weights import load_weights
+from lingua.checkpoint.load_weights import load_weights, open_source
 from lingua.config.base import build_part
 from lingua.config.keys.train import TrainArgs
 from lingua.tokenizer import Tokenizer, build_tokenizer
+from lingua.train.describe import config_of, described
+
+
+class Loaded(NamedTuple):
+    """What `lingua.load` gives; the model is in eval mode."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    config: TrainArgs
+
+
+def load_described(path: str | Path, device: str | torch.device | None, dtype: torch.dtype | None) -> Loaded:
+    """Load the model at `path` as the config beside it describes. See `lingua.load`."""
+    config = described(config_of(str(path)))
+    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _ = load_model(config, path, place, dtype or stored_dtype(path))
+    return Loaded(model.eval(), tokenizer, config)
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """Return the dtype that all weights at `path` share, or float32 if they share none that a model computes in."""
+    found = set(open_source(path, sizes_only=True).dtypes.values())
+    return found.pop() if len(found) == 1 and found <= {torch.bfloat16, torch.float16} else torch.float32
 
 
 def load_model(
