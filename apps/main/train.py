@@ -221,7 +221,7 @@ def main(words: list[str]) -> int:
                 watchdog.at_exit.append(folder.lock.release)
             use_embedded_corpus(args)
             measures = make_measures(args, world)
-            meter = make_meter(args, size, world)  # measures the machine before loader workers use it
+            meter = make_meter(args, size, world)
             run = build_run(args, size, folder.path, world, folder.lock, stack)
             settle_config(run, checked, folder.incarnation)
             watchdog.heartbeat.step = run.step

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from lingua.config.base import MOVED, NO_EFFECT, Args, ConfigError, Key, Written, dotted_key, plain, show, unknown_key
+from lingua.config.keys.eval import EvalArgs
 from lingua.config.yaml_layers import (
     DEFAULT,
     Layer,
@@ -328,12 +329,18 @@ def _drop_inert(layer: Layer) -> None:
             del section[name]
 
 
+def ignored_keys(schema: type[Args]) -> dict[Key, Any]:
+    """Return the keys of a schema that have no effect, each with the default it had."""
+    keys = {tuple(dotted.split(".")): default for dotted, default in NO_EFFECT.items()}
+    if issubclass(schema, EvalArgs):  # a config of the section `eval` alone
+        return {key[1:]: default for key, default in keys.items() if key[0] == "eval"}
+    return {key: default for key, default in keys.items() if key[0] in schema.model_fields}
+
+
 def _drop_ignored(layer: Layer, schema: type[Args]) -> list[str]:
     """Leave out the keys that have no effect; return those whose value asks for something."""
     asked = []
-    for dotted, default in NO_EFFECT.items():
-        key = tuple(dotted.split("."))
-        key = key if key[0] in schema.model_fields else key[1:]  # a config of the section `eval` alone
+    for key, default in ignored_keys(schema).items():
         section: Any = layer.tree
         for name in key[:-1]:
             section = section.get(name) if isinstance(section, dict) else None

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from itertools import islice
 from pathlib import Path
+
+import orjson
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, source_folders, token_sources
@@ -16,7 +19,7 @@ from lingua.data.corpus import SOURCE_NAME, embedded_corpus
 from lingua.data.jsonl import BadLines, DataError, JsonlSource, Tape, find_files
 from lingua.data.jsonl_indexed import IndexedSource
 from lingua.data.manifest import check_manifest
-from lingua.data.token_files import TokenSource, find_token_files
+from lingua.data.token_files import TokenSource, find_token_files, read_facts
 from lingua.tokenizer import build_tokenizer, tokenizer_fingerprint
 
 
@@ -90,12 +93,6 @@ def estimate_tokens(args: DataArgs, sample_bytes: int = 1 << 20) -> int:
 
     The same files give the same number. Raises ConfigError or OSError when a source or the tokenizer is not there.
     """
-    from itertools import islice
-
-    import orjson
-
-    from lingua.data.jsonl import find_files
-
     tokenizer, total = build_tokenizer(args.tokenizer), 0
     folders = source_folders(args)
     if not folders:
@@ -123,7 +120,5 @@ def estimate_tokens(args: DataArgs, sample_bytes: int = 1 << 20) -> int:
 
 def count_tokens(folder: Path, n_ends: int) -> int:
     """Tokens of a folder of token files, as their headers say, with `n_ends` begin and end tokens per document."""
-    from lingua.data.token_files import find_token_files, read_facts
-
     every = [read_facts(file) for file in find_token_files(folder)]
     return sum(facts["tokens"] + n_ends * facts["documents"] for facts in every)

@@ -177,7 +177,7 @@ def run_tasks(lm: Any, args: HarnessArgs, core_metrics: Mapping[str, float] | No
     """Metrics of all tasks by name; under "details" what harness says of them, and the samples. Collective."""
     if args.apply_chat_template:
         raise ConfigError("eval.harness.apply_chat_template is set, but a pretrained model has no template; drop it")
-    settings = args.model_dump(exclude={"tasks", "device", "verbosity", "include_path"})
+    settings = args.model_dump(exclude={"tasks", "verbosity", "include_path"})
     tasks = cleaned(args.tasks)
     logging.getLogger("lm_eval").setLevel(args.verbosity.upper())
     answers = lm_eval().simple_evaluate(lm, tasks=tasks, task_manager=task_manager(args), **settings)

@@ -154,7 +154,7 @@ class InTraining(Evaluation):
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._run, self._guard, self._measures, self._now = run, watchdog, measures, now
+        self._run, self._watchdog, self._measures, self._now = run, watchdog, measures, now
         self._incarnation = incarnation
         self._period = Rhythm(run.args.checkpoint.eval.every, 0)
         self._n_begun = 0
@@ -209,7 +209,7 @@ class InTraining(Evaluation):
     def _together(self, act: Callable[[Evaluator], None]) -> bool:
         """Rank 0 does `act`, and the others their shares of what it measures meanwhile."""
         timeout_s, usual_s = 3600 * self._measures.args.timeout_hours, self._run.args.distributed.timeout_s
-        with self._guard.heartbeat.during("evaluation"), patient(timeout_s, usual_s):
+        with self._watchdog.heartbeat.during("evaluation"), patient(timeout_s, usual_s):
             if self._evaluator is None:
                 self._obey()
             else:
@@ -217,7 +217,7 @@ class InTraining(Evaluation):
                     act(self._evaluator)
                 finally:
                     from_main(_nothing)
-            return first_given(self._guard.received) is not None
+            return first_given(self._watchdog.received) is not None
 
     def _obey(self) -> None:
         while (source := from_main(_nothing)) is not None:
@@ -256,7 +256,7 @@ class InTraining(Evaluation):
                 copy_weights(run.model, model)
                 return measures.measure_model(model, run.tokenizer, beat)
             except Exception:
-                if first_given(self._guard.received) is not None:
+                if first_given(self._watchdog.received) is not None:
                     self._is_stopping = True
                     raise Stopped from None
                 raise
@@ -287,13 +287,13 @@ class InTraining(Evaluation):
 
     def _abandon(self) -> None:
         """When the process is ended from beside its main thread: being asked to stop is no failure. Local."""
-        if self._evaluator is not None and self._guard.asked:
+        if self._evaluator is not None and self._watchdog.asked:
             self._evaluator.abandon()
 
     def _beat(self) -> None:
         """Before each batch. Raises Stopped when this rank was asked to stop, or another has left. Local."""
-        self._guard.heartbeat.sign()
-        if self._guard.asked:
+        self._watchdog.heartbeat.sign()
+        if self._watchdog.asked:
             self._leave()
             raise Stopped
         store, now_s = self._run.world.store, self._now()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingua.config.base import NO_EFFECT, ConfigError
+from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine, app_schema, choose_app
-from lingua.config.compose import compose
+from lingua.config.compose import compose, ignored_keys
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.train import TrainArgs
@@ -77,5 +77,5 @@ def read_command_line(line: CommandLine) -> Order:
 
 def is_about_measures(config: str) -> bool:
     """Whether a config holds the section `eval` alone, not a whole run."""
-    ignored = {key.removeprefix("eval.") for key in NO_EFFECT if key.startswith("eval.")}
-    return stack_layers(config, [], [], EvalArgs).tree.keys() <= EvalArgs.model_fields.keys() | ignored
+    known = EvalArgs.model_fields.keys() | {key[0] for key in ignored_keys(EvalArgs)}
+    return stack_layers(config, [], [], EvalArgs).tree.keys() <= known

@@ -11,6 +11,7 @@ from torch import nn
 from lingua.checkpoint.load_weights import load_weights, open_source
 from lingua.config.base import build_part
 from lingua.config.keys.train import TrainArgs
+from lingua.distributed.process_group import Place, pick_device
 from lingua.tokenizer import Tokenizer, build_tokenizer
 from lingua.train.describe import config_of, described
 
@@ -26,8 +27,8 @@ class Loaded(NamedTuple):
 def load_described(path: str | Path, device: str | torch.device | None, dtype: torch.dtype | None) -> Loaded:
     """Load the model at `path` as the config beside it describes. See `lingua.load`."""
     config = described(config_of(str(path)))
-    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, _ = load_model(config, path, place, dtype or stored_dtype(path))
+    where = pick_device("auto", Place()) if device is None else torch.device(device)
+    model, tokenizer, _ = load_model(config, path, where, dtype or stored_dtype(path))
     return Loaded(model.eval(), tokenizer, config)
 
 

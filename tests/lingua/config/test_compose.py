@@ -11,6 +11,7 @@ from apps.main.args import TrainArgs
 from lingua.config.base import ConfigError
 from lingua.config.compose import Composed, compose, examine
 from lingua.config.keys.eval import EvalArgs
+from lingua.config.keys.generate import GeneratorArgs
 from lingua.launch.submit import sbatch_options
 
 
@@ -408,3 +409,7 @@ def test_keys_without_an_effect_are_read_and_named_where_they_ask_for_something(
     assert composed.ignored == ["logging.acc_freq", "eval.wipe_ckpt", "eval.harness.device"]
     config.write_text("wipe_ckpt: true\nharness: {device: cpu}\n")
     assert compose(str(config), [], [], EvalArgs).ignored == ["wipe_ckpt", "harness.device"]
+    with pytest.raises(ConfigError, match="wipe_ckpt is no key"):  # of a run it never was one
+        compose(None, [], ["wipe_ckpt=true"], TrainArgs)
+    with pytest.raises(ConfigError, match="spawn_method is no key"):
+        compose(None, [], ["spawn_method=fork"], GeneratorArgs)
