@@ -1,12 +1,10 @@
-"""Files that are there whole or not at all, also after a crash.
+"""Atomic file operations that survive a crash.
 
-Promise: what `write_whole` returns from is on the disk under its final name, the folder entry included; before that
-the name shows the old content or none. Nothing here follows a symbolic link in the last part of a path it writes or
-deletes.
-Cost: one fsync per file and one per folder, milliseconds on a local disk, tens of them on a shared one.
+When `write_whole` returns, the file is on disk under its final name, folder entry included; until then the name shows
+the old content or none. Nothing here follows a symbolic link in the last part of a path that it writes or deletes.
+Each file and each folder costs one fsync: milliseconds on a local disk, tens of milliseconds on a shared one.
 
-`Files` is the narrow seam through which checkpoints touch the disk: a handful of operations that a faulty twin in the
-tests replaces, to fail or to die at each of them in turn.
+Checkpoints touch the disk only through `Files`, a few operations that tests replace to fail or die at each in turn.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ import orjson
 
 Buffer = bytes | bytearray | memoryview
 BLOCK_BYTES = mmap.PAGESIZE
-"""Its multiples suit O_DIRECT: Lustre asks for pages, local file systems for the blocks of their disk."""
+"""Alignment that O_DIRECT needs: pages on Lustre, disk blocks on local file systems."""
 
 
 class RunError(RuntimeError):
-    """Something outside the program that its user can mend. The message is one clear sentence with the remedy."""
+    """A problem outside the program that its user can fix. The message is one sentence with the remedy."""
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -42,7 +40,7 @@ _TO_MEND = (
 
 
 class DiskError(RunError):
-    """An OSError as a sentence. It keeps the errno and the path, also when it is pickled for other ranks."""
+    """An OSError as a sentence. It keeps the errno and the path, also when pickled for other ranks."""
 
     def __init__(self, message: str, number: int | None = None, path: str | None = None) -> None:
         super().__init__(message)
@@ -55,7 +53,7 @@ class DiskError(RunError):
 
     @property
     def kind(self) -> str:
-        """As `lingua.run.failure` knows it: what is full or wrong a person must mend, all else may pass by itself."""
+        """The kind of failure: a full or wrong disk needs a person, anything else may be transient (`run.failure`)."""
         if self.errno in _FULL:
             return "disk_full"
         return "setup" if self.errno in _TO_MEND else "disk"
@@ -66,15 +64,15 @@ class DiskError(RunError):
 
 
 class Files:
-    """The operations that change a disk. Each either happens or raises OSError; a mark is only ever renamed in."""
+    """The operations that change a disk. Each either happens or raises OSError."""
 
     def create(self, path: Path) -> int:
-        """Open a new or emptied file for writing; returns its descriptor."""
+        """Open a new or emptied file for writing and return its descriptor."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(path, flags, 0o666)  # the umask decides, as for every file of a run folder
 
     def reserve(self, path: Path, n_bytes: int) -> int:
-        """Open a file to overwrite it in place; returns its descriptor. Its first `n_bytes` need no more room then."""
+        """Open a file to overwrite in place and return its descriptor. Space for its first `n_bytes` is allocated."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             if os.fstat(descriptor).st_size < n_bytes:
@@ -86,7 +84,7 @@ class Files:
         return descriptor
 
     def write(self, descriptor: int, data: Buffer) -> None:
-        """Write all of `data`, however often the disk takes only a part."""
+        """Write all of `data`, repeating short writes."""
         view = memoryview(data).cast("B")
         while len(view):
             whole_bytes = len(view) // BLOCK_BYTES * BLOCK_BYTES or len(view)
@@ -103,7 +101,7 @@ class Files:
         os.close(descriptor)
 
     def mkdir(self, path: Path) -> None:
-        """Make a folder in one that is there; if it is there too that is fine, a link to one is not."""
+        """Make a folder in an existing one. An existing folder is fine, a link to one is not."""
         path.mkdir(exist_ok=True)
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -120,7 +118,7 @@ class Files:
         os.rename(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name; fails when that name is taken, atomically on NFS too."""
+        """Give a file a second name. Fails if that name is taken; atomic, also on NFS."""
         os.link(source, target)
 
     def remove(self, path: Path) -> None:
@@ -130,7 +128,7 @@ class Files:
         path.rmdir()
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a folder with all that is in it, one operation at a time. Links are removed, not followed."""
+        """Remove a folder and its contents, one operation at a time. Links are removed, not followed."""
         with os.scandir(path) as entries:
             inside = list(entries)
         for entry in inside:
@@ -145,16 +143,16 @@ DISK = Files()
 
 
 def skip_page_cache(descriptor: int) -> None:
-    """From here on, write straight to the disk (O_DIRECT, open(2)) what lies in whole blocks at whole pages.
+    """Write aligned whole blocks past the page cache from now on (O_DIRECT, open(2)).
 
-    The rest, and everything on a file system that has no such way, goes through the page cache as ever.
+    Anything else, and everything on a file system without O_DIRECT, still goes through the page cache.
     """
     with suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
 
 
 def _use_page_cache(descriptor: int) -> bool:
-    """End `skip_page_cache`; False if it was not on."""
+    """End `skip_page_cache`; return False if it was not on."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     return bool(flags & os.O_DIRECT)
@@ -162,7 +160,7 @@ def _use_page_cache(descriptor: int) -> bool:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in here names the file; one of a descriptor does not by itself."""
+    """Add the file's path to an OSError raised here; one from a descriptor has none."""
     try:
         yield
     except OSError as error:
@@ -172,16 +170,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def make_folders(path: Path, *, files: Files = DISK) -> None:
-    """Make a folder and those above it that are missing."""
+    """Make a folder and its missing parents."""
     if not path.parent.exists():
         make_folders(path.parent, files=files)
     files.mkdir(path)
 
 
 def write_whole(path: Path, data: Buffer | str, mode: int | None = None, *, files: Files = DISK) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename, fsync of the folder.
+    """Write a file atomically: temporary name, fsync, rename, fsync of the folder.
 
-    `mode`: permission bits; None: as the umask says.
+    `mode`: permission bits; None leaves them to the umask.
     """
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -203,12 +201,12 @@ def write_whole(path: Path, data: Buffer | str, mode: int | None = None, *, file
 
 
 def write_json(path: Path, value: Any, *, files: Files = DISK) -> None:
-    """`write_whole` of a JSON document that people can read too."""
+    """Write an indented JSON document with `write_whole`."""
     write_whole(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE), files=files)
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises OSError, or RunError that names the file when it is not JSON."""
+    """Parse a JSON file. Raises OSError, or RunError with the file's name if it is not JSON."""
     try:
         return orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
@@ -217,14 +215,14 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
-    """A folder beside `path` to fill; at the end of the block it gets that name, after an error it is removed.
+    """Yield a temporary folder beside `path`; rename it to `path` at the end of the block, or remove it on an error.
 
-    Files in it must be durable when the block ends. What a process of this machine left when it was killed is removed;
-    `path` must not be there. Raises RunError: it is, or somebody else made it meanwhile.
+    Its files must be durable when the block ends. Leftovers of killed processes of this machine are removed. Raises
+    RunError if `path` exists or another process creates it meanwhile.
     """
     path = path.absolute()
     if path.exists() or path.is_symlink():
-        raise RunError(f"{path} is there already; choose a new folder, or remove it first")
+        raise RunError(f"{path} already exists; choose a new folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     begin = f".{path.name}.tmp-{socket.gethostname()}-"
     for left in entries(path.parent):
@@ -241,7 +239,7 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            raise RunError(f"{path} was made by somebody else meanwhile; choose a new folder") from error
+            raise RunError(f"another process created {path} meanwhile; choose a new folder") from error
     except BaseException:
         if temporary.exists():
             files.remove_tree(temporary)
@@ -250,15 +248,12 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes this user can still write where `path` is or will be. A quota is not seen here."""
+    """Return the bytes that this user can still write where `path` is or will be. Quotas are not visible here."""
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
 def make_folder(path: Path, what: str) -> Path:
-    """Make sure that `path` is a folder one can write to; `what` names the setting for the error.
-
-    Raises RunError with one clear sentence when it is not.
-    """
+    """Ensure that `path` is a writable folder. Raises RunError, which names the setting `what`, if it is not."""
     probe = path / f".writable-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -266,13 +261,13 @@ def make_folder(path: Path, what: str) -> Path:
         probe.unlink()
     except OSError as error:
         raise DiskError.of(
-            error, f"{what}: cannot write to {path} ({error.strerror}); choose another folder or mend its permissions"
+            error, f"{what}: cannot write to {path} ({error.strerror}); choose another folder or fix its permissions"
         ) from None
     return path
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether there is a regular file, not a link to one."""
+    """Return whether `path` is a regular file and not a link."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -280,7 +275,7 @@ def is_plain_file(path: Path) -> bool:
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """What is in a folder, by name; nothing when there is no folder."""
+    """Return a folder's entries by name, or [] if there is no folder."""
     try:
         yield from sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -297,9 +292,9 @@ def human_bytes(n_bytes: float) -> str:
 
 
 class ProcessLock:
-    """A lock on a file that its process holds until it dies; children do not inherit it (fcntl(2), record locks).
+    """A file lock that a process holds until it dies; children do not inherit it (fcntl(2), record locks).
 
-    Open each path once per process only: closing any descriptor of the file gives the lock up.
+    Open each path only once per process: closing any descriptor of the file releases the lock.
     """
 
     _FLOCK = struct.Struct("hhqqi")  # struct flock of 64-bit Linux: type, whence, start, length, pid
@@ -310,7 +305,7 @@ class ProcessLock:
         self._descriptor = os.open(path, flags, 0o600)
 
     def take(self, *, shared: bool = False) -> bool:
-        """Whether the lock is ours now."""
+        """Try to take the lock; return whether this process holds it."""
         try:
             fcntl.lockf(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -321,13 +316,13 @@ class ProcessLock:
         fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
     def holder(self) -> int | None:
-        """Pid of another process that holds the lock, in whatever way. Takes nothing, so it disturbs nobody."""
+        """Return the pid of another process that holds the lock, or None. Does not take the lock."""
         asked = self._FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         kind, _, _, _, pid = self._FLOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_GETLK, asked))
         return None if kind == fcntl.F_UNLCK else pid
 
     def is_current(self) -> bool:
-        """Whether the path still leads to the file that was opened."""
+        """Return whether the path still leads to the opened file."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), self.path.lstat())
         except FileNotFoundError:

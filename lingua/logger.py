@@ -1,7 +1,7 @@
-"""Logging: one format with rank, to the terminal and to the run folder.
+"""Logging to the terminal and the run folder, in one format that shows the rank.
 
-Promise: rank 0 speaks on the terminal, other ranks only from WARNING on; each rank writes a file of its own. A log
-that cannot be written (disk full, quota) never ends a run: that is said once on the terminal, and the run goes on.
+Rank 0 logs to the terminal, other ranks only warnings; each rank has its own file. A log file that cannot be written
+(disk full, quota) never ends a run: the terminal shows one message, and the run continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Format(logging.Formatter):
 
 
 class _Terminal(logging.StreamHandler):
-    """Writes to what sys.stderr is at that moment, so that lines appear above a progress bar and not within it."""
+    """Writes to the current sys.stderr, so that lines appear above a progress bar and not inside it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -33,7 +33,7 @@ class _Terminal(logging.StreamHandler):
 
 
 class _SturdyFile(logging.FileHandler):
-    """A log file whose disk may fill up."""
+    """A log file that tolerates a full disk."""
 
     _complained = False
 
@@ -49,11 +49,13 @@ class _SturdyFile(logging.FileHandler):
     def _complain(self) -> None:
         if not self._complained:
             self._complained = True
-            print(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; the run goes on without it", file=sys.stderr)
+            print(
+                f"cannot write {self.baseFilename}: {sys.exc_info()[1]}; the run continues without it", file=sys.stderr
+            )
 
 
 def start_logging(rank: int = 0, level: int = logging.INFO, own_packages: tuple[str, ...] = ("lingua", "apps")) -> None:
-    """Terminal output of this process; call once, as early as the rank is known. Other packages speak from WARNING."""
+    """Set up terminal output; call once, as soon as the rank is known. Other packages log only warnings."""
     terminal = _Terminal()
     terminal.setFormatter(_Format(rank))
     terminal.setLevel(level if rank == 0 else logging.WARNING)
@@ -68,7 +70,7 @@ def start_logging(rank: int = 0, level: int = logging.INFO, own_packages: tuple[
 
 
 def log_to_folder(run_dir: Path, rank: int) -> logging.Handler:
-    """Also write this rank's lines into the run folder; the caller removes the handler at the end."""
+    """Also log to this rank's file in the run folder and return the handler; the caller removes it at the end."""
     path = run_dir / MAIN_LOG if rank == 0 else run_dir / RANK_LOGS / f"rank_{rank:05d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = _SturdyFile(path, encoding="utf-8")
@@ -78,5 +80,5 @@ def log_to_folder(run_dir: Path, rank: int) -> logging.Handler:
 
 
 def on_terminal() -> bool:
-    """Whether a person is looking: progress bars then, plain lines otherwise."""
+    """Return whether output goes to a terminal: draw progress bars there, plain lines otherwise."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"

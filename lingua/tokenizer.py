@@ -1,9 +1,8 @@
-"""Text to tokens and back: bytes, SentencePiece, tiktoken, Hugging Face, behind one small interface.
+"""Tokenizers behind one small interface: bytes, SentencePiece, tiktoken, Hugging Face.
 
-Promise: the same text gives the ids of the original library; text that spells a special token is ordinary text;
-begin and end tokens are there when asked for and only then; a tokenizer that gives up on a text raises
-`TokenizerError`, never a Rust panic. `fingerprint` is the name and a hash of the file, which guards saved positions.
-Cost: ids are int32 arrays, one copy beyond the original library; its import is paid only by who uses it.
+Ids equal those of the original library. Text that spells a special token is ordinary text; begin and end tokens
+appear only on request. A tokenizer that fails on a text raises `TokenizerError`, never a Rust panic. `fingerprint` is
+the name and a hash of the file; it guards saved positions. Each library is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(ABC):
-    """Ids in [0, n_words). `bos_id`, `eos_id`: None where the tokenizer has no such token."""
+    """Ids in [0, n_words). `bos_id` and `eos_id` are None if the tokenizer has no such token."""
 
     name: str
     n_words: int
@@ -39,25 +38,25 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_text(self, text: str) -> np.ndarray:
-        """Ids of the text alone, int32 or uint32, perhaps read-only. May raise anything."""
+        """Return the ids of the text alone, int32 or uint32, perhaps read-only. May raise anything."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids. Begin and end tokens of `bytes` and `sp` have no text."""
+        """Return the text of the ids. Begin and end tokens of `bytes` and `sp` have no text."""
 
     def encode(self, text: str, add_bos: bool, add_eos: bool) -> np.ndarray:
-        """Ids of the text as int32, with the begin and end tokens that are asked for."""
+        """Return the ids of the text as int32, with begin and end tokens on request."""
         try:
             ids = self.encode_text(text)
         except BaseException as error:
-            # A panic in Rust arrives as pyo3_runtime.PanicException, which is no Exception.
+            # A Rust panic arrives as pyo3_runtime.PanicException, which does not derive from Exception.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise TokenizerError(f"the tokenizer gave up: {str(error)[:200]}") from None
+                raise TokenizerError(f"the tokenizer failed: {str(error)[:200]}") from None
             raise
         return self.wrap(ids, add_bos, add_eos)
 
     def wrap(self, ids: np.ndarray, add_bos: bool, add_eos: bool) -> np.ndarray:
-        """A copy as int32, with the begin and end tokens that are asked for."""
+        """Copy ids as int32, with begin and end tokens on request."""
         import numpy as np
 
         n = len(ids)
@@ -72,7 +71,7 @@ class Tokenizer(ABC):
         return out
 
     def check_special(self, add_bos: bool, add_eos: bool) -> None:
-        """Refuse a begin or end token that the tokenizer does not have."""
+        """Raise ConfigError for a begin or end token that the tokenizer does not have."""
         for key, wanted, token in (("add_bos", add_bos, self.bos_id), ("add_eos", add_eos, self.eos_id)):
             if wanted and token is None:
                 kind = "begin" if key == "add_bos" else "end"
@@ -115,7 +114,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class Ranks(NamedTuple):
-    """What a rank file does not say: how text is split before merging, and the special tokens."""
+    """What a rank file does not contain: the split pattern and the special tokens."""
 
     pattern: str
     special: dict[str, int]
@@ -123,7 +122,7 @@ class Ranks(NamedTuple):
     eos: str
 
 
-# The split patterns are part of each published tokenizer: other patterns give other ids for the same ranks.
+# The split pattern is part of a published tokenizer: another one gives other ids for the same ranks.
 _GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _CL100K = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
@@ -140,7 +139,7 @@ _O200K = "|".join(
         r"\s+",
     )
 )
-_N_SPECIAL = 256  # ids kept after the ranks, as in Llama 3 and lingua; those without a name are reserved
+_N_SPECIAL = 256  # ids reserved after the ranks, as in Llama 3 and lingua; some have no name
 _LLAMA3 = {
     "<|begin_of_text|>": 0,
     "<|end_of_text|>": 1,
@@ -154,7 +153,7 @@ _LLAMA3 = {
 
 
 def ranks_kind(n_ranks: int) -> Ranks:
-    """How a rank file of this length is used. In OpenAI's <|endoftext|> is both begin and end."""
+    """Return how to use a rank file of this length. In OpenAI's files <|endoftext|> is both begin and end."""
     end = "<|endoftext|>"
     if n_ranks in (50256, 50280):  # r50k (GPT-2), p50k
         return Ranks(_GPT2, {end: 50256}, end, end)
@@ -193,7 +192,7 @@ _NOTHING: frozenset[str] = frozenset()
 
 
 def read_ranks(path: Path) -> tuple[dict[bytes, int], Ranks]:
-    """A rank file's tokens, and how they are used: every id that they leave has a special token."""
+    """The tokens of a rank file; every id beyond them has a special token."""
     ranks = _read_ranks(path)
     kind = ranks_kind(len(ranks))
     free = sorted(set(range(len(ranks) + _N_SPECIAL)) - set(ranks.values()) - set(kind.special.values()))
@@ -202,7 +201,7 @@ def read_ranks(path: Path) -> tuple[dict[bytes, int], Ranks]:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Lines of `<base64> <rank>`. Read here since tiktoken's own reader copies the file into a cache folder."""
+    """Read lines of `<base64> <rank>`. tiktoken's own reader would copy the file into a cache folder."""
     import base64
     import binascii
 
@@ -215,7 +214,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ConfigError(
-                f"{path}, line {number}: no tiktoken rank file (`<base64> <rank>` per line); "
+                f"{path}, line {number}: not a tiktoken rank file (`<base64> <rank>` per line); "
                 "set data.tokenizer.name to sp (SentencePiece model) or hf (tokenizer.json) if it is one of those"
             ) from None
     if not ranks:
@@ -230,14 +229,14 @@ class HuggingFaceTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Model
 
         self._model: Any = Model.from_file(str(path))
-        self._model.no_truncation()  # settings of another use, sometimes saved in the file
+        self._model.no_truncation()  # truncation and padding are for other uses, but some files contain them
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that spells a special token is ordinary text
         self.n_words = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = self._special(path)
 
     def _special(self, path: Path) -> tuple[int | None, int | None]:
-        """Begin and end as `tokenizer_config.json` beside the file says, else by the names that are usual."""
+        """Return the begin and end ids from `tokenizer_config.json` beside the file, else by their usual names."""
         config = path.with_name("tokenizer_config.json")
         declared = orjson.loads(config.read_bytes()) if config.is_file() else {}
         usual_bos = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")
@@ -245,7 +244,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._first(declared, "bos_token", usual_bos), self._first(declared, "eos_token", usual_eos)
 
     def _first(self, declared: dict[str, Any], key: str, usual: Sequence[str]) -> int | None:
-        if key in declared:  # null: it has none
+        if key in declared:  # null means none
             token = declared[key]["content"] if isinstance(declared[key], dict) else declared[key]
             return None if token is None else self._model.token_to_id(token)
         ids = (self._model.token_to_id(token) for token in usual)
@@ -264,7 +263,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def tokenizer_file(args: TokenizerArgs) -> Path:
-    """The file that is read. ConfigError when it is not there."""
+    """Return the tokenizer's file. Raises ConfigError if it does not exist."""
     if not args.path:
         raise ConfigError(f"data.tokenizer.name is {args.name}, which needs a file; set data.tokenizer.path")
     path = Path(os.path.expandvars(args.path)).expanduser()
@@ -278,7 +277,7 @@ def tokenizer_file(args: TokenizerArgs) -> Path:
 
 
 def tokenizer_fingerprint(args: TokenizerArgs) -> str:
-    """Name and hash of the file, without building the tokenizer."""
+    """Return the fingerprint (name and hash of the file) without building the tokenizer."""
     if args.name == "bytes":
         return ByteTokenizer.fingerprint
     return _fingerprint(args.name, tokenizer_file(args))
@@ -291,13 +290,13 @@ def _fingerprint(name: str, path: Path) -> str:
 
 
 def build_tokenizer(args: TokenizerArgs) -> Tokenizer:
-    """The tokenizer that the config names."""
+    """Build the tokenizer that the config names."""
     if args.name == "bytes":
         return ByteTokenizer()
     return _build(args.name, tokenizer_file(args))
 
 
-@functools.lru_cache(maxsize=4)  # 0.5 s for a large file; loader, validation and generation share it
+@functools.lru_cache(maxsize=4)  # 0.5 s for a large file, so loader, validation and generation share it
 def _build(name: str, path: Path) -> Tokenizer:
     kinds = {"sp": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer, "hf": HuggingFaceTokenizer}
     try:
@@ -311,7 +310,7 @@ def _build(name: str, path: Path) -> Tokenizer:
 
 
 def assumed_n_words(args: TokenizerArgs) -> int:
-    """Vocabulary size as far as it can be told without the file: from what the path is called."""
+    """Guess the vocabulary size from the file's name, for when the file is not on this machine."""
     if args.name == "bytes":
         return ByteTokenizer.n_words
     known = {"r50k": 50512, "gpt2": 50512, "p50k": 50536, "cl100k": 100512, "o200k": 200254}

@@ -69,7 +69,7 @@ def fork(place: str, folder: Path, words: Sequence[str], world_size: int | None 
     if checkpoint.run_dir is None or checkpoint.step is None:
         raise RunError(f"{place} is no run's checkpoint; write RUN@STEP, and copy a run with `lingua ckpt copy`")
     if any(entries(folder)) or folder.is_file():
-        raise ConfigError(f"{folder} is there already; choose a new folder")
+        raise ConfigError(f"{folder} already exists; choose a new folder")
     if problems := checkpoint.damage(sizes_only=True):
         raise RunError(f"{checkpoint} is damaged: {'; '.join(problems)}; take another step")
     config = read_frozen(checkpoint.run_dir)

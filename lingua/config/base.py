@@ -1,8 +1,6 @@
-"""Base classes of every config section, parts chosen by their `type`, and what a schema knows about its own keys.
+"""Base classes of the config sections, the registry of parts (sections chosen by `type`), and lookups in a schema.
 
-Promise: whatever is wrong with a config is a ConfigError, whose sentences name key, value and remedy; nothing in a
-config is ever executed. How files become a config is told in `layers.py`; how one is checked, in `compose.py`.
-Cost: no torch; pydantic imports in about 0.1 s.
+`yaml_layers.py` stacks files into one tree; `compose.py` validates it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 
 class ConfigError(ValueError):
-    """Something in a config that its author can mend. `problems` are complete sentences, one finding each."""
+    """A config error that its author can fix. `problems` holds one complete sentence per finding."""
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -42,7 +40,7 @@ class Args(BaseModel):
 
 
 class Written:
-    """A number that remembers how a config spells it, as 0042 or 1.10."""
+    """A number that remembers its spelling in the config, such as 0042 or 1.10."""
 
     text: str
 
@@ -59,15 +57,15 @@ class Written:
 
 
 class WrittenInt(Written, int):
-    """A whole number."""
+    """An integer that remembers its spelling."""
 
 
 class WrittenFloat(Written, float):
-    """Any other."""
+    """A float that remembers its spelling."""
 
 
 def plain(tree: Any) -> Any:
-    """Copy a tree of values, with ordinary numbers in place of those that remember their spelling."""
+    """Copy a tree of values, replacing numbers that remember their spelling by ordinary ones."""
     if isinstance(tree, dict):
         return {name: plain(value) for name, value in tree.items()}
     if isinstance(tree, list):
@@ -80,21 +78,20 @@ def _as_written(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_as_written)]
-"""Text. A number is taken as it was written: `name: 1.10` is the text 1.10."""
+"""Text. A number keeps its spelling: `name: 1.10` is the text 1.10."""
 Anything = Annotated[Any, BeforeValidator(plain)]
-"""Whatever YAML can say."""
+"""Any YAML value."""
 
 
 # -- parts chosen by their `type` key ------------------------------------------------------------------------------
 
 
 class Part(Args):
-    """A section whose `type` key chooses the class: model, optimizer, loss. User code adds its own by `@register`."""
+    """A section whose `type` key chooses the class: model, optimizer, loss. User code adds its own with `@register`."""
 
     type: str
-    builder: ClassVar[
-        str
-    ]  # "module:callable" that builds the part; imported only when it is built, so Args stay torch-free
+    # "module:callable" that builds the part. It is imported only to build, so the Args import no torch.
+    builder: ClassVar[str]
 
 
 PartType = TypeVar("PartType", bound=type[Part])
@@ -102,7 +99,7 @@ _parts: dict[str, dict[str, type[Part]]] = {}
 
 
 def register(kind: str, type_name: str) -> Callable[[PartType], PartType]:
-    """Class decorator: `type: <type_name>` in the section `kind` now means this class. A name is taken only once."""
+    """Class decorator: make `type: <type_name>` in the section `kind` choose this class. Raises ValueError if taken."""
 
     def add(part: PartType) -> PartType:
         taken = _parts.setdefault(kind, {}).setdefault(type_name, part)
@@ -115,14 +112,15 @@ def register(kind: str, type_name: str) -> Callable[[PartType], PartType]:
 
 
 def parts(kind: str) -> dict[str, type[Part]]:
-    """Registered classes of a section by type name."""
+    """Return the registered classes of a section by type name."""
     return dict(_parts.get(kind, {}))
 
 
 def part_of(kind: str, default: type[Part]) -> WrapValidator:
-    """Validator of a field that holds one part: `Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)]`.
+    """Return the validator of a field that holds one part.
 
-    `type` absent or the default's own: the class `default` (an app's own Args); any other: a registered one.
+    Used as `Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)]`. Without `type`, or with the default's
+    own, the class is `default` (an app may pass its own Args); otherwise it is the registered one.
     """
 
     def choose(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -170,7 +168,7 @@ def show(value: Any, at_most: int = 80) -> str:
 
 
 def section_classes(schema: type[Args], name: str, *, items: bool = False) -> list[type[Args]]:
-    """Classes that a field (or the items of its list) may hold; none for a plain value or a free mapping."""
+    """Return the section classes that a field (or its list items) may hold; [] for a plain value or a free mapping."""
     info = schema.model_fields[name]
     found: list[type[Args]] = []
     if isinstance(info.default, Part):
@@ -187,7 +185,7 @@ def section_classes(schema: type[Args], name: str, *, items: bool = False) -> li
 
 
 def inner_sections(sections: list[type[Args]], name: str, *, items: bool = False) -> list[type[Args]]:
-    """The classes under key `name` of any of these sections."""
+    """Return the section classes under the key `name` of any of these sections."""
     having = [section for section in sections if name in section.model_fields]
     return [inner for section in having for inner in section_classes(section, name, items=items)]
 
@@ -197,7 +195,7 @@ def is_section(schema: type[Args], name: str) -> bool:
 
 
 def all_keys(schema: type[Args], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, sections included."""
+    """Yield every dotted key of a schema, including sections."""
     for name in schema.model_fields:
         yield prefix + name
         for section in section_classes(schema, name):
@@ -206,23 +204,23 @@ def all_keys(schema: type[Args], prefix: str = "") -> Iterator[str]:
 
 _PREPARE = "prepare the sources that way once, and name the new folders in data.sources"
 MOVED = {
-    "grid": "it is for `lingua sweep`; start a sweep with this file, or take it out",
+    "grid": "only `lingua sweep` reads it; start a sweep with this file, or remove it",
     "data.source_filter_functions": f"sources are not filtered while training; {_PREPARE}",
     "data.randomize_rate": f"tokens are not randomised while training; {_PREPARE}",
     "eval.dataset_dir": "use eval.validation.root_dir with eval.validation.sources",
     "eval.tasks": "use eval.harness.tasks",
-    "slurm.anaconda": "take it out: jobs run in the environment that submitted them",
-    "slurm.script": "use `app` for the package that runs",
-    "slurm.launcher": "take it out: jobs are always submitted by sbatch",
+    "slurm.anaconda": "remove it: jobs run in the environment that submitted them",
+    "slurm.script": "use `app` to name the package that runs",
+    "slurm.launcher": "remove it: jobs are always submitted by sbatch",
     "slurm.copy_code": "it belongs to the command that launches a run, not to the run",
     "slurm.dirs_exists_ok": "it belongs to the command that launches a run, not to the run",
     "slurm.override": "it belongs to the command that launches a run, not to the run",
     "slurm.config": "it belongs to the command that launches a run, not to the run",
-    "slurm.stdout": "take it out: logs lie in the run folder's logs/",
+    "slurm.stdout": "remove it: logs are in the run folder's logs/",
     "model.tie_weights": "use model.weight_tying",
     "model.hf": "use data.tokenizer.name: hf, and checkpoint.init_ckpt_path for the weights",
 }
-"""Keys of lingua and its forks that are gone, each with what replaces it."""
+"""Keys of Meta Lingua and its forks that do not exist here, each with its replacement."""
 NO_EFFECT: dict[str, Any] = {
     "distributed.spawn_method": "forkserver",
     "checkpoint.thread_debug": True,
@@ -231,13 +229,14 @@ NO_EFFECT: dict[str, Any] = {
     "eval.terminal_eval_wandb": False,
     "eval.harness.device": None,
 }
-"""Keys that are read and ignored, each with the default it had: older configs and Meta Lingua's hold them."""
+"""Keys that are accepted and ignored, each with its old default. Older configs and Meta Lingua's contain them."""
 
 
 def unknown_key(key: Key, schema: type[Args]) -> str:
+    """Return the sentence about a key that the schema does not have, with the nearest one that it has."""
     dotted = dotted_key(key)
     if dotted in MOVED:
-        return f"{dotted} is no key here: {MOVED[dotted]}"
+        return f"unknown key {dotted}: {MOVED[dotted]}"
     sections: list[type[Args]] = [schema]
     for name, following in itertools.pairwise(key):
         if isinstance(name, str):
@@ -249,7 +248,7 @@ def unknown_key(key: Key, schema: type[Args]) -> str:
     near = near or [f"{prefix}.{name}" if prefix else name for name in difflib.get_close_matches(last, names, 1)]
     near = near or list(difflib.get_close_matches(dotted, keys, 1))
     hint = f"did you mean {near[0]}?" if near else f"the keys there are {', '.join(sorted(names))}"
-    return f"{dotted} is no key; {hint}"
+    return f"unknown key {dotted}; {hint}"
 
 
 PositiveInt = Annotated[int, Field(ge=1)]

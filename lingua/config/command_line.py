@@ -1,8 +1,7 @@
-"""Where words of a command line come in and an exit code goes out; every entry point uses these few functions.
+"""Parse the command line and return the exit code; every entry point uses these functions.
 
-Promise: what a person can mend is one clear sentence and no traceback, unless `--debug` or LINGUA_DEBUG=1 asks for
-it. Exit code 2: the config or the command line is wrong and nothing was touched; 1: anything else that failed.
-Cost: imports nothing heavy.
+An error that a user can fix prints one sentence; `--debug` or LINGUA_DEBUG=1 adds the traceback. Exit code 2 means
+that the config or the command line is wrong and nothing was touched, 1 any other failure. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
 EXIT_INTERRUPTED = 130
 EXIT_HOOKS_S = 5.0
-"""How long packages may take to clean up when a process leaves."""
+"""Seconds that the exit hooks of other packages may take."""
 
 
 @dataclass
 class CommandLine:
-    """The words of a command line, sorted."""
+    """The parsed words of a command line."""
 
     config: str | None = None
     overlays: list[str] = field(default_factory=list)
@@ -44,11 +43,11 @@ class CommandLine:
     flags: dict[str, str | bool] = field(default_factory=dict)
     """`--accept-change` -> True, `--world-size=8` -> "8"."""
     point: Point | None = None
-    """A point of a sweep: values on top of everything, and the block `grid` is no part of the config."""
+    """A point of a sweep. Its values override everything, and the `grid` block is ignored."""
 
     @property
     def typed(self) -> list[str]:
-        """The words, flags left out."""
+        """The words without flags."""
         config = [] if self.config is None else [self.config]
         return [*config, *(f"+{overlay}" for overlay in self.overlays), *self.overrides]
 
@@ -58,9 +57,9 @@ class CommandLine:
 
 
 def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> CommandLine:
-    """Sort words: a bare path or `config=x.yaml`, `+overlay.yaml`, `a.b=value`, `--flag` of the given names.
+    """Parse words: a bare path or `config=x.yaml`, `+overlay.yaml`, `a.b=value`, and `--flag` for the given names.
 
-    Raises ConfigError. `--debug` and `--help` are known everywhere; `script=apps.mine.train` reads as `app=apps.mine`.
+    Every command knows `--debug` and `--help`. `script=apps.mine.train` means `app=apps.mine`. Raises ConfigError.
     """
     from lingua.config.base import ConfigError
 
@@ -91,18 +90,18 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
 
 
 def with_ckpt(words: Sequence[str]) -> list[str]:
-    """A bare RUN, RUN@STEP or folder reads as `ckpt=`; a config may then stand beside it."""
+    """Read a bare RUN, RUN@STEP or folder as `ckpt=`; a .yaml stays the config."""
     other = re.compile(r"[-+].*|.*=.*|.*\.ya?ml", re.DOTALL)
     return [word if other.fullmatch(word) else f"ckpt={word}" for word in words]
 
 
 def choose_app(line: CommandLine) -> str:
-    """Package of the app: `app=` says it; else the config, or the run of `ckpt=` or `follow=`, does by its key `app`;
-    else the config by lying in <app>/configs."""
-    said = dict(word.split("=", 1) for word in line.overrides)
-    if "app" in said:
-        return said["app"]
-    config = Path(line.config) if line.config is not None else _config_of_run(said.get("ckpt") or said.get("follow"))
+    """Return the app's package: from `app=`, else the key `app` of the config or of the run that `ckpt=` or `follow=`
+    names, else the package whose configs/ contains the config."""
+    given = dict(word.split("=", 1) for word in line.overrides)
+    if "app" in given:
+        return given["app"]
+    config = Path(line.config) if line.config is not None else _config_of_run(given.get("ckpt") or given.get("follow"))
     if config is None or not config.is_file():
         return DEFAULT_APP
     from lingua.config.yaml_layers import read_yaml
@@ -118,7 +117,7 @@ def choose_app(line: CommandLine) -> str:
 
 
 def _config_of_run(checkpoint: str | None) -> Path | None:
-    """The frozen config beside or above a checkpoint (<run>/checkpoints/<step>)."""
+    """Return the frozen config beside or above a checkpoint (<run>/checkpoints/<step>), or None."""
     if checkpoint is None:
         return None
     path = Path(checkpoint)
@@ -126,7 +125,7 @@ def _config_of_run(checkpoint: str | None) -> Path | None:
 
 
 def app_module(app: str, name: str) -> ModuleType:
-    """Module `name` of an app, `train` say. Raises ConfigError when there is no such app."""
+    """Import a module of an app, such as `train`. Raises ConfigError if there is no such app."""
     from lingua.config.base import ConfigError
     from lingua.config.compose import see_working_folder
 
@@ -144,7 +143,7 @@ def app_module(app: str, name: str) -> ModuleType:
 
 
 def app_schema(app: str) -> type[TrainArgs]:
-    """Return the class of an app's config. Raises ConfigError when there is no such app."""
+    """Return the class of an app's config. Raises ConfigError if there is no such app."""
     return app_module(app, "args").TrainArgs
 
 
@@ -153,7 +152,7 @@ def wants_traceback(words: Sequence[str]) -> bool:
 
 
 def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> int:
-    """Call `main(words)`; returns the process's exit code, errors printed as sentences."""
+    """Call `main(words)`, print errors as sentences, and return the exit code."""
     try:
         return main(list(words)) or 0
     except KeyboardInterrupt:
@@ -163,35 +162,35 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
         code = _exit_code(error)
         if wants_traceback(words) or code is None:
             traceback.print_exc()
-        elif code != EXIT_BAD_CONFIG or os.environ.get("RANK", "0") == "0":  # all ranks find the same in a config
+        elif code != EXIT_BAD_CONFIG or os.environ.get("RANK", "0") == "0":  # every rank finds the same errors
             for sentence in getattr(error, "problems", [str(error) or type(error).__name__]):
                 print(f"error: {sentence}", file=sys.stderr)
         return code or EXIT_FAILED
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End this process at once, for a `main` that has closed whatever it opened.
+    """End this process without tearing the interpreter down. `main` must have closed whatever it opened.
 
-    To take an interpreter with torch apart costs a second of CPU per rank, which a job in its grace may not have: from
-    stop.json to the end of two ranks it was 1.1 s on two idle cores and 10 s on busy ones; like this 0.2 s.
+    Teardown with torch loaded costs a second of CPU per rank, which a job in its grace period may not have. Measured
+    from stop.json to the end of two ranks: 1.1 s on two idle cores and 10 s on busy ones; this way 0.2 s.
     """
     _flush()
-    late = threading.Timer(EXIT_HOOKS_S, os._exit, [exit_code])  # a package may wait for a server, or for ever
+    late = threading.Timer(EXIT_HOOKS_S, os._exit, [exit_code])  # an exit hook may wait for a server, or forever
     late.daemon = True
     late.start()
-    atexit._run_exitfuncs()  # what packages ask for: logging, wandb, multiprocessing
+    atexit._run_exitfuncs()  # hooks of logging, wandb, multiprocessing
     _flush()
     os._exit(exit_code)
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
+        with contextlib.suppress(BrokenPipeError):  # the reader is gone
             stream.flush()
 
 
 def _exit_code(error: Exception) -> int | None:
-    """Exit code of an error that is a person's to mend; None for a fault of the program."""
+    """Return the exit code of an error that a user can fix, or None for a bug."""
     from lingua.config.base import ConfigError
     from lingua.files import RunError
 

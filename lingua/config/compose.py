@@ -1,15 +1,14 @@
-"""A config from its files to validated Args: interpolation, paths, plugins, validation, and a sentence per finding.
+"""Turn stacked YAML into validated Args: interpolation, paths, plugins, validation, and one sentence per finding.
 
-Promise: whatever is wrong with a config is found here, all of it at once, before a process group, a device or a
-folder is touched; each finding names file, key, value and remedy. Nothing in a config is ever executed.
-Cost: no torch; pydantic and OmegaConf import in about 0.3 s.
+All findings are collected before a process group, a device or a folder is touched. Each names file, key, value and
+remedy. Imports no torch.
 
 `${other.key}`, `${oc.env:NAME,default}`, `${oc.select:key,default}`, `${mul:2,3}` and `${div_up:7,2}` are resolved;
-any other resolver is refused. In keys that hold paths (whose names end in path, dir or folder; dump_base,
-stage_to, use_cache) a leading `~` and every `$NAME` are expanded.
+any other resolver is refused. A leading `~` and every `$NAME` are expanded in keys that hold paths: names that end in
+path, dir or folder, and dump_base, stage_to, use_cache.
 
-Relative paths are relative to the folder in which the command is run, and stay as written. The Slurm scripts go to
-BASE_DIR first; code that was frozen elsewhere runs with that same working folder, so the paths mean the same there.
+Relative paths stay as written, relative to the working folder. The Slurm scripts change to BASE_DIR first, and frozen
+code runs with that same working folder, so the paths mean the same there.
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
 def _resolve(layer: Layer, schema: type[Args]) -> tuple[list[tuple[Key, str]], set[Key]]:
-    """Replace interpolations by their values, in place. Returns (findings, keys that were interpolated)."""
+    """Replace interpolations by their values in place. Return (findings, interpolated keys)."""
     texts = {key: value for key, value in leaves(layer.tree) if isinstance(value, str) and "${" in value}
     found = _interpolate(layer, schema, {key: value for key, value in texts.items() if has_interpolation(value)})
-    for key, value in list(leaves(layer.tree)):  # those that were left out are gone
+    for key, value in list(leaves(layer.tree)):  # keys with a finding are gone by now
         if key in texts and value == texts[key] and not has_interpolation(value):
             at(layer.tree, key[:-1])[key[-1]] = unescape(value)
     return found
@@ -69,7 +68,7 @@ def _interpolate(
         if any(not _ALLOWED.match(rest) for rest in value.split("${")[1:]):
             what = f"{dotted_key(key)} is {show(value)}; only ${{key}} and {', '.join(_RESOLVERS)} are resolved"
             findings.append((key, f"{what}; write the value itself, or \\${{ for text"))
-    if not open_keys or findings:  # nothing is resolved next to something that must not be
+    if not open_keys or findings:  # resolve nothing beside an interpolation that is not allowed
         for key, _ in findings:
             _leave_out(layer.tree, key)
         return findings, set()
@@ -85,10 +84,10 @@ def _interpolate(
     whole = Layer(schema().model_dump(mode="json")) if _has_defaults(schema) else Layer()
     whole.merge(Layer(layer.tree))
     try:
-        config = OmegaConf.create(whole.tree, flags={"allow_objects": True})  # numbers that remember their spelling
+        config = OmegaConf.create(whole.tree, flags={"allow_objects": True})  # for WrittenInt and WrittenFloat
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{error.full_key} cannot be resolved: {reason}; mend it, or write \\${{ for text") from error
+        raise ConfigError(f"{error.full_key} cannot be resolved: {reason}; fix it, or write \\${{ for text") from error
     values: dict[Key, Any] = {}
     for key in open_keys:
         try:
@@ -99,7 +98,7 @@ def _interpolate(
             if unset := re.search("Environment variable '(.*)' not found", reason):
                 reason = f"the environment has no {unset[1]}; set it, or write ${{oc.env:{unset[1]},default}}"
             else:
-                reason += "; mend it, or write \\${ for text"
+                reason += "; fix it, or write \\${ for text"
             findings.append((key, f"{dotted_key(key)} is {show(raw)}, which cannot be resolved: {reason}"))
     for key, value in values.items():
         at(layer.tree, key[:-1])[key[-1]] = value
@@ -109,7 +108,7 @@ def _interpolate(
 
 
 def _quote_default(found: re.Match[str]) -> str:
-    """Put a resolver's default in quotes where OmegaConf would not keep its spelling: 1.10, 1_000; true as text."""
+    """Quote a resolver's default whose spelling OmegaConf would lose: 1.10, 1_000, `true` as text."""
     begin, resolver, default, end = found.groups()
     value = scalar(default)
     is_kept = value is None or (str(plain(value)) == default and isinstance(value, Written))
@@ -118,7 +117,7 @@ def _quote_default(found: re.Match[str]) -> str:
 
 
 def _number(value: Any) -> Any:
-    """A resolver's argument; the environment's are text."""
+    """Return a resolver's argument as a number; arguments from the environment are text."""
     number = scalar(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise ValueError(f"{show(value)} is not a number")
@@ -143,14 +142,14 @@ def _expand_paths(layer: Layer) -> list[tuple[Key, str]]:
         elif value.startswith("~") or "$" in value:
             expanded = os.path.expanduser(os.path.expandvars(value))
             at(layer.tree, key[:-1])[key[-1]] = expanded
-            if _VARIABLE.search(expanded):  # the frozen config would be expanded once more
-                what = f"{dotted_key(key)} is {show(value)}, that is {expanded}, which holds a variable again"
+            if _VARIABLE.search(expanded):  # the frozen config would expand it again
+                what = f"{dotted_key(key)} is {show(value)}, that is {expanded}, which contains a variable again"
                 findings.append((key, f"{what}; write the folder itself"))
     return findings
 
 
 def _import_plugins(layer: Layer) -> list[tuple[Key, str]]:
-    """Import the modules of `plugins`; the working folder is importable, as for `python -m`."""
+    """Import the modules named in `plugins`, also from the working folder, as `python -m` would."""
     plugins, findings = layer.tree.get("plugins"), []
     if not isinstance(plugins, list):
         return []
@@ -158,16 +157,16 @@ def _import_plugins(layer: Layer) -> list[tuple[Key, str]]:
     for index, name in enumerate(plugins):
         try:
             importlib.import_module(name)
-        except Exception as error:  # somebody else's module may raise anything
+        except Exception as error:  # a user's module may raise anything
             what = f"plugins names {show(name)}, which cannot be imported from {Path.cwd()}"
-            findings.append((("plugins", index), f"{what}: {type(error).__name__}: {error}; mend it or take it out"))
+            findings.append((("plugins", index), f"{what}: {type(error).__name__}: {error}; fix it or remove it"))
     return findings
 
 
 def see_working_folder() -> None:
-    """Make modules of the working folder importable, as `python -m` does and a console script does not.
+    """Make modules in the working folder importable, as `python -m` does and a console script does not.
 
-    Last of all where Python was told not to (PYTHONSAFEPATH): a job runs its frozen code, not the tree it is run in.
+    With PYTHONSAFEPATH the working folder comes last: a job runs its frozen code, not the tree it was started in.
     """
     if sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -197,12 +196,12 @@ _EXPECTED = {
     "too_long": "at most {max_length} long",
 }
 _OLD_BOOLS = {"yes": True, "on": True, "no": False, "off": False}
-"""What YAML 1.1 took for true and false."""
+"""Spellings of true and false in YAML 1.1."""
 _SCALARS = {"int_type": int, "float_type": (int, float), "bool_type": bool}
 
 
 def _real_key(error: Mapping[str, Any], tree: Any) -> tuple[Key, bool]:
-    """pydantic's location without the names of union members; and whether there were any."""
+    """Return pydantic's location without the names of union members, and whether there were any."""
     loc, key = error["loc"], []
     for depth, name in enumerate(loc, 1):
         if isinstance(tree, dict) and (name in tree or (error["type"] == "missing" and depth == len(loc))):
@@ -215,7 +214,7 @@ def _real_key(error: Mapping[str, Any], tree: Any) -> tuple[Key, bool]:
 
 
 def _sentences(error: ValidationError, tree: Any, schema: type[Args]) -> list[tuple[Key, str]]:
-    """One finding per key. Of a union's members, the one that got furthest speaks."""
+    """Return one finding per key. For a union, report the member whose validation got furthest."""
     listed = [(*_real_key(item, tree), item) for item in error.errors(include_url=False)]
     findings: dict[Key, str] = {}
     for key, of_union, item in listed:
@@ -255,7 +254,7 @@ def _sentence(error: Mapping[str, Any], key: Key, schema: type[Args]) -> str:
     elif kind == "string_type" and isinstance(value, bool | int | float):
         remedy = " (put it in quotes)"
     elif value is None:
-        remedy = " (leave the key out for its default)"
+        remedy = " (remove the key to get its default)"
     return f"{dotted} is {show(value)}{remedy}; it must be {_expected(error)}"
 
 
@@ -264,20 +263,20 @@ ArgsType = TypeVar("ArgsType", bound=Args)
 
 @dataclass
 class Composed(Generic[ArgsType]):
-    """A composed config and where its values came from."""
+    """A validated config and the origin of its values."""
 
     args: ArgsType
     marks: dict[Key, Origin]
     ignored: list[str] = field(default_factory=list)
-    """Keys that were set and have no effect."""
+    """Keys that were set but have no effect."""
 
     def origins(self) -> dict[str, str]:
-        """For `config.origin.yaml`: the place that each leaf key's value came from."""
+        """Return the origin of each leaf key's value, for `config.origin.yaml`."""
         dumped = self.args.model_dump(mode="json")
         return {dotted_key(key): str(self.marks.get(key, DEFAULT)) for key, _ in leaves(dumped)}
 
     def complaint(self, dotted: str, text: str) -> str:
-        """A finding about a key, with the place of its value in front."""
+        """Return a finding about a key, preceded by the origin of its value."""
         return _complaint(self.marks, tuple(dotted.split(".")), text)
 
 
@@ -289,13 +288,13 @@ def _complaint(marks: Mapping[Key, Origin], key: Key, text: str) -> str:
 
 @dataclass
 class Examined(Generic[ArgsType]):
-    """A config with all that is wrong with it."""
+    """A config and everything that is wrong with it."""
 
     composed: Composed[ArgsType] | None
-    """With defaults in place of what is wrong; None where that is impossible."""
+    """The config with defaults in place of wrong values, or None if that is impossible."""
     complaints: list[str]
     bad_keys: list[str]
-    """Keys and sections whose value is wrong and was left out; unknown keys are none of them."""
+    """Keys and sections whose wrong value was dropped. Unknown keys are not included."""
 
 
 def examine(
@@ -305,7 +304,7 @@ def examine(
     schema: type[ArgsType],
     point: Point | None = None,
 ) -> Examined[ArgsType]:
-    """Compose and validate, collecting complaints. Raises ConfigError only when there is nothing to validate."""
+    """Compose and validate, collecting complaints. Raises ConfigError only if there is nothing to validate."""
     layer = stack_layers(config, overlays, overrides, schema, point)
     _drop_inert(layer)
     ignored = _drop_ignored(layer, schema)
@@ -315,12 +314,12 @@ def examine(
     findings += [finding for finding in more if finding[0] not in {key for key, _ in findings}]
     complaints = [_complaint(layer.marks, key, text) for key, text in findings]
     composed = None if args is None else Composed(args, layer.marks, ignored)
-    bad_keys = [dotted_key(key) for key, text in findings if not text.startswith(f"{dotted_key(key)} is no key")]
+    bad_keys = [dotted_key(key) for key, text in findings if not text.startswith("unknown key ")]
     return Examined(composed, complaints, bad_keys)
 
 
 def _drop_inert(layer: Layer) -> None:
-    """Leave out keys that are gone where their value asks for nothing: configs frozen by lingua's forks have them."""
+    """Drop removed keys whose value asks for nothing. Configs frozen by lingua's forks contain them."""
     for dotted in MOVED:
         outer, _, name = dotted.partition(".")
         section = layer.tree.get(outer)
@@ -330,7 +329,7 @@ def _drop_inert(layer: Layer) -> None:
 
 
 def ignored_keys(schema: type[Args]) -> dict[Key, Any]:
-    """Return the keys of a schema that have no effect, each with the default it had."""
+    """Return the keys of a schema that have no effect, each with its old default."""
     keys = {tuple(dotted.split(".")): default for dotted, default in NO_EFFECT.items()}
     if issubclass(schema, EvalArgs):  # a config of the section `eval` alone
         return {key[1:]: default for key, default in keys.items() if key[0] == "eval"}
@@ -338,7 +337,7 @@ def ignored_keys(schema: type[Args]) -> dict[Key, Any]:
 
 
 def _drop_ignored(layer: Layer, schema: type[Args]) -> list[str]:
-    """Leave out the keys that have no effect; return those whose value asks for something."""
+    """Drop the keys that have no effect; return those whose value differs from the old default."""
     asked = []
     for key, default in ignored_keys(schema).items():
         section: Any = layer.tree
@@ -355,7 +354,7 @@ def _drop_ignored(layer: Layer, schema: type[Args]) -> list[str]:
 def compose(
     config: str | None, overlays: list[str], overrides: list[str], schema: type[ArgsType]
 ) -> Composed[ArgsType]:
-    """The validated config. Raises ConfigError with everything that is wrong with it."""
+    """Return the validated config. Raises ConfigError with everything that is wrong with it."""
     examined = examine(config, overlays, overrides, schema)
     if examined.complaints or examined.composed is None:
         raise ConfigError(examined.complaints)
@@ -365,7 +364,7 @@ def compose(
 def _validate(
     tree: dict[str, Any], schema: type[ArgsType], interpolated: set[Key]
 ) -> tuple[ArgsType | None, list[tuple[Key, str]]]:
-    """(args, findings). What is wrong is left out and the rest validated again, so that later checks see the rest."""
+    """Return (args, findings). Wrong values are dropped and the rest is validated again, so later checks see it."""
     findings: list[tuple[Key, str]] = []
     for _ in range(4):
         try:
@@ -381,7 +380,7 @@ def _validate(
 
 
 def _read_environment_numbers(error: ValidationError, tree: Any, interpolated: set[Key]) -> bool:
-    """The environment holds text; where a number or a truth value is wanted, its text is read as YAML would."""
+    """Parse text from the environment as YAML where a number or boolean is expected."""
     mended = False
     for item in error.errors(include_url=False):
         key, _ = _real_key(item, tree)
@@ -394,7 +393,7 @@ def _read_environment_numbers(error: ValidationError, tree: Any, interpolated: s
 
 def _leave_out(tree: Any, key: Key) -> None:
     if not key or not isinstance(key[-1], str):
-        key = key[:-1]  # an item of a list: the list as a whole
+        key = key[:-1]  # for a list item, drop the whole list
     while key and not isinstance(key[-1], str):
         key = key[:-1]
     if key:

@@ -1,9 +1,7 @@
-"""The config of a run's first start against that of a later one: what may change, and at what price.
+"""Freeze a run's config, and compare a later one with it: what may change freely, with a flag, or not at all.
 
-Promise: decided by a table alone; every difference gets one sentence. The frozen config holds the numbers that were
-derived at the first start (steps, rows per step, lanes, vocabulary), so starting from it, on other GPUs too, means
-the same run.
-Cost: none to speak of.
+One table decides, and every difference gets one sentence. The frozen config contains the numbers that the first
+attempt derived (steps, rows per step, lanes, vocabulary), so it means the same run on other GPUs too.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ ORIGIN_FILE = "config.origin.yaml"
 
 Rule = Literal["free", "accept", "refuse"]
 
-# How long, how spread, how watched: nothing that a row or a parameter depends on.
+# Length, parallelism, monitoring: no row and no parameter depends on these.
 _FREE = (
     "steps",
     "epochs",
@@ -54,7 +52,7 @@ _FREE = (
     "sample_prompt",
 )
 
-# The first pattern that fits a key decides. What none fits, such as a key of one's own app, needs --accept-change.
+# The first matching pattern decides. A key without a match, such as one of your own app, needs --accept-change.
 RULES: tuple[tuple[str, Rule], ...] = (
     # The same parameters in the same places, or the checkpoint does not fit.
     ("model.max_seqlen", "free"),  # no parameter depends on it
@@ -77,7 +75,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data", "free"),  # how rows are fed: batch_size, workers, prefetch, where the data lies, skip_rows
     ("global_batch_size", "refuse"),
     ("seed", "refuse"),
-    # Another course from here on.
+    # The course of training from here on.
     ("optim.on_nonfinite", "free"),
     ("optim.max_skips", "free"),
     ("optim", "accept"),
@@ -92,7 +90,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
 
 @dataclass(frozen=True)
 class Difference:
-    """One key that is not as it was."""
+    """One key whose value changed."""
 
     key: str
     old: Any
@@ -113,7 +111,7 @@ class Difference:
 
 
 def freeze(args: Args, derived: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as a tree of plain values, with the numbers derived from it in place of their keys' values."""
+    """Return the config as a tree of plain values, with derived numbers filled in."""
     tree = args.model_dump(mode="json")
     for dotted, value in derived.items():
         *sections, name = dotted.split(".")
@@ -134,7 +132,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.2 would not read as text; and what YAML 1.1 would not, for other people's readers."""
+    """Quotes text that YAML 1.2, or YAML 1.1 in other tools, would not read as text."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
@@ -149,24 +147,24 @@ for _kind, _name in ((WrittenInt, "int"), (WrittenFloat, "float")):
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """YAML that `read_config` reads as the same tree. A `${` in it is escaped, so that nothing is filled in there."""
+    """Return YAML that `read_config` reads back as the same tree. Every `${` is escaped, so nothing is interpolated."""
     escaped = _with_texts(dict(tree), escape)
     return yaml.dump(escaped, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The values of a frozen config. Raises ConfigError when it cannot be read."""
+    """Return the values of a frozen config. Raises ConfigError if it cannot be read."""
     return _with_texts(read_yaml(path).tree, unescape)
 
 
 def read_frozen(run_dir: Path) -> dict[str, Any] | None:
-    """The config of the run's first start; None when there was none. Raises ConfigError when it cannot be read."""
+    """Return the run's frozen config, or None before the first attempt. Raises ConfigError if it cannot be read."""
     path = run_dir / CONFIG_FILE
     return read_config(path) if path.is_file() else None
 
 
 def _with_texts(tree: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a tree, with every text value changed; names stay."""
+    """Copy a tree, applying `change` to every text value but not to keys."""
     if isinstance(tree, dict):
         return {name: _with_texts(value, change) for name, value in tree.items()}
     if isinstance(tree, list):
@@ -182,7 +180,7 @@ def rule_of(key: str) -> Rule:
 
 
 def compare(frozen: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Every key whose value changed. A key that only one side has (another version wrote it) is no difference."""
+    """Return every key whose value changed. A key on one side only (written by another version) does not count."""
     return [Difference(key, old, now, rule_of(key)) for key, old, now in _changes(frozen, new, "")]
 
 

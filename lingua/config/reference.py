@@ -1,7 +1,6 @@
-"""A schema told to people and editors: a JSON schema that completes YAML, and a page of all keys.
+"""Describe a schema: a JSON schema for completion in editors, and a Markdown page of all keys.
 
-Promise: meanings are the sentences under the fields in the source, so they cannot drift from the code.
-Cost: reads the sources of the Args classes; only on demand.
+Meanings are the docstrings under the fields in the source, so they cannot drift from the code.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lingua.config.base import Args, Part, section_classes
 
 
 def field_docs(section: type[Args]) -> dict[str, str]:
-    """The sentence under each field of a class, those of its bases included."""
+    """Return the docstring under each field of a class and of its bases."""
     docs: dict[str, str] = {}
     for cls in reversed(section.__mro__):
         if not (issubclass(cls, Args) and cls is not Args):
@@ -34,7 +33,7 @@ def field_docs(section: type[Args]) -> dict[str, str]:
 
 
 def all_sections(schema: type[Args]) -> list[type[Args]]:
-    """The schema and every section in it, the alternatives of parts included; each once."""
+    """Return the schema and every section in it once, including the alternatives of parts."""
     found: dict[type[Args], None] = {}
     waiting = [schema]
     while waiting:
@@ -47,7 +46,7 @@ def all_sections(schema: type[Args]) -> list[type[Args]]:
 
 
 def json_schema(schema: type[Args]) -> dict[str, Any]:
-    """JSON schema of a config file; a section chosen by its `type` accepts any of the registered classes."""
+    """Return the JSON schema of a config file. A section with a `type` accepts any registered class."""
     sections = all_sections(schema)
     references, whole = models_json_schema([(section, "validation") for section in sections])
     definitions = whole["$defs"]
@@ -74,7 +73,7 @@ def json_schema(schema: type[Args]) -> dict[str, Any]:
 
 
 def reference_page(schema: type[Args]) -> str:
-    """Markdown page of all keys: type, default, meaning with unit."""
+    """Return a Markdown page of all keys: type, default, meaning with unit."""
     lines = ["# Configuration keys", "", "Made by `lingua schema --reference`.", ""]
     for title, section in _titled(schema, ""):
         docs = field_docs(section)

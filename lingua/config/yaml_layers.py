@@ -1,21 +1,20 @@
-"""YAML files, overlays and overrides stacked into one tree that knows where every value came from.
+"""Stack YAML files, overlays and overrides into one tree that records the origin of every value.
 
-Promise: a missing file, broken YAML, a repeated key or a circular `base` is one ConfigError with file and line.
-Cost: milliseconds; no torch.
+A missing file, broken YAML, a repeated key or a circular `base` is one ConfigError with file and line.
 
-How a config comes about, weakest first:
+Layers of a config, weakest first:
 
     defaults of the Args classes
     `base: [common.yaml, model/llama_7B]`   left to right; a file's own keys come after its bases
-    the config file                         its deltas
-    +overlay.yaml, +debug                   as ordered on the command line
-    a.b.c=value                             as ordered on the command line
+    the config file                         its own keys
+    +overlay.yaml, +debug                   in command-line order
+    a.b.c=value                             in command-line order
 
-Sections merge key by key; anything else, lists included, is replaced whole. A source of the data mix that a base
-brought in is switched off by weight 0. An entry of `base` that ends in .yaml is a file, relative to the file that
-names it. Any other is a group pick: `model/llama_7B` (or `model=llama_7B`) is `configs/model/llama_7B.yaml`, whose
-keys land in the section `model` (at the top, where no section has the group's name). `model=llama_7B` on the command
-line takes the place of the config's own pick of that group; where it has none, of its whole section `model`.
+Sections merge key by key; anything else, including lists, is replaced as a whole. Weight 0 turns off a data source
+that a base defines. An entry of `base` that ends in .yaml is a file, relative to the file that names it. Any other is
+a group pick: `model/llama_7B` (or `model=llama_7B`) is `configs/model/llama_7B.yaml`, whose keys go into the section
+`model`, or to the top level if no section has the group's name. `model=llama_7B` on the command line replaces the
+config's own pick of that group, or its whole section `model` if it has none.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class Origin:
 COMMAND_LINE = Origin("command line")
 DEFAULT = Origin("default")
 Point = Mapping[str, tuple[Any, Origin]]
-"""Values by dotted key, each with its place: a point of a sweep."""
+"""A point of a sweep: values by dotted key, each with its origin."""
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -78,14 +77,14 @@ CORE_SCHEMA = (
     (f"{_TAG}float", _FLOAT, "-+.0123456789"),
     (f"{_TAG}bool", _BOOL, "tTfF"),
     (f"{_TAG}null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""]),
-    (f"{_TAG}merge", re.compile(r"<<\Z"), "<"),  # not of 1.2, but anchors are of little use without it
+    (f"{_TAG}merge", re.compile(r"<<\Z"), "<"),  # not in YAML 1.2, but anchors need it
 )
-"""Which words are not text, by YAML 1.2's core schema: (tag, pattern, first characters). Unlike YAML 1.1, which PyYAML
-reads, it knows no octal 0123, no base 60 (1:30), no 1_000, no yes and no, and no dates; and 1e-4 is a number."""
+"""Scalars that are not text in YAML 1.2's core schema: (tag, pattern, first characters). Unlike PyYAML's YAML 1.1,
+0123, 1:30, 1_000, yes, no and dates are text, and 1e-4 is a number."""
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2 without tags that build objects. Keys are text; numbers remember how they were written."""
+    """YAML 1.2 without tags that build objects. Keys are text; numbers remember their spelling."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     yaml_constructors: ClassVar[dict[Any, Any]] = {
@@ -117,7 +116,7 @@ class _YamlLoader(yaml.SafeLoader):
 
 
 def _as_text(key: yaml.Node) -> yaml.Node:
-    """A mapping's key is a name, also where it looks like a number, true or null."""
+    """Read a mapping's key as text, even if it looks like a number, true or null."""
     return yaml.ScalarNode(f"{_TAG}str", key.value, key.start_mark) if isinstance(key, yaml.ScalarNode) else key
 
 
@@ -141,7 +140,7 @@ class Layer:
         return Layer({section: self.tree}, marks)
 
     def merge(self, other: Layer) -> None:
-        """`other` wins; sections merge key by key, everything else is replaced."""
+        """Merge `other` into this layer: sections merge key by key, anything else is replaced."""
         self._merge(self.tree, other.tree, (), other.marks)
 
     def _merge(self, tree: dict[str, Any], over: dict[str, Any], path: Key, marks: Mapping[Key, Origin]) -> None:
@@ -159,7 +158,7 @@ class Layer:
 
 
 def read_yaml(path: Path, text: str | None = None) -> Layer:
-    """A YAML file's keys; a syntax error, a repeated key or a tag that builds objects is a ConfigError with line."""
+    """Read a YAML file. Raises ConfigError with the line of a syntax error, repeated key or object-building tag."""
     try:
         loader = _YamlLoader(path.read_text(encoding="utf-8") if text is None else text)
         node = loader.get_single_node()
@@ -168,11 +167,11 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         reason = " ".join(filter(None, [error.context, error.problem]))
-        raise ConfigError(f"{path}:{line}: not valid YAML: {reason}; mend that line") from error
+        raise ConfigError(f"{path}:{line}: not valid YAML: {reason}; fix that line") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error or type(error).__name__}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}:1: holds {show(tree)} where keys with values are expected; write `key: value` lines")
+        raise ConfigError(f"{path}:1: contains {show(tree)} instead of keys with values; write `key: value` lines")
     return Layer(tree, marks)
 
 
@@ -182,7 +181,7 @@ def _marks(node: yaml.Node | None, place: str, path: Key = ()) -> Iterator[tuple
         for name, value in node.value:
             line = name.start_mark.line + 1
             if name.value in seen:
-                raise ConfigError(f"{place}:{line}: the key {name.value} is there twice; keep one of them")
+                raise ConfigError(f"{place}:{line}: key {name.value} is repeated; keep one of the two")
             seen.add(name.value)
             yield (*path, name.value), Origin(place, line)
             yield from _marks(value, place, (*path, name.value))
@@ -193,10 +192,10 @@ def _marks(node: yaml.Node | None, place: str, path: Key = ()) -> Iterator[tuple
 
 
 def yaml_value(text: str) -> Any:
-    """What a YAML file would make of this value; text without quotes stays as it is, line breaks and all."""
+    """Parse a value as a YAML file would. Unquoted text stays as it is, including line breaks."""
     value = yaml.load(text, Loader=_YamlLoader)
     if isinstance(value, Written):
-        return type(value)(plain(value), text)  # as typed, a comment included: should the key hold text, it is all text
+        return type(value)(plain(value), text)  # as typed, comment included, in case the key holds text
     return text if isinstance(value, str) and text[:1] not in ("'", '"', "|", ">") else value
 
 
@@ -211,17 +210,17 @@ _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 
 
 def has_interpolation(text: str) -> bool:
-    """Whether OmegaConf would fill something in: a `${` that no backslash takes back."""
+    """Return whether OmegaConf would interpolate: the text has an unescaped `${`."""
     return _INTERPOLATION.search(text) is not None
 
 
 def escape(text: str) -> str:
-    """Text in which OmegaConf fills nothing in."""
+    """Escape every `${`, so that OmegaConf interpolates nothing."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def unescape(text: str) -> str:
-    """The text that `escape` was given; as it is where there is something to fill in."""
+    """Undo `escape`. Text with an interpolation is returned unchanged."""
     if has_interpolation(text):
         return text
     return re.sub(r"(\\*)\\\$\{", lambda found: found[1][: len(found[1]) // 2] + "${", text)
@@ -246,20 +245,20 @@ def at(tree: Any, key: Key) -> Any:
 
 @dataclass(frozen=True)
 class _Composer:
-    """Finds and stacks the files of one config."""
+    """Find and stack the files of one config."""
 
     schema: type[Args]
     configs: Path
     """The app's own folder of configs."""
     picks: dict[str, tuple[str, Origin]]
-    """Group picks of the command line, or of a point."""
+    """Group picks of the command line or of a sweep point."""
     used: set[str] = field(default_factory=set)
-    """Groups of those that took the place of a base's pick."""
+    """Groups whose pick replaced one of a base."""
 
     def load(self, path: Path, stack: tuple[Path, ...] = ()) -> Layer:
-        """A file on top of its bases."""
+        """Load a file on top of its bases."""
         if path.resolve() in stack:
-            raise ConfigError(f"{path}: is its own base ({' -> '.join(map(str, stack))}); take it out of `base`")
+            raise ConfigError(f"{path}: is its own base ({' -> '.join(map(str, stack))}); remove it from `base`")
         own = read_yaml(path)
         bases = own.tree.pop("base", None) or []
         where = own.marks.get(("base",), Origin(str(path)))
@@ -287,7 +286,7 @@ class _Composer:
         return self.pick(group, name, where, [*_config_folders(named_in), self.configs], stack)
 
     def pick(self, group: str, name: str, where: Origin, folders: list[Path], stack: tuple[Path, ...] = ()) -> Layer:
-        """The group file `<folder>/<group>/<name>.yaml`; its keys belong to the section called like the group."""
+        """Load the group file `<folder>/<group>/<name>.yaml` into the section named like the group."""
         for folder in folders:
             path = _as_typed(folder / group / f"{name}.yaml")
             if path.is_file():
@@ -296,7 +295,7 @@ class _Composer:
         there = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
         near = difflib.get_close_matches(name, there, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        known = f"there are {', '.join(there)}" if there else f"{self.configs / group} holds none"
+        known = f"there are {', '.join(there)}" if there else f"{self.configs / group} has none"
         raise ConfigError(f"{where}: no config {group}/{name}: {known}{hint or '; choose one of these'}")
 
     def overlay(self, name: str) -> Layer:
@@ -308,12 +307,12 @@ class _Composer:
 
 
 def _as_typed(path: Path) -> Path:
-    """Relative to the working folder where it lies inside, as people name it."""
+    """Return the path relative to the working folder if it is inside it, as people type it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _config_folders(path: Path) -> list[Path]:
-    """Folders in which a file's group picks are looked up: its own and those above, up to one called configs."""
+    """Return the folders searched for a file's group picks: its own and its parents, up to one named configs."""
     found = []
     for folder in path.resolve().parents[:4]:
         found.append(folder)
@@ -338,7 +337,7 @@ def _near_files(path: Path, *more_folders: Path) -> str:
 
 
 def _parse(word: str) -> tuple[str, Any]:
-    """Key and value of one `a.b.c=value`."""
+    """Split `a.b.c=value` into key and parsed value."""
     dotted, _, text = word.partition("=")
     try:
         return dotted, yaml_value(text)
@@ -347,7 +346,7 @@ def _parse(word: str) -> tuple[str, Any]:
 
 
 def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: type[Args]) -> None:
-    """Set one key."""
+    """Set one dotted key of the layer."""
     key = _split(dotted, schema, layer.tree)
     node: Any = layer.tree
     for depth, name in enumerate(key[:-1], 1):
@@ -376,7 +375,7 @@ def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: typ
 
 
 def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
-    """The key's parts. In free mappings (data.sources) what is left is one name, since names may hold dots."""
+    """Split a dotted key. Below a free mapping (data.sources) the rest is one name, since names may contain dots."""
     parts_left, key, sections = dotted.split("."), [], [schema]
     while parts_left:
         if isinstance(tree, list) and parts_left[0].isdigit():

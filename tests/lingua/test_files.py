@@ -293,5 +293,5 @@ def test_a_folder_is_there_whole_or_not_at_all(odd: Path) -> None:
             DISK.remove_tree(odd / "above" / name)
     make(DISK)
     assert os.listdir(odd / "above") == ["new"]
-    with pytest.raises(RunError, match="is there already; choose a new folder"):
+    with pytest.raises(RunError, match="already exists; choose a new folder"):
         make(DISK)

@@ -38,4 +38,4 @@ def test_a_full_disk_under_the_log_is_said_once_and_ends_nothing(tmp_path: Path,
         logging.getLogger("lingua.test").info("line")
     logging.getLogger().removeHandler(handler)
     handler.close()
-    assert capsys.readouterr().err.count("the run goes on without it") == 1
+    assert capsys.readouterr().err.count("the run continues without it") == 1

@@ -189,9 +189,9 @@ def test_every_id_has_a_text(files: dict[str, Path]) -> None:
 
 def test_text_that_makes_the_tokenizer_panic(files: dict[str, Path]) -> None:
     tokenizer = build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
-    with pytest.raises(TokenizerError, match="gave up"):
+    with pytest.raises(TokenizerError, match="failed: "):
         tokenizer.encode(" " * 1_000_000, True, True)
-    with pytest.raises(TokenizerError, match="gave up"):
+    with pytest.raises(TokenizerError, match="failed: "):
         ByteTokenizer().encode("\ud800", True, True)
     assert tokenizer.encode("still there", False, False).size > 0
 

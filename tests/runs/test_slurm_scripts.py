@@ -52,7 +52,7 @@ def test_every_script_trains_to_the_end(checkout: Checkout):
         ({"CONFIG_FILE": ""}, "error: CONFIG_FILE is not set; export it"),
         ({"CONFIG_FILE": "my.yaml"}, "error: CONFIG_FILE is my.yaml, which is not there in "),
         ({"PYTHON": "/nowhere/python"}, "error: PYTHON is /nowhere/python, which is no program here"),
-        ({"EXTRA_ARGS": "optim.lrr=1"}, "error: command line: optim.lrr is no key; did you mean optim.lr?"),
+        ({"EXTRA_ARGS": "optim.lrr=1"}, "error: command line: unknown key optim.lrr; did you mean optim.lr?"),
     ],
 )
 def test_what_is_wrong_ends_the_job_with_one_sentence(checkout: Checkout, env: dict[str, str], sentence: str):

@@ -66,7 +66,7 @@ def test_a_run_that_may_not_be_written_to(origin: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("step", "words", "sentence"),
     [
-        (3, ["optim.lrr=1"], "optim.lrr is no key; did you mean optim.lr"),
+        (3, ["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr"),
         (3, ["dump_dir=x"], "dump_dir is said by RUN@STEP and NEW; take dump_dir=x out"),
         (3, ["checkpoint.init_ckpt_path=x"], "checkpoint.init_ckpt_path is said by RUN@STEP and NEW"),
         (6, [], r"steps is 6, but .*@6 has 6 steps behind it; .* checkpoint\.reset=\[step\]"),
@@ -129,7 +129,7 @@ def test_files_that_changed_are_seen(origin: Path, tmp_path: Path) -> None:
 def test_where_it_may_not_go(origin: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     fork(f"{origin}@3", tmp_path / "there", [])  # an empty folder will do
-    with pytest.raises(ConfigError, match="there is there already; choose a new folder"):
+    with pytest.raises(ConfigError, match="there already exists; choose a new folder"):
         fork(f"{origin}@3", tmp_path / "there", [])
 
 

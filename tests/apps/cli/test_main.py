@@ -60,7 +60,7 @@ def test_check_as_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["check", DEBUG, "optim.lrr=1"], 2, "error: command line: optim.lrr is no key; did you mean optim.lr?"),
+        (["check", DEBUG, "optim.lrr=1"], 2, "error: command line: unknown key optim.lrr; did you mean optim.lr?"),
         (["check", "apps/main/configs/debgu.yaml"], 2, "did you mean apps/main/configs/debug.yaml"),
         (["check", DEBUG, "--gpu", "tpu"], 2, "--gpu tpu is not in the table"),
         (["check", DEBUG, "--mfu", "40"], 2, "--mfu 40.0 is no share"),

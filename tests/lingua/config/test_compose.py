@@ -217,7 +217,7 @@ def test_a_path_that_the_frozen_config_would_expand_again_is_refused(
 ) -> None:
     monkeypatch.setenv("NESTED", "a/$HOME")
     (found,) = complaints(tmp_path, text, *words)
-    assert "holds a variable again" in found or "cannot hold a $" in found
+    assert "contains a variable again" in found or "cannot hold a $" in found
 
 
 def test_an_item_of_a_list_can_be_overridden(tmp_path: Path) -> None:
@@ -297,9 +297,9 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("data:\n  batchsize: 4", "run.yaml:2: data.batchsize is no key; did you mean data.batch_size?"),
-        ("batch_size: 4", "run.yaml:1: batch_size is no key; did you mean data.batch_size?"),
-        ("model: {n_layer: 4, n_heads: 8}", "run.yaml:1: model.n_layer is no key; did you mean model.n_layers?"),
+        ("data:\n  batchsize: 4", "run.yaml:2: unknown key data.batchsize; did you mean data.batch_size?"),
+        ("batch_size: 4", "run.yaml:1: unknown key batch_size; did you mean data.batch_size?"),
+        ("model: {n_layer: 4, n_heads: 8}", "run.yaml:1: unknown key model.n_layer; did you mean model.n_layers?"),
         ("data: {batch_size: four}", "run.yaml:1: data.batch_size is 'four'; it must be a whole number"),
         (
             "data: {batch_size: '4'}",
@@ -322,25 +322,25 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("device: tpu", "run.yaml:1: device is 'tpu'; it must be 'auto', 'cpu' or 'cuda'"),
         ("data: 3", "run.yaml:1: data is 3; it must be a section (keys with values)"),
         ("data: {sources: {a: -1.0}, root_dir: d}", "run.yaml:1: data.sources.a is -1.0; it must be at least 0"),
-        ("data:\n  sources:\n  - path: a\n    wait: 3", "run.yaml:4: data.sources.0.wait is no key; did you mean"),
+        ("data:\n  sources:\n  - path: a\n    wait: 3", "run.yaml:4: unknown key data.sources.0.wait; did you mean"),
         ("data: {sources: 5}", "run.yaml:1: data.sources is 5; it must be keys with values or a list"),
         (
             "model: {dim: 100, n_heads: 3}",
             "run.yaml:1: model: dim 100 is not a multiple of n_heads 3",
         ),
         ("model: {type: mamba}", "run.yaml:1: model.type: unknown model type 'mamba'; known: llama"),
-        ("data: {randomize_rate: 0.5}", "run.yaml:1: data.randomize_rate is no key here: tokens are not randomised"),
-        ("eval: {dataset_dir: x}", "run.yaml:1: eval.dataset_dir is no key here: use eval.validation.root_dir"),
+        ("data: {randomize_rate: 0.5}", "run.yaml:1: unknown key data.randomize_rate: tokens are not randomised"),
+        ("eval: {dataset_dir: x}", "run.yaml:1: unknown key eval.dataset_dir: use eval.validation.root_dir"),
         ("name: [", "run.yaml:1: not valid YAML"),
         ("a: 1\nb: c: d", "run.yaml:2: not valid YAML"),
-        ("seed: 1\nseed: 2", "run.yaml:2: the key seed is there twice"),
-        ("- a", "run.yaml:1: holds ['a'] where keys with values are expected"),
+        ("seed: 1\nseed: 2", "run.yaml:2: key seed is repeated"),
+        ("- a", "run.yaml:1: contains ['a'] instead of keys with values"),
         ("name: &a [*a]", "run.yaml"),
         ("steps: ${stepps}", "run.yaml:1: steps is '${stepps}', which cannot be resolved"),
         ("name: '${oc.env:NOT_SET_HERE}'", "cannot be resolved: the environment has no NOT_SET_HERE; set it, or write"),
         (
             "sample_prompt: ${oc.env:X",
-            "sample_prompt cannot be resolved: missing BRACE_CLOSE at '<EOF>'; mend it, or write",
+            "sample_prompt cannot be resolved: missing BRACE_CLOSE at '<EOF>'; fix it, or write",
         ),
         ("base: [nothing.yaml]", "run.yaml:1: base file nothing.yaml does not exist"),
         ("base: [run.yaml]", "run.yaml: is its own base"),
@@ -356,7 +356,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, text: str, senten
 
 
 def test_a_grid_outside_a_sweep_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="grid is no key here: it is for `lingua sweep`"):
+    with pytest.raises(ConfigError, match=r"unknown key grid: only `lingua sweep` reads it"):
         composed(tmp_path, "grid: {optim.lr: [1e-3]}")
 
 
@@ -396,7 +396,7 @@ def test_a_plugin_registers_before_the_config_is_checked(tmp_path: Path, monkeyp
     text = "plugins: [my_plugin_of_test]\noptim: {type: sign_of_test, sharpness: 2.0}"
     done = composed(tmp_path, text)
     assert done.args.model_dump()["optim"]["sharpness"] == 2.0
-    assert "optim.sharpness is no key" not in str(complaints(tmp_path, text + "\nseed: x"))
+    assert "unknown key optim.sharpness" not in str(complaints(tmp_path, text + "\nseed: x"))
 
 
 def test_keys_without_an_effect_are_read_and_named_where_they_ask_for_something(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_keys_without_an_effect_are_read_and_named_where_they_ask_for_something(
     assert composed.ignored == ["logging.acc_freq", "eval.wipe_ckpt", "eval.harness.device"]
     config.write_text("wipe_ckpt: true\nharness: {device: cpu}\n")
     assert compose(str(config), [], [], EvalArgs).ignored == ["wipe_ckpt", "harness.device"]
-    with pytest.raises(ConfigError, match="wipe_ckpt is no key"):  # of a run it never was one
+    with pytest.raises(ConfigError, match=r"unknown key .*wipe_ckpt"):  # of a run it never was one
         compose(None, [], ["wipe_ckpt=true"], TrainArgs)
-    with pytest.raises(ConfigError, match="spawn_method is no key"):
+    with pytest.raises(ConfigError, match=r"unknown key .*spawn_method"):
         compose(None, [], ["spawn_method=fork"], GeneratorArgs)

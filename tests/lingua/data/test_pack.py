@@ -224,5 +224,5 @@ def test_a_long_document_loses_only_the_piece_that_panics(tmp_path: Path) -> Non
 def test_a_panic_may_stop_the_run_with_the_place(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["ab", "c!"], n_files=1), 1)
     source.bad = BadLines("error")
-    with pytest.raises(DataError, match=r"s\.chunk\.00\.jsonl, byte 15: the tokenizer gave up: stack.*on_bad_line"):
+    with pytest.raises(DataError, match=r"s\.chunk\.00\.jsonl, byte 15: the tokenizer failed: stack.*on_bad_line"):
         make_lane(source, Packing(20, 1, True, True), tokenizer=Squeamish()).next()

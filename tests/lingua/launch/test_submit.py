@@ -119,6 +119,6 @@ def test_a_launch_from_elsewhere_says_so(tmp_path: Path):
 def test_a_wrong_config_submits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     sbatch = Sbatch()
-    with pytest.raises(ConfigError, match=r"optim\.lrr is no key"):
+    with pytest.raises(ConfigError, match=r"unknown key optim\.lrr"):
         launch(parse_command_line([*TINY, f"dump_dir={tmp_path / 'x'}", "optim.lrr=1"]), base_dir=ROOT, run=sbatch)
     assert (sbatch.words, list(tmp_path.iterdir())) == ([], [])

@@ -32,7 +32,7 @@ class NonFiniteError(RunError):
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (ConfigError("optim.lrr is no key"), "config"),
+        (ConfigError("unknown key optim.lrr"), "config"),
         (ValueError("device: cuda, but torch sees no CUDA device here"), "config"),
         (RunError("none of the checkpoints verifies"), "setup"),
         (DataError("x.jsonl line 7: no text"), "data"),

@@ -124,7 +124,7 @@ def test_a_group_of_configs_is_swept_too(tmp_path: Path):
     ("words", "problems"),
     [
         ([], ["nothing to sweep: name several values of a key"]),
-        (["optim.lrr=1,2"], ["command line: optim.lrr is no key; did you mean optim.lr?"]),
+        (["optim.lrr=1,2"], ["command line: unknown key optim.lrr; did you mean optim.lr?"]),
         (
             ["model.dim=32,33,wide"],
             [
@@ -149,7 +149,7 @@ def test_every_point_is_checked_before_anything_is_written(tmp_path: Path, words
 def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path):
     config = tmp_path / "exp.yaml"
     config.write_text(f"base: [{ROOT / TINY[0]}]\ngrid:\n  optim.lrr: [1, 2]\ndump_dir: {tmp_path / 'new'}\n")
-    with pytest.raises(ConfigError, match=rf"{config}:3: optim.lrr is no key"):
+    with pytest.raises(ConfigError, match=rf"{config}:3: unknown key optim.lrr"):
         plan_sweep(parse_command_line([str(config)]), ROOT)
 
 
