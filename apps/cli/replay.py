@@ -89,7 +89,7 @@ def summary(found: Replayed) -> Iterator[str]:
     """What came out, in a few lines."""
     origin = "where the run began" if found.checkpoint is None else f"checkpoint {found.checkpoint}"
     changes = f", with {' '.join(found.changes)}" if found.changes else ""
-    yield f"step {found.step} of {found.run}, as start {found.start} trained it: {found.config}{changes}"
+    yield f"step {found.step} of {found.run}, as attempt {found.start} trained it: {found.config}{changes}"
     yield f"{found.rows_per_step} rows in {found.micro_steps} micro steps on {found.device}, from {origin}"
     yield from _told_way(found.way)
     here, there = found.here, found.reported

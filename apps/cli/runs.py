@@ -138,13 +138,13 @@ def stop(run: Run, debug: Debug = False) -> None:
     from lingua.run.lock import BEAT_S, ask_to_stop, this_process
 
     (facts,) = _read([run])
-    if facts.start is None or not is_alive(facts, this_process()):
+    if facts.attempt is None or not is_alive(facts, this_process()):
         waiting = facts.job is not None and facts.job.is_waiting
         remedy = f"; to keep job {facts.job_id} from starting it again: scancel {facts.job_id}" if waiting else ""
         raise RunError(f"{facts.path} is not running, it is {state_of(facts, this_process())}{remedy}")
-    ask_to_stop(facts.path, facts.start.number)
+    ask_to_stop(facts.path, facts.attempt.number)
     print(
-        f"asked start {facts.start.number} of {facts.path} on {facts.start.owner.host} to stop; it looks every "
+        f"asked attempt {facts.attempt.number} of {facts.path} on {facts.attempt.owner.host} to stop; it looks every "
         f"{BEAT_S:.0f} s, finishes its step and saves. `lingua status {facts.path}` shows when it has"
     )
 
@@ -169,20 +169,20 @@ def profile(
     from lingua.run.lock import BEAT_S, this_process
 
     (facts,) = _read([run])
-    if facts.start is None or not is_alive(facts, this_process()):
+    if facts.attempt is None or not is_alive(facts, this_process()):
         raise RunError(f"{facts.path} is not running, it is {state_of(facts, this_process())}; start it first")
-    start = facts.start.number
+    start = facts.attempt.number
     folder = facts.path / facts.config.get("profiling", {}).get("trace_folder", "profiling")
     request = ask_to_profile(facts.path, start, steps, heavy)
     print(
-        f"asked start {start} of {facts.path} for {steps} steps; it looks every {BEAT_S:.0f} s. Files will be in "
+        f"asked attempt {start} of {facts.path} for {steps} steps; it looks every {BEAT_S:.0f} s. Files will be in "
         f"{folder}, named by first step and rank: light_*_rank*.jsonl" + (", trace_*.json.gz" if heavy else "")
     )
     answer = answer_file(folder, request.id)
     while wait and not answer.exists():
         time.sleep(1.0)
         facts = read_run(facts.path)  # Slurm need not be asked
-        if facts.start is None or facts.start.number != start or not is_alive(facts, this_process()):
+        if facts.attempt is None or facts.attempt.number != start or not is_alive(facts, this_process()):
             if answer.exists():
                 break
             raise RunError(f"{facts.path} ended before it had profiled: `lingua why {facts.path}` tells the reason")

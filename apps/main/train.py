@@ -214,7 +214,7 @@ def main(words: list[str]) -> int:
             if world.store is not None:
                 watchdog.join(Peers(world.store, place.rank, place.world_size))
             folder = stack.enter_context(open_run_folder(checked, words, world))
-            watchdog.open(folder.incarnation)
+            watchdog.open(folder.attempt)
             if folder.lock is not None:
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
                 folder.lock.on_beat = lambda: look_for_request(folder, requests)
@@ -223,13 +223,13 @@ def main(words: list[str]) -> int:
             measures = make_measures(args, world)
             meter = make_meter(args, size, world)
             run = build_run(args, size, folder.path, world, folder.lock, stack)
-            settle_config(run, checked, folder.incarnation)
+            settle_config(run, checked, folder.attempt)
             watchdog.heartbeat.step = run.step
-            say_hello(run, checked, meter, folder.incarnation)
-            metrics = start_metrics(run, folder.incarnation, stack)
+            say_hello(run, checked, meter, folder.attempt)
+            metrics = start_metrics(run, folder.attempt, stack)
             progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
             watchdog.at_exit.append(progress.stop)
-            evaluation = make_evaluation(run, watchdog, measures, metrics, folder.incarnation)
+            evaluation = make_evaluation(run, watchdog, measures, metrics, folder.attempt)
             profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
             monitor = StepMonitor(run, meter, progress, metrics, profiler)
             exit_code = train_to_the_end(run, watchdog, monitor, evaluation, words)
@@ -238,8 +238,8 @@ def main(words: list[str]) -> int:
 
 
 def look_for_request(folder: RunFolder, requests: Requests) -> None:
-    """Take what `lingua profile` asks of this start."""
-    request = take_request(folder.path, folder.incarnation)
+    """Take what `lingua profile` asks of this attempt."""
+    request = take_request(folder.path, folder.attempt)
     if request is not None:
         requests.ask(request)
 

@@ -132,7 +132,7 @@ class CheckpointManager:
             write_whole(id_file, secrets.token_hex(8))
         done = layout.done_steps(self.root)
         newest = (done[-1], publish.incarnation_of(self.root, done[-1])) if done else (-1, 0)
-        return self._lock.incarnation if self._lock else 0, id_file.read_text(), newest
+        return self._lock.attempt if self._lock else 0, id_file.read_text(), newest
 
     def _open_passage(self) -> None:
         if self.args.async_save_mode:

@@ -35,10 +35,9 @@ from lingua.checkpoint.retention import Periods, periods_of
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
 from lingua.eval.plan import MAX_KILLED, Candidate, Decision, RunState, Try, decide, is_due
-from lingua.files import DISK, Files, RunError, entries, make_folders, read_json, write_json
+from lingua.files import DISK, Files, RunError, make_folders, read_json, write_json
 from lingua.run.folder import EXIT_FINISHED, EXIT_REQUEUE, STOP_FILE
-from lingua.run.lock import FOLDER as TRIES
-from lingua.run.lock import OccupiedError, Owner, RunLock, newest_start, this_process
+from lingua.run.lock import OccupiedError, Owner, RunLock, attempt_files, living_attempt, newest_attempt, this_process
 from lingua.run.metrics import EVAL_FILE, EvaluationTracker, JsonLines, read_metrics
 
 log = logging.getLogger(__name__)
@@ -59,17 +58,14 @@ def try_file(folder: Path, number: int) -> Path:
 
 def read_tries(folder: Path, me: Owner, now: Callable[[], float]) -> tuple[Try, ...]:
     """The attempts at one step's evaluation, in order."""
-    start = newest_start(folder, me, now)
+    alive = living_attempt(folder, me, now)
     tries: list[Try] = []
-    for path in entries(folder / TRIES):
-        if path.suffix != ".json" or not path.stem.isdecimal():
-            continue
-        number = int(path.stem)
+    for number, path in attempt_files(folder).items():
         ended = try_file(folder, number)
         if ended.is_file():
             record = read_json(ended)
             tries.append(Try(record["end"], float(record["at_s"]), record["why"]))
-        elif start is not None and number == start.incarnation and start.alive:
+        elif alive is not None and number == alive.number:
             tries.append(Try("running", now()))
         else:
             tries.append(Try("killed", path.stat().st_mtime))
@@ -84,15 +80,15 @@ def logged_evaluations(file: Path) -> set[tuple[int, int]]:
 
 def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable[[], float]) -> RunState:
     """`newest_mark_s`: when the newest checkpoint was published, or the evaluator came."""
-    start = newest_start(run_dir, me, now)
-    if start is not None and start.alive:
+    newest = newest_attempt(run_dir)
+    if newest is not None and newest.is_alive(me, now()):
         return RunState(has_ended=False, finished=False, silent_s=0.0)
     seen_s, exit_code = newest_mark_s, EXIT_REQUEUE
     with suppress(FileNotFoundError):
         exit_code = read_json(run_dir / STOP_FILE).get("exit_code", EXIT_REQUEUE)
         seen_s = max(seen_s, (run_dir / STOP_FILE).stat().st_mtime)
-    if start is not None:
-        seen_s = max(seen_s, (run_dir / TRIES / f"{start.incarnation:010d}.json").stat().st_mtime)
+    if newest is not None:
+        seen_s = max(seen_s, newest.beat_s)
     return RunState(exit_code != EXIT_REQUEUE, exit_code == EXIT_FINISHED, max(0.0, now() - seen_s))
 
 
@@ -317,7 +313,7 @@ class Evaluator:
                 folder = layout.found(self.run_dir, step, incarnation)
                 make_folders(folder, files=self._files)
                 if self._attempt(step, incarnation, lock, folder, lambda: None):
-                    self._end_try(step, lock.incarnation, "found", "waits for the publication")
+                    self._end_try(step, lock.attempt, "found", "waits for the publication")
         except (OSError, RunError) as error:
             log.error("step %d is not evaluated ahead of its publication: %s", step, error)
 
@@ -331,9 +327,9 @@ class Evaluator:
     def _attempt(self, step: int, incarnation: int, lock: RunLock, folder: Path, renew: Callable[[], None]) -> bool:
         """Measure and write the results into `folder`. False: how it ended instead is written down for the next try."""
         checkpoint = Checkpoint(layout.folder(self.root, step), self.root, step, self.run_dir)
-        began_s, ended = self._now(), partial(self._end_try, step, lock.incarnation)
-        self._trying = (step, lock.incarnation)
-        log.info("evaluating step %d (try %d)", step, lock.incarnation)
+        began_s, ended = self._now(), partial(self._end_try, step, lock.attempt)
+        self._trying = (step, lock.attempt)
+        log.info("evaluating step %d (try %d)", step, lock.attempt)
         try:
             found = dict(self._measure(checkpoint, self._beat(lock, renew)))
             self._must_be_ours(lock)

@@ -37,7 +37,7 @@ from lingua.files import RunError, make_folder, write_whole
 from lingua.launch.submit import not_overruled, sbatch_options
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
-from lingua.run.lock import OccupiedError, RunLock, newest_start, this_process
+from lingua.run.lock import OccupiedError, RunLock, living_attempt, this_process
 from lingua.slurm import Runner, jobs_named, run_command, this_job
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,7 @@ def alone(run_dir: Path) -> Iterator[bool]:
 
 def is_there(run_dir: Path) -> bool:
     """Whether the run has an evaluator that it started. Only reads."""
-    start = newest_start(run_dir / layout.EVALS)
-    return start is not None and start.alive
+    return living_attempt(run_dir / layout.EVALS) is not None
 
 
 def owed_steps(run_dir: Path, args: EvalArgs) -> list[int]:

@@ -41,14 +41,14 @@ from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine, parse_command_line, run_main
 from lingua.config.frozen import dump_yaml, read_config
 from lingua.config.keys.launch import LauncherArgs
-from lingua.files import RunError, entries, make_folder, read_json, write_json, write_whole
+from lingua.files import RunError, make_folder, read_json, write_json, write_whole
 from lingua.launch.local_ranks import PATIENCE_S, rank_env, run_ranks
 from lingua.launch.requeue import Outcome, Verdict, judge
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import environment, freeze_code
 from lingua.run.failure import KINDS, Failure, classify, read_failures
 from lingua.run.folder import EXIT_FAILED, STOP_FILE
-from lingua.run.lock import FOLDER as INCARNATIONS
+from lingua.run.lock import attempt_files, newest_attempt
 from lingua.slurm import Allocation, JobState, job_state, requeue, this_allocation, this_node_name
 from lingua.train.check import load
 
@@ -437,7 +437,7 @@ class Holder:
         return self._ask(lambda: max(done_steps(self.job.run_dir / CHECKPOINTS), default=0), None)
 
     def _count_starts(self) -> int | None:
-        return self._ask(lambda: len(starts(self.job.run_dir)), None)
+        return self._ask(lambda: len(attempt_files(self.job.run_dir)), None)
 
 
 def send_back(allocation: Allocation, avoid: Sequence[str] = ()) -> None:
@@ -455,20 +455,10 @@ def _is_bug(error: Exception) -> bool:
     return not isinstance(error, OSError | RunError)
 
 
-def starts(run_dir: Path) -> list[Path]:
-    """The records of all starts of a run, in order."""
-    return [path for path in entries(run_dir / INCARNATIONS) if path.name[:1].isdigit() and path.suffix == ".json"]
-
-
 def owned_by_another(run_dir: Path, job_id: str) -> bool:
-    """Whether the newest start of the run is another job's, and has not ended by itself."""
-    known = starts(run_dir)
-    if not known:
-        return False
-    owner = read_json(known[-1])
-    if not isinstance(owner, dict) or "slurm_job_id" not in owner:
-        raise RunError(f"{known[-1]} does not say whose start it is")
-    return not owner.get("released") and owner.get("slurm_job_id") != job_id
+    """Return whether the newest attempt of the run is another job's, and has not ended by itself."""
+    newest = newest_attempt(run_dir)
+    return newest is not None and not newest.released and newest.owner.slurm_job_id != job_id
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ Promise: the decision is a pure function of the config, the steps done and what 
 of a run and is taken once; all ranks agree on its steps by the numbers that they reduce anyway.
 Cost: two numbers in each step's vote, and one look at a file per heartbeat.
 
-`lingua profile RUN` leaves `incarnations/<start>.profile`; rank 0's heartbeat takes it, and when its window has closed
+`lingua profile RUN` leaves `incarnations/<attempt>.profile`; rank 0's heartbeat takes it. When its window has closed,
 `<trace_folder>/asked_<id>.json` says which files there are.
 """
 
@@ -113,9 +113,9 @@ class Requests:
         return Request(n_steps, heavy=True) if sums["profile_signal"] > 0 else None
 
 
-def request_file(run_dir: Path, incarnation: int) -> Path:
-    """The file that asks this very start; a later one knows nothing of it."""
-    return run_dir / FOLDER / f"{incarnation:010d}.profile"
+def request_file(run_dir: Path, attempt: int) -> Path:
+    """The file that asks this attempt; later attempts ignore it."""
+    return run_dir / FOLDER / f"{attempt:010d}.profile"
 
 
 def answer_file(folder: Path, request_id: str) -> Path:
@@ -123,13 +123,13 @@ def answer_file(folder: Path, request_id: str) -> Path:
     return folder / f"asked_{request_id}.json"
 
 
-def ask_to_profile(run_dir: Path, incarnation: int, n_steps: int, heavy: bool) -> Request:
-    """Ask a start, from any machine that sees the folder. Raises RunError: too many steps, or not to be written."""
+def ask_to_profile(run_dir: Path, attempt: int, n_steps: int, heavy: bool) -> Request:
+    """Ask an attempt, from any machine that sees the folder. Raises RunError: too many steps, or not to be written."""
     most = MOST_HEAVY_STEPS if heavy else MOST_STEPS
     if not 1 <= n_steps <= most:
         kind = "a heavy window" if heavy else "a window"
         raise RunError(f"--steps is {n_steps}, but {kind} has 1 to {most} steps; choose one of these")
-    path, request = request_file(run_dir, incarnation), Request(n_steps, heavy, uuid.uuid4().hex[:8])
+    path, request = request_file(run_dir, attempt), Request(n_steps, heavy, uuid.uuid4().hex[:8])
     if path.exists():
         raise RunError(f"{run_dir} has not heard the last request yet ({path}); try again in some seconds")
     try:
@@ -139,9 +139,9 @@ def ask_to_profile(run_dir: Path, incarnation: int, n_steps: int, heavy: bool) -
     return request
 
 
-def take_request(run_dir: Path, incarnation: int) -> Request | None:
-    """The request that waits for this start, if any; it is gone then. Raises OSError."""
-    path = request_file(run_dir, incarnation)
+def take_request(run_dir: Path, attempt: int) -> Request | None:
+    """The request that waits for this attempt, if any; it is gone then. Raises OSError."""
+    path = request_file(run_dir, attempt)
     if not path.exists():
         return None
     try:

@@ -46,11 +46,11 @@ from lingua.report.history import (
     TRAINED_S,
     WPS,
     History,
+    PastAttempt,
     Scores,
-    Start,
     keys_of,
 )
-from lingua.report.series import START, STEP, WHEN, Numbers, Table, Thinned, thinned
+from lingua.report.series import ATTEMPT, STEP, WHEN, Numbers, Table, Thinned, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,10 +190,10 @@ def n_pieces(n_points: int, at_least: int = MIN_PIECES) -> int:
 
 
 def _undone(run: History, key: str) -> list[Line]:
-    """A grey curve per start that was set back."""
+    """A grey curve per attempt that was set back."""
     lines = []
-    for number in np.unique(run.undone[START]):
-        x, y = run.undone.where(run.undone[START] == number).curve(key)
+    for number in np.unique(run.undone[ATTEMPT]):
+        x, y = run.undone.where(run.undone[ATTEMPT] == number).curve(key)
         lines.append(Line("", thinned(x, y, n_pieces(len(x))), FAINT, is_back=True))
     return [line for line in lines if len(line.points.x)]
 
@@ -280,7 +280,7 @@ def _scored(scores: Sequence[Scores], key: str, run: History, over: Across = STE
 def spent_picture(runs: Sequence[History], names: Sequence[str]) -> Picture:
     """Where the time went: a bar per kind, or per run."""
     make = _spent_of_one if len(runs) == 1 else _spent_of_several
-    note = "wall-clock time from the first start on"
+    note = "wall-clock time from the first attempt on"
     return Picture("time", "Where the time went", note, lambda: make(runs, names))
 
 
@@ -354,16 +354,16 @@ def time_unit(seconds: float) -> tuple[float, str]:
 
 
 def time_line(run: History) -> Picture | None:
-    """Steps over time, each start a band; checkpoints, evaluations and ends where they happened."""
-    if not any(start.began_s is not None for start in run.starts):
+    """Steps over time, each attempt a band; checkpoints, evaluations and ends where they happened."""
+    if not any(attempt.began_s is not None for attempt in run.attempts):
         return None
-    note = "each start is a band; a fall is a restart from an earlier checkpoint"
+    note = "each attempt is a band; a fall is a restart from an earlier checkpoint"
     return Picture("time_line", "Time line", note, lambda: _draw_time_line(run), is_wide=True)
 
 
 def _draw_time_line(run: History) -> Figure:
-    began_s = min(start.began_s for start in run.starts if start.began_s is not None)
-    ends = [start.ended_s for start in run.starts if start.ended_s is not None]
+    began_s = min(attempt.began_s for attempt in run.attempts if attempt.began_s is not None)
+    ends = [attempt.ended_s for attempt in run.attempts if attempt.ended_s is not None]
     ends += [event.at_s for event in run.events if event.at_s <= max(ends) + 0.15 * (max(ends) - began_s)]
     size_s, unit = time_unit(max(ends) - began_s)
 
@@ -371,11 +371,11 @@ def _draw_time_line(run: History) -> Figure:
         return (at_s - began_s) / size_s
 
     figure, axes = blank(WIDE)
-    for start in run.starts:
-        if start.began_s is not None and start.ended_s is not None:
-            axes.axvspan(place(start.began_s), place(start.ended_s), color=SERIES[0], alpha=0.1, linewidth=0)
+    for attempt in run.attempts:
+        if attempt.began_s is not None and attempt.ended_s is not None:
+            axes.axvspan(place(attempt.began_s), place(attempt.ended_s), color=SERIES[0], alpha=0.1, linewidth=0)
         for tables, color in (((run.metrics, run.undone), FAINT), ((run.metrics,), SERIES[0])):
-            points = _progress(start, tables)
+            points = _progress(attempt, tables)
             axes.plot(place(points.x), points.mean, color=color, linewidth=1.8, zorder=3)
     _draw_events(axes, run, place, max(ends))
     _draw_ends(axes, run, place)
@@ -384,17 +384,17 @@ def _draw_time_line(run: History) -> Figure:
     axes.margins(y=0.12)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("step")
-    axes.set_xlabel(f"{unit} since the first start")
+    axes.set_xlabel(f"{unit} since the first attempt")
     legend(axes)
     return figure
 
 
-def _progress(start: Start, tables: Iterable[Table]) -> Thinned:
-    """Steps of a start over time."""
-    there = start.begun_s is not None and start.first_step is not None
-    x, y = np.array([start.begun_s] * there, dtype=float), np.array([start.first_step] * there, dtype=float)
+def _progress(attempt: PastAttempt, tables: Iterable[Table]) -> Thinned:
+    """Steps of an attempt over time."""
+    there = attempt.begun_s is not None and attempt.first_step is not None
+    x, y = np.array([attempt.begun_s] * there, dtype=float), np.array([attempt.first_step] * there, dtype=float)
     for table in tables:
-        more_x, more_y = table.where(table[START] == start.number).curve(STEP, WHEN)
+        more_x, more_y = table.where(table[ATTEMPT] == attempt.number).curve(STEP, WHEN)
         x, y = np.append(x, more_x), np.append(y, more_y)
     return thinned(x, y, N_PIECES)
 
@@ -409,12 +409,12 @@ _MARKS: dict[str, tuple[str, str, float, str]] = {
 
 
 def _draw_events(axes: Axes, run: History, place: Callable[[Any], Any], last_s: float) -> None:
-    published = {(event.step, event.start) for event in run.events if event.kind == "published"}
-    gone_on_from = {start.first_step for start in run.starts[1:]}  # so these were, whatever was told
+    published = {(event.step, event.attempt) for event in run.events if event.kind == "published"}
+    gone_on_from = {attempt.first_step for attempt in run.attempts[1:]}  # so these were, whatever was told
     for kind, (marker, color, size, name) in _MARKS.items():
         some = [e for e in run.events if e.kind == kind and e.at_s <= last_s]
         if kind == "staged":
-            some = [e for e in some if (e.step, e.start) not in published and e.step not in gone_on_from]
+            some = [e for e in some if (e.step, e.attempt) not in published and e.step not in gone_on_from]
         xs, ys = [place(event.at_s) for event in some], [event.step for event in some]
         if xs:
             inside = "none" if kind == "staged" else color
@@ -422,16 +422,16 @@ def _draw_events(axes: Axes, run: History, place: Callable[[Any], Any], last_s: 
 
 
 def _draw_ends(axes: Axes, run: History, place: Callable[[Any], Any]) -> None:
-    """How each start ended, at its last step; of many starts only the last ones are told."""
-    for start in run.starts[-_MAX_LABELS:]:
-        if start.ended_s is None:
+    """How each attempt ended, at its last step; of many attempts only the last ones are told."""
+    for attempt in run.attempts[-_MAX_LABELS:]:
+        if attempt.ended_s is None:
             continue
-        step = max(start.last_step or 0, start.first_step or 0)
-        went_wrong = start.end == "killed" or start.end.startswith("failed")
+        step = max(attempt.last_step or 0, attempt.first_step or 0)
+        went_wrong = attempt.end == "killed" or attempt.end.startswith("failed")
         color = BAD if went_wrong else SOFT
-        axes.plot([place(start.ended_s)], [step], "x" if went_wrong else "|", color=color, ms=8, mew=2, zorder=6)
+        axes.plot([place(attempt.ended_s)], [step], "x" if went_wrong else "|", color=color, ms=8, mew=2, zorder=6)
         axes.annotate(
-            plain(start.end), (place(start.ended_s), step), (-5, 6), textcoords="offset points",
+            plain(attempt.end), (place(attempt.ended_s), step), (-5, 6), textcoords="offset points",
             ha="right", fontsize=8.5, color=color, zorder=6,
         )  # fmt: skip
 

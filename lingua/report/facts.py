@@ -23,22 +23,11 @@ from lingua.files import RunError, entries, read_json
 from lingua.logger import RANK_LOGS
 from lingua.run.failure import Failure, read_failures
 from lingua.run.folder import STOP_FILE
-from lingua.run.lock import FOLDER, Owner, owner_in, start_files
+from lingua.run.lock import FOLDER, Attempt, newest_attempt
 from lingua.run.metrics import METRICS_FILE, VALIDATION_FILE
 from lingua.slurm import Job
 
 _TAIL_BYTES = 64 << 10
-
-
-@dataclass(frozen=True)
-class Start:
-    """The newest start of a run."""
-
-    number: int
-    owner: Owner
-    released: bool
-    beat_age_s: float
-    """Seconds since its last sign of life, by this machine's clock."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +36,16 @@ class RunFacts:
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
-    start: Start | None = None
+    now_s: float = 0.0
+    """When the folder was read, in seconds since the epoch."""
+    attempt: Attempt | None = None
+    """The newest."""
     stop: dict[str, Any] | None = None
     stop_age_s: float | None = None
     earlier: tuple[dict[str, Any] | None, ...] = ()
-    """stop.json of each start before the newest; None for one that was killed."""
+    """stop.json of each attempt before the newest; None for one that was killed."""
     failures: tuple[Failure, ...] = ()
-    """Of the newest start."""
+    """Of the newest attempt."""
     metrics: dict[str, Any] | None = None
     """Its last line."""
     metrics_age_s: float | None = None
@@ -63,7 +55,7 @@ class RunFacts:
     """Step of the newest published checkpoint."""
     checkpoint_age_s: float | None = None
     job: Job | None = None
-    """The newest start's, where Slurm knows it."""
+    """The newest attempt's, where Slurm knows it."""
 
     @property
     def name(self) -> str:
@@ -75,7 +67,7 @@ class RunFacts:
 
     @property
     def job_id(self) -> str:
-        return self.start.owner.slurm_job_id if self.start is not None else ""
+        return self.attempt.owner.slurm_job_id if self.attempt is not None else ""
 
 
 def find_run(path: Path) -> Path:
@@ -107,7 +99,7 @@ def read_run(path: Path, job: Job | None = None, now_s: float | None = None) -> 
         except OSError:
             return None
 
-    start = _newest_start(path, now_s)
+    attempt = _newest_attempt(path)
     config = _config(path)
     root = Path(config.get("checkpoint", {}).get("path") or path / CHECKPOINTS)
     done = done_steps(root)
@@ -115,10 +107,11 @@ def read_run(path: Path, job: Job | None = None, now_s: float | None = None) -> 
     return RunFacts(
         path=path,
         config=config,
-        start=start,
+        now_s=now_s,
+        attempt=attempt,
         stop=json_object_in(path / STOP_FILE),
         stop_age_s=age_s(path / STOP_FILE),
-        earlier=tuple(json_object_in(_stop_of(path, number)) for number in range(1, start.number)) if start else (),
+        earlier=tuple(json_object_in(_stop_of(path, number)) for number in range(1, attempt.number)) if attempt else (),
         failures=tuple(read_failures(path)),
         metrics=last_line(path / METRICS_FILE),
         metrics_age_s=age_s(path / METRICS_FILE),
@@ -151,13 +144,11 @@ def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _newest_start(path: Path, now_s: float) -> Start | None:
-    number, file = max(start_files(path / FOLDER).items(), default=(0, None))
-    record = json_object_in(file) if file is not None else None
-    if file is None or record is None:
+def _newest_attempt(path: Path) -> Attempt | None:
+    try:
+        return newest_attempt(path)
+    except (OSError, RunError):
         return None
-    age_s = max(0.0, now_s - file.stat().st_mtime)
-    return Start(number, owner_in(record), bool(record.get("released")), age_s)
 
 
 def _stop_of(path: Path, number: int) -> Path:

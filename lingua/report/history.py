@@ -1,13 +1,14 @@
-"""The history of a run, put together from its folder: every start, what came of its steps, and where the time went.
+"""The history of a run, put together from its folder: every attempt, what came of its steps, and where the time went.
 
 Promise: only reads; a file that is missing, torn or of an older version leaves a gap and no wrong figure. Where a run
-went back, what the newer start trained counts, and the rest is told as lost. Torch-free.
-Cost: one pass over the metrics (see `series.py`), and a small file per start, checkpoint and evaluation.
+went back, what the newer attempt trained counts, and the rest is told as lost. Torch-free.
+Cost: one pass over the metrics (see `series.py`), and a small file per attempt, checkpoint and evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import numpy as np
 
 from lingua.checkpoint.layout import EVALS, FAILED, RESULTS, done_mark, done_steps, parse_folder
 from lingua.checkpoint.lookup import root_of
-from lingua.files import RunError, entries, read_json
+from lingua.files import RunError, entries
 from lingua.report.facts import RunFacts, json_object_in
-from lingua.report.series import START, STEP, WHEN, Table, is_number, read_table, records_in, when
+from lingua.report.series import ATTEMPT, STEP, WHEN, Table, is_number, read_table, records_in, when
 from lingua.report.status import is_alive, root_cause, state_of
 from lingua.run.failure import Failure
-from lingua.run.lock import FOLDER, Owner, owner_in, start_files
+from lingua.run.lock import Attempt, Owner, attempt_files, read_attempt
 from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE
 
 LOSS, TOKENS, LR, GRAD_NORM = "loss/out", "optim/total_tokens", "optim/lr", "optim/grad_norm"
@@ -45,23 +46,19 @@ SPENT = {
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of a run. None: no file tells."""
+class PastAttempt(Attempt):
+    """An attempt and what came of it. None: no file says so."""
 
-    number: int
-    owner: Owner
-    began_s: float | None = None
-    """Seconds since the epoch, as all times here."""
     begun_s: float | None = None
     """When its first step began."""
     ended_s: float | None = None
-    """Its last sign of life; now, while it lives."""
+    """Its last sign of life; now, while it is running."""
     first_step: int | None = None
-    """The step that it went on from."""
+    """The step that it resumed from."""
     last_step: int | None = None
-    """The last one that it reported."""
+    """The last step that it reported."""
     end: str = ""
-    """running, finished, killed, ...; a word or two."""
+    """running, finished, killed, ...: how it ended, in a word or two."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Event:
     """staged, published, failed, evaluated, given up."""
     step: int
     at_s: float
-    start: int
+    attempt: int
     seconds: float | None = None
     """staged: training stood still; published: from memory to the disk (or all of it); evaluated: it took."""
     size_bytes: int | None = None
@@ -84,7 +81,7 @@ class Scores:
     """Figures of one step: a validation or an evaluation."""
 
     step: int
-    start: int
+    attempt: int
     at_s: float
     values: dict[str, float]
     seconds: float = 0.0
@@ -97,16 +94,16 @@ class History:
     facts: RunFacts
     state: str
     now_s: float
-    starts: list[Start]
+    attempts: list[PastAttempt]
     metrics: Table
     """What counts, with the column TRAINED_S."""
     undone: Table
-    """Lines of steps that a later start trained again, or will."""
+    """Lines of steps that a later attempt trained again, or will."""
     events: list[Event]
     validations: list[Scores] = field(default_factory=list)
     evaluations: list[Scores] = field(default_factory=list)
     spent: list[dict[str, float]] = field(default_factory=list)
-    """Seconds by kind, of each start; `idle` is what followed it."""
+    """Seconds by kind, of each attempt; `idle` is what followed it."""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -118,7 +115,7 @@ class History:
         xs, ys = self.metrics.curve(key)
         if len(xs) == 0:
             return np.full(len(steps), np.nan)
-        if self.starts and self.starts[0].first_step == 0:
+        if self.attempts and self.attempts[0].first_step == 0:
             xs, ys = np.append(0.0, xs), np.append(0.0, ys)
         return np.interp(steps, xs, ys)
 
@@ -128,48 +125,46 @@ def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
     table = read_table(facts.path / METRICS_FILE, _KEYS)
     notes = [r for r in records_in(facts.path / CHECKPOINT_FILE) if isinstance(r.get("event"), str)]
     validations = _scores(facts.path / VALIDATION_FILE)
-    starts = read_starts(facts, table, notes, me, now_s)
-    counts = counting(starts, table)
+    attempts = read_attempts(facts, table, notes, me, now_s)
+    counts = counting(attempts, table)
     return History(
         facts=facts,
         state=state_of(facts, me),
         now_s=now_s,
-        starts=starts,
-        metrics=_with_time(starts, table, counts),
+        attempts=attempts,
+        metrics=_with_time(attempts, table, counts),
         undone=table.where(~counts),
         events=sorted(_events(facts, notes), key=lambda event: event.at_s),
-        validations=that_count(starts, validations),
-        evaluations=that_count(starts, _scores(facts.path / EVAL_FILE)),
-        spent=account(starts, table, counts, validations, notes),
+        validations=that_count(attempts, validations),
+        evaluations=that_count(attempts, _scores(facts.path / EVAL_FILE)),
+        spent=account(attempts, table, counts, validations, notes),
     )
 
 
-# -- starts --------------------------------------------------------------------------------------------------------
+# -- attempts --------------------------------------------------------------------------------------------------------
 
 
-def read_starts(
+def read_attempts(
     facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner, now_s: float
-) -> list[Start]:
-    """Every start that left a trace, the first one first."""
-    files = start_files(facts.path / FOLDER)
-    begun = {r[START]: r for r in notes if r["event"] == "begun" and isinstance(r.get(START), int)}
-    numbers = sorted({*files, *begun, *(int(n) for n in np.unique(table[START]) if np.isfinite(n))})
-    found = [_read_start(n, files.get(n), begun.get(n), table.where(table[START] == n)) for n in numbers]
-    ends = [_end_of(start, facts, me) for start in found]
-    starts = [replace(start, end=end) for start, end in zip(found, ends, strict=True)]
-    if starts and starts[-1].end == "running":
-        starts[-1] = replace(starts[-1], ended_s=now_s)
-    return in_order(starts)
+) -> list[PastAttempt]:
+    """Every attempt that left a trace, the first one first."""
+    files = attempt_files(facts.path)
+    begun = {r[ATTEMPT]: r for r in notes if r["event"] == "begun" and isinstance(r.get(ATTEMPT), int)}
+    numbers = sorted({*files, *begun, *(int(n) for n in np.unique(table[ATTEMPT]) if np.isfinite(n))})
+    found = [_read_attempt(n, files.get(n), begun.get(n), table.where(table[ATTEMPT] == n)) for n in numbers]
+    ends = [_end_of(attempt, facts, me) for attempt in found]
+    attempts = [replace(attempt, end=end) for attempt, end in zip(found, ends, strict=True)]
+    if attempts and attempts[-1].end == "running":
+        attempts[-1] = replace(attempts[-1], ended_s=now_s)
+    return in_order(attempts)
 
 
-def _read_start(number: int, file: Path | None, begun: Mapping[str, Any] | None, lines: Table) -> Start:
-    record: dict[str, Any] = {}
-    sign_s = None
+def _read_attempt(number: int, file: Path | None, begun: Mapping[str, Any] | None, lines: Table) -> PastAttempt:
+    attempt, sign_s = Attempt(number, Owner()), None
     if file is not None:
-        try:
-            record, sign_s = dict(read_json(file)), file.stat().st_mtime
-        except (OSError, RunError, TypeError, ValueError):
-            record = {}
+        with suppress(OSError, RunError):
+            attempt = read_attempt(file)
+            sign_s = attempt.beat_s
     steps, times = lines[STEP], lines[WHEN]
     first_step, begun_s = None, None
     if len(steps):
@@ -179,13 +174,11 @@ def _read_start(number: int, file: Path | None, begun: Mapping[str, Any] | None,
         sign_s = max([s for s in (sign_s, _number(times[-1])) if s is not None], default=None)
     if begun is not None:
         first_step, begun_s = int(begun[STEP]), _number(when(begun.get(WHEN)))
-    released_s = _number(record.get("released_at"))
-    return Start(
-        number=number,
-        owner=owner_in(record),
-        began_s=_number(record.get("began_at")) or begun_s,
+    return replace(
+        PastAttempt(**vars(attempt)),
+        began_s=attempt.began_s or begun_s,
         begun_s=begun_s,
-        ended_s=released_s or sign_s or begun_s,
+        ended_s=attempt.released_s or sign_s or begun_s,
         first_step=first_step,
         last_step=int(steps[-1]) if len(steps) else None,
     )
@@ -195,27 +188,27 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
 
 
-def in_order(starts: Sequence[Start]) -> list[Start]:
-    """No start reaches into the next one: a folder that was copied has the copy's times as last signs of life."""
-    found = list(starts)
+def in_order(attempts: Sequence[PastAttempt]) -> list[PastAttempt]:
+    """No attempt reaches into the next one: a folder that was copied has the copy's times as last signs of life."""
+    found = list(attempts)
     for i, later in enumerate(found[1:]):
         if later.began_s is not None and (found[i].ended_s or 0.0) > later.began_s:
             found[i] = replace(found[i], ended_s=later.began_s)
     return found
 
 
-def _end_of(start: Start, facts: RunFacts, me: Owner) -> str:
-    """How a start ended, in a word or two."""
-    if facts.start is not None and start.number > facts.start.number:
+def _end_of(attempt: PastAttempt, facts: RunFacts, me: Owner) -> str:
+    """How an attempt ended, in a word or two."""
+    if facts.attempt is not None and attempt.number > facts.attempt.number:
         return "not known"
-    if facts.start is None or start.number == facts.start.number:
+    if facts.attempt is None or attempt.number == facts.attempt.number:
         return "running" if is_alive(facts, me) else told_end(facts.stop, facts.failures)
-    before = facts.earlier[start.number - 1 : start.number]
+    before = facts.earlier[attempt.number - 1 : attempt.number]
     return told_end(before[0] if before else None)
 
 
 def told_end(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ()) -> str:
-    """What stop.json says; a start that left none was killed, unless its ranks say something else."""
+    """What stop.json says; an attempt that left none was killed, unless its ranks say something else."""
     if stop is None:
         cause = root_cause(failures)
         return "killed" if cause is None else f"failed ({cause.kind})"
@@ -232,99 +225,99 @@ def told_end(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ())
 # -- what counts ---------------------------------------------------------------------------------------------------
 
 
-def limits_of(starts: Sequence[Start]) -> dict[int, float]:
-    """Of each start, the step up to which its work counts: where the lowest of the later starts went on from.
+def limits_of(attempts: Sequence[PastAttempt]) -> dict[int, float]:
+    """Of each attempt, the step up to which its work counts: where the lowest of the later attempts went on from.
 
-    For who computed a step, counting or not, see `Past.start_of` in past.py.
+    For who computed a step, counting or not, see `Past.attempt_of` in past.py.
     """
     limits: dict[int, float] = {}
     limit = np.inf
-    for start in reversed(starts):
-        limits[start.number] = limit
-        if start.first_step is not None:
-            limit = min(limit, start.first_step)
+    for attempt in reversed(attempts):
+        limits[attempt.number] = limit
+        if attempt.first_step is not None:
+            limit = min(limit, attempt.first_step)
     return limits
 
 
-def counting(starts: Sequence[Start], table: Table) -> np.ndarray:
-    """Mask of the lines that no later start has trained again."""
+def counting(attempts: Sequence[PastAttempt], table: Table) -> np.ndarray:
+    """Mask of the lines that no later attempt has trained again."""
     mask = np.ones(len(table), dtype=bool)
-    for number, limit in limits_of(starts).items():
-        mask &= (table[START] != number) | (table[STEP] <= limit)
+    for number, limit in limits_of(attempts).items():
+        mask &= (table[ATTEMPT] != number) | (table[STEP] <= limit)
     return mask
 
 
-def that_count(starts: Sequence[Start], scores: Iterable[Scores]) -> list[Scores]:
+def that_count(attempts: Sequence[PastAttempt], scores: Iterable[Scores]) -> list[Scores]:
     """The newest figures of each step, by step, without those of steps that were trained again."""
-    limits = limits_of(starts)
-    newest = {one.step: one for one in scores if one.step <= limits.get(one.start, np.inf)}
+    limits = limits_of(attempts)
+    newest = {one.step: one for one in scores if one.step <= limits.get(one.attempt, np.inf)}
     return [newest[step] for step in sorted(newest)]
 
 
 # -- where the time went -------------------------------------------------------------------------------------------
 
 
-def _with_time(starts: Sequence[Start], table: Table, counts: np.ndarray) -> Table:
+def _with_time(attempts: Sequence[PastAttempt], table: Table, counts: np.ndarray) -> Table:
     """The lines that count, with TRAINED_S."""
     seconds = np.zeros(len(table))
-    for start in starts:
-        mine = table[START] == start.number
-        seconds[mine] = _seconds(start, table.where(mine), _STEP_S)
+    for attempt in attempts:
+        mine = table[ATTEMPT] == attempt.number
+        seconds[mine] = _seconds(attempt, table.where(mine), _STEP_S)
     kept = table.where(counts)
     return Table({**kept.columns, TRAINED_S: np.cumsum(seconds[counts])})
 
 
-def _seconds(start: Start, lines: Table, key: str) -> np.ndarray:
-    """Seconds that the steps of each line of a start took; `key` has the mean of a step."""
-    n_steps = np.maximum(np.diff(lines[STEP], prepend=start.first_step or 0), 0)
+def _seconds(attempt: PastAttempt, lines: Table, key: str) -> np.ndarray:
+    """Seconds that the steps of each line of an attempt took; `key` has the mean of a step."""
+    n_steps = np.maximum(np.diff(lines[STEP], prepend=attempt.first_step or 0), 0)
     return np.nan_to_num(lines[key]) * n_steps
 
 
 def account(
-    starts: Sequence[Start],
+    attempts: Sequence[PastAttempt],
     table: Table,
     counts: np.ndarray,
     validations: Sequence[Scores],
     notes: Iterable[Mapping[str, Any]],
 ) -> list[dict[str, float]]:
-    """Seconds by kind of each start. They add up to the time from its beginning to the next one's."""
+    """Seconds by kind of each attempt. They add up to the time from its beginning to the next one's."""
     saved: dict[Any, float] = {}
     for note in notes:
         if note["event"] in ("staged", "published") and note.get("bytes"):  # training waited for these
-            saved[note.get(START)] = saved.get(note.get(START), 0.0) + (_number(note.get("seconds")) or 0.0)
+            saved[note.get(ATTEMPT)] = saved.get(note.get(ATTEMPT), 0.0) + (_number(note.get("seconds")) or 0.0)
     accounts = []
-    for i, start in enumerate(starts):
-        chosen = table[START] == start.number
-        mine = [one for one in validations if one.start == start.number]
-        one = _account_start(start, table.where(chosen), counts[chosen], mine, saved.get(start.number))
-        later = starts[i + 1].began_s if i + 1 < len(starts) else None
-        if later is not None and start.ended_s is not None:
-            one["idle"] = max(0.0, later - start.ended_s)
+    for i, attempt in enumerate(attempts):
+        chosen = table[ATTEMPT] == attempt.number
+        mine = [one for one in validations if one.attempt == attempt.number]
+        one = _account_attempt(attempt, table.where(chosen), counts[chosen], mine, saved.get(attempt.number))
+        later = attempts[i + 1].began_s if i + 1 < len(attempts) else None
+        if later is not None and attempt.ended_s is not None:
+            one["idle"] = max(0.0, later - attempt.ended_s)
         accounts.append(one)
     return accounts
 
 
-def _account_start(
-    start: Start, lines: Table, counts: np.ndarray, validations: Sequence[Scores], saving_s: float | None
+def _account_attempt(
+    attempt: PastAttempt, lines: Table, counts: np.ndarray, validations: Sequence[Scores], saving_s: float | None
 ) -> dict[str, float]:
     spent = dict.fromkeys(SPENT, 0.0)
-    if start.began_s is None or start.ended_s is None:
+    if attempt.began_s is None or attempt.ended_s is None:
         return spent
-    all_s = max(0.0, start.ended_s - start.began_s)
-    trained_s = _seconds(start, lines, _STEP_S)
-    loaded_s = np.minimum(_seconds(start, lines, _LOAD_S), trained_s)
+    all_s = max(0.0, attempt.ended_s - attempt.began_s)
+    trained_s = _seconds(attempt, lines, _STEP_S)
+    loaded_s = np.minimum(_seconds(attempt, lines, _LOAD_S), trained_s)
     spent["training"] = float((trained_s - loaded_s)[counts].sum())
     spent["loading"] = float(loaded_s[counts].sum())
     spent["lost"] = float(trained_s[~counts].sum())
     spent["saving"] = _stalls_s(lines[_STALL_S]) if saving_s is None else saving_s
     spent["validating"] = sum(one.seconds for one in validations)
-    if start.begun_s is None:
+    if attempt.begun_s is None:
         spent["starting"] = all_s
     else:
-        before_s = sum(one.seconds for one in validations if one.at_s <= start.begun_s)
-        spent["starting"] = max(0.0, start.begun_s - start.began_s - before_s)
-    if start.end == "killed" and len(lines):  # what it trained since its last line
-        spent["lost"] += max(0.0, start.ended_s - float(lines[WHEN][-1]))
+        before_s = sum(one.seconds for one in validations if one.at_s <= attempt.begun_s)
+        spent["starting"] = max(0.0, attempt.begun_s - attempt.began_s - before_s)
+    if attempt.end == "killed" and len(lines):  # what it trained since its last line
+        spent["lost"] += max(0.0, attempt.ended_s - float(lines[WHEN][-1]))
     spent["other"] = max(0.0, all_s - sum(spent.values()))
     return spent
 
@@ -342,12 +335,12 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
     """Of checkpoints and evaluations, from what the trainer noted, the marks, and the evaluations' folders."""
     events = []
     for note in notes:
-        at_s, step, start = when(note.get(WHEN)), int(note[STEP]), note.get(START)
-        if note["event"] in ("staged", "published", "failed") and np.isfinite(at_s) and isinstance(start, int):
+        at_s, step, attempt = when(note.get(WHEN)), int(note[STEP]), note.get(ATTEMPT)
+        if note["event"] in ("staged", "published", "failed") and np.isfinite(at_s) and isinstance(attempt, int):
             size_bytes, why = note.get("bytes"), str(note.get("error", ""))
             seconds = _number(note.get("seconds"))
-            events.append(Event(note["event"], step, at_s, start, seconds, size_bytes or None, why))
-    told = {(event.step, event.start): i for i, event in enumerate(events) if event.kind == "published"}
+            events.append(Event(note["event"], step, at_s, attempt, seconds, size_bytes or None, why))
+    told = {(event.step, event.attempt): i for i, event in enumerate(events) if event.kind == "published"}
     try:
         root = root_of(facts.path)
     except ValueError:  # a config that cannot be read
@@ -356,8 +349,8 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
         event = _marked(done_mark(root, step), step)
         if event is None:
             continue
-        if (step, event.start) in told:  # it knows better when, and how large it is
-            events[told[step, event.start]] = event
+        if (step, event.attempt) in told:  # it knows better when, and how large it is
+            events[told[step, event.attempt]] = event
         else:
             events.append(event)
     for folder in entries(facts.path / EVALS):
@@ -366,9 +359,9 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
             record = json_object_in(folder / name) if step is not None else None
             if record and step is not None and is_number(record.get("created_at")):
                 seconds, why = _number(record.get("seconds")), str(record.get("reason", ""))
-                start = record.get("incarnation")
-                start = start if isinstance(start, int) else 0
-                events.append(Event(kind, step, record["created_at"], start, seconds, None, why))
+                attempt = record.get("incarnation")
+                attempt = attempt if isinstance(attempt, int) else 0
+                events.append(Event(kind, step, record["created_at"], attempt, seconds, None, why))
     return events
 
 
@@ -386,10 +379,10 @@ def _scores(path: Path) -> list[Scores]:
     found = []
     for record in records_in(path):
         values = {key: float(v) for key, v in record.items() if "/" in key and is_number(v)}
-        start = record.get(START)
-        start = start if isinstance(start, int) else 0
+        attempt = record.get(ATTEMPT)
+        attempt = attempt if isinstance(attempt, int) else 0
         seconds = _number(record.get("seconds")) or 0.0
-        found.append(Scores(int(record[STEP]), start, when(record.get(WHEN)), values, seconds))
+        found.append(Scores(int(record[STEP]), attempt, when(record.get(WHEN)), values, seconds))
     return found
 
 

@@ -24,7 +24,7 @@ from lingua.report.charts import Picture, brief, pictures_of, probe_picture, spe
 from lingua.report.diff import ABSENT, config_differences, flatten, keys_that_differ, telling_labels
 from lingua.report.figure import look, png_of, readings, svg_of
 from lingua.report.heat_maps import read_probes
-from lingua.report.history import LOSS, MFU, SPENT, WPS, History, Start, keys_of
+from lingua.report.history import LOSS, MFU, SPENT, WPS, Event, History, PastAttempt, Scores, keys_of
 from lingua.report.html import data, folded, page, table, text
 from lingua.report.status import LIVING, Status, status_of, why
 from lingua.run.folder import public_text, public_value
@@ -69,14 +69,18 @@ def as_record(runs: Sequence[History], me: Owner | None = None) -> list[dict[str
         {
             **asdict(status_of(run.facts, me)),
             "seconds": run.seconds,
-            "starts": [{**asdict(start), "seconds": spent} for start, spent in zip(run.starts, run.spent, strict=True)],
+            "starts": [asdict(one) | {"seconds": spent} for one, spent in zip(run.attempts, run.spent, strict=True)],
             "lost_lines": len(run.undone),
-            "validations": [asdict(one) for one in run.validations],
-            "evaluations": [asdict(one) for one in run.evaluations],
-            "checkpoints": [asdict(event) for event in run.events],
+            "validations": list(map(_record, run.validations)),
+            "evaluations": list(map(_record, run.evaluations)),
+            "checkpoints": list(map(_record, run.events)),
         }
         for run in runs
     ]
+
+
+def _record(one: Event | Scores) -> dict[str, Any]:
+    return asdict(one) | {"start": one.attempt}  # its name in earlier versions
 
 
 def names_of(runs: Sequence[History]) -> list[str]:
@@ -171,9 +175,9 @@ def _summary(run: History, status: Status, me: Owner) -> Iterator[str]:
         ("tokens/s per device, of late", f"{speeds[recent].mean():,.0f}" if len(speeds) else None),
         ("MFU, of late", f"{shares[recent].mean():.1%}" if len(shares) else None),
         ("left", duration(status.left_s) if status.left_s and status.state in LIVING else None),
-        ("since the first start", duration(all_s) if all_s else None),
+        ("since the first attempt", duration(all_s) if all_s else None),
         ("of it training that counts", f"{seconds['training'] / all_s:.0%}" if all_s else None),
-        ("starts", f"{len(run.starts):,}" if run.starts else None),
+        ("attempts", f"{len(run.attempts):,}" if run.attempts else None),
         ("newest checkpoint", None if status.checkpoint is None else f"{status.checkpoint:,}"),
     ]
     shown = "".join(f"<div><b>{text(value)}</b><small>{text(name)}</small></div>" for name, value in cards if value)
@@ -185,14 +189,14 @@ def _summary(run: History, status: Status, me: Owner) -> Iterator[str]:
 
 
 def _story(run: History, artist: _Artist, prefix: str = "") -> Iterator[str]:
-    """The time line, the starts, the checkpoints."""
+    """The time line, the attempts, the checkpoints."""
     picture = time_line(run)
     if picture is None:
         return
     yield "<h2>Starts and checkpoints</h2>"
     yield artist.show(picture, prefix)
-    heading = ["start", "began", "ran for", "steps", "ended", "training", "start-up", "lost", "host", "Slurm job"]
-    rows = [_start_row(start, spent) for start, spent in zip(run.starts, run.spent, strict=True)]
+    heading = ["attempt", "began", "ran for", "steps", "ended", "training", "start-up", "lost", "host", "Slurm job"]
+    rows = [_attempt_row(attempt, spent) for attempt, spent in zip(run.attempts, run.spent, strict=True)]
     hidden = f'<p class="note">the newest {_MAX_ROWS} of {len(rows)}</p>' if len(rows) > _MAX_ROWS else ""
     yield table(heading, rows[-_MAX_ROWS:], numbers=(0, 2, 3, 5, 6, 7)) + hidden
     seconds = [(SPENT[kind], brief(s), f"{s / sum(run.seconds.values()):.1%}") for kind, s in run.seconds.items() if s]
@@ -205,7 +209,7 @@ def _story(run: History, artist: _Artist, prefix: str = "") -> Iterator[str]:
                 f"{event.step:,}",
                 event.kind,
                 _clock(event.at_s),
-                str(event.start or "-"),
+                str(event.attempt or "-"),
                 "-" if event.seconds is None else f"{event.seconds:.3g} s",
                 "-" if event.size_bytes is None else human_bytes(event.size_bytes),
                 public_text(event.why),
@@ -213,24 +217,24 @@ def _story(run: History, artist: _Artist, prefix: str = "") -> Iterator[str]:
             for event in events[-5 * _MAX_ROWS :]
         ]
         note = '<p class="note">staged: training stood still for so long; published: it is safe on the disk</p>'
-        told = table(["step", "what", "when", "start", "took", "size", ""], rows, numbers=(0, 3, 4, 5))
+        told = table(["step", "what", "when", "attempt", "took", "size", ""], rows, numbers=(0, 3, 4, 5))
         yield folded(f"checkpoints and evaluations ({len(events):,})", told + note)
 
 
-def _start_row(start: Start, spent: Mapping[str, float]) -> tuple[str, ...]:
-    known = start.began_s is not None and start.ended_s is not None
-    last = start.last_step if start.last_step is not None else start.first_step
+def _attempt_row(attempt: PastAttempt, spent: Mapping[str, float]) -> tuple[str, ...]:
+    known = attempt.began_s is not None and attempt.ended_s is not None
+    last = attempt.last_step if attempt.last_step is not None else attempt.first_step
     return (
-        str(start.number),
-        "-" if start.began_s is None else _clock(start.began_s),
-        brief((start.ended_s or 0) - (start.began_s or 0)) if known else "-",
-        "-" if start.first_step is None else f"{start.first_step:,} to {last:,}",
-        start.end,
+        str(attempt.number),
+        "-" if attempt.began_s is None else _clock(attempt.began_s),
+        brief((attempt.ended_s or 0) - (attempt.began_s or 0)) if known else "-",
+        "-" if attempt.first_step is None else f"{attempt.first_step:,} to {last:,}",
+        attempt.end,
         brief(spent["training"] + spent["loading"]),
         brief(spent["starting"]),
         brief(spent["lost"]) if spent["lost"] else "-",
-        start.owner.host or "-",
-        start.owner.slurm_job_id or "-",
+        attempt.owner.host or "-",
+        attempt.owner.slurm_job_id or "-",
     )
 
 
@@ -264,11 +268,13 @@ def _config(run: History) -> Iterator[str]:
         yield folded(f"keys at their defaults ({len(rest)})", table(["key", "value"], rest))
     changes = list(config_changes(run.facts.path))
     if changes:
-        yield "<h3>Changed between starts</h3>" + table(["after start", "key", "was", "became"], changes, numbers=(0,))
+        yield "<h3>Changed between attempts</h3>" + table(
+            ["after attempt", "key", "was", "became"], changes, numbers=(0,)
+        )
 
 
 def config_changes(run_dir: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(start, key, value before, value after) of each key that a later start changed."""
+    """(attempt, key, value before, value after) of each key that a later attempt changed."""
     numbered = [path for path in run_dir.glob("config.*.yaml") if re.fullmatch(r"config\.\d+\.yaml", path.name)]
     files = [*sorted(numbered, key=lambda path: int(path.name.split(".")[1])), run_dir / CONFIG_FILE]
     trees = [(path, _tree(path)) for path in files]
@@ -305,7 +311,7 @@ def _page_of_several(
 ) -> Iterator[str]:
     yield f"<h1>{len(runs)} runs</h1>"
     rows = [_run_row(*each) for each in zip(names, runs, statuses, strict=True)]
-    figures = ["step", "loss", "held-out", "tokens/s", "MFU", "training that counts", "starts"]
+    figures = ["step", "loss", "held-out", "tokens/s", "MFU", "training that counts", "attempts"]
     heading = ["run", "state", *figures, "folder"]
     yield table(heading, rows, numbers=range(2, 9))
     pictures = pictures_of(runs, labels_of(runs, names))
@@ -333,7 +339,7 @@ def _run_row(name: str, run: History, status: Status) -> tuple[str, ...]:
         "-" if recent[WPS] is None else f"{recent[WPS]:,.0f}",
         "-" if recent[MFU] is None else f"{recent[MFU]:.1%}",
         f"{run.seconds['training'] / all_s:.0%}" if all_s else "-",
-        str(len(run.starts)),
+        str(len(run.attempts)),
         str(run.facts.path),
     )
 

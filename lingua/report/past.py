@@ -1,7 +1,7 @@
-"""A run's past, for those who go back into it: which start trained a step, with which config, what it reported, and
+"""A run's past, for those who go back into it: which attempt trained a step, with which config, what it reported, and
 the checkpoints that lie before. Torch-free.
 
-Promise: only reads. Where a step was trained several times, the newest start that trained it is meant.
+Promise: only reads. Where a step was trained several times, the newest attempt that trained it is meant.
 Cost: the whole metrics file once.
 """
 
@@ -28,20 +28,20 @@ class Past:
     run_dir: Path
     root: Path
     """Of its checkpoints."""
-    newest_start: int
+    newest_attempt: int
     freq: int
     """Steps between two lines of the metrics."""
     records: Sequence[Mapping[str, Any]] = ()
     published: Mapping[int, int] = field(default_factory=dict)
-    """Step -> the start that published it."""
+    """Step -> the attempt that published it."""
     ended_at: int = 0
-    """Updates done when the newest start ended, as far as it could tell."""
+    """Updates done when the newest attempt ended, as far as it could tell."""
     last_words: str = ""
-    """Of a newest start that failed."""
+    """Of a newest attempt that failed."""
 
     @cached_property
     def by_step(self) -> dict[int, list[Mapping[str, Any]]]:
-        """The lines of each step, in the order of the starts."""
+        """The lines of each step, in the order of the attempts."""
         found: dict[int, list[Mapping[str, Any]]] = {}
         for record in sorted(self.records, key=lambda record: record["incarnation"]):
             found.setdefault(record["global_step"], []).append(record)
@@ -53,11 +53,11 @@ class Past:
         lines = [record["global_step"] + self.freq for record in self.records]
         return max([*lines, *(step + self.freq for step in self.published), self.ended_at + 1, self.freq])
 
-    def start_of(self, step: int) -> int:
-        """The start that trained a step last.
+    def attempt_of(self, step: int) -> int:
+        """The attempt that trained a step last.
 
         That need not be the one whose work counts (`limits_of` in runhistory.py): what came after the checkpoint that a
-        newer start went back to counts no more, also where that start has not come so far yet.
+        newer attempt went back to counts no more, also where that attempt has not come so far yet.
 
         The newest that reported it; else, lines being `freq` steps apart, the newest that can have come by; else the
         newest.
@@ -67,26 +67,26 @@ class Past:
         spans: dict[int, list[int]] = {}
         for record in self.records:
             spans.setdefault(record["incarnation"], []).append(record["global_step"])
-        by = [start for start, at in spans.items() if min(at) - self.freq < step < max(at) + self.freq]
-        return max(by, default=self.newest_start)
+        by = [attempt for attempt, at in spans.items() if min(at) - self.freq < step < max(at) + self.freq]
+        return max(by, default=self.newest_attempt)
 
-    def reported(self, step: int, start: int) -> Mapping[str, Any] | None:
-        """What a start reported of a step."""
-        return next((record for record in self.by_step.get(step, ()) if record["incarnation"] == start), None)
+    def reported(self, step: int, attempt: int) -> Mapping[str, Any] | None:
+        """What an attempt reported of a step."""
+        return next((record for record in self.by_step.get(step, ()) if record["incarnation"] == attempt), None)
 
-    def on_the_way(self, step: int, start: int) -> Mapping[str, Any] | None:
-        """What was reported of a step by `start`, or by the last start before it that trained the step."""
-        return next((r for r in reversed(self.by_step.get(step, ())) if r["incarnation"] <= start), None)
+    def on_the_way(self, step: int, attempt: int) -> Mapping[str, Any] | None:
+        """What was reported of a step by `attempt`, or by the last attempt before it that trained the step."""
+        return next((r for r in reversed(self.by_step.get(step, ())) if r["incarnation"] <= attempt), None)
 
-    def before(self, step: int, start: int) -> list[int]:
-        """Published steps from which this start can have come to `step`, the nearest first."""
-        return sorted((s for s, by in self.published.items() if s < step and by <= start), reverse=True)
+    def before(self, step: int, attempt: int) -> list[int]:
+        """Published steps from which this attempt can have come to `step`, the nearest first."""
+        return sorted((s for s, by in self.published.items() if s < step and by <= attempt), reverse=True)
 
-    def config_of(self, start: int) -> Path:
-        """The config that a start ran: config.<n>.yaml is kept of the last start before a change."""
+    def config_of(self, attempt: int) -> Path:
+        """The config that an attempt ran: config.<n>.yaml is kept of the last attempt before a change."""
         kept = [path for path in entries(self.run_dir) if path.match("config.[0-9]*.yaml")]
         numbers = {int(path.name.split(".")[1]): path for path in kept if path.name.split(".")[1].isdecimal()}
-        later = [number for number in numbers if number >= start]
+        later = [number for number in numbers if number >= attempt]
         return numbers[min(later)] if later else self.run_dir / CONFIG_FILE
 
 
@@ -99,7 +99,7 @@ def read_past(run: Path) -> Past:
     return Past(
         run_dir=run_dir,
         root=root,
-        newest_start=facts.start.number if facts.start else 1,
+        newest_attempt=facts.attempt.number if facts.attempt else 1,
         freq=int((facts.config.get("logging") or {}).get("freq") or 1),
         records=[line for line in lines if {"global_step", "incarnation"} <= line.keys()],
         published={step: publish.incarnation_of(root, step) for step in layout.done_steps(root)},
@@ -118,10 +118,10 @@ def check_step(past: Past, step: int, n_steps: int) -> None:
         )
 
 
-def nothing_before(past: Past, step: int, start: int) -> ConfigError:
+def nothing_before(past: Past, step: int, attempt: int) -> ConfigError:
     """There is no checkpoint to go to a step from."""
     there = lookup.some_steps(sorted(past.published))
-    whose = f" that start {start} can have come by" if any(s < step for s in past.published) else ""
+    whose = f" that attempt {attempt} can have come by" if any(s < step for s in past.published) else ""
     return ConfigError(
         f"--step {step}: no checkpoint before it{whose} is left in {past.root}, which has {there}. --from 0 begins "
         f"where the run began and trains {step - 1} steps to get there. For another time: checkpoint.keep_every keeps "

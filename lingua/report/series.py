@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]
-STEP, START, WHEN = "global_step", "incarnation", "created_at"
+STEP, ATTEMPT, WHEN = "global_step", "incarnation", "created_at"
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def records_in(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_table(path: Path, keys: Sequence[str]) -> Table:
-    """Columns of a metrics file: step, start, time, and `keys`."""
-    columns = {key: array("d") for key in dict.fromkeys((STEP, START, WHEN, *keys))}
+    """Columns of a metrics file: step, attempt, time, and `keys`."""
+    columns = {key: array("d") for key in dict.fromkeys((STEP, ATTEMPT, WHEN, *keys))}
     for record in records_in(path):
         for key, column in columns.items():
             value = record.get(key)

@@ -12,7 +12,7 @@ from lingua.console import columns, duration
 from lingua.report.facts import RunFacts
 from lingua.run.failure import KINDS, Failure
 from lingua.run.folder import EXIT_REQUEUE
-from lingua.run.lock import DEAD_AFTER_S, Owner, certainly
+from lingua.run.lock import DEAD_AFTER_S, Owner
 
 _SILENT_S = 3 * DEAD_AFTER_S  # another machine's view of a shared disk may be a minute old, and so may its clock
 LIVING = ("running", "starting")
@@ -50,19 +50,16 @@ class Status:
 
 
 def is_alive(facts: RunFacts, me: Owner) -> bool:
-    """Whether the newest start still owns the folder, as far as can be seen from here."""
-    if facts.start is None or facts.start.released:
-        return False
-    sure = certainly(facts.start.owner, me)
-    return facts.start.beat_age_s < _SILENT_S if sure is None else sure
+    """Return whether the newest attempt still owns the folder, as far as can be seen from here."""
+    return facts.attempt is not None and facts.attempt.is_alive(me, facts.now_s, _SILENT_S)
 
 
 def state_of(facts: RunFacts, me: Owner) -> str:
     """One word; `Status.state` lists them."""
-    if facts.start is None:
+    if facts.attempt is None:
         return "new"
     if is_alive(facts, me):
-        trained = facts.metrics is not None and facts.metrics.get("incarnation") == facts.start.number
+        trained = facts.metrics is not None and facts.metrics.get("incarnation") == facts.attempt.number
         return "running" if trained else "starting"
     if facts.job is not None and facts.job.is_waiting:
         return "queued"
@@ -77,7 +74,7 @@ def state_of(facts: RunFacts, me: Owner) -> str:
 
 
 def has_trained(facts: RunFacts, status: Status) -> bool:
-    """Return whether a run is more than starts that failed before training: its first start may still succeed."""
+    """Return whether a run is more than attempts that failed before training."""
     ended = [*facts.earlier, facts.stop]
     return status.state != "failed" or status.step is not None or any(s is None or "step" in s for s in ended)
 
@@ -104,8 +101,8 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
         validation=validation,
         validated_step=(facts.validation or {}).get("global_step"),
         evaluated_step=facts.evaluated_step,
-        starts=facts.start.number if facts.start is not None else 0,
-        host=facts.start.owner.host if facts.start is not None else "",
+        starts=facts.attempt.number if facts.attempt is not None else 0,
+        host=facts.attempt.owner.host if facts.attempt is not None else "",
         job=facts.job_id,
         job_state=facts.job.state if facts.job is not None else "",
         job_left=facts.job.left if facts.job is not None else "",
@@ -131,7 +128,7 @@ def describe(status: Status) -> list[str]:
         ("checkpoint", "none yet" if status.checkpoint is None else _aged(status.checkpoint, status.checkpoint_age_s)),
         ("evaluation", _evaluation(status)),
         ("job", _job(status)),
-        ("start", f"{status.starts} on {status.host}" if status.starts else "none yet"),
+        ("attempt", f"{status.starts} on {status.host}" if status.starts else "none yet"),
     ]
     return lines + [f"  {name:<11} {text}" for name, text in facts if text]
 
@@ -215,14 +212,15 @@ def _ended(facts: RunFacts, status: Status) -> str:
     if status.state in LIVING:
         how = f"not at all: it is {status.state}"
     at = f", step {status.step or 0:,} of {status.n_steps:,}" if status.n_steps else ""
-    signs = [facts.start.beat_age_s if facts.start is not None else None, facts.metrics_age_s]
+    beat_age_s = None if facts.attempt is None else max(0.0, facts.now_s - facts.attempt.beat_s)
+    signs = [beat_age_s, facts.metrics_age_s]
     age_s = min((s for s in signs if s is not None), default=None) if facts.stop is None else facts.stop_age_s
     ago = "" if age_s is None or status.state in LIVING else f", {duration(age_s)} ago"
-    return f"{how}{at}{ago}; start {status.starts}{_history(facts)}"
+    return f"{how}{at}{ago}; attempt {status.starts}{_history(facts)}"
 
 
 def _history(facts: RunFacts) -> str:
-    """How the starts before ended, equal neighbours counted."""
+    """How the attempts before ended; equal neighbours are counted."""
     told: list[tuple[str, int]] = []
     for stop in facts.earlier:
         word = "killed" if stop is None else str(stop.get("kind") or stop.get("signal") or stop.get("reason"))

@@ -128,7 +128,7 @@ def known_to_all(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank of one start failed; error_<rank>.json holds it."""
+    """How one rank of one attempt failed; error_<rank>.json holds it."""
 
     kind: str
     type: str
@@ -138,7 +138,7 @@ class Failure:
     step: int | None
     """Updates done. None: training had not begun."""
     incarnation: int | None
-    """Number of the start. None: the run folder was not opened yet."""
+    """Number of the attempt; the name is that in files. None: the run folder was not opened yet."""
     host: str = ""
     time: str = ""
     because_of_rank: int | None = None
@@ -177,7 +177,7 @@ def record(run_dir: Path, failure: Failure) -> None:
 
 
 def read_failures(run_dir: Path) -> list[Failure]:
-    """The newest start's failures by rank; files that cannot be read are left out."""
+    """The newest attempt's failures by rank; files that cannot be read are left out."""
     found = []
     for path in entries(run_dir / RANK_LOGS):
         if re.fullmatch(r"error_\d+\.json", path.name):

@@ -84,14 +84,14 @@ def end_asked_for(received: str) -> tuple[str, int]:
     return "signal", EXIT_INTERRUPTED if received == "SIGINT" else EXIT_REQUEUE
 
 
-def put_by_last_words(run_dir: Path, incarnation: int) -> None:
-    """Number what an earlier start, `incarnation`, said at its end; stop.json and its like tell of the newest or none.
+def archive_exit_records(run_dir: Path, attempt: int) -> None:
+    """Rename what an earlier attempt left at its end, so that stop.json and the like are the newest attempt's.
 
-    logs/stop.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt tell of start 1.
+    Attempt 1 has logs/stop.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt.
     """
     said = [path for path in entries(run_dir / RANK_LOGS) if re.fullmatch(r"(error|stacks)_\d+\.(json|txt)", path.name)]
     for path in (run_dir / STOP_FILE, *said):
-        target = run_dir / RANK_LOGS / f"{path.stem}.{incarnation:04d}{path.suffix}"
+        target = run_dir / RANK_LOGS / f"{path.stem}.{attempt:04d}{path.suffix}"
         if path.is_file():
             target.parent.mkdir(exist_ok=True)
             path.replace(target)

@@ -1,14 +1,13 @@
-"""One owner of a run folder at a time, each start with a number of its own.
+"""Gives a run folder one owner at a time, and each attempt to run it a number.
 
-Promise: two trainers never own a folder at once; the second is refused with a sentence that says who is there. The
-lock of a dead owner holds nobody up for longer than a minute, and not at all when its death is certain (same host: no
-such process; same Slurm job, restarted). An owner that was overtaken while it slept learns it before it publishes.
-Cost: one small file per start, touched every BEAT_S by a thread, which then looks whether `lingua stop` or
-`lingua profile` has asked.
+Two trainers never own a folder at once; the second is refused with a sentence that names the first. The lock of a dead
+owner blocks others for at most a minute, and not at all if its death is certain (same host: no such process; same Slurm
+job, restarted). An owner that was replaced while it was suspended finds out before it publishes.
 
-The folder `incarnations/` holds one file per start, 0000000001.json and so on; the owner is the one with the highest
-number. Taking over means creating the next number, which a file system grants to one process only, so there is no
-lock to break and no race in breaking it. The age of a heartbeat is measured with the file server's clock alone.
+The folder `incarnations/` has one file per attempt, 0000000001.json and so on; the highest number is the owner. Taking
+over means creating the next number, which a file system grants to one process only, so there is no lock to break and no
+race in breaking it. A thread touches the file every BEAT_S, and then checks for requests of `lingua stop` and `lingua
+profile`. The age of a heartbeat is measured with the file server's clock alone.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ _NAME = re.compile(r"(\d{10})\.json", re.ASCII)
 
 
 class OccupiedError(RunError):
-    """Somebody else owns the run folder."""
+    """Another process owns the run folder."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, well enough described to tell whether it is still there."""
+    """A process, described well enough to check whether it is still running."""
 
     host: str = ""
     boot_id: str = ""
@@ -50,7 +49,7 @@ class Owner:
     """Containers on one host see different processes."""
     pid: int = 0
     started: str = ""
-    """Start of the process in clock ticks since boot: a number that a recycled pid does not share."""
+    """When the process began, in clock ticks since boot: another process with the same pid has another value."""
     slurm_job_id: str = ""
     slurm_restarts: int = 0
 
@@ -72,12 +71,12 @@ def this_process(slurm_job_id: str = "", slurm_restarts: int = 0) -> Owner:
 
 
 def owner_in(record: Any) -> Owner:
-    """The owner that a JSON document describes."""
+    """Return the owner that a JSON object describes."""
     return Owner(**{key: record[key] for key in Owner.__dataclass_fields__ if key in record})
 
 
 def certainly(owner: Owner, me: Owner) -> bool | None:
-    """True: alive; False: dead; None: only its heartbeat can tell."""
+    """Return whether an owner is alive, where that is certain; None: only its heartbeat can tell."""
     if owner.place == me.place and owner.boot_id:
         return _start_of(owner.pid) == owner.started
     if owner.slurm_job_id and owner.slurm_job_id == me.slurm_job_id and owner.slurm_restarts < me.slurm_restarts:
@@ -116,14 +115,14 @@ def _claim(draft: Path, path: Path) -> None:
             file.write(draft.read_bytes())
 
 
-def stop_request(run_dir: Path, incarnation: int) -> Path:
-    """The file that asks this very start to stop; a later start knows nothing of it."""
-    return run_dir / FOLDER / f"{incarnation:010d}.stop"
+def stop_request(run_dir: Path, attempt: int) -> Path:
+    """Return the file that asks this attempt to stop; later attempts ignore it."""
+    return run_dir / FOLDER / f"{attempt:010d}.stop"
 
 
-def ask_to_stop(run_dir: Path, incarnation: int) -> None:
-    """Ask a start to stop, from any machine that sees the folder. Raises RunError where one may not write."""
-    path = stop_request(run_dir, incarnation)
+def ask_to_stop(run_dir: Path, attempt: int) -> None:
+    """Ask an attempt to stop, from any machine that sees the folder. Raises RunError where it cannot be written."""
+    path = stop_request(run_dir, attempt)
     try:
         write_whole(path, b"")
     except OSError as error:
@@ -131,48 +130,65 @@ def ask_to_stop(run_dir: Path, incarnation: int) -> None:
 
 
 @dataclass(frozen=True)
-class Start:
-    """The newest start of a run, as far as reading alone can tell."""
+class Attempt:
+    """One attempt to run what a folder holds, as its file in `incarnations/` describes it."""
 
-    incarnation: int
+    number: int
+    """From 1."""
     owner: Owner
-    alive: bool
-    """It is certain, or its heart has beaten of late by this machine's clock."""
+    released: bool = False
+    """It ended by itself."""
+    began_s: float | None = None
+    """Seconds since the epoch, as all times here. None: an older version wrote the file."""
+    released_s: float | None = None
+    beat_s: float = 0.0
+    """Time of the last heartbeat."""
+
+    def is_alive(self, me: Owner | None = None, now_s: float | None = None, silent_s: float = DEAD_AFTER_S) -> bool:
+        """Return whether the owner is running, as far as reading can show; an owner elsewhere by its heartbeat."""
+        if self.released:
+            return False
+        alive = certainly(self.owner, me or this_process())
+        return (time.time() if now_s is None else now_s) - self.beat_s < silent_s if alive is None else alive
 
     def __str__(self) -> str:
-        job = f", Slurm job {self.owner.slurm_job_id}" if self.owner.slurm_job_id else ""
-        return f"start {self.incarnation} (process {self.owner.pid} on {self.owner.host}{job})"
+        return f"attempt {self.number} ({_process(self.owner)})"
 
 
-def newest_start(run_dir: Path, me: Owner | None = None, now: Callable[[], float] = time.time) -> Start | None:
-    """Who owned the run last and whether it is alive; None before the first start. Only reads, so nothing is sure."""
-    newest = _newest(run_dir / FOLDER)
-    if not newest:
-        return None
-    path = _path(run_dir / FOLDER, newest)
-    record, age_s = read_json(path), now() - path.stat().st_mtime
-    owner = owner_in(record)
-    alive = certainly(owner, me or this_process())
-    alive = age_s < DEAD_AFTER_S if alive is None else alive
-    return Start(newest, owner, alive and not record.get("released"))
-
-
-def start_files(folder: Path) -> dict[int, Path]:
-    """The file of each start in a folder `incarnations`, the first start first."""
-    found = {int(match[1]): path for path in entries(folder) if (match := _NAME.fullmatch(path.name))}
+def attempt_files(run_dir: Path) -> dict[int, Path]:
+    """Return the file of each attempt, the first attempt first."""
+    found = {int(match[1]): path for path in entries(run_dir / FOLDER) if (match := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
-def _newest(folder: Path) -> int:
-    return max(start_files(folder), default=0)
+def read_attempt(path: Path) -> Attempt:
+    """Read the file of an attempt. Raises OSError, or RunError where it is damaged."""
+    beat_s, record = path.stat().st_mtime, read_json(path)
+    if not isinstance(record, dict) or not {"released", *Owner.__dataclass_fields__} & record.keys():
+        raise RunError(f"{path} does not say whose attempt it is; it is damaged or was edited")
+    began_s, released_s = record.get("began_at"), record.get("released_at")
+    return Attempt(int(path.stem), owner_in(record), bool(record.get("released")), began_s, released_s, beat_s)
 
 
-def _path(folder: Path, incarnation: int) -> Path:
-    return folder / f"{incarnation:010d}.json"
+def newest_attempt(run_dir: Path) -> Attempt | None:
+    """Read the attempt that owns the folder or owned it last; None before the first. Raises as `read_attempt`."""
+    files = attempt_files(run_dir)
+    return read_attempt(files[max(files)]) if files else None
+
+
+def living_attempt(run_dir: Path, me: Owner | None = None, now: Callable[[], float] = time.time) -> Attempt | None:
+    """Return the attempt that owns the folder now, as far as reading can show; None: nobody does."""
+    newest = newest_attempt(run_dir)
+    return newest if newest is not None and newest.is_alive(me, now()) else None
+
+
+def _process(owner: Owner) -> str:
+    job = f", Slurm job {owner.slurm_job_id}" if owner.slurm_job_id else ""
+    return f"process {owner.pid} on {owner.host}{job}"
 
 
 class RunLock:
-    """The ownership of one run folder. A context manager: acquire, beat, release."""
+    """Owns one run folder. A context manager: acquire, beat, release."""
 
     def __init__(
         self,
@@ -183,7 +199,7 @@ class RunLock:
         now: Callable[[], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`now`: seconds since the epoch; None: the file server's own clock. `doing`: what owners do, for people."""
+        """`now`: seconds since the epoch; None: the file server's own clock. `doing`: what owners do, for messages."""
         self._run_dir = run_dir
         self._doing = doing
         self._folder = run_dir / FOLDER
@@ -192,15 +208,15 @@ class RunLock:
         self._sleep = sleep
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.incarnation = 0
-        """Number of this start, from 1. 0: not the owner."""
+        self.attempt = 0
+        """Number of this attempt, from 1. 0: not the owner."""
         self.on_stop_request: Callable[[], object] = lambda: None
-        """Called, from the beating thread, when somebody has asked this start to stop."""
+        """Called from the heartbeat's thread when `lingua stop` has asked this attempt to stop."""
         self.on_beat: Callable[[], object] = lambda: None
         """Called at each heartbeat, from its thread; may raise OSError."""
 
     def acquire(self) -> int:
-        """Become the owner; returns the incarnation. Raises OccupiedError, or RunError for an unwritable folder."""
+        """Become the owner and return the attempt's number. Raises OccupiedError, or DiskError: not to be written."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             while not self._try_next():
@@ -209,70 +225,71 @@ class RunLock:
             raise DiskError.of(error, f"cannot lock {self._run_dir}: {error.strerror} ({error.filename})") from None
         self._thread = threading.Thread(target=self._beat_on, name="run-lock", daemon=True)
         self._thread.start()
-        return self.incarnation
+        return self.attempt
 
     def _try_next(self) -> bool:
-        newest = _newest(self._folder)
-        if newest:
-            self._wait_until_gone(_path(self._folder, newest))
+        files = attempt_files(self._run_dir)
+        number = max(files, default=0) + 1
+        if files:
+            self._wait_until_gone(files[number - 1])
         draft = self._folder / f".{os.getpid()}-{threading.get_ident()}.json"
-        write_json(draft, asdict(self._me) | {"incarnation": newest + 1, "released": False, "began_at": time.time()})
+        write_json(draft, asdict(self._me) | {"incarnation": number, "released": False, "began_at": time.time()})
         self._touch(draft)
         try:
-            _claim(draft, _path(self._folder, newest + 1))
+            _claim(draft, self._path(number))
         except FileExistsError:
-            return False  # somebody was faster: look again who it is
+            return False  # another process was faster: look again who it is
         finally:
             draft.unlink(missing_ok=True)
-        self.incarnation = newest + 1
+        self.attempt = number
         return True
 
     def _wait_until_gone(self, path: Path) -> None:
-        """Return when the owner described in `path` is gone; raise OccupiedError as soon as it shows to be alive."""
-        first_beat: float | None = None
+        """Return when the owner described in `path` is gone; raise OccupiedError as soon as it is known to be alive."""
+        first_beat_s: float | None = None
         while True:
-            beat = path.stat().st_mtime
-            record = read_json(path)
-            owner = owner_in(record)
-            alive = certainly(owner, self._me)
-            if record.get("released") or alive is False:
+            attempt = read_attempt(path)
+            alive = certainly(attempt.owner, self._me)
+            if attempt.released or alive is False:
                 return
-            if alive is None and self._time() - beat > DEAD_AFTER_S:
+            if alive is None and self._time() - attempt.beat_s > DEAD_AFTER_S:
                 return
-            if alive or first_beat not in (None, beat):
-                raise OccupiedError(self._who(owner))
-            if first_beat is None:
-                log.info("waiting whether process %d on %s, which owns this run, is alive", owner.pid, owner.host)
-            first_beat = beat
+            if alive or first_beat_s not in (None, attempt.beat_s):
+                raise OccupiedError(
+                    f"{self._run_dir} is being {self._doing} by {_process(attempt.owner)}; "
+                    "stop that one first, or choose another name or dump_dir"
+                )
+            if first_beat_s is None:
+                log.info("waiting to see whether %s, which owns this run, is alive", _process(attempt.owner))
+            first_beat_s = attempt.beat_s
             self._sleep(5.0)
 
-    def _who(self, owner: Owner) -> str:
-        job = f", Slurm job {owner.slurm_job_id}" if owner.slurm_job_id else ""
-        return (
-            f"{self._run_dir} is being {self._doing} by process {owner.pid} on {owner.host}{job}; "
-            "stop that one first, or choose another name or dump_dir"
-        )
-
     def check(self) -> None:
-        """Raise RunError if a newer start owns the folder."""
-        newest = _newest(self._folder)
-        if newest > self.incarnation:
+        """Raise RunError if a newer attempt owns the folder."""
+        newest = self._newest()
+        if newest > self.attempt:
             raise RunError(
-                f"start {newest} of this run has taken over {self._run_dir}; this one, start {self.incarnation}, stops"
+                f"attempt {newest} of this run has taken over {self._run_dir}; this one, attempt {self.attempt}, stops"
             )
 
     def holds(self) -> bool:
-        """Whether the folder is still ours: no newer start owns it, and it was not moved away."""
-        return _newest(self._folder) == self.incarnation
+        """Return whether the folder is still ours: no newer attempt owns it, and it was not moved away."""
+        return self._newest() == self.attempt
+
+    def _newest(self) -> int:
+        return max(attempt_files(self._run_dir), default=0)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:010d}.json"
 
     def release(self) -> None:
-        """Give the folder back; the number stays used."""
-        if not self.incarnation:
+        """Give up the folder; the number stays used."""
+        if not self.attempt:
             return
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        path = _path(self._folder, self.incarnation)
+        path = self._path(self.attempt)
         try:
             write_json(path, read_json(path) | {"released": True, "released_at": time.time()})
         except (OSError, RunError) as error:
@@ -288,8 +305,8 @@ class RunLock:
     def _beat_on(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                self._touch(_path(self._folder, self.incarnation))
-                if stop_request(self._run_dir, self.incarnation).exists():
+                self._touch(self._path(self.attempt))
+                if stop_request(self._run_dir, self.attempt).exists():
                     self.on_stop_request()
                 self.on_beat()
             except OSError as error:

@@ -1,7 +1,7 @@
 """Metrics of a run: `metrics.jsonl` and its like, wandb and TensorBoard.
 
 Promise: a line is written whole or retried with the next; a disk that fills up is reported once and never ends the
-run, and neither does a tracker (tracking.py); every line carries its incarnation, so lines after a rollback can be told
+run, and neither does a tracker (tracking.py); every line carries its attempt, so lines after a rollback can be told
 from those before. wandb counts by our own step, which may go back. Torch-free: values come in as plain numbers.
 Cost: one small write per `logging.freq` steps, not fsynced.
 """
@@ -108,7 +108,7 @@ class MetricLogger:
         run_dir: Path,
         args: LoggingArgs,
         *,
-        incarnation: int,
+        attempt: int,
         run_name: str,
         config: Mapping[str, Any],
         wandb_id: str | None = None,
@@ -118,7 +118,7 @@ class MetricLogger:
         self._validation_lines = JsonLines(run_dir / VALIDATION_FILE)
         self._checkpoint_lines = JsonLines(run_dir / CHECKPOINT_FILE)
         self._probe_lines = JsonLines(run_dir / PROBE_FILE)
-        self._incarnation = incarnation
+        self._attempt = attempt
         self._wall_time = wall_time
         self._finish_s = FINISH_S
         self._trackers: list[Tracker] = []
@@ -160,7 +160,7 @@ class MetricLogger:
 
     def _write(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
         created_at = datetime.fromtimestamp(self._wall_time(), tz=UTC).isoformat()
-        lines.write({**record, "incarnation": self._incarnation, "created_at": created_at})
+        lines.write({**record, "incarnation": self._attempt, "created_at": created_at})
 
     def _send(self, lines: JsonLines, record: Mapping[str, float | int], prefix: str = "") -> None:
         self._write(lines, record)

@@ -1,7 +1,7 @@
 """How fast a run goes and how long it will take: measured here, shown as a bar on a terminal and as lines in a log.
 
 Promise: rates are of the steps since the last report, so they are right after a resume; the time left is estimated
-from this incarnation's own steps. MFU counts model FLOPs only over the device's peak (PaLM, arXiv 2204.02311, B); HFU
+from this attempt's own steps. MFU counts model FLOPs only over the device's peak (PaLM, arXiv 2204.02311, B); HFU
 adds those that activation checkpointing computes again, but not what attention kernels recompute inside. A device
 without a known peak, as every CPU is, has neither: a yardstick measured beside other processes may be far too short.
 Cost: two clock readings per micro step.

@@ -10,7 +10,7 @@ Cost: two threads that sleep. Torch-free.
     with Watchdog(rank, signals, args.watchdog, run_dir) as guard:
         with guard.reporting():           # an error in here is written down and told to the other ranks
             guard.join(peers)             # once they have met
-            guard.open(incarnation)       # from here on the run folder is ours
+            watchdog.open(attempt)       # from here on the run folder is ours
             ...; guard.pulse.beat(step)
 
 This thread ends the process by `os._exit`: an exception cannot be raised in a main thread that waits in a collective.
@@ -98,7 +98,7 @@ class Watchdog:
         self._rank, self._signals, self._run_dir = rank, signals, run_dir
         self._now, self._leave = now, leave
         self._peers: Others | None = None
-        self._incarnation: int | None = None
+        self._attempt: int | None = None
         self._end: End | None = None
         self._leave_by_s = float("inf")
         self._only_one = threading.Lock()
@@ -129,9 +129,9 @@ class Watchdog:
         self._peers = peers
         self._start(self._listen, "peers")
 
-    def open(self, incarnation: int) -> None:
-        """The run folder is ours, as its start number `incarnation`."""
-        self._incarnation = incarnation
+    def open(self, attempt: int) -> None:
+        """Note that the run folder is ours, as this attempt of it."""
+        self._attempt = attempt
 
     # -- the main thread -------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class Watchdog:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _failure(self, error: Exception) -> Failure:
-        return failure_of(error, rank=self._rank, step=self.heartbeat.step, incarnation=self._incarnation)
+        return failure_of(error, rank=self._rank, step=self.heartbeat.step, incarnation=self._attempt)
 
     def _end_of(self, failure: Failure) -> End:
         exit_code = EXIT_HUNG if failure.kind == "hang" else EXIT_FAILED
@@ -254,7 +254,7 @@ class Watchdog:
             if failure.kind == "hang":
                 self._dump_stacks()
             record(self._run_dir, failure)
-        if self._rank == 0 and self._incarnation is not None:
+        if self._rank == 0 and self._attempt is not None:
             facts = {"step": self.heartbeat.step, "kind": end.kind, "rank": end.rank, "signal": end.signal}
             if end.reason == "error":
                 facts["error"] = end.message

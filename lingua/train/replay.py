@@ -159,9 +159,9 @@ def replay(
     top of the run's config; `gradients`: each row's gradient norm too.
     """
     past = read_past(run)
-    start = past.start_of(step) if start is None else start
-    if start > past.newest_start:
-        raise ConfigError(f"--start {start}: {past.run_dir} was started {past.newest_start} times")
+    start = past.attempt_of(step) if start is None else start
+    if start > past.newest_attempt:
+        raise ConfigError(f"--start {start}: {past.run_dir} has {past.newest_attempt} attempts")
     config = past.config_of(start)
     schema = app_schema(choose_app(CommandLine(config=str(config))))
     args = compose(str(config), [], [*(f"{key}={value}" for key, value in _ALONE.items()), *words], schema).args
@@ -209,7 +209,7 @@ def replay(
         bad_parameters=bad_parameters,
         groups=groups,
         rows=sorted(rows, key=_badness),
-        last_words=past.last_words if start == past.newest_start and not finite else "",
+        last_words=past.last_words if start == past.newest_attempt and not finite else "",
     )
 
 
@@ -257,12 +257,12 @@ def tell_other_starts(past: Past, step: int, start: int, checkpoint: Checkpoint 
     """Say so where steps on the way were trained with another config than step N."""
     begin_at = 0 if checkpoint is None else checkpoint.step or 0
     own = read_config(past.config_of(start))
-    for other in sorted({past.start_of(s) for s in range(begin_at + 1, step)} - {start}):
+    for other in sorted({past.attempt_of(s) for s in range(begin_at + 1, step)} - {start}):
         theirs = read_config(past.config_of(other))
         differ = [key for key in config_differences(own, theirs) if rule_of(key) != "free"]
         if differ:
             log.warning(
-                "some steps on the way were trained by start %d, whose config differs from that of start %d in %s",
+                "some steps on the way were trained by attempt %d, whose config differs from that of attempt %d in %s",
                 other, start, ", ".join(differ),
             )  # fmt: skip
 

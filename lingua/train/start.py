@@ -1,6 +1,6 @@
 """From a checked config to an open run folder: ownership, the frozen config, metrics, and what the user is told.
 
-Promise: the folder has one owner; `config.yaml` says what runs now and `config.<start>.yaml` what ran before it was
+Promise: the folder has one owner; `config.yaml` says what runs now and `config.<attempt>.yaml` what ran before it was
 changed. Only rank 0 writes; what it finds wrong, all ranks raise.
 """
 
@@ -30,7 +30,7 @@ from lingua.files import DiskError, write_whole
 from lingua.logger import log_to_folder
 from lingua.model.attention import resolve_attn_impl
 from lingua.model.generate import Generator
-from lingua.run.folder import describe_start, put_by_last_words
+from lingua.run.folder import archive_exit_records, describe_start
 from lingua.run.lock import RunLock, this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.throughput import Meter, find_peak
@@ -48,13 +48,13 @@ class RunFolder:
     """An open run folder. `lock` is rank 0's."""
 
     path: Path
-    incarnation: int
+    attempt: int
     lock: RunLock | None
 
 
 @contextmanager
 def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Iterator[RunFolder]:
-    """Own the folder, write what describes this start, and log into it. Collective."""
+    """Own the folder, write what describes this attempt, and log into it. Collective."""
     path = Path(checked.args.dump_dir)
     lock = RunLock(path, this_process(*this_job(os.environ))) if world.is_main else None
 
@@ -65,19 +65,19 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
         except OSError as error:
             text = f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
             raise DiskError.of(error, text) from error
-        incarnation = lock.acquire()
+        attempt = lock.acquire()
         if not checked.waived:
-            _freeze_config(path, checked, incarnation)
-        # After the config: what the last start said may be the reason why this one is allowed to differ.
-        put_by_last_words(path, incarnation - 1)
+            _freeze_config(path, checked, attempt)
+        # After the config: what the last attempt left may be the reason why this one is allowed to differ.
+        archive_exit_records(path, attempt - 1)
         describe_start(path, ["-m", f"{checked.args.app}.train", *words])
-        return incarnation
+        return attempt
 
     try:
-        incarnation = from_main(begin)
+        attempt = from_main(begin)
         handler = log_to_folder(path, world.place.rank)
         try:
-            yield RunFolder(path, incarnation, lock)
+            yield RunFolder(path, attempt, lock)
         except Exception as error:
             _note_failure(handler, error)
             raise
@@ -89,20 +89,20 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
             lock.release()
 
 
-def settle_config(run: Run, checked: Checked, incarnation: int) -> None:
+def settle_config(run: Run, checked: Checked, attempt: int) -> None:
     """Freeze a config that only a run without a checkpoint may begin with, once it is sure that there is none.
 
     Collective. Call after the run was built: a checkpoint that was only in the memory of other machines when the config
-    was checked is on the disk by now. Raises ConfigError, and then the config of the earlier start stays.
+    was checked is on the disk by now. Raises ConfigError, and then the config of the earlier attempt stays.
     """
 
     def settle() -> None:
         if not checked.waived:
             return
         if steps := done_steps(run.manager.root):
-            what = f"{run.run_dir / CONFIG_FILE}: checkpoint {steps[-1]} of an earlier start was saved only now"
+            what = f"{run.run_dir / CONFIG_FILE}: checkpoint {steps[-1]} of an earlier attempt was saved only now"
             raise ConfigError([f"{what}, and {difference}" for difference in checked.waived])
-        _freeze_config(run.run_dir, checked, incarnation)
+        _freeze_config(run.run_dir, checked, attempt)
 
     from_main(settle)
 
@@ -113,10 +113,10 @@ def _note_failure(log_file: logging.Handler, error: Exception) -> None:
     log_file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), trace))
 
 
-def _freeze_config(path: Path, checked: Checked, incarnation: int) -> None:
+def _freeze_config(path: Path, checked: Checked, attempt: int) -> None:
     text, file = dump_yaml(checked.frozen).encode(), path / CONFIG_FILE
     if file.is_file() and file.read_bytes() != text:
-        write_whole(path / f"config.{incarnation - 1:04d}.yaml", file.read_bytes())
+        write_whole(path / f"config.{attempt - 1:04d}.yaml", file.read_bytes())
     write_whole(file, text)
     write_whole(path / ORIGIN_FILE, dump_yaml(checked.composed.origins()).encode())
 
@@ -126,7 +126,7 @@ def use_embedded_corpus(args: TrainArgs) -> None:
     args.data = filled(args.data)
 
 
-def start_metrics(run: Run, incarnation: int, stack: ExitStack) -> MetricLogger | None:
+def start_metrics(run: Run, attempt: int, stack: ExitStack) -> MetricLogger | None:
     """The metric logger of rank 0, None elsewhere; its tracking id is kept with the run. Collective."""
     started: list[MetricLogger] = []
 
@@ -134,7 +134,7 @@ def start_metrics(run: Run, incarnation: int, stack: ExitStack) -> MetricLogger 
         metrics = MetricLogger(
             run.run_dir,
             run.args.logging,
-            incarnation=incarnation,
+            attempt=attempt,
             run_name=run.args.name,
             config=run.args.model_dump(mode="json"),
             wandb_id=run.shared["tracking_id"],
@@ -171,13 +171,13 @@ def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
 # -- what the user is told ---------------------------------------------------------------------------------------
 
 
-def say_hello(run: Run, checked: Checked, meter: Meter, incarnation: int) -> None:
-    """What runs, where, and what differs from the first start."""
+def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
+    """What runs, where, and what differs from the first attempt."""
     if not run.world.is_main:
         return
     size, device = run.size, run.world.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    log.info("%s: start %d in %s on %d x %s", run.args.name, incarnation, run.run_dir, size.world_size, where)
+    log.info("%s: attempt %d in %s on %d x %s", run.args.name, attempt, run.run_dir, size.world_size, where)
     for warning in checked.warnings:
         log.warning("%s", warning)
     for difference in checked.differences:

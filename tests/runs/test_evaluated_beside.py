@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lingua.checkpoint import layout
-from lingua.run.lock import newest_start
+from lingua.run.lock import living_attempt
 from tests.evaluated import by_hand, evaluations, make_data, verdicts, words_of
 from tests.slurm_cluster import until
 from tests.trainer import Trainer, at_step, kill_self, train
@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 
 def evaluator_of(run_dir: Path) -> int | None:
     """Pid of the evaluator that the run started, while it lives."""
-    start = newest_start(run_dir / layout.EVALS)
-    return start.owner.pid if start is not None and start.alive else None
+    attempt = living_attempt(run_dir / layout.EVALS)
+    return None if attempt is None else attempt.owner.pid
 
 
 def test_it_goes_on_when_the_run_has_ended_and_then_ends_itself(tmp_path: Path) -> None:

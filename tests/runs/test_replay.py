@@ -129,8 +129,8 @@ def test_another_config_is_told_as_such(twice: Path):
     [
         (13, [], "has 12 steps; choose one of them"),
         (7, ["--from", "3"], "there are 0 and [4]"),
-        (7, ["--start", "3"], "was started 2 times"),
         (7, ["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr"),
+        (7, ["--start", "3"], "has 2 attempts"),
     ],
 )
 def test_what_cannot_be_replayed_is_told(twice: Path, step: int, words: list[str], sentence: str):

@@ -83,7 +83,7 @@ def test_what_runs_is_what_was_frozen(checkout: Checkout):
     checkout.cluster.wait(job_id, "PENDING", "RUNNING")
 
     def restarted() -> bool:
-        return "start 2 in" in (checkout.run_dir("frozen") / "train.log").read_text()
+        return "attempt 2 in" in (checkout.run_dir("frozen") / "train.log").read_text()
 
     until(restarted, "a second start")
     checkout.wait_for_step("frozen", 1)

@@ -54,21 +54,21 @@ def copy_checkpoint(
     with RunLock(target_dir, this_process(*this_job(os.environ))) as lock, pinned(root, step, "copy") as renew:
         target_root = target_dir / layout.CHECKPOINTS
         target_root.mkdir(exist_ok=True)
-        publish.open_passage(target_root, lock.incarnation, files=files)
+        publish.open_passage(target_root, lock.attempt, files=files)
         if not _is_there(target_root, step, facts):
             began_s = time.monotonic()
             try:
-                coming = layout.coming(layout.folder(target_root, step), lock.incarnation)
+                coming = layout.coming(layout.folder(target_root, step), lock.attempt)
                 _copy_files(source, coming, advance, renew, files)
                 if config is not None:
                     write_whole(target_dir / CONFIG_FILE, dump_yaml(config), files=files)
                 lock.check()
                 seconds = time.monotonic() - began_s
-                publish.publish(target_root, step, lock.incarnation, facts, seconds=seconds, files=files)
+                publish.publish(target_root, step, lock.attempt, facts, seconds=seconds, files=files)
             except BaseException:
-                publish.abandon(target_root, step, lock.incarnation, files=files)
+                publish.abandon(target_root, step, lock.attempt, files=files)
                 raise
-        files.rmdir(layout.passage(target_root, lock.incarnation))
+        files.rmdir(layout.passage(target_root, lock.attempt))
     return layout.folder(target_root, step)
 
 

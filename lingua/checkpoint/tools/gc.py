@@ -29,7 +29,7 @@ from lingua.checkpoint.tools.status import leases, moving, set_aside, tree_facts
 from lingua.config.base import ConfigError
 from lingua.config.frozen import read_frozen
 from lingua.files import DISK, Files, RunError
-from lingua.run.lock import Owner, RunLock, newest_start, this_process
+from lingua.run.lock import Owner, RunLock, living_attempt, this_process
 from lingua.slurm import this_job
 
 log = logging.getLogger(__name__)
@@ -130,9 +130,8 @@ def _newest_intact(root: Path, done: list[int]) -> list[int]:
 
 def why_not_now(run_dir: Path, now: Callable[[], float] = time.time) -> str | None:
     """Why nothing may be removed at this moment; None: it may. Only reads."""
-    start = newest_start(run_dir, now=now)
-    if start is not None and start.alive:
-        return f"{run_dir} is being trained by {start}; stop that one first"
+    if owner := living_attempt(run_dir, now=now):
+        return f"{run_dir} is being trained by {owner}; stop that one first"
     for path, (beat, alive) in busy_writers(run_root(run_dir), sys.maxsize, _me()).items():
         if alive or now() - beat < SILENT_S:
             return f"{run_dir} is not being trained, but its checkpoint service still writes {path.name}; wait for it"
@@ -156,12 +155,12 @@ def remove_garbage(
         raise RunError(reason)
     with RunLock(run_dir, _me()) as lock:
         root.mkdir(parents=True, exist_ok=True)  # of a run that never saved
-        items = survey_garbage(run_dir, lock.incarnation, now=now, files=files)
+        items = survey_garbage(run_dir, lock.attempt, now=now, files=files)
         said(items)
-        publish.open_passage(root, lock.incarnation, files=files)
+        publish.open_passage(root, lock.attempt, files=files)
         for item in items:
             lock.check()
             if item.remove is not None:
                 item.remove()
-        files.rmdir(layout.passage(root, lock.incarnation))
+        files.rmdir(layout.passage(root, lock.attempt))
     return sum(item.size_bytes for item in items)

@@ -20,7 +20,7 @@ from lingua.checkpoint.lookup import Checkpoint, run_root, some_steps
 from lingua.checkpoint.retention import Periods, periods_of
 from lingua.files import RunError, entries, read_json
 from lingua.run.folder import EXIT_REQUEUE, STOP_FILE
-from lingua.run.lock import newest_start
+from lingua.run.lock import living_attempt
 
 SETTLE_S = 60.0
 """How long after a run's end its checkpoint service may still publish what it has not begun to write."""
@@ -78,7 +78,7 @@ class Survey:
     run_dir: Path
     root: Path
     trained_by: str | None
-    """The start that owns the run now; None: nobody."""
+    """The attempt that owns the run now; None: nobody."""
     published: list[Published]
     moving: list[Moving] = field(default_factory=list)
     set_aside: list[Moving] = field(default_factory=list)
@@ -89,12 +89,12 @@ class Survey:
 def survey(run_dir: Path, now: Callable[[], float] = time.time) -> Survey:
     """Look at a run. Raises RunError when it is none."""
     root = run_root(run_dir)
-    start, periods = newest_start(run_dir, now=now), periods_of(run_dir)
+    owner, periods = living_attempt(run_dir, now=now), periods_of(run_dir)
     pins = [pin for pin in leases(root) if pin.expires_at > now()]
     return Survey(
         run_dir,
         root,
-        str(start) if start is not None and start.alive else None,
+        None if owner is None else str(owner),
         [found for step in layout.done_steps(root) if (found := _published(root, step, periods, pins)) is not None],
         [found for _, passage in layout.passages(root) for found in moving(passage)],
         list(set_aside(root)),

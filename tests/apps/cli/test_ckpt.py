@@ -74,7 +74,7 @@ def test_ls_while_it_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[st
     make_run(tmp_path)
     with RunLock(tmp_path):
         code, out, _ = lingua(capsys, "ls", tmp_path)
-    assert (code, "0 published, 0 B; start 2 (process" in out, "is training" in out) == (0, True, True)
+    assert (code, "0 published, 0 B; attempt 2 (process" in out, "is training" in out) == (0, True, True)
 
 
 def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +137,7 @@ def test_gc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLock(tmp_path):
         assert "but not now: " in lingua(capsys, "gc", tmp_path)[1]
         code, _, err = lingua(capsys, "gc", tmp_path, "--yes")
-        assert (code, "is being trained by start 2" in err) == (1, True)
+        assert (code, "is being trained by attempt 2" in err) == (1, True)
     facts = record(capsys, "gc", tmp_path, "--yes")
     assert (len(facts["items"]), facts["deleted"], facts["not_now"]) == (3, True, None)
     assert layout.done_steps(root) == [2]

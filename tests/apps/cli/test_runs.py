@@ -127,7 +127,7 @@ def test_a_run_is_stopped_from_the_login_node(capsys: pytest.CaptureFixture[str]
         os.read(reached, 1)
         code, out, err = lingua_says(capsys, "stop", tmp_path)
         assert code == 0, err
-        assert "asked start 1" in out
+        assert "asked attempt 1" in out
         result = trainer.wait()
     assert result.exit_code == 130, result.output
     stop = orjson.loads((tmp_path / "stop.json").read_bytes())

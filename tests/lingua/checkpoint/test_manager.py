@@ -611,7 +611,7 @@ def test_an_overtaken_start_does_not_publish(tmp_path: Path) -> None:
         assert manager.incarnation == 1
         manager.save(1, make())
         write_json(tmp_path / "incarnations" / "0000000002.json", {})
-        with pytest.raises(RunError, match="start 2 of this run has taken over"):
+        with pytest.raises(RunError, match="attempt 2 of this run has taken over"):
             manager.save(2, make())
     assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [1]
 

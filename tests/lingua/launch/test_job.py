@@ -37,7 +37,7 @@ from lingua.launch.job import (
 )
 from lingua.launch.requeue import Outcome
 from lingua.run.failure import failure_of, record
-from lingua.run.folder import put_by_last_words
+from lingua.run.folder import archive_exit_records
 from lingua.slurm import Allocation, JobState
 from tests.trainer import TINY
 
@@ -332,7 +332,7 @@ def times_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch, ends: Sequence[st
         if opens_the_folder:
             began += 1
             write_json(run_dir / "incarnations" / f"{began:010d}.json", {"slurm_job_id": "7"})
-            put_by_last_words(run_dir, began - 1)
+            archive_exit_records(run_dir, began - 1)
         if stop is not None:
             write_json(run_dir / "stop.json", stop)
         outcome = holder.outcome(exit_code)
@@ -373,7 +373,7 @@ def raising(error: Exception) -> Callable[..., NoReturn]:
     return fail
 
 
-LOOKS = ("read_json", "read_failures", "owned_by_another", "done_steps", "starts", "job_state", "_identity")
+LOOKS = ("read_json", "read_failures", "owned_by_another", "done_steps", "attempt_files", "job_state", "_identity")
 WRITES = ("write_json", "make_folder")
 STEPS = ("rank_variables", "node_check_command", "ranks_command", "service_command", "read_bad_nodes")
 

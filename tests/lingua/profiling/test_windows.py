@@ -105,12 +105,12 @@ def test_a_signal_at_any_number_of_ranks_is_one_request():
 
 def test_a_request_reaches_the_start_that_it_was_meant_for_once(tmp_path: Path):
     with RunLock(tmp_path) as lock:
-        asked = ask_to_profile(tmp_path, lock.incarnation, 5, heavy=False)
+        asked = ask_to_profile(tmp_path, lock.attempt, 5, heavy=False)
         with pytest.raises(RunError, match="has not heard the last request yet"):
-            ask_to_profile(tmp_path, lock.incarnation, 5, heavy=False)
-        assert take_request(tmp_path, lock.incarnation + 1) is None
-        assert take_request(tmp_path, lock.incarnation) == asked
-        assert take_request(tmp_path, lock.incarnation) is None
+            ask_to_profile(tmp_path, lock.attempt, 5, heavy=False)
+        assert take_request(tmp_path, lock.attempt + 1) is None
+        assert take_request(tmp_path, lock.attempt) == asked
+        assert take_request(tmp_path, lock.attempt) is None
 
 
 @pytest.mark.parametrize(("n_steps", "heavy"), [(0, False), (-1, True), (21, True), (10_001, False)])

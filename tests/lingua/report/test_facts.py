@@ -12,14 +12,14 @@ from lingua.run.lock import RunLock
 
 def make_run(path: Path) -> Path:
     with RunLock(path) as lock:
-        assert lock.incarnation == 1
+        assert lock.attempt == 1
     (path / "config.yaml").write_text("name: x\nsteps: 10\n")
     return path
 
 
 def test_an_empty_folder_says_nothing(tmp_path: Path):
     facts = read_run(tmp_path)
-    assert (facts.start, facts.stop, facts.metrics, facts.checkpoint, facts.failures) == (None, None, None, None, ())
+    assert (facts.attempt, facts.stop, facts.metrics, facts.checkpoint, facts.failures) == (None, None, None, None, ())
 
 
 def test_everything_that_is_there(tmp_path: Path):
@@ -38,8 +38,8 @@ def test_everything_that_is_there(tmp_path: Path):
         (run / "evals" / f"{step:010d}").mkdir(parents=True)
     write_json(run / "evals" / "0000000005" / "results.json", {})
     facts = read_run(run)
-    assert facts.start is not None
-    assert (facts.start.number, facts.start.released) == (2, False)
+    assert facts.attempt is not None
+    assert (facts.attempt.number, facts.attempt.released) == (2, False)
     assert facts.earlier == ({"reason": "signal"},)
     assert facts.stop == {"reason": "error", "kind": "data"}
     assert [failure.rank for failure in facts.failures] == [1]
@@ -61,7 +61,7 @@ def test_damaged_files_say_nothing(tmp_path: Path):
     for name in ("stop.json", "config.yaml", "metrics.jsonl", "incarnations/0000000001.json"):
         (run / name).write_text("{\x00[")
     facts = read_run(run)
-    assert (facts.start, facts.stop, facts.config, facts.metrics) == (None, None, {}, None)
+    assert (facts.attempt, facts.stop, facts.config, facts.metrics) == (None, None, {}, None)
 
 
 def test_the_last_line_of_a_long_file(tmp_path: Path):

@@ -19,8 +19,8 @@ from lingua.report.history import (
     TOKENS,
     TRAINED_S,
     History,
+    PastAttempt,
     Scores,
-    Start,
     in_order,
     limits_of,
     read_history,
@@ -37,8 +37,8 @@ def iso(at_s: float) -> str:
     return datetime.fromtimestamp(T0 + at_s, tz=UTC).isoformat()
 
 
-def start(number: int, first_step: int | None, **more: Any) -> Start:
-    return Start(number, Owner(), first_step=first_step, **more)
+def attempt(number: int, first_step: int | None, **more: Any) -> PastAttempt:
+    return PastAttempt(number, Owner(), first_step=first_step, **more)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def start(number: int, first_step: int | None, **more: Any) -> Start:
     ],
 )
 def test_the_work_of_a_start_counts_up_to_where_later_ones_went_on(first_steps: list[int | None], limits: list[float]):
-    starts = [start(i + 1, step) for i, step in enumerate(first_steps)]
-    assert [limits_of(starts)[one.number] for one in starts] == limits
-    unknown = Scores(10**9, 99, 0.0, {})  # of a start that left no other trace
-    assert that_count(starts, [unknown]) == [unknown]
+    attempts = [attempt(i + 1, step) for i, step in enumerate(first_steps)]
+    assert [limits_of(attempts)[one.number] for one in attempts] == limits
+    unknown = Scores(10**9, 99, 0.0, {})  # of an attempt that left no other trace
+    assert that_count(attempts, [unknown]) == [unknown]
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_how_a_start_ended(stop: dict[str, Any] | None, told: str):
 
 
 def test_no_start_reaches_into_the_next():
-    starts = [start(1, 0, began_s=0.0, ended_s=900.0), start(2, 5, began_s=20.0, ended_s=40.0)]
-    assert [one.ended_s for one in in_order(starts)] == [20.0, 40.0]
+    attempts = [attempt(1, 0, began_s=0.0, ended_s=900.0), attempt(2, 5, began_s=20.0, ended_s=40.0)]
+    assert [one.ended_s for one in in_order(attempts)] == [20.0, 40.0]
 
 
 def make_run(path: Path) -> Path:
-    """Start 1 trains to step 8 and is killed, start 2 goes on from 4 and finishes at 10; a line every two steps.
+    """Attempt 1 trains to step 8 and is killed, attempt 2 goes on from 4 and finishes at 10; a line every two steps.
 
     A step takes 2 s, of which 0.5 s are a wait for data.
     """
@@ -147,9 +147,9 @@ def test_after_a_rollback_the_newer_start_counts(tmp_path: Path):
 
 def test_starts_and_what_happened_to_checkpoints(tmp_path: Path):
     run = history_of(make_run(tmp_path))
-    told = [(s.number, s.owner.host, s.first_step, s.last_step, s.end) for s in run.starts]
+    told = [(s.number, s.owner.host, s.first_step, s.last_step, s.end) for s in run.attempts]
     assert told == [(1, "n1", 0, 8, "killed"), (2, "n2", 4, 10, "finished")]
-    assert [(e.kind, e.step, e.start, e.at_s - T0) for e in run.events] == [
+    assert [(e.kind, e.step, e.attempt, e.at_s - T0) for e in run.events] == [
         ("staged", 4, 1, 18), ("published", 4, 1, 19), ("staged", 8, 1, 27), ("failed", 8, 2, 75),
         ("published", 10, 2, 80), ("evaluated", 10, 2, 99),
     ]  # fmt: skip
@@ -185,7 +185,7 @@ def test_runs_from_before_such_notes_were_taken(tmp_path: Path):
         write_json(file, {"host": "n"})
         os.utime(file, (T0 + 40, T0 + 40) if file.stem.endswith("1") else (T0 + 85, T0 + 85))
     run = history_of(path)
-    assert [(one.first_step, one.end) for one in run.starts] == [(0, "killed"), (4, "finished")]
+    assert [(one.first_step, one.end) for one in run.attempts] == [(0, "killed"), (4, "finished")]
     assert run.metrics[STEP].tolist() == [2, 4, 6, 8, 10]
     assert run.seconds["saving"] == 0.5
     assert run.seconds["starting"] == 0.0
@@ -202,7 +202,7 @@ def test_what_is_missing_or_damaged_leaves_a_gap(tmp_path: Path, name: str):
     else:
         (path / name).unlink()
     run = history_of(path)
-    assert len(run.starts) == 2  # their files are there, or lines of metrics tell of them
+    assert len(run.attempts) == 2  # their files are there, or lines of metrics tell of them
     assert len(run.metrics) == (0 if name in ("", "metrics.jsonl") else 5)
 
 
@@ -212,5 +212,5 @@ def test_a_run_that_has_just_begun(tmp_path: Path):
     me = this_process()
     write_json(tmp_path / "incarnations" / "0000000001.json", asdict(me) | {"began_at": T0, "released": False})
     run = read_history(read_run(tmp_path), me, T0 + 30)
-    assert (run.state, [one.end for one in run.starts]) == ("starting", ["running"])
+    assert (run.state, [one.end for one in run.attempts]) == ("starting", ["running"])
     assert run.seconds["starting"] == sum(run.seconds.values()) == 30.0

@@ -10,24 +10,24 @@ from tests.checkpoints import make_run, publish_step
 
 
 def past(lines: dict[int, list[int]], freq: int = 1, **more: Any) -> Past:
-    """`lines`: start -> steps that it reported."""
-    records = [{"global_step": step, "incarnation": start} for start, steps in lines.items() for step in steps]
-    given = {"newest_start": max(lines, default=1), "run_dir": Path("run"), "root": Path("run/checkpoints")} | more
+    """`lines`: attempt -> steps that it reported."""
+    records = [{"global_step": step, "incarnation": attempt} for attempt, steps in lines.items() for step in steps]
+    given = {"newest_attempt": max(lines, default=1), "run_dir": Path("run"), "root": Path("run/checkpoints")} | more
     return Past(**given, freq=freq, records=records)
 
 
-# Start 1 trained to 25, start 2 went back to 20, start 3 died before its first line.
+# Attempt 1 trained to 25, attempt 2 went back to 20, attempt 3 died before its first line.
 TWICE: dict[int, list[int]] = {1: [5, 10, 15, 20, 25], 2: [25, 30]}
 
 
 @pytest.mark.parametrize(
-    ("lines", "freq", "newest", "step", "start"),
+    ("lines", "freq", "newest", "step", "attempt"),
     [
         ({1: [1, 2, 3]}, 1, 1, 2, 1),
         ({1: [1, 2, 3], 2: [3, 4]}, 1, 2, 3, 2),  # trained twice: the newest
         ({1: [1, 2, 3], 2: [3, 4]}, 1, 2, 2, 1),
-        ({1: [1, 2, 3], 2: [3, 4]}, 1, 2, 5, 2),  # ended that start, and is in no line
-        (TWICE, 5, 2, 23, 2),  # in no line: start 2 can have come by
+        ({1: [1, 2, 3], 2: [3, 4]}, 1, 2, 5, 2),  # ended that attempt, and is in no line
+        (TWICE, 5, 2, 23, 2),  # in no line: attempt 2 can have come by
         (TWICE, 5, 2, 20, 1),
         (TWICE, 5, 2, 19, 1),
         (TWICE, 5, 2, 33, 2),
@@ -36,19 +36,19 @@ TWICE: dict[int, list[int]] = {1: [5, 10, 15, 20, 25], 2: [25, 30]}
         ({1: [1, 2, 3, 4], 2: [3]}, 1, 2, 4, 1),  # it no longer counts, but nobody else has trained it
     ],
 )
-def test_which_start_trained_a_step(lines: dict[int, list[int]], freq: int, newest: int, step: int, start: int) -> None:
-    assert past(lines, freq, newest_start=newest).start_of(step) == start
+def test_who_trained_a_step(lines: dict[int, list[int]], freq: int, newest: int, step: int, attempt: int) -> None:
+    assert past(lines, freq, newest_attempt=newest).attempt_of(step) == attempt
 
 
 def test_what_was_reported_of_a_step_on_the_way_to_a_start() -> None:
     run = past({1: [1, 2, 3], 3: [2, 3], 2: [3]})
 
-    def by(step: int, start: int) -> int | None:
-        record = run.on_the_way(step, start)
+    def by(step: int, attempt: int) -> int | None:
+        record = run.on_the_way(step, attempt)
         return None if record is None else record["incarnation"]
 
     assert [by(1, 3), by(2, 3), by(2, 2), by(3, 2), by(4, 3)] == [1, 3, 1, 2, None]
-    assert run.reported(2, 2) is None  # of the step itself only the start's own word counts
+    assert run.reported(2, 2) is None  # of the step itself only the attempt's own word counts
     assert run.reported(2, 3) == {"global_step": 2, "incarnation": 3}
 
 
@@ -60,13 +60,15 @@ def test_only_checkpoints_that_the_start_can_have_come_by_lie_before_a_step() ->
     assert run.before(10, 3) == []
 
 
-@pytest.mark.parametrize(("start", "name"), [(1, "config.0002.yaml"), (2, "config.0002.yaml"), (3, "config.0003.yaml")])
+@pytest.mark.parametrize(
+    ("attempt", "name"), [(1, "config.0002.yaml"), (2, "config.0002.yaml"), (3, "config.0003.yaml")]
+)
 def test_the_config_of_a_start_is_that_kept_of_it_or_of_the_last_start_with_the_same(
-    tmp_path: Path, start: int, name: str
+    tmp_path: Path, attempt: int, name: str
 ) -> None:
     for kept in ("config.0002.yaml", "config.0003.yaml", "config.origin.yaml", "config.yaml"):
         (tmp_path / kept).touch()
-    assert past({}, run_dir=tmp_path).config_of(start) == tmp_path / name
+    assert past({}, run_dir=tmp_path).config_of(attempt) == tmp_path / name
     assert past({}, run_dir=tmp_path).config_of(4) == tmp_path / "config.yaml"
 
 
@@ -94,7 +96,7 @@ def test_what_a_run_folder_remembers(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"global_step": 20, "incarnation": 1}\n{"global_step": 30, "incar')
     write_json(tmp_path / "stop.json", {"reason": "error", "step": 24})
     run = read_past(tmp_path)
-    assert (run.published, run.newest_start, run.ended_at) == ({10: 1, 20: 1}, 1, 24)
+    assert (run.published, run.newest_attempt, run.ended_at) == ({10: 1, 20: 1}, 1, 24)
     assert run.reported(20, 1) is not None
     assert run.reported(20, 2) is None
     assert run.reached == 25

@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 
 from lingua.console import columns
-from lingua.report.facts import RunFacts, Start
+from lingua.report.facts import RunFacts
 from lingua.report.status import describe, root_cause, state_of, status_of, table, why
 from lingua.run.failure import Failure
-from lingua.run.lock import Owner
+from lingua.run.lock import Attempt, Owner
 from lingua.slurm import Job
 
 ME = Owner(host="login", boot_id="a", pid_space="p", pid=1, started="1")
 THERE = Owner(host="n1", boot_id="b", pid_space="p", pid=7, started="7", slurm_job_id="42")
-START = Start(number=3, owner=THERE, released=False, beat_age_s=5.0)
+ATTEMPT = Attempt(number=3, owner=THERE, beat_s=9995.0)
 METRICS = {"global_step": 120, "incarnation": 3, "loss/out": 3.25, "speed/wps": 5000.0, "time/eta_s": 7200.0}
 RUNNING = RunFacts(
     path=Path("out/x"),
     config={"name": "x", "steps": 1000},
-    start=START,
+    now_s=10000.0,
+    attempt=ATTEMPT,
     earlier=({"reason": "signal", "signal": "SIGTERM"}, None),
     metrics=METRICS,
     metrics_age_s=20.0,
@@ -30,12 +31,12 @@ RUNNING = RunFacts(
     checkpoint_age_s=90.0,
     validation={"global_step": 100, "web/bpb": 1.5, "web/nll": 1.0, "incarnation": 3, "created_at": "now"},
 )
-GONE = replace(RUNNING, start=replace(START, beat_age_s=9000.0))
+GONE = replace(RUNNING, attempt=replace(ATTEMPT, beat_s=1000.0))
 
 
 def ended(reason: str, exit_code: int, **more: Any) -> RunFacts:
     stop = {"reason": reason, "exit_code": exit_code, "step": 120, **more}
-    return replace(RUNNING, start=replace(START, released=True), stop=stop, stop_age_s=300.0)
+    return replace(RUNNING, attempt=replace(ATTEMPT, released=True), stop=stop, stop_age_s=300.0)
 
 
 def failure(kind: str, rank: int = 0, **more: Any) -> Failure:
@@ -57,7 +58,7 @@ DATA = replace(
         (replace(RUNNING, metrics=None), "starting"),
         (replace(RUNNING, metrics={**METRICS, "incarnation": 2}), "starting"),
         (GONE, "killed"),
-        (replace(RUNNING, start=replace(START, beat_age_s=150.0)), "running"),  # a shared disk shows it late
+        (replace(RUNNING, attempt=replace(ATTEMPT, beat_s=9850.0)), "running"),  # a shared disk shows it late
         (replace(GONE, job=Job("42", "PENDING", "Priority")), "queued"),
         (replace(GONE, job=Job("42", "NODE_FAIL")), "killed"),
         (ended("finished", 0), "finished"),
@@ -67,7 +68,7 @@ DATA = replace(
         (ended("asked", 130, signal="lingua stop"), "stopped"),
         (DATA, "failed"),
         (replace(GONE, failures=(failure("nccl", 1),)), "failed"),  # rank 0 was killed, another could still speak
-        (replace(RUNNING, start=replace(START, owner=replace(ME, started="?"))), "killed"),  # no such process here
+        (replace(RUNNING, attempt=replace(ATTEMPT, owner=replace(ME, started="?"))), "killed"),  # no such process here
     ],
 )
 def test_the_state_in_one_word(facts: RunFacts, state: str):
@@ -100,13 +101,13 @@ def test_the_status_as_people_read_it():
         "  checkpoint  100, 1m30s ago",
         "  evaluation  validation at 100: web/bpb 1.5000",
         "  job         42 RUNNING",
-        "  start       3 on n1",
+        "  attempt     3 on n1",
     ]
     assert describe(status_of(RunFacts(Path("out/y")), ME)) == [
         "out/y  new",
         "  step        0",
         "  checkpoint  none yet",
-        "  start       none yet",
+        "  attempt     none yet",
     ]
 
 
@@ -126,7 +127,7 @@ def test_columns():
 def test_why_a_data_error():
     told = why(DATA, ME)
     assert list(told) == ["ended", "cause", "where", "saved", "next"]
-    assert told["ended"] == "failed, step 120 of 1,000, 5m0s ago; start 3 (before: SIGTERM, killed)"
+    assert told["ended"] == "failed, step 120 of 1,000, 5m0s ago; attempt 3 (before: SIGTERM, killed)"
     assert told["cause"] == "data: SomeError: line 7"
     assert told["where"].startswith(
         "rank 1 on n1, after step 120, 2026-01-01T00:00:00, Slurm job 42; out/x/logs/error_1"
@@ -165,6 +166,6 @@ def test_why_anything_else(facts: RunFacts, line: str, said: str):
     assert not any("\n" in text for text in told.values())
 
 
-def test_many_starts_that_ended_alike_are_counted():
+def test_many_attempts_that_ended_alike_are_counted():
     earlier = (None, *({"reason": "signal", "signal": "SIGTERM"},) * 4, {"reason": "error", "kind": "hang"})
     assert "(before: killed, 4 x SIGTERM, hang)" in why(replace(GONE, earlier=earlier), ME)["ended"]

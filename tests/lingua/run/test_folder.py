@@ -3,7 +3,7 @@ from pathlib import Path
 
 import orjson
 
-from lingua.run.folder import describe_start, describe_stop, public_environment, put_by_last_words
+from lingua.run.folder import archive_exit_records, describe_start, describe_stop, public_environment
 
 
 def test_secrets_never_reach_a_file():
@@ -41,7 +41,7 @@ def test_what_a_start_said_last_is_numbered_by_the_next(tmp_path: Path):
     kept = {"logs/rank_00001.log": "5", "logs/error_0.0001.json": "6"}
     for name, text in (said | kept).items():
         (tmp_path / name).write_text(text)
-    put_by_last_words(tmp_path, 2)
+    archive_exit_records(tmp_path, 2)
     there = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
     assert there == kept | {
         "logs/stop.0002.json": "1",
@@ -49,4 +49,4 @@ def test_what_a_start_said_last_is_numbered_by_the_next(tmp_path: Path):
         "logs/error_12.0002.json": "3",
         "logs/stacks_0.0002.txt": "4",
     }
-    put_by_last_words(tmp_path / "new", 0)  # the first start: nothing is there
+    archive_exit_records(tmp_path / "new", 0)  # the first start: nothing is there

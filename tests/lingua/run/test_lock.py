@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lingua.files import RunError, read_json
-from lingua.run.lock import OccupiedError, Owner, RunLock, certainly, newest_start, this_process
+from lingua.run.lock import OccupiedError, Owner, RunLock, certainly, living_attempt, newest_attempt, this_process
 from tests.ranks import exit_code_of
 
 
@@ -40,9 +40,9 @@ def lock_of(run_dir: Path, me: Owner | None = None, clock: Clock | None = None) 
 
 
 def test_numbers_go_up(tmp_path: Path) -> None:
-    for incarnation in (1, 2, 3):
+    for number in (1, 2, 3):
         with RunLock(tmp_path) as lock:
-            assert lock.incarnation == incarnation
+            assert lock.attempt == number
     assert read_json(tmp_path / "incarnations" / "0000000003.json")["released"]
     assert sorted(os.listdir(tmp_path / "incarnations")) == [f"000000000{n}.json" for n in (1, 2, 3)]
 
@@ -124,7 +124,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "link", refuse)
     with RunLock(tmp_path) as lock:
-        assert lock.incarnation == 1
+        assert lock.attempt == 1
         with pytest.raises(OccupiedError):
             RunLock(tmp_path).acquire()
 
@@ -136,7 +136,7 @@ def test_an_overtaken_owner_learns_it(tmp_path: Path) -> None:
     asleep.check()
     clock.time += 100
     lock_of(tmp_path, None, clock).acquire()
-    with pytest.raises(RunError, match=r"start 2 of this run has taken over .*start 1, stops"):
+    with pytest.raises(RunError, match=r"attempt 2 of this run has taken over .*attempt 1, stops"):
         asleep.check()
 
 
@@ -145,25 +145,25 @@ def test_without_an_injected_clock_the_file_servers_is_used(tmp_path: Path) -> N
     assert RunLock(tmp_path).acquire() == 2
 
 
-def test_looking_tells_who_owns_the_run_and_writes_nothing(tmp_path: Path) -> None:
-    assert newest_start(tmp_path) is None
+def test_reading_shows_who_owns_the_run_and_writes_nothing(tmp_path: Path) -> None:
+    assert newest_attempt(tmp_path) is None
+    assert living_attempt(tmp_path) is None
     clock = Clock()
     with lock_of(tmp_path, clock=clock):
         before = sorted(os.listdir(tmp_path / "incarnations"))
-        found = newest_start(tmp_path)
+        found = living_attempt(tmp_path)
         assert found is not None
-        assert (found.incarnation, found.alive) == (1, True)
-        assert str(found).startswith(f"start 1 (process {os.getpid()} on ")
+        assert (found.number, found.released, found.beat_s) == (1, False, clock.time)
+        assert str(found).startswith(f"attempt 1 (process {os.getpid()} on ")
         assert sorted(os.listdir(tmp_path / "incarnations")) == before
-    released = newest_start(tmp_path)
+    assert living_attempt(tmp_path) is None
+    released = newest_attempt(tmp_path)
     assert released is not None
-    assert not released.alive
+    assert released.released_s is not None
     lock_of(tmp_path, replace(ELSEWHERE, slurm_job_id="17"), clock).acquire()
     for later_s, alive in ((30, True), (90, False)):  # only its heartbeat can tell
-        found = newest_start(tmp_path, now=lambda later_s=later_s: clock.time + later_s)
-        assert str(found) == "start 2 (process 1 on node-b, Slurm job 17)"
-        assert found is not None
-        assert found.alive is alive
+        assert (living_attempt(tmp_path, now=lambda later_s=later_s: clock.time + later_s) is not None) == alive
+    assert str(newest_attempt(tmp_path)) == "attempt 2 (process 1 on node-b, Slurm job 17)"
 
 
 def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
@@ -172,8 +172,9 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
         RunLock(tmp_path / "file").acquire()
 
 
-def test_a_damaged_record_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "problem"), [("", "is not valid JSON"), ("[]", "whose"), ('{"a": 1}', "whose")])
+def test_a_damaged_record_names_the_file(tmp_path: Path, content: str, problem: str) -> None:
     (tmp_path / "incarnations").mkdir()
-    (tmp_path / "incarnations" / "0000000001.json").write_text("")
-    with pytest.raises(RunError, match=r"0000000001\.json is not valid JSON"):
+    (tmp_path / "incarnations" / "0000000001.json").write_text(content)
+    with pytest.raises(RunError, match=rf"0000000001\.json .*{problem}"):
         RunLock(tmp_path).acquire()

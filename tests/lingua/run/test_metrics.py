@@ -49,10 +49,8 @@ def test_a_line_torn_by_a_kill_does_not_swallow_the_next(tmp_path: Path):
     assert [record["global_step"] for record in read_metrics(path)] == [1, 2]
 
 
-def test_every_line_says_when_and_in_which_incarnation(tmp_path: Path):
-    with MetricLogger(
-        tmp_path, LoggingArgs(), incarnation=3, run_name="x", config={}, wall_time=lambda: 0.0
-    ) as metrics:
+def test_every_line_says_when_and_in_which_attempt(tmp_path: Path):
+    with MetricLogger(tmp_path, LoggingArgs(), attempt=3, run_name="x", config={}, wall_time=lambda: 0.0) as metrics:
         metrics.log({"global_step": 1, "loss/out": 2.5})
         assert metrics.wandb_id is None
     assert read_metrics(tmp_path / "metrics.jsonl") == [
@@ -73,11 +71,11 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wandb_offline_keeps_its_id_over_restarts_and_takes_steps_that_go_back(tmp_path: Path, offline: None):
     args = LoggingArgs(wandb=WandbArgs(project="tests"))
-    with MetricLogger(tmp_path, args, incarnation=1, run_name="x", config={"a": 1}) as metrics:
+    with MetricLogger(tmp_path, args, attempt=1, run_name="x", config={"a": 1}) as metrics:
         first_id = metrics.wandb_id
         metrics.log({"global_step": 20, "loss/out": 1.0})
         metrics.log({"global_step": 10, "loss/out": 1.5})
-    with MetricLogger(tmp_path, args, incarnation=2, run_name="x", config={}, wandb_id=first_id) as metrics:
+    with MetricLogger(tmp_path, args, attempt=2, run_name="x", config={}, wandb_id=first_id) as metrics:
         assert metrics.wandb_id == first_id
     runs = [name for name in os.listdir(tmp_path / "wandb") if name.startswith("offline-run")]
     assert runs
@@ -87,7 +85,7 @@ def test_wandb_offline_keeps_its_id_over_restarts_and_takes_steps_that_go_back(t
 @pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
 def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"logging\.tensorboard"):
-        MetricLogger(tmp_path, LoggingArgs(tensorboard=True), incarnation=1, run_name="x", config={})
+        MetricLogger(tmp_path, LoggingArgs(tensorboard=True), attempt=1, run_name="x", config={})
 
 
 def test_metrics_are_one_json_object_per_line(tmp_path: Path):
@@ -180,7 +178,7 @@ def test_the_evaluations_run_begins_with_the_first_evaluation(tmp_path: Path, wa
 
 def log_a_run(folder: Path, args: LoggingArgs, wandb_id: str | None = None) -> str | None:
     """Three records of training through a MetricLogger; returns the id to go on with."""
-    with MetricLogger(folder, args, incarnation=1, run_name="x", config={}, wandb_id=wandb_id) as metrics:
+    with MetricLogger(folder, args, attempt=1, run_name="x", config={}, wandb_id=wandb_id) as metrics:
         for step in (1, 2, 3):
             metrics.log({"global_step": step})
     assert [record["global_step"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
@@ -230,11 +228,11 @@ def test_a_stopped_run_and_one_that_failed_do_not_wait_long_for_their_trackers(
     closed: list[tuple[int, float]] = []
     monkeypatch.setattr(Tracker, "close", lambda tracker, exit_code, within_s: closed.append((exit_code, within_s)))
     args = LoggingArgs(wandb=WandbArgs())
-    with MetricLogger(tmp_path, args, incarnation=1, run_name="x", config={}):
+    with MetricLogger(tmp_path, args, attempt=1, run_name="x", config={}):
         pass
-    with MetricLogger(tmp_path, args, incarnation=2, run_name="x", config={}) as metrics:
+    with MetricLogger(tmp_path, args, attempt=2, run_name="x", config={}) as metrics:
         metrics.hurry()
-    with pytest.raises(KeyError), MetricLogger(tmp_path, args, incarnation=3, run_name="x", config={}):
+    with pytest.raises(KeyError), MetricLogger(tmp_path, args, attempt=3, run_name="x", config={}):
         raise KeyError
     assert closed == [(0, metrics_module.FINISH_S)] + [(code, metrics_module.HURRIED_FINISH_S) for code in (0, 1)]
 
@@ -272,7 +270,7 @@ def test_wandbs_helper_process_is_killed_and_the_run_goes_on(
     tmp_path: Path, offline: None, caplog: pytest.LogCaptureFixture
 ):
     args, step = LoggingArgs(wandb=WandbArgs(project="tests")), 0
-    with MetricLogger(tmp_path, args, incarnation=1, run_name="x", config={}) as metrics:
+    with MetricLogger(tmp_path, args, attempt=1, run_name="x", config={}) as metrics:
         (helper,) = helpers_of_wandb()
         os.kill(helper, signal.SIGKILL)
         os.waitpid(helper, 0)

@@ -176,11 +176,11 @@ def test_a_store_that_is_gone_ends_a_rank_that_does_not_end_by_itself(tmp_path: 
     assert over.exit_codes == []
 
 
-def test_the_folder_of_another_start_is_left_alone(tmp_path: Path):
+def test_the_folder_of_another_attempt_is_left_alone(tmp_path: Path):
     from lingua.run.lock import OccupiedError
 
     rank = Rank(tmp_path)
-    rank.watchdog._incarnation = None  # it was never ours
+    rank.watchdog._attempt = None  # it was never ours
     with pytest.raises(OccupiedError), rank.watchdog.reporting():
         raise OccupiedError("out/x is being trained by process 7")
     assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,8 @@ import orjson
 import pytest
 
 from lingua.files import RunError
-from lingua.report.facts import RunFacts, Start
-from lingua.run.lock import Owner, this_process
+from lingua.report.facts import RunFacts
+from lingua.run.lock import Attempt, Owner, this_process
 from lingua.slurm import Job
 from lingua.sweep.status import (
     LOSS_IS,
@@ -43,8 +43,8 @@ def point(number: int = 1, state: str = "finished", **more: Any) -> PointStatus:
 
 
 def facts(stop: dict[str, Any] | None, job: Job | None, *, started: bool = True, released: bool = True) -> RunFacts:
-    start = Start(1, ELSEWHERE, released, 1.0) if started else None
-    return RunFacts(Path("run"), start=start, stop=stop, job=job)
+    attempt = Attempt(1, ELSEWHERE, released) if started else None
+    return RunFacts(Path("run"), attempt=attempt, stop=stop, job=job)
 
 
 def job(state: str, job_id: str = "41") -> Job:

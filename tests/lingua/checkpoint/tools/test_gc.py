@@ -159,7 +159,7 @@ def test_refused_while_the_run_is_being_trained(tmp_path: Path) -> None:
     root = untidy(tmp_path)
     with RunLock(tmp_path):
         before = names_under(root)
-        assert "is being trained by start 2" in str(why_not_now(tmp_path))
+        assert "is being trained by attempt 2" in str(why_not_now(tmp_path))
         with pytest.raises(RunError, match="is being trained by"):
             remove_garbage(tmp_path, lambda items: None)
         assert names_under(root) == before
