@@ -31,6 +31,7 @@ EXIT_BAD_CONFIG = 2
 EXIT_INTERRUPTED = 130
 EXIT_HOOKS_S = 5.0
 """Seconds that the exit hooks of other packages may take."""
+_KEY = re.compile(r"(?!.*\.ya?ml$)[a-z_]\w*(\.\w+)+")
 
 
 @dataclass
@@ -65,16 +66,22 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
 
     line, wrong = CommandLine(), []
     known = ["debug", "help", *flags]
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
         name, has_value, value = word.lstrip("-").partition("=")
         if word.startswith("-"):
             name = {"h": "help"}.get(name, name)
-            if word.startswith("---") or name not in known:
+            if "." in name:
+                wrong.append(f"command line: {word}: keys take no dashes; write {name}={value or 'VALUE'}")
+            elif word.startswith("---") or name not in known:
                 near = difflib.get_close_matches(name, known, 1) or known
                 wrong.append(f"command line: unknown option {word}; did you mean --{near[0]}?")
             line.flags[name] = value if has_value else True
         elif word.startswith("+"):
             line.overlays.append(word[1:])
+        elif not has_value and before.endswith("="):
+            wrong.append(f"command line: {before} {word}: remove the space after the =")
+        elif not has_value and _KEY.fullmatch(word) and not os.path.exists(word):
+            wrong.append(f"command line: {word} has no value; write {word}=VALUE")
         elif not has_value or name == "config":
             path = value if has_value else word
             if line.config is not None:

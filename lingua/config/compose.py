@@ -24,7 +24,19 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from lingua.config.base import MOVED, NO_EFFECT, Args, ConfigError, Key, Written, dotted_key, plain, show, unknown_key
+from lingua.config.base import (
+    MOVED,
+    NO_EFFECT,
+    Args,
+    ConfigError,
+    Key,
+    Written,
+    dotted_key,
+    inner_sections,
+    plain,
+    show,
+    unknown_key,
+)
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.yaml_layers import (
     DEFAULT,
@@ -228,6 +240,14 @@ def _sentences(error: ValidationError, tree: Any, schema: type[Args]) -> list[tu
     return list(findings.items())
 
 
+def _first_key(key: Key, schema: type[Args]) -> str | None:
+    """Return the first key of the section that `key` names, or None if it is not a section."""
+    sections = [schema]
+    for name in key:
+        sections = inner_sections(sections, str(name))
+    return next((name for section in sections for name in section.model_fields), None)
+
+
 def _expected(error: Mapping[str, Any]) -> str:
     kind = error["type"]
     return _EXPECTED[kind].format(**error.get("ctx", {})) if kind in _EXPECTED else str(error["msg"]).lower()
@@ -245,6 +265,8 @@ def _sentence(error: Mapping[str, Any], key: Key, schema: type[Args]) -> str:
     if kind == "unknown_part":
         return f"{dotted}.type: {error['msg']}"
     remedy = ""
+    if kind in ("model_type", "model_attributes_type") and (inner := _first_key(key, schema)):
+        return f"{dotted} is {show(value)}; it is a section: set its keys, such as {dotted}.{inner}=..."
     if isinstance(value, float) and value.is_integer() and kind in ("int_type", "int_from_float"):
         remedy = f" (write {int(value)})"
     elif kind in _SCALARS and isinstance(value, str) and isinstance(scalar(value), _SCALARS[kind]):

@@ -7,14 +7,15 @@ Layers of a config, weakest first:
     defaults of the Args classes
     `base: [common.yaml, model/llama_7B]`   left to right; a file's own keys come after its bases
     the config file                         its own keys
-    +overlay.yaml, +debug                   in command-line order
+    +overlay.yaml, +debug, +group=name      in command-line order
     a.b.c=value                             in command-line order
 
 Sections merge key by key; anything else, including lists, is replaced as a whole. Weight 0 turns off a data source
 that a base defines. An entry of `base` that ends in .yaml is a file, relative to the file that names it. Any other is
 a group pick: `model/llama_7B` (or `model=llama_7B`) is `configs/model/llama_7B.yaml`, whose keys go into the section
 `model`, or to the top level if no section has the group's name. `model=llama_7B` on the command line replaces the
-config's own pick of that group, or its whole section `model` if it has none.
+config's own pick of that group, or its whole section `model` if it has none. Groups and overlays are looked up in the
+folders of the config first, then in the app's configs/. `+experiments=[a,b]` stacks several files of one group.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from lingua.config.base import (
 
 GRID = "grid"
 """Block of a config that only `lingua sweep` reads."""
+MAX_VALUES = 100_000
+"""Most values of one file, aliases expanded. A larger one is an alias bomb, not a config."""
 
 # -- reading YAML with the line of every key -----------------------------------------------------------------------
 
@@ -93,6 +96,12 @@ class _YamlLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            glued = isinstance(key, yaml.ScalarNode) and key.style is None and ":" in key.value
+            if glued and node.flow_style and isinstance(value, yaml.ScalarNode) and not value.value:
+                name, _, text = key.value.partition(":")
+                remedy = f"write a space after the colon: {name}: {text}"
+                raise ConstructorError(None, None, f"{key.value} is a key without a value; {remedy}", key.start_mark)
         self.flatten_mapping(node)
         node.value = [(_as_text(key), value) for key, value in node.value]
         return super().construct_mapping(node, deep)
@@ -162,8 +171,12 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
     try:
         loader = _YamlLoader(path.read_text(encoding="utf-8") if text is None else text)
         node = loader.get_single_node()
+        if node is None:
+            raise ConfigError(f"{path}: is empty; write `key: value` lines, or leave it out")
+        if (n_values := _n_values(node)) > MAX_VALUES:
+            raise ConfigError(f"{path}: its aliases expand to {n_values} values, more than {MAX_VALUES}; write fewer")
         marks = dict(_marks(node, str(path)))
-        tree = loader.construct_document(node) if node is not None else {}
+        tree = _unshared(loader.construct_document(node))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         reason = " ".join(filter(None, [error.context, error.problem]))
@@ -175,10 +188,37 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
     return Layer(tree, marks)
 
 
+def _n_values(node: yaml.Node, sizes: dict[int, int] | None = None) -> int:
+    """Return the number of values that a document has once every alias is expanded."""
+    sizes = {} if sizes is None else sizes
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES + 1  # what an alias to its own parent finds
+        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
+        inner = [] if isinstance(node, yaml.ScalarNode) else children
+        sizes[id(node)] = 1 + sum(_n_values(child, sizes) for child in inner)
+    return sizes[id(node)]
+
+
+def _unshared(tree: Any) -> Any:
+    """Copy a tree, so that setting a key below one alias does not set it below the others."""
+    if isinstance(tree, dict):
+        return {name: _unshared(value) for name, value in tree.items()}
+    return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _merged(value: yaml.Node) -> list[yaml.Node]:
+    """Return the mappings that a merge key `<<` takes in, weakest first."""
+    return list(reversed(value.value)) if isinstance(value, yaml.SequenceNode) else [value]
+
+
 def _marks(node: yaml.Node | None, place: str, path: Key = ()) -> Iterator[tuple[Key, Origin]]:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
-        for name, value in node.value:
+        own = [(name, value) for name, value in node.value if name.tag != f"{_TAG}merge"]
+        for _, value in [item for item in node.value if item not in own]:
+            for mapping in _merged(value):
+                yield from _marks(mapping, place, path)
+        for name, value in own:
             line = name.start_mark.line + 1
             if name.value in seen:
                 raise ConfigError(f"{place}:{line}: key {name.value} is repeated; keep one of the two")
@@ -248,8 +288,8 @@ class _Composer:
     """Find and stack the files of one config."""
 
     schema: type[Args]
-    configs: Path
-    """The app's own folder of configs."""
+    folders: list[Path]
+    """Where groups and overlays of the command line are looked up; the app's own configs/ comes last."""
     picks: dict[str, tuple[str, Origin]]
     """Group picks of the command line or of a sweep point."""
     used: set[str] = field(default_factory=set)
@@ -283,7 +323,7 @@ class _Composer:
         if group in self.picks:
             self.used.add(group)
             name, where = self.picks[group]
-        return self.pick(group, name, where, [*_config_folders(named_in), self.configs], stack)
+        return self.pick(group, name, where, [*_config_folders(named_in), self.folders[-1]], stack)
 
     def pick(self, group: str, name: str, where: Origin, folders: list[Path], stack: tuple[Path, ...] = ()) -> Layer:
         """Load the group file `<folder>/<group>/<name>.yaml` into the section named like the group."""
@@ -295,15 +335,21 @@ class _Composer:
         there = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
         near = difflib.get_close_matches(name, there, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        known = f"there are {', '.join(there)}" if there else f"{self.configs / group} has none"
+        known = f"there are {', '.join(there)}" if there else f"{folders[-1] / group} has none"
         raise ConfigError(f"{where}: no config {group}/{name}: {known}{hint or '; choose one of these'}")
 
-    def overlay(self, name: str) -> Layer:
-        path = Path(name).expanduser()
+    def overlay(self, word: str) -> Layer:
+        """Load what follows a `+`: a file, a name in overlays/, `group=name` or `group=[name, name]`."""
+        path = Path(word).expanduser()
         if path.suffix in (".yaml", ".yml") or path.is_file():
-            _must_exist(path, "overlay", self.configs / "overlays")
+            _must_exist(path, "overlay", *(folder / "overlays" for folder in self.folders))
             return self.load(path)
-        return self.pick("overlays", name, COMMAND_LINE, [self.configs])
+        group, _, names = word.rpartition("=")
+        value = yaml_value(names)
+        layer = Layer()
+        for name in value if isinstance(value, list) else [names]:
+            layer.merge(self.pick(group or "overlays", str(name), COMMAND_LINE, self.folders))
+        return layer
 
 
 def _as_typed(path: Path) -> Path:
@@ -312,13 +358,10 @@ def _as_typed(path: Path) -> Path:
 
 
 def _config_folders(path: Path) -> list[Path]:
-    """Return the folders searched for a file's group picks: its own and its parents, up to one named configs."""
-    found = []
-    for folder in path.resolve().parents[:4]:
-        found.append(folder)
-        if folder.name == "configs":
-            break
-    return found
+    """Return the folders searched for a file's group picks: its own, and its parents up to one named configs."""
+    parents = list(path.resolve().parents[:4])
+    named = [folder.name for folder in parents]
+    return parents[: named.index("configs") + 1] if "configs" in named else parents[:1]
 
 
 def _must_exist(path: Path, what: str, *more_folders: Path) -> None:
@@ -342,7 +385,8 @@ def _parse(word: str) -> tuple[str, Any]:
     try:
         return dotted, yaml_value(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{COMMAND_LINE}: {dotted}={text} is not valid YAML; put the value in quotes") from error
+        reason = f": {error.problem}" if isinstance(error, yaml.MarkedYAMLError) and error.problem else ""
+        raise ConfigError(f"{COMMAND_LINE}: {dotted}={text} is not valid YAML{reason}; put it in quotes") from error
 
 
 def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: type[Args]) -> None:
@@ -365,13 +409,21 @@ def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: typ
             raise ConfigError(f"{origin}: {dotted} names item {name} of a list of {len(node)}; count from 0")
         layer.forget(key)
         node[name] = value
-    elif isinstance(value, dict) and isinstance(node.get(name), dict):
-        node[name] = {**node[name], **value}
+    elif isinstance(value, dict) and isinstance(node.get(name), dict) and _is_section(key, schema):
+        node[name] = {**node[name], **value}  # a mapping of names, such as data.sources, is replaced
     else:
         layer.forget(key)
         node[name] = value
     marked = {(*key, inner): origin for inner in value} if isinstance(value, dict) else {}
     layer.marks.update({key: origin, **marked})
+
+
+def _is_section(key: Key, schema: type[Args]) -> bool:
+    """Return whether a key names a config section, as opposed to a free mapping of names to values."""
+    sections = [schema]
+    for name in key:
+        sections = inner_sections(sections, str(name))
+    return bool(sections)
 
 
 def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
@@ -401,8 +453,9 @@ def stack_layers(
     configs = Path(sys.modules[schema.__module__].__file__ or "").parent / "configs"
     values = [(*_parse(word), COMMAND_LINE) for word in overrides]
     values += [(key, *placed) for key, placed in (point or {}).items()]
-    picks = {key: (str(value), place) for key, value, place in values if _is_pick(key, value, schema, configs)}
-    composer = _Composer(schema, configs, picks)
+    folders = [*(_config_folders(Path(config).expanduser()) if config is not None else []), configs]
+    picks = {key: (str(value), place) for key, value, place in values if _is_pick(key, value, schema, folders)}
+    composer = _Composer(schema, folders, picks)
     layer = Layer()
     if config is not None:
         path = Path(config).expanduser()
@@ -412,7 +465,7 @@ def stack_layers(
         if group not in composer.used:
             layer.tree.pop(group, None)
             layer.forget((group,))
-            layer.merge(composer.pick(group, name, where, [configs]))
+            layer.merge(composer.pick(group, name, where, folders))
     for overlay in overlays:
         layer.merge(composer.overlay(overlay))
     if point is not None:
@@ -424,7 +477,7 @@ def stack_layers(
     return layer
 
 
-def _is_pick(key: str, value: Any, schema: type[Args], configs: Path) -> bool:
+def _is_pick(key: str, value: Any, schema: type[Args], folders: list[Path]) -> bool:
     if key in schema.model_fields:
         return is_section(schema, key) and isinstance(value, str) and not value.startswith("${")
-    return "." not in key and (configs / key).is_dir()
+    return "." not in key and any((folder / key).is_dir() for folder in folders)

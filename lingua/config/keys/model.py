@@ -107,7 +107,9 @@ class LlamaArgs(ModelArgs):
         if self.n_heads is None and self.dim % (self.head_dim or 1):
             raise ValueError(f"dim {self.dim} is not a multiple of head_dim {self.head_dim}; set n_heads too")
         if self.head_dim is None and self.dim % (self.n_heads or 1):
-            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}; set head_dim too")
+            heads = self.n_heads or 1
+            near = " or ".join(str(dim) for dim in (self.dim // heads * heads, -(-self.dim // heads) * heads) if dim)
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {heads}; use {near}, or set head_dim")
         if self.heads % self.kv_heads:
             raise ValueError(f"n_heads {self.heads} is not a multiple of n_kv_heads {self.kv_heads}")
         if self.head_width % 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -48,7 +49,7 @@ class TrainArgs(Args):
     """Seed of everything random in training; model.seed and data.seed follow it unless they are set."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
-    steps: Annotated[int, Field(ge=0)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
     """Length of the run in optimizer updates. Null: from epochs or total_flops; 1000 without those."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length of the run in passes over the sources."""
@@ -96,7 +97,9 @@ class TrainArgs(Args):
             if not self.name:
                 raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")
             if re.search(r"\$[\w{]", self.name):  # the frozen dump_dir would be expanded, as every path is
-                raise ValueError(f"name is {self.name!r}; a run folder cannot hold a $, so take it out or set dump_dir")
+                raise ValueError(f"name is {self.name!r}; a run folder cannot hold a $, so remove it or set dump_dir")
+            if ".." in PurePath(self.name).parts or self.name.startswith("/"):
+                raise ValueError(f"name is {self.name!r}, which leaves dump_base; choose a plain name, or set dump_dir")
             object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
         return self
 

@@ -34,6 +34,9 @@ def test_words_are_sorted(words: list[str], line: CommandLine) -> None:
         (["a.yaml", "config=b.yaml"], "two configs, a.yaml and b.yaml"),
         (["--acept-change"], "did you mean --accept-change?"),
         (["--what"], "unknown option --what"),
+        (["a.yaml", "--optim.lr", "1e-3"], "--optim.lr: keys take no dashes; write optim.lr=VALUE"),
+        (["a.yaml", "optim.lr=", "1e-3"], "optim.lr= 1e-3: remove the space after the ="),
+        (["a.yaml", "optim.lr"], "optim.lr has no value; write optim.lr=VALUE"),
     ],
 )
 def test_words_that_make_no_sense(words: list[str], sentence: str) -> None:

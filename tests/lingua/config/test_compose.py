@@ -15,7 +15,7 @@ from lingua.config.keys.generate import GeneratorArgs
 from lingua.launch.submit import sbatch_options
 
 
-def composed(folder: Path, text: str = "", *words: str, overlays: list[str] | None = None) -> Composed[TrainArgs]:
+def composed(folder: Path, text: str = "{}", *words: str, overlays: list[str] | None = None) -> Composed[TrainArgs]:
     path = folder / "run.yaml"
     path.write_text(text)
     return compose(str(path), overlays or [], list(words), TrainArgs)
@@ -72,6 +72,38 @@ def test_every_value_knows_where_it_came_from(tmp_path: Path) -> None:
     assert {key: origins[key] for key in expected} == expected
 
 
+def test_merge_keys_and_aliases_keep_their_lines_and_share_nothing(tmp_path: Path) -> None:
+    done = composed(tmp_path, "optim:\n  <<: [{lr: 5e-4}, {warmup: 7, lr: 1e-5}]\n  clip: 3.0\n")
+    assert (done.args.optim.lr, done.args.optim.warmup, done.args.optim.clip) == (5e-4, 7, 3.0)
+    origins = {key: value.replace(f"{tmp_path}/", "") for key, value in done.origins().items()}
+    assert [origins[f"optim.{key}"] for key in ("lr", "warmup", "clip")] == ["run.yaml:2", "run.yaml:2", "run.yaml:3"]
+    args = composed(tmp_path, "logging: {wandb: &w {project: a}}\neval: {wandb: *w}\n", "eval.wandb.project=b").args
+    assert args.logging.wandb is not None
+    assert args.logging.wandb.project == "a"
+
+
+def test_a_file_of_aliases_that_expand_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    assert "its aliases expand to" in complaints(tmp_path, "\n".join(lines))[0]
+    assert "its aliases expand to" in complaints(tmp_path, "name: &a [*a]")[0]
+
+
+def test_overlays_and_groups_beside_the_config_are_found_by_name(tmp_path: Path) -> None:
+    for name, text in (("experiments/a", "optim: {lr: 1.0, warmup: 1}"), ("experiments/b", "optim: {lr: 2.0}")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "overlays").mkdir()
+    (tmp_path / "overlays" / "mine.yaml").write_text("seed: 5")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "small.yaml").write_text("{dim: 64, n_heads: 2}")
+    args = composed(tmp_path, "seed: 1", "model=small", overlays=["experiments=[a, b]", "mine"]).args
+    assert (args.optim.lr, args.optim.warmup, args.seed, args.model.dim) == (2.0, 1, 5, 64)  # pyright: ignore[reportAttributeAccessIssue]
+    assert composed(tmp_path, "seed: 1", overlays=["experiments=a"]).args.optim.lr == 1.0
+    with pytest.raises(ConfigError, match="no config experiments/c: there are a, b"):
+        composed(tmp_path, "seed: 1", overlays=["experiments=c"])
+
+
 def test_a_group_pick_fills_its_section_and_the_command_line_changes_the_pick(tmp_path: Path) -> None:
     group = tmp_path / "configs" / "model"
     group.mkdir(parents=True)
@@ -113,7 +145,7 @@ def test_debug_overlay_is_found_by_its_name(tmp_path: Path) -> None:
         ("steps=null", "steps", None),
         ("eval=null", "eval", None),
         ("data.skip_rows=[[1,2]]", "data.skip_rows", [[1, 2]]),
-        ("data.sources={a: 1.0}", "data.sources", {"a": 1.0, "x": 3.0}),
+        ("data.sources={a: 1.0}", "data.sources", {"a": 1.0}),
         ("data.sources.dclm_baseline_1.0_10prct=5", "data.sources", {"x": 3.0, "dclm_baseline_1.0_10prct": 5.0}),
         ("sample_prompt='a=b'", "sample_prompt", "a=b"),
         ("seed=0123", "seed", 123),
@@ -148,7 +180,7 @@ def test_text_keys_keep_the_spelling_that_was_typed(tmp_path: Path, monkeypatch:
     quoted += "data: {{root_dir: '{0}', tokenizer: {{path: '{0}'}}}}\n"
     for args in (
         composed(tmp_path, file.format(text)).args,
-        composed(tmp_path, "", *(f"{key}={text}" for key in keys)).args,
+        composed(tmp_path, "{}", *(f"{key}={text}" for key in keys)).args,
         composed(tmp_path, quoted.format("${oc.env:TYPED}")).args,
         composed(tmp_path, quoted.format(f"${{oc.env:NOT_SET_HERE,{text}}}")).args,
         composed(tmp_path, quoted.format(f"${{oc.select:not_there,{text}}}")).args,
@@ -171,7 +203,7 @@ def test_what_yaml_1_2_does_not_take_for_a_number_is_refused_where_one_belongs(
 ) -> None:
     monkeypatch.setenv("TYPED", text)
     sentence = f"optim.lr is '{text}'; it must be a number"
-    assert complaints(tmp_path, "", f"optim.lr={text}") == [f"command line: {sentence}"]
+    assert complaints(tmp_path, "{}", f"optim.lr={text}") == [f"command line: {sentence}"]
     assert complaints(tmp_path, f"optim: {{lr: {text}}}") == [f"run.yaml:1: {sentence}"]
     assert complaints(tmp_path, "optim: {lr: '${oc.env:TYPED}'}") == [f"run.yaml:1: {sentence}"]
 
@@ -209,7 +241,7 @@ def test_an_escaped_interpolation_is_text(tmp_path: Path) -> None:
     [
         ("name: a$HOME", ()),
         ("dump_base: $NESTED/x", ()),
-        ("", ("checkpoint.path=$NESTED",)),
+        ("{}", ("checkpoint.path=$NESTED",)),
     ],
 )
 def test_a_path_that_the_frozen_config_would_expand_again_is_refused(
@@ -297,6 +329,15 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        ("", "run.yaml: is empty; write `key: value` lines"),
+        ("data: {sources: {nope:1}}", "run.yaml:1: not valid YAML: nope:1 is a key without a value; write a space"),
+        (
+            "logging: {wandb: true}",
+            "run.yaml:1: logging.wandb is true; it is a section: set its keys, such as logging.",
+        ),
+        ("steps: 0", "run.yaml:1: steps is 0; it must be at least 1"),
+        ("name: a/../../x", "name is 'a/../../x', which leaves dump_base; choose a plain name, or set dump_dir"),
+        ("model: {dim: 33, n_heads: 4}", "model: dim 33 is not a multiple of n_heads 4; use 32 or 36, or set head_dim"),
         ("data:\n  batchsize: 4", "run.yaml:2: unknown key data.batchsize; did you mean data.batch_size?"),
         ("batch_size: 4", "run.yaml:1: unknown key batch_size; did you mean data.batch_size?"),
         ("model: {n_layer: 4, n_heads: 8}", "run.yaml:1: unknown key model.n_layer; did you mean model.n_layers?"),
@@ -320,7 +361,7 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("seed: " + "9" * 5000, "run.yaml:1: not valid YAML: a number of 5000 digits"),
         ("distributed: {compile: 1}", "run.yaml:1: distributed.compile is 1; it must be true or false"),
         ("device: tpu", "run.yaml:1: device is 'tpu'; it must be 'auto', 'cpu' or 'cuda'"),
-        ("data: 3", "run.yaml:1: data is 3; it must be a section (keys with values)"),
+        ("data: 3", "run.yaml:1: data is 3; it is a section: set its keys, such as data."),
         ("data: {sources: {a: -1.0}, root_dir: d}", "run.yaml:1: data.sources.a is -1.0; it must be at least 0"),
         ("data:\n  sources:\n  - path: a\n    wait: 3", "run.yaml:4: unknown key data.sources.0.wait; did you mean"),
         ("data: {sources: 5}", "run.yaml:1: data.sources is 5; it must be keys with values or a list"),

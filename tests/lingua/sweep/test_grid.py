@@ -15,7 +15,7 @@ from lingua.report.diff import label, spell
 from lingua.sweep.grid import plain_overrides, points_of, read_axes
 
 
-def grid(text: str = "", *words: str) -> list[dict[str, Any]]:
+def grid(text: str = "{}", *words: str) -> list[dict[str, Any]]:
     """Values of each point."""
     read = read_yaml(Path("exp.yaml"), text)
     return [
@@ -35,10 +35,10 @@ grid:
 @pytest.mark.parametrize(
     ("text", "words", "expected"),
     [
-        ("", ["optim.lr=1e-3,3e-4"], [{"optim.lr": 1e-3}, {"optim.lr": 3e-4}]),
-        ("", ["model=llama_1B,llama_7B"], [{"model": "llama_1B"}, {"model": "llama_7B"}]),
+        ("{}", ["optim.lr=1e-3,3e-4"], [{"optim.lr": 1e-3}, {"optim.lr": 3e-4}]),
+        ("{}", ["model=llama_1B,llama_7B"], [{"model": "llama_1B"}, {"model": "llama_7B"}]),
         (
-            "",
+            "{}",
             ["optim.lr=1,2", "model.dim=8,16", "seed=7"],
             [
                 {"optim.lr": 1, "model.dim": 8},
@@ -47,8 +47,8 @@ grid:
                 {"optim.lr": 2, "model.dim": 16},
             ],
         ),
-        ("", ["plugins=[a,b]", "x='a,b'", "y={a: 1, b: 2}"], [{}]),
-        ("", ["x=[1,2],[3]"], [{"x": [1, 2]}, {"x": [3]}]),
+        ("{}", ["plugins=[a,b]", "x='a,b'", "y={a: 1, b: 2}"], [{}]),
+        ("{}", ["x=[1,2],[3]"], [{"x": [1, 2]}, {"x": [3]}]),
         ("grid: {optim.lr: [1e-3, 3e-4]}", [], [{"optim.lr": 1e-3}, {"optim.lr": 3e-4}]),
         ("grid: {optim: {lr: [1e-3]}, seed: [1, null]}", [], [{"optim.lr": 1e-3, "seed": s} for s in (1, None)]),
         ("grid: {optim.lr: [1, 2], seed: [5, 6]}", ["optim.lr=3,4", "seed=9"], [{"optim.lr": 3}, {"optim.lr": 4}]),
@@ -66,7 +66,7 @@ grid:
                 for s, t in ((1, 3), (2, 4))
             ],
         ),
-        ("", [], [{}]),
+        ("{}", [], [{}]),
     ],
 )
 def test_points(text: str, words: list[str], expected: list[dict[str, Any]]):
@@ -90,10 +90,14 @@ def test_points(text: str, words: list[str], expected: list[dict[str, Any]]):
             [],
             ["exp.yaml:1: launcher.nodes cannot be swept: the points are tasks of"],
         ),
-        ("", ["launcher.exclude=n1,n2"], ["(a comma that belongs to the value is quoted: launcher.exclude='\"a,b\"')"]),
-        ("", ["optim.lr=1e-3,0.001"], ["optim.lr 0.001 is there twice"]),
-        ("", ["name=a,b"], ["name cannot be swept: each point has its own"]),
-        ("", ["app=apps.a,apps.b"], ["app cannot be swept"]),
+        (
+            "{}",
+            ["launcher.exclude=n1,n2"],
+            ["(a comma that belongs to the value is quoted: launcher.exclude='\"a,b\"')"],
+        ),
+        ("{}", ["optim.lr=1e-3,0.001"], ["optim.lr 0.001 is there twice"]),
+        ("{}", ["name=a,b"], ["name cannot be swept: each point has its own"]),
+        ("{}", ["app=apps.a,apps.b"], ["app cannot be swept"]),
     ],
 )
 def test_what_is_refused_and_where(text: str, words: list[str], problems: list[str]):
