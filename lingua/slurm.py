@@ -1,20 +1,25 @@
-"""Slurm facts from the environment, and the few commands that a job gives about itself.
+"""Everything that is specific to Slurm: its variables, job scripts, commands and answers.
 
-Promise: SLURM_* variables are read here, in the first lines of `scripts/job.sh` and, for the number of a task, in the
-`run.sh` of a sweep; nowhere else. Commands are
-lists of words, never shell text; what Slurm answers to a command it refuses is the error.
+Another scheduler would be another file with these functions. Besides this module, only `scripts/job.sh` and the script
+of a sweep read SLURM_* variables. A command is a list of words, never shell text.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
+from lingua.config.base import ConfigError
+from lingua.config.keys.launch import LauncherArgs
 from lingua.files import RunError
 
 
@@ -49,7 +54,7 @@ def this_task(env: Mapping[str, str]) -> SlurmTask | None:
         local_rank=int(env.get("SLURM_LOCALID", "0")),
         n_local_tasks=per_node[min(node, len(per_node) - 1)],
         node=node,
-        head_node=first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost")),
+        head_node=expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost"))[0],
     )
 
 
@@ -73,7 +78,7 @@ class Allocation:
 
 
 def this_allocation(env: Mapping[str, str]) -> Allocation | None:
-    """The allocation of this process; None outside Slurm."""
+    """The allocation of this process, or None outside Slurm."""
     if not env.get("SLURM_JOB_ID"):
         return None
     n_nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
@@ -103,23 +108,12 @@ def this_job(env: Mapping[str, str]) -> tuple[str, int]:
     return env.get("SLURM_JOB_ID", ""), int(env.get("SLURM_RESTART_COUNT") or 0)
 
 
-def first_host(node_list: str) -> str:
-    """First name of a Slurm node list: `gpu[003-007,9],x1` -> `gpu003`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", node_list)
-    if found is None:
-        raise ValueError(f"node list {node_list!r} names no node")
-    return found[1] + (found[2] or "") + found[3]
-
-
 def _expand_counts(text: str) -> list[int]:
     """Slurm's short form of counts per node: `8(x2),4` -> [8, 8, 4]."""
-    counts: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if found is None:
-            raise ValueError(f"tasks per node {text!r} cannot be read")
-        counts += [int(found[1])] * int(found[2] or 1)
-    return counts
+    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in text.split(",")]
+    if None in found:
+        raise ValueError(f"tasks per node {text!r} cannot be read")
+    return [int(each[1]) for each in found if each for _ in range(int(each[2] or 1))]
 
 
 def job_end_s(env: Mapping[str, str], grace_s: float | None, asked_at_s: float) -> float | None:
@@ -157,13 +151,116 @@ def expand_hosts(node_list: str) -> list[str]:
     return hosts
 
 
+# -- job scripts ---------------------------------------------------------------------------------------------------
+
+# Characters that an #SBATCH line takes without quotes; sbatch ends it at a blank.
+_PLAIN = re.compile(r"[\w@%+=:,./\[\]|&*()-]*")
+_OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
+
+
+def job_script(name: str, asked: LauncherArgs, lines: Sequence[str], *, array: str = "", note: str = "") -> str:
+    """The text of a job script; `array`: `1-3%2`. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
+    options = (f"#SBATCH {option}" for option in _sbatch_options(name, asked, array))
+    return "\n".join(["#!/usr/bin/env bash", *([note] if note else []), *options, *lines, ""])
+
+
+def code_lines(base_dir: Path, code: Path, command: Sequence[str]) -> list[str]:
+    """Lines of a job script that run one command in `base_dir` with the modules of `code`."""
+    return [
+        f"cd -- {shlex.quote(str(base_dir))} || exit 2",
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"exec {shlex.join(command)}",
+    ]
+
+
+def _sbatch_options(name: str, asked: LauncherArgs, array: str) -> list[str]:
+    named = {
+        "job-name": re.sub(r"[^\w.@+-]+", "_", name),
+        "nodes": asked.nodes,
+        "ntasks-per-node": asked.gpus or 1,
+        "gpus-per-node": asked.gpus or None,
+        "cpus-per-task": asked.cpus_per_gpu,
+        "mem": asked.mem,
+        "time": asked.time,
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "constraint": asked.constraint,
+        "exclude": asked.exclude,
+        "comment": asked.comment,
+        "signal": f"USR2@{asked.signal_s}" if asked.signal_s else None,
+        "array": array,
+        "distribution": "block",
+        "open-mode": "append",
+    }
+    given = [f"--{name}={_quoted(name, str(value))}" for name, value in named.items() if value not in (None, "")]
+    flags = ["--exclusive"] if asked.exclusive else []
+    flags.append("--requeue" if asked.requeue else "--no-requeue")
+    for option in asked.directives:
+        if not option.startswith("--") or "\n" in option:
+            raise ConfigError(f"launcher.directives: {option!r} is not an option of sbatch; write '--name=value'")
+    return [*given, *flags, *asked.directives]
+
+
+def _quoted(name: str, value: str) -> str:
+    if re.search(r'["\\\n\r]', value):
+        raise ConfigError(f"launcher.{name}: {value!r} holds a quote, backslash or newline; an #SBATCH line cannot")
+    return value if _PLAIN.fullmatch(value) else f'"{value}"'
+
+
+def log_pattern(folder: Path, name: str) -> str:
+    """A file in `folder` for the output of a job or step; `name` may hold %t (task) and %n (node)."""
+    return str(folder).replace("%", "%%") + f"/%j.{name}.out"
+
+
+def step_command(
+    command: Sequence[str],
+    *,
+    name: str = "",
+    output: str = "",
+    n_tasks: int | None = None,
+    n_nodes: int | None = None,
+    cpus_per_task: int | None = None,
+    wait_s: float | None = None,
+    end_together: bool = False,
+    shares: bool = False,
+) -> list[str]:
+    """Run `command` as a step of this job, once per task.
+
+    `wait_s`: how long tasks may outlive the first that ends. `end_together`: a task that fails ends the others.
+    `shares`: the step takes nothing of what other steps need.
+
+    GPUs asked for per node are bound to no task: every rank sees all those of its node, as NCCL's direct path needs.
+    `--gpu-bind=none` would do more: it unsets CUDA_VISIBLE_DEVICES (Slurm 22.05), and then two jobs that share a node
+    without device cgroups take the same GPUs.
+    """
+    named = {
+        "job-name": name,
+        "output": output,
+        "open-mode": "append" if output else "",
+        "ntasks": n_tasks,
+        "nodes": n_nodes,
+        "cpus-per-task": cpus_per_task,
+        "wait": None if wait_s is None else f"{wait_s:.0f}",
+        "kill-on-bad-exit": int(end_together),
+    }
+    options = [f"--{key}={value}" for key, value in named.items() if value not in (None, "")]
+    return ["srun", "--export=ALL", "--input=none", *options, *(["--overlap", "--mem=0"] if shares else []), *command]
+
+
+def outside_job(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that belongs to no job, even if this one does."""
+    return {name: value for name, value in env.items() if not name.startswith("SLURM_") or name in _OF_CLUSTER}
+
+
 # -- commands ------------------------------------------------------------------------------------------------------
 
-Runner = Callable[[Sequence[str]], str]
+Runner = Callable[..., str]
+"""`run_command`, or what takes its place in a test: (words, env=...) -> output."""
 
 
 def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
-    """Output of a Slurm command. Raises RunError with its own words."""
+    """Output of a Slurm command. Raises RunError with Slurm's own words."""
     try:
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
     except FileNotFoundError:
@@ -173,6 +270,109 @@ def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, time
     if done.returncode:
         raise RunError(f"{' '.join(words[:2])} was refused: {(done.stderr or done.stdout).strip()}")
     return done.stdout
+
+
+def ask_slurm(words: Sequence[str], timeout_s: float = 5.0) -> str:
+    """Output of a Slurm command that is not worth a long wait; empty where there is none."""
+    try:
+        return run_command(words, timeout_s=timeout_s)
+    except (OSError, RunError):
+        return ""
+
+
+def must_be_there() -> None:
+    """Raise RunError where no job can be submitted."""
+    run_command(["sbatch", "--version"])
+
+
+def can_submit(env: Mapping[str, str]) -> bool:
+    """Whether this process is within a job and can submit others."""
+    return bool(this_job(env)[0]) and shutil.which("sbatch", path=env.get("PATH")) is not None
+
+
+def submit(
+    script: Path,
+    asked: LauncherArgs,
+    folder: Path,
+    *,
+    output: str = "",
+    array: str = "",
+    once: str = "",
+    env: Mapping[str, str] = os.environ,
+    run: Runner = run_command,
+) -> str:
+    """Submit a job script that begins in `folder`; returns the job's id. Raises RunError.
+
+    `output`: file of what it prints, of `log_pattern`; default: slurm-ID.out in `folder`. `once`: the job's name; if
+    such a job waits or runs already, it is not submitted again and its id is returned.
+    """
+    if once and (known := jobs_named(once, run)):
+        return known[0]
+    options = [f"--{key}={value}" for key, value in (("output", output), ("array", array)) if value]
+    words = ["sbatch", "--parsable", f"--chdir={folder}", *options, str(script)]
+    return run(words, env=_not_overruled(asked, env)).strip().partition(";")[0]
+
+
+def _not_overruled(asked: LauncherArgs, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the SBATCH_* variables (of a site file, say) that the config is more exact than.
+
+    sbatch lets them overrule #SBATCH lines.
+    """
+    names = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
+    set_here = {names.get(key, f"SBATCH_{key.upper()}") for key, value in asked.model_dump().items() if value}
+    return {name: value for name, value in env.items() if name not in set_here}
+
+
+def jobs_named(name: str, run: Runner = run_command) -> list[str]:
+    """Ids of this user's jobs of that name that wait or run. Raises RunError when the controller does not answer."""
+    return run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).split()
+
+
+def cancel(*, address: str = "", name: str = "", run: Runner = run_command) -> None:
+    """Cancel the job with this `Allocation.address`, or this user's jobs of that name. Raises RunError."""
+    run(["scancel", address] if address else ["scancel", "--me", f"--name={name}"])
+
+
+def send_signal(address: str, signal: str, step: str = "", run: Runner = run_command) -> None:
+    """Send a signal ("TERM") to all steps of a job, or to the one of that name. Raises RunError."""
+    if step:
+        listed = run(["squeue", "--noheader", "--steps", f"--jobs={address}", "--format=%i|%j"])
+        steps = {name: known for known, _, name in (line.strip().partition("|") for line in listed.splitlines())}
+        if step not in steps:
+            raise RunError(f"job {address} has no step {step}")
+        address = steps[step]
+    run(["scancel", f"--signal={signal}", address])
+
+
+REQUEUE_PAUSES_S = (1.0, 4.0)
+"""Before the second and the third attempt: a controller that is just being restarted refuses too."""
+
+
+def requeue(
+    address: str,
+    exclude: Sequence[str] = (),
+    run: Runner = run_command,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Put the job with this `Allocation.address` back into the queue, away from the nodes of `exclude`.
+
+    This process is killed soon after. Nodes can be excluded of a pending job only: so first the one, then, before the
+    kill, the other.
+    """
+    for pause_s in (*REQUEUE_PAUSES_S, None):
+        try:
+            run(["scontrol", "requeue", address])
+            break
+        except RunError as error:
+            if pause_s is None or "denied" in str(error).lower():
+                raise
+        sleep(pause_s)
+    if exclude:
+        run(["scontrol", "update", f"JobId={address}", f"ExcNodeList={','.join(exclude)}"])
+
+
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
 
 @dataclass(frozen=True)
@@ -194,69 +394,59 @@ class JobState:
         """
         return self.name not in ("RUNNING", "SUSPENDED", "SIGNALING", "UNKNOWN")
 
+    @property
+    def taken_away(self) -> bool:
+        """It did not end by itself."""
+        return self.name in ("CANCELLED", "NODE_FAIL", "BOOT_FAIL")
 
-def read_job_state(text: str) -> JobState:
-    """From the output of `scontrol show job`."""
-    facts = dict(re.findall(r"(\w+)=(\S*)", text))
-    return JobState(
-        facts.get("JobState", "UNKNOWN"), facts.get("PreemptTime", "None") != "None", _epoch_s(facts.get("EndTime", ""))
-    )
-
-
-def _epoch_s(text: str) -> float | None:
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return None  # Unknown
+    @property
+    def over(self) -> bool:
+        return self.name not in (*_WAITING, *_RUNNING, "UNKNOWN")
 
 
 def job_state(address: str, run: Runner = run_command) -> JobState:
     """Of the job with this `Allocation.address`. Raises RunError when the controller does not answer."""
-    return read_job_state(run(["scontrol", "--oneliner", "show", "job", address]))
+    facts = _shown("job", address, run)
+    try:
+        ends_at_s = datetime.fromisoformat(facts.get("EndTime", "")).timestamp()
+    except ValueError:  # Unknown
+        ends_at_s = None
+    return JobState(facts.get("JobState", "UNKNOWN"), facts.get("PreemptTime", "None") != "None", ends_at_s)
 
 
-def jobs_named(name: str, run: Runner = run_command) -> list[str]:
-    """Ids of this user's jobs of that name that wait or run. Raises RunError when the controller does not answer."""
-    return run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).split()
+def _shown(kind: str, name: str, run: Runner) -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S*)", run(["scontrol", "--oneliner", "show", kind, name])))
 
 
-REQUEUE_PAUSES_S = (1.0, 4.0)
-"""Before the second and the third try: a controller that is just being restarted refuses too."""
-
-
-def requeue(
-    address: str,
-    exclude: Sequence[str] = (),
-    run: Runner = run_command,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Put the job with this `Allocation.address` back into the queue, away from the nodes of `exclude`.
-
-    This process is killed soon after. Nodes can be excluded of a pending job only: so first the one, then, before the
-    kill, the other.
-    """
-    for pause_s in REQUEUE_PAUSES_S:
-        try:
-            run(["scontrol", "requeue", address])
-            break
-        except RunError as error:
-            if "denied" in str(error).lower():
-                raise
-        sleep(pause_s)
-    else:
-        run(["scontrol", "requeue", address])
-    if exclude:
-        run(["scontrol", "update", f"JobId={address}", f"ExcNodeList={','.join(exclude)}"])
-
-
-PATIENCE_S = 5.0
-Ask = Callable[[Sequence[str]], str | None]
-_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "CONFIGURING", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+def cluster_config(run: Runner = run_command) -> dict[str, str]:
+    """Settings of the cluster by name."""
+    pairs = (line.partition("=") for line in run(["scontrol", "show", "config"]).splitlines() if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 @dataclass(frozen=True)
-class Job:
+class Limits:
+    """What the cluster grants a job. None: it does not say."""
+
+    grace_s: float | None = None
+    """Between the notice of a preemption and the kill, in the job's partition."""
+    preempt_mode: str = ""
+    kill_wait_s: float | None = None
+    """Between SIGTERM and SIGKILL of a job that is cancelled or requeued."""
+
+
+def limits_of(address: str, run: Runner = run_command) -> Limits:
+    """The limits of a job. Raises RunError when the controller does not answer."""
+    name = _shown("job", address, run).get("Partition")
+    partition = _shown("partition", name, run) if name else {}
+    cluster = cluster_config(run)
+    grace, kill = (re.match(r"\d+", text) for text in (partition.get("GraceTime", ""), cluster.get("KillWait", "")))
+    mode = partition.get("PreemptMode") or cluster.get("PreemptMode", "")
+    return Limits(float(grace[0]) if grace else None, mode, float(kill[0]) if kill else None)
+
+
+@dataclass(frozen=True)
+class SlurmJob:
     """A job as Slurm sees it."""
 
     id: str
@@ -281,38 +471,30 @@ class Job:
         return self.is_waiting or self.state in _RUNNING
 
 
-def ask_slurm(words: Sequence[str]) -> str | None:
-    """Output of a Slurm command; None where there is none or it failed."""
-    try:
-        return run_command(words, timeout_s=PATIENCE_S)
-    except (OSError, RunError):
-        return None
-
-
-def jobs_in_queue(ask: Ask = ask_slurm) -> dict[str, Job]:
+def jobs_in_queue(run: Runner = ask_slurm) -> dict[str, SlurmJob]:
     """This user's jobs that wait, run, or ended a moment ago, by id; tasks of arrays also as `4711_3`.
 
     Tasks that never started have no id of their own yet.
     """
-    text = ask(["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%N|%F_%K"])
-    jobs = [job for job in map(_job, (text or "").splitlines()) if job is not None]
+    text = run(["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%N|%F_%K"])
+    jobs = [job for job in map(_job, text.splitlines()) if job is not None]
     return {job.id: job for job in jobs} | {job.array_task: job for job in jobs if job.array_task}
 
 
-def job_of(job_id: str, queue: dict[str, Job], ask: Ask = ask_slurm) -> Job | None:
+def job_of(job_id: str, queue: dict[str, SlurmJob], run: Runner = ask_slurm) -> SlurmJob | None:
     """A job, from the queue or from Slurm's accounts; None when Slurm does not know it (any more)."""
     if not job_id or job_id in queue:
         return queue.get(job_id)
-    text = ask(
+    text = run(
         ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=JobIDRaw,State,Reason"]
     )
-    return next((job for job in map(_job, (text or "").splitlines()) if job is not None and job.id == job_id), None)
+    return next((job for job in map(_job, text.splitlines()) if job is not None and job.id == job_id), None)
 
 
-def _job(line: str) -> Job | None:
+def _job(line: str) -> SlurmJob | None:
     fields = [field.strip() for field in line.split("|")]
     if len(fields) < 2 or not fields[0]:
         return None
     fields[2:3] = ["" if field == "None" else field for field in fields[2:3]]
     fields[5:6] = ["" if field.endswith("_N/A") else field for field in fields[5:6]]
-    return Job(*fields[:6])
+    return SlurmJob(*fields[:6])

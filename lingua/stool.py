@@ -50,7 +50,7 @@ def translate(words: Sequence[str]) -> tuple[CommandLine, bool]:
     line, local, kept = parse_command_line(words), False, []
     for word in line.overrides:
         key, _, value = word.partition("=")
-        if key == "launcher" and value in ("sbatch", "bash"):
+        if word in ("launcher=sbatch", "launcher=bash"):
             local = value == "bash"
         elif key == "time" and value == "-1":
             continue

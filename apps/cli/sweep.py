@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from lingua.console import AsJson, Debug, show_json
 
 if TYPE_CHECKING:
-    from lingua.slurm import Job
+    from lingua.slurm import SlurmJob
     from lingua.sweep.sweep import Plan, Sweep
 
 START = "start"
@@ -74,7 +74,7 @@ def start(
     what each point asks of Slurm; it is the same for all.
     """
     from lingua.config.command_line import parse_command_line
-    from lingua.slurm import run_command
+    from lingua.slurm import must_be_there
     from lingua.sweep.sweep import make_sweep, plan_sweep
 
     plan = plan_sweep(parse_command_line(words or []), Path.cwd(), at_once)
@@ -84,7 +84,7 @@ def start(
         _show_plan(plan, as_json)
         return
     if not local:
-        run_command(["sbatch", "--version"])  # before anything is written
+        must_be_there()  # before anything is written
     sweep = make_sweep(plan, Path.cwd())
     if not as_json:
         _show_points(plan)
@@ -211,7 +211,7 @@ def _start(sweep: Sweep, numbers: list[int], local: bool, as_json: bool) -> None
         print(f"job {known.jobs[-1].job}: {len(numbers)} points of {sweep.folder}")
 
 
-def _queue(sweep: Sweep, must_answer: bool = False) -> dict[str, Job]:
+def _queue(sweep: Sweep, must_answer: bool = False) -> dict[str, SlurmJob]:
     """Slurm's jobs; empty where the sweep has none, and where Slurm does not answer unless it must."""
     from lingua.slurm import ask_slurm, jobs_in_queue, run_command
 

@@ -36,13 +36,13 @@ from lingua.distributed.process_group import World, first_given, from_main, on_e
 from lingua.eval.evaluator import Beat, Evaluator, Stopped
 from lingua.eval.harness_tasks import be_offline
 from lingua.eval.measures import Measures
-from lingua.eval.spawn import OwnEvaluator, devices_beside, has_slurm
+from lingua.eval.spawn import OwnEvaluator, devices_beside
 from lingua.files import RunError
 from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.watchdog import Watchdog
-from lingua.slurm import this_allocation, this_job
+from lingua.slurm import can_submit, this_allocation, this_job
 from lingua.train.build import Run
 from lingua.train.load_model import bare_model
 
@@ -106,7 +106,7 @@ def own_evaluator(run: Run) -> OwnEvaluator:
     assert args.eval is not None
     assert args.async_eval_gpus is not None
     slurm, devices = None, None
-    if has_slurm(os.environ):
+    if can_submit(os.environ):
         slurm = args.slurm or SlurmArgs()
     else:
         n_gpus = torch.cuda.device_count()

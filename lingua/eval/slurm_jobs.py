@@ -11,14 +11,11 @@ Cost: one `squeue` per look while a job is there.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +37,12 @@ from lingua.config.keys.launch import LauncherArgs, SlurmArgs
 from lingua.eval.evaluator import Beat, Evaluator, Stopped, evaluation_tracker, read_results
 from lingua.eval.spawn import alone
 from lingua.files import RunError, make_folder, write_whole
-from lingua.launch.submit import RUN_SCRIPT, not_overruled, sbatch_options
+from lingua.launch.submit import RUN_SCRIPT
 from lingua.logger import start_logging
 from lingua.run.code_snapshot import FOLDER as CODE
 from lingua.run.folder import EXIT_FINISHED, end_asked_for
 from lingua.signals import StopSignals
-from lingua.slurm import Runner, jobs_named, run_command
+from lingua.slurm import Runner, cancel, code_lines, job_script, jobs_named, run_command, step_command, submit
 
 log = logging.getLogger(f"{__package__}.slurm_jobs")  # also under `python -m`
 
@@ -101,8 +98,7 @@ class EvalJobs:
         if (there := read_results(folder)) is not None:
             return there[1]
         name = self._name(checkpoint.root, checkpoint.step, incarnation)
-        if not self._is_there(name):
-            self._submit(folder, name, checkpoint.step)
+        self._submit(folder, name, checkpoint.step)
         try:
             return self._wait(folder, name, beat)
         except Stopped:
@@ -114,15 +110,12 @@ class EvalJobs:
     def _name(self, root: Path, step: int, incarnation: int) -> str:
         return f"eval-{(root / layout.RUN_ID).read_text().strip()}-{step}-{incarnation}"
 
-    def _is_there(self, name: str) -> bool:
-        """Whether the job waits or runs. Raises RunError where Slurm does not answer."""
-        return bool(jobs_named(name, self.run))
-
     def _submit(self, folder: Path, name: str, step: int) -> None:
+        """Submit the job unless it waits or runs already. Raises RunError where Slurm does not answer."""
         make_folder(folder, "evals")
         script = folder / RUN_SCRIPT
         write_whole(script, self.render(folder, name, step), mode=0o755)
-        job_id = self.run(["sbatch", "--parsable", f"--chdir={folder}", str(script)]).strip().partition(";")[0]
+        job_id = submit(script, self.launcher, folder, once=name, run=self.run)
         log.info("step %d is evaluated by job %s: %s", step, job_id, folder)
 
     def render(self, folder: Path, name: str, step: int) -> str:
@@ -130,20 +123,16 @@ class EvalJobs:
         code = self.run_dir / CODE if (self.run_dir / CODE).is_dir() else self.base_dir
         place = [f"ckpt={self.run_dir}@{step}", f"dump_dir={folder}"]
         command = [str(self.python), "-u", "-m", f"{self.app}.eval", *place, *self.words]
-        lines = [
-            *(f"#SBATCH {option}" for option in sbatch_options(name, self.launcher)),
-            f"cd -- {shlex.quote(str(self.base_dir))} || exit 2",
-            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            f"exec srun --kill-on-bad-exit=1 {shlex.join(command)}",
-        ]
-        return "\n".join(["#!/usr/bin/env bash", *lines, ""])
+        return job_script(
+            name, self.launcher, code_lines(self.base_dir, code, step_command(command, end_together=True))
+        )
 
     def _wait(self, folder: Path, name: str, beat: Beat) -> Mapping[str, Any]:
         gone_s: float | None = None
         while (there := read_results(folder)) is None:
             beat()
             try:
-                is_there = self._is_there(name)
+                is_there = bool(jobs_named(name, self.run))
             except RunError as error:  # the controller rests; eval.timeout_hours ends that too
                 log.warning("%s", error)
                 is_there = True
@@ -158,7 +147,7 @@ class EvalJobs:
 
     def _cancel(self, name: str) -> None:
         try:
-            self.run(["scancel", "--me", f"--name={name}"])
+            cancel(name=name, run=self.run)
         except RunError as error:
             log.warning("%s", error)
 
@@ -172,7 +161,7 @@ def _last_error(folder: Path) -> str:
     return f"{said[-1]} ({logs[-1]})" if said else f"see {logs[-1]}"
 
 
-def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Path, run: Runner | None = None) -> int:
+def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Path, run: Runner = run_command) -> int:
     """Follow a run, each of its evaluations a Slurm job; returns the exit code. Raises ConfigError."""
     config = run_dir / CONFIG_FILE
     if not config.is_file():
@@ -188,7 +177,6 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
     slurm: SlurmArgs = run_args.slurm or SlurmArgs()
     gpus = slurm.ngpu if run_args.async_eval_gpus is None else run_args.async_eval_gpus
     launcher = asked_of_slurm(slurm, gpus)
-    run = run or partial(run_command, env=not_overruled(launcher, os.environ))
     with StopSignals(("SIGINT", "SIGTERM", "SIGUSR2")) as signals:
         jobs = EvalJobs(
             run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(),

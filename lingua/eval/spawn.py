@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -34,11 +31,10 @@ from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import LauncherArgs, SlurmArgs
 from lingua.eval.evaluator import Evaluator
 from lingua.files import RunError, make_folder, write_whole
-from lingua.launch.submit import not_overruled, sbatch_options
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
 from lingua.run.lock import OccupiedError, RunLock, living_attempt, this_process
-from lingua.slurm import Runner, jobs_named, run_command, this_job
+from lingua.slurm import Runner, code_lines, job_script, log_pattern, outside_job, run_command, submit, this_job
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +46,6 @@ LAST_JOB_MEM = "1G"
 # Where a process stands among ranks: an evaluator is none of them.
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
              "MASTER_PORT")  # fmt: skip
-_OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
@@ -63,10 +58,8 @@ def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[st
     """
     kept = {
         name: value
-        for name, value in env.items()
-        if name not in _OF_RANKS
-        and not name.startswith("TORCHELASTIC_")
-        and (not name.startswith("SLURM_") or name in _OF_CLUSTER)
+        for name, value in outside_job(env).items()
+        if name not in _OF_RANKS and not name.startswith("TORCHELASTIC_")
     }
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
     kept.pop("CUDA_VISIBLE_DEVICES", None)
@@ -154,8 +147,7 @@ class OwnEvaluator:
     base_dir: Path = field(default_factory=Path.cwd)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     start: Callable[[Sequence[str], Mapping[str, str], Path], Process] = start_process
-    run: Runner | None = None
-    """Runs Slurm's commands. None: as this process would."""
+    run: Runner = run_command
     _process: Process | None = None
 
     @property
@@ -216,28 +208,14 @@ class OwnEvaluator:
             exclude=slurm.exclude, signal_s=0,
         )  # fmt: skip
         name = f"follow-{(run_root(self.run_dir) / layout.RUN_ID).read_text().strip()}"
-        env = not_overruled(asked, follower_environment(self.env, None))
-        run = self.run or partial(run_command, env=env)
-        if known := jobs_named(name, run):
-            return known[0]
         script = make_folder(self.run_dir / layout.EVALS, "evals") / SCRIPT
         write_whole(script, self.render(name, asked), mode=0o755)
-        logs = str(self.run_dir / RANK_LOGS).replace("%", "%%")
-        output = f"--output={logs}/%j.evaluator.out"
-        return run(["sbatch", "--parsable", f"--chdir={script.parent}", output, str(script)]).strip().partition(";")[0]
+        output = log_pattern(self.run_dir / RANK_LOGS, "evaluator")
+        env = follower_environment(self.env, None)
+        return submit(script, asked, script.parent, output=output, once=name, env=env, run=self.run)
 
     def render(self, name: str, asked: LauncherArgs) -> str:
         """The text of the last job's script."""
         code = self.run_dir / CODE if (self.run_dir / CODE).is_dir() else Path(__file__).parents[2]
-        lines = [
-            *(f"#SBATCH {option}" for option in sbatch_options(name, asked)),
-            f"cd -- {shlex.quote(str(self.base_dir))} || exit 2",
-            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            f"exec {shlex.join(follow_command(self.run_dir, self.app, by_jobs=True))}",
-        ]
-        return "\n".join(["#!/usr/bin/env bash", *lines, ""])
-
-
-def has_slurm(env: Mapping[str, str]) -> bool:
-    """Whether this process is within a job, and can submit others."""
-    return bool(this_job(env)[0]) and shutil.which("sbatch", path=env.get("PATH")) is not None
+        command = follow_command(self.run_dir, self.app, by_jobs=True)
+        return job_script(name, asked, code_lines(self.base_dir, code, command))

@@ -49,7 +49,16 @@ from lingua.run.code_snapshot import environment, freeze_code
 from lingua.run.failure import KINDS, Failure, classify, read_failures
 from lingua.run.folder import EXIT_FAILED, STOP_FILE
 from lingua.run.lock import attempt_files, newest_attempt
-from lingua.slurm import Allocation, JobState, job_state, requeue, this_allocation, this_node_name
+from lingua.slurm import (
+    Allocation,
+    JobState,
+    job_state,
+    log_pattern,
+    requeue,
+    step_command,
+    this_allocation,
+    this_node_name,
+)
 from lingua.train.check import load
 
 JOBS = "jobs"
@@ -168,36 +177,28 @@ def read_job(job_file: Path, allocation: Allocation | None) -> Job:
 
 
 def ranks_command(job: Job) -> list[str]:
-    """The step of the ranks. Nothing but srun stands between Slurm and Python, or one process of ours per node.
-
-    GPUs asked for per node are bound to no task: every rank sees all those of its node, as NCCL's direct path needs.
-    `--gpu-bind=none` would do more: it unsets CUDA_VISIBLE_DEVICES (Slurm 22.05), and then two jobs that share a node
-    without device cgroups take the same GPUs.
-    """
+    """The step of the ranks: nothing but srun, or one process of ours per node, stands between Slurm and Python."""
     train = [sys.executable, "-u", "-m", f"{job.app}.train", *job.train_words]
     slurm = job.allocation
     if slurm is None:
         return train
-    per_node = job.launcher.tasks_per_node == "per_node"
-    n_local = job.n_ranks // slurm.n_nodes
-    cpus = (slurm.cpus_per_task or 1) * (n_local if per_node else 1)
-    return [
-        *_srun(job, RANKS_STEP, "%t"),
-        "--kill-on-bad-exit=0",  # a rank that is through must not end one that still saves
-        f"--wait={PATIENCE_S:.0f}",
-        f"--ntasks={slurm.n_nodes if per_node else job.n_ranks}",
-        f"--cpus-per-task={cpus}",
-        *([sys.executable, "-m", "lingua.launch.local_ranks", str(n_local)] if per_node else []),
-        *train,
-    ]
+    per_node, n_local = job.launcher.tasks_per_node == "per_node", job.n_ranks // slurm.n_nodes
+    below = [sys.executable, "-m", "lingua.launch.local_ranks", str(n_local)] if per_node else []
+    return step_command(
+        [*below, *train],
+        name=RANKS_STEP,
+        output=log_pattern(job.run_dir / RANK_LOGS, "%t"),
+        n_tasks=slurm.n_nodes if per_node else job.n_ranks,
+        cpus_per_task=(slurm.cpus_per_task or 1) * (n_local if per_node else 1),
+        wait_s=PATIENCE_S,
+    )
 
 
 def node_check_command(job: Job) -> list[str] | None:
     """The step that says which nodes are bad, with as many tasks as ranks; None: not asked for."""
     if job.allocation is None or not job.launcher.node_check:
         return None
-    tasks = ["--kill-on-bad-exit=0", f"--ntasks={job.n_ranks}"]
-    return ["srun", "--export=ALL", "--input=none", *tasks, sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"]
+    return step_command([sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"], n_tasks=job.n_ranks)
 
 
 def read_bad_nodes(said: str) -> dict[str, list[str]]:
@@ -219,17 +220,17 @@ def service_command(job: Job) -> list[str] | None:
     """
     if job.allocation is None or job.shm is None:
         return None
-    n_nodes = job.allocation.n_nodes
-    share = ["--overlap", "--mem=0", f"--ntasks={n_nodes}", f"--nodes={n_nodes}", "--cpus-per-task=1"]
     serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm]
-    # Ranks come once per start of a job: to linger for others would cost its grace.
-    return [*_srun(job, SERVICE_STEP, "service.%n"), *share, *serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"]
-
-
-def _srun(job: Job, step: str, log_name: str) -> list[str]:
-    logs = str(job.run_dir / RANK_LOGS).replace("%", "%%")
-    output = ["--open-mode=append", f"--output={logs}/%j.{log_name}.out"]
-    return ["srun", f"--job-name={step}", "--export=ALL", "--input=none", *output]
+    return step_command(
+        # Ranks come once per start of a job: to linger for others would cost its grace.
+        [*serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"],
+        name=SERVICE_STEP,
+        output=log_pattern(job.run_dir / RANK_LOGS, "service.%n"),
+        n_tasks=job.allocation.n_nodes,
+        n_nodes=job.allocation.n_nodes,
+        cpus_per_task=1,
+        shares=True,
+    )
 
 
 def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:

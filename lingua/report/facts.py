@@ -25,7 +25,7 @@ from lingua.run.failure import Failure, read_failures
 from lingua.run.folder import STOP_FILE
 from lingua.run.lock import FOLDER, Attempt, newest_attempt
 from lingua.run.metrics import METRICS_FILE, VALIDATION_FILE
-from lingua.slurm import Job
+from lingua.slurm import SlurmJob
 
 _TAIL_BYTES = 64 << 10
 
@@ -54,7 +54,7 @@ class RunFacts:
     checkpoint: int | None = None
     """Step of the newest published checkpoint."""
     checkpoint_age_s: float | None = None
-    job: Job | None = None
+    job: SlurmJob | None = None
     """The newest attempt's, where Slurm knows it."""
 
     @property
@@ -89,7 +89,7 @@ def find_runs(folder: Path, depth: int = 4) -> list[Path]:
     return [run for path in below for run in find_runs(path, depth - 1)]
 
 
-def read_run(path: Path, job: Job | None = None, now_s: float | None = None) -> RunFacts:
+def read_run(path: Path, job: SlurmJob | None = None, now_s: float | None = None) -> RunFacts:
     """Everything a run folder says."""
     now_s = time.time() if now_s is None else now_s
 

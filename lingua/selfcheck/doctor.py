@@ -20,7 +20,7 @@ from typing import Literal
 from lingua.checkpoint.capacity import memory_limit, private_shm
 from lingua.files import human_bytes
 from lingua.selfcheck.node_check import SHM, check_folder
-from lingua.slurm import Ask, ask_slurm
+from lingua.slurm import ask_slurm, cluster_config
 
 Level = Literal["ok", "note", "wrong"]
 _SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse", "wekafs", "panfs", "afs")
@@ -96,9 +96,9 @@ def judge_disk(folder: Path, kind: str | None, free: int, seconds: float, proble
     return Finding(part, "ok", says)
 
 
-def judge_slurm(config: Mapping[str, str] | None) -> list[Finding]:
-    """`config`: `scontrol show config`; None: no Slurm, or no controller that answers."""
-    if config is None:
+def judge_slurm(config: Mapping[str, str]) -> list[Finding]:
+    """`config`: settings of the cluster; empty: no Slurm, or no controller that answers."""
+    if not config:
         return [
             Finding("slurm", "note", "not here, or its controller does not answer", "run with --local, or torchrun")
         ]
@@ -144,14 +144,6 @@ def mounted_as(path: Path, mounts: str) -> str | None:
     return best[1] if best is not None else None
 
 
-def slurm_config(ask: Ask = ask_slurm) -> dict[str, str] | None:
-    text = ask(["scontrol", "show", "config"])
-    if text is None:
-        return None
-    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def examine(folder: Path) -> list[Finding]:
     """Everything, on this machine; `folder` is where runs are to lie."""
     mounts = Path("/proc/mounts").read_text()
@@ -166,7 +158,7 @@ def examine(folder: Path) -> list[Finding]:
         judge_shm(mounted_as(SHM, mounts), space.total, space.free, private),
         judge_memory(*memory_limit(cgroup)),
         judge_disk(folder, mounted_as(place, mounts), shutil.disk_usage(place).free, seconds, problem),
-        *judge_slurm(slurm_config()),
+        *judge_slurm(cluster_config(ask_slurm)),
     ]
 
 

@@ -29,7 +29,7 @@ from lingua.config.command_line import CommandLine, parse_command_line
 from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_config
 from lingua.files import RunError, write_whole
 from lingua.launch.job import NO_REQUEUE, RANKS_STEP, REFUSED, SERVICE_STEP
-from lingua.launch.submit import launch, without_slurm
+from lingua.launch.submit import launch
 from lingua.logger import MAIN_LOG, RANK_LOGS
 from lingua.report.facts import last_line
 from lingua.run.folder import EXIT_INTERRUPTED
@@ -40,15 +40,23 @@ from lingua.selfcheck.drill_plan import (
     SOURCE,
     Blow,
     Facts,
-    Limits,
     Struck,
     blows,
-    read_limits,
     run_config,
-    step_of,
     text_lines,
 )
-from lingua.slurm import job_state, run_command
+from lingua.slurm import (
+    JobState,
+    Limits,
+    Runner,
+    cancel,
+    job_state,
+    limits_of,
+    outside_job,
+    requeue,
+    run_command,
+    send_signal,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +67,6 @@ SETTLED_S = 5.0
 """A job that is over for so long does not come back: what is requeued passes through such states."""
 END_WITHIN_S = 300.0
 """A cancelled job that is not over by then has come back: longer than any KillWait."""
-TAKEN_AWAY = ("CANCELLED", "NODE_FAIL", "BOOT_FAIL")
-"""States of a job that did not end by itself."""
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 
 
 # -- what can be seen ----------------------------------------------------------------------------------------------
@@ -190,7 +195,7 @@ class OnSlurm:
 
     def __init__(
         self,
-        run: Callable[..., str] = run_command,
+        run: Runner = run_command,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -212,16 +217,11 @@ class OnSlurm:
         job = self._job_id
         try:
             if kind == "requeue":
-                self._run(["scontrol", "requeue", job])
+                requeue(job, run=self._run)
             elif kind in SAVING:
-                self._run(["scancel", f"--signal={kind}", job])
+                send_signal(job, kind, run=self._run)
             else:
-                name = RANKS_STEP if kind == "KILL" else SERVICE_STEP
-                listed = self._run(["squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i|%j"])
-                step = step_of(listed, name)
-                if step is None:
-                    return f"job {job} has no step {name}"
-                self._run(["scancel", "--signal=KILL", step])
+                send_signal(job, "KILL", step=RANKS_STEP if kind == "KILL" else SERVICE_STEP, run=self._run)
         except RunError as error:
             return str(error)
         return ""
@@ -230,46 +230,44 @@ class OnSlurm:
         now_s = self._now()
         if now_s - self._asked_s >= ASK_S:
             self._asked_s = now_s
-            self._over_since_s = min(self._over_since_s, now_s) if self._state() in OVER else float("inf")
+            self._over_since_s = min(self._over_since_s, now_s) if self._state().over else float("inf")
         return now_s - self._over_since_s > SETTLED_S
 
     def last_words(self, run_dir: Path) -> tuple[bool, str]:
-        if (state := self._state()) in TAKEN_AWAY:
-            return True, f"job {self._job_id} is {state}"
+        if (state := self._state()).taken_away:
+            return True, f"job {self._job_id} is {state.name}"
         path = run_dir / RANK_LOGS / f"{self._job_id}.out"
         try:
             lines = path.read_text(errors="replace").split("\n")
         except OSError as error:
-            return False, f"it is {state}, and its log cannot be read: {error}"
+            return False, f"it is {state.name}, and its log cannot be read: {error}"
         refused = next((line for line in reversed(lines) if REFUSED in line or NO_REQUEUE in line), None)
         last = refused or next((line for line in reversed(lines) if line.strip()), "nothing")
         return refused is not None, f"{last.strip()} ({path})"
 
-    def _state(self) -> str:
+    def _state(self) -> JobState:
         try:
-            return job_state(self._job_id, self._run).name
+            return job_state(self._job_id, self._run)
         except RunError as error:
             log.warning("%s", error)
-            return "UNKNOWN"
+            return JobState("UNKNOWN")
 
     def end(self) -> bool:
-        self._run(["scancel", self._job_id])
+        cancel(address=self._job_id, run=self._run)
         until_s = self._now() + END_WITHIN_S
         while not self.is_over():
             if self._now() > until_s:
                 return False
             self._sleep(ASK_S)
-        return self._state() == "CANCELLED"
+        return self._state().name == "CANCELLED"
 
     def close(self) -> None:
-        if self._job_id and self._state() not in OVER:
-            self._run(["scancel", self._job_id])
+        if self._job_id and not self._state().over:
+            cancel(address=self._job_id, run=self._run)
 
     def limits(self) -> Limits:
         try:
-            found = re.search(r"Partition=(\S+)", self._run(["scontrol", "--oneliner", "show", "job", self._job_id]))
-            partition = self._run(["scontrol", "--oneliner", "show", "partition", found[1]]) if found else ""
-            return read_limits(partition, self._run(["scontrol", "show", "config"]))
+            return limits_of(self._job_id, self._run)
         except RunError as error:
             log.warning("%s", error)
             return Limits()
@@ -292,7 +290,7 @@ class Here:
     def _begin(self, words: Sequence[str], env: Mapping[str, str]) -> str:
         with self._output.open("ab") as said:
             self._process = subprocess.Popen(
-                ["bash", words[-1]], env=without_slurm(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                ["bash", words[-1]], env=outside_job(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
                 start_new_session=True,
             )  # fmt: skip
         return "here"

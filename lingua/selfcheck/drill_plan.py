@@ -8,12 +8,13 @@ Cost: none; `drillrun.py` does the work.
 from __future__ import annotations
 
 import random
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lingua.slurm import Limits
 
 LONGEST_PAUSE_S = 8.0
 """Of training between two blows, at most."""
@@ -83,36 +84,6 @@ def blows(kinds: Sequence[str], seed: int) -> Iterator[Blow]:
             yield Blow(kind, rng.uniform(0.5, LONGEST_PAUSE_S))
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the cluster grants. None: it does not say."""
-
-    grace_s: float | None = None
-    """Of a preempted job in this partition."""
-    preempt_mode: str = ""
-    kill_wait_s: float | None = None
-    """Between SIGTERM and SIGKILL of a job that is cancelled or requeued."""
-
-
-def read_limits(partition: str, config: str) -> Limits:
-    """From `scontrol show partition NAME` and `scontrol show config`."""
-    of_partition = dict(re.findall(r"(\w+)=(\S*)", partition))
-    of_cluster = dict(re.findall(r"^(\w+)\s*=\s*(\S+)", config, re.MULTILINE))
-    mode = of_partition.get("PreemptMode", "") or of_cluster.get("PreemptMode", "")
-    return Limits(_number(of_partition.get("GraceTime")), mode, _number(of_cluster.get("KillWait")))
-
-
-def _number(text: str | None) -> float | None:
-    found = re.match(r"\d+", text or "")
-    return float(found[0]) if found else None
-
-
-def step_of(listed: str, name: str) -> str | None:
-    """The id of a job's step, from `squeue --steps --format='%i|%j'`."""
-    steps = (line.strip().partition("|") for line in listed.splitlines())
-    return next((step for step, _, of in steps if of == name), None)
-
-
 # -- the verdict ---------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +129,7 @@ class Facts:
     """The run's warning."""
     not_requeued: str = ""
     """Why Slurm did not take back a job that asked for it. Empty: it did, or there is no Slurm."""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,12 +38,12 @@ from lingua.console import duration
 from lingua.files import DISK, RunError, make_folder, make_folders, read_json, write_json, write_whole
 from lingua.launch.job import write_job
 from lingua.launch.local_ranks import POLL_S, signals_passed_on, start_below
-from lingua.launch.submit import RUN_SCRIPT, Script, complete_launcher, must_be_checkout, render, submit, without_slurm
+from lingua.launch.submit import RUN_SCRIPT, complete_launcher, must_be_checkout, run_script
 from lingua.logger import RANK_LOGS
 from lingua.report.diff import flatten, label
 from lingua.run.code_snapshot import freeze_code
 from lingua.run.folder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE
-from lingua.slurm import run_command
+from lingua.slurm import Runner, outside_job, run_command, submit
 from lingua.sweep.grid import plain_overrides, points_of, read_axes
 from lingua.train.check import load
 
@@ -163,15 +162,9 @@ def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) ->
     _must_differ(checked, [label(each) for each in values])
     sweep = Sweep(folder, args.name, line.typed, list(values[0]), values, at_once)
     launcher = _same_launcher(checked)
-    script = Script(
-        name=sweep.name,
-        launcher=launcher,
-        base_dir=base_dir,
-        python=Path(sys.executable),
-        job_file=sweep.task_file(1).absolute(),
-        array=array_of(sweep.numbers, at_once),
-    )
-    return Plan(sweep, lines, checked, render(script))
+    array = array_of(sweep.numbers, at_once)
+    script = run_script(sweep.name, launcher, base_dir, sweep.task_file(1).absolute(), array)
+    return Plan(sweep, lines, checked, script)
 
 
 def _must_be_free(folder: Path) -> None:
@@ -303,11 +296,12 @@ def submit_points(
     numbers: Sequence[int],
     *,
     env: Mapping[str, str] = os.environ,
-    run: Callable[..., str] = run_command,
+    run: Runner = run_command,
 ) -> Sweep:
     """Submit these points as one array job; the sweep that knows of it."""
     launcher = LauncherArgs.model_validate(_config(sweep, numbers[0]).get("launcher", {}))
-    job = submit(sweep.script, launcher, [f"--array={array_of(numbers, sweep.at_once)}"], env=env, run=run)
+    logs = make_folder(sweep.folder / RANK_LOGS, "dump_dir")
+    job = submit(sweep.script, launcher, logs.absolute(), array=array_of(numbers, sweep.at_once), env=env, run=run)
     known = replace(sweep, jobs=[*sweep.jobs, Submission(job, sorted(numbers))])
     known.save(sweep.folder)
     return known
@@ -348,7 +342,7 @@ def run_points(
                     output = files.enter_context((logs / f"{number}.out").open("ab"))
                     command = ["bash", str(sweep.script), str(number)]
                     start_below(
-                        processes, [(command, without_slurm(env) | shares[slot], output)], at_death=signal.SIGTERM
+                        processes, [(command, outside_job(env) | shares[slot], output)], at_death=signal.SIGTERM
                     )
                     slots[slot] = number, processes[-1], now()
                     say(f"point {number} ({label(sweep.values(number))}) runs; log: {logs / f'{number}.out'}")

@@ -1,39 +1,39 @@
+"""Variables, commands and answers of Slurm. Real clusters: tests/runs/test_slurm_*.py."""
+
+from __future__ import annotations
+
+import ast
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from lingua.config.keys.launch import LauncherArgs
 from lingua.files import RunError
 from lingua.slurm import (
     Allocation,
     JobState,
+    Limits,
+    SlurmJob,
     SlurmTask,
+    ask_slurm,
     expand_hosts,
-    first_host,
     job_end_s,
+    job_of,
+    job_state,
+    jobs_in_queue,
+    limits_of,
     node_of_each_task,
-    read_job_state,
     requeue,
     run_command,
+    send_signal,
+    submit,
     this_allocation,
     this_job,
     this_node_name,
     this_task,
 )
-
-
-@pytest.mark.parametrize(
-    ("node_list", "expected"),
-    [
-        ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("gpu[003-007,9],x1", "gpu003"),
-        ("gpu[12,14]", "gpu12"),
-        ("rack1-n[1-2]-ib", "rack1-n1-ib"),
-    ],
-)
-def test_first_host_of_a_node_list(node_list: str, expected: str):
-    assert first_host(node_list) == expected
 
 
 def test_a_task_of_a_step_knows_its_place():
@@ -138,7 +138,7 @@ def test_what_slurm_gave(env: dict[str, str], expected: Allocation | None):
     ],
 )
 def test_the_state_of_a_job(text: str, preempted: bool, cancelled: bool, limited: bool):
-    state = read_job_state(text)
+    state = job_state("1", lambda words: text)
     assert (state.preempted, state.cancelled, state.ends_at_s is not None) == (preempted, cancelled, limited)
 
 
@@ -207,3 +207,112 @@ def test_a_task_of_an_array_is_never_called_by_its_job_id():
     alone = this_allocation({"SLURM_JOB_ID": "30"})
     assert alone is not None
     assert alone.address == "30"
+
+
+@pytest.mark.parametrize(
+    ("partition", "config", "expected"),
+    [
+        ("", "", Limits()),
+        (
+            "PartitionName=low DisableRootJobs=NO GraceTime=30 Hidden=NO PreemptMode=REQUEUE State=UP",
+            "KillWait                = 5 sec\nPreemptMode             = OFF\nSlurmdTimeout           = 8 sec\n",
+            Limits(30.0, "REQUEUE", 5.0),
+        ),
+        ("PartitionName=all GraceTime=0", "PreemptMode = CANCEL\n", Limits(0.0, "CANCEL", None)),
+    ],
+)
+def test_what_a_cluster_grants(partition: str, config: str, expected: Limits):
+    answers = {"job": "JobId=7 Partition=low", "partition": partition, "config": config}
+    assert limits_of("7", lambda words: answers[words[words.index("show") + 1]]) == expected
+
+
+@pytest.mark.parametrize("listed", ["7.batch|run.sh\n7.0|service\n 7.1|ranks\n", "7.0|python\n", ""])
+def test_a_signal_goes_to_one_step(listed: str):
+    commands: list[list[str]] = []
+
+    def run(words: Sequence[str]) -> str:
+        commands.append(list(words))
+        return listed
+
+    if "ranks" in listed:
+        send_signal("7", "KILL", "ranks", run)
+        assert commands[-1] == ["scancel", "--signal=KILL", "7.1"]
+    else:
+        with pytest.raises(RunError, match="job 7 has no step ranks"):
+            send_signal("7", "KILL", "ranks", run)
+
+
+def test_a_job_that_is_known_by_its_name_is_submitted_once():
+    commands: list[str] = []
+    queue = [""]
+
+    def run(words: Sequence[str], env: object = None) -> str:
+        commands.append(words[0])
+        return queue[0] if words[0] == "squeue" else "17;cluster\n"
+
+    script, asked = Path("run.sh"), LauncherArgs()
+    assert submit(script, asked, Path("logs"), once="mine", run=run) == "17"
+    queue[0] = "17\n"
+    assert submit(script, asked, Path("logs"), once="mine", run=run) == "17"
+    assert commands == ["squeue", "sbatch", "squeue"]
+
+
+SQUEUE = """\
+7|RUNNING|None|1-02:03:04|n[1-2]|7_N/A
+8|PENDING|Priority|2:00:00||8_N/A
+9|CANCELLED|None|INVALID|n3|9_N/A
+31|RUNNING|None|2:00:00|n4|30_1
+30|PENDING|Priority|2:00:00||30_2
+30|PENDING|Priority|2:00:00||30_3
+"""
+SACCT = """\
+12|CANCELLED by 1000|None
+12.batch|CANCELLED|
+"""
+
+
+def slurm(words: Sequence[str]) -> str:
+    return {"squeue": SQUEUE, "sacct": SACCT}[words[0]]
+
+
+def test_the_queue_is_read_at_once():
+    queue = jobs_in_queue(slurm)
+    assert queue["7"] == SlurmJob("7", "RUNNING", "", "1-02:03:04", "n[1-2]")
+    assert queue["8"] == SlurmJob("8", "PENDING", "Priority", "2:00:00", "")
+    assert [name for name, job in queue.items() if job.is_waiting] == ["8", "30", "30_2", "30_3"]
+    assert [name for name, job in queue.items() if not job.is_there] == ["9"]
+    assert queue["30_1"] is queue["31"], "a task that has started has an id of its own"
+
+
+def test_a_job_that_left_the_queue_is_in_the_accounts():
+    assert job_of("7", jobs_in_queue(slurm), slurm) == SlurmJob("7", "RUNNING", "", "1-02:03:04", "n[1-2]")
+    assert job_of("12", {}, slurm) == SlurmJob("12", "CANCELLED by 1000")
+    assert job_of("13", {}, slurm) is None
+    assert job_of("", {}, slurm) is None
+
+
+def test_no_slurm_is_no_answer():
+    assert ask_slurm(["no-such-command-as-this"]) == ask_slurm(["false"]) == ""
+    assert ask_slurm(["sleep", "5"], timeout_s=0.01) == ""
+    assert jobs_in_queue(lambda words: "") == {}
+    assert job_of("7", {}, lambda words: "") is None
+
+
+COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "sacct", "scancel")
+
+
+def test_commands_of_slurm_are_written_in_one_module():
+    """Another scheduler is one more file. Scripts that people submit with sbatch themselves are Slurm's own."""
+    root = Path(__file__).parents[2]
+    files = [path for top in ("lingua", "apps", "setup") for path in (root / top).rglob("*.py")]
+    found = {path.relative_to(root).as_posix() for path in files if names_a_command(ast.parse(path.read_text()))}
+    assert found == {"lingua/slurm.py"}
+    assert not [word for word in COMMANDS if f"\n{word} " in (root / "scripts/job.sh").read_text()]
+
+
+def names_a_command(tree: ast.Module) -> bool:
+    """Whether a text is a command, begins with one and an option, or is a line for sbatch."""
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return any(
+        text in COMMANDS or text.startswith(("#SBATCH", *(f"{command} -" for command in COMMANDS))) for text in texts
+    )

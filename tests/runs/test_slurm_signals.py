@@ -9,7 +9,7 @@ import pytest
 
 from lingua.files import read_json
 from lingua.launch.job import RANKS_STEP, SERVICE_STEP
-from lingua.selfcheck.drill_plan import step_of
+from lingua.slurm import send_signal
 from tests.checkout import Checkout, tiny, undisturbed
 from tests.slurm_cluster import until
 from tests.trainer import fingerprint, losses, published, train
@@ -76,8 +76,7 @@ def test_a_service_step_saves_what_preemption_left_in_memory_and_may_be_killed(
     preempt(checkout, job_id, 1)
     assert published(run_dir)[-1] >= step, "the batch script waits for the service"
     checkout.wait_for_step("staged", published(run_dir)[-1] + 20)
-    listed = checkout.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i|%j")
-    checkout.cluster.run("scancel", "--signal=KILL", step_of(listed, SERVICE_STEP) or f"no service in {listed}")
+    send_signal(job_id, "KILL", SERVICE_STEP, run=lambda words: checkout.cluster.run(*words))
     until(lambda: (run_dir / "logs" / "checkpoint_service.0.log").exists(), "a service that the ranks begin")
     step = published(run_dir)[-1]
     until(lambda: published(run_dir)[-1] > step + 50, "checkpoints after the death of the service")
@@ -143,8 +142,7 @@ def test_ranks_that_are_killed_after_a_polite_end_come_back(checkout: Checkout):
     checkout.cluster.run("scancel", "--signal=USR2", job_id)
     until(lambda: checkout.cluster.job(job_id)["Restarts"] == "1", "the requeue after a polite end")
     saved = checkout.wait_for_start("killed", 2) - 1
-    listed = checkout.cluster.run("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i|%j")
-    checkout.cluster.run("scancel", "--signal=KILL", step_of(listed, RANKS_STEP) or f"no ranks in {listed}")
+    send_signal(job_id, "KILL", RANKS_STEP, run=lambda words: checkout.cluster.run(*words))
     until(lambda: checkout.cluster.job(job_id)["Restarts"] == "2", "the requeue after the kill")
     assert checkout.wait_for_start("killed", 3) > saved
     assert "back into the queue: it failed with" in checkout.said(job_id)

@@ -12,7 +12,7 @@ from lingua.config.base import ConfigError
 from lingua.config.compose import Composed, compose, examine
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.generate import GeneratorArgs
-from lingua.launch.submit import sbatch_options
+from lingua.slurm import job_script
 
 
 def composed(folder: Path, text: str = "{}", *words: str, overlays: list[str] | None = None) -> Composed[TrainArgs]:
@@ -194,7 +194,8 @@ def test_text_keys_keep_the_spelling_that_was_typed(tmp_path: Path, monkeypatch:
 
 def test_the_time_limit_reaches_sbatch_as_typed(tmp_path: Path) -> None:
     launcher = composed(tmp_path, "launcher: {account: 0042}", "launcher.time=2:00:00").args.launcher
-    assert {"--time=2:00:00", "--account=0042"} <= set(sbatch_options("x", launcher))
+    options = job_script("x", launcher, []).splitlines()
+    assert {"#SBATCH --time=2:00:00", "#SBATCH --account=0042"} <= set(options)
 
 
 @pytest.mark.parametrize("text", ["1:30", "1_000", "0b11", "2024-01-01", "1e", "٣"])

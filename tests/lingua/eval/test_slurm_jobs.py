@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ class Slurm:
     def act(self, folder: Path) -> None:
         write_results(folder, {"ckpt": "x"}, {"loss": float(int(folder.parent.name)), "details": {"said": "more"}})
 
-    def run(self, words: Sequence[str]) -> str:
+    def run(self, words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
         if not self.answers:
             raise RunError("squeue gave no answer")
         options = dict(word.lstrip("-").split("=", 1) for word in words[1:] if "=" in word and word.startswith("--"))
@@ -172,7 +172,7 @@ def test_the_script_runs_as_written_wherever_it_lies(hostile_dir: Path) -> None:
     (hostile_dir / "code").mkdir()
     tools = hostile_dir / "bin"
     tools.mkdir()
-    (tools / "srun").write_text('#!/bin/bash\nshift\n"$@"\n')
+    (tools / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"$@"\n')
     python = tools / "python"
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$PYTHONPATH" "$@"\n')
     for tool in tools.iterdir():

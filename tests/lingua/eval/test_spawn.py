@@ -119,7 +119,7 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     said: list[list[str]] = []
     queue = [""]
 
-    def slurm(words: Sequence[str]) -> str:
+    def slurm(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
         said.append(list(words))
         return queue[0] if words[0] == "squeue" else "17;cluster\n"
 
@@ -140,7 +140,7 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours.hand_over()
     assert said[-1][0] == "squeue", "it is there already"
 
-    def down(words: Sequence[str]) -> str:
+    def down(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
         raise RunError("sbatch gave no answer")
 
     own(run_dir, Started(), slurm=SlurmArgs(), run=down).hand_over()

@@ -18,9 +18,9 @@ from lingua.selfcheck.doctor import (
     judge_slurm,
     judge_torch,
     mounted_as,
-    slurm_config,
     table,
 )
+from lingua.slurm import cluster_config
 
 GIB = 2**30
 
@@ -52,7 +52,7 @@ GIB = 2**30
             "ok",
             "sdpa, sdpa_flash; with data.doc_mask: sdpa ",
         ),
-        (judge_slurm(None)[0], "note", "not here"),
+        (judge_slurm({})[0], "note", "not here"),
     ],
 )
 def test_judgements(finding: Finding, level: str, said: str):
@@ -78,7 +78,7 @@ def test_what_a_clusters_settings_mean_for_a_run():
         assert list(words) == ["scontrol", "show", "config"]
         return CONFIG
 
-    config = slurm_config(ask)
+    config = cluster_config(ask)
     found = {finding.part: finding for finding in judge_slurm(config)}
     assert found["slurm"].says == "22.05.8, cluster night"
     assert found["preemption"].says == "REQUEUE; 30 sec from SIGTERM to SIGKILL at the time limit"
@@ -90,7 +90,6 @@ def test_what_a_clusters_settings_mean_for_a_run():
     good = {"ClusterName": "c", "PreemptMode": "REQUEUE", "JobRequeue": "1", "ProctrackType": "proctrack/cgroup"}
     assert [finding.level for finding in judge_slurm(good)] == ["ok", "ok"]
     assert judge_slurm({**good, "PreemptMode": "CANCEL"})[1].level == "note"
-    assert slurm_config(lambda words: None) is None
 
 
 MOUNTS = """\

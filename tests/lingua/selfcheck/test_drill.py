@@ -19,8 +19,8 @@ from lingua.config.yaml_layers import read_yaml
 from lingua.files import RunError
 from lingua.launch.job import NO_REQUEUE, REFUSED
 from lingua.selfcheck.drill import Drill, OnSlurm, Watch, describe
-from lingua.selfcheck.drill_plan import EVERY, Facts, Limits, judge
-from lingua.slurm import Allocation
+from lingua.selfcheck.drill_plan import EVERY, Facts, judge
+from lingua.slurm import Allocation, Limits
 from tests.fakes import Clock
 
 

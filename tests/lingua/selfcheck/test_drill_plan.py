@@ -12,15 +12,13 @@ import pytest
 from lingua.selfcheck.drill_plan import (
     LONGEST_PAUSE_S,
     Facts,
-    Limits,
     Struck,
     blows,
     judge,
-    read_limits,
     report,
-    step_of,
     text_lines,
 )
+from lingua.slurm import Limits
 
 TERM = Struck("TERM", step=100, saved=101, safe_s=0.4, back_s=20.0)
 KILL = Struck("KILL", step=150, saved=140, back_s=22.0)
@@ -110,29 +108,6 @@ def test_blows_are_at_random_but_none_is_left_out():
     assert all(0 < blow.after_s <= LONGEST_PAUSE_S for blow in several)
     assert several == list(islice(blows(kinds, seed=1), 30))
     assert several != list(islice(blows(kinds, seed=2), 30))
-
-
-@pytest.mark.parametrize(
-    ("partition", "config", "expected"),
-    [
-        ("", "", Limits()),
-        (
-            "PartitionName=low DisableRootJobs=NO GraceTime=30 Hidden=NO PreemptMode=REQUEUE State=UP",
-            "KillWait                = 5 sec\nPreemptMode             = OFF\nSlurmdTimeout           = 8 sec\n",
-            Limits(30.0, "REQUEUE", 5.0),
-        ),
-        ("PartitionName=all GraceTime=0", "PreemptMode = CANCEL\n", Limits(0.0, "CANCEL", None)),
-    ],
-)
-def test_what_a_cluster_says_it_grants(partition: str, config: str, expected: Limits):
-    assert read_limits(partition, config) == expected
-
-
-@pytest.mark.parametrize(
-    ("listed", "expected"), [("", None), ("7.batch|run.sh\n7.0|service\n 7.1|ranks\n", "7.1"), ("7.0|python\n", None)]
-)
-def test_the_step_of_a_name(listed: str, expected: str | None):
-    assert step_of(listed, "ranks") == expected
 
 
 def test_the_text_is_the_same_every_time():
