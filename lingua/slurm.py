@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.launch import LauncherArgs
+from lingua.config.keys.launch import JobArgs, LauncherArgs
 from lingua.files import RunError
 
 
@@ -158,7 +158,7 @@ _PLAIN = re.compile(r"[\w@%+=:,./\[\]|&*()-]*")
 _OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
-def job_script(name: str, asked: LauncherArgs, lines: Sequence[str], *, array: str = "", note: str = "") -> str:
+def job_script(name: str, asked: JobArgs, lines: Sequence[str], *, array: str = "", note: str = "") -> str:
     """The text of a job script; `array`: `1-3%2`. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
     options = (f"#SBATCH {option}" for option in _sbatch_options(name, asked, array))
     return "\n".join(["#!/usr/bin/env bash", *([note] if note else []), *options, *lines, ""])
@@ -173,7 +173,7 @@ def code_lines(base_dir: Path, code: Path, command: Sequence[str]) -> list[str]:
     ]
 
 
-def _sbatch_options(name: str, asked: LauncherArgs, array: str) -> list[str]:
+def _sbatch_options(name: str, asked: JobArgs, array: str) -> list[str]:
     named = {
         "job-name": re.sub(r"[^\w.@+-]+", "_", name),
         "nodes": asked.nodes,
@@ -188,14 +188,14 @@ def _sbatch_options(name: str, asked: LauncherArgs, array: str) -> list[str]:
         "constraint": asked.constraint,
         "exclude": asked.exclude,
         "comment": asked.comment,
-        "signal": f"USR2@{asked.signal_s}" if asked.signal_s else None,
+        "signal": f"USR2@{asked.signal_s}" if isinstance(asked, LauncherArgs) and asked.signal_s else None,
         "array": array,
         "distribution": "block",
         "open-mode": "append",
     }
     given = [f"--{name}={_quoted(name, str(value))}" for name, value in named.items() if value not in (None, "")]
     flags = ["--exclusive"] if asked.exclusive else []
-    flags.append("--requeue" if asked.requeue else "--no-requeue")
+    flags.append("--requeue" if isinstance(asked, LauncherArgs) and asked.requeue else "--no-requeue")
     for option in asked.directives:
         if not option.startswith("--") or "\n" in option:
             raise ConfigError(f"launcher.directives: {option!r} is not an option of sbatch; write '--name=value'")
@@ -292,7 +292,7 @@ def can_submit(env: Mapping[str, str]) -> bool:
 
 def submit(
     script: Path,
-    asked: LauncherArgs,
+    asked: JobArgs,
     folder: Path,
     *,
     output: str = "",
@@ -313,7 +313,7 @@ def submit(
     return run(words, env=_not_overruled(asked, env)).strip().partition(";")[0]
 
 
-def _not_overruled(asked: LauncherArgs, env: Mapping[str, str]) -> dict[str, str]:
+def _not_overruled(asked: JobArgs, env: Mapping[str, str]) -> dict[str, str]:
     """The environment without the SBATCH_* variables (of a site file, say) that the config is more exact than.
 
     sbatch lets them overrule #SBATCH lines.

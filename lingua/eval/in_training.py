@@ -29,7 +29,6 @@ from lingua.checkpoint.retention import Rhythm
 from lingua.checkpoint.state import restore_rng, rng_state
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.keys.launch import SlurmArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.process_group import World, first_given, from_main, on_every_rank, patient
@@ -107,7 +106,7 @@ def own_evaluator(run: Run) -> OwnEvaluator:
     assert args.async_eval_gpus is not None
     slurm, devices = None, None
     if can_submit(os.environ):
-        slurm = args.slurm or SlurmArgs()
+        slurm = args.evaluation_job()
     else:
         n_gpus = torch.cuda.device_count()
         found = devices_beside(os.environ, n_gpus, place.local_world_size, args.async_eval_gpus)

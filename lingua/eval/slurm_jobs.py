@@ -33,7 +33,7 @@ from lingua.config.command_line import (
 from lingua.config.compose import compose
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.keys.launch import LauncherArgs, SlurmArgs
+from lingua.config.keys.launch import JobArgs
 from lingua.eval.evaluator import Beat, Evaluator, Stopped, evaluation_tracker, read_results
 from lingua.eval.spawn import alone
 from lingua.files import RunError, make_folder, write_whole
@@ -48,26 +48,6 @@ log = logging.getLogger(f"{__package__}.slurm_jobs")  # also under `python -m`
 
 PATIENCE_S = 90.0
 """After a job has gone, until its results must be seen: a shared disk's names may be a minute old."""
-GPUS_PER_NODE = 8
-
-
-def asked_of_slurm(slurm: SlurmArgs, gpus: int) -> LauncherArgs:
-    """The `slurm:` section with `async_eval_gpus`, in `launcher:`'s words: up to 8 GPUs are those of one node."""
-    nodes = max(1, -(-gpus // GPUS_PER_NODE))
-    return LauncherArgs(
-        nodes=nodes,
-        gpus=-(-gpus // nodes),
-        cpus_per_gpu=slurm.ncpu,
-        mem=slurm.mem,
-        time="" if slurm.time < 0 else str(slurm.time),
-        partition=slurm.partition,
-        account=slurm.account,
-        qos=slurm.qos,
-        constraint=slurm.constraint,
-        exclude=slurm.exclude,
-        signal_s=0,
-        requeue=False,  # the follower tries again, and counts
-    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ class EvalJobs:
     app: str
     words: Sequence[str]
     """Keys of the section eval, for the command line of each evaluation."""
-    launcher: LauncherArgs
+    asked: JobArgs
     base_dir: Path
     """Where the jobs run: relative paths mean there what they mean in training."""
     python: Path = Path(sys.executable)
@@ -115,7 +95,7 @@ class EvalJobs:
         make_folder(folder, "evals")
         script = folder / RUN_SCRIPT
         write_whole(script, self.render(folder, name, step), mode=0o755)
-        job_id = submit(script, self.launcher, folder, once=name, run=self.run)
+        job_id = submit(script, self.asked, folder, once=name, run=self.run)
         log.info("step %d is evaluated by job %s: %s", step, job_id, folder)
 
     def render(self, folder: Path, name: str, step: int) -> str:
@@ -123,9 +103,7 @@ class EvalJobs:
         code = self.run_dir / CODE if (self.run_dir / CODE).is_dir() else self.base_dir
         place = [f"ckpt={self.run_dir}@{step}", f"dump_dir={folder}"]
         command = [str(self.python), "-u", "-m", f"{self.app}.eval", *place, *self.words]
-        return job_script(
-            name, self.launcher, code_lines(self.base_dir, code, step_command(command, end_together=True))
-        )
+        return job_script(name, self.asked, code_lines(self.base_dir, code, step_command(command, end_together=True)))
 
     def _wait(self, folder: Path, name: str, beat: Beat) -> Mapping[str, Any]:
         gone_s: float | None = None
@@ -174,12 +152,9 @@ def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Pa
     overrides = [f"eval.{word}" for word in line.overrides]
     run_args = compose(str(config), [], overrides, app_schema(app)).args
     args: EvalArgs = run_args.eval or EvalArgs()
-    slurm: SlurmArgs = run_args.slurm or SlurmArgs()
-    gpus = slurm.ngpu if run_args.async_eval_gpus is None else run_args.async_eval_gpus
-    launcher = asked_of_slurm(slurm, gpus)
     with StopSignals(("SIGINT", "SIGTERM", "SIGUSR2")) as signals:
         jobs = EvalJobs(
-            run_dir.absolute(), app, line.overrides, launcher, base_dir.absolute(),
+            run_dir.absolute(), app, line.overrides, run_args.evaluation_job(), base_dir.absolute(),
             poll_s=args.poll_s, run=run, sleep=signals.wait,
         )  # fmt: skip
         tracker = evaluation_tracker(run_args, run_dir)

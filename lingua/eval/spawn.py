@@ -28,7 +28,7 @@ from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import run_root
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.keys.launch import LauncherArgs, SlurmArgs
+from lingua.config.keys.launch import JobArgs, LauncherArgs, ResourceArgs
 from lingua.eval.evaluator import Evaluator
 from lingua.files import RunError, make_folder, write_whole
 from lingua.logger import RANK_LOGS
@@ -140,8 +140,8 @@ class OwnEvaluator:
     """Absolute."""
     app: str
     args: EvalArgs
-    slurm: SlurmArgs | None
-    """How jobs are asked for. None: not within a Slurm job."""
+    slurm: JobArgs | None
+    """What a job of an evaluation asks for. None: not within a Slurm job."""
     devices: str | None = None
     """CUDA_VISIBLE_DEVICES of an evaluator that evaluates itself."""
     base_dir: Path = field(default_factory=Path.cwd)
@@ -200,13 +200,11 @@ class OwnEvaluator:
         except subprocess.TimeoutExpired:
             log.warning("the evaluator does not leave; the last job waits for its end")
 
-    def _submit(self, slurm: SlurmArgs) -> str:
+    def _submit(self, evaluation: JobArgs) -> str:
         """Submit the last job, unless it waits or runs already; returns its id."""
-        asked = LauncherArgs(
-            gpus=0, cpus_per_gpu=1, mem=LAST_JOB_MEM, time="" if slurm.time < 0 else str(slurm.time),
-            partition=slurm.partition, account=slurm.account, qos=slurm.qos, constraint=slurm.constraint,
-            exclude=slurm.exclude, signal_s=0,
-        )  # fmt: skip
+        shared = evaluation.model_dump(include={*ResourceArgs.model_fields, "time"})
+        small = {"nodes": 1, "gpus": 0, "cpus_per_gpu": 1, "mem": LAST_JOB_MEM, "signal_s": 0}
+        asked = LauncherArgs.model_validate(shared | small)
         name = f"follow-{(run_root(self.run_dir) / layout.RUN_ID).read_text().strip()}"
         script = make_folder(self.run_dir / layout.EVALS, "evals") / SCRIPT
         write_whole(script, self.render(name, asked), mode=0o755)

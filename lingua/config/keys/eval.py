@@ -8,6 +8,7 @@ from pydantic import Field
 
 from lingua.config.base import Anything, Args, Text
 from lingua.config.keys.generate import GeneratorArgs
+from lingua.config.keys.launch import JobArgs
 from lingua.config.keys.logging import LoggingArgs, WandbArgs
 
 
@@ -103,6 +104,8 @@ class EvalArgs(Args):
     """Step the checkpoint belongs to. Null: from its name."""
     newest_first: bool = False
     """Of several checkpoints that wait, the newest first. false: in order."""
+    launcher: JobArgs | None = None
+    """What the Slurm job of each evaluation asks for. Null: what the section `slurm` says."""
     automatic: bool = True
     """The run sees to its evaluations itself: in its own processes, or by an evaluator that it starts (as
     async_eval_gpus says). false: what is evaluated, `lingua eval` does."""

@@ -1,4 +1,4 @@
-"""The `launcher:` section: what a run asks of Slurm and how its processes are started. Torch-free."""
+"""What jobs ask of Slurm: `launcher:` for the run, `eval.launcher:` for its evaluations. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lingua.config.base import Args, Text
+
+GPUS_PER_NODE = 8
 
 
 class LaunchEnvArgs(Args):
@@ -18,21 +20,13 @@ class LaunchEnvArgs(Args):
     """Variables to take away."""
 
 
-class LauncherArgs(Args):
-    """What a run asks of Slurm. `*.slurm` scripts take their resources from their own #SBATCH lines instead."""
+class ResourceArgs(Args):
+    """Resources under the same name in `launcher`, `eval.launcher` and `slurm`."""
 
     nodes: Annotated[int, Field(ge=1)] = 1
     """Nodes."""
-    gpus: Annotated[int, Field(ge=0)] | None = None
-    """GPUs per node, one rank each. Null: the ranks the config speaks of over nodes. 0: one rank per node, on CPU."""
-    tasks_per_node: Literal["per_gpu", "per_node"] = "per_gpu"
-    """per_gpu: a Slurm task per rank; per_node: one task per node, which starts the ranks below it."""
-    cpus_per_gpu: Annotated[int, Field(ge=1)] = 16
-    """CPU cores per rank."""
     mem: Text = ""
     """Memory per node, as sbatch writes it ("64G"). Empty: the partition's default."""
-    time: Text = ""
-    """Time limit, as sbatch writes it ("2-00:00:00", or minutes). Empty: the partition's."""
     partition: Text = ""
     """Partition. Empty: SBATCH_PARTITION, or the cluster's default."""
     account: Text = ""
@@ -43,10 +37,38 @@ class LauncherArgs(Args):
     """Node features."""
     exclude: Text = ""
     """Nodes to avoid."""
+
+
+class JobArgs(ResourceArgs):
+    """What a job asks of Slurm."""
+
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs per node, one rank each. 0: one rank per node, on CPU. Null: the config's ranks over nodes; an evaluation's
+    async_eval_gpus over nodes of 8."""
+    cpus_per_gpu: Annotated[int, Field(ge=1)] = 16
+    """CPU cores per rank."""
+    time: Text = ""
+    """Time limit, as sbatch writes it ("2-00:00:00", or minutes). Empty: the partition's."""
     exclusive: bool = False
     """Share the nodes with nobody."""
     comment: Text = ""
     """Comment of the job."""
+    directives: list[Text] = []
+    """Further options of sbatch, one each ("--reservation=night")."""
+
+    def of_evaluation(self, n_gpus: int) -> JobArgs:
+        """The same with `gpus` stated: up to 8 GPUs are those of one node."""
+        if self.gpus is not None:
+            return self
+        nodes = max(1, -(-n_gpus // GPUS_PER_NODE))
+        return self.model_copy(update={"nodes": nodes, "gpus": -(-n_gpus // nodes)})
+
+
+class LauncherArgs(JobArgs):
+    """What a run asks of Slurm. `*.slurm` scripts take their resources from their own #SBATCH lines instead."""
+
+    tasks_per_node: Literal["per_gpu", "per_node"] = "per_gpu"
+    """per_gpu: a Slurm task per rank; per_node: one task per node, which starts the ranks below it."""
     signal_s: Annotated[int, Field(ge=0)] = 120
     """Seconds before the time limit at which the run is told to save. Slurm may be up to 60 s early."""
     requeue: bool = True
@@ -58,30 +80,19 @@ class LauncherArgs(Args):
     env: LaunchEnvArgs = LaunchEnvArgs()
     setup: list[Text] = []
     """Shell lines run on the first node before anything else (`module load cuda`). Only `lingua launch` knows them."""
-    directives: list[Text] = []
-    """Further options of sbatch, one each ("--reservation=night")."""
 
 
-class SlurmArgs(Args):
-    """Settings of a job of its own, as lingua's stool names them."""
+class SlurmArgs(ResourceArgs):
+    """`eval.launcher` as Meta Lingua writes it."""
 
-    nodes: Annotated[int, Field(ge=1)] = 1
-    """Nodes."""
     ngpu: Annotated[int, Field(ge=0)] = 1
-    """GPUs per node."""
+    """GPUs, where async_eval_gpus is null."""
     ncpu: Annotated[int, Field(ge=1)] = 16
     """CPU cores per GPU."""
-    mem: Text = ""
-    """Memory per node, as sbatch writes it ("64G"). Empty: the partition's default."""
     time: int = -1
     """Time limit in minutes. -1: the partition's."""
-    partition: Text = ""
-    """Partition. Empty: the cluster's default."""
-    account: Text = ""
-    """Account. Empty: the user's default."""
-    qos: Text = ""
-    """Quality of service."""
-    constraint: Text = ""
-    """Node features."""
-    exclude: Text = ""
-    """Nodes to avoid."""
+
+    def as_job(self) -> JobArgs:
+        """The same in today's keys, but for the GPUs."""
+        shared = self.model_dump(include=set(ResourceArgs.model_fields))
+        return JobArgs(**shared, cpus_per_gpu=self.ncpu, time="" if self.time < 0 else str(self.time))

@@ -13,7 +13,7 @@ from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.config.keys.data import DEFAULT_SEED, DataArgs
 from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.keys.launch import LauncherArgs, SlurmArgs
+from lingua.config.keys.launch import JobArgs, LauncherArgs, SlurmArgs
 from lingua.config.keys.logging import LoggingArgs
 from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, ModelArgs
 from lingua.config.keys.optim import AdamWArgs, OptimArgs
@@ -88,7 +88,13 @@ class TrainArgs(Args):
     process beside the run. 0: on CPU. Null: evaluate in the training process, which stands still meanwhile."""
     launcher: LauncherArgs = LauncherArgs()
     slurm: SlurmArgs | None = None
-    """Slurm settings of the evaluation job."""
+    """What an evaluation job asks for, as Meta Lingua writes it. eval.launcher, where it is set, counts instead."""
+
+    def evaluation_job(self) -> JobArgs:
+        """What the Slurm job of an evaluation asks for."""
+        slurm = self.slurm or SlurmArgs()
+        n_gpus = slurm.ngpu if self.async_eval_gpus is None else self.async_eval_gpus
+        return ((self.eval and self.eval.launcher) or slurm.as_job()).of_evaluation(n_gpus)
 
     @model_validator(mode="after")
     def _run_folder(self) -> Self:

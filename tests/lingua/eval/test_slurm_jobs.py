@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,10 @@ from lingua.checkpoint import layout, publish
 from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.keys.launch import LauncherArgs, SlurmArgs
+from lingua.config.keys.launch import JobArgs
+from lingua.config.keys.train import TrainArgs
 from lingua.eval.evaluator import Evaluator, write_results
-from lingua.eval.slurm_jobs import EvalJobs, asked_of_slurm, follow_by_jobs
+from lingua.eval.slurm_jobs import EvalJobs, follow_by_jobs
 from lingua.files import RunError, read_json, write_json
 from lingua.run.metrics import read_metrics
 from tests.checkpoints import make_run, publish_step
@@ -73,7 +75,7 @@ def follower(
     run_dir: Path, slurm: Slurm, clock: Clock, sleep: Callable[[float], None] | None = None, **args: float
 ) -> Evaluator:
     sleep = sleep or clock.sleep
-    launcher = LauncherArgs(gpus=1)
+    launcher = JobArgs(gpus=1)
     jobs = EvalJobs(run_dir, "apps.main", ["limit=3"], launcher, run_dir, run=slurm.run, sleep=sleep, now=clock.now)
     eval_args = EvalArgs.model_validate({"max_tries": 2, "backoff_s": 1.0} | args)
     return Evaluator(run_dir, eval_args, jobs.measure, now=clock.now, sleep=sleep)
@@ -160,11 +162,26 @@ def test_the_results_of_another_checkpoint_of_that_step_are_not_taken(tmp_path: 
     assert [folder.name for folder in slurm.submitted] == ["start-2"]
 
 
-@pytest.mark.parametrize(("gpus", "nodes", "per_node"), [(0, 1, 0), (1, 1, 1), (8, 1, 8), (9, 2, 5), (16, 2, 8)])
-def test_what_is_asked_of_slurm(gpus: int, nodes: int, per_node: int) -> None:
-    asked = asked_of_slurm(SlurmArgs(mem="64G", time=90, partition="night"), gpus)
-    assert (asked.nodes, asked.gpus, asked.time, asked.mem, asked.partition) == (nodes, per_node, "90", "64G", "night")
-    assert asked_of_slurm(SlurmArgs(), gpus).time == ""
+NIGHT = {"mem": "64G", "partition": "night"}
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "gpus", "cpus", "time"),
+    [
+        ({}, 1, 1, 16, "90"),
+        ({"async_eval_gpus": 0}, 1, 0, 16, "90"),
+        ({"async_eval_gpus": 8}, 1, 8, 16, "90"),
+        ({"async_eval_gpus": 9}, 2, 5, 16, "90"),
+        ({"slurm": NIGHT | {"ngpu": 16, "ncpu": 4}}, 2, 8, 4, ""),
+        ({"async_eval_gpus": 8, "eval": {"launcher": NIGHT | {"time": "2:00:00"}}}, 1, 8, 16, "2:00:00"),
+        ({"async_eval_gpus": 8, "eval": {"launcher": NIGHT | {"gpus": 4, "nodes": 2, "cpus_per_gpu": 2}}}, 2, 4, 2, ""),
+    ],
+)
+def test_what_an_evaluation_job_asks_for(config: dict[str, Any], nodes: int, gpus: int, cpus: int, time: str) -> None:
+    """The section slurm is an older spelling of eval.launcher, which counts where both are set."""
+    asked = TrainArgs.model_validate({"slurm": NIGHT | {"time": 90}} | config).evaluation_job()
+    expected = {"nodes": nodes, "gpus": gpus, "cpus_per_gpu": cpus, "time": time}
+    assert asked == JobArgs.model_validate(expected | NIGHT)
 
 
 def test_the_script_runs_as_written_wherever_it_lies(hostile_dir: Path) -> None:
@@ -177,7 +194,7 @@ def test_the_script_runs_as_written_wherever_it_lies(hostile_dir: Path) -> None:
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$PYTHONPATH" "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    jobs = EvalJobs(hostile_dir, "apps.main", ["name=a b"], LauncherArgs(gpus=2), hostile_dir, python=python)
+    jobs = EvalJobs(hostile_dir, "apps.main", ["name=a b"], JobArgs(gpus=2), hostile_dir, python=python)
     script = hostile_dir / "run.sh"
     script.write_text(jobs.render(hostile_dir / "start-1", "eval-cafe-2-1", 2))
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": ""}

@@ -12,7 +12,7 @@ import pytest
 
 from lingua.checkpoint import layout
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.keys.launch import LauncherArgs, SlurmArgs
+from lingua.config.keys.launch import JobArgs, LauncherArgs
 from lingua.eval.slurm_jobs import main
 from lingua.eval.spawn import (
     OwnEvaluator,
@@ -125,7 +125,7 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
     process = Started()
     run_dir = due_run(tmp_path / "100%")
-    ours = own(run_dir, process, slurm=SlurmArgs(partition="night", time=90), run=slurm)
+    ours = own(run_dir, process, slurm=JobArgs(partition="night", time="90"), run=slurm)
     ours.ensure()
     assert process.commands == [follow_command(run_dir, "apps.main", by_jobs=True)]
     ours.hand_over()
@@ -143,7 +143,7 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def down(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
         raise RunError("sbatch gave no answer")
 
-    own(run_dir, Started(), slurm=SlurmArgs(), run=down).hand_over()
+    own(run_dir, Started(), slurm=JobArgs(), run=down).hand_over()
     assert f"start `lingua eval --follow {run_dir} --slurm`" in caplog.text
     folder = make_folder(layout.evaluation(run_dir, 2), "evals")
     write_json(folder / layout.FAILED, {"incarnation": 1, "reason": "no luck"})
@@ -156,7 +156,7 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_the_last_job_s_script_runs_as_written(hostile_dir: Path) -> None:
     tools = hostile_dir / "bin"
     tools.mkdir()
-    one = OwnEvaluator(hostile_dir, "apps.main", EvalArgs(), SlurmArgs(), base_dir=hostile_dir)
+    one = OwnEvaluator(hostile_dir, "apps.main", EvalArgs(), JobArgs(), base_dir=hostile_dir)
     text = one.render("follow-cafe", LauncherArgs(gpus=0))
     script = hostile_dir / "follow.sh"
     script.write_text(text.replace("\nexec ", "\nprintf '%s|' \"$PWD\" "))
