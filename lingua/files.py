@@ -17,6 +17,7 @@ import shutil
 import socket
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,22 +122,31 @@ class Files:
         """Give a file a second name. Fails if that name is taken; atomic, also on NFS."""
         os.link(source, target)
 
-    def remove(self, path: Path) -> None:
-        path.unlink()
+    def remove(self, path: Path, folder: int | None = None) -> None:
+        """Remove a file or link. `folder`: descriptor of its parent, if the parent's path is not to be trusted."""
+        with naming(path, always=True):
+            os.unlink(path if folder is None else path.name, dir_fd=folder)
 
-    def rmdir(self, path: Path) -> None:
-        path.rmdir()
+    def rmdir(self, path: Path, folder: int | None = None) -> None:
+        """Remove an empty folder. `folder`: as in `remove`."""
+        with naming(path, always=True):
+            os.rmdir(path if folder is None else path.name, dir_fd=folder)
 
-    def remove_tree(self, path: Path) -> None:
-        """Remove a folder and its contents, one operation at a time. Links are removed, not followed."""
-        with os.scandir(path) as entries:
-            inside = list(entries)
-        for entry in inside:
-            if entry.is_dir(follow_symlinks=False):
-                self.remove_tree(Path(entry.path))
-            else:
-                self.remove(Path(entry.path))
-        self.rmdir(path)
+    def remove_tree(self, path: Path, parent: int | None = None) -> None:
+        """Remove a folder and its contents, one operation at a time. Links, also `path` itself, are not followed."""
+        name = path if parent is None else path.name
+        if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            self.remove(path, parent)
+            return
+        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            with os.scandir(folder) as entries:
+                inside = [(path / entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+            for child, is_folder in inside:
+                (self.remove_tree if is_folder else self.remove)(child, folder)
+        finally:
+            os.close(folder)
+        self.rmdir(path, parent)
 
 
 DISK = Files()
@@ -159,12 +169,12 @@ def _use_page_cache(descriptor: int) -> bool:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the file's path to an OSError raised here; one from a descriptor has none."""
+def naming(path: Path, *, always: bool = False) -> Iterator[None]:
+    """Add the file's path to an OSError raised here that has none, or `always`."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if always or error.filename is None:
             error.filename = str(path)
         raise
 
@@ -227,9 +237,12 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
     begin = f".{path.name}.tmp-{socket.gethostname()}-"
     for left in entries(path.parent):
         pid = left.name.removeprefix(begin)
-        if left.name.startswith(begin) and pid.isdecimal() and not Path("/proc", pid).exists():
+        is_ours = left.name.startswith(begin) and pid.isdecimal() and left.lstat().st_uid == os.geteuid()
+        if is_ours and not Path("/proc", pid).exists():
             files.remove_tree(left)
     temporary = path.with_name(f"{begin}{os.getpid()}")
+    with suppress(FileNotFoundError):
+        files.remove_tree(temporary)  # of a dead process that had our pid
     files.mkdir(temporary)
     try:
         yield temporary
@@ -254,11 +267,9 @@ def free_bytes(path: Path) -> int:
 
 def make_folder(path: Path, what: str) -> Path:
     """Ensure that `path` is a writable folder. Raises RunError, which names the setting `what`, if it is not."""
-    probe = path / f".writable-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()  # without a name that others could have planted
     except OSError as error:
         raise DiskError.of(
             error, f"{what}: cannot write to {path} ({error.strerror}); choose another folder or fix its permissions"

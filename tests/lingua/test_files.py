@@ -6,7 +6,9 @@ import errno
 import fcntl
 import mmap
 import os
+import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -175,7 +177,50 @@ def test_remove_tree_keeps_what_links_point_at(tmp_path: Path) -> None:
     (tmp_path / "tree" / "link").symlink_to(tmp_path / "precious" / "file")
     Files().remove_tree(tmp_path / "tree")
     assert os.listdir(tmp_path) == ["precious"]
+    (tmp_path / "archived").symlink_to(tmp_path / "precious")
+    Files().remove_tree(tmp_path / "archived")  # the top itself is a link: a checkpoint that was moved and linked back
+    assert os.listdir(tmp_path) == ["precious"]
     assert os.listdir(tmp_path / "precious") == ["file"]
+
+
+def test_a_folder_that_turns_into_a_link_while_a_tree_is_removed_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("")
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    for folder in ("tree", "tree/deep"):
+        (tmp_path / folder / "file").write_text("")
+
+    class Swapping(Files):
+        """Somebody swaps the folder whose file is removed first for a link."""
+
+        def remove(self, path: Path, folder: int | None = None) -> None:
+            if not (tmp_path / "moved").exists():
+                path.parent.rename(tmp_path / "moved")
+                path.parent.symlink_to(tmp_path / "precious")
+            super().remove(path, folder)
+
+    with pytest.raises(OSError, match=str(tmp_path / "tree")):
+        Swapping().remove_tree(tmp_path / "tree")
+    assert os.listdir(tmp_path / "precious") == ["file"]
+
+
+def test_planted_links_are_neither_written_through_nor_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("text")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    for pid in (os.getpid(), dead.pid):
+        (shared / f".new.tmp-{host}-{pid}").symlink_to(precious)
+        (shared / f".writable-{pid}").symlink_to(precious / "file")
+    make_folder(shared, "dump_dir")
+    with whole_folder(shared / "new") as folder:
+        write_whole(folder / "a", "a")
+    assert (precious / "file").read_text() == "text"
+    assert os.listdir(shared / "new") == ["a"]
 
 
 def test_make_folder(tmp_path: Path) -> None:

@@ -220,11 +220,11 @@ class Waking(Files):
     def __init__(self, n: int, take_over: Callable[[], object]) -> None:
         self.n, self.take_over = n, take_over
 
-    def remove_tree(self, path: Path) -> None:
+    def remove_tree(self, path: Path, parent: int | None = None) -> None:
         self.n -= 1
         if self.n == 0:
             self.take_over()
-        super().remove_tree(path)
+        super().remove_tree(path, parent)
 
 
 def test_a_gc_that_was_overtaken_while_it_slept_stops(tmp_path: Path) -> None:

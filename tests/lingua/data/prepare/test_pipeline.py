@@ -118,13 +118,13 @@ class FailingFiles(Files):
         self._count()
         super().fsync_dir(path)
 
-    def remove(self, path: Path) -> None:
+    def remove(self, path: Path, folder: int | None = None) -> None:
         self._count()
-        super().remove(path)
+        super().remove(path, folder)
 
-    def rmdir(self, path: Path) -> None:
+    def rmdir(self, path: Path, folder: int | None = None) -> None:
         self._count()
-        super().rmdir(path)
+        super().rmdir(path, folder)
 
 
 def elsewhere(job: Job, folder: Path) -> Job:
