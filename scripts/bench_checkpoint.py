@@ -21,8 +21,6 @@ Ratios are of values of the same round. The machine should have nothing else to 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import statistics
@@ -46,25 +44,10 @@ from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm.slots import SERVICE_LOCK, region_of
 from lingua.checkpoint.state import TrainState, tensors_of
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
-from lingua.files import human_bytes
+from scripts.bench_common import make_parser, print_figures, timed
 
 WIDTH = 1024
 STEP_S = 0.02
-
-
-def make_state(n_params: int) -> TrainState:
-    """A model of square matrices with a started AdamW."""
-    n_layers = max(1, n_params // (WIDTH * WIDTH))
-    model = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(n_layers)])
-    state = TrainState(model, torch.optim.AdamW(model.parameters(), fused=True), shared={"step": 0})
-    tensors_of(state)
-    return state
-
-
-def timed(act: Callable[[], Any]) -> tuple[float, Any]:
-    start_s = time.perf_counter()
-    result = act()
-    return time.perf_counter() - start_s, result
 
 
 def anonymous_bytes(pid: int | str) -> int:
@@ -78,7 +61,9 @@ class Bench:
 
     def __init__(self, n_params: int, folder: Path) -> None:
         self.folder = folder
-        self.state = make_state(n_params)
+        n_layers = max(1, n_params // (WIDTH * WIDTH))
+        model = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(n_layers)])
+        self.state = TrainState(model, torch.optim.AdamW(model.parameters(), fused=True), shared={"step": 0})
         self.tensors = tensors_of(self.state).by_name
         self.size_bytes = sum(t.numel() * t.element_size() for t in self.tensors.values())
         before_bytes = anonymous_bytes("self")
@@ -106,12 +91,13 @@ class Bench:
         )
         return CheckpointManager(args, self.folder / name)
 
-    def _service_pid(self) -> int | None:
+    def extra_memory_bytes(self) -> int:
+        """What this process grew by, and all of the service's."""
         lock = region_of(self.folder / "ours").lock(SERVICE_LOCK)
-        try:
-            return lock.holder()
-        finally:
-            lock.close()
+        pid = lock.holder()
+        lock.close()
+        assert pid is not None
+        return self.grown_bytes + anonymous_bytes(pid)
 
     def _ours(self) -> float:
         self.step += 1
@@ -173,9 +159,12 @@ class Bench:
         )
         found["dcp_save_s"] = self._stock(lambda path: dcp.save(nested, checkpoint_id=path))
         found["ours_direct_s"] = self._ours_direct()
-        found["stall_per_copy"] = found["ours_stall_s"] / found["copy_s"]
-        found["stall_per_dcp_async"] = found["ours_stall_s"] / found["dcp_async_cold_s"]
-        found["stall_per_dcp_async_warm"] = found["ours_stall_s"] / found["dcp_async_warm_s"]
+        for name, base in (
+            ("copy", "copy_s"),
+            ("dcp_async", "dcp_async_cold_s"),
+            ("dcp_async_warm", "dcp_async_warm_s"),
+        ):
+            found[f"stall_per_{name}"] = found["ours_stall_s"] / found[base]
         found["drain_per_cp"] = found["drain_gb_per_s"] / found["cp_gb_per_s"]
         return found
 
@@ -206,12 +195,11 @@ class Bench:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--params", type=float, default=80e6, help="parameters (default 80e6: 0.96 GB of state)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slowdown-s", type=float, default=20.0, help="seconds spent on slowdown_draining")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -225,20 +213,13 @@ def main() -> int:
             "rounds": options.rounds,
             **{key: statistics.median(found[key] for found in rounds) for key in rounds[0]},
         }
-        service = bench._service_pid()
-        assert service is not None
-        result["extra_memory_bytes"] = bench.grown_bytes + anonymous_bytes(service)
+        result["extra_memory_bytes"] = bench.extra_memory_bytes()
         result |= bench.slowdown(options.slowdown_s)
         bench.close()
         dist.destroy_process_group()
         while region_of(bench.folder / "ours").folder.exists():  # the service leaves last
             time.sleep(0.05)
-    if options.json:
-        print(json.dumps(result))
-        return 0
-    for key, value in result.items():
-        text = human_bytes(value) if key.endswith("_bytes") else f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{key:>25}  {text}")
+    print_figures(result, options.json)
     return 0
 
 

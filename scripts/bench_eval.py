@@ -28,9 +28,7 @@ import re
 import statistics
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +51,7 @@ from lingua.eval.scorer import Scorer, Wording, score_documents
 from lingua.files import RunError
 from lingua.model.generate import Generator
 from lingua.train.load_model import load_model
+from scripts.bench_common import make_parser, print_figures, timed
 
 CONFIG = "apps/main/configs/debug.yaml"
 ANSWER_TOKENS = 32
@@ -104,12 +103,6 @@ def make_tasks(folder: Path, n_documents: int, context: int) -> list[dict[str, A
         common | page | {"task": "pages", "metric_list": [{"metric": "bits_per_byte"}]},
         common | answer | {"task": "answers", "generation_kwargs": until, "metric_list": [{"metric": "exact_match"}]},
     ]
-
-
-def timed(act: Callable[[], Any]) -> tuple[float, Any]:
-    start_s = time.perf_counter()
-    result = act()
-    return time.perf_counter() - start_s, result
 
 
 def said(found: dict[str, Any], task: str) -> list[Any]:
@@ -184,12 +177,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("overrides", nargs="*", help="key=value of the model's config")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=12, help="of each task")
     parser.add_argument("--batch", type=int, default=16, help="rows")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if options.rounds < 1 or options.documents < 1 or options.batch < 1:
         parser.error("--rounds, --documents and --batch are at least 1")
@@ -201,11 +193,7 @@ def main() -> int:
         result = measure(options, Path(folder))
     threads = torch.get_num_threads()
     result["machine"] = f"{platform.machine()}, {threads} threads, torch {torch.__version__}"
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:>24}  {value}")
+    print_figures(result, options.json)
     return 0
 
 

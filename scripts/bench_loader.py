@@ -1,61 +1,39 @@
-"""How fast the loader is: `uv run python scripts/bench_loader.py --tokenizer FILE [--json]`.
+"""How fast data is read and prepared: the loader against the bare tokenizer, and the shuffle of data preparation.
+
+    uv run python scripts/bench_loader.py --tokenizer FILE              # the loader
+    uv run python scripts/bench_loader.py --shuffle 0.2 8 --bytes 1e9   # the shuffle, with 0.2 and 8 GB of memory
 
 FILE is a tiktoken rank file, such as Llama 3's `tokenizer.model`. The wheel `llama-models` carries one:
 
     pip download --no-deps llama-models && unzip -j llama_models-*.whl llama_models/llama3/tokenizer.model
 
-Without it the figures that need one are null; those of the bytes tokenizer need none. Every figure is the median of
-several rounds in which the things compared take turns, over the same text. Machines are shared: CPU seconds of all
-processes stand beside wall seconds, and a rate per CPU second beside each rate.
+Without it only the figures of the bytes tokenizer are measured; the others are null. The loaders take turns over the
+same text, and each figure is the median of the rounds. On a shared machine compare tokens per CPU second, which counts
+all processes, rather than tokens per second. The shuffle runs the command that people use, in fresh processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import random
 import resource
 import statistics
+import subprocess
 import sys
-import sysconfig
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import Any
 
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data.loader import Loader, build_loader
 from lingua.tokenizer import TiktokenTokenizer, build_tokenizer
+from scripts.bench_common import make_parser, print_figures, timed, write_corpus
 
 ROWS = 16  # of a batch
-
-
-def write_corpus(folder: Path, n_bytes: int) -> list[str]:
-    """One source of source-code documents of 1 to 20 kB; returns the texts."""
-    rng, texts = random.Random(0), []
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    text = "".join(file.read_text(errors="replace") for file in files)
-    while n_bytes > 0:
-        at, length = rng.randrange(len(text) - 20_000), int(1000 * 20 ** rng.random())
-        texts.append(text[at : at + length])
-        n_bytes -= length
-    folder.mkdir()
-    with (folder / "corpus.chunk.00.jsonl").open("w") as out:
-        out.writelines(json.dumps({"text": each}) + "\n" for each in texts)
-    return texts
-
-
-class Lap(NamedTuple):
-    """What one measurement took."""
-
-    n_tokens: int
-    wall_s: float
-    cpu_s: float
+PREPARE = Path(__file__).parents[1] / "setup" / "download_prepare_hf_data.py"
 
 
 def cpu_s() -> float:
@@ -64,51 +42,44 @@ def cpu_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-class Clock:
-    """Tokens per wall second and per CPU second of one round."""
+class Rates:
+    """Tokens per second and per CPU second, one value per round."""
 
-    def __init__(self, measure: Callable[[], Lap]) -> None:
-        self._measure = measure
+    def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
 
-    def round(self) -> None:
-        lap = self._measure()
-        self.wall.append(lap.n_tokens / lap.wall_s)
-        self.cpu.append(lap.n_tokens / max(lap.cpu_s, 1e-9))
-
-    def figures(self, name: str) -> dict[str, float]:
-        return {
-            f"{name}_tokens_per_s": statistics.median(self.wall),
-            f"{name}_tokens_per_cpu_s": statistics.median(self.cpu),
-        }
+    def take(self, n_tokens: int, act: Callable[[], object]) -> None:
+        start_cpu_s = cpu_s()
+        wall_s, _ = timed(act)
+        self.wall.append(n_tokens / wall_s)
+        self.cpu.append(n_tokens / max(cpu_s() - start_cpu_s, 1e-9))
 
 
-def read(args: DataArgs, n_rows: int, **more: Any) -> Lap:
-    """Reading so many rows, from the second batch on; the first one pays for opening files and starting workers."""
+def read(rates: Rates, args: DataArgs, n_tokens: int, **more: Any) -> None:
+    """Read this many tokens from the second batch on; the first one pays for opening files and starting workers."""
+    n_batches = n_tokens // args.seq_len // ROWS
     with build_loader(args, rows_per_step=ROWS, **more) as loader:
         next(loader)
-        start_s, start_cpu_s = time.perf_counter(), cpu_s()
-        for _ in range(n_rows // ROWS):
-            next(loader)
-        wall_s = time.perf_counter() - start_s
-    return Lap(n_rows // ROWS * ROWS * args.seq_len, wall_s, cpu_s() - start_cpu_s)
+        rates.take(n_batches * ROWS * args.seq_len, lambda: [next(loader) for _ in range(n_batches)])
 
 
 def resume_s(args: DataArgs, row: int) -> float:
-    """Seconds from nothing to the first batch, of a state at this row."""
+    """Seconds to build a loader from a state at this row and read its first batch."""
     with build_loader(args, rows_per_step=ROWS) as loader:
         for _ in range(row // ROWS if row < 10_000 else 4):
             next(loader)
         state = as_if_at(loader, row)
-    start = time.perf_counter()
-    with build_loader(args, rows_per_step=ROWS, state=state) as loader:
-        next(loader)
-        return time.perf_counter() - start
+
+    def resume() -> None:
+        with build_loader(args, rows_per_step=ROWS, state=state) as loader:
+            next(loader)
+
+    return timed(resume)[0]
 
 
 def as_if_at(loader: Loader, row: int) -> dict[str, Any]:
-    """The loader's state; for a late row its lanes moved there on the tape, which is how far they would have come."""
+    """The loader's state; for a late row its lanes are moved on the tape to where they would be by then."""
     state = json.loads(json.dumps(loader.state_dict()))
     if row >= 10_000:
         for lane in state["lanes"].values():
@@ -120,96 +91,91 @@ def as_if_at(loader: Loader, row: int) -> dict[str, Any]:
     return state
 
 
-def measure(tokenizer: Path | None, n_bytes: int, n_rounds: int, seq_len: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as name:
-        texts = write_corpus(Path(name) / "corpus", n_bytes)
-        plain = DataArgs(
-            root_dir=name,
-            sources=[SourceArgs(path="corpus")],
-            seq_len=seq_len,
-            batch_size=ROWS,
-            load_async=False,
-            lanes=ROWS,  # each lane has a document in hand, which counts in a short run
-            prefetch_size=4,  # little is ready when the clock starts
-        )
-        clocks = {"bytes": Clock(lambda: read(plain, 8 * n_bytes // 10 // seq_len))}
-        main = plain
-        if tokenizer is not None:
-            main = plain.model_copy(update={"tokenizer": TokenizerArgs(name="tiktoken", path=str(tokenizer))})
-            encoder = build_tokenizer(main.tokenizer)
-            assert isinstance(encoder, TiktokenTokenizer)
-            encode = encoder._model.encode_ordinary
-            n_tokens = sum(map(len, map(encode, texts)))
-            n_rows = n_tokens * 8 // 10 // seq_len
-            clocks |= {
-                "loader": Clock(lambda: read(main, n_rows, tokenizer=encoder)),
-                "bare": Clock(lambda: bare(encode, texts, n_tokens)),
-                "workers_1": Clock(lambda: read(working(main, 1), n_rows)),
-                "workers_2": Clock(lambda: read(working(main, 2), n_rows)),
-            }
-        for _ in range(n_rounds):
-            for clock in clocks.values():
-                clock.round()
-        figures: dict[str, Any] = {}
-        for key in ("loader", "bare", "workers_1", "workers_2", "bytes"):
-            figures |= clocks[key].figures(key) if key in clocks else {f"{key}_tokens_per_s": None}
-        one, two = figures["workers_1_tokens_per_s"], figures["workers_2_tokens_per_s"]
-        figures["workers_2_speedup"] = two / one if one else None
-        bare_rate = figures["bare_tokens_per_s"]
-        figures["loader_share_of_bare"] = figures["loader_tokens_per_s"] / bare_rate if bare_rate else None
-        if bare_rate:
-            shares = [a / b for a, b in zip(clocks["loader"].cpu, clocks["bare"].cpu, strict=True)]
-            figures["loader_share_of_bare_by_cpu"] = statistics.median(shares)
-        figures["resume_s_row_10"] = statistics.median(resume_s(main, 10) for _ in range(n_rounds))
-        figures["resume_s_row_10m"] = statistics.median(resume_s(main, 10_000_000) for _ in range(n_rounds))
-        figures |= small_things(main)
-    return {**figures, "tokenizer": str(tokenizer) if tokenizer else None, "cores": len(os.sched_getaffinity(0))}
-
-
-def bare(encode: Callable[[str], list[int]], texts: list[str], n_tokens: int) -> Lap:
-    start_s, start_cpu_s = time.perf_counter(), cpu_s()
-    for text in texts:
-        encode(text)
-    return Lap(n_tokens, time.perf_counter() - start_s, cpu_s() - start_cpu_s)
-
-
-def working(args: DataArgs, n_workers: int) -> DataArgs:
-    return args.model_copy(update={"load_async": True, "num_workers": n_workers})
-
-
-@contextlib.contextmanager
-def counted_descriptors() -> Iterator[Callable[[], int]]:
-    before = len(os.listdir("/proc/self/fd"))
-    yield lambda: len(os.listdir("/proc/self/fd")) - before
-
-
-def small_things(args: DataArgs) -> dict[str, float]:
-    """Size of the state and descriptors of a loader in this process."""
-    with counted_descriptors() as n_open, build_loader(args, rows_per_step=ROWS) as loader:
-        for _ in range(8):
-            next(loader)
+def measure_loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    corpus = folder / "corpus" / "corpus.chunk.00.jsonl"
+    write_corpus(corpus, int(options.bytes))
+    texts = [json.loads(line)["text"] for line in corpus.open()]
+    plain = DataArgs(
+        root_dir=str(folder),
+        sources=[SourceArgs(path="corpus")],
+        seq_len=options.seq_len,
+        batch_size=ROWS,
+        load_async=False,
+        lanes=ROWS,  # each lane has a document in hand, which counts in a short run
+        prefetch_size=4,  # little is ready when the clock starts
+    )
+    rates = {name: Rates() for name in ("loader", "bare", "workers_1", "workers_2", "bytes")}
+    rounds: list[Callable[[], None]] = [partial(read, rates["bytes"], plain, sum(map(len, texts)) * 8 // 10)]
+    main = plain
+    if options.tokenizer is not None:
+        main = plain.model_copy(update={"tokenizer": TokenizerArgs(name="tiktoken", path=str(options.tokenizer))})
+        encoder = build_tokenizer(main.tokenizer)
+        assert isinstance(encoder, TiktokenTokenizer)
+        encode = encoder._model.encode_ordinary
+        n_tokens = sum(len(encode(text)) for text in texts)
+        rounds.append(partial(read, rates["loader"], main, n_tokens * 8 // 10, tokenizer=encoder))
+        rounds.append(lambda: rates["bare"].take(n_tokens, lambda: [encode(text) for text in texts]))
+        for n_workers in (1, 2):
+            args = main.model_copy(update={"load_async": True, "num_workers": n_workers})
+            rounds.append(partial(read, rates[f"workers_{n_workers}"], args, n_tokens * 8 // 10))
+    for _ in range(options.rounds):
+        for measure in rounds:
+            measure()
+    figures: dict[str, Any] = {}
+    for name, rate in rates.items():
+        figures[f"{name}_tokens_per_s"] = statistics.median(rate.wall) if rate.wall else None
+        figures[f"{name}_tokens_per_cpu_s"] = statistics.median(rate.cpu) if rate.cpu else None
+    for name, own, base in (
+        ("workers_2_speedup", rates["workers_2"].wall, rates["workers_1"].wall),
+        ("loader_share_of_bare", rates["loader"].wall, rates["bare"].wall),
+        ("loader_share_of_bare_by_cpu", rates["loader"].cpu, rates["bare"].cpu),
+    ):
+        figures[name] = statistics.median(a / b for a, b in zip(own, base, strict=True)) if own else None
+    for name, row in (("10", 10), ("10m", 10_000_000)):
+        figures[f"resume_s_row_{name}"] = statistics.median(resume_s(main, row) for _ in range(options.rounds))
+    n_open = len(os.listdir("/proc/self/fd"))
+    with build_loader(main, rows_per_step=ROWS) as loader:
+        next(loader)
         state = loader.state_dict()
-        return {"state_bytes_per_lane": len(json.dumps(state)) / state["K"], "open_files": n_open()}
+        figures["state_bytes_per_lane"] = len(json.dumps(state)) / state["K"]
+        figures["open_files"] = len(os.listdir("/proc/self/fd")) - n_open
+    return figures | {"tokenizer": options.tokenizer and str(options.tokenizer)}
+
+
+def measure_shuffle(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds (fsync included) and peak memory of preparing the corpus, for each memory budget."""
+    corpus = folder / "source" / "corpus.jsonl"
+    write_corpus(corpus, int(options.bytes), 100, 10_000)
+    figures: dict[str, Any] = {"corpus_bytes": corpus.stat().st_size}
+    for memory_gb in options.shuffle:
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            command = [sys.executable, str(PREPARE), "bench", str(memory_gb), "--source", str(corpus.parent), "--json"]
+            command += ["--data_dir", f"{work}/data", "--tmp_dir", f"{work}/tmp", "--nchunks", "8"]
+            seconds, ended = timed(partial(subprocess.run, command, capture_output=True, text=True, check=False))
+            if ended.returncode:
+                raise SystemExit(ended.stderr)
+            figures[f"with_{memory_gb:g}_gb_s"] = seconds
+            figures[f"with_{memory_gb:g}_gb_peak_rss_bytes"] = json.loads(ended.stdout)["peak_rss_bytes"]
+    return figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, help="tiktoken rank file (see above)")
-    parser.add_argument("--bytes", type=float, default=6e7, help="text of the corpus (%(default)g)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which medians are told (%(default)s)")
+    parser.add_argument(
+        "--shuffle", type=float, nargs="+", metavar="GB", help="measure the shuffle, with these budgets"
+    )
+    parser.add_argument("--bytes", type=float, default=6e7, help="size of the corpus (%(default)g)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; each figure is their median (%(default)s)")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a row (%(default)s)")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    if args.tokenizer is None:
-        print(
-            "no --tokenizer: figures of a tiktoken tokenizer are left out (--help tells where one is)", file=sys.stderr
-        )
-    figures = measure(args.tokenizer, int(args.bytes), args.rounds, args.seq_len)
-    if args.json:
-        print(json.dumps(figures))
-        return
-    for key, value in figures.items():
-        print(f"{key:<28} {value:,.4g}" if isinstance(value, float) else f"{key:<28} {value}")
+    parser.add_argument("--dir", type=Path, help="where to work (the system's temporary folder)")
+    options = parser.parse_args()
+    if not options.shuffle and options.tokenizer is None:
+        print("no --tokenizer: only the bytes tokenizer is measured (--help says where a file is)", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        measure = measure_shuffle if options.shuffle else measure_loader
+        figures = measure(options, Path(folder))
+    print_figures(figures | {"cores": len(os.sched_getaffinity(0))}, options.json)
 
 
 if __name__ == "__main__":

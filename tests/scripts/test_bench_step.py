@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from scripts import bench_step as bench
+
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "bench_step.py"
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_step", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_step"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_case_is_a_config_that_may_start(bench: ModuleType, tmp_path: Path) -> None:
+def test_every_case_is_a_config_that_may_start() -> None:
+    sizes = {}
     for case in (*bench.GPU_CASES, *bench.CPU_CASES, *bench.TINY_CASES):
-        size = bench.checked(case, case.batches[0], str(tmp_path)).resolved
+        size = bench.checked(case, case.batches[0]).resolved
         assert (size.seq_len, size.rows_per_step, size.world_size) == (case.seq_len, case.batches[0], 1)
-    by_name = {case.name: case for case in bench.GPU_CASES}
-    sizes = [
-        bench.checked(by_name[f"{size} bf16 2048"], 1, str(tmp_path)).resolved.n_params for size in ("1B", "7B", "280M")
-    ]
-    assert sizes == pytest.approx([1.81e9, 7.53e9, 494e6], rel=5e-3)
+        sizes.setdefault(case.name, size.n_params)
+    found = [sizes[f"{name} bf16 2048"] for name in ("1B", "7B", "280M")]
+    assert found == pytest.approx([1.81e9, 7.53e9, 494e6], rel=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -46,32 +33,32 @@ def test_every_case_is_a_config_that_may_start(bench: ModuleType, tmp_path: Path
         ({"loop 1B asynchronous": {"save_stall_s": 0.009, "slowdown": 0.02}}, [True, True]),
         ({"1B bf16 2048": {"tokens_per_s": 3.0}, "transformers 1B bf16 2048": {"tokens_per_s": 4.0}}, [False]),
         ({"1B bf16 2048": {"error": "no batch fits"}}, []),
-        ({}, []),
     ],
 )
-def test_goals_are_judged_where_there_is_a_figure(bench: ModuleType, found: dict[str, Any], met: list[bool]) -> None:
+def test_goals_are_judged_where_there_is_a_figure(found: dict[str, Any], met: list[bool]) -> None:
     assert [goal["met"] for goal in bench.goals(found)] == met
 
 
-def test_steps_beside_a_save_are_compared_with_those_before_it(bench: ModuleType) -> None:
+def test_a_loop_is_judged_before_and_beside_its_save() -> None:
     def record(step: int) -> dict[str, Any]:
         save = {"checkpoint/stall_s": 0.25, "checkpoint/drain_gb_per_s": 1.5} if step > 20 else {}
         time_s = 9.0 if step == 1 else 2.2 if step > 20 else 2.0
-        speed = {"speed/curr_iter_time": time_s, "speed/data_load_time": 0.02}
+        speed = {"speed/curr_iter_time": time_s, "speed/wps": 100.0}
         return {"global_step": step, "created_at": f"1970-01-01T00:01:{step:02d}+00:00", **speed, **save}
 
-    found = bench.loop_figures([record(step) for step in range(1, 41)], started_s=50.0)
+    phases = [{"time/data_s": 0.1, "time/rest_s": 0.3, "time/step_s": 2.0}]
+    found = bench.loop_figures([record(step) for step in range(1, 41)], phases, started_s=50.0)
     assert found["start_to_step_1_s"] == 11.0
-    assert (found["step_s"], found["step_s_beside_save"]) == (2.0, 2.2)
-    assert found["slowdown"] == pytest.approx(0.1)
+    assert (found["step_s"], found["step_s_beside_save"], found["tokens_per_s"]) == (2.0, 2.2, 100.0)
+    assert (found["slowdown"], found["outside_share"]) == pytest.approx((0.1, 0.2))
     assert (found["save_stall_s"], found["drain_gb_per_s"], found["mfu"]) == (0.25, 1.5, None)
 
 
-def test_a_cpu_has_no_peak_that_a_busy_moment_could_spoil(bench: ModuleType, tmp_path: Path) -> None:
+def test_only_a_device_with_a_data_sheet_has_an_mfu() -> None:
     cpu = bench.torch.device("cpu")
     facts = bench.device_facts(cpu)
     assert facts["peaks"] == {}
-    trainer = bench.Trainer(bench.TINY_CASES[0], 2, cpu, str(tmp_path))
+    trainer = bench.Trainer(bench.TINY_CASES[0], 2, cpu)
     found = bench.rates(bench.TINY_CASES[0], 2, [1.0, 1.0], trainer, facts["peaks"])
     assert found["tokens_per_s"] == 2 * 32
     assert not {"mfu", "mfu_causal_halved", "share_of_matmul"} & set(found)
@@ -79,37 +66,47 @@ def test_a_cpu_has_no_peak_that_a_busy_moment_could_spoil(bench: ModuleType, tmp
     assert sheet["share_of_matmul"] == pytest.approx(2 * sheet["mfu"])
 
 
-def test_what_the_time_does_not_suffice_for_is_named(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_time_does_not_suffice_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def apart(act: Any, *args: Any) -> dict[str, Any]:
-        return {"peaks": {}} if act is bench.device_facts else {"tokens_per_s": 1.0}
+        return {"machine": {"cuda": "12"}, "peaks": {}} if act is bench.device_facts else {"tokens_per_s": 1.0}
 
     monkeypatch.setattr(bench, "apart", apart)
-    monkeypatch.setattr(bench, "write_corpus", lambda *args: None)
     monkeypatch.setattr(bench, "measure_loop", lambda *args: pytest.fail("a loop takes longer than there is"))
     result = bench.gpu_suite([], False, 46.0, 2, lambda what: None)
-    loops = [loop.name for loop in bench.GPU_LOOPS]
-    assert result["left_out"] == loops
-    assert list(result["cases"]) == [name for name, _ in bench.gpu_plan(False) if name not in loops]
+    names = [planned.name for planned in bench.gpu_plan(False, 2)]
+    assert result["left_out"] == [name for name in names if name.startswith("loop")]
+    assert list(result["cases"]) == [name for name in names if not name.startswith("loop")]
 
 
-def test_an_unknown_case_is_answered_with_the_known(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_case_is_answered_with_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--only", "31M"])
     assert "no case '31M'; there are: debug, 30M" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_benchmark_of_one_ends_at_once_with_one_sentence(tmp_path: Path) -> None:
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), str(tmp_path / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no GPU is visible here; ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.soak
 def test_all_of_it_runs_in_small(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), str(out), "--tiny", "--steps", "2"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, env=None).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     result = json.loads(out.read_text())
     assert result["left_out"] == []
     for name, found in result["cases"].items():
-        assert name in told
+        assert name in shown
         if name.startswith("loop"):
             assert found["start_to_step_1_s"] > 0
             assert found["step_s_beside_save"] > 0
+            assert 0 < found["outside_share"] < 1
         elif name.startswith("attention"):
             assert found["sdpa"]["tflops"] > 0
         elif "float8" not in name:  # needs a GPU; here it is an answer in a sentence
