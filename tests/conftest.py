@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 import lingua  # noqa: F401 (first of all: it sets what torch reads once)
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+hypothesis.settings.register_profile("no deadline", deadline=None)  # no test depends on speed
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -20,6 +20,15 @@ def write_source(folder: Path, name: str, documents: list[str], n_files: int = 2
     return source
 
 
+def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int = 7) -> Path:
+    """A parquet file of these columns (lists, or arrays of pyarrow)."""
+    from pyarrow import parquet, table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table(columns), path, row_group_size=row_group_size)
+    return path
+
+
 def documents(tag: str, n: int, longest: int = 120, seed: int = 0) -> list[str]:
     """Texts `<tag><number>:...` of random length."""
     rng = random.Random(f"{tag}{seed}")

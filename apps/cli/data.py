@@ -211,7 +211,8 @@ def rows(
     for number, parts in table:
         print(f"row {number}")
         for part in parts:
-            print(f"  {part.source}  {part.file}  byte {part.offset}, from token {part.token}: {part.n_tokens} tokens")
+            where = f"{part.unit} {part.offset}, from token {part.token}"
+            print(f"  {part.source}  {part.file}  {where}: {part.n_tokens} tokens")
             print(f"    {part.text[:chars]!r}{' ...' if len(part.text) > chars else ''}")
 
 

@@ -157,7 +157,7 @@ def _data_states(folder: Path) -> list[dict[str, Any]]:
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
     """What the loader would refuse when the run starts. What is not on this machine is not judged."""
     from lingua.data.loader import adapt, check_order, merge_states, order_of
-    from lingua.data.sources import filled, open_sources, source_args, source_path
+    from lingua.data.sources import filled, open_sources
 
     if args.tokenizer.path and not Path(args.tokenizer.path).exists():
         return []
@@ -165,7 +165,7 @@ def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) 
     try:
         state = merge_states(states)
         check_order(state, order_of(args, lanes))
-        if all(source_path(args, source).exists() for source in source_args(args)):
+        if all(Path(source.path).exists() for source in args.read_sources()):
             sources, _ = open_sources(args, lanes)
             with ExitStack() as opened:
                 for source in sources:

@@ -26,13 +26,12 @@ import numpy as np
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
 from lingua.console import Progress
-from lingua.data.in_process import packing_of
-from lingua.data.jsonl import Tape
+from lingua.data.blocked_source import BlockedSource
 from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of
-from lingua.data.mix import Documents, block_at, documents_state
-from lingua.data.pack import Lane, Mark, Packer, Part, Row, contains, merged
+from lingua.data.mix import DocumentStream, block_at
+from lingua.data.pack import Lane, PackedRow, Packer, RowSpan, contains, merged
 from lingua.data.prepare.worker_pool import each
-from lingua.data.sources import open_sources, source_args
+from lingua.data.sources import open_sources
 from lingua.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 
 State = dict[str, Any]
@@ -54,7 +53,7 @@ class _Uncounted(ByteTokenizer):
 
 
 @dataclass
-class Finding:
+class AuditResult:
     """The result of an audit; good without problems."""
 
     checkpoints: list[int]
@@ -78,7 +77,7 @@ def audit(
     count_tokens: bool | None = None,
     n_workers: int = 1,
     progress: Progress | None = None,
-) -> Finding:
+) -> AuditResult:
     """Read again what led to the states (of all lanes, by step). `count_tokens` None: where it costs no tokenizer.
 
     Step t uses the rows first_row + [t*G, (t+1)*G): a run that began with another one's state may count differently.
@@ -90,9 +89,9 @@ def audit(
         raise ConfigError("no checkpoint has the sources that are there now; nothing can be confirmed")
     for step in fits:
         check_order(states[step], order_of(args, n_lanes))
-    cheap = args.tokenizer.name == "bytes" or all(s.format == "tokens" for s in source_args(args))
+    cheap = args.tokenizer.name == "bytes" or all(s.holds_tokens for s in sources)
     count_tokens = cheap if count_tokens is None else count_tokens
-    found = Finding(fits, 0, states[fits[-1]]["row"], tokens_checked=count_tokens)
+    found = AuditResult(fits, 0, states[fits[-1]]["row"], tokens_checked=count_tokens)
     if len(fits) < len(states) or args.accept_change:
         found.begin = fits[0]
         found.notes.append(f"the sources were changed during the run; what came before step {fits[0]} is not confirmed")
@@ -117,11 +116,11 @@ def audit(
     return found
 
 
-def _bytes_read(sources: Sequence[Tape], state: State) -> int:
+def _bytes_read(sources: Sequence[BlockedSource], state: State) -> int:
     """About what the lanes have read so far."""
     lanes = state["lanes"].values()
     epochs = [sum(lane["tapes"][s.name][0] for lane in lanes) / len(lanes) / s.n_blocks for s in sources]
-    return sum(int(source.size_bytes * epoch) for source, epoch in zip(sources, epochs, strict=True))
+    return sum(int(source.n_bytes * epoch) for source, epoch in zip(sources, epochs, strict=True))
 
 
 def _wrong_counts(
@@ -143,7 +142,7 @@ def _wrong_counts(
 def _walk(
     args: DataArgs,
     n_lanes: int,
-    sources: Sequence[Tape],
+    sources: Sequence[BlockedSource],
     tokenizer: Tokenizer,
     lane: int,
     start: State | None,
@@ -152,23 +151,23 @@ def _walk(
     count_tokens: bool,
 ) -> tuple[int, list[str]]:
     """(pieces read, problems) of one lane, from `start` (None: the first row) through all its saved positions."""
-    documents = Documents(lane, n_lanes, sources, args.order_seed, start)
-    packer = Packer(documents, sources, tokenizer, packing_of(args), start)
+    documents = DocumentStream(lane, n_lanes, sources, args.order_seed, start)
+    packer = Packer(documents, sources, tokenizer, args, start)
     before = _tokens_given(args, start) - start["token"] if start else 0
     n_pieces, piece, tokens = 0, None, before  # `tokens`: of all pieces before the one in hand
     for step, state in stops:
         if state["source"] is None:  # nothing read yet
             continue
         target = _order_of_piece(state)
-        while piece is None or _order_of_piece(_position(sources, piece.mark)) < target:
+        while piece is None or _order_of_piece(piece.position.state(sources)) < target:
             tokens += len(piece.ids) if piece is not None else 0
             piece = packer.piece()
             n_pieces += 1
         where = f"step {step}, lane {lane}"
-        here = _position(sources, piece.mark)
+        here = piece.position.state(sources)
         if {key: state[key] for key in here} != here:
             return n_pieces, [f"{where}: stands at {_told(state)}, the order leads to {_told(here)}"]
-        if state["hash"] != f"{piece.mark.hash:016x}":
+        if state["hash"] != f"{piece.position.hash:016x}":
             return n_pieces, [f"{where}: stands at {_told(state)}, but came there by other documents (hash differs)"]
         if count_tokens and (given := _tokens_given(args, state)) != tokens + state["token"]:
             return n_pieces, [
@@ -183,10 +182,6 @@ def _tokens_given(args: DataArgs, state: State) -> int:
     return state["rows"] // window * window * args.seq_len
 
 
-def _position(sources: Sequence[Tape], mark: Mark) -> dict[str, Any]:
-    return {**documents_state(sources, mark.pick, mark.source, mark.places), "char": mark.char}
-
-
 def _order_of_piece(position: Mapping[str, Any]) -> tuple[int, int]:
     return position["pick"], position["char"]
 
@@ -199,13 +194,15 @@ def _told(position: Mapping[str, Any]) -> str:
 # -- the rows of a step --------------------------------------------------------------------------------------------
 
 
-class Origin(NamedTuple):
+class SpanOrigin(NamedTuple):
     """Tokens of a row and the document they come from."""
 
     source: str
     file: str
+    unit: str
+    """What `offset` counts: byte or row."""
     offset: int
-    """Byte at which the document's line begins."""
+    """Where the document begins in the file."""
     char: int
     """First character of the piece that the tokens are from."""
     token: int
@@ -216,7 +213,7 @@ class Origin(NamedTuple):
 
 def rows_of_step(
     args: DataArgs, n_lanes: int, rows_per_step: int, states: Mapping[int, State], step: int, *, first_row: int = 0
-) -> Iterator[tuple[int, list[Origin]]]:
+) -> Iterator[tuple[int, list[SpanOrigin]]]:
     """(row number, where its S tokens come from) for each row of the update that metrics call `global_step` = step.
 
     `first_row`: as in `audit`.
@@ -235,7 +232,7 @@ def rows_of_step(
     for turn in range(first, first + rows_per_step):
         number = turn % n_lanes
         if number not in lanes:
-            lanes[number] = open_lane(args, n_lanes, sources, tokenizer, number, saved.get(number))
+            lanes[number] = Lane(number, n_lanes, sources, tokenizer, args, saved.get(number))
             for _ in range(_turns(number, n_lanes, states[begin]["row"] if begin else 0, first)):
                 lanes[number].next()
         row = lanes[number].next()
@@ -250,35 +247,22 @@ def _turns(lane: int, n_lanes: int, begin: int, end: int) -> int:
     return behind - before
 
 
-def open_lane(
-    args: DataArgs, n_lanes: int, sources: Sequence[Tape], tokenizer: Tokenizer, number: int, state: State | None = None
-) -> Lane:
-    return Lane(
-        number,
-        n_lanes,
-        sources,
-        tokenizer,
-        packing_of(args),
-        seed=args.order_seed,
-        window=args.shuffle_window,
-        skip_rows=args.skip_rows,
-        state=state,
-    )
-
-
-def origins(args: DataArgs, sources: Sequence[Tape], tokenizer: Tokenizer, row: Row) -> Iterator[Origin]:
+def origins(
+    args: DataArgs, sources: Sequence[BlockedSource], tokenizer: Tokenizer, row: PackedRow
+) -> Iterator[SpanOrigin]:
     """Where the first S tokens of a row come from."""
     at = 0
-    for part in row.parts:
-        n = min(part.n_tokens, args.seq_len - at)
+    for span in row.spans:
+        n = min(span.n_tokens, args.seq_len - at)
         if n > 0:
-            yield _origin(args, sources, part, n, tokenizer.decode(row.tokens[at : at + n].tolist()))
+            yield _origin(args, sources, span, n, tokenizer.decode(row.tokens[at : at + n].tolist()))
         at += n
 
 
-def _origin(args: DataArgs, sources: Sequence[Tape], part: Part, n_tokens: int, text: str) -> Origin:
-    mark = part.mark
-    assert mark.source is not None
-    source, (position, offset) = sources[mark.source], mark.places[mark.source]
-    file, _, _ = source.block(block_at(source, args.order_seed, position))
-    return Origin(source.name, str(source.files[file].path), offset, mark.char, part.token, n_tokens, text)
+def _origin(args: DataArgs, sources: Sequence[BlockedSource], span: RowSpan, n_tokens: int, text: str) -> SpanOrigin:
+    position = span.position
+    assert position.source is not None
+    source, (tape_position, offset) = sources[position.source], position.positions[position.source]
+    file, _ = source.locate(block_at(source, args.order_seed, tape_position))
+    path = str(source.files[file].path)
+    return SpanOrigin(source.name, path, source.unit, offset, position.char, span.token, n_tokens, text)

@@ -8,18 +8,18 @@ Cost: reads and tokenizes `max_rows` rows once, at the start.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import orjson
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import DataArgs, source_folders
+from lingua.config.keys.data import DataArgs
 from lingua.config.keys.eval import EvalValidationArgs
-from lingua.data.jsonl import find_files
-from lingua.data.sources import filled
+from lingua.data.blocked_source import BadLines
+from lingua.data.sources import class_of_files, filled
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class HeldOut:
 
 
 def held_out_file(source: Path) -> Path | None:
-    """`*.val.jsonl` of a source folder (the first by name), or None."""
-    return min(source.glob("*.val.jsonl"), default=None) if source.is_dir() else None
+    """`*.val.jsonl` or `*.val.parquet` of a source folder (the first by name), or None."""
+    found = [file for suffix in ("jsonl", "parquet") for file in sorted(source.glob(f"*.val.{suffix}"))]
+    return next((file for file in found if not file.name.startswith(".")), None)
 
 
 def read_held_out(
@@ -95,17 +96,10 @@ def read_held_out(
 
 
 def read_texts(file: Path, text_key: str | None) -> Iterator[str]:
-    """The documents of a jsonl file in order; lines without text are passed over."""
-    with file.open("rb") as lines:
-        for line in lines:
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                text = record.get(text_key) if text_key else record.get("text", record.get("content"))
-                if isinstance(text, str) and text:
-                    yield text
+    """The documents of a file in order; lines without text are passed over."""
+    with closing(class_of_files(file)(file.name, file, 1, text_key=text_key, bad=BadLines(quiet=True))) as source:
+        for document in source.documents():
+            yield document.text
 
 
 def held_out_texts(data: DataArgs, args: EvalValidationArgs) -> list[HeldOutText]:
@@ -113,16 +107,15 @@ def held_out_texts(data: DataArgs, args: EvalValidationArgs) -> list[HeldOutText
     found: list[HeldOutText] = []
     if args.use_val_from_train_src:
         data = filled(data)
-        keys = {} if isinstance(data.sources, dict) else {s.name or Path(s.path).name: s.text_key for s in data.sources}
-        for name, folder in source_folders(data).items():
-            if file := held_out_file(folder):
-                found.append(HeldOutText(name, file, keys.get(name)))
+        for source in data.read_sources():
+            if file := held_out_file(Path(source.path)):
+                found.append(HeldOutText(str(source.name), file, source.text_key))
     for name in args.sources:
         path = Path(args.root_dir) / name
         if not path.exists():
             raise ConfigError(f"eval.validation.sources: {path} does not exist; mend the name or validation.root_dir")
-        files = [held_out_file(path) or find_files(path)[0]] if path.is_dir() else [path]
-        found += [HeldOutText(Path(name).name.removesuffix(".jsonl"), file) for file in files]
+        file = (held_out_file(path) or class_of_files(path).find_files(path)[0]) if path.is_dir() else path
+        found.append(HeldOutText(Path(name).name.removesuffix(".jsonl").removesuffix(".parquet"), file))
     names = [one.name for one in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"eval.validation: two held-out sources are called {twice[0]!r}; rename one")

@@ -7,7 +7,8 @@ Promise: nothing of the data is changed; what is written appears whole or not at
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,76 +16,44 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
 from lingua.console import Progress
 from lingua.data import token_files
-from lingua.data.audit import open_lane, origins
-from lingua.data.jsonl import BadLines, JsonlSource, Tape, find_files
+from lingua.data.audit import origins
+from lingua.data.jsonl import JsonlSource
 from lingua.data.jsonl_indexed import SUFFIX, write_index
-from lingua.data.mix import Document
+from lingua.data.pack import Lane
 from lingua.data.prepare.worker_pool import each
-from lingua.data.sources import open_sources, source_args, source_files
-from lingua.tokenizer import Tokenizer, TokenizerError, build_tokenizer
+from lingua.data.sources import class_of_files, open_sources, source_class
+from lingua.tokenizer import Tokenizer, build_tokenizer
 
-_SAMPLE_BYTES = 1 << 20
-
-
-def in_order(source: Tape) -> Iterator[Document]:
-    """All documents of a source, in the order of its files."""
-    reader = source.reader()
-    for block in range(source.n_blocks):
-        offset = -1
-        while (document := reader.document(block, offset)) is not None:
-            yield document
-            offset = document.end
-
-
-def estimate_tokens(source: Tape, tokenizer: Tokenizer, n_ends: int = 0) -> int:
-    """Tokens of one epoch: bytes times tokens per byte of documents taken from all over the source."""
-    if isinstance(source, token_files.TokenSource):
-        return source.n_tokens + n_ends * source.n_documents
-    reader, n_bytes, n_tokens = source.reader(), 0, 0
-    n_probes = min(source.n_blocks, 64)
-    for probe in range(n_probes):
-        block, offset, enough = probe * source.n_blocks // n_probes, -1, n_bytes + _SAMPLE_BYTES // n_probes
-        while n_bytes < enough and (document := reader.document(block, offset)) is not None:
-            offset = document.end
-            n_bytes += document.end - document.start
-            try:
-                n_tokens += len(tokenizer.encode(document.text[:_SAMPLE_BYTES], False, False)) + n_ends
-            except TokenizerError:
-                continue
-    return source.size_bytes * n_tokens // max(1, n_bytes)
+_N_SAMPLES = 64  # places of a source that an estimate looks at
 
 
 # -- inspect -------------------------------------------------------------------------------------------------------
 
 
-def _is_tokens(path: Path) -> bool:
-    return path.name.endswith(token_files.SUFFIX) or (path.is_dir() and any(path.glob(f"*{token_files.SUFFIX}")))
-
-
 def inspect_path(path: Path, tokenizer: Tokenizer, text_key: str | None, progress: Progress) -> dict[str, Any]:
     """Documents, bytes, tokens and bad lines of a source."""
-    if _is_tokens(path):
+    kind = class_of_files(path)
+    if kind.holds_tokens:
         return _inspect_tokens(path, progress)
-    bad = BadLines()
-    source = JsonlSource(path.name, path, 1, text_key=text_key, bad=bad)
-    progress.begin("reading", source.size_bytes)
+    source = kind(path.name, path, 1, text_key=text_key)
+    progress.begin("reading", source.n_bytes)
     n_documents = text_bytes = done = longest = 0
-    for document in in_order(source):
+    for document in source.documents():
         n_documents += 1
         size = len(document.text.encode())
         text_bytes, longest = text_bytes + size, max(longest, size)
         done += document.end - document.start
-        if done > 16 << 20:
-            progress.advance(done)
+        if done > source.size // 100:
+            progress.advance(source.n_bytes * done // source.size)
             done = 0
-    progress.advance(done)
-    counts = dict(bad.kinds)
-    estimated = estimate_tokens(source, tokenizer) if n_documents else 0
+    progress.advance(source.n_bytes * done // source.size)
+    counts = dict(source.bad.kinds)
+    estimated = source.estimate_tokens(tokenizer, n_samples=_N_SAMPLES) if n_documents else 0
     source.close()
     return {
         "path": str(path),
         "files": len(source.files),
-        "bytes": source.size_bytes,
+        "bytes": source.n_bytes,
         "documents": n_documents,
         "text_bytes": text_bytes,
         "longest_text_bytes": longest,
@@ -96,7 +65,7 @@ def inspect_path(path: Path, tokenizer: Tokenizer, text_key: str | None, progres
 
 
 def _inspect_tokens(path: Path, progress: Progress) -> dict[str, Any]:
-    files = token_files.find_token_files(path)
+    files = token_files.TokenSource.find_files(path)
     every = [token_files.read_facts(file) for file in files]
     progress.begin("checking", sum(file.stat().st_size for file in files))
     damaged = []
@@ -121,14 +90,15 @@ def _inspect_tokens(path: Path, progress: Progress) -> dict[str, Any]:
 
 
 def find_document(path: Path, number: int, text_key: str | None) -> dict[str, Any]:
-    """One document with its place."""
-    if _is_tokens(path):
+    """One document with its position."""
+    kind = class_of_files(path)
+    if kind.holds_tokens:
         raise ConfigError(f"{path}: token files hold no text; give the jsonl they were made from")
-    source = JsonlSource(path.name, path, 1, text_key=text_key)
-    for n, document in enumerate(in_order(source)):
-        if n == number:
-            file = source.path_of(document.file_key)
-            return {"file": str(file), "offset": document.start, "end": document.end, "text": document.text}
+    with closing(kind(path.name, path, 1, text_key=text_key)) as source:
+        for n, document in enumerate(source.documents()):
+            if n == number:
+                file = source.path_of(document)
+                return {"file": str(file), "offset": document.start, "end": document.end, "text": document.text}
     raise ConfigError(f"--doc {number}: {path} has {source.bad.lines - source.bad.kinds.total()} documents")
 
 
@@ -152,18 +122,18 @@ def preview_mixture(
     for source in sources:
         source.check()
     n_rows = n_steps * rows_per_step
-    lanes = [open_lane(args, n_lanes, sources, tokenizer, lane) for lane in range(min(n_lanes, n_rows))]
+    lanes = [Lane(lane, n_lanes, sources, tokenizer, args) for lane in range(min(n_lanes, n_rows))]
     n_tokens: Counter[str] = Counter()
     documents: dict[str, set[tuple[int, int]]] = {source.name: set() for source in sources}
     shown = []
     progress.begin("reading", 4 * n_rows * args.seq_len)  # rows are 4 bytes a token
     for turn in range(n_rows):
         row = lanes[turn % n_lanes].next()
-        for part in row.parts:
-            assert part.mark.source is not None
-            name = sources[part.mark.source].name
-            n_tokens[name] += part.n_tokens
-            documents[name].add(part.mark.places[part.mark.source])
+        for span in row.spans:
+            index = span.position.source
+            assert index is not None
+            n_tokens[sources[index].name] += span.n_tokens
+            documents[sources[index].name].add(span.position.positions[index])
         if turn < n_rows_shown:
             parts = [origin._asdict() for origin in origins(args, sources, tokenizer, row)]
             shown.append({"row": row.number, "documents": parts})
@@ -171,7 +141,8 @@ def preview_mixture(
     total, ends = max(1, n_tokens.total()), args.add_bos + args.add_eos
     by_source = {}
     for source in sources:
-        share, epoch_tokens = n_tokens[source.name] / total, estimate_tokens(source, tokenizer, ends)
+        share = n_tokens[source.name] / total
+        epoch_tokens = source.estimate_tokens(tokenizer, ends, _N_SAMPLES)
         run_tokens = share * n_steps_of_run * rows_per_step * args.seq_len
         by_source[source.name] = {
             "weight": source.weight,
@@ -200,7 +171,7 @@ def preview_mixture(
 
 def index_files(paths: Sequence[Path], out: Path | None, progress: Progress) -> dict[str, Any]:
     """Write the index of each jsonl file; {file: {index, lines}}."""
-    files = [file for path in paths for file in find_files(path)]
+    files = [file for path in paths for file in JsonlSource.find_files(path)]
     progress.begin("indexing", sum(file.stat().st_size for file in files))
     made = {}
     for file in files:
@@ -217,10 +188,12 @@ def tokenize_sources(args: DataArgs, out: Path, n_workers: int, progress: Progre
     tokenizer = build_tokenizer(args.tokenizer)
     todo: list[tuple[Path, Path, str | None]] = []
     n_there = 0
-    for source in source_args(args):
-        if source.format == "tokens":
-            raise ConfigError(f"source {source.name} is made of token files already; name the jsonl")
-        for file in source_files(args, source):
+    sources = args.read_sources()
+    for source in sources:
+        kind = source_class(source.format)
+        if not issubclass(kind, JsonlSource):
+            raise ConfigError(f"source {source.name} has format {source.format}; only jsonl can be tokenized, name it")
+        for file in kind.find_files(Path(source.path)):
             target = token_files.token_file(file, out / str(source.name))
             if file.stat().st_size == 0:
                 continue
@@ -242,7 +215,7 @@ def tokenize_sources(args: DataArgs, out: Path, n_workers: int, progress: Progre
         progress.advance(todo[number][0].stat().st_size)
     lines = [
         {"path": str((out / str(s.name)).absolute()), "name": s.name, "weight": s.weight, "format": "tokens"}
-        for s in source_args(args)
+        for s in sources
     ]
     return {
         "files_made": len(todo),

@@ -20,17 +20,16 @@ import logging
 import mmap
 import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
+from lingua.data.blocked_source import BlockedSource, DataError, Document, Reader, edges, name_key, whole_file
 from lingua.data.corpus import cache_dir
-from lingua.data.jsonl import BadLines, DataError, JsonlSource, edges
-from lingua.data.mix import Document, Reader, name_key
+from lingua.data.jsonl import JsonlSource
 from lingua.files import human_bytes
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ _HEADER = struct.Struct("<8sIIQQQQ16x")
 _SCAN_BYTES = 4 << 20
 
 
-class Header(NamedTuple):
+class IndexHeader(NamedTuple):
     """What an index says about itself."""
 
     magic: bytes
@@ -68,33 +67,24 @@ def write_index(path: Path, target: Path, advance: Callable[[int], object] = lam
 
     `advance` hears of the bytes done. Raises OSError where `target` cannot be written, DataError for a file that grows.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
-    try:
-        with open(descriptor, "wb") as out, path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            out.write(bytes(_HEADER.size))
-            digest, n_lines = xxhash.xxh3_64(), 0
-            for n_bytes, starts in _line_starts(path, file.fileno(), size):
-                data = starts.tobytes()
-                digest.update(data)
-                out.write(data)
-                n_lines += len(starts)
-                advance(n_bytes)
-            end = struct.pack("<q", size)
-            digest.update(end)
-            out.write(end)
-            head = Header(_MAGIC, VERSION, _HEADER.size, size, int(edges(path, size), 16), n_lines, digest.intdigest())
-            out.seek(0)
-            out.write(_HEADER.pack(*head))
-            out.flush()
-            os.fchmod(descriptor, 0o644)
-            os.fsync(descriptor)
+    with whole_file(target) as out, path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        out.write(bytes(_HEADER.size))
+        digest, n_lines = xxhash.xxh3_64(), 0
+        for n_bytes, starts in _line_starts(path, file.fileno(), size):
+            data = starts.tobytes()
+            digest.update(data)
+            out.write(data)
+            n_lines += len(starts)
+            advance(n_bytes)
+        end = struct.pack("<q", size)
+        digest.update(end)
+        out.write(end)
+        head = IndexHeader(_MAGIC, VERSION, _HEADER.size, size, int(edges(path, size), 16), n_lines, digest.intdigest())
+        out.seek(0)
+        out.write(_HEADER.pack(*head))
         if path.stat().st_size != size:
             raise DataError(f"{path}: grew while its lines were counted; wait until it is complete")
-        os.rename(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
     return n_lines
 
 
@@ -116,7 +106,7 @@ def _line_starts(path: Path, descriptor: int, size: int) -> Iterator[tuple[int, 
 # -- using one -----------------------------------------------------------------------------------------------------
 
 
-def read_header(index: Path, path: Path) -> Header | str:
+def read_header(index: Path, path: Path) -> IndexHeader | str:
     """The header of an index that belongs to `path`, or why it does not."""
     try:
         with index.open("rb") as file:
@@ -125,7 +115,7 @@ def read_header(index: Path, path: Path) -> Header | str:
         return "there is none"
     if len(raw) < _HEADER.size or raw[:8] != _MAGIC:
         return "it is no index of lingua's"
-    head = Header(*_HEADER.unpack(raw))
+    head = IndexHeader(*_HEADER.unpack(raw))
     if (head.version, head.header_bytes) != (VERSION, _HEADER.size):
         return f"it is of version {head.version}, this is {VERSION}"
     if size != _HEADER.size + 8 * (head.n_lines + 1):
@@ -136,11 +126,6 @@ def read_header(index: Path, path: Path) -> Header | str:
     if head.source_edges != int(edges(path, source_bytes), 16):
         return "it is of a file with other first or last bytes"
     return head
-
-
-def check_hash(index: Path, head: Header) -> bool:
-    """Whether the offsets are those that were written; reads all of them."""
-    return xxhash.xxh3_64_intdigest(index.read_bytes()[_HEADER.size :]) == head.hash
 
 
 def find_index(path: Path) -> Path:
@@ -165,7 +150,7 @@ def find_index(path: Path) -> Path:
 def _usable(path: Path) -> Path | None:
     for index in index_places(path):
         with contextlib.suppress(PermissionError):
-            if isinstance(read_header(index, path), Header):
+            if isinstance(read_header(index, path), IndexHeader):
                 return index
     return None
 
@@ -191,21 +176,19 @@ def map_index(path: Path) -> np.ndarray:
 
 
 class IndexedSource(JsonlSource):
-    """The tape of jsonl files, shuffled line by line: each line is a block."""
+    """jsonl files shuffled line by line: each line is a block."""
 
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        n_lanes: int,
-        *,
-        weight: float = 1.0,
-        text_key: str | None = None,
-        bad: BadLines | None = None,
-    ) -> None:
-        super().__init__(name, path, n_lanes, weight=weight, text_key=text_key, bad=bad)
+    @classmethod
+    def side_files(cls, files: Sequence[Path]) -> list[Path]:
+        return [index for file in files if (index := index_places(file)[0]).is_file()]
+
+    @classmethod
+    def sequential(cls) -> type[BlockedSource]:
+        return JsonlSource
+
+    def cut(self, n_lanes: int) -> None:
         self._lines = [map_index(file.path) for file in self.files]
-        self.lay([len(lines) - 1 for lines in self._lines])
+        self.number_blocks([len(lines) - 1 for lines in self._lines])
 
     @property
     def fingerprint(self) -> str:
@@ -213,7 +196,7 @@ class IndexedSource(JsonlSource):
         return f"{name_key('mmap_jsonl' + super().fingerprint):016x}"
 
     def block(self, block: int) -> tuple[int, int, int]:
-        file, line = self.place(block)
+        file, line = self.locate(block)
         start, end = self._lines[file][line : line + 2].tolist()
         return file, start, end
 
@@ -228,14 +211,12 @@ class IndexedReader:
         self._source = source
 
     def document(self, block: int, offset: int) -> Document | None:
-        """The document of this block (a line) unless `offset` lies behind its begin; None: no more."""
         source = self._source
         file, start, end = source.block(block)
         if offset > start:
             return None
         line, at = b"", start
-        while at < end:  # one turn, but for lines of more than 2 GB
+        while at < end:  # once, except for lines of more than 2 GB
             line += source.pread(file, end - at, at)
             at = start + len(line)
-        text = source.text(line.removesuffix(b"\n"), file, start)
-        return None if text is None else Document(text, source.files[file].key, start, end)
+        return source.parse(line.removesuffix(b"\n"), file, start, end)

@@ -37,12 +37,10 @@ import xxhash
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, default_lanes
-from lingua.data.in_process import InProcess, Producer, packing_of
-from lingua.data.jsonl import DataError
-from lingua.data.mix import Source
-from lingua.data.pack import IntArray, Packing
+from lingua.data.blocked_source import BlockedSource
+from lingua.data.pack import IntArray
 from lingua.data.sources import check_manifests, open_sources
-from lingua.data.workers import Workers
+from lingua.data.workers import InProcess, Workers
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
 
 VERSION = 1
@@ -73,7 +71,7 @@ def order_of(args: DataArgs, n_lanes: int) -> dict[str, Any]:
     }
 
 
-def sources_of(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+def sources_of(sources: Sequence[BlockedSource]) -> dict[str, dict[str, Any]]:
     """Weight and fingerprint of each source, as the state keeps them."""
     return {source.name: {"weight": source.weight, "fingerprint": source.fingerprint} for source in sources}
 
@@ -103,7 +101,7 @@ def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def adapt(state: dict[str, Any], sources: Sequence[Source], accept: str | None) -> dict[int, dict[str, Any]]:
+def adapt(state: dict[str, Any], sources: Sequence[BlockedSource], accept: str | None) -> dict[int, dict[str, Any]]:
     """Lane states for these sources. Refused if they are not those of the state, unless the change is accepted."""
     lanes = {int(lane): {**record, "tapes": dict(record["tapes"])} for lane, record in state["lanes"].items()}
     old, new = state["sources"], sources_of(sources)
@@ -138,7 +136,7 @@ def _change(name: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -
     return f"data.sources: {name}: {', '.join(what)}" if what else None
 
 
-def _begin_again(source: Source, lanes: dict[int, dict[str, Any]], n_lanes: int, epochs: int) -> None:
+def _begin_again(source: BlockedSource, lanes: dict[int, dict[str, Any]], n_lanes: int, epochs: int) -> None:
     """Put all lanes at the begin of the first epoch that none has touched, on the tape of the changed files."""
     begin = epochs * source.n_blocks
     for lane, record in lanes.items():
@@ -173,10 +171,9 @@ class Loader:
 
     def __init__(
         self,
-        producer: Producer,
+        producer: InProcess | Workers,
+        args: DataArgs,
         *,
-        batch_size: int,
-        packing: Packing,
         lanes: Sequence[int],
         states: dict[int, dict[str, Any]],
         header: dict[str, Any],
@@ -184,7 +181,7 @@ class Loader:
         row: int,
         dp_size: int,
     ) -> None:
-        self.producer, self._batch_size, self._packing = producer, batch_size, packing
+        self.producer, self._args = producer, args
         self._lanes, self._states, self._header, self._n_blocks = lanes, states, header, n_blocks
         self._row, self._dp_size = row, dp_size  # rows of the run used so far, by all ranks
         self._turn = row // dp_size  # rows of this rank used so far
@@ -193,9 +190,9 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        n_rows, seq_len, n_views = self._batch_size, self._packing.seq_len, self._packing.n_views
+        n_rows, seq_len, n_views = self._args.batch_size, self._args.seq_len, self._args.n_views
         views = np.empty((n_views, n_rows, seq_len), np.int32)
-        doc_ids = np.empty((n_rows, seq_len), np.int32) if self._packing.doc_ids else None
+        doc_ids = np.empty((n_rows, seq_len), np.int32) if self._args.doc_mask else None
         numbers = np.empty(n_rows, np.int64)
         states: dict[int, dict[str, Any]] = {}
         for i in range(n_rows):
@@ -278,16 +275,14 @@ def build_loader(
             row, states = state["row"], _own_states(adapt(state, sources, args.accept_change), own_lanes)
         if row % dp_size:
             raise ConfigError(f"data state: {row} rows are used, which {dp_size} data-parallel ranks cannot share")
-        producer: Producer
         if args.load_async:
-            producer = Workers(args, n_lanes, own_lanes, row // dp_size % len(own_lanes), states)
+            producer: InProcess | Workers = Workers(args, n_lanes, own_lanes, row // dp_size % len(own_lanes), states)
         else:
             producer = InProcess(args, n_lanes, states, sources, bad, tokenizer)
             opened.pop_all()  # the producer closes them
     return Loader(
         producer,
-        batch_size=args.batch_size,
-        packing=packing_of(args),
+        args,
         lanes=own_lanes,
         states=states,
         header={**header, "sources": sources_of(sources)},
@@ -304,7 +299,7 @@ def _own_states(states: dict[int, dict[str, Any]], lanes: Sequence[int]) -> dict
     return {lane: states[lane] for lane in lanes}
 
 
-def _start(lane: int, sources: Sequence[Source]) -> dict[str, Any]:
+def _start(lane: int, sources: Sequence[BlockedSource]) -> dict[str, Any]:
     """State of a lane that has not begun."""
     tapes = {source.name: [lane, -1] for source in sources}
     return {"rows": 0, "pick": 0, "source": None, "tapes": tapes, "char": 0, "token": 0, "hash": f"{0:016x}"}
@@ -317,6 +312,3 @@ def _check_sizes(n_lanes: int, rows_per_step: int, dp_size: int, batch_size: int
         raise ConfigError(
             f"{rows_per_step} rows per step are not a multiple of {dp_size} ranks x data.batch_size {batch_size}"
         )
-
-
-__all__ = ["Batch", "DataError", "Loader", "build_loader", "merge_states"]

@@ -26,9 +26,9 @@ from typing import NamedTuple
 import xxhash
 
 from lingua.config.keys.data import DataArgs, SourceArgs
-from lingua.data.jsonl import edges
-from lingua.data.jsonl_indexed import index_places
-from lingua.data.sources import check_manifests, source_args, source_files, source_path
+from lingua.data.blocked_source import edges
+from lingua.data.held_out import held_out_file
+from lingua.data.sources import check_manifests, source_class
 from lingua.files import DiskError, RunError, free_bytes, human_bytes, make_folder
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _SPARE_BYTES = 64 << 20  # left free: other users of /dev/shm need some
 
 
-class Piece(NamedTuple):
+class StagedFile(NamedTuple):
     """A file to copy."""
 
     path: Path
@@ -54,13 +54,13 @@ def staged(args: DataArgs) -> Iterator[DataArgs]:
         yield args
         return
     check_manifests(args)
-    pieces = list(_pieces(args))
+    files = list(_files(args))
     root = _own_folder(Path(args.stage_to))
-    folder = root / f"data-{_key(pieces)}"
+    folder = root / f"data-{_key(files)}"
     with _locked(root):
         _reclaim(root, keep=folder)
-        if not _is_complete(folder, pieces):
-            _copy(folder, pieces, args.stage_to)
+        if not _is_complete(folder, files):
+            _copy(folder, files, args.stage_to)
         users = _lock(folder / "users", fcntl.LOCK_SH)
     try:
         yield _moved(args, folder)
@@ -72,25 +72,25 @@ def staged(args: DataArgs) -> Iterator[DataArgs]:
 
 def _moved(args: DataArgs, folder: Path) -> DataArgs:
     sources: list[SourceArgs] = []
-    for number, source in enumerate(source_args(args)):
-        path, place = source_path(args, source), folder / f"{number:03d}"
+    for number, source in enumerate(args.read_sources()):
+        path, place = Path(source.path), folder / f"{number:03d}"
         sources.append(source.model_copy(update={"path": str(place if path.is_dir() else place / path.name)}))
     return args.model_copy(update={"sources": sources, "root_dir": None})
 
 
-def _pieces(args: DataArgs) -> Iterator[Piece]:
-    """The files that are read, with their indexes and the held-out ones beside them."""
-    for number, source in enumerate(source_args(args)):
-        path, files = source_path(args, source), source_files(args, source)
-        indexes = [index_places(file)[0] for file in files] if source.format == "mmap_jsonl" else []
-        held_out = sorted(path.glob("*.val.jsonl"))[:1] if path.is_dir() else []
-        for file in [*files, *filter(Path.is_file, indexes), *held_out]:
-            yield Piece(file, f"{number:03d}", file.stat().st_size)
+def _files(args: DataArgs) -> Iterator[StagedFile]:
+    """The files that are read, with what is used beside them."""
+    for number, source in enumerate(args.read_sources()):
+        path, kind = Path(source.path), source_class(source.format)
+        files = kind.find_files(path)
+        held_out = held_out_file(path)
+        for file in [*files, *kind.side_files(files), *([held_out] if held_out else [])]:
+            yield StagedFile(file, f"{number:03d}", file.stat().st_size)
 
 
-def _key(pieces: list[Piece]) -> str:
+def _key(files: list[StagedFile]) -> str:
     hasher = xxhash.xxh3_64()
-    for path, source, size in pieces:
+    for path, source, size in files:
         facts = (str(path.resolve()), source, size, path.stat().st_mtime_ns, edges(path, size))
         hasher.update(repr(facts).encode("utf-8", "surrogateescape"))
     return hasher.hexdigest()
@@ -118,18 +118,18 @@ def _boot_id() -> str:
         return ""
 
 
-def _is_complete(folder: Path, pieces: list[Piece]) -> bool:
+def _is_complete(folder: Path, files: list[StagedFile]) -> bool:
     try:
         if (folder / "complete").read_text() != _boot_id():
             return False
-        return all((folder / source / path.name).stat().st_size == size for path, source, size in pieces)
+        return all((folder / source / path.name).stat().st_size == size for path, source, size in files)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def _copy(folder: Path, pieces: list[Piece], stage_to: str) -> None:
+def _copy(folder: Path, files: list[StagedFile], stage_to: str) -> None:
     _remove(folder)
-    total = sum(piece.size for piece in pieces)
+    total = sum(file.size for file in files)
     free = free_bytes(folder)
     if total + _SPARE_BYTES > free:
         raise RunError(
@@ -139,7 +139,7 @@ def _copy(folder: Path, pieces: list[Piece], stage_to: str) -> None:
     log.info("copying %s of data to %s", human_bytes(total), folder)
     try:
         folder.mkdir(mode=0o700)
-        for path, source, size in pieces:
+        for path, source, size in files:
             (folder / source).mkdir(exist_ok=True)
             target = folder / source / path.name
             shutil.copyfile(path, target)

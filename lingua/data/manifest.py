@@ -29,7 +29,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def check_manifest(folder: Path, *, hashes: bool = False) -> list[str]:
+def check_manifest(folder: Path, suffix: str = ".jsonl", *, hashes: bool = False) -> list[str]:
     """What is wrong with a prepared folder, one sentence each; nothing where there is no manifest to hold it to."""
     try:
         manifest = read_manifest(folder)
@@ -39,7 +39,7 @@ def check_manifest(folder: Path, *, hashes: bool = False) -> list[str]:
         return []
     problems = [
         f"{folder / name} is not named in {folder / MANIFEST}; another preparation left it there, remove it"
-        for name in stray_files(folder, set(manifest["files"]))
+        for name in stray_files(folder, set(manifest["files"]), suffix)
     ]
     for name, facts in sorted(manifest["files"].items()):
         path = folder / name
@@ -52,9 +52,10 @@ def check_manifest(folder: Path, *, hashes: bool = False) -> list[str]:
     return problems
 
 
-def stray_files(folder: Path, names: set[str]) -> list[str]:
-    """jsonl files of a folder that are not among `names`: a loader would read them as data."""
-    return sorted(path.name for path in folder.glob("*.jsonl") if path.name not in names)
+def stray_files(folder: Path, names: set[str], suffix: str = ".jsonl") -> list[str]:
+    """Files of a folder that are not among `names`, though a loader would read them as data."""
+    found = [path.name for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")]
+    return sorted(name for name in found if name not in names)
 
 
 def hash_file(path: Path, *, past_cache: bool = False) -> str:

@@ -1,9 +1,9 @@
 """Documents to rows: pieces of text, tokens, packed rows, and the state of a lane.
 
-Promise: a lane's tokens are its documents' tokens one after another, nothing dropped and nothing padded. Row k of a
-lane is the S tokens from k*S on and the n_views - 1 behind them, so a document may be cut by a row's end but the
-target of the last token survives, as the first token of the next row. Continuing costs one document and one piece of
-text (at most 256 Ki characters), or with a shuffle window at most that many rows, wherever the run stands.
+A lane's tokens are its documents' tokens one after another, nothing dropped and nothing padded. Row k of a lane is the
+S tokens from k*S on and the n_views - 1 after them: a row's end may cut a document, but the last token keeps its label,
+which is the first token of the next row. Resuming costs one document and one piece of text (at most 256 Ki characters),
+or with a shuffle window at most that many rows, wherever the run is.
 Cost: one copy of each token; per document about 10 us.
 
 Five short documents (a, bb, ccc, dd, e; `<` and `>` are begin and end) with S = 4 and n_views = 2:
@@ -14,10 +14,10 @@ Five short documents (a, bb, ccc, dd, e; `<` and `>` are begin and end) with S =
     row 2                     c c c > [<]
     doc_ids   0 0 0 1   0 0 0 1   0 0 0 0    (of the inputs; documents counted from the row's begin)
 
-State is a position and never data: the pick and the place of the document in hand, the first character of the piece
-in hand, the tokens of it that are used, rows made, and the running hash before the piece. The hash chains (source,
-file, byte offset, first character) of every piece so far: who reads the sources again can tell from it, without
-tokenizing, that no piece was left out or taken twice.
+The state is a position and never data: pick and position of the current document, first character of the current
+piece, how many of its tokens are used, rows made, and the running hash before the piece. The hash chains (source, file,
+offset, first character) of every piece so far, so `lingua data audit` can prove without tokenizing that no piece was
+left out or read twice.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lingua.data.mix import DataError, Document, Documents, Place, Source, documents_state, draw, window_order
+from lingua.config.keys.data import DataArgs
+from lingua.data.blocked_source import BlockedSource, DataError, Document
+from lingua.data.mix import DocumentStream, SourcePosition, documents_state, draw, window_order
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 PIECE_CHARS = 256 << 10
-_MOST_BARREN = 1000
-_KEEP_CHARS = 192 << 10  # a piece is cut at white space behind this many characters, if there is any
+_KEEP_CHARS = 192 << 10  # a piece is cut at white space after this many characters, if there is any
+_MAX_EMPTY_PIECES = 1000
 
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def piece_end(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends: behind a newline, else before a space, else at 256 Ki characters."""
+    """Where the piece that begins at `start` ends: after a newline, else before a space, else at 256 Ki characters."""
     limit = start + PIECE_CHARS
     if len(text) <= limit:
         return len(text)
@@ -51,103 +53,93 @@ def piece_end(text: str, start: int) -> int:
     return space if space >= 0 else limit
 
 
-def piece_behind(document: Document, start: int) -> int:
-    """First character of the piece behind the one that begins at `start`; 0: it is the document's last."""
+def next_piece(document: Document, start: int) -> int:
+    """First character of the piece after the one that begins at `start`, or 0 if that is the document's last."""
     if document.encoded is not None:
-        return document.encoded.behind(start)
+        return document.encoded.next_char(start)
     end = piece_end(document.text, start)
     return end if end < len(document.text) else 0
 
 
-def chain(before: int, source_key: int, file_key: int, offset: int, char: int) -> int:
-    """The running hash after one more piece."""
-    return draw(before, source_key, file_key, offset, char)
-
-
-class Mark(NamedTuple):
-    """Where a piece comes from: all that is needed to make it again."""
+class PiecePosition(NamedTuple):
+    """Where a piece of text comes from: all that is needed to make it again."""
 
     pick: int
     source: int | None
-    places: tuple[Place, ...]
+    positions: tuple[SourcePosition, ...]
     char: int
     hash: int
 
+    def state(self, sources: Sequence[BlockedSource]) -> dict[str, Any]:
+        return {**documents_state(sources, self.pick, self.source, self.positions), "char": self.char}
 
-class Piece(NamedTuple):
+
+class TextPiece(NamedTuple):
+    """The tokens of a piece of a document's text."""
+
     ids: IntArray
     document: int  # counted since the lane was opened
-    mark: Mark
+    position: PiecePosition
 
 
-class Part(NamedTuple):
+class RowSpan(NamedTuple):
     """Tokens of a row that come from one piece."""
 
-    mark: Mark
-    token: int  # of the piece, first used
+    position: PiecePosition
+    token: int  # the first one used, counted from the piece's begin
     n_tokens: int
 
 
-class Row(NamedTuple):
-    """S + n_views - 1 tokens, the document each of the first S belongs to (None unless asked for), the row's number."""
+class PackedRow(NamedTuple):
+    """One row of tokens."""
 
-    tokens: IntArray
-    doc_ids: IntArray | None
-    number: int
-    parts: tuple[Part, ...] = ()  # where all the tokens come from; not told by workers
-
-
-class Packing(NamedTuple):
-    """How documents become rows; the same for all lanes."""
-
-    seq_len: int
-    n_views: int
-    add_bos: bool
-    add_eos: bool
-    doc_ids: bool = False
+    tokens: IntArray  # (S + n_views - 1,)
+    doc_ids: IntArray | None  # (S,): document of each input, with data.doc_mask
+    number: int  # of the row in the run
+    spans: tuple[RowSpan, ...] = ()  # where the tokens come from; workers leave it out
 
 
 class Packer:
-    """Packed rows of one lane, in order of its documents."""
+    """Packed rows of one lane, in the order of its documents."""
 
     def __init__(
         self,
-        documents: Documents,
-        sources: Sequence[Source],
+        documents: DocumentStream,
+        sources: Sequence[BlockedSource],
         tokenizer: Tokenizer,
-        packing: Packing,
-        state: dict | None,
+        args: DataArgs,
+        state: dict[str, Any] | None,
     ) -> None:
-        self._documents, self._sources, self._tokenizer, self._packing = documents, sources, tokenizer, packing
-        self._document: Document | None = None  # in hand, with text left
+        self._documents, self._sources, self._tokenizer, self._args = documents, sources, tokenizer, args
+        self._document: Document | None = None  # with text left
         self._char = 0
         self._number = 0
         self._hash = 0
-        self._pieces: deque[Piece] = deque()
-        self._token = 0  # used ones of the first piece
-        self._barren = 0  # pieces in a row without a token
-        self._barren_from: dict[int, int] = {}  # by source: the tape position where they began
+        self._pieces: deque[TextPiece] = deque()
+        self._token = 0  # tokens of the first piece that are used
+        self._n_empty = 0  # pieces in a row without a token
+        self._empty_from: dict[int, int] = {}  # by source: the tape position where they began
         if state is not None:
             self._hash = int(state["hash"], 16)
             if documents.source is not None:
-                self._document, self._char, self._token = documents.again(), state["char"], state["token"]
+                self._document, self._char, self._token = documents.reread(), state["char"], state["token"]
 
     def state(self) -> dict[str, Any]:
-        """The position behind the last row."""
-        if self._pieces:
-            mark = self._pieces[0].mark
-        else:  # nothing read yet
-            mark = Mark(self._documents.pick, self._documents.source, self._documents.places, self._char, self._hash)
-        position = documents_state(self._sources, mark.pick, mark.source, mark.places)
-        return {**position, "char": mark.char, "token": self._token, "hash": f"{mark.hash:016x}"}
+        """The position after the last row."""
+        position = self._pieces[0].position if self._pieces else self._position()
+        return {**position.state(self._sources), "token": self._token, "hash": f"{position.hash:016x}"}
 
-    def row(self) -> tuple[IntArray, IntArray | None, tuple[Part, ...]]:
+    def _position(self) -> PiecePosition:
+        documents = self._documents
+        return PiecePosition(documents.pick, documents.source, documents.positions, self._char, self._hash)
+
+    def row(self) -> tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]:
         """The next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
-        seq_len, n = self._packing.seq_len, self._packing.seq_len + self._packing.n_views - 1
+        seq_len, n = self._args.seq_len, self._args.seq_len + self._args.n_views - 1
         tokens = np.empty(n, np.int32)
-        doc_ids = np.empty(n, np.int32) if self._packing.doc_ids else None
+        doc_ids = np.empty(n, np.int32) if self._args.doc_mask else None
         pieces, filled, index, skip = self._pieces, 0, 0, self._token
-        parts: list[Part] = []
+        spans: list[RowSpan] = []
         while filled < n:
             if index == len(pieces):
                 pieces.append(self.piece())
@@ -157,13 +149,13 @@ class Packer:
             if doc_ids is not None:
                 doc_ids[filled : filled + len(part)] = piece.document
             if len(part):
-                parts.append(Part(piece.mark, skip, len(part)))
+                spans.append(RowSpan(piece.position, skip, len(part)))
             filled, index, skip = filled + len(part), index + 1, 0
         self._use(seq_len)
         if doc_ids is not None:
             doc_ids = doc_ids[:seq_len]
             doc_ids -= doc_ids[0]
-        return tokens, doc_ids, tuple(parts)
+        return tokens, doc_ids, tuple(spans)
 
     def _use(self, n_tokens: int) -> None:
         pieces, token = self._pieces, self._token + n_tokens
@@ -171,98 +163,92 @@ class Packer:
             token -= len(pieces.popleft().ids)
         self._token = token
 
-    def piece(self) -> Piece:
+    def piece(self) -> TextPiece:
         """The next piece; without tokens if the tokenizer gives up on it."""
         if self._document is None:
             self._document, self._char = self._documents.next(), 0
             self._number += 1
-        document, start, documents = self._document, self._char, self._documents
-        assert documents.source is not None
-        mark = Mark(documents.pick, documents.source, documents.places, start, self._hash)
-        source = self._sources[documents.source]
-        self._hash = chain(self._hash, source.key, document.file_key, document.start, start)
-        behind = piece_behind(document, start)
-        self._document, self._char = (None, 0) if behind == 0 else (document, behind)
-        whole = start == 0 and behind == 0
-        bos, eos = self._packing.add_bos and start == 0, self._packing.add_eos and behind == 0
+        document, start, position = self._document, self._char, self._position()
+        assert position.source is not None
+        source = self._sources[position.source]
+        self._hash = draw(self._hash, source.key, document.file_key, document.start, start)
+        end = next_piece(document, start)
+        self._document, self._char = (None, 0) if end == 0 else (document, end)
+        whole = start == 0 and end == 0
+        bos, eos = self._args.add_bos and start == 0, self._args.add_eos and end == 0
         try:
             if document.encoded is not None:
                 ids = self._tokenizer.wrap(document.encoded.ids(start), bos, eos)
             else:
-                text = document.text if whole else document.text[start : behind or None]
-                ids = self._tokenizer.encode(text, bos, eos)
+                ids = self._tokenizer.encode(document.text if whole else document.text[start : end or None], bos, eos)
         except TokenizerError as error:
-            source.bad_text(document, str(error))
-            # A document in one piece is left out; a longer one loses this piece, not its begin and end.
+            source.report_untokenizable(document, str(error))
+            # A document in one piece is left out; a longer one loses this piece, but not its begin and end.
             ids = np.empty(0, np.int32) if whole else self._tokenizer.encode("", bos, eos)
-        self._look_for_tokens(len(ids), mark)
-        return Piece(ids, self._number, mark)
+        self._count_empty(len(ids), position)
+        return TextPiece(ids, self._number, position)
 
-    def _look_for_tokens(self, n_tokens: int, mark: Mark) -> None:
-        """Give up when documents give no token for too long: else `row` would look for some for ever."""
-        assert mark.source is not None
+    def _count_empty(self, n_tokens: int, position: PiecePosition) -> None:
+        """Raise DataError if documents give no token for too long: otherwise `row` would search forever."""
         if n_tokens:
-            if self._barren:
-                self._barren, self._barren_from = 0, {}
+            if self._n_empty:
+                self._n_empty, self._empty_from = 0, {}
             return
-        position, source = mark.places[mark.source][0], self._sources[mark.source]
-        self._barren += 1
-        begin = self._barren_from.setdefault(mark.source, position)
-        if self._barren >= _MOST_BARREN and position - begin >= source.n_blocks:
+        assert position.source is not None
+        tape_position, source = position.positions[position.source][0], self._sources[position.source]
+        self._n_empty += 1
+        begin = self._empty_from.setdefault(position.source, tape_position)
+        if self._n_empty >= _MAX_EMPTY_PIECES and tape_position - begin >= source.n_blocks:
             raise DataError(
-                f"source {source.name!r}: {self._barren} documents in a row, more than an epoch of them, give no "
+                f"source {source.name!r}: {self._n_empty} documents in a row, more than an epoch of them, give no "
                 "token; look at the data and at data.tokenizer"
             )
 
 
 class Lane:
-    """Numbered rows of one lane: packed, shuffled within a window if asked for, without those to be passed over.
+    """Numbered rows of one lane: packed, shuffled within a window if asked for, without those in `skip_rows`.
 
     Row k of the lane has number `lane + K * k` in the run. A row in `skip_rows` is made and left out; the lane's next
-    row takes its turn, and keeps its own number.
+    row takes its turn and keeps its own number.
     """
 
     def __init__(
         self,
         number: int,
         n_lanes: int,
-        sources: Sequence[Source],
+        sources: Sequence[BlockedSource],
         tokenizer: Tokenizer,
-        packing: Packing,
-        *,
-        seed: int,
-        window: int = 0,
-        skip_rows: Sequence[Sequence[int]] = (),
+        args: DataArgs,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self.number, self._n_lanes, self._seed = number, n_lanes, seed
-        documents = Documents(number, n_lanes, sources, seed, state)
-        self._packer = Packer(documents, sources, tokenizer, packing, state)
-        self._size = max(1, window)
-        self._skip = merged(skip_rows)
+        self.number, self._n_lanes, self._seed = number, n_lanes, args.order_seed
+        documents = DocumentStream(number, n_lanes, sources, self._seed, state)
+        self._packer = Packer(documents, sources, tokenizer, args, state)
+        self._size = max(1, args.shuffle_window)
+        self._skip = merged(args.skip_rows)
         self._made = state["rows"] if state is not None else 0
-        self._window: list[tuple[IntArray, IntArray | None, tuple[Part, ...]]] = []
+        self._window: list[tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]] = []
         self._window_state: dict[str, Any] = {}
         if self._made % self._size:
             self._fill()
 
     def state(self) -> dict[str, Any]:
-        """Position behind the last row handed out. With a window: of its begin; `rows` tells how far it is used."""
+        """Position after the last row handed out; with a window, its begin, of which `rows` tells how much is used."""
         position = self._window_state if self._made % self._size else self._packer.state()
         return {"rows": self._made, **position}
 
-    def next(self) -> Row:
+    def next(self) -> PackedRow:
         while True:
             window, index = divmod(self._made, self._size)
             if index == 0:
                 self._fill()
             if self._size > 1:
                 index = window_order(index, self._size, self._seed, self.number, window)
-            tokens, doc_ids, parts = self._window[index]
+            tokens, doc_ids, spans = self._window[index]
             number = self.number + self._n_lanes * self._made
             self._made += 1
             if not contains(self._skip, number):
-                return Row(tokens, doc_ids, number, parts)
+                return PackedRow(tokens, doc_ids, number, spans)
 
     def _fill(self) -> None:
         if self._size > 1:

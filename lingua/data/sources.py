@@ -1,124 +1,90 @@
-"""The sources of a config: which they are, where they lie, and the reader of each format.
-
-Promise: what is missing, empty, of the wrong format or not as its manifest says is told before anything starts, with
-file and remedy. Cost: one `stat` per file, and its first and last 4 KiB.
-"""
+"""The formats of sources, and the sources of a config, opened."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from itertools import islice
+import importlib
+from contextlib import closing
 from pathlib import Path
 
-import orjson
-
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import DataArgs, SourceArgs, source_folders, token_sources
+from lingua.config.keys.data import DataArgs, SourceArgs
+from lingua.data.blocked_source import BadLines, BlockedSource, DataError
 from lingua.data.corpus import SOURCE_NAME, embedded_corpus
-from lingua.data.jsonl import BadLines, DataError, JsonlSource, Tape, find_files
-from lingua.data.jsonl_indexed import IndexedSource
 from lingua.data.manifest import check_manifest
-from lingua.data.token_files import TokenSource, find_token_files, read_facts
 from lingua.tokenizer import build_tokenizer, tokenizer_fingerprint
+
+# Imported when used, so that `lingua check` loads no more than the config needs.
+FORMATS = {
+    "jsonl": "lingua.data.jsonl:JsonlSource",
+    "mmap_jsonl": "lingua.data.jsonl_indexed:IndexedSource",
+    "tokens": "lingua.data.token_files:TokenSource",
+    "parquet": "lingua.data.parquet:ParquetSource",
+}
+_SUFFIXES = {".tokens": "tokens", ".jsonl": "jsonl", ".parquet": "parquet"}
+
+
+def source_class(name: str) -> type[BlockedSource]:
+    """Return the class of a format."""
+    module, _, class_name = FORMATS[name].partition(":")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def class_of_files(path: Path) -> type[BlockedSource]:
+    """Return the class that reads a file or folder, judged by names alone."""
+    names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
+    kinds = (kind for suffix, kind in _SUFFIXES.items() if any(name.endswith(suffix) for name in names))
+    return source_class(next(kinds, "jsonl"))
 
 
 def filled(args: DataArgs) -> DataArgs:
-    """Where the config names no source, the sample corpus is read."""
+    """Return the args with the sample corpus as source if they name none."""
     if args.sources:
         return args
     folder = embedded_corpus()
     return args.model_copy(update={"root_dir": str(folder.parent), "sources": {SOURCE_NAME: 1.0}})
 
 
-def source_args(args: DataArgs) -> list[SourceArgs]:
-    """Sources that are read, each with its name and path, by name: their order in the config does not matter."""
-    if isinstance(args.sources, dict):
-        listed = [SourceArgs(path=name, weight=weight, name=name) for name, weight in args.sources.items()]
-    else:
-        listed = args.sources
-    named = [source.model_copy(update={"name": source.name or Path(source.path).name}) for source in listed]
-    names = [str(source.name) for source in named]
-    twice = sorted(name for name, n in Counter(names).items() if n > 1)
-    if twice:
-        raise ConfigError(f"data.sources: two sources are called {twice[0]!r}; give each its own `name`")
-    read = [source for source in named if source.weight > 0]
-    if not read:
-        raise ConfigError("data.sources: no source with a weight above 0; nothing to read")
-    return sorted(read, key=lambda source: str(source.name))
-
-
-def source_path(args: DataArgs, source: SourceArgs) -> Path:
-    """Where a source lies: relative paths are looked up in data.root_dir."""
-    path = Path(os.path.expandvars(source.path)).expanduser()
-    return Path(os.path.expandvars(args.root_dir)).expanduser() / path if args.root_dir else path
-
-
-def source_files(args: DataArgs, source: SourceArgs) -> list[Path]:
-    """The files that are read of a source, by name."""
-    path = source_path(args, source)
-    return find_token_files(path) if source.format == "tokens" else find_files(path)
-
-
 def check_manifests(args: DataArgs) -> None:
-    """Hold each source to the manifest beside it, by sizes. Raises DataError."""
-    for source in source_args(args):
-        folder = source_path(args, source)
-        problems = check_manifest(folder) if source.format != "tokens" and folder.is_dir() else []
+    """Compare each source with the manifest beside it, by sizes. Raises DataError."""
+    for source in args.read_sources():
+        kind, folder = source_class(source.format), Path(source.path)
+        problems = check_manifest(folder, kind.suffix) if not kind.holds_tokens and folder.is_dir() else []
         if problems:
             more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
             raise DataError(f"source {source.name}: {problems[0]}{more}")
 
 
-def open_sources(args: DataArgs, n_lanes: int) -> tuple[list[Tape], BadLines]:
-    """All sources that are read, and the counters that they share."""
+def _open(args: DataArgs, source: SourceArgs, kind: type[BlockedSource], n_lanes: int, bad: BadLines) -> BlockedSource:
+    return kind(
+        str(source.name),
+        Path(source.path),
+        n_lanes,
+        weight=source.weight,
+        text_key=source.text_key,
+        bad=bad,
+        tokenizer=tokenizer_fingerprint(args.tokenizer),
+    )
+
+
+def _read_sources(args: DataArgs) -> list[SourceArgs]:
+    sources = args.read_sources()
+    if not sources:
+        raise ConfigError("data.sources is empty; name a source")
+    return sources
+
+
+def open_sources(args: DataArgs, n_lanes: int) -> tuple[list[BlockedSource], BadLines]:
+    """Open all sources that are read; they share their counters."""
     bad = BadLines(args.on_bad_line, args.max_bad_fraction)
-    sources: list[Tape] = []
-    for source in source_args(args):
-        name, path = str(source.name), source_path(args, source)
-        if source.format == "tokens":
-            fingerprint = tokenizer_fingerprint(args.tokenizer)
-            opened: Tape = TokenSource(
-                name, path, n_lanes, tokenizer=fingerprint, weight=source.weight, text_key=source.text_key, bad=bad
-            )
-        else:
-            kind = IndexedSource if source.format == "mmap_jsonl" else JsonlSource
-            opened = kind(name, path, n_lanes, weight=source.weight, text_key=source.text_key, bad=bad)
-        sources.append(opened)
+    sources = [_open(args, source, source_class(source.format), n_lanes, bad) for source in _read_sources(args)]
     return sources, bad
 
 
-def estimate_tokens(args: DataArgs, sample_bytes: int = 1 << 20) -> int:
-    """Tokens of one pass over every source: its bytes times the tokens per byte of a sample from its first file.
-
-    The same files give the same number. Raises ConfigError or OSError when a source or the tokenizer is not there.
-    """
+def estimate_tokens(args: DataArgs) -> int:
+    """Tokens of one pass over every source. Raises ConfigError, DataError or OSError if one cannot be read."""
     tokenizer, total = build_tokenizer(args.tokenizer), 0
-    folders = source_folders(args)
-    if not folders:
-        raise ConfigError("data.sources is empty")
-    for name, folder in folders.items():
-        if name in token_sources(args):
-            total += count_tokens(folder, args.add_bos + args.add_eos)
-            continue
-        files = find_files(folder)
-        n_bytes = n_tokens = 0
-        with files[0].open("rb") as file:
-            for raw in islice(file, 10_000):
-                n_bytes += len(raw)
-                try:
-                    document = orjson.loads(raw)
-                    text = document.get("text", document.get("content", ""))
-                    n_tokens += len(tokenizer.encode(text, args.add_bos, args.add_eos))
-                except (ValueError, AttributeError, TypeError):
-                    continue  # the loader counts bad lines
-                if n_bytes >= sample_bytes:
-                    break
-        total += int(sum(file.stat().st_size for file in files) * n_tokens / max(1, n_bytes))
+    for source in _read_sources(args):
+        kind = source_class(source.format).sequential()  # no index is made for this
+        with closing(_open(args, source, kind, 1, BadLines(quiet=True))) as opened:
+            total += opened.estimate_tokens(tokenizer, args.add_bos + args.add_eos)
     return total
-
-
-def count_tokens(folder: Path, n_ends: int) -> int:
-    """Tokens of a folder of token files, as their headers say, with `n_ends` begin and end tokens per document."""
-    every = [read_facts(file) for file in find_token_files(folder)]
-    return sum(facts["tokens"] + n_ends * facts["documents"] for facts in every)

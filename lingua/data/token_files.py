@@ -19,11 +19,11 @@ Lines that are no documents are left out; how many of which kind there were is i
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-import tempfile
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,19 @@ import orjson
 import xxhash
 
 from lingua.config.base import ConfigError
-from lingua.data.jsonl import BadLines, DataError, File, JsonlSource, Tape, edges, fingerprint
-from lingua.data.mix import Document, Reader, name_key
+from lingua.data.blocked_source import (
+    BlockedSource,
+    DataError,
+    Document,
+    Reader,
+    SourceFile,
+    edges,
+    find_files,
+    fingerprint,
+    name_key,
+    whole_file,
+)
+from lingua.data.jsonl import JsonlSource
 from lingua.data.pack import piece_end
 from lingua.tokenizer import Tokenizer, TokenizerError
 
@@ -71,87 +82,61 @@ def tokenize_file(
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> dict[str, Any]:
     """Write the token file of a jsonl file; returns what its header says. `advance` hears of the bytes done."""
-    bad = BadLines()
-    source = JsonlSource(path.name, path, 1, text_key=text_key, bad=bad)
+    source = JsonlSource(path.name, path, 1, text_key=text_key)
     dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
     columns = [array("q") for _ in range(4)]
     starts, ends, chars, tokens = columns
     n_documents = n_tokens = at = 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
-    try:
-        with open(descriptor, "wb", buffering=1 << 20) as out:
-            out.write(bytes(_HEADER_BYTES))
-            digest, reader = xxhash.xxh3_64(), source.reader()
-            for block in range(source.n_blocks):
-                offset = -1
-                while (document := reader.document(block, offset)) is not None:
-                    offset, char, n_documents = document.end, 0, n_documents + 1
-                    while char < len(document.text):
-                        end = piece_end(document.text, char)
-                        starts.append(document.start)
-                        ends.append(document.end)
-                        tokens.append(n_tokens)
-                        try:
-                            ids = tokenizer.encode(document.text[char:end], False, False).astype(dtype).tobytes()
-                            chars.append(char)
-                        except TokenizerError as error:
-                            source.bad_text(document, str(error))
-                            ids = b""
-                            chars.append(~char)
-                        digest.update(ids)
-                        out.write(ids)
-                        n_tokens, char = n_tokens + len(ids) // dtype.itemsize, end
-                    advance(document.end - at)
-                    at = document.end
-            advance(source.size_bytes - at)
-            tokens.append(n_tokens)
-            for part in (bytes(-out.tell() % _ALIGN), *(column.tobytes() for column in columns)):
-                digest.update(part)
-                out.write(part)
-            facts = {
-                "version": VERSION,
-                "file": path.name,
-                "bytes": source.size_bytes,
-                "edges": edges(path, source.size_bytes),
-                "text_key": text_key,
-                "tokenizer": tokenizer.fingerprint,
-                "dtype": dtype.str,
-                "documents": n_documents,
-                "pieces": len(starts),
-                "tokens": n_tokens,
-                "bad": dict(bad.kinds),
-                "xxh3_64": digest.hexdigest(),
-            }
-            out.seek(0)
-            out.write((_MAGIC + orjson.dumps(facts)).ljust(_HEADER_BYTES, b"\n"))
-            out.flush()
-            os.fchmod(descriptor, 0o644)
-            os.fsync(descriptor)
-        if path.stat().st_size != source.size_bytes:
+    with whole_file(target) as out, contextlib.closing(source):
+        out.write(bytes(_HEADER_BYTES))
+        digest = xxhash.xxh3_64()
+        for document in source.documents():
+            char, n_documents = 0, n_documents + 1
+            while char < len(document.text):
+                end = piece_end(document.text, char)
+                starts.append(document.start)
+                ends.append(document.end)
+                tokens.append(n_tokens)
+                try:
+                    ids = tokenizer.encode(document.text[char:end], False, False).astype(dtype).tobytes()
+                    chars.append(char)
+                except TokenizerError as error:
+                    source.report_untokenizable(document, str(error))
+                    ids = b""
+                    chars.append(~char)
+                digest.update(ids)
+                out.write(ids)
+                n_tokens, char = n_tokens + len(ids) // dtype.itemsize, end
+            advance(document.end - at)
+            at = document.end
+        advance(source.size - at)
+        tokens.append(n_tokens)
+        for part in (bytes(-out.tell() % _ALIGN), *(column.tobytes() for column in columns)):
+            digest.update(part)
+            out.write(part)
+        facts = {
+            "version": VERSION,
+            "file": path.name,
+            "bytes": source.size,
+            "edges": edges(path, source.size),
+            "text_key": text_key,
+            "tokenizer": tokenizer.fingerprint,
+            "dtype": dtype.str,
+            "documents": n_documents,
+            "pieces": len(starts),
+            "tokens": n_tokens,
+            "bad": dict(source.bad.kinds),
+            "xxh3_64": digest.hexdigest(),
+        }
+        out.seek(0)
+        out.write((_MAGIC + orjson.dumps(facts)).ljust(_HEADER_BYTES, b"\n"))
+        if path.stat().st_size != source.size:
             raise DataError(f"{path}: changed while it was tokenized; wait until it is complete")
-        os.rename(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    finally:
-        source.close()
     return facts
 
 
 # -- reading them --------------------------------------------------------------------------------------------------
-
-
-def find_token_files(path: Path) -> list[Path]:
-    """Token files of a source: the path, or what a folder holds."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such file or folder; mend data.sources or data.root_dir")
-    files = [file for file in path.iterdir() if file.name.endswith(SUFFIX) and not file.name.startswith(".")]
-    if not files:
-        raise ConfigError(f"{path}: no *{SUFFIX} file in this folder; make them with `lingua data tokenize`")
-    return sorted(files, key=lambda file: file.name.removesuffix(SUFFIX))  # the order of the jsonl files
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -187,7 +172,7 @@ def _table_at(facts: dict[str, Any]) -> int:
     return ids_end + -ids_end % _ALIGN
 
 
-class Mapped(NamedTuple):
+class MappedTokens(NamedTuple):
     """A token file in memory. T tokens, P pieces."""
 
     ids: np.ndarray  # (T,) uint16 or uint32
@@ -197,50 +182,51 @@ class Mapped(NamedTuple):
     token: np.ndarray  # (P + 1,) int64
 
 
-def map_tokens(path: Path, facts: dict[str, Any]) -> Mapped:
+def map_tokens(path: Path, facts: dict[str, Any]) -> MappedTokens:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     n = facts["pieces"]
     table = np.frombuffer(mapped, np.dtype("<i8"), 4 * n + 1, _table_at(facts))
     ids = np.frombuffer(mapped, np.dtype(facts["dtype"]), facts["tokens"], _HEADER_BYTES)
-    return Mapped(ids, table[:n], table[n : 2 * n], table[2 * n : 3 * n], table[3 * n :])
+    return MappedTokens(ids, table[:n], table[n : 2 * n], table[2 * n : 3 * n], table[3 * n :])
 
 
-class TokenSource(Tape):
-    """The tape of token files, in blocks of the jsonl files they were made from."""
+class TokenSource(BlockedSource):
+    """Token files, in blocks of the jsonl files they were made from."""
 
-    def __init__(
-        self,
-        name: str,
-        path: Path,
-        n_lanes: int,
-        *,
-        tokenizer: str,
-        weight: float = 1.0,
-        text_key: str | None = None,
-        bad: BadLines | None = None,
-    ) -> None:
-        """`tokenizer`: the config's fingerprint, which the files must have."""
-        files = []
+    suffix = SUFFIX
+    holds_tokens = True
+
+    @classmethod
+    def find_files(cls, path: Path) -> list[Path]:
+        return find_files(path, SUFFIX, "make them with `lingua data tokenize`")
+
+    @classmethod
+    def check_files(cls, path: Path, text_key: str | None) -> None:
+        for file in cls.find_files(path):
+            read_facts(file)
+
+    def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
         self._facts: list[dict[str, Any]] = []
-        self._mapped: list[Mapped] = []
-        for file in find_token_files(path):
-            facts = read_facts(file)
-            if facts["tokenizer"] != tokenizer:
+        self._mapped: list[MappedTokens] = []
+        files = []
+        for path in paths:
+            facts = read_facts(path)
+            if facts["tokenizer"] != self.tokenizer:
                 raise ConfigError(
-                    f"{file}: made by tokenizer {facts['tokenizer']}, and data.tokenizer is {tokenizer}; "
+                    f"{path}: made by tokenizer {facts['tokenizer']}, and data.tokenizer is {self.tokenizer}; "
                     "set data.tokenizer to the first, or tokenize again"
                 )
-            if text_key not in (None, facts["text_key"]):
+            if self.text_key not in (None, facts["text_key"]):
                 raise ConfigError(
-                    f"{file}: made from field {facts['text_key'] or 'text or content'!r}, and text_key of source "
-                    f"{name} is {text_key!r}; drop it, or tokenize again"
+                    f"{path}: made from field {facts['text_key'] or 'text or content'!r}, and text_key of source "
+                    f"{self.name} is {self.text_key!r}; drop it, or tokenize again"
                 )
             if facts["bytes"] > 0:
-                files.append(File(file, facts["bytes"], name_key(facts["file"])))
+                files.append(SourceFile(path, facts["bytes"], name_key(facts["file"])))
                 self._facts.append(facts)
-                self._mapped.append(map_tokens(file, facts))
-        super().__init__(name, files, n_lanes, weight=weight, bad=bad)
+                self._mapped.append(map_tokens(path, facts))
+        return files
 
     @property
     def fingerprint(self) -> str:
@@ -248,23 +234,15 @@ class TokenSource(Tape):
         files = ((facts["file"], facts["bytes"], facts["edges"]) for facts in self._facts)
         return fingerprint(files, self._facts[0]["text_key"])
 
-    @property
-    def n_tokens(self) -> int:
-        """Of one epoch, without begin and end tokens."""
-        return sum(facts["tokens"] for facts in self._facts)
+    def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
+        """Exact, from the headers."""
+        return sum(facts["tokens"] + n_ends * facts["documents"] for facts in self._facts)
 
-    @property
-    def n_documents(self) -> int:
-        return sum(facts["documents"] for facts in self._facts)
-
-    def mapped(self, file: int) -> Mapped:
+    def mapped(self, file: int) -> MappedTokens:
         return self._mapped[file]
 
     def reader(self) -> Reader:
         return TokenReader(self)
-
-    def close(self) -> None:
-        """The maps go when nobody holds them any more."""
 
 
 class TokenReader:
@@ -274,7 +252,6 @@ class TokenReader:
         self._source = source
 
     def document(self, block: int, offset: int) -> Document | None:
-        """The first document of the block that begins at or after `offset` (-1: the block's begin); None: no more."""
         source = self._source
         file, first, last = source.block(block)
         mapped = source.mapped(file)
@@ -289,7 +266,7 @@ class TokenReader:
 class MappedDocument:
     """The pieces of one document, from its first row of the table on."""
 
-    def __init__(self, mapped: Mapped, row: int) -> None:
+    def __init__(self, mapped: MappedTokens, row: int) -> None:
         self._mapped, self._row, self._char = mapped, row, 0
 
     def ids(self, char: int) -> np.ndarray:
@@ -298,7 +275,7 @@ class MappedDocument:
             raise TokenizerError("the tokenizer gave up when the token file was made")
         return mapped.ids[mapped.token[row] : mapped.token[row + 1]]
 
-    def behind(self, char: int) -> int:
+    def next_char(self, char: int) -> int:
         row, start = self._row_of(char) + 1, self._mapped.start
         return self._first_char(row) if row < len(start) and start[row] == start[row - 1] else 0
 

@@ -37,9 +37,11 @@ import orjson
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
-from lingua.data.jsonl import DataError
-from lingua.data.pack import Row
+from lingua.data.blocked_source import BadLines, BlockedSource, DataError
+from lingua.data.pack import Lane, PackedRow
+from lingua.data.sources import open_sources
 from lingua.files import RunError
+from lingua.tokenizer import Tokenizer, build_tokenizer
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _ROW, _LOG, _ERROR = b"RLE"
@@ -60,7 +62,7 @@ class Slots:
         os.ftruncate(descriptor, n_slots * self._slot_bytes)
         self._memory = mmap.mmap(descriptor, n_slots * self._slot_bytes)
 
-    def put(self, slot: int, note: bytes, row: Row | None = None) -> None:
+    def put(self, slot: int, note: bytes, row: PackedRow | None = None) -> None:
         at = slot % self.n_slots * self._slot_bytes
         if len(note) > self._note:
             raise RuntimeError(f"a loader state of {len(note)} bytes is more than the {self._note} that were expected")
@@ -77,9 +79,9 @@ class Slots:
         n = int.from_bytes(self._memory[at : at + 4], "little")
         return self._memory[at + 4 : at + 4 + n]
 
-    def row(self, slot: int, number: int) -> Row:
+    def row(self, slot: int, number: int) -> PackedRow:
         tokens, doc_ids = self._arrays(slot % self.n_slots * self._slot_bytes)
-        return Row(tokens.copy(), doc_ids.copy() if self._n_doc_ids else None, number)
+        return PackedRow(tokens.copy(), doc_ids.copy() if self._n_doc_ids else None, number)
 
     def close(self) -> None:
         self._memory.close()
@@ -89,7 +91,7 @@ class Slots:
         return both[: self._n_tokens], both[self._n_tokens :]
 
 
-class Shape(NamedTuple):
+class SlotShape(NamedTuple):
     """Arguments of `Slots` behind the descriptor."""
 
     n_slots: int
@@ -99,6 +101,35 @@ class Shape(NamedTuple):
 
 
 # -- in the trainer ------------------------------------------------------------------------------------------------
+
+
+class InProcess:
+    """Rows made in this process, when they are asked for."""
+
+    def __init__(
+        self,
+        args: DataArgs,
+        n_lanes: int,
+        states: dict[int, dict[str, Any]],
+        sources: list[BlockedSource],
+        bad: BadLines,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._sources, self._bad = sources, bad
+        self._lanes = {lane: Lane(lane, n_lanes, sources, tokenizer, args, state) for lane, state in states.items()}
+
+    def next(self, lane: int) -> tuple[PackedRow, dict[str, Any]]:
+        """The lane's next row, and its state after it."""
+        made = self._lanes[lane]
+        return made.next(), made.state()
+
+    def counts(self) -> dict[str, int]:
+        """Lines read, and bad ones by kind."""
+        return self._bad.counts()
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
 
 
 class Workers:
@@ -112,7 +143,7 @@ class Workers:
         n_slots = min(-(-args.prefetch_size * args.batch_size // n), _MAX_SLOTS)
         # Room for an error message, and for the place in each source; pages that stay untouched cost nothing.
         note_bytes = 8192 + 512 * len(args.sources)
-        shape = Shape(n_slots, args.seq_len + args.n_views - 1, args.seq_len * args.doc_mask, note_bytes)
+        shape = SlotShape(n_slots, args.seq_len + args.n_views - 1, args.seq_len * args.doc_mask, note_bytes)
         self._of_lane = {lane: i % n for i, lane in enumerate(lanes)}
         turns = lanes[first:] + lanes[:first]
         self._workers: list[_Worker] = []
@@ -132,7 +163,7 @@ class Workers:
             self.close()
             raise
 
-    def next(self, lane: int) -> tuple[Row, dict[str, Any]]:
+    def next(self, lane: int) -> tuple[PackedRow, dict[str, Any]]:
         return self._workers[self._of_lane[lane]].next()
 
     def counts(self) -> dict[str, int]:
@@ -152,7 +183,7 @@ class Workers:
 class _Worker:
     """The trainer's end of one worker."""
 
-    def __init__(self, index: int, shape: Shape, setup: dict[str, Any]) -> None:
+    def __init__(self, index: int, shape: SlotShape, setup: dict[str, Any]) -> None:
         self._index, self._slot, self._arrived, self._closed = index, 0, b"", False
         self.counts: dict[str, int] = {}
         memory = os.memfd_create("lingua-rows")
@@ -171,7 +202,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError), self.process.stdin as stream:  # dead already: `next` tells
             stream.write(orjson.dumps(setup))
 
-    def next(self) -> tuple[Row, dict[str, Any]]:
+    def next(self) -> tuple[PackedRow, dict[str, Any]]:
         while True:
             kind, slot = self._wait()
             note = orjson.loads(self._slots.note(slot))
@@ -257,7 +288,7 @@ class _Outbox(logging.Handler):
         self._ready, self._free, self._slots = ready, free, slots
         self._slot, self._n_free = 0, slots.n_slots
 
-    def put(self, kind: int, note: bytes, row: Row | None = None) -> None:
+    def put(self, kind: int, note: bytes, row: PackedRow | None = None) -> None:
         if self._n_free == 0:
             self._n_free = len(os.read(self._free, 4096))
             if self._n_free == 0:
@@ -280,17 +311,15 @@ def _note(note: dict[str, Any]) -> bytes:
     return orjson.dumps(note)
 
 
-def _rows(setup: dict[str, Any]) -> Iterator[tuple[Row, bytes]]:
+def _rows(setup: dict[str, Any]) -> Iterator[tuple[PackedRow, bytes]]:
     """Rows of the worker's lanes in turn, each with its note."""
-    from lingua.data.in_process import in_process
-
-    args = DataArgs.model_validate(setup["args"])
-    turns = [lane for lane, _ in setup["states"]]
-    producer = in_process(args, setup["n_lanes"], dict(setup["states"]))
+    args, states = DataArgs.model_validate(setup["args"]), dict(setup["states"])
+    sources, bad = open_sources(args, setup["n_lanes"])
+    rows = InProcess(args, setup["n_lanes"], states, sources, bad, build_tokenizer(args.tokenizer))
     while True:
-        for lane in turns:
-            row, state = producer.next(lane)
-            yield row, orjson.dumps([row.number, state, producer.counts()])
+        for lane in states:
+            row, state = rows.next(lane)
+            yield row, orjson.dumps([row.number, state, rows.counts()])
 
 
 def main(ready: int, free: int, memory: int) -> None:

@@ -24,7 +24,6 @@ from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.base import build_part
-from lingua.config.keys.data import source_folders
 from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.held_out import HeldOut, held_out_file, read_held_out
@@ -305,12 +304,12 @@ def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
     """Rows of each source that has a `*.val.jsonl`; none when validation is off."""
     if not (args.validation.every or args.validation.at_ends):
         return []
-    found = {name: held_out_file(folder) for name, folder in source_folders(args.data).items()}
-    missing = [name for name, file in found.items() if file is None]
+    rows, missing, sizes = [], [], {"max_rows": args.validation.max_rows, "seq_len": args.data.seq_len}
+    for source in args.data.read_sources():
+        if file := held_out_file(Path(source.path)):
+            rows.append(read_held_out(str(source.name), file, tokenizer, text_key=source.text_key, **sizes))
+        else:
+            missing.append(str(source.name))
     if missing:
         log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(missing))
-    return [
-        read_held_out(name, file, tokenizer, max_rows=args.validation.max_rows, seq_len=args.data.seq_len)
-        for name, file in found.items()
-        if file is not None
-    ]
+    return rows

@@ -11,6 +11,7 @@ a step, S tokens of a row, K lanes. G and K stay when a run goes on with other G
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lingua.config.base import ConfigError, dotted_key
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import Composed, Examined, examine
 from lingua.config.frozen import Difference, compare, freeze
-from lingua.config.keys.data import DataArgs, source_folders, token_sources
+from lingua.config.keys.data import DataArgs
 from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
@@ -216,9 +217,11 @@ def study(
 
 def missing_paths(args: TrainArgs) -> Iterator[Finding]:
     """What the config names and this machine does not have, with what is assumed instead."""
-    for name, folder in source_folders(args.data).items():
-        if not folder.exists():
-            yield Finding("data.sources", f"data source {name}: {folder} is not on this machine; assumed to be good")
+    with suppress(ConfigError):  # `_unreadable_sources` reports it
+        for source in args.data.read_sources():
+            if not Path(source.path).exists():
+                text = f"data source {source.name}: {source.path} is not on this machine; assumed to be good"
+                yield Finding("data.sources", text)
     tokenizer = args.data.tokenizer
     if tokenizer.path and not tokenizer_is_there(tokenizer):
         n_words = assumed_n_words(tokenizer)
@@ -247,20 +250,17 @@ def _place_of(start: str) -> tuple[Path, int | None]:
 
 def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
     """Sources that are there and cannot be used."""
-    from lingua.data.jsonl import find_files
+    try:
+        sources = args.read_sources()
+    except ConfigError as error:
+        yield Finding("data.sources", str(error))
+        return
+    for source in sources:
+        if Path(source.path).exists():
+            from lingua.data.sources import source_class
 
-    folders = source_folders(args)
-    if args.sources and not folders:
-        yield Finding("data.sources", "every weight in data.sources is 0; give one source a weight")
-    for name, folder in folders.items():
-        if folder.exists():
             try:
-                if name in token_sources(args):
-                    from lingua.data.sources import count_tokens  # numpy
-
-                    count_tokens(folder, 0)
-                else:
-                    find_files(folder)
+                source_class(source.format).check_files(Path(source.path), source.text_key)
             except OSError as error:
                 if DiskError.of(error).may_pass:  # no fault of the config
                     raise
@@ -278,11 +278,10 @@ def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
             yield Finding("eval", "eval: nothing is measured; set eval.validation or eval.harness.tasks, or eval=null")
     elif args.data.sources and not any(missing_paths(args)):
         from lingua.data.held_out import held_out_texts
-        from lingua.data.jsonl import DataError
 
         try:
             held_out_texts(args.data, args.eval.validation)
-        except (ConfigError, DataError) as error:
+        except ValueError as error:
             yield Finding("eval.validation", str(error))
 
 

@@ -32,7 +32,7 @@ from lingua.config.compose import compose
 from lingua.config.frozen import read_config, rule_of
 from lingua.config.keys.train import TrainArgs
 from lingua.console import ProgressLine
-from lingua.data.audit import Origin, rows_of_step
+from lingua.data.audit import SpanOrigin, rows_of_step
 from lingua.data.loader import Batch, merge_states
 from lingua.data.sources import filled
 from lingua.distributed.parallelize import forward_precision
@@ -97,7 +97,7 @@ class ReplayedRow:
     """Mean over its labels."""
     grad_norm: float | None
     first_nonfinite: str | None
-    documents: list[Origin]
+    documents: list[SpanOrigin]
 
     @property
     def is_finite(self) -> bool:
@@ -407,7 +407,7 @@ def _named(watch: Watch, loss: float, grad_norm: float | None) -> str | None:
 
 def origins_of(
     args: TrainArgs, size: Resolved, first_row: int, step: int, state_before: dict[str, Any]
-) -> dict[int, list[Origin]]:
+) -> dict[int, list[SpanOrigin]]:
     """Where each row of the step comes from; `state_before`: the loader's after step N - 1."""
     states = {step - 1: state_before} if step > 1 else {}
     return dict(rows_of_step(args.data, size.lanes, size.rows_per_step, states, step, first_row=first_row))

@@ -10,7 +10,7 @@ import pytest
 
 import apps.main.train
 import lingua.run.watchdog
-from lingua.data.jsonl import DataError
+from lingua.data.blocked_source import DataError
 from lingua.data.loader import Batch, Loader
 from lingua.run.watchdog import Watchdog
 from tests.trainer import TINY, Hook, at_step, kill_self, published, train

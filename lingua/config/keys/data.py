@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lingua.config.base import Args, Text
+from lingua.config.base import Args, ConfigError, Text
 
 
 class TokenizerArgs(Args):
@@ -32,14 +33,15 @@ class SourceArgs(Args):
     """One data source."""
 
     path: Text
-    """Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or one file."""
+    """Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or those of another format, or one file."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Share of documents, relative to the other sources'. 0: not read."""
-    format: Literal["jsonl", "mmap_jsonl", "tokens"] = "jsonl"
+    format: Literal["jsonl", "mmap_jsonl", "tokens", "parquet"] = "jsonl"
     """jsonl: raw lines, shuffled by blocks; mmap_jsonl: raw lines with an index, shuffled one by one; tokens: files
-    made by `lingua data tokenize`, which give the rows of the jsonl they were made from."""
+    made by `lingua data tokenize`, which give the rows of the jsonl they were made from; parquet: rows, shuffled by
+    row groups."""
     text_key: Text | None = None
-    """Field with the text. Null: `text`, else `content`."""
+    """Field (or column) with the text. Null: `text`, else `content`."""
     name: Text | None = None
     """Name in logs and state. Null: the path's last part."""
 
@@ -95,6 +97,27 @@ class DataArgs(Args):
         """The seed in effect. A run's config always states it (`TrainArgs`); the default is for data without a run."""
         return DEFAULT_SEED if self.seed is None else self.seed
 
+    def read_sources(self) -> list[SourceArgs]:
+        """The sources with a weight above 0, by name (their order in the config is free), with their whole paths.
+
+        Raises ConfigError if none has a weight or two have one name.
+        """
+        if isinstance(self.sources, dict):
+            listed = [SourceArgs(path=name, weight=weight, name=name) for name, weight in self.sources.items()]
+        else:
+            listed = self.sources
+        root, found = Path(os.path.expandvars(self.root_dir or "")).expanduser(), []
+        for source in listed:
+            path = Path(os.path.expandvars(source.path)).expanduser()
+            found.append(source.model_copy(update={"name": source.name or path.name, "path": str(root / path)}))
+        names = [str(source.name) for source in found]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"data.sources: two sources are called {twice[0]!r}; give each its own `name`")
+        read = [source for source in found if source.weight > 0]
+        if found and not read:
+            raise ConfigError("data.sources: no source has a weight above 0; give one a weight")
+        return sorted(read, key=lambda source: str(source.name))
+
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
         if isinstance(self.sources, dict) and self.sources and self.root_dir is None:
@@ -103,17 +126,3 @@ class DataArgs(Args):
             if not 0 <= first <= last:
                 raise ValueError(f"skip_rows [{first}, {last}] is no range of rows; write [first, last]")
         return self
-
-
-def source_folders(args: DataArgs) -> dict[str, Path]:
-    """Place of each source by its name, as written (relative: to the working folder)."""
-    root = Path(args.root_dir or "")
-    if isinstance(args.sources, dict):
-        return {name: root / name for name, weight in args.sources.items() if weight > 0}
-    return {source.name or Path(source.path).name: root / source.path for source in args.sources if source.weight > 0}
-
-
-def token_sources(args: DataArgs) -> set[str]:
-    """Names of the sources that are read from token files."""
-    listed = args.sources if isinstance(args.sources, list) else []
-    return {source.name or Path(source.path).name for source in listed if source.format == "tokens"}

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,21 +17,26 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data import jsonl_indexed as index_file
 from lingua.data import token_files as token_file
-from lingua.data.jsonl import DataError
+from lingua.data.blocked_source import BlockedSource, DataError
 from lingua.data.jsonl_indexed import IndexedSource, find_index, index_places, map_index, read_header, write_index
 from lingua.data.loader import Loader, build_loader, merge_states
-from lingua.data.sources import estimate_tokens
+from lingua.data.sources import FORMATS, estimate_tokens, source_class
 from lingua.data.token_files import TokenSource, check_hash, is_made, read_facts, tokenize_file
 from lingua.tokenizer import ByteTokenizer
-from tests.corpora import data_args, two_sources, write_source
+from tests.corpora import data_args, two_sources, write_parquet, write_source
 from tests.resume import assert_resumes_everywhere
 
 G = 24
 
 
 def in_format(root: Path, form: str, **changed: Any) -> DataArgs:
-    """The two sources; as tokens they are made beside the jsonl."""
+    """The two sources; as tokens or parquet they are made beside the jsonl."""
     folder = root
+    if form == "parquet":
+        folder = root / "rows"
+        for path in root.glob("*/*.jsonl"):
+            texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+            write_parquet(folder / path.parent.name / f"{path.stem}.parquet", {"text": texts})
     if form == "tokens":
         folder = root / "made"
         for path in [*root.glob("*/*.jsonl")]:
@@ -53,7 +58,7 @@ def rows_of(args: DataArgs, n_steps: int, dp: int = 1, state: dict[str, Any] | N
     return table, merge_states(states)
 
 
-@pytest.mark.parametrize("form", ["mmap_jsonl", "tokens"])
+@pytest.mark.parametrize("form", ["mmap_jsonl", "tokens", "parquet"])
 def test_one_order_over_ranks_workers_and_restarts(tmp_path: Path, form: str) -> None:
     two_sources(tmp_path)
     expected, last = rows_of(in_format(tmp_path, form), 8)
@@ -64,9 +69,9 @@ def test_one_order_over_ranks_workers_and_restarts(tmp_path: Path, form: str) ->
     assert (first | second, state) == (expected, last)
 
 
-@pytest.mark.parametrize("form", ["mmap_jsonl", "tokens"])
-@pytest.mark.parametrize("window", [0, 3])
-def test_resumes_everywhere(tmp_path: Path, form: str, window: int) -> None:
+@pytest.mark.parametrize(("form", "window"), [("mmap_jsonl", 0), ("tokens", 3), ("parquet", 0), ("parquet", 3)])
+def test_resumes_everywhere(tmp_path: Path, form: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingua.data.parquet._BATCH_ROWS", 2)  # several in a row group
     two_sources(tmp_path)
     args = in_format(tmp_path, form, lanes=6, doc_mask=True, shuffle_window=window)
     loaders: list[Loader] = []
@@ -78,6 +83,11 @@ def test_resumes_everywhere(tmp_path: Path, form: str, window: int) -> None:
     assert_resumes_everywhere(make, n=24, tail=6)
     for loader in loaders:
         loader.close()
+
+
+def test_every_format_of_the_config_has_a_class() -> None:
+    assert list(FORMATS) == list(get_args(SourceArgs.model_fields["format"].annotation))
+    assert all(issubclass(source_class(name), BlockedSource) for name in FORMATS)
 
 
 # -- tokens --------------------------------------------------------------------------------------------------------
@@ -181,7 +191,7 @@ def test_tokenizing_again_only_what_changed(tmp_path: Path) -> None:
 # -- the index -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from([b"", b"\r", b"a", b"bc" * 40]), min_size=1, max_size=30), st.booleans(), st.integers(1, 9)
 )

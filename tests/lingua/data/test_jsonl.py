@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lingua.config.base import ConfigError
-from lingua.data.jsonl import BadLines, DataError, JsonlSource, find_files
-from lingua.data.mix import Document
+from lingua.data.blocked_source import BadLines, DataError
+from lingua.data.jsonl import JsonlSource
 
 BAD = {
     b"": "blank",
@@ -42,24 +42,13 @@ GOOD = {
 }
 
 
-def every_document(source: JsonlSource) -> list[Document]:
-    found: list[Document] = []
-    reader = source.reader()
-    for block in range(source.n_blocks):
-        offset = -1
-        while (document := reader.document(block, offset)) is not None:
-            found.append(document)
-            offset = document.end
-    return found
-
-
 def write(folder: Path, data: bytes, name: str = "x.chunk.00.jsonl") -> Path:
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(data)
     return folder
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from([*BAD, *GOOD]), min_size=1, max_size=40),
     st.booleans(),
@@ -71,8 +60,8 @@ def test_odd_files(tmp_path: Path, lines: list[bytes], bom: bool, last_newline: 
     if not data:
         return
     source = JsonlSource("x", write(tmp_path / "x", data), 1, bad=BadLines())
-    source.cut(block)
-    assert [document.text for document in every_document(source)] == [GOOD[line] for line in lines if line in GOOD]
+    source.cut_bytes(block)
+    assert [document.text for document in list(source.documents())] == [GOOD[line] for line in lines if line in GOOD]
     expected = [BAD[line] for line in lines if line in BAD]
     if lines[-1] == b"" and not last_newline and not (bom and len(lines) == 1):
         expected.pop()  # nothing behind the last newline is no line
@@ -84,7 +73,7 @@ def test_odd_files(tmp_path: Path, lines: list[bytes], bom: bool, last_newline: 
 def test_document_tells_where_it_lies(tmp_path: Path) -> None:
     data = b'\n{"text": "a"}\r\n{"text": "b"}'
     source = JsonlSource("x", write(tmp_path / "x", data), 1)
-    found = every_document(source)
+    found = list(source.documents())
     assert [(d.text, d.start, d.end) for d in found] == [("a", 1, 16), ("b", 16, 29)]
     assert all(json.loads(data[d.start : d.end])["text"] == d.text for d in found)
 
@@ -93,14 +82,14 @@ def test_line_far_longer_than_buffers_and_blocks(tmp_path: Path) -> None:
     long = "x" * 30_000_000
     lines = [json.dumps({"text": text}) for text in ("a", long, "b")]
     source = JsonlSource("x", write(tmp_path / "x", "\n".join(lines).encode()), 64)
-    assert [len(d.text) for d in every_document(source)] == [1, len(long), 1]
+    assert [len(d.text) for d in list(source.documents())] == [1, len(long), 1]
     assert source.n_blocks > 500
 
 
 def test_text_key(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", b'{"text": "a", "body": "b"}\n{"text": "a"}\n')
     source = JsonlSource("x", folder, 1, text_key="body")
-    assert [d.text for d in every_document(source)] == ["b"]
+    assert [d.text for d in list(source.documents())] == ["b"]
     assert source.bad.kinds == {"no_text": 1}
 
 
@@ -109,7 +98,7 @@ def test_bad_lines_are_told_once_per_file_with_place(tmp_path: Path, caplog: pyt
     write(tmp_path / "x", b"[]\n\n", "x.chunk.01.jsonl")
     source = JsonlSource("x", tmp_path / "x", 1)
     with caplog.at_level(logging.WARNING):
-        every_document(source)
+        list(source.documents())
     assert len(caplog.messages) == 2
     assert "x.chunk.00.jsonl, byte 14: no JSON" in caplog.messages[0]
     assert "x.chunk.01.jsonl, byte 0: no JSON object with a string in 'text' or 'content'" in caplog.messages[1]
@@ -119,14 +108,14 @@ def test_bad_lines_are_told_once_per_file_with_place(tmp_path: Path, caplog: pyt
 def test_on_bad_line_error_stops_with_place_and_remedy(tmp_path: Path) -> None:
     source = JsonlSource("x", write(tmp_path / "x", b'{"text": "a"}\n\n'), 1, bad=BadLines("error"))
     with pytest.raises(DataError, match=r"x\.chunk\.00\.jsonl, byte 14: a blank line; .*on_bad_line: skip"):
-        every_document(source)
+        list(source.documents())
 
 
 def test_too_many_bad_lines_stop_the_run(tmp_path: Path) -> None:
     data = (b'{"text": "a"}\n' * 49 + b"{\n") * 30
-    assert every_document(JsonlSource("x", write(tmp_path / "x", data), 1, bad=BadLines("skip", 0.02)))
+    assert list(JsonlSource("x", write(tmp_path / "x", data), 1, bad=BadLines("skip", 0.02)).documents())
     with pytest.raises(DataError, match=r"20 of 1000 lines are bad.*max_bad_fraction = 0.019.*byte \d+"):
-        every_document(JsonlSource("x", tmp_path / "x", 1, bad=BadLines("skip", 0.019)))
+        list(JsonlSource("x", tmp_path / "x", 1, bad=BadLines("skip", 0.019)).documents())
 
 
 @pytest.mark.parametrize(
@@ -144,15 +133,15 @@ def test_which_files_of_a_folder_are_read(tmp_path: Path, names: list[str], foun
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     if isinstance(found, list):
-        assert [file.name for file in find_files(tmp_path)] == found
+        assert [file.name for file in JsonlSource.find_files(tmp_path)] == found
     else:
         with pytest.raises(ConfigError, match=found):
-            find_files(tmp_path)
+            JsonlSource.find_files(tmp_path)
 
 
 def test_a_file_may_be_a_source_and_a_missing_one_is_refused(hostile_dir: Path) -> None:
     write(hostile_dir, b'{"text": "a"}', "any.json")
-    assert [d.text for d in every_document(JsonlSource("x", hostile_dir / "any.json", 1))] == ["a"]
+    assert [d.text for d in JsonlSource("x", hostile_dir / "any.json", 1).documents()] == ["a"]
     with pytest.raises(ConfigError, match="no such file or folder"):
         JsonlSource("x", hostile_dir / "nothing", 1)
     (hostile_dir / "packed.jsonl.gz").write_bytes(gzip.compress(b"{}"))
@@ -177,7 +166,7 @@ def test_files_that_shrink_while_being_read(tmp_path: Path) -> None:
     source = JsonlSource("x", folder, 1)
     write(folder, b"")
     with pytest.raises(DataError, match="had 140 bytes before; it must not change"):
-        every_document(source)
+        list(source.documents())
 
 
 def test_fingerprint_is_of_names_sizes_and_ends(tmp_path: Path) -> None:
@@ -199,7 +188,7 @@ def test_more_files_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write(tmp_path / "x", json.dumps({"text": str(i)}).encode(), f"x.chunk.{i}.jsonl")
     source = JsonlSource("x", tmp_path / "x", 1)
     for _ in range(2):
-        assert [d.text for d in every_document(source)] == [str(i) for i in range(8)]
+        assert [d.text for d in list(source.documents())] == [str(i) for i in range(8)]
     assert source.n_open == 3
     source.close()
     assert source.n_open == 0

@@ -11,9 +11,8 @@ import pytest
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs, default_lanes
-from lingua.data.jsonl import DataError
+from lingua.data.blocked_source import DataError
 from lingua.data.loader import Batch, Loader, build_loader, merge_states
-from lingua.data.sources import source_args
 from tests.corpora import data_args, documents, two_sources, write_source
 from tests.resume import assert_resumes_everywhere
 
@@ -312,7 +311,7 @@ def test_grown_files_begin_with_an_epoch_that_no_lane_has_touched(tmp_path: Path
     ("sources", "error", "message"),
     [
         ({"nothing": 1.0}, ConfigError, "nothing: no such file or folder"),
-        ({"big": 0.0}, ConfigError, "no source with a weight above 0"),
+        ({"big": 0.0}, ConfigError, "no source has a weight above 0"),
         ([SourceArgs(path="big"), SourceArgs(path="x/big")], ConfigError, "two sources are called 'big'"),
         ({"big": 1.0, "empty": 1.0}, DataError, "source 'empty' are empty"),
         ({"big": 1.0, "blank": 1.0}, DataError, "source 'blank' has no document"),
@@ -334,7 +333,7 @@ def test_home_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
     expected = run_steps(data_args(tmp_path, sources={"big": 1.0}), 1)
     for path in ("~/big", "$HOME/big"):
         assert run_steps(DataArgs(**_plain(), sources=[SourceArgs(path=path)]), 1) == expected
-    assert [source.name for source in source_args(DataArgs(sources=[SourceArgs(path="~/big/")]))] == ["big"]
+    assert [source.name for source in DataArgs(sources=[SourceArgs(path="~/big/")]).read_sources()] == ["big"]
 
 
 def _plain() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from lingua.config.keys.data import DataArgs, SourceArgs
 from lingua.data import local_copy
-from lingua.data.jsonl import DataError
+from lingua.data.blocked_source import DataError
 from lingua.data.loader import build_loader
 from lingua.data.local_copy import staged
 from lingua.data.manifest import MANIFEST

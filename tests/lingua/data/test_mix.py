@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lingua.data.blocked_source import Document, block_bytes
 from lingua.data.jsonl import JsonlSource
-from lingua.data.mix import Choice, Document, Documents, block_bytes, draw, permuted
+from lingua.data.mix import DocumentStream, SourceChoice, draw, permuted
 from tests.corpora import documents, write_source
 from tests.resume import assert_resumes_everywhere
 
@@ -48,7 +49,7 @@ def test_block_size_follows_source_size_and_lanes(source_bytes: int, lanes: int,
 
 
 def test_sources_are_chosen_by_weight() -> None:
-    choice = Choice([1.0, 3.0, 0.0, 4.0], seed=1)
+    choice = SourceChoice([1.0, 3.0, 0.0, 4.0], seed=1)
     counts = Counter(choice.pick(lane, i) for lane in range(4) for i in range(2000))
     assert counts[2] == 0
     assert [round(counts[i] / 8000, 1) for i in (0, 1, 3)] == [0.1, 0.4, 0.5]
@@ -62,8 +63,8 @@ def test_each_document_once_per_epoch_on_one_lane(tmp_path: Path, n_lanes: int, 
     epochs = max(3, n_lanes // source.n_blocks)
     read: list[Counter[str]] = [Counter() for _ in range(epochs)]
     for lane in range(n_lanes):
-        stream = Documents(lane, n_lanes, [source], seed=5)
-        while (text := stream.next().text) and (epoch := stream.places[0][0] // source.n_blocks) < epochs:
+        stream = DocumentStream(lane, n_lanes, [source], seed=5)
+        while (text := stream.next().text) and (epoch := stream.positions[0][0] // source.n_blocks) < epochs:
             read[epoch][text] += 1
     expected = Counter(documents("d", n_documents))
     assert all(epoch == expected for epoch in read)
@@ -71,17 +72,17 @@ def test_each_document_once_per_epoch_on_one_lane(tmp_path: Path, n_lanes: int, 
 
 def test_epochs_have_different_orders(tmp_path: Path) -> None:
     write_source(tmp_path, "s", documents("d", 60), n_files=2)
-    stream = Documents(0, 1, [JsonlSource("s", tmp_path / "s", 1)], seed=5)
+    stream = DocumentStream(0, 1, [JsonlSource("s", tmp_path / "s", 1)], seed=5)
     first, second = ([stream.next().text for _ in range(60)] for _ in range(2))
     assert first != second
     assert sorted(first) == sorted(second)
 
 
 class _Stream:
-    """`Documents` as the helper for streams wants it."""
+    """`DocumentStream` as the helper for streams wants it."""
 
     def __init__(self, sources: list[JsonlSource], lane: int, state: dict[str, Any] | None) -> None:
-        self._documents = Documents(lane, 4, sources, 7, state)
+        self._documents = DocumentStream(lane, 4, sources, 7, state)
 
     def __iter__(self) -> Iterator[Document]:
         return self

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lingua.data.jsonl import BadLines, DataError, JsonlSource
-from lingua.data.mix import Documents
-from lingua.data.pack import PIECE_CHARS, Lane, Packing, Row, contains, merged, piece_end
+from lingua.config.keys.data import DataArgs
+from lingua.data.blocked_source import BadLines, DataError
+from lingua.data.jsonl import JsonlSource
+from lingua.data.mix import DocumentStream
+from lingua.data.pack import PIECE_CHARS, Lane, PackedRow, contains, merged, piece_end
 from lingua.tokenizer import ByteTokenizer
 from tests.corpora import documents, write_source
 from tests.resume import assert_resumes_everywhere
@@ -27,10 +29,10 @@ class _Rows:
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[PackedRow]:
         return self
 
-    def __next__(self) -> Row:
+    def __next__(self) -> PackedRow:
         return self._lane.next()
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,15 +40,15 @@ class _Rows:
 
 
 def make_lane(
-    source: JsonlSource, packing: Packing, state: dict[str, Any] | None = None, tokenizer: Any = None, **kwargs: Any
+    source: JsonlSource, seq_len: int, state: dict[str, Any] | None = None, tokenizer: Any = None, **changed: Any
 ) -> Lane:
-    return Lane(0, 1, [source], tokenizer or ByteTokenizer(), packing, seed=1, state=state, **kwargs)
+    return Lane(0, 1, [source], tokenizer or ByteTokenizer(), DataArgs(seq_len=seq_len, seed=1, **changed), state)
 
 
 def stream_of(source: JsonlSource, n: int, bos: bool = True, eos: bool = True) -> list[int]:
     """The first n tokens, put together by hand."""
     ids: list[int] = []
-    wanted = Documents(0, 1, [source], seed=1)
+    wanted = DocumentStream(0, 1, [source], seed=1)
     while len(ids) < n:
         ids += [BOS] * bos + list(wanted.next().text.encode()) + [EOS] * eos
     return ids[:n]
@@ -86,8 +88,8 @@ def test_pieces_cover_the_text_and_are_bounded(some: str, n: int) -> None:
 
 def test_the_worked_example(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["a", "bb", "ccc", "dd", "e"], n_files=1), 1)
-    source.cut(10_000)  # one block: documents in the order of the file
-    lane = make_lane(source, Packing(4, 2, True, True, doc_ids=True))
+    source.cut_bytes(10_000)  # one block: documents in the order of the file
+    lane = make_lane(source, 4, doc_mask=True)
     a, b, c = (ord(letter) for letter in "abc")
     expected = [
         ([BOS, a, EOS, BOS, b], [0, 0, 0, 1]),
@@ -106,7 +108,7 @@ def test_the_worked_example(tmp_path: Path) -> None:
 def test_rows_are_the_stream_cut_every_seq_len(tmp_path: Path, n_views: int, bos: bool, eos: bool) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", documents("d", 30)), 1)
     stream = stream_of(source, 2000, bos, eos)
-    lane = make_lane(source, Packing(13, n_views, bos, eos))
+    lane = make_lane(source, 13, n_views=n_views, add_bos=bos, add_eos=eos)
     for k in range(100):
         row = lane.next()
         assert row.tokens.tolist() == stream[13 * k : 13 * k + 13 + n_views - 1]
@@ -118,25 +120,22 @@ def test_rows_are_the_stream_cut_every_seq_len(tmp_path: Path, n_views: int, bos
 @pytest.mark.parametrize("window", [0, 5])
 def test_rows_resume_everywhere(tmp_path: Path, n_views: int, window: int) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", documents("d", 12, longest=40)), 1)
-    packing = Packing(7, n_views, True, True, doc_ids=True)
-    assert_resumes_everywhere(
-        lambda state: _Rows(make_lane(source, packing, state, window=window, skip_rows=[[4, 6]])), n=60, tail=8
-    )
+    changed: dict[str, Any] = {"n_views": n_views, "doc_mask": True, "shuffle_window": window, "skip_rows": [[4, 6]]}
+    assert_resumes_everywhere(lambda state: _Rows(make_lane(source, 7, state, **changed)), n=60, tail=8)
 
 
 def test_long_documents_resume_within_and_between_their_pieces(tmp_path: Path) -> None:
     texts = ["first", "é\n" * 300_000, "last"]
     source = JsonlSource("s", write_source(tmp_path, "s", texts, n_files=1), 1)
-    packing = Packing(100_003, 2, True, True)
-    assert_resumes_everywhere(lambda state: _Rows(make_lane(source, packing, state)), n=20, tail=2)
-    lane = make_lane(source, packing)
+    assert_resumes_everywhere(lambda state: _Rows(make_lane(source, 100_003, state)), n=20, tail=2)
+    lane = make_lane(source, 100_003)
     made = np.concatenate([lane.next().tokens[:-1] for _ in range(15)]).tolist()
     assert made == stream_of(source, len(made))
 
 
 def test_state_is_small_and_holds_no_data(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["x" * 100_000]), 1)
-    lane = make_lane(source, Packing(16, 2, True, True))
+    lane = make_lane(source, 16)
     lane.next()
     assert lane.state() == {
         "rows": 1,
@@ -153,7 +152,7 @@ def test_the_running_hash_tells_other_pieces_apart(tmp_path: Path) -> None:
     hashes = set()
     for name, texts in (("a", ["one", "two"]), ("b", ["one", "two"]), ("c", ["once", "two"])):
         source = JsonlSource(name, write_source(tmp_path, name, texts, n_files=1), 1)
-        lane = make_lane(source, Packing(20, 2, True, True))
+        lane = make_lane(source, 20)
         lane.next()
         hashes.add(lane.state()["hash"])
     assert len(hashes) == 3
@@ -164,7 +163,7 @@ def test_the_running_hash_tells_other_pieces_apart(tmp_path: Path) -> None:
 
 def test_a_window_shuffles_its_rows_and_loses_none(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", documents("d", 30)), 1)
-    plain, shuffled = (make_lane(source, Packing(16, 2, True, True), window=window) for window in (0, 8))
+    plain, shuffled = (make_lane(source, 16, shuffle_window=window) for window in (0, 8))
     for _ in range(4):
         before = [plain.next().tokens.tolist() for _ in range(8)]
         after = [shuffled.next().tokens.tolist() for _ in range(8)]
@@ -174,10 +173,9 @@ def test_a_window_shuffles_its_rows_and_loses_none(tmp_path: Path) -> None:
 
 def test_skipped_rows_are_left_out_and_the_others_keep_their_numbers(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", documents("d", 30)), 1)
-    packing = Packing(16, 2, True, True)
-    plain = make_lane(source, packing)
+    plain = make_lane(source, 16)
     every = {row.number: row.tokens.tolist() for row in (plain.next() for _ in range(20))}
-    skipping = make_lane(source, packing, skip_rows=[[8, 9], [2, 4], [4, 5]])
+    skipping = make_lane(source, 16, skip_rows=[[8, 9], [2, 4], [4, 5]])
     kept = {row.number: row.tokens.tolist() for row in (skipping.next() for _ in range(14))}
     assert kept == {number: row for number, row in every.items() if number not in (2, 3, 4, 5, 8, 9)}
 
@@ -207,8 +205,8 @@ class Squeamish(ByteTokenizer):
 
 def test_a_document_that_panics_the_tokenizer_is_a_bad_line(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["ab", "c!", "de"], n_files=1), 1)
-    source.cut(10_000)
-    lane = make_lane(source, Packing(8, 1, True, True), tokenizer=Squeamish())
+    source.cut_bytes(10_000)
+    lane = make_lane(source, 8, n_views=1, tokenizer=Squeamish())
     assert lane.next().tokens.tolist() == [BOS, *b"ab", EOS, BOS, *b"de", EOS]
     assert source.bad.kinds["tokenizer"] >= 1
 
@@ -216,7 +214,7 @@ def test_a_document_that_panics_the_tokenizer_is_a_bad_line(tmp_path: Path) -> N
 def test_a_long_document_loses_only_the_piece_that_panics(tmp_path: Path) -> None:
     pieces = ["x" * PIECE_CHARS, "!" * PIECE_CHARS, "z"]
     source = JsonlSource("s", write_source(tmp_path, "s", ["".join(pieces)], n_files=1), 1)
-    lane = make_lane(source, Packing(PIECE_CHARS + 3, 1, True, True), tokenizer=Squeamish())
+    lane = make_lane(source, PIECE_CHARS + 3, n_views=1, tokenizer=Squeamish())
     assert bytes(lane.next().tokens[1:-1].astype(np.uint8)) == (pieces[0] + pieces[2]).encode()
     assert source.bad.kinds == {"tokenizer": 1}
 
@@ -225,4 +223,4 @@ def test_a_panic_may_stop_the_run_with_the_place(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["ab", "c!"], n_files=1), 1)
     source.bad = BadLines("error")
     with pytest.raises(DataError, match=r"s\.chunk\.00\.jsonl, byte 15: the tokenizer failed: stack.*on_bad_line"):
-        make_lane(source, Packing(20, 1, True, True), tokenizer=Squeamish()).next()
+        make_lane(source, 20, n_views=1, tokenizer=Squeamish()).next()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lingua.data.jsonl import DataError
+from lingua.data.blocked_source import DataError
 from lingua.data.loader import Loader, build_loader
 from lingua.data.workers import Workers
 from lingua.files import RunError

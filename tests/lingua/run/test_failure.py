@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lingua.config.base import ConfigError
-from lingua.data.jsonl import DataError
+from lingua.data.blocked_source import DataError
 from lingua.files import DiskError, RunError, make_folder
 from lingua.run.failure import (
     KINDS,

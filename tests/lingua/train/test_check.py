@@ -11,7 +11,7 @@ from lingua.checkpoint.shm.slots import Save, make_region
 from lingua.config.base import ConfigError, Part
 from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import dump_yaml
-from lingua.config.keys.data import DataArgs, source_folders
+from lingua.config.keys.data import DataArgs
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.data.sources import estimate_tokens
 from lingua.train.check import load, problems, resolve
@@ -116,7 +116,7 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ({"model": {"attn_impl": "sdpa_cudnn"}, "deterministic": True}, 1, "model.attn_impl", "use sdpa, flex or auto"),
         ({"distributed": {"float8_recipe": "rowwise"}, "device": "cpu"}, 1, "distributed.float8_recipe", "needs a GPU"),
         ({"data": {"tokenizer": {"name": "sp"}}}, 1, "data.tokenizer", "needs a file"),
-        ({"data": {"root_dir": "d", "sources": {"a": 0.0}}}, 1, "data.sources", "every weight in data.sources is 0"),
+        ({"data": {"root_dir": "d", "sources": {"a": 0.0}}}, 1, "data.sources", "no source has a weight above 0"),
         ({"checkpoint": {"continue_training_from_init": True}}, 1, "checkpoint.continue_training_from_init", "set it"),
         ({"checkpoint": {"reset": ["data"]}}, 1, "checkpoint.reset", "no state is taken over"),
         ({"checkpoint": {"reset": ["step"], "init_ckpt_path": "x"}}, 1, "checkpoint.reset", "or drop it"),
@@ -183,7 +183,7 @@ def test_a_disk_that_is_away_is_no_mistake_of_the_config(tmp_path: Path, monkeyp
     def stale(folder: Path) -> list[Path]:
         raise OSError(errno.ESTALE, "Stale file handle", str(folder))
 
-    monkeypatch.setattr("lingua.data.jsonl.find_files", stale)
+    monkeypatch.setattr("lingua.data.jsonl.JsonlSource.find_files", stale)
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError, match="Stale file handle"):
         problems(args(data={"root_dir": str(tmp_path), "sources": {"a": 1.0}}), 1)
@@ -225,9 +225,9 @@ def test_epochs_make_steps_from_the_bytes_of_the_sources(tmp_path: Path) -> None
 
 def test_sources_lie_under_root_dir_unless_absolute() -> None:
     named = DataArgs.model_validate({"root_dir": "d", "sources": {"a": 1.0, "off": 0.0}})
-    assert source_folders(named) == {"a": Path("d/a")}
+    assert [(s.name, s.path) for s in named.read_sources()] == [("a", "d/a")]
     listed = DataArgs.model_validate({"root_dir": "d", "sources": [{"path": "a/b"}, {"path": "/c", "name": "see"}]})
-    assert source_folders(listed) == {"b": Path("d/a/b"), "see": Path("/c")}
+    assert [(s.name, s.path) for s in listed.read_sources()] == [("b", "d/a/b"), ("see", "/c")]
 
 
 def test_a_run_to_go_on_from(tmp_path: Path) -> None:

@@ -1,0 +1,340 @@
+"""What all formats share: the files of a source, cut into blocks, and what happens to bad documents.
+
+A document belongs to the block it begins in, so the blocks hold each document exactly once, whatever their size.
+Positions in a file are bytes, or rows for parquet. To add a format: one file with a subclass, one line in
+`sources.FORMATS`, one word in `SourceArgs.format`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import logging
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import xxhash
+
+from lingua.config.base import ConfigError
+from lingua.tokenizer import Tokenizer, TokenizerError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+BLOCKS_PER_LANE = 16
+"""Blocks of a source per lane and epoch, so that small sources spread over the lanes as well."""
+_MIN_LINES = 1000  # before the share of bad lines means something
+_SAMPLE_BYTES = 1 << 20
+_SAMPLE_DOCUMENTS = 10_000
+
+
+class DataError(ValueError):
+    """The data is not as the config says; the message names file and position."""
+
+
+class BadLines:
+    """Counts the lines that this process has read, and skips bad ones or stops at them, as the config says."""
+
+    def __init__(self, on_bad_line: str = "skip", max_fraction: float = 1.0, *, quiet: bool = False) -> None:
+        self._stop, self._max_fraction, self._quiet = on_bad_line == "error", max_fraction, quiet
+        self.lines = 0
+        self.kinds: Counter[str] = Counter()
+        self._reported: set[Path] = set()
+
+    def report(self, kind: str, path: Path, position: str, detail: str) -> None:
+        """Count one bad line as `kind`. Raises DataError if it is one too many."""
+        self.kinds[kind] += 1
+        where = f"{path}, {position}: {detail}"
+        if self._stop:
+            raise DataError(f"{where}; mend the line, or set data.on_bad_line: skip")
+        if not self._quiet and path not in self._reported:
+            self._reported.add(path)
+            logger.warning("%s; skipped (further ones of this file are only counted)", where)
+        bad = self.kinds.total()
+        if self.lines >= _MIN_LINES and bad > self._max_fraction * self.lines:
+            raise DataError(
+                f"{bad} of {self.lines} lines are bad, more than data.max_bad_fraction = {self._max_fraction} "
+                f"({dict(self.kinds)}); the last one: {where}; mend the data, or raise data.max_bad_fraction"
+            )
+
+    def counts(self) -> dict[str, int]:
+        return {"lines": self.lines, **self.kinds}
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+class SourceFile(NamedTuple):
+    """A file of a source; `key` stands for its name."""
+
+    path: Path
+    size: int
+    """In units of positions: bytes or rows. Of token files: the bytes of the jsonl file."""
+    key: int
+
+
+def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "mend data.sources or data.root_dir") -> list[Path]:
+    """List a source's files by name: the path itself, or a folder's `*.chunk.*`, or else all but `*.val.*`."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such file or folder; mend data.sources or data.root_dir")
+    files = [file for file in path.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
+    files = [file for file in files if not file.name.endswith(f".val{suffix}")]
+    files = [file for file in files if ".chunk." in file.name] or files
+    if not files:
+        raise ConfigError(f"{path}: no *{suffix} file in this folder; {remedy}")
+    return sorted(files, key=lambda file: file.name.removesuffix(".tokens"))  # token files as their jsonl files
+
+
+def edges(path: Path, size: int) -> str:
+    """Hash of the first and last 4 KiB of a file."""
+    with path.open("rb") as stream:
+        hasher = xxhash.xxh3_64(stream.read(4096))
+        stream.seek(max(0, size - 4096))
+        hasher.update(stream.read(4096))
+    return hasher.hexdigest()
+
+
+def fingerprint(files: Iterable[tuple[str, int, str]], text_key: str | None = None) -> str:
+    """Hash over (name, size, edges) of the files and the field that is read; the folder may change."""
+    hasher = xxhash.xxh3_64((text_key or "").encode("utf-8", "surrogateescape"))
+    for name, size, edge in files:
+        hasher.update(f"{name}\0{size}\0{edge}\0".encode("utf-8", "surrogateescape"))
+    return hasher.hexdigest()
+
+
+def name_key(name: str) -> int:
+    """64 bits that stand for a name."""
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogateescape"))
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name at the end of the block, durable; after an error it is removed."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+    try:
+        with open(descriptor, "wb", buffering=1 << 20) as out:
+            yield out
+            out.flush()
+            os.fchmod(descriptor, 0o644)
+            os.fsync(descriptor)
+        os.rename(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# -- documents -----------------------------------------------------------------------------------------------------
+
+
+class Encoded(Protocol):
+    """A document that was tokenized before, text piece by text piece."""
+
+    def ids(self, char: int) -> np.ndarray:
+        """Ids of the piece that begins at this character. Raises TokenizerError if it could not be tokenized."""
+        ...
+
+    def next_char(self, char: int) -> int:
+        """First character of the piece after that one, or 0 if it is the last."""
+        ...
+
+
+class Document(NamedTuple):
+    """One document, from `start` to `end` of a file; the next one is looked for at `end`."""
+
+    text: str
+    file_key: int
+    start: int
+    end: int
+    encoded: Encoded | None = None
+    """Set if it was tokenized before; `text` is empty then."""
+
+
+class Reader(Protocol):
+    """One lane's view of a source; holds at most a buffer."""
+
+    def document(self, block: int, offset: int) -> Document | None:
+        """The first document of the block at or after `offset` (-1: the block's begin), or None if there is none."""
+        ...
+
+
+def text_keys(text_key: str | None) -> tuple[str, ...]:
+    """The fields that may hold the text; the first one that is there does."""
+    return (text_key,) if text_key else ("text", "content")
+
+
+def block_bytes(source_bytes: int, n_lanes: int) -> int:
+    """Bytes of a block."""
+    return min(max(source_bytes // (BLOCKS_PER_LANE * n_lanes), 256), 4 << 20)
+
+
+class BlockedSource(ABC):
+    """Files cut into blocks."""
+
+    suffix: ClassVar[str] = ".jsonl"
+    unit: ClassVar[str] = "byte"
+    """What positions in a file count."""
+    record: ClassVar[str] = "JSON object"
+    """What holds one document."""
+    holds_tokens: ClassVar[bool] = False
+    """Counting tokens needs no tokenizer."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        n_lanes: int,
+        *,
+        weight: float = 1.0,
+        text_key: str | None = None,
+        bad: BadLines | None = None,
+        tokenizer: str = "bytes",
+    ) -> None:
+        """`tokenizer`: fingerprint of the config's, which tokens made before must fit."""
+        self.name, self.weight, self.key = name, weight, name_key(name)
+        self.text_key, self.tokenizer = text_key, tokenizer
+        self.text_keys = text_keys(text_key)
+        self.bad = bad or BadLines()
+        self.files = [file for file in self.open_files(self.find_files(path)) if file.size > 0]
+        if not self.files:
+            raise DataError(f"{path}: all files of source {name!r} are empty; mend data.sources or prepare the data")
+        self.size = sum(file.size for file in self.files)
+        self.n_bytes = sum(file.path.stat().st_size for file in self.files)
+        self.cut(n_lanes)
+
+    # -- what formats may override ---------------------------------------------------------------------------------
+
+    @classmethod
+    def find_files(cls, path: Path) -> list[Path]:
+        """List the files that are read, by name. Raises ConfigError if there are none."""
+        return find_files(path, cls.suffix)
+
+    @classmethod
+    def check_files(cls, path: Path, text_key: str | None) -> None:
+        """Raise ConfigError or DataError for files that are wrong at a glance."""
+        cls.find_files(path)
+
+    @classmethod
+    def side_files(cls, files: Sequence[Path]) -> list[Path]:
+        """List files beside these that are used as well."""
+        return []
+
+    @classmethod
+    def sequential(cls) -> type[BlockedSource]:
+        """Return the class that reads these files in their own order with nothing to prepare."""
+        return cls
+
+    def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
+        return [SourceFile(path, path.stat().st_size, name_key(path.name)) for path in paths]
+
+    def cut(self, n_lanes: int) -> None:
+        """Lay out the blocks; none crosses from one file to the next."""
+        self.cut_bytes(block_bytes(self.size, n_lanes))
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the documents or their order do."""
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """Return one lane's view of the source."""
+
+    def close(self) -> None:  # noqa: B027 - most formats hold none
+        """Release files; harmless twice."""
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    def cut_bytes(self, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self.number_blocks([-(-file.size // block_bytes) for file in self.files])
+
+    def number_blocks(self, counts: Sequence[int]) -> None:
+        """Number the blocks, given how many each file has."""
+        self._first_block = [0, *itertools.accumulate(counts)]
+        self.n_blocks = self._first_block[-1]
+
+    def locate(self, block: int) -> tuple[int, int]:
+        """File index, and the block's number within that file."""
+        file = bisect.bisect_right(self._first_block, block) - 1
+        return file, block - self._first_block[file]
+
+    def block(self, block: int) -> tuple[int, int, int]:
+        """File index, first position and end of a block."""
+        file, index = self.locate(block)
+        start = index * self.block_bytes
+        return file, start, min(start + self.block_bytes, self.files[file].size)
+
+    # -- documents -------------------------------------------------------------------------------------------------
+
+    def document_of(self, record: Any, file: int, start: int, end: int) -> Document | None:
+        """The document of a record, or None after its bad line was counted."""
+        text = None
+        if type(record) is dict:
+            text = next((record[key] for key in self.text_keys if key in record), None)
+            if type(text) is str and text:
+                return Document(text, self.files[file].key, start, end)
+        if text == "":
+            self.report_bad("empty", file, start, "an empty document")
+        else:
+            keys = " or ".join(map(repr, self.text_keys))
+            self.report_bad("no_text", file, start, f"no {self.record} with a string in {keys}")
+        return None
+
+    def report_bad(self, kind: str, file: int, start: int, detail: str) -> None:
+        self.bad.report(kind, self.files[file].path, f"{self.unit} {start}", detail)
+
+    def report_untokenizable(self, document: Document, detail: str) -> None:
+        """Count a document of which the tokenizer gave up on a piece."""
+        self.bad.report("tokenizer", self.path_of(document), f"{self.unit} {document.start}", detail)
+
+    def path_of(self, document: Document) -> Path:
+        return next(file.path for file in self.files if file.key == document.file_key)
+
+    def documents(self, first_block: int = 0, end_block: int | None = None) -> Iterator[Document]:
+        """The documents of these blocks (default: all), in the order of the files."""
+        reader = self.reader()
+        for block in range(first_block, self.n_blocks if end_block is None else end_block):
+            offset = -1
+            while (document := reader.document(block, offset)) is not None:
+                yield document
+                offset = document.end
+
+    def check(self) -> None:
+        """Refuse a source without any document: its lanes would search forever. Usually reads one line."""
+        bad, self.bad = self.bad, BadLines(quiet=True)  # lanes will meet these lines again
+        try:
+            if next(self.documents(), None) is None:
+                raise DataError(
+                    f"{self.files[0].path.parent}: source {self.name!r} has no document in {self.bad.lines} lines "
+                    f"({dict(self.bad.kinds)}); look at data.sources and text_key"
+                )
+        finally:
+            self.bad = bad
+
+    def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
+        """Tokens of one epoch: its size times the tokens per unit of a sample of 1 MiB, taken at `n_samples` places.
+
+        `n_ends`: begin and end tokens of a document. The same files give the same number.
+        """
+        seen = n_chars = n_tokens = n_documents = 0
+        for sample in range(n_samples):
+            first, end = (n * self.n_blocks // n_samples for n in (sample, sample + 1))
+            share = (sample + 1) / n_samples
+            for document in self.documents(first, end):
+                seen, n_chars = seen + document.end - document.start, n_chars + len(document.text)
+                n_documents += 1
+                with contextlib.suppress(TokenizerError):  # the loader counts it
+                    n_tokens += len(tokenizer.encode(document.text, False, False)) + n_ends
+                if max(seen, n_chars) >= share * _SAMPLE_BYTES or n_documents >= share * _SAMPLE_DOCUMENTS:
+                    break
+        return int(self.size * n_tokens / max(1, seen))

@@ -1,0 +1,205 @@
+"""`format: parquet`: rows of parquet files, streamed from their row groups.
+
+A row group is a block. If there are fewer than about 16 groups per lane, each is cut into parts of equal numbers of
+rows, so that small data sets spread over the lanes too. Positions in a file are row numbers.
+Cost: one batch of rows per lane and source, and the pages that pyarrow decodes for it. Beginning in the middle of a row
+group decodes the rows before that point as well, so groups of a few thousand rows are best.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from lingua.config.base import ConfigError
+from lingua.data.blocked_source import (
+    BLOCKS_PER_LANE,
+    BlockedSource,
+    DataError,
+    Document,
+    Reader,
+    SourceFile,
+    edges,
+    fingerprint,
+    name_key,
+    text_keys,
+)
+
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 1 << 20
+_OPEN_FILES = 64
+
+
+class ParquetSource(BlockedSource):
+    """parquet files in blocks of rows."""
+
+    suffix = ".parquet"
+    unit = "row"
+    record = "row"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._groups: list[list[int]] = []  # by file: the row at which each group begins, and the number of rows
+        self._columns: list[list[str]] = []  # by file: those that are read
+        self._open: OrderedDict[int, parquet.ParquetFile] = OrderedDict()
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def check_files(cls, path: Path, text_key: str | None) -> None:
+        first = cls.find_files(path)[0]
+        text_columns(first, open_parquet(first).schema_arrow, text_keys(text_key))
+
+    def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
+        files = []
+        for path in paths:
+            file = open_parquet(path)
+            facts, columns = file.metadata, text_columns(path, file.schema_arrow, self.text_keys)
+            if facts.num_rows:
+                files.append(SourceFile(path, facts.num_rows, name_key(path.name)))
+                rows = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
+                self._groups.append([0, *accumulate(rows)])
+                self._columns.append(columns)
+        return files
+
+    def cut(self, n_lanes: int) -> None:
+        wanted = BLOCKS_PER_LANE * n_lanes
+        self._begins: list[list[int]] = []  # by file: the row at which each block begins, and the number of rows
+        for groups in self._groups:
+            begins = []
+            for first, end in pairwise(groups):
+                n_rows = end - first
+                n_parts = min(n_rows, max(1, n_rows * wanted // self.size))
+                begins += [first + n_rows * part // n_parts for part in range(n_parts)]
+            self._begins.append([*begins, groups[-1]])
+        self.number_blocks([len(begins) - 1 for begins in self._begins])
+
+    def block(self, block: int) -> tuple[int, int, int]:
+        file, index = self.locate(block)
+        return file, self._begins[file][index], self._begins[file][index + 1]
+
+    @property
+    def fingerprint(self) -> str:
+        sizes = ((file.path, file.path.stat().st_size) for file in self.files)
+        return fingerprint(((path.name, size, edges(path, size)) for path, size in sizes), self.text_key)
+
+    def batches(self, file: int, row: int) -> tuple[int, Iterator[pa.RecordBatch]]:
+        """Return (first row, batches) of the row group that holds a row."""
+        if file not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[file] = open_parquet(self.files[file].path)
+        groups = self._groups[file]
+        group = bisect.bisect_right(groups, row) - 1
+        batches = self._open[file].iter_batches(
+            _BATCH_ROWS, row_groups=[group], columns=self._columns[file], use_threads=False
+        )
+        return groups[group], batches
+
+    def parse(self, record: dict[str, bytes | None], file: int, row: int) -> Document | None:
+        """The document of a row, or None after it was counted as bad."""
+        self.bad.lines += 1
+        try:
+            texts = {name: value if value is None else value.decode() for name, value in record.items()}
+        except UnicodeDecodeError as error:
+            self.report_bad("not_utf8", file, row, f"no UTF-8 ({error})")
+            return None
+        return self.document_of(texts, file, row, row + 1)
+
+    def reader(self) -> Reader:
+        return ParquetReader(self)
+
+    def close(self) -> None:
+        self._open.clear()
+
+
+class ParquetReader:
+    """Reads forward through one block after another."""
+
+    def __init__(self, source: ParquetSource) -> None:
+        self._source = source
+        self._block, self._file, self._begin, self._end = -1, 0, 0, 0
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._rows: list[dict[str, bytes | None]] = []
+        self._first = 0  # row number of the first of these
+
+    def document(self, block: int, offset: int) -> Document | None:
+        source = self._source
+        if block != self._block or 0 <= offset < self._first:
+            self._file, self._begin, self._end = source.block(block)
+            self._first, self._batches = source.batches(self._file, self._begin)
+            self._block, self._rows = block, []
+        row = max(offset, self._begin)
+        while row < self._end:
+            if row >= self._first + len(self._rows):
+                self._read_to(row)
+            document = source.parse(self._rows[row - self._first], self._file, row)
+            if document is not None:
+                return document
+            row += 1
+        self._block, self._batches, self._rows = -1, iter(()), []
+        return None
+
+    def _read_to(self, row: int) -> None:
+        """Make the batch that holds a row the current one."""
+        self._first += len(self._rows)
+        path = self._source.files[self._file].path
+        try:
+            while (batch := next(self._batches, None)) is not None:
+                if row < self._first + batch.num_rows:
+                    columns = [as_bytes(column) for column in batch.columns]
+                    self._rows = [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+                    return
+                self._first += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+        raise DataError(f"{path}: ends at row {self._first}; it must not change during a run")
+
+
+def open_parquet(path: Path) -> parquet.ParquetFile:
+    """Open a file. Raises DataError if it is damaged or no parquet file."""
+    try:
+        return parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return DataError(f"{path}: not a whole parquet file ({error}); copy it again or mend data.sources")
+
+
+def text_columns(path: Path, schema: pa.Schema, keys: Sequence[str]) -> list[str]:
+    """Return the column with the text. Raises ConfigError if there is none."""
+    name = next((key for key in keys if key in schema.names), None)
+    if name is None:
+        wanted = " or ".join(map(repr, keys))
+        raise ConfigError(f"{path}: no column {wanted}, only {', '.join(schema.names)}; set text_key in data.sources")
+    kind = schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
+        raise ConfigError(f"{path}: column {name!r} holds {kind}, not text; set text_key in data.sources")
+    return [name]
+
+
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
+
+
+def as_bytes(column: pa.Array) -> list[bytes | None]:
+    """The values of a text column. Arrow does not check that strings are UTF-8, so they are decoded one by one."""
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary()).to_pylist()
