@@ -23,14 +23,31 @@ STOP_REQUEST = "lingua stop"
 """What `received` says when nobody sent a signal, but a person asked for the end."""
 
 
+@dataclass
+class SignalFlag:
+    """Set by signals, read and cleared by the loop."""
+
+    pending: bool = False
+
+    def note(self, *_: object) -> None:
+        """A signal has arrived; fit for a handler."""
+        self.pending = True
+
+    def take(self) -> float:
+        """Return 1 if a signal has arrived since the last call, otherwise 0."""
+        pending, self.pending = self.pending, False
+        return float(pending)
+
+
 @contextmanager
-def noted(name: str, note: Callable[..., object]) -> Iterator[None]:
-    """Inside, `note` is called in the handler of a signal that asks for something else than the end."""
-    old = signal.signal(signal.Signals[name], note)
+def noted(names: Iterable[str], flag: SignalFlag) -> Iterator[None]:
+    """Inside, these signals set the flag."""
+    old = {name: signal.signal(signal.Signals[name], flag.note) for name in names}
     try:
         yield
     finally:
-        signal.signal(signal.Signals[name], old)
+        for name, handler in old.items():
+            signal.signal(signal.Signals[name], handler)
 
 
 @dataclass

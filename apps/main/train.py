@@ -48,7 +48,7 @@ from lingua.profiling.windows import Requests, take_request
 from lingua.run.folder import EXIT_FINISHED, describe_stop, end_asked_for
 from lingua.run.metrics import VALIDATION_FILE, read_metrics
 from lingua.run.watchdog import Watchdog
-from lingua.signals import STOP_REQUEST, StopSignals, noted
+from lingua.signals import STOP_REQUEST, SignalFlag, StopSignals, noted
 from lingua.slurm import job_end_s
 from lingua.train.build import Run, build_run
 from lingua.train.check import load
@@ -139,7 +139,8 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
             facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
             # A name with a slash is a metric: its mean over ranks is logged.
             numbers = {"loss/out": loss_sum, "optim/grad_norm": grad_norm, "unmoved": ~moves}
-            numbers |= {"stop": float(watchdog.asked), **profiler.requests.numbers()}
+            numbers |= {"stop": float(watchdog.asked), "save": monitor.save_asked.take()}
+            numbers |= profiler.requests.numbers()
             if run.loss_factor is not None:
                 numbers["optim/loss_scale"] = run.loss_factor
             monitor.read(reduce.submit(facts, numbers))
@@ -153,8 +154,9 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
             if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
                 with meter.paused(), watchdog.heartbeat.during("validation"):
                     monitor.report_validation(validate(run, watchdog))
-            if run.manager.is_due(run.step) and run.step < size.n_steps:
+            if (run.manager.is_due(run.step) or monitor.save) and run.step < size.n_steps:
                 monitor.read(reduce.result())  # what is saved must have been judged
+                monitor.save = False
                 with meter.paused(), watchdog.heartbeat.during("checkpoint"):
                     report = run.manager.save(run.step, run.snapshot())
                 monitor.report_save(report)
@@ -203,10 +205,10 @@ def main(words: list[str]) -> int:
     device = pick_device(args.device, place)
     set_environment(args.env, place, on_gpu=device.type == "cuda")
     with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals(args.stop_signals))
-        requests = Requests()
-        if args.profiling.signal not in (None, *args.stop_signals):
-            stack.enter_context(noted(args.profiling.signal, requests.signal))
+        signals = stack.enter_context(StopSignals(args.signals_that("stop")))
+        requests, save_asked = Requests(), SignalFlag()
+        stack.enter_context(noted(args.signals_that("profile"), requests.by_signal))
+        stack.enter_context(noted(args.signals_that("save"), save_asked))
         watchdog = stack.enter_context(Watchdog(place.rank, signals, args.watchdog, Path(args.dump_dir)))
         with watchdog.reporting():
             same = checked.frozen | code_of(["lingua", args.app, *args.plugins])
@@ -231,7 +233,7 @@ def main(words: list[str]) -> int:
             watchdog.at_exit.append(progress.stop)
             evaluation = make_evaluation(run, watchdog, measures, metrics, folder.attempt)
             profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
-            monitor = StepMonitor(run, meter, progress, metrics, profiler)
+            monitor = StepMonitor(run, meter, progress, metrics, profiler, save_asked)
             exit_code = train_to_the_end(run, watchdog, monitor, evaluation, words)
             evaluation.end(exit_code)
             return exit_code

@@ -47,6 +47,7 @@ _FREE = (
     "slurm",
     "gc_collect_freq",
     "probe_freq",
+    "signals",
     "stop_signals",
     "watchdog",
     "sample_prompt",

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from lingua.config.keys.profiling import ProfilerArgs
 from lingua.files import RunError, read_json, write_json
 from lingua.run.lock import FOLDER
+from lingua.signals import SignalFlag
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +82,9 @@ class Requests:
     """What a running run is asked to profile. Any thread or handler may ask; the loop reduces and agrees."""
 
     def __init__(self) -> None:
-        self._signalled = False
+        self.by_signal = SignalFlag()
         self._asked: deque[Request] = deque()
         self._submitted: deque[Request] = deque()
-
-    def signal(self, *_: object) -> None:
-        """A signal has arrived; fit for a handler."""
-        self._signalled = True
 
     def ask(self, request: Request) -> None:
         self._asked.append(request)
@@ -97,12 +94,11 @@ class Requests:
 
         Only rank 0 looks for requests, so their sum over ranks is the number itself.
         """
-        signalled, self._signalled = self._signalled, False
         request = self._asked.popleft() if self._asked else None
         if request is not None:
             self._submitted.append(request)
         asked = 0 if request is None else 2 * request.n_steps + request.heavy
-        return {"profile_signal": float(signalled), "profile_request": float(asked)}
+        return {"profile_signal": self.by_signal.take(), "profile_request": float(asked)}
 
     def agreed(self, sums: Mapping[str, float], n_steps: int) -> Request | None:
         """Return what all ranks are to profile by the sums of their numbers; `n_steps`: when a signal asked."""

@@ -443,8 +443,10 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if args.data.load_async and ahead > 4 * _GIB:
         text = f"data.prefetch_size {args.data.prefetch_size} holds {human_bytes(ahead)} per rank; lower it"
         yield Finding("data.prefetch_size", text)
-    if args.profiling.signal in args.stop_signals:
-        text = f"profiling.signal {args.profiling.signal} is in stop_signals too: it ends the run and opens no window"
+    if (signal := args.profiling.signal) is not None and signal not in args.signals_that("profile"):
+        action = getattr(args.signals, signal)
+        other = f"signals.{signal} is {action}" if action else "it is in stop_signals too"
+        text = f"profiling.signal is {signal}, but {other}, which counts; leave out one of them"
         yield Finding("profiling.signal", text)
     if args.checkpoint.init_ckpt_model_key and not args.checkpoint.init_ckpt_path:
         yield Finding("checkpoint.init_ckpt_model_key", "checkpoint.init_ckpt_model_key is ignored: no init_ckpt_path")

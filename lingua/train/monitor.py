@@ -13,6 +13,7 @@ from lingua.optim.loss_scale import is_overflow
 from lingua.profiling.profiler import Profiler
 from lingua.run.metrics import MetricLogger
 from lingua.run.throughput import Lap, Meter
+from lingua.signals import SignalFlag
 from lingua.train.build import Run
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,13 @@ class StepMonitor:
         progress: ProgressLine,
         metrics: MetricLogger | None,
         profiler: Profiler,
+        save_asked: SignalFlag,
     ) -> None:
         self.stop = False
         """A rank has been asked to stop: the same answer on all ranks after the same step."""
+        self.save = False
+        """A rank has been asked for a checkpoint and to go on; likewise."""
+        self.save_asked = save_asked
         self.meter = meter
         self.progress = progress
         self.profiler = profiler
@@ -65,6 +70,7 @@ class StepMonitor:
         means = {name: value / n_ranks for name, value in sums.items() if "/" in name}
         self.profiler.read(sums)
         self.note_stop(sums["stop"] > 0)
+        self.save |= sums["save"] > 0
         loss_sum, scale = sums["loss/out"], means.get("optim/loss_scale")
         if sums["unmoved"] > 0 and scale is not None and is_overflow(loss_sum, scale):
             self._run.shared["skipped_steps"] += 1

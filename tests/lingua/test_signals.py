@@ -1,9 +1,11 @@
 import os
 import signal
+from typing import Any
 
 import pytest
 
-from lingua.signals import STOP_REQUEST, StopSignals
+from lingua.config.keys.train import TrainArgs
+from lingua.signals import STOP_REQUEST, SignalFlag, StopSignals, noted
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
@@ -66,3 +68,33 @@ def test_a_request_counts_as_a_signal_does():
         signals.ask(STOP_REQUEST)
         os.kill(os.getpid(), signal.SIGTERM)
         assert (signals.received, signals.received_at_s) == (STOP_REQUEST, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "stop", "save", "profile"),
+    [
+        ({}, "SIGINT SIGTERM SIGUSR2", "", "SIGUSR1"),
+        ({"signals": {"SIGUSR1": "save"}}, "SIGINT SIGTERM SIGUSR2", "SIGUSR1", ""),
+        ({"signals": {"SIGUSR2": "save", "SIGHUP": "stop"}}, "SIGHUP SIGINT SIGTERM", "SIGUSR2", "SIGUSR1"),
+        ({"signals": {"SIGUSR1": "save", "SIGHUP": "profile"}}, "SIGINT SIGTERM SIGUSR2", "SIGUSR1", "SIGHUP"),
+        ({"stop_signals": ["SIGTERM", "SIGUSR1"]}, "SIGTERM SIGUSR1", "", ""),
+        ({"profiling": {"signal": "SIGHUP"}}, "SIGINT SIGTERM SIGUSR2", "", "SIGHUP"),
+        ({"profiling": {"signal": None}}, "SIGINT SIGTERM SIGUSR2", "", ""),
+    ],
+)
+def test_what_each_signal_does(config: dict[str, Any], stop: str, save: str, profile: str):
+    """`signals` counts before the older keys; a config that is read back means the same."""
+    first = TrainArgs.model_validate(config)
+    for args in (first, TrainArgs.model_validate(first.model_dump())):
+        found = {action: " ".join(args.signals_that(action)) for action in ("stop", "save", "profile")}
+        assert found == {"stop": stop, "save": save, "profile": profile}
+
+
+def test_a_flag_is_set_by_each_of_its_signals_and_taken_once():
+    flag = SignalFlag()
+    before = signal.getsignal(signal.SIGUSR1)
+    with noted(["SIGUSR1", "SIGHUP"], flag):
+        for name in ("SIGUSR1", "SIGHUP"):
+            os.kill(os.getpid(), signal.Signals[name])
+            assert [flag.take(), flag.take()] == [1.0, 0.0]
+    assert signal.getsignal(signal.SIGUSR1) == before

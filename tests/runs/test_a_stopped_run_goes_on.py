@@ -55,6 +55,22 @@ def on_disk(files: Files) -> Hook:
     return hook
 
 
+@pytest.mark.ranks
+def test_a_signal_to_one_rank_may_save_and_the_run_goes_on(tmp_path: Path):
+    """Of two signals before the save, one checkpoint comes; the run trains what it trains undisturbed."""
+    words = [*WORDS, "signals.SIGUSR1=save"]
+
+    def two(rank: int) -> None:
+        at_step(3, send_self("SIGUSR1"), on_rank=1)(rank)
+        at_step(4, send_self("SIGUSR1"), on_rank=0)(rank)
+
+    result = train([*words, f"dump_dir={tmp_path / 'a'}"], n_ranks=2, hook=two)
+    assert result.exit_code == 0, result.output
+    assert published(tmp_path / "a") == [4, 10]
+    assert train([*words, f"dump_dir={tmp_path / 'b'}"], n_ranks=2).exit_code == 0
+    assert fingerprint(tmp_path / "a", 10) == fingerprint(tmp_path / "b", 10)
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_disk_that_fails_in_the_save_that_a_signal_asks_for_does_not_end_the_run_for_good(
     tmp_path: Path, lasting: bool

@@ -34,8 +34,8 @@ class ProfilerArgs(Args):
     ranks: list[Annotated[int, Field(ge=0)]] | Literal["all"] = [0]
     """Ranks that write traces and memory snapshots."""
     signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] | None = "SIGUSR1"
-    """Signal that opens a light and a heavy window of profile_steps, at least one. Null: none. One that is in
-    stop_signals stops."""
+    """Signal that opens a light and a heavy window of profile_steps, at least one. Null: none. `signals` and
+    stop_signals count before it."""
 
     @model_validator(mode="after")
     def _windows_end(self) -> Self:

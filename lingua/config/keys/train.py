@@ -32,6 +32,26 @@ class ValidationArgs(Args):
     """Rows per source, taken from the start of its `*.val.jsonl`."""
 
 
+SignalName = Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"]
+Action = Literal["stop", "save", "profile"]
+
+
+class SignalsArgs(Args):
+    """What a signal does. stop: end after the current step, with a checkpoint; save: checkpoint after the next step and
+    go on; profile: open a light and a heavy window. Null: as stop_signals and profiling.signal say."""
+
+    SIGINT: Action | None = None
+    """Ctrl-C."""
+    SIGTERM: Action | None = None
+    """scancel, preemption, a person's kill."""
+    SIGUSR1: Action | None = None
+    """Free for people."""
+    SIGUSR2: Action | None = None
+    """What `lingua launch` asks Slurm for before the time limit."""
+    SIGHUP: Action | None = None
+    """The terminal has gone."""
+
+
 class TrainArgs(Args):
     """Everything a run is made of."""
 
@@ -65,8 +85,9 @@ class TrainArgs(Args):
     """Steps between statistics of activations, weights, gradients and attention (probe.jsonl). Null: none."""
     deterministic: bool = False
     """Two runs are bitwise equal, and so is a resumed one; costs speed."""
-    stop_signals: list[Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"]] = ["SIGINT", "SIGTERM", "SIGUSR2"]
-    """Signals that end the run after the current step, with a checkpoint."""
+    signals: SignalsArgs = SignalsArgs()
+    stop_signals: list[SignalName] = ["SIGINT", "SIGTERM", "SIGUSR2"]
+    """Signals that stop, unless `signals` says otherwise."""
     sample_prompt: Text | None = None
     """Prompt of a short sample printed at the end. Null: none."""
     data: DataArgs = DataArgs()
@@ -95,6 +116,22 @@ class TrainArgs(Args):
         slurm = self.slurm or SlurmArgs()
         n_gpus = slurm.ngpu if self.async_eval_gpus is None else self.async_eval_gpus
         return ((self.eval and self.eval.launcher) or slurm.as_job()).of_evaluation(n_gpus)
+
+    def signals_that(self, action: Action) -> list[str]:
+        """The signals that do this: `signals` counts before stop_signals, and that before profiling.signal."""
+        does: dict[str, str] = dict.fromkeys(self.stop_signals, "stop")
+        if self.profiling.signal is not None:
+            does = {self.profiling.signal: "profile"} | does
+        does |= {name: chosen for name, chosen in self.signals if chosen is not None}
+        return sorted(name for name, chosen in does.items() if chosen == action)
+
+    @model_validator(mode="after")
+    def _profiling_signal(self) -> Self:
+        """Let `signals` take a signal from the default of the older key, so that a frozen config has no conflict."""
+        name = self.profiling.signal
+        if name and getattr(self.signals, name) and "signal" not in self.profiling.model_fields_set:
+            object.__setattr__(self, "profiling", self.profiling.model_copy(update={"signal": None}))
+        return self
 
     @model_validator(mode="after")
     def _run_folder(self) -> Self:

@@ -96,7 +96,7 @@ def test_a_request_is_submitted_once_and_comes_back_with_its_id():
 def test_a_signal_at_any_number_of_ranks_is_one_request():
     ranks = [Requests() for _ in range(3)]
     for requests in ranks[1:]:
-        requests.signal(10, None)
+        requests.by_signal.note(10, None)
     sums = sums_of(*ranks)
     assert list(sums.values()) == [2, 0]
     assert [requests.agreed(sums, 5) for requests in ranks] == [Request(5, True)] * 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,8 @@ def test_a_loss_that_takes_no_split_head_is_refused_under_tensor_parallelism() -
         ({"data": {"seq_len": 8192, "prefetch_size": 100_000}}, 1, "data.prefetch_size"),
         ({"distributed": {"model_dtype": "fp16"}}, 1, "distributed.model_dtype"),
         ({"distributed": {"float8_recipe": "tensorwise"}}, 1, "distributed.float8_recipe"),
+        ({"profiling": {"signal": "SIGUSR2"}}, 1, "profiling.signal"),
+        ({"signals": {"SIGHUP": "save"}, "profiling": {"signal": "SIGHUP"}}, 1, "profiling.signal"),
         ({"checkpoint": {"init_ckpt_model_key": "model"}}, 1, "checkpoint.init_ckpt_model_key"),
         (
             {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}},
@@ -175,6 +178,18 @@ def test_odd_things_warn(changes: dict[str, Any], world_size: int, key: str) -> 
     errors, warnings = problems(args(**changes), world_size)
     assert errors == []
     assert key in [finding.key for finding in warnings]
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("signals.SIGUSR1=dance", "signals.SIGUSR1 is 'dance'; it must be 'stop', 'save' or 'profile'"),
+        ("signals.SIGFOO=stop", "unknown key signals.SIGFOO; did you mean signals.SIGINT?"),
+    ],
+)
+def test_an_unknown_signal_or_action_is_one_sentence(tmp_path: Path, word: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^command line: {re.escape(sentence)}$"):
+        loaded(write(tmp_path), word)
 
 
 def test_a_disk_that_is_away_is_no_mistake_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
