@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from lingua.data.prepare.hub import persist
+from lingua.data.prepare.hub import asking_the_hub
 
 
 class Place(NamedTuple):
@@ -38,8 +38,8 @@ def fetch(name: str, folder: Path, api_key: str | None = None) -> Path:
     place = TOKENIZERS.get(name) or (Place(name, "tokenizer.json", "hf") if "/" in name else None)
     if place is None:
         raise ValueError(f"no tokenizer {name!r}; there are {', '.join(sorted(TOKENIZERS))}, or give owner/repository")
-    what = f"fetching {place.file} of {place.repo}"
-    return Path(persist(lambda: hf_hub_download(place.repo, place.file, local_dir=folder, token=api_key), what))
+    with asking_the_hub(f"fetching {place.file} of {place.repo}"):
+        return Path(hf_hub_download(place.repo, place.file, local_dir=folder, token=api_key))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,21 +2,22 @@
 
 Promise: the branch is resolved to a commit once; that commit is recorded before the first byte and kept on every later
 start. A file counts as there only when its size and hash are those the hub published (SHA-256 of large files, git's own
-of small ones). Broken connections are tried again with growing pauses; started again, only what is missing is fetched.
-Cost: one read of each file to hash it; a file that was cut off by a kill is fetched again from its beginning.
+of small ones). Killed and started again, the download continues: huggingface_hub resumes and retries it.
+Cost: one read of each file to hash it, after all of them have arrived.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from lingua.data.prepare.convert import SUFFIXES
 from lingua.data.prepare.worker_pool import is_disk_full, need_space
@@ -26,11 +27,9 @@ log = logging.getLogger(__name__)
 
 STATE = ".download.json"
 N_THREADS = 16
-PAUSES_S = (1.0, 4.0, 15.0, 60.0, 240.0)
 
 
-@dataclass(frozen=True)
-class HubSet:
+class HubSet(NamedTuple):
     """Where a data set lives on the hub."""
 
     repo: str
@@ -39,13 +38,13 @@ class HubSet:
 
 
 DATASETS = {
-    "fineweb_edu": HubSet("HuggingFaceFW/fineweb-edu", "data/*"),
-    "fineweb_edu_10bt": HubSet("HuggingFaceFW/fineweb-edu", "sample/10BT/*"),
+    "fineweb_edu": HubSet("HuggingFaceFW/fineweb-edu", "data/*.parquet"),
+    "fineweb_edu_10bt": HubSet("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
     "dclm_baseline_1.0": HubSet("mlfoundations/dclm-baseline-1.0", "*.jsonl.zst"),
     "dclm_baseline_1.0_10prct": HubSet("mlfoundations/dclm-baseline-1.0", "global-shard_01_of_10/*.jsonl.zst"),
     "dclm_pool_1b_1x": HubSet("mlfoundations/dclm-pool-1b-1x", "*.jsonl.*"),
-    "cosmopedia_v2": HubSet("HuggingFaceTB/smollm-corpus", "cosmopedia-v2/*"),
-    "python_edu": HubSet("HuggingFaceTB/smollm-corpus", "python-edu/*"),
+    "cosmopedia_v2": HubSet("HuggingFaceTB/smollm-corpus", "cosmopedia-v2/*.parquet"),
+    "python_edu": HubSet("HuggingFaceTB/smollm-corpus", "python-edu/*.parquet"),
 }
 
 
@@ -60,11 +59,15 @@ class HubFile:
     git_sha1: str
     """Of small files: git's hash of the content."""
 
-    def is_at(self, path: Path) -> bool:
-        """Whether `path` holds this very content."""
-        if not path.is_file() or path.stat().st_size != self.n_bytes:
+    def has_size(self, folder: Path) -> bool:
+        path = folder / self.path
+        return path.is_file() and path.stat().st_size == self.n_bytes
+
+    def is_in(self, folder: Path) -> bool:
+        """Return whether `folder` holds the file with exactly this content."""
+        if not self.has_size(folder):
             return False
-        with path.open("rb") as file:
+        with (folder / self.path).open("rb") as file:
             if self.sha256:
                 return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
             return hashlib.sha1(b"blob %d\0" % self.n_bytes + file.read()).hexdigest() == self.git_sha1
@@ -72,51 +75,33 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A data set at one commit."""
+    """A data set at one commit, as STATE records it."""
 
     repo: str
     requested: str
     revision: str
     files: list[HubFile]
     complete: bool = False
+    """All files arrived and were checked."""
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether trying again can help: broken connections, time-outs, a busy hub; not refusals, not the local disk."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if isinstance(error, LocalEntryNotFoundError):  # the client's word for "could not reach the hub"
-        return True
-    if is_disk_full(error) or isinstance(error, ValueError | RunError | TypeError | LookupError | AttributeError):
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status in (408, 425, 429) or status >= 500
-    return not isinstance(error, OSError) or error.errno is None or isinstance(error, ConnectionError | TimeoutError)
-
-
-def persist(action: Callable[[], Any], what: str, sleep: Callable[[float], None] = time.sleep) -> Any:
-    """Result of `action`, tried again while the failure may pass. Raises RunError that says what failed at last."""
+@contextmanager
+def asking_the_hub(what: str) -> Iterator[None]:
+    """Turn the hub's errors into one sentence with a remedy. Raises RunError at once where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
-    for pause_s in (*PAUSES_S, None):
-        if constants.HF_HUB_OFFLINE:
-            raise RunError(f"{what}: HF_HUB_OFFLINE is set, so nothing is asked of the hub; unset it")
-        try:
-            return action()
-        except Exception as error:
-            if is_disk_full(error) or isinstance(error, RunError):
-                raise
-            reason = f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            if not may_pass(error):
-                raise RunError(f"{reason}; check the name, the revision, and your access (HF_TOKEN)") from error
-            if pause_s is None:
-                raise RunError(
-                    f"{reason}; tried {len(PAUSES_S) + 1} times. Start again: it goes on from here"
-                ) from error
-            log.warning("%s; trying again in %.0f s", reason, pause_s)
-            sleep(pause_s)
-    raise AssertionError
+    if constants.HF_HUB_OFFLINE:
+        raise RunError(f"{what}: HF_HUB_OFFLINE is set, so the hub cannot be asked; unset it")
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        reason = (str(error).strip() or "no details").splitlines()[0].rstrip(".")
+        raise RunError(
+            f"{what}: {type(error).__name__}: {reason}; check the network, the name, the revision and your access "
+            "(HF_TOKEN), then give the same command again: it continues from here"
+        ) from error
 
 
 def fetch(
@@ -126,29 +111,38 @@ def fetch(
     *,
     begin: Callable[[str, int], None],
     advance: Callable[[int], None],
-    sleep: Callable[[float], None] = time.sleep,
     files: Files = DISK,
 ) -> Snapshot:
-    """Have the whole data set in `folder`, checked; returns what it is. `revision`: branch, tag or commit."""
-    if dataset not in DATASETS:
-        raise ValueError(
-            f"no data set {dataset!r}; there are {', '.join(sorted(DATASETS))}, and any name with --source FOLDER"
-        )
-    snapshot = _recorded(folder, revision) or _resolve(dataset, revision or "main", sleep)
+    """Download the whole data set into `folder` and check it. `revision`: branch, tag or commit."""
+    snapshot = _recorded(folder, revision) or _resolve(dataset, revision or "main")
     make_folders(folder, files=files)
+    missing = [file for file in snapshot.files if not file.has_size(folder)]
+    if snapshot.complete and not missing:
+        return snapshot
     if snapshot.complete:
-        cut = [f.path for f in snapshot.files if not _has_size(folder / f.path, f.n_bytes)]
-        if not cut:
-            return snapshot
-        log.warning("%d files of %s are gone or cut off, %s first; fetching them again", len(cut), folder, cut[0])
-    write_json(folder / STATE, asdict(snapshot), files=files)
-    _get_all(snapshot, folder, begin, advance, sleep)
+        log.warning(
+            "%d files are missing or cut off, the first is %s; fetching them again", len(missing), missing[0].path
+        )
+    write_json(folder / STATE, asdict(replace(snapshot, complete=False)), files=files)
+    need_space(folder, sum(file.n_bytes for file in missing), "--data_dir")
+
+    _download(snapshot, DATASETS[dataset], folder)
+    begin(f"check {snapshot.repo}", sum(file.n_bytes for file in snapshot.files))
+    if wrong := _remove_wrong(snapshot.files, folder, advance):
+        log.warning("%d files arrived damaged, such as %s; fetching them again", len(wrong), wrong[0].path)
+        _download(snapshot, DATASETS[dataset], folder)
+        if wrong := _remove_wrong(wrong, folder, advance):
+            raise RunError(
+                f"{wrong[0].path} of {snapshot.repo} arrived twice with other content than the hub says; "
+                "give the same command again later: it continues from here"
+            )
     snapshot = replace(snapshot, complete=True)
     write_json(folder / STATE, asdict(snapshot), files=files)
     return snapshot
 
 
 def _recorded(folder: Path, revision: str | None) -> Snapshot | None:
+    """What an earlier start resolved, or None if there was none."""
     try:
         state = read_json(folder / STATE)
     except FileNotFoundError:
@@ -157,74 +151,55 @@ def _recorded(folder: Path, revision: str | None) -> Snapshot | None:
     if revision not in (None, snapshot.requested, snapshot.revision):
         raise ValueError(
             f"{folder} was begun with revision {snapshot.requested} ({snapshot.revision}), not {revision}; "
-            "leave --revision out to go on with it, or remove that folder"
+            "leave --revision out to continue with it, or remove that folder"
         )
     return snapshot
 
 
-def _resolve(dataset: str, revision: str, sleep: Callable[[float], None]) -> Snapshot:
+def _resolve(dataset: str, revision: str) -> Snapshot:
+    """Ask the hub for the commit of a revision and for its files."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
     place, api = DATASETS[dataset], HfApi()
-    what = f"listing {place.repo} at {revision}"
-    commit = persist(lambda: api.dataset_info(place.repo, revision=revision).sha, what, sleep)
-    assert isinstance(commit, str)
-
-    def listing() -> list[HubFile]:
-        tree = api.list_repo_tree(place.repo, recursive=True, revision=commit, repo_type="dataset")
-        return [
+    with asking_the_hub(f"listing {place.repo} at {revision}"):
+        commit = api.dataset_info(place.repo, revision=revision).sha
+        assert isinstance(commit, str)
+        found = [
             HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-            for entry in tree
+            for entry in api.list_repo_tree(place.repo, recursive=True, revision=commit, repo_type="dataset")
             if isinstance(entry, RepoFile) and fnmatchcase(entry.path, place.pattern) and entry.path.endswith(SUFFIXES)
         ]
-
-    found = sorted(persist(listing, what, sleep), key=lambda file: file.path)
     if not found:
         raise RunError(f"{place.repo} at {commit} has no files {place.pattern}; try another --revision")
-    return Snapshot(place.repo, revision, commit, found)
+    return Snapshot(place.repo, revision, commit, sorted(found, key=lambda file: file.path))
 
 
-def _has_size(path: Path, n_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == n_bytes
-
-
-def _get_all(
-    snapshot: Snapshot,
-    folder: Path,
-    begin: Callable[[str, int], None],
-    advance: Callable[[int], None],
-    sleep: Callable[[float], None],
-) -> None:
+def _download(snapshot: Snapshot, place: HubSet, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()  # one bar of ours for everything
-    missing_bytes = sum(f.n_bytes for f in snapshot.files if not _has_size(folder / f.path, f.n_bytes))
-    need_space(folder, missing_bytes, "--data_dir")
-    begin(f"download {snapshot.repo}", sum(f.n_bytes for f in snapshot.files))
-
-    pool = ThreadPoolExecutor(N_THREADS, thread_name_prefix="download")
-    try:
-        waiting = [pool.submit(_get_one, snapshot, file, folder, sleep) for file in snapshot.files]
-        for file, done in zip(snapshot.files, waiting, strict=True):
-            done.result()
-            advance(file.n_bytes)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with asking_the_hub(f"fetching {snapshot.repo}"):
+        snapshot_download(
+            snapshot.repo,
+            repo_type="dataset",
+            revision=snapshot.revision,
+            allow_patterns=[place.pattern],
+            local_dir=folder,
+            max_workers=N_THREADS,
+        )
 
 
-def _get_one(snapshot: Snapshot, file: HubFile, folder: Path, sleep: Callable[[float], None]) -> None:
-    from huggingface_hub import hf_hub_download
-
-    path = folder / file.path
-    if file.is_at(path):
-        return
-
-    def get() -> None:
-        path.unlink(missing_ok=True)  # the hub's client trusts what it finds
-        hf_hub_download(snapshot.repo, file.path, repo_type="dataset", revision=snapshot.revision, local_dir=folder)
-        if not file.is_at(path):
-            path.unlink(missing_ok=True)
-            raise ConnectionError(f"{file.path} arrived with other content than the hub says")
-
-    persist(get, f"fetching {file.path} of {snapshot.repo}", sleep)
+def _remove_wrong(files: Sequence[HubFile], folder: Path, advance: Callable[[int], None]) -> list[HubFile]:
+    """Hash the files and return those with other content, removed: the hub's client trusts what it finds."""
+    wrong = []
+    with ThreadPoolExecutor(N_THREADS, thread_name_prefix="hash") as pool:
+        for file, right in zip(files, pool.map(lambda file: file.is_in(folder), files), strict=True):
+            if right:
+                advance(file.n_bytes)
+            else:
+                (folder / file.path).unlink(missing_ok=True)
+                wrong.append(file)
+    return wrong

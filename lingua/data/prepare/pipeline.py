@@ -18,8 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -122,9 +121,7 @@ def check_job(job: Job) -> None:
     _window_bytes(job.memory_bytes - rss_bytes(), 1)
 
 
-def prepare(
-    job: Job, *, sleep: Callable[[float], None] = time.sleep, files: Files = DISK, progress: Progress | None = None
-) -> dict[str, Any]:
+def prepare(job: Job, *, files: Files = DISK, progress: Progress | None = None) -> dict[str, Any]:
     """Do all that is not done yet; returns the manifest. Raises RunError or ValueError with one clear sentence."""
     check_job(job)
     progress = progress or Progress()
@@ -135,7 +132,7 @@ def prepare(
         if manifest is None:
             manifest = read_manifest(job.out)
             if manifest is None:
-                manifest = _make(job, progress, sleep, files)
+                manifest = _make(job, progress, files)
             else:
                 _refuse_other(job, manifest, job.out)
                 _refuse_problems(check_manifest(job.out))
@@ -217,8 +214,8 @@ def _finished_copy(job: Job) -> dict[str, Any] | None:
 # -- making the chunks -----------------------------------------------------------------------------------------------
 
 
-def _make(job: Job, progress: Progress, sleep: Callable[[float], None], files: Files) -> dict[str, Any]:
-    root, recipe = _inputs(job, progress, sleep, files)
+def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
+    root, recipe = _inputs(job, progress, files)
     with disk_of(job.out, "--data_dir"):
         make_folders(job.out, files=files)
         try:
@@ -255,7 +252,7 @@ def _make(job: Job, progress: Progress, sleep: Callable[[float], None], files: F
     return manifest
 
 
-def _inputs(job: Job, progress: Progress, sleep: Callable[[float], None], files: Files) -> tuple[Path, dict[str, Any]]:
+def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str, Any]]:
     """Folder of the input files, and the recipe that names them."""
     if job.source is not None:
         names = find_inputs(job.source)
@@ -265,7 +262,7 @@ def _inputs(job: Job, progress: Progress, sleep: Callable[[float], None], files:
         return job.source, _recipe(job, "local", "local", inputs)
     with disk_of(job.raw, "--data_dir"):
         snapshot = hub.fetch(
-            job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, sleep=sleep, files=files
+            job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, files=files
         )
     inputs = [[file.path, file.n_bytes, file.sha256 or file.git_sha1] for file in snapshot.files]
     return job.raw, _recipe(job, snapshot.revision, snapshot.requested, inputs)
