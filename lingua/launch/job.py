@@ -1,21 +1,19 @@
-"""Inside a job: freeze what was submitted, start the ranks, wait, and say whether the job goes back into the queue.
+"""Inside a job: freeze what was submitted, start the ranks, wait, and decide whether the job goes back into the queue.
 
     python -m lingua.launch.job begin              first start of a *.slurm script: CONFIG_FILE and EXTRA_ARGS say what
     python -m lingua.launch.job hold JOB_FILE      every start: run what JOB_FILE froze
 
-Promise: what runs is what was submitted. `begin` checks the config as training does and freezes it, and the code, into
-the run folder; each later start of the job runs those, edits of the working tree notwithstanding. `hold` outlives its
-ranks: signals are theirs, it only notes that they came. It requeues by `requeue.judge` alone, and never a job that is
-being cancelled. With RESERVE_S left of the time limit it requeues a job whose ranks still run: late is lost.
-What fails in here ends in a verdict too: a fact that cannot be read counts as unknown and is judged without.
-Cost: half a second per start; no torch. `hold` sleeps in between.
+What runs is what was submitted: `begin` checks the config as training does and freezes it with the code; every start of
+the job runs those, whatever happens to the working tree. `hold` outlives its ranks and leaves signals to them. It
+requeues by `requeue.judge` alone, never a job that is being cancelled, and, with RESERVE_S left of the time limit, also
+one whose ranks still run. Its own errors do not end the job: a fact that cannot be read counts as unknown.
 
-A job file lies in <run>/jobs, or in the folder `tasks` of a sweep, whose points share one frozen code.
+A job file is in <run>/jobs, or in the folder `tasks` of a sweep, whose points share one copy of the code.
 
     <run>/code/               the code
-          jobs/4711.yaml      the config, resolved       jobs/4711.json    words typed, places of the values
-          jobs/4711.tries.json                           failed starts in a row, nodes to avoid
-          logs/4711.out       what this process says     logs/4711.0.out   what rank 0 says
+          jobs/4711.yaml      the resolved config        jobs/4711.json    command line, origins of the values
+          jobs/4711.tries.json                           failed attempts in a row, nodes to avoid
+          logs/4711.out       output of this process     logs/4711.0.out   output of rank 0
     $BASE_DIR/.jobs/4711      link to jobs/4711.json, by which a requeued job finds its run
 """
 
@@ -24,11 +22,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +38,8 @@ from lingua.config.command_line import CommandLine, parse_command_line, run_main
 from lingua.config.frozen import dump_yaml, read_config
 from lingua.config.keys.launch import LauncherArgs
 from lingua.files import RunError, make_folder, read_json, write_json, write_whole
-from lingua.launch.local_ranks import PATIENCE_S, rank_env, run_ranks
-from lingua.launch.requeue import Outcome, Verdict, judge
+from lingua.launch.local_ranks import PATIENCE_S, meeting_point, rank_env, run_ranks
+from lingua.launch.requeue import Decision, Outcome, judge
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import environment, freeze_code
 from lingua.run.failure import KINDS, Failure, classify, read_failures
@@ -57,29 +53,28 @@ from lingua.slurm import (
     requeue,
     step_command,
     this_allocation,
-    this_node_name,
 )
 from lingua.train.check import load
 
 JOBS = "jobs"
 LINKS = ".jobs"
 RESERVE_S = 15.0
-"""Left of the time limit when a job whose ranks still run is requeued."""
+"""Time left when a job is requeued although its ranks still run."""
 GRACE_RESERVE_S = 3.0
-"""Left of a preemption's grace at that moment: at its end Slurm requeues by itself, where it is set up to."""
+"""The same in a preemption's grace, after which Slurm itself requeues, where it is set up to."""
 NODE_CHECK = "lingua.selfcheck.node_check"
 SERVICE = "lingua.checkpoint.shm.service"
 RANKS_STEP, SERVICE_STEP = "ranks", "service"
 """Names of the job's steps, as `squeue --steps` shows them."""
 SERVICE_WAIT_S = 600.0
-"""For the first rank: longer than torch takes to be imported from a slow shared disk."""
+"""How long the service waits for the first rank: longer than an import of torch from a slow shared disk."""
 LOOKS = 3
-"""At a fact about the run, before it counts as unknown."""
+"""How often a fact about the run is read before it counts as unknown."""
 LOOK_AGAIN_S = 0.5
 _UNKNOWN = (-1, -1)
 NO_REQUEUE = "launcher.requeue is false"
 REFUSED = "Slurm did not take the job back"
-"""In the log of a job that did not come back for a reason that is not ours; `lingua drill` looks for the two."""
+"""Logged by a job that did not come back for a reason that is not ours; `lingua drill` looks for these two."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -98,19 +93,15 @@ def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
 
 
 def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
-    """A checked config as a job file, with the YAML beside it."""
-    facts = {
-        "typed": line.typed,
-        "accept_change": "accept-change" in line.flags,
-        "n_ranks": checked.resolved.world_size,
-        "origins": checked.composed.origins(),
-    }
+    """Write a checked config as a job file, with the YAML beside it."""
     write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
-    write_json(job_file, facts)
+    accepted, n_ranks = "accept-change" in line.flags, checked.resolved.world_size
+    origins = checked.composed.origins()
+    write_json(job_file, {"typed": line.typed, "accept_change": accepted, "n_ranks": n_ranks, "origins": origins})
 
 
 def begin(env: Mapping[str, str]) -> int:
-    """First start of a job that a *.slurm script submitted; becomes `hold`, run by the frozen code."""
+    """Freeze what a *.slurm script submitted, then become `hold`, run by the frozen code."""
     base_dir, allocation = Path.cwd(), this_allocation(env)
     words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
     line = parse_command_line(words, ["accept-change", "refreeze"])
@@ -135,8 +126,8 @@ def _link(link: Path, target: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What `hold` holds."""
+class HeldJob:
+    """What a job file says, and what Slurm gave."""
 
     run_dir: Path
     app: str
@@ -144,7 +135,7 @@ class Job:
     n_ranks: int
     train_words: list[str]
     shm: str | None
-    """Memory file system of the checkpoint service. None: no service is asked for."""
+    """Memory file system of the checkpoint service, or None if there is no service."""
     allocation: Allocation | None
 
     @property
@@ -152,20 +143,20 @@ class Job:
         return self.allocation.job_id if self.allocation else "local"
 
 
-def read_job(job_file: Path, allocation: Allocation | None) -> Job:
-    """The job that a job file froze. Raises OSError, RunError or ConfigError when it cannot be read."""
+def read_job(job_file: Path, allocation: Allocation | None) -> HeldJob:
+    """Read a job file. Raises OSError, RunError or ConfigError."""
     config = job_file.with_suffix(".yaml")
     try:
         tree = read_config(config)
     except FileNotFoundError:
         raise RunError(
-            f"{config} is not there: no such job or point was frozen, or its folder was moved; submit it anew"
+            f"{config} is missing: no such job or point was frozen, or its folder was moved; submit it again"
         ) from None
     launcher = LauncherArgs.model_validate(tree.get("launcher", {}))
     facts = read_json(job_file)
     accepted = ["--accept-change"] if facts["accept_change"] else []
     checkpoint = tree.get("checkpoint", {})
-    return Job(
+    return HeldJob(
         run_dir=Path(tree["dump_dir"]).absolute(),
         app=tree["app"],
         launcher=launcher,
@@ -176,8 +167,8 @@ def read_job(job_file: Path, allocation: Allocation | None) -> Job:
     )
 
 
-def ranks_command(job: Job) -> list[str]:
-    """The step of the ranks: nothing but srun, or one process of ours per node, stands between Slurm and Python."""
+def ranks_command(job: HeldJob) -> list[str]:
+    """Return the command of the ranks: only srun, or one process of ours per node, is between Slurm and Python."""
     train = [sys.executable, "-u", "-m", f"{job.app}.train", *job.train_words]
     slurm = job.allocation
     if slurm is None:
@@ -194,35 +185,35 @@ def ranks_command(job: Job) -> list[str]:
     )
 
 
-def node_check_command(job: Job) -> list[str] | None:
-    """The step that says which nodes are bad, with as many tasks as ranks; None: not asked for."""
+def node_check_command(job: HeldJob) -> list[str] | None:
+    """Return the command that finds bad nodes, with as many tasks as ranks, or None if it is switched off."""
     if job.allocation is None or not job.launcher.node_check:
         return None
     return step_command([sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"], n_tasks=job.n_ranks)
 
 
-def read_bad_nodes(said: str) -> dict[str, list[str]]:
-    """What is wrong, by bad node, from what the node check said: a line of JSON, among others perhaps."""
-    for line in said.splitlines():
+def read_bad_nodes(output: str) -> dict[str, list[str]]:
+    """Return what is wrong, by bad node, from the node check's line of JSON; other lines may surround it."""
+    for line in output.splitlines():
         if line.startswith("{"):
             try:
-                verdict = orjson.loads(line)
-                return {node: verdict["problems"].get(node, []) for node in verdict["bad_nodes"]}
+                report = orjson.loads(line)
+                return {node: report["problems"].get(node, []) for node in report["bad_nodes"]}
             except (ValueError, KeyError):
                 continue
     return {}
 
 
-def service_command(job: Job) -> list[str] | None:
-    """The step of the checkpoint service, one process per node; None: not asked for.
+def service_command(job: HeldJob) -> list[str] | None:
+    """Return the command of the checkpoint service, one process per node, or None if there is no service.
 
-    A step of its own, since a process dies with its step; it holds none of what the ranks need.
+    It is a step of its own, since a process dies with its step, and takes nothing that the ranks need.
     """
     if job.allocation is None or job.shm is None:
         return None
     serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm]
     return step_command(
-        # Ranks come once per start of a job: to linger for others would cost its grace.
+        # Ranks come once per start of the job: waiting for others would cost its grace.
         [*serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"],
         name=SERVICE_STEP,
         output=log_pattern(job.run_dir / RANK_LOGS, "service.%n"),
@@ -233,86 +224,57 @@ def service_command(job: Job) -> list[str] | None:
     )
 
 
-def rank_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
-    """Where the ranks meet, and what the config sets and unsets."""
-    n_nodes = job.allocation.n_nodes if job.allocation else 1
-    port = free_port(f"{job.name} {job.run_dir}")  # two clusters on one host have jobs of the same number
-    wanted = {"MASTER_ADDR": "127.0.0.1" if n_nodes == 1 else _this_host(env), "MASTER_PORT": str(port)}
+def rank_variables(job: HeldJob, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the ranks' environment: where they meet, and what the config sets and unsets."""
+    # By name and folder, since two clusters on one host have jobs of the same number.
+    meeting = meeting_point(f"{job.name} {job.run_dir}", job.allocation.n_nodes if job.allocation else 1, env)
     taken = {*job.launcher.env.unset, "SLURM_GPU_BIND"}  # a site's default would bind GPUs to tasks
     kept = {name: value for name, value in env.items() if name not in taken}
-    return {**kept, **wanted, **job.launcher.env.set}
-
-
-def free_port(name: str) -> int:
-    """A port of this host, below the ephemeral ones, that nobody listens on; two jobs begin to look at two places."""
-    first = zlib.crc32(name.encode())
-    for i in range(12_000):
-        port = 20_000 + (first + i) % 12_000
-        with socket.socket() as listener:
-            try:
-                listener.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise RunError(f"{socket.gethostname()} has no free port between 20000 and 32000; see who listens there")
-
-
-def _this_host(env: Mapping[str, str]) -> str:
-    """A name of this host, where rank 0 will be: the batch script runs on the first node."""
-    for name in (this_node_name(env), socket.gethostname()):
-        try:
-            socket.getaddrinfo(name, None)
-        except OSError:
-            continue
-        return name
-    raise RunError(
-        f"the name of this node, {socket.gethostname()}, has no address; set MASTER_ADDR in launcher.env.set"
-    )
+    return {**kept, **meeting, **job.launcher.env.set}
 
 
 class Holder:
-    """Runs one start of a job."""
+    """Runs one attempt of a job."""
 
-    def __init__(self, job: Job, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, job: HeldJob, sleep: Callable[[float], None] = time.sleep) -> None:
         self.job = job
         self.tries_file = job.run_dir / JOBS / f"{job.name}.tries.json"
         self._sleep = sleep
         self._stop_file = job.run_dir / STOP_FILE
         self._stop_before = self._ask(lambda: _identity(self._stop_file), _UNKNOWN)
         self._first_step = self._newest_step()
-        self._starts_before = self._count_starts()
+        self._attempts_before = self._count_attempts()
         self._failed_before = self._failures()
 
     def hold(self, env: Mapping[str, str]) -> int:
-        """The whole of a start, up to the verdict; returns the exit code. Whatever fails in here is judged as well."""
+        """Run the attempt and act on its end; returns the exit code. An error in here counts as a failed attempt."""
         try:
             variables = rank_variables(self.job, env)
             bad_nodes = self.check_nodes(variables)
             exit_code = EXIT_FAILED if bad_nodes else self.run(variables)
         except Exception as error:
             bad_nodes, exit_code = [], EXIT_FAILED
-            log.error("this start of the job failed: %s", error, exc_info=_is_bug(error))
+            log.error("this attempt failed: %s", error, exc_info=_is_bug(error))
         outcome = self.outcome(exit_code)
         if bad_nodes:
-            stop = {"exit_code": exit_code, "kind": "device", "bad_nodes": bad_nodes}
-            outcome = replace(outcome, stop=stop)
+            outcome = replace(outcome, stop={"exit_code": exit_code, "kind": "device", "bad_nodes": bad_nodes})
         return self.act(outcome)
 
     def check_nodes(self, variables: Mapping[str, str]) -> list[str]:
-        """The nodes that the node check says are bad."""
+        """Run the node check, if it is asked for, and return the bad nodes."""
         command = node_check_command(self.job)
         if command is None:
             return []
         done = subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)
-        said = done.stdout.decode(errors="replace")
-        print(said, end="", flush=True)
-        problems = read_bad_nodes(said) if done.returncode else {}
+        output = done.stdout.decode(errors="replace")
+        print(output, end="", flush=True)
+        problems = read_bad_nodes(output) if done.returncode else {}
         for node, sentences in problems.items():
             log.error("%s is not fit to train: %s", node, "; ".join(sentences))
         return sorted(problems)
 
     def run(self, variables: Mapping[str, str]) -> int | None:
-        """Start the steps and wait for them; the ranks' exit code, None when the time is up."""
+        """Start the steps and wait for them; returns the ranks' exit code, or None when the time is up."""
         if self.job.allocation is None:
             command = ranks_command(self.job)
             return run_ranks(command, [rank_env(variables, i, self.job.n_ranks, 0, 1) for i in range(self.job.n_ranks)])
@@ -320,19 +282,19 @@ class Holder:
         serving = None if service is None else subprocess.Popen(service, env=variables, stdin=subprocess.DEVNULL)
         ranks = subprocess.Popen(ranks_command(self.job), env=variables, stdin=subprocess.DEVNULL)
         exit_code = self._wait(ranks)
-        n_starts = self._count_starts()
-        if serving is None or exit_code is None or (n_starts is not None and n_starts == self._starts_before):
+        n_attempts = self._count_attempts()
+        if serving is None or exit_code is None or (n_attempts is not None and n_attempts == self._attempts_before):
             return exit_code  # no rank came as far as the run folder, so there is nothing to serve
         log.info("the ranks ended with exit code %d; waiting for the checkpoint service", exit_code)
         served = self._wait(serving)
         if served is None:
-            log.warning("the checkpoint service still writes and the time is up; its slots stay for the next start")
+            log.warning("the checkpoint service still writes and the time is up; its slots stay for the next attempt")
         elif served:
             log.warning("the step of the checkpoint service ended with exit code %d", served)
         return exit_code
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Its exit code; None when the time is up but for the reserve."""
+        """Wait for a process; returns its exit code, or None if only the reserve is left of the time."""
         while True:
             state = self._state()
             reserve_s = GRACE_RESERVE_S if state.preempted else RESERVE_S
@@ -345,7 +307,7 @@ class Holder:
                 continue  # the limit may have been moved meanwhile: look again
 
     def outcome(self, exit_code: int | None) -> Outcome:
-        """All that the verdict goes by. Raises nothing: what cannot be read is unknown, and the log says so."""
+        """Collect what the decision depends on. Raises nothing: what cannot be read is logged and counts as unknown."""
         run_dir, first, last = self.job.run_dir, self._first_step, self._newest_step()
         return Outcome(
             exit_code=exit_code,
@@ -359,54 +321,54 @@ class Holder:
 
     def act(self, outcome: Outcome) -> int:
         """Requeue the job if that is right; returns the exit code."""
-        verdict = judge(outcome, self.job.launcher.max_retries)
+        decision = judge(outcome, self.job.launcher.max_retries)
         if self.job.allocation is None:
-            return verdict.exit_code
-        if verdict.requeue and not self.job.launcher.requeue:
-            verdict = replace(verdict, requeue=False, why=f"{verdict.why}, and {NO_REQUEUE}")
+            return decision.exit_code
+        if decision.requeue and not self.job.launcher.requeue:
+            decision = replace(decision, requeue=False, why=f"{decision.why}, and {NO_REQUEUE}")
         avoid = sorted({*self._tries()[1], *(outcome.stop or {}).get("bad_nodes", [])})
-        if verdict.requeue:
-            verdict = self._count(verdict, avoid)
-        log.info("%s: %s", "back into the queue" if verdict.requeue else "the job ends", verdict.why)
-        if verdict.requeue:
+        if decision.requeue:
+            decision = self._count(decision, avoid)
+        log.info("%s: %s", "back into the queue" if decision.requeue else "the job ends", decision.why)
+        if decision.requeue:
             send_back(self.job.allocation, avoid)
-        return verdict.exit_code
+        return decision.exit_code
 
-    def _count(self, verdict: Verdict, avoid: list[str]) -> Verdict:
-        """Keep the count of failed starts. Where that fails every restart may have been one, so that they do end."""
+    def _count(self, decision: Decision, avoid: list[str]) -> Decision:
+        """Store the count of failed attempts. If that fails, count restarts instead, so that the job ends some day."""
         try:
             make_folder(self.tries_file.parent, "dump_dir")
-            write_json(self.tries_file, {"fruitless": verdict.fruitless, "avoid": avoid})
+            write_json(self.tries_file, {"fruitless": decision.fruitless, "avoid": avoid})
         except Exception as error:
-            log.error("cannot count the tries of this job: %s", error, exc_info=_is_bug(error))
+            log.error("cannot count the retries of this job: %s", error, exc_info=_is_bug(error))
             assert self.job.allocation is not None
-            if verdict.fruitless and self.job.allocation.restarts >= self.job.launcher.max_retries:
-                return replace(verdict, requeue=False, why=f"{verdict.why}, and the tries cannot be counted ({error})")
-        return verdict
+            if decision.fruitless and self.job.allocation.restarts >= self.job.launcher.max_retries:
+                return replace(decision, requeue=False, why=f"{decision.why}, and retries cannot be counted ({error})")
+        return decision
 
     # -- facts -----------------------------------------------------------------------------------------------------
 
     def _ask(self, question: Callable[[], T], unknown: T) -> T:
-        """The answer, or `unknown` after LOOKS failures: a job must not die of a look at its own run."""
+        """Return the answer, or `unknown` after LOOKS failures: reading a fact must not end the job."""
         for look in range(LOOKS):
             try:
                 return question()
             except Exception as error:
                 log.warning("a fact about the run is unknown: %s", error, exc_info=_is_bug(error))
-                if not isinstance(error, OSError):  # another look would see the same
+                if not isinstance(error, OSError):  # it would be the same again
                     break
                 if look < LOOKS - 1:
                     self._sleep(LOOK_AGAIN_S)
         return unknown
 
     def _read_stop(self) -> dict[str, Any] | None:
-        """The stop.json of this start; None: it left none, and what is there is an older start's."""
+        """Read the stop.json of this attempt; None if there is none, or only that of an earlier attempt."""
         now = _identity(self._stop_file)
         if now is None or now == self._stop_before or self._stop_before == _UNKNOWN:
             return None
         stop = read_json(self._stop_file)
         if not isinstance(stop, dict) or not isinstance(stop.get("exit_code"), int):
-            raise RunError(f"{self._stop_file} does not say how the run ended")
+            raise RunError(f"{self._stop_file} has no exit_code: it is not a stop.json")
         return stop
 
     def _failures(self) -> frozenset[Failure]:
@@ -419,30 +381,30 @@ class Holder:
         return self._ask(lambda: job_state(slurm.address), JobState("UNKNOWN"))
 
     def _tries(self) -> tuple[int, list[str]]:
-        """(failed starts in a row before this one that gained nothing, nodes to avoid)."""
+        """Return (failed attempts in a row before this one that gained no step, nodes to avoid)."""
         return self._ask(self._read_tries, (0, []))
 
     def _read_tries(self) -> tuple[int, list[str]]:
         slurm = self.job.allocation
         if slurm is None or not slurm.restarts:
-            return 0, []  # what is there is of an older job of the same number
+            return 0, []  # the file may be that of an older job with the same number
         try:
             tries = read_json(self.tries_file)
         except FileNotFoundError:
             return 0, []
         if not isinstance(tries, dict):
-            raise RunError(f"{self.tries_file} does not count the tries of a job")
+            raise RunError(f"{self.tries_file} does not hold the retries of a job")
         return int(tries.get("fruitless", 0)), [str(node) for node in tries.get("avoid", [])]
 
     def _newest_step(self) -> int | None:
         return self._ask(lambda: max(done_steps(self.job.run_dir / CHECKPOINTS), default=0), None)
 
-    def _count_starts(self) -> int | None:
+    def _count_attempts(self) -> int | None:
         return self._ask(lambda: len(attempt_files(self.job.run_dir)), None)
 
 
 def send_back(allocation: Allocation, avoid: Sequence[str] = ()) -> None:
-    """Put the job back into the queue, if Slurm takes it; else its exit code still says what it wants."""
+    """Put the job back into the queue if Slurm accepts it; otherwise only its exit code asks for a restart."""
     try:
         requeue(allocation.address, avoid)
     except RunError as error:  # no right to, no batch job, no controller
@@ -452,7 +414,7 @@ def send_back(allocation: Allocation, avoid: Sequence[str] = ()) -> None:
 
 
 def _is_bug(error: Exception) -> bool:
-    """Whether a traceback tells more than the sentence."""
+    """Return whether a traceback would help."""
     return not isinstance(error, OSError | RunError)
 
 
@@ -463,7 +425,7 @@ def owned_by_another(run_dir: Path, job_id: str) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Changes when the file is written anew. None: it is not there."""
+    """Return what changes when the file is written again, or None if it does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -480,7 +442,7 @@ def hold(job_file: Path, env: Mapping[str, str]) -> int:
     job = read_job(job_file, allocation)
     logs = make_folder(job.run_dir / RANK_LOGS, "dump_dir")
     if allocation is not None:
-        _speak_into(logs / f"{job.name}.out")
+        _redirect_output(logs / f"{job.name}.out")
     return Holder(job).hold(env)
 
 
@@ -488,8 +450,8 @@ def _note(number: int, frame: object) -> None:
     log.info("%s: left to the ranks", signal.Signals(number).name)
 
 
-def _speak_into(path: Path) -> None:
-    """From here on all output goes to `path`; Slurm's own file, in the folder of sbatch, says where."""
+def _redirect_output(path: Path) -> None:
+    """Send all further output to `path`; Slurm's own file, in the folder of sbatch, names it."""
     print(f"log: {path}", flush=True)
     with path.open("ab") as file:
         for stream in (1, 2):
@@ -507,15 +469,15 @@ def main(words: list[str]) -> int:
 
 
 def _give_up(error: Exception, allocation: Allocation | None) -> int:
-    """After an error before any rank was started: requeue the job if that may help, else raise the error.
+    """Requeue a job that failed before any rank was started if that may help, otherwise raise the error.
 
-    What the job is was not read, so its restarts are all that can be counted.
+    The job file was not read, so only restarts can be counted.
     """
     limit = LauncherArgs().max_retries
     if allocation is None or not KINDS[classify(error)].restart_may_help or allocation.restarts >= limit:
         raise error
     log.error("%s", error, exc_info=_is_bug(error))
-    log.info("back into the queue: no rank was started; try %d of %d", allocation.restarts + 1, limit)
+    log.info("back into the queue: no rank was started; retry %d of %d", allocation.restarts + 1, limit)
     send_back(allocation)
     return EXIT_FAILED
 

@@ -1,9 +1,8 @@
 """The ranks of one node as processes below this one: `python -m lingua.launch.local_ranks N COMMAND...`.
 
-Promise: each rank gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, ...). SIGTERM, SIGUSR1, SIGUSR2 and SIGINT
-are passed on and the ranks get all the time they need to save; torchrun dies of SIGUSR2 and kills its workers 30 s
-after SIGTERM. When a rank fails, the others get PATIENCE_S to end by themselves. No rank outlives this process.
-Cost: one sleeping process; no torch.
+Each rank gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, ...). SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are passed
+on, and the ranks get all the time they need to save; torchrun dies of SIGUSR2 and kills its workers 30 s after SIGTERM.
+When a rank fails, the others get PATIENCE_S to end by themselves. No rank outlives this process.
 """
 
 from __future__ import annotations
@@ -11,24 +10,27 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from lingua.slurm import this_node
+from lingua.files import RunError
+from lingua.slurm import this_node, this_node_name
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 PATIENCE_S = 120.0
-"""For the others to end after the first has: longer than it takes to hear of a lost rank, shorter than a grace."""
+"""For the others to end after the first: longer than it takes to notice a lost rank, shorter than a grace."""
 POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def rank_env(env: Mapping[str, str], local_rank: int, n_local: int, node: int, n_nodes: int) -> dict[str, str]:
-    """The environment of one rank, with torchrun's names."""
+    """Return the environment of one rank, with torchrun's names."""
     return {
         **env,
         "RANK": str(node * n_local + local_rank),
@@ -38,8 +40,41 @@ def rank_env(env: Mapping[str, str], local_rank: int, n_local: int, node: int, n
     }
 
 
+def meeting_point(name: str, n_nodes: int, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the address on this host where the ranks of a job meet; jobs of different names get different ports."""
+    host = "127.0.0.1" if n_nodes == 1 else _this_host(env)
+    return {"MASTER_ADDR": host, "MASTER_PORT": str(_free_port(name))}
+
+
+def _free_port(name: str) -> int:
+    """Find a free port of this host below the ephemeral ones; jobs of different names search from different places."""
+    first = zlib.crc32(name.encode())
+    for i in range(12_000):
+        port = 20_000 + (first + i) % 12_000
+        with socket.socket() as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise RunError(f"{socket.gethostname()} has no free port between 20000 and 32000; see who listens there")
+
+
+def _this_host(env: Mapping[str, str]) -> str:
+    """Return a name of this host that has an address. Rank 0 runs here: the batch script is on the first node."""
+    for name in (this_node_name(env), socket.gethostname()):
+        try:
+            socket.getaddrinfo(name, None)
+        except OSError:
+            continue
+        return name
+    raise RunError(
+        f"the name of this node, {socket.gethostname()}, has no address; set MASTER_ADDR in launcher.env.set"
+    )
+
+
 def exit_code_of(codes: Sequence[int]) -> int:
-    """One code for all: the highest, a signal's as a shell reports it."""
+    """Return the highest exit code; a signal counts as 128 plus its number, as in a shell."""
     return max(128 - code if code < 0 else code for code in codes)
 
 
@@ -67,12 +102,12 @@ def run_ranks(
 
 @contextmanager
 def signals_passed_on(
-    processes: list[subprocess.Popen[bytes]], heard: Callable[[int], object] = lambda number: None
+    processes: list[subprocess.Popen[bytes]], note: Callable[[int], object] = lambda number: None
 ) -> Iterator[None]:
-    """Inside, a signal of PASSED_ON goes to all `processes`, and to `heard`. In the end none of them is left."""
+    """Inside, a signal of PASSED_ON goes to all `processes` and to `note`. On leaving, all of them are killed."""
 
     def pass_on(number: int, frame: object) -> None:
-        heard(number)
+        note(number)
         for process in processes:
             process.send_signal(number)
 
@@ -91,9 +126,9 @@ def start_below(
     commands: Sequence[tuple[Sequence[str], Mapping[str, str], IO[bytes] | None]],
     at_death: signal.Signals = signal.SIGKILL,
 ) -> None:
-    """Add a process to `processes` for each (command, environment, where its output goes).
+    """Start each (command, environment, file for its output) and add it to `processes`.
 
-    When this process dies they get the signal `at_death`.
+    They get the signal `at_death` when this process dies.
     """
     libc = ctypes.CDLL(None)
 

@@ -156,8 +156,8 @@ def test_a_failure_without_progress_is_not_tried_for_ever(checkout: Checkout):
     facts = checkout.cluster.wait(job_id)
     assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
     said = checkout.said(job_id)
-    assert "it failed with exit code 1 without a step gained; try 1 of 1" in said
-    assert "2 starts in a row gained no step" in said
+    assert "it failed with exit code 1 without a step gained; retry 1 of 1" in said
+    assert "2 attempts in a row gained no step" in said
 
 
 HANGING = """

@@ -70,11 +70,11 @@ class LauncherArgs(JobArgs):
     tasks_per_node: Literal["per_gpu", "per_node"] = "per_gpu"
     """per_gpu: a Slurm task per rank; per_node: one task per node, which starts the ranks below it."""
     signal_s: Annotated[int, Field(ge=0)] = 120
-    """Seconds before the time limit at which the run is told to save. Slurm may be up to 60 s early."""
+    """Seconds before the time limit at which the run is asked to save. Slurm may be up to 60 s early."""
     requeue: bool = True
     """Go back into the queue after preemption, the time limit and failures that may pass."""
     max_retries: Annotated[int, Field(ge=0)] = 3
-    """Failed starts in a row, without a step gained, after which the job stays ended."""
+    """Failed attempts in a row that gain no step, after which the job stays ended."""
     node_check: bool = False
     """Check device, memory, disk and network of each node before the ranks begin; a bad one is avoided from then on."""
     env: LaunchEnvArgs = LaunchEnvArgs()

@@ -68,4 +68,4 @@ def test_without_retries_the_first_failure_ends_the_job():
 
 def test_the_signal_behind_an_exit_code_is_named():
     assert judge(Outcome(137, steps_gained=5), 3).why == "it failed with SIGKILL after 5 steps"
-    assert judge(Outcome(1), 3).why == "it failed with exit code 1 without a step gained; try 1 of 3"
+    assert judge(Outcome(1), 3).why == "it failed with exit code 1 without a step gained; retry 1 of 3"

@@ -256,7 +256,12 @@ def test_whether_a_cancelled_job_stays_so(states: list[str], stayed: bool, monke
     ("state", "said", "by_cluster", "words"),
     [
         ("FAILED", "FileNotFoundError: [Errno 2] stop.json\n\n", False, "FileNotFoundError: [Errno 2] stop.json ("),
-        ("FAILED", "job: the job ends: 2 starts in a row gained no step\n", False, "2 starts in a row gained no step"),
+        (
+            "FAILED",
+            "job: the job ends: 2 attempts in a row gained no step\n",
+            False,
+            "2 attempts in a row gained no step",
+        ),
         ("FAILED", "", False, "nothing ("),
         ("FAILED", None, False, "it is FAILED, and its log cannot be read"),
         ("FAILED", f"job: back into the queue\njob: {REFUSED}: Access denied\n", True, "Access denied"),
