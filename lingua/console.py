@@ -1,61 +1,90 @@
-"""What a person sees on a terminal: facts as lines, tables, JSON for scripts, progress bars on stderr."""
+"""Prints what commands find: facts as lines, tables, JSON for scripts; progress bars go to stderr."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import wraps
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lingua.files import human_bytes
 from lingua.logger import on_terminal, start_logging
 
-if TYPE_CHECKING:
-    from rich import progress as rich_progress
-
 log = logging.getLogger(__name__)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
-def progress_shown() -> Progress:
-    """A bar on a terminal; elsewhere plain lines on stderr."""
-    start_logging()
-    return Progress()
+class Commands(typer.Typer):
+    """A group of commands, each with -h and --debug."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(
+            no_args_is_help=True,
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            rich_markup_mode=None,  # help in boxes would take longer to import than everything else
+            context_settings={"help_option_names": ["-h", "--help"]},
+            **more,
+        )
+
+    def command(self, name: str | None = None, **more: Any) -> Any:
+        """Add a command. `run_main` finds --debug among the words; here it is only accepted."""
+        register = super().command(name, **more)
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(function)
+            def run(*, debug: bool, **options: Any) -> Any:
+                return function(**options)
+
+            signature = inspect.signature(function, eval_str=True)
+            debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)
+            setattr(run, "__signature__", signature.replace(parameters=[*signature.parameters.values(), debug]))  # noqa: B010
+            run.__annotations__ = function.__annotations__ | {"debug": _Debug}
+            register(run)
+            return function
+
+        return add
 
 
-def show(facts: Mapping[str, Any], as_json: bool) -> None:
-    """One JSON object, or `key  value` lines."""
+def show(facts: Any, as_json: bool, lines: Iterable[str] | None = None) -> None:
+    """Print one JSON value, or `lines`; without lines, a mapping as `key  value`."""
     if as_json:
         show_json(facts)
         return
-    for line in _lines(facts):
+    for line in _lines(facts) if lines is None else lines:
         print(line)
 
 
-def show_json(facts: Mapping[str, Any]) -> None:
+def show_json(facts: Any) -> None:
     import orjson
 
     print(orjson.dumps(facts, option=orjson.OPT_INDENT_2, default=str).decode())
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
-    """A table without lines; the columns named in `right` are aligned there."""
+    """Print a table without lines; the columns named in `right` are right-aligned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left")
+        table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -79,28 +108,35 @@ def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name:<24} {'-' if shown in (None, {}) else shown}"
 
 
-class Progress:
-    """A bar per stage on a terminal; elsewhere a line when a stage begins, at every tenth of it, and at its end."""
+def progress_shown() -> Progress:
+    """Start logging and return a bar on a terminal; elsewhere plain lines on stderr."""
+    start_logging()
+    return Progress()
 
-    def __init__(self, *, bar: bool | None = None, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+
+class Progress:
+    """A bar on a terminal; elsewhere plain lines in the log. Several threads may advance it.
+
+    Of a stage of bytes, the log gets a line when it begins, at every tenth and at its end; of steps, one per report.
+    """
+
+    def __init__(
+        self, *, shown: bool = True, bar: bool | None = None, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._now, self._shown = now, shown
+        self._lock = threading.Lock()
+        self._name, self._unit, self._total, self._done, self._tenth, self._start_s = "", "bytes", 0, 0, 0, 0.0
         self._bar: Any = None
-        self._name, self._total, self._done, self._told, self._start_s = "", 0, 0, 0, 0.0
         self.seconds: dict[str, float] = {}
         """Time of each stage that has ended."""
-        if on_terminal() if bar is None else bar:
+        if shown and (on_terminal() if bar is None else bar):
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=Console(file=sys.stderr),
-            )
+            columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[count]}")
+            more = TimeElapsedColumn(), TextColumn("{task.fields[more]}")
+            self._bar = Bar(*columns, *more, console=Console(file=sys.stderr, force_terminal=True))
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -108,37 +144,71 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the stage and give the terminal back."""
         self._end()
         if self._bar:
             self._bar.stop()
 
-    def begin(self, name: str, total_bytes: int) -> None:
+    def begin(self, name: str, total: int, unit: Literal["bytes", "steps"] = "bytes", *, done: int = 0) -> None:
         self._end()
-        self._name, self._total, self._done, self._told, self._start_s = name, total_bytes, 0, 0, self._now()
+        self._name, self._unit, self._total, self._done = name, unit, total, done
+        self._tenth, self._start_s = 0, self._now()
         if self._bar:
-            self._id = self._bar.add_task(name, total=total_bytes)
-        else:
-            log.info("%s: %s", name, human_bytes(total_bytes))
+            self._id = self._bar.add_task(name, total=total, completed=done, count=self._count(), more="")
+        elif unit == "bytes":
+            self._log("%s: %s", name, human_bytes(total))
 
-    def advance(self, n_bytes: int) -> None:
-        self._done += n_bytes
-        tenth = 10 * self._done // max(self._total, 1)
+    def advance(self, n: int) -> None:
+        """Add to what is done of the stage."""
+        with self._lock:
+            self._done += n
+            if self._bar:
+                self._bar.update(self._id, completed=self._done, count=self._count(), **self._rate())
+            elif self._unit == "bytes" and self._tenth < (tenth := 10 * self._done // max(self._total, 1)) < 10:
+                self._tenth = tenth
+                self._log("%s: %d%% of %s", self._name, 10 * tenth, human_bytes(self._total))
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Show new metrics; needs the keys of `metrics_line`."""
+        line = metrics_line(metrics, self._total)
         if self._bar:
-            self._bar.update(self._id, completed=self._done)
-        elif self._told < tenth < 10:
-            self._told = tenth
-            log.info("%s: %d%% of %s", self._name, 10 * tenth, human_bytes(self._total))
+            self._bar.update(self._id, more=line.partition("  ")[2])
+        else:
+            self._log("%s", line)
+
+    def _count(self) -> str:
+        if self._unit == "steps":
+            return f"{self._done}/{self._total}"
+        return f"{human_bytes(self._done)} of {human_bytes(self._total)}"
+
+    def _rate(self) -> dict[str, str]:
+        if self._unit == "steps":
+            return {}
+        per_s = self._done / max(self._now() - self._start_s, 1e-9)
+        return {"more": f"{human_bytes(per_s)}/s, left {duration((self._total - self._done) / max(per_s, 1e-9))}"}
+
+    def _log(self, text: str, *values: object) -> None:
+        if self._shown:
+            log.info(text, *values)
 
     def _end(self) -> None:
-        if self._name:
+        if self._name and self._unit == "bytes":
             self.seconds[self._name] = self._now() - self._start_s
             if not self._bar:
-                log.info("%s: %s in %.1f s", self._name, human_bytes(self._done), self.seconds[self._name])
+                self._log("%s: %s in %.1f s", self._name, human_bytes(self._done), self.seconds[self._name])
         self._name = ""
 
 
+def figure(value: float | None, form: str = ".4f") -> str:
+    """Format a number; None is `-`."""
+    return "-" if value is None else format(value, form)
+
+
 def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:
-    """One line for people."""
+    """Format the metrics of a report as one line."""
     parts = [
         f"step {metrics['global_step']}/{n_steps}",
         f"loss {metrics['loss/out']:.4f}",
@@ -159,71 +229,3 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{name}{whole % size // small_size}{small_name}"
     return f"{whole}s"
-
-
-class ProgressLine:
-    """A bar with the newest metrics on a terminal; a plain line per report elsewhere. Silent on other ranks."""
-
-    def __init__(self, name: str, n_steps: int, *, shown: bool, bar: bool | None = None) -> None:
-        self._name = name
-        self._n_steps = n_steps
-        self._shown = shown
-        self._progress: rich_progress.Progress | None = None
-        self._task: rich_progress.TaskID | None = None
-        if shown and (on_terminal() if bar is None else bar):
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[line]}"),
-                console=Console(file=sys.stderr, force_terminal=True),
-            )
-
-    def __enter__(self) -> ProgressLine:
-        if self._progress is not None:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Give the terminal back."""
-        if self._progress is not None:
-            self._progress.stop()
-
-    def advance(self, step: int) -> None:
-        """The bar follows every step."""
-        if self._progress is None:
-            return
-        if self._task is None:
-            self._task = self._progress.add_task(self._name, total=self._n_steps, line="")
-        self._progress.update(self._task, completed=step)
-
-    def report(self, metrics: Mapping[str, float]) -> None:
-        """New metrics; needs the keys of `metrics_line`."""
-        if not self._shown:
-            return
-        line = metrics_line(metrics, self._n_steps)
-        if self._progress is None or self._task is None:
-            log.info("%s", line)
-        else:
-            self._progress.update(self._task, line=line.partition("  ")[2])
-
-
-def columns(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Rows of text below each other, the columns in `right` at their right edge."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

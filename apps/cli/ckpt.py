@@ -1,15 +1,12 @@
-"""`lingua ckpt ...`: look at checkpoints, verify, compare, clear away, copy them.
+"""`lingua ckpt ...`: list, verify, compare, copy and delete checkpoints.
 
-Thin: each command is a call into lingua/checkpoint and a few lines of output; `--json` prints one JSON object instead.
-Cost: no torch but for `consolidate` and `diff --values`.
+Only `consolidate` and `diff --values` import torch.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,21 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingua.console import AsJson, Debug, progress_shown, show, show_json, show_table
+from lingua.console import AsJson, Commands, progress_shown, show, show_json, show_table
 
 if TYPE_CHECKING:
     from lingua.checkpoint.lookup import Checkpoint
-    from lingua.checkpoint.metadata import Difference
     from lingua.checkpoint.tools.gc import Item
     from lingua.checkpoint.tools.status import Moving, Survey
-    from lingua.console import Progress
 
-app = typer.Typer(
-    help="Look at checkpoints, verify, compare, clear away, copy them. No GPU, and no torch where it can be helped.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = Commands(help="List, verify, compare, copy and delete checkpoints. Needs no GPU.")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 Place = Annotated[
@@ -45,11 +35,11 @@ Place = Annotated[
 
 
 @app.command()
-def ls(run: Run, as_json: AsJson = False, debug: Debug = False) -> None:
+def ls(run: Run, as_json: AsJson = False) -> None:
     """List a run's checkpoints, what is being written, and what was set aside.
 
-    Only looks: a colleague's run will do, and one that is being trained. `files` is ok when all files are there in
-    full length; `lingua ckpt verify` reads them. `took` is the time from the snapshot to the mark.
+    Only reads, so the run may be training or somebody else's. `files` is ok if all files have their full length;
+    `lingua ckpt verify` reads them. `took` is the time from the snapshot to the .done mark.
     """
     from lingua.checkpoint.tools.status import survey
 
@@ -75,7 +65,7 @@ def _show_survey(found: Survey) -> None:
             "+".join(one.kinds) or "-",
             human_bytes(one.size_bytes),
             duration(now_s - one.created_at),
-            "-" if one.incarnation is None else f"start {one.incarnation}",
+            "-" if one.incarnation is None else f"attempt {one.incarnation}",
             "-" if one.seconds is None else f"{one.seconds:.1f} s",
             "DAMAGED" if one.problems else "ok",
             ", ".join(one.pinned_by) or "-",
@@ -89,13 +79,13 @@ def _show_survey(found: Survey) -> None:
             print(f"step {one.step}: {problem}")
     what = {"coming": "being written", "trash": "being removed", "unmarked": "on its way to be set aside"}
 
-    def told(one: Moving) -> str:
+    def where(one: Moving) -> str:
         return f"{_inside(one.path, found.root)}, {human_bytes(one.size_bytes)}"
 
     for one in found.moving:
-        print(f"{what[one.what]}: {told(one)}, last change {duration(now_s - one.changed_at)} ago")
+        print(f"{what[one.what]}: {where(one)}, last change {duration(now_s - one.changed_at)} ago")
     for one in found.set_aside:
-        print(f"set aside as {one.what}: {told(one)}")
+        print(f"set aside as {one.what}: {where(one)}")
     for step in found.unmarked:
         print(f"no checkpoint, since it has no .done mark: {found.root.name}/{step:010d}")
 
@@ -105,12 +95,11 @@ def verify(
     place: Place,
     every: Annotated[bool, typer.Option("--all", help="All checkpoints of the run.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Read checkpoints and compare every byte with the checksums that were taken from memory.
+    """Read checkpoints and compare every byte with the checksums taken when they were saved.
 
-    Exit code 1, and the names of the files, when something is damaged. Nothing is changed: the run's next start sets
-    aside what does not verify.
+    Prints the damaged files; exit code 1 if there are any. Nothing is changed: the run's next attempt sets damaged
+    checkpoints aside.
     """
     from lingua.checkpoint import lookup
     from lingua.config.base import ConfigError
@@ -124,28 +113,25 @@ def verify(
         for one in chosen:
             n_bytes = _bytes_of(one)
             progress.begin(_name(one), n_bytes)
-            problems = one.damage(advance=_counting(progress))
+            problems = one.damage(advance=progress.advance)
             results.append({"step": one.step, "folder": one.folder, "bytes": n_bytes, "problems": problems})
-    if as_json:
-        show_json({"ok": not any(result["problems"] for result in results), "checkpoints": results})
-    else:
-        for result in results:
-            print(f"{result['folder']}: {'DAMAGED' if result['problems'] else 'intact'}")
-            for problem in result["problems"]:
-                print(f"  {problem}")
-    raise typer.Exit(any(result["problems"] for result in results))
+    damaged, lines = any(result["problems"] for result in results), []
+    for result in results:
+        lines.append(f"{result['folder']}: {'DAMAGED' if result['problems'] else 'intact'}")
+        lines += [f"  {problem}" for problem in result["problems"]]
+    show({"ok": not damaged, "checkpoints": results}, as_json, lines)
+    raise typer.Exit(damaged)
 
 
 @app.command()
 def inspect(
     place: Place,
-    match: Annotated[str, typer.Option(help="Names of the tensors to show; * stands for any text.")] = "model.*",
+    match: Annotated[str, typer.Option(help="Names of the tensors to show; * matches any text.")] = "model.*",
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint holds: step, tokens, rates, where the data stands; tensors with shape, type and file.
+    """Show what a checkpoint holds: step, tokens, rates, position in the data; tensors with shape, type and file.
 
-    Nothing in the folder is executed, and no tensor is read. --json has all tensors.
+    Executes nothing in the folder and reads no tensor. --json has all tensors.
     """
     from lingua.checkpoint.lookup import find_one
     from lingua.checkpoint.metadata import read_scalars, read_tensors
@@ -184,13 +170,12 @@ def _some_files(names: tuple[str, ...]) -> str:
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="RUN, RUN@STEP or a checkpoint folder.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
-    values: Annotated[bool, typer.Option(help="Read the tensors too: largest absolute difference of each.")] = False,
+    values: Annotated[bool, typer.Option(help="Also read the tensors: largest absolute difference of each.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Compare two checkpoints: names, shapes and types of tensors, scalars, and with --values what is in the tensors.
+    """Compare two checkpoints: names, shapes and types of tensors, scalars, and with --values the tensors themselves.
 
-    Without --values the files' checksums tell which of them differ. Exit code 1: they are not the same.
+    Without --values, files are compared by their checksums. Exit code 1: the checkpoints differ.
     """
     from lingua.checkpoint.lookup import find_one
     from lingua.checkpoint.metadata import read_scalars, read_tensors, scalar_differences, tensor_differences
@@ -212,16 +197,10 @@ def diff(
     else:
         of_left, of_right = left.manifest(), right.manifest()
         facts["files"] = sorted(n for n in {*of_left, *of_right} if of_left.get(n) != of_right.get(n))
+    differ = any(facts.values())
     if as_json:
-        show_json({"equal": not any(facts.values()), **facts})
-    else:
-        _show_differences(shapes, scalars, facts)
-    raise typer.Exit(any(facts.values()))
-
-
-def _show_differences(shapes: list[Difference], scalars: list[Difference], facts: dict[str, Any]) -> None:
-    if not any(facts.values()):
-        print("the same")
+        show_json({"equal": not differ, **facts})
+        raise typer.Exit(differ)
     for title, found in (("tensor", shapes), ("scalar", scalars)):
         if found:
             rows = [(d.what, *("-" if value is None else value for value in (d.a, d.b))) for d in found]
@@ -231,6 +210,9 @@ def _show_differences(shapes: list[Difference], scalars: list[Difference], facts
         show_table(("tensor", "largest difference"), rows, right=("largest difference",))
     if facts.get("files"):
         print(f"files that differ: {', '.join(facts['files'])}")
+    if not differ:
+        print("the same")
+    raise typer.Exit(differ)
 
 
 @app.command()
@@ -238,13 +220,12 @@ def gc(
     run: Run,
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is shown.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Show what of a run's checkpoints nobody needs any more, and with --yes delete it.
+    """List what can be deleted of a run's checkpoints, and with --yes delete it.
 
-    What dead starts left half done, what was set aside (broken, later, unmarked), what retention gives up by the run's
-    config, pins that have run out, and on this machine the memory of your dead runs. Refused while the run is being
-    trained or its checkpoint service is writing.
+    That is: what dead attempts left unfinished, what was set aside (broken, later, unmarked), what the run's config
+    does not keep, expired pins, and the memory that your dead runs hold on this machine. Refused while the run is
+    training or its checkpoint service is writing.
     """
     from lingua.checkpoint.tools.gc import remove_garbage, survey_garbage, why_not_now
     from lingua.files import human_bytes
@@ -279,12 +260,13 @@ def gc(
 @app.command()
 def wait(
     place: Annotated[str, typer.Argument(metavar="RUN@STEP", help="The checkpoint to wait for.", show_default=False)],
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds to wait at most. Default: for ever.")] = None,
-    debug: Debug = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Maximum number of seconds to wait. Default: no limit.")
+    ] = None,
 ) -> None:
     """Wait until a checkpoint is published, and print its folder.
 
-    Exit code 1, with the reason, when the time is up, or when the run has ended or gone past the step without it.
+    Exit code 1, with the reason, on a timeout, or if the run has ended or passed the step without saving it.
     """
     from lingua.checkpoint import layout, lookup
     from lingua.checkpoint.retention import periods_of
@@ -306,29 +288,21 @@ def wait(
 @app.command()
 def copy(
     place: Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="A run's newest, or that step's checkpoint.")],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder that looks like a run afterwards.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder that can be used like a run afterwards.")],
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Copy a checkpoint, verified on the way, and publish it in DEST, with the run's config beside it.
+    """Copy and verify a checkpoint, and publish it in DEST with the run's config beside it.
 
-    Of a run without a step, the newest that verifies. DEST then does wherever a run does: init_ckpt_path, generate,
-    `lingua ckpt`, `lingua fork`. Killed anywhere, nothing half passes for a checkpoint; the same command begins again.
+    Without @STEP, copies the newest checkpoint that verifies. DEST can then be used like a run: in init_ckpt_path,
+    generate, `lingua ckpt`, `lingua fork`. If it is killed, no partial checkpoint is left; run the command again.
     """
     from lingua.checkpoint.lookup import find
     from lingua.checkpoint.tools.copy import copy_newest
 
     with progress_shown() as progress:
-        copied = copy_newest(
-            find(place),
-            dest,
-            begin=lambda one: progress.begin(_name(one), _bytes_of(one)),
-            advance=progress.advance,
-        )
-    if as_json:
-        show_json({"folder": copied})
-    else:
-        print(copied)
+        begin = lambda one: progress.begin(_name(one), _bytes_of(one))  # noqa: E731
+        copied = copy_newest(find(place), dest, begin=begin, advance=progress.advance)
+    show({"folder": copied}, as_json, [str(copied)])
 
 
 @app.command()
@@ -336,12 +310,11 @@ def consolidate(
     place: Place,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for consolidated.pth, or a file *.pth.")],
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Make one torch file of a checkpoint's model weights: `torch.load(FILE, weights_only=True)["model"]`.
+    """Write a checkpoint's model weights to one torch file: `torch.load(FILE, weights_only=True)["model"]`.
 
-    The weights are verified first. Memory stays small, since the file is written through a map of itself. A folder OUT
-    gets the run's config too, so that `lingua generate OUT` and init_ckpt_path take it.
+    The weights are verified first. Needs little memory: the file is memory-mapped. A folder OUT also gets the run's
+    config, so that it works with `lingua generate OUT` and init_ckpt_path.
     """
     from lingua.checkpoint import lookup
     from lingua.checkpoint.load_weights import is_weights
@@ -361,14 +334,11 @@ def consolidate(
     config = travelling_config(one.run_dir) if one.run_dir is not None else None
     if config is not None and target.parent == out:
         write_whole(out / CONFIG_FILE, dump_yaml(config))
-    if as_json:
-        show_json({"file": target, "bytes": n_bytes, "folder": one.folder})
-    else:
-        print(f"{target} ({human_bytes(n_bytes)})")
+    show({"file": target, "bytes": n_bytes, "folder": one.folder}, as_json, [f"{target} ({human_bytes(n_bytes)})"])
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """Relative to the folder, where it lies in it."""
+    """Return the path relative to the folder, if it is inside."""
     return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 
@@ -377,21 +347,10 @@ def _name(one: Checkpoint) -> str:
 
 
 def _bytes_of(one: Checkpoint) -> int:
-    """What reading it takes; 0 where its manifest is damaged, which verifying tells."""
+    """Return the size of all files; 0 if the manifest is damaged, which verifying reports."""
     from lingua.checkpoint.publish import DamagedError
 
     try:
         return sum(fact.size_bytes for fact in one.manifest().values())
     except DamagedError:
         return 0
-
-
-def _counting(progress: Progress) -> Callable[[int], None]:
-    """`progress.advance` for several threads."""
-    lock = threading.Lock()
-
-    def advance(n_bytes: int) -> None:
-        with lock:
-            progress.advance(n_bytes)
-
-    return advance

@@ -1,36 +1,29 @@
-"""`lingua data ...`: look at data, prepare it for faster reading, and prove what a run has read.
-
-Thin: each command is a call into lingua/data and a few lines of output; `--json` prints one JSON object instead.
-Cost: no torch; numpy from the first command on.
-"""
+"""`lingua data ...`: inspect data, prepare it for faster reading, and prove what a run has read. Imports no torch."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lingua.config.command_line import parse_command_line
-from lingua.console import AsJson, Debug, progress_shown, show
+from lingua.console import AsJson, Commands, progress_shown, show
 from lingua.train.check import load
 
 if TYPE_CHECKING:
     from lingua.config.keys.data import DataArgs
+    from lingua.data.audit import SpanOrigin
 
-app = typer.Typer(
-    help="Look at data, index or tokenize it, and prove what a run has read. No torch.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = Commands(help="Inspect, index and tokenize data, and prove what a run has read.")
 
 Words = Annotated[
     list[str], typer.Argument(metavar="CONFIG [KEY=VALUE] ...", help="A config with overlays, overrides.")
 ]
 TokenizerName = Annotated[str, typer.Option("--tokenizer", help="bytes, sp, tiktoken or hf.")]
-TokenizerPath = Annotated[str | None, typer.Option(help="File of the tokenizer.")]
+TokenizerPath = Annotated[str | None, typer.Option(help="The tokenizer's file.")]
 TextKey = Annotated[str | None, typer.Option(help="Field with the text. Default: text, else content.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes.")]
 CORES = len(os.sched_getaffinity(0))
@@ -45,12 +38,11 @@ def inspect(
     tokenizer_path: TokenizerPath = None,
     text_key: TextKey = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Count documents, bytes and bad lines by kind, and estimate tokens.
 
-    Tokens are estimated from a sample of 1 MiB of text per source, those of token files are counted. Reads everything
-    once, token files excepted.
+    Tokens are estimated from 1 MiB of text per source; in token files they are counted. Reads everything once, except
+    token files.
     """
     from lingua.config.keys.data import TokenizerArgs
     from lingua.data.inspect import find_document, inspect_path
@@ -71,12 +63,11 @@ def preview(
     steps: Annotated[int, typer.Option(min=1, help="Steps to read.")] = 1,
     rows: Annotated[int, typer.Option(min=0, help="First rows to show.")] = 2,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Show the mixture as it will be read: documents and tokens per source, epochs, first rows decoded.
 
-    Reads and tokenizes the rows of these steps, as training would. Epochs at the end of the run are estimated from a
-    sample of 1 MiB of text per source.
+    Reads and tokenizes the rows of these steps, as training would. Epochs at the end of the run are estimated from
+    1 MiB of text per source.
     """
     from lingua.data.inspect import preview_mixture
     from lingua.data.sources import filled
@@ -102,12 +93,11 @@ def index(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="jsonl files, or folders of them.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the indexes. Default: beside each file.")] = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Index jsonl files for `format: mmap_jsonl`.
 
-    A run looks for the index FILE.idx beside its file, then in the user's cache, and makes it where there is none; made
-    here, a run need not. From --out, put it beside the data.
+    A run looks for FILE.idx beside its file, then in the user's cache, and builds the index if there is none. This
+    command builds it ahead of time. After --out, move the index beside the data.
     """
     from lingua.data.inspect import index_files
 
@@ -120,18 +110,17 @@ def tokenize(
     words: Annotated[
         list[str], typer.Argument(metavar="CONFIG [KEY=VALUE] ... | PATH...", help="A config, or sources.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder; each source gets one of its name there.")],
+    out: Annotated[Path, typer.Option(help="Output folder, with a subfolder for each source.")],
     tokenizer: TokenizerName = "bytes",
     tokenizer_path: TokenizerPath = None,
     text_key: TextKey = None,
     workers: Workers = CORES,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Tokenize sources for `format: tokens`, which gives the rows of the jsonl they were made from.
+    """Tokenize sources for `format: tokens`, which gives the same rows as the jsonl files.
 
-    With a config (.yaml), its sources and its tokenizer; with paths, those of the options. What is made already, of the
-    same file by the same tokenizer, stays: give the command again after an interruption.
+    With a config (.yaml), uses its sources and tokenizer; with paths, those of the options. Finished files are kept, so
+    run the command again after an interruption.
     """
     from lingua.config.keys.data import DataArgs, TokenizerArgs
     from lingua.data.inspect import tokenize_sources
@@ -153,19 +142,18 @@ def audit(
     run: Run,
     tokens: Annotated[
         bool | None,
-        typer.Option("--tokens/--no-tokens", help="Also count tokens. Default: where no tokenizer is needed for it."),
+        typer.Option("--tokens/--no-tokens", help="Also check tokens. Default: only if that needs no tokenizer."),
     ] = None,
     workers: Workers = CORES,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Prove from the checkpoints that no row was skipped or repeated, over all restarts.
+    """Prove from the checkpoints that no row was skipped or repeated, across all restarts.
 
-    Reads the sources again, in the order of the config, and compares each lane at each checkpoint: its position, the
-    hash over (source, file, offset, piece) of all text before it, and the number of rows it gave. That shows which text
-    made the rows. Where in that text a row ends depends on its tokens: that is confirmed with --tokens, which takes the
-    tokenizer's time for all that was read (nothing for token files and bytes). It cannot show what the trainer did with
-    the rows, nor anything from before a change of sources that was accepted. Exit code 1: the order was not kept.
+    Reads the sources again in the config's order and compares each lane at each checkpoint: its position, the hash over
+    (source, file, offset, piece) of all text before it, and its number of rows. This shows which text made the rows.
+    Where a row ends depends on its tokens: --tokens checks this too, and tokenizes everything that was read (not needed
+    for token files and bytes). It cannot show what the trainer did with the rows, or anything from before an accepted
+    change of sources. Exit code 1: the order was not kept.
     """
     from dataclasses import asdict
 
@@ -193,31 +181,30 @@ def rows(
     step: Annotated[int, typer.Option(min=1, help="The update, as `global_step` in metrics.jsonl counts: from 1.")],
     chars: Annotated[int, typer.Option(min=0, help="Characters shown of each document's part.")] = 200,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Show the very rows of a step, decoded, with source, file and byte offset of each document in them.
+    """Show the rows of a step, decoded, with source, file and byte offset of each document in them.
 
-    Made again from the nearest checkpoint before the step, so its cost is that of reading from there on.
+    Reads the data again from the nearest checkpoint before the step.
     """
     from lingua.data.audit import rows_of_step
 
     args, n_lanes, rows_per_step, first_row, states = read_run(run)
-    table = rows_of_step(args, n_lanes, rows_per_step, states, step, first_row=first_row)
-    if as_json:
-        show(
-            {"step": step, "rows": [{"row": n, "documents": [o._asdict() for o in parts]} for n, parts in table]}, True
-        )
-        return
-    for number, parts in table:
-        print(f"row {number}")
-        for part in parts:
-            where = f"{part.unit} {part.offset}, from token {part.token}"
-            print(f"  {part.source}  {part.file}  {where}: {part.n_tokens} tokens")
-            print(f"    {part.text[:chars]!r}{' ...' if len(part.text) > chars else ''}")
+    table = list(rows_of_step(args, n_lanes, rows_per_step, states, step, first_row=first_row))
+    record = {"step": step, "rows": [{"row": n, "documents": [o._asdict() for o in parts]} for n, parts in table]}
+    lines = [line for n, parts in table for line in (f"row {n}", *document_lines(parts, chars))]
+    show(record, as_json, lines)
+
+
+def document_lines(documents: Iterable[SpanOrigin], chars: int) -> Iterator[str]:
+    """Where each document of a row comes from, and the beginning of its text."""
+    for one in documents:
+        where = f"{one.unit} {one.offset}, from token {one.token}"
+        yield f"  {one.source}  {one.file}  {where}: {one.n_tokens} tokens"
+        yield f"    {one.text[:chars]!r}{' ...' if len(one.text) > chars else ''}"
 
 
 def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, Any]]]:
-    """Data section, K, G, first row and the loader's state of each published checkpoint, of all lanes."""
+    """Return the data section, lanes, rows per step, first row and the loader's state of each published checkpoint."""
     from lingua.checkpoint import layout
     from lingua.checkpoint.lookup import root_of
     from lingua.config.base import ConfigError
@@ -229,7 +216,7 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
 
     config = run / CONFIG_FILE
     if not config.is_file():
-        raise ConfigError(f"{run}: no run folder, it has no {CONFIG_FILE}")
+        raise ConfigError(f"{run} is not a run folder: it has no {CONFIG_FILE}")
     tree, root = read_config(config), root_of(run)
     first_row, states = 0, {}
     for step in layout.done_steps(root):
@@ -237,6 +224,6 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
         states[step] = merge_states([document["per_rank"]["data"] for document in documents])
         first_row = documents[0]["shared"].get("first_row", 0)
     if not states:
-        raise ConfigError(f"{run}: no checkpoint yet, so there is nothing to go by")
+        raise ConfigError(f"{run} has no checkpoint yet, so the rows that it read are not known")
     args = filled(DataArgs.model_validate(tree["data"]))
     return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), first_row, states

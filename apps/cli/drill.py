@@ -1,4 +1,4 @@
-"""`lingua drill`: the product proves itself on the user's own partition, or on this machine."""
+"""`lingua drill`: test lingua's guarantees on the user's own partition, or on this machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from lingua.console import AsJson, Debug, show
+from lingua.console import AsJson, show
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[+OVERLAY] [KEY=VALUE] ...",
-        help="What the runs ask of Slurm, and other keys: launcher.partition=preemptible launcher.gpus=8.",
+        help="Slurm options of the runs and other keys: launcher.partition=preemptible launcher.gpus=8.",
         show_default=False,
     ),
 ]
@@ -23,19 +23,20 @@ Overrides = Annotated[
 
 def drill(
     words: Overrides = None,
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long the run is struck, from its first step on.")] = 10,
-    local: Annotated[bool, typer.Option("--local", help="Here, without Slurm.")] = False,
-    patience: Annotated[float, typer.Option(min=0.1, help="Minutes in the queue, and for a start, at most.")] = 30,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long to inject faults, from the first step on.")] = 10,
+    local: Annotated[bool, typer.Option("--local", help="Run here, without Slurm.")] = False,
+    patience: Annotated[
+        float, typer.Option(min=0.1, help="Maximum minutes to wait in the queue, and for an attempt to begin.")
+    ] = 30,
     folder: Annotated[Path | None, typer.Option(help="A new folder. Default: out/drill-DATE-TIME.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what is done when.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 1,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Prove the promises on this cluster: a small run is signalled, killed and requeued at random, then judged.
+    """Test lingua's guarantees on this cluster: signal, kill and requeue a small run at random, then check it.
 
-    Asks for one GPU, unless told otherwise, and does only what a user may do to a job of his own. Tells how many
-    checkpoints were published and lost, whether the run ended bitwise equal to an undisturbed one, how long a signal
-    takes until all is safe, and what this cluster does not grant. Exit code 1: a promise was broken.
+    Uses one GPU by default and does only what users may do to their own jobs. Reports how many checkpoints were
+    published and lost, whether the run ended bitwise equal to an undisturbed one, how long it takes from a signal until
+    everything is saved, and what this cluster does not allow. Exit code 1: a guarantee was broken.
     """
     from lingua.selfcheck.drill import Drill, Here, OnSlurm
     from lingua.selfcheck.drill_plan import judge, report

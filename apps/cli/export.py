@@ -1,16 +1,14 @@
-"""`lingua export` and `lingua import`: models that leave the house, and those that come in.
+"""`lingua export` and `lingua import`: convert models to and from other formats.
 
-Promise: the folder that is made is there whole or not at all; weights of a checkpoint are verified against its
-manifest before they are read, and kept from retention meanwhile. No GPU; nothing in a file is executed.
-Cost: two passes over the weights (verify, convert); memory of about three times the largest tensor. torch is imported
-when a command runs.
+The output folder appears whole or not at all. Weights of a checkpoint are verified against its manifest before they are
+read, and pinned meanwhile. Needs no GPU, executes nothing in a file, reads the weights twice (verify, convert) and
+takes memory of about three times the largest tensor. Commands import torch when they run.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from apps.cli.made import Made
-from lingua.console import AsJson, Debug, progress_shown, show_json
+from lingua.console import AsJson, progress_shown, show_json
 
 if TYPE_CHECKING:
     from lingua.checkpoint.export_weights import Item
@@ -38,7 +36,7 @@ _CONFIG_HEAD = (
 
 
 class Format(StrEnum):
-    """What is made of a model."""
+    """Format of an exported model."""
 
     hf = "hf"
     safetensors = "safetensors"
@@ -46,7 +44,7 @@ class Format(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Type of numbers."""
+    """Type of exported weights."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -61,7 +59,7 @@ def export(
             help="A run (its newest checkpoint), RUN@STEP, a checkpoint folder, or a file or folder of weights.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; it must not be there.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder; it must not exist.")],
     form: Annotated[
         Format,
         typer.Option(
@@ -71,41 +69,39 @@ def export(
         ),
     ] = Format.hf,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: as they are stored.")] = None,
-    shard_gb: Annotated[float, typer.Option(min=1e-6, help="Size of a safetensors file, at most (10^9 bytes).")] = 5.0,
+    shard_gb: Annotated[float, typer.Option(min=1e-6, help="Maximum size of a safetensors file (10^9 bytes).")] = 5.0,
     trim_vocab: Annotated[
         bool,
-        typer.Option("--trim-vocab", help="hf: leave out rows of embedding and head behind the tokenizer's tokens."),
+        typer.Option("--trim-vocab", help="hf: drop rows of embedding and head beyond the tokenizer's vocabulary."),
     ] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Write a model for other programs: a Hugging Face folder, safetensors, or one torch file.
 
-    Of a run without a step, the newest checkpoint that verifies. The run is only read, so a colleague's will do, and
-    one that is being trained.
+    Without @STEP, exports the newest checkpoint that verifies. The run is only read, so it may be training or somebody
+    else's.
     """
     made = make_export(place, out, form, dtype=dtype, shard_bytes=shard_gb * GIGA, trim_vocab=trim_vocab)
-    _tell(made, as_json)
+    _show(made, as_json)
     if form is Format.hf and not as_json:
         print(f'open it with\n  AutoModelForCausalLM.from_pretrained("{made.folder}")')
 
 
 def import_(
     place: Annotated[str, typer.Argument(metavar="HF_DIR", help="A Hugging Face folder; with --run, a run folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must not be there.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; it must not exist.")],
     run: Annotated[
-        bool, typer.Option("--run", help="Take a run of Meta Lingua over: weights, optimizer, step and config.")
+        bool, typer.Option("--run", help="Import a run of Meta Lingua: weights, optimizer, step and config.")
     ] = False,
     config: Annotated[
-        Path | None, typer.Option(help="With --run: read instead of the old run's config.yaml, an edited copy say.")
+        Path | None, typer.Option(help="With --run: config to use instead of the old run's config.yaml.")
     ] = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Take in a model: weights under our names, a config.yaml that describes it, its tokenizer.
+    """Import a model: weights under lingua's names, a config.yaml that describes it, its tokenizer.
 
-    OUT does wherever weights do: checkpoint.init_ckpt_path, generate, export; its config.yaml starts continued
-    pretraining. With --run, OUT is a run folder that goes on at the old run's step.
+    Use OUT in checkpoint.init_ckpt_path, generate and export; its config.yaml starts continued pretraining. With
+    --run, OUT is a run folder that resumes at the old run's step.
     """
     if config is not None and not run:
         from lingua.config.base import ConfigError
@@ -118,13 +114,13 @@ def import_(
             made = take_over(Path(place), out, progress, config=config)
     else:
         made = make_import(Path(place), out)
-    _tell(made, as_json)
+    _show(made, as_json)
     if not as_json:
         more = "" if run else " data.root_dir=... data.sources=..."
-        print(f"go on with it\n  lingua train {shlex.quote(str(made.folder / 'config.yaml'))}{more}")
+        print(f"train it with\n  lingua train {shlex.quote(str(made.folder / 'config.yaml'))}{more}")
 
 
-def _tell(made: Made, as_json: bool) -> None:
+def _show(made: Made, as_json: bool) -> None:
     from lingua.files import human_bytes
 
     if as_json:
@@ -206,13 +202,7 @@ def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
         return
     newest = lookup.find_one(place)
     progress.begin(f"verifying {newest}", sum(f.size_bytes for n, f in newest.manifest().items() if is_weights(n)))
-    lock = threading.Lock()
-
-    def advance(n_bytes: int) -> None:
-        with lock:
-            progress.advance(n_bytes)
-
-    checkpoint = lookup.intact(place, needed=is_weights, advance=advance)
+    checkpoint = lookup.intact(place, needed=is_weights, advance=progress.advance)
     if checkpoint.root is None or checkpoint.step is None:
         yield checkpoint
         return

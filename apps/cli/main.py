@@ -1,7 +1,4 @@
-"""The `lingua` command: thin; every sub-command is one call into a room, imported when it is called.
-
-Cost: `lingua --help` imports typer and nothing of ours that is heavy.
-"""
+"""The `lingua` command. Each sub-command imports what it calls when it is called, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -29,16 +26,11 @@ from lingua.config.command_line import (
     run_main,
     with_ckpt,
 )
-from lingua.console import AsJson, Debug, show_json
+from lingua.console import AsJson, Commands, show
 
-app = typer.Typer(
+app = Commands(
     name="lingua",
-    help="Pretrain language models: check a config, train, generate. Killed anywhere, it goes on where it was.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # help in boxes would take longer to import than everything else
-    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pretrain language models: check a config, train, generate. Runs resume exactly where they were killed.",
     epilog="Errors are one sentence; --debug or LINGUA_DEBUG=1 shows the traceback. "
     "Exit codes: 0 done, 2 config or command wrong, 75 saved and asks to be started again, 76 hung, 130 ended by a "
     "person, 1 other failures.",
@@ -63,17 +55,16 @@ PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 @app.command()
 def check(
     words: Words = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: those the config speaks of.")] = None,
-    mfu: Annotated[float, typer.Option(help="Share of the peak that the hours are computed with.")] = 0.4,
-    gpu: Annotated[str, typer.Option(help="GPU that memory and hours are computed for.")] = "h200",
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: as the config says.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that the estimate of hours assumes.")] = 0.4,
+    gpu: Annotated[str, typer.Option(help="GPU to estimate memory and hours for.")] = "h200",
     strict_paths: Annotated[bool, typer.Option(help="Missing data and tokenizer files are errors.")] = False,
-    accept_change: Annotated[bool, typer.Option(help="Allow changes of a started run that need it.")] = False,
+    accept_change: Annotated[bool, typer.Option(help="Allow changes to a started run that need this flag.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Check a config and plan with it.
+    """Check a config and show what it means.
 
-    Prints what it resolves to, the file each value came from, and derived figures with their formulas.
+    Prints the resolved config, the file that each value came from, and derived figures with their formulas.
     """
     line = parse_command_line(words or [])
     line.flags["accept-change"] = accept_change
@@ -87,12 +78,8 @@ def check(
 def schema(
     reference: Annotated[bool, typer.Option(help="A page of all keys (markdown) instead of the JSON schema.")] = False,
     chosen: Annotated[str, typer.Argument(metavar="[app=PACKAGE]", show_default=False)] = f"app={DEFAULT_APP}",
-    debug: Debug = False,
 ) -> None:
-    """Print the schema of configs.
-
-    As JSON, from which editors complete YAML, or as a page of all keys with type, default and meaning.
-    """
+    """Print the schema of configs: as JSON, for editors, or as a page of all keys with type, default and meaning."""
     import orjson
 
     from lingua.config.reference import json_schema, reference_page
@@ -107,36 +94,32 @@ def fork(
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder of the new run; its last part is the name.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="On top of RUN's config; also overlays.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Changes to RUN's config; also overlays.", show_default=False),
     ] = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: those the config speaks of.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: as the config says.")] = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Make a new run that goes on from another one's checkpoint.
+    """Make a new run that resumes from a checkpoint of another run.
 
-    It takes over weights, optimizer, schedule, step and data position, except what checkpoint.reset=[optim, schedule,
-    data, step] names, and gets a tracking id of its own. RUN is only read; everything is checked before NEW is made.
+    It keeps weights, optimizer, schedule, step and data position, except what checkpoint.reset=[optim, schedule, data,
+    step] names, and gets its own tracking id. RUN is only read; everything is checked before NEW is made.
     """
     from apps.cli.fork import fork as make_fork
 
     made = make_fork(place, new, words or [], world_size)
-    if as_json:
-        show_json({**asdict(made), "config": made.config})
-        return
-    print(f"{made.folder} goes on from {made.origin}")
-    for line in (*made.changes, *(f"warning: {warning}" for warning in made.warnings)):
-        print(f"  {line}")
+    lines = [f"{made.folder} resumes from {made.origin}"]
+    lines += [f"  {line}" for line in (*made.changes, *(f"warning: {warning}" for warning in made.warnings))]
     if made.pinned_until is None:
-        print(f"  {place} could not be pinned: its run's retention may delete it before the first start, so start soon")
-    print(f"start it with\n  lingua train {shlex.quote(str(made.config))}")
+        lines.append(f"  {place} could not be pinned: its run may delete it before this one has started, so start soon")
+    lines += ["start it with", f"  lingua train {shlex.quote(str(made.config))}"]
+    show({**asdict(made), "config": made.config}, as_json, lines)
 
 
 @app.command(context_settings=PASSED_ON)
 def train(words: Words = None) -> None:
-    """Train, or go on training.
+    """Train, or resume training.
 
-    The same as `python -m apps.main.train`: all words are passed on unchanged.
+    The same as `python -m apps.main.train`: all arguments are passed on unchanged.
     """
     _pass_on("train", words or [])
 
@@ -146,17 +129,14 @@ def launch(
     words: Words = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
     local: Annotated[bool, typer.Option("--local", help="Run the script here, without Slurm.")] = False,
-    refreeze: Annotated[bool, typer.Option("--refreeze", help="Take the code of the tree anew.")] = False,
-    accept_change: Annotated[bool, typer.Option(help="Allow changes of a started run that need it.")] = False,
-    debug: Debug = False,
+    refreeze: Annotated[bool, typer.Option("--refreeze", help="Freeze the code of the tree again.")] = False,
+    accept_change: Annotated[bool, typer.Option(help="Allow changes to a started run that need this flag.")] = False,
 ) -> None:
     """Submit a run to Slurm.
 
     Checks the config, freezes it and the code in the run folder, writes run.sh there and submits it. The section
-    `launcher` says what is asked of Slurm.
+    `launcher` has the Slurm options.
     """
-    from pathlib import Path
-
     from lingua.launch.submit import launch
 
     line = parse_command_line(words or [])
@@ -170,7 +150,7 @@ def generate(
 ) -> None:
     """Generate text from a run.
 
-    The same as `python -m apps.main.generate`: all words are passed on unchanged.
+    The same as `python -m apps.main.generate`: all arguments are passed on unchanged.
     """
     _pass_on("generate", words or [])
 
@@ -178,21 +158,24 @@ def generate(
 @app.command("eval", context_settings=PASSED_ON)
 def evaluate(
     words: Annotated[list[str] | None, typer.Argument(metavar="[RUN[@STEP]] [KEY=VALUE] ...")] = None,
-    follow: Annotated[str | None, typer.Option(metavar="RUN", help="Each checkpoint as it appears.")] = None,
-    newest_first: Annotated[bool, typer.Option("--newest-first", help="Of those that wait, the newest first.")] = False,
-    once: Annotated[bool, typer.Option("--once", help="With --follow: end as soon as nothing waits.")] = False,
+    follow: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Evaluate each checkpoint of a run as it appears.")
+    ] = None,
+    newest_first: Annotated[
+        bool, typer.Option("--newest-first", help="Evaluate the newest waiting checkpoint first.")
+    ] = False,
+    once: Annotated[bool, typer.Option("--once", help="With --follow: stop when none is waiting.")] = False,
     slurm: Annotated[bool, typer.Option("--slurm", help="With --follow: a Slurm job for each checkpoint.")] = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Evaluate a checkpoint, or with --follow all of a run as they appear.
 
-    The same as `python -m apps.main.eval`, whose --help tells the rest: KEY=VALUE are keys of the section `eval`, and
-    config=FILE says what to measure. `lingua eval prefetch CONFIG` fetches the data sets of its tasks, where there is a
+    The same as `python -m apps.main.eval`; see its --help. KEY=VALUE are keys of the section `eval`, and config=FILE
+    says what to measure. `lingua eval prefetch CONFIG` downloads the data sets of its tasks on a machine with a
     network; jobs then read them from the cache.
 
-    With --slurm this process needs no GPU: each evaluation is a job, which asks for async_eval_gpus and what the
-    section slurm of the run's config says.
+    With --slurm this process needs no GPU: each evaluation is a job with async_eval_gpus GPUs and the Slurm options of
+    the run's config.
     """
     if slurm:
         from lingua.eval.slurm_jobs import follow_by_jobs
@@ -204,7 +187,6 @@ def evaluate(
         line = parse_command_line([*(words or []), *(["newest_first=true"] if newest_first else [])])
         raise typer.Exit(follow_by_jobs(Path(follow), line, once=once, base_dir=Path.cwd()))
     options = {f"follow={follow}": follow, "newest_first=true": newest_first, "--once": once, "--json": as_json}
-    options["--debug"] = debug
     given = [word for word, is_given in options.items() if is_given]
     words = words or []
     _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])
@@ -216,10 +198,10 @@ for command in (*run_commands.COMMANDS, drill, replay):
     app.command()(command)
 
 
-def _pass_on(room: str, words: list[str]) -> NoReturn:
+def _pass_on(module: str, words: list[str]) -> NoReturn:
     """Call the chosen app's `main(words)`."""
     config = [word for word in words if not word.startswith(("-", "+", "prompt=", "prefetch"))]
-    raise typer.Exit(app_module(choose_app(parse_command_line(config)), room).main(words))
+    raise typer.Exit(app_module(choose_app(parse_command_line(config)), module).main(words))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`lingua replay`: a step of a run computed again, and how that is shown. lingua/train/replay.py does the work."""
+"""`lingua replay`: show what `lingua/train/replay.py` finds when it computes a step of a run again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from apps.cli.data import document_lines
 from lingua.config.command_line import choose_app, parse_command_line
-from lingua.console import AsJson, Debug, show_json, show_table
+from lingua.console import AsJson, show_json, show_table
 from lingua.report.diff import relative_difference
 
 if TYPE_CHECKING:
@@ -21,26 +22,29 @@ def replay(
     step: Annotated[int, typer.Option(min=1, help="The update, as `global_step` in metrics.jsonl counts: from 1.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE] ...", help="On top of the run's config.", show_default=False),
+        typer.Argument(metavar="[KEY=VALUE] ...", help="Changes to the run's config.", show_default=False),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. Default: as the config says.")] = None,
     start: Annotated[
-        int | None, typer.Option(min=1, help="Start whose step it is. Default: the newest that trained it.")
+        int | None,
+        typer.Option(
+            "--attempt", "--start", min=1, help="Attempt to replay. Default: the newest that trained the step."
+        ),
     ] = None,
     origin: Annotated[
-        int | None, typer.Option("--from", min=0, help="Checkpoint to begin with; 0: where the run began.")
+        int | None, typer.Option("--from", min=0, help="Checkpoint to start from; 0: the start of the run.")
     ] = None,
-    gradients: Annotated[bool, typer.Option("--gradients", help="Also each row's gradient norm.")] = False,
-    rows: Annotated[int, typer.Option(min=0, help="Worst rows to show. 0: all.")] = 8,
-    chars: Annotated[int, typer.Option(min=0, help="Characters shown of each document's part. 0: no text.")] = 200,
+    gradients: Annotated[bool, typer.Option("--gradients", help="Also compute each row's gradient norm.")] = False,
+    rows: Annotated[int, typer.Option(min=0, help="Number of worst rows to show. 0: all.")] = 8,
+    chars: Annotated[int, typer.Option(min=0, help="Characters of text to show per document. 0: no text.")] = 200,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Compute a step again, on one device, and show where its loss came from: for spikes and NaN.
+    """Compute a step again on one device and show where its loss came from: for spikes and NaN.
 
-    From the nearest checkpoint before the step, with the config of the start that trained it, on the very rows:
-    loss and gradient norm against what the run reported, gradient norms by layer, the rows with the largest losses,
-    and, where something is not finite, the module in which it first appeared. Works for a step that ended the run too.
+    Starts at the nearest checkpoint before the step, with the config of the attempt that trained it and the same rows.
+    Shows loss and gradient norm against what the run reported, gradient norms by layer, the rows with the largest
+    losses and, if something is not finite, the module where it first appeared. Also works for a step that ended the
+    run.
     """
     from dataclasses import asdict
 
@@ -63,7 +67,7 @@ COLUMNS = ("row", "micro step", "loss", "gradient norm", "source", "byte", "file
 
 
 def show(found: Replayed, n_rows: int, n_chars: int) -> None:
-    """Tables for people."""
+    """Print summary, layers and rows."""
     for line in summary(found):
         print(line)
     print()
@@ -75,9 +79,7 @@ def show(found: Replayed, n_rows: int, n_chars: int) -> None:
         print(f"... and {len(found.rows) - len(shown)} rows with smaller losses; --rows 0 shows all")
     for row in shown if n_chars else []:
         print(f"\nrow {row.row}" + (f": first not finite in {row.first_nonfinite}" if row.first_nonfinite else ""))
-        for part in row.documents:
-            print(f"  {part.source}  {part.file}  byte {part.offset}, from token {part.token}: {part.n_tokens} tokens")
-            print(f"    {part.text[:n_chars]!r}{' ...' if len(part.text) > n_chars else ''}")
+        print("\n".join(document_lines(row.documents, n_chars)))
 
 
 def _cells(row: ReplayedRow) -> Sequence[object]:
@@ -86,42 +88,42 @@ def _cells(row: ReplayedRow) -> Sequence[object]:
 
 
 def summary(found: Replayed) -> Iterator[str]:
-    """What came out, in a few lines."""
+    """Summarize a replay in a few lines."""
     origin = "where the run began" if found.checkpoint is None else f"checkpoint {found.checkpoint}"
     changes = f", with {' '.join(found.changes)}" if found.changes else ""
     yield f"step {found.step} of {found.run}, as attempt {found.start} trained it: {found.config}{changes}"
     yield f"{found.rows_per_step} rows in {found.micro_steps} micro steps on {found.device}, from {origin}"
-    yield from _told_way(found.way)
+    yield from _way_line(found.way)
     here, there = found.here, found.reported
     yield f"learning rate {_spell(here.lr)}"
     for what, mine, theirs in (
         ("loss", here.loss, None if there is None else there.loss),
         ("gradient norm", here.grad_norm, None if there is None else there.grad_norm),
     ):
-        yield f"{what} {_spell(mine)} here; {_judged(mine, theirs, reported=there is not None)}"
+        yield f"{what} {_spell(mine)} here; {_compared(mine, theirs, reported=there is not None)}"
     if found.bad_parameters:
         names = ", ".join(found.bad_parameters[:4]) + (", ..." if len(found.bad_parameters) > 4 else "")
         yield f"parameters that were not finite before this step already: {names}"
     if found.first_bad_micro_step is not None:
-        yield f"first not finite in micro step {found.first_bad_micro_step}; rows alone: {_told_modules(found.rows)}"
+        yield f"first not finite in micro step {found.first_bad_micro_step}; rows alone: {_bad_modules(found.rows)}"
     if found.last_words:
         yield f"the run's own words: {found.last_words}"
 
 
-def _told_way(way: Way) -> Iterator[str]:
+def _way_line(way: Way) -> Iterator[str]:
     if way.n_steps == 0:
         return
-    told = f"{way.n_steps} step{'s' if way.n_steps > 1 else ''} on the way, {way.n_compared or 'none'} reported"
+    text = f"{way.n_steps} step{'s' if way.n_steps > 1 else ''} on the way, {way.n_compared or 'none'} reported"
     if way.n_equal < way.n_compared:
         yield (
-            f"{told}: {way.n_equal} of the losses equal to the last bit, the largest difference "
+            f"{text}: {way.n_equal} of the losses equal to the last bit, the largest difference "
             f"{way.largest_difference:.2g} of the loss, at step {way.at_step}"
         )
     else:
-        yield f"{told}{': losses equal to the last bit' if way.n_compared else ''}"
+        yield f"{text}{': losses equal to the last bit' if way.n_compared else ''}"
 
 
-def _judged(here: float | None, there: float | None, *, reported: bool) -> str:
+def _compared(here: float | None, there: float | None, *, reported: bool) -> str:
     if not reported:
         return "the run reported nothing of this step"
     if here == there:
@@ -135,11 +137,11 @@ def _spell(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.6g}"
 
 
-def _told_modules(rows: Sequence[ReplayedRow]) -> str:
-    """The modules in which rows were first not finite, and how many of them."""
+def _bad_modules(rows: Sequence[ReplayedRow]) -> str:
+    """Name the modules in which rows were first not finite, with the number of rows."""
     counts: dict[str, int] = {}
     for row in rows:
         if row.first_nonfinite is not None:
             counts[row.first_nonfinite] = counts.get(row.first_nonfinite, 0) + 1
-    told = [f"{name} ({n} of {len(rows)} rows)" for name, n in sorted(counts.items(), key=lambda item: -item[1])]
-    return "; ".join(told) or "all finite, so only their sum is not"
+    shares = [f"{name} ({n} of {len(rows)} rows)" for name, n in sorted(counts.items(), key=lambda item: -item[1])]
+    return "; ".join(shares) or "all finite, so only their sum is not"

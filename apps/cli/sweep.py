@@ -1,7 +1,4 @@
-"""`lingua sweep ...`: many runs from one config as one array job, how they are doing, and what came of it.
-
-Thin: each command is a call into lingua/sweep/sweep.py, lingua/sweep/status.py or lingua/sweep/report.py. No torch.
-"""
+"""`lingua sweep ...`: start many runs from one config as one array job, show how they are doing, compare them."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lingua.console import AsJson, Debug, show_json
+from lingua.console import AsJson, Commands, show, show_json, show_table
 
 if TYPE_CHECKING:
     from lingua.slurm import SlurmJob
@@ -30,20 +27,17 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
+app = Commands(
     cls=_Group,
     help="Start many runs from one config as one array job, see how they are doing, compare them.\n\n"
     "`lingua sweep CONFIG KEY=V1,V2 ...` is short for `lingua sweep start CONFIG KEY=V1,V2 ...`.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="CONFIG [KEY=V1,V2,...] [KEY=VALUE] ...",
-        help="A config, lists of values to sweep (optim.lr=1e-3,3e-4), and what else `lingua launch` takes.",
+        help="A config, lists of values to sweep (optim.lr=1e-3,3e-4), and other arguments of `lingua launch`.",
         show_default=False,
     ),
 ]
@@ -51,7 +45,9 @@ Folder = Annotated[Path, typer.Argument(metavar="SWEEP", help="Folder of a sweep
 Local = Annotated[bool, typer.Option("--local", help="Run the points here, without Slurm, and wait for them.")]
 AtOnce = Annotated[
     int | None,
-    typer.Option("--at-once", min=1, help="Points that run side by side. Default: all under Slurm, one with --local."),
+    typer.Option(
+        "--at-once", min=1, help="Points to run at the same time. Default: all under Slurm, one with --local."
+    ),
 ]
 
 
@@ -64,14 +60,12 @@ def start(
     ] = False,
     local: Local = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Check every point, freeze code and configs, submit one array job.
+    """Check every point, freeze code and configs, and submit one array job.
 
-    What is swept is listed on the command line, or in the config's block `grid:` (lists by key; keys below `paired:`
-    go together value by value; the command line replaces a list of the same key). The sweep's folder is what would be
-    the run folder: <dump_base>/<name>, or dump_dir; each point has its run folder in it. The section `launcher` says
-    what each point asks of Slurm; it is the same for all.
+    Give the values to sweep on the command line or in the config's block `grid:` (lists by key; keys below `paired:`
+    are combined value by value; the command line replaces a list of the same key). The sweep's folder is <dump_base>/
+    <name> or dump_dir; each point has its run folder in it. All points share the Slurm options of `launcher`.
     """
     from lingua.config.command_line import parse_command_line
     from lingua.slurm import must_be_there
@@ -92,17 +86,16 @@ def start(
 
 
 @app.command()
-def status(sweep: Folder, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Show each point: its values, state, step, loss, lowest loss; and the best of those finished."""
-    from lingua.sweep.status import as_record, read_points, table
+def status(sweep: Folder, as_json: AsJson = False) -> None:
+    """Show each point: its values, state, step, loss and lowest loss; and the best finished point."""
+    from lingua.sweep.status import as_record, notes, read_points, table
     from lingua.sweep.sweep import read_sweep
 
     found = read_sweep(sweep)
     points = [point for point, _ in read_points(found, _queue(found))]
-    if as_json:
-        show_json(as_record(found, points))
-    else:
-        print("\n".join(table(found, points)))
+    if not as_json:
+        show_table(*table(found, points))
+    show(as_record(found, points), as_json, ["", *notes(points)])
 
 
 @app.command()
@@ -110,25 +103,26 @@ def rerun(
     sweep: Folder,
     points: Annotated[
         list[int] | None,
-        typer.Argument(metavar="[POINT]...", help="Only these, also where a person stopped them.", show_default=False),
+        typer.Argument(
+            metavar="[POINT]...", help="Only these points, even if a person stopped them.", show_default=False
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Leave points alone that failed with this kind (oom, nan, ...); may be given several times."),
+        typer.Option(help="Skip points that failed with this kind (oom, nan, ...); may be given several times."),
     ] = None,
     refreeze: Annotated[
-        bool, typer.Option("--refreeze", help="Take the code of the tree anew, for all points.")
+        bool, typer.Option("--refreeze", help="Freeze the code of the tree again, for all points.")
     ] = False,
     at_once: AtOnce = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell which points would be started.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the points that would be started.")] = False,
     local: Local = False,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Start the points again that failed, were killed or never ran; each goes on from its last checkpoint.
+    """Start points again that failed, were killed or never ran; each resumes from its last checkpoint.
 
-    Points that wait in the queue, run, are finished or were stopped by a person are left alone. The configs are those
-    that were frozen; to ask Slurm for more time or memory, edit the #SBATCH lines of SWEEP/run.sh.
+    Points that are queued, running, finished or stopped by a person are left alone. The frozen configs are used; to
+    ask Slurm for more time or memory, edit the #SBATCH lines of SWEEP/run.sh.
     """
     from dataclasses import replace
 
@@ -142,7 +136,7 @@ def rerun(
 
     unknown = [kind for kind in skip or [] if kind not in KINDS]
     if unknown:
-        raise RunError(f"--skip {unknown[0]}: no such kind of failure; they are {', '.join(KINDS)}")
+        raise RunError(f"--skip {unknown[0]}: unknown kind of failure; choose from {', '.join(KINDS)}")
     found = read_sweep(sweep)
     now = [point for point, _ in read_points(found, _queue(found, must_answer=not local))]
     chosen = to_rerun(now, points or [], skip or [])
@@ -166,31 +160,30 @@ def report(
         Path | None, typer.Option(help="Folder of report.html and report.png. Default: SWEEP.", show_default=False)
     ] = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Write the loss against what was swept, the curves and the table of points, as report.html and report.png.
+    """Write report.html and report.png: the loss against the swept values, the curves and the table of points.
 
-    The page needs no other file. Points that are not finished are marked and listed.
+    The page needs no other file. Unfinished points are marked and listed.
     """
     from lingua.sweep.report import write_report
-    from lingua.sweep.status import as_record, read_points, table
+    from lingua.sweep.status import as_record, notes, read_points, table
     from lingua.sweep.sweep import read_sweep
 
     found = read_sweep(sweep)
     read = read_points(found, _queue(found))
     points = [point for point, _ in read]
     page, picture = write_report(found, read, out or sweep)
-    if as_json:
-        show_json({**as_record(found, points), "html": page, "png": picture})
-        return
-    print("\n".join([*table(found, points), f"{page}", f"{picture}"]))
+    if not as_json:
+        show_table(*table(found, points))
+    record = {**as_record(found, points), "html": page, "png": picture}
+    show(record, as_json, ["", *notes(points), str(page), str(picture)])
 
 
 # -- shared --------------------------------------------------------------------------------------------------------
 
 
 def _start(sweep: Sweep, numbers: list[int], local: bool, as_json: bool) -> None:
-    """Submit points, or run them here; exits with their code."""
+    """Submit points, or run them here and exit with their code."""
     from lingua.files import RunError
     from lingua.sweep.sweep import gpus_here, run_points, submit_points
 
@@ -204,15 +197,13 @@ def _start(sweep: Sweep, numbers: list[int], local: bool, as_json: bool) -> None
     try:
         known = submit_points(sweep, numbers)
     except RunError as error:
-        raise RunError(f"{error}; {sweep.folder} is made, {again}") from None
-    if as_json:
-        show_json({"sweep": str(sweep.folder), "job": known.jobs[-1].job, "points": numbers})
-    else:
-        print(f"job {known.jobs[-1].job}: {len(numbers)} points of {sweep.folder}")
+        raise RunError(f"{error}; {sweep.folder} was created, {again}") from None
+    record = {"sweep": str(sweep.folder), "job": known.jobs[-1].job, "points": numbers}
+    show(record, as_json, [f"job {record['job']}: {len(numbers)} points of {sweep.folder}"])
 
 
 def _queue(sweep: Sweep, must_answer: bool = False) -> dict[str, SlurmJob]:
-    """Slurm's jobs; empty where the sweep has none, and where Slurm does not answer unless it must."""
+    """Return Slurm's jobs; empty if the sweep has none, or if Slurm does not answer and need not."""
     from lingua.slurm import ask_slurm, jobs_in_queue, run_command
 
     if not sweep.jobs:
@@ -221,17 +212,17 @@ def _queue(sweep: Sweep, must_answer: bool = False) -> dict[str, SlurmJob]:
 
 
 def _show_points(plan: Plan) -> None:
-    from lingua.console import columns
     from lingua.report.diff import short_names, spell
 
     sweep, names = plan.sweep, list(short_names(plan.sweep.keys).values())
-    rows: list[tuple[str, ...]] = [("point", *names, "parameters", "steps", "tokens", "run folder")]
+    columns = ("point", *names, "parameters", "steps", "tokens", "run folder")
+    rows = []
     for number, checked in zip(sweep.numbers, plan.checked, strict=True):
         size = checked.resolved
-        figures = (f"{size.n_params:,}", f"{size.n_steps:,}", f"{size.total_tokens:,}")
         values = (spell(sweep.values(number)[key]) for key in sweep.keys)
-        rows.append((str(number), *values, *figures, str(sweep.run_dir(number))))
-    print("\n".join(columns(rows, right=tuple(range(len(names) + 4)))))
+        figures = (f"{n:,}" for n in (size.n_params, size.n_steps, size.total_tokens))
+        rows.append((number, *values, *figures, sweep.run_dir(number)))
+    show_table(columns, rows, right=columns[:-1])
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:

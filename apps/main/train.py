@@ -25,7 +25,7 @@ from torch import Tensor
 from lingua.checkpoint.manager import SaveReport
 from lingua.config.base import ConfigError
 from lingua.config.command_line import leave, parse_command_line, run_main
-from lingua.console import ProgressLine
+from lingua.console import Progress
 from lingua.distributed.parallelize import begin_micro_step, forward_precision
 from lingua.distributed.peers import Peers
 from lingua.distributed.process_group import (
@@ -147,7 +147,7 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
             if loss_scale is not None:
                 loss_scale.update(finite)
             profiler.step(run.step)
-            monitor.progress.advance(run.step)
+            monitor.progress.advance(1)
             evaluation.look()
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
@@ -229,7 +229,8 @@ def main(words: list[str]) -> int:
             watchdog.heartbeat.step = run.step
             say_hello(run, checked, meter, folder.attempt)
             metrics = start_metrics(run, folder.attempt, stack)
-            progress = stack.enter_context(ProgressLine(args.name, size.n_steps, shown=world.is_main))
+            progress = stack.enter_context(Progress(shown=world.is_main))
+            progress.begin(args.name, size.n_steps, "steps", done=run.step)
             watchdog.at_exit.append(progress.stop)
             evaluation = make_evaluation(run, watchdog, measures, metrics, folder.attempt)
             profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
@@ -309,7 +310,7 @@ def was_validated(run: Run) -> bool:
     if not due or not run.held_out:
         return True
     file = run.run_dir / VALIDATION_FILE
-    return from_main(lambda: file.is_file() and any(r["global_step"] == run.step for r in read_metrics(file)))
+    return from_main(lambda: any(r["global_step"] == run.step for r in read_metrics(file)))
 
 
 def describe_end(run: Run, reason: str, exit_code: int, **more: str | None) -> None:

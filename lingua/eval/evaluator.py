@@ -74,8 +74,7 @@ def read_tries(folder: Path, me: Owner, now: Callable[[], float]) -> tuple[Try, 
 
 def logged_evaluations(file: Path) -> set[tuple[int, int]]:
     """(step, start that saved the checkpoint) of each line of a metrics.eval.jsonl."""
-    records = read_metrics(file) if file.is_file() else []
-    return {(r["global_step"], r.get("incarnation", 0)) for r in records if "global_step" in r}
+    return {(r["global_step"], r.get("incarnation", 0)) for r in read_metrics(file) if "global_step" in r}
 
 
 def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable[[], float]) -> RunState:

@@ -13,7 +13,6 @@ from typing import Any
 
 from lingua.config.base import show
 from lingua.config.frozen import rule_of
-from lingua.console import columns
 from lingua.run.folder import public_value
 
 _OWN_KEYS = ("name", "dump_dir")  # differ by nature
@@ -113,39 +112,6 @@ def some_of(n: int, n_wanted: int = _ROWS) -> list[int]:
     if n <= n_wanted:
         return list(range(n))
     return [round(i * (n - 1) / (n_wanted - 1)) for i in range(n_wanted)]
-
-
-def describe(
-    names: tuple[str, str],
-    differences: Mapping[str, tuple[Any, Any]],
-    curves: Curves,
-    validation: Mapping[str, Curves],
-) -> list[str]:
-    """Lines for people."""
-    lines = ["the configs are equal"]
-    if differences:
-        rows = [(key, _spell(a), _spell(b)) for key, (a, b) in differences.items()]
-        lines = columns([("key", *names), *rows])
-    lines.append("")
-    if not curves.steps:
-        return [*lines, "no step was reported by both runs"]
-    n, first = len(curves.steps), curves.first_difference
-    if first is None:
-        lines.append(f"loss: equal at all {n} common steps")
-    else:
-        lines.append(f"loss: {n} common steps, {curves.steps[0]} to {curves.steps[-1]}; different from {first} on")
-    chosen = [(curves.steps[i], curves.left[i], curves.right[i]) for i in some_of(len(curves.steps))]
-    rows = [(f"{step:,}", f"{a:.5f}", f"{b:.5f}", f"{b - a:+.5f}") for step, a, b in chosen]
-    lines += columns([("step", *names, "difference"), *rows], right=(0, 1, 2, 3))
-    for key, curve in validation.items():
-        if curve.steps:
-            a, b = curve.left[-1], curve.right[-1]
-            lines.append(f"{key} at step {curve.steps[-1]:,}: {a:.5f}, {b:.5f} ({b - a:+.5f})")
-    return lines
-
-
-def _spell(value: Any) -> str:
-    return "-" if value is ABSENT else show(value)
 
 
 def spell(value: Any) -> str:

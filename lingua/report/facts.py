@@ -76,7 +76,7 @@ def find_run(path: Path) -> Path:
         return path
     inside = find_runs(path)
     hint = f"; did you mean {inside[0]}?" if inside else "; `lingua runs FOLDER` lists the runs below a folder"
-    raise RunError(f"{path} is no run folder: it has no {CONFIG_FILE}{hint}")
+    raise RunError(f"{path} is not a run folder: it has no {CONFIG_FILE}{hint}")
 
 
 def find_runs(folder: Path, depth: int = 4) -> list[Path]:

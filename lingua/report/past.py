@@ -93,8 +93,8 @@ class Past:
 def read_past(run: Path) -> Past:
     """Raises RunError where there is no run."""
     run_dir = find_run(run)
-    facts, root, metrics = read_run(run_dir), lookup.root_of(run_dir), run_dir / METRICS_FILE
-    lines = read_metrics(metrics) if metrics.is_file() else []
+    facts, root = read_run(run_dir), lookup.root_of(run_dir)
+    lines = read_metrics(run_dir / METRICS_FILE)
     stop, failed = facts.stop or {}, [failure for failure in facts.failures if failure.because_of_rank is None]
     return Past(
         run_dir=run_dir,

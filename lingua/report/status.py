@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lingua.console import columns, duration
+from lingua.console import duration, figure
 from lingua.report.facts import RunFacts
 from lingua.run.failure import KINDS, Failure
 from lingua.run.folder import EXIT_REQUEUE
@@ -167,26 +167,22 @@ def _job(status: Status) -> str:
     return f"{status.job} {status.job_state or '(Slurm does not say)'}" if status.job else ""
 
 
-def table(statuses: list[Status]) -> list[str]:
-    """One line per run, with a heading."""
-    heading = ("run", "state", "step", "of", "loss", "tokens/s", "left", "checkpoint", "job")
-    rows: list[tuple[str, ...]] = [heading]
-    for one in statuses:
-        state = f"{one.state} ({one.kind})" if one.kind else one.state
-        rows.append(
-            (
-                one.path,
-                state,
-                "-" if one.step is None else f"{one.step:,}",
-                "-" if one.n_steps is None else f"{one.n_steps:,}",
-                "-" if one.loss is None else f"{one.loss:.4f}",
-                "-" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
-                duration(one.left_s) if one.left_s is not None and one.state in (*LIVING, "queued") else "-",
-                "-" if one.checkpoint is None else _aged(one.checkpoint, one.checkpoint_age_s),
-                one.job or "-",
-            )
-        )
-    return columns(rows, right=(2, 3, 4, 5, 6))
+COLUMNS = ("run", "state", "step", "of", "loss", "tokens/s", "left", "checkpoint", "job")
+
+
+def row(one: Status) -> tuple[str, ...]:
+    """One run as a row of a table with COLUMNS."""
+    return (
+        one.path,
+        f"{one.state} ({one.kind})" if one.kind else one.state,
+        figure(one.step, ","),
+        figure(one.n_steps, ","),
+        figure(one.loss, ".4f"),
+        figure(one.tokens_per_s, ",.0f"),
+        duration(one.left_s) if one.left_s is not None and one.state in (*LIVING, "queued") else "-",
+        "-" if one.checkpoint is None else _aged(one.checkpoint, one.checkpoint_age_s),
+        one.job or "-",
+    )
 
 
 # -- what ended it -------------------------------------------------------------------------------------------------

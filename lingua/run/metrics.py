@@ -87,9 +87,9 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a line torn by a kill is left out."""
+    """Read all whole lines of a metrics file, without one torn by a kill; no file has no lines."""
     records = []
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             records.append(orjson.loads(line))
         except orjson.JSONDecodeError:

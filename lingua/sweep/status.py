@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.config.frozen import CONFIG_FILE
-from lingua.console import columns
+from lingua.console import figure
 from lingua.files import RunError
 from lingua.report.diff import curve, short_names, spell
 from lingua.report.facts import RunFacts, read_run
@@ -126,12 +126,12 @@ def state_of_point(facts: RunFacts, me: Owner) -> str:
 
 
 def _records(file: Path, key: str) -> dict[int, float]:
-    return curve(read_metrics(file), key) if file.is_file() else {}
+    return curve(read_metrics(file), key)
 
 
 def _held_out(file: Path) -> tuple[int | None, float | None]:
     """(step, mean bits per byte of the sources) of the newest validation."""
-    for record in reversed(read_metrics(file) if file.is_file() else []):
+    for record in reversed(read_metrics(file)):
         found = [value for key, value in record.items() if key.endswith(BPB) and value is not None]
         if found:
             return record["global_step"], sum(found) / len(found)
@@ -190,47 +190,39 @@ def to_rerun(
     return chosen
 
 
-# -- telling -------------------------------------------------------------------------------------------------------
+# -- showing -------------------------------------------------------------------------------------------------------
 
 
-def table(sweep: Sweep, points: Sequence[PointStatus]) -> list[str]:
-    """A line per point, with a heading; below, what the figures are and which point is best."""
-    names, best, held_out = short_names(sweep.keys), best_of(points), any(p.held_out is not None for p in points)
-    heading = (
-        "point",
-        *names.values(),
-        "state",
-        "step",
-        "of",
-        "loss",
-        "best",
-        *(["held-out"] if held_out else []),
-        "job",
-    )
-    rows: list[tuple[str, ...]] = [heading]
-    for point in points:
-        rows.append(
-            (
-                str(point.point),
-                *(spell(point.values[key]) for key in sweep.keys),
-                told_state(point),
-                "-" if point.step is None else f"{point.step:,}",
-                "-" if point.n_steps is None else f"{point.n_steps:,}",
-                _figure(point.loss),
-                _figure(point.best),
-                *([_figure(point.held_out)] if held_out else []),
-                f"{point.job} {point.job_state}".strip() or "-",
-            )
+def table(sweep: Sweep, points: Sequence[PointStatus]) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
+    """Return columns, a row per point, and the right-aligned columns."""
+    names, held_out = list(short_names(sweep.keys).values()), any(p.held_out is not None for p in points)
+    figures = ["step", "of", "loss", "best", *(["held-out"] if held_out else [])]
+    rows = [
+        (
+            str(point.point),
+            *(spell(point.values[key]) for key in sweep.keys),
+            told_state(point),
+            figure(point.step, ","),
+            figure(point.n_steps, ","),
+            figure(point.loss),
+            figure(point.best),
+            *([figure(point.held_out)] if held_out else []),
+            f"{point.job} {point.job_state}".strip() or "-",
         )
-    state = 1 + len(names)
-    right = (*range(state), *range(state + 1, state + 5 + held_out))
-    lines = [*columns(rows, right), "", f"loss: {LOSS_IS}; best: its lowest"]
-    if held_out:
+        for point in points
+    ]
+    return ["point", *names, "state", *figures, "job"], rows, ["point", *names, *figures]
+
+
+def notes(points: Sequence[PointStatus]) -> list[str]:
+    """Explain the figures of the table and say which point is best."""
+    lines, best = [f"loss: {LOSS_IS}; best: its lowest"], best_of(points)
+    if any(point.held_out is not None for point in points):
         lines.append("held-out: bits per byte, the mean of the sources")
     if best is not None:
         field = ranked_by(points)
-        figure = f"{field.replace('_', '-')} {_figure(getattr(best, field))}"
-        lines.append(f"best of those finished: point {best.point}, {figure}, {best.run}")
+        value = f"{field.replace('_', '-')} {figure(getattr(best, field))}"
+        lines.append(f"best of those finished: point {best.point}, {value}, {best.run}")
     return lines
 
 
@@ -238,10 +230,6 @@ def told_state(point: PointStatus) -> str:
     """`failed (nan)`."""
     state = "never ran" if point.state == "new" else point.state
     return f"{state} ({point.kind})" if point.kind and not point.busy else state
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def as_record(sweep: Sweep, points: Sequence[PointStatus]) -> dict[str, Any]:

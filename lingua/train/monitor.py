@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from lingua.checkpoint.manager import SaveReport
-from lingua.console import ProgressLine
+from lingua.console import Progress
 from lingua.files import RunError
 from lingua.optim.loss_scale import is_overflow
 from lingua.profiling.profiler import Profiler
@@ -41,7 +41,7 @@ class StepMonitor:
         self,
         run: Run,
         meter: Meter,
-        progress: ProgressLine,
+        progress: Progress,
         metrics: MetricLogger | None,
         profiler: Profiler,
         save_asked: SignalFlag,

@@ -31,7 +31,7 @@ from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import compose
 from lingua.config.frozen import read_config, rule_of
 from lingua.config.keys.train import TrainArgs
-from lingua.console import ProgressLine
+from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
 from lingua.data.loader import Batch, merge_states
 from lingua.data.sources import filled
@@ -161,7 +161,7 @@ def replay(
     past = read_past(run)
     start = past.attempt_of(step) if start is None else start
     if start > past.newest_attempt:
-        raise ConfigError(f"--start {start}: {past.run_dir} has {past.newest_attempt} attempts")
+        raise ConfigError(f"--attempt {start}: {past.run_dir} has {past.newest_attempt} attempts")
     config = past.config_of(start)
     schema = app_schema(choose_app(CommandLine(config=str(config))))
     args = compose(str(config), [], [*(f"{key}={value}" for key, value in _ALONE.items()), *words], schema).args
@@ -304,7 +304,8 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
         log.info("training %d steps to get to step %d", last - first, last + 1)
     found: list[tuple[int, float, float]] = []
     batches = learner.batches()
-    with ProgressLine("replay", last, shown=last > first) as progress:
+    with Progress(shown=last > first) as progress:
+        progress.begin("replay", last, "steps", done=first)
         while learner.step < last:
             lr, loss_sum = learner.lr, torch.zeros((), device=learner.world.device)
             for _ in range(learner.size.grad_acc_steps):
@@ -322,7 +323,7 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
                 learner.loss_scale.update(finite)
             learner.optimizer.zero_grad()
             learner.advance()
-            progress.advance(learner.step)
+            progress.advance(1)
             record = past.on_the_way(learner.step, start)
             if record is not None and record.get("loss/out") is not None:
                 found.append((learner.step, loss_sum.item(), record["loss/out"]))

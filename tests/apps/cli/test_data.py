@@ -124,7 +124,7 @@ def test_rows_are_those_that_the_step_was_trained_on(run: Path, capsys: pytest.C
 
 def test_what_is_no_run_is_told(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = lingua(capsys, "audit", tmp_path)
-    assert (code, err) == (2, f"error: {tmp_path}: no run folder, it has no config.yaml\n")
+    assert (code, err) == (2, f"error: {tmp_path} is not a run folder: it has no config.yaml\n")
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert "no checkpoint yet" in lingua(capsys, "rows", tmp_path, "--step", 1)[2]
 

@@ -84,6 +84,8 @@ def test_diff(capsys: pytest.CaptureFixture[str], folder: Path):
     assert code == 0
     assert "the configs are equal" in out
     assert "loss: equal at all 8 common steps" in out
+    lines = lingua_says(capsys, "diff", folder / "calm", folder / "sweep" / "killed")[1].splitlines()
+    assert [line.split(" ")[0] for line in lines[:5]] == ["key", "optim.clip", "", "loss:", "step"]
 
 
 def test_report(capsys: pytest.CaptureFixture[str], folder: Path):
@@ -106,7 +108,7 @@ def test_what_is_no_run_or_does_not_run_is_a_sentence(capsys: pytest.CaptureFixt
     for words in (["why", folder], ["status", folder / "calm", folder / "nothing"], ["diff", folder, folder]):
         code, _, err = lingua_says(capsys, *words)
         assert code == 1
-        assert "is no run folder" in err
+        assert "is not a run folder" in err
     for command in ("stop", "profile"):
         code, _, err = lingua_says(capsys, command, folder / "calm")
         assert code == 1

@@ -8,7 +8,6 @@ from lingua.report.diff import (
     ABSENT,
     common_curves,
     config_differences,
-    describe,
     keys_that_differ,
     some_of,
     telling_labels,
@@ -71,21 +70,3 @@ def test_a_long_curve_is_sampled_from_end_to_end():
     chosen = some_of(1000)
     assert (len(chosen), chosen[0], chosen[-1]) == (12, 0, 999)
     assert chosen == sorted(set(chosen))
-
-
-def test_what_people_read():
-    curves = common_curves(records((1, 5.0), (2, 4.0)), records((1, 5.0), (2, 4.5)))
-    validation = {"web/bpb": common_curves(records((2, 1.5)), records((2, 1.25)))}
-    assert describe(("out/a", "out/b"), {"optim.lr": (1e-3, ABSENT)}, curves, validation) == [
-        "key       out/a  out/b",
-        "optim.lr  0.001  -",
-        "",
-        "loss: 2 common steps, 1 to 2; different from 2 on",
-        "step    out/a    out/b  difference",
-        "   1  5.00000  5.00000    +0.00000",
-        "   2  4.00000  4.50000    +0.50000",
-        "web/bpb at step 2: 1.50000, 1.25000 (-0.25000)",
-    ]
-    same = common_curves(records((1, 5.0)), records((1, 5.0)))
-    assert describe(("a", "b"), {}, same, {})[:3] == ["the configs are equal", "", "loss: equal at all 1 common steps"]
-    assert describe(("a", "b"), {}, common_curves([], []), {})[-1] == "no step was reported by both runs"

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from lingua.console import columns
 from lingua.report.facts import RunFacts
-from lingua.report.status import describe, root_cause, state_of, status_of, table, why
+from lingua.report.status import describe, root_cause, row, state_of, status_of, why
 from lingua.run.failure import Failure
 from lingua.run.lock import Attempt, Owner
 from lingua.slurm import SlurmJob
@@ -111,17 +110,12 @@ def test_the_status_as_people_read_it():
     ]
 
 
-def test_runs_in_a_table():
-    lines = table([status_of(RUNNING, ME), status_of(DATA, ME), status_of(RunFacts(Path("y")), ME)])
-    assert lines[1].split("  ")[0] == "out/x"
-    assert "failed (data)" in lines[2]
-    assert "2h0m" in lines[1]
-    assert "2h0m" not in lines[2]  # it does not go on
-    assert len({line.index(word) for line, word in zip(lines[:2], ("state", "running"), strict=True)}) == 1
-
-
-def test_columns():
-    assert columns([("a", "bb"), ("ccc", "d")], right=(1,)) == ["a    bb", "ccc   d"]
+def test_a_run_as_a_row():
+    assert row(status_of(RUNNING, ME)) == (
+        "out/x", "running", "120", "1,000", "3.2500", "5,000", "2h0m", "100, 1m30s ago", "42",
+    )  # fmt: skip
+    assert row(status_of(DATA, ME))[1:7] == ("failed (data)", "120", "1,000", "3.2500", "5,000", "-")  # it has ended
+    assert row(status_of(RunFacts(Path("y")), ME)) == ("y", "new", *["-"] * 7)
 
 
 def test_why_a_data_error():

@@ -1,6 +1,6 @@
 import pytest
 
-from lingua.console import ProgressLine, duration, metrics_line
+from lingua.console import Progress, duration, metrics_line
 from lingua.run.throughput import Meter
 
 
@@ -105,7 +105,8 @@ METRICS = {
 
 def test_a_log_gets_one_plain_line_per_report(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
-    with ProgressLine("run", 10, shown=True, bar=False) as progress:
+    with Progress(bar=False) as progress:
+        progress.begin("run", 10, "steps")
         progress.advance(3)
         progress.report(METRICS)
     assert [record.message for record in caplog.records] == [metrics_line(METRICS, 10)]
@@ -113,7 +114,8 @@ def test_a_log_gets_one_plain_line_per_report(caplog: pytest.LogCaptureFixture):
 
 
 def test_other_ranks_are_silent(caplog: pytest.LogCaptureFixture):
-    with ProgressLine("run", 10, shown=False) as progress:
+    with Progress(shown=False) as progress:
+        progress.begin("run", 10, "steps")
         progress.advance(3)
         progress.report(METRICS)
     assert not caplog.records
@@ -123,8 +125,9 @@ def test_a_terminal_gets_a_bar_with_the_newest_metrics(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "120")
-    with ProgressLine("myrun", 10, shown=True, bar=True) as progress:
-        progress.advance(3)
+    with Progress(bar=True) as progress:
+        progress.begin("myrun", 10, "steps", done=2)
+        progress.advance(1)
         progress.report(METRICS)
     shown = capsys.readouterr().err
     assert "myrun" in shown

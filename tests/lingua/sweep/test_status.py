@@ -20,6 +20,7 @@ from lingua.sweep.status import (
     PointStatus,
     as_record,
     best_of,
+    notes,
     ranked_by,
     read_points,
     smoothed,
@@ -177,17 +178,19 @@ def test_a_sweep_is_read_and_told(tmp_path: Path):
     ]
     assert [curve.tokens for _, curve in read] == [[64, 128, 192], [64, 192], [64], []]
     assert (points[0].held_out, points[0].held_out_step, points[2].cause) == (1.5, 3, "nan: the loss is nan")
-    lines = [line.replace(str(tmp_path), "out/rates") for line in table(sweep, points)]
-    assert lines == [
-        "point      lr     model  state         step  of    loss    best  held-out  job",
-        "    1   0.001  llama_1B  finished         3   3  3.0000  3.0000    1.5000  41_1",
-        "    2  0.0003  llama_1B  queued           3   3  4.5000  4.5000         -  41_2 PENDING",
-        "    3       1  llama_1B  failed (nan)     2   3  6.0000  6.0000         -  41_3",
-        "    4       3  llama_1B  queued           -   -       -       -         -  41_4 PENDING",
-        "",
+    columns, rows, right = table(sweep, points)
+    assert columns == ["point", "lr", "model", "state", "step", "of", "loss", "best", "held-out", "job"]
+    assert set(columns) - set(right) == {"state", "job"}
+    assert rows == [
+        ("1", "0.001", "llama_1B", "finished", "3", "3", "3.0000", "3.0000", "1.5000", "41_1"),
+        ("2", "0.0003", "llama_1B", "queued", "3", "3", "4.5000", "4.5000", "-", "41_2 PENDING"),
+        ("3", "1", "llama_1B", "failed (nan)", "2", "3", "6.0000", "6.0000", "-", "41_3"),
+        ("4", "3", "llama_1B", "queued", "-", "-", "-", "-", "-", "41_4 PENDING"),
+    ]
+    assert notes(points) == [
         f"loss: {LOSS_IS}; best: its lowest",
         "held-out: bits per byte, the mean of the sources",
-        "best of those finished: point 1, held-out 1.5000, out/rates/1",
+        f"best of those finished: point 1, held-out 1.5000, {tmp_path / '1'}",
     ]
     told = as_record(sweep, points)
     assert (told["best"], told["ranked_by"], told["points"][2]["kind"]) == (1, "held_out", "nan")
