@@ -53,7 +53,7 @@ from lingua.distributed.parallelize import forward_precision, set_matmul_precisi
 from lingua.distributed.process_group import Place, World
 from lingua.model.attention import RowDocuments
 from lingua.model.huggingface import config_json
-from lingua.optim.adamw import measure_gradient, optimizer_step
+from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
 from lingua.run.metrics import read_metrics
 from lingua.train.build import build_loss, build_model, make_deterministic
 from lingua.train.check import Checked, load
@@ -187,7 +187,7 @@ class Trainer:
             with precision:
                 loss_sum, _ = model(tokens, labels=labels, documents=next(self._documents), loss=loss)
             (loss_sum / labels.numel()).backward()
-            _, finite, divisor = measure_gradient(parameters, args.optim.clip)
+            _, finite, divisor = grad_norm_and_clip_coef(parameters, args.optim.clip)
             optimizer_step(optimizer, args.optim.lr, finite, divisor)
             optimizer.zero_grad()
 

@@ -23,7 +23,7 @@ import torch._inductor  # noqa: F401 - `deterministic` imports it: seconds, here
 from apps.main.train import main
 from lingua.config.command_line import run_main
 from lingua.run.metrics import read_metrics
-from lingua.train.build import Run
+from lingua.train.learner import Run
 from tests.ranks import fork
 
 Hook = Callable[[int], None]

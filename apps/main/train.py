@@ -16,20 +16,15 @@ import logging
 import os
 import sys
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lingua.checkpoint.manager import SaveReport
 from lingua.config.base import ConfigError
 from lingua.config.command_line import leave, parse_command_line, run_main
 from lingua.console import Progress
-from lingua.distributed.parallelize import begin_micro_step, forward_precision
 from lingua.distributed.peers import Peers
 from lingua.distributed.process_group import (
-    StepReduce,
     find_place,
     first_given,
     from_main,
@@ -40,9 +35,6 @@ from lingua.distributed.process_group import (
 from lingua.distributed.same_config import code_of
 from lingua.eval.in_training import Evaluation, make_evaluation, make_measures
 from lingua.logger import start_logging
-from lingua.model.attention import RowDocuments
-from lingua.optim.adamw import measure_gradient, optimizer_step
-from lingua.profiling.probe import probe
 from lingua.profiling.profiler import Profiler
 from lingua.profiling.windows import Requests, take_request
 from lingua.run.folder import EXIT_FINISHED, describe_stop, end_asked_for
@@ -50,9 +42,10 @@ from lingua.run.metrics import VALIDATION_FILE, read_metrics
 from lingua.run.watchdog import Watchdog
 from lingua.signals import STOP_REQUEST, SignalFlag, StopSignals, noted
 from lingua.slurm import job_end_s
-from lingua.train.build import Run, build_run
+from lingua.train.build import build_run
 from lingua.train.check import load
-from lingua.train.monitor import StepFacts, StepMonitor
+from lingua.train.learner import Run
+from lingua.train.monitor import StepMonitor
 from lingua.train.start import (
     RunFolder,
     make_meter,
@@ -92,13 +85,8 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
     Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
     optimizer are then as before that step, and nothing is saved on top of the last checkpoint.
     """
-    args, size, device, loss_scale = run.args, run.size, run.world.device, run.loss_scale
-    parameters = list(run.model.parameters())
-    precision = forward_precision(run.model, args.distributed, device)
-    batches = run.batches()
-    reduce: StepReduce[StepFacts] = StepReduce(device)
-    meter, profiler = monitor.meter, monitor.profiler
-    halted = torch.zeros((), dtype=torch.bool, device=device)  # once set, the optimizer moves no more
+    args, size = run.args, run.size
+    meter, profiler, batches = monitor.meter, monitor.profiler, run.batches()
     run.model.train()
     meter.start(run.step)
     monitor.note("begun")
@@ -106,48 +94,25 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
     with profiler:
         profiler.start(run.step)
         while run.step < size.n_steps and not monitor.stop:
-            lr, rows = run.lr, []
-            loss_sum = torch.zeros((), device=device)
             profiler.mark("rest")
-            for micro_step in range(size.grad_acc_steps):
+            for _ in range(size.grad_acc_steps):
                 with meter.loading():
-                    batch, tokens, labels, documents = next(batches)  # (B, S) each
+                    batch = next(batches)
                 profiler.mark("data")
-                rows += [int(batch.rows.min()), int(batch.rows.max())]
-                is_last = micro_step == size.grad_acc_steps - 1
-                begin_micro_step(run.model, args.distributed, is_last=is_last)
-                loss = run.loss_share(precision, tokens, labels, documents)
+                loss = run.forward(batch)
                 profiler.mark("forward")
                 run.backward(loss)
                 profiler.mark("backward")
-                loss_sum += loss.detach()
-                if is_last and args.probe_freq and (run.step + 1) % args.probe_freq == 0:
-                    monitor.report_probe(probe_batch(run, precision, tokens, labels, documents))
-                    profiler.mark("rest")
-
-            grad_norm, finite, divisor = measure_gradient(parameters, args.optim.clip, run.loss_factor)
-            if args.optim.on_nonfinite == "stop":
-                halted |= ~finite if loss_scale is None else ~finite & ~loss_scale.can_mend(loss_sum)
-            moves = finite & ~halted
+            if args.probe_freq and (run.step + 1) % args.probe_freq == 0:
+                monitor.report_probe(run.probe())
+                profiler.mark("rest")
+            gradient = run.gradient()
             run.manager.before_update()
-            optimizer_step(run.optimizer, lr, moves, divisor)
-            run.optimizer.zero_grad()
+            done = run.update(gradient)
             profiler.mark("optimizer")
-            run.advance()
-            watchdog.heartbeat.beat(run.step)
 
-            facts = StepFacts(run.step, lr, min(rows), max(rows) + size.dp_size - 1, meter.lap())
-            # A name with a slash is a metric: its mean over ranks is logged.
-            numbers = {"loss/out": loss_sum, "optim/grad_norm": grad_norm, "unmoved": ~moves}
-            numbers |= {"stop": float(watchdog.asked), "save": monitor.save_asked.take()}
-            numbers |= profiler.requests.numbers()
-            if run.loss_factor is not None:
-                numbers["optim/loss_scale"] = run.loss_factor
-            monitor.read(reduce.submit(facts, numbers))
-            if loss_scale is not None:
-                loss_scale.update(finite)
-            profiler.step(run.step)
-            monitor.progress.advance(1)
+            watchdog.heartbeat.beat(run.step)
+            monitor.submit(done, stop_asked=watchdog.asked)
             evaluation.look()
             if run.step % args.gc_collect_freq == 0:
                 gc.collect()
@@ -155,36 +120,20 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
                 with meter.paused(), watchdog.heartbeat.during("validation"):
                     monitor.report_validation(validate(run, watchdog))
             if (run.manager.is_due(run.step) or monitor.save) and run.step < size.n_steps:
-                monitor.read(reduce.result())  # what is saved must have been judged
+                monitor.catch_up()  # a step is saved only after it was found good
                 monitor.save = False
                 with meter.paused(), watchdog.heartbeat.during("checkpoint"):
                     report = run.manager.save(run.step, run.snapshot())
                 monitor.report_save(report)
                 with meter.paused():
                     monitor.note_stop(evaluation.saved(report))
-        monitor.read(reduce.result())
+        monitor.catch_up()
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if monitor.stop else None
     with watchdog.heartbeat.during("checkpoint"):
         report = run.manager.save(run.step, run.snapshot(), final=True, stopping=monitor.stop, deadline_s=job_ends_s)
     monitor.report_save(report)
     return report
-
-
-def probe_batch(
-    run: Run, precision: AbstractContextManager, tokens: Tensor, labels: Tensor, documents: RowDocuments | None
-) -> dict[str, float]:
-    """Statistics of the model on a micro batch, and of the gradients that are there. Collective."""
-
-    def forward() -> None:
-        with precision:
-            run.model(tokens, labels=labels, documents=documents, loss=run.validation_loss)
-
-    found = probe(run.model, run.world.device, forward, None if documents is None else documents.ids)
-    if run.loss_factor is None:
-        return found
-    factor = run.loss_factor.item()
-    return {key: value / factor if "/grad/" in key else value for key, value in found.items()}
 
 
 # -- entry -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from lingua.run.lock import this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.watchdog import Watchdog
 from lingua.slurm import can_submit, this_allocation, this_job
-from lingua.train.build import Run
+from lingua.train.learner import Run
 from lingua.train.load_model import bare_model
 
 log = logging.getLogger(__name__)

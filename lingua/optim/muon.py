@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lingua.config.keys.optim import AdamWArgs, MuonArgs
-from lingua.optim.adamw import amp_scaling, build_adamw, divide_gradients
+from lingua.optim.adamw import build_adamw
+from lingua.optim.update import amp_scaling, divide_gradients
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration; chosen for the steepest slope at 0 (Keller Jordan's post)."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,115 +26,20 @@ from lingua.config.base import build_part
 from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.held_out import HeldOut, held_out_file, read_held_out
-from lingua.data.loader import Batch, Loader, build_loader, merge_states
+from lingua.data.loader import Loader, build_loader, merge_states
 from lingua.data.local_copy import staged
-from lingua.distributed.compile import keep_compiled_code, let_length_vary
+from lingua.distributed.compile import keep_compiled_code
 from lingua.distributed.parallelize import DTYPES, parallelize, set_matmul_precision
 from lingua.distributed.process_group import World, on_every_rank
-from lingua.model.attention import RowDocuments, document_bounds, resolve_attn_impl
+from lingua.model.attention import resolve_attn_impl
 from lingua.model.loss import CrossEntropy, Loss
-from lingua.optim.loss_scale import LossScale
-from lingua.optim.schedule import lr_at
+from lingua.optim.update import LossScale, Updater
 from lingua.run.lock import RunLock
 from lingua.tokenizer import Tokenizer, build_tokenizer
+from lingua.train.learner import Run
 from lingua.train.sizes import Resolved
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Learner:
-    """What takes the next step: model, optimizer, rows and state."""
-
-    args: TrainArgs
-    size: Resolved
-    world: World
-    model: nn.Module
-    loss: Loss
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    loss_scale: LossScale | None
-    """With fp16 only."""
-    state: TrainState
-    """All that the next step depends on, as of the last snapshot; `shared` is always current."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer updates done (or skipped)."""
-        return self.shared["step"]
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the next update; the schedule spans the steps from where it began to the last."""
-        begin = self.shared.get("schedule_begin", 0)  # older checkpoints lack it
-        return lr_at(self.args.optim, self.step - begin, self.size.n_steps - begin)
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """What every rank knows alike and a checkpoint keeps: step, tokens, tracking id."""
-        return self.state.shared
-
-    @property
-    def loss_factor(self) -> torch.Tensor | None:
-        """What gradients are multiplied with until they are clipped. None: nothing."""
-        return None if self.loss_scale is None else self.loss_scale.factor
-
-    def advance(self) -> None:
-        """One more update is done."""
-        self.shared["step"] += 1
-        self.shared["total_tokens"] += self.size.tokens_per_step
-
-    def snapshot(self) -> TrainState:
-        """The state with the position of the data after the last batch used; waits for the device with fp16."""
-        self.state.per_rank = {"data": self.loader.state_dict()}
-        if self.loss_scale is not None:
-            self.shared["loss_scale"] = self.loss_scale.state()
-        return self.state
-
-    def batches(self) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor, RowDocuments | None]]:
-        """(batch, tokens (B, S), labels (B, S), documents with data.doc_mask), the tensors on the device."""
-        for batch in self.loader:
-            tokens, labels = (self._to_device(view).long() for view in batch.views[:2])
-            yield batch, tokens, labels, None if batch.doc_ids is None else self._documents(batch.doc_ids)
-
-    def loss_share(
-        self,
-        precision: AbstractContextManager[object],
-        tokens: torch.Tensor,  # (B, S)
-        labels: torch.Tensor,
-        documents: RowDocuments | None,
-    ) -> torch.Tensor:
-        """A micro step's share of its step's loss. Ranks are averaged, so in all this is the mean over G rows."""
-        with precision:
-            loss, _ = self.model(tokens, labels=labels, documents=documents, loss=self.loss)
-        return loss / self.size.tokens_per_rank_step
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a `loss_share` to those that are there, times `loss_factor`."""
-        (loss if self.loss_factor is None else loss * self.loss_factor).backward()
-
-    def _documents(self, doc_ids: np.ndarray) -> RowDocuments:
-        bounds = self._to_device(document_bounds(doc_ids))
-        if self.args.distributed.compile:
-            let_length_vary(bounds)
-        return RowDocuments(self._to_device(doc_ids), bounds)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.world.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.world.device, non_blocking=True)
-        return tensor
-
-
-@dataclass
-class Run(Learner):
-    """A built run, ready for its next step."""
-
-    run_dir: Path
-    tokenizer: Tokenizer
-    validation_loss: Loss
-    manager: CheckpointManager
-    held_out: list[HeldOut]
 
 
 def seed_everything(seed: int) -> None:
@@ -176,10 +80,11 @@ def build_loss(args: TrainArgs) -> Loss:
     return loss
 
 
-def build_loss_scale(args: TrainArgs, state: TrainState, device: torch.device) -> LossScale | None:
-    """As the checkpoint left it, with fp16; none otherwise, and a state that has one no longer does."""
-    saved = state.shared.pop("loss_scale", None)
-    return LossScale(device, saved) if args.distributed.model_dtype == "fp16" else None
+def build_updater(args: TrainArgs, state: TrainState, device: torch.device) -> Updater:
+    """What steps the optimizer; with fp16 the loss scale is as the checkpoint left it."""
+    saved = state.shared.pop("loss_scale", None)  # a state in another type does not keep it
+    scale = LossScale(device, saved) if args.distributed.model_dtype == "fp16" else None
+    return Updater(state.optimizer, state.model.parameters(), args.optim, device, scale)
 
 
 def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
@@ -223,7 +128,7 @@ def build_run(
     manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
     stack.callback(manager.close)
     data_state = resume(state, manager, args, size)
-    loss_scale = build_loss_scale(args, state, world.device)
+    updater = build_updater(args, state, world.device)
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
     return Run(
@@ -235,11 +140,10 @@ def build_run(
         model=state.model,
         loss=build_loss(args),
         validation_loss=CrossEntropy(CrossEntropyArgs()),
-        optimizer=state.optimizer,
+        updater=updater,
         loader=stack.enter_context(build_rows(args, size, world, tokenizer, data_state)),
         manager=manager,
         held_out=on_every_rank(lambda: held_out_rows(args, tokenizer)),
-        loss_scale=loss_scale,
         state=state,
     )
 

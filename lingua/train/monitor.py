@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from lingua.checkpoint.manager import SaveReport
 from lingua.console import Progress
+from lingua.distributed.process_group import StepReduce
 from lingua.files import RunError
-from lingua.optim.loss_scale import is_overflow
+from lingua.optim.update import is_overflow
 from lingua.profiling.profiler import Profiler
 from lingua.run.metrics import MetricLogger
 from lingua.run.throughput import Lap, Meter
 from lingua.signals import SignalFlag
-from lingua.train.build import Run
+from lingua.train.learner import Run, StepDone
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,24 @@ class StepMonitor:
         self._run = run
         self._metrics = metrics
         self._skips_in_a_row = 0
+        self._reduce: StepReduce[StepFacts] = StepReduce(run.world.device)
 
-    def read(self, reduced: tuple[StepFacts, dict[str, float]] | None) -> None:
-        """Act on the sums of a step over all ranks; None: there is none yet.
+    def submit(self, done: StepDone, stop_asked: bool) -> None:
+        """Start to sum a step's numbers over ranks, and act on the sums of the step before. Collective."""
+        last_row = max(done.rows) + self._run.size.dp_size - 1
+        facts = StepFacts(done.step, done.lr, min(done.rows), last_row, self.meter.lap())
+        numbers = {**done.numbers, "stop": float(stop_asked), "save": self.save_asked.take()}
+        numbers |= self.profiler.requests.numbers()
+        self._read(self._reduce.submit(facts, numbers))
+        self.profiler.step(done.step)
+        self.progress.advance(1)
+
+    def catch_up(self) -> None:
+        """Act on the sums of the newest step too; waits for them."""
+        self._read(self._reduce.result())
+
+    def _read(self, reduced: tuple[StepFacts, dict[str, float]] | None) -> None:
+        """Act on the sums of a step over all ranks, or on nothing if there is none yet.
 
         Sums whose name has a slash are metrics: their mean over ranks is logged.
         """

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,18 @@ from lingua.config.frozen import read_config, rule_of
 from lingua.config.keys.train import TrainArgs
 from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
-from lingua.data.loader import Batch, merge_states
+from lingua.data.loader import merge_states
 from lingua.data.sources import filled
-from lingua.distributed.parallelize import forward_precision
 from lingua.distributed.process_group import Place, Ranks, World, pick_device, set_environment
 from lingua.files import DISK, RunError
-from lingua.model.attention import RowDocuments
-from lingua.optim.adamw import measure_gradient, optimizer_step
+from lingua.optim.update import grad_norm_and_clip_coef
 from lingua.profiling.first_nonfinite import Watch, first_nonfinite, grad_norms, nonfinite_names
 from lingua.report.diff import config_differences, relative_difference
 from lingua.report.past import Past, check_step, nothing_before, read_past
 from lingua.tokenizer import build_tokenizer
-from lingua.train.build import Learner, begin, build_loss, build_loss_scale, build_rows, build_state
+from lingua.train.build import begin, build_loss, build_rows, build_state, build_updater
 from lingua.train.check import resolve
+from lingua.train.learner import Learner, MicroBatch
 from lingua.train.sizes import Resolved
 
 log = logging.getLogger(__name__)
@@ -61,8 +60,6 @@ _ALONE = {
     "data.stage_to": "null",
     "data.max_bad_fraction": "1.0",  # bad lines were judged by the run
 }
-
-MicroBatch = tuple[Batch, torch.Tensor, torch.Tensor, RowDocuments | None]
 
 
 @dataclass(frozen=True)
@@ -177,17 +174,16 @@ def replay(
         learner = load(past, args, size, World(Place(), device, mesh=None), checkpoint, stack)
         if learner.step >= step:
             raise ConfigError(f"--step {step}: the run began after step {learner.step}; choose a later one")
-        precision = forward_precision(learner.model, args.distributed, device)
-        way = go(learner, past, start, step - 1, precision)
+        way = go(learner, past, start, step - 1)
         state_before = learner.loader.state_dict()
         bad_parameters = nonfinite_names(learner.model.named_parameters())
         lr = learner.lr
-        taken, loss, grad_norm, first_bad = take_apart(learner, precision)
+        taken, loss, grad_norm, first_bad = take_apart(learner)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         groups = grad_norms(learner.model)
-        learner.optimizer.zero_grad()
+        learner.model.zero_grad()
         only_backward = not finite and math.isfinite(loss)
-        losses = list(row_by_row(learner, precision, taken, watched=not finite, backward=gradients or only_backward))
+        losses = list(row_by_row(learner, taken, watched=not finite, backward=gradients or only_backward))
     documents = origins_of(args, size, learner.shared.get("first_row", 0), step, state_before)
     rows = [ReplayedRow(documents=documents[number], row=number, **facts) for number, facts in losses]
     record = past.reported(step, start)
@@ -290,16 +286,15 @@ def load(
         world=world,
         model=state.model,
         loss=build_loss(args),
-        optimizer=state.optimizer,
+        updater=build_updater(args, state, world.device),
         loader=loader,
-        loss_scale=build_loss_scale(args, state, world.device),
         state=state,
     )
 
 
-def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractContextManager[object]) -> Way:
+def go(learner: Learner, past: Past, start: int, last: int) -> Way:
     """Train up to and including step `last`, as the run did."""
-    parameters, optim, first = list(learner.model.parameters()), learner.args.optim, learner.step
+    first = learner.step
     if last > first:
         log.info("training %d steps to get to step %d", last - first, last + 1)
     found: list[tuple[int, float, float]] = []
@@ -307,26 +302,17 @@ def go(learner: Learner, past: Past, start: int, last: int, precision: AbstractC
     with Progress(shown=last > first) as progress:
         progress.begin("replay", last, "steps", done=first)
         while learner.step < last:
-            lr, loss_sum = learner.lr, torch.zeros((), device=learner.world.device)
             for _ in range(learner.size.grad_acc_steps):
-                _, tokens, labels, documents = next(batches)
-                loss = learner.loss_share(precision, tokens, labels, documents)
-                learner.backward(loss)
-                loss_sum += loss.detach()
-            _, finite, divisor = measure_gradient(parameters, optim.clip, learner.loss_factor)
-            overflow = learner.loss_scale is not None and learner.loss_scale.can_mend(loss_sum)
-            if optim.on_nonfinite == "stop" and not finite and not overflow:
-                step = learner.step + 1
-                raise RunError(f"step {step}, on the way, is not finite here: look at that one with --step {step}")
-            optimizer_step(learner.optimizer, lr, finite, divisor)
-            if learner.loss_scale is not None:
-                learner.loss_scale.update(finite)
-            learner.optimizer.zero_grad()
-            learner.advance()
+                learner.backward(learner.forward(next(batches)))
+            done = learner.update(learner.gradient())
+            if learner.updater.halted:
+                raise RunError(
+                    f"step {done.step}, on the way, is not finite here: look at that one with --step {done.step}"
+                )
             progress.advance(1)
-            record = past.on_the_way(learner.step, start)
+            record = past.on_the_way(done.step, start)
             if record is not None and record.get("loss/out") is not None:
-                found.append((learner.step, loss_sum.item(), record["loss/out"]))
+                found.append((done.step, done.numbers["loss/out"].item(), record["loss/out"]))
     return compare(last - first, found)
 
 
@@ -339,27 +325,21 @@ def compare(n_steps: int, found: Sequence[tuple[int, float, float]]) -> Way:
     return Way(n_steps, len(found), sum(here == there for _, here, there in found), apart[worst], worst)
 
 
-def take_apart(
-    learner: Learner, precision: AbstractContextManager[object]
-) -> tuple[list[MicroBatch], float, float, int | None]:
+def take_apart(learner: Learner) -> tuple[list[MicroBatch], float, float, int | None]:
     """The step without its update: (its micro batches, loss, gradient norm, first micro step that was not finite)."""
-    parameters, taken, first_bad = list(learner.model.parameters()), [], None
-    loss_sum, batches = torch.zeros((), device=learner.world.device), learner.batches()
+    taken, first_bad, batches = [], None, learner.batches()
     for number in range(learner.size.grad_acc_steps):
-        micro_batch = next(batches)
-        taken.append(micro_batch)
-        _, tokens, labels, documents = micro_batch
-        loss = learner.loss_share(precision, tokens, labels, documents)
-        learner.backward(loss)
-        loss_sum += loss.detach()
-        if first_bad is None and not (measure_gradient(parameters, 0.0).finite and torch.isfinite(loss_sum)):
+        taken.append(next(batches))
+        learner.backward(learner.forward(taken[-1]))
+        finite = grad_norm_and_clip_coef(learner.model.parameters(), 0.0).finite & learner.sums.loss.isfinite()
+        if first_bad is None and not finite:
             first_bad = number
-    return taken, loss_sum.item(), measure_gradient(parameters, 0.0, learner.loss_factor).norm.item(), first_bad
+    loss = learner.sums.loss / learner.label_share()
+    return taken, loss.item(), learner.gradient().norm.item(), first_bad
 
 
 def row_by_row(
     learner: Learner,
-    precision: AbstractContextManager[object],
     taken: Sequence[MicroBatch],
     *,
     watched: bool,
@@ -370,12 +350,17 @@ def row_by_row(
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager") if compiled else nullcontext())
         watch = stack.enter_context(first_nonfinite(learner.model)) if watched else Watch()
-        for micro_step, (batch, tokens, labels, documents) in enumerate(taken):
+        for micro_step, batch in enumerate(taken):
             for i, number in enumerate(batch.rows.tolist()):
-                row = {"labels": labels[i : i + 1], "documents": None if documents is None else documents.row(i)}
+                documents = None if batch.documents is None else batch.documents.row(i)
                 watch.clear()
-                with precision, torch.set_grad_enabled(backward):
-                    loss_sum, n_labels = learner.model(tokens[i : i + 1], **row, loss=learner.loss)
+                with learner.precision, torch.set_grad_enabled(backward):
+                    loss_sum, n_labels = learner.model(
+                        batch.tokens[i : i + 1],
+                        labels=batch.labels[i : i + 1],
+                        documents=documents,
+                        loss=learner.loss,
+                    )
                     loss = loss_sum / n_labels.clamp(min=1)
                 grad_norm = _grad_norm(learner, loss) if backward else None
                 yield (
@@ -391,8 +376,8 @@ def row_by_row(
 
 def _grad_norm(learner: Learner, loss: torch.Tensor) -> float:
     loss.backward()
-    norm = measure_gradient(learner.model.parameters(), 0.0).norm
-    learner.optimizer.zero_grad()
+    norm = grad_norm_and_clip_coef(learner.model.parameters(), 0.0).norm
+    learner.model.zero_grad()
     return norm.item()
 
 

@@ -35,8 +35,8 @@ from lingua.run.lock import RunLock, this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.throughput import Meter, find_peak
 from lingua.slurm import this_job
-from lingua.train.build import Run
 from lingua.train.check import Checked
+from lingua.train.learner import Run
 from lingua.train.load_model import bare_model
 from lingua.train.sizes import Resolved
 

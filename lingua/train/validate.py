@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lingua.distributed.parallelize import forward_precision, reshard
 from lingua.distributed.process_group import StepReduce
 from lingua.run.watchdog import Watchdog
-from lingua.train.build import Run
+from lingua.train.learner import Run
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import apps.main.train
 from apps.cli.main import app
 from lingua.config.command_line import run_main
 from lingua.files import Files
-from lingua.train.build import Run
+from lingua.train.learner import Run
 from tests.trainer import TINY, Hook, Trainer, at_step, kill_self, published, train
 
 WORDS = [*TINY, "steps=4"]

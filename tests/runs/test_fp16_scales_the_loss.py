@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apps.main import train as loop
-from lingua.optim import loss_scale
+from lingua.optim import update
 from lingua.run.metrics import read_metrics
 from tests.runs.test_nonfinite_steps import spoil
 from tests.trainer import TINY, Hook, at_step, fingerprint, kill_self, losses, published, train
@@ -20,7 +19,7 @@ def begins_at(factor: float, then: Hook | None = None) -> Hook:
     """Hook: the first loss scale of a run."""
 
     def hook(rank: int) -> None:
-        loss_scale.INITIAL = factor
+        update.INITIAL = factor
         if then is not None:
             then(rank)
 
@@ -66,7 +65,7 @@ def test_overflows_are_skipped_and_a_killed_run_is_bitwise_equal(tmp_path: Path,
 
 def test_at_the_smallest_scale_an_overflow_ends_the_run(tmp_path: Path):
     def hook(rank: int) -> None:
-        loss_scale.INITIAL = loss_scale.MINIMUM = 2.0**40
+        update.INITIAL = update.MINIMUM = 2.0**40
 
     result = train([*WORDS, f"dump_dir={tmp_path}"], hook=hook)
     assert result.exit_code == 1
@@ -77,7 +76,7 @@ def test_at_the_smallest_scale_an_overflow_ends_the_run(tmp_path: Path):
 def test_a_loss_that_is_not_finite_is_no_matter_of_scaling(tmp_path: Path):
     def hook(rank: int) -> None:
         spoil(4)(rank)
-        step = loop.optimizer_step
+        step = update.optimizer_step
 
         def told(
             optimizer: torch.optim.Optimizer, lr: float, moves: torch.Tensor, divisor: torch.Tensor | None
@@ -85,7 +84,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_scaling(tmp_path: Path):
             print(f"moves: {moves.item()}", flush=True)
             step(optimizer, lr, moves, divisor)
 
-        setattr(loop, "optimizer_step", told)  # noqa: B010
+        setattr(update, "optimizer_step", told)  # noqa: B010
 
     result = train([*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=3"], hook=hook)
     assert result.exit_code == 1

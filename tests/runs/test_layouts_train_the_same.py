@@ -1,6 +1,7 @@
 """Accumulation, number of ranks and sharding change how a step is computed, not what it is."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import dcp
+from lingua.model.loss import IGNORE, CrossEntropy
 from lingua.run.metrics import read_metrics
-from lingua.train.build import Run
+from lingua.train.learner import MicroBatch, Run
 from tests.layouts import LAYOUTS, Layout
 from tests.trainer import TINY, Hook, fingerprint, losses, train
 
@@ -68,6 +70,49 @@ def test_a_run_goes_on_with_the_same_rows_on_other_numbers_of_ranks(one_large_ba
     assert losses(tmp_path) == pytest.approx(losses(constant), rel=2e-5)
 
 
+def mask_labels(run_dir: Path) -> Hook:
+    """Hook: rows have between no and all of their labels, by number; ranks note sum of losses and labels of a pass."""
+
+    def hook(rank: int) -> None:
+        batches, call = Run.batches, CrossEntropy.__call__
+
+        def masked(run: Run) -> Iterator[MicroBatch]:
+            for batch in batches(run):
+                n_kept = torch.from_numpy(batch.rows * 11 % 33)  # of 32
+                kept = torch.arange(batch.labels.shape[1]) < n_kept[:, None]
+                yield replace(batch, labels=batch.labels.where(kept, IGNORE))
+
+        def noted(self: CrossEntropy, *args: Tensor) -> tuple[Tensor, Tensor]:
+            loss_sum, n_labels = call(self, *args)
+            with (run_dir / f"passes.{rank}").open("a") as file:
+                print(loss_sum.item(), n_labels.item(), file=file)
+            return loss_sum, n_labels
+
+        setattr(Run, "batches", masked)  # noqa: B010 - a type checker knows what it would be
+        setattr(CrossEntropy, "__call__", noted)  # noqa: B010
+
+    return hook
+
+
+@pytest.mark.ranks
+def test_the_loss_of_a_step_is_the_mean_over_the_labels_that_count(tmp_path: Path):
+    found: list[list[float]] = []
+    for n_ranks, batch_size, micro_steps in ((1, G, 1), (1, G // 2, 2), (2, G // 4, 2)):
+        run_dir = tmp_path / f"{n_ranks} by {micro_steps}"
+        run_dir.mkdir()
+        sizes = [f"data.batch_size={batch_size}", f"grad_acc_steps={micro_steps}", f"dump_dir={run_dir}"]
+        result = train([*WORDS, "steps=4", *sizes], n_ranks, mask_labels(run_dir))
+        assert result.exit_code == 0, result.output
+        lines = [(run_dir / f"passes.{rank}").read_text().splitlines() for rank in range(n_ranks)]
+        passes = torch.tensor([[float(x) for x in line.split()] for line in chain(*zip(*lines, strict=True))])
+        loss_sums, n_labels = passes.unflatten(0, (4, -1)).sum(dim=1).T
+        assert list(losses(run_dir).values()) == pytest.approx((loss_sums / n_labels).tolist(), rel=1e-5)
+        records = read_metrics(run_dir / "metrics.jsonl")
+        found.append([value for record in records for value in (record["loss/out"], record["optim/grad_norm"])])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=2e-5)
+
+
 # -- every layout, all at once -------------------------------------------------------------------------------------
 
 TWENTY = [
@@ -82,11 +127,11 @@ def note_rows(run_dir: Path) -> Hook:
     def hook(rank: int) -> None:
         batches = Run.batches
 
-        def noted(run: Run) -> Iterator[Any]:
+        def noted(run: Run) -> Iterator[MicroBatch]:
             with (run_dir / f"rows.{rank}").open("w", buffering=1) as file:
-                for batch, *tensors in batches(run):
+                for batch in batches(run):
                     print(*batch.rows.tolist(), file=file)
-                    yield batch, *tensors
+                    yield batch
 
         setattr(Run, "batches", noted)  # noqa: B010 - a type checker knows what it would be
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.train.build import Run
+from lingua.train.learner import Run
 from tests.services import Services, both, served_by
 from tests.trainer import TINY, Hook, train
 

@@ -10,7 +10,7 @@ import yaml
 import apps.main.train
 from lingua.run.metrics import read_metrics
 from lingua.run.watchdog import Watchdog
-from lingua.train.build import Run
+from lingua.train.learner import Run
 from tests.trainer import TINY, at_step, kill_self, train
 
 

@@ -8,7 +8,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lingua.config.keys.optim import AdamWArgs
-from lingua.optim.adamw import Gradient, build_adamw, measure_gradient, optimizer_step
+from lingua.optim.adamw import build_adamw
+from lingua.optim.update import Gradient, grad_norm_and_clip_coef, optimizer_step
 from tests.ranks import run_on_ranks
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
@@ -86,7 +87,7 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float, first: bool) -
     model(torch.tensor([1, 2])).backward()
     assert model.w.weight.grad is not None
     model.w.weight.grad[0, 0] = poison
-    norm, finite, divisor = measure_gradient(model.parameters(), 1.0)
+    norm, finite, divisor = grad_norm_and_clip_coef(model.parameters(), 1.0)
     assert not finite
     assert not norm.isfinite()
     optimizer_step(optimizer, 0.01, finite, divisor)
@@ -101,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing(poison: float, first: bool) -
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()) if not first else twin_optimizer.state_dict())
     for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
         each(torch.tensor([1, 2])).backward()
-        take_step(its_optimizer, measure_gradient(each.parameters(), 1.0))
+        take_step(its_optimizer, grad_norm_and_clip_coef(each.parameters(), 1.0))
     assert same(everything(model, optimizer), everything(twin, twin_optimizer))
     assert not hasattr(optimizer, "found_inf")
     assert not hasattr(optimizer, "grad_scale")
@@ -122,7 +123,7 @@ def test_an_optimizer_without_fused_kernels_is_held_back_too() -> None:
 def test_the_divisor_bounds_the_norm_of_the_whole_gradient(clip: float, divisor: float | None) -> None:
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(2))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0]), torch.tensor([[-4.0]])  # one has none
-    found = measure_gradient(parameters, clip)
+    found = grad_norm_and_clip_coef(parameters, clip)
     assert (found.norm.item(), found.finite.item()) == (5.0, True)
     assert (found.divisor is None) == (divisor is None)
     assert found.divisor is None or found.divisor.item() == pytest.approx(divisor, rel=1e-6)
@@ -143,7 +144,7 @@ def test_steps_equal_those_by_gradients_that_torch_has_clipped(clip: float, fuse
         for model in (ours, theirs):
             model.zero_grad()
             model(torch.tensor([at, 3])).backward()
-        take_step(optimizer, measure_gradient(ours.parameters(), clip))
+        take_step(optimizer, grad_norm_and_clip_coef(ours.parameters(), clip))
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
         for group in reference.param_groups:
             group["lr"] = 0.01
@@ -172,7 +173,7 @@ def _train(layout: str, steps: int = 3) -> tuple[list[Tensor], list[float], bool
             gradient = model.tok_embeddings.weight.grad
             assert gradient is not None
             (gradient.to_local() if isinstance(gradient, DTensor) else gradient)[0, 0] = float("nan")
-        gradient = measure_gradient(model.parameters(), 0.1)
+        gradient = grad_norm_and_clip_coef(model.parameters(), 0.1)
         norms.append(gradient.norm.item())
         take_step(optimizer, gradient)
         optimizer.zero_grad()
@@ -199,7 +200,7 @@ def test_a_loss_scale_leaves_no_trace_in_norm_and_moments(clip: float) -> None:
         model = Tiny()
         optimizer = build_adamw(AdamWArgs(), model.named_parameters())
         (model(torch.tensor([1, 2])) * (1 if factor is None else factor)).backward()
-        gradient = measure_gradient(model.parameters(), clip, factor)
+        gradient = grad_norm_and_clip_coef(model.parameters(), clip, factor)
         assert gradient.finite
         take_step(optimizer, gradient)
         found.append((gradient.norm, everything(model, optimizer)))

@@ -11,8 +11,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lingua.checkpoint.state import TrainState, tensors_of
 from lingua.config.keys.optim import AdamWArgs, MuonArgs
-from lingua.optim.adamw import build_adamw, measure_gradient, optimizer_step
+from lingua.optim.adamw import build_adamw
 from lingua.optim.muon import Muon, build_muon, cost_of, layout_of, newton_schulz, ns_dtype_on, rounds, scale_of
+from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
 from tests.ranks import run_on_ranks
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
@@ -55,7 +56,7 @@ def args(**changed: Any) -> MuonArgs:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int, first: int = 0) -> None:
     for step in range(first, first + n_steps):
         model(torch.tensor([step % 7, 3, 5])).backward()
-        _, finite, divisor = measure_gradient(model.parameters(), 1.0)
+        _, finite, divisor = grad_norm_and_clip_coef(model.parameters(), 1.0)
         optimizer_step(optimizer, 0.01 * (step + 1), finite, divisor)
         optimizer.zero_grad()
 
@@ -166,7 +167,7 @@ def test_a_step_that_is_not_finite_changes_nothing(poisoned: str, n_before: int)
     grad = model.get_parameter(poisoned).grad
     assert grad is not None
     grad[0, 0] = float("nan")
-    _, finite, divisor = measure_gradient(model.parameters(), 1.0)
+    _, finite, divisor = grad_norm_and_clip_coef(model.parameters(), 1.0)
     optimizer_step(optimizer, 0.1, finite, divisor)
     optimizer.zero_grad()
     assert same(everything(model, optimizer), before)
@@ -186,7 +187,7 @@ def test_steps_equal_those_by_gradients_that_torch_has_clipped() -> None:
         for model in (ours, theirs):
             model.zero_grad()
             model(torch.tensor([at, 3])).backward()
-        _, finite, divisor = measure_gradient(ours.parameters(), 0.1)
+        _, finite, divisor = grad_norm_and_clip_coef(ours.parameters(), 0.1)
         optimizer_step(optimizer, 0.1, finite, divisor)
         assert torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1) > 0.2
         optimizer_step(reference, 0.1, TRUE, None)
@@ -246,7 +247,7 @@ def _parallel(shape: tuple[int, ...], names: tuple[str, ...]) -> Callable[[int],
         for parameter in model.parameters():
             assert isinstance(parameter.grad, DTensor)
             parameter.grad.to_local().fill_(float("nan"))
-        _, finite, divisor = measure_gradient(model.parameters(), 1.0)
+        _, finite, divisor = grad_norm_and_clip_coef(model.parameters(), 1.0)
         optimizer_step(optimizer, 0.1, finite, divisor)
         optimizer.zero_grad()
         return before, same(everything(model, optimizer), before)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lingua.optim.loss_scale import GROWTH_INTERVAL_STEPS, INITIAL, LossScale, is_overflow
+from lingua.optim.update import GROWTH_INTERVAL_STEPS, INITIAL, LossScale, is_overflow
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 CPU = torch.device("cpu")

@@ -1,0 +1,223 @@
+"""A step of training: forward and backward of its micro batches, then one update by the gradient of all ranks.
+
+The loss of a step is the mean over its labels that count, on all ranks and in all micro steps. Until they are counted,
+the loss of a micro step is its sum over the step's positions; the gradient is divided by the share of positions that
+have a label within the update, together with the clip. So the count costs one all-reduce of one number per step, which
+runs while backward computes, and where all positions have labels every number is what it would be without the count.
+
+Letters: B rows, S positions, G rows of a step over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.state import TrainState
+from lingua.config.keys.train import TrainArgs
+from lingua.data.held_out import HeldOut
+from lingua.data.loader import Batch, Loader
+from lingua.distributed.compile import let_length_vary
+from lingua.distributed.parallelize import begin_micro_step, forward_precision
+from lingua.distributed.process_group import World
+from lingua.model.attention import RowDocuments, document_bounds
+from lingua.model.loss import Loss
+from lingua.optim.schedule import lr_at
+from lingua.optim.update import Gradient, Updater
+from lingua.profiling.probe import probe
+from lingua.tokenizer import Tokenizer
+from lingua.train.sizes import Resolved
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one micro step, on the device."""
+
+    rows: np.ndarray
+    """Numbers of the rows."""
+    tokens: Tensor  # (B, S)
+    labels: Tensor  # (B, S)
+    documents: RowDocuments | None
+    """With data.doc_mask only."""
+
+
+class StepSums:
+    """What the micro steps of a step add up to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        """Sum of this rank's losses over the positions of its step."""
+        self.rows: list[int] = []
+        """First and last row of each micro step."""
+        self.n_micro_steps = 0
+        self.last_batch: MicroBatch | None = None
+        self._n_labels = torch.zeros((), dtype=torch.float64, device=device)
+        self._counting: dist.Work | None = None
+
+    def add(self, batch: MicroBatch, loss: Tensor, n_labels: Tensor) -> None:
+        """Add a micro step."""
+        self.loss += loss.detach()
+        self._n_labels += n_labels
+        self.rows += [int(batch.rows.min()), int(batch.rows.max())]
+        self.n_micro_steps += 1
+        self.last_batch = batch
+
+    def start_counting(self) -> None:
+        """Begin to sum the labels over all ranks. Collective."""
+        if dist.is_initialized():
+            self._counting = dist.all_reduce(self._n_labels, async_op=True)
+
+    def n_labels(self) -> Tensor:
+        """Return the labels that count, over all ranks once `start_counting` was called: fp64, at least 1."""
+        if self._counting is not None:
+            self._counting.wait()
+            self._counting = None
+        return self._n_labels.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step after its update."""
+
+    step: int
+    lr: float
+    rows: list[int]
+    numbers: dict[str, Tensor]
+    """What ranks report. A name with a slash is a metric, whose mean over ranks is logged."""
+
+
+@dataclass
+class Learner:
+    """Takes steps: model, loss, optimizer, rows and state."""
+
+    args: TrainArgs
+    size: Resolved
+    world: World
+    model: nn.Module
+    loss: Loss
+    updater: Updater
+    loader: Loader
+    state: TrainState
+    """All that the next step depends on, as of the last snapshot; `shared` is always current."""
+
+    def __post_init__(self) -> None:
+        self.precision = forward_precision(self.model, self.args.distributed, self.world.device)
+        self.sums = StepSums(self.world.device)
+        n_positions = self.world.place.world_size * self.size.tokens_per_rank_step
+        self._n_positions = torch.full((), n_positions, dtype=torch.float64, device=self.world.device)
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates done (or skipped)."""
+        return self.shared["step"]
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update; the schedule spans the steps from where it began to the last."""
+        begin = self.shared.get("schedule_begin", 0)  # older checkpoints lack it
+        return lr_at(self.args.optim, self.step - begin, self.size.n_steps - begin)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What every rank knows alike and a checkpoint keeps: step, tokens, tracking id."""
+        return self.state.shared
+
+    # -- a step, in this order -------------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[MicroBatch]:
+        """Yield this rank's micro batches, for ever."""
+        for batch in self.loader:
+            tokens, labels = (self._to_device(view).long() for view in batch.views[:2])
+            yield MicroBatch(batch.rows, tokens, labels, self._documents(batch))
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Return the sum of the batch's losses over the positions of a rank's step, and count its labels."""
+        is_last = self.sums.n_micro_steps == self.size.grad_acc_steps - 1
+        begin_micro_step(self.model, self.args.distributed, is_last=is_last)
+        with self.precision:
+            loss_sum, n_labels = self.model(
+                batch.tokens, labels=batch.labels, documents=batch.documents, loss=self.loss
+            )
+        loss = loss_sum / self.size.tokens_per_rank_step
+        self.sums.add(batch, loss, n_labels)
+        if is_last:
+            self.sums.start_counting()
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of what `forward` returned to those that are there."""
+        self.updater.backward(loss)
+
+    def label_share(self) -> Tensor:
+        """Return labels that count per position, over all ranks and micro steps of the step, as fp32 on the device."""
+        return (self.sums.n_labels() / self._n_positions).float()
+
+    def gradient(self) -> Gradient:
+        """Measure the step's gradient over all ranks. Collective."""
+        return self.updater.gradient(self.label_share())
+
+    def update(self, gradient: Gradient) -> StepDone:
+        """Do the update, unless the step went wrong; a new step begins."""
+        lr, sums, loss = self.lr, self.sums, self.sums.loss / self.label_share()
+        report = self.updater.step(lr, gradient, loss)
+        self.sums = StepSums(self.world.device)
+        self.advance()
+        return StepDone(self.step, lr, sums.rows, {"loss/out": loss, **report})
+
+    def advance(self) -> None:
+        """Count one more update."""
+        self.shared["step"] += 1
+        self.shared["total_tokens"] += self.size.tokens_per_step
+
+    def snapshot(self) -> TrainState:
+        """Return the state with the position of the data after the last batch used; waits for the device with fp16."""
+        self.state.per_rank = {"data": self.loader.state_dict()}
+        if self.updater.loss_scale is not None:
+            self.shared["loss_scale"] = self.updater.loss_scale.state()
+        return self.state
+
+    def _documents(self, batch: Batch) -> RowDocuments | None:
+        if batch.doc_ids is None:
+            return None
+        bounds = self._to_device(document_bounds(batch.doc_ids))
+        if self.args.distributed.compile:
+            let_length_vary(bounds)
+        return RowDocuments(self._to_device(batch.doc_ids), bounds)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.world.device, non_blocking=True)
+        return tensor
+
+
+@dataclass
+class Run(Learner):
+    """A built run, ready for its next step."""
+
+    run_dir: Path
+    tokenizer: Tokenizer
+    validation_loss: Loss
+    manager: CheckpointManager
+    held_out: list[HeldOut]
+
+    def probe(self) -> dict[str, float]:
+        """Return statistics of the model on the last micro batch, and of the step's gradients. Collective."""
+        batch = self.sums.last_batch
+        assert batch is not None, "a probe follows a forward pass"
+
+        def forward() -> None:
+            with self.precision:
+                self.model(batch.tokens, labels=batch.labels, documents=batch.documents, loss=self.validation_loss)
+
+        found = probe(self.model, self.world.device, forward, None if batch.documents is None else batch.documents.ids)
+        scale = self.updater.scale(self.label_share()).item()
+        return {key: value / scale if "/grad/" in key else value for key, value in found.items()}
