@@ -236,6 +236,11 @@ def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:
             f"{config}: model.type is {args.model.type!r}, which Hugging Face's libraries do not have; "
             "use --format safetensors"
         )
+    if args.model.norm != "rms":
+        raise ConfigError(
+            f"{config}: model.norm is {args.model.norm}, but a Hugging Face llama has RMSNorm only; "
+            "use --format safetensors"
+        )
     if app == DEFAULT_APP:
         return args, args.model, []
     return (

@@ -18,12 +18,11 @@ from lingua.model.loss import Loss
 from lingua.model.transformer import (
     ForwardContext,
     KVCache,
-    RMSNorm,
     RotaryEmbedding,
     TransformerBlock,
+    build_norm,
     cached_mask,
-    init_parameter,
-    initial_std,
+    init_modules,
 )
 
 from .args import LMTransformerArgs
@@ -42,7 +41,7 @@ class LMTransformer(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)
         self.rope_embeddings = RotaryEmbedding(args)
         self.layers = nn.ModuleList(TransformerBlock(args, layer) for layer in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = build_norm(args, args.dim)
         self.output = None if args.weight_tying else nn.Linear(args.dim, args.vocab_rows, bias=False)
 
     @property
@@ -97,8 +96,7 @@ class LMTransformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Initial values of all parameters and tables; also on sharded parameters."""
         self.init_buffers()
-        for name, parameter in self.named_parameters():
-            init_parameter(parameter, initial_std(self.args, name, parameter.shape), seed, name)
+        init_modules(self, self.args, seed)
 
     def init_buffers(self) -> None:
         """Tables that no checkpoint holds; call it after `to_empty` if weights are loaded instead of initialised."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -141,8 +142,34 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias, in fp32, returned in x's type."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return functional.layer_norm(x.float(), self.weight.shape, weight, bias, self.eps).type_as(x)
+
+
+def build_norm(args: LlamaArgs, dim: int) -> nn.Module:
+    """Build a norm of the kind that `model.norm` names."""
+    return {"rms": RMSNorm, "layer": LayerNorm}[args.norm](dim, args.norm_eps)
 
 
 class Attention(nn.Module):
@@ -156,8 +183,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, args.kv_heads * args.head_width, bias=False)
         self.wv = nn.Linear(args.dim, args.kv_heads * args.head_width, bias=False)
         self.wo = nn.Linear(args.heads * args.head_width, args.dim, bias=False)
-        self.q_norm = RMSNorm(args.head_width, args.norm_eps) if args.qk_norm else None
-        self.k_norm = RMSNorm(args.head_width, args.norm_eps) if args.qk_norm else None
+        self.q_norm = build_norm(args, args.head_width) if args.qk_norm else None
+        self.k_norm = build_norm(args, args.head_width) if args.qk_norm else None
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         q, k, v = self.project(x, ctx)
@@ -194,8 +221,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(args, layer)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = build_norm(args, args.dim)
+        self.ffn_norm = build_norm(args, args.dim)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         x = x + self.attention(self.attention_norm(x), ctx)  # (B, S, D)
@@ -211,10 +238,53 @@ def cached_mask(positions: Tensor, n_slots: int, window: int | None) -> Tensor:
 # -- initial weights -----------------------------------------------------------------------------------------------
 
 
-def initial_std(args: LlamaArgs, name: str, shape: torch.Size) -> float | None:
-    """Standard deviation of a parameter's initial values, cut off at 3 of them; None: all ones (norms)."""
-    if len(shape) < 2:
-        return None
+@torch.no_grad()
+def init_modules(model: nn.Module, args: LlamaArgs, seed: int) -> None:
+    """Give every parameter, sharded or not, its initial value: a function of (seed, name, shape) alone.
+
+    Weights of linear layers and embeddings are drawn and their biases are 0; any other module with parameters has a
+    method `reset_parameters`. Raises ValueError for one that has none.
+    """
+    done: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        own = {kind: p for kind, p in module.named_parameters(recurse=False) if p not in done}
+        done |= set(own.values())
+        if not own:
+            continue
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            _reset(module, own, seed, name)
+            continue
+        for kind, parameter in own.items():
+            if kind == "bias":
+                parameter.zero_()
+            else:
+                std = initial_std(args, f"{prefix}{kind}", parameter.shape)
+                init_parameter(parameter, std, seed, f"{prefix}{kind}")
+
+
+def _reset(module: nn.Module, own: Mapping[str, nn.Parameter], seed: int, name: str) -> None:
+    """Let a module initialise whole tensors in place of its parameters, then give each rank its shard."""
+    if not hasattr(module, "reset_parameters"):
+        raise ValueError(
+            f"{name or 'the model'} ({type(module).__name__}) has parameters but no reset_parameters(); "
+            "add this method and give them their initial values in it"
+        )
+    device = next(iter(own.values())).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(_seed_of(seed, name))
+        try:
+            module._parameters.update({kind: nn.Parameter(_whole_like(p)) for kind, p in own.items()})
+            module.reset_parameters()  # pyright: ignore[reportCallIssue]
+            drawn = dict(module._parameters)
+        finally:
+            module._parameters.update(own)
+    for kind, parameter in own.items():
+        _fill(parameter, drawn[kind])
+
+
+def initial_std(args: LlamaArgs, name: str, shape: torch.Size) -> float:
+    """Return the standard deviation of a matrix's initial values, which are cut off at 3 of them."""
     fan_in = args.dim if "embed" in name else shape[-1]
     std = args.init_base_std or fan_in**-0.5
     return std / _depth_factor(args, name) if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")) else std
@@ -231,16 +301,24 @@ def _depth_factor(args: LlamaArgs, name: str) -> float:
 
 
 @torch.no_grad()
-def init_parameter(parameter: Tensor, std: float | None, seed: int, name: str) -> None:
-    """Fill a parameter, sharded or not, with the values that (seed, name) stand for."""
-    if std is None:
-        parameter.fill_(1.0)
-        return
-    digest = hashlib.blake2b(f"{seed:d}/{name}".encode(), digest_size=7).digest()
-    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little"))
-    whole = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-    nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
+def init_parameter(parameter: Tensor, std: float, seed: int, name: str) -> None:
+    """Fill a matrix, sharded or not, with the values that (seed, name) stand for."""
+    generator = torch.Generator(parameter.device).manual_seed(_seed_of(seed, name))
+    drawn = _whole_like(parameter)
+    nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
+    _fill(parameter, drawn)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed:d}/{name}".encode(), digest_size=7).digest(), "little")
+
+
+def _whole_like(parameter: Tensor) -> Tensor:
+    return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+
+def _fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter. Every rank has it and takes its shard, so nothing is sent."""
     if isinstance(parameter, DTensor):
-        # Every rank has drawn the whole tensor: each takes its share, and nothing is sent.
         whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(whole)

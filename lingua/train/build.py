@@ -22,8 +22,8 @@ from torch import nn
 from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
-from lingua.config.base import build_part
-from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs
+from lingua.config.base import ConfigError, build_part
+from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.held_out import HeldOut, held_out_file, read_held_out
 from lingua.data.loader import Loader, build_loader, merge_states
@@ -65,11 +65,22 @@ def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
         sized["attn_impl"] = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
     model_args = args.model.model_copy(update=sized)
     with torch.device("meta"):
-        model = build_part(model_args)
+        model: nn.Module = build_part(model_args)
+    require_counted(model, model_args)
     model = parallelize(model, args.distributed, world)
     model.to_empty(device=world.device)
     model.init_weights(model_args.seed)  # pyright: ignore[reportCallIssue] - every model of an app has it
     return model
+
+
+def require_counted(model: nn.Module, args: ModelArgs) -> None:
+    """Raise ConfigError unless the model has as many parameters as its Args count, as `lingua check` assumes."""
+    built, counted = sum(parameter.numel() for parameter in model.parameters()), args.n_params()
+    if built != counted:
+        raise ConfigError(
+            f"model: {type(model).__name__} has {built:,} parameters, but n_params() of {type(args).__module__}."
+            f"{type(args).__name__} counts {counted:,}; override n_params_non_embedding() there to count them all"
+        )
 
 
 def build_loss(args: TrainArgs) -> Loss:

@@ -80,8 +80,10 @@ class LlamaArgs(ModelArgs):
     """Stretches the derived feed-forward width; ignored when hidden_dim is given."""
     multiple_of: PositiveInt = 256
     """The derived feed-forward width is a multiple of this."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Kind of every norm. rms: RMSNorm; layer: LayerNorm with weight and bias."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every norm."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScalingArgs | None = None
@@ -93,7 +95,7 @@ class LlamaArgs(ModelArgs):
     weight_tying: bool = False
     """Input embedding and output head are one parameter."""
     qk_norm: bool = False
-    """RMSNorm on queries and keys of each head, before rotation."""
+    """Norm on queries and keys of each head, before rotation."""
     sliding_window: PositiveInt | None = None
     """Each position sees itself and the sliding_window - 1 before it. Null: all before it."""
     attn_impl: AttnImpl = "auto"
@@ -146,7 +148,8 @@ class LlamaArgs(ModelArgs):
     def n_params_non_embedding(self) -> int:
         attention = 2 * self.dim * self.head_width * (self.heads + self.kv_heads)
         norms = 2 * self.dim + (2 * self.head_width if self.qk_norm else 0)
-        return self.n_layers * (attention + 3 * self.dim * self.ffn_width + norms) + self.dim
+        in_norms = (self.n_layers * norms + self.dim) * (2 if self.norm == "layer" else 1)  # weight and bias
+        return self.n_layers * (attention + 3 * self.dim * self.ffn_width) + in_norms
 
     def n_params(self) -> int:
         embeddings = self.vocab_rows * self.dim * (1 if self.weight_tying else 2)

@@ -241,6 +241,9 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path) -> 
         make_export(str(tmp_path / "run"), tmp_path / "hf", Format.torch, dtype=Dtype.bf16)
     with pytest.raises(ConfigError, match="--trim-vocab goes with --format hf"):
         make_export(str(tmp_path / "run"), tmp_path / "hf", Format.safetensors, trim_vocab=True)
+    config.write_text(config.read_text().replace("n_layers: 2", "n_layers: 2\n  norm: layer"))
+    with pytest.raises(ConfigError, match="norm is layer, but a Hugging Face llama has RMSNorm only"):
+        make_export(str(tmp_path / "run"), tmp_path / "hf", Format.hf)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -1,3 +1,4 @@
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
+from lingua.config.base import ConfigError
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import CrossEntropyArgs
 from lingua.distributed.parallelize import parallelize, recomputed
@@ -20,6 +22,7 @@ from lingua.distributed.process_group import Place, World
 from lingua.eval.scorer import Row, Scorer
 from lingua.model.loss import CrossEntropy
 from lingua.model.transformer import KVCache
+from lingua.train.build import require_counted
 from tests import packed_kernels
 from tests.packed_kernels import give_varlen_a_cpu, row_documents
 from tests.ranks import run_on_ranks
@@ -62,6 +65,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"n_kv_heads": 2},
     {"weight_tying": True},
     {"qk_norm": True},
+    {"qk_norm": True, "norm": "layer"},
     {"sliding_window": 5},
     {"head_dim": 16, "hidden_dim": 40, "n_kv_heads": 1},
 ]
@@ -81,6 +85,20 @@ def test_parameter_names_are_linguas() -> None:
 def test_parameters_are_as_many_as_the_config_says(keys: dict[str, Any]) -> None:
     model = build(**keys)
     assert sum(p.numel() for p in model.parameters()) == model.args.n_params()
+
+
+def test_a_model_with_parameters_that_its_args_do_not_count_is_refused() -> None:
+    model = build()
+    require_counted(model, model.args)
+    model.layers[0].gate = nn.Linear(2, 3)
+    with pytest.raises(ConfigError, match=r"parameters, but n_params\(\) of apps.main.args.LMTransformerArgs"):
+        require_counted(model, model.args)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_first_loss_is_about_that_of_a_guess(norm: str) -> None:
+    loss, _ = loss_and_gradients(build(norm=norm), *batch())
+    assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.6)
 
 
 @pytest.mark.parametrize("keys", [*VARIANTS, {"full": True}])

@@ -79,10 +79,11 @@ TIED = {"weight_tying": True}
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("impl", [pytest.param("sdpa", marks=pytest.mark.soak), "varlen"])
-def test_two_ranks_compute_what_one_computes(impl: str) -> None:
-    keys, layout = {"attn_impl": impl, **TIED}, {"full_activation_checkpointing": True}
-    assert_alike(run_on_ranks(lambda rank: compute((1, 1, 2), keys, layout), 2), compute(ONE, TIED, {}))
+@pytest.mark.parametrize(("impl", "norm"), [pytest.param("sdpa", "rms", marks=pytest.mark.soak), ("varlen", "layer")])
+def test_two_ranks_compute_what_one_computes(impl: str, norm: str) -> None:
+    keys, layout = {"norm": norm, **TIED}, {"full_activation_checkpointing": True}
+    found = run_on_ranks(lambda rank: compute((1, 1, 2), {"attn_impl": impl, **keys}, layout), 2)
+    assert_alike(found, compute(ONE, keys, {}))
 
 
 @pytest.mark.ranks

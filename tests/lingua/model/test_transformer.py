@@ -5,15 +5,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional
 
 from lingua.config.keys.model import LlamaArgs, RopeScalingArgs
 from lingua.model.transformer import (
     KVCache,
+    LayerNorm,
     RMSNorm,
     RotaryEmbedding,
     cached_mask,
+    init_modules,
     init_parameter,
     initial_std,
     rotary_frequencies,
@@ -156,12 +159,11 @@ ARGS: dict[str, Any] = {"dim": 16, "n_heads": 2, "n_layers": 3, "hidden_dim": 64
         ("layers.2.feed_forward.w2.weight", (16, 64), "current_depth", 64**-0.5 / 6**0.5),
         ("layers.2.feed_forward.w2.weight", (16, 64), "dim_ratio", 64**-0.5 * 256),
         ("layers.2.feed_forward.w1.weight", (64, 16), "dim_ratio", 16**-0.5),
-        ("layers.0.attention_norm.weight", (16,), "global_depth", None),
     ],
 )
-def test_initial_std_by_mode(name: str, shape: tuple[int, ...], mode: str, std: float | None) -> None:
+def test_initial_std_by_mode(name: str, shape: tuple[int, ...], mode: str, std: float) -> None:
     args = LlamaArgs(init_std_factor=cast(Any, mode), **ARGS)
-    assert initial_std(args, name, torch.Size(shape)) == (None if std is None else pytest.approx(std))
+    assert initial_std(args, name, torch.Size(shape)) == pytest.approx(std)
 
 
 def test_a_base_std_replaces_the_fan_in() -> None:
@@ -214,6 +216,57 @@ def test_initial_values_do_not_depend_on_the_layout() -> None:
 
     for found in run_on_ranks(on_rank, 2):
         assert all(torch.equal(each, whole) for each in found)
+
+
+class Ours(nn.Module):
+    """What an app may add: layers with biases, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.conv = nn.Conv1d(5, 5, 3)
+        self.scale = LayerNorm(5, 1e-5)
+
+
+@pytest.mark.ranks
+def test_every_module_is_initialised_by_its_own_rule_on_any_layout() -> None:
+    def build(sharded: bool) -> dict[str, Tensor]:
+        with torch.device("meta"):
+            model = Ours()
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        model.to_empty(device="cpu")
+        torch.manual_seed(torch.distributed.get_rank() if sharded else 5)
+        before = torch.get_rng_state()
+        init_modules(model, LlamaArgs(**ARGS), seed=3)
+        assert torch.equal(torch.get_rng_state(), before)
+        return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+
+    whole = build(sharded=False)
+    assert not whole["linear.bias"].any()
+    assert whole["linear.weight"].std() > 0.1
+    for norm in ("norm", "scale"):
+        assert torch.equal(whole[f"{norm}.weight"], torch.ones(5))
+        assert torch.equal(whole[f"{norm}.bias"], torch.zeros(5))
+    assert 0 < whole["conv.weight"].abs().max() <= 15**-0.5  # torch's own rule: fan_in ** -0.5
+    for found in run_on_ranks(lambda rank: build(sharded=True), 2):
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_module_with_parameters_and_no_rule_is_refused() -> None:
+    model = nn.ModuleDict({"gate": nn.ParameterList([nn.Parameter(torch.ones(2))])})
+    with pytest.raises(ValueError, match=r"gate \(ParameterList\) has parameters but no reset_parameters\(\)"):
+        init_modules(model, LlamaArgs(**ARGS), seed=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_is_torchs_in_fp32(dtype: torch.dtype) -> None:
+    x, norm = torch.randn(3, 8).to(dtype), LayerNorm(8, 1e-5)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm.bias)
+    expected = functional.layer_norm(x.float(), (8,), norm.weight, norm.bias, 1e-5)
+    torch.testing.assert_close(norm(x), expected.to(dtype))
 
 
 def test_the_reference_of_the_norm_is_torchs() -> None:
