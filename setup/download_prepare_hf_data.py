@@ -3,8 +3,8 @@
     uv run python setup/download_prepare_hf_data.py fineweb_edu_10bt 8 --data_dir data --nchunks 8
     uv run python setup/download_prepare_hf_data.py mine 8 --source ~/texts --data_dir data
 
-Give the same command again after whatever stopped it: it goes on. `data.sources: {fineweb_edu_10bt_shuffled: 100}`
-with `data.root_dir: data` then reads the chunks.
+Stopped by whatever, the same command continues. `data.sources: {fineweb_edu_10bt_shuffled: 100}` with
+`data.root_dir: data` then reads the chunks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Published files as blocks of jsonl bytes: jsonl as it is, .gz and .zst unpacked, parquet converted.
 
-Promise: lines of jsonl files keep every field, byte for byte. Of parquet only `text` (or `content`) and `id` are kept:
-the other columns are never read. A file that is cut off is an error that names it, not a shorter data set.
-Cost: memory for a few blocks; for parquet one column chunk of a row group as well.
+Lines of jsonl files keep every field, byte for byte. Of parquet only `text` (or `content`) and `id` are read. A file
+that is cut off is an error that names it, not a shorter data set. Memory: a few blocks, and for parquet one
+column chunk of a row group.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def is_plain(path: str | Path) -> bool:
 
 
 def find_inputs(folder: Path) -> list[str]:
-    """Files that can be read, relative to `folder`, in the order that numbers them. Hidden folders are left out."""
+    """Find the files that can be read, relative to `folder`, in the order that numbers them; no hidden ones."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The file as pieces of jsonl. Raises RunError that names a damaged file."""
+    """Yield the file as pieces of jsonl. Raises RunError that names a damaged file."""
     name = path.name
     try:
         if name.endswith(".parquet"):

@@ -3,29 +3,29 @@
 Promise: the output is a pure function of (seed, input files in order, number of chunks). Memory budget, number of
 processes, kills and restarts change nothing. Every good line comes out once, byte for byte, ended by one newline.
 
-A document's key is a 64-bit mix of (seed, number of its file, number of its line): counter-based, so no generator has a
-history. All documents in ascending order of key are the shuffled data set; the first ones are held out, the others
-are cut into chunks of equal count. Worked example, 2 files, 1 held out, 2 chunks:
+A document's key is a 64-bit hash of (seed, number of its file, number of its line). All documents in ascending order of
+key are the shuffled data set; the first ones are held out, the others are cut into chunks of equal count. An example
+with 2 files, 1 held out, 2 chunks:
 
     file 0   a(key 71) b(12) c(40)     run 0   b12 c40 a71    held out  b
     file 1   d(key 55) e(33)           run 1   e33 d55        chunk 0   e c    chunk 1   d a
 
 1. `sort_file` reads an input once, in windows that fit the budget; each window becomes a *run*, sorted by key.
 2. `write_output` takes one key range, cut finer until it fits the budget, from every run, sorts it and writes it.
-Both are independent per file: each may run in a process of its own, and each leaves a mark when it is through.
+Both are independent per file: each may run in a process of its own, and each leaves a mark when it is done.
 
-Cost: every byte is read twice and written twice, always in large pieces. Where all inputs are plain jsonl and fit the
-budget, runs are views of the mapped files (`map_file`), and every byte is written once. Memory: the window plus
-`DOC_BYTES` per document in it, plus `FIXED_BYTES`.
+Cost: every byte is read twice and written twice, in large pieces. Where all inputs are plain jsonl and fit the budget,
+runs are views of the mapped files (`map_file`), and every byte is written once. Memory: the window, `DOC_BYTES` per
+document in it, and `FIXED_BYTES`.
 """
 
 from __future__ import annotations
 
 import mmap
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +78,6 @@ class Counts:
     examples: list[str] = field(default_factory=list)
     """`file:line: what is wrong` of the first few."""
 
-    @property
-    def bad(self) -> int:
-        return self.not_json + self.no_text + self.empty
-
     def add(self, other: Counts) -> None:
         for name in ("documents", "blank", "not_json", "no_text", "empty"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -89,11 +85,11 @@ class Counts:
 
 
 def judge(line: memoryview) -> str:
-    """`documents`, or the name of the count that says why a line is none."""
+    """Return `documents`, or the name of the count that says why a line is not one."""
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
-        return "blank" if not bytes(line).strip() else "not_json"
+        return "not_json" if bytes(line).strip() else "blank"
     if not isinstance(value, dict):
         return "not_json"
     text = next((value[key] for key in TEXT_KEYS if key in value), None)
@@ -106,7 +102,7 @@ _WRONG = {"not_json": "no JSON object", "no_text": "no text or content that is a
 
 
 class LineScan:
-    """Finds the documents of one file in a buffer that grows and moves; counts what is none."""
+    """Finds the documents of one file in a buffer that grows and moves; counts the other lines."""
 
     def __init__(self, name: str) -> None:
         self.counts = Counts()
@@ -119,9 +115,8 @@ class LineScan:
 
     def scan(self, buffer: mmap.mmap, view: memoryview, start: int, end: int, *, last: bool) -> int:
         """Look at the whole lines of buffer[start:end]; returns where the first one not looked at begins."""
-        find = buffer.find
         while start < end:
-            stop = find(b"\n", start, end)
+            stop = buffer.find(b"\n", start, end)
             if stop < 0:
                 if not last:
                     return start
@@ -132,102 +127,97 @@ class LineScan:
             if after > first and view[after - 1] == 13:  # CRLF
                 after -= 1
             kind = judge(view[first:after]) if after > first else "blank"
+            setattr(self.counts, kind, getattr(self.counts, kind) + 1)
             if kind == "documents":
                 self.starts.append(first)
                 self.ends.append(after)
                 self.lines.append(self._n_lines)
-            else:
-                self._count(kind)
+            elif kind in _WRONG and len(self.counts.examples) < _MAX_EXAMPLES:
+                self.counts.examples.append(f"{self._name}:{self._n_lines + 1}: {_WRONG[kind]}")
             self._n_lines += 1
             start = stop + 1
         return min(start, end)
 
-    def index(self, seed: int, file_number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(keys, starts, ends) of the documents found since the last `clear`, in ascending order of key."""
-        self.counts.documents += len(self.lines)
-        keys = keys_of(seed, file_number, np.frombuffer(self.lines, np.uint64))
+    def documents(self, view: memoryview, seed: int, file_number: int) -> Documents:
+        """The documents found since the last `clear`, in ascending order of key."""
+        starts, ends, lines = (np.frombuffer(array, np.uint64) for array in (self.starts, self.ends, self.lines))
+        keys = keys_of(seed, file_number, lines)
         order = np.argsort(keys, kind="stable")
-        starts, ends = np.frombuffer(self.starts, np.uint64), np.frombuffer(self.ends, np.uint64)
-        return keys[order], starts[order], ends[order]
-
-    def _count(self, kind: str) -> None:
-        setattr(self.counts, kind, getattr(self.counts, kind) + 1)
-        if kind in _WRONG and len(self.counts.examples) < _MAX_EXAMPLES:
-            self.counts.examples.append(f"{self._name}:{self._n_lines + 1}: {_WRONG[kind]}")
-
-
-# -- runs ------------------------------------------------------------------------------------------------------------
+        return Documents(view, keys[order], starts[order], ends[order])
 
 
 @dataclass
-class DiskRun:
-    """A sorted window on disk: lines, zero padding to 8, keys (uint64), end of each line (uint64)."""
-
-    path: Path
-    n_docs: int
-    n_bytes: int
-    """Of the lines, newlines included."""
-
-    @property
-    def _keys_at(self) -> int:
-        return -(-self.n_bytes // 8) * 8
-
-    @property
-    def _ends_at(self) -> int:
-        return self._keys_at + 8 * self.n_docs
-
-    @cached_property
-    def keys(self) -> np.ndarray:
-        """Mapped: a binary search touches a few of its pages."""
-        return np.memmap(self.path, np.uint64, "r", self._keys_at, (self.n_docs,))
-
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return np.memmap(self.path, np.uint64, "r", self._ends_at, (self.n_docs,))
-
-    def end_of(self, n_docs: int) -> int:
-        """Bytes of the first `n_docs` documents."""
-        return int(self._ends[n_docs - 1]) if n_docs else 0
-
-    def take(self, first: int, last: int, window: memoryview, at: int) -> Taken:
-        """Documents [first, last); their bytes go to window[at:]."""
-        begin = self.end_of(first)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            _fill(file, window[at : at + self.end_of(last) - begin])
-        keys = np.fromfile(self.path, np.uint64, last - first, offset=self._keys_at + 8 * first)
-        ends = np.fromfile(self.path, np.uint64, last - first, offset=self._ends_at + 8 * first)
-        ends = ends - np.uint64(begin) + np.uint64(at)
-        starts = np.concatenate([np.array([at], np.uint64), ends[:-1]])
-        return Taken(window, keys, starts, ends - np.uint64(1))
-
-
-class MappedRun:
-    """A whole plain file in the page cache; nothing is copied."""
-
-    def __init__(self, view: memoryview, keys: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
-        self.keys, self._starts, self._ends, self._view = keys, starts, ends, view
-        self._bytes = np.cumsum(ends - starts + np.uint64(1))
-        self.n_docs, self.n_bytes = len(keys), int(self._bytes[-1])
-
-    def end_of(self, n_docs: int) -> int:
-        return int(self._bytes[n_docs - 1]) if n_docs else 0
-
-    def take(self, first: int, last: int, window: memoryview, at: int) -> Taken:
-        return Taken(self._view, self.keys[first:last], self._starts[first:last], self._ends[first:last])
-
-
-@dataclass
-class Taken:
-    """Documents of one run: where their bytes are, newline left out."""
+class Documents:
+    """Lines in memory: their keys, and where their bytes are, newline left out."""
 
     view: memoryview
     keys: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each document and all before it, newlines included."""
+        return np.cumsum(self.ends - self.starts + np.uint64(1))
 
-Run = DiskRun | MappedRun
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+class SortedRun:
+    """Documents of a file, or of a window of it, in ascending order of key."""
+
+    keys: np.ndarray
+    sizes: np.ndarray
+    """Bytes of each document and all before it, newlines included."""
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_bytes_of(0, len(self.keys))
+
+    def n_bytes_of(self, first: int, last: int) -> int:
+        """Bytes of documents [first, last)."""
+        return int(self.sizes[last - 1]) - (int(self.sizes[first - 1]) if first else 0) if last > first else 0
+
+    def n_below(self, key: int) -> int:
+        """Documents with a smaller key."""
+        return len(self.keys) if key >= KEY_END else int(np.searchsorted(self.keys, np.uint64(key)))
+
+    def take(self, first: int, last: int, window: memoryview) -> Documents:
+        """Documents [first, last); if their bytes are not in memory, they are read to the begin of the window."""
+        raise NotImplementedError
+
+
+class DiskRun(SortedRun):
+    """A sorted window on disk: lines, zero padding to 8, keys (uint64), `sizes` (uint64)."""
+
+    def __init__(self, path: Path, n_docs: int, n_bytes: int) -> None:
+        self._path, self._keys_at = path, -(-n_bytes // 8) * 8
+        # Mapped: a binary search touches a few of their pages.
+        self.keys, self.sizes = np.memmap(path, np.uint64, "r", self._keys_at, (2, n_docs))
+
+    def take(self, first: int, last: int, window: memoryview) -> Documents:
+        before = self.n_bytes_of(0, first)
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(before)
+            _fill(file, window[: self.n_bytes_of(first, last)])
+        count, n_docs = last - first, len(self.keys)  # read, because what is mapped would stay resident
+        keys = np.fromfile(self._path, np.uint64, count, offset=self._keys_at + 8 * first)
+        ends = np.fromfile(self._path, np.uint64, count, offset=self._keys_at + 8 * (n_docs + first))
+        ends -= np.uint64(before)
+        starts = np.concatenate([np.zeros(1, np.uint64), ends[:-1]])
+        return Documents(window, keys, starts, ends - np.uint64(1))
+
+
+class MappedRun(SortedRun):
+    """A whole plain file in the page cache; nothing is copied."""
+
+    def __init__(self, documents: Documents) -> None:
+        self._documents, self.keys, self.sizes = documents, documents.keys, documents.sizes
+
+    def take(self, first: int, last: int, window: memoryview) -> Documents:
+        found = self._documents
+        return Documents(found.view, found.keys[first:last], found.starts[first:last], found.ends[first:last])
 
 
 def _fill(file: object, memory: memoryview) -> None:
@@ -239,18 +229,16 @@ def _fill(file: object, memory: memoryview) -> None:
 
 
 def map_file(path: Path, name: str, file_number: int, seed: int) -> tuple[MappedRun | None, Counts]:
-    """The run of a plain jsonl file, without copying it. None: no document in it."""
+    """The run of a plain jsonl file, without copying it; None if it holds no document."""
     scan = LineScan(name)
-    size = path.stat().st_size
-    if not size:
-        return None, scan.counts
-    with path.open("rb") as file:
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    view = memoryview(buffer)
-    scan.scan(buffer, view, 0, size, last=True)
-    if not scan.starts:
-        return None, scan.counts
-    return MappedRun(view, *scan.index(seed, file_number)), scan.counts
+    if size := path.stat().st_size:
+        with path.open("rb") as file:
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        view = memoryview(buffer)
+        scan.scan(buffer, view, 0, size, last=True)
+        if scan.starts:
+            return MappedRun(scan.documents(view, seed, file_number)), scan.counts
+    return None, scan.counts
 
 
 def mark_of(folder: Path, file_number: int) -> Path:
@@ -258,9 +246,9 @@ def mark_of(folder: Path, file_number: int) -> Path:
     return folder / f"{file_number:06d}.done.json"
 
 
-def load_runs(folder: Path, n_files: int) -> tuple[list[Run], Counts]:
+def load_runs(folder: Path, n_files: int) -> tuple[list[SortedRun], Counts]:
     """All runs of a folder, in the order of the files."""
-    runs: list[Run] = []
+    runs: list[SortedRun] = []
     counts = Counts()
     for number in range(n_files):
         mark = read_json(mark_of(folder, number))
@@ -288,11 +276,11 @@ def sort_file(
     used = seen = 0  # bytes of the window that are filled; bytes of it that are looked at
 
     def close_window() -> None:
-        """What is looked at becomes a run; the begun line moves to the front."""
+        """Write the lines looked at as a run; the begun line moves to the front."""
         nonlocal used, seen
         if scan.starts:
             run = folder / f"{file_number:06d}-{len(runs):06d}.run"
-            runs.append((run.name, *_write_run(run, view, *scan.index(seed, file_number), files)))
+            runs.append((run.name, *_write_run(run, scan.documents(view, seed, file_number), files)))
         scan.clear()
         view[: used - seen] = view[seen:used]
         used, seen = used - seen, 0
@@ -335,29 +323,40 @@ def drop_window() -> None:
     _windows.clear()
 
 
-def _write_run(
-    path: Path, view: memoryview, keys: np.ndarray, starts: np.ndarray, ends: np.ndarray, files: Files
-) -> tuple[int, int]:
+def _write_run(path: Path, documents: Documents, files: Files) -> tuple[int, int]:
     """Returns documents and bytes."""
-    n_bytes = 0
+    sizes = documents.sizes
+    n_bytes = int(sizes[-1])
+    index = (np.zeros(-n_bytes % 8, np.uint8), documents.keys, sizes)
+    write_file(path, chain(_batches(_in_order([documents])), (part.tobytes() for part in index)), files)
+    return len(sizes), n_bytes
+
+
+def write_file(path: Path, parts: Iterable[bytes], files: Files) -> str:
+    """Write a file and have it on the disk; returns the XXH3-128 of what was written."""
+    digest = xxhash.xxh3_128()
     descriptor = files.create(path)
     try:
-        for batch in _batches(_lines(view, starts, ends)):
-            files.write(descriptor, batch)
-            n_bytes += len(batch)
-        for part in (np.zeros(-n_bytes % 8, np.uint8), keys, np.cumsum(ends - starts + np.uint64(1))):
-            files.write(descriptor, part.tobytes())
+        for part in parts:
+            files.write(descriptor, part)
+            digest.update(part)
         files.fsync(descriptor)
     finally:
         files.close(descriptor)
-    return len(keys), n_bytes
+    return digest.hexdigest()
 
 
-def _lines(view: memoryview, starts: np.ndarray, ends: np.ndarray) -> Iterator[memoryview]:
-    for first in range(0, len(starts), _BATCH_DOCS):
-        part = slice(first, first + _BATCH_DOCS)
-        for start, end in zip(starts[part].tolist(), ends[part].tolist(), strict=True):
-            yield view[start:end]
+def _in_order(parts: Sequence[Documents]) -> Iterator[memoryview]:
+    """Lines in ascending order of key. Equal keys keep the order of the parts, which is that of the input."""
+    order = np.argsort(np.concatenate([part.keys for part in parts]), kind="stable")
+    starts = np.concatenate([part.starts for part in parts])
+    ends = np.concatenate([part.ends for part in parts])
+    part_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.keys) for part in parts])
+    for first in range(0, len(order), _BATCH_DOCS):
+        batch = order[first : first + _BATCH_DOCS]
+        columns = (column[batch].tolist() for column in (part_of, starts, ends))
+        for number, start, end in zip(*columns, strict=True):
+            yield parts[number].view[start:end]
 
 
 def _batches(lines: Iterable[memoryview]) -> Iterator[bytes]:
@@ -397,9 +396,9 @@ def n_held_out(n_docs: int, n_chunks: int, per_chunk: int) -> int:
     return min(per_chunk * n_chunks, max(n_docs // 100, 1))
 
 
-def plan_outputs(runs: Sequence[Run], dataset: str, *, n_chunks: int, val_per_chunk: int) -> list[Output]:
+def plan_outputs(runs: Sequence[SortedRun], dataset: str, *, n_chunks: int, val_per_chunk: int) -> list[Output]:
     """Key ranges of the held-out file and of the chunks. No chunk is empty: there are fewer of them if need be."""
-    n_docs = sum(run.n_docs for run in runs)
+    n_docs = sum(len(run.keys) for run in runs)
     val = n_held_out(n_docs, n_chunks, val_per_chunk)
     n_chunks = min(n_chunks, n_docs - val)
     ranks = [val + (n_docs - val) * chunk // n_chunks for chunk in range(n_chunks)] if n_chunks else []
@@ -414,34 +413,27 @@ def plan_outputs(runs: Sequence[Run], dataset: str, *, n_chunks: int, val_per_ch
     ]
 
 
-def _n_below(run: Run, key: int) -> int:
-    return run.n_docs if key >= KEY_END else int(np.searchsorted(run.keys, np.uint64(key)))
-
-
-def _key_at_rank(runs: Sequence[Run], rank: int) -> int:
+def _key_at_rank(runs: Sequence[SortedRun], rank: int) -> int:
     """The smallest key that has `rank` documents below it."""
     low, high = 0, KEY_END
     while low < high:
         middle = (low + high) // 2
-        if sum(_n_below(run, middle) for run in runs) >= rank:
+        if sum(run.n_below(middle) for run in runs) >= rank:
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _size(runs: Sequence[Run], low: int, high: int) -> tuple[int, int]:
+def _size(runs: Sequence[SortedRun], low: int, high: int) -> tuple[int, int]:
     """Documents and bytes of a key range."""
-    n_docs = n_bytes = 0
-    for run in runs:
-        first, last = _n_below(run, low), _n_below(run, high)
-        n_docs += last - first
-        n_bytes += run.end_of(last) - run.end_of(first)
-    return n_docs, n_bytes
+    spans = [(run.n_below(low), run.n_below(high)) for run in runs]
+    n_bytes = sum(run.n_bytes_of(first, last) for run, (first, last) in zip(runs, spans, strict=True))
+    return sum(last - first for first, last in spans), n_bytes
 
 
-def _fitting(runs: Sequence[Run], low: int, high: int, memory_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """(low, high, bytes) of ranges, in order, that fit the memory; an empty range is left out."""
+def _fitting(runs: Sequence[SortedRun], low: int, high: int, memory_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """(low, high, bytes) of the key ranges, in order, that fit the memory; empty ranges are left out."""
     n_docs, n_bytes = _size(runs, low, high)
     if not n_docs:
         return
@@ -454,55 +446,31 @@ def _fitting(runs: Sequence[Run], low: int, high: int, memory_bytes: int) -> Ite
 
 
 def write_output(
-    runs: Sequence[Run],
-    output: Output,
-    path: Path,
-    *,
-    memory_bytes: int,
-    files: Files = DISK,
-    wrote: Callable[[int], None] = lambda _: None,
+    runs: Sequence[SortedRun], output: Output, path: Path, *, memory_bytes: int, files: Files = DISK
 ) -> str:
     """Write one output under its final name, whole or not at all; returns its XXH3-128."""
     window_bytes = min(max(memory_bytes - FIXED_BYTES, _MIN_WINDOW_BYTES), MAX_WINDOW_BYTES)
-    digest = xxhash.xxh3_128()
+    ranges = _fitting(runs, output.low, output.high, window_bytes)
     temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = files.create(temporary)
     try:
-        try:
-            for low, high, n_bytes in _fitting(runs, output.low, output.high, window_bytes):
-                for batch in _batches(_sorted_lines(runs, low, high, n_bytes)):
-                    files.write(descriptor, batch)
-                    digest.update(batch)
-                    wrote(len(batch))
-            files.fsync(descriptor)
-        finally:
-            files.close(descriptor)
+        # Joined per range, because the next one overwrites the window.
+        batches = (_batches(_in_order(_take(runs, *each))) for each in ranges)
+        digest = write_file(temporary, chain.from_iterable(batches), files)
         files.rename(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
     files.fsync_dir(path.parent)
-    return digest.hexdigest()
+    return digest
 
 
-def _sorted_lines(runs: Sequence[Run], low: int, high: int, n_bytes: int) -> Iterator[memoryview]:
-    """Lines of a key range in order. Equal keys keep the order of the runs, which is that of the input."""
+def _take(runs: Sequence[SortedRun], low: int, high: int, n_bytes: int) -> list[Documents]:
+    """The documents of a key range, in the order of the runs."""
     window = memoryview(_window(n_bytes) if any(isinstance(run, DiskRun) for run in runs) else b"")
-    taken: list[Taken] = []
-    at = 0
+    taken = []
     for run in runs:
-        first, last = _n_below(run, low), _n_below(run, high)
+        first, last = run.n_below(low), run.n_below(high)
         if first < last:
-            taken.append(run.take(first, last, window, at))
-            at += run.end_of(last) - run.end_of(first)
-    order = np.argsort(np.concatenate([part.keys for part in taken]), kind="stable")
-    starts = np.concatenate([part.starts for part in taken])
-    ends = np.concatenate([part.ends for part in taken])
-    run_of = np.repeat(np.arange(len(taken), dtype=np.uint32), [len(part.keys) for part in taken])
-    views = [part.view for part in taken]
-    for first in range(0, len(order), _BATCH_DOCS):
-        batch = order[first : first + _BATCH_DOCS]
-        for number, start, end in zip(
-            run_of[batch].tolist(), starts[batch].tolist(), ends[batch].tolist(), strict=True
-        ):
-            yield views[number][start:end]
+            taken.append(run.take(first, last, window))
+            window = window[run.n_bytes_of(first, last) :]
+    return taken

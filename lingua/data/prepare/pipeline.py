@@ -1,7 +1,7 @@
 """From a published data set to shuffled chunks a run can read: download, convert, shuffle, split, hold out, copy.
 
 Promise: the chunks are a pure function of (input files, seed, number of chunks). Killed at any point and started again
-with the same command it goes on, doubles no line, and ends with the same bytes. The memory budget covers the resident
+with the same command it continues, repeats no line, and ends with the same bytes. The memory budget covers the resident
 memory of all processes. Work folders are cleared only after the copy on the final disk was read back and is right.
 Cost: disk for the download, for sorted runs of all text under `tmp_dir` (none when plain jsonl fits the budget), and
 for the chunks.
@@ -38,13 +38,14 @@ from lingua.data.prepare.external_sort import (
     Counts,
     MappedRun,
     Output,
-    Run,
+    SortedRun,
     drop_window,
     load_runs,
     map_file,
     mark_of,
     plan_outputs,
     sort_file,
+    write_file,
     write_output,
 )
 from lingua.data.prepare.worker_pool import available_bytes, disk_of, each, need_space, rss_bytes
@@ -61,12 +62,11 @@ _WORKER_BYTES = 192 << 20  # below this a process spends its memory on itself
 _FORK_BYTES = 32 << 20  # pages that a forked process soon has of its own; also the smallest useful window
 _PARQUET_BYTES = 96 << 20  # its library and a row group
 _SMALL_BYTES = 64 << 20  # below this a second process costs more than it saves
-_COPY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked for. Lengths are in bytes; folders need not exist yet."""
+    """A request. Sizes are in bytes; folders need not exist yet."""
 
     dataset: str
     memory_bytes: int
@@ -80,7 +80,7 @@ class Job:
     """A local folder of jsonl, gz, zst or parquet files instead of the hub."""
     revision: str | None = None
     n_workers: int | None = None
-    """Processes. None: as many as cores, inputs and memory allow."""
+    """Processes; None for as many as cores, inputs and memory allow."""
     val_per_chunk: int = VAL_PER_CHUNK
 
     @property
@@ -101,46 +101,40 @@ class Job:
 
 
 def check_job(job: Job) -> None:
-    """Raises ValueError with a remedy for what cannot work, before anything is touched."""
+    """Refuse what cannot work, before anything is touched. Raises ValueError with a remedy."""
     if job.source is None and job.dataset not in hub.DATASETS:
         known = ", ".join(sorted(hub.DATASETS))
         raise ValueError(f"no data set {job.dataset!r}; there are {known}, and any name with --source FOLDER")
     if not job.dataset or "/" in job.dataset or job.dataset.startswith("."):
-        raise ValueError(f"{job.dataset!r} is no name for a data set: it becomes a folder")
+        raise ValueError(f"{job.dataset!r} is not a name for a data set: it becomes a folder")
     if job.n_chunks < 1:
-        raise ValueError(f"--nchunks {job.n_chunks}: at least one chunk is needed")
+        raise ValueError(f"--nchunks {job.n_chunks}: give at least 1")
     if job.clear and job.final is None:
-        raise ValueError("--clear_work_dir_after_transfer_to_final needs --final_data_dir: else nothing would remain")
+        raise ValueError("--clear_work_dir_after_transfer_to_final needs --final_data_dir, or nothing would remain")
     if job.final and job.final.resolve() == job.out.resolve():
         raise ValueError(f"--final_data_dir is --data_dir ({job.data_dir}); leave it out")
     if job.source is not None:
         if not job.source.is_dir():
-            raise ValueError(f"--source {job.source} is no folder")
+            raise ValueError(f"--source {job.source} is not a folder; check the path")
         if job.source.resolve() in (job.out.resolve(), job.final.resolve() if job.final else None):
             raise ValueError(f"--source {job.source} is where the result goes; choose another --data_dir")
     _window_bytes(job.memory_bytes - rss_bytes(), 1)
 
 
 def prepare(job: Job, *, files: Files = DISK, progress: Progress | None = None) -> dict[str, Any]:
-    """Do all that is not done yet; returns the manifest. Raises RunError or ValueError with one clear sentence."""
+    """Do all that is not done yet; returns the manifest. Raises RunError or ValueError with one sentence."""
     check_job(job)
     progress = progress or Progress()
     lock_folder = job.data_dir / f".prepare-{job.dataset}"
     with progress, _locked(job, lock_folder):
-        manifest = _finished_copy(job)
-        copied_now = False
+        manifest = _finished(job, job.final) if job.final else None
+        copied_now = manifest is None
         if manifest is None:
-            manifest = read_manifest(job.out)
-            if manifest is None:
-                manifest = _make(job, progress, files)
-            else:
-                _refuse_other(job, manifest, job.out)
-                _refuse_problems(check_manifest(job.out))
+            manifest = _finished(job, job.out) or _make(job, progress, files)
             _sweep(job, files)
             if job.final:
                 with disk_of(job.final, "--final_data_dir"):
                     _copy(job.out, job.final, manifest, progress, files)
-                copied_now = True
         if job.clear:
             _clear(job, files, verified=copied_now)
     if job.clear:
@@ -155,7 +149,7 @@ def _locked(job: Job, folder: Path) -> Iterator[None]:
         lock.acquire()
     except OccupiedError as error:
         owner = str(error).partition(" by ")[2].partition(";")[0]
-        raise RunError(f"{job.out} is being prepared by {owner or 'another process'}; let it end, or stop it") from None
+        raise RunError(f"{job.out} is being prepared by {owner or 'another process'}; wait for it or stop it") from None
     try:
         yield
     finally:
@@ -181,18 +175,16 @@ def _recipe(job: Job, revision: str, requested: str, inputs: list[list[Any]]) ->
 
 
 def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[list[Any]] | None = None) -> None:
-    """Raises ValueError when the folder holds something else than what is asked for."""
-    wanted: dict[str, Any] = {"version": ORDER_VERSION, "dataset": job.dataset, "repo": job.repo, "seed": job.seed}
-    wanted |= {"n_chunks": job.n_chunks, "val_per_chunk": job.val_per_chunk}
-    if job.revision not in (None, recipe.get("requested_revision"), recipe.get("revision")):
-        wanted["revision"] = job.revision
+    """Raise ValueError if the folder holds something other than what is asked for."""
+    revision, requested = recipe.get("revision", ""), recipe.get("requested_revision", "")
+    asked = revision if job.revision in (None, requested) else job.revision
+    wanted = _recipe(job, asked, requested, inputs or recipe.get("inputs", []))
+    was, now = ({name: rest for name, *rest in listed} for listed in (recipe.get("inputs", []), wanted.pop("inputs")))
     remedy = f"remove {folder} to prepare it anew, or choose another folder"
     for key, value in wanted.items():
         if recipe.get(key) != value:
             raise ValueError(f"{folder} was prepared with {key} {recipe.get(key)}, not {value}; {remedy}")
-    if inputs is not None and inputs != recipe["inputs"]:
-        was, now = ({name: rest for name, *rest in listed} for listed in (recipe["inputs"], inputs))
-        changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    if changed := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
         raise ValueError(f"the input files changed since {folder} was begun ({', '.join(changed[:3])}); {remedy}")
 
 
@@ -202,12 +194,12 @@ def _refuse_problems(problems: list[str]) -> None:
         raise RunError(problems[0] + more)
 
 
-def _finished_copy(job: Job) -> dict[str, Any] | None:
-    if job.final is None or (manifest := read_manifest(job.final)) is None:
-        return None
-    _refuse_other(job, manifest, job.final)
-    _refuse_problems(check_manifest(job.final))
-    log.info("%s is complete already", job.final)
+def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished result of this very request, or None. Raises if it is damaged or another's."""
+    if (manifest := read_manifest(folder)) is not None:
+        _refuse_other(job, manifest, folder)
+        _refuse_problems(check_manifest(folder))
+        log.info("%s is complete already", folder)
     return manifest
 
 
@@ -223,7 +215,7 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
         except FileNotFoundError:
             if stray := stray_files(job.out, set()):
                 raise ValueError(
-                    f"{job.out} already holds {stray[0]}, from elsewhere; remove it or choose another --data_dir"
+                    f"{job.out} already holds {stray[0]}, from elsewhere; remove it, or choose another --data_dir"
                 ) from None
             write_json(job.out / _STATE, recipe, files=files)
         else:
@@ -233,8 +225,8 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
         log.info("the machine has %s of memory to spare; that is the budget", human_bytes(memory_bytes))
     runs, counts = _runs(job, root, recipe, memory_bytes, progress, files)
     if not counts.documents:
-        raise RunError(f"no document in {root}: {_told(counts)}")
-    log.info("%s", _told(counts))
+        raise RunError(f"no document in {root}: {_describe(counts)}")
+    log.info("%s", _describe(counts))
     outputs = plan_outputs(runs, job.dataset, n_chunks=job.n_chunks, val_per_chunk=job.val_per_chunk)
     if (n_chunks := sum(".chunk." in output.name for output in outputs)) < job.n_chunks:
         log.warning("%d documents fill %d chunks, not %d", counts.documents, n_chunks, job.n_chunks)
@@ -268,19 +260,19 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
     return job.raw, _recipe(job, snapshot.revision, snapshot.requested, inputs)
 
 
-def _told(counts: Counts) -> str:
-    """What became of the lines, for people."""
-    told = f"{counts.documents} documents"
+def _describe(counts: Counts) -> str:
+    """Say what became of the lines."""
+    text = f"{counts.documents} documents"
     left_out = {"blank lines": counts.blank, "not JSON": counts.not_json}
     left_out |= {"without text": counts.no_text, "with empty text": counts.empty}
     if some := ", ".join(f"{n} {what}" for what, n in left_out.items() if n):
-        told += f"; left out: {some}"
-    return told + "".join(f"; {example}" for example in counts.examples[:3])
+        text += f"; left out: {some}"
+    return text + "".join(f"; {example}" for example in counts.examples[:3])
 
 
 def _runs(
     job: Job, root: Path, recipe: dict[str, Any], memory_bytes: int, progress: Progress, files: Files
-) -> tuple[Sequence[Run], Counts]:
+) -> tuple[Sequence[SortedRun], Counts]:
     """Sorted runs of all inputs and what became of their lines; `memory_bytes`: what is left of the budget."""
     names = [name for name, *_ in recipe["inputs"]]
     sizes = [size for _, size, *_ in recipe["inputs"]]
@@ -308,7 +300,7 @@ def _runs(
 
 def _map_all(
     job: Job, root: Path, names: list[str], sizes: list[int], memory_bytes: int, progress: Progress
-) -> tuple[Sequence[Run], Counts] | None:
+) -> tuple[Sequence[SortedRun], Counts] | None:
     """Runs without a copy when everything is plain jsonl and fits the budget together with its index; else None."""
     budget_bytes = memory_bytes - FIXED_BYTES
     expected_bytes = 0
@@ -321,7 +313,7 @@ def _map_all(
     if expected_bytes > budget_bytes:
         return None
     progress.begin("scan", sum(sizes))
-    runs: list[Run] = []
+    runs: list[SortedRun] = []
     total = Counts()
     for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
         run, counts = map_file(root / name, str(root / name), number, job.seed)
@@ -332,7 +324,7 @@ def _map_all(
 
 
 def _write_all(
-    job: Job, runs: Sequence[Run], outputs: list[Output], memory_bytes: int, progress: Progress, files: Files
+    job: Job, runs: Sequence[SortedRun], outputs: list[Output], memory_bytes: int, progress: Progress, files: Files
 ) -> dict[str, dict[str, Any]]:
     """Size, count and hash of each output by name."""
     written = {output.name: _mark_read(job.out, output) for output in outputs}
@@ -381,7 +373,7 @@ def _scratch_root(job: Job) -> Path:
 
 
 def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
-    """Folder of the runs of this recipe; what another recipe left there goes."""
+    """Make the folder of this recipe's runs; what another recipe left there is removed."""
     root = _scratch_root(job)
     folder = root / xxhash.xxh3_64_hexdigest(orjson.dumps(recipe))
     with disk_of(root, "--tmp_dir"):
@@ -424,7 +416,7 @@ def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progre
     for name, facts in todo.items():
         temporary = target / f".{name}.tmp"
         try:
-            _copy_bytes(source / name, temporary, files)
+            write_file(temporary, blocks(source / name), files)
             if hash_file(temporary, past_cache=True) != facts["xxh3_128"]:
                 raise RunError(
                     f"the copy of {source / name} in {target} has other content than the manifest says; check both "
@@ -443,19 +435,8 @@ def _is_copied(path: Path, facts: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["xxh3_128"]
 
 
-def _copy_bytes(source: Path, target: Path, files: Files) -> None:
-    descriptor = files.create(target)
-    try:
-        with source.open("rb", buffering=0) as file:
-            while block := file.read(_COPY_BYTES):
-                files.write(descriptor, block)
-        files.fsync(descriptor)
-    finally:
-        files.close(descriptor)
-
-
 def _clear(job: Job, files: Files, *, verified: bool) -> None:
-    """Remove both work folders. A `source` folder is the user's own and stays."""
+    """Remove both work folders; a `source` folder is the user's own and stays."""
     assert job.final is not None
     folders = [folder for folder in (job.out, *(() if job.source else (job.raw,))) if folder.is_dir()]
     if folders and not verified:
@@ -469,7 +450,7 @@ def _clear(job: Job, files: Files, *, verified: bool) -> None:
 
 
 def _n_workers(job: Job, memory_bytes: int, n_tasks: int, n_bytes: int, reserve_bytes: int) -> int:
-    """Processes that cores, tasks and memory allow; 1: no process beside this one."""
+    """Processes that cores, tasks and memory allow, this one included."""
     if job.n_workers is None and n_bytes < _SMALL_BYTES:
         return 1
     wanted = job.n_workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)

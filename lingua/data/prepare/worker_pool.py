@@ -1,7 +1,6 @@
-"""What the stages of the preparation share: forked workers that die with their parent, memory, disk space, progress.
+"""What the stages of the preparation share: forked workers, memory, disk space.
 
-Promise: no process outlives the one that started it; a worker's error arrives as it was raised.
-Cost: a fork per worker.
+No worker outlives the process that started it, and its error arrives as it was raised.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def _die_with_parent() -> None:
 
 
 def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Iterator[tuple[int, _Result]]:
-    """(number, task(number)) as they come, from processes forked here; 1: in this one."""
+    """Yield (number, task(number)) as they end, from `n_workers` forked processes; 1 means in this process."""
     if n_workers == 1:
         for number in todo:
             yield number, task(number)
@@ -54,7 +53,7 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise RunError(
-            "a worker process was killed, perhaps for want of memory; give the same command again, with fewer --workers"
+            "a worker process was killed, perhaps by lack of memory; give the same command again, with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -62,14 +61,14 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
 
 
 def peak_rss_bytes() -> int:
-    """At most this much memory was resident at once: the peak of this process and those of its workers, added up."""
+    """An upper bound of the memory resident at once: the peaks of this process and of its workers, added up."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     own_kib = int(status["VmHWM"].split()[0])  # ru_maxrss would count what was there before exec
     return (own_kib + _most_workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
 
 
 def available_bytes() -> int:
-    """Memory that the machine can still give without swapping."""
+    """Memory that the machine can give without swapping."""
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(facts["MemAvailable"].split()[0]) * 1024
 
@@ -80,14 +79,14 @@ def rss_bytes() -> int:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """No space or no quota. hf_xet tells it only in words."""
+    """Return whether space or quota ran out. hf_xet says so only in its message."""
     number = getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota exceeded" in str(error)
 
 
 @contextmanager
 def disk_of(folder: Path, option: str) -> Iterator[None]:
-    """A full disk becomes a sentence; everything that is marked as done stays."""
+    """Turn a full disk into a sentence with a remedy; everything that is marked as done stays."""
     try:
         yield
     except OSError as error:
@@ -95,7 +94,7 @@ def disk_of(folder: Path, option: str) -> Iterator[None]:
             raise
         raise RunError(
             f"no space left for {folder} ({human_bytes(free_bytes(folder))} free; a quota may be lower); "
-            f"free some or choose another {option}, then give the same command again: it goes on from here"
+            f"free some or choose another {option}, then give the same command again: it continues from here"
         ) from None
 
 
@@ -103,5 +102,5 @@ def need_space(folder: Path, n_bytes: int, option: str) -> None:
     if n_bytes > (free := free_bytes(folder)):
         raise RunError(
             f"{folder} needs {human_bytes(n_bytes)} ({n_bytes} bytes) and has {human_bytes(free)} free; "
-            f"free some space or choose another {option}, then give the same command again: it goes on from here"
+            f"free some space or choose another {option}, then give the same command again: it continues from here"
         )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lingua.data.prepare.external_sort import (
     FIXED_BYTES,
     Counts,
-    Run,
+    SortedRun,
     keys_of,
     load_runs,
     map_file,
@@ -34,7 +34,9 @@ def lines_of(n: int, seed: int = 0) -> list[bytes]:
     return [orjson.dumps({"n": n, "text": "x" * rng.choice([1, 30, 400, 5000])}) for n in range(n)]
 
 
-def sorted_runs(inputs: list[bytes], folder: Path, memory_bytes: int, block: int = 777) -> tuple[list[Run], Counts]:
+def sorted_runs(
+    inputs: list[bytes], folder: Path, memory_bytes: int, block: int = 777
+) -> tuple[list[SortedRun], Counts]:
     folder.mkdir()
     for number, data in enumerate(inputs):
         pieces = (data[at : at + block] for at in range(0, len(data), block))
@@ -42,7 +44,7 @@ def sorted_runs(inputs: list[bytes], folder: Path, memory_bytes: int, block: int
     return load_runs(folder, len(inputs))
 
 
-def written(runs: list[Run], folder: Path, memory_bytes: int, n_chunks: int = 3) -> dict[str, bytes]:
+def written(runs: list[SortedRun], folder: Path, memory_bytes: int, n_chunks: int = 3) -> dict[str, bytes]:
     folder.mkdir()
     outputs = plan_outputs(runs, "d", n_chunks=n_chunks, val_per_chunk=5)
     for output in outputs:
@@ -74,7 +76,7 @@ def test_the_memory_changes_nothing(tmp_path: Path) -> None:
         runs, counts = sorted_runs(inputs, tmp_path / f"runs{number}", memory_bytes, block=777 + 5000 * number)
         assert counts.documents == 600
         results.append((len(runs), written(runs, tmp_path / f"out{number}", memory_bytes)))
-    mapped: list[Run] = []
+    mapped: list[SortedRun] = []
     for number, data in enumerate(inputs):
         (tmp_path / f"in{number}").write_bytes(data)
         run, _ = map_file(tmp_path / f"in{number}", "in", number, 7)
@@ -132,7 +134,7 @@ def test_odd_lines(tmp_path: Path, line: bytes, kind: str, ending: bytes) -> Non
 def test_blocks_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block: int) -> None:
     folder = tmp_path_factory.mktemp("cut")
     runs, counts = sorted_runs([b"\n".join(lines)], folder / "runs", 0, block)
-    assert counts.documents == sum(run.n_docs for run in runs) == sum(b"text" in line for line in lines)
+    assert counts.documents == sum(len(run.keys) for run in runs) == sum(b"text" in line for line in lines)
     (folder / "in").write_bytes(b"\n".join(lines))
     _, mapped = map_file(folder / "in", "in0", 0, 7)
     assert mapped == counts

@@ -186,7 +186,7 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing(job: Job, tmp_path: Path) -
             prepare(again, files=FailingFiles(n))
         if error.type is RunError:  # else while sweeping, which needs no space
             assert "no space left for" in str(error.value), n
-            assert "goes on from here" in str(error.value), n
+            assert "continues from here" in str(error.value), n
         prepare(again)
         assert again.final
         assert content(again.final) == content(job.final), n
@@ -322,11 +322,11 @@ def test_chunks_from_elsewhere_are_not_mixed_in(job: Job) -> None:
     ("change", "message"),
     [
         ({"source": None}, "no data set 'mine'; there are cosmopedia_v2"),
-        ({"dataset": "a/b"}, "no name for a data set"),
-        ({"n_chunks": 0}, "at least one chunk"),
+        ({"dataset": "a/b"}, "not a name for a data set"),
+        ({"n_chunks": 0}, "--nchunks 0: give at least 1"),
         ({"final_data_dir": None}, "needs --final_data_dir"),
         ({"memory_bytes": 1 << 20}, "MEMORY is too small"),
-        ({"source": Path("nowhere")}, "is no folder"),
+        ({"source": Path("nowhere")}, "is not a folder"),
     ],
 )
 def test_impossible_requests(job: Job, change: dict[str, object], message: str) -> None:
