@@ -177,16 +177,8 @@ def evaluate(
     With --slurm this process needs no GPU: each evaluation is a job with async_eval_gpus GPUs and the Slurm options of
     the run's config.
     """
-    if slurm:
-        from lingua.eval.slurm_jobs import follow_by_jobs
-        from lingua.logger import start_logging
-
-        if follow is None:
-            raise typer.BadParameter("--slurm goes with --follow RUN")
-        start_logging(own_packages=("lingua",))
-        line = parse_command_line([*(words or []), *(["newest_first=true"] if newest_first else [])])
-        raise typer.Exit(follow_by_jobs(Path(follow), line, once=once, base_dir=Path.cwd()))
     options = {f"follow={follow}": follow, "newest_first=true": newest_first, "--once": once, "--json": as_json}
+    options["--slurm"] = slurm
     given = [word for word, is_given in options.items() if is_given]
     words = words or []
     _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])

@@ -38,7 +38,7 @@ from lingua.eval.plan import MAX_KILLED, Candidate, Decision, RunState, Try, dec
 from lingua.files import DISK, Files, RunError, make_folders, read_json, write_json
 from lingua.run.folder import EXIT_FINISHED, EXIT_REQUEUE, STOP_FILE
 from lingua.run.lock import OccupiedError, Owner, RunLock, attempt_files, living_attempt, newest_attempt, this_process
-from lingua.run.metrics import EVAL_FILE, EvaluationTracker, JsonLines, read_metrics
+from lingua.run.metrics import EVAL_FILE, JsonLines, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -89,21 +89,6 @@ def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable
     if newest is not None:
         seen_s = max(seen_s, newest.beat_s)
     return RunState(exit_code != EXIT_REQUEUE, exit_code == EXIT_FINISHED, max(0.0, now() - seen_s))
-
-
-def training_id(run_dir: Path, step: int) -> str | None:
-    """The tracking id that a published checkpoint keeps; None: none, or the checkpoint is gone."""
-    try:
-        state = read_json(layout.folder(run_root(run_dir), step) / layout.train_state_file(0))
-        return state["shared"].get("tracking_id")
-    except (OSError, RunError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def evaluation_tracker(run_args: Any, run_dir: Path) -> EvaluationTracker:
-    """Where the evaluations of a run are tracked, as its config (the app's TrainArgs) says."""
-    config = run_args.model_dump(mode="json")
-    return EvaluationTracker(run_args.logging.wandb, run_dir, run_args.name, config, partial(training_id, run_dir))
 
 
 def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, Any], *, files: Files = DISK) -> None:

@@ -31,10 +31,10 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.distributed.parallelize import DTYPES
-from lingua.distributed.process_group import World, first_given, from_main, on_every_rank, patient
+from lingua.distributed.process_group import World, first_given, on_every_rank, patient
 from lingua.eval.evaluator import Beat, Evaluator, Stopped
 from lingua.eval.harness_tasks import be_offline
-from lingua.eval.measures import Measures
+from lingua.eval.measures import Measures, Together
 from lingua.eval.spawn import OwnEvaluator, devices_beside
 from lingua.files import RunError
 from lingua.run.folder import EXIT_REQUEUE
@@ -155,6 +155,7 @@ class InTraining(Evaluation):
     ) -> None:
         self._run, self._watchdog, self._measures, self._now = run, watchdog, measures, now
         self._incarnation = incarnation
+        self._ranks = Together(self._measure)
         self._period = Rhythm(run.args.checkpoint.eval.every, 0)
         self._n_begun = 0
         self._heard_s = 0.0
@@ -206,24 +207,16 @@ class InTraining(Evaluation):
     # -- all ranks -------------------------------------------------------------------------------------------------
 
     def _together(self, act: Callable[[Evaluator], None]) -> bool:
-        """Rank 0 does `act`, and the others their shares of what it measures meanwhile."""
+        """Do `act` on rank 0; the other ranks measure what it measures."""
+
+        def lead() -> None:
+            assert self._evaluator is not None
+            act(self._evaluator)
+
         timeout_s, usual_s = 3600 * self._measures.args.timeout_hours, self._run.args.distributed.timeout_s
         with self._watchdog.heartbeat.during("evaluation"), patient(timeout_s, usual_s):
-            if self._evaluator is None:
-                self._obey()
-            else:
-                try:
-                    act(self._evaluator)
-                finally:
-                    from_main(_nothing)
+            self._ranks.led_by_main(lead, self._beat)
             return first_given(self._watchdog.received) is not None
-
-    def _obey(self) -> None:
-        while (source := from_main(_nothing)) is not None:
-            try:
-                self._measure(source, self._beat)
-            except Exception as error:  # rank 0 has heard of it, and writes it down
-                log.warning("the evaluation is left: %s", error)
 
     def _lead(self, checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
         """An Evaluator's `measure`, on rank 0."""
@@ -238,7 +231,7 @@ class InTraining(Evaluation):
             self._beat()
 
         try:
-            return self._measure(from_main(lambda: source), beat_of_both)
+            return self._ranks.measure(source, beat_of_both)
         except ConfigError as error:  # of this evaluation: it must not end the run
             raise RunError(str(error)) from error
 
@@ -300,7 +293,3 @@ class InTraining(Evaluation):
             self._heard_s = now_s
             if store.check([self._left]):
                 raise Stopped
-
-
-def _nothing() -> str | None:
-    return None

@@ -8,27 +8,43 @@ Cost: each rank holds the whole model once, and scores its share.
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from lingua.config.base import ConfigError
+from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.held_out import HeldOutText, held_out_texts
 from lingua.distributed.parallelize import DTYPES
-from lingua.distributed.process_group import World, on_every_rank
+from lingua.distributed.process_group import (
+    World,
+    find_place,
+    from_main,
+    on_every_rank,
+    pick_device,
+    set_environment,
+    start_world,
+)
+from lingua.distributed.same_config import code_of
 from lingua.eval.evaluator import Beat
 from lingua.eval.harness import make_lm, run_tasks
-from lingua.eval.harness_tasks import load_tasks
+from lingua.eval.harness_tasks import be_offline, load_tasks
 from lingua.eval.scorer import Loss, Scorer, Wording, score_documents
+from lingua.logger import start_logging
 from lingua.model.generate import Generator
+from lingua.slurm import this_allocation
 from lingua.tokenizer import Tokenizer
 from lingua.train.load_model import load_model
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -92,3 +108,54 @@ class Measures:
         dist.all_reduce(sums)
         nats, *counts = sums.tolist()
         return Loss(nats, *map(int, counts))
+
+
+@contextmanager
+def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]:
+    """Join the other ranks of this command, and be ready to measure."""
+    place = find_place()
+    start_logging(place.rank, own_packages=("lingua", "apps", app))
+    if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
+        be_offline()
+    device = pick_device(args.generator.device, place)
+    set_environment(run_args.env, place, on_gpu=device.type == "cuda")
+    timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
+    same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
+    same |= code_of(["lingua", run_args.app, *run_args.plugins])
+    with start_world(DistributedArgs(timeout_s=timeout_s), place, device, same) as world:
+        yield on_every_rank(lambda: Measures(run_args, args, world))
+
+
+class Together:
+    """Lets all ranks measure what rank 0 chooses, any number of times."""
+
+    def __init__(self, measure: Callable[[str, Beat], dict[str, Any]]) -> None:
+        """`measure`: collective; either all ranks return or all raise."""
+        self._measure = measure
+
+    def measure(self, source: str, beat: Beat) -> dict[str, Any]:
+        """Measure `source` on all ranks. On rank 0 alone, within `led_by_main`."""
+        return self._measure(from_main(lambda: source), beat)
+
+    def keep_waiting(self) -> None:
+        """Give the waiting ranks a sign of life. On rank 0 alone, within `led_by_main`."""
+        from_main(lambda: "")
+
+    def led_by_main(self, act: Callable[[], T], beat: Beat = lambda: None) -> T | None:
+        """Call `act` on rank 0 and return its result there; the others measure what it does. Collective."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                return act()
+            finally:
+                from_main(_nothing)
+        while (source := from_main(_nothing)) is not None:
+            if source:
+                try:
+                    self._measure(source, beat)
+                except Exception as error:  # rank 0 has seen it too, and records it
+                    log.warning("leaving this evaluation: %s", error)
+        return None
+
+
+def _nothing() -> str | None:
+    return None

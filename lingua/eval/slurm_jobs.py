@@ -21,30 +21,14 @@ from typing import Any
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint
-from lingua.config.base import ConfigError
-from lingua.config.command_line import (
-    CommandLine,
-    app_schema,
-    choose_app,
-    leave,
-    parse_command_line,
-    run_main,
-)
-from lingua.config.compose import compose
-from lingua.config.frozen import CONFIG_FILE
-from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import JobArgs
-from lingua.eval.evaluator import Beat, Evaluator, Stopped, evaluation_tracker, read_results
-from lingua.eval.spawn import alone
+from lingua.eval.evaluator import Beat, Stopped, read_results
 from lingua.files import RunError, make_folder, write_whole
 from lingua.launch.submit import RUN_SCRIPT
-from lingua.logger import start_logging
 from lingua.run.code_snapshot import FOLDER as CODE
-from lingua.run.folder import EXIT_FINISHED, end_asked_for
-from lingua.signals import StopSignals
 from lingua.slurm import Runner, cancel, code_lines, job_script, jobs_named, run_command, step_command, submit
 
-log = logging.getLogger(f"{__package__}.slurm_jobs")  # also under `python -m`
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 90.0
 """After a job has gone, until its results must be seen: a shared disk's names may be a minute old."""
@@ -137,54 +121,3 @@ def _last_error(folder: Path) -> str:
         return f"it wrote nothing into {folder}; see `sacct`"
     said = re.findall(r"^.*\berror: (.*)$", logs[-1].read_text(errors="replace")[-20_000:], re.MULTILINE)
     return f"{said[-1]} ({logs[-1]})" if said else f"see {logs[-1]}"
-
-
-def follow_by_jobs(run_dir: Path, line: CommandLine, *, once: bool, base_dir: Path, run: Runner = run_command) -> int:
-    """Follow a run, each of its evaluations a Slurm job; returns the exit code. Raises ConfigError."""
-    config = run_dir / CONFIG_FILE
-    if not config.is_file():
-        raise ConfigError(f"{run_dir} is no run, it has no {CONFIG_FILE}; start the run first")
-    if line.config or line.overlays:
-        raise ConfigError(
-            "with --slurm what is measured is the section eval of the run's config; change it by KEY=VALUE"
-        )
-    app = choose_app(CommandLine(config=str(config)))
-    overrides = [f"eval.{word}" for word in line.overrides]
-    run_args = compose(str(config), [], overrides, app_schema(app)).args
-    args: EvalArgs = run_args.eval or EvalArgs()
-    with StopSignals(("SIGINT", "SIGTERM", "SIGUSR2")) as signals:
-        jobs = EvalJobs(
-            run_dir.absolute(), app, line.overrides, run_args.evaluation_job(), base_dir.absolute(),
-            poll_s=args.poll_s, run=run, sleep=signals.wait,
-        )  # fmt: skip
-        tracker = evaluation_tracker(run_args, run_dir)
-        evaluator = Evaluator(
-            run_dir,
-            args,
-            jobs.measure,
-            on_record=tracker.log,
-            stopping=lambda: signals.received is not None,
-            sleep=signals.wait,
-        )
-        try:
-            log.info("the evaluator of %s ends: %s", run_dir, evaluator.follow(once=once))
-        finally:
-            tracker.close(hurry=signals.received is not None)
-        return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]
-
-
-def main(words: list[str]) -> int:
-    """RUN [--once] [--alone] [KEY=VALUE ...]: `lingua eval --follow RUN --slurm`, as a run starts it by itself."""
-    line = parse_command_line(words[1:], ["once", "alone"])
-    if not words or words[0].startswith("-"):
-        raise ConfigError("usage: python -m lingua.eval.slurm_jobs RUN [--once] [--alone] [KEY=VALUE ...]")
-    start_logging(own_packages=("lingua",))
-    run_dir, once = Path(words[0]), bool(line.flags.get("once"))
-    if not line.flags.get("alone"):
-        return follow_by_jobs(run_dir, line, once=once, base_dir=Path.cwd())
-    with alone(run_dir) as is_ours:
-        return follow_by_jobs(run_dir, line, once=once, base_dir=Path.cwd()) if is_ours else EXIT_FINISHED
-
-
-if __name__ == "__main__":
-    leave(run_main(main, sys.argv[1:]))

@@ -77,9 +77,9 @@ def devices_beside(env: Mapping[str, str], n_gpus: int, n_ranks: int, wanted: in
 
 
 def follow_command(run_dir: Path, app: str, *, by_jobs: bool) -> list[str]:
-    """What an evaluator of its own run runs."""
-    what = ["lingua.eval.slurm_jobs", str(run_dir)] if by_jobs else [f"{app}.eval", f"follow={run_dir}"]
-    return [sys.executable, "-u", "-m", *what, "--alone"]
+    """Return the command of an evaluator that a run starts."""
+    how = ["--slurm"] if by_jobs else []
+    return [sys.executable, "-u", "-m", f"{app}.eval", f"follow={run_dir}", *how, "--alone"]
 
 
 # -- one at a time -------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_by_hand_on_all_that_holds_weights(
     ("words", "code", "sentence"),
     [
         ([], 2, "nothing to evaluate; write ckpt=RUN_OR_FOLDER, or follow=RUN"),
-        (["follow=/no/such/run"], 2, "no run, it has no config.yaml"),
+        (["follow=/no/such/run"], 2, "not a run, it has no config.yaml"),
         (["{run}", "validation.max_stepps=1"], 2, "did you mean eval.validation.max_steps?"),
         (["{run}", "validation=null"], 2, "nothing is measured"),
         (["{run}", "validation.use_val_from_train_src=false"], 2, "there is no *.val.jsonl beside"),
@@ -111,7 +111,7 @@ def test_following_gives_what_evaluating_afterwards_gives(copy: Path, capsys: py
 def test_a_damaged_checkpoint_is_given_up_and_the_others_are_evaluated(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lingua.eval.follow.StopSignals.wait", lambda self, timeout_s: None)
+    monkeypatch.setattr("lingua.eval.command.StopSignals.wait", lambda self, timeout_s: None)
     weights = layout.folder(copy / "checkpoints", 4) / layout.model_file(0)
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1

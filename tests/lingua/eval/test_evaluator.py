@@ -16,7 +16,8 @@ from lingua.checkpoint.lookup import Checkpoint
 from lingua.checkpoint.pins import held_steps
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
-from lingua.eval.evaluator import Beat, Evaluator, Stopped, training_id
+from lingua.eval.command import training_id
+from lingua.eval.evaluator import Beat, Evaluator, Stopped
 from lingua.eval.plan import MAX_KILLED
 from lingua.files import DISK, Files, read_json, write_json
 from lingua.run.metrics import read_metrics

@@ -17,8 +17,9 @@ from lingua.config.command_line import parse_command_line
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import JobArgs
 from lingua.config.keys.train import TrainArgs
+from lingua.eval.command import EvalRequest, follow_by_jobs, read_command_line
 from lingua.eval.evaluator import Evaluator, write_results
-from lingua.eval.slurm_jobs import EvalJobs, follow_by_jobs
+from lingua.eval.slurm_jobs import EvalJobs
 from lingua.files import RunError, read_json, write_json
 from lingua.run.metrics import read_metrics
 from tests.checkpoints import make_run, publish_step
@@ -205,19 +206,26 @@ def test_the_script_runs_as_written_wherever_it_lies(hostile_dir: Path) -> None:
     assert "#SBATCH --gpus-per-node=2\n" in script.read_text()
 
 
-def test_the_command_takes_all_from_the_runs_config(tmp_path: Path) -> None:
+def request_of(*words: str) -> EvalRequest:
+    return read_command_line(parse_command_line(words, ["once"]))
+
+
+def test_the_command_takes_all_from_the_runs_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     root = make_run(tmp_path, 2, eval={"every": 2, "keep": 1})
     (root / layout.RUN_ID).write_text("cafe")
     with (tmp_path / "config.yaml").open("a") as config:
         config.write("async_eval_gpus: 4\nslurm: {partition: night}\neval: {max_tries: 1}\n")
     slurm = Slurm(looks=0)
-    line = parse_command_line(["newest_first=true"])
-    assert follow_by_jobs(tmp_path, line, once=True, base_dir=tmp_path, run=slurm.run) == 0
+    assert follow_by_jobs(request_of(f"follow={tmp_path}", "newest_first=true", "--once"), slurm.run) == 0
     text = (slurm.submitted[0] / "run.sh").read_text()
     for option in ("--gpus-per-node=4", "--partition=night", "--no-requeue"):
         assert f"#SBATCH {option}\n" in text
     assert text.rstrip().endswith("newest_first=true")
-    with pytest.raises(ConfigError, match="change it by KEY=VALUE"):
-        follow_by_jobs(tmp_path, parse_command_line(["x.yaml"]), once=True, base_dir=tmp_path)
-    with pytest.raises(ConfigError, match="is no run"):
-        follow_by_jobs(tmp_path / "no", line, once=True, base_dir=tmp_path)
+    for words, sentence in [
+        (["follow=.", "config.yaml"], "change it by KEY=VALUE"),
+        (["follow=checkpoints"], "not a run"),
+        (["ckpt=."], "write follow=RUN"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            follow_by_jobs(request_of(*words))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from apps.main.eval import main
 from lingua.checkpoint import layout
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import JobArgs, LauncherArgs
-from lingua.eval.slurm_jobs import main
 from lingua.eval.spawn import (
     OwnEvaluator,
     alone,
@@ -85,7 +85,7 @@ def own(run_dir: Path, process: Started, **more: Any) -> OwnEvaluator:
 
 
 def test_one_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lingua.eval.slurm_jobs.start_logging", lambda **kwargs: None)
+    monkeypatch.setattr("lingua.eval.command.start_logging", lambda **kwargs: None)
     process = Started()
     ours = own(due_run(tmp_path), process)
     with alone(tmp_path) as is_ours:  # of an earlier start
@@ -95,7 +95,7 @@ def test_one_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeyp
             assert not is_second
         ours.ensure()
         assert process.commands == []
-        assert main([str(tmp_path), "--alone"]) == 0, "a second one leaves"
+        assert main([f"follow={tmp_path}", "--slurm", "--alone"]) == 0, "a second one leaves"
     assert not is_there(tmp_path)
     for _ in range(2):
         ours.ensure()

@@ -1,0 +1,240 @@
+"""The command `eval`, from its words to its exit code. Without torch, unless a model is measured in this process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lingua.checkpoint import layout
+from lingua.checkpoint.lookup import Checkpoint, run_root
+from lingua.config.base import ConfigError
+from lingua.config.command_line import CommandLine, app_module, app_schema, choose_app, parse_command_line, with_ckpt
+from lingua.config.compose import compose, ignored_keys
+from lingua.config.frozen import CONFIG_FILE
+from lingua.config.keys.eval import EvalArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.config.yaml_layers import stack_layers
+from lingua.console import show_json
+from lingua.eval.evaluator import Beat, Evaluator, Measure, write_results
+from lingua.eval.harness_tasks import load_tasks
+from lingua.eval.slurm_jobs import EvalJobs
+from lingua.eval.spawn import alone
+from lingua.files import RunError, make_folder, read_json
+from lingua.logger import start_logging
+from lingua.run.folder import EXIT_FINISHED, end_asked_for
+from lingua.run.metrics import EvaluationTracker
+from lingua.signals import StopSignals
+from lingua.slurm import Runner, run_command
+from lingua.train.describe import config_of, described
+
+log = logging.getLogger(__name__)
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
+
+
+def evaluate(words: list[str], app: str, usage: str) -> int:
+    """Evaluate what a command line asks for; return the exit code. `app`: the package whose command this is."""
+    if words[:1] == ["prefetch"]:
+        return prefetch(words[1:])
+    line = parse_command_line(with_ckpt(words), ["once", "json", "alone", "slurm"])
+    if line.flags.get("help"):
+        print(usage)
+        return 0
+    request = read_command_line(line)
+    if request.has("slurm"):
+        start_logging(own_packages=("lingua",))
+        return follow_by_jobs(request)
+    if request.app != app:
+        return app_module(request.app, "eval").main(words)
+    return evaluate_here(request)
+
+
+# -- the words -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What a command line asks for."""
+
+    place: str
+    """The checkpoint, or the run to follow."""
+    follow: bool
+    run_config: Path
+    """Config that describes the model."""
+    measures: str | None
+    """Config that says what to measure, or None for the run's own."""
+    line: CommandLine
+    """The words; the overrides are keys of the section `eval`."""
+    app: str
+    """Package of the app whose model is evaluated."""
+
+    def has(self, flag: str) -> bool:
+        return bool(self.line.flags.get(flag))
+
+    def compose(self) -> tuple[TrainArgs, EvalArgs]:
+        """Return the config of the run, and what to measure. Raises ConfigError."""
+        overlays, overrides = self.line.overlays, self.line.overrides
+        if self.measures is not None or self.run_config.suffix == ".json":  # weights of other programs have no `eval`
+            run_args = described(self.run_config)
+            args = compose(self.measures, overlays, overrides, EvalArgs).args
+        else:
+            overrides = [f"eval.{word}" for word in overrides]
+            run_args = compose(str(self.run_config), overlays, overrides, app_schema(self.app)).args
+            args = run_args.eval or EvalArgs()
+        if self.follow and args.dump_dir:
+            raise ConfigError(f"eval.dump_dir is {args.dump_dir}: results go to {self.place}/evals; take it out")
+        return run_args, args
+
+
+def read_command_line(line: CommandLine) -> EvalRequest:
+    """Sort the words of a command line. Raises ConfigError."""
+    own, overrides = {}, []
+    for word in line.overrides:
+        name, _, value = word.partition("=")
+        if name in ("ckpt", "ckpt_dir", "follow", "app"):
+            own[name] = value
+        else:
+            overrides.append(word)
+    place = own.get("follow") or own.get("ckpt") or own.get("ckpt_dir")
+    if not place:
+        raise ConfigError("command line: nothing to evaluate; write ckpt=RUN_OR_FOLDER, or follow=RUN")
+    if "follow" in own and not (Path(place) / CONFIG_FILE).is_file():
+        raise ConfigError(f"follow={place}: not a run, it has no {CONFIG_FILE}; start the run first")
+    is_of_run = line.config is not None and not is_about_measures(line.config)
+    run_config = Path(line.config) if is_of_run and line.config else config_of(place)
+    return EvalRequest(
+        place=place,
+        follow="follow" in own,
+        run_config=run_config,
+        measures=None if is_of_run else line.config,
+        line=CommandLine(line.config, line.overlays, overrides, line.flags),
+        app=own.get("app") or choose_app(CommandLine(config=str(run_config))),
+    )
+
+
+def is_about_measures(config: str) -> bool:
+    """Return whether a config holds the section `eval` alone, not a whole run."""
+    known = EvalArgs.model_fields.keys() | {key[0] for key in ignored_keys(EvalArgs)}
+    return stack_layers(config, [], [], EvalArgs).tree.keys() <= known
+
+
+def prefetch(words: list[str]) -> int:
+    """Download the data of a config's harness tasks into Hugging Face's cache; jobs then read it from there."""
+    line = parse_command_line(words)
+    if line.config is None:
+        raise ConfigError("command line: no config whose data sets are fetched; write lingua eval prefetch CONFIG")
+    if is_about_measures(line.config):
+        args = compose(line.config, line.overlays, line.overrides, EvalArgs).args
+    else:
+        args = compose(line.config, line.overlays, line.overrides, app_schema(choose_app(line))).args.eval or EvalArgs()
+    if args.harness is None or not args.harness.tasks:
+        print(f"{line.config} names no harness tasks; there is nothing to fetch")
+        return 0
+    for name in load_tasks(args.harness):
+        print(f"{name}: there")
+    return 0
+
+
+# -- one checkpoint, or each of a run ------------------------------------------------------------------------------
+
+
+def evaluate_here(request: EvalRequest) -> int:
+    """Measure in this process, together with the other ranks if there are any; return the exit code."""
+    from lingua.eval.measures import Together, started
+
+    run_args, args = request.compose()
+    with started(run_args, args, request.app) as measures:
+        if not request.follow:
+            found = measures.measure(request.place, lambda: None)
+            if measures.world.is_main:
+                show(request.place, found, args.dump_dir, as_json=request.has("json"))
+            return EXIT_FINISHED
+        ranks = Together(measures.measure)
+        with StopSignals(SIGNALS) as signals:  # all ranks get them, and rank 0 decides
+
+            def measure(checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
+                return ranks.measure(f"{checkpoint.run_dir}@{checkpoint.step}", beat)
+
+            def sleep(seconds: float) -> None:
+                ranks.keep_waiting()
+                signals.wait(seconds)
+
+            exit_code = ranks.led_by_main(lambda: follow(request, run_args, args, measure, signals, sleep))
+        return EXIT_FINISHED if exit_code is None else exit_code
+
+
+def follow_by_jobs(request: EvalRequest, run: Runner = run_command) -> int:
+    """Follow a run, each of its evaluations a Slurm job; return the exit code. Raises ConfigError."""
+    if not request.follow:
+        raise ConfigError("command line: --slurm makes a job for each checkpoint of a run; write follow=RUN with it")
+    if request.line.config or request.line.overlays:
+        raise ConfigError(
+            "with --slurm what is measured is the section eval of the run's config; change it by KEY=VALUE"
+        )
+    run_args, args = request.compose()
+    with StopSignals(SIGNALS) as signals:
+        jobs = EvalJobs(
+            Path(request.place).absolute(), request.app, request.line.overrides,
+            run_args.evaluation_job(), Path.cwd(), poll_s=args.poll_s, run=run, sleep=signals.wait,
+        )  # fmt: skip
+        return follow(request, run_args, args, jobs.measure, signals, signals.wait)
+
+
+def follow(
+    request: EvalRequest,
+    run_args: TrainArgs,
+    args: EvalArgs,
+    measure: Measure,
+    signals: StopSignals,
+    sleep: Callable[[float], None],
+) -> int:
+    """Evaluate the run's checkpoints as they appear; return the exit code.
+
+    With `--alone`, leave at once if the run has an evaluator that it started.
+    """
+    run_dir = Path(request.place)
+    with ExitStack() as stack:
+        if request.has("alone") and not stack.enter_context(alone(run_dir)):
+            return EXIT_FINISHED
+        config = run_args.model_dump(mode="json")
+        id_at = partial(training_id, run_dir)
+        tracker = EvaluationTracker(run_args.logging.wandb, run_dir, run_args.name, config, id_at)
+        stack.callback(lambda: tracker.close(hurry=signals.received is not None))
+        evaluator = Evaluator(
+            run_dir,
+            args,
+            measure,
+            on_record=tracker.log,
+            stopping=lambda: signals.received is not None,
+            sleep=sleep,
+        )
+        log.info("evaluating the checkpoints of %s", run_dir)
+        log.info("the evaluator of %s ends: %s", run_dir, evaluator.follow(once=request.has("once")))
+    return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]
+
+
+def training_id(run_dir: Path, step: int) -> str | None:
+    """Return the tracking id that a published checkpoint keeps, or None if it has none or is gone."""
+    try:
+        state = read_json(layout.folder(run_root(run_dir), step) / layout.train_state_file(0))
+        return state["shared"].get("tracking_id")
+    except (OSError, RunError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def show(ckpt: str, found: Mapping[str, Any], dump_dir: str | None, *, as_json: bool) -> None:
+    """Print results, and write them into `dump_dir`."""
+    if dump_dir:
+        write_results(make_folder(Path(dump_dir), "eval.dump_dir"), {"ckpt": ckpt}, found)
+    metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}
+    if as_json:
+        show_json({"ckpt": ckpt, "details": found.get("details", {}), "metrics": metrics})
+        return
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(f"{name:<{width}}  {value:,.6g}")
