@@ -43,11 +43,14 @@ from lingua.config.base import build_part
 from lingua.config.compose import compose
 from lingua.config.frozen import dump_yaml, freeze
 from lingua.config.keys.checkpoint import CheckpointArgs
-from lingua.config.keys.eval import HarnessArgs
+from lingua.config.keys.eval import EvalArgs, HarnessArgs, HeldOutArgs
 from lingua.config.keys.generate import GeneratorArgs
+from lingua.data.held_out import Wording
+from lingua.distributed.process_group import Place, World
 from lingua.eval.harness import make_lm, run_tasks
 from lingua.eval.harness_tasks import be_offline
-from lingua.eval.scorer import Scorer, Wording, score_documents
+from lingua.eval.measures import MeasuredModel, build_held_out
+from lingua.eval.scorer import Scorer
 from lingua.files import RunError
 from lingua.model.generate import Generator
 from lingua.train.load_model import load_model
@@ -140,7 +143,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     settings = GeneratorArgs(dtype="fp32", max_tokens=batch * context)
     wording = Wording(tokenizer, args.data.add_bos, args.data.add_eos)
     scorer = Scorer(model, settings.max_tokens)
-    ours = make_lm(scorer, Generator(model, tokenizer, settings, add_bos=args.data.add_bos), wording)
+    generator = Generator(model, tokenizer, settings, add_bos=args.data.add_bos)
+    ours = make_lm(scorer, generator, wording)
+    world = World(Place(), torch.device("cpu"), mesh=None)
+    measured = MeasuredModel(model, tokenizer, generator, wording, world, lambda: None)
+    documents = HeldOutArgs(use_val_from_train_src=False, sources=[str(folder / "data.jsonl")])
+    held_out = build_held_out(documents, args, EvalArgs())
     # hf scores a second begin token before whole texts if it is told to add one.
     theirs = {
         begins: hugging_face(
@@ -159,8 +167,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 taken_s, found[who] = timed(lambda lm=lm, chosen=chosen: run_tasks(lm, chosen, None))
                 seconds.setdefault(f"{name}_{who}", []).append(taken_s)
             must_agree(name, said(found["ours"], name), said(found["hf"], name))
-        taken_s, loss = timed(lambda: score_documents(scorer, folder / "data.jsonl", wording))
-        seconds.setdefault("validation", []).append(taken_s / loss.n_tokens)
+        taken_s, found = timed(lambda: held_out(measured))
+        seconds.setdefault("validation", []).append(taken_s / found["documents/data/n_tokens"])
     counted = {name: values[1:] for name, values in seconds.items()}
     result: dict[str, Any] = {f"{name}_s": statistics.median(values) for name, values in counted.items()}
     result["validation_tokens_per_s"] = 1 / result.pop("validation_s")

@@ -116,11 +116,12 @@ def parts(kind: str) -> dict[str, type[Part]]:
     return dict(_parts.get(kind, {}))
 
 
-def part_of(kind: str, default: type[Part]) -> WrapValidator:
+def part_of(kind: str, default: type[Part] | None = None) -> WrapValidator:
     """Return the validator of a field that holds one part.
 
     Used as `Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)]`. Without `type`, or with the default's
-    own, the class is `default` (an app may pass its own Args); otherwise it is the registered one.
+    own, the class is `default` (an app may pass its own Args); otherwise it is the registered one. Without a default
+    `type` is required.
     """
 
     def choose(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -128,17 +129,17 @@ def part_of(kind: str, default: type[Part]) -> WrapValidator:
             return value
         if not isinstance(value, dict):
             return handler(value)
-        default_type = default.model_fields["type"].default
+        default_type = None if default is None else default.model_fields["type"].default
         type_name = value.get("type", default_type)
-        part = default if type_name == default_type else _parts.get(kind, {}).get(type_name)
+        part = default if type_name == default_type else _parts.get(kind, {}).get(str(type_name))
         if part is None:
             raise PydanticCustomError(
                 "unknown_part",
                 "unknown {kind} type {type_name}; known: {known} (own ones: `plugins: [module]`)",
                 {
                     "kind": kind,
-                    "type_name": repr(type_name),
-                    "known": ", ".join(sorted({default_type, *_parts.get(kind, {})})),
+                    "type_name": show(type_name),
+                    "known": ", ".join(sorted({default_type, *_parts.get(kind, {})} - {None})),
                 },
             )
         return part.model_validate(value)
@@ -178,10 +179,17 @@ def section_classes(schema: type[Args], name: str, *, items: bool = False) -> li
         while stack:
             kind = stack.pop()
             if isinstance(kind, type) and issubclass(kind, Args):
-                found.append(kind)
+                found += _choices(kind) or [kind]
             elif items or get_origin(kind) is not list:
                 stack.extend(get_args(kind))
     return list(dict.fromkeys(found))
+
+
+def _choices(kind: type[Args]) -> list[type[Part]]:
+    """Return the registered classes of a part that cannot be built itself, such as MeasureArgs."""
+    if not issubclass(kind, Part) or hasattr(kind, "builder"):
+        return []
+    return [part for of_kind in _parts.values() for part in of_kind.values() if issubclass(part, kind)]
 
 
 def inner_sections(sections: list[type[Args]], name: str, *, items: bool = False) -> list[type[Args]]:

@@ -162,16 +162,18 @@ def _expand_paths(layer: Layer) -> list[tuple[Key, str]]:
 
 def _import_plugins(layer: Layer) -> list[tuple[Key, str]]:
     """Import the modules named in `plugins`, also from the working folder, as `python -m` would."""
-    plugins, findings = layer.tree.get("plugins"), []
-    if not isinstance(plugins, list):
-        return []
-    see_working_folder()
-    for index, name in enumerate(plugins):
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # a user's module may raise anything
-            what = f"plugins names {show(name)}, which cannot be imported from {Path.cwd()}"
-            findings.append((("plugins", index), f"{what}: {type(error).__name__}: {error}; fix it or remove it"))
+    findings, of_eval = [], layer.tree.get("eval")
+    named: list[tuple[Key, Any]] = [(("plugins",), layer.tree.get("plugins"))]
+    named += [(("eval", "plugins"), of_eval.get("plugins"))] if isinstance(of_eval, dict) else []
+    for key, plugins in named:
+        if isinstance(plugins, list):
+            see_working_folder()
+            for index, name in enumerate(plugins):
+                try:
+                    importlib.import_module(name)
+                except Exception as error:  # a user's module may raise anything
+                    what = f"{dotted_key(key)} names {show(name)}, which cannot be imported from {Path.cwd()}"
+                    findings.append(((*key, index), f"{what}: {type(error).__name__}: {error}; fix it or remove it"))
     return findings
 
 

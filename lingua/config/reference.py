@@ -57,9 +57,13 @@ def json_schema(schema: type[Args]) -> dict[str, Any]:
             if key in properties:
                 properties[key]["description"] = text
         for key, info in section.model_fields.items():
-            if isinstance(info.default, Part):
-                choices = [{"$ref": f"#/$defs/{names[part]}"} for part in section_classes(section, key)]
-                properties[key] = {"anyOf": choices, "description": f"Chosen by its key `type`. {_first_line(section)}"}
+            parts = [part for part in section_classes(section, key, items=True) if issubclass(part, Part)]
+            chosen: dict[str, Any] = {"anyOf": [{"$ref": f"#/$defs/{names[part]}"} for part in parts]}
+            chosen["description"] = f"Chosen by its key `type`. {_first_line(section)}"
+            if get_origin(info.annotation) is list and parts:
+                properties[key]["items"] = chosen
+            elif isinstance(info.default, Part) and len(get_args(info.annotation)) < 2:
+                properties[key] = chosen
     main = definitions.pop(names[schema])
     main["properties"]["base"] = {
         "description": "Files and group picks that this file builds on, left to right.",

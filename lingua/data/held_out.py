@@ -1,25 +1,31 @@
-"""Held-out rows for the loss inside training: the beginning of each source's `*.val.jsonl`, packed.
+"""Held-out documents: where they are, and the rows of tokens in which they are scored.
 
-Promise: the same rows whatever the number of ranks; whole documents only (the first one is cut when it alone is too
-long), so bits per byte are exact for the text that is scored. Reading them moves no lane of the training data.
-Cost: reads and tokenizes `max_rows` rows once, at the start.
+Rows are `packed`, as training packs them, or hold one document each. Either way a document becomes tokens as in
+training, bytes are counted of exactly the text that is scored, and the training data keeps its position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
-from lingua.config.keys.eval import EvalValidationArgs
+from lingua.config.keys.eval import HeldOutArgs
 from lingua.data.blocked_source import BadLines
 from lingua.data.sources import class_of_files, filled
+from lingua.tokenizer import Tokenizer
+
+IGNORED = -100  # label of a position that is not scored
+BLOCK_TOKENS = 1 << 20  # documents in memory at once
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -30,98 +36,187 @@ class HeldOutText:
     file: Path
     text_key: str | None = None
 
-
-IGNORED = -100  # label of a position that is not scored
-
-
-class Encoder(Protocol):
-    """The part of a tokenizer used here."""
-
-    def encode(self, text: str, add_bos: bool, add_eos: bool) -> Iterable[int]: ...
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows of one source."""
-
-    name: str
-    tokens: np.ndarray  # (N, S) int32
-    labels: np.ndarray  # (N, S) int32, IGNORED where nothing is scored
-    n_bytes: int
-    """UTF-8 bytes of the text that the labels stand for."""
-
-    def share(self, dp_rank: int, dp_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batches (B, S) of rows dp_rank, dp_rank + dp_size, ...; as many, and as large, on every rank."""
-        n_rows, seq_len = self.tokens.shape
-        per_rank = -(-n_rows // dp_size)
-        padded = -(-per_rank // batch_size) * batch_size
-        tokens = np.zeros((padded, seq_len), np.int32)
-        labels = np.full((padded, seq_len), IGNORED, np.int32)
-        mine = slice(dp_rank, n_rows, dp_size)
-        count = len(range(n_rows)[mine])
-        tokens[:count], labels[:count] = self.tokens[mine], self.labels[mine]
-        for start in range(0, padded, batch_size):
-            yield tokens[start : start + batch_size], labels[start : start + batch_size]
+    def documents(self) -> Iterator[str]:
+        """Yield the documents in order; lines without text are skipped."""
+        kind, bad = class_of_files(self.file), BadLines(quiet=True)
+        with closing(kind(self.file.name, self.file, 1, text_key=self.text_key, bad=bad)) as source:
+            for document in source.documents():
+                yield document.text
 
 
 def held_out_file(source: Path) -> Path | None:
-    """`*.val.jsonl` or `*.val.parquet` of a source folder (the first by name), or None."""
+    """Return the first `*.val.jsonl`, or else `*.val.parquet`, of a source folder by name, or None."""
     found = [file for suffix in ("jsonl", "parquet") for file in sorted(source.glob(f"*.val.{suffix}"))]
     return next((file for file in found if not file.name.startswith(".")), None)
 
 
-def read_held_out(
-    name: str, file: Path, tokenizer: Encoder, *, max_rows: int, seq_len: int, text_key: str | None = None
-) -> HeldOut:
-    """Up to max_rows rows of seq_len scored positions. Raises ValueError when the file holds no text."""
-    budget = max_rows * seq_len
-    stream: list[int] = []
-    n_bytes = 0
-    for text in read_texts(file, text_key):
-        ids = list(tokenizer.encode(text, add_bos=True, add_eos=True))
-        if len(stream) + len(ids) > budget + 1:
-            if stream:
-                break
-            text = text[: max(1, (budget - 1) // 4)]  # no tokenizer makes more than 4 tokens of a character
-            ids = list(tokenizer.encode(text, add_bos=True, add_eos=False))
-        stream += ids
-        n_bytes += len(text.encode())
-    if not n_bytes:
-        raise ValueError(f"{file}: no text to validate on; put documents there or set validation.every=0")
-    n_rows = -(-(len(stream) - 1) // seq_len)
-    tokens = np.zeros(n_rows * seq_len, np.int32)
-    labels = np.full(n_rows * seq_len, IGNORED, np.int32)
-    tokens[: len(stream) - 1], labels[: len(stream) - 1] = stream[:-1], stream[1:]
-    return HeldOut(name, tokens.reshape(n_rows, seq_len), labels.reshape(n_rows, seq_len), n_bytes)
+def texts_beside_sources(data: DataArgs) -> tuple[list[HeldOutText], list[str]]:
+    """Return the held-out text of each training source, and the names of the sources that have none."""
+    found, without = [], []
+    for source in data.read_sources():
+        if file := held_out_file(Path(source.path)):
+            found.append(HeldOutText(str(source.name), file, source.text_key))
+        else:
+            without.append(str(source.name))
+    return found, without
 
 
-def read_texts(file: Path, text_key: str | None) -> Iterator[str]:
-    """The documents of a file in order; lines without text are passed over."""
-    with closing(class_of_files(file)(file.name, file, 1, text_key=text_key, bad=BadLines(quiet=True))) as source:
-        for document in source.documents():
-            yield document.text
-
-
-def held_out_texts(data: DataArgs, args: EvalValidationArgs) -> list[HeldOutText]:
-    """The files whose loss is measured. Raises ConfigError when one that is named is missing, or there is none."""
-    found: list[HeldOutText] = []
-    if args.use_val_from_train_src:
-        data = filled(data)
-        for source in data.read_sources():
-            if file := held_out_file(Path(source.path)):
-                found.append(HeldOutText(str(source.name), file, source.text_key))
+def held_out_texts(data: DataArgs, args: HeldOutArgs) -> list[HeldOutText]:
+    """Return the files to measure. Raises ConfigError when one that is named is missing, or there is none."""
+    found = texts_beside_sources(filled(data))[0] if args.use_val_from_train_src else []
     for name in args.sources:
         path = Path(args.root_dir) / name
         if not path.exists():
-            raise ConfigError(f"eval.validation.sources: {path} does not exist; mend the name or validation.root_dir")
+            raise ConfigError(
+                f"eval: held-out source {path} does not exist; fix `sources` or `root_dir` where it is named, in "
+                "eval.validation or eval.measures"
+            )
         file = (held_out_file(path) or class_of_files(path).find_files(path)[0]) if path.is_dir() else path
         found.append(HeldOutText(Path(name).name.removesuffix(".jsonl").removesuffix(".parquet"), file))
     names = [one.name for one in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"eval.validation: two held-out sources are called {twice[0]!r}; rename one")
+        raise ConfigError(f"eval: two held-out sources are called {twice[0]!r}; rename one")
     if not found:
         raise ConfigError(
             "eval.validation: there is no *.val.jsonl beside the training sources and none is named; "
             "set eval.validation.sources, or eval.validation=null"
         )
     return found
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a document becomes tokens: as in training."""
+
+    tokenizer: Tokenizer
+    add_bos: bool = True
+    add_eos: bool = True
+
+    @property
+    def begins(self) -> bool:
+        """Each document begins with a token of its own."""
+        return self.add_bos and self.tokenizer.bos_id is not None
+
+    @property
+    def prefix(self) -> int | None:
+        """The token before a document's first: the begin token, or without one the end token of the last document."""
+        return self.tokenizer.bos_id if self.begins else self.tokenizer.eos_id
+
+    def ids(self, text: str, *, whole: bool = True) -> list[int]:
+        """Return a document's tokens after its prefix. Without a prefix its first token is not scored.
+
+        `whole`: it ends here, and is followed by the end token where training adds one.
+        """
+        add_eos = whole and self.add_eos and self.tokenizer.eos_id is not None
+        ids = self.tokenizer.encode(text, add_bos=False, add_eos=add_eos).tolist()
+        return ids if self.prefix is None else [self.prefix, *ids]
+
+
+class ScoredRow(NamedTuple):
+    """Tokens of which those from `first` on (at least 1) are scored."""
+
+    ids: Sequence[int]
+    first: int = 1
+
+
+@dataclass
+class HeldOut:
+    """Rows to score."""
+
+    name: str
+    rows: list[ScoredRow]
+    n_bytes: int = 0
+    """UTF-8 bytes of the text that the scored tokens stand for."""
+    n_documents: int = 0
+
+
+def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int) -> HeldOut:
+    """Pack the first documents, whole, into at most `max_rows` rows that score `seq_len` tokens each.
+
+    A first document that is too long alone is cut. Raises ValueError when there is no text.
+    """
+    budget, stream = max_rows * seq_len, list[int]()
+    found = HeldOut(text.name, [])
+    for document in text.documents():
+        ids = wording.ids(document)
+        if stream and not wording.begins and wording.prefix is not None:
+            ids = ids[1:]  # the end of the document before is there already
+        if len(stream) + len(ids) > budget + 1:
+            if stream:
+                break
+            document = document[: max(1, (budget - 1) // 4)]  # no tokenizer makes more than 4 tokens of a character
+            ids = wording.ids(document, whole=False)
+        stream += ids
+        found.n_bytes += len(document.encode())
+        found.n_documents += 1
+    if not found.n_bytes:
+        raise ValueError(f"{text.file}: no text to validate on; put documents there or set validation.every=0")
+    found.rows = [ScoredRow(stream[start : start + seq_len + 1]) for start in range(0, len(stream) - 1, seq_len)]
+    return found
+
+
+def by_document(
+    text: HeldOutText,
+    wording: Wording,
+    *,
+    context: int,
+    stride: int | None = None,
+    max_documents: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[HeldOut]:
+    """Yield the rows of whole documents, some documents at a time. `share`: (rank, ranks) that divide them.
+
+    A window over `context` tokens moves by `stride` (half the context by default) along a longer document.
+    """
+    step, (rank, n_ranks) = min(stride or max(1, context // 2), context), share
+    found, n_tokens = HeldOut(text.name, []), 0
+    for number, document in enumerate(text.documents()):
+        if number == max_documents:
+            break
+        if number % n_ranks != rank:
+            continue
+        ids = wording.ids(document)
+        found.rows += [ScoredRow(ids[start:end], first) for start, end, first in windows(len(ids), context, step)]
+        found.n_bytes += len(document.encode())
+        found.n_documents += 1
+        n_tokens += len(ids)
+        if n_tokens >= BLOCK_TOKENS:
+            yield found
+            found, n_tokens = HeldOut(text.name, []), 0
+    yield found
+
+
+def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end, first): rows of at most context + 1 tokens that score tokens 1 to n_tokens - 1 once each.
+
+    What does not fit into the first row is scored in steps of `stride`, with at least context + 1 - stride before it.
+    """
+    assert 1 <= stride <= context
+    end = min(n_tokens, context + 1)
+    if n_tokens > 1:
+        yield 0, end, 1
+    while end < n_tokens:
+        scored_from, end = end, min(n_tokens, end + stride)
+        start = max(0, end - context - 1)
+        yield start, end, scored_from - start
+
+
+def padded(rows: Sequence[ScoredRow], n_rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and labels (n_rows, width); labels are IGNORED where nothing is scored."""
+    tokens, labels = np.zeros((n_rows, width), np.int64), np.full((n_rows, width), IGNORED, np.int64)
+    for number, (ids, first) in enumerate(rows):
+        tokens[number, : len(ids) - 1] = ids[:-1]
+        labels[number, first - 1 : len(ids) - 1] = ids[first:]
+    return tokens, labels
+
+
+def equal_shares(
+    rows: Sequence[ScoredRow], seq_len: int, rank: int, n_ranks: int, batch_size: int
+) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches (batch_size, seq_len) of rows rank, rank + n_ranks, ...; equally many on every rank."""
+    mine, n_batches = rows[rank::n_ranks], -(-len(rows) // (n_ranks * batch_size))
+    for start in range(0, n_batches * batch_size, batch_size):
+        yield padded(mine[start : start + batch_size], batch_size, seq_len)

@@ -16,7 +16,7 @@ from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine, app_module, app_schema, choose_app, parse_command_line, with_ckpt
 from lingua.config.compose import compose, ignored_keys
 from lingua.config.frozen import CONFIG_FILE
-from lingua.config.keys.eval import EvalArgs
+from lingua.config.keys.eval import EvalArgs, HarnessArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import stack_layers
 from lingua.console import show_json
@@ -132,11 +132,11 @@ def prefetch(words: list[str]) -> int:
         args = compose(line.config, line.overlays, line.overrides, EvalArgs).args
     else:
         args = compose(line.config, line.overlays, line.overrides, app_schema(choose_app(line))).args.eval or EvalArgs()
-    if args.harness is None or not args.harness.tasks:
-        print(f"{line.config} names no harness tasks; there is nothing to fetch")
-        return 0
-    for name in load_tasks(args.harness):
+    names = [name for one in args.chosen() if isinstance(one, HarnessArgs) for name in load_tasks(one)]
+    for name in names:
         print(f"{name}: there")
+    if not names:
+        print(f"{line.config} names no harness tasks; there is nothing to fetch")
     return 0
 
 

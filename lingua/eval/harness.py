@@ -18,11 +18,14 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.eval import HarnessArgs
+from lingua.config.keys.eval import EvalArgs, HarnessArgs
 from lingua.config.keys.generate import GeneratorArgs
+from lingua.config.keys.train import TrainArgs
+from lingua.data.held_out import ScoredRow, Wording, windows
 from lingua.distributed.process_group import from_main, on_every_rank
-from lingua.eval.harness_tasks import cleaned, lm_eval, task_manager, task_name
-from lingua.eval.scorer import Row, Score, Scorer, Wording, windows
+from lingua.eval.harness_tasks import cleaned, lm_eval, load_tasks, task_manager, task_name
+from lingua.eval.measures import Measure, MeasuredModel
+from lingua.eval.scorer import Score, Scorer
 from lingua.model.generate import Generator
 
 T = TypeVar("T")
@@ -39,16 +42,16 @@ HEADLINES = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte")
 # -- the model as harness sees it ----------------------------------------------------------------------------------
 
 
-def scored_rows(context: Sequence[int], continuation: Sequence[int], longest: int) -> Iterator[Row]:
+def scored_rows(context: Sequence[int], continuation: Sequence[int], longest: int) -> Iterator[ScoredRow]:
     """Rows that score a continuation, each with at most `longest` tokens before its last. `context` is not empty."""
     if len(continuation) <= longest:
         ids = [*context, *continuation][-(longest + 1) :]
         if continuation:
-            yield Row(ids, len(ids) - len(continuation))
+            yield ScoredRow(ids, len(ids) - len(continuation))
         return
     ids = [context[-1], *continuation]
     for start, end, first in windows(len(ids), longest, longest):
-        yield Row(ids[start:end], first)
+        yield ScoredRow(ids[start:end], first)
 
 
 def together(scores: Sequence[Score]) -> tuple[float, bool]:
@@ -111,7 +114,7 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
                 places = [list(windows(len(ids), scorer.context, scorer.context)) for ids in all_ids]
                 return _score(
                     [
-                        [Row(ids[start:end], first) for start, end, first in here]
+                        [ScoredRow(ids[start:end], first) for start, end, first in here]
                         for ids, here in zip(all_ids, places, strict=True)
                     ]
                 )
@@ -135,7 +138,7 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
                 self.cache_hook.add_partial("generate_until", request.args, answer)
             return found
 
-    def _score(rows_of: list[list[Row]]) -> list[tuple[float, bool]]:
+    def _score(rows_of: list[list[ScoredRow]]) -> list[tuple[float, bool]]:
         """One answer per list of rows."""
         scores = iter(scorer.score([row for rows in rows_of for row in rows]))
         return [together([next(scores) for _ in rows]) for rows in rows_of]
@@ -173,11 +176,24 @@ def _shared(items: Sequence[Any], act: Callable[[list[Any]], list[T]]) -> list[T
 # -- results -------------------------------------------------------------------------------------------------------
 
 
+def build_harness(args: HarnessArgs, run_args: TrainArgs, eval_args: EvalArgs) -> Measure:
+    """Return what asks the tasks' questions. Raises ConfigError for tasks or data that are missing."""
+    if not args.tasks:
+        raise ConfigError("eval.measures: an entry of type harness names no tasks; set its key `tasks`, or remove it")
+    load_tasks(args)
+
+    def measure(measured: MeasuredModel) -> dict[str, Any]:
+        scorer = Scorer(measured.model, measured.max_tokens, measured.beat)
+        return run_tasks(make_lm(scorer, measured.generator, measured.wording), args, eval_args.core_metrics)
+
+    return measure
+
+
 def run_tasks(lm: Any, args: HarnessArgs, core_metrics: Mapping[str, float] | None) -> dict[str, Any]:
     """Metrics of all tasks by name; under "details" what harness says of them, and the samples. Collective."""
     if args.apply_chat_template:
         raise ConfigError("eval.harness.apply_chat_template is set, but a pretrained model has no template; drop it")
-    settings = args.model_dump(exclude={"tasks", "verbosity", "include_path"})
+    settings = args.model_dump(exclude={"type", "tasks", "verbosity", "include_path"})
     tasks = cleaned(args.tasks)
     logging.getLogger("lm_eval").setLevel(args.verbosity.upper())
     answers = lm_eval().simple_evaluate(lm, tasks=tasks, task_manager=task_manager(args), **settings)

@@ -1,28 +1,30 @@
-"""What is measured of a model, by all ranks together: held-out text, and the tasks of the harness.
+"""What is measured of a model, by all ranks together. `@register("measure", ...)` adds a measure of a user's own.
 
-Promise: what is missing is told before a model is loaded; the same numbers on any number of ranks; a failure of one
-rank is heard by all.
-Cost: each rank holds the whole model once, and scores its share.
+What is missing is reported before a model is loaded. The numbers are the same on any number of ranks, and an error on
+one rank is raised on all. Each rank holds the whole model once, and takes its share of the work.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lingua.config.base import ConfigError
+from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.distributed import DistributedArgs
-from lingua.config.keys.eval import EvalArgs
+from lingua.config.keys.eval import EvalArgs, HeldOutArgs
+from lingua.config.keys.model import CrossEntropyArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.data.held_out import HeldOutText, held_out_texts
+from lingua.data.held_out import HeldOut, HeldOutText, ScoredRow, Wording, by_document, held_out_texts, packed, padded
 from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.process_group import (
     World,
@@ -35,79 +37,143 @@ from lingua.distributed.process_group import (
 )
 from lingua.distributed.same_config import code_of
 from lingua.eval.evaluator import Beat
-from lingua.eval.harness import make_lm, run_tasks
-from lingua.eval.harness_tasks import be_offline, load_tasks
-from lingua.eval.scorer import Loss, Scorer, Wording, score_documents
+from lingua.eval.harness_tasks import be_offline
 from lingua.logger import start_logging
-from lingua.model.generate import Generator
+from lingua.model.generate import Generator, group
+from lingua.model.loss import CrossEntropy
 from lingua.slurm import this_allocation
 from lingua.tokenizer import Tokenizer
 from lingua.train.load_model import load_model
+from lingua.train.validate import HeldOutLoss, sum_of_losses
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """The model that is measured, whole on each rank, and what a measure needs with it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    generator: Generator
+    """Answers prompts as the section `eval.generator` says."""
+    wording: Wording
+    """How documents become tokens."""
+    world: World
+    beat: Beat
+    """To be called before each batch: it raises when the evaluation must end."""
+
+    @property
+    def context(self) -> int:
+        return self.model.args.max_seqlen  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens in a batch, padding included."""
+        return self.generator.args.max_tokens
+
+
+Measure = Callable[[MeasuredModel], Mapping[str, Any]]
+"""Returns metrics by name, and under "details" and "samples" what else to keep. Called on every rank at once; the
+result of rank 0 counts."""
 
 
 class Measures:
     """What is measured of each checkpoint; all ranks take part."""
 
     def __init__(self, run_args: TrainArgs, args: EvalArgs, world: World) -> None:
-        """Raises ConfigError for what is missing, before anything is loaded."""
+        """Raises ConfigError for whatever is missing, before anything is loaded."""
         self.run_args, self.args, self.world = run_args, args, world
-        self.texts = held_out_texts(run_args.data, args.validation) if args.validation is not None else []
-        self.harness = args.harness if args.harness is not None and args.harness.tasks else None
-        if self.harness is not None:
-            load_tasks(self.harness)
-        if not self.texts and self.harness is None:
-            raise ConfigError("eval: nothing is measured; set eval.validation or eval.harness.tasks")
+        self._measures: list[Measure] = [build_part(chosen, run_args, args) for chosen in args.chosen()]
+        if not self._measures:
+            raise ConfigError("eval: nothing is measured; set eval.validation, eval.harness.tasks or eval.measures")
 
     def measure(self, ckpt: str | Path, beat: Beat) -> dict[str, Any]:
-        """Metrics of a checkpoint. Collective; a failure of one rank is heard by all."""
+        """Return the metrics of a checkpoint. Collective; an error on one rank is raised on all."""
         device, dtype = self.world.device, self.args.generator.dtype
         model, tokenizer, loaded = on_every_rank(lambda: load_model(self.run_args, ckpt, device, DTYPES[dtype]))
         log.info("%s, on %s in %s", loaded, device, dtype)
         return self.measure_model(model, tokenizer, beat)
 
     def measure_model(self, model: nn.Module, tokenizer: Tokenizer, beat: Beat) -> dict[str, Any]:
-        """Metrics of a model that each rank holds whole. Collective; a failure of one rank is heard by all."""
-        generator = self.args.generator
-        scorer = Scorer(model, generator.max_tokens, beat)
+        """Return the metrics of a model that each rank holds whole. Collective, as `measure`."""
         data = self.run_args.data
+        generator = Generator(model, tokenizer, self.args.generator, add_bos=data.add_bos)
         wording = Wording(tokenizer, data.add_bos, data.add_eos)
-        found: dict[str, Any] = self._held_out(scorer, wording)
-        if self.harness is not None:
-            lm = make_lm(scorer, Generator(model, tokenizer, generator, add_bos=data.add_bos), wording)
-            found |= run_tasks(lm, self.harness, self.args.core_metrics)
+        measured = MeasuredModel(model, tokenizer, generator, wording, self.world, beat)
+        found: dict[str, Any] = {}
+        for measure in self._measures:
+            more = on_every_rank(lambda measure=measure: dict(measure(measured)))
+            for name in ("details", "samples"):
+                if name in more:
+                    more[name] = {**found.pop(name, {}), **more[name]}
+            if twice := found.keys() & more.keys():
+                raise ConfigError(f"eval: two measures give {min(twice)}; remove one, or rename what it measures")
+            found |= more
         return found
 
-    def _held_out(self, scorer: Scorer, wording: Wording) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for text in self.texts:
-            loss = self._share_of(text, scorer, wording)
-            metrics |= loss.metrics(f"validation/{text.name}")
-        return metrics
 
-    def _share_of(self, text: HeldOutText, scorer: Scorer, wording: Wording) -> Loss:
-        """The loss over all ranks, of which each scores its share of the documents."""
-        args, world = self.args.validation, self.world
-        assert args is not None
-        loss = on_every_rank(
-            lambda: score_documents(
-                scorer,
-                text.file,
-                wording,
-                text_key=text.text_key,
-                max_documents=args.max_steps,
-                stride=args.stride,
-                share=(world.place.rank, world.place.world_size),
-            )
-        )
-        if not dist.is_initialized():
-            return loss
-        sums = torch.tensor([loss.nats, loss.n_tokens, loss.n_bytes, loss.n_documents], dtype=torch.float64)
+# -- held-out text -------------------------------------------------------------------------------------------------
+
+
+def build_held_out(args: HeldOutArgs, run_args: TrainArgs, eval_args: EvalArgs) -> Measure:
+    """Return what measures the loss of held-out texts. Raises ConfigError when one is missing."""
+    texts = held_out_texts(run_args.data, args)
+
+    def measure(measured: MeasuredModel) -> dict[str, float]:
+        prefix = "documents" if args.context == "document" else "validation"
+        found: dict[str, float] = {}
+        for text in texts:
+            found |= _loss_of(text, args, run_args, measured).metrics(f"{prefix}/{text.name}")
+        return found
+
+    return measure
+
+
+def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured: MeasuredModel) -> HeldOutLoss:
+    """Return the loss over all ranks, each of which scores its share."""
+    rank, n_ranks = measured.world.place.rank, measured.world.place.world_size
+    loss, device = CrossEntropy(CrossEntropyArgs()), measured.world.device
+
+    def parts() -> Iterator[HeldOut]:
+        if args.context == "document":
+            more = {"stride": args.stride, "max_documents": args.max_steps, "share": (rank, n_ranks)}
+            yield from by_document(text, measured.wording, context=measured.context, **more)
+        else:
+            sizes = {"max_rows": run_args.validation.max_rows, "seq_len": run_args.data.seq_len}
+            whole = packed(text, measured.wording, **sizes)
+            counts = (whole.n_bytes, whole.n_documents) if rank == 0 else (0, 0)
+            yield HeldOut(whole.name, whole.rows[rank::n_ranks], *counts)
+
+    def score() -> torch.Tensor:
+        sums = torch.zeros(4, dtype=torch.float64)
+        for part in parts():
+            batches = _batches(part.rows, measured.max_tokens)
+            sums[:2] += sum_of_losses(measured.model, loss, batches, device, measured.beat).cpu()
+            sums[2:] += torch.tensor([part.n_bytes, part.n_documents], dtype=torch.float64)
+        return sums
+
+    was_training = measured.model.training
+    measured.model.eval()
+    try:
+        sums = on_every_rank(score)
+    finally:
+        measured.model.train(was_training)
+    if dist.is_initialized():
         dist.all_reduce(sums)
-        nats, *counts = sums.tolist()
-        return Loss(nats, *map(int, counts))
+    nats, *counts = sums.tolist()
+    return HeldOutLoss(nats, *map(int, counts))
+
+
+def _batches(rows: list[ScoredRow], max_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield batches of rows alike in length."""
+    for numbers in group([len(row.ids) - 1 for row in rows], 0, max_tokens):
+        chosen = [rows[n] for n in numbers]
+        yield padded(chosen, len(chosen), max(len(row.ids) for row in chosen) - 1)
+
+
+# -- ranks ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -121,7 +187,7 @@ def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]
     set_environment(run_args.env, place, on_gpu=device.type == "cuda")
     timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
     same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
-    same |= code_of(["lingua", run_args.app, *run_args.plugins])
+    same |= code_of(["lingua", run_args.app, *run_args.plugins, *args.plugins])
     with start_world(DistributedArgs(timeout_s=timeout_s), place, device, same) as world:
         yield on_every_rank(lambda: Measures(run_args, args, world))
 

@@ -221,7 +221,8 @@ def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> It
                 source = _source_of(key) if len(sources) > 1 or not several else ""
                 color = SERIES[(i if several else n) % len(SERIES)]
                 points = _scored(scores, key, run, over)
-                told = ": ".join(part for part in (who, how, source) if part)
+                scored = "whole documents" if key.startswith("documents/") else how
+                told = ": ".join(part for part in (who, scored, source) if part)
                 lines.append(Line(told, points, color, style, dots=len(scores) <= 40))
                 n += 1
     curves = [line.points.mean for line in lines]
@@ -229,7 +230,6 @@ def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> It
     margin = 0.05 * (flat[-1] - flat[0]) if flat else 0.0
     top = (flat[0] - margin, flat[-1] + margin) if margin else None
     notes = sorted(sources) if several and len(sources) == 1 else []
-    notes += ["whole documents by the evaluator, rows while training"] if any(run.evaluations for run in runs) else []
     notes += [over.note] if over.note else []
     title, note = f"Held-out loss{over.title}", "; ".join(notes)
     yield Chart(f"held_out{over.key}", title, note, over.axis, "bits per byte", lines, y_range=top)
@@ -240,7 +240,7 @@ def _bpb_keys(scores: Sequence[Scores]) -> list[str]:
 
 
 def _source_of(key: str) -> str:
-    return key.removeprefix("validation/").removesuffix("/bpb")
+    return key.removeprefix("validation/").removeprefix("documents/").removesuffix("/bpb")
 
 
 def _evaluations(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:

@@ -25,7 +25,7 @@ from lingua.checkpoint.state import TrainState
 from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.data.held_out import HeldOut, held_out_file, read_held_out
+from lingua.data.held_out import HeldOut, Wording, packed, texts_beside_sources
 from lingua.data.loader import Loader, build_loader, merge_states
 from lingua.data.local_copy import staged
 from lingua.distributed.compile import keep_compiled_code
@@ -219,12 +219,8 @@ def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
     """Rows of each source that has a `*.val.jsonl`; none when validation is off."""
     if not (args.validation.every or args.validation.at_ends):
         return []
-    rows, missing, sizes = [], [], {"max_rows": args.validation.max_rows, "seq_len": args.data.seq_len}
-    for source in args.data.read_sources():
-        if file := held_out_file(Path(source.path)):
-            rows.append(read_held_out(str(source.name), file, tokenizer, text_key=source.text_key, **sizes))
-        else:
-            missing.append(str(source.name))
-    if missing:
-        log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(missing))
-    return rows
+    texts, without = texts_beside_sources(args.data)
+    if without:
+        log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(without))
+    wording = Wording(tokenizer, args.data.add_bos, args.data.add_eos)
+    return [packed(text, wording, max_rows=args.validation.max_rows, seq_len=args.data.seq_len) for text in texts]

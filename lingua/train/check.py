@@ -21,6 +21,7 @@ from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import Composed, Examined, examine
 from lingua.config.frozen import Difference, compare, freeze
 from lingua.config.keys.data import DataArgs
+from lingua.config.keys.eval import HeldOutArgs
 from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
@@ -230,10 +231,11 @@ def missing_paths(args: TrainArgs) -> Iterator[Finding]:
     start = args.checkpoint.init_ckpt_path
     if start and not _place_of(start)[0].exists():
         yield Finding("checkpoint.init_ckpt_path", f"checkpoint.init_ckpt_path {start} is not on this machine")
-    held_out = args.eval.validation if args.eval is not None else None
-    if held_out is not None and held_out.root_dir and not Path(held_out.root_dir).exists():
-        text = f"eval.validation.root_dir {held_out.root_dir} is not on this machine"
-        yield Finding("eval.validation.root_dir", text)
+    evaluation = args.eval
+    for measure in [] if evaluation is None else evaluation.chosen():
+        if isinstance(measure, HeldOutArgs) and measure.root_dir and not Path(measure.root_dir).exists():
+            key = "eval.validation.root_dir" if evaluation and measure is evaluation.validation else "eval.measures"
+            yield Finding(key, f"root_dir {measure.root_dir} of held-out sources is not on this machine")
 
 
 def _place_of(start: str) -> tuple[Path, int | None]:
@@ -273,16 +275,19 @@ def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
     """Evaluations by the run itself that would fail at each checkpoint, as far as the data is on this machine."""
     if args.eval is None or not args.eval.automatic:
         return
-    if args.eval.validation is None:
-        if args.eval.harness is None or not args.eval.harness.tasks:
-            yield Finding("eval", "eval: nothing is measured; set eval.validation or eval.harness.tasks, or eval=null")
+    chosen = args.eval.chosen()
+    if not chosen:
+        text = "eval: nothing is measured; set eval.validation, eval.harness.tasks or eval.measures, or eval=null"
+        yield Finding("eval", text)
     elif args.data.sources and not any(missing_paths(args)):
         from lingua.data.held_out import held_out_texts
 
-        try:
-            held_out_texts(args.data, args.eval.validation)
-        except ValueError as error:
-            yield Finding("eval.validation", str(error))
+        for measure in chosen:
+            try:
+                if isinstance(measure, HeldOutArgs):
+                    held_out_texts(args.data, measure)
+            except ValueError as error:
+                yield Finding("eval.validation" if measure is args.eval.validation else "eval.measures", str(error))
 
 
 def _conflicts(args: TrainArgs) -> Iterator[Finding]:

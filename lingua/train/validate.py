@@ -1,66 +1,111 @@
-"""Held-out loss inside training: nats per token and bits per byte of each source's `*.val.jsonl`.
-
-Promise: the same number on any number of ranks (up to the order of a sum); neither the data order nor any random
-state moves. A stop asked of any rank ends it on all after the same batch. Collective: all ranks take part.
-Cost: one forward pass over `validation.max_rows` rows per source, shared among the ranks, and a vote per batch.
-"""
+"""Held-out loss: nats per token and bits per byte, in training and in evaluations."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from lingua.data.held_out import equal_shares
 from lingua.distributed.parallelize import forward_precision, reshard
 from lingua.distributed.process_group import StepReduce
 from lingua.run.watchdog import Watchdog
 from lingua.train.learner import Run
 
-log = logging.getLogger(__name__)
+
+@dataclass
+class HeldOutLoss:
+    """The summed loss of held-out text."""
+
+    nats: float = 0.0
+    n_tokens: int = 0
+    n_bytes: int = 0
+    """UTF-8 bytes of the text."""
+    n_documents: int = 0
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return nats per token, perplexity, bits per byte, and counts. Raises ValueError where there is no text."""
+        if not self.n_bytes or not self.n_tokens:
+            raise ValueError(f"{prefix}: there is no text to score")
+        nll = self.nats / self.n_tokens
+        found = {
+            "nll": nll,
+            "ppl": math.exp(min(nll, 700.0)),
+            "bpb": self.nats / math.log(2) / self.n_bytes,
+            "n_tokens": self.n_tokens,
+            "n_bytes": self.n_bytes,
+            "n_documents": self.n_documents,
+        }
+        return {f"{prefix}/{name}": value for name, value in found.items()}
+
+
+@torch.no_grad()
+def sum_of_losses(
+    model: nn.Module,
+    loss: Any,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    device: torch.device,
+    before_batch: Callable[[], None],
+) -> torch.Tensor:
+    """Return (nats, number of scored tokens) in fp64 of batches (tokens, labels)."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for tokens, labels in batches:
+        before_batch()
+        nats, n_tokens = model(
+            torch.from_numpy(tokens).to(device), labels=torch.from_numpy(labels).to(device), loss=loss
+        )
+        total += torch.stack([nats.double(), torch.as_tensor(n_tokens, device=device).double()])
+    return total
+
+
+class _AskedToStopError(Exception):
+    """A rank was asked to stop; all ranks raise this before the same batch."""
 
 
 def validate(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
-    """`{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ..., "seconds": it took}` at the present step.
+    """Score the packed held-out rows at the present step, or return None if a rank was asked to stop. Collective.
 
-    None, on all ranks alike, when one of them was asked to stop; what was measured by then is thrown away.
+    Returns `{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ..., "seconds": it took}`: the same number
+    on any number of ranks. Random states and the position in the training data do not change.
     """
     began_s = time.perf_counter()
+    reduce: StepReduce[None] = StepReduce(run.world.device)
+
+    def vote() -> None:
+        before = reduce.submit(None, {"stop": float(watchdog.asked)})
+        if before is not None and before[1]["stop"] > 0:
+            raise _AskedToStopError
+
     run.model.eval()
     try:
-        results = _measure(run, watchdog)
+        results = _measure(run, vote)
         return results and results | {"seconds": time.perf_counter() - began_s}
+    except _AskedToStopError:
+        return None
     finally:
         reshard(run.model)
         run.model.train()
 
 
-@torch.no_grad()
-def _measure(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
-    device, world = run.world.device, run.world
-    precision = forward_precision(run.model, run.args.distributed, device)
+def _measure(run: Run, vote: Callable[[], None]) -> dict[str, float]:
+    world, data = run.world, run.args.data
     results: dict[str, float] = {}
-    reduce: StepReduce[None] = StepReduce(device)
     for source in run.held_out:
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, scored tokens
-        for tokens, labels in source.share(world.dp_rank, world.dp_size, run.args.data.batch_size):
-            before = reduce.submit(None, {"stop": float(watchdog.asked)})
-            if before is not None and before[1]["stop"] > 0:
-                return None
-            with precision:
-                loss_sum, n_tokens = run.model(
-                    torch.from_numpy(tokens).to(device).long(),
-                    labels=torch.from_numpy(labels).to(device).long(),
-                    loss=run.validation_loss,
-                )
-            total += torch.stack([loss_sum.double(), torch.as_tensor(n_tokens, device=device).double()])
+        batches = equal_shares(source.rows, data.seq_len, world.dp_rank, world.dp_size, data.batch_size)
+        with forward_precision(run.model, run.args.distributed, world.device):
+            total = sum_of_losses(run.model, run.validation_loss, batches, world.device, vote)
         if dist.is_initialized():
             if world.tp_rank:  # a tensor-parallel group has scored the same rows: they count once
                 total.zero_()
             dist.all_reduce(total)
         nats, n_tokens = total.tolist()
-        results[f"{source.name}/nll"] = nats / n_tokens
-        results[f"{source.name}/bpb"] = nats / math.log(2) / source.n_bytes
+        found = HeldOutLoss(nats, int(n_tokens), source.n_bytes).metrics(source.name)
+        results |= {f"{source.name}/{name}": found[f"{source.name}/{name}"] for name in ("nll", "bpb")}
     return results

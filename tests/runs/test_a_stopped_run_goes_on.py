@@ -13,11 +13,11 @@ import pytest
 import lingua.train.build
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.config.keys.data import TokenizerArgs
-from lingua.data.held_out import HeldOut
 from lingua.files import Files
 from lingua.launch.requeue import Outcome, judge
 from lingua.run.metrics import read_metrics
 from lingua.tokenizer import Tokenizer
+from lingua.train import validate
 from tests.fakes import FaultyFiles
 from tests.services import both
 from tests.trainer import TINY, Hook, at_step, fingerprint, losses, published, send_self, train
@@ -166,16 +166,16 @@ def test_validation_is_left_by_all_ranks_and_made_up_for(tmp_path: Path):
     """One rank is asked after the first of many batches; the next start begins with that validation."""
 
     def hook(rank: int) -> None:
-        share = HeldOut.share
+        shares = validate.equal_shares
 
-        def ask_after_one(self: HeldOut, *args: int) -> Iterator[Any]:
-            for number, batch in enumerate(share(self, *args)):
+        def ask_after_one(*args: Any) -> Iterator[Any]:
+            for number, batch in enumerate(shares(*args)):
                 if number == 1 and rank == 1:
                     send_self("SIGTERM")()
                 assert number < 4, "validation went on"
                 yield batch
 
-        setattr(HeldOut, "share", ask_after_one)  # noqa: B010
+        setattr(validate, "equal_shares", ask_after_one)  # noqa: B010
 
     words = [*WORDS, f"dump_dir={tmp_path}", "validation.every=5", "validation.max_rows=64"]
     result = train(words, n_ranks=2, hook=hook)

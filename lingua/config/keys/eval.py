@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
-from lingua.config.base import Anything, Args, Text
+from lingua.config.base import Anything, Args, Part, Text, part_of, register
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.launch import JobArgs
 from lingua.config.keys.logging import LoggingArgs, WandbArgs
 
 
-class HarnessArgs(Args):
+class MeasureArgs(Part):
+    """Something that is measured of each checkpoint. User code adds its own with `@register("measure", name)`.
+
+    The builder takes (these args, the run's args, the section eval) and returns a `Measure` (lingua/eval/measures.py).
+    It raises ConfigError for whatever is missing.
+    """
+
+
+@register("measure", "harness")
+class HarnessArgs(MeasureArgs):
     """lm-evaluation-harness; keys are those of its `simple_evaluate`."""
 
+    builder: ClassVar[str] = "lingua.eval.harness:build_harness"
+
+    type: Literal["harness"] = "harness"
     tasks: list[Text | dict[str, Anything]] = []
     """Task names, or mappings with `task` and its settings."""
     include_path: Text | None = None
@@ -61,14 +73,22 @@ class HarnessArgs(Args):
     """Seed of the examples' choice."""
 
 
-class EvalValidationArgs(Args):
+@register("measure", "held_out")
+class HeldOutArgs(MeasureArgs):
     """Held-out loss at evaluation."""
 
+    builder: ClassVar[str] = "lingua.eval.measures:build_held_out"
+
+    type: Literal["held_out"] = "held_out"
+    context: Literal["document", "packed"] = "document"
+    """What precedes a token. document: its own document alone, logged as documents/<source>/*. packed: the row that
+    training packs, for the same validation.max_rows and number as in training, logged as validation/<source>/*."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Documents per source, at most. Null: all."""
+    """Documents per source, at most. Null: all. For context: document."""
     stride: Annotated[int, Field(ge=1)] | None = None
-    """Tokens by which the context moves on in documents longer than it; each token is scored once, and sees at least
-    max_seqlen - stride before it. Smaller is nearer to the whole context, and dearer. Null: half of max_seqlen."""
+    """Tokens by which the window moves along a document longer than max_seqlen. Each token is scored once, with at
+    least max_seqlen - stride tokens before it; a smaller stride costs more. Null: half of max_seqlen. For context:
+    document."""
     use_val_from_train_src: bool = True
     """Use the `*.val.jsonl` beside the training sources."""
     root_dir: Text = ""
@@ -92,8 +112,12 @@ class EvalArgs(Args):
     """Sampling and scoring."""
     harness: HarnessArgs | None = HarnessArgs()
     """lm-evaluation-harness. Null: not run."""
-    validation: EvalValidationArgs | None = EvalValidationArgs()
+    validation: HeldOutArgs | None = HeldOutArgs()
     """Held-out loss. Null: not measured."""
+    measures: list[Annotated[SerializeAsAny[MeasureArgs], part_of("measure")]] = []
+    """What else to measure, each chosen by its `type`: held_out, harness, or one of a plugin's."""
+    plugins: list[Text] = []
+    """Modules imported before the config is checked, in addition to the run's; they register measures."""
     wandb: WandbArgs | None = None
     """wandb run of a hand-started evaluation."""
     logging: LoggingArgs | None = None
@@ -121,3 +145,8 @@ class EvalArgs(Args):
     """For so long a checkpoint waits for its evaluation, whatever retention says; then it may be deleted, loudly."""
     idle_hours: Annotated[float, Field(gt=0)] = 24.0
     """An evaluator with nothing to do ends when its run has been silent for so long."""
+
+    def chosen(self) -> list[MeasureArgs]:
+        """Return what is to be measured, in order."""
+        harness = self.harness if self.harness is not None and self.harness.tasks else None
+        return [one for one in (self.validation, harness, *self.measures) if one is not None]

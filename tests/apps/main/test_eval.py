@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,15 @@ from tests.evaluated import make_data, words_of
 from tests.ranks import run_on_ranks
 from tests.trainer import free_port, train
 
+ROOT = Path(__file__).parents[3]
 SMALL = ["generator.dtype=fp32", "generator.device=cpu", "validation.max_steps=3", "generator.max_tokens=4000"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    result = train(words_of(make_data(folder), folder / "run", "eval.automatic=false"))
+    words = words_of(make_data(folder), folder / "run", "eval.automatic=false", "validation.at_ends=true")
+    result = train(words)
     assert result.exit_code == 0, result.output
     return folder / "run"
 
@@ -54,9 +58,9 @@ def test_by_hand_on_all_that_holds_weights(
 ) -> None:
     newest = by_hand(capsys, str(run), *SMALL)
     assert newest.keys() == {
-        f"validation/mine/{name}" for name in ("nll", "ppl", "bpb", "n_tokens", "n_bytes", "n_documents")
+        f"documents/mine/{name}" for name in ("nll", "ppl", "bpb", "n_tokens", "n_bytes", "n_documents")
     }
-    assert newest["validation/mine/n_documents"] == 3
+    assert newest["documents/mine/n_documents"] == 3
     assert by_hand(capsys, f"ckpt={run}@5") == newest
     assert by_hand(capsys, f"ckpt_dir={layout.folder(run / 'checkpoints', 5)}") == newest
     assert by_hand(capsys, f"{run}@2") != newest
@@ -67,8 +71,64 @@ def test_by_hand_on_all_that_holds_weights(
     shutil.copytree(layout.folder(run / "checkpoints", 5), away)
     assert by_hand(capsys, f"config={run}/config.yaml", f"ckpt={away}") == newest
     assert main([str(run), f"dump_dir={tmp_path}/new/folder", "validation.stride=64", "validation.max_steps=1"]) == 0
-    assert "validation/mine/bpb" in capsys.readouterr().out
+    assert "documents/mine/bpb" in capsys.readouterr().out
     assert read_json(tmp_path / "new/folder/results.json")["metrics"].keys() == newest.keys()
+
+
+def test_packed_rows_give_the_number_of_the_training_log(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged = read_metrics(run / "metrics.validation.jsonl")[-1]
+    found = by_hand(capsys, str(run), *SMALL, "validation.context=packed", "measures=[{type: held_out}]")
+    for name in ("nll", "bpb"):
+        assert found[f"validation/mine/{name}"] == pytest.approx(logged[f"mine/{name}"], rel=1e-6)
+    assert found["documents/mine/bpb"] != pytest.approx(logged["mine/bpb"], rel=1e-6), "another number, another name"
+
+
+OWN_MEASURE = '''
+"""How long answers are."""
+from typing import ClassVar, Literal
+
+from lingua.config.base import register
+from lingua.config.keys.eval import MeasureArgs
+
+
+@register("measure", "answer_length")
+class AnswerLengthArgs(MeasureArgs):
+    builder: ClassVar[str] = "own_measure:build"
+    type: Literal["answer_length"] = "answer_length"
+    prompts: list[str]
+
+
+def build(args, run_args, eval_args):
+    def measure(measured):
+        answers = measured.generator.generate(args.prompts)
+        samples = {"answer_length": [answer.text for answer in answers]}
+        return {"length/answers": len(answers), "details": {"length": {"steps": run_args.steps}}, "samples": samples}
+
+    return measure
+'''
+
+
+def test_a_measure_of_ones_own_is_one_file(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_measure.py").write_text(OWN_MEASURE)
+    words = [str(run.absolute()), *SMALL, "generator.max_gen_len=4", "plugins=[own_measure]", "dump_dir=found"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def evaluate(measures: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "apps.main.eval", *words, f"measures={measures}"]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    done = evaluate("[{type: answer_length, prompts: [a, b]}]")
+    assert done.returncode == 0, done.stderr
+    results = read_json(tmp_path / "found/results.json")
+    assert results["metrics"].items() >= {"length/answers": 2, "documents/mine/n_documents": 3}.items()
+    assert results["details"] == {"length": {"steps": 5}}
+    assert len(read_json(tmp_path / "found/samples.json")["answer_length"]) == 2
+    done = evaluate("[{type: answer_length, prompt: a}, {type: answers}]")
+    assert done.returncode == 2
+    assert "eval.measures.0.prompt; did you mean eval.measures.0.prompts?" in done.stderr
+    assert (
+        "eval.measures.1.type: unknown measure type 'answers'; known: answer_length, harness, held_out" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +165,7 @@ def test_following_gives_what_evaluating_afterwards_gives(copy: Path, capsys: py
         metrics = read_json(copy / f"evals/{step:010d}/results.json")["metrics"]
         assert metrics == by_hand(capsys, f"{copy}@{step}")
         assert line.items() >= metrics.items()
-    assert lines[-1]["validation/mine/nll"] < lines[0]["validation/mine/nll"]
+    assert lines[-1]["documents/mine/nll"] < lines[0]["documents/mine/nll"]
 
 
 def test_a_damaged_checkpoint_is_given_up_and_the_others_are_evaluated(
@@ -189,7 +249,7 @@ def test_tasks_of_the_harness_beside_held_out_text(
     assert main([f"follow={copy}", f"config={measures}"]) == 0
     line = read_metrics(copy / "metrics.eval.jsonl")[-1]
     assert line["core_eval/overall_avg"] == line["eval/overall_avg"] == line["eval/mine/acc_norm"]
-    assert "validation/mine/bpb" in line
+    assert "documents/mine/bpb" in line
     assert len(read_json(copy / "evals/0000000005/samples.json")["mine"]) == 4
     (tmp_path / "q.jsonl").rename(tmp_path / "gone")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "another cache"))

@@ -19,10 +19,11 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.data import TokenizerArgs
 from lingua.config.keys.eval import HarnessArgs
 from lingua.config.keys.generate import GeneratorArgs
+from lingua.data.held_out import ScoredRow, Wording
 from lingua.eval import harness
 from lingua.eval.harness import generator_args, make_lm, metrics_of, run_tasks, scored_rows
 from lingua.eval.harness_tasks import be_offline, load_tasks
-from lingua.eval.scorer import Row, Scorer, Wording
+from lingua.eval.scorer import Scorer
 from lingua.model.generate import Generator
 from lingua.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 from tests.conftest import own_environment
@@ -47,7 +48,7 @@ CONTEXT = 48
 def test_rows_that_score_a_continuation(
     context: list[int], continuation: list[int], rows: list[tuple[list[int], int]]
 ) -> None:
-    assert list(scored_rows(context, continuation, 4)) == [Row(*row) for row in rows]
+    assert list(scored_rows(context, continuation, 4)) == [ScoredRow(*row) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_prompts_begin_as_documents_do(lm_eval: Any, tokenizer: tuple[Tokenizer,
     assert lm_of(tiny(), tokenizer[0], add_bos=False).tok_encode("ab") == [5]
     request = [SimpleNamespace(args=("", "ab"))]
     (alone,) = lm.loglikelihood(request, disable_tqdm=True)
-    (score,) = Scorer(tiny(), 10).score([Row([0, 5], 1)])
+    (score,) = Scorer(tiny(), 10).score([ScoredRow([0, 5], 1)])
     assert alone == (pytest.approx(-score.nats), score.is_greedy)
     assert lm.loglikelihood_rolling([SimpleNamespace(args=("ab",))]) == [pytest.approx(-score.nats)]
 

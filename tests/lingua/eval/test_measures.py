@@ -1,41 +1,93 @@
-"""What an evaluation costs in memory."""
+"""Held-out loss of an evaluation against a plain loop; the same for any batch size and any number of ranks."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+import math
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.apps.cli.test_export import make_run
-from tests.ranks import exit_code_of
-
-LOAD = """
-import re, resource, sys
-from pathlib import Path
-import torch
 from apps.main.args import TrainArgs
-from lingua.config.compose import compose
-from lingua.train.load_model import load_model
-folder, times = Path(sys.argv[1]), float(sys.argv[2])
-sizes = ["checkpoint.verify_on_load=sizes"]  # threads that verify have stacks, of which they use little
-small, args = (compose(str(folder / n / "config.yaml"), [], sizes, TrainArgs).args for n in ("small", "run"))
-load_model(small, folder / "small", torch.device("cpu"), torch.float32)  # imports, threads and the like
-model_bytes = 4 * args.model.n_params()
-assert model_bytes > 60e6
-used_bytes = 1024 * int(re.findall(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
-limit_bytes = used_bytes + int(times * model_bytes)
-resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
-load_model(args, folder / "run", torch.device("cpu"), torch.float32)
-"""
+from lingua.config.base import ConfigError
+from lingua.config.keys.eval import EvalArgs, HarnessArgs, HeldOutArgs
+from lingua.config.keys.generate import GeneratorArgs
+from lingua.data.held_out import ScoredRow, Wording, windows
+from lingua.distributed.process_group import Place, World
+from lingua.eval.measures import MeasuredModel, Measures, build_held_out
+from lingua.model.generate import Generator
+from lingua.tokenizer import ByteTokenizer
+from lingua.train.validate import HeldOutLoss
+from tests.lingua.eval.test_scorer import CONTEXT, plainly, tiny
+from tests.ranks import run_on_ranks
+
+WORDING = Wording(ByteTokenizer())
 
 
-@pytest.mark.parametrize(("times", "code"), [(1.6, 0), (0.8, 1)])
-def test_loading_takes_the_memory_of_the_model_once(tmp_path: Path, times: float, code: int) -> None:
-    """Of its own; the file is mapped (RLIMIT_DATA, getrlimit(2)). What is left of the limit could not hold it twice."""
-    assert exit_code_of(lambda: make_run(tmp_path / "run", dim=256, n_layers=24, multiple_of=256)) == 0
-    assert exit_code_of(lambda: make_run(tmp_path / "small")) == 0
-    # A new interpreter: memory that this process has given back to itself would not count.
-    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path), str(times)], capture_output=True, check=False)
-    assert done.returncode == code, done.stderr.decode()
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = random.Random(5)
+    texts = ["".join(draw.choice("abc é\n") for _ in range(draw.randrange(1, 70))) for _ in range(6)]
+    path = tmp_path_factory.mktemp("held") / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "no json\n{}\n")
+    return path
+
+
+def found_in(file: Path, *, max_tokens: int = 500, place: Place | None = None, **keys: Any) -> dict[str, float]:
+    model = tiny()
+    generator = Generator(model, ByteTokenizer(), GeneratorArgs(dtype="fp32", max_tokens=max_tokens))
+    world = World(place or Place(), next(model.parameters()).device, mesh=None)
+    args = HeldOutArgs(use_val_from_train_src=False, sources=[str(file)], **keys)
+    measure = build_held_out(args, TrainArgs.model_validate({"data": {"seq_len": CONTEXT}}), EvalArgs())
+    return dict(measure(MeasuredModel(model, ByteTokenizer(), generator, WORDING, world, lambda: None)))
+
+
+@pytest.mark.parametrize("context", ["document", "packed"])
+def test_the_loss_is_that_of_a_plain_loop(file: Path, context: str) -> None:
+    found = found_in(file, context=context, stride=6)
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()[:6]]
+    rows: list[ScoredRow] = []
+    if context == "document":
+        for ids in map(WORDING.ids, texts):
+            assert (ids[0], ids[-1]) == (256, 257)
+            rows += [ScoredRow(ids[a:b], first) for a, b, first in windows(len(ids), CONTEXT, 6)]
+    else:
+        stream = [token for text in texts for token in WORDING.ids(text)]
+        rows = [ScoredRow(stream[a : a + CONTEXT + 1]) for a in range(0, len(stream) - 1, CONTEXT)]
+    nats = sum(plainly(tiny(), row)[0] for row in rows)
+    n_bytes, n_tokens = sum(len(text.encode()) for text in texts), sum(len(row.ids) - row.first for row in rows)
+    expected = {"nll": nats / n_tokens, "ppl": math.exp(nats / n_tokens), "bpb": nats / math.log(2) / n_bytes}
+    expected |= {"n_tokens": n_tokens, "n_bytes": n_bytes, "n_documents": 6}
+    prefix = {"document": "documents", "packed": "validation"}[context]
+    assert found == pytest.approx({f"{prefix}/x/{name}": value for name, value in expected.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("context", ["document", "packed"])
+def test_the_same_number_on_any_batch_size_and_any_number_of_ranks(file: Path, context: str) -> None:
+    expected = pytest.approx(found_in(file, context=context, max_tokens=1), rel=1e-6)
+    assert found_in(file, context=context, max_tokens=50) == expected
+    on_ranks = run_on_ranks(lambda r: found_in(file, context=context, place=Place(r, 3)), 3)
+    assert on_ranks == [expected] * 3
+
+
+def test_each_token_is_scored_once_whatever_the_stride(file: Path) -> None:
+    found = [found_in(file, stride=stride) for stride in (1, 12, None, 24, 99)]
+    assert len({each["documents/x/n_tokens"] for each in found}) == 1
+    assert found[1] == found[2], "half of the context"
+    assert found[3] == found[4], "all of it"
+    assert found[0] != found[3]
+
+
+def test_nothing_to_measure_is_an_error(file: Path) -> None:
+    with pytest.raises(ValueError, match="validation/x: there is no text to score"):
+        HeldOutLoss().metrics("validation/x")
+    world = World(Place(), next(tiny().parameters()).device, mesh=None)
+    for keys, sentence in [
+        ({"validation": None}, "nothing is measured"),
+        ({"validation": None, "measures": [HarnessArgs()]}, "names no tasks"),
+        ({"measures": [HeldOutArgs(use_val_from_train_src=False, sources=["nowhere"])]}, "nowhere does not exist"),
+    ]:
+        with pytest.raises(ConfigError, match=sentence):
+            Measures(TrainArgs(), EvalArgs(**keys), world)
