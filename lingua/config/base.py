@@ -35,6 +35,13 @@ class Args(BaseModel):
         validate_default=True,
     )
 
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        """Yield (key, sentence with a remedy) for what this section cannot do beside the rest of the config `args`.
+
+        Called for every section of a config that is valid by itself, without torch and without a device.
+        """
+        yield from ()
+
 
 # -- numbers as they were written ----------------------------------------------------------------------------------
 

@@ -274,9 +274,9 @@ def _reset(module: nn.Module, own: Mapping[str, nn.Parameter], seed: int, name: 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(_seed_of(seed, name))
         try:
-            module._parameters.update({kind: nn.Parameter(_whole_like(p)) for kind, p in own.items()})
+            drawn = {kind: nn.Parameter(_whole_like(p)) for kind, p in own.items()}
+            module._parameters.update(drawn)
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
-            drawn = dict(module._parameters)
         finally:
             module._parameters.update(own)
     for kind, parameter in own.items():

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lingua.config.base import ConfigError, dotted_key
+from lingua.config.base import Args, ConfigError, dotted_key
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import Composed, Examined, examine
 from lingua.config.frozen import Difference, compare, freeze
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.eval import HeldOutArgs
-from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.files import DiskError, human_bytes
@@ -31,14 +30,6 @@ from lingua.train.earlier import Earlier, read_earlier
 from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, tokenizer_is_there
 
 _GIB = 1 << 30
-# What lingua/model/attention.py refuses wherever it runs; the rest depends on the device and is told at the start.
-_NO_MASK = ("sdpa_flash", "sdpa_cudnn", "sdpa_cudnn_first")
-_GPU_ONLY = ("sdpa_cudnn", "sdpa_cudnn_first", "flex", "varlen", "xformers", "flash_attn")
-_NOT_DETERMINISTIC = (
-    "sdpa_cudnn",
-    "sdpa_cudnn_first",
-    "xformers",
-)  # atomic additions in backward, whatever torch is told
 _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 
@@ -204,13 +195,10 @@ def study(
     found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
     found.resolved = sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
-        found.errors += [*_misfits(args, found.resolved), *_compile_conflicts(args, found.resolved)]
+        found.errors += _misfits(args, found.resolved)
         found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
         found.warnings += _oddities(args, found.resolved)
     return found
-
-
-# -- sizes ---------------------------------------------------------------------------------------------------------
 
 
 # -- wrong ---------------------------------------------------------------------------------------------------------
@@ -319,47 +307,9 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
             "set checkpoint.continue_training_from_init and init_ckpt_path, or drop it"
         )
         yield Finding("checkpoint.reset", text)
-    yield from _attention_conflicts(args)
-    yield from _float8_conflicts(args)
-
-
-def _attention_conflicts(args: TrainArgs) -> Iterator[Finding]:
-    """Kernels that cannot do what is asked of them, as far as can be told without torch and without a device."""
-    if not isinstance(args.model, LlamaArgs):
-        return
-    impl = args.model.attn_impl
-    if impl in _NO_MASK and (args.data.doc_mask or args.model.sliding_window is not None):
-        asked = "data.doc_mask" if args.data.doc_mask else "model.sliding_window"
-        text = f"model.attn_impl is {impl}, which cannot do {asked}; use flex, sdpa or auto"
-        yield Finding("model.attn_impl", text)
-    if args.deterministic and impl in _NOT_DETERMINISTIC:
-        text = (
-            f"deterministic is true, but model.attn_impl {impl} adds gradients up in any order; use sdpa, flex or auto"
-        )
-        yield Finding("model.attn_impl", text)
-    if args.device == "cpu" and impl in _GPU_ONLY:
-        text = f"model.attn_impl is {impl}, which needs a GPU, but device is cpu; use auto"
-        yield Finding("model.attn_impl", text)
-
-
-def _float8_conflicts(args: TrainArgs) -> Iterator[Finding]:
-    recipe, key = args.distributed.float8_recipe, "distributed.float8_recipe"
-    if recipe is None:
-        return
-    if args.device == "cpu":
-        yield Finding(key, f"{key} is {recipe}, which needs a GPU, but device is cpu; leave it null")
-    if args.distributed.tp_size > 1:
-        text = f"{key} is {recipe}, which does not know tensor parallelism; leave it null, or set distributed.tp_size=1"
-        yield Finding(key, text)
-
-
-def _compile_conflicts(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    layout = args.distributed
-    if layout.compile and layout.compile_scope == "model" and size.world_size > 1:
-        text = (
-            f"distributed.compile_scope is model, which needs one process, but there are {size.world_size}; use block"
-        )
-        yield Finding("distributed.compile_scope", text)
+    for name in type(args).model_fields:
+        if isinstance(section := getattr(args, name), Args):
+            yield from (Finding(*conflict) for conflict in section.conflicts(args))
 
 
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
@@ -369,31 +319,16 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
         text = f"data.lanes is {size.lanes}, no multiple of {size.dp_size} data-parallel ranks; set it to {near}"
         yield Finding("data.lanes", text)
-    if size.tp_size > 1:
-        yield from _tensor_parallel_misfits(args, size)
-
-
-def _tensor_parallel_misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    """What cannot be split into tp_size equal parts, or not at all (lingua/distributed/tensor_parallel.py)."""
+    if args.distributed.compile and args.distributed.compile_scope == "model" and size.world_size > 1:
+        text = f"distributed.compile_scope is model, which needs one process, but there are {size.world_size}"
+        yield Finding("distributed.compile_scope", f"{text}; use block")
     n_ranks, text = size.tp_size, f"distributed.tp_size is {size.tp_size}"
-    if args.optim.type == "muon":
-        sentence = f"optim.type is muon, which needs whole rows of matrices, but {text}"
-        yield Finding("optim.type", f"{sentence}; use tp_size 1 and full_shard, or optim.type adamw")
-    if isinstance(args.model, LlamaArgs):
-        for what, n in (("heads", args.model.heads), ("key-value heads", args.model.kv_heads)):
-            if n % n_ranks:
-                yield Finding(
-                    "distributed.tp_size", f"{text}, which does not divide the model's {n} {what}; change one"
-                )
-        if args.model.ffn_width % n_ranks:
-            width = f"the width {args.model.ffn_width} of the feed-forward layer"
-            yield Finding("distributed.tp_size", f"{text}, which does not divide {width}; set model.multiple_of")
     if size.seq_len % n_ranks:
         remedy = f"set data.seq_len to {size.seq_len - size.seq_len % n_ranks or n_ranks}"
         yield Finding("distributed.tp_size", f"{text}, which does not divide data.seq_len {size.seq_len}; {remedy}")
     if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's way to split leaves a rank none
         yield Finding("distributed.tp_size", f"{text}, too many for a vocabulary of {size.vocab_size}; use fewer")
-    if not getattr(args.loss, "splits_words", False):
+    if n_ranks > 1 and not getattr(args.loss, "splits_words", False):
         remedy = "use cross_entropy, or let it, and say splits_words = True in its Args"
         yield Finding("loss.type", f"{text}, but the loss {args.loss.type} takes no head that is split; {remedy}")
 

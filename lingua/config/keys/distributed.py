@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -73,6 +74,14 @@ class DistributedArgs(Args):
         except re.error as error:
             raise ValueError(f"float8_filter {self.float8_filter!r} is no regular expression: {error}") from error
         return self
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        key = "distributed.float8_recipe"
+        if self.float8_recipe is not None and args.device == "cpu":
+            yield key, f"{key} is {self.float8_recipe}, which needs a GPU, but device is cpu; leave it null"
+        if self.float8_recipe is not None and self.tp_size > 1:
+            text = f"{key} is {self.float8_recipe}, which does not know tensor parallelism"
+            yield key, f"{text}; leave it null, or set distributed.tp_size=1"
 
     def degrees(self, world_size: int) -> tuple[int, int, int]:
         """(dp_replicate, dp_shard, tp_size) for this many ranks.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,11 @@ from lingua.config.base import Args, Part, PositiveInt, register
 AttnImpl = Literal[
     "auto", "sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "varlen", "xformers", "flash_attn", "eager"
 ]
+
+# What lingua/model/attention.py refuses wherever it runs; the rest depends on the device and is told at the start.
+_NO_MASK = ("sdpa_flash", "sdpa_cudnn", "sdpa_cudnn_first")
+_GPU_ONLY = ("sdpa_cudnn", "sdpa_cudnn_first", "flex", "varlen", "xformers", "flash_attn")
+_NOT_DETERMINISTIC = ("sdpa_cudnn", "sdpa_cudnn_first", "xformers")  # atomic additions in backward
 
 
 class RopeScalingArgs(Args):
@@ -117,6 +123,23 @@ class LlamaArgs(ModelArgs):
         if self.head_width % 2:
             raise ValueError(f"head_dim {self.head_width} is odd; rotary positions turn pairs")
         return self
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        impl, key = self.attn_impl, "model.attn_impl"
+        if impl in _NO_MASK and (args.data.doc_mask or self.sliding_window is not None):
+            asked = "data.doc_mask" if args.data.doc_mask else "model.sliding_window"
+            yield key, f"{key} is {impl}, which cannot do {asked}; use flex, sdpa or auto"
+        if args.deterministic and impl in _NOT_DETERMINISTIC:
+            yield key, f"deterministic is true, but {key} {impl} adds gradients up in any order; use sdpa, flex or auto"
+        if args.device == "cpu" and impl in _GPU_ONLY:
+            yield key, f"{key} is {impl}, which needs a GPU, but device is cpu; use auto"
+        tp_size, key = args.distributed.tp_size, "distributed.tp_size"
+        for what, n in (("heads", self.heads), ("key-value heads", self.kv_heads)):
+            if n % tp_size:
+                yield key, f"{key} is {tp_size}, which does not divide the model's {n} {what}; change one"
+        if self.ffn_width % tp_size:
+            width = f"the width {self.ffn_width} of the feed-forward layer"
+            yield key, f"{key} is {tp_size}, which does not divide {width}; set model.multiple_of"
 
     @property
     def vocab_rows(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -95,3 +96,8 @@ class MuonArgs(AdamArgs):
 
     def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
         return 4 * n_in_matrices + super().state_bytes(n_params - n_in_matrices, 0)
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if (tp_size := args.distributed.tp_size) > 1:
+            text = f"optim.type is muon, which needs whole rows of matrices, but distributed.tp_size is {tp_size}"
+            yield "optim.type", f"{text}; use tp_size 1 and full_shard, or optim.type adamw"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import dump_yaml
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.distributed import DistributedArgs
+from lingua.config.keys.optim import OptimArgs
 from lingua.data.sources import estimate_tokens
 from lingua.train.check import load, problems, resolve
 from tests.checkpoints import make_run
@@ -140,6 +142,17 @@ def test_a_loss_that_takes_no_split_head_is_refused_under_tensor_parallelism() -
     errors, _ = problems(own, 2)
     assert [(finding.key, "takes no head that is split" in finding.text) for finding in errors] == [("loss.type", True)]
     assert problems(own.model_copy(update={"distributed": DistributedArgs()}), 2)[0] == []
+
+
+def test_a_part_states_what_it_cannot_do_beside_the_rest_of_the_config() -> None:
+    class OwnArgs(OptimArgs):
+        def conflicts(self, args: TrainArgs) -> Iterator[tuple[str, str]]:
+            if args.grad_acc_steps != 1:
+                yield "optim.type", "optim.type own needs grad_acc_steps=1"
+
+    errors, _ = problems(args(optim=OwnArgs(warmup=10)), 1)
+    assert errors == [("optim.type", "optim.type own needs grad_acc_steps=1")]
+    assert problems(args(optim=OwnArgs(warmup=10), grad_acc_steps=1), 1)[0] == []
 
 
 @pytest.mark.parametrize(
