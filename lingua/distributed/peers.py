@@ -28,11 +28,11 @@ class Peers:
         self._rank = rank
         self._world_size = world_size
 
-    def tell(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         """Tell all ranks; of several messages the first one stands."""
         self._store.compare_set(_END, "", message.decode())
 
-    def told(self) -> bytes | None:
+    def received(self) -> bytes | None:
         """What a rank has told, or None."""
         return self._store.get(_END) if self._store.check([_END]) else None
 

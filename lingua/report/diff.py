@@ -1,8 +1,6 @@
-"""How runs differ: the keys of their configs, and of two runs the curves at the steps that both reported.
+"""Compares runs: the keys of their configs, and the curves of two runs at the steps that both reported.
 
-Promise: what is called equal is equal to the last bit. Where a run went back to a checkpoint, its newest line of a step
-counts. Torch-free.
-Cost: reads both metrics files once.
+Equal means equal to the last bit. If a run went back to a checkpoint, its newest line of a step counts.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from lingua.config.base import show
 from lingua.config.frozen import rule_of
 from lingua.run.folder import public_value
 
-_OWN_KEYS = ("name", "dump_dir")  # differ by nature
+_OWN_KEYS = ("name", "dump_dir")  # always differ
 _ROWS = 12
 _LABEL_LENGTH = 36
 
@@ -26,12 +24,12 @@ class _Absent:
 
 
 ABSENT = _Absent()
-"""The value of a key that the other config does not have."""
+"""The value of a key that only the other config has."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Losses at common steps."""
+    """Values of two runs at their common steps."""
 
     steps: list[int]
     left: list[float]
@@ -39,12 +37,12 @@ class Curves:
 
     @property
     def first_difference(self) -> int | None:
-        """The first common step whose losses are not equal."""
+        """The first common step whose values are not equal."""
         return next((s for s, a, b in zip(self.steps, self.left, self.right, strict=True) if a != b), None)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` -> `{"optim.lr": 1}`."""
+    """Flatten `{"optim": {"lr": 1}}` to `{"optim.lr": 1}`."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -55,7 +53,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, in the order of the left config; ABSENT where there is no such key."""
+    """Return the keys whose values differ, in the order of the left config; ABSENT means no such key."""
     a, b = flatten(left), flatten(right)
     keys = [*a, *(key for key in b if key not in a)]
     both = {key: (a.get(key, ABSENT), b.get(key, ABSENT)) for key in keys if key not in _OWN_KEYS}
@@ -63,7 +61,7 @@ def config_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> dic
 
 
 def keys_that_differ(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys that are not the same in all configs, those of the first one in its order."""
+    """Return the keys that are not the same in all configs, in the order of the first."""
     found: dict[str, None] = {}
     for other in configs[1:]:
         found |= dict.fromkeys(config_differences(configs[0], other))
@@ -72,9 +70,9 @@ def keys_that_differ(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def telling_labels(configs: Sequence[Mapping[str, Any]], max_length: int = _LABEL_LENGTH) -> list[str]:
-    """`type=muon lr=0.004` for each config: what tells the runs apart, in a few words. No labels when it takes more.
+    """Label each config by what differs, such as `type=muon lr=0.004`; no labels if that is too long.
 
-    Of the keys that all have those that change what is learned; where none of these differs, the others.
+    Uses keys that all configs have and that change what is learned, or any others if none of these differ.
     """
     flat = [flatten(config) for config in configs]
     keys = [key for key in keys_that_differ(configs) if all(key in tree for tree in flat)]
@@ -84,50 +82,50 @@ def telling_labels(configs: Sequence[Mapping[str, Any]], max_length: int = _LABE
 
 
 def _public(key: str, value: Any) -> Any:
-    """A value to be spelled, unless it is a secret."""
+    """Return a value, or what may be shown of a secret."""
     text = public_value(key, value)
     return value if text == show(value) else text
 
 
 def curve(records: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
-    """Finite values of `key` by step; of a step that was trained twice, the newest."""
+    """Return the finite values of `key` by step; of a step that was trained twice, the newest."""
     found = {record["global_step"]: record[key] for record in records if key in record}
     return {step: value for step, value in found.items() if value is not None}
 
 
 def common_curves(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]], key: str = "loss/out") -> Curves:
-    """Values of `key` at the steps that both runs reported."""
+    """Return the values of `key` at the steps that both runs reported."""
     a, b = curve(left, key), curve(right, key)
     steps = sorted(a.keys() & b.keys())
     return Curves(steps, [a[step] for step in steps], [b[step] for step in steps])
 
 
 def relative_difference(value: float, other: float) -> float:
-    """How far apart they are, as a share of `other`."""
+    """Return the difference as a fraction of `other`."""
     return 0.0 if value == other else abs(value - other) / max(abs(other), 1e-30)
 
 
 def some_of(n: int, n_wanted: int = _ROWS) -> list[int]:
-    """Indexes below n, evenly spread, the first and the last among them."""
+    """Return at most `n_wanted` evenly spread indexes below n, with the first and the last."""
     if n <= n_wanted:
         return list(range(n))
     return [round(i * (n - 1) / (n_wanted - 1)) for i in range(n_wanted)]
 
 
 def spell(value: Any) -> str:
-    """A value as people write it: 0.0003, text without quotes."""
+    """Format a value as people write it: 0.0003, text without quotes."""
     if isinstance(value, float):
         return next(text for text in (f"{value:g}", repr(value)) if float(text) == value)
     return value if isinstance(value, str) else show(value)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The last part of each key, where that tells them apart."""
+    """Shorten keys to their last part where that is unique."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
 def label(values: Mapping[str, Any]) -> str:
-    """`lr=0.001 dim=512`."""
+    """Format values as `lr=0.001 dim=512`."""
     names = short_names(list(values))
     return " ".join(f"{names[key]}={spell(value)}" for key, value in values.items())

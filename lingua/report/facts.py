@@ -1,15 +1,14 @@
-"""What a run folder says about its run at this moment, gathered from its files; nothing is decided here.
+"""Reads a run folder as it is at this moment; decides nothing.
 
-Promise: only reads; a file that is missing, torn or of another version is as if it said nothing. Torch-free.
-Cost: a dozen small files and the last 64 KiB of the metrics, whatever the length of the run.
+Only reads: a file that is missing, damaged or of another version counts as absent. Takes a dozen small files and the
+last 64 KiB of the metrics, however long the run is.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ _TAIL_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run folder, read."""
+    """What a run folder says."""
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -71,16 +70,16 @@ class RunFacts:
 
 
 def find_run(path: Path) -> Path:
-    """The run folder a person means. Raises RunError when it is none."""
+    """Return the run folder that a path means. Raises RunError if it is none."""
     if (path / CONFIG_FILE).is_file():
         return path
     inside = find_runs(path)
-    hint = f"; did you mean {inside[0]}?" if inside else "; `lingua runs FOLDER` lists the runs below a folder"
-    raise RunError(f"{path} is not a run folder: it has no {CONFIG_FILE}{hint}")
+    hint = f"did you mean {inside[0]}?" if inside else "`lingua runs FOLDER` lists the runs below a folder"
+    raise RunError(f"{path} is not a run folder: it has no {CONFIG_FILE}; {hint}")
 
 
 def find_runs(folder: Path, depth: int = 4) -> list[Path]:
-    """Run folders at or below a folder, by name; nothing inside a run is looked at."""
+    """Return the run folders at or below a folder, by name; does not look inside a run."""
     if (folder / CONFIG_FILE).is_file() and (folder / FOLDER).is_dir():
         return [folder]
     if depth == 0:
@@ -90,7 +89,7 @@ def find_runs(folder: Path, depth: int = 4) -> list[Path]:
 
 
 def read_run(path: Path, job: SlurmJob | None = None, now_s: float | None = None) -> RunFacts:
-    """Everything a run folder says."""
+    """Read a run folder."""
     now_s = time.time() if now_s is None else now_s
 
     def age_s(file: Path) -> float | None:
@@ -99,8 +98,10 @@ def read_run(path: Path, job: SlurmJob | None = None, now_s: float | None = None
         except OSError:
             return None
 
-    attempt = _newest_attempt(path)
-    config = _config(path)
+    config, attempt = _config(path), None
+    with suppress(OSError, RunError):
+        attempt = newest_attempt(path)
+    earlier = range(1, attempt.number if attempt is not None else 1)
     root = Path(config.get("checkpoint", {}).get("path") or path / CHECKPOINTS)
     done = done_steps(root)
     evaluated = (parse_folder(each.name) for each in entries(path / EVALS) if (each / "results.json").is_file())
@@ -111,7 +112,7 @@ def read_run(path: Path, job: SlurmJob | None = None, now_s: float | None = None
         attempt=attempt,
         stop=json_object_in(path / STOP_FILE),
         stop_age_s=age_s(path / STOP_FILE),
-        earlier=tuple(json_object_in(_stop_of(path, number)) for number in range(1, attempt.number)) if attempt else (),
+        earlier=tuple(json_object_in(path / RANK_LOGS / f"stop.{number:04d}.json") for number in earlier),
         failures=tuple(read_failures(path)),
         metrics=last_line(path / METRICS_FILE),
         metrics_age_s=age_s(path / METRICS_FILE),
@@ -124,35 +125,19 @@ def read_run(path: Path, job: SlurmJob | None = None, now_s: float | None = None
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole record of a metrics file."""
+    """Return the last whole record of a metrics file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = deque(file)
+            lines = file.readlines()
     except OSError:
         return None
-    return next(_records(reversed(lines)), None)
-
-
-def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
+    for line in reversed(lines):
+        with suppress(orjson.JSONDecodeError):  # torn by a kill, or cut by the seek
             record = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue  # torn by a kill, or cut by the tail
-        if isinstance(record, dict):
-            yield record
-
-
-def _newest_attempt(path: Path) -> Attempt | None:
-    try:
-        return newest_attempt(path)
-    except (OSError, RunError):
-        return None
-
-
-def _stop_of(path: Path, number: int) -> Path:
-    return path / RANK_LOGS / f"stop.{number:04d}.json"
+            if isinstance(record, dict):
+                return record
+    return None
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -164,9 +149,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def json_object_in(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is none that can be read."""
-    try:
+    """Return the JSON object of a file; None if there is none, or it is damaged."""
+    with suppress(OSError, RunError):
         record = read_json(path)
-    except (OSError, RunError):
-        return None
-    return record if isinstance(record, dict) else None
+        return record if isinstance(record, dict) else None
+    return None

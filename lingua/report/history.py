@@ -1,8 +1,8 @@
-"""The history of a run, put together from its folder: every attempt, what came of its steps, and where the time went.
+"""Builds the history of a run from its folder: every attempt, what came of its steps, and where the time went.
 
-Promise: only reads; a file that is missing, torn or of an older version leaves a gap and no wrong figure. Where a run
-went back, what the newer attempt trained counts, and the rest is told as lost. Torch-free.
-Cost: one pass over the metrics (see `series.py`), and a small file per attempt, checkpoint and evaluation.
+Only reads: a file that is missing, damaged or of an older version leaves a gap and no wrong figure. If a run went back
+to a checkpoint, what the newer attempt trained counts, and the rest is reported as lost. Reads the metrics once (see
+`series.py`), and a small file per attempt, checkpoint and evaluation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WPS, MFU, HFU = "speed/wps", "speed/mfu", "speed/hfu"
 _STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
 _KEYS = (LOSS, TOKENS, LR, GRAD_NORM, WPS, MFU, HFU, _STEP_S, _LOAD_S, _STALL_S)
 TRAINED_S = "trained_s"
-"""Seconds of training that counts up to a line, the wait for data with it; start-up, validation and saves left out."""
+"""Seconds of training that counts up to a line, with waiting for data, without start-up, validation and saves."""
 
 SPENT = {
     "training": "training that counts",
@@ -42,7 +42,7 @@ SPENT = {
     "other": "ending, and steps not reported yet",
     "idle": "not running",
 }
-"""Kinds of time, in the order in which they are shown."""
+"""Kinds of time, in the order of the report."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PastAttempt(Attempt):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to the checkpoint of a step."""
+    """What happened to the checkpoint of a step."""
 
     kind: str
     """staged, published, failed, evaluated, given up."""
@@ -71,14 +71,14 @@ class Event:
     at_s: float
     attempt: int
     seconds: float | None = None
-    """staged: training stood still; published: from memory to the disk (or all of it); evaluated: it took."""
+    """staged: training was paused; published: from memory to the disk (or the whole save); evaluated: all of it."""
     size_bytes: int | None = None
     why: str = ""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of one step: a validation or an evaluation."""
+    """The figures of a validation or an evaluation."""
 
     step: int
     attempt: int
@@ -89,21 +89,21 @@ class Scores:
 
 @dataclass(frozen=True)
 class History:
-    """All that is shown of a run."""
+    """The history of a run."""
 
     facts: RunFacts
     state: str
     now_s: float
     attempts: list[PastAttempt]
     metrics: Table
-    """What counts, with the column TRAINED_S."""
+    """The lines that count, with the column TRAINED_S."""
     undone: Table
-    """Lines of steps that a later attempt trained again, or will."""
+    """Lines of steps that a later attempt trained again, or will train again."""
     events: list[Event]
     validations: list[Scores] = field(default_factory=list)
     evaluations: list[Scores] = field(default_factory=list)
     spent: list[dict[str, float]] = field(default_factory=list)
-    """Seconds by kind, of each attempt; `idle` is what followed it."""
+    """Seconds by kind, of each attempt; `idle` is the time after it."""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -111,7 +111,7 @@ class History:
         return {kind: sum(one[kind] for one in self.spent) for kind in SPENT}
 
     def at(self, steps: np.ndarray, key: str) -> np.ndarray:
-        """What a column that grows with the steps was after each of `steps`; between two lines on a straight line."""
+        """Return a column that grows with the steps at `steps`, interpolated between lines."""
         xs, ys = self.metrics.curve(key)
         if len(xs) == 0:
             return np.full(len(steps), np.nan)
@@ -121,7 +121,7 @@ class History:
 
 
 def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
-    """Everything of one run."""
+    """Build the history of a run."""
     table = read_table(facts.path / METRICS_FILE, _KEYS)
     notes = [r for r in records_in(facts.path / CHECKPOINT_FILE) if isinstance(r.get("event"), str)]
     validations = _scores(facts.path / VALIDATION_FILE)
@@ -141,13 +141,13 @@ def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
     )
 
 
-# -- attempts --------------------------------------------------------------------------------------------------------
+# -- attempts ------------------------------------------------------------------------------------------------------
 
 
 def read_attempts(
     facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner, now_s: float
 ) -> list[PastAttempt]:
-    """Every attempt that left a trace, the first one first."""
+    """Return every attempt that left a file or a line of metrics, the first one first."""
     files = attempt_files(facts.path)
     begun = {r[ATTEMPT]: r for r in notes if r["event"] == "begun" and isinstance(r.get(ATTEMPT), int)}
     numbers = sorted({*files, *begun, *(int(n) for n in np.unique(table[ATTEMPT]) if np.isfinite(n))})
@@ -189,7 +189,7 @@ def _number(value: Any) -> float | None:
 
 
 def in_order(attempts: Sequence[PastAttempt]) -> list[PastAttempt]:
-    """No attempt reaches into the next one: a folder that was copied has the copy's times as last signs of life."""
+    """End each attempt when the next one begins: in a copied folder, the times of heartbeats are those of the copy."""
     found = list(attempts)
     for i, later in enumerate(found[1:]):
         if later.began_s is not None and (found[i].ended_s or 0.0) > later.began_s:
@@ -198,37 +198,35 @@ def in_order(attempts: Sequence[PastAttempt]) -> list[PastAttempt]:
 
 
 def _end_of(attempt: PastAttempt, facts: RunFacts, me: Owner) -> str:
-    """How an attempt ended, in a word or two."""
+    """Say how an attempt ended, in a word or two."""
     if facts.attempt is not None and attempt.number > facts.attempt.number:
         return "not known"
     if facts.attempt is None or attempt.number == facts.attempt.number:
-        return "running" if is_alive(facts, me) else told_end(facts.stop, facts.failures)
+        return "running" if is_alive(facts, me) else end_in_words(facts.stop, facts.failures)
     before = facts.earlier[attempt.number - 1 : attempt.number]
-    return told_end(before[0] if before else None)
+    return end_in_words(before[0] if before else None)
 
 
-def told_end(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ()) -> str:
-    """What stop.json says; an attempt that left none was killed, unless its ranks say something else."""
+def end_in_words(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ()) -> str:
+    """Say how an attempt ended by its stop.json; without one it was killed, unless its ranks report a failure."""
     if stop is None:
         cause = root_cause(failures)
         return "killed" if cause is None else f"failed ({cause.kind})"
-    match stop.get("reason"):
-        case "error":
-            return f"failed ({stop.get('kind', 'error')})"
-        case "signal":
-            return f"stopped by {stop.get('signal', 'a signal')}"
-        case "asked":
-            return "stopped by `lingua stop`"
-    return str(stop.get("reason", "not known"))
+    reason = str(stop.get("reason", "not known"))
+    return {
+        "error": f"failed ({stop.get('kind', 'error')})",
+        "signal": f"stopped by {stop.get('signal', 'a signal')}",
+        "asked": "stopped by `lingua stop`",
+    }.get(reason, reason)
 
 
 # -- what counts ---------------------------------------------------------------------------------------------------
 
 
 def limits_of(attempts: Sequence[PastAttempt]) -> dict[int, float]:
-    """Of each attempt, the step up to which its work counts: where the lowest of the later attempts went on from.
+    """Return the step up to which the work of each attempt counts: the lowest one that a later attempt resumed from.
 
-    For who computed a step, counting or not, see `Past.attempt_of` in past.py.
+    For the attempt that computed a step, counting or not, see `Past.attempt_of` in past.py.
     """
     limits: dict[int, float] = {}
     limit = np.inf
@@ -240,7 +238,7 @@ def limits_of(attempts: Sequence[PastAttempt]) -> dict[int, float]:
 
 
 def counting(attempts: Sequence[PastAttempt], table: Table) -> np.ndarray:
-    """Mask of the lines that no later attempt has trained again."""
+    """Return a mask of the lines that no later attempt trained again."""
     mask = np.ones(len(table), dtype=bool)
     for number, limit in limits_of(attempts).items():
         mask &= (table[ATTEMPT] != number) | (table[STEP] <= limit)
@@ -248,7 +246,7 @@ def counting(attempts: Sequence[PastAttempt], table: Table) -> np.ndarray:
 
 
 def that_count(attempts: Sequence[PastAttempt], scores: Iterable[Scores]) -> list[Scores]:
-    """The newest figures of each step, by step, without those of steps that were trained again."""
+    """Return the newest figures of each step, by step, without those of steps that were trained again."""
     limits = limits_of(attempts)
     newest = {one.step: one for one in scores if one.step <= limits.get(one.attempt, np.inf)}
     return [newest[step] for step in sorted(newest)]
@@ -258,7 +256,7 @@ def that_count(attempts: Sequence[PastAttempt], scores: Iterable[Scores]) -> lis
 
 
 def _with_time(attempts: Sequence[PastAttempt], table: Table, counts: np.ndarray) -> Table:
-    """The lines that count, with TRAINED_S."""
+    """Return the lines that count, with TRAINED_S."""
     seconds = np.zeros(len(table))
     for attempt in attempts:
         mine = table[ATTEMPT] == attempt.number
@@ -268,7 +266,7 @@ def _with_time(attempts: Sequence[PastAttempt], table: Table, counts: np.ndarray
 
 
 def _seconds(attempt: PastAttempt, lines: Table, key: str) -> np.ndarray:
-    """Seconds that the steps of each line of an attempt took; `key` has the mean of a step."""
+    """Return the seconds that the steps of each line of an attempt took; `key` has the mean of a step."""
     n_steps = np.maximum(np.diff(lines[STEP], prepend=attempt.first_step or 0), 0)
     return np.nan_to_num(lines[key]) * n_steps
 
@@ -280,7 +278,7 @@ def account(
     validations: Sequence[Scores],
     notes: Iterable[Mapping[str, Any]],
 ) -> list[dict[str, float]]:
-    """Seconds by kind of each attempt. They add up to the time from its beginning to the next one's."""
+    """Return the seconds of each attempt by kind. They add up to the time from its beginning to the next one's."""
     saved: dict[Any, float] = {}
     for note in notes:
         if note["event"] in ("staged", "published") and note.get("bytes"):  # training waited for these
@@ -323,7 +321,7 @@ def _account_attempt(
 
 
 def _stalls_s(stalls: np.ndarray) -> float:
-    """Seconds of all saves: each line repeats the newest one's."""
+    """Return the seconds of all saves: each line repeats the newest one's."""
     there = stalls[np.isfinite(stalls)]
     return float(there[np.diff(there, prepend=np.nan) != 0].sum()) if len(there) else 0.0
 
@@ -332,7 +330,7 @@ def _stalls_s(stalls: np.ndarray) -> float:
 
 
 def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
-    """Of checkpoints and evaluations, from what the trainer noted, the marks, and the evaluations' folders."""
+    """Return what happened to checkpoints: from the trainer's notes, .done marks and folders of evaluations."""
     events = []
     for note in notes:
         at_s, step, attempt = when(note.get(WHEN)), int(note[STEP]), note.get(ATTEMPT)
@@ -340,17 +338,19 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
             size_bytes, why = note.get("bytes"), str(note.get("error", ""))
             seconds = _number(note.get("seconds"))
             events.append(Event(note["event"], step, at_s, attempt, seconds, size_bytes or None, why))
-    told = {(event.step, event.attempt): i for i, event in enumerate(events) if event.kind == "published"}
+    noted = {(event.step, event.attempt): i for i, event in enumerate(events) if event.kind == "published"}
     try:
         root = root_of(facts.path)
     except ValueError:  # a config that cannot be read
         root = facts.path / "checkpoints"
     for step in done_steps(root):
-        event = _marked(done_mark(root, step), step)
-        if event is None:
+        record = json_object_in(done_mark(root, step)) or {}
+        if not is_number(record.get("created_at")) or not isinstance(record.get(ATTEMPT), int):
             continue
-        if (step, event.attempt) in told:  # it knows better when, and how large it is
-            events[told[step, event.attempt]] = event
+        seconds, size_bytes = _number(record.get("seconds")), record.get("bytes")
+        event = Event("published", step, record["created_at"], record[ATTEMPT], seconds, size_bytes)
+        if (step, event.attempt) in noted:  # the mark has the exact time and size
+            events[noted[step, event.attempt]] = event
         else:
             events.append(event)
     for folder in entries(facts.path / EVALS):
@@ -359,33 +359,25 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
             record = json_object_in(folder / name) if step is not None else None
             if record and step is not None and is_number(record.get("created_at")):
                 seconds, why = _number(record.get("seconds")), str(record.get("reason", ""))
-                attempt = record.get("incarnation")
-                attempt = attempt if isinstance(attempt, int) else 0
-                events.append(Event(kind, step, record["created_at"], attempt, seconds, None, why))
+                events.append(Event(kind, step, record["created_at"], _attempt_in(record), seconds, None, why))
     return events
 
 
-def _marked(mark: Path, step: int) -> Event | None:
-    record = json_object_in(mark)
-    if not record or not is_number(record.get("created_at")) or not isinstance(record.get("incarnation"), int):
-        return None
-    size_bytes = record.get("bytes")
-    seconds = _number(record.get("seconds"))
-    return Event("published", step, record["created_at"], record["incarnation"], seconds, size_bytes)
+def _attempt_in(record: Mapping[str, Any]) -> int:
+    number = record.get(ATTEMPT)
+    return number if isinstance(number, int) else 0
 
 
 def _scores(path: Path) -> list[Scores]:
-    """All figures of a file, in its order."""
+    """Read all figures of a file, in its order."""
     found = []
     for record in records_in(path):
         values = {key: float(v) for key, v in record.items() if "/" in key and is_number(v)}
-        attempt = record.get(ATTEMPT)
-        attempt = attempt if isinstance(attempt, int) else 0
         seconds = _number(record.get("seconds")) or 0.0
-        found.append(Scores(int(record[STEP]), attempt, when(record.get(WHEN)), values, seconds))
+        found.append(Scores(int(record[STEP]), _attempt_in(record), when(record.get(WHEN)), values, seconds))
     return found
 
 
 def keys_of(scores: Collection[Scores]) -> list[str]:
-    """The names of all figures, in the order of their first appearance."""
+    """Return the names of all figures, in order of first appearance."""
     return list(dict.fromkeys(key for one in scores for key in one.values))

@@ -1,8 +1,6 @@
-"""A run's past, for those who go back into it: which attempt trained a step, with which config, what it reported, and
-the checkpoints that lie before. Torch-free.
+"""Finds what `lingua replay` needs of a run: which attempt trained a step, with which config, from which checkpoints.
 
-Promise: only reads. Where a step was trained several times, the newest attempt that trained it is meant.
-Cost: the whole metrics file once.
+If a step was trained several times, the newest attempt that trained it counts.
 """
 
 from __future__ import annotations
@@ -23,25 +21,25 @@ from lingua.run.metrics import METRICS_FILE, read_metrics
 
 @dataclass(frozen=True)
 class Past:
-    """What a run folder remembers."""
+    """The attempts, reports and checkpoints of a run."""
 
     run_dir: Path
     root: Path
-    """Of its checkpoints."""
+    """Folder of its checkpoints."""
     newest_attempt: int
     freq: int
     """Steps between two lines of the metrics."""
     records: Sequence[Mapping[str, Any]] = ()
     published: Mapping[int, int] = field(default_factory=dict)
-    """Step -> the attempt that published it."""
+    """Step -> the attempt that saved it."""
     ended_at: int = 0
-    """Updates done when the newest attempt ended, as far as it could tell."""
+    """Updates done when the newest attempt ended, as far as is known."""
     last_words: str = ""
-    """Of a newest attempt that failed."""
+    """Message of the newest attempt's failure."""
 
     @cached_property
     def by_step(self) -> dict[int, list[Mapping[str, Any]]]:
-        """The lines of each step, in the order of the attempts."""
+        """The lines of each step, ordered by attempt."""
         found: dict[int, list[Mapping[str, Any]]] = {}
         for record in sorted(self.records, key=lambda record: record["incarnation"]):
             found.setdefault(record["global_step"], []).append(record)
@@ -49,18 +47,15 @@ class Past:
 
     @property
     def reached(self) -> int:
-        """No later step can have been trained: a last one that went wrong is in no line and in no checkpoint."""
+        """The last step that can have been trained: one that failed is in no line and in no checkpoint."""
         lines = [record["global_step"] + self.freq for record in self.records]
         return max([*lines, *(step + self.freq for step in self.published), self.ended_at + 1, self.freq])
 
     def attempt_of(self, step: int) -> int:
-        """The attempt that trained a step last.
+        """Return the newest attempt that reported a step; if none did, the newest that can have trained it.
 
-        That need not be the one whose work counts (`limits_of` in runhistory.py): what came after the checkpoint that a
-        newer attempt went back to counts no more, also where that attempt has not come so far yet.
-
-        The newest that reported it; else, lines being `freq` steps apart, the newest that can have come by; else the
-        newest.
+        That need not be the attempt whose work counts (`limits_of` in history.py): what came after the checkpoint that
+        a newer attempt went back to does not count.
         """
         if step in self.by_step:
             return self.by_step[step][-1]["incarnation"]
@@ -71,19 +66,19 @@ class Past:
         return max(by, default=self.newest_attempt)
 
     def reported(self, step: int, attempt: int) -> Mapping[str, Any] | None:
-        """What an attempt reported of a step."""
+        """Return what an attempt reported of a step."""
         return next((record for record in self.by_step.get(step, ()) if record["incarnation"] == attempt), None)
 
     def on_the_way(self, step: int, attempt: int) -> Mapping[str, Any] | None:
-        """What was reported of a step by `attempt`, or by the last attempt before it that trained the step."""
+        """Return what `attempt` reported of a step, or the last attempt before it that trained the step."""
         return next((r for r in reversed(self.by_step.get(step, ())) if r["incarnation"] <= attempt), None)
 
     def before(self, step: int, attempt: int) -> list[int]:
-        """Published steps from which this attempt can have come to `step`, the nearest first."""
+        """Return the published steps from which this attempt can have reached `step`, the nearest first."""
         return sorted((s for s, by in self.published.items() if s < step and by <= attempt), reverse=True)
 
     def config_of(self, attempt: int) -> Path:
-        """The config that an attempt ran: config.<n>.yaml is kept of the last attempt before a change."""
+        """Return the config of an attempt: config.<n>.yaml is that of the last attempt before a change."""
         kept = [path for path in entries(self.run_dir) if path.match("config.[0-9]*.yaml")]
         numbers = {int(path.name.split(".")[1]): path for path in kept if path.name.split(".")[1].isdecimal()}
         later = [number for number in numbers if number >= attempt]
@@ -91,7 +86,7 @@ class Past:
 
 
 def read_past(run: Path) -> Past:
-    """Raises RunError where there is no run."""
+    """Read a run folder. Raises RunError if it is none."""
     run_dir = find_run(run)
     facts, root = read_run(run_dir), lookup.root_of(run_dir)
     lines = read_metrics(run_dir / METRICS_FILE)
@@ -109,21 +104,21 @@ def read_past(run: Path) -> Past:
 
 
 def check_step(past: Past, step: int, n_steps: int) -> None:
-    """Refuse a step that the run has not, or not yet. Raises ConfigError."""
+    """Raise ConfigError for a step that the run does not have, or not yet."""
     if step > n_steps:
         raise ConfigError(f"--step {step}: {past.run_dir} has {n_steps} steps; choose one of them")
     if step > past.reached:
         raise ConfigError(
-            f"--step {step}: {past.run_dir} has not come so far, at most to step {past.reached}; choose an earlier one"
+            f"--step {step}: {past.run_dir} has reached step {past.reached} at most; choose an earlier one"
         )
 
 
 def nothing_before(past: Past, step: int, attempt: int) -> ConfigError:
-    """There is no checkpoint to go to a step from."""
+    """Return the error that no checkpoint before a step is left."""
     there = lookup.some_steps(sorted(past.published))
-    whose = f" that attempt {attempt} can have come by" if any(s < step for s in past.published) else ""
+    whose = f" that attempt {attempt} can have used" if any(s < step for s in past.published) else ""
     return ConfigError(
-        f"--step {step}: no checkpoint before it{whose} is left in {past.root}, which has {there}. --from 0 begins "
-        f"where the run began and trains {step - 1} steps to get there. For another time: checkpoint.keep_every keeps "
-        "milestones for good, and `lingua fork` pins the checkpoint that it goes on from"
+        f"--step {step}: no checkpoint before it{whose} is left in {past.root}, which has {there}. --from 0 "
+        f"trains {step - 1} steps from the start of the run instead. In future, checkpoint.keep_every or "
+        "`lingua fork` keeps the checkpoints that you need"
     )

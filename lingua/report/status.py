@@ -1,12 +1,9 @@
-"""How a run is doing and what ended it: decisions and sentences on the facts of its folder.
-
-Promise: pure functions of `RunFacts`; what the facts do not say is not claimed. Torch-free.
-Cost: none.
-"""
+"""Says how a run is doing and why it ended: pure functions of `RunFacts`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from lingua.console import duration, figure
 from lingua.report.facts import RunFacts
@@ -20,19 +17,19 @@ LIVING = ("running", "starting")
 
 @dataclass(frozen=True)
 class Status:
-    """A run in figures; the record that `--json` prints. None: not known (yet)."""
+    """The figures of a run, as `--json` prints them. None: not known (yet)."""
 
     path: str
     name: str
     state: str
-    """new, starting, running, queued, finished, saved (by a signal; wants to go on), stopped, failed, killed."""
+    """new, starting, running, queued, finished, saved (after a signal; to be resumed), stopped, failed, killed."""
     step: int | None
     n_steps: int | None
     loss: float | None
     tokens_per_s: float | None
     """Per device."""
     left_s: float | None
-    """Seconds of training left, when it goes on at its present speed."""
+    """Seconds of training left at the present speed."""
     metrics_age_s: float | None
     checkpoint: int | None
     checkpoint_age_s: float | None
@@ -40,11 +37,12 @@ class Status:
     validated_step: int | None
     evaluated_step: int | None
     starts: int
+    """Number of attempts."""
     host: str
     job: str
     job_state: str
     job_left: str
-    """Of the job's time limit, in Slurm's words."""
+    """Rest of the job's time limit, as Slurm writes it."""
     kind: str | None
     """Of the failure."""
 
@@ -55,7 +53,7 @@ def is_alive(facts: RunFacts, me: Owner) -> bool:
 
 
 def state_of(facts: RunFacts, me: Owner) -> str:
-    """One word; `Status.state` lists them."""
+    """Return the state in one word; `Status.state` lists them."""
     if facts.attempt is None:
         return "new"
     if is_alive(facts, me):
@@ -65,12 +63,8 @@ def state_of(facts: RunFacts, me: Owner) -> str:
         return "queued"
     if facts.stop is None:
         return "failed" if facts.failures else "killed"
-    match facts.stop.get("reason"):
-        case "finished":
-            return "finished"
-        case "error":
-            return "failed"
-    return "saved" if facts.stop.get("exit_code") == EXIT_REQUEUE else "stopped"
+    otherwise = "saved" if facts.stop.get("exit_code") == EXIT_REQUEUE else "stopped"
+    return {"finished": "finished", "error": "failed"}.get(str(facts.stop.get("reason")), otherwise)
 
 
 def has_trained(facts: RunFacts, status: Status) -> bool:
@@ -80,10 +74,9 @@ def has_trained(facts: RunFacts, status: Status) -> bool:
 
 
 def status_of(facts: RunFacts, me: Owner) -> Status:
-    """The run in figures."""
-    state, metrics = state_of(facts, me), facts.metrics or {}
-    cause = root_cause(facts.failures)
-    stop = facts.stop or {}
+    """Return the figures of a run."""
+    state, cause = state_of(facts, me), root_cause(facts.failures)
+    metrics, stop, attempt, job = facts.metrics or {}, facts.stop or {}, facts.attempt, facts.job
     validation = {key: value for key, value in (facts.validation or {}).items() if "/" in key}
     steps = [step for step in (metrics.get("global_step"), stop.get("step"), facts.checkpoint) if step is not None]
     return Status(
@@ -101,95 +94,83 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
         validation=validation,
         validated_step=(facts.validation or {}).get("global_step"),
         evaluated_step=facts.evaluated_step,
-        starts=facts.attempt.number if facts.attempt is not None else 0,
-        host=facts.attempt.owner.host if facts.attempt is not None else "",
+        starts=attempt.number if attempt is not None else 0,
+        host=attempt.owner.host if attempt is not None else "",
         job=facts.job_id,
-        job_state=facts.job.state if facts.job is not None else "",
-        job_left=facts.job.left if facts.job is not None else "",
+        job_state=job.state if job is not None else "",
+        job_left=job.left if job is not None else "",
         kind=cause.kind if cause is not None and state == "failed" else stop.get("kind"),
     )
 
 
 def root_cause(failures: tuple[Failure, ...]) -> Failure | None:
-    """The failure that the others follow from: one that names no other rank, lost contact last, then the earliest."""
+    """Return the failure that caused the others: it blames no other rank; a lost connection comes last, then time."""
     return min(failures, key=lambda f: (f.because_of_rank is not None, f.kind == "nccl", f.time, f.rank), default=None)
 
 
-# -- sentences -----------------------------------------------------------------------------------------------------
+# -- text for people -----------------------------------------------------------------------------------------------
 
 
 def describe(status: Status) -> list[str]:
-    """A few lines for people, the first of them the name."""
-    lines = [f"{status.path}  {status.state}" + (f" ({status.kind})" if status.kind else "")]
-    facts = [
-        ("step", _step(status)),
-        ("speed", "" if status.tokens_per_s is None else f"{status.tokens_per_s:,.0f} tokens/s per device"),
-        ("left", _left(status)),
-        ("checkpoint", "none yet" if status.checkpoint is None else _aged(status.checkpoint, status.checkpoint_age_s)),
-        ("evaluation", _evaluation(status)),
-        ("job", _job(status)),
-        ("attempt", f"{status.starts} on {status.host}" if status.starts else "none yet"),
-    ]
-    return lines + [f"  {name:<11} {text}" for name, text in facts if text]
+    """Describe a run in a few lines, the first of them its path and state."""
+    one, step, left = status, figure(status.step or 0, ","), ""
+    if one.n_steps:
+        share = "" if one.step is None else f" ({one.step / one.n_steps:.0%})"
+        step += f" of {one.n_steps:,}{share}"
+    if one.step is not None:
+        step += "" if one.loss is None else f", loss {one.loss:.4f}"
+        step += "" if one.metrics_age_s is None else f", {duration(one.metrics_age_s)} ago"
+    if one.left_s is not None and one.state != "finished":
+        left = f"{duration(one.left_s)} of training" + (f"; of the job's time {one.job_left}" if one.job_left else "")
+    evaluated = []
+    if one.validated_step is not None:
+        values = ", ".join(f"{key} {value:.4f}" for key, value in one.validation.items() if key.endswith("/bpb"))
+        evaluated.append(f"validation at {one.validated_step:,}: {values}")
+    if one.evaluated_step is not None:
+        evaluated.append(f"evaluated up to {one.evaluated_step:,}")
+    lines = {
+        "step": step,
+        "speed": "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f} tokens/s per device",
+        "left": left,
+        "checkpoint": _checkpoint(one, "none yet"),
+        "evaluation": "; ".join(evaluated),
+        "job": f"{one.job} {one.job_state or '(Slurm does not say)'}" if one.job else "",
+        "attempt": f"{one.starts} on {one.host}" if one.starts else "none yet",
+    }
+    title = f"{one.path}  {one.state}" + (f" ({one.kind})" if one.kind else "")
+    return [title, *(f"  {name:<11} {text}" for name, text in lines.items() if text)]
 
 
-def _step(status: Status) -> str:
-    if status.step is None:
-        return f"0 of {status.n_steps:,}" if status.n_steps else "0"
-    of = f" of {status.n_steps:,} ({status.step / status.n_steps:.0%})" if status.n_steps else ""
-    loss = "" if status.loss is None else f", loss {status.loss:.4f}"
-    ago = "" if status.metrics_age_s is None else f", {duration(status.metrics_age_s)} ago"
-    return f"{status.step:,}{of}{loss}{ago}"
-
-
-def _left(status: Status) -> str:
-    if status.left_s is None or status.state == "finished":
-        return ""
-    limit = f"; of the job's time {status.job_left}" if status.job_left else ""
-    return f"{duration(status.left_s)} of training{limit}"
-
-
-def _aged(step: int, age_s: float | None) -> str:
-    return f"{step:,}" if age_s is None else f"{step:,}, {duration(age_s)} ago"
-
-
-def _evaluation(status: Status) -> str:
-    parts = []
-    if status.validated_step is not None:
-        values = ", ".join(f"{key} {value:.4f}" for key, value in status.validation.items() if key.endswith("/bpb"))
-        parts.append(f"validation at {status.validated_step:,}: {values}")
-    if status.evaluated_step is not None:
-        parts.append(f"evaluated up to {status.evaluated_step:,}")
-    return "; ".join(parts)
-
-
-def _job(status: Status) -> str:
-    return f"{status.job} {status.job_state or '(Slurm does not say)'}" if status.job else ""
+def _checkpoint(status: Status, none: str) -> str:
+    if status.checkpoint is None:
+        return none
+    ago = "" if status.checkpoint_age_s is None else f", {duration(status.checkpoint_age_s)} ago"
+    return f"{status.checkpoint:,}{ago}"
 
 
 COLUMNS = ("run", "state", "step", "of", "loss", "tokens/s", "left", "checkpoint", "job")
 
 
 def row(one: Status) -> tuple[str, ...]:
-    """One run as a row of a table with COLUMNS."""
+    """Return a run as a row of a table with COLUMNS."""
     return (
         one.path,
         f"{one.state} ({one.kind})" if one.kind else one.state,
         figure(one.step, ","),
         figure(one.n_steps, ","),
-        figure(one.loss, ".4f"),
+        figure(one.loss),
         figure(one.tokens_per_s, ",.0f"),
         duration(one.left_s) if one.left_s is not None and one.state in (*LIVING, "queued") else "-",
-        "-" if one.checkpoint is None else _aged(one.checkpoint, one.checkpoint_age_s),
+        _checkpoint(one, "-"),
         one.job or "-",
     )
 
 
-# -- what ended it -------------------------------------------------------------------------------------------------
+# -- why it ended --------------------------------------------------------------------------------------------------
 
 
 def why(facts: RunFacts, me: Owner) -> dict[str, str]:
-    """What ended a run, in five lines: how, the cause, where it is told, what is saved, and what to do."""
+    """Explain why a run ended: how, the cause, where to look, what is saved, and what to do next."""
     status = status_of(facts, me)
     cause = root_cause(facts.failures) if status.state in ("failed", "queued") else None
     return {
@@ -202,50 +183,46 @@ def why(facts: RunFacts, me: Owner) -> dict[str, str]:
 
 
 def _ended(facts: RunFacts, status: Status) -> str:
-    if status.state == "new":
+    if facts.attempt is None:
         return f"{status.path} was never started"
-    how = {"saved": "stopped and saved", "stopped": "stopped and saved"}.get(status.state, status.state)
+    how, ago = {"saved": "stopped and saved", "stopped": "stopped and saved"}.get(status.state, status.state), ""
     if status.state in LIVING:
         how = f"not at all: it is {status.state}"
+    else:
+        seen_s = [max(0.0, facts.now_s - facts.attempt.beat_s), facts.metrics_age_s]
+        age_s = min(s for s in seen_s if s is not None) if facts.stop is None else facts.stop_age_s
+        ago = "" if age_s is None else f", {duration(age_s)} ago"
     at = f", step {status.step or 0:,} of {status.n_steps:,}" if status.n_steps else ""
-    beat_age_s = None if facts.attempt is None else max(0.0, facts.now_s - facts.attempt.beat_s)
-    signs = [beat_age_s, facts.metrics_age_s]
-    age_s = min((s for s in signs if s is not None), default=None) if facts.stop is None else facts.stop_age_s
-    ago = "" if age_s is None or status.state in LIVING else f", {duration(age_s)} ago"
     return f"{how}{at}{ago}; attempt {status.starts}{_history(facts)}"
 
 
 def _history(facts: RunFacts) -> str:
     """How the attempts before ended; equal neighbours are counted."""
-    told: list[tuple[str, int]] = []
-    for stop in facts.earlier:
-        word = "killed" if stop is None else str(stop.get("kind") or stop.get("signal") or stop.get("reason"))
-        told = [*told[:-1], (word, told[-1][1] + 1)] if told and told[-1][0] == word else [*told, (word, 1)]
-    words = [word if n == 1 else f"{n} x {word}" for word, n in told[-6:]]
+    ends = ("killed" if s is None else str(s.get("kind") or s.get("signal") or s.get("reason")) for s in facts.earlier)
+    counts = [(end, len(list(same))) for end, same in groupby(ends)]
+    words = [end if n == 1 else f"{n} x {end}" for end, n in counts[-6:]]
     return f" (before: {', '.join(words)})" if words else ""
 
 
 def _cause(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     if cause is not None:
         return f"{cause.kind}: {cause.type}: {_first_line(cause.message)}"
-    stop = facts.stop or {}
+    stop, job = facts.stop or {}, facts.job
     match status.state:
         case "failed":
-            return f"{stop.get('kind', 'error')}: {_first_line(str(stop.get('error', 'nothing was said')))}"
-        case "killed" if facts.job is not None:
-            reason = f" ({facts.job.reason})" if facts.job.reason else ""
-            return f"Slurm says {facts.job.state}{reason}; the run itself had no time for a word"
+            return f"{stop.get('kind', 'error')}: {_first_line(str(stop.get('error', 'no message was left')))}"
+        case "killed" if job is not None:
+            return f"Slurm says {job.state}{f' ({job.reason})' if job.reason else ''}; the run could leave no message"
         case "killed":
-            return "without a word: SIGKILL, a lost node, or no memory left on the host (`dmesg`, `sacct`)"
+            return "it left no message: SIGKILL, a lost node, or no memory left on the host (`dmesg`, `sacct`)"
         case "saved":
             return f"{stop.get('signal', 'a signal')}: preemption, the time limit, or a person sent it"
         case "stopped":
             return "a person: " + ("Ctrl-C" if stop.get("signal") == "SIGINT" else str(stop.get("signal")))
         case "finished":
             return "all steps are done"
-        case "queued" if facts.job is not None:
-            how = stop.get("signal") or "killed"
-            return f"{how}; job {facts.job.id} is {facts.job.state} {facts.job.reason}".rstrip()
+        case "queued" if job is not None:
+            return f"{stop.get('signal') or 'killed'}; job {job.id} is {job.state} {job.reason}".rstrip()
     return "-"
 
 
@@ -253,41 +230,37 @@ def _where(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     job = f", Slurm job {status.job} {status.job_state}".rstrip() if status.job else ""
     if cause is None:
         return f"{status.host or '-'}{job}; {facts.path / 'train.log'}"
-    files = f"{facts.path}/logs/error_{cause.rank}.json"
-    if cause.kind == "hang":
-        files += ", stacks_*.txt"
-    others = len(facts.failures) - 1
+    files = f"{facts.path}/logs/error_{cause.rank}.json" + (", stacks_*.txt" if cause.kind == "hang" else "")
     step = "before the first step" if cause.step is None else f"after step {cause.step:,}"
+    others = len(facts.failures) - 1
     more = f" (and {others} that followed)" if others else ""
     return f"rank {cause.rank} on {cause.host}, {step}, {cause.time}{job}; {files}{more}"
 
 
 def _saved(status: Status) -> str:
     if status.checkpoint is None:
-        return "no checkpoint yet: it begins at step 0 again" if status.step else "nothing was trained yet"
+        return "no checkpoint yet: it will begin at step 0 again" if status.step else "nothing was trained yet"
     again = max(0, (status.step or 0) - status.checkpoint)
-    lost = "no step is lost" if not again else f"{again:,} steps are trained again"
+    lost = f"{again:,} steps will be trained again" if again else "no step is lost"
     if status.state in LIVING:
-        lost = f"killed now, it would train {again:,} steps again"
+        lost = f"if it is killed now, {again:,} steps will be trained again"
     if status.state == "killed":  # the newest steps may not be in the metrics
-        lost = "what came after it is trained again"
-    return f"checkpoint {_aged(status.checkpoint, status.checkpoint_age_s)}; {lost}"
+        lost = "later steps will be trained again"
+    return f"checkpoint {_checkpoint(status, '')}; {lost}"
 
 
 def _next(status: Status, cause: Failure | None) -> str:
     kind = KINDS.get(cause.kind if cause is not None else status.kind or "")
     if status.state == "failed" and kind is not None:
-        return f"a restart {'may help' if kind.restart_may_help else 'would meet it again'}: {kind.remedy}"
-    match status.state:
-        case "finished":
-            return "raise `steps` to go on"
-        case "running" | "starting":
-            return f"`lingua status {status.path}` follows it"
-        case "queued":
-            return f"it goes on by itself when Slurm starts job {status.job}"
-        case "new":
-            return "start it"
-    return "start it again: the same command, or the same job, goes on from that checkpoint"
+        return f"a restart {'may help' if kind.restart_may_help else 'would fail again'}: {kind.remedy}"
+    follow = f"`lingua status {status.path}` follows it"
+    return {
+        "finished": "raise `steps` to train longer",
+        "running": follow,
+        "starting": follow,
+        "queued": f"nothing: it resumes when Slurm starts job {status.job}",
+        "new": "start it",
+    }.get(status.state, "start it again: the same command, or the same job, resumes from that checkpoint")
 
 
 def _first_line(text: str) -> str:

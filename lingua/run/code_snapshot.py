@@ -1,11 +1,8 @@
-"""The code of a run, copied into its folder at the first start, so that what runs is what was submitted.
+"""Copies the code of a run into its folder when it is first submitted, so that later edits do not change the run.
 
-Promise: the copy is there whole or not at all; it is taken once, and again only when asked. A process started with
-`environment()` imports it and nothing of the working tree, which may be edited meanwhile.
-Cost: some hundred small files, a tenth of a second on a local disk.
-
-What is copied: the Python files at the top of the tree, and its folders that hold some, with what lies beside them as
-configs and scripts. Links, hidden folders and virtual environments are left out, so are data and outputs.
+The copy appears whole or not at all, and is replaced only when asked. A process started with `environment()` imports
+the copy and nothing of the working tree. Copied are Python files at the top of the tree and folders with Python files,
+with configs and scripts in them; not links, hidden folders, virtual environments, data and outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ _LEFT_OUT = ("out", "data", "build", "dist", "wandb", "tests")  # at the top of 
 
 
 def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
-    """The folder of the run's code, copied from `tree` if there is none or `again`; an older one is kept beside it."""
+    """Return the folder of the run's code; copy it from `tree` if there is none or `again`, keeping the old one."""
     code = run_dir / FOLDER
     if os.pathsep in str(code.absolute()):
         raise ConfigError(f"run folder {run_dir} has a {os.pathsep!r} in its path, which Python cannot import from")
@@ -42,12 +39,12 @@ def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
     except OSError:
         if not code.is_dir():
             raise
-        shutil.rmtree(draft)  # another start of the run was faster
+        shutil.rmtree(draft)  # another attempt was faster
     return code
 
 
 def environment(code: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Variables with which Python imports from `code`, and not from the working folder."""
+    """Return variables with which Python imports from `code`, and not from the working folder."""
     further = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
     return {"PYTHONPATH": os.pathsep.join([str(code.absolute()), *further]), "PYTHONSAFEPATH": "1"}
 

@@ -1,8 +1,7 @@
-"""What ended a run, told apart well enough to decide whether starting it again may help.
+"""Classifies failures, to decide whether starting a run again may help.
 
-Promise: every failure has exactly one kind, decided by `classify` from the error alone; whatever no rule knows is a
-`bug`. `logs/error_<rank>.json` says the kind, and so does `stop.json`. Torch-free: torch's errors are known by name.
-Cost: nothing until something fails.
+`classify` gives every error exactly one kind; an error that no rule knows is a `bug`. `logs/error_<rank>.json` and
+`stop.json` have the kind. torch's errors are recognised by name, so that this imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class RankError(RunError):
-    """Another rank failed, or cannot be reached. `kind` is that rank's."""
+    """Another rank failed with `kind`, or cannot be reached."""
 
     def __init__(self, message: str, kind: str = "nccl") -> None:
         super().__init__(message)
@@ -37,33 +36,33 @@ class HungError(RunError):
 
 
 class Kind(NamedTuple):
-    """What follows from a kind of failure."""
+    """What to do about a kind of failure."""
 
     restart_may_help: bool
-    """Whether the same command on the same data may get further, perhaps on another node."""
+    """The same command may succeed, perhaps on another node."""
     remedy: str
 
 
 KINDS: dict[str, Kind] = {
-    "config": Kind(False, "mend the config; `lingua check` tells whether it is right"),
+    "config": Kind(False, "correct the config; `lingua check` checks it"),
     "setup": Kind(False, "do what the message says, then start it again"),
-    "data": Kind(False, "mend the file, or pass over its rows with data.skip_rows"),
-    "nan": Kind(False, "pass over these rows with data.skip_rows, or lower optim.lr"),
+    "data": Kind(False, "repair the file, or skip its rows with data.skip_rows"),
+    "nan": Kind(False, "skip these rows with data.skip_rows, or lower optim.lr"),
     "oom": Kind(False, "lower data.batch_size (grad_acc_steps follows), or set full_activation_checkpointing"),
-    "disk_full": Kind(False, "make room, or raise the quota; checkpoints that are published are whole"),
-    "occupied": Kind(False, "another start owns the run folder: stop that one, or choose another name"),
-    "disk": Kind(True, "the disk or its server failed; see whether other jobs on that node can read it"),
-    "nccl": Kind(True, "a rank or the network between ranks was lost; the other error files tell which"),
-    "device": Kind(True, "a GPU failed; exclude its node and tell who looks after it"),
-    "worker": Kind(True, "a loader process died, often for want of memory: lower data.prefetch_size or num_workers"),
-    "hang": Kind(True, "logs/stacks_<rank>.txt shows where each rank stood"),
+    "disk_full": Kind(False, "free disk space or raise the quota; published checkpoints are whole"),
+    "occupied": Kind(False, "another attempt owns the run folder: stop that one, or choose another name"),
+    "disk": Kind(True, "the disk or its server failed; check whether other jobs on that node can read it"),
+    "nccl": Kind(True, "a rank or the network between ranks was lost; see the other error files"),
+    "device": Kind(True, "a GPU failed; exclude its node and report it to the administrators"),
+    "worker": Kind(True, "a loader process died, often out of memory: lower data.prefetch_size or num_workers"),
+    "hang": Kind(True, "logs/stacks_<rank>.txt shows where each rank was"),
     "bug": Kind(True, "the traceback is in the error file and in the log of that rank"),
 }
 
 _BY_CLASS = {
     "ConfigError": "config",
     "DataError": "data",
-    "MixedConfigError": "setup",  # by class: its message holds values, which may be any words
+    "MixedConfigError": "setup",  # not by its message, which has values of the config
     "NonFiniteError": "nan",
     "OccupiedError": "occupied",
     "OutOfMemoryError": "oom",  # torch's
@@ -71,7 +70,7 @@ _BY_CLASS = {
     "DistError": "nccl",  # torch's, with DistBackendError, DistNetworkError and DistStoreError below it
     "ConnectionError": "nccl",
 }
-# Messages of torch, NCCL, gloo and CUDA, which come as plain RuntimeErrors; the first that is found decides.
+# Messages of torch, NCCL, gloo and CUDA, which come as plain RuntimeErrors; the first match decides.
 _BY_MESSAGE: tuple[tuple[str, str], ...] = (
     (r"^Function '\w+' returned nan values", "nan"),  # torch's anomaly detection
     (r"out of memory|can't allocate memory|not enough memory", "oom"),
@@ -84,7 +83,7 @@ _BY_MESSAGE: tuple[tuple[str, str], ...] = (
 
 
 def classify(error: BaseException) -> str:
-    """The kind of a failure: a key of KINDS."""
+    """Return the kind of a failure: a key of KINDS."""
     if isinstance(error, RankError | HungError | DiskError):
         return error.kind
     names = {cls.__name__ for cls in type(error).__mro__}
@@ -103,7 +102,7 @@ def classify(error: BaseException) -> str:
 
 
 def carried(error: Exception, message: str | None = None) -> RunError:
-    """The error for other ranks to raise: a sentence, by default its own, and what tells its kind."""
+    """Return the error for other ranks to raise: of the same kind, by default with the same message."""
     message = str(error) if message is None else message
     if isinstance(error, DiskError):
         return DiskError(message, error.errno, error.path)
@@ -114,7 +113,7 @@ def carried(error: Exception, message: str | None = None) -> RunError:
 
 
 def mark_known(error: Exception) -> Exception:
-    """Mark an error that every rank raises by itself, so that none need be told."""
+    """Mark an error that every rank raises by itself, so that it need not be sent."""
     setattr(error, "known_to_all", True)  # noqa: B010 - of any class
     return error
 
@@ -123,7 +122,7 @@ def known_to_all(error: Exception) -> bool:
     return getattr(error, "known_to_all", False)
 
 
-# -- what is left behind -------------------------------------------------------------------------------------------
+# -- error files --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -136,17 +135,17 @@ class Failure:
     traceback: str
     rank: int
     step: int | None
-    """Updates done. None: training had not begun."""
+    """Updates done. None: before training."""
     incarnation: int | None
     """Number of the attempt; the name is that in files. None: the run folder was not opened yet."""
     host: str = ""
     time: str = ""
     because_of_rank: int | None = None
-    """The rank that failed first, where this one only follows."""
+    """The rank that failed first, if this one leaves because of it."""
 
 
 def failure_of(error: BaseException, **more: Any) -> Failure:
-    """What is to be said of an error that was raised here and now."""
+    """Describe an error that was raised in this process."""
     return Failure(
         kind=classify(error),
         type=type(error).__name__,
@@ -167,7 +166,7 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
 
 
 def record(run_dir: Path, failure: Failure) -> None:
-    """Write error_<rank>.json. A disk that refuses it is reported; it must not hide the failure itself."""
+    """Write error_<rank>.json. If that fails, log it; it must not hide the failure itself."""
     path = error_file(run_dir, failure.rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +176,7 @@ def record(run_dir: Path, failure: Failure) -> None:
 
 
 def read_failures(run_dir: Path) -> list[Failure]:
-    """The newest attempt's failures by rank; files that cannot be read are left out."""
+    """Read the newest attempt's failures, by rank; files that cannot be read are left out."""
     found = []
     for path in entries(run_dir / RANK_LOGS):
         if re.fullmatch(r"error_\d+\.json", path.name):

@@ -1,7 +1,7 @@
-"""What a run folder says about the run: the command, the environment without secrets, and how it ended.
+"""Writes what explains a run into its folder: the command, the environment without secrets, and how it ended.
 
-Promise: no value of a variable that may be a secret is ever written. `stop.json` repeats the exit code, since
-launchers in between (torchrun turns 75 into 1) swallow codes.
+Values of variables that may be secrets are never written. `stop.json` repeats the exit code, since launchers in between
+change it (torchrun turns 75 into 1).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 STOP_FILE = "stop.json"
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
-EXIT_REQUEUE = 75  # sysexits.h EX_TEMPFAIL: saved, start me again
+EXIT_REQUEUE = 75  # EX_TEMPFAIL in sysexits.h: saved, to be started again
 EXIT_HUNG = 76  # the watchdog ended it
-EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C: a person wanted it to end, and it stays ended
+EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C: a person ended it, so it is not requeued
 
 _SHOWN = re.compile(
     r"^(SLURM|SBATCH|CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|LINGUA|WANDB|HF|UV|PYTHON|TRITON)"
@@ -41,20 +41,20 @@ _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def public_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that explain a run; names that smell of secrets keep their name only."""
+    """Return the variables that explain a run; values of variables that look like secrets are masked."""
     shown = {name: value for name, value in sorted(env.items()) if _SHOWN.search(name)}
     return {name: "***" if _SECRET.search(name) else _URL_LOGIN.sub("***@", value) for name, value in shown.items()}
 
 
 def public_text(text: str) -> str:
-    """Text without logins in addresses."""
+    """Mask logins in addresses."""
     return _URL_LOGIN.sub("***@", text)
 
 
 def public_value(key: str, value: Any, at_most: int = 80) -> str:
-    """The value of a config key as it may be shown; of names that smell of secrets nothing is.
+    """Format the value of a config key; values of keys that look like secrets are masked.
 
-    `env` holds variables of the environment and is judged like it; other keys (`tokenizer`, `text_key`) by whole words.
+    Keys of `env` are judged like variables of the environment, others (`tokenizer`, `text_key`) by whole words.
     """
     return public_text(show(_without_secrets(key, value), at_most))
 
@@ -69,7 +69,7 @@ def _without_secrets(key: str, value: Any) -> Any:
 
 
 def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:
-    """Write run.sh (the command of the newest start; that of `lingua launch` stays) and env.txt."""
+    """Write run.sh (the command of the newest attempt; that of `lingua launch` stays) and env.txt."""
     command, script = shlex.join([sys.executable, *argv]), run_dir / "run.sh"
     if not script.is_file() or b"\n#SBATCH" not in script.read_bytes():
         write_whole(script, f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
@@ -78,7 +78,7 @@ def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.e
 
 
 def end_asked_for(received: str) -> tuple[str, int]:
-    """(reason for stop.json, exit code) of a run that was asked to stop, by a signal or by `lingua stop`."""
+    """Return (reason for stop.json, exit code) of a run that a signal or `lingua stop` asked to stop."""
     if received == STOP_REQUEST:
         return "asked", EXIT_INTERRUPTED
     return "signal", EXIT_INTERRUPTED if received == "SIGINT" else EXIT_REQUEUE
@@ -89,8 +89,8 @@ def archive_exit_records(run_dir: Path, attempt: int) -> None:
 
     Attempt 1 has logs/stop.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt.
     """
-    said = [path for path in entries(run_dir / RANK_LOGS) if re.fullmatch(r"(error|stacks)_\d+\.(json|txt)", path.name)]
-    for path in (run_dir / STOP_FILE, *said):
+    left = [path for path in entries(run_dir / RANK_LOGS) if re.fullmatch(r"(error|stacks)_\d+\.(json|txt)", path.name)]
+    for path in (run_dir / STOP_FILE, *left):
         target = run_dir / RANK_LOGS / f"{path.stem}.{attempt:04d}{path.suffix}"
         if path.is_file():
             target.parent.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def archive_exit_records(run_dir: Path, attempt: int) -> None:
 
 
 def describe_stop(run_dir: Path, reason: str, exit_code: int, **more: Any) -> None:
-    """Write stop.json: why the newest start ended. A disk that refuses it is reported; the exit code still speaks."""
+    """Write stop.json: why the newest attempt ended. If that fails, log it; there is still the exit code."""
     record = {"reason": reason, "exit_code": exit_code, **more}
     try:
         write_whole(run_dir / STOP_FILE, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")

@@ -1,9 +1,8 @@
-"""Metrics of a run: `metrics.jsonl` and its like, wandb and TensorBoard.
+"""Writes the metrics of a run: `metrics.jsonl` and the like, wandb and TensorBoard.
 
-Promise: a line is written whole or retried with the next; a disk that fills up is reported once and never ends the
-run, and neither does a tracker (tracking.py); every line carries its attempt, so lines after a rollback can be told
-from those before. wandb counts by our own step, which may go back. Torch-free: values come in as plain numbers.
-Cost: one small write per `logging.freq` steps, not fsynced.
+A line is written whole or retried with the next; a full disk is reported once and never ends the run, and neither does
+a tracker (tracking.py). Every line has its attempt, so that lines after a rollback can be told from those before. wandb
+counts by our own step, which may go back.
 """
 
 from __future__ import annotations
@@ -32,40 +31,40 @@ VALIDATION_FILE = "metrics.validation.jsonl"
 CHECKPOINT_FILE = "metrics.checkpoint.jsonl"
 EVAL_FILE = "metrics.eval.jsonl"
 PROBE_FILE = "probe.jsonl"
-_HELD_LINES = 10_000  # lines kept in memory while the disk refuses them
+_HELD_LINES = 10_000  # kept in memory while they cannot be written
 BEGIN_S = 10.0
-"""How long a start waits for its trackers; records are held for those that take longer."""
+"""How long an attempt waits for its trackers to begin; records are kept for those that take longer."""
 WANDB_INIT_S = 30
-"""After this long without an answer from the server, wandb tracks offline. WANDB_INIT_TIMEOUT overrules it."""
+"""After this long without an answer from the server, wandb tracks offline. WANDB_INIT_TIMEOUT overrides it."""
 FINISH_S = 60.0
-"""How long the end of a run waits for what its trackers still have to send, ..."""
+"""How long the end of a run waits for its trackers to send the rest."""
 HURRIED_FINISH_S = 5.0
-"""... and how long one that failed or was asked to stop does: a job's grace may be short."""
+"""The same for a run that failed or was asked to stop: a job's grace period may be short."""
 
 
 # -- files -------------------------------------------------------------------------------------------------------
 
 
 class JsonLines:
-    """Appends one JSON object per line to a file; lines that the disk refuses are held and tried again."""
+    """Appends one JSON object per line to a file; lines that cannot be written are kept and retried."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._held: deque[bytes] = deque(maxlen=_HELD_LINES)
-        self._complained = False
+        self._warned = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._held.append(orjson.dumps(dict(record), option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         try:
             self._flush()
-            self._complained = False
+            self._warned = False
         except OSError as error:
-            if not self._complained:
-                self._complained = True
-                log.warning("cannot write %s: %s; the run goes on and tries again", self.path, error.strerror or error)
+            if not self._warned:
+                self._warned = True
+                log.warning("cannot write %s: %s; the run tries again", self.path, error.strerror or error)
 
     def _flush(self) -> None:
-        with self.path.open("ab", buffering=0) as file:  # what is refused must not be written later, on closing
+        with self.path.open("ab", buffering=0) as file:  # unbuffered: nothing is written later, on closing
             start = file.tell()
             lines = b"".join(self._held)
             if start and not _ends_with_newline(self.path):  # torn by an earlier kill
@@ -101,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricLogger:
-    """Sends each record to metrics.jsonl and to the trackers asked for. Made on rank 0 only; use as context manager."""
+    """Sends each record to metrics.jsonl and the trackers. On rank 0 only; a context manager."""
 
     def __init__(
         self,
@@ -123,7 +122,7 @@ class MetricLogger:
         self._finish_s = FINISH_S
         self._trackers: list[Tracker] = []
         self.wandb_id: str | None = None
-        """Id to keep in checkpoints, so that a resumed run goes on in the same wandb run."""
+        """Id to keep in checkpoints, so that a resumed run continues the same wandb run."""
         if args.wandb is not None:
             settings = wandb_settings(args.wandb, run_dir, run_name, wandb_id)
             self.wandb_id = settings["id"]
@@ -134,28 +133,28 @@ class MetricLogger:
             tracker.wait_until_begun(BEGIN_S)
 
     def log(self, record: Mapping[str, float | int]) -> None:
-        """Write one record of training; needs the key `global_step`."""
+        """Write a record of training; needs the key `global_step`."""
         self._send(self._lines, record)
 
     def log_validation(self, record: Mapping[str, float | int]) -> None:
-        """Write one record of held-out losses, `<source>/bpb` and the like."""
+        """Write a record of held-out losses, `<source>/bpb` and the like."""
         self._send(self._validation_lines, record, "validation/")
 
     def log_checkpoint(self, record: Mapping[str, Any]) -> None:
-        """Write what happened to the checkpoint of `global_step`; to the file only."""
+        """Write what happened to the checkpoint of `global_step`, to the file only."""
         self._write(self._checkpoint_lines, record)
 
     def log_probe(self, record: Mapping[str, float | int]) -> None:
-        """Write one record of a probe, hundreds of figures: into its file only."""
+        """Write a record of a probe, hundreds of figures, to its file only."""
         self._write(self._probe_lines, record)
 
     def track(self, record: Mapping[str, float | int]) -> None:
-        """Send a record that has a file of its own, an evaluation's, to the trackers; needs `global_step`."""
+        """Send a record of an evaluation, which is in its own file, to the trackers; needs `global_step`."""
         for tracker in self._trackers:
             tracker.log(record)
 
     def hurry(self) -> None:
-        """Do not wait long for the trackers at the end: the run was asked to stop."""
+        """Wait only briefly for the trackers at the end: the run was asked to stop."""
         self._finish_s = HURRIED_FINISH_S
 
     def _write(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
@@ -175,7 +174,7 @@ class MetricLogger:
 
 
 class EvaluationTracker:
-    """Sends a run's evaluations to a wandb run of their own, `<id>_eval` in the same group, from the first one on."""
+    """Sends a run's evaluations to a separate wandb run, `<id>_eval` in the same group."""
 
     def __init__(
         self,
@@ -185,7 +184,7 @@ class EvaluationTracker:
         config: Mapping[str, Any],
         training_id: Callable[[int], str | None],
     ) -> None:
-        """`args`: the training run's, None: no wandb. `training_id`: id of the wandb run that trained a step."""
+        """`args`: those of the training run; None: no wandb. `training_id`: id of the wandb run that trained a step."""
         self._args, self._run_dir, self._run_name, self._config = args, run_dir, run_name, config
         self._training_id = training_id
         self._tracker: Tracker | None = None
@@ -201,13 +200,13 @@ class EvaluationTracker:
         self._tracker.log(record)
 
     def close(self, *, hurry: bool = False) -> None:
-        """Send what is still to be sent. `hurry`: this process was asked to stop."""
+        """Send the rest. `hurry`: this process was asked to stop."""
         if self._tracker is not None:
             self._tracker.close(0, HURRIED_FINISH_S if hurry else FINISH_S)
 
 
 def evaluation_wandb(args: WandbArgs, run_name: str, training_id: str | None) -> WandbArgs:
-    """The settings of the evaluations' wandb run, made from the training run's."""
+    """Return the settings of the evaluations' wandb run, from those of the training run."""
     own = {"name": f"{args.name or run_name}_eval", "group": args.group or run_name, "job_type": "eval"}
     return args.model_copy(
         update=own | {"id": f"{training_id or run_name}_eval", "fork_from": None, "resume_from": None}
@@ -215,33 +214,33 @@ def evaluation_wandb(args: WandbArgs, run_name: str, training_id: str | None) ->
 
 
 def wandb_settings(args: WandbArgs, run_dir: Path, run_name: str, wandb_id: str | None = None) -> dict[str, Any]:
-    """Return the keywords of `wandb.init`. `wandb_id`: that of the start before, which this one goes on with."""
+    """Return the keywords of `wandb.init`. `wandb_id`: that of the attempt before, to be continued."""
     settings = {key: value for key, value in args.model_dump().items() if value is not None}
     if wandb_id is not None:  # it was forked or rewound already
         settings.pop("fork_from", None)
         settings.pop("resume_from", None)
     if args.mode is None and not _has_wandb_key():
         settings["mode"] = "offline"
-        log.info("wandb: no API key here, so this run is tracked offline; `wandb sync` uploads it later")
+        log.info("wandb: no API key here, so this run is tracked offline; upload it later with `wandb sync`")
     settings.setdefault("dir", str(run_dir))
     settings.setdefault("name", run_name)
     settings.setdefault("group", run_name)
     if "resume_from" in settings:
-        settings["id"] = settings["resume_from"].partition("?")[0]  # wandb takes no other
+        settings["id"] = settings["resume_from"].partition("?")[0]  # wandb accepts no other
     settings.setdefault("id", wandb_id or uuid.uuid4().hex[:8])
-    if not settings.keys() & {"fork_from", "resume_from"}:  # wandb takes one of the three
+    if not settings.keys() & {"fork_from", "resume_from"}:  # wandb accepts one of the three
         settings.setdefault("resume", "allow")
     return settings
 
 
 def wandb_tracker(settings: dict[str, Any], config: Mapping[str, Any]) -> Tracker:
-    """Track with wandb: as `settings` say, and offline once that has failed."""
+    """Track with wandb: first with `settings`, after a failure offline."""
 
     def begin_offline() -> _WandbRun:
         import wandb
 
         try:
-            wandb.teardown()  # to the helper process of the first try, if it lives, the id is taken
+            wandb.teardown()  # if the first helper process is running, the id is in use there
         except (Exception, SystemExit) as error:
             log.debug("wandb.teardown: %s", error)
         return _WandbRun(settings | {"mode": "offline"}, config)
@@ -251,9 +250,9 @@ def wandb_tracker(settings: dict[str, Any], config: Mapping[str, Any]) -> Tracke
 
 class _WandbRun:
     def __init__(self, settings: dict[str, Any], config: Mapping[str, Any]) -> None:
-        # wandb would tell its maker of errors, and wait 20 s for that at the end where there is no network.
+        # wandb would report errors to its maker, and without a network wait 20 s for that at the end.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb  # half a second, and only some runs use it
+        import wandb  # takes half a second, and only some runs use it
 
         limits = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": WANDB_INIT_S}
         self._run = wandb.init(config=dict(config), settings=limits, **settings)
@@ -267,7 +266,7 @@ class _WandbRun:
 
     def finish(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
-        self._teardown()  # or it is done when Python ends, where nothing limits how long it takes
+        self._teardown()  # or Python does it at exit, without a time limit
 
 
 def _has_wandb_key() -> bool:
@@ -276,7 +275,7 @@ def _has_wandb_key() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):  # no ~/.netrc, or none that can be read
+    except (OSError, netrc.NetrcParseError):  # no ~/.netrc, or a damaged one
         return False
 
 

@@ -1,10 +1,9 @@
-"""How fast a run goes and how long it will take: measured here, shown as a bar on a terminal and as lines in a log.
+"""Measures how fast a run is and estimates the time left.
 
-Promise: rates are of the steps since the last report, so they are right after a resume; the time left is estimated
-from this attempt's own steps. MFU counts model FLOPs only over the device's peak (PaLM, arXiv 2204.02311, B); HFU
-adds those that activation checkpointing computes again, but not what attention kernels recompute inside. A device
-without a known peak, as every CPU is, has neither: a yardstick measured beside other processes may be far too short.
-Cost: two clock readings per micro step.
+Rates are those of the steps since the last report, so they are right after a resume; the time left is estimated from
+this attempt's steps. MFU is model FLOPs over the device's peak (PaLM, arXiv 2204.02311, B); HFU adds what activation
+checkpointing computes again, but not what attention kernels recompute inside. A device without a known peak, such as a
+CPU, has neither: a peak measured beside other processes may be far too low.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ class Lap:
     """The clock at the end of a step."""
 
     training_s: float
-    """Seconds of training since this start, pauses left out."""
+    """Seconds of training in this attempt, without pauses."""
     loading_s: float
-    """Of these, seconds spent waiting for batches."""
+    """How many of these were spent waiting for batches."""
 
 
 class Meter:
-    """Turns laps into rates. Steps are read one step late, so each keeps its own lap."""
+    """Turns laps into rates. Steps are reported one step late, so each keeps its own lap."""
 
     def __init__(
         self,
@@ -53,10 +52,10 @@ class Meter:
         self._start_s = now()
         self._loading_s = 0.0
         self._read: tuple[int, Lap] = (0, Lap(0.0, 0.0))
-        self._first: tuple[int, Lap] | None = None  # the first report of this start
+        self._first: tuple[int, Lap] | None = None  # the first report of this attempt
 
     def formula(self) -> str:
-        """Say how MFU and HFU come about, with this run's numbers."""
+        """Return the formulas of MFU and HFU with this run's numbers."""
         model, again = self._flops_per_token, self._recomputed_flops_per_token
         per_token = f"{model:.4g} FLOPs per token (6N + 12LHQS, PaLM appendix B)"
         if self._peak_flops is None:
@@ -65,20 +64,20 @@ class Meter:
         return f"mfu = {per_token} * speed/wps / {self._peak_flops:.4g} per s{hardware}"
 
     def start(self, step: int) -> None:
-        """`step` updates are done; the clock runs."""
+        """Start the clock; `step` updates are done."""
         self._start_s, self._loading_s = self._now(), 0.0
         self._read = (step, self.lap())
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Around the wait for a batch."""
+        """Count the block as waiting for a batch."""
         start_s = self._now()
         yield
         self._loading_s += self._now() - start_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training, such as validation or saving."""
+        """Stop the clock during the block, such as validation or saving."""
         start_s = self._now()
         yield
         self._start_s += self._now() - start_s
@@ -87,7 +86,7 @@ class Meter:
         return Lap(self._now() - self._start_s, self._loading_s)
 
     def read(self, step: int, lap: Lap) -> dict[str, float]:
-        """Metrics of the steps since the last reading."""
+        """Return the metrics of the steps since the last reading."""
         last_step, last = self._read
         assert step > last_step
         n_steps, elapsed_s = step - last_step, max(lap.training_s - last.training_s, 1e-9)
@@ -104,7 +103,7 @@ class Meter:
             if self._recomputed_flops_per_token is not None:
                 recomputed_per_s = tokens_per_s * self._recomputed_flops_per_token
                 metrics["speed/hfu"] = (flops_per_s + recomputed_per_s) / self._peak_flops
-        if self._first is None:  # the first steps compile and warm up; they say nothing about the rest
+        if self._first is None:  # the first steps compile and warm up, so they do not count
             self._first, seconds_per_step = (step, lap), elapsed_s / n_steps
         else:
             first_step, first = self._first
@@ -115,14 +114,14 @@ class Meter:
 
 
 class Peak(NamedTuple):
-    """One accelerator."""
+    """The peak of an accelerator."""
 
     flops_per_s: float
     memory_gib: int
     sheet: str
 
 
-# By a name that torch's device name contains, lower case; longer names are looked for first.
+# By lower-case words of torch's device name; longer names are tried first.
 PEAKS: dict[str, Peak] = {
     "b200": Peak(2250e12, 180, "NVIDIA DGX B200 data sheet: 72 PFLOPS FP8 with sparsity for 8, a quarter dense bf16"),
     "h200": Peak(989.5e12, 141, "NVIDIA H200 data sheet (SXM): BF16 1,979 TFLOPS with sparsity, half dense"),
@@ -140,7 +139,7 @@ PEAKS: dict[str, Peak] = {
 
 
 def find_peak(device_name: str) -> Peak | None:
-    """The row of a device, by torch's name for it ("NVIDIA H100 80GB HBM3") or a short one ("h200")."""
+    """Return the peak of a device, by torch's name ("NVIDIA H100 80GB HBM3") or a short one ("h200")."""
     words = device_name.lower().replace("-", " ").split()
     for name in sorted(PEAKS, key=len, reverse=True):
         if set(name.split()) <= set(words):

@@ -1,8 +1,8 @@
-"""Sends a run's records to a tracker such as wandb, which can neither end the run nor hold it up.
+"""Sends a run's records to a tracker such as wandb, which can neither end the run nor slow it down.
 
-A thread of its own makes all calls of the tracker's package, since any of them may raise or never return: the server is
-unreachable, its helper process was killed, the disk is full. What fails is one warning, and the next way to track is
-tried (wandb: offline). The metrics files are written elsewhere and have every record.
+A separate thread makes all calls to the tracker's package, since any of them may raise or never return: the server is
+unreachable, its helper process was killed, the disk is full. After a failure there is one warning and the next way to
+track is tried (wandb: offline). The metrics files have every record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Session(Protocol):
     """A tracker's run. Its methods may raise anything."""
 
     folder: str | None
-    """What `wandb sync` can upload later."""
+    """Folder that `wandb sync` can upload later."""
 
     def log(self, record: Mapping[str, Any]) -> None: ...
 
@@ -34,13 +34,13 @@ class Session(Protocol):
 
 
 class Tracker:
-    """Sends records to the session that the first of `ways` begins, or the next one once that failed."""
+    """Sends records to the session that the first of `ways` opens; after a failure, the next of them."""
 
     def __init__(
         self, name: str, ways: Sequence[Callable[[], Session]], *, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._name, self._ways, self._now = name, ways, now
-        self._waiting: queue.Queue[dict[str, Any] | int] = queue.Queue(_HELD_RECORDS)  # an exit code ends it
+        self._waiting: queue.Queue[dict[str, Any] | int] = queue.Queue(_HELD_RECORDS)  # an exit code closes the session
         self._folders: list[str] = []
         self._called_at_s: float | None = None
         self._begun = threading.Event()  # or given up
@@ -48,7 +48,7 @@ class Tracker:
         self._thread = threading.Thread(target=self._track, name=name, daemon=True)
         self._thread.start()
 
-    # -- the run's thread ------------------------------------------------------------------------------------------
+    # -- called by the run -----------------------------------------------------------------------------------------
 
     def wait_until_begun(self, within_s: float) -> None:
         """Wait for the session. Records sent before it has begun are held."""
@@ -58,11 +58,11 @@ class Tracker:
         """Send a record; never waits, never raises."""
         called_at_s = self._called_at_s
         if called_at_s is not None and self._now() - called_at_s > SILENT_S:
-            self._give_up(f"it has not answered for {SILENT_S:.0f} s")
+            self._give_up(f"no answer for {SILENT_S:.0f} s")
         self._put(dict(record))
 
     def close(self, exit_code: int, within_s: float) -> None:
-        """Send what is held and end the session, if that takes no longer than `within_s`."""
+        """Send what is waiting and end the session, for at most `within_s`."""
         self._put(exit_code)
         if not self._is_off:
             self._thread.join(within_s)
@@ -86,7 +86,7 @@ class Tracker:
                 if session.folder is not None:
                     self._folders.append(session.folder)
                 if problem:
-                    log.warning("%s: %s; tracked offline from here on%s", self._name, problem, self._upload())
+                    log.warning("%s: %s; tracking offline from now on%s", self._name, problem, self._upload())
                 self._begun.set()
                 while not self._is_off:
                     item = self._waiting.get() if item is None else item
@@ -96,7 +96,7 @@ class Tracker:
                     self._call(session.log, item)
                     item = None
                 return
-            except (Exception, SystemExit) as error:  # another program's, and the network's; wandb.teardown exits
+            except (Exception, SystemExit) as error:  # of the package or the network; wandb.teardown exits
                 problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 if isinstance(item, int):
                     break  # all was sent
@@ -114,8 +114,8 @@ class Tracker:
         with self._giving_up:
             if self._is_off:
                 return
-            log.warning(  # before anybody stops waiting for this thread
-                "%s: %s; this start is not tracked there any more. The run goes on, and its files have all metrics%s",
+            log.warning(  # before the run stops waiting for this thread
+                "%s: %s; this attempt is no longer tracked there. The run continues, and its files have all metrics%s",
                 self._name, problem, self._upload(),
             )  # fmt: skip
             self._is_off = True

@@ -1,20 +1,19 @@
-"""Watches over a rank from beside its main thread, which may be stuck, and ends the process when that is right.
+"""Watches a rank from a second thread, since the main thread may be stuck, and ends the process if necessary.
 
-Promise: a rank that fails, wherever, is heard by all within seconds: each leaves with a sentence and an
-`error_<rank>.json` of its own, long before a collective would time out. A rank that hangs is found by the watchdog;
-then every rank's stacks are in `logs/stacks_<rank>.txt`. A stop signal that arrives before the first step of this start
-is done ends all ranks soon, since there is nothing yet that could be lost; later the loop decides for all ranks. Once a
-failure is written down, the process is gone within LEAVE_WITHIN_S, whatever its cleaning up waits for.
-Cost: two threads that sleep. Torch-free.
+When a rank fails, all others learn of it within seconds: each leaves with a message and its own `error_<rank>.json`,
+long before a collective would time out. If a rank hangs, every rank's stacks are in `logs/stacks_<rank>.txt`. A stop
+signal before the first step of this attempt ends all ranks soon, since nothing can be lost; later the training loop
+decides for all ranks. After a failure was recorded, the process is gone within LEAVE_WITHIN_S, even if its cleanup
+hangs.
 
-    with Watchdog(rank, signals, args.watchdog, run_dir) as guard:
-        with guard.reporting():           # an error in here is written down and told to the other ranks
-            guard.join(peers)             # once they have met
-            watchdog.open(attempt)       # from here on the run folder is ours
-            ...; guard.pulse.beat(step)
+    with Watchdog(rank, signals, args.watchdog, run_dir) as watchdog:
+        with watchdog.reporting():        # an error in here is recorded and sent to the other ranks
+            watchdog.join(peers)          # once they have met
+            watchdog.open(attempt)        # from now on the run folder is ours
+            ...; watchdog.heartbeat.beat(step)
 
-This thread ends the process by `os._exit`: an exception cannot be raised in a main thread that waits in a collective.
-What that skips is what a kill skips too, and the next start copes with that; `at_exit` are done.
+The thread ends the process by `os._exit`, because an exception cannot be raised in a main thread that waits in a
+collective. That skips what a kill skips too, which the next attempt handles; functions in `at_exit` are called.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 POLL_S = 0.5
 START_GRACE_S = 2.0
-"""How long a stop that comes before the first step of a start waits for that step."""
+"""How long a stop before the first step of an attempt waits for that step."""
 ECHO_S = 5.0
-"""How long a rank that lost contact waits to hear whose fault that was."""
+"""How long a rank that lost its connection waits for the message of the rank that failed."""
 LOST_S = 20.0
-"""How long a rank that cannot reach the others any more may take to end by itself."""
+"""How long a rank that can no longer reach the others may take to end by itself."""
 LEAVE_WITHIN_S = 60.0
 LAST_WORDS_S = 5.0
 
@@ -58,16 +57,16 @@ LAST_WORDS_S = 5.0
 class Others(Protocol):
     """The part of `peers.Peers` used here."""
 
-    def tell(self, message: bytes) -> None: ...
+    def send(self, message: bytes) -> None: ...
 
-    def told(self) -> bytes | None: ...
+    def received(self) -> bytes | None: ...
 
     def leave(self, within_s: float) -> None: ...
 
 
 @dataclass(frozen=True)
 class End:
-    """Why a rank leaves; what it tells the others."""
+    """Why a rank leaves, as sent to the others."""
 
     rank: int
     reason: str
@@ -75,12 +74,12 @@ class End:
     exit_code: int
     message: str
     kind: str = ""
-    """Of an error."""
+    """Kind of the error."""
     signal: str = ""
 
 
 class Watchdog:
-    """Context manager, entered by the main thread of every rank before it waits for anybody."""
+    """A context manager that the main thread of every rank enters before it waits for other ranks."""
 
     def __init__(
         self,
@@ -94,7 +93,7 @@ class Watchdog:
     ) -> None:
         self.heartbeat = Heartbeat(watchdog, now)
         self.at_exit: list[Callable[[], object]] = []
-        """Done before the process is ended from here: release a lock, free the terminal."""
+        """Called before the watchdog ends the process: release a lock, free the terminal."""
         self._rank, self._signals, self._run_dir = rank, signals, run_dir
         self._now, self._leave = now, leave
         self._peers: Others | None = None
@@ -117,7 +116,7 @@ class Watchdog:
         for thread in self._threads:
             thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._say_farewell()
+        self._leave_peers()
 
     def _start(self, act: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=act, name=name, daemon=True)
@@ -125,7 +124,7 @@ class Watchdog:
         self._threads.append(thread)
 
     def join(self, peers: Others) -> None:
-        """The other ranks can be reached from now on."""
+        """Listen to the other ranks, which can be reached from now on."""
         self._peers = peers
         self._start(self._listen, "peers")
 
@@ -137,7 +136,7 @@ class Watchdog:
 
     @property
     def asked(self) -> bool:
-        """Whether this rank was asked to stop; the others may not know yet."""
+        """This rank was asked to stop; the others may not know yet."""
         return self._signals.received is not None
 
     @property
@@ -147,9 +146,9 @@ class Watchdog:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """An error in here is written down and told to the other ranks before anything is cleaned up.
+        """Record an error in the block and send it to the other ranks before anything is cleaned up.
 
-        When contact with another rank was lost, that rank may have said why: then this one leaves with that reason.
+        If the connection to another rank was lost, wait for that rank's message and leave with its reason.
         """
         try:
             yield
@@ -159,9 +158,11 @@ class Watchdog:
                 self._settle(self._end_of(failure), failure, tell=not known_to_all(error))
                 raise
             for _ in range(round(ECHO_S / POLL_S)):
-                self._closed.wait(POLL_S)  # the listening thread ends the process when it hears of a reason
+                self._closed.wait(POLL_S)  # the listening thread ends the process when it receives a reason
             why = failure.message.strip().partition("\n")[0]
-            lost = RankError(f"contact with another rank was lost, and none has said why ({why}); see their logs")
+            lost = RankError(
+                f"the connection to another rank was lost, and no rank sent a reason ({why}); see the logs"
+            )
             failure = replace(failure, message=str(lost))
             self._settle(self._end_of(failure), failure)
             raise lost from error
@@ -174,10 +175,10 @@ class Watchdog:
             self.look()
 
     def look(self) -> None:
-        """One look at the signals and the clock."""
+        """Check the signals and the clock once."""
         if self._end is not None:
             if self._now() > self._leave_by_s:
-                log.error("cleaning up did not end within %d s; leaving", LEAVE_WITHIN_S)
+                log.error("the cleanup did not end within %d s; leaving", LEAVE_WITHIN_S)
                 self._leave(self._end.exit_code)
             return
         if self._signals.received is not None and self.heartbeat.starting:
@@ -185,31 +186,31 @@ class Watchdog:
             if self._now() - self._signals.received_at_s < START_GRACE_S:
                 return  # the first step may be about to end: then the loop can save it
             reason, exit_code = end_asked_for(self._signals.received)
-            message = f"stopped by {self._signals.received} before the first step of this start; nothing is lost"
+            message = f"stopped by {self._signals.received} before the first step of this attempt; nothing is lost"
             self._go(End(self._rank, reason, exit_code, message, signal=self._signals.received))
         elif (problem := self.heartbeat.overdue()) is not None:
-            error = HungError(f"rank {self._rank} hangs: {problem}; where it stands is in {self._stacks}")
+            error = HungError(f"rank {self._rank} hangs: {problem}; its stacks are in {self._stacks}")
             failure = self._failure(error)
             self._go(self._end_of(failure), failure)
         elif (limit_s := self.heartbeat.limit_s) != float("inf"):
             self._arm(limit_s + 60)
 
     def _arm(self, limit_s: float) -> None:
-        """Should a call hold Python's lock for ever, no thread of ours runs any more; this needs none."""
+        """Last resort if a call never releases the GIL: faulthandler needs no Python thread."""
         faulthandler.dump_traceback_later(limit_s, exit=True, file=2)
 
     def _listen(self) -> None:
-        """Leave when another rank says so, or cannot be reached any more."""
+        """Leave when another rank sends its end, or can no longer be reached."""
         assert self._peers is not None
         while not self._closed.wait(POLL_S):
             try:
-                told = self._peers.told()
+                message = self._peers.received()
             except RuntimeError as error:  # torch's DistError
                 self._lost(str(error).partition("\n")[0])
                 return
-            if told is None:
+            if message is None:
                 continue
-            end = End(**orjson.loads(told))
+            end = End(**orjson.loads(message))
             if end.rank != self._rank:
                 self._follow(end)
             return
@@ -240,17 +241,17 @@ class Watchdog:
         return End(self._rank, "error", exit_code, f"{failure.type}: {failure.message}", failure.kind)
 
     def _settle(self, end: End, failure: Failure | None = None, *, tell: bool = True) -> bool:
-        """Tell the others and the run folder. False: this rank is leaving already."""
+        """Send the end to the other ranks and record it. False: this rank is already leaving."""
         with self._only_one:
             if self._end is not None:
                 return False
             self._end, self._leave_by_s = end, self._now() + LEAVE_WITHIN_S
         if tell and self._peers is not None:
             try:
-                self._peers.tell(orjson.dumps(asdict(end)))
+                self._peers.send(orjson.dumps(asdict(end)))
             except RuntimeError as error:
-                log.warning("the other ranks cannot be told: %s", str(error).partition("\n")[0])
-        if failure is not None and failure.kind != "occupied":  # then the folder is somebody else's
+                log.warning("cannot send this to the other ranks: %s", str(error).partition("\n")[0])
+        if failure is not None and failure.kind != "occupied":  # then the folder is another process's
             if failure.kind == "hang":
                 self._dump_stacks()
             record(self._run_dir, failure)
@@ -263,7 +264,7 @@ class Watchdog:
         return True
 
     def _go(self, end: End, failure: Failure | None = None) -> None:
-        """Settle and end the process from this thread."""
+        """Record the end and end the process from this thread."""
         if not self._settle(end, failure):
             return
         if failure is None:
@@ -274,14 +275,14 @@ class Watchdog:
             try:
                 act()
             except Exception:
-                log.exception("on the way out")
-        self._say_farewell()
+                log.exception("cleanup failed")
+        self._leave_peers()
         logging.shutdown()
         self._leave(end.exit_code)
 
-    def _say_farewell(self) -> None:
+    def _leave_peers(self) -> None:
         if self._peers is not None:
-            with contextlib.suppress(RuntimeError):  # the store is gone: nobody is waiting
+            with contextlib.suppress(RuntimeError):  # the store is gone, so no rank is waiting
                 self._peers.leave(LAST_WORDS_S)
 
     @property
@@ -302,7 +303,7 @@ _REMEMBERED_STEPS = 51
 
 
 class Heartbeat:
-    """The signs of life of one rank. `args` None: never overdue."""
+    """The progress of one rank. `args` None: never overdue."""
 
     def __init__(self, args: WatchdogArgs | None, now: Callable[[], float] = time.monotonic) -> None:
         self._args = args
@@ -312,15 +313,15 @@ class Heartbeat:
         self._n_beats = 0
         self._doing: str | None = None
         self.step: int | None = None
-        """Updates done, as the loop last said. None: there is no loop yet."""
+        """Updates done, as the training loop last reported. None: before the loop."""
 
     @property
     def starting(self) -> bool:
-        """No step of this start is done, so there is nothing that a checkpoint could save."""
+        """No step of this attempt is done, so there is nothing to save."""
         return self._n_beats == 0
 
     def beat(self, step: int) -> None:
-        """An update is done."""
+        """Report that an update is done."""
         now_s = self.now()
         if self._n_beats >= _WARM_UP_STEPS:
             self._paces_s.append(now_s - self._since_s)
@@ -328,19 +329,19 @@ class Heartbeat:
         self.step, self._since_s = step, now_s
 
     def sign(self) -> None:
-        """What is done now, and is no step, gets on."""
+        """Report progress of what is not a step."""
         self._since_s = self.now()
 
     @contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """Around what is no step: "validation", "checkpoint", "evaluation"."""
+        """Run a block that is not a step: "validation", "checkpoint", "evaluation"."""
         self._since_s, self._doing = self.now(), what
         yield
         self._since_s, self._doing = self.now(), None
 
     @property
     def limit_s(self) -> float:
-        """Seconds that what is done now may take."""
+        """Seconds that the current activity may take."""
         if self._args is None:
             return float("inf")
         if self._doing is not None or not self._paces_s:
@@ -348,13 +349,13 @@ class Heartbeat:
         return max(self._args.min_s, self._args.step_factor * statistics.median(self._paces_s))
 
     def overdue(self) -> str | None:
-        """Why this rank counts as hung, in one sentence; None while all is well."""
+        """Return why this rank counts as hung; None: it does not."""
         limit_s = self.limit_s
         if self.now() - self._since_s <= limit_s:
             return None
         if self._doing is not None:
             return f"the {self._doing} at step {self.step} did not end within {limit_s:.0f} s (watchdog.other_s)"
         if not self._paces_s:
-            return f"the start did not come to its first steps within {limit_s:.0f} s (watchdog.other_s)"
+            return f"the attempt did not finish its first steps within {limit_s:.0f} s (watchdog.other_s)"
         usual_s = statistics.median(self._paces_s)
-        return f"no step was finished for {limit_s:.0f} s after step {self.step}; one takes {usual_s:.3g} s (watchdog)"
+        return f"no step ended within {limit_s:.0f} s after step {self.step}; a step takes {usual_s:.3g} s (watchdog)"

@@ -47,10 +47,10 @@ def block(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("bad_call", "act", "said"),
     [
-        ("log", refuse, "wandb: ConnectionResetError: Connection lost; this start is not tracked there any more"),
-        ("init", refuse, "wandb: ConnectionResetError: Connection lost; this start is not tracked there any more"),
-        ("init", block, "wandb: it did not end within 0.1 s; this start is not tracked there any more"),
-        ("log", block, "wandb: it did not end within 0.1 s; this start is not tracked there any more"),
+        ("log", refuse, "wandb: ConnectionResetError: Connection lost; this attempt is no longer tracked there"),
+        ("init", refuse, "wandb: ConnectionResetError: Connection lost; this attempt is no longer tracked there"),
+        ("init", block, "wandb: it did not end within 0.1 s; this attempt is no longer tracked there"),
+        ("log", block, "wandb: it did not end within 0.1 s; this attempt is no longer tracked there"),
     ],
 )
 def test_the_run_finishes_and_its_files_are_whole(bad_call: str, act: Any, said: str, tmp_path: Path):

@@ -17,9 +17,9 @@ class WandbArgs(Args):
     entity: Text | None = None
     """Team or user. Null: the account's default."""
     name: Text | None = None
-    """Display name. Null: the run's."""
+    """Display name. Null: the run's name."""
     group: Text | None = None
-    """Group. Null: the run's name; its evaluations are in the same."""
+    """Group of the run and its evaluations. Null: the run's name."""
     tags: list[Text] | None = None
     """Tags."""
     notes: Text | None = None
@@ -29,9 +29,9 @@ class WandbArgs(Args):
     dir: Text | None = None
     """Folder of wandb's files. Null: <dump_dir>/wandb."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """Null: online where an API key is at hand, otherwise offline."""
+    """Null: online if there is an API key, otherwise offline."""
     id: Text | None = None
-    """Run id. Null: made at the first start and kept over restarts."""
+    """Run id. Null: chosen by the first attempt and kept across restarts."""
     config_exclude_keys: list[Text] | None = None
     """Config keys not sent."""
     config_include_keys: list[Text] | None = None
@@ -59,10 +59,10 @@ class WandbArgs(Args):
 
 
 class LoggingArgs(Args):
-    """What is reported, how often, and where to."""
+    """How often metrics are reported, and where to."""
 
     freq: Annotated[int, Field(ge=1)] = 10
-    """Steps between two lines."""
+    """Report every this many steps."""
     wandb: WandbArgs | None = None
     """Null: no wandb."""
     tensorboard: bool = False

@@ -19,19 +19,19 @@ def test_a_message_arrives_while_the_main_thread_waits_in_a_collective():
     def act(rank: int) -> list[bytes | None]:
         store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
         peers, heard = Peers(store, rank, 3), list[bytes | None]()
-        heard.append(peers.told())
+        heard.append(peers.received())
         dist.barrier()
 
         def listen() -> None:
-            while peers.told() is None:
+            while peers.received() is None:
                 time.sleep(0.01)
-            heard.append(peers.told())
+            heard.append(peers.received())
 
         listening = threading.Thread(target=listen)
         listening.start()
         if rank == 2:
-            peers.tell(b"rank 2 has no data")
-            peers.tell(b"again")  # the first one stands
+            peers.send(b"rank 2 has no data")
+            peers.send(b"again")  # the first one stands
             listening.join()
         dist.all_reduce(torch.ones(1))  # which rank 2 enters only when it has heard itself
         listening.join()

@@ -21,11 +21,11 @@ from lingua.report.history import (
     History,
     PastAttempt,
     Scores,
+    end_in_words,
     in_order,
     limits_of,
     read_history,
     that_count,
-    told_end,
 )
 from lingua.report.series import STEP, WHEN
 from lingua.run.lock import Owner, this_process
@@ -71,7 +71,7 @@ def test_the_work_of_a_start_counts_up_to_where_later_ones_went_on(first_steps: 
     ],
 )
 def test_how_a_start_ended(stop: dict[str, Any] | None, told: str):
-    assert told_end(stop) == told
+    assert end_in_words(stop) == told
 
 
 def test_no_start_reaches_into_the_next():

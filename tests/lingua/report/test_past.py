@@ -75,7 +75,7 @@ def test_the_config_of_a_start_is_that_kept_of_it_or_of_the_last_start_with_the_
 def test_a_step_that_was_never_trained_is_refused() -> None:
     run = past({1: [10, 20]}, 10)
     check_step(run, 30, 100)  # may have ended the run without a line
-    with pytest.raises(ConfigError, match="has not come so far, at most to step 30"):
+    with pytest.raises(ConfigError, match="has reached step 30 at most"):
         check_step(run, 31, 100)
     with pytest.raises(ConfigError, match="has 25 steps; choose one of them"):
         check_step(run, 26, 25)

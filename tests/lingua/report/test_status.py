@@ -127,14 +127,14 @@ def test_why_a_data_error():
         "rank 1 on n1, after step 120, 2026-01-01T00:00:00, Slurm job 42; out/x/logs/error_1"
     )
     assert "(and 1 that followed)" in told["where"]
-    assert told["saved"] == "checkpoint 100, 1m30s ago; 20 steps are trained again"
-    assert told["next"].startswith("a restart would meet it again: mend the file")
+    assert told["saved"] == "checkpoint 100, 1m30s ago; 20 steps will be trained again"
+    assert told["next"].startswith("a restart would fail again: repair the file")
 
 
 @pytest.mark.parametrize(
     ("facts", "line", "said"),
     [
-        (GONE, "cause", "without a word"),
+        (GONE, "cause", "it left no message"),
         (GONE, "ended", "killed, step 120 of 1,000, 20s ago"),  # the newest sign of life
         (replace(GONE, job=SlurmJob("42", "OUT_OF_MEMORY")), "cause", "Slurm says OUT_OF_MEMORY"),
         (
@@ -149,9 +149,9 @@ def test_why_a_data_error():
         (ended("signal", 130, signal="SIGINT"), "cause", "a person: Ctrl-C"),
         (ended("finished", 0), "next", "raise `steps`"),
         (RUNNING, "ended", "not at all: it is running"),
-        (RUNNING, "saved", "killed now, it would train 20 steps again"),
+        (RUNNING, "saved", "if it is killed now, 20 steps will be trained again"),
         (RunFacts(Path("out/x")), "ended", "out/x was never started"),
-        (replace(GONE, checkpoint=None), "saved", "it begins at step 0 again"),
+        (replace(GONE, checkpoint=None), "saved", "it will begin at step 0 again"),
         (replace(DATA, failures=(failure("hang", 1),)), "next", "a restart may help: logs/stacks_"),
         (replace(DATA, failures=(failure("hang", 1),)), "where", "stacks_*.txt"),
         (replace(DATA, failures=()), "cause", "data: rank 1: SomeError: line 7"),

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import tempfile
 from pathlib import Path
 
 import orjson
@@ -105,13 +106,11 @@ def test_an_error_keeps_its_kind_on_its_way_to_other_ranks(error: Exception):
     assert classify(pickle.loads(pickle.dumps(carried(error)))) == classify(error)
 
 
-def test_a_folder_that_cannot_be_written_for_a_moment_is_no_matter_of_setup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def fail(path: Path, data: bytes) -> None:
-        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+def test_a_folder_that_cannot_be_written_for_a_moment_is_not_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(**more: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(more["dir"]))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
     with pytest.raises(DiskError, match=r"dump_dir: cannot write to .* \(Stale file handle\)") as caught:
         make_folder(tmp_path, "dump_dir")
     assert classify(caught.value) == "disk"

@@ -36,7 +36,7 @@ def test_a_step_is_judged_by_the_runs_own_pace(step_s: float, limit_s: float):
     clock.time_s += limit_s
     assert heartbeat.overdue() is None
     clock.time_s += 1
-    sentence = f"no step was finished for {limit_s} s after step 20; one takes {step_s:.3g} s (watchdog)"
+    sentence = f"no step ended within {limit_s} s after step 20; a step takes {step_s:.3g} s (watchdog)"
     assert heartbeat.overdue() == sentence
 
 
@@ -47,7 +47,7 @@ def test_a_start_has_time_to_compile():
     clock.time_s += 999
     assert heartbeat.overdue() is None
     clock.time_s += 2
-    assert "did not come to its first steps within 1000 s" in (heartbeat.overdue() or "")
+    assert "did not finish its first steps within 1000 s" in (heartbeat.overdue() or "")
 
 
 def test_the_first_steps_may_compile_again_and_are_no_measure():

@@ -25,10 +25,10 @@ class Room:
         self.message = None if message is None else orjson.dumps(message.__dict__)
         self.left = 0
 
-    def tell(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         self.message = self.message or message
 
-    def told(self) -> bytes | None:
+    def received(self) -> bytes | None:
         return self.message
 
     def leave(self, within_s: float) -> None:
@@ -153,7 +153,7 @@ def test_who_lost_contact_hears_whose_fault_it_was(tmp_path: Path):
     rank = Rank(tmp_path)
     rank.watchdog._peers = Room()
     with (
-        pytest.raises(RankError, match=r"contact with another rank was lost.*Connection closed"),
+        pytest.raises(RankError, match=r"connection to another rank was lost.*Connection closed"),
         rank.watchdog.reporting(),
     ):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer\nmore")
@@ -162,7 +162,7 @@ def test_who_lost_contact_hears_whose_fault_it_was(tmp_path: Path):
 
 def test_a_store_that_is_gone_ends_a_rank_that_does_not_end_by_itself(tmp_path: Path):
     class Gone(Room):
-        def told(self) -> bytes | None:
+        def received(self) -> bytes | None:
             raise RuntimeError("Failed to recv\nmore")
 
     rank = Rank(tmp_path, rank=1)
