@@ -1,14 +1,13 @@
-"""The pictures of `lingua report`: what is drawn of one run, or of several on top of each other.
+"""The pictures of `lingua report`: one run, or several on top of each other.
 
-Promise: only what counts is drawn in colour; steps that were trained again are grey. A curve of any length becomes at
-most N_PIECES points with the range of what they stand for.
-Cost: see `chart.py`: about 0.3 s per picture.
+Only steps that count are drawn in colour; steps that were trained again are grey. A curve of any length becomes at most
+N_PIECES points, each with the range of the values it stands for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +21,16 @@ from lingua.report.figure import (
     INK,
     LOG_FROM,
     SERIES,
+    SMALL,
     SOFT,
     STYLES,
     WIDE,
-    Chart,
     Line,
+    Picture,
     blank,
     counted,
-    draw,
     legend,
+    line_chart,
     plain,
     shown_range,
 )
@@ -50,55 +50,40 @@ from lingua.report.history import (
     Scores,
     keys_of,
 )
-from lingua.report.series import ATTEMPT, STEP, WHEN, Numbers, Table, Thinned, thinned
+from lingua.report.series import ATTEMPT, STEP, WHEN, Table, Thinned, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-N_PIECES = 240
+N_PIECES = 160
 MIN_PIECES, MIN_PIECES_COMPARED = 80, 25
 _MAX_SCORES = 8
 _MAX_LABELS = 12
-SPENT_COLORS = dict(zip(SPENT, (GOOD, SERIES[0], SERIES[1], SERIES[3], SERIES[7], BAD, SOFT, FAINT), strict=True))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure to be made, and what to say about it."""
-
-    key: str
-    title: str
-    note: str
-    make: Callable[[], Figure]
-    chart: Chart | None = None
-    """Of a line chart: its points can be read off in the page."""
-    is_wide: bool = False
 
 
 @dataclass(frozen=True)
 class Across:
-    """What losses are drawn over."""
+    """The horizontal axis of losses."""
 
-    column: str
-    key: str
-    """Behind the name of a picture's file."""
-    title: str
-    axis: str
+    column: str = STEP
+    key: str = ""
+    """Ending of the names of pictures' files."""
+    title: str = ""
+    axis: str = "step"
     unit: float = 1.0
-    """Of the axis, in the column's."""
+    """Size of the axis' unit in that of the column."""
     note: str = ""
 
 
-STEPS = Across(STEP, "", "", "step")
+STEPS = Across()
 
 
 def pictures_of(runs: Sequence[History], names: Sequence[str]) -> list[Picture]:
-    """Curves of one run, or of several, whose losses are compared over steps, tokens and time; those without a point
-    are left out."""
-    losses = [chart for over in _axes(runs) for chart in (*_training(runs, names, over), *_held_out(runs, names, over))]
-    charts = [*losses, *_evaluations(runs, names), *_course(runs, names), *_speed(runs, names)]
-    return [_picture(chart) for chart in charts if any(len(line.points.x) for line in chart.lines)]
+    """Describe the curves of one run, or of several, whose losses are compared over steps, tokens and time."""
+    losses = (p for over in _axes(runs) for p in (_training(runs, names, over), _held_out(runs, names, over)))
+    every = [*losses, *_evaluations(runs, names), *_course(runs, names)]
+    return [picture for picture in every if picture is not None]
 
 
 def _axes(runs: Sequence[History]) -> list[Across]:
@@ -106,162 +91,128 @@ def _axes(runs: Sequence[History]) -> list[Across]:
         return [STEPS]
     size_s, unit = time_unit(max((run.metrics[TRAINED_S][-1] for run in runs if len(run.metrics)), default=0.0))
     return [
-        replace(STEPS, title=" over steps"),
+        Across(title=" over steps"),
         Across(TOKENS, "_tokens", " over tokens", "tokens trained on"),
         Across(TRAINED_S, "_time", " over time", f"{unit} of training", size_s, "without start-up, saves, validation"),
     ]
 
 
-def _picture(chart: Chart) -> Picture:
-    return Picture(chart.key, chart.title, chart.note, lambda: draw(chart), chart)
-
-
 # -- curves --------------------------------------------------------------------------------------------------------
 
 
-def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Iterable[Chart]:
-    several = len(runs) > 1
-    lengths, at_least = [len(run.metrics) for run in runs], MIN_PIECES_COMPARED if several else MIN_PIECES
-    is_thinned = any(length > n_pieces(length, at_least) for length in lengths)
+def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Picture | None:
+    several, lines = len(runs) > 1, _lines(runs, names, LOSS, over)
+    back = [] if several else _undone(runs[0], LOSS)
+    is_thinned = any(
+        len(run.metrics.curve(LOSS)[0]) > len(line.points.x) for run, line in zip(runs, lines, strict=True)
+    )
     notes = ["mean of neighbouring steps" + ("" if several else ", and their range")] if is_thinned else []
     notes += [over.note] if over.note else []
-    notes += ["grey: trained again after a restart"] if not several and len(runs[0].undone) else []
-    lines = _lines(runs, names, LOSS, over)
-    back = [] if several else _undone(runs[0], LOSS)
-    low_high = shown_range([line.points.mean if several else line.points.high for line in lines])
-    if low_high and not several:
-        lows = [float(line.points.low.min()) for line in lines if len(line.points.x)]
-        low_high = (min([low_high[0], *lows]), low_high[1])
-    title, lines = f"Training loss{over.title}", [*back, *lines]
-    yield Chart(f"loss{over.key}", title, "; ".join(notes), over.axis, "nats per token", lines, y_range=low_high)
+    notes += ["grey: trained again after a restart"] if back else []
+    shown = shown_range([line.points.mean if several else line.points.high for line in lines])
+    if shown:
+        shown = (min(shown[0], *(float(line.points.low.min()) for line in lines if len(line.points.x))), shown[1])
+    return line_chart(
+        f"loss{over.key}", f"Training loss{over.title}", [*back, *lines], "nats per token",
+        note="; ".join(notes), x_title=over.axis, y_range=shown,
+    )  # fmt: skip
 
 
-def _course(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
-    """What goes with the loss."""
-    yield Chart("lr", "Learning rate", "", "step", "learning rate", _lines(runs, names, LR))
+def _course(runs: Sequence[History], names: Sequence[str]) -> Iterator[Picture | None]:
+    """Describe what is logged beside the loss."""
+    yield line_chart("lr", "Learning rate", _lines(runs, names, LR), "learning rate")
     norms = _lines(runs, names, GRAD_NORM)
-    is_log = _wants_log(line.points for line in norms)
-    yield Chart("grad_norm", "Gradient norm", "before clipping", "step", "norm", norms, log_y=is_log)
-
-
-def _speed(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
+    values = np.concatenate([line.points.mean for line in norms])
+    is_log = bool(len(values) and values.min() > 0 and values.max() / values.min() >= LOG_FROM)
+    yield line_chart("grad_norm", "Gradient norm", norms, "norm", note="before clipping", log_y=is_log)
     wps = _lines(runs, names, WPS)
-    yield Chart("speed", "Throughput", "per device, pauses left out", "step", "tokens/s", wps)
-    if len(runs) > 1:
-        mfu = _lines(runs, names, MFU)
-    else:
-        both = ((MFU, "MFU", SERIES[0]), (HFU, "HFU", SERIES[1]))
-        mfu = [Line(name, _points(runs[0], key), color) for key, name, color in both]
-        mfu = [line for line in mfu if len(line.points.x)]
-    note = "of the device's peak; on a CPU, of a matrix product measured there"
-    if len(mfu) > 1 and len(runs) == 1:
+    yield line_chart("speed", "Throughput", wps, "tokens/s", note="per device, pauses left out")
+    note, mfu = "of the device's peak; on a CPU, of a matrix product measured there", _lines(runs, names, MFU)
+    hfu = _lines(runs, names, HFU)[0]
+    if len(runs) == 1 and len(hfu.points.x):
         note = "MFU counts the model's FLOPs, HFU also those computed twice; " + note
-    yield Chart("mfu", "Model FLOPs utilisation", note, "step", "share of the peak", mfu, percent=True)
+        mfu = [replace(mfu[0], name="MFU"), replace(hfu, name="HFU", color=SERIES[1])]
+    yield line_chart("mfu", "Model FLOPs utilisation", mfu, "share of the peak", note=note, percent=True)
 
 
 def _lines(runs: Sequence[History], names: Sequence[str], key: str, over: Across = STEPS) -> list[Line]:
-    several = len(runs) > 1
-    return [
-        Line(name if several else "", _points(run, key, over, is_alone=not several), *_look_of(i))
-        for i, (run, name) in enumerate(zip(runs, names, strict=True))
-    ]
+    """Make a curve per run; the ranges of several would hide each other, so these show means of more steps only."""
+    lines = []
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        x, y = run.metrics.curve(key, over.column)
+        at_least = MIN_PIECES if len(runs) == 1 else MIN_PIECES_COMPARED
+        points = thinned(x / over.unit, y, N_PIECES if key == LR else n_pieces(len(x), at_least))
+        if len(runs) > 1:
+            points = replace(points, low=points.mean, high=points.mean)
+        lines.append(Line(name if len(runs) > 1 else "", points, *_look_of(i)))
+    return lines
 
 
 def _look_of(i: int) -> tuple[str, str]:
-    """(color, style) of a curve."""
+    """Return (color, style) of curve i."""
     return SERIES[i % len(SERIES)], STYLES[i // len(SERIES) % len(STYLES)]
 
 
-def _points(run: History, key: str, over: Across = STEPS, *, is_alone: bool = True) -> Thinned:
-    """Of a run that is compared with others only the means, of more steps: their ranges would hide each other."""
-    xs, ys = run.metrics.curve(key, over.column)
-    xs = xs / over.unit
-    if key == LR:
-        return thinned(xs, ys, N_PIECES)
-    if is_alone:
-        return thinned(xs, ys, n_pieces(len(xs)))
-    points = thinned(xs, ys, n_pieces(len(xs), MIN_PIECES_COMPARED))
-    return replace(points, low=points.mean, high=points.mean)
-
-
 def n_pieces(n_points: int, at_least: int = MIN_PIECES) -> int:
-    """Pieces of a noisy curve: enough points in each that their mean tells more than they do."""
+    """Choose the number of pieces of a noisy curve, each with enough points that their mean is less noisy."""
     return max(min(n_points // 8, N_PIECES), at_least)
 
 
 def _undone(run: History, key: str) -> list[Line]:
-    """A grey curve per attempt that was set back."""
-    lines = []
-    for number in np.unique(run.undone[ATTEMPT]):
-        x, y = run.undone.where(run.undone[ATTEMPT] == number).curve(key)
-        lines.append(Line("", thinned(x, y, n_pieces(len(x))), FAINT, is_back=True))
-    return [line for line in lines if len(line.points.x)]
-
-
-def _wants_log(curves: Iterable[Thinned]) -> bool:
-    found = [curve.mean for curve in curves if len(curve.mean)]
-    if not found:
-        return False
-    values = np.concatenate(found)
-    return bool(values.min() > 0 and values.max() / values.min() >= LOG_FROM)
+    """Make a grey curve per attempt that was set back."""
+    curves = [run.undone.where(run.undone[ATTEMPT] == number).curve(key) for number in np.unique(run.undone[ATTEMPT])]
+    return [Line("", thinned(x, y, n_pieces(len(x))), FAINT, is_back=True) for x, y in curves if len(x)]
 
 
 # -- held-out losses and evaluations -------------------------------------------------------------------------------
 
 
-def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Iterable[Chart]:
-    """Bits per byte while training and by the evaluator, each source."""
-    several, lines, n = len(runs) > 1, [], 0
-    both = [(run.validations, run.evaluations) for run in runs]
-    sources = {_source_of(key) for pair in both for scores in pair for key in _bpb_keys(scores)}
-    for i, (run, name, pair) in enumerate(zip(runs, names, both, strict=True)):
-        for scores, how, style in zip(pair, ("", "evaluated"), ("-", "--"), strict=True):
-            for key in _bpb_keys(scores):
-                who = name if several else ""
-                source = _source_of(key) if len(sources) > 1 or not several else ""
-                color = SERIES[(i if several else n) % len(SERIES)]
-                points = _scored(scores, key, run, over)
-                scored = "whole documents" if key.startswith("documents/") else how
-                told = ": ".join(part for part in (who, scored, source) if part)
-                lines.append(Line(told, points, color, style, dots=len(scores) <= 40))
-                n += 1
-    curves = [line.points.mean for line in lines]
-    flat = sorted(float(v) for curve in curves for v in (curve[1:] if len(curve) > 3 else curve))
-    margin = 0.05 * (flat[-1] - flat[0]) if flat else 0.0
-    top = (flat[0] - margin, flat[-1] + margin) if margin else None
-    notes = sorted(sources) if several and len(sources) == 1 else []
+def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Picture | None:
+    """Compare bits per byte of each source, as measured while training and by the evaluator."""
+    several, lines = len(runs) > 1, []
+    found = [
+        (i, scores, how, style, key, key.removeprefix("validation/").removeprefix("documents/").removesuffix("/bpb"))
+        for i, run in enumerate(runs)
+        for scores, how, style in ((run.validations, "", "-"), (run.evaluations, "evaluated", "--"))
+        for key in keys_of(scores)
+        if key.endswith("/bpb")
+    ]
+    sources = sorted({source for *_, source in found})
+    for n, (i, scores, how, style, key, source) in enumerate(found):
+        scored = "whole documents" if key.startswith("documents/") else how
+        parts = (names[i] if several else "", scored, source if len(sources) > 1 or not several else "")
+        points, color = _scored(scores, key, runs[i], over), SERIES[(i if several else n) % len(SERIES)]
+        lines.append(Line(": ".join(filter(None, parts)), points, color, style, dots=len(scores) <= 40))
+    shown = shown_range([line.points.mean[len(line.points.mean) > 3 :] for line in lines])  # the first is far above
+    notes = sources if several and len(sources) == 1 else []
     notes += [over.note] if over.note else []
-    title, note = f"Held-out loss{over.title}", "; ".join(notes)
-    yield Chart(f"held_out{over.key}", title, note, over.axis, "bits per byte", lines, y_range=top)
+    return line_chart(
+        f"held_out{over.key}", f"Held-out loss{over.title}", lines, "bits per byte",
+        note="; ".join(notes), x_title=over.axis, y_range=shown,
+    )  # fmt: skip
 
 
-def _bpb_keys(scores: Sequence[Scores]) -> list[str]:
-    return [key for key in keys_of(scores) if key.endswith("/bpb")]
-
-
-def _source_of(key: str) -> str:
-    return key.removeprefix("validation/").removeprefix("documents/").removesuffix("/bpb")
-
-
-def _evaluations(runs: Sequence[History], names: Sequence[str]) -> Iterable[Chart]:
+def _evaluations(runs: Sequence[History], names: Sequence[str]) -> Iterator[Picture | None]:
+    """Describe scores of tasks: of one run in one picture, of several in a picture per task."""
     keys = [key for key in dict.fromkeys(k for run in runs for k in keys_of(run.evaluations)) if is_task(key)]
     keys = sorted(keys, key=lambda key: "overall_avg" not in key)[:_MAX_SCORES]
-    if len(runs) == 1:
-        lines = [
-            Line(key, _scored(runs[0].evaluations, key, runs[0]), *_look_of(i), dots=True) for i, key in enumerate(keys)
-        ]
-        yield Chart("evaluations", "Evaluation tasks", "", "step", "score", lines)
-        return
-    for key in keys:
-        lines = [
+
+    def lines(curves: Iterable[tuple[str, History, str]]) -> list[Line]:
+        return [
             Line(name, _scored(run.evaluations, key, run), *_look_of(i), dots=True)
-            for i, (run, name) in enumerate(zip(runs, names, strict=True))
+            for i, (name, run, key) in enumerate(curves)
         ]
-        yield Chart(f"evaluations_{keys.index(key)}", key, "evaluated", "step", "score", lines)
+
+    if len(runs) == 1:
+        yield line_chart("evaluations", "Evaluation tasks", lines((key, runs[0], key) for key in keys), "score")
+        return
+    for i, key in enumerate(keys):
+        compared = lines((name, run, key) for name, run in zip(names, runs, strict=True))
+        yield line_chart(f"evaluations_{i}", key, compared, "score", note="evaluated")
 
 
 def is_task(key: str) -> bool:
-    """A figure of a task, not of held-out text nor an error bar."""
+    """Tell scores of tasks from held-out losses and error bars."""
     return key.startswith(("eval/", "core_eval/"))
 
 
@@ -276,41 +227,50 @@ def _scored(scores: Sequence[Scores], key: str, run: History, over: Across = STE
 
 # -- time ----------------------------------------------------------------------------------------------------------
 
+_KINDS = {
+    "training": ("training", GOOD),
+    "loading": ("waiting for data", SERIES[0]),
+    "saving": ("checkpoints", SERIES[1]),
+    "validating": ("validation", SERIES[3]),
+    "starting": ("start-up", SERIES[7]),
+    "lost": ("lost, trained again", BAD),
+    "other": ("ending, unreported", SOFT),
+    "idle": ("not running", FAINT),
+}
+assert _KINDS.keys() == SPENT.keys()
 
-def spent_picture(runs: Sequence[History], names: Sequence[str]) -> Picture:
-    """Where the time went: a bar per kind, or per run."""
-    make = _spent_of_one if len(runs) == 1 else _spent_of_several
+
+def spent_picture(runs: Sequence[History], names: Sequence[str]) -> Picture | None:
+    """Describe where the time went: a bar per kind, or a divided one per run."""
+    if not any(s > 0 for run in runs for s in run.seconds.values()):
+        return None
     note = "wall-clock time from the first attempt on"
-    return Picture("time", "Where the time went", note, lambda: make(runs, names))
+    make = (lambda: _spent_of_one(runs[0])) if len(runs) == 1 else lambda: _spent_of_several(runs, names)
+    return Picture("time", "Where the time went", note, make)
 
 
-def _spent_of_one(runs: Sequence[History], _: Sequence[str]) -> Figure:
-    seconds = {kind: s for kind, s in runs[0].seconds.items() if s > 0}
-    all_s = sum(seconds.values())
-    figure, axes = blank((5.6, 3.3))
-    places = range(len(seconds) - 1, -1, -1)
-    axes.barh(list(places), list(seconds.values()), color=[SPENT_COLORS[kind] for kind in seconds], height=0.62)
-    for place, value in zip(places, seconds.values(), strict=True):
-        told = f"{brief(value)}  {value / all_s:.1%}"
-        _tell_bar(axes, told, value, place)
-    axes.set_yticks(list(places), [_SHORT[kind] for kind in seconds])
-    axes.set_xlim(0, 1.32 * max(seconds.values(), default=1.0))
+def _spent_of_one(run: History) -> Figure:
+    seconds = {kind: s for kind, s in run.seconds.items() if s > 0}
+    labels, colors = zip(*(_KINDS[kind] for kind in seconds), strict=True)
+    figure, axes = blank(SMALL)
+    bars = axes.barh(labels, list(seconds.values()), color=colors, height=0.62)
+    told = [f"{brief(s)}  {s / sum(seconds.values()):.1%}" for s in seconds.values()]
+    axes.bar_label(bars, told, padding=4, fontsize=8.5)
+    axes.set_xlim(0, 1.32 * max(seconds.values()))
     _bare(axes)
     return figure
 
 
 def _spent_of_several(runs: Sequence[History], names: Sequence[str]) -> Figure:
-    figure, axes = blank((5.6, 1.3 + 0.38 * len(runs)))
-    places = list(range(len(runs) - 1, -1, -1))
-    left = np.zeros(len(runs))
+    figure, axes = blank((SMALL[0], 1.3 + 0.38 * len(runs)))
+    places, left, bars = np.arange(len(runs)), np.zeros(len(runs)), None
     totals = np.array([max(sum(run.seconds.values()), 1e-9) for run in runs])
-    for kind in SPENT:
+    for kind, (name, color) in _KINDS.items():
         shares = np.array([run.seconds[kind] for run in runs]) / totals
         if shares.any():
-            axes.barh(places, shares, left=left, color=SPENT_COLORS[kind], height=0.62, label=_SHORT[kind])
+            bars = axes.barh(places, shares, left=left, color=color, height=0.62, label=name)
             left += shares
-    for place, total in zip(places, totals, strict=True):
-        _tell_bar(axes, brief(total), 1.0, place)
+    axes.bar_label(bars, [brief(total) for total in totals], padding=4, fontsize=8.5)
     axes.set_yticks(places, [plain(name) for name in names])
     axes.set_xlim(0, 1.15)
     legend(axes)
@@ -318,24 +278,9 @@ def _spent_of_several(runs: Sequence[History], names: Sequence[str]) -> Figure:
     return figure
 
 
-def _tell_bar(axes: Axes, told: str, x: float, y: float) -> None:
-    """A figure at the end of a bar."""
-    axes.annotate(told, (x, y), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
-
-
-_SHORT = {
-    "training": "training",
-    "loading": "waiting for data",
-    "saving": "checkpoints",
-    "validating": "validation",
-    "starting": "start-up",
-    "lost": "lost, trained again",
-    "other": "ending, unreported",
-    "idle": "not running",
-}
-
-
 def _bare(axes: Axes) -> None:
+    """Leave only the bars and their names, the first one on top."""
+    axes.invert_yaxis()
     axes.set_xticks([])
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -343,22 +288,31 @@ def _bare(axes: Axes) -> None:
 
 
 def brief(seconds: float) -> str:
-    """`duration`, and parts of a second too where there is little else."""
+    """Format a duration, with parts of a second if it is short."""
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g}s"
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """(seconds of it, name) of the unit that a span is told in."""
+    """Return (seconds, name) of the unit that suits a span."""
     units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
     return next(((size, name) for size, name in units if seconds >= 3 * size), (1.0, "seconds"))
 
 
-def time_line(run: History) -> Picture | None:
-    """Steps over time, each attempt a band; checkpoints, evaluations and ends where they happened."""
+_MARKS: dict[str, tuple[str, str, float, str]] = {
+    "staged": ("o", SERIES[1], 5.5, "staged, not known to be published"),
+    "published": ("o", GOOD, 5.0, "checkpoint published"),
+    "evaluated": ("D", SERIES[3], 5.0, "evaluated"),
+    "failed": ("X", BAD, 7.0, "checkpoint failed"),
+    "given up": ("X", SERIES[4], 7.0, "evaluation given up"),
+}
+
+
+def time_line(run: History, prefix: str = "") -> Picture | None:
+    """Describe steps over time: a band per attempt, with its end, checkpoints and evaluations."""
     if not any(attempt.began_s is not None for attempt in run.attempts):
         return None
     note = "each attempt is a band; a fall is a restart from an earlier checkpoint"
-    return Picture("time_line", "Time line", note, lambda: _draw_time_line(run), is_wide=True)
+    return Picture(f"{prefix}time_line", "Time line", note, lambda: _draw_time_line(run), is_wide=True)
 
 
 def _draw_time_line(run: History) -> Figure:
@@ -378,19 +332,21 @@ def _draw_time_line(run: History) -> Figure:
             points = _progress(attempt, tables)
             axes.plot(place(points.x), points.mean, color=color, linewidth=1.8, zorder=3)
     _draw_events(axes, run, place, max(ends))
-    _draw_ends(axes, run, place)
+    for attempt in run.attempts[-_MAX_LABELS:]:
+        if attempt.ended_s is not None:
+            step = max(attempt.last_step or 0, attempt.first_step or 0)
+            _draw_end(axes, attempt, place(attempt.ended_s), step)
     axes.set_xlim(min(0.0, -0.005 * place(max(ends))), 1.01 * place(max(ends)) or 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: counted(value))
     axes.margins(y=0.12)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("step")
-    axes.set_xlabel(f"{unit} since the first attempt")
+    axes.set(xlabel=f"{unit} since the first attempt", ylabel="step")
     legend(axes)
     return figure
 
 
 def _progress(attempt: PastAttempt, tables: Iterable[Table]) -> Thinned:
-    """Steps of an attempt over time."""
+    """Collect the steps of an attempt over time."""
     there = attempt.begun_s is not None and attempt.first_step is not None
     x, y = np.array([attempt.begun_s] * there, dtype=float), np.array([attempt.first_step] * there, dtype=float)
     for table in tables:
@@ -399,82 +355,53 @@ def _progress(attempt: PastAttempt, tables: Iterable[Table]) -> Thinned:
     return thinned(x, y, N_PIECES)
 
 
-_MARKS: dict[str, tuple[str, str, float, str]] = {
-    "staged": ("o", SERIES[1], 5.5, "staged, not known to be published"),
-    "published": ("o", GOOD, 5.0, "checkpoint published"),
-    "evaluated": ("D", SERIES[3], 5.0, "evaluated"),
-    "failed": ("X", BAD, 7.0, "checkpoint failed"),
-    "given up": ("X", SERIES[4], 7.0, "evaluation given up"),
-}
-
-
 def _draw_events(axes: Axes, run: History, place: Callable[[Any], Any], last_s: float) -> None:
     published = {(event.step, event.attempt) for event in run.events if event.kind == "published"}
-    gone_on_from = {attempt.first_step for attempt in run.attempts[1:]}  # so these were, whatever was told
+    resumed_from = {attempt.first_step for attempt in run.attempts[1:]}  # these were published, even if nobody noted it
     for kind, (marker, color, size, name) in _MARKS.items():
         some = [e for e in run.events if e.kind == kind and e.at_s <= last_s]
         if kind == "staged":
-            some = [e for e in some if (e.step, e.attempt) not in published and e.step not in gone_on_from]
-        xs, ys = [place(event.at_s) for event in some], [event.step for event in some]
-        if xs:
+            some = [e for e in some if (e.step, e.attempt) not in published and e.step not in resumed_from]
+        if some:
+            xs, ys = [place(event.at_s) for event in some], [event.step for event in some]
             inside = "none" if kind == "staged" else color
             axes.plot(xs, ys, marker, color=color, ms=size, label=name, zorder=5, mfc=inside)
 
 
-def _draw_ends(axes: Axes, run: History, place: Callable[[Any], Any]) -> None:
-    """How each attempt ended, at its last step; of many attempts only the last ones are told."""
-    for attempt in run.attempts[-_MAX_LABELS:]:
-        if attempt.ended_s is None:
-            continue
-        step = max(attempt.last_step or 0, attempt.first_step or 0)
-        went_wrong = attempt.end == "killed" or attempt.end.startswith("failed")
-        color = BAD if went_wrong else SOFT
-        axes.plot([place(attempt.ended_s)], [step], "x" if went_wrong else "|", color=color, ms=8, mew=2, zorder=6)
-        axes.annotate(
-            plain(attempt.end), (place(attempt.ended_s), step), (-5, 6), textcoords="offset points",
-            ha="right", fontsize=8.5, color=color, zorder=6,
-        )  # fmt: skip
+def _draw_end(axes: Axes, attempt: PastAttempt, x: float, y: float) -> None:
+    """Mark the end of an attempt, in red if it was killed or failed."""
+    went_wrong = attempt.end == "killed" or attempt.end.startswith("failed")
+    color = BAD if went_wrong else SOFT
+    axes.plot([x], [y], "x" if went_wrong else "|", color=color, ms=8, mew=2, zorder=6)
+    axes.annotate(
+        plain(attempt.end), (x, y), (-5, 6), textcoords="offset points", ha="right", fontsize=8.5, color=color, zorder=6
+    )
 
 
 # -- probes --------------------------------------------------------------------------------------------------------
 
 
 def probe_picture(heat: HeatMap) -> Picture:
-    """A quantity of each layer over the steps."""
+    """Describe one statistic of each layer over the steps."""
     key = f"probe_{heat.quantity}_{heat.stat}"
     return Picture(key, f"{heat.quantity}: {heat.stat}", "of each layer", lambda: _draw_heat(heat))
 
 
 def _draw_heat(heat: HeatMap) -> Figure:
-    from matplotlib.colors import LogNorm, Normalize
-
-    figure, axes = blank((5.6, min(9.0, 1.5 + 0.16 * max(12, len(heat.layers)))))
-    finite = heat.values[np.isfinite(heat.values)]
+    figure, axes = blank((SMALL[0], min(9.0, 1.5 + 0.16 * max(12, len(heat.layers)))))
+    steps, values = heat.steps, heat.values
+    if len(steps) == 1:  # a column needs a width
+        steps, values = steps + np.array([-0.5, 0.5]), np.repeat(values, 2, axis=1)
+    finite = values[np.isfinite(values)]
     is_log = len(finite) > 0 and finite.min() > 0 and finite.max() / finite.min() >= LOG_FROM
-    edges = _edges(heat.steps)
-    colors = axes.imshow(
-        _resampled(heat.values, heat.steps), aspect="auto", interpolation="nearest", cmap="viridis",
-        norm=LogNorm() if is_log else Normalize(), extent=(edges[0], edges[-1], len(heat.layers) - 0.5, -0.5),
-    )  # fmt: skip
-    every = max(1, math.ceil(len(heat.layers) / 24))
+    colors = axes.pcolormesh(
+        steps, range(len(heat.layers)), values, shading="nearest", norm="log" if is_log else "linear", rasterized=True
+    )
+    every = math.ceil(len(heat.layers) / 24)
     axes.set_yticks(range(0, len(heat.layers), every), [plain(name) for name in heat.layers[::every]], fontsize=7)
+    axes.invert_yaxis()
     axes.grid(visible=False)
     axes.xaxis.set_major_formatter(lambda value, _: counted(value))
     axes.set_xlabel("step")
     figure.colorbar(colors, ax=axes, label=heat.stat + (", log scale" if is_log else ""), pad=0.02)
     return figure
-
-
-def _edges(steps: Numbers) -> Numbers:
-    """Where the columns of steps begin and end."""
-    if len(steps) == 1:
-        return np.array([steps[0] - 0.5, steps[0] + 0.5])
-    middles = (steps[1:] + steps[:-1]) / 2
-    return np.concatenate(([2 * steps[0] - middles[0]], middles, [2 * steps[-1] - middles[-1]]))
-
-
-def _resampled(values: np.ndarray, steps: Numbers) -> np.ndarray:
-    """Columns of equal width, so that steps that are not evenly spread stand where they belong."""
-    edges = _edges(steps)
-    middles = np.linspace(edges[0], edges[-1], 2 * min(400, 4 * len(steps)) + 1)[1::2]
-    return values[:, np.clip(np.searchsorted(edges, middles) - 1, 0, len(steps) - 1)]

@@ -1,21 +1,20 @@
-"""Pictures for reports: drawn once by matplotlib, as PNG and as SVG that follows the page's colours.
+"""Draw pictures with matplotlib in the colours of a light or a dark page, and write them as PNG or SVG.
 
-Promise: the same facts make the same bytes. An SVG stands in the page itself, takes text and colours from it (so it is
-dark where the page is), and needs no other file; text in it is text. Long curves come thinned (`series.py`).
-Cost: matplotlib, a second or two, imported when something is drawn; no display.
+The same facts give the same bytes. matplotlib is imported when a picture is drawn; it needs no display.
 """
 
 from __future__ import annotations
 
-import html
+import base64
 import io
-import math
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lingua.report.series import Numbers, Thinned
 
@@ -25,19 +24,13 @@ if TYPE_CHECKING:
 
 DPI = 150
 SMALL, WIDE = (5.6, 3.3), (11.2, 4.0)
-"""Inches; 9 points are readable in both, at the width of a page (small: also of a phone)."""
+"""Inches; 9 points are readable in both, at the width of a page (small: also on a phone)."""
 LOG_FROM = 8
-"""A logarithmic axis where the largest value is so many times the smallest."""
+"""Ratio of the largest to the smallest value above which an axis is logarithmic."""
+N_VALUES = 12
+"""Rows of the table of values below a line chart."""
 
-# Light, dark. In a picture the light ones stand for themselves; in a page `var(--name)` takes their place.
 COLORS = {
-    "ink": ("#1d1d1e", "#e8e8e9"),
-    "soft": ("#6a6a6b", "#a0a0a1"),
-    "grid": ("#e4e4e5", "#37373a"),
-    "paper": ("#fffffe", "#18181a"),
-    "bad": ("#c1121f", "#ff6b6b"),
-    "good": ("#2e8b57", "#5fc98d"),
-    "faint": ("#b9b9ba", "#5c5c5f"),
     "c0": ("#2f6fb3", "#6cacf0"),
     "c1": ("#d9772b", "#f5a35c"),
     "c2": ("#3a9b62", "#6fd09a"),
@@ -46,36 +39,87 @@ COLORS = {
     "c5": ("#2a9aa5", "#62cfda"),
     "c6": ("#8c6d4f", "#c7a582"),
     "c7": ("#a3991f", "#d6cb55"),
+    "ink": ("#1d1d1e", "#e8e8e9"),
+    "soft": ("#6a6a6b", "#a0a0a1"),
+    "grid": ("#e4e4e5", "#37373a"),
+    "paper": ("#fffffe", "#18181a"),
+    "bad": ("#c1121f", "#ff6b6b"),
+    "good": ("#2e8b57", "#5fc98d"),
+    "faint": ("#b9b9ba", "#5c5c5f"),
 }
-SERIES = [COLORS[f"c{i}"][0] for i in range(8)]
-INK, SOFT, GRID, PAPER, BAD, GOOD, FAINT = (
-    COLORS[name][0] for name in ("ink", "soft", "grid", "paper", "bad", "good", "faint")
-)
+"""(light, dark) of each. `look` makes one half matplotlib's colour cycle, so C8 is `ink` on the page at hand."""
+SERIES = [f"C{i}" for i in range(8)]
+INK, SOFT, GRID, PAPER, BAD, GOOD, FAINT = (f"C{i}" for i in range(8, 15))
+STYLES = ("-", "--", ":", "-.")
 _MAX_LEGEND = 16
 _LETTERS_PER_INCH = 13
-"""Of a legend; beside the axis' own title and numbers."""
-STYLES = ("-", "--", ":", "-.")
+"""Letters of a legend that fit beside the vertical axis."""
 
-LOOK: dict[Any, Any] = {
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": FAINT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "figure.facecolor": PAPER,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "svg.hashsalt": "lingua",
-    "svg.fonttype": "none",
-}
+_STYLE = Path(__file__).with_name("style.mplstyle")
+_METADATA = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "png": {"Software": None}}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn anew for each format and colour scheme, and what a page says about it."""
+
+    key: str
+    """Name of its file, without the ending."""
+    title: str
+    note: str
+    make: Callable[[], Figure]
+    is_wide: bool = False
+    values: Sequence[Sequence[str]] = ()
+    """Some of the points of a line chart as a table, the first row its heading."""
+
+    def drawn(self, kind: str) -> bytes:
+        """Draw it as `svg` or `png` in light colours. An SVG has no background: it shows the page's."""
+        with look():
+            return _written(self.make(), kind)
+
+    def uris(self) -> list[str]:
+        """Draw it for light and for dark pages, each as an address that holds the whole SVG."""
+        found, places = [], []
+        for dark in (False, True):
+            with look(dark=dark):
+                figure = self.make()
+                if places:  # arranging takes as long as drawing
+                    figure.set_layout_engine("none")
+                    for axes, place in zip(figure.axes, places, strict=True):
+                        axes.set_position(place)
+                found.append("data:image/svg+xml;base64," + base64.b64encode(_written(figure, "svg")).decode())
+                places = [axes.get_position() for axes in figure.axes]
+        return found
+
+
+def _written(figure: Figure, kind: str) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, dpi=DPI, transparent=kind == "svg", metadata=_METADATA[kind])
+    return file.getvalue()
+
+
+@contextmanager
+def look(*, dark: bool = False) -> Iterator[None]:
+    """Set colours and fonts; figures are made and written inside."""
+    from cycler import cycler
+    from matplotlib import rc_context
+
+    colors = cycler(color=[pair[dark] for pair in COLORS.values()])
+    with rc_context({"axes.prop_cycle": colors}, fname=_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
+        yield
+
+
+def blank(size: tuple[float, float], n_columns: int = 1) -> tuple[Figure, Any]:
+    """Make a figure with axes side by side. Call inside `look()`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
+    return figure, figure.subplots(1, n_columns)
+
+
+# -- line charts ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,64 +133,42 @@ class Line:
     dots: bool = False
     """Few points, each to be seen."""
     is_back: bool = False
-    """Faint, behind the others, without a name of its own in the readings."""
+    """Faint, behind the others, and not in the table of values."""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One picture: curves over a common axis."""
+def line_chart(
+    key: str,
+    title: str,
+    lines: Sequence[Line],
+    y_title: str,
+    *,
+    note: str = "",
+    x_title: str = "step",
+    y_range: tuple[float, float] | None = None,
+    log_y: bool = False,
+    percent: bool = False,
+) -> Picture | None:
+    """Describe a chart of curves over a common axis; None if no curve has a point."""
+    lines = [line for line in lines if len(line.points.x)]
+    if not lines:
+        return None
 
-    key: str
-    """Name of its file, without the ending."""
-    title: str
-    note: str
-    x_title: str
-    y_title: str
-    lines: Sequence[Line]
-    log_y: bool = False
-    y_range: tuple[float, float] | None = None
-    percent: bool = False
+    def make() -> Figure:
+        from matplotlib.ticker import PercentFormatter
 
+        figure, axes = blank(SMALL)
+        for line in lines:
+            _draw_line(axes, line)
+        axes.set(xlabel=x_title, ylabel=y_title, yscale="log" if log_y else "linear")
+        if y_range is not None:
+            axes.set_ylim(*y_range)
+        axes.xaxis.set_major_formatter(lambda value, _: counted(value))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else lambda value, _: counted(value))
+        legend(axes)
+        return figure
 
-def draw(chart: Chart) -> Figure:
-    """A line chart."""
-    from matplotlib.ticker import PercentFormatter
-
-    figure, axes = blank(SMALL)
-    for line in chart.lines:
-        _draw_line(axes, line)
-    if chart.log_y:
-        axes.set_yscale("log")
-    if chart.y_range is not None:
-        axes.set_ylim(*chart.y_range)
-    axes.xaxis.set_major_formatter(lambda value, _: counted(value))
-    if chart.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    else:
-        axes.yaxis.set_major_formatter(lambda value, _: counted(value))
-    axes.set_xlabel(chart.x_title)
-    axes.set_ylabel(chart.y_title)
-    legend(axes)
-    return figure
-
-
-def blank(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes. Call inside `look()`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=DPI)
-    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
-    return figure, figure.subplots()
-
-
-@contextmanager
-def look() -> Iterator[None]:
-    """Context in which figures are made and written."""
-    from matplotlib import rc_context
-
-    with rc_context(LOOK), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
-        yield
+    values = _values_of([line for line in lines if not line.is_back], x_title, y_title, percent)
+    return Picture(key, title, note, make, values=values)
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
@@ -159,28 +181,48 @@ def _draw_line(axes: Axes, line: Line) -> None:
     axes.plot(points.x, points.mean, line.style, linewidth=1.0 if line.is_back else 1.6, **style)
 
 
+def _values_of(lines: Sequence[Line], x_title: str, y_title: str, percent: bool) -> list[Sequence[str]]:
+    """Tabulate the curves at a few places, each with the value of its nearest point, or - if that is far away."""
+    if not lines:
+        return []
+    every = np.unique(np.concatenate([line.points.x for line in lines]))
+    places = every[np.linspace(0, len(every) - 1, min(len(every), N_VALUES)).astype(int)]
+    reach = max(np.diff(places), default=0.0) / 2
+
+    def value(points: Thinned, x: float) -> str:
+        i = int(np.abs(points.x - x).argmin())
+        if abs(points.x[i] - x) > reach:
+            return "-"
+        return f"{points.mean[i]:.1%}" if percent else f"{points.mean[i]:.5g}"
+
+    rows = [
+        (f"{x:,.0f}" if x >= 100 else f"{x:.3g}", *(value(line.points, x) for line in lines)) for x in places.tolist()
+    ]
+    return [(x_title, *(line.name or y_title for line in lines)), *rows]
+
+
 def plain(name: str, length: int = 28) -> str:
-    """A name from outside as text of a picture: on one line, short, its end kept, nothing of it taken for a formula."""
+    """Make any name text of a picture: on one line, short, with its end kept, and never read as a formula."""
     name = " ".join(name.split())
     name = name if len(name) <= length else "..." + name[3 - length :]
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # "_": matplotlib would leave it out
 
 
 def legend(axes: Axes) -> None:
-    """Names above the picture, where there are several curves, and not too many."""
+    """Name the curves above the picture if there are several, and not too many."""
     named = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
     if 1 < len(named) <= _MAX_LEGEND:
         figure = axes.get_figure(root=True)
         assert figure is not None
-        room = _LETTERS_PER_INCH * figure.get_figwidth()
-        n_columns = max(
-            1, min(len(named), int(room / (max(map(len, named)) + 6)))
-        )  # 6: a piece of the curve, and a gap
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=n_columns, borderaxespad=0.3, handlelength=1.6)
+        letters = max(map(len, named)) + 6  # and a piece of the curve, and a gap
+        n_columns = min(len(named), int(_LETTERS_PER_INCH * figure.get_figwidth() / letters))
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, n_columns), borderaxespad=0.3, handlelength=1.6
+        )
 
 
 def shown_range(curves: Sequence[Numbers]) -> tuple[float, float] | None:
-    """Range of the vertical axis of losses: what comes before the first twentieth of a curve does not stretch it."""
+    """Choose the vertical range for losses: the first twentieth of a curve does not stretch it."""
     shown = [curve[len(curve) // 20 :] for curve in curves if len(curve)]
     if not shown:
         return None
@@ -189,64 +231,8 @@ def shown_range(curves: Sequence[Numbers]) -> tuple[float, float] | None:
 
 
 def counted(n: float) -> str:
-    """2500000000 -> `2.5B`."""
+    """Format 2500000000 as `2.5B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.4g}{unit}"
     return f"{n:.4g}"
-
-
-# -- written -------------------------------------------------------------------------------------------------------
-
-
-def png_of(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    with look():
-        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    return file.getvalue()
-
-
-def svg_of(figure: Figure, label: str, prefix: str) -> str:
-    """An `<svg>` element for a page of `webpage.py`, described for those who cannot see it.
-
-    `prefix`: of the names of its parts; pictures of one page must not share them, and matplotlib calls a part of each
-    `figure_1`, say.
-    """
-    file = io.StringIO()
-    with look():
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    names = {light: name for name, (light, _) in COLORS.items()}
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var(--{names[m[0]]})" if m[0] in names else m[0], svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1{prefix}-", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
-
-
-def readings(figure: Figure, chart: Chart) -> dict[str, Any]:
-    """What the page shows where one points at: the place of the axes in the picture, and the points."""
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    place = axes.get_position()
-    return {
-        "box": [_short(v) for v in (place.x0, place.x1, 1 - place.y1, 1 - place.y0)],
-        "x": [_short(v) for v in axes.get_xlim()],
-        "percent": chart.percent,
-        "series": [
-            {
-                "name": line.name or chart.y_title,
-                "color": next(name for name, (light, _) in COLORS.items() if light == line.color),
-                "x": [_short(v) for v in line.points.x.tolist()],
-                "y": [_short(v) for v in line.points.mean.tolist()],
-            }
-            for line in chart.lines
-            if not line.is_back
-        ],
-    }
-
-
-def _short(value: float) -> float | None:
-    """Six digits are more than a picture tells."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None

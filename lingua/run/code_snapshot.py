@@ -15,7 +15,7 @@ from pathlib import Path
 from lingua.config.base import ConfigError
 
 FOLDER = "code"
-_KEPT = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".sh", ".slurm", ".lock")
+_KEPT = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".sh", ".slurm", ".lock", ".html", ".mplstyle")
 _LEFT_OUT = ("out", "data", "build", "dist", "wandb", "tests")  # at the top of the tree
 
 

@@ -1,8 +1,7 @@
-"""The report of a sweep: the loss against what was swept, and the curves, as a picture and as one page.
+"""The report of a sweep: the loss against what was swept, and all curves, as a picture and as one page.
 
-Promise: `report.html` needs no other file and no network; `report.png` holds the same picture. The same facts make
-the same bytes. A point that is not finished has no place among the figures: it is marked at the upper edge and listed.
-Cost: matplotlib, a second or two, imported here only; no torch, no display.
+`report.html` needs no other file and no network; `report.png` holds the same picture. The same facts give the same
+bytes. A point that is not finished is marked at the upper edge and listed.
 """
 
 from __future__ import annotations
@@ -14,11 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lingua.files import DISK, RunError, write_whole
 from lingua.report.diff import label, short_names, spell
-from lingua.report.figure import BAD, DPI, FAINT, INK, LOG_FROM, PAPER, SOFT, STYLES, counted, look, png_of, svg_of
-from lingua.report.html import page as whole_page
-from lingua.report.html import text
+from lingua.report.figure import (
+    BAD,
+    DPI,
+    FAINT,
+    INK,
+    LOG_FROM,
+    PAPER,
+    SOFT,
+    STYLES,
+    Picture,
+    counted,
+    shown_range,
+)
+from lingua.report.page import render
+from lingua.report.series import thinned
 from lingua.sweep.status import LOSS_IS, Curve, PointStatus, best_of, ranked_by, told_state
 from lingua.sweep.sweep import Sweep
 
@@ -29,7 +42,7 @@ if TYPE_CHECKING:
 PNG, HTML = "report.png", "report.html"
 AXIS_TITLES = {"loss": "training loss (nats per token)", "held_out": "held-out loss (bits per byte)"}
 _MAX_DOTS = 600
-"""Of a curve: more cannot be told apart on a page."""
+"""Points of a curve; more cannot be told apart on a page."""
 _MAX_LEGEND = 24
 _MAX_LISTED = 7
 
@@ -100,19 +113,6 @@ def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(x, sum(ys) / len(ys)) for x, ys in sorted(at.items())]
 
 
-def thinned(curve: Curve, n_wanted: int = _MAX_DOTS) -> tuple[list[float], list[float]]:
-    """(tokens, losses) at no more than so many places, the last one among them."""
-    every = max(1, math.ceil(len(curve.steps) / n_wanted))
-    chosen = [i for i in range(len(curve.steps)) if (len(curve.steps) - 1 - i) % every == 0]
-    return [curve.tokens[i] for i in chosen], [curve.losses[i] for i in chosen]
-
-
-def highest_shown(curves: Sequence[Curve]) -> float | None:
-    """Upper end of the axis of curves: what comes before the first twentieth of a run is cut off."""
-    shown = [loss for curve in curves for loss in curve.losses[len(curve.losses) // 20 :]]
-    return max(shown, default=None)
-
-
 # -- the picture ---------------------------------------------------------------------------------------------------
 
 
@@ -124,19 +124,18 @@ def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: boo
     layout = layout_of(sweep.keys, sweep.points)
     places = dict(zip(sweep.numbers, places_of(layout, sweep.points), strict=True))
     colors = _colors(places)
-    with look():
-        figure = Figure(figsize=(13, 5.2), dpi=DPI)
-        figure.set_layout_engine("constrained", w_pad=0.1, wspace=0.05)
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-        _draw_figures(left, layout, points, places, colors)
-        _draw_curves(right, layout, read, colors)
-        missing = [_shortened(line, 150) for line in _unfinished(points)]
-        if len(missing) > _MAX_LISTED:
-            missing[_MAX_LISTED - 1 :] = [f"and {len(missing) - _MAX_LISTED + 1} more that are not finished"]
-        if titled:
-            figure.suptitle(_headline(sweep, points), x=0.008, ha="left", fontsize=12, weight="bold")
-        if titled and missing:
-            figure.supxlabel("\n".join(missing), x=0.008, ha="left", fontsize=8.5, color=BAD)
+    figure = Figure(figsize=(13, 5.2), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.1, wspace=0.05)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    _draw_figures(left, layout, points, places, colors)
+    _draw_curves(right, layout, read, colors)
+    missing = [_shortened(line, 150) for line in _unfinished(points)]
+    if len(missing) > _MAX_LISTED:
+        missing[_MAX_LISTED - 1 :] = [f"and {len(missing) - _MAX_LISTED + 1} more that are not finished"]
+    if titled:
+        figure.suptitle(_headline(sweep, points), x=0.008, ha="left", fontsize=12, weight="bold")
+    if titled and missing:
+        figure.supxlabel("\n".join(missing), x=0.008, ha="left", fontsize=8.5, color=BAD)
     return figure
 
 
@@ -172,12 +171,14 @@ def _shortened(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _colors(places: Mapping[int, float]) -> dict[int, Any]:
-    """Of each point: dark for the smallest place, light for the largest; all seen on light and on dark pages."""
+def _colors(places: Mapping[int, float]) -> dict[int, str]:
+    """Colour each point: dark for the smallest place, light for the largest; all show on light and on dark pages."""
     from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
     order, scale = sorted(set(places.values())), colormaps["viridis"]
-    return {number: scale(0.3 + 0.56 * order.index(place) / max(1, len(order) - 1)) for number, place in places.items()}
+    shares = {number: order.index(place) / max(1, len(order) - 1) for number, place in places.items()}
+    return {number: to_hex(scale(0.3 + 0.56 * share)) for number, share in shares.items()}
 
 
 def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[PointStatus]]:
@@ -189,7 +190,7 @@ def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[Poi
 
 
 def _draw_figures(
-    axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float], colors: Mapping[int, Any]
+    axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float], colors: Mapping[int, str]
 ) -> None:
     """The figure of each finished point over its place."""
     field, best = ranked_by(points), best_of(points)
@@ -248,7 +249,7 @@ def _title_places(axes: Axes, layout: Layout, points: Sequence[PointStatus], pla
 
 
 def _draw_curves(
-    axes: Axes, layout: Layout, read: Sequence[tuple[PointStatus, Curve]], colors: Mapping[int, Any]
+    axes: Axes, layout: Layout, read: Sequence[tuple[PointStatus, Curve]], colors: Mapping[int, str]
 ) -> None:
     points = [point for point, _ in read]
     best, series = best_of(points), _series(layout, points)
@@ -258,7 +259,8 @@ def _draw_curves(
     for point, curve in read:
         if not curve.steps:
             continue
-        tokens, losses = thinned(curve)
+        shown = thinned(np.array(curve.tokens), np.array(curve.losses), _MAX_DOTS)
+        tokens, losses = shown.x, shown.mean
         is_best = best is not None and point.point == best.point
         how = "" if point.state == "finished" else f" ({point.state})"
         axes.plot(
@@ -268,10 +270,7 @@ def _draw_curves(
         )  # fmt: skip
         if _went_wrong(point):
             axes.plot(tokens[-1:], losses[-1:], "X", color=BAD, ms=7, zorder=5)
-    top = highest_shown(finished or [curve for _, curve in read])
-    lowest = min((min(curve.losses) for _, curve in read if curve.losses), default=None)
-    if top is not None and lowest is not None and top > lowest:
-        axes.set_ylim(lowest - 0.05 * (top - lowest), top + 0.05 * (top - lowest))
+    axes.set_ylim(*(shown_range([np.array(curve.losses) for curve in finished or [curve for _, curve in read]]) or ()))
     axes.xaxis.set_major_formatter(lambda value, _: counted(value))
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel(AXIS_TITLES["loss"])
@@ -288,60 +287,40 @@ def _cycled(styles: Sequence[str], n: int) -> list[str]:
 
 
 def write_report(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.png; returns both paths. Raises RunError while there is nothing to show."""
+    """Write report.html and report.png and return their paths. Raises RunError while there is nothing to show."""
     if not any(curve.steps for _, curve in read):
         raise RunError(
             f"no point of {sweep.folder} has reported a step yet; `lingua sweep status {sweep.folder}` shows more"
         )
-    png = png_of(draw(sweep, read))
-    svg = svg_of(draw(sweep, read, titled=False), "loss against what was swept", "p1")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / PNG, png, files=DISK)
-        write_whole(folder / HTML, page(sweep, read, svg))
+        write_whole(folder / PNG, _picture(sweep, read, titled=True).drawn("png"), files=DISK)
+        write_whole(folder / HTML, page(sweep, read))
     except OSError as error:
         raise RunError(f"cannot write the report into {folder}: {error.strerror}; choose another with --out") from None
     return folder / HTML, folder / PNG
 
 
-def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], svg: str) -> str:
-    """The HTML page around a picture."""
+def _picture(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: bool) -> Picture:
+    return Picture("report", "Loss against what was swept", "", lambda: draw(sweep, read, titled=titled), is_wide=True)
+
+
+def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]]) -> str:
+    """Return the HTML."""
     points = [point for point, _ in read]
-    places, best = places_of(layout_of(sweep.keys, sweep.points), sweep.points), best_of(points)
+    places = places_of(layout_of(sweep.keys, sweep.points), sweep.points)
     colors = _colors(dict(zip(sweep.numbers, places, strict=True)))
-    names = list(short_names(sweep.keys).values())
-    held_out = any(point.held_out is not None for point in points)
-    heading = ["point", *names, "state", "step", "loss", "lowest", *(["held-out"] if held_out else []), "run"]
-    rows = "\n".join(_row(sweep, point, colors[point.point], held_out, point is best) for point in points)
-    missing = "".join(f"<li>{text(line)}</li>" for line in _unfinished(points))
-    cells = "".join(f"<th{'' if name in ('state', 'run') else ' class=number'}>{text(name)}</th>" for name in heading)
-    note = text(f"loss: {LOSS_IS}; lowest: the lowest it ever was, and at which step")
-    note += "; held-out: bits per byte, the mean of the sources" if held_out else ""
-    return whole_page(
-        sweep.name,
-        f"<h1>{text(_headline(sweep, points))}</h1>\n<pre>{text('lingua sweep ' + ' '.join(sweep.typed))}</pre>\n"
-        f'<figure class="wide">{svg}</figure>\n<div class="scroll"><table>\n<tr>{cells}</tr>\n{rows}\n</table></div>\n'
-        f'<p class="note">{note}</p>\n' + (f"<h2>Not finished</h2><ul>{missing}</ul>" if missing else ""),
+    return render(
+        "sweep/report.html",
+        title=sweep.name,
+        headline=_headline(sweep, points),
+        sweep=sweep,
+        picture=_picture(sweep, read, titled=False),
+        names=list(short_names(sweep.keys).values()),
+        points=[(point, colors[point.point], told_state(point), _went_wrong(point)) for point in points],
+        best=best_of(points),
+        spell=spell,
+        loss_is=LOSS_IS,
+        held_out=any(point.held_out is not None for point in points),
+        missing=_unfinished(points),
     )
-
-
-def _row(sweep: Sweep, point: PointStatus, color: Any, held_out: bool, is_best: bool) -> str:
-    swatch = "#" + "".join(f"{round(255 * part):02x}" for part in color[:3])
-    at = f" <small>at {point.best_step:,}</small>" if point.best_step is not None else ""
-    step = "-" if point.step is None else f"{point.step:,}"
-    of = "" if point.n_steps is None else f" <small>of {point.n_steps:,}</small>"
-    cells = [
-        f'<td class="number"><i class="dot" style="background:{swatch}"></i>{point.point}</td>',
-        *(f'<td class="number">{text(spell(point.values[key]))}</td>' for key in sweep.keys),
-        f'<td class="{"bad" if _went_wrong(point) else ""}">{text(told_state(point))}</td>',
-        f'<td class="number">{step}{of}</td>',
-        f'<td class="number">{_figure(point.loss)}</td>',
-        f'<td class="number">{_figure(point.best)}{at}</td>',
-        *([f'<td class="number">{_figure(point.held_out)}</td>'] if held_out else []),
-        f"<td><code>{text(point.run)}</code></td>",
-    ]
-    return f"<tr{' class=best' if is_best else ''}>{''.join(cells)}</tr>"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import base64
+
 import numpy as np
 import pytest
 
-from lingua.report.figure import SERIES, Chart, Line, counted, draw, look, plain, png_of, readings, shown_range, svg_of
+from lingua.report.figure import COLORS, SERIES, Line, Picture, counted, line_chart, look, plain, shown_range
 from lingua.report.series import thinned
 
 
+def chart(*names: str, n: int = 1000, log_y: bool = False) -> Picture:
+    x = np.arange(float(n))
+    lines = [Line(name, thinned(x, i + 2 + np.sin(x), 50), SERIES[i]) for i, name in enumerate(names)]
+    picture = line_chart("k", "t", lines, "loss", log_y=log_y)
+    assert picture is not None
+    return picture
+
+
 @pytest.mark.parametrize(
-    ("n", "told"),
+    ("n", "text"),
     [(0, "0"), (2.5e9, "2.5B"), (1e6, "1M"), (40_000, "40k"), (2e12, "2T"), (0.00025, "0.00025"), (-1500, "-1.5k")],
 )
-def test_numbers_are_counted_as_people_do(n: float, told: str):
-    assert counted(n) == told
+def test_numbers_are_counted_as_people_do(n: float, text: str):
+    assert counted(n) == text
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "text"),
     [("a", "a"), ("a\n b", "a b"), ("$x^{$", r"\$x^{\$"), ("_a", " _a"), ("/long/way/to/a/run", ".../a/run")],
 )
-def test_names_from_outside(name: str, told: str):
-    assert plain(name, 9) == told
+def test_names_from_outside(name: str, text: str):
+    assert plain(name, 9) == text
 
 
 def test_the_steep_begin_is_cut_off():
@@ -33,37 +43,38 @@ def test_the_steep_begin_is_cut_off():
 
 
 @pytest.mark.parametrize("log_y", [False, True])
-def test_a_picture_in_a_page(log_y: bool):
-    x = np.arange(1000.0)
-    lines = [Line("<b>$x^{$ 数", thinned(x, 2 + np.sin(x), 50), SERIES[0]), Line("b", thinned(x, x + 1, 50), SERIES[1])]
-    chart = Chart("k", "t", "", "step", "loss", lines, log_y=log_y)
-    with look():
-        figure = draw(chart)
-        told = readings(figure, chart)
-        svg = svg_of(figure, 'a "label"', "p7")
-        assert png_of(figure).startswith(b"\x89PNG")
-    assert svg.startswith('<svg role="img" aria-label="a &quot;label&quot;"')
-    assert "&lt;b&gt;$x^{$" in svg
-    assert "var(--c0)" in svg
-    assert SERIES[0] not in svg
-    assert 'id="figure' not in svg
-    left, right, top, bottom = told["box"]
-    assert 0 < left < right < 1
-    assert 0 < top < bottom < 1
-    assert [(one["name"], one["color"], len(one["x"])) for one in told["series"]] == [
-        ("<b>$x^{$ 数", "c0", 50),
-        ("b", "c1", 50),
-    ]
+def test_a_picture_is_drawn_for_light_and_for_dark_pages(log_y: bool):
+    picture = chart("<b>$x^{$ 数", "b", log_y=log_y)
+    assert picture.drawn("png").startswith(b"\x89PNG")
+    light, dark = (base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")).decode() for uri in picture.uris())
+    for svg, theirs, others in ((light, 0, 1), (dark, 1, 0)):
+        assert "&lt;b&gt;$x^{$" in svg
+        for name in ("c0", "c1", "ink", "soft", "faint", "grid"):
+            assert COLORS[name][theirs] in svg, name
+            assert COLORS[name][others] not in svg, name
+    assert light.encode() == picture.drawn("svg")
+    assert light.count("<text") == dark.count("<text")
+
+
+def test_values_are_those_of_the_nearest_points_and_missing_where_a_curve_has_none():
+    x = np.arange(0.0, 1001.0, 10.0)
+    lines = [Line("a", thinned(x, 2 * x, 500), SERIES[0]), Line("b", thinned(x[:50] + 1, x[:50], 500), SERIES[1])]
+    picture = line_chart("k", "t", [*lines, Line("", thinned(x, x, 500), SERIES[0], is_back=True)], "loss")
+    assert picture is not None
+    heading, *rows = picture.values
+    assert heading == ("step", "a", "b")
+    assert rows[0] == ("0", "0", "0")
+    assert rows[-1] == ("1,000", "2000", "-")
+    assert 2 < len(rows) <= 12
+    assert line_chart("k", "t", [Line("a", thinned(x[:0], x[:0], 5), SERIES[0])], "loss") is None
 
 
 @pytest.mark.parametrize(
-    "names", [["a", "b"], ["debug_adamw: type=adamw lr=0.002", "b" * 32], [f"{i}:name=12" for i in range(9)]]
+    "names", [["a", "b"], ["debug_adamw: type=adamw lr=0.002", "b" * 32], [f"{i}:name=12" for i in range(8)]]
 )
 def test_the_names_of_curves_stay_inside_the_picture(names: list[str]):
-    x = np.arange(3.0)
-    lines = [Line(name, thinned(x, x, 5), SERIES[0]) for name in names]
     with look():
-        figure = draw(Chart("k", "t", "", "step", "loss", lines))
+        figure = chart(*names, n=3).make()
         figure.draw_without_rendering()
         legend = figure.axes[0].get_legend()
         assert legend is not None
