@@ -37,7 +37,7 @@ def test_every_script_trains_to_the_end(checkout: Checkout):
     for script, job_id in jobs.items():
         checkout.finish(job_id)
         run_dir = checkout.run_dir(script)
-        assert published(run_dir) == [4]
+        assert published(run_dir)[-1] == 4  # a job of the low partition may be preempted, and saves then
         assert f" on {RANKS[script]} x CPU" in (run_dir / "train.log").read_text()
         assert len(list((run_dir / "logs").glob(f"{job_id}.[0-9].out"))) == RANKS[script]
         assert f"log: {run_dir}/logs/{job_id}.out" in (checkout.home / f"slurm-{job_id}.out").read_text()
