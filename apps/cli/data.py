@@ -25,6 +25,7 @@ Words = Annotated[
 TokenizerName = Annotated[str, typer.Option("--tokenizer", help="bytes, sp, tiktoken or hf.")]
 TokenizerPath = Annotated[str | None, typer.Option(help="The tokenizer's file.")]
 TextKey = Annotated[str | None, typer.Option(help="Field with the text. Default: text, else content.")]
+LossOn = Annotated[str, typer.Option(help="all, or completion: documents have fields prompt and completion.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes.")]
 CORES = len(os.sched_getaffinity(0))
 Run = Annotated[Path, typer.Argument(help="Run folder: config.yaml and checkpoints/.")]
@@ -32,11 +33,12 @@ Run = Annotated[Path, typer.Argument(help="Run folder: config.yaml and checkpoin
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A jsonl or token file, or a folder of them.")],
+    path: Annotated[Path, typer.Argument(help="A jsonl, parquet or token file, or a folder of them.")],
     doc: Annotated[int | None, typer.Option(min=0, help="Print this document, counted from 0 over all files.")] = None,
     tokenizer: TokenizerName = "bytes",
     tokenizer_path: TokenizerPath = None,
     text_key: TextKey = None,
+    loss_on: LossOn = "all",
     as_json: AsJson = False,
 ) -> None:
     """Count documents, bytes and bad lines by kind, and estimate tokens.
@@ -45,15 +47,17 @@ def inspect(
     token files.
     """
     from lingua.config.keys.data import TokenizerArgs
+    from lingua.data.blocked_source import TextFields
     from lingua.data.inspect import find_document, inspect_path
     from lingua.tokenizer import build_tokenizer
 
+    fields = TextFields(text_key, loss_on)
     if doc is not None:
-        show(find_document(path, doc, text_key), as_json)
+        show(find_document(path, doc, fields), as_json)
         return
     encoder = build_tokenizer(TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path}))
     with progress_shown() as progress:
-        facts = inspect_path(path, encoder, text_key, progress)
+        facts = inspect_path(path, encoder, progress, fields)
     show(facts, as_json)
 
 

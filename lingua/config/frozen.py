@@ -73,6 +73,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.tokenizer", "refuse"),
     ("data.sources", "accept"),
     ("data.doc_mask", "accept"),
+    ("data.loss_on", "accept"),
     ("data", "free"),  # how rows are fed: batch_size, workers, prefetch, where the data lies, skip_rows
     ("global_batch_size", "refuse"),
     ("seed", "refuse"),

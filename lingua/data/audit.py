@@ -29,7 +29,7 @@ from lingua.console import Progress
 from lingua.data.blocked_source import BlockedSource
 from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of
 from lingua.data.mix import DocumentStream, block_at
-from lingua.data.pack import Lane, PackedRow, Packer, RowSpan, contains, merged
+from lingua.data.pack import Lane, PackedRow, Packer, RowSpan, contains, ids_of, merged
 from lingua.data.prepare.worker_pool import each
 from lingua.data.sources import open_sources
 from lingua.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
@@ -255,7 +255,7 @@ def origins(
     for span in row.spans:
         n = min(span.n_tokens, args.seq_len - at)
         if n > 0:
-            yield _origin(args, sources, span, n, tokenizer.decode(row.tokens[at : at + n].tolist()))
+            yield _origin(args, sources, span, n, tokenizer.decode(ids_of(row.tokens[at : at + n]).tolist()))
         at += n
 
 

@@ -104,9 +104,10 @@ def edges(path: Path, size: int) -> str:
     return hasher.hexdigest()
 
 
-def fingerprint(files: Iterable[tuple[str, int, str]], text_key: str | None = None) -> str:
-    """Hash over (name, size, edges) of the files and the field that is read; the folder may change."""
-    hasher = xxhash.xxh3_64((text_key or "").encode("utf-8", "surrogateescape"))
+def fingerprint(files: Iterable[tuple[str, int, str]], fields: TextFields) -> str:
+    """Hash over (name, size, edges) of the files and the fields that are read; the folder may change."""
+    read = "+".join(fields.keys) if fields.has_prompt else fields.text_key or ""
+    hasher = xxhash.xxh3_64(read.encode("utf-8", "surrogateescape"))
     for name, size, edge in files:
         hasher.update(f"{name}\0{size}\0{edge}\0".encode("utf-8", "surrogateescape"))
     return hasher.hexdigest()
@@ -157,6 +158,8 @@ class Document(NamedTuple):
     end: int
     encoded: Encoded | None = None
     """Set if it was tokenized before; `text` is empty then."""
+    prompt_chars: int = 0
+    """Length of the prompt that `text` begins with; its tokens are not labels."""
 
 
 class Reader(Protocol):
@@ -167,9 +170,33 @@ class Reader(Protocol):
         ...
 
 
-def text_keys(text_key: str | None) -> tuple[str, ...]:
-    """The fields that may hold the text; the first one that is there does."""
-    return (text_key,) if text_key else ("text", "content")
+class TextFields(NamedTuple):
+    """The fields (or columns) that hold a document's text."""
+
+    text_key: str | None = None
+    loss_on: str = "all"
+    """completion: the text is `prompt` and `completion`, and only the latter's tokens are labels."""
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.loss_on == "completion"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All of these with a prompt; else the first one that is there."""
+        if self.has_prompt:
+            return ("prompt", "completion")
+        return (self.text_key,) if self.text_key else ("text", "content")
+
+    @property
+    def remedy(self) -> str:
+        return "write both, or set data.loss_on: all" if self.has_prompt else "look at data.sources and text_key"
+
+    def __str__(self) -> str:
+        return (" and " if self.has_prompt else " or ").join(map(repr, self.keys))
+
+
+PLAIN_TEXT = TextFields()
 
 
 def block_bytes(source_bytes: int, n_lanes: int) -> int:
@@ -195,14 +222,14 @@ class BlockedSource(ABC):
         n_lanes: int,
         *,
         weight: float = 1.0,
-        text_key: str | None = None,
+        fields: TextFields = PLAIN_TEXT,
         bad: BadLines | None = None,
         tokenizer: str = "bytes",
     ) -> None:
         """`tokenizer`: fingerprint of the config's, which tokens made before must fit."""
         self.name, self.weight, self.key = name, weight, name_key(name)
-        self.text_key, self.tokenizer = text_key, tokenizer
-        self.text_keys = text_keys(text_key)
+        self.fields, self.tokenizer = fields, tokenizer
+        self._keys, self._has_prompt = fields.keys, fields.has_prompt
         self.bad = bad or BadLines()
         self.files = [file for file in self.open_files(self.find_files(path)) if file.size > 0]
         if not self.files:
@@ -219,7 +246,7 @@ class BlockedSource(ABC):
         return find_files(path, cls.suffix)
 
     @classmethod
-    def check_files(cls, path: Path, text_key: str | None) -> None:
+    def check_files(cls, path: Path, fields: TextFields) -> None:
         """Raise ConfigError or DataError for files that are wrong at a glance."""
         cls.find_files(path)
 
@@ -278,16 +305,19 @@ class BlockedSource(ABC):
 
     def document_of(self, record: Any, file: int, start: int, end: int) -> Document | None:
         """The document of a record, or None after its bad line was counted."""
-        text = None
+        prompt, text = "", None
         if type(record) is dict:
-            text = next((record[key] for key in self.text_keys if key in record), None)
-            if type(text) is str and text:
-                return Document(text, self.files[file].key, start, end)
+            if self._has_prompt:
+                prompt, text = (record.get(key) for key in self._keys)
+            else:
+                text = next((record[key] for key in self._keys if key in record), None)
+            if type(text) is str and type(prompt) is str and text:
+                return Document(prompt + text, self.files[file].key, start, end, None, len(prompt))
         if text == "":
             self.report_bad("empty", file, start, "an empty document")
         else:
-            keys = " or ".join(map(repr, self.text_keys))
-            self.report_bad("no_text", file, start, f"no {self.record} with a string in {keys}")
+            strings = "strings" if self._has_prompt else "a string"
+            self.report_bad("no_text", file, start, f"no {self.record} with {strings} in {self.fields}")
         return None
 
     def report_bad(self, kind: str, file: int, start: int, detail: str) -> None:
@@ -315,8 +345,8 @@ class BlockedSource(ABC):
         try:
             if next(self.documents(), None) is None:
                 raise DataError(
-                    f"{self.files[0].path.parent}: source {self.name!r} has no document in {self.bad.lines} lines "
-                    f"({dict(self.bad.kinds)}); look at data.sources and text_key"
+                    f"{self.files[0].path.parent}: source {self.name!r} has no document with {self.fields} in "
+                    f"{self.bad.lines} lines ({dict(self.bad.kinds)}); {self.fields.remedy}"
                 )
         finally:
             self.bad = bad

@@ -17,11 +17,11 @@ import numpy as np
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.eval import HeldOutArgs
-from lingua.data.blocked_source import BadLines
+from lingua.data.blocked_source import PLAIN_TEXT, BadLines, TextFields
+from lingua.data.pack import IGNORED, ids_of
 from lingua.data.sources import class_of_files, filled
 from lingua.tokenizer import Tokenizer
 
-IGNORED = -100  # label of a position that is not scored
 BLOCK_TOKENS = 1 << 20  # documents in memory at once
 
 
@@ -34,14 +34,14 @@ class HeldOutText:
 
     name: str
     file: Path
-    text_key: str | None = None
+    fields: TextFields = PLAIN_TEXT
 
-    def documents(self) -> Iterator[str]:
-        """Yield the documents in order; lines without text are skipped."""
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yield (prompt, text that is scored) of the documents in order; lines without text are skipped."""
         kind, bad = class_of_files(self.file), BadLines(quiet=True)
-        with closing(kind(self.file.name, self.file, 1, text_key=self.text_key, bad=bad)) as source:
+        with closing(kind(self.file.name, self.file, 1, fields=self.fields, bad=bad)) as source:
             for document in source.documents():
-                yield document.text
+                yield document.text[: document.prompt_chars], document.text[document.prompt_chars :]
 
 
 def held_out_file(source: Path) -> Path | None:
@@ -55,7 +55,7 @@ def texts_beside_sources(data: DataArgs) -> tuple[list[HeldOutText], list[str]]:
     found, without = [], []
     for source in data.read_sources():
         if file := held_out_file(Path(source.path)):
-            found.append(HeldOutText(str(source.name), file, source.text_key))
+            found.append(HeldOutText(str(source.name), file, TextFields(source.text_key, data.loss_on)))
         else:
             without.append(str(source.name))
     return found, without
@@ -72,7 +72,8 @@ def held_out_texts(data: DataArgs, args: HeldOutArgs) -> list[HeldOutText]:
                 "eval.validation or eval.measures"
             )
         file = (held_out_file(path) or class_of_files(path).find_files(path)[0]) if path.is_dir() else path
-        found.append(HeldOutText(Path(name).name.removesuffix(".jsonl").removesuffix(".parquet"), file))
+        short = Path(name).name.removesuffix(".jsonl").removesuffix(".parquet")
+        found.append(HeldOutText(short, file, TextFields(loss_on=data.loss_on)))
     names = [one.name for one in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"eval: two held-out sources are called {twice[0]!r}; rename one")
@@ -105,18 +106,21 @@ class Wording:
         """The token before a document's first: the begin token, or without one the end token of the last document."""
         return self.tokenizer.bos_id if self.begins else self.tokenizer.eos_id
 
-    def ids(self, text: str, *, whole: bool = True) -> list[int]:
+    def ids(self, text: str, prompt: str = "", *, whole: bool = True) -> list[int]:
         """Return a document's tokens after its prefix. Without a prefix its first token is not scored.
 
-        `whole`: it ends here, and is followed by the end token where training adds one.
+        Tokens of the prompt, and of the prefix before it, are given as ~id: they are not scored.
+        `whole`: the document ends here, so it is followed by the end token where training adds one.
         """
         add_eos = whole and self.add_eos and self.tokenizer.eos_id is not None
-        ids = self.tokenizer.encode(text, add_bos=False, add_eos=add_eos).tolist()
-        return ids if self.prefix is None else [self.prefix, *ids]
+        before = [] if self.prefix is None else [self.prefix]
+        if prompt:
+            before = [~token for token in [*before, *self.tokenizer.encode(prompt, False, False).tolist()]]
+        return before + self.tokenizer.encode(text, add_bos=False, add_eos=add_eos).tolist()
 
 
 class ScoredRow(NamedTuple):
-    """Tokens of which those from `first` on (at least 1) are scored."""
+    """Tokens of which those from `first` on (at least 1) are scored, except prompts (~id)."""
 
     ids: Sequence[int]
     first: int = 1
@@ -140,15 +144,17 @@ def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int) 
     """
     budget, stream = max_rows * seq_len, list[int]()
     found = HeldOut(text.name, [])
-    for document in text.documents():
-        ids = wording.ids(document)
+    for prompt, document in text.documents():
+        ids = wording.ids(document, prompt)
         if stream and not wording.begins and wording.prefix is not None:
             ids = ids[1:]  # the end of the document before is there already
         if len(stream) + len(ids) > budget + 1:
             if stream:
                 break
-            document = document[: max(1, (budget - 1) // 4)]  # no tokenizer makes more than 4 tokens of a character
-            ids = wording.ids(document, whole=False)
+            room = max(1, (budget - 1) // 4)  # no tokenizer makes more than 4 tokens of a character
+            prompt = prompt[max(0, len(prompt) - room // 2) :]
+            document = document[: max(1, room - len(prompt))]
+            ids = wording.ids(document, prompt, whole=False)
         stream += ids
         found.n_bytes += len(document.encode())
         found.n_documents += 1
@@ -173,13 +179,15 @@ def by_document(
     """
     step, (rank, n_ranks) = min(stride or max(1, context // 2), context), share
     found, n_tokens = HeldOut(text.name, []), 0
-    for number, document in enumerate(text.documents()):
+    for number, (prompt, document) in enumerate(text.documents()):
         if number == max_documents:
             break
         if number % n_ranks != rank:
             continue
-        ids = wording.ids(document)
-        found.rows += [ScoredRow(ids[start:end], first) for start, end, first in windows(len(ids), context, step)]
+        ids = wording.ids(document, prompt)
+        for start, end, first in windows(len(ids), context, step):
+            if any(token >= 0 for token in ids[start + first : end]):
+                found.rows.append(ScoredRow(ids[start:end], first))
         found.n_bytes += len(document.encode())
         found.n_documents += 1
         n_tokens += len(ids)
@@ -208,8 +216,9 @@ def padded(rows: Sequence[ScoredRow], n_rows: int, width: int) -> tuple[np.ndarr
     """Return tokens and labels (n_rows, width); labels are IGNORED where nothing is scored."""
     tokens, labels = np.zeros((n_rows, width), np.int64), np.full((n_rows, width), IGNORED, np.int64)
     for number, (ids, first) in enumerate(rows):
-        tokens[number, : len(ids) - 1] = ids[:-1]
-        labels[number, first - 1 : len(ids) - 1] = ids[first:]
+        row = np.asarray(ids)
+        tokens[number, : len(row) - 1] = ids_of(row[:-1])
+        labels[number, first - 1 : len(row) - 1] = np.where(row[first:] < 0, IGNORED, row[first:])
     return tokens, labels
 
 

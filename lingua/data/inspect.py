@@ -17,6 +17,7 @@ from lingua.config.keys.data import DataArgs
 from lingua.console import Progress
 from lingua.data import token_files
 from lingua.data.audit import origins
+from lingua.data.blocked_source import TextFields
 from lingua.data.jsonl import JsonlSource
 from lingua.data.jsonl_indexed import SUFFIX, write_index
 from lingua.data.pack import Lane
@@ -30,12 +31,12 @@ _N_SAMPLES = 64  # places of a source that an estimate looks at
 # -- inspect -------------------------------------------------------------------------------------------------------
 
 
-def inspect_path(path: Path, tokenizer: Tokenizer, text_key: str | None, progress: Progress) -> dict[str, Any]:
+def inspect_path(path: Path, tokenizer: Tokenizer, progress: Progress, fields: TextFields) -> dict[str, Any]:
     """Documents, bytes, tokens and bad lines of a source."""
     kind = class_of_files(path)
     if kind.holds_tokens:
         return _inspect_tokens(path, progress)
-    source = kind(path.name, path, 1, text_key=text_key)
+    source = kind(path.name, path, 1, fields=fields)
     progress.begin("reading", source.n_bytes)
     n_documents = text_bytes = done = longest = 0
     for document in source.documents():
@@ -89,12 +90,12 @@ def _inspect_tokens(path: Path, progress: Progress) -> dict[str, Any]:
     }
 
 
-def find_document(path: Path, number: int, text_key: str | None) -> dict[str, Any]:
+def find_document(path: Path, number: int, fields: TextFields) -> dict[str, Any]:
     """One document with its position."""
     kind = class_of_files(path)
     if kind.holds_tokens:
         raise ConfigError(f"{path}: token files hold no text; give the jsonl they were made from")
-    with closing(kind(path.name, path, 1, text_key=text_key)) as source:
+    with closing(kind(path.name, path, 1, fields=fields)) as source:
         for n, document in enumerate(source.documents()):
             if n == number:
                 file = source.path_of(document)
@@ -185,6 +186,8 @@ def index_files(paths: Sequence[Path], out: Path | None, progress: Progress) -> 
 
 def tokenize_sources(args: DataArgs, out: Path, n_workers: int, progress: Progress) -> dict[str, Any]:
     """Token files of all sources, in `out`/<source>; a table of what was made and the lines for a config."""
+    if args.loss_on != "all":
+        raise ConfigError("data.loss_on is completion, and token files do not mark prompts; set data.loss_on: all")
     tokenizer = build_tokenizer(args.tokenizer)
     todo: list[tuple[Path, Path, str | None]] = []
     n_there = 0

@@ -60,7 +60,7 @@ class JsonlSource(BlockedSource):
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             files = ((file.path.name, file.size, edges(file.path, file.size)) for file in self.files)
-            self._fingerprint = fingerprint(files, self.text_key)
+            self._fingerprint = fingerprint(files, self.fields)
         return self._fingerprint
 
     def pread(self, file: int, n_bytes: int, offset: int) -> bytes:

@@ -38,7 +38,7 @@ import xxhash
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, default_lanes
 from lingua.data.blocked_source import BlockedSource
-from lingua.data.pack import IntArray
+from lingua.data.pack import IGNORED, IntArray, ids_of
 from lingua.data.sources import check_manifests, open_sources
 from lingua.data.workers import InProcess, Workers
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
@@ -49,7 +49,7 @@ VERSION = 1
 class Batch(NamedTuple):
     """Rows of one micro step on this rank. B rows, S positions."""
 
-    views: IntArray  # (n_views, B, S): views[0] inputs, views[1] labels
+    views: IntArray  # (n_views, B, S): views[0] inputs, views[1] labels, IGNORED where data.loss_on leaves them out
     doc_ids: IntArray | None  # (B, S), with data.doc_mask: document of each input, counted from the row's begin
     rows: np.ndarray  # (B,) int64: numbers of the rows in the run
 
@@ -203,6 +203,9 @@ class Loader:
             if doc_ids is not None and row.doc_ids is not None:
                 doc_ids[i] = row.doc_ids
             numbers[i] = row.number
+        if self._args.loss_on != "all":
+            views[1:][views[1:] < 0] = IGNORED
+            views[0] = ids_of(views[0])
         self._states |= states
         self._turn += n_rows
         self._row += n_rows * self._dp_size

@@ -6,6 +6,9 @@ which is the first token of the next row. Resuming costs one document and one pi
 or with a shuffle window at most that many rows, wherever the run is.
 Cost: one copy of each token; per document about 10 us.
 
+With `data.loss_on: completion` a prompt is a piece of its own, and its tokens are kept as ~id: they are inputs, but not
+labels.
+
 Five short documents (a, bb, ccc, dd, e; `<` and `>` are begin and end) with S = 4 and n_views = 2:
 
     stream    < a > < b b > < c c c > < d d > < e >
@@ -38,6 +41,9 @@ PIECE_CHARS = 256 << 10
 _KEEP_CHARS = 192 << 10  # a piece is cut at white space after this many characters, if there is any
 _MAX_EMPTY_PIECES = 1000
 
+IGNORED = -100
+"""Label of a position that is not scored."""
+
 IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -58,6 +64,8 @@ def next_piece(document: Document, start: int) -> int:
     if document.encoded is not None:
         return document.encoded.next_char(start)
     end = piece_end(document.text, start)
+    if start < document.prompt_chars:  # a piece of its own, since all tokens of a piece are labels or none is
+        end = min(end, document.prompt_chars)
     return end if end < len(document.text) else 0
 
 
@@ -77,7 +85,7 @@ class PiecePosition(NamedTuple):
 class TextPiece(NamedTuple):
     """The tokens of a piece of a document's text."""
 
-    ids: IntArray
+    ids: IntArray  # ~id where the token is not a label
     document: int  # counted since the lane was opened
     position: PiecePosition
 
@@ -93,7 +101,7 @@ class RowSpan(NamedTuple):
 class PackedRow(NamedTuple):
     """One row of tokens."""
 
-    tokens: IntArray  # (S + n_views - 1,)
+    tokens: IntArray  # (S + n_views - 1,); ~id where the token is not a label
     doc_ids: IntArray | None  # (S,): document of each input, with data.doc_mask
     number: int  # of the row in the run
     spans: tuple[RowSpan, ...] = ()  # where the tokens come from; workers leave it out
@@ -176,6 +184,7 @@ class Packer:
         self._document, self._char = (None, 0) if end == 0 else (document, end)
         whole = start == 0 and end == 0
         bos, eos = self._args.add_bos and start == 0, self._args.add_eos and end == 0
+        is_label = start >= document.prompt_chars
         try:
             if document.encoded is not None:
                 ids = self._tokenizer.wrap(document.encoded.ids(start), bos, eos)
@@ -185,8 +194,9 @@ class Packer:
             source.report_untokenizable(document, str(error))
             # A document in one piece is left out; a longer one loses this piece, but not its begin and end.
             ids = np.empty(0, np.int32) if whole else self._tokenizer.encode("", bos, eos)
+            is_label = is_label and document.prompt_chars == 0  # an end is no answer to a prompt
         self._count_empty(len(ids), position)
-        return TextPiece(ids, self._number, position)
+        return TextPiece(ids if is_label else ~ids, self._number, position)
 
     def _count_empty(self, n_tokens: int, position: PiecePosition) -> None:
         """Raise DataError if documents give no token for too long: otherwise `row` would search forever."""
@@ -254,6 +264,11 @@ class Lane:
         if self._size > 1:
             self._window_state = self._packer.state()
         self._window = [self._packer.row() for _ in range(self._size)]
+
+
+def ids_of(tokens: IntArray) -> IntArray:
+    """The ids of a row's tokens, labels or not."""
+    return np.where(tokens < 0, ~tokens, tokens)
 
 
 def merged(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

@@ -26,10 +26,10 @@ from lingua.data.blocked_source import (
     Document,
     Reader,
     SourceFile,
+    TextFields,
     edges,
     fingerprint,
     name_key,
-    text_keys,
 )
 
 _BATCH_ROWS = 256
@@ -51,15 +51,15 @@ class ParquetSource(BlockedSource):
         super().__init__(*args, **kwargs)
 
     @classmethod
-    def check_files(cls, path: Path, text_key: str | None) -> None:
+    def check_files(cls, path: Path, fields: TextFields) -> None:
         first = cls.find_files(path)[0]
-        text_columns(first, open_parquet(first).schema_arrow, text_keys(text_key))
+        text_columns(first, open_parquet(first).schema_arrow, fields)
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
         files = []
         for path in paths:
             file = open_parquet(path)
-            facts, columns = file.metadata, text_columns(path, file.schema_arrow, self.text_keys)
+            facts, columns = file.metadata, text_columns(path, file.schema_arrow, self.fields)
             if facts.num_rows:
                 files.append(SourceFile(path, facts.num_rows, name_key(path.name)))
                 rows = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
@@ -86,7 +86,7 @@ class ParquetSource(BlockedSource):
     @property
     def fingerprint(self) -> str:
         sizes = ((file.path, file.path.stat().st_size) for file in self.files)
-        return fingerprint(((path.name, size, edges(path, size)) for path, size in sizes), self.text_key)
+        return fingerprint(((path.name, size, edges(path, size)) for path, size in sizes), self.fields)
 
     def batches(self, file: int, row: int) -> tuple[int, Iterator[pa.RecordBatch]]:
         """Return (first row, batches) of the row group that holds a row."""
@@ -175,17 +175,18 @@ def _damaged(path: Path, error: Exception) -> Exception:
     return DataError(f"{path}: not a whole parquet file ({error}); copy it again or mend data.sources")
 
 
-def text_columns(path: Path, schema: pa.Schema, keys: Sequence[str]) -> list[str]:
-    """Return the column with the text. Raises ConfigError if there is none."""
-    name = next((key for key in keys if key in schema.names), None)
-    if name is None:
-        wanted = " or ".join(map(repr, keys))
-        raise ConfigError(f"{path}: no column {wanted}, only {', '.join(schema.names)}; set text_key in data.sources")
-    kind = schema.field(name).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
-        raise ConfigError(f"{path}: column {name!r} holds {kind}, not text; set text_key in data.sources")
-    return [name]
+def text_columns(path: Path, schema: pa.Schema, fields: TextFields) -> list[str]:
+    """Return the columns to read. Raises ConfigError if they are missing or hold no text."""
+    found = [key for key in fields.keys if key in schema.names]
+    if not found or (fields.has_prompt and len(found) < len(fields.keys)):
+        raise ConfigError(f"{path}: no column {fields}, only {', '.join(schema.names)}; {fields.remedy}")
+    found = found if fields.has_prompt else found[:1]
+    for name in found:
+        kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
+            raise ConfigError(f"{path}: column {name!r} holds {kind}, not text; {fields.remedy}")
+    return found
 
 
 _TEXT_TYPES = (

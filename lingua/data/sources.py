@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs
-from lingua.data.blocked_source import BadLines, BlockedSource, DataError
+from lingua.data.blocked_source import BadLines, BlockedSource, DataError, TextFields
 from lingua.data.corpus import SOURCE_NAME, embedded_corpus
 from lingua.data.manifest import check_manifest
 from lingua.tokenizer import build_tokenizer, tokenizer_fingerprint
@@ -60,7 +60,7 @@ def _open(args: DataArgs, source: SourceArgs, kind: type[BlockedSource], n_lanes
         Path(source.path),
         n_lanes,
         weight=source.weight,
-        text_key=source.text_key,
+        fields=TextFields(source.text_key, args.loss_on),
         bad=bad,
         tokenizer=tokenizer_fingerprint(args.tokenizer),
     )

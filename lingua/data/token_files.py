@@ -38,6 +38,7 @@ from lingua.data.blocked_source import (
     Document,
     Reader,
     SourceFile,
+    TextFields,
     edges,
     find_files,
     fingerprint,
@@ -82,7 +83,7 @@ def tokenize_file(
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> dict[str, Any]:
     """Write the token file of a jsonl file; returns what its header says. `advance` hears of the bytes done."""
-    source = JsonlSource(path.name, path, 1, text_key=text_key)
+    source = JsonlSource(path.name, path, 1, fields=TextFields(text_key))
     dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
     columns = [array("q") for _ in range(4)]
     starts, ends, chars, tokens = columns
@@ -202,7 +203,9 @@ class TokenSource(BlockedSource):
         return find_files(path, SUFFIX, "make them with `lingua data tokenize`")
 
     @classmethod
-    def check_files(cls, path: Path, text_key: str | None) -> None:
+    def check_files(cls, path: Path, fields: TextFields) -> None:
+        if fields.has_prompt:
+            raise ConfigError(f"{path}: token files do not mark prompts; set data.loss_on: all, or name the jsonl")
         for file in cls.find_files(path):
             read_facts(file)
 
@@ -211,16 +214,17 @@ class TokenSource(BlockedSource):
         self._mapped: list[MappedTokens] = []
         files = []
         for path in paths:
+            self.check_files(path, self.fields)
             facts = read_facts(path)
             if facts["tokenizer"] != self.tokenizer:
                 raise ConfigError(
                     f"{path}: made by tokenizer {facts['tokenizer']}, and data.tokenizer is {self.tokenizer}; "
                     "set data.tokenizer to the first, or tokenize again"
                 )
-            if self.text_key not in (None, facts["text_key"]):
+            if self.fields.text_key not in (None, facts["text_key"]):
                 raise ConfigError(
                     f"{path}: made from field {facts['text_key'] or 'text or content'!r}, and text_key of source "
-                    f"{self.name} is {self.text_key!r}; drop it, or tokenize again"
+                    f"{self.name} is {self.fields.text_key!r}; drop it, or tokenize again"
                 )
             if facts["bytes"] > 0:
                 files.append(SourceFile(path, facts["bytes"], name_key(facts["file"])))
@@ -232,7 +236,7 @@ class TokenSource(BlockedSource):
     def fingerprint(self) -> str:
         """That of the jsonl files, since the rows are the same."""
         files = ((facts["file"], facts["bytes"], facts["edges"]) for facts in self._facts)
-        return fingerprint(files, self._facts[0]["text_key"])
+        return fingerprint(files, TextFields(self._facts[0]["text_key"]))
 
     def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
         """Exact, from the headers."""

@@ -247,10 +247,11 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
         return
     for source in sources:
         if Path(source.path).exists():
+            from lingua.data.blocked_source import TextFields
             from lingua.data.sources import source_class
 
             try:
-                source_class(source.format).check_files(Path(source.path), source.text_key)
+                source_class(source.format).check_files(Path(source.path), TextFields(source.text_key, args.loss_on))
             except OSError as error:
                 if DiskError.of(error).may_pass:  # no fault of the config
                     raise

@@ -77,6 +77,9 @@ class DataArgs(Args):
     """Micro-step batches prepared ahead, at most (memory: B * S * n_views * 4 bytes each)."""
     doc_mask: bool = False
     """Positions restart and attention stops at document borders."""
+    loss_on: Literal["all", "completion"] = "all"
+    """Which tokens are labels. completion: documents have the fields `prompt` and `completion` in place of the text,
+    and tokens of the prompt are not labels."""
     on_bad_line: Literal["skip", "error"] = "skip"
     """A line that is no JSON object with text: count and skip, or stop."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -122,6 +125,8 @@ class DataArgs(Args):
     def _keys_fit(self) -> Self:
         if isinstance(self.sources, dict) and self.sources and self.root_dir is None:
             raise ValueError("sources are given by name, so root_dir is needed; set data.root_dir")
+        if self.loss_on != "all" and isinstance(self.sources, list) and any(s.text_key for s in self.sources):
+            raise ValueError("loss_on: completion reads the fields prompt and completion; drop text_key from sources")
         for first, last in self.skip_rows:
             if not 0 <= first <= last:
                 raise ValueError(f"skip_rows [{first}, {last}] is no range of rows; write [first, last]")

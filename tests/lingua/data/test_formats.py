@@ -17,7 +17,7 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data import jsonl_indexed as index_file
 from lingua.data import token_files as token_file
-from lingua.data.blocked_source import BlockedSource, DataError
+from lingua.data.blocked_source import BlockedSource, DataError, TextFields
 from lingua.data.jsonl_indexed import IndexedSource, find_index, index_places, map_index, read_header, write_index
 from lingua.data.loader import Loader, build_loader, merge_states
 from lingua.data.sources import FORMATS, estimate_tokens, source_class
@@ -154,7 +154,7 @@ def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"made by tokenizer bytes, and data.tokenizer is tiktoken:[0-9a-f]{16}; set"):
         build_loader(args.model_copy(update={"tokenizer": other}), rows_per_step=G)
     with pytest.raises(ConfigError, match="made from field 'text or content'"):
-        TokenSource("big", path.parent, 1, tokenizer="bytes", text_key="body")
+        TokenSource("big", path.parent, 1, tokenizer="bytes", fields=TextFields("body"))
     whole = path.read_bytes()
     for damaged, message in (
         (whole[:-1], "its header says"),

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lingua.config.base import ConfigError
-from lingua.data.blocked_source import BadLines, DataError
+from lingua.data.blocked_source import BadLines, DataError, TextFields
 from lingua.data.jsonl import JsonlSource
 
 BAD = {
@@ -88,7 +88,7 @@ def test_line_far_longer_than_buffers_and_blocks(tmp_path: Path) -> None:
 
 def test_text_key(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", b'{"text": "a", "body": "b"}\n{"text": "a"}\n')
-    source = JsonlSource("x", folder, 1, text_key="body")
+    source = JsonlSource("x", folder, 1, fields=TextFields("body"))
     assert [d.text for d in list(source.documents())] == ["b"]
     assert source.bad.kinds == {"no_text": 1}
 
@@ -153,7 +153,7 @@ def test_sources_without_documents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="all files of source 'x' are empty"):
         JsonlSource("x", write(tmp_path / "x", b""), 1)
     source = JsonlSource("x", write(tmp_path / "x", b'\n\n{"text": ""}\n'), 1)
-    with pytest.raises(DataError, match="source 'x' has no document in 3 lines"):
+    with pytest.raises(DataError, match="source 'x' has no document with 'text' or 'content' in 3 lines"):
         source.check()
     write(tmp_path / "x", b'{"text": "a"}', "x.chunk.01.jsonl")
     source = JsonlSource("x", tmp_path / "x", 1)
@@ -177,7 +177,7 @@ def test_fingerprint_is_of_names_sizes_and_ends(tmp_path: Path) -> None:
 
     first = of("a", line * 5)
     assert first == of("b", line * 5)
-    other_field = JsonlSource("x", tmp_path / "a", 1, text_key="body").fingerprint
+    other_field = JsonlSource("x", tmp_path / "a", 1, fields=TextFields("body")).fingerprint
     assert other_field != first
     assert len({first, of("c", line * 6), of("d", b" " + line * 5), of("e", line * 5, "y.chunk.00.jsonl")}) == 4
 

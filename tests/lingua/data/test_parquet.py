@@ -10,8 +10,8 @@ import pytest
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import SourceArgs
-from lingua.data.blocked_source import BadLines, DataError
-from lingua.data.held_out import held_out_file, read_texts
+from lingua.data.blocked_source import BadLines, DataError, TextFields
+from lingua.data.held_out import HeldOutText, held_out_file
 from lingua.data.loader import build_loader
 from lingua.data.parquet import ParquetSource
 from lingua.data.sources import estimate_tokens
@@ -90,11 +90,11 @@ def test_broken_utf8_is_a_bad_row_and_may_stop_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "text_key", "error", "message"),
     [
-        ({"id": [1], "url": ["u"]}, None, ConfigError, "no column 'text' or 'content', only id, url; set text_key"),
+        ({"id": [1], "url": ["u"]}, None, ConfigError, "no column 'text' or 'content', only id, url; .*text_key"),
         ({"text": ["a"]}, "body", ConfigError, "no column 'body', only text"),
         ({"text": [[1, 2]]}, None, ConfigError, r"column 'text' holds list<.*>, not text"),
         ({"text": pa.array([], pa.string())}, None, DataError, "all files of source 's' are empty"),
-        ({"text": [None, ""]}, None, DataError, "source 's' has no document in 2 lines"),
+        ({"text": [None, ""]}, None, DataError, "source 's' has no document with 'text' or 'content' in 2 lines"),
     ],
 )
 def test_files_without_text_are_refused(
@@ -102,7 +102,7 @@ def test_files_without_text_are_refused(
 ) -> None:
     write_parquet(tmp_path / "s" / "s.parquet", columns)
     with pytest.raises(error, match=message):
-        ParquetSource("s", tmp_path / "s", 1, text_key=text_key).check()
+        ParquetSource("s", tmp_path / "s", 1, fields=TextFields(text_key)).check()
 
 
 def test_files_that_are_damaged_or_change_are_reported_by_name(tmp_path: Path) -> None:
@@ -122,4 +122,4 @@ def test_hidden_and_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "._a.parquet").write_bytes(b"of another system")
     assert texts_of(ParquetSource("s", tmp_path, 1)) == ["a"]
     assert held_out_file(tmp_path) == tmp_path / "a.val.parquet"
-    assert list(read_texts(tmp_path / "a.val.parquet", None)) == ["held", "out"]
+    assert list(HeldOutText("s", tmp_path / "a.val.parquet").documents()) == [("", "held"), ("", "out")]
