@@ -28,10 +28,10 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(ABC):
-    """Ids in [0, n_words). `bos_id` and `eos_id` are None if the tokenizer has no such token."""
+    """Ids in [0, vocab_size). `bos_id` and `eos_id` are None if the tokenizer has no such token."""
 
     name: str
-    n_words: int
+    vocab_size: int
     bos_id: int | None
     eos_id: int | None
     fingerprint: str
@@ -81,7 +81,7 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes; begin is 256, end is 257, as in lingua."""
 
-    name, n_words, bos_id, eos_id = "bytes", 258, 256, 257
+    name, vocab_size, bos_id, eos_id = "bytes", 258, 256, 257
     fingerprint = "bytes"
 
     def encode_text(self, text: str) -> np.ndarray:
@@ -100,7 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self._model: Any = SentencePieceProcessor(model_file=str(path))
-        self.n_words = self._model.vocab_size()
+        self.vocab_size = self._model.vocab_size()
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
 
@@ -174,7 +174,7 @@ class TiktokenTokenizer(Tokenizer):
         import tiktoken
 
         ranks, kind = read_ranks(path)
-        self.n_words = len(ranks) + _N_SPECIAL
+        self.vocab_size = len(ranks) + _N_SPECIAL
         self._model = tiktoken.Encoding(
             path.name, pat_str=kind.pattern, mergeable_ranks=ranks, special_tokens=kind.special
         )
@@ -232,7 +232,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_truncation()  # truncation and padding are for other uses, but some files contain them
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that spells a special token is ordinary text
-        self.n_words = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = self._special(path)
 
     def _special(self, path: Path) -> tuple[int | None, int | None]:
@@ -309,10 +309,10 @@ def _build(name: str, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def assumed_n_words(args: TokenizerArgs) -> int:
+def assumed_vocab_size(args: TokenizerArgs) -> int:
     """Guess the vocabulary size from the file's name, for when the file is not on this machine."""
     if args.name == "bytes":
-        return ByteTokenizer.n_words
+        return ByteTokenizer.vocab_size
     known = {"r50k": 50512, "gpt2": 50512, "p50k": 50536, "cl100k": 100512, "o200k": 200254}
     path = (args.path or "").lower()
     by_name = next((n for word, n in known.items() if word in path), None)

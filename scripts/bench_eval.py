@@ -46,7 +46,7 @@ from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.config.keys.eval import EvalArgs, HarnessArgs, HeldOutArgs
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.data.held_out import Wording
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 from lingua.eval.harness import make_lm, run_tasks
 from lingua.eval.harness_tasks import be_offline
 from lingua.eval.measures import MeasuredModel, build_held_out
@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     scorer = Scorer(model, settings.max_tokens)
     generator = Generator(model, tokenizer, settings, add_bos=args.data.add_bos)
     ours = make_lm(scorer, generator, wording)
-    world = World(Place(), torch.device("cpu"), mesh=None)
+    world = World(RankInfo(), torch.device("cpu"), mesh=None)
     measured = MeasuredModel(model, tokenizer, generator, wording, world, lambda: None)
     documents = HeldOutArgs(use_val_from_train_src=False, sources=[str(folder / "data.jsonl")])
     held_out = build_held_out(documents, args, EvalArgs())

@@ -50,7 +50,7 @@ from lingua.config.keys.model import LlamaArgs
 from lingua.console import show_table
 from lingua.distributed.compile import let_length_vary
 from lingua.distributed.parallelize import forward_precision, set_matmul_precision
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 from lingua.model.attention import RowDocuments
 from lingua.model.huggingface import config_json
 from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
@@ -175,7 +175,7 @@ class Trainer:
 
     def _ours(self) -> Callable[[], object]:
         args = self.args
-        model = build_model(args, self.size, World(Place(), self._device, mesh=None))
+        model = build_model(args, self.size, World(RankInfo(), self._device, mesh=None))
         self.attn_impl = str(getattr(model, "attn_impl", ""))
         model.train()
         loss, optimizer = build_loss(args), build_part(args.optim, list(model.named_parameters()))

@@ -11,7 +11,7 @@ import torch
 
 from apps.main.args import TrainArgs
 from lingua.config.compose import compose
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 from lingua.eval.measures import Measures
 from lingua.files import read_json
 from lingua.run.metrics import read_metrics
@@ -63,5 +63,5 @@ def by_hand(run_dir: Path, steps: Sequence[int]) -> dict[int, dict[str, Any]]:
     """The same, found afterwards in the published checkpoints by one process."""
     args = compose(str(run_dir / "config.yaml"), [], [], TrainArgs).args
     assert args.eval is not None
-    measures = Measures(args, args.eval, World(Place(), torch.device("cpu"), mesh=None))
+    measures = Measures(args, args.eval, World(RankInfo(), torch.device("cpu"), mesh=None))
     return {step: measures.measure(f"{run_dir}@{step}", lambda: None) for step in steps}

@@ -15,7 +15,7 @@ from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.distributed.parallelize import parallelize
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Layout:
     def world(self) -> World:
         """Of this rank, inside a process group of n_ranks."""
         if self.n_ranks == 1:
-            return World(Place(), torch.device("cpu"), mesh=None)
+            return World(RankInfo(), torch.device("cpu"), mesh=None)
         shape, names = (self.replicate, self.shard, self.tp), ("dp_replicate", "dp_shard", "tp")
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         dp_rank, tp_rank = divmod(dist.get_rank(), self.tp)
-        return World(Place(), torch.device("cpu"), mesh, dp_rank, self.dp_size, tp_rank=tp_rank)
+        return World(RankInfo(), torch.device("cpu"), mesh, dp_rank, self.dp_size, tp_rank=tp_rank)
 
 
 LAYOUTS = {

@@ -215,11 +215,11 @@ def _rows_to_keep(args: TrainArgs, model: LlamaArgs, trim_vocab: bool) -> int | 
     from lingua.tokenizer import build_tokenizer
 
     if trim_vocab:
-        return build_tokenizer(args.data.tokenizer).n_words
+        return build_tokenizer(args.data.tokenizer).vocab_size
     if model.vocab_multiple_of == 1:
         return None
     # Others would take the padded rows for tokens, and give them probability.
-    return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).n_words
+    return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).vocab_size
 
 
 def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:

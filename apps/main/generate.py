@@ -25,7 +25,7 @@ from lingua.config.compose import compose
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.distributed.parallelize import DTYPES
-from lingua.distributed.process_group import find_place, pick_device
+from lingua.distributed.process_group import find_rank_info, pick_device
 from lingua.model.generate import Answer, Generator, cpu_threads
 from lingua.train.describe import config_of, described
 from lingua.train.load_model import load_model
@@ -72,7 +72,7 @@ def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
 
 def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
     """A generator with the weights of `args.ckpt` in the model of `run_args`."""
-    device = pick_device(args.device, find_place())
+    device = pick_device(args.device, find_rank_info())
     model, tokenizer, loaded = load_model(run_args, args.ckpt, device, DTYPES[args.dtype])
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         n_params = sum(parameter.numel() for parameter in model.parameters())

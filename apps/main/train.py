@@ -25,7 +25,7 @@ from lingua.config.command_line import leave, parse_command_line, run_main
 from lingua.console import Progress
 from lingua.distributed.peers import Peers
 from lingua.distributed.process_group import (
-    find_place,
+    find_rank_info,
     first_given,
     from_main,
     pick_device,
@@ -145,7 +145,7 @@ def main(words: list[str]) -> int:
     if line.flags.get("help"):
         print(HELP)
         return 0
-    place = find_place()
+    place = find_rank_info()
     start_logging(place.rank, own_packages=("lingua", str(__package__)))
     checked = load(line, place.world_size, schema=TrainArgs)
     args, size = checked.args, checked.resolved

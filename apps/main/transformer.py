@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lingua.distributed.tensor_parallel import logits, whole
+from lingua.distributed.tensor_parallel import full_tensor, logits
 from lingua.model.attention import RowDocuments, build_mask
 from lingua.model.loss import Loss
 from lingua.model.transformer import (
@@ -71,9 +71,9 @@ class LMTransformer(nn.Module):
         x = self.norm(x)
         if labels is not None:
             assert loss is not None, "labels without a loss"
-            padded = {"n_words": self.args.vocab_size} if self.args.vocab_rows > self.args.vocab_size else {}
+            padded = {"vocab_size": self.args.vocab_size} if self.args.vocab_rows > self.args.vocab_size else {}
             return loss(x, self.output_weight, labels, **padded)
-        x = whole(x)
+        x = full_tensor(x)
         if select is not None:
             x = x[torch.arange(len(x), device=x.device), select].unsqueeze(1)
         return logits(x, self.output_weight)[..., : self.args.vocab_size]

@@ -51,11 +51,11 @@ def as_ours(source: Source, dtype: torch.dtype | None = None) -> list[Item]:
 
 
 def as_theirs(
-    source: Source, model: LlamaArgs, n_words: int | None = None, dtype: torch.dtype | None = None
+    source: Source, model: LlamaArgs, vocab_size: int | None = None, dtype: torch.dtype | None = None
 ) -> list[Item]:
     """The tensors of a Llama under Hugging Face's names, rows of heads in their order.
 
-    `n_words`: of embedding and head, only that many rows. Raises RunError when the source is not `model`.
+    `vocab_size`: of embedding and head, only that many rows. Raises RunError when the source is not `model`.
     """
     must_fit(source, model)
 
@@ -65,7 +65,7 @@ def as_theirs(
 
     items = []
     for name, shape in tensor_shapes(model, vocab_size_of(source)).items():
-        n_rows = min(shape[0], n_words or shape[0]) if name in (EMBEDDING, HEAD) else shape[0]
+        n_rows = min(shape[0], vocab_size or shape[0]) if name in (EMBEDDING, HEAD) else shape[0]
         take = partial(read, name, n_rows)
         items.append(Item(their_name(name), (n_rows, *shape[1:]), dtype or source.dtypes[name], take))
     return items

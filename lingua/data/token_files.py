@@ -84,7 +84,7 @@ def tokenize_file(
 ) -> dict[str, Any]:
     """Write the token file of a jsonl file; returns what its header says. `advance` hears of the bytes done."""
     source = JsonlSource(path.name, path, 1, fields=TextFields(text_key))
-    dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     columns = [array("q") for _ in range(4)]
     starts, ends, chars, tokens = columns
     n_documents = n_tokens = at = 0

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands among the others of its run."""
 
     rank: int = 0
@@ -48,10 +48,10 @@ class Place:
         return self.rank == 0
 
 
-def find_place(env: Mapping[str, str] = os.environ) -> Place:
+def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
     """This process's place: from torchrun (RANK, WORLD_SIZE, ...), else from the Slurm step, else alone."""
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(
+        return RankInfo(
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env.get("LOCAL_RANK", "0")),
@@ -60,11 +60,11 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
         )
     task = this_task(env)
     if task is None:
-        return Place()
+        return RankInfo()
     # Two runs on one node must not meet: the port follows from the job and its step.
     step = f"{task.job_id}.{env.get('SLURM_STEP_ID', '0')}"
     port = int(env.get("MASTER_PORT") or 20_000 + zlib.crc32(step.encode()) % 12_000)  # below the ephemeral ports
-    return Place(
+    return RankInfo(
         rank=task.rank,
         world_size=task.n_tasks,
         local_rank=task.local_rank,
@@ -73,7 +73,7 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place:
     )
 
 
-def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: Place) -> torch.device:
+def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: RankInfo) -> torch.device:
     """The device of this rank. Raises ValueError when a GPU is asked for and there is none for this rank."""
     n_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
@@ -85,7 +85,7 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: Place) -> torch.d
     return torch.device("cuda", place.local_rank if n_gpus > 1 else 0)
 
 
-def set_environment(args: EnvironmentArgs, place: Place, on_gpu: bool) -> None:
+def set_environment(args: EnvironmentArgs, place: RankInfo, on_gpu: bool) -> None:
     """Set what the user's shell has not set, and the CPU threads of torch to match."""
     threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     for name, value in args.model_dump().items():
@@ -97,7 +97,7 @@ def set_environment(args: EnvironmentArgs, place: Place, on_gpu: bool) -> None:
 class World:
     """A started run's processes."""
 
-    place: Place
+    rank_info: RankInfo
     device: torch.device
     mesh: DeviceMesh | None
     """Axes dp_replicate, dp_shard, tp. None: one process."""
@@ -110,12 +110,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        return self.place.is_main
+        return self.rank_info.is_main
 
 
 @contextmanager
 def start_world(
-    args: DistributedArgs, place: Place, device: torch.device, config: Mapping[str, Any]
+    args: DistributedArgs, place: RankInfo, device: torch.device, config: Mapping[str, Any]
 ) -> Iterator[World]:
     """Join the process group and lay out the mesh; leave the group on the way out.
 

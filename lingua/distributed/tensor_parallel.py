@@ -51,7 +51,7 @@ def _gather(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return gathered, *rest
 
 
-class SplitWords(RowwiseParallel):
+class VocabParallelEmbedding(RowwiseParallel):
     """Rows of an embedding; what it looks up arrives before it is handed on, since a compiled block would otherwise be
     compiled once for a stream that is on its way and once for one that is there."""
 
@@ -69,7 +69,9 @@ _TO_OWN = ColwiseParallel()
 _FROM_OWN = RowwiseParallel(output_layouts=_BY_POSITION, use_local_output=False)
 
 BLOCKS: Mapping[str, ParallelStyle] = {
-    r"tok_embeddings": SplitWords(input_layouts=Replicate(), output_layouts=_BY_POSITION, use_local_output=False),
+    r"tok_embeddings": VocabParallelEmbedding(
+        input_layouts=Replicate(), output_layouts=_BY_POSITION, use_local_output=False
+    ),
     r"layers\.\d+\.(attention_norm|ffn_norm)|norm": _NORM,
     r"layers\.\d+\.(attention|feed_forward)": GatherPositions(),
     r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])": _TO_OWN,
@@ -102,7 +104,7 @@ def split_model(model: nn.Module, mesh: DeviceMesh, rules: Mapping[str, Parallel
 # -- what a model calls: identities where nothing is split ---------------------------------------------------------
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """All positions of a stream that may be split. Collective."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -112,4 +114,4 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(weight, DTensor):
         return functional.linear(x, weight)
     spread = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
-    return whole(functional.linear(spread, weight))
+    return full_tensor(functional.linear(spread, weight))

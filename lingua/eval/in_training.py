@@ -101,7 +101,7 @@ class Beside(Evaluation):
 
 def own_evaluator(run: Run) -> OwnEvaluator:
     """The evaluator that a run with `async_eval_gpus` starts."""
-    args, place = run.args, run.world.place
+    args, place = run.args, run.world.rank_info
     assert args.eval is not None
     assert args.async_eval_gpus is not None
     slurm, devices = None, None

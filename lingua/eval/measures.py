@@ -28,7 +28,7 @@ from lingua.data.held_out import HeldOut, HeldOutText, ScoredRow, Wording, by_do
 from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.process_group import (
     World,
-    find_place,
+    find_rank_info,
     from_main,
     on_every_rank,
     pick_device,
@@ -133,7 +133,7 @@ def build_held_out(args: HeldOutArgs, run_args: TrainArgs, eval_args: EvalArgs) 
 
 def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured: MeasuredModel) -> HeldOutLoss:
     """Return the loss over all ranks, each of which scores its share."""
-    rank, n_ranks = measured.world.place.rank, measured.world.place.world_size
+    rank, n_ranks = measured.world.rank_info.rank, measured.world.rank_info.world_size
     loss, device = CrossEntropy(CrossEntropyArgs()), measured.world.device
 
     def parts() -> Iterator[HeldOut]:
@@ -179,7 +179,7 @@ def _batches(rows: list[ScoredRow], max_tokens: int) -> Iterator[tuple[np.ndarra
 @contextmanager
 def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]:
     """Join the other ranks of this command, and be ready to measure."""
-    place = find_place()
+    place = find_rank_info()
     start_logging(place.rank, own_packages=("lingua", "apps", app))
     if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
         be_offline()

@@ -40,7 +40,7 @@ class _Head:
         self._rows, self._positions, self._targets = rows, positions, targets  # (N,) each
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, n_words: int | None = None
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """hidden (B, S, D), weight (V, D) -> (nats (N,) fp64, whether the likeliest (N,))."""
         nats, greedy = [], []
@@ -48,7 +48,7 @@ class _Head:
             here = slice(start, start + CHUNK_TOKENS)
             targets = self._targets[here]
             x = hidden[self._rows[here], self._positions[here]].to(weight.dtype)  # (n, D)
-            logits = (x @ weight.t())[:, :n_words].float()  # (n, V)
+            logits = (x @ weight.t())[:, :vocab_size].float()  # (n, V)
             of_target = logits.gather(1, targets[:, None]).squeeze(1)
             nats.append((torch.logsumexp(logits, 1) - of_target).double())
             greedy.append(logits.argmax(1) == targets)

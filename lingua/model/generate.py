@@ -196,7 +196,7 @@ class Generator:
         active = rows
         while True:
             # A vocabulary padded for the kernels has ids that mean nothing.
-            tokens = sample(logits[:, -1, : self.tokenizer.n_words], args, random)
+            tokens = sample(logits[:, -1, : self.tokenizer.vocab_size], args, random)
             for row, token in zip(active, tokens.tolist(), strict=True):
                 row.add(token)
             going = [at for at, row in enumerate(active) if row.end is None]

@@ -32,7 +32,7 @@ _FP16_ROOM = 64.0
 
 
 LossOfLogits = Callable[[Tensor, Tensor, int | None, float, bool], tuple[Tensor, Tensor | None]]
-"""(logits, labels, n_words, z_loss, with_grad) -> (loss sum, gradient): `OwnWords.loss_of_logits` tells more."""
+"""(logits, labels, vocab_size, z_loss, with_grad) -> (loss sum, gradient): `VocabShard.loss_of_logits` tells more."""
 
 
 class Loss(Protocol):
@@ -41,9 +41,9 @@ class Loss(Protocol):
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
 
-        With a padded vocabulary (`model.vocab_multiple_of`) also `n_words=`: rows of the weight behind are no tokens.
+        With a padded vocabulary (`model.vocab_multiple_of`) also `vocab_size=`: later rows of the weight are no tokens.
         Under tensor parallelism hidden is a DTensor split by positions and weight one split by words, and every rank of
-        the mesh returns the same. A loss that can do that says so: `splits_words = True` in its Args.
+        the mesh returns the same. A loss that can do that says so: `vocab_parallel = True` in its Args.
         """
         ...
 
@@ -54,26 +54,26 @@ class CrossEntropy:
     def __init__(self, args: CrossEntropyArgs) -> None:
         self.z_loss = args.z_loss
         self.chunk_tokens = args.chunk_tokens
-        self._loss_of_logits: LossOfLogits = OwnWords().loss_of_logits
+        self._loss_of_logits: LossOfLogits = VocabShard().loss_of_logits
 
     def compile(self, backend: Any = "inductor") -> None:
         """What is between the matrix products becomes one or two kernels, which read the logits in the model's type."""
         self._loss_of_logits = torch.compile(_loss_of_logits_in_one_pass, backend=backend, dynamic=False)
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, n_words: int | None = None
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
         loss_of_logits = self._loss_of_logits
         if isinstance(weight, DTensor):
-            hidden, weight, own_words = _own_words(hidden, weight)
-            loss_of_logits = own_words.loss_of_logits
+            hidden, weight, vocab_shard = _vocab_shard(hidden, weight)
+            loss_of_logits = vocab_shard.loss_of_logits
         hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
         chunk = self.chunk_tokens or max(1, len(labels))
         with_grad = torch.is_grad_enabled()
         loss_sum: Any = _ChunkedCrossEntropy.apply(
-            hidden, weight, labels, n_words, dtype, chunk, self.z_loss, with_grad, loss_of_logits
+            hidden, weight, labels, vocab_size, dtype, chunk, self.z_loss, with_grad, loss_of_logits
         )
         return loss_sum, (labels != IGNORE).sum()
 
@@ -85,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
         labels: Tensor,  # (N,)
-        n_words: int | None,
+        vocab_size: int | None,
         dtype: torch.dtype,
         chunk_tokens: int,
         z_loss: float,
@@ -100,7 +100,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 x = hidden[rows].to(dtype)  # (n, D)
-                chunk_loss, logits_grad = loss_of_logits(x @ head.t(), labels[rows], n_words, z_loss, with_grad)
+                chunk_loss, logits_grad = loss_of_logits(x @ head.t(), labels[rows], vocab_size, z_loss, with_grad)
                 loss_sum += chunk_loss
                 if hidden_grad is not None and logits_grad is not None:
                     hidden_grad[rows] = logits_grad @ head
@@ -129,7 +129,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class OwnWords:
+class VocabShard:
     """This rank has the logits of the words from `first` on, the other ranks of the group those of the rest."""
 
     first: int = 0
@@ -140,7 +140,7 @@ class OwnWords:
         self,
         logits: Tensor,  # (n, V/t), of any type; overwritten
         labels: Tensor,  # (n,)
-        n_words: int | None,
+        vocab_size: int | None,
         z_loss: float,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -149,9 +149,9 @@ class OwnWords:
         Five passes over one fp32 copy of the logits; the exponentials are taken once.
         """
         dtype, logits = logits.dtype, logits.float()
-        if n_words is not None:
-            # exp(-inf) is 0: columns behind n_words have no part in the loss, and their gradients are exactly 0.
-            logits[:, max(n_words - self.first, 0) :] = float("-inf")
+        if vocab_size is not None:
+            # exp(-inf) is 0: columns behind vocab_size have no part in the loss, and their gradients are exactly 0.
+            logits[:, max(vocab_size - self.first, 0) :] = float("-inf")
         counted = labels != IGNORE
         target = torch.where(counted, labels, 0).long() - self.first  # (n,)
         # Where all words are here, a label that is none of them is an error of `gather` and not another rank's.
@@ -181,16 +181,16 @@ class OwnWords:
 
 
 def _loss_of_logits_in_one_pass(
-    logits: Tensor, labels: Tensor, n_words: int | None, z_loss: float, with_grad: bool
+    logits: Tensor, labels: Tensor, vocab_size: int | None, z_loss: float, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `OwnWords().loss_of_logits`, to be compiled.
+    """As `VocabShard().loss_of_logits`, to be compiled.
 
     Without a scattered write, which would end the pass over the logits, and without in-place operators: with them
     torch 2.10 summed up wrong losses (CPU, fp32).
     """
     dtype, logits = logits.dtype, logits.float()
-    if n_words is not None:
-        is_word = torch.arange(logits.shape[1], device=labels.device) < n_words
+    if vocab_size is not None:
+        is_word = torch.arange(logits.shape[1], device=labels.device) < vocab_size
         logits = torch.where(is_word, logits, float("-inf"))
     counted = labels != IGNORE
     target = torch.where(counted, labels, 0).long().unsqueeze(1)  # (n, 1)
@@ -205,7 +205,7 @@ def _loss_of_logits_in_one_pass(
     return loss_sum, (grad - (counted.unsqueeze(1) & (columns == target)).float()).to(dtype)
 
 
-def _own_words(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, OwnWords]:
+def _vocab_shard(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, VocabShard]:
     """(hidden of all positions, this rank's rows of the weight, which words those are). Collective."""
     assert isinstance(hidden, DTensor), "the head is split over ranks, but the stream is not"
     assert weight.placements == (Shard(0),), weight.placements
@@ -213,4 +213,4 @@ def _own_words(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, OwnWord
     # Each rank will know the gradient that comes by its own words; the sum of these is the gradient.
     everywhere = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
-    return everywhere, weight.to_local(), OwnWords(first, mesh.get_group())
+    return everywhere, weight.to_local(), VocabShard(first, mesh.get_group())

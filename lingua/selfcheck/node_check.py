@@ -29,7 +29,7 @@ from lingua.files import free_bytes, human_bytes
 from lingua.slurm import node_of_each_task, this_node_name
 
 if TYPE_CHECKING:
-    from lingua.distributed.process_group import Place
+    from lingua.distributed.process_group import RankInfo
 
 SHM = Path("/dev/shm")
 PROBE_BYTES = 16 << 20
@@ -149,7 +149,9 @@ def stdout_to_stderr() -> Iterator[None]:
         os.close(stdout)
 
 
-def check_together(place: Place, answer: Answer, device: Any, nodes: Sequence[str], within_s: float) -> Verdict | None:
+def check_together(
+    place: RankInfo, answer: Answer, device: Any, nodes: Sequence[str], within_s: float
+) -> Verdict | None:
     """Share the answers over a store on rank 0 and sum up once; the verdict on rank 0, None elsewhere.
 
     Raises torch's DistError where rank 0 cannot be reached.
@@ -236,9 +238,9 @@ def main(words: list[str]) -> int:
 
     import torch
 
-    from lingua.distributed.process_group import find_place, pick_device
+    from lingua.distributed.process_group import find_rank_info, pick_device
 
-    started_s, place = time.monotonic(), find_place()
+    started_s, place = time.monotonic(), find_rank_info()
     try:
         device = pick_device(given.device, place)
         alone = place.master is None and device.type == "cuda"

@@ -25,7 +25,7 @@ from lingua.config.keys.eval import HeldOutArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.files import DiskError, human_bytes
-from lingua.tokenizer import assumed_n_words
+from lingua.tokenizer import assumed_vocab_size
 from lingua.train.earlier import Earlier, read_earlier
 from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, tokenizer_is_there
 
@@ -213,8 +213,8 @@ def missing_paths(args: TrainArgs) -> Iterator[Finding]:
                 yield Finding("data.sources", text)
     tokenizer = args.data.tokenizer
     if tokenizer.path and not tokenizer_is_there(tokenizer):
-        n_words = assumed_n_words(tokenizer)
-        text = f"data.tokenizer.path {tokenizer.path} is not on this machine; assumed to have {n_words:,} tokens"
+        vocab_size = assumed_vocab_size(tokenizer)
+        text = f"data.tokenizer.path {tokenizer.path} is not on this machine; assumed to have {vocab_size:,} tokens"
         yield Finding("data.tokenizer.path", text)
     start = args.checkpoint.init_ckpt_path
     if start and not _place_of(start)[0].exists():
@@ -329,8 +329,8 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         yield Finding("distributed.tp_size", f"{text}, which does not divide data.seq_len {size.seq_len}; {remedy}")
     if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's way to split leaves a rank none
         yield Finding("distributed.tp_size", f"{text}, too many for a vocabulary of {size.vocab_size}; use fewer")
-    if n_ranks > 1 and not getattr(args.loss, "splits_words", False):
-        remedy = "use cross_entropy, or let it, and say splits_words = True in its Args"
+    if n_ranks > 1 and not getattr(args.loss, "vocab_parallel", False):
+        remedy = "use cross_entropy, or let it, and say vocab_parallel = True in its Args"
         yield Finding("loss.type", f"{text}, but the loss {args.loss.type} takes no head that is split; {remedy}")
 
 

@@ -111,7 +111,7 @@ class Learner:
     def __post_init__(self) -> None:
         self.precision = forward_precision(self.model, self.args.distributed, self.world.device)
         self.sums = StepSums(self.world.device)
-        n_positions = self.world.place.world_size * self.size.tokens_per_rank_step
+        n_positions = self.world.rank_info.world_size * self.size.tokens_per_rank_step
         self._n_positions = torch.full((), n_positions, dtype=torch.float64, device=self.world.device)
 
     @property

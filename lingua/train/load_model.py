@@ -11,7 +11,7 @@ from torch import nn
 from lingua.checkpoint.load_weights import load_weights, open_source
 from lingua.config.base import build_part
 from lingua.config.keys.train import TrainArgs
-from lingua.distributed.process_group import Place, pick_device
+from lingua.distributed.process_group import RankInfo, pick_device
 from lingua.tokenizer import Tokenizer, build_tokenizer
 from lingua.train.describe import config_of, described
 
@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 def load_described(path: str | Path, device: str | torch.device | None, dtype: torch.dtype | None) -> Loaded:
     """Load the model at `path` as the config beside it describes. See `lingua.load`."""
     config = described(config_of(str(path)))
-    where = pick_device("auto", Place()) if device is None else torch.device(device)
+    where = pick_device("auto", RankInfo()) if device is None else torch.device(device)
     model, tokenizer, _ = load_model(config, path, where, dtype or stored_dtype(path))
     return Loaded(model.eval(), tokenizer, config)
 
@@ -53,7 +53,7 @@ def load_model(
 
 def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model of `run_args`, whole and by itself, whose weights are to be filled in."""
-    vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.n_words
+    vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.vocab_size
     update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
     with torch.device("meta"):
         model: nn.Module = build_part(run_args.model.model_copy(update=update))

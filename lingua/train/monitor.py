@@ -82,7 +82,7 @@ class StepMonitor:
         if reduced is None:
             return
         facts, sums = reduced
-        n_ranks = self._run.world.place.world_size
+        n_ranks = self._run.world.rank_info.world_size
         means = {name: value / n_ranks for name, value in sums.items() if "/" in name}
         self.profiler.read(sums)
         self.note_stop(sums["stop"] > 0)

@@ -35,7 +35,7 @@ from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
 from lingua.data.loader import merge_states
 from lingua.data.sources import filled
-from lingua.distributed.process_group import Place, Ranks, World, pick_device, set_environment
+from lingua.distributed.process_group import RankInfo, Ranks, World, pick_device, set_environment
 from lingua.files import DISK, RunError
 from lingua.optim.update import grad_norm_and_clip_coef
 from lingua.profiling.first_nonfinite import Watch, first_nonfinite, grad_norms, nonfinite_names
@@ -168,10 +168,10 @@ def replay(
     checkpoint = find_checkpoint(past, args, step, start, origin)
     tell_other_starts(past, step, start, checkpoint)
 
-    device = pick_device(args.device, Place())
-    set_environment(args.env, Place(), on_gpu=device.type == "cuda")
+    device = pick_device(args.device, RankInfo())
+    set_environment(args.env, RankInfo(), on_gpu=device.type == "cuda")
     with ExitStack() as stack:
-        learner = load(past, args, size, World(Place(), device, mesh=None), checkpoint, stack)
+        learner = load(past, args, size, World(RankInfo(), device, mesh=None), checkpoint, stack)
         if learner.step >= step:
             raise ConfigError(f"--step {step}: the run began after step {learner.step}; choose a later one")
         way = go(learner, past, start, step - 1)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lingua.config.keys.data import TokenizerArgs, default_lanes
 from lingua.config.keys.train import TrainArgs
-from lingua.tokenizer import assumed_n_words, build_tokenizer
+from lingua.tokenizer import assumed_vocab_size, build_tokenizer
 
 DEFAULT_STEPS = 1000
 
@@ -169,21 +169,21 @@ def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
 
 def _vocab_size(args: TrainArgs, found: Study) -> int:
     """V: the model's own, else the tokenizer's, else what its name lets assume."""
-    n_words, known = _n_words(args.data.tokenizer)
+    vocab_size, known = _tokenizer_vocab_size(args.data.tokenizer)
     stated = args.model.vocab_size
-    if stated > 0 and stated < n_words and known:
-        text = f"model.vocab_size is {stated}, but the tokenizer has {n_words} tokens; set it to {n_words} or to -1"
+    if stated > 0 and stated < vocab_size and known:
+        text = f"model.vocab_size is {stated}, but the tokenizer has {vocab_size} tokens; set it to that or to -1"
         found.errors.append(Finding("model.vocab_size", text))
     if stated == 0:
-        found.errors.append(Finding("model.vocab_size", f"model.vocab_size is 0; set it to {n_words} or to -1"))
-    return stated if stated > 0 else n_words
+        found.errors.append(Finding("model.vocab_size", f"model.vocab_size is 0; set it to {vocab_size} or to -1"))
+    return stated if stated > 0 else vocab_size
 
 
-def _n_words(args: TokenizerArgs) -> tuple[int, bool]:
+def _tokenizer_vocab_size(args: TokenizerArgs) -> tuple[int, bool]:
     """(vocabulary, whether it was read from the file)."""
     if args.name != "bytes" and not tokenizer_is_there(args):
-        return assumed_n_words(args), False
-    return build_tokenizer(args).n_words, True
+        return assumed_vocab_size(args), False
+    return build_tokenizer(args).vocab_size, True
 
 
 def tokenizer_is_there(args: TokenizerArgs) -> bool:

@@ -75,7 +75,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
 
     try:
         attempt = from_main(begin)
-        handler = log_to_folder(path, world.place.rank)
+        handler = log_to_folder(path, world.rank_info.rank)
         try:
             yield RunFolder(path, attempt, lock)
         except Exception as error:
@@ -153,7 +153,7 @@ def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
         n_steps=size.n_steps,
         tokens_per_step=size.tokens_per_step,
         flops_per_token=size.flops_per_token,
-        n_devices=world.place.world_size,
+        n_devices=world.rank_info.world_size,
         peak_flops=None if peak is None else peak.flops_per_s,
         recomputed_flops_per_token=_recomputed_flops(args, world),
     )

@@ -27,7 +27,7 @@ from lingua.tokenizer import (
     ByteTokenizer,
     Tokenizer,
     TokenizerError,
-    assumed_n_words,
+    assumed_vocab_size,
     build_tokenizer,
     ranks_kind,
     tokenizer_fingerprint,
@@ -94,7 +94,7 @@ def tokenizer(request: pytest.FixtureRequest, files: dict[str, Path]) -> Tokeniz
 def test_begin_and_end_are_added_when_asked_for_and_text_never_spells_them(tokenizer: Tokenizer, text: str) -> None:
     plain = tokenizer.encode(text, False, False)
     assert plain.dtype == np.int32
-    assert all(0 <= token < tokenizer.n_words for token in plain)
+    assert all(0 <= token < tokenizer.vocab_size for token in plain)
     assert tokenizer.bos_id not in plain
     assert tokenizer.eos_id not in plain
     both = tokenizer.encode(text, True, True).tolist()
@@ -133,7 +133,7 @@ def test_agreement_with_the_original_libraries(files: dict[str, Path]) -> None:
     assert (ours["sp"].bos_id, ours["sp"].eos_id) == (model.bos_id(), model.eos_id())
     assert (ours["hf"].bos_id, ours["hf"].eos_id) == (0, 1)
     assert (ours["tiktoken"].bos_id, ours["tiktoken"].eos_id) == (len(ranks), len(ranks) + 1)
-    assert ours["tiktoken"].n_words == len(ranks) + 256
+    assert ours["tiktoken"].vocab_size == len(ranks) + 256
 
 
 def test_hf_declares_its_special_tokens_beside_the_file(files: dict[str, Path], tmp_path: Path) -> None:
@@ -181,10 +181,10 @@ def test_llama_3_and_unknown_rank_files_have_their_special_tokens_behind_the_ran
 
 def test_every_id_has_a_text(files: dict[str, Path]) -> None:
     tokenizer = build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
-    for token in range(256, tokenizer.n_words):
+    for token in range(256, tokenizer.vocab_size):
         assert tokenizer.decode([token])
-    assert tokenizer.decode([tokenizer.n_words - 256]) == "<|begin_of_text|>"
-    assert tokenizer.decode([tokenizer.n_words - 1]).startswith("<|reserved_special_token_")
+    assert tokenizer.decode([tokenizer.vocab_size - 256]) == "<|begin_of_text|>"
+    assert tokenizer.decode([tokenizer.vocab_size - 1]).startswith("<|reserved_special_token_")
 
 
 def test_text_that_makes_the_tokenizer_panic(files: dict[str, Path]) -> None:
@@ -225,7 +225,7 @@ def test_fingerprint_is_name_and_content(files: dict[str, Path], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "n_words"),
+    ("name", "path", "vocab_size"),
     [
         ("bytes", None, 258),
         ("tiktoken", "/x/llama3/tokenizer.model", 128256),
@@ -235,8 +235,8 @@ def test_fingerprint_is_name_and_content(files: dict[str, Path], tmp_path: Path)
         ("hf", "somewhere", 128256),
     ],
 )
-def test_assumed_vocabulary(name: Any, path: str | None, n_words: int) -> None:
-    assert assumed_n_words(TokenizerArgs(name=name, path=path)) == n_words
+def test_assumed_vocabulary(name: Any, path: str | None, vocab_size: int) -> None:
+    assert assumed_vocab_size(TokenizerArgs(name=name, path=path)) == vocab_size
 
 
 def test_importing_it_is_cheap() -> None:

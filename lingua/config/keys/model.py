@@ -205,7 +205,7 @@ class CrossEntropyArgs(Part):
     """Next-token cross-entropy (lingua/model/loss.py)."""
 
     builder: ClassVar[str] = "lingua.model.loss:CrossEntropy"
-    splits_words: ClassVar[bool] = True  # takes a head whose words are spread over ranks: tensor parallelism
+    vocab_parallel: ClassVar[bool] = True  # takes a head whose words are spread over ranks: tensor parallelism
 
     type: Literal["cross_entropy"] = "cross_entropy"
     z_loss: Annotated[float, Field(ge=0)] = 0.0

@@ -77,9 +77,9 @@ def theirs(folder: Path, **more: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def assert_same_function(ours: nn.Module, other: nn.Module, n_words: int = 258) -> None:
+def assert_same_function(ours: nn.Module, other: nn.Module, vocab_size: int = 258) -> None:
     tokens = torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = ours(tokens)[..., :n_words]
+    expected = ours(tokens)[..., :vocab_size]
     torch.testing.assert_close(other(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import CrossEntropyArgs
 from lingua.distributed.parallelize import parallelize, recomputed
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 from lingua.eval.scorer import Row, Scorer
 from lingua.model.loss import CrossEntropy
 from lingua.model.transformer import KVCache
@@ -109,7 +109,7 @@ def test_flops_are_those_that_torch_counts(keys: dict[str, Any]) -> None:
     model, (tokens, _) = build(attn_impl="eager", **keys), batch()
     if full:
         parallelize(
-            model, DistributedArgs(full_activation_checkpointing=True), World(Place(), torch.device("cpu"), None)
+            model, DistributedArgs(full_activation_checkpointing=True), World(RankInfo(), torch.device("cpu"), None)
         )
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
@@ -162,7 +162,7 @@ def test_selective_checkpointing_keeps_what_varlen_returns(checkpointing: str, n
     give_varlen_a_cpu()
     model, (tokens, labels) = build(attn_impl="varlen"), batch()
     args = DistributedArgs.model_validate({f"{checkpointing}_activation_checkpointing": True})
-    parallelize(model, args, World(Place(), torch.device("cpu"), None))
+    parallelize(model, args, World(RankInfo(), torch.device("cpu"), None))
     packed_kernels.CALLS.clear()
     loss_sum, _ = model(tokens, labels=labels, documents=row_documents([[0] * 9 + [1] * 15, [0] * 24]), loss=LOSS)
     loss_sum.backward()

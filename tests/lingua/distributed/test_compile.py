@@ -20,7 +20,7 @@ from lingua.distributed import compile as compiling
 from lingua.distributed import parallelize as parallel
 from lingua.distributed.compile import INDUCTOR, TRITON, compile_model, keep_compiled_code, let_length_vary
 from lingua.distributed.parallelize import forward_precision, parallelize
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 from lingua.model.attention import RowDocuments
 from lingua.model.loss import CrossEntropy
 from tests.packed_kernels import give_varlen_a_cpu, row_documents
@@ -60,7 +60,7 @@ def build(impl: AttnImpl = "sdpa", **keys: Any) -> tuple[LMTransformer, Distribu
                 dim=16, n_layers=4, n_heads=2, vocab_size=40, multiple_of=16, max_seqlen=16, attn_impl=impl
             )
         )
-    model = parallelize(model, args, World(Place(), torch.device("cpu"), mesh=None))
+    model = parallelize(model, args, World(RankInfo(), torch.device("cpu"), mesh=None))
     model.to_empty(device="cpu")
     model.init_weights(1)
     return model, args
@@ -136,11 +136,11 @@ def test_the_whole_model_needs_one_process():
     model: Any = LMTransformer(LMTransformerArgs(dim=16, n_layers=1, n_heads=2, vocab_size=8))
     args = DistributedArgs(compile=True, compile_scope="model")
     with pytest.raises(ValueError, match="needs one process"):
-        parallelize(model, args, World(Place(), torch.device("cpu"), mesh=mesh))
+        parallelize(model, args, World(RankInfo(), torch.device("cpu"), mesh=mesh))
 
 
-@pytest.mark.parametrize("n_words", [None, pytest.param(37, marks=pytest.mark.soak)])
-def test_a_compiled_loss_is_the_loss(n_words: int | None):
+@pytest.mark.parametrize("vocab_size", [None, pytest.param(37, marks=pytest.mark.soak)])
+def test_a_compiled_loss_is_the_loss(vocab_size: int | None):
     hidden, weight = torch.randn(2, 8, 16), torch.randn(40, 16)
     labels = torch.randint(37, (2, 8))
     labels[0, :3] = -100
@@ -150,7 +150,7 @@ def test_a_compiled_loss_is_the_loss(n_words: int | None):
         if compiled:
             loss.compile(backend)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss_sum, _ = loss(h, w, labels, n_words=n_words)
+        loss_sum, _ = loss(h, w, labels, vocab_size=vocab_size)
         loss_sum.backward()
         found.append((loss_sum, h.grad, w.grad))
     assert backend.graphs == 1  # for four chunks

@@ -5,10 +5,10 @@ import torch
 
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.distributed.process_group import (
-    Place,
     RankError,
+    RankInfo,
     StepReduce,
-    find_place,
+    find_rank_info,
     from_main,
     on_every_rank,
     pick_device,
@@ -36,36 +36,36 @@ SLURM = {
 
 
 def test_torchrun_says_where_we_are():
-    assert find_place(TORCHRUN) == Place(5, 8, 1, 4, ("head", 1234))
+    assert find_rank_info(TORCHRUN) == RankInfo(5, 8, 1, 4, ("head", 1234))
 
 
 def test_torchrun_inside_slurm_wins_over_the_task():
-    assert find_place(SLURM | TORCHRUN).world_size == 8
+    assert find_rank_info(SLURM | TORCHRUN).world_size == 8
 
 
 def test_a_slurm_step_says_where_we_are():
-    place = find_place(SLURM)
+    place = find_rank_info(SLURM)
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
     assert place.master is not None
     assert place.master[0] == "n1"
 
 
 def test_two_jobs_and_two_steps_do_not_meet_at_one_port():
-    places = [find_place(SLURM | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job in "789" for step in "01"]
+    places = [find_rank_info(SLURM | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job in "789" for step in "01"]
     assert len({place.master for place in places}) == len(places)
 
 
 @pytest.mark.parametrize("env", [{}, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}])
 def test_otherwise_we_are_alone(env: dict[str, str]):
-    assert find_place(env) == Place()
+    assert find_rank_info(env) == RankInfo()
 
 
 def test_a_gpu_that_is_not_there_is_refused_with_the_remedy():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match="device=cpu"):
-        pick_device("cuda", Place())
-    assert pick_device("auto", Place()) == torch.device("cpu")
+        pick_device("cuda", RankInfo())
+    assert pick_device("auto", RankInfo()) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

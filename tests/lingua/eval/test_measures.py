@@ -15,7 +15,7 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs, HarnessArgs, HeldOutArgs
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.data.held_out import ScoredRow, Wording, windows
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 from lingua.eval.measures import MeasuredModel, Measures, build_held_out
 from lingua.model.generate import Generator
 from lingua.tokenizer import ByteTokenizer
@@ -35,10 +35,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def found_in(file: Path, *, max_tokens: int = 500, place: Place | None = None, **keys: Any) -> dict[str, float]:
+def found_in(file: Path, *, max_tokens: int = 500, place: RankInfo | None = None, **keys: Any) -> dict[str, float]:
     model = tiny()
     generator = Generator(model, ByteTokenizer(), GeneratorArgs(dtype="fp32", max_tokens=max_tokens))
-    world = World(place or Place(), next(model.parameters()).device, mesh=None)
+    world = World(place or RankInfo(), next(model.parameters()).device, mesh=None)
     args = HeldOutArgs(use_val_from_train_src=False, sources=[str(file)], **keys)
     measure = build_held_out(args, TrainArgs.model_validate({"data": {"seq_len": CONTEXT}}), EvalArgs())
     return dict(measure(MeasuredModel(model, ByteTokenizer(), generator, WORDING, world, lambda: None)))
@@ -68,7 +68,7 @@ def test_the_loss_is_that_of_a_plain_loop(file: Path, context: str) -> None:
 def test_the_same_number_on_any_batch_size_and_any_number_of_ranks(file: Path, context: str) -> None:
     expected = pytest.approx(found_in(file, context=context, max_tokens=1), rel=1e-6)
     assert found_in(file, context=context, max_tokens=50) == expected
-    on_ranks = run_on_ranks(lambda r: found_in(file, context=context, place=Place(r, 3)), 3)
+    on_ranks = run_on_ranks(lambda r: found_in(file, context=context, place=RankInfo(r, 3)), 3)
     assert on_ranks == [expected] * 3
 
 
@@ -83,7 +83,7 @@ def test_each_token_is_scored_once_whatever_the_stride(file: Path) -> None:
 def test_nothing_to_measure_is_an_error(file: Path) -> None:
     with pytest.raises(ValueError, match="validation/x: there is no text to score"):
         HeldOutLoss().metrics("validation/x")
-    world = World(Place(), next(tiny().parameters()).device, mesh=None)
+    world = World(RankInfo(), next(tiny().parameters()).device, mesh=None)
     for keys, sentence in [
         ({"validation": None}, "nothing is measured"),
         ({"validation": None, "measures": [HarnessArgs()]}, "names no tasks"),

@@ -15,7 +15,7 @@ from apps.main.transformer import LMTransformer
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import CrossEntropyArgs
 from lingua.distributed.parallelize import forward_precision, parallelize
-from lingua.distributed.process_group import Place, World
+from lingua.distributed.process_group import RankInfo, World
 from lingua.model import float8
 from lingua.model.float8 import RECIPES, Float8Linear, convert, quantize, refusal
 from lingua.model.loss import CrossEntropy
@@ -221,7 +221,7 @@ def test_where_it_can_run(device: str, capability: tuple[int, int], said: str | 
 def test_a_model_on_a_cpu_is_refused():
     args = DistributedArgs(float8_recipe="tensorwise")
     with pytest.raises(ValueError, match="float8_recipe tensorwise: float8 products need a CUDA device"):
-        parallelize(build(), args, World(Place(), torch.device("cpu"), mesh=None))
+        parallelize(build(), args, World(RankInfo(), torch.device("cpu"), mesh=None))
 
 
 def gradients(model: nn.Module, args: DistributedArgs, rows: slice) -> dict[str, Tensor]:
@@ -240,7 +240,7 @@ def _whole(tensor: Tensor) -> Tensor:
 def test_recomputed_blocks_give_the_same_gradients(checkpointing: str, recipe: float8.Recipe, monkeypatch: Any):
     monkeypatch.setattr(float8, "refusal", lambda *_: None)
     name: Any = "rowwise" if recipe.per_row else "tensorwise"
-    world = World(Place(), torch.device("cpu"), mesh=None)
+    world = World(RankInfo(), torch.device("cpu"), mesh=None)
     found = []
     for chosen in (False, True):
         args = DistributedArgs.model_validate({"float8_recipe": name, checkpointing: chosen})
@@ -256,11 +256,11 @@ def test_sharded_ranks_average_what_each_would_find_alone(monkeypatch: pytest.Mo
 
     def on_rank(rank: int) -> dict[str, Tensor]:
         mesh = torch.distributed.init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-        world = World(Place(rank, 2), torch.device("cpu"), mesh, rank, 2)
+        world = World(RankInfo(rank, 2), torch.device("cpu"), mesh, rank, 2)
         model: Any = parallelize(build(), args, world)
         return gradients(ready(model), args, slice(rank, rank + 1))
 
-    world = World(Place(), torch.device("cpu"), mesh=None)
+    world = World(RankInfo(), torch.device("cpu"), mesh=None)
     alone: list[Any] = [ready(parallelize(build(), args, world)) for _ in range(2)]  # pyright: ignore[reportArgumentType]
     each = [gradients(model, args, slice(rank, rank + 1)) for rank, model in enumerate(alone)]
     for found in run_on_ranks(on_rank, 2):

@@ -68,7 +68,7 @@ def test_tiktoken(tmp_path: Path, ranks_file: Path) -> None:
     model = written(args, tmp_path)
     check(args, model)
     ours = build_tokenizer(args)
-    assert model.get_vocab_size() == ours.n_words
+    assert model.get_vocab_size() == ours.vocab_size
     assert model.encode("").ids == [ours.bos_id]
     settings = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
     assert (settings["bos_token"], settings["eos_token"]) == ("<|begin_of_text|>", "<|end_of_text|>")

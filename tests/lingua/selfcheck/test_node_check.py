@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lingua.distributed.process_group import Place
+from lingua.distributed.process_group import RankInfo
 from lingua.selfcheck.node_check import (
     Answer,
     Verdict,
@@ -92,7 +92,7 @@ def together(present: list[int], n_ranks: int, within_s: float) -> dict[int, Ver
     verdicts: Any = context.Queue()
 
     def act(rank: int) -> None:
-        place = Place(rank, n_ranks, master=("127.0.0.1", port))
+        place = RankInfo(rank, n_ranks, master=("127.0.0.1", port))
         answer = Answer(nodes[rank], [])
         verdicts.put((rank, check_together(place, answer, torch.device("cpu"), nodes, within_s)))
 
