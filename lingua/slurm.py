@@ -37,10 +37,10 @@ class SlurmTask:
 
 
 def this_task(env: Mapping[str, str]) -> SlurmTask | None:
-    """The task this process is, or None when no `srun` of several tasks started it.
+    """Return the task that this process is, or None if no `srun` of several tasks started it.
 
-    Slurm sets SLURM_NTASKS in every shell of an allocation, also where a bare `python` was typed and no other rank
-    will ever come; SLURM_STEP_NUM_TASKS is set for the tasks of a step only.
+    SLURM_NTASKS is set in every shell of an allocation, also for a plain `python` that no other rank will ever join;
+    SLURM_STEP_NUM_TASKS is set for the tasks of a step only.
     """
     n_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if n_tasks <= 1 or "SLURM_PROCID" not in env:
@@ -64,21 +64,21 @@ class Allocation:
 
     job_id: str
     restarts: int
-    """Times it was requeued."""
+    """How often it was requeued."""
     n_nodes: int
     n_tasks: int
     cpus_per_task: int | None
     array_task: str = ""
-    """`4711_3`, where the job is a task of an array."""
+    """`4711_3` if the job is a task of an array."""
 
     @property
     def address(self) -> str:
-        """What Slurm's commands call this job. An array's last task has the id of the array, which means all tasks."""
+        """The job's name in commands: the last task of an array has the id of the array, which means all tasks."""
         return self.array_task or self.job_id
 
 
 def this_allocation(env: Mapping[str, str]) -> Allocation | None:
-    """The allocation of this process, or None outside Slurm."""
+    """Return the allocation of this process, or None outside Slurm."""
     if not env.get("SLURM_JOB_ID"):
         return None
     n_nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
@@ -86,7 +86,7 @@ def this_allocation(env: Mapping[str, str]) -> Allocation | None:
     return Allocation(
         *this_job(env),
         n_nodes=n_nodes,
-        # SLURM_NTASKS is that of the submission, also where a requeued job was given fewer nodes.
+        # SLURM_NTASKS is that of the submission, even if a requeued job got fewer nodes.
         n_tasks=n_nodes * int(per_node) if per_node else int(env.get("SLURM_NTASKS") or n_nodes),
         cpus_per_task=int(cpus) if cpus else None,
         array_task=f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if (task := env.get("SLURM_ARRAY_TASK_ID")) else "",
@@ -94,22 +94,22 @@ def this_allocation(env: Mapping[str, str]) -> Allocation | None:
 
 
 def this_node(env: Mapping[str, str]) -> tuple[int, int]:
-    """(number of this node, nodes) of the step; (0, 1) outside one."""
+    """Return (number of this node, nodes) of the step; (0, 1) outside one."""
     return int(env.get("SLURM_NODEID", "0")), int(env.get("SLURM_STEP_NUM_NODES", "1"))
 
 
 def this_node_name(env: Mapping[str, str]) -> str:
-    """Slurm's name of this node, which `--exclude` understands; the host's own outside Slurm."""
+    """Return Slurm's name of this node, which `--exclude` understands, or the host's own outside Slurm."""
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def this_job(env: Mapping[str, str]) -> tuple[str, int]:
-    """(job id, times it was requeued); ("", 0) outside Slurm."""
+    """Return (job id, how often it was requeued); ("", 0) outside Slurm."""
     return env.get("SLURM_JOB_ID", ""), int(env.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _expand_counts(text: str) -> list[int]:
-    """Slurm's short form of counts per node: `8(x2),4` -> [8, 8, 4]."""
+    """Expand counts per node: `8(x2),4` -> [8, 8, 4]."""
     found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in text.split(",")]
     if None in found:
         raise ValueError(f"tasks per node {text!r} cannot be read")
@@ -117,10 +117,10 @@ def _expand_counts(text: str) -> list[int]:
 
 
 def job_end_s(env: Mapping[str, str], grace_s: float | None, asked_at_s: float) -> float | None:
-    """When a job that was asked to stop ends, in seconds since the epoch; None: nobody knows.
+    """Return when a job that was asked to stop will be killed, in seconds since the epoch, or None if unknown.
 
-    SLURM_JOB_END_TIME is its time limit (sbatch(1), "output environment variables"). A preemption ends it sooner, by a
-    grace that the job is not told: `grace_s`.
+    SLURM_JOB_END_TIME is its time limit (sbatch(1), "output environment variables"). A preemption kills it sooner,
+    after a grace that no variable holds: `grace_s`.
     """
     limits = [] if grace_s is None else [asked_at_s + grace_s]
     if env.get("SLURM_JOB_END_TIME", "").isdigit():
@@ -129,7 +129,7 @@ def job_end_s(env: Mapping[str, str], grace_s: float | None, asked_at_s: float) 
 
 
 def node_of_each_task(env: Mapping[str, str]) -> list[str]:
-    """The node of every task of this step, by rank, as `--distribution=block` lays them out; [] outside a step."""
+    """Return the node of each task of this step, as `--distribution=block` places them; [] outside a step."""
     if "SLURM_STEP_NODELIST" not in env:
         return []
     nodes = expand_hosts(env["SLURM_STEP_NODELIST"])
@@ -138,7 +138,7 @@ def node_of_each_task(env: Mapping[str, str]) -> list[str]:
 
 
 def expand_hosts(node_list: str) -> list[str]:
-    """`gpu[003-004,9],x1` -> ["gpu003", "gpu004", "gpu9", "x1"]."""
+    """Expand a node list: `gpu[003-004,9],x1` -> ["gpu003", "gpu004", "gpu9", "x1"]."""
     hosts = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):
         prefix, _, rest = part.partition("[")
@@ -159,13 +159,13 @@ _OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 def job_script(name: str, asked: JobArgs, lines: Sequence[str], *, array: str = "", note: str = "") -> str:
-    """The text of a job script; `array`: `1-3%2`. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
+    """Write a job script (`array`: `1-3%2`). Raises ConfigError for a setting that an #SBATCH line cannot hold."""
     options = (f"#SBATCH {option}" for option in _sbatch_options(name, asked, array))
     return "\n".join(["#!/usr/bin/env bash", *([note] if note else []), *options, *lines, ""])
 
 
 def code_lines(base_dir: Path, code: Path, command: Sequence[str]) -> list[str]:
-    """Lines of a job script that run one command in `base_dir` with the modules of `code`."""
+    """Return the lines of a job script that run one command in `base_dir` with the modules of `code`."""
     return [
         f"cd -- {shlex.quote(str(base_dir))} || exit 2",
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -209,7 +209,7 @@ def _quoted(name: str, value: str) -> str:
 
 
 def log_pattern(folder: Path, name: str) -> str:
-    """A file in `folder` for the output of a job or step; `name` may hold %t (task) and %n (node)."""
+    """Name a file in `folder` for the output of a job or step; `name` may hold %t (task) and %n (node)."""
     return str(folder).replace("%", "%%") + f"/%j.{name}.out"
 
 
@@ -225,14 +225,14 @@ def step_command(
     end_together: bool = False,
     shares: bool = False,
 ) -> list[str]:
-    """Run `command` as a step of this job, once per task.
+    """Return the command that runs `command` as a step of this job, once per task.
 
     `wait_s`: how long tasks may outlive the first that ends. `end_together`: a task that fails ends the others.
-    `shares`: the step takes nothing of what other steps need.
+    `shares`: the step takes nothing that other steps need.
 
-    GPUs asked for per node are bound to no task: every rank sees all those of its node, as NCCL's direct path needs.
-    `--gpu-bind=none` would do more: it unsets CUDA_VISIBLE_DEVICES (Slurm 22.05), and then two jobs that share a node
-    without device cgroups take the same GPUs.
+    GPUs of a node are not bound to tasks: NCCL's direct path needs every rank to see all of them. `--gpu-bind=none`
+    would do more: it unsets CUDA_VISIBLE_DEVICES (Slurm 22.05), and two jobs that share a node without device cgroups
+    would take the same GPUs.
     """
     named = {
         "job-name": name,
@@ -249,7 +249,7 @@ def step_command(
 
 
 def outside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that belongs to no job, even if this one does."""
+    """Return the environment for a process that belongs to no job, even if this one does."""
     return {name: value for name, value in env.items() if not name.startswith("SLURM_") or name in _OF_CLUSTER}
 
 
@@ -260,7 +260,7 @@ Runner = Callable[..., str]
 
 
 def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
-    """Output of a Slurm command. Raises RunError with Slurm's own words."""
+    """Run a Slurm command and return its output. Raises RunError with Slurm's own words."""
     try:
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
     except FileNotFoundError:
@@ -273,7 +273,7 @@ def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, time
 
 
 def ask_slurm(words: Sequence[str], timeout_s: float = 5.0) -> str:
-    """Output of a Slurm command that is not worth a long wait; empty where there is none."""
+    """Run a Slurm command that is not worth a long wait; returns "" if it fails."""
     try:
         return run_command(words, timeout_s=timeout_s)
     except (OSError, RunError):
@@ -286,7 +286,7 @@ def must_be_there() -> None:
 
 
 def can_submit(env: Mapping[str, str]) -> bool:
-    """Whether this process is within a job and can submit others."""
+    """Return whether this process is within a job and can submit others."""
     return bool(this_job(env)[0]) and shutil.which("sbatch", path=env.get("PATH")) is not None
 
 
@@ -303,8 +303,8 @@ def submit(
 ) -> str:
     """Submit a job script that begins in `folder`; returns the job's id. Raises RunError.
 
-    `output`: file of what it prints, of `log_pattern`; default: slurm-ID.out in `folder`. `once`: the job's name; if
-    such a job waits or runs already, it is not submitted again and its id is returned.
+    `output`: a `log_pattern`; by default slurm-ID.out in `folder`. `once`: the job's name; if a job of this name waits
+    or runs already, nothing is submitted and its id is returned.
     """
     if once and (known := jobs_named(once, run)):
         return known[0]
@@ -314,17 +314,14 @@ def submit(
 
 
 def _not_overruled(asked: JobArgs, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the SBATCH_* variables (of a site file, say) that the config is more exact than.
-
-    sbatch lets them overrule #SBATCH lines.
-    """
+    """Return the environment without the SBATCH_* variables of keys that are set: they would overrule #SBATCH lines."""
     names = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
     set_here = {names.get(key, f"SBATCH_{key.upper()}") for key, value in asked.model_dump().items() if value}
     return {name: value for name, value in env.items() if name not in set_here}
 
 
 def jobs_named(name: str, run: Runner = run_command) -> list[str]:
-    """Ids of this user's jobs of that name that wait or run. Raises RunError when the controller does not answer."""
+    """Return the ids of this user's jobs of that name that wait or run. Raises RunError if Slurm does not answer."""
     return run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).split()
 
 
@@ -356,8 +353,7 @@ def requeue(
 ) -> None:
     """Put the job with this `Allocation.address` back into the queue, away from the nodes of `exclude`.
 
-    This process is killed soon after. Nodes can be excluded of a pending job only: so first the one, then, before the
-    kill, the other.
+    This process is killed soon after. Nodes can only be excluded once the job is pending, so that comes second.
     """
     for pause_s in (*REQUEUE_PAUSES_S, None):
         try:
@@ -387,7 +383,7 @@ class JobState:
 
     @property
     def cancelled(self) -> bool:
-        """Somebody, or Slurm, is already ending it: a cancelled job must not come back by our hand.
+        """Somebody, or Slurm, is already ending it: we must not requeue a cancelled job.
 
         Seen in Slurm 22.05: after `scancel` a job is COMPLETING while its tasks still run; a preempted one in its
         grace and one before its time limit are RUNNING; what Slurm requeues by itself is COMPLETING too.
@@ -405,7 +401,7 @@ class JobState:
 
 
 def job_state(address: str, run: Runner = run_command) -> JobState:
-    """Of the job with this `Allocation.address`. Raises RunError when the controller does not answer."""
+    """Return the state of the job with this `Allocation.address`. Raises RunError if Slurm does not answer."""
     facts = _shown("job", address, run)
     try:
         ends_at_s = datetime.fromisoformat(facts.get("EndTime", "")).timestamp()
@@ -419,14 +415,14 @@ def _shown(kind: str, name: str, run: Runner) -> dict[str, str]:
 
 
 def cluster_config(run: Runner = run_command) -> dict[str, str]:
-    """Settings of the cluster by name."""
+    """Return the settings of the cluster by name."""
     pairs = (line.partition("=") for line in run(["scontrol", "show", "config"]).splitlines() if "=" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the cluster grants a job. None: it does not say."""
+    """What the cluster grants a job; None where it does not say."""
 
     grace_s: float | None = None
     """Between the notice of a preemption and the kill, in the job's partition."""
@@ -436,7 +432,7 @@ class Limits:
 
 
 def limits_of(address: str, run: Runner = run_command) -> Limits:
-    """The limits of a job. Raises RunError when the controller does not answer."""
+    """Return the limits of a job. Raises RunError if Slurm does not answer."""
     name = _shown("job", address, run).get("Partition")
     partition = _shown("partition", name, run) if name else {}
     cluster = cluster_config(run)
@@ -453,26 +449,26 @@ class SlurmJob:
     state: str
     """RUNNING, PENDING, CANCELLED by 1000, ..."""
     reason: str = ""
-    """Why it waits or ended, in Slurm's word."""
+    """Why it waits or ended, in Slurm's words."""
     left: str = ""
-    """Of its time limit, as Slurm writes it."""
+    """What is left of its time limit, as Slurm writes it."""
     nodes: str = ""
     array_task: str = ""
-    """`4711_3`, where it is a task of an array."""
+    """`4711_3` if it is a task of an array."""
 
     @property
     def is_waiting(self) -> bool:
-        """In the queue: it will start, or start again, by itself."""
+        """Whether it is in the queue and will start by itself."""
         return self.state in _WAITING
 
     @property
     def is_there(self) -> bool:
-        """It waits or runs: not over."""
+        """Whether it waits or runs."""
         return self.is_waiting or self.state in _RUNNING
 
 
 def jobs_in_queue(run: Runner = ask_slurm) -> dict[str, SlurmJob]:
-    """This user's jobs that wait, run, or ended a moment ago, by id; tasks of arrays also as `4711_3`.
+    """Return this user's jobs that wait, run, or ended a moment ago, by id; tasks of arrays also as `4711_3`.
 
     Tasks that never started have no id of their own yet.
     """
@@ -482,7 +478,7 @@ def jobs_in_queue(run: Runner = ask_slurm) -> dict[str, SlurmJob]:
 
 
 def job_of(job_id: str, queue: dict[str, SlurmJob], run: Runner = ask_slurm) -> SlurmJob | None:
-    """A job, from the queue or from Slurm's accounts; None when Slurm does not know it (any more)."""
+    """Look a job up in the queue, then in Slurm's accounts; None if Slurm does not know it (any more)."""
     if not job_id or job_id in queue:
         return queue.get(job_id)
     text = run(

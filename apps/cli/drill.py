@@ -38,16 +38,15 @@ def drill(
     published and lost, whether the run ended bitwise equal to an undisturbed one, how long it takes from a signal until
     everything is saved, and what this cluster does not allow. Exit code 1: a guarantee was broken.
     """
-    from lingua.selfcheck.drill import Drill, Here, OnSlurm
-    from lingua.selfcheck.drill_plan import judge, report
+    from lingua.selfcheck.drill import Drill, OnSlurm, OnThisMachine
+    from lingua.selfcheck.drill_plan import report
 
-    place = folder or Path("out", f"drill-{datetime.now():%Y%m%d-%H%M%S}")
-    path = place.absolute()
+    path = (folder or Path("out", f"drill-{datetime.now():%Y%m%d-%H%M%S}")).absolute()
+    site = OnThisMachine(path / "said.txt") if local else OnSlurm()
     work = Drill(
-        path, words or [], Here(path / "said.txt") if local else OnSlurm(),
-        minutes=minutes, patience_s=60 * patience, base_dir=Path.cwd(), say=partial(typer.echo, err=True),
+        path, words or [], site, minutes=minutes, patience_s=60 * patience, base_dir=Path.cwd(),
+        report=partial(typer.echo, err=True),
     )  # fmt: skip
-    facts = work.run(seed)
-    verdict = judge(facts)
-    show(report(facts, verdict) | {"folder": str(path)}, as_json)
-    raise typer.Exit(0 if verdict.kept else 1)
+    found = report(work.run(seed))
+    show(found | {"folder": str(path)}, as_json)
+    raise typer.Exit(0 if found["kept"] else 1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingua.console import AsJson, show, show_table
+from lingua.console import AsJson, show, show_json, show_table
 
 if TYPE_CHECKING:
     from lingua.report.facts import RunFacts
@@ -207,11 +207,14 @@ def doctor(
         from lingua.selfcheck.node_check import main as check_node
 
         raise typer.Exit(check_node(["--dir", str(folder)]))
-    from lingua.selfcheck.doctor import examine, table
+    from lingua.selfcheck.doctor import examine
 
-    findings = examine(folder)
-    show([asdict(finding) for finding in findings], as_json, table(findings))
-    raise typer.Exit(1 if any(finding.level == "wrong" for finding in findings) else 0)
+    rows = [asdict(row) for row in examine(folder)]
+    if as_json:
+        show_json(rows)
+    else:
+        show_table(("level", "part", "finding", "remedy"), [list(row.values()) for row in rows])
+    raise typer.Exit(1 if any(row["level"] == "wrong" for row in rows) else 0)
 
 
 COMMANDS = (why, status, runs, diff, report, stop, profile, doctor)

@@ -1,9 +1,7 @@
 """`lingua launch`: check a config, freeze it with the code, write `run.sh` into the run folder, submit it.
 
-Promise: nothing is written or submitted unless the config passes the check that training makes. The script is a pure
-function of what it is made from, and holds any path, however it is spelled. Submitted with sbatch, or started with
-bash on a machine without Slurm, it runs the same frozen code and config; typing `sbatch run.sh` again goes on.
-Cost: a second; no torch.
+Nothing is written or submitted unless the config passes the check that training makes. The same run.sh runs under
+sbatch and, on a machine without Slurm, under bash; submitting it again resumes the run.
 """
 
 from __future__ import annotations
@@ -58,35 +56,55 @@ def launch(
     run: Runner = run_command,
 ) -> int:
     """Check, freeze, write run.sh, submit; returns an exit code. Raises ConfigError or RunError."""
+    path, text, launcher = freeze_launch(line, base_dir, dry_run=dry_run)
+    if dry_run:
+        print(text, end="")
+        return 0
+    if local:
+        # No process stays in between that would have to pass signals on.
+        os.execvpe("bash", ["bash", str(path)], outside_job(env))
+    print(f"job {submit_run(path, launcher, env=env, run=run)}: {path}")
+    return 0
+
+
+def freeze_launch(line: CommandLine, base_dir: Path, *, dry_run: bool = False) -> tuple[Path, str, LauncherArgs]:
+    """Check a config, freeze it with the code and write run.sh, or write nothing in a dry run.
+
+    Returns the path of run.sh, its text and what the job asks for. Raises ConfigError or RunError.
+    """
     must_be_checkout(base_dir)
     checked = load(line)
     launcher = complete_launcher(checked)
     key = "launch-" + sha256(repr((line.config, line.overlays, line.overrides)).encode()).hexdigest()[:8]
     job_file = Path(checked.args.dump_dir).absolute() / JOBS / f"{key}.json"
-    text = run_script(checked.args.name, launcher, base_dir, job_file)
+    path, text = job_file.parents[1] / RUN_SCRIPT, run_script(checked.args.name, launcher, base_dir, job_file)
     for warning in checked.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if dry_run:
-        print(text, end="")
-        return 0
-    freeze_job(checked, line, base_dir, key)
-    path = job_file.parents[1] / RUN_SCRIPT
-    write_whole(path, text, mode=0o755)
-    if local:
-        # Nothing stays in between that would have to pass signals on.
-        os.execvpe("bash", ["bash", str(path)], outside_job(env))
-    logs = make_folder(path.parent / RANK_LOGS, "dump_dir")  # for what Slurm itself says
-    print(f"job {submit(path, launcher, logs, env=env, run=run)}: {path}")
-    return 0
+    if not dry_run:
+        freeze_job(checked, line, base_dir, key)
+        write_whole(path, text, mode=0o755)
+    return path, text, launcher
+
+
+def submit_run(
+    script: Path,
+    launcher: LauncherArgs,
+    array: str = "",
+    env: Mapping[str, str] = os.environ,
+    run: Runner = run_command,
+) -> str:
+    """Submit a run.sh; returns the job id. What Slurm itself prints goes to the folder's logs/."""
+    logs = make_folder(script.parent / RANK_LOGS, "dump_dir")
+    return submit(script, launcher, logs, array=array, env=env, run=run)
 
 
 def must_be_checkout(base_dir: Path) -> None:
     if not (base_dir / BODY).is_file():
-        raise ConfigError(f"{base_dir} is no checkout of lingua: it has no {BODY}; go to yours and launch from there")
+        raise ConfigError(f"{base_dir} is not a checkout of lingua: it has no {BODY}; launch from yours")
 
 
 def complete_launcher(checked: Any) -> LauncherArgs:
-    """The `launcher` section of a checked config, with gpus filled in."""
+    """Return the `launcher` section of a checked config with `gpus` filled in."""
     launcher: LauncherArgs = checked.args.launcher
     gpus = launcher.gpus if launcher.gpus is not None else _share(checked.resolved.world_size, launcher.nodes)
     return launcher.model_copy(update={"gpus": gpus})
@@ -94,5 +112,5 @@ def complete_launcher(checked: Any) -> LauncherArgs:
 
 def _share(n_ranks: int, n_nodes: int) -> int:
     if n_ranks % n_nodes:
-        raise ConfigError(f"launcher.nodes is {n_nodes}, but the config speaks of {n_ranks} ranks; set launcher.gpus")
+        raise ConfigError(f"launcher.nodes is {n_nodes}, but the config has {n_ranks} ranks; set launcher.gpus")
     return n_ranks // n_nodes

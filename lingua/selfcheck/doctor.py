@@ -1,35 +1,35 @@
 """`lingua doctor`: what this machine can do for training, and what is wrong with it.
 
-Promise: every finding that is wrong comes with its remedy. `examine` gathers facts and changes nothing but a probe file
-on the disk asked about; the judgements are pure functions of the facts. What a login node lacks (a GPU) is no fault.
-Cost: imports torch; a few seconds.
+`examine` gathers facts and changes nothing but a probe file on the disk; the judgements are pure functions of facts.
+Every row that is wrong has a remedy. What a login node lacks (a GPU) is not wrong. Imports torch; a few seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from lingua.checkpoint.capacity import memory_limit, private_shm
 from lingua.files import human_bytes
-from lingua.selfcheck.node_check import SHM, check_folder
+from lingua.selfcheck.node_check import PROBE_BYTES, SHM, check_folder
 from lingua.slurm import ask_slurm, cluster_config
 
 Level = Literal["ok", "note", "wrong"]
 _SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse", "wekafs", "panfs", "afs")
 _SMALL_SHM_BYTES = 2 << 30
-_SLOW_FSYNC_S = 0.5
+_SLOW_S = 8.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One row of the table."""
 
     part: str
@@ -41,93 +41,88 @@ class Finding:
 # -- judgements ----------------------------------------------------------------------------------------------------
 
 
-def judge_torch(version: str, python: tuple[int, int]) -> list[Finding]:
-    found = ".".join(map(str, python))
-    fits = python >= (3, 11)
-    findings = [Finding("python", "ok" if fits else "wrong", found, "" if fits else "use Python 3.11 or newer")]
-    if version.startswith(("2.10.", "2.11.")):
-        return [*findings, Finding("torch", "ok", version)]
-    return [*findings, Finding("torch", "wrong", version, "lingua is tried with torch 2.10: uv sync")]
+def judge_torch(version: str, python: tuple[int, int]) -> list[Diagnosis]:
+    rows = [Diagnosis("python", "ok", ".".join(map(str, python))), Diagnosis("torch", "ok", version)]
+    if python < (3, 11):
+        rows[0] = replace(rows[0], level="wrong", remedy="use Python 3.11 or newer")
+    if not version.startswith(("2.10.", "2.11.")):
+        rows[1] = replace(rows[1], level="wrong", remedy="lingua is tested with torch 2.10: uv sync")
+    return rows
 
 
-def judge_gpus(names: list[str], built_for: str | None, driver_there: bool) -> Finding:
+def judge_gpus(names: list[str], built_for: str | None, driver_there: bool) -> Diagnosis:
     """`built_for`: the CUDA version of this torch."""
     if names:
         counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-        return Finding("cuda", "ok", f"{counted}; torch is built for CUDA {built_for}")
+        return Diagnosis("cuda", "ok", f"{counted}; torch is built for CUDA {built_for}")
     if built_for is None:
-        return Finding("cuda", "wrong", "this torch is built without CUDA", "uv sync installs one with it")
+        return Diagnosis("cuda", "wrong", "this torch is built without CUDA", "uv sync installs one with it")
     if driver_there:
         remedy = f"see nvidia-smi; torch needs a driver for CUDA {built_for}; under Slurm, ask for a GPU"
-        return Finding("cuda", "wrong", "there is a GPU driver, but torch sees no GPU", remedy)
-    return Finding("cuda", "note", "no GPU here, as on a login node; training runs on the CPU")
+        return Diagnosis("cuda", "wrong", "there is a GPU driver, but torch sees no GPU", remedy)
+    return Diagnosis("cuda", "note", "no GPU here, as on a login node; training runs on the CPU")
 
 
-def judge_shm(kind: str | None, size: int, free: int, private: str | None) -> Finding:
-    says = f"{kind or 'no file system'}, {human_bytes(free)} of {human_bytes(size)} free"
+def judge_shm(kind: str | None, size: int, free: int, private: str | None) -> Diagnosis:
+    row = Diagnosis("/dev/shm", "ok", f"{kind or 'no file system'}, {human_bytes(free)} of {human_bytes(size)} free")
     if kind not in ("tmpfs", "ramfs"):
-        remedy = "it is no memory; set checkpoint.async_save_mode=null, or ask for a /dev/shm of tmpfs"
-        return Finding("/dev/shm", "wrong", says, remedy)
+        remedy = "it is not memory; set checkpoint.async_save_mode=null, or ask for a /dev/shm of tmpfs"
+        return replace(row, level="wrong", remedy=remedy)
     if size < _SMALL_SHM_BYTES:
         remedy = "checkpoints cannot be staged there; in a container: --shm-size or --ipc=host"
-        return Finding("/dev/shm", "wrong", says, remedy)
+        return replace(row, level="wrong", remedy=remedy)
     if private is not None:
         remedy = "what is staged there dies with the job; a run waits for its last save"
-        return Finding("/dev/shm", "note", f"{says}; {private}", remedy)
-    return Finding("/dev/shm", "ok", says)
+        return replace(row, level="note", says=f"{row.says}; {private}", remedy=remedy)
+    return row
 
 
-def judge_memory(limit: int | None, used: int) -> Finding:
-    if limit is None:
-        return Finding("memory", "ok", "no limit but the machine's")
-    return Finding("memory", "ok", f"{human_bytes(used)} used of {human_bytes(limit)}; /dev/shm counts")
-
-
-def judge_disk(folder: Path, kind: str | None, free: int, seconds: float, problem: str | None) -> Finding:
+def judge_disk(folder: Path, kind: str | None, free: int, seconds: float, problem: str | None) -> Diagnosis:
     """`seconds`: to write, flush and read back node_check's probe."""
-    part = f"disk {folder}"
+    speed = f"{human_bytes(PROBE_BYTES)} there and back in {seconds:.2f} s"
+    row = Diagnosis(f"disk {folder}", "ok", f"{kind or 'unknown'}, {human_bytes(free)} free, {speed}")
     if problem is not None:
-        return Finding(part, "wrong", problem, "choose another folder, or mend its permissions or quota")
-    says = f"{kind or 'unknown'}, {human_bytes(free)} free, 16 MiB there and back in {seconds:.2f} s"
+        return replace(
+            row, level="wrong", says=problem, remedy="choose another folder, or fix its permissions or quota"
+        )
     if kind is not None and not kind.startswith(_SHARED):
-        return Finding(part, "note", f"{says}; not shared", "fine on one machine; several nodes need a shared folder")
-    if seconds > 16 * _SLOW_FSYNC_S:
-        return Finding(part, "note", says, "slow: use checkpoint.async_save_mode=shm")
-    return Finding(part, "ok", says)
+        remedy = "fine on one machine; several nodes need a shared folder"
+        return replace(row, level="note", says=f"{row.says}; not shared", remedy=remedy)
+    if seconds > _SLOW_S:
+        return replace(row, level="note", remedy="slow: use checkpoint.async_save_mode=shm")
+    return row
 
 
-def judge_slurm(config: Mapping[str, str]) -> list[Finding]:
+def judge_slurm(config: Mapping[str, str]) -> list[Diagnosis]:
     """`config`: settings of the cluster; empty: no Slurm, or no controller that answers."""
     if not config:
-        return [
-            Finding("slurm", "note", "not here, or its controller does not answer", "run with --local, or torchrun")
-        ]
-    version = config.get("SLURM_VERSION", "?")
-    findings = [Finding("slurm", "ok", f"{version}, cluster {config.get('ClusterName', '?')}")]
-    preempt, kill_wait = config.get("PreemptMode", "OFF"), config.get("KillWait", "?")
-    findings.append(Finding("preemption", "ok", f"{preempt}; {kill_wait} from SIGTERM to SIGKILL at the time limit"))
+        says = "not here, or its controller does not answer"
+        return [Diagnosis("slurm", "note", says, "run with --local, or torchrun")]
+    version, preempt = config.get("SLURM_VERSION", "?"), config.get("PreemptMode", "OFF")
+    rows = [Diagnosis("slurm", "ok", f"{version}, cluster {config.get('ClusterName', '?')}")]
     if "CANCEL" in preempt:
-        remedy = "preempted jobs are cancelled, not requeued: submit again, the run goes on"
-        findings[-1] = Finding("preemption", "note", preempt, remedy)
+        remedy = "preempted jobs are cancelled, not requeued: submit again to resume"
+        rows.append(Diagnosis("preemption", "note", preempt, remedy))
+    else:
+        says = f"{preempt}; {config.get('KillWait', '?')} from SIGTERM to SIGKILL at the time limit"
+        rows.append(Diagnosis("preemption", "ok", says))
     if config.get("JobRequeue") == "0":
         remedy = "submit with --requeue, as lingua's own scripts do"
-        findings.append(Finding("requeue", "note", "jobs are not requeued by default", remedy))
+        rows.append(Diagnosis("requeue", "note", "jobs are not requeued by default", remedy))
     if "tmpfs" in config.get("JobContainerType", ""):
         remedy = "what is staged there dies with the job; the last save is waited for"
-        findings.append(Finding("job container", "note", "each job has a /dev/shm of its own", remedy))
+        rows.append(Diagnosis("job container", "note", "each job has a /dev/shm of its own", remedy))
     if "cgroup" not in config.get("ProctrackType", "cgroup"):
-        findings.append(
-            Finding("processes", "note", f"tracked by {config['ProctrackType']}", "strays may outlive a job")
-        )
-    return findings
+        rows.append(Diagnosis("processes", "note", f"tracked by {config['ProctrackType']}", "strays may outlive a job"))
+    return rows
 
 
-def judge_kernels(plain: Mapping[str, str | None], documents: Mapping[str, str | None]) -> Finding:
+def judge_kernels(plain: Mapping[str, str | None], documents: Mapping[str, str | None]) -> Diagnosis:
     """By kernel, why it cannot be used here, without and with data.doc_mask; None: it can."""
     usable, packed = (
         ", ".join(name for name, reason in refusals.items() if reason is None) for refusals in (plain, documents)
     )
-    return Finding("attention", "ok", f"{usable}; with data.doc_mask: {packed}")
+    return Diagnosis("attention", "ok", f"{usable}; with data.doc_mask: {packed}")
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------
@@ -144,25 +139,30 @@ def mounted_as(path: Path, mounts: str) -> str | None:
     return best[1] if best is not None else None
 
 
-def examine(folder: Path) -> list[Finding]:
-    """Everything, on this machine; `folder` is where runs are to lie."""
-    mounts = Path("/proc/mounts").read_text()
-    space, cgroup = shutil.disk_usage(SHM), Path("/proc/self/cgroup").read_text()
-    private = private_shm(Path("/proc/self/mountinfo").read_text(), _read("/proc/1/mountinfo"), os.environ)
+def examine(folder: Path) -> list[Diagnosis]:
+    """Examine this machine; `folder` is where run folders are to be."""
+    mounts, init_mounts, space = Path("/proc/mounts").read_text(), None, shutil.disk_usage(SHM)
+    with contextlib.suppress(OSError):  # not everybody may read it
+        init_mounts = Path("/proc/1/mountinfo").read_text()
+    private = private_shm(Path("/proc/self/mountinfo").read_text(), init_mounts, os.environ)
+    limit, used = memory_limit(Path("/proc/self/cgroup").read_text())
+    memory = "no limit but the machine's"
+    if limit is not None:
+        memory = f"{human_bytes(used)} used of {human_bytes(limit)}; /dev/shm counts"
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()).resolve()
     started_s = time.perf_counter()
     problem = check_folder(place)
     seconds = time.perf_counter() - started_s
     return [
-        *_torch_findings(),
+        *_torch_rows(),
         judge_shm(mounted_as(SHM, mounts), space.total, space.free, private),
-        judge_memory(*memory_limit(cgroup)),
+        Diagnosis("memory", "ok", memory),
         judge_disk(folder, mounted_as(place, mounts), shutil.disk_usage(place).free, seconds, problem),
         *judge_slurm(cluster_config(ask_slurm)),
     ]
 
 
-def _torch_findings() -> list[Finding]:
+def _torch_rows() -> list[Diagnosis]:
     import torch
     import torch.distributed as dist
     from torch.cuda.nccl import version as nccl_version
@@ -184,45 +184,25 @@ def _torch_findings() -> list[Finding]:
     backends = [name for name, there in (("gloo", gloo), ("nccl", nccl)) if there]
     if nccl and on_gpu:
         backends[-1] = "nccl " + ".".join(map(str, nccl_version()))
+    xformers = Diagnosis("xformers", "ok", "")
+    try:
+        xformers = replace(xformers, says=getattr(importlib.import_module("xformers"), "__version__", "?"))
+        importlib.import_module("xformers.ops")
+    except ImportError as error:
+        says = f"cannot be imported ({error})"
+        xformers = replace(xformers, level="note", says=says, remedy="model.attn_impl=auto does without it")
     compiler = shutil.which("g++") or shutil.which("clang++")
     return [
         *judge_torch(torch.__version__, sys.version_info[:2]),
         judge_gpus(names, torch.version.cuda, Path("/proc/driver/nvidia/version").exists()),
-        _xformers(importlib.import_module),
+        xformers,
         judge_kernels(
             *({name: refusal(name, replace(place, doc_mask=asked)) for name in ALL_IMPLS} for asked in (False, True))
         ),
-        Finding("ranks", "ok", ", ".join(backends))
+        Diagnosis("ranks", "ok", ", ".join(backends))
         if gloo and (nccl or not on_gpu)
-        else Finding("ranks", "wrong", f"torch has only {backends}", "several ranks need gloo and nccl: uv sync"),
-        Finding("compiler", "ok", compiler)
+        else Diagnosis("ranks", "wrong", f"torch has only {backends}", "several ranks need gloo and nccl: uv sync"),
+        Diagnosis("compiler", "ok", compiler)
         if compiler
-        else Finding("compiler", "note", "no C++ compiler", "torch.compile needs g++ on the CPU: module load gcc"),
+        else Diagnosis("compiler", "note", "no C++ compiler", "torch.compile needs g++ on the CPU: module load gcc"),
     ]
-
-
-def _xformers(load: Callable[[str], object]) -> Finding:
-    try:
-        version = getattr(load("xformers"), "__version__", "?")
-        load("xformers.ops")
-    except ImportError as error:
-        return Finding("xformers", "note", f"cannot be imported ({error})", "model.attn_impl=auto does without it")
-    return Finding("xformers", "ok", str(version))
-
-
-def _read(path: str) -> str | None:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return None
-
-
-def table(findings: list[Finding]) -> list[str]:
-    """Aligned lines for people; a remedy stands below what is wrong."""
-    width = max(len(finding.part) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.level:<5}  {finding.part:<{width}}  {finding.says}")
-        if finding.remedy:
-            lines.append(f"{'':<5}  {'':<{width}}  -> {finding.remedy}")
-    return lines

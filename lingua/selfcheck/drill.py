@@ -1,8 +1,7 @@
-"""`lingua drill`, the work: a small run, struck again and again where it runs, then compared with a calm one.
+"""`lingua drill`, the work: train a small run, inject faults again and again, compare it with an undisturbed run.
 
-Promise: does nothing that a user of the cluster may not do, and nothing to other jobs; whatever it started is ended
-with it, also by Ctrl-C. Times are those of the run folder's file server, since clocks of nodes differ.
-Cost: the given minutes, the queue's, and those of the undisturbed run, which trains as many steps without a break.
+It does only what users of a cluster may do to their own jobs, and ends whatever it started, also after Ctrl-C. Times
+are those of the run folder's file server, since clocks of nodes differ.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import orjson
 
@@ -29,22 +26,12 @@ from lingua.config.command_line import CommandLine, parse_command_line
 from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_config
 from lingua.files import RunError, write_whole
 from lingua.launch.job import NO_REQUEUE, RANKS_STEP, REFUSED, SERVICE_STEP
-from lingua.launch.submit import launch
+from lingua.launch.submit import freeze_launch, submit_run
 from lingua.logger import MAIN_LOG, RANK_LOGS
 from lingua.report.facts import last_line
 from lingua.run.folder import EXIT_INTERRUPTED
 from lingua.run.metrics import METRICS_FILE, read_metrics
-from lingua.selfcheck.drill_plan import (
-    N_STEPS,
-    SAVING,
-    SOURCE,
-    Blow,
-    Facts,
-    Struck,
-    blows,
-    run_config,
-    text_lines,
-)
+from lingua.selfcheck.drill_plan import N_STEPS, SAVING, SOURCE, Fault, Injected, Seen, faults, run_config, text_lines
 from lingua.slurm import (
     JobState,
     Limits,
@@ -60,11 +47,11 @@ from lingua.slurm import (
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.1
+POLL_S = 0.1
 ASK_S = 1.0
 """Between two questions to Slurm's controller."""
 SETTLED_S = 5.0
-"""A job that is over for so long does not come back: what is requeued passes through such states."""
+"""How long a job must be over before it counts as such: a job that is requeued passes through the same states."""
 END_WITHIN_S = 300.0
 """A cancelled job that is not over by then has come back: longer than any KillWait."""
 
@@ -72,53 +59,48 @@ END_WITHIN_S = 300.0
 # -- what can be seen ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A checkpoint that was published."""
-
-    start: int
-    at_s: float
-    """By the file server's clock."""
-
-
 @dataclass
-class Watch:
-    """A run folder, looked at again and again."""
+class RunWatch:
+    """What was seen in a run folder so far."""
 
     run_dir: Path
-    marks: dict[int, Mark] = field(default_factory=dict)
-    """Every checkpoint that was ever seen."""
+    published: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """(attempt, time of its mark) of every checkpoint that was ever seen, by step."""
     lost: dict[int, str] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
         return self.run_dir / layout.CHECKPOINTS
 
+    @property
+    def newest(self) -> int:
+        return max(self.published, default=0)
+
     def look(self) -> tuple[int, int]:
-        """(start that the newest metrics are of, their step); (0, 0) before the first."""
-        newest, done = max(self.marks, default=0), layout.done_steps(self.root)
-        for step in set(done) - set(self.marks):
+        """Look again; returns (attempt that wrote the newest metrics, their step), (0, 0) before the first."""
+        newest, done = self.newest, layout.done_steps(self.root)
+        for step in set(done) - set(self.published):
             with contextlib.suppress(FileNotFoundError, RunError):  # retention was faster
                 at_s = layout.done_mark(self.root, step).stat().st_mtime
-                self.marks[step] = Mark(publish.incarnation_of(self.root, step), at_s)
-        if newest and newest > max(done, default=0) and newest not in self.lost:
+                self.published[step] = publish.incarnation_of(self.root, step), at_s
+        if newest > max(done, default=0) and newest not in self.lost:
             self.lost[newest] = f"the newest is now {max(done, default='none')}"
         record = last_line(self.run_dir / METRICS_FILE) or {}
         return int(record.get("incarnation", 0)), int(record.get("global_step", 0))
 
-    def newest_of(self, start: int) -> int | None:
-        """The newest checkpoint that starts up to this one have published."""
-        return max((step for step, mark in self.marks.items() if mark.start <= start), default=None)
+    def newest_of(self, attempt: int) -> int | None:
+        """Return the newest checkpoint that attempts up to this one have published."""
+        return max((step for step, (by, _) in self.published.items() if by <= attempt), default=None)
 
     def server_time_s(self) -> float:
-        """What the disk's own clock says now."""
+        """Return the time by the disk's own clock."""
         probe = self.run_dir / ".clock"
         write_whole(probe, b"")
         os.utime(probe)
         return probe.stat().st_mtime
 
     def verify(self) -> None:
-        """Read every checkpoint that is there, and note those that are damaged."""
+        """Read every checkpoint, and count those that are damaged as lost."""
         for step in layout.done_steps(self.root):
             try:
                 facts = publish.read_marked_manifest(self.root, step)
@@ -129,20 +111,20 @@ class Watch:
                 self.lost[step] = "; ".join(problems)
 
 
-def differences(taken: Path, calm: Path, step: int) -> list[str]:
-    """In what two runs differ up to a step: files of its checkpoint, and losses."""
-    left, right = (publish.read_marked_manifest(run / layout.CHECKPOINTS, step) for run in (taken, calm))
+def differences(disturbed: Path, undisturbed: Path, step: int) -> list[str]:
+    """Return how two runs differ up to a step: files of its checkpoint, and losses."""
+    left, right = (publish.read_marked_manifest(run / layout.CHECKPOINTS, step) for run in (disturbed, undisturbed))
     found = [f"{name} of checkpoint {step}" for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
-    undisturbed = losses(calm)
-    for at, values in losses(taken).items():
-        if at <= step and values != undisturbed.get(at):
-            found.append(f"the loss of step {at} is {values} and not {undisturbed.get(at)}")
+    expected = losses(undisturbed)
+    for at, values in losses(disturbed).items():
+        if at <= step and values != expected.get(at):
+            found.append(f"the loss of step {at} is {values} and not {expected.get(at)}")
             break
     return found
 
 
 def losses(run_dir: Path) -> dict[int, set[float]]:
-    """By step; where one was trained several times, the set should have one member all the same."""
+    """Return the losses of each step; a step that was trained several times should have only one."""
     found: dict[int, set[float]] = {}
     for record in read_metrics(run_dir / METRICS_FILE):
         found.setdefault(record["global_step"], set()).add(record["loss/out"])
@@ -152,46 +134,12 @@ def losses(run_dir: Path) -> dict[int, set[float]]:
 # -- where it runs -------------------------------------------------------------------------------------------------
 
 
-class Place(Protocol):
-    """Where a run of the drill runs."""
-
-    kinds: Sequence[str]
-    """What can be done to it."""
-    requeues: bool
-    """Whether it is expected to come back by itself."""
-
-    def start(self, line: CommandLine, base_dir: Path) -> None:
-        """Start a run, or go on with it."""
-        ...
-
-    def strike(self, kind: str, run_dir: Path) -> str:
-        """Do it; returns why not, if it is not allowed."""
-        ...
-
-    def is_over(self) -> bool:
-        """Whether the run has ended and does not come back by itself."""
-        ...
-
-    def last_words(self, run_dir: Path) -> tuple[bool, str]:
-        """(whether it was for the cluster to bring the run back, what was said at its end), of a run that is over."""
-        ...
-
-    def end(self) -> bool:
-        """End the run as a person does, wait, and tell whether it stayed ended."""
-        ...
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-        ...
-
-    def limits(self) -> Limits: ...
-
-
 class OnSlurm:
-    """Jobs of this user on a cluster."""
+    """Runs of the drill are jobs of this user."""
 
     kinds: Sequence[str] = (*SAVING, "KILL", "requeue", "service")
     requeues = True
+    """Whether a run is expected to come back by itself."""
 
     def __init__(
         self,
@@ -201,39 +149,36 @@ class OnSlurm:
     ) -> None:
         self._run, self._now, self._sleep = run, now, sleep
         self._job_id = ""
-        self._asked_s = float("-inf")
-        self._over_since_s = float("inf")
+        self._asked_s, self._over_since_s = float("-inf"), float("inf")
 
     def start(self, line: CommandLine, base_dir: Path) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            launch(line, base_dir=base_dir, run=self._submit)
+        """Start a run or resume it."""
+        script, _, launcher = freeze_launch(line, base_dir)
+        self._job_id, self._over_since_s = submit_run(script, launcher, run=self._run), float("inf")
 
-    def _submit(self, words: Sequence[str], env: Mapping[str, str]) -> str:
-        answer = self._run(words, env=env)
-        self._job_id, self._over_since_s = answer.strip().partition(";")[0], float("inf")
-        return answer
-
-    def strike(self, kind: str, run_dir: Path) -> str:
-        job = self._job_id
+    def inject(self, kind: str, run_dir: Path) -> str:
+        """Inject a fault; returns Slurm's words if it refuses."""
         try:
             if kind == "requeue":
-                requeue(job, run=self._run)
+                requeue(self._job_id, run=self._run)
             elif kind in SAVING:
-                send_signal(job, kind, run=self._run)
+                send_signal(self._job_id, kind, run=self._run)
             else:
-                send_signal(job, "KILL", step=RANKS_STEP if kind == "KILL" else SERVICE_STEP, run=self._run)
+                send_signal(self._job_id, "KILL", RANKS_STEP if kind == "KILL" else SERVICE_STEP, self._run)
         except RunError as error:
             return str(error)
         return ""
 
     def is_over(self) -> bool:
+        """Return whether the run has ended and does not come back by itself."""
         now_s = self._now()
         if now_s - self._asked_s >= ASK_S:
             self._asked_s = now_s
             self._over_since_s = min(self._over_since_s, now_s) if self._state().over else float("inf")
         return now_s - self._over_since_s > SETTLED_S
 
-    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+    def why_over(self, run_dir: Path) -> tuple[bool, str]:
+        """Return (whether the cluster is responsible for that, how the job ended), of a run that is over."""
         if (state := self._state()).taken_away:
             return True, f"job {self._job_id} is {state.name}"
         path = run_dir / RANK_LOGS / f"{self._job_id}.out"
@@ -253,6 +198,7 @@ class OnSlurm:
             return JobState("UNKNOWN")
 
     def end(self) -> bool:
+        """End the run as a person does, wait, and return whether it stayed ended."""
         cancel(address=self._job_id, run=self._run)
         until_s = self._now() + END_WITHIN_S
         while not self.is_over():
@@ -262,6 +208,7 @@ class OnSlurm:
         return self._state().name == "CANCELLED"
 
     def close(self) -> None:
+        """Leave no job behind."""
         if self._job_id and not self._state().over:
             cancel(address=self._job_id, run=self._run)
 
@@ -273,8 +220,8 @@ class OnSlurm:
             return Limits()
 
 
-class Here:
-    """Processes of this machine, without Slurm: nobody starts them again, so the drill does."""
+class OnThisMachine:
+    """Runs of the drill are processes here, without Slurm: nobody starts them again, so the drill does."""
 
     kinds: Sequence[str] = (*SAVING, "KILL", "service")
     requeues = False
@@ -284,18 +231,14 @@ class Here:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, line: CommandLine, base_dir: Path) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            launch(line, base_dir=base_dir, run=self._begin)
-
-    def _begin(self, words: Sequence[str], env: Mapping[str, str]) -> str:
-        with self._output.open("ab") as said:
+        script, _, _ = freeze_launch(line, base_dir)
+        with self._output.open("ab") as output:
             self._process = subprocess.Popen(
-                ["bash", words[-1]], env=outside_job(env), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                start_new_session=True,
+                ["bash", str(script)], env=outside_job(os.environ), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, start_new_session=True,
             )  # fmt: skip
-        return "here"
 
-    def strike(self, kind: str, run_dir: Path) -> str:
+    def inject(self, kind: str, run_dir: Path) -> str:
         assert self._process is not None
         if kind == "service":
             shm = Path(read_config(run_dir / CONFIG_FILE)["checkpoint"]["shm_path"])
@@ -312,7 +255,7 @@ class Here:
     def is_over(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
-    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+    def why_over(self, run_dir: Path) -> tuple[bool, str]:
         return True, f"its output is in {self._output}"
 
     def end(self) -> bool:
@@ -332,165 +275,148 @@ class Here:
 # -- the drill -----------------------------------------------------------------------------------------------------
 
 
-class GivenUpError(RunError):
-    """Patience is at its end."""
+class OutOfPatienceError(RunError):
+    """The run has not done what the drill waits for."""
 
 
+@dataclass
 class Drill:
     """One drill in one folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        words: Sequence[str],
-        place: Place,
-        *,
-        minutes: float,
-        patience_s: float,
-        base_dir: Path,
-        say: Callable[[str], object] = log.info,
-        now: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._folder, self._words, self._place, self._base_dir = folder, words, place, base_dir
-        self._minutes, self._patience_s = minutes, patience_s
-        self._say, self._now, self._sleep = say, now, sleep
-        self._watch = Watch(folder / "taken")
+    folder: Path
+    overrides: Sequence[str]
+    site: OnSlurm | OnThisMachine
+    minutes: float
+    patience_s: float
+    base_dir: Path
+    report: Callable[[str], object] = log.info
+    now: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+
+    def __post_init__(self) -> None:
+        self._watch = RunWatch(self.folder / "taken")
         self._not_requeued = ""
 
-    def run(self, seed: int) -> Facts:
-        """Do it; whatever was started is ended when this returns or raises."""
+    def run(self, seed: int) -> Seen:
+        """Run the drill; whatever it started is ended when this returns or raises."""
         self._make_data()
         try:
-            return self._run(seed)
+            return self._compare(self._disturb(seed))
         finally:
-            self._place.close()
+            self.site.close()
 
-    def _run(self, seed: int) -> Facts:
-        watch, struck = self._watch, []
-        taken = self._line("taken", N_STEPS)
-        self._place.start(taken, self._base_dir)
-        limits = self._place.limits()
+    def _disturb(self, seed: int) -> Seen:
+        watch, injected = self._watch, []
+        line = self._line("taken", N_STEPS)
+        self.site.start(line, self.base_dir)
+        limits = self.site.limits()
         self._wait(lambda: watch.look()[0] > 0, "trained no step")
-        self._say("the run trains; now it is struck")
-        ends_s = self._now() + 60 * self._minutes
-        for blow in blows(self._place.kinds, seed):
-            self._pause(blow.after_s)
-            if self._now() >= ends_s and struck:
+        self.report("the run trains; now faults are injected")
+        ends_s = self.now() + 60 * self.minutes
+        for fault in faults(self.site.kinds, seed):
+            self._train_for(fault.after_s)
+            if self.now() >= ends_s and injected:
                 break
-            struck.append(self._strike(blow, taken))
-            self._say(describe(struck[-1]))
-            if struck[-1].back_s is None:
+            injected.append(self._inject(fault, line))
+            self.report(describe(injected[-1]))
+            if injected[-1].back_s is None:
                 break
-        stayed_away = self._place.end()
+        stayed_away = self.site.end()
         watch.look()
         watch.verify()
-        facts = Facts(
-            struck=struck,
-            published=frozenset(watch.marks),
+        last_step, trained = max(layout.done_steps(watch.root), default=0), losses(watch.run_dir)
+        messages = (watch.run_dir / MAIN_LOG).read_text(errors="replace")
+        warning = re.search(rf"{re.escape(PRIVATE_SHM)} \((.*?)\)", messages)
+        return Seen(
+            injected=injected,
+            published=frozenset(watch.published),
             lost=watch.lost,
-            last_step=max(layout.done_steps(watch.root), default=0),
+            last_step=last_step,
+            holes=[step for step in range(1, last_step + 1) if step not in trained],
             stayed_away=stayed_away,
-            private_shm=self._said_of_shm(),
+            private_shm=warning[1] if warning else "",
             not_requeued=self._not_requeued,
             limits=limits,
         )
-        trained = losses(watch.run_dir)
-        facts = replace(facts, holes=[step for step in range(1, facts.last_step + 1) if step not in trained])
-        return self._compare(facts)
 
-    def _compare(self, facts: Facts) -> Facts:
-        if not facts.last_step:
-            return facts
-        self._say(f"stopped at checkpoint {facts.last_step}; the undisturbed run trains as far")
-        calm = Watch(self._folder / "calm")
-        self._place.start(self._line("calm", facts.last_step), self._base_dir)
-        deadline_s = self._now() + self._patience_s
-        while facts.last_step not in layout.done_steps(calm.root):
-            if self._place.is_over() or self._now() > deadline_s:
-                return replace(facts, uncompared=f"it came to step {calm.look()[1]} of {facts.last_step}")
-            self._sleep(LOOK_S)
-        found = differences(self._watch.run_dir, calm.run_dir, facts.last_step)
-        return replace(facts, differences=found)
+    def _compare(self, seen: Seen) -> Seen:
+        if not seen.last_step:
+            return seen
+        self.report(f"stopped at checkpoint {seen.last_step}; an undisturbed run now trains as far")
+        undisturbed = RunWatch(self.folder / "calm")
+        self.site.start(self._line("calm", seen.last_step), self.base_dir)
+        deadline_s = self.now() + self.patience_s
+        while seen.last_step not in layout.done_steps(undisturbed.root):
+            if self.site.is_over() or self.now() > deadline_s:
+                return replace(seen, uncompared=f"it came to step {undisturbed.look()[1]} of {seen.last_step}")
+            self.sleep(POLL_S)
+        return replace(seen, differences=differences(self._watch.run_dir, undisturbed.run_dir, seen.last_step))
 
-    def _strike(self, blow: Blow, line: CommandLine) -> Struck:
-        """Strike, and wait until the run trains again."""
-        watch, place = self._watch, self._place
-        start, step = watch.look()
-        before, at_s, clock_s = max(watch.marks, default=0), self._now(), watch.server_time_s()
-        refused = place.strike(blow.kind, watch.run_dir)
-        struck = Struck(blow.kind, step, refused=refused)
-        if refused:
-            return struck
-        ended = ""
+    def _inject(self, fault: Fault, line: CommandLine) -> Injected:
+        """Inject a fault and wait until the run trains again."""
+        watch, site, ended = self._watch, self.site, ""
+        attempt, step = watch.look()
+        before, at_s, clock_s = watch.newest, self.now(), watch.server_time_s()
+        if refused := site.inject(fault.kind, watch.run_dir):
+            return Injected(fault.kind, step, refused=refused)
 
         def is_back() -> bool:
             nonlocal ended
             now_in, _ = watch.look()
-            if blow.kind == "service":  # the ranks live; the service that they begin publishes
-                return max(watch.marks, default=0) > before
-            if now_in == start and place.is_over():
-                if place.requeues:
-                    by_cluster, words = place.last_words(watch.run_dir)
-                    if by_cluster:
-                        self._not_requeued = words
-                    else:
-                        ended = words
-                place.start(line, self._base_dir)
-            return now_in > start
+            if fault.kind == "service":  # the ranks live; the service that they start next publishes
+                return watch.newest > before
+            if now_in == attempt and site.is_over():
+                if site.requeues:
+                    by_cluster, why = site.why_over(watch.run_dir)
+                    self._not_requeued, ended = (why, ended) if by_cluster else (self._not_requeued, why)
+                site.start(line, self.base_dir)
+            return now_in > attempt
 
+        back_s = None
         try:
-            self._wait(is_back, f"did not train again after {blow.kind}")
-        except GivenUpError as error:
+            self._wait(is_back, f"did not train again after {fault.kind}")
+            back_s = self.now() - at_s
+        except OutOfPatienceError as error:
             log.warning("%s", error)
-            return replace(struck, saved=watch.newest_of(start), ended=ended)
-        saved = watch.newest_of(start)
-        mark = watch.marks.get(saved) if saved is not None else None
-        safe_s = mark.at_s - clock_s if mark is not None and mark.at_s >= clock_s else None
-        return replace(struck, saved=saved, safe_s=safe_s, back_s=self._now() - at_s, ended=ended)
+        saved = watch.newest_of(attempt)
+        saved_at_s = watch.published[saved][1] if saved is not None else 0.0
+        safe_s = saved_at_s - clock_s if saved_at_s >= clock_s and back_s is not None else None
+        return Injected(fault.kind, step, saved=saved, safe_s=safe_s, back_s=back_s, ended=ended)
 
     def _wait(self, found: Callable[[], bool], what: str) -> None:
-        deadline_s = self._now() + self._patience_s
+        deadline_s = self.now() + self.patience_s
         while not found():
-            if self._now() > deadline_s:
-                raise GivenUpError(
-                    f"the run {what} within {self._patience_s / 60:g} minutes; see {self._watch.run_dir}"
-                )
-            self._sleep(LOOK_S)
+            if self.now() > deadline_s:
+                minutes = self.patience_s / 60
+                raise OutOfPatienceError(f"the run {what} within {minutes:g} minutes; see {self._watch.run_dir}")
+            self.sleep(POLL_S)
 
-    def _pause(self, seconds: float) -> None:
-        until_s = self._now() + seconds
-        while self._now() < until_s:
+    def _train_for(self, seconds: float) -> None:
+        until_s = self.now() + seconds
+        while self.now() < until_s:
             self._watch.look()
-            self._sleep(LOOK_S)
-
-    # -- files -----------------------------------------------------------------------------------------------------
+            self.sleep(POLL_S)
 
     def _make_data(self) -> None:
-        source = self._folder / "data" / SOURCE
+        source = self.folder / "data" / SOURCE
         try:
             source.mkdir(parents=True)
         except FileExistsError:
-            raise RunError(f"{self._folder} is there already; choose another folder with --folder") from None
+            raise RunError(f"{self.folder} exists already; choose another folder with --folder") from None
         lines = (orjson.dumps(line) for line in text_lines())
         write_whole(source / f"{SOURCE}.chunk.00.jsonl", b"\n".join(lines) + b"\n")
 
     def _line(self, name: str, n_steps: int) -> CommandLine:
-        config = self._folder / f"{name}.yaml"
-        write_whole(config, dump_yaml(run_config(self._folder, name, n_steps, self._minutes)).encode())
-        return parse_command_line([str(config), *self._words])
-
-    def _said_of_shm(self) -> str:
-        text = (self._watch.run_dir / MAIN_LOG).read_text(errors="replace")
-        found = re.search(rf"{re.escape(PRIVATE_SHM)} \((.*?)\)", text)
-        return found[1] if found else ""
+        config = self.folder / f"{name}.yaml"
+        write_whole(config, dump_yaml(run_config(self.folder, name, n_steps, self.minutes)).encode())
+        return parse_command_line([str(config), *self.overrides])
 
 
-def describe(struck: Struck) -> str:
-    """One line for people."""
-    if struck.refused:
-        return f"{struck.kind}: refused ({struck.refused})"
-    safe = f", safe after {struck.safe_s:.1f} s" if struck.safe_s is not None else ""
-    back = f"training again after {struck.back_s:.0f} s" if struck.back_s is not None else "did not come back"
-    again = f", submitted again by the drill: {struck.ended}" if struck.ended else ""
-    return f"{struck.kind} at step {struck.step}: checkpoint {struck.saved}{safe}; {back}{again}"
+def describe(injected: Injected) -> str:
+    """Format one fault as a line for people."""
+    if injected.refused:
+        return f"{injected.kind}: refused ({injected.refused})"
+    safe = f", safe after {injected.safe_s:.1f} s" if injected.safe_s is not None else ""
+    back = f"training again after {injected.back_s:.0f} s" if injected.back_s is not None else "did not come back"
+    again = f", submitted again by the drill: {injected.ended}" if injected.ended else ""
+    return f"{injected.kind} at step {injected.step}: checkpoint {injected.saved}{safe}; {back}{again}"

@@ -1,14 +1,14 @@
-"""`lingua drill`, the decisions: what the run is, what is done to it next, and whether the promises held. Pure.
+"""`lingua drill`, the decisions: the run's config, which fault comes next, whether the promises held. Pure functions.
 
-Promise: a verdict claims nothing that was not seen. What a cluster does not grant (a shared /dev/shm, a long grace, the
-right to requeue) is told apart from a promise of ours that was broken: only the latter fails the drill.
-Cost: none; `drillrun.py` does the work.
+What a cluster does not grant (a shared /dev/shm, a long grace, the right to requeue) is reported apart from a broken
+promise; only the latter fails the drill.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from lingua.slurm import Limits
 
 LONGEST_PAUSE_S = 8.0
-"""Of training between two blows, at most."""
+"""The most seconds of training between two faults."""
 EVERY = 20
 """Steps between two checkpoints of the run."""
 N_STEPS = 1_000_000
@@ -25,14 +25,14 @@ N_STEPS = 1_000_000
 SOURCE = "words"
 
 SAVING = ("TERM", "USR2")
-"""Blows after which nothing may be lost: nobody kills the run."""
+"""Faults after which nothing may be lost: nobody kills the run."""
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
 def run_config(folder: Path, name: str, n_steps: int, minutes: float) -> dict[str, Any]:
-    """The config of a run of the drill. Its rate of learning depends on no number of steps: so runs can be compared."""
+    """Return the config of a run. Its learning rate does not depend on `n_steps`, so runs can be compared."""
     return {
         "name": name,
         "dump_dir": str(folder / name),
@@ -57,18 +57,18 @@ def run_config(folder: Path, name: str, n_steps: int, minutes: float) -> dict[st
 
 
 def text_lines(seed: int = 1, n_lines: int = 4000) -> Iterator[dict[str, str]]:
-    """Synthetic documents: sentences of made-up words, the same for the same seed. About 1 MB."""
+    """Yield documents of made-up words, about 1 MB; the same for the same seed."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(500)]
     for _ in range(n_lines):
         yield {"text": " ".join(rng.choices(words, k=rng.randint(20, 60)))}
 
 
-# -- what is done to it --------------------------------------------------------------------------------------------
+# -- faults --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Blow:
+class Fault:
     """What is done to the run next."""
 
     kind: str
@@ -76,49 +76,46 @@ class Blow:
     """Seconds of training before it."""
 
 
-def blows(kinds: Sequence[str], seed: int) -> Iterator[Blow]:
-    """Endless and at random, but each kind once before any comes again."""
+def faults(kinds: Sequence[str], seed: int) -> Iterator[Fault]:
+    """Yield faults at random without end; each kind comes once before any comes again."""
     rng = random.Random(seed)
     while True:
         for kind in rng.sample(list(kinds), len(kinds)):
-            yield Blow(kind, rng.uniform(0.5, LONGEST_PAUSE_S))
-
-
-# -- the verdict ---------------------------------------------------------------------------------------------------
+            yield Fault(kind, rng.uniform(0.5, LONGEST_PAUSE_S))
 
 
 @dataclass(frozen=True)
-class Struck:
-    """A blow and what came of it."""
+class Injected:
+    """A fault and what came of it."""
 
     kind: str
     step: int
-    """Of the newest metrics at that moment."""
+    """Step of the newest metrics at that moment."""
     saved: int | None = None
-    """The newest checkpoint that this start has published. None: none ever was."""
+    """The newest checkpoint that the attempt has published, if any."""
     safe_s: float | None = None
-    """From the blow until that was published, by the clock of the run folder's disk; None: it was there before."""
+    """Seconds until that was published, by the clock of the run folder's disk. None: it was published before."""
     back_s: float | None = None
-    """From the blow until the run trained again. None: it did not."""
+    """Seconds until the run trained again. None: it did not."""
     refused: str = ""
-    """The cluster's words, where the user may not do this."""
+    """Slurm's words, if the user may not do this."""
     ended: str = ""
-    """The last words of the job, where the run came back only because the drill submitted it again."""
+    """The last log line of the job, if the run came back only because the drill submitted it again."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class Seen:
     """What a drill has seen."""
 
-    struck: Sequence[Struck] = ()
+    injected: Sequence[Injected] = ()
     published: frozenset[int] = frozenset()
     """Steps that were published at some time."""
     lost: Mapping[int, str] | None = None
-    """Published steps that went away although nothing newer was there, or do not verify: step -> how."""
+    """Published steps that went away without a newer one, or do not verify: step -> how."""
     last_step: int = 0
     """The newest checkpoint at the end."""
     holes: Sequence[int] = ()
-    """Steps up to that one that no start trained."""
+    """Steps up to that one that no attempt trained."""
     differences: Sequence[str] | None = None
     """To the undisturbed run, at the last checkpoint and in the losses. None: there was none to compare with."""
     uncompared: str = ""
@@ -126,62 +123,47 @@ class Facts:
     stayed_away: bool | None = None
     """Whether the cancelled job stayed cancelled. None: it was not seen."""
     private_shm: str = ""
-    """The run's warning."""
+    """The run's warning about its /dev/shm."""
     not_requeued: str = ""
     """Why Slurm did not take back a job that asked for it. Empty: it did, or there is no Slurm."""
     limits: Limits = field(default_factory=Limits)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Which promises were broken, and what this cluster does not grant."""
-
-    broken: list[str]
-    limits: list[str]
-
-    @property
-    def kept(self) -> bool:
-        return not self.broken
+# -- judgement -----------------------------------------------------------------------------------------------------
 
 
-def judge(facts: Facts) -> Verdict:
-    """The verdict on what was seen."""
-    return Verdict([*_broken(facts)], [*_limits(facts)])
-
-
-def _broken(facts: Facts) -> Iterator[str]:
-    done = [blow for blow in facts.struck if not blow.refused]
+def broken(seen: Seen) -> Iterator[str]:
+    """Yield the promises that were broken, a sentence each."""
+    done = [fault for fault in seen.injected if not fault.refused]
     if not done:
-        yield "nothing was proved: no blow fell on a run that trained; give it more minutes"
-    for blow in done:
-        if blow.back_s is None:
-            yield f"after {blow.kind} at step {blow.step} the run did not train again"
-        if blow.ended:
-            yield f"after {blow.kind} at step {blow.step} the job did not go back into the queue: {blow.ended}"
-        if blow.kind in SAVING and (blow.saved is None or blow.saved < blow.step):
-            yield f"{blow.kind} at step {blow.step} was not answered by a checkpoint; the newest is {blow.saved}"
-    for step, how in (facts.lost or {}).items():
+        yield "nothing was proved: no fault was injected while the run was training; give it more minutes"
+    for fault in done:
+        what = f"{fault.kind} at step {fault.step}"
+        if fault.back_s is None:
+            yield f"after {what} the run did not train again"
+        if fault.ended:
+            yield f"after {what} the job did not go back into the queue: {fault.ended}"
+        if fault.kind in SAVING and (fault.saved is None or fault.saved < fault.step):
+            yield f"{what} was not answered by a checkpoint; the newest is {fault.saved}"
+    for step, how in (seen.lost or {}).items():
         yield f"checkpoint {step} was published and is lost: {how}"
-    if facts.holes:
-        yield f"{len(facts.holes)} steps were never trained, {facts.holes[0]} the first of them"
-    if facts.differences is None:
-        yield f"not compared with an undisturbed run: {facts.uncompared or 'there is no checkpoint'}"
-    for difference in facts.differences or ():
+    if seen.holes:
+        yield f"{len(seen.holes)} steps were never trained, the first is {seen.holes[0]}"
+    if seen.differences is None:
+        yield f"not compared with an undisturbed run: {seen.uncompared or 'there is no checkpoint'}"
+    for difference in seen.differences or ():
         yield f"not equal to the undisturbed run: {difference}"
-    if facts.stayed_away is False:
+    if seen.stayed_away is False:
         yield "the job was cancelled and came back"
 
 
-def _limits(facts: Facts) -> Iterator[str]:
-    slowest_s = max(seconds_to_safe(facts.struck), default=0.0)
-    limits = facts.limits
-    if facts.private_shm:
-        yield f"/dev/shm is not shared or is cleared: {facts.private_shm}"
-    if facts.not_requeued:
-        yield (
-            "a job may not requeue itself here: submit the same script again, it goes on where it was "
-            f"({facts.not_requeued})"
-        )
+def not_granted(seen: Seen) -> Iterator[str]:
+    """Yield what the cluster does not grant, a sentence each."""
+    slowest_s, limits = max(_seconds_to_safe(seen), default=0.0), seen.limits
+    if seen.private_shm:
+        yield f"/dev/shm is not shared or is cleared: {seen.private_shm}"
+    if seen.not_requeued:
+        yield f"a job may not requeue itself here: submit the same script again to resume ({seen.not_requeued})"
     if limits.grace_s is not None and limits.preempt_mode not in ("", "OFF") and limits.grace_s <= slowest_s:
         yield (
             f"a preempted job has {limits.grace_s:.0f} s (GraceTime) and a save took up to {slowest_s:.1f} s: what was "
@@ -194,32 +176,30 @@ def _limits(facts: Facts) -> Iterator[str]:
             f"scancel and scontrol requeue leave {limits.kill_wait_s:.0f} s (KillWait) and a save took up to "
             f"{slowest_s:.1f} s: a run cancelled that way may lose what it trained since its last checkpoint"
         )
-    for kind in sorted({blow.kind for blow in facts.struck if blow.refused}):
-        words = next(blow.refused for blow in facts.struck if blow.kind == kind and blow.refused)
+    for kind, words in sorted({fault.kind: fault.refused for fault in seen.injected if fault.refused}.items()):
         yield f"{kind} was refused: {words}"
 
 
-def seconds_to_safe(struck: Sequence[Struck]) -> list[float]:
-    """Of the blows that a run can answer by saving."""
-    return [blow.safe_s for blow in struck if blow.kind in SAVING and blow.safe_s is not None]
+def _seconds_to_safe(seen: Seen) -> list[float]:
+    """Return how long saves took, of the faults that a run can answer by saving."""
+    return [fault.safe_s for fault in seen.injected if fault.kind in SAVING and fault.safe_s is not None]
 
 
-def report(facts: Facts, verdict: Verdict) -> dict[str, Any]:
-    """What `--json` prints, and people are shown as lines."""
-    safe_s = seconds_to_safe(facts.struck)
-    back_s = [blow.back_s for blow in facts.struck if blow.back_s is not None]
-    counts = {kind: sum(b.kind == kind for b in facts.struck) for kind in sorted({b.kind for b in facts.struck})}
+def report(seen: Seen) -> dict[str, Any]:
+    """Return what `--json` prints; people see it as lines."""
+    safe_s, back_s = _seconds_to_safe(seen), [fault.back_s for fault in seen.injected if fault.back_s is not None]
+    problems = list(broken(seen))
     return {
-        "kept": verdict.kept,
-        "blows": counts,
-        "steps": facts.last_step,
-        "checkpoints_published": len(facts.published),
-        "checkpoints_lost": len(facts.lost or {}),
-        "bitwise_equal": None if facts.differences is None else not facts.differences,
+        "kept": not problems,
+        "blows": dict(sorted(Counter(fault.kind for fault in seen.injected).items())),
+        "steps": seen.last_step,
+        "checkpoints_published": len(seen.published),
+        "checkpoints_lost": len(seen.lost or {}),
+        "bitwise_equal": None if seen.differences is None else not seen.differences,
         "signal_to_safe_median_s": statistics.median(safe_s) if safe_s else None,
         "signal_to_safe_max_s": max(safe_s, default=None),
         "back_median_s": statistics.median(back_s) if back_s else None,
         "back_max_s": max(back_s, default=None),
-        "broken": verdict.broken,
-        "not_granted_here": verdict.limits,
+        "broken": problems,
+        "not_granted_here": list(not_granted(seen)),
     }

@@ -1,9 +1,8 @@
 """Is every node of a job fit to train? `python -m lingua.selfcheck.node_check`, once per rank, before the ranks begin.
 
-Promise: names the nodes that are not, in one JSON object on rank 0's stdout and by the exit code (0 fit, 1 not); a node
-whose rank does not answer in time is one of them. A device that hangs, a disk that does not answer or a rank that is
-not there delays the answer to `--within` seconds, not for ever.
-Cost: a start of Python with torch; then a second: a small matrix product, some MiB written, one all-reduce.
+Rank 0 prints one JSON object that names the nodes that are not; the exit code says the same (0 fit, 1 not). A device
+that hangs, a disk that does not answer or a rank that never comes delays that to `--within` seconds at most. It takes
+an import of torch and a second: a small matrix product, some MiB written, one all-reduce.
 
     srun python -m lingua.selfcheck.node_check --dir out/my_run --shm-gib 40
     {"ok": false, "bad_nodes": ["n7"], "problems": {"n7": ["device cuda:3: ..."]}, "n_ranks": 16, "seconds": 4.1}
@@ -45,7 +44,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NodeReport:
     """What all ranks found."""
 
     ok: bool
@@ -55,12 +54,15 @@ class Verdict:
     n_ranks: int
     seconds: float
 
+    def print(self) -> None:
+        print(orjson.dumps(asdict(self)).decode(), flush=True)
+
 
 # -- one node ------------------------------------------------------------------------------------------------------
 
 
 def local_problems(devices: Sequence[Any], folder: Path | None, shm_bytes: int, shm: Path = SHM) -> list[str]:
-    """What is wrong here, one sentence each."""
+    """Return what is wrong on this node, a sentence each."""
     checks: list[Callable[[], str | None]] = [lambda device=device: check_device(device) for device in devices]
     checks.append(lambda: check_room(shm, max(shm_bytes, PROBE_BYTES)) or check_folder(shm))
     if folder is not None:
@@ -69,7 +71,7 @@ def local_problems(devices: Sequence[Any], folder: Path | None, shm_bytes: int, 
 
 
 def check_device(device: Any) -> str | None:
-    """A product of small integers, which every correct device computes exactly, in TF32 too."""
+    """Multiply small integers, which every correct device does exactly, in TF32 too."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +79,7 @@ def check_device(device: Any) -> str | None:
     try:
         product = (a.to(device) @ b.to(device)).cpu()
     except RuntimeError as error:
-        return f"device {device}: {str(error).partition(chr(10))[0]}"
+        return f"device {device}: {_first_line(error)}"
     expected = (a.to(torch.int64).numpy() @ b.to(torch.int64).numpy()).astype("float32")
     n_wrong = int((product.numpy() != expected).sum())
     return f"device {device}: {n_wrong} of {expected.size} numbers of a matrix product are wrong" if n_wrong else None
@@ -105,33 +107,34 @@ def check_folder(folder: Path, n_bytes: int = PROBE_BYTES) -> str | None:
         probe.unlink()
     except OSError as error:
         return f"{folder}: {error.strerror or error}"
-    return None if same else f"{folder}: what was written there is not what is read back"
+    return None if same else f"{folder}: it does not return what was written"
 
 
 # -- all nodes -----------------------------------------------------------------------------------------------------
 
 
-def judge(answers: Mapping[int, Answer], network: Mapping[int, str], nodes: Sequence[str], seconds: float) -> Verdict:
-    """The verdict on ranks' answers. `network`: by rank, why it could not sum up; `nodes`: of each rank, as expected.
+def judge(
+    answers: Mapping[int, Answer], network: Mapping[int, str], nodes: Sequence[str], seconds: float
+) -> NodeReport:
+    """Decide which nodes are bad. `network`: by rank, why its sum failed; `nodes`: of each rank, as expected.
 
     When only some ranks could not sum up, their nodes are to blame; when none could, no one is.
     """
     problems: dict[str, list[str]] = {}
     for rank, node in enumerate(nodes):
-        found = answers[rank].problems if rank in answers else [f"rank {rank} did not answer in time"]
-        if found:
-            problems.setdefault(answers[rank].node if rank in answers else node, []).extend(found)
+        answer = answers.get(rank, Answer(node, [f"rank {rank} did not answer in time"]))
+        if answer.problems:
+            problems.setdefault(answer.node, []).extend(answer.problems)
     bad = set(problems)
     for rank, problem in network.items():
-        some = len(network) < len(nodes)
-        where = answers[rank].node if some else "network"
+        where = answers[rank].node if len(network) < len(nodes) else "network"
         problems.setdefault(where, []).append(f"rank {rank}: {problem}")
-        bad |= {where} if some else set()
-    return Verdict(not problems, sorted(bad), problems, len(nodes), round(seconds, 2))
+        bad |= {where} - {"network"}
+    return NodeReport(not problems, sorted(bad), problems, len(nodes), round(seconds, 2))
 
 
 def nodes_of_ranks(of_tasks: Sequence[str], n_ranks: int) -> list[str]:
-    """The node of each rank, where each task of the step started equally many; made-up names where that cannot be."""
+    """Return the node of each rank if each task of the step started equally many, otherwise made-up names."""
     if not of_tasks or n_ranks % len(of_tasks):
         return [f"the node of rank {rank}" for rank in range(n_ranks)]
     return [node for node in of_tasks for _ in range(n_ranks // len(of_tasks))]
@@ -139,7 +142,7 @@ def nodes_of_ranks(of_tasks: Sequence[str], n_ranks: int) -> list[str]:
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Gloo speaks on stdout, which is for the verdict."""
+    """Gloo prints to stdout, which is for the report."""
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -151,8 +154,8 @@ def stdout_to_stderr() -> Iterator[None]:
 
 def check_together(
     place: RankInfo, answer: Answer, device: Any, nodes: Sequence[str], within_s: float
-) -> Verdict | None:
-    """Share the answers over a store on rank 0 and sum up once; the verdict on rank 0, None elsewhere.
+) -> NodeReport | None:
+    """Share the answers over a store on rank 0 and sum up once; returns the report on rank 0, None elsewhere.
 
     Raises torch's DistError where rank 0 cannot be reached.
     """
@@ -176,27 +179,30 @@ def check_together(
             time.sleep(0.05)
         return found
 
-    def sum_up() -> str:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        meeting = dist.PrefixStore("sum", store)
-        try:
-            dist.init_process_group(
-                backend, store=meeting, rank=place.rank, world_size=place.world_size, timeout=limit / 3
-            )
-            total = torch.full((1024,), place.rank + 1.0, device=device)
-            dist.all_reduce(total)
-            expected = place.world_size * (place.world_size + 1) / 2
-            return "" if bool((total == expected).all()) else f"an all-reduce gave {total[0].item()}, not {expected}"
-        except RuntimeError as error:
-            return f"{backend}: {str(error).strip().partition(chr(10))[0]}"
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    def sum_up() -> None:
+        """Send what went wrong in an all-reduce of all ranks, or nothing."""
+        backend, problem = "nccl" if device.type == "cuda" else "gloo", ""
+        with stdout_to_stderr():
+            try:
+                meeting = dist.PrefixStore("sum", store)
+                dist.init_process_group(
+                    backend, store=meeting, rank=place.rank, world_size=place.world_size, timeout=limit / 3
+                )
+                total = torch.full((1024,), place.rank + 1.0, device=device)
+                dist.all_reduce(total)
+                expected = place.world_size * (place.world_size + 1) / 2
+                if not bool((total == expected).all()):
+                    problem = f"an all-reduce gave {total[0].item()}, not {expected}"
+            except RuntimeError as error:
+                problem = f"{backend}: {_first_line(error)}"
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+        store.set(f"sum/{place.rank}", problem)
 
     if not place.is_main:
         if store.get("go") == b"1":
-            with stdout_to_stderr():
-                store.set(f"sum/{place.rank}", sum_up())
+            sum_up()
         store.get("done")
         return None
     answers = {rank: Answer(**orjson.loads(raw)) for rank, raw in collect("answer", started_s + within_s / 2).items()}
@@ -204,14 +210,17 @@ def check_together(
     store.set("go", "1" if everybody else "0")
     network: dict[int, str] = {}
     if everybody:
-        with stdout_to_stderr():
-            store.set("sum/0", sum_up())
-        said = collect("sum", started_s + within_s)
-        network = {rank: said.get(rank, b"no answer").decode() for rank in range(place.world_size)}
-    verdict = judge(answers, {k: v for k, v in network.items() if v}, nodes, time.monotonic() - started_s)
+        sum_up()
+        sums = collect("sum", started_s + within_s)
+        network = {rank: sums.get(rank, b"no answer").decode() for rank in range(place.world_size)}
+    report = judge(answers, {k: v for k, v in network.items() if v}, nodes, time.monotonic() - started_s)
     store.set("done", "1")
     time.sleep(0.2)  # the others read it from this process
-    return verdict
+    return report
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 # -- command -------------------------------------------------------------------------------------------------------
@@ -229,12 +238,12 @@ def main(words: list[str]) -> int:
     node = this_node_name(os.environ)
 
     def give_up() -> None:
-        _say(Verdict(False, [node], {node: [f"no answer within {given.within:g} s"]}, 1, given.within))
+        NodeReport(False, [node], {node: [f"no answer within {given.within:g} s"]}, 1, given.within).print()
         os._exit(1)
 
-    last_word = threading.Timer(given.within + 5, give_up)  # rank 0 has told its verdict on this rank by then
-    last_word.daemon = True
-    last_word.start()
+    timer = threading.Timer(given.within + 5, give_up)  # rank 0 has reported on this rank by then
+    timer.daemon = True
+    timer.start()
 
     import torch
 
@@ -247,26 +256,21 @@ def main(words: list[str]) -> int:
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if alone else [device]
         problems = local_problems(devices, given.dir, int(given.shm_gib * 2**30))
     except (RuntimeError, ValueError) as error:
-        device, problems = torch.device("cpu"), [str(error).partition("\n")[0]]
+        device, problems = torch.device("cpu"), [_first_line(error)]
     answer = Answer(node, problems)
     if place.master is None:
-        verdict = judge({0: answer}, {}, [node], time.monotonic() - started_s)
+        report = judge({0: answer}, {}, [node], time.monotonic() - started_s)
     else:
         nodes = nodes_of_ranks(node_of_each_task(os.environ), place.world_size)
         try:
-            verdict = check_together(place, answer, device, nodes, given.within)
+            report = check_together(place, answer, device, nodes, given.within)
         except RuntimeError as error:  # torch's DistError
-            why = str(error).partition("\n")[0]
-            verdict = Verdict(False, [nodes[0]], {nodes[0]: [f"rank 0 cannot be reached from {node}: {why}"]}, 1, 0.0)
-    last_word.cancel()
-    if verdict is None:
-        return 1 if problems else 0
-    _say(verdict)
-    return 0 if verdict.ok else 1
-
-
-def _say(verdict: Verdict) -> None:
-    print(orjson.dumps(asdict(verdict)).decode(), flush=True)
+            problem = f"rank 0 cannot be reached from {node}: {_first_line(error)}"
+            report = NodeReport(False, [nodes[0]], {nodes[0]: [problem]}, 1, 0.0)
+    timer.cancel()
+    if report is not None:
+        report.print()
+    return int(bool(problems) if report is None else not report.ok)
 
 
 if __name__ == "__main__":

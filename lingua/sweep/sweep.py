@@ -38,12 +38,12 @@ from lingua.console import duration
 from lingua.files import DISK, RunError, make_folder, make_folders, read_json, write_json, write_whole
 from lingua.launch.job import write_job
 from lingua.launch.local_ranks import POLL_S, signals_passed_on, start_below
-from lingua.launch.submit import RUN_SCRIPT, complete_launcher, must_be_checkout, run_script
+from lingua.launch.submit import RUN_SCRIPT, complete_launcher, must_be_checkout, run_script, submit_run
 from lingua.logger import RANK_LOGS
 from lingua.report.diff import flatten, label
 from lingua.run.code_snapshot import freeze_code
 from lingua.run.folder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE
-from lingua.slurm import Runner, outside_job, run_command, submit
+from lingua.slurm import Runner, outside_job, run_command
 from lingua.sweep.grid import plain_overrides, points_of, read_axes
 from lingua.train.check import load
 
@@ -300,8 +300,7 @@ def submit_points(
 ) -> Sweep:
     """Submit these points as one array job; the sweep that knows of it."""
     launcher = LauncherArgs.model_validate(_config(sweep, numbers[0]).get("launcher", {}))
-    logs = make_folder(sweep.folder / RANK_LOGS, "dump_dir")
-    job = submit(sweep.script, launcher, logs.absolute(), array=array_of(numbers, sweep.at_once), env=env, run=run)
+    job = submit_run(sweep.script, launcher, array_of(numbers, sweep.at_once), env, run)
     known = replace(sweep, jobs=[*sweep.jobs, Submission(job, sorted(numbers))])
     known.save(sweep.folder)
     return known

@@ -107,12 +107,12 @@ def test_ranks_that_do_not_go_into_nodes_are_refused(tmp_path: Path, monkeypatch
     line = parse_command_line(
         [*TINY, f"dump_dir={tmp_path}", "launcher.nodes=2", "distributed.dp_replicate=3", "data.lanes=12"]
     )
-    with pytest.raises(ConfigError, match=r"launcher.nodes is 2, but the config speaks of 3 ranks; set launcher.gpus"):
+    with pytest.raises(ConfigError, match=r"launcher.nodes is 2, but the config has 3 ranks; set launcher.gpus"):
         launch(line, base_dir=ROOT, run=Sbatch())
 
 
 def test_a_launch_from_elsewhere_says_so(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"is no checkout of lingua: it has no scripts/job\.sh; go to yours"):
+    with pytest.raises(ConfigError, match=r"is not a checkout of lingua: it has no scripts/job\.sh; launch from yours"):
         launch(parse_command_line([*TINY]), base_dir=tmp_path, run=Sbatch())
 
 

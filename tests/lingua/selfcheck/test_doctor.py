@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from lingua.selfcheck.doctor import (
-    Finding,
+    Diagnosis,
     examine,
     judge_disk,
     judge_gpus,
     judge_kernels,
-    judge_memory,
     judge_shm,
     judge_slurm,
     judge_torch,
     mounted_as,
-    table,
 )
 from lingua.slurm import cluster_config
 
@@ -26,7 +23,7 @@ GIB = 2**30
 
 
 @pytest.mark.parametrize(
-    ("finding", "level", "said"),
+    ("row", "level", "text"),
     [
         (judge_torch("2.10.0+cu128", (3, 11))[0], "ok", "3.11"),
         (judge_torch("2.10.0+cu128", (3, 10))[0], "wrong", "3.10"),
@@ -41,8 +38,6 @@ GIB = 2**30
         (judge_shm("ext4", 100 * GIB, 90 * GIB, None), "wrong", "async_save_mode=null"),
         (judge_shm(None, 0, 0, None), "wrong", "no file system"),
         (judge_shm("tmpfs", 100 * GIB, 90 * GIB, "this is a container"), "note", "this is a container"),
-        (judge_memory(None, 0), "ok", "no limit"),
-        (judge_memory(64 * GIB, GIB), "ok", "1.0 GiB used of 64.0 GiB"),
         (judge_disk(Path("out"), "nfs4", 9 * GIB, 0.1, None), "ok", "9.0 GiB free"),
         (judge_disk(Path("out"), "lustre", 9 * GIB, 9.0, None), "note", "async_save_mode=shm"),
         (judge_disk(Path("out"), "ext4", 9 * GIB, 0.1, None), "note", "not shared"),
@@ -55,10 +50,10 @@ GIB = 2**30
         (judge_slurm({})[0], "note", "not here"),
     ],
 )
-def test_judgements(finding: Finding, level: str, said: str):
-    assert finding.level == level
-    assert said in f"{finding.says} {finding.remedy}"
-    assert (finding.level != "wrong") or finding.remedy, "what is wrong needs a remedy"
+def test_judgements(row: Diagnosis, level: str, text: str):
+    assert row.level == level
+    assert text in f"{row.says} {row.remedy}"
+    assert row.level != "wrong" or row.remedy, "what is wrong needs a remedy"
 
 
 CONFIG = """\
@@ -74,21 +69,12 @@ SLURM_VERSION           = 22.05.8
 
 
 def test_what_a_clusters_settings_mean_for_a_run():
-    def ask(words: Sequence[str]) -> str:
-        assert list(words) == ["scontrol", "show", "config"]
-        return CONFIG
-
-    config = cluster_config(ask)
-    found = {finding.part: finding for finding in judge_slurm(config)}
+    found = {row.part: row for row in judge_slurm(cluster_config(lambda words: CONFIG))}
     assert found["slurm"].says == "22.05.8, cluster night"
     assert found["preemption"].says == "REQUEUE; 30 sec from SIGTERM to SIGKILL at the time limit"
-    assert {part for part, finding in found.items() if finding.level == "note"} == {
-        "requeue",
-        "job container",
-        "processes",
-    }
+    assert {part for part, row in found.items() if row.level == "note"} == {"requeue", "job container", "processes"}
     good = {"ClusterName": "c", "PreemptMode": "REQUEUE", "JobRequeue": "1", "ProctrackType": "proctrack/cgroup"}
-    assert [finding.level for finding in judge_slurm(good)] == ["ok", "ok"]
+    assert [row.level for row in judge_slurm(good)] == ["ok", "ok"]
     assert judge_slurm({**good, "PreemptMode": "CANCEL"})[1].level == "note"
 
 
@@ -107,17 +93,9 @@ def test_the_file_system_of_a_path(path: str, kind: str):
 
 
 def test_this_machine(tmp_path: Path):
-    findings = examine(tmp_path / "out")
-    parts = [finding.part for finding in findings]
-    assert parts[:8] == ["python", "torch", "cuda", "xformers", "attention", "ranks", "compiler", "/dev/shm"]
-    assert "sdpa" in next(finding.says for finding in findings if finding.part == "attention")
-    assert "gloo" in next(finding.says for finding in findings if finding.part == "ranks")
+    rows = {row.part: row for row in examine(tmp_path / "out")}
+    parts = ["python", "torch", "cuda", "xformers", "attention", "ranks", "compiler", "/dev/shm", "memory"]
+    assert list(rows)[:9] == parts
+    assert "sdpa" in rows["attention"].says
+    assert "gloo" in rows["ranks"].says
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_table_has_remedies_below_what_they_mend():
-    assert table([Finding("a", "ok", "fine"), Finding("long", "wrong", "bad", "mend it")]) == [
-        "ok     a     fine",
-        "wrong  long  bad",
-        "             -> mend it",
-    ]

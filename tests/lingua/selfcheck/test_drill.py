@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import lingua.launch.job
 import lingua.selfcheck.drill
 from lingua.checkpoint import layout, publish
 from lingua.config.command_line import CommandLine
+from lingua.config.keys.launch import LauncherArgs
 from lingua.config.yaml_layers import read_yaml
 from lingua.files import RunError
 from lingua.launch.job import NO_REQUEUE, REFUSED
-from lingua.selfcheck.drill import Drill, OnSlurm, Watch, describe
-from lingua.selfcheck.drill_plan import EVERY, Facts, judge
+from lingua.selfcheck.drill import Drill, OnSlurm, RunWatch, describe
+from lingua.selfcheck.drill_plan import EVERY, Seen, broken, not_granted
 from lingua.slurm import Allocation, Limits
 from tests.fakes import Clock
 
@@ -80,7 +81,7 @@ class Played:
         facts = {"model.bin": publish.write_hashed(folder / "model.bin", [b"%d" % self.step + noise])}
         publish.publish(root, self.step, incarnation, facts)
 
-    def strike(self, kind: str, run_dir: Path) -> str:
+    def inject(self, kind: str, run_dir: Path) -> str:
         if kind == "TERM" and self.faults.get("forbids"):
             return "Access denied"
         if kind == "TERM" and not self.faults.get("forgets"):
@@ -102,7 +103,7 @@ class Played:
     def is_over(self) -> bool:
         return not self.trains and self._ends
 
-    def last_words(self, run_dir: Path) -> tuple[bool, str]:
+    def why_over(self, run_dir: Path) -> tuple[bool, str]:
         return (False, "FileNotFoundError: stop.json") if self.faults.get("dies") else (True, "Access denied")
 
     def end(self) -> bool:
@@ -116,26 +117,26 @@ class Played:
         return Limits(grace_s=30.0, preempt_mode="REQUEUE")
 
 
-def play(tmp_path: Path, **faults: bool) -> tuple[Facts, Played]:
+def play(tmp_path: Path, **faults: bool) -> tuple[Seen, Played]:
     clock = Clock()
     place = Played(clock, **faults)
     drill = Drill(
-        tmp_path / "drill", [], place, minutes=1, patience_s=60, base_dir=tmp_path,
-        say=lambda text: None, now=clock.now, sleep=place.sleep,
+        tmp_path / "drill", [], place, minutes=1, patience_s=60, base_dir=tmp_path,  # pyright: ignore[reportArgumentType]
+        report=lambda text: None, now=clock.now, sleep=place.sleep,
     )  # fmt: skip
     return drill.run(seed=1), place
 
 
 def test_a_run_that_keeps_its_promises(tmp_path: Path):
     facts, place = play(tmp_path)
-    assert judge(facts).broken == []
-    assert judge(facts).limits == []
-    assert {blow.kind for blow in facts.struck} == {"TERM", "KILL"}
+    assert list(broken(facts)) == []
+    assert list(not_granted(facts)) == []
+    assert {blow.kind for blow in facts.injected} == {"TERM", "KILL"}
     assert (facts.not_requeued, facts.stayed_away, place.is_closed) == ("", True, True)
-    assert place.starts == {"taken": len(facts.struck) + 1, "calm": 1}
+    assert place.starts == {"taken": len(facts.injected) + 1, "calm": 1}
     assert facts.last_step in facts.published
-    assert all(blow.safe_s is None or blow.safe_s >= 0 for blow in facts.struck), "None: it had just been saved"
-    assert any(blow.safe_s is not None for blow in facts.struck if blow.kind == "TERM")
+    assert all(blow.safe_s is None or blow.safe_s >= 0 for blow in facts.injected), "None: it had just been saved"
+    assert any(blow.safe_s is not None for blow in facts.injected if blow.kind == "TERM")
 
 
 @pytest.mark.parametrize(
@@ -152,22 +153,22 @@ def test_a_run_that_keeps_its_promises(tmp_path: Path):
 )
 def test_each_broken_promise_is_found(tmp_path: Path, fault: str, sentence: str):
     facts, place = play(tmp_path, **{fault: True})
-    assert any(re.search(sentence, broken) for broken in judge(facts).broken), judge(facts)
+    assert any(re.search(sentence, each) for each in broken(facts)), list(broken(facts))
     assert place.is_closed
 
 
 def test_what_the_cluster_does_not_grant_is_seen(tmp_path: Path):
     facts, _ = play(tmp_path, may_not_requeue=True)
     assert facts.not_requeued == "Access denied"
-    assert judge(facts).kept, "the drill has submitted it again"
+    assert not list(broken(facts)), "the drill has submitted it again"
     refused, _ = play(tmp_path / "again", forbids=True)
-    assert judge(refused).limits == ["TERM was refused: Access denied"]
-    assert "TERM: refused (Access denied)" in [describe(blow) for blow in refused.struck]
+    assert list(not_granted(refused)) == ["TERM was refused: Access denied"]
+    assert "TERM: refused (Access denied)" in [describe(blow) for blow in refused.injected]
 
 
 def test_a_damaged_checkpoint_counts_as_lost(tmp_path: Path):
     facts, _ = play(tmp_path)
-    watch = Watch(tmp_path / "drill" / "taken")
+    watch = RunWatch(tmp_path / "drill" / "taken")
     watch.verify()
     assert watch.lost == {}
     (layout.folder(watch.root, facts.last_step) / "model.bin").write_bytes(b"?")
@@ -177,7 +178,7 @@ def test_a_damaged_checkpoint_counts_as_lost(tmp_path: Path):
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):
     (tmp_path / "drill" / "data" / "words").mkdir(parents=True)
-    with pytest.raises(RunError, match="is there already; choose another folder with --folder"):
+    with pytest.raises(RunError, match="exists already; choose another folder with --folder"):
         play(tmp_path)
 
 
@@ -198,16 +199,13 @@ class Controller:
         return f"JobId=7 JobState={self.states.pop(0) if len(self.states) > 1 else self.states[0]}"
 
 
-def on_slurm(states: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[OnSlurm, Controller, Clock]:
+def on_slurm(states: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[OnSlurm, Controller, Clock]:
     """A place whose job 7 was submitted a moment ago."""
-
-    def submit(line: CommandLine, *, base_dir: Path, run: Callable[..., str]) -> int:
-        run(["sbatch", "run.sh"], env={})
-        return 0
 
     clock, controller = Clock(), Controller(states)
     place = OnSlurm(controller, now=clock.now, sleep=clock.sleep)
-    monkeypatch.setattr(lingua.selfcheck.drill, "launch", submit)
+    script = tmp_path / "run.sh", "", LauncherArgs()
+    monkeypatch.setattr(lingua.selfcheck.drill, "freeze_launch", lambda line, base_dir: script)
     place.start(CommandLine(), Path())
     controller.asked.clear()
     return place, controller, clock
@@ -223,18 +221,18 @@ def on_slurm(states: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[OnSlur
     ],
 )
 def test_what_a_user_may_do(kind: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    place, controller, _ = on_slurm(["RUNNING"], monkeypatch)
-    assert place.strike(kind, tmp_path) == ""
+    place, controller, _ = on_slurm(["RUNNING"], tmp_path, monkeypatch)
+    assert place.inject(kind, tmp_path) == ""
     assert controller.asked[-1] == asked
 
 
 def test_what_a_user_may_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    place, _, _ = on_slurm(["RUNNING"], monkeypatch)
-    assert "permission denied" in place.strike("requeue", tmp_path)
+    place, _, _ = on_slurm(["RUNNING"], tmp_path, monkeypatch)
+    assert "permission denied" in place.inject("requeue", tmp_path)
 
 
-def test_a_job_that_passes_through_the_end_is_not_over(monkeypatch: pytest.MonkeyPatch):
-    place, _, clock = on_slurm(["FAILED", "PENDING", "FAILED"], monkeypatch)
+def test_a_job_that_passes_through_the_end_is_not_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    place, _, clock = on_slurm(["FAILED", "PENDING", "FAILED"], tmp_path, monkeypatch)
     answers = []
     for _ in range(10):
         clock.sleep(1.5)
@@ -246,8 +244,10 @@ def test_a_job_that_passes_through_the_end_is_not_over(monkeypatch: pytest.Monke
     ("states", "stayed"),
     [(["COMPLETING", "CANCELLED"], True), (["COMPLETING", "PENDING"], False), (["COMPLETED"], False)],
 )
-def test_whether_a_cancelled_job_stays_so(states: list[str], stayed: bool, monkeypatch: pytest.MonkeyPatch):
-    place, controller, _ = on_slurm(states, monkeypatch)
+def test_whether_a_cancelled_job_stays_so(
+    states: list[str], stayed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place, controller, _ = on_slurm(states, tmp_path, monkeypatch)
     assert place.end() is stayed
     assert controller.asked[0] == "scancel 7"
 
@@ -273,11 +273,10 @@ def test_whose_fault_it_is_that_a_job_did_not_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, said: str | None, by_cluster: bool, words: str
 ):
     """The cluster's, only where the log of the job or its state says so; all else is ours."""
-    place, _, _ = on_slurm([state], monkeypatch)
+    place, _, _ = on_slurm([state], tmp_path, monkeypatch)
     if said is not None:
-        (tmp_path / "logs").mkdir()
         (tmp_path / "logs" / "7.out").write_text(said)
-    found = place.last_words(tmp_path)
+    found = place.why_over(tmp_path)
     assert found[0] is by_cluster
     assert words in found[1]
 

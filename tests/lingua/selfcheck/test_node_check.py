@@ -14,7 +14,7 @@ import torch
 from lingua.distributed.process_group import RankInfo
 from lingua.selfcheck.node_check import (
     Answer,
-    Verdict,
+    NodeReport,
     check_device,
     check_folder,
     check_together,
@@ -40,8 +40,8 @@ FINE = {rank: Answer(node, []) for rank, node in enumerate(NODES)}
     ],
 )
 def test_who_is_to_blame(answers: Any, network: Any, bad: list[str], problems: Any):
-    verdict = judge(answers, network, NODES, 1.0)
-    assert (verdict.bad_nodes, verdict.problems, verdict.ok) == (bad, problems, not problems)
+    report = judge(answers, network, NODES, 1.0)
+    assert (report.bad_nodes, report.problems, report.ok) == (bad, problems, not problems)
 
 
 def test_the_node_of_each_rank():
@@ -86,38 +86,38 @@ def test_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert facts["bad_nodes"] == [os.environ.get("SLURMD_NODENAME") or os.uname().nodename]
 
 
-def together(present: list[int], n_ranks: int, within_s: float) -> dict[int, Verdict | None]:
-    """The verdicts of those ranks of a job that are there; one node each."""
+def together(present: list[int], n_ranks: int, within_s: float) -> dict[int, NodeReport | None]:
+    """The reports of those ranks of a job that are there; one node each."""
     port, nodes, context = free_port(), [f"n{rank}" for rank in range(n_ranks)], multiprocessing.get_context("fork")
-    verdicts: Any = context.Queue()
+    reports: Any = context.Queue()
 
     def act(rank: int) -> None:
         place = RankInfo(rank, n_ranks, master=("127.0.0.1", port))
         answer = Answer(nodes[rank], [])
-        verdicts.put((rank, check_together(place, answer, torch.device("cpu"), nodes, within_s)))
+        reports.put((rank, check_together(place, answer, torch.device("cpu"), nodes, within_s)))
 
     processes = [context.Process(target=act, args=(rank,)) for rank in present]
     for process in processes:
         process.start()
-    told = dict(verdicts.get(timeout=60) for _ in processes)
+    found = dict(reports.get(timeout=60) for _ in processes)
     for process in processes:
         process.join()
-    return told
+    return found
 
 
 @pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_ranks_that_are_all_there_sum_up():
-    told = together([0, 1, 2], 3, within_s=60)
-    assert told[0] is not None
-    assert (told[0].ok, told[0].bad_nodes, told[0].n_ranks) == (True, [], 3)
-    assert (told[1], told[2]) == (None, None)
+    found = together([0, 1, 2], 3, within_s=60)
+    assert found[0] is not None
+    assert (found[0].ok, found[0].bad_nodes, found[0].n_ranks) == (True, [], 3)
+    assert (found[1], found[2]) == (None, None)
 
 
 @pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_rank_that_does_not_come_names_its_node():
-    told = together([0, 1], 3, within_s=8)
-    assert told[0] is not None
-    assert (told[0].ok, told[0].bad_nodes) == (False, ["n2"])
-    assert told[0].problems == {"n2": ["rank 2 did not answer in time"]}
+    found = together([0, 1], 3, within_s=8)
+    assert found[0] is not None
+    assert (found[0].ok, found[0].bad_nodes) == (False, ["n2"])
+    assert found[0].problems == {"n2": ["rank 2 did not answer in time"]}
