@@ -144,7 +144,7 @@ def make_export(
     trim_vocab: bool = False,
     files: Files | None = None,
 ) -> Made:
-    """`lingua export` without its words. Raises ConfigError, RunError and OSError; then there is no folder."""
+    """Run `lingua export`. Raises ConfigError, RunError and OSError, and then makes no folder."""
     from lingua.checkpoint.export_weights import as_ours, as_theirs, write_safetensors
     from lingua.checkpoint.load_weights import open_source
     from lingua.config.base import ConfigError
@@ -191,8 +191,7 @@ def _count(made: Made, folder: Path) -> None:
 
 @contextmanager
 def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
-    """The checkpoint that is meant, its weights read and compared, kept from retention; None: a file or folder of
-    weights that there is no manifest of."""
+    """Verify the weights of the checkpoint and pin it; None: a file or folder of weights without a manifest."""
     from lingua.checkpoint import lookup
     from lingua.checkpoint.load_weights import is_weights
     from lingua.checkpoint.tools.copy import pinned
@@ -211,19 +210,19 @@ def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
 
 
 def _rows_to_keep(args: TrainArgs, model: LlamaArgs, trim_vocab: bool) -> int | None:
-    """Rows of embedding and head that go along; None: all."""
+    """Return how many rows of embedding and head to export; None: all."""
     from lingua.tokenizer import build_tokenizer
 
     if trim_vocab:
         return build_tokenizer(args.data.tokenizer).vocab_size
     if model.vocab_multiple_of == 1:
         return None
-    # Others would take the padded rows for tokens, and give them probability.
+    # Other programs would take the padded rows for tokens and give them probability.
     return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).vocab_size
 
 
 def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:
-    """(args, the model's, warnings). Raises ConfigError when Hugging Face's libraries do not have such a model."""
+    """Return (args, those of the model, warnings). Raises ConfigError if Hugging Face has no such model."""
     from lingua.config.base import ConfigError
     from lingua.config.command_line import DEFAULT_APP, CommandLine, choose_app
     from lingua.config.keys.model import LlamaArgs
@@ -247,8 +246,8 @@ def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:
         args,
         args.model,
         [
-            f"{config}: the app {app} has a model of its own; its tensors fit a Llama's, but whether it computes the "
-            "same is for you to compare"
+            f"{config}: the app {app} has its own model; its tensors fit a Llama, but compare for yourself whether it "
+            "computes the same"
         ],
     )
 
@@ -256,7 +255,7 @@ def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:
 def _describe(
     folder: Path, args: TrainArgs, model: LlamaArgs, embedding: Item, checkpoint: Checkpoint | None, files: Files
 ) -> list[str]:
-    """Write config.json, generation_config.json and the tokenizer; returns warnings."""
+    """Write config.json, generation_config.json and the tokenizer; return warnings."""
     from lingua.config.base import ConfigError
     from lingua.files import RunError, write_json
     from lingua.model import huggingface
@@ -273,7 +272,7 @@ def _describe(
         warning = write_tokenizer(args.data.tokenizer, folder, **settings, files=files)
         warnings = [warning] if warning else []
     except (ConfigError, RunError) as error:
-        warnings = [f"no tokenizer goes along: {error}"]
+        warnings = [f"no tokenizer was exported: {error}"]
     special = dict(zip(("bos_token_id", "eos_token_id"), ids, strict=True))
     document = huggingface.config_json(
         model,
@@ -289,7 +288,7 @@ def _describe(
 
 
 def _same_tokenizer(args: TrainArgs, checkpoint: Checkpoint | None) -> None:
-    """Raise ConfigError when the tokenizer is not the one that the checkpoint was trained with, as far as it tells."""
+    """Raise ConfigError if the checkpoint was trained with another tokenizer, as far as it records that."""
     from lingua.checkpoint.metadata import read_tokenizer
     from lingua.config.base import ConfigError
     from lingua.tokenizer import tokenizer_fingerprint
@@ -305,7 +304,7 @@ def _write_torch(folder: Path, checkpoint: Checkpoint | None, place: str, progre
     from lingua.config.base import ConfigError
 
     if checkpoint is None:
-        raise ConfigError(f"{place}: --format torch is made of a checkpoint; use --format safetensors")
+        raise ConfigError(f"{place}: --format torch needs a checkpoint; use --format safetensors")
     tensors = read_tensors(checkpoint.folder)
     n_bytes = sum(fact.size_bytes for name, fact in tensors.items() if name.startswith("model."))
     progress.begin("writing", n_bytes)
@@ -313,7 +312,7 @@ def _write_torch(folder: Path, checkpoint: Checkpoint | None, place: str, progre
 
 
 def _travelling(config: Path) -> dict[str, Any]:
-    """The config for weights that lie elsewhere now."""
+    """Return the config to write beside exported weights."""
     from lingua.checkpoint.tools.copy import travelling_config
     from lingua.config.frozen import CONFIG_FILE
     from lingua.train.describe import described
@@ -326,7 +325,7 @@ def _travelling(config: Path) -> dict[str, Any]:
 
 
 def make_import(place: Path, out: Path, *, shard_bytes: float = 5 * GIGA, files: Files | None = None) -> Made:
-    """`lingua import` of a Hugging Face folder. Raises ConfigError, RunError and OSError; then there is no folder."""
+    """Import a Hugging Face folder. Raises ConfigError, RunError and OSError, and then makes no folder."""
     from apps.main.args import LMTransformerArgs
     from lingua.checkpoint.export_weights import as_ours, must_fit, write_safetensors
     from lingua.checkpoint.load_weights import open_source
@@ -347,7 +346,7 @@ def make_import(place: Path, out: Path, *, shard_bytes: float = 5 * GIGA, files:
         progress.begin("writing", sum(item.size_bytes for item in items))
         write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
         if not copy_tokenizer(place, folder, files=files):
-            made.warnings.append(f"{place} has no tokenizer; put its tokenizer.json into {out}")
+            made.warnings.append(f"{place} has no tokenizer; copy its tokenizer.json into {out}")
         start = {"name": f"{out.name}_continued", **tree, "checkpoint": {"init_ckpt_path": str(here)}}
         text = _CONFIG_HEAD.format(origin=str(place), config=str(out / CONFIG_FILE)) + dump_yaml(start)
         write_whole(folder / CONFIG_FILE, text, files=files)

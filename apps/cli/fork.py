@@ -1,10 +1,9 @@
-"""`lingua fork`: a new run that goes on from a published checkpoint of another one, with its full state.
+"""`lingua fork`: make a new run that resumes from a published checkpoint of another run, with its full state.
 
-Promise: everything is checked before anything is made: the config as training would check it, and whether model,
-optimizer and data of the checkpoint fit it. The other run is only read; where it may be written to, the checkpoint is
-pinned for a week, until the new run has one of its own. The new folder holds a config.yaml and nothing else: it names
-the checkpoint (checkpoint.init_ckpt_path), so where the run comes from stays on record.
-Cost: no torch; the checkpoint's files are looked at, not read. The first start reads and verifies them.
+Everything is checked before anything is written: the config as training checks it, and whether model, optimizer and
+data of the checkpoint fit it. The other run is only read; if it can be written to, its checkpoint is pinned for a week,
+until the new run has its own. The new folder has only a config.yaml, which names the checkpoint
+(checkpoint.init_ckpt_path). Its files are not read here: the first attempt verifies them.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from lingua.train.check import Checked
 
 PIN_S = 7 * 86400.0
-_SAID_BY_FORK = ("dump_dir", "dump_base", "checkpoint.init_ckpt_path")
-# What belongs to the other run alone.
+_SET_BY_FORK = ("dump_dir", "dump_base", "checkpoint.init_ckpt_path")
+# Keys that belong to the other run alone.
 _NOT_INHERITED = {
     "checkpoint.path": None,
     "checkpoint.reset": [],
@@ -44,16 +43,16 @@ _NOT_INHERITED = {
 
 @dataclass(frozen=True)
 class Fork:
-    """A run that is ready to start."""
+    """A new run that is ready to start."""
 
     folder: Path
     origin: str
     """RUN@step."""
     changes: list[str]
-    """What differs from the other run's config."""
+    """Differences from the other run's config."""
     warnings: list[str]
     pinned_until: float | None
-    """Seconds since the epoch; None: the other run may not be written to."""
+    """Seconds since the epoch; None: the other run cannot be written to."""
 
     @property
     def config(self) -> Path:
@@ -61,20 +60,20 @@ class Fork:
 
 
 def fork(place: str, folder: Path, words: Sequence[str], world_size: int | None = None) -> Fork:
-    """Make `folder` a run that goes on from RUN[@step]. Raises ConfigError, RunError and OSError; then nothing is made.
+    """Make `folder` a run that resumes from RUN[@step]. Raises ConfigError, RunError or OSError before it makes it.
 
     `words`: overrides, overlays and group picks on top of the other run's config, as for training.
     """
     checkpoint = lookup.find_one(place)
     if checkpoint.run_dir is None or checkpoint.step is None:
-        raise RunError(f"{place} is no run's checkpoint; write RUN@STEP, and copy a run with `lingua ckpt copy`")
+        raise RunError(f"{place} is not a checkpoint of a run; write RUN@STEP")
     if any(entries(folder)) or folder.is_file():
         raise ConfigError(f"{folder} already exists; choose a new folder")
     if problems := checkpoint.damage(sizes_only=True):
         raise RunError(f"{checkpoint} is damaged: {'; '.join(problems)}; take another step")
     config = read_frozen(checkpoint.run_dir)
     if config is None:
-        raise ConfigError(f"{checkpoint.run_dir} has no {CONFIG_FILE} that the fork could begin with")
+        raise ConfigError(f"{checkpoint.run_dir} has no {CONFIG_FILE} for the fork to start from")
     origin = f"{checkpoint.run_dir.absolute()}@{checkpoint.step}"
     checked = _check(checkpoint.run_dir / CONFIG_FILE, config, origin, folder, words, world_size)
     differences = compare(config, checked.frozen)
@@ -83,7 +82,7 @@ def fork(place: str, folder: Path, words: Sequence[str], world_size: int | None 
     folder.mkdir(parents=True, exist_ok=True)
     pinned_until = _pin(checkpoint, folder)
     write_whole(folder / CONFIG_FILE, dump_yaml(checked.frozen))
-    own = (*_SAID_BY_FORK, *_NOT_INHERITED, "name", "checkpoint.continue_training_from_init")
+    own = (*_SET_BY_FORK, *_NOT_INHERITED, "name", "checkpoint.continue_training_from_init")
     changes = [d.change for d in differences if d.key not in own or any(w.startswith(f"{d.key}=") for w in words)]
     return Fork(folder, origin, changes, checked.warnings, pinned_until)
 
@@ -99,8 +98,8 @@ def _check(
     """The config of the fork, checked as training checks it."""
     line = parse_command_line([str(config_file), *words])
     for word in line.overrides:
-        if (key := word.partition("=")[0]) in _SAID_BY_FORK:
-            raise ConfigError(f"command line: {key} is said by RUN@STEP and NEW; take {word} out")
+        if (key := word.partition("=")[0]) in _SET_BY_FORK:
+            raise ConfigError(f"command line: {key} follows from RUN@STEP and NEW; remove {word}")
     given = {
         **{key: value for key, value in _NOT_INHERITED.items() if _has(config, key)},
         "name": folder.name,
@@ -132,7 +131,7 @@ def _pin(checkpoint: Checkpoint, folder: Path) -> float | None:
 
 
 def misfits(checkpoint: Checkpoint, checked: Checked, differences: Sequence[Difference]) -> Iterator[str]:
-    """What of the checkpoint's state the changed config cannot take over, with the remedy."""
+    """Yield why the checkpoint's state does not fit the changed config, with the remedy."""
     settings = checked.args.checkpoint
     changed = {difference.key: difference for difference in differences}
     tensors = metadata.read_tensors(checkpoint.folder)
@@ -144,7 +143,7 @@ def misfits(checkpoint: Checkpoint, checked: Checked, differences: Sequence[Diff
     if not settings.continue_training_from_init:
         return
     if "optim.type" in changed and "optim" not in settings.reset:
-        yield f"{changed['optim.type'].change}: its state does not fit; begin it anew with checkpoint.reset=[optim]"
+        yield f"{changed['optim.type'].change}: its state does not fit; reset it with checkpoint.reset=[optim]"
     if "data" not in settings.reset:
         yield from data_problems(checked.args.data, checked.resolved.lanes, _data_states(checkpoint.folder))
 
@@ -155,7 +154,7 @@ def _data_states(folder: Path) -> list[dict[str, Any]]:
 
 
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
-    """What the loader would refuse when the run starts. What is not on this machine is not judged."""
+    """Return what the loader would refuse when the run starts. Files that are not on this machine are not checked."""
     from lingua.data.loader import adapt, check_order, merge_states, order_of
     from lingua.data.sources import filled, open_sources
 
@@ -172,5 +171,5 @@ def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) 
                     opened.callback(source.close)
                 adapt(state, sources, args.accept_change)
     except ConfigError as error:
-        return [*error.problems, "a fork may also read from the first row on: checkpoint.reset=[data]"]
+        return [*error.problems, "or read the data from the first row: checkpoint.reset=[data]"]
     return []

@@ -1,4 +1,4 @@
-"""What an export or import made, and how it is told."""
+"""The result of an export or import."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 @dataclass
 class Made:
-    """A folder that was made."""
+    """A new folder."""
 
     folder: Path
     origin: str
-    """What was converted, from where."""
+    """What was converted."""
     files: list[str] = field(default_factory=list)
     bytes: int = 0
     warnings: list[str] = field(default_factory=list)

@@ -1,15 +1,14 @@
-"""`lingua import --run`: a half-finished run of Meta Lingua, or of a fork of it, taken over.
+"""`lingua import --run`: import an unfinished run of Meta Lingua, or of a fork of it.
 
-Promise: weights, optimizer state and step go on as they were, and the config with them; what cannot be taken over is
-said. Nothing in the old run is executed (its pickled `.metadata` goes through an allow-list, pickled values are left
-out) or changed. The new folder is there whole or not at all.
-Cost: one pass over the checkpoint's files; little memory.
+Keeps weights, optimizer state, step and config; reports what cannot be kept. Nothing in the old run is changed or
+executed: its pickled `.metadata` goes through an allow-list, and pickled values are left out. The new folder appears
+whole or not at all.
 
-    OUT/config.yaml                      the old one, in our words: lingua train OUT/config.yaml goes on
+    OUT/config.yaml                      the old config with our keys: lingua train OUT/config.yaml resumes
         taken_over/0000012000/           the old checkpoint, with a manifest and our JSON state
 
-Not taken over: where the data stood, since the order of rows is another here, so rows begin with the first one. What
-was an habit of theirs and is a key here is set as they did it: norms and embeddings are decayed (optim.decay_all).
+The position in the data is not kept, since rows have another order here: reading begins with the first row. Defaults
+that were hard-coded there are set explicitly in the config: norms and embeddings are decayed (optim.decay_all).
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ TAKEN_OVER = "taken_over"
 
 
 def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None = None, files: Files = DISK) -> Made:
-    """Make `out` a run that goes on where `old` (RUN or RUN@step) stands. Raises ConfigError, RunError and OSError.
+    """Make `out` a run that resumes from `old` (RUN or RUN@step). Raises ConfigError, RunError and OSError.
 
-    `config`: read instead of the old run's config.yaml.
+    `config`: used instead of the old run's config.yaml.
     """
     run_dir, step = lookup.split(old)
     source, metadata = _newest_complete(run_dir, step)
@@ -55,7 +54,7 @@ def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None =
     try:
         step = int(read_json(source / "train_state_00000.json")["step"])
     except (KeyError, TypeError, ValueError):
-        raise RunError(f"{source / 'train_state_00000.json'} tells no step; it is not the state of a run") from None
+        raise RunError(f"{source / 'train_state_00000.json'} contains no step, so it is not a training state") from None
     here = out.absolute()
     target = Path(TAKEN_OVER) / layout.step_name(step)
     checked = _new_config(config or run_dir / CONFIG_FILE, here, here / target, n_ranks)
@@ -66,7 +65,7 @@ def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None =
     with whole_folder(out, files=files) as folder:
         files.mkdir(folder / TAKEN_OVER)
         files.mkdir(folder / target)
-        progress.begin(f"taking over step {step}", sum((source / name).stat().st_size for name in sizes))
+        progress.begin(f"importing step {step}", sum((source / name).stat().st_size for name in sizes))
         facts = {
             name: publish.write_hashed(folder / target / name, chunks(source / name, progress.advance), files=files)
             for name in sorted(sizes)
@@ -82,7 +81,7 @@ def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None =
         files.fsync_dir(folder / TAKEN_OVER)
     notes = [
         *checked.warnings,
-        "the position in the data is not taken over: rows begin with the first one (checkpoint.reset=[data])",
+        "the position in the data is not kept: reading begins with the first row (checkpoint.reset=[data])",
         f"global_batch_size is {checked.resolved.rows_per_step}: batch_size x grad_acc_steps x the {n_ranks} "
         "data-parallel ranks that wrote the checkpoint",
     ]
@@ -91,25 +90,25 @@ def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None =
 
 
 def _newest_complete(run_dir: Path, step: int | None) -> tuple[Path, Metadata]:
-    """(folder, metadata) of the newest checkpoint, or of that step, all of whose files have their full length."""
+    """Return (folder, metadata) of the newest checkpoint, or of that step, whose files all have their full length."""
     config = read_frozen(run_dir) or {}
-    said = Path((config.get("checkpoint") or {}).get("path") or run_dir / layout.CHECKPOINTS)
-    root = said if said.is_dir() else run_dir / layout.CHECKPOINTS  # the run may have been moved
+    path = Path((config.get("checkpoint") or {}).get("path") or run_dir / layout.CHECKPOINTS)
+    root = path if path.is_dir() else run_dir / layout.CHECKPOINTS  # the run may have been moved
     steps = {number: path for path in entries(root) if (number := layout.parse_folder(path.name)) is not None}
     if step is not None and step not in steps:
         raise RunError(f"{root} has no checkpoint of step {step}; it has {lookup.some_steps(sorted(steps))}")
     for number in sorted(steps, reverse=True) if step is None else [step]:
         folder = steps[number]
         if (folder / layout.train_state_file(0)).exists():
-            raise RunError(f"{run_dir} is a run of this lingua; go on with it, or use `lingua fork {run_dir} NEW`")
+            raise RunError(f"{run_dir} is already a run of this lingua; train it, or use `lingua fork {run_dir} NEW`")
         if (problem := _incomplete(folder)) is None:
             return folder, dcp.read_metadata(folder)
-        log.warning("%s is passed over: %s", folder, problem)
+        log.warning("skipping %s: %s", folder, problem)
     raise RunError(f"{root} has no complete checkpoint" + ("" if step is None else f" of step {step}"))
 
 
 def _incomplete(folder: Path) -> str | None:
-    """What a checkpoint folder lacks; None: nothing that its metadata name."""
+    """Return what a checkpoint folder lacks; None: nothing that its metadata names."""
     if not (folder / layout.METADATA).exists() or not (folder / "train_state_00000.json").exists():
         return f"it has no {layout.METADATA} or no train_state_00000.json"
     for name, n_bytes in sorted(dcp.files_of(dcp.read_metadata(folder)).items()):
@@ -120,10 +119,10 @@ def _incomplete(folder: Path) -> str | None:
 
 
 def _names(metadata: Metadata, is_tied: bool) -> dict[str, str]:
-    """Old name -> new one of every tensor that is kept: the model's and the optimizer's state."""
+    """Map the old names of tensors of model and optimizer to the new ones."""
     tensors = dcp.properties_in(metadata)
     chosen = {name: name for name in tensors if name.startswith(("model.", "optim.state."))}
-    if is_tied:  # theirs has the embedding a second time, as the head
+    if is_tied:  # Meta Lingua saves the embedding a second time, as the head
         chosen = {name: new for name, new in chosen.items() if "output.tied_module.weight" not in name}
     if not any(name.startswith("optim.state.") for name in chosen):
         raise RunError(
@@ -133,11 +132,11 @@ def _names(metadata: Metadata, is_tied: bool) -> dict[str, str]:
 
 
 def _new_config(config: Path, out: Path, start: Path, n_ranks: int) -> Checked:
-    """The old config in our words. Raises ConfigError, with what replaces each key that is gone."""
+    """Convert the old config. Raises ConfigError with what replaces each removed key."""
     if not config.is_file():
-        raise ConfigError(f"{config} is missing; it tells model, optimizer and data")
+        raise ConfigError(f"{config} is missing; it describes model, optimizer and data")
     old = compose(str(config), [], [], TrainArgs).args
-    said: Mapping[str, Any] = {
+    new: Mapping[str, Any] = {
         "name": out.name,
         "dump_dir": str(out),
         "total_flops": None if old.steps is not None else old.total_flops,
@@ -150,12 +149,12 @@ def _new_config(config: Path, out: Path, start: Path, n_ranks: int) -> Checked:
         "checkpoint.continue_training_from_init": True,
         "checkpoint.reset": ["data"],
     }
-    words = [f"{key}={json.dumps(value)}" for key, value in said.items()]
+    words = [f"{key}={json.dumps(value)}" for key, value in new.items()]
     return load(CommandLine(config=str(config), overrides=words), n_ranks)
 
 
 def _state(checked: Checked, step: int) -> dict[str, Any]:
-    """Our JSON state at that step; groups of the optimizer are those of the config."""
+    """Build our JSON state at that step; the optimizer's groups are those of the config."""
     seed_rng(checked.args.seed, step, 0)
     shared = {**fresh_shared(), "step": step, "total_tokens": step * checked.resolved.tokens_per_step}
     document = {"version": VERSION, "rank": 0, "world_size": 1, "per_rank": {}, "rng": rng_state()}

@@ -208,7 +208,7 @@ class MemoryMeter:
 
 
 class Profiler:
-    """`mark` and `step` in the loop, `grant` when a request is agreed. Planned windows count from this start."""
+    """`mark` and `step` in the loop, `grant` when a request is agreed. Windows count steps of this attempt."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class Profiler:
         self._folder = run_dir / args.trace_folder
         self._clock = clock or (CudaClock() if device.type == "cuda" else HostClock())
         self._done = 0
-        """Steps of this start."""
+        """Steps of this attempt."""
         self._next = 1
         """Number of the step to come."""
         self._granted: deque[Request] = deque()

@@ -45,7 +45,7 @@ def lies_in(done: int, warmup: int, n_steps: int, every: int) -> bool:
 
 
 def planned(args: ProfilerArgs, done: int, rank: int) -> frozenset[Kind]:
-    """What the config says of the step after `done` steps of this start."""
+    """What the config says of the step after `done` steps of this attempt."""
     if not args.run:
         return frozenset()
     windows: dict[Kind, tuple[int, int]] = {

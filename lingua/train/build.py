@@ -187,7 +187,7 @@ def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size:
 
 
 def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
-    """Be as a run is at its first start; returns the loader's state, None for rows from the first."""
+    """Begin a new run; return the loader's state, None for rows from the first."""
     start = args.checkpoint.init_ckpt_path
     if start is not None and args.checkpoint.continue_training_from_init:
         return _continue_other(state, loads, start, args.checkpoint.reset, size)

@@ -41,9 +41,9 @@ class Checked:
     resolved: Resolved
     warnings: list[str]
     differences: list[Difference]
-    """Against the config of the run's first start; none at a first start."""
+    """Differences from the config of the run's first attempt; none in a first attempt."""
     waived: list[Difference]
-    """Differences that would bar the start if the run had a checkpoint; `start.settle_config` looks once more."""
+    """Differences that are refused if the run has a checkpoint; `start.settle_config` checks again."""
     frozen: dict[str, Any]
     """What `config.yaml` of the run folder says."""
 
@@ -77,7 +77,7 @@ def load(
     judged = _judge(examined, composed, n_ranks, followers, kept, strict_paths)
     barring = _barring(judged, earlier, line)
     if not earlier.is_bound and kept is not None and (judged.complaints or barring):
-        # No step is kept, so what the earlier start derived need not be either.
+        # No step is kept, so what the earlier attempt derived need not be kept either.
         judged = _judge(examined, composed, n_ranks, followers, None, strict_paths)
         barring = _barring(judged, earlier, line)
     if judged.complaints or judged.study.resolved is None:
@@ -96,7 +96,7 @@ def load(
 
 @dataclass
 class _Judged:
-    """A config held against what an earlier start derived."""
+    """A config compared with what an earlier attempt derived."""
 
     study: Study
     complaints: list[str]
@@ -144,7 +144,7 @@ def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Diffe
 def _origin_of_seed(composed: Composed[TrainArgs], value: int) -> Origin:
     """The place of a seed that the config does not state."""
     if value != composed.args.seed:
-        return Origin("the run's first start")
+        return Origin("the run's first attempt")
     return Origin(f"seed, {composed.marks.get(('seed',), DEFAULT)}")
 
 
@@ -189,7 +189,7 @@ def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None =
 def study(
     args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None, *, strict_paths: bool = False
 ) -> Study:
-    """Everything that is to be said about a valid config; `frozen` is that of the run's first start."""
+    """Everything that is to be said about a valid config; `frozen` is that of the run's first attempt."""
     found = Study()
     (found.errors if strict_paths else found.warnings).extend(missing_paths(args))
     found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
@@ -335,7 +335,7 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 
 def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    """A first start with a state that has all its steps behind it."""
+    """Warn if a first attempt begins with a state that has all its steps done."""
     start, reset = args.checkpoint.init_ckpt_path, args.checkpoint.reset
     if start is None or not args.checkpoint.continue_training_from_init or "step" in reset:
         return

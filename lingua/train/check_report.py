@@ -162,7 +162,7 @@ def _print(checked: Checked, figures: list[Fact]) -> None:
     console.print()
     console.print(table)
     for difference in checked.differences:
-        console.print(Text(f"since the first start: {difference}"))
+        console.print(Text(f"since the first attempt: {difference}"))
     for warning in checked.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
 

@@ -1,8 +1,7 @@
-"""What the earlier starts of a run leave to the next one, and whether its config is bound by them. Torch-free.
+"""Reads what earlier attempts of a run left, and whether they bind its config.
 
-Promise: only reads. A run is bound to its config as soon as a checkpoint depends on it: one that the next start would
-go on from, on the disk or still in this machine's memory. Before that the next start begins at step 0 again, so that a
-mistake of the first one is no reason to refuse its correction.
+A run is bound to its config as soon as a checkpoint depends on it: one that the next attempt would resume from, on disk
+or in this machine's memory. Before that, the next attempt begins at step 0, so a wrong config may be corrected.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from lingua.run.metrics import CHECKPOINT_FILE
 
 @dataclass(frozen=True)
 class Earlier:
-    """The starts of a run so far."""
+    """The attempts of a run so far."""
 
     config: Mapping[str, Any] | None = None
-    """The frozen config; None before the first start."""
+    """The frozen config; None before the first attempt."""
     is_bound: bool = False
-    """Whether the next start would go on from a checkpoint."""
+    """The next attempt would resume from a checkpoint."""
     has_begun: bool = False
-    """Whether a start came as far as its first step."""
+    """An attempt reached its first step."""
     ended_by: str = ""
-    """Kind of the failure that ended the newest start; empty if it did not fail."""
+    """Kind of the failure that ended the newest attempt; empty if it did not fail."""
 
     def allows(self, difference: Difference) -> bool:
-        """Return whether a change is the remedy that the newest start named when it ended."""
+        """Return whether a change is the remedy that the newest attempt named when it failed."""
         lowered = difference.key == "optim.lr" and difference.new < difference.old
         return self.ended_by == "nan" and lowered
 
 
 def read_earlier(run_dir: Path, root: Path | None = None) -> Earlier:
-    """Read a run folder. `root`: where the next start looks for checkpoints, if not where the last one did."""
+    """Read a run folder. `root`: where the next attempt looks for checkpoints, if not where the last one did."""
     config = read_frozen(run_dir)
     if config is None:
         return Earlier()

@@ -92,7 +92,7 @@ class Study:
 def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: Study) -> Resolved | None:
     """Return the sizes of a run on `world_size` ranks, or None where they do not fit; `found` says why.
 
-    `frozen`: the config of the run's first start, whose rows per step and lanes stay; empty at a first start.
+    `frozen`: the config of the run's first attempt, whose rows per step and lanes stay; empty in a first attempt.
     """
     try:
         dp_replicate, dp_shard, tp_size = args.distributed.degrees(world_size)

@@ -1,7 +1,7 @@
-"""From a checked config to an open run folder: ownership, the frozen config, metrics, and what the user is told.
+"""Opens the run folder for a checked config: ownership, the frozen config, metrics, and the first log lines.
 
-Promise: the folder has one owner; `config.yaml` says what runs now and `config.<attempt>.yaml` what ran before it was
-changed. Only rank 0 writes; what it finds wrong, all ranks raise.
+`config.yaml` is the config that runs now, and `config.<attempt>.yaml` the one before a change. Only rank 0 writes;
+its errors are raised on all ranks.
 """
 
 from __future__ import annotations

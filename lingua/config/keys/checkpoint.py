@@ -38,7 +38,7 @@ class CheckpointArgs(Args):
     reset: list[Literal["optim", "schedule", "data", "step"]] = []
     """What continue_training_from_init does not take over. optim: optimizer state; schedule: the learning rate begins
     anew at this step; data: rows from the first one on; step: steps and tokens from 0 on, the learning rate with them.
-    A later start of the same run resets nothing."""
+    Later attempts of the same run reset nothing."""
     async_save_mode: Literal["shm"] | None = None
     """shm: stage in memory and let the checkpoint service write in the background. Null: write to the disk and wait."""
     async_cleanup: bool = False

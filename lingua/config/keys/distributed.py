@@ -34,7 +34,7 @@ class DistributedArgs(Args):
     compile_scope: Literal["block", "model"] = "block"
     """block: each by itself, all sharing one compiled code; model: all at once, slow to compile, one process only."""
     compile_cache: Text | None = "auto"
-    """Folder of the node's own where compiled code is kept for its ranks and for later starts. auto: below /var/tmp,
+    """Folder of the node's own where compiled code is kept for its ranks and later attempts. auto: below /var/tmp,
     private to the user. Null: torch's own choice. TORCHINDUCTOR_CACHE_DIR in the environment wins."""
     compile_cache_size_limit: PositiveInt = 8
     """Versions of compiled code (train, validate, other numbers of rows) before torch falls back to eager."""

@@ -18,15 +18,15 @@ class ProfilerArgs(Args):
     trace_folder: Text = "profiling"
     """Where files go, inside the run folder."""
     light_warmup: Annotated[int, Field(ge=0)] = 10
-    """Steps of a start before the light window."""
+    """Steps of an attempt before the light window."""
     light_steps: Annotated[int, Field(ge=0)] = 20
     """Steps of the light window. 0: none."""
     mem_warmup: Annotated[int, Field(ge=0)] = 100
-    """Steps of a start before the memory window."""
+    """Steps of an attempt before the memory window."""
     mem_steps: Annotated[int, Field(ge=0)] = 2
     """Steps of the memory window. 0: none."""
     profile_warmup: Annotated[int, Field(ge=0)] = 102
-    """Steps of a start before the trace window."""
+    """Steps of an attempt before the trace window."""
     profile_steps: Annotated[int, Field(ge=0)] = 2
     """Steps of the trace window. 0: none."""
     every: Annotated[int, Field(ge=0)] = 0

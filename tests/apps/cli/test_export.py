@@ -250,10 +250,10 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path) -> 
 def test_a_tokenizer_that_is_gone_or_another_is_left_out_and_said_so(tmp_path: Path) -> None:
     make_run(tmp_path / "run", n_layers=1, tokenizer={"name": "hf", "path": "/nowhere/tokenizer.json"})
     made = make_export(str(tmp_path / "run"), tmp_path / "hf", Format.hf)
-    assert "no tokenizer goes along: data.tokenizer.path: no file /nowhere/tokenizer.json" in made.warnings[0]
+    assert "no tokenizer was exported: data.tokenizer.path: no file /nowhere/tokenizer.json" in made.warnings[0]
     assert made.files == ["config.json", "generation_config.json", "model.safetensors"]
     assert (
-        "has no tokenizer; put its tokenizer.json into" in make_import(tmp_path / "hf", tmp_path / "back").warnings[0]
+        "has no tokenizer; copy its tokenizer.json into" in make_import(tmp_path / "hf", tmp_path / "back").warnings[0]
     )
 
 

@@ -90,7 +90,7 @@ def test_weights_optimizer_and_step_are_the_old_ones_and_training_goes_on(tmp_pa
     made = taken(tmp_path / "old", tmp_path / "new")
     args = described(tmp_path / "new" / "config.yaml")
     assert (args.global_batch_size, args.optim.decay_all, args.steps, args.total_flops) == (4, True, 6, None)
-    assert any("rows begin with the first one" in warning for warning in made.warnings)
+    assert any("reading begins with the first row" in warning for warning in made.warnings)
 
     start = args.checkpoint.init_ckpt_path
     assert start is not None

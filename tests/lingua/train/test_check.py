@@ -469,7 +469,7 @@ def test_a_run_that_began_with_other_seeds_keeps_them(tmp_path: Path) -> None:
     again = loaded(config)
     assert (seeds(again), again.differences) == ((777, 42, 42), [])
     assert (again.args.model.seed, again.args.data.order_seed) == (42, 42)
-    assert again.composed.origins()["data.seed"] == "the run's first start"
+    assert again.composed.origins()["data.seed"] == "the run's first attempt"
 
 
 def test_a_seed_that_changes_nothing_is_a_warning(tmp_path: Path) -> None:
