@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +156,7 @@ def _data_states(folder: Path) -> list[dict[str, Any]]:
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
     """Return what the loader would refuse when the run starts. Files that are not on this machine are not checked."""
     from lingua.data.loader import adapt, check_order, merge_states, order_of
-    from lingua.data.sources import filled, open_sources
+    from lingua.data.sources import filled, open_data
 
     if args.tokenizer.path and not Path(args.tokenizer.path).exists():
         return []
@@ -165,11 +165,8 @@ def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) 
         state = merge_states(states)
         check_order(state, order_of(args, lanes))
         if all(Path(source.path).exists() for source in args.read_sources()):
-            sources, _ = open_sources(args, lanes)
-            with ExitStack() as opened:
-                for source in sources:
-                    opened.callback(source.close)
-                adapt(state, sources, args.accept_change)
+            with closing(open_data(args, lanes)) as data:
+                adapt(state, data.sources, args.accept_change)
     except ConfigError as error:
         return [*error.problems, "or read the data from the first row: checkpoint.reset=[data]"]
     return []

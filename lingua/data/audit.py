@@ -1,18 +1,18 @@
 """Proof of order: what a run has read, read again and compared with the states in its checkpoints.
 
-Promise of `audit`: for each lane and each checkpoint, the pieces of text that led to the saved position are, one after
-another, those that the order prescribes: none left out, none taken twice, over all restarts. What it rests on:
+`audit` confirms for each lane and each checkpoint that the pieces of text that led to the saved position are those that
+the order prescribes, one after another: none left out, none read twice, over all restarts. It rests on:
 
-    without tokenizing   each lane's running hash over (source, file, byte offset, first character) of every piece, and
-                         the number of rows that each lane has given
-    with tokenizing      also that the tokens of these pieces, cut every seq_len, end where the state says. Free of
-                         charge for token files and bytes; otherwise it takes the tokenizer's time for all that was read
+    without tokenizing   each lane's running hash over (source, file, offset, first character) of every piece, and the
+                         number of rows that each lane has given
+    with tokenizing      also on where the tokens of these pieces, cut every seq_len, end. Free for token files and
+                         bytes; otherwise it takes the tokenizer's time for all that was read
 
-What it cannot see: whether the trainer really used the rows that the loader gave it, and, before a change of sources
-that was accepted, anything at all: the proof then begins at the first checkpoint with the present sources.
+It cannot see whether the trainer really used the rows that the loader gave it, nor anything from before an accepted
+change of sources: then the proof begins at the first checkpoint with the present sources.
 Cost: everything that the run has read is read and parsed again.
 
-`rows_of_step` makes the rows of a step again from the nearest checkpoint before it, of the lanes it needs only.
+`rows_of_step` makes the rows of a step again, from the nearest checkpoint before it and only for the lanes it needs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ import numpy as np
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
 from lingua.console import Progress
-from lingua.data.blocked_source import BlockedSource
+from lingua.data.blocked_source import BlockedSource, OpenedData
 from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of
-from lingua.data.mix import DocumentStream, block_at
-from lingua.data.pack import Lane, PackedRow, Packer, RowSpan, contains, ids_of, merged
+from lingua.data.mix import block_at
+from lingua.data.pack import Lane, PackedRow, Packer, contains, ids_of, merged
 from lingua.data.prepare.worker_pool import each
-from lingua.data.sources import open_sources
+from lingua.data.sources import open_data
 from lingua.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
 
 State = dict[str, Any]
 
 
 class _Uncounted(ByteTokenizer):
-    """One token for each piece: for who wants to know the pieces only."""
+    """Gives one token for each piece, where only the pieces matter."""
 
     _ONE = np.zeros(1, np.int32)
 
@@ -54,12 +54,12 @@ class _Uncounted(ByteTokenizer):
 
 @dataclass
 class AuditResult:
-    """The result of an audit; good without problems."""
+    """The result of an audit; the order is confirmed if there are no problems."""
 
     checkpoints: list[int]
-    """Steps whose states were confirmed or not."""
+    """Steps whose states were checked."""
     begin: int
-    """The step from which on everything was read again; 0: from the first row."""
+    """The step from which everything was read again; 0: from the first row."""
     rows: int
     pieces: int = 0
     tokens_checked: bool = False
@@ -78,18 +78,20 @@ def audit(
     n_workers: int = 1,
     progress: Progress | None = None,
 ) -> AuditResult:
-    """Read again what led to the states (of all lanes, by step). `count_tokens` None: where it costs no tokenizer.
+    """Read again what led to the states (of all lanes, by step). `count_tokens` None: if it needs no tokenizer.
 
-    Step t uses the rows first_row + [t*G, (t+1)*G): a run that began with another one's state may count differently.
+    Step t uses the rows first_row + [t*G, (t+1)*G); `first_row` is not 0 for a run that began with another one's state.
     """
-    sources, _ = open_sources(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
-    now = fingerprint_of(sources_of(sources))
+    data = open_data(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
+    now = fingerprint_of(sources_of(data.sources))
     fits = sorted(step for step, state in states.items() if fingerprint_of(state["sources"]) == now)
     if not fits:
-        raise ConfigError("no checkpoint has the sources that are there now; nothing can be confirmed")
+        raise ConfigError(
+            "no checkpoint has the present sources, so nothing can be confirmed; restore the sources of the run"
+        )
     for step in fits:
         check_order(states[step], order_of(args, n_lanes))
-    cheap = args.tokenizer.name == "bytes" or all(s.holds_tokens for s in sources)
+    cheap = args.tokenizer.name == "bytes" or all(source.holds_tokens for source in data.sources)
     count_tokens = cheap if count_tokens is None else count_tokens
     found = AuditResult(fits, 0, states[fits[-1]]["row"], tokens_checked=count_tokens)
     if len(fits) < len(states) or args.accept_change:
@@ -102,22 +104,21 @@ def audit(
     def lane_task(lane: int) -> tuple[int, list[str]]:
         stops = [(step, states[step]["lanes"][str(lane)]) for step in fits]
         start = states[found.begin]["lanes"][str(lane)] if found.begin else None
-        return _walk(args, n_lanes, sources, tokenizer, lane, start, stops, count_tokens=count_tokens)
+        return _walk(data, tokenizer, lane, start, stops, count_tokens=count_tokens)
 
-    total = _bytes_read(sources, states[fits[-1]])
+    total = _bytes_read(data.sources, states[fits[-1]])
     progress = progress or Progress(bar=False)
     progress.begin("audit", total)
     for _, (n_pieces, problems) in each(list(range(n_lanes)), lane_task, n_workers):
         found.pieces += n_pieces
         found.problems += problems
         progress.advance(total // n_lanes)
-    for source in sources:
-        source.close()
+    data.close()
     return found
 
 
 def _bytes_read(sources: Sequence[BlockedSource], state: State) -> int:
-    """About what the lanes have read so far."""
+    """Estimate what the lanes have read so far."""
     lanes = state["lanes"].values()
     epochs = [sum(lane["tapes"][s.name][0] for lane in lanes) / len(lanes) / s.n_blocks for s in sources]
     return sum(int(source.n_bytes * epoch) for source, epoch in zip(sources, epochs, strict=True))
@@ -126,23 +127,21 @@ def _bytes_read(sources: Sequence[BlockedSource], state: State) -> int:
 def _wrong_counts(
     args: DataArgs, n_lanes: int, rows_per_step: int, first_row: int, step: int, state: State
 ) -> Iterator[str]:
-    """Whether every lane has given the rows that the step number demands; arithmetic only."""
-    row, passed_over = state["row"], merged(args.skip_rows)
+    """Yield the lanes that have not given the rows that the step number demands; arithmetic only."""
+    row, skipped_rows = state["row"], merged(args.skip_rows)
     if row != (due := first_row + step * rows_per_step):
         yield f"step {step}: {row} rows were used, {step} steps of {rows_per_step} from row {first_row} on are {due}"
     for lane in range(n_lanes):
         made = state["lanes"][str(lane)]["rows"]
         given = len(range(lane, row, n_lanes))
-        skipped = sum(contains(passed_over, lane + n_lanes * k) for k in range(made)) if passed_over else 0
-        # Rows that were passed over from some restart on had been given before it.
+        skipped = sum(contains(skipped_rows, lane + n_lanes * k) for k in range(made)) if skipped_rows else 0
+        # Rows that are skipped since some restart were given before it.
         if not made - skipped <= given <= made:
             yield f"step {step}, lane {lane}: gave {made - skipped} rows, its share of {row} rows is {given}"
 
 
 def _walk(
-    args: DataArgs,
-    n_lanes: int,
-    sources: Sequence[BlockedSource],
+    data: OpenedData,
     tokenizer: Tokenizer,
     lane: int,
     start: State | None,
@@ -150,11 +149,10 @@ def _walk(
     *,
     count_tokens: bool,
 ) -> tuple[int, list[str]]:
-    """(pieces read, problems) of one lane, from `start` (None: the first row) through all its saved positions."""
-    documents = DocumentStream(lane, n_lanes, sources, args.order_seed, start)
-    packer = Packer(documents, sources, tokenizer, args, start)
+    """Return (pieces read, problems) of one lane, from `start` (None: the first row) through its saved positions."""
+    args, sources, packer = data.args, data.sources, Packer(lane, data, tokenizer, start)
     before = _tokens_given(args, start) - start["token"] if start else 0
-    n_pieces, piece, tokens = 0, None, before  # `tokens`: of all pieces before the one in hand
+    n_pieces, piece, tokens = 0, None, before  # `tokens`: of all pieces before the current one
     for step, state in stops:
         if state["source"] is None:  # nothing read yet
             continue
@@ -166,9 +164,9 @@ def _walk(
         where = f"step {step}, lane {lane}"
         here = piece.position.state(sources)
         if {key: state[key] for key in here} != here:
-            return n_pieces, [f"{where}: stands at {_told(state)}, the order leads to {_told(here)}"]
+            return n_pieces, [f"{where}: is at {_described(state)}, but the order leads to {_described(here)}"]
         if state["hash"] != f"{piece.position.hash:016x}":
-            return n_pieces, [f"{where}: stands at {_told(state)}, but came there by other documents (hash differs)"]
+            return n_pieces, [f"{where}: is at {_described(state)}, but came there by other documents (other hash)"]
         if count_tokens and (given := _tokens_given(args, state)) != tokens + state["token"]:
             return n_pieces, [
                 f"{where}: {given} tokens were given, up to its position there are {tokens} + {state['token']}"
@@ -177,7 +175,7 @@ def _walk(
 
 
 def _tokens_given(args: DataArgs, state: State) -> int:
-    """Tokens before the position of a state, which with a shuffle window is the window's begin."""
+    """Tokens before the position of a state; with a shuffle window, before the window's begin."""
     window = max(1, args.shuffle_window)
     return state["rows"] // window * window * args.seq_len
 
@@ -186,9 +184,9 @@ def _order_of_piece(position: Mapping[str, Any]) -> tuple[int, int]:
     return position["pick"], position["char"]
 
 
-def _told(position: Mapping[str, Any]) -> str:
-    place = position["tapes"].get(position["source"])
-    return f"document {position['pick']} of the lane ({position['source']}, tape position and byte {place})"
+def _described(position: Mapping[str, Any]) -> str:
+    where = position["tapes"].get(position["source"])
+    return f"document {position['pick']} of the lane ({position['source']}, tape position and offset {where})"
 
 
 # -- the rows of a step --------------------------------------------------------------------------------------------
@@ -214,7 +212,7 @@ class SpanOrigin(NamedTuple):
 def rows_of_step(
     args: DataArgs, n_lanes: int, rows_per_step: int, states: Mapping[int, State], step: int, *, first_row: int = 0
 ) -> Iterator[tuple[int, list[SpanOrigin]]]:
-    """(row number, where its S tokens come from) for each row of the update that metrics call `global_step` = step.
+    """Yield (row number, where its S tokens come from) for each row of the update with `global_step` = step.
 
     `first_row`: as in `audit`.
     """
@@ -222,47 +220,40 @@ def rows_of_step(
     if step < 1 or first < 0:
         raise ConfigError(f"--step {step}: the first step is {1 + max(0, -first_row) // rows_per_step}")
     begin = max((saved for saved in states if saved < step), default=0)
-    sources, _ = open_sources(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
+    data = open_data(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
     tokenizer = build_tokenizer(args.tokenizer)
     saved: dict[int, State] = {}
     if begin:
         check_order(states[begin], order_of(args, n_lanes))
-        saved = adapt(states[begin], sources, args.accept_change)
+        saved = adapt(states[begin], data.sources, args.accept_change)
     lanes: dict[int, Lane] = {}
     for turn in range(first, first + rows_per_step):
         number = turn % n_lanes
         if number not in lanes:
-            lanes[number] = Lane(number, n_lanes, sources, tokenizer, args, saved.get(number))
+            lanes[number] = Lane(number, data, tokenizer, saved.get(number))
             for _ in range(_turns(number, n_lanes, states[begin]["row"] if begin else 0, first)):
                 lanes[number].next()
         row = lanes[number].next()
-        yield row.number, list(origins(args, sources, tokenizer, row))
-    for source in sources:
-        source.close()
+        yield row.number, list(origins(data, tokenizer, row))
+    data.close()
 
 
 def _turns(lane: int, n_lanes: int, begin: int, end: int) -> int:
-    """Rows of the lane among the run's rows [begin, end)."""
-    before, behind = (len(range(lane, stop, n_lanes)) for stop in (begin, end))
-    return behind - before
+    """Count the lane's rows among the run's rows [begin, end)."""
+    return len(range(lane, end, n_lanes)) - len(range(lane, begin, n_lanes))
 
 
-def origins(
-    args: DataArgs, sources: Sequence[BlockedSource], tokenizer: Tokenizer, row: PackedRow
-) -> Iterator[SpanOrigin]:
+def origins(data: OpenedData, tokenizer: Tokenizer, row: PackedRow) -> Iterator[SpanOrigin]:
     """Where the first S tokens of a row come from."""
-    at = 0
-    for span in row.spans:
-        n = min(span.n_tokens, args.seq_len - at)
+    at, args = 0, data.args
+    for position, token, n_tokens in row.spans:
+        n = min(n_tokens, args.seq_len - at)
         if n > 0:
-            yield _origin(args, sources, span, n, tokenizer.decode(ids_of(row.tokens[at : at + n]).tolist()))
+            assert position.source is not None
+            source = data.sources[position.source]
+            tape_position, offset = position.positions[position.source]
+            file, _ = source.locate(block_at(source, args.order_seed, tape_position))
+            text = tokenizer.decode(ids_of(row.tokens[at : at + n]).tolist())
+            path = str(source.files[file].path)
+            yield SpanOrigin(source.name, path, source.unit, offset, position.char, token, n, text)
         at += n
-
-
-def _origin(args: DataArgs, sources: Sequence[BlockedSource], span: RowSpan, n_tokens: int, text: str) -> SpanOrigin:
-    position = span.position
-    assert position.source is not None
-    source, (tape_position, offset) = sources[position.source], position.positions[position.source]
-    file, _ = source.locate(block_at(source, args.order_seed, tape_position))
-    path = str(source.files[file].path)
-    return SpanOrigin(source.name, path, source.unit, offset, position.char, span.token, n_tokens, text)

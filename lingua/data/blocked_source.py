@@ -16,12 +16,14 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import xxhash
 
 from lingua.config.base import ConfigError
+from lingua.config.keys.data import DataArgs
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
@@ -324,7 +326,7 @@ class BlockedSource(ABC):
         self.bad.report(kind, self.files[file].path, f"{self.unit} {start}", detail)
 
     def report_untokenizable(self, document: Document, detail: str) -> None:
-        """Count a document of which the tokenizer gave up on a piece."""
+        """Count a document on which the tokenizer failed."""
         self.bad.report("tokenizer", self.path_of(document), f"{self.unit} {document.start}", detail)
 
     def path_of(self, document: Document) -> Path:
@@ -368,3 +370,17 @@ class BlockedSource(ABC):
                 if max(seen, n_chars) >= share * _SAMPLE_BYTES or n_documents >= share * _SAMPLE_DOCUMENTS:
                     break
         return int(self.size * n_tokens / max(1, seen))
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """The sources of a config, opened for K lanes; they share their counters."""
+
+    args: DataArgs
+    n_lanes: int
+    sources: Sequence[BlockedSource]
+    bad: BadLines
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()

@@ -1,8 +1,7 @@
-"""The embedded corpus: real text that every machine has, the sources of Python's own standard library.
+"""The sample corpus: real text that every machine has, the sources of Python's own standard library.
 
-Promise: the same Python gives the same bytes in the same order, whoever writes them and however often they are
-killed; written once, whole or not at all, into the user's cache folder (never into `data`, often a shared disk).
-Cost: about one second once; some 15 MB on disk.
+The same Python gives the same bytes in the same order. They are written once, all or nothing, into the user's cache
+folder (never into `data`, which is often on a shared disk): about one second, 15 MB.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
+
+from lingua.files import RunError, whole_folder, write_whole
 
 SOURCE_NAME = "python_stdlib"
 N_CHUNKS = 4
@@ -25,58 +24,44 @@ _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "
 
 
 def cache_dir() -> Path:
-    """The user's cache folder for lingua: $LINGUA_CACHE, $XDG_CACHE_HOME/lingua or ~/.cache/lingua."""
+    """Return the user's cache folder for lingua: $LINGUA_CACHE, $XDG_CACHE_HOME/lingua or ~/.cache/lingua."""
     if own := os.environ.get("LINGUA_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lingua"
 
 
 def embedded_corpus(cache: Path | None = None, library: Path | None = None) -> Path:
-    """Folder `python_stdlib` with `*.chunk.NN.jsonl` and one `*.val.jsonl`, made when it is not there.
+    """Return the folder `python_stdlib` with `*.chunk.NN.jsonl` and one `*.val.jsonl`; make it if it is missing.
 
-    Raises OSError with the folder's name when the cache cannot be written.
+    Raises OSError that names the folder if the cache cannot be written.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
-    root = (cache or cache_dir()) / f"corpus-python-{platform.python_version()}"
-    folder = root / SOURCE_NAME
+    folder = (cache or cache_dir()) / f"corpus-python-{platform.python_version()}" / SOURCE_NAME
     if folder.is_dir():
         return folder
+    chunks = [f"{SOURCE_NAME}.chunk.{n:02d}.jsonl" for n in range(N_CHUNKS)]
+    files: dict[str, list[bytes]] = {name: [] for name in [*chunks, f"{SOURCE_NAME}.val.jsonl"]}
+    for number, (name, text) in enumerate(_documents(library)):
+        is_held_out = number % VALIDATION_SHARE == VALIDATION_SHARE - 1
+        file = f"{SOURCE_NAME}.val.jsonl" if is_held_out else chunks[number % N_CHUNKS]
+        files[file].append(orjson.dumps({"id": name, "text": text}) + b"\n")
     try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{SOURCE_NAME}.tmp-", dir=root))
-        try:
-            _write(unfinished, library)
-            os.rename(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with whole_folder(folder) as unfinished:
+            for name, lines in files.items():
+                write_whole(unfinished / name, b"".join(lines))
+    except (OSError, RunError) as error:
         if folder.is_dir():  # another process was faster; its bytes are the same
             return folder
         raise OSError(
-            f"cannot write the sample corpus to {folder}: {error.strerror or error}; "
+            f"cannot write the sample corpus to {folder}: {getattr(error, 'strerror', None) or error}; "
             "free some space there or point LINGUA_CACHE at another folder"
         ) from error
     return folder
 
 
-def _write(folder: Path, library: Path) -> None:
-    chunks = [(folder / f"{SOURCE_NAME}.chunk.{n:02d}.jsonl").open("wb") for n in range(N_CHUNKS)]
-    held_out = (folder / f"{SOURCE_NAME}.val.jsonl").open("wb")
-    files = [*chunks, held_out]
-    try:
-        for number, (name, text) in enumerate(_documents(library)):
-            place = held_out if number % VALIDATION_SHARE == VALIDATION_SHARE - 1 else chunks[number % N_CHUNKS]
-            place.write(orjson.dumps({"id": name, "text": text}) + b"\n")
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        for file in files:
-            file.close()
-
-
 def _documents(library: Path) -> Iterator[tuple[str, str]]:
-    """(path in the library, text) of each source file, in an order that mixes the packages."""
+    """Yield (path in the library, text) of each source file, in an order that mixes the packages."""
     names = []
     for folder, folders, files in os.walk(library):
         folders[:] = [name for name in folders if name not in _LEFT_OUT]

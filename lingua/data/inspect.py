@@ -1,7 +1,7 @@
-"""What data is like and what will be made of it: the rooms behind `lingua data inspect|preview|index|tokenize`.
+"""Behind `lingua data inspect|preview|index|tokenize`: what the data is like, and files made from it.
 
-Promise: nothing of the data is changed; what is written appears whole or not at all. Figures that are estimates have
-`estimated` in their name. Cost: one pass over what is asked about; estimates read 1 MiB of text per source.
+The data itself is never changed. Figures that are estimates have `estimated` in their name; an estimate reads 1 MiB of
+text per source.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lingua.data.jsonl import JsonlSource
 from lingua.data.jsonl_indexed import SUFFIX, write_index
 from lingua.data.pack import Lane
 from lingua.data.prepare.worker_pool import each
-from lingua.data.sources import class_of_files, open_sources, source_class
+from lingua.data.sources import class_of_files, open_data, source_class
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
-_N_SAMPLES = 64  # places of a source that an estimate looks at
+_N_SAMPLES = 64  # places of a source that an estimate samples
 
 
 # -- inspect -------------------------------------------------------------------------------------------------------
 
 
 def inspect_path(path: Path, tokenizer: Tokenizer, progress: Progress, fields: TextFields) -> dict[str, Any]:
-    """Documents, bytes, tokens and bad lines of a source."""
+    """Count the documents, bytes, tokens and bad lines of a source."""
     kind = class_of_files(path)
     if kind.holds_tokens:
         return _inspect_tokens(path, progress)
@@ -91,7 +91,7 @@ def _inspect_tokens(path: Path, progress: Progress) -> dict[str, Any]:
 
 
 def find_document(path: Path, number: int, fields: TextFields) -> dict[str, Any]:
-    """One document with its position."""
+    """Return one document with its position."""
     kind = class_of_files(path)
     if kind.holds_tokens:
         raise ConfigError(f"{path}: token files hold no text; give the jsonl they were made from")
@@ -116,14 +116,14 @@ def preview_mixture(
     n_rows_shown: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The first steps, read as a run would read them."""
-    sources, bad = open_sources(args, n_lanes)
-    tokenizer = build_tokenizer(args.tokenizer)
+    """Read the first steps as a run would read them."""
+    data = open_data(args, n_lanes)
+    sources, tokenizer = data.sources, build_tokenizer(args.tokenizer)
     tokenizer.check_special(args.add_bos, args.add_eos)
     for source in sources:
         source.check()
     n_rows = n_steps * rows_per_step
-    lanes = [Lane(lane, n_lanes, sources, tokenizer, args) for lane in range(min(n_lanes, n_rows))]
+    lanes = [Lane(lane, data, tokenizer) for lane in range(min(n_lanes, n_rows))]
     n_tokens: Counter[str] = Counter()
     documents: dict[str, set[tuple[int, int]]] = {source.name: set() for source in sources}
     shown = []
@@ -136,7 +136,7 @@ def preview_mixture(
             n_tokens[sources[index].name] += span.n_tokens
             documents[sources[index].name].add(span.position.positions[index])
         if turn < n_rows_shown:
-            parts = [origin._asdict() for origin in origins(args, sources, tokenizer, row)]
+            parts = [origin._asdict() for origin in origins(data, tokenizer, row)]
             shown.append({"row": row.number, "documents": parts})
         progress.advance(4 * args.seq_len)
     total, ends = max(1, n_tokens.total()), args.add_bos + args.add_eos
@@ -153,15 +153,14 @@ def preview_mixture(
             "tokens_per_epoch_estimated": epoch_tokens,
             "epochs_at_the_end_estimated": run_tokens / max(1, epoch_tokens),
         }
-    for source in sources:
-        source.close()
+    data.close()
     return {
         "steps": n_steps,
         "steps_of_the_run": n_steps_of_run,
         "rows_per_step": rows_per_step,
         "seq_len": args.seq_len,
         "lanes": n_lanes,
-        "bad_lines": bad.kinds.total(),
+        "bad_lines": data.bad.kinds.total(),
         "sources": by_source,
         "first_rows": shown,
     }
@@ -171,7 +170,7 @@ def preview_mixture(
 
 
 def index_files(paths: Sequence[Path], out: Path | None, progress: Progress) -> dict[str, Any]:
-    """Write the index of each jsonl file; {file: {index, lines}}."""
+    """Write the index of each jsonl file; return {file: {index, lines}}."""
     files = [file for path in paths for file in JsonlSource.find_files(path)]
     progress.begin("indexing", sum(file.stat().st_size for file in files))
     made = {}
@@ -185,7 +184,7 @@ def index_files(paths: Sequence[Path], out: Path | None, progress: Progress) -> 
 
 
 def tokenize_sources(args: DataArgs, out: Path, n_workers: int, progress: Progress) -> dict[str, Any]:
-    """Token files of all sources, in `out`/<source>; a table of what was made and the lines for a config."""
+    """Write token files of all sources to `out`/<source>; return counts, and the `data.sources` for a config."""
     if args.loss_on != "all":
         raise ConfigError("data.loss_on is completion, and token files do not mark prompts; set data.loss_on: all")
     tokenizer = build_tokenizer(args.tokenizer)

@@ -150,7 +150,7 @@ class JsonlReader:
         return self._long_line(begin)
 
     def _long_line(self, begin: int) -> tuple[bytes, int]:
-        """A line that goes on beyond the buffer."""
+        """A line that continues beyond the buffer."""
         source, file = self._source, self._file
         size = source.files[file].size
         parts = [self._data[begin:]]

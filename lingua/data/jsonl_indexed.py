@@ -1,12 +1,11 @@
-"""`format: mmap_jsonl`: lines of jsonl files found by number, through an index of offsets that is memory-mapped.
+"""`format: mmap_jsonl`: lines of jsonl files found by number, through a memory-mapped index of their offsets.
 
-Promise: every epoch of the source is a permutation of all its lines, by the seed: a global shuffle without writing the
-data again. An index that does not belong to its file (other size, other first or last bytes, other version, cut off)
-is never used: it is made again, beside the file or, where that is not writable, in the user's cache. Nothing in an
-index is executed. Two processes of a machine do not make the same index at once.
-Cost: 8 bytes per line on disk, none in memory; the scan runs at 1 GB/s or so from the page cache, once. Reading jumps:
-one `pread` per document, and 10 to 45 us for its place in the order. On a slow shared disk, shuffle the data when it is
-prepared (setup/download_prepare_hf_data.py) or stage it (`data.stage_to`) instead.
+Every epoch of the source is a permutation of all its lines, by the seed: a global shuffle without writing the data
+again. An index that does not fit its file (other size, other first or last bytes, other version, cut off) is made
+again, beside the file or, if that is not writable, in the user's cache, by one process of a machine at a time.
+Cost: 8 bytes per line on disk, none in memory; one scan at about 1 GB/s from the page cache. Each document takes one
+`pread` and 10 to 45 us for its place in the order. On a slow shared disk, shuffle the data when you prepare it
+(setup/download_prepare_hf_data.py), or stage it (`data.stage_to`).
 
 An index: 64 bytes of header (magic, version, size and edges of the file, number of lines, hash of what follows), then
 the offset at which each line begins and the size of the file, 8 bytes each. A line is a block of its own.
@@ -42,7 +41,7 @@ _SCAN_BYTES = 4 << 20
 
 
 class IndexHeader(NamedTuple):
-    """What an index says about itself."""
+    """The header of an index."""
 
     magic: bytes
     version: int
@@ -56,16 +55,16 @@ class IndexHeader(NamedTuple):
 # -- making one ----------------------------------------------------------------------------------------------------
 
 
-def index_places(path: Path) -> tuple[Path, Path]:
-    """Where the index of a jsonl file may lie: beside it, or in the user's cache."""
+def index_paths(path: Path) -> tuple[Path, Path]:
+    """Where the index of a jsonl file may be: beside it, or in the user's cache."""
     whole = os.fsencode(path.resolve())
     return path.with_name(path.name + SUFFIX), cache_dir() / "index" / f"{xxhash.xxh3_64_hexdigest(whole)}{SUFFIX}"
 
 
 def write_index(path: Path, target: Path, advance: Callable[[int], object] = lambda n_bytes: None) -> int:
-    """Scan a jsonl file and write its index, whole or not at all; returns the number of lines.
+    """Scan a jsonl file and write its index, all or nothing; return the number of lines.
 
-    `advance` hears of the bytes done. Raises OSError where `target` cannot be written, DataError for a file that grows.
+    `advance` is called with the bytes done. Raises OSError if `target` cannot be written, DataError if the file grows.
     """
     with whole_file(target) as out, path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -89,7 +88,7 @@ def write_index(path: Path, target: Path, advance: Callable[[int], object] = lam
 
 
 def _line_starts(path: Path, descriptor: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(bytes looked at, offsets at which lines begin, int64), a few MiB of file at a time."""
+    """Yield (bytes scanned, int64 offsets at which lines begin), a few MiB at a time."""
     buffer = bytearray(_SCAN_BYTES)
     view, values = memoryview(buffer), np.frombuffer(buffer, np.uint8)
     yield 0, np.zeros(min(size, 1), np.int64)
@@ -107,12 +106,12 @@ def _line_starts(path: Path, descriptor: int, size: int) -> Iterator[tuple[int, 
 
 
 def read_header(index: Path, path: Path) -> IndexHeader | str:
-    """The header of an index that belongs to `path`, or why it does not."""
+    """Return the header of an index that fits `path`, or why it does not."""
     try:
         with index.open("rb") as file:
             raw, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        return "there is none"
+        return "it does not exist"
     if len(raw) < _HEADER.size or raw[:8] != _MAGIC:
         return "it is no index of lingua's"
     head = IndexHeader(*_HEADER.unpack(raw))
@@ -129,13 +128,13 @@ def read_header(index: Path, path: Path) -> IndexHeader | str:
 
 
 def find_index(path: Path) -> Path:
-    """The index of a jsonl file; made if there is none that belongs to it."""
+    """Return the index of a jsonl file; make it if none fits."""
     if found := _usable(path):
         return found
-    with _one_of_this_machine(path):
+    with _alone_on_this_machine(path):
         if found := _usable(path):
             return found
-        beside, cached = index_places(path)
+        beside, cached = index_paths(path)
         why = read_header(beside, path)
         log.info("%s: indexing %s (%s: %s)", path, human_bytes(path.stat().st_size), beside.name, why)
         try:
@@ -148,7 +147,7 @@ def find_index(path: Path) -> Path:
 
 
 def _usable(path: Path) -> Path | None:
-    for index in index_places(path):
+    for index in index_paths(path):
         with contextlib.suppress(PermissionError):
             if isinstance(read_header(index, path), IndexHeader):
                 return index
@@ -156,22 +155,22 @@ def _usable(path: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def _one_of_this_machine(path: Path) -> Iterator[None]:
-    """The ranks of a machine wait for the one that makes the index. The data file itself is what they lock."""
+def _alone_on_this_machine(path: Path) -> Iterator[None]:
+    """Make the other ranks of this machine wait. They lock the data file itself."""
     with path.open("rb") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: all of them make it, which is harmless
+        with contextlib.suppress(OSError):  # without file locks all of them make it, which is harmless
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def map_index(path: Path) -> np.ndarray:
-    """(n_lines + 1,) int64: where each line of a jsonl file begins, and the file's size; memory-mapped."""
+    """Return where each line of a jsonl file begins, and the file's size: (n_lines + 1,) int64, memory-mapped."""
     index = find_index(path)
     with index.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     offsets = np.frombuffer(mapped, np.dtype("<i8"), offset=_HEADER.size)
     if offsets[0] != 0 or offsets[-1] != path.stat().st_size:
-        raise DataError(f"{index}: damaged; remove it, and it is made again")
+        raise DataError(f"{index}: damaged; remove it, and it will be made again")
     return offsets
 
 
@@ -180,7 +179,7 @@ class IndexedSource(JsonlSource):
 
     @classmethod
     def side_files(cls, files: Sequence[Path]) -> list[Path]:
-        return [index for file in files if (index := index_places(file)[0]).is_file()]
+        return [index for file in files if (index := index_paths(file)[0]).is_file()]
 
     @classmethod
     def sequential(cls) -> type[BlockedSource]:

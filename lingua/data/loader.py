@@ -1,28 +1,26 @@
-"""Batches of rows: which lane gives which row, to whom, and the state that a checkpoint keeps.
+"""Batches of rows: which lane gives which row to which rank, and the state that a checkpoint keeps.
 
-Promise: row q = 0, 1, 2, ... of a run is the next row of lane q % K; step t uses rows [t*G, (t+1)*G). What they hold
-depends on (seed, sources and weights, tokenizer, seq_len, K) and on nothing else: not on world size, accumulation,
-workers, prefetch or restarts. Row q goes to data-parallel rank q % dp, so rank d owns the lanes l with l % dp = d.
-With K = 4 lanes, dp = 2, B = 1 and G = 4:
+Row q = 0, 1, 2, ... of a run is the next row of lane q % K; step t uses rows [t*G, (t+1)*G). Their content depends on
+(seed, sources and weights, tokenizer, seq_len, K) and on nothing else: not on world size, accumulation, workers,
+prefetch or restarts. Row q goes to data-parallel rank q % dp, so rank d owns the lanes l with l % dp = d. With K = 4
+lanes, dp = 2, B = 1 and G = 4:
 
     row    0  1  2  3 | 4  5  6  7 | ...          | ends a step
     lane   0  1  2  3 | 0  1  2  3
     rank   0  1  0  1 | 0  1  0  1                micro steps of rank 0: row 0, row 2, row 4, ...
 
-`data.skip_rows`: a row has number l + K*k, its place in its lane. A row to be passed over is left out of its lane and
-the lane's next row takes the turn, so rows keep their numbers, later ones move up within their lane, and neither dp
-nor workers matter. `Batch.rows` tells the numbers, which are what `skip_rows` takes.
+A row has number l + K*k, for the k-th row of lane l. `data.skip_rows` leaves rows out of their lanes by these numbers:
+the lane's next row takes the turn, so rows keep their numbers and later ones move up within their lane.
 
-State that does not fit the config is refused with both values. Sources may change on purpose (`data.accept_change`):
+A state that does not fit the config is refused with both values. Sources may change on purpose (`data.accept_change`):
 
     weights changed      documents are chosen by the new weights from here on
     source added         it begins with its first epoch
-    source taken away    a document of it that a lane is in the middle of is cut there
-    files changed        the source begins with an epoch that no lane has touched, in the order of its new size;
-                         what the old epochs had left is not read, a document in the middle of
-                         which a lane stands is cut there; from there on again each document once per epoch
+    source removed       a document that a lane is in the middle of is cut there
+    files changed        the source begins with an epoch that no lane has touched, in the order of its new size; the
+                         rest of the old epochs is not read, and a document that a lane is in the middle of is cut there
 
-Cost: state of 150-400 bytes per lane; memory for `prefetch_size` batches; in this process one copy per row.
+Cost: 150-400 bytes of state per lane; memory for `prefetch_size` batches; in this process one copy per row.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, default_lanes
 from lingua.data.blocked_source import BlockedSource
 from lingua.data.pack import IGNORED, IntArray, ids_of
-from lingua.data.sources import check_manifests, open_sources
+from lingua.data.sources import check_manifests, open_data
 from lingua.data.workers import InProcess, Workers
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
 
@@ -58,7 +56,7 @@ class Batch(NamedTuple):
 
 
 def order_of(args: DataArgs, n_lanes: int) -> dict[str, Any]:
-    """What the order of rows depends on besides the sources: a state fits only the same."""
+    """What the order of rows depends on besides the sources; a state only fits if all of it is the same."""
     return {
         "version": VERSION,
         "K": n_lanes,
@@ -72,25 +70,25 @@ def order_of(args: DataArgs, n_lanes: int) -> dict[str, Any]:
 
 
 def sources_of(sources: Sequence[BlockedSource]) -> dict[str, dict[str, Any]]:
-    """Weight and fingerprint of each source, as the state keeps them."""
+    """Weight and fingerprint of each source, as the state holds them."""
     return {source.name: {"weight": source.weight, "fingerprint": source.fingerprint} for source in sources}
 
 
 def fingerprint_of(described: dict[str, dict[str, Any]]) -> str:
-    """One short word for all sources with their weights: what `data.accept_change` takes."""
+    """A short hash of all sources and their weights, as `data.accept_change` takes it."""
     text = repr([(name, float(d["weight"]), d["fingerprint"]) for name, d in sorted(described.items())])
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogateescape"))
 
 
 _REMEDY = {
-    "version": "go on with the version of lingua that wrote it",
+    "version": "continue with the version of lingua that wrote it",
     "K": "set data.lanes to the first value, or begin a new run",
     "tokenizer": "give the tokenizer file that the run began with, or begin a new run",
 }
 
 
 def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
-    """Refuse a state of another order, with both values."""
+    """Refuse a state of another order."""
     problems = []
     for key, value in order.items():
         if state.get(key) != value:
@@ -102,7 +100,7 @@ def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
 
 
 def adapt(state: dict[str, Any], sources: Sequence[BlockedSource], accept: str | None) -> dict[int, dict[str, Any]]:
-    """Lane states for these sources. Refused if they are not those of the state, unless the change is accepted."""
+    """Return the lane states for these sources. Raises ConfigError for a change that was not accepted."""
     lanes = {int(lane): {**record, "tapes": dict(record["tapes"])} for lane, record in state["lanes"].items()}
     old, new = state["sources"], sources_of(sources)
     if fingerprint_of(old) == fingerprint_of(new):
@@ -113,7 +111,7 @@ def adapt(state: dict[str, Any], sources: Sequence[BlockedSource], accept: str |
             [
                 *changes,
                 f"data.sources are not those the run began with (were {fingerprint_of(old)}, are {fingerprint_of(new)}"
-                f"); restore them, or go on with them on purpose: data.accept_change={fingerprint_of(new)}",
+                f"); restore them, or continue with them on purpose: data.accept_change={fingerprint_of(new)}",
             ]
         )
     n_lanes = state["K"]
@@ -137,7 +135,7 @@ def _change(name: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -
 
 
 def _begin_again(source: BlockedSource, lanes: dict[int, dict[str, Any]], n_lanes: int, epochs: int) -> None:
-    """Put all lanes at the begin of the first epoch that none has touched, on the tape of the changed files."""
+    """Move all lanes to the first epoch that none of them has touched."""
     begin = epochs * source.n_blocks
     for lane, record in lanes.items():
         record["tapes"][source.name] = [begin + (lane - begin) % n_lanes, -1]
@@ -146,7 +144,7 @@ def _begin_again(source: BlockedSource, lanes: dict[int, dict[str, Any]], n_lane
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state of all lanes from those of all ranks, which must be of the same moment. Order does not matter."""
+    """Merge the states of all ranks, in any order; they must be of the same moment."""
     first, *others = states
     whole = {**first, "lanes": dict(first["lanes"]), "epochs": dict(first["epochs"])}
     for state in others:
@@ -167,7 +165,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Loader:
-    """Iterator of batches of one rank; a context manager."""
+    """Iterates over one rank's batches; a context manager."""
 
     def __init__(
         self,
@@ -212,17 +210,17 @@ class Loader:
         return Batch(views, doc_ids, numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of this rank's lanes behind the last batch handed out. JSON-able; see `merge_states`."""
+        """Position of this rank's lanes after the last batch, ready for JSON; see `merge_states`."""
         lanes = {str(lane): self._states[lane] for lane in self._lanes}
         return {**self._header, "row": self._row, "epochs": self._epochs(), "lanes": lanes}
 
     def _epochs(self) -> dict[str, int]:
-        """Per source the first epoch that none of this rank's lanes has touched."""
-        places = {name: [state["tapes"][name][0] for state in self._states.values()] for name in self._n_blocks}
-        return {name: max(place) // self._n_blocks[name] + 1 for name, place in places.items()}
+        """By source, the first epoch that none of this rank's lanes has touched."""
+        states = self._states.values()
+        return {name: max(s["tapes"][name][0] for s in states) // n + 1 for name, n in self._n_blocks.items()}
 
     def stats(self) -> dict[str, float]:
-        """Counters for the metrics: lines, bad lines by kind, and per source the epoch of this rank's lanes."""
+        """Counters for the metrics: lines, bad lines by kind, and by source the epoch of this rank's lanes."""
         counts = dict(self.producer.counts())
         lines = counts.pop("lines", 0)
         out: dict[str, float] = {"data/lines": lines, "data/bad_lines": sum(counts.values())}
@@ -234,7 +232,7 @@ class Loader:
         return out
 
     def close(self) -> None:
-        """Give back files and processes; harmless twice."""
+        """Release files and processes; harmless twice."""
         self.producer.close()
 
     def __enter__(self) -> Self:
@@ -254,10 +252,10 @@ def build_loader(
     lanes: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Loader:
-    """The loader of one data-parallel rank. `rows_per_step`: G; `state`: of all lanes (`merge_states`), or None.
+    """Build the loader of one data-parallel rank. `rows_per_step`: G; `state`: of all lanes, or None.
 
-    `lanes`: K where the caller has settled it; `tokenizer`: the one of `args.tokenizer` where it is built already.
-    Raises ConfigError or DataError, with the remedy, before anything is started.
+    `lanes`: K, if the caller has decided it; `tokenizer`: that of `args.tokenizer`, if it is built already.
+    Raises ConfigError or DataError before anything is started.
     """
     n_lanes = lanes or args.lanes or default_lanes(rows_per_step)
     _check_sizes(n_lanes, rows_per_step, dp_size, args.batch_size)
@@ -267,11 +265,12 @@ def build_loader(
     tokenizer = tokenizer or build_tokenizer(args.tokenizer)
     tokenizer.check_special(args.add_bos, args.add_eos)
     check_manifests(args)
-    sources, bad = open_sources(args, n_lanes)
     own_lanes = list(range(dp_rank, n_lanes, dp_size))
     with contextlib.ExitStack() as opened:
+        data = open_data(args, n_lanes)
+        opened.callback(data.close)
+        sources = data.sources
         for source in sources:
-            opened.callback(source.close)
             source.check()
         row, states = 0, {lane: _start(lane, sources) for lane in own_lanes}
         if state is not None:
@@ -281,7 +280,7 @@ def build_loader(
         if args.load_async:
             producer: InProcess | Workers = Workers(args, n_lanes, own_lanes, row // dp_size % len(own_lanes), states)
         else:
-            producer = InProcess(args, n_lanes, states, sources, bad, tokenizer)
+            producer = InProcess(data, tokenizer, states)
             opened.pop_all()  # the producer closes them
     return Loader(
         producer,
@@ -303,7 +302,7 @@ def _own_states(states: dict[int, dict[str, Any]], lanes: Sequence[int]) -> dict
 
 
 def _start(lane: int, sources: Sequence[BlockedSource]) -> dict[str, Any]:
-    """State of a lane that has not begun."""
+    """The state of a lane before its first row."""
     tapes = {source.name: [lane, -1] for source in sources}
     return {"rows": 0, "pick": 0, "source": None, "tapes": tapes, "char": 0, "token": 0, "hash": f"{0:016x}"}
 

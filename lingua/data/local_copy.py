@@ -1,15 +1,15 @@
-"""`data.stage_to`: the sources copied once per machine to a fast folder, /dev/shm say, and read there.
+"""`data.stage_to`: the sources copied once per machine to a fast folder, such as /dev/shm, and read there.
 
-Promise: the same rows as without it. One process of a machine copies, the others wait for it. A copy is used only when
-it is complete; one that is there already, from a crash of the same run or from a neighbour, is used again. The last
-user that ends in good order removes it; what dead users left is removed by the next start. Others cannot read it.
-Cost: the bytes of the sources, which in /dev/shm are memory; space is checked before. One pass of reading.
+The rows are the same as without it. One process of a machine copies, the others wait for it. Only a complete copy is
+used; one that is there already, from a crash of the same run or from a neighbour, is used again. The last user that
+ends normally removes it; the next start removes what killed users left. Other users cannot read it.
+Cost: the bytes of the sources, which in /dev/shm are memory; free space is checked first. One pass of reading.
 
     <stage_to>/lingua-<uid>/          mode 0700
-        lock                          held by whoever copies or removes
+        lock                          held by the process that copies or removes
         data-<key>/<number>/...       a source's files; key: of the files' paths, sizes, times, first and last bytes
-        data-<key>/users              locked by each user as long as it lives; the kernel knows who is dead
-        data-<key>/complete           written last: boot id (what the disk of a machine that went down holds is unsure)
+        data-<key>/users              locked by each user while it lives; the kernel releases it
+        data-<key>/complete           written last: boot id, since after a crash of the machine files may be incomplete
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lingua.files import DiskError, RunError, free_bytes, human_bytes, make_fold
 
 log = logging.getLogger(__name__)
 
-_SPARE_BYTES = 64 << 20  # left free: other users of /dev/shm need some
+_SPARE_BYTES = 64 << 20  # left free for other users of /dev/shm
 
 
 class StagedFile(NamedTuple):
@@ -46,9 +46,9 @@ class StagedFile(NamedTuple):
 
 @contextlib.contextmanager
 def staged(args: DataArgs) -> Iterator[DataArgs]:
-    """The args with the sources at their fast place, as long as the context lasts; unchanged without `stage_to`.
+    """Yield the args with the sources in the fast folder, for the length of the block; unchanged without `stage_to`.
 
-    Raises RunError where there is no space or the folder is not ours, DataError or ConfigError for bad sources.
+    Raises RunError if there is no space or the folder is not ours, DataError or ConfigError for bad sources.
     """
     if args.stage_to is None:
         yield args
@@ -73,13 +73,13 @@ def staged(args: DataArgs) -> Iterator[DataArgs]:
 def _moved(args: DataArgs, folder: Path) -> DataArgs:
     sources: list[SourceArgs] = []
     for number, source in enumerate(args.read_sources()):
-        path, place = Path(source.path), folder / f"{number:03d}"
-        sources.append(source.model_copy(update={"path": str(place if path.is_dir() else place / path.name)}))
+        path, copy = Path(source.path), folder / f"{number:03d}"
+        sources.append(source.model_copy(update={"path": str(copy if path.is_dir() else copy / path.name)}))
     return args.model_copy(update={"sources": sources, "root_dir": None})
 
 
 def _files(args: DataArgs) -> Iterator[StagedFile]:
-    """The files that are read, with what is used beside them."""
+    """Yield the files that are read and what is used beside them."""
     for number, source in enumerate(args.read_sources()):
         path, kind = Path(source.path), source_class(source.format)
         files = kind.find_files(path)
@@ -97,7 +97,7 @@ def _key(files: list[StagedFile]) -> str:
 
 
 def _own_folder(stage_to: Path) -> Path:
-    """<stage_to>/lingua-<uid>, which nobody else can write to or has put there."""
+    """Return <stage_to>/lingua-<uid>, made sure that nobody else owns or can write to it."""
     root = make_folder(stage_to, "data.stage_to") / f"lingua-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
@@ -134,7 +134,7 @@ def _copy(folder: Path, files: list[StagedFile], stage_to: str) -> None:
     if total + _SPARE_BYTES > free:
         raise RunError(
             f"data.stage_to: {stage_to} has {human_bytes(free)} free and the sources take {human_bytes(total)}; "
-            "choose another folder, or data.stage_to=null to read them where they are"
+            "choose another folder, or set data.stage_to=null to read them in place"
         )
     log.info("copying %s of data to %s", human_bytes(total), folder)
     try:
@@ -158,7 +158,7 @@ def _copy(folder: Path, files: list[StagedFile], stage_to: str) -> None:
 
 
 def _lock(path: Path, how: int) -> int:
-    """A locked descriptor. Raises BlockingIOError where LOCK_NB is asked for and somebody holds it."""
+    """Return a locked descriptor. Raises BlockingIOError with LOCK_NB if somebody holds the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, how)
@@ -170,11 +170,11 @@ def _lock(path: Path, how: int) -> int:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """The right to change what is staged."""
+    """Hold the right to change what is staged."""
     try:
         descriptor = _lock(root / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.info("waiting for another process that changes what is in %s", root)
+        log.info("waiting for another process that copies to or removes from %s", root)
         descriptor = _lock(root / "lock", fcntl.LOCK_EX)
     try:
         yield
@@ -183,19 +183,17 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _reclaim(root: Path, keep: Path) -> None:
-    """Remove what dead users left."""
+    """Remove what killed users left."""
     for folder in root.glob("data-*"):
         if folder != keep:
             _remove_unused(folder)
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove a folder that no living process uses. Call with the lock."""
+    """Remove a folder that no living process uses; the caller holds the lock."""
     try:
         users = _lock(folder / "users", fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return
-    except BlockingIOError:
+    except (FileNotFoundError, BlockingIOError):
         return
     os.close(users)
     _remove(folder)

@@ -1,7 +1,7 @@
-"""The manifest beside prepared chunks: what they were made from and the size and hash of each file.
+"""The manifest beside prepared chunks: what they were made from, and the size and hash of each file.
 
-Promise: `check_manifest` finds each file that is missing, cut off or (with `hashes`) changed, and chunks that do not
-belong there. Cost: one `stat` per file; with `hashes` one read of everything.
+`check_manifest` finds files that are missing, cut off or (with `hashes`) changed, and files that do not belong there,
+with one `stat` per file; with `hashes` it reads everything.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _READ_BYTES = 4 << 20
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder; None where there is none. Raises RunError for one that is no manifest."""
+    """Return the manifest of a folder, or None if there is none. Raises RunError if it is not a manifest."""
     try:
         manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:
         return None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise RunError(f"{folder / MANIFEST} is no manifest of prepared data; remove it or prepare the data again")
+        raise RunError(f"{folder / MANIFEST} is not a manifest of prepared data; remove it or prepare the data again")
     return manifest
 
 
 def check_manifest(folder: Path, suffix: str = ".jsonl", *, hashes: bool = False) -> list[str]:
-    """What is wrong with a prepared folder, one sentence each; nothing where there is no manifest to hold it to."""
+    """Return what is wrong with a prepared folder, one sentence each; nothing if it has no manifest."""
     try:
         manifest = read_manifest(folder)
     except RunError as error:
@@ -48,18 +48,18 @@ def check_manifest(folder: Path, suffix: str = ".jsonl", *, hashes: bool = False
         elif (size := path.stat().st_size) != facts["bytes"]:
             problems.append(f"{path} has {size} bytes, its manifest says {facts['bytes']}; copy it again")
         elif hashes and hash_file(path) != facts["xxh3_128"]:
-            problems.append(f"{path} has other content than its manifest says; copy it again")
+            problems.append(f"{path} has another content than its manifest says; copy it again")
     return problems
 
 
 def stray_files(folder: Path, names: set[str], suffix: str = ".jsonl") -> list[str]:
-    """Files of a folder that are not among `names`, though a loader would read them as data."""
+    """Return files that are not among `names`, though a loader would read them as data."""
     found = [path.name for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")]
     return sorted(name for name in found if name not in names)
 
 
 def hash_file(path: Path, *, past_cache: bool = False) -> str:
-    """XXH3-128 of a file; `past_cache`: of what is on the disk, as far as the system lets go of its copy."""
+    """XXH3-128 of a file; `past_cache`: drop it from the page cache first, to hash what is on the disk."""
     digest = xxhash.xxh3_128()
     buffer = bytearray(_READ_BYTES)
     view = memoryview(buffer)

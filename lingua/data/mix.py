@@ -24,7 +24,7 @@ from typing import Any
 
 import xxhash
 
-from lingua.data.blocked_source import BlockedSource, Document
+from lingua.data.blocked_source import BlockedSource, Document, OpenedData
 
 # Salts keep draws for different purposes apart.
 _SALT_BLOCKS, _SALT_SOURCE, _SALT_WINDOW = 1, 2, 3
@@ -90,11 +90,10 @@ class DocumentStream:
     `positions`: where each source continues; for the current document's source, where that document begins.
     """
 
-    def __init__(
-        self, lane: int, n_lanes: int, sources: Sequence[BlockedSource], seed: int, state: dict[str, Any] | None = None
-    ) -> None:
-        self.lane, self._n_lanes, self._sources, self._seed = lane, n_lanes, sources, seed
-        self._choice = SourceChoice([source.weight for source in sources], seed)
+    def __init__(self, lane: int, data: OpenedData, state: dict[str, Any] | None = None) -> None:
+        sources = data.sources
+        self.lane, self._n_lanes, self._sources, self._seed = lane, data.n_lanes, sources, data.args.order_seed
+        self._choice = SourceChoice([source.weight for source in sources], self._seed)
         self._readers = [source.reader() for source in sources]
         self.pick = 0
         self.source: int | None = None

@@ -32,8 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lingua.config.keys.data import DataArgs
-from lingua.data.blocked_source import BlockedSource, DataError, Document
+from lingua.data.blocked_source import BlockedSource, DataError, Document, OpenedData
 from lingua.data.mix import DocumentStream, SourcePosition, documents_state, draw, window_order
 from lingua.tokenizer import Tokenizer, TokenizerError
 
@@ -110,15 +109,9 @@ class PackedRow(NamedTuple):
 class Packer:
     """Packed rows of one lane, in the order of its documents."""
 
-    def __init__(
-        self,
-        documents: DocumentStream,
-        sources: Sequence[BlockedSource],
-        tokenizer: Tokenizer,
-        args: DataArgs,
-        state: dict[str, Any] | None,
-    ) -> None:
-        self._documents, self._sources, self._tokenizer, self._args = documents, sources, tokenizer, args
+    def __init__(self, lane: int, data: OpenedData, tokenizer: Tokenizer, state: dict[str, Any] | None) -> None:
+        self._documents = documents = DocumentStream(lane, data, state)
+        self._sources, self._tokenizer, self._args = data.sources, tokenizer, data.args
         self._document: Document | None = None  # with text left
         self._char = 0
         self._number = 0
@@ -172,7 +165,7 @@ class Packer:
         self._token = token
 
     def piece(self) -> TextPiece:
-        """The next piece; without tokens if the tokenizer gives up on it."""
+        """The next piece; without tokens if the tokenizer fails on it."""
         if self._document is None:
             self._document, self._char = self._documents.next(), 0
             self._number += 1
@@ -223,19 +216,12 @@ class Lane:
     """
 
     def __init__(
-        self,
-        number: int,
-        n_lanes: int,
-        sources: Sequence[BlockedSource],
-        tokenizer: Tokenizer,
-        args: DataArgs,
-        state: dict[str, Any] | None = None,
+        self, number: int, data: OpenedData, tokenizer: Tokenizer, state: dict[str, Any] | None = None
     ) -> None:
-        self.number, self._n_lanes, self._seed = number, n_lanes, args.order_seed
-        documents = DocumentStream(number, n_lanes, sources, self._seed, state)
-        self._packer = Packer(documents, sources, tokenizer, args, state)
-        self._size = max(1, args.shuffle_window)
-        self._skip = merged(args.skip_rows)
+        self.number, self._n_lanes, self._seed = number, data.n_lanes, data.args.order_seed
+        self._packer = Packer(number, data, tokenizer, state)
+        self._size = max(1, data.args.shuffle_window)
+        self._skip = merged(data.args.skip_rows)
         self._made = state["rows"] if state is not None else 0
         self._window: list[tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]] = []
         self._window_state: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs
-from lingua.data.blocked_source import BadLines, BlockedSource, DataError, TextFields
+from lingua.data.blocked_source import BadLines, BlockedSource, DataError, OpenedData, TextFields
 from lingua.data.corpus import SOURCE_NAME, embedded_corpus
 from lingua.data.manifest import check_manifest
 from lingua.tokenizer import build_tokenizer, tokenizer_fingerprint
@@ -73,11 +73,11 @@ def _read_sources(args: DataArgs) -> list[SourceArgs]:
     return sources
 
 
-def open_sources(args: DataArgs, n_lanes: int) -> tuple[list[BlockedSource], BadLines]:
-    """Open all sources that are read; they share their counters."""
+def open_data(args: DataArgs, n_lanes: int) -> OpenedData:
+    """Open all sources that are read."""
     bad = BadLines(args.on_bad_line, args.max_bad_fraction)
     sources = [_open(args, source, source_class(source.format), n_lanes, bad) for source in _read_sources(args)]
-    return sources, bad
+    return OpenedData(args, n_lanes, sources, bad)
 
 
 def estimate_tokens(args: DataArgs) -> int:

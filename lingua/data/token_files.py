@@ -1,20 +1,19 @@
-"""`format: tokens`: documents tokenized before, by `lingua data tokenize`, in files that are memory-mapped.
+"""`format: tokens`: documents tokenized before, by `lingua data tokenize`, in memory-mapped files.
 
-Promise: the rows of the jsonl files that they were made from, to the token: the same blocks (byte ranges of the jsonl
-files), the same pieces, the same state, so a run may change from `jsonl` to `tokens` and back at any restart. Begin and
-end tokens are not in them; `add_bos` and `add_eos` are free. Another tokenizer than the config's is refused. A file is
-there whole or not at all.
-Cost: 2 bytes per token (4 for vocabularies above 65,536) and 32 per piece of at most 256 Ki characters, mostly one
+They give the rows of the jsonl files they were made from, to the token: the same blocks (byte ranges of the jsonl
+files), the same pieces, the same state, so a run may change from `jsonl` to `tokens` and back at any restart. They hold
+no begin and end tokens, so `add_bos` and `add_eos` may change. A tokenizer other than the config's is refused.
+Cost: 2 bytes per token (4 for vocabularies above 65,536) and 32 per piece of at most 256 Ki characters, usually one
 per document; reading takes no tokenizer time and no memory beyond the page cache.
 
 A file: 4096 bytes of header (magic, then JSON), the ids, and a table of four columns of int64, a row per piece:
 
     start    byte offset of the document's line in the jsonl file
     end      where the next line begins
-    char     first character of the piece; ~char where the tokenizer gave up on it
+    char     first character of the piece; ~char if the tokenizer failed on it
     token    its first id in this file                             (one more row: the number of ids)
 
-Lines that are no documents are left out; how many of which kind there were is in the header.
+Bad lines are left out; the header counts them by kind.
 """
 
 from __future__ import annotations
@@ -60,12 +59,12 @@ _ALIGN = 8
 
 
 def token_file(path: Path, folder: Path) -> Path:
-    """Name of the token file of a jsonl file."""
+    """Path of the token file of a jsonl file."""
     return folder / (path.name + SUFFIX)
 
 
 def is_made(path: Path, target: Path, tokenizer: Tokenizer, text_key: str | None) -> bool:
-    """Whether the token file of this very jsonl file, by this tokenizer, is there."""
+    """Whether there is a token file of this jsonl file by this tokenizer."""
     try:
         facts = read_facts(target)
     except (OSError, DataError):
@@ -82,7 +81,7 @@ def tokenize_file(
     text_key: str | None = None,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> dict[str, Any]:
-    """Write the token file of a jsonl file; returns what its header says. `advance` hears of the bytes done."""
+    """Write the token file of a jsonl file; return its header. `advance` is called with the bytes done."""
     source = JsonlSource(path.name, path, 1, fields=TextFields(text_key))
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     columns = [array("q") for _ in range(4)]
@@ -141,11 +140,11 @@ def tokenize_file(
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What the header of a token file says. Raises DataError for a file that is none or not whole."""
+    """Return the header of a token file. Raises DataError if the file is something else or incomplete."""
     with path.open("rb") as file:
         head, size = file.read(_HEADER_BYTES), os.fstat(file.fileno()).st_size
     if not head.startswith(_MAGIC):
-        raise DataError(f"{path}: no token file; make it with `lingua data tokenize`")
+        raise DataError(f"{path}: not a token file; make it with `lingua data tokenize`")
     try:
         facts = orjson.loads(head[len(_MAGIC) :])
         if facts["version"] != VERSION:
@@ -159,7 +158,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_hash(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether the content is what was written; reads all of it."""
+    """Whether the content is as written; reads all of it."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         file.seek(_HEADER_BYTES)
@@ -276,7 +275,7 @@ class MappedDocument:
     def ids(self, char: int) -> np.ndarray:
         mapped, row = self._mapped, self._row_of(char)
         if mapped.char[row] < 0:
-            raise TokenizerError("the tokenizer gave up when the token file was made")
+            raise TokenizerError("the tokenizer failed when the token file was made")
         return mapped.ids[mapped.token[row] : mapped.token[row + 1]]
 
     def next_char(self, char: int) -> int:

@@ -1,9 +1,9 @@
-"""Loader workers: processes that own disjoint lanes and hand rows over through shared memory.
+"""Rows made in this process, or by worker processes that own disjoint lanes and hand rows over through shared memory.
 
-Promise: the rows of the in-process loader, in the same order, whatever the number of workers. A worker imports no torch
-and nothing of the user's program; it ignores SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 (the trainer decides when to
-end), and dies with its parent, however that dies. Its error arrives in the trainer behind the rows made before it. The
-memory has no name, so nothing can be left in /dev/shm. Nobody polls: both sides block in `read` on a pipe.
+Both give the same rows in the same order. A worker imports no torch and nothing of the user's program; it ignores
+SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 (the trainer decides when to end) and dies with its parent. Its error
+arrives in the trainer after the rows made before it. The memory has no name, so nothing can be left in /dev/shm.
+Nobody polls: both sides block in `read` on a pipe.
 Cost: one process start (about 0.3 s, without the tokenizer file), `prefetch_size` batches of memory, one copy per row.
 
 A worker has a ring of slots. It writes a row with its state into the next slot, then a byte into the pipe `ready`; the
@@ -30,23 +30,23 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import orjson
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
-from lingua.data.blocked_source import BadLines, BlockedSource, DataError
+from lingua.data.blocked_source import DataError, OpenedData
 from lingua.data.pack import Lane, PackedRow
-from lingua.data.sources import open_sources
+from lingua.data.sources import open_data
 from lingua.files import RunError
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _ROW, _LOG, _ERROR = b"RLE"
 _MAX_SLOTS = 32 << 10  # one byte each fits the pipes (64 KiB), so nobody ever blocks in a write
-_MESSAGE_CHARS = 1200  # fits a slot's note, also where JSON escapes every character
+_MESSAGE_CHARS = 1200  # fits a slot's note even if JSON escapes every character
 _PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
@@ -55,10 +55,12 @@ logger = logging.getLogger(__name__)
 class Slots:
     """A ring of slots in anonymous shared memory: a note (JSON), S + n_views - 1 tokens, S document ids or none."""
 
-    def __init__(self, descriptor: int, n_slots: int, n_tokens: int, n_doc_ids: int, note_bytes: int) -> None:
-        self.n_slots, self._n_tokens, self._n_doc_ids = n_slots, n_tokens, n_doc_ids
-        self._note = note_bytes
-        self._slot_bytes = -(-(4 + note_bytes + 4 * (n_tokens + n_doc_ids)) // 64) * 64
+    def __init__(self, descriptor: int, n_slots: int, args: DataArgs) -> None:
+        self.n_slots, self._n_tokens = n_slots, args.seq_len + args.n_views - 1
+        self._n_doc_ids = args.seq_len * args.doc_mask
+        # Room for an error message, and for the position in each source; pages that stay untouched cost nothing.
+        self._note = 8192 + 512 * len(args.sources)
+        self._slot_bytes = -(-(4 + self._note + 4 * (self._n_tokens + self._n_doc_ids)) // 64) * 64
         os.ftruncate(descriptor, n_slots * self._slot_bytes)
         self._memory = mmap.mmap(descriptor, n_slots * self._slot_bytes)
 
@@ -91,32 +93,15 @@ class Slots:
         return both[: self._n_tokens], both[self._n_tokens :]
 
 
-class SlotShape(NamedTuple):
-    """Arguments of `Slots` behind the descriptor."""
-
-    n_slots: int
-    n_tokens: int
-    n_doc_ids: int
-    note_bytes: int
-
-
 # -- in the trainer ------------------------------------------------------------------------------------------------
 
 
 class InProcess:
     """Rows made in this process, when they are asked for."""
 
-    def __init__(
-        self,
-        args: DataArgs,
-        n_lanes: int,
-        states: dict[int, dict[str, Any]],
-        sources: list[BlockedSource],
-        bad: BadLines,
-        tokenizer: Tokenizer,
-    ) -> None:
-        self._sources, self._bad = sources, bad
-        self._lanes = {lane: Lane(lane, n_lanes, sources, tokenizer, args, state) for lane, state in states.items()}
+    def __init__(self, data: OpenedData, tokenizer: Tokenizer, states: dict[int, dict[str, Any]]) -> None:
+        self._bad, self.close = data.bad, data.close
+        self._lanes = {lane: Lane(lane, data, tokenizer, state) for lane, state in states.items()}
 
     def next(self, lane: int) -> tuple[PackedRow, dict[str, Any]]:
         """The lane's next row, and its state after it."""
@@ -127,23 +112,16 @@ class InProcess:
         """Lines read, and bad ones by kind."""
         return self._bad.counts()
 
-    def close(self) -> None:
-        for source in self._sources:
-            source.close()
-
 
 class Workers:
-    """Rows of this rank's lanes, made by `n_workers` processes; lane number i of the rank belongs to worker i % n."""
+    """Rows of this rank's lanes, made by n processes; lane number i of the rank belongs to worker i % n."""
 
     def __init__(
         self, args: DataArgs, n_lanes: int, lanes: list[int], first: int, states: dict[int, dict[str, Any]]
     ) -> None:
-        """`first`: index in `lanes` of the lane whose row is wanted first."""
+        """`first`: index in `lanes` of the lane whose row is needed first."""
         n = min(args.num_workers, len(lanes))
         n_slots = min(-(-args.prefetch_size * args.batch_size // n), _MAX_SLOTS)
-        # Room for an error message, and for the place in each source; pages that stay untouched cost nothing.
-        note_bytes = 8192 + 512 * len(args.sources)
-        shape = SlotShape(n_slots, args.seq_len + args.n_views - 1, args.seq_len * args.doc_mask, note_bytes)
         self._of_lane = {lane: i % n for i, lane in enumerate(lanes)}
         turns = lanes[first:] + lanes[:first]
         self._workers: list[_Worker] = []
@@ -156,9 +134,9 @@ class Workers:
                     "args": args.model_dump(mode="json"),
                     "n_lanes": n_lanes,
                     "states": [[lane, states[lane]] for lane in own],
-                    "shape": list(shape),
+                    "n_slots": n_slots,
                 }
-                self._workers.append(_Worker(index, shape, setup))
+                self._workers.append(_Worker(index, args, setup))
         except BaseException:
             self.close()
             raise
@@ -183,11 +161,11 @@ class Workers:
 class _Worker:
     """The trainer's end of one worker."""
 
-    def __init__(self, index: int, shape: SlotShape, setup: dict[str, Any]) -> None:
+    def __init__(self, index: int, args: DataArgs, setup: dict[str, Any]) -> None:
         self._index, self._slot, self._arrived, self._closed = index, 0, b"", False
         self.counts: dict[str, int] = {}
         memory = os.memfd_create("lingua-rows")
-        self._slots = Slots(memory, *shape)
+        self._slots = Slots(memory, setup["n_slots"], args)
         self._ready, ready = os.pipe()
         free, self._free = os.pipe()
         try:
@@ -199,7 +177,7 @@ class _Worker:
             for descriptor in (memory, ready, free):
                 os.close(descriptor)
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self.process.stdin as stream:  # dead already: `next` tells
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stream:  # dead already: `next` reports it
             stream.write(orjson.dumps(setup))
 
     def next(self) -> tuple[PackedRow, dict[str, Any]]:
@@ -219,7 +197,7 @@ class _Worker:
                 raise _ERRORS[note["kind"]](note["message"])
 
     def _wait(self) -> tuple[int, int]:
-        """What has arrived in which slot; blocks until something has."""
+        """Wait until something arrives; return what it is and its slot."""
         if not self._arrived:
             if self._closed:
                 raise RunError(f"loader worker {self._index} has ended; build a new loader")
@@ -231,7 +209,7 @@ class _Worker:
         return kind, self._slot - 1
 
     def _give_back(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended; what it left in its slots is still good
+        with contextlib.suppress(BrokenPipeError):  # it has ended; what it left in its slots is still valid
             os.write(self._free, b"F")
 
     def _raise_death(self) -> NoReturn:
@@ -239,10 +217,10 @@ class _Worker:
         self.close()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (memory may have run out: lower data.prefetch_size or num_workers)" if code == -9 else ""
-        raise RunError(f"loader worker {self._index} (pid {self.process.pid}) {how}{hint}; start again to go on")
+        raise RunError(f"loader worker {self._index} (pid {self.process.pid}) {how}{hint}; start again to continue")
 
     def close(self) -> None:
-        """Kill at once: a worker has nothing to save."""
+        """Kill the worker at once: it has nothing to save."""
         if not self._closed:
             self._closed, self._arrived = True, b""
             self.process.kill()
@@ -256,7 +234,7 @@ class _Worker:
 
 
 def _start(descriptors: list[int]) -> subprocess.Popen[bytes]:
-    """Start a worker. Its signals are blocked from the first moment until it ignores them itself."""
+    """Start a worker. Its signals are blocked until it ignores them itself."""
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # Each worker has one thread: the lanes are the parallelism.
@@ -281,7 +259,7 @@ _ERRORS: dict[str, type[Exception]] = {"data": DataError, "config": ConfigError,
 
 
 class _Outbox(logging.Handler):
-    """The worker's end: rows, log records and at last an error go into free slots. Also a handler of log records."""
+    """The worker's end: puts rows, log records and finally an error into free slots."""
 
     def __init__(self, ready: int, free: int, slots: Slots) -> None:
         super().__init__(logging.INFO)
@@ -311,11 +289,9 @@ def _note(note: dict[str, Any]) -> bytes:
     return orjson.dumps(note)
 
 
-def _rows(setup: dict[str, Any]) -> Iterator[tuple[PackedRow, bytes]]:
-    """Rows of the worker's lanes in turn, each with its note."""
-    args, states = DataArgs.model_validate(setup["args"]), dict(setup["states"])
-    sources, bad = open_sources(args, setup["n_lanes"])
-    rows = InProcess(args, setup["n_lanes"], states, sources, bad, build_tokenizer(args.tokenizer))
+def _rows(args: DataArgs, n_lanes: int, states: dict[int, dict[str, Any]]) -> Iterator[tuple[PackedRow, bytes]]:
+    """Yield the rows of the worker's lanes in turn, each with its note."""
+    rows = InProcess(open_data(args, n_lanes), build_tokenizer(args.tokenizer), states)
     while True:
         for lane in states:
             row, state = rows.next(lane)
@@ -331,10 +307,11 @@ def main(ready: int, free: int, memory: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != setup["parent"]:
         return
-    outbox = _Outbox(ready, free, Slots(memory, *setup["shape"]))
+    args = DataArgs.model_validate(setup["args"])
+    outbox = _Outbox(ready, free, Slots(memory, setup["n_slots"], args))
     logging.getLogger().addHandler(outbox)
     try:
-        for row, note in _rows(setup):
+        for row, note in _rows(args, setup["n_lanes"], dict(setup["states"])):
             outbox.put(_ROW, note, row)
     except BrokenPipeError:
         return  # the trainer is gone

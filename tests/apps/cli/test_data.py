@@ -83,11 +83,11 @@ def forge(state: dict[str, Any], what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
-        ("hash", "step 4, lane 3: stands at document .* but came there by other documents"),
+        ("hash", "step 4, lane 3: is at document .* but came there by other documents"),
         ("token", "step 4, lane 3: .* tokens were given"),
         ("rows", "step 4, lane 3: gave 4 rows, its share of 32 rows is 3"),
-        ("place", "step 4, lane 3: stands at .*, the order leads to"),
-        ("pick", "step 4, lane 3: stands at .*, the order leads to"),
+        ("place", "step 4, lane 3: is at .*, but the order leads to"),
+        ("pick", "step 4, lane 3: is at .*, but the order leads to"),
     ],
 )
 def test_audit_finds_each_kind_of_lie(

@@ -74,7 +74,7 @@ def test_a_run_that_may_not_be_written_to(origin: Path, tmp_path: Path, monkeypa
         (3, ["model.dim=64"], r"model\.dim: 32 -> 64: .* parameters, this model .*; set it back"),
         (3, ["data.seq_len=16"], "seq_len was 32 and is 16 now"),
         (3, ["data.lanes=24"], "number of lanes K was 12 and is 24 now"),
-        (3, ["data.sources={big: 1.0}"], r"go on with them on purpose: data\.accept_change="),
+        (3, ["data.sources={big: 1.0}"], r"continue with them on purpose: data\.accept_change="),
         (3, ["checkpoint.reset=[model]"], r"checkpoint\.reset\.0 is 'model'"),
         (3, ["checkpoint.continue_training_from_init=false", "checkpoint.reset=[data]"], "no state is taken over"),
         (3, ["other.yaml"], "two configs"),

@@ -18,7 +18,7 @@ from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data import jsonl_indexed as index_file
 from lingua.data import token_files as token_file
 from lingua.data.blocked_source import BlockedSource, DataError, TextFields
-from lingua.data.jsonl_indexed import IndexedSource, find_index, index_places, map_index, read_header, write_index
+from lingua.data.jsonl_indexed import IndexedSource, find_index, index_paths, map_index, read_header, write_index
 from lingua.data.loader import Loader, build_loader, merge_states
 from lingua.data.sources import FORMATS, estimate_tokens, source_class
 from lingua.data.token_files import TokenSource, check_hash, is_made, read_facts, tokenize_file
@@ -158,7 +158,7 @@ def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged, message in (
         (whole[:-1], "its header says"),
-        (b"x" + whole[1:], "no token file"),
+        (b"x" + whole[1:], "not a token file"),
         (whole.replace(b'"version":1', b'"version":9'), "of version 9"),
         (whole[:100] + b"\0" * 3996, "damaged header"),
     ):
@@ -226,7 +226,7 @@ def test_each_line_once_per_epoch_in_an_order_of_the_seed(tmp_path: Path) -> Non
 
 def test_an_index_that_does_not_belong_to_the_file_is_made_again(tmp_path: Path) -> None:
     path = write_source(tmp_path, "s", ["a", "b", "c"], n_files=1) / "s.chunk.00.jsonl"
-    assert find_index(path) == index_places(path)[0] == path.with_name("s.chunk.00.jsonl.idx")
+    assert find_index(path) == index_paths(path)[0] == path.with_name("s.chunk.00.jsonl.idx")
     index = find_index(path)
     whole = index.read_bytes()
     path.write_text(path.read_text().replace("a", "A"))
@@ -253,7 +253,7 @@ def test_an_index_goes_into_the_cache_where_the_folder_is_not_writable(
 ) -> None:
     monkeypatch.setenv("LINGUA_CACHE", str(tmp_path / "cache"))
     path = write_source(tmp_path, "s", ["a", "b"], n_files=1) / "s.chunk.00.jsonl"
-    beside, cached = index_places(path)
+    beside, cached = index_paths(path)
     real = write_index
 
     def read_only(source: Path, target: Path) -> int:

@@ -11,11 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lingua.data.blocked_source import Document, block_bytes
+from lingua.config.keys.data import DataArgs
+from lingua.data.blocked_source import Document, OpenedData, block_bytes
 from lingua.data.jsonl import JsonlSource
 from lingua.data.mix import DocumentStream, SourceChoice, draw, permuted
 from tests.corpora import documents, write_source
 from tests.resume import assert_resumes_everywhere
+
+
+def opened(sources: list[JsonlSource], seed: int, n_lanes: int = 1) -> OpenedData:
+    return OpenedData(DataArgs(seed=seed), n_lanes, sources, sources[0].bad)
 
 
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
@@ -63,7 +68,7 @@ def test_each_document_once_per_epoch_on_one_lane(tmp_path: Path, n_lanes: int, 
     epochs = max(3, n_lanes // source.n_blocks)
     read: list[Counter[str]] = [Counter() for _ in range(epochs)]
     for lane in range(n_lanes):
-        stream = DocumentStream(lane, n_lanes, [source], seed=5)
+        stream = DocumentStream(lane, opened([source], 5, n_lanes))
         while (text := stream.next().text) and (epoch := stream.positions[0][0] // source.n_blocks) < epochs:
             read[epoch][text] += 1
     expected = Counter(documents("d", n_documents))
@@ -72,7 +77,7 @@ def test_each_document_once_per_epoch_on_one_lane(tmp_path: Path, n_lanes: int, 
 
 def test_epochs_have_different_orders(tmp_path: Path) -> None:
     write_source(tmp_path, "s", documents("d", 60), n_files=2)
-    stream = DocumentStream(0, 1, [JsonlSource("s", tmp_path / "s", 1)], seed=5)
+    stream = DocumentStream(0, opened([JsonlSource("s", tmp_path / "s", 1)], 5))
     first, second = ([stream.next().text for _ in range(60)] for _ in range(2))
     assert first != second
     assert sorted(first) == sorted(second)
@@ -82,7 +87,7 @@ class _Stream:
     """`DocumentStream` as the helper for streams wants it."""
 
     def __init__(self, sources: list[JsonlSource], lane: int, state: dict[str, Any] | None) -> None:
-        self._documents = DocumentStream(lane, 4, sources, 7, state)
+        self._documents = DocumentStream(lane, opened(sources, 7, 4), state)
 
     def __iter__(self) -> Iterator[Document]:
         return self

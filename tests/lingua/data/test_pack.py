@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lingua.config.keys.data import DataArgs
-from lingua.data.blocked_source import BadLines, DataError
+from lingua.data.blocked_source import BadLines, DataError, OpenedData
 from lingua.data.jsonl import JsonlSource
 from lingua.data.mix import DocumentStream
 from lingua.data.pack import PIECE_CHARS, Lane, PackedRow, contains, merged, piece_end
@@ -39,16 +39,20 @@ class _Rows:
         return self._lane.state()
 
 
+def opened(source: JsonlSource, **changed: Any) -> OpenedData:
+    return OpenedData(DataArgs(seed=1, **changed), 1, [source], source.bad)
+
+
 def make_lane(
     source: JsonlSource, seq_len: int, state: dict[str, Any] | None = None, tokenizer: Any = None, **changed: Any
 ) -> Lane:
-    return Lane(0, 1, [source], tokenizer or ByteTokenizer(), DataArgs(seq_len=seq_len, seed=1, **changed), state)
+    return Lane(0, opened(source, seq_len=seq_len, **changed), tokenizer or ByteTokenizer(), state)
 
 
 def stream_of(source: JsonlSource, n: int, bos: bool = True, eos: bool = True) -> list[int]:
     """The first n tokens, put together by hand."""
     ids: list[int] = []
-    wanted = DocumentStream(0, 1, [source], seed=1)
+    wanted = DocumentStream(0, opened(source))
     while len(ids) < n:
         ids += [BOS] * bos + list(wanted.next().text.encode()) + [EOS] * eos
     return ids[:n]
