@@ -41,7 +41,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lingua.checkpoint.manager import CheckpointManager
-from lingua.checkpoint.shm.slots import SERVICE_LOCK, region_of
+from lingua.checkpoint.shm.area import SERVICE_LOCK, region_of
 from lingua.checkpoint.state import TrainState, tensors_of
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from scripts.bench_common import make_parser, print_figures, timed

@@ -23,7 +23,7 @@ from pathlib import Path
 import lingua.train.build
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm import service
-from lingua.checkpoint.shm.coordinator import Started
+from lingua.checkpoint.shm.service_client import ServiceProcess
 from lingua.files import DISK, Files
 from tests.ranks import fork
 from tests.trainer import Hook
@@ -52,7 +52,7 @@ class Services:
         if self._pid == 0:
             _Spawner(self._asked, self._answering, files, prepare).serve_and_exit()
 
-    def start(self, run_dir: Path, shm: Path, log_file: Path) -> Started:
+    def start(self, run_dir: Path, shm: Path, log_file: Path) -> ServiceProcess:
         """Also from other processes."""
         life, held = os.pipe()
         words = json.dumps(["start", str(run_dir), str(shm), str(log_file)]).encode()

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,19 @@ import xxhash
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, FileFacts, Manifest
-from lingua.checkpoint.shm.messages import Session, write_session
+from lingua.checkpoint.shm.area import (
+    SHM,
+    TRAINER_LOCK,
+    Region,
+    Save,
+    ServedRun,
+    Slot,
+    make_region,
+    region_of,
+    write_run,
+)
 from lingua.checkpoint.shm.service import Service
-from lingua.checkpoint.shm.slots import SHM, TRAINER_LOCK, Region, Save, Slot, make_region, region_of
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Files
 from tests.fakes import Clock, FaultyFiles, path_of
 
@@ -78,17 +88,13 @@ class World:
     def region(self, node: int = 0) -> Region:
         return region_of(self.run_dir, self.shm(node))
 
-    def session(self, incarnation: int, **changes: Any) -> Session:
-        session = Session(
-            run_id=RUN_ID,
-            run_dir=str(self.run_dir),
-            root=str(self.root),
-            incarnation=incarnation,
-            dump=(1, 1),
-            linger_s=0.0,
-            threads=1,  # so that the n-th operation is always the same one
-        )
-        return replace(session, **changes)
+    def served(self, incarnation: int, **changes: Any) -> ServedRun:
+        """The run of an attempt. `changes`: of its fields, or of its keys of `checkpoint:`."""
+        keys: dict[str, Any] = {"dump": SaveEvery(every=1, keep=1), "eval": SaveEvery(every=0), "linger_s": 0.0}
+        keys |= {"drain_threads": 1}  # so that the n-th operation is always the same one
+        keys |= {name: changes.pop(name) for name in list(changes) if name in CheckpointArgs.model_fields}
+        args = CheckpointArgs(**keys)
+        return ServedRun(RUN_ID, self.run_dir, self.root, incarnation, args, **changes)
 
     def make(self, *published: int) -> World:
         """The folders, and these steps published by start 1."""
@@ -150,7 +156,7 @@ class Start:
     def region(self) -> Region:
         return self.world.region(self.node)
 
-    def begin(self, *, service_lives: bool = False, **session: Any) -> None:
+    def begin(self, *, service_lives: bool = False, **changes: Any) -> None:
         """Join, look for unsaved snapshots, shut older starts out, tell the service."""
         region = make_region(self.world.run_dir, self.world.shm(self.node), files=self.files)
         if not service_lives:
@@ -162,10 +168,10 @@ class Start:
             if slot.number not in wanted:
                 slot.change("staged", "free", files=self.files)
         rescue = tuple(sorted((save.incarnation, save.step) for save in wanted.values()))
-        told = self.world.session(self.incarnation, rescue=rescue, **session)
+        told = self.world.served(self.incarnation, rescue=rescue, **changes)
         if self.node == 0:
             publish.open_passage(self.world.root, self.incarnation, files=self.files)
-        write_session(region, told, files=self.files)
+        write_run(region, told, files=self.files)
 
     def make_slots(self) -> None:
         """What `Coordinator.make_slots` does; and the space for the files."""

@@ -269,7 +269,7 @@ def wait(
     Exit code 1, with the reason, on a timeout, or if the run has ended or passed the step without saving it.
     """
     from lingua.checkpoint import layout, lookup
-    from lingua.checkpoint.retention import periods_of
+    from lingua.checkpoint.retention import frozen_periods, kinds
     from lingua.checkpoint.tools.status import await_done
     from lingua.config.base import ConfigError
     from lingua.files import RunError
@@ -277,8 +277,8 @@ def wait(
     run, step = lookup.split(place)
     if step is None:
         raise ConfigError(f"{place} names no step; write {place}@STEP")
-    periods = periods_of(run)
-    if periods is not None and periods.kinds(step) == ["stop"] and step != periods.n_steps:
+    periods = frozen_periods(run)
+    if periods is not None and kinds(step, periods[0]) == ["stop"] and step != periods[1]:
         print(f"step {step} is in no period of {run}: it is saved only if the run stops there", file=sys.stderr)
     if reason := await_done(run, step, timeout):
         raise RunError(f"{place}: {reason}")

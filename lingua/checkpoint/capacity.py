@@ -6,6 +6,7 @@ that there is `checkpoint.disk_budget_gb`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,15 @@ def private_shm(mounts: str, mounts_of_init: str | None, env: Mapping[str, str],
         if env.get(name):
             return "this is a container"
     return None
+
+
+def private_shm_here(shm: str = "/dev/shm") -> str | None:
+    """Return `private_shm` of this process."""
+    try:
+        of_init = Path("/proc/1/mountinfo").read_text()
+    except OSError:
+        of_init = None
+    return private_shm(Path("/proc/self/mountinfo").read_text(), of_init, os.environ, shm)
 
 
 def _mount_of(mounts: str, point: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, Manifest
-from lingua.checkpoint.shm.slots import region_of
+from lingua.checkpoint.shm.area import region_of
 from lingua.config.frozen import CONFIG_FILE, read_frozen
 from lingua.files import RunError
 

@@ -31,9 +31,10 @@ import torch
 from lingua.checkpoint import dcp, layout, pins, publish, retention
 from lingua.checkpoint.capacity import DiskRoom
 from lingua.checkpoint.restore import Restorer
-from lingua.checkpoint.shm import coordinator
-from lingua.checkpoint.shm.messages import Session
-from lingua.checkpoint.shm.writer import BackgroundWriter
+from lingua.checkpoint.shm import drain
+from lingua.checkpoint.shm.area import ServedRun
+from lingua.checkpoint.shm.coordinator import LEAVE_S, Coordinator, NoSlotError
+from lingua.checkpoint.shm.service_client import StartService, start_service
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.checkpoint.sync_writer import DirectWriter
 from lingua.config.keys.checkpoint import CheckpointArgs
@@ -82,7 +83,7 @@ class CheckpointManager:
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
-        start_service: coordinator.StartService = coordinator.start_service,
+        start_service: StartService = start_service,
     ) -> None:
         self.args = args
         self.run_dir = Path(run_dir)
@@ -90,8 +91,6 @@ class CheckpointManager:
         self.device = torch.device(device)
         self._lock = lock
         self._files = files
-        self._dump = retention.Rhythm(args.dump.every, args.dump.keep)
-        self._eval = retention.Rhythm(args.eval.every, args.eval.keep)
         self._ranks = Ranks()
         self._plan: dcp.WritePlan | None = None
         self._total_bytes = 0
@@ -107,10 +106,11 @@ class CheckpointManager:
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
         self.incarnation, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
-        unsaved = self._background.coordinator.find_unsaved(newest_done) if self._background else set()
+        if self._background:
+            self._background.find_unsaved(newest_done)
         self._ranks.from_main(self._open_passage)
         if self._background:
-            self._background.coordinator.open(unsaved)
+            self._background.open()
         self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
         self._direct = DirectWriter(
             self.root,
@@ -136,40 +136,22 @@ class CheckpointManager:
 
     def _open_passage(self) -> None:
         if self.args.async_save_mode:
-            coordinator.await_older_writers(self.root, self.incarnation, this_process(*this_job(os.environ)))
+            drain.await_older_writers(self.root, self.incarnation, this_process(*this_job(os.environ)))
         try:
             publish.open_passage(self.root, self.incarnation, files=self._files)
         except OSError as error:
             raise publish.disk_error(error, self.root, 0) from error
 
-    def _join_background(self, run_id: str, start: coordinator.StartService) -> BackgroundWriter | None:
-        args = self.args
-        if args.async_save_mode is None:
+    def _join_background(self, run_id: str, start: StartService) -> Coordinator | None:
+        if self.args.async_save_mode is None:
             return None
-        limit = args.bandwidth_gb_per_s
-        session = Session(
-            run_id=run_id,
-            run_dir=os.path.realpath(self.run_dir),
-            root=os.path.realpath(self.root),
-            incarnation=self.incarnation,
-            dump=(args.dump.every, args.dump.keep),
-            eval=(args.eval.every, args.eval.keep),
-            keep_every=args.keep_every,
-            direct_io=args.direct_io,
-            readback=args.verify == "readback",
-            threads=args.drain_threads,
-            bandwidth_bytes_per_s=limit * 1e9 if limit else None,
-            node_timeout_s=args.node_timeout_s,
-            job=this_job(os.environ),
-            linger_s=args.linger_s,
-        )
-        shm = Path(args.shm_path)
+        run_dir, root = Path(os.path.realpath(self.run_dir)), Path(os.path.realpath(self.root))
+        run = ServedRun(run_id, run_dir, root, self.incarnation, self.args, this_job(os.environ))
         try:
-            there = coordinator.Coordinator(self.run_dir, shm, self._ranks, session, files=self._files, start=start)
-        except coordinator.NoSlotError as error:
-            self._say_synchronous(str(error), strict=args.strict)
+            return Coordinator(run, self._ranks, self.device, files=self._files, start=start)
+        except NoSlotError as error:
+            self._say_synchronous(str(error), strict=self.args.strict)
             return None
-        return BackgroundWriter(args, there, self._ranks, self.device, self._files)
 
     def prepare(self, state: TrainState, n_steps: int = 0) -> int:
         """Plan the files and make sure that they fit, on the disk and in memory; returns a checkpoint's bytes.
@@ -191,8 +173,7 @@ class CheckpointManager:
         own_bytes = sum(file.size_bytes for file in self._plan.files) + len(self._plan.metadata or b"")
         self._total_bytes = sum(self._ranks.gather(own_bytes))
         if self._background is not None:
-            self._background.coordinator.tell(verified=tuple(sorted(self._restorer.verified)))
-            problem = self._background.prepare(self._plan)
+            problem = self._background.prepare(self._plan, self._restorer.verified)
             if problem is not None:
                 self._leave_background(problem)
         return self._plan
@@ -217,7 +198,7 @@ class CheckpointManager:
             free_bytes=free_bytes(self.root),
             held_bytes=held_bytes,
             checkpoint_bytes=self._total_bytes,
-            at_once=retention.kept_at_once(self._dump, self._eval, self.args.keep_every, n_steps),
+            at_once=retention.kept_at_once(self.args, n_steps),
             budget_bytes=int(budget * 1e9) if budget else None,
         )
         if (problem := room.problem(self.root)) is not None:
@@ -233,7 +214,7 @@ class CheckpointManager:
 
     def is_due(self, step: int) -> bool:
         """Whether the config asks for a checkpoint after this step. Local."""
-        return retention.is_due(step, self._dump, self._eval, self.args.keep_every)
+        return retention.is_due(step, self.args)
 
     def has(self, step: int) -> bool:
         """Whether this step is known to be published, on all ranks. Local."""
@@ -270,7 +251,7 @@ class CheckpointManager:
         if self._background is not None:
             try:
                 return self._save_in_background(step, state, tensors, started, final, stopping, deadline_s)
-            except coordinator.NoSlotError as error:
+            except NoSlotError as error:
                 self._leave_background(str(error), final=final)
         return self._save_directly(step, state, tensors, plan, started, final, deadline_s)
 
@@ -294,14 +275,11 @@ class CheckpointManager:
             rate = self._total_bytes / 1e9 / report.seconds
             self._last_save |= {"checkpoint/stall_s": report.seconds, "checkpoint/stage_gb_per_s": rate}
         if self._ranks.rank == 0:
-            for problem in self._background.coordinator.problems:
-                log.error("%s", problem)
             if error is not None:
                 log.error("%s", error)
             else:
                 size = human_bytes(self._total_bytes)
                 log.info("checkpoint %d: %s staged in %.0f ms", step, size, 1000 * report.seconds)
-        self._background.coordinator.problems.clear()
         if final and report.staged:
             report.error = self._background.finish(step, deadline_s, stopping)
             report.published = report.error is None
@@ -352,7 +330,7 @@ class CheckpointManager:
     def _may_try_again(self, error: RunError, pause_s: float, deadline_s: float | None) -> bool:
         if not isinstance(error, DiskError) or not error.may_pass:
             return False
-        latest_s = None if deadline_s is None else deadline_s - coordinator.LEAVE_S - pause_s
+        latest_s = None if deadline_s is None else deadline_s - LEAVE_S - pause_s
         return self._ranks.from_main(lambda: latest_s is None or self._wall_clock() < latest_s)
 
     # -- retention -------------------------------------------------------------------------------------------------
@@ -365,14 +343,7 @@ class CheckpointManager:
         except (RunError, OSError) as error:
             log.warning("no checkpoint is deleted, since the pins or the folder cannot be read: %s", error)
             return []
-        steps = retention.to_delete(
-            done,
-            self._dump,
-            self._eval,
-            verified=self._restorer.verified,
-            pinned=held.steps,
-            keep_every=self.args.keep_every,
-        )
+        steps = retention.to_delete(done, self.args, verified=self._restorer.verified, pinned=held.steps)
         for step in sorted(held.overdue & set(steps)):
             log.error("%s", pins.farewell(step))
         if self._cleaner is None:
@@ -427,14 +398,13 @@ class CheckpointManager:
 
     def metrics(self) -> dict[str, float]:
         """What the newest save cost, and how much work a crash at this moment would lose. Local."""
-        if self._background is not None and self._background.coordinator.is_leader:
-            for event in self._background.coordinator.read_events():
-                if event["kind"] == "published":
-                    self._published_at_s = self._now()
-                    self._safe_until_s = self._staged_at_s.get(event["step"], self._safe_until_s)
-                    self._staged_at_s = {s: t for s, t in self._staged_at_s.items() if s > event["step"]}
-                    self._last_save["checkpoint/drain_gb_per_s"] = event["gb_per_s"]
-                    self.published_since.append({"global_step": event["step"], "seconds": event["seconds"]})
+        for event in self._background.new_events() if self._background else ():
+            if event["kind"] == "published":
+                self._published_at_s = self._now()
+                self._safe_until_s = self._staged_at_s.get(event["step"], self._safe_until_s)
+                self._staged_at_s = {s: t for s, t in self._staged_at_s.items() if s > event["step"]}
+                self._last_save["checkpoint/drain_gb_per_s"] = event["gb_per_s"]
+                self.published_since.append({"global_step": event["step"], "seconds": event["seconds"]})
         counts = {} if self._background is None else {"checkpoint/skipped": float(self._background.n_skipped)}
         return {
             **self._last_save,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lingua.checkpoint import layout, publish
-from lingua.checkpoint.retention import Rhythm
+from lingua.config.keys.checkpoint import is_multiple
 from lingua.files import DISK, Files, RunError, make_folders, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def awaited(published: Mapping[int, float], judged: Collection[int], follower: F
     """Of published steps (and when they were) those that wait for their evaluation. `judged`: have their verdict."""
     if follower is None or now_s - follower.seen_at_s > follower.max_pinned_s:
         return Held(set(), set())
-    owed = {step for step in published if Rhythm(follower.every, 0).holds(step) and step not in judged}
+    owed = {step for step in published if is_multiple(step, follower.every) and step not in judged}
     late = {step for step in owed if now_s - published[step] > follower.max_pinned_s}
     return Held(owed - late, late)
 

@@ -31,8 +31,9 @@ from typing import Any
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint, run_root
 from lingua.checkpoint.pins import Follower, follow, pinned, verdict
-from lingua.checkpoint.retention import Periods, periods_of
+from lingua.checkpoint.retention import frozen_periods
 from lingua.config.base import ConfigError
+from lingua.config.keys.checkpoint import SaveEvery
 from lingua.config.keys.eval import EvalArgs
 from lingua.eval.plan import MAX_KILLED, Candidate, Decision, RunState, Try, decide, is_due
 from lingua.files import DISK, Files, RunError, make_folders, read_json, write_json
@@ -151,7 +152,7 @@ class Evaluator:
         self._max_killed = max_killed
         self._me = me or this_process()
         self._files, self._now, self._sleep = files, now, sleep
-        self._periods = self._read_periods()
+        self._period, self._n_steps = self._read_period()
         self._metrics_file = Path(args.metric_log_dir or run_dir) / EVAL_FILE
         self._came_s = now()
         self._said_s = float("-inf")
@@ -159,12 +160,12 @@ class Evaluator:
         self._trying: tuple[int, int] | None = None
         """Step and number of the try that goes on."""
 
-    def _read_periods(self) -> Periods:
+    def _read_period(self) -> tuple[SaveEvery, int | None]:
         """Anew at each look: a later start of the run may change them."""
-        periods = periods_of(self.run_dir)
-        if periods is None:
+        found = frozen_periods(self.run_dir)
+        if found is None:
             raise ConfigError(f"{self.run_dir} has no config.yaml, which says what to evaluate; start the run first")
-        return periods
+        return found[0].eval, found[1]
 
     def follow(self, *, once: bool = False) -> str:
         """Evaluate what is due until the run has ended, or with `once` until nothing is; returns why it ends."""
@@ -207,7 +208,7 @@ class Evaluator:
 
     def _tell_retention(self) -> None:
         if self._now() - self._said_s >= SAY_AGAIN_S:
-            follower = Follower(self._periods.evaluation.every, 3600 * self._args.max_pinned_hours, self._now())
+            follower = Follower(self._period.every, 3600 * self._args.max_pinned_hours, self._now())
             follow(self.run_dir, follower, files=self._files)
             self._said_s = self._now()
 
@@ -215,7 +216,7 @@ class Evaluator:
 
     def candidates(self) -> list[Candidate]:
         """All published checkpoints that are due, ascending."""
-        due = [step for step in layout.done_steps(self.root) if is_due(step, self._periods)]
+        due = [step for step in layout.done_steps(self.root) if is_due(step, self._period, self._n_steps)]
         logged = logged_evaluations(self._metrics_file)
         return [found for step in due if (found := self._candidate(step, logged)) is not None]
 
@@ -237,7 +238,7 @@ class Evaluator:
         )
 
     def _decide(self) -> Decision:
-        self._periods = self._read_periods()
+        self._period, self._n_steps = self._read_period()
         candidates = self.candidates()
         self._complain(candidates)
         seen_s = max([self._came_s, *(one.published_at_s for one in candidates)])

@@ -25,7 +25,6 @@ from lingua.checkpoint import layout
 from lingua.checkpoint.load_weights import copy_weights
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.checkpoint.manager import SaveReport
-from lingua.checkpoint.retention import Rhythm
 from lingua.checkpoint.state import restore_rng, rng_state
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
@@ -81,7 +80,7 @@ class Beside(Evaluation):
     """By an evaluator of its own, which rank 0 starts and later starts find again (lingua/eval/spawn.py)."""
 
     def __init__(self, run: Run) -> None:
-        self._is_due = Rhythm(run.args.checkpoint.eval.every, 0).holds
+        self._is_due = run.args.checkpoint.eval.is_due
         self._own = own_evaluator(run) if run.world.is_main else None
 
     def begin(self) -> bool:
@@ -156,7 +155,7 @@ class InTraining(Evaluation):
         self._run, self._watchdog, self._measures, self._now = run, watchdog, measures, now
         self._incarnation = incarnation
         self._ranks = Together(self._measure)
-        self._period = Rhythm(run.args.checkpoint.eval.every, 0)
+        self._period = run.args.checkpoint.eval
         self._n_begun = 0
         self._heard_s = 0.0
         self._is_stopping = False
@@ -184,7 +183,7 @@ class InTraining(Evaluation):
         return self._together(lambda evaluator: evaluator.catch_up())
 
     def saved(self, report: SaveReport, *, last: bool = False) -> bool:
-        if report.error is not None or not (last or self._period.holds(report.step)):
+        if report.error is not None or not (last or self._period.is_due(report.step)):
             return False
 
         def act(evaluator: Evaluator) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lingua.checkpoint.pins import Verdict
-from lingua.checkpoint.retention import Periods
+from lingua.config.keys.checkpoint import SaveEvery
 from lingua.config.keys.eval import EvalArgs
 
 MAX_KILLED = 8
@@ -81,9 +81,9 @@ ENDED_SILENT_S = 600.0
 """A run that has ended unfinished may be started again; for so long its evaluator waits for that."""
 
 
-def is_due(step: int, periods: Periods) -> bool:
+def is_due(step: int, period: SaveEvery, n_steps: int | None) -> bool:
     """Whether a checkpoint is to be evaluated: by `checkpoint.eval.every`, or as the run's last."""
-    return periods.evaluation.holds(step) or (step > 0 and step == periods.n_steps)
+    return period.is_due(step) or (step > 0 and step == n_steps)
 
 
 def decide(

@@ -6,9 +6,7 @@ Every row that is wrong has a remedy. What a login node lacks (a GPU) is not wro
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import shutil
 import sys
 import time
@@ -17,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lingua.checkpoint.capacity import memory_limit, private_shm
+from lingua.checkpoint.capacity import memory_limit, private_shm_here
 from lingua.files import human_bytes
 from lingua.selfcheck.node_check import PROBE_BYTES, SHM, check_folder
 from lingua.slurm import ask_slurm, cluster_config
@@ -141,10 +139,7 @@ def mounted_as(path: Path, mounts: str) -> str | None:
 
 def examine(folder: Path) -> list[Diagnosis]:
     """Examine this machine; `folder` is where run folders are to be."""
-    mounts, init_mounts, space = Path("/proc/mounts").read_text(), None, shutil.disk_usage(SHM)
-    with contextlib.suppress(OSError):  # not everybody may read it
-        init_mounts = Path("/proc/1/mountinfo").read_text()
-    private = private_shm(Path("/proc/self/mountinfo").read_text(), init_mounts, os.environ)
+    mounts, space = Path("/proc/mounts").read_text(), shutil.disk_usage(SHM)
     limit, used = memory_limit(Path("/proc/self/cgroup").read_text())
     memory = "no limit but the machine's"
     if limit is not None:
@@ -155,7 +150,7 @@ def examine(folder: Path) -> list[Diagnosis]:
     seconds = time.perf_counter() - started_s
     return [
         *_torch_rows(),
-        judge_shm(mounted_as(SHM, mounts), space.total, space.free, private),
+        judge_shm(mounted_as(SHM, mounts), space.total, space.free, private_shm_here()),
         Diagnosis("memory", "ok", memory),
         judge_disk(folder, mounted_as(place, mounts), shutil.disk_usage(place).free, seconds, problem),
         *judge_slurm(cluster_config(ask_slurm)),

@@ -21,7 +21,7 @@ import orjson
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.capacity import PRIVATE_SHM
-from lingua.checkpoint.shm.slots import SERVICE_LOCK, region_of
+from lingua.checkpoint.shm.area import SERVICE_LOCK, region_of
 from lingua.config.command_line import CommandLine, parse_command_line
 from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_config
 from lingua.files import RunError, write_whole

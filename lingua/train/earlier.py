@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.checkpoint.lookup import is_resumable, root_of
-from lingua.checkpoint.shm.slots import SHM
+from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import Difference, read_frozen
 from lingua.report.facts import json_object_in, last_line
 from lingua.run.folder import STOP_FILE

@@ -245,8 +245,7 @@ def _none_was_due(args: TrainArgs, step: int) -> bool:
     first = 0
     if wants.init_ckpt_path and wants.continue_training_from_init and "step" not in wants.reset:
         first = lookup.find_one(wants.init_ckpt_path).step or 0
-    rhythms = [retention.Rhythm(each.every, each.keep) for each in (wants.dump, wants.eval)]
-    return not any(retention.is_due(s, rhythms[0], rhythms[1], wants.keep_every) for s in range(first + 1, step))
+    return not any(retention.is_due(s, wants) for s in range(first + 1, step))
 
 
 def tell_other_starts(past: Past, step: int, start: int, checkpoint: Checkpoint | None) -> None:

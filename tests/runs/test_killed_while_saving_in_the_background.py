@@ -15,7 +15,7 @@ import pytest
 from lingua.checkpoint import publish
 from lingua.checkpoint.layout import folder
 from lingua.checkpoint.shm import drain
-from lingua.checkpoint.shm.slots import base, region_of
+from lingua.checkpoint.shm.area import base, region_of
 from lingua.files import DISK, Files
 from lingua.run.metrics import read_metrics
 from tests.fakes import At, BlockingFiles, FaultyFiles, KillFiles

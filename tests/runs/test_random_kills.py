@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.checkpoint.shm.slots import base
+from lingua.checkpoint.shm.area import base
 from tests.services import Services, served_by
 from tests.trainer import TINY, Hook, Trainer, fingerprint, losses, published, train
 

@@ -1,51 +1,43 @@
-"""The asynchronous way of a checkpoint, as the ranks see it: which slot, who else is there, what has become of it.
+"""Save in the background, all ranks together: allocate slots, choose one per save, copy into it, follow its fate.
 
-Promise: all ranks take the same slot or none, by one small gather per save. A slot that is being drained is never
-touched; one that waits may be overwritten by a newer save, if all nodes agree on that. Complete snapshots that an
-earlier start of the run left on these nodes are on the disk before anything is resumed. The service is started again
-when it dies, a few times; what it reports is logged, and its bugs are ours.
-Cost: per save one gather of a few hundred bytes beside the copy.
+A save costs the caller one memory copy and one gather of a few hundred bytes. All ranks take the same slot or none. A
+slot that is being drained is never touched; one that waits may be overwritten by a newer save if all nodes agree. If
+every slot is being drained the save is skipped, counted and reported; only the last save of a run waits. If a node's
+memory is short, that is known before step 1; if it fails later, NoSlotError asks the caller for a synchronous save.
+Complete snapshots that an earlier attempt left in memory are on the disk before anything is resumed.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import os
-import socket
-import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from lingua.checkpoint.shm import drain
-from lingua.checkpoint.shm.messages import Events, Session, write_session
-from lingua.checkpoint.shm.slots import SERVICE_LOCK, TRAINER_LOCK, Save, Slot, State, make_region
+import torch
+from torch import Tensor
+
+from lingua.checkpoint import capacity, dcp
+from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, State, make_region
+from lingua.checkpoint.shm.service_client import ServiceClient, StartService, start_service
+from lingua.checkpoint.shm.staging import Stager
+from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.process_group import Ranks
-from lingua.files import DISK, DiskError, Files, ProcessLock, RunError, raise_if
-from lingua.run.failure import RankError, carried
-from lingua.run.lock import Owner, this_process
+from lingua.files import DISK, Files, ProcessLock, RunError, free_bytes, raise_if
+from lingua.run.failure import RankError, carried, classify
+from lingua.run.lock import this_process
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.05
-HANDOVER_S = 600.0
-"""How long a start waits for a service of an older one that is writing a step."""
-SILENT_BEATS = 3
-"""A writer elsewhere that has not shown itself for so many beats is dead."""
+SLOT_LOOK_S = 0.2
+"""Between two looks for a free slot, each of them collective."""
 LEAVE_S = 5.0
 """What ranks need to leave before the job ends."""
-RESTARTS = 3
-"""Of the service, until it has published something."""
-TRIES = 4
-"""Of the service to save what somebody waits for, on a disk that fails in a way that may pass: some seconds."""
-START_S = 30.0
-"""How long a service may take to start."""
-
-
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
@@ -65,9 +57,9 @@ class SlotView:
 
 
 def choose_slot(nodes: Sequence[dict[int, SlotView]]) -> int | None:
-    """The slot for the next save: one that is free everywhere, else the newest that no node is draining yet.
+    """Choose the slot for the next save: one that is free everywhere, else the newest that no node is draining yet.
 
-    `nodes`: each node's usable slots by number. None: there is none.
+    `nodes`: each node's usable slots by number. Returns None if there is none.
     """
     common = sorted(set.intersection(*(set(node) for node in nodes)))
     for number in common:
@@ -78,10 +70,10 @@ def choose_slot(nodes: Sequence[dict[int, SlotView]]) -> int | None:
 
 
 def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int]) -> set[tuple[int, int]]:
-    """(incarnation, step) of what an earlier start left complete in memory and what is newer than the newest on disk.
+    """Return (attempt, step) of snapshots that are complete on all their nodes and newer than the newest on the disk.
 
-    `found`: the complete saves of all nodes; `newest_done`: (step, incarnation) of the newest published checkpoint.
-    Of several starts only the last counts: what the one before left, it would have taken itself.
+    `found`: the complete saves of all nodes; `newest_done`: (step, attempt) of the newest published checkpoint. Only
+    the most recent attempt matters: it would already have rescued anything that an earlier one left.
     """
     parts: dict[tuple[int, int], set[int]] = {}
     n_nodes: dict[tuple[int, int], int] = {}
@@ -99,122 +91,103 @@ def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int
     return {key for key in good if key[0] == last}
 
 
-def is_refusal(event: dict[str, Any]) -> bool:
-    """Whether the disk has refused a checkpoint; what cannot be deleted is `failing` too."""
-    return event["kind"] == "failing" and "errno" in event
+@dataclass(frozen=True)
+class Node:
+    """This rank's node: the ranks that share one area of memory."""
+
+    number: int
+    n_nodes: int
+    ranks: tuple[int, ...]
+
+    @property
+    def leader(self) -> int:
+        """The rank that acts for the node."""
+        return self.ranks[0]
 
 
-def refusal(event: dict[str, Any]) -> DiskError:
-    """What the service has said, as an error."""
-    return DiskError(event["why"], event.get("errno"))
+def node_of(rank: int, areas: list[Any]) -> Node:
+    """Group ranks by the area that each has entered; nodes are numbered in the order of their first rank."""
+    distinct = list(dict.fromkeys(areas))
+    ranks = tuple(other for other, area in enumerate(areas) if area == areas[rank])
+    return Node(distinct.index(areas[rank]), len(distinct), ranks)
 
 
-# -- the service as a process --------------------------------------------------------------------------------------
-
-
-class Started(Protocol):
-    """A process that was started."""
-
-    def poll(self) -> int | None:
-        """Its exit code; None: it runs."""
-
-
-StartService = Callable[[Path, Path, Path], Started]
-"""(run folder, memory file system, log file) -> a service of this node."""
-
-
-def start_service(run_dir: Path, shm: Path, log_file: Path) -> Started:
-    """Start the service of this node in a session of its own, so that it outlives us."""
-    command = [sys.executable, "-m", "lingua.checkpoint.shm.service", os.path.realpath(run_dir), "--shm", str(shm)]
-    home = str(Path(__file__).parents[3])
-    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as said:
-        return subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
-
-
-# -- the courier ---------------------------------------------------------------------------------------------------
+# -- the ranks -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Report:
-    """What a rank tells the others before a save."""
+    """What a rank reports to the others before a save."""
 
     usable: set[int]
+    """Its allocated slots."""
     problem: str | None = None
     fatal: RunError | None = None
     is_gone: bool = False
-    """The region's names have vanished, as RemoveIPC of systemd does it (logind.conf(5)); what is mapped stays."""
+    """The area's names have vanished, as RemoveIPC of systemd does it (logind.conf(5)); what is mapped stays."""
     slots: dict[int, SlotView] | None = None
     """A leader's view of its node."""
 
 
 class Coordinator:
-    """One rank's side of the asynchronous path. Every method is collective unless it says otherwise."""
+    """One rank's side of saving in the background. Every method is collective unless it says otherwise."""
 
     def __init__(
         self,
-        run_dir: Path,
-        shm: Path,
+        run: ServedRun,
         ranks: Ranks,
-        session: Session,
+        device: torch.device,
         *,
         files: Files = DISK,
         start: StartService = start_service,
-        now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Join the region of this node. `session` lacks nothing but what differs between nodes.
+        """Join the area of this node.
 
-        Raises RunError, on all ranks, when a region cannot be had: NoSlotError, when there is no room for it.
+        Raises RunError, on all ranks, if an area cannot be had: NoSlotError, if there is no room for it.
         """
-        self._run_dir, self._shm, self._ranks, self._files = run_dir, shm, ranks, files
-        self._start, self._now, self._wall_clock, self._sleep = start, now, wall_clock, sleep
-        self._session = session
+        self._run, self._ranks, self._device, self._files = run, ranks, device, files
+        self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
+        self._stager: Stager | None = None
         self._rescued: list[int] = []
-        self._starts = 0
-        self._service: Started | None = None
-        self.mark_error: OSError | None = None
-        """Why this node's slot did not get its mark at the last save; whoever reads it sets it back."""
-        self._fatal: RunError | None = None
-        self._n_refusals = 0
-        """By the disk, since it last took a checkpoint."""
-        self._outcomes: dict[int, dict[str, Any]] = {}
-        """The last word on each step since the last save."""
-        self.problems: list[str] = []
-        """What went wrong since the caller last emptied this; the same on all ranks."""
+        self._mark_error: OSError | None = None
+        """Why this node's slot did not get its mark at the last save, until it is reported."""
+        self.n_skipped = 0
+        """Saves that found no slot."""
+        self._newest: int | None = None
+        """Step of the last save that was staged."""
+        self._number = 0
+        """Its slot."""
         self._lock: ProcessLock | None = None
         joined = ranks.on_each(self._join)
         if no_room := next((why for _, why in joined if why is not None), None):
             self.close()
             raise NoSlotError(no_room)
-        self.node = node_of(ranks.rank, [place for place, _ in joined])
-        self.is_leader = ranks.rank == self.node.leader
-        self._events = Events(self.region)
+        self.node = node_of(ranks.rank, [area for area, _ in joined])
+        self._service: ServiceClient | None = None
+        """On the leader of each node."""
+        if ranks.rank == self.node.leader:
+            log_file = run.run_dir / "logs" / f"checkpoint_service.{self.node.number}.log"
+            self._service = ServiceClient(
+                self.region, run.incarnation, log_file, files=files, start=start, sleep=self._sleep
+            )
 
     def _join(self) -> tuple[tuple[str, str, int, int] | None, str | None]:
-        """Enter the region; returns its place, and why there is no room for it. Local."""
+        """Make the area if need be and hold its lock; return its identity, and why there is no room for it. Local."""
         try:
             return self._enter(), None
         except OSError as error:
             return None, _no_room(error)
 
     def _enter(self) -> tuple[str, str, int, int]:
-        """Make the region if need be and hold its lock; returns what tells it from all others. Local."""
         while True:
-            self.region = make_region(self._run_dir, self._shm, files=self._files)
+            self.region = make_region(self._run.run_dir, Path(self._run.args.shm_path), files=self._files)
             try:
                 lock = self.region.lock(TRAINER_LOCK)
             except FileNotFoundError:
-                continue  # a service that leaves has just removed the region
+                continue  # a service that leaves has just removed the area
             if lock.take(shared=True) and lock.is_current():
                 self._lock = lock
                 for record in (self.region.session, self.region.events):
@@ -228,17 +201,18 @@ class Coordinator:
     # -- start -----------------------------------------------------------------------------------------------------
 
     def find_unsaved(self, newest_done: tuple[int, int]) -> set[tuple[int, int]]:
-        """(incarnation, step) of the snapshots in memory that are worth saving; all others are forgotten."""
-        own = self._complete() if self.is_leader else {}
+        """Look for snapshots in memory that are worth saving, (attempt, step) each; all others are forgotten."""
+        own = self._complete() if self._service else {}
         found = [save for of_rank in self._ranks.gather(list(own.values())) for save in of_rank]
-        wanted = worth_saving(found, self._session.run_id, newest_done)
+        wanted = worth_saving(found, self._run.run_id, newest_done)
         self._rescued = [n for n, save in own.items() if (save.incarnation, save.step) in wanted]
-        for slot in self.region.slots() if self.is_leader else []:
+        for slot in self.region.slots() if self._service else []:
             if slot.number not in self._rescued:
                 slot.change("staged", "free", files=self._files)
         if self._ranks.rank == 0 and wanted:
             steps = sorted(step for _, step in wanted)
-            log.info("checkpoints %s of an earlier start are still in memory; they are saved before going on", steps)
+            log.info("checkpoints %s of an earlier attempt are still in memory; they are saved first", steps)
+        self._run = replace(self._run, rescue=tuple(sorted(wanted)))
         return wanted
 
     def _complete(self) -> dict[int, Save]:
@@ -252,43 +226,60 @@ class Coordinator:
             slot.change("claimed", "staged", files=self._files)
         return {slot.number: found[0] for slot in self.region.slots() if (found := slot.complete())}
 
-    def open(self, unsaved: set[tuple[int, int]]) -> None:
-        """Tell the services that this start has begun, and wait until they have saved what was found.
+    def open(self) -> None:
+        """Send the services this run, and wait until they have saved what was found in memory.
 
-        Call when the passage of this start is open. Raises RunError when the disk refuses.
+        Call when the passage of this attempt is open. Raises RunError when the disk refuses.
         """
-        self.tell(rescue=tuple(sorted(unsaved)))
-        self._ranks.on_each(self._await_rescue)
+        self._send()
+        self._ranks.on_each(lambda: self._service.await_rescue(self._rescued) if self._service else None)
 
-    def tell(self, **changes: Any) -> None:
-        """Change what the services go by: fields of `Session`."""
-        self._session = replace(self._session, **changes)
-        self._ranks.on_each(self._tell_node)
+    def _send(self, **changes: Any) -> None:
+        self._run = replace(self._run, **changes)
+        self._ranks.on_each(lambda: self._service.send(self._run) if self._service else None)
 
-    def _tell_node(self) -> None:
-        if self.is_leader:
-            write_session(self.region, self._session, files=self._files)
-            self._ensure_service()
+    # -- memory ----------------------------------------------------------------------------------------------------
 
-    def _await_rescue(self) -> None:
-        while any(self.region.slot(number).state() != "free" for number in self._rescued):
-            events = self.read_events()
-            refused = next((refusal(event) for event in reversed(events) if is_refusal(event)), None)
-            error = self._fatal or (refused if refused is not None and not self._may_pass(refused) else None)
-            if error is not None:
-                raise carried(
-                    error,
-                    f"this node's memory holds a newer checkpoint than the disk, and it cannot be saved: {error}. "
-                    f"Mend that and start again on {socket.gethostname()}",
-                )
-            self._ensure_service()
-            self._sleep(LOOK_S)
+    def prepare(self, plan: dcp.WritePlan, verified: Iterable[int]) -> str | None:
+        """Allocate the slots, in a thread; return why that is impossible, or None.
 
-    def make_slots(self, n_slots: int, names: set[str]) -> str | None:
-        """Make the folders of `n_slots` slots, remove further ones, and clear what else lies in them.
-
-        `names`: this rank's files. Returns why there is no room, None otherwise.
+        `verified`: the steps that the ranks have verified, for the service's retention.
         """
+        self._send(verified=tuple(sorted(verified)))
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+        args = self._run.args
+        sizes = self._ranks.gather(sum(file.size_bytes for file in plan.files))
+        slot_bytes = sum(sizes[rank] for rank in self.node.ranks)
+        offers = self._ranks.on_each(lambda: self._room(slot_bytes))
+        tightest = min(offers, key=lambda offer: offer.slots(args.slots))
+        n_slots = tightest.slots(args.slots)
+        if n_slots == 0:
+            return f"{tightest.sentence(1)}; lower the memory use, or take more nodes"
+        if self._ranks.rank == 0:
+            if n_slots < args.slots:
+                log.warning("%s; %d slots are used", tightest.sentence(args.slots), n_slots)
+            if why := capacity.private_shm_here(args.shm_path):
+                log.warning(
+                    "%s %s (%s): a checkpoint that is only in memory when the job ends is lost",
+                    args.shm_path, capacity.PRIVATE_SHM, why,
+                )  # fmt: skip
+        stager = Stager(self.region, self._ranks.rank, plan, device=self._device, files=self._files)
+        if why := self._make_slots(n_slots, stager.names):
+            stager.close()
+            return why
+        stager.allocate(n_slots)
+        self._stager = stager
+        return None
+
+    def _room(self, slot_bytes: int) -> capacity.MemoryRoom:
+        held = sum(path.lstat().st_blocks * 512 for slot in self.region.slots() for path in slot.folder.iterdir())
+        limit, used = capacity.memory_limit(Path("/proc/self/cgroup").read_text())
+        return capacity.MemoryRoom(free_bytes(self.region.folder) + held, limit, max(0, used - held), slot_bytes)
+
+    def _make_slots(self, n_slots: int, names: set[str]) -> str | None:
+        """Make the folders of `n_slots` slots and clear what lies in them besides all ranks' files, `names` of ours."""
         of_all = self._ranks.gather(names)
         keep = set().union(*(of_all[rank] for rank in self.node.ranks))
 
@@ -299,69 +290,103 @@ class Coordinator:
                 return _no_room(error)
             return None
 
-        return next((why for why in self._ranks.on_each(act if self.is_leader else lambda: None) if why), None)
+        return next((why for why in self._ranks.on_each(act if self._service else lambda: None) if why), None)
 
     # -- save ------------------------------------------------------------------------------------------------------
 
-    def take_slot(self, step: int, usable: set[int], problem: str | None, fatal: RunError | None = None) -> int | None:
-        """The slot to fill with `step`, marked already; None: all are taken.
+    def save(
+        self, step: int, state: TrainState, tensors: dict[str, Tensor], *, final: bool, deadline_s: float | None
+    ) -> str | None:
+        """Stage a snapshot; return why there is none, or None. The `final` one hurries the services, and waits.
 
-        `usable`: this rank's allocated slots; `problem`: why its part of the last save is not there. Raises RunError,
-        on all ranks, for what no later save would do better, `fatal` of any rank included.
+        Raises NoSlotError, on all ranks, if there is no slot at all that it could wait for, or if memory failed the
+        save before, and RunError, on all ranks, for a bug.
         """
-        report = self._report(usable, problem)
-        report.fatal = report.fatal or fatal
-        reports = self._ranks.gather(report)
-        raise_if(next((r.fatal for r in reports if r.fatal), None))
-        for problem in dict.fromkeys(r.problem for r in reports if r.problem):
-            self.problems.append(problem)
-        everywhere = set.intersection(*(r.usable for r in reports))
-        if not everywhere or any(r.is_gone for r in reports):
-            gone = [f"{self.region.folder} was removed by somebody"] if any(r.is_gone for r in reports) else []
-            raise NoSlotError("; ".join(self.problems + gone) or "no slot could be allocated")
+        assert self._stager is not None
+        if final:
+            self._send(ending=True, deadline_s=deadline_s)
+        if step == self._newest:
+            return None  # it is staged already
+        scalars, bug = self._scalars(state)
+        number = self._take_slot(step, bug)
+        while number is None and final and not self._ranks.from_main(lambda: self.is_late(deadline_s)):
+            self._sleep(SLOT_LOOK_S)
+            number = self._take_slot(step, bug)
+        if number is None:
+            self.n_skipped += 1
+            return f"checkpoint {step} is skipped: every slot is still being written to the disk"
+        self._stager.fill(number, self._save_of(step), tensors, scalars, state.model)
+        self._newest, self._number = step, number
+        return None
+
+    def _scalars(self, state: TrainState) -> tuple[bytes, RunError | None]:
+        """Return this rank's JSON, and why there is none: the other ranks must know. Local."""
+        try:
+            return scalars_json(state, self._ranks.rank, self._ranks.size), None
+        except Exception as error:
+            what = f"rank {self._ranks.rank} failed:\n{traceback.format_exc()}"
+            return b"", RankError(what, classify(error))
+
+    def _take_slot(self, step: int, bug: RunError | None) -> int | None:
+        """Choose the slot to fill and mark it; None if all are taken. Raises as `save`."""
+        reports = self._ranks.gather(self._report(bug))
+        raise_if(next((report.fatal for report in reports if report.fatal), None))
+        problems = list(dict.fromkeys(report.problem for report in reports if report.problem))
+        everywhere = set.intersection(*(report.usable for report in reports))
+        is_gone = any(report.is_gone for report in reports)
+        if is_gone or not everywhere:
+            gone = [f"{self.region.folder} was removed by somebody"] if is_gone else []
+            raise NoSlotError("; ".join(problems + gone) or "no slot could be allocated")
+        for problem in problems if self._ranks.rank == 0 else ():
+            log.error("%s", problem)
         nodes = [{n: view for n, view in r.slots.items() if n in everywhere} for r in reports if r.slots is not None]
         number = choose_slot(nodes)
         if number is None or not self._claim(number, [node[number] for node in nodes]):
             return None
-        self._outcomes.clear()
-        if self.is_leader:
+        if self._service:
+            self._service.forget_outcomes()
             try:
-                self.region.slot(number).put_mark(self.save_of(step), files=self._files)
-            except OSError as error:  # the others hear of it later; without a mark nobody takes the slot
-                self.mark_error = error
+                self.region.slot(number).put_mark(self._save_of(step), files=self._files)
+            except OSError as error:  # reported at the next save or at the end; without a mark nobody takes the slot
+                self._mark_error = error
         return number
 
-    def withdraw(self, number: int) -> bool:
-        """Take back a save that is lost on some node; False: a service has begun with the part of another one."""
-        slot = self.region.slot(number)
-        own = not self.is_leader or slot.state() == "free" or slot.change("staged", "free", files=self._files)
-        return all(self._ranks.gather(own))
-
-    def _report(self, usable: set[int], problem: str | None) -> _Report:
-        """What this rank tells the others. Local."""
-        report = _Report(problem=problem, usable=usable)
+    def _report(self, bug: RunError | None) -> _Report:
+        """Collect what this rank reports to the others. Local."""
+        assert self._stager is not None
+        rank = self._ranks.rank
+        usable, failed = self._stager.usable_slots()
+        problem = None if failed is None else f"rank {rank}: a slot cannot be allocated: {failed}"
+        if error := self._why_lost():
+            problem = f"rank {rank}: the last checkpoint is lost: {error}"
+            usable = usable if self._run.args.strict else set()  # strict: never synchronous
+        report = _Report(usable, problem, fatal=bug)
         report.is_gone = self._lock is not None and not self._lock.is_current()
-        if not self.is_leader or report.is_gone:
-            return report
-        try:
-            self.read_events()
-            self._ensure_service()
-        except RunError as error:
-            report.fatal = carried(error)
-        report.fatal = report.fatal or self._fatal
-        report.slots = {slot.number: self._view(slot) for slot in self.region.slots()}
+        if self._service and not report.is_gone:
+            try:
+                self._service.check()
+            except RunError as error:
+                report.fatal = carried(error)
+            report.slots = {slot.number: self._view(slot) for slot in self.region.slots()}
         return report
+
+    def _why_lost(self) -> OSError | None:
+        """Return, once, why this rank's part of the last save is not in memory. Local."""
+        assert self._stager is not None
+        error = self._stager.wait_until_ready() or self._mark_error
+        self._mark_error = None
+        return error
 
     def _view(self, slot: Slot) -> SlotView:
         save = slot.save()
         return SlotView(slot.state(), save.step if save else -1)
 
     def _claim(self, number: int, nodes: list[SlotView]) -> bool:
-        """Whether a slot may be overwritten: no service has begun with it anywhere."""
+        """Return whether a slot may be overwritten: no service has begun with it anywhere."""
         if all(node.state == "free" for node in nodes):
             return True
         slot = self.region.slot(number)
-        is_staged = self.is_leader and nodes[self.node.number].state == "staged"
+        is_staged = self._service is not None and nodes[self.node.number].state == "staged"
         won = not is_staged or slot.change("staged", "claimed", files=self._files)
         if all(self._ranks.gather(won)):
             if self._ranks.rank == 0:
@@ -371,26 +396,40 @@ class Coordinator:
             slot.change("claimed", "staged", files=self._files)
         return False
 
-    def save_of(self, step: int) -> Save:
-        """What the mark of this node's slot says. Local."""
-        session, node = self._session, self.node
-        return Save(session.run_id, session.incarnation, step, node.ranks, node.number, node.n_nodes)
+    def _save_of(self, step: int) -> Save:
+        """Describe a save for the mark of this node's slot. Local."""
+        run, node = self._run, self.node
+        return Save(run.run_id, run.incarnation, step, node.ranks, node.number, node.n_nodes)
+
+    def before_update(self) -> None:
+        """Call before parameters or optimizer state change. Local."""
+        if self._stager is not None:
+            self._stager.before_update()
+
+    def new_events(self) -> list[dict[str, Any]]:
+        """Return what this node's service has reported since the last time; on leaders only. Local."""
+        return self._service.read_events() if self._service else []
 
     # -- end -------------------------------------------------------------------------------------------------------
 
     def is_late(self, deadline_s: float | None) -> bool:
-        """Whether so little is left until the job ends that the ranks must leave. Local."""
+        """Return whether so little is left until the job ends that the ranks must leave. Local."""
         return deadline_s is not None and self._wall_clock() > deadline_s - LEAVE_S
 
-    def await_published(self, step: int, deadline_s: float | None, stopping: bool = False) -> str | None:
-        """Wait until a staged step is on the disk; None if it is, what is missing if it stays in memory.
+    def finish(self, step: int, deadline_s: float | None, stopping: bool) -> str | None:
+        """Wait until a staged step is on the disk; return None if it is, or what is missing if it stays in memory.
 
-        `deadline_s`: seconds since the epoch when the job ends, if that is known; it stays in memory then. Where that
-        is not known and the disk refuses the step TRIES times, it stays there too if the run is only `stopping`.
-        Raises RunError, on all ranks, when the disk refuses the step otherwise, and when it is lost.
+        `deadline_s`: seconds since the epoch when the job ends, if that is known; it stays in memory then. If it is not
+        known and the disk refuses the step again and again, it stays there too if the run is only `stopping`.
+        Raises RunError, on all ranks, if it will not be there: NoSlotError, if memory failed it.
         """
+        lost = [error for error in self._ranks.gather(self._why_lost()) if error is not None]
+        if lost:
+            why = f"checkpoint {step} is lost: {lost[0]}"
+            raise NoSlotError(why) if self.withdraw(self._number) else carried(lost[0], why)
         next_word_s = self._now() + 10.0
-        self._n_refusals = 0  # those of earlier steps do not count
+        if self._service:
+            self._service.expect()
         while True:
             is_settled, missing = self._ranks.on_each(lambda: self._outcome(step, deadline_s, stopping))[0]
             if is_settled:
@@ -401,143 +440,28 @@ class Coordinator:
             self._sleep(LOOK_S)
 
     def _outcome(self, step: int, deadline_s: float | None, stopping: bool) -> tuple[bool, str | None]:
-        """Whether the fate of a step is known to this node, and what is missing if it is not published. Local."""
-        if not self.is_leader:
+        if self._service is None:
             return False, None
-        self.read_events()
-        raise_if(self._fatal)
-        self._ensure_service()
-        event = self._outcomes.get(step, {"kind": "nothing"})
-        if event["kind"] == "lost":
-            raise RankError(event["why"], "disk")  # a rank that trains it again may save it
-        if event["kind"] == "published":
-            return True, None
-        is_over = self.is_late(deadline_s)
-        if event["kind"] == "failing" and deadline_s is None and not self._may_pass(refusal(event)):
-            if not stopping or not refusal(event).may_pass:
-                raise refusal(event)
-            is_over = True
-        if not is_over:
-            return False, None
-        trouble = f" ({event['why']})" if "why" in event else ""
-        return True, f"checkpoint {step} is in the memory of {socket.gethostname()}, but not on the disk yet{trouble}"
+        is_late = self.is_late(deadline_s)
+        return self._service.outcome(step, is_late, has_deadline=deadline_s is not None, stopping=stopping)
+
+    def withdraw(self, number: int) -> bool:
+        """Take back a save that is lost on some node; False if a service has begun with the part of another one."""
+        slot = self.region.slot(number)
+        is_ours = self._service is None or slot.state() == "free" or slot.change("staged", "free", files=self._files)
+        return all(self._ranks.gather(is_ours))
 
     def close(self) -> None:
-        """Leave the region; its service stays until all is saved. Local."""
+        """Leave the area; its service stays until all is saved. Local."""
+        if self._stager is not None:
+            self._stager.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    # -- the service -----------------------------------------------------------------------------------------------
-
-    def read_events(self) -> list[dict[str, Any]]:
-        """What this node's service has said to this start; logged here. Local, for leaders."""
-        events = [event for event in self._events.read() if event["incarnation"] == self._session.incarnation]
-        for event in events:
-            self._log(event)
-            if event["kind"] in ("published", "lost", "failing"):
-                self._outcomes[event["step"]] = event
-                self._n_refusals += is_refusal(event)
-            if event["kind"] == "published":
-                self._starts, self._n_refusals = min(self._starts, 1), 0
-            elif event["kind"] in ("failed", "fenced"):
-                self._fatal = RankError(event["why"], "bug") if event["kind"] == "failed" else RunError(event["why"])
-        return events
-
-    def _may_pass(self, refused: DiskError) -> bool:
-        """Whether it is worth waiting for the service's next attempt."""
-        return refused.may_pass and self._n_refusals < TRIES
-
-    def _log(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "published":
-            log.info(
-                "checkpoint %d is published, %.1f s after it was taken up (%.2f GB/s)",
-                event["step"], event["seconds"], event["gb_per_s"],
-            )  # fmt: skip
-        elif event["kind"] == "recovered":
-            log.info("%s", event["why"])
-        elif event["kind"] != "retired" or "why" in event:
-            log.error("%s", event["why"])
-
-    def _service_lives(self) -> bool:
-        lock = self.region.lock(SERVICE_LOCK)
-        try:
-            return lock.holder() is not None
-        finally:
-            lock.close()
-
-    def _ensure_service(self) -> None:
-        """Start the node's service if there is none. Raises RunError when it dies again and again. Local, leaders."""
-        log_file = self._run_dir / "logs" / f"checkpoint_service.{self.node.number}.log"
-        while not self._service_lives():
-            if self._starts > RESTARTS:
-                raise RunError(f"the checkpoint service of this node has ended {self._starts} times; see {log_file}")
-            if self._starts:
-                log.warning("the checkpoint service of this node is gone; starting another")
-            self._starts += 1
-            self._service = self._start(self._run_dir, self._shm, log_file)
-            looks = 0
-            while self._service.poll() is None and not self._service_lives():
-                looks += 1
-                if looks > START_S / LOOK_S:
-                    raise RunError(f"the checkpoint service did not start within {START_S:.0f} s; see {log_file}")
-                self._sleep(LOOK_S)
-
 
 def _no_room(error: OSError) -> str:
-    """Why there is no room for a region or its slots; raises what is something else."""
+    """Say why there is no room for an area or its slots; raises what is something else."""
     if error.errno not in NO_ROOM:
         raise error
     return f"there is no room in memory for checkpoints: {error.filename}: {error.strerror}"
-
-
-# -- the start before ours -----------------------------------------------------------------------------------------
-
-
-def await_older_writers(
-    root: Path,
-    incarnation: int,
-    me: Owner,
-    *,
-    now: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Wait, within bounds, while a service of an older start is at work on a step; on rank 0, before it is shut out.
-
-    One on this machine is waited for as long as it lives; one elsewhere as long as it shows itself.
-    """
-    begun_s, seen = now(), {}
-    while now() - begun_s < HANDOVER_S:
-        busy = drain.busy_writers(root, incarnation, me)
-        for path, (beat, alive) in list(busy.items()):
-            if path not in seen:
-                log.info("waiting for the checkpoint service of an earlier start, which is writing (%s)", path.name)
-            if path not in seen or seen[path][0] != beat:
-                seen[path] = (beat, now())
-            if alive is None and now() - seen[path][1] > SILENT_BEATS * drain.BEAT_S:
-                del busy[path]
-        if not busy:
-            return
-        sleep(LOOK_S * 4)
-    log.warning("an earlier start's checkpoint service has been writing for %.0f s; it is shut out", HANDOVER_S)
-
-
-@dataclass(frozen=True)
-class Node:
-    """This rank's node, as far as checkpoints are concerned: ranks that share one region of memory."""
-
-    number: int
-    n_nodes: int
-    ranks: tuple[int, ...]
-
-    @property
-    def leader(self) -> int:
-        """The rank that acts for the node."""
-        return self.ranks[0]
-
-
-def node_of(rank: int, places: list[Any]) -> Node:
-    """Ranks of equal place are on one node; nodes are numbered in the order of their first rank."""
-    distinct = list(dict.fromkeys(places))
-    ranks = tuple(other for other, place in enumerate(places) if place == places[rank])
-    return Node(distinct.index(places[rank]), len(distinct), ranks)

@@ -12,6 +12,7 @@ Cost: one read of the slot, one write and fsync per file; a few listings per sec
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
@@ -25,13 +26,20 @@ from typing import Any
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import CHUNK_BYTES, DamagedError, FileFacts, Manifest
-from lingua.checkpoint.shm.slots import Save
+from lingua.checkpoint.shm.area import Save, ServedRun
 from lingua.files import DISK, Buffer, Files, RunError, is_plain_file, read_json, write_json
 from lingua.run.lock import Owner, certainly, owner_in, this_process
 
+log = logging.getLogger(__name__)
+
 BEAT_S = 5.0
+"""Between two heartbeats of a service that writes a step."""
 LOOK_S = 0.25
 """Between two looks at what other nodes have written."""
+HANDOVER_S = 600.0
+"""How long an attempt waits for an older one's service that is writing a step."""
+SILENT_BEATS = 3
+"""Missed heartbeats after which a service on another machine is considered dead."""
 
 
 class FencedError(RunError):
@@ -65,39 +73,11 @@ class Throttle:
             self.sleep(min(wait_s, LOOK_S))
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a save goes: the checkpoints of a run, through the passage of the present start."""
-
-    root: Path
-    incarnation: int
-    direct_io: bool = True
-    readback: bool = False
-    threads: int = 4
-    node_timeout_s: float = 1800.0
-    """How long nodes wait for each other's parts."""
-    job: tuple[str, int] = ("", 0)
-    """Slurm job id and how often it was requeued."""
-
-    @property
-    def passage(self) -> Path:
-        return layout.passage(self.root, self.incarnation)
-
-    def folder(self, step: int) -> Path:
-        return layout.coming(layout.folder(self.root, step), self.incarnation)
-
-    def part_file(self, step: int, node: int) -> Path:
-        return self.passage / f"part-{layout.step_name(step)}-{node}.json"
-
-    def writer_file(self, step: int, node: int) -> Path:
-        return self.passage / f"writer-{layout.step_name(step)}-{node}.json"
-
-
 @contextmanager
-def at_work(target: Target, save: Save, *, files: Files = DISK) -> Iterator[None]:
+def at_work(run: ServedRun, save: Save, *, files: Files = DISK) -> Iterator[None]:
     """Show by a file that is touched again and again that somebody works on a step. Raises OSError."""
-    path = target.writer_file(save.step, save.node)
-    write_json(path, asdict(this_process(*target.job)), files=files)
+    path = run.writer_file(save.step, save.node)
+    write_json(path, asdict(this_process(*run.job)), files=files)
     done = threading.Event()
 
     def beat() -> None:
@@ -130,23 +110,92 @@ def busy_writers(root: Path, before: int, me: Owner) -> dict[Path, tuple[float, 
     return found
 
 
+def await_older_writers(
+    root: Path,
+    incarnation: int,
+    me: Owner,
+    *,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Wait, within bounds, while a service of an older start is at work on a step; on rank 0, before it is shut out.
+
+    One on this machine is waited for as long as it lives; one elsewhere as long as it shows itself.
+    """
+    begun_s, seen = now(), {}
+    while now() - begun_s < HANDOVER_S:
+        busy = busy_writers(root, incarnation, me)
+        for path, (beat, alive) in list(busy.items()):
+            if path not in seen:
+                log.info("waiting for the checkpoint service of an earlier start, which is writing (%s)", path.name)
+            if path not in seen or seen[path][0] != beat:
+                seen[path] = (beat, now())
+            if alive is None and now() - seen[path][1] > SILENT_BEATS * BEAT_S:
+                del busy[path]
+        if not busy:
+            return
+        sleep(LOOK_S)
+    log.warning("an earlier start's checkpoint service has been writing for %.0f s; it is shut out", HANDOVER_S)
+
+
+# -- one save ------------------------------------------------------------------------------------------------------
+
+
+def store(
+    slot: Path,
+    save: Save,
+    facts: Manifest,
+    run: ServedRun,
+    throttle: Throttle,
+    *,
+    on_written: Callable[[], None],
+    seconds: Callable[[], float],
+    files: Files = DISK,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Write this node's files of a save and publish its step; return whether it was this node that published.
+
+    `on_written` is called when the files are on the disk, before other nodes are waited for. Raises OSError when the
+    disk fails, and DamagedError, NodeMissingError or FencedError when there will be no such step.
+    """
+    try:
+        if is_published(save, run, files=files):
+            return save.node == 0 and publish.incarnation_of(run.root, save.step) == run.incarnation
+        with at_work(run, save, files=files):
+            if not has_part(save, facts, run):
+                write_files(slot, facts, save.step, run, throttle, files)
+            on_written()
+            return publish_step(save, facts, run, seconds, files=files, sleep=sleep)
+    except (OSError, DamagedError, NodeMissingError) as error:
+        if isinstance(why := why_missing(run), FencedError):
+            raise why from error
+        try:
+            if isinstance(error, OSError):
+                clear_away(save, facts, run, files=files)
+            else:
+                give_up(save, facts, run, str(error), files=files)
+        except OSError as other:
+            log.warning("cannot clear what is left of step %d: %s", save.step, other)
+        raise
+
+
 def write_files(
-    slot: Path, facts: Manifest, step: int, target: Target, throttle: Throttle, files: Files = DISK
+    slot: Path, facts: Manifest, step: int, run: ServedRun, throttle: Throttle, files: Files = DISK
 ) -> None:
     """Write this node's files of a step and make them durable.
 
     Raises OSError when the disk fails, DamagedError when the slot does not hold what its ranks said, FencedError.
     """
-    folder = target.folder(step)
+    folder = run.folder(step)
     try:
         files.mkdir(folder)
     except FileNotFoundError:
-        raise why_missing(target) from None
+        raise why_missing(run) from None
 
     def write(item: tuple[str, FileFacts, mmap.mmap | bytes]) -> tuple[int, Path, FileFacts]:
         name, expected, content = item
         parts = _chunks(memoryview(content), throttle)
-        descriptor, written = publish.write_unsynced(folder / name, parts, direct_io=target.direct_io, files=files)
+        descriptor, written = publish.write_unsynced(folder / name, parts, direct_io=run.args.direct_io, files=files)
         if written != expected:
             files.close(descriptor)
             raise DamagedError(f"{slot / name} was changed after it was staged")
@@ -154,14 +203,14 @@ def write_files(
 
     opened = [(name, fact, _map(slot / name, fact)) for name, fact in facts.items()]  # also where names vanish later
     largest_first = sorted(opened, key=lambda item: -item[1].size_bytes)
-    with ThreadPoolExecutor(max_workers=target.threads, initializer=_step_back) as pool:
+    with ThreadPoolExecutor(max_workers=run.args.drain_threads, initializer=_step_back) as pool:
         writing = [pool.submit(write, item) for item in largest_first]
     unsynced = [future.result() for future in writing if future.exception() is None]
     try:
         for future in writing:
             future.result()
         while unsynced:  # one at a time: side by side they took twice as long on ext4
-            publish.sync_written(*unsynced.pop(), readback=target.readback, files=files)
+            publish.sync_written(*unsynced.pop(), readback=run.args.verify == "readback", files=files)
     finally:
         for descriptor, *_ in unsynced:
             files.close(descriptor)
@@ -192,30 +241,30 @@ def _chunks(content: memoryview, throttle: Throttle) -> Iterator[Buffer]:
         yield chunk
 
 
-def why_missing(target: Target) -> Exception:
+def why_missing(run: ServedRun) -> Exception:
     """What it means that a name in the passage was not found."""
-    if target.root.exists() and not target.passage.exists():
-        return FencedError(f"{target.passage} is gone: a newer start of this run has begun")
-    return FileNotFoundError(2, "the run's folder is gone", str(target.root))
+    if run.root.exists() and not run.passage.exists():
+        return FencedError(f"{run.passage} is gone: a newer start of this run has begun")
+    return FileNotFoundError(2, "the run's folder is gone", str(run.root))
 
 
-def is_published(save: Save, target: Target, *, files: Files = DISK) -> bool:
+def is_published(save: Save, run: ServedRun, *, files: Files = DISK) -> bool:
     """Whether a step is there already; one that lacked but its last rename, when a service of this start died, gets it.
 
     Raises OSError.
     """
     if save.node == 0:
-        publish.resume(target.root, save.step, target.incarnation, files=files)
-    if not layout.done_mark(target.root, save.step).exists():
+        publish.resume(run.root, save.step, run.incarnation, files=files)
+    if not layout.done_mark(run.root, save.step).exists():
         return False
-    files.fsync_dir(target.root)
+    files.fsync_dir(run.root)
     return True
 
 
 def publish_step(
     save: Save,
     facts: Manifest,
-    target: Target,
+    run: ServedRun,
     seconds: Callable[[], float],
     *,
     files: Files = DISK,
@@ -225,14 +274,14 @@ def publish_step(
 
     Returns whether it was this node that published. Raises OSError, FencedError, NodeMissingError.
     """
-    if save.n_nodes > 1 and not has_part(save, facts, target):
-        _say_part(save, target, {"files": {name: asdict(fact) for name, fact in facts.items()}}, files)
+    if save.n_nodes > 1 and not has_part(save, facts, run):
+        _say_part(save, run, {"files": {name: asdict(fact) for name, fact in facts.items()}}, files)
     if save.node > 0:
-        _await_mark(save, target, sleep)
+        _await_mark(save, run, sleep)
         return False
-    everything = facts if save.n_nodes == 1 else _await_parts(save, target, sleep)
-    publish.publish(target.root, save.step, target.incarnation, everything, seconds=seconds(), files=files)
-    _remove_parts(save, target, range(save.n_nodes), files)
+    everything = facts if save.n_nodes == 1 else _await_parts(save, run, sleep)
+    publish.publish(run.root, save.step, run.incarnation, everything, seconds=seconds(), files=files)
+    _remove_parts(save, run, range(save.n_nodes), files)
     return True
 
 
@@ -249,44 +298,44 @@ def _said_in(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _say_part(save: Save, target: Target, what: dict[str, Any], files: Files) -> None:
+def _say_part(save: Save, run: ServedRun, what: dict[str, Any], files: Files) -> None:
     part = {"incarnation": save.incarnation, "step": save.step, **what}
-    write_json(target.part_file(save.step, save.node), part, files=files)
+    write_json(run.part_file(save.step, save.node), part, files=files)
 
 
-def has_part(save: Save, facts: Manifest, target: Target) -> bool:
+def has_part(save: Save, facts: Manifest, run: ServedRun) -> bool:
     """Whether this node has said already that its files are written. Then nobody may touch them any more.
 
     Raises NodeMissingError when there will be no such step.
     """
     if save.n_nodes == 1:
         return False
-    _read_part(save, target, 0)
-    return _read_part(save, target, save.node) == facts
+    _read_part(save, run, 0)
+    return _read_part(save, run, save.node) == facts
 
 
-def _await_parts(save: Save, target: Target, sleep: Callable[[float], None]) -> Manifest:
+def _await_parts(save: Save, run: ServedRun, sleep: Callable[[float], None]) -> Manifest:
     everything: Manifest = {}
     missing = set(range(save.n_nodes))
-    for _ in range(int(target.node_timeout_s / LOOK_S) + 1):
+    for _ in range(int(run.args.node_timeout_s / LOOK_S) + 1):
         for node in sorted(missing):
-            part_facts = _read_part(save, target, node)
+            part_facts = _read_part(save, run, node)
             if part_facts is not None:
                 everything |= part_facts
                 missing.discard(node)
         if not missing:
             return everything
-        if not target.passage.exists():
-            raise why_missing(target)
+        if not run.passage.exists():
+            raise why_missing(run)
         sleep(LOOK_S)
     raise NodeMissingError(
         f"node {min(missing)} of {save.n_nodes} has not written its part of checkpoint {save.step} within "
-        f"{target.node_timeout_s:.0f} s"
+        f"{run.args.node_timeout_s:.0f} s"
     )
 
 
-def _read_part(save: Save, target: Target, node: int) -> Manifest | None:
-    part = _said_in(target.part_file(save.step, node))
+def _read_part(save: Save, run: ServedRun, node: int) -> Manifest | None:
+    part = _said_in(run.part_file(save.step, node))
     if part is None or (part["incarnation"], part["step"]) != (save.incarnation, save.step):
         return None  # or of a save with the same number that an older start of this run left behind
     if "lost" in part:
@@ -294,52 +343,54 @@ def _read_part(save: Save, target: Target, node: int) -> Manifest | None:
     return {name: FileFacts(**fact) for name, fact in part["files"].items()}
 
 
-def _await_mark(save: Save, target: Target, sleep: Callable[[float], None]) -> None:
-    mark = layout.done_mark(target.root, save.step)
-    for _ in range(int(2 * target.node_timeout_s / LOOK_S) + 1):  # longer than node 0 waits for us
+def _await_mark(save: Save, run: ServedRun, sleep: Callable[[float], None]) -> None:
+    mark = layout.done_mark(run.root, save.step)
+    for _ in range(int(2 * run.args.node_timeout_s / LOOK_S) + 1):  # longer than node 0 waits for us
         if mark.exists():
             return
-        is_settled = not target.part_file(save.step, save.node).exists()
-        if not target.passage.exists():
-            raise why_missing(target)
-        _read_part(save, target, 0)  # raises if node 0 has given up
+        is_settled = not run.part_file(save.step, save.node).exists()
+        if not run.passage.exists():
+            raise why_missing(run)
+        _read_part(save, run, 0)  # raises if node 0 has given up
         if is_settled:
             return  # published, and by now given up by retention
         sleep(LOOK_S)
-    raise NodeMissingError(f"node 0 has not published checkpoint {save.step} within {2 * target.node_timeout_s:.0f} s")
+    raise NodeMissingError(
+        f"node 0 has not published checkpoint {save.step} within {2 * run.args.node_timeout_s:.0f} s"
+    )
 
 
-def clear_away(save: Save, facts: Manifest, target: Target, *, files: Files = DISK) -> None:
+def clear_away(save: Save, facts: Manifest, run: ServedRun, *, files: Files = DISK) -> None:
     """Remove what a failed attempt of this node has left, before the next one; what other nodes wrote stays.
 
     Raises OSError.
     """
-    if layout.done_mark(target.root, save.step).exists():
+    if layout.done_mark(run.root, save.step).exists():
         return  # published; only the last fsync has failed
     if save.n_nodes == 1:
-        publish.abandon(target.root, save.step, target.incarnation, files=files)
-    elif not target.part_file(save.step, save.node).exists():
-        _remove_own(save, facts, target, files)
+        publish.abandon(run.root, save.step, run.incarnation, files=files)
+    elif not run.part_file(save.step, save.node).exists():
+        _remove_own(save, facts, run, files)
 
 
-def give_up(save: Save, facts: Manifest, target: Target, why: str, *, files: Files = DISK) -> None:
+def give_up(save: Save, facts: Manifest, run: ServedRun, why: str, *, files: Files = DISK) -> None:
     """There will be no such step: tell the other nodes. Node 0 clears for all. Raises OSError."""
     if save.n_nodes > 1:
-        _say_part(save, target, {"lost": why}, files)
+        _say_part(save, run, {"lost": why}, files)
     if save.node == 0:
-        publish.abandon(target.root, save.step, target.incarnation, files=files)
-        _remove_parts(save, target, range(1, save.n_nodes), files)
-    elif _loss_in(target.part_file(save.step, 0)):  # only then: else node 0 may still publish what we have written
-        _remove_own(save, facts, target, files)
+        publish.abandon(run.root, save.step, run.incarnation, files=files)
+        _remove_parts(save, run, range(1, save.n_nodes), files)
+    elif _loss_in(run.part_file(save.step, 0)):  # only then: else node 0 may still publish what we have written
+        _remove_own(save, facts, run, files)
 
 
-def _remove_own(save: Save, facts: Manifest, target: Target, files: Files) -> None:
+def _remove_own(save: Save, facts: Manifest, run: ServedRun, files: Files) -> None:
     for name in facts:
         with suppress(FileNotFoundError):
-            files.remove(target.folder(save.step) / name)
+            files.remove(run.folder(save.step) / name)
 
 
-def _remove_parts(save: Save, target: Target, nodes: Iterable[int], files: Files) -> None:
+def _remove_parts(save: Save, run: ServedRun, nodes: Iterable[int], files: Files) -> None:
     for node in nodes if save.n_nodes > 1 else ():
         with suppress(FileNotFoundError):
-            files.remove(target.part_file(save.step, node))
+            files.remove(run.part_file(save.step, node))

@@ -1,13 +1,11 @@
-"""The checkpoint service, one process per node: takes complete slots to the disk and publishes them. No torch.
+"""The checkpoint service, one process per node: writes complete slots to the disk and publishes them. Torch-free.
 
     python -m lingua.checkpoint.shm.service RUN_DIR [--shm PATH] [--wait-s N] [--linger-s N]
 
-Promise: it outlives the ranks of its node, never the job. Killed at any line, the next service or the next start goes
-on from what the slots' marks say. A disk that fails is tried again, later and later; a slot is let go only when its
-step is published, when it turns out not to hold what was staged, or when a newer start does not want it.
-What happens is told to the ranks through `events`; the loop here never touches the durable disk itself, so that
-a disk that hangs is reported too.
-Cost: one listing of the region every 50 ms, and memory of a few MB; while draining, one thread per file.
+It outlives the ranks of its node, never the job. If it is killed at any line, the next service or the next attempt
+continues from the slots' marks. A disk that fails is tried again, later and later; a slot is given up only when its
+step is published, when it does not hold what was staged, or when a newer attempt does not want it. The loop here never
+touches the durable disk itself, so it can also report a disk that hangs.
 """
 
 from __future__ import annotations
@@ -32,22 +30,33 @@ from typing import Any
 from lingua.checkpoint import layout, pins, publish, retention
 from lingua.checkpoint.publish import DamagedError, Manifest
 from lingua.checkpoint.shm import drain
-from lingua.checkpoint.shm.drain import FencedError, NodeMissingError, Target, Throttle
-from lingua.checkpoint.shm.messages import EventKind, Events, Session, read_session
-from lingua.checkpoint.shm.slots import SERVICE_LOCK, SHM, TRAINER_LOCK, Region, Save, Slot, make_region
+from lingua.checkpoint.shm.area import (
+    SERVICE_LOCK,
+    SHM,
+    TRAINER_LOCK,
+    EventKind,
+    Events,
+    Region,
+    Save,
+    ServedRun,
+    Slot,
+    make_region,
+    read_run,
+)
+from lingua.checkpoint.shm.drain import FencedError, NodeMissingError, Throttle
 from lingua.files import DISK, Files, RunError
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "lingua.checkpoint.shm.service")
 
 POLL_S = 0.05
-BEAT_S = 5.0
-"""Between two signs of life on the disk while a step is being written."""
 SILENT_S = 30.0
 """A disk that takes no byte for so long is reported."""
 LONGEST_PAUSE_S = 60.0
 """Between two attempts on a disk that fails."""
 ENDING_PAUSE_S = 4.0
 """The same, once the run ends: whoever waits has not much time."""
+PATIENCE_S = 3600.0
+"""How long a disk that fails is tried after the last rank has gone."""
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
@@ -94,7 +103,7 @@ class _Job:
     slot: Slot
     save: Save
     facts: Manifest
-    session: Session
+    run: ServedRun
     future: Future[bool]
     started_s: float
     throttle: Throttle
@@ -129,7 +138,7 @@ class Service:
         self._own = region.lock(SERVICE_LOCK)
         self._trainers = region.lock(TRAINER_LOCK)
         self._jobs: list[_Job] = []
-        self._to_retain: Session | None = None
+        self._to_retain: ServedRun | None = None
         self._retiring: Future[list[int]] | None = None
         self._verified: set[int] = set()
         self._rate_bytes_per_s: float | None = None
@@ -165,8 +174,8 @@ class Service:
 
     def tick(self) -> bool:
         """One pass over the region; False: there is nothing left to do here."""
-        session = read_session(self.region)
-        self._incarnation = session.incarnation if session else 0
+        run = read_run(self.region)
+        self._incarnation = run.incarnation if run else 0
         alone = self._trainers.holder() is None
         for job in [job for job in self._jobs if job.future.done()]:
             self._jobs.remove(job)
@@ -174,44 +183,44 @@ class Service:
         self._begin_retention()
         self._report_silence()
         self._tell_ranks()
-        if session is not None:
-            self._throttle_jobs(session, alone)
-            self._begin_next(session, alone)
-        return self._is_needed(session, alone)
+        if run is not None:
+            self._throttle_jobs(run, alone)
+            self._begin_next(run, alone)
+        return self._is_needed(run, alone)
 
     # -- one slot --------------------------------------------------------------------------------------------------
 
-    def _begin_next(self, session: Session, alone: bool) -> None:
-        if session.ending:
+    def _begin_next(self, run: ServedRun, alone: bool) -> None:
+        if run.ending:
             self._not_before_s = min(self._not_before_s, self._failed_at_s + ENDING_PAUSE_S)
         if any(job.writing.is_set() for job in self._jobs) or self._now() < self._not_before_s:
             return
-        if self._fenced == session.incarnation:
+        if self._fenced == run.incarnation:
             return
         waiting: dict[int, tuple[Slot, Save, Manifest]] = {}
         for slot in self.region.slots():
             if slot.state() == "staged" and (found := slot.complete()):
-                if session.wants(found[0]):
+                if run.wants(found[0]):
                     waiting[slot.number] = (slot, *found)
-                elif session.gives_up(found[0]):
+                elif run.gives_up(found[0]):
                     slot.change("staged", "free", files=self._files)
         candidates = [
             Candidate(number, save.step, sum(fact.size_bytes for fact in facts.values()))
             for number, (_, save, facts) in waiting.items()
         ]
-        left_s = None if session.deadline_s is None else session.deadline_s - self._wall_clock()
-        ending = alone or session.ending
+        left_s = None if run.deadline_s is None else run.deadline_s - self._wall_clock()
+        ending = alone or run.ending
         number = next_to_drain(candidates, ending=ending, time_left_s=left_s, bytes_per_s=self._rate_bytes_per_s)
         if number is not None:
-            self._begin(*waiting[number], session)
+            self._begin(*waiting[number], run)
 
-    def _begin(self, slot: Slot, save: Save, facts: Manifest, session: Session) -> None:
+    def _begin(self, slot: Slot, save: Save, facts: Manifest, run: ServedRun) -> None:
         if not slot.change("staged", "draining", files=self._files):
             return  # a rank was faster and fills it anew
         if slot.complete() != (save, facts):  # it was even faster: what is marked now is another save, being filled
             slot.change("draining", "staged", files=self._files)
             return
-        job = _Job(slot, save, facts, session, Future(), self._now(), Throttle(session.bandwidth_bytes_per_s))
+        job = _Job(slot, save, facts, run, Future(), self._now(), Throttle(run.bytes_per_s))
         job.writing.set()
         self._progress = (self._now(), 0)
         self._jobs.append(job)
@@ -219,43 +228,30 @@ class Service:
 
     def _store(self, job: _Job) -> bool:
         """In a thread: from the slot to the published checkpoint. Returns whether it was us who published it."""
-        target = job.session.target()
         try:
-            if drain.is_published(job.save, target, files=self._files):
-                return job.save.node == 0 and publish.incarnation_of(target.root, job.save.step) == target.incarnation
-            with drain.at_work(target, job.save, files=self._files):
-                return self._write_and_publish(job, target)
-        except (OSError, DamagedError, NodeMissingError) as error:
-            if isinstance(why := drain.why_missing(target), FencedError):
-                raise why from error
-            self._clear_away(job, target, error)
-            raise
+            return drain.store(
+                job.slot.folder,
+                job.save,
+                job.facts,
+                job.run,
+                job.throttle,
+                on_written=lambda: self._written(job),
+                seconds=lambda: self._now() - job.started_s,
+                files=self._files,
+                sleep=self._sleep,
+            )
         finally:
             job.writing.clear()
 
-    def _write_and_publish(self, job: _Job, target: Target) -> bool:
-        if not drain.has_part(job.save, job.facts, target):
-            drain.write_files(job.slot.folder, job.facts, job.save.step, target, job.throttle, self._files)
+    def _written(self, job: _Job) -> None:
         if job.save.n_nodes > 1:
             job.writing.clear()  # from here on it waits for others
         if job.throttle.limit_bytes_per_s is None:
             self._rate_bytes_per_s = job.size_bytes / max(self._now() - job.started_s, 1e-9)
-        return drain.publish_step(
-            job.save, job.facts, target, lambda: self._now() - job.started_s, files=self._files, sleep=self._sleep
-        )
-
-    def _clear_away(self, job: _Job, target: Target, error: Exception) -> None:
-        try:
-            if isinstance(error, OSError):
-                drain.clear_away(job.save, job.facts, target, files=self._files)
-            else:
-                drain.give_up(job.save, job.facts, target, str(error), files=self._files)
-        except OSError as error:
-            log.warning("cannot clear what is left of step %d: %s", job.save.step, error)
 
     def _settle(self, job: _Job) -> None:
         """What became of a slot."""
-        step, start = job.save.step, job.session.incarnation
+        step, start = job.save.step, job.run.incarnation
         try:
             published_here = job.future.result()
         except FencedError as error:
@@ -271,7 +267,7 @@ class Service:
             self._failed_at_s = self._now()
             self._not_before_s = self._failed_at_s + again_s
             job.slot.change("draining", "staged", files=self._files)
-            why = f"{publish.disk_sentence(error, Path(job.session.root), job.size_bytes)}; it stays in memory"
+            why = f"{publish.disk_sentence(error, job.run.root, job.size_bytes)}; it stays in memory"
             why = f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s"
             self._say("failing", start, step=step, why=why, errno=error.errno)
         except BaseException:
@@ -284,19 +280,19 @@ class Service:
         if self._failures:
             self._failures = 0
             why = "the disk takes checkpoints again"
-            self._say("recovered", job.session.incarnation, step=job.save.step, why=why)
+            self._say("recovered", job.run.incarnation, step=job.save.step, why=why)
         if job.save.node == 0:
             self._say_published(job)
         job.slot.change("draining", "free", files=self._files)  # last: else a death here would leave it unsaid
         if published_here:
             self._verified.add(job.save.step)
-            self._to_retain = job.session
+            self._to_retain = job.run
 
     def _say_published(self, job: _Job) -> None:
         seconds = self._now() - job.started_s
         rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
         self._say(
-            "published", job.session.incarnation,
+            "published", job.run.incarnation,
             step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate,
         )  # fmt: skip
 
@@ -305,53 +301,51 @@ class Service:
     def _begin_retention(self) -> None:
         """Once for all steps that were published while the last pass was at work."""
         if self._to_retain is not None and not self._is_retiring():
-            session, self._to_retain = self._to_retain, None
-            self._retiring = self._executor.submit(self._retire, session, session.target())
+            run, self._to_retain = self._to_retain, None
+            self._retiring = self._executor.submit(self._retire, run)
 
     def _is_retiring(self) -> bool:
         return self._retiring is not None and not self._retiring.done()
 
-    def _retire(self, session: Session, target: Target) -> list[int]:
+    def _retire(self, run: ServedRun) -> list[int]:
         """In a thread: delete what nobody needs any more."""
         try:
-            held = pins.held_steps(Path(session.run_dir), target.root, self._wall_clock())
+            held = pins.held_steps(run.run_dir, run.root, self._wall_clock())
         except (RunError, OSError) as error:
             why = f"no checkpoint is deleted, since the pins cannot be read: {error}"
-            self._say("failing", session.incarnation, step=0, why=why)
+            self._say("failing", run.incarnation, step=0, why=why)
             return []
-        passage = layout.passage(target.root, target.incarnation)
+        passage = layout.passage(run.root, run.incarnation)
         interrupted = {found.step for found in layout.temporaries(passage) if found.kind == "trash"}
         steps = retention.to_delete(
-            layout.done_steps(target.root),
-            retention.Rhythm(*session.dump),
-            retention.Rhythm(*session.eval),
-            verified=self._verified | set(session.verified),
+            layout.done_steps(run.root),
+            run.args,
+            verified=self._verified | set(run.verified),
             pinned=held.steps,
-            keep_every=session.keep_every,
         )
         for step in [*sorted(interrupted), *steps]:
             try:
                 if step in interrupted:
-                    publish.resume(target.root, step, target.incarnation, files=self._files)
+                    publish.resume(run.root, step, run.incarnation, files=self._files)
                 else:
-                    publish.retire(target.root, step, target.incarnation, files=self._files)
+                    publish.retire(run.root, step, run.incarnation, files=self._files)
             except OSError as error:
-                if isinstance(why := drain.why_missing(target), FencedError):
-                    self._say("fenced", session.incarnation, step=step, why=str(why))
+                if isinstance(why := drain.why_missing(run), FencedError):
+                    self._say("fenced", run.incarnation, step=step, why=str(why))
                     break
-                self._say("failing", session.incarnation, step=0, why=f"cannot delete checkpoint {step}: {error}")
+                self._say("failing", run.incarnation, step=0, why=f"cannot delete checkpoint {step}: {error}")
             else:
                 self._verified.discard(step)
                 why = {"why": pins.farewell(step)} if step in held.overdue else {}
-                self._say("retired", session.incarnation, step=step, **why)
+                self._say("retired", run.incarnation, step=step, **why)
         return steps
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
-    def _throttle_jobs(self, session: Session, alone: bool) -> None:
-        hurry = alone or session.ending
+    def _throttle_jobs(self, run: ServedRun, alone: bool) -> None:
+        hurry = alone or run.ending
         for job in self._jobs:
-            job.throttle.limit_bytes_per_s = None if hurry else session.bandwidth_bytes_per_s
+            job.throttle.limit_bytes_per_s = None if hurry else run.bytes_per_s
 
     def _report_silence(self) -> None:
         """Tell of a disk that takes nothing any more, and of its return."""
@@ -369,23 +363,23 @@ class Service:
             why = f"the disk has taken nothing of checkpoint {step} for {SILENT_S:.0f} s; training goes on"
             self._say("silent", self._incarnation, step=step, why=why)
 
-    def _is_needed(self, session: Session | None, alone: bool) -> bool:
+    def _is_needed(self, run: ServedRun | None, alone: bool) -> bool:
         if not alone:
             self._alone_since_s = None
             self._first_rank_until_s = 0.0
             return True
         if self._jobs or self._to_retain is not None or self._is_retiring():
             return True
-        if session is None:
+        if run is None:
             return self._now() < self._first_rank_until_s
         if self._alone_since_s is None:
             self._alone_since_s = self._now()
             self._take_back_claims()
         alone_s = self._now() - self._alone_since_s
         unsaved = [slot for slot in self.region.slots() if slot.complete()]
-        if unsaved and self._fenced != session.incarnation:
-            return alone_s < session.patience_s
-        linger_s = session.linger_s if self._linger_s is None else self._linger_s
+        if unsaved and self._fenced != run.incarnation:
+            return alone_s < PATIENCE_S
+        linger_s = run.args.linger_s if self._linger_s is None else self._linger_s
         return alone_s < linger_s or self._now() < self._first_rank_until_s
 
     def _take_back_claims(self) -> None:
@@ -398,19 +392,19 @@ class Service:
     def _leave(self) -> None:
         """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
         if self._trainers.take() and self.is_current():  # from here on no rank comes before we are done
-            session = read_session(self.region)
+            run = read_run(self.region)
             unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
-            if steps := [save.step for save in unsaved if session is not None and self._may_be_missed(save, session)]:
+            if steps := [save.step for save in unsaved if run is not None and self._may_be_missed(save, run)]:
                 log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
             else:
                 self.region.remove(files=self._files)
         self.close()
 
-    def _may_be_missed(self, save: Save, session: Session) -> bool:
+    def _may_be_missed(self, save: Save, run: ServedRun) -> bool:
         """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
-        if self._fenced != session.incarnation:
+        if self._fenced != run.incarnation:
             return True
-        root = Path(session.root)
+        root = run.root
         newest = max(layout.done_steps(root), default=-1)
         return save.step > newest and (newest < 0 or publish.incarnation_of(root, newest) <= save.incarnation)
 
@@ -430,7 +424,7 @@ class Service:
         with self._saying:
             while self._unsaid:
                 try:
-                    self._events.say(self._unsaid[0])
+                    self._events.send(self._unsaid[0])
                 except OSError as error:  # the region's names have vanished: the disk gets its bytes
                     log.error("cannot tell the ranks %s: %s", self._unsaid[0], error)
                     return  # until the next pass

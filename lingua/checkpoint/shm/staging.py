@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from lingua.checkpoint import layout
 from lingua.checkpoint.dcp import FilePlan, WritePlan
 from lingua.checkpoint.publish import FileFacts, Manifest
-from lingua.checkpoint.shm.slots import Region, Save, Slot
+from lingua.checkpoint.shm.area import Region, Save, Slot
 from lingua.files import DISK, Files
 
 STRETCH_BYTES = 64 << 20

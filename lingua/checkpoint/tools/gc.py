@@ -22,13 +22,12 @@ from pathlib import Path
 
 from lingua.checkpoint import layout, pins, publish, retention
 from lingua.checkpoint.lookup import Checkpoint, root_of, run_root
-from lingua.checkpoint.retention import periods_of
+from lingua.checkpoint.shm.area import SERVICE_LOCK, SHM, TRAINER_LOCK, Region, base
 from lingua.checkpoint.shm.drain import BEAT_S, busy_writers
-from lingua.checkpoint.shm.slots import SHM, stale_regions
 from lingua.checkpoint.tools.status import leases, moving, set_aside, tree_facts
 from lingua.config.base import ConfigError
 from lingua.config.frozen import read_frozen
-from lingua.files import DISK, Files, RunError
+from lingua.files import DISK, Files, RunError, entries
 from lingua.run.lock import Owner, RunLock, living_attempt, this_process
 from lingua.slurm import this_job
 
@@ -82,20 +81,14 @@ def _leftovers(root: Path) -> Iterator[Item]:
 
 def _given_up(run_dir: Path, root: Path, incarnation: int, now_s: float, files: Files) -> Iterator[Item]:
     """What retention would delete by the run's config, beside the newest checkpoint that verifies."""
-    periods, done = periods_of(run_dir), layout.done_steps(root)
-    if periods is None:
+    found, done = retention.frozen_periods(run_dir), layout.done_steps(root)
+    if found is None:
         return
+    args, _ = found
     held = pins.held_steps(run_dir, root, now_s)
 
     def decide(verified: list[int]) -> list[int]:
-        return retention.to_delete(
-            done,
-            periods.dump,
-            periods.evaluation,
-            verified=verified,
-            pinned=held.steps,
-            keep_every=periods.keep_every,
-        )
+        return retention.to_delete(done, args, verified=verified, pinned=held.steps)
 
     if not decide(done[-1:]):
         return
@@ -106,15 +99,36 @@ def _given_up(run_dir: Path, root: Path, incarnation: int, now_s: float, files: 
 
 
 def _memory(run_dir: Path, files: Files) -> Iterator[Item]:
-    """Memory of this machine that this user's dead runs hold. What a run's next start would still save stays."""
+    """Memory of this machine that this user's dead runs hold. What a run's next attempt would still save stays."""
     shm = ((read_frozen(run_dir) or {}).get("checkpoint") or {}).get("shm_path")
-    for stale in stale_regions(Path(shm or SHM)):
-        root = Path(stale.run_dir) / layout.CHECKPOINTS
+    for folder in entries(base(Path(shm or SHM))):
+        region = Region(folder)
+        if folder.is_symlink() or not folder.is_dir() or _is_held(region):
+            continue
+        try:
+            owner = Path(region.session.read()["run_dir"])
+        except (OSError, TypeError, KeyError):
+            owner = Path("unknown")
+        root = owner / layout.CHECKPOINTS
         with suppress(ConfigError):  # another run's config is none of our business
-            root = root_of(Path(stale.run_dir))
-        if not Path(stale.run_dir).is_dir() or set(stale.unsaved_steps) <= set(layout.done_steps(root)):
-            remove = partial(stale.region.remove, files=files)
-            yield Item(stale.region.folder, f"memory of {stale.run_dir}", stale.size_bytes, remove)
+            root = root_of(owner)
+        unsaved = {found[0].step for slot in region.slots() if (found := slot.complete())}
+        if not owner.is_dir() or unsaved <= set(layout.done_steps(root)):
+            size_bytes = sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+            yield Item(folder, f"memory of {owner}", size_bytes, partial(region.remove, files=files))
+
+
+def _is_held(region: Region) -> bool:
+    """Return whether a rank or a service lives in an area."""
+    for name in (TRAINER_LOCK, SERVICE_LOCK):
+        if (region.folder / name).exists():
+            lock = region.lock(name)
+            try:
+                if lock.holder() is not None:
+                    return True
+            finally:
+                lock.close()
+    return False
 
 
 def _newest_intact(root: Path, done: list[int]) -> list[int]:

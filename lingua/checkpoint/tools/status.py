@@ -17,7 +17,8 @@ from typing import Any
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import Checkpoint, run_root, some_steps
-from lingua.checkpoint.retention import Periods, periods_of
+from lingua.checkpoint.retention import frozen_periods, kinds
+from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.files import RunError, entries, read_json
 from lingua.run.folder import EXIT_REQUEUE, STOP_FILE
 from lingua.run.lock import living_attempt
@@ -89,20 +90,21 @@ class Survey:
 def survey(run_dir: Path, now: Callable[[], float] = time.time) -> Survey:
     """Look at a run. Raises RunError when it is none."""
     root = run_root(run_dir)
-    owner, periods = living_attempt(run_dir, now=now), periods_of(run_dir)
+    owner, periods = living_attempt(run_dir, now=now), frozen_periods(run_dir)
+    args = periods[0] if periods else None
     pins = [pin for pin in leases(root) if pin.expires_at > now()]
     return Survey(
         run_dir,
         root,
         None if owner is None else str(owner),
-        [found for step in layout.done_steps(root) if (found := _published(root, step, periods, pins)) is not None],
+        [found for step in layout.done_steps(root) if (found := _published(root, step, args, pins)) is not None],
         [found for _, passage in layout.passages(root) for found in moving(passage)],
         list(set_aside(root)),
         layout.unmarked_folders(root),
     )
 
 
-def _published(root: Path, step: int, periods: Periods | None, pins: Collection[Pin]) -> Published | None:
+def _published(root: Path, step: int, args: CheckpointArgs | None, pins: Collection[Pin]) -> Published | None:
     """None: retention was faster."""
     checkpoint = Checkpoint(layout.folder(root, step), root, step)
     try:
@@ -120,7 +122,7 @@ def _published(root: Path, step: int, periods: Periods | None, pins: Collection[
         problems = [f"it cannot be looked at: {error}"]
     return Published(
         step,
-        periods.kinds(step) if periods else [],
+        kinds(step, args) if args else [],
         size_bytes,
         created_at,
         incarnation,

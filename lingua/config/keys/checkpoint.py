@@ -9,6 +9,11 @@ from pydantic import Field
 from lingua.config.base import Args, Text
 
 
+def is_multiple(step: int, every: int) -> bool:
+    """Return whether something that happens every so many steps happens after this one; 0 or -1: never."""
+    return every > 0 and step > 0 and step % every == 0
+
+
 class SaveEvery(Args):
     """A period of checkpoints and how many of them to keep."""
 
@@ -16,6 +21,9 @@ class SaveEvery(Args):
     """Steps between two. 0 or -1: none but the last."""
     keep: Annotated[int, Field(ge=-1)] = 0
     """Newest ones kept. 0 or -1: all."""
+
+    def is_due(self, step: int) -> bool:
+        return is_multiple(step, self.every)
 
 
 class CheckpointArgs(Args):

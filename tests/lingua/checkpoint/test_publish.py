@@ -16,13 +16,13 @@ import xxhash
 
 from lingua.checkpoint import layout, publish, retention
 from lingua.checkpoint.publish import DamagedError
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Files, RunError, read_json, write_json
 from tests.fakes import NEEDS_ROOM, OPERATIONS, FaultyFiles, FrozenFiles, KillFiles
 from tests.ranks import exit_code_of
 
 NAMES = ("model.00000.distcp", "optim.00000.distcp", "train_state.00000.json")
-KEEP_ONE = retention.Rhythm(every=1, keep=1)
-NO_EVAL = retention.Rhythm(every=0, keep=0)
+KEEP_ONE = CheckpointArgs(dump=SaveEvery(every=1, keep=1), eval=SaveEvery(every=0))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def write(root: Path, step: int, incarnation: int, files: Files) -> None:
 
 def retain(root: Path, incarnation: int, files: Files) -> None:
     done = layout.done_steps(root)
-    for step in retention.to_delete(done, KEEP_ONE, NO_EVAL, verified=done[-1:]):
+    for step in retention.to_delete(done, KEEP_ONE, verified=done[-1:]):
         publish.retire(root, step, incarnation, files=files)
 
 

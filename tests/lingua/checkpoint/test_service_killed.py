@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import pytest
 
 from lingua.checkpoint import layout
-from lingua.checkpoint.shm.slots import base
+from lingua.checkpoint.shm.area import base
 from lingua.files import Files
 from tests.fakes import FaultyFiles, KillFiles
 from tests.slotted import Start, Template, World, a_rank_lives, fast_place, killed, serve, steps_in

@@ -15,6 +15,7 @@ from lingua.checkpoint import layout, publish, retention
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.checkpoint.pins import held_steps
 from lingua.config.base import ConfigError
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.config.keys.eval import EvalArgs
 from lingua.eval.command import training_id
 from lingua.eval.evaluator import Beat, Evaluator, Stopped
@@ -392,11 +393,10 @@ def test_a_full_disk_holds_it_up_and_is_not_asked_all_the_time(tmp_path: Path) -
 
 
 def retain(run_dir: Path, root: Path, now_s: float) -> list[int]:
-    """What the trainer does after it has published, with `keep: 1` for both rhythms."""
-    done, rhythm = layout.done_steps(root), retention.Rhythm(2, 1)
-    gone = retention.to_delete(
-        done, retention.Rhythm(1, 1), rhythm, verified=done, pinned=held_steps(run_dir, root, now_s).steps
-    )
+    """What the trainer does after it has published, with `keep: 1` for both periods."""
+    done = layout.done_steps(root)
+    args = CheckpointArgs(dump=SaveEvery(every=1, keep=1), eval=SaveEvery(every=2, keep=1))
+    gone = retention.to_delete(done, args, verified=done, pinned=held_steps(run_dir, root, now_s).steps)
     for step in gone:
         publish.retire(root, step, 1)
     return gone

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from lingua.checkpoint import retention
-from lingua.checkpoint.retention import Periods
+from lingua.config.keys.checkpoint import SaveEvery
 from lingua.config.keys.eval import EvalArgs
 from lingua.eval.plan import MAX_KILLED, Candidate, RunState, Try, decide, is_due, not_before_s
 
@@ -86,7 +85,5 @@ def test_pauses_double() -> None:
 
 
 def test_due_are_those_of_the_period_and_the_last() -> None:
-    periods = Periods(retention.Rhythm(1, 1), retention.Rhythm(4, 1), keep_every=3, n_steps=10)
-    assert [step for step in range(13) if is_due(step, periods)] == [4, 8, 10, 12]
-    never = Periods(retention.Rhythm(1, 1), retention.Rhythm(0, 0), keep_every=0, n_steps=10)
-    assert [step for step in range(13) if is_due(step, never)] == [10]
+    assert [step for step in range(13) if is_due(step, SaveEvery(every=4), 10)] == [4, 8, 10, 12]
+    assert [step for step in range(13) if is_due(step, SaveEvery(every=0), 10)] == [10]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from apps.main.args import TrainArgs
-from lingua.checkpoint.shm.slots import Save, make_region
+from lingua.checkpoint.shm.area import Save, make_region
 from lingua.config.base import ConfigError, Part
 from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import dump_yaml

@@ -6,23 +6,21 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lingua.checkpoint import publish
+from lingua.checkpoint.shm.area import Save, ServedRun, State, make_region
 from lingua.checkpoint.shm.coordinator import (
-    HANDOVER_S,
-    RESTARTS,
-    SILENT_BEATS,
     Coordinator,
     Node,
     SlotView,
-    await_older_writers,
     choose_slot,
     node_of,
     worth_saving,
 )
-from lingua.checkpoint.shm.drain import BEAT_S, Target
-from lingua.checkpoint.shm.messages import Session
-from lingua.checkpoint.shm.slots import Save, State, make_region
+from lingua.checkpoint.shm.drain import BEAT_S, HANDOVER_S, SILENT_BEATS, await_older_writers
+from lingua.checkpoint.shm.service_client import RESTARTS
+from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.distributed.process_group import Ranks
 from lingua.files import RunError, write_json
 from lingua.run.lock import Owner, this_process
@@ -98,30 +96,31 @@ class Running:
         return None
 
 
-def courier_of(folder: Path, start: object) -> Coordinator:
-    session = Session("run", str(folder / "run"), str(folder / "run" / "checkpoints"), 2)
-    return Coordinator(folder / "run", folder, Ranks(), session, start=start, sleep=lambda s: None)  # pyright: ignore[reportArgumentType]
+def coordinator_of(folder: Path, start: object) -> Coordinator:
+    args = CheckpointArgs(async_save_mode="shm", shm_path=str(folder))
+    run = ServedRun("run", folder / "run", folder / "run" / "checkpoints", 2, args)
+    return Coordinator(run, Ranks(), torch.device("cpu"), start=start, sleep=lambda s: None)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_service_that_ends_at_once_is_started_a_few_times(tmp_path: Path):
     started: list[tuple[Path, ...]] = []
-    there = courier_of(tmp_path, lambda *where: (started.append(where), Ended())[1])
+    there = coordinator_of(tmp_path, lambda *where: (started.append(where), Ended())[1])
     with pytest.raises(RunError, match=r"has ended 4 times; see .*logs/checkpoint_service\.0\.log"):
-        there.tell()
+        there.open()
     assert len(started) == RESTARTS + 1
     there.close()
 
 
 def test_a_service_that_hangs_at_its_start_is_told(tmp_path: Path):
-    there = courier_of(tmp_path, lambda *where: Running())
+    there = coordinator_of(tmp_path, lambda *where: Running())
     with pytest.raises(RunError, match="did not start within 30 s"):
-        there.tell()
+        there.open()
     there.close()
 
 
 @pytest.mark.parametrize(("state", "taken_back"), [("free", True), ("staged", True), ("draining", False)])
 def test_a_lost_save_is_taken_back_unless_a_service_is_at_work_on_it(tmp_path: Path, state: State, taken_back: bool):
-    there = courier_of(tmp_path, lambda *where: Running())
+    there = coordinator_of(tmp_path, lambda *where: Running())
     slot = there.region.slot(0)
     slot.make()
     slot.change("free", state)
@@ -138,8 +137,7 @@ def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
     states: tuple[State, ...] = ("claimed", "free", "staged")
     for state in states:
         slot.mark(state).write_text("{}")
-        there = courier_of(tmp_path, lambda *where: Running())
-        there._service_lives = lambda: True  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        there = coordinator_of(tmp_path, lambda *where: Running())
         assert there.find_unsaved((-1, 0)) == set()
         assert slot.state() == "free"
         assert [path.name for path in region.folder.glob("slot-0.*")] == ["slot-0.free"]
@@ -168,7 +166,7 @@ ELSEWHERE = Owner(host="elsewhere", boot_id="b", pid=1)
 
 def a_writer(root: Path, owner: Owner) -> Path:
     publish.open_passage(root, 1)
-    path = Target(root, 1).writer_file(5, 0)
+    path = ServedRun("run", root, root, 1).writer_file(5, 0)
     write_json(path, vars(owner))
     return path
 

@@ -16,10 +16,9 @@ import pytest
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, FileFacts
 from lingua.checkpoint.shm import drain
-from lingua.checkpoint.shm.drain import LOOK_S, FencedError, NodeMissingError, Target, Throttle
-from lingua.checkpoint.shm.messages import write_session
+from lingua.checkpoint.shm.area import Save, ServedRun, Slot, write_run
+from lingua.checkpoint.shm.drain import LOOK_S, FencedError, NodeMissingError, Throttle
 from lingua.checkpoint.shm.service import Service
-from lingua.checkpoint.shm.slots import Save, Slot
 from lingua.files import DISK, Files, write_json
 from lingua.run.lock import Owner, this_process
 from tests.fakes import Clock, FaultyFiles, KillFiles
@@ -79,13 +78,13 @@ def pair() -> Iterator[World]:
         yield World(place, n_nodes=2).make(1)
 
 
-def staged(world: World, step: int = 2) -> tuple[Slot, Target]:
+def staged(world: World, step: int = 2) -> tuple[Slot, ServedRun]:
     start = Start(world, 2)
     start.begin()
     start.make_slots()
     slot = start.stage(step)
     assert slot is not None
-    return slot, world.session(2, node_timeout_s=SHORT_S).target()
+    return slot, world.served(2, node_timeout_s=SHORT_S)
 
 
 def test_files_are_written_as_they_were_staged(world: World) -> None:
@@ -221,7 +220,7 @@ def test_a_node_that_is_late_hears_that_its_step_was_given_up(pair: World) -> No
     starts[0].stage(2)
     serve_nodes(pair, 0)
     starts[1].stage(2)
-    write_session(starts[1].region, pair.session(2, node_timeout_s=1e9))  # it hears it, it does not wait for it
+    write_run(starts[1].region, pair.served(2, node_timeout_s=1e9))  # it hears it, it does not wait for it
     serve_nodes(pair, 1)
     assert pair.done() == [1]
     left = [path for path in layout.passage(pair.root, 2).rglob("*") if path.suffix == ".distcp"]
@@ -233,7 +232,7 @@ def test_a_damaged_slot_is_heard_of_by_all_nodes_at_once(pair: World, damaged: i
     starts = begin_nodes(pair)
     slots = [start.stage(2) for start in starts]
     for start in starts:
-        write_session(start.region, pair.session(2, node_timeout_s=1e9))
+        write_run(start.region, pair.served(2, node_timeout_s=1e9))
     victim = slots[damaged]
     assert victim is not None
     (victim.folder / names_of(damaged)[0]).write_bytes(b"?")
@@ -247,7 +246,7 @@ def test_parts_of_an_older_start_do_not_count(pair: World) -> None:
     found = starts[0].region.slot(0).complete()
     assert found is not None
     save, facts = found
-    target = pair.session(2, node_timeout_s=SHORT_S).target()
+    target = pair.served(2, node_timeout_s=SHORT_S)
     old = Save(save.run_id, 1, 2, (1,), 1, 2)
     drain._say_part(old, target, {"files": {}}, DISK)
     assert not drain.has_part(Save(save.run_id, 2, 2, (1,), 1, 2), {}, target)
@@ -261,7 +260,7 @@ def test_a_part_that_was_cut_short_does_not_count(pair: World, text: bytes) -> N
     starts[0].stage(2)
     found = starts[0].region.slot(0).complete()
     assert found is not None
-    target = pair.session(2, node_timeout_s=SHORT_S).target()
+    target = pair.served(2, node_timeout_s=SHORT_S)
     target.part_file(2, 1).write_bytes(text)
     with pytest.raises(NodeMissingError, match="node 1 of 2"):
         drain.publish_step(*found, target, lambda: 0.0, sleep=lambda _: None)
@@ -287,7 +286,7 @@ def test_a_disk_error_on_one_node_costs_no_step(node: int) -> None:
             world = World(place / str(n), n_nodes=2).make(1)
             for start in begin_nodes(world):
                 start.stage(2)
-                write_session(start.region, world.session(2, node_timeout_s=1e9))
+                write_run(start.region, world.served(2, node_timeout_s=1e9))
             clock = Clock()
             faulty = DiskFiles(world.root, n, error=errno.EIO)
             other = node_service(world, 1 - node)
@@ -316,7 +315,7 @@ def write_part(world: World, node: int, files: Files) -> None:
     found = world.region(node).slot(0).complete()
     assert found is not None
     save, facts = found
-    target = world.session(2, node_timeout_s=SHORT_S).target()
+    target = world.served(2, node_timeout_s=SHORT_S)
     if not drain.has_part(save, facts, target):
         drain.write_files(world.region(node).slot(0).folder, facts, 2, target, Throttle(), files)
     drain.publish_step(save, facts, target, lambda: 0.0, files=files, sleep=_stop)
@@ -340,7 +339,7 @@ def test_the_other_node_s_service_killed_at_every_operation(pair: World) -> None
         start.stage(2)
     counting = FaultyFiles()
     write_part_and_wait(pair, 1, counting)
-    target = pair.session(2).target()
+    target = pair.served(2)
     shutil.rmtree(target.folder(2))
     target.part_file(2, 1).unlink()
     for n in range(1, counting.n_done + 1):
@@ -360,14 +359,14 @@ def finish(world: World, files: Files) -> None:
     """What the service of the first node does once the other has said its part."""
     found = world.region(0).slot(0).complete()
     assert found is not None
-    if not drain.is_published(found[0], world.session(2).target(), files=files):
+    if not drain.is_published(found[0], world.served(2), files=files):
         write_part(world, 0, files)
 
 
 def test_the_publishing_node_s_service_killed_at_every_operation(pair: World) -> None:
     for start in begin_nodes(pair):
         start.stage(2)
-    target = pair.session(2).target()
+    target = pair.served(2)
 
     def begin_anew() -> None:
         shutil.rmtree(layout.folder(pair.root, 2), ignore_errors=True)
@@ -414,7 +413,7 @@ def test_at_work_shows_who_it_is_and_leaves_nothing(world: World) -> None:
 )
 def test_busy_writers(world: World, who: Callable[[], Owner], expected: list[bool | None]) -> None:
     publish.open_passage(world.root, 2)
-    path = Target(world.root, 2).writer_file(5, 0)
+    path = world.served(2).writer_file(5, 0)
     write_json(path, vars(who()))
     me = this_process("7", 1)
     assert [alive for _, alive in drain.busy_writers(world.root, 3, me).values()] == expected

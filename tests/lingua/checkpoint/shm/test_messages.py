@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lingua.checkpoint.shm import slots
-from lingua.checkpoint.shm.messages import Events, read_session, write_session
-from lingua.checkpoint.shm.slots import Region, Save, make_region
+from lingua.checkpoint.shm import area
+from lingua.checkpoint.shm.area import Events, Region, Save, make_region, read_run, write_run
 from lingua.files import RunError
 from tests.fakes import FaultyFiles
 from tests.slotted import World
@@ -27,23 +26,23 @@ def numbers(events: Events) -> list[int]:
 
 
 def test_session(tmp_path: Path, region: Region) -> None:
-    assert read_session(region) is None
+    assert read_run(region) is None
     region.session.reserve()
-    assert read_session(region) is None
-    told = World(tmp_path).session(3, rescue=((2, 100),), eval=(5, 1), deadline_s=7.5, verified=(1, 2), job=("77", 1))
-    write_session(region, told)
-    assert read_session(region) == told
+    assert read_run(region) is None
+    told = World(tmp_path).served(3, rescue=((2, 100),), deadline_s=7.5, verified=(1, 2), job=("77", 1), keep_every=5)
+    write_run(region, told)
+    assert read_run(region) == told
     with pytest.raises(OSError, match="No space"):
-        write_session(region, World(tmp_path).session(4), files=FaultyFiles(2))
-    assert read_session(region) == told
+        write_run(region, World(tmp_path).served(4), files=FaultyFiles(2))
+    assert read_run(region) == told
 
 
-@pytest.mark.parametrize("change", [{"unknown": 1}, {"dump": None}, {"rescue": [3]}, None])
+@pytest.mark.parametrize("change", [{"unknown": 1}, {"args": None}, {"args": {"unknown": 1}}, {"rescue": [3]}, None])
 def test_a_session_of_another_version(tmp_path: Path, region: Region, change: dict[str, object] | None) -> None:
-    write_session(region, World(tmp_path).session(3))
+    write_run(region, World(tmp_path).served(3))
     region.session.write([] if change is None else region.session.read() | change)
     with pytest.raises(RunError, match=r"session is of another version of lingua .*; remove it"):
-        read_session(region)
+        read_run(region)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def test_a_session_of_another_version(tmp_path: Path, region: Region, change: di
     ],
 )
 def test_which_saves_a_session_wants(tmp_path: Path, save: Save, wanted: bool, given_up: bool) -> None:
-    told = World(tmp_path).session(3, rescue=((2, 100),))
+    told = World(tmp_path).served(3, rescue=((2, 100),))
     assert (told.wants(save), told.gives_up(save)) == (wanted, given_up)
 
 
@@ -69,26 +68,26 @@ def test_which_saves_a_session_wants(tmp_path: Path, save: Save, wanted: bool, g
 def test_events_from_now_on(region: Region) -> None:
     service = Events(region)
     assert Events(region).read() == []
-    service.say({"n": 1})
+    service.send({"n": 1})
     ranks = Events(region)
-    service.say({"n": 2})
-    service.say({"n": 3})
+    service.send({"n": 2})
+    service.send({"n": 3})
     assert numbers(ranks) == [2, 3]
     assert numbers(ranks) == []
 
 
 def test_ranks_that_come_before_anything_was_said(region: Region) -> None:
     ranks, service = Events(region), Events(region)
-    service.say({"n": 1})
+    service.send({"n": 1})
     assert numbers(ranks) == [1]
 
 
 def test_the_file_is_bounded_and_nothing_is_missed(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "EVENTS_BYTES", 1000)
+    monkeypatch.setattr(area, "EVENTS_BYTES", 1000)
     ranks, service = Events(region), Events(region)
     seen: list[int] = []
     for n in range(1000):
-        service.say({"n": n, "why": "x" * (n % 50)})
+        service.send({"n": n, "why": "x" * (n % 50)})
         if n % 5 == 0:
             seen += numbers(ranks)
     seen += numbers(ranks)
@@ -97,30 +96,30 @@ def test_the_file_is_bounded_and_nothing_is_missed(region: Region, monkeypatch: 
 
 
 def test_who_reads_too_late_hears_the_newest(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "EVENTS_BYTES", 1000)
+    monkeypatch.setattr(area, "EVENTS_BYTES", 1000)
     ranks, service = Events(region), Events(region)
     for n in range(1000):
-        service.say({"n": n})
+        service.send({"n": n})
     heard = numbers(ranks)
     assert len(heard) > 10
     assert heard == list(range(1000))[-len(heard) :]
-    service.say({"n": 1000})
+    service.send({"n": 1000})
     assert numbers(ranks) == [1000]
 
 
 def test_an_event_that_is_too_long_is_refused(region: Region) -> None:
     ranks, service = Events(region), Events(region)
     with pytest.raises(OSError, match=r"File too large: .*/events"):
-        service.say({"n": 1, "why": "x" * slots.EVENTS_BYTES})
-    service.say({"n": 2})
+        service.send({"n": 1, "why": "x" * area.EVENTS_BYTES})
+    service.send({"n": 2})
     assert numbers(ranks) == [2]
 
 
 def test_a_service_that_comes_after_another_goes_on_with_its_events(region: Region) -> None:
     ranks = Events(region)
-    Events(region).say({"n": 1})
+    Events(region).send({"n": 1})
     assert numbers(ranks) == [1]
-    Events(region).say({"n": 2})
+    Events(region).send({"n": 2})
     assert numbers(ranks) == [2]
 
 
@@ -128,5 +127,5 @@ def test_events_are_no_link(region: Region, tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"")
     region.events.path.symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match="symbolic link"):
-        Events(region).say({"n": 1})
+        Events(region).send({"n": 1})
     assert (tmp_path / "precious").read_bytes() == b""

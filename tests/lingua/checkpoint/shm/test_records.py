@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.checkpoint.shm.records import HEAD_BYTES, Record
+from lingua.checkpoint.shm.area import HEAD_BYTES, Record
 from tests.fakes import FaultyFiles, KillFiles
 from tests.slotted import killed
 

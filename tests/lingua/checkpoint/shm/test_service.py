@@ -21,9 +21,8 @@ from typing import Any
 import pytest
 
 from lingua.checkpoint import layout, pins, publish
-from lingua.checkpoint.shm.messages import write_session
+from lingua.checkpoint.shm.area import SERVICE_LOCK, Slot, base, make_region, write_run
 from lingua.checkpoint.shm.service import SILENT_S, Candidate, Service, next_to_drain, pause_s
-from lingua.checkpoint.shm.slots import SERVICE_LOCK, Slot, base, make_region
 from lingua.files import Buffer, Files
 from tests.fakes import At, BlockingFiles, Clock, FrozenFiles
 from tests.slotted import DiskFiles, Start, World, a_rank_lives, fast_place, names_of, serve
@@ -124,7 +123,7 @@ def test_a_region_without_a_session(world: World) -> None:
 def test_what_no_session_wants_makes_room(world: World) -> None:
     start = started(world)
     slot = staged(start, 2)
-    write_session(start.region, world.session(3))
+    write_run(start.region, world.served(3))
     publish.open_passage(world.root, 3)
     with a_rank_lives(start.region):
         serve(world.service())
@@ -138,11 +137,11 @@ def test_a_newer_start_s_save_is_not_given_up_by_a_service_that_slept(
     started(world)
     service = world.service()
     assert service.take()
-    old = world.session(2)
+    old = world.served(2)
     newer = Start(world, 3)
     newer.begin()
     slot = staged(newer, 5)
-    monkeypatch.setattr("lingua.checkpoint.shm.service.read_session", lambda region: old)
+    monkeypatch.setattr("lingua.checkpoint.shm.service.read_run", lambda region: old)
     service.tick()
     assert slot.state() == "staged"
     monkeypatch.undo()
@@ -283,8 +282,9 @@ def test_the_newest_takes_the_place_of_one_that_waits_for_the_disk(world: World)
     assert world.done() == [3]
 
 
-def test_a_disk_that_never_comes_back(world: World) -> None:
-    started(world, patience_s=500.0)
+def test_a_disk_that_never_comes_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingua.checkpoint.shm.service.PATIENCE_S", 500.0)
+    started(world)
     staged(Start(world, 2), 2)
     clock = Clock()
     run_to_its_end(world.service(files=DiskFiles(world.root, 1, lasting=True), clock=clock))
@@ -292,8 +292,9 @@ def test_a_disk_that_never_comes_back(world: World) -> None:
     assert world.staged() == {2: 0}, "the next start on this node saves it"
 
 
-def test_the_run_folder_is_removed_under_us(world: World) -> None:
-    start = started(world, patience_s=10.0)
+def test_the_run_folder_is_removed_under_us(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingua.checkpoint.shm.service.PATIENCE_S", 10.0)
+    start = started(world)
     staged(start, 2)
     shutil.rmtree(world.run_dir)
     run_to_its_end(world.service())
@@ -358,7 +359,7 @@ class RottingFiles(Files):
 
 
 def test_readback_sees_what_the_disk_has_made_of_it(world: World) -> None:
-    started(world, readback=True)
+    started(world, verify="readback")
     staged(Start(world, 2), 2)
     run_to_its_end(world.service(files=RottingFiles(world.root, times=2)))
     assert world.done() == [2]
@@ -564,7 +565,7 @@ def test_without_memory_for_words_they_come_later(world: World, monkeypatch: pyt
     service = world.service()
     assert service.take()
     with a_rank_lives(start.region):
-        monkeypatch.setattr("lingua.checkpoint.shm.records.Record.write", _full)
+        monkeypatch.setattr("lingua.checkpoint.shm.area.Record.write", _full)
         service.tick()
         service.tick()
         assert slot.state() == "free"

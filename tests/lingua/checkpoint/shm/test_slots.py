@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lingua.checkpoint.publish import FileFacts
-from lingua.checkpoint.shm.slots import (
+from lingua.checkpoint.shm.area import (
     SERVICE_LOCK,
     TRAINER_LOCK,
     Region,
@@ -20,7 +20,6 @@ from lingua.checkpoint.shm.slots import (
     base,
     make_region,
     region_of,
-    stale_regions,
 )
 from lingua.files import RunError
 from tests.fakes import FaultyFiles
@@ -261,28 +260,6 @@ def test_locks_are_no_links(region: Region, tmp_path: Path) -> None:
 
 
 # -- regions that nobody works in ----------------------------------------------------------------------------------
-
-
-def test_stale_regions(tmp_path: Path) -> None:
-    world = World(tmp_path).make()
-    start = Start(world, 1)
-    start.begin()
-    start.make_slots()
-    start.stage(7)
-    half = start.take_slot(8)
-    assert half is not None
-    base(world.shm()).joinpath("a-link").symlink_to(tmp_path)
-    with a_rank_lives(start.region):
-        assert list(stale_regions(world.shm())) == []
-    found = list(stale_regions(world.shm()))
-    assert [(stale.run_dir, stale.unsaved_steps) for stale in found] == [(str(world.run_dir), [7])]
-    on_disk = sum(path.stat().st_size for path in start.region.slot(0).folder.iterdir())
-    assert found[0].size_bytes >= on_disk > 0
-    start.region.session.path.write_bytes(b"{")
-    assert [stale.run_dir for stale in stale_regions(world.shm())] == ["unknown"]
-    start.region.remove()
-    assert list(stale_regions(world.shm())) == []
-    assert list(stale_regions(tmp_path / "nowhere")) == []
 
 
 def test_what_is_not_a_slot(region: Region) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.publish import Manifest
-from lingua.checkpoint.shm.slots import Save, Slot, make_region
+from lingua.checkpoint.shm.area import Save, Slot, make_region
 from lingua.checkpoint.shm.staging import SMALL_BYTES, SlotFile, Stager
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lingua.checkpoint import capacity, layout, publish
 from lingua.checkpoint.manager import CheckpointManager
-from lingua.checkpoint.shm import coordinator, drain, service
-from lingua.checkpoint.shm.slots import Region, State, base, region_of
+from lingua.checkpoint.shm import drain, service
+from lingua.checkpoint.shm.area import Region, State, base, make_region, region_of
 from lingua.checkpoint.shm.staging import SMALL_BYTES
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Buffer, DiskError, Files, RunError
@@ -311,7 +311,7 @@ def test_fewer_slots_then_none_where_memory_is_short(
     n_slots: int,
     sentence: str,
 ):
-    monkeypatch.setattr("lingua.checkpoint.shm.writer.free_bytes", lambda path: free)
+    monkeypatch.setattr("lingua.checkpoint.shm.coordinator.free_bytes", lambda path: free)
     monkeypatch.setattr(capacity, "memory_limit", lambda text: limit or (None, 0))
     caplog.set_level(logging.WARNING)
     manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
@@ -326,7 +326,7 @@ def test_fewer_slots_then_none_where_memory_is_short(
 
 
 def test_strict_asks_for_memory(tmp_path: Path, shm: Path, services: Services, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lingua.checkpoint.shm.writer.free_bytes", lambda path: 0)
+    monkeypatch.setattr("lingua.checkpoint.shm.coordinator.free_bytes", lambda path: 0)
     manager = CheckpointManager(args(shm, strict=True), tmp_path, start_service=services.start)
     with pytest.raises(RunError, match=r"/dev/shm has 0 B free.*or allow synchronous saves with checkpoint.strict=f"):
         manager.prepare(make())
@@ -572,6 +572,15 @@ def test_a_last_save_that_one_rank_s_memory_loses_is_made_on_the_disk_by_all(tmp
     assert done(tmp_path) == [1]
 
 
+def test_what_another_version_left_in_memory_is_in_nobodys_way(tmp_path: Path, shm: Path, services: Services):
+    region = make_region(tmp_path, shm)
+    region.session.reserve()
+    region.session.write({"run_id": "x", "run_dir": str(tmp_path), "dump": [1, 0], "keep_every": 0})
+    manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+    assert manager.save(1, make(), final=True).published
+    manager.close()
+
+
 # -- what goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -661,7 +670,7 @@ def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(
         manager.close()
         old.release()
         with RunLock(tmp_path) as lock, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(coordinator, "HANDOVER_S", 0.0)
+            patch.setattr(drain, "HANDOVER_S", 0.0)
             threading.Timer(0.2, gate.touch).start()
             manager = CheckpointManager(args(shm), tmp_path, lock=lock, start_service=services.start)
             assert manager.latest() == 1  # it was in memory, and is saved by the new start

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lingua.checkpoint import layout, lookup, publish
-from lingua.checkpoint.shm import slots
+from lingua.checkpoint.shm.area import TRAINER_LOCK, Region, Save, make_region
 from lingua.checkpoint.tools.gc import Item, remove_garbage, survey_garbage, why_not_now
 from lingua.files import DISK, Files, RunError, write_json
 from lingua.run.lock import RunLock
@@ -175,13 +175,13 @@ def test_refused_while_a_service_is_writing(tmp_path: Path) -> None:
     assert why_not_now(tmp_path, now=later) is None  # it has been silent for hours
 
 
-def region(run_dir: Path, shm: Path, step: int) -> slots.Region:
+def region(run_dir: Path, shm: Path, step: int) -> Region:
     """Memory of a run whose processes are all dead, with a complete snapshot in it."""
-    found = slots.make_region(run_dir, shm)
+    found = make_region(run_dir, shm)
     found.session.write({"run_dir": str(run_dir)})
     slot = found.slot(0)
     slot.folder.mkdir()
-    save = slots.Save("id", 1, step, (0,))
+    save = Save("id", 1, step, (0,))
     slot.put_mark(save)
     slot.say_ready(0, save, {})
     return found
@@ -207,11 +207,17 @@ def test_memory_of_dead_runs_goes_unless_their_next_start_would_save_what_is_in_
         make_run(tmp_path / name, 1, shm_path=str(shm))
     saved, unsaved = region(tmp_path / "run", shm, 1), region(tmp_path / "unsaved", shm, 2)
     gone, living = region(tmp_path / "gone", shm, 2), region(tmp_path / "living", shm, 1)
-    told: list[Item] = []
-    with holding(living.folder / slots.TRAINER_LOCK):
-        remove_garbage(tmp_path / "run", told.extend)
-    assert sorted(item.why for item in told) == [f"memory of {tmp_path / name}" for name in ("gone", "run")]
-    assert [found.folder.exists() for found in (saved, gone, unsaved, living)] == [False, False, True, True]
+    illegible, link = region(tmp_path / "illegible", shm, 2), saved.folder.with_name("a-link")
+    illegible.session.path.write_bytes(b"{")
+    link.symlink_to(living.folder)
+    found: list[Item] = []
+    with holding(living.folder / TRAINER_LOCK):
+        remove_garbage(tmp_path / "run", found.extend)
+    gone_runs = (tmp_path / "gone", tmp_path / "run", "unknown")
+    assert sorted(item.why for item in found) == [f"memory of {run}" for run in gone_runs]
+    assert all(item.size_bytes > 0 for item in found)
+    assert [each.folder.exists() for each in (saved, gone, illegible, unsaved, living)] == [False] * 3 + [True] * 2
+    assert link.is_symlink()
 
 
 class Waking(Files):

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from lingua.checkpoint import layout, publish
-from lingua.checkpoint.retention import Periods, Rhythm
+from lingua.checkpoint.retention import kinds
 from lingua.checkpoint.tools.status import await_done, leases, survey, why_never
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import RunError, write_json
 from lingua.run.lock import RunLock
 from tests.checkpoints import FILES, content, make_run, names_under, publish_step, write_part
@@ -88,10 +89,11 @@ def test_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "kinds"), [(4, ["dump"]), (6, ["eval"]), (12, ["dump", "eval"]), (10, ["milestone"]), (7, ["stop"])]
+    ("step", "expected"), [(4, ["dump"]), (6, ["eval"]), (12, ["dump", "eval"]), (10, ["milestone"]), (7, ["stop"])]
 )
-def test_kinds(step: int, kinds: list[str]) -> None:
-    assert Periods(Rhythm(4, 1), Rhythm(6, 1), 10, None).kinds(step) == kinds
+def test_kinds(step: int, expected: list[str]) -> None:
+    args = CheckpointArgs(dump=SaveEvery(every=4, keep=1), eval=SaveEvery(every=6, keep=1), keep_every=10)
+    assert kinds(step, args) == expected
 
 
 # -- waiting -------------------------------------------------------------------------------------------------------

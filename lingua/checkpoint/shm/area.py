@@ -1,28 +1,27 @@
-"""Regions and slots: where a node keeps snapshots in memory until they are on the disk. Torch-free.
+"""The shared-memory area of a run on one node: slots for snapshots, and small records beside them. Torch-free.
 
-Promise: who may touch a slot is told by the name of its mark, and a mark changes by one rename, so that of a rank that
-wants to fill a slot and a service that wants to drain it one wins and the other knows. A slot without any mark is in
-the middle of a change and belongs to nobody who asks. A slot counts as complete only when every rank of the node has
-said so for the same save. Names are predictable on a machine that others share: a link
-or a folder of another user is refused. All that a save writes is allocated when the slots are made and overwritten in
-place (`records.py`): others who fill the memory file system later, its bytes or its names, keep no save from it.
-Cost: listings of a memory file system, microseconds.
+The name of a slot's mark says who may touch the slot, and a mark changes by one rename. So if a rank wants to fill a
+slot and the service wants to drain it, one of them wins and the other knows. A slot without a mark is being changed and
+belongs to nobody who asks. A slot is complete only when every rank of the node has reported so for the same save. The
+names can be guessed on a shared machine, so a link or another user's folder is refused. All that a save writes is
+allocated when the slots are made, and is overwritten in place: whoever fills the memory file system later, its bytes or
+its names, keeps no save from it.
 
-/dev/shm/lingua-<uid>/<run>-<hash of its path>/     a region: one run on one node; only its user may look inside
+/dev/shm/lingua-<uid>/<run>-<hash of its path>/     an area: one run on one node; only its user may look inside
     trainer.lock       locked (shared) by every rank of the node
     service.lock       locked by the node's service
-    session            what the newest start says to the service
-    events             what the service says to the ranks
+    session            the run as its newest attempt describes it to the service (`ServedRun`)
+    events             what the service reports to the ranks (`Events`)
     slot-0/            model.00003.distcp ...   the final bytes of each file, allocated once
-           ready.00003                          rank 3's part is complete: size and checksum of its files
-    slot-0.staged      the mark; its content: one save (step, incarnation, which ranks)
+           ready.00003                          rank 3's part is complete: sizes and checksums of its files
+    slot-0.staged      the mark; its content: one save (step, attempt, which ranks)
 
     free -> staged       leader (lowest rank of the node): the slot is being filled, then complete
     staged -> draining   service
     draining -> free     service: published, or lost
     draining -> staged   service: the disk failed, try again later
     staged -> claimed    leader: to be filled with a newer save, if all nodes agree; back to staged if not
-    claimed -> staged    leader: the mark says the new save first
+    claimed -> staged    leader: the mark names the new save first
 """
 
 from __future__ import annotations
@@ -32,14 +31,19 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
+import xxhash
+
+from lingua.checkpoint import layout
 from lingua.checkpoint.publish import FileFacts, Manifest
-from lingua.checkpoint.shm.records import Record
+from lingua.config.base import plain
+from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.files import DISK, Files, ProcessLock, RunError, entries
 
 State = Literal["free", "staged", "draining", "claimed"]
@@ -49,14 +53,74 @@ TRAINER_LOCK = "trainer.lock"
 SERVICE_LOCK = "service.lock"
 
 MARK_BYTES = 4096
-"""Room for what a mark, or a rank's `ready`, says: ranks of one node, a few files."""
+"""Room for the content of a mark, or of a rank's `ready`: ranks of one node, a few files."""
 SESSION_BYTES = 32 << 10
-"""Two paths, and steps of checkpoints."""
+"""Some paths, and steps of checkpoints."""
 EVENTS_BYTES = 256 << 10
 """More than a thousand events."""
+HEAD_BYTES = 64
+"""At most so many of each line of a record come before its document."""
 
 _SLOT = re.compile(r"slot-(\d{1,3})", re.ASCII)
 _READY = re.compile(r"ready\.\d{5}", re.ASCII)
+
+
+# -- records -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """A small JSON document that is overwritten in place, so that a full file system cannot refuse it.
+
+    The file is allocated once and has two halves. Each holds one line: a number, a checksum and a document. A write
+    goes to the half that does not hold the newest document; a reader takes the newest line whose checksum is right. So
+    whoever dies or reads in the middle of a write, the document is whole: the new one or the one before. One writer.
+    """
+
+    path: Path
+    half_bytes: int
+
+    def reserve(self, *, files: Files = DISK) -> None:
+        """Make the file, or leave it as it is, so that `write` needs neither bytes nor a name. Raises OSError."""
+        files.close(files.reserve(self.path, 2 * self.half_bytes))
+
+    def fits(self, value: Any) -> bool:
+        return HEAD_BYTES + len(orjson.dumps(value)) <= self.half_bytes
+
+    def write(self, value: Any, *, files: Files = DISK) -> None:
+        """Raises OSError; then the document is as before."""
+        if not self.fits(value):
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self.path))
+        descriptor = files.reserve(self.path, 2 * self.half_bytes)
+        try:
+            number = self._newest()[0] + 1
+            head, text = b"%d" % number, orjson.dumps(value)
+            os.lseek(descriptor, number % 2 * self.half_bytes, os.SEEK_SET)
+            files.write(descriptor, b"%s %s %s\n" % (head, _checksum(head, text), text))
+        finally:
+            files.close(descriptor)
+
+    def read(self) -> Any:
+        """The newest document; None before the first one. Raises FileNotFoundError."""
+        return orjson.loads(self._newest()[1])
+
+    def _newest(self) -> tuple[int, bytes]:
+        found = [(0, b"null")]
+        with self.path.open("rb") as file:
+            for start in (0, self.half_bytes):
+                file.seek(start)
+                head, _, rest = file.readline(self.half_bytes).removesuffix(b"\n").partition(b" ")
+                checksum, _, text = rest.partition(b" ")
+                if checksum == _checksum(head, text):
+                    found.append((int(head), text))
+        return max(found)
+
+
+def _checksum(head: bytes, text: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(head + b" " + text).encode()
+
+
+# -- slots ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -272,40 +336,113 @@ def _make_private(folder: Path, files: Files) -> None:
         )
 
 
+# -- what ranks and service send each other ------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class StaleRegion:
-    """A region that nobody works in any more."""
+class ServedRun:
+    """A run as its newest attempt describes it to the checkpoint services; the leader of each node writes it whole."""
 
-    region: Region
-    run_dir: str
-    size_bytes: int
-    """Memory that removing it gives back."""
-    unsaved_steps: list[int]
-    """Complete snapshots in it; the run's next start on this machine would still save them."""
+    run_id: str
+    run_dir: Path
+    root: Path
+    """Folder of its checkpoints."""
+    incarnation: int
+    args: CheckpointArgs = field(default_factory=CheckpointArgs)
+    job: tuple[str, int] = ("", 0)
+    """Slurm job id and how often it was requeued."""
+    verified: tuple[int, ...] = ()
+    """Steps that the ranks have verified."""
+    rescue: tuple[tuple[int, int], ...] = ()
+    """(attempt, step) of saves by earlier attempts that are wanted."""
+    ending: bool = False
+    """The ranks only wait for their last save."""
+    deadline_s: float | None = None
+    """Seconds since the epoch at which the job ends, once it has been asked to stop."""
+
+    def wants(self, save: Save) -> bool:
+        own = save.run_id == self.run_id and save.incarnation == self.incarnation
+        return own or (save.run_id == self.run_id and (save.incarnation, save.step) in self.rescue)
+
+    def gives_up(self, save: Save) -> bool:
+        """Return whether a save is of no use any more. One by a newer attempt, of which we have not read yet, is."""
+        return not self.wants(save) and (save.run_id != self.run_id or save.incarnation < self.incarnation)
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Limit on writing in the background."""
+        return self.args.bandwidth_gb_per_s * 1e9 if self.args.bandwidth_gb_per_s else None
+
+    @property
+    def passage(self) -> Path:
+        return layout.passage(self.root, self.incarnation)
+
+    def folder(self, step: int) -> Path:
+        """Where the files of a step are written before it is published."""
+        return layout.coming(layout.folder(self.root, step), self.incarnation)
+
+    def part_file(self, step: int, node: int) -> Path:
+        return self.passage / f"part-{layout.step_name(step)}-{node}.json"
+
+    def writer_file(self, step: int, node: int) -> Path:
+        return self.passage / f"writer-{layout.step_name(step)}-{node}.json"
 
 
-def stale_regions(shm: Path = SHM) -> Iterator[StaleRegion]:
-    """Regions of this user without a living rank or service."""
-    for folder in entries(base(shm)):
-        region = Region(folder)
-        if folder.is_symlink() or not folder.is_dir() or _is_held(region):
-            continue
+def read_run(region: Region) -> ServedRun | None:
+    """Read what the newest attempt wrote, or None before the first. Raises RunError for another version's."""
+    try:
+        content: dict[str, Any] | None = region.session.read()
+        if content is None:
+            return None
+        content |= {key: Path(content[key]) for key in ("run_dir", "root")}
+        content |= {"verified": tuple(content["verified"]), "job": tuple(content["job"])}
+        content["rescue"] = tuple((int(incarnation), int(step)) for incarnation, step in content["rescue"])
+        return ServedRun(**{**content, "args": CheckpointArgs.model_validate(content["args"])})
+    except FileNotFoundError:
+        return None
+    except (TypeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{region.session.path} is of another version of lingua ({reason}); remove it") from None
+
+
+def write_run(region: Region, run: ServedRun, *, files: Files = DISK) -> None:
+    """Replace what the newest attempt wrote. Raises OSError, and then it is as before."""
+    paths = {"run_dir": str(run.run_dir), "root": str(run.root)}
+    region.session.write({**vars(run), **paths, "args": plain(run.args.model_dump(mode="json"))}, files=files)
+
+
+EventKind = Literal["published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed"]
+"""failing: the disk refused, the step is tried again; silent: the disk does not answer; fenced: a newer attempt owns
+the run; failed: a bug of ours."""
+
+
+class Events:
+    """What the service of an area reports to its ranks. The newest are kept, a thousand or more."""
+
+    def __init__(self, region: Region) -> None:
+        """Reading begins with what is sent from now on."""
+        self._record = region.events
+        self._n_read = self._sent()[0]
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Append an event; only the service does. Raises OSError, and then nothing is sent."""
+        n_sent, newest = self._sent()
+        newest.append(event)
+        while len(newest) > 1 and not self._record.fits([n_sent + 1, newest]):
+            del newest[: (len(newest) + 1) // 2]
+        self._record.write([n_sent + 1, newest])
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return what was sent since the last time."""
+        n_sent, newest = self._sent()
+        n_new = max(0, n_sent - self._n_read)
+        self._n_read += n_new
+        return newest[-n_new:] if n_new else []
+
+    def _sent(self) -> tuple[int, list[dict[str, Any]]]:
+        """Return how many events there have been, and the newest of them."""
         try:
-            run_dir = str(region.session.read()["run_dir"])
-        except (OSError, TypeError, KeyError):
-            run_dir = "unknown"
-        size_bytes = sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
-        complete = [found[0].step for slot in region.slots() if (found := slot.complete())]
-        yield StaleRegion(region, run_dir, size_bytes, sorted(complete))
-
-
-def _is_held(region: Region) -> bool:
-    for name in (TRAINER_LOCK, SERVICE_LOCK):
-        if (region.folder / name).exists():
-            lock = region.lock(name)
-            try:
-                if lock.holder() is not None:
-                    return True
-            finally:
-                lock.close()
-    return False
+            n_sent, newest = self._record.read() or (0, [])
+        except FileNotFoundError:
+            return 0, []
+        return n_sent, newest

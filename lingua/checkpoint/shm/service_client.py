@@ -1,0 +1,207 @@
+"""The checkpoint service as the leader of its node sees it: start it, send it the run, read its reports. Torch-free.
+
+The service is started again when it dies, a few times. What it reports is logged, and its bugs are raised as ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from lingua.checkpoint.shm.area import SERVICE_LOCK, Events, Region, ServedRun, write_run
+from lingua.files import DISK, DiskError, Files, RunError, raise_if
+from lingua.run.failure import RankError, carried
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.05
+RESTARTS = 3
+"""Of the service, until it has published something."""
+DISK_ATTEMPTS = 4
+"""Of the service to save what somebody waits for, on a disk that fails in a way that may pass: some seconds."""
+START_S = 30.0
+"""How long a service may take to start."""
+
+
+class ServiceProcess(Protocol):
+    """A process that was started."""
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+
+
+StartService = Callable[[Path, Path, Path], ServiceProcess]
+"""(run folder, memory file system, log file) -> a service of this node."""
+
+
+def start_service(run_dir: Path, shm: Path, log_file: Path) -> ServiceProcess:
+    """Start the service of this node in a session of its own, so that it outlives us."""
+    command = [sys.executable, "-m", "lingua.checkpoint.shm.service", os.path.realpath(run_dir), "--shm", str(shm)]
+    home = str(Path(__file__).parents[3])
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+class ServiceClient:
+    """The service of one node, for the leader of its ranks."""
+
+    def __init__(
+        self,
+        region: Region,
+        incarnation: int,
+        log_file: Path,
+        *,
+        files: Files = DISK,
+        start: StartService = start_service,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._region, self._incarnation, self._log_file = region, incarnation, log_file
+        self._files, self._start, self._sleep = files, start, sleep
+        self._run: ServedRun | None = None
+        self._n_starts = 0
+        self._n_refusals = 0
+        """By the disk, since it last took a checkpoint or somebody began to wait."""
+        self._events = Events(region)
+        self._outcomes: dict[int, dict[str, Any]] = {}
+        """The last report on each step since the last save."""
+        self.fatal: RunError | None = None
+        """A bug of the service, or the run has a newer attempt."""
+
+    # -- the process -----------------------------------------------------------------------------------------------
+
+    def send(self, run: ServedRun) -> None:
+        """Send the service what it must know of the run; start it if need be. Raises OSError, RunError."""
+        self._run = run
+        write_run(self._region, run, files=self._files)
+        self.ensure()
+
+    def ensure(self) -> None:
+        """Start the service if there is none. Raises RunError when it dies again and again."""
+        assert self._run is not None
+        while not self._is_alive():
+            if self._n_starts > RESTARTS:
+                ended = f"the checkpoint service of this node has ended {self._n_starts} times"
+                raise RunError(f"{ended}; see {self._log_file}")
+            if self._n_starts:
+                log.warning("the checkpoint service of this node is gone; starting another")
+            self._n_starts += 1
+            process = self._start(self._run.run_dir, Path(self._run.args.shm_path), self._log_file)
+            looks = 0
+            while process.poll() is None and not self._is_alive():
+                looks += 1
+                if looks > START_S / LOOK_S:
+                    late = f"the checkpoint service did not start within {START_S:.0f} s"
+                    raise RunError(f"{late}; see {self._log_file}")
+                self._sleep(LOOK_S)
+
+    def _is_alive(self) -> bool:
+        lock = self._region.lock(SERVICE_LOCK)
+        try:
+            return lock.holder() is not None
+        finally:
+            lock.close()
+
+    # -- its reports -----------------------------------------------------------------------------------------------
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Return what the service has reported to this attempt since the last time, and log it."""
+        events = [event for event in self._events.read() if event["incarnation"] == self._incarnation]
+        for event in events:
+            _log(event)
+            if event["kind"] in ("published", "lost", "failing"):
+                self._outcomes[event["step"]] = event
+                self._n_refusals += _is_refusal(event)
+            if event["kind"] == "published":
+                self._n_starts, self._n_refusals = min(self._n_starts, 1), 0
+            elif event["kind"] in ("failed", "fenced"):
+                self.fatal = RankError(event["why"], "bug") if event["kind"] == "failed" else RunError(event["why"])
+        return events
+
+    def check(self) -> None:
+        """Read its reports and start it if it died. Raises RunError when it cannot go on."""
+        self.read_events()
+        raise_if(self.fatal)
+        self.ensure()
+
+    def forget_outcomes(self) -> None:
+        """Call when a new save begins."""
+        self._outcomes.clear()
+
+    def await_rescue(self, numbers: list[int]) -> None:
+        """Wait until the service has saved these slots of an earlier attempt. Raises RunError when the disk refuses."""
+        while any(self._region.slot(number).state() != "free" for number in numbers):
+            refusals = [_refusal(event) for event in self.read_events() if _is_refusal(event)]
+            error = self.fatal or next((newest for newest in refusals[-1:] if not self._may_pass(newest)), None)
+            if error is not None:
+                raise carried(
+                    error,
+                    f"this node's memory holds a newer checkpoint than the disk, and it cannot be saved: {error}. "
+                    f"Mend that and start again on {socket.gethostname()}",
+                )
+            self.ensure()
+            self._sleep(LOOK_S)
+
+    def expect(self) -> None:
+        """Call before waiting for a step: refusals of earlier ones do not count."""
+        self._n_refusals = 0
+
+    def outcome(self, step: int, is_late: bool, *, has_deadline: bool, stopping: bool) -> tuple[bool, str | None]:
+        """Return whether the fate of a step is known, and what is missing if it is not published.
+
+        Raises RunError when it is lost or the disk refuses it for good; see `Coordinator.finish`.
+        """
+        self.check()
+        event = self._outcomes.get(step, {"kind": "nothing"})
+        if event["kind"] == "lost":
+            raise RankError(event["why"], "disk")  # a rank that trains it again may save it
+        if event["kind"] == "published":
+            return True, None
+        if event["kind"] == "failing" and not has_deadline and not self._may_pass(_refusal(event)):
+            if not stopping or not _refusal(event).may_pass:
+                raise _refusal(event)
+            is_late = True
+        if not is_late:
+            return False, None
+        trouble = f" ({event['why']})" if "why" in event else ""
+        return True, f"checkpoint {step} is in the memory of {socket.gethostname()}, but not on the disk yet{trouble}"
+
+    def _may_pass(self, refused: DiskError) -> bool:
+        """Return whether it is worth waiting for the service's next attempt."""
+        return refused.may_pass and self._n_refusals < DISK_ATTEMPTS
+
+
+def _is_refusal(event: dict[str, Any]) -> bool:
+    """Return whether the disk has refused a checkpoint; what cannot be deleted is `failing` too."""
+    return event["kind"] == "failing" and "errno" in event
+
+
+def _refusal(event: dict[str, Any]) -> DiskError:
+    return DiskError(event["why"], event.get("errno"))
+
+
+def _log(event: dict[str, Any]) -> None:
+    if event["kind"] == "published":
+        log.info(
+            "checkpoint %d is published, %.1f s after it was taken up (%.2f GB/s)",
+            event["step"], event["seconds"], event["gb_per_s"],
+        )  # fmt: skip
+    elif event["kind"] == "recovered":
+        log.info("%s", event["why"])
+    elif event["kind"] != "retired" or "why" in event:
+        log.error("%s", event["why"])
