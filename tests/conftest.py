@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 import lingua  # noqa: F401 (first of all: it sets what torch reads once)
+from tests.cli import Lingua
 from tests.slurm_cluster import Cluster, until, why_not
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def _own_environment() -> Iterator[None]:
     """Of each test too, and of the program that it calls."""
     with own_environment():
         yield
+
+
+@pytest.fixture(name="lingua")
+def _lingua(capsys: pytest.CaptureFixture[str]) -> Lingua:
+    return Lingua(capsys)
 
 
 @pytest.fixture(params=["plain", "a blank, it's; echo foo\n$(new) line"])

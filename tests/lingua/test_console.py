@@ -1,10 +1,12 @@
-"""What commands print: tables, figures."""
+"""What commands print: tables, figures, progress."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
-from lingua.console import duration, figure, show, show_table
+from lingua.console import Progress, duration, figure, metrics_line, show, show_table
 
 
 def test_a_table_is_aligned_and_never_cut_or_taken_for_markup(capsys: pytest.CaptureFixture[str]):
@@ -26,3 +28,36 @@ def test_facts_are_lines_or_json(capsys: pytest.CaptureFixture[str]):
 def test_figures():
     assert (figure(None), figure(2.0), figure(1234, ",")) == ("-", "2.0000", "1,234")
     assert [duration(s) for s in (-1, 59.6, 75, 3600, 90000)] == ["0s", "1m0s", "1m15s", "1h0m", "1d1h"]
+
+
+METRICS = {
+    "global_step": 3, "loss/out": 2.5, "optim/grad_norm": 0.5, "optim/lr": 1e-3, "speed/wps": 1234.5, "time/eta_s": 61,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shown", [True, False])  # rank 0; other ranks
+def test_a_log_gets_one_plain_line_per_report(shown: bool, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    with Progress(shown=shown, bar=False) as progress:
+        progress.begin("run", 10, "steps")
+        progress.advance(3)
+        progress.report(METRICS)
+    assert caplog.messages == ([metrics_line(METRICS, 10)] if shown else [])
+    assert metrics_line(METRICS, 10).startswith("step 3/10  loss 2.5000")
+
+
+@pytest.mark.parametrize(
+    ("unit", "text"), [("steps", ("3/10", "1,234 tokens/s")), ("bytes", ("3 B of 10 B", "/s, left"))]
+)
+def test_a_terminal_gets_a_bar(
+    unit: Literal["steps", "bytes"], text: tuple[str, str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress(bar=True) as progress:
+        progress.begin("myrun", 10, unit, done=2)
+        progress.advance(1)
+        if unit == "steps":
+            progress.report(METRICS)
+    err = capsys.readouterr().err
+    assert all(part in err for part in ("myrun", *text)), err

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from apps.cli.data import read_run
-from apps.cli.main import app
-from lingua.config.command_line import run_main
 from lingua.data.loader import build_loader
+from tests.cli import Lingua
 from tests.corpora import documents, two_sources, write_source
 from tests.no_torch import said_without_torch
 from tests.trainer import TINY, at_step, kill_self, train
@@ -20,17 +19,9 @@ from tests.trainer import TINY, at_step, kill_self, train
 ROOT = Path(__file__).parents[3]
 
 
-def lingua(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `lingua data ...`."""
-    code = run_main(lambda given: app(given, prog_name="lingua", standalone_mode=False), ["data", *map(str, words)])
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def record(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    code, out, err = lingua(capsys, *words, "--json")
-    assert code == 0, err
-    return json.loads(out)
+@pytest.fixture(name="lingua")
+def _lingua(capsys: pytest.CaptureFixture[str]) -> Lingua:
+    return Lingua(capsys, "data")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +48,12 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_audit_confirms_a_run_over_its_restarts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = record(capsys, "audit", run, "--workers", 2)
+def test_audit_confirms_a_run_over_its_restarts(run: Path, lingua: Lingua) -> None:
+    found = lingua.record("audit", run, "--workers", 2)
     assert (found["ok"], found["checkpoints"], found["begin"], found["rows"]) == (True, [2, 4, 6], 0, 48)
     assert found["tokens_checked"] is True
     assert found["pieces"] > 12
-    assert record(capsys, "audit", run, "--no-tokens", "--workers", 1)["tokens_checked"] is False
+    assert lingua.record("audit", run, "--no-tokens", "--workers", 1)["tokens_checked"] is False
 
 
 def forge(state: dict[str, Any], what: str) -> None:
@@ -91,24 +82,24 @@ def forge(state: dict[str, Any], what: str) -> None:
     ],
 )
 def test_audit_finds_each_kind_of_lie(
-    run: Path, what: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, what: str, sentence: str, monkeypatch: pytest.MonkeyPatch, lingua: Lingua
 ) -> None:
     args, n_lanes, rows_per_step, first_row, states = read_run(run)
     forge(states[4], what)
     monkeypatch.setattr("apps.cli.data.read_run", lambda path: (args, n_lanes, rows_per_step, first_row, states))
-    code, out, _ = lingua(capsys, "audit", run, "--json", "--workers", 1)
+    code, out, _ = lingua("audit", run, "--json", "--workers", 1)
     found = json.loads(out)
     assert (code, found["ok"]) == (1, False)
     assert re.search(sentence, found["problems"][0]), found["problems"]
 
 
-def test_rows_are_those_that_the_step_was_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_those_that_the_step_was_trained_on(run: Path, lingua: Lingua) -> None:
     args, n_lanes, rows_per_step, _, _ = read_run(run)
     with build_loader(args, rows_per_step=rows_per_step, lanes=n_lanes) as loader:
         trained = [[bytes(i for i in ids if i < 256) for ids in next(loader).views[0].tolist()] for _ in range(24)]
     flat = [text for batch in trained for text in batch]
     for step in (1, 4, 6):
-        shown = record(capsys, "rows", run, "--step", step)["rows"]
+        shown = lingua.record("rows", run, "--step", step)["rows"]
         assert [row["row"] for row in shown] == list(range(8 * step - 8, 8 * step))
         for row in shown:
             assert sum(part["n_tokens"] for part in row["documents"]) == 32
@@ -117,60 +108,59 @@ def test_rows_are_those_that_the_step_was_trained_on(run: Path, capsys: pytest.C
             for part in row["documents"]:
                 line = Path(part["file"]).read_bytes()[part["offset"] :].split(b"\n")[0]
                 assert part["text"].strip("\\xc3a9") in json.loads(line)["text"] or "\\x" in part["text"]
-    code, out, _ = lingua(capsys, "rows", run, "--step", 2, "--chars", 5)
+    code, out, _ = lingua("rows", run, "--step", 2, "--chars", 5)
     assert code == 0
     assert out.count("row ") == 8
 
 
-def test_what_is_no_run_is_told(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = lingua(capsys, "audit", tmp_path)
+def test_what_is_no_run_is_told(tmp_path: Path, run: Path, lingua: Lingua) -> None:
+    code, _, err = lingua("audit", tmp_path)
     assert (code, err) == (2, f"error: {tmp_path} is not a run folder: it has no config.yaml\n")
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    assert "no checkpoint yet" in lingua(capsys, "rows", tmp_path, "--step", 1)[2]
+    assert "no checkpoint yet" in lingua("rows", tmp_path, "--step", 1)[2]
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect(tmp_path: Path, lingua: Lingua) -> None:
     folder = write_source(tmp_path, "s", ["abc", "de", "é"], n_files=2)
     with (folder / "s.chunk.01.jsonl").open("a") as file:
         file.write("\n{\n")
-    facts = record(capsys, "inspect", folder)
+    facts = lingua.record("inspect", folder)
     assert facts["documents"] == 3
     assert facts["text_bytes"] == facts["tokens_estimated"] == 7
     assert facts["bad_lines_by_kind"] == {"blank": 1, "not_json": 1}
-    document = record(capsys, "inspect", folder, "--doc", 1)
+    document = lingua.record("inspect", folder, "--doc", 1)
     assert (document["text"], document["offset"]) == ("é", 16)
-    assert "has 3 documents" in lingua(capsys, "inspect", folder, "--doc", 3)[2]
-    code, out, _ = lingua(capsys, "inspect", folder)
+    assert "has 3 documents" in lingua("inspect", folder, "--doc", 3)[2]
+    code, out, _ = lingua("inspect", folder)
     assert code == 0
     assert "documents                3" in out
 
 
-def test_index_and_tokenize(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_and_tokenize(tmp_path: Path, lingua: Lingua) -> None:
     write_source(tmp_path, "s", documents("d", 50))
-    made = record(capsys, "index", tmp_path / "s")
+    made = lingua.record("index", tmp_path / "s")
     assert [facts["lines"] for facts in made.values()] == [25, 25]
     assert len(list((tmp_path / "s").glob("*.idx"))) == 2
-    record(capsys, "index", tmp_path / "s" / "s.chunk.00.jsonl", "--out", tmp_path / "elsewhere")
+    lingua.record("index", tmp_path / "s" / "s.chunk.00.jsonl", "--out", tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "s.chunk.00.jsonl.idx").is_file()
     words = ("tokenize", tmp_path / "s", "--out", tmp_path / "t")
-    first = record(capsys, *words, "--workers", 2)
+    first = lingua.record(*words, "--workers", 2)
     assert (first["files_made"], first["documents"]) == (2, 50)
-    assert record(capsys, *words)["files_there_already"] == 2
-    facts = record(capsys, "inspect", tmp_path / "t" / "s")
+    assert lingua.record(*words)["files_there_already"] == 2
+    facts = lingua.record("inspect", tmp_path / "t" / "s")
     assert (facts["documents"], facts["tokens"], facts["damaged_files"]) == (50, first["tokens"], [])
-    assert "token files hold no text" in lingua(capsys, "inspect", tmp_path / "t" / "s", "--doc", 0)[2]
+    assert "token files hold no text" in lingua("inspect", tmp_path / "t" / "s", "--doc", 0)[2]
 
 
-def test_tokenize_a_config_and_train_from_it(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenize_a_config_and_train_from_it(corpus: Path, tmp_path: Path, lingua: Lingua) -> None:
     words = run_words(corpus, tmp_path / "run")
-    made = record(capsys, "tokenize", *words, "--out", tmp_path / "t", "--workers", 1)
+    made = lingua.record("tokenize", *words, "--out", tmp_path / "t", "--workers", 1)
     (tmp_path / "tokens.yaml").write_text(json.dumps({"data": {"sources": made["data.sources"]}}))
-    plain = record(capsys, "preview", *words, "--steps", 3)
-    fast = record(
-        capsys,
+    plain = lingua.record("preview", *words, "--steps", 3)
+    fast = lingua.record(
         "preview",
         *[word for word in words if "data.sources" not in word],
         f"+{tmp_path}/tokens.yaml",
@@ -183,13 +173,13 @@ def test_tokenize_a_config_and_train_from_it(corpus: Path, tmp_path: Path, capsy
         assert estimated == pytest.approx(fast["sources"][name]["tokens_per_epoch_estimated"], rel=0.1)
 
 
-def test_preview(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = record(capsys, "preview", *run_words(corpus, tmp_path / "run"), "--steps", 4, "--rows", 3)
+def test_preview(corpus: Path, tmp_path: Path, lingua: Lingua) -> None:
+    facts = lingua.record("preview", *run_words(corpus, tmp_path / "run"), "--steps", 4, "--rows", 3)
     assert (facts["rows_per_step"], facts["steps_of_the_run"]) == (8, 6)
     assert sum(source["tokens"] for source in facts["sources"].values()) == 4 * 8 * 33  # with the last label
     assert [row["row"] for row in facts["first_rows"]] == [0, 1, 2]
     assert not (tmp_path / "run").exists()
-    code, out, _ = lingua(capsys, "preview", *run_words(corpus, tmp_path / "run"))
+    code, out, _ = lingua("preview", *run_words(corpus, tmp_path / "run"))
     assert code == 0
     assert "share_of_tokens" in out
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from apps.cli.export import Dtype, Format, make_export, make_import
-from apps.cli.main import app
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
 from lingua.checkpoint import layout
@@ -24,12 +23,12 @@ from lingua.checkpoint.load_weights import load_weights, open_source
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.base import ConfigError
-from lingua.config.command_line import run_main
 from lingua.config.frozen import dump_yaml
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.config.keys.model import RopeScalingArgs
 from lingua.files import DISK, Files, RunError
 from lingua.train.describe import described
+from tests.cli import Lingua
 from tests.fakes import FaultyFiles, KillFiles
 from tests.ranks import exit_code_of
 
@@ -260,29 +259,23 @@ def test_a_tokenizer_that_is_gone_or_another_is_left_out_and_said_so(tmp_path: P
 # -- the words -------------------------------------------------------------------------------------------------------
 
 
-def lingua(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    code = run_main(lambda given: app(given, prog_name="lingua", standalone_mode=False), [str(word) for word in words])
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def test_the_commands(hostile_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(hostile_dir: Path, lingua: Lingua) -> None:
     run, hf, back = hostile_dir / "run", hostile_dir / "hf", hostile_dir / "back"
     make_run(run, n_layers=1)
-    code, out, _ = lingua(capsys, "export", run, hf)
+    code, out, _ = lingua("export", run, hf)
     assert (code, "AutoModelForCausalLM.from_pretrained(" in out) == (0, True)
-    code, out, _ = lingua(capsys, "import", hf, back, "--json")
+    code, out, _ = lingua("import", hf, back, "--json")
     facts = json.loads(out)
     assert (code, facts["folder"], facts["warnings"]) == (0, str(back), [])
     assert facts["files"] == ["config.yaml", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert lingua(capsys, "import", hf, back)[::2] == (
+    assert lingua("import", hf, back)[::2] == (
         1,
         f"error: {back} already exists; choose a new folder, or remove it first\n",
     )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_same_text_comes_out_of_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_text_comes_out_of_every_form(tmp_path: Path, lingua: Lingua) -> None:
     run, meta = tmp_path / "run", tmp_path / "meta" / "checkpoints" / "0000000001"
     make_run(run, n_layers=1)
     for form in Format:
@@ -302,7 +295,7 @@ def test_the_same_text_comes_out_of_every_form(tmp_path: Path, capsys: pytest.Ca
         meta / "consolidated",
     ]
     said = [
-        lingua(capsys, "generate", f"ckpt={place}", "prompt=ab", "max_gen_len=2", "device=cpu", "dtype=fp32")
+        lingua("generate", f"ckpt={place}", "prompt=ab", "max_gen_len=2", "device=cpu", "dtype=fp32")
         for place in places
     ]
     assert {code for code, _, _ in said} == {0}, said

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
 
 import lingua.run.lock
 import lingua.train.build
-from apps.cli.main import app
-from lingua.config.command_line import run_main
 from lingua.run.metrics import read_metrics
+from tests.cli import Lingua
 from tests.no_torch import said_without_torch
 from tests.trainer import TINY, Trainer, at_step, kill_self, losses, published, send_self, train
 
 ROOT = Path(__file__).parents[3]
-
-
-def lingua_says(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `lingua ...`."""
-    code = run_main(lambda given: app(given, prog_name="lingua", standalone_mode=False), list(map(str, words)))
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def record(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
-    code, out, err = lingua_says(capsys, *words, "--json")
-    assert code == 0, err
-    return json.loads(out)
 
 
 @pytest.fixture(scope="module")
@@ -46,51 +30,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_what_ended_it_in_five_lines(capsys: pytest.CaptureFixture[str], folder: Path):
-    code, out, _ = lingua_says(capsys, "why", folder / "sweep" / "killed")
+def test_what_ended_it_in_five_lines(lingua: Lingua, folder: Path):
+    code, out, _ = lingua("why", folder / "sweep" / "killed")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["ended", "cause", "where", "saved", "next"]
     assert "killed, step 5 of 8" in out or "killed, step 4 of 8" in out
     assert "checkpoint 4" in out
-    assert record(capsys, "why", folder / "calm")["cause"] == "all steps are done"
+    assert lingua.record("why", folder / "calm")["cause"] == "all steps are done"
 
 
-def test_status(capsys: pytest.CaptureFixture[str], folder: Path):
-    calm, killed = record(capsys, "status", folder / "calm", folder / "sweep" / "killed")
+def test_status(lingua: Lingua, folder: Path):
+    calm, killed = lingua.record("status", folder / "calm", folder / "sweep" / "killed")
     assert (calm["state"], calm["step"], calm["n_steps"], calm["checkpoint"]) == ("finished", 8, 8, 8)
     assert (killed["state"], killed["checkpoint"], killed["starts"]) == ("killed", 4, 1)
     assert calm["validated_step"] == 4
-    code, out, _ = lingua_says(capsys, "status", folder / "calm")
+    code, out, _ = lingua("status", folder / "calm")
     assert (code, out.splitlines()[0]) == (0, f"{folder / 'calm'}  finished")
 
 
-def test_runs_below_a_folder(capsys: pytest.CaptureFixture[str], folder: Path):
-    code, out, _ = lingua_says(capsys, "runs", folder)
+def test_runs_below_a_folder(lingua: Lingua, folder: Path):
+    code, out, _ = lingua("runs", folder)
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [
         [str(folder / "calm"), "finished"],
         [str(folder / "sweep" / "killed"), "killed"],
     ]
-    assert [run["state"] for run in record(capsys, "runs", folder)] == ["finished", "killed"]
-    assert "no runs" in lingua_says(capsys, "runs", folder / "nothing")[1]
+    assert [run["state"] for run in lingua.record("runs", folder)] == ["finished", "killed"]
+    assert "no runs" in lingua("runs", folder / "nothing")[1]
 
 
-def test_diff(capsys: pytest.CaptureFixture[str], folder: Path):
-    facts = record(capsys, "diff", folder / "calm", folder / "sweep" / "killed")
+def test_diff(lingua: Lingua, folder: Path):
+    facts = lingua.record("diff", folder / "calm", folder / "sweep" / "killed")
     assert facts["config"] == {"optim.clip": [1.0, 0.5]}
     assert facts["loss"]["steps"][:4] == [1, 2, 3, 4]
     assert facts["loss"]["left"][0] == losses(folder / "calm")[1] == facts["loss"]["right"][0]
-    code, out, _ = lingua_says(capsys, "diff", folder / "calm", folder / "calm")
+    code, out, _ = lingua("diff", folder / "calm", folder / "calm")
     assert code == 0
     assert "the configs are equal" in out
     assert "loss: equal at all 8 common steps" in out
-    lines = lingua_says(capsys, "diff", folder / "calm", folder / "sweep" / "killed")[1].splitlines()
+    lines = lingua("diff", folder / "calm", folder / "sweep" / "killed")[1].splitlines()
     assert [line.split(" ")[0] for line in lines[:5]] == ["key", "optim.clip", "", "loss:", "step"]
 
 
-def test_report(capsys: pytest.CaptureFixture[str], folder: Path):
+def test_report(lingua: Lingua, folder: Path):
     page = folder / "page.html"
-    made = record(capsys, "report", folder / "calm", folder / "sweep" / "killed", "--out", page)
+    made = lingua.record("report", folder / "calm", folder / "sweep" / "killed", "--out", page)
     assert (made["html"], made["png"]) == (str(page), [])
     calm, killed = made["runs"]
     assert [(one["number"], one["first_step"], one["end"]) for one in calm["starts"]] == [(1, 0, "finished")]
@@ -104,19 +88,19 @@ def test_report(capsys: pytest.CaptureFixture[str], folder: Path):
     assert "2 runs" in page.read_text()
 
 
-def test_what_is_no_run_or_does_not_run_is_a_sentence(capsys: pytest.CaptureFixture[str], folder: Path):
+def test_what_is_no_run_or_does_not_run_is_a_sentence(lingua: Lingua, folder: Path):
     for words in (["why", folder], ["status", folder / "calm", folder / "nothing"], ["diff", folder, folder]):
-        code, _, err = lingua_says(capsys, *words)
+        code, _, err = lingua(*words)
         assert code == 1
         assert "is not a run folder" in err
     for command in ("stop", "profile"):
-        code, _, err = lingua_says(capsys, command, folder / "calm")
+        code, _, err = lingua(command, folder / "calm")
         assert code == 1
         assert "is not running, it is finished" in err
 
 
 @pytest.mark.ranks
-def test_a_run_is_stopped_from_the_login_node(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_a_run_is_stopped_from_the_login_node(lingua: Lingua, tmp_path: Path):
     """Both ranks leave after the same step, saved, with the code that is not requeued; the next start goes on."""
     reached, reached_here = os.pipe()
 
@@ -127,14 +111,14 @@ def test_a_run_is_stopped_from_the_login_node(capsys: pytest.CaptureFixture[str]
     words = [*TINY, f"dump_dir={tmp_path}", "steps=1000000", "optim.scheduler=constant"]
     with Trainer(words, n_ranks=2, hook=hook) as trainer:
         os.read(reached, 1)
-        code, out, err = lingua_says(capsys, "stop", tmp_path)
+        code, out, err = lingua("stop", tmp_path)
         assert code == 0, err
         assert "asked attempt 1" in out
         result = trainer.wait()
     assert result.exit_code == 130, result.output
     stop = orjson.loads((tmp_path / "stop.json").read_bytes())
     assert (stop["reason"], stop["exit_code"], [stop["step"]]) == ("asked", 130, published(tmp_path))
-    assert record(capsys, "status", tmp_path)[0]["state"] == "stopped"
+    assert lingua.record("status", tmp_path)[0]["state"] == "stopped"
     for descriptor in (reached, reached_here):
         os.close(descriptor)
 
@@ -143,9 +127,7 @@ def test_a_run_is_stopped_from_the_login_node(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.ranks
-def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
+def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(lingua: Lingua, tmp_path: Path):
     """A signal that one rank gets, then `lingua profile`: both ranks time the same steps, rank 0 alone traces."""
     reached, reached_here = os.pipe()
 
@@ -157,9 +139,9 @@ def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(
     words = [*TINY, f"dump_dir={tmp_path}", "steps=1000000", "optim.scheduler=constant", "profiling.profile_steps=1"]
     with Trainer(words, n_ranks=2, hook=hook) as trainer:
         os.read(reached, 1)
-        code, out, err = lingua_says(capsys, "profile", tmp_path, "--steps", 2, "--heavy", "--wait")
+        code, out, err = lingua("profile", tmp_path, "--steps", 2, "--heavy", "--wait")
         assert code == 0, err
-        assert lingua_says(capsys, "stop", tmp_path)[0] == 0
+        assert lingua("stop", tmp_path)[0] == 0
         result = trainer.wait()
     assert result.exit_code == 130, result.output
     for descriptor in (reached, reached_here):

@@ -4,24 +4,17 @@ import pytest
 
 from lingua.config.keys.watchdog import WatchdogArgs
 from lingua.run.watchdog import Heartbeat
+from tests.fakes import Clock
 
 ARGS = WatchdogArgs(step_factor=10, min_s=60, other_s=1000)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time_s = 100.0
-
-    def __call__(self) -> float:
-        return self.time_s
 
 
 def at_pace(step_s: float, n_steps: int = 20, first_step_s: float = 500.0) -> tuple[Heartbeat, Clock]:
     """A run after n steps, the first of which took long."""
     clock = Clock()
-    heartbeat = Heartbeat(ARGS, clock)
+    heartbeat = Heartbeat(ARGS, clock.now)
     for step in range(1, n_steps + 1):
-        clock.time_s += first_step_s if step == 1 else step_s
+        clock.now_s += first_step_s if step == 1 else step_s
         assert heartbeat.overdue() is None
         heartbeat.beat(step)
     return heartbeat, clock
@@ -33,20 +26,20 @@ def at_pace(step_s: float, n_steps: int = 20, first_step_s: float = 500.0) -> tu
 )
 def test_a_step_is_judged_by_the_runs_own_pace(step_s: float, limit_s: float):
     heartbeat, clock = at_pace(step_s)
-    clock.time_s += limit_s
+    clock.now_s += limit_s
     assert heartbeat.overdue() is None
-    clock.time_s += 1
+    clock.now_s += 1
     sentence = f"no step ended within {limit_s} s after step 20; a step takes {step_s:.3g} s (watchdog)"
     assert heartbeat.overdue() == sentence
 
 
 def test_a_start_has_time_to_compile():
     clock = Clock()
-    heartbeat = Heartbeat(ARGS, clock)
+    heartbeat = Heartbeat(ARGS, clock.now)
     assert heartbeat.starting
-    clock.time_s += 999
+    clock.now_s += 999
     assert heartbeat.overdue() is None
-    clock.time_s += 2
+    clock.now_s += 2
     assert "did not finish its first steps within 1000 s" in (heartbeat.overdue() or "")
 
 
@@ -60,7 +53,7 @@ def test_the_first_steps_may_compile_again_and_are_no_measure():
 
 def test_one_slow_step_changes_little():
     heartbeat, clock = at_pace(7)
-    clock.time_s += 65
+    clock.now_s += 65
     heartbeat.beat(21)
     assert heartbeat.limit_s == 70
 
@@ -68,21 +61,21 @@ def test_one_slow_step_changes_little():
 def test_validation_and_checkpoints_have_a_limit_of_their_own_and_do_not_count_as_a_step():
     heartbeat, clock = at_pace(1)
     with heartbeat.during("validation"):
-        clock.time_s += 999
+        clock.now_s += 999
         assert heartbeat.overdue() is None
-        clock.time_s += 2
+        clock.now_s += 2
         assert heartbeat.overdue() == "the validation at step 20 did not end within 1000 s (watchdog.other_s)"
     assert heartbeat.overdue() is None
-    clock.time_s += 1
+    clock.now_s += 1
     heartbeat.beat(21)
     assert heartbeat.limit_s == 60
-    clock.time_s += 61
+    clock.now_s += 61
     assert heartbeat.overdue() is not None
 
 
 def test_without_a_watchdog_nothing_is_overdue():
     clock = Clock()
-    heartbeat = Heartbeat(None, clock)
-    clock.time_s += 1e9
+    heartbeat = Heartbeat(None, clock.now)
+    clock.now_s += 1e9
     assert heartbeat.overdue() is None
     assert heartbeat.limit_s == float("inf")

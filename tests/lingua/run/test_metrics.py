@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import orjson
 import pytest
 
 from lingua.config.keys.logging import LoggingArgs, WandbArgs
@@ -86,13 +85,6 @@ def test_wandb_offline_keeps_its_id_over_restarts_and_takes_steps_that_go_back(t
 def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"logging\.tensorboard"):
         MetricLogger(tmp_path, LoggingArgs(tensorboard=True), attempt=1, run_name="x", config={})
-
-
-def test_metrics_are_one_json_object_per_line(tmp_path: Path):
-    lines = JsonLines(tmp_path / "metrics.jsonl")
-    lines.write({"global_step": 1, "a": 1.5})
-    lines.write({"global_step": 2, "a": 2.5})
-    assert [orjson.loads(line)["a"] for line in lines.path.read_bytes().splitlines()] == [1.5, 2.5]
 
 
 class FakeWandb(ModuleType):
