@@ -118,8 +118,10 @@ class Ranks(NamedTuple):
 
     pattern: str
     special: dict[str, int]
-    bos: str
-    eos: str
+    bos: str = "<|begin_of_text|>"
+    eos: str = "<|end_of_text|>"
+    n_special: int = 256
+    """Ids reserved after the ranks (256 in Llama 3 and lingua); some have no name."""
 
 
 # The split pattern is part of a published tokenizer: another one gives other ids for the same ranks.
@@ -139,7 +141,7 @@ _O200K = "|".join(
         r"\s+",
     )
 )
-_N_SPECIAL = 256  # ids reserved after the ranks, as in Llama 3 and lingua; some have no name
+_SPLITS = {"gpt2": _GPT2, "cl100k": _CL100K, "o200k": _O200K}
 _LLAMA3 = {
     "<|begin_of_text|>": 0,
     "<|end_of_text|>": 1,
@@ -152,8 +154,14 @@ _LLAMA3 = {
 }
 
 
-def ranks_kind(n_ranks: int) -> Ranks:
-    """Return how to use a rank file of this length. In OpenAI's files <|endoftext|> is both begin and end."""
+def ranks_kind(n_ranks: int, split: str = "auto") -> Ranks | None:
+    """Return how to use a rank file of this length, or None if no known tokenizer has it and `split` is auto.
+
+    In OpenAI's files <|endoftext|> is both begin and end.
+    """
+    llama3 = {name: n_ranks + i for name, i in _LLAMA3.items()}
+    if split != "auto":
+        return Ranks(_SPLITS[split], llama3)
     end = "<|endoftext|>"
     if n_ranks in (50256, 50280):  # r50k (GPT-2), p50k
         return Ranks(_GPT2, {end: 50256}, end, end)
@@ -162,19 +170,21 @@ def ranks_kind(n_ranks: int) -> Ranks:
         return Ranks(_CL100K, {end: 100257, **fim, "<|endofprompt|>": 100276}, end, end)
     if n_ranks == 199998:  # o200k
         return Ranks(_O200K, {end: 199999, "<|endofprompt|>": 200018}, end, end)
-    # Llama 3, and every other file as lingua reads it.
-    special = {name: n_ranks + i for name, i in _LLAMA3.items()}
-    return Ranks(_CL100K, special, "<|begin_of_text|>", "<|end_of_text|>")
+    if n_ranks == 128000:  # Llama 3
+        return Ranks(_CL100K, llama3)
+    if n_ranks == 200000:  # Llama 4
+        return Ranks(_O200K, {"<|begin_of_text|>": 200000, "<|end_of_text|>": 200001}, n_special=2048)
+    return None
 
 
 class TiktokenTokenizer(Tokenizer):
     name = "tiktoken"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, split: str) -> None:
         import tiktoken
 
-        ranks, kind = read_ranks(path)
-        self.vocab_size = len(ranks) + _N_SPECIAL
+        ranks, kind = read_ranks(path, split)
+        self.vocab_size = len(ranks) + kind.n_special
         self._model = tiktoken.Encoding(
             path.name, pat_str=kind.pattern, mergeable_ranks=ranks, special_tokens=kind.special
         )
@@ -191,11 +201,16 @@ class TiktokenTokenizer(Tokenizer):
 _NOTHING: frozenset[str] = frozenset()
 
 
-def read_ranks(path: Path) -> tuple[dict[bytes, int], Ranks]:
-    """The tokens of a rank file; every id beyond them has a special token."""
+def read_ranks(path: Path, split: str) -> tuple[dict[bytes, int], Ranks]:
+    """Return the tokens of a rank file and how to use them; every id beyond them has a special token."""
     ranks = _read_ranks(path)
-    kind = ranks_kind(len(ranks))
-    free = sorted(set(range(len(ranks) + _N_SPECIAL)) - set(ranks.values()) - set(kind.special.values()))
+    kind = ranks_kind(len(ranks), split)
+    if kind is None:
+        raise ConfigError(
+            f"{path}: no known tokenizer has {len(ranks)} ranks, and the file does not say how text is split; "
+            f"set data.tokenizer.split to {', '.join(_SPLITS)}, whichever its makers used"
+        )
+    free = sorted(set(range(len(ranks) + kind.n_special)) - set(ranks.values()) - set(kind.special.values()))
     reserved = {f"<|reserved_special_token_{n}|>": token for n, token in enumerate(free)}
     return ranks, kind._replace(special=kind.special | reserved)
 
@@ -228,27 +243,29 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Model
 
-        self._model: Any = Model.from_file(str(path))
-        self._model.no_truncation()  # truncation and padding are for other uses, but some files contain them
-        self._model.no_padding()
-        self._model.encode_special_tokens = True  # text that spells a special token is ordinary text
-        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_id, self.eos_id = self._special(path)
-
-    def _special(self, path: Path) -> tuple[int | None, int | None]:
-        """Return the begin and end ids from `tokenizer_config.json` beside the file, else by their usual names."""
         config = path.with_name("tokenizer_config.json")
         declared = orjson.loads(config.read_bytes()) if config.is_file() else {}
+        text, self._hidden = _for_training(path.read_bytes(), declared)
+        self._model: Any = Model.from_str(text)
+        self._model.encode_special_tokens = True
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id = self._special(declared)
+
+    def _special(self, declared: dict[str, Any]) -> tuple[int | None, int | None]:
+        """Return the begin and end ids that tokenizer_config.json declares, else those of the usual names."""
         usual_bos = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")
         usual_eos = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|endoftext|>")
         return self._first(declared, "bos_token", usual_bos), self._first(declared, "eos_token", usual_eos)
 
     def _first(self, declared: dict[str, Any], key: str, usual: Sequence[str]) -> int | None:
         if key in declared:  # null means none
-            token = declared[key]["content"] if isinstance(declared[key], dict) else declared[key]
-            return None if token is None else self._model.token_to_id(token)
-        ids = (self._model.token_to_id(token) for token in usual)
-        return next((i for i in ids if i is not None), None)
+            token = _content(declared[key])
+            return None if token is None else self._id(token)
+        return next((i for i in map(self._id, usual) if i is not None), None)
+
+    def _id(self, token: str) -> int | None:
+        found = self._model.token_to_id(_hide(token)) if _hide(token) in self._hidden else None
+        return self._model.token_to_id(token) if found is None else found
 
     def encode_text(self, text: str) -> np.ndarray:
         import numpy as np
@@ -256,7 +273,50 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+        text = self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+        for hidden, token in self._hidden.items():
+            text = text.replace(hidden, token)
+        return text
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _hide(token: str) -> str:
+    """Spell a special token so that no text spells it: U+FFFE is not a character (Unicode 16, section 23.7)."""
+    return f"\ufffe{token}\ufffe"
+
+
+def _for_training(content: bytes, declared: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """Return a tokenizer.json for deterministic training, and its hidden spellings of special tokens.
+
+    BPE dropout, truncation and padding are off. A special token that the model's own vocabulary contains could come
+    out of ordinary text (Unigram, or BPE with ignore_merges), so it is spelled as no text is. Tokens that
+    tokenizer_config.json declares as bos_token, eos_token and the like are special, whatever the file says.
+    """
+    file = orjson.loads(content)
+    model, vocab = file["model"], file["model"]["vocab"]
+    file |= {"truncation": None, "padding": None, "post_processor": None}
+    if model.get("dropout") is not None:
+        model["dropout"] = None
+    named = {_content(token) for key, token in declared.items() if key.endswith("_token")}
+    added = file.get("added_tokens") or []
+    for token in added:
+        token["special"] |= token["content"] in named
+    pieces = set(vocab) if isinstance(vocab, dict) else {piece for piece, *_ in vocab}
+    hidden = {_hide(token["content"]): token["content"] for token in added if token["special"]}
+    hidden = {spelled: token for spelled, token in hidden.items() if token in pieces}
+    special = set(hidden.values())
+    file["added_tokens"] = [token for token in added if token["content"] not in special]
+    spell = {token: spelled for spelled, token in hidden.items()}
+    if isinstance(vocab, dict):
+        model["vocab"] = {spell.get(piece, piece): i for piece, i in vocab.items()}
+    else:
+        model["vocab"] = [[spell.get(piece, piece), *score] for piece, *score in vocab]
+    if model.get("unk_token") in special:
+        model["unk_token"] = spell[model["unk_token"]]
+    return orjson.dumps(file).decode(), hidden
 
 
 # -- choosing one --------------------------------------------------------------------------------------------------
@@ -280,32 +340,36 @@ def tokenizer_fingerprint(args: TokenizerArgs) -> str:
     """Return the fingerprint (name and hash of the file) without building the tokenizer."""
     if args.name == "bytes":
         return ByteTokenizer.fingerprint
-    return _fingerprint(args.name, tokenizer_file(args))
+    return _fingerprint(args.name, tokenizer_file(args), args.split)
 
 
-def _fingerprint(name: str, path: Path) -> str:
+def _fingerprint(name: str, path: Path, split: str) -> str:
     import xxhash
 
-    return f"{name}:{xxhash.xxh3_64_hexdigest(path.read_bytes())}"
+    # cl100k was the rule before there was a choice.
+    other_split = (
+        f":{split}" if split not in ("auto", "cl100k") else ""
+    )  # cl100k was the rule before there was a choice
+    return f"{name}:{xxhash.xxh3_64_hexdigest(path.read_bytes())}{other_split}"
 
 
 def build_tokenizer(args: TokenizerArgs) -> Tokenizer:
     """Build the tokenizer that the config names."""
     if args.name == "bytes":
         return ByteTokenizer()
-    return _build(args.name, tokenizer_file(args))
+    return _build(args.name, tokenizer_file(args), args.split)
 
 
 @functools.lru_cache(maxsize=4)  # 0.5 s for a large file, so loader, validation and generation share it
-def _build(name: str, path: Path) -> Tokenizer:
-    kinds = {"sp": SentencePieceTokenizer, "tiktoken": TiktokenTokenizer, "hf": HuggingFaceTokenizer}
+def _build(name: str, path: Path, split: str) -> Tokenizer:
+    kinds = {"sp": SentencePieceTokenizer, "hf": HuggingFaceTokenizer}
     try:
-        tokenizer = kinds[name](path)
+        tokenizer = TiktokenTokenizer(path, split) if name == "tiktoken" else kinds[name](path)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"{path}: not readable as data.tokenizer.name: {name} ({str(error)[:200]})") from error
-    tokenizer.fingerprint = _fingerprint(name, path)
+    tokenizer.fingerprint = _fingerprint(name, path, split)
     return tokenizer
 
 
@@ -313,7 +377,7 @@ def assumed_vocab_size(args: TokenizerArgs) -> int:
     """Guess the vocabulary size from the file's name, for when the file is not on this machine."""
     if args.name == "bytes":
         return ByteTokenizer.vocab_size
-    known = {"r50k": 50512, "gpt2": 50512, "p50k": 50536, "cl100k": 100512, "o200k": 200254}
-    path = (args.path or "").lower()
+    known = {"r50k": 50512, "gpt2": 50512, "p50k": 50536, "cl100k": 100512, "o200k": 200254, "llama4": 202048}
+    path = (args.path or "").lower().replace("llama-4", "llama4")
     by_name = next((n for word, n in known.items() if word in path), None)
     return by_name or (32000 if args.name == "sp" else 128256)

@@ -97,7 +97,7 @@ def _as_bpe(args: TokenizerArgs, tokenizer: Tokenizer, add_bos: bool) -> tuple[s
         ranks, pattern = {bytes([byte]): byte for byte in range(256)}, None
         special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
     else:
-        ranks, kind = read_ranks(tokenizer_file(args))
+        ranks, kind = read_ranks(tokenizer_file(args), args.split)
         pattern, special = kind.pattern, kind.special
     letters = _letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"hf": folder / "hf", "sp": folder / "sp.model", "tiktoken": folder / "ranks.tiktoken"}
 
 
+def args_of(name: str, files: dict[str, Path]) -> TokenizerArgs:
+    path = files.get(name)
+    split = "cl100k" if name == "tiktoken" else "auto"  # the small rank file is nobody's
+    return TokenizerArgs(name=name, path=None if path is None else str(path), split=split)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.fixture(params=["bytes", "sp", "tiktoken", "hf"])
 def tokenizer(request: pytest.FixtureRequest, files: dict[str, Path]) -> Tokenizer:
-    path = files.get(request.param)
-    return build_tokenizer(TokenizerArgs(name=request.param, path=None if path is None else str(path)))
+    return build_tokenizer(args_of(request.param, files))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -121,11 +127,13 @@ def test_bytes_that_are_no_text_decode_visibly() -> None:
 
 def test_agreement_with_the_original_libraries(files: dict[str, Path]) -> None:
     model: Any = sentencepiece.SentencePieceProcessor(model_file=str(files["sp"]))
-    ours = {name: build_tokenizer(TokenizerArgs(name=name, path=str(path))) for name, path in files.items()}  # type: ignore[arg-type]
+    ours = {name: build_tokenizer(args_of(name, files)) for name in files}
     original = HuggingFace.from_file(str(files["hf"] / "tokenizer.json"))
     original.no_truncation()
     ranks = {base64.b64decode(line.split()[0]): i for i, line in enumerate(files["tiktoken"].read_text().splitlines())}
-    rust = tiktoken.Encoding("x", pat_str=ranks_kind(0).pattern, mergeable_ranks=ranks, special_tokens={})
+    kind = ranks_kind(0, "cl100k")
+    assert kind is not None
+    rust = tiktoken.Encoding("x", pat_str=kind.pattern, mergeable_ranks=ranks, special_tokens={})
     for text in TEXTS[:-2]:  # the last but one spells special tokens
         assert ours["sp"].encode(text, False, False).tolist() == model.encode(text)
         assert ours["hf"].encode(text, False, False).tolist() == original.encode(text, add_special_tokens=False).ids
@@ -147,6 +155,63 @@ def test_hf_declares_its_special_tokens_beside_the_file(files: dict[str, Path], 
         build.check_special(add_bos=True, add_eos=True)
 
 
+def test_dropout_in_the_file_does_not_make_training_random(files: dict[str, Path], tmp_path: Path) -> None:
+    file = json.loads((files["hf"] / "tokenizer.json").read_text())
+    file["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    build = build_tokenizer(TokenizerArgs(name="hf", path=str(tmp_path)))
+    plain = build_tokenizer(TokenizerArgs(name="hf", path=str(files["hf"])))
+    for text in TEXTS * 3:
+        assert build.encode(text, False, False).tolist() == plain.encode(text, False, False).tolist()
+
+
+def _unigram() -> HuggingFace:
+    """Special tokens are pieces of the model itself, and likely ones."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((char, -5.0) for char in "▁ab")]
+    model = HuggingFace(models.Unigram(pieces, unk_id=2))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    model.decoder = decoders.Metaspace()
+    model.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    return model
+
+
+def _merging_nothing() -> HuggingFace:
+    """A word that the vocabulary has is a token, also where it is a special one: as exports of `bytes` are."""
+    letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    model = HuggingFace(models.BPE(vocab=letters | {"</s>": 256}, merges=[], ignore_merges=True))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens(["</s>"])
+    return model
+
+
+def _added_as_ordinary(files: dict[str, Path]) -> HuggingFace:
+    model = HuggingFace.from_file(str(files["hf"] / "tokenizer.json"))
+    model.add_tokens(["<|end|>"])  # special: false
+    return model
+
+
+@pytest.mark.parametrize("kind", ["unigram", "ignore_merges", "added as ordinary"])
+def test_text_that_spells_a_special_token_is_text_in_every_kind_of_file(
+    files: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    made = {
+        "unigram": _unigram,
+        "ignore_merges": _merging_nothing,
+        "added as ordinary": partial(_added_as_ordinary, files),
+    }
+    model, eos = made[kind](), "<|end|>" if kind == "added as ordinary" else "</s>"
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    build = build_tokenizer(TokenizerArgs(name="hf", path=str(tmp_path)))
+    assert build.eos_id == model.token_to_id(eos)
+    assert build.vocab_size == model.get_vocab_size()
+    for text in (eos, f"a {eos} b", f"{eos}{eos}"):
+        assert build.eos_id not in build.encode(text, False, False).tolist()
+    assert build.decode(build.encode("ab", False, True)) == f"ab{eos}"
+    assert build.encode("ab ba", False, False).tolist() == model.encode("ab ba", add_special_tokens=False).ids
+
+
 # -- rank files ----------------------------------------------------------------------------------------------------
 
 
@@ -165,22 +230,32 @@ def test_published_rank_files_get_their_own_pattern_and_tokens(
     monkeypatch: pytest.MonkeyPatch, name: str, n_ranks: int
 ) -> None:
     theirs, kind = _capture(monkeypatch, name), ranks_kind(n_ranks)
+    assert kind is not None
     library = "".join(TEXTS) + Path(subprocess.__file__).read_text() + Path(json.__file__).read_text()
     assert regex.findall(kind.pattern, library) == regex.findall(theirs["pat_str"], library)
     assert kind.special == theirs["special_tokens"]
     assert kind.bos == kind.eos == "<|endoftext|>"
 
 
-def test_llama_3_and_unknown_rank_files_have_their_special_tokens_behind_the_ranks() -> None:
-    for n_ranks in (128000, 1000):
-        kind = ranks_kind(n_ranks)
-        assert (kind.special[kind.bos], kind.special[kind.eos]) == (n_ranks, n_ranks + 1)
-        assert kind.special["<|eot_id|>"] == n_ranks + 9
-        assert kind.pattern == ranks_kind(100256).pattern
+@pytest.mark.parametrize(
+    ("n_ranks", "split", "n_special", "like"),
+    [(128000, "auto", 256, 100256), (200000, "auto", 2048, 199998), (1000, "o200k", 256, 199998)],
+)
+def test_llama_3_and_4_and_files_with_a_named_split(n_ranks: int, split: str, n_special: int, like: int) -> None:
+    kind, same = ranks_kind(n_ranks, split), ranks_kind(like)
+    assert kind is not None
+    assert same is not None
+    assert (kind.special[kind.bos], kind.special[kind.eos]) == (n_ranks, n_ranks + 1)
+    assert (kind.pattern, kind.n_special) == (same.pattern, n_special)
+
+
+def test_a_rank_file_of_nobody_known_asks_for_its_split(files: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"no known tokenizer has 268 ranks.*data\.tokenizer\.split to gpt2, cl"):
+        build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
 
 
 def test_every_id_has_a_text(files: dict[str, Path]) -> None:
-    tokenizer = build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
+    tokenizer = build_tokenizer(args_of("tiktoken", files))
     for token in range(256, tokenizer.vocab_size):
         assert tokenizer.decode([token])
     assert tokenizer.decode([tokenizer.vocab_size - 256]) == "<|begin_of_text|>"
@@ -188,7 +263,7 @@ def test_every_id_has_a_text(files: dict[str, Path]) -> None:
 
 
 def test_text_that_makes_the_tokenizer_panic(files: dict[str, Path]) -> None:
-    tokenizer = build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
+    tokenizer = build_tokenizer(args_of("tiktoken", files))
     with pytest.raises(TokenizerError, match="failed: "):
         tokenizer.encode(" " * 1_000_000, True, True)
     with pytest.raises(TokenizerError, match="failed: "):
@@ -213,7 +288,7 @@ def test_files_that_are_missing_or_of_another_kind(files: dict[str, Path], tmp_p
 
 def test_fingerprint_is_name_and_content(files: dict[str, Path], tmp_path: Path) -> None:
     assert tokenizer_fingerprint(TokenizerArgs()) == ByteTokenizer().fingerprint == "bytes"
-    args = TokenizerArgs(name="tiktoken", path=str(files["tiktoken"]))
+    args = args_of("tiktoken", files)
     moved = tmp_path / "elsewhere"
     moved.write_bytes(files["tiktoken"].read_bytes())
     fingerprint = tokenizer_fingerprint(args)
@@ -231,6 +306,7 @@ def test_fingerprint_is_name_and_content(files: dict[str, Path], tmp_path: Path)
         ("tiktoken", "/x/llama3/tokenizer.model", 128256),
         ("tiktoken", "/x/r50k_base.tiktoken", 50512),
         ("tiktoken", "cl100k_base.tiktoken", 100512),
+        ("tiktoken", "/x/Llama-4-Scout/tokenizer.model", 202048),
         ("sp", "tokenizer.model", 32000),
         ("hf", "somewhere", 128256),
     ],

@@ -18,6 +18,9 @@ class TokenizerArgs(Args):
     """bytes needs no file; sp: SentencePiece model; tiktoken: rank file; hf: tokenizer.json or its folder."""
     path: Text | None = None
     """File (or folder, for hf) of the tokenizer."""
+    split: Literal["auto", "gpt2", "cl100k", "o200k"] = "auto"
+    """tiktoken: how text is split before merging, which a rank file does not say. auto: known from the number of ranks
+    (GPT-2, cl100k, o200k, Llama 3, Llama 4)."""
 
 
 MIN_LANES = 64

@@ -35,6 +35,6 @@ def test_the_reference_page_has_every_section_with_type_default_and_meaning() ->
         "## data.sources",
         "| `batch_size` | int (>= 1) | `2` | B: rows of a micro step on each data-parallel rank. |",
         "| `device` | `auto`, `cpu`, `cuda` | `'auto'` | auto: a GPU where there is one. |",
-        "| `path` | str | required | Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or one file. |",
+        "| `path` | str | required | Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files",
     ):
         assert line in page

@@ -64,7 +64,7 @@ def test_bytes(tmp_path: Path) -> None:
 
 
 def test_tiktoken(tmp_path: Path, ranks_file: Path) -> None:
-    args = TokenizerArgs(name="tiktoken", path=str(ranks_file))
+    args = TokenizerArgs(name="tiktoken", path=str(ranks_file), split="cl100k")
     model = written(args, tmp_path)
     check(args, model)
     ours = build_tokenizer(args)
@@ -115,6 +115,9 @@ def test_one_that_would_give_other_ids_is_not_written(tmp_path: Path, ranks_file
     (tmp_path / "odd.model").write_text("\n".join(without_a_letter))
     with pytest.raises((RunError, ValueError)):
         write_tokenizer(
-            TokenizerArgs(name="tiktoken", path=str(tmp_path / "odd.model")), tmp_path, add_bos=True, max_seqlen=9
+            TokenizerArgs(name="tiktoken", path=str(tmp_path / "odd.model"), split="cl100k"),
+            tmp_path,
+            add_bos=True,
+            max_seqlen=9,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["odd.model"]
