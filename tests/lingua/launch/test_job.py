@@ -161,100 +161,94 @@ def test_whose_run_it_is(tmp_path: Path, owners: list[dict[str, object]], expect
 
 
 class Controller:
-    """Slurm's answers, and what it was told."""
+    """Slurm's answers, and the jobs that were sent back."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, state: str = "RUNNING", refuses: bool = False) -> None:
-        self.state, self.refuses, self.requeued = state, refuses, []
-        monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: JobState(self.state))
-        monkeypatch.setattr(lingua.launch.job, "requeue", self._requeue)
+    def __init__(self) -> None:
+        self.state, self.refuses, self.requeued = JobState("RUNNING"), False, []
 
-    def _requeue(self, job_id: str, exclude: Sequence[str]) -> None:
+    def requeue(self, job_id: str, exclude: Sequence[str]) -> None:
         if self.refuses:
             raise RunError("scontrol requeue was refused: Access denied")
         self.requeued.append((job_id, list(exclude)))
 
 
-def ended(tmp_path: Path, **stop: object) -> Holder:
-    (tmp_path / "jobs").mkdir(exist_ok=True)
-    holder = Holder(job(tmp_path))
-    if stop:
-        write_json(tmp_path / "stop.json", stop)
-    return holder
+@pytest.fixture
+def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
+    answers = Controller()
+    monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: answers.state)
+    monkeypatch.setattr(lingua.launch.job, "requeue", answers.requeue)
+    return answers
 
 
-def test_a_bad_node_is_avoided_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    controller = Controller(monkeypatch)
-    holder = ended(tmp_path, reason="error", exit_code=1, kind="device", bad_nodes=["n3"])
+def held(run_dir: Path, restarts: int = 0, **more: Any) -> Holder:
+    """The holder of an attempt that Slurm has requeued so often; reading a fact twice costs no time."""
+    facts = {"allocation": Allocation("7", restarts, 2, 8, 20)} | more
+    return Holder(job(run_dir, **facts), sleep=lambda seconds: None)
+
+
+def test_a_bad_node_is_avoided_from_then_on(tmp_path: Path, controller: Controller):
+    holder = held(tmp_path)
+    write_json(tmp_path / "stop.json", {"reason": "error", "exit_code": 1, "kind": "device", "bad_nodes": ["n3"]})
     assert holder.act(holder.outcome(1)) == 1
     assert controller.requeued == [("7", ["n3"])]
-    again = Holder(job(tmp_path, allocation=Allocation("7", 1, 2, 8, 20)))
+    again = held(tmp_path, 1)
     assert again.outcome(1).fruitless == 1
-    assert again.outcome(1).stop is None, "the last start's stop.json is none of this one's"
+    assert again.outcome(1).stop is None, "stop.json is that of the attempt before"
     again.act(Outcome(75, {"exit_code": 75, "signal": "SIGTERM", "bad_nodes": ["n1"]}))
     assert controller.requeued[-1] == ("7", ["n1", "n3"])
+    assert held(tmp_path).outcome(1).fruitless == 0, "a new job of the same number starts to count again"
 
 
-def test_a_task_of_an_array_goes_back_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_task_of_an_array_goes_back_alone(tmp_path: Path, controller: Controller):
     """And its run folder need not have a folder of jobs: a sweep keeps the job files of its points."""
-    controller = Controller(monkeypatch)
-    holder = Holder(job(tmp_path, allocation=Allocation("30", 0, 1, 1, 1, array_task="30_3")))
+    holder = held(tmp_path, allocation=Allocation("30", 0, 1, 1, 1, array_task="30_3"))
     holder.act(Outcome(75, {"exit_code": 75, "signal": "SIGTERM"}))
     assert controller.requeued == [("30_3", [])]
     assert (tmp_path / "jobs" / "30.tries.json").is_file()
 
 
-def test_what_ranks_report_counts_also_where_stop_json_does_not_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    controller = Controller(monkeypatch)
+def test_what_ranks_report_counts_also_where_stop_json_does_not_have_it(tmp_path: Path, controller: Controller):
     failures = [failure_of(OSError("away"), rank=n, step=1, incarnation=n) for n in (1, 2)]
     record(tmp_path, failures[0])
-    holder = ended(tmp_path)
-    assert holder.outcome(1).kinds == frozenset(), "that is of the start before"
+    holder = held(tmp_path)
+    assert holder.outcome(1).kinds == frozenset(), "that is of the attempt before"
     record(tmp_path, replace(failures[1], kind="oom"))
     assert holder.outcome(1).kinds == {"oom"}
     holder.act(holder.outcome(1))
-    assert controller.requeued == [], "a restart would meet it again"
+    assert controller.requeued == [], "a restart would fail again"
 
 
-def test_a_new_job_of_the_same_number_begins_to_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    Controller(monkeypatch)
-    holder = ended(tmp_path)
-    holder.act(Outcome(1))
-    assert Holder(job(tmp_path)).outcome(1).fruitless == 0
-
-
-def test_what_is_being_cancelled_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    controller = Controller(monkeypatch, state="COMPLETING")
-    holder = ended(tmp_path, reason="signal", exit_code=75, signal="SIGTERM")
+@pytest.mark.parametrize("why", ["cancelled", "switched off", "refused"])
+def test_a_job_that_does_not_go_back_keeps_its_exit_code(tmp_path: Path, controller: Controller, why: str):
+    controller.refuses = why == "refused"
+    controller.state = JobState("COMPLETING" if why == "cancelled" else "RUNNING")
+    holder = held(tmp_path, launcher=LauncherArgs(requeue=why != "switched off"))
+    write_json(tmp_path / "stop.json", {"reason": "signal", "exit_code": 75, "signal": "SIGTERM"})
     assert holder.act(holder.outcome(75)) == 75
     assert controller.requeued == []
 
 
-def test_requeue_can_be_switched_off_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    controller = Controller(monkeypatch)
-    (tmp_path / "jobs").mkdir()
-    Holder(job(tmp_path, launcher=LauncherArgs(requeue=False))).act(Outcome(75))
-    assert controller.requeued == []
-    controller.refuses = True
-    assert Holder(job(tmp_path)).act(Outcome(75)) == 75, "the exit code still says what it wants"
-
-
-def test_progress_is_counted_in_published_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    Controller(monkeypatch)
+def test_progress_is_counted_in_published_steps(tmp_path: Path, controller: Controller):
     marks = tmp_path / "checkpoints"
     marks.mkdir()
     (marks / "checkpoint_0000000010.done").touch()
-    holder = ended(tmp_path)
+    holder = held(tmp_path)
     (marks / "checkpoint_0000000025.done").touch()
     assert holder.outcome(1).steps_gained == 15
 
 
-class Endless:
-    """A step that does not end."""
+class Step:
+    """A step that ends with this code, or, with None, does not."""
+
+    def __init__(self, exit_code: int | None) -> None:
+        self.exit_code = exit_code
 
     def wait(self, timeout: float | None) -> int:
-        raise subprocess.TimeoutExpired("srun", timeout or 0)
+        if self.exit_code is None:
+            raise subprocess.TimeoutExpired("srun", timeout or 0)
+        return self.exit_code
 
-    def poll(self) -> None:
+    def poll(self) -> int | None:
         return None
 
 
@@ -263,40 +257,28 @@ def test_a_job_that_is_still_running_when_its_time_is_up_is_not_waited_for(
 ):
     limits = iter([None, 1.0])  # extended once, then over
     monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: JobState("RUNNING", ends_at_s=next(limits)))
-    assert ended(tmp_path)._wait(Endless()) is None  # pyright: ignore[reportArgumentType]
+    assert held(tmp_path)._wait(Step(None)) is None  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
     ("preempted", "left_s", "is_up"), [(False, 10, True), (False, 20, False), (True, 1, True), (True, 10, False)]
 )
-def test_of_a_grace_less_is_kept_in_reserve_than_of_a_time_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: bool, left_s: float, is_up: bool
+def test_a_grace_has_a_smaller_reserve_than_a_time_limit(
+    tmp_path: Path, controller: Controller, preempted: bool, left_s: float, is_up: bool
 ):
-    class Ends(Endless):
-        def wait(self, timeout: float | None) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return 0
-
-    state = JobState("RUNNING", preempted, time.time() + left_s)
-    monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: state)
-    waited = ended(tmp_path)._wait(Ends())  # pyright: ignore[reportArgumentType]
+    controller.state = JobState("RUNNING", preempted, time.time() + left_s)
+    waited = held(tmp_path)._wait(Step(0))  # pyright: ignore[reportArgumentType]
     assert waited == (None if is_up else 0)
 
 
 def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: pytest.fail("there is no Slurm"))
-    holder = Holder(job(tmp_path, allocation=None))
+    holder = held(tmp_path, allocation=None)
     assert holder.act(holder.outcome(75)) == 75
     assert os.listdir(tmp_path) == []
 
 
 # -- what goes wrong in the job's own code -------------------------------------------------------------------------
-
-
-def restarted(tmp_path: Path, restarts: int, **more: Any) -> Holder:
-    """The holder of a start that Slurm has requeued so often; two looks at a fact cost no time."""
-    allocation = Allocation("7", restarts, 2, 8, 20)
-    return Holder(job(tmp_path, allocation=allocation, **more), sleep=lambda seconds: None)
-
 
 TERM = {"reason": "signal", "exit_code": 75, "signal": "SIGTERM", "step": 3}
 USR2 = {"reason": "signal", "exit_code": 75, "signal": "SIGUSR2", "step": 3}
@@ -313,20 +295,24 @@ ENDS: dict[str, tuple[int | None, dict[str, Any] | None, bool]] = {
 
 
 @pytest.mark.parametrize("first", ENDS)
-def test_however_three_starts_end_the_job_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str):
-    """A start moves away what the one before said: what the ranks of this one leave is none of that one's."""
+def test_however_three_attempts_end_the_job_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: Controller, first: str
+):
+    """Each attempt archives the records of the one before, so that nothing is taken for its own."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # 216 jobs
     for n, others in enumerate(itertools.product(ENDS, repeat=2)):
-        assert times_back(tmp_path / str(n), monkeypatch, [first, *others]) == 3, others
+        controller.requeued.clear()
+        run_attempts(tmp_path / str(n), [first, *others])
+        assert len(controller.requeued) == 3, others
 
 
-def times_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch, ends: Sequence[str]) -> int:
-    """How often a job goes back into the queue whose starts end like this."""
-    controller, began = Controller(monkeypatch), 0
+def run_attempts(run_dir: Path, ends: Sequence[str]) -> None:
+    """Attempts of one job that end like this."""
+    began = 0
     (run_dir / "incarnations").mkdir(parents=True)
     for restarts, end in enumerate(ends):
         exit_code, stop, opens_the_folder = ENDS[end]
-        holder = restarted(run_dir, restarts)
+        holder = held(run_dir, restarts)
         if opens_the_folder:
             began += 1
             write_json(run_dir / "incarnations" / f"{began:010d}.json", {"slurm_job_id": "7"})
@@ -336,30 +322,17 @@ def times_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch, ends: Sequence[st
         outcome = holder.outcome(exit_code)
         assert outcome.stop == stop
         assert holder.act(outcome) == (75 if exit_code is None else exit_code)
-    return len(controller.requeued)
 
 
 FILES = ("stop.json", "jobs/7.tries.json", "incarnations/0000000001.json", "logs/error_0.json")
 
 
-def broken(path: Path, how: str) -> None:
-    """Make a file that cannot be made sense of, or cannot be read at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if how == "a folder":
-        path.mkdir()
-    else:
-        path.write_text(how)
-
-
 @pytest.mark.parametrize("how", ["", "{", "[]", "null", '"x"', '{"exit_code": "x", "fruitless": "x"}', "a folder"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_cannot_be_read_does_not_end_the_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
-):
-    controller = Controller(monkeypatch)
-    (tmp_path / "jobs").mkdir()
-    holder = restarted(tmp_path, 1)
-    broken(tmp_path / name, how)
+def test_a_file_that_cannot_be_read_does_not_end_the_job(tmp_path: Path, controller: Controller, name: str, how: str):
+    holder, path = held(tmp_path, 1), tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir() if how == "a folder" else path.write_text(how)
     assert holder.act(holder.outcome(137)) == 137
     assert controller.requeued == [("7", [])]
 
@@ -379,26 +352,24 @@ STEPS = ("rank_variables", "node_check_command", "ranks_command", "service_comma
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EAGAIN, "RunError", "a bug"])
 @pytest.mark.parametrize("name", [*LOOKS, *WRITES, *STEPS])
 def test_whatever_fails_in_the_jobs_own_code_it_is_requeued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: int | str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: Controller, name: str, error: int | str
 ):
     """Each function that `hold` calls fails, from before its first line to its last."""
-    controller = Controller(monkeypatch)
     (tmp_path / "jobs").mkdir()
     write_json(tmp_path / "stop.json", TERM)
     write_json(tmp_path / "jobs" / "7.tries.json", {"fruitless": 0, "avoid": []})
     raised = OSError(error, "x") if isinstance(error, int) else RunError("x") if error == "RunError" else KeyError("x")
     monkeypatch.setattr(subprocess, "run", lambda *words, **more: subprocess.CompletedProcess(words, 1, b"{}"))
-    monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: Ended(137))
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: Step(137))
     monkeypatch.setattr(lingua.launch.job, name, raising(raised))
-    launcher = LauncherArgs(node_check=True)
-    holder = restarted(tmp_path, 1, launcher=launcher, shm="/dev/shm")
+    holder = held(tmp_path, 1, launcher=LauncherArgs(node_check=True), shm="/dev/shm")
     assert holder.hold({"PATH": os.environ["PATH"]}) in (1, 75, 137)
     assert controller.requeued == [("7", [])]
 
 
+@pytest.mark.usefixtures("controller")
 def test_a_fact_that_comes_at_the_second_look_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    Controller(monkeypatch)
-    holder = restarted(tmp_path, 0)
+    holder = held(tmp_path)
     write_json(tmp_path / "stop.json", USR2)
     answers: list[Exception | None] = [OSError(errno.ESTALE, "Stale file handle"), None]
 
@@ -411,26 +382,14 @@ def test_a_fact_that_comes_at_the_second_look_is_used(tmp_path: Path, monkeypatc
     assert holder.outcome(1).stop == USR2
 
 
-def test_tries_that_cannot_be_counted_do_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run folder that takes nothing must not send a job round for ever; what Slurm takes away comes back though."""
-    controller = Controller(monkeypatch)
+def test_retries_that_cannot_be_counted_do_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: Controller):
+    """A read-only run folder must not requeue a job forever; what Slurm takes away comes back though."""
     monkeypatch.setattr(lingua.launch.job, "write_json", raising(OSError(errno.EROFS, "Read-only file system")))
-    (tmp_path / "jobs").mkdir()
     for restarts in range(6):
-        restarted(tmp_path, restarts).act(Outcome(1))
+        held(tmp_path, restarts).act(Outcome(1))
     assert len(controller.requeued) == LauncherArgs().max_retries
-    restarted(tmp_path, 6).act(Outcome(75, TERM))
+    held(tmp_path, 6).act(Outcome(75, TERM))
     assert len(controller.requeued) == LauncherArgs().max_retries + 1
-
-
-class Ended:
-    """A step that is through."""
-
-    def __init__(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-
-    def wait(self, timeout: float | None) -> int:
-        return self.exit_code
 
 
 @pytest.mark.parametrize(
@@ -444,9 +403,8 @@ class Ended:
     ],
 )
 def test_a_job_that_cannot_read_what_it_is(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, restarts: int, comes_back: bool
+    monkeypatch: pytest.MonkeyPatch, controller: Controller, error: Exception, restarts: int, comes_back: bool
 ):
-    controller = Controller(monkeypatch)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **more: None)
     monkeypatch.setattr(lingua.launch.job, "read_job", raising(error))

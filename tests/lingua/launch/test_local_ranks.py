@@ -25,10 +25,16 @@ while True:
 """
 
 
+def spawn(n_ranks: int, folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """Start ranks that end with 75 at this signal."""
+    ranks = [sys.executable, "-c", SAVES, str(folder), name]
+    command = [sys.executable, "-m", "lingua.launch.local_ranks", str(n_ranks), *ranks]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
 def test_a_signal_reaches_every_rank_and_75_comes_back(tmp_path: Path, name: str):
-    command = [sys.executable, "-m", "lingua.launch.local_ranks", "2", sys.executable, "-c", SAVES, str(tmp_path), name]
-    spawner = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    spawner = spawn(2, tmp_path, name)
     try:
         until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "two ranks")
         spawner.send_signal(signal.Signals[name])
@@ -40,18 +46,7 @@ def test_a_signal_reaches_every_rank_and_75_comes_back(tmp_path: Path, name: str
 
 
 def test_ranks_die_with_a_spawner_that_is_killed(tmp_path: Path):
-    command = [
-        sys.executable,
-        "-m",
-        "lingua.launch.local_ranks",
-        "1",
-        sys.executable,
-        "-c",
-        SAVES,
-        str(tmp_path),
-        "SIGUSR2",
-    ]
-    spawner = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    spawner = spawn(1, tmp_path, "SIGUSR2")
     until((tmp_path / "ready0").exists, "a rank")
     (pid,) = Path(f"/proc/{spawner.pid}/task/{spawner.pid}/children").read_text().split()
     spawner.kill()
