@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,9 @@ from lingua.slurm import (
 
 def test_a_task_of_a_step_knows_its_place():
     env = {
-        "SLURM_JOB_ID": "77",
-        "SLURM_STEP_NUM_TASKS": "12",
-        "SLURM_STEP_TASKS_PER_NODE": "8,4",
-        "SLURM_STEP_NODELIST": "n[1-2]",
-        "SLURM_PROCID": "9",
-        "SLURM_LOCALID": "1",
-        "SLURM_NODEID": "1",
-    }
+        "SLURM_JOB_ID": "77", "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_TASKS_PER_NODE": "8,4",
+        "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    }  # fmt: skip
     assert this_task(env) == SlurmTask("77", rank=9, n_tasks=12, local_rank=1, n_local_tasks=4, node=1, head_node="n1")
 
 
@@ -68,18 +64,6 @@ def test_unreadable_counts_are_named():
 
 
 @pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({}, ("", 0)),
-        ({"SLURM_JOB_ID": "7"}, ("7", 0)),
-        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, ("7", 2)),
-    ],
-)
-def test_the_job_and_how_often_it_was_requeued(env: dict[str, str], expected: tuple[str, int]):
-    assert this_job(env) == expected
-
-
-@pytest.mark.parametrize(
     ("text", "hosts"),
     [
         ("n1", ["n1"]),
@@ -99,30 +83,23 @@ def test_the_node_of_each_task():
     assert this_node_name({}) == os.uname().nodename
 
 
+NODES = {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "8"}
+
+
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
         ({}, None),
         ({"SLURM_JOB_ID": "7"}, Allocation("7", 0, 1, 1, None)),
-        (
-            {
-                "SLURM_JOB_ID": "7",
-                "SLURM_JOB_NUM_NODES": "3",
-                "SLURM_NTASKS_PER_NODE": "8",
-                "SLURM_CPUS_PER_TASK": "20",
-            },
-            Allocation("7", 0, 3, 24, 20),
-        ),
+        ({**NODES, "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "20"}, Allocation("7", 0, 3, 24, 20)),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_RESTART_COUNT": "2"}, Allocation("7", 2, 1, 4, None)),
         # requeued on one node of the two it had: SLURM_NTASKS is still that of the submission
-        (
-            {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"},
-            Allocation("7", 0, 1, 8, None),
-        ),
+        ({**NODES, "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "16"}, Allocation("7", 0, 1, 8, None)),
     ],
 )
 def test_what_slurm_gave(env: dict[str, str], expected: Allocation | None):
     assert this_allocation(env) == expected
+    assert this_job(env) == (("", 0) if expected is None else (expected.job_id, expected.restarts))
 
 
 @pytest.mark.parametrize(
@@ -143,13 +120,13 @@ def test_the_state_of_a_job(text: str, preempted: bool, cancelled: bool, limited
 
 
 def test_nodes_are_excluded_once_the_job_is_pending():
-    said: list[list[str]] = []
-    requeue("7", ["n1", "n3"], run=lambda words: said.append(list(words)) or "")
-    assert said == [["scontrol", "requeue", "7"], ["scontrol", "update", "JobId=7", "ExcNodeList=n1,n3"]]
+    commands: list[list[str]] = []
+    requeue("7", ["n1", "n3"], run=lambda words: commands.append(list(words)) or "")
+    assert commands == [["scontrol", "requeue", "7"], ["scontrol", "update", "JobId=7", "ExcNodeList=n1,n3"]]
 
 
 @pytest.mark.parametrize(
-    ("answers", "n_tries", "requeued"),
+    ("answers", "n_attempts", "requeued"),
     [
         (["Unable to contact slurm controller (connect failure)", ""], 2, True),
         (["Socket timed out on send/recv operation", "Socket timed out on send/recv operation", ""], 3, True),
@@ -157,21 +134,18 @@ def test_nodes_are_excluded_once_the_job_is_pending():
         (["Access/permission denied for job 7", ""], 1, False),
     ],
 )
-def test_a_controller_that_is_away_for_a_moment_is_asked_again(answers: list[str], n_tries: int, requeued: bool):
-    said: list[list[str]] = []
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(answers: list[str], n_attempts: int, requeued: bool):
+    commands: list[list[str]] = []
 
     def run(words: Sequence[str]) -> str:
-        said.append(list(words))
-        if answer := answers[len(said) - 1]:
+        commands.append(list(words))
+        if answer := answers[len(commands) - 1]:
             raise RunError(f"scontrol requeue was refused: {answer}")
         return ""
 
-    if requeued:
+    with nullcontext() if requeued else pytest.raises(RunError, match="was refused"):
         requeue("7", run=run, sleep=lambda seconds: None)
-    else:
-        with pytest.raises(RunError, match="was refused"):
-            requeue("7", run=run, sleep=lambda seconds: None)
-    assert said == [["scontrol", "requeue", "7"]] * n_tries
+    assert commands == [["scontrol", "requeue", "7"]] * n_attempts
 
 
 def test_a_command_that_fails_is_one_sentence():
@@ -234,12 +208,9 @@ def test_a_signal_goes_to_one_step(listed: str):
         commands.append(list(words))
         return listed
 
-    if "ranks" in listed:
+    with nullcontext() if "ranks" in listed else pytest.raises(RunError, match="job 7 has no step ranks"):
         send_signal("7", "KILL", "ranks", run)
         assert commands[-1] == ["scancel", "--signal=KILL", "7.1"]
-    else:
-        with pytest.raises(RunError, match="job 7 has no step ranks"):
-            send_signal("7", "KILL", "ranks", run)
 
 
 def test_a_job_that_is_known_by_its_name_is_submitted_once():

@@ -182,61 +182,51 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path):
         play(tmp_path)
 
 
-class Controller:
-    """Slurm's answers."""
+class Cluster:
+    """A place whose job 7 was submitted a moment ago, and Slurm's answers: the job's states one after the other."""
 
-    def __init__(self, states: list[str]) -> None:
-        self.states, self.asked = states, []
+    def __init__(self) -> None:
+        self.states, self.asked, self.clock = ["RUNNING"], list[str](), Clock()
+        self.site = OnSlurm(self.run, now=self.clock.now, sleep=self.clock.sleep)
 
-    def __call__(self, words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    def run(self, words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
         self.asked.append(" ".join(words))
-        if words[0] == "sbatch":
-            return "7;cluster\n"
-        if words[0] == "squeue":
-            return "7.0|service\n7.1|ranks\n"
         if words[:2] == ["scontrol", "requeue"]:
             raise RunError("scontrol requeue was refused: Access/permission denied")
-        return f"JobId=7 JobState={self.states.pop(0) if len(self.states) > 1 else self.states[0]}"
+        state = self.states.pop(0) if words[0] == "scontrol" and len(self.states) > 1 else self.states[0]
+        return {"sbatch": "7;cluster\n", "squeue": "7.0|service\n7.1|ranks\n"}.get(words[0], f"JobState={state}")
 
 
-def on_slurm(states: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[OnSlurm, Controller, Clock]:
-    """A place whose job 7 was submitted a moment ago."""
-
-    clock, controller = Clock(), Controller(states)
-    place = OnSlurm(controller, now=clock.now, sleep=clock.sleep)
-    script = tmp_path / "run.sh", "", LauncherArgs()
-    monkeypatch.setattr(lingua.selfcheck.drill, "freeze_launch", lambda line, base_dir: script)
-    place.start(CommandLine(), Path())
-    controller.asked.clear()
-    return place, controller, clock
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    frozen = tmp_path / "run.sh", "", LauncherArgs()
+    monkeypatch.setattr(lingua.selfcheck.drill, "freeze_launch", lambda line, base_dir: frozen)
+    cluster = Cluster()
+    cluster.site.start(CommandLine(), Path())
+    cluster.asked.clear()
+    return cluster
 
 
 @pytest.mark.parametrize(
-    ("kind", "asked"),
+    ("kind", "asked", "refused"),
     [
-        ("TERM", "scancel --signal=TERM 7"),
-        ("USR2", "scancel --signal=USR2 7"),
-        ("KILL", "scancel --signal=KILL 7.1"),
-        ("service", "scancel --signal=KILL 7.0"),
+        ("TERM", "scancel --signal=TERM 7", ""),
+        ("USR2", "scancel --signal=USR2 7", ""),
+        ("KILL", "scancel --signal=KILL 7.1", ""),
+        ("service", "scancel --signal=KILL 7.0", ""),
+        ("requeue", "scontrol requeue 7", "scontrol requeue was refused: Access/permission denied"),
     ],
 )
-def test_what_a_user_may_do(kind: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    place, controller, _ = on_slurm(["RUNNING"], tmp_path, monkeypatch)
-    assert place.inject(kind, tmp_path) == ""
-    assert controller.asked[-1] == asked
+def test_how_each_fault_is_injected(kind: str, asked: str, refused: str, cluster: Cluster, tmp_path: Path):
+    assert cluster.site.inject(kind, tmp_path) == refused
+    assert cluster.asked[-1] == asked
 
 
-def test_what_a_user_may_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    place, _, _ = on_slurm(["RUNNING"], tmp_path, monkeypatch)
-    assert "permission denied" in place.inject("requeue", tmp_path)
-
-
-def test_a_job_that_passes_through_the_end_is_not_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    place, _, clock = on_slurm(["FAILED", "PENDING", "FAILED"], tmp_path, monkeypatch)
-    answers = []
+def test_a_job_that_passes_through_the_end_is_not_over(cluster: Cluster):
+    cluster.states, answers = ["FAILED", "PENDING", "FAILED"], []
     for _ in range(10):
-        clock.sleep(1.5)
-        answers.append(place.is_over())
+        cluster.clock.sleep(1.5)
+        answers.append(cluster.site.is_over())
     assert answers == [False] * 6 + [True] * 4
 
 
@@ -244,24 +234,17 @@ def test_a_job_that_passes_through_the_end_is_not_over(tmp_path: Path, monkeypat
     ("states", "stayed"),
     [(["COMPLETING", "CANCELLED"], True), (["COMPLETING", "PENDING"], False), (["COMPLETED"], False)],
 )
-def test_whether_a_cancelled_job_stays_so(
-    states: list[str], stayed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    place, controller, _ = on_slurm(states, tmp_path, monkeypatch)
-    assert place.end() is stayed
-    assert controller.asked[0] == "scancel 7"
+def test_whether_a_cancelled_job_stays_so(states: list[str], stayed: bool, cluster: Cluster):
+    cluster.states = list(states)
+    assert cluster.site.end() is stayed
+    assert cluster.asked[0] == "scancel 7"
 
 
 @pytest.mark.parametrize(
-    ("state", "said", "by_cluster", "words"),
+    ("state", "log", "by_cluster", "text"),
     [
         ("FAILED", "FileNotFoundError: [Errno 2] stop.json\n\n", False, "FileNotFoundError: [Errno 2] stop.json ("),
-        (
-            "FAILED",
-            "job: the job ends: 2 attempts in a row gained no step\n",
-            False,
-            "2 attempts in a row gained no step",
-        ),
+        ("FAILED", "job: the job ends: no step was gained\n", False, "no step was gained"),
         ("FAILED", "", False, "nothing ("),
         ("FAILED", None, False, "it is FAILED, and its log cannot be read"),
         ("FAILED", f"job: back into the queue\njob: {REFUSED}: Access denied\n", True, "Access denied"),
@@ -270,15 +253,15 @@ def test_whether_a_cancelled_job_stays_so(
     ],
 )
 def test_whose_fault_it_is_that_a_job_did_not_come_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, said: str | None, by_cluster: bool, words: str
+    tmp_path: Path, cluster: Cluster, state: str, log: str | None, by_cluster: bool, text: str
 ):
-    """The cluster's, only where the log of the job or its state says so; all else is ours."""
-    place, _, _ = on_slurm([state], tmp_path, monkeypatch)
-    if said is not None:
-        (tmp_path / "logs" / "7.out").write_text(said)
-    found = place.why_over(tmp_path)
+    """The cluster's only if the log of the job or its state says so; everything else is ours."""
+    cluster.states = [state]
+    if log is not None:
+        (tmp_path / "logs" / "7.out").write_text(log)
+    found = cluster.site.why_over(tmp_path)
     assert found[0] is by_cluster
-    assert words in found[1]
+    assert text in found[1]
 
 
 def test_what_a_job_says_when_slurm_refuses_is_what_the_drill_looks_for(
