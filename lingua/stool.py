@@ -1,7 +1,7 @@
-"""`python -m lingua.stool script=apps.main.train config=... nodes=1 ngpu=8 partition=...`: lingua's way to submit.
+"""`python -m lingua.stool script=apps.main.train config=... nodes=1 ngpu=8 partition=...`: Meta Lingua's way to submit.
 
-The same as `lingua launch`, whose `launcher.*` keys it sets. What lingua's stool knew and is done otherwise now is
-said, never ignored in silence.
+The same as `lingua launch`, whose `launcher.*` keys it sets. Meta Lingua's other keys are refused or ignored with a
+message, never in silence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lingua.launch.submit import launch
 HELP = """usage: python -m lingua.stool [script=apps.main.train] config=FILE [KEY=VALUE ...]
 
   nodes ngpu ncpu mem time partition account qos constraint exclude
-                          what is asked of Slurm (ncpu: cores per GPU, time: minutes)
+                          what the job asks of Slurm (ncpu: cores per GPU, time: minutes)
   launcher=sbatch|bash    submit, or run here
   other keys              override the config
 
@@ -35,18 +35,18 @@ LAUNCHER_KEYS = {
     "constraint": "constraint",
     "exclude": "exclude",
 }
-# Keys that need nothing any more: the only values that are refused, and why.
+# Keys without an effect: the value that is refused, and why.
 GONE = {
     "copy_code": ("false", "the code is always frozen into the run folder; leave it out"),
     "override": ("true", "a run folder is never deleted; choose another name, or remove the folder yourself"),
-    "dirs_exists_ok": ("", "a run that exists goes on"),
+    "dirs_exists_ok": ("", "a run that exists is resumed"),
     "stdout": ("", "logs are in the run folder"),
     "anaconda": ("", "the Python that submits is the Python that runs"),
 }
 
 
 def translate(words: Sequence[str]) -> tuple[CommandLine, bool]:
-    """(command line of `lingua launch`, whether to run here). Raises ConfigError."""
+    """Return (command line of `lingua launch`, whether to run here). Raises ConfigError."""
     line, local, kept = parse_command_line(words), False, []
     for word in line.overrides:
         key, _, value = word.partition("=")

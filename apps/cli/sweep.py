@@ -190,7 +190,7 @@ def _start(sweep: Sweep, numbers: list[int], local: bool, as_json: bool) -> None
     again = f"`lingua sweep rerun {sweep.folder}` tries it again"
     if local:
         stream = sys.stderr if as_json else sys.stdout
-        code = run_points(sweep, numbers, gpus=gpus_here(), say=lambda text: print(text, file=stream, flush=True))
+        code = run_points(sweep, numbers, gpus=gpus_here(), report=lambda text: print(text, file=stream, flush=True))
         if as_json:
             show_json({"sweep": str(sweep.folder), "points": numbers, "exit_code": code})
         raise typer.Exit(code)

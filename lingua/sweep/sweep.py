@@ -1,15 +1,14 @@
-"""`lingua sweep`: many runs from one config, as one array job, or on this machine some at a time.
+"""`lingua sweep`: many runs from one config, as one array job, or on this machine a few at a time.
 
-Promise: nothing is written or submitted unless every point passes the check that training makes. The code is frozen
-once, for all points; the folder of a sweep is there whole or not at all. A point is a run like any other: the script,
-signals, requeue and run folder are those of `lingua launch`.
-Cost: a check per point, some 30 ms each; no torch.
+Nothing is written or submitted unless every point passes the check that training makes. The code is frozen once, for
+all points, and the folder of a sweep appears whole or not at all. A point is a run like any other: script, signals,
+requeue and run folder are those of `lingua launch`.
 
     <sweep>/sweep.json            what is swept, and the jobs that were submitted
             run.sh                sbatch's script; bash run.sh 2 runs point 2 here
             code/                 the code
             tasks/2.yaml 2.json   the resolved config of point 2, and its job file
-            logs/                 what points say before their run folder is there
+            logs/                 output of points before their run folder exists
             2/                    run folder of point 2
 """
 
@@ -62,17 +61,17 @@ class Submission:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that has a folder. Points are counted from 1, as array tasks and run folders are."""
+    """A sweep that has a folder. Points count from 1, like array tasks and run folders."""
 
     folder: Path
     name: str
     typed: list[str]
     keys: list[str]
-    """What is swept."""
+    """The keys that are swept."""
     points: list[dict[str, Any]]
     """Values by key."""
     at_once: int | None = None
-    """Points that run side by side. None: all under Slurm, one here."""
+    """How many points run at the same time. None: all under Slurm, one here."""
     jobs: list[Submission] = field(default_factory=list)
 
     @property
@@ -86,7 +85,7 @@ class Sweep:
         return self.folder / str(number)
 
     def task_file(self, number: int) -> Path:
-        """Its job file; the YAML lies beside it."""
+        """The job file of a point; its YAML is beside it."""
         return self.folder / TASKS / f"{number}.json"
 
     @property
@@ -94,18 +93,18 @@ class Sweep:
         return (self.folder / RUN_SCRIPT).absolute()
 
     def address(self, number: int) -> str | None:
-        """What Slurm calls the newest job of a point; None: it was never submitted."""
+        """Return Slurm's name of the newest job of a point, or None if it was never submitted."""
         return next((f"{each.job}_{number}" for each in reversed(self.jobs) if number in each.points), None)
 
     def save(self, folder: Path) -> None:
-        """Into `folder`, which becomes the sweep's."""
+        """Write sweep.json into `folder`, which becomes the sweep's."""
         write_json(folder / SWEEP_FILE, {key: value for key, value in asdict(self).items() if key != "folder"})
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Raises RunError when it is none."""
+    """Read a sweep. Raises RunError if the folder is not one."""
     if not (folder / SWEEP_FILE).is_file():
-        raise RunError(f"{folder} is no sweep: it has no {SWEEP_FILE}; `lingua sweep CONFIG KEY=V1,V2` starts one")
+        raise RunError(f"{folder} is not a sweep: it has no {SWEEP_FILE}; `lingua sweep CONFIG KEY=V1,V2` starts one")
     record = read_json(folder / SWEEP_FILE)
     return Sweep(folder, **{**record, "jobs": [Submission(**each) for each in record["jobs"]]})
 
@@ -115,12 +114,12 @@ def read_sweep(folder: Path) -> Sweep:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep of which every point may start; nothing is written yet."""
+    """A sweep whose points are all checked; nothing is written yet."""
 
     sweep: Sweep
     lines: list[CommandLine]
     checked: list[Any]
-    """Of each point, an app's `check.Checked`."""
+    """The `check.Checked` of each point."""
     script: str
     """run.sh."""
 
@@ -130,12 +129,12 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """Each once."""
+        """The warnings of all points, each once."""
         return list(dict.fromkeys(warning for checked in self.checked for warning in checked.warnings))
 
 
 def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) -> Plan:
-    """Find the points and check them all. Raises ConfigError with everything that is wrong."""
+    """Find the points and check all of them. Raises ConfigError with everything that is wrong."""
     must_be_checkout(base_dir)
     if line.config is None:
         raise ConfigError("no config is named; name one, as in `lingua sweep exp.yaml optim.lr=1e-3,3e-4`")
@@ -176,11 +175,11 @@ def _must_be_free(folder: Path) -> None:
     if (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"{folder} is a run folder; give the sweep another name: name=NEW")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there and not empty; give the sweep another name, name=NEW, or remove it")
+        raise ConfigError(f"{folder} exists and is not empty; give the sweep another name, name=NEW, or remove it")
 
 
 def _completed(point: Point, number: int, folder: Path, args: Any) -> Point:
-    """A point with what tells its run from the others."""
+    """Add the keys that keep the runs of points apart."""
     values = {key: value for key, (value, _) in point.items()}
     own: dict[str, Any] = {"name": f"{args.name} {label(values)}", "dump_dir": str(folder / str(number))}
     if args.logging.wandb is not None:  # a tracking id of each point's own, displayed under the run's name
@@ -190,7 +189,7 @@ def _completed(point: Point, number: int, folder: Path, args: Any) -> Point:
 
 
 def _check(lines: Sequence[CommandLine], labels: Sequence[str], load: Callable[[CommandLine], Any]) -> list[Any]:
-    """Every point checked; what is wrong with several is said once, with the first of them."""
+    """Check every point; a problem of several points is reported once, with the first of them."""
     checked, wrong = [], dict[str, list[int]]()
     for number, line in enumerate(lines, 1):
         try:
@@ -220,12 +219,12 @@ def _must_not_share(checked: Sequence[Any]) -> None:
         )
 
 
-# What differs between points, or may, without a bearing on what they train.
+# Keys that may differ between points without any effect on what they train.
 _OF_A_POINT = {"name", "dump_dir", "seed", "checkpoint.path", "eval.dump_dir", "eval.metric_log_dir"}
 
 
 def _must_differ(checked: Sequence[Any], labels: Sequence[str]) -> None:
-    """Refuse points that train the same thing. `seed` itself trains nothing: model.seed and data.seed do."""
+    """Refuse points that train the same thing. `seed` alone has no effect: model.seed and data.seed have."""
     seen: dict[str, int] = {}
     for number, each in enumerate(checked, 1):
         tree = flatten(each.frozen)
@@ -258,7 +257,7 @@ def _same_launcher(checked: Sequence[Any]) -> LauncherArgs:
 
 
 def make_sweep(plan: Plan, base_dir: Path) -> Sweep:
-    """Freeze code and points, write run.sh. Raises RunError."""
+    """Freeze the code and the points and write run.sh. Raises RunError."""
     sweep, folder = plan.sweep, plan.sweep.folder
     make_folder(folder.parent, "dump_dir")
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
@@ -280,7 +279,7 @@ def make_sweep(plan: Plan, base_dir: Path) -> Sweep:
 
 
 def array_of(numbers: Sequence[int], at_once: int | None = None) -> str:
-    """[1, 2, 3, 7] -> `1-3,7`, with `%2` for two at once."""
+    """Format points as an array: [1, 2, 3, 7] -> `1-3,7`, with `%2` for two at once."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and spans[-1][1] == number - 1:
@@ -298,7 +297,7 @@ def submit_points(
     env: Mapping[str, str] = os.environ,
     run: Runner = run_command,
 ) -> Sweep:
-    """Submit these points as one array job; the sweep that knows of it."""
+    """Submit these points as one array job; returns the sweep with that job."""
     launcher = LauncherArgs.model_validate(_config(sweep, numbers[0]).get("launcher", {}))
     job = submit_run(sweep.script, launcher, array_of(numbers, sweep.at_once), env, run)
     known = replace(sweep, jobs=[*sweep.jobs, Submission(job, sorted(numbers))])
@@ -319,24 +318,24 @@ def run_points(
     *,
     env: Mapping[str, str] = os.environ,
     gpus: Sequence[str] = (),
-    say: Callable[[str], object] = print,
+    report: Callable[[str], object] = print,
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
     """Run these points on this machine, `at_once` side by side; returns an exit code.
 
-    A signal goes to the points that run, which save and end; no other begins. `gpus` are shared out among them.
+    A signal goes to the running points, which save and end; no other starts. `gpus` are divided among them.
     """
     at_once = min(sweep.at_once or 1, len(numbers))
     shares = _shares(sweep, numbers, at_once, gpus)
     logs = make_folder(sweep.folder / RANK_LOGS, "dump_dir")
-    waiting, codes, heard = list(numbers), dict[int, int](), list[int]()
+    waiting, codes, received = list(numbers), dict[int, int](), list[int]()
     slots: dict[int, tuple[int, Popen[bytes], float]] = {}
     processes: list[Popen[bytes]] = []
-    with signals_passed_on(processes, heard.append), ExitStack() as files:
-        while slots or (waiting and not heard):
+    with signals_passed_on(processes, received.append), ExitStack() as files:
+        while slots or (waiting and not received):
             for slot in range(at_once):
-                if slot not in slots and waiting and not heard:
+                if slot not in slots and waiting and not received:
                     number = waiting.pop(0)
                     output = files.enter_context((logs / f"{number}.out").open("ab"))
                     command = ["bash", str(sweep.script), str(number)]
@@ -344,7 +343,7 @@ def run_points(
                         processes, [(command, outside_job(env) | shares[slot], output)], at_death=signal.SIGTERM
                     )
                     slots[slot] = number, processes[-1], now()
-                    say(f"point {number} ({label(sweep.values(number))}) runs; log: {logs / f'{number}.out'}")
+                    report(f"point {number} ({label(sweep.values(number))}) runs; log: {logs / f'{number}.out'}")
             sleep(POLL_S)
             for slot, (number, process, began_s) in list(slots.items()):
                 code = process.poll()
@@ -353,29 +352,29 @@ def run_points(
                     processes.remove(process)
                     codes[number] = code
                     how = _ENDS.get(code, f"ended with exit code {code}")
-                    say(f"point {number} {how} after {duration(now() - began_s)}")
+                    report(f"point {number} {how} after {duration(now() - began_s)}")
     if len(codes) == len(numbers) and not any(codes.values()):
         return EXIT_FINISHED
-    if heard:
-        return EXIT_INTERRUPTED if signal.SIGINT in heard else EXIT_REQUEUE
+    if received:
+        return EXIT_INTERRUPTED if signal.SIGINT in received else EXIT_REQUEUE
     return EXIT_FAILED
 
 
 def _shares(sweep: Sweep, numbers: Sequence[int], at_once: int, gpus: Sequence[str]) -> list[dict[str, str]]:
-    """Of each slot, the variables that give it GPUs of its own."""
+    """Return, for each slot, the variables that give it GPUs of its own."""
     if at_once == 1 or not gpus or _config(sweep, numbers[0]).get("device") == "cpu":
         return [{}] * at_once
     n_ranks = max(read_json(sweep.task_file(number))["n_ranks"] for number in numbers)
     if at_once * n_ranks > len(gpus):
         raise ConfigError(
-            f"--at-once {at_once}: {n_ranks} ranks each need {at_once * n_ranks} GPUs, and {len(gpus)} are here; "
-            f"say --at-once {max(1, len(gpus) // n_ranks)}"
+            f"--at-once {at_once}: {n_ranks} ranks each need {at_once * n_ranks} GPUs, but {len(gpus)} are here; "
+            f"use --at-once {max(1, len(gpus) // n_ranks)}"
         )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * n_ranks : (i + 1) * n_ranks])} for i in range(at_once)]
 
 
 def gpus_here(env: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
-    """The GPUs that a run started here would see, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that a run would see here, as CUDA_VISIBLE_DEVICES names them."""
     if "CUDA_VISIBLE_DEVICES" in env:
         return [name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name]
     return [

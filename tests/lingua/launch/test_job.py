@@ -182,7 +182,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 def held(run_dir: Path, restarts: int = 0, **more: Any) -> Holder:
     """The holder of an attempt that Slurm has requeued so often; reading a fact twice costs no time."""
-    facts = {"allocation": Allocation("7", restarts, 2, 8, 20)} | more
+    facts: dict[str, Any] = {"allocation": Allocation("7", restarts, 2, 8, 20)} | more
     return Holder(job(run_dir, **facts), sleep=lambda seconds: None)
 
 

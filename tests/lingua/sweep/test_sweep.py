@@ -158,7 +158,7 @@ def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path: Path):
     [
         ("sweep.json", "is a sweep already; `lingua sweep status"),
         ("config.yaml", "is a run folder; give the sweep another name"),
-        ("notes.txt", "is there and not empty"),
+        ("notes.txt", "exists and is not empty"),
     ],
 )
 def test_a_folder_that_is_taken(tmp_path: Path, there: str, sentence: str):
@@ -179,7 +179,7 @@ def test_a_sweep_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_no_sweep_no_answer(tmp_path: Path):
-    with pytest.raises(RunError, match=r"is no sweep: it has no sweep\.json"):
+    with pytest.raises(RunError, match=r"is not a sweep: it has no sweep\.json"):
         read_sweep(tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_so_many_at_a_time(tmp_path: Path, at_once: int, together: str):
     """
     said: list[str] = []
     sweep = here(tmp_path / "sweep", body, 4, at_once)
-    assert run_points(sweep, [1, 2, 3, 4], say=said.append, sleep=lambda _: None) == 1
+    assert run_points(sweep, [1, 2, 3, 4], report=said.append, sleep=lambda _: None) == 1
     assert (tmp_path / "count.1").read_text().strip() == together
     assert max(int((tmp_path / f"count.{i}").read_text()) for i in sweep.numbers) <= at_once
     assert [text.partition(" after ")[0] for text in said if "ended" in text] == ["point 3 ended with exit code 7"]
@@ -233,7 +233,7 @@ def test_a_signal_reaches_the_points_and_no_other_begins(tmp_path: Path):
             sent.append(signal.raise_signal(signal.SIGTERM))
 
     said: list[str] = []
-    assert run_points(sweep, [1, 2, 3], say=said.append, sleep=send_once) == 75
+    assert run_points(sweep, [1, 2, 3], report=said.append, sleep=send_once) == 75
     assert sorted(text.partition(" after ")[0] for text in said[2:]) == [
         "point 1 saved, and can go on,",
         "point 2 saved, and can go on,",
@@ -246,9 +246,9 @@ def test_points_side_by_side_share_out_the_gpus(tmp_path: Path):
     body = f"echo $CUDA_VISIBLE_DEVICES $SLURM_JOB_ID > {tmp_path}/gpus.$1"
     sweep = here(tmp_path / "sweep", body, 2, 2, n_ranks=2)
     env = {"SLURM_JOB_ID": "7", "PATH": "/bin:/usr/bin"}
-    assert run_points(sweep, [1, 2], env=env, gpus=["0", "1", "5", "6"], say=lambda _: None) == 0
+    assert run_points(sweep, [1, 2], env=env, gpus=["0", "1", "5", "6"], report=lambda _: None) == 0
     assert [(tmp_path / f"gpus.{i}").read_text() for i in (1, 2)] == ["0,1\n", "5,6\n"]
-    with pytest.raises(ConfigError, match="2 ranks each need 4 GPUs, and 3 are here; say --at-once 1"):
+    with pytest.raises(ConfigError, match="2 ranks each need 4 GPUs, but 3 are here; use --at-once 1"):
         run_points(sweep, [1, 2], gpus=["0", "1", "2"])
 
 
