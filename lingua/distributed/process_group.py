@@ -25,11 +25,12 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
 from lingua.distributed.same_config import require_same_config
-from lingua.files import RunError, raise_if
+from lingua.files import DiskError, RunError
 from lingua.run.failure import RankError, carried, classify, mark_known
 from lingua.slurm import this_task
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 
 @dataclass(frozen=True)
@@ -174,61 +175,95 @@ def patient(timeout_s: float, usual_s: float) -> Iterator[None]:
 # -- agreement ---------------------------------------------------------------------------------------------------
 
 
-def from_main(act: Callable[[], T]) -> T:
-    """Run `act` on rank 0 and give its (picklable) result to all; its error is raised on all. Collective."""
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return every rank's (picklable) value, by rank. Collective."""
     if not dist.is_initialized():
-        return act()
-    outcome: list[tuple[str, object]] = [("", None)]
-    if dist.get_rank() == 0:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_main(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `act` on rank 0 and return its (picklable) result, or raise its error, on every rank. Collective.
+
+    An OSError is raised as a DiskError.
+    """
+    outcome: list[Any] = [None, None]
+    own: BaseException | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            outcome = [("ok", act())]
-        except Exception as error:
-            _broadcast([("error", _portable(error))])
-            mark_known(error)
-            raise
-    kind, value = _broadcast(outcome)[0]
-    if kind == "error":
-        assert isinstance(value, Exception)
-        raise mark_known(value)
-    return value  # pyright: ignore[reportReturnType]
-
-
-def on_every_rank(act: Callable[[], T]) -> T:
-    """Run `act` on all ranks; if any fails, all raise, the others naming the first that failed. Collective."""
-    if not dist.is_initialized():
-        return act()
-    error: Exception | None = None
-    result: T | None = None
-    try:
-        result = act()
-    except Exception as caught:
-        error = caught
-    reports: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, None if error is None else (f"{type(error).__name__}: {error}", classify(error)))
-    if error is not None:
+            outcome[0] = act()
+        except BaseException as error:  # the others must not wait for us
+            own = _without_os_error(error)
+            outcome[1] = _portable(own)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if own is not None and not isinstance(own, Exception):
+        raise own
+    if (error := own or outcome[1]) is not None:
         raise mark_known(error)
-    failed = [(f"rank {rank}: {report[0]}", report[1]) for rank, report in enumerate(reports) if report is not None]
-    if failed:
-        raise mark_known(RankError(*failed[0]))
-    return result  # pyright: ignore[reportReturnType]
+    return outcome[0]
+
+
+def on_each(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Run `act` on all ranks and return the (picklable) results by rank; if any fails, all raise. Collective.
+
+    A RunError or OSError of the first rank that failed is raised on all, so that all take the same turn.
+    """
+    value, error = _attempt(act)
+    answers = gather((value, None if error is None else _sendable(error)), group)
+    _raise_first(error, [told for _, told in answers])
+    return [value for value, _ in answers]  # pyright: ignore[reportReturnType] - without an error there is one
+
+
+def on_every_rank(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `act` on all ranks and return this rank's result, which is not sent; if any fails, all raise. Collective."""
+    value, error = _attempt(act)
+    _raise_first(error, gather(None if error is None else _sendable(error), group))
+    return value  # pyright: ignore[reportReturnType] - without an error there is one
 
 
 def first_given(value: T | None) -> T | None:
-    """The value of the lowest rank that has one. Collective."""
-    if not dist.is_initialized():
-        return value
-    values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return next((given for given in values if given is not None), None)
+    """Return the value of the lowest rank that has one. Collective."""
+    return next((given for given in gather(value) if given is not None), None)
 
 
-def _broadcast(outcome: list[tuple[str, object]]) -> list[tuple[str, object]]:
-    dist.broadcast_object_list(outcome, src=0)
-    return outcome
+def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:
+        return None, _without_os_error(error)
 
 
-def _portable(error: Exception) -> Exception:
-    """The error itself where it survives pickling, else its words."""
+def _raise_first(own: Exception | None, errors: list[RunError | None]) -> None:
+    """Raise the error of the lowest rank that failed; a rank with a bug of its own raises that."""
+    found = next(((rank, error) for rank, error in enumerate(errors) if error is not None), None)
+    if found is None:
+        return
+    if own is not None and not isinstance(own, RunError):
+        raise mark_known(own)
+    rank, error = found
+    raise mark_known(error if own is not None else carried(error, f"rank {rank}: {error}"))
+
+
+def _without_os_error(error: E) -> E | DiskError:
+    if not isinstance(error, OSError):
+        return error
+    told = DiskError.of(error)
+    told.__cause__ = error
+    return told
+
+
+def _sendable(error: Exception) -> RunError:
+    """Return what other ranks raise: a RunError keeps its sentence."""
+    return carried(error, None if isinstance(error, RunError) else f"{type(error).__name__}: {error}")
+
+
+def _portable(error: BaseException) -> Exception:
+    """Return the error itself where it survives pickling, else its words."""
+    if not isinstance(error, Exception):
+        return RankError("rank 0 failed, see its log", classify(error))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -290,7 +325,7 @@ SLOWEST_DISK = timedelta(hours=4)
 
 
 class Ranks:
-    """This rank among all ranks of the run."""
+    """All ranks of the run, over a process group of their own that waits for the slowest disk."""
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
@@ -303,39 +338,10 @@ class Ranks:
             self._group = group
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return gather(value, self._group)
 
     def from_main(self, act: Callable[[], T]) -> T:
-        """What `act` returns on rank 0, on every rank; or its RunError or OSError, on every rank."""
-        answer: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                answer = [act(), None]
-            except (RunError, OSError) as error:
-                answer = [None, carried(error)]
-            except BaseException as error:
-                if self._group is not None:  # the others must not wait for us
-                    told = RankError("rank 0 failed, see its log", classify(error))
-                    dist.broadcast_object_list([None, told], src=0, group=self._group)
-                raise
-        if self._group is not None:
-            dist.broadcast_object_list(answer, src=0, group=self._group)
-        raise_if(answer[1])
-        return answer[0]
+        return from_main(act, self._group)
 
     def on_each(self, act: Callable[[], T]) -> list[T]:
-        """What `act` returned on each rank, on every rank; or the first RunError or OSError, on every rank."""
-        value: T | None = None
-        error: RunError | None = None
-        try:
-            value = act()
-        except (RunError, OSError) as caught:
-            error = carried(caught)
-        answers = self.gather((value, error))
-        raise_if(next((error for _, error in answers if error is not None), None))
-        return [value for value, _ in answers]  # pyright: ignore[reportReturnType] - without an error there is one
+        return on_each(act, self._group)

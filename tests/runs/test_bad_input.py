@@ -240,6 +240,6 @@ def test_a_checkpoint_that_turns_up_late_binds_the_config(tmp_path: Path):
 
     refused = train([*words, "optim.lr=1e-4"], hook=publish_late)
     assert refused.exit_code == 2
-    assert "checkpoint 2 of an earlier start was saved only now, and optim.lr" in refused.output
+    assert "checkpoint 2 of an earlier attempt was saved only now, and optim.lr" in refused.output
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
     assert train(words).exit_code == 0

@@ -1,3 +1,4 @@
+import errno
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from lingua.distributed.process_group import (
     StepReduce,
     find_rank_info,
     from_main,
+    on_each,
     on_every_rank,
     pick_device,
 )
+from lingua.files import DiskError
+from lingua.run.failure import classify
 from tests.ranks import run_on_ranks
 
 TORCHRUN = {
@@ -148,3 +152,19 @@ def test_when_one_rank_fails_all_raise_and_name_it():
     results = run_on_ranks(act, 3)
     assert "rank 1: ZeroDivisionError" in results[0]
     assert "rank 1: ZeroDivisionError" in results[2]
+
+
+def test_an_error_of_a_disk_is_the_same_on_all_ranks_and_a_bug_keeps_nobody_waiting():
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "no space", "/data")
+
+    def act(rank: int) -> list[str]:
+        found = []
+        for fails in (full, lambda: int("x")):
+            with pytest.raises((DiskError, ValueError, RankError)) as caught:
+                on_each(fails if rank == 1 else lambda: None)
+            found.append(f"{type(caught.value).__name__} {classify(caught.value)}")
+        return found + [str(value) for value in on_each(lambda: rank)]
+
+    disk, here = "DiskError disk_full", ["0", "1"]
+    assert run_on_ranks(act, 2) == [[disk, "RankError config", *here], [disk, "ValueError config", *here]]
