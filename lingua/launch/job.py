@@ -39,7 +39,7 @@ from lingua.config.frozen import dump_yaml, read_config
 from lingua.config.keys.launch import LauncherArgs
 from lingua.files import RunError, make_folder, read_json, write_json, write_whole
 from lingua.launch.local_ranks import PATIENCE_S, meeting_point, rank_env, run_ranks
-from lingua.launch.requeue import Decision, Outcome, judge
+from lingua.launch.requeue import Outcome, RequeueDecision, judge
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import environment, freeze_code
 from lingua.run.failure import KINDS, Failure, classify, read_failures
@@ -334,7 +334,7 @@ class Holder:
             send_back(self.job.allocation, avoid)
         return decision.exit_code
 
-    def _count(self, decision: Decision, avoid: list[str]) -> Decision:
+    def _count(self, decision: RequeueDecision, avoid: list[str]) -> RequeueDecision:
         """Store the count of failed attempts. If that fails, count restarts instead, so that the job ends some day."""
         try:
             make_folder(self.tries_file.parent, "dump_dir")

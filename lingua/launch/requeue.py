@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Decision:
+class RequeueDecision:
     """What becomes of the job."""
 
     requeue: bool
@@ -50,36 +50,38 @@ class Decision:
     """Failed attempts in a row that gained no step, this one included."""
 
 
-def judge(outcome: Outcome, max_retries: int) -> Decision:
+def judge(outcome: Outcome, max_retries: int) -> RequeueDecision:
     """Decide by how the attempt ended. stop.json counts before the exit code, which a launcher may have replaced."""
     stop = outcome.stop or {}
     code = stop.get("exit_code", outcome.exit_code)
     code = EXIT_REQUEUE if code is None else int(code)
     kinds = outcome.kinds | ({stop["kind"]} if stop.get("kind") else set())
     if outcome.cancelled:
-        return Decision(False, "the job is being ended, by scancel or by Slurm itself", code)
+        return RequeueDecision(False, "the job is being ended, by scancel or by Slurm itself", code)
     if code == EXIT_FINISHED:
-        return Decision(False, "the run is finished", code)
+        return RequeueDecision(False, "the run is finished", code)
     if code == EXIT_INTERRUPTED:
-        return Decision(False, "a person stopped the run", code)
+        return RequeueDecision(False, "a person stopped the run", code)
     if code == EXIT_BAD_CONFIG:
-        return Decision(False, "the config is wrong", code)
+        return RequeueDecision(False, "the config is wrong", code)
     if outcome.occupied:
-        return Decision(False, "another job trains in this run folder", code)
+        return RequeueDecision(False, "another job trains in this run folder", code)
     hopeless = sorted(kind for kind in kinds if kind in KINDS and not KINDS[kind].restart_may_help)
     if hopeless:
-        return Decision(False, f"a restart would meet the same failure again ({', '.join(hopeless)})", code)
+        return RequeueDecision(False, f"a restart would meet the same failure again ({', '.join(hopeless)})", code)
     if code == _KILLED_BY_SIGTERM or (code == EXIT_REQUEUE and stop.get("signal") == "SIGTERM"):
-        return Decision(True, "Slurm took the nodes away", code, outcome.fruitless)
+        return RequeueDecision(True, "Slurm took the nodes away", code, outcome.fruitless)
     fruitless = 0 if outcome.steps_gained > 0 else outcome.fruitless + 1
     how = "the time was up" if code == EXIT_REQUEUE else f"it failed with {_spell(code)}"
     if fruitless > max_retries:
-        return Decision(
+        return RequeueDecision(
             False, f"{how}, and {fruitless} attempts in a row gained no step; see the logs", code, fruitless
         )
     if fruitless:
-        return Decision(True, f"{how} without a step gained; retry {fruitless} of {max_retries}", code, fruitless)
-    return Decision(True, f"{how} after {outcome.steps_gained} steps", code)
+        return RequeueDecision(
+            True, f"{how} without a step gained; retry {fruitless} of {max_retries}", code, fruitless
+        )
+    return RequeueDecision(True, f"{how} after {outcome.steps_gained} steps", code)
 
 
 def _spell(code: int) -> str:

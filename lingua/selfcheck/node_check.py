@@ -36,7 +36,7 @@ _MATRIX = 512
 
 
 @dataclass(frozen=True)
-class Answer:
+class NodeAnswer:
     """What one rank found on its node."""
 
     node: str
@@ -114,7 +114,7 @@ def check_folder(folder: Path, n_bytes: int = PROBE_BYTES) -> str | None:
 
 
 def judge(
-    answers: Mapping[int, Answer], network: Mapping[int, str], nodes: Sequence[str], seconds: float
+    answers: Mapping[int, NodeAnswer], network: Mapping[int, str], nodes: Sequence[str], seconds: float
 ) -> NodeReport:
     """Decide which nodes are bad. `network`: by rank, why its sum failed; `nodes`: of each rank, as expected.
 
@@ -122,7 +122,7 @@ def judge(
     """
     problems: dict[str, list[str]] = {}
     for rank, node in enumerate(nodes):
-        answer = answers.get(rank, Answer(node, [f"rank {rank} did not answer in time"]))
+        answer = answers.get(rank, NodeAnswer(node, [f"rank {rank} did not answer in time"]))
         if answer.problems:
             problems.setdefault(answer.node, []).extend(answer.problems)
     bad = set(problems)
@@ -153,7 +153,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def check_together(
-    place: RankInfo, answer: Answer, device: Any, nodes: Sequence[str], within_s: float
+    place: RankInfo, answer: NodeAnswer, device: Any, nodes: Sequence[str], within_s: float
 ) -> NodeReport | None:
     """Share the answers over a store on rank 0 and sum up once; returns the report on rank 0, None elsewhere.
 
@@ -205,7 +205,9 @@ def check_together(
             sum_up()
         store.get("done")
         return None
-    answers = {rank: Answer(**orjson.loads(raw)) for rank, raw in collect("answer", started_s + within_s / 2).items()}
+    answers = {
+        rank: NodeAnswer(**orjson.loads(raw)) for rank, raw in collect("answer", started_s + within_s / 2).items()
+    }
     everybody = len(answers) == place.world_size and not any(each.problems for each in answers.values())
     store.set("go", "1" if everybody else "0")
     network: dict[int, str] = {}
@@ -257,7 +259,7 @@ def main(words: list[str]) -> int:
         problems = local_problems(devices, given.dir, int(given.shm_gib * 2**30))
     except (RuntimeError, ValueError) as error:
         device, problems = torch.device("cpu"), [_first_line(error)]
-    answer = Answer(node, problems)
+    answer = NodeAnswer(node, problems)
     if place.master is None:
         report = judge({0: answer}, {}, [node], time.monotonic() - started_s)
     else:

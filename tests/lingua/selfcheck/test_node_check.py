@@ -13,7 +13,7 @@ import torch
 
 from lingua.distributed.process_group import RankInfo
 from lingua.selfcheck.node_check import (
-    Answer,
+    NodeAnswer,
     NodeReport,
     check_device,
     check_folder,
@@ -26,14 +26,14 @@ from lingua.selfcheck.node_check import (
 from tests.trainer import free_port
 
 NODES = ["n1", "n1", "n2", "n2"]
-FINE = {rank: Answer(node, []) for rank, node in enumerate(NODES)}
+FINE = {rank: NodeAnswer(node, []) for rank, node in enumerate(NODES)}
 
 
 @pytest.mark.parametrize(
     ("answers", "network", "bad", "problems"),
     [
         (FINE, {}, [], {}),
-        (FINE | {2: Answer("n2", ["device cuda:0: wrong"])}, {}, ["n2"], {"n2": ["device cuda:0: wrong"]}),
+        (FINE | {2: NodeAnswer("n2", ["device cuda:0: wrong"])}, {}, ["n2"], {"n2": ["device cuda:0: wrong"]}),
         ({0: FINE[0], 1: FINE[1], 3: FINE[3]}, {}, ["n2"], {"n2": ["rank 2 did not answer in time"]}),
         (FINE, {3: "nccl: x"}, ["n2"], {"n2": ["rank 3: nccl: x"]}),
         (FINE, dict.fromkeys(range(4), "x"), [], {"network": [f"rank {rank}: x" for rank in range(4)]}),
@@ -93,7 +93,7 @@ def together(present: list[int], n_ranks: int, within_s: float) -> dict[int, Nod
 
     def act(rank: int) -> None:
         place = RankInfo(rank, n_ranks, master=("127.0.0.1", port))
-        answer = Answer(nodes[rank], [])
+        answer = NodeAnswer(nodes[rank], [])
         reports.put((rank, check_together(place, answer, torch.device("cpu"), nodes, within_s)))
 
     processes = [context.Process(target=act, args=(rank,)) for rank in present]
