@@ -1,12 +1,10 @@
 """Train: `python -m apps.main.train config=apps/main/configs/debug.yaml [key=value ...]`. The loop is `train`.
 
-Promise: killed at any line, the same command goes on from the newest published checkpoint; with `deterministic` bit
-for bit. A stop signal on any rank ends all ranks after the same step, with a checkpoint; a failure of any rank ends all
-within seconds (lingua/run/watchdog.py). Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a
-person (saved), 76 hung, 1 and 2 failures.
-Cost beside forward, backward and optimizer: one all-reduce of a few numbers per step, read one step late.
-
-Letters: B rows of a micro step, S positions, G rows of a step over all ranks.
+A run that is killed at any line continues from its newest published checkpoint when the same command is given again,
+bit for bit with `deterministic`. A stop signal on any rank ends all ranks after the same step, with a checkpoint. A
+failure of any rank ends all within seconds (lingua/run/watchdog.py). Exit codes: 0 finished, 75 saved and asks to be
+started again, 130 ended by a person (saved), 76 hung, 1 and 2 failures. Beside forward, backward and optimizer, a step
+takes two all-reduces of a few numbers: the labels while backward computes, and what is logged, read one step late.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The app's language model: a Llama-type decoder from the blocks of lingua/model/transformer.py. Change it freely.
 
-Promise: built on the meta device, then `to_empty`, then `init_weights(seed)`; the values are the same in any layout.
-With weight tying there is one parameter and no second name for it, so nothing can untie it.
-Cost: with a loss, logits exist only a chunk at a time; without one, whole.
+It is built on the meta device, then `to_empty`, then `init_weights(seed)`; the values are the same in any layout. With
+weight tying there is one parameter with one name, so nothing can untie it. With a loss, logits exist a chunk at a time.
 
 Letters: B rows, S positions, D model width, V vocabulary.
 """

@@ -1,10 +1,9 @@
-"""torch.compile: what of a model is compiled, how often anew, and where compiled code is kept between starts.
+"""torch.compile: which parts of a model are compiled, how often, and where compiled code is kept between attempts.
 
-Promise: blocks of one kind share their compiled code, however many there are; a pass without gradients, or with
-another number of rows, adds one more, at most `compile_cache_size_limit` in all. Compiled code is kept in a folder of
-this node that nobody else can write to (what is found there is executed), for all its ranks and for later starts.
-Cost: a first start compiles; later ones on that node find most of it done. Nothing ever removes what is kept, and each
-version of torch has a folder of its own.
+Blocks of one kind share their compiled code, however many there are. A pass without gradients, or with another number
+of rows, adds one more version, at most `compile_cache_size_limit` in all. Compiled code is kept in a folder of the node
+for all its ranks and for later attempts; since it is executed, a folder that others can write to is refused. Each
+version of torch has its own folder. Nothing ever removes these files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One function that turns a model into a parallel one: tensor parallelism, activation checkpointing, compile, FSDP2.
 
-Promise: parameters and optimizer stay fp32 and keep their names, whatever the layout; reductions are fp32; weights
-that are tied stay one tensor. One code path for replicas, full shards and their product (HSDP): FSDP2 on a mesh of
-(dp_replicate, dp_shard), over what tensor parallelism has split. A single process needs no FSDP and gets autocast.
-Cost: with several ranks, what FSDP2 costs; on one rank, nothing. What ranks send in a step of n micro steps, per block:
+Parameters and optimizer stay fp32 and keep their names, whatever the layout; reductions are fp32; tied weights stay one
+tensor. Replicas, full shards and their product (HSDP) share one code path: FSDP2 on a mesh of (dp_replicate, dp_shard),
+over what tensor parallelism has split. A single process needs no FSDP and gets autocast. What ranks send per block in a
+step of n micro steps:
 
     replicas                      one all-reduce of the gradient
     full shards                   2n all-gathers of the parameters, one reduce-scatter of the gradient

@@ -1,11 +1,11 @@
 """What ranks tell each other outside of collectives: that one of them is leaving, and why.
 
-Promise: works while the main thread of a rank is stuck in a collective, under gloo and NCCL alike, and needs nothing
-from the rank that is stuck. Rank 0, where the store usually lives, leaves last, so the others' last words get through.
-Cost: one question to the store per rank and POLL_S, from a thread, over a connection of its own; nothing per step.
+This works while the main thread of a rank is stuck in a collective, under gloo and NCCL alike, and needs nothing from
+the stuck rank. Rank 0, where the store usually lives, leaves last, so that the messages of the others get through. A
+thread asks the store every POLL_S over a connection of its own; a step costs nothing.
 
-Aborting the process group would wake the others too, but torch offers that for NCCL alone, as an experiment, and a
-rank that waits for its disk would not notice.
+Aborting the process group would wake the others too, but torch offers that for NCCL alone, as an experiment, and it
+would not reach a rank that waits for its disk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Processes: who this rank is, the process group, the mesh, and the few reductions that a run needs.
+"""Processes: who this rank is, the process group, the mesh, and the collectives and reductions that a run needs.
 
-Promise: ranks come from torchrun's variables or from the Slurm step, and a lone process in a big allocation stays
-alone. Every collective runs on the main thread. What one rank finds wrong, all ranks hear, so nobody waits in vain.
-Cost: one all-reduce of a few numbers per step, read one step late.
+Ranks come from torchrun's variables or from the Slurm step; a lone process in a big allocation stays alone. Every
+collective runs on the main thread. An error of one rank is raised on all, so nobody waits in vain.
 
 Data-parallel order on the mesh (dp_replicate, dp_shard, tp): dp_rank = replicate * shard_size + shard.
 """

@@ -1,10 +1,10 @@
-"""Tensor parallelism: one model over several ranks, each with some of the heads, of the feed-forward and of the words.
+"""Tensor parallelism: one model over several ranks, each with a part of the heads, the feed-forward and the vocabulary.
 
-Promise: what is computed, and the names of parameters, stay; every parameter is split or copied by a rule below, or the
-model is refused. Between the blocks each rank holds some of the positions (sequence parallelism), so that norms and the
-residual stream are split too.
-Cost: per block two all-gathers and two reduce-scatters of the stream (B, S, D) in forward, and as many in backward; the
-gathered inputs of attention and feed-forward are kept for backward. Per step an all-reduce of each norm's gradient.
+The function and the parameter names stay. Every parameter is split or copied by a rule below, or the model is refused.
+Between blocks each rank holds a part of the positions (sequence parallelism), so that norms and the residual stream are
+split too. Each block takes two all-gathers and two reduce-scatters of the stream (B, S, D) in forward, and as many in
+backward; the gathered inputs of attention and feed-forward are kept for backward. Each step takes an all-reduce of each
+norm's gradient.
 
     stream (B, S/t, D) -> norm -> gather (B, S, D) -> wq wk wv | w1 w3 by rows -> own heads | own width -> wo | w2 by
     columns -> reduce-scatter (B, S/t, D) -> + stream
@@ -35,7 +35,7 @@ _BY_POSITION = Shard(1)
 
 
 class GatherPositions(ParallelStyle):
-    """All positions of the stream, a module's first argument, before it begins; backward reduce-scatters."""
+    """Gather all positions of the stream, a module's first argument; backward reduce-scatters."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module.register_forward_pre_hook(_gather)
@@ -46,14 +46,16 @@ def _gather(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     stream, *rest = inputs
     gathered = stream.redistribute(placements=[Replicate()])
     if stream.shape[1] % stream.device_mesh.size():  # a text while it is generated; training has even parts
-        # What padded the last part is cut off as a view, which torch then takes for contiguous.
+        # Unpadding returns a view that torch wrongly reports as contiguous, hence the clone.
         gathered = gathered.clone(memory_format=torch.contiguous_format)
     return gathered, *rest
 
 
 class VocabParallelEmbedding(RowwiseParallel):
-    """Rows of an embedding; what it looks up arrives before it is handed on, since a compiled block would otherwise be
-    compiled once for a stream that is on its way and once for one that is there."""
+    """An embedding split by rows of the vocabulary, which waits for the reduction of its output.
+
+    Otherwise a compiled block would be compiled twice: for a pending stream and for one that has arrived.
+    """
 
     @staticmethod
     def _prepare_output_fn(
@@ -77,7 +79,7 @@ BLOCKS: Mapping[str, ParallelStyle] = {
     r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])": _TO_OWN,
     r"layers\.\d+\.(attention\.wo|feed_forward\.w2)": _FROM_OWN,
     r"layers\.\d+\.attention\.[qk]_norm": _HEAD_NORM,
-    r"output": ColwiseParallel(),  # by words; its weight alone is used, by the loss and by `logits`
+    r"output": ColwiseParallel(),  # by vocabulary; its weight alone is used, by the loss and by `logits`
 }
 """Pattern of a module's whole name -> what becomes of it. For the blocks of lingua/model/transformer.py."""
 
@@ -101,16 +103,16 @@ def split_model(model: nn.Module, mesh: DeviceMesh, rules: Mapping[str, Parallel
         )
 
 
-# -- what a model calls: identities where nothing is split ---------------------------------------------------------
+# -- called by models; identities where nothing is split ---------------------------------------------------------
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All positions of a stream that may be split. Collective."""
+    """Return all positions of a stream that may be split. Collective."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, S, D) times the head's weight (V, D), which may be split by words: all words (B, S, V). Collective."""
+    """Return x (B, S, D) times the head's weight (V, D), which may be split by vocabulary: (B, S, V). Collective."""
     if not isinstance(weight, DTensor):
         return functional.linear(x, weight)
     spread = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)

@@ -1,9 +1,11 @@
 """Attention by the kernel that the config names, or a refusal that says why and what would work here.
 
-Promise: `resolve_attn_impl` decides before a model is built; what it returns is what runs. All kernels compute the
-same function: causal, with `window` only the last `window` positions, with documents only the own document.
-Cost: sdpa and eager need a (B, 1, S, S) mask of booleans for documents, (1, 1, S, S) for a window; flex a block mask;
-varlen, flash_attn and xformers are told where documents begin, in numbers that the host has made: 4 bytes a document.
+`resolve_attn_impl` decides before a model is built, and what it returns is what runs. All kernels compute the same
+function: causal, limited to the last `window` positions if there is a window, and to the own document if there are
+documents.
+
+For documents, sdpa and eager need a (B, 1, S, S) boolean mask, flex a block mask; for a window a (1, 1, S, S) mask.
+varlen, flash_attn and xformers get the positions where documents begin, computed on the host: 4 bytes per document.
 
 Letters: B rows, S query positions, T key positions, H heads, K key/value heads (K divides H), E head width.
 """

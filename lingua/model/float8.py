@@ -1,10 +1,11 @@
 """Matrix products in float8: linear layers whose forward and both backward products are torch's `_scaled_mm`.
 
-Promise: parameters keep their names, types and values; checkpoints, FSDP2 (which gathers the weight in `model_dtype`;
-it is cast here, on each rank), activation checkpointing and torch.compile see an ordinary linear layer. Scales follow
-each tensor as it is now, so there is no state; what is not finite stays not finite.
-Cost: each operand is read once more for its largest magnitude. Only fused by torch.compile is that less than what the
-products save (torchao's README says the same). Activations are kept for backward in their own type.
+Parameters keep their names, types and values, so that checkpoints, FSDP2, activation checkpointing and torch.compile
+see an ordinary linear layer. FSDP2 gathers the weight in `model_dtype`; it is cast here, on each rank. Scales are
+computed from each tensor as it is now, so there is no state. Values that are not finite stay so.
+
+Each operand is read once more to find its largest magnitude. This costs less than the products save only when
+torch.compile fuses it (torchao's README says the same). Activations are kept for backward in their own type.
 
 Letters: N positions, I and O a layer's inputs and outputs, K the dimension that a product sums over.
 

@@ -1,9 +1,9 @@
-"""Text from a model: prompts of different length in one batch, with a key/value cache, until a stop string.
+"""Generate text: prompts of different lengths in one batch, with a key/value cache, until a stop string.
 
-Promise: the greedy answers of a batch are those of its prompts one by one (in fp32; in bf16 up to near-ties); an
-answer ends before the first stop string, however the tokens cut it; what is cut off a long prompt is reported.
-Cost: memory for the keys and values of `max_tokens` positions; one host sync per token, to look for the end. All
-ranks of a sharded model must call together.
+The greedy answers of a batch are those of its prompts one by one (exactly in fp32, up to near-ties in bf16). An answer
+ends before the first stop string, whatever tokens it is split into. Tokens cut off a long prompt are reported.
+Memory holds the keys and values of `max_tokens` positions. The host syncs once per token, to look for the end. All
+ranks of a sharded model must call this together.
 
 Letters: B rows, S positions, V vocabulary.
 """

@@ -1,11 +1,10 @@
-"""Hugging Face's words for our models: config.json, names of tensors, and back. Torch-free.
+"""Translate our models to Hugging Face's config.json and tensor names, and back. Torch-free.
 
-Promise: what is said in one language means the same function in the other, or it is refused with the key that has no
-counterpart. Our decoder is their `llama`; with qk_norm it is `qwen3`, with a sliding window alone `mistral`.
-Cost: none to speak of.
+A translated config describes the same function; a key without a counterpart is refused by name. Our decoder is their
+`llama`; with qk_norm it is `qwen3`, with only a sliding window `mistral`.
 
-Theirs turns the two halves of a head against each other, ours (as Meta's) turns neighbours; checkpoint/weights.py puts
-the rows in order.
+They rotate the two halves of a head against each other, we (like Meta) rotate neighbours: `checkpoint/load_weights.py`
+and `checkpoint/export_weights.py` reorder the rows.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Next-token cross-entropy straight from hidden states, so that the logits of a whole batch never exist.
+"""Next-token cross-entropy computed from hidden states in chunks, so that the logits of a whole batch never exist.
 
-Promise: log-softmax in fp32 whatever the model's type; the sum over positions and their number are returned, so that
-gradient accumulation and data-parallel ranks normalise by tokens; labels of -100 count for nothing; no host sync.
-Cost: `chunk_tokens` * V fp32 logits at a time. Gradients are made in the forward pass while a chunk's logits are
-there: nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
-Compiled, a chunk's logits exist in the model's type only, and are passed over three times instead of some ten.
-Under tensor parallelism each rank has the logits of its own words alone: V/t of them. Then the hidden states of all
-positions are gathered once, their gradients reduce-scattered once, and two numbers per position are exchanged.
+The log-softmax is in fp32 whatever the model's type. The loss returns the sum over positions and their number, so that
+the caller can divide by the labels of a whole step; labels of -100 do not count. Nothing syncs the host.
+
+`chunk_tokens` * V fp32 logits exist at a time. Gradients are made in the forward pass while a chunk's logits exist:
+nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
+Compiled, a chunk's logits exist in the model's type only, and are read three times instead of about ten.
+Under tensor parallelism each rank has V/t of the logits. The hidden states of all positions are then gathered once,
+their gradients are reduce-scattered once, and ranks exchange two numbers per position.
 
 Letters: B rows, S positions, D model width, V vocabulary, N = B*S, n positions of a chunk, t tensor-parallel ranks.
 """
@@ -42,8 +43,8 @@ class Loss(Protocol):
         """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
 
         With a padded vocabulary (`model.vocab_multiple_of`) also `vocab_size=`: later rows of the weight are no tokens.
-        Under tensor parallelism hidden is a DTensor split by positions and weight one split by words, and every rank of
-        the mesh returns the same. A loss that can do that says so: `vocab_parallel = True` in its Args.
+        Under tensor parallelism hidden is a DTensor split by positions and weight one split by vocabulary, and every
+        rank of the mesh returns the same. A loss that can do that says so: `vocab_parallel = True` in its Args.
         """
         ...
 
@@ -130,11 +131,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank has the logits of the words from `first` on, the other ranks of the group those of the rest."""
+    """This rank has the logits of the vocabulary from `first` on; the other ranks of the group have the rest."""
 
     first: int = 0
     group: dist.ProcessGroup | None = None
-    """None: all words are here."""
+    """None: the whole vocabulary is here."""
 
     def loss_of_logits(
         self,
@@ -144,17 +145,17 @@ class VocabShard:
         z_loss: float,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Loss sum, fp32, of all words on every rank, and its gradient (n, V/t) in the type of the logits. Collective.
+        """Return the loss sum over the whole vocabulary (fp32) and its gradient (n, V/t, as the logits). Collective.
 
         Five passes over one fp32 copy of the logits; the exponentials are taken once.
         """
         dtype, logits = logits.dtype, logits.float()
         if vocab_size is not None:
-            # exp(-inf) is 0: columns behind vocab_size have no part in the loss, and their gradients are exactly 0.
+            # exp(-inf) is 0: columns from vocab_size on have no part in the loss, and their gradients are exactly 0.
             logits[:, max(vocab_size - self.first, 0) :] = float("-inf")
         counted = labels != IGNORE
         target = torch.where(counted, labels, 0).long() - self.first  # (n,)
-        # Where all words are here, a label that is none of them is an error of `gather` and not another rank's.
+        # With the whole vocabulary here, a label outside of it is an error of `gather`, not another rank's label.
         is_own = counted if self.group is None else counted & (target >= 0) & (target < logits.shape[1])
         target = torch.where(is_own, target, 0).unsqueeze(1)  # (n, 1)
         top = logits.amax(dim=1)  # (n,)
@@ -206,11 +207,11 @@ def _loss_of_logits_in_one_pass(
 
 
 def _vocab_shard(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, VocabShard]:
-    """(hidden of all positions, this rank's rows of the weight, which words those are). Collective."""
+    """Return (hidden states of all positions, this rank's rows of the weight, which rows those are). Collective."""
     assert isinstance(hidden, DTensor), "the head is split over ranks, but the stream is not"
     assert weight.placements == (Shard(0),), weight.placements
     mesh = weight.device_mesh
-    # Each rank will know the gradient that comes by its own words; the sum of these is the gradient.
+    # Each rank computes the gradient through its own rows; the sum over ranks is the gradient.
     everywhere = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
     return everywhere, weight.to_local(), VocabShard(first, mesh.get_group())

@@ -1,8 +1,8 @@
-"""Tokenizers as the files that Hugging Face's libraries open. Torch-free.
+"""Write tokenizers as the files that Hugging Face's libraries open. Torch-free.
 
-Promise: `tokenizer.json` gives the ids of our tokenizer, tried on a sample of scripts, digits and blanks before it is
-kept. Text that spells a special token is one there, as is the custom; with us it is ordinary text.
-Cost: for a tiktoken file of 128,000 ranks, its merges are found anew: some seconds.
+`tokenizer.json` gives the ids of our tokenizer; this is tested on a sample of scripts, digits and blanks before the
+file is kept. Text that spells a special token becomes that token there, as is the custom; here it is ordinary text.
+The merges of a tiktoken file of 128,000 ranks are recomputed, which takes some seconds.
 """
 
 from __future__ import annotations

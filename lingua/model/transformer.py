@@ -1,9 +1,9 @@
 """Blocks of a Llama-type decoder: norm, rotary positions, attention, feed-forward, and their initial weights.
 
-Promise: parameter names and the rotation of neighbouring pairs are lingua's, so its weights load. Norms, rotation and
+Parameter names, and the rotation of neighbouring pairs, are Meta Lingua's, so its weights load. Norms, rotation and
 softmax compute in fp32 under autocast and under FSDP2's mixed precision alike. Initial weights are a function of
-(seed, parameter name, shape) alone: the same on any number of ranks, sharded or not (CPU and CUDA draw differently).
-Cost: no host sync, no graph break; each rank draws whole tensors and keeps its share.
+(seed, parameter name, shape) alone: they are the same on any number of ranks, sharded or not, but CPU and CUDA draw
+different ones. Each rank draws whole tensors and keeps its shard. Nothing here syncs the host or breaks a graph.
 
 Letters: B rows, S positions, T cached positions, D model width, H heads, K key/value heads, E head width.
 """

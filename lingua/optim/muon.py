@@ -7,14 +7,14 @@
 Sources: Keller Jordan, https://kellerjordan.github.io/posts/muon/ (iteration, coefficients, Nesterov, `original`
 scale); Moonlight, arXiv 2502.16982, section 2.2 (decoupled weight decay, scale `match_rms_adamw`).
 
-Promise: the numbers of torch.optim.Muon on one rank, and on any layout of FSDP2 those of one rank within rounding: a
-matrix is orthogonalised whole, by one rank, and all replicas take that rank's result, so they stay equal bit for bit.
-A step that `found_inf` holds back leaves parameters and momentum as they are, bit for bit, without a host sync.
-Cost: one fp32 momentum per matrix instead of AdamW's two moments. Per step and matrix of m x n (m <= n), about
-5 * 6 m^2 n FLOPs, shared by all ranks: 5 m / (tokens per step) of what forward and backward take. Two exchanges of the
-matrices' local bytes in `ns_dtype` where they are sharded, one broadcast of them where there are replicas. Memory for a
-few whole matrices: each rank has one at a time.
-Why not torch.optim.Muon: it takes matrices only, works on every rank alike, and cannot be held back by a flag.
+On one rank the numbers are those of torch.optim.Muon; on any layout of FSDP2 they are the same within rounding. One
+rank orthogonalises a whole matrix, and all replicas take its result, so they stay equal bit for bit. A step that
+`found_inf` holds back leaves parameters and momentum unchanged, bit for bit, without a host sync.
+
+There is one fp32 momentum per matrix instead of AdamW's two moments. A step takes about 5 * 6 m^2 n FLOPs for a matrix
+of m x n (m <= n), shared by all ranks: 5 m / (tokens per step) of forward and backward. Sharded matrices are exchanged
+twice in `ns_dtype`, replicated ones are broadcast once. Each rank holds one whole matrix at a time.
+torch.optim.Muon takes matrices only, does the same work on every rank, and cannot be held back by a flag.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def takes_muon(name: str, parameter: Tensor) -> bool:
-    """Matrices of the blocks; embeddings, head and everything that is no matrix are AdamW's."""
+    """Matrices of the blocks; AdamW takes embeddings, head and everything that is not a matrix."""
     return parameter.ndim == 2 and name.startswith("layers.")
 
 

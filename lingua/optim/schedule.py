@@ -1,8 +1,8 @@
 r"""Learning rate of every step, as a pure function of the config, the step and the length of the run.
 
-Promise: no state, so nothing to save: a resumed run, or one whose `steps` was raised, asks for the step it is at.
-The curves are lingua's, with its slips mended: cosine cycles begin and end smoothly also with a warm-up, the last wsd
-cycle ends with the run, inv_sqrt has its final annealing, constant warms up too. Torch-free.
+There is no state to save: a resumed run, or one whose `steps` was raised, asks for the step it is at. The curves are
+Meta Lingua's with these corrections: cosine cycles begin and end smoothly with a warm-up too, the last wsd cycle ends
+with the run, inv_sqrt has its final annealing, constant warms up too. Torch-free.
 
     cosine   /\__      wsd   /----\      inv_sqrt   /\_____      linear   /\        (warm-up first, in all of them)
             /    \__        /      \               /       \             /   \__

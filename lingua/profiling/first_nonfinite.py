@@ -1,7 +1,7 @@
-"""Where in a model a step went wrong: the first module whose numbers are not finite, and gradient norms by layer.
+"""Find where in a model a step went wrong: the first module whose values are not finite, and gradient norms by layer.
 
-Promise: only looks; nothing of the model is changed when the watch is over.
-Cost: one wait for the device per module and pass. Not for training, but for a step that is looked at once.
+Nothing of the model is changed when the watch is over. It waits for the device once per module and pass, so it is not
+for training but for a step that is looked at once.
 """
 
 from __future__ import annotations

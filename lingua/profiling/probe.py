@@ -1,17 +1,18 @@
 """Statistics of activations, weights, gradients and attention per layer, every `probe_freq` steps.
 
-Promise: a probed run is bit for bit the run that it is without probes. Activations and attention are seen in a forward
-pass of their own over the step's last micro batch, between backward and update: eager, without gradients, with hooks
-that are gone afterwards. The training step itself is not touched, so nothing is compiled again, and random states stay
-as they were. Figures are of the whole model and of what all ranks saw, on any layout: local sums, added over all ranks
-(a shard or batch that several ranks share is counted several times on both sides of a mean, which cancels).
-Cost, in a probed step only: one forward pass of one micro step, four readings of each weight and gradient, and one
-wait for the device. A probed step took 1.6 times a plain one (27M parameters, batch of 4 x 256, no accumulation, two
-busy CPU cores, both in one process); with accumulation it is less. Its time counts as the step's in `speed/*`.
+A probed run is bit for bit the run without probes. Activations and attention are measured in a separate forward pass
+over the step's last micro batch, between backward and update: eager, without gradients, with hooks that are removed
+afterwards. The training step itself is not touched, so nothing is compiled again, and random states stay unchanged.
+Statistics are of the whole model and of the data of all ranks, on any layout: local sums, added over all ranks. (What
+several ranks share, a shard or a batch, is counted several times on both sides of a mean, which cancels.)
 
-Attention is sampled: PROBED_ROWS rows of each rank, PROBED_QUERIES positions of each, evenly spread and the last one
-among them, all heads, against every key that they see. Scores exist for CHUNK of these positions at a time, so memory
-grows with H * S and not with H * S * S.
+A probed step takes one more forward pass of one micro step, four readings of each weight and gradient, and one wait for
+the device: 1.6 times a plain step (27M parameters, batch of 4 x 256, no accumulation, two busy CPU cores, both in one
+process); less with accumulation. This time is part of the step's in `speed/*`.
+
+Attention is sampled: PROBED_ROWS rows of each rank, PROBED_QUERIES positions of each, evenly spread and including the
+last, all heads, against every key that they see. Scores exist for CHUNK of these positions at a time, so memory grows
+with H * S and not with H * S * S.
 
 Letters: B rows, S positions, H heads, K key/value heads, E head width, C query positions of a chunk.
 """

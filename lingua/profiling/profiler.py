@@ -1,12 +1,13 @@
 """Profiling windows: time and memory of each step (light), a torch trace and a memory snapshot (heavy).
 
-Promise: outside its windows it does nothing. Files carry the first step of their window and the rank, and have their
-name when they are whole (a light one grows). A disk that refuses them costs the file, never the run. Which steps lie
-in a window is decided in `profilewindows.py`. Traces open in https://ui.perfetto.dev, memory snapshots in
+Outside its windows the profiler does nothing. `windows.py` decides which steps are in a window. File names contain the
+first step of the window and the rank; a file gets its name when it is complete, except a light one, which grows. If the
+disk refuses a file, the file is lost and the run goes on. Traces open in https://ui.perfetto.dev, memory snapshots in
 https://docs.pytorch.org/memory_viz.
-Cost: light, a handful of CUDA events (read when they have passed: nobody waits) or clock readings per step, the
-allocator's counters, and a write per FLUSH_STEPS. Heavy: steps are several times slower, a trace of two steps is
-1-50 MB, and all ranks wait while one writes it.
+
+A light window takes a handful of CUDA events (read once they have passed, so nobody waits) or clock readings per step,
+the allocator's counters, and a write per FLUSH_STEPS. In a heavy window steps are several times slower, a trace of two
+steps is 1-50 MB, and all ranks wait while one writes it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _GIB = 2**30
 
 
 class Clock(Protocol):
-    """Where time is read: stamps are taken now and compared later."""
+    """Takes time stamps now, to be compared later."""
 
     def stamp(self) -> Any: ...
 
@@ -53,7 +54,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For a CPU: work is done when the call returns."""
+    """Clock of a CPU, where work is done when the call returns."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.stamp = now
@@ -69,7 +70,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events in the current stream: a stamp is where the device will be, not where the host is."""
+    """CUDA events in the current stream: a stamp is the time on the device, not on the host."""
 
     def stamp(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -87,10 +88,10 @@ class CudaClock:
 
 
 class StepTimes:
-    """What each step's time went into. `mark(phase)`: the time since the last mark was that phase's.
+    """Splits each step's time into phases. `mark(phase)` assigns the time since the last mark to that phase.
 
-    What is not marked is `rest`: reductions, metrics, validation, checkpoints. On a GPU `data` is how long the device
-    had nothing to do, or copied the batch; a wait of the host that the device did not notice is not seen.
+    The remaining time is `rest`: reductions, metrics, validation, checkpoints. On a GPU `data` is the time in which the
+    device was idle or copied the batch; a wait of the host that did not delay the device is not counted.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -102,13 +103,13 @@ class StepTimes:
         self._marks.append((phase, self._clock.stamp()))
 
     def end_step(self, facts: dict[str, Any]) -> None:
-        """A step is over; `facts` go into its record."""
+        """End a step; `facts` go into its record."""
         self.mark("rest")
         self._ended.append((facts, self._marks))
         self._marks = [("", self._marks[-1][1])]
 
     def records(self, *, wait: bool = False) -> Iterator[dict[str, Any]]:
-        """Those of ended steps, each once, as far as the device has got; with `wait` all."""
+        """Yield each record of an ended step once, as far as the device has got; with `wait` all."""
         while self._ended:
             facts, marks = self._ended[0]
             if wait:
@@ -128,7 +129,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 
 class LightWindow:
-    """Records of steps, into one file."""
+    """Writes the records of steps into one file."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
         self.path = path
@@ -158,14 +159,14 @@ class LightWindow:
 
 
 class MemoryMeter:
-    """Memory of the device. Peaks are per step inside light windows, and since the last report for the metrics."""
+    """Measures device memory. Peaks are per step in light windows, and since the last report for the metrics."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._peaks: dict[str, int] = {}
 
     def step(self) -> dict[str, float]:
-        """Memory at the end of a step, and its peak."""
+        """Return memory at the end of a step, and its peak."""
         if self._device.type != "cuda":
             with open("/proc/self/statm") as file:
                 pages = int(file.read().split()[1])
@@ -180,7 +181,7 @@ class MemoryMeter:
         return {key: round(value / _GIB, 6) for key, value in gib.items()} | counts
 
     def report(self) -> dict[str, float]:
-        """Peaks since the last report, in GiB and as a share of the device's; on a CPU the process's peak so far."""
+        """Return peaks since the last report, in GiB and as a share of the device; on a CPU the process's peak."""
         if self._device.type != "cuda":
             return {"memory/max_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB}
         stats = self._read()
@@ -196,7 +197,7 @@ class MemoryMeter:
         }
 
     def _read(self) -> dict[str, Any]:
-        """The allocator's counters since the last reading."""
+        """Return the allocator's counters since the last reading."""
         stats = torch.cuda.memory_stats(self._device)
         for kind in ("active", "reserved"):
             self._peaks[kind] = max(self._peaks.get(kind, 0), stats[f"{kind}_bytes.all.peak"])
@@ -240,12 +241,12 @@ class Profiler:
         self._recording_memory = False
 
     def start(self, step: int) -> None:
-        """`step` updates of the run are done."""
+        """Begin after `step` updates of the run."""
         self._next = step + 1
         self._open_and_close()
 
     def mark(self, phase: str) -> None:
-        """The time since the last mark was this one of PHASES."""
+        """Assign the time since the last mark to one of PHASES."""
         if self._light is not None:
             self._light.times.mark(phase)
 
@@ -256,7 +257,7 @@ class Profiler:
             self._granted.append(request)
 
     def step(self, step: int) -> None:
-        """One more update is done."""
+        """Note that one more update is done."""
         if self._light is not None:
             self._light.end_step({"global_step": step, "rank": self._rank, **self.memory.step()})
         self._done, self._next = self._done + 1, step + 1
@@ -267,7 +268,7 @@ class Profiler:
         self._open_and_close()
 
     def _begin_asked(self, request: Request) -> None:
-        """The window of a request begins with the next step, with files of its own."""
+        """Open the window of a request, with files of its own, at the next step."""
         self._close(request.kinds)
         self._asked, self._asked_until, self._asked_files = request, self._done + request.n_steps, []
         if self._rank == 0:
@@ -275,7 +276,7 @@ class Profiler:
             log.info("profile: asked for, %s, steps %d to %d, into %s", kind, self._next, last, self._folder)
 
     def _end_asked(self) -> None:
-        """Close the window of the request, and tell who waits for it."""
+        """Close the window of the request, and answer whoever waits for it."""
         assert self._asked is not None
         request, self._asked = self._asked, None
         self._close(request.kinds)
@@ -354,7 +355,7 @@ class Profiler:
         return self._folder / name
 
     def _write(self, path: Path, export: Callable[[str], object]) -> None:
-        """Let `export` write a file, which has its name when it is whole."""
+        """Let `export` write a file, which gets its name when it is complete."""
         draft = path.with_name(f".{path.name}")  # torch compresses by the name's end
         try:
             export(str(draft))

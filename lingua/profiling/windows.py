@@ -1,8 +1,8 @@
-"""Which steps are profiled, and how: by plan, or because somebody asks a running run. Torch-free.
+"""Decide which steps are profiled, and how: by plan, or on request while the run is running. Torch-free.
 
-Promise: the decision is a pure function of the config, the steps done and what was asked. A request is for one start
-of a run and is taken once; all ranks agree on its steps by the numbers that they reduce anyway.
-Cost: two numbers in each step's vote, and one look at a file per heartbeat.
+The decision is a pure function of the config, the steps done and what was asked. A request is for one attempt and is
+taken once; all ranks agree on its steps by two of the numbers that they reduce in each step anyway. A heartbeat looks
+at one file.
 
 `lingua profile RUN` leaves `incarnations/<attempt>.profile`; rank 0's heartbeat takes it. When its window has closed,
 `<trace_folder>/asked_<id>.json` says which files there are.

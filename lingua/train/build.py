@@ -1,8 +1,7 @@
-"""Builds everything a run is made of, in the order in which it is needed; the loop itself is in `train.py`.
+"""Build everything a run is made of, in the order in which it is needed; the loop itself is in the app's `train.py`.
 
-Promise: nothing here moves the run's state; what is built twice from the same config and checkpoint is equal bit for
-bit. Initial weights do not depend on the number of ranks.
-Cost: start-up only.
+Two builds from the same config and checkpoint are equal bit for bit. Initial weights do not depend on the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def make_deterministic() -> None:
 
 
 def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
-    """The model with its initial weights, spread over the world."""
+    """Build the model with its initial weights, spread over the world."""
     sized: dict[str, Any] = {"vocab_size": size.vocab_size, "max_seqlen": size.max_seqlen}
     if isinstance(args.model, LlamaArgs):
         dtype = DTYPES[args.distributed.model_dtype]
@@ -84,7 +83,7 @@ def require_counted(model: nn.Module, args: ModelArgs) -> None:
 
 
 def build_loss(args: TrainArgs) -> Loss:
-    """What training minimises; compiled where the model is."""
+    """Build the loss that training minimises; compiled if the model is."""
     loss = build_part(args.loss)
     if args.distributed.compile and isinstance(loss, CrossEntropy):
         loss.compile()
@@ -92,14 +91,14 @@ def build_loss(args: TrainArgs) -> Loss:
 
 
 def build_updater(args: TrainArgs, state: TrainState, device: torch.device) -> Updater:
-    """What steps the optimizer; with fp16 the loss scale is as the checkpoint left it."""
+    """Build what steps the optimizer; with fp16 the loss scale is the checkpoint's."""
     saved = state.shared.pop("loss_scale", None)  # a state in another type does not keep it
     scale = LossScale(device, saved) if args.distributed.model_dtype == "fp16" else None
     return Updater(state.optimizer, state.model.parameters(), args.optim, device, scale)
 
 
 def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
-    """Model and optimizer as before the first step, and the process-wide settings that they are computed with."""
+    """Build model and optimizer as before the first step, and make the process-wide settings for them."""
     if args.distributed.compile:
         on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     if args.deterministic:
@@ -115,7 +114,7 @@ def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
 def build_rows(
     args: TrainArgs, size: Resolved, world: World, tokenizer: Tokenizer, data_state: dict[str, Any] | None
 ) -> Loader:
-    """This rank's rows, from where `data_state` (of all lanes) stands; None: from the first."""
+    """Build the loader of this rank's rows, which continues at `data_state` (of all lanes), or at the first row."""
     return on_every_rank(
         lambda: build_loader(
             args.data,
@@ -132,7 +131,7 @@ def build_rows(
 def build_run(
     args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
 ) -> Run:
-    """Everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
+    """Build everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
     args.data = on_every_rank(lambda: stack.enter_context(staged(args.data)))
     tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
     state = build_state(args, size, world)
@@ -160,7 +159,7 @@ def build_run(
 
 
 def fresh_shared() -> dict[str, Any]:
-    """What every rank knows alike before the first step."""
+    """Return what all ranks know before the first step."""
     return {
         "step": 0,
         "total_tokens": 0,
@@ -172,13 +171,13 @@ def fresh_shared() -> dict[str, Any]:
 
 
 class LoadsFrom(Protocol):
-    """What restores the full state of another run: CheckpointManager, Restorer."""
+    """Restores the full state of another run: CheckpointManager, Restorer."""
 
     def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path: ...
 
 
 def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
-    """Load the newest checkpoint, or what to start from; returns the loader's state, None for rows from the first."""
+    """Load the newest checkpoint, or what to start from; returns the loader's state, or None to begin at row 0."""
     newest = manager.latest()
     if newest is not None:
         manager.load(newest, state)
@@ -201,7 +200,7 @@ def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) 
 def _continue_other(
     state: TrainState, loads: LoadsFrom, start: str, reset: Sequence[str], size: Resolved
 ) -> dict[str, Any] | None:
-    """Go on with another run's full state, but for what is `reset`; returns the loader's state."""
+    """Continue another run's full state, except for what is `reset`; returns the loader's state."""
     loads.load_from(start, state, optimizer="optim" not in reset)
     data = None if "data" in reset else merge_states([rank["data"] for rank in state.per_rank_all])
     if "step" in reset:
@@ -209,14 +208,14 @@ def _continue_other(
     elif "schedule" in reset:
         state.shared["schedule_begin"] = state.shared["step"]
     if reset:
-        log.info("begun anew, not taken over: %s", ", ".join(reset))
+        log.info("reset, not taken over: %s", ", ".join(reset))
     state.shared["tracking_id"] = None  # another run, so another line in the plots
     state.shared["first_row"] = (data["row"] if data else 0) - state.shared["step"] * size.rows_per_step
     return data
 
 
 def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
-    """Rows of each source that has a `*.val.jsonl`; none when validation is off."""
+    """Read rows of each source that has a `*.val.jsonl`; none when validation is off."""
     if not (args.validation.every or args.validation.at_ends):
         return []
     texts, without = texts_beside_sources(args.data)

@@ -1,8 +1,8 @@
-"""What a config means, and whether it can: sizes of a run, checks across sections, and figures to plan with.
+"""Check a config across its sections, and derive the sizes of a run from it. Torch-free.
 
-Promise: train, `lingua check` and every command that starts a run judge a config by `load` alone, so they cannot
-disagree; everything wrong is said at once, before a process group, a device or a folder is touched.
-Cost: no torch; a fraction of a second, more when a large tokenizer file or `epochs` needs the data looked at.
+Train, `lingua check` and every command that starts a run check a config by `load` alone, so they cannot disagree. All
+errors are reported at once, before a process group, a device or a folder is touched. This takes a fraction of a second,
+more if a large tokenizer file is read, or the data for `epochs`.
 
 The numbers of a step: B rows of a micro step on each of `dp` data-parallel ranks, G = B * grad_acc_steps * dp rows of
 a step, S tokens of a row, K lanes. G and K stay when a run goes on with other GPUs; grad_acc_steps is derived.
@@ -59,7 +59,7 @@ def load(
     strict_paths: bool = False,
     schema: type[TrainArgs] | None = None,
 ) -> Checked:
-    """The config of a command line, checked. Raises ConfigError with everything that is wrong with it.
+    """Return the config of a command line, checked. Raises ConfigError with everything that is wrong with it.
 
     `schema`: the config class of the app; None: of the app that the line chooses.
     """
@@ -131,7 +131,7 @@ def _differences(judged: _Judged, earlier: Earlier) -> list[Difference]:
 
 
 def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Difference]:
-    """The differences that a run with a checkpoint does not let pass."""
+    """Return the differences that a run with a checkpoint refuses."""
     accepted = accepts(line)
     return [
         difference
@@ -142,14 +142,14 @@ def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Diffe
 
 
 def _origin_of_seed(composed: Composed[TrainArgs], value: int) -> Origin:
-    """The place of a seed that the config does not state."""
+    """Return where a seed that the config does not set comes from."""
     if value != composed.args.seed:
         return Origin("the run's first attempt")
     return Origin(f"seed, {composed.marks.get(('seed',), DEFAULT)}")
 
 
 def _idle_seed(composed: Composed[TrainArgs]) -> Iterator[Finding]:
-    """A seed that was typed over a config that states the two which decide."""
+    """Warn of a typed seed that has no effect because the config sets model.seed and data.seed."""
     typed, stated = composed.marks.get(("seed",)), [composed.marks.get((name, "seed")) for name in ("model", "data")]
     seeds = (composed.args.model.seed, composed.args.data.seed)
     if typed == COMMAND_LINE and None not in stated and COMMAND_LINE not in stated and composed.args.seed not in seeds:
@@ -165,7 +165,7 @@ def accepts(line: CommandLine) -> bool:
 
 
 def default_world_size(args: TrainArgs) -> int:
-    """The ranks that the config speaks of: those of `launcher`, else those of `distributed`."""
+    """Return the number of ranks that the config describes: of `launcher`, else of `distributed`."""
     if args.launcher.gpus is not None:
         return args.launcher.nodes * max(1, args.launcher.gpus)
     layout = args.distributed
@@ -173,13 +173,13 @@ def default_world_size(args: TrainArgs) -> int:
 
 
 def problems(args: TrainArgs, world_size: int) -> tuple[list[Finding], list[Finding]]:
-    """(errors, warnings) of a config that is valid key by key."""
+    """Return (errors, warnings) of a config that is valid key by key."""
     found = study(args, world_size)
     return found.errors, found.warnings
 
 
 def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None) -> Resolved:
-    """The sizes of a run on so many ranks. Raises ConfigError when they do not fit."""
+    """Return the sizes of a run on `world_size` ranks. Raises ConfigError if they do not fit."""
     found = study(args, world_size, frozen)
     if found.errors or found.resolved is None:
         raise ConfigError([finding.text for finding in found.errors])
@@ -205,7 +205,7 @@ def study(
 
 
 def missing_paths(args: TrainArgs) -> Iterator[Finding]:
-    """What the config names and this machine does not have, with what is assumed instead."""
+    """Yield what the config names and this machine does not have, with what is assumed instead."""
     with suppress(ConfigError):  # `_unreadable_sources` reports it
         for source in args.data.read_sources():
             if not Path(source.path).exists():
@@ -239,7 +239,7 @@ def _place_of(start: str) -> tuple[Path, int | None]:
 
 
 def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
-    """Sources that are there and cannot be used."""
+    """Yield sources that exist and cannot be used."""
     try:
         sources = args.read_sources()
     except ConfigError as error:
@@ -261,7 +261,7 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
 
 
 def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
-    """Evaluations by the run itself that would fail at each checkpoint, as far as the data is on this machine."""
+    """Yield evaluations that would fail at each checkpoint, as far as the data is on this machine."""
     if args.eval is None or not args.eval.automatic:
         return
     chosen = args.eval.chosen()
@@ -280,7 +280,7 @@ def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
 
 
 def _conflicts(args: TrainArgs) -> Iterator[Finding]:
-    """Keys that contradict each other whatever the sizes."""
+    """Yield keys that contradict each other whatever the sizes."""
     from lingua.optim.schedule import SCHEDULES
 
     lengths = [key for key in ("steps", "epochs", "total_flops") if getattr(args, key) is not None]
@@ -314,7 +314,7 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
 
 
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    """Sizes that do not go into each other."""
+    """Yield sizes that do not divide each other."""
     if size.lanes % size.dp_size:
         low = size.lanes // size.dp_size * size.dp_size
         near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)
@@ -352,7 +352,7 @@ def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 
 def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    """What can be run and was hardly meant."""
+    """Yield what can run but was hardly meant."""
     if args.steps is None and size.how_long == "default":
         yield Finding("steps", f"no length is given; {DEFAULT_STEPS} steps are assumed")
     if args.optim.warmup >= size.n_steps > 0:
@@ -408,5 +408,5 @@ def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
             yield Finding(f"checkpoint.{key}", f"{text}, {human_bytes(kept * each)}; keep fewer")
     periods = (args.checkpoint.dump.every, args.checkpoint.eval.every, args.checkpoint.keep_every)
     if not any(0 < every < size.n_steps for every in periods) and size.n_steps > 2000:
-        text = f"no checkpoint before the last of {size.n_steps} steps; whoever kills the run loses it"
+        text = f"no checkpoint before the last of {size.n_steps} steps; if the run is killed, all progress is lost"
         yield Finding("checkpoint.dump.every", text)

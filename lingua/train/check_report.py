@@ -1,7 +1,6 @@
-"""`lingua check`: the resolved config with the place of every value, and figures to plan a run with.
+"""`lingua check`: the resolved config with the origin of every value, and figures to plan a run with. Torch-free.
 
-Promise: every figure comes with the formula it was made by. Nothing is built, nothing is written.
-Cost: no torch; well under a second.
+Every figure comes with its formula. Nothing is built, nothing is written.
 """
 
 from __future__ import annotations

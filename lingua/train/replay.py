@@ -1,11 +1,12 @@
 """`lingua replay RUN --step N`: a step of a run computed again, on one device, from the checkpoint before it.
 
-Promise: the run folder is only read: no lock, no pin, no file, so a colleague's run will do. The config is that of the
-start that trained the step; rows per step stay, so accumulation is derived for one device. A deterministic run of
-one process in fp32 gives the loss and gradient norm that it reported, to the last bit; other layouts, devices and types
-round differently. The step's own update is not made: parameters are those with which it was computed.
-Cost: loading the checkpoint, the steps between it and N, step N once whole and once row by row (with `gradients`, or
-where only the gradient is not finite, also backward).
+The run folder is only read (no lock, no pin, no file), so a colleague's run can be replayed. The config is that of the
+attempt that trained the step; rows per step stay, so accumulation is derived for one device. A deterministic run of one
+process in fp32 gives the loss and gradient norm that it reported, to the last bit; other layouts, devices and types
+round differently. The step's own update is not done: parameters are those with which it was computed.
+
+Replay loads the checkpoint, trains the steps between it and N, and computes step N once whole and once row by row (with
+`gradients`, or if only the gradient is not finite, backward too).
 
 Letters: B rows of a micro step, S positions, G rows of a step.
 """
