@@ -112,6 +112,10 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def piece(self, token: int) -> str:
+        """Return how the model's file spells a token, such as <s>."""
+        return self._model.id_to_piece(token)
+
 
 class Ranks(NamedTuple):
     """What a rank file does not contain: the split pattern and the special tokens."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.config.keys.data import TokenizerArgs
-from lingua.files import DISK, Files, RunError, write_json, write_whole
+from lingua.files import DISK, Files, RunError, read_json, write_json, write_whole
 from lingua.tokenizer import Tokenizer, build_tokenizer, read_ranks, tokenizer_file
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -39,24 +39,28 @@ _SAMPLE = (
 def write_tokenizer(
     args: TokenizerArgs, folder: Path, *, add_bos: bool, max_seqlen: int, files: Files = DISK
 ) -> str | None:
-    """Write the files of a tokenizer into a folder; returns a warning where their reading may differ from ours.
+    """Write the files of a tokenizer into a folder; return a warning if their reading may differ from ours.
 
-    `add_bos`: whether the model's texts began with the begin token, so that transformers puts it there too. Raises
-    ConfigError when the tokenizer is not on this machine, RunError when it cannot be said in their format; then
-    nothing is written.
+    `add_bos`: whether documents began with the begin token in training. The exported tokenizer adds it to a text if
+    they did, and only then; it never adds the end token, since a text to continue has no end. Raises ConfigError if
+    the tokenizer is not on this machine, RunError if their format cannot express it; then nothing is written.
     """
     tokenizer = build_tokenizer(args)
     if args.name == "hf":
         copy_tokenizer(tokenizer_file(args).parent, folder, files=files)
-        if not (folder / TOKENIZER_FILE).exists():  # the file had a name of its own
-            write_whole(folder / TOKENIZER_FILE, tokenizer_file(args).read_bytes(), files=files)
-        if not (folder / SETTINGS_FILE).exists():
-            text = (folder / TOKENIZER_FILE).read_text()
-            names = {token["id"]: token["content"] for token in json.loads(text).get("added_tokens") or []}
-            write_json(folder / SETTINGS_FILE, _settings(tokenizer, names, max_seqlen), files=files)
+        file = json.loads(tokenizer_file(args).read_bytes())
+        names = {token["id"]: token["content"] for token in file.get("added_tokens") or []}
+        text = _with_begin(tokenizer_file(args).read_text(), tokenizer.bos_id if add_bos else None)
+        write_whole(folder / TOKENIZER_FILE, text, files=files)  # the file may have had a name of its own
+        there = folder / SETTINGS_FILE
+        settings = read_json(there) if there.exists() else _settings(tokenizer, names, max_seqlen)
+        write_json(there, settings | _added(tokenizer, add_bos), files=files)
         return None
     if args.name == "sp":
         write_whole(folder / SENTENCEPIECE_FILE, tokenizer_file(args).read_bytes(), files=files)
+        names = {i: tokenizer.piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None}  # pyright: ignore[reportAttributeAccessIssue]
+        settings = _settings(tokenizer, names, max_seqlen) | {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+        write_json(folder / SETTINGS_FILE, settings | _added(tokenizer, add_bos), files=files)
         return (
             f"{SENTENCEPIECE_FILE} is SentencePiece's own file; transformers makes a tokenizer of it by rules of its "
             "own, so compare the ids before you rely on them"
@@ -65,6 +69,34 @@ def write_tokenizer(
     write_whole(folder / TOKENIZER_FILE, text, files=files)
     write_json(folder / SETTINGS_FILE, _settings(tokenizer, names, max_seqlen), files=files)
     return None
+
+
+def _added(tokenizer: Tokenizer, add_bos: bool) -> dict[str, bool]:
+    """Return the settings of transformers' tokenizers that add the begin token by a rule of their class."""
+    return {"add_bos_token": add_bos and tokenizer.bos_id is not None, "add_eos_token": False}
+
+
+def _with_begin(text: str, bos_id: int | None) -> str:
+    """Return a tokenizer.json that begins each text with `bos_id`, or adds nothing if it is None."""
+    from tokenizers import Tokenizer as Model
+
+    model = Model.from_str(text)
+    begin = [] if bos_id is None else [bos_id]
+    plain = model.encode(_SAMPLE, add_special_tokens=False).ids
+    if model.encode(_SAMPLE).ids == [*begin, *plain]:
+        return text
+    file = json.loads(text) | {"post_processor": None}
+    if bos_id is not None:
+        token = model.id_to_token(bos_id)
+        special = {"SpecialToken": {"id": token, "type_id": 0}}
+        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        file["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [special, first],
+            "pair": [special, first, special, second],
+            "special_tokens": {token: {"id": token, "ids": [bos_id], "tokens": [token]}},
+        }
+    return json.dumps(file, ensure_ascii=False)
 
 
 def copy_tokenizer(source: Path, folder: Path, *, files: Files = DISK) -> list[str]:

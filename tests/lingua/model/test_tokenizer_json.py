@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Model
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lingua.config.keys.data import TokenizerArgs
 from lingua.files import RunError
@@ -99,12 +99,56 @@ def test_hugging_faces_own_goes_as_it_is(tmp_path: Path) -> None:
     model.save(str(source / "mine.json"))
     (source / "chat_template.jinja").write_text("{{ x }}")
     args = TokenizerArgs(name="hf", path=str(source / "mine.json"))
-    assert written(args, tmp_path / "out").to_str() == model.to_str()
+    assert written(args, tmp_path / "out", add_bos=False).to_str() == model.to_str()
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_bytes())
     assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "</s>")
     again = tmp_path / "again"
     again.mkdir()
     assert copy_tokenizer(tmp_path / "out", again) == ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("template", ["<s> $A </s>", "<s> $A", "$A"])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_an_exported_tokenizer_adds_what_training_added(tmp_path: Path, template: str, add_bos: bool) -> None:
+    from transformers import AutoTokenizer
+
+    model = trained()
+    model.add_special_tokens(["<s>", "</s>"])
+    ids = [(token, model.token_to_id(token)) for token in ("<s>", "</s>")]
+    model.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)  # pyright: ignore[reportAttributeAccessIssue]
+    (tmp_path / "source").mkdir()
+    model.save(str(tmp_path / "source" / "tokenizer.json"))
+    declared = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(declared))
+    args = TokenizerArgs(name="hf", path=str(tmp_path / "source"))
+    written(args, tmp_path / "out", add_bos=add_bos)
+    opened = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert opened("ab c")["input_ids"] == build_tokenizer(args).encode("ab c", add_bos, False).tolist()
+
+
+def test_sentencepiece_comes_with_settings(tmp_path: Path) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_prefix=str(tmp_path / "sp"),
+        normalization_rule_name="identity",
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    args = TokenizerArgs(name="sp", path=str(tmp_path / "sp.model"))
+    (tmp_path / "out").mkdir()
+    assert write_tokenizer(args, tmp_path / "out", add_bos=True, max_seqlen=64) is not None
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_bytes())
+    assert {key: settings[key] for key in ("bos_token", "eos_token", "add_bos_token", "add_eos_token")} == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
 
 
 def test_one_that_would_give_other_ids_is_not_written(tmp_path: Path, ranks_file: Path) -> None:
