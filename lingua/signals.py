@@ -1,9 +1,8 @@
-"""Signals that ask a run to end: noted in the handler, acted on by the loop.
+"""Signals: noted in the handler, acted on by the loop.
 
-Promise: the handler records the first signal and its time, nothing else. A second Ctrl-C ends the process at once,
-because the first one puts SIGINT back to its default action. A thread in `wait` hears of a signal also while the main
-thread is inside a long call, a collective or a compilation, where Python cannot run a handler.
-Cost: none; the loop reads one attribute per step.
+The handler of a stop records the first signal and its time, nothing else. A second Ctrl-C ends the process at once,
+because the first one restores SIGINT's default action. A thread in `wait` sees a signal even while the main thread is
+in a long call, a collective or a compilation, where Python cannot run a handler.
 """
 
 from __future__ import annotations
@@ -20,23 +19,24 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_REQUEST = "lingua stop"
-"""What `received` says when nobody sent a signal, but a person asked for the end."""
+"""Value of `received` when a person asked for the end without a signal."""
 
 
 @dataclass
 class SignalFlag:
-    """Set by signals, read and cleared by the loop."""
+    """Set by signals, read by the loop. Only the handler writes `received`: a signal inside `take` is not lost."""
 
-    pending: bool = False
+    received: int = 0
+    taken: int = 0
 
     def note(self, *_: object) -> None:
-        """A signal has arrived; fit for a handler."""
-        self.pending = True
+        """Note a signal; may be a handler."""
+        self.received += 1
 
     def take(self) -> float:
         """Return 1 if a signal has arrived since the last call, otherwise 0."""
-        pending, self.pending = self.pending, False
-        return float(pending)
+        before, self.taken = self.taken, self.received
+        return float(self.taken > before)
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def noted(names: Iterable[str], flag: SignalFlag) -> Iterator[None]:
 
 @dataclass
 class StopSignals:
-    """Context manager that listens for `names` ("SIGTERM", ...) and restores the old handlers on leaving."""
+    """Listen for `names` ("SIGTERM", ...) inside a `with`, and restore the old handlers on leaving."""
 
     names: Iterable[str]
     now: Callable[[], float] = time.monotonic
@@ -86,13 +86,13 @@ class StopSignals:
             os.close(end)
 
     def ask(self, name: str) -> None:
-        """As if a signal of this name had arrived."""
+        """Act as if a signal of this name had arrived."""
         if self.received is None:
             self.received_at_s = self.now()
             self.received = name  # last: other threads look at it first
 
     def wait(self, timeout_s: float) -> None:
-        """Return when a signal arrives, or after `timeout_s`; `received` is right then. For any thread."""
+        """Wait for a signal or for `timeout_s`; afterwards `received` is up to date. For any thread."""
         if self._pipe is None:
             return
         if select.select([self._pipe[0]], [], [], timeout_s)[0]:

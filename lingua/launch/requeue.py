@@ -56,32 +56,29 @@ def judge(outcome: Outcome, max_retries: int) -> RequeueDecision:
     code = stop.get("exit_code", outcome.exit_code)
     code = EXIT_REQUEUE if code is None else int(code)
     kinds = outcome.kinds | ({stop["kind"]} if stop.get("kind") else set())
-    if outcome.cancelled:
-        return RequeueDecision(False, "the job is being ended, by scancel or by Slurm itself", code)
-    if code == EXIT_FINISHED:
-        return RequeueDecision(False, "the run is finished", code)
-    if code == EXIT_INTERRUPTED:
-        return RequeueDecision(False, "a person stopped the run", code)
-    if code == EXIT_BAD_CONFIG:
-        return RequeueDecision(False, "the config is wrong", code)
-    if outcome.occupied:
-        return RequeueDecision(False, "another job trains in this run folder", code)
     hopeless = sorted(kind for kind in kinds if kind in KINDS and not KINDS[kind].restart_may_help)
-    if hopeless:
-        return RequeueDecision(False, f"a restart would meet the same failure again ({', '.join(hopeless)})", code)
+    ends = (
+        (outcome.cancelled, "the job is being ended, by scancel or by Slurm itself"),
+        (code == EXIT_FINISHED, "the run is finished"),
+        (code == EXIT_INTERRUPTED, "a person stopped the run"),
+        (code == EXIT_BAD_CONFIG, "the config is wrong"),
+        (outcome.occupied, "another job trains in this run folder"),
+        (hopeless, f"a restart would meet the same failure again ({', '.join(hopeless)})"),
+    )
+    for met, why in ends:
+        if met:
+            return RequeueDecision(False, why, code)
     if code == _KILLED_BY_SIGTERM or (code == EXIT_REQUEUE and stop.get("signal") == "SIGTERM"):
         return RequeueDecision(True, "Slurm took the nodes away", code, outcome.fruitless)
     fruitless = 0 if outcome.steps_gained > 0 else outcome.fruitless + 1
     how = "the time was up" if code == EXIT_REQUEUE else f"it failed with {_spell(code)}"
     if fruitless > max_retries:
-        return RequeueDecision(
-            False, f"{how}, and {fruitless} attempts in a row gained no step; see the logs", code, fruitless
-        )
-    if fruitless:
-        return RequeueDecision(
-            True, f"{how} without a step gained; retry {fruitless} of {max_retries}", code, fruitless
-        )
-    return RequeueDecision(True, f"{how} after {outcome.steps_gained} steps", code)
+        why = f"{how}, and {fruitless} attempts in a row gained no step; see the logs"
+    elif fruitless:
+        why = f"{how} without a step gained; retry {fruitless} of {max_retries}"
+    else:
+        why = f"{how} after {outcome.steps_gained} steps"
+    return RequeueDecision(fruitless <= max_retries, why, code, fruitless)
 
 
 def _spell(code: int) -> str:

@@ -112,13 +112,13 @@ class TrainArgs(Args):
     """What an evaluation job asks for, as Meta Lingua writes it. eval.launcher, where it is set, counts instead."""
 
     def evaluation_job(self) -> JobArgs:
-        """What the Slurm job of an evaluation asks for."""
+        """Return what the Slurm job of an evaluation asks for."""
         slurm = self.slurm or SlurmArgs()
         n_gpus = slurm.ngpu if self.async_eval_gpus is None else self.async_eval_gpus
         return ((self.eval and self.eval.launcher) or slurm.as_job()).of_evaluation(n_gpus)
 
     def signals_that(self, action: Action) -> list[str]:
-        """The signals that do this: `signals` counts before stop_signals, and that before profiling.signal."""
+        """Return the signals that do this: `signals` counts before stop_signals, that before profiling.signal."""
         does: dict[str, str] = dict.fromkeys(self.stop_signals, "stop")
         if self.profiling.signal is not None:
             does = {self.profiling.signal: "profile"} | does
