@@ -131,7 +131,7 @@ def rerun(
     from lingua.report.diff import label
     from lingua.run.code_snapshot import freeze_code
     from lingua.run.failure import KINDS
-    from lingua.sweep.status import read_points, to_rerun, told_state
+    from lingua.sweep.status import read_points, state_text, to_rerun
     from lingua.sweep.sweep import read_sweep
 
     unknown = [kind for kind in skip or [] if kind not in KINDS]
@@ -142,7 +142,7 @@ def rerun(
     chosen = to_rerun(now, points or [], skip or [])
     if not as_json:
         for number in chosen:
-            print(f"point {number} ({label(found.values(number))}): {told_state(now[number - 1])}")
+            print(f"point {number} ({label(found.values(number))}): {state_text(now[number - 1])}")
     if dry_run:
         if as_json:
             show_json({"points": chosen})

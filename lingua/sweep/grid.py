@@ -1,16 +1,15 @@
-"""Which points a sweep has: lists of values on the command line and in a config's `grid` block, multiplied out.
+"""Reads the points of a sweep: all combinations of values on the command line and in a config's `grid` block.
 
-    lingua sweep exp.yaml optim.lr=1e-3,3e-4            two values; commas inside brackets or quotes part nothing
+    lingua sweep exp.yaml optim.lr=1e-3,3e-4            two values; commas in brackets or quotes do not separate
 
     grid:
       optim.lr: [1e-3, 3e-4]                            or nested, as in the rest of the file
-      paired:                                           keys that go together, value by value; several groups: a list
+      paired:                                           keys combined value by value; for several groups, a list
         model.dim: [512, 1024]
         model.n_layers: [8, 16]
 
-Promise: pure functions of words and trees. The first key turns slowest. What is no list is refused and never taken for
-a list of one. Whether a key exists and takes the value is the config's own check.
-Cost: none; no torch.
+The first key changes slowest. A value that is not a list is refused, not taken as a list of one. The config itself
+checks whether keys exist and accept their values.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lingua.config.yaml_layers import COMMAND_LINE, GRID, Origin, Point, yaml_va
 from lingua.report.diff import spell
 
 PAIRED = "paired"
-_OWN = "each point has its own; name the sweep with name=, or its folder with dump_dir="
+_OWN = "each point has its own; set name= or dump_dir= for the sweep"
 _ONE_JOB = "the points are tasks of one job; start a second sweep"
 _NOT_SWEPT = (
     ("name", _OWN),
@@ -46,15 +45,15 @@ class Axis:
 
     keys: tuple[str, ...]
     values: tuple[tuple[Any, ...], ...]
-    """Of each place on the axis, one value per key."""
+    """For each position on the axis, one value per key."""
     origins: tuple[Origin, ...]
-    """Of each key."""
+    """Where each key is set."""
 
 
 def read_axes(tree: Mapping[str, Any], marks: Mapping[Key, Origin], overrides: Sequence[str]) -> list[Axis]:
-    """The axes of a config's block and of the command line, which replaces the block's axis of the same key.
+    """Return the axes of a config's block and of the command line, which replaces the block's axis of the same key.
 
-    Raises ConfigError with all that is wrong.
+    Raises ConfigError with all problems.
     """
     problems: list[str] = []
     axes = {axis.keys: axis for axis in _axes_of_block(tree.get(GRID), marks, problems)}
@@ -70,19 +69,19 @@ def read_axes(tree: Mapping[str, Any], marks: Mapping[Key, Origin], overrides: S
             axes.pop((key,), None)
     problems += [problem for axis in axes.values() for problem in _misfits(axis)]
     keys = [key for axis in axes.values() for key in axis.keys]
-    problems += [f"grid: {key} is there twice; keep one of them" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    problems += [f"grid: {key} is given twice; keep one of them" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     if problems:
         raise ConfigError(problems)
     return list(axes.values())
 
 
 def plain_overrides(overrides: Sequence[str]) -> list[str]:
-    """The words that are the same for all points."""
+    """Return the overrides that are the same for all points."""
     return [word for word in overrides if len(_values_of(word.partition("=")[2])) < 2]
 
 
 def points_of(axes: Sequence[Axis]) -> list[Point]:
-    """Every combination of places on the axes."""
+    """Return every combination of positions on the axes."""
     return [
         {
             key: (value, origin)
@@ -94,7 +93,7 @@ def points_of(axes: Sequence[Axis]) -> list[Point]:
 
 
 def _values_of(text: str) -> list[Any]:
-    """What stands between the commas of a word's value; a single value where it cannot be read as a YAML list."""
+    """Split the value of an override at its commas; one value if it is not a YAML list."""
     try:
         values = yaml_value(f"[{text}]")
     except yaml.YAMLError:
@@ -124,8 +123,8 @@ def _axes_of_block(block: Any, marks: Mapping[Key, Origin], problems: list[str])
         listed = list(_lists(group, path, len(path), marks, problems))
         lengths = {key: len(values) for key, values, _ in listed}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{key} has {n}" for key, n in lengths.items())
-            problems.append(f"{marks.get(path, where)}: grid.paired needs as many values of each key, but {told}")
+            counts = ", ".join(f"{key} has {n}" for key, n in lengths.items())
+            problems.append(f"{marks.get(path, where)}: grid.paired needs as many values of each key, but {counts}")
         elif listed:
             keys, columns, origins = zip(*listed, strict=True)
             yield Axis(keys, tuple(zip(*columns, strict=True)), origins)
@@ -134,7 +133,7 @@ def _axes_of_block(block: Any, marks: Mapping[Key, Origin], problems: list[str])
 def _lists(
     tree: Mapping[str, Any], path: Key, depth: int, marks: Mapping[Key, Origin], problems: list[str]
 ) -> Iterator[tuple[str, list[Any], Origin]]:
-    """(dotted key, values, place) of each list below `path`, of which the first `depth` parts are no key."""
+    """Yield (dotted key, values, origin) of each list below `path`, whose first `depth` parts are not of the key."""
     for name, value in tree.items():
         key = (*path, name)
         dotted, origin = ".".join(map(str, key[depth:])), marks.get(key, Origin(GRID))
@@ -144,23 +143,20 @@ def _lists(
             shown = value if isinstance(value, str) else show(value)
             problems.append(f"{origin}: grid.{dotted} is {show(value)}; write a list: [{shown}]")
         elif not value:
-            problems.append(f"{origin}: grid.{dotted} is an empty list; write its values, or take it out")
+            problems.append(f"{origin}: grid.{dotted} is an empty list; add values, or remove it")
         else:
             yield dotted, value, origin
 
 
 def _misfits(axis: Axis) -> Iterator[str]:
-    """What speaks against sweeping these keys over these values."""
+    """Yield why these keys cannot be swept over these values."""
     for key, origin in zip(axis.keys, axis.origins, strict=True):
         why = next((why for pattern, why in _NOT_SWEPT if fnmatchcase(key, pattern)), None)
         if why is not None:
-            hint = "" if origin != COMMAND_LINE else f" (a comma that belongs to the value is quoted: {key}='\"a,b\"')"
+            hint = "" if origin != COMMAND_LINE else f" (quote a comma that belongs to the value: {key}='\"a,b\"')"
             yield f"{origin}: {key} cannot be swept: {why}{hint}"
-    told = [repr(plain(list(values))) for values in axis.values]
-    for i, text in enumerate(told):
-        if text in told[:i]:
+    texts = [repr(plain(list(values))) for values in axis.values]
+    for i, text in enumerate(texts):
+        if text in texts[:i]:
             what = ", ".join(f"{k} {spell(v)}" for k, v in zip(axis.keys, axis.values[i], strict=True))
-            yield f"{axis.origins[0]}: {what} is there twice; keep one of them"
-
-
-# -- told to people ------------------------------------------------------------------------------------------------
+            yield f"{axis.origins[0]}: {what} is given twice; keep one of them"

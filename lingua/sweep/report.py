@@ -32,7 +32,7 @@ from lingua.report.figure import (
 )
 from lingua.report.page import render
 from lingua.report.series import thinned
-from lingua.sweep.status import LOSS_IS, Curve, PointStatus, best_of, ranked_by, told_state
+from lingua.sweep.status import LOSS_IS, Curve, PointStatus, best_of, ranked_by, state_text
 from lingua.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _how(point: PointStatus) -> str:
     at = f" at step {point.step:,}" if point.step else ""
     if point.cause:
         return f"{point.state}{at}: {point.cause}"
-    return told_state(point) if point.state == "new" else f"is {point.state}{at}"
+    return state_text(point) if point.state == "new" else f"is {point.state}{at}"
 
 
 def _went_wrong(point: PointStatus) -> bool:
@@ -228,7 +228,7 @@ def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
     color, above = BAD if failed else SOFT, axes.get_xaxis_transform()
     axes.plot([x], [1.0], marker="X" if failed else "o", color=color, ms=8, mfc=color if failed else PAPER,
               transform=above, clip_on=False, linestyle="none", zorder=5)  # fmt: skip
-    states = dict.fromkeys(map(told_state, points))
+    states = dict.fromkeys(map(state_text, points))
     axes.annotate(
         ",\n".join(states), (x, 1.0), (0, 8), xycoords=above, textcoords="offset points",
         ha="center", fontsize=8, color=color,
@@ -317,7 +317,7 @@ def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]]) -> str:
         sweep=sweep,
         picture=_picture(sweep, read, titled=False),
         names=list(short_names(sweep.keys).values()),
-        points=[(point, colors[point.point], told_state(point), _went_wrong(point)) for point in points],
+        points=[(point, colors[point.point], state_text(point), _went_wrong(point)) for point in points],
         best=best_of(points),
         spell=spell,
         loss_is=LOSS_IS,

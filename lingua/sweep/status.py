@@ -1,9 +1,8 @@
-"""How the points of a sweep are doing, which of them to start again, and which was best.
+"""Reads how the points of a sweep are doing, and decides which to start again and which was best.
 
-Promise: one figure ranks the points, everywhere: the held-out bits per byte after the last step where all finished
-points have it, else the training loss, averaged over the last twentieth of the reported steps since one batch is
-noise. A point that is not finished is never the best. A point that waits or runs is never started again.
-Cost: reads the metrics of every point, once; no torch.
+Finished points are ranked by held-out bits per byte after the last step if all have it, else by the training loss,
+averaged over the last twentieth of the reported steps since one batch is noise. A point that is queued or running is
+never started again.
 """
 
 from __future__ import annotations
@@ -29,37 +28,37 @@ TOKENS = "optim/total_tokens"
 BPB = "/bpb"
 LOSS_IS = "training loss in nats per token, averaged over the last twentieth of the reported steps"
 _SMOOTHED_PART = 1 / 20
-_UNTIL_ASKED = ("finished", "stopped")  # a person, or the last step, ended these
+_UNTIL_ASKED = ("finished", "stopped")  # started again only if named
 
 
 @dataclass(frozen=True)
 class PointStatus:
-    """A point in figures; the record that `--json` prints. None: not known (yet)."""
+    """The figures of a point, as `--json` prints them. None: not known (yet)."""
 
     point: int
     values: dict[str, Any]
     run: str
     state: str
-    """As `lingua status` says it; new: never ran."""
+    """As in `lingua status`; new: never ran."""
     kind: str | None
     """Of the failure."""
     cause: str
-    """What ended it, of one that failed or was killed."""
+    """Why it failed or was killed."""
     step: int | None
     n_steps: int | None
     loss: float | None
     """Training loss in nats per token, averaged over the last twentieth of the reported steps."""
     best: float | None
-    """The lowest that average ever was."""
+    """The lowest value of that average."""
     best_step: int | None
     held_out: float | None
     """Newest held-out bits per byte, the mean of the sources."""
     held_out_step: int | None
     job: str
-    """As Slurm calls it."""
+    """Slurm's id of the job or array task."""
     job_state: str
     busy: bool
-    """It waits in the queue or runs."""
+    """It is queued or running."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,16 @@ class Curve:
 
     steps: list[int]
     tokens: list[float]
-    """Trained on until then."""
+    """Tokens trained up to each step."""
     losses: list[float]
-    """Averaged."""
+    """Averaged losses."""
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_points(sweep: Sweep, queue: dict[str, SlurmJob], me: Owner | None = None) -> list[tuple[PointStatus, Curve]]:
-    """Every point as it is now."""
+    """Read every point as it is now."""
     return [_read_point(sweep, number, queue, me or this_process()) for number in sweep.numbers]
 
 
@@ -114,7 +113,7 @@ def _read_point(sweep: Sweep, number: int, queue: dict[str, SlurmJob], me: Owner
 
 
 def state_of_point(facts: RunFacts, me: Owner) -> str:
-    """`status.state_of`, and what the queue knows of a job whose trainer has not begun (again)."""
+    """Return the state as `status.state_of`, with the queue's for a job whose training has not begun (again)."""
     state, job = state_of(facts, me), facts.job
     if job is None or state in LIVING or state == "finished":
         return state
@@ -130,7 +129,7 @@ def _records(file: Path, key: str) -> dict[int, float]:
 
 
 def _held_out(file: Path) -> tuple[int | None, float | None]:
-    """(step, mean bits per byte of the sources) of the newest validation."""
+    """Return (step, mean bits per byte of the sources) of the newest validation."""
     for record in reversed(read_metrics(file)):
         found = [value for key, value in record.items() if key.endswith(BPB) and value is not None]
         if found:
@@ -139,7 +138,7 @@ def _held_out(file: Path) -> tuple[int | None, float | None]:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Each value averaged with those before it, a twentieth of them all."""
+    """Average each value with those before it, over a twentieth of all values."""
     width, averages, total = max(1, round(len(losses) * _SMOOTHED_PART)), [], 0.0
     for i, loss in enumerate(losses):
         total += loss - (losses[i - width] if i >= width else 0.0)
@@ -151,14 +150,14 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 
 def ranked_by(points: Sequence[PointStatus]) -> str:
-    """The field that ranks these points, `held_out` or `loss`; the lower the better."""
+    """Return the field that ranks these points, `held_out` or `loss`; lower is better."""
     finished = [point for point in points if point.state == "finished"]
     held_out = finished and all(p.held_out is not None and p.held_out_step == p.step for p in finished)
     return "held_out" if held_out else "loss"
 
 
 def best_of(points: Sequence[PointStatus]) -> PointStatus | None:
-    """The finished point with the lowest figure."""
+    """Return the finished point with the lowest figure."""
     field = ranked_by(points)
     finished = [point for point in points if point.state == "finished" and getattr(point, field) is not None]
     return min(finished, key=lambda point: getattr(point, field), default=None)
@@ -167,13 +166,13 @@ def best_of(points: Sequence[PointStatus]) -> PointStatus | None:
 def to_rerun(
     points: Sequence[PointStatus], named: Collection[int] = (), skipped_kinds: Collection[str] = ()
 ) -> list[int]:
-    """The points to start again: what failed, was killed or never ran; those `named`, also where a person ended them.
+    """Return the points to start again: failed, killed or never run; or those `named`, even if a person stopped them.
 
-    Raises RunError when there are none, or one of the named cannot be.
+    Raises RunError if there are none, or a named point cannot be started.
     """
     for point in points:
         if point.point in named and (point.busy or point.state == "finished"):
-            raise RunError(f"point {point.point} is {point.state}, so it is not started again")
+            raise RunError(f"point {point.point} is {point.state}, so it cannot be started again")
     unknown = sorted(set(named) - {point.point for point in points})
     if unknown:
         raise RunError(f"there is no point {unknown[0]}; the points are 1 to {len(points)}")
@@ -185,8 +184,8 @@ def to_rerun(
     ]
     if not chosen:
         counts = {state: sum(p.state == state for p in points) for state in dict.fromkeys(p.state for p in points)}
-        told = ", ".join(f"{n} {state}" for state, n in counts.items())
-        raise RunError(f"nothing to start again: of {len(points)} points {told}")
+        states = ", ".join(f"{n} {state}" for state, n in counts.items())
+        raise RunError(f"nothing to start again: of {len(points)} points {states}")
     return chosen
 
 
@@ -201,7 +200,7 @@ def table(sweep: Sweep, points: Sequence[PointStatus]) -> tuple[list[str], list[
         (
             str(point.point),
             *(spell(point.values[key]) for key in sweep.keys),
-            told_state(point),
+            state_text(point),
             figure(point.step, ","),
             figure(point.n_steps, ","),
             figure(point.loss),
@@ -226,14 +225,14 @@ def notes(points: Sequence[PointStatus]) -> list[str]:
     return lines
 
 
-def told_state(point: PointStatus) -> str:
-    """`failed (nan)`."""
+def state_text(point: PointStatus) -> str:
+    """Format the state as in `failed (nan)`."""
     state = "never ran" if point.state == "new" else point.state
     return f"{state} ({point.kind})" if point.kind and not point.busy else state
 
 
 def as_record(sweep: Sweep, points: Sequence[PointStatus]) -> dict[str, Any]:
-    """For scripts."""
+    """Return the figures of a sweep for `--json`."""
     best = best_of(points)
     return {
         "sweep": str(sweep.folder),

@@ -81,7 +81,7 @@ def test_an_array_with_a_failing_point(checkout: Checkout, tmp_path: Path):
     assert json.loads(sweep(checkout, "rerun", folder, "--dry-run", "--json"))["points"] == [2, 3]
     with pytest.raises(subprocess.CalledProcessError) as refused:
         sweep(checkout, "rerun", folder, "1")
-    assert "point 1 is finished, so it is not started again" in refused.value.stderr
+    assert "point 1 is finished, so it cannot be started again" in refused.value.stderr
 
     told = json.loads(sweep(checkout, "report", folder, "--json"))
     assert (told["best"], told["ranked_by"]) == (1, "loss")

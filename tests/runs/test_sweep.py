@@ -46,7 +46,7 @@ def test_two_points_side_by_side(lingua: Lingua, monkeypatch: pytest.MonkeyPatch
     code, out, _ = lingua("rerun", folder, "--local", "--dry-run")
     assert (code, out) == (0, "point 2 (lr=0.0003): never ran\n")
     code, _, err = lingua("rerun", folder, "1", "--local")
-    assert (code, err) == (1, "error: point 1 is finished, so it is not started again\n")
+    assert (code, err) == (1, "error: point 1 is finished, so it cannot be started again\n")
 
     code, out, _ = lingua("report", folder)
     assert code == 0

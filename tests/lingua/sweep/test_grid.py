@@ -82,8 +82,8 @@ def test_points(text: str, words: list[str], expected: list[dict[str, Any]]):
         ("grid: [1, 2]", [], ["exp.yaml:1: grid is [1, 2]; write keys with lists of values below it"]),
         ("grid: {paired: {a: [1, 2], b: [1]}}", [], ["as many values of each key, but a has 2, b has 1"]),
         ("grid: {paired: [a]}", [], ["grid.paired is 'a'; write keys with lists"]),
-        ("grid: {a: [1, 2], paired: {a: [1, 2], b: [1, 2]}}", [], ["grid: a is there twice"]),
-        ("grid: {a: [1, 1]}", [], ["exp.yaml:1: a 1 is there twice"]),
+        ("grid: {a: [1, 2], paired: {a: [1, 2], b: [1, 2]}}", [], ["grid: a is given twice"]),
+        ("grid: {a: [1, 1]}", [], ["exp.yaml:1: a 1 is given twice"]),
         ("grid: {paired: {a: [1, 2], b: [1, 2]}}", ["a=3"], ["a is one of grid.paired (a, b); change it there"]),
         (
             "grid: {launcher: {nodes: [1, 2]}}",
@@ -93,9 +93,9 @@ def test_points(text: str, words: list[str], expected: list[dict[str, Any]]):
         (
             "{}",
             ["launcher.exclude=n1,n2"],
-            ["(a comma that belongs to the value is quoted: launcher.exclude='\"a,b\"')"],
+            ["(quote a comma that belongs to the value: launcher.exclude='\"a,b\"')"],
         ),
-        ("{}", ["optim.lr=1e-3,0.001"], ["optim.lr 0.001 is there twice"]),
+        ("{}", ["optim.lr=1e-3,0.001"], ["optim.lr 0.001 is given twice"]),
         ("{}", ["name=a,b"], ["name cannot be swept: each point has its own"]),
         ("{}", ["app=apps.a,apps.b"], ["app cannot be swept"]),
     ],

@@ -112,8 +112,8 @@ def test_what_is_started_again(named: list[int], skipped: list[str], chosen: lis
     ("named", "sentence"),
     [
         ([], "nothing to start again: of 3 points 2 finished, 1 running"),
-        ([1], "point 1 is finished, so it is not started again"),
-        ([3], "point 3 is running, so it is not started again"),
+        ([1], "point 1 is finished, so it cannot be started again"),
+        ([3], "point 3 is running, so it cannot be started again"),
         ([4], "there is no point 4; the points are 1 to 3"),
     ],
 )

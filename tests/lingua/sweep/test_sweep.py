@@ -60,7 +60,7 @@ class Sbatch:
             ["seed=1,2", "optim.lr=1e-3,3e-4", "model.seed=5", "data.seed=5"],
             r"^points 1 \(seed=1 lr=0.001\) and 3 \(seed=2 lr=0.001\) train the same thing: model.seed and data.seed",
         ),
-        (["optim.lr=1e-3,0.0010"], "0.001 is there twice"),
+        (["optim.lr=1e-3,0.0010"], "0.001 is given twice"),
         (
             ["data.lanes=null,64"],
             r"^points 1 .* and 2 \(lanes=64\) train the same thing: keep one",
