@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,9 @@ def drill(
     ] = 30,
     folder: Annotated[Path | None, typer.Option(help="A new folder. Default: out/drill-DATE-TIME.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 1,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the losses of both runs, as .svg or .png.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Test lingua's guarantees on this cluster: signal, kill and requeue a small run at random, then check it.
@@ -38,9 +42,16 @@ def drill(
     published and lost, whether the run ended bitwise equal to an undisturbed one, how long it takes from a signal until
     everything is saved, and what this cluster does not allow. Exit code 1: a guarantee was broken.
     """
+    from lingua.files import RunError
+    from lingua.report.facts import read_run
+    from lingua.report.history import read_history
+    from lingua.report.page import write_interrupted
+    from lingua.run.lock import this_process
     from lingua.selfcheck.drill import Drill, OnSlurm, OnThisMachine
     from lingua.selfcheck.drill_plan import report
 
+    if figure is not None and figure.suffix not in (".svg", ".png"):
+        raise RunError(f"--figure {figure}: the name of the file must end in .svg or .png")
     path = (folder or Path("out", f"drill-{datetime.now():%Y%m%d-%H%M%S}")).absolute()
     site = OnThisMachine(path / "said.txt") if local else OnSlurm()
     work = Drill(
@@ -49,4 +60,8 @@ def drill(
     )  # fmt: skip
     found = report(work.run(seed))
     show(found | {"folder": str(path)}, as_json)
+    if figure is not None and found["bitwise_equal"] is not None:  # the undisturbed run trained as far
+        me, now_s = this_process(), time.time()
+        taken, calm = (read_history(read_run(path / name), me, now_s) for name in ("taken", "calm"))
+        write_interrupted(taken, calm, figure)
     raise typer.Exit(0 if found["kept"] else 1)

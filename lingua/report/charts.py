@@ -50,7 +50,7 @@ from lingua.report.history import (
     Scores,
     keys_of,
 )
-from lingua.report.series import ATTEMPT, STEP, WHEN, Table, Thinned, thinned
+from lingua.report.series import ATTEMPT, STEP, WHEN, Thinned, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -316,7 +316,7 @@ def time_line(run: History, prefix: str = "") -> Picture | None:
 
 
 def _draw_time_line(run: History) -> Figure:
-    began_s = min(attempt.began_s for attempt in run.attempts if attempt.began_s is not None)
+    began_s = _began_s(run)
     ends = [attempt.ended_s for attempt in run.attempts if attempt.ended_s is not None]
     ends += [event.at_s for event in run.events if event.at_s <= max(ends) + 0.15 * (max(ends) - began_s)]
     size_s, unit = time_unit(max(ends) - began_s)
@@ -328,14 +328,11 @@ def _draw_time_line(run: History) -> Figure:
     for attempt in run.attempts:
         if attempt.began_s is not None and attempt.ended_s is not None:
             axes.axvspan(place(attempt.began_s), place(attempt.ended_s), color=SERIES[0], alpha=0.1, linewidth=0)
-        for tables, color in (((run.metrics, run.undone), FAINT), ((run.metrics,), SERIES[0])):
-            points = _progress(attempt, tables)
-            axes.plot(place(points.x), points.mean, color=color, linewidth=1.8, zorder=3)
+    _draw_over_time(axes, run, STEP, place, SERIES[0], 1.8)
     _draw_events(axes, run, place, max(ends))
     for attempt in run.attempts[-_MAX_LABELS:]:
         if attempt.ended_s is not None:
-            step = max(attempt.last_step or 0, attempt.first_step or 0)
-            _draw_end(axes, attempt, place(attempt.ended_s), step)
+            _draw_end(axes, attempt, place(attempt.ended_s), max(attempt.last_step or 0, attempt.first_step or 0))
     axes.set_xlim(min(0.0, -0.005 * place(max(ends))), 1.01 * place(max(ends)) or 1.0)
     axes.yaxis.set_major_formatter(lambda value, _: counted(value))
     axes.margins(y=0.12)
@@ -345,14 +342,20 @@ def _draw_time_line(run: History) -> Figure:
     return figure
 
 
-def _progress(attempt: PastAttempt, tables: Iterable[Table]) -> Thinned:
-    """Collect the steps of an attempt over time."""
-    there = attempt.begun_s is not None and attempt.first_step is not None
-    x, y = np.array([attempt.begun_s] * there, dtype=float), np.array([attempt.first_step] * there, dtype=float)
-    for table in tables:
-        more_x, more_y = table.where(table[ATTEMPT] == attempt.number).curve(STEP, WHEN)
-        x, y = np.append(x, more_x), np.append(y, more_y)
-    return thinned(x, y, N_PIECES)
+def _began_s(run: History) -> float:
+    return min(attempt.began_s for attempt in run.attempts if attempt.began_s is not None)
+
+
+def _draw_over_time(axes: Axes, run: History, key: str, place: Callable[[Any], Any], color: str, width: float) -> None:
+    """Draw a column of the metrics, a curve per attempt; in grey what was trained again."""
+    for attempt in run.attempts:
+        for tables, shade in (((run.metrics, run.undone), FAINT), ((run.metrics,), color)):
+            curves = [table.where(table[ATTEMPT] == attempt.number).curve(key, WHEN) for table in tables]
+            if key == STEP and attempt.begun_s is not None and attempt.first_step is not None:
+                curves.insert(0, (np.array([attempt.begun_s]), np.array([float(attempt.first_step)])))
+            x, y = map(np.concatenate, zip(*curves, strict=True))
+            points = thinned(x, y, N_PIECES if key == STEP else n_pieces(len(x), MIN_PIECES_COMPARED))
+            axes.plot(place(points.x), points.mean, color=shade, linewidth=width, zorder=3)
 
 
 def _draw_events(axes: Axes, run: History, place: Callable[[Any], Any], last_s: float) -> None:
@@ -376,6 +379,33 @@ def _draw_end(axes: Axes, attempt: PastAttempt, x: float, y: float) -> None:
     axes.annotate(
         plain(attempt.end), (x, y), (-5, 6), textcoords="offset points", ha="right", fontsize=8.5, color=color, zorder=6
     )
+
+
+def interrupted_picture(run: History, calm: History) -> Picture:
+    """Describe the loss of a run that was killed and stopped, on top of an undisturbed one."""
+    return Picture("interrupted", "Training loss", "", lambda: _draw_interrupted(run, calm), is_wide=True)
+
+
+def _draw_interrupted(run: History, calm: History) -> Figure:
+    figure, (over_time, over_steps) = blank(WIDE, 2)
+    size_s, unit = time_unit(run.metrics[WHEN][-1] - _began_s(run))
+    for one, name, color, width in ((calm, "undisturbed", SERIES[1], 4.5), (run, "interrupted", SERIES[0], 1.6)):
+        began_s, points = _began_s(one), thinned(*one.metrics.curve(LOSS), N_PIECES)
+        _draw_over_time(over_time, one, LOSS, lambda at_s, began_s=began_s: (at_s - began_s) / size_s, color, width)
+        over_steps.plot(points.x, points.mean, color=color, linewidth=width)
+        over_time.plot([], [], color=color, linewidth=width, label=name)
+    ends = [(a.ended_s, a.last_step) for a in run.attempts[:-1] if a.ended_s is not None and a.last_step is not None]
+    ended_s, steps = np.array(ends, dtype=float).reshape(-1, 2).T
+    for axes, x in ((over_time, (ended_s - _began_s(run)) / size_s), (over_steps, steps)):
+        losses = np.interp(steps, *run.metrics.curve(LOSS))
+        axes.plot(x, losses, "X", color=BAD, ms=6, zorder=5, label="killed or stopped")
+    theirs = dict(zip(*calm.metrics.curve(LOSS), strict=True))
+    equal = [theirs[step] == loss for step, loss in zip(*run.metrics.curve(LOSS), strict=True) if step in theirs]
+    over_steps.set_title(f"equal bit for bit at {sum(equal)} of {len(equal)} steps", fontsize=9, loc="right")
+    over_time.set(xlabel=f"{unit} since the run began", ylabel="training loss, nats per token")
+    over_steps.set(xlabel="step")
+    legend(over_time)
+    return figure
 
 
 # -- probes --------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Picture:
     """Some of the points of a line chart as a table, the first row its heading."""
 
     def drawn(self, kind: str) -> bytes:
-        """Draw it as `svg` or `png` in light colours. An SVG has no background: it shows the page's."""
+        """Draw it as `svg` or `png`, in light colours."""
         with look():
             return _written(self.make(), kind)
 
@@ -87,14 +87,16 @@ class Picture:
                     figure.set_layout_engine("none")
                     for axes, place in zip(figure.axes, places, strict=True):
                         axes.set_position(place)
-                found.append("data:image/svg+xml;base64," + base64.b64encode(_written(figure, "svg")).decode())
+                found.append(
+                    "data:image/svg+xml;base64," + base64.b64encode(_written(figure, "svg", transparent=True)).decode()
+                )
                 places = [axes.get_position() for axes in figure.axes]
         return found
 
 
-def _written(figure: Figure, kind: str) -> bytes:
+def _written(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=kind, dpi=DPI, transparent=kind == "svg", metadata=_METADATA[kind])
+    figure.savefig(file, format=kind, dpi=DPI, transparent=transparent, metadata=_METADATA[kind])
     return file.getvalue()
 
 

@@ -1,8 +1,6 @@
-"""What the probe saw of every layer: `probe.jsonl` as one table per quantity, layer by step.
+"""What was probed of every layer: `probe.jsonl` as one table per quantity, layer by step.
 
-Promise: a run without probes has none; a line that is torn or of another kind is passed over. Of steps that were
-trained twice the newest counts. However long the file, at most MAX_STEPS steps are kept, evenly spread.
-Cost: one pass over the file; memory for the kept steps.
+Of a step that was trained twice the newest record counts.
 """
 
 from __future__ import annotations
@@ -15,9 +13,9 @@ import numpy as np
 from lingua.report.series import STEP, Numbers, is_number, records_in
 
 MAX_STEPS = 400
-_PREFIX = "probe/"
-_WANTED = ("rms", "std", "mean", "max")
-"""The statistic shown of a quantity: the first of these that is there, else its first."""
+"""At most as many steps are kept, evenly spread."""
+_STATS = ("rms", "std", "mean", "max")
+"""The statistic shown of a quantity is the first of these that was probed, else any."""
 
 
 @dataclass(frozen=True)
@@ -29,44 +27,35 @@ class HeatMap:
     layers: list[str]
     steps: Numbers
     values: np.ndarray
-    """(layers, steps); NaN where nothing was seen."""
+    """(layers, steps); NaN where nothing was probed."""
 
 
 def read_probes(path: Path) -> list[HeatMap]:
-    """A table per quantity, in the order of their first appearance."""
-    kept = _kept_records(path)
-    if not kept:
-        return []
+    """Read a table per quantity, in the order of their first appearance; none from a missing or torn file."""
+    kept = _read_evenly(path)
     steps = sorted(kept)
-    places: dict[str, dict[str, dict[str, str]]] = {}  # quantity -> stat -> layer -> key
-    for step in steps:
-        for key in kept[step]:
-            layer, quantity, stat = key.removeprefix(_PREFIX).rsplit("/", 2)
-            places.setdefault(quantity, {}).setdefault(stat, {})[layer] = key
+    layers: dict[str, dict[str, dict[str, None]]] = {}  # quantity -> stat -> layer
+    for name in (name for step in steps for name in kept[step]):
+        layer, quantity, stat = name.rsplit("/", 2)
+        layers.setdefault(quantity, {}).setdefault(stat, {})[layer] = None
     found = []
-    for quantity, stats in places.items():
-        stat = next((stat for stat in _WANTED if stat in stats), next(iter(stats)))
-        keys = stats[stat]
-        values = np.array([[kept[step].get(key, np.nan) for step in steps] for key in keys.values()], dtype=float)
-        found.append(HeatMap(quantity, stat, list(keys), np.array(steps, dtype=float), values))
+    for quantity, stats in layers.items():
+        stat = next((stat for stat in _STATS if stat in stats), next(iter(stats)))
+        rows = [[kept[step].get(f"{layer}/{quantity}/{stat}", np.nan) for step in steps] for layer in stats[stat]]
+        found.append(HeatMap(quantity, stat, [*stats[stat]], np.array(steps, dtype=float), np.array(rows, dtype=float)))
     return found
 
 
-def _is_figure(key: str) -> bool:
-    return key.startswith(_PREFIX) and key.count("/") >= 3
-
-
-def _kept_records(path: Path) -> dict[int, dict[str, float]]:
-    """Figures by step, of every n-th record; n is doubled whenever they become too many."""
+def _read_evenly(path: Path) -> dict[int, dict[str, float]]:
+    """Read every n-th record, as values by step and name; n doubles whenever there are too many."""
     kept: dict[int, tuple[int, dict[str, float]]] = {}
     every = 1
     for number, record in enumerate(records_in(path)):
-        if number % every:
-            continue
-        figures = {key: float(v) for key, v in record.items() if _is_figure(key) and is_number(v)}
-        if figures:
-            kept[int(record[STEP])] = number, figures
+        probed = {key: value for key, value in record.items() if key.startswith("probe/") and key.count("/") >= 3}
+        values = {key.removeprefix("probe/"): float(value) for key, value in probed.items() if is_number(value)}
+        if values and number % every == 0:
+            kept[int(record[STEP])] = number, values
         if len(kept) > MAX_STEPS:
             every *= 2
             kept = {step: one for step, one in kept.items() if one[0] % every == 0}
-    return {step: figures for step, (_, figures) in kept.items()}
+    return {step: values for step, (_, values) in kept.items()}

@@ -18,7 +18,7 @@ import yaml
 
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, read_config
 from lingua.files import RunError, human_bytes, write_whole
-from lingua.report.charts import brief, pictures_of, probe_picture, spent_picture, time_line
+from lingua.report.charts import brief, interrupted_picture, pictures_of, probe_picture, spent_picture, time_line
 from lingua.report.diff import ABSENT, config_differences, flatten, keys_that_differ, telling_labels
 from lingua.report.figure import COLORS, Picture
 from lingua.report.heat_maps import read_probes
@@ -49,6 +49,11 @@ def write_report(runs: Sequence[History], out: Path | None, png: Path | None) ->
     for picture in pictures:
         _write(png / f"{picture.key}.png", picture.drawn("png"), "choose another folder with --png DIR")
     return file, [png / f"{picture.key}.png" for picture in pictures]
+
+
+def write_interrupted(run: History, calm: History, file: Path) -> None:
+    """Draw a run that was killed and stopped, and an undisturbed one, into an .svg or .png file. Raises RunError."""
+    _write(file, interrupted_picture(run, calm).drawn(file.suffix[1:]), "choose another place with --figure FILE")
 
 
 def _write(path: Path, content: bytes | str, remedy: str) -> None:

@@ -44,6 +44,10 @@ def test_one_minute_on_slurm(checkout: Checkout):
 @pytest.mark.gate
 @pytest.mark.soak
 def test_some_seconds_without_slurm(tmp_path: Path):
-    told = drill(ROOT, dict(os.environ), "--minutes=0.4", "--local", f"--folder={tmp_path / 'drill'}")
+    figure = tmp_path / "figure.svg"
+    options = "--minutes=0.4", "--local", f"--folder={tmp_path / 'drill'}", f"--figure={figure}"
+    told = drill(ROOT, dict(os.environ), *options)
+    steps = told["steps"]
+    assert f"equal bit for bit at {steps} of {steps} steps" in figure.read_text()
     assert told["blows"]
     assert told["not_granted_here"] == []

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from apps.cli.drill import drill
 from lingua.files import RunError
 from lingua.report.history import History
-from lingua.report.page import as_record, config_changes, names_of, report_page, write_report
+from lingua.report.page import as_record, config_changes, names_of, report_page, write_interrupted, write_report
 from tests.checkout import ROOT
 from tests.lingua.report.test_history import history_of, make_run
 
@@ -143,9 +144,26 @@ def test_where_the_run_may_not_be_written_to_the_remedy_is_told(
         write_report([run], None, None)
 
 
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_an_interrupted_run_on_top_of_an_undisturbed_one(tmp_path: Path, run: History, ending: str):
+    file = tmp_path / f"x.{ending}"
+    write_interrupted(run, run, file)
+    if ending == "svg":
+        svg = file.read_text()
+        for part in ("equal bit for bit at 5 of 5 steps", "undisturbed", "interrupted", "killed or stopped"):
+            assert part in svg, part
+    else:
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_of_another_kind_is_refused_before_the_drill_begins():
+    with pytest.raises(RunError, match=r"--figure x\.pdf: the name of the file must end in \.svg or \.png"):
+        drill(figure=Path("x.pdf"))
+
+
 def test_an_installed_package_has_the_templates():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["lingua"]
     found = {path for pattern in patterns for path in (ROOT / "lingua").glob(pattern)}
-    wanted = {path for path in (ROOT / "lingua").rglob("*.*") if path.suffix not in (".py", ".pyc", ".md", ".typed")}
+    wanted = {path for path in (ROOT / "lingua").rglob("*.*") if path.suffix not in (".py", ".pyc", ".md", ".svg")}
     assert wanted
     assert wanted <= found
