@@ -20,19 +20,15 @@ def test_a_table_per_quantity(tmp_path: Path):
         figures = {f"probe/layers.{i}.attention/activation/{s}": value + i for i in (0, 1) for s in ("mean", "rms")}
         return {"global_step": step, "incarnation": start, **figures, "probe/norm/grad/max": value, "probe/odd": 1.0}
 
-    records = [record(10, 1, 1.0), record(20, 1, 9.0), record(20, 2, 2.0)]  # step 20 was trained again
+    late = {"global_step": 20, "probe/late/grad/max": 7.0}
+    records = [record(10, 1, 1.0), record(20, 1, 9.0), record(20, 2, 2.0) | late]  # step 20 was trained again
     activation, grad = read_probes(write(tmp_path / "probe.jsonl", records, '{"global_step": 30, "pro'))
     assert (activation.quantity, activation.stat) == ("activation", "rms")
     assert activation.layers == ["layers.0.attention", "layers.1.attention"]
     assert activation.steps.tolist() == [10, 20]
     assert activation.values.tolist() == [[1, 2], [2, 3]]
-    assert (grad.quantity, grad.stat, grad.layers, grad.values.tolist()) == ("grad", "max", ["norm"], [[1, 2]])
-
-
-def test_a_layer_that_a_step_does_not_have_is_a_gap(tmp_path: Path):
-    records = [{"global_step": 1, "probe/a/weight/rms": 1.0}, {"global_step": 2, "probe/b/weight/rms": 2.0}]
-    (found,) = read_probes(write(tmp_path / "probe.jsonl", records))
-    assert np.array_equal(found.values, [[1, np.nan], [np.nan, 2]], equal_nan=True)
+    assert (grad.quantity, grad.stat, grad.layers) == ("grad", "max", ["norm", "late"])
+    assert np.array_equal(grad.values, [[1, 2], [np.nan, 7]], equal_nan=True), "a gap where nothing was probed"
 
 
 def test_many_steps_are_thinned_evenly(tmp_path: Path):
