@@ -61,3 +61,18 @@ def test_a_terminal_gets_a_bar(
             progress.report(METRICS)
     err = capsys.readouterr().err
     assert all(part in err for part in ("myrun", *text)), err
+
+
+def test_bytes_off_a_terminal_are_a_few_plain_lines(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    ticks = iter([0.0, 2.0])
+    with Progress(bar=False, now=lambda: next(ticks)) as progress:
+        progress.begin("sort", 1000)
+        for _ in range(4):
+            progress.advance(250)
+    assert caplog.messages == [
+        "sort: 1000 B",
+        *(f"sort: {n}% of 1000 B" for n in (20, 50, 70)),
+        "sort: 1000 B in 2.0 s",
+    ]
+    assert progress.seconds == {"sort": 2.0}

@@ -284,14 +284,13 @@ def _runs(
     n_workers = _n_workers(job, memory_bytes, len(todo), sum(sizes), reserve)
     window_bytes = max(_window_bytes(memory_bytes, n_workers) - reserve, FIXED_BYTES)
     with disk_of(folder, "--tmp_dir"):
-        need_space(folder, sum(sizes[number] for number in todo), "--tmp_dir")
-        progress.begin("sort", sum(sizes))
-        progress.advance(sum(sizes) - sum(sizes[number] for number in todo))
+        todo_bytes = sum(sizes[number] for number in todo)
+        need_space(folder, todo_bytes, "--tmp_dir")
+        progress.begin("sort", sum(sizes), done=sum(sizes) - todo_bytes)
 
         def sort(number: int) -> None:
             path = root / names[number]
-            source = blocks(path)
-            sort_file(source, str(path), number, folder, seed=job.seed, memory_bytes=window_bytes, files=files)
+            sort_file(blocks(path), str(path), number, folder, seed=job.seed, memory_bytes=window_bytes, files=files)
 
         for number, _ in each(todo, sort, n_workers):
             progress.advance(sizes[number])
@@ -301,16 +300,15 @@ def _runs(
 def _map_all(
     job: Job, root: Path, names: list[str], sizes: list[int], memory_bytes: int, progress: Progress
 ) -> tuple[Sequence[SortedRun], Counts] | None:
-    """Runs without a copy when everything is plain jsonl and fits the budget together with its index; else None."""
-    budget_bytes = memory_bytes - FIXED_BYTES
-    expected_bytes = 0
+    """Runs without a copy if everything is plain jsonl and fits the budget together with its index; else None."""
+    left_bytes = memory_bytes - FIXED_BYTES
     for name, size in zip(names, sizes, strict=True):
-        if not is_plain(name) or expected_bytes + size > budget_bytes:
+        if not is_plain(name) or (left_bytes := left_bytes - size) < 0:
             return None
         with (root / name).open("rb") as file:
             head = file.read(1 << 20)
-        expected_bytes += size + DOC_BYTES * (1 + head.count(b"\n") * size // max(len(head), 1))
-    if expected_bytes > budget_bytes:
+        left_bytes -= DOC_BYTES * (1 + head.count(b"\n") * size // max(len(head), 1))
+    if left_bytes < 0:
         return None
     progress.begin("scan", sum(sizes))
     runs: list[SortedRun] = []
@@ -326,7 +324,7 @@ def _map_all(
 def _write_all(
     job: Job, runs: Sequence[SortedRun], outputs: list[Output], memory_bytes: int, progress: Progress, files: Files
 ) -> dict[str, dict[str, Any]]:
-    """Size, count and hash of each output by name."""
+    """Write the outputs that are not there yet; returns size, count and hash of each by name."""
     written = {output.name: _mark_read(job.out, output) for output in outputs}
     todo = [number for number, output in enumerate(outputs) if written[output.name] is None]
     todo_bytes = sum(outputs[number].n_bytes for number in todo)
@@ -336,14 +334,14 @@ def _write_all(
     if n_workers > 1:
         drop_window()
     window_bytes = max(_window_bytes(memory_bytes, n_workers) - (mapped_bytes if n_workers == 1 else 0), FIXED_BYTES)
-    progress.begin("write", sum(output.n_bytes for output in outputs))
-    progress.advance(sum(output.n_bytes for output in outputs) - todo_bytes)
+    n_bytes = sum(output.n_bytes for output in outputs)
+    progress.begin("write", n_bytes, done=n_bytes - todo_bytes)
 
     def write(number: int) -> dict[str, Any]:
         output = outputs[number]
         digest = write_output(runs, output, job.out / output.name, memory_bytes=window_bytes, files=files)
         facts = {"documents": output.n_docs, "bytes": output.n_bytes, "xxh3_128": digest}
-        write_json(_mark(job.out, output), facts, files=files)
+        write_json(job.out / f".done-{output.name}.json", facts, files=files)
         return facts
 
     for number, facts in each(todo, write, n_workers):
@@ -352,13 +350,9 @@ def _write_all(
     return {name: facts for name, facts in written.items() if facts is not None}
 
 
-def _mark(folder: Path, output: Output) -> Path:
-    return folder / f".done-{output.name}.json"
-
-
 def _mark_read(folder: Path, output: Output) -> dict[str, Any] | None:
     try:
-        facts = read_json(_mark(folder, output))
+        facts = read_json(folder / f".done-{output.name}.json")
         return facts if (folder / output.name).stat().st_size == facts["bytes"] == output.n_bytes else None
     except FileNotFoundError:
         return None
@@ -407,12 +401,11 @@ def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progre
         raise RunError(
             f"{target} holds {stray[0]}, which is not of this preparation; remove it or choose another folder"
         )
-    n_bytes = sum(facts["bytes"] for facts in manifest["files"].values())
-    progress.begin(f"copy to {target}", n_bytes)
-    here = {name for name, facts in manifest["files"].items() if _is_copied(target / name, facts)}
-    progress.advance(sum(manifest["files"][name]["bytes"] for name in here))
-    todo = {name: facts for name, facts in manifest["files"].items() if name not in here}
-    need_space(target, sum(facts["bytes"] for facts in todo.values()), "--final_data_dir")
+    wanted = manifest["files"]
+    todo = {name: facts for name, facts in wanted.items() if not _is_copied(target / name, facts)}
+    n_bytes, todo_bytes = (sum(facts["bytes"] for facts in some.values()) for some in (wanted, todo))
+    progress.begin(f"copy to {target}", n_bytes, done=n_bytes - todo_bytes)
+    need_space(target, todo_bytes, "--final_data_dir")
     for name, facts in todo.items():
         temporary = target / f".{name}.tmp"
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
 import random
@@ -19,7 +18,6 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from lingua.console import Progress
 from lingua.data.manifest import MANIFEST, check_manifest, read_manifest
 from lingua.data.prepare import pipeline as prepare_module
 from lingua.data.prepare import worker_pool
@@ -27,8 +25,11 @@ from lingua.data.prepare.convert import blocks, find_inputs
 from lingua.data.prepare.pipeline import Job, prepare
 from lingua.data.prepare.worker_pool import each
 from lingua.files import Buffer, Files, RunError
+from tests.fakes import FaultyFiles, KillFiles
+from tests.ranks import exit_code_of
 
 MEMORY_BYTES = 12 << 30
+CHANGES = ("create", "write", "fsync", "mkdir", "rename", "fsync_dir", "remove", "rmdir")  # of the disk
 
 
 def texts(n: int, seed: int) -> list[bytes]:
@@ -67,99 +68,40 @@ def job(tmp_path: Path) -> Job:
     )  # fmt: skip
 
 
-def expected_lines() -> Counter[bytes]:
-    return Counter(texts(50, 1) + texts(50, 2) + texts(25, 3) + texts(25, 4))
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def lines_in(folder: Path) -> Counter[bytes]:
-    return Counter(line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines())
-
-
-class FailingFiles(Files):
-    """Fails at the n-th operation that changes the disk; a write is half done by then."""
-
-    def __init__(self, fail_at: int = -1, *, die: bool = False) -> None:
-        self.n_done, self._fail_at, self._die = 0, fail_at, die
-
-    def _count(self) -> None:
-        self.n_done += 1
-        if self.n_done == self._fail_at:
-            if self._die:
-                os._exit(9)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def create(self, path: Path) -> int:
-        self._count()
-        return super().create(path)
-
-    def write(self, descriptor: int, data: Buffer) -> None:
-        if self.n_done + 1 == self._fail_at:
-            super().write(descriptor, memoryview(data)[: len(data) // 2])
-        self._count()
-        super().write(descriptor, data)
-
-    def fsync(self, descriptor: int) -> None:
-        self._count()
-        super().fsync(descriptor)
-
-    def mkdir(self, path: Path) -> None:
-        self._count()
-        super().mkdir(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._count()
-        super().rename(source, target)
-
-    def fsync_dir(self, path: Path) -> None:
-        self._count()
-        super().fsync_dir(path)
-
-    def remove(self, path: Path, folder: int | None = None) -> None:
-        self._count()
-        super().remove(path, folder)
-
-    def rmdir(self, path: Path, folder: int | None = None) -> None:
-        self._count()
-        super().rmdir(path, folder)
+def lines_in(files: dict[str, bytes]) -> Counter[bytes]:
+    return Counter(line for name, data in files.items() if name.endswith("jsonl") for line in data.splitlines())
 
 
 def elsewhere(job: Job, folder: Path) -> Job:
     return replace(job, data_dir=folder / "data", tmp_dir=folder / "fast", final_data_dir=folder / "final")
 
 
+def result(job: Job) -> dict[str, bytes]:
+    """The files of the final copy, or without one of the chunks."""
+    return content(job.final or job.out)
+
+
 def killed_at(job: Job, n: int) -> bool:
-    """Run in a forked process that dies at operation n, as by kill -9; whether it did."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            prepare(job, files=FailingFiles(n, die=True))
-            code = 0
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return code == 9
+    """Prepare in a forked process that dies at operation n, as by kill -9; returns whether it did."""
+    return exit_code_of(lambda: prepare(job, files=KillFiles(n, operations=CHANGES))) == KillFiles.KILLED
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.soak)])
 def test_killed_at_any_operation_it_ends_with_the_same_bytes(job: Job, tmp_path: Path, every: int) -> None:
-    counting = FailingFiles()
+    counting = FaultyFiles(operations=CHANGES)
     prepare(job, files=counting)
-    assert job.final
-    expected = content(job.final)
-    assert lines_in(job.final) == expected_lines()
+    expected = result(job)
+    assert lines_in(expected) == Counter(texts(50, 1) + texts(50, 2) + texts(25, 3) + texts(25, 4))
     assert counting.n_done > 80
     for n in range(1, counting.n_done + 1, every):
         again = elsewhere(job, tmp_path / f"killed{n}")
         assert killed_at(again, n)
         prepare(again)
-        assert again.final
-        assert content(again.final) == expected, n
+        assert result(again) == expected, n
         assert list(again.data_dir.iterdir()) == []
         assert list(again.tmp_dir.iterdir()) == []
 
@@ -171,25 +113,21 @@ def test_killed_again_and_again(job: Job, tmp_path: Path) -> None:
     while killed_at(again, 23 + n_kills % 5):
         n_kills += 1
     assert n_kills > 3
-    assert again.final
-    assert job.final
-    assert content(again.final) == content(job.final)
+    assert result(again) == result(job)
 
 
 def test_a_full_disk_is_a_sentence_and_costs_nothing(job: Job, tmp_path: Path) -> None:
-    counting = FailingFiles()
+    counting = FaultyFiles(operations=CHANGES)
     prepare(job, files=counting)
-    assert job.final
     for n in range(1, counting.n_done + 1, 3):
         again = elsewhere(job, tmp_path / f"full{n}")
         with pytest.raises((OSError, RunError)) as error:
-            prepare(again, files=FailingFiles(n))
+            prepare(again, files=FaultyFiles(n, operations=CHANGES))
         if error.type is RunError:  # else while sweeping, which needs no space
             assert "no space left for" in str(error.value), n
             assert "continues from here" in str(error.value), n
         prepare(again)
-        assert again.final
-        assert content(again.final) == content(job.final), n
+        assert result(again) == result(job), n
 
 
 def test_too_little_space_is_said_before(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +144,7 @@ def test_processes_and_memory_change_nothing(job: Job, tmp_path: Path, change: d
     prepare(job)
     other = replace(elsewhere(job, tmp_path / "other"), **change)
     prepare(other)
-    assert job.final
-    assert content(other.final or other.out) == content(job.final)
+    assert result(other) == result(job)
 
 
 def test_plain_files_need_no_runs_and_give_the_same(job: Job, tmp_path: Path) -> None:
@@ -221,40 +158,29 @@ def test_plain_files_need_no_runs_and_give_the_same(job: Job, tmp_path: Path) ->
     mapped = replace(elsewhere(job, tmp_path / "other"), source=plain)
     prepare(mapped)
     assert not mapped.tmp_dir.exists()
-    assert job.final
-    assert mapped.final
-    expected = content(job.final) | {MANIFEST: b""}
-    assert content(mapped.final) | {MANIFEST: b""} == expected
+    assert result(mapped) | {MANIFEST: b""} == result(job) | {MANIFEST: b""}
 
 
 def test_another_seed_gives_another_order(job: Job, tmp_path: Path) -> None:
-    prepare(job)
     other = replace(elsewhere(job, tmp_path / "other"), seed=43)
-    prepare(other)
-    assert job.final
-    assert other.final
-    assert lines_in(other.final) == lines_in(job.final)
-    name = "mine.chunk.00.jsonl"
-    assert (other.final / name).read_bytes() != (job.final / name).read_bytes()
+    for each_job in (job, other):
+        prepare(each_job)
+    assert lines_in(result(other)) == lines_in(result(job))
+    assert result(other)["mine.chunk.00.jsonl"] != result(job)["mine.chunk.00.jsonl"]
 
 
-def test_a_finished_preparation_is_left_alone(job: Job) -> None:
+@pytest.mark.parametrize("change", [{}, {"final_data_dir": None, "clear": False}])
+def test_a_finished_preparation_is_left_alone_and_is_not_mixed_with_another(job: Job, change: dict[str, None]) -> None:
+    job = replace(job, **change)
     manifest = prepare(job)
-    assert job.final
-    before = {path: path.stat().st_mtime_ns for path in job.final.iterdir()}
+    folder = job.final or job.out
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare(job) == manifest
-    assert {path: path.stat().st_mtime_ns for path in job.final.iterdir()} == before
-
-
-@pytest.mark.parametrize("final", [True, False])
-def test_another_request_for_the_same_folder_is_refused(job: Job, final: bool) -> None:
-    if not final:
-        job = replace(job, final_data_dir=None, clear=False)
-    prepare(job)
     with pytest.raises(ValueError, match=r"was prepared with seed 42, not 7; remove .*mine_shuffled"):
         prepare(replace(job, seed=7))
     with pytest.raises(ValueError, match="n_chunks 3, not 4"):
         prepare(replace(job, n_chunks=4))
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_changed_inputs_are_refused_midway(job: Job) -> None:
@@ -273,7 +199,7 @@ def test_two_at_once_are_refused(job: Job) -> None:
         prepare(job)
 
 
-def test_a_copy_that_is_not_right_is_no_copy(job: Job) -> None:
+def test_work_is_not_cleared_while_the_copy_is_bad(job: Job) -> None:
     class Flipping(Files):
         final = False
 
@@ -286,24 +212,21 @@ def test_a_copy_that_is_not_right_is_no_copy(job: Job) -> None:
 
     with pytest.raises(RunError, match=r"has other content than the manifest says; check both disks"):
         prepare(job, files=Flipping())
-    assert job.final
-    assert content(job.final) == {}
+    assert result(job) == {}
     assert check_manifest(job.out, hashes=True) == []
-    assert job.source
-    assert job.source.is_dir()
-    prepare(job)
-    assert not job.out.exists()
-    assert job.source.is_dir()
-
-
-def test_work_is_not_cleared_while_the_copy_is_bad(job: Job) -> None:
     prepare(replace(job, clear=False))
     assert job.final
     chunk = job.final / "mine.chunk.01.jsonl"
-    chunk.write_bytes(chunk.read_bytes()[::-1])
-    with pytest.raises(RunError, match=r"chunk.01.jsonl has other content"):
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[::-1])
+    with pytest.raises(RunError, match=r"chunk.01.jsonl has another content"):
         prepare(job)
     assert check_manifest(job.out, hashes=True) == []
+    chunk.write_bytes(data)
+    prepare(job)
+    assert not job.out.exists()
+    assert job.source
+    assert job.source.is_dir()
 
 
 def test_chunks_from_elsewhere_are_not_mixed_in(job: Job) -> None:
@@ -345,7 +268,7 @@ def test_the_manifest_tells_what_is_wrong(job: Job) -> None:
     data = chunk.read_bytes()
     chunk.write_bytes(data[::-1])
     assert check_manifest(job.out) == []
-    assert "other content" in check_manifest(job.out, hashes=True)[0]
+    assert "another content" in check_manifest(job.out, hashes=True)[0]
     chunk.write_bytes(data[:-1])
     assert "its manifest says" in check_manifest(job.out)[0]
     chunk.rename(job.out / "mine.chunk.07.jsonl")
@@ -353,9 +276,9 @@ def test_the_manifest_tells_what_is_wrong(job: Job) -> None:
     assert "chunk.07.jsonl is not named" in problems[0]
     assert "chunk.00.jsonl is missing" in problems[1]
     (job.out / MANIFEST).write_text("[]")
-    with pytest.raises(RunError, match="is no manifest"):
+    with pytest.raises(RunError, match="is not a manifest"):
         read_manifest(job.out)
-    assert "is no manifest" in check_manifest(job.out)[0]
+    assert "is not a manifest" in check_manifest(job.out)[0]
 
 
 def test_parquet_keeps_text_and_id(tmp_path: Path) -> None:
@@ -367,9 +290,6 @@ def test_parquet_keeps_text_and_id(tmp_path: Path) -> None:
     ]  # fmt: skip
     job = Job("p", MEMORY_BYTES, tmp_path / "data", tmp_path / "fast", source=tmp_path)
     assert prepare(job)["counts"]["no_text"] == 1
-
-
-def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"blob_id": ["1"]}), tmp_path / "x.parquet")
     with pytest.raises(RunError, match=r"no column text or content, only blob_id"):
         list(blocks(tmp_path / "x.parquet"))
@@ -392,16 +312,3 @@ def test_cut_off_files_are_named(tmp_path: Path, suffix: str) -> None:
 def test_a_dead_worker_is_told() -> None:
     with pytest.raises(RunError, match="a worker process was killed"):
         list(each([1, 2], lambda number: os._exit(number), 2))
-
-
-def test_progress_off_a_terminal_is_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    ticks = iter([0.0, 2.0])
-    with Progress(bar=False, now=lambda: next(ticks)) as progress:
-        progress.begin("sort", 1000)
-        for _ in range(4):
-            progress.advance(250)
-    assert caplog.messages == [
-        "sort: 1000 B", "sort: 20% of 1000 B", "sort: 50% of 1000 B", "sort: 70% of 1000 B", "sort: 1000 B in 2.0 s",
-    ]  # fmt: skip
-    assert progress.seconds == {"sort": 2.0}
