@@ -1,4 +1,4 @@
-"""Small corpora for the tests of the loader, with documents that can be told apart."""
+"""Small corpora for the tests of the loader, with documents that can be told apart, and runs over them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lingua.config.keys.data import DataArgs
+from lingua.data.loader import Loader, build_loader, merge_states
+from lingua.tokenizer import ByteTokenizer
+from tests.resume import assert_resumes_everywhere
+
+G = 24  # rows per step: shared by 1, 2, 3, 4 and 8 ranks
+Table = dict[int, list[int]]  # row used as the q-th of the run -> its inputs and last label
 
 
 def write_source(folder: Path, name: str, documents: list[str], n_files: int = 2) -> Path:
@@ -52,3 +60,50 @@ def two_sources(root: Path) -> Path:
     write_source(root, "big", documents("b", 200), n_files=3)
     write_source(root, "small", ["s0", "s1:" + "xy " * 300, "s2"], n_files=1)
     return root
+
+
+def run_steps(
+    args: DataArgs, n_steps: int, dp: int = 1, state: dict[str, Any] | None = None, n_rows: int = G, **more: Any
+) -> tuple[Table, dict[str, Any]]:
+    """Rows of `n_steps` steps of `n_rows` on `dp` ranks, and the merged state, as it travels through a checkpoint."""
+    table: Table = {}
+    states = []
+    start = state["row"] if state else 0
+    for rank in range(dp):
+        with build_loader(args, rows_per_step=n_rows, dp_rank=rank, dp_size=dp, state=state, **more) as loader:
+            for micro in range(n_steps * n_rows // dp // args.batch_size):
+                batch = next(loader)
+                for i in range(args.batch_size):
+                    q = start + (micro * args.batch_size + i) * dp + rank
+                    table[q] = [*batch.views[0, i].tolist(), int(batch.views[-1, i, -1])]
+                    assert args.skip_rows or batch.rows[i] == q
+            states.append(json.loads(json.dumps(loader.state_dict())))
+    return table, merge_states(states[::-1])
+
+
+def assert_loader_resumes(args: DataArgs, n: int, tail: int, dp_rank: int = 1, dp_size: int = 2) -> None:
+    """A loader restored after any of n batches goes on as the first one did."""
+    loaders: list[Loader] = []
+
+    def make(state: dict[str, Any] | None) -> Loader:
+        loaders.append(build_loader(args, rows_per_step=4, dp_rank=dp_rank, dp_size=dp_size, state=state))
+        return loaders[-1]
+
+    try:
+        assert_resumes_everywhere(make, n=n, tail=tail)
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+class PanicException(BaseException):
+    """As a panic in Rust arrives."""
+
+
+class FailingTokenizer(ByteTokenizer):
+    """Fails on text with an `!`, as a tokenizer in Rust does."""
+
+    def encode_text(self, text: str) -> np.ndarray:
+        if "!" in text:
+            raise PanicException("stack size exceeded")
+        return super().encode_text(text)

@@ -186,7 +186,7 @@ def rows(
     chars: Annotated[int, typer.Option(min=0, help="Characters shown of each document's part.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Show the rows of a step, decoded, with source, file and byte offset of each document in them.
+    """Show the rows of a step, decoded, with source, file and position of each document in them.
 
     Reads the data again from the nearest checkpoint before the step.
     """
@@ -202,7 +202,7 @@ def rows(
 def document_lines(documents: Iterable[SpanOrigin], chars: int) -> Iterator[str]:
     """Where each document of a row comes from, and the beginning of its text."""
     for one in documents:
-        where = f"{one.unit} {one.offset}, from token {one.token}"
+        where = f"{one.unit} {one.offset}, from token {one.token}{'' if one.is_label else ', a prompt'}"
         yield f"  {one.source}  {one.file}  {where}: {one.n_tokens} tokens"
         yield f"    {one.text[:chars]!r}{' ...' if len(one.text) > chars else ''}"
 

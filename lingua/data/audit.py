@@ -206,6 +206,8 @@ class SpanOrigin(NamedTuple):
     token: int
     """First token used, counted from that piece's begin."""
     n_tokens: int
+    is_label: bool
+    """Whether the loss counts these tokens."""
     text: str
 
 
@@ -253,7 +255,7 @@ def origins(data: OpenedData, tokenizer: Tokenizer, row: PackedRow) -> Iterator[
             source = data.sources[position.source]
             tape_position, offset = position.positions[position.source]
             file, _ = source.locate(block_at(source, args.order_seed, tape_position))
-            text = tokenizer.decode(ids_of(row.tokens[at : at + n]).tolist())
-            path = str(source.files[file].path)
-            yield SpanOrigin(source.name, path, source.unit, offset, position.char, token, n, text)
+            path, tokens = str(source.files[file].path), row.tokens[at : at + n]
+            text, is_label = tokenizer.decode(ids_of(tokens).tolist()), bool(tokens[0] >= 0)
+            yield SpanOrigin(source.name, path, source.unit, offset, position.char, token, n, is_label, text)
         at += n

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -81,6 +82,7 @@ class SourceFile(NamedTuple):
     size: int
     """In units of positions: bytes or rows. Of token files: the bytes of the jsonl file."""
     key: int
+    n_bytes: int
 
 
 def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "mend data.sources or data.root_dir") -> list[Path]:
@@ -165,7 +167,7 @@ class Document(NamedTuple):
 
 
 class Reader(Protocol):
-    """One lane's view of a source; holds at most a buffer."""
+    """What a lane reads a source with; holds at most a buffer."""
 
     def document(self, block: int, offset: int) -> Document | None:
         """The first document of the block at or after `offset` (-1: the block's begin), or None if there is none."""
@@ -237,7 +239,7 @@ class BlockedSource(ABC):
         if not self.files:
             raise DataError(f"{path}: all files of source {name!r} are empty; mend data.sources or prepare the data")
         self.size = sum(file.size for file in self.files)
-        self.n_bytes = sum(file.path.stat().st_size for file in self.files)
+        self.n_bytes = sum(file.n_bytes for file in self.files)
         self.cut(n_lanes)
 
     # -- what formats may override ---------------------------------------------------------------------------------
@@ -263,20 +265,22 @@ class BlockedSource(ABC):
         return cls
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
-        return [SourceFile(path, path.stat().st_size, name_key(path.name)) for path in paths]
+        sizes = [path.stat().st_size for path in paths]
+        return [SourceFile(path, n, name_key(path.name), n) for path, n in zip(paths, sizes, strict=True)]
 
     def cut(self, n_lanes: int) -> None:
         """Lay out the blocks; none crosses from one file to the next."""
         self.cut_bytes(block_bytes(self.size, n_lanes))
 
-    @property
-    @abstractmethod
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when the documents or their order do."""
+        files = ((file.path.name, file.n_bytes, edges(file.path, file.n_bytes)) for file in self.files)
+        return fingerprint(files, self.fields)
 
     @abstractmethod
     def reader(self) -> Reader:
-        """Return one lane's view of the source."""
+        """Return one lane's view of the source: the source itself if it needs no buffer."""
 
     def close(self) -> None:  # noqa: B027 - most formats hold none
         """Release files; harmless twice."""

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from lingua.config.base import ConfigError
-from lingua.data.blocked_source import BlockedSource, DataError, Document, Reader, edges, find_files, fingerprint
+from lingua.data.blocked_source import BlockedSource, DataError, Document, Reader, find_files
 
 _READ_BYTES = 256 << 10
 _SLACK_BYTES = 16 << 10  # beyond the block, where its last line usually ends
@@ -30,7 +30,6 @@ class JsonlSource(BlockedSource):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._fingerprint: str | None = None
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -56,13 +55,6 @@ class JsonlSource(BlockedSource):
         """Descriptors held."""
         return len(self._descriptors)
 
-    @property
-    def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            files = ((file.path.name, file.size, edges(file.path, file.size)) for file in self.files)
-            self._fingerprint = fingerprint(files, self.fields)
-        return self._fingerprint
-
     def pread(self, file: int, n_bytes: int, offset: int) -> bytes:
         """Read at least one byte. Raises DataError if the file has become shorter."""
         descriptor = self._descriptors.get(file)
@@ -72,7 +64,7 @@ class JsonlSource(BlockedSource):
             descriptor = self._descriptors[file] = os.open(self.files[file].path, os.O_RDONLY | os.O_CLOEXEC)
         data = os.pread(descriptor, n_bytes, offset)
         if not data:
-            path, size, _ = self.files[file]
+            path, size, *_ = self.files[file]
             raise DataError(f"{path}: ends at byte {offset}, had {size} bytes before; it must not change during a run")
         return data
 

@@ -200,22 +200,14 @@ class IndexedSource(JsonlSource):
         return file, start, end
 
     def reader(self) -> Reader:
-        return IndexedReader(self)
-
-
-class IndexedReader:
-    """Reads one line at a time; has no buffer."""
-
-    def __init__(self, source: IndexedSource) -> None:
-        self._source = source
+        return self
 
     def document(self, block: int, offset: int) -> Document | None:
-        source = self._source
-        file, start, end = source.block(block)
+        file, start, end = self.block(block)
         if offset > start:
             return None
         line, at = b"", start
         while at < end:  # once, except for lines of more than 2 GB
-            line += source.pread(file, end - at, at)
+            line += self.pread(file, end - at, at)
             at = start + len(line)
-        return source.parse(line.removesuffix(b"\n"), file, start, end)
+        return self.parse(line.removesuffix(b"\n"), file, start, end)

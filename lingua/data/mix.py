@@ -106,9 +106,6 @@ class DocumentStream:
             names = [source.name for source in sources]
             self.source = names.index(state["source"]) if state["source"] in names else None
 
-    def state(self) -> dict[str, Any]:
-        return documents_state(self._sources, self.pick, self.source, self.positions)
-
     def reread(self) -> Document:
         """Read the current document again: how a restored stream begins when `source` is not None."""
         assert self.source is not None
@@ -144,14 +141,3 @@ class DocumentStream:
 
     def _move(self, source: int, position: int, offset: int) -> None:
         self.positions = (*self.positions[:source], (position, offset), *self.positions[source + 1 :])
-
-
-def documents_state(
-    sources: Sequence[BlockedSource], pick: int, source: int | None, positions: Sequence[SourcePosition]
-) -> dict[str, Any]:
-    """What a `DocumentStream` is restored from."""
-    return {
-        "pick": pick,
-        "source": None if source is None else sources[source].name,
-        "tapes": {one.name: list(position) for one, position in zip(sources, positions, strict=True)},
-    }

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lingua.data.blocked_source import BlockedSource, DataError, Document, OpenedData
-from lingua.data.mix import DocumentStream, SourcePosition, documents_state, draw, window_order
+from lingua.data.mix import DocumentStream, SourcePosition, draw, window_order
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 PIECE_CHARS = 256 << 10
@@ -78,7 +78,13 @@ class PiecePosition(NamedTuple):
     hash: int
 
     def state(self, sources: Sequence[BlockedSource]) -> dict[str, Any]:
-        return {**documents_state(sources, self.pick, self.source, self.positions), "char": self.char}
+        """What a `DocumentStream` is restored from, and the first character of the piece."""
+        return {
+            "pick": self.pick,
+            "source": None if self.source is None else sources[self.source].name,
+            "tapes": {one.name: list(position) for one, position in zip(sources, self.positions, strict=True)},
+            "char": self.char,
+        }
 
 
 class TextPiece(NamedTuple):

@@ -27,8 +27,6 @@ from lingua.data.blocked_source import (
     Reader,
     SourceFile,
     TextFields,
-    edges,
-    fingerprint,
     name_key,
 )
 
@@ -61,7 +59,7 @@ class ParquetSource(BlockedSource):
             file = open_parquet(path)
             facts, columns = file.metadata, text_columns(path, file.schema_arrow, self.fields)
             if facts.num_rows:
-                files.append(SourceFile(path, facts.num_rows, name_key(path.name)))
+                files.append(SourceFile(path, facts.num_rows, name_key(path.name), path.stat().st_size))
                 rows = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
                 self._groups.append([0, *accumulate(rows)])
                 self._columns.append(columns)
@@ -82,11 +80,6 @@ class ParquetSource(BlockedSource):
     def block(self, block: int) -> tuple[int, int, int]:
         file, index = self.locate(block)
         return file, self._begins[file][index], self._begins[file][index + 1]
-
-    @property
-    def fingerprint(self) -> str:
-        sizes = ((file.path, file.path.stat().st_size) for file in self.files)
-        return fingerprint(((path.name, size, edges(path, size)) for path, size in sizes), self.fields)
 
     def batches(self, file: int, row: int) -> tuple[int, Iterator[pa.RecordBatch]]:
         """Return (first row, batches) of the row group that holds a row."""

@@ -226,7 +226,7 @@ class TokenSource(BlockedSource):
                     f"{self.name} is {self.fields.text_key!r}; drop it, or tokenize again"
                 )
             if facts["bytes"] > 0:
-                files.append(SourceFile(path, facts["bytes"], name_key(facts["file"])))
+                files.append(SourceFile(path, facts["bytes"], name_key(facts["file"]), facts["bytes"]))
                 self._facts.append(facts)
                 self._mapped.append(map_tokens(path, facts))
         return files
@@ -241,29 +241,18 @@ class TokenSource(BlockedSource):
         """Exact, from the headers."""
         return sum(facts["tokens"] + n_ends * facts["documents"] for facts in self._facts)
 
-    def mapped(self, file: int) -> MappedTokens:
-        return self._mapped[file]
-
     def reader(self) -> Reader:
-        return TokenReader(self)
-
-
-class TokenReader:
-    """Finds documents in the tables; has no buffer."""
-
-    def __init__(self, source: TokenSource) -> None:
-        self._source = source
+        return self
 
     def document(self, block: int, offset: int) -> Document | None:
-        source = self._source
-        file, first, last = source.block(block)
-        mapped = source.mapped(file)
+        file, first, last = self.block(block)
+        mapped = self._mapped[file]
         row = int(np.searchsorted(mapped.start, first if offset < 0 else offset))
         if row == len(mapped.start) or mapped.start[row] >= last:
             return None
-        source.bad.lines += 1
+        self.bad.lines += 1
         start, end = int(mapped.start[row]), int(mapped.end[row])
-        return Document("", source.files[file].key, start, end, MappedDocument(mapped, row))
+        return Document("", self.files[file].key, start, end, MappedDocument(mapped, row))
 
 
 class MappedDocument:

@@ -11,10 +11,10 @@ import pytest
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs
 from lingua.data.audit import audit, rows_of_step
-from lingua.data.loader import build_loader, merge_states
+from lingua.data.loader import build_loader
 from lingua.data.token_files import token_file, tokenize_file
 from lingua.tokenizer import ByteTokenizer
-from tests.corpora import data_args, two_sources, write_source
+from tests.corpora import data_args, run_steps, two_sources, write_source
 
 K = G = 12
 
@@ -23,17 +23,8 @@ def run(args: DataArgs, steps: list[int], states: dict[int, Any] | None = None) 
     """States at these steps, each reached from the one before on another number of ranks."""
     states = dict(states or {})
     for turn, step in enumerate(steps):
-        dp = (1, 3, 2)[turn % 3]
         begin = max(states, default=0)
-        parts = []
-        for rank in range(dp):
-            with build_loader(
-                args, rows_per_step=G, dp_rank=rank, dp_size=dp, state=states.get(begin), lanes=K
-            ) as loader:
-                for _ in range((step - begin) * G // dp // args.batch_size):
-                    next(loader)
-                parts.append(json.loads(json.dumps(loader.state_dict())))
-        states[step] = merge_states(parts)
+        _, states[step] = run_steps(args, step - begin, (1, 3, 2)[turn % 3], states.get(begin), n_rows=G, lanes=K)
     return states
 
 

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,14 +18,20 @@ from lingua.data import jsonl_indexed as index_file
 from lingua.data import token_files as token_file
 from lingua.data.blocked_source import BlockedSource, DataError, TextFields
 from lingua.data.jsonl_indexed import IndexedSource, find_index, index_paths, map_index, read_header, write_index
-from lingua.data.loader import Loader, build_loader, merge_states
+from lingua.data.loader import build_loader
 from lingua.data.sources import FORMATS, estimate_tokens, source_class
 from lingua.data.token_files import TokenSource, check_hash, is_made, read_facts, tokenize_file
 from lingua.tokenizer import ByteTokenizer
-from tests.corpora import data_args, two_sources, write_parquet, write_source
-from tests.resume import assert_resumes_everywhere
-
-G = 24
+from tests.corpora import (
+    FailingTokenizer,
+    G,
+    assert_loader_resumes,
+    data_args,
+    run_steps,
+    two_sources,
+    write_parquet,
+    write_source,
+)
 
 
 def in_format(root: Path, form: str, **changed: Any) -> DataArgs:
@@ -45,44 +50,35 @@ def in_format(root: Path, form: str, **changed: Any) -> DataArgs:
     return data_args(folder, sources=sources, **changed)
 
 
-def rows_of(args: DataArgs, n_steps: int, dp: int = 1, state: dict[str, Any] | None = None) -> tuple[dict, dict]:
-    """{turn of the run: tokens} of `n_steps` steps, and the merged state."""
-    table, states, start = {}, [], state["row"] if state else 0
-    for rank in range(dp):
-        with build_loader(args, rows_per_step=G, dp_rank=rank, dp_size=dp, state=state) as loader:
-            for micro in range(n_steps * G // dp // args.batch_size):
-                batch = next(loader)
-                for i in range(args.batch_size):
-                    table[start + (micro * args.batch_size + i) * dp + rank] = batch.views[:, i].tolist()
-            states.append(json.loads(json.dumps(loader.state_dict())))
-    return table, merge_states(states)
-
-
-@pytest.mark.parametrize("form", ["mmap_jsonl", "tokens", "parquet"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_one_order_over_ranks_workers_and_restarts(tmp_path: Path, form: str) -> None:
     two_sources(tmp_path)
-    expected, last = rows_of(in_format(tmp_path, form), 8)
-    assert rows_of(in_format(tmp_path, form, batch_size=3), 8, 4) == (expected, last)
+    expected, last = run_steps(in_format(tmp_path, form), 8)
+    assert run_steps(in_format(tmp_path, form, batch_size=3), 8, 4) == (expected, last)
     parallel = in_format(tmp_path, form, load_async=True, num_workers=3, prefetch_size=2)
-    first, state = rows_of(in_format(tmp_path, form, batch_size=1), 3, 8)
-    second, state = rows_of(parallel, 5, 1, state)
+    first, state = run_steps(in_format(tmp_path, form, batch_size=1), 3, 8)
+    second, state = run_steps(parallel, 5, 1, state)
     assert (first | second, state) == (expected, last)
 
 
-@pytest.mark.parametrize(("form", "window"), [("mmap_jsonl", 0), ("tokens", 3), ("parquet", 0), ("parquet", 3)])
-def test_resumes_everywhere(tmp_path: Path, form: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("form", "changed", "n"),
+    [
+        ("jsonl", {"n_views": 3}, 24),
+        ("jsonl", {"n_views": 1, "shuffle_window": 5, "skip_rows": [[4, 6], [30, 40]]}, 16),
+        ("jsonl", {"load_async": True, "prefetch_size": 1}, 2),
+        ("mmap_jsonl", {}, 16),
+        ("tokens", {"shuffle_window": 3}, 16),
+        ("parquet", {}, 16),
+        ("parquet", {"shuffle_window": 3}, 16),
+    ],
+)
+def test_resumes_everywhere(
+    tmp_path: Path, form: str, changed: dict[str, Any], n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lingua.data.parquet._BATCH_ROWS", 2)  # several in a row group
     two_sources(tmp_path)
-    args = in_format(tmp_path, form, lanes=6, doc_mask=True, shuffle_window=window)
-    loaders: list[Loader] = []
-
-    def make(state: dict[str, Any] | None) -> Loader:
-        loaders.append(build_loader(args, rows_per_step=4, dp_rank=1, dp_size=2, state=state))
-        return loaders[-1]
-
-    assert_resumes_everywhere(make, n=24, tail=6)
-    for loader in loaders:
-        loader.close()
+    assert_loader_resumes(in_format(tmp_path, form, lanes=6, doc_mask=True, **changed), n, tail=6)
 
 
 def test_every_format_of_the_config_has_a_class() -> None:
@@ -102,44 +98,35 @@ def test_tokens_give_rows_and_states_of_their_jsonl(tmp_path: Path, ends: dict[s
         file.write(b'\n{"text": ""}\n{"text": "\\ud800"}\n[]\n{"text": "last"}')
     plain = data_args(tmp_path, max_bad_fraction=1.0, seq_len=4096, **ends)
     made = in_format(tmp_path, "tokens", seq_len=4096, **ends)
-    expected, last = rows_of(plain, 12)
-    assert rows_of(made, 12) == (expected, last)
-    first, state = rows_of(plain, 5)  # and a run may change between the two
-    second, state = rows_of(made, 4, 3, state)
-    third, state = rows_of(plain, 3, 2, state)
+    expected, last = run_steps(plain, 12)
+    assert run_steps(made, 12) == (expected, last)
+    first, state = run_steps(plain, 5)  # and a run may change between the two
+    second, state = run_steps(made, 4, 3, state)
+    third, state = run_steps(plain, 3, 2, state)
     assert (first | second | third, state) == (expected, last)
 
 
-class _Panics(ByteTokenizer):
-    """Gives up on texts with an exclamation mark."""
-
-    def encode_text(self, text: str) -> np.ndarray:
-        if "!" in text:
-            raise RuntimeError("panic")
-        return super().encode_text(text)
-
-
-def test_what_the_tokenizer_gave_up_on_is_left_out_alike(tmp_path: Path) -> None:
+def test_what_the_tokenizer_fails_on_is_left_out_alike(tmp_path: Path) -> None:
     texts = ["a", "b!", "c", "x\n" * 130_000 + "!" + "y\n" * 130_000]
     write_source(tmp_path, "s", texts, n_files=1)
     path = tmp_path / "s" / "s.chunk.00.jsonl"
-    facts = tokenize_file(path, tmp_path / "t" / "s.chunk.00.jsonl.tokens", _Panics())
+    facts = tokenize_file(path, tmp_path / "t" / "s.chunk.00.jsonl.tokens", FailingTokenizer())
     assert facts["bad"] == {"tokenizer": 2}
     found = []
     for source, root in (({"path": "s"}, tmp_path), ({"path": "t", "name": "s", "format": "tokens"}, tmp_path)):
         args = data_args(root, sources=[SourceArgs(**source)], lanes=2, seq_len=1000, max_bad_fraction=1.0)  # pyright: ignore[reportArgumentType]
-        with build_loader(args, rows_per_step=2, tokenizer=_Panics()) as loader:
+        with build_loader(args, rows_per_step=2, tokenizer=FailingTokenizer()) as loader:
             found.append([next(loader).views.tolist() for _ in range(1200)])
             found.append(loader.state_dict())
     assert found[0] == found[2]
     assert found[1] == found[3]
 
 
-def test_a_source_of_which_every_text_is_given_up_is_told(tmp_path: Path) -> None:
+def test_a_source_on_which_the_tokenizer_always_fails_ends_the_run(tmp_path: Path) -> None:
     write_source(tmp_path, "s", ["a!", "b!"])
     args = data_args(tmp_path, sources={"s": 1.0}, max_bad_fraction=1.0)
     with (
-        build_loader(args, rows_per_step=2, tokenizer=_Panics()) as loader,
+        build_loader(args, rows_per_step=2, tokenizer=FailingTokenizer()) as loader,
         pytest.raises(DataError, match=r"source 's': 1000 documents in a row, .* give no token"),
     ):
         next(loader)
@@ -273,7 +260,7 @@ def test_an_index_goes_into_the_cache_where_the_folder_is_not_writable(
 
 def test_a_changed_format_is_another_order(tmp_path: Path) -> None:
     two_sources(tmp_path)
-    _, state = rows_of(data_args(tmp_path), 1)
+    _, state = run_steps(data_args(tmp_path), 1)
     with pytest.raises(ConfigError, match="big: fingerprint was"):
         build_loader(in_format(tmp_path, "mmap_jsonl"), rows_per_step=G, state=state)
 

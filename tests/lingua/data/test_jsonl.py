@@ -61,7 +61,7 @@ def test_odd_files(tmp_path: Path, lines: list[bytes], bom: bool, last_newline: 
         return
     source = JsonlSource("x", write(tmp_path / "x", data), 1, bad=BadLines())
     source.cut_bytes(block)
-    assert [document.text for document in list(source.documents())] == [GOOD[line] for line in lines if line in GOOD]
+    assert [document.text for document in source.documents()] == [GOOD[line] for line in lines if line in GOOD]
     expected = [BAD[line] for line in lines if line in BAD]
     if lines[-1] == b"" and not last_newline and not (bom and len(lines) == 1):
         expected.pop()  # nothing behind the last newline is no line
@@ -82,14 +82,14 @@ def test_line_far_longer_than_buffers_and_blocks(tmp_path: Path) -> None:
     long = "x" * 30_000_000
     lines = [json.dumps({"text": text}) for text in ("a", long, "b")]
     source = JsonlSource("x", write(tmp_path / "x", "\n".join(lines).encode()), 64)
-    assert [len(d.text) for d in list(source.documents())] == [1, len(long), 1]
+    assert [len(d.text) for d in source.documents()] == [1, len(long), 1]
     assert source.n_blocks > 500
 
 
 def test_text_key(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", b'{"text": "a", "body": "b"}\n{"text": "a"}\n')
     source = JsonlSource("x", folder, 1, fields=TextFields("body"))
-    assert [d.text for d in list(source.documents())] == ["b"]
+    assert [d.text for d in source.documents()] == ["b"]
     assert source.bad.kinds == {"no_text": 1}
 
 
@@ -188,7 +188,7 @@ def test_more_files_than_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write(tmp_path / "x", json.dumps({"text": str(i)}).encode(), f"x.chunk.{i}.jsonl")
     source = JsonlSource("x", tmp_path / "x", 1)
     for _ in range(2):
-        assert [d.text for d in list(source.documents())] == [str(i) for i in range(8)]
+        assert [d.text for d in source.documents()] == [str(i) for i in range(8)]
     assert source.n_open == 3
     source.close()
     assert source.n_open == 0

@@ -12,36 +12,10 @@ import pytest
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs, default_lanes
 from lingua.data.blocked_source import DataError
-from lingua.data.loader import Batch, Loader, build_loader, merge_states
-from tests.corpora import data_args, documents, two_sources, write_source
-from tests.resume import assert_resumes_everywhere
+from lingua.data.loader import Batch, build_loader, merge_states
+from tests.corpora import G, data_args, documents, run_steps, two_sources, write_source
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "order.json"
-G = 24  # rows per step: shared by 1, 2, 3, 4 and 8 ranks
-
-Table = dict[int, list[int]]  # row used as the q-th of the run -> its tokens
-
-
-def run_steps(
-    args: DataArgs, n_steps: int, dp: int = 1, state: dict[str, Any] | None = None
-) -> tuple[Table, dict[str, Any]]:
-    """Rows of `n_steps` steps on `dp` ranks, and the merged state, as it travels through a checkpoint."""
-    table: Table = {}
-    states = []
-    start = state["row"] if state else 0
-    for rank in range(dp):
-        with build_loader(args, rows_per_step=G, dp_rank=rank, dp_size=dp, state=state) as loader:
-            for step in range(n_steps):
-                for micro in range(G // dp // args.batch_size):
-                    batch = next(loader)
-                    for i in range(args.batch_size):
-                        q = start + step * G + (micro * args.batch_size + i) * dp + rank
-                        table[q] = [*batch.views[0, i].tolist(), int(batch.views[-1, i, -1])]
-                        assert args.skip_rows or batch.rows[i] == q
-            states.append(json.loads(json.dumps(loader.state_dict())))
-    return table, merge_states(states[::-1])
-
-
 # -- the order -----------------------------------------------------------------------------------------------------
 
 
@@ -77,33 +51,6 @@ def test_changing_world_size_twice_in_mid_run(tmp_path: Path, changed: dict[str,
         table |= part
     assert table == expected
     assert state == last
-
-
-def test_asynchronous_loader_goes_on_where_the_synchronous_one_stopped(tmp_path: Path) -> None:
-    two_sources(tmp_path)
-    expected, last = run_steps(data_args(tmp_path), 6)
-    first, state = run_steps(data_args(tmp_path), 3)
-    asynchronous = data_args(tmp_path, load_async=True, num_workers=2, prefetch_size=2)
-    second, state = run_steps(asynchronous, 3, 1, state)
-    assert first | second == expected
-    assert state == last
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_batches_resume_everywhere(tmp_path: Path, asynchronous: bool) -> None:
-    two_sources(tmp_path)
-    args = data_args(tmp_path, doc_mask=True, n_views=3, lanes=6, load_async=asynchronous, prefetch_size=1)
-    loaders: list[Loader] = []
-
-    def make(state: dict[str, Any] | None) -> Loader:
-        loaders.append(build_loader(args, rows_per_step=4, dp_rank=1, dp_size=2, state=state))
-        return loaders[-1]
-
-    try:
-        assert_resumes_everywhere(make, n=2 if asynchronous else 24, tail=6)
-    finally:
-        for loader in loaders:
-            loader.close()
 
 
 @pytest.mark.parametrize("n_lanes", [1, 5, 64])

@@ -17,15 +17,10 @@ from lingua.data.loader import build_loader
 from lingua.data.local_copy import staged
 from lingua.data.manifest import MANIFEST
 from lingua.files import RunError
-from tests.corpora import data_args, documents, two_sources, write_source
+from tests.corpora import data_args, documents, run_steps, two_sources, write_source
 from tests.trainer import TINY, train
 
 G = 8
-
-
-def rows_of(args: DataArgs) -> tuple[Any, Any]:
-    with build_loader(args, rows_per_step=G) as loader:
-        return [next(loader).views.tolist() for _ in range(20)], loader.state_dict()
 
 
 def fast_args(tmp_path: Path, **changed: Any) -> DataArgs:
@@ -44,12 +39,12 @@ def test_the_same_rows_and_nothing_left(tmp_path: Path, form: str) -> None:
     path = "small/small.chunk.00.jsonl" if form == "file" else "small"
     kind = "mmap_jsonl" if form == "mmap_jsonl" else "jsonl"
     args.sources = [SourceArgs(path="big", format=kind), SourceArgs(path=path, name="../odd name", format=kind)]
-    plain = rows_of(args)
+    plain = run_steps(args, 5, n_rows=G)
     with staged(args) as fast:
         (folder,) = folders(tmp_path)
         (tmp_path / "data").rename(tmp_path / "unplugged")
         assert fast.root_dir is None
-        assert rows_of(fast) == plain
+        assert run_steps(fast, 5, n_rows=G) == plain
         assert (folder / "000" / "odd").exists() is False
         assert len(list(folder.rglob("*.val.jsonl"))) == 1
         assert folder.parent.stat().st_mode & 0o777 == 0o700
@@ -128,7 +123,7 @@ def test_an_unfinished_copy_is_made_again(tmp_path: Path, spoil: str) -> None:
     (left,) = folders(tmp_path)
     (left / spoil).write_text("of another boot")
     with staged(args) as fast:
-        assert rows_of(fast) == rows_of(args)
+        assert run_steps(fast, 5, n_rows=G) == run_steps(args, 5, n_rows=G)
 
 
 def test_no_space_is_told_before_a_byte_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,11 @@ from lingua.config.keys.model import CrossEntropyArgs
 from lingua.data.audit import audit, rows_of_step
 from lingua.data.blocked_source import DataError, TextFields
 from lingua.data.held_out import HeldOutText, Wording, by_document, packed, padded
-from lingua.data.loader import Loader, build_loader, merge_states
+from lingua.data.loader import build_loader, merge_states
 from lingua.data.pack import IGNORED, PIECE_CHARS
 from lingua.model.loss import CrossEntropy
 from lingua.tokenizer import ByteTokenizer
-from tests.corpora import data_args, write_parquet, write_source
-from tests.resume import assert_resumes_everywhere
+from tests.corpora import assert_loader_resumes, data_args, write_parquet, write_source
 
 K = 4
 PAIRS = [(f"ask {n}: " + "why? " * (n % 4), f"because {n}" * (n % 3 + 1)) for n in range(60)] + [("", "no prompt")]
@@ -118,15 +117,7 @@ def test_prompts_give_no_gradient(root: Path) -> None:
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_rows_resume_everywhere(root: Path, form: str) -> None:
-    args, loaders = asked(root, form, shuffle_window=3, doc_mask=True), []
-
-    def make(state: dict[str, Any] | None) -> Loader:
-        loaders.append(build_loader(args, rows_per_step=4, dp_rank=1, dp_size=2, state=state))
-        return loaders[-1]
-
-    assert_resumes_everywhere(make, n=12, tail=4)
-    for loader in loaders:
-        loader.close()
+    assert_loader_resumes(asked(root, form, shuffle_window=3, doc_mask=True), 12, tail=4)
 
 
 def test_audit_and_rows_know_prompts(tmp_path: Path) -> None:
@@ -138,8 +129,9 @@ def test_audit_and_rows_know_prompts(tmp_path: Path) -> None:
         state = merge_states([loader.state_dict()])
     assert abs(int((labels != IGNORED).sum()) - len(labels) // 2) < 60_000
     assert audit(args, 1, 1, {22: state}).problems == []
-    ((_, parts),) = rows_of_step(args, 1, 1, {}, 1)
-    assert "x" * 49_000 in parts[0].text or len(parts) > 1
+    rows = [parts for step in range(1, 23) for _, parts in rows_of_step(args, 1, 1, {}, step)]
+    assert {one.is_label for parts in rows for one in parts if one.n_tokens == 50_000} == {True, False}
+    assert sum(one.n_tokens for parts in rows for one in parts if one.is_label) > 400_000
 
 
 @pytest.mark.parametrize(
@@ -167,10 +159,8 @@ def test_lines_without_the_fields_are_bad_and_what_cannot_be_asked_is_refused(ro
             next(loader)
         assert loader.stats()["data/bad_lines/no_text"] >= 2
     write_parquet(root / "rows" / "s.parquet", {"prompt": ["a"]})
-    for form, message in (("parquet", "no column 'prompt' and 'completion', only prompt; write both"),):
-        sources = [SourceArgs.model_validate({"path": "rows", "format": form})]
-        with pytest.raises(ConfigError, match=message):
-            build_loader(asked(root, sources=sources), rows_per_step=2)
+    with pytest.raises(ConfigError, match="no column 'prompt' and 'completion', only prompt; write both"):
+        build_loader(asked(root, sources=[SourceArgs(path="rows", format="parquet")]), rows_per_step=2)
     (root / "made").mkdir()
     (root / "made" / "s.tokens").write_bytes(b"")
     with pytest.raises(ConfigError, match="token files do not mark prompts"):

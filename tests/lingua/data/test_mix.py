@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lingua.config.keys.data import DataArgs
-from lingua.data.blocked_source import Document, OpenedData, block_bytes
+from lingua.data.blocked_source import OpenedData, block_bytes
 from lingua.data.jsonl import JsonlSource
 from lingua.data.mix import DocumentStream, SourceChoice, draw, permuted
 from tests.corpora import documents, write_source
-from tests.resume import assert_resumes_everywhere
 
 
 def opened(sources: list[JsonlSource], seed: int, n_lanes: int = 1) -> OpenedData:
@@ -81,30 +78,3 @@ def test_epochs_have_different_orders(tmp_path: Path) -> None:
     first, second = ([stream.next().text for _ in range(60)] for _ in range(2))
     assert first != second
     assert sorted(first) == sorted(second)
-
-
-class _Stream:
-    """`DocumentStream` as the helper for streams wants it."""
-
-    def __init__(self, sources: list[JsonlSource], lane: int, state: dict[str, Any] | None) -> None:
-        self._documents = DocumentStream(lane, opened(sources, 7, 4), state)
-
-    def __iter__(self) -> Iterator[Document]:
-        return self
-
-    def __next__(self) -> Document:
-        return self._documents.next()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._documents.state()
-
-    def close(self) -> Self:
-        return self
-
-
-@pytest.mark.parametrize("lane", [0, 3])
-def test_documents_resume_everywhere(tmp_path: Path, lane: int) -> None:
-    for name in ("a", "b"):
-        write_source(tmp_path, name, documents(name, 20))
-    sources = [JsonlSource(name, tmp_path / name, 4, weight=2.0 + i) for i, name in enumerate("ab")]
-    assert_resumes_everywhere(lambda state: _Stream(sources, lane, state), n=60, tail=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +14,11 @@ from lingua.config.keys.data import DataArgs
 from lingua.data.blocked_source import BadLines, DataError, OpenedData
 from lingua.data.jsonl import JsonlSource
 from lingua.data.mix import DocumentStream
-from lingua.data.pack import PIECE_CHARS, Lane, PackedRow, contains, merged, piece_end
+from lingua.data.pack import PIECE_CHARS, Lane, contains, merged, piece_end
 from lingua.tokenizer import ByteTokenizer
-from tests.corpora import documents, write_source
-from tests.resume import assert_resumes_everywhere
+from tests.corpora import FailingTokenizer, assert_loader_resumes, data_args, documents, write_source
 
 BOS, EOS = 256, 257
-
-
-class _Rows:
-    """A lane as the helper for streams wants it."""
-
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-
-    def __iter__(self) -> Iterator[PackedRow]:
-        return self
-
-    def __next__(self) -> PackedRow:
-        return self._lane.next()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._lane.state()
 
 
 def opened(source: JsonlSource, **changed: Any) -> OpenedData:
@@ -120,18 +102,11 @@ def test_rows_are_the_stream_cut_every_seq_len(tmp_path: Path, n_views: int, bos
         assert row.doc_ids is None
 
 
-@pytest.mark.parametrize("n_views", [1, 2, 3])
-@pytest.mark.parametrize("window", [0, 5])
-def test_rows_resume_everywhere(tmp_path: Path, n_views: int, window: int) -> None:
-    source = JsonlSource("s", write_source(tmp_path, "s", documents("d", 12, longest=40)), 1)
-    changed: dict[str, Any] = {"n_views": n_views, "doc_mask": True, "shuffle_window": window, "skip_rows": [[4, 6]]}
-    assert_resumes_everywhere(lambda state: _Rows(make_lane(source, 7, state, **changed)), n=60, tail=8)
-
-
 def test_long_documents_resume_within_and_between_their_pieces(tmp_path: Path) -> None:
     texts = ["first", "é\n" * 300_000, "last"]
     source = JsonlSource("s", write_source(tmp_path, "s", texts, n_files=1), 1)
-    assert_resumes_everywhere(lambda state: _Rows(make_lane(source, 100_003, state)), n=20, tail=2)
+    args = data_args(tmp_path, sources={"s": 1.0}, lanes=1, batch_size=1, seq_len=100_003)
+    assert_loader_resumes(args, 20, tail=2, dp_rank=0, dp_size=1)
     lane = make_lane(source, 100_003)
     made = np.concatenate([lane.next().tokens[:-1] for _ in range(15)]).tolist()
     assert made == stream_of(source, len(made))
@@ -194,23 +169,10 @@ def test_ranges() -> None:
 # -- text that the tokenizer gives up on ---------------------------------------------------------------------------
 
 
-class PanicException(BaseException):
-    """As a panic in Rust arrives."""
-
-
-class Squeamish(ByteTokenizer):
-    """Gives up on text with an `!`, in the way of Rust."""
-
-    def encode_text(self, text: str) -> np.ndarray:
-        if "!" in text:
-            raise PanicException("stack size exceeded")
-        return super().encode_text(text)
-
-
 def test_a_document_that_panics_the_tokenizer_is_a_bad_line(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["ab", "c!", "de"], n_files=1), 1)
     source.cut_bytes(10_000)
-    lane = make_lane(source, 8, n_views=1, tokenizer=Squeamish())
+    lane = make_lane(source, 8, n_views=1, tokenizer=FailingTokenizer())
     assert lane.next().tokens.tolist() == [BOS, *b"ab", EOS, BOS, *b"de", EOS]
     assert source.bad.kinds["tokenizer"] >= 1
 
@@ -218,7 +180,7 @@ def test_a_document_that_panics_the_tokenizer_is_a_bad_line(tmp_path: Path) -> N
 def test_a_long_document_loses_only_the_piece_that_panics(tmp_path: Path) -> None:
     pieces = ["x" * PIECE_CHARS, "!" * PIECE_CHARS, "z"]
     source = JsonlSource("s", write_source(tmp_path, "s", ["".join(pieces)], n_files=1), 1)
-    lane = make_lane(source, PIECE_CHARS + 3, n_views=1, tokenizer=Squeamish())
+    lane = make_lane(source, PIECE_CHARS + 3, n_views=1, tokenizer=FailingTokenizer())
     assert bytes(lane.next().tokens[1:-1].astype(np.uint8)) == (pieces[0] + pieces[2]).encode()
     assert source.bad.kinds == {"tokenizer": 1}
 
@@ -227,4 +189,4 @@ def test_a_panic_may_stop_the_run_with_the_place(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["ab", "c!"], n_files=1), 1)
     source.bad = BadLines("error")
     with pytest.raises(DataError, match=r"s\.chunk\.00\.jsonl, byte 15: the tokenizer failed: stack.*on_bad_line"):
-        make_lane(source, 20, n_views=1, tokenizer=Squeamish()).next()
+        make_lane(source, 20, n_views=1, tokenizer=FailingTokenizer()).next()
