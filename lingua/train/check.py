@@ -389,6 +389,12 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         other = f"signals.{signal} is {action}" if action else "it is in stop_signals too"
         text = f"profiling.signal is {signal}, but {other}, which counts; leave out one of them"
         yield Finding("profiling.signal", text)
+    for signal, when in (("SIGTERM", "preemption"), ("SIGUSR2", "the time limit")):
+        if signal not in args.signals_that("stop") and (signal == "SIGTERM" or args.launcher.signal_s):
+            text = (
+                f"{signal} does not stop the run, but Slurm sends it before {when}: steps since the last save are lost"
+            )
+            yield Finding(f"signals.{signal}", f"{text}; set signals.{signal}=stop")
     if args.checkpoint.init_ckpt_model_key and not args.checkpoint.init_ckpt_path:
         yield Finding("checkpoint.init_ckpt_model_key", "checkpoint.init_ckpt_model_key is ignored: no init_ckpt_path")
     yield from _odd_checkpoints(args, size)

@@ -169,6 +169,8 @@ def test_a_part_states_what_it_cannot_do_beside_the_rest_of_the_config() -> None
         ({"distributed": {"model_dtype": "fp16"}}, 1, "distributed.model_dtype"),
         ({"distributed": {"float8_recipe": "tensorwise"}}, 1, "distributed.float8_recipe"),
         ({"profiling": {"signal": "SIGUSR2"}}, 1, "profiling.signal"),
+        ({"signals": {"SIGUSR2": "save"}}, 1, "signals.SIGUSR2"),
+        ({"stop_signals": ["SIGUSR2"]}, 1, "signals.SIGTERM"),
         ({"signals": {"SIGHUP": "save"}, "profiling": {"signal": "SIGHUP"}}, 1, "profiling.signal"),
         ({"checkpoint": {"init_ckpt_model_key": "model"}}, 1, "checkpoint.init_ckpt_model_key"),
         (
