@@ -26,21 +26,27 @@ from tests.fakes import Clock
 
 
 class Played:
-    """A place whose runs train a step each time somebody looks away, and answer every signal."""
+    """A site whose runs train a step whenever somebody waits, and answer every signal; with one `fault` of these:
+
+    forbids, forgets, loses, stays_down, may_not_requeue, dies, differs, drifts, comes_back.
+    """
 
     kinds: Sequence[str] = ("TERM", "KILL")
     requeues = True
 
-    def __init__(self, clock: Clock, **faults: bool) -> None:
-        self.clock, self.faults = clock, faults
+    def __init__(self, fault: str = "") -> None:
+        self.clock, self.fault = Clock(), fault
         self.config: dict[str, Any] = {}
-        self.starts: dict[str, int] = {}
-        self.step, self.trains, self.is_closed = 0, False, False
-        self.waits = 0
+        self.attempts: dict[str, int] = {}
+        self.step, self.trains, self.is_closed, self.waits = 0, False, False, -1
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.config["dump_dir"])
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def root(self) -> Path:
+        return Path(self.config["dump_dir"]) / layout.CHECKPOINTS
 
     def start(self, line: CommandLine, base_dir: Path) -> None:
         assert line.config is not None
@@ -48,67 +54,57 @@ class Played:
         self.begin()
 
     def begin(self) -> None:
-        name = self.config["name"]
-        self.starts[name] = self.starts.get(name, 0) + 1
-        root = self.run_dir / layout.CHECKPOINTS
-        root.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "train.log").touch()
-        publish.open_passage(root, self.starts[name])
-        self.step, self.trains = max(layout.done_steps(root), default=0), True
+        self.attempts[self.name] = self.attempts.get(self.name, 0) + 1
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root.parent / "train.log").touch()
+        publish.open_passage(self.root, self.attempts[self.name])
+        self.step, self.trains = max(layout.done_steps(self.root), default=0), True
 
     def sleep(self, seconds: float) -> None:
         self.clock.sleep(seconds)
-        if self.waits:
-            self.waits -= 1
-            if not self.waits:
-                self.begin()
+        self.waits -= 1
+        if not self.waits:
+            self.begin()
         if self.trains and self.step < self.config["steps"]:
             self.step += 1
-            loss = 1.0 / self.step + (self.faults.get("drifts", False) and self.config["name"] == "taken")
-            record = {"global_step": self.step, "loss/out": loss, "incarnation": self.starts[self.config["name"]]}
-            with (self.run_dir / "metrics.jsonl").open("ab") as lines:
+            loss = 1.0 / self.step + (self.fault == "drifts" and self.name == "taken")
+            record = {"global_step": self.step, "loss/out": loss, "incarnation": self.attempts[self.name]}
+            with (self.root.parent / "metrics.jsonl").open("ab") as lines:
                 lines.write(orjson.dumps(record) + b"\n")
             if self.step % EVERY == 0 or self.step == self.config["steps"]:
                 self.save()
 
     def save(self) -> None:
-        root, incarnation = self.run_dir / layout.CHECKPOINTS, self.starts[self.config["name"]]
-        if self.step in layout.done_steps(root):
+        if self.step in layout.done_steps(self.root):
             return
-        folder = layout.coming(layout.folder(root, self.step), incarnation)
+        attempt = self.attempts[self.name]
+        folder = layout.coming(layout.folder(self.root, self.step), attempt)
         folder.mkdir()
-        noise = self.config["name"].encode() if self.faults.get("differs") else b""
+        noise = self.name.encode() if self.fault == "differs" else b""
         facts = {"model.bin": publish.write_hashed(folder / "model.bin", [b"%d" % self.step + noise])}
-        publish.publish(root, self.step, incarnation, facts)
+        publish.publish(self.root, self.step, attempt, facts)
 
     def inject(self, kind: str, run_dir: Path) -> str:
-        if kind == "TERM" and self.faults.get("forbids"):
+        if kind == "TERM" and self.fault == "forbids":
             return "Access denied"
-        if kind == "TERM" and not self.faults.get("forgets"):
+        if kind == "TERM" and self.fault != "forgets":
             self.save()
-        if self.faults.get("loses"):
-            root = run_dir / layout.CHECKPOINTS
-            newest = max(layout.done_steps(root))
-            layout.done_mark(root, newest).unlink()
-            shutil.rmtree(layout.folder(root, newest))
-        self.trains = False
-        if not self.faults.get("stays_down") and not self._ends:
-            self.waits = 10
+        if self.fault == "loses":
+            newest = max(layout.done_steps(self.root))
+            layout.done_mark(self.root, newest).unlink()
+            shutil.rmtree(layout.folder(self.root, newest))
+        self.trains, self.waits = False, -1 if self.fault in ("stays_down", "may_not_requeue", "dies") else 10
         return ""
 
-    @property
-    def _ends(self) -> bool:
-        return bool(self.faults.get("may_not_requeue") or self.faults.get("dies"))
-
     def is_over(self) -> bool:
-        return not self.trains and self._ends
+        return not self.trains and self.fault in ("may_not_requeue", "dies")
 
     def why_over(self, run_dir: Path) -> tuple[bool, str]:
-        return (False, "FileNotFoundError: stop.json") if self.faults.get("dies") else (True, "Access denied")
+        return (False, "FileNotFoundError: stop.json") if self.fault == "dies" else (True, "Access denied")
 
     def end(self) -> bool:
-        self.trains, self.waits = False, 0
-        return not self.faults.get("comes_back")
+        self.trains, self.waits = False, -1
+        return self.fault != "comes_back"
 
     def close(self) -> None:
         self.is_closed = True
@@ -117,14 +113,13 @@ class Played:
         return Limits(grace_s=30.0, preempt_mode="REQUEUE")
 
 
-def play(tmp_path: Path, **faults: bool) -> tuple[Seen, Played]:
-    clock = Clock()
-    place = Played(clock, **faults)
+def play(tmp_path: Path, fault: str = "") -> tuple[Seen, Played]:
+    site = Played(fault)
     drill = Drill(
-        tmp_path / "drill", [], place, minutes=1, patience_s=60, base_dir=tmp_path,  # pyright: ignore[reportArgumentType]
-        report=lambda text: None, now=clock.now, sleep=place.sleep,
+        tmp_path / "drill", [], site, minutes=1, patience_s=60, base_dir=tmp_path,  # pyright: ignore[reportArgumentType]
+        report=lambda text: None, now=site.clock.now, sleep=site.sleep,
     )  # fmt: skip
-    return drill.run(seed=1), place
+    return drill.run(seed=1), site
 
 
 def test_a_run_that_keeps_its_promises(tmp_path: Path):
@@ -133,7 +128,7 @@ def test_a_run_that_keeps_its_promises(tmp_path: Path):
     assert list(not_granted(facts)) == []
     assert {blow.kind for blow in facts.injected} == {"TERM", "KILL"}
     assert (facts.not_requeued, facts.stayed_away, place.is_closed) == ("", True, True)
-    assert place.starts == {"taken": len(facts.injected) + 1, "calm": 1}
+    assert place.attempts == {"taken": len(facts.injected) + 1, "calm": 1}
     assert facts.last_step in facts.published
     assert all(blow.safe_s is None or blow.safe_s >= 0 for blow in facts.injected), "None: it had just been saved"
     assert any(blow.safe_s is not None for blow in facts.injected if blow.kind == "TERM")
@@ -152,16 +147,16 @@ def test_a_run_that_keeps_its_promises(tmp_path: Path):
     ],
 )
 def test_each_broken_promise_is_found(tmp_path: Path, fault: str, sentence: str):
-    facts, place = play(tmp_path, **{fault: True})
+    facts, place = play(tmp_path, fault)
     assert any(re.search(sentence, each) for each in broken(facts)), list(broken(facts))
     assert place.is_closed
 
 
 def test_what_the_cluster_does_not_grant_is_seen(tmp_path: Path):
-    facts, _ = play(tmp_path, may_not_requeue=True)
+    facts, _ = play(tmp_path, "may_not_requeue")
     assert facts.not_requeued == "Access denied"
     assert not list(broken(facts)), "the drill has submitted it again"
-    refused, _ = play(tmp_path / "again", forbids=True)
+    refused, _ = play(tmp_path / "again", "forbids")
     assert list(not_granted(refused)) == ["TERM was refused: Access denied"]
     assert "TERM: refused (Access denied)" in [describe(blow) for blow in refused.injected]
 
