@@ -1,8 +1,8 @@
 """READMEs tell the truth: the paths they name exist, links lead somewhere, and every command in them runs or parses.
 
-A block under `<!-- run -->` is run, in a folder with a small run and a small data set. All other commands are parsed:
-by the command line of `lingua`, a script's argparse, or bash; configs and overrides are checked as a start checks them.
-A command of a program that is not known here fails: teach `check_command` about it, or mark its block.
+A block under `<!-- run -->` is run, in a folder with a small run and a small data set, and so is what has --dry-run.
+All other commands are parsed: by the command line of `lingua`, a script's argparse, or bash. Configs and overrides are
+checked as a start checks them. A command of a program that is not known here fails: teach `check_command` about it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -118,18 +119,19 @@ def commands_of(text: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(("page", "text"), MARKED, ids=name)
-def test_marked_commands_run(page: Path, text: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(desk)
-
-    def run() -> None:
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code in (0, None)
-
+def test_marked_commands_run(page: Path, text: str, desk: Path) -> None:
     for words in commands_of(text):
         assert words[0] == "lingua", f"{page}: only `lingua ...` can be marked"
-        monkeypatch.setattr("sys.argv", words)
-        assert exit_code_of(run) == 0, words
+        assert exit_code_of(lambda words=words: run(words, desk)) == 0, words
+
+
+def run(words: list[str], desk: Path) -> None:
+    """Run `lingua` in this process, which must be a forked one."""
+    os.chdir(desk)
+    sys.argv = words
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in (0, None)
 
 
 class Parsed(BaseException):
@@ -142,6 +144,10 @@ def stop(*args: object, **options: object) -> NoReturn:
 
 @pytest.mark.parametrize(("page", "text"), COMMANDS, ids=name)
 def test_other_commands_parse(page: Path, text: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in commands_of(text):
+        if words[0] == "lingua" and "--dry-run" in words:
+            words = [word for word in words if word != "--local"]
+            assert exit_code_of(lambda words=words: run(words, desk)) == 0, words
     monkeypatch.chdir(desk)
     monkeypatch.setattr(TyperCommand, "invoke", stop)
     parse_args = argparse.ArgumentParser.parse_args

@@ -54,18 +54,13 @@ def written(runs: list[SortedRun], folder: Path, memory_bytes: int, n_chunks: in
     return {output.name: (folder / output.name).read_bytes() for output in outputs}
 
 
-def test_the_keys_are_pinned() -> None:
+def test_the_keys_are_pinned_and_spread_evenly() -> None:
     """Prepared data sets depend on these numbers: another order needs another ORDER_VERSION."""
     assert [hex(key) for key in keys_of(42, 0, np.arange(3, dtype=np.uint64)).tolist()] == GOLDEN_KEYS
-    assert keys_of(42, 1, np.arange(1, dtype=np.uint64)) != keys_of(42, 0, np.arange(1, dtype=np.uint64))
-    assert keys_of(43, 0, np.arange(1, dtype=np.uint64)) != keys_of(42, 0, np.arange(1, dtype=np.uint64))
-
-
-def test_keys_are_spread_evenly() -> None:
-    keys = np.concatenate([keys_of(1, file, np.arange(5000, dtype=np.uint64)) for file in range(4)])
-    assert len(np.unique(keys)) == 20000
+    keys = np.concatenate([keys_of(*where, np.arange(5000, dtype=np.uint64)) for where in ((1, 0), (1, 1), (2, 0))])
+    assert len(np.unique(keys)) == 15_000
     counts = np.bincount((keys >> np.uint64(60)).astype(int), minlength=16)
-    assert np.abs(counts - 1250).max() < 5 * 1250**0.5
+    assert np.abs(counts - 15_000 / 16).max() < 5 * (15_000 / 16) ** 0.5
 
 
 def test_the_memory_changes_nothing(tmp_path: Path) -> None:
@@ -140,16 +135,13 @@ def test_blocks_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, li
     assert mapped == counts
 
 
-def test_a_line_larger_than_the_memory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"in0: a line of more than .* allow more \(MEMORY\)"):
-        sorted_runs([b'{"text":"' + b"x" * 70_000 + b'"}'], tmp_path / "runs", 0)
-
-
-def test_lines_as_large_as_the_window_fit(tmp_path: Path) -> None:
+def test_a_line_may_be_as_large_as_the_window_and_not_larger(tmp_path: Path) -> None:
     lines = [orjson.dumps({"text": "x" * (65_536 - 30 - n)}) for n in range(4)]
     runs, _ = sorted_runs([b"\n".join(lines)], tmp_path / "runs", 0)
     out = b"".join(written(runs, tmp_path / "out", 0).values()).splitlines()
     assert sorted(out) == sorted(lines)
+    with pytest.raises(RunError, match=r"in0: a line of more than .* allow more \(MEMORY\)"):
+        sorted_runs([b'{"text":"' + b"x" * 70_000 + b'"}'], tmp_path / "more", 0)
 
 
 @pytest.mark.parametrize(
