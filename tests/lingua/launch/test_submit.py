@@ -102,23 +102,22 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_that_do_not_go_into_nodes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(ROOT)
-    line = parse_command_line(
-        [*TINY, f"dump_dir={tmp_path}", "launcher.nodes=2", "distributed.dp_replicate=3", "data.lanes=12"]
-    )
-    with pytest.raises(ConfigError, match=r"launcher.nodes is 2, but the config has 3 ranks; set launcher.gpus"):
-        launch(line, base_dir=ROOT, run=Sbatch())
-
-
-def test_a_launch_from_elsewhere_says_so(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"is not a checkout of lingua: it has no scripts/job\.sh; launch from yours"):
-        launch(parse_command_line([*TINY]), base_dir=tmp_path, run=Sbatch())
-
-
-def test_a_wrong_config_submits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("words", "base_dir", "sentence"),
+    [
+        (
+            ["launcher.nodes=2", "distributed.dp_replicate=3", "data.lanes=12"], ROOT,
+            "launcher.nodes is 2, but the config has 3 ranks; set launcher.gpus",
+        ),
+        ([], GOLDEN, r"is not a checkout of lingua: it has no scripts/job\.sh; launch from yours"),
+        (["optim.lrr=1"], ROOT, r"unknown key optim\.lrr"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_launched_writes_and_submits_nothing(
+    words: list[str], base_dir: Path, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(ROOT)
     sbatch = Sbatch()
-    with pytest.raises(ConfigError, match=r"unknown key optim\.lrr"):
-        launch(parse_command_line([*TINY, f"dump_dir={tmp_path / 'x'}", "optim.lrr=1"]), base_dir=ROOT, run=sbatch)
+    with pytest.raises(ConfigError, match=sentence):
+        launch(parse_command_line([*TINY, f"dump_dir={tmp_path / 'x'}", *words]), base_dir=base_dir, run=sbatch)
     assert (sbatch.words, list(tmp_path.iterdir())) == ([], [])
