@@ -54,7 +54,7 @@ class EvalJobs:
     now: Callable[[], float] = time.time
 
     def measure(self, checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
-        """What the checkpoint's job has found. Raises RunError when it ended without results."""
+        """Return what the checkpoint's job has found. Raises RunError if it ended without results."""
         assert checkpoint.root is not None
         assert checkpoint.step is not None
         incarnation = publish.incarnation_of(checkpoint.root, checkpoint.step)
@@ -83,7 +83,7 @@ class EvalJobs:
         log.info("step %d is evaluated by job %s: %s", step, job_id, folder)
 
     def render(self, folder: Path, name: str, step: int) -> str:
-        """The text of a job's script. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
+        """Return the text of a job's script. Raises ConfigError for a setting that an #SBATCH line cannot hold."""
         code = self.run_dir / CODE if (self.run_dir / CODE).is_dir() else self.base_dir
         place = [f"ckpt={self.run_dir}@{step}", f"dump_dir={folder}"]
         command = [str(self.python), "-u", "-m", f"{self.app}.eval", *place, *self.words]
@@ -115,7 +115,7 @@ class EvalJobs:
 
 
 def _last_error(folder: Path) -> str:
-    """What the newest job of a folder said at its end."""
+    """Return the last error that the newest job of a folder printed."""
     logs = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     if not logs:
         return f"it wrote nothing into {folder}; see `sacct`"

@@ -127,7 +127,7 @@ def _link(link: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class HeldJob:
-    """What a job file says, and what Slurm gave."""
+    """What a job file holds, and what Slurm allocated."""
 
     run_dir: Path
     app: str

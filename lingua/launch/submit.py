@@ -34,7 +34,7 @@ _TASK = "${1:-${SLURM_ARRAY_TASK_ID:?say which point: bash run.sh 2}}"
 def run_script(
     name: str, launcher: LauncherArgs, base_dir: Path, job_file: Path, array: str = "", python: str = sys.executable
 ) -> str:
-    """The text of run.sh. Raises ConfigError for a setting that an #SBATCH line cannot hold.
+    """Return the text of run.sh. Raises ConfigError for a setting that an #SBATCH line cannot hold.
 
     `array`: `1-3%2` for an array whose tasks have the job files 1.json and so on, beside `job_file`.
     """

@@ -127,7 +127,7 @@ def judge_kernels(plain: Mapping[str, str | None], documents: Mapping[str, str |
 
 
 def mounted_as(path: Path, mounts: str) -> str | None:
-    """Type of the file system that holds `path`. `mounts`: text of /proc/mounts."""
+    """Return the type of the file system that holds `path`. `mounts`: text of /proc/mounts."""
     best: tuple[int, str] | None = None
     for line in mounts.splitlines():
         _, point, kind, *_ = line.split()

@@ -21,7 +21,7 @@ class LaunchEnvArgs(Args):
 
 
 class ResourceArgs(Args):
-    """Resources under the same name in `launcher`, `eval.launcher` and `slurm`."""
+    """Resources that have the same name in `launcher`, `eval.launcher` and `slurm`."""
 
     nodes: Annotated[int, Field(ge=1)] = 1
     """Nodes."""
@@ -50,14 +50,14 @@ class JobArgs(ResourceArgs):
     time: Text = ""
     """Time limit, as sbatch writes it ("2-00:00:00", or minutes). Empty: the partition's."""
     exclusive: bool = False
-    """Share the nodes with nobody."""
+    """Do not share the nodes with other jobs."""
     comment: Text = ""
     """Comment of the job."""
     directives: list[Text] = []
     """Further options of sbatch, one each ("--reservation=night")."""
 
     def of_evaluation(self, n_gpus: int) -> JobArgs:
-        """The same with `gpus` stated: up to 8 GPUs are those of one node."""
+        """Fill in `gpus` and `nodes` for an evaluation on this many GPUs; up to 8 are on one node."""
         if self.gpus is not None:
             return self
         nodes = max(1, -(-n_gpus // GPUS_PER_NODE))
@@ -93,6 +93,6 @@ class SlurmArgs(ResourceArgs):
     """Time limit in minutes. -1: the partition's."""
 
     def as_job(self) -> JobArgs:
-        """The same in today's keys, but for the GPUs."""
+        """Return the same in the keys of `eval.launcher`, without the GPUs."""
         shared = self.model_dump(include=set(ResourceArgs.model_fields))
         return JobArgs(**shared, cpus_per_gpu=self.ncpu, time="" if self.time < 0 else str(self.time))
