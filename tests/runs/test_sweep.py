@@ -86,7 +86,7 @@ def test_without_slurm_nothing_is_written(lingua: Lingua, monkeypatch: pytest.Mo
         (["status", "."], 1, "is not a sweep: it has no sweep.json"),
         (["report", "."], 1, "is not a sweep: it has no sweep.json"),
         (["rerun", "."], 1, "is not a sweep: it has no sweep.json"),
-        (["rerun", ".", "--skip=tired"], 1, "--skip tired: no such kind of failure; they are config, "),
+        (["rerun", ".", "--skip=tired"], 1, "--skip tired: unknown kind of failure; choose from config, "),
         (["apps/main/configs/debug.yaml"], 2, "nothing to sweep"),
         (["optim.lr=1,2"], 2, "no config is named"),
     ],
