@@ -254,8 +254,8 @@ def _spent_of_one(run: History) -> Figure:
     labels, colors = zip(*(_KINDS[kind] for kind in seconds), strict=True)
     figure, axes = blank(SMALL)
     bars = axes.barh(labels, list(seconds.values()), color=colors, height=0.62)
-    told = [f"{brief(s)}  {s / sum(seconds.values()):.1%}" for s in seconds.values()]
-    axes.bar_label(bars, told, padding=4, fontsize=8.5)
+    texts = [f"{brief(s)}  {s / sum(seconds.values()):.1%}" for s in seconds.values()]
+    axes.bar_label(bars, texts, padding=4, fontsize=8.5)
     axes.set_xlim(0, 1.32 * max(seconds.values()))
     _bare(axes)
     return figure

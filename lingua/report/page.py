@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, read_config
 from lingua.files import RunError, human_bytes, write_whole
 from lingua.report.charts import brief, interrupted_picture, pictures_of, probe_picture, spent_picture, time_line
@@ -101,8 +99,8 @@ def report_page(runs: Sequence[History], me: Owner | None = None) -> tuple[str, 
     """Return the HTML and the pictures in it."""
     me, names, is_alone = me or this_process(), names_of(runs), len(runs) == 1
     views = [_view(run, name, me) for run, name in zip(runs, names, strict=True)]
-    told = telling_labels([run.facts.config for run in runs])
-    labels = [f"{name}: {words}" for name, words in zip(names, told, strict=True)] if told else names
+    differing = telling_labels([run.facts.config for run in runs])
+    labels = [f"{name}: {values}" for name, values in zip(names, differing, strict=True)] if differing else names
     pictures = pictures_of(runs, labels)
     spent = spent_picture(runs, names)
     pictures += [spent] if spent else []
@@ -159,7 +157,7 @@ def _view(run: History, name: str, me: Owner) -> dict[str, Any]:
     scores = run.validations[-1].values if run.validations else {}
     bpb = [value for key, value in scores.items() if key.endswith("/bpb")]
     all_s = sum(run.seconds.values())
-    told = why(run.facts, me) if status.state not in ("finished", "running", "new") else {}
+    reasons = why(run.facts, me) if status.state not in ("finished", "running", "new") else {}
     return {
         "run": run,
         "name": name,
@@ -173,7 +171,7 @@ def _view(run: History, name: str, me: Owner) -> dict[str, Any]:
         "left_s": status.left_s if status.left_s and status.state in LIVING else None,
         "all_s": all_s or None,
         "counting": run.seconds["training"] / all_s if all_s else None,
-        "why": {key: told[key] for key in ("ended", "cause", "saved", "next") if told},
+        "why": {key: reasons[key] for key in ("ended", "cause", "saved", "next") if reasons},
         "attempts": list(zip(run.attempts, run.spent, strict=True)),
         "events": [event for event in run.events if event.kind != "staged" or event.seconds is not None],
         "config": list(_config(run)),
@@ -183,7 +181,7 @@ def _view(run: History, name: str, me: Owner) -> dict[str, Any]:
 
 def _config(run: History) -> Iterator[tuple[str, str, str]]:
     """Yield (key, value, where it came from) of every key."""
-    origins = _origins(run.facts.path / ORIGIN_FILE)
+    origins = _tree(run.facts.path / ORIGIN_FILE)
     for key, value in flatten(run.facts.config).items():
         inside = (place for leaf, place in origins.items() if leaf == key or leaf.startswith(f"{key}."))
         nowhere = "default" if origins and value in ([], {}) else "-"  # a list's items have places, an empty one none
@@ -212,15 +210,8 @@ def _spelled(key: str, value: Any) -> str:
 
 
 def _tree(path: Path) -> dict[str, Any]:
+    """Read a YAML file; nothing if it is missing or broken."""
     try:
         return read_config(path)
     except (OSError, ValueError):
         return {}
-
-
-def _origins(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

@@ -17,19 +17,7 @@ import numpy as np
 
 from lingua.files import DISK, RunError, write_whole
 from lingua.report.diff import label, short_names, spell
-from lingua.report.figure import (
-    BAD,
-    DPI,
-    FAINT,
-    INK,
-    LOG_FROM,
-    PAPER,
-    SOFT,
-    STYLES,
-    Picture,
-    counted,
-    shown_range,
-)
+from lingua.report.figure import BAD, DPI, FAINT, INK, LOG_FROM, PAPER, SOFT, STYLES, Picture, counted, shown_range
 from lingua.report.page import render
 from lingua.report.series import thinned
 from lingua.sweep.status import LOSS_IS, Curve, PointStatus, best_of, ranked_by, state_text
@@ -47,7 +35,7 @@ _MAX_LEGEND = 24
 _MAX_LISTED = 7
 
 
-# -- what is drawn against what: pure ------------------------------------------------------------------------------
+# -- what is drawn against what ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Layout:
 
 
 def layout_of(keys: Sequence[str], points: Sequence[Mapping[str, Any]]) -> Layout:
-    """A learning rate is the horizontal axis, else the first key of numbers, else the first; a seed if nothing else."""
+    """Choose the axes: x is a learning rate, else the first key of numbers, else the first; a seed if nothing else."""
     wanted = sorted(keys, key=lambda key: (_ends(key, "seed"), not _is_numeric(key, points), not _ends(key, "lr")))
     x, values = wanted[0], [point[wanted[0]] for point in points]
     is_number = _is_numeric(x, points)
@@ -74,7 +62,7 @@ def layout_of(keys: Sequence[str], points: Sequence[Mapping[str, Any]]) -> Layou
 
 
 def places_of(layout: Layout, points: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Of each point, where it stands on the horizontal axis."""
+    """Return the position of each point on the horizontal axis."""
     values = [point[layout.x] for point in points]
     if layout.is_number:
         return values
@@ -96,7 +84,7 @@ def _n_values(key: str, points: Sequence[Mapping[str, Any]]) -> int:
 
 
 def ticks_of(layout: Layout, places: Sequence[float]) -> tuple[list[float], bool]:
-    """(places that get a tick, whether their names need room): of two that nearly touch, the first."""
+    """Return (places that get a tick, whether their names must turn); of two that nearly touch the first gets one."""
     ordered = sorted(set(places))
     spots = [math.log(place) for place in ordered] if layout.is_log else ordered
     width, chosen = (spots[-1] - spots[0]) or 1.0, [0]
@@ -106,7 +94,7 @@ def ticks_of(layout: Layout, places: Sequence[float]) -> tuple[list[float], bool
 
 
 def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(x, mean of y) of dots, by x."""
+    """Return (x, mean of y) for each x, in order."""
     at: dict[float, list[float]] = {}
     for x, y in dots:
         at.setdefault(x, []).append(y)
@@ -117,7 +105,7 @@ def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: bool = True) -> Figure:
-    """Left: the ranking figure of the finished points. Right: all curves. `titled`: it stands alone."""
+    """Draw the losses that rank the finished points, and all curves; `titled` if the picture stands alone."""
     from matplotlib.figure import Figure
 
     points = [point for point, _ in read]
@@ -127,7 +115,7 @@ def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: boo
     figure = Figure(figsize=(13, 5.2), dpi=DPI)
     figure.set_layout_engine("constrained", w_pad=0.1, wspace=0.05)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    _draw_figures(left, layout, points, places, colors)
+    _draw_losses(left, layout, points, places, colors)
     _draw_curves(right, layout, read, colors)
     missing = [_shortened(line, 150) for line in _unfinished(points)]
     if len(missing) > _MAX_LISTED:
@@ -141,22 +129,22 @@ def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: boo
 
 def _headline(sweep: Sweep, points: Sequence[PointStatus]) -> str:
     best, n_finished = best_of(points), sum(point.state == "finished" for point in points)
-    told = f"{sweep.name}: {n_finished} of {len(points)} points finished"
+    text = f"{sweep.name}: {n_finished} of {len(points)} points finished"
     if best is None:
-        return told
-    figure = getattr(best, ranked_by(points))
-    what = ranked_by(points).replace("_", "-")
-    return f"{told}; best: point {best.point}, {_shortened(label(best.values))}, {what} {figure:.4f}"
+        return text
+    field = ranked_by(points)
+    loss = f"{field.replace('_', '-')} {getattr(best, field):.4f}"
+    return f"{text}; best: point {best.point}, {_shortened(label(best.values))}, {loss}"
 
 
 def _unfinished(points: Sequence[PointStatus]) -> list[str]:
-    """A line per point without a figure."""
+    """Explain each point that is not finished, a line each."""
     missing = [point for point in points if point.state != "finished"]
     return [f"point {point.point} ({label(point.values)}) {_how(point)}" for point in missing]
 
 
 def _how(point: PointStatus) -> str:
-    """Why a point has no figure."""
+    """Say why a point is not finished."""
     at = f" at step {point.step:,}" if point.step else ""
     if point.cause:
         return f"{point.state}{at}: {point.cause}"
@@ -182,21 +170,21 @@ def _colors(places: Mapping[int, float]) -> dict[int, str]:
 
 
 def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[PointStatus]]:
-    """Points by what tells their lines apart."""
+    """Group the points into lines."""
     found: dict[str, list[PointStatus]] = {}
     for point in points:
         found.setdefault(label({key: point.values[key] for key in layout.series}), []).append(point)
     return found
 
 
-def _draw_figures(
+def _draw_losses(
     axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float], colors: Mapping[int, str]
 ) -> None:
-    """The figure of each finished point over its place."""
+    """Draw the loss of each finished point over its place."""
     field, best = ranked_by(points), best_of(points)
     finished = [p for p in points if p.state == "finished" and getattr(p, field) is not None]
     series = _series(layout, points)
-    for style, (name, line) in zip(_cycled(STYLES, len(series)), series.items(), strict=True):
+    for style, (name, line) in zip(itertools.cycle(STYLES), series.items(), strict=False):
         dots = [(places[p.point], getattr(p, field)) for p in line if p in finished]
         if layout.is_number or layout.series:
             xs, ys = zip(*mean_line(dots), strict=True) if dots else ((), ())
@@ -223,7 +211,7 @@ def _draw_figures(
 
 
 def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
-    """A sign on the upper edge, at the place of points that have no figure."""
+    """Mark points without a loss at the upper edge."""
     failed = any(_went_wrong(point) for point in points)
     color, above = BAD if failed else SOFT, axes.get_xaxis_transform()
     axes.plot([x], [1.0], marker="X" if failed else "o", color=color, ms=8, mfc=color if failed else PAPER,
@@ -236,7 +224,7 @@ def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
 
 
 def _title_places(axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float]) -> None:
-    """The horizontal axis: a tick at each swept value."""
+    """Put a tick at each swept value."""
     if layout.is_log:
         axes.set_xscale("log")
     names = {places[point.point]: _shortened(spell(point.values[layout.x]), 30) for point in points}
@@ -253,14 +241,14 @@ def _draw_curves(
 ) -> None:
     points = [point for point, _ in read]
     best, series = best_of(points), _series(layout, points)
-    styles = dict(zip(series, _cycled(STYLES, len(series)), strict=True))
+    styles = dict(zip(series, itertools.cycle(STYLES), strict=False))
     style_of = {point.point: styles[name] for name, line in series.items() for point in line}
     finished = [curve for point, curve in read if point.state == "finished"]
     for point, curve in read:
         if not curve.steps:
             continue
-        shown = thinned(np.array(curve.tokens), np.array(curve.losses), _MAX_DOTS)
-        tokens, losses = shown.x, shown.mean
+        few = thinned(np.array(curve.tokens), np.array(curve.losses), _MAX_DOTS)
+        tokens, losses = few.x, few.mean
         is_best = best is not None and point.point == best.point
         how = "" if point.state == "finished" else f" ({point.state})"
         axes.plot(
@@ -270,17 +258,15 @@ def _draw_curves(
         )  # fmt: skip
         if _went_wrong(point):
             axes.plot(tokens[-1:], losses[-1:], "X", color=BAD, ms=7, zorder=5)
-    axes.set_ylim(*(shown_range([np.array(curve.losses) for curve in finished or [curve for _, curve in read]]) or ()))
+    shown = shown_range([np.array(curve.losses) for curve in finished or [curve for _, curve in read]])
+    if shown is not None:
+        axes.set_ylim(min(shown[0], *(min(curve.losses) for _, curve in read if curve.losses)), shown[1])
     axes.xaxis.set_major_formatter(lambda value, _: counted(value))
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel(AXIS_TITLES["loss"])
     axes.set_title("while training (running average)", fontsize=10.5, loc="left", pad=16)
     if 0 < len(axes.get_legend_handles_labels()[0]) <= _MAX_LEGEND:
         axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def _cycled(styles: Sequence[str], n: int) -> list[str]:
-    return [styles[i % len(styles)] for i in range(n)]
 
 
 # -- the page ------------------------------------------------------------------------------------------------------

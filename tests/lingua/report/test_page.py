@@ -55,11 +55,11 @@ def test_a_page_tells_it_all_and_needs_no_other_file(tmp_path: Path, run: Histor
     page = file.read_text()
     assert file == tmp_path / "report.html"
     read = Tags(page)
-    for told in (
+    for part in (
         "Training loss", "Held-out loss", "Where the time went", "Time line", "Evaluation tasks",
         "weight: rms", "killed", "finished", "0 to 8", "4 to 10", "the disk is full", "a.yaml:3", "command line",
     ):  # fmt: skip
-        assert told in read.text, told
+        assert part in read.text, part
     assert "Learning rate" not in read.text  # it logs none, so there is no picture
     assert list(config_changes(tmp_path)) == [("1", "steps", "8", "10")]
     assert "hush" not in page
