@@ -74,14 +74,14 @@ def preview(
     1 MiB of text per source.
     """
     from lingua.data.inspect import preview_mixture
-    from lingua.data.sources import filled
+    from lingua.data.sources import with_default_sources
 
     line = parse_command_line(words)
     checked = load(line)
     size = checked.resolved
     with progress_shown() as progress:
         facts = preview_mixture(
-            filled(checked.args.data),
+            with_default_sources(checked.args.data),
             size.lanes,
             size.rows_per_step,
             n_steps=steps,
@@ -128,11 +128,11 @@ def tokenize(
     """
     from lingua.config.keys.data import DataArgs, TokenizerArgs
     from lingua.data.inspect import tokenize_sources
-    from lingua.data.sources import filled
+    from lingua.data.sources import with_default_sources
 
     if any(word.endswith((".yaml", ".yml")) for word in words):
         line = parse_command_line(words)
-        args = filled(load(line).args.data)
+        args = with_default_sources(load(line).args.data)
     else:
         sources = [{"path": str(Path(word).absolute()), "text_key": text_key} for word in words]
         encoder = TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path})
@@ -215,7 +215,7 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
     from lingua.config.frozen import CONFIG_FILE, read_config
     from lingua.config.keys.data import DataArgs
     from lingua.data.loader import merge_states
-    from lingua.data.sources import filled
+    from lingua.data.sources import with_default_sources
     from lingua.files import read_json
 
     config = run / CONFIG_FILE
@@ -229,5 +229,5 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
         first_row = documents[0]["shared"].get("first_row", 0)
     if not states:
         raise ConfigError(f"{run} has no checkpoint yet, so the rows that it read are not known")
-    args = filled(DataArgs.model_validate(tree["data"]))
+    args = with_default_sources(DataArgs.model_validate(tree["data"]))
     return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), first_row, states

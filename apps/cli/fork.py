@@ -156,11 +156,11 @@ def _data_states(folder: Path) -> list[dict[str, Any]]:
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
     """Return what the loader would refuse when the run starts. Files that are not on this machine are not checked."""
     from lingua.data.loader import adapt, check_order, merge_states, order_of
-    from lingua.data.sources import filled, open_data
+    from lingua.data.sources import open_data, with_default_sources
 
     if args.tokenizer.path and not Path(args.tokenizer.path).exists():
         return []
-    args = filled(args)
+    args = with_default_sources(args)
     try:
         state = merge_states(states)
         check_order(state, order_of(args, lanes))

@@ -19,7 +19,7 @@ from lingua.config.keys.data import DataArgs
 from lingua.config.keys.eval import HeldOutArgs
 from lingua.data.blocked_source import PLAIN_TEXT, BadLines, TextFields
 from lingua.data.pack import IGNORED, ids_of
-from lingua.data.sources import class_of_files, filled
+from lingua.data.sources import class_of_files, with_default_sources
 from lingua.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 20  # documents in memory at once
@@ -63,7 +63,7 @@ def texts_beside_sources(data: DataArgs) -> tuple[list[HeldOutText], list[str]]:
 
 def held_out_texts(data: DataArgs, args: HeldOutArgs) -> list[HeldOutText]:
     """Return the files to measure. Raises ConfigError when one that is named is missing, or there is none."""
-    found = texts_beside_sources(filled(data))[0] if args.use_val_from_train_src else []
+    found = texts_beside_sources(with_default_sources(data))[0] if args.use_val_from_train_src else []
     for name in args.sources:
         path = Path(args.root_dir) / name
         if not path.exists():

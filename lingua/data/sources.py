@@ -36,7 +36,7 @@ def class_of_files(path: Path) -> type[BlockedSource]:
     return source_class(next(kinds, "jsonl"))
 
 
-def filled(args: DataArgs) -> DataArgs:
+def with_default_sources(args: DataArgs) -> DataArgs:
     """Return the args with the sample corpus as source if they name none."""
     if args.sources:
         return args

@@ -35,7 +35,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
 from lingua.data.loader import merge_states
-from lingua.data.sources import filled
+from lingua.data.sources import with_default_sources
 from lingua.distributed.process_group import RankInfo, Ranks, World, pick_device, set_environment
 from lingua.files import DISK, RunError
 from lingua.optim.update import grad_norm_and_clip_coef
@@ -163,7 +163,7 @@ def replay(
     config = past.config_of(start)
     schema = app_schema(choose_app(CommandLine(config=str(config))))
     args = compose(str(config), [], [*(f"{key}={value}" for key, value in _ALONE.items()), *words], schema).args
-    args.data = filled(args.data)
+    args.data = with_default_sources(args.data)
     size = resolve(args, 1, read_config(config))
     check_step(past, step, size.n_steps)
     checkpoint = find_checkpoint(past, args, step, start, origin)

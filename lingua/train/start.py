@@ -23,7 +23,7 @@ from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.data.sources import filled
+from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
 from lingua.distributed.process_group import World, from_main, on_every_rank
 from lingua.files import DiskError, write_whole
@@ -123,7 +123,7 @@ def _freeze_config(path: Path, checked: Checked, attempt: int) -> None:
 
 def use_embedded_corpus(args: TrainArgs) -> None:
     """Where the config names no source, train on the sample corpus."""
-    args.data = filled(args.data)
+    args.data = with_default_sources(args.data)
 
 
 def start_metrics(run: Run, attempt: int, stack: ExitStack) -> MetricLogger | None:
