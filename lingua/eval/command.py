@@ -20,7 +20,7 @@ from lingua.config.keys.eval import EvalArgs, HarnessArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import stack_layers
 from lingua.console import show_json
-from lingua.eval.evaluator import Beat, Evaluator, Measure, write_results
+from lingua.eval.evaluator import Beat, Evaluator, MeasureCheckpoint, write_results
 from lingua.eval.harness_tasks import load_tasks
 from lingua.eval.slurm_jobs import EvalJobs
 from lingua.eval.spawn import alone
@@ -189,7 +189,7 @@ def follow(
     request: EvalRequest,
     run_args: TrainArgs,
     args: EvalArgs,
-    measure: Measure,
+    measure: MeasureCheckpoint,
     signals: StopSignals,
     sleep: Callable[[float], None],
 ) -> int:

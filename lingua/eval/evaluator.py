@@ -1,20 +1,18 @@
-"""Sees to it that each published checkpoint that is due gets exactly one evaluation. Torch-free.
+"""Evaluates each published checkpoint that is due exactly once. Torch-free.
 
-Promise: a checkpoint is seen by its `.done` mark only. Each one of `checkpoint.eval.every`, and the run's last, is
-evaluated once, however many evaluators there are and wherever they are killed: `evals/<step>/results.json` appears
-whole, then one line in `metrics.eval.jsonl`. What fails is tried again, later and later, and given up in the end with
-the reason in `evals/<step>/failed.json`. Everything ends: an evaluation, a wait, a claim, a pin.
-Cost: a few looks at small files every `eval.poll_s`; nothing is held while there is nothing to do.
+Any number of evaluators may work at a time, and each may be killed anywhere: `evals/<step>/results.json` appears whole,
+then one line in `metrics.eval.jsonl`. A failed evaluation is attempted again, at growing intervals, and finally given
+up with the reason in `evals/<step>/failed.json`. Evaluations, waits, claims and pins all end by themselves.
 
-There is no list of what is to be done: a restart reads the folders again. Evaluators agree by the lock that runs have
-too, one for each step's folder, and each of its numbers is a try:
+There is no list of what to do: a restart reads the folders again. Evaluators agree by the lock that runs use too, one
+for each step's folder:
 
-    evals/follow.json                            somebody evaluates this run: retention waits for them
-    evals/0000001000/incarnations/0000000001.json    try 1: whose, and is it alive
-                     try-0001.json                   how it ended, unless it was killed or successful
-                     results.json | failed.json      the verdict; names the start that saved the checkpoint
-                     start-3/results.json            found already of the checkpoint that start 3 saved: by a job, or
-                                                     in training, before it was published; the next look adopts it
+    evals/follow.json                            retention waits for the evaluations of this run
+    evals/0000001000/incarnations/0000000001.json    attempt 1: owner and heartbeat
+                     try-0001.json                   how it ended, unless it was killed or succeeded
+                     results.json | failed.json      the verdict, with the start that saved the checkpoint
+                     start-3/results.json            results for the checkpoint that start 3 saved: from a Slurm job,
+                                                     or from training before the publication; adopted at the next look
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from lingua.checkpoint.retention import frozen_periods
 from lingua.config.base import ConfigError
 from lingua.config.keys.checkpoint import SaveEvery
 from lingua.config.keys.eval import EvalArgs
-from lingua.eval.plan import MAX_KILLED, Candidate, Decision, RunState, Try, decide, is_due
+from lingua.eval.plan import MAX_KILLED, Candidate, Decision, EvalAttempt, RunState, decide, is_due
 from lingua.files import DISK, Files, RunError, make_folders, read_json, write_json
 from lingua.run.folder import EXIT_FINISHED, EXIT_REQUEUE, STOP_FILE
 from lingua.run.lock import OccupiedError, Owner, RunLock, attempt_files, living_attempt, newest_attempt, this_process
@@ -44,42 +42,41 @@ from lingua.run.metrics import EVAL_FILE, JsonLines, read_metrics
 log = logging.getLogger(__name__)
 
 LEASE_S = 3600.0
-"""Of the checkpoint that is being evaluated; renewed while that goes on."""
+"""Lease on the checkpoint that is being evaluated; renewed during the evaluation."""
 LOOK_S = 10.0
-"""Between two looks, during an evaluation, whether it is still ours to do."""
-SAY_AGAIN_S = 600.0
-"""Between two times that retention is told of us."""
+"""Interval at which an evaluation checks that it is still ours."""
+FOLLOWER_S = 600.0
+"""Interval at which an evaluator renews follow.json."""
 
-# -- what lies there -----------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------------
 
 
-def try_file(folder: Path, number: int) -> Path:
+def attempt_file(folder: Path, number: int) -> Path:
     return folder / f"try-{number:04d}.json"
 
 
-def read_tries(folder: Path, me: Owner, now: Callable[[], float]) -> tuple[Try, ...]:
-    """The attempts at one step's evaluation, in order."""
+def read_attempts(folder: Path, me: Owner, now: Callable[[], float]) -> tuple[EvalAttempt, ...]:
+    """Return the attempts at one step's evaluation, in order."""
     alive = living_attempt(folder, me, now)
-    tries: list[Try] = []
+    attempts: list[EvalAttempt] = []
     for number, path in attempt_files(folder).items():
-        ended = try_file(folder, number)
-        if ended.is_file():
+        if (ended := attempt_file(folder, number)).is_file():
             record = read_json(ended)
-            tries.append(Try(record["end"], float(record["at_s"]), record["why"]))
+            attempts.append(EvalAttempt(record["end"], float(record["at_s"]), record["why"]))
         elif alive is not None and number == alive.number:
-            tries.append(Try("running", now()))
+            attempts.append(EvalAttempt("running", now()))
         else:
-            tries.append(Try("killed", path.stat().st_mtime))
-    return tuple(tries)
+            attempts.append(EvalAttempt("killed", path.stat().st_mtime))
+    return tuple(attempts)
 
 
 def logged_evaluations(file: Path) -> set[tuple[int, int]]:
-    """(step, start that saved the checkpoint) of each line of a metrics.eval.jsonl."""
+    """Return (step, start that saved the checkpoint) of each line of a metrics.eval.jsonl."""
     return {(r["global_step"], r.get("incarnation", 0)) for r in read_metrics(file) if "global_step" in r}
 
 
 def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable[[], float]) -> RunState:
-    """`newest_mark_s`: when the newest checkpoint was published, or the evaluator came."""
+    """Read how the run is. `newest_mark_s`: when the newest checkpoint was published, or the evaluator started."""
     newest = newest_attempt(run_dir)
     if newest is not None and newest.is_alive(me, now()):
         return RunState(has_ended=False, finished=False, silent_s=0.0)
@@ -93,7 +90,7 @@ def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable
 
 
 def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, Any], *, files: Files = DISK) -> None:
-    """results.json of what was found, last; samples.json of single questions and answers before. Raises OSError."""
+    """Write samples.json (single questions and answers), then results.json. Raises OSError."""
     metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}
     if found.get("samples"):
         write_json(folder / layout.SAMPLES, found["samples"], files=files)
@@ -101,7 +98,7 @@ def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, An
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(facts, found) as they were written; None: no results are there. Raises OSError or RunError."""
+    """Return (facts, found) as they were written, or None if there are no results. Raises OSError or RunError."""
     try:
         facts: dict[str, Any] = read_json(folder / layout.RESULTS)
     except FileNotFoundError:
@@ -114,9 +111,9 @@ def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 # -- the evaluator -------------------------------------------------------------------------------------------------
 
 Beat = Callable[[], None]
-"""Called between two batches; raises when the evaluation is to be left."""
-Measure = Callable[[Checkpoint, Beat], Mapping[str, Any]]
-"""Evaluates a checkpoint: metrics by name; under "details" and "samples" what else is to be kept."""
+"""Called between two batches; raises when the evaluation must end."""
+MeasureCheckpoint = Callable[[Checkpoint, Beat], Mapping[str, Any]]
+"""Returns metrics by name, and under "details" and "samples" what else to keep."""
 
 
 class Stopped(Exception):  # noqa: N818 - nothing is wrong
@@ -124,17 +121,17 @@ class Stopped(Exception):  # noqa: N818 - nothing is wrong
 
 
 class LostError(RunError):
-    """The evaluation is not ours any more: another evaluator has it, or the run went back before this step."""
+    """The evaluation is no longer ours: another evaluator has it, or the run went back to before this step."""
 
 
 class Evaluator:
-    """One evaluator of a run. `follow` goes on until there is nothing left to do; `tick` does one thing."""
+    """One evaluator of a run. `follow` works until nothing is left to do; `tick` does one thing."""
 
     def __init__(
         self,
         run_dir: Path,
         args: EvalArgs,
-        measure: Measure,
+        measure: MeasureCheckpoint,
         *,
         on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
         stopping: Callable[[], bool] = lambda: False,
@@ -144,7 +141,7 @@ class Evaluator:
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`on_record` hears of each line written to metrics.eval.jsonl. Raises RunError, ConfigError: not a run."""
+        """`on_record` receives each line of metrics.eval.jsonl. Raises RunError or ConfigError if this is not a run."""
         self.run_dir = run_dir
         self.root = run_root(run_dir)
         self._args = args
@@ -155,20 +152,20 @@ class Evaluator:
         self._period, self._n_steps = self._read_period()
         self._metrics_file = Path(args.metric_log_dir or run_dir) / EVAL_FILE
         self._came_s = now()
-        self._said_s = float("-inf")
+        self._renewed_s = float("-inf")
         self._overdue: set[int] = set()
-        self._trying: tuple[int, int] | None = None
-        """Step and number of the try that goes on."""
+        self._running: tuple[int, int] | None = None
+        """Step and number of the attempt that is running."""
 
     def _read_period(self) -> tuple[SaveEvery, int | None]:
-        """Anew at each look: a later start of the run may change them."""
+        """Read them again at each look: a later start of the run may change them."""
         found = frozen_periods(self.run_dir)
         if found is None:
             raise ConfigError(f"{self.run_dir} has no config.yaml, which says what to evaluate; start the run first")
         return found[0].eval, found[1]
 
     def follow(self, *, once: bool = False) -> str:
-        """Evaluate what is due until the run has ended, or with `once` until nothing is; returns why it ends."""
+        """Evaluate what is due until the run has ended, or with `once` until nothing is; return why it ends."""
         before: Decision | None = None
         while True:
             decision = self.tick()
@@ -176,12 +173,12 @@ class Evaluator:
                 return decision.why or "nothing is left to evaluate"
             if self._stopping():
                 return "asked to stop"
-            if decision.act == "wait" or decision == before:  # a disk that refuses is not asked all the time
+            if decision.act == "wait" or decision == before:  # do not retry in a loop on a disk that refuses
                 self._sleep(self._args.poll_s)
             before = decision
 
     def catch_up(self, *, measuring: bool = True) -> None:
-        """Do what can be done at once, and wait for nothing; without `measuring` only what needs no model."""
+        """Do what can be done at once, without waiting; without `measuring` only what needs no model."""
         before: Decision | None = None
         while not self._stopping():
             decision = self.tick(measuring=measuring)
@@ -190,38 +187,38 @@ class Evaluator:
             before = decision
 
     def tick(self, *, measuring: bool = True) -> Decision:
-        """Look, decide, and do one thing; a disk that refuses is reported and asked again later."""
+        """Look, decide, and do one thing. A disk error is logged, and the same thing attempted again later."""
         try:
-            self._tell_retention()
+            self._renew_follower()
             decision = self._decide()
             if decision.act == "evaluate" and not measuring:
                 return Decision("wait")
-            if decision.act in ("evaluate", "adopt", "give_up", "record"):
-                self._under_claim(decision)
+            if decision.act not in ("wait", "end"):
+                self._do(decision)
         except OccupiedError as error:  # another evaluator was faster
             log.info("%s", error)
             return Decision("wait")
         except (OSError, RunError) as error:
-            log.error("the evaluator of %s is held up: %s", self.run_dir, error)
+            log.error("the evaluator of %s cannot continue for now: %s", self.run_dir, error)
             return Decision("wait")
         return decision
 
-    def _tell_retention(self) -> None:
-        if self._now() - self._said_s >= SAY_AGAIN_S:
+    def _renew_follower(self) -> None:
+        if self._now() - self._renewed_s >= FOLLOWER_S:
             follower = Follower(self._period.every, 3600 * self._args.max_pinned_hours, self._now())
             follow(self.run_dir, follower, files=self._files)
-            self._said_s = self._now()
+            self._renewed_s = self._now()
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
     def candidates(self) -> list[Candidate]:
-        """All published checkpoints that are due, ascending."""
+        """Return all published checkpoints that are due, ascending."""
         due = [step for step in layout.done_steps(self.root) if is_due(step, self._period, self._n_steps)]
         logged = logged_evaluations(self._metrics_file)
         return [found for step in due if (found := self._candidate(step, logged)) is not None]
 
     def _candidate(self, step: int, logged: Collection[tuple[int, int]]) -> Candidate | None:
-        """None: retention was faster."""
+        """Return None if retention was faster."""
         try:
             published_at_s = layout.done_mark(self.root, step).stat().st_mtime
         except FileNotFoundError:
@@ -233,43 +230,44 @@ class Evaluator:
             float(facts.get("created_at", published_at_s)),
             verdict(self.run_dir, self.root, step),
             (step, incarnation) in logged,
-            read_tries(layout.evaluation(self.run_dir, step), self._me, self._now),
+            read_attempts(layout.evaluation(self.run_dir, step), self._me, self._now),
             (layout.found(self.run_dir, step, incarnation) / layout.RESULTS).is_file(),
         )
 
     def _decide(self) -> Decision:
         self._period, self._n_steps = self._read_period()
         candidates = self.candidates()
-        self._complain(candidates)
+        self._report_overdue(candidates)
         seen_s = max([self._came_s, *(one.published_at_s for one in candidates)])
         run = read_run_state(self.run_dir, seen_s, self._me, self._now)
         return decide(candidates, run, self._args, self._now(), self._max_killed)
 
-    def _complain(self, candidates: Iterable[Candidate]) -> None:
-        """Say once of each checkpoint that it has waited for too long."""
-        limit_s = 3600 * self._args.max_pinned_hours
+    def _report_overdue(self, candidates: Iterable[Candidate]) -> None:
+        """Log once of each checkpoint that it has waited too long."""
+        hours = self._args.max_pinned_hours
         for one in candidates:
-            if one.verdict is None and self._now() - one.published_at_s > limit_s and one.step not in self._overdue:
+            is_late = one.verdict is None and self._now() - one.published_at_s > 3600 * hours
+            if is_late and one.step not in self._overdue:
                 self._overdue.add(one.step)
                 log.error(
                     "CHECKPOINT %d HAS WAITED FOR ITS EVALUATION FOR MORE THAN %g h (eval.max_pinned_hours): retention "
-                    "may delete it now", one.step, self._args.max_pinned_hours,
+                    "may delete it now", one.step, hours,
                 )  # fmt: skip
 
     # -- doing -----------------------------------------------------------------------------------------------------
 
-    def _under_claim(self, decision: Decision) -> None:
-        """Do it as the owner of the step's folder, if it is still to be done then."""
+    def _do(self, decision: Decision) -> None:
+        """Carry the decision out as the owner of the step's folder, if it still holds then."""
         step = decision.step
         with self._claim(step) as lock:
-            now_there = self._candidate(step, logged_evaluations(self._metrics_file))
-            if now_there is None:
+            there = self._candidate(step, logged_evaluations(self._metrics_file))
+            if there is None or not there.is_owed:
                 return
-            if decision.act == "record" and now_there.verdict == "evaluated" and not now_there.is_logged:
+            if decision.act == "record" and there.verdict is not None:
                 self._record(step)
-            elif now_there.verdict is not None:
+            elif there.verdict is not None:
                 return
-            elif decision.act == "adopt" and now_there.is_found:
+            elif decision.act == "adopt" and there.is_found:
                 self._adopt(step)
             elif decision.act == "give_up":
                 self._give_up(step, decision.why)
@@ -280,27 +278,27 @@ class Evaluator:
         return RunLock(layout.evaluation(self.run_dir, step), self._me, doing="evaluated", sleep=self._sleep)
 
     def abandon(self) -> None:
-        """For a process that is being ended: the try that goes on was stopped, and did not fail. From any thread."""
-        if self._trying is not None:
-            self._end_try(*self._trying, "stopped", "its process was asked to leave")
+        """Record that the running attempt was stopped and did not fail. For a process that ends, from any thread."""
+        if self._running is not None:
+            self._end_attempt(*self._running, "stopped", "its process was asked to leave")
 
-    def _end_try(self, step: int, number: int, end: str, why: str) -> None:
-        folder = layout.evaluation(self.run_dir, step)
-        write_json(try_file(folder, number), {"end": end, "at_s": self._now(), "why": why}, files=self._files)
+    def _end_attempt(self, step: int, number: int, end: str, why: str) -> None:
+        path = attempt_file(layout.evaluation(self.run_dir, step), number)
+        write_json(path, {"end": end, "at_s": self._now(), "why": why}, files=self._files)
 
     def evaluate_ahead(self, step: int, incarnation: int) -> None:
-        """Evaluate what start `incarnation` has saved and nobody has published yet; it counts as soon as somebody does.
+        """Evaluate what start `incarnation` has saved but not published yet; the results count from the publication.
 
-        `measure` is given a checkpoint that is not there, so it must have the weights. What fails is tried no more.
+        `measure` must have the weights itself: the checkpoint that it gets does not exist yet. A failure is final.
         """
         try:
             with self._claim(step) as lock:
                 folder = layout.found(self.run_dir, step, incarnation)
                 make_folders(folder, files=self._files)
                 if self._attempt(step, incarnation, lock, folder, lambda: None):
-                    self._end_try(step, lock.attempt, "found", "waits for the publication")
+                    self._end_attempt(step, lock.attempt, "found", "waits for the publication")
         except (OSError, RunError) as error:
-            log.error("step %d is not evaluated ahead of its publication: %s", step, error)
+            log.error("step %d is not evaluated before its publication: %s", step, error)
 
     def _evaluate(self, step: int, lock: RunLock) -> None:
         incarnation, limit_s = publish.incarnation_of(self.root, step), 3600 * self._args.max_pinned_hours
@@ -310,25 +308,23 @@ class Evaluator:
             self._record(step)
 
     def _attempt(self, step: int, incarnation: int, lock: RunLock, folder: Path, renew: Callable[[], None]) -> bool:
-        """Measure and write the results into `folder`. False: how it ended instead is written down for the next try."""
+        """Measure, and write the results into `folder`. If that fails, record how it ended and return False."""
         checkpoint = Checkpoint(layout.folder(self.root, step), self.root, step, self.run_dir)
-        began_s, ended = self._now(), partial(self._end_try, step, lock.attempt)
-        self._trying = (step, lock.attempt)
-        log.info("evaluating step %d (try %d)", step, lock.attempt)
+        began_s, ended = self._now(), partial(self._end_attempt, step, lock.attempt)
+        self._running = (step, lock.attempt)
+        log.info("evaluating step %d (attempt %d)", step, lock.attempt)
         try:
             found = dict(self._measure(checkpoint, self._beat(lock, renew)))
-            self._must_be_ours(lock)
+            self._check_ours(lock)
             seconds = self._now() - began_s
-            facts = {"version": 1, "global_step": step, "incarnation": incarnation, "seconds": round(seconds, 3)}
-            facts["created_at"] = self._now()
-            write_results(folder, facts, found, files=self._files)
+            write_results(folder, self._facts(step, incarnation, seconds=round(seconds, 3)), found, files=self._files)
         except LostError as error:
-            log.warning("the evaluation of step %d is left: %s", step, error)
+            log.warning("leaving the evaluation of step %d: %s", step, error)
             return False
         except Stopped:
             ended("stopped", "asked to stop")
             return False
-        except ConfigError:  # of no use to try that again, with any checkpoint
+        except ConfigError:  # would fail again, with any checkpoint
             ended("stopped", "the config is wrong")
             raise
         except Exception as error:
@@ -339,21 +335,12 @@ class Evaluator:
             ended("stopped", "interrupted")
             raise
         finally:
-            self._trying = None
+            self._running = None
         log.info("step %d is evaluated, in %.1f s", step, seconds)
         return True
 
-    def _adopt(self, step: int) -> None:
-        """Make the verdict of what was found already."""
-        incarnation = publish.incarnation_of(self.root, step)
-        there = read_results(layout.found(self.run_dir, step, incarnation))
-        if there is None:
-            return
-        written, found = there
-        facts = {"version": 1, "global_step": step, "incarnation": incarnation, "created_at": self._now()}
-        facts |= {key: written[key] for key in ("seconds", "created_at") if key in written}
-        write_results(layout.evaluation(self.run_dir, step), facts, found, files=self._files)
-        self._record(step)
+    def _facts(self, step: int, incarnation: int, **more: Any) -> dict[str, Any]:
+        return {"version": 1, "global_step": step, "incarnation": incarnation, "created_at": self._now(), **more}
 
     def _beat(self, lock: RunLock, renew: Callable[[], None]) -> Beat:
         began_s = looked_s = self._now()
@@ -367,28 +354,40 @@ class Evaluator:
                 raise RunError(f"it took longer than eval.timeout_hours={limit_hours:g}; raise that, or measure less")
             if self._now() - looked_s >= LOOK_S:
                 looked_s = self._now()
-                self._must_be_ours(lock)
+                self._check_ours(lock)
                 try:
                     renew()
-                    self._tell_retention()
-                except OSError as error:  # the pin lasts a while without that
-                    log.warning("cannot tell retention of the evaluation: %s", error)
+                    self._renew_follower()
+                except OSError as error:  # the lease lasts a while without renewal
+                    log.warning("cannot renew the lease on the checkpoint that is evaluated: %s", error)
 
         return beat
 
-    def _must_be_ours(self, lock: RunLock) -> None:
+    def _check_ours(self, lock: RunLock) -> None:
         if not lock.holds():
             raise LostError("another evaluator has taken over, or the run went back to before this step")
 
+    def _adopt(self, step: int) -> None:
+        """Make results that exist already the verdict."""
+        incarnation = publish.incarnation_of(self.root, step)
+        there = read_results(layout.found(self.run_dir, step, incarnation))
+        if there is None:
+            return
+        written, found = there
+        facts = self._facts(step, incarnation, **{k: written[k] for k in ("seconds",) if k in written})
+        facts["created_at"] = written.get("created_at", facts["created_at"])
+        write_results(layout.evaluation(self.run_dir, step), facts, found, files=self._files)
+        self._record(step)
+
     def _give_up(self, step: int, why: str) -> None:
-        """The verdict that there will be none. Retention may have the checkpoint."""
-        record = {"version": 1, "global_step": step, "incarnation": publish.incarnation_of(self.root, step)}
+        """Record that there will be no evaluation. Retention may delete the checkpoint."""
         path = layout.evaluation(self.run_dir, step) / layout.FAILED
-        write_json(path, {**record, "reason": why, "created_at": self._now()}, files=self._files)
-        log.error("STEP %d IS NOT EVALUATED: %s. To have it tried again, remove %s", step, why, path.parent)
+        facts = self._facts(step, publish.incarnation_of(self.root, step), reason=why)
+        write_json(path, facts, files=self._files)
+        log.error("STEP %d IS NOT EVALUATED: %s. To attempt it again, remove %s", step, why, path.parent)
 
     def _record(self, step: int) -> None:
-        """The evaluation's line in metrics.eval.jsonl, made from its results."""
+        """Write the line in metrics.eval.jsonl from the results."""
         results = read_json(layout.evaluation(self.run_dir, step) / layout.RESULTS)
         created_at = datetime.fromtimestamp(results["created_at"], tz=UTC).isoformat()
         record = {"global_step": step, **results["metrics"]}

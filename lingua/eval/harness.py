@@ -1,10 +1,8 @@
 """lm-evaluation-harness, through its own `LM` interface: our models answer its questions.
 
-Promise: the answers are those of harness's own `hf` model with the same weights and tokens: prompts that are too long
-lose their beginning, never the part that is scored; an answer ends before a stop string, however its tokens are cut.
-Prompts begin as training's documents do. Ranks share the requests; all get all answers. Importing this module needs
-no lm-eval.
-Cost: see `scorer.py` and `generator.py`; questions are batched by length.
+The answers are those of harness's own `hf` model with the same weights and tokens: prompts that are too long lose their
+beginning, never the part that is scored; an answer ends before a stop string, however its tokens are cut. Prompts begin
+as documents do in training. Ranks share the requests, and all get all answers. Importing this module needs no lm-eval.
 """
 
 from __future__ import annotations
@@ -25,42 +23,41 @@ from lingua.data.held_out import ScoredRow, Wording, windows
 from lingua.distributed.process_group import from_main, on_every_rank
 from lingua.eval.harness_tasks import cleaned, lm_eval, load_tasks, task_manager, task_name
 from lingua.eval.measures import Measure, MeasuredModel
-from lingua.eval.scorer import Score, Scorer
+from lingua.eval.scorer import Scorer
 from lingua.model.generate import Generator
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_GEN_LEN = 256
-"""Of an answer whose task says nothing, as in harness's `hf` (models/utils.py, normalize_gen_kwargs)."""
+"""Tokens of an answer whose task sets no limit, as in harness's `hf` (models/utils.py, normalize_gen_kwargs)."""
 BLOCK = 64
-"""Requests that stay on one rank: the answers to one question are neighbours, and share its forward pass."""
+"""Consecutive requests of one rank: the answers to one question are neighbours, and share its forward pass."""
 HEADLINES = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte")
-"""The one metric of a task that counts in `eval/overall_avg`, the first that it has."""
+"""The first of these that a task has counts in `eval/overall_avg`."""
 
 
 # -- the model as harness sees it ----------------------------------------------------------------------------------
 
 
 def scored_rows(context: Sequence[int], continuation: Sequence[int], longest: int) -> Iterator[ScoredRow]:
-    """Rows that score a continuation, each with at most `longest` tokens before its last. `context` is not empty."""
+    """Yield rows that score a continuation, with at most `longest` tokens before the last. `context` is not empty."""
     if len(continuation) <= longest:
         ids = [*context, *continuation][-(longest + 1) :]
         if continuation:
             yield ScoredRow(ids, len(ids) - len(continuation))
         return
-    ids = [context[-1], *continuation]
+    yield from whole_rows([context[-1], *continuation], longest)
+
+
+def whole_rows(ids: Sequence[int], longest: int) -> Iterator[ScoredRow]:
+    """Yield rows that score a whole text after its first token."""
     for start, end, first in windows(len(ids), longest, longest):
         yield ScoredRow(ids[start:end], first)
 
 
-def together(scores: Sequence[Score]) -> tuple[float, bool]:
-    """(log-likelihood, whether each token is the likeliest) of rows that score one text."""
-    return -sum(score.nats for score in scores), all(score.is_greedy for score in scores)
-
-
 def generator_args(base: GeneratorArgs, kwargs: Mapping[str, Any]) -> GeneratorArgs:
-    """How to answer, from harness's generation arguments; unknown ones are ConfigErrors."""
+    """Translate harness's generation arguments. Raises ConfigError for unknown ones."""
     left = dict(kwargs)
     until = left.pop("until", None) or []
     lengths = [left.pop(key, None) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")]
@@ -72,15 +69,15 @@ def generator_args(base: GeneratorArgs, kwargs: Mapping[str, Any]) -> GeneratorA
     }
     update |= {key: left.pop(key) for key in ("top_k", "top_p") if key in left}
     if left:
-        raise ConfigError(f"eval.harness.gen_kwargs: {', '.join(left)} means nothing here; take it out")
+        raise ConfigError(f"eval.harness.gen_kwargs: {', '.join(left)} is not supported; remove it")
     return GeneratorArgs.model_validate(base.model_dump() | update)
 
 
 def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
-    """A harness `LM` that answers with this model. Raises ConfigError where lm-eval is missing."""
+    """Return a harness `LM` that answers with this model. Raises ConfigError if lm-eval is missing."""
 
     class LinguaLM(lm_eval(".api.model").TemplateLM):
-        """Text to tokens as training has it; the rest of the tokenization is harness's own."""
+        """Turns text into tokens as training does; the rest of the tokenization is harness's own."""
 
         @property
         def eot_token_id(self) -> int:
@@ -95,33 +92,24 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
             return wording.tokenizer.fingerprint.replace("/", "_").replace(":", "_")
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            begins = wording.add_bos and wording.tokenizer.bos_id is not None and add_special_tokens is not False
+            begins = wording.begins and add_special_tokens is not False
             return wording.tokenizer.encode(string, add_bos=begins, add_eos=False).tolist()
 
         def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
             found = _shared(
                 requests, lambda mine: _score([list(scored_rows(c, t, scorer.context)) for _, c, t in mine])
             )
-            for (request, _, _), answer in zip(requests, found, strict=True):
-                if request is not None:
-                    self.cache_hook.add_partial("loglikelihood", request, answer)
+            self._cache("loglikelihood", [request for request, _, _ in requests], found)
             return found
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             def score(mine: list[Any]) -> list[tuple[float, bool]]:
                 prefix = [] if wording.prefix is None else [wording.prefix]
                 all_ids = [[*prefix, *self.tok_encode(request.args[0], False)] for request in mine]
-                places = [list(windows(len(ids), scorer.context, scorer.context)) for ids in all_ids]
-                return _score(
-                    [
-                        [ScoredRow(ids[start:end], first) for start, end, first in here]
-                        for ids, here in zip(all_ids, places, strict=True)
-                    ]
-                )
+                return _score([list(whole_rows(ids, scorer.context)) for ids in all_ids])
 
             found = [log_likelihood for log_likelihood, _ in _shared(requests, score)]
-            for request, answer in zip(requests, found, strict=True):
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+            self._cache("loglikelihood_rolling", [request.args for request in requests], found)
             return found
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -131,37 +119,42 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
                 alike[json.dumps(request.args[1], sort_keys=True)].append(number)
             for numbers in alike.values():
                 args = generator_args(generator.args, requests[numbers[0]].args[1])
-                said = _shared([requests[n].args[0] for n in numbers], lambda mine, args=args: _generate(mine, args))
-                answers |= zip(numbers, said, strict=True)
+                texts = _shared([requests[n].args[0] for n in numbers], lambda mine, args=args: _generate(mine, args))
+                answers |= zip(numbers, texts, strict=True)
             found = [answers[n] for n in range(len(requests))]
-            for request, answer in zip(requests, found, strict=True):
-                self.cache_hook.add_partial("generate_until", request.args, answer)
+            self._cache("generate_until", [request.args for request in requests], found)
             return found
 
+        def _cache(self, kind: str, requests: list[Any], answers: list[Any]) -> None:
+            for request, answer in zip(requests, answers, strict=True):
+                if request is not None:
+                    self.cache_hook.add_partial(kind, request, answer)
+
     def _score(rows_of: list[list[ScoredRow]]) -> list[tuple[float, bool]]:
-        """One answer per list of rows."""
+        """Return (log-likelihood, whether each token is the likeliest) for each list of rows."""
         scores = iter(scorer.score([row for rows in rows_of for row in rows]))
-        return [together([next(scores) for _ in rows]) for rows in rows_of]
+        texts = [[next(scores) for _ in rows] for rows in rows_of]
+        return [(-sum(score.nats for score in text), all(score.is_greedy for score in text)) for text in texts]
 
     def _generate(prompts: list[str], args: GeneratorArgs) -> list[str]:
         scorer.beat()
         same = Generator(generator.model, generator.tokenizer, args, add_bos=generator.add_bos)
-        # A prompt is never empty where there is a token to begin with; without one, harness's empty one is a blank.
+        # With a begin token a prompt is never empty; without one, harness's empty prompt becomes a blank.
         answers = same.generate([prompt or ("" if generator.add_bos else " ") for prompt in prompts])
         begin = "" if wording.tokenizer.bos_id is None else wording.tokenizer.decode([wording.tokenizer.bos_id])
-        return [answer.text.replace(begin, "") if begin else answer.text for answer in answers]  # no text, as in `hf`
+        return [answer.text.replace(begin, "") if begin else answer.text for answer in answers]  # not text, as in `hf`
 
     return LinguaLM()
 
 
 def _token(token: int | None) -> int:
     if token is None:
-        raise ConfigError("eval.harness: the tokenizer has neither begin nor end token to stand before a text")
+        raise ConfigError("eval.harness: the tokenizer has neither a begin nor an end token to put before a text")
     return token
 
 
 def _shared(items: Sequence[Any], act: Callable[[list[Any]], list[T]]) -> list[T]:
-    """`act` on each rank's share of the items; all results, in order. Collective."""
+    """Call `act` with each rank's share of the items; return all results in order. Collective."""
     if not dist.is_initialized():
         return act(list(items))
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
@@ -190,21 +183,21 @@ def build_harness(args: HarnessArgs, run_args: TrainArgs, eval_args: EvalArgs) -
 
 
 def run_tasks(lm: Any, args: HarnessArgs, core_metrics: Mapping[str, float] | None) -> dict[str, Any]:
-    """Metrics of all tasks by name; under "details" what harness says of them, and the samples. Collective."""
+    """Return the metrics of all tasks by name, harness's own tables in "details", and the samples. Collective."""
     if args.apply_chat_template:
-        raise ConfigError("eval.harness.apply_chat_template is set, but a pretrained model has no template; drop it")
+        raise ConfigError("eval.harness.apply_chat_template is set, but a pretrained model has no template; remove it")
     settings = args.model_dump(exclude={"type", "tasks", "verbosity", "include_path"})
     tasks = cleaned(args.tasks)
     logging.getLogger("lm_eval").setLevel(args.verbosity.upper())
     answers = lm_eval().simple_evaluate(lm, tasks=tasks, task_manager=task_manager(args), **settings)
-    answers = from_main(lambda: _plain(answers))  # harness adds up on one rank of each machine
+    answers = from_main(lambda: _plain(answers))  # harness computes averages on one rank of each machine
     details = {key: answers[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in answers}
     metrics = metrics_of(answers["results"], [task_name(task) for task in args.tasks], core_metrics or {})
     return {**metrics, "details": {"harness": details}, "samples": answers.get("samples") or {}}
 
 
 def _plain(answers: Any) -> Any:
-    """Without what JSON does not know: numpy's numbers, functions in configs."""
+    """Return a copy that JSON can hold: without numpy's numbers and the functions in configs."""
 
     def default(value: Any) -> Any:
         return value.item() if hasattr(value, "item") else str(value)
@@ -216,7 +209,7 @@ def _plain(answers: Any) -> Any:
 def metrics_of(
     results: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], core_metrics: Mapping[str, float]
 ) -> dict[str, float]:
-    """`eval/<task>/<metric>`, `eval_stderr/...`, and averages.
+    """Return `eval/<task>/<metric>`, `eval_stderr/...`, and averages.
 
     `eval/overall_avg`: of the tasks' headline metrics. `core_eval/...`: the metrics that `core_metrics` names
     (<task>/<metric>, or a task for its headline), times their weights; `core_eval/overall_avg`: their weighted average.
@@ -242,10 +235,8 @@ def metrics_of(
 
 
 def _headline(found: Mapping[str, float], task: str) -> str | None:
-    names = [
-        name
-        for headline in HEADLINES
-        for name in found
-        if name == f"eval/{task}/{headline}" or name.startswith(f"eval/{task}/{headline},")
-    ]
-    return next(iter(names), None)
+    for headline in HEADLINES:
+        for name in found:
+            if name == f"eval/{task}/{headline}" or name.startswith(f"eval/{task}/{headline},"):
+                return name
+    return None

@@ -1,8 +1,7 @@
 """The tasks of lm-evaluation-harness that a config names, loaded with their data.
 
-Promise: importing this module needs no lm-eval and no torch; what is missing of lm-eval, or of a task's data, is a
-ConfigError before anything of a model is loaded.
-Cost: lm-eval takes seconds to import, and seconds more to read the index of its own tasks, where one of them is named.
+Importing this module needs neither lm-eval nor torch. If lm-eval or the data of a task is missing, there is a
+ConfigError before a model is loaded. lm-eval takes seconds to import, and more to read the index of its own tasks.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from lingua.config.keys.eval import HarnessArgs
 
 
 def lm_eval(module: str = "") -> Any:
-    """A module of lm-eval. Raises ConfigError where it is not installed."""
+    """Return a module of lm-eval. Raises ConfigError if it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "eval.harness.tasks needs the package lm-eval; `uv sync --extra harness` or `pip install '.[harness]'` "
-            "gets it; or set eval.harness=null"
+            "installs it; or set eval.harness=null"
         )
     return importlib.import_module(f"lm_eval{module}")
 
 
 def cleaned(tasks: Sequence[str | Mapping[str, Any]]) -> list[Any]:
-    """Tasks as harness takes them today: `trust_remote_code` is gone, since its data sets execute no code any more."""
+    """Return tasks as harness takes them today: without `trust_remote_code`, since data sets no longer run code."""
     found: list[Any] = []
     for task in tasks:
         if isinstance(task, str):
@@ -47,14 +46,10 @@ def task_name(task: str | Mapping[str, Any]) -> str:
     return task if isinstance(task, str) else str(task.get("task", task))
 
 
-def _need_index(tasks: Sequence[Any]) -> bool:
-    """Whether harness's own task files are asked for: a task that is written out in the config needs none."""
-    return not all(isinstance(task, dict) and "dataset_path" in task for task in tasks)
-
-
 def task_manager(args: HarnessArgs) -> Any:
-    """Harness's `TaskManager` for these tasks."""
-    return _manager(args.include_path, _need_index(args.tasks))
+    """Return harness's `TaskManager`; tasks that are written out in the config need no index of harness's own."""
+    written_out = all(isinstance(task, dict) and "dataset_path" in task for task in args.tasks)
+    return _manager(args.include_path, not written_out)
 
 
 @functools.cache
@@ -63,9 +58,9 @@ def _manager(include_path: str | None, with_index: bool) -> Any:
 
 
 def load_tasks(args: HarnessArgs) -> list[str]:
-    """Load each task with its data, which takes it from the network where that is allowed; returns their names.
+    """Load each task with its data, from the network if that is allowed; return their names.
 
-    Raises ConfigError that names what cannot be had.
+    Raises ConfigError that names what cannot be loaded.
     """
     problems, tasks = [], cleaned(args.tasks)
     manager = task_manager(args)
@@ -76,7 +71,7 @@ def load_tasks(args: HarnessArgs) -> list[str]:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             problems.append(
                 f"eval.harness.tasks: {task_name(task)} cannot be loaded here ({type(error).__name__}: {reason}); "
-                "where there is a network, run `lingua eval prefetch CONFIG`, or take it out"
+                "run `lingua eval prefetch CONFIG` on a machine with a network, or remove the task"
             )
     if problems:
         raise ConfigError(problems)
@@ -84,6 +79,6 @@ def load_tasks(args: HarnessArgs) -> list[str]:
 
 
 def be_offline() -> None:
-    """From here on data sets are taken from the cache alone, unless the environment says otherwise."""
+    """Take data sets from the cache alone from now on, unless the environment says otherwise."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.setdefault(name, "1")

@@ -1,12 +1,11 @@
-"""How a run sees to its evaluations: not at all, by an evaluator beside it, or in the training process.
+"""Evaluations by the ranks of a run (`async_eval_gpus: null`), and the choice between that and an evaluator beside it.
 
-Promise of the last (`async_eval_gpus: null`): after a checkpoint of `checkpoint.eval.every`, and the last, the ranks
-measure a copy of the weights that they hold, bit for bit what `lingua eval` finds in that checkpoint; the training
-model, its random states and the order of the data are not touched. The results are the verdict once the checkpoint is
-published, and not before. A stop asked of any rank ends an evaluation within a batch; a start makes up for what is
-owed, with the weights that it has just loaded where they are the ones, else from the published folder. What fails is
-given up with its reason, also after MAX_KILLED starts in a row that were killed at it; training goes on.
-Cost: training stands still meanwhile. Each rank holds the whole model once more, in `eval.generator.dtype`.
+After a checkpoint of `checkpoint.eval.every`, and after the last, the ranks measure a copy of the weights that they
+hold, with bit for bit the result of `lingua eval` on that checkpoint. Training stands still meanwhile: its model,
+random states and data order do not change, and each rank holds the whole model once more, in `eval.generator.dtype`.
+The results become the verdict when the checkpoint is published. A stop asked of any rank ends an evaluation within a
+batch; the next start catches up, with the weights that it has loaded or from the published folder. An evaluation that
+failed, or that MAX_KILLED starts in a row were killed in, is given up with its reason, and training goes on.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ from lingua.distributed.process_group import World, first_given, on_every_rank, 
 from lingua.eval.evaluator import Beat, Evaluator, Stopped
 from lingua.eval.harness_tasks import be_offline
 from lingua.eval.measures import Measures, Together
-from lingua.eval.spawn import OwnEvaluator, devices_beside
+from lingua.eval.spawn import Beside, Evaluation, devices_beside
 from lingua.files import RunError
-from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.watchdog import Watchdog
@@ -47,100 +45,50 @@ from lingua.train.load_model import bare_model
 log = logging.getLogger(__name__)
 
 MAX_KILLED = 3
-"""Fewer than the starts without progress that a job is given (launcher.max_retries): then training goes on without."""
+"""Less than launcher.max_retries, so that training goes on without the evaluation before the job is given up."""
 LOOK_S = 10.0
-"""Between two looks whether a checkpoint that is evaluated already has been published."""
-HEAR_S = 1.0
-"""Between two looks, during an evaluation, whether another rank has left it."""
+"""Interval at which to look for the publication of a checkpoint that is evaluated already."""
+PEERS_S = 1.0
+"""Interval at which an evaluation checks whether another rank has left it."""
 HELD = "the weights that we hold"
 
 
-class Evaluation:
-    """What the loop tells of its checkpoints; this one, of a run that evaluates nothing by itself, does nothing.
-
-    Collective unless it says otherwise. True: a rank was asked to stop, and all have heard.
-    """
-
-    def begin(self) -> bool:
-        """Before the first step of this start, and where there is no step left."""
-        return False
-
-    def saved(self, report: SaveReport, *, last: bool = False) -> bool:
-        """After a save, before anything else changes the weights. `last`: the run's last step."""
-        return False
-
-    def look(self) -> None:
-        """Now and then. Local, on every rank."""
-
-    def end(self, exit_code: int) -> None:
-        """The run has ended so. Local, on every rank."""
-
-
-class Beside(Evaluation):
-    """By an evaluator of its own, which rank 0 starts and later starts find again (lingua/eval/spawn.py)."""
-
-    def __init__(self, run: Run) -> None:
-        self._is_due = run.args.checkpoint.eval.is_due
-        self._own = own_evaluator(run) if run.world.is_main else None
-
-    def begin(self) -> bool:
-        if self._own is not None:
-            self._own.ensure()
-        return False
-
-    def saved(self, report: SaveReport, *, last: bool = False) -> bool:
-        if self._own is not None and (last or self._is_due(report.step)):
-            self._own.ensure()  # it may have died
-        return False
-
-    def end(self, exit_code: int) -> None:
-        if self._own is not None and exit_code != EXIT_REQUEUE:  # then the next start has one of its own
-            self._own.hand_over()
-
-
-def own_evaluator(run: Run) -> OwnEvaluator:
-    """The evaluator that a run with `async_eval_gpus` starts."""
-    args, place = run.args, run.world.rank_info
-    assert args.eval is not None
-    assert args.async_eval_gpus is not None
-    slurm, devices = None, None
-    if can_submit(os.environ):
-        slurm = args.evaluation_job()
-    else:
-        n_gpus = torch.cuda.device_count()
-        found = devices_beside(os.environ, n_gpus, place.local_world_size, args.async_eval_gpus)
-        if found is None:
-            log.warning(
-                "async_eval_gpus is %d, but the ranks leave none of %d GPUs free: evaluations are made on the CPU; "
-                "start fewer ranks, or set async_eval_gpus=null", args.async_eval_gpus, n_gpus,
-            )  # fmt: skip
-        devices = found or ""
-    return OwnEvaluator(run.run_dir.absolute(), args.app, args.eval, slurm, devices)
-
-
-def make_evaluation(
-    run: Run, watchdog: Watchdog, measures: Measures | None, metrics: MetricLogger | None, incarnation: int
-) -> Evaluation:
-    """How this run sees to its evaluations; `measures`: of `make_measures`."""
-    if measures is not None:
-        return InTraining(run, watchdog, measures, metrics, incarnation)
-    if run.args.eval is not None and run.args.eval.automatic:
-        return Beside(run)
-    return Evaluation()
-
-
 def make_measures(args: TrainArgs, world: World) -> Measures | None:
-    """What this run's own ranks will measure; None: nothing. Raises ConfigError for what is missing. Collective."""
+    """Return what this run's own ranks measure, or None. Raises ConfigError for what is missing. Collective."""
     if args.eval is None or args.async_eval_gpus is not None or not args.eval.automatic:
         return None
-    if this_allocation(os.environ) is not None:  # compute nodes: what is not in the cache would only be waited for
+    if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
         be_offline()
     given, evaluated = args, args.eval
     return on_every_rank(lambda: Measures(given, evaluated, world))
 
 
+def make_evaluation(
+    run: Run, watchdog: Watchdog, measures: Measures | None, metrics: MetricLogger | None, incarnation: int
+) -> Evaluation:
+    """Return how this run sees to its evaluations. `measures`: from `make_measures`."""
+    args, place = run.args, run.world.rank_info
+    if measures is not None:
+        return InTraining(run, watchdog, measures, metrics, incarnation)
+    if args.eval is None or not args.eval.automatic or not run.world.is_main:
+        return Evaluation()
+    assert args.async_eval_gpus is not None
+    asked, devices = None, None
+    if can_submit(os.environ):
+        asked = args.evaluation_job()
+    else:
+        n_gpus = torch.cuda.device_count()
+        devices = devices_beside(os.environ, n_gpus, place.local_world_size, args.async_eval_gpus)
+        if devices is None:
+            log.warning(
+                "async_eval_gpus is %d, but the ranks leave none of %d GPUs free: evaluations run on the CPU; "
+                "start fewer ranks, or set async_eval_gpus=null", args.async_eval_gpus, n_gpus,
+            )  # fmt: skip
+    return Beside(run.run_dir.absolute(), args.app, args.eval, args.checkpoint.eval.is_due, asked, devices or "")
+
+
 class InTraining(Evaluation):
-    """Evaluates with the ranks of the run. Rank 0 decides and writes, the others do as it says."""
+    """Evaluates with the ranks of the run. Rank 0 decides and writes; the others measure with it."""
 
     def __init__(
         self,
@@ -157,13 +105,12 @@ class InTraining(Evaluation):
         self._ranks = Together(self._measure)
         self._period = run.args.checkpoint.eval
         self._n_begun = 0
-        self._heard_s = 0.0
+        self._peers_s = 0.0
         self._is_stopping = False
         self._ahead: set[int] = set()
-        """Steps that were evaluated before they were published; of rank 0."""
+        """Steps that were evaluated before their publication. Rank 0 only."""
         self._looked_s = now()
-        # In here nothing is tried again: the weights move on.
-        args: EvalArgs = measures.args.model_copy(update={"max_tries": 1})
+        args: EvalArgs = measures.args.model_copy(update={"max_tries": 1})  # the weights move on
         self._evaluator = (
             Evaluator(
                 run.run_dir,
@@ -218,7 +165,7 @@ class InTraining(Evaluation):
             return first_given(self._watchdog.received) is not None
 
     def _lead(self, checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
-        """An Evaluator's `measure`, on rank 0."""
+        """Measure a checkpoint for the Evaluator of rank 0, with all ranks."""
         source = HELD if checkpoint.step == self._run.step else f"{checkpoint.run_dir}@{checkpoint.step}"
 
         def beat_of_both() -> None:
@@ -231,11 +178,11 @@ class InTraining(Evaluation):
 
         try:
             return self._ranks.measure(source, beat_of_both)
-        except ConfigError as error:  # of this evaluation: it must not end the run
+        except ConfigError as error:  # must end this evaluation, not the run
             raise RunError(str(error)) from error
 
     def _measure(self, source: str, beat: Beat) -> dict[str, Any]:
-        """Collective; all ranks come back with the results, or all raise."""
+        """Measure the weights that we hold, or a checkpoint. Collective: all ranks return the results, or all raise."""
         self._n_begun += 1
         with self._undisturbed():
             try:
@@ -254,7 +201,7 @@ class InTraining(Evaluation):
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """What an evaluation leaves behind in the process is put back: random states (harness seeds them), memory."""
+        """Restore what an evaluation changes in the process: random states (harness seeds them) and memory."""
         random_states = rng_state()
         try:
             yield
@@ -262,33 +209,33 @@ class InTraining(Evaluation):
             restore_rng(random_states)
             gc.collect()  # python's own collector is off in the loop
             if self._run.world.device.type == "cuda":
-                torch.cuda.empty_cache()  # or batches of all lengths would leave the memory in pieces
+                torch.cuda.empty_cache()  # batches of all lengths fragment the memory
 
     # -- one rank --------------------------------------------------------------------------------------------------
 
     @property
     def _left(self) -> str:
-        """Key under which a rank says that it has left the present evaluation."""
+        """Key in the store that is set when a rank has left the present evaluation."""
         return f"lingua/evaluation/{self._n_begun}/left"
 
     def _leave(self) -> None:
-        """Let the others know, who would do the rest of their shares first. Local."""
+        """Let the other ranks know, who would finish their shares first. Local."""
         if self._run.world.store is not None:
             self._run.world.store.set(self._left, "1")
 
     def _abandon(self) -> None:
-        """When the process is ended from beside its main thread: being asked to stop is no failure. Local."""
+        """Record that a stop is not a failure, for a process that a thread ends. Local."""
         if self._evaluator is not None and self._watchdog.asked:
             self._evaluator.abandon()
 
     def _beat(self) -> None:
-        """Before each batch. Raises Stopped when this rank was asked to stop, or another has left. Local."""
+        """Called before each batch. Raises Stopped if this rank was asked to stop or another has left. Local."""
         self._watchdog.heartbeat.sign()
         if self._watchdog.asked:
             self._leave()
             raise Stopped
         store, now_s = self._run.world.store, self._now()
-        if store is not None and now_s - self._heard_s >= HEAR_S:
-            self._heard_s = now_s
+        if store is not None and now_s - self._peers_s >= PEERS_S:
+            self._peers_s = now_s
             if store.check([self._left]):
                 raise Stopped

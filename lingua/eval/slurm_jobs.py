@@ -1,9 +1,8 @@
-"""One Slurm job per evaluation: submitted when there is a checkpoint, waited for, its results taken over. Torch-free.
+"""One Slurm job per evaluation: submit it, wait for it, take its results. Torch-free.
 
-Promise: the follower holds no GPU, and may run on a login node. A job is known by its name, made of run, step and the
-start that saved the checkpoint: a follower that was killed finds the job that it submitted, and while Slurm does not
-answer none is submitted. A job whose evaluation is not wanted any more is cancelled.
-Cost: one `squeue` per look while a job is there.
+The follower holds no GPU, and may run on a login node. A job's name consists of the run, the step and the start that
+saved the checkpoint, so a follower that was killed and restarted finds the job that it submitted. While Slurm does not
+answer, nothing is submitted. The job of an evaluation that is no longer wanted is cancelled.
 
     evals/0000001000/start-3/run.sh slurm-17.out results.json    of the checkpoint that start 3 saved
 """
@@ -31,12 +30,12 @@ from lingua.slurm import Runner, cancel, code_lines, job_script, jobs_named, run
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 90.0
-"""After a job has gone, until its results must be seen: a shared disk's names may be a minute old."""
+"""How long to wait for the results of a job that has ended: a shared disk may show old names for a minute."""
 
 
 @dataclass(frozen=True)
 class EvalJobs:
-    """Evaluates each checkpoint in a job of its own; `measure` is an Evaluator's."""
+    """Evaluates each checkpoint in a job of its own; `measure` is what an Evaluator calls."""
 
     run_dir: Path
     """Absolute."""
@@ -45,37 +44,37 @@ class EvalJobs:
     """Keys of the section eval, for the command line of each evaluation."""
     asked: JobArgs
     base_dir: Path
-    """Where the jobs run: relative paths mean there what they mean in training."""
+    """Working folder of the jobs, so that relative paths mean the same as in training."""
     python: Path = Path(sys.executable)
     poll_s: float = 30.0
-    """Between two looks at a job."""
+    """Interval between two looks at a job."""
     run: Runner = run_command
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.time
 
     def measure(self, checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
-        """Return what the checkpoint's job has found. Raises RunError if it ended without results."""
+        """Return the results of the checkpoint's job. Raises RunError if it ended without results."""
         assert checkpoint.root is not None
         assert checkpoint.step is not None
         incarnation = publish.incarnation_of(checkpoint.root, checkpoint.step)
         folder = layout.found(self.run_dir, checkpoint.step, incarnation)
         if (there := read_results(folder)) is not None:
             return there[1]
-        name = self._name(checkpoint.root, checkpoint.step, incarnation)
+        name = f"eval-{(checkpoint.root / layout.RUN_ID).read_text().strip()}-{checkpoint.step}-{incarnation}"
         self._submit(folder, name, checkpoint.step)
         try:
             return self._wait(folder, name, beat)
         except Stopped:
-            raise  # the next follower finds it
+            raise  # the next follower finds the job
         except Exception:
-            self._cancel(name)
+            try:
+                cancel(name=name, run=self.run)
+            except RunError as error:
+                log.warning("%s", error)
             raise
 
-    def _name(self, root: Path, step: int, incarnation: int) -> str:
-        return f"eval-{(root / layout.RUN_ID).read_text().strip()}-{step}-{incarnation}"
-
     def _submit(self, folder: Path, name: str, step: int) -> None:
-        """Submit the job unless it waits or runs already. Raises RunError where Slurm does not answer."""
+        """Submit the job unless it waits or runs already. Raises RunError if Slurm does not answer."""
         make_folder(folder, "evals")
         script = folder / RUN_SCRIPT
         write_whole(script, self.render(folder, name, step), mode=0o755)
@@ -95,10 +94,10 @@ class EvalJobs:
             beat()
             try:
                 is_there = bool(jobs_named(name, self.run))
-            except RunError as error:  # the controller rests; eval.timeout_hours ends that too
+            except RunError as error:  # Slurm's controller may be down; eval.timeout_hours ends that too
                 log.warning("%s", error)
                 is_there = True
-            if not is_there and gone_s is None:  # it may have written them since we looked
+            if not is_there and gone_s is None:  # it may have written its results since we looked
                 gone_s = self.now()
                 continue
             gone_s = None if is_there else gone_s
@@ -107,17 +106,11 @@ class EvalJobs:
             self.sleep(self.poll_s)
         return there[1]
 
-    def _cancel(self, name: str) -> None:
-        try:
-            cancel(name=name, run=self.run)
-        except RunError as error:
-            log.warning("%s", error)
-
 
 def _last_error(folder: Path) -> str:
-    """Return the last error that the newest job of a folder printed."""
+    """Return the last error in the log of a folder's newest job."""
     logs = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     if not logs:
-        return f"it wrote nothing into {folder}; see `sacct`"
-    said = re.findall(r"^.*\berror: (.*)$", logs[-1].read_text(errors="replace")[-20_000:], re.MULTILINE)
-    return f"{said[-1]} ({logs[-1]})" if said else f"see {logs[-1]}"
+        return f"it wrote no log into {folder}; see `sacct`"
+    errors = re.findall(r"^.*\berror: (.*)$", logs[-1].read_text(errors="replace")[-20_000:], re.MULTILINE)
+    return f"{errors[-1]} ({logs[-1]})" if errors else f"see {logs[-1]}"

@@ -1,15 +1,15 @@
-"""The evaluator that a run starts by itself, and the job that takes over from it when the run has ended. Torch-free.
+"""Evaluations beside a run: an evaluator that the run starts, and a job that takes over at its end. Torch-free.
 
-Promise: a run has one such evaluator at a time, known by a lock in `evals/` and found again by the next start. It is a
-process of its own session beside rank 0 and holds no GPU while it waits. Within a Slurm job it submits a job for each
-checkpoint, dies with the job at the latest, and the next start starts another; when the run has ended for good and
-evaluations are owed, a job of one core takes over, which ends with the last of them. Elsewhere it evaluates itself,
-outlives the run, and ends by itself. Nothing of this ever ends the run: what goes wrong is logged, with the remedy.
-Cost: a process without torch (in Slurm); a look at a small file per checkpoint.
+A run has one such evaluator at a time, known by a lock in `evals/`, which the next start finds again. It is a process
+in a session of its own beside rank 0, and holds no GPU while it waits.
+- Within a Slurm job it submits a job for each checkpoint. It ends with the run's job at the latest, and the next start
+  starts another. When the run has ended for good and evaluations are owed, a job of one core takes over.
+- Elsewhere it measures by itself, outlives the run, and ends when nothing is left to evaluate.
+Its failures are logged with a remedy, and never end the run.
 
-    evals/incarnations/0000000003.json    the evaluator that was started third: who, and is it alive
-          follow.sh                       what the last job runs
-    logs/evaluator.log 17.evaluator.out   what evaluators say; what the last job says
+    evals/incarnations/0000000003.json    the third evaluator: owner and heartbeat
+          follow.sh                       script of the job that takes over
+    logs/evaluator.log 17.evaluator.out   logs of the evaluators, and of that job
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import run_root
@@ -33,17 +33,21 @@ from lingua.eval.evaluator import Evaluator
 from lingua.files import RunError, make_folder, write_whole
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
+from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import OccupiedError, RunLock, living_attempt, this_process
 from lingua.slurm import Runner, code_lines, job_script, log_pattern, outside_job, run_command, submit, this_job
+
+if TYPE_CHECKING:
+    from lingua.checkpoint.manager import SaveReport
 
 log = logging.getLogger(__name__)
 
 LOG_FILE = "evaluator.log"
 SCRIPT = "follow.sh"
 LEAVE_S = 5.0
-"""For the evaluator to leave before the last job is submitted."""
+"""How long the evaluator may take to leave before the last job is submitted."""
 LAST_JOB_MEM = "1G"
-# Where a process stands among ranks: an evaluator is none of them.
+# What tells a rank its place; an evaluator is not a rank.
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
              "MASTER_PORT")  # fmt: skip
 
@@ -52,9 +56,9 @@ _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 
 def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[str, str]:
-    """The environment of an evaluator that a rank starts: of no rank, in no job, with the GPUs `devices`.
+    """Return the environment of an evaluator that a rank starts: not a rank, in no job, with the GPUs `devices`.
 
-    None: it says nothing of GPUs, since the jobs that are submitted from there would inherit it.
+    With None it has no CUDA_VISIBLE_DEVICES, which the jobs that it submits would inherit.
     """
     kept = {
         name: value
@@ -67,8 +71,9 @@ def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[st
 
 
 def devices_beside(env: Mapping[str, str], n_gpus: int, n_ranks: int, wanted: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of an evaluator on the machine of `n_ranks` ranks, which see `n_gpus`: the first one that
-    they leave free. Empty: none is wanted; None: there is none.
+    """Return CUDA_VISIBLE_DEVICES of an evaluator beside `n_ranks` ranks that see `n_gpus`: the first one left free.
+
+    "" if none is wanted, None if none is free.
     """
     if wanted == 0:
         return ""
@@ -87,72 +92,98 @@ def follow_command(run_dir: Path, app: str, *, by_jobs: bool) -> list[str]:
 
 @contextmanager
 def alone(run_dir: Path) -> Iterator[bool]:
-    """Be the evaluator that the run has started; False: there is one already. Raises RunError: nobody may write."""
+    """Be the evaluator that the run has started, or yield False if there is one. Raises RunError: no write access."""
     lock = RunLock(make_folder(run_dir / layout.EVALS, "evals"), this_process(*this_job(os.environ)), doing="evaluated")
-    try:
-        lock.acquire()
-    except OccupiedError as error:
-        log.info("this run has its evaluator: %s", error)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def is_there(run_dir: Path) -> bool:
-    """Whether the run has an evaluator that it started. Only reads."""
-    return living_attempt(run_dir / layout.EVALS) is not None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+            is_ours = True
+        except OccupiedError as error:
+            log.info("this run has its evaluator: %s", error)
+            is_ours = False
+        yield is_ours
 
 
 def owed_steps(run_dir: Path, args: EvalArgs) -> list[int]:
-    """Published steps that wait for their evaluation, or for its line."""
-    never = Evaluator(run_dir, args, lambda checkpoint, beat: {})
-    return [one.step for one in never.candidates() if one.is_owed]
+    """Return the published steps that wait for their evaluation, or for its line in metrics.eval.jsonl."""
+    looks_only = Evaluator(run_dir, args, lambda checkpoint, beat: {})
+    return [one.step for one in looks_only.candidates() if one.is_owed]
 
 
 # -- the run's side ------------------------------------------------------------------------------------------------
 
 
-class Process(Protocol):
-    """The part of a started process used here."""
+class Evaluation:
+    """How a run sees to its evaluations; this base class does nothing. apps/main/train.py calls it.
 
-    def poll(self) -> int | None: ...
-    def terminate(self) -> None: ...
-    def wait(self, timeout: float | None = None) -> int: ...
+    `begin` and `saved` are collective; they return True if a rank was asked to stop, and all ranks know.
+    """
+
+    def begin(self) -> bool:
+        """Before the first step of this start, and where no step is left."""
+        return False
+
+    def saved(self, report: SaveReport, *, last: bool = False) -> bool:
+        """After a save, before anything else changes the weights. `last`: the run's last step."""
+        return False
+
+    def look(self) -> None:
+        """Between steps. Local, on every rank."""
+
+    def end(self, exit_code: int) -> None:
+        """When the run has ended with this exit code. Local, on every rank."""
 
 
-def start_process(command: Sequence[str], env: Mapping[str, str], log_file: Path) -> Process:
-    """In a session of its own: signals to the terminal or to the ranks do not reach it."""
+def start_process(command: Sequence[str], env: Mapping[str, str], log_file: Path) -> subprocess.Popen[bytes]:
+    """Start it in a session of its own, which signals to the terminal or to the ranks do not reach."""
     make_folder(log_file.parent, "dump_dir")
-    with log_file.open("ab") as said:
+    with log_file.open("ab") as log_output:
         return subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log_output, stderr=log_output, start_new_session=True
         )
 
 
 @dataclass
-class OwnEvaluator:
+class Beside(Evaluation):
     """Rank 0's view of the evaluator of its run."""
 
     run_dir: Path
     """Absolute."""
     app: str
     args: EvalArgs
+    is_due: Callable[[int], bool]
+    """Whether the checkpoint of a step is evaluated."""
     slurm: JobArgs | None
-    """What a job of an evaluation asks for. None: not within a Slurm job."""
+    """What the job of an evaluation asks for. None: not within a Slurm job."""
     devices: str | None = None
-    """CUDA_VISIBLE_DEVICES of an evaluator that evaluates itself."""
+    """CUDA_VISIBLE_DEVICES of an evaluator that measures by itself."""
     base_dir: Path = field(default_factory=Path.cwd)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-    start: Callable[[Sequence[str], Mapping[str, str], Path], Process] = start_process
+    start: Callable[[Sequence[str], Mapping[str, str], Path], subprocess.Popen[bytes]] = start_process
     run: Runner = run_command
-    _process: Process | None = None
+    _process: subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> bool:
+        self.ensure()
+        return False
+
+    def saved(self, report: SaveReport, *, last: bool = False) -> bool:
+        if last or self.is_due(report.step):
+            self.ensure()  # it may have died
+        return False
+
+    def end(self, exit_code: int) -> None:
+        if exit_code != EXIT_REQUEUE:  # otherwise the next start has one of its own
+            self._hand_over()
 
     @property
     def log_file(self) -> Path:
         return self.run_dir / RANK_LOGS / LOG_FILE
+
+    @property
+    def _remedy(self) -> str:
+        how = " --slurm" if self.slurm is not None else ""
+        return f"start `lingua eval --follow {self.run_dir}{how}`"
 
     def ensure(self) -> None:
         """Start an evaluator unless there is one."""
@@ -161,37 +192,32 @@ class OwnEvaluator:
             if exit_code:
                 log.warning("the evaluator of this run ended with exit code %d; see %s", exit_code, self.log_file)
         try:
-            if self._process is not None or is_there(self.run_dir):
+            if self._process is not None or living_attempt(self.run_dir / layout.EVALS) is not None:
                 return
             command = follow_command(self.run_dir, self.app, by_jobs=self.slurm is not None)
             self._process = self.start(command, follower_environment(self.env, self.devices), self.log_file)
         except (OSError, RunError) as error:
             log.error("this run's evaluator cannot be started: %s; %s", error, self._remedy)
             return
-        log.info("the evaluator of this run is started; it says more in %s", self.log_file)
+        log.info("started the evaluator of this run; its log is %s", self.log_file)
 
-    def hand_over(self) -> None:
-        """The run has ended for good: whoever evaluates what is owed is not within this job."""
+    def _hand_over(self) -> None:
+        """Leave what is owed to an evaluator that is not within this job."""
         try:
             owed = owed_steps(self.run_dir, self.args)
             if not owed:
                 return
             if self.slurm is None:
                 self.ensure()  # it may have died since the last save
-                log.info("steps %s are still to be evaluated; that goes on beside, see %s", owed, self.log_file)
+                log.info("steps %s are still to be evaluated, in the background; see %s", owed, self.log_file)
                 return
             self._dismiss()
-            log.info("steps %s are still to be evaluated; job %s sees to that", owed, self._submit(self.slurm))
+            log.info("steps %s are still to be evaluated; job %s does that", owed, self._submit(self.slurm))
         except (OSError, RunError, ConfigError) as error:
-            log.error("what is not evaluated yet will not be by itself: %s; %s", error, self._remedy)
-
-    @property
-    def _remedy(self) -> str:
-        how = " --slurm" if self.slurm is not None else ""
-        return f"start `lingua eval --follow {self.run_dir}{how}`"
+            log.error("the evaluations that are owed will not happen by themselves: %s; %s", error, self._remedy)
 
     def _dismiss(self) -> None:
-        """Within a job the evaluator would die with it: it leaves now, so that its lock is free."""
+        """End the evaluator, which would die with this job: its lock must be free for the next one."""
         if self._process is None:
             return
         self._process.terminate()
@@ -201,7 +227,7 @@ class OwnEvaluator:
             log.warning("the evaluator does not leave; the last job waits for its end")
 
     def _submit(self, evaluation: JobArgs) -> str:
-        """Submit the last job, unless it waits or runs already; returns its id."""
+        """Submit the last job, unless it waits or runs already; return its id."""
         shared = evaluation.model_dump(include={*ResourceArgs.model_fields, "time"})
         small = {"nodes": 1, "gpus": 0, "cpus_per_gpu": 1, "mem": LAST_JOB_MEM, "signal_s": 0}
         asked = LauncherArgs.model_validate(shared | small)
@@ -213,7 +239,7 @@ class OwnEvaluator:
         return submit(script, asked, script.parent, output=output, once=name, env=env, run=self.run)
 
     def render(self, name: str, asked: LauncherArgs) -> str:
-        """The text of the last job's script."""
+        """Return the text of the last job's script."""
         code = self.run_dir / CODE if (self.run_dir / CODE).is_dir() else Path(__file__).parents[2]
         command = follow_command(self.run_dir, self.app, by_jobs=True)
         return job_script(name, asked, code_lines(self.base_dir, code, command))

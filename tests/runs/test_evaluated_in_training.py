@@ -187,7 +187,7 @@ def test_an_evaluation_that_kills_is_given_up(data: Path, tmp_path: Path) -> Non
         assert train(words, 1, deadly).exit_codes == [-signal.SIGKILL]
         assert published(run_dir) == [2]
     assert train(words).exit_code == 0
-    assert "were killed while they were at it" in read_json(layout.evaluation(run_dir, 2) / layout.FAILED)["reason"]
+    assert "were killed while they evaluated it" in read_json(layout.evaluation(run_dir, 2) / layout.FAILED)["reason"]
     assert sorted(evaluations(run_dir)) == [4, 5]
 
 

@@ -46,6 +46,26 @@ def measure(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
     return {"loss": float(checkpoint.step or 0), "details": {"more": "said"}}
 
 
+def held(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
+    """Measures what is not published, or is somewhere else."""
+    beat()
+    return {"loss": float(checkpoint.step or 0), "samples": {"task": [1]}}
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
+        raise error
+
+    return fail
+
+
+never = raising(AssertionError("it is evaluated already"))
+
+
+def die(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
+    os._exit(9)
+
+
 def evaluator(run_dir: Path, do: Callable[..., Any] = measure, files: Files = DISK, **more: Any) -> Evaluator:
     args = EvalArgs(max_tries=2, backoff_s=10.0, **more.pop("args", {}))
     clock = more.pop("clock", None) or Clock(BEGAN_S)
@@ -72,10 +92,6 @@ def test_each_once_then_it_ends(tmp_path: Path) -> None:
     (first, _) = read_metrics(tmp_path / "metrics.eval.jsonl")
     assert (first["loss"], first["incarnation"]) == (2.0, 1)
     assert "created_at" in first
-
-    def never(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
-        raise AssertionError("it is evaluated already")
-
     evaluator(tmp_path, never).follow()
     assert lines(tmp_path) == [2, 4]
 
@@ -111,7 +127,7 @@ def test_what_fails_is_tried_again_then_given_up_and_let_go(tmp_path: Path, capl
     evaluator(tmp_path, fail_on_2, clock=clock).follow()
     assert tried == [(2, 0.0), (4, 0.0), (2, POLL_S)]
     said = read_json(tmp_path / "evals/0000000002/failed.json")
-    assert said["reason"] == "2 tries failed, the last with: ValueError: no such task"
+    assert said["reason"] == "2 attempts failed, the last with: ValueError: no such task"
     assert "STEP 2 IS NOT EVALUATED" in caplog.text
     assert held_steps(tmp_path, root, clock.now_s).steps == set()
     assert lines(tmp_path) == [4]
@@ -151,12 +167,8 @@ def test_a_stop_is_heeded_between_two_batches_and_is_no_failure(tmp_path: Path) 
 
 def test_a_wrong_config_is_not_tried_with_every_checkpoint(tmp_path: Path) -> None:
     finished_run(tmp_path, 2, 4)
-
-    def refuse(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
-        raise ConfigError("eval.harness.tasks: no such task")
-
     with pytest.raises(ConfigError):
-        evaluator(tmp_path, refuse).follow()
+        evaluator(tmp_path, raising(ConfigError("eval.harness.tasks: no such task"))).follow()
     evaluator(tmp_path).follow()
     assert lines(tmp_path) == [2, 4]
 
@@ -236,15 +248,6 @@ def waiting_run(run_dir: Path) -> Path:
     return make_run(run_dir, 1, eval={"every": 2, "keep": 1})
 
 
-def held(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
-    beat()
-    return {"loss": float(checkpoint.step or 0), "samples": {"task": [1]}}
-
-
-def never(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
-    raise AssertionError("it was found already")
-
-
 def test_what_is_found_ahead_counts_once_it_is_published(tmp_path: Path) -> None:
     root = waiting_run(tmp_path)
     one = evaluator(tmp_path, held)
@@ -276,14 +279,8 @@ def test_what_is_found_ahead_is_not_taken_for_another_start_s_checkpoint(tmp_pat
 def test_what_fails_ahead_is_given_up_once_it_is_published_and_a_stop_is_no_failure(
     tmp_path: Path, error: Exception
 ) -> None:
-    root = waiting_run(tmp_path)
-
-    def fail(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
-        raise error
-
-    args = EvalArgs(max_tries=1)
-    one = Evaluator(tmp_path, args, fail)
-    one.evaluate_ahead(2, 1)
+    root, args = waiting_run(tmp_path), EvalArgs(max_tries=1)
+    Evaluator(tmp_path, args, raising(error)).evaluate_ahead(2, 1)
     publish_step(root, 2)
     Evaluator(tmp_path, args, measure).catch_up()
     failed = tmp_path / "evals/0000000002/failed.json"
@@ -293,30 +290,6 @@ def test_what_fails_ahead_is_given_up_once_it_is_published_and_a_stop_is_no_fail
     else:
         assert read_json(failed)["reason"] == "ValueError: no luck"
         assert results(tmp_path) == {}
-
-
-def test_killed_at_every_operation_of_finding_ahead_and_adopting(tmp_path: Path) -> None:
-    """Killed before or after the publication: once it is published, the next evaluator comes to one verdict."""
-
-    def act(run_dir: Path, files: Files) -> None:
-        evaluator(run_dir, held, files=files).evaluate_ahead(2, 1)
-        publish_step(run_dir / "checkpoints", 2)
-        evaluator(run_dir, held, files=files).catch_up()
-
-    waiting_run(tmp_path / "count")
-    counting = FaultyFiles()
-    act(tmp_path / "count", counting)
-    assert counting.n_done > 15
-    for kill_at in range(1, counting.n_done + 1):
-        root = waiting_run(run_dir := tmp_path / str(kill_at))
-        assert exit_code_of(lambda n=kill_at, r=run_dir: act(r, KillFiles(n))) == KillFiles.KILLED
-        if not layout.done_mark(root, 2).exists():
-            assert results(run_dir) == {}
-            publish_step(root, 2)
-        evaluator(run_dir).catch_up()
-        what = f"killed at {counting.log[kill_at - 1]}"
-        assert results(run_dir) == {2: 2.0}, what
-        assert lines(run_dir) == [2], what
 
 
 def test_a_process_that_is_ended_in_an_evaluation_says_so(tmp_path: Path) -> None:
@@ -335,22 +308,38 @@ def test_a_process_that_is_ended_in_an_evaluation_says_so(tmp_path: Path) -> Non
 # -- kills ---------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_every_operation_nothing_is_lost_and_none_comes_twice(tmp_path: Path) -> None:
-    finished_run(tmp_path / "count", 2)
+def evaluate_published(run_dir: Path, files: Files) -> None:
+    evaluator(run_dir, files=files).follow()
+
+
+def evaluate_ahead_and_adopt(run_dir: Path, files: Files) -> None:
+    evaluator(run_dir, held, files=files).evaluate_ahead(2, 1)
+    publish_step(run_dir / "checkpoints", 2)
+    evaluator(run_dir, held, files=files).catch_up()
+
+
+@pytest.mark.parametrize("act", [evaluate_published, evaluate_ahead_and_adopt])
+def test_killed_at_every_operation_nothing_is_lost_and_none_comes_twice(
+    tmp_path: Path, act: Callable[[Path, Files], None]
+) -> None:
+    """Before or after the publication: once it is published, the next evaluator comes to one verdict."""
+    made = [2] if act is evaluate_published else []
+    finished_run(tmp_path / "count", 1, *made)
     counting = FaultyFiles()
-    evaluator(tmp_path / "count", files=counting).follow()
+    act(tmp_path / "count", counting)
     assert counting.n_done > 10
     for kill_at in range(1, counting.n_done + 1):
-        run_dir = tmp_path / str(kill_at)
-        root = finished_run(run_dir, 2)
-        assert exit_code_of(lambda n=kill_at, r=run_dir: evaluator(r, files=KillFiles(n)).follow()) == KillFiles.KILLED
-        for step, loss in results(run_dir).items():
-            assert loss == step
+        root = finished_run(run_dir := tmp_path / str(kill_at), 1, *made)
+        assert exit_code_of(lambda n=kill_at, r=run_dir: act(r, KillFiles(n))) == KillFiles.KILLED
+        if not layout.done_mark(root, 2).exists():
+            assert results(run_dir) == {}
+            publish_step(root, 2)
+        assert results(run_dir) in ({}, {2: 2.0}), "whole or not there"
         evaluator(run_dir).follow()
         what = f"killed at {counting.log[kill_at - 1]}"
         assert results(run_dir) == {2: 2.0}, what
-        assert sorted(lines(run_dir)) == [2], what
-        left = [path.name for path in (root / layout.PINS).iterdir() if not path.name.startswith(".")]
+        assert lines(run_dir) == [2], what
+        left = [path.name for path in (root / layout.PINS).glob("*") if not path.name.startswith(".")]
         assert publish.pinned_steps(root, BEGAN_S + 3601) == set(), left
 
 
@@ -368,14 +357,10 @@ def test_killed_between_results_and_line_or_within_the_line(tmp_path: Path) -> N
 
 def test_a_checkpoint_that_kills_is_given_up(tmp_path: Path) -> None:
     finished_run(tmp_path, 2)
-
-    def die(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
-        os._exit(9)
-
     for _ in range(MAX_KILLED):
         assert exit_code_of(lambda: evaluator(tmp_path, die).follow()) == 9
     evaluator(tmp_path, die).follow()
-    assert "were killed while they were at it" in read_json(tmp_path / "evals/0000000002/failed.json")["reason"]
+    assert "were killed while they evaluated it" in read_json(tmp_path / "evals/0000000002/failed.json")["reason"]
 
 
 def test_a_full_disk_holds_it_up_and_is_not_asked_all_the_time(tmp_path: Path) -> None:
@@ -462,12 +447,8 @@ def test_a_full_disk_and_an_evaluator_that_never_comes_back(tmp_path: Path, capl
 
 def test_waiting_too_long_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_run(tmp_path, 2, eval={"every": 2, "keep": 1})
-
-    def fail(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
-        raise ValueError
-
     clock = Clock(BEGAN_S)
-    one = evaluator(tmp_path, fail, clock=clock)
+    one = evaluator(tmp_path, raising(ValueError()), clock=clock)
     one.tick()
     clock.sleep(25 * 3600.0)
     for _ in range(3):

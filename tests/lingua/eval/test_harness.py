@@ -67,7 +67,7 @@ def test_how_to_answer(kwargs: dict[str, Any], expected: dict[str, Any]) -> None
 
 
 def test_unknown_ways_to_answer_are_refused() -> None:
-    with pytest.raises(ConfigError, match="num_beams means nothing here"):
+    with pytest.raises(ConfigError, match="num_beams is not supported"):
         generator_args(GeneratorArgs(), {"num_beams": 4})
 
 

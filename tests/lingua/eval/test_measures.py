@@ -91,3 +91,17 @@ def test_nothing_to_measure_is_an_error(file: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=sentence):
             Measures(TrainArgs(), EvalArgs(**keys), world)
+
+
+def test_what_all_measures_find_is_kept_and_each_name_is_unique(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"a/x": 1, "details": {"a": 1}, "samples": {"t": [1]}}
+    finds: list[dict[str, Any]] = []
+    monkeypatch.setattr("lingua.eval.measures.build_part", lambda *args: lambda measured: finds.pop(0))
+    world = World(RankInfo(), next(tiny().parameters()).device, mesh=None)
+    measures = Measures(TrainArgs(), EvalArgs(measures=[HeldOutArgs()]), world)
+    finds[:] = [one, {"b/x": 2, "details": {"b": 2}}]
+    found = measures.measure_model(tiny(), ByteTokenizer(), lambda: None)
+    assert found == {"a/x": 1, "b/x": 2, "details": {"a": 1, "b": 2}, "samples": {"t": [1]}}
+    finds[:] = [one, one]
+    with pytest.raises(ConfigError, match="two measures give a/x"):
+        measures.measure_model(tiny(), ByteTokenizer(), lambda: None)

@@ -8,7 +8,7 @@ import pytest
 
 from lingua.config.keys.checkpoint import SaveEvery
 from lingua.config.keys.eval import EvalArgs
-from lingua.eval.plan import MAX_KILLED, Candidate, RunState, Try, decide, is_due, not_before_s
+from lingua.eval.plan import MAX_KILLED, Candidate, EvalAttempt, RunState, decide, is_due, not_before_s
 
 TRAINING = RunState(has_ended=False, finished=False, silent_s=0.0)
 FINISHED = RunState(has_ended=True, finished=True, silent_s=0.0)
@@ -16,9 +16,9 @@ ARGS = EvalArgs(max_tries=2, backoff_s=10.0, idle_hours=2.0)
 
 
 def a(step: int, *ends: str, **more: Any) -> Candidate:
-    """A candidate whose tries ended so, all at 100 s."""
-    tries = tuple(Try(end, 100.0, "no luck") for end in ends)  # pyright: ignore[reportArgumentType]
-    return Candidate(step, 0.0, tries=tries, **more)
+    """A candidate whose attempts ended so, all at 100 s."""
+    attempts = tuple(EvalAttempt(end, 100.0, "no luck") for end in ends)  # pyright: ignore[reportArgumentType]
+    return Candidate(step, 0.0, attempts=attempts, **more)
 
 
 DONE = {"verdict": "evaluated", "is_logged": True}

@@ -15,15 +15,15 @@ from lingua.checkpoint import layout
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import JobArgs, LauncherArgs
 from lingua.eval.spawn import (
-    OwnEvaluator,
+    Beside,
     alone,
     devices_beside,
     follow_command,
     follower_environment,
-    is_there,
     owed_steps,
 )
 from lingua.files import RunError, make_folder, write_json
+from lingua.run.lock import living_attempt
 from tests.checkpoints import make_run
 
 
@@ -59,7 +59,7 @@ class Started:
         self.exit_code: int | None = None
         self.commands: list[Sequence[str]] = []
 
-    def start(self, command: Sequence[str], env: Mapping[str, str], log_file: Path) -> Started:
+    def start(self, command: Sequence[str], env: Mapping[str, str], log_file: Path) -> Any:
         self.commands.append(command)
         return self
 
@@ -80,8 +80,12 @@ def due_run(run_dir: Path) -> Path:
     return run_dir
 
 
-def own(run_dir: Path, process: Started, **more: Any) -> OwnEvaluator:
-    return OwnEvaluator(run_dir, "apps.main", EvalArgs(), start=process.start, **{"slurm": None, **more})
+def every_second(step: int) -> bool:
+    return step % 2 == 0
+
+
+def own(run_dir: Path, process: Started, **more: Any) -> Beside:
+    return Beside(run_dir, "apps.main", EvalArgs(), every_second, start=process.start, **{"slurm": None, **more})
 
 
 def test_one_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,13 +94,13 @@ def test_one_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeyp
     ours = own(due_run(tmp_path), process)
     with alone(tmp_path) as is_ours:  # of an earlier start
         assert is_ours
-        assert is_there(tmp_path)
+        assert living_attempt(tmp_path / layout.EVALS)
         with alone(tmp_path) as is_second:
             assert not is_second
         ours.ensure()
         assert process.commands == []
         assert main([f"follow={tmp_path}", "--slurm", "--alone"]) == 0, "a second one leaves"
-    assert not is_there(tmp_path)
+    assert not living_attempt(tmp_path / layout.EVALS)
     for _ in range(2):
         ours.ensure()
     assert process.commands == [follow_command(tmp_path, "apps.main", by_jobs=False)]
@@ -107,10 +111,10 @@ def test_one_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeyp
 
 
 def test_what_cannot_be_started_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(*args: Any) -> Started:
+    def refuse(*args: Any) -> Any:
         raise OSError(12, "Cannot allocate memory")
 
-    one = OwnEvaluator(due_run(tmp_path), "apps.main", EvalArgs(), None, start=refuse)
+    one = Beside(due_run(tmp_path), "apps.main", EvalArgs(), every_second, None, start=refuse)
     one.ensure()
     assert f"start `lingua eval --follow {tmp_path}`" in caplog.text
 
@@ -128,7 +132,7 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours = own(run_dir, process, slurm=JobArgs(partition="night", time="90"), run=slurm)
     ours.ensure()
     assert process.commands == [follow_command(run_dir, "apps.main", by_jobs=True)]
-    ours.hand_over()
+    ours.end(0)
     assert process.exit_code == -15, "its lock must be free"
     assert [words[0] for words in said] == ["squeue", "sbatch"]
     assert said[1][-2] == f"--output={tmp_path}/100%%/logs/%j.evaluator.out"
@@ -137,26 +141,26 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert f"#SBATCH --{option}\n" in text
     assert "gpus" not in text
     queue[0] = "16\n"
-    ours.hand_over()
+    ours.end(0)
     assert said[-1][0] == "squeue", "it is there already"
 
     def down(words: Sequence[str], env: Mapping[str, str] | None = None) -> str:
         raise RunError("sbatch gave no answer")
 
-    own(run_dir, Started(), slurm=JobArgs(), run=down).hand_over()
+    own(run_dir, Started(), slurm=JobArgs(), run=down).end(0)
     assert f"start `lingua eval --follow {run_dir} --slurm`" in caplog.text
     folder = make_folder(layout.evaluation(run_dir, 2), "evals")
     write_json(folder / layout.FAILED, {"incarnation": 1, "reason": "no luck"})
     assert owed_steps(run_dir, EvalArgs()) == []
     n_said = len(said)
-    ours.hand_over()
+    ours.end(0)
     assert len(said) == n_said, "nothing is owed"
 
 
 def test_the_last_job_s_script_runs_as_written(hostile_dir: Path) -> None:
     tools = hostile_dir / "bin"
     tools.mkdir()
-    one = OwnEvaluator(hostile_dir, "apps.main", EvalArgs(), JobArgs(), base_dir=hostile_dir)
+    one = Beside(hostile_dir, "apps.main", EvalArgs(), every_second, JobArgs(), base_dir=hostile_dir)
     text = one.render("follow-cafe", LauncherArgs(gpus=0))
     script = hostile_dir / "follow.sh"
     script.write_text(text.replace("\nexec ", "\nprintf '%s|' \"$PWD\" "))
