@@ -1,5 +1,3 @@
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,58 +5,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from lingua.checkpoint.state import TrainState, tensors_of
 from lingua.config.keys.optim import AdamWArgs, MuonArgs
 from lingua.optim.adamw import build_adamw
 from lingua.optim.muon import Muon, build_muon, cost_of, layout_of, newton_schulz, ns_dtype_on, rounds, scale_of
-from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
+from lingua.optim.update import optimizer_step
+from tests.lingua.optim.tiny import TRUE, Tiny, everything, train
 from tests.ranks import run_on_ranks
-
-TRUE, FALSE = torch.tensor(True), torch.tensor(False)
-
-
-class Tiny(nn.Module):
-    """Matrices of several shapes, more rows than columns and fewer, 5 of which two ranks share unevenly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tok_embeddings = nn.Embedding(7, 4)
-        self.layers = nn.ModuleDict({str(i): nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4)) for i in range(3)})
-        self.norm = nn.LayerNorm(4, bias=False)
-        self.output = nn.Linear(4, 7, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tok_embeddings(tokens)
-        for layer in self.layers.values():
-            x = x + layer(x).tanh()
-        return self.output(self.norm(x)).logsumexp(-1).sum()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in tensors_of(TrainState(model, optimizer)).by_name.items()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def args(**changed: Any) -> MuonArgs:
     return MuonArgs(**{"ns_dtype": "fp32", "weight_decay": 0.1} | changed)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int, first: int = 0) -> None:
-    for step in range(first, first + n_steps):
-        model(torch.tensor([step % 7, 3, 5])).backward()
-        _, finite, divisor = grad_norm_and_clip_coef(model.parameters(), 1.0)
-        optimizer_step(optimizer, 0.01 * (step + 1), finite, divisor)
-        optimizer.zero_grad()
 
 
 # -- the numbers -----------------------------------------------------------------------------------------------------
@@ -153,61 +111,6 @@ def test_a_model_without_matrices_in_layers_is_refused() -> None:
         build_muon(args(), nn.Linear(3, 3).named_parameters())
 
 
-# -- a step gone wrong -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("poisoned", ["layers.1.0.weight", "tok_embeddings.weight"])
-@pytest.mark.parametrize("n_before", [0, 2])
-def test_a_step_that_is_not_finite_changes_nothing(poisoned: str, n_before: int) -> None:
-    model = Tiny()
-    optimizer = build_muon(args(), model.named_parameters())
-    train(model, optimizer, n_before)
-    before = everything(model, optimizer)
-    model(torch.tensor([1, 2])).backward()
-    grad = model.get_parameter(poisoned).grad
-    assert grad is not None
-    grad[0, 0] = float("nan")
-    _, finite, divisor = grad_norm_and_clip_coef(model.parameters(), 1.0)
-    optimizer_step(optimizer, 0.1, finite, divisor)
-    optimizer.zero_grad()
-    assert same(everything(model, optimizer), before)
-    assert not hasattr(optimizer, "found_inf")
-    assert not hasattr(optimizer, "grad_scale")
-    train(model, optimizer, 1, n_before)
-    twin = Tiny()
-    twin_optimizer = build_muon(args(), twin.named_parameters())
-    train(twin, twin_optimizer, n_before + 1)
-    assert same(everything(model, optimizer), everything(twin, twin_optimizer))
-
-
-def test_steps_equal_those_by_gradients_that_torch_has_clipped() -> None:
-    ours, theirs = Tiny(), Tiny()
-    optimizer, reference = (build_muon(args(), model.named_parameters()) for model in (ours, theirs))
-    for at in range(3):
-        for model in (ours, theirs):
-            model.zero_grad()
-            model(torch.tensor([at, 3])).backward()
-        _, finite, divisor = grad_norm_and_clip_coef(ours.parameters(), 0.1)
-        optimizer_step(optimizer, 0.1, finite, divisor)
-        assert torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1) > 0.2
-        optimizer_step(reference, 0.1, TRUE, None)
-    found, expected = everything(ours, optimizer), everything(theirs, reference)
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
-
-
-def test_a_loaded_state_goes_on_bit_for_bit() -> None:
-    model = Tiny()
-    optimizer = build_muon(args(), model.named_parameters())
-    train(model, optimizer, 2)
-    twin = copy.deepcopy(model)
-    twin_optimizer = build_muon(args(), twin.named_parameters())
-    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(model, optimizer, 2, 2)
-    train(twin, twin_optimizer, 2, 2)
-    assert same(everything(model, optimizer), everything(twin, twin_optimizer))
-
-
 # -- several ranks ---------------------------------------------------------------------------------------------------
 
 
@@ -229,55 +132,6 @@ def test_a_round_has_one_matrix_per_rank_of_about_the_same_cost(
 
 def test_cost_is_that_of_the_short_side_twice() -> None:
     assert cost_of((2, 8)) == cost_of((8, 2)) == 32
-
-
-def _parallel(shape: tuple[int, ...], names: tuple[str, ...]) -> Callable[[int], tuple[dict[str, Tensor], bool]]:
-    """Three steps and a poisoned one; returns the state, and whether the last left no trace."""
-
-    def on_rank(rank: int) -> tuple[dict[str, Tensor], bool]:
-        model = Tiny()
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        for layer in model.layers.values():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        optimizer = build_muon(args(), model.named_parameters())
-        train(model, optimizer, 3)
-        before = everything(model, optimizer)
-        model(torch.tensor([1, 2])).backward()
-        for parameter in model.parameters():
-            assert isinstance(parameter.grad, DTensor)
-            parameter.grad.to_local().fill_(float("nan"))
-        _, finite, divisor = grad_norm_and_clip_coef(model.parameters(), 1.0)
-        optimizer_step(optimizer, 0.1, finite, divisor)
-        optimizer.zero_grad()
-        return before, same(everything(model, optimizer), before)
-
-    return on_rank
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("shape", "names"),
-    [
-        ((2,), ("dp_shard",)),
-        pytest.param((2, 1), ("dp_replicate", "dp_shard"), marks=pytest.mark.soak),
-        pytest.param((1, 3), ("dp_replicate", "dp_shard"), marks=pytest.mark.soak),
-        ((2, 2), ("dp_replicate", "dp_shard")),
-    ],
-)
-def test_every_layout_moves_as_one_rank(shape: tuple[int, ...], names: tuple[str, ...]) -> None:
-    alone = Tiny()
-    optimizer = build_muon(args(), alone.named_parameters())
-    train(alone, optimizer, 3)
-    expected = everything(alone, optimizer)
-    n_ranks = torch.Size(shape).numel()
-    results = run_on_ranks(_parallel(shape, names), n_ranks)
-    for state, unmoved in results:
-        assert unmoved
-        assert same(state, results[0][0])
-        assert state.keys() == expected.keys()
-        for name, tensor in state.items():
-            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.ranks
