@@ -1,10 +1,10 @@
-"""How fast checkpoints are evaluated: our model under lm-evaluation-harness against harness's own `hf` model.
+"""How fast checkpoints are evaluated: our model under lm-evaluation-harness against its own `hf` model.
 
     uv run --extra harness python scripts/bench_eval.py [--json] [--rounds 5] [--documents 12] [--batch 16]
 
-One process, on the CPU: a run of one checkpoint is made in a temporary folder (apps/main/configs/debug.yaml's model,
-random weights; key=value change it), exported for `hf`, and both answer the same questions, with the same number of
-rows in a batch, in turn in every round:
+In one process, on the CPU and without a network: a checkpoint with random weights is made in a temporary folder (the
+model of apps/main/configs/debug.yaml; key=value change it) and exported for `hf`. Both answer the same questions, with
+the same number of rows in a batch, taking turns in every round:
 
     choices      multiple choice, four answers of several tokens each
     letters      multiple choice, four answers of one token each, as in MMLU
@@ -12,8 +12,8 @@ rows in a batch, in turn in every round:
     answers      greedy text until a stop string
     validation   held-out documents, by `lingua eval` alone
 
-Each number is the median over the rounds; a ratio is `hf`'s seconds over ours in the same round, so above 1 we are
-faster. The first round warms up and does not count. That both say the same is checked. Nothing needs a network.
+Figures are medians over the rounds; the first round warms up. A speedup is `hf`'s seconds over ours in the same round,
+so above 1 we are faster. Different answers are an error.
 """
 
 from __future__ import annotations
@@ -108,17 +108,17 @@ def make_tasks(folder: Path, n_documents: int, context: int) -> list[dict[str, A
     ]
 
 
-def said(found: dict[str, Any], task: str) -> list[Any]:
-    """What a model answered, in a form that two can be compared in."""
+def answers_of(found: dict[str, Any], task: str) -> list[Any]:
+    """What a model answered, in a form that can be compared."""
     answers = [sample["resps"] for sample in found["samples"][task]]
-    if task == "answers":  # bytes that are no UTF-8: hf shows each as one sign, we as \\xNN
+    if task == "answers":  # bytes that are not UTF-8: hf shows each as one sign, we as \\xNN
         return [re.sub(r"\\x[0-9a-f]{2}", "\N{REPLACEMENT CHARACTER}", answer) for ((answer,),) in answers]
     numbers = str(answers).replace("[", " ").replace("]", " ").replace("'", " ").replace(",", " ").split()
     return [float(word) for word in numbers if word not in ("True", "False")]
 
 
 def must_agree(task: str, ours: list[Any], theirs: list[Any]) -> None:
-    """Raises RunError: a faster wrong answer is none."""
+    """Raise RunError if the answers differ: a faster wrong answer is worth nothing."""
     if task == "answers":
         same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
         if same < 0.9:  # random weights: near-ties may fall either way
@@ -166,7 +166,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for who, lm in pair if number % 2 else reversed(pair):
                 taken_s, found[who] = timed(lambda lm=lm, chosen=chosen: run_tasks(lm, chosen, None))
                 seconds.setdefault(f"{name}_{who}", []).append(taken_s)
-            must_agree(name, said(found["ours"], name), said(found["hf"], name))
+            must_agree(name, answers_of(found["ours"], name), answers_of(found["hf"], name))
         taken_s, found = timed(lambda: held_out(measured))
         seconds.setdefault("validation", []).append(taken_s / found["documents/data/n_tokens"])
     counted = {name: values[1:] for name, values in seconds.items()}

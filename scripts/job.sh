@@ -6,7 +6,7 @@
 #   PYTHON       the interpreter; default: that of $BASE_DIR/.venv, then of an active venv or conda environment
 #
 # Nothing is installed or synced. A requeued job runs the code and config that its first start froze into the run
-# folder; only this file and the environment are as they are now.
+# folder; only this file and the environment are today's.
 
 # Slurm's signals are for the ranks: a batch script that dies of one inside its grace would not be requeued.
 [[ -z ${SLURM_JOB_ID-} ]] || trap '' TERM USR1 USR2
@@ -23,7 +23,7 @@ if [[ -z $job && -z ${CONFIG_FILE-} ]]; then
   give_up "CONFIG_FILE is not set; export it and submit with --export=ALL,BASE_DIR,CONFIG_FILE"
 fi
 if [[ -z $job && ! -f $CONFIG_FILE ]]; then
-  give_up "CONFIG_FILE is $CONFIG_FILE, which is not there in $BASE_DIR; check the path"
+  give_up "CONFIG_FILE is $CONFIG_FILE, which does not exist in $BASE_DIR; check the path"
 fi
 
 if [[ -z ${PYTHON-} ]]; then
@@ -31,7 +31,7 @@ if [[ -z ${PYTHON-} ]]; then
     command -v -- "$PYTHON" >/dev/null && break
   done
 fi
-command -v -- "$PYTHON" >/dev/null || give_up "PYTHON is $PYTHON, which is no program here; run uv sync in $BASE_DIR"
+command -v -- "$PYTHON" >/dev/null || give_up "PYTHON is $PYTHON, which is not a program here; run uv sync in $BASE_DIR"
 
 code=$BASE_DIR
 [[ -z $job ]] || code=$(dirname -- "$(dirname -- "$job")")/code

@@ -50,8 +50,8 @@ def test_every_script_trains_to_the_end(checkout: Checkout):
         ({"BASE_DIR": ""}, "BASE_DIR: is not set; export it (the folder of your checkout)"),
         ({"BASE_DIR": "/nowhere"}, "error: BASE_DIR is /nowhere, but there is no /nowhere/scripts/job.sh; name"),
         ({"CONFIG_FILE": ""}, "error: CONFIG_FILE is not set; export it"),
-        ({"CONFIG_FILE": "my.yaml"}, "error: CONFIG_FILE is my.yaml, which is not there in "),
-        ({"PYTHON": "/nowhere/python"}, "error: PYTHON is /nowhere/python, which is no program here"),
+        ({"CONFIG_FILE": "my.yaml"}, "error: CONFIG_FILE is my.yaml, which does not exist in "),
+        ({"PYTHON": "/nowhere/python"}, "error: PYTHON is /nowhere/python, which is not a program here"),
         ({"EXTRA_ARGS": "optim.lrr=1"}, "error: command line: unknown key optim.lrr; did you mean optim.lr?"),
     ],
 )

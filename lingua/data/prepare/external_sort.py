@@ -35,7 +35,7 @@ import xxhash
 from lingua.files import DISK, Files, RunError, human_bytes, read_json, write_json
 
 DOC_BYTES = 96
-"""Index kept per document of a window: start, end, key, rank, and what sorting them needs."""
+"""Memory per document of a window: start, end, key, rank, and what sorting them takes."""
 FIXED_BYTES = 48 << 20
 """Blocks in flight and allocator slack beside the window."""
 BATCH_BYTES = 1 << 20
@@ -242,12 +242,12 @@ def map_file(path: Path, name: str, file_number: int, seed: int) -> tuple[Mapped
 
 
 def mark_of(folder: Path, file_number: int) -> Path:
-    """Says that a file's runs are complete."""
+    """The file that exists once a file's runs are complete."""
     return folder / f"{file_number:06d}.done.json"
 
 
 def load_runs(folder: Path, n_files: int) -> tuple[list[SortedRun], Counts]:
-    """All runs of a folder, in the order of the files."""
+    """Open all runs of a folder, in the order of the files, with the counts of all files."""
     runs: list[SortedRun] = []
     counts = Counts()
     for number in range(n_files):
@@ -309,7 +309,7 @@ _windows: list[mmap.mmap] = []
 
 
 def _window(n_bytes: int) -> mmap.mmap:
-    """The one large buffer of this process. Kept, because the first touch of memory costs more than all else here."""
+    """The one large buffer of this process, kept because the first touch of memory costs more than all else here."""
     if not _windows or len(_windows[0]) < n_bytes:
         _windows.clear()
         window = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # exists where it is touched
@@ -324,7 +324,7 @@ def drop_window() -> None:
 
 
 def _write_run(path: Path, documents: Documents, files: Files) -> tuple[int, int]:
-    """Returns documents and bytes."""
+    """Write a run; returns documents and bytes."""
     sizes = documents.sizes
     n_bytes = int(sizes[-1])
     index = (np.zeros(-n_bytes % 8, np.uint8), documents.keys, sizes)
@@ -348,9 +348,9 @@ def write_file(path: Path, parts: Iterable[bytes], files: Files) -> str:
 
 def _in_order(parts: Sequence[Documents]) -> Iterator[memoryview]:
     """Lines in ascending order of key. Equal keys keep the order of the parts, which is that of the input."""
-    order = np.argsort(np.concatenate([part.keys for part in parts]), kind="stable")
-    starts = np.concatenate([part.starts for part in parts])
-    ends = np.concatenate([part.ends for part in parts])
+    order = np.argsort(_joined([part.keys for part in parts]), kind="stable")
+    starts = _joined([part.starts for part in parts])
+    ends = _joined([part.ends for part in parts])
     part_of = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part.keys) for part in parts])
     for first in range(0, len(order), _BATCH_DOCS):
         batch = order[first : first + _BATCH_DOCS]
@@ -359,8 +359,12 @@ def _in_order(parts: Sequence[Documents]) -> Iterator[memoryview]:
             yield parts[number].view[start:end]
 
 
+def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
+    return columns[0] if len(columns) == 1 else np.concatenate(columns)  # a window's index has no room for a copy
+
+
 def _batches(lines: Iterable[memoryview]) -> Iterator[bytes]:
-    """Lines, newlines added, joined to pieces that are worth a write."""
+    """Add newlines to lines and join them to pieces that are worth a write."""
     held: list[memoryview | bytes] = []
     n_bytes = 0
     for line in lines:
@@ -391,13 +395,11 @@ class Output:
 
 def n_held_out(n_docs: int, n_chunks: int, per_chunk: int) -> int:
     """Documents for validation: `per_chunk` for each chunk, but at most one in a hundred (at least 1 of 2 or more)."""
-    if n_docs < 2:
-        return 0
-    return min(per_chunk * n_chunks, max(n_docs // 100, 1))
+    return min(per_chunk * n_chunks, max(n_docs // 100, 1)) if n_docs > 1 else 0
 
 
 def plan_outputs(runs: Sequence[SortedRun], dataset: str, *, n_chunks: int, val_per_chunk: int) -> list[Output]:
-    """Key ranges of the held-out file and of the chunks. No chunk is empty: there are fewer of them if need be."""
+    """Choose the key ranges of the held-out file and of the chunks. No chunk is empty: there may be fewer of them."""
     n_docs = sum(len(run.keys) for run in runs)
     val = n_held_out(n_docs, n_chunks, val_per_chunk)
     n_chunks = min(n_chunks, n_docs - val)

@@ -33,8 +33,10 @@ def _run_task(number: int) -> Any:
     return _task(number)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: prctl(2)
+    if os.getppid() != parent:  # it died before
+        os._exit(9)
 
 
 def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Iterator[tuple[int, _Result]]:
@@ -46,7 +48,9 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
     global _task, _most_workers
     _task, _most_workers = task, max(_most_workers, n_workers)
     drop_window()  # each worker has its own
-    pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("fork"), initializer=_die_with_parent)
+    pool = ProcessPoolExecutor(
+        n_workers, multiprocessing.get_context("fork"), initializer=_die_with, initargs=(os.getpid(),)
+    )
     try:
         futures = {pool.submit(_run_task, number): number for number in todo}
         for future in as_completed(futures):

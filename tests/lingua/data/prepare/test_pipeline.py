@@ -312,3 +312,7 @@ def test_cut_off_files_are_named(tmp_path: Path, suffix: str) -> None:
 def test_a_dead_worker_is_told() -> None:
     with pytest.raises(RunError, match="a worker process was killed"):
         list(each([1, 2], lambda number: os._exit(number), 2))
+
+
+def test_a_worker_whose_parent_died_before_it_began_ends() -> None:
+    assert exit_code_of(lambda: worker_pool._die_with(os.getpid())) == 9
