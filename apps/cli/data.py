@@ -11,7 +11,6 @@ import typer
 
 from lingua.config.command_line import parse_command_line
 from lingua.console import AsJson, Commands, progress_shown, show
-from lingua.train.check import load
 
 if TYPE_CHECKING:
     from lingua.config.keys.data import DataArgs
@@ -75,6 +74,7 @@ def preview(
     """
     from lingua.data.inspect import preview_mixture
     from lingua.data.sources import with_default_sources
+    from lingua.train.check import load
 
     line = parse_command_line(words)
     checked = load(line)
@@ -129,6 +129,7 @@ def tokenize(
     from lingua.config.keys.data import DataArgs, TokenizerArgs
     from lingua.data.inspect import tokenize_sources
     from lingua.data.sources import with_default_sources
+    from lingua.train.check import load
 
     if any(word.endswith((".yaml", ".yml")) for word in words):
         line = parse_command_line(words)

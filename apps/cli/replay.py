@@ -11,7 +11,6 @@ import typer
 from apps.cli.data import document_lines
 from lingua.config.command_line import choose_app, parse_command_line
 from lingua.console import AsJson, show_json, show_table
-from lingua.report.diff import relative_difference
 
 if TYPE_CHECKING:
     from lingua.train.replay import Replayed, ReplayedRow, Way
@@ -124,6 +123,8 @@ def _way_line(way: Way) -> Iterator[str]:
 
 
 def _compared(here: float | None, there: float | None, *, reported: bool) -> str:
+    from lingua.report.diff import relative_difference
+
     if not reported:
         return "the run reported nothing of this step"
     if here == there:

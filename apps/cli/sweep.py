@@ -64,8 +64,9 @@ def start(
     """Check every point, freeze code and configs, and submit one array job.
 
     Give the values to sweep on the command line or in the config's block `grid:` (lists by key; keys below `paired:`
-    are combined value by value; the command line replaces a list of the same key). The sweep's folder is <dump_base>/
-    <name> or dump_dir; each point has its run folder in it. All points share the Slurm options of `launcher`.
+    are combined value by value; the command line replaces a list of the same key). The folder of the sweep is dump_dir,
+    by default <dump_base>/<name>; each point has its run folder in it. All points share the Slurm options of
+    `launcher`.
     """
     from lingua.config.command_line import parse_command_line
     from lingua.slurm import must_be_there

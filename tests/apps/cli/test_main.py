@@ -18,7 +18,7 @@ from apps.cli.main import main
 try:
     main()
 finally:
-    heavy = sorted({"torch", "numpy", "transformers", "wandb"} & set(sys.modules))
+    heavy = sorted({"torch", "numpy", "pydantic", "transformers", "wandb"} & set(sys.modules))
     print("imported:", heavy, file=sys.stderr)
 """
 
@@ -34,7 +34,7 @@ def lingua(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedPro
 def test_check_prints_config_origins_and_figures_without_torch(tmp_path: Path) -> None:
     done = lingua("check", str(ROOT / DEBUG), "optim.lr=1e-3", "+debug", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "imported: []" in done.stderr
+    assert "imported: ['pydantic']" in done.stderr
     for line in (
         "  lr: 0.001  # command line",
         f"name: debug  # {ROOT / DEBUG}:4",
