@@ -41,7 +41,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lingua.checkpoint.manager import CheckpointManager
-from lingua.checkpoint.shm.area import SERVICE_LOCK, region_of
+from lingua.checkpoint.shm.area import SERVICE_LOCK, area_of
 from lingua.checkpoint.state import TrainState, tensors_of
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from scripts.bench_common import make_parser, print_figures, timed
@@ -93,7 +93,7 @@ class Bench:
 
     def extra_memory_bytes(self) -> int:
         """What this process grew by, and all of the service's."""
-        lock = region_of(self.folder / "ours").lock(SERVICE_LOCK)
+        lock = area_of(self.folder / "ours").lock(SERVICE_LOCK)
         pid = lock.holder()
         lock.close()
         assert pid is not None
@@ -142,7 +142,7 @@ class Bench:
 
     def _cp(self) -> float:
         """GB/s of `cp` and `sync` from a slot to the disk."""
-        slot, target = region_of(self.folder / "ours").slot(0).folder, self.folder / "cp"
+        slot, target = area_of(self.folder / "ours").slot(0).folder, self.folder / "cp"
         shutil.rmtree(target, ignore_errors=True)
         script = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
         seconds, _ = timed(lambda: subprocess.run(["sh", "-c", script, "sh", slot, target], check=True))
@@ -217,7 +217,7 @@ def main() -> int:
         result |= bench.slowdown(options.slowdown_s)
         bench.close()
         dist.destroy_process_group()
-        while region_of(bench.folder / "ours").folder.exists():  # the service leaves last
+        while area_of(bench.folder / "ours").folder.exists():  # the service leaves last
             time.sleep(0.05)
     print_figures(result, options.json)
     return 0

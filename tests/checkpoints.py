@@ -43,7 +43,7 @@ def make_run(run_dir: Path, *steps: int, **checkpoint: Any) -> Path:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     (run_dir / "incarnations").mkdir()
     write_json(run_dir / "incarnations" / "0000000001.json", {"incarnation": 1, "released": True})
-    publish.open_passage(root, 1)
+    publish.open_staging_dir(root, 1)
     for step in steps:
         publish_step(root, step)
     return root

@@ -25,12 +25,12 @@ from lingua.checkpoint.publish import DamagedError, FileFacts, Manifest
 from lingua.checkpoint.shm.area import (
     SHM,
     TRAINER_LOCK,
-    Region,
     Save,
     ServedRun,
+    ShmArea,
     Slot,
-    make_region,
-    region_of,
+    area_of,
+    make_area,
     write_run,
 )
 from lingua.checkpoint.shm.service import Service
@@ -54,9 +54,9 @@ class Inline(Executor):
         return future
 
 
-def events_in(region: Region) -> list[dict[str, Any]]:
-    """What the service of a region has said so far."""
-    return (region.events.read() or [0, []])[1] if region.events.path.exists() else []
+def events_in(area: ShmArea) -> list[dict[str, Any]]:
+    """What the service of a area has said so far."""
+    return (area.events.read() or [0, []])[1] if area.events.path.exists() else []
 
 
 def names_of(rank: int) -> tuple[str, str, str]:
@@ -85,23 +85,23 @@ class World:
     def shm(self, node: int = 0) -> Path:
         return self.place / f"shm-{node}"
 
-    def region(self, node: int = 0) -> Region:
-        return region_of(self.run_dir, self.shm(node))
+    def area(self, node: int = 0) -> ShmArea:
+        return area_of(self.run_dir, self.shm(node))
 
-    def served(self, incarnation: int, **changes: Any) -> ServedRun:
+    def served(self, attempt: int, **changes: Any) -> ServedRun:
         """The run of an attempt. `changes`: of its fields, or of its keys of `checkpoint:`."""
         keys: dict[str, Any] = {"dump": SaveEvery(every=1, keep=1), "eval": SaveEvery(every=0), "linger_s": 0.0}
         keys |= {"drain_threads": 1}  # so that the n-th operation is always the same one
         keys |= {name: changes.pop(name) for name in list(changes) if name in CheckpointArgs.model_fields}
         args = CheckpointArgs(**keys)
-        return ServedRun(RUN_ID, self.run_dir, self.root, incarnation, args, **changes)
+        return ServedRun(RUN_ID, self.run_dir, self.root, attempt, args, **changes)
 
     def make(self, *published: int) -> World:
         """The folders, and these steps published by start 1."""
         self.root.mkdir(parents=True)
         for node in range(self.n_nodes):
             self.shm(node).mkdir()
-        publish.open_passage(self.root, 1)
+        publish.open_staging_dir(self.root, 1)
         for step in published:
             folder = layout.coming(layout.folder(self.root, step), 1)
             folder.mkdir()
@@ -125,17 +125,17 @@ class World:
 
     def staged(self) -> dict[int, int]:
         """Step -> slot of what is complete in the memory of node 0."""
-        found = [(slot, slot.complete()) for slot in self.region().slots()]
+        found = [(slot, slot.complete()) for slot in self.area().slots()]
         return {complete[0].step: slot.number for slot, complete in found if complete}
 
     def service(self, node: int = 0, **arguments: Any) -> Service:
         """One whose time passes by sleeping and whose threads are the caller's, unless told otherwise."""
         clock = arguments.pop("clock", None) or Clock()
         given = {"executor": Inline(), "now": clock.now, "wall_clock": clock.now, "sleep": clock.sleep}
-        return Service(make_region(self.run_dir, self.shm(node)), **(given | arguments))
+        return Service(make_area(self.run_dir, self.shm(node)), **(given | arguments))
 
     def events(self, node: int = 0) -> list[dict[str, Any]]:
-        return events_in(self.region(node))
+        return events_in(self.area(node))
 
     def kinds(self, node: int = 0) -> list[str]:
         return [event["kind"] for event in self.events(node)]
@@ -143,47 +143,47 @@ class World:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run, as the ranks of one node do it: `Coordinator` and `Stager`, with bytes for tensors."""
+    """One start of a run, as the ranks of one node do it: `Coordinator` and `SlotWriter`, with bytes for tensors."""
 
     world: World
-    incarnation: int
+    attempt: int
     files: Files = DISK
     node: int = 0
     ranks: tuple[int, ...] = (0,)
     n_slots: int = 2
 
     @property
-    def region(self) -> Region:
-        return self.world.region(self.node)
+    def area(self) -> ShmArea:
+        return self.world.area(self.node)
 
     def begin(self, *, service_lives: bool = False, **changes: Any) -> None:
         """Join, look for unsaved snapshots, shut older starts out, tell the service."""
-        region = make_region(self.world.run_dir, self.world.shm(self.node), files=self.files)
+        area = make_area(self.world.run_dir, self.world.shm(self.node), files=self.files)
         if not service_lives:
-            region.recover(files=self.files)
-        found = {slot.number: complete[0] for slot in region.slots() if (complete := slot.complete())}
+            area.recover(files=self.files)
+        found = {slot.number: complete[0] for slot in area.slots() if (complete := slot.complete())}
         newest = max(self.world.done(), default=-1)
         wanted = {n: save for n, save in found.items() if save.run_id == RUN_ID and save.step > newest}
-        for slot in region.slots():
+        for slot in area.slots():
             if slot.number not in wanted:
                 slot.change("staged", "free", files=self.files)
-        rescue = tuple(sorted((save.incarnation, save.step) for save in wanted.values()))
-        told = self.world.served(self.incarnation, rescue=rescue, **changes)
+        rescue = tuple(sorted((save.attempt, save.step) for save in wanted.values()))
+        told = self.world.served(self.attempt, rescue=rescue, **changes)
         if self.node == 0:
-            publish.open_passage(self.world.root, self.incarnation, files=self.files)
-        write_run(region, told, files=self.files)
+            publish.open_staging_dir(self.world.root, self.attempt, files=self.files)
+        write_run(area, told, files=self.files)
 
     def make_slots(self) -> None:
         """What `Coordinator.make_slots` does; and the space for the files."""
         keep = {name for rank in self.ranks for name in names_of(rank)}
-        self.region.make_slots(self.n_slots, keep, files=self.files)
+        self.area.make_slots(self.n_slots, keep, files=self.files)
 
     def save_of(self, step: int) -> Save:
-        return Save(RUN_ID, self.incarnation, step, self.ranks, self.node, self.world.n_nodes)
+        return Save(RUN_ID, self.attempt, step, self.ranks, self.node, self.world.n_nodes)
 
     def take_slot(self, step: int) -> Slot | None:
         """A free slot, else the newest that waits; marked."""
-        slots = [self.region.slot(number) for number in range(self.n_slots)]
+        slots = [self.area.slot(number) for number in range(self.n_slots)]
         slot = next((slot for slot in slots if slot.state() == "free"), None)
         if slot is None:
             waiting = [slot for slot in slots if slot.state() == "staged"]
@@ -196,7 +196,7 @@ class Start:
     def fill(self, slot: Slot, step: int) -> None:
         """Every rank's files, overwritten where they lie; then `ready`."""
         for rank in self.ranks:
-            slot.say_unready(rank, files=self.files)
+            slot.report_unready(rank, files=self.files)
             facts: Manifest = {}
             for name in names_of(rank):
                 data = content(step, name)
@@ -205,7 +205,7 @@ class Start:
                 os.ftruncate(descriptor, len(data))
                 os.close(descriptor)
                 facts[name] = FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
-            slot.say_ready(rank, self.save_of(step), facts, files=self.files)
+            slot.report_ready(rank, self.save_of(step), facts, files=self.files)
 
     def stage(self, step: int) -> Slot | None:
         slot = self.take_slot(step)
@@ -239,13 +239,13 @@ def killed(act: Callable[[], Any]) -> bool:
 
 
 @contextmanager
-def a_rank_lives(region: Region) -> Iterator[None]:
+def a_rank_lives(area: ShmArea) -> Iterator[None]:
     """Another process that holds the ranks' lock."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.write(writer, b"1" if region.lock(TRAINER_LOCK).take(shared=True) else b"0")
+            os.write(writer, b"1" if area.lock(TRAINER_LOCK).take(shared=True) else b"0")
             signal.pause()
         finally:
             os._exit(1)
@@ -267,7 +267,7 @@ def fast_place() -> Iterator[Path]:
 
 
 class Template:
-    """A world that is made once and put back, at the same place, for every case: regions are named after it."""
+    """A world that is made once and put back, at the same place, for every case: areas are named after it."""
 
     def __init__(self, place: Path, make: Callable[[World], None], *published: int) -> None:
         self.world = World(place / "world")
@@ -287,7 +287,7 @@ def serve(service: Service) -> None:
     assert service.take()
     for _ in range(50):
         service.tick()
-        if not any(slot.complete() for slot in service.region.slots()):
+        if not any(slot.complete() for slot in service.area.slots()):
             break
     service.tick()
 

@@ -18,7 +18,7 @@ from lingua.console import AsJson, Commands, progress_shown, show, show_json, sh
 
 if TYPE_CHECKING:
     from lingua.checkpoint.lookup import Checkpoint
-    from lingua.checkpoint.tools.gc import Item
+    from lingua.checkpoint.tools.gc import Garbage
     from lingua.checkpoint.tools.status import Moving, Survey
 
 app = Commands(help="List, verify, compare, copy and delete checkpoints. Needs no GPU.")
@@ -232,9 +232,9 @@ def gc(
     from lingua.logger import start_logging
 
     start_logging()
-    shown: list[Item] = []
+    shown: list[Garbage] = []
 
-    def say(items: list[Item]) -> None:
+    def say(items: list[Garbage]) -> None:
         shown.extend(items)
         if items and not as_json:
             rows = [(item.why, human_bytes(item.size_bytes), _inside(item.path, run)) for item in items]

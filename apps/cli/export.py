@@ -22,7 +22,7 @@ from apps.cli.made import Made
 from lingua.console import AsJson, progress_shown, show_json
 
 if TYPE_CHECKING:
-    from lingua.checkpoint.export_weights import Item
+    from lingua.checkpoint.export_weights import ExportTensor
     from lingua.checkpoint.lookup import Checkpoint
     from lingua.config.keys.model import LlamaArgs
     from lingua.config.keys.train import TrainArgs
@@ -253,7 +253,12 @@ def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:
 
 
 def _describe(
-    folder: Path, args: TrainArgs, model: LlamaArgs, embedding: Item, checkpoint: Checkpoint | None, files: Files
+    folder: Path,
+    args: TrainArgs,
+    model: LlamaArgs,
+    embedding: ExportTensor,
+    checkpoint: Checkpoint | None,
+    files: Files,
 ) -> list[str]:
     """Write config.json, generation_config.json and the tokenizer; return warnings."""
     from lingua.config.base import ConfigError

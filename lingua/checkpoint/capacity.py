@@ -1,7 +1,6 @@
-"""Whether checkpoints will fit, on the disk and in memory, and what kind of /dev/shm this is. Torch-free, pure.
+"""Decide whether checkpoints fit on the disk and in memory, and whether /dev/shm outlives the job. Torch-free.
 
-Promise: the answer comes before step 1, with the numbers. A quota is not seen by the file system's own figures; for
-that there is `checkpoint.disk_budget_gb`.
+The figures of a file system do not include a quota; for that there is `checkpoint.disk_budget_gb`.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ from pathlib import Path
 from lingua.files import human_bytes
 
 PRIVATE_SHM = "may not outlive this job"
-"""What is said of a memory file system that is the job's alone; `lingua drill` reads it."""
+"""Logged of a memory file system that only this job has; `lingua drill` looks for it."""
 RESERVE_BYTES = 256 << 20
-"""Of /dev/shm and of the memory limit left alone: other users of both, NCCL's buffers among them."""
+"""Left free in /dev/shm and below the memory limit for others, such as NCCL's buffers."""
 
 
 @dataclass(frozen=True)
 class DiskRoom:
-    """What the checkpoints' disk offers and what a run wants of it."""
+    """What a run needs on the disk of its checkpoints, and what is there."""
 
     free_bytes: int
     held_bytes: int
-    """What published checkpoints of this run take already."""
+    """Size of this run's published checkpoints."""
     checkpoint_bytes: int
     at_once: int | None
-    """Checkpoints at the worst moment, the one being written included; None: all are kept."""
+    """Checkpoints at the worst moment, including the one being written; None if all are kept."""
     budget_bytes: int | None = None
 
     def problem(self, root: Path) -> str | None:
-        """Why the run cannot go on, in one sentence; None: it fits."""
+        """Return one sentence why the checkpoints do not fit, or None."""
         wanted = self.checkpoint_bytes * (self.at_once or 1)
         offered = self.free_bytes + self.held_bytes
         size = human_bytes(self.checkpoint_bytes)
@@ -51,7 +50,7 @@ class DiskRoom:
         return None
 
     def warning(self, root: Path) -> str | None:
-        """All checkpoints are kept: what fits."""
+        """Say how many checkpoints fit if all are kept, or return None."""
         if self.at_once is not None or not self.checkpoint_bytes:
             return None
         return f"all checkpoints are kept; {root} has room for {self.free_bytes // self.checkpoint_bytes} of them"
@@ -59,17 +58,17 @@ class DiskRoom:
 
 @dataclass(frozen=True)
 class MemoryRoom:
-    """What a node's memory offers to slots. Pages of slots that are there already count as free."""
+    """A node's memory for slots. Pages of slots that exist already count as free."""
 
     shm_free_bytes: int
     limit_bytes: int | None
-    """Of the job's control group, to which /dev/shm counts; None: no limit."""
+    """Of the job's control group, which includes /dev/shm; None: no limit."""
     used_bytes: int
     slot_bytes: int
-    """One slot of all ranks of the node."""
+    """Size of one slot, for all ranks of the node."""
 
     def slots(self, wanted: int) -> int:
-        """How many slots fit, at most `wanted`."""
+        """Return how many slots fit, at most `wanted`."""
         offered = self.shm_free_bytes - RESERVE_BYTES
         if self.limit_bytes is not None:
             offered = min(offered, self.limit_bytes - self.used_bytes - RESERVE_BYTES)
@@ -85,7 +84,7 @@ class MemoryRoom:
 
 
 def read_cgroup(name: str) -> str | None:
-    """A file below /sys/fs/cgroup; None when there is none that we may read."""
+    """Read a file below /sys/fs/cgroup; None if there is none that we may read."""
     try:
         return (Path("/sys/fs/cgroup") / name).read_text()
     except OSError:
@@ -93,11 +92,11 @@ def read_cgroup(name: str) -> str | None:
 
 
 def memory_limit(proc_cgroup: str, read: Callable[[str], str | None] = read_cgroup) -> tuple[int | None, int]:
-    """(limit, in use) of this process's memory control group, in bytes; limit None: there is none.
+    """Return (limit or None, use) of this process's memory control group, in bytes.
 
     `proc_cgroup`: text of /proc/self/cgroup. Version 2 has `memory.max`, version 1 `memory.limit_in_bytes`
-    (cgroups(7)); a limit may stand in any group above ours. Cached files count as use there, but give way to what is
-    needed: those not used lately (`inactive_file`, cgroup-v2.rst of the kernel) are left out.
+    (cgroups(7)); any group above ours may set the limit. Cached files count as use there, but can be dropped: those not
+    used lately (`inactive_file`, cgroup-v2.rst of the kernel) are not counted here.
     """
     tightest: tuple[int | None, int] = (None, 0)
     for line in proc_cgroup.splitlines():
@@ -124,9 +123,9 @@ def memory_limit(proc_cgroup: str, read: Callable[[str], str | None] = read_cgro
 
 
 def private_shm(mounts: str, mounts_of_init: str | None, env: Mapping[str, str], shm: str = "/dev/shm") -> str | None:
-    """Why what is left in /dev/shm may not outlive the job, in a few words; None: nothing speaks for that.
+    """Say in a few words why the content of /dev/shm may not outlive the job, or return None.
 
-    `mounts`: text of /proc/self/mountinfo (proc(5)); `mounts_of_init`: that of process 1, where it may be read.
+    `mounts`: text of /proc/self/mountinfo (proc(5)); `mounts_of_init`: that of process 1, if readable.
     """
     ours, theirs = _mount_of(mounts, shm), _mount_of(mounts_of_init or "", shm)
     if ours is not None and theirs is not None and ours != theirs:
@@ -149,7 +148,7 @@ def private_shm_here(shm: str = "/dev/shm") -> str | None:
 
 
 def _mount_of(mounts: str, point: str) -> tuple[str, str] | None:
-    """(device, root within it) of the last mount at `point`."""
+    """Return (device, root within it) of the last mount at `point`, or None."""
     found = None
     for line in mounts.splitlines():
         fields = line.split()

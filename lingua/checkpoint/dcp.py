@@ -1,13 +1,12 @@
 """torch.distributed.checkpoint's files: laid out once, written as plain bytes, read without executing any code.
 
-Promise: stock `dcp.load` and `dcp_to_torch_save` open what is written here. The stock planner decides who writes
-which shard, once; from then on each file is a fixed sequence of constant bytes and tensor bytes at known offsets, the
-`.metadata` never changes, and a save needs no planning and no collective. There are tensors only, no pickled values.
+Stock `dcp.load` and `dcp_to_torch_save` open what is written here. The stock planner decides once per run who writes
+which shard. From then on each file is a fixed sequence of constant bytes and tensor bytes at known offsets,
+`.metadata` never changes, and a save needs no planning and no collective. Files hold tensors only, no pickled values.
 Reading takes `.metadata` through an allow-list and tensors with `weights_only`.
-Cost: planning gathers every rank's list of shards on rank 0, once per run.
 
 A file:  | head of blob 0 | bytes of tensor 0 | tail | padding to 64 | head of blob 1 | ...
-where a blob is what `torch.save` makes of the tensor (a zip archive whose checksums torch does not look at).
+where a blob is what `torch.save` writes for the tensor (a zip archive whose checksums torch ignores).
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a file: constant bytes, or the bytes of a tensor (then `constant` is None)."""
+class FileSpan:
+    """A span of a file: constant bytes, or the bytes of a tensor (then `constant` is None)."""
 
     offset: int
     size_bytes: int
     constant: bytes | None
     index: MetadataIndex | None = None
-    """Which shard of which tensor."""
+    """Tensor and shard."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,12 @@ class FilePlan:
 
     name: str
     size_bytes: int
-    parts: list[Part]
+    parts: list[FileSpan]
 
 
 @dataclass(frozen=True)
 class WritePlan:
-    """All that a rank needs to know to save again and again."""
+    """All that a rank needs to know for every save."""
 
     files: list[FilePlan]
     metadata: bytes | None
@@ -86,7 +85,7 @@ def _signature(tensors: dict[str, Tensor]) -> list[tuple[str, tuple[int, ...], t
 
 
 class _Recorder:
-    """A file that notes what is written to it, and where something is left out."""
+    """A file that records what is written to it, and where a hole is left."""
 
     def __init__(self) -> None:
         self.pieces: list[bytearray] = [bytearray()]
@@ -108,7 +107,7 @@ class _Recorder:
 
 @functools.lru_cache(maxsize=4096)
 def blob(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, int, bytes]:
-    """(head, bytes of the tensor, tail) of what `torch.save` writes for a tensor of this type and shape."""
+    """Return (head, size of the tensor, tail) of what `torch.save` writes for a tensor of this type and shape."""
     recorder = _Recorder()
     with torch.serialization.skip_data():
         torch.save(torch.empty(shape, dtype=dtype), recorder)  # pyright: ignore[reportArgumentType]
@@ -117,14 +116,14 @@ def blob(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, int, bytes]
 
 
 def _plan_file(name: str, items: list[WriteItem]) -> tuple[FilePlan, dict[MetadataIndex, _StorageInfo]]:
-    parts: list[Part] = []
+    parts: list[FileSpan] = []
     places: dict[MetadataIndex, _StorageInfo] = {}
     offset = 0
 
     def add(constant: bytes | None, size_bytes: int, index: MetadataIndex | None = None) -> None:
         nonlocal offset
         if size_bytes:
-            parts.append(Part(offset, size_bytes, constant, index))
+            parts.append(FileSpan(offset, size_bytes, constant, index))
             offset += size_bytes
 
     for item in items:
@@ -149,7 +148,7 @@ def _plan_rank(plan: SavePlan, rank: int) -> list[tuple[FilePlan, dict[MetadataI
 
 
 def local_plan(tensors: dict[str, Tensor], is_coordinator: bool) -> SavePlan:
-    """What this rank holds, for `global_plan`."""
+    """Describe what this rank holds, for `global_plan`."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors), is_coordinator=is_coordinator)
     return planner.create_local_plan()
@@ -158,9 +157,9 @@ def local_plan(tensors: dict[str, Tensor], is_coordinator: bool) -> SavePlan:
 def global_plan(
     local_plans: list[SavePlan], paths: dict[str, tuple[str, ...]], aliases: dict[str, str]
 ) -> tuple[list[SavePlan], bytes]:
-    """Who writes what, and the content of `.metadata`; made by rank 0.
+    """Decide who writes what, and make the content of `.metadata`; on rank 0.
 
-    `paths` says how names unfold into nested dicts. `aliases` are further names of a tensor, which is written once.
+    `paths`: how names unfold into nested dicts. `aliases`: further names of a tensor, which is written once.
     """
     plans, metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(local_plans)
     places = {
@@ -194,12 +193,12 @@ def metadata_bytes(metadata: Metadata) -> bytes:
 
 
 def write_plan(tensors: dict[str, Tensor], plan: SavePlan, rank: int, metadata: bytes | None) -> WritePlan:
-    """This rank's files, from its share of the global plan."""
+    """Plan this rank's files from its share of the global plan."""
     return WritePlan([file for file, _ in _plan_rank(plan, rank)], metadata, _signature(tensors))
 
 
 def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer]:
-    """The bytes of a file with the tensors' present values, part by part."""
+    """Yield the bytes of a file with the tensors' present values, span by span."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors))
     for part in file.parts:
@@ -213,7 +212,7 @@ def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer]
 
 
 def host_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor; a copy only where it lies on a device or is not contiguous."""
+    """Return the bytes of a tensor; a copy only if it lies on a device or is not contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType] - an array is a buffer
 
@@ -251,7 +250,7 @@ def _read_metadata(file: BinaryIO, path: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
-    """Stock reading (which takes tensors with weights_only), with our way to the metadata."""
+    """Stock reading (which takes tensors with weights_only), but `.metadata` goes through the allow-list."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / layout.METADATA
@@ -270,17 +269,17 @@ class _Planner(DefaultLoadPlanner):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint folder says of itself. Raises RunError when it is not what it should be."""
+    """Read the metadata of a checkpoint folder. Raises RunError if it is not what it should be."""
     return _Reader(folder).read_metadata()
 
 
 def tensor_properties(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name -> (shape, dtype) of every tensor in a checkpoint folder."""
+    """Return name -> (shape, dtype) of every tensor in a checkpoint folder."""
     return properties_in(read_metadata(folder))
 
 
 def files_of(metadata: Metadata) -> dict[str, int]:
-    """Name of each file of a checkpoint folder -> bytes that it must have at least."""
+    """Return the smallest size that each file of a checkpoint folder can have, by name."""
     needed: dict[str, int] = {}
     for place in metadata.storage_data.values():
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
@@ -288,7 +287,7 @@ def files_of(metadata: Metadata) -> dict[str, int]:
 
 
 def chosen(metadata: Metadata, names: Mapping[str, str]) -> Metadata:
-    """Metadata of some of the tensors alone, under other names: `names` is old -> new. They stay in their files."""
+    """Return metadata of only these tensors, renamed (`names`: old -> new). They stay in their files."""
     described = {names[name]: d for name, d in metadata.state_dict_metadata.items() if name in names}
     places = {
         dataclasses.replace(index, fqn=names[index.fqn]): place
@@ -304,7 +303,7 @@ def chosen(metadata: Metadata, names: Mapping[str, str]) -> Metadata:
 
 
 def properties_in(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The same, of metadata that have been read."""
+    """Return name -> (shape, dtype) of every tensor in metadata."""
     return {
         name: (tuple(d.size), d.properties.dtype)
         for name, d in metadata.state_dict_metadata.items()
@@ -315,8 +314,8 @@ def properties_in(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.
 def read_into(folder: Path, tensors: dict[str, Tensor], metadata: Metadata | None = None) -> None:
     """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. No collective.
 
-    `metadata`: those of the folder, for who reads tensor by tensor: reading them takes time with the number of shards.
-    Raises RunError for what the folder lacks or holds in another shape, with the names.
+    `metadata`: the folder's, so that reading tensor by tensor does not parse it every time. Raises RunError, with the
+    names, for what the folder lacks or holds in another shape.
     """
     reader, planner = _Reader(folder), _Planner(flatten_state_dict=False)
     metadata = metadata or reader.read_metadata()
@@ -339,6 +338,6 @@ def read_into(folder: Path, tensors: dict[str, Tensor], metadata: Metadata | Non
 
 
 def some(names: list[str], limit: int = 8) -> str:
-    """The first few of many, and how many more there are."""
+    """Join the first few of many names, and say how many more there are."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,10 +1,9 @@
-"""Weights into safetensors files and Hugging Face folders, tensor by tensor.
+"""Write weights to safetensors files and Hugging Face folders, tensor by tensor.
 
-Promise: values are those of the source, bit for bit unless another type is asked for; what is written is on the disk
-when a function returns. Whole folders are their callers' doing (`whole_folder`).
-Cost: each tensor is read once and written once; memory of about three times the largest tensor.
+Values are those of the source, bitwise unless another dtype is asked for. Each tensor is read once and written once;
+memory is about three times the largest tensor. Callers make folders appear whole (`whole_folder`).
 
-A safetensors file:  | 8 bytes: length of the head | head: JSON, name -> type, shape, where | bytes of the tensors |
+A safetensors file:  | 8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | tensor bytes |
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import dcp, publish
-from lingua.checkpoint.load_weights import TYPES, Source, pair_halves
+from lingua.checkpoint.load_weights import TYPES, WeightSource, pair_halves
 from lingua.config.keys.model import LlamaArgs
 from lingua.files import DISK, Buffer, Files, RunError, write_json
 from lingua.model.huggingface import EMBEDDING, HEAD, INDEX_FILE, is_rotated, tensor_shapes, their_name
@@ -29,8 +28,8 @@ _TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 @dataclass(frozen=True)
-class Item:
-    """A tensor that is to be written; it is read when its turn comes."""
+class ExportTensor:
+    """A tensor to write; it is read only when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,20 +41,20 @@ class Item:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def as_ours(source: Source, dtype: torch.dtype | None = None) -> list[Item]:
-    """All tensors of a source under our names. `dtype`: None keeps each one's own."""
+def as_ours(source: WeightSource, dtype: torch.dtype | None = None) -> list[ExportTensor]:
+    """List all tensors of a source under our names. `dtype`: None keeps each one's own."""
     return [
-        Item(name, shape, dtype or source.dtypes[name], partial(source.read, name))
+        ExportTensor(name, shape, dtype or source.dtypes[name], partial(source.read, name))
         for name, shape in source.shapes.items()
     ]
 
 
 def as_theirs(
-    source: Source, model: LlamaArgs, vocab_size: int | None = None, dtype: torch.dtype | None = None
-) -> list[Item]:
-    """The tensors of a Llama under Hugging Face's names, rows of heads in their order.
+    source: WeightSource, model: LlamaArgs, vocab_size: int | None = None, dtype: torch.dtype | None = None
+) -> list[ExportTensor]:
+    """List the tensors of a Llama under Hugging Face's names, rows of heads in their order.
 
-    `vocab_size`: of embedding and head, only that many rows. Raises RunError when the source is not `model`.
+    `vocab_size`: keep only that many rows of embedding and head. Raises RunError if the source does not fit `model`.
     """
     must_fit(source, model)
 
@@ -67,19 +66,19 @@ def as_theirs(
     for name, shape in tensor_shapes(model, vocab_size_of(source)).items():
         n_rows = min(shape[0], vocab_size or shape[0]) if name in (EMBEDDING, HEAD) else shape[0]
         take = partial(read, name, n_rows)
-        items.append(Item(their_name(name), (n_rows, *shape[1:]), dtype or source.dtypes[name], take))
+        items.append(ExportTensor(their_name(name), (n_rows, *shape[1:]), dtype or source.dtypes[name], take))
     return items
 
 
-def vocab_size_of(source: Source) -> int:
-    """V, as the embedding has it. Raises RunError when there is none."""
+def vocab_size_of(source: WeightSource) -> int:
+    """Return the vocabulary size from the embedding. Raises RunError if there is none."""
     if EMBEDDING not in source.shapes:
         raise RunError(f"{source.what} holds no Llama: it has no {EMBEDDING}")
     return source.shapes[EMBEDDING][0]
 
 
-def must_fit(source: Source, model: LlamaArgs) -> None:
-    """Every tensor of the model is there in its shape, and nothing else is; a tied head may be there too."""
+def must_fit(source: WeightSource, model: LlamaArgs) -> None:
+    """Raise RunError unless the source has exactly the model's tensors; a tied head may be there too."""
     wanted = tensor_shapes(model, vocab_size_of(source))
     problems = [
         f"{name} is {source.shapes[name]} there and {shape} by its config" if name in source.shapes else f"no {name}"
@@ -87,7 +86,7 @@ def must_fit(source: Source, model: LlamaArgs) -> None:
         if source.shapes.get(name) != shape
     ]
     spare = {HEAD} if model.weight_tying else set()
-    problems += [f"{name} is no part of it" for name in source.shapes if name not in wanted and name not in spare]
+    problems += [f"{name} is not part of it" for name in source.shapes if name not in wanted and name not in spare]
     if problems:
         raise RunError(f"{source.what} does not hold the Llama that its config describes: {dcp.some(problems)}")
     if model.weight_tying and HEAD in source.shapes and not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
@@ -97,9 +96,9 @@ def must_fit(source: Source, model: LlamaArgs) -> None:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def in_shards(items: Sequence[Item], shard_bytes: float) -> list[list[Item]]:
-    """The items, in order, in as few files as hold at most `shard_bytes` each; a larger tensor has one to itself."""
-    shards: list[list[Item]] = []
+def in_shards(items: Sequence[ExportTensor], shard_bytes: float) -> list[list[ExportTensor]]:
+    """Split the items, in order, into files of at most `shard_bytes`; a larger tensor gets a file of its own."""
+    shards: list[list[ExportTensor]] = []
     n_bytes = 0
     for item in items:
         if not shards or n_bytes + item.size_bytes > shard_bytes:
@@ -112,13 +111,13 @@ def in_shards(items: Sequence[Item], shard_bytes: float) -> list[list[Item]]:
 
 def write_safetensors(
     folder: Path,
-    items: Sequence[Item],
+    items: Sequence[ExportTensor],
     shard_bytes: float,
     *,
     advance: Callable[[int], object] = lambda n_bytes: None,
     files: Files = DISK,
 ) -> list[str]:
-    """Write model.safetensors, or numbered files with an index; returns their names."""
+    """Write model.safetensors, or numbered files with an index; return their names."""
     shards = in_shards(items, shard_bytes)
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors"
@@ -135,11 +134,11 @@ def write_safetensors(
     return names
 
 
-def _content(items: Sequence[Item], advance: Callable[[int], object]) -> Iterator[Buffer]:
-    """The bytes of a safetensors file, tensor by tensor."""
+def _content(items: Sequence[ExportTensor], advance: Callable[[int], object]) -> Iterator[Buffer]:
+    """Yield the bytes of a safetensors file, tensor by tensor."""
     head: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    items = sorted(items, key=lambda item: -item.dtype.itemsize)  # so that each lies at a multiple of its width
+    items = sorted(items, key=lambda item: -item.dtype.itemsize)  # so that each starts at a multiple of its item size
     for item in items:
         place = [offset, offset := offset + item.size_bytes]
         head[item.name] = {"dtype": _TYPE_NAMES[item.dtype], "shape": item.shape, "data_offsets": place}

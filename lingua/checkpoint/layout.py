@@ -1,18 +1,18 @@
-"""All names under `checkpoints/`, said once. Torch-free, and reads only folder listings.
+"""All names under `checkpoints/`. Torch-free, and reads only folder listings.
 
 ```
 checkpoints/0000001000/                    published, if and only if its mark is there
             checkpoint_0000001000.done     the mark: JSON, written last
             0000001000.broken-1/           did not verify (its mark: checkpoint_0000001000.done.broken-1)
             0000001500.later-1/            intact, but the run went back to a step before it
-            run_id                         tells this run from one that had the folder before
+            run_id                         distinguishes this run from one that had the folder before
             pins/                          leases of readers
-            incarnation-3/                 the passage: all that start 3 writes or removes goes through it
+            incarnation-3/                 staging dir: all that attempt 3 writes or removes goes through it
                 0000001500/                    being written
                 checkpoint_0000001500.done     its mark, ready to be renamed once the folder is in place
-                0000000500.trash/              given up, being removed; its mark: checkpoint_0000000500.done.trash
-                0000000700.unmarked/           stood in the way and is not ours, on its way to be set aside
-            incarnation-2.closed/          a newer start has taken the passage away: nothing comes through any more
+                0000000500.trash/              being removed; its mark: checkpoint_0000000500.done.trash
+                0000000700.unmarked/           was in the way and is not ours, about to be set aside
+            incarnation-2.closed/          a newer attempt has closed this staging dir: nothing gets through any more
 ```
 
 Names are matched whole: `0000000012.trash` is never taken for step 12.
@@ -41,7 +41,7 @@ CHECKPOINTS = "checkpoints"
 
 _FOLDER = re.compile(r"(\d{10})", re.ASCII)
 _DONE = re.compile(r"checkpoint_(\d{10})\.done", re.ASCII)
-_PASSAGE = re.compile(r"incarnation-(\d{1,9})(?:\.closed)?", re.ASCII)
+_STAGING_DIR = re.compile(r"incarnation-(\d{1,9})(?:\.closed)?", re.ASCII)
 _INSIDE = re.compile(r"(\d{10}|checkpoint_(\d{10})\.done)(?:\.(trash|unmarked))?", re.ASCII)
 _ASIDE = re.compile(r"(?:(\d{10})|checkpoint_(\d{10})\.done)\.([a-z]+)-\d+", re.ASCII)
 
@@ -50,7 +50,7 @@ Kind = Literal["coming", "trash", "unmarked"]
 
 @dataclass(frozen=True)
 class Temporary:
-    """A folder or a mark on its way in (`coming`) or out."""
+    """A folder or a mark in a staging dir, on its way in (`coming`) or out."""
 
     path: Path
     step: int
@@ -71,23 +71,23 @@ def done_mark(root: Path, step: int) -> Path:
     return root / f"checkpoint_{step_name(step)}.done"
 
 
-def passage(root: Path, incarnation: int) -> Path:
-    """The folder through which a start's folders and marks come and go."""
-    return root / f"incarnation-{incarnation}"
+def staging_dir(root: Path, attempt: int) -> Path:
+    """Return the folder through which all folders and marks of an attempt come and go."""
+    return root / f"incarnation-{attempt}"
 
 
-def coming(path: Path, incarnation: int) -> Path:
-    """The name under which a step's folder or mark is prepared."""
-    return passage(path.parent, incarnation) / path.name
+def coming(path: Path, attempt: int) -> Path:
+    """Return the name under which a step's folder or mark is prepared."""
+    return staging_dir(path.parent, attempt) / path.name
 
 
-def going(path: Path, incarnation: int, kind: Kind = "trash") -> Path:
-    """The name under which a step's folder or mark leaves."""
-    return passage(path.parent, incarnation) / f"{path.name}.{kind}"
+def going(path: Path, attempt: int, kind: Kind = "trash") -> Path:
+    """Return the name under which a step's folder or mark is removed."""
+    return staging_dir(path.parent, attempt) / f"{path.name}.{kind}"
 
 
 def aside(path: Path, reason: str) -> Path:
-    """First free name beside `path` for something set aside: `<name>.<reason>-<n>`, n from 1."""
+    """Return the first free name beside `path` for something set aside: `<name>.<reason>-<n>`, n from 1."""
     n = 1
     while (other := path.with_name(f"{path.name}.{reason}-{n}")).exists() or other.is_symlink():
         n += 1
@@ -95,7 +95,7 @@ def aside(path: Path, reason: str) -> Path:
 
 
 def parse_aside(name: str) -> tuple[int, str] | None:
-    """(step, reason) of a folder, mark or evaluation that was set aside."""
+    """Return (step, reason) of a folder, mark or evaluation that was set aside, or None."""
     match = _ASIDE.fullmatch(name)
     return (int(match[1] or match[2]), match[3]) if match else None
 
@@ -116,9 +116,9 @@ def evaluation(run_dir: Path, step: int) -> Path:
     return run_dir / EVALS / step_name(step)
 
 
-def found(run_dir: Path, step: int, incarnation: int) -> Path:
-    """Where lies what an evaluation found, until an evaluator makes it the verdict on the checkpoint of that start."""
-    return evaluation(run_dir, step) / f"start-{incarnation}"
+def found(run_dir: Path, step: int, attempt: int) -> Path:
+    """Return where an evaluation of the checkpoint of that attempt puts its results before they are published."""
+    return evaluation(run_dir, step) / f"start-{attempt}"
 
 
 def parse_folder(name: str) -> int | None:
@@ -132,7 +132,7 @@ def parse_done(name: str) -> int | None:
 
 
 def parse_temporary(path: Path) -> Temporary | None:
-    """What lies in a passage, by its name."""
+    """Recognise something in a staging dir by its name; None for anything else."""
     match = _INSIDE.fullmatch(path.name)
     if match is None:
         return None
@@ -141,21 +141,21 @@ def parse_temporary(path: Path) -> Temporary | None:
 
 
 def done_steps(root: Path) -> list[int]:
-    """Steps with a mark, ascending."""
+    """Return the steps with a mark, ascending."""
     return sorted(step for path in entries(root) if (step := parse_done(path.name)) is not None)
 
 
-def passages(root: Path) -> list[tuple[int, Path]]:
-    """(incarnation, folder) of each passage, closed ones too."""
-    return [(int(match[1]), path) for path in entries(root) if (match := _PASSAGE.fullmatch(path.name))]
+def staging_dirs(root: Path) -> list[tuple[int, Path]]:
+    """Return (attempt, folder) of each staging dir, closed ones too."""
+    return [(int(match[1]), path) for path in entries(root) if (match := _STAGING_DIR.fullmatch(path.name))]
 
 
-def temporaries(passage: Path) -> list[Temporary]:
-    return [found for path in entries(passage) if (found := parse_temporary(path)) is not None]
+def temporaries(staging_dir: Path) -> list[Temporary]:
+    return [found for path in entries(staging_dir) if (found := parse_temporary(path)) is not None]
 
 
 def unmarked_folders(root: Path) -> list[int]:
-    """Steps whose folder has its final name but no mark: what a crash between rename and mark leaves."""
+    """Return the steps whose folder has its final name but no mark, as a crash between the two renames leaves it."""
     marked = set(done_steps(root))
     found = (parse_folder(path.name) for path in entries(root))
     return [step for step in found if step is not None and step not in marked]

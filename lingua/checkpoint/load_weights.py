@@ -1,15 +1,15 @@
-"""Weights from elsewhere: a run of ours, a checkpoint folder, a torch file, a Hugging Face folder.
+"""Load weights from a run of ours, a checkpoint folder, a torch file or a Hugging Face folder.
 
-Promise: strict. Every parameter gets a value of its shape, nothing in the source is left over, or the error names what
-is wrong; the model is touched only after all names and shapes fit. No code in the source is executed: `.metadata` goes
-through an allow-list, torch files are read with weights_only. Checkpoints with a manifest are verified.
-Cost: files are mapped, not read whole; each rank copies only its own shards. No collective, but in `copy_weights`.
+Loading is strict: every parameter gets a value of its shape and nothing in the source is left over, or the error names
+what is wrong. The model is changed only after all names and shapes fit. No code in the source is executed: `.metadata`
+goes through an allow-list, torch files are read with weights_only. Checkpoints with a manifest are verified. Files are
+mapped, not read whole, and each rank copies only its own shards. Only `copy_weights` is collective.
 
-Hugging Face's Llama turns the two halves of a head against each other, ours (as Meta's) turns neighbours: rows of wq
-and wk are put in our order while loading.
+Rotary embeddings: Hugging Face's Llama pairs the two halves of a head, ours (like Meta's) pairs neighbours. So rows of
+wq and wk are reordered while loading.
 
-    head of width 8, rows there:  0 1 2 3 | 4 5 6 7      pairs (0,4) (1,5) (2,6) (3,7)
-                     rows here:   0 4 1 5 2 6 3 7        the same pairs, side by side
+    head of width 8, their rows:  0 1 2 3 | 4 5 6 7      pairs (0,4) (1,5) (2,6) (3,7)
+                     our rows:    0 4 1 5 2 6 3 7        the same pairs, side by side
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ TYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""What safetensors calls the types of numbers."""
+"""safetensors' names of dtypes."""
 
 _TIED_HEAD = "output.tied_module.weight"  # Meta Lingua's second name of a tied embedding
-# Tables that a model computes itself; some files carry them along.
+# Tables that a model computes itself; some files contain them.
 _COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs|rope_embeddings\.freqs_cis")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Weights that can be read one by one, under the model's own names."""
+class WeightSource:
+    """Weights that can be read one by one, under our names."""
 
     what: str
     shapes: dict[str, tuple[int, ...]]
@@ -64,12 +64,11 @@ class Source:
 
 
 def load_weights(model: nn.Module, path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> str:
-    """Fill `model` with the weights at `path`; returns what was loaded from where, for the log.
+    """Fill `model` with the weights at `path`; return what was loaded from where, for the log.
 
     `path`: RUN, RUN@step, a checkpoint folder (ours or lingua's), consolidated.pth, any torch file, a safetensors file
-    or a Hugging Face folder. `model_key`: where in it the weights lie; "" for the top; None: found by itself.
-    `sizes_only`: of a checkpoint with a manifest, only sizes are verified.
-    Raises RunError with names, shapes and the remedy.
+    or a Hugging Face folder. `model_key`: key of the weights in it; "" for the top level; None: it is detected.
+    `sizes_only`: verify only the sizes of a checkpoint with a manifest. Raises RunError with names, shapes and remedy.
     """
     source = open_source(path, model_key, sizes_only=sizes_only)
     tensors, aliases = model_tensors(model)
@@ -82,9 +81,9 @@ def load_weights(model: nn.Module, path: str | Path, model_key: str | None = Non
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Fill `target`, which each rank holds whole and in any dtype, with the weights of `source`, sharded or not.
+    """Copy the weights of `source`, sharded or not, to `target`, which each rank holds in full and in any dtype.
 
-    Of one architecture. Collective where `source` is sharded, a tensor at a time.
+    Both have the same architecture. Collective if `source` is sharded, a tensor at a time.
     """
     theirs, ours = model_tensors(source)[0], model_tensors(target)[0]
     assert theirs.keys() == ours.keys(), f"two models: {theirs.keys() ^ ours.keys()}"
@@ -92,8 +91,8 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         ours[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
-def _match(source: Source, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Our name -> the source's, for every tensor. Raises RunError for anything that does not fit."""
+def _match(source: WeightSource, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Map our name of every tensor to the source's. Raises RunError for anything that does not fit."""
     chosen: dict[str, str] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
@@ -117,31 +116,33 @@ def _match(source: Source, tensors: Mapping[str, Tensor], aliases: Mapping[str, 
         raise RunError(f"{source.what} does not fit this model: {dcp.some(problems)}")
     for alias, name in untied.items():
         if not torch.equal(source.read(alias), source.read(name)):
-            raise RunError(f"{source.what}: {alias} and {name} differ, but are one here; set model.weight_tying: false")
+            raise RunError(
+                f"{source.what}: {alias} and {name} differ, but are tied here; set model.weight_tying: false"
+            )
     return chosen
 
 
-def _copy(target: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into `target`, of which this rank may hold only a shard."""
+def _copy(target: Tensor, full: Tensor) -> None:
+    """Copy a full tensor into `target`, of which this rank may hold only a shard."""
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
         for axis, (size, start) in enumerate(zip(shape, offset, strict=True)):
-            whole = whole.narrow(axis, min(start, whole.shape[axis]), size)
+            full = full.narrow(axis, min(start, full.shape[axis]), size)
         target = target.to_local()
-    target.copy_(whole)
+    target.copy_(full)
 
 
-# -- finding out what lies there ---------------------------------------------------------------------------------
+# -- detecting the format ----------------------------------------------------------------------------------------
 
 
-def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> Source:
-    """Recognise what lies at `path`. Raises RunError when there is nothing that could be weights."""
+def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> WeightSource:
+    """Detect the format at `path` and open it. Raises RunError if it holds no weights."""
     place, _ = lookup.split(path)
     if lookup.is_checkpoint(path):
         return _from_dcp(lookup.intact(path, needed=is_weights, sizes_only=sizes_only).folder, model_key)
     if place.is_file():
         return _from_safetensors([place]) if place.suffix == ".safetensors" else _from_torch(place, model_key)
-    if (place / layout.METADATA).exists():  # another program's: there is nothing to verify it by
+    if (place / layout.METADATA).exists():  # another program's: it has no manifest to verify
         return _from_dcp(place, model_key)
     for file in (place / "consolidated.pth", place / "consolidated" / "consolidated.pth"):
         if file.exists():
@@ -157,7 +158,7 @@ def is_weights(name: str) -> bool:
     return name == layout.METADATA or name.startswith("model.")
 
 
-def _from_dcp(folder: Path, model_key: str | None) -> Source:
+def _from_dcp(folder: Path, model_key: str | None) -> WeightSource:
     metadata = dcp.read_metadata(folder)
     described = dcp.properties_in(metadata)
     if model_key is None:
@@ -173,14 +174,14 @@ def _from_dcp(folder: Path, model_key: str | None) -> Source:
 
     shapes = {name: described[their][0] for name, their in theirs.items()}
     dtypes = {name: described[their][1] for name, their in theirs.items()}
-    return Source(f"checkpoint folder {folder}", shapes, dtypes, read)
+    return WeightSource(f"checkpoint folder {folder}", shapes, dtypes, read)
 
 
 def _untied(name: str) -> str:
     return HEAD if name == _TIED_HEAD else name
 
 
-def _from_torch(file: Path, model_key: str | None) -> Source:
+def _from_torch(file: Path, model_key: str | None) -> WeightSource:
     try:
         try:
             content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -198,12 +199,12 @@ def _from_torch(file: Path, model_key: str | None) -> Source:
         content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise RunError(
-            f"{file} holds more than tensors by name; say where they lie with checkpoint.init_ckpt_model_key"
+            f"{file} holds more than named tensors; set the key of the weights in checkpoint.init_ckpt_model_key"
         )
     tensors: dict[str, Tensor] = {_untied(clean_name(str(name))): value for name, value in content.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    return _with_our_names(Source(f"torch file {file}", shapes, dtypes, tensors.__getitem__), file.parent)
+    return _with_our_names(WeightSource(f"torch file {file}", shapes, dtypes, tensors.__getitem__), file.parent)
 
 
 def _safetensors_of(folder: Path) -> list[Path]:
@@ -216,7 +217,7 @@ def _safetensors_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _from_safetensors(files: list[Path]) -> Source:
+def _from_safetensors(files: list[Path]) -> WeightSource:
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     opened: dict[str, Any] = {}
@@ -230,19 +231,19 @@ def _from_safetensors(files: list[Path]) -> Source:
         for name in mapped.keys():  # noqa: SIM118 - not a dict
             facts = mapped.get_slice(name)
             if facts.get_dtype() not in TYPES:
-                raise RunError(f"{file}: {name} is {facts.get_dtype()}, a type of numbers that no model here has")
+                raise RunError(f"{file}: {name} is {facts.get_dtype()}, a dtype that no model here has")
             shapes[name], dtypes[name] = tuple(facts.get_shape()), TYPES[facts.get_dtype()]
             opened[name] = mapped
     where = files[0].parent if len(files) > 1 else files[0]
-    source = Source(f"safetensors {where}", shapes, dtypes, lambda name: opened[name].get_tensor(name))
+    source = WeightSource(f"safetensors {where}", shapes, dtypes, lambda name: opened[name].get_tensor(name))
     return _with_our_names(source, files[0].parent)
 
 
 # -- Hugging Face names --------------------------------------------------------------------------------------------
 
 
-def _with_our_names(source: Source, folder: Path) -> Source:
-    """The same weights under our names, if they have Hugging Face's; needs the config.json beside them."""
+def _with_our_names(source: WeightSource, folder: Path) -> WeightSource:
+    """Rename weights with Hugging Face's names to ours; needs the config.json beside them."""
     if "model.embed_tokens.weight" not in source.shapes:
         return source
     config = read_config(folder)
@@ -257,16 +258,16 @@ def _with_our_names(source: Source, folder: Path) -> Source:
 
     shapes = {name: source.shapes[original] for name, original in theirs.items()}
     dtypes = {name: source.dtypes[original] for name, original in theirs.items()}
-    return Source(f"Hugging Face {source.what}", shapes, dtypes, read)
+    return WeightSource(f"Hugging Face {source.what}", shapes, dtypes, read)
 
 
 def pair_neighbours(tensor: Tensor, head_width: int) -> Tensor:
-    """Rows of each head from halves (i, i + head_width/2) to neighbours (2i, 2i + 1)."""
+    """Reorder the rows of each head from halves (i, i + head_width/2) to neighbours (2i, 2i + 1)."""
     heads = tensor.unflatten(0, (-1, 2, head_width // 2))  # (H, half, pair, ...)
     return heads.transpose(1, 2).reshape(tensor.shape)
 
 
 def pair_halves(tensor: Tensor, head_width: int) -> Tensor:
-    """The inverse of `pair_neighbours`."""
+    """Undo `pair_neighbours`."""
     heads = tensor.unflatten(0, (-1, head_width // 2, 2))  # (H, pair, half, ...)
     return heads.transpose(1, 2).reshape(tensor.shape)

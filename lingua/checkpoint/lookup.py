@@ -1,8 +1,7 @@
-"""Which checkpoint RUN, RUN@step or a folder means, and whether it is what its manifest says. Torch-free.
+"""Find the checkpoint that RUN, RUN@step or a folder means, and compare it with its manifest. Torch-free.
 
-Promise: only looks, so the run may be a colleague's. Inside a run a checkpoint is one with a `.done` mark, which
-vouches for its manifest; a folder that travelled is taken by its own path and judged by its own manifest.
-Cost: listings; `intact` reads every byte that is needed, or with `sizes_only` none.
+Only reads, so the run may be a colleague's. Inside a run only steps with a `.done` mark are checkpoints, and the mark
+has the manifest's checksum; a folder that was copied elsewhere is compared with its own manifest.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.publish import DamagedError, Manifest
-from lingua.checkpoint.shm.area import region_of
+from lingua.checkpoint.shm.area import area_of
 from lingua.config.frozen import CONFIG_FILE, read_frozen
 from lingua.files import RunError
 
@@ -27,7 +26,7 @@ def every_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is there: of a run (all is known), or a folder by itself."""
+    """A checkpoint that exists: of a run (all fields are set), or a folder by itself."""
 
     folder: Path
     root: Path | None = None
@@ -38,7 +37,7 @@ class Checkpoint:
         return str(self.folder)
 
     def manifest(self) -> Manifest:
-        """What its files must be. Raises DamagedError."""
+        """Read what its files must be. Raises DamagedError."""
         if self.root is None or self.step is None:
             return publish.read_manifest(self.folder)
         return publish.read_marked_manifest(self.root, self.step)
@@ -50,7 +49,7 @@ class Checkpoint:
         sizes_only: bool = False,
         advance: Callable[[int], object] = lambda n_bytes: None,
     ) -> list[str]:
-        """What of its `needed` files is not as it was written, a sentence each. Raises OSError: it cannot be judged."""
+        """Compare its `needed` files with the manifest, as `publish.damage` does."""
         try:
             facts = {name: fact for name, fact in self.manifest().items() if needed(name)}
         except DamagedError as error:
@@ -59,7 +58,7 @@ class Checkpoint:
 
 
 def split(path: str | Path) -> tuple[Path, int | None]:
-    """RUN@step -> (RUN, step); anything that exists under its whole name -> (path, None). Raises RunError."""
+    """Split RUN@step into (RUN, step); anything that exists under its whole name is (path, None). Raises RunError."""
     run, at, number = str(path).rpartition("@")
     place, step = Path(path), None
     if at and number.isdecimal() and not place.exists():
@@ -70,30 +69,30 @@ def split(path: str | Path) -> tuple[Path, int | None]:
 
 
 def root_of(run_dir: Path) -> Path:
-    """Where a run's checkpoints are, or would be: the `checkpoint.path` of its config, else RUN/checkpoints."""
+    """Return where a run's checkpoints are or would be: `checkpoint.path` of its config, else RUN/checkpoints."""
     config = read_frozen(run_dir) or {}
     elsewhere = (config.get("checkpoint") or {}).get("path")
     return Path(elsewhere) if elsewhere else run_dir / layout.CHECKPOINTS
 
 
 def run_root(run_dir: Path) -> Path:
-    """`root_of`, for commands that need a run. Raises RunError."""
+    """Return `root_of` for commands that need a run. Raises RunError."""
     if not (root := root_of(run_dir)).is_dir() and not (run_dir / CONFIG_FILE).is_file():
         what = "has neither config.yaml nor checkpoints/" if run_dir.exists() else "does not exist"
-        raise RunError(f"{run_dir} is no run: it {what}")
+        raise RunError(f"{run_dir} is not a run: it {what}")
     return root
 
 
 def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
-    """Return whether the next start of a run would go on from a checkpoint, which lies below one of `roots`.
+    """Return whether the next attempt of a run would resume from a checkpoint, which lies below one of `roots`.
 
-    Besides a published one that is one that lacks nothing but its mark, which the next start sets, and a snapshot in
-    this machine's memory (`shm`), which the next start saves first. A snapshot of several nodes counts only once it is
-    published: no node can tell by itself whether the other parts are still there. Each is looked for before what it
-    becomes, so that a checkpoint on its way is not missed.
+    Counted are published checkpoints, those that lack only their mark, which the next attempt sets, and a snapshot in
+    this machine's memory (`shm`), which the next attempt saves first. A snapshot of several nodes counts only once it
+    is published, since no node knows whether the other parts are still there. They are looked for in the order in which
+    a checkpoint passes through them, so that one on its way is not missed.
     """
     ids = {(root / layout.RUN_ID).read_text() for root in roots if (root / layout.RUN_ID).is_file()}
-    for slot in region_of(run_dir, shm).slots():
+    for slot in area_of(run_dir, shm).slots():
         found = slot.complete()
         if found is not None and found[0].n_nodes == 1 and found[0].run_id in ids:
             return True
@@ -101,14 +100,14 @@ def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
 
 
 def _unmarked_but_whole(root: Path) -> bool:
-    """Whether a start died between giving a checkpoint its name and giving it its mark."""
+    """Return whether an attempt died between giving a checkpoint its name and giving it its mark."""
     unmarked = layout.unmarked_folders(root)
-    marks = (mark for _, passage in layout.passages(root) for mark in layout.temporaries(passage) if mark.is_mark)
-    return any(mark.kind == "coming" and mark.step in unmarked for mark in marks)
+    found = (each for _, folder in layout.staging_dirs(root) for each in layout.temporaries(folder))
+    return any(each.is_mark and each.kind == "coming" and each.step in unmarked for each in found)
 
 
 def find(path: str | Path) -> list[Checkpoint]:
-    """All checkpoints that a path may mean, the best first: of a run without a step the newest. Raises RunError."""
+    """Return all checkpoints that a path may mean, the newest first. Raises RunError if there is none."""
     place, step = split(path)
     if (root := root_of(place)).is_dir():
         return _of_run(place, root, step)
@@ -133,19 +132,19 @@ def _of_run(run_dir: Path, root: Path, step: int | None) -> list[Checkpoint]:
 
 
 def some_steps(steps: list[int], limit: int = 8) -> str:
-    """The newest few of many steps, in ascending order."""
+    """Format the newest few of many steps, in ascending order."""
     shown = ", ".join(map(str, steps[-limit:])) or "none"
     return shown if len(steps) <= limit else f"{shown} and {len(steps) - limit} before them"
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path means checkpoints of ours, which there are manifests of. Raises RunError: nothing is there."""
+    """Return whether the path points to checkpoints with a manifest. Raises RunError if it does not exist."""
     place, step = split(path)
     return step is not None or root_of(place).is_dir() or (place / layout.MANIFEST).exists()
 
 
 def find_one(path: str | Path) -> Checkpoint:
-    """The checkpoint that a path means, verified in no way. Raises RunError."""
+    """Return the checkpoint that a path means, without verifying it. Raises RunError."""
     return find(path)[0]
 
 
@@ -156,7 +155,7 @@ def intact(
     sizes_only: bool = False,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> Checkpoint:
-    """The checkpoint that a path means, or of a run without a step the newest that verifies. Raises RunError."""
+    """Return the checkpoint that a path means; of a run without a step the newest that verifies. Raises RunError."""
     candidates = find(path)
     for checkpoint in candidates:
         problems = checkpoint.damage(needed=needed, sizes_only=sizes_only, advance=advance)

@@ -1,15 +1,14 @@
-"""What the training loop sees of checkpoints: when one is due, save, find the newest good one, load.
+"""Checkpoints as the training loop uses them: when one is due, save, find the newest good one, load.
 
-Promise: one rank decides and all ranks hear it. A save that fails (full disk, quota, a broken disk) costs that
-checkpoint and nothing else: its remains are removed, older ones stay, all ranks get the same report. The last save of
-a run is tried again, a few times, where the fault may pass. Every rank calls every method at the same step, unless it
-says "local".
-Cost: see `direct.py` (synchronous) and `background.py` (asynchronous).
+Rank 0 decides for all ranks. A save that fails (full disk, quota, a broken disk) costs that checkpoint and nothing
+else: its remains are removed, older ones stay, and all ranks get the same report. The last save of a run is tried again
+a few times if the fault may pass. Every rank calls every method at the same step, except those marked "Local".
+`sync_writer.py` writes to the disk while training waits, `shm/coordinator.py` stages in memory.
 
     manager = CheckpointManager(args.checkpoint, run_dir, device=device, lock=lock)
-    step = manager.latest()                    # newest that verifies; worse ones are set aside
+    step = manager.latest()                    # newest that verifies; damaged ones are set aside
     if step is not None: manager.load(step, state)
-    manager.prepare(state)                     # before step 1: plan the files, is there room?
+    manager.prepare(state)                     # before step 1: plan the files, check the room
     ...
     manager.before_update(); optimizer.step()
     if manager.is_due(step): report = manager.save(step, state)
@@ -46,31 +45,30 @@ from lingua.slurm import this_job
 log = logging.getLogger(__name__)
 
 FINAL_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Before each further try of a last save that the disk has refused."""
+"""Pauses before the last save is tried again on a disk that refuses it."""
 
 
 @dataclass
 class SaveReport:
-    """How a save went; the same on all ranks."""
+    """Outcome of a save; identical on all ranks."""
 
     step: int
     path: Path
     published: bool
-    """It is on the disk, verified and marked. A staged one will be."""
+    """It is on the disk, verified and marked."""
     staged: bool = False
-    """It is complete in memory; the checkpoint service takes it to the disk."""
+    """It is complete in memory; the checkpoint service writes it to the disk."""
     error: str | None = None
-    """Why there is no checkpoint of this step, in one sentence."""
+    """One sentence: why there is no checkpoint of this step."""
     size_bytes: int = 0
     seconds: float = 0.0
-    """How long the caller waited."""
+    """Time that the caller waited."""
     deleted: list[int] = field(default_factory=list)
-    """Steps that retention gave up afterwards (with async_cleanup: will give up). The service does not
-    tell: empty."""
+    """Steps that retention deleted afterwards, or with async_cleanup will delete. Empty if the service does it."""
 
 
 class CheckpointManager:
-    """Checkpoints of one run. `lock` (rank 0's) gives the incarnation and is asked before each publish."""
+    """Checkpoints of one run. `lock` (rank 0's) gives the number of the attempt and is checked before each publish."""
 
     def __init__(
         self,
@@ -98,23 +96,23 @@ class CheckpointManager:
         self._cleaning: Future[None] | None = None
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
         self._published_at_s = self._safe_until_s = now()
-        """When the newest checkpoint was published and when its snapshot was taken; before, when this start began."""
+        """When the newest checkpoint was published and its snapshot taken; at first, when this attempt began."""
         self._staged_at_s: dict[int, float] = {}
         self._last_save: dict[str, float] = {}
         self.published_since: list[dict[str, float]] = []
-        """What the checkpoint service has published since the caller last emptied this: step and seconds of each."""
+        """Step and seconds of what the service has published since the caller last emptied this list."""
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
-        self.incarnation, run_id, newest_done = self._ranks.from_main(self._look)
+        self.attempt, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
         if self._background:
             self._background.find_unsaved(newest_done)
-        self._ranks.from_main(self._open_passage)
+        self._ranks.from_main(self._open_staging_dir)
         if self._background:
             self._background.open()
         self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
         self._direct = DirectWriter(
             self.root,
-            self.incarnation,
+            self.attempt,
             self._ranks,
             files,
             direct_io=args.direct_io,
@@ -125,20 +123,20 @@ class CheckpointManager:
     # -- start -----------------------------------------------------------------------------------------------------
 
     def _look(self) -> tuple[int, str, tuple[int, int]]:
-        """On rank 0: (incarnation, id of the run, (step, incarnation) of the newest checkpoint)."""
+        """On rank 0: return (attempt, id of the run, (step, attempt) of the newest checkpoint)."""
         make_folder(self.root, "checkpoint.path" if self.args.path else "dump_dir")
         id_file = self.root / layout.RUN_ID
         if not id_file.exists():
             write_whole(id_file, secrets.token_hex(8))
         done = layout.done_steps(self.root)
-        newest = (done[-1], publish.incarnation_of(self.root, done[-1])) if done else (-1, 0)
+        newest = (done[-1], publish.attempt_of(self.root, done[-1])) if done else (-1, 0)
         return self._lock.attempt if self._lock else 0, id_file.read_text(), newest
 
-    def _open_passage(self) -> None:
+    def _open_staging_dir(self) -> None:
         if self.args.async_save_mode:
-            drain.await_older_writers(self.root, self.incarnation, this_process(*this_job(os.environ)))
+            drain.await_older_writers(self.root, self.attempt, this_process(*this_job(os.environ)))
         try:
-            publish.open_passage(self.root, self.incarnation, files=self._files)
+            publish.open_staging_dir(self.root, self.attempt, files=self._files)
         except OSError as error:
             raise publish.disk_error(error, self.root, 0) from error
 
@@ -146,18 +144,17 @@ class CheckpointManager:
         if self.args.async_save_mode is None:
             return None
         run_dir, root = Path(os.path.realpath(self.run_dir)), Path(os.path.realpath(self.root))
-        run = ServedRun(run_id, run_dir, root, self.incarnation, self.args, this_job(os.environ))
+        run = ServedRun(run_id, run_dir, root, self.attempt, self.args, this_job(os.environ))
         try:
             return Coordinator(run, self._ranks, self.device, files=self._files, start=start)
         except NoSlotError as error:
-            self._say_synchronous(str(error), strict=self.args.strict)
+            self._warn_synchronous(str(error), strict=self.args.strict)
             return None
 
     def prepare(self, state: TrainState, n_steps: int = 0) -> int:
-        """Plan the files and make sure that they fit, on the disk and in memory; returns a checkpoint's bytes.
+        """Plan the files, check that they fit on the disk and in memory, and return the bytes of a checkpoint.
 
-        `n_steps`: of the whole run, all of whose milestones must fit.
-        Raises RunError with the numbers when they do not fit on the disk.
+        `n_steps`: steps of the whole run, whose milestones must all fit. Raises RunError if the disk is too small.
         """
         self._make_plan(tensors_of(state))
         self._ranks.from_main(lambda: self._check_room(n_steps))
@@ -179,13 +176,13 @@ class CheckpointManager:
         return self._plan
 
     def _leave_background(self, why: str, *, final: bool = False) -> None:
-        """From here on saves are synchronous, a `final` one also if `strict`; all ranks come here together."""
-        self._say_synchronous(why, strict=self.args.strict and not final)
+        """Save synchronously from now on; with `strict` only a `final` save may. Collective."""
+        self._warn_synchronous(why, strict=self.args.strict and not final)
         assert self._background is not None
         self._background.close()
         self._background = None
 
-    def _say_synchronous(self, why: str, *, strict: bool) -> None:
+    def _warn_synchronous(self, why: str, *, strict: bool) -> None:
         if strict:
             raise RunError(f"{why}; or allow synchronous saves with checkpoint.strict=false")
         if self._ranks.rank == 0:
@@ -213,17 +210,17 @@ class CheckpointManager:
     # -- when ------------------------------------------------------------------------------------------------------
 
     def is_due(self, step: int) -> bool:
-        """Whether the config asks for a checkpoint after this step. Local."""
+        """Return whether the config asks for a checkpoint after this step. Local."""
         return retention.is_due(step, self.args)
 
     def has(self, step: int) -> bool:
-        """Whether this step is known to be published, on all ranks. Local."""
+        """Return whether this step is known to be published; the same on all ranks. Local."""
         return step in self._published
 
     # -- save ------------------------------------------------------------------------------------------------------
 
     def before_update(self) -> None:
-        """Call before parameters or optimizer state change: what is being copied must not be torn. Local."""
+        """Call before parameters or optimizer state change: waits until they are copied. Local."""
         if self._background is not None:
             self._background.before_update()
 
@@ -236,12 +233,11 @@ class CheckpointManager:
         stopping: bool = False,
         deadline_s: float | None = None,
     ) -> SaveReport:
-        """Make a checkpoint, then let retention delete older ones.
+        """Make a checkpoint, then let retention delete older ones. The report says if that failed.
 
-        A failure is told in the report. With `final` the save is tried again where that may help, then it raises
-        RunError, since nothing comes after, and the caller waits until the checkpoint is on the disk. It is left in
-        memory, and the report says that, where the job ends before, at `deadline_s` (seconds since the epoch), and,
-        with `stopping`, where the disk goes on failing: the run is meant to go on.
+        The `final` save is tried again if that may help, and returns only when the checkpoint is on the disk; if it
+        fails it raises RunError. It stays in memory, as the report then says, if the job ends before that, at
+        `deadline_s` (seconds since the epoch), or with `stopping` (the run will be resumed) if the disk keeps failing.
         """
         if step in self._published:
             return SaveReport(step, layout.folder(self.root, step), published=True)
@@ -336,7 +332,7 @@ class CheckpointManager:
     # -- retention -------------------------------------------------------------------------------------------------
 
     def _retain(self) -> list[int]:
-        """On rank 0: delete what nobody needs; a disk that refuses is reported, not fatal."""
+        """On rank 0: delete what nobody needs. A disk that refuses is only reported."""
         try:
             held = pins.held_steps(self.run_dir, self.root, time.time())
             done = layout.done_steps(self.root)
@@ -345,7 +341,7 @@ class CheckpointManager:
             return []
         steps = retention.to_delete(done, self.args, verified=self._restorer.verified, pinned=held.steps)
         for step in sorted(held.overdue & set(steps)):
-            log.error("%s", pins.farewell(step))
+            log.error("%s", pins.overdue_message(step))
         if self._cleaner is None:
             self._retire(steps)
         else:
@@ -356,7 +352,7 @@ class CheckpointManager:
     def _retire(self, steps: list[int]) -> None:
         for step in steps:
             try:
-                publish.retire(self.root, step, self.incarnation, files=self._files)
+                publish.retire(self.root, step, self.attempt, files=self._files)
             except OSError as error:
                 log.warning("cannot delete checkpoint %d: %s", step, error)
 
@@ -368,10 +364,10 @@ class CheckpointManager:
     # -- resume ----------------------------------------------------------------------------------------------------
 
     def latest(self) -> int | None:
-        """The newest published step that verifies, the same on all ranks; None for a fresh start.
+        """Return the newest published step that verifies, the same on all ranks; None if nothing was published.
 
-        What does not verify is set aside (renamed, never deleted) and reported. Raises RunError when there were some
-        and none verifies: beginning again at step 0 is for a person to decide.
+        What does not verify is set aside (renamed, never deleted) and reported. Raises RunError if none verifies: only
+        a person may decide to begin again at step 0.
         """
         self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
         return self._restorer.latest(self._published)
@@ -379,25 +375,22 @@ class CheckpointManager:
     def load(self, step: int, state: TrainState) -> None:
         """Restore a published step into `state`, in place; later checkpoints and their evaluations are set aside.
 
-        Raises RunError, on all ranks, when it cannot be loaded.
+        Raises RunError, on all ranks, if it cannot be loaded.
         """
         self._restorer.load(step, self._published, state)
 
     def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:
-        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder.
-
-        Without `optimizer` that one stays fresh.
-        """
+        """Restore the state in RUN, RUN@step or a checkpoint folder; return the folder."""
         return self._restorer.load_from(path, state, optimizer=optimizer)
 
     def load_folder(self, folder: Path, state: TrainState) -> None:
-        """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here."""
+        """Restore the full state from a checkpoint folder of ours, without verifying it."""
         self._restorer.load_folder(folder, state)
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """What the newest save cost, and how much work a crash at this moment would lose. Local."""
+        """Return what the newest save cost, and how much work a crash now would lose. Local."""
         for event in self._background.new_events() if self._background else ():
             if event["kind"] == "published":
                 self._published_at_s = self._now()
@@ -414,7 +407,7 @@ class CheckpointManager:
         }
 
     def close(self) -> None:
-        """Wait for background deletion and leave what is staged to the service. Local."""
+        """Wait until retention has deleted what it must; what is staged is left to the service. Local."""
         self._wait_for_cleaner()
         if self._cleaner is not None:
             self._cleaner.shutdown()

@@ -1,8 +1,7 @@
-"""What a checkpoint folder holds, told without torch: names, shapes and types of tensors, step, rates, data position.
+"""Read what a checkpoint folder holds, without torch: names, shapes and types of tensors, step, rates, data position.
 
-Promise: nothing in the folder is executed. `.metadata` is a pickle of torch's; here it is read with stand-ins for the
-few classes that a checkpoint needs, and refused when it names any other.
-Cost: `.metadata` and the JSON files; no tensor is touched.
+Nothing in the folder is executed. `.metadata` is a pickle written by torch; it is read with stand-ins for the few
+classes that a checkpoint needs, and refused if it names any other. No tensor is read.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ ALLOWED = {
     ("pathlib._local", "PosixPath"),
     ("collections", "OrderedDict"),
 }
-"""(module, name) of all that a `.metadata` may name, besides torch's types of numbers and `GETATTR`."""
+"""(module, name) of all that a `.metadata` may name, besides torch's dtypes and `GETATTR`."""
 
 GETATTR = ("builtins", "getattr")
-"""How Python 3.11.2 names a member of an enum. A reader takes `enum_member` in its place, never getattr itself."""
+"""How Python 3.11.2 pickles a member of an enum. Readers use `enum_member` instead, never getattr itself."""
 
 DTYPE_BYTES = {
     "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8,
@@ -51,14 +50,14 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor, whole, however many ranks hold a part of it."""
+    """One full tensor, whatever its shards."""
 
     shape: tuple[int, ...]
     dtype: str
     files: tuple[str, ...]
-    """Files that its bytes lie in."""
+    """Files that hold its bytes."""
     same_as: str | None = None
-    """A tied weight: the tensor whose bytes these are too."""
+    """Of a tied weight: the tensor that it shares its bytes with."""
 
     @property
     def n_values(self) -> int:
@@ -76,7 +75,7 @@ class TensorFacts:
 
 
 class _StandIn:
-    """Takes the place of a class of torch's; keeps what the pickle says of the object."""
+    """Replaces a class of torch; keeps the state in the pickle."""
 
     def __init__(self, *args: Any) -> None:
         self.state: Any = args
@@ -96,7 +95,7 @@ class _Index(_StandIn):
     pass
 
 
-class _Place(_StandIn):
+class _StorageStandIn(_StandIn):
     pass
 
 
@@ -109,7 +108,7 @@ class _MemoryFormat(Enum):
 _STAND_INS: dict[str, Any] = {
     "TensorStorageMetadata": _Tensor,
     "MetadataIndex": _Index,
-    "_StorageInfo": _Place,
+    "_StorageInfo": _StorageStandIn,
     "OrderedDict": OrderedDict,
     "Size": tuple,
     "_MEM_FORMAT_ENCODING": _MemoryFormat,
@@ -137,7 +136,7 @@ class _TorchFreeUnpickler(pickle.Unpickler):
 
 
 def read_tensors(folder: Path) -> dict[str, TensorFacts]:
-    """Every tensor of a checkpoint folder by name. Raises RunError when `.metadata` is not what it should be."""
+    """Return every tensor of a checkpoint folder by name. Raises RunError if `.metadata` is not what it should be."""
     path = folder / layout.METADATA
     try:
         with path.open("rb") as file:
@@ -154,7 +153,7 @@ def _tensors_in(file: BinaryIO) -> dict[str, TensorFacts]:
     metadata = _TorchFreeUnpickler(file).load()
     places: dict[str, set[tuple[str, int]]] = {}
     for index, place in metadata.get("storage_data").items():
-        if isinstance(index, _Index) and isinstance(place, _Place):
+        if isinstance(index, _Index) and isinstance(place, _StorageStandIn):
             places.setdefault(index.get("fqn"), set()).add((str(place.get("relative_path")), int(place.get("offset"))))
     first: dict[frozenset[tuple[str, int]], str] = {}
     tensors = {}
@@ -175,10 +174,10 @@ def _tensors_in(file: BinaryIO) -> dict[str, TensorFacts]:
 
 
 def read_scalars(folder: Path) -> dict[str, Any]:
-    """Step, tokens and tracking ids; groups of the optimizer with their rates; where the data stands.
+    """Read step, tokens and tracking ids, the optimizer's groups with their rates, and the data position.
 
-    Random states and lanes, which are long, are told by a hash. Empty for a folder that another program wrote. Raises
-    RunError when what should be the state of a run is none.
+    Random states and lanes are long, so only their hash is returned. Empty for a folder that another program wrote.
+    Raises RunError if the file that should hold the training state does not.
     """
     if not (folder / layout.train_state_file(0)).exists():
         return {}
@@ -192,18 +191,18 @@ def read_scalars(folder: Path) -> dict[str, Any]:
         data = [document["per_rank"]["data"] for document in documents if "data" in document["per_rank"]]
         return {**scalars, "data": _position(data)} if data else scalars
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise RunError(f"{folder / layout.train_state_file(0)} is not the state of a run") from None
+        raise RunError(f"{folder / layout.train_state_file(0)} is not a training state") from None
 
 
 def read_tokenizer(folder: Path) -> str | None:
-    """Fingerprint of the tokenizer that a run's rows were made with; None where the checkpoint does not tell."""
+    """Return the fingerprint of the tokenizer that made the run's rows, or None if the checkpoint does not have it."""
     path = folder / layout.train_state_file(0)
     per_rank = read_json(path).get("per_rank", {}) if path.exists() else {}
     return per_rank.get("data", {}).get("tokenizer")
 
 
 def _position(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where the data stands, from the loader's states of all ranks."""
+    """Combine the loader states of all ranks into one data position."""
     first = states[0]
     lanes = {lane: state for of_rank in states for lane, state in of_rank["lanes"].items()}
     epochs = {name: max(state["epochs"][name] for state in states) for name in first["epochs"]}
@@ -224,31 +223,31 @@ def _hash(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Something that two checkpoints do not have alike; None where one has it not at all."""
+class Mismatch:
+    """Something that differs between two checkpoints; None where one lacks it."""
 
     what: str
     a: Any
     b: Any
 
 
-def tensor_differences(a: Mapping[str, TensorFacts], b: Mapping[str, TensorFacts]) -> list[Difference]:
-    """Tensors that only one has, or whose shape or type differs."""
+def tensor_differences(a: Mapping[str, TensorFacts], b: Mapping[str, TensorFacts]) -> list[Mismatch]:
+    """Return the tensors that only one has, or whose shape or type differs."""
     return [
-        Difference(name, _told(a.get(name)), _told(b.get(name)))
+        Mismatch(name, _described(a.get(name)), _described(b.get(name)))
         for name in sorted({*a, *b})
-        if _told(a.get(name)) != _told(b.get(name))
+        if _described(a.get(name)) != _described(b.get(name))
     ]
 
 
-def _told(facts: TensorFacts | None) -> str | None:
+def _described(facts: TensorFacts | None) -> str | None:
     return None if facts is None else str(facts)
 
 
-def scalar_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
+def scalar_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Mismatch]:
     left, right = dict(_leaves(a)), dict(_leaves(b))
     names = list(dict.fromkeys([*left, *right]))
-    return [Difference(n, left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)]
+    return [Mismatch(n, left.get(n), right.get(n)) for n in names if left.get(n) != right.get(n)]
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,9 @@
-"""What retention must leave alone for others: pins of readers, and what a run's evaluator has yet to judge. Torch-free.
+"""What retention must not delete: checkpoints that readers have pinned, or that wait for their evaluation. Torch-free.
 
-Promise: nothing is held for ever. A pin runs out unless its reader renews it, and one with a limit is not renewed
-beyond that, loudly. Checkpoints that wait for an evaluation are held from the moment they are published, also while
-no evaluator runs, but each for `max_pinned_s` at most, and none once no evaluator has shown itself for so long: an
-evaluator and a full disk cannot wait for each other.
-Cost: a small file per pin and renewal; of the evaluations two looks per checkpoint.
+Nothing is held forever. A pin expires unless its reader renews it, and a pin with a limit is not renewed beyond it; an
+error then says so. Checkpoints wait for their evaluation from the moment they are published, even while no evaluator
+runs, but each for at most `max_pinned_s`, and none once no evaluator has been seen for that long. So an evaluator and a
+full disk cannot wait for each other.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from lingua.files import DISK, Files, RunError, make_folders, read_json, write_j
 log = logging.getLogger(__name__)
 
 LEASE_S = 6 * 3600.0
-"""Of a reader that was killed, until retention may go on."""
+"""How long the pin of a reader that was killed holds."""
 
 
 @contextmanager
@@ -39,10 +38,10 @@ def pinned(
     limit_s: float | None = None,
     now: Callable[[], float] = time.time,
 ) -> Iterator[Callable[[], None]]:
-    """Keep retention from a step inside the block; yields what renews the lease, cheap to call often.
+    """Keep retention from deleting a step inside the block; yields a function that renews the lease, cheap to call.
 
-    `limit_s`: the pin is never renewed beyond that. Raises RunError: the step is gone already. Where the run may not
-    be written to, that is said, and the block goes on without.
+    `limit_s`: the pin is never renewed beyond that. If the run may not be written to, a warning says so, and the block
+    runs without a pin. Raises RunError if the step is gone already.
     """
     reader, began_s = f"{why}-{socket.gethostname()}-{os.getpid()}", now()
     ends_s = float("inf") if limit_s is None else began_s + limit_s
@@ -55,14 +54,14 @@ def pinned(
         if until_s < ends_s:
             until_s = min(now() + lease_s, ends_s)
             publish.pin(root, step, reader, until_s)
-        elif now() >= ends_s and limit_s is not None and not said:
-            said.append(True)
+        elif now() >= ends_s and limit_s is not None and not reported:
+            reported.append(True)
             log.error(
-                "STEP %d IS PINNED NO LONGER: %s has held it for %.1f h, the limit; retention may delete it now",
+                "STEP %d IS NO LONGER PINNED: %s has held it for %.1f h, the limit; retention may delete it now",
                 step, why, limit_s / 3600,
             )  # fmt: skip
 
-    said: list[bool] = []
+    reported: list[bool] = []
     try:
         path = publish.pin(root, step, reader, until_s)
     except OSError as error:
@@ -82,12 +81,12 @@ def pinned(
 
 @dataclass(frozen=True)
 class Follower:
-    """What a run's evaluator tells retention; it says so again from time to time."""
+    """What a run's evaluator asks of retention; written again from time to time as its heartbeat."""
 
     every: int
-    """It judges the checkpoints of these steps."""
+    """It evaluates the checkpoints of every so many steps."""
     max_pinned_s: float
-    """For so long, from its publication, a checkpoint waits for it."""
+    """How long after its publication a checkpoint waits."""
     seen_at_s: float
     """Seconds since the epoch."""
 
@@ -96,30 +95,30 @@ Verdict = Literal["evaluated", "given_up"]
 
 
 def verdict(run_dir: Path, root: Path, step: int) -> Verdict | None:
-    """What has become of the evaluation of a published step; None: it is owed.
+    """Return the outcome of a published step's evaluation, or None if it is still to come.
 
-    What was said of another checkpoint of that step, before the run went back, does not count.
+    An evaluation of another checkpoint of that step, from before the run was set back, does not count.
     """
-    folder, incarnation = layout.evaluation(run_dir, step), publish.incarnation_of(root, step)
+    folder, attempt = layout.evaluation(run_dir, step), publish.attempt_of(root, step)
     files: tuple[tuple[str, Verdict], ...] = ((layout.RESULTS, "evaluated"), (layout.FAILED, "given_up"))
-    return next((found for name, found in files if _incarnation_in(folder / name) == incarnation), None)
+    return next((found for name, found in files if _attempt_in(folder / name) == attempt), None)
 
 
-def _incarnation_in(path: Path) -> int | None:
+def _attempt_in(path: Path) -> int | None:
     try:
         return read_json(path).get("incarnation")
-    except (OSError, RunError, AttributeError):  # absent, or not ours: then it says nothing about a checkpoint
+    except (OSError, RunError, AttributeError):  # absent, or not ours
         return None
 
 
 def follow(run_dir: Path, follower: Follower, *, files: Files = DISK) -> None:
-    """Tell retention that these checkpoints will be evaluated. Raises OSError."""
+    """Announce to retention that these checkpoints will be evaluated. Raises OSError."""
     make_folders(run_dir / layout.EVALS, files=files)
     write_json(run_dir / layout.EVALS / layout.FOLLOWER, asdict(follower), files=files)
 
 
 def read_follower(run_dir: Path) -> Follower | None:
-    """The evaluator of a run, if it ever had one. Raises RunError or OSError when that cannot be read."""
+    """Return the evaluator of a run, or None if it never had one. Raises RunError or OSError if that is unreadable."""
     path = run_dir / layout.EVALS / layout.FOLLOWER
     try:
         content: Any = read_json(path)
@@ -127,20 +126,20 @@ def read_follower(run_dir: Path) -> Follower | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (KeyError, TypeError, ValueError):
-        raise RunError(f"{path} does not say what an evaluator waits for; remove it") from None
+        raise RunError(f"{path} is not an evaluator's record; remove it") from None
 
 
 @dataclass(frozen=True)
 class Held:
-    """Steps that retention leaves alone for others."""
+    """Steps that retention must not delete."""
 
     steps: set[int]
     overdue: set[int]
-    """Still without an evaluation, and held long enough."""
+    """Still without an evaluation, but held long enough."""
 
 
 def awaited(published: Mapping[int, float], judged: Collection[int], follower: Follower | None, now_s: float) -> Held:
-    """Of published steps (and when they were) those that wait for their evaluation. `judged`: have their verdict."""
+    """Choose the steps that wait for their evaluation. `published`: step -> time; `judged`: those with an outcome."""
     if follower is None or now_s - follower.seen_at_s > follower.max_pinned_s:
         return Held(set(), set())
     owed = {step for step in published if is_multiple(step, follower.every) and step not in judged}
@@ -149,7 +148,7 @@ def awaited(published: Mapping[int, float], judged: Collection[int], follower: F
 
 
 def held_steps(run_dir: Path, root: Path, now_s: float) -> Held:
-    """All that retention leaves alone. Raises RunError or OSError where that cannot be read: then nothing may go."""
+    """Return all that retention must not delete. Raises RunError or OSError if unreadable: delete nothing then."""
     waiting = Held(set(), set())
     if (follower := read_follower(run_dir)) is not None:
         published = {s: float(publish.mark_facts(root, s).get("created_at", now_s)) for s in layout.done_steps(root)}
@@ -158,6 +157,6 @@ def held_steps(run_dir: Path, root: Path, now_s: float) -> Held:
     return Held(waiting.steps | publish.pinned_steps(root, now_s), waiting.overdue)
 
 
-def farewell(step: int) -> str:
-    """What is said when retention deletes a step that waited for its evaluation for too long."""
-    return f"CHECKPOINT {step} GOES WITHOUT AN EVALUATION: it has waited for longer than eval.max_pinned_hours"
+def overdue_message(step: int) -> str:
+    """Report that retention deletes a step that waited too long for its evaluation."""
+    return f"CHECKPOINT {step} IS DELETED WITHOUT AN EVALUATION: it has waited for longer than eval.max_pinned_hours"

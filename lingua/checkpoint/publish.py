@@ -1,9 +1,8 @@
-"""How a checkpoint comes to exist for everyone, or for no one. Torch-free; whoever writes checkpoints does it by this.
+"""Publish, verify and delete checkpoints so that each exists for everyone or for no one. Torch-free.
 
-Promise: the mark appears last, after every byte and every name is on the disk and agrees with the checksums that
-were taken from memory. A published folder is never changed, only taken away whole: its mark first, then its name.
-Each function may be killed at any line; the next start's `open_passage` finishes or clears what that leaves.
-Cost: one fsync per file, a few of folders, and the hash, which runs at memory speed.
+The mark appears last, after every byte and every name is on the disk and agrees with the checksums that were taken from
+memory. A published folder is never changed, only removed whole: its mark first, then its name. Each function may be
+killed at any line; the next attempt's `open_staging_dir` finishes or removes what is left.
 
 A life:   incarnation-2/0000000004/model.00000.distcp ...   write_hashed, by every rank
           incarnation-2/0000000004/manifest.json            publish: sizes are checked, all is synced,
@@ -13,10 +12,10 @@ A life:   incarnation-2/0000000004/model.00000.distcp ...   write_hashed, by eve
           incarnation-5/checkpoint_0000000004.done.trash    retire: unmarked,
           incarnation-5/0000000004.trash/                   renamed, removed, the old mark last
 
-Fence: whatever changes a checkpoint's names goes through the folder of the writer's own incarnation. A newer start
-renames that folder, empties it and removes it. Where a writer of an older start goes on afterwards, also one that was
-frozen between two lines, each of its renames lacks a source or a target: it can neither publish nor delete. Emptying
-counts on NFS, where a client may still hold the folder by its handle.
+Fence: whatever changes a checkpoint's names goes through the staging dir of the writer's own attempt. A newer attempt
+renames that folder, empties it and removes it. If a writer of an older attempt then continues, even one that was frozen
+between two lines, each of its renames lacks a source or a target: it can neither publish nor delete. Emptying matters
+on NFS, where a client may still hold the folder by its handle.
 """
 
 from __future__ import annotations
@@ -56,17 +55,17 @@ from lingua.files import (
 log = logging.getLogger(__name__)
 
 VERSION = 1
-CHUNK_BYTES = 16 << 20  # past the page cache a disk is fastest with large writes: 16 MiB gave 1.8 GB/s, 4 MiB 1.55
+CHUNK_BYTES = 16 << 20  # without the page cache a disk is fastest with large writes: 16 MiB gave 1.8 GB/s, 4 MiB 1.55
 VERIFY_THREADS = min(8, os.cpu_count() or 1)
 
 
 class DamagedError(RunError):
-    """A checkpoint that is not what it was when it was written."""
+    """A checkpoint that differs from what was written."""
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file must be: taken from memory, before the disk had a say."""
+    """What a file must be, computed from memory and not from the disk."""
 
     size_bytes: int
     xxh3_128: str
@@ -81,7 +80,7 @@ Manifest = dict[str, FileFacts]
 def write_hashed(
     path: Path, parts: Iterable[Buffer], *, direct_io: bool = False, readback: bool = False, files: Files = DISK
 ) -> FileFacts:
-    """Write a file durably and hash what goes in; `readback` also reads it again, past the page cache."""
+    """Write a file durably and hash what goes in; with `readback` also read it again from the disk."""
     descriptor, facts = write_unsynced(path, parts, direct_io=direct_io, files=files)
     sync_written(descriptor, path, facts, readback=readback, files=files)
     return facts
@@ -90,9 +89,9 @@ def write_hashed(
 def write_unsynced(
     path: Path, parts: Iterable[Buffer], *, direct_io: bool = False, files: Files = DISK
 ) -> tuple[int, FileFacts]:
-    """Write a file and hash what goes in; returns its open descriptor for `sync_written`.
+    """Write a file and hash what goes in; return its open descriptor for `sync_written`.
 
-    `direct_io`: past the page cache, as far as parts are whole pages (`in_pages` makes them so).
+    `direct_io`: without the page cache, as far as parts are whole pages (`in_pages` makes them so).
     """
     digest, size_bytes = xxhash.xxh3_128(), 0
     descriptor = files.create(path)
@@ -114,10 +113,7 @@ def write_unsynced(
 
 
 def in_pages(parts: Iterable[Buffer]) -> Iterator[Buffer]:
-    """The same bytes in pieces of whole pages, but for the last; each holds until the next is asked for.
-
-    Cost: one copy in memory, and CHUNK_BYTES of it.
-    """
+    """Copy the bytes into chunks of whole pages, except for the last; a chunk is valid until the next is taken."""
     with memoryview(mmap.mmap(-1, CHUNK_BYTES)) as buffer:
         n_filled = 0
         for part in parts:
@@ -142,39 +138,37 @@ def sync_written(descriptor: int, path: Path, facts: FileFacts, *, readback: boo
     finally:
         files.close(descriptor)
     if readback and (problem := _differs(path, facts)):
-        raise OSError(errno.EIO, f"the disk gave back something else than was written ({problem})", str(path))
+        raise OSError(errno.EIO, f"the disk returned something else than was written ({problem})", str(path))
 
 
-def manifest_bytes(step: int, incarnation: int, facts: Manifest) -> bytes:
-    """The text of `manifest.json`; equal facts give equal bytes."""
+def manifest_bytes(step: int, attempt: int, facts: Manifest) -> bytes:
+    """Return the text of `manifest.json`; equal facts give equal bytes."""
     listed = {name: {"bytes": fact.size_bytes, "xxh3_128": fact.xxh3_128} for name, fact in sorted(facts.items())}
-    document = {"version": VERSION, "step": step, "incarnation": incarnation, "files": listed}
+    document = {"version": VERSION, "step": step, "incarnation": attempt, "files": listed}
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def publish(
-    root: Path, step: int, incarnation: int, facts: Manifest, *, seconds: float = 0.0, files: Files = DISK
-) -> None:
-    """Turn the complete temporary folder of `step` into a checkpoint. Raises OSError, and then nothing is published.
+def publish(root: Path, step: int, attempt: int, facts: Manifest, *, seconds: float = 0.0, files: Files = DISK) -> None:
+    """Turn the complete staged folder of `step` into a checkpoint. Raises OSError, and then nothing is published.
 
-    `facts` are those of every file, from the ranks that wrote them.
+    `facts`: of every file, from the ranks that wrote them.
     """
     target, mark = layout.folder(root, step), layout.done_mark(root, step)
-    source, draft = layout.coming(target, incarnation), layout.coming(mark, incarnation)
+    source, draft = layout.coming(target, attempt), layout.coming(mark, attempt)
     for name, fact in facts.items():
         _must_be_there(source / name, fact)
-    for half in source.glob(f".{layout.MANIFEST}.tmp-*"):  # a process of this start died here
+    for half in source.glob(f".{layout.MANIFEST}.tmp-*"):  # a process of this attempt died here
         files.remove(half)
-    manifest = manifest_bytes(step, incarnation, facts)
+    manifest = manifest_bytes(step, attempt, facts)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
     if target.exists():  # somebody's copy, or what is left of one set aside: not ours to delete
-        log.warning("%s has no mark and stands in the way of a new checkpoint; it is set aside", target)
-        files.rename(target, layout.going(target, incarnation, "unmarked"))
-        files.rename(layout.going(target, incarnation, "unmarked"), layout.aside(target, "unmarked"))
+        log.warning("%s has no mark and is in the way of a new checkpoint; it is set aside", target)
+        files.rename(target, layout.going(target, attempt, "unmarked"))
+        files.rename(layout.going(target, attempt, "unmarked"), layout.aside(target, "unmarked"))
     facts_of_mark = {
         "version": VERSION,
         "step": step,
-        "incarnation": incarnation,
+        "incarnation": attempt,
         "manifest_xxh3_128": xxhash.xxh3_128_hexdigest(manifest),
         "bytes": sum(fact.size_bytes for fact in facts.values()) + len(manifest),
         "seconds": round(seconds, 3),
@@ -201,7 +195,7 @@ def _must_be_there(path: Path, fact: FileFacts) -> None:
 
 
 def disk_error(error: OSError, root: Path, needed_bytes: int) -> DiskError:
-    """What is wrong with the disk, for people."""
+    """Describe for people what is wrong with the disk."""
     return DiskError.of(error, disk_sentence(error, root, needed_bytes))
 
 
@@ -216,30 +210,30 @@ def disk_sentence(error: OSError, root: Path, needed_bytes: int) -> str:
     return f"{error.filename or root}: {error.strerror or error}"
 
 
-def abandon(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
-    """After a failed write or publish: leave nothing of it, as far as the disk lets us. Never raises."""
+def abandon(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None:
+    """Remove what a failed write or publish has left, as far as the disk allows. Never raises OSError."""
     target, mark = layout.folder(root, step), layout.done_mark(root, step)
-    source, draft = layout.coming(target, incarnation), layout.coming(mark, incarnation)
+    source, draft = layout.coming(target, attempt), layout.coming(mark, attempt)
     try:
         for is_ours in (mark, draft):  # without either, a folder of that name is not ours
             if is_ours.exists():
-                _take_away(root, step, is_ours, incarnation, files)
+                _take_away(root, step, is_ours, attempt, files)
         if source.exists():
-            _throw_away(source, layout.going(target, incarnation), files)
+            _throw_away(source, layout.going(target, attempt), files)
     except OSError as error:
         log.warning("cannot clear what is left of step %d's failed checkpoint: %s", step, error)
 
 
-# -- judging -----------------------------------------------------------------------------------------------------
+# -- verifying ---------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The facts a checkpoint folder states about itself. Raises DamagedError."""
+    """Read the manifest of a checkpoint folder. Raises DamagedError."""
     return _parse_manifest(folder, _read(folder / layout.MANIFEST))
 
 
 def read_marked_manifest(root: Path, step: int) -> Manifest:
-    """The facts of a published checkpoint, whose mark vouches for the manifest. Raises DamagedError."""
+    """Read the manifest of a published checkpoint and check it against the mark. Raises DamagedError."""
     mark_path, folder = layout.done_mark(root, step), layout.folder(root, step)
     try:
         mark = orjson.loads(_read(mark_path))
@@ -248,12 +242,12 @@ def read_marked_manifest(root: Path, step: int) -> Manifest:
         raise DamagedError(f"{mark_path} is not a checkpoint's mark") from None
     content = _read(folder / layout.MANIFEST)
     if mark.get("step") != step or xxhash.xxh3_128_hexdigest(content) != expected:
-        raise DamagedError(f"{folder / layout.MANIFEST} is not the one that {mark_path.name} vouches for")
+        raise DamagedError(f"{folder / layout.MANIFEST} does not match the checksum in {mark_path.name}")
     return _parse_manifest(folder, content)
 
 
 def mark_facts(root: Path, step: int) -> dict[str, Any]:
-    """What a mark says (step, incarnation, bytes, seconds, ...); nothing where it is damaged."""
+    """Read a mark (step, incarnation, bytes, seconds, ...); empty if it is damaged."""
     try:
         facts = orjson.loads(layout.done_mark(root, step).read_bytes())
     except (OSError, orjson.JSONDecodeError):
@@ -261,8 +255,8 @@ def mark_facts(root: Path, step: int) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def incarnation_of(root: Path, step: int) -> int:
-    """Which start published a step; 0 where its mark is damaged."""
+def attempt_of(root: Path, step: int) -> int:
+    """Return the attempt that published a step; 0 if its mark is damaged."""
     return mark_facts(root, step).get("incarnation", 0)
 
 
@@ -273,7 +267,7 @@ def _parse_manifest(folder: Path, content: bytes) -> Manifest:
     except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
         raise DamagedError(f"{folder / layout.MANIFEST} is not a checkpoint's manifest") from None
     if bad := [name for name in facts if name != Path(name).name or name in ("", ".", "..")]:
-        raise DamagedError(f"{folder / layout.MANIFEST} names {bad[0]!r}, which is no file of the folder")
+        raise DamagedError(f"{folder / layout.MANIFEST} names {bad[0]!r}, which is not a file in the folder")
     return facts
 
 
@@ -292,10 +286,10 @@ def damage(
     threads: int = VERIFY_THREADS,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> list[str]:
-    """What of a checkpoint folder does not agree with its manifest, a sentence each; reads every byte, in parallel.
+    """Compare a checkpoint folder with its manifest, reading every byte in parallel; return a sentence per problem.
 
-    `sizes_only`: looks at names and sizes, and reads nothing. `advance` hears of the bytes read, in any thread.
-    Raises OSError when a file cannot be judged (no permission, stale handle): that says nothing about its content.
+    `sizes_only`: compare only names and sizes. `advance` is called with the bytes read, from any thread. Raises OSError
+    if a file cannot be read for reasons that do not show it is damaged (no permission, stale handle).
     """
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         found = pool.map(lambda item: _differs(folder / item[0], item[1], sizes_only, advance), sorted(facts.items()))
@@ -327,13 +321,13 @@ def _differs(
     return None if digest.hexdigest() == fact.xxh3_128 else f"{path.name} does not have the content it was written with"
 
 
-# -- taking away -------------------------------------------------------------------------------------------------
+# -- removing ---------------------------------------------------------------------------------------------------
 
 
 def set_aside(run_dir: Path, root: Path, step: int, reason: str, *, files: Files = DISK) -> None:
-    """Take a published checkpoint and its evaluation out of sight; nothing is deleted.
+    """Rename a published checkpoint and its evaluation out of the way; nothing is deleted.
 
-    The evaluation first: were it left by a crash, it would pass for one of the step's next checkpoint.
+    The evaluation goes first: if a crash left it, it would count for the next checkpoint of the step.
     """
     for path in (layout.evaluation(run_dir, step), layout.done_mark(root, step), layout.folder(root, step)):
         if path.exists() or path.is_symlink():
@@ -341,52 +335,52 @@ def set_aside(run_dir: Path, root: Path, step: int, reason: str, *, files: Files
             files.fsync_dir(path.parent)
 
 
-def retire(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
-    """Delete a published checkpoint that retention gives up. Raises OSError."""
-    _take_away(root, step, layout.done_mark(root, step), incarnation, files)
+def retire(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None:
+    """Delete a published checkpoint for retention. Raises OSError."""
+    _take_away(root, step, layout.done_mark(root, step), attempt, files)
 
 
-def open_passage(root: Path, incarnation: int, *, files: Files = DISK) -> None:
-    """Close the passages of earlier starts, finishing or clearing what they left half done, and open this one's.
+def open_staging_dir(root: Path, attempt: int, *, files: Files = DISK) -> None:
+    """Close the staging dirs of earlier attempts, finishing or removing what they left, and open this one's.
 
-    Call under the run's lock, before the first save. Raises OSError when this start's cannot be opened.
+    Call under the run's lock, before the first save. Raises OSError if this attempt's cannot be opened.
     """
-    for number, passage in layout.passages(root):
-        if number > incarnation:
+    for number, staging_dir in layout.staging_dirs(root):
+        if number > attempt:
             continue
         try:
-            _close(root, passage, files)
+            _close(root, staging_dir, files)
         except OSError as error:
-            log.warning("cannot remove the leftover %s: %s", passage, error)
-    files.mkdir(layout.passage(root, incarnation))
+            log.warning("cannot remove the leftover %s: %s", staging_dir, error)
+    files.mkdir(layout.staging_dir(root, attempt))
     files.fsync_dir(root)
     for step in layout.unmarked_folders(root):
         log.warning("%s has no .done mark, so it is not a checkpoint; it is ignored", layout.folder(root, step))
 
 
-def resume(root: Path, step: int, incarnation: int, *, files: Files = DISK) -> None:
-    """Finish what a killed process of this very start has left half done with the names of a step. Raises OSError."""
-    found = [t for t in layout.temporaries(layout.passage(root, incarnation)) if t.step == step]
+def resume(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None:
+    """Finish the renames of a step that a killed process of this very attempt has begun. Raises OSError."""
+    found = [t for t in layout.temporaries(layout.staging_dir(root, attempt)) if t.step == step]
     for temporary in sorted(found, key=lambda t: not t.is_mark):
         _finish(root, temporary, files)
-    trash = layout.going(layout.folder(root, step), incarnation)
+    trash = layout.going(layout.folder(root, step), attempt)
     if trash.exists():
         files.remove_tree(trash)
 
 
-def _close(root: Path, passage: Path, files: Files) -> None:
-    closed = passage if passage.suffix else passage.with_name(f"{passage.name}.closed")
-    if passage != closed:
+def _close(root: Path, staging_dir: Path, files: Files) -> None:
+    closed = staging_dir if staging_dir.suffix else staging_dir.with_name(f"{staging_dir.name}.closed")
+    if staging_dir != closed:
         if closed.exists():
             _close(root, closed, files)
-        files.rename(passage, closed)
+        files.rename(staging_dir, closed)
         files.fsync_dir(root)
     for attempt in range(3):
         found = layout.temporaries(closed)
-        for temporary in sorted(found, key=lambda t: not t.is_mark):  # marks first: they say what a folder is
+        for temporary in sorted(found, key=lambda t: not t.is_mark):  # marks first: a folder is judged by its mark
             _finish(root, temporary, files)
         try:
-            files.remove_tree(closed)  # with it goes what else lay there: folders half written or half removed
+            files.remove_tree(closed)  # and with it folders that are half written or half removed
             return
         except FileNotFoundError:  # somebody removes it too, or a late writer has moved something
             if not closed.exists():
@@ -397,7 +391,7 @@ def _close(root: Path, passage: Path, files: Files) -> None:
 
 
 def _finish(root: Path, found: layout.Temporary, files: Files) -> None:
-    """Do what is still to be done for one thing that a killed process left in its passage."""
+    """Finish what a killed process has begun with one thing in its staging dir."""
     folder, mark = layout.folder(root, found.step), layout.done_mark(root, found.step)
     if not found.is_mark:
         if found.kind == "unmarked":
@@ -409,20 +403,20 @@ def _finish(root: Path, found: layout.Temporary, files: Files) -> None:
         if trash.exists():
             files.remove_tree(trash)
         files.rename(folder, trash)
-    else:  # all was on the disk but the last rename: the checkpoint is complete
+    else:  # only the last rename is missing: the checkpoint is complete
         files.rename(found.path, mark)
         files.fsync_dir(root)
-        log.info("checkpoint %d of an earlier start was complete but for its mark; now it has one", found.step)
+        log.info("checkpoint %d of an earlier attempt lacked only its mark; now it has one", found.step)
 
 
-def _take_away(root: Path, step: int, mark: Path, incarnation: int, files: Files) -> None:
-    """Unmark a folder and remove it; the mark's new name tells `_finish` that it may finish this."""
-    folder, doomed = layout.folder(root, step), layout.going(layout.done_mark(root, step), incarnation)
+def _take_away(root: Path, step: int, mark: Path, attempt: int, files: Files) -> None:
+    """Unmark a folder and remove it; the mark's new name lets `_finish` complete this after a crash."""
+    folder, doomed = layout.folder(root, step), layout.going(layout.done_mark(root, step), attempt)
     if mark != doomed:
         files.rename(mark, doomed)
         files.fsync_dir(root)
     if folder.exists():
-        _throw_away(folder, layout.going(folder, incarnation), files)
+        _throw_away(folder, layout.going(folder, attempt), files)
     files.remove(doomed)
 
 
@@ -438,9 +432,9 @@ def _throw_away(path: Path, trash: Path, files: Files) -> None:
 
 
 def pin(root: Path, step: int, reader: str, expires_at: float) -> Path:
-    """Keep retention from `step` until `expires_at` (seconds since the epoch) or until the returned file is removed.
+    """Pin `step` until `expires_at` (seconds since the epoch) or until the returned file is removed.
 
-    The reader then looks whether the mark is still there. `reader` becomes part of a file name.
+    The reader must then check that the mark is still there. `reader` becomes part of a file name.
     """
     path = root / layout.PINS / f"{layout.step_name(step)}.{reader}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -449,7 +443,7 @@ def pin(root: Path, step: int, reader: str, expires_at: float) -> Path:
 
 
 def pinned_steps(root: Path, now: float) -> set[int]:
-    """Steps with a lease that has not run out. Raises RunError or OSError for a lease that cannot be read."""
+    """Return the steps with a lease that has not expired. Raises RunError or OSError for one that is unreadable."""
     steps: set[int] = set()
     for path in entries(root / layout.PINS):
         if path.suffix != ".json" or path.name.startswith("."):

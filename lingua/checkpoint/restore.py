@@ -1,8 +1,8 @@
 """Finding, verifying and loading checkpoints. Every method is collective.
 
-Promise: one rank decides and all ranks load the same; what does not verify is set aside, renamed and never deleted,
-with a loud report. Nothing of a checkpoint is executed.
-Cost: a full verification reads every byte once, shared by the ranks; `sizes` reads only names and sizes.
+Rank 0 decides and all ranks load the same. A checkpoint that does not verify is set aside: renamed, never deleted, and
+reported as an error. Nothing in a checkpoint is executed. A full verification reads every byte once, shared by the
+ranks; `sizes` reads only names and sizes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ class Restorer:
         self._run_dir, self._root, self._ranks, self._files = run_dir, root, ranks, files
         self._verify = verify
         self.verified: set[int] = set()
-        """Steps that were read and found intact."""
+        """Steps that were verified and found intact."""
 
     def latest(self, published: set[int]) -> int | None:
-        """The newest of the published steps that verifies; None for a fresh start.
+        """Return the newest of the published steps that verifies; see `CheckpointManager.latest`.
 
-        What does not verify is set aside and taken out of `published`. Raises RunError when there were some and none
-        verifies: beginning again at step 0 is for a person to decide.
+        Steps that do not verify are taken out of `published`.
         """
         broken: list[int] = []
         while published:
@@ -51,12 +50,12 @@ class Restorer:
         if broken:
             raise RunError(
                 f"none of the checkpoints {broken} in {self._root} verifies; they are set aside there. "
-                "Look at the disk; the same command begins again at step 0"
+                "Check the disk; the same command then begins again at step 0"
             )
         return None
 
     def damage(self, step: int) -> list[str]:
-        """What is wrong with a published checkpoint, judged by all ranks, each reading a part."""
+        """Return what is wrong with a published checkpoint, a sentence each; every rank reads a part of it."""
         if step in self.verified:
             return []
         folder = layout.folder(self._root, step)
@@ -76,10 +75,10 @@ class Restorer:
         try:
             problems = publish.damage(folder, mine, sizes_only=self._verify == "sizes")
         except OSError as error:
-            remedy = f"mend that, or move {folder} and its mark away"
+            remedy = f"repair that, or move {folder} and its mark away"
             unjudged = carried(error, f"cannot read checkpoint {step}: {error}; {remedy}")
         found = self._ranks.gather((problems, unjudged))
-        raise_if(next((told for _, told in found if told is not None), None))
+        raise_if(next((error for _, error in found if error is not None), None))
         everything = [problem for problems, _ in found for problem in problems]
         if not everything:
             self.verified.add(step)
@@ -91,10 +90,7 @@ class Restorer:
             publish.set_aside(self._run_dir, self._root, step, reason, files=self._files)
 
     def load(self, step: int, published: set[int], state: TrainState) -> None:
-        """Restore a published step into `state`, in place; later ones and their evaluations are set aside.
-
-        Raises RunError, on all ranks, when it cannot be loaded.
-        """
+        """Restore a published step into `state`, in place; later ones and their evaluations are set aside."""
         if step not in published:
             raise RunError(f"{self._root} has no checkpoint of step {step}; it has {sorted(published) or 'none'}")
         if problems := self.damage(step):
@@ -102,22 +98,19 @@ class Restorer:
         self.load_folder(layout.folder(self._root, step), state)
         later = sorted(s for s in published if s > step)
         if later:
-            why = f"the run goes on from step {step}"
+            why = f"the run continues from step {step}"
             self._ranks.from_main(lambda: self._set_aside(later, "later", why))
             published.difference_update(later)
 
     def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:
-        """Restore the full state of RUN, RUN@step or a checkpoint folder; returns that folder.
-
-        Without `optimizer` that one stays fresh.
-        """
+        """Restore the state in RUN, RUN@step or a checkpoint folder; return the folder."""
         sizes_only = self._verify == "sizes"
         folder = self._ranks.from_main(lambda: lookup.intact(path, sizes_only=sizes_only).folder)
         self.load_folder(folder, state, optimizer=optimizer)
         return folder
 
     def load_folder(self, folder: Path, state: TrainState, *, optimizer: bool = True) -> None:
-        """Restore the full state from a checkpoint folder of ours, wherever it lies; not verified here."""
+        """Restore the full state from a checkpoint folder of ours, without verifying it."""
         started = time.perf_counter()
         error: RunError | None = None
         try:
@@ -127,7 +120,7 @@ class Restorer:
         except Exception as caught:
             what = f"loading {folder} failed on rank {self._ranks.rank}:\n{traceback.format_exc()}"
             error = RankError(what, classify(caught))
-        raise_if(next((told for told in self._ranks.gather(error) if told is not None), None))
+        raise_if(next((each for each in self._ranks.gather(error) if each is not None), None))
         if self._ranks.rank == 0:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
@@ -138,7 +131,7 @@ class Restorer:
             n_ranks = int(first["world_size"])
             documents = [first, *(read_json(folder / layout.train_state_file(rank)) for rank in range(1, n_ranks))]
         except (KeyError, TypeError):
-            raise RunError(f"{folder / layout.train_state_file(0)} is not the state of a run") from None
+            raise RunError(f"{folder / layout.train_state_file(0)} is not a training state") from None
         tensors = tensors_of(state)
         wanted = {name: t for name, t in tensors.by_name.items() if optimizer or name.startswith("model.")}
         there = {name for name in dcp.tensor_properties(folder) if optimizer or name.startswith("model.")}

@@ -1,11 +1,10 @@
-"""Everything the next step depends on, split into tensors (for DCP) and scalars (for JSON).
+"""The training state, split into tensors (for DCP) and scalars (for JSON). Nothing is copied.
 
-Promise: parameters, buffers, optimizer state, param-group values and the RNG of every rank come back bitwise. A value
-that the config sets and somebody has changed since (weight decay, say) keeps its new value; all else is as saved.
-Cost: no copies; the tensors handed out are the model's and the optimizer's own.
+Parameters, buffers, optimizer state, param-group values and the RNG of every rank are restored bitwise. If the config
+has changed a value since (weight decay, say), the new value wins.
 
-Names: `model.<parameter>`, `optim.state.<parameter>.<key>`; wrappers of torch.compile, activation checkpointing and
-DDP leave no trace in them. A tied weight is written once and found under each of its names.
+Names: `model.<parameter>`, `optim.state.<parameter>.<key>`, without the prefixes of torch.compile, activation
+checkpointing and DDP. A tied weight is written once and found under each of its names.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ VERSION = 1
 
 @dataclass
 class TrainState:
-    """What a checkpoint is made of. Make it after model and optimizer are built, before the first step."""
+    """What a checkpoint saves. Create it after model and optimizer are built, before the first step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     shared: dict[str, Any] = field(default_factory=dict)
     """JSON-able, the same on all ranks: step, tokens seen, tracking ids."""
     per_rank: dict[str, Any] = field(default_factory=dict)
-    """JSON-able, this rank's own: where its lanes stand."""
+    """JSON-able, this rank's own: positions of its data lanes."""
     per_rank_all: list[dict[str, Any]] = field(default_factory=list)
     """After a load: `per_rank` of every rank that saved, in rank order."""
     seed: int = 0
@@ -57,7 +56,7 @@ class Tensors:
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without the wrappers' prefixes."""
+    """Return a parameter's name without the wrappers' prefixes."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
@@ -68,7 +67,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parameters and persistent buffers by clean name, and the aliases of tied ones."""
+    """Return parameters and persistent buffers by clean name, and the aliases of tied ones."""
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -89,7 +88,7 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def tensors_of(state: TrainState) -> Tensors:
-    """All tensors of a state; starts a fresh optimizer, so that its state is there."""
+    """Return all tensors of a state; a fresh optimizer is made to create its state first."""
     start_optimizer(state.optimizer)
     weights, tied = model_tensors(state.model)
     by_name = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -105,9 +104,9 @@ def tensors_of(state: TrainState) -> Tensors:
 
 
 def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Make a fresh optimizer create its state, without a trace: a step with zero gradients and learning rate 0.
+    """Make a fresh optimizer create its state, by a step with zero gradients and learning rate 0.
 
-    Optimizers make their state in the first step. That step would count, so counters named `step` go back to 0.
+    That step must not count, so counters named `step` are set back to 0.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if optimizer.state or any(p.grad is not None for p in parameters):
@@ -132,7 +131,7 @@ def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def scalars_of(state: TrainState, rank: int, world_size: int) -> dict[str, Any]:
-    """The JSON document of this rank; what is the same on all ranks only in rank 0's."""
+    """Return the JSON document of this rank; only rank 0's has what is the same on all ranks."""
     document: dict[str, Any] = {"version": VERSION, "rank": rank, "world_size": world_size}
     document |= {"per_rank": state.per_rank, "rng": rng_state()}
     if rank == 0:
@@ -141,7 +140,7 @@ def scalars_of(state: TrainState, rank: int, world_size: int) -> dict[str, Any]:
 
 
 def scalars_json(state: TrainState, rank: int, world_size: int) -> bytes:
-    """`scalars_of` as the content of a file."""
+    """Return `scalars_of` as the content of a file."""
     document = scalars_of(state, rank, world_size)
     return orjson.dumps(document, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
 
@@ -149,7 +148,7 @@ def scalars_json(state: TrainState, rank: int, world_size: int) -> bytes:
 def restore_scalars(
     state: TrainState, documents: list[dict[str, Any]], rank: int, world_size: int, *, optimizer: bool = True
 ) -> None:
-    """Put back what `scalars_of` took, from the documents of all ranks that saved; the optimizer's only if asked."""
+    """Restore what `scalars_of` returned on all ranks that saved; the optimizer's only if asked."""
     first = documents[0]
     state.shared = first["shared"]
     state.per_rank_all = [document["per_rank"] for document in documents]
@@ -164,7 +163,7 @@ def restore_scalars(
 
 
 def _plain(value: Any) -> Any:
-    """A param-group value as JSON has it."""
+    """Convert a param-group value to JSON types."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else None
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
@@ -196,7 +195,7 @@ def _restore_groups(state: TrainState, saved: list[dict[str, Any]]) -> None:
     ):
         old = by_params.get(tuple(sorted(names)))
         if old is None:
-            continue  # groups are cut differently now, which only a changed config does: it wins
+            continue  # the groups differ, which only a changed config does: it wins
         for key, value in old["values"].items():
             if key in constructed and old["constructed"].get(key) == constructed[key]:
                 group[key] = _like(group[key], value)
@@ -232,7 +231,7 @@ def _restore_optim_scalars(state: TrainState, saved: dict[str, dict[str, Any]]) 
 
 
 def rng_state() -> dict[str, Any]:
-    """State of every generator of this process, JSON-able."""
+    """Return the state of every generator of this process, JSON-able."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     document = {
@@ -256,7 +255,7 @@ def restore_rng(document: Mapping[str, Any]) -> None:
 
 
 def seed_rng(seed: int, step: int, rank: int) -> None:
-    """Seed every generator from (seed, step, rank): on another number of ranks there is no state to go back to."""
+    """Seed every generator from (seed, step, rank), since another number of ranks has no saved state."""
     torch_seed, numpy_seed, python_seed = np.random.SeedSequence([seed, step, rank]).generate_state(3).tolist()
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)

@@ -1,7 +1,6 @@
-"""The synchronous way of a checkpoint: every rank writes its files to the disk and waits, then rank 0 publishes.
+"""Synchronous saves: every rank writes its files to the disk, then rank 0 publishes the checkpoint.
 
-Promise: a failure costs that checkpoint only; its remains are removed and all ranks hear the reason, with its errno.
-Cost: the caller waits for hashing, writing and fsync of this rank's share, and for two small collectives.
+A failure costs that checkpoint only: its remains are removed and all ranks get the reason, with its errno.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank has to say about its files."""
+    """What one rank has written."""
 
     facts: Manifest
     error: RunError | None = None
     is_bug: bool = False
-    """Not the disk's fault: nothing that a later save would do better."""
+    """Not the disk's fault: a later save would fail as well."""
 
 
 @dataclass
@@ -40,13 +39,13 @@ class DirectWriter:
     """Writes and publishes checkpoints of one run."""
 
     root: Path
-    incarnation: int
+    attempt: int
     ranks: Ranks
     files: Files
     direct_io: bool
     readback: bool
     check_owner: Callable[[], None]
-    """On rank 0: raises RunError when a newer start owns the run."""
+    """On rank 0: raises RunError if a newer attempt owns the run."""
 
     def save(
         self,
@@ -58,16 +57,16 @@ class DirectWriter:
         *,
         again: bool = False,
     ) -> tuple[RunError | None, int]:
-        """(why there is no checkpoint, or None; its bytes). Collective. Raises RunError for a bug on any rank.
+        """Return (why there is no checkpoint, or None; its bytes). Collective. Raises RunError for a bug on any rank.
 
-        `again`: this start has just tried and failed; where only the last words were missing, these are said.
+        `again`: this attempt has just failed to save the step; if only its last renames are missing, they are made.
         """
         started = time.perf_counter()
         if again:
             try:
                 if self.ranks.from_main(lambda: self._is_published(step)):
                     return None, total_bytes
-            except DiskError as error:  # on all ranks; to write now would set aside what may lack but its mark
+            except DiskError as error:  # on all ranks; writing now would set aside what may lack only its mark
                 return error, 0
         written = self.ranks.gather(self._write(step, plan, state, tensors, total_bytes))
         error = self.ranks.from_main(lambda: self._publish(step, written, started, total_bytes))
@@ -76,18 +75,18 @@ class DirectWriter:
         return error, sum(fact.size_bytes for of_rank in written for fact in of_rank.facts.values())
 
     def _is_published(self, step: int) -> bool:
-        """On rank 0: whether the step is there after all, since clearing away what failed has failed too."""
-        publish.resume(self.root, step, self.incarnation, files=self.files)
+        """On rank 0: return whether the step is there after all, since cleaning up has failed too."""
+        publish.resume(self.root, step, self.attempt, files=self.files)
         if not layout.done_mark(self.root, step).exists():
             return False
         self.files.fsync_dir(self.root)
-        return publish.incarnation_of(self.root, step) == self.incarnation
+        return publish.attempt_of(self.root, step) == self.attempt
 
     def _write(
         self, step: int, plan: dcp.WritePlan, state: TrainState, tensors: dict[str, Tensor], total_bytes: int
     ) -> _Written:
-        """Write this rank's files. Raises nothing: the others must hear what went wrong."""
-        folder = layout.coming(layout.folder(self.root, step), self.incarnation)
+        """Write this rank's files. Returns errors instead of raising them: the other ranks must know."""
+        folder = layout.coming(layout.folder(self.root, step), self.attempt)
         facts: Manifest = {}
         try:
             self.files.mkdir(folder)
@@ -109,24 +108,24 @@ class DirectWriter:
         except OSError as error:
             return _Written(facts, disk_error(error, self.root, total_bytes))
         except Exception as error:
-            told = RankError(f"rank {self.ranks.rank} failed:\n{traceback.format_exc()}", classify(error))
-            return _Written(facts, told, is_bug=True)
+            bug = RankError(f"rank {self.ranks.rank} failed:\n{traceback.format_exc()}", classify(error))
+            return _Written(facts, bug, is_bug=True)
         return _Written(facts)
 
     def _publish(self, step: int, written: list[_Written], started: float, total_bytes: int) -> RunError | None:
-        """On rank 0, with every rank's facts: publish, or clear away; returns what went wrong."""
+        """On rank 0: publish what all ranks have written, or remove it; return what went wrong."""
         problem = next((of_rank.error for of_rank in written if of_rank.error is not None), None)
         if problem is None:
             facts = {name: fact for of_rank in written for name, fact in of_rank.facts.items()}
             try:
                 self.check_owner()
                 seconds = time.perf_counter() - started
-                publish.publish(self.root, step, self.incarnation, facts, seconds=seconds, files=self.files)
+                publish.publish(self.root, step, self.attempt, facts, seconds=seconds, files=self.files)
                 return None
             except OSError as error:
                 problem = disk_error(error, self.root, total_bytes)
             except RunError:
-                publish.abandon(self.root, step, self.incarnation, files=self.files)
+                publish.abandon(self.root, step, self.attempt, files=self.files)
                 raise
-        publish.abandon(self.root, step, self.incarnation, files=self.files)
+        publish.abandon(self.root, step, self.attempt, files=self.files)
         return carried(problem, f"checkpoint {step} is lost, older ones are untouched: {problem}")

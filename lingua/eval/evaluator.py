@@ -301,7 +301,7 @@ class Evaluator:
             log.error("step %d is not evaluated before its publication: %s", step, error)
 
     def _evaluate(self, step: int, lock: RunLock) -> None:
-        incarnation, limit_s = publish.incarnation_of(self.root, step), 3600 * self._args.max_pinned_hours
+        incarnation, limit_s = publish.attempt_of(self.root, step), 3600 * self._args.max_pinned_hours
         with pinned(self.root, step, "eval", lease_s=LEASE_S, limit_s=limit_s, now=self._now) as renew:
             is_done = self._attempt(step, incarnation, lock, layout.evaluation(self.run_dir, step), renew)
         if is_done:
@@ -369,7 +369,7 @@ class Evaluator:
 
     def _adopt(self, step: int) -> None:
         """Make results that exist already the verdict."""
-        incarnation = publish.incarnation_of(self.root, step)
+        incarnation = publish.attempt_of(self.root, step)
         there = read_results(layout.found(self.run_dir, step, incarnation))
         if there is None:
             return
@@ -382,7 +382,7 @@ class Evaluator:
     def _give_up(self, step: int, why: str) -> None:
         """Record that there will be no evaluation. Retention may delete the checkpoint."""
         path = layout.evaluation(self.run_dir, step) / layout.FAILED
-        facts = self._facts(step, publish.incarnation_of(self.root, step), reason=why)
+        facts = self._facts(step, publish.attempt_of(self.root, step), reason=why)
         write_json(path, facts, files=self._files)
         log.error("STEP %d IS NOT EVALUATED: %s. To attempt it again, remove %s", step, why, path.parent)
 

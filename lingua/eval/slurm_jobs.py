@@ -56,7 +56,7 @@ class EvalJobs:
         """Return the results of the checkpoint's job. Raises RunError if it ended without results."""
         assert checkpoint.root is not None
         assert checkpoint.step is not None
-        incarnation = publish.incarnation_of(checkpoint.root, checkpoint.step)
+        incarnation = publish.attempt_of(checkpoint.root, checkpoint.step)
         folder = layout.found(self.run_dir, checkpoint.step, incarnation)
         if (there := read_results(folder)) is not None:
             return there[1]

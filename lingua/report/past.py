@@ -97,7 +97,7 @@ def read_past(run: Path) -> Past:
         newest_attempt=facts.attempt.number if facts.attempt else 1,
         freq=int((facts.config.get("logging") or {}).get("freq") or 1),
         records=[line for line in lines if {"global_step", "incarnation"} <= line.keys()],
-        published={step: publish.incarnation_of(root, step) for step in layout.done_steps(root)},
+        published={step: publish.attempt_of(root, step) for step in layout.done_steps(root)},
         ended_at=max([stop.get("step") or 0, *(failure.step or 0 for failure in failed)]),
         last_words=failed[0].message if failed else "",
     )

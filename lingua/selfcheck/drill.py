@@ -21,7 +21,7 @@ import orjson
 
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.capacity import PRIVATE_SHM
-from lingua.checkpoint.shm.area import SERVICE_LOCK, region_of
+from lingua.checkpoint.shm.area import SERVICE_LOCK, area_of
 from lingua.config.command_line import CommandLine, parse_command_line
 from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_config
 from lingua.files import RunError, write_whole
@@ -82,7 +82,7 @@ class RunWatch:
         for step in set(done) - set(self.published):
             with contextlib.suppress(FileNotFoundError, RunError):  # retention was faster
                 at_s = layout.done_mark(self.root, step).stat().st_mtime
-                self.published[step] = publish.incarnation_of(self.root, step), at_s
+                self.published[step] = publish.attempt_of(self.root, step), at_s
         if newest > max(done, default=0) and newest not in self.lost:
             self.lost[newest] = f"the newest is now {max(done, default='none')}"
         record = last_line(self.run_dir / METRICS_FILE) or {}
@@ -242,7 +242,7 @@ class OnThisMachine:
         assert self._process is not None
         if kind == "service":
             shm = Path(read_config(run_dir / CONFIG_FILE)["checkpoint"]["shm_path"])
-            lock = region_of(run_dir, shm).lock(SERVICE_LOCK)
+            lock = area_of(run_dir, shm).lock(SERVICE_LOCK)
             pid = lock.holder()
             lock.close()
             if pid is None:

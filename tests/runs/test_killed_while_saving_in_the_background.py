@@ -15,7 +15,7 @@ import pytest
 from lingua.checkpoint import publish
 from lingua.checkpoint.layout import folder
 from lingua.checkpoint.shm import drain
-from lingua.checkpoint.shm.area import base, region_of
+from lingua.checkpoint.shm.area import area_of, base
 from lingua.files import DISK, Files
 from lingua.run.metrics import read_metrics
 from tests.fakes import At, BlockingFiles, FaultyFiles, KillFiles
@@ -264,7 +264,7 @@ def leave_in_memory(run_dir: Path, shm: Path, n_ranks: int = 1) -> None:
     """Steps 2 and 4 are complete in memory, none is on the disk, and everything is dead."""
 
     def kill_when_complete() -> None:
-        slots = region_of(run_dir, shm).slots()
+        slots = area_of(run_dir, shm).slots()
         while not any(found and found[0].step == 4 for found in (slot.complete() for slot in slots)):
             time.sleep(0.01)
         kill_self()

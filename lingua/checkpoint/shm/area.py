@@ -53,7 +53,7 @@ TRAINER_LOCK = "trainer.lock"
 SERVICE_LOCK = "service.lock"
 
 MARK_BYTES = 4096
-"""Room for the content of a mark, or of a rank's `ready`: ranks of one node, a few files."""
+"""Room for a mark or a rank's `ready` record: the ranks of one node, a few files."""
 SESSION_BYTES = 32 << 10
 """Some paths, and steps of checkpoints."""
 EVENTS_BYTES = 256 << 10
@@ -125,10 +125,10 @@ def _checksum(head: bytes, text: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Save:
-    """Whose snapshot a slot holds; the content of its mark."""
+    """The save whose snapshot a slot holds; the content of its mark."""
 
     run_id: str
-    incarnation: int
+    attempt: int
     step: int
     ranks: tuple[int, ...]
     """Ranks whose files lie in this node's slot."""
@@ -138,7 +138,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Slot:
-    """One slot of a region; all that is known of it lies on the file system."""
+    """One slot of an area. It has no state but what lies in the memory file system."""
 
     folder: Path
 
@@ -150,40 +150,40 @@ class Slot:
         return self.folder.with_name(f"{self.folder.name}.{state}")
 
     def state(self) -> State | None:
-        """None: in the middle of a change, or never used."""
+        """Return the state, or None in the middle of a change."""
         return next((state for state in STATES if self.mark(state).exists()), None)
 
     def save(self) -> Save | None:
-        """What the mark says. None: the slot holds nothing, or the mark says nothing that we understand."""
+        """Read the mark; None if the slot is free or the mark is unreadable."""
         state = self.state()
         if state in (None, "free"):
             return None
         try:
-            content = self._said_by(state).read()
+            content = self._record(state).read()
             return Save(**(content | {"ranks": tuple(content["ranks"])}))
         except (OSError, TypeError, KeyError):
             return None
 
-    def _said_by(self, state: State) -> Record:
+    def _record(self, state: State) -> Record:
         return Record(self.mark(state), MARK_BYTES)
 
     def make(self, *, files: Files = DISK) -> None:
-        """A free slot without files. Raises OSError."""
-        self._said_by("free").reserve(files=files)  # first: a slot without a mark belongs to nobody
+        """Make a free slot without files. Raises OSError."""
+        self._record("free").reserve(files=files)  # first: a slot without a mark belongs to nobody
         files.mkdir(self.folder)
 
     def put_mark(self, save: Save, *, files: Files = DISK) -> None:
-        """A slot that is free or claimed is about to be filled with `save`. Raises OSError; the slot is free then."""
+        """Mark a free or claimed slot, which is then filled with `save`. Raises OSError, and then the slot is free."""
         before: State = "claimed" if self.mark("claimed").exists() else "free"
         try:
-            self._said_by(before).write(asdict(save), files=files)
+            self._record(before).write(asdict(save), files=files)
             files.rename(self.mark(before), self.mark("staged"))
         except OSError:
             self.change("claimed", "free", files=files)
             raise
 
     def change(self, old: State, new: State, *, files: Files = DISK) -> bool:
-        """Whether it was us who changed the state; False: somebody else was faster."""
+        """Change the state; return False if somebody else was faster."""
         try:
             files.rename(self.mark(old), self.mark(new))
         except FileNotFoundError:
@@ -194,21 +194,21 @@ class Slot:
         return self.folder / f"ready.{rank:05d}"
 
     def ready(self, rank: int) -> Record:
-        """What rank `rank` says of its files."""
+        """Return the record in which a rank reports its files."""
         return Record(self.ready_file(rank), MARK_BYTES)
 
-    def say_ready(self, rank: int, save: Save, facts: Manifest, *, files: Files = DISK) -> None:
-        """Rank `rank`'s files of `save` are complete."""
+    def report_ready(self, rank: int, save: Save, facts: Manifest, *, files: Files = DISK) -> None:
+        """Report that this rank's files of `save` are complete."""
         listed = {name: asdict(fact) for name, fact in facts.items()}
-        ready = {"run_id": save.run_id, "incarnation": save.incarnation, "step": save.step, "files": listed}
+        ready = {"run_id": save.run_id, "incarnation": save.attempt, "step": save.step, "files": listed}
         self.ready(rank).write(ready, files=files)
 
-    def say_unready(self, rank: int, *, files: Files = DISK) -> None:
-        """Rank `rank` is about to change its files."""
+    def report_unready(self, rank: int, *, files: Files = DISK) -> None:
+        """Report that this rank is about to change its files."""
         self.ready(rank).write(None, files=files)
 
     def complete(self) -> tuple[Save, Manifest] | None:
-        """The save and the facts of all its files on this node; None while a rank's part is missing."""
+        """Return the save and the facts of all its files on this node, or None while a rank's part is missing."""
         save = self.save()
         if save is None:
             return None
@@ -216,7 +216,7 @@ class Slot:
         for rank in save.ranks:
             try:
                 ready: Any = self.ready(rank).read()
-                if (ready["run_id"], ready["incarnation"], ready["step"]) != (save.run_id, save.incarnation, save.step):
+                if (ready["run_id"], ready["incarnation"], ready["step"]) != (save.run_id, save.attempt, save.step):
                     return None
                 facts |= {name: FileFacts(**fact) for name, fact in ready["files"].items()}
             except (OSError, TypeError, KeyError, AttributeError):
@@ -224,14 +224,14 @@ class Slot:
         return save, facts
 
     def clear_leftovers(self, keep: Collection[str], *, files: Files = DISK) -> None:
-        """Remove files that no rank of the present start writes; only of a free slot."""
+        """Remove files that no rank of this attempt writes; only of a free slot."""
         for path in entries(self.folder):
             if path.name not in keep and not _READY.fullmatch(path.name):
                 files.remove(path)
 
 
-class Region:
-    """One run's place in one node's memory."""
+class ShmArea:
+    """One run's area in one node's memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -251,10 +251,7 @@ class Region:
         return [Slot(path) for path in entries(self.folder) if _SLOT.fullmatch(path.name) and path.is_dir()]
 
     def make_slots(self, n_slots: int, keep: Collection[str], *, files: Files = DISK) -> None:
-        """Make the folders of `n_slots` slots; clear what else than `keep` lies in free ones, and what is of no use.
-
-        Call as the leader.
-        """
+        """Make the folders of `n_slots` slots; remove further free ones, and files other than `keep`. For leaders."""
         for number in range(n_slots):
             slot = self.slot(number)
             if not slot.folder.exists():
@@ -270,7 +267,7 @@ class Region:
         return ProcessLock(self.folder / name)
 
     def recover(self, *, files: Files = DISK) -> None:
-        """After a death: what was in the middle of a change is staged again, or free. Call as the only owner."""
+        """After a death: make slots that were being changed staged again, or free. Call as the only owner."""
         for slot in self.slots():
             for state in ("draining", "claimed"):
                 slot.change(state, "staged", files=files)
@@ -278,7 +275,7 @@ class Region:
                 slot.make(files=files)
 
     def remove(self, *, files: Files = DISK) -> None:
-        """Give all memory back; call as the holder of both locks, which go last: nobody comes in before."""
+        """Free all memory. Call as the holder of both locks, which are removed last, so that nobody enters before."""
         last = (TRAINER_LOCK, SERVICE_LOCK)
         for path in sorted(entries(self.folder), key=lambda path: last.index(path.name) if path.name in last else -1):
             if path.is_dir() and not path.is_symlink():
@@ -288,33 +285,33 @@ class Region:
         try:
             files.rmdir(self.folder)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a rank has just come in
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a rank has just entered
                 raise
 
 
-# -- regions on this machine ---------------------------------------------------------------------------------------
+# -- areas of this machine ---------------------------------------------------------------------------------------
 
 
 def base(shm: Path = SHM) -> Path:
-    """The folder of this user's regions."""
+    """Return the folder of this user's areas."""
     return shm / f"lingua-{os.getuid()}"
 
 
-def region_of(run_dir: Path, shm: Path = SHM) -> Region:
-    """The region of a run; the same on every start, whatever the working directory."""
+def area_of(run_dir: Path, shm: Path = SHM) -> ShmArea:
+    """Return the area of a run; the same for every attempt, whatever the working directory."""
     path = os.path.realpath(run_dir)
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", os.path.basename(path))[:40]
-    return Region(base(shm) / f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}")
+    return ShmArea(base(shm) / f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}")
 
 
-def make_region(run_dir: Path, shm: Path = SHM, *, files: Files = DISK) -> Region:
-    """The region of a run, made if need be. Raises RunError when it is not ours, OSError when there is no room."""
-    region = region_of(run_dir, shm)
+def make_area(run_dir: Path, shm: Path = SHM, *, files: Files = DISK) -> ShmArea:
+    """Make the area of a run if there is none. Raises RunError if it is not ours, OSError if there is no room."""
+    area = area_of(run_dir, shm)
     _make_private(base(shm), files)
     while True:
         with suppress(FileNotFoundError):  # a service that leaves has just removed it
-            _make_private(region.folder, files)
-            return region
+            _make_private(area.folder, files)
+            return area
 
 
 def _make_private(folder: Path, files: Files) -> None:
@@ -323,13 +320,13 @@ def _make_private(folder: Path, files: Files) -> None:
         try:
             files.mkdir(folder)
         except FileExistsError:
-            pass  # no folder: told below
+            pass  # checked below
         finally:
             os.umask(before)
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         what = f"of user {facts.st_uid}, mode {facts.st_mode & 0o777:o}"
-        what = "a link" if stat.S_ISLNK(facts.st_mode) else what if stat.S_ISDIR(facts.st_mode) else "no folder"
+        what = "a link" if stat.S_ISLNK(facts.st_mode) else what if stat.S_ISDIR(facts.st_mode) else "not a folder"
         raise RunError(
             f"{folder} is {what}; it must be a folder that is yours with mode 700. Remove it, or choose another place "
             "with checkpoint.shm_path"
@@ -347,7 +344,7 @@ class ServedRun:
     run_dir: Path
     root: Path
     """Folder of its checkpoints."""
-    incarnation: int
+    attempt: int
     args: CheckpointArgs = field(default_factory=CheckpointArgs)
     job: tuple[str, int] = ("", 0)
     """Slurm job id and how often it was requeued."""
@@ -361,12 +358,12 @@ class ServedRun:
     """Seconds since the epoch at which the job ends, once it has been asked to stop."""
 
     def wants(self, save: Save) -> bool:
-        own = save.run_id == self.run_id and save.incarnation == self.incarnation
-        return own or (save.run_id == self.run_id and (save.incarnation, save.step) in self.rescue)
+        own = save.run_id == self.run_id and save.attempt == self.attempt
+        return own or (save.run_id == self.run_id and (save.attempt, save.step) in self.rescue)
 
     def gives_up(self, save: Save) -> bool:
-        """Return whether a save is of no use any more. One by a newer attempt, of which we have not read yet, is."""
-        return not self.wants(save) and (save.run_id != self.run_id or save.incarnation < self.incarnation)
+        """Return whether a save is useless now. One by a newer attempt, which we may not have read of yet, is not."""
+        return not self.wants(save) and (save.run_id != self.run_id or save.attempt < self.attempt)
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -374,41 +371,41 @@ class ServedRun:
         return self.args.bandwidth_gb_per_s * 1e9 if self.args.bandwidth_gb_per_s else None
 
     @property
-    def passage(self) -> Path:
-        return layout.passage(self.root, self.incarnation)
+    def staging_dir(self) -> Path:
+        return layout.staging_dir(self.root, self.attempt)
 
     def folder(self, step: int) -> Path:
         """Where the files of a step are written before it is published."""
-        return layout.coming(layout.folder(self.root, step), self.incarnation)
+        return layout.coming(layout.folder(self.root, step), self.attempt)
 
     def part_file(self, step: int, node: int) -> Path:
-        return self.passage / f"part-{layout.step_name(step)}-{node}.json"
+        return self.staging_dir / f"part-{layout.step_name(step)}-{node}.json"
 
     def writer_file(self, step: int, node: int) -> Path:
-        return self.passage / f"writer-{layout.step_name(step)}-{node}.json"
+        return self.staging_dir / f"writer-{layout.step_name(step)}-{node}.json"
 
 
-def read_run(region: Region) -> ServedRun | None:
+def read_run(area: ShmArea) -> ServedRun | None:
     """Read what the newest attempt wrote, or None before the first. Raises RunError for another version's."""
     try:
-        content: dict[str, Any] | None = region.session.read()
+        content: dict[str, Any] | None = area.session.read()
         if content is None:
             return None
         content |= {key: Path(content[key]) for key in ("run_dir", "root")}
         content |= {"verified": tuple(content["verified"]), "job": tuple(content["job"])}
-        content["rescue"] = tuple((int(incarnation), int(step)) for incarnation, step in content["rescue"])
+        content["rescue"] = tuple((int(attempt), int(step)) for attempt, step in content["rescue"])
         return ServedRun(**{**content, "args": CheckpointArgs.model_validate(content["args"])})
     except FileNotFoundError:
         return None
     except (TypeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise RunError(f"{region.session.path} is of another version of lingua ({reason}); remove it") from None
+        raise RunError(f"{area.session.path} is of another version of lingua ({reason}); remove it") from None
 
 
-def write_run(region: Region, run: ServedRun, *, files: Files = DISK) -> None:
+def write_run(area: ShmArea, run: ServedRun, *, files: Files = DISK) -> None:
     """Replace what the newest attempt wrote. Raises OSError, and then it is as before."""
     paths = {"run_dir": str(run.run_dir), "root": str(run.root)}
-    region.session.write({**vars(run), **paths, "args": plain(run.args.model_dump(mode="json"))}, files=files)
+    area.session.write({**vars(run), **paths, "args": plain(run.args.model_dump(mode="json"))}, files=files)
 
 
 EventKind = Literal["published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed"]
@@ -419,9 +416,9 @@ the run; failed: a bug of ours."""
 class Events:
     """What the service of an area reports to its ranks. The newest are kept, a thousand or more."""
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, area: ShmArea) -> None:
         """Reading begins with what is sent from now on."""
-        self._record = region.events
+        self._record = area.events
         self._n_read = self._sent()[0]
 
     def send(self, event: dict[str, Any]) -> None:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import capacity, dcp
-from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, State, make_region
+from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, State, make_area
 from lingua.checkpoint.shm.service_client import ServiceClient, StartService, start_service
-from lingua.checkpoint.shm.staging import Stager
+from lingua.checkpoint.shm.slot_writer import SlotWriter
 from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.process_group import Ranks
 from lingua.files import DISK, Files, ProcessLock, RunError, free_bytes, raise_if
@@ -79,15 +79,15 @@ def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int
     n_nodes: dict[tuple[int, int], int] = {}
     for save in found:
         if save.run_id == run_id:
-            parts.setdefault((save.incarnation, save.step), set()).add(save.node)
-            n_nodes[save.incarnation, save.step] = save.n_nodes
-    step_done, incarnation_done = newest_done
+            parts.setdefault((save.attempt, save.step), set()).add(save.node)
+            n_nodes[save.attempt, save.step] = save.n_nodes
+    step_done, attempt_done = newest_done
     good = {
         key
         for key, nodes in parts.items()
-        if len(nodes) == n_nodes[key] and key[1] > step_done and key[0] >= incarnation_done
+        if len(nodes) == n_nodes[key] and key[1] > step_done and key[0] >= attempt_done
     }
-    last = max((incarnation for incarnation, _ in good), default=0)
+    last = max((attempt for attempt, _ in good), default=0)
     return {key for key in good if key[0] == last}
 
 
@@ -150,7 +150,7 @@ class Coordinator:
         """
         self._run, self._ranks, self._device, self._files = run, ranks, device, files
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
-        self._stager: Stager | None = None
+        self._writer: SlotWriter | None = None
         self._rescued: list[int] = []
         self._mark_error: OSError | None = None
         """Why this node's slot did not get its mark at the last save, until it is reported."""
@@ -170,9 +170,7 @@ class Coordinator:
         """On the leader of each node."""
         if ranks.rank == self.node.leader:
             log_file = run.run_dir / "logs" / f"checkpoint_service.{self.node.number}.log"
-            self._service = ServiceClient(
-                self.region, run.incarnation, log_file, files=files, start=start, sleep=self._sleep
-            )
+            self._service = ServiceClient(self.area, run.attempt, log_file, files=files, start=start, sleep=self._sleep)
 
     def _join(self) -> tuple[tuple[str, str, int, int] | None, str | None]:
         """Make the area if need be and hold its lock; return its identity, and why there is no room for it. Local."""
@@ -183,16 +181,16 @@ class Coordinator:
 
     def _enter(self) -> tuple[str, str, int, int]:
         while True:
-            self.region = make_region(self._run.run_dir, Path(self._run.args.shm_path), files=self._files)
+            self.area = make_area(self._run.run_dir, Path(self._run.args.shm_path), files=self._files)
             try:
-                lock = self.region.lock(TRAINER_LOCK)
+                lock = self.area.lock(TRAINER_LOCK)
             except FileNotFoundError:
                 continue  # a service that leaves has just removed the area
             if lock.take(shared=True) and lock.is_current():
                 self._lock = lock
-                for record in (self.region.session, self.region.events):
+                for record in (self.area.session, self.area.events):
                     record.reserve(files=self._files)
-                facts = self.region.folder.stat()
+                facts = self.area.folder.stat()
                 me = this_process()
                 return me.host, me.boot_id, facts.st_dev, facts.st_ino
             lock.close()
@@ -205,8 +203,8 @@ class Coordinator:
         own = self._complete() if self._service else {}
         found = [save for of_rank in self._ranks.gather(list(own.values())) for save in of_rank]
         wanted = worth_saving(found, self._run.run_id, newest_done)
-        self._rescued = [n for n, save in own.items() if (save.incarnation, save.step) in wanted]
-        for slot in self.region.slots() if self._service else []:
+        self._rescued = [n for n, save in own.items() if (save.attempt, save.step) in wanted]
+        for slot in self.area.slots() if self._service else []:
             if slot.number not in self._rescued:
                 slot.change("staged", "free", files=self._files)
         if self._ranks.rank == 0 and wanted:
@@ -216,20 +214,20 @@ class Coordinator:
         return wanted
 
     def _complete(self) -> dict[int, Save]:
-        lock = self.region.lock(SERVICE_LOCK)
+        lock = self.area.lock(SERVICE_LOCK)
         try:
             if lock.take():  # no service lives, and none starts before we are done
-                self.region.recover(files=self._files)
+                self.area.recover(files=self._files)
         finally:
             lock.close()
-        for slot in self.region.slots():
+        for slot in self.area.slots():
             slot.change("claimed", "staged", files=self._files)
-        return {slot.number: found[0] for slot in self.region.slots() if (found := slot.complete())}
+        return {slot.number: found[0] for slot in self.area.slots() if (found := slot.complete())}
 
     def open(self) -> None:
         """Send the services this run, and wait until they have saved what was found in memory.
 
-        Call when the passage of this attempt is open. Raises RunError when the disk refuses.
+        Call when the staging dir of this attempt is open. Raises RunError if the disk refuses.
         """
         self._send()
         self._ranks.on_each(lambda: self._service.await_rescue(self._rescued) if self._service else None)
@@ -246,9 +244,9 @@ class Coordinator:
         `verified`: the steps that the ranks have verified, for the service's retention.
         """
         self._send(verified=tuple(sorted(verified)))
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         args = self._run.args
         sizes = self._ranks.gather(sum(file.size_bytes for file in plan.files))
         slot_bytes = sum(sizes[rank] for rank in self.node.ranks)
@@ -265,18 +263,18 @@ class Coordinator:
                     "%s %s (%s): a checkpoint that is only in memory when the job ends is lost",
                     args.shm_path, capacity.PRIVATE_SHM, why,
                 )  # fmt: skip
-        stager = Stager(self.region, self._ranks.rank, plan, device=self._device, files=self._files)
-        if why := self._make_slots(n_slots, stager.names):
-            stager.close()
+        writer = SlotWriter(self.area, self._ranks.rank, plan, device=self._device, files=self._files)
+        if why := self._make_slots(n_slots, writer.names):
+            writer.close()
             return why
-        stager.allocate(n_slots)
-        self._stager = stager
+        writer.allocate(n_slots)
+        self._writer = writer
         return None
 
     def _room(self, slot_bytes: int) -> capacity.MemoryRoom:
-        held = sum(path.lstat().st_blocks * 512 for slot in self.region.slots() for path in slot.folder.iterdir())
+        held = sum(path.lstat().st_blocks * 512 for slot in self.area.slots() for path in slot.folder.iterdir())
         limit, used = capacity.memory_limit(Path("/proc/self/cgroup").read_text())
-        return capacity.MemoryRoom(free_bytes(self.region.folder) + held, limit, max(0, used - held), slot_bytes)
+        return capacity.MemoryRoom(free_bytes(self.area.folder) + held, limit, max(0, used - held), slot_bytes)
 
     def _make_slots(self, n_slots: int, names: set[str]) -> str | None:
         """Make the folders of `n_slots` slots and clear what lies in them besides all ranks' files, `names` of ours."""
@@ -285,7 +283,7 @@ class Coordinator:
 
         def act() -> str | None:
             try:
-                self.region.make_slots(n_slots, keep, files=self._files)
+                self.area.make_slots(n_slots, keep, files=self._files)
             except OSError as error:
                 return _no_room(error)
             return None
@@ -302,7 +300,7 @@ class Coordinator:
         Raises NoSlotError, on all ranks, if there is no slot at all that it could wait for, or if memory failed the
         save before, and RunError, on all ranks, for a bug.
         """
-        assert self._stager is not None
+        assert self._writer is not None
         if final:
             self._send(ending=True, deadline_s=deadline_s)
         if step == self._newest:
@@ -315,7 +313,7 @@ class Coordinator:
         if number is None:
             self.n_skipped += 1
             return f"checkpoint {step} is skipped: every slot is still being written to the disk"
-        self._stager.fill(number, self._save_of(step), tensors, scalars, state.model)
+        self._writer.fill(number, self._save_of(step), tensors, scalars, state.model)
         self._newest, self._number = step, number
         return None
 
@@ -335,7 +333,7 @@ class Coordinator:
         everywhere = set.intersection(*(report.usable for report in reports))
         is_gone = any(report.is_gone for report in reports)
         if is_gone or not everywhere:
-            gone = [f"{self.region.folder} was removed by somebody"] if is_gone else []
+            gone = [f"{self.area.folder} was removed by somebody"] if is_gone else []
             raise NoSlotError("; ".join(problems + gone) or "no slot could be allocated")
         for problem in problems if self._ranks.rank == 0 else ():
             log.error("%s", problem)
@@ -346,16 +344,16 @@ class Coordinator:
         if self._service:
             self._service.forget_outcomes()
             try:
-                self.region.slot(number).put_mark(self._save_of(step), files=self._files)
+                self.area.slot(number).put_mark(self._save_of(step), files=self._files)
             except OSError as error:  # reported at the next save or at the end; without a mark nobody takes the slot
                 self._mark_error = error
         return number
 
     def _report(self, bug: RunError | None) -> _Report:
         """Collect what this rank reports to the others. Local."""
-        assert self._stager is not None
+        assert self._writer is not None
         rank = self._ranks.rank
-        usable, failed = self._stager.usable_slots()
+        usable, failed = self._writer.usable_slots()
         problem = None if failed is None else f"rank {rank}: a slot cannot be allocated: {failed}"
         if error := self._why_lost():
             problem = f"rank {rank}: the last checkpoint is lost: {error}"
@@ -367,13 +365,13 @@ class Coordinator:
                 self._service.check()
             except RunError as error:
                 report.fatal = carried(error)
-            report.slots = {slot.number: self._view(slot) for slot in self.region.slots()}
+            report.slots = {slot.number: self._view(slot) for slot in self.area.slots()}
         return report
 
     def _why_lost(self) -> OSError | None:
         """Return, once, why this rank's part of the last save is not in memory. Local."""
-        assert self._stager is not None
-        error = self._stager.wait_until_ready() or self._mark_error
+        assert self._writer is not None
+        error = self._writer.wait_until_ready() or self._mark_error
         self._mark_error = None
         return error
 
@@ -385,12 +383,12 @@ class Coordinator:
         """Return whether a slot may be overwritten: no service has begun with it anywhere."""
         if all(node.state == "free" for node in nodes):
             return True
-        slot = self.region.slot(number)
+        slot = self.area.slot(number)
         is_staged = self._service is not None and nodes[self.node.number].state == "staged"
         won = not is_staged or slot.change("staged", "claimed", files=self._files)
         if all(self._ranks.gather(won)):
             if self._ranks.rank == 0:
-                log.warning("checkpoint %d gave its slot to a newer one", max(node.step for node in nodes))
+                log.warning("checkpoint %d gives its slot to a newer one", max(node.step for node in nodes))
             return True
         if is_staged and won:
             slot.change("claimed", "staged", files=self._files)
@@ -399,12 +397,12 @@ class Coordinator:
     def _save_of(self, step: int) -> Save:
         """Describe a save for the mark of this node's slot. Local."""
         run, node = self._run, self.node
-        return Save(run.run_id, run.incarnation, step, node.ranks, node.number, node.n_nodes)
+        return Save(run.run_id, run.attempt, step, node.ranks, node.number, node.n_nodes)
 
     def before_update(self) -> None:
         """Call before parameters or optimizer state change. Local."""
-        if self._stager is not None:
-            self._stager.before_update()
+        if self._writer is not None:
+            self._writer.before_update()
 
     def new_events(self) -> list[dict[str, Any]]:
         """Return what this node's service has reported since the last time; on leaders only. Local."""
@@ -447,14 +445,14 @@ class Coordinator:
 
     def withdraw(self, number: int) -> bool:
         """Take back a save that is lost on some node; False if a service has begun with the part of another one."""
-        slot = self.region.slot(number)
+        slot = self.area.slot(number)
         is_ours = self._service is None or slot.state() == "free" or slot.change("staged", "free", files=self._files)
         return all(self._ranks.gather(is_ours))
 
     def close(self) -> None:
         """Leave the area; its service stays until all is saved. Local."""
-        if self._stager is not None:
-            self._stager.close()
+        if self._writer is not None:
+            self._writer.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

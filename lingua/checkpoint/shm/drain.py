@@ -1,13 +1,12 @@
-"""From a slot to a published checkpoint: the work that the service does for one save. Torch-free, blocking.
+"""From a slot to a published checkpoint: what the service does for one save. Torch-free, blocking.
 
-Promise: what is written is hashed on its way and must be what the ranks hashed in memory; a step of several nodes is
-published by its first node once each of the others has written all of its files and said so on the disk; retrying
-after a failure at any line is right.
-Cost: one read of the slot, one write and fsync per file; a few listings per second while nodes wait for each other.
+What is written is hashed on the way and must be what the ranks hashed in memory. A step of several nodes is published
+by the first node, once each of the others has reported on the disk that all of its files are written. A save that
+failed at any line can be tried again.
 
     incarnation-3/0000001500/                      the files of all nodes
-    incarnation-3/part-0000001500-1.json           node 1 has written its files: these, with these checksums
-    incarnation-3/writer-0000001500-1.json         node 1's service is at work on it; touched while it is
+    incarnation-3/part-0000001500-1.json           node 1's files are written: names and checksums
+    incarnation-3/writer-0000001500-1.json         node 1's service is writing; touched as a heartbeat
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ SILENT_BEATS = 3
 
 
 class FencedError(RunError):
-    """A newer start of the run has taken the passage away: what this one still holds is not wanted any more."""
+    """A newer attempt of the run has closed this one's staging dir: its saves are not wanted any more."""
 
 
 class NodeMissingError(RunError):
@@ -52,13 +51,13 @@ class NodeMissingError(RunError):
 
 @dataclass
 class Throttle:
-    """Keeps all threads together at a rate. `limit` may change at any time; None: no limit."""
+    """Limits the rate of all threads together. The limit may change at any time; None: no limit."""
 
     limit_bytes_per_s: float | None = None
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     done_bytes: int = 0
-    """Bytes let through so far; whoever watches sees progress by it."""
+    """Bytes let through so far, by which progress is watched."""
     _free_at_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -75,14 +74,14 @@ class Throttle:
 
 @contextmanager
 def at_work(run: ServedRun, save: Save, *, files: Files = DISK) -> Iterator[None]:
-    """Show by a file that is touched again and again that somebody works on a step. Raises OSError."""
+    """Keep a heartbeat file while a step is being written. Raises OSError."""
     path = run.writer_file(save.step, save.node)
     write_json(path, asdict(this_process(*run.job)), files=files)
     done = threading.Event()
 
     def beat() -> None:
         while not done.wait(BEAT_S):
-            with suppress(OSError):  # the writing itself tells what is wrong with the disk
+            with suppress(OSError):  # the write itself reports what is wrong with the disk
                 os.utime(path)
 
     thread = threading.Thread(target=beat, name="writer-beat", daemon=True)
@@ -97,12 +96,12 @@ def at_work(run: ServedRun, save: Save, *, files: Files = DISK) -> Iterator[None
 
 
 def busy_writers(root: Path, before: int, me: Owner) -> dict[Path, tuple[float, bool | None]]:
-    """Services of starts before `before` that say they are at work -> (last beat, surely alive; None: unknown)."""
+    """Return the heartbeat files of services of attempts before `before`, with (last beat, alive; None: unknown)."""
     found: dict[Path, tuple[float, bool | None]] = {}
-    for incarnation, passage in layout.passages(root):
-        if incarnation >= before:
+    for attempt, staging_dir in layout.staging_dirs(root):
+        if attempt >= before:
             continue
-        for path in passage.glob("writer-*.json"):
+        for path in staging_dir.glob("writer-*.json"):
             with suppress(OSError, RunError):  # it is just being removed
                 alive = certainly(owner_in(read_json(path)), me)
                 if alive is not False:
@@ -112,22 +111,22 @@ def busy_writers(root: Path, before: int, me: Owner) -> dict[Path, tuple[float, 
 
 def await_older_writers(
     root: Path,
-    incarnation: int,
+    attempt: int,
     me: Owner,
     *,
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Wait, within bounds, while a service of an older start is at work on a step; on rank 0, before it is shut out.
+    """Wait up to HANDOVER_S while a service of an older attempt is writing a step; on rank 0, before it is shut out.
 
-    One on this machine is waited for as long as it lives; one elsewhere as long as it shows itself.
+    One on this machine is waited for while it lives, one elsewhere while its heartbeat goes on.
     """
     begun_s, seen = now(), {}
     while now() - begun_s < HANDOVER_S:
-        busy = busy_writers(root, incarnation, me)
+        busy = busy_writers(root, attempt, me)
         for path, (beat, alive) in list(busy.items()):
             if path not in seen:
-                log.info("waiting for the checkpoint service of an earlier start, which is writing (%s)", path.name)
+                log.info("waiting for the checkpoint service of an earlier attempt, which is writing (%s)", path.name)
             if path not in seen or seen[path][0] != beat:
                 seen[path] = (beat, now())
             if alive is None and now() - seen[path][1] > SILENT_BEATS * BEAT_S:
@@ -135,7 +134,7 @@ def await_older_writers(
         if not busy:
             return
         sleep(LOOK_S)
-    log.warning("an earlier start's checkpoint service has been writing for %.0f s; it is shut out", HANDOVER_S)
+    log.warning("an earlier attempt's checkpoint service has been writing for %.0f s; it is shut out", HANDOVER_S)
 
 
 # -- one save ------------------------------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def store(
     """
     try:
         if is_published(save, run, files=files):
-            return save.node == 0 and publish.incarnation_of(run.root, save.step) == run.incarnation
+            return save.node == 0 and publish.attempt_of(run.root, save.step) == run.attempt
         with at_work(run, save, files=files):
             if not has_part(save, facts, run):
                 write_files(slot, facts, save.step, run, throttle, files)
@@ -184,7 +183,7 @@ def write_files(
 ) -> None:
     """Write this node's files of a step and make them durable.
 
-    Raises OSError when the disk fails, DamagedError when the slot does not hold what its ranks said, FencedError.
+    Raises OSError if the disk fails, DamagedError if the slot does not hold what its ranks reported, FencedError.
     """
     folder = run.folder(step)
     try:
@@ -201,7 +200,7 @@ def write_files(
             raise DamagedError(f"{slot / name} was changed after it was staged")
         return descriptor, folder / name, written
 
-    opened = [(name, fact, _map(slot / name, fact)) for name, fact in facts.items()]  # also where names vanish later
+    opened = [(name, fact, _map(slot / name, fact)) for name, fact in facts.items()]  # now: names may vanish later
     largest_first = sorted(opened, key=lambda item: -item[1].size_bytes)
     with ThreadPoolExecutor(max_workers=run.args.drain_threads, initializer=_step_back) as pool:
         writing = [pool.submit(write, item) for item in largest_first]
@@ -209,7 +208,7 @@ def write_files(
     try:
         for future in writing:
             future.result()
-        while unsynced:  # one at a time: side by side they took twice as long on ext4
+        while unsynced:  # one at a time: in parallel they took twice as long on ext4
             publish.sync_written(*unsynced.pop(), readback=run.args.verify == "readback", files=files)
     finally:
         for descriptor, *_ in unsynced:
@@ -218,12 +217,12 @@ def write_files(
 
 
 def _step_back() -> None:
-    """This thread computes only where nobody else wants the core (on Linux a thread has a niceness of its own)."""
+    """Let this thread run only when nobody else wants the core (on Linux a thread has its own niceness)."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _map(path: Path, fact: FileFacts) -> mmap.mmap | bytes:
-    if not is_plain_file(path) or path.stat().st_size < fact.size_bytes:  # a small file's is longer: reserved
+    if not is_plain_file(path) or path.stat().st_size < fact.size_bytes:  # small files have room to spare
         raise DamagedError(f"{path} is not the file that was staged")
     if fact.size_bytes == 0:
         return b""
@@ -242,19 +241,19 @@ def _chunks(content: memoryview, throttle: Throttle) -> Iterator[Buffer]:
 
 
 def why_missing(run: ServedRun) -> Exception:
-    """What it means that a name in the passage was not found."""
-    if run.root.exists() and not run.passage.exists():
-        return FencedError(f"{run.passage} is gone: a newer start of this run has begun")
+    """Return the error that explains why a name in the staging dir was not found."""
+    if run.root.exists() and not run.staging_dir.exists():
+        return FencedError(f"{run.staging_dir} is gone: a newer attempt of this run has begun")
     return FileNotFoundError(2, "the run's folder is gone", str(run.root))
 
 
 def is_published(save: Save, run: ServedRun, *, files: Files = DISK) -> bool:
-    """Whether a step is there already; one that lacked but its last rename, when a service of this start died, gets it.
+    """Return whether a step is published. Finishes the last renames that a dead service of this attempt left undone.
 
     Raises OSError.
     """
     if save.node == 0:
-        publish.resume(run.root, save.step, run.incarnation, files=files)
+        publish.resume(run.root, save.step, run.attempt, files=files)
     if not layout.done_mark(run.root, save.step).exists():
         return False
     files.fsync_dir(run.root)
@@ -272,41 +271,41 @@ def publish_step(
 ) -> bool:
     """Publish a step whose files of this node are written; with several nodes, wait for them or for node 0.
 
-    Returns whether it was this node that published. Raises OSError, FencedError, NodeMissingError.
+    Returns whether this node published it. Raises OSError, FencedError, NodeMissingError.
     """
     if save.n_nodes > 1 and not has_part(save, facts, run):
-        _say_part(save, run, {"files": {name: asdict(fact) for name, fact in facts.items()}}, files)
+        _write_part(save, run, {"files": {name: asdict(fact) for name, fact in facts.items()}}, files)
     if save.node > 0:
         _await_mark(save, run, sleep)
         return False
     everything = facts if save.n_nodes == 1 else _await_parts(save, run, sleep)
-    publish.publish(run.root, save.step, run.incarnation, everything, seconds=seconds(), files=files)
+    publish.publish(run.root, save.step, run.attempt, everything, seconds=seconds(), files=files)
     _remove_parts(save, run, range(save.n_nodes), files)
     return True
 
 
 def _loss_in(path: Path) -> str | None:
-    """Why a node will not have its part of a step; None: it has not said so."""
-    part = _said_in(path)
+    """Return why a node has given up its part of a step, or None if it has not."""
+    part = _read_part_file(path)
     return part.get("lost") if part else None
 
 
-def _said_in(path: Path) -> dict[str, Any] | None:
+def _read_part_file(path: Path) -> dict[str, Any] | None:
     try:
         return read_json(path)
     except (FileNotFoundError, RunError):  # not there, or not readable: a crash of the file server may cut it short
         return None
 
 
-def _say_part(save: Save, run: ServedRun, what: dict[str, Any], files: Files) -> None:
-    part = {"incarnation": save.incarnation, "step": save.step, **what}
+def _write_part(save: Save, run: ServedRun, what: dict[str, Any], files: Files) -> None:
+    part = {"incarnation": save.attempt, "step": save.step, **what}
     write_json(run.part_file(save.step, save.node), part, files=files)
 
 
 def has_part(save: Save, facts: Manifest, run: ServedRun) -> bool:
-    """Whether this node has said already that its files are written. Then nobody may touch them any more.
+    """Return whether this node has already reported its files as written, after which nobody may touch them.
 
-    Raises NodeMissingError when there will be no such step.
+    Raises NodeMissingError if there will be no such step.
     """
     if save.n_nodes == 1:
         return False
@@ -325,7 +324,7 @@ def _await_parts(save: Save, run: ServedRun, sleep: Callable[[float], None]) -> 
                 missing.discard(node)
         if not missing:
             return everything
-        if not run.passage.exists():
+        if not run.staging_dir.exists():
             raise why_missing(run)
         sleep(LOOK_S)
     raise NodeMissingError(
@@ -335,9 +334,9 @@ def _await_parts(save: Save, run: ServedRun, sleep: Callable[[float], None]) -> 
 
 
 def _read_part(save: Save, run: ServedRun, node: int) -> Manifest | None:
-    part = _said_in(run.part_file(save.step, node))
-    if part is None or (part["incarnation"], part["step"]) != (save.incarnation, save.step):
-        return None  # or of a save with the same number that an older start of this run left behind
+    part = _read_part_file(run.part_file(save.step, node))
+    if part is None or (part["incarnation"], part["step"]) != (save.attempt, save.step):
+        return None  # or left by an older attempt for the same step
     if "lost" in part:
         raise NodeMissingError(f"on node {node}, {part['lost']}")
     return {name: FileFacts(**fact) for name, fact in part["files"].items()}
@@ -349,11 +348,11 @@ def _await_mark(save: Save, run: ServedRun, sleep: Callable[[float], None]) -> N
         if mark.exists():
             return
         is_settled = not run.part_file(save.step, save.node).exists()
-        if not run.passage.exists():
+        if not run.staging_dir.exists():
             raise why_missing(run)
         _read_part(save, run, 0)  # raises if node 0 has given up
         if is_settled:
-            return  # published, and by now given up by retention
+            return  # published, and meanwhile deleted by retention
         sleep(LOOK_S)
     raise NodeMissingError(
         f"node 0 has not published checkpoint {save.step} within {2 * run.args.node_timeout_s:.0f} s"
@@ -361,26 +360,23 @@ def _await_mark(save: Save, run: ServedRun, sleep: Callable[[float], None]) -> N
 
 
 def clear_away(save: Save, facts: Manifest, run: ServedRun, *, files: Files = DISK) -> None:
-    """Remove what a failed attempt of this node has left, before the next one; what other nodes wrote stays.
-
-    Raises OSError.
-    """
+    """Remove what this node has written of a failed save, before it is tried again. Raises OSError."""
     if layout.done_mark(run.root, save.step).exists():
         return  # published; only the last fsync has failed
     if save.n_nodes == 1:
-        publish.abandon(run.root, save.step, run.incarnation, files=files)
+        publish.abandon(run.root, save.step, run.attempt, files=files)
     elif not run.part_file(save.step, save.node).exists():
         _remove_own(save, facts, run, files)
 
 
 def give_up(save: Save, facts: Manifest, run: ServedRun, why: str, *, files: Files = DISK) -> None:
-    """There will be no such step: tell the other nodes. Node 0 clears for all. Raises OSError."""
+    """Report to the other nodes that there will be no such step. Node 0 cleans up for all. Raises OSError."""
     if save.n_nodes > 1:
-        _say_part(save, run, {"lost": why}, files)
+        _write_part(save, run, {"lost": why}, files)
     if save.node == 0:
-        publish.abandon(run.root, save.step, run.incarnation, files=files)
+        publish.abandon(run.root, save.step, run.attempt, files=files)
         _remove_parts(save, run, range(1, save.n_nodes), files)
-    elif _loss_in(run.part_file(save.step, 0)):  # only then: else node 0 may still publish what we have written
+    elif _loss_in(run.part_file(save.step, 0)):  # otherwise node 0 may still publish what we have written
         _remove_own(save, facts, run, files)
 
 

@@ -36,11 +36,11 @@ from lingua.checkpoint.shm.area import (
     TRAINER_LOCK,
     EventKind,
     Events,
-    Region,
     Save,
     ServedRun,
+    ShmArea,
     Slot,
-    make_region,
+    make_area,
     read_run,
 )
 from lingua.checkpoint.shm.drain import FencedError, NodeMissingError, Throttle
@@ -50,20 +50,20 @@ log = logging.getLogger(__name__ if __name__ != "__main__" else "lingua.checkpoi
 
 POLL_S = 0.05
 SILENT_S = 30.0
-"""A disk that takes no byte for so long is reported."""
+"""A disk that accepts no byte for this long is reported."""
 LONGEST_PAUSE_S = 60.0
-"""Between two attempts on a disk that fails."""
+"""Longest pause between two saves to a disk that fails."""
 ENDING_PAUSE_S = 4.0
-"""The same, once the run ends: whoever waits has not much time."""
+"""The same when the run ends, since the ranks wait."""
 PATIENCE_S = 3600.0
-"""How long a disk that fails is tried after the last rank has gone."""
+"""How long a failing disk is tried again after the last rank has left."""
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Candidate:
+class StagedSlot:
     """A complete slot that waits to be drained."""
 
     number: int
@@ -72,13 +72,12 @@ class Candidate:
 
 
 def next_to_drain(
-    waiting: Sequence[Candidate], *, ending: bool, time_left_s: float | None, bytes_per_s: float | None
+    waiting: Sequence[StagedSlot], *, ending: bool, time_left_s: float | None, bytes_per_s: float | None
 ) -> int | None:
-    """Which slot to drain next, by its number; None: none.
+    """Choose the number of the slot to drain next, or None.
 
-    In order of steps as long as the run goes on. When it ends only the newest matters, and then only if it fits into
-    the time that is left: two halves are none. What was never measured is tried, and where the end did not come when
-    it was expected, everything is.
+    While the run goes on, the oldest step. When it ends, only the newest, and only if it can be written in the time
+    that is left: half a checkpoint is useless. Without a measured rate, or after the deadline, it is tried anyway.
     """
     if not waiting:
         return None
@@ -88,9 +87,9 @@ def next_to_drain(
     return chosen.number
 
 
-def pause_s(attempt: int) -> float:
-    """After the n-th failure in a row, n from 1: 1, 2, 4, ... up to a minute."""
-    return min(LONGEST_PAUSE_S, 2.0 ** (attempt - 1))
+def pause_s(n_failures: int) -> float:
+    """Return the pause after the n-th failure in a row, n from 1: 1, 2, 4, ... up to a minute."""
+    return min(LONGEST_PAUSE_S, 2.0 ** (n_failures - 1))
 
 
 # -- the loop ------------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def pause_s(attempt: int) -> float:
 
 @dataclass
 class _Job:
-    """One slot on its way to the disk."""
+    """One slot that is being drained."""
 
     slot: Slot
     save: Save
@@ -108,7 +107,7 @@ class _Job:
     started_s: float
     throttle: Throttle
     writing: threading.Event = field(default_factory=threading.Event)
-    """Set while it needs the disk for itself."""
+    """Set while it writes; cleared while it waits for other nodes."""
 
     @property
     def size_bytes(self) -> int:
@@ -116,11 +115,11 @@ class _Job:
 
 
 class Service:
-    """The service of one region. `tick` is one pass; `run` goes on until there is nothing left to do."""
+    """The service of one area. `tick` is one pass; `run` repeats it until nothing is left to do."""
 
     def __init__(
         self,
-        region: Region,
+        area: ShmArea,
         *,
         files: Files = DISK,
         executor: Executor | None = None,
@@ -130,13 +129,13 @@ class Service:
         wait_s: float = 0.0,
         linger_s: float | None = None,
     ) -> None:
-        """`wait_s`: for the first rank; `linger_s`: after the last one (None: as the run says)."""
-        self.region = region
+        """`wait_s`: for the first rank; `linger_s`: after the last one (None: as the run's config has it)."""
+        self.area = area
         self._files = files
         self._executor = executor or ThreadPoolExecutor(max_workers=8, thread_name_prefix="drain")
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
-        self._own = region.lock(SERVICE_LOCK)
-        self._trainers = region.lock(TRAINER_LOCK)
+        self._own = area.lock(SERVICE_LOCK)
+        self._trainers = area.lock(TRAINER_LOCK)
         self._jobs: list[_Job] = []
         self._to_retain: ServedRun | None = None
         self._retiring: Future[list[int]] | None = None
@@ -149,40 +148,40 @@ class Service:
         self._linger_s = linger_s
         self._progress = (0.0, 0)
         self._silent = False
-        self._incarnation = 0
+        self._attempt = 0
         self._fenced = -1
-        self._events = Events(region)
-        self._unsaid: deque[dict[str, Any]] = deque()
-        self._saying = threading.Lock()
+        self._events = Events(area)
+        self._unsent: deque[dict[str, Any]] = deque()
+        self._sending = threading.Lock()
 
     def take(self) -> bool:
-        """Become the region's service; False: there is one already, or the region has just been removed."""
+        """Become the area's service; return False if there is one already, or the area has just been removed."""
         if not (self._own.take() and self.is_current()):
             return False
-        self.region.recover(files=self._files)
+        self.area.recover(files=self._files)
         return True
 
     def is_current(self) -> bool:
-        """Whether the region is still the one that was opened. Nobody else's may be touched by its name."""
+        """Return whether the area is still the one that was opened; another one of that name must not be touched."""
         return self._own.is_current() and self._trainers.is_current()
 
     def run(self) -> None:
-        """Serve until the ranks are gone and nothing is left to save."""
+        """Serve until the ranks have left and nothing is left to save."""
         while self.tick():
             self._sleep(POLL_S)
         self._leave()
 
     def tick(self) -> bool:
-        """One pass over the region; False: there is nothing left to do here."""
-        run = read_run(self.region)
-        self._incarnation = run.incarnation if run else 0
+        """Make one pass over the area; return False when nothing is left to do."""
+        run = read_run(self.area)
+        self._attempt = run.attempt if run else 0
         alone = self._trainers.holder() is None
         for job in [job for job in self._jobs if job.future.done()]:
             self._jobs.remove(job)
             self._settle(job)
         self._begin_retention()
         self._report_silence()
-        self._tell_ranks()
+        self._send_events()
         if run is not None:
             self._throttle_jobs(run, alone)
             self._begin_next(run, alone)
@@ -195,17 +194,17 @@ class Service:
             self._not_before_s = min(self._not_before_s, self._failed_at_s + ENDING_PAUSE_S)
         if any(job.writing.is_set() for job in self._jobs) or self._now() < self._not_before_s:
             return
-        if self._fenced == run.incarnation:
+        if self._fenced == run.attempt:
             return
         waiting: dict[int, tuple[Slot, Save, Manifest]] = {}
-        for slot in self.region.slots():
+        for slot in self.area.slots():
             if slot.state() == "staged" and (found := slot.complete()):
                 if run.wants(found[0]):
                     waiting[slot.number] = (slot, *found)
                 elif run.gives_up(found[0]):
                     slot.change("staged", "free", files=self._files)
         candidates = [
-            Candidate(number, save.step, sum(fact.size_bytes for fact in facts.values()))
+            StagedSlot(number, save.step, sum(fact.size_bytes for fact in facts.values()))
             for number, (_, save, facts) in waiting.items()
         ]
         left_s = None if run.deadline_s is None else run.deadline_s - self._wall_clock()
@@ -216,8 +215,11 @@ class Service:
 
     def _begin(self, slot: Slot, save: Save, facts: Manifest, run: ServedRun) -> None:
         if not slot.change("staged", "draining", files=self._files):
-            return  # a rank was faster and fills it anew
-        if slot.complete() != (save, facts):  # it was even faster: what is marked now is another save, being filled
+            return  # a rank was faster and fills it again
+        if slot.complete() != (
+            save,
+            facts,
+        ):  # it was even faster: this is another save, being filled
             slot.change("draining", "staged", files=self._files)
             return
         job = _Job(slot, save, facts, run, Future(), self._now(), Throttle(run.bytes_per_s))
@@ -227,7 +229,7 @@ class Service:
         job.future = self._executor.submit(self._store, job)
 
     def _store(self, job: _Job) -> bool:
-        """In a thread: from the slot to the published checkpoint. Returns whether it was us who published it."""
+        """In a thread: write and publish a save; return whether this node published it."""
         try:
             return drain.store(
                 job.slot.folder,
@@ -250,16 +252,18 @@ class Service:
             self._rate_bytes_per_s = job.size_bytes / max(self._now() - job.started_s, 1e-9)
 
     def _settle(self, job: _Job) -> None:
-        """What became of a slot."""
-        step, start = job.save.step, job.run.incarnation
+        """Report the outcome of a job and free its slot, or stage it again."""
+        step, attempt = job.save.step, job.run.attempt
         try:
             published_here = job.future.result()
         except FencedError as error:
-            self._fenced = start
-            self._say("fenced", start, step=step, why=str(error))
+            self._fenced = attempt
+            self._report("fenced", attempt, step=step, why=str(error))
             job.slot.change("draining", "staged", files=self._files)
         except (DamagedError, NodeMissingError) as error:
-            self._say("lost", start, step=step, why=f"checkpoint {step} is lost, older ones are untouched: {error}")
+            self._report(
+                "lost", attempt, step=step, why=f"checkpoint {step} is lost, older ones are untouched: {error}"
+            )
             job.slot.change("draining", "free", files=self._files)
         except OSError as error:
             self._failures += 1
@@ -269,9 +273,9 @@ class Service:
             job.slot.change("draining", "staged", files=self._files)
             why = f"{publish.disk_sentence(error, job.run.root, job.size_bytes)}; it stays in memory"
             why = f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s"
-            self._say("failing", start, step=step, why=why, errno=error.errno)
+            self._report("failing", attempt, step=step, why=why, errno=error.errno)
         except BaseException:
-            self._say("failed", start, step=step, why=traceback.format_exc())
+            self._report("failed", attempt, step=step, why=traceback.format_exc())
             raise
         else:
             self._settled(job, published_here)
@@ -279,27 +283,27 @@ class Service:
     def _settled(self, job: _Job, published_here: bool) -> None:
         if self._failures:
             self._failures = 0
-            why = "the disk takes checkpoints again"
-            self._say("recovered", job.run.incarnation, step=job.save.step, why=why)
+            why = "the disk accepts checkpoints again"
+            self._report("recovered", job.run.attempt, step=job.save.step, why=why)
         if job.save.node == 0:
-            self._say_published(job)
-        job.slot.change("draining", "free", files=self._files)  # last: else a death here would leave it unsaid
+            self._report_published(job)
+        job.slot.change("draining", "free", files=self._files)  # last, or a death before the report would lose it
         if published_here:
             self._verified.add(job.save.step)
             self._to_retain = job.run
 
-    def _say_published(self, job: _Job) -> None:
+    def _report_published(self, job: _Job) -> None:
         seconds = self._now() - job.started_s
         rate = job.size_bytes / 1e9 / max(seconds, 1e-9)
-        self._say(
-            "published", job.run.incarnation,
+        self._report(
+            "published", job.run.attempt,
             step=job.save.step, seconds=seconds, bytes=job.size_bytes, gb_per_s=rate,
         )  # fmt: skip
 
     # -- retention -------------------------------------------------------------------------------------------------
 
     def _begin_retention(self) -> None:
-        """Once for all steps that were published while the last pass was at work."""
+        """Start one pass for all steps that were published during the last one."""
         if self._to_retain is not None and not self._is_retiring():
             run, self._to_retain = self._to_retain, None
             self._retiring = self._executor.submit(self._retire, run)
@@ -313,10 +317,10 @@ class Service:
             held = pins.held_steps(run.run_dir, run.root, self._wall_clock())
         except (RunError, OSError) as error:
             why = f"no checkpoint is deleted, since the pins cannot be read: {error}"
-            self._say("failing", run.incarnation, step=0, why=why)
+            self._report("failing", run.attempt, step=0, why=why)
             return []
-        passage = layout.passage(run.root, run.incarnation)
-        interrupted = {found.step for found in layout.temporaries(passage) if found.kind == "trash"}
+        staging_dir = layout.staging_dir(run.root, run.attempt)
+        interrupted = {found.step for found in layout.temporaries(staging_dir) if found.kind == "trash"}
         steps = retention.to_delete(
             layout.done_steps(run.root),
             run.args,
@@ -326,18 +330,18 @@ class Service:
         for step in [*sorted(interrupted), *steps]:
             try:
                 if step in interrupted:
-                    publish.resume(run.root, step, run.incarnation, files=self._files)
+                    publish.resume(run.root, step, run.attempt, files=self._files)
                 else:
-                    publish.retire(run.root, step, run.incarnation, files=self._files)
+                    publish.retire(run.root, step, run.attempt, files=self._files)
             except OSError as error:
                 if isinstance(why := drain.why_missing(run), FencedError):
-                    self._say("fenced", run.incarnation, step=step, why=str(why))
+                    self._report("fenced", run.attempt, step=step, why=str(why))
                     break
-                self._say("failing", run.incarnation, step=0, why=f"cannot delete checkpoint {step}: {error}")
+                self._report("failing", run.attempt, step=0, why=f"cannot delete checkpoint {step}: {error}")
             else:
                 self._verified.discard(step)
-                why = {"why": pins.farewell(step)} if step in held.overdue else {}
-                self._say("retired", run.incarnation, step=step, **why)
+                why = {"why": pins.overdue_message(step)} if step in held.overdue else {}
+                self._report("retired", run.attempt, step=step, **why)
         return steps
 
     # -- the rest --------------------------------------------------------------------------------------------------
@@ -348,7 +352,7 @@ class Service:
             job.throttle.limit_bytes_per_s = None if hurry else run.bytes_per_s
 
     def _report_silence(self) -> None:
-        """Tell of a disk that takes nothing any more, and of its return."""
+        """Report a disk that accepts nothing any more, and its recovery."""
         writing = [job for job in self._jobs if job.writing.is_set()]
         done_bytes = sum(job.throttle.done_bytes for job in writing)
         since_s, last_bytes = self._progress
@@ -356,12 +360,12 @@ class Service:
             self._progress = (self._now(), done_bytes)
             if self._silent:
                 self._silent = False
-                self._say("recovered", self._incarnation, step=0, why="the disk answers again")
+                self._report("recovered", self._attempt, step=0, why="the disk answers again")
         elif self._now() - since_s > SILENT_S and not self._silent:
             self._silent = True
             step = writing[0].save.step
-            why = f"the disk has taken nothing of checkpoint {step} for {SILENT_S:.0f} s; training goes on"
-            self._say("silent", self._incarnation, step=step, why=why)
+            why = f"the disk has accepted nothing of checkpoint {step} for {SILENT_S:.0f} s; training continues"
+            self._report("silent", self._attempt, step=step, why=why)
 
     def _is_needed(self, run: ServedRun | None, alone: bool) -> bool:
         if not alone:
@@ -376,83 +380,83 @@ class Service:
             self._alone_since_s = self._now()
             self._take_back_claims()
         alone_s = self._now() - self._alone_since_s
-        unsaved = [slot for slot in self.region.slots() if slot.complete()]
-        if unsaved and self._fenced != run.incarnation:
+        unsaved = [slot for slot in self.area.slots() if slot.complete()]
+        if unsaved and self._fenced != run.attempt:
             return alone_s < PATIENCE_S
         linger_s = run.args.linger_s if self._linger_s is None else self._linger_s
         return alone_s < linger_s or self._now() < self._first_rank_until_s
 
     def _take_back_claims(self) -> None:
-        """Ranks that died while they took the slot of a save that waits: it may still be complete."""
+        """Stage slots again whose ranks died while they claimed them: the save there may still be complete."""
         if self._trainers.take():
-            for slot in self.region.slots():
+            for slot in self.area.slots():
                 slot.change("claimed", "staged", files=self._files)
             self._trainers.release()
 
     def _leave(self) -> None:
-        """Give the memory back, unless it holds what could not be saved or ranks have come meanwhile."""
-        if self._trainers.take() and self.is_current():  # from here on no rank comes before we are done
-            run = read_run(self.region)
-            unsaved = [found[0] for slot in self.region.slots() if (found := slot.complete())]
+        """Free the memory, unless it holds what could not be saved or ranks have entered meanwhile."""
+        if self._trainers.take() and self.is_current():  # from here on no rank enters before we are done
+            run = read_run(self.area)
+            unsaved = [found[0] for slot in self.area.slots() if (found := slot.complete())]
             if steps := [save.step for save in unsaved if run is not None and self._may_be_missed(save, run)]:
-                log.error("leaving although steps %s are in memory only; a start on this node saves them", steps)
+                log.error("leaving although steps %s are only in memory; the next attempt here saves them", steps)
             else:
-                self.region.remove(files=self._files)
+                self.area.remove(files=self._files)
         self.close()
 
     def _may_be_missed(self, save: Save, run: ServedRun) -> bool:
-        """Whether what is in memory is worth keeping; also where a newer start shut us out, which may have died."""
-        if self._fenced != run.incarnation:
+        """Return whether a save is worth keeping, even after a newer attempt shut us out: that one may have died."""
+        if self._fenced != run.attempt:
             return True
         root = run.root
         newest = max(layout.done_steps(root), default=-1)
-        return save.step > newest and (newest < 0 or publish.incarnation_of(root, newest) <= save.incarnation)
+        return save.step > newest and (newest < 0 or publish.attempt_of(root, newest) <= save.attempt)
 
     def close(self) -> None:
         self._executor.shutdown(wait=False)
         self._trainers.close()
         self._own.close()
 
-    def _say(self, kind: EventKind, incarnation: int, **facts: Any) -> None:
-        """Tell the ranks of the start whom it concerns."""
-        self._unsaid.append({"kind": kind, "incarnation": incarnation, "at_s": self._wall_clock(), **facts})
-        self._tell_ranks()
+    def _report(self, kind: EventKind, attempt: int, **facts: Any) -> None:
+        """Send an event to the ranks of an attempt, and log it."""
+        self._unsent.append({"kind": kind, "incarnation": attempt, "at_s": self._wall_clock(), **facts})
+        self._send_events()
         level = logging.INFO if kind in ("published", "recovered", "retired") else logging.ERROR
         log.log(level, "%s %s", kind, facts)
 
-    def _tell_ranks(self) -> None:
-        with self._saying:
-            while self._unsaid:
+    def _send_events(self) -> None:
+        with self._sending:
+            while self._unsent:
                 try:
-                    self._events.send(self._unsaid[0])
-                except OSError as error:  # the region's names have vanished: the disk gets its bytes
-                    log.error("cannot tell the ranks %s: %s", self._unsaid[0], error)
+                    self._events.send(self._unsent[0])
+                except OSError as error:  # the area's names have vanished; draining goes on
+                    log.error("cannot send the ranks %s: %s", self._unsent[0], error)
                     return  # until the next pass
-                self._unsaid.popleft()
+                self._unsent.popleft()
 
 
 # -- the process ---------------------------------------------------------------------------------------------------
 
 
 def main(words: list[str]) -> int:
-    """Serve a run on this node; returns the exit code."""
+    """Serve a run on this node; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m lingua.checkpoint.shm.service",
-        description="Take the checkpoints that a run stages in /dev/shm of this node to the disk. A run starts it "
-        "itself; under Slurm it is a step of its own, begun before the ranks. Ends when the ranks are gone and all is "
-        "saved. Deaf to SIGTERM, SIGUSR2, SIGINT and SIGHUP: kill -9 it if you must, nothing is lost by that.",
+        description="Write the checkpoints that a run stages in /dev/shm of this node to the disk. A run starts it; "
+        "under Slurm it is a job step that starts before the ranks. Ends when the ranks have left and all is saved. "
+        "Ignores SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP. kill -9 ends it, and nothing is lost by that.",
     )
     parser.add_argument("run_dir", type=Path, help="the run folder (dump_dir); made if it is not there yet")
     parser.add_argument("--shm", type=Path, default=SHM, help="memory file system (checkpoint.shm_path): %(default)s")
     parser.add_argument("--wait-s", type=float, default=0.0, help="seconds to wait for the first rank (%(default)s)")
     parser.add_argument("--linger-s", type=float, help="seconds to stay after the last (checkpoint.linger_s)")
     args = parser.parse_args(words)
-    for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
-        signal.signal(deaf, signal.SIG_IGN)
+    for ignored in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
     form = "%(asctime)s %(levelname)s checkpoint service: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, handlers=[QueueHandler(lines)])
-    listener = QueueListener(lines, logging.StreamHandler())  # the log lies on a disk that may hang
+    listener = QueueListener(lines, logging.StreamHandler())  # the log is on a disk that may hang
     listener.start()
     code = 0
     try:
@@ -470,11 +474,11 @@ def main(words: list[str]) -> int:
 def serve(run_dir: Path, shm: Path, wait_s: float, linger_s: float | None = None) -> None:
     """Be the service of a run on this node, unless there is one. Raises RunError, OSError."""
     while True:
-        region = make_region(run_dir, shm)
+        area = make_area(run_dir, shm)
         try:
-            service = Service(region, wait_s=wait_s, linger_s=linger_s)
+            service = Service(area, wait_s=wait_s, linger_s=linger_s)
         except FileNotFoundError:
-            continue  # one that leaves has just removed the region
+            continue  # a service that leaves has just removed the area
         if service.take():
             service.run()
             return
@@ -488,4 +492,4 @@ def serve(run_dir: Path, shm: Path, wait_s: float, linger_s: float | None = None
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(code)  # at once: a thread that waits for the disk must not keep the next service from its lock
+    os._exit(code)  # at once: a thread that waits for the disk must not hold the lock that the next service needs

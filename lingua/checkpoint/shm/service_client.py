@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from lingua.checkpoint.shm.area import SERVICE_LOCK, Events, Region, ServedRun, write_run
+from lingua.checkpoint.shm.area import SERVICE_LOCK, Events, ServedRun, ShmArea, write_run
 from lingua.files import DISK, DiskError, Files, RunError, raise_if
 from lingua.run.failure import RankError, carried
 
@@ -63,21 +63,21 @@ class ServiceClient:
 
     def __init__(
         self,
-        region: Region,
-        incarnation: int,
+        area: ShmArea,
+        attempt: int,
         log_file: Path,
         *,
         files: Files = DISK,
         start: StartService = start_service,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._region, self._incarnation, self._log_file = region, incarnation, log_file
+        self._area, self._attempt, self._log_file = area, attempt, log_file
         self._files, self._start, self._sleep = files, start, sleep
         self._run: ServedRun | None = None
         self._n_starts = 0
         self._n_refusals = 0
         """By the disk, since it last took a checkpoint or somebody began to wait."""
-        self._events = Events(region)
+        self._events = Events(area)
         self._outcomes: dict[int, dict[str, Any]] = {}
         """The last report on each step since the last save."""
         self.fatal: RunError | None = None
@@ -88,7 +88,7 @@ class ServiceClient:
     def send(self, run: ServedRun) -> None:
         """Send the service what it must know of the run; start it if need be. Raises OSError, RunError."""
         self._run = run
-        write_run(self._region, run, files=self._files)
+        write_run(self._area, run, files=self._files)
         self.ensure()
 
     def ensure(self) -> None:
@@ -111,7 +111,7 @@ class ServiceClient:
                 self._sleep(LOOK_S)
 
     def _is_alive(self) -> bool:
-        lock = self._region.lock(SERVICE_LOCK)
+        lock = self._area.lock(SERVICE_LOCK)
         try:
             return lock.holder() is not None
         finally:
@@ -121,7 +121,7 @@ class ServiceClient:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Return what the service has reported to this attempt since the last time, and log it."""
-        events = [event for event in self._events.read() if event["incarnation"] == self._incarnation]
+        events = [event for event in self._events.read() if event["incarnation"] == self._attempt]
         for event in events:
             _log(event)
             if event["kind"] in ("published", "lost", "failing"):
@@ -145,7 +145,7 @@ class ServiceClient:
 
     def await_rescue(self, numbers: list[int]) -> None:
         """Wait until the service has saved these slots of an earlier attempt. Raises RunError when the disk refuses."""
-        while any(self._region.slot(number).state() != "free" for number in numbers):
+        while any(self._area.slot(number).state() != "free" for number in numbers):
             refusals = [_refusal(event) for event in self.read_events() if _is_refusal(event)]
             error = self.fatal or next((newest for newest in refusals[-1:] if not self._may_pass(newest)), None)
             if error is not None:

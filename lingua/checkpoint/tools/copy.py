@@ -1,11 +1,10 @@
-"""A published checkpoint, copied to another folder and published there. Torch-free.
+"""Copy a published checkpoint to another folder and publish it there. Torch-free.
 
-Promise: the copy exists whole or not at all: what is read is hashed while it is written and compared with the manifest,
-and the mark comes last, as for every checkpoint. Killed anywhere, the same command clears what is left and begins
-again. Retention keeps the original meanwhile, if its run may be written to; if not, a copy that it overtakes fails.
-Cost: one pass over the bytes.
+The copy exists whole or not at all: it is hashed while it is written and compared with the manifest, and the mark comes
+last. If the copy is killed, the same command removes what is left and begins again. The original is pinned meanwhile if
+its run may be written to; otherwise the copy fails if retention deletes the original.
 
-The folder that receives looks like a run: config.yaml, checkpoints/; so everything that takes a run takes the copy.
+The target looks like a run (config.yaml, checkpoints/), so it can be used wherever a run can.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ def copy_checkpoint(
     advance: Callable[[int], object] = lambda n_bytes: None,
     files: Files = DISK,
 ) -> Path:
-    """Copy a run's checkpoint to `target_dir`; returns the folder there, also of a copy that is there already.
+    """Copy a run's checkpoint to `target_dir`; return the folder there, even if it was copied before.
 
-    Raises DamagedError when the source is not what it was written as, RunError and OSError otherwise.
+    Raises DamagedError if the source differs from its manifest, RunError and OSError otherwise.
     """
     root, step, run_dir = source.root, source.step, source.run_dir
     if root is None or step is None or run_dir is None:
-        raise RunError(f"{source} is not in a run; copy a folder that has travelled by other means")
+        raise RunError(f"{source} is not in a run; copy this folder by other means")
     config = travelling_config(run_dir)
     _check_target(target_dir, config)
     facts = source.manifest()
@@ -54,7 +53,7 @@ def copy_checkpoint(
     with RunLock(target_dir, this_process(*this_job(os.environ))) as lock, pinned(root, step, "copy") as renew:
         target_root = target_dir / layout.CHECKPOINTS
         target_root.mkdir(exist_ok=True)
-        publish.open_passage(target_root, lock.attempt, files=files)
+        publish.open_staging_dir(target_root, lock.attempt, files=files)
         if not _is_there(target_root, step, facts):
             began_s = time.monotonic()
             try:
@@ -68,7 +67,7 @@ def copy_checkpoint(
             except BaseException:
                 publish.abandon(target_root, step, lock.attempt, files=files)
                 raise
-        files.rmdir(layout.passage(target_root, lock.attempt))
+        files.rmdir(layout.staging_dir(target_root, lock.attempt))
     return layout.folder(target_root, step)
 
 
@@ -101,7 +100,7 @@ def copy_newest(
     begin: Callable[[Checkpoint], object] = lambda checkpoint: None,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> Path:
-    """Copy the first of these that is not damaged; `begin` hears of each that is tried. Raises as copy_checkpoint."""
+    """Copy the first of these that is not damaged; calls `begin` before each. Raises as `copy_checkpoint`."""
     for checkpoint in candidates:
         begin(checkpoint)
         try:
@@ -114,7 +113,7 @@ def copy_newest(
 
 
 def travelling_config(run_dir: Path) -> dict[str, Any] | None:
-    """The frozen config, for a folder whose checkpoints lie in it whatever `checkpoint.path` says."""
+    """Return the frozen config for a copy, whose checkpoints are in its folder whatever `checkpoint.path` was."""
     config = read_frozen(run_dir)
     if config is not None and isinstance(config.get("checkpoint"), dict):
         config["checkpoint"] = {**config["checkpoint"], "path": None}

@@ -1,8 +1,7 @@
-"""What needs the values of a checkpoint's tensors: comparing two, and making one file of the model's weights.
+"""Compare the tensors of two checkpoints, and consolidate the model's weights into one file.
 
-Promise: nothing is executed; `consolidated.pth` appears whole or not at all, and stock `torch.load(weights_only=True)`
-opens it, mapped if asked. (The zip checksums in it say nothing; torch does not look at them.)
-Cost: each byte is read once. Memory: a few tensors at a time; the file is written through a map of itself.
+Nothing is executed. `consolidated.pth` appears whole or not at all, and stock `torch.load(weights_only=True)` opens it,
+mapped if asked. (torch ignores the zip checksums in it.) Only a few tensors are in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ CONSOLIDATED = "consolidated.pth"
 
 
 def batches(facts: Mapping[str, TensorFacts]) -> Iterator[list[str]]:
-    """The names, in order, cut into lists of about BATCH_BYTES each: as much as is read at once."""
+    """Split the names, in order, into lists of about BATCH_BYTES each, to be read at once."""
     batch, n_bytes = [], 0
     for name, fact in facts.items():
         if batch and n_bytes + fact.size_bytes > BATCH_BYTES:
@@ -38,7 +37,7 @@ def batches(facts: Mapping[str, TensorFacts]) -> Iterator[list[str]]:
 def largest_differences(
     a: Path, b: Path, facts: Mapping[str, TensorFacts], advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[tuple[str, float]]:
-    """(name, largest absolute difference) of the tensors `facts`, which both have alike; 0.0: bitwise equal."""
+    """Yield (name, largest absolute difference) of the tensors `facts`, which both have; 0.0: bitwise equal."""
     for names in batches(facts):
         here, there = (_read(folder, {name: facts[name] for name in names}) for folder in (a, b))
         for name in names:
@@ -68,15 +67,15 @@ def consolidate(
     target: Path,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> int:
-    """Write the model's weights among `facts` to one torch file `{"model": {name: tensor}}`; returns its bytes.
+    """Write the model's weights among `facts` to one torch file `{"model": {name: tensor}}`; return its size.
 
-    Raises RunError when there are none.
+    Raises RunError if there are none.
     """
     weights = {name: fact for name, fact in facts.items() if name.startswith("model.")}
     if not weights:
-        raise RunError(f"{folder} holds no tensor of a model (none is called model.*)")
+        raise RunError(f"{folder} holds no weights (no tensor is called model.*)")
     temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("wb") as file, torch.serialization.skip_data():  # laid out as torch.save would, without values
+    with temporary.open("wb") as file, torch.serialization.skip_data():  # as torch.save writes it, without values
         torch.save({"model": _empty(weights)}, file)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
@@ -89,7 +88,7 @@ def consolidate(
 
 
 def _empty(weights: Mapping[str, TensorFacts]) -> dict[str, Tensor]:
-    """Tensors without values, tied ones shared: their memory is never touched."""
+    """Make tensors without values, tied ones shared; their memory is never touched."""
     own = {name: torch.empty(fact.shape, dtype=_dtype(fact)) for name, fact in weights.items() if fact.same_as is None}
     return {name.removeprefix("model."): own[fact.same_as or name] for name, fact in weights.items()}
 

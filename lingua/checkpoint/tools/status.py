@@ -1,7 +1,7 @@
-"""What is there of a run's checkpoints, and whether one that is waited for can still come. Torch-free.
+"""List a run's checkpoints, and wait for one that is still to come. Torch-free.
 
-Promise: only looks: nothing is written, so a colleague's run may be looked at, and one that is being trained.
-Cost: listings and the small files; of checkpoints only names and sizes are judged, `lingua ckpt verify` reads them.
+Writes nothing, so it works on a colleague's run and on one that is being trained. Only names and sizes of checkpoint
+files are checked; `lingua ckpt verify` reads them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Pin:
     step: int
     reader: str
     expires_at: float
-    """Seconds since the epoch; 0 where it cannot be read."""
+    """Seconds since the epoch; 0 if unreadable."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,21 @@ class Published:
 
     step: int
     kinds: list[str]
-    """Of dump, eval, milestone; stop: of none, so the run ended or was stopped there. Empty: there is no config."""
+    """dump, eval, milestone; stop if it is none of them: the run ended or was stopped there. Empty without a config."""
     size_bytes: int
     created_at: float
     incarnation: int | None
-    """The start that saved it; None where the mark cannot be read."""
+    """The attempt that saved it; None if the mark is unreadable."""
     seconds: float | None
     """From the snapshot to the mark."""
     pinned_by: list[str]
     problems: list[str]
-    """What names and sizes show to be wrong; empty says nothing about the content."""
+    """What names and sizes show to be wrong; the content is not checked."""
 
 
 @dataclass(frozen=True)
 class Moving:
-    """A folder on its way in or out, or one that was set aside."""
+    """A folder in a staging dir, or one that was set aside."""
 
     path: Path
     step: int
@@ -74,7 +74,7 @@ class Moving:
 
 @dataclass(frozen=True)
 class Survey:
-    """All that is there of a run's checkpoints."""
+    """A run's checkpoints, and what else is in their folder."""
 
     run_dir: Path
     root: Path
@@ -84,11 +84,11 @@ class Survey:
     moving: list[Moving] = field(default_factory=list)
     set_aside: list[Moving] = field(default_factory=list)
     unmarked: list[int] = field(default_factory=list)
-    """Folders with a final name and no mark: no checkpoints."""
+    """Folders with a final name but no mark, which are not checkpoints."""
 
 
 def survey(run_dir: Path, now: Callable[[], float] = time.time) -> Survey:
-    """Look at a run. Raises RunError when it is none."""
+    """List a run's checkpoints. Raises RunError if it is not a run."""
     root = run_root(run_dir)
     owner, periods = living_attempt(run_dir, now=now), frozen_periods(run_dir)
     args = periods[0] if periods else None
@@ -98,34 +98,34 @@ def survey(run_dir: Path, now: Callable[[], float] = time.time) -> Survey:
         root,
         None if owner is None else str(owner),
         [found for step in layout.done_steps(root) if (found := _published(root, step, args, pins)) is not None],
-        [found for _, passage in layout.passages(root) for found in moving(passage)],
+        [found for _, staging_dir in layout.staging_dirs(root) for found in moving(staging_dir)],
         list(set_aside(root)),
         layout.unmarked_folders(root),
     )
 
 
 def _published(root: Path, step: int, args: CheckpointArgs | None, pins: Collection[Pin]) -> Published | None:
-    """None: retention was faster."""
+    """Describe a published step, or return None if retention was faster."""
     checkpoint = Checkpoint(layout.folder(root, step), root, step)
     try:
         mark = read_json(layout.done_mark(root, step))
         size_bytes, created_at = int(mark["bytes"]), float(mark["created_at"])
-        incarnation, seconds = int(mark["incarnation"]), float(mark["seconds"])
+        attempt, seconds = int(mark["incarnation"]), float(mark["seconds"])
     except FileNotFoundError:
         return None
-    except (RunError, ValueError, KeyError, TypeError):  # what is wrong with it, its damage tells
+    except (RunError, ValueError, KeyError, TypeError):  # `damage` reports what is wrong with it
         size_bytes, created_at = tree_facts(checkpoint.folder)
-        incarnation, seconds = None, None
+        attempt, seconds = None, None
     try:
         problems = checkpoint.damage(sizes_only=True)
     except OSError as error:
-        problems = [f"it cannot be looked at: {error}"]
+        problems = [f"it cannot be read: {error}"]
     return Published(
         step,
         kinds(step, args) if args else [],
         size_bytes,
         created_at,
-        incarnation,
+        attempt,
         seconds,
         [pin.reader for pin in pins if pin.step == step],
         problems,
@@ -133,7 +133,7 @@ def _published(root: Path, step: int, args: CheckpointArgs | None, pins: Collect
 
 
 def leases(root: Path) -> Iterator[Pin]:
-    """All pins, run out or not; one that cannot be read is taken for run out."""
+    """Yield all pins, expired or not; an unreadable one counts as expired."""
     for path in entries(root / layout.PINS):
         name, _, reader = path.name.removesuffix(".json").partition(".")
         if path.suffix != ".json" or not name:
@@ -146,22 +146,22 @@ def leases(root: Path) -> Iterator[Pin]:
         yield Pin(path, step, reader, expires_at)
 
 
-def moving(passage: Path) -> Iterator[Moving]:
-    """Folders in a passage."""
-    for found in layout.temporaries(passage):
+def moving(staging_dir: Path) -> Iterator[Moving]:
+    """Yield the folders in a staging dir."""
+    for found in layout.temporaries(staging_dir):
         if not found.is_mark:
             yield Moving(found.path, found.step, found.kind, *tree_facts(found.path))
 
 
 def set_aside(folder: Path) -> Iterator[Moving]:
-    """What was set aside among the checkpoints, or among the evaluations."""
+    """Yield what was set aside among the checkpoints, or among the evaluations."""
     for path in entries(folder):
         if parsed := layout.parse_aside(path.name):
             yield Moving(path, *parsed, *tree_facts(path))
 
 
 def tree_facts(path: Path) -> tuple[int, float]:
-    """(bytes, time of the newest change) of a file or a folder with all that is in it; links are not followed."""
+    """Return (bytes, time of the newest change) of a file or a whole folder; links are not followed."""
     size_bytes, changed_at = 0, 0.0
     inside = [os.path.join(folder, name) for folder, folders, files in os.walk(path) for name in (*folders, *files)]
     for name in (path, *inside):
@@ -176,9 +176,9 @@ def tree_facts(path: Path) -> tuple[int, float]:
 
 
 def why_never(step: int, done: Collection[int], is_coming: bool, stop: Mapping[str, Any] | None) -> str | None:
-    """Why a step will not be published, as far as can be told; None: it may still come.
+    """Return why a step will never be published, as far as is known, or None if it may still come.
 
-    `stop`: stop.json of a run that has ended, and not just now.
+    `stop`: stop.json of a run that ended more than SETTLE_S ago.
     """
     newest = max(done, default=None)
     if is_coming:
@@ -200,14 +200,14 @@ def await_done(
     now: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str | None:
-    """Wait until a step is published; None: it is; otherwise why it is not. Raises RunError when there is no run."""
+    """Wait until a step is published; return None, or why it is not. Raises RunError if there is no run."""
     began_s = now()
     while True:
         root = run_root(run_dir)
-        done = layout.done_steps(root)  # a listing: NFS may remember for long that a single name was absent
+        done = layout.done_steps(root)  # a listing: NFS may cache for long that a single name was absent
         if step in done:
             return None
-        is_coming = any(found.step == step for _, folder in layout.passages(root) for found in moving(folder))
+        is_coming = any(found.step == step for _, folder in layout.staging_dirs(root) for found in moving(folder))
         if reason := why_never(step, done, is_coming, _stop_of(run_dir, now())):
             return reason
         left_s = POLL_S if timeout_s is None else min(POLL_S, began_s + timeout_s - now())
@@ -217,7 +217,7 @@ def await_done(
 
 
 def _stop_of(run_dir: Path, now_s: float) -> Mapping[str, Any] | None:
-    """How the run ended; None while it has not, or has only just."""
+    """Return how the run ended, or None if it has not or only just has."""
     path = run_dir / STOP_FILE
     try:
         settled = now_s - path.stat().st_mtime > SETTLE_S

@@ -46,12 +46,12 @@ def test_what_is_there(tmp_path: Path) -> None:
     layout.done_mark(tmp_path, 10).write_text("{}")
     assert layout.done_steps(tmp_path) == [1, 10]
     assert layout.unmarked_folders(tmp_path) == [2]
-    passage = layout.passage(tmp_path, 2)
-    (passage / "0000000003").mkdir()
-    (passage / "0000000004.unmarked").mkdir()
+    staging_dir = layout.staging_dir(tmp_path, 2)
+    (staging_dir / "0000000003").mkdir()
+    (staging_dir / "0000000004.unmarked").mkdir()
     layout.going(layout.done_mark(tmp_path, 7), 2).write_text("{}")
-    found = [(t.step, t.kind, t.is_mark) for t in layout.temporaries(passage)]
+    found = [(t.step, t.kind, t.is_mark) for t in layout.temporaries(staging_dir)]
     assert found == [(3, "coming", False), (4, "unmarked", False), (7, "trash", True)]
-    assert layout.passages(tmp_path) == [(12, tmp_path / "incarnation-12.closed"), (2, passage)]
+    assert layout.staging_dirs(tmp_path) == [(12, tmp_path / "incarnation-12.closed"), (2, staging_dir)]
     assert layout.aside(tmp_path / "0000000001", "broken").name == "0000000001.broken-2"
     assert layout.done_steps(tmp_path / "absent") == []

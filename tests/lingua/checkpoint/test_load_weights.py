@@ -212,7 +212,7 @@ def test_tied_and_untied(tmp_path: Path) -> None:
     for model in (Names(0, tied=True), Names(0)):
         load_weights(model, tied_hf)
         assert_equal(model, weights(tied))
-    with pytest.raises(RunError, match=r"differ, but are one here; set model\.weight_tying: false"):
+    with pytest.raises(RunError, match=r"differ, but are tied here; set model\.weight_tying: false"):
         load_weights(Names(0, tied=True), untied_hf)
 
     headless = weights(tied)
@@ -230,7 +230,7 @@ def test_tied_and_untied(tmp_path: Path) -> None:
     del without_head.output
     load_weights(without_head, tied_hf)
     load_weights(without_head, run_of(tmp_path / "run", tied))
-    with pytest.raises(RunError, match="differ, but are one here"):
+    with pytest.raises(RunError, match="differ, but are tied here"):
         load_weights(without_head, untied_hf)
 
 
@@ -301,7 +301,7 @@ def test_a_hostile_torch_file_is_refused_unexecuted(tmp_path: Path) -> None:
         (lambda p: None, "does not exist; it should be a run"),
         (lambda p: p.mkdir(), r"holds no weights: expected \.metadata"),
         (lambda p: p.write_bytes(b"nonsense"), "is refused: it is not a plain file of tensors"),
-        (lambda p: torch.save([1, 2], p), "holds more than tensors by name"),
+        (lambda p: torch.save([1, 2], p), "holds more than named tensors"),
         (lambda p: (p / "checkpoints").mkdir(parents=True), "has no published checkpoint"),
         (lambda p: (p.mkdir(), (p / "model.safetensors").write_bytes(b"x" * 20)), "cannot be read"),
     ],

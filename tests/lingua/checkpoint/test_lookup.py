@@ -82,7 +82,7 @@ def test_a_manifest_that_is_not_the_marked_one(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run", 1)
     (layout.folder(root, 1) / layout.MANIFEST).write_text("{}")
     (problem,) = lookup.find_one(tmp_path / "run").damage()
-    assert "vouches for" in problem
+    assert "does not match the checksum" in problem
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def manager_of(run_dir: Path, files: Files = DISK, keep: int = 0) -> CheckpointM
 
 
 def left_behind(root: Path) -> list[Path]:
-    """What lies in the passages of a run's starts."""
-    return [path for _, passage in layout.passages(root) for path in passage.iterdir()]
+    """What lies in the staging_dirs of a run's starts."""
+    return [path for _, staging_dir in layout.staging_dirs(root) for path in staging_dir.iterdir()]
 
 
 def saved_run(run_dir: Path, *steps: int) -> TrainState:
@@ -608,7 +608,7 @@ def test_an_overtaken_start_does_not_publish(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     with lock:
         manager = CheckpointManager(args(), tmp_path, lock=lock)
-        assert manager.incarnation == 1
+        assert manager.attempt == 1
         manager.save(1, make())
         write_json(tmp_path / "incarnations" / "0000000002.json", {})
         with pytest.raises(RunError, match="attempt 2 of this run has taken over"):
@@ -626,4 +626,4 @@ def test_readback_reads_what_the_disk_holds(tmp_path: Path) -> None:
     checking = CheckpointManager(CheckpointArgs(verify="readback"), tmp_path / "checking", files=LyingFiles())
     report = checking.save(1, make())
     assert not report.published
-    assert "gave back something else" in str(report.error)
+    assert "returned something else" in str(report.error)

@@ -122,7 +122,7 @@ def test_no_checkpoint_folder(tmp_path: Path) -> None:
 )
 def test_no_state_of_a_run(tmp_path: Path, document: object) -> None:
     (tmp_path / layout.train_state_file(0)).write_bytes(orjson.dumps(document))
-    with pytest.raises(RunError, match=r"train_state\.00000\.json is not the state of a run"):
+    with pytest.raises(RunError, match=r"train_state\.00000\.json is not a training state"):
         read_scalars(tmp_path)
 
 

@@ -43,8 +43,8 @@ def test_a_verdict_counts_for_the_checkpoint_that_it_names(tmp_path: Path) -> No
     folder = layout.evaluation(tmp_path, 2)
     folder.mkdir(parents=True)
     assert verdict(tmp_path, root, 2) is None
-    for incarnation, expected in ((0, None), (1, "given_up")):
-        write_json(folder / layout.FAILED, {"incarnation": incarnation})
+    for attempt, expected in ((0, None), (1, "given_up")):
+        write_json(folder / layout.FAILED, {"incarnation": attempt})
         assert verdict(tmp_path, root, 2) == expected
     (folder / layout.RESULTS).write_text("[1")
     assert verdict(tmp_path, root, 2) == "given_up"
@@ -66,7 +66,7 @@ def test_retention_waits_for_the_follower_and_garbage_too(tmp_path: Path) -> Non
     publish.pin(root, 3, "me", now_s + 1)
     assert given_up() == []
     (tmp_path / layout.EVALS / layout.FOLLOWER).write_text("{}")
-    with pytest.raises(RunError, match="does not say what an evaluator waits for"):
+    with pytest.raises(RunError, match="is not an evaluator's record"):
         held_steps(tmp_path, root, now_s)
 
 
@@ -93,4 +93,4 @@ def test_a_limit_ends_it_loudly_and_once(tmp_path: Path, caplog: pytest.LogCaptu
             renew()
             held = clock.now_s < 1250
             assert publish.pinned_steps(root, clock.now_s) == ({1} if held else set())
-    assert caplog.text.count("STEP 1 IS PINNED NO LONGER") == 1
+    assert caplog.text.count("STEP 1 IS NO LONGER PINNED") == 1

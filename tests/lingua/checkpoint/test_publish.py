@@ -35,30 +35,30 @@ def content(step: int, name: str) -> bytes:
     return f"{name} of step {step} ".encode() * 20
 
 
-def write(root: Path, step: int, incarnation: int, files: Files) -> None:
-    folder = layout.coming(layout.folder(root, step), incarnation)
+def write(root: Path, step: int, attempt: int, files: Files) -> None:
+    folder = layout.coming(layout.folder(root, step), attempt)
     files.mkdir(folder)
     facts = {name: publish.write_hashed(folder / name, [content(step, name)], files=files) for name in NAMES}
-    publish.publish(root, step, incarnation, facts, files=files)
+    publish.publish(root, step, attempt, facts, files=files)
 
 
-def retain(root: Path, incarnation: int, files: Files) -> None:
+def retain(root: Path, attempt: int, files: Files) -> None:
     done = layout.done_steps(root)
     for step in retention.to_delete(done, KEEP_ONE, verified=done[-1:]):
-        publish.retire(root, step, incarnation, files=files)
+        publish.retire(root, step, attempt, files=files)
 
 
-def one_start(run_dir: Path, step: int, incarnation: int, files: Files) -> None:
+def one_start(run_dir: Path, step: int, attempt: int, files: Files) -> None:
     """What a start does with checkpoints: clear, set damaged ones aside, save, let go of old ones."""
     root = run_dir / layout.CHECKPOINTS
     files.mkdir(root)
-    publish.open_passage(root, incarnation, files=files)
+    publish.open_staging_dir(root, attempt, files=files)
     for found in layout.done_steps(root):
         if not intact(root, found):
             publish.set_aside(run_dir, root, found, "broken", files=files)
     if step not in layout.done_steps(root):
-        write(root, step, incarnation, files)
-    retain(root, incarnation, files)
+        write(root, step, attempt, files)
+    retain(root, attempt, files)
 
 
 def intact(root: Path, step: int) -> bool:
@@ -76,14 +76,14 @@ def run_with(run_dir: Path, *steps: int) -> Path:
     """A run with these checkpoints, all kept; returns their folder."""
     root = run_dir / layout.CHECKPOINTS
     root.mkdir(parents=True)
-    publish.open_passage(root, 1)
+    publish.open_staging_dir(root, 1)
     for step in steps:
         write(root, step, 1, DISK)
     return root
 
 
-def started(root: Path, incarnation: int = 1) -> Path:
-    publish.open_passage(root, incarnation)
+def started(root: Path, attempt: int = 1) -> Path:
+    publish.open_staging_dir(root, attempt)
     return root
 
 
@@ -124,7 +124,7 @@ def test_killed_at_every_operation(tmp_path: Path, damaged: bool) -> None:
         assert intact(root, 2)
         left = {name for name in names_in(root) if not (damaged and re.search(r"\.(unmarked|broken)-1$", name))}
         assert left == {"0000000002", "checkpoint_0000000002.done", "incarnation-4"}
-        assert names_in(layout.passage(root, 4)) == set()
+        assert names_in(layout.staging_dir(root, 4)) == set()
 
 
 def check_after_a_death(root: Path, damaged: bool, kill_at: int) -> None:
@@ -155,7 +155,7 @@ def test_failing_at_every_operation(tmp_path: Path, error: int, lasting: bool) -
         assert layout.done_steps(root), f"nothing left after a failure at {fail_at}"
         one_start(run_dir, 2, 3, DISK)
         assert layout.done_steps(root) == [2]
-        assert names_in(layout.passage(root, 3)) == set()
+        assert names_in(layout.staging_dir(root, 3)) == set()
         shutil.rmtree(run_dir)
 
 
@@ -164,11 +164,11 @@ def test_failing_at_every_operation(tmp_path: Path, error: int, lasting: bool) -
 
 def test_the_mark_comes_last(tmp_path: Path) -> None:
     files = FaultyFiles()
-    passage = layout.passage(started(tmp_path), 1)
+    staging_dir = layout.staging_dir(started(tmp_path), 1)
     write(tmp_path, 5, 1, files)
-    source, draft = passage / "0000000005", passage / "checkpoint_0000000005.done"
+    source, draft = staging_dir / "0000000005", staging_dir / "checkpoint_0000000005.done"
     assert files.log[-5:] == [
-        f"fsync_dir {passage}",
+        f"fsync_dir {staging_dir}",
         f"rename {source} {layout.folder(tmp_path, 5)}",
         f"fsync_dir {tmp_path}",
         f"rename {draft} {layout.done_mark(tmp_path, 5)}",
@@ -220,7 +220,7 @@ def test_pieces_are_whole_pages_but_for_the_last(monkeypatch: pytest.MonkeyPatch
 def test_an_unmarked_folder_is_set_aside_not_deleted(tmp_path: Path) -> None:
     root = run_with(tmp_path, 1, 2)
     layout.done_mark(root, 2).unlink()
-    publish.open_passage(root, 2)
+    publish.open_staging_dir(root, 2)
     assert layout.folder(root, 2).exists()
     assert layout.done_steps(root) == [1]
     write(root, 2, 2, DISK)
@@ -247,7 +247,7 @@ def test_a_writer_that_wakes_up_after_a_newer_start_changes_nothing(tmp_path: Pa
         seen: list[set[str]] = []
 
         def newer_start(root: Path = root, seen: list[set[str]] = seen) -> None:
-            publish.open_passage(root, 2)
+            publish.open_staging_dir(root, 2)
             seen.append({name for name in names_in(root) if "unmarked" not in name})
 
         old_start(root.parent, FrozenFiles(freeze_at, newer_start))
@@ -261,7 +261,7 @@ def test_a_writer_that_wakes_up_after_a_newer_start_changes_nothing(tmp_path: Pa
 def test_a_newer_start_is_left_alone(tmp_path: Path) -> None:
     for name in ("incarnation-1", "incarnation-1.closed", "incarnation-9", "incarnation-x", "notes"):
         (tmp_path / name / "0000000003").mkdir(parents=True)
-    publish.open_passage(tmp_path, 2)
+    publish.open_staging_dir(tmp_path, 2)
     assert names_in(tmp_path) == {"incarnation-2", "incarnation-9", "incarnation-x", "notes"}
     assert names_in(tmp_path / "incarnation-9") == {"0000000003"}
 
@@ -273,7 +273,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     root = run_with(tmp_path / "run", 1)
     (layout.coming(layout.folder(root, 2), 1)).mkdir()
     (layout.coming(layout.folder(root, 2), 1) / "link").symlink_to(precious)
-    publish.open_passage(root, 2)
+    publish.open_staging_dir(root, 2)
     assert (precious / "file").read_text() == "kept"
     (precious / "target").write_bytes(content(1, NAMES[0]))
     (layout.folder(root, 1) / NAMES[0]).unlink()
@@ -315,7 +315,7 @@ def test_a_mark_that_is_none(tmp_path: Path, text: bytes) -> None:
 def test_a_mark_of_another_checkpoint(tmp_path: Path) -> None:
     root = run_with(tmp_path, 1, 2)
     shutil.copy(layout.done_mark(root, 1), layout.done_mark(root, 2))
-    with pytest.raises(DamagedError, match="vouches"):
+    with pytest.raises(DamagedError, match="does not match the checksum"):
         publish.read_marked_manifest(root, 2)
 
 

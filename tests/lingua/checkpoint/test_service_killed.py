@@ -42,24 +42,24 @@ def check(world: World, published: int, staged: dict[int, int]) -> None:
 def check_nothing_is_left(world: World, newest: int) -> None:
     """After a start has ended and its service has left."""
     assert list(base(world.shm()).iterdir()) == []
-    passages = layout.passages(world.root)
-    assert len(passages) == 1
-    assert list(passages[0][1].iterdir()) == []
+    staging_dirs = layout.staging_dirs(world.root)
+    assert len(staging_dirs) == 1
+    assert list(staging_dirs[0][1].iterdir()) == []
     names = {path.name for path in world.root.iterdir()}
-    assert names == {layout.step_name(newest), layout.done_mark(world.root, newest).name, passages[0][1].name}
+    assert names == {layout.step_name(newest), layout.done_mark(world.root, newest).name, staging_dirs[0][1].name}
 
 
-def next_start(world: World, incarnation: int, step: int) -> None:
+def next_start(world: World, attempt: int, step: int) -> None:
     """A start that goes on, saves a step and ends."""
-    start = Start(world, incarnation)
+    start = Start(world, attempt)
     newest = max([*world.done(), *world.staged()])
     start.begin()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         serve(world.service())
         assert max(world.done()) == newest, "what an earlier start left in memory was not saved"
         start.make_slots()
-        assert {slot.state() for slot in start.region.slots()} == {"free"}
-        assert len(start.region.slots()) == start.n_slots
+        assert {slot.state() for slot in start.area.slots()} == {"free"}
+        assert len(start.area.slots()) == start.n_slots
         assert start.stage(step) is not None
     service = world.service()
     assert service.take()
@@ -81,7 +81,7 @@ def after_a_death(world: World) -> None:
     assert slots[1] is not None
     assert slots[2] is not None
     slots[1].change("staged", "draining")
-    slots[2].say_unready(0)
+    slots[2].report_unready(0)
     folder = layout.coming(layout.folder(world.root, 3), 2)
     folder.mkdir()
     (folder / layout.model_file(0)).write_bytes(b"half")
@@ -106,7 +106,7 @@ def kill_the_ranks(service_dies_too: bool) -> int:
             assert killed(lambda world=world, n=n: life_of_a_rank(world, KillFiles(n)))
             staged = world.staged()
             check(world, 1, staged)
-            if not service_dies_too and world.region().session.path.exists():
+            if not service_dies_too and world.area().session.path.exists():
                 service = world.service()
                 assert service.take()
                 service.run()
@@ -155,7 +155,7 @@ def kill_the_service(ranks_live: bool) -> int:
             life_of_a_service(world, files, leaves=not ranks_live)
 
         def counted(world: World, files: Files) -> None:
-            with a_rank_lives(world.region()) if ranks_live else nullcontext():
+            with a_rank_lives(world.area()) if ranks_live else nullcontext():
                 life(world, files)
 
         n_all = operations(template, counted)
@@ -172,7 +172,7 @@ def kill_the_service(ranks_live: bool) -> int:
 
 def goes_on_beside_its_ranks(world: World, n: int, n_all: int) -> None:
     """The service dies, the next one dies as well, the third one goes on; then one more step."""
-    with a_rank_lives(world.region()):
+    with a_rank_lives(world.area()):
         assert killed(lambda: life_of_a_service(world, KillFiles(n), leaves=False))
         check(world, 1, {2: 0, 3: 1})
         killed(lambda: life_of_a_service(world, KillFiles(n * 7 % n_all + 1), leaves=False))

@@ -226,7 +226,7 @@ def test_the_run_goes_back_meanwhile(tmp_path: Path, late: bool) -> None:
 
     def go_back(checkpoint: Checkpoint, beat: Beat) -> dict[str, Any]:
         publish.set_aside(tmp_path, root, 2, "later")
-        publish.open_passage(root, 2)
+        publish.open_staging_dir(root, 2)
         publish_step(root, 2, incarnation=2)
         if late:
             clock.sleep(11)
@@ -266,7 +266,7 @@ def test_what_is_found_ahead_counts_once_it_is_published(tmp_path: Path) -> None
 def test_what_is_found_ahead_is_not_taken_for_another_start_s_checkpoint(tmp_path: Path) -> None:
     root = waiting_run(tmp_path)
     evaluator(tmp_path, held).evaluate_ahead(2, 1)
-    publish.open_passage(root, 2)
+    publish.open_staging_dir(root, 2)
     publish_step(root, 2, incarnation=2)
     one = evaluator(tmp_path)
     one.catch_up(measuring=False)
@@ -441,7 +441,7 @@ def test_a_full_disk_and_an_evaluator_that_never_comes_back(tmp_path: Path, capl
     with caplog.at_level(logging.ERROR):
         one = evaluator(tmp_path, hang, clock=clock, args={"max_pinned_hours": 5.0, "timeout_hours": 48.0})
         assert one.tick()[:2] == ("evaluate", 2)
-    assert "STEP 2 IS PINNED NO LONGER" in caplog.text
+    assert "STEP 2 IS NO LONGER PINNED" in caplog.text
     assert one.candidates()[0].step == 4  # what is deleted is owed no more
 
 

@@ -155,7 +155,7 @@ def test_the_results_of_another_checkpoint_of_that_step_are_not_taken(tmp_path: 
     slurm = Slurm()
     late = layout.evaluation(tmp_path, 2) / "start-1"
     publish.set_aside(tmp_path, root, 2, "later")
-    publish.open_passage(root, 2)
+    publish.open_staging_dir(root, 2)
     publish_step(root, 2, incarnation=2)
     late.mkdir(parents=True)
     slurm.act(late)  # of the start before

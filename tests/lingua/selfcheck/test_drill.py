@@ -57,7 +57,7 @@ class Played:
         self.attempts[self.name] = self.attempts.get(self.name, 0) + 1
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root.parent / "train.log").touch()
-        publish.open_passage(self.root, self.attempts[self.name])
+        publish.open_staging_dir(self.root, self.attempts[self.name])
         self.step, self.trains = max(layout.done_steps(self.root), default=0), True
 
     def sleep(self, seconds: float) -> None:

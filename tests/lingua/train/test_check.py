@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from apps.main.args import TrainArgs
-from lingua.checkpoint.shm.area import Save, make_region
+from lingua.checkpoint.shm.area import Save, make_area
 from lingua.config.base import ConfigError, Part
 from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import dump_yaml
@@ -352,11 +352,11 @@ def publish_mark(run_dir: Path) -> None:
 
 def stage_snapshot(run_dir: Path, shm: Path, **changes: Any) -> None:
     """A complete snapshot in memory, as a start leaves it that was killed before the service drained it."""
-    save = Save(**{"run_id": "the-run", "incarnation": 1, "step": 4, "ranks": (0,), **changes})
-    region = make_region(run_dir, shm)
+    save = Save(**{"run_id": "the-run", "attempt": 1, "step": 4, "ranks": (0,), **changes})
+    region = make_area(run_dir, shm)
     region.make_slots(1, set())
     region.slot(0).put_mark(save)
-    region.slot(0).say_ready(0, save, {})
+    region.slot(0).report_ready(0, save, {})
 
 
 def test_a_second_start_is_compared_with_the_first(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lingua.checkpoint import publish
-from lingua.checkpoint.shm.area import Save, ServedRun, State, make_region
+from lingua.checkpoint.shm.area import Save, ServedRun, State, make_area
 from lingua.checkpoint.shm.coordinator import (
     Coordinator,
     Node,
@@ -60,8 +60,8 @@ def test_choose_slot(nodes: list[list[str]], number: int | None):
     assert choose_slot(views) == number
 
 
-def one(incarnation: int, step: int, node: int = 0, n_nodes: int = 1, run_id: str = "run") -> Save:
-    return Save(run_id, incarnation, step, (node,), node, n_nodes)
+def one(attempt: int, step: int, node: int = 0, n_nodes: int = 1, run_id: str = "run") -> Save:
+    return Save(run_id, attempt, step, (node,), node, n_nodes)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_service_that_hangs_at_its_start_is_told(tmp_path: Path):
 @pytest.mark.parametrize(("state", "taken_back"), [("free", True), ("staged", True), ("draining", False)])
 def test_a_lost_save_is_taken_back_unless_a_service_is_at_work_on_it(tmp_path: Path, state: State, taken_back: bool):
     there = coordinator_of(tmp_path, lambda *where: Running())
-    slot = there.region.slot(0)
+    slot = there.area.slot(0)
     slot.make()
     slot.change("free", state)
     assert there.withdraw(0) == taken_back
@@ -131,8 +131,8 @@ def test_a_lost_save_is_taken_back_unless_a_service_is_at_work_on_it(tmp_path: P
 
 def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
     """Whatever the slot's mark is when a rank dies, while the service lives on."""
-    region = make_region(tmp_path / "run", tmp_path)
-    slot = region.slot(0)
+    area = make_area(tmp_path / "run", tmp_path)
+    slot = area.slot(0)
     slot.folder.mkdir()
     states: tuple[State, ...] = ("claimed", "free", "staged")
     for state in states:
@@ -140,7 +140,7 @@ def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
         there = coordinator_of(tmp_path, lambda *where: Running())
         assert there.find_unsaved((-1, 0)) == set()
         assert slot.state() == "free"
-        assert [path.name for path in region.folder.glob("slot-0.*")] == ["slot-0.free"]
+        assert [path.name for path in area.folder.glob("slot-0.*")] == ["slot-0.free"]
         there.close()
 
 
@@ -151,7 +151,7 @@ def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
         (["a", "a", "b", "b"], 3, Node(1, 2, (2, 3))),
         (["b", "a", "b", "a"], 1, Node(1, 2, (1, 3))),  # numbered by their first rank, not by name
         (["b", "a", "b", "a"], 2, Node(0, 2, (0, 2))),
-        ([("h", 1), ("h", 2)], 1, Node(1, 2, (1,))),  # two regions of one machine
+        ([("h", 1), ("h", 2)], 1, Node(1, 2, (1,))),  # two areas of one machine
     ],
 )
 def test_node_of(places: list[object], rank: int, expected: Node) -> None:
@@ -165,7 +165,7 @@ ELSEWHERE = Owner(host="elsewhere", boot_id="b", pid=1)
 
 
 def a_writer(root: Path, owner: Owner) -> Path:
-    publish.open_passage(root, 1)
+    publish.open_staging_dir(root, 1)
     path = ServedRun("run", root, root, 1).writer_file(5, 0)
     write_json(path, vars(owner))
     return path

@@ -128,8 +128,8 @@ def test_a_newer_start_and_a_lost_run_folder_are_told_apart(world: World) -> Non
     slot, target = staged(world)
     found = slot.complete()
     assert found is not None
-    publish.open_passage(world.root, 3)
-    with pytest.raises(FencedError, match="a newer start of this run has begun"):
+    publish.open_staging_dir(world.root, 3)
+    with pytest.raises(FencedError, match="a newer attempt of this run has begun"):
         drain.write_files(slot.folder, found[1], 2, target, Throttle(), DISK)
     shutil.rmtree(world.run_dir)
     with pytest.raises(FileNotFoundError, match="the run's folder is gone"):
@@ -139,9 +139,9 @@ def test_a_newer_start_and_a_lost_run_folder_are_told_apart(world: World) -> Non
 # -- several nodes -------------------------------------------------------------------------------------------------
 
 
-def begin_nodes(world: World, incarnation: int = 2, *, node_timeout_s: float = SHORT_S) -> list[Start]:
+def begin_nodes(world: World, attempt: int = 2, *, node_timeout_s: float = SHORT_S) -> list[Start]:
     """A start on all nodes; node n has rank n."""
-    starts = [Start(world, incarnation, node=node, ranks=(node,)) for node in range(world.n_nodes)]
+    starts = [Start(world, attempt, node=node, ranks=(node,)) for node in range(world.n_nodes)]
     for start in starts:
         start.begin(node_timeout_s=node_timeout_s)
         start.make_slots()
@@ -183,8 +183,8 @@ def test_a_step_counts_when_all_nodes_hold_it(n_nodes: int) -> None:
         assert world.intact(2)
         facts = publish.read_marked_manifest(world.root, 2)
         assert sorted(facts) == sorted(name for rank in range(n_nodes) for name in names_of(rank))
-        assert list(layout.passage(world.root, 2).iterdir()) == []
-        assert not any(world.region(node).folder.exists() for node in range(n_nodes))
+        assert list(layout.staging_dir(world.root, 2).iterdir()) == []
+        assert not any(world.area(node).folder.exists() for node in range(n_nodes))
 
 
 @pytest.mark.parametrize("absent", [0, 1])
@@ -194,7 +194,7 @@ def test_without_one_node_nothing_is_published(pair: World, absent: int) -> None
     serve_nodes(pair, 1 - absent)
     assert pair.done() == [1]
     assert pair.intact(1)
-    publish.open_passage(pair.root, 3)
+    publish.open_staging_dir(pair.root, 3)
     assert {path.name for path in pair.root.iterdir()} == {
         "0000000001",
         "checkpoint_0000000001.done",
@@ -220,10 +220,10 @@ def test_a_node_that_is_late_hears_that_its_step_was_given_up(pair: World) -> No
     starts[0].stage(2)
     serve_nodes(pair, 0)
     starts[1].stage(2)
-    write_run(starts[1].region, pair.served(2, node_timeout_s=1e9))  # it hears it, it does not wait for it
+    write_run(starts[1].area, pair.served(2, node_timeout_s=1e9))  # it hears it, it does not wait for it
     serve_nodes(pair, 1)
     assert pair.done() == [1]
-    left = [path for path in layout.passage(pair.root, 2).rglob("*") if path.suffix == ".distcp"]
+    left = [path for path in layout.staging_dir(pair.root, 2).rglob("*") if path.suffix == ".distcp"]
     assert left == [], "and takes away what it has written"
 
 
@@ -232,7 +232,7 @@ def test_a_damaged_slot_is_heard_of_by_all_nodes_at_once(pair: World, damaged: i
     starts = begin_nodes(pair)
     slots = [start.stage(2) for start in starts]
     for start in starts:
-        write_run(start.region, pair.served(2, node_timeout_s=1e9))
+        write_run(start.area, pair.served(2, node_timeout_s=1e9))
     victim = slots[damaged]
     assert victim is not None
     (victim.folder / names_of(damaged)[0]).write_bytes(b"?")
@@ -243,12 +243,12 @@ def test_a_damaged_slot_is_heard_of_by_all_nodes_at_once(pair: World, damaged: i
 def test_parts_of_an_older_start_do_not_count(pair: World) -> None:
     starts = begin_nodes(pair)
     starts[0].stage(2)
-    found = starts[0].region.slot(0).complete()
+    found = starts[0].area.slot(0).complete()
     assert found is not None
     save, facts = found
     target = pair.served(2, node_timeout_s=SHORT_S)
     old = Save(save.run_id, 1, 2, (1,), 1, 2)
-    drain._say_part(old, target, {"files": {}}, DISK)
+    drain._write_part(old, target, {"files": {}}, DISK)
     assert not drain.has_part(Save(save.run_id, 2, 2, (1,), 1, 2), {}, target)
     with pytest.raises(NodeMissingError, match="node 1 of 2"):
         drain.publish_step(save, facts, target, lambda: 0.0, sleep=lambda _: None)
@@ -258,7 +258,7 @@ def test_parts_of_an_older_start_do_not_count(pair: World) -> None:
 def test_a_part_that_was_cut_short_does_not_count(pair: World, text: bytes) -> None:
     starts = begin_nodes(pair)
     starts[0].stage(2)
-    found = starts[0].region.slot(0).complete()
+    found = starts[0].area.slot(0).complete()
     assert found is not None
     target = pair.served(2, node_timeout_s=SHORT_S)
     target.part_file(2, 1).write_bytes(text)
@@ -286,7 +286,7 @@ def test_a_disk_error_on_one_node_costs_no_step(node: int) -> None:
             world = World(place / str(n), n_nodes=2).make(1)
             for start in begin_nodes(world):
                 start.stage(2)
-                write_run(start.region, world.served(2, node_timeout_s=1e9))
+                write_run(start.area, world.served(2, node_timeout_s=1e9))
             clock = Clock()
             faulty = DiskFiles(world.root, n, error=errno.EIO)
             other = node_service(world, 1 - node)
@@ -312,12 +312,12 @@ def test_a_disk_error_on_one_node_costs_no_step(node: int) -> None:
 
 def write_part(world: World, node: int, files: Files) -> None:
     """What the service of a node does until it waits for the others."""
-    found = world.region(node).slot(0).complete()
+    found = world.area(node).slot(0).complete()
     assert found is not None
     save, facts = found
     target = world.served(2, node_timeout_s=SHORT_S)
     if not drain.has_part(save, facts, target):
-        drain.write_files(world.region(node).slot(0).folder, facts, 2, target, Throttle(), files)
+        drain.write_files(world.area(node).slot(0).folder, facts, 2, target, Throttle(), files)
     drain.publish_step(save, facts, target, lambda: 0.0, files=files, sleep=_stop)
 
 
@@ -349,7 +349,7 @@ def test_the_other_node_s_service_killed_at_every_operation(pair: World) -> None
         write_part_and_wait(pair, 1, again)
         assert not (has_said_so and again.log), "what was said to be complete was touched"
         for name in names_of(1):
-            assert (target.folder(2) / name).read_bytes() == (pair.region(1).slot(0).folder / name).read_bytes()
+            assert (target.folder(2) / name).read_bytes() == (pair.area(1).slot(0).folder / name).read_bytes()
         shutil.rmtree(target.folder(2))
         target.part_file(2, 1).unlink()
     assert counting.n_done >= 20
@@ -357,7 +357,7 @@ def test_the_other_node_s_service_killed_at_every_operation(pair: World) -> None
 
 def finish(world: World, files: Files) -> None:
     """What the service of the first node does once the other has said its part."""
-    found = world.region(0).slot(0).complete()
+    found = world.area(0).slot(0).complete()
     assert found is not None
     if not drain.is_published(found[0], world.served(2), files=files):
         write_part(world, 0, files)
@@ -412,7 +412,7 @@ def test_at_work_shows_who_it_is_and_leaves_nothing(world: World) -> None:
     ],
 )
 def test_busy_writers(world: World, who: Callable[[], Owner], expected: list[bool | None]) -> None:
-    publish.open_passage(world.root, 2)
+    publish.open_staging_dir(world.root, 2)
     path = world.served(2).writer_file(5, 0)
     write_json(path, vars(who()))
     me = this_process("7", 1)

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from lingua.checkpoint import layout, pins, publish
-from lingua.checkpoint.shm.area import SERVICE_LOCK, Slot, base, make_region, write_run
-from lingua.checkpoint.shm.service import SILENT_S, Candidate, Service, next_to_drain, pause_s
+from lingua.checkpoint.shm.area import SERVICE_LOCK, Slot, base, make_area, write_run
+from lingua.checkpoint.shm.service import SILENT_S, Service, StagedSlot, next_to_drain, pause_s
 from lingua.files import Buffer, Files
 from tests.fakes import At, BlockingFiles, Clock, FrozenFiles
 from tests.slotted import DiskFiles, Start, World, a_rank_lives, fast_place, names_of, serve
@@ -37,8 +37,8 @@ def world() -> Iterator[World]:
         yield World(place).make(1)
 
 
-def started(world: World, incarnation: int = 2, n_slots: int = 2, **session: Any) -> Start:
-    start = Start(world, incarnation, n_slots=n_slots)
+def started(world: World, attempt: int = 2, n_slots: int = 2, **session: Any) -> Start:
+    start = Start(world, attempt, n_slots=n_slots)
     start.begin(**session)
     start.make_slots()
     return start
@@ -64,7 +64,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 # -- decisions -----------------------------------------------------------------------------------------------------
 
-WAITING = [Candidate(0, 20, 100), Candidate(1, 10, 100), Candidate(2, 30, 100)]
+WAITING = [StagedSlot(0, 20, 100), StagedSlot(1, 10, 100), StagedSlot(2, 30, 100)]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ WAITING = [Candidate(0, 20, 100), Candidate(1, 10, 100), Candidate(2, 30, 100)]
     ],
 )
 def test_next_to_drain(
-    waiting: list[Candidate],
+    waiting: list[StagedSlot],
     ending: bool,
     time_left_s: float | None,
     bytes_per_s: float | None,
@@ -103,7 +103,7 @@ def test_in_order_while_ranks_live_and_the_newest_first_when_they_have_gone(worl
     start = started(world)
     for step in (2, 3):
         staged(start, step)
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         serve(world.service())
     assert [event["step"] for event in world.events() if event["kind"] == "published"] == [2, 3]
     for step in (4, 5):
@@ -117,15 +117,15 @@ def test_a_region_without_a_session(world: World) -> None:
     service = world.service(clock=clock, wait_s=30.0)
     run_to_its_end(service)
     assert 1030.0 <= clock.now() < 1031.0
-    assert not world.region().folder.exists()
+    assert not world.area().folder.exists()
 
 
 def test_what_no_session_wants_makes_room(world: World) -> None:
     start = started(world)
     slot = staged(start, 2)
-    write_run(start.region, world.served(3))
-    publish.open_passage(world.root, 3)
-    with a_rank_lives(start.region):
+    write_run(start.area, world.served(3))
+    publish.open_staging_dir(world.root, 3)
+    with a_rank_lives(start.area):
         serve(world.service())
     assert slot.state() == "free"
     assert world.done() == [1]
@@ -141,7 +141,7 @@ def test_a_newer_start_s_save_is_not_given_up_by_a_service_that_slept(
     newer = Start(world, 3)
     newer.begin()
     slot = staged(newer, 5)
-    monkeypatch.setattr("lingua.checkpoint.shm.service.read_run", lambda region: old)
+    monkeypatch.setattr("lingua.checkpoint.shm.service.read_run", lambda area: old)
     service.tick()
     assert slot.state() == "staged"
     monkeypatch.undo()
@@ -153,7 +153,7 @@ def test_a_service_of_an_older_start_goes_on_with_the_new_one(world: World) -> N
     start = started(world)
     staged(start, 2)
     service = world.service()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         serve(service)
         newer = Start(world, 3)
         newer.begin(service_lives=True)
@@ -177,7 +177,7 @@ def test_a_claim_of_dead_ranks_is_taken_back(world: World) -> None:
 def test_a_step_that_a_dead_service_has_published(world: World) -> None:
     start = started(world)
     slot = staged(start, 2)
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         serve(world.service())
         assert slot.state() == "free"
         slot.put_mark(start.save_of(2))
@@ -246,7 +246,7 @@ def test_back_off_and_words(world: World) -> None:
     clock = Clock()
     service = world.service(files=files, clock=clock)
     assert service.take()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         for _ in range(400):
             service.tick()
             clock.sleep(0.25)
@@ -270,7 +270,7 @@ def test_the_newest_takes_the_place_of_one_that_waits_for_the_disk(world: World)
     clock = Clock()
     service = world.service(files=files, clock=clock)
     assert service.take()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         service.tick()
         service.tick()
         assert world.kinds() == ["failing"]
@@ -327,7 +327,7 @@ def test_a_disk_that_hangs_is_reported(world: World, operation: str) -> None:
     files, clock = HangingFiles(world.root, operation), Clock()
     service = world.service(files=files, clock=clock, executor=ThreadPoolExecutor(4))
     assert service.take()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         service.tick()
         assert files.asked.wait(LONG_S)
         for _ in range(4):
@@ -335,7 +335,7 @@ def test_a_disk_that_hangs_is_reported(world: World, operation: str) -> None:
             clock.sleep(SILENT_S / 2)
         service.tick()
         assert world.kinds() == ["silent"]
-        assert "has taken nothing of checkpoint 2 for 30 s" in world.events()[0]["why"]
+        assert "has accepted nothing of checkpoint 2 for 30 s" in world.events()[0]["why"]
         files.answers.set()
         wait_until(lambda: service.tick() and "published" in world.kinds())
     assert world.kinds()[:3] == ["silent", "published", "recovered"] or world.kinds()[1] == "recovered"
@@ -397,14 +397,14 @@ def test_a_slot_that_was_touched_is_lost_and_nothing_else(
     start = started(world)
     slot = staged(start, 2)
     damage(slot.folder / name)
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         serve(world.service())
         assert world.kinds() == ["lost"]
         assert world.events()[0]["why"].startswith("checkpoint 2 is lost, older ones are untouched: ")
         assert world.done() == [1]
         assert world.intact(1)
         assert slot.state() == "free"
-        assert list(layout.passage(world.root, 2).iterdir()) == []
+        assert list(layout.staging_dir(world.root, 2).iterdir()) == []
 
 
 # -- retention -----------------------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_pins_and_milestones_are_kept(world: World) -> None:
     clock = Clock()
     service = world.service(clock=clock)
     assert service.take()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         for step in (2, 3, 4):
             staged(start, step)
             service.tick()
@@ -435,7 +435,7 @@ def test_what_waits_for_its_evaluation_stays_and_goes_with_a_word(world: World) 
     pins.follow(world.run_dir, pins.Follower(every=1, max_pinned_s=100.0, seen_at_s=clock.now_s))
     service = world.service(clock=clock)
     assert service.take()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         for step, passes_s in ((2, 0.0), (3, 300.0)):
             staged(start, step)
             clock.sleep(passes_s)
@@ -443,7 +443,7 @@ def test_what_waits_for_its_evaluation_stays_and_goes_with_a_word(world: World) 
             service.tick()
             service.tick()
             assert world.done() == ([1, 2] if step == 2 else [3])
-    assert "CHECKPOINT 1 GOES WITHOUT AN EVALUATION" in " ".join(event.get("why", "") for event in world.events())
+    assert "CHECKPOINT 1 IS DELETED WITHOUT AN EVALUATION" in " ".join(event.get("why", "") for event in world.events())
 
 
 def test_what_is_published_while_a_deletion_lasts_has_its_turn_after_it(world: World) -> None:
@@ -489,23 +489,23 @@ def test_a_service_that_wakes_up_after_a_newer_start_changes_nothing() -> None:
             seen: list[set[str]] = []
 
             def newer_start(world: World = world, seen: list[set[str]] = seen) -> None:
-                publish.open_passage(world.root, 9)
+                publish.open_staging_dir(world.root, 9)
                 seen.append({path.name for path in world.root.iterdir()})
 
             files = FrozenFiles(n, newer_start)
             service = world.service(files=files)
-            with a_rank_lives(start.region):
+            with a_rank_lives(start.area):
                 serve(service)
                 kinds = world.kinds()
             service.run()
             may_be_missed = bool(seen) and world.done() == [1]  # the newer start may die before it saves anything
-            assert world.region().folder.exists() == may_be_missed
+            assert world.area().folder.exists() == may_be_missed
             if not seen:
                 assert n > 50
                 break
             assert {path.name for path in world.root.iterdir()} == seen[0], f"frozen before operation {n}"
             assert all(world.intact(step) for step in world.done())
-            assert list(layout.passage(world.root, 9).iterdir()) == []
+            assert list(layout.staging_dir(world.root, 9).iterdir()) == []
             assert set(kinds) <= {"published", "retired", "fenced"}, f"frozen before operation {n}"
             assert kinds.count("fenced") <= 1
             n_fenced += "fenced" in kinds
@@ -540,23 +540,23 @@ def test_a_rank_that_comes_while_the_service_leaves_keeps_its_region(world: Worl
     assert service.take()
     while service.tick():
         pass
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         service._leave()
-        assert start.region.folder.exists()
+        assert start.area.folder.exists()
     other = world.service()
     run_to_its_end(other)
-    assert not start.region.folder.exists()
+    assert not start.area.folder.exists()
 
 
 def test_a_service_with_the_lock_of_a_removed_region_is_none(world: World) -> None:
     late = world.service()
     run_to_its_end(world.service())
-    assert not world.region().folder.exists()
+    assert not world.area().folder.exists()
     assert not late.take()
-    make_region(world.run_dir, world.shm())
+    make_area(world.run_dir, world.shm())
     assert not late.is_current()
     late._leave()
-    assert world.region().folder.exists(), "it is another one's"
+    assert world.area().folder.exists(), "it is another one's"
 
 
 def test_without_memory_for_words_they_come_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,7 +564,7 @@ def test_without_memory_for_words_they_come_later(world: World, monkeypatch: pyt
     slot = staged(start, 2)
     service = world.service()
     assert service.take()
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         monkeypatch.setattr("lingua.checkpoint.shm.area.Record.write", _full)
         service.tick()
         service.tick()
@@ -601,7 +601,7 @@ def test_500_saves_grow_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -
 
     tracemalloc.start()
     try:
-        with a_rank_lives(start.region):
+        with a_rank_lives(start.area):
             before, after = save(range(2, 52)), save(range(52, 502))
     finally:
         tracemalloc.stop()
@@ -633,10 +633,10 @@ def process(world: World) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def is_held(world: World) -> bool:
-    path = world.region().folder / SERVICE_LOCK
+    path = world.area().folder / SERVICE_LOCK
     if not path.exists():
         return False
-    lock = world.region().lock(SERVICE_LOCK)
+    lock = world.area().lock(SERVICE_LOCK)
     try:
         return lock.holder() is not None
     finally:
@@ -650,7 +650,7 @@ def words_of(world: World) -> list[str]:
 def test_a_service_process(world: World, process: Callable[..., subprocess.Popen[str]]) -> None:
     """Deaf to signals, alone, saves what is staged, and leaves when the ranks have gone."""
     start = started(world)
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         service = process(*words_of(world))
         wait_until(lambda: is_held(world))
         for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
@@ -674,7 +674,7 @@ def test_a_service_process_that_waits_for_the_first_rank(
     service = process(*words_of(world), "--wait-s", str(10 * LONG_S))
     wait_until(lambda: is_held(world))
     start = started(world)
-    with a_rank_lives(start.region):
+    with a_rank_lives(start.area):
         staged(start, 2)
         wait_until(lambda: world.done() == [2])
     assert service.wait(LONG_S) == 0

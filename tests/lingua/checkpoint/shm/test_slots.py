@@ -1,4 +1,4 @@
-"""Slots and regions: one mark at a time, nothing of anybody else's, nothing that others can read."""
+"""Slots and areas: one mark at a time, nothing of anybody else's, nothing that others can read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lingua.checkpoint.publish import FileFacts
 from lingua.checkpoint.shm.area import (
     SERVICE_LOCK,
     TRAINER_LOCK,
-    Region,
     Save,
+    ShmArea,
     Slot,
     State,
+    area_of,
     base,
-    make_region,
-    region_of,
+    make_area,
 )
 from lingua.files import RunError
 from tests.fakes import FaultyFiles
@@ -30,14 +30,14 @@ FACTS = {"a": FileFacts(1, "aa")}
 
 
 @pytest.fixture
-def region(tmp_path: Path) -> Region:
-    return make_region(tmp_path / "run", tmp_path)
+def area(tmp_path: Path) -> ShmArea:
+    return make_area(tmp_path / "run", tmp_path)
 
 
 @pytest.fixture
-def slot(region: Region) -> Slot:
-    region.make_slots(1, set())
-    return region.slot(0)
+def slot(area: ShmArea) -> Slot:
+    area.make_slots(1, set())
+    return area.slot(0)
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o077])
@@ -51,8 +51,8 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def marks(region: Region) -> list[str]:
-    return sorted(path.name for path in region.folder.iterdir() if not path.is_dir())
+def marks(area: ShmArea) -> list[str]:
+    return sorted(path.name for path in area.folder.iterdir() if not path.is_dir())
 
 
 # -- the life of a slot --------------------------------------------------------------------------------------------
@@ -63,12 +63,12 @@ def test_a_slot_is_complete_when_every_rank_has_said_so(slot: Slot) -> None:
     assert slot.save() is None
     slot.put_mark(SAVE)
     assert (slot.state(), slot.save(), slot.complete()) == ("staged", SAVE, None)
-    slot.say_ready(0, SAVE, {"a": FileFacts(1, "aa")})
+    slot.report_ready(0, SAVE, {"a": FileFacts(1, "aa")})
     assert slot.complete() is None
-    slot.say_ready(1, SAVE, {"b": FileFacts(2, "bb")})
+    slot.report_ready(1, SAVE, {"b": FileFacts(2, "bb")})
     assert slot.complete() == (SAVE, {"a": FileFacts(1, "aa"), "b": FileFacts(2, "bb")})
-    slot.say_unready(1)
-    slot.say_unready(1)
+    slot.report_unready(1)
+    slot.report_unready(1)
     assert slot.complete() is None
 
 
@@ -77,15 +77,15 @@ def test_a_slot_is_complete_when_every_rank_has_said_so(slot: Slot) -> None:
 )
 def test_ready_for_another_save_does_not_count(slot: Slot, other: Save) -> None:
     slot.put_mark(SAVE)
-    slot.say_ready(0, SAVE, FACTS)
-    slot.say_ready(1, other, FACTS)
+    slot.report_ready(0, SAVE, FACTS)
+    slot.report_ready(1, other, FACTS)
     assert slot.complete() is None
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b'{"run_id": 1}', b'{"step": 1, "ranks": 3}'])
 def test_a_mark_or_a_ready_file_that_says_nothing(slot: Slot, text: bytes) -> None:
     slot.put_mark(SAVE)
-    slot.say_ready(0, SAVE, FACTS)
+    slot.report_ready(0, SAVE, FACTS)
     slot.ready_file(1).write_bytes(text)
     assert slot.complete() is None
     slot.mark("staged").write_bytes(text)
@@ -112,14 +112,14 @@ def test_a_claimed_slot_says_its_new_save_before_it_is_staged(slot: Slot) -> Non
 
 @pytest.mark.parametrize("old", ["free", "claimed"])
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
-def test_where_a_mark_cannot_be_put_the_slot_is_free(region: Region, slot: Slot, old: State, fail_at: int) -> None:
+def test_where_a_mark_cannot_be_put_the_slot_is_free(area: ShmArea, slot: Slot, old: State, fail_at: int) -> None:
     if old == "claimed":
         slot.put_mark(SAVE)
         slot.change("staged", "claimed")
     with pytest.raises(OSError, match="No space"):
         slot.put_mark(SAVE, files=FaultyFiles(fail_at))
     assert slot.state() == "free"
-    assert marks(region) == ["slot-0.free"]
+    assert marks(area) == ["slot-0.free"]
 
 
 # -- after a death -------------------------------------------------------------------------------------------------
@@ -135,44 +135,44 @@ def test_where_a_mark_cannot_be_put_the_slot_is_free(region: Region, slot: Slot,
         ("claimed", "staged"),
     ],
 )
-def test_recover(region: Region, slot: Slot, found: State | None, expected: State) -> None:
+def test_recover(area: ShmArea, slot: Slot, found: State | None, expected: State) -> None:
     slot.mark("free").unlink()
     if found is not None:
         slot.mark(found).touch()
-    region.recover()
+    area.recover()
     assert slot.state() == expected
-    assert marks(region) == [f"slot-0.{expected}"]
+    assert marks(area) == [f"slot-0.{expected}"]
 
 
-def test_slots_are_made_once_and_kept(region: Region) -> None:
-    region.make_slots(2, {"a"})
-    (region.slot(0).folder / "a").write_bytes(b"kept")
-    (region.slot(0).folder / "of another world size").touch()
-    (region.slot(1).folder / "b").touch()
-    region.slot(1).put_mark(SAVE)
-    region.make_slots(2, {"a"})
-    assert os.listdir(region.slot(0).folder) == ["a"]
-    assert os.listdir(region.slot(1).folder) == ["b"], "it is not free"
-    assert marks(region) == ["slot-0.free", "slot-1.staged"]
+def test_slots_are_made_once_and_kept(area: ShmArea) -> None:
+    area.make_slots(2, {"a"})
+    (area.slot(0).folder / "a").write_bytes(b"kept")
+    (area.slot(0).folder / "of another world size").touch()
+    (area.slot(1).folder / "b").touch()
+    area.slot(1).put_mark(SAVE)
+    area.make_slots(2, {"a"})
+    assert os.listdir(area.slot(0).folder) == ["a"]
+    assert os.listdir(area.slot(1).folder) == ["b"], "it is not free"
+    assert marks(area) == ["slot-0.free", "slot-1.staged"]
 
 
-def test_fewer_slots_give_their_memory_back(region: Region) -> None:
-    region.make_slots(3, {"a"})
-    (region.slot(2).folder / "a").touch()
-    region.slot(1).put_mark(SAVE)
-    region.make_slots(1, {"a"})
-    assert [slot.number for slot in region.slots()] == [0, 1], "1 holds a save"
-    assert marks(region) == ["slot-0.free", "slot-1.staged"]
+def test_fewer_slots_give_their_memory_back(area: ShmArea) -> None:
+    area.make_slots(3, {"a"})
+    (area.slot(2).folder / "a").touch()
+    area.slot(1).put_mark(SAVE)
+    area.make_slots(1, {"a"})
+    assert [slot.number for slot in area.slots()] == [0, 1], "1 holds a save"
+    assert marks(area) == ["slot-0.free", "slot-1.staged"]
 
 
 def test_making_slots_may_die_anywhere(tmp_path: Path) -> None:
-    def make(n: int, files: FaultyFiles) -> Region:
-        region = make_region(tmp_path / f"run-{n}", tmp_path)
-        (region.slot(2).folder).mkdir(exist_ok=True)
-        (region.slot(2).folder / "a").touch()
-        region.slot(2).mark("free").touch()
-        region.make_slots(2, set(), files=files)
-        return region
+    def make(n: int, files: FaultyFiles) -> ShmArea:
+        area = make_area(tmp_path / f"run-{n}", tmp_path)
+        (area.slot(2).folder).mkdir(exist_ok=True)
+        (area.slot(2).folder / "a").touch()
+        area.slot(2).mark("free").touch()
+        area.make_slots(2, set(), files=files)
+        return area
 
     counting = FaultyFiles()
     make(0, counting)
@@ -180,10 +180,10 @@ def test_making_slots_may_die_anywhere(tmp_path: Path) -> None:
     for n in range(1, counting.n_done + 1):
         with pytest.raises(OSError, match="No space"):
             make(n, FaultyFiles(n))
-        region = region_of(tmp_path / f"run-{n}", tmp_path)
-        assert all(slot.state() == "free" for slot in region.slots()), "a slot without a mark is never used"
-        region.make_slots(2, set())
-        assert [slot.number for slot in region.slots()] == [0, 1]
+        area = area_of(tmp_path / f"run-{n}", tmp_path)
+        assert all(slot.state() == "free" for slot in area.slots()), "a slot without a mark is never used"
+        area.make_slots(2, set())
+        assert [slot.number for slot in area.slots()] == [0, 1]
 
 
 # -- whose it is ---------------------------------------------------------------------------------------------------
@@ -192,36 +192,36 @@ def test_making_slots_may_die_anywhere(tmp_path: Path) -> None:
 def test_regions_tell_runs_apart_and_starts_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "run").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    here = region_of(tmp_path / "a" / "run").folder
-    assert here != region_of(tmp_path / "b" / "run").folder
-    assert here == region_of(tmp_path / "link" / "run").folder
+    here = area_of(tmp_path / "a" / "run").folder
+    assert here != area_of(tmp_path / "b" / "run").folder
+    assert here == area_of(tmp_path / "link" / "run").folder
     monkeypatch.chdir(tmp_path / "a")
-    assert here == region_of(Path("run")).folder
+    assert here == area_of(Path("run")).folder
     assert here.parent == Path(f"/dev/shm/lingua-{os.getuid()}")
 
 
 def test_names_of_regions_are_plain(hostile_dir: Path) -> None:
-    region = make_region(hostile_dir, hostile_dir.parent)
-    assert region.folder.parent == base(hostile_dir.parent)
-    assert all(c.isalnum() or c in "_.-" for c in region.folder.name)
+    area = make_area(hostile_dir, hostile_dir.parent)
+    assert area.folder.parent == base(hostile_dir.parent)
+    assert all(c.isalnum() or c in "_.-" for c in area.folder.name)
 
 
 @pytest.mark.usefixtures("umask")
 def test_nobody_else_looks_in(tmp_path: Path) -> None:
     world = World(tmp_path).make()
     start = Start(world, 1)
-    with a_rank_lives(make_region(world.run_dir, world.shm())):
-        assert mode(base(world.shm())) == mode(start.region.folder) == 0o700
+    with a_rank_lives(make_area(world.run_dir, world.shm())):
+        assert mode(base(world.shm())) == mode(start.area.folder) == 0o700
         for name in (TRAINER_LOCK, SERVICE_LOCK):
-            start.region.lock(name).close()
-            assert mode(start.region.folder / name) == 0o600
+            start.area.lock(name).close()
+            assert mode(start.area.folder / name) == 0o600
 
 
 @pytest.mark.parametrize("of_base", [True, False])
 @pytest.mark.parametrize("kind", ["link", "mode", "file"])
 def test_a_place_that_is_not_ours_alone_is_refused(tmp_path: Path, of_base: bool, kind: str) -> None:
-    region = region_of(tmp_path / "run", tmp_path)
-    path = base(tmp_path) if of_base else region.folder
+    area = area_of(tmp_path / "run", tmp_path)
+    path = base(tmp_path) if of_base else area.folder
     path.parent.mkdir(mode=0o700, exist_ok=True)
     if kind == "link":
         (tmp_path / "elsewhere").mkdir(mode=0o700)
@@ -230,11 +230,11 @@ def test_a_place_that_is_not_ours_alone_is_refused(tmp_path: Path, of_base: bool
         path.mkdir(mode=0o755)
     else:
         path.touch()
-    what = {"link": "a link", "mode": f"of user {os.getuid()}, mode 755", "file": "no folder"}[kind]
+    what = {"link": "a link", "mode": f"of user {os.getuid()}, mode 755", "file": "not a folder"}[kind]
     with pytest.raises(
         RunError, match=f"{path.name} is {what}; it must be a folder that is yours with mode 700. Remove"
     ):
-        make_region(tmp_path / "run", tmp_path)
+        make_area(tmp_path / "run", tmp_path)
     if kind == "link":
         assert os.listdir(tmp_path / "elsewhere") == []
 
@@ -244,27 +244,27 @@ def test_a_place_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     base(tmp_path).mkdir(mode=0o700)  # made by `owner` under the name of the other
     with pytest.raises(RunError, match=f"is of user {owner}, mode 700"):
-        make_region(tmp_path / "run", tmp_path)
+        make_area(tmp_path / "run", tmp_path)
 
 
 def test_a_memory_file_system_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        make_region(tmp_path / "run", tmp_path / "nowhere")
+        make_area(tmp_path / "run", tmp_path / "nowhere")
 
 
-def test_locks_are_no_links(region: Region, tmp_path: Path) -> None:
-    (region.folder / TRAINER_LOCK).symlink_to(tmp_path / "precious")
+def test_locks_are_no_links(area: ShmArea, tmp_path: Path) -> None:
+    (area.folder / TRAINER_LOCK).symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match="symbolic link"):
-        region.lock(TRAINER_LOCK)
+        area.lock(TRAINER_LOCK)
     assert not (tmp_path / "precious").exists()
 
 
-# -- regions that nobody works in ----------------------------------------------------------------------------------
+# -- areas that nobody works in ----------------------------------------------------------------------------------
 
 
-def test_what_is_not_a_slot(region: Region) -> None:
-    region.make_slots(1, set())
+def test_what_is_not_a_slot(area: ShmArea) -> None:
+    area.make_slots(1, set())
     for name in ("slot-x", "slot-1234", "slots", "slot-1.free"):
-        (region.folder / name).mkdir()
-    (region.folder / "slot-2").touch()
-    assert [slot.number for slot in region.slots()] == [0]
+        (area.folder / name).mkdir()
+    (area.folder / "slot-2").touch()
+    assert [slot.number for slot in area.slots()] == [0]

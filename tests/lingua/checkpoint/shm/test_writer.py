@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lingua.checkpoint import capacity, layout, publish
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm import drain, service
-from lingua.checkpoint.shm.area import Region, State, base, make_region, region_of
-from lingua.checkpoint.shm.staging import SMALL_BYTES
+from lingua.checkpoint.shm.area import ShmArea, State, area_of, base, make_area
+from lingua.checkpoint.shm.slot_writer import SMALL_BYTES
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Buffer, DiskError, Files, RunError
 from lingua.run.failure import classify
@@ -70,8 +70,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came")
 
 
-def wait_for_state(region: Region, number: int, state: State) -> None:
-    wait_until(lambda: region.slot(number).state() == state)
+def wait_for_state(area: ShmArea, number: int, state: State) -> None:
+    wait_until(lambda: area.slot(number).state() == state)
 
 
 def facts_of(run_dir: Path, step: int) -> dict[str, Any]:
@@ -83,8 +83,8 @@ def done(run_dir: Path) -> list[int]:
     return layout.done_steps(run_dir / layout.CHECKPOINTS)
 
 
-def events(region: Region) -> list[tuple[str, int]]:
-    return [(event["kind"], event["step"]) for event in events_in(region)]
+def events(area: ShmArea) -> list[tuple[str, int]]:
+    return [(event["kind"], event["step"]) for event in events_in(area)]
 
 
 # -- equality ----------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def save_behind_a_gate(rank: int, run_dir: Path, shm: Path, services: Services, 
         report = manager.save(step, state)
         said.append((report.staged, report.published, report.error))
         if step == 1:
-            wait_for_state(region_of(run_dir, shm), 0, "draining")
+            wait_for_state(area_of(run_dir, shm), 0, "draining")
     if rank == 0:
         threading.Timer(0.2, gate.touch).start()
     assert manager.save(4, state, final=True).published
@@ -245,14 +245,14 @@ def test_a_step_on_its_way_is_not_staged_again(tmp_path: Path, shm: Path):
         state = make()
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         assert manager.save(2, state).staged
-        region = region_of(tmp_path, shm)
-        wait_for_state(region, 0, "draining")
+        area = area_of(tmp_path, shm)
+        wait_for_state(area, 0, "draining")
         timer = threading.Timer(0.1, gate.touch)
         timer.start()
         assert manager.save(2, state, final=True).published
         timer.join()
-        assert region.slot(1).ready(0).read() is None
-        assert events(region) == [("published", 2)]
+        assert area.slot(1).ready(0).read() is None
+        assert events(area) == [("published", 2)]
         manager.close()
 
 
@@ -317,7 +317,7 @@ def test_fewer_slots_then_none_where_memory_is_short(
     manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
     manager.prepare(make(dim=16))
     assert re.search(sentence, caplog.text)
-    assert len(region_of(tmp_path, shm).slots()) == n_slots
+    assert len(area_of(tmp_path, shm).slots()) == n_slots
     report = manager.save(1, make(dim=16))
     assert (report.staged, report.published) == ((True, False) if n_slots else (False, True))
     assert manager.save(2, make(dim=16), final=True).published
@@ -373,16 +373,16 @@ def test_memory_that_is_full_for_one_rank_is_so_for_all(tmp_path: Path, shm: Pat
 
 
 def test_slots_stay_allocated_and_those_not_wanted_any_more_do_not(tmp_path: Path, shm: Path, services: Services):
-    region = region_of(tmp_path, shm)
+    area = area_of(tmp_path, shm)
     kept: dict[int, int] = {}
     for n_slots in (3, 1, 2):
         manager = CheckpointManager(args(shm, slots=n_slots, linger_s=60), tmp_path, start_service=services.start)
         manager.prepare(make())
         assert manager.save(n_slots, make(), final=True).published
         manager.close()
-        assert [slot.number for slot in region.slots()] == list(range(n_slots))
-        assert {path.name for path in region.folder.glob("slot-*.*")} == {f"slot-{n}.free" for n in range(n_slots)}
-        inode = (region.slot(0).folder / layout.model_file(0)).stat().st_ino
+        assert [slot.number for slot in area.slots()] == list(range(n_slots))
+        assert {path.name for path in area.folder.glob("slot-*.*")} == {f"slot-{n}.free" for n in range(n_slots)}
+        inode = (area.slot(0).folder / layout.model_file(0)).stat().st_ino
         assert kept.setdefault(0, inode) == inode
     assert services.kill() == 1  # one for all three
 
@@ -453,7 +453,7 @@ def test_a_snapshot_in_memory_that_somebody_filled_is_saved_by_the_next_start(tm
     with Services(lambda n: GatedFiles(tmp_path / "never"), memory.prepare) as services:
         manager = CheckpointManager(args(memory.path), tmp_path, start_service=services.start)
         assert manager.save(1, make(step=1)).staged
-        wait_for_state(region_of(tmp_path, memory.path), 0, "draining")
+        wait_for_state(area_of(tmp_path, memory.path), 0, "draining")
         memory.fill()
         assert manager.save(2, make(step=2)).staged
         manager.close()
@@ -513,7 +513,7 @@ def saved_once(run_dir: Path, shm: Path, services: Services, then_fails: str, **
     manager.prepare(make())
     manager.save(1, make())
     wait_until(lambda: done(run_dir) == [1])
-    wait_for_state(region_of(run_dir, shm), 0, "free")
+    wait_for_state(area_of(run_dir, shm), 0, "free")
     files.fail_at, files.log = At(then_fails), []
     return manager
 
@@ -573,9 +573,9 @@ def test_a_last_save_that_one_rank_s_memory_loses_is_made_on_the_disk_by_all(tmp
 
 
 def test_what_another_version_left_in_memory_is_in_nobodys_way(tmp_path: Path, shm: Path, services: Services):
-    region = make_region(tmp_path, shm)
-    region.session.reserve()
-    region.session.write({"run_id": "x", "run_dir": str(tmp_path), "dump": [1, 0], "keep_every": 0})
+    area = make_area(tmp_path, shm)
+    area.session.reserve()
+    area.session.write({"run_id": "x", "run_dir": str(tmp_path), "dump": [1, 0], "keep_every": 0})
     manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
     assert manager.save(1, make(), final=True).published
     manager.close()
@@ -596,7 +596,7 @@ def test_a_service_killed_at_any_operation_is_replaced(tmp_path: Path, shm: Path
                 CheckpointManager(args(shm, keep=1), tmp_path / str(kill_at), start_service=services.start).close()
         assert 2 in done(tmp_path / str(kill_at))
         assert facts_of(tmp_path / str(kill_at), 2) == facts_of(tmp_path / "calm", 2)
-        publish.open_passage(tmp_path / str(kill_at) / layout.CHECKPOINTS, 9)
+        publish.open_staging_dir(tmp_path / str(kill_at) / layout.CHECKPOINTS, 9)
         assert not list((tmp_path / str(kill_at)).rglob("*.trash"))
         assert not list(base(shm).iterdir())
 
@@ -635,8 +635,8 @@ def test_a_bug_of_the_service_reaches_the_loop(tmp_path: Path, shm: Path):
     with Services(lambda n: BrokenFiles()) as services:
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         manager.save(1, make())
-        region = region_of(tmp_path, shm)
-        wait_until(lambda: ("failed", 1) in events(region))
+        area = area_of(tmp_path, shm)
+        wait_until(lambda: ("failed", 1) in events(area))
         with pytest.raises(RunError, match="ZeroDivisionError: what was never thought of"):
             manager.save(2, make())
         manager.close()
@@ -647,14 +647,14 @@ def test_a_start_that_was_overtaken_ends(tmp_path: Path, shm: Path):
     with Services(lambda n: GatedFiles(gate)) as services:
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         manager.save(1, make())
-        wait_for_state(region_of(tmp_path, shm), 0, "draining")
-        publish.open_passage(tmp_path / layout.CHECKPOINTS, 5)
+        wait_for_state(area_of(tmp_path, shm), 0, "draining")
+        publish.open_staging_dir(tmp_path / layout.CHECKPOINTS, 5)
         gate.touch()
-        with pytest.raises(RunError, match="a newer start of this run has begun"):
+        with pytest.raises(RunError, match="a newer attempt of this run has begun"):
             manager.save(2, make(), final=True)
         manager.close()
     assert done(tmp_path) == []
-    kept = region_of(tmp_path, shm).slot(0).complete()  # the newer start may die before it saves anything
+    kept = area_of(tmp_path, shm).slot(0).complete()  # the newer start may die before it saves anything
     assert kept is not None
     assert kept[0].step == 1
 
@@ -666,7 +666,7 @@ def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(
         old.acquire()
         manager = CheckpointManager(args(shm), tmp_path, lock=old, start_service=services.start)
         manager.save(1, make(step=1))
-        wait_for_state(region_of(tmp_path, shm), 0, "draining")
+        wait_for_state(area_of(tmp_path, shm), 0, "draining")
         manager.close()
         old.release()
         with RunLock(tmp_path) as lock, pytest.MonkeyPatch.context() as patch:
@@ -703,9 +703,9 @@ def test_a_slot_that_somebody_overwrites_is_never_published(tmp_path: Path, shm:
     with Services(lambda n: GatedFiles(gate)) as services:
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         manager.save(1, make())
-        region = region_of(tmp_path, shm)
-        wait_for_state(region, 0, "draining")
-        with (region.slot(0).folder / layout.optim_file(0)).open("r+b") as file:
+        area = area_of(tmp_path, shm)
+        wait_for_state(area, 0, "draining")
+        with (area.slot(0).folder / layout.optim_file(0)).open("r+b") as file:
             file.seek(1000)
             file.write(b"somebody")
         threading.Timer(0.1, gate.touch).start()
@@ -803,7 +803,7 @@ def test_a_limit_on_bandwidth_ends_with_the_run(tmp_path: Path, shm: Path):
     with Services(prepare=small_chunks) as services:  # one byte per second
         manager = CheckpointManager(args(shm, bandwidth_gb_per_s=1e-9), tmp_path, start_service=services.start)
         manager.save(1, make())
-        wait_for_state(region_of(tmp_path, shm), 0, "draining")
+        wait_for_state(area_of(tmp_path, shm), 0, "draining")
         assert manager.save(1, make(), final=True).published
         manager.close()
 

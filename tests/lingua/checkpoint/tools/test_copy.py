@@ -29,7 +29,7 @@ def copy(run_dir: Path, step: int, target: Path, files: Files = DISK) -> Path:
 
 
 def left_in(target: Path) -> set[str]:
-    """What a failed copy has left, beside the empty passage that the next start takes away."""
+    """What a failed copy has left, beside the empty staging_dir that the next start takes away."""
     return {path.name for path in (target / "checkpoints").rglob("*")} - {"incarnation-1"}
 
 

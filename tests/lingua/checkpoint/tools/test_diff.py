@@ -133,6 +133,6 @@ def test_a_kill_leaves_no_file_and_the_next_call_makes_it(
 
 def test_nothing_to_consolidate(tmp_path: Path) -> None:
     facts = {"optim.state.x": TensorFacts((1,), "float32", ())}
-    with pytest.raises(RunError, match="holds no tensor of a model"):
+    with pytest.raises(RunError, match="holds no weights"):
         consolidate(tmp_path, facts, tmp_path / CONSOLIDATED)
     assert list(tmp_path.iterdir()) == []

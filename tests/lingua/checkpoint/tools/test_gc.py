@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lingua.checkpoint import layout, lookup, publish
-from lingua.checkpoint.shm.area import TRAINER_LOCK, Region, Save, make_region
-from lingua.checkpoint.tools.gc import Item, remove_garbage, survey_garbage, why_not_now
+from lingua.checkpoint.shm.area import TRAINER_LOCK, Save, ShmArea, make_area
+from lingua.checkpoint.tools.gc import Garbage, remove_garbage, survey_garbage, why_not_now
 from lingua.files import DISK, Files, RunError, write_json
 from lingua.run.lock import RunLock
 from tests.checkpoints import damage, make_run, names_under, write_part
@@ -48,20 +48,20 @@ def untidy(run_dir: Path) -> Path:
     return root
 
 
-def tell(items: list[Item], run_dir: Path) -> dict[str, str]:
+def tell(items: list[Garbage], run_dir: Path) -> dict[str, str]:
     return {str(item.path.relative_to(run_dir)): item.why for item in items}
 
 
 EXPECTED = {
-    "checkpoints/incarnation-1/0000000003.trash": "half removed (start 1)",
-    "checkpoints/incarnation-1/0000000007": "half written (start 1)",
+    "checkpoints/incarnation-1/0000000003.trash": "half removed (attempt 1)",
+    "checkpoints/incarnation-1/0000000007": "half written (attempt 1)",
     "checkpoints/0000000005.broken-1": "set aside: broken",
     "checkpoints/checkpoint_0000000005.done.broken-1": "set aside: broken",
     "checkpoints/0000000006.later-1": "set aside: later",
     "checkpoints/checkpoint_0000000006.done.later-1": "set aside: later",
     "evals/0000000005.broken-1": "set aside: broken",
     "checkpoints/0000000002": "retention",
-    "checkpoints/pins/0000000002.gone.json": "a pin that has run out",
+    "checkpoints/pins/0000000002.gone.json": "an expired pin",
 }
 
 
@@ -77,7 +77,7 @@ def test_what_would_go_is_told_and_nothing_is_written(tmp_path: Path) -> None:
 
 def test_what_was_told_goes_and_nothing_else(tmp_path: Path) -> None:
     root = untidy(tmp_path)
-    told: list[Item] = []
+    told: list[Garbage] = []
     freed = remove_garbage(tmp_path, told.extend, now=later)
     assert tell(told, tmp_path) == EXPECTED
     assert freed == sum(item.size_bytes for item in told)
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_lacks_only_its_mark_is_published(tmp_path: Path) -> N
     root = make_run(tmp_path, 1, 2)
     layout.done_mark(root, 2).rename(layout.coming(layout.done_mark(root, 2), 1))
     (item,) = survey_garbage(tmp_path, now=later)
-    assert (item.why, item.size_bytes) == ("complete but for its mark (start 1), will be published", 0)
+    assert (item.why, item.size_bytes) == ("complete except for its mark (attempt 1), will be published", 0)
     remove_garbage(tmp_path, lambda items: None, now=later)
     assert lookup.find_one(f"{tmp_path}@2").damage() == []
 
@@ -167,7 +167,7 @@ def test_refused_while_the_run_is_being_trained(tmp_path: Path) -> None:
 
 def test_refused_while_a_service_is_writing(tmp_path: Path) -> None:
     root = untidy(tmp_path)
-    write_json(layout.passage(root, 1) / "writer-0000000007-0.json", {"host": "node-b", "boot_id": "1", "pid": 1})
+    write_json(layout.staging_dir(root, 1) / "writer-0000000007-0.json", {"host": "node-b", "boot_id": "1", "pid": 1})
     before = names_under(root)
     with pytest.raises(RunError, match=r"its checkpoint service still writes writer-0000000007-0\.json"):
         remove_garbage(tmp_path, lambda items: None)
@@ -175,15 +175,15 @@ def test_refused_while_a_service_is_writing(tmp_path: Path) -> None:
     assert why_not_now(tmp_path, now=later) is None  # it has been silent for hours
 
 
-def region(run_dir: Path, shm: Path, step: int) -> Region:
+def area(run_dir: Path, shm: Path, step: int) -> ShmArea:
     """Memory of a run whose processes are all dead, with a complete snapshot in it."""
-    found = make_region(run_dir, shm)
+    found = make_area(run_dir, shm)
     found.session.write({"run_dir": str(run_dir)})
     slot = found.slot(0)
     slot.folder.mkdir()
     save = Save("id", 1, step, (0,))
     slot.put_mark(save)
-    slot.say_ready(0, save, {})
+    slot.report_ready(0, save, {})
     return found
 
 
@@ -205,12 +205,12 @@ def test_memory_of_dead_runs_goes_unless_their_next_start_would_save_what_is_in_
     shm.mkdir()
     for name in ("run", "unsaved", "living"):
         make_run(tmp_path / name, 1, shm_path=str(shm))
-    saved, unsaved = region(tmp_path / "run", shm, 1), region(tmp_path / "unsaved", shm, 2)
-    gone, living = region(tmp_path / "gone", shm, 2), region(tmp_path / "living", shm, 1)
-    illegible, link = region(tmp_path / "illegible", shm, 2), saved.folder.with_name("a-link")
+    saved, unsaved = area(tmp_path / "run", shm, 1), area(tmp_path / "unsaved", shm, 2)
+    gone, living = area(tmp_path / "gone", shm, 2), area(tmp_path / "living", shm, 1)
+    illegible, link = area(tmp_path / "illegible", shm, 2), saved.folder.with_name("a-link")
     illegible.session.path.write_bytes(b"{")
     link.symlink_to(living.folder)
-    found: list[Item] = []
+    found: list[Garbage] = []
     with holding(living.folder / TRAINER_LOCK):
         remove_garbage(tmp_path / "run", found.extend)
     gone_runs = (tmp_path / "gone", tmp_path / "run", "unknown")
@@ -240,9 +240,9 @@ def test_a_gc_that_was_overtaken_while_it_slept_stops(tmp_path: Path) -> None:
         for path in (tmp_path / "incarnations").iterdir():
             path.write_bytes(path.read_bytes().replace(b'"released": false', b'"released": true'))
         RunLock(tmp_path).acquire()
-        publish.open_passage(root, 3)
+        publish.open_staging_dir(root, 3)
 
     with pytest.raises((RunError, OSError)):
         remove_garbage(tmp_path, lambda items: None, now=later, files=Waking(3, take_over))
     assert layout.done_steps(root) == [1, 2, 4]
-    DISK.rmdir(layout.passage(root, 3))
+    DISK.rmdir(layout.staging_dir(root, 3))

@@ -1,11 +1,10 @@
-"""Staging: this rank's tensors into its files of a slot, by one memory copy per tensor.
+"""Copy this rank's tensors into its files in a slot, one memory copy per tensor.
 
-Promise: the bytes in a slot are those of the tensors at the moment of the call, and they are the final bytes of the
-files; `ready` is said only after all of them have been hashed. On a GPU the copies run on a stream of their own while
-the next forward and backward do; `before_update` makes the optimizer wait for them, and what a forward may change
-(buffers) is copied before it starts.
-Cost: the caller waits for the copy at memory speed (GPU: for its launch). Allocation, first touch, pinning and hashing
-happen in a thread. Memory: the slots, and nothing beside them: a save writes only what was allocated before.
+The slot holds the tensors as they were at the moment of the call, as the final bytes of the files. The rank reports
+`ready` after all of them are hashed. On a GPU the copies run on their own stream during the next forward and backward;
+`before_update` makes the optimizer wait for them, and buffers, which a forward may change, are copied before it starts.
+The caller waits for the copy at memory speed (GPU: for its launch). Allocation, first touch, pinning and hashing happen
+in a thread. A save writes only to memory that was allocated before.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from torch.distributed.tensor import DTensor
 from lingua.checkpoint import layout
 from lingua.checkpoint.dcp import FilePlan, WritePlan
 from lingua.checkpoint.publish import FileFacts, Manifest
-from lingua.checkpoint.shm.area import Region, Save, Slot
+from lingua.checkpoint.shm.area import Save, ShmArea, Slot
 from lingua.files import DISK, Files
 
 STRETCH_BYTES = 64 << 20
-"""Allocated, and touched, between two chances to stop."""
+"""Allocated or touched between two checks whether to stop."""
 HASH_BYTES = 16 << 20
 SMALL_BYTES = 1 << 20
-"""A rank's JSON gets room in multiples of this, since it grows from save to save."""
+"""Room for a rank's JSON is a multiple of this, since it grows from save to save."""
 PAGE_BYTES = 4096
 
 
@@ -44,7 +43,7 @@ class SlotFile:
     """One file of one slot, mapped into this process."""
 
     def __init__(self, slot: Slot, plan: FilePlan, device: torch.device, closing: threading.Event) -> None:
-        """Allocate, touch, write the constant parts and pin. Raises OSError: no room, not our file, or `closing`."""
+        """Allocate, touch, write the constant spans and pin. Raises OSError: no room, not our file, or `closing`."""
         self.plan = plan
         self._targets: dict[int, Tensor] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -71,7 +70,7 @@ class SlotFile:
         self._pinned = device.type == "cuda" and _pin(self.bytes)
 
     def target(self, part_number: int, source: Tensor) -> Tensor:
-        """Where the bytes of a part lie, seen as a tensor like `source`."""
+        """Return the bytes of a span as a tensor like `source`."""
         if part_number not in self._targets:
             part = self.plan.parts[part_number]
             assert source.numel() * source.element_size() == part.size_bytes, f"{part.index} changed its size"
@@ -98,29 +97,27 @@ def _go_on(closing: threading.Event) -> None:
 
 
 def _pin(memory: Tensor) -> bool:
-    """Let the GPU copy into this memory directly. Whether it is so now; without, copies are slower but right."""
+    """Let the GPU copy into this memory directly; return whether it can. Otherwise copies are slower."""
     code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # pyright: ignore[reportOptionalMemberAccess]
     return int(code) == 0
 
 
 @dataclass
-class _Staging:
-    """A snapshot on its way into a slot."""
+class _Copy:
+    """A snapshot that is being copied into a slot."""
 
     slot: Slot
     save: Save
     small: dict[str, bytes]
     copied: Callable[[], None]
-    """Returns once all copies are there."""
+    """Waits for all copies."""
 
 
-class Stager:
-    """The slots of a node, as one rank fills them."""
+class SlotWriter:
+    """Writes one rank's files of the slots of its node."""
 
-    def __init__(
-        self, region: Region, rank: int, plan: WritePlan, *, device: torch.device, files: Files = DISK
-    ) -> None:
-        self._region, self._rank, self._plan, self._files = region, rank, plan, files
+    def __init__(self, area: ShmArea, rank: int, plan: WritePlan, *, device: torch.device, files: Files = DISK) -> None:
+        self._area, self._rank, self._plan, self._files = area, rank, plan, files
         self._device = device
         self._slots: dict[int, list[SlotFile]] = {}
         self._known_pairs: dict[int, tuple[list[int], list[tuple[Tensor, Tensor]]]] = {}
@@ -135,15 +132,15 @@ class Stager:
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def allocate(self, n_slots: int) -> None:
-        """Begin to allocate, touch and pin this rank's files in the first `n_slots` slots of the region."""
+        """Start to allocate, touch and pin this rank's files in the first `n_slots` slots."""
         self._allocating = self._worker.submit(self._allocate, n_slots)
 
     def _allocate(self, n_slots: int) -> None:
         """In a thread. A slot for which there is no room is left out."""
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # a thread begins with device 0
+            torch.cuda.set_device(self._device)  # a new thread uses device 0
         for number in range(n_slots):
-            slot, files = self._region.slot(number), []
+            slot, files = self._area.slot(number), []
             try:
                 for plan in self._plan.files:
                     files.append(SlotFile(slot, plan, self._device, self._closing))
@@ -157,7 +154,7 @@ class Stager:
             self._slots[number] = files
 
     def _give_back(self, slot: Slot, files: list[SlotFile]) -> None:
-        """A slot that lacks a part will not be used: free its memory."""
+        """Free the memory of a slot that could not be allocated whole."""
         for file in files:
             file.close()
         for path in [slot.ready_file(self._rank), *(slot.folder / name for name in self.names)]:
@@ -165,7 +162,7 @@ class Stager:
                 self._files.remove(path)
 
     def usable_slots(self) -> tuple[set[int], OSError | None]:
-        """Numbers of the slots that are allocated, and once, why the next one is not. Waits for the allocation."""
+        """Wait for the allocation; return the allocated slots' numbers and, once, why another one failed."""
         if self._allocating is not None:
             self._allocating.result()
             self._allocating = None
@@ -174,11 +171,11 @@ class Stager:
 
     @property
     def names(self) -> set[str]:
-        """Files that this rank keeps in each slot."""
+        """Names of this rank's files in each slot."""
         return {file.name for file in self._plan.files} | set(self._small_files())
 
     def _small_files(self) -> dict[str, int]:
-        """Names of this rank's further files, and how much room they get."""
+        """Return the names of this rank's small files, and how much room they get."""
         metadata = self._plan.metadata
         return {layout.train_state_file(self._rank): SMALL_BYTES} | (
             {} if metadata is None else {layout.METADATA: len(metadata)}
@@ -187,11 +184,11 @@ class Stager:
     # -- one save --------------------------------------------------------------------------------------------------
 
     def fill(self, number: int, save: Save, tensors: dict[str, Tensor], scalars: bytes, model: nn.Module) -> None:
-        """Copy the tensors' present values into a slot. The hash follows in a thread, then `ready` is said."""
-        slot = self._region.slot(number)
+        """Copy the tensors' present values into a slot. A thread then hashes them and reports `ready`."""
+        slot = self._area.slot(number)
         try:
-            slot.say_unready(self._rank, files=self._files)
-        except OSError as error:  # told by `wait_until_ready`, as all that goes wrong with the memory
+            slot.report_unready(self._rank, files=self._files)
+        except OSError as error:  # reported by `wait_until_ready`, like all failures of the memory
             self._hashing = Future()
             self._hashing.set_exception(error)
             return
@@ -205,13 +202,13 @@ class Stager:
             copied = _nothing
         else:
             copied = self._copy_on_stream(pairs, model)
-        self._hashing = self._worker.submit(self._finish, _Staging(slot, save, small, copied))
+        self._hashing = self._worker.submit(self._finish, _Copy(slot, save, small, copied))
 
     def _pairs(self, number: int, tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(where to, what) for every part; looked up anew only when a tensor lies elsewhere than at the last save."""
-        places = [_place(tensor) for tensor in tensors.values()]
+        """Return (target, source) of every copy; looked up again only if a tensor has moved since the last save."""
+        addresses = [_address(tensor) for tensor in tensors.values()]
         known = self._known_pairs.get(number)
-        if known is not None and known[0] == places:
+        if known is not None and known[0] == addresses:
             return known[1]
         planner = DefaultSavePlanner(flatten_state_dict=False)
         planner.set_up_planner(dict(tensors))
@@ -221,7 +218,7 @@ class Stager:
                 if part.index is not None:
                     source: Any = planner.lookup_object(part.index).detach()
                     pairs.append((file.target(part_number, source), source))
-        self._known_pairs[number] = (places, pairs)  # holds the tensors, so that nothing else comes to lie there
+        self._known_pairs[number] = (addresses, pairs)  # holds the tensors, so that their addresses are not reused
         return pairs
 
     def _copy_on_stream(self, pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Callable[[], None]:
@@ -242,18 +239,18 @@ class Stager:
         return event.synchronize
 
     def before_update(self) -> None:
-        """Call before parameters or optimizer state change: the device waits until they are copied."""
+        """Make the device wait until parameters and optimizer state are copied. Call before they change."""
         if self._in_flight is not None:
             self._in_flight.wait(torch.cuda.current_stream(self._device))
             self._in_flight = None
 
-    def _finish(self, staging: _Staging) -> None:
-        """In a thread: hash what was copied and say that this rank's part is ready."""
+    def _finish(self, staging: _Copy) -> None:
+        """In a thread: hash what was copied and report this rank's part as ready."""
         staging.copied()
         facts: Manifest = {file.plan.name: file.facts() for file in self._slots[staging.slot.number]}
         for name, content in staging.small.items():
             facts[name] = self._write_small(staging.slot, name, content)
-        staging.slot.say_ready(self._rank, staging.save, facts, files=self._files)
+        staging.slot.report_ready(self._rank, staging.save, facts, files=self._files)
 
     def _write_small(self, slot: Slot, name: str, content: bytes) -> FileFacts:
         room_bytes = self._small_files()[name]
@@ -267,7 +264,7 @@ class Stager:
         return FileFacts(len(content), xxhash.xxh3_128_hexdigest(content))
 
     def wait_until_ready(self) -> OSError | None:
-        """Wait for the thread's part of the last save; why it failed, if memory was the reason."""
+        """Wait until the last save is hashed and reported; return why that failed, if memory was the reason."""
         if self._hashing is None:
             return None
         try:
@@ -279,7 +276,7 @@ class Stager:
         return None
 
     def close(self) -> None:
-        """Wait for the thread and let go of the slots; what they hold stays."""
+        """Wait for the thread and unmap the slots; their content stays."""
         self._closing.set()
         self._worker.shutdown(wait=True)
         for files in self._slots.values():
@@ -289,8 +286,8 @@ class Stager:
         self._known_pairs.clear()
 
 
-def _place(tensor: Tensor) -> int:
-    """Where this rank's part of a tensor lies."""
+def _address(tensor: Tensor) -> int:
+    """Return the address of this rank's part of a tensor."""
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() costs a view
     return local.data_ptr()
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.publish import Manifest
-from lingua.checkpoint.shm.area import Save, Slot, make_region
-from lingua.checkpoint.shm.staging import SMALL_BYTES, SlotFile, Stager
+from lingua.checkpoint.shm.area import Save, Slot, make_area
+from lingua.checkpoint.shm.slot_writer import SMALL_BYTES, SlotFile, SlotWriter
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files
 from tests.fakes import FaultyFiles
@@ -51,13 +51,13 @@ def copied(folder: Path, slot: Slot, facts: Manifest) -> Path:
     return folder
 
 
-def stager_of(folder: Path, state: TrainState, n_slots: int = 1, files: Files = DISK) -> Stager:
-    region = make_region(folder / "run", folder)
-    stager = Stager(region, 0, plan_of(tensors_of(state)), device=CPU, files=files)
+def stager_of(folder: Path, state: TrainState, n_slots: int = 1, files: Files = DISK) -> SlotWriter:
+    area = make_area(folder / "run", folder)
+    writer = SlotWriter(area, 0, plan_of(tensors_of(state)), device=CPU, files=files)
     for number in range(n_slots):
-        region.slot(number).folder.mkdir(exist_ok=True)
-    stager.allocate(n_slots)
-    return stager
+        area.slot(number).folder.mkdir(exist_ok=True)
+    writer.allocate(n_slots)
+    return writer
 
 
 def save(step: int) -> Save:
@@ -67,17 +67,17 @@ def save(step: int) -> Save:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_slot_holds_the_files_of_a_checkpoint(tmp_path: Path, tied: bool):
     state = make(tied)
-    stager = stager_of(tmp_path, state)
-    assert stager.usable_slots() == ({0}, None)
-    slot = make_region(tmp_path / "run", tmp_path).slot(0)
+    writer = stager_of(tmp_path, state)
+    assert writer.usable_slots() == ({0}, None)
+    slot = make_area(tmp_path / "run", tmp_path).slot(0)
     for step in (1, 2):  # the second into the same memory
         train(state, step, step)
         slot.put_mark(save(step))
-        stager.fill(0, save(step), tensors_of(state).by_name, b"{}", state.model)
+        writer.fill(0, save(step), tensors_of(state).by_name, b"{}", state.model)
         expected = snapshot(state)
         train(state, step + 1, step + 1)  # goes on at once
         train_back = make(tied)
-        assert stager.wait_until_ready() is None
+        assert writer.wait_until_ready() is None
         found = slot.complete()
         assert found is not None
         assert found[0] == save(step)
@@ -86,46 +86,46 @@ def test_a_slot_holds_the_files_of_a_checkpoint(tmp_path: Path, tied: bool):
         dcp.read_into(folder, tensors_of(train_back).by_name)
         assert_equal(expected, snapshot(train_back))
         state = train_back
-    stager.close()
+    writer.close()
 
 
 def test_a_slot_that_is_being_filled_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state, hashing = make(), threading.Event()
-    stager = stager_of(tmp_path, state)
-    stager.usable_slots()
-    slot = make_region(tmp_path / "run", tmp_path).slot(0)
+    writer = stager_of(tmp_path, state)
+    writer.usable_slots()
+    slot = make_area(tmp_path / "run", tmp_path).slot(0)
     slot.put_mark(save(1))
-    stager.fill(0, save(1), tensors_of(state).by_name, b"{}", state.model)
-    assert stager.wait_until_ready() is None
+    writer.fill(0, save(1), tensors_of(state).by_name, b"{}", state.model)
+    assert writer.wait_until_ready() is None
     assert slot.complete() is not None
     facts = SlotFile.facts
     monkeypatch.setattr(SlotFile, "facts", lambda file: (hashing.wait(10), facts(file))[1])
-    stager.fill(0, save(1), tensors_of(state).by_name, b"{}", state.model)  # the same step: only READY tells
+    writer.fill(0, save(1), tensors_of(state).by_name, b"{}", state.model)  # the same step: only READY tells
     assert slot.complete() is None
     hashing.set()
-    assert stager.wait_until_ready() is None
+    assert writer.wait_until_ready() is None
     assert slot.complete() is not None
-    stager.close()
+    writer.close()
 
 
 @pytest.mark.parametrize("operation", ["reserve", "write", "close"])
 def test_memory_that_fails_is_told_and_leaves_nothing_ready(tmp_path: Path, operation: str):
     state = make()
-    stager = stager_of(tmp_path, state)
-    stager.usable_slots()
-    slot = make_region(tmp_path / "run", tmp_path).slot(0)
+    writer = stager_of(tmp_path, state)
+    writer.usable_slots()
+    slot = make_area(tmp_path / "run", tmp_path).slot(0)
     slot.put_mark(save(1))
-    stager.fill(0, save(1), tensors_of(state).by_name, b"{}", state.model)
-    assert stager.wait_until_ready() is None
-    stager._files = FaultyFiles(1, lasting=True, operations=(operation,))  # pyright: ignore[reportPrivateUsage]
-    stager.fill(0, save(2), tensors_of(state).by_name, b"{}", state.model)
-    error = stager.wait_until_ready()
+    writer.fill(0, save(1), tensors_of(state).by_name, b"{}", state.model)
+    assert writer.wait_until_ready() is None
+    writer._files = FaultyFiles(1, lasting=True, operations=(operation,))  # pyright: ignore[reportPrivateUsage]
+    writer.fill(0, save(2), tensors_of(state).by_name, b"{}", state.model)
+    error = writer.wait_until_ready()
     assert error is not None
     assert error.errno == errno.ENOSPC
-    assert stager.wait_until_ready() is None  # told once
+    assert writer.wait_until_ready() is None  # told once
     slot.put_mark(save(2))
     assert slot.complete() is None
-    stager.close()
+    writer.close()
 
 
 @pytest.mark.parametrize("n_files", range(5))
@@ -133,38 +133,38 @@ def test_slots_without_room_are_left_out_and_give_back_what_they_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int
 ):
     monkeypatch.setattr(os, "posix_fallocate", NoRoomFrom(5 + n_files))  # weights, optimizer, two small ones, `ready`
-    stager = stager_of(tmp_path, make(), n_slots=2)
-    usable, error = stager.usable_slots()
+    writer = stager_of(tmp_path, make(), n_slots=2)
+    usable, error = writer.usable_slots()
     assert usable == {0}
     assert error is not None
     assert error.errno == errno.ENOSPC
-    assert stager.usable_slots() == ({0}, None)
-    region = make_region(tmp_path / "run", tmp_path)
-    assert list(region.slot(1).folder.iterdir()) == []
-    stager.close()
+    assert writer.usable_slots() == ({0}, None)
+    area = make_area(tmp_path / "run", tmp_path)
+    assert list(area.slot(1).folder.iterdir()) == []
+    writer.close()
 
 
 def test_what_a_save_writes_was_allocated_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state = make()
-    stager = stager_of(tmp_path, state)
-    stager.usable_slots()
-    slot = make_region(tmp_path / "run", tmp_path).slot(0)
+    writer = stager_of(tmp_path, state)
+    writer.usable_slots()
+    slot = make_area(tmp_path / "run", tmp_path).slot(0)
     slot.make()
     monkeypatch.setattr(os, "posix_fallocate", NoRoomFrom(0))
     files = FaultyFiles()
-    stager._files = files  # pyright: ignore[reportPrivateUsage]
+    writer._files = files  # pyright: ignore[reportPrivateUsage]
     for step, n_bytes in enumerate((2, SMALL_BYTES, 10)):
         slot.put_mark(save(step), files=files)
-        stager.fill(0, save(step), tensors_of(state).by_name, b"x" * n_bytes, state.model)
-        assert stager.wait_until_ready() is None
+        writer.fill(0, save(step), tensors_of(state).by_name, b"x" * n_bytes, state.model)
+        assert writer.wait_until_ready() is None
         found = slot.complete()
         assert found is not None
         assert found[1][layout.train_state_file(0)].size_bytes == n_bytes
         assert slot.change("staged", "free", files=files)
     assert {line.split()[0] for line in files.log} == {"reserve", "write", "close", "rename"}
-    stager.fill(0, save(9), tensors_of(state).by_name, b"x" * (SMALL_BYTES + 1), state.model)
-    assert getattr(stager.wait_until_ready(), "errno", None) == errno.ENOSPC
-    stager.close()
+    writer.fill(0, save(9), tensors_of(state).by_name, b"x" * (SMALL_BYTES + 1), state.model)
+    assert getattr(writer.wait_until_ready(), "errno", None) == errno.ENOSPC
+    writer.close()
 
 
 def test_closing_does_not_wait_for_the_whole_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -179,11 +179,11 @@ def test_closing_does_not_wait_for_the_whole_allocation(tmp_path: Path, monkeypa
         allocate(descriptor, offset, n_bytes)
 
     monkeypatch.setattr(os, "posix_fallocate", allocate_slowly)
-    stager = stager_of(tmp_path, make(), n_slots=9)
+    writer = stager_of(tmp_path, make(), n_slots=9)
     assert begun.wait(10)
-    closing = threading.Thread(target=stager.close)
+    closing = threading.Thread(target=writer.close)
     closing.start()
-    while not stager._closing.is_set():  # pyright: ignore[reportPrivateUsage]
+    while not writer._closing.is_set():  # pyright: ignore[reportPrivateUsage]
         pass
     go_on.set()
     closing.join()
@@ -192,16 +192,16 @@ def test_closing_does_not_wait_for_the_whole_allocation(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("planted", ["link", "second name"])
 def test_a_file_that_somebody_planted_is_refused(tmp_path: Path, planted: str):
-    region = make_region(tmp_path / "run", tmp_path)
-    region.slot(0).folder.mkdir()
+    area = make_area(tmp_path / "run", tmp_path)
+    area.slot(0).folder.mkdir()
     target = tmp_path / "theirs"
     target.write_bytes(b"theirs")
-    name = region.slot(0).folder / layout.model_file(0)
+    name = area.slot(0).folder / layout.model_file(0)
     name.symlink_to(target) if planted == "link" else name.hardlink_to(target)
-    usable, error = (stager := stager_of(tmp_path, make())).usable_slots()
+    usable, error = (writer := stager_of(tmp_path, make())).usable_slots()
     assert usable == set()
     assert error is not None
-    stager.close()
+    writer.close()
     assert target.read_bytes() == b"theirs"
 
 
@@ -262,20 +262,20 @@ class FakeDevice:
 
 def test_copies_wait_for_the_update_before_and_hold_up_the_one_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fake = FakeDevice(monkeypatch)
-    stager = stager_of(tmp_path, make())
-    stager.usable_slots()
-    stager._stream = fake.side  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    writer = stager_of(tmp_path, make())
+    writer.usable_slots()
+    writer._stream = fake.side  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
     class WithBuffer(nn.Module):
         def buffers(self, recurse: bool = True) -> Any:
             return iter([fake.tensor("buffer", 2)])
 
     pairs = [(fake.tensor(name, 0), fake.tensor(name, n)) for n, name in enumerate(("weight", "moment", "buffer"))]
-    wait = stager._copy_on_stream(pairs, WithBuffer())  # pyright: ignore[reportPrivateUsage]
+    wait = writer._copy_on_stream(pairs, WithBuffer())  # pyright: ignore[reportPrivateUsage]
     fake.said.append("forward and backward")
-    stager.before_update()
+    writer.before_update()
     fake.said.append("update")
-    stager.before_update()
+    writer.before_update()
     wait()
     assert fake.said == [
         "copy buffer on main",  # a forward would change it
@@ -288,7 +288,7 @@ def test_copies_wait_for_the_update_before_and_hold_up_the_one_after(tmp_path: P
         "update",
         "synchronize",
     ]
-    stager.close()
+    writer.close()
 
 
 @pytest.mark.gpu
@@ -297,20 +297,20 @@ def test_on_a_gpu_the_snapshot_is_of_the_moment_of_the_call(shm: Path):
     torch.manual_seed(1)
     model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(8))).cuda()
     state = TrainState(model, torch.optim.AdamW(model.parameters(), lr=0.1))
-    region = make_region(shm / "run", shm)
-    region.slot(0).folder.mkdir()
+    area = make_area(shm / "run", shm)
+    area.slot(0).folder.mkdir()
     tensors = tensors_of(state)
-    stager = Stager(region, 0, plan_of(tensors), device=torch.device("cuda", 0))
-    stager.allocate(1)
-    assert stager.usable_slots() == ({0}, None)
+    writer = SlotWriter(area, 0, plan_of(tensors), device=torch.device("cuda", 0))
+    writer.allocate(1)
+    assert writer.usable_slots() == ({0}, None)
     for step in range(3):
         expected: dict[str, Tensor] = {name: tensor.cpu().clone() for name, tensor in tensors.by_name.items()}
-        stager.fill(0, save(step), tensors.by_name, b"{}", model)
+        writer.fill(0, save(step), tensors.by_name, b"{}", model)
         model(torch.ones(64, 2048, device="cuda")).sum().backward()
-        stager.before_update()
+        writer.before_update()
         state.optimizer.step()
-        assert stager.wait_until_ready() is None
+        assert writer.wait_until_ready() is None
         found = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
-        dcp.read_into(region.slot(0).folder, found)
+        dcp.read_into(area.slot(0).folder, found)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    stager.close()
+    writer.close()
