@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional
 
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
@@ -19,6 +17,7 @@ from lingua.distributed.process_group import RankInfo, World
 from lingua.model import float8
 from lingua.model.float8 import RECIPES, Float8Linear, convert, quantize, refusal
 from lingua.model.loss import CrossEntropy
+from tests.layouts import whole
 from tests.ranks import run_on_ranks
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -229,11 +228,7 @@ def gradients(model: nn.Module, args: DistributedArgs, rows: slice) -> dict[str,
     with forward_precision(model, args, torch.device("cpu")):
         loss, _ = model(tokens[:, :-1], labels=tokens[:, 1:], loss=CrossEntropy(CrossEntropyArgs()))
     loss.backward()
-    return {name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("checkpointing", ["selective_activation_checkpointing", "full_activation_checkpointing"])
@@ -266,15 +261,3 @@ def test_sharded_ranks_average_what_each_would_find_alone(monkeypatch: pytest.Mo
     for found in run_on_ranks(on_rank, 2):
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, (each[0][name] + each[1][name]) / 2, rtol=1e-4, atol=1e-7)
-
-
-def test_one_forward_pass_is_functional_linear_for_what_float8_can_hold():
-    """Small whole numbers and a power of two as the largest: nothing is rounded, so nothing differs."""
-    layer, x = nn.Linear(16, 16, bias=False), torch.randint(-8, 9, (4, 16)).float()
-    with torch.no_grad():
-        layer.weight.copy_(torch.randint(-8, 9, (16, 16)))
-        layer.weight[0, 0] = x[0, 0] = 7
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(float8, "scaled_product", emulated)
-        found = Float8Linear(layer, RECIPES["rowwise"])(x.bfloat16())
-    assert torch.equal(found.float(), functional.linear(x, layer.weight).bfloat16().float())

@@ -107,11 +107,16 @@ def test_tables_survive_to_empty_and_stay_out_of_the_state_dict() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_has_unit_rms_in_fp32_and_returns_the_type_it_got(dtype: torch.dtype) -> None:
-    norm = RMSNorm(32, eps=1e-6)
-    nn.init.uniform_(norm.weight)
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_a_norm_computes_in_fp32_and_returns_the_type_it_got(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    norm: Any = kind(32, eps=1e-6)
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter)
     x = (100 * torch.randn(4, 32)).to(dtype)
-    expected = x.float() / x.float().square().mean(-1, keepdim=True).sqrt() * norm.weight
+    if kind is RMSNorm:
+        expected = functional.rms_norm(x.float(), (32,), norm.weight, 1e-6)
+    else:
+        expected = functional.layer_norm(x.float(), (32,), norm.weight, norm.bias, 1e-6)
     for autocast in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = norm(x)
@@ -258,17 +263,3 @@ def test_a_module_with_parameters_and_no_rule_is_refused() -> None:
     model = nn.ModuleDict({"gate": nn.ParameterList([nn.Parameter(torch.ones(2))])})
     with pytest.raises(ValueError, match=r"gate \(ParameterList\) has parameters but no reset_parameters\(\)"):
         init_modules(model, LlamaArgs(**ARGS), seed=3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_norm_is_torchs_in_fp32(dtype: torch.dtype) -> None:
-    x, norm = torch.randn(3, 8).to(dtype), LayerNorm(8, 1e-5)
-    nn.init.uniform_(norm.weight)
-    nn.init.uniform_(norm.bias)
-    expected = functional.layer_norm(x.float(), (8,), norm.weight, norm.bias, 1e-5)
-    torch.testing.assert_close(norm(x), expected.to(dtype))
-
-
-def test_the_reference_of_the_norm_is_torchs() -> None:
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(RMSNorm(8, 1e-5)(x), functional.rms_norm(x, (8,), eps=1e-5))
