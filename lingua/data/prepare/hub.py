@@ -129,7 +129,7 @@ def fetch(
     _download(snapshot, DATASETS[dataset], folder)
     begin(f"check {snapshot.repo}", sum(file.n_bytes for file in snapshot.files))
     if wrong := _remove_wrong(snapshot.files, folder, advance):
-        log.warning("%d files arrived damaged, such as %s; fetching them again", len(wrong), wrong[0].path)
+        log.warning("arrived damaged: %d files, such as %s; fetching them again", len(wrong), wrong[0].path)
         _download(snapshot, DATASETS[dataset], folder)
         if wrong := _remove_wrong(wrong, folder, advance):
             raise RunError(

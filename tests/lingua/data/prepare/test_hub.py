@@ -8,8 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import orjson
@@ -53,16 +56,20 @@ class Result:
     facts: dict[str, object]
 
 
-def run(server: FakeHub, folder: Path, dataset: str, *options: str) -> Result:
+def start(server: FakeHub, folder: Path, dataset: str, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", RUN, dataset, "1", "--data_dir", str(folder / "data"), "--nchunks", "2", "--json"]
     env = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
     env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_secret"}
-    ended = subprocess.run(
-        [*command, "--tmp_dir", str(folder / "tmp"), *options], env=env, capture_output=True, text=True, check=False
-    )
-    assert "hf_secret" not in ended.stderr + ended.stdout
+    command += ["--tmp_dir", str(folder / "tmp"), *options]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(server: FakeHub, folder: Path, dataset: str, *options: str) -> Result:
+    process = start(server, folder, dataset, *options)
+    out, error = process.communicate()
+    assert "hf_secret" not in out + error
     assert not any(b"hf_secret" in path.read_bytes() for path in (folder / "data").rglob("*") if path.is_file())
-    return Result(ended.returncode, ended.stderr, json.loads(ended.stdout) if ended.stdout else {})
+    return Result(process.returncode, error, json.loads(out) if out else {})
 
 
 def lines_in(folder: Path) -> Counter[str]:
@@ -87,7 +94,7 @@ def test_parquet_over_a_connection_that_breaks(tmp_path: Path) -> None:
         server.wrong.add("sample/10BT/001.parquet")
         result = run(server, tmp_path, "fineweb_edu_10bt")
         assert result.code == 0, result.error
-        assert "1 files arrived damaged, such as sample/10BT/001.parquet; fetching them again" in result.error
+        assert "arrived damaged: 1 files, such as sample/10BT/001.parquet; fetching them again" in result.error
         assert (server.breaks, server.refusals, server.wrong) == (0, 0, set())
         assert server.keys == {"Bearer hf_secret"}
         assert not any("/resolve/" in request and "10BT" not in request for request in server.requests)
@@ -137,6 +144,35 @@ def test_zst_and_the_commit_of_the_first_start_is_kept(tmp_path: Path) -> None:
     other = run(server, tmp_path, "dclm_baseline_1.0_10prct", "--revision", "v2")
     assert other.code == 1
     assert "revision aaaa" in other.error
+
+
+def test_a_download_that_is_killed_fetches_only_what_is_missing(tmp_path: Path) -> None:
+    names = [f"cosmopedia-v2/{n}.parquet" for n in range(2)]
+    with FakeHub({name: parquet_bytes(texts(100, name)) for name in names}) as server:
+        killed = threading.Event()
+
+        def hang(request: BaseHTTPRequestHandler, name: str) -> None:
+            if request.command == "GET" and name == names[1]:
+                killed.wait()
+            else:
+                FakeHub._file(server, request, name)
+
+        server._file = hang  # type: ignore[method-assign]
+        process = start(server, tmp_path, "cosmopedia_v2")
+        while not list((tmp_path / "data").rglob("0.parquet.metadata")):  # the client's mark of a whole file
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        killed.set()
+        del server._file
+        n_requests = len(server.requests)
+        result = run(server, tmp_path, "cosmopedia_v2")
+        assert result.code == 0, result.error
+        asked = [request for request in server.requests[n_requests:] if request.startswith("GET")]
+        assert len(asked) == 1
+        assert asked[0].endswith(names[1])
+    assert lines_in(tmp_path / "data/cosmopedia_v2_shuffled").total() == 200
 
 
 def test_a_refusal_is_not_tried_again(tmp_path: Path) -> None:
