@@ -179,16 +179,16 @@ def _batches(rows: list[ScoredRow], max_tokens: int) -> Iterator[tuple[np.ndarra
 @contextmanager
 def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]:
     """Join the other ranks of this command, and be ready to measure."""
-    place = find_rank_info()
-    start_logging(place.rank, own_packages=("lingua", "apps", app))
+    rank_info = find_rank_info()
+    start_logging(rank_info.rank, own_packages=("lingua", "apps", app))
     if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
         be_offline()
-    device = pick_device(args.generator.device, place)
-    set_environment(run_args.env, place, on_gpu=device.type == "cuda")
+    device = pick_device(args.generator.device, rank_info)
+    set_environment(run_args.env, rank_info, on_gpu=device.type == "cuda")
     timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
     same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
     same |= code_of(["lingua", run_args.app, *run_args.plugins, *args.plugins])
-    with start_world(DistributedArgs(timeout_s=timeout_s), place, device, same) as world:
+    with start_world(DistributedArgs(timeout_s=timeout_s), rank_info, device, same) as world:
         yield on_every_rank(lambda: Measures(run_args, args, world))
 
 

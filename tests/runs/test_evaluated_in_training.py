@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from lingua.checkpoint import layout
+from lingua.eval import measures
 from lingua.eval.evaluator import Evaluator
 from lingua.eval.measures import Measures
-from lingua.eval.scorer import Scorer
 from lingua.files import read_json
 from tests.evaluated import by_hand, evaluations, make_data, words_of
 from tests.trainer import Hook, fingerprint, kill_self, published, train
@@ -136,16 +136,16 @@ def test_a_stop_of_one_rank_ends_the_evaluation_on_all(data: Path, tmp_path: Pat
                 os.kill(os.getpid(), signal.SIGTERM)
 
         wrap(Measures, "measure_model", once(tmp_path / f"asked-{rank}", first_batch))
-        original = Scorer.score
+        original = measures.sum_of_losses
 
-        def score_for_long(self: Any, rows: Any) -> Any:
+        def score_for_long(model: Any, loss: Any, batches: Any, device: Any, before_batch: Callable[[], None]) -> Any:
             if rank == 0:
                 for _ in range(600):
                     threading.Event().wait(0.1)
-                    self.beat()
-            return original(self, rows)
+                    before_batch()
+            return original(model, loss, batches, device, before_batch)
 
-        setattr(Scorer, "score", score_for_long)  # noqa: B010
+        setattr(measures, "sum_of_losses", score_for_long)  # noqa: B010
 
     words = words_of(data, run_dir)
     assert train(words, 2, hook).exit_code == 75
@@ -166,7 +166,7 @@ def test_what_fails_is_given_up_and_training_goes_on(data: Path, tmp_path: Path)
             raise ValueError("out of luck")
 
         if rank == 1:
-            wrap(Scorer, "score", once(tmp_path / "failed", fail))
+            wrap(measures, "sum_of_losses", once(tmp_path / "failed", fail))
 
     result = train(words_of(data, run_dir), 2, hook)
     assert result.exit_code == 0, result.output

@@ -38,7 +38,7 @@ class HarnessArgs(MeasureArgs):
     cache_requests: bool = False
     """Cache built requests."""
     rewrite_requests_cache: bool = False
-    """Build that cache anew."""
+    """Rebuild that cache."""
     delete_requests_cache: bool = False
     """Delete that cache."""
     limit: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] | None = None
@@ -56,7 +56,7 @@ class HarnessArgs(MeasureArgs):
     apply_chat_template: bool | Text = False
     """Wrap prompts in the chat template."""
     fewshot_as_multiturn: bool = False
-    """Examples as turns of a conversation."""
+    """Present examples as turns of a conversation."""
     gen_kwargs: Text | dict[str, Anything] | None = None
     """Overrides for generation tasks."""
     verbosity: Text = "INFO"
@@ -70,7 +70,7 @@ class HarnessArgs(MeasureArgs):
     torch_random_seed: int = 1234
     """Seed of torch."""
     fewshot_random_seed: int = 1234
-    """Seed of the examples' choice."""
+    """Seed of the choice of examples."""
 
 
 @register("measure", "held_out")
@@ -127,24 +127,24 @@ class EvalArgs(Args):
     global_step: int | None = None
     """Step the checkpoint belongs to. Null: from its name."""
     newest_first: bool = False
-    """Of several checkpoints that wait, the newest first. false: in order."""
+    """Evaluate the newest of the waiting checkpoints first. false: in order."""
     launcher: JobArgs | None = None
     """What the Slurm job of each evaluation asks for. Null: what the section `slurm` says."""
     automatic: bool = True
-    """The run sees to its evaluations itself: in its own processes, or by an evaluator that it starts (as
-    async_eval_gpus says). false: what is evaluated, `lingua eval` does."""
+    """The run evaluates its checkpoints: in its own processes, or by an evaluator that it starts (see
+    async_eval_gpus). false: only `lingua eval` does."""
     poll_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds between two looks of an evaluator for new checkpoints."""
+    """Seconds between two looks for new checkpoints."""
     max_tries: Annotated[int, Field(ge=1)] = 3
     """Failures after which a checkpoint is given up, with the reason in evals/<step>/failed.json."""
     backoff_s: Annotated[float, Field(ge=0)] = 60.0
     """Pause after the first failure of a checkpoint; doubled after each."""
     timeout_hours: Annotated[float, Field(gt=0)] = 12.0
-    """An evaluation that takes longer has failed; with --slurm, its time in the queue counts."""
+    """An evaluation that takes longer has failed. With --slurm, its time in the queue counts."""
     max_pinned_hours: Annotated[float, Field(gt=0)] = 24.0
-    """For so long a checkpoint waits for its evaluation, whatever retention says; then it may be deleted, loudly."""
+    """How long retention keeps a checkpoint for its evaluation; then it may be deleted, with an error in the log."""
     idle_hours: Annotated[float, Field(gt=0)] = 24.0
-    """An evaluator with nothing to do ends when its run has been silent for so long."""
+    """An evaluator with nothing to do ends when its run has been silent this long."""
 
     def chosen(self) -> list[MeasureArgs]:
         """Return what is to be measured, in order."""

@@ -17,9 +17,10 @@ from apps.main.transformer import LMTransformer
 from lingua.config.base import ConfigError
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import CrossEntropyArgs
+from lingua.data.held_out import ScoredRow
 from lingua.distributed.parallelize import parallelize, recomputed
 from lingua.distributed.process_group import RankInfo, World
-from lingua.eval.scorer import Row, Scorer
+from lingua.eval.scorer import Scorer
 from lingua.model.loss import CrossEntropy
 from lingua.model.transformer import KVCache
 from lingua.train.build import require_counted
@@ -200,7 +201,7 @@ def test_padded_rows_of_the_vocabulary_have_no_part_in_anything(tying: bool) -> 
     for name, gradient in gradients.items():
         torch.testing.assert_close(padded_gradients[name][: len(gradient)], gradient)
         assert not padded_gradients[name][len(gradient) :].any(), name
-    row = Row(tokens[0].tolist(), 1)
+    row = ScoredRow(tokens[0].tolist(), 1)
     theirs, ours = (Scorer(model, 64).score([row])[0] for model in (plain, padded))
     assert ours.nats == pytest.approx(theirs.nats)
     assert ours.is_greedy == theirs.is_greedy
