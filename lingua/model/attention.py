@@ -42,7 +42,7 @@ key heads in all of them (pytorch/torchtitan, pull request 2259)."""
 
 
 @dataclass(frozen=True)
-class Place:
+class KernelConditions:
     """All that the choice of a kernel depends on."""
 
     device_type: str
@@ -60,74 +60,74 @@ class Place:
     """Whether torch's varlen_attn knows sliding windows."""
 
 
-def _not_cuda(place: Place, least: tuple[int, int]) -> str | None:
-    if place.device_type != "cuda":
-        return f"it runs on CUDA only, and the device is {place.device_type}"
-    if place.capability < least:
-        have, need = (".".join(map(str, version)) for version in (place.capability, least))
+def _not_cuda(here: KernelConditions, least: tuple[int, int]) -> str | None:
+    if here.device_type != "cuda":
+        return f"it runs on CUDA only, and the device is {here.device_type}"
+    if here.capability < least:
+        have, need = (".".join(map(str, version)) for version in (here.capability, least))
         return f"it needs compute capability {need}, and this GPU has {have}"
     return None
 
 
-def _not_half(place: Place) -> str | None:
-    return None if place.dtype in HALF else f"it computes in bf16 or fp16 only, and the model in {place.dtype}"
+def _not_half(here: KernelConditions) -> str | None:
+    return None if here.dtype in HALF else f"it computes in bf16 or fp16 only, and the model in {here.dtype}"
 
 
-def _masked(place: Place) -> str | None:
-    if place.doc_mask:
+def _masked(here: KernelConditions) -> str | None:
+    if here.doc_mask:
         return "it takes no document mask (data.doc_mask)"
-    return "it takes no sliding window (model.sliding_window)" if place.window else None
+    return "it takes no sliding window (model.sliding_window)" if here.window else None
 
 
-def _no_window(place: Place) -> str | None:
-    if place.window and not place.varlen_windows:
+def _no_window(here: KernelConditions) -> str | None:
+    if here.window and not here.varlen_windows:
         return f"that of torch {torch.__version__} takes no sliding window (model.sliding_window)"
     return None
 
 
-def _too_wide(place: Place, most: int) -> str | None:
-    if place.head_dim > most or place.head_dim % 8:
-        return f"head_dim is {place.head_dim}; it needs a multiple of 8 up to {most}"
+def _too_wide(here: KernelConditions, most: int) -> str | None:
+    if here.head_dim > most or here.head_dim % 8:
+        return f"head_dim is {here.head_dim}; it needs a multiple of 8 up to {most}"
     return None
 
 
-def _varies(place: Place) -> str | None:
+def _varies(here: KernelConditions) -> str | None:
     """For kernels whose backward adds up in any order, and that torch's deterministic mode cannot change.
 
     torch's own flash and memory-efficient kernels obey it (its notes on randomness, "CUDA SDPA"; varlen is the former),
     flash_attn takes an argument (2.4.1 on), flex has each gradient summed by one program (no atomics in its backward
     template).
     """
-    return "its gradients differ from run to run (deterministic: true)" if place.deterministic else None
+    return "its gradients differ from run to run (deterministic: true)" if here.deterministic else None
 
 
-def _missing(place: Place, package: str) -> str | None:
-    return None if package in place.installed else f"the package {package} is not installed"
+def _missing(here: KernelConditions, package: str) -> str | None:
+    return None if package in here.installed else f"the package {package} is not installed"
 
 
-def refusal(impl: str, place: Place) -> str | None:
+def refusal(impl: str, here: KernelConditions) -> str | None:
     """Why this kernel cannot be used here; None if it can."""
     match impl:
         case "sdpa" | "eager":
             return None
         case "sdpa_flash":
-            on_gpu = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place)
-            return _masked(place) if place.device_type == "cpu" else on_gpu or _too_wide(place, 256)
+            on_gpu = _not_cuda(here, (8, 0)) or _not_half(here) or _masked(here)
+            return _masked(here) if here.device_type == "cpu" else on_gpu or _too_wide(here, 256)
         case "sdpa_cudnn_first":
-            return _not_cuda(place, (9, 0)) or _not_half(place) or _masked(place) or _varies(place)
+            return _not_cuda(here, (9, 0)) or _not_half(here) or _masked(here) or _varies(here)
         case "sdpa_cudnn":
-            unfit = _not_cuda(place, (8, 0)) or _not_half(place) or _masked(place)
-            return unfit or _too_wide(place, 128) or _varies(place)
+            unfit = _not_cuda(here, (8, 0)) or _not_half(here) or _masked(here)
+            return unfit or _too_wide(here, 128) or _varies(here)
         case "flex":
-            return _not_cuda(place, (7, 5))
+            return _not_cuda(here, (7, 5))
         case "varlen":
-            return _not_cuda(place, (8, 0)) or _not_half(place) or _no_window(place) or _too_wide(place, 256)
+            return _not_cuda(here, (8, 0)) or _not_half(here) or _no_window(here) or _too_wide(here, 256)
         case "xformers":
-            unfit = _missing(place, "xformers") or _not_cuda(place, (8, 0)) or _not_half(place)
-            return unfit or _too_wide(place, 256) or _varies(place)
+            unfit = _missing(here, "xformers") or _not_cuda(here, (8, 0)) or _not_half(here)
+            return unfit or _too_wide(here, 256) or _varies(here)
         case "flash_attn":
-            unfit = _missing(place, "flash_attn") or _not_cuda(place, (8, 0)) or _not_half(place)
-            return unfit or _too_wide(place, 256)
+            unfit = _missing(here, "flash_attn") or _not_cuda(here, (8, 0)) or _not_half(here)
+            return unfit or _too_wide(here, 256)
     return "there is no such implementation"
 
 
@@ -151,16 +151,16 @@ ALL_IMPLS = (
 )
 
 
-def choose(impl: str, place: Place) -> str:
+def choose(impl: str, here: KernelConditions) -> str:
     """The kernel that runs for `attn_impl: <impl>`. Raises ConfigError if what is named cannot be had."""
     if impl == "auto":
-        causal = _BEST_CAUSAL_ON_HOPPER if place.capability[0] == 9 else _BEST_CAUSAL
-        best = _BEST_MASKED if place.doc_mask or place.window else causal
-        return next(each for each in best if refusal(each, place) is None)
-    reason = refusal(impl, place)
+        causal = _BEST_CAUSAL_ON_HOPPER if here.capability[0] == 9 else _BEST_CAUSAL
+        best = _BEST_MASKED if here.doc_mask or here.window else causal
+        return next(each for each in best if refusal(each, here) is None)
+    reason = refusal(impl, here)
     if reason is None:
         return impl
-    fitting = [each for each in ALL_IMPLS if refusal(each, place) is None]
+    fitting = [each for each in ALL_IMPLS if refusal(each, here) is None]
     raise ConfigError(f"model.attn_impl {impl}: {reason}; here these work: {', '.join(fitting)} (or auto)")
 
 
@@ -171,7 +171,7 @@ def installed() -> frozenset[str]:
 
 def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc_mask: bool) -> str:
     """The kernel for this model on this machine: never "auto". Raises ConfigError with the reason and what fits."""
-    place = Place(
+    here = KernelConditions(
         device_type=device_type,
         capability=torch.cuda.get_device_capability() if device_type == "cuda" else (0, 0),
         dtype=dtype,
@@ -181,7 +181,7 @@ def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc
         installed=installed(),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return choose(args.attn_impl, place)
+    return choose(args.attn_impl, here)
 
 
 # -- documents -----------------------------------------------------------------------------------------------------

@@ -162,11 +162,11 @@ def _torch_rows() -> list[Diagnosis]:
     import torch.distributed as dist
     from torch.cuda.nccl import version as nccl_version
 
-    from lingua.model.attention import ALL_IMPLS, Place, installed, refusal
+    from lingua.model.attention import ALL_IMPLS, KernelConditions, installed, refusal
 
     on_gpu = torch.cuda.is_available()
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if on_gpu else []
-    place = Place(
+    place = KernelConditions(
         device_type="cuda" if on_gpu else "cpu",
         capability=torch.cuda.get_device_capability() if on_gpu else (0, 0),
         dtype=torch.bfloat16,

@@ -12,7 +12,15 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.model import LlamaArgs
 from lingua.distributed.compile import let_length_vary
 from lingua.model import attention
-from lingua.model.attention import Place, attend, build_mask, choose, document_bounds, refusal, resolve_attn_impl
+from lingua.model.attention import (
+    KernelConditions,
+    attend,
+    build_mask,
+    choose,
+    document_bounds,
+    refusal,
+    resolve_attn_impl,
+)
 from tests import packed_kernels
 from tests.packed_kernels import row_documents
 
@@ -20,7 +28,7 @@ NAMES = ["sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "varlen
 BOTH = frozenset({"xformers", "flash_attn"})
 
 
-def place(device_type: str = "cuda", **keys: object) -> Place:
+def place(device_type: str = "cuda", **keys: object) -> KernelConditions:
     facts: dict[str, object] = {
         "capability": (9, 0) if device_type == "cuda" else (0, 0),
         "dtype": torch.bfloat16,
@@ -30,7 +38,7 @@ def place(device_type: str = "cuda", **keys: object) -> Place:
         "installed": BOTH,
         "varlen_windows": False,
     }
-    return Place(device_type=device_type, **(facts | keys))  # pyright: ignore[reportArgumentType]
+    return KernelConditions(device_type=device_type, **(facts | keys))  # pyright: ignore[reportArgumentType]
 
 
 # -- the decision, by tables ---------------------------------------------------------------------------------------
@@ -61,7 +69,7 @@ WORKING = [
 
 
 @pytest.mark.parametrize(("here", "working"), WORKING)
-def test_what_works_where(here: Place, working: list[str]) -> None:
+def test_what_works_where(here: KernelConditions, working: list[str]) -> None:
     assert [name for name in NAMES if refusal(name, here) is None] == working
 
 
@@ -79,7 +87,7 @@ def test_what_works_where(here: Place, working: list[str]) -> None:
         (place("cpu", doc_mask=True, window=True), "sdpa"),
     ],
 )
-def test_auto_is_the_best_that_fits(here: Place, best: str) -> None:
+def test_auto_is_the_best_that_fits(here: KernelConditions, best: str) -> None:
     assert choose("auto", here) == best
 
 
@@ -110,7 +118,7 @@ def test_auto_is_the_best_that_fits(here: Place, best: str) -> None:
         ),
     ],
 )
-def test_what_is_asked_is_refused_with_reason_and_remedy(impl: str, here: Place, sentence: str) -> None:
+def test_what_is_asked_is_refused_with_reason_and_remedy(impl: str, here: KernelConditions, sentence: str) -> None:
     with pytest.raises(ConfigError, match=f"model.attn_impl {impl}: .*{sentence}"):
         choose(impl, here)
 
@@ -164,7 +172,7 @@ def test_all_kernels_that_run_here_agree(kv_heads: int, documents: bool, window:
     expected = by_hand(q, k, v, DOC_IDS if documents else None, window)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), (q, k, v))
     capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (0, 0)
-    here = Place(DEVICE, capability, DTYPE, WIDTH, documents, window is not None, attention.installed())
+    here = KernelConditions(DEVICE, capability, DTYPE, WIDTH, documents, window is not None, attention.installed())
     for impl in NAMES:
         if refusal(impl, here) is not None:
             continue
@@ -245,7 +253,7 @@ def assert_like_eager(impl: str, doc_ids: np.ndarray | None, kv_heads: int, wind
 @pytest.mark.parametrize("window", [None, 1, 7, SEQ_LEN])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_packed_documents_are_those_of_the_mask(packed: str, kv_heads: int, window: int | None) -> None:
-    if packed == "varlen" and window is not None and window < SEQ_LEN and not Place.varlen_windows:
+    if packed == "varlen" and window is not None and window < SEQ_LEN and not KernelConditions.varlen_windows:
         pytest.skip("refused with this torch")
     generator = np.random.default_rng(kv_heads)
     for n_rows, n_documents in ((1, 1), (2, 4), (3, SEQ_LEN)):  # the last: mostly of one position
@@ -330,7 +338,7 @@ def test_documents_in_any_number_are_one_graph(packed: str) -> None:
 def test_compiled_kernels_agree_on_documents_and_wait_for_nothing(impl: str, window: int | None) -> None:
     """In bf16, in one graph, with shared heads, at a size of which the kernels have several blocks."""
     n_rows, seq_len, width = 3, 512, 64
-    here = Place(
+    here = KernelConditions(
         "cuda", torch.cuda.get_device_capability(), DTYPE, width, True, window is not None, attention.installed()
     )
     reason = refusal(impl, here)
