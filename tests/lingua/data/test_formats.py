@@ -137,7 +137,7 @@ def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     args = in_format(tmp_path, "tokens")
     path = tmp_path / "made" / "big" / "big.chunk.00.jsonl.tokens"
     (tmp_path / "ranks").write_text("YQ== 0\n")
-    other = TokenizerArgs(name="tiktoken", path=str(tmp_path / "ranks"))
+    other = TokenizerArgs(name="tiktoken", path=str(tmp_path / "ranks"), split="cl100k")
     with pytest.raises(ConfigError, match=r"made by tokenizer bytes, and data.tokenizer is tiktoken:[0-9a-f]{16}; set"):
         build_loader(args.model_copy(update={"tokenizer": other}), rows_per_step=G)
     with pytest.raises(ConfigError, match="made from field 'text or content'"):

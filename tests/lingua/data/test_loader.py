@@ -53,26 +53,6 @@ def test_changing_world_size_twice_in_mid_run(tmp_path: Path, changed: dict[str,
     assert state == last
 
 
-@pytest.mark.parametrize("n_lanes", [1, 5, 64])
-def test_each_document_once_per_epoch_also_with_fewer_documents_than_lanes(tmp_path: Path, n_lanes: int) -> None:
-    texts = [f"({i})" for i in range(7)]
-    write_source(tmp_path, "s", texts)
-    args = data_args(tmp_path, sources={"s": 1}, lanes=n_lanes, batch_size=1, seq_len=5, n_views=1)
-    with build_loader(args, rows_per_step=1) as loader:
-        lanes: dict[int, list[int]] = {lane: [] for lane in range(n_lanes)}
-        for _ in range(28 * n_lanes):  # rows of one document each
-            batch = next(loader)
-            lanes[int(batch.rows[0]) % n_lanes] += batch.views[0, 0].tolist()
-        spread = loader.stats()["data/epoch_spread/s"]
-    counts = dict.fromkeys(texts, 0)
-    for ids in lanes.values():
-        for at in range(0, len(ids), 5):
-            counts["".join(map(chr, ids[at + 1 : at + 4]))] += 1
-    # All lanes together have read 4 * n_lanes epochs; lanes differ by as much as the spread tells.
-    assert sum(counts.values()) == 28 * n_lanes
-    assert max(counts.values()) - min(counts.values()) <= 4 * (spread + 1)
-
-
 def test_the_golden_order(tmp_path: Path) -> None:
     """Runs in flight depend on this order: their checkpoints continue in it, to the token.
 
@@ -151,6 +131,7 @@ def test_state_is_a_few_hundred_bytes_per_lane(tmp_path: Path) -> None:
             r"big: weight was 3.0 and is 1.0 now\n.*accept_change=[0-9a-f]+",
         ),
         ({"sources": {"big": 3.0}}, "small is gone"),
+        ({"sources": {"big": 1.0}, "accept_change": "0123"}, "not those the run began with"),  # a stale acceptance
         ({"sources": {"big": 3.0, "small": 1.0, "new": 2.0}}, "new is new"),
     ],
 )
@@ -200,13 +181,6 @@ def accepted(args: DataArgs, state: dict[str, Any]) -> DataArgs:
     with pytest.raises(ConfigError) as refusal:
         build_loader(args, rows_per_step=G, state=state)
     return args.model_copy(update={"accept_change": str(refusal.value).rpartition("=")[2]})
-
-
-def test_a_stale_acceptance_is_refused(tmp_path: Path) -> None:
-    two_sources(tmp_path)
-    _, state = run_steps(data_args(tmp_path), 1)
-    with pytest.raises(ConfigError, match="not those the run began with"):
-        build_loader(data_args(tmp_path, sources={"big": 1.0}, accept_change="0123"), rows_per_step=G, state=state)
 
 
 def test_changed_weights_choose_from_here_on(tmp_path: Path) -> None:
@@ -300,3 +274,9 @@ def test_bad_lines_are_counted_for_the_metrics(tmp_path: Path) -> None:
         assert stats["data/bad_lines"] >= 4
         assert stats["data/bad_lines"] == stats["data/bad_lines/blank"] + stats["data/bad_lines/not_json"]
         assert stats["data/lines"] >= 104
+
+
+def test_lanes_of_a_source_with_one_block_begin_in_epochs_of_their_own(tmp_path: Path) -> None:
+    write_source(tmp_path, "s", ["one"], n_files=1)
+    with build_loader(data_args(tmp_path, sources={"s": 1.0}, lanes=3, batch_size=1), rows_per_step=3) as loader:
+        assert (loader.stats()["data/epoch/s"], loader.stats()["data/epoch_spread/s"]) == (1, 2)
