@@ -9,9 +9,9 @@ from pathlib import Path
 import orjson
 import pytest
 
-import lingua.run.lock
-import lingua.train.build
+from lingua.run import lock
 from lingua.run.metrics import read_metrics
+from lingua.train import build
 from tests.cli import Lingua
 from tests.no_torch import said_without_torch
 from tests.trainer import TINY, Trainer, at_step, kill_self, losses, published, send_self, train
@@ -105,7 +105,7 @@ def test_a_run_is_stopped_from_the_login_node(lingua: Lingua, tmp_path: Path):
     reached, reached_here = os.pipe()
 
     def hook(rank: int) -> None:
-        setattr(lingua.run.lock, "BEAT_S", 0.05)  # noqa: B010
+        setattr(lock, "BEAT_S", 0.05)  # noqa: B010
         at_step(3, lambda: os.write(reached_here, b"."), on_rank=0)(rank)
 
     words = [*TINY, f"dump_dir={tmp_path}", "steps=1000000", "optim.scheduler=constant"]
@@ -132,7 +132,7 @@ def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(lingua: Lin
     reached, reached_here = os.pipe()
 
     def hook(rank: int) -> None:
-        setattr(lingua.run.lock, "BEAT_S", 0.05)  # noqa: B010
+        setattr(lock, "BEAT_S", 0.05)  # noqa: B010
         at_step(3, send_self("SIGUSR1"), on_rank=1)(rank)
         at_step(8, lambda: os.write(reached_here, b"."), on_rank=0)(rank)
 
@@ -165,13 +165,13 @@ def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(lingua: Lin
 
 def test_a_start_is_stopped_too(tmp_path: Path):
     def hook(rank: int) -> None:
-        setattr(lingua.run.lock, "BEAT_S", 0.05)  # noqa: B010
+        setattr(lock, "BEAT_S", 0.05)  # noqa: B010
 
         def ask_and_hang(args: object) -> None:
-            lingua.run.lock.ask_to_stop(tmp_path, 1)
+            lock.ask_to_stop(tmp_path, 1)
             threading.Event().wait()
 
-        setattr(lingua.train.build, "build_tokenizer", ask_and_hang)  # noqa: B010
+        setattr(build, "build_tokenizer", ask_and_hang)  # noqa: B010
 
     assert train([*TINY, "steps=3", f"dump_dir={tmp_path}"], hook=hook).exit_code == 130
     assert train([*TINY, "steps=3", f"dump_dir={tmp_path}"]).exit_code == 0
