@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_service_that_ends_at_once_is_started_a_few_times(tmp_path: Path):
     there.close()
 
 
-def test_a_service_that_hangs_at_its_start_is_told(tmp_path: Path):
+def test_a_service_that_hangs_at_its_start_is_reported(tmp_path: Path):
     there = coordinator_of(tmp_path, lambda *where: Running())
     with pytest.raises(RunError, match="did not start within 30 s"):
         there.open()
@@ -159,7 +160,7 @@ def test_node_of(places: list[object], rank: int, expected: Node) -> None:
     assert expected.leader == expected.ranks[0]
 
 
-# -- the start before ours -----------------------------------------------------------------------------------------
+# -- the attempt before ours ---------------------------------------------------------------------------------------
 
 ELSEWHERE = Owner(host="elsewhere", boot_id="b", pid=1)
 
@@ -169,12 +170,6 @@ def a_writer(root: Path, owner: Owner) -> Path:
     path = ServedRun("run", root, root, 1).writer_file(5, 0)
     write_json(path, vars(owner))
     return path
-
-
-def test_nobody_writes(tmp_path: Path) -> None:
-    clock = Clock()
-    await_older_writers(tmp_path, 2, this_process(), now=clock.now, sleep=clock.sleep)
-    assert clock.now() == 1000.0
 
 
 def test_a_writer_on_this_machine_is_waited_for_until_it_is_done(tmp_path: Path) -> None:
@@ -209,8 +204,9 @@ def test_one_elsewhere_counts_as_long_as_it_shows_itself(tmp_path: Path) -> None
     assert clock.now() - 1100.0 == pytest.approx(SILENT_BEATS * BEAT_S, abs=1.5)
 
 
-def test_one_whose_job_was_requeued_is_dead(tmp_path: Path) -> None:
+def test_nobody_and_one_whose_job_was_requeued_are_not_waited_for(tmp_path: Path) -> None:
     clock = Clock()
-    a_writer(tmp_path, Owner(host="elsewhere", boot_id="b", pid=1, slurm_job_id="7", slurm_restarts=0))
+    await_older_writers(tmp_path, 2, this_process("7", 1), now=clock.now, sleep=clock.sleep)
+    a_writer(tmp_path, replace(ELSEWHERE, slurm_job_id="7"))
     await_older_writers(tmp_path, 2, this_process("7", 1), now=clock.now, sleep=clock.sleep)
     assert clock.now() == 1000.0

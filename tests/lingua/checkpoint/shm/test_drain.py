@@ -421,7 +421,7 @@ def test_busy_writers(world: World, who: Callable[[], Owner], expected: list[boo
     assert drain.busy_writers(world.root, 3, me) == {}
 
 
-def test_a_link_in_the_passage_is_not_written_through(world: World) -> None:
+def test_a_link_in_the_staging_dir_is_not_written_through(world: World) -> None:
     slot, target = staged(world)
     found = slot.complete()
     assert found is not None
