@@ -38,7 +38,7 @@ Place = Annotated[
 def ls(run: Run, as_json: AsJson = False) -> None:
     """List a run's checkpoints, what is being written, and what was set aside.
 
-    Only reads, so the run may be training or somebody else's. `files` is ok if all files have their full length;
+    Only reads, so the run may be training or belong to another user. `files` is ok if all files have their full length;
     `lingua ckpt verify` reads them. `took` is the time from the snapshot to the .done mark.
     """
     from lingua.checkpoint.tools.status import survey

@@ -72,7 +72,7 @@ usage: python -m apps.main.train [config=]FILE [+OVERLAY ...] [key=value ...] [-
   --accept-change  go on although a key that changes what the run computes is not as it was
   --debug          show tracebacks
 
-`lingua check FILE` tells what would run; `lingua schema --reference` lists every key.
+`lingua check FILE` shows what would run; `lingua schema --reference` lists every key.
 Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a person: Ctrl-C or `lingua stop` (saved),
 2 bad config, 76 hung, 1 other failures."""
 

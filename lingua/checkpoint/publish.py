@@ -161,7 +161,7 @@ def publish(root: Path, step: int, attempt: int, facts: Manifest, *, seconds: fl
         files.remove(half)
     manifest = manifest_bytes(step, attempt, facts)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
-    if target.exists():  # somebody's copy, or what is left of one set aside: not ours to delete
+    if target.exists():  # a user's copy, or the rest of one set aside: not ours to delete
         log.warning("%s has no mark and is in the way of a new checkpoint; it is set aside", target)
         files.rename(target, layout.going(target, attempt, "unmarked"))
         files.rename(layout.going(target, attempt, "unmarked"), layout.aside(target, "unmarked"))
@@ -382,7 +382,7 @@ def _close(root: Path, staging_dir: Path, files: Files) -> None:
         try:
             files.remove_tree(closed)  # and with it folders that are half written or half removed
             return
-        except FileNotFoundError:  # somebody removes it too, or a late writer has moved something
+        except FileNotFoundError:  # another process removes it too, or a late writer has moved something
             if not closed.exists():
                 return
         except OSError as error:

@@ -57,7 +57,7 @@ class BadLines:
         self.kinds[kind] += 1
         where = f"{path}, {position}: {detail}"
         if self._stop:
-            raise DataError(f"{where}; mend the line, or set data.on_bad_line: skip")
+            raise DataError(f"{where}; fix the line, or set data.on_bad_line: skip")
         if not self._quiet and path not in self._reported:
             self._reported.add(path)
             logger.warning("%s; skipped (further ones of this file are only counted)", where)
@@ -65,7 +65,7 @@ class BadLines:
         if self.lines >= _MIN_LINES and bad > self._max_fraction * self.lines:
             raise DataError(
                 f"{bad} of {self.lines} lines are bad, more than data.max_bad_fraction = {self._max_fraction} "
-                f"({dict(self.kinds)}); the last one: {where}; mend the data, or raise data.max_bad_fraction"
+                f"({dict(self.kinds)}); the last one: {where}; fix the data, or raise data.max_bad_fraction"
             )
 
     def counts(self) -> dict[str, int]:
@@ -85,12 +85,12 @@ class SourceFile(NamedTuple):
     n_bytes: int
 
 
-def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "mend data.sources or data.root_dir") -> list[Path]:
+def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "fix data.sources or data.root_dir") -> list[Path]:
     """List a source's files by name: the path itself, or a folder's `*.chunk.*`, or else all but `*.val.*`."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ConfigError(f"{path}: no such file or folder; mend data.sources or data.root_dir")
+        raise ConfigError(f"{path}: no such file or folder; fix data.sources or data.root_dir")
     files = [file for file in path.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
     files = [file for file in files if not file.name.endswith(f".val{suffix}")]
     files = [file for file in files if ".chunk." in file.name] or files
@@ -237,7 +237,7 @@ class BlockedSource(ABC):
         self.bad = bad or BadLines()
         self.files = [file for file in self.open_files(self.find_files(path)) if file.size > 0]
         if not self.files:
-            raise DataError(f"{path}: all files of source {name!r} are empty; mend data.sources or prepare the data")
+            raise DataError(f"{path}: all files of source {name!r} are empty; fix data.sources or prepare the data")
         self.size = sum(file.size for file in self.files)
         self.n_bytes = sum(file.n_bytes for file in self.files)
         self.cut(n_lanes)

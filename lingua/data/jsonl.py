@@ -45,7 +45,7 @@ class JsonlSource(BlockedSource):
                     f"`{'gunzip -k' if packing == 'gz' else 'zstd -d'} {file}` "
                     "(setup/download_prepare_hf_data.py does so by itself)"
                 )
-        remedy = "mend data.sources or data.root_dir"
+        remedy = "fix data.sources or data.root_dir"
         if any(name.endswith(".parquet") for name in every):
             remedy = "it holds parquet files: set `format: parquet` in data.sources"
         return find_files(path, cls.suffix, remedy)

@@ -103,7 +103,7 @@ def _own_folder(stage_to: Path) -> Path:
         root.mkdir(mode=0o700)
     facts = root.lstat()
     if root.is_symlink() or not root.is_dir() or facts.st_uid != os.getuid():
-        raise RunError(f"data.stage_to: {root} belongs to somebody else; choose another folder")
+        raise RunError(f"data.stage_to: {root} belongs to another user; choose another folder")
     root.chmod(0o700)
     return root
 
@@ -158,7 +158,7 @@ def _copy(folder: Path, files: list[StagedFile], stage_to: str) -> None:
 
 
 def _lock(path: Path, how: int) -> int:
-    """Return a locked descriptor. Raises BlockingIOError with LOCK_NB if somebody holds the lock."""
+    """Return a locked descriptor. Raises BlockingIOError with LOCK_NB if another process holds the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, how)

@@ -165,7 +165,7 @@ def open_parquet(path: Path) -> parquet.ParquetFile:
 def _damaged(path: Path, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
         return error
-    return DataError(f"{path}: not a whole parquet file ({error}); copy it again or mend data.sources")
+    return DataError(f"{path}: not a whole parquet file ({error}); copy it again or fix data.sources")
 
 
 def text_columns(path: Path, schema: pa.Schema, fields: TextFields) -> list[str]:

@@ -29,11 +29,11 @@ class Peers:
         self._world_size = world_size
 
     def send(self, message: bytes) -> None:
-        """Tell all ranks; of several messages the first one stands."""
+        """Send a message to all ranks; the first of several wins."""
         self._store.compare_set(_END, "", message.decode())
 
     def received(self) -> bytes | None:
-        """What a rank has told, or None."""
+        """Return the message that a rank sent, or None."""
         return self._store.get(_END) if self._store.check([_END]) else None
 
     def leave(self, within_s: float, sleep: Callable[[float], None] = time.sleep) -> None:

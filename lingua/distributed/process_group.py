@@ -34,7 +34,7 @@ E = TypeVar("E", bound=BaseException)
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where this process stands among the others of its run."""
+    """Rank and world size of this process, and how it reaches the others."""
 
     rank: int = 0
     world_size: int = 1
@@ -212,7 +212,7 @@ def on_each(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> lis
     """
     value, error = _attempt(act)
     answers = gather((value, None if error is None else _sendable(error)), group)
-    _raise_first(error, [told for _, told in answers])
+    _raise_first(error, [failure for _, failure in answers])
     return [value for value, _ in answers]  # pyright: ignore[reportReturnType] - without an error there is one
 
 
@@ -249,9 +249,9 @@ def _raise_first(own: Exception | None, errors: list[RunError | None]) -> None:
 def _without_os_error(error: E) -> E | DiskError:
     if not isinstance(error, OSError):
         return error
-    told = DiskError.of(error)
-    told.__cause__ = error
-    return told
+    failure = DiskError.of(error)
+    failure.__cause__ = error
+    return failure
 
 
 def _sendable(error: Exception) -> RunError:

@@ -63,9 +63,9 @@ def difference(configs: list[dict[str, Any]]) -> str:
     if not differing:
         return ""
     values = [key for key in differing if not key.endswith(_ORDER)]  # a key that is missing changes the order too
-    told = values or differing
-    shown = [_by_rank(key, flat) for key in told[:_SHOWN_KEYS]]
-    more = [f"{len(told) - len(shown)} more keys"] if len(told) > len(shown) else []
+    reported = values or differing
+    shown = [_by_rank(key, flat) for key in reported[:_SHOWN_KEYS]]
+    more = [f"{len(reported) - len(shown)} more keys"] if len(reported) > len(shown) else []
     return (
         f"the ranks do not have the same config: {'; '.join([*shown, *more])}; "
         "start all of them with the same config, command line, environment and code"

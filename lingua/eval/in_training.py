@@ -1,7 +1,7 @@
 """Evaluations by the ranks of a run (`async_eval_gpus: null`), and the choice between that and an evaluator beside it.
 
 After a checkpoint of `checkpoint.eval.every`, and after the last, the ranks measure a copy of the weights that they
-hold, with bit for bit the result of `lingua eval` on that checkpoint. Training stands still meanwhile: its model,
+hold, with bit for bit the result of `lingua eval` on that checkpoint. Training pauses meanwhile: its model,
 random states and data order do not change, and each rank holds the whole model once more, in `eval.generator.dtype`.
 The results become the verdict when the checkpoint is published. A stop asked of any rank ends an evaluation within a
 batch; the next start catches up, with the weights that it has loaded or from the published folder. An evaluation that

@@ -47,7 +47,7 @@ SCRIPT = "follow.sh"
 LEAVE_S = 5.0
 """How long the evaluator may take to leave before the last job is submitted."""
 LAST_JOB_MEM = "1G"
-# What tells a rank its place; an evaluator is not a rank.
+# Variables that make a process a rank; an evaluator is not one.
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
              "MASTER_PORT")  # fmt: skip
 

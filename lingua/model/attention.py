@@ -206,7 +206,7 @@ class RowDocuments:
 
 def document_bounds(doc_ids: np.ndarray) -> np.ndarray:
     """Document numbers (B, S), each in one piece -> int32 (N + 1,): where documents begin in the rows laid end to end,
-    and B S. A document that goes on in the next row begins anew there."""
+    and B S. A document that continues in the next row begins anew there."""
     begins = np.ones(doc_ids.shape, dtype=bool)
     begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     return np.append(np.flatnonzero(begins), doc_ids.size).astype(np.int32)
@@ -338,9 +338,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Te
 
 
 def _packed(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, **how: Any) -> Tensor:
-    """A kernel on the rows laid end to end, (B S, heads, E), told where sequences begin.
+    """A kernel on the rows laid end to end, (B S, heads, E), given where sequences begin.
 
-    None is longer than a row. That is said instead of the longest, which torch.compile would take for a constant.
+    The row length bounds each of them; the longest would be a constant for torch.compile.
     """
     longest = q.shape[1]
     out = kernel(*(each.flatten(0, 1) for each in (q, k, v)), bounds, bounds, longest, longest, **how)

@@ -32,7 +32,7 @@ generates 2.3 times what two do, and 3.8 times beside a busy process.
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one prompt."""
+    """The answer to one prompt."""
 
     text: str
     end: End

@@ -92,7 +92,7 @@ def tensor_shapes(model: LlamaArgs, vocab_size: int) -> dict[str, tuple[int, ...
     return {EMBEDDING: (vocab_size, model.dim), **layers, "norm.weight": (model.dim,), **head}
 
 
-# -- our model, said in theirs ---------------------------------------------------------------------------------------
+# -- our model in their format ---------------------------------------------------------------------------------------
 
 
 def config_json(
@@ -152,7 +152,7 @@ def _architecture(model: LlamaArgs) -> tuple[str, dict[str, Any]]:
     return "LlamaForCausalLM", {"model_type": "llama", "mlp_bias": False}
 
 
-# -- their model, said in ours -----------------------------------------------------------------------------------------
+# -- their model in our format -----------------------------------------------------------------------------------------
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def model_section(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "sliding_window": _window(config),
         }
     except KeyError as error:
-        raise ConfigError(f"{path} lacks {error.args[0]}, which tells the size of the model") from None
+        raise ConfigError(f"{path} lacks {error.args[0]}, which gives the size of the model") from None
     return {**section, "rope_scaling": scaling} if scaling else section
 
 
@@ -210,8 +210,8 @@ _LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """rope_theta and what scales it, from either generation of config.json (transformers 5: rope_parameters)."""
-    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta"), **said}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {"rope_theta": config.get("rope_theta"), **rope}
 
 
 def _window(config: Mapping[str, Any]) -> int | None:

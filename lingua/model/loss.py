@@ -33,7 +33,7 @@ _FP16_ROOM = 64.0
 
 
 LossOfLogits = Callable[[Tensor, Tensor, int | None, float, bool], tuple[Tensor, Tensor | None]]
-"""(logits, labels, vocab_size, z_loss, with_grad) -> (loss sum, gradient): `VocabShard.loss_of_logits` tells more."""
+"""(logits, labels, vocab_size, z_loss, with_grad) -> (loss sum, gradient): see `VocabShard.loss_of_logits`."""
 
 
 class Loss(Protocol):

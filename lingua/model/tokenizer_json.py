@@ -143,7 +143,7 @@ def _as_bpe(args: TokenizerArgs, tokenizer: Tokenizer, add_bos: bool) -> tuple[s
     model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     names = {token: name for name, token in special.items()}
     if any(model.token_to_id(name) != token for name, token in special.items()):
-        raise RunError(f"{args.path}: its special tokens cannot be said in Hugging Face's format")
+        raise RunError(f"{args.path}: Hugging Face's format cannot express its special tokens")
     if model.encode(_SAMPLE, add_special_tokens=False).ids != tokenizer.encode(_SAMPLE, False, False).tolist():
         raise RunError(f"{args.path or args.name}: a tokenizer.json made of it gives other ids, so none is written")
     if add_bos and tokenizer.bos_id is not None:

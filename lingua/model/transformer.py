@@ -34,7 +34,7 @@ class KVCache:
 
     n_slots: int
     end: int = 0
-    """Slots in use: no query of the next pass lies at or behind it. Set by the caller; the host knows it."""
+    """Slots in use: every query of the next pass has a position below it. The caller sets it."""
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of each layer, (B, n_slots, K, E); made by the layer's first pass, in the type it computes in."""
 
@@ -215,7 +215,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the stream."""
+    """Attention and feed-forward, each after a norm and added to the stream."""
 
     def __init__(self, args: LlamaArgs, layer: int) -> None:
         super().__init__()

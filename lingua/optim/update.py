@@ -59,7 +59,7 @@ class LossScale:
 
 
 def is_overflow(loss_sum: float, factor: float) -> bool:
-    """Return whether a smaller factor would mend a step with this loss whose gradient is not finite."""
+    """Return whether a smaller factor would fix a step with this loss whose gradient is not finite."""
     return math.isfinite(loss_sum) and factor > MINIMUM
 
 

@@ -276,7 +276,7 @@ class Profiler:
             log.info("profile: asked for, %s, steps %d to %d, into %s", kind, self._next, last, self._folder)
 
     def _end_asked(self) -> None:
-        """Close the window of the request, and answer whoever waits for it."""
+        """Close the window of the request and answer the waiting caller."""
         assert self._asked is not None
         request, self._asked = self._asked, None
         self._close(request.kinds)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PNG, HTML = "report.png", "report.html"
 AXIS_TITLES = {"loss": "training loss (nats per token)", "held_out": "held-out loss (bits per byte)"}
 _MAX_DOTS = 600
-"""Points of a curve; more cannot be told apart on a page."""
+"""Most points of a curve; a page cannot show more."""
 _MAX_LEGEND = 24
 _MAX_LISTED = 7
 
@@ -40,7 +40,7 @@ _MAX_LISTED = 7
 
 @dataclass(frozen=True)
 class Layout:
-    """Which key is the horizontal axis, and what tells the lines in the picture apart."""
+    """Which key is the horizontal axis, and which keys distinguish the lines."""
 
     x: str
     is_number: bool

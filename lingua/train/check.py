@@ -119,7 +119,7 @@ def _judge(
     found = study(args, world_size, kept, strict_paths=strict_paths)
     about = {key.partition(".")[0] for key in examined.bad_keys}
     about |= _SIZE_KEYS if about & _SIZE_KEYS else set()
-    # What may only follow from a wrong value, which was left out, is not said.
+    # A finding that may only follow from a dropped wrong value is not reported.
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
     errors = [f for f in found.errors if f.key in written or f.key.partition(".")[0] not in about]
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
@@ -189,7 +189,7 @@ def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None =
 def study(
     args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None, *, strict_paths: bool = False
 ) -> Study:
-    """Everything that is to be said about a valid config; `frozen` is that of the run's first attempt."""
+    """Return all findings about a valid config; `frozen` is the config of the run's first attempt."""
     found = Study()
     (found.errors if strict_paths else found.warnings).extend(missing_paths(args))
     found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
@@ -342,7 +342,7 @@ def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     _, step = _place_of(start)
     if step is not None and step >= size.n_steps:
         text = (
-            f"steps is {size.n_steps}, but {start} has {step} steps behind it; raise steps, or count from 0 with "
+            f"steps is {size.n_steps}, but {start} is already at step {step}; raise steps, or count from 0 with "
             f"checkpoint.reset=[{','.join([*reset, 'step'])}]"
         )
         yield Finding("steps", text)

@@ -31,7 +31,7 @@ def config_of(ckpt: str) -> Path:
         for name in (CONFIG_FILE, PARAMS_FILE, huggingface.CONFIG_FILE):
             if (folder / name).is_file():
                 return folder / name
-    raise ConfigError(f"ckpt={ckpt} has no {CONFIG_FILE} near it that tells its model; name one with config=FILE")
+    raise ConfigError(f"ckpt={ckpt} has no {CONFIG_FILE} near it that describes its model; name one with config=FILE")
 
 
 def described(config: Path) -> TrainArgs:

@@ -97,7 +97,7 @@ def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: St
     try:
         dp_replicate, dp_shard, tp_size = args.distributed.degrees(world_size)
     except ValueError as error:
-        found.errors.append(Finding("distributed", f"distributed: {error}; mend the degrees or the number of ranks"))
+        found.errors.append(Finding("distributed", f"distributed: {error}; fix the degrees or the number of ranks"))
         return None
     dp_size, batch_size = dp_replicate * dp_shard, args.data.batch_size
     rows = _rows_per_step(args, dp_size, frozen, found)

@@ -168,7 +168,7 @@ def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
     return args.model.recomputed_flops_per_token(args.data.seq_len, blocks, attention)
 
 
-# -- what the user is told ---------------------------------------------------------------------------------------
+# -- messages to the user ---------------------------------------------------------------------------------------
 
 
 def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:

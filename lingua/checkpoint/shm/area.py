@@ -4,8 +4,8 @@ The name of a slot's mark says who may touch the slot, and a mark changes by one
 slot and the service wants to drain it, one of them wins and the other knows. A slot without a mark is being changed and
 belongs to nobody who asks. A slot is complete only when every rank of the node has reported so for the same save. The
 names can be guessed on a shared machine, so a link or another user's folder is refused. All that a save writes is
-allocated when the slots are made, and is overwritten in place: whoever fills the memory file system later, its bytes or
-its names, keeps no save from it.
+allocated with the slots and overwritten in place, so a save still works after others have used up the memory file
+system's bytes or inodes.
 
 /dev/shm/lingua-<uid>/<run>-<hash of its path>/     an area: one run on one node; only its user may look inside
     trainer.lock       locked (shared) by every rank of the node
@@ -183,7 +183,7 @@ class Slot:
             raise
 
     def change(self, old: State, new: State, *, files: Files = DISK) -> bool:
-        """Change the state; return False if somebody else was faster."""
+        """Change the state; return False if another process was faster."""
         try:
             files.rename(self.mark(old), self.mark(new))
         except FileNotFoundError:

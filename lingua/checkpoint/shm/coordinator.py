@@ -333,7 +333,7 @@ class Coordinator:
         everywhere = set.intersection(*(report.usable for report in reports))
         is_gone = any(report.is_gone for report in reports)
         if is_gone or not everywhere:
-            gone = [f"{self.area.folder} was removed by somebody"] if is_gone else []
+            gone = [f"{self.area.folder} was removed by another process"] if is_gone else []
             raise NoSlotError("; ".join(problems + gone) or "no slot could be allocated")
         for problem in problems if self._ranks.rank == 0 else ():
             log.error("%s", problem)

@@ -13,7 +13,7 @@ AttnImpl = Literal[
     "auto", "sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "varlen", "xformers", "flash_attn", "eager"
 ]
 
-# What lingua/model/attention.py refuses wherever it runs; the rest depends on the device and is told at the start.
+# What lingua/model/attention.py refuses on every device; the rest depends on the device and is checked at the start.
 _NO_MASK = ("sdpa_flash", "sdpa_cudnn", "sdpa_cudnn_first")
 _GPU_ONLY = ("sdpa_cudnn", "sdpa_cudnn_first", "flex", "varlen", "xformers", "flash_attn")
 _NOT_DETERMINISTIC = ("sdpa_cudnn", "sdpa_cudnn_first", "xformers")  # atomic additions in backward

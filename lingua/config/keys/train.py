@@ -106,7 +106,7 @@ class TrainArgs(Args):
     """What the evaluator measures at each checkpoint of checkpoint.eval. Null: nothing."""
     async_eval_gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs of an evaluation outside of the training process: a Slurm job for each checkpoint within a job, elsewhere a
-    process beside the run. 0: on CPU. Null: evaluate in the training process, which stands still meanwhile."""
+    process beside the run. 0: on CPU. Null: evaluate in the training process, which pauses for it."""
     launcher: LauncherArgs = LauncherArgs()
     slurm: SlurmArgs | None = None
     """What an evaluation job asks for, as Meta Lingua writes it. eval.launcher, where it is set, counts instead."""

@@ -374,7 +374,7 @@ def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
         make_folders(root, files=files)
         facts = root.lstat()
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():  # /tmp belongs to everybody
-            raise RunError(f"{root} belongs to somebody else; choose another --tmp_dir")
+            raise RunError(f"{root} belongs to another user; choose another --tmp_dir")
         root.chmod(0o700)
         for other in root.iterdir():
             if other != folder:

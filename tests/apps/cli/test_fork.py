@@ -69,7 +69,7 @@ def test_a_run_that_may_not_be_written_to(origin: Path, tmp_path: Path, monkeypa
         (3, ["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr"),
         (3, ["dump_dir=x"], "dump_dir follows from RUN@STEP and NEW; remove dump_dir=x"),
         (3, ["checkpoint.init_ckpt_path=x"], "checkpoint.init_ckpt_path follows from RUN@STEP and NEW"),
-        (6, [], r"steps is 6, but .*@6 has 6 steps behind it; .* checkpoint\.reset=\[step\]"),
+        (6, [], r"steps is 6, but .*@6 is already at step 6; .* checkpoint\.reset=\[step\]"),
         (6, ["checkpoint.reset=[data]"], r"count from 0 with checkpoint\.reset=\[data,step\]"),
         (3, ["model.dim=64"], r"model\.dim: 32 -> 64: .* parameters, this model .*; set it back"),
         (3, ["data.seq_len=16"], "seq_len was 32 and is 16 now"),

@@ -138,7 +138,7 @@ def test_a_folder_that_somebody_else_put_there_is_refused(tmp_path: Path) -> Non
     args = fast_args(tmp_path)
     (tmp_path / "fast").mkdir()
     (tmp_path / "fast" / f"lingua-{os.getuid()}").symlink_to(tmp_path / "data")
-    with pytest.raises(RunError, match="belongs to somebody else"):
+    with pytest.raises(RunError, match="belongs to another user"):
         staged(args).__enter__()
 
 

@@ -271,7 +271,7 @@ def test_a_run_to_go_on_from(tmp_path: Path) -> None:
     assert found(f"{tmp_path}/run@50") == ([], [])
     for start in (f"{tmp_path}/run@100", f"{tmp_path}/run"):
         (error,), _ = found(start, "data")
-        assert "has 100 steps behind it; raise steps, or count from 0 with checkpoint.reset=[data,step]" in error
+        assert "is already at step 100; raise steps, or count from 0 with checkpoint.reset=[data,step]" in error
         assert found(start, "step") == ([], [])
     assert found(f"{tmp_path}/run@7")[1] == [f"checkpoint.init_ckpt_path {tmp_path}/run@7 is not on this machine"]
 
