@@ -71,7 +71,7 @@ def read_attempts(folder: Path, me: Owner, now: Callable[[], float]) -> tuple[Ev
 
 
 def logged_evaluations(file: Path) -> set[tuple[int, int]]:
-    """Return (step, start that saved the checkpoint) of each line of a metrics.eval.jsonl."""
+    """Return (step, attempt that saved the checkpoint) of each line of a metrics.eval.jsonl."""
     return {(r["global_step"], r.get("incarnation", 0)) for r in read_metrics(file) if "global_step" in r}
 
 
@@ -224,14 +224,14 @@ class Evaluator:
         except FileNotFoundError:
             return None
         facts = publish.mark_facts(self.root, step)
-        incarnation: int = facts.get("incarnation", 0)
+        saved_by: int = facts.get("incarnation", 0)
         return Candidate(
             step,
             float(facts.get("created_at", published_at_s)),
             verdict(self.run_dir, self.root, step),
-            (step, incarnation) in logged,
+            (step, saved_by) in logged,
             read_attempts(layout.evaluation(self.run_dir, step), self._me, self._now),
-            (layout.found(self.run_dir, step, incarnation) / layout.RESULTS).is_file(),
+            (layout.found(self.run_dir, step, saved_by) / layout.RESULTS).is_file(),
         )
 
     def _decide(self) -> Decision:
@@ -286,28 +286,28 @@ class Evaluator:
         path = attempt_file(layout.evaluation(self.run_dir, step), number)
         write_json(path, {"end": end, "at_s": self._now(), "why": why}, files=self._files)
 
-    def evaluate_ahead(self, step: int, incarnation: int) -> None:
-        """Evaluate what start `incarnation` has saved but not published yet; the results count from the publication.
+    def evaluate_ahead(self, step: int, saved_by: int) -> None:
+        """Evaluate what attempt `saved_by` of the run has saved but not published yet; results count once it is.
 
         `measure` must have the weights itself: the checkpoint that it gets does not exist yet. A failure is final.
         """
         try:
             with self._claim(step) as lock:
-                folder = layout.found(self.run_dir, step, incarnation)
+                folder = layout.found(self.run_dir, step, saved_by)
                 make_folders(folder, files=self._files)
-                if self._attempt(step, incarnation, lock, folder, lambda: None):
+                if self._attempt(step, saved_by, lock, folder, lambda: None):
                     self._end_attempt(step, lock.attempt, "found", "waits for the publication")
         except (OSError, RunError) as error:
             log.error("step %d is not evaluated before its publication: %s", step, error)
 
     def _evaluate(self, step: int, lock: RunLock) -> None:
-        incarnation, limit_s = publish.attempt_of(self.root, step), 3600 * self._args.max_pinned_hours
+        saved_by, limit_s = publish.attempt_of(self.root, step), 3600 * self._args.max_pinned_hours
         with pinned(self.root, step, "eval", lease_s=LEASE_S, limit_s=limit_s, now=self._now) as renew:
-            is_done = self._attempt(step, incarnation, lock, layout.evaluation(self.run_dir, step), renew)
+            is_done = self._attempt(step, saved_by, lock, layout.evaluation(self.run_dir, step), renew)
         if is_done:
             self._record(step)
 
-    def _attempt(self, step: int, incarnation: int, lock: RunLock, folder: Path, renew: Callable[[], None]) -> bool:
+    def _attempt(self, step: int, saved_by: int, lock: RunLock, folder: Path, renew: Callable[[], None]) -> bool:
         """Measure, and write the results into `folder`. If that fails, record how it ended and return False."""
         checkpoint = Checkpoint(layout.folder(self.root, step), self.root, step, self.run_dir)
         began_s, ended = self._now(), partial(self._end_attempt, step, lock.attempt)
@@ -317,7 +317,7 @@ class Evaluator:
             found = dict(self._measure(checkpoint, self._beat(lock, renew)))
             self._check_ours(lock)
             seconds = self._now() - began_s
-            write_results(folder, self._facts(step, incarnation, seconds=round(seconds, 3)), found, files=self._files)
+            write_results(folder, self._facts(step, saved_by, seconds=round(seconds, 3)), found, files=self._files)
         except LostError as error:
             log.warning("leaving the evaluation of step %d: %s", step, error)
             return False
@@ -339,8 +339,8 @@ class Evaluator:
         log.info("step %d is evaluated, in %.1f s", step, seconds)
         return True
 
-    def _facts(self, step: int, incarnation: int, **more: Any) -> dict[str, Any]:
-        return {"version": 1, "global_step": step, "incarnation": incarnation, "created_at": self._now(), **more}
+    def _facts(self, step: int, saved_by: int, **more: Any) -> dict[str, Any]:
+        return {"version": 1, "global_step": step, "incarnation": saved_by, "created_at": self._now(), **more}
 
     def _beat(self, lock: RunLock, renew: Callable[[], None]) -> Beat:
         began_s = looked_s = self._now()
@@ -369,12 +369,12 @@ class Evaluator:
 
     def _adopt(self, step: int) -> None:
         """Make results that exist already the verdict."""
-        incarnation = publish.attempt_of(self.root, step)
-        there = read_results(layout.found(self.run_dir, step, incarnation))
+        saved_by = publish.attempt_of(self.root, step)
+        there = read_results(layout.found(self.run_dir, step, saved_by))
         if there is None:
             return
         written, found = there
-        facts = self._facts(step, incarnation, **{k: written[k] for k in ("seconds",) if k in written})
+        facts = self._facts(step, saved_by, **{k: written[k] for k in ("seconds",) if k in written})
         facts["created_at"] = written.get("created_at", facts["created_at"])
         write_results(layout.evaluation(self.run_dir, step), facts, found, files=self._files)
         self._record(step)

@@ -64,12 +64,12 @@ def make_measures(args: TrainArgs, world: World) -> Measures | None:
 
 
 def make_evaluation(
-    run: Run, watchdog: Watchdog, measures: Measures | None, metrics: MetricLogger | None, incarnation: int
+    run: Run, watchdog: Watchdog, measures: Measures | None, metrics: MetricLogger | None, attempt: int
 ) -> Evaluation:
     """Return how this run sees to its evaluations. `measures`: from `make_measures`."""
     args, place = run.args, run.world.rank_info
     if measures is not None:
-        return InTraining(run, watchdog, measures, metrics, incarnation)
+        return InTraining(run, watchdog, measures, metrics, attempt)
     if args.eval is None or not args.eval.automatic or not run.world.is_main:
         return Evaluation()
     assert args.async_eval_gpus is not None
@@ -96,12 +96,12 @@ class InTraining(Evaluation):
         watchdog: Watchdog,
         measures: Measures,
         metrics: MetricLogger | None,
-        incarnation: int,
+        attempt: int,
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run, self._watchdog, self._measures, self._now = run, watchdog, measures, now
-        self._incarnation = incarnation
+        self._attempt = attempt
         self._ranks = Together(self._measure)
         self._period = run.args.checkpoint.eval
         self._n_begun = 0
@@ -136,7 +136,7 @@ class InTraining(Evaluation):
         def act(evaluator: Evaluator) -> None:
             if not report.published:
                 self._ahead.add(report.step)
-                evaluator.evaluate_ahead(report.step, self._incarnation)
+                evaluator.evaluate_ahead(report.step, self._attempt)
             evaluator.catch_up()
 
         return self._together(act)

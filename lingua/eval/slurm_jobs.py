@@ -56,11 +56,11 @@ class EvalJobs:
         """Return the results of the checkpoint's job. Raises RunError if it ended without results."""
         assert checkpoint.root is not None
         assert checkpoint.step is not None
-        incarnation = publish.attempt_of(checkpoint.root, checkpoint.step)
-        folder = layout.found(self.run_dir, checkpoint.step, incarnation)
+        saved_by = publish.attempt_of(checkpoint.root, checkpoint.step)
+        folder = layout.found(self.run_dir, checkpoint.step, saved_by)
         if (there := read_results(folder)) is not None:
             return there[1]
-        name = f"eval-{(checkpoint.root / layout.RUN_ID).read_text().strip()}-{checkpoint.step}-{incarnation}"
+        name = f"eval-{(checkpoint.root / layout.RUN_ID).read_text().strip()}-{checkpoint.step}-{saved_by}"
         self._submit(folder, name, checkpoint.step)
         try:
             return self._wait(folder, name, beat)
