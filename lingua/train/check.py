@@ -30,6 +30,8 @@ from lingua.train.earlier import Earlier, read_earlier
 from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, tokenizer_is_there
 
 _GIB = 1 << 30
+MAX_LIKELY_LR = 1.0
+"""Learning rate above which `check` warns: the largest that optimizers here train with is 0.02 (Muon, `original`)."""
 _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 
@@ -355,6 +357,8 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     """Yield what can run but was hardly meant."""
     if args.steps is None and size.how_long == "default":
         yield Finding("steps", f"no length is given; {DEFAULT_STEPS} steps are assumed")
+    if args.optim.lr > MAX_LIKELY_LR:
+        yield Finding("optim.lr", f"optim.lr is {args.optim.lr:g}; a rate above {MAX_LIKELY_LR:g} hardly ever trains")
     if args.optim.warmup >= size.n_steps > 0:
         text = f"optim.warmup is {args.optim.warmup} steps, but the run has {size.n_steps}; its peak is never reached"
         yield Finding("optim.warmup", text)

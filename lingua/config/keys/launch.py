@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lingua.config.base import Args, Text
 
@@ -20,12 +21,29 @@ class LaunchEnvArgs(Args):
     """Variables to take away."""
 
 
+def _spelled(pattern: str, form: str) -> AfterValidator:
+    """Return a validator of text that sbatch must understand: empty, or all of `pattern`."""
+
+    def check(text: str) -> str:
+        if text and not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError(f"{text!r} is not {form}; sbatch would refuse it")
+        return text
+
+    return AfterValidator(check)
+
+
+# The forms of --time and --mem in sbatch(1).
+_TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"
+TimeLimit = Annotated[Text, _spelled(_TIME, 'a time limit such as 90 (minutes), "8:00:00" or "2-00:00:00"')]
+Memory = Annotated[Text, _spelled(r"\d+[KMGTkmgt]?", 'an amount of memory such as "64G"')]
+
+
 class ResourceArgs(Args):
     """Resources that have the same name in `launcher`, `eval.launcher` and `slurm`."""
 
     nodes: Annotated[int, Field(ge=1)] = 1
     """Nodes."""
-    mem: Text = ""
+    mem: Memory = ""
     """Memory per node, as sbatch writes it ("64G"). Empty: the partition's default."""
     partition: Text = ""
     """Partition. Empty: SBATCH_PARTITION, or the cluster's default."""
@@ -47,7 +65,7 @@ class JobArgs(ResourceArgs):
     async_eval_gpus over nodes of 8."""
     cpus_per_gpu: Annotated[int, Field(ge=1)] = 16
     """CPU cores per rank."""
-    time: Text = ""
+    time: TimeLimit = ""
     """Time limit, as sbatch writes it ("2-00:00:00", or minutes). Empty: the partition's."""
     exclusive: bool = False
     """Do not share the nodes with other jobs."""

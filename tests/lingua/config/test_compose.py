@@ -173,10 +173,10 @@ SPELLINGS = ["2:00:00", "1.10", "0123", "0042", "08", "2e5", "1e-3", "1_000", "0
 @pytest.mark.parametrize("text", SPELLINGS)
 def test_text_keys_keep_the_spelling_that_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("TYPED", text)
-    keys = ("name", "launcher.time", "env.NCCL_DEBUG", "launcher.env.set.X", "data.tokenizer.path", "data.root_dir")
-    file = "name: {0}\nlauncher: {{time: {0}, env: {{set: {{X: {0}}}}}}}\nenv: {{NCCL_DEBUG: {0}}}\n"
+    keys = ("name", "launcher.comment", "env.NCCL_DEBUG", "launcher.env.set.X", "data.tokenizer.path", "data.root_dir")
+    file = "name: {0}\nlauncher: {{comment: {0}, env: {{set: {{X: {0}}}}}}}\nenv: {{NCCL_DEBUG: {0}}}\n"
     file += "data: {{root_dir: {0}, tokenizer: {{path: {0}}}}}\n"
-    quoted = "name: '{0}'\nlauncher: {{time: '{0}', env: {{set: {{X: '{0}'}}}}}}\nenv: {{NCCL_DEBUG: '{0}'}}\n"
+    quoted = "name: '{0}'\nlauncher: {{comment: '{0}', env: {{set: {{X: '{0}'}}}}}}\nenv: {{NCCL_DEBUG: '{0}'}}\n"
     quoted += "data: {{root_dir: '{0}', tokenizer: {{path: '{0}'}}}}\n"
     for args in (
         composed(tmp_path, file.format(text)).args,
@@ -184,12 +184,13 @@ def test_text_keys_keep_the_spelling_that_was_typed(tmp_path: Path, monkeypatch:
         composed(tmp_path, quoted.format("${oc.env:TYPED}")).args,
         composed(tmp_path, quoted.format(f"${{oc.env:NOT_SET_HERE,{text}}}")).args,
         composed(tmp_path, quoted.format(f"${{oc.select:not_there,{text}}}")).args,
-        composed(tmp_path, file.format(text).replace(f"name: {text}", "name: ${launcher.time}")).args,
+        composed(tmp_path, file.format(text).replace(f"name: {text}", "name: ${launcher.comment}")).args,
     ):
         data, launcher = args.data, args.launcher
-        assert (args.name, launcher.time, args.env.NCCL_DEBUG, launcher.env.set) == (text, text, text, {"X": text})
+        assert (args.name, launcher.comment, args.env.NCCL_DEBUG, launcher.env.set) == (text, text, text, {"X": text})
         assert (data.root_dir, data.tokenizer.path, args.dump_dir) == (text, text, f"out/{text}")
-    assert composed(tmp_path, f"launcher: {{time: {text}}}\nname: 'a-${{launcher.time}}'").args.name == f"a-{text}"
+    named = composed(tmp_path, f"launcher: {{comment: {text}}}\nname: 'a-${{launcher.comment}}'").args.name
+    assert named == f"a-{text}"
 
 
 def test_the_time_limit_reaches_sbatch_as_typed(tmp_path: Path) -> None:
@@ -229,12 +230,12 @@ def test_numbers_of_the_environment_are_reckoned_with_as_numbers(
 
 def test_an_escaped_interpolation_is_text(tmp_path: Path) -> None:
     text = "sample_prompt: '\\${evil:1} \\\\\\${x}'\n"
-    text += "launcher: {setup: ['export A=\\${A:-1}']}\nname: n\nslurm: {mem: '${sample_prompt}'}"
+    text += "launcher: {setup: ['export A=\\${A:-1}']}\nname: n\nslurm: {qos: '${sample_prompt}'}"
     args = composed(tmp_path, text).args
     assert args.sample_prompt == "${evil:1} \\${x}"
     assert args.launcher.setup == ["export A=${A:-1}"]
     assert args.slurm is not None
-    assert args.slurm.mem == args.sample_prompt
+    assert args.slurm.qos == args.sample_prompt
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,9 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
             "logging: {wandb: true}",
             "run.yaml:1: logging.wandb is true; it is a section: set its keys, such as logging.",
         ),
+        ("launcher: {time: foo}", "run.yaml:1: launcher.time: 'foo' is not a time limit such as 90 (minutes)"),
+        ("launcher: {mem: 64 GB}", "run.yaml:1: launcher.mem: '64 GB' is not an amount of memory such as"),
+        ("eval: {launcher: {time: 1h}}", "run.yaml:1: eval.launcher.time: '1h' is not a time limit"),
         ("steps: 0", "run.yaml:1: steps is 0; it must be at least 1"),
         ("name: a/../../x", "name is 'a/../../x', which leaves dump_base; choose a plain name, or set dump_dir"),
         ("model: {dim: 33, n_heads: 4}", "model: dim 33 is not a multiple of n_heads 4; use 32 or 36, or set head_dim"),

@@ -159,6 +159,7 @@ def test_a_part_states_what_it_cannot_do_beside_the_rest_of_the_config() -> None
     ("changes", "world_size", "key"),
     [
         ({"optim": {"warmup": 100}}, 1, "optim.warmup"),
+        ({"optim": {"lr": 1e10}}, 1, "optim.lr"),
         ({"steps": None}, 1, "steps"),
         ({"model": {"max_seqlen": 16}}, 1, "model.max_seqlen"),
         ({"distributed": {"dp_replicate": 4}}, 2, "distributed.dp_replicate"),
