@@ -159,8 +159,9 @@ class Slot:
         if state in (None, "free"):
             return None
         try:
-            content = self._record(state).read()
-            return Save(**(content | {"ranks": tuple(content["ranks"])}))
+            mark = self._record(state).read()
+            ranks = tuple(mark["ranks"])
+            return Save(mark["run_id"], mark["incarnation"], mark["step"], ranks, mark["node"], mark["n_nodes"])
         except (OSError, TypeError, KeyError):
             return None
 
@@ -176,7 +177,9 @@ class Slot:
         """Mark a free or claimed slot, which is then filled with `save`. Raises OSError, and then the slot is free."""
         before: State = "claimed" if self.mark("claimed").exists() else "free"
         try:
-            self._record(before).write(asdict(save), files=files)
+            mark = asdict(save)
+            mark["incarnation"] = mark.pop("attempt")  # its name in files: the mark may be an older version's
+            self._record(before).write(mark, files=files)
             files.rename(self.mark(before), self.mark("staged"))
         except OSError:
             self.change("claimed", "free", files=files)

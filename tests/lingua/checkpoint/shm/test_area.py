@@ -14,6 +14,7 @@ from lingua.checkpoint.publish import FileFacts
 from lingua.checkpoint.shm.area import (
     EVENTS_BYTES,
     HEAD_BYTES,
+    MARK_BYTES,
     SERVICE_LOCK,
     TRAINER_LOCK,
     Events,
@@ -99,6 +100,15 @@ def test_a_mark_or_a_ready_file_that_says_nothing(slot: Slot, text: bytes) -> No
     slot.mark("staged").write_bytes(text)
     assert slot.save() is None
     assert slot.complete() is None
+
+
+def test_a_snapshot_that_an_earlier_version_left_in_memory_is_found(slot: Slot) -> None:
+    slot.put_mark(SAVE)
+    mark = {"run_id": "run", "incarnation": 3, "step": 1000, "ranks": [0, 1], "node": 0, "n_nodes": 1}
+    Record(slot.mark("staged"), MARK_BYTES).write(mark)
+    for rank in SAVE.ranks:
+        slot.report_ready(rank, SAVE, FACTS)
+    assert slot.complete() == (SAVE, FACTS)
 
 
 def test_of_two_who_want_a_slot_one_gets_it(slot: Slot) -> None:
