@@ -234,9 +234,9 @@ def train_to_the_end(
 
 
 def say_stopped(run: Run, watchdog: Watchdog, unsaved: str | None) -> int:
-    """Leave the word that the run was asked to stop; `unsaved`: why without a checkpoint. Returns the exit code.
+    """Log that the run was asked to stop, write stop.json, and return the exit code. Collective.
 
-    Collective.
+    `unsaved`: why there is no checkpoint of the last step; None if there is one.
     """
     received = first_given(watchdog.received)
     assert received is not None, "a reduction said so"

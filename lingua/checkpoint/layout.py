@@ -146,7 +146,7 @@ def done_steps(root: Path) -> list[int]:
 
 
 def staging_dirs(root: Path) -> list[tuple[int, Path]]:
-    """Return (attempt, folder) of each staging dir, closed ones too."""
+    """Return (attempt, folder) of each staging dir, including those that a newer attempt has closed."""
     return [(int(match[1]), path) for path in entries(root) if (match := _STAGING_DIR.fullmatch(path.name))]
 
 

@@ -38,7 +38,8 @@ class Args(BaseModel):
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         """Yield (key, sentence with a remedy) for what this section cannot do beside the rest of the config `args`.
 
-        Called for every section of a config that is valid by itself, without torch and without a device.
+        Called for each top-level section (`model`, `optim`, ...) of a config that is valid by itself, without torch and
+        without a device.
         """
         yield from ()
 

@@ -78,7 +78,7 @@ def code_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def _flat(node: Any, key: str = "") -> dict[str, Any]:
-    """Plain values by dotted key, and the names in each mapping: the order of data.sources counts."""
+    """Return each plain value by its dotted key, and the order of names in each mapping (data.sources needs it)."""
     inner = dict(enumerate(node)) if isinstance(node, list) else node
     if not isinstance(inner, dict) or not inner:
         return {key: node}

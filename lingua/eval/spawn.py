@@ -145,7 +145,7 @@ def start_process(command: Sequence[str], env: Mapping[str, str], log_file: Path
 
 @dataclass
 class Beside(Evaluation):
-    """Rank 0's view of the evaluator of its run."""
+    """Keeps an evaluator (`lingua eval --follow`) running beside the run, in a process of its own; used by rank 0."""
 
     run_dir: Path
     """Absolute."""

@@ -451,7 +451,7 @@ def _note(number: int, frame: object) -> None:
 
 
 def _redirect_output(path: Path) -> None:
-    """Send all further output to `path`; Slurm's own file, in the folder of sbatch, names it."""
+    """Print the name of the log into Slurm's own file (slurm-<job>.out), then send all further output to the log."""
     print(f"log: {path}", flush=True)
     with path.open("ab") as file:
         for stream in (1, 2):

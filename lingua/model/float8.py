@@ -140,7 +140,7 @@ class Float8Linear(nn.Linear):
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of a model's linear layers, by name."""
+    """Names of the linear layers that now compute in float8, and of those that cannot."""
 
     float8: list[str]
     unfit: list[str]

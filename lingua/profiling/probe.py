@@ -200,7 +200,7 @@ def probe(
 
 
 def watched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of each block and of those of its parts that hold matrices: attention, feed-forward, ..."""
+    """Yield (name, module) of each block, and of each part of it that holds matrices: attention, feed-forward, ..."""
     for name, block in blocks_of(model):
         yield f"layers.{name}", block
         for part_name, part in block.named_children():

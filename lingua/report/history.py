@@ -246,7 +246,7 @@ def counting(attempts: Sequence[PastAttempt], table: Table) -> np.ndarray:
 
 
 def that_count(attempts: Sequence[PastAttempt], scores: Iterable[Scores]) -> list[Scores]:
-    """Return the newest figures of each step, by step, without those of steps that were trained again."""
+    """Drop the figures of steps that a later attempt trained again; return the newest of each step, ascending."""
     limits = limits_of(attempts)
     newest = {one.step: one for one in scores if one.step <= limits.get(one.attempt, np.inf)}
     return [newest[step] for step in sorted(newest)]

@@ -114,9 +114,10 @@ class Meter:
 
 
 class Peak(NamedTuple):
-    """The peak of an accelerator."""
+    """What an accelerator can do at most, and the data sheet that says so."""
 
     flops_per_s: float
+    """Dense bf16 (fp16 where there is no bf16)."""
     memory_gib: int
     sheet: str
 

@@ -79,7 +79,10 @@ class End:
 
 
 class Watchdog:
-    """A context manager that the main thread of every rank enters before it waits for other ranks."""
+    """Ends this rank when it hangs, when another rank fails, or when it is asked to stop before its first step.
+
+    A context manager; the main thread enters it before it first waits for other ranks.
+    """
 
     def __init__(
         self,

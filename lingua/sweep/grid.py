@@ -81,7 +81,7 @@ def plain_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def points_of(axes: Sequence[Axis]) -> list[Point]:
-    """Return every combination of positions on the axes."""
+    """Return every combination of one entry from each axis."""
     return [
         {
             key: (value, origin)

@@ -98,7 +98,7 @@ def build_updater(args: TrainArgs, state: TrainState, device: torch.device) -> U
 
 
 def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
-    """Build model and optimizer as before the first step, and make the process-wide settings for them."""
+    """Apply the process-wide settings, then build the model with its initial weights and a new optimizer."""
     if args.distributed.compile:
         on_every_rank(lambda: keep_compiled_code(args.distributed.compile_cache))
     if args.deterministic:

@@ -37,7 +37,7 @@ _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # j
 
 @dataclass
 class Checked:
-    """A config that may start."""
+    """A config without errors: what it will run, and how it differs from what the run folder has."""
 
     composed: Composed[TrainArgs]
     resolved: Resolved
@@ -98,7 +98,7 @@ def load(
 
 @dataclass
 class _Judged:
-    """A config compared with what an earlier attempt derived."""
+    """What is wrong with a config, given the derived numbers (rows, lanes, seeds) that an earlier attempt fixed."""
 
     study: Study
     complaints: list[str]
