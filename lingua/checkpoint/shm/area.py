@@ -104,6 +104,13 @@ class Record:
         """The newest document; None before the first one. Raises FileNotFoundError."""
         return orjson.loads(self._newest()[1])
 
+    def n_writes(self) -> int:
+        """Return how often the document was written; 0 without a file."""
+        try:
+            return self._newest()[0]
+        except FileNotFoundError:
+            return 0
+
     def _newest(self) -> tuple[int, bytes]:
         found = [(0, b"null")]
         with self.path.open("rb") as file:

@@ -134,6 +134,7 @@ class Service:
         self._files = files
         self._executor = executor or ThreadPoolExecutor(max_workers=8, thread_name_prefix="drain")
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
+        self._n_writes_before = area.session.n_writes()
         self._own = area.lock(SERVICE_LOCK)
         self._trainers = area.lock(TRAINER_LOCK)
         self._jobs: list[_Job] = []
@@ -173,7 +174,7 @@ class Service:
 
     def tick(self) -> bool:
         """Make one pass over the area; return False when nothing is left to do."""
-        run = read_run(self.area)
+        run = self._read_run()
         self._attempt = run.attempt if run else 0
         alone = self._trainers.holder() is None
         for job in [job for job in self._jobs if job.future.done()]:
@@ -186,6 +187,16 @@ class Service:
             self._throttle_jobs(run, alone)
             self._begin_next(run, alone)
         return self._is_needed(run, alone)
+
+    def _read_run(self) -> ServedRun | None:
+        """Read the run; None before a rank has described it. Raises RunError if ranks of another version have."""
+        n_writes = self.area.session.n_writes()  # first: a rank may write between the two
+        try:
+            return read_run(self.area)
+        except RunError:
+            if n_writes != self._n_writes_before:
+                raise
+            return None  # an earlier version left it; the first rank writes it anew
 
     # -- one slot --------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import pytest
 from lingua.checkpoint import layout, pins, publish
 from lingua.checkpoint.shm.area import SERVICE_LOCK, Slot, base, make_area, write_run
 from lingua.checkpoint.shm.service import SILENT_S, Service, StagedSlot, next_to_drain, pause_s
-from lingua.files import Buffer, Files
+from lingua.files import Buffer, Files, RunError
 from tests.fakes import At, BlockingFiles, Clock, FrozenFiles
 from tests.slotted import DiskFiles, Start, World, a_rank_lives, fast_place, names_of, serve
 
@@ -118,6 +118,31 @@ def test_a_region_without_a_session(world: World) -> None:
     run_to_its_end(service)
     assert 1030.0 <= clock.now() < 1031.0
     assert not world.area().folder.exists()
+
+
+def test_a_session_that_an_earlier_version_left_is_that_of_no_rank_yet(world: World) -> None:
+    start = started(world)
+    staged(start, 2)
+    start.area.session.write({"run_id": "the-run", "version": 1})
+    service = world.service(wait_s=30.0)
+    assert service.take()
+    with a_rank_lives(start.area):
+        assert service.tick()
+        Start(world, 3).begin(service_lives=True)
+        serve(service)
+        assert world.done() == [2]  # what the older attempt had left in memory
+        start.area.session.write({"version": 3})
+        with pytest.raises(RunError, match="of another version of lingua"):
+            service.tick()
+
+
+def test_without_a_rank_a_session_of_another_version_keeps_the_memory(world: World) -> None:
+    start = started(world)
+    staged(start, 2)
+    start.area.session.write({"version": 1})
+    with pytest.raises(RunError, match="of another version of lingua"):
+        run_to_its_end(world.service())
+    assert list(world.staged()) == [2]
 
 
 def test_what_no_session_wants_makes_room(world: World) -> None:
