@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import wraps
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO, cast
 
 import typer
 
 from lingua.files import human_bytes
-from lingua.logger import on_terminal, start_logging
+from lingua.logger import OBEYED, on_terminal, printable, start_logging
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class Commands(typer.Typer):
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(function)
             def run(*, debug: bool, **options: Any) -> Any:
-                return function(**options)
+                with redirect_stdout(cast("TextIO", _Printable(sys.stdout))):
+                    return function(**options)
 
             signature = inspect.signature(function, eval_str=True)
             debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)
@@ -52,6 +54,20 @@ class Commands(typer.Typer):
             return function
 
         return add
+
+
+class _Printable:
+    """A stream that escapes what a terminal would obey: names and texts that commands print may be anybody's."""
+
+    def __init__(self, unescaped: TextIO) -> None:
+        self.unescaped = unescaped
+
+    def write(self, text: str) -> int:
+        self.unescaped.write(printable(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
 
 
 def show(facts: Any, as_json: bool, lines: Iterable[str] | None = None) -> None:
@@ -66,7 +82,8 @@ def show(facts: Any, as_json: bool, lines: Iterable[str] | None = None) -> None:
 def show_json(facts: Any) -> None:
     import orjson
 
-    print(orjson.dumps(facts, option=orjson.OPT_INDENT_2, default=str).decode())
+    text = orjson.dumps(facts, option=orjson.OPT_INDENT_2, default=str).decode()
+    print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
@@ -79,12 +96,12 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: 
     for name in columns:
         table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell)).replace("\n", "\\n")) for cell in row))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     with console.capture() as capture:
         console.print(table)
-    for line in capture.get().splitlines():
-        print(line.rstrip())
+    for line in capture.get().splitlines():  # with escapes of our own
+        print(line.rstrip(), file=getattr(sys.stdout, "unescaped", sys.stdout))
 
 
 def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:

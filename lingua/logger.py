@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -16,9 +17,22 @@ MAIN_LOG = "train.log"
 RANK_LOGS = "logs"
 
 
+OBEYED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""What a terminal obeys instead of showing it: control characters but newline and tab, and marks of the direction of
+text; and lone surrogates, which no terminal can show."""
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey, for text from data, models, configs and folders of other people."""
+    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class _Format(logging.Formatter):
     def __init__(self, rank: int) -> None:
         super().__init__(f"%(asctime)s %(levelname)-7s {rank}: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _Terminal(logging.StreamHandler):

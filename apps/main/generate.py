@@ -26,6 +26,7 @@ from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.process_group import find_rank_info, pick_device
+from lingua.logger import printable
 from lingua.model.generate import Answer, Generator, cpu_threads
 from lingua.train.describe import config_of, described
 from lingua.train.load_model import load_model
@@ -103,7 +104,8 @@ def show(prompt: str, answer: Answer) -> None:
     """Prompt and answer on stdout; what the user should know about them on stderr."""
     if answer.n_cut:
         print(f"(the prompt was too long: its first {answer.n_cut} tokens were cut off)", file=sys.stderr)
-    print(f"{prompt}{answer.text}", flush=True)
+    text = f"{prompt}{answer.text}"
+    print(printable(text) if sys.stdout.isatty() else text, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+from lingua.logger import printable
+
 if TYPE_CHECKING:
     from lingua.config.keys.train import TrainArgs
     from lingua.config.yaml_layers import Point
@@ -171,7 +173,7 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
             traceback.print_exc()
         elif code != EXIT_BAD_CONFIG or os.environ.get("RANK", "0") == "0":  # every rank finds the same errors
             for sentence in getattr(error, "problems", [str(error) or type(error).__name__]):
-                print(f"error: {sentence}", file=sys.stderr)
+                print(f"error: {printable(sentence)}", file=sys.stderr)
         return code or EXIT_FAILED
 
 

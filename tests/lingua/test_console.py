@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 import pytest
 
-from lingua.console import Progress, duration, figure, metrics_line, show, show_table
+from lingua.console import Commands, Progress, duration, figure, metrics_line, show, show_table
 
 
 def test_a_table_is_aligned_and_never_cut_or_taken_for_markup(capsys: pytest.CaptureFixture[str]):
@@ -76,3 +77,28 @@ def test_bytes_off_a_terminal_are_a_few_plain_lines(caplog: pytest.LogCaptureFix
         "sort: 1000 B in 2.0 s",
     ]
     assert progress.seconds == {"sort": 2.0}
+
+
+HOSTILE = "a\x1b]0;owned\x07\x9b31m\u202eb\rc\nd"
+
+
+def test_foreign_text_moves_no_cursor_and_forges_no_row(capsys: pytest.CaptureFixture[str]):
+    commands = Commands()
+
+    @commands.command("show")
+    def _show() -> None:
+        show_table(("name",), [(HOSTILE,)])
+        show({"name": HOSTILE}, False)
+        show({"name": HOSTILE}, True)
+        print(HOSTILE)
+
+    @commands.command("other")
+    def _other() -> None: ...
+
+    commands(["show"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert not set(shown) & {"\x1b", "\x07", "\x9b", "\u202e", "\r"}
+    escaped = r"a\x1b]0;owned\x07\x9b31m\u202eb\rc"
+    assert shown.splitlines()[1] == rf"{escaped}\nd"
+    assert shown.splitlines()[-2:] == [escaped, "d"]
+    assert json.loads(shown[shown.index("{") : shown.rindex("}") + 1]) == {"name": HOSTILE}

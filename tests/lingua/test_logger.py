@@ -39,3 +39,13 @@ def test_a_full_disk_under_the_log_is_said_once_and_ends_nothing(tmp_path: Path,
     logging.getLogger().removeHandler(handler)
     handler.close()
     assert capsys.readouterr().err.count("the run continues without it") == 1
+
+
+def test_a_sample_of_a_model_that_learnt_escapes_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    start_logging(0)
+    handler = log_to_folder(tmp_path, 0)
+    logging.getLogger("lingua.test").info("a sample: %s", "x\x1b[2Jy\n\tz")
+    logging.getLogger().removeHandler(handler)
+    handler.close()
+    for text in (capsys.readouterr().err, (tmp_path / "train.log").read_text()):
+        assert text.endswith("a sample: x\\x1b[2Jy\n\tz\n")
