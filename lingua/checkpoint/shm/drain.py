@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -47,6 +47,31 @@ class FencedError(RunError):
 
 class NodeMissingError(RunError):
     """Another node did not write its part of a step."""
+
+
+@dataclass(frozen=True)
+class StagedSlot:
+    """A complete slot that waits to be drained."""
+
+    number: int
+    step: int
+    size_bytes: int
+
+
+def next_to_drain(
+    waiting: Sequence[StagedSlot], *, ending: bool, time_left_s: float | None, bytes_per_s: float | None
+) -> int | None:
+    """Choose the number of the slot to drain next, or None.
+
+    While the run goes on, the oldest step. When it ends, only the newest, and only if it can be written in the time
+    that is left: half a checkpoint is useless. Without a measured rate, or after the deadline, it is tried anyway.
+    """
+    if not waiting:
+        return None
+    chosen = max(waiting, key=lambda c: c.step) if ending else min(waiting, key=lambda c: c.step)
+    if time_left_s is not None and bytes_per_s and 0 <= time_left_s < chosen.size_bytes / bytes_per_s:
+        return None
+    return chosen.number
 
 
 @dataclass

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from logging.handlers import QueueHandler, QueueListener
@@ -43,7 +43,7 @@ from lingua.checkpoint.shm.area import (
     make_area,
     read_run,
 )
-from lingua.checkpoint.shm.drain import FencedError, NodeMissingError, Throttle
+from lingua.checkpoint.shm.drain import FencedError, NodeMissingError, StagedSlot, Throttle, next_to_drain
 from lingua.files import DISK, Files, RunError
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "lingua.checkpoint.shm.service")
@@ -60,31 +60,6 @@ PATIENCE_S = 3600.0
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StagedSlot:
-    """A complete slot that waits to be drained."""
-
-    number: int
-    step: int
-    size_bytes: int
-
-
-def next_to_drain(
-    waiting: Sequence[StagedSlot], *, ending: bool, time_left_s: float | None, bytes_per_s: float | None
-) -> int | None:
-    """Choose the number of the slot to drain next, or None.
-
-    While the run goes on, the oldest step. When it ends, only the newest, and only if it can be written in the time
-    that is left: half a checkpoint is useless. Without a measured rate, or after the deadline, it is tried anyway.
-    """
-    if not waiting:
-        return None
-    chosen = max(waiting, key=lambda c: c.step) if ending else min(waiting, key=lambda c: c.step)
-    if time_left_s is not None and bytes_per_s and 0 <= time_left_s < chosen.size_bytes / bytes_per_s:
-        return None
-    return chosen.number
 
 
 def pause_s(n_failures: int) -> float:

@@ -22,7 +22,8 @@ import pytest
 
 from lingua.checkpoint import layout, pins, publish
 from lingua.checkpoint.shm.area import SERVICE_LOCK, Slot, base, make_area, write_run
-from lingua.checkpoint.shm.service import SILENT_S, Service, StagedSlot, next_to_drain, pause_s
+from lingua.checkpoint.shm.drain import StagedSlot, next_to_drain
+from lingua.checkpoint.shm.service import SILENT_S, Service, pause_s
 from lingua.files import Buffer, Files, RunError
 from tests.fakes import At, BlockingFiles, Clock, FrozenFiles
 from tests.slotted import DiskFiles, Start, World, a_rank_lives, fast_place, names_of, serve
