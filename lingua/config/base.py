@@ -38,10 +38,19 @@ class Args(BaseModel):
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         """Yield (key, sentence with a remedy) for what this section cannot do beside the rest of the config `args`.
 
-        Called for each top-level section (`model`, `optim`, ...) of a config that is valid by itself, without torch and
+        Called for the config itself and every section in it, once each value is valid by itself, without torch and
         without a device.
         """
         yield from ()
+
+
+def all_args(value: Any) -> Iterator[Args]:
+    """Yield a config and every section in it, items of lists and mappings included."""
+    if isinstance(value, Args):
+        yield value
+        value = [getattr(value, name) for name in type(value).model_fields]
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from all_args(item)
 
 
 # -- numbers as they were written ----------------------------------------------------------------------------------

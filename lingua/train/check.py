@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lingua.config.base import Args, ConfigError, dotted_key
+from lingua.config.base import ConfigError, all_args, dotted_key
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import Composed, Examined, examine
 from lingua.config.frozen import Difference, compare, freeze
@@ -310,9 +310,8 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
             "set checkpoint.continue_training_from_init and init_ckpt_path, or drop it"
         )
         yield Finding("checkpoint.reset", text)
-    for name in type(args).model_fields:
-        if isinstance(section := getattr(args, name), Args):
-            yield from (Finding(*conflict) for conflict in section.conflicts(args))
+    for section in all_args(args):
+        yield from (Finding(*conflict) for conflict in section.conflicts(args))
 
 
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:

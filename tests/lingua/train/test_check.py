@@ -4,7 +4,7 @@ import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -15,6 +15,7 @@ from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import dump_yaml
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.distributed import DistributedArgs
+from lingua.config.keys.eval import EvalArgs, MeasureArgs
 from lingua.config.keys.optim import OptimArgs
 from lingua.data.sources import estimate_tokens
 from lingua.train.check import load, problems, resolve
@@ -150,8 +151,18 @@ def test_a_part_states_what_it_cannot_do_beside_the_rest_of_the_config() -> None
             if args.grad_acc_steps != 1:
                 yield "optim.type", "optim.type own needs grad_acc_steps=1"
 
+    class OwnMeasure(MeasureArgs):
+        type: str = "own"
+        builder: ClassVar[str] = ""
+
+        def conflicts(self, args: TrainArgs) -> Iterator[tuple[str, str]]:
+            if args.grad_acc_steps != 1:
+                yield "eval.measures", "a measure own needs grad_acc_steps=1"
+
     errors, _ = problems(args(optim=OwnArgs(warmup=10)), 1)
     assert errors == [("optim.type", "optim.type own needs grad_acc_steps=1")]
+    errors, _ = problems(args(eval=EvalArgs(measures=[OwnMeasure()])), 1)
+    assert errors == [("eval.measures", "a measure own needs grad_acc_steps=1")]
     assert problems(args(optim=OwnArgs(warmup=10), grad_acc_steps=1), 1)[0] == []
 
 
