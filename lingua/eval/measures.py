@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.distributed import DistributedArgs
@@ -40,7 +40,7 @@ from lingua.eval.evaluator import Beat
 from lingua.eval.harness_tasks import be_offline
 from lingua.logger import start_logging
 from lingua.model.generate import Generator, group
-from lingua.model.loss import CrossEntropy
+from lingua.model.loss import IGNORE, CrossEntropy
 from lingua.slurm import this_allocation
 from lingua.tokenizer import Tokenizer
 from lingua.train.load_model import load_model
@@ -134,7 +134,7 @@ def build_held_out(args: HeldOutArgs, run_args: TrainArgs, eval_args: EvalArgs) 
 def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured: MeasuredModel) -> HeldOutLoss:
     """Return the loss over all ranks, each of which scores its share."""
     rank, n_ranks = measured.world.rank_info.rank, measured.world.rank_info.world_size
-    loss, device = CrossEntropy(CrossEntropyArgs()), measured.world.device
+    device = measured.world.device
 
     def parts() -> Iterator[HeldOut]:
         if args.context == "document":
@@ -150,7 +150,7 @@ def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured
         sums = torch.zeros(4, dtype=torch.float64)
         for part in parts():
             batches = _batches(part.rows, measured.max_tokens)
-            sums[:2] += sum_of_losses(measured.model, loss, batches, device, measured.beat).cpu()
+            sums[:2] += sum_of_losses(measured.model, _loss_where_scored, batches, device, measured.beat).cpu()
             sums[2:] += torch.tensor([part.n_bytes, part.n_documents], dtype=torch.float64)
         return sums
 
@@ -164,6 +164,12 @@ def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured
         dist.all_reduce(sums)
     nats, *counts = sums.tolist()
     return HeldOutLoss(nats, *map(int, counts))
+
+
+def _loss_where_scored(hidden: Tensor, weight: Tensor, labels: Tensor, **padded_vocab: int) -> tuple[Tensor, Tensor]:
+    """Return the loss as `CrossEntropy` does, without logits for positions that are not scored: windows overlap."""
+    scored = labels != IGNORE  # (B, S)
+    return CrossEntropy(CrossEntropyArgs())(hidden[scored], weight, labels[scored], **padded_vocab)
 
 
 def _batches(rows: list[ScoredRow], max_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -181,7 +181,8 @@ def replay(
         lr = learner.lr
         taken, loss, grad_norm, first_bad = take_apart(learner)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        groups = grad_norms(learner.model)
+        scale = learner.updater.scale(learner.label_share()).item()
+        groups = {name: norm / scale for name, norm in grad_norms(learner.model).items()}
         learner.model.zero_grad()
         only_backward = not finite and math.isfinite(loss)
         losses = list(row_by_row(learner, taken, watched=not finite, backward=gradients or only_backward))

@@ -103,6 +103,19 @@ def test_loss_and_gradient_norm_are_those_of_the_start_that_trained_it_to_the_la
     assert math.hypot(*found["groups"].values()) == pytest.approx(record["optim/grad_norm"], rel=1e-5)
 
 
+def test_norms_of_layers_are_of_the_step_whose_prompts_are_no_labels(tmp_path: Path):
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"why {n}? " * 3, "completion": "so"}) + "\n" for n in range(60))
+    )
+    words = [f"data.root_dir={tmp_path}", "data.sources={pairs.jsonl: 1.0}", "data.loss_on=completion"]
+    run = tmp_path / "run"
+    result = train([*WORDS, *words, "steps=2", "validation.every=0", f"dump_dir={run}"])
+    assert result.exit_code == 0, result.output
+    found = replay(run, 2)
+    assert found["is_same"] is True
+    assert math.hypot(*found["groups"].values()) == pytest.approx(found["here"]["grad_norm"], rel=1e-5)
+
+
 @pytest.mark.gate
 @pytest.mark.soak
 def test_what_is_told_to_people(twice: Path):

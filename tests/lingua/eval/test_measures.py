@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from apps.main.args import TrainArgs
 from lingua.config.base import ConfigError
@@ -18,6 +19,7 @@ from lingua.data.held_out import ScoredRow, Wording, windows
 from lingua.distributed.process_group import RankInfo, World
 from lingua.eval.measures import MeasuredModel, Measures, build_held_out
 from lingua.model.generate import Generator
+from lingua.model.loss import CrossEntropy
 from lingua.tokenizer import ByteTokenizer
 from lingua.train.validate import HeldOutLoss
 from tests.lingua.eval.test_scorer import CONTEXT, plainly, tiny
@@ -78,6 +80,19 @@ def test_each_token_is_scored_once_whatever_the_stride(file: Path) -> None:
     assert found[1] == found[2], "half of the context"
     assert found[3] == found[4], "all of it"
     assert found[0] != found[3]
+
+
+def test_logits_exist_for_scored_positions_only(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n_positions: list[int] = []
+    whole = CrossEntropy.__call__
+
+    def counting(self: CrossEntropy, hidden: Tensor, weight: Tensor, labels: Tensor, **more: int) -> Any:
+        n_positions.append(labels.numel())
+        return whole(self, hidden, weight, labels, **more)
+
+    monkeypatch.setattr(CrossEntropy, "__call__", counting)
+    found = found_in(file, stride=1)
+    assert sum(n_positions) == found["documents/x/n_tokens"]
 
 
 def test_nothing_to_measure_is_an_error(file: Path) -> None:
