@@ -71,7 +71,9 @@ def held_out_texts(data: DataArgs, args: HeldOutArgs) -> list[HeldOutText]:
                 f"eval: held-out source {path} does not exist; fix `sources` or `root_dir` where it is named, in "
                 "eval.validation or eval.measures"
             )
-        file = (held_out_file(path) or class_of_files(path).find_files(path)[0]) if path.is_dir() else path
+        file = (
+            (held_out_file(path) or class_of_files(path, with_text=True).find_files(path)[0]) if path.is_dir() else path
+        )
         short = Path(name).name.removesuffix(".jsonl").removesuffix(".parquet")
         found.append(HeldOutText(short, file, TextFields(loss_on=data.loss_on)))
     names = [one.name for one in found]

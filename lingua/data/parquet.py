@@ -2,8 +2,9 @@
 
 A row group is a block. If there are fewer than about 16 groups per lane, each is cut into parts of equal numbers of
 rows, so that small data sets spread over the lanes too. Positions in a file are row numbers.
-Cost: one batch of rows per lane and source, and the pages that pyarrow decodes for it. Beginning in the middle of a row
-group decodes the rows before that point as well, so groups of a few thousand rows are best.
+Cost: one batch of rows (about 1 MiB, at most 256 rows) per lane and source, and the pages that pyarrow decodes for it.
+Beginning in the middle of a row group decodes the rows before that point as well, so groups of a few thousand rows are
+best.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lingua.data.blocked_source import (
 )
 
 _BATCH_ROWS = 256
+_BATCH_BYTES = 1 << 20  # fewer rows where documents are long
 _BUFFER_BYTES = 1 << 20
 _OPEN_FILES = 64
 
@@ -89,9 +91,11 @@ class ParquetSource(BlockedSource):
             self._open[file] = open_parquet(self.files[file].path)
         groups = self._groups[file]
         group = bisect.bisect_right(groups, row) - 1
-        batches = self._open[file].iter_batches(
-            _BATCH_ROWS, row_groups=[group], columns=self._columns[file], use_threads=False
-        )
+        facts, names = self._open[file].metadata.row_group(group), self._columns[file]
+        columns = (facts.column(number) for number in range(facts.num_columns))
+        n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in names)
+        n_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * facts.num_rows // max(1, n_bytes)))
+        batches = self._open[file].iter_batches(n_rows, row_groups=[group], columns=names, use_threads=False)
         return groups[group], batches
 
     def parse(self, record: dict[str, bytes | None], file: int, row: int) -> Document | None:

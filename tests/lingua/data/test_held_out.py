@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lingua.config.keys.data import DataArgs
+from lingua.config.keys.eval import HeldOutArgs
 from lingua.data.held_out import (
     IGNORED,
     HeldOutText,
@@ -13,6 +15,7 @@ from lingua.data.held_out import (
     by_document,
     equal_shares,
     held_out_file,
+    held_out_texts,
     packed,
     padded,
     windows,
@@ -110,3 +113,11 @@ def test_the_held_out_file_lies_beside_the_chunks(tmp_path: Path):
     write(tmp_path / "x.val.jsonl", "a")
     assert held_out_file(tmp_path) == tmp_path / "x.val.jsonl"
     assert held_out_file(tmp_path / "x.val.jsonl") is None
+
+
+def test_of_a_folder_with_token_files_beside_the_text_the_text_is_scored(tmp_path: Path):
+    write(tmp_path / "a.jsonl", "abc")
+    (tmp_path / "a.jsonl.tokens").write_bytes(b"")
+    args = HeldOutArgs(use_val_from_train_src=False, root_dir=str(tmp_path.parent), sources=[tmp_path.name])
+    (found,) = held_out_texts(DataArgs(), args)
+    assert found.file == tmp_path / "a.jsonl"

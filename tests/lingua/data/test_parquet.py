@@ -53,6 +53,16 @@ def test_row_groups_are_blocks_and_are_cut_where_lanes_need_more(
     source.close()
 
 
+@pytest.mark.parametrize(("n_chars", "n_rows"), [(10, 256), (40_000, 26), (2 << 20, 1)])
+def test_a_batch_of_long_documents_has_fewer_rows(tmp_path: Path, n_chars: int, n_rows: int) -> None:
+    texts = [f"{n:04d}".ljust(n_chars, "x") for n in range(300 if n_rows > 1 else 2)]
+    wide = ["y" * n_chars + str(n) for n, _ in enumerate(texts)]  # is not read, so it does not count
+    write_parquet(tmp_path / "s.parquet", {"text": texts, "wide": wide}, row_group_size=300)
+    source = ParquetSource("s", tmp_path / "s.parquet", 1)
+    assert next(source.batches(0, 0)[1]).num_rows == pytest.approx(n_rows, rel=0.05)
+    assert texts_of(source) == texts
+
+
 @pytest.mark.parametrize(
     "kind",
     [
