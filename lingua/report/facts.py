@@ -62,7 +62,8 @@ class RunFacts:
 
     @property
     def n_steps(self) -> int | None:
-        return self.config.get("steps")
+        steps = self.config.get("steps")
+        return steps if isinstance(steps, int) else None
 
     @property
     def job_id(self) -> str:
@@ -102,7 +103,9 @@ def read_run(path: Path, job: SlurmJob | None = None, now_s: float | None = None
     with suppress(OSError, RunError):
         attempt = newest_attempt(path)
     earlier = range(1, attempt.number if attempt is not None else 1)
-    root = Path(config.get("checkpoint", {}).get("path") or path / CHECKPOINTS)
+    section = config.get("checkpoint")
+    root = section.get("path") if isinstance(section, dict) else None
+    root = Path(root) if root and isinstance(root, str) else path / CHECKPOINTS
     done = done_steps(root)
     evaluated = (parse_folder(each.name) for each in entries(path / EVALS) if (each / "results.json").is_file())
     return RunFacts(

@@ -341,7 +341,7 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
     noted = {(event.step, event.attempt): i for i, event in enumerate(events) if event.kind == "published"}
     try:
         root = root_of(facts.path)
-    except ValueError:  # a config that cannot be read
+    except (ValueError, TypeError, AttributeError):  # a config that cannot be read, or holds something else there
         root = facts.path / "checkpoints"
     for step in done_steps(root):
         record = json_object_in(done_mark(root, step)) or {}

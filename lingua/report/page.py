@@ -134,7 +134,7 @@ def render(template: str, **values: Any) -> str:
     environment.globals |= {"COLORS": COLORS, "SPENT": SPENT, "MAX_ROWS": MAX_ROWS, "MAX_COLUMNS": MAX_COLUMNS}
     environment.filters |= {
         "bytes": human_bytes,
-        "clock": _or_dash(lambda at_s: datetime.fromtimestamp(at_s, tz=UTC).strftime("%m-%d %H:%M:%S")),
+        "clock": _or_dash(_clock),
         "number": _or_dash(lambda n: f"{n:,.0f}"),
         "duration": _or_dash(brief),
         "score": _or_dash(lambda v: f"{v:,.0f}" if float(v).is_integer() and abs(v) >= 2 else f"{v:.4f}"),
@@ -143,6 +143,13 @@ def render(template: str, **values: Any) -> str:
         "public": public_text,
     }
     return environment.get_template(template).render(values)
+
+
+def _clock(at_s: float) -> str:
+    try:
+        return datetime.fromtimestamp(at_s, tz=UTC).strftime("%m-%d %H:%M:%S")
+    except (OSError, OverflowError, ValueError):  # of no year that there is
+        return "-"
 
 
 def _or_dash(spelled: Callable[..., str]) -> Callable[..., str]:

@@ -78,7 +78,7 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
     state, cause = state_of(facts, me), root_cause(facts.failures)
     metrics, stop, attempt, job = facts.metrics or {}, facts.stop or {}, facts.attempt, facts.job
     validation = {key: value for key, value in (facts.validation or {}).items() if "/" in key}
-    steps = [step for step in (metrics.get("global_step"), stop.get("step"), facts.checkpoint) if step is not None]
+    steps = [step for step in (metrics.get("global_step"), stop.get("step"), facts.checkpoint) if isinstance(step, int)]
     return Status(
         path=str(facts.path),
         name=facts.name,

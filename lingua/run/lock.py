@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 FOLDER = "incarnations"
 BEAT_S = 10.0
 DEAD_AFTER_S = 60.0
+_YEAR_10000_S = 253_402_300_800.0
 _NAME = re.compile(r"(\d{10})\.json", re.ASCII)
 
 
@@ -166,8 +167,14 @@ def read_attempt(path: Path) -> Attempt:
     beat_s, record = path.stat().st_mtime, read_json(path)
     if not isinstance(record, dict) or not {"released", *Owner.__dataclass_fields__} & record.keys():
         raise RunError(f"{path} does not say whose attempt it is; it is damaged or was edited")
-    began_s, released_s = record.get("began_at"), record.get("released_at")
+    began_s, released_s = (_time_in(record, key) for key in ("began_at", "released_at"))
     return Attempt(int(path.stem), owner_in(record), bool(record.get("released")), began_s, released_s, beat_s)
+
+
+def _time_in(record: dict[str, Any], key: str) -> float | None:
+    """Return seconds since the epoch, before the year 10000; None for anything else."""
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and 0 <= value < _YEAR_10000_S else None
 
 
 def newest_attempt(run_dir: Path) -> Attempt | None:

@@ -16,6 +16,8 @@ from apps.cli.drill import drill
 from lingua.files import RunError
 from lingua.report.history import History
 from lingua.report.page import as_record, config_changes, names_of, report_page, write_interrupted, write_report
+from lingua.report.status import why
+from lingua.run.lock import this_process
 from tests.checkout import ROOT
 from tests.lingua.report.test_history import history_of, make_run
 
@@ -96,6 +98,27 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path):
 def test_a_run_that_has_hardly_begun(tmp_path: Path, config: str):
     (tmp_path / "config.yaml").write_text(config)
     assert "No step has been reported yet" in report_page([history_of(tmp_path)])[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("incarnations/0000000001.json", '{"host": "n1", "began_at": "noon", "released": false}'),
+        ("incarnations/0000000002.json", '{"host": "n2", "began_at": 1e300, "released": true, "released_at": [1]}'),
+        ("stop.json", '{"reason": "finished", "exit_code": 0, "step": "ten"}'),
+        ("config.yaml", "name: x\nsteps: [10]\ncheckpoint: none\n"),
+        ("config.yaml", "name: x\nsteps: ten\ncheckpoint: {path: 3}\n"),
+        ("checkpoints/checkpoint_0000000010.done", '{"step": 10, "incarnation": 2, "created_at": -1e18}'),
+    ],
+)
+def test_a_value_of_the_wrong_kind_counts_as_none(tmp_path: Path, name: str, content: str):
+    run_dir = make_run(tmp_path)
+    (run_dir / name).write_text(content)
+    run = history_of(run_dir)
+    page, _ = report_page([run])
+    as_record([run])
+    assert "Training loss" in page
+    assert why(run.facts, this_process())["ended"].startswith("finished")
 
 
 def test_several_runs_next_to_each_other(tmp_path: Path):
