@@ -173,8 +173,8 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f"{path}: is empty; write `key: value` lines, or leave it out")
-        if (n_values := _n_values(node)) > MAX_VALUES:
-            raise ConfigError(f"{path}: its aliases expand to {n_values} values, more than {MAX_VALUES}; write fewer")
+        if (expanded := n_values(node)) > MAX_VALUES:
+            raise ConfigError(f"{path}: its aliases expand to {expanded} values, more than {MAX_VALUES}; write fewer")
         marks = dict(_marks(node, str(path)))
         tree = _unshared(loader.construct_document(node))
     except yaml.MarkedYAMLError as error:
@@ -188,14 +188,14 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
     return Layer(tree, marks)
 
 
-def _n_values(node: yaml.Node, sizes: dict[int, int] | None = None) -> int:
+def n_values(node: yaml.Node, sizes: dict[int, int] | None = None) -> int:
     """Return the number of values that a document has once every alias is expanded."""
     sizes = {} if sizes is None else sizes
     if id(node) not in sizes:
         sizes[id(node)] = MAX_VALUES + 1  # what an alias to its own parent finds
         children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
         inner = [] if isinstance(node, yaml.ScalarNode) else children
-        sizes[id(node)] = 1 + sum(_n_values(child, sizes) for child in inner)
+        sizes[id(node)] = 1 + sum(n_values(child, sizes) for child in inner)
     return sizes[id(node)]
 
 

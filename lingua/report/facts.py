@@ -18,6 +18,7 @@ import yaml
 
 from lingua.checkpoint.layout import CHECKPOINTS, EVALS, done_mark, done_steps, parse_folder
 from lingua.config.frozen import CONFIG_FILE
+from lingua.config.yaml_layers import MAX_VALUES, n_values
 from lingua.files import RunError, entries, read_json
 from lingua.logger import RANK_LOGS
 from lingua.run.failure import Failure, read_failures
@@ -144,9 +145,12 @@ def last_line(path: Path) -> dict[str, Any] | None:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    """Return a run's config, read in C since there may be hundreds of runs; {} if it is damaged."""
     try:
-        tree = yaml.load((path / CONFIG_FILE).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, yaml.YAMLError):
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)((path / CONFIG_FILE).read_bytes())
+        node = loader.get_single_node()
+        tree = None if node is None or n_values(node) > MAX_VALUES else loader.construct_document(node)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return tree if isinstance(tree, dict) else {}
 

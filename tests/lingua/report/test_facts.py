@@ -64,6 +64,26 @@ def test_damaged_files_say_nothing(tmp_path: Path):
     assert (facts.attempt, facts.stop, facts.config, facts.metrics) == (None, None, {}, None)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [",
+        "name: !!python/object/apply:os.getcwd []",
+        "seed: 2026-99-99",
+        "\x00",
+        "a: " + "[" * 5000 + "]" * 5000,
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)),
+    ],
+)
+def test_one_broken_config_hides_no_other_run(tmp_path: Path, text: str):
+    for name in ("broken", "good"):
+        (tmp_path / name / "incarnations").mkdir(parents=True)
+    (tmp_path / "broken" / "config.yaml").write_text(text)
+    (tmp_path / "good" / "config.yaml").write_text("name: good")
+    broken, good = (read_run(run) for run in find_runs(tmp_path))
+    assert (broken.config, good.config) == ({}, {"name": "good"})
+
+
 def test_the_last_line_of_a_long_file(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(f'{{"global_step": {i}, "pad": "{"x" * 100}"}}\n' for i in range(5000)))
