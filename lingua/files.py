@@ -237,8 +237,8 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
     begin = f".{path.name}.tmp-{socket.gethostname()}-"
     for left in entries(path.parent):
         pid = left.name.removeprefix(begin)
-        is_ours = left.name.startswith(begin) and pid.isdecimal() and left.lstat().st_uid == os.geteuid()
-        if is_ours and not Path("/proc", pid).exists():
+        is_left = left.name.startswith(begin) and pid.isdecimal() and not Path("/proc", pid).exists()
+        if is_left and left.lstat().st_uid == os.geteuid():  # last: a living process may be renaming its own
             files.remove_tree(left)
     temporary = path.with_name(f"{begin}{os.getpid()}")
     with suppress(FileNotFoundError):

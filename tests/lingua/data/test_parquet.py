@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import SourceArgs
@@ -113,6 +114,13 @@ def test_files_without_text_are_refused(
     write_parquet(tmp_path / "s" / "s.parquet", columns)
     with pytest.raises(error, match=message):
         ParquetSource("s", tmp_path / "s", 1, fields=TextFields(text_key)).check()
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ConfigError, match=r"twice\.parquet: two columns are called 'text'; rename one"):
+        ParquetSource("s", tmp_path / "twice.parquet", 1)
 
 
 def test_files_that_are_damaged_or_change_are_reported_by_name(tmp_path: Path) -> None:
