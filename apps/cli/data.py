@@ -191,8 +191,13 @@ def rows(
 
     Reads the data again from the nearest checkpoint before the step.
     """
+    from lingua.config.base import ConfigError
+    from lingua.config.frozen import read_frozen
     from lingua.data.audit import rows_of_step
 
+    n_steps = (read_frozen(run) or {}).get("steps")
+    if isinstance(n_steps, int) and step > n_steps:
+        raise ConfigError(f"--step {step}: {run} ends at step {n_steps}; name a step up to that")
     args, n_lanes, rows_per_step, first_row, states = read_run(run)
     table = list(rows_of_step(args, n_lanes, rows_per_step, states, step, first_row=first_row))
     record = {"step": step, "rows": [{"row": n, "documents": [o._asdict() for o in parts]} for n, parts in table]}

@@ -80,7 +80,7 @@ def audit(
 ) -> AuditResult:
     """Read again what led to the states (of all lanes, by step). `count_tokens` None: if it needs no tokenizer.
 
-    Step t uses the rows first_row + [t*G, (t+1)*G); `first_row` is not 0 for a run that began with another one's state.
+    Step n uses the rows first_row + [(n-1)*G, n*G); `first_row` is not 0 for a run that began with another one's state.
     """
     data = open_data(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
     now = fingerprint_of(sources_of(data.sources))

@@ -1,6 +1,6 @@
 """Batches of rows: which lane gives which row to which rank, and the state that a checkpoint keeps.
 
-Row q = 0, 1, 2, ... of a run is the next row of lane q % K; step t uses rows [t*G, (t+1)*G). Their content depends on
+Row q = 0, 1, 2, ... of a run is the next row of lane q % K; step n uses rows [(n-1)*G, n*G). Their content depends on
 (seed, sources and weights, tokenizer, seq_len, K) and on nothing else: not on world size, accumulation, workers,
 prefetch or restarts. Row q goes to data-parallel rank q % dp, so rank d owns the lanes l with l % dp = d. With K = 4
 lanes, dp = 2, B = 1 and G = 4:

@@ -166,7 +166,7 @@ def fresh_shared() -> dict[str, Any]:
         "skipped_steps": 0,
         "tracking_id": None,
         "schedule_begin": 0,  # step that the learning rate's schedule counts from
-        "first_row": 0,  # step t uses the rows first_row + [t*G, (t+1)*G)
+        "first_row": 0,  # step n uses the rows first_row + [(n-1)*G, n*G)
     }
 
 

@@ -111,6 +111,8 @@ def test_rows_are_those_that_the_step_was_trained_on(run: Path, lingua: Lingua) 
     code, out, _ = lingua("rows", run, "--step", 2, "--chars", 5)
     assert code == 0
     assert out.count("row ") == 8
+    code, _, err = lingua("rows", run, "--step", 7)
+    assert (code, err) == (2, f"error: --step 7: {run} ends at step 6; name a step up to that\n")
 
 
 def test_what_is_no_run_is_told(tmp_path: Path, run: Path, lingua: Lingua) -> None:
