@@ -179,6 +179,8 @@ def text_columns(path: Path, schema: pa.Schema, fields: TextFields) -> list[str]
         raise ConfigError(f"{path}: no column {fields}, only {', '.join(schema.names)}; {fields.remedy}")
     found = found if fields.has_prompt else found[:1]
     for name in found:
+        if schema.names.count(name) > 1:
+            raise ConfigError(f"{path}: two columns are called {name!r}; rename one")
         kind = schema.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not any(is_kind(kind) for is_kind in _TEXT_TYPES):
