@@ -92,11 +92,14 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: 
     from rich.table import Table
     from rich.text import Text
 
+    def _cell(value: object) -> Text:
+        return Text(printable(str(value)).replace("\n", "\\n"))
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+        table.add_column(_cell(name), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(str(cell)).replace("\n", "\\n")) for cell in row))
+        table.add_row(*map(_cell, row))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     with console.capture() as capture:
         console.print(table)

@@ -316,6 +316,15 @@ def test_a_lock_whose_file_was_replaced(tmp_path: Path) -> None:
     other.close()
 
 
+def test_a_folder_that_a_living_process_just_finished_is_nobody_s_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed = tmp_path / f".new.tmp-{socket.gethostname()}-{os.getppid()}"
+    monkeypatch.setattr("lingua.files.entries", lambda folder: iter([renamed]))
+    with whole_folder(tmp_path / "new") as folder:
+        assert folder.is_dir()
+
+
 def test_a_folder_is_there_whole_or_not_at_all(odd: Path) -> None:
     def make(files: Files) -> None:
         with whole_folder(odd / "above" / "new", files=files) as folder:
