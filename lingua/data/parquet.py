@@ -96,7 +96,7 @@ class ParquetSource(BlockedSource):
         n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in names)
         n_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * facts.num_rows // max(1, n_bytes)))
         batches = self._open[file].iter_batches(n_rows, row_groups=[group], columns=names, use_threads=False)
-        return groups[group], (batch.select(names) for batch in batches)  # pyarrow gives struct a for column "a.b" too
+        return groups[group], batches
 
     def parse(self, record: dict[str, bytes | None], file: int, row: int) -> Document | None:
         """The document of a row, or None after it was counted as bad."""
