@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from lingua.files import RunError, make_folder, read_json
 from lingua.logger import start_logging
 from lingua.run.folder import EXIT_FINISHED, end_asked_for
 from lingua.run.metrics import EvaluationTracker
-from lingua.signals import StopSignals
+from lingua.signals import SignalFlag, StopSignals, noted
 from lingua.slurm import Runner, run_command
 from lingua.train.describe import config_of, described
 
@@ -155,7 +155,7 @@ def evaluate_here(request: EvalRequest) -> int:
                 show(request.place, found, args.dump_dir, as_json=request.has("json"))
             return EXIT_FINISHED
         ranks = Together(measures.measure)
-        with StopSignals(SIGNALS) as signals:  # all ranks get them, and rank 0 decides
+        with heard() as signals:  # all ranks get them, and rank 0 decides
 
             def measure(checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
                 return ranks.measure(f"{checkpoint.run_dir}@{checkpoint.step}", beat)
@@ -168,6 +168,13 @@ def evaluate_here(request: EvalRequest) -> int:
         return EXIT_FINISHED if exit_code is None else exit_code
 
 
+@contextmanager
+def heard() -> Iterator[StopSignals]:
+    """Listen for what ends an evaluator. `scancel --signal=USR1 JOB` reaches it too, but is meant for the ranks."""
+    with StopSignals(SIGNALS) as signals, noted(["SIGUSR1"], SignalFlag()):
+        yield signals
+
+
 def follow_by_jobs(request: EvalRequest, run: Runner = run_command) -> int:
     """Follow a run, each of its evaluations a Slurm job; return the exit code. Raises ConfigError."""
     if not request.follow:
@@ -177,7 +184,7 @@ def follow_by_jobs(request: EvalRequest, run: Runner = run_command) -> int:
             "with --slurm what is measured is the section eval of the run's config; change it by KEY=VALUE"
         )
     run_args, args = request.compose()
-    with StopSignals(SIGNALS) as signals:
+    with heard() as signals:
         jobs = EvalJobs(
             Path(request.place).absolute(), request.app, request.line.overrides,
             run_args.evaluation_job(), Path.cwd(), poll_s=args.poll_s, run=run, sleep=signals.wait,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -229,3 +230,24 @@ def test_the_command_takes_all_from_the_runs_config(tmp_path: Path, monkeypatch:
     ]:
         with pytest.raises(ConfigError, match=sentence):
             follow_by_jobs(request_of(*words))
+
+
+def test_a_signal_to_the_ranks_of_a_job_does_not_end_the_evaluator_beside_them(tmp_path: Path):
+    root = make_run(tmp_path, 2, eval={"every": 2, "keep": 1})
+    (root / layout.RUN_ID).write_text("cafe")
+    heard: list[int] = []
+    slurm = Slurm(looks=0)
+    act = slurm.act
+
+    def struck(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)  # scancel --signal=USR1 JOB
+        act(folder)
+
+    slurm.act = struck
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        assert follow_by_jobs(request_of(f"follow={tmp_path}", "--once"), slurm.run) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert slurm.submitted
+    assert not heard
