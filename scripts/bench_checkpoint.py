@@ -37,6 +37,7 @@ import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch read
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from bench_common import make_parser, print_figures, timed
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -44,7 +45,6 @@ from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm.area import SERVICE_LOCK, area_of
 from lingua.checkpoint.state import TrainState, tensors_of
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
-from scripts.bench_common import make_parser, print_figures, timed
 
 WIDTH = 1024
 STEP_S = 0.02

@@ -34,6 +34,7 @@ from typing import Any
 
 import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
+from bench_common import make_parser, print_figures, timed
 
 from apps.cli.export import Format, make_export
 from apps.main.args import TrainArgs
@@ -54,7 +55,6 @@ from lingua.eval.scorer import Scorer
 from lingua.files import RunError
 from lingua.model.generate import Generator
 from lingua.train.load_model import load_model
-from scripts.bench_common import make_parser, print_figures, timed
 
 CONFIG = "apps/main/configs/debug.yaml"
 ANSWER_TOKENS = 32

@@ -14,11 +14,11 @@ from typing import Any
 import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import numpy as np
 import torch
+from bench_common import timed
 
 from lingua.config.keys.model import LlamaArgs
 from lingua.model.attention import ALL_IMPLS, RowDocuments, attend, build_mask, document_bounds, resolve_attn_impl
 from lingua.run.throughput import find_peak
-from scripts.bench_common import timed
 
 MEAN_DOCUMENT = 512  # positions; near web text's
 

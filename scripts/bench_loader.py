@@ -27,10 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench_common import make_parser, print_figures, timed, write_corpus
+
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data.loader import Loader, build_loader
 from lingua.tokenizer import TiktokenTokenizer, build_tokenizer
-from scripts.bench_common import make_parser, print_figures, timed, write_corpus
 
 ROWS = 16  # of a batch
 PREPARE = Path(__file__).parents[1] / "setup" / "download_prepare_hf_data.py"
@@ -108,7 +109,8 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rounds: list[Callable[[], None]] = [partial(read, rates["bytes"], plain, sum(map(len, texts)) * 8 // 10)]
     main = plain
     if options.tokenizer is not None:
-        main = plain.model_copy(update={"tokenizer": TokenizerArgs(name="tiktoken", path=str(options.tokenizer))})
+        ranks = TokenizerArgs(name="tiktoken", path=str(options.tokenizer), split=options.split)
+        main = plain.model_copy(update={"tokenizer": ranks})
         encoder = build_tokenizer(main.tokenizer)
         assert isinstance(encoder, TiktokenTokenizer)
         encode = encoder._model.encode_ordinary
@@ -162,6 +164,7 @@ def measure_shuffle(options: argparse.Namespace, folder: Path) -> dict[str, Any]
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, help="tiktoken rank file (see above)")
+    parser.add_argument("--split", default="auto", help="how it splits text, as data.tokenizer.split (%(default)s)")
     parser.add_argument(
         "--shuffle", type=float, nargs="+", metavar="GB", help="measure the shuffle, with these budgets"
     )

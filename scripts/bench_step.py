@@ -43,6 +43,16 @@ from typing import Any, NamedTuple
 
 import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
+from bench_common import format_figure, make_parser, timed, write_corpus
+from bench_kernels import (
+    apart,
+    device_facts,
+    measure_attention,
+    pick_device,
+    some_documents,
+    step_seconds,
+    synchronize,
+)
 
 from lingua.config.base import build_part
 from lingua.config.command_line import parse_command_line
@@ -57,16 +67,6 @@ from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
 from lingua.run.metrics import read_metrics
 from lingua.train.build import build_loss, build_model, make_deterministic
 from lingua.train.check import Checked, load
-from scripts.bench_common import format_figure, make_parser, timed, write_corpus
-from scripts.bench_kernels import (
-    apart,
-    device_facts,
-    measure_attention,
-    pick_device,
-    some_documents,
-    step_seconds,
-    synchronize,
-)
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "apps" / "main" / "configs"

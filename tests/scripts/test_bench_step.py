@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import bench_step as bench
 import pytest
-
-from scripts import bench_step as bench
 
 ROOT = Path(__file__).parents[2]
 
