@@ -204,7 +204,11 @@ def test_the_script_runs_as_written_wherever_it_lies(hostile_dir: Path) -> None:
     assert said.returncode == 0, said.stderr
     words = ["-u", "-m", "apps.main.eval", f"ckpt={hostile_dir}@2", f"dump_dir={hostile_dir}/start-1", "name=a b"]
     assert said.stdout == "".join(f"{word}\n" for word in (hostile_dir, hostile_dir / "code", *words))
-    assert "#SBATCH --gpus-per-node=2\n" in script.read_text()
+    text = script.read_text()
+    assert "#SBATCH --gpus-per-node=2\n" in text
+    (step,) = [line for line in text.splitlines() if "srun" in line]
+    (cpus,) = [line.partition(" ")[2] for line in text.splitlines() if "--cpus-per-task" in line and "#SBATCH" in line]
+    assert f" {cpus} " in step  # which srun does not take over from the job
 
 
 def request_of(*words: str) -> EvalRequest:
