@@ -138,7 +138,7 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
 
 
 def main(words: list[str]) -> int:
-    """Train what the words of a command line say; returns the exit code."""
+    """Train the run that a command line describes; return the exit code."""
     line = parse_command_line(words, ["accept-change"])
     if line.flags.get("help"):
         print(HELP)
@@ -212,11 +212,10 @@ def train_to_the_end(
             run.shared["validation_at_start"] = monitor.report_validation(validate(run, watchdog))
         elif not was_validated(run):  # a stop came in between
             monitor.report_validation(validate(run, watchdog))
-        gc.disable()
-        report = (
-            None if monitor.stop else train(run, watchdog, monitor, evaluation)
-        )  # stopped already: there is nothing new
-        gc.enable()
+        if not monitor.stop:
+            gc.disable()
+            report = train(run, watchdog, monitor, evaluation)
+            gc.enable()
     stopped, after = run.step < n_steps, {}
     if not stopped and args.validation.at_ends:
         with watchdog.heartbeat.during("validation"):
