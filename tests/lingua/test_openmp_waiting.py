@@ -34,7 +34,8 @@ print("neither")
 
 def environment(**set_by_user: str) -> dict[str, str]:
     rest = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    return rest | {"PYTHONPATH": str(ROOT)} | set_by_user
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "scripts")))  # a script finds its neighbours
+    return rest | {"PYTHONPATH": paths} | set_by_user
 
 
 def run(*words: str, **set_by_user: str) -> subprocess.CompletedProcess[str]:
