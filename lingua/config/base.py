@@ -215,6 +215,14 @@ def inner_sections(sections: list[type[Args]], name: str, *, items: bool = False
     return [inner for section in having for inner in section_classes(section, name, items=items)]
 
 
+def sections_at(schema: type[Args], key: Key) -> list[type[Args]]:
+    """Return the section classes that a key may name; [] for a plain value or below a free mapping."""
+    sections = [schema]
+    for name in key:
+        sections = inner_sections(sections, str(name))
+    return sections
+
+
 def is_section(schema: type[Args], name: str) -> bool:
     return name in schema.model_fields and bool(section_classes(schema, name))
 

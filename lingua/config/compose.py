@@ -32,8 +32,8 @@ from lingua.config.base import (
     Key,
     Written,
     dotted_key,
-    inner_sections,
     plain,
+    sections_at,
     show,
     unknown_key,
 )
@@ -244,10 +244,7 @@ def _sentences(error: ValidationError, tree: Any, schema: type[Args]) -> list[tu
 
 def _first_key(key: Key, schema: type[Args]) -> str | None:
     """Return the first key of the section that `key` names, or None if it is not a section."""
-    sections = [schema]
-    for name in key:
-        sections = inner_sections(sections, str(name))
-    return next((name for section in sections for name in section.model_fields), None)
+    return next((name for section in sections_at(schema, key) for name in section.model_fields), None)
 
 
 def _expected(error: Mapping[str, Any]) -> str:

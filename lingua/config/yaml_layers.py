@@ -41,6 +41,7 @@ from lingua.config.base import (
     inner_sections,
     is_section,
     plain,
+    sections_at,
     show,
 )
 
@@ -409,21 +410,13 @@ def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: typ
             raise ConfigError(f"{origin}: {dotted} names item {name} of a list of {len(node)}; count from 0")
         layer.forget(key)
         node[name] = value
-    elif isinstance(value, dict) and isinstance(node.get(name), dict) and _is_section(key, schema):
+    elif isinstance(value, dict) and isinstance(node.get(name), dict) and sections_at(schema, key):
         node[name] = {**node[name], **value}  # a mapping of names, such as data.sources, is replaced
     else:
         layer.forget(key)
         node[name] = value
     marked = {(*key, inner): origin for inner in value} if isinstance(value, dict) else {}
     layer.marks.update({key: origin, **marked})
-
-
-def _is_section(key: Key, schema: type[Args]) -> bool:
-    """Return whether a key names a config section, as opposed to a free mapping of names to values."""
-    sections = [schema]
-    for name in key:
-        sections = inner_sections(sections, str(name))
-    return bool(sections)
 
 
 def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
