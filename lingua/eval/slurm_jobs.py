@@ -87,8 +87,8 @@ class EvalJobs:
         place = [f"ckpt={self.run_dir}@{step}", f"dump_dir={folder}"]
         command = [str(self.python), "-u", "-m", f"{self.app}.eval", *place, *self.words]
         # srun does not take over --cpus-per-task of the job (Slurm 22.05 release notes).
-        step = step_command(command, cpus_per_task=self.asked.cpus_per_gpu, end_together=True)
-        return job_script(name, self.asked, code_lines(self.base_dir, code, step))
+        srun = step_command(command, cpus_per_task=self.asked.cpus_per_gpu, end_together=True)
+        return job_script(name, self.asked, code_lines(self.base_dir, code, srun))
 
     def _wait(self, folder: Path, name: str, beat: Beat) -> Mapping[str, Any]:
         gone_s: float | None = None
