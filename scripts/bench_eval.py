@@ -47,7 +47,8 @@ from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.config.keys.eval import EvalArgs, HarnessArgs, HeldOutArgs
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.data.held_out import Wording
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 from lingua.eval.harness import make_lm, run_tasks
 from lingua.eval.harness_tasks import be_offline
 from lingua.eval.measures import MeasuredModel, build_held_out

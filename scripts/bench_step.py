@@ -60,7 +60,8 @@ from lingua.config.keys.model import LlamaArgs
 from lingua.console import show_table
 from lingua.distributed.compile import let_length_vary
 from lingua.distributed.parallelize import forward_precision, set_matmul_precision
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 from lingua.model.attention import RowDocuments
 from lingua.model.huggingface import config_json
 from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step

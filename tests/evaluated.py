@@ -11,7 +11,8 @@ import torch
 
 from apps.main.args import TrainArgs
 from lingua.config.compose import compose
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 from lingua.eval.measures import Measures
 from lingua.files import read_json
 from lingua.run.metrics import read_metrics

@@ -15,7 +15,8 @@ from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.distributed.parallelize import parallelize
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 
 
 @dataclass(frozen=True)

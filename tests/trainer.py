@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 import torch._inductor  # noqa: F401 - `deterministic` imports it: seconds, here once for all forks
 
+import apps.main.loop  # noqa: F401 - the trainer imports it late; here once for all forks
 from apps.main.train import main
 from lingua.config.command_line import run_main
 from lingua.run.metrics import read_metrics

@@ -14,9 +14,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import BeforeValidator
 
 from lingua.config.base import ConfigError, Text
@@ -24,12 +23,11 @@ from lingua.config.command_line import CommandLine, app_module, choose_app, pars
 from lingua.config.compose import compose
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.distributed.parallelize import DTYPES
-from lingua.distributed.process_group import find_rank_info, pick_device
 from lingua.logger import printable
-from lingua.model.generate import Answer, Generator, cpu_threads
 from lingua.train.describe import config_of, described
-from lingua.train.load_model import load_model
+
+if TYPE_CHECKING:
+    from lingua.model.generate import Answer, Generator
 
 
 class GenerateArgs(GeneratorArgs):
@@ -72,7 +70,15 @@ def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
 
 
 def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
-    """A generator with the weights of `args.ckpt` in the model of `run_args`."""
+    """A generator with the weights of `args.ckpt` in the model of `run_args`. Loads torch."""
+    import torch
+
+    from lingua.distributed.parallelize import DTYPES
+    from lingua.distributed.place import find_rank_info
+    from lingua.distributed.process_group import pick_device
+    from lingua.model.generate import Generator, cpu_threads
+    from lingua.train.load_model import load_model
+
     device = pick_device(args.device, find_rank_info())
     model, tokenizer, loaded = load_model(run_args, args.ckpt, device, DTYPES[args.dtype])
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -145,9 +145,9 @@ def prefetch(words: list[str]) -> int:
 
 def evaluate_here(request: EvalRequest) -> int:
     """Measure in this process, together with the other ranks if there are any; return the exit code."""
-    from lingua.eval.measures import Together, started
-
     run_args, args = request.compose()
+    from lingua.eval.measures import Together, started  # loads torch, which a wrong key need not wait for
+
     with started(run_args, args, request.app) as measures:
         if not request.follow:
             found = measures.measure(request.place, lambda: None)

@@ -26,15 +26,8 @@ from lingua.config.keys.model import CrossEntropyArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.held_out import HeldOut, HeldOutText, ScoredRow, Wording, by_document, held_out_texts, packed, padded
 from lingua.distributed.parallelize import DTYPES
-from lingua.distributed.process_group import (
-    World,
-    find_rank_info,
-    from_main,
-    on_every_rank,
-    pick_device,
-    set_environment,
-    start_world,
-)
+from lingua.distributed.place import find_rank_info
+from lingua.distributed.process_group import World, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.distributed.same_config import code_of
 from lingua.eval.evaluator import Beat
 from lingua.eval.harness_tasks import be_offline

@@ -114,7 +114,7 @@ def owed_steps(run_dir: Path, args: EvalArgs) -> list[int]:
 
 
 class Evaluation:
-    """How a run sees to its evaluations; this base class does nothing. apps/main/train.py calls it.
+    """How a run sees to its evaluations; this base class does nothing. apps/main/loop.py calls it.
 
     `begin` and `saved` are collective; they return True if a rank was asked to stop, and all ranks know.
     """

@@ -28,7 +28,7 @@ from lingua.files import free_bytes, human_bytes
 from lingua.slurm import node_of_each_task, this_node_name
 
 if TYPE_CHECKING:
-    from lingua.distributed.process_group import RankInfo
+    from lingua.distributed.place import RankInfo
 
 SHM = Path("/dev/shm")
 PROBE_BYTES = 16 << 20
@@ -249,7 +249,8 @@ def main(words: list[str]) -> int:
 
     import torch
 
-    from lingua.distributed.process_group import find_rank_info, pick_device
+    from lingua.distributed.place import find_rank_info
+    from lingua.distributed.process_group import pick_device
 
     started_s, place = time.monotonic(), find_rank_info()
     try:

@@ -11,7 +11,8 @@ from torch import nn
 from lingua.checkpoint.load_weights import load_weights, open_source
 from lingua.config.base import build_part
 from lingua.config.keys.train import TrainArgs
-from lingua.distributed.process_group import RankInfo, pick_device
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import pick_device
 from lingua.tokenizer import Tokenizer, build_tokenizer
 from lingua.train.describe import config_of, described
 

@@ -36,7 +36,8 @@ from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
 from lingua.data.loader import merge_states
 from lingua.data.sources import with_default_sources
-from lingua.distributed.process_group import RankInfo, Ranks, World, pick_device, set_environment
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import Ranks, World, pick_device, set_environment
 from lingua.files import DISK, RunError
 from lingua.optim.update import grad_norm_and_clip_coef
 from lingua.profiling.first_nonfinite import Watch, first_nonfinite, grad_norms, nonfinite_names

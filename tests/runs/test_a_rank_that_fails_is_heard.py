@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-import apps.main.train
+import apps.main.loop
 import lingua.run.watchdog
 from lingua.data.blocked_source import DataError
 from lingua.data.loader import Batch, Loader
@@ -128,7 +128,7 @@ def test_a_rank_that_hangs_is_ended_with_the_stacks_of_all(tmp_path: Path):
 @pytest.mark.parametrize(("validation_s", "exit_code"), [(90.0, 0), (110.0, 76)])
 def test_a_slow_validation_is_no_hang_but_an_endless_one_is(tmp_path: Path, validation_s: float, exit_code: int):
     def hook(rank: int) -> None:
-        validate = apps.main.train.validate
+        validate = apps.main.loop.validate
 
         def slowly(run: Any, watchdog: Watchdog) -> Any:
             now = watchdog.heartbeat.now
@@ -136,7 +136,7 @@ def test_a_slow_validation_is_no_hang_but_an_endless_one_is(tmp_path: Path, vali
             watchdog.look()
             return validate(run, watchdog)
 
-        setattr(apps.main.train, "validate", slowly)  # noqa: B010
+        setattr(apps.main.loop, "validate", slowly)  # noqa: B010
 
     words = [*WORDS, *WATCHDOG, f"dump_dir={tmp_path}", "validation.every=10"]
     result = train(words, hook=hook)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import apps.main.train
+import apps.main.loop
 from apps.cli.main import app
 from lingua.config.command_line import run_main
 from lingua.files import Files
@@ -230,13 +230,13 @@ def test_a_checkpoint_that_turns_up_late_binds_the_config(tmp_path: Path):
     mark.rename(away)
 
     def publish_late(rank: int) -> None:
-        build_run = apps.main.train.build_run
+        build_run = apps.main.loop.build_run
 
         def late(*args: Any) -> Run:
             away.rename(mark)
             return build_run(*args)
 
-        setattr(apps.main.train, "build_run", late)  # noqa: B010
+        setattr(apps.main.loop, "build_run", late)  # noqa: B010
 
     refused = train([*words, "optim.lr=1e-4"], hook=publish_late)
     assert refused.exit_code == 2

@@ -76,7 +76,7 @@ def test_what_runs_is_what_was_frozen(checkout: Checkout):
     words = tiny("frozen", 100_000, "checkpoint.dump.every=100000")
     job_id = checkout.submit("sphinx_1.slurm", words)
     checkout.wait_for_step("frozen", 1)
-    for path in ("apps/main/train.py", "lingua/launch/job.py", "lingua/schema.py"):
+    for path in ("apps/main/train.py", "apps/main/loop.py", "lingua/launch/job.py", "lingua/schema.py"):
         (checkout.path / path).write_text("raise SystemExit('edited')\n")
     (checkout.path / "apps/main/configs/debug.yaml").write_text("steps: many\n")
     checkout.cluster.run("scontrol", "requeue", job_id)

@@ -7,7 +7,7 @@ import orjson
 import pytest
 import yaml
 
-import apps.main.train
+import apps.main.loop
 from lingua.run.metrics import read_metrics
 from lingua.run.watchdog import Watchdog
 from lingua.train.learner import Run
@@ -92,7 +92,7 @@ def test_what_is_left_to_do_after_the_last_checkpoint_is_done_by_the_next_start(
     words = [*TINY, f"dump_dir={tmp_path}", "steps=2", "validation.at_ends=true"]
 
     def die_instead_of_validating(rank: int) -> None:
-        validate = apps.main.train.validate
+        validate = apps.main.loop.validate
         calls: list[int] = []
 
         def once(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
@@ -101,7 +101,7 @@ def test_what_is_left_to_do_after_the_last_checkpoint_is_done_by_the_next_start(
                 kill_self()
             return validate(run, watchdog)
 
-        setattr(apps.main.train, "validate", once)  # noqa: B010
+        setattr(apps.main.loop, "validate", once)  # noqa: B010
 
     assert train(words, hook=die_instead_of_validating).exit_codes == [-9]
     assert "bits per byte" in train(words).output

@@ -19,7 +19,8 @@ from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import CrossEntropyArgs
 from lingua.data.held_out import ScoredRow
 from lingua.distributed.parallelize import parallelize, recomputed
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 from lingua.eval.scorer import Scorer
 from lingua.model.loss import CrossEntropy
 from lingua.model.transformer import KVCache

@@ -20,7 +20,8 @@ from lingua.distributed import compile as compiling
 from lingua.distributed import parallelize as parallel
 from lingua.distributed.compile import INDUCTOR, TRITON, compile_model, keep_compiled_code, let_length_vary
 from lingua.distributed.parallelize import forward_precision, parallelize
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 from lingua.model.attention import RowDocuments
 from lingua.model.loss import CrossEntropy
 from tests.packed_kernels import give_varlen_a_cpu, row_documents

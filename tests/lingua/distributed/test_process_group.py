@@ -5,16 +5,8 @@ import pytest
 import torch
 
 from lingua.config.keys.distributed import DistributedArgs
-from lingua.distributed.process_group import (
-    RankError,
-    RankInfo,
-    StepReduce,
-    find_rank_info,
-    from_main,
-    on_each,
-    on_every_rank,
-    pick_device,
-)
+from lingua.distributed.place import RankInfo, find_rank_info
+from lingua.distributed.process_group import RankError, StepReduce, from_main, on_each, on_every_rank, pick_device
 from lingua.files import DiskError
 from lingua.run.failure import classify
 from tests.ranks import run_on_ranks

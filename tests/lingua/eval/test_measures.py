@@ -16,7 +16,8 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs, HarnessArgs, HeldOutArgs
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.data.held_out import ScoredRow, Wording, windows
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 from lingua.eval.measures import MeasuredModel, Measures, build_held_out
 from lingua.model.generate import Generator
 from lingua.model.loss import CrossEntropy

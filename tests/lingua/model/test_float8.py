@@ -13,7 +13,8 @@ from apps.main.transformer import LMTransformer
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import CrossEntropyArgs
 from lingua.distributed.parallelize import forward_precision, parallelize
-from lingua.distributed.process_group import RankInfo, World
+from lingua.distributed.place import RankInfo
+from lingua.distributed.process_group import World
 from lingua.model import float8
 from lingua.model.float8 import RECIPES, Float8Linear, convert, quantize, refusal
 from lingua.model.loss import CrossEntropy

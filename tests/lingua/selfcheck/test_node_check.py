@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lingua.distributed.process_group import RankInfo
+from lingua.distributed.place import RankInfo
 from lingua.selfcheck.node_check import (
     NodeAnswer,
     NodeReport,
