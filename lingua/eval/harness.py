@@ -33,8 +33,10 @@ MAX_GEN_LEN = 256
 """Tokens of an answer whose task sets no limit, as in harness's `hf` (models/utils.py, normalize_gen_kwargs)."""
 BLOCK = 64
 """Consecutive requests of one rank: the answers to one question are neighbours, and share its forward pass."""
-HEADLINES = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte")
-"""The first of these that a task has counts in `eval/overall_avg`."""
+SHARES = ("acc_norm", "acc", "exact_match", "f1")
+"""The first of these that a task has counts in `eval/overall_avg`: shares of right answers, so more is better."""
+HEADLINES = (*SHARES, "bits_per_byte")
+"""The first of these that a task has stands for it in `eval.core_metrics`."""
 
 
 # -- the model as harness sees it ----------------------------------------------------------------------------------
@@ -71,6 +73,17 @@ def generator_args(base: GeneratorArgs, kwargs: Mapping[str, Any]) -> GeneratorA
     if left:
         raise ConfigError(f"eval.harness.gen_kwargs: {', '.join(left)} is not supported; remove it")
     return GeneratorArgs.model_validate(base.model_dump() | update)
+
+
+def within_context(args: GeneratorArgs, context: int) -> GeneratorArgs:
+    """Cut prompts as harness's `hf` model does: an answer may have all of max_gen_toks, the prompt has what is left."""
+    room = context - args.max_gen_len
+    if room <= 0:
+        raise ConfigError(
+            f"eval.harness: answers of up to {args.max_gen_len} tokens leave no room for a prompt in a context of "
+            f"{context}; set eval.harness.gen_kwargs: {{max_gen_toks: {max(1, context // 2)}}}, or remove the task"
+        )
+    return args.model_copy(update={"max_prompt_len": min(args.max_prompt_len or room, room)})
 
 
 def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
@@ -119,6 +132,7 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
                 alike[json.dumps(request.args[1], sort_keys=True)].append(number)
             for numbers in alike.values():
                 args = generator_args(generator.args, requests[numbers[0]].args[1])
+                args = within_context(args, scorer.context)
                 texts = _shared([requests[n].args[0] for n in numbers], lambda mine, args=args: _generate(mine, args))
                 answers |= zip(numbers, texts, strict=True)
             found = [answers[n] for n in range(len(requests))]
@@ -211,7 +225,7 @@ def metrics_of(
 ) -> dict[str, float]:
     """Return `eval/<task>/<metric>`, `eval_stderr/...`, and averages.
 
-    `eval/overall_avg`: of the tasks' headline metrics. `core_eval/...`: the metrics that `core_metrics` names
+    `eval/overall_avg`: of the tasks' shares of right answers; bits per byte have no part in it. `core_eval/...`: the metrics that `core_metrics` names
     (<task>/<metric>, or a task for its headline), times their weights; `core_eval/overall_avg`: their weighted average.
     """
     found: dict[str, float] = {}
@@ -222,8 +236,8 @@ def metrics_of(
                 continue
             prefix, name = ("eval_stderr", name.removesuffix("_stderr")) if name.endswith("_stderr") else ("eval", name)
             found[f"{prefix}/{task}/{name}" + (f",{kind}" if kind not in ("", "none") else "")] = value
-    headlines = {task: name for task in results if (name := _headline(found, task)) is not None}
-    if measured := [found[headlines[task]] for task in tasks if task in headlines]:
+    headlines = {task: name for task in results if (name := _first(found, task, HEADLINES)) is not None}
+    if measured := [found[name] for task in tasks if (name := _first(found, task, SHARES)) is not None]:
         found["eval/overall_avg"] = sum(measured) / len(measured)
     chosen = {name: headlines.get(name, f"eval/{name}") for name in core_metrics}
     if missing := [name for name, metric in chosen.items() if metric not in found]:
@@ -234,9 +248,9 @@ def metrics_of(
     return found
 
 
-def _headline(found: Mapping[str, float], task: str) -> str | None:
-    for headline in HEADLINES:
+def _first(found: Mapping[str, float], task: str, metrics: Sequence[str]) -> str | None:
+    for metric in metrics:
         for name in found:
-            if name == f"eval/{task}/{headline}" or name.startswith(f"eval/{task}/{headline},"):
+            if name == f"eval/{task}/{metric}" or name.startswith(f"eval/{task}/{metric},"):
                 return name
     return None

@@ -75,22 +75,26 @@ RESULTS = {
     "a": {"alias": "a", "acc,none": 0.25, "acc_norm,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4},
     "b": {"exact_match,first": 1.0, "exact_match,last": 0.0, "acc_stderr,none": "N/A"},
     "part": {"acc,none": 0.0},
+    "pages": {"bits_per_byte,none": 3.0, "word_perplexity,none": 99.0},
 }
 
 
 def test_names_of_metrics_and_averages(caplog: pytest.LogCaptureFixture) -> None:
-    assert metrics_of(RESULTS, ["a", "b"], {"a/acc": 3.0, "b": 1.0}) == {
+    assert metrics_of(RESULTS, ["a", "b", "pages"], {"a/acc": 3.0, "b": 1.0}) == {
         "eval/a/acc": 0.25,
         "eval/a/acc_norm": 0.5,
         "eval_stderr/a/acc": 0.1,
         "eval/b/exact_match,first": 1.0,
         "eval/b/exact_match,last": 0.0,
         "eval/part/acc": 0.0,
+        "eval/pages/bits_per_byte": 3.0,
+        "eval/pages/word_perplexity": 99.0,
         "eval/overall_avg": 0.75,
         "core_eval/a/acc": 0.75,
         "core_eval/b": 1.0,
         "core_eval/overall_avg": 1.75 / 4,
     }
+    assert "eval/overall_avg" not in metrics_of(RESULTS, ["pages"], {}), "bits per byte are no share of right answers"
     assert "core_eval/overall_avg" not in metrics_of(RESULTS, ["a"], {"c": 1.0})
     assert "eval.core_metrics: c is not measured" in caplog.text
 
@@ -141,6 +145,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             "doc_to_text": "{{question}}",
             "doc_to_target": "{{page}}",
             "generation_kwargs": {"until": ["ab b", "\n\n"], "max_gen_toks": 12},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        common
+        | {
+            "task": "long_answers",  # most of the context is kept for them
+            "output_type": "generate_until",
+            "doc_to_text": "{{page}}",
+            "doc_to_target": "{{question}}",
+            "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": CONTEXT - 8},
             "metric_list": [{"metric": "exact_match"}],
         },
     ]
@@ -234,14 +247,14 @@ def test_the_same_as_the_hf_model(lm_eval: Any, tasks: list[Any], tokenizer: tup
     asked, pages = [task for task in tasks if task["task"] != "pages"], tasks[2]
     expected = answers_of(hugging_face(model, tokenizer[1], add_bos_token=True), asked)
     alone = answers_of(hugging_face(model, tokenizer[1], add_bos_token=False), [pages])
-    del expected["eval/overall_avg"], alone["eval/overall_avg"]
+    del expected["eval/overall_avg"]
     expected = {**alone, **expected}
     named = {"eval/letters/acc", "eval/words/acc_norm", "eval/pages/bits_per_byte", "eval/answers/exact_match"}
     assert named | {"eval/overall_avg"} <= found.keys()
     names = [name for name in expected if name not in ("details", "samples")]
     assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-5)
     ours, theirs = said(found), said(expected)
-    assert ours["answers"] == theirs["answers"]
+    assert (ours["answers"], ours["long_answers"]) == (theirs["answers"], theirs["long_answers"])
     assert any(len(answer) > 3 for ((answer,),) in ours["answers"])
     for task in ("letters", "words"):
         for mine, other in zip(ours[task], theirs[task], strict=True):
@@ -303,4 +316,6 @@ def test_a_tokenizer_of_bytes_will_do(lm_eval: Any) -> None:
     requests = [SimpleNamespace(args=("x" * 40, {"until": ["never"], "max_gen_toks": 3})) for _ in range(2)]
     first, second = lm.generate_until(requests)
     assert first == second
+    with pytest.raises(ConfigError, match=r"up to 16 tokens leave no room .*gen_kwargs: {max_gen_toks: 8}"):
+        lm.generate_until([SimpleNamespace(args=("x", {"max_gen_toks": 16}))])
     assert torch.is_grad_enabled()
