@@ -36,6 +36,11 @@ class Tokenizer(ABC):
     eos_id: int | None
     fingerprint: str
 
+    @property
+    def needed_size(self) -> int:
+        """The vocabulary that a model needs. Special tokens that no text becomes, such as padding, need no row."""
+        return self.vocab_size
+
     @abstractmethod
     def encode_text(self, text: str) -> np.ndarray:
         """Return the ids of the text alone, int32 or uint32, perhaps read-only. May raise anything."""
@@ -254,6 +259,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.encode_special_tokens = True
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = self._special(declared)
+
+    @property
+    def needed_size(self) -> int:
+        added = self._model.get_added_tokens_decoder()
+        ids = {i for i in self._model.get_vocab(with_added_tokens=True).values() if i not in added}
+        ids |= {i for i, token in added.items() if not token.special} | {self.bos_id, self.eos_id} - {None}
+        return max(ids) + 1
 
     def _special(self, declared: dict[str, Any]) -> tuple[int | None, int | None]:
         """Return the begin and end ids that tokenizer_config.json declares, else those of the usual names."""

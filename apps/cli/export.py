@@ -272,6 +272,11 @@ def _describe(
     try:
         _same_tokenizer(args, checkpoint)
         tokenizer = build_tokenizer(args.data.tokenizer)
+        if embedding.shape[0] < tokenizer.needed_size:
+            raise ConfigError(
+                f"the vocabulary of the model is {embedding.shape[0]}, but the tokenizer has {tokenizer.vocab_size} "
+                "tokens; set data.tokenizer to the one that the model was trained with"
+            )
         ids = tokenizer.bos_id, tokenizer.eos_id
         settings = {"add_bos": args.data.add_bos, "max_seqlen": max_seqlen}
         warning = write_tokenizer(args.data.tokenizer, folder, **settings, files=files)

@@ -73,18 +73,18 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
     """A generator with the weights of `args.ckpt` in the model of `run_args`. Loads torch."""
     import torch
 
-    from lingua.distributed.parallelize import DTYPES
     from lingua.distributed.place import find_rank_info
     from lingua.distributed.process_group import pick_device
     from lingua.model.generate import Generator, cpu_threads
-    from lingua.train.load_model import load_model
+    from lingua.train.load_model import chosen_dtype, load_model, stored_dtype
 
     device = pick_device(args.device, find_rank_info())
-    model, tokenizer, loaded = load_model(run_args, args.ckpt, device, DTYPES[args.dtype])
+    dtype = chosen_dtype(args.dtype, device, lambda: stored_dtype(args.ckpt))
+    model, tokenizer, loaded = load_model(run_args, args.ckpt, device, dtype)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         n_params = sum(parameter.numel() for parameter in model.parameters())
         torch.set_num_threads(cpu_threads(n_params, torch.get_num_threads()))
-    print(f"{loaded}, on {device} in {args.dtype}", file=sys.stderr)
+    print(f"{loaded}, on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
     return Generator(model, tokenizer, args, add_bos=run_args.data.add_bos)
 
 

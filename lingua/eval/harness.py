@@ -225,8 +225,9 @@ def metrics_of(
 ) -> dict[str, float]:
     """Return `eval/<task>/<metric>`, `eval_stderr/...`, and averages.
 
-    `eval/overall_avg`: of the tasks' shares of right answers; bits per byte have no part in it. `core_eval/...`: the metrics that `core_metrics` names
-    (<task>/<metric>, or a task for its headline), times their weights; `core_eval/overall_avg`: their weighted average.
+    `eval/overall_avg`: of the tasks' shares of right answers; bits per byte have no part in it. `core_eval/...`: the
+    metrics that `core_metrics` names (<task>/<metric>, or a task for its headline), times their weights;
+    `core_eval/overall_avg`: their weighted average.
     """
     found: dict[str, float] = {}
     for task, values in results.items():

@@ -28,7 +28,6 @@ from lingua.checkpoint.state import restore_rng, rng_state
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.process_group import World, first_given, on_every_rank, patient
 from lingua.eval.evaluator import Beat, Evaluator, Stopped
 from lingua.eval.harness_tasks import be_offline
@@ -40,7 +39,7 @@ from lingua.run.metrics import MetricLogger
 from lingua.run.watchdog import Watchdog
 from lingua.slurm import can_submit, this_allocation, this_job
 from lingua.train.learner import Run
-from lingua.train.load_model import bare_model
+from lingua.train.load_model import bare_model, chosen_dtype
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +188,9 @@ class InTraining(Evaluation):
                 if source != HELD:
                     return self._measures.measure(source, beat)
                 run, measures = self._run, self._measures
-                dtype = DTYPES[measures.args.generator.dtype]
-                model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, run.world.device, dtype))
+                stored, device = next(run.model.parameters()).dtype, run.world.device
+                dtype = chosen_dtype(measures.args.generator.dtype, device, lambda: stored)
+                model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, device, dtype))
                 copy_weights(run.model, model)
                 return measures.measure_model(model, run.tokenizer, beat)
             except Exception:

@@ -25,7 +25,6 @@ from lingua.config.keys.eval import EvalArgs, HeldOutArgs
 from lingua.config.keys.model import CrossEntropyArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.held_out import HeldOut, HeldOutText, ScoredRow, Wording, by_document, held_out_texts, packed, padded
-from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.place import find_rank_info
 from lingua.distributed.process_group import World, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.distributed.same_config import code_of
@@ -36,7 +35,7 @@ from lingua.model.generate import Generator, group
 from lingua.model.loss import IGNORE, CrossEntropy
 from lingua.slurm import this_allocation
 from lingua.tokenizer import Tokenizer
-from lingua.train.load_model import load_model
+from lingua.train.load_model import chosen_dtype, load_model, stored_dtype
 from lingua.train.validate import HeldOutLoss, sum_of_losses
 
 T = TypeVar("T")
@@ -84,9 +83,14 @@ class Measures:
 
     def measure(self, ckpt: str | Path, beat: Beat) -> dict[str, Any]:
         """Return the metrics of a checkpoint. Collective; an error on one rank is raised on all."""
-        device, dtype = self.world.device, self.args.generator.dtype
-        model, tokenizer, loaded = on_every_rank(lambda: load_model(self.run_args, ckpt, device, DTYPES[dtype]))
-        log.info("%s, on %s in %s", loaded, device, dtype)
+        device = self.world.device
+
+        def load() -> tuple[nn.Module, Tokenizer, str]:
+            dtype = chosen_dtype(self.args.generator.dtype, device, lambda: stored_dtype(ckpt))
+            return load_model(self.run_args, ckpt, device, dtype)
+
+        model, tokenizer, loaded = on_every_rank(load)
+        log.info("%s, on %s in %s", loaded, device, next(model.parameters()).dtype)
         return self.measure_model(model, tokenizer, beat)
 
     def measure_model(self, model: nn.Module, tokenizer: Tokenizer, beat: Beat) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from lingua.checkpoint.load_weights import load_weights, open_source
-from lingua.config.base import build_part
+from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.train import TrainArgs
+from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import pick_device
 from lingua.tokenizer import Tokenizer, build_tokenizer
@@ -39,6 +41,13 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     return found.pop() if len(found) == 1 and found <= {torch.bfloat16, torch.float16} else torch.float32
 
 
+def chosen_dtype(name: str, device: torch.device, stored: Callable[[], torch.dtype]) -> torch.dtype:
+    """Return the dtype that `generator.dtype` asks for; `stored` tells that of the weights."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" else stored()
+
+
 def load_model(
     run_args: TrainArgs, ckpt: str | Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, Tokenizer, str]:
@@ -55,6 +64,11 @@ def load_model(
 def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model of `run_args`, whole and by itself, whose weights are to be filled in."""
     vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.vocab_size
+    if vocab_size < tokenizer.needed_size:
+        raise ConfigError(
+            f"model.vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; set "
+            "data.tokenizer in the config of these weights to the one that they were trained with"
+        )
     update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
     with torch.device("meta"):
         model: nn.Module = build_part(run_args.model.model_copy(update=update))

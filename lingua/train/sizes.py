@@ -169,9 +169,9 @@ def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
 
 def _vocab_size(args: TrainArgs, found: Study) -> int:
     """V: the model's own, else the tokenizer's, else what its name lets assume."""
-    vocab_size, known = _tokenizer_vocab_size(args.data.tokenizer)
+    vocab_size, needed = _tokenizer_vocab_size(args.data.tokenizer)
     stated = args.model.vocab_size
-    if stated > 0 and stated < vocab_size and known:
+    if 0 < stated < needed:
         text = f"model.vocab_size is {stated}, but the tokenizer has {vocab_size} tokens; set it to that or to -1"
         found.errors.append(Finding("model.vocab_size", text))
     if stated == 0:
@@ -179,11 +179,12 @@ def _vocab_size(args: TrainArgs, found: Study) -> int:
     return stated if stated > 0 else vocab_size
 
 
-def _tokenizer_vocab_size(args: TokenizerArgs) -> tuple[int, bool]:
-    """(vocabulary, whether it was read from the file)."""
+def _tokenizer_vocab_size(args: TokenizerArgs) -> tuple[int, int]:
+    """(vocabulary, how much of it the model needs; 0 if the file is not here to be read)."""
     if args.name != "bytes" and not tokenizer_is_there(args):
-        return assumed_vocab_size(args), False
-    return build_tokenizer(args).vocab_size, True
+        return assumed_vocab_size(args), 0
+    tokenizer = build_tokenizer(args)
+    return tokenizer.vocab_size, tokenizer.needed_size
 
 
 def tokenizer_is_there(args: TokenizerArgs) -> bool:

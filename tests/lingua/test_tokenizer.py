@@ -254,6 +254,19 @@ def test_a_rank_file_of_nobody_known_asks_for_its_split(files: dict[str, Path]) 
         build_tokenizer(TokenizerArgs(name="tiktoken", path=str(files["tiktoken"])))
 
 
+def test_padding_needs_no_row_of_a_model(files: dict[str, Path], tmp_path: Path) -> None:
+    """Published Llama 2 folders have 32,000 rows and a padding token behind them."""
+    content = json.loads((files["hf"] / "tokenizer.json").read_bytes())
+    size = build_tokenizer(args_of("hf", files)).vocab_size
+    for n, is_special in enumerate((True, False)):
+        token = {"id": size, "content": "<pad>", "special": is_special, "normalized": False}
+        token |= {"single_word": False, "lstrip": False, "rstrip": False}
+        path = tmp_path / f"{n}.json"
+        path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], token]}))
+        tokenizer = build_tokenizer(TokenizerArgs(name="hf", path=str(path)))
+        assert (tokenizer.vocab_size, tokenizer.needed_size) == (size + 1, size + n)
+
+
 def test_every_id_has_a_text(files: dict[str, Path]) -> None:
     tokenizer = build_tokenizer(args_of("tiktoken", files))
     for token in range(256, tokenizer.vocab_size):

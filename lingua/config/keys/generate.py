@@ -32,8 +32,8 @@ class GeneratorArgs(Args):
     """torch.compile the one-token step."""
     show_progress: bool = False
     """Progress bar."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type of weights and cache (on a CPU fp32 is faster)."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of weights and cache. auto: bf16 on a GPU; on a CPU the type that the weights are stored in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where."""
     seed: int = 42

@@ -256,6 +256,13 @@ def test_a_tokenizer_that_is_gone_or_another_is_left_out_and_said_so(tmp_path: P
     )
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_left_out_and_said_so(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", vocab_size=100, n_layers=1)
+    made = make_export(str(tmp_path / "run"), tmp_path / "hf", Format.hf)
+    assert "the vocabulary of the model is 100, but the tokenizer has 258 tokens" in made.warnings[0]
+    assert made.files == ["config.json", "generation_config.json", "model.safetensors"]
+
+
 # -- the words -------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from tests.ranks import run_on_ranks
 from tests.trainer import free_port, train
 
 ROOT = Path(__file__).parents[3]
-SMALL = ["generator.dtype=fp32", "generator.device=cpu", "validation.max_steps=3", "generator.max_tokens=4000"]
+SMALL = ["generator.device=cpu", "validation.max_steps=3", "generator.max_tokens=4000"]
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,21 @@ def test_mistakes_are_one_sentence(given: list[str], sentence: str, capsys: pyte
     assert sentence in capsys.readouterr().err
 
 
+def test_a_vocabulary_smaller_than_the_tokenizer_is_a_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.yaml").write_text(CONFIG.replace("max_seqlen", "vocab_size: 100, max_seqlen"))
+    assert run_main(main, words(run, "prompt=one")) == 2
+    assert "model.vocab_size is 100, but the tokenizer has 258 tokens; set data.tokenizer" in capsys.readouterr().err
+
+
+def test_on_a_cpu_weights_keep_the_type_they_are_stored_in(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"ckpt={run}/consolidated.pth", "max_gen_len=4", "device=cpu", "prompt=one"]
+    file = run / "consolidated.pth"
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.save({name: tensor.to(dtype) for name, tensor in torch.load(file).items()}, file)
+        assert main(given) == 0
+        assert f"on cpu in {str(dtype).removeprefix('torch.')}" in capsys.readouterr().err
+
+
 def test_the_config_of_a_checkpoint_is_that_of_its_run(run: Path) -> None:
     step = run / "checkpoints" / "0000000010"
     step.mkdir(parents=True)
