@@ -93,6 +93,19 @@ def this_allocation(env: Mapping[str, str]) -> Allocation | None:
     )
 
 
+def require_tasks_that_fit(env: Mapping[str, str]) -> None:
+    """Raise ConfigError if the job was submitted with numbers of tasks that contradict each other.
+
+    A requeued job may have got other nodes since; by then its numbers were found to fit.
+    """
+    job, total, per_node = this_allocation(env), env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
+    if job is not None and not job.restarts and total and per_node and int(total) < job.n_tasks:
+        raise ConfigError(
+            f"the job was submitted with --ntasks={total}, but --ntasks-per-node={per_node} on --nodes={job.n_nodes} "
+            f"makes {job.n_tasks}; leave out --ntasks"
+        )
+
+
 def this_node(env: Mapping[str, str]) -> tuple[int, int]:
     """Return (number of this node, nodes) of the step; (0, 1) outside one."""
     return int(env.get("SLURM_NODEID", "0")), int(env.get("SLURM_STEP_NUM_NODES", "1"))
@@ -155,7 +168,12 @@ def expand_hosts(node_list: str) -> list[str]:
 
 # Characters that an #SBATCH line takes without quotes; sbatch ends it at a blank.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]|&*()-]*")
-_OF_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
+# What a shell of one job or step must not hand to another. It does: sbatch takes along all variables of its shell.
+_OF_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+# A site's GPU_BIND would bind GPUs to tasks, see `step_command`.
+_OF_STEP = re.compile(r"SLURM_(STEP|CPU_BIND|MEM_BIND|GPU_BIND|SRUN_COMM|LAUNCH_NODE|PTY)")
+_OF_RANK = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+_MEMORY = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE")
 
 
 def job_script(name: str, asked: JobArgs, lines: Sequence[str], *, array: str = "", note: str = "") -> str:
@@ -249,8 +267,20 @@ def step_command(
 
 
 def outside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a process that belongs to no job, even if this one does."""
-    return {name: value for name, value in env.items() if not name.startswith("SLURM_") or name in _OF_CLUSTER}
+    """Return the environment for a process that belongs to no job and is no rank, even if this one does and is."""
+    own = {name for name in env if name.startswith("SLURM_") or _OF_RANK.fullmatch(name)}
+    return {name: value for name, value in env.items() if name not in own or name in _OF_CLUSTER}
+
+
+def for_steps(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for the steps of this job, without what the shell that submitted it had from a step.
+
+    Of two amounts of memory one is that shell's, and srun refuses to choose: without any, a step gets all of the job's.
+    """
+    left = {name for name in env if _OF_STEP.match(name) or _OF_RANK.fullmatch(name)}
+    if len(amounts := env.keys() & set(_MEMORY)) > 1:
+        left |= amounts
+    return {name: value for name, value in env.items() if name not in left}
 
 
 # -- commands ------------------------------------------------------------------------------------------------------
@@ -310,7 +340,7 @@ def submit(
         return known[0]
     options = [f"--{key}={value}" for key, value in (("output", output), ("array", array)) if value]
     words = ["sbatch", "--parsable", f"--chdir={folder}", *options, str(script)]
-    return run(words, env=_not_overruled(asked, env)).strip().partition(";")[0]
+    return run(words, env=_not_overruled(asked, outside_job(env))).strip().partition(";")[0]
 
 
 def _not_overruled(asked: JobArgs, env: Mapping[str, str]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import run_root
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.keys.launch import JobArgs, LauncherArgs, ResourceArgs
+from lingua.config.keys.launch import JobArgs, LauncherArgs
 from lingua.eval.evaluator import Evaluator
 from lingua.files import RunError, make_folder, write_whole
 from lingua.logger import RANK_LOGS
@@ -47,9 +47,6 @@ SCRIPT = "follow.sh"
 LEAVE_S = 5.0
 """How long the evaluator may take to leave before the last job is submitted."""
 LAST_JOB_MEM = "1G"
-# Variables that make a process a rank; an evaluator is not one.
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
-             "MASTER_PORT")  # fmt: skip
 
 
 # -- decisions -----------------------------------------------------------------------------------------------------
@@ -60,11 +57,7 @@ def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[st
 
     With None it has no CUDA_VISIBLE_DEVICES, which the jobs that it submits would inherit.
     """
-    kept = {
-        name: value
-        for name, value in outside_job(env).items()
-        if name not in _OF_RANKS and not name.startswith("TORCHELASTIC_")
-    }
+    kept = outside_job(env)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
     kept.pop("CUDA_VISIBLE_DEVICES", None)
     return {**kept, "PYTHONPATH": path} | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
@@ -228,9 +221,8 @@ class Beside(Evaluation):
 
     def _submit(self, evaluation: JobArgs) -> str:
         """Submit the last job, unless it waits or runs already; return its id."""
-        shared = evaluation.model_dump(include={*ResourceArgs.model_fields, "time"})
         small = {"nodes": 1, "gpus": 0, "cpus_per_gpu": 1, "mem": LAST_JOB_MEM, "signal_s": 0}
-        asked = LauncherArgs.model_validate(shared | small)
+        asked = LauncherArgs.model_validate(evaluation.model_dump() | small)
         name = f"follow-{(run_root(self.run_dir) / layout.RUN_ID).read_text().strip()}"
         script = make_folder(self.run_dir / layout.EVALS, "evals") / SCRIPT
         write_whole(script, self.render(name, asked), mode=0o755)

@@ -48,9 +48,11 @@ from lingua.run.lock import attempt_files, newest_attempt
 from lingua.slurm import (
     Allocation,
     JobState,
+    for_steps,
     job_state,
     log_pattern,
     requeue,
+    require_tasks_that_fit,
     step_command,
     this_allocation,
 )
@@ -102,6 +104,7 @@ def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
 
 def begin(env: Mapping[str, str]) -> int:
     """Freeze what a *.slurm script submitted, then become `hold`, run by the frozen code."""
+    require_tasks_that_fit(env)
     base_dir, allocation = Path.cwd(), this_allocation(env)
     words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
     line = parse_command_line(words, ["accept-change", "refreeze"])
@@ -228,9 +231,8 @@ def rank_variables(job: HeldJob, env: Mapping[str, str]) -> dict[str, str]:
     """Return the ranks' environment: where they meet, and what the config sets and unsets."""
     # By name and folder, since two clusters on one host have jobs of the same number.
     meeting = meeting_point(f"{job.name} {job.run_dir}", job.allocation.n_nodes if job.allocation else 1, env)
-    taken = {*job.launcher.env.unset, "SLURM_GPU_BIND"}  # a site's default would bind GPUs to tasks
-    kept = {name: value for name, value in env.items() if name not in taken}
-    return {**kept, **meeting, **job.launcher.env.set}
+    kept = {name: value for name, value in env.items() if name not in job.launcher.env.unset}
+    return {**for_steps(kept), **meeting, **job.launcher.env.set}
 
 
 class Holder:
@@ -435,6 +437,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def hold(job_file: Path, env: Mapping[str, str]) -> int:
     """Run what a job file froze; returns the job's exit code."""
+    require_tasks_that_fit(env)
     allocation = this_allocation(env)
     if allocation is not None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):

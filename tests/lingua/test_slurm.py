@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lingua.config.base import ConfigError
 from lingua.config.keys.launch import LauncherArgs
 from lingua.files import RunError
 from lingua.slurm import (
@@ -20,6 +21,7 @@ from lingua.slurm import (
     SlurmTask,
     ask_slurm,
     expand_hosts,
+    for_steps,
     job_end_s,
     job_of,
     job_state,
@@ -27,6 +29,7 @@ from lingua.slurm import (
     limits_of,
     node_of_each_task,
     requeue,
+    require_tasks_that_fit,
     run_command,
     send_signal,
     submit,
@@ -211,6 +214,56 @@ def test_a_signal_goes_to_one_step(listed: str):
     with nullcontext() if "ranks" in listed else pytest.raises(RunError, match="job 7 has no step ranks"):
         send_signal("7", "KILL", "ranks", run)
         assert commands[-1] == ["scancel", "--signal=KILL", "7.1"]
+
+
+# What a shell within a step of one core has, and a rank in it; its cluster and its site are to stay.
+STEP = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_LIST": "0x1", "SLURM_SRUN_COMM_PORT": "4711",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_GPU_BIND": "single:1", "SLURM_PTY_PORT": "1",
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1",
+    "MASTER_ADDR": "n1", "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True",
+}  # fmt: skip
+CLUSTER = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "SBATCH_ACCOUNT": "lab", "HOME": "/h"}
+
+
+def test_a_job_that_a_step_or_a_rank_submits_inherits_neither():
+    seen: dict[str, str] = {}
+
+    def run(words: Sequence[str], env: dict[str, str]) -> str:
+        seen.update(env)
+        return "17\n"
+
+    assert submit(Path("run.sh"), LauncherArgs(), Path("logs"), env=STEP | CLUSTER, run=run) == "17"
+    assert seen == CLUSTER
+
+
+def test_a_job_that_a_step_submitted_by_hand_hands_nothing_of_it_to_its_own_steps():
+    ours = {"SLURM_JOB_ID": "8", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_MEM_PER_NODE": "900"}
+    assert for_steps(STEP | CLUSTER | ours) == CLUSTER | ours
+    both = for_steps(CLUSTER | ours | {"SLURM_MEM_PER_CPU": "100"})
+    assert both == {name: value for name, value in (CLUSTER | ours).items() if name != "SLURM_MEM_PER_NODE"}
+
+
+@pytest.mark.parametrize(
+    ("n_tasks", "per_node", "nodes", "restarts", "refused"),
+    [
+        ("1", "2", "1", "0", True),
+        ("4", "4", "2", "0", True),
+        ("8", "4", "2", "0", False),
+        ("8", "4", "1", "1", False),  # requeued on fewer nodes
+        ("4", "4", "2", "1", False),  # and on more
+        ("1", "", "1", "0", False),
+        ("", "2", "1", "0", False),
+    ],
+)
+def test_numbers_of_tasks_that_contradict_each_other_are_named(
+    n_tasks: str, per_node: str, nodes: str, restarts: str, refused: bool
+):
+    env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": nodes, "SLURM_RESTART_COUNT": restarts}
+    env |= {"SLURM_NTASKS": n_tasks, "SLURM_NTASKS_PER_NODE": per_node}
+    with pytest.raises(ConfigError, match=r"--ntasks=\d, but --ntasks-per-node=\d") if refused else nullcontext():
+        require_tasks_that_fit(env)
 
 
 def test_a_job_that_is_known_by_its_name_is_submitted_once():

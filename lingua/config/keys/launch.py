@@ -62,7 +62,7 @@ class JobArgs(ResourceArgs):
 
     gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs per node, one rank each. 0: one rank per node, on CPU. Null: the config's ranks over nodes; an evaluation's
-    async_eval_gpus over nodes of 8."""
+    async_eval_gpus over nodes, which are then of 8 if `nodes` is 1."""
     cpus_per_gpu: Annotated[int, Field(ge=1)] = 16
     """CPU cores per rank."""
     time: TimeLimit = ""
@@ -75,10 +75,10 @@ class JobArgs(ResourceArgs):
     """Further options of sbatch, one each ("--reservation=night")."""
 
     def of_evaluation(self, n_gpus: int) -> JobArgs:
-        """Fill in `gpus` and `nodes` for an evaluation on this many GPUs; up to 8 are on one node."""
+        """Fill in `gpus` for an evaluation on this many GPUs, and `nodes` where that is 1: up to 8 are on one node."""
         if self.gpus is not None:
             return self
-        nodes = max(1, -(-n_gpus // GPUS_PER_NODE))
+        nodes = self.nodes if self.nodes > 1 else max(1, -(-n_gpus // GPUS_PER_NODE))
         return self.model_copy(update={"nodes": nodes, "gpus": -(-n_gpus // nodes)})
 
 

@@ -176,6 +176,8 @@ NIGHT = {"mem": "64G", "partition": "night"}
         ({"async_eval_gpus": 9}, 2, 5, 16, "90"),
         ({"slurm": NIGHT | {"ngpu": 16, "ncpu": 4}}, 2, 8, 4, ""),
         ({"async_eval_gpus": 8, "eval": {"launcher": NIGHT | {"time": "2:00:00"}}}, 1, 8, 16, "2:00:00"),
+        ({"async_eval_gpus": 8, "eval": {"launcher": NIGHT | {"nodes": 2}}}, 2, 4, 16, ""),
+        ({"async_eval_gpus": 16, "eval": {"launcher": NIGHT | {"nodes": 1}}}, 2, 8, 16, ""),
         ({"async_eval_gpus": 8, "eval": {"launcher": NIGHT | {"gpus": 4, "nodes": 2, "cpus_per_gpu": 2}}}, 2, 4, 2, ""),
     ],
 )

@@ -128,8 +128,9 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         return queue[0] if words[0] == "squeue" else "17;cluster\n"
 
     process = Started()
+    asked = JobArgs(partition="night", time="90", gpus=8, exclusive=True, directives=["--reservation=night"])
     run_dir = due_run(tmp_path / "100%")
-    ours = own(run_dir, process, slurm=JobArgs(partition="night", time="90"), run=slurm)
+    ours = own(run_dir, process, slurm=asked, run=slurm)
     ours.ensure()
     assert process.commands == [follow_command(run_dir, "apps.main", by_jobs=True)]
     ours.end(0)
@@ -137,7 +138,8 @@ def test_the_last_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert [words[0] for words in said] == ["squeue", "sbatch"]
     assert said[1][-2] == f"--output={tmp_path}/100%%/logs/%j.evaluator.out"
     text = (run_dir / "evals/follow.sh").read_text()
-    for option in ("job-name=follow-cafe", "ntasks-per-node=1", "cpus-per-task=1", "partition=night", "time=90"):
+    named = ("job-name=follow-cafe", "ntasks-per-node=1", "cpus-per-task=1", "partition=night", "time=90")
+    for option in (*named, "exclusive", "reservation=night"):
         assert f"#SBATCH --{option}\n" in text
     assert "gpus" not in text
     queue[0] = "16\n"

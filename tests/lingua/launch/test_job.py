@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pytest
 
 import lingua.launch.job
+from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
 from lingua.config.keys.launch import LaunchEnvArgs, LauncherArgs
 from lingua.files import RunError, read_json, write_json
@@ -390,6 +391,18 @@ def test_retries_that_cannot_be_counted_do_end(tmp_path: Path, monkeypatch: pyte
     assert len(controller.requeued) == LauncherArgs().max_retries
     held(tmp_path, 6).act(Outcome(75, TERM))
     assert len(controller.requeued) == LauncherArgs().max_retries + 1
+
+
+@pytest.mark.parametrize("words", [["begin"], ["hold", "jobs/7.json"]])
+def test_numbers_of_tasks_that_contradict_each_other_are_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, controller: Controller, words: list[str]
+):
+    monkeypatch.setattr(logging, "basicConfig", lambda **more: None)
+    env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "2", "CONFIG_FILE": "x.yaml"}
+    monkeypatch.setattr(os, "environ", env)
+    with pytest.raises(ConfigError, match="--ntasks=1, but --ntasks-per-node=2 on --nodes=1 makes 2; leave out"):
+        lingua.launch.job.main(words)
+    assert controller.requeued == []
 
 
 @pytest.mark.parametrize(
