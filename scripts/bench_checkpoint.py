@@ -33,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm.area import SERVICE_LOCK, area_of
 from lingua.checkpoint.state import TrainState, tensors_of
+from lingua.config.command_line import run_main
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 
 WIDTH = 1024
@@ -194,13 +195,13 @@ class Bench:
         self.stager.close()
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--params", type=float, default=80e6, help="parameters (default 80e6: 0.96 GB of state)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slowdown-s", type=float, default=20.0, help="seconds spent on slowdown_draining")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -224,4 +225,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -32,7 +32,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 from bench_common import make_parser, print_figures, timed
 
@@ -41,6 +41,7 @@ from apps.main.args import TrainArgs
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.base import build_part
+from lingua.config.command_line import run_main
 from lingua.config.compose import compose
 from lingua.config.frozen import dump_yaml, freeze
 from lingua.config.keys.checkpoint import CheckpointArgs
@@ -185,13 +186,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {name: round(value, 4) for name, value in result.items()}
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("overrides", nargs="*", help="key=value of the model's config")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, default=12, help="of each task")
     parser.add_argument("--batch", type=int, default=16, help="rows")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.rounds < 1 or options.documents < 1 or options.batch < 1:
         parser.error("--rounds, --documents and --batch are at least 1")
     warnings.simplefilter("ignore")
@@ -207,4 +208,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

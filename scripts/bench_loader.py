@@ -14,6 +14,7 @@ all processes, rather than tokens per second. The shuffle runs the command that 
 
 from __future__ import annotations
 
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import json
 import os
@@ -29,8 +30,10 @@ from typing import Any
 
 from bench_common import make_parser, print_figures, timed, write_corpus
 
+from lingua.config.command_line import run_main
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data.loader import Loader, build_loader
+from lingua.files import RunError
 from lingua.tokenizer import TiktokenTokenizer, build_tokenizer
 
 ROWS = 16  # of a batch
@@ -155,13 +158,13 @@ def measure_shuffle(options: argparse.Namespace, folder: Path) -> dict[str, Any]
             command += ["--data_dir", f"{work}/data", "--tmp_dir", f"{work}/tmp", "--nchunks", "8"]
             seconds, ended = timed(partial(subprocess.run, command, capture_output=True, text=True, check=False))
             if ended.returncode:
-                raise SystemExit(ended.stderr)
+                raise RunError(ended.stderr.removeprefix("error: ").strip())
             figures[f"with_{memory_gb:g}_gb_s"] = seconds
             figures[f"with_{memory_gb:g}_gb_peak_rss_bytes"] = json.loads(ended.stdout)["peak_rss_bytes"]
     return figures
 
 
-def main() -> None:
+def main(words: list[str]) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--tokenizer", type=Path, help="tiktoken rank file (see above)")
     parser.add_argument("--split", default="auto", help="how it splits text, as data.tokenizer.split (%(default)s)")
@@ -172,14 +175,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds; each figure is their median (%(default)s)")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a row (%(default)s)")
     parser.add_argument("--dir", type=Path, help="where to work (the system's temporary folder)")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if not options.shuffle and options.tokenizer is None:
         print("no --tokenizer: only the bytes tokenizer is measured (--help says where a file is)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         measure = measure_shuffle if options.shuffle else measure_loader
         figures = measure(options, Path(folder))
     print_figures(figures | {"cores": len(os.sched_getaffinity(0))}, options.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main, sys.argv[1:]))

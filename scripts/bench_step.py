@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lingua  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 from bench_common import format_figure, make_parser, timed, write_corpus
 from bench_kernels import (
@@ -55,13 +55,14 @@ from bench_kernels import (
 )
 
 from lingua.config.base import build_part
-from lingua.config.command_line import parse_command_line
+from lingua.config.command_line import parse_command_line, run_main
 from lingua.config.keys.model import LlamaArgs
 from lingua.console import show_table
 from lingua.distributed.compile import let_length_vary
 from lingua.distributed.parallelize import forward_precision, set_matmul_precision
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import World
+from lingua.files import RunError
 from lingua.model.attention import RowDocuments
 from lingua.model.huggingface import config_json
 from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
@@ -362,9 +363,9 @@ def gpu_suite(names: Sequence[str], tiny: bool, budget_s: float, steps: int, say
     end_s = time.monotonic() + budget_s
     result = apart(device_facts)  # a process that has touched the GPU cannot fork others that use it
     if "error" in result:
-        raise SystemExit(f"error: the device cannot be used: {result['error']}")
+        raise RunError(f"the device cannot be used: {result['error']}")
     if result["machine"]["cuda"] is None and not tiny:
-        raise SystemExit("error: no GPU is visible here; run it on a GPU node, or --suite cpu, or --tiny to try it out")
+        raise RunError("no GPU is visible here; run it on a GPU node, or --suite cpu, or --tiny to try it out")
     result |= {"formula": FORMULA, "cases": {}, "left_out": []}
     with tempfile.TemporaryDirectory(prefix="lingua-bench-") as folder:
         for planned in gpu_plan(tiny, steps):
@@ -462,7 +463,7 @@ def show(result: Mapping[str, Any]) -> None:
         print("left out: " + ", ".join(result["left_out"]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these cases only")
@@ -472,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="cpu: turns of each (5)")
     parser.add_argument("--tiny", action="store_true", help="gpu: tiny models, to see that it runs, also on a CPU")
     parser.add_argument("--out", type=Path, help="write the JSON object there, too")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(words)
     on_cpu = options.suite == "cpu"
     known = [*(c.name for c in CPU_CASES), LOOP] if on_cpu else [p.name for p in gpu_plan(options.tiny, options.steps)]
     if options.list:
@@ -497,4 +498,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -8,6 +8,7 @@ set, EXTRA_ARGS go to every run.
 
 from __future__ import annotations
 
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import itertools
 import os
@@ -16,6 +17,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from lingua.config.command_line import run_main
+from lingua.files import RunError
 
 CONFIG = "apps/main/configs/llama_8H200_chinchilla.yaml"
 TWO_HOURS_FLOPS = 26.205e18  # of 8 H200 at 46% of their peak; 52.41e18 for four hours
@@ -51,7 +55,7 @@ def submission(
     return command, {**env, "CONFIG_FILE": CONFIG, "EXTRA_ARGS": extra}
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[24, 16, 12, 8, 4])
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 5e-4])
@@ -67,9 +71,11 @@ def main(argv: Sequence[str]) -> int:
         if args.dry_run:
             print(f"EXTRA_ARGS={shlex.quote(env['EXTRA_ARGS'])} {shlex.join(command)}")
         else:
-            subprocess.run(command, env=env, check=True)
+            code = subprocess.run(command, env=env, check=False).returncode
+            if code:
+                raise RunError(f"{shlex.join(command)} ended with exit code {code}; its message stands above")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

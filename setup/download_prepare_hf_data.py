@@ -9,12 +9,14 @@ Stopped by whatever, the same command continues. `data.sources: {fineweb_edu_10b
 
 from __future__ import annotations
 
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import sys
 from pathlib import Path
 
 import orjson
 
+from lingua.config.command_line import run_main
 from lingua.console import Progress
 from lingua.data.prepare import hub
 from lingua.data.prepare.pipeline import Job, prepare
@@ -40,8 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def main(words: list[str]) -> int:
+    args = parse(words)
     start_logging()
     job = Job(
         dataset=args.dataset,
@@ -57,11 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         n_workers=args.workers,
     )
     progress = Progress()
-    try:
-        manifest = prepare(job, progress=progress)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    manifest = prepare(job, progress=progress)
     if args.json:
         facts = {"seconds": progress.seconds, "peak_rss_bytes": peak_rss_bytes()}
         sys.stdout.buffer.write(orjson.dumps(manifest | facts) + b"\n")
@@ -71,4 +69,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -7,11 +7,13 @@ llama and gemma files are gated: accept their licence on the hub first; the key 
 
 from __future__ import annotations
 
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from lingua.config.command_line import run_main
 from lingua.data.prepare.hub import asking_the_hub
 
 
@@ -42,21 +44,17 @@ def fetch(name: str, folder: Path, api_key: str | None = None) -> Path:
         return Path(hf_hub_download(place.repo, place.file, local_dir=folder, token=api_key))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(sorted(TOKENIZERS))}, or owner/repository")
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("--api_key", help="access token of the hub (else HF_TOKEN or `hf auth login`)")
-    args = parser.parse_args(argv)
-    try:
-        path = fetch(args.name, args.folder, args.api_key)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args = parser.parse_args(words)
+    path = fetch(args.name, args.folder, args.api_key)
     kind = TOKENIZERS[args.name].name if args.name in TOKENIZERS else "hf"
     print(f"data.tokenizer.name={kind} data.tokenizer.path={path}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, sys.argv[1:]))

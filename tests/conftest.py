@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-import lingua  # noqa: F401 (first of all: it sets what torch reads once)
+import lingua.interrupt  # noqa: F401 (first of all: it sets what torch reads once)
 from tests.cli import Lingua
 from tests.slurm_cluster import Cluster, until, why_not
 
 if TYPE_CHECKING:
     from tests.checkout import Checkout
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest is no program of ours
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 hypothesis.settings.register_profile("no deadline", deadline=None)  # no test depends on speed

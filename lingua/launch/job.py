@@ -19,6 +19,7 @@ A job file is in <run>/jobs, or in the folder `tasks` of a sweep, whose points s
 
 from __future__ import annotations
 
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import logging
 import os
 import signal

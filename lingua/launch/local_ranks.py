@@ -7,6 +7,7 @@ When a rank fails, the others get PATIENCE_S to end by themselves. No rank outli
 
 from __future__ import annotations
 
+import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import ctypes
 import os
 import signal
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
 
+from lingua.config.command_line import run_main
 from lingua.files import RunError
 from lingua.slurm import this_node, this_node_name
 
@@ -149,11 +151,11 @@ def start_below(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: list[str]) -> int:
     n_local, command = int(words[0]), words[1:]
     node, n_nodes = this_node(os.environ)
     return run_ranks(command, [rank_env(os.environ, i, n_local, node, n_nodes) for i in range(n_local)])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))
