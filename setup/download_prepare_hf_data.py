@@ -19,6 +19,7 @@ import orjson
 from lingua.config.command_line import run_main
 from lingua.console import Progress
 from lingua.data.prepare import hub
+from lingua.data.prepare.counts import Counts
 from lingua.data.prepare.pipeline import Job, prepare
 from lingua.data.prepare.worker_pool import peak_rss_bytes
 from lingua.logger import start_logging
@@ -36,6 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--final_data_dir", type=Path, help="copy the result there, checked")
     add("--clear_work_dir_after_transfer_to_final", action="store_true", help="then remove both work folders")
     add("--source", type=Path, help="folder of jsonl, gz, zst or parquet files instead of the hub; needs no network")
+    add("--text_key", help="field (or column) with the text (text, else content); data.sources needs it too")
+    add("--max_bad_fraction", type=float, default=0.01, help="end if more lines hold no document (%(default)s)")
     add("--revision", help="branch, tag or commit of the data set (main, as it is at the first start)")
     add("--workers", type=int, help="processes (as many as cores and memory allow)")
     add("--json", action="store_true", help="print the manifest, seconds per stage and peak memory as JSON")
@@ -57,6 +60,8 @@ def main(words: list[str]) -> int:
         source=args.source,
         revision=args.revision,
         n_workers=args.workers,
+        text_key=args.text_key,
+        max_bad_fraction=args.max_bad_fraction,
     )
     progress = Progress()
     manifest = prepare(job, progress=progress)
@@ -64,7 +69,8 @@ def main(words: list[str]) -> int:
         facts = {"seconds": progress.seconds, "peak_rss_bytes": peak_rss_bytes()}
         sys.stdout.buffer.write(orjson.dumps(manifest | facts) + b"\n")
     else:
-        print(f"{manifest['documents']} documents in {job.final or job.out}")
+        counts = Counts(**manifest["counts"])
+        print(f"{counts.documents} documents in {job.final or job.out}{counts.left_out}")
     return 0
 
 

@@ -214,7 +214,7 @@ def _safetensors_of(folder: Path) -> list[Path]:
         if bad := [name for name in names if name != Path(name).name]:
             raise RunError(f"{index} points at {bad[0]!r}, outside of its folder")
         return [folder / name for name in sorted(names)]
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("[!.]*.safetensors"))
 
 
 def _from_safetensors(files: list[Path]) -> WeightSource:

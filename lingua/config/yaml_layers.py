@@ -333,7 +333,7 @@ class _Composer:
             if path.is_file():
                 layer = self.load(path, stack)
                 return layer.under(group) if is_section(self.schema, group) else layer
-        there = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+        there = sorted({file.stem for folder in folders for file in (folder / group).glob("[!.]*.yaml")})
         near = difflib.get_close_matches(name, there, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         known = f"there are {', '.join(there)}" if there else f"{folders[-1] / group} has none"
@@ -373,7 +373,7 @@ def _must_exist(path: Path, what: str, *more_folders: Path) -> None:
 
 
 def _near_files(path: Path, *more_folders: Path) -> str:
-    files = {file.stem: file for folder in (*more_folders, path.parent) for file in folder.glob("*.y*ml")}
+    files = {file.stem: file for folder in (*more_folders, path.parent) for file in folder.glob("[!.]*.y*ml")}
     names = difflib.get_close_matches(path.stem, files, 3, 0.5)
     return (
         f"; did you mean {' or '.join(str(_as_typed(files[name])) for name in names)}?" if names else "; check the path"

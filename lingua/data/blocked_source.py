@@ -94,6 +94,7 @@ def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "fix data.sourc
     files = [file for file in path.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
     files = [file for file in files if not file.name.endswith(f".val{suffix}")]
     files = [file for file in files if ".chunk." in file.name] or files
+    files = [file for file in files if not file.is_dir()]  # a link that leads nowhere stays: it is an error
     if not files:
         raise ConfigError(f"{path}: no *{suffix} file in this folder; {remedy}")
     return sorted(files, key=lambda file: file.name.removesuffix(".tokens"))  # token files as their jsonl files

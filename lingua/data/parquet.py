@@ -91,12 +91,10 @@ class ParquetSource(BlockedSource):
             self._open[file] = open_parquet(self.files[file].path)
         groups = self._groups[file]
         group = bisect.bisect_right(groups, row) - 1
-        facts, names = self._open[file].metadata.row_group(group), self._columns[file]
-        columns = (facts.column(number) for number in range(facts.num_columns))
-        n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in names)
-        n_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * facts.num_rows // max(1, n_bytes)))
+        names = self._columns[file]
+        n_rows = rows_per_batch(self._open[file].metadata.row_group(group), names)
         batches = self._open[file].iter_batches(n_rows, row_groups=[group], columns=names, use_threads=False)
-        return groups[group], batches
+        return groups[group], (batch.select(names) for batch in batches)  # pyarrow also reads x.y where x is asked for
 
     def parse(self, record: dict[str, bytes | None], file: int, row: int) -> Document | None:
         """The document of a row, or None after it was counted as bad."""
@@ -164,6 +162,13 @@ def open_parquet(path: Path) -> parquet.ParquetFile:
         return parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def rows_per_batch(group: Any, names: Sequence[str]) -> int:
+    """Rows of a row group that are read at once, so that long documents take little memory."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in names)
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, n_bytes)))
 
 
 def _damaged(path: Path, error: Exception) -> Exception:

@@ -55,7 +55,7 @@ def _code_files(tree: Path) -> Iterator[Path]:
             continue
         if entry.is_file() and entry.suffix in _KEPT:
             yield entry
-        elif entry.is_dir() and entry.name not in _LEFT_OUT and any(entry.glob("*.py")):
+        elif entry.is_dir() and entry.name not in _LEFT_OUT and any(entry.glob("[!.]*.py")):
             yield from _files_below(entry)
 
 

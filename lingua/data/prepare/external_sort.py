@@ -24,15 +24,16 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import orjson
 import xxhash
 
-from lingua.files import DISK, Files, RunError, human_bytes, read_json, write_json
+from lingua.data.blocked_source import PLAIN_TEXT, TextFields
+from lingua.data.prepare.counts import MAX_EXAMPLES, WRONG, Counts, LongLineError, judge
+from lingua.files import DISK, Files, RunError, read_json, write_json
 
 DOC_BYTES = 96
 """Memory per document of a window: start, end, key, rank, and what sorting them takes."""
@@ -43,8 +44,10 @@ MAX_WINDOW_BYTES = 8 << 30
 _BATCH_DOCS = 4096
 _MIN_WINDOW_BYTES = 1 << 16
 KEY_END = 1 << 64
-TEXT_KEYS = ("text", "content")
-_MAX_EXAMPLES = 10
+FREE_LINE_BYTES = 8 << 20
+"""Lines up to this long are parsed within `FIXED_BYTES`."""
+_PARSED = 5
+"""Memory that parsing a line takes, in times its bytes: a copy, and a string with 4 bytes per character."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -63,50 +66,17 @@ def keys_of(seed: int, file_number: int, lines: np.ndarray) -> np.ndarray:
         return mixed ^ (mixed >> np.uint64(31))
 
 
-# -- which lines are documents ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Counts:
-    """What became of the lines of some files."""
-
-    documents: int = 0
-    blank: int = 0
-    not_json: int = 0
-    no_text: int = 0
-    empty: int = 0
-    examples: list[str] = field(default_factory=list)
-    """`file:line: what is wrong` of the first few."""
-
-    def add(self, other: Counts) -> None:
-        for name in ("documents", "blank", "not_json", "no_text", "empty"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.examples = (self.examples + other.examples)[:_MAX_EXAMPLES]
-
-
-def judge(line: memoryview) -> str:
-    """Return `documents`, or the name of the count that says why a line is not one."""
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return "not_json" if bytes(line).strip() else "blank"
-    if not isinstance(value, dict):
-        return "not_json"
-    text = next((value[key] for key in TEXT_KEYS if key in value), None)
-    if not isinstance(text, str):
-        return "no_text"
-    return "documents" if text else "empty"
-
-
-_WRONG = {"not_json": "no JSON object", "no_text": "no text or content that is a string", "empty": "empty text"}
+# -- lines -----------------------------------------------------------------------------------------------------------
 
 
 class LineScan:
     """Finds the documents of one file in a buffer that grows and moves; counts the other lines."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, fields: TextFields = PLAIN_TEXT, spare_bytes: int | None = None) -> None:
+        """`spare_bytes`: memory for parsing a line; longer ones raise LongLineError."""
         self.counts = Counts()
-        self._name = name
+        self._name, self._fields, self._keys = name, fields, fields.keys
+        self._longest = None if spare_bytes is None else max(spare_bytes // _PARSED, FREE_LINE_BYTES)
         self._n_lines = 0
         self.clear()
 
@@ -126,14 +96,16 @@ class LineScan:
                 first += 3
             if after > first and view[after - 1] == 13:  # CRLF
                 after -= 1
-            kind = judge(view[first:after]) if after > first else "blank"
+            if self._longest is not None and after - first > self._longest:
+                raise LongLineError.of(self._name, self._longest)
+            kind = judge(view[first:after], self._keys) if after > first else "blank"
             setattr(self.counts, kind, getattr(self.counts, kind) + 1)
             if kind == "documents":
                 self.starts.append(first)
                 self.ends.append(after)
                 self.lines.append(self._n_lines)
-            elif kind in _WRONG and len(self.counts.examples) < _MAX_EXAMPLES:
-                self.counts.examples.append(f"{self._name}:{self._n_lines + 1}: {_WRONG[kind]}")
+            elif kind in WRONG and len(self.counts.examples) < MAX_EXAMPLES:
+                self.counts.examples.append(f"{self._name}:{self._n_lines + 1}: {WRONG[kind].format(self._fields)}")
             self._n_lines += 1
             start = stop + 1
         return min(start, end)
@@ -228,9 +200,11 @@ def _fill(file: object, memory: memoryview) -> None:
         memory = memory[n_read:]
 
 
-def map_file(path: Path, name: str, file_number: int, seed: int) -> tuple[MappedRun | None, Counts]:
-    """The run of a plain jsonl file, without copying it; None if it holds no document."""
-    scan = LineScan(name)
+def map_file(
+    path: Path, name: str, file_number: int, seed: int, fields: TextFields = PLAIN_TEXT, spare_bytes: int | None = None
+) -> tuple[MappedRun | None, Counts]:
+    """The run of a plain jsonl file, without copying it; None if it holds no document. `spare_bytes`: see LineScan."""
+    scan = LineScan(name, fields, spare_bytes)
     if size := path.stat().st_size:
         with path.open("rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -265,13 +239,14 @@ def sort_file(
     *,
     seed: int,
     memory_bytes: int,
+    fields: TextFields = PLAIN_TEXT,
     files: Files = DISK,
 ) -> Counts:
-    """Turn the lines of one input into sorted runs in `folder`, and mark them. Raises RunError for a line too large."""
+    """Turn the lines of one input into sorted runs in `folder`, and mark them. Raises LongLineError."""
     window_bytes = min(max(memory_bytes - FIXED_BYTES, _MIN_WINDOW_BYTES), MAX_WINDOW_BYTES)
     memory = _window(window_bytes)
     view = memoryview(memory)
-    scan = LineScan(name)
+    scan = LineScan(name, fields)
     runs: list[tuple[str, int, int]] = []
     used = seen = 0  # bytes of the window that are filled; bytes of it that are looked at
 
@@ -288,12 +263,11 @@ def sort_file(
     for block in blocks:
         rest = memoryview(block)
         while len(rest):
-            if cost_bytes(used, len(scan.starts)) >= window_bytes:
+            begun = used - seen  # bytes of a line that has not ended yet
+            parsing = _PARSED * begun if begun > FREE_LINE_BYTES else 0
+            if cost_bytes(used, len(scan.starts)) + parsing >= window_bytes:
                 if not seen:
-                    raise RunError(
-                        f"{name}: a line of more than {human_bytes(window_bytes)} does not fit into the memory "
-                        "that was allowed; allow more (MEMORY)"
-                    )
+                    raise LongLineError.of(name, used)
                 close_window()
             part = rest[: min(window_bytes - used, BATCH_BYTES)]
             view[used : used + len(part)] = part
@@ -332,7 +306,7 @@ def _write_run(path: Path, documents: Documents, files: Files) -> tuple[int, int
     return len(sizes), n_bytes
 
 
-def write_file(path: Path, parts: Iterable[bytes], files: Files) -> str:
+def write_file(path: Path, parts: Iterable[bytes | memoryview], files: Files) -> str:
     """Write a file and have it on the disk; returns the XXH3-128 of what was written."""
     digest = xxhash.xxh3_128()
     descriptor = files.create(path)
@@ -363,11 +337,16 @@ def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
     return columns[0] if len(columns) == 1 else np.concatenate(columns)  # a window's index has no room for a copy
 
 
-def _batches(lines: Iterable[memoryview]) -> Iterator[bytes]:
+def _batches(lines: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
     """Add newlines to lines and join them to pieces that are worth a write."""
     held: list[memoryview | bytes] = []
     n_bytes = 0
     for line in lines:
+        if len(line) > BATCH_BYTES:  # not copied
+            yield b"\n".join([*held, b""])
+            yield from (line, b"\n")
+            held, n_bytes = [], 0
+            continue
         held.append(line)
         n_bytes += len(line) + 1
         if n_bytes >= BATCH_BYTES:

@@ -29,13 +29,14 @@ import orjson
 import xxhash
 
 from lingua.console import Progress
+from lingua.data.blocked_source import TextFields
 from lingua.data.manifest import MANIFEST, check_manifest, hash_file, read_manifest, stray_files
 from lingua.data.prepare import hub
-from lingua.data.prepare.convert import blocks, find_inputs, is_plain
+from lingua.data.prepare.convert import blocks, find_inputs, is_plain, unpacking_bytes
+from lingua.data.prepare.counts import Counts, LongLineError
 from lingua.data.prepare.external_sort import (
     DOC_BYTES,
     FIXED_BYTES,
-    Counts,
     MappedRun,
     Output,
     SortedRun,
@@ -60,7 +61,6 @@ MAX_WORKERS = 16
 _STATE = ".prepare.json"
 _WORKER_BYTES = 192 << 20  # below this a process spends its memory on itself
 _FORK_BYTES = 32 << 20  # pages that a forked process soon has of its own; also the smallest useful window
-_PARQUET_BYTES = 96 << 20  # its library and a row group
 _SMALL_BYTES = 64 << 20  # below this a second process costs more than it saves
 
 
@@ -82,6 +82,14 @@ class Job:
     n_workers: int | None = None
     """Processes; None for as many as cores, inputs and memory allow."""
     val_per_chunk: int = VAL_PER_CHUNK
+    text_key: str | None = None
+    """Field (or column) with the text; None: `text`, else `content`."""
+    max_bad_fraction: float = 0.01
+    """The share of lines without a document above which nothing is written; blank lines do not count."""
+
+    @property
+    def fields(self) -> TextFields:
+        return TextFields(self.text_key)
 
     @property
     def raw(self) -> Path:
@@ -170,6 +178,7 @@ def _recipe(job: Job, revision: str, requested: str, inputs: list[list[Any]]) ->
         "seed": job.seed,
         "n_chunks": job.n_chunks,
         "val_per_chunk": job.val_per_chunk,
+        **({} if job.text_key is None else {"text_key": job.text_key}),
         "inputs": inputs,
     }
 
@@ -181,7 +190,7 @@ def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[l
     wanted = _recipe(job, asked, requested, inputs or recipe.get("inputs", []))
     was, now = ({name: rest for name, *rest in listed} for listed in (recipe.get("inputs", []), wanted.pop("inputs")))
     remedy = f"remove {folder} to prepare it anew, or choose another folder"
-    for key, value in wanted.items():
+    for key, value in ({"text_key": None} | wanted).items():
         if recipe.get(key) != value:
             raise ValueError(f"{folder} was prepared with {key} {recipe.get(key)}, not {value}; {remedy}")
     if changed := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
@@ -225,8 +234,14 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
         log.info("the machine has %s of memory to spare; that is the budget", human_bytes(memory_bytes))
     runs, counts = _runs(job, root, recipe, memory_bytes, progress, files)
     if not counts.documents:
-        raise RunError(f"no document in {root}: {_describe(counts)}")
-    log.info("%s", _describe(counts))
+        raise RunError(f"no document in {root}: {counts}")
+    log.info("%s", counts)
+    if counts.bad > job.max_bad_fraction * (counts.bad + counts.documents):
+        raise RunError(
+            f"{counts.bad} of {counts.bad + counts.documents} lines of {root} hold no document, more than "
+            f"--max_bad_fraction {job.max_bad_fraction} ({counts}); fix the data or name its text with "
+            "--text_key, or allow more: the same command with another --max_bad_fraction continues from here"
+        )
     outputs = plan_outputs(runs, job.dataset, n_chunks=job.n_chunks, val_per_chunk=job.val_per_chunk)
     if (n_chunks := sum(".chunk." in output.name for output in outputs)) < job.n_chunks:
         log.warning("%d documents fill %d chunks, not %d", counts.documents, n_chunks, job.n_chunks)
@@ -260,16 +275,6 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
     return job.raw, _recipe(job, snapshot.revision, snapshot.requested, inputs)
 
 
-def _describe(counts: Counts) -> str:
-    """Say what became of the lines."""
-    text = f"{counts.documents} documents"
-    left_out = {"blank lines": counts.blank, "not JSON": counts.not_json}
-    left_out |= {"without text": counts.no_text, "with empty text": counts.empty}
-    if some := ", ".join(f"{n} {what}" for what, n in left_out.items() if n):
-        text += f"; left out: {some}"
-    return text + "".join(f"; {example}" for example in counts.examples[:3])
-
-
 def _runs(
     job: Job, root: Path, recipe: dict[str, Any], memory_bytes: int, progress: Progress, files: Files
 ) -> tuple[Sequence[SortedRun], Counts]:
@@ -280,17 +285,20 @@ def _runs(
         return mapped
     folder = _scratch(job, recipe, files)
     todo = [number for number in range(len(names)) if not mark_of(folder, number).is_file()]
-    reserve = _PARQUET_BYTES if any(name.endswith(".parquet") for name in names) else 0
+    reserve = max((unpacking_bytes(root / names[number]) for number in todo), default=0)
     n_workers = _n_workers(job, memory_bytes, len(todo), sum(sizes), reserve)
-    window_bytes = max(_window_bytes(memory_bytes, n_workers) - reserve, FIXED_BYTES)
+    window_bytes = _window_bytes(memory_bytes, n_workers, reserve)
     with disk_of(folder, "--tmp_dir"):
         todo_bytes = sum(sizes[number] for number in todo)
         need_space(folder, todo_bytes, "--tmp_dir")
         progress.begin("sort", sum(sizes), done=sum(sizes) - todo_bytes)
 
         def sort(number: int) -> None:
-            path = root / names[number]
-            sort_file(blocks(path), str(path), number, folder, seed=job.seed, memory_bytes=window_bytes, files=files)
+            path, fields = root / names[number], job.fields
+            sort_file(
+                blocks(path, fields), str(path), number, folder,
+                seed=job.seed, memory_bytes=window_bytes, fields=fields, files=files,
+            )  # fmt: skip
 
         for number, _ in each(todo, sort, n_workers):
             progress.advance(sizes[number])
@@ -314,7 +322,10 @@ def _map_all(
     runs: list[SortedRun] = []
     total = Counts()
     for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        run, counts = map_file(root / name, str(root / name), number, job.seed)
+        try:
+            run, counts = map_file(root / name, str(root / name), number, job.seed, job.fields, left_bytes)
+        except LongLineError:  # it may fit where only a part of the data is in memory
+            return None
         runs += [run] if run else []
         total.add(counts)
         progress.advance(size)
@@ -450,10 +461,10 @@ def _n_workers(job: Job, memory_bytes: int, n_tasks: int, n_bytes: int, reserve_
     return max(min(wanted, n_tasks, memory_bytes // (_WORKER_BYTES + reserve_bytes)), 1)
 
 
-def _window_bytes(memory_bytes: int, n_workers: int) -> int:
-    """Memory of one process for its work."""
+def _window_bytes(memory_bytes: int, n_workers: int, reserve_bytes: int = 0) -> int:
+    """Memory of one process for its work, beside what it reserves."""
     inherited_bytes = rss_bytes() if n_workers > 1 else 0
-    n_bytes = memory_bytes // n_workers - inherited_bytes - (_FORK_BYTES if n_workers > 1 else 0)
+    n_bytes = memory_bytes // n_workers - inherited_bytes - (_FORK_BYTES if n_workers > 1 else 0) - reserve_bytes
     if n_bytes < FIXED_BYTES + _FORK_BYTES:
         more_gb = (FIXED_BYTES + _FORK_BYTES - n_bytes) / 1e9
         raise ValueError(f"MEMORY is too small to work in; give at least {more_gb:.2f} GB more")

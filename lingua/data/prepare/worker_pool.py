@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _most_workers = 0
+_peak_alone = 0  # bytes resident in this process before its first workers
 _task: Callable[[int], Any] | None = None  # forked processes inherit it, with all that it refers to
 
 
@@ -45,9 +46,12 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
         for number in todo:
             yield number, task(number)
         return
-    global _task, _most_workers
-    _task, _most_workers = task, max(_most_workers, n_workers)
+    global _task, _most_workers, _peak_alone
     drop_window()  # each worker has its own
+    if not _most_workers:
+        _peak_alone = _own_peak_bytes()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew: proc(5)
+    _task, _most_workers = task, max(_most_workers, n_workers)
     pool = ProcessPoolExecutor(
         n_workers, multiprocessing.get_context("fork"), initializer=_die_with, initargs=(os.getpid(),)
     )
@@ -66,9 +70,13 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
 
 def peak_rss_bytes() -> int:
     """An upper bound of the memory resident at once: the peaks of this process and of its workers, added up."""
+    workers = _most_workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return max(_peak_alone, _own_peak_bytes() + workers)
+
+
+def _own_peak_bytes() -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    own_kib = int(status["VmHWM"].split()[0])  # ru_maxrss would count what was there before exec
-    return (own_kib + _most_workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+    return int(status["VmHWM"].split()[0]) * 1024  # ru_maxrss would count what was there before exec
 
 
 def available_bytes() -> int:

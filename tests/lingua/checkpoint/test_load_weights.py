@@ -149,6 +149,7 @@ def test_every_kind_of_source_gives_the_same_weights(tmp_path: Path) -> None:
         str(tmp_path / "hf" / "model.safetensors"): None,
         str(hugging_face(tmp_path / "pieces", source, in_pieces=True)): None,
     }
+    (tmp_path / "hf" / "._model.safetensors").write_bytes(b"of another system")
     for path, model_key in sources.items():
         model = Names(0)
         told = load_weights(model, path, model_key)

@@ -15,7 +15,7 @@ from lingua.data.blocked_source import BadLines, DataError, TextFields
 from lingua.data.held_out import HeldOutText, held_out_file
 from lingua.data.loader import build_loader
 from lingua.data.parquet import ParquetSource
-from lingua.data.sources import estimate_tokens
+from lingua.data.sources import class_of_files, estimate_tokens
 from tests.corpora import data_args, documents, write_parquet, write_source
 
 
@@ -116,6 +116,15 @@ def test_files_without_text_are_refused(
         ParquetSource("s", tmp_path / "s", 1, fields=TextFields(text_key)).check()
 
 
+@pytest.mark.parametrize("key", ["a", "a.b"])
+def test_a_column_with_a_dot_is_not_taken_for_part_of_another(tmp_path: Path, key: str) -> None:
+    """pyarrow reads b of a struct a as a.b, and a.b.c where a.b is asked for."""
+    whole = pa.array([{"b": 1}, {"b": 2}]) if key == "a.b" else ["x", "y"]
+    columns = {"a": whole, "a.b": ["x", "y"], "a.b.c": [3, 4], "a.c": [5, 6]}
+    write_parquet(tmp_path / "s.parquet", columns)
+    assert texts_of(ParquetSource("s", tmp_path, 1, fields=TextFields(key))) == ["x", "y"]
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
     parquet.write_table(twice, tmp_path / "twice.parquet")
@@ -138,6 +147,9 @@ def test_hidden_and_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
     write_parquet(tmp_path / "a.val.parquet", {"text": ["held", None, "out"]})
     (tmp_path / "._a.parquet").write_bytes(b"of another system")
+    (tmp_path / "._a.jsonl.tokens").write_bytes(b"of another system")
+    (tmp_path / "b.parquet").mkdir()
+    assert class_of_files(tmp_path) is ParquetSource
     assert texts_of(ParquetSource("s", tmp_path, 1)) == ["a"]
     assert held_out_file(tmp_path) == tmp_path / "a.val.parquet"
     assert list(HeldOutText("s", tmp_path / "a.val.parquet").documents()) == [("", "held"), ("", "out")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lingua.data.prepare import external_sort
 from lingua.data.prepare.external_sort import (
     FIXED_BYTES,
     Counts,
@@ -142,6 +144,25 @@ def test_a_line_may_be_as_large_as_the_window_and_not_larger(tmp_path: Path) -> 
     assert sorted(out) == sorted(lines)
     with pytest.raises(RunError, match=r"in0: a line of more than .* allow more \(MEMORY\)"):
         sorted_runs([b'{"text":"' + b"x" * 70_000 + b'"}'], tmp_path / "more", 0)
+
+
+def test_memory_for_parsing_a_long_line_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of n bytes takes 6 n: itself, and what its JSON becomes."""
+    monkeypatch.setattr(external_sort, "FREE_LINE_BYTES", 1000)
+    monkeypatch.setattr(external_sort, "BATCH_BYTES", 500)
+    long, longer = (orjson.dumps({"text": "x" * n}) for n in (9_000, 12_000))
+    small = lines_of(600)
+    runs, counts = sorted_runs([b"\n".join([*small, long, *small])], tmp_path / "runs", 0)
+    assert counts.documents == 1201
+    out = b"".join(written(runs, tmp_path / "out", 0).values()).splitlines()
+    assert sorted(out) == sorted([*small, long, *small])
+    with pytest.raises(RunError, match=r"in0: a line of more than .* allow more \(MEMORY\)") as error:
+        sorted_runs([b"\n".join([*small, longer])], tmp_path / "more", 0)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # it may come from another process
+    (tmp_path / "plain").write_bytes(longer)
+    with pytest.raises(RunError, match=r"in0: a line of more than 9\.8 KiB"):
+        map_file(tmp_path / "plain", "in0", 0, 7, spare_bytes=50_000)
+    assert map_file(tmp_path / "plain", "in0", 0, 7, spare_bytes=70_000)[1].documents == 1
 
 
 @pytest.mark.parametrize(

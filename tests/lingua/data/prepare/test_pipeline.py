@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pyarrow
@@ -289,10 +290,99 @@ def test_parquet_keeps_text_and_id(tmp_path: Path) -> None:
         {"text": "a", "id": "1"}, {"text": None, "id": "2"}, {"text": "ü\n", "id": "3"},
     ]  # fmt: skip
     job = Job("p", MEMORY_BYTES, tmp_path / "data", tmp_path / "fast", source=tmp_path)
-    assert prepare(job)["counts"]["no_text"] == 1
+    assert prepare(replace(job, max_bad_fraction=0.4))["counts"]["no_text"] == 1
     parquet.write_table(pyarrow.table({"blob_id": ["1"]}), tmp_path / "x.parquet")
-    with pytest.raises(RunError, match=r"no column text or content, only blob_id"):
+    with pytest.raises(RunError, match=r"no column 'text' or 'content', only blob_id"):
         list(blocks(tmp_path / "x.parquet"))
+
+
+def test_binary_text_of_parquet_is_decoded_and_a_row_that_is_no_utf8_is_counted(tmp_path: Path) -> None:
+    binary = pyarrow.array([*["grün".encode()] * 299, b"\xff"], pyarrow.binary())
+    struct = pyarrow.array([{"b": 1}] * 300)  # pyarrow finds its b under the name of the next column
+    table = pyarrow.table({"a": struct, "a.b": binary, "a.b.c": list(range(300))})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    job = Job("p", MEMORY_BYTES, tmp_path / "data", tmp_path / "fast", source=tmp_path, n_chunks=1, text_key="a.b")
+    counts = prepare(job)["counts"]
+    assert (counts["documents"], counts["not_json"]) == (299, 1)
+    assert (job.out / "p.chunk.00.jsonl").read_text().splitlines()[0] == '{"a.b":"grün"}'
+
+
+def test_many_lines_without_a_document_end_the_preparation_until_they_are_allowed(job: Job) -> None:
+    assert job.source
+    (job.source / "bad.jsonl").write_bytes(b'{"text": 3}\n{\n\n\n\n{"text": ""}\n' * 10)
+    with pytest.raises(
+        RunError, match=r"30 of 180 lines of .*source hold no document, .*--max_bad_fraction 0.01 \(150 documents; left"
+    ):
+        prepare(job)
+    assert not job.final or not job.final.exists()
+    assert prepare(replace(job, max_bad_fraction=0.2))["counts"]["blank"] == 30
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_text_under_another_key(job: Job, packed: bool) -> None:
+    assert job.source
+    shutil.rmtree(job.source)
+    job.source.mkdir()
+    lines = b'{"body": "a", "text": 3}\n' * 4
+    (job.source / ("a.jsonl.gz" if packed else "a.jsonl")).write_bytes(gzip.compress(lines) if packed else lines)
+    with pytest.raises(RunError, match=r"no document in .* 4 without text; .*a.jsonl.*:1: no string in 'text' or 'con"):
+        prepare(job)
+    shutil.rmtree(job.data_dir)
+    assert prepare(replace(job, text_key="body"))["documents"] == 4
+    with pytest.raises(ValueError, match="was prepared with text_key body, not None"):
+        prepare(job)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz", "x.jsonl.zst", "x.json.zstd", "x.parquet"])
+def test_a_packed_file_of_0_bytes_is_damaged(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(RunError, match=rf"{name} is damaged"):
+        list(blocks(tmp_path / name))
+
+
+def test_a_link_to_data_that_leads_nowhere_is_an_error(job: Job) -> None:
+    assert job.source
+    (job.source / "z.jsonl").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"z\.jsonl"):
+        prepare(job)
+
+
+def frames(text: bytes, **how: Any) -> bytes:
+    """The text twice with what else a zst file may hold; content size left out of the first frame."""
+    packer, skippable = zstandard.ZstdCompressor(**how), bytes.fromhex("502a4d18 05000000") + b"12345"
+    stream = packer.compressobj()
+    return skippable + stream.compress(text) + stream.flush() + skippable + packer.compress(text) + packer.compress(b"")
+
+
+@pytest.mark.parametrize("how", [{}, {"write_checksum": True}, {"write_content_size": False}])
+def test_zst_is_unpacked_in_small_pieces_and_each_cut_is_found(tmp_path: Path, how: dict[str, Any]) -> None:
+    path, text = tmp_path / "x.jsonl.zst", b"\n".join([*texts(3000, 1), b" " * 50_000_000])
+    whole = frames(text, **how)
+    path.write_bytes(whole)
+    pieces = list(blocks(path))
+    assert b"".join(pieces) == 2 * text
+    assert max(map(len, pieces)) <= 1 << 17
+    ends = {13, len(whole) - len(zstandard.ZstdCompressor(**how).compress(b""))}  # of frames: nothing tells
+    for n in {*range(1, 40), *range(len(whole) - 40, len(whole)), len(whole) // 3} - ends:
+        path.write_bytes(whole[:n])
+        with pytest.raises(RunError, match=r"x.jsonl.zst is (cut off|damaged)"):
+            list(blocks(path))
+
+
+def test_a_zst_that_takes_much_memory_to_unpack_is_refused_with_little(tmp_path: Path) -> None:
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=27)
+    (tmp_path / "source").mkdir()
+    path = tmp_path / "source" / "x.jsonl.zst"
+    packer = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    path.write_bytes(packer.compress(b"\n".join(texts(9, 1))) + packer.flush())
+    job = Job("p", MEMORY_BYTES, tmp_path / "data", tmp_path / "fast", source=path.parent)
+    with pytest.raises(ValueError, match="MEMORY is too small to work in"):
+        prepare(replace(job, memory_bytes=worker_pool.rss_bytes() + (200 << 20)))
+    assert prepare(job)["documents"] == 9
+    narrow = zstandard.ZstdCompressor().compress(b"{}")
+    path.write_bytes(narrow + path.read_bytes())
+    with pytest.raises(RunError, match=r"a frame takes 128\.0 MiB to unpack, its first one less"):
+        list(blocks(path))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
