@@ -49,10 +49,17 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Begin and end tokens of `bytes` and `sp` have no text."""
 
-    def encode(self, text: str, add_bos: bool, add_eos: bool) -> np.ndarray:
-        """Return the ids of the text as int32, with begin and end tokens on request."""
+    def encode_more(self, text: str, before: str) -> np.ndarray:
+        """Return the ids of text that goes on after the character `before`. May raise anything."""
+        return self.encode_text(text)
+
+    def encode(self, text: str, add_bos: bool, add_eos: bool, before: str = "") -> np.ndarray:
+        """Return the ids of the text as int32, with begin and end tokens on request.
+
+        `before`: the character before it, where it goes on a document that was cut.
+        """
         try:
-            ids = self.encode_text(text)
+            ids = self.encode_more(text, before) if before else self.encode_text(text)
         except BaseException as error:
             # A Rust panic arrives as pyo3_runtime.PanicException, which does not derive from Exception.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
@@ -98,21 +105,65 @@ class ByteTokenizer(Tokenizer):
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="backslashreplace")
 
 
-class SentencePieceTokenizer(Tokenizer):
+class _WordTokenizer(Tokenizer):
+    """May put a blank before a text. Where a document was cut there is none, so there a model without that is used."""
+
+    _model: Any
+
+    def encode_text(self, text: str) -> np.ndarray:
+        return self._encode(self._model, text)
+
+    def encode_more(self, text: str, before: str) -> np.ndarray:
+        # Some drop blanks at the ends of a text, so that the blank put first stands for the one at the cut: that model
+        # is right whose pieces around the cut are as long as those of the uncut text.
+        head, left = text[:64], self._spelled(self._model, before)
+        whole = self._spelled(self._model, before + head)
+
+        def error(model: Any) -> int:
+            return abs(len(whole) - len(left) - len(self._spelled(model, head)))
+
+        return self._encode(min(self._bare, self._model, key=error), text)
+
+    @functools.cached_property
+    def _bare(self) -> Any:
+        return self._without_blank()
+
+    @abstractmethod
+    def _without_blank(self) -> Any:
+        """Return the model, but it puts nothing before a text."""
+
+    @abstractmethod
+    def _encode(self, model: Any, text: str) -> np.ndarray: ...
+
+    @abstractmethod
+    def _spelled(self, model: Any, text: str) -> str:
+        """Return the pieces of a text, joined."""
+
+
+class SentencePieceTokenizer(_WordTokenizer):
     name = "sp"
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self._model: Any = SentencePieceProcessor(model_file=str(path))
+        self._model = SentencePieceProcessor(model_file=str(path))
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
 
-    def encode_text(self, text: str) -> np.ndarray:
+    def _without_blank(self) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        # In protobuf the last value of a field counts: here normalizer_spec (3), add_dummy_prefix (3), false.
+        return SentencePieceProcessor(model_proto=self._model.serialized_model_proto() + b"\x1a\x02\x18\x00")
+
+    def _encode(self, model: Any, text: str) -> np.ndarray:
         import numpy as np
 
-        return np.array(self._model.encode(text), np.int32)
+        return np.array(model.encode(text), np.int32)
+
+    def _spelled(self, model: Any, text: str) -> str:
+        return "".join(model.encode(text, out_type=str))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -246,7 +297,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-class HuggingFaceTokenizer(Tokenizer):
+class HuggingFaceTokenizer(_WordTokenizer):
     name = "hf"
 
     def __init__(self, path: Path) -> None:
@@ -255,7 +306,7 @@ class HuggingFaceTokenizer(Tokenizer):
         config = path.with_name("tokenizer_config.json")
         declared = orjson.loads(config.read_bytes()) if config.is_file() else {}
         text, self._hidden = _for_training(path.read_bytes(), declared)
-        self._model: Any = Model.from_str(text)
+        self._model = Model.from_str(text)
         self._model.encode_special_tokens = True
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = self._special(declared)
@@ -283,16 +334,41 @@ class HuggingFaceTokenizer(Tokenizer):
         found = self._model.token_to_id(_hide(token)) if _hide(token) in self._hidden else None
         return self._model.token_to_id(token) if found is None else found
 
-    def encode_text(self, text: str) -> np.ndarray:
+    def _without_blank(self) -> Any:
+        from tokenizers import Tokenizer as Model
+
+        file = orjson.loads(self._model.to_str())
+        parts = {name: [file[name]] for name in ("normalizer", "pre_tokenizer") if file.get(name)}
+        without = {name: _without_blank(part) for name, part in parts.items()}
+        if without == parts:
+            return self._model
+        bare = Model.from_str(orjson.dumps(file | {name: next(iter(p), None) for name, p in without.items()}).decode())
+        bare.encode_special_tokens = True
+        return bare
+
+    def _encode(self, model: Any, text: str) -> np.ndarray:
         import numpy as np
 
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _spelled(self, model: Any, text: str) -> str:
+        return "".join(model.encode(text, add_special_tokens=False).tokens)
 
     def decode(self, ids: Iterable[int]) -> str:
         text = self._model.decode([int(i) for i in ids], skip_special_tokens=False)
         for hidden, token in self._hidden.items():
             text = text.replace(hidden, token)
         return text
+
+
+def _without_blank(part: Any) -> Any:
+    """Return a part of a tokenizer.json that puts nothing before a text."""
+    if isinstance(part, list):
+        return [_without_blank(one) for one in part if not (isinstance(one, dict) and one.get("type") == "Prepend")]
+    if isinstance(part, dict):
+        off = {"prepend_scheme": "never", "add_prefix_space": False}
+        return {key: off.get(key, _without_blank(value)) for key, value in part.items()}
+    return part
 
 
 def _content(token: Any) -> Any:

@@ -166,6 +166,10 @@ class Document(NamedTuple):
     prompt_chars: int = 0
     """Length of the prompt that `text` begins with; its tokens are not labels."""
 
+    def before(self, char: int) -> str:
+        """The character before this one, or "" at the document's begin."""
+        return self.text[char - 1 : char] if char else ""
+
 
 class Reader(Protocol):
     """What a lane reads a source with; holds at most a buffer."""

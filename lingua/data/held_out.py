@@ -6,7 +6,9 @@ training, bytes are counted of exactly the text that is scored, and the training
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,10 @@ import numpy as np
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.eval import HeldOutArgs
-from lingua.data.blocked_source import PLAIN_TEXT, BadLines, TextFields
-from lingua.data.pack import IGNORED, ids_of
+from lingua.data.blocked_source import PLAIN_TEXT, BadLines, BlockedSource, Document, TextFields
+from lingua.data.pack import IGNORED, ids_of, next_piece
 from lingua.data.sources import class_of_files, with_default_sources
-from lingua.tokenizer import Tokenizer
+from lingua.tokenizer import Tokenizer, TokenizerError
 
 BLOCK_TOKENS = 1 << 20  # documents in memory at once
 
@@ -36,12 +38,10 @@ class HeldOutText:
     file: Path
     fields: TextFields = PLAIN_TEXT
 
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """Yield (prompt, text that is scored) of the documents in order; lines without text are skipped."""
-        kind, bad = class_of_files(self.file), BadLines(quiet=True)
-        with closing(kind(self.file.name, self.file, 1, fields=self.fields, bad=bad)) as source:
-            for document in source.documents():
-                yield document.text[: document.prompt_chars], document.text[document.prompt_chars :]
+    def open(self) -> closing[BlockedSource]:
+        """Open the file; bad lines are skipped and counted, however many there are, and the first is logged."""
+        kind, bad = class_of_files(self.file), BadLines(max_fraction=math.inf)
+        return closing(kind(self.file.name, self.file, 1, fields=self.fields, bad=bad))
 
 
 def held_out_file(source: Path) -> Path | None:
@@ -108,17 +108,31 @@ class Wording:
         """The token before a document's first: the begin token, or without one the end token of the last document."""
         return self.tokenizer.bos_id if self.begins else self.tokenizer.eos_id
 
-    def ids(self, text: str, prompt: str = "", *, whole: bool = True) -> list[int]:
-        """Return a document's tokens after its prefix. Without a prefix its first token is not scored.
+    def ids(
+        self, document: Document, failed: Callable[[Document, str], object], *, whole: bool = True
+    ) -> tuple[list[int], int]:
+        """Return a document's tokens after its prefix, and the bytes of the text that they score.
 
-        Tokens of the prompt, and of the prefix before it, are given as ~id: they are not scored.
-        `whole`: the document ends here, so it is followed by the end token where training adds one.
+        Tokens of the prompt, and of the prefix before it, are given as ~id: they are not scored. Without a prefix the
+        first token is not either. As in training, the document is tokenized in pieces, and one on which the tokenizer
+        fails is told to `failed` and left out. `whole`: the document ends here; an end token follows where training
+        adds one.
         """
-        add_eos = whole and self.add_eos and self.tokenizer.eos_id is not None
-        before = [] if self.prefix is None else [self.prefix]
-        if prompt:
-            before = [~token for token in [*before, *self.tokenizer.encode(prompt, False, False).tolist()]]
-        return before + self.tokenizer.encode(text, add_bos=False, add_eos=add_eos).tolist()
+        found = [] if self.prefix is None else [self.prefix if document.prompt_chars == 0 else ~self.prefix]
+        n_bytes, start, more = 0, 0, True
+        while more:
+            end = next_piece(document, start)
+            text, is_prompt = document.text[start : end or None], start < document.prompt_chars
+            try:
+                ids = self.tokenizer.encode(text, False, False, document.before(start)).tolist()
+                found += [~token for token in ids] if is_prompt else ids
+                n_bytes += 0 if is_prompt else len(text.encode())
+            except TokenizerError as error:
+                failed(document, str(error))
+            start, more = end, end > 0
+        if whole and self.add_eos and self.tokenizer.eos_id is not None:
+            found.append(self.tokenizer.eos_id)
+        return found, n_bytes
 
 
 class ScoredRow(NamedTuple):
@@ -137,6 +151,8 @@ class HeldOut:
     n_bytes: int = 0
     """UTF-8 bytes of the text that the scored tokens stand for."""
     n_documents: int = 0
+    n_skipped: int = 0
+    """Lines that hold no document, and documents or parts of them on which the tokenizer failed."""
 
 
 def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int) -> HeldOut:
@@ -146,24 +162,35 @@ def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int) 
     """
     budget, stream = max_rows * seq_len, list[int]()
     found = HeldOut(text.name, [])
-    for prompt, document in text.documents():
-        ids = wording.ids(document, prompt)
-        if stream and not wording.begins and wording.prefix is not None:
-            ids = ids[1:]  # the end of the document before is there already
-        if len(stream) + len(ids) > budget + 1:
-            if stream:
-                break
-            room = max(1, (budget - 1) // 4)  # no tokenizer makes more than 4 tokens of a character
-            prompt = prompt[max(0, len(prompt) - room // 2) :]
-            document = document[: max(1, room - len(prompt))]
-            ids = wording.ids(document, prompt, whole=False)
-        stream += ids
-        found.n_bytes += len(document.encode())
-        found.n_documents += 1
+    with text.open() as source:
+        for document in source.documents():
+            ids, n_bytes = wording.ids(document, source.report_untokenizable)
+            if not n_bytes:
+                continue
+            if stream and not wording.begins and wording.prefix is not None:
+                ids = ids[1:]  # the end of the document before is there already
+            if len(stream) + len(ids) > budget + 1:
+                if stream:
+                    break
+                document = _cut(document, max(1, (budget - 1) // 4))
+                ids, n_bytes = wording.ids(document, lambda *failure: None, whole=False)  # it is counted already
+                if not n_bytes:
+                    continue
+            stream += ids
+            found.n_bytes += n_bytes
+            found.n_documents += 1
+        found.n_skipped = source.bad.kinds.total()
     if not found.n_bytes:
         raise ValueError(f"{text.file}: no text to validate on; put documents there or set validation.every=0")
     found.rows = [ScoredRow(stream[start : start + seq_len + 1]) for start in range(0, len(stream) - 1, seq_len)]
     return found
+
+
+def _cut(document: Document, room: int) -> Document:
+    """Keep what surely fits into 4 * room tokens: no tokenizer makes more than 4 of a character."""
+    prompt, text = document.text[: document.prompt_chars], document.text[document.prompt_chars :]
+    prompt = prompt[max(0, len(prompt) - room // 2) :]
+    return document._replace(text=prompt + text[: max(1, room - len(prompt))], prompt_chars=len(prompt))
 
 
 def by_document(
@@ -181,21 +208,24 @@ def by_document(
     """
     step, (rank, n_ranks) = min(stride or max(1, context // 2), context), share
     found, n_tokens = HeldOut(text.name, []), 0
-    for number, (prompt, document) in enumerate(text.documents()):
-        if number == max_documents:
-            break
-        if number % n_ranks != rank:
-            continue
-        ids = wording.ids(document, prompt)
-        for start, end, first in windows(len(ids), context, step):
-            if any(token >= 0 for token in ids[start + first : end]):
-                found.rows.append(ScoredRow(ids[start:end], first))
-        found.n_bytes += len(document.encode())
-        found.n_documents += 1
-        n_tokens += len(ids)
-        if n_tokens >= BLOCK_TOKENS:
-            yield found
-            found, n_tokens = HeldOut(text.name, []), 0
+    with text.open() as source:
+        for number, document in enumerate(itertools.islice(source.documents(), max_documents)):
+            if number % n_ranks != rank:
+                continue
+            ids, n_bytes = wording.ids(document, source.report_untokenizable)
+            if not n_bytes:
+                continue
+            for start, end, first in windows(len(ids), context, step):
+                if any(token >= 0 for token in ids[start + first : end]):
+                    found.rows.append(ScoredRow(ids[start:end], first))
+            found.n_bytes += n_bytes
+            found.n_documents += 1
+            n_tokens += len(ids)
+            if n_tokens >= BLOCK_TOKENS:
+                yield found
+                found, n_tokens = HeldOut(text.name, []), 0
+        failed = source.bad.kinds["tokenizer"]  # of this rank's share; all ranks see all other bad lines
+        found.n_skipped = failed if rank else source.bad.kinds.total()
     yield found
 
 

@@ -188,7 +188,8 @@ class Packer:
             if document.encoded is not None:
                 ids = self._tokenizer.wrap(document.encoded.ids(start), bos, eos)
             else:
-                ids = self._tokenizer.encode(document.text if whole else document.text[start : end or None], bos, eos)
+                text = document.text if whole else document.text[start : end or None]
+                ids = self._tokenizer.encode(text, bos, eos, document.before(start))
         except TokenizerError as error:
             source.report_untokenizable(document, str(error))
             # A document in one piece is left out; a longer one loses this piece, but not its begin and end.

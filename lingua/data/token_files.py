@@ -99,7 +99,8 @@ def tokenize_file(
                 ends.append(document.end)
                 tokens.append(n_tokens)
                 try:
-                    ids = tokenizer.encode(document.text[char:end], False, False).astype(dtype).tobytes()
+                    ids = tokenizer.encode(document.text[char:end], False, False, document.before(char))
+                    ids = ids.astype(dtype).tobytes()
                     chars.append(char)
                 except TokenizerError as error:
                     source.report_untokenizable(document, str(error))

@@ -140,15 +140,15 @@ def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured
         else:
             sizes = {"max_rows": run_args.validation.max_rows, "seq_len": run_args.data.seq_len}
             whole = packed(text, measured.wording, **sizes)
-            counts = (whole.n_bytes, whole.n_documents) if rank == 0 else (0, 0)
+            counts = (whole.n_bytes, whole.n_documents, whole.n_skipped) if rank == 0 else ()
             yield HeldOut(whole.name, whole.rows[rank::n_ranks], *counts)
 
     def score() -> torch.Tensor:
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(5, dtype=torch.float64)
         for part in parts():
             batches = _batches(part.rows, measured.max_tokens)
             sums[:2] += sum_of_losses(measured.model, _loss_where_scored, batches, device, measured.beat).cpu()
-            sums[2:] += torch.tensor([part.n_bytes, part.n_documents], dtype=torch.float64)
+            sums[2:] += torch.tensor([part.n_bytes, part.n_documents, part.n_skipped], dtype=torch.float64)
         return sums
 
     was_training = measured.model.training

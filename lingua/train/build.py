@@ -222,4 +222,13 @@ def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
     if without:
         log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(without))
     wording = Wording(tokenizer, args.data.add_bos, args.data.add_eos)
-    return [packed(text, wording, max_rows=args.validation.max_rows, seq_len=args.data.seq_len) for text in texts]
+    found = [packed(text, wording, max_rows=args.validation.max_rows, seq_len=args.data.seq_len) for text in texts]
+    for text, one in zip(texts, found, strict=True):
+        if one.n_skipped:
+            log.warning(
+                "%s: %d lines or pieces of text are skipped, %d documents are used",
+                text.file,
+                one.n_skipped,
+                one.n_documents,
+            )
+    return found

@@ -29,6 +29,8 @@ class HeldOutLoss:
     n_bytes: int = 0
     """UTF-8 bytes of the text."""
     n_documents: int = 0
+    n_skipped: int = 0
+    """Lines without a document, and pieces of text on which the tokenizer failed."""
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return nats per token, perplexity, bits per byte, and counts. Raises ValueError where there is no text."""
@@ -42,6 +44,7 @@ class HeldOutLoss:
             "n_tokens": self.n_tokens,
             "n_bytes": self.n_bytes,
             "n_documents": self.n_documents,
+            "n_skipped": self.n_skipped,
         }
         return {f"{prefix}/{name}": value for name, value in found.items()}
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from tokenizers import Tokenizer as HuggingFace
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import TokenizerArgs
@@ -273,6 +273,57 @@ def test_every_id_has_a_text(files: dict[str, Path]) -> None:
         assert tokenizer.decode([token])
     assert tokenizer.decode([tokenizer.vocab_size - 256]) == "<|begin_of_text|>"
     assert tokenizer.decode([tokenizer.vocab_size - 1]).startswith("<|reserved_special_token_")
+
+
+SP_RULES = {"llama": ("identity", False), "t5": ("nmt_nfkc", True)}
+
+
+@pytest.mark.parametrize("rule", SP_RULES.values(), ids=SP_RULES.keys())
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("cut", [("the fox\n", "jumps over"), ("the fox", " jumps over"), ("the f", "ox jumps over")])
+def test_sentencepiece_puts_no_blank_where_a_document_was_cut(
+    tmp_path: Path, rule: tuple[str, bool], kind: str, cut: tuple[str, str]
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / "m"), vocab_size=400, model_type=kind,
+        normalization_rule_name=rule[0], remove_extra_whitespaces=rule[1], hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    check_cut(build_tokenizer(TokenizerArgs(name="sp", path=str(tmp_path / "m.model"))), *cut)
+
+
+def check_cut(tokenizer: Any, first: str, second: str) -> None:
+    whole, left = tokenizer.encode(first + second, False, False), tokenizer.encode(first, False, False)
+    right = tokenizer.encode(second, False, False, before=first[-1])
+    spell = getattr(tokenizer._model, "id_to_token", None) or tokenizer._model.id_to_piece
+    assert "".join(map(spell, [*left.tolist(), *right.tolist()])) == "".join(map(spell, whole.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+        (None, pre_tokenizers.Metaspace()),
+        (None, pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        (None, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        (None, pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])),
+    ],
+    ids=["llama 2", "mistral", "metaspace", "roberta", "gpt2", "xlm"],
+)
+def test_hf_puts_no_blank_where_a_document_was_cut(tmp_path: Path, normalizer: Any, pre_tokenizer: Any) -> None:
+    model: Any = HuggingFace(models.BPE(unk_token="<unk>"))
+    if normalizer is not None:
+        model.normalizer = normalizer
+    if pre_tokenizer is not None:
+        model.pre_tokenizer = pre_tokenizer
+    trainer: Any = trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>"], show_progress=False)
+    model.train_from_iterator(CORPUS, trainer)
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(TokenizerArgs(name="hf", path=str(tmp_path)))
+    check_cut(tokenizer, "the fox\n", "jumps over the dog")
+    check_cut(tokenizer, "the fox", " jumps over the dog")
+    if not isinstance(pre_tokenizer, pre_tokenizers.Sequence):  # which begins each word with a blank, halves too
+        check_cut(tokenizer, "the f", "ox jumps over the dog")
 
 
 def test_text_that_makes_the_tokenizer_panic(files: dict[str, Path]) -> None:

@@ -1,3 +1,4 @@
+import base64
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lingua.config.keys.data import DataArgs
+from lingua.config.keys.data import DataArgs, TokenizerArgs
 from lingua.config.keys.eval import HeldOutArgs
+from lingua.data.blocked_source import Document, TextFields
 from lingua.data.held_out import (
     IGNORED,
     HeldOutText,
@@ -20,7 +22,9 @@ from lingua.data.held_out import (
     padded,
     windows,
 )
-from lingua.tokenizer import ByteTokenizer
+from lingua.data.pack import PIECE_CHARS
+from lingua.tokenizer import ByteTokenizer, build_tokenizer
+from tests.corpora import FailingTokenizer
 
 
 class NoBegin(ByteTokenizer):
@@ -32,6 +36,10 @@ class NoSpecial(NoBegin):
 
 
 WORDING = Wording(ByteTokenizer())
+
+
+def ids_of_text(text: str, wording: Wording = WORDING) -> list[int]:
+    return wording.ids(Document(text, 0, 0, 0), lambda *failure: pytest.fail(str(failure)))[0]
 
 
 def write(path: Path, *texts: str) -> HeldOutText:
@@ -59,7 +67,7 @@ def test_rows_hold_whole_documents_and_score_each_token_once(tmp_path: Path):
 )
 def test_documents_begin_and_end_as_in_training(tmp_path: Path, wording: Wording, ids: list[int], stream: list[int]):
     """Also of tokenizers that have no such tokens."""
-    assert wording.ids("a") == ids
+    assert ids_of_text("a", wording) == ids
     (row,) = packed(write(tmp_path / "x", "a", "b"), wording, max_rows=1, seq_len=8).rows
     assert row.ids == stream
 
@@ -106,6 +114,41 @@ def test_a_file_without_text_is_named(tmp_path: Path):
     (tmp_path / "x.val.jsonl").write_bytes(b'not json\n{"text": ""}\n{"other": 1}\n')
     with pytest.raises(ValueError, match=r"x\.val\.jsonl: no text"):
         packed(HeldOutText("x", tmp_path / "x.val.jsonl"), WORDING, max_rows=1, seq_len=4)
+
+
+def test_a_million_blanks_are_tokenized_in_pieces_as_in_training(tmp_path: Path):
+    """tiktoken's split gives up on them as a whole."""
+    ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
+    (tmp_path / "ranks").write_text(ranks)
+    tokenizer = build_tokenizer(TokenizerArgs(name="tiktoken", path=str(tmp_path / "ranks"), split="cl100k"))
+    text = write(tmp_path / "x", " " * 1_000_000, "abc")
+    (found,) = by_document(text, Wording(tokenizer), context=1 << 21)
+    assert (found.n_bytes, found.n_documents, found.n_skipped) == (1_000_003, 2, 0)
+    assert sum(len(row.ids) - row.first for row in found.rows) == 1_000_003 + 2  # and the end tokens
+    assert packed(text, Wording(tokenizer), max_rows=1, seq_len=8).n_bytes == 1 + 3, "a document too long is cut"
+
+
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+def test_text_on_which_the_tokenizer_fails_is_skipped_and_counted(tmp_path: Path, loss_on: str):
+    """Of a longer document only the piece that fails is lost."""
+    texts = ["a!", "ab", "x" * PIECE_CHARS + "!" * PIECE_CHARS + "z", "cd"]
+    lines = [{"text": text} if loss_on == "all" else {"prompt": "?", "completion": text} for text in texts]
+    (tmp_path / "x").write_bytes(b"no json\n" + b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    text = HeldOutText("x", tmp_path / "x", TextFields(None, loss_on))
+    wording = Wording(FailingTokenizer())
+    for found in (
+        packed(text, wording, max_rows=3, seq_len=PIECE_CHARS),
+        *by_document(text, wording, context=PIECE_CHARS),
+    ):
+        assert (found.n_bytes, found.n_documents, found.n_skipped) == (2 + PIECE_CHARS + 1 + 2, 3, 3)
+    parts = [part for rank in range(2) for part in by_document(text, wording, context=8, share=(rank, 2))]
+    assert [sum(getattr(part, name) for part in parts) for name in ("n_documents", "n_skipped")] == [3, 3]
+
+
+def test_failures_without_end_do_not_end_a_run(tmp_path: Path):
+    text = write(tmp_path / "x", "ab", *["!" * (2 * PIECE_CHARS)] * 2, *["!"] * 2000)
+    (found,) = by_document(text, Wording(FailingTokenizer()), context=8)
+    assert (found.n_bytes, found.n_documents, found.n_skipped) == (2, 1, 2004)
 
 
 def test_the_held_out_file_lies_beside_the_chunks(tmp_path: Path):

@@ -23,6 +23,7 @@ from lingua.model.generate import Generator
 from lingua.model.loss import CrossEntropy
 from lingua.tokenizer import ByteTokenizer
 from lingua.train.validate import HeldOutLoss
+from tests.lingua.data.test_held_out import ids_of_text
 from tests.lingua.eval.test_scorer import CONTEXT, plainly, tiny
 from tests.ranks import run_on_ranks
 
@@ -53,16 +54,16 @@ def test_the_loss_is_that_of_a_plain_loop(file: Path, context: str) -> None:
     texts = [json.loads(line)["text"] for line in file.read_text().splitlines()[:6]]
     rows: list[ScoredRow] = []
     if context == "document":
-        for ids in map(WORDING.ids, texts):
+        for ids in map(ids_of_text, texts):
             assert (ids[0], ids[-1]) == (256, 257)
             rows += [ScoredRow(ids[a:b], first) for a, b, first in windows(len(ids), CONTEXT, 6)]
     else:
-        stream = [token for text in texts for token in WORDING.ids(text)]
+        stream = [token for text in texts for token in ids_of_text(text)]
         rows = [ScoredRow(stream[a : a + CONTEXT + 1]) for a in range(0, len(stream) - 1, CONTEXT)]
     nats = sum(plainly(tiny(), row)[0] for row in rows)
     n_bytes, n_tokens = sum(len(text.encode()) for text in texts), sum(len(row.ids) - row.first for row in rows)
     expected = {"nll": nats / n_tokens, "ppl": math.exp(nats / n_tokens), "bpb": nats / math.log(2) / n_bytes}
-    expected |= {"n_tokens": n_tokens, "n_bytes": n_bytes, "n_documents": 6}
+    expected |= {"n_tokens": n_tokens, "n_bytes": n_bytes, "n_documents": 6, "n_skipped": 2}
     prefix = {"document": "documents", "packed": "validation"}[context]
     assert found == pytest.approx({f"{prefix}/x/{name}": value for name, value in expected.items()}, rel=1e-5)
 
