@@ -6,7 +6,7 @@ The figures of a file system do not include a quota; for that there is `checkpoi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,12 @@ class DiskRoom:
             )
         return None
 
-    def warning(self, root: Path) -> str | None:
-        """Say how many checkpoints fit if all are kept, or return None."""
-        if self.at_once is not None or not self.checkpoint_bytes:
+    def warning(self, root: Path, kept_for_good: Sequence[str]) -> str | None:
+        """Say how many checkpoints fit if all of some periods, whose keys are given, are kept; or return None."""
+        if not kept_for_good or not self.checkpoint_bytes:
             return None
-        return f"all checkpoints are kept; {root} has room for {self.free_bytes // self.checkpoint_bytes} of them"
+        n_fit = self.free_bytes // self.checkpoint_bytes
+        return f"all checkpoints of {' and '.join(kept_for_good)} are kept; {root} has room for {n_fit} of them"
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class CheckpointManager:
         )
         if (problem := room.problem(self.root)) is not None:
             raise RunError(problem)
-        if warning := room.warning(self.root):
+        if warning := room.warning(self.root, retention.kept_for_good(self.args, n_steps)):
             log.info("%s", warning)
 
     def _check_owner(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lingua.config.frozen import read_frozen
-from lingua.config.keys.checkpoint import CheckpointArgs, is_multiple
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery, is_multiple
 
 
 def is_due(step: int, args: CheckpointArgs) -> bool:
@@ -53,11 +53,22 @@ def kept_at_once(args: CheckpointArgs, n_steps: int = 0) -> int | None:
 
     With `keep_every`, the milestones of all `n_steps` are counted.
     """
-    used = [period for period in (args.dump, args.eval) if period.every > 0]
-    if any(period.keep <= 0 for period in used):
+    if kept_for_good(args, n_steps):
         return None
+    used = _used(args, n_steps).values()
     milestones = n_steps // args.keep_every if args.keep_every > 0 else 0
     return max(1, sum(period.keep for period in used)) + milestones + 1
+
+
+def kept_for_good(args: CheckpointArgs, n_steps: int = 0) -> list[str]:
+    """Return the keys of the periods whose checkpoints are all kept."""
+    return [key for key, period in _used(args, n_steps).items() if period.keep <= 0]
+
+
+def _used(args: CheckpointArgs, n_steps: int) -> dict[str, SaveEvery]:
+    """Return the periods that save within `n_steps` (0: a run of any length) by their keys."""
+    periods = {"checkpoint.dump": args.dump, "checkpoint.eval": args.eval}
+    return {key: one for key, one in periods.items() if 0 < one.every <= (n_steps or one.every)}
 
 
 def frozen_periods(run_dir: Path) -> tuple[CheckpointArgs, int | None] | None:

@@ -177,15 +177,17 @@ def why(facts: RunFacts, me: Owner) -> dict[str, str]:
         "ended": _ended(facts, status),
         "cause": _cause(facts, status, cause),
         "where": _where(facts, status, cause),
-        "saved": _saved(status),
-        "next": _next(status, cause),
+        "saved": _saved(facts, status),
+        "next": _next(facts, status, cause),
     }
 
 
 def _ended(facts: RunFacts, status: Status) -> str:
     if facts.attempt is None:
         return f"{status.path} was never started"
-    how, ago = {"saved": "stopped and saved", "stopped": "stopped and saved"}.get(status.state, status.state), ""
+    how, ago = status.state, ""
+    if status.state in ("saved", "stopped"):
+        how = "stopped" if _unsaved(facts) or status.checkpoint is None else "stopped and saved"
     if status.state in LIVING:
         how = f"not at all: it is {status.state}"
     else:
@@ -237,9 +239,18 @@ def _where(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     return f"rank {cause.rank} on {cause.host}, {step}, {cause.time}{job}; {files}{more}"
 
 
-def _saved(status: Status) -> str:
+def _unsaved(facts: RunFacts) -> str:
+    """Why the last step is not on the disk, as a stopped run said."""
+    return str((facts.stop or {}).get("unsaved") or "")
+
+
+def _saved(facts: RunFacts, status: Status) -> str:
+    if unsaved := _unsaved(facts):
+        return f"{unsaved}; on the disk: {_checkpoint(status, 'no checkpoint yet')}"
     if status.checkpoint is None:
-        return "no checkpoint yet: it will begin at step 0 again" if status.step else "nothing was trained yet"
+        if not status.step and status.state != "killed":
+            return "nothing was trained yet"
+        return "no checkpoint yet: it will begin at step 0 again"
     again = max(0, (status.step or 0) - status.checkpoint)
     lost = f"{again:,} steps will be trained again" if again else "no step is lost"
     if status.state in LIVING:
@@ -249,18 +260,21 @@ def _saved(status: Status) -> str:
     return f"checkpoint {_checkpoint(status, '')}; {lost}"
 
 
-def _next(status: Status, cause: Failure | None) -> str:
+def _next(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     kind = KINDS.get(cause.kind if cause is not None else status.kind or "")
     if status.state == "failed" and kind is not None:
         return f"a restart {'may help' if kind.restart_may_help else 'would fail again'}: {kind.remedy}"
+    begins = "begins at step 0" if status.checkpoint is None else "resumes from that checkpoint"
+    if _unsaved(facts):
+        begins = f"resumes from what is in memory, if it starts on {status.host}"
     follow = f"`lingua status {status.path}` follows it"
     return {
         "finished": "raise `steps` to train longer",
         "running": follow,
         "starting": follow,
-        "queued": f"nothing: it resumes when Slurm starts job {status.job}",
+        "queued": f"nothing: it goes on when Slurm starts job {status.job}",
         "new": "start it",
-    }.get(status.state, "start it again: the same command, or the same job, resumes from that checkpoint")
+    }.get(status.state, f"start it again: the same command, or the same job, {begins}")
 
 
 def _first_line(text: str) -> str:

@@ -415,6 +415,9 @@ def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         if kept * each > 500 * _GIB:
             text = f"checkpoint.{key} keeps all {kept} checkpoints of {human_bytes(each)}"
             yield Finding(f"checkpoint.{key}", f"{text}, {human_bytes(kept * each)}; keep fewer")
+    if args.eval is not None and args.eval.automatic and args.checkpoint.eval.every <= 0:
+        text = f"checkpoint.eval.every is {args.checkpoint.eval.every}: only the last checkpoint is evaluated; set it"
+        yield Finding("checkpoint.eval.every", text)
     periods = (args.checkpoint.dump.every, args.checkpoint.eval.every, args.checkpoint.keep_every)
     if not any(0 < every < size.n_steps for every in periods) and size.n_steps > 2000:
         text = f"no checkpoint before the last of {size.n_steps} steps; if the run is killed, all progress is lost"

@@ -32,7 +32,7 @@ class CheckpointArgs(Args):
     dump: SaveEvery = SaveEvery()
     """Checkpoints kept for restart."""
     eval: SaveEvery = SaveEvery()
-    """Checkpoints kept for evaluation."""
+    """Checkpoints kept for evaluation. Without a section `eval` there are none, unless this is set."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Steps between milestones, which are saved whatever the periods say and kept for good. 0: none."""
     path: Text | None = None

@@ -134,6 +134,14 @@ class TrainArgs(Args):
         return self
 
     @model_validator(mode="after")
+    def _eval_checkpoints(self) -> Self:
+        """Save nothing for evaluations that no section asks for, unless the config states checkpoint.eval."""
+        if self.eval is None and "eval" not in self.checkpoint.model_fields_set:
+            never = self.checkpoint.eval.model_copy(update={"every": 0})
+            object.__setattr__(self, "checkpoint", self.checkpoint.model_copy(update={"eval": never}))
+        return self
+
+    @model_validator(mode="after")
     def _run_folder(self) -> Self:
         """The folder depends on nothing but the config: a commit between two starts must not lose the run."""
         if not self.dump_dir:

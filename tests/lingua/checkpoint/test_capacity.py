@@ -42,11 +42,11 @@ def test_disk(free: int, held: int, at_once: int | None, budget: int | None, exp
 
 
 def test_all_checkpoints_are_kept() -> None:
-    assert DiskRoom(35 * GB, 0, 10 * GB, None).warning(ROOT) == (
-        "all checkpoints are kept; run/checkpoints has room for 3 of them"
+    assert DiskRoom(35 * GB, 0, 10 * GB, None).warning(ROOT, ["checkpoint.eval"]) == (
+        "all checkpoints of checkpoint.eval are kept; run/checkpoints has room for 3 of them"
     )
-    assert DiskRoom(35 * GB, 0, 10 * GB, 2).warning(ROOT) is None
-    assert DiskRoom(35 * GB, 0, 0, None).warning(ROOT) is None
+    assert DiskRoom(35 * GB, 0, 10 * GB, 2).warning(ROOT, []) is None
+    assert DiskRoom(35 * GB, 0, 0, None).warning(ROOT, ["checkpoint.eval"]) is None
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lingua.checkpoint.retention import is_due, kept_at_once, to_delete
+from lingua.checkpoint.retention import is_due, kept_at_once, kept_for_good, to_delete
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 
 Period = tuple[int, int]
@@ -86,3 +86,10 @@ def test_kept_at_once() -> None:
     assert kept_at_once(args((1, 1))) == 2
     assert kept_at_once(args(NEVER)) == 2
     assert kept_at_once(args((1, 1), keep_every=10), n_steps=35) == 5
+
+
+def test_what_is_kept_for_good_is_named_and_only_if_the_run_gets_there() -> None:
+    one_of_two = args((500, 2), (1000, 0))
+    assert (kept_for_good(one_of_two), kept_at_once(one_of_two)) == (["checkpoint.eval"], None)
+    assert (kept_for_good(one_of_two, 999), kept_at_once(one_of_two, 999)) == ([], 3)
+    assert kept_for_good(args((500, 0), (1000, -1))) == ["checkpoint.dump", "checkpoint.eval"]

@@ -152,6 +152,13 @@ def test_why_a_data_error():
         (RUNNING, "saved", "if it is killed now, 20 steps will be trained again"),
         (RunFacts(Path("out/x")), "ended", "out/x was never started"),
         (replace(GONE, checkpoint=None), "saved", "it will begin at step 0 again"),
+        (replace(GONE, checkpoint=None), "next", "start it again: the same command, or the same job, begins at step 0"),
+        (replace(GONE, checkpoint=None, metrics=None), "saved", "it will begin at step 0 again"),  # no line was written
+        (replace(ended("signal", 75, signal="SIGTERM"), checkpoint=None), "ended", "stopped, step 120"),
+        (replace(ended("signal", 75, signal="SIGTERM"), checkpoint=None), "next", "begins at step 0"),
+        (ended("signal", 75, unsaved="checkpoint 120 is in the memory of n1"), "ended", "stopped, step 120"),
+        (ended("signal", 75, unsaved="checkpoint 120 is in the memory of n1"), "saved", "in the memory of n1; on the"),
+        (ended("signal", 75, unsaved="checkpoint 120 is in the memory of n1"), "next", "if it starts on n1"),
         (replace(DATA, failures=(failure("hang", 1),)), "next", "a restart may help: logs/stacks_"),
         (replace(DATA, failures=(failure("hang", 1),)), "where", "stacks_*.txt"),
         (replace(DATA, failures=()), "cause", "data: rank 1: SomeError: line 7"),

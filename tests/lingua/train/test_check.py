@@ -231,6 +231,15 @@ def test_a_disk_that_is_away_is_no_mistake_of_the_config(tmp_path: Path, monkeyp
         problems(args(data={"root_dir": str(tmp_path), "sources": {"a": 1.0}}), 1)
 
 
+def test_nothing_is_saved_for_evaluations_that_no_section_asks_for() -> None:
+    dump = {"every": 500, "keep": 2}
+    assert args(checkpoint={"dump": dump}).checkpoint.eval.every == 0
+    assert args(checkpoint={"dump": dump, "eval": {"every": 50, "keep": 1}}).checkpoint.eval.every == 50
+    assert args(checkpoint={"dump": dump}, eval={"validation": {}}).checkpoint.eval.every == 1000
+    again = TrainArgs.model_validate(args(checkpoint={"dump": dump}).model_dump() | {"eval": {"validation": {}}})
+    assert [finding.key for finding in problems(again, 1)[1]] == ["checkpoint.eval.every"]
+
+
 def test_nothing_is_said_about_a_plain_config() -> None:
     assert problems(args(), 1) == ([], [])
 
