@@ -36,7 +36,8 @@ class RunError(RuntimeError):
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TO_MEND = (
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOSYS, errno.EOPNOTSUPP,  # a file system that lacks the operation lacks it next time too
 )  # fmt: skip
 
 
@@ -210,15 +211,33 @@ def write_whole(path: Path, data: Buffer | str, mode: int | None = None, *, file
     files.fsync_dir(path.parent)
 
 
+def write_reserved(room: Path, path: Path, data: bytes) -> None:
+    """Write a file into `room`, whose bytes are allocated, and rename it: a full disk cannot refuse that."""
+    descriptor = os.open(room, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        DISK.write(descriptor, data)
+        os.ftruncate(descriptor, len(data))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(room, path)
+
+
 def write_json(path: Path, value: Any, *, files: Files = DISK) -> None:
     """Write an indented JSON document with `write_whole`."""
     write_whole(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE), files=files)
 
 
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content. An OSError names the file, also one of reading, which by itself does not."""
+    with naming(path):
+        return path.read_bytes()
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file. Raises OSError, or RunError with the file's name if it is not JSON."""
     try:
-        return orjson.loads(path.read_bytes())
+        return orjson.loads(read_bytes(path))
     except orjson.JSONDecodeError as error:
         raise RunError(f"{path} is not valid JSON ({error}); it is damaged or was edited") from None
 
@@ -262,7 +281,17 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
 
 def free_bytes(path: Path) -> int:
     """Return the bytes that this user can still write where `path` is or will be. Quotas are not visible here."""
-    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def is_short_of_inodes(path: Path) -> bool:
+    """Return whether hardly a file more can be made where `path` is or will be, whatever bytes are free there."""
+    facts = os.statvfs(_existing(path))
+    return 0 <= facts.f_favail < 64 and facts.f_files > 0  # some file systems do not count them
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def make_folder(path: Path, what: str) -> Path:

@@ -18,6 +18,7 @@ import orjson
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import TokenizerArgs
+from lingua.files import DiskError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -460,6 +461,8 @@ def _build(name: str, path: Path, split: str) -> Tokenizer:
     except ConfigError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and DiskError.of(error).may_pass:  # no fault of the config
+            raise
         raise ConfigError(f"{path}: not readable as data.tokenizer.name: {name} ({str(error)[:200]})") from error
     tokenizer.fingerprint = _fingerprint(name, path, split)
     return tokenizer

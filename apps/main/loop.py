@@ -112,7 +112,7 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
     """Start or go on with the run that a checked config describes; return the exit code."""
     args, size = checked.args, checked.resolved
     device = pick_device(args.device, place)
-    set_environment(args.env, place, on_gpu=device.type == "cuda")
+    set_environment(args.env, place, on_gpu=device.type == "cuda", unset=args.launcher.env.unset)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(args.signals_that("stop")))
         requests, save_asked = Requests(), SignalFlag()

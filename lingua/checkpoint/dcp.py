@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 from lingua.checkpoint import layout
 from lingua.checkpoint import metadata as contents
-from lingua.files import Buffer, RunError
+from lingua.files import Buffer, RunError, naming
 
 ALIGNMENT_BYTES = 64
 
@@ -235,6 +235,8 @@ class _AllowListUnpickler(pickle.Unpickler):
 def _read_metadata(file: BinaryIO, path: Path) -> Metadata:
     try:
         metadata = _AllowListUnpickler(file).load()
+    except OSError:
+        raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise RunError(f"{path} is refused: {error}") from None
     places = getattr(metadata, "storage_data", None)
@@ -255,7 +257,7 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / layout.METADATA
         try:
-            with path.open("rb") as file:
+            with naming(path), path.open("rb") as file:
                 metadata = _read_metadata(file, path)
         except FileNotFoundError:
             raise RunError(f"{path.parent} is not a checkpoint folder: it has no {layout.METADATA}") from None

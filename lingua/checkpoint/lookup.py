@@ -91,7 +91,7 @@ def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
     is published, since no node knows whether the other parts are still there. They are looked for in the order in which
     a checkpoint passes through them, so that one on its way is not missed.
     """
-    ids = {(root / layout.RUN_ID).read_text() for root in roots if (root / layout.RUN_ID).is_file()}
+    ids = {publish.read_run_id(root) for root in roots}
     for slot in area_of(run_dir, shm).slots():
         found = slot.complete()
         if found is not None and found[0].n_nodes == 1 and found[0].run_id in ids:

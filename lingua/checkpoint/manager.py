@@ -125,12 +125,12 @@ class CheckpointManager:
     def _look(self) -> tuple[int, str, tuple[int, int]]:
         """On rank 0: return (attempt, id of the run, (step, attempt) of the newest checkpoint)."""
         make_folder(self.root, "checkpoint.path" if self.args.path else "dump_dir")
-        id_file = self.root / layout.RUN_ID
-        if not id_file.exists():
-            write_whole(id_file, secrets.token_hex(8))
+        if (run_id := publish.read_run_id(self.root)) is None:
+            run_id = secrets.token_hex(8)
+            write_whole(self.root / layout.RUN_ID, run_id)
         done = layout.done_steps(self.root)
         newest = (done[-1], publish.attempt_of(self.root, done[-1])) if done else (-1, 0)
-        return self._lock.attempt if self._lock else 0, id_file.read_text(), newest
+        return self._lock.attempt if self._lock else 0, run_id, newest
 
     def _open_staging_dir(self) -> None:
         if self.args.async_save_mode:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from lingua.checkpoint import layout
-from lingua.files import RunError, read_json
+from lingua.files import RunError, naming, read_json
 
 ALLOWED = {
     ("torch", "Size"),
@@ -139,7 +139,7 @@ def read_tensors(folder: Path) -> dict[str, TensorFacts]:
     """Return every tensor of a checkpoint folder by name. Raises RunError if `.metadata` is not what it should be."""
     path = folder / layout.METADATA
     try:
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             return _tensors_in(file)
     except FileNotFoundError:
         raise RunError(f"{folder} is not a checkpoint folder: it has no {layout.METADATA}") from None

@@ -24,6 +24,7 @@ import errno
 import logging
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,9 @@ from lingua.files import (
     free_bytes,
     human_bytes,
     is_plain_file,
+    is_short_of_inodes,
     naming,
+    read_bytes,
     read_json,
     skip_page_cache,
     write_json,
@@ -203,7 +206,11 @@ def disk_sentence(error: OSError, root: Path, needed_bytes: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
         try:
-            free = human_bytes(free_bytes(root))
+            n_free = free_bytes(root)
+            free = human_bytes(n_free)
+            # What was written is removed by now, so that a few inodes may be free again.
+            if error.errno == errno.ENOSPC and n_free >= needed_bytes and is_short_of_inodes(root):
+                return f"the disk has no inodes left at {root} (bytes: {free} free); remove files that nobody needs"
         except OSError:
             free = "unknown"
         return f"{reason} at {root} ({free} free, a checkpoint takes {human_bytes(needed_bytes)}); make room"
@@ -225,6 +232,18 @@ def abandon(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None
 
 
 # -- verifying ---------------------------------------------------------------------------------------------------
+
+
+def read_run_id(root: Path) -> str | None:
+    """Return the id of the run whose checkpoints these are; None before its first attempt. Raises OSError, RunError."""
+    path = root / layout.RUN_ID
+    try:
+        run_id = read_bytes(path).decode("ascii", "replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):
+        raise RunError(f"{path} holds no id of a run; remove it, and the newest checkpoint's id is taken")
+    return run_id
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -273,7 +292,7 @@ def _parse_manifest(folder: Path, content: bytes) -> Manifest:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path} is missing") from None
 
@@ -303,7 +322,7 @@ def _differs(
         return f"{path.name} is missing or not a plain file"
     digest = xxhash.xxh3_128()
     try:
-        with path.open("rb", buffering=0) as file:
+        with naming(path), path.open("rb", buffering=0) as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != fact.size_bytes:
                 return f"{path.name} has {size_bytes} bytes instead of {fact.size_bytes}"

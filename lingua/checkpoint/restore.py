@@ -65,6 +65,8 @@ class Restorer:
                 return publish.read_marked_manifest(self._root, step)
             except publish.DamagedError as error:
                 return str(error)
+            except OSError as error:
+                raise self._unjudged(step, error) from error
 
         facts = self._ranks.from_main(manifest)
         if isinstance(facts, str):
@@ -75,14 +77,17 @@ class Restorer:
         try:
             problems = publish.damage(folder, mine, sizes_only=self._verify == "sizes")
         except OSError as error:
-            remedy = f"repair that, or move {folder} and its mark away"
-            unjudged = carried(error, f"cannot read checkpoint {step}: {error}; {remedy}")
+            unjudged = self._unjudged(step, error)
         found = self._ranks.gather((problems, unjudged))
         raise_if(next((error for _, error in found if error is not None), None))
         everything = [problem for problems, _ in found for problem in problems]
         if not everything:
             self.verified.add(step)
         return everything
+
+    def _unjudged(self, step: int, error: OSError) -> RunError:
+        remedy = f"repair that, or move {layout.folder(self._root, step)} and its mark away"
+        return carried(error, f"cannot read checkpoint {step}: {error}; {remedy}")
 
     def _set_aside(self, steps: list[int], reason: str, why: str) -> None:
         for step in sorted(steps, reverse=True):
@@ -115,8 +120,10 @@ class Restorer:
         error: RunError | None = None
         try:
             self._load_local(folder, state, optimizer)
-        except (RunError, OSError) as caught:
+        except RunError as caught:
             error = carried(caught)
+        except OSError as caught:
+            error = carried(caught, f"cannot load {folder}: {caught}; see whether its disk is well")
         except Exception as caught:
             what = f"loading {folder} failed on rank {self._ranks.rank}:\n{traceback.format_exc()}"
             error = RankError(what, classify(caught))

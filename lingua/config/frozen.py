@@ -161,8 +161,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_frozen(run_dir: Path) -> dict[str, Any] | None:
     """Return the run's frozen config, or None before the first attempt. Raises ConfigError if it cannot be read."""
-    path = run_dir / CONFIG_FILE
-    return read_config(path) if path.is_file() else None
+    try:
+        return read_config(run_dir / CONFIG_FILE)
+    except (FileNotFoundError, NotADirectoryError):  # anything else is no first attempt, whatever `is_file` says
+        return None
 
 
 def _with_texts(tree: Any, change: Callable[[str], str]) -> Any:

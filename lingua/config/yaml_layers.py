@@ -44,6 +44,7 @@ from lingua.config.base import (
     sections_at,
     show,
 )
+from lingua.files import read_bytes
 
 GRID = "grid"
 """Block of a config that only `lingua sweep` reads."""
@@ -170,7 +171,7 @@ class Layer:
 def read_yaml(path: Path, text: str | None = None) -> Layer:
     """Read a YAML file. Raises ConfigError with the line of a syntax error, repeated key or object-building tag."""
     try:
-        loader = _YamlLoader(path.read_text(encoding="utf-8") if text is None else text)
+        loader = _YamlLoader(read_bytes(path).decode() if text is None else text)
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f"{path}: is empty; write `key: value` lines, or leave it out")

@@ -53,10 +53,12 @@ def embedded_corpus(cache: Path | None = None, library: Path | None = None) -> P
     except (OSError, RunError) as error:
         if folder.is_dir():  # another process was faster; its bytes are the same
             return folder
-        raise OSError(
-            f"cannot write the sample corpus to {folder}: {getattr(error, 'strerror', None) or error}; "
-            "free some space there or point LINGUA_CACHE at another folder"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        remedy = "free some space there or point LINGUA_CACHE at another folder"
+        text = f"cannot write the sample corpus to {folder}: {reason}; {remedy}"
+        failure = OSError(text)
+        failure.errno = getattr(error, "errno", None)  # by which it is a full disk, or one that may come back
+        raise failure from error
     return folder
 
 

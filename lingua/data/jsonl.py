@@ -17,6 +17,7 @@ import orjson
 
 from lingua.config.base import ConfigError
 from lingua.data.blocked_source import BlockedSource, DataError, Document, Reader, find_files
+from lingua.files import naming
 
 _READ_BYTES = 256 << 10
 _SLACK_BYTES = 16 << 10  # beyond the block, where its last line usually ends
@@ -57,14 +58,15 @@ class JsonlSource(BlockedSource):
 
     def pread(self, file: int, n_bytes: int, offset: int) -> bytes:
         """Read at least one byte. Raises DataError if the file has become shorter."""
+        path, size, *_ = self.files[file]
         descriptor = self._descriptors.get(file)
         if descriptor is None:
             if len(self._descriptors) >= _OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
-            descriptor = self._descriptors[file] = os.open(self.files[file].path, os.O_RDONLY | os.O_CLOEXEC)
-        data = os.pread(descriptor, n_bytes, offset)
+            descriptor = self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with naming(path):
+            data = os.pread(descriptor, n_bytes, offset)
         if not data:
-            path, size, *_ = self.files[file]
             raise DataError(f"{path}: ends at byte {offset}, had {size} bytes before; it must not change during a run")
         return data
 

@@ -40,7 +40,7 @@ from lingua.config.keys.data import DataArgs
 from lingua.data.blocked_source import DataError, OpenedData
 from lingua.data.pack import Lane, PackedRow
 from lingua.data.sources import open_data
-from lingua.files import RunError
+from lingua.files import DiskError, RunError
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
@@ -194,7 +194,7 @@ class _Worker:
                 self._give_back()
             else:
                 self.close()
-                raise _ERRORS[note["kind"]](note["message"])
+                raise error_in(note)
 
     def _wait(self) -> tuple[int, int]:
         """Wait until something arrives; return what it is and its slot."""
@@ -252,7 +252,16 @@ def _start(descriptors: list[int]) -> subprocess.Popen[bytes]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_ERRORS: dict[str, type[Exception]] = {"data": DataError, "config": ConfigError, "os": OSError, "bug": RuntimeError}
+_ERRORS: dict[str, type[Exception]] = {
+    "data": DataError, "config": ConfigError, "os": OSError, "run": RunError, "bug": RuntimeError
+}  # fmt: skip
+
+
+def error_in(note: dict[str, Any]) -> Exception:
+    """Return the error that a worker reports: of the same kind, and with its errno."""
+    if note["errno"] is not None:
+        return DiskError(note["message"], note["errno"], note["path"])
+    return _ERRORS[note["kind"]](note["message"])
 
 
 # -- in the worker -------------------------------------------------------------------------------------------------
@@ -281,7 +290,9 @@ class _Outbox(logging.Handler):
     def fail(self, error: BaseException) -> None:
         kind = next((name for name, type_ in _ERRORS.items() if isinstance(error, type_)), "bug")
         message = str(error) if kind != "bug" else "in a loader worker: " + traceback.format_exc()[-_MESSAGE_CHARS:]
-        self.put(_ERROR, _note({"kind": kind, "message": message}))
+        of_disk = DiskError.of(error) if isinstance(error, OSError) else error
+        number, path = getattr(of_disk, "errno", None), getattr(of_disk, "path", None)
+        self.put(_ERROR, _note({"kind": kind, "message": message, "errno": number, "path": path}))
 
 
 def _note(note: dict[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lingua.config.keys.distributed import DistributedArgs
+from lingua.files import DiskError
 
 INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 
@@ -77,26 +78,27 @@ def _places(env: MutableMapping[str, str]) -> list[Path]:
 
 
 def _first_private(places: Sequence[Path]) -> Path:
-    reasons = []
+    failed: list[ValueError | DiskError] = []
     for place in places:
         try:
             return _private(place)
-        except ValueError as error:
-            reasons.append(str(error))
-    raise ValueError(
-        f"distributed.compile_cache: {'; '.join(reasons)}; name a folder of your own on a local disk, or set it to null"
-    )
+        except (ValueError, DiskError) as error:
+            failed.append(error)
+    reasons = "; ".join(str(error) for error in failed)
+    text = f"distributed.compile_cache: {reasons}; name a folder of your own on a local disk, or set it to null"
+    of_disk = next((error for error in failed if isinstance(error, DiskError) and error.kind != "setup"), None)
+    raise ValueError(text) if of_disk is None else DiskError(text, of_disk.errno, of_disk.path)
 
 
 def _private(folder: Path) -> Path:
-    """The folder, made if it is not there. Raises ValueError when that fails, or when it is not ours alone."""
+    """The folder, made if it is not there. Raises DiskError when that fails, ValueError when it is not ours alone."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         facts = folder.lstat()
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made ({error.strerror})") from error
+        raise DiskError.of(error, f"{folder} cannot be made ({error.strerror})") from error
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
         raise ValueError(f"{folder} is not this user's alone, and what lies there is executed")
     return folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,12 +42,13 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: RankInfo) -> torc
     return torch.device("cuda", place.local_rank if n_gpus > 1 else 0)
 
 
-def set_environment(args: EnvironmentArgs, place: RankInfo, on_gpu: bool) -> None:
-    """Set what the user's shell has not set, and the CPU threads of torch to match."""
+def set_environment(args: EnvironmentArgs, place: RankInfo, on_gpu: bool, unset: Collection[str] = ()) -> None:
+    """Set what neither the user's shell has set nor `launcher.env.unset` names, and torch's CPU threads to match."""
     threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     for name, value in args.model_dump().items():
-        os.environ.setdefault(name, str(threads) if value == "auto" else value)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"] or threads))
+        if name not in unset:
+            os.environ.setdefault(name, str(threads) if value == "auto" else value)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or threads))
 
 
 @dataclass(frozen=True)

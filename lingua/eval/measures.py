@@ -187,7 +187,7 @@ def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]
     if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
         be_offline()
     device = pick_device(args.generator.device, rank_info)
-    set_environment(run_args.env, rank_info, on_gpu=device.type == "cuda")
+    set_environment(run_args.env, rank_info, device.type == "cuda", run_args.launcher.env.unset)
     timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
     same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
     same |= code_of(["lingua", run_args.app, *run_args.plugins, *args.plugins])

@@ -60,7 +60,7 @@ class EvalJobs:
         folder = layout.found(self.run_dir, checkpoint.step, saved_by)
         if (there := read_results(folder)) is not None:
             return there[1]
-        name = f"eval-{(checkpoint.root / layout.RUN_ID).read_text().strip()}-{checkpoint.step}-{saved_by}"
+        name = f"eval-{publish.read_run_id(checkpoint.root)}-{checkpoint.step}-{saved_by}"
         self._submit(folder, name, checkpoint.step)
         try:
             return self._wait(folder, name, beat)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import run_root
+from lingua.checkpoint.publish import read_run_id
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import JobArgs, LauncherArgs
@@ -223,7 +224,7 @@ class Beside(Evaluation):
         """Submit the last job, unless it waits or runs already; return its id."""
         small = {"nodes": 1, "gpus": 0, "cpus_per_gpu": 1, "mem": LAST_JOB_MEM, "signal_s": 0}
         asked = LauncherArgs.model_validate(evaluation.model_dump() | small)
-        name = f"follow-{(run_root(self.run_dir) / layout.RUN_ID).read_text().strip()}"
+        name = f"follow-{read_run_id(run_root(self.run_dir))}"
         script = make_folder(self.run_dir / layout.EVALS, "evals") / SCRIPT
         write_whole(script, self.render(name, asked), mode=0o755)
         output = log_pattern(self.run_dir / RANK_LOGS, "evaluator")

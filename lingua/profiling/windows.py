@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lingua.config.keys.profiling import ProfilerArgs
-from lingua.files import RunError, read_json, write_json
+from lingua.files import DiskError, RunError, read_json, write_json
 from lingua.run.lock import FOLDER
 from lingua.signals import SignalFlag
 
@@ -131,7 +131,9 @@ def ask_to_profile(run_dir: Path, attempt: int, n_steps: int, heavy: bool) -> Re
     try:
         write_json(path, asdict(request))
     except OSError as error:
-        raise RunError(f"cannot ask {run_dir} for a profile: {error.strerror} ({path.parent}); its owner can") from None
+        raise DiskError.of(
+            error, f"cannot ask {run_dir} for a profile: {error.strerror} ({path.parent}); its owner can"
+        ) from None
     return request
 
 

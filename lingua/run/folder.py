@@ -18,13 +18,14 @@ from typing import Any
 import orjson
 
 from lingua.config.base import show
-from lingua.files import entries, write_whole
+from lingua.files import DISK, entries, read_bytes, write_reserved, write_whole
 from lingua.logger import RANK_LOGS
 from lingua.signals import STOP_REQUEST
 
 log = logging.getLogger(__name__)
 
 STOP_FILE = "stop.json"
+_ROOM, _ROOM_BYTES = ".stop.json.room", 16 << 10
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_REQUEUE = 75  # EX_TEMPFAIL in sysexits.h: saved, to be started again
@@ -71,7 +72,7 @@ def _without_secrets(key: str, value: Any) -> Any:
 def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:
     """Write run.sh (the command of the newest attempt; that of `lingua launch` stays) and env.txt."""
     command, script = shlex.join([sys.executable, *argv]), run_dir / "run.sh"
-    if not script.is_file() or b"\n#SBATCH" not in script.read_bytes():
+    if not script.is_file() or b"\n#SBATCH" not in read_bytes(script):
         write_whole(script, f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in public_environment(env).items()]
     write_whole(run_dir / "env.txt", "".join(lines).encode())
@@ -97,10 +98,26 @@ def archive_exit_records(run_dir: Path, attempt: int) -> None:
             path.replace(target)
 
 
+def reserve_last_words(run_dir: Path) -> None:
+    """Allocate room for stop.json, so that a run whose disk fills up can still say so. Raises OSError."""
+    room = run_dir / _ROOM
+    if not room.exists():
+        DISK.close(DISK.create(room))  # with the mode of any file: others may ask why it ended
+    DISK.close(DISK.reserve(room, _ROOM_BYTES))
+
+
 def describe_stop(run_dir: Path, reason: str, exit_code: int, **more: Any) -> None:
     """Write stop.json: why the newest attempt ended. If that fails, log it; there is still the exit code."""
-    record = {"reason": reason, "exit_code": exit_code, **more}
+    record, path = {"reason": reason, "exit_code": exit_code, **more}, run_dir / STOP_FILE
     try:
-        write_whole(run_dir / STOP_FILE, orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+        try:
+            write_whole(path, _json(record))
+        except OSError as error:
+            log.warning("cannot write %s: %s", path, error.strerror or error)
+            write_reserved(run_dir / _ROOM, path, _json(record | {"error": str(record.get("error", ""))[:2000]}))
     except OSError as error:
-        log.warning("cannot write %s: %s", run_dir / STOP_FILE, error.strerror or error)
+        log.warning("nor into the room that was reserved for it: %s", error.strerror or error)
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n"

@@ -127,7 +127,9 @@ def ask_to_stop(run_dir: Path, attempt: int) -> None:
     try:
         write_whole(path, b"")
     except OSError as error:
-        raise RunError(f"cannot ask {run_dir} to stop: {error.strerror} ({path.parent}); its owner can") from None
+        raise DiskError.of(
+            error, f"cannot ask {run_dir} to stop: {error.strerror} ({path.parent}); its owner can"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from lingua.config.keys.logging import LoggingArgs, WandbArgs
+from lingua.files import read_bytes
 from lingua.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def _ends_with_newline(path: Path) -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read all whole lines of a metrics file, without one torn by a kill; no file has no lines."""
     records = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
+    for line in read_bytes(path).splitlines() if path.is_file() else []:
         try:
             records.append(orjson.loads(line))
         except orjson.JSONDecodeError:

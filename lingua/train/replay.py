@@ -171,7 +171,7 @@ def replay(
     tell_other_starts(past, step, start, checkpoint)
 
     device = pick_device(args.device, RankInfo())
-    set_environment(args.env, RankInfo(), on_gpu=device.type == "cuda")
+    set_environment(args.env, RankInfo(), on_gpu=device.type == "cuda", unset=args.launcher.env.unset)
     with ExitStack() as stack:
         learner = load(past, args, size, World(RankInfo(), device, mesh=None), checkpoint, stack)
         if learner.step >= step:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lingua.config.keys.data import TokenizerArgs, default_lanes
 from lingua.config.keys.train import TrainArgs
+from lingua.files import DiskError
 from lingua.tokenizer import assumed_vocab_size, build_tokenizer
 
 DEFAULT_STEPS = 1000
@@ -211,6 +212,8 @@ def _length(args: TrainArgs, tokens_per_step: int, flops_per_token: float, found
 
             tokens = estimate_tokens(args.data)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and DiskError.of(error).may_pass:  # the run's length does not depend on it
+                raise
             text = f"epochs needs the data to be counted, and {error}; assumed {DEFAULT_STEPS} steps"
             found.warnings.append(Finding("epochs", text))
             return DEFAULT_STEPS, "assumed"

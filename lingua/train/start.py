@@ -26,11 +26,11 @@ from lingua.config.keys.train import TrainArgs
 from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
 from lingua.distributed.process_group import World, from_main, on_every_rank
-from lingua.files import DiskError, write_whole
+from lingua.files import DiskError, read_bytes, write_whole
 from lingua.logger import log_to_folder
 from lingua.model.attention import resolve_attn_impl
 from lingua.model.generate import Generator
-from lingua.run.folder import archive_exit_records, describe_start
+from lingua.run.folder import archive_exit_records, describe_start, reserve_last_words
 from lingua.run.lock import RunLock, this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.throughput import Meter, find_peak
@@ -66,6 +66,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
             text = f"dump_dir {path} cannot be made: {error.strerror}; choose another with dump_dir="
             raise DiskError.of(error, text) from error
         attempt = lock.acquire()
+        reserve_last_words(path)
         if not checked.waived:
             _freeze_config(path, checked, attempt)
         # After the config: what the last attempt left may be the reason why this one is allowed to differ.
@@ -115,7 +116,7 @@ def _note_failure(log_file: logging.Handler, error: Exception) -> None:
 
 def _freeze_config(path: Path, checked: Checked, attempt: int) -> None:
     text, file = dump_yaml(checked.frozen).encode(), path / CONFIG_FILE
-    if file.is_file() and file.read_bytes() != text:
+    if file.is_file() and read_bytes(file) != text:
         write_whole(path / f"config.{attempt - 1:04d}.yaml", file.read_bytes())
     write_whole(file, text)
     write_whole(path / ORIGIN_FILE, dump_yaml(checked.composed.origins()).encode())

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,7 @@ from lingua.files import (
     free_bytes,
     human_bytes,
     is_plain_file,
+    is_short_of_inodes,
     make_folder,
     read_json,
     skip_page_cache,
@@ -349,3 +351,11 @@ def test_a_folder_is_there_whole_or_not_at_all(odd: Path) -> None:
     assert os.listdir(odd / "above") == ["new"]
     with pytest.raises(RunError, match="already exists; choose a new folder"):
         make(DISK)
+
+
+@pytest.mark.parametrize(("n_files", "n_free", "short"), [(1000, 0, True), (1000, 500, False), (0, 0, False)])
+def test_inodes_are_counted_where_the_file_system_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int, n_free: int, short: bool
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_files=n_files, f_favail=n_free))
+    assert is_short_of_inodes(tmp_path / "not" / "there") is short

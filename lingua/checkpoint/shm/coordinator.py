@@ -10,6 +10,7 @@ Complete snapshots that an earlier attempt left in memory are on the disk before
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import time
 import traceback
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lingua.checkpoint import capacity, dcp
 from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, State, make_area
-from lingua.checkpoint.shm.service_client import ServiceClient, StartService, start_service
+from lingua.checkpoint.shm.service_client import ServiceClient, StartService, say_who_is_waited_for, start_service
 from lingua.checkpoint.shm.slot_writer import SlotWriter
 from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.process_group import Ranks
@@ -180,7 +181,7 @@ class Coordinator:
             return None, _no_room(error)
 
     def _enter(self) -> tuple[str, str, int, int]:
-        while True:
+        for looks in itertools.count(1):
             self.area = make_area(self._run.run_dir, Path(self._run.args.shm_path), files=self._files)
             try:
                 lock = self.area.lock(TRAINER_LOCK)
@@ -193,8 +194,9 @@ class Coordinator:
                 facts = self.area.folder.stat()
                 me = this_process()
                 return me.host, me.boot_id, facts.st_dev, facts.st_ino
-            lock.close()
+            say_who_is_waited_for(looks, lock, f"it is leaving {self.area.folder}")
             self._sleep(LOOK_S)
+        raise AssertionError("it counts for ever")
 
     # -- start -----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lingua.checkpoint.shm.area import SERVICE_LOCK, Events, ServedRun, ShmArea, write_run
-from lingua.files import DISK, DiskError, Files, RunError, raise_if
+from lingua.files import DISK, DiskError, Files, ProcessLock, RunError, raise_if
 from lingua.run.failure import RankError, carried
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ RESTARTS = 3
 """Of the service, until it has published something."""
 DISK_ATTEMPTS = 4
 """Of the service to save what somebody waits for, on a disk that fails in a way that may pass: some seconds."""
+WORD_S = 10.0
+"""Between two words about a service that is waited for."""
 START_S = 30.0
 """How long a service may take to start."""
 
@@ -111,11 +113,7 @@ class ServiceClient:
                 self._sleep(LOOK_S)
 
     def _is_alive(self) -> bool:
-        lock = self._area.lock(SERVICE_LOCK)
-        try:
-            return lock.holder() is not None
-        finally:
-            lock.close()
+        return _holder(self._area.lock(SERVICE_LOCK)) is not None
 
     # -- its reports -----------------------------------------------------------------------------------------------
 
@@ -145,7 +143,10 @@ class ServiceClient:
 
     def await_rescue(self, numbers: list[int]) -> None:
         """Wait until the service has saved these slots of an earlier attempt. Raises RunError when the disk refuses."""
+        looks, doing = 0, f"it saves what is in memory ({self._log_file})"
         while any(self._area.slot(number).state() != "free" for number in numbers):
+            looks += 1
+            say_who_is_waited_for(looks, self._area.lock(SERVICE_LOCK), doing)
             refusals = [_refusal(event) for event in self.read_events() if _is_refusal(event)]
             error = self.fatal or next((newest for newest in refusals[-1:] if not self._may_pass(newest)), None)
             if error is not None:
@@ -184,6 +185,23 @@ class ServiceClient:
     def _may_pass(self, refused: DiskError) -> bool:
         """Return whether it is worth waiting for the service's next attempt."""
         return refused.may_pass and self._n_refusals < DISK_ATTEMPTS
+
+
+def _holder(lock: ProcessLock) -> int | None:
+    """Return the pid that holds a lock, or None; closes the lock."""
+    try:
+        return lock.holder()
+    finally:
+        lock.close()
+
+
+def say_who_is_waited_for(looks: int, lock: ProcessLock, why: str) -> None:
+    """Log every WORD_S, counted in looks of LOOK_S, which service a start waits for; closes the lock."""
+    pid = _holder(lock)
+    if looks % int(WORD_S / LOOK_S) == 0:
+        who = "a new checkpoint service" if pid is None else f"the checkpoint service of this node, process {pid}"
+        remedy = "" if pid is None else f"; if it hangs (no progress in its log), `kill -9 {pid}` loses nothing"
+        log.warning("waiting %.0f s for %s: %s%s", looks * LOOK_S, who, why, remedy)
 
 
 def _is_refusal(event: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ class LaunchEnvArgs(Args):
     set: dict[str, Text] = {}
     """Variables to set."""
     unset: list[Text] = []
-    """Variables to take away."""
+    """Variables to take away; those that `env:` would set stay away too."""
 
 
 def _spelled(pattern: str, form: str) -> AfterValidator:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lingua.data.prepare.external_sort import drop_window
-from lingua.files import RunError, free_bytes, human_bytes
+from lingua.files import RunError, free_bytes, human_bytes, is_short_of_inodes
 
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -104,8 +104,9 @@ def disk_of(folder: Path, option: str) -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
+        lacking = "inodes" if is_short_of_inodes(folder) else "space"
         raise RunError(
-            f"no space left for {folder} ({human_bytes(free_bytes(folder))} free; a quota may be lower); "
+            f"no {lacking} left for {folder} ({human_bytes(free_bytes(folder))} free; a quota may be lower); "
             f"free some or choose another {option}, then give the same command again: it continues from here"
         ) from None
 

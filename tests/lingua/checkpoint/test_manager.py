@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import random
 import re
@@ -53,6 +54,15 @@ def saved_run(run_dir: Path, *steps: int) -> TrainState:
         train(state, before + 1, step)
         assert manager.save(step, state).published
         before = step
+    return state
+
+
+def resumed(run_dir: Path) -> TrainState:
+    """The state of the newest checkpoint."""
+    manager, state = manager_of(run_dir), make()
+    newest = manager.latest()
+    assert newest is not None
+    manager.load(newest, state)
     return state
 
 
@@ -304,6 +314,28 @@ def test_when_nothing_is_intact_a_person_decides(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["checkpoint_0000000002.done", "manifest.json", "run_id", "train_state.00000.json"])
+def test_a_read_that_fails_names_the_file_and_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    saved_run(tmp_path, 1, 2)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+
+    def fail(path: Path) -> bytes:
+        if path.name == name:
+            raise OSError(number, os.strerror(number))  # as read(2) fails: without a name
+        return read(path)
+
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(DiskError, match=rf"{os.strerror(number)}.*{re.escape(name)}") as caught:
+        resumed(tmp_path)
+    assert (caught.value.errno, classify(caught.value)) == (number, "disk")
+    left = sorted(path.name for path in tmp_path.rglob("*") if "incarnation" not in path.name)
+    assert left == [other for other in before if "incarnation" not in other]
+
+
 def test_all_ranks_fall_back_to_the_same_step(tmp_path: Path) -> None:
     saved_run(tmp_path, 1, 2)
     flip(layout.folder(tmp_path / layout.CHECKPOINTS, 2) / layout.optim_file(0))
@@ -627,3 +659,14 @@ def test_readback_reads_what_the_disk_holds(tmp_path: Path) -> None:
     report = checking.save(1, make())
     assert not report.published
     assert "returned something else" in str(report.error)
+
+
+def test_a_disk_without_inodes_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = saved_run(tmp_path, 1)
+    monkeypatch.setattr("lingua.checkpoint.publish.is_short_of_inodes", lambda path: True)
+    report = manager_of(tmp_path, FaultyFiles(1, error=errno.ENOSPC, lasting=True, operations=("create",))).save(
+        2, state
+    )
+    assert report.error is not None
+    assert "the disk has no inodes left at" in report.error
+    assert "full" not in report.error

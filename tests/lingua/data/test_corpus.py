@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import orjson
@@ -52,3 +53,6 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_remedy(library: Path, 
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="LINGUA_CACHE"):
         embedded_corpus(tmp_path / "file", library)
+    with pytest.raises(OSError, match="LINGUA_CACHE") as caught:
+        embedded_corpus(tmp_path / "file", library)
+    assert caught.value.errno == errno.ENOTDIR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import itertools
 import os
 import select
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
+from lingua.data import workers
 from lingua.data.blocked_source import DataError
 from lingua.data.loader import Loader, build_loader
-from lingua.data.workers import Workers
-from lingua.files import RunError
+from lingua.data.workers import Workers, error_in
+from lingua.files import DiskError, RunError
+from lingua.run.failure import classify
 from tests.corpora import data_args, documents, two_sources, write_source
 
 G = 12
@@ -101,6 +105,32 @@ def test_a_bug_arrives_with_its_traceback(tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match=r"(?s)in a loader worker: .*pack\.py.*ValueError: invalid literal"),
     ):
         next(loader)
+
+
+class RecordingOutbox(workers._Outbox):
+    """Keeps what it would send."""
+
+    def __init__(self) -> None:
+        self.notes: list[bytes] = []
+
+    def put(self, kind: int, note: bytes, row: object = None) -> None:
+        self.notes.append(note)
+
+
+def test_an_error_of_the_disk_arrives_with_its_errno_and_file() -> None:
+    outbox = RecordingOutbox()
+    outbox.fail(OSError(errno.ESTALE, "Stale file handle", "/data/a.jsonl"))
+    outbox.fail(DiskError("it is gone", errno.ENOENT, "/data/b.jsonl"))
+    outbox.fail(RunError("do this"))
+    notes = [orjson.loads(note) for note in outbox.notes]
+    assert [(note["kind"], note["errno"], note["path"]) for note in notes] == [
+        ("os", errno.ESTALE, "/data/a.jsonl"),
+        ("run", errno.ENOENT, "/data/b.jsonl"),
+        ("run", None, None),
+    ]
+    errors = [error_in(note) for note in notes]
+    assert [classify(error) for error in errors] == ["disk", "setup", "setup"]
+    assert str(errors[2]) == "do this"
 
 
 def test_bad_lines_are_logged_in_the_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

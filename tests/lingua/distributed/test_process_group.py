@@ -1,12 +1,21 @@
 import errno
+import os
 from typing import Any
 
 import pytest
 import torch
 
-from lingua.config.keys.distributed import DistributedArgs
+from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
 from lingua.distributed.place import RankInfo, find_rank_info
-from lingua.distributed.process_group import RankError, StepReduce, from_main, on_each, on_every_rank, pick_device
+from lingua.distributed.process_group import (
+    RankError,
+    StepReduce,
+    from_main,
+    on_each,
+    on_every_rank,
+    pick_device,
+    set_environment,
+)
 from lingua.files import DiskError
 from lingua.run.failure import classify
 from tests.ranks import run_on_ranks
@@ -160,3 +169,15 @@ def test_an_error_of_a_disk_is_the_same_on_all_ranks_and_a_bug_keeps_nobody_wait
 
     disk, here = "DiskError disk_full", ["0", "1"]
     assert run_on_ranks(act, 2) == [[disk, "RankError config", *here], [disk, "ValueError config", *here]]
+
+
+def test_what_the_launcher_takes_away_is_not_put_back(monkeypatch: pytest.MonkeyPatch):
+    before = torch.get_num_threads()
+    for name in EnvironmentArgs.model_fields:
+        monkeypatch.setenv(name, "1")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    try:
+        set_environment(EnvironmentArgs(), RankInfo(), False, ["NCCL_DEBUG", "OMP_NUM_THREADS"])
+        assert set(EnvironmentArgs.model_fields) - set(os.environ) == {"NCCL_DEBUG", "OMP_NUM_THREADS"}
+    finally:
+        torch.set_num_threads(before)

@@ -1,9 +1,19 @@
+import errno
+import os
 import subprocess
 from pathlib import Path
 
 import orjson
+import pytest
 
-from lingua.run.folder import archive_exit_records, describe_start, describe_stop, public_environment
+from lingua.run import folder
+from lingua.run.folder import (
+    archive_exit_records,
+    describe_start,
+    describe_stop,
+    public_environment,
+    reserve_last_words,
+)
 
 
 def test_secrets_never_reach_a_file():
@@ -50,3 +60,17 @@ def test_what_a_start_said_last_is_numbered_by_the_next(tmp_path: Path):
         "logs/stacks_0.0002.txt": "4",
     }
     archive_exit_records(tmp_path / "new", 0)  # the first start: nothing is there
+
+
+def test_a_full_disk_does_not_keep_a_run_from_saying_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, *_: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    reserve_last_words(tmp_path)
+    reserve_last_words(tmp_path)  # the next start finds the room that the last one did not need
+    monkeypatch.setattr(folder, "write_whole", full)
+    describe_stop(tmp_path, "error", 1, kind="disk_full", error="the disk is full " + "x" * 100_000, step=3)
+    told = orjson.loads((tmp_path / "stop.json").read_bytes())
+    assert (told["reason"], told["exit_code"], told["kind"], told["step"]) == ("error", 1, "disk_full", 3)
+    assert told["error"].startswith("the disk is full x")
+    assert [path.name for path in tmp_path.iterdir()] == ["stop.json"]

@@ -229,6 +229,20 @@ def test_a_disk_that_is_away_is_no_mistake_of_the_config(tmp_path: Path, monkeyp
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError, match="Stale file handle"):
         problems(args(data={"root_dir": str(tmp_path), "sources": {"a": 1.0}}), 1)
+    with pytest.raises(OSError, match="Stale file handle"):  # 1000 steps instead would be another run
+        resolve(args(steps=None, epochs=1.0, data={"root_dir": str(tmp_path), "sources": {"a": 1.0}}), 1)
+
+
+def test_a_tokenizer_that_cannot_be_read_for_a_moment_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        problems(args(data={"tokenizer": {"name": "hf", "path": str(tmp_path)}}), 1)
 
 
 def test_nothing_is_saved_for_evaluations_that_no_section_asks_for() -> None:

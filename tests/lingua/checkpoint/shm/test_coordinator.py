@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 import torch
 
 from lingua.checkpoint import publish
-from lingua.checkpoint.shm.area import Save, ServedRun, State, make_area
+from lingua.checkpoint.shm.area import SERVICE_LOCK, Save, ServedRun, State, make_area
 from lingua.checkpoint.shm.coordinator import (
     Coordinator,
     Node,
@@ -20,12 +24,13 @@ from lingua.checkpoint.shm.coordinator import (
     worth_saving,
 )
 from lingua.checkpoint.shm.drain import BEAT_S, HANDOVER_S, SILENT_BEATS, await_older_writers
-from lingua.checkpoint.shm.service_client import RESTARTS
+from lingua.checkpoint.shm.service_client import LOOK_S, RESTARTS, WORD_S, ServiceClient
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.distributed.process_group import Ranks
-from lingua.files import RunError, write_json
+from lingua.files import ProcessLock, RunError, write_json
 from lingua.run.lock import Owner, this_process
 from tests.fakes import Clock
+from tests.ranks import fork
 
 
 def view(word: str) -> SlotView:
@@ -210,3 +215,43 @@ def test_nobody_and_one_whose_job_was_requeued_are_not_waited_for(tmp_path: Path
     a_writer(tmp_path, replace(ELSEWHERE, slurm_job_id="7"))
     await_older_writers(tmp_path, 2, this_process("7", 1), now=clock.now, sleep=clock.sleep)
     assert clock.now() == 1000.0
+
+
+def test_a_start_says_which_service_it_waits_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    area = make_area(tmp_path / "run", tmp_path)
+    slot = area.slot(0)
+    slot.make()
+    slot.put_mark(one(1, 4))
+    with hung(area.folder / SERVICE_LOCK) as pid:
+        looks = itertools.count(1)
+
+        def sleep(seconds: float) -> None:
+            if next(looks) == int(2 * WORD_S / LOOK_S):
+                slot.change("staged", "free")
+
+        client = ServiceClient(area, 2, tmp_path / "log", sleep=sleep)
+        client.send(ServedRun("run", tmp_path / "run", tmp_path / "run", 2, CheckpointArgs(shm_path=str(tmp_path))))
+        caplog.set_level("WARNING")
+        client.await_rescue([0])
+    assert f"waiting 10 s for the checkpoint service of this node, process {pid}: it saves" in caplog.text
+    assert f"`kill -9 {pid}` loses nothing" in caplog.text
+    assert len(caplog.messages) == 2
+
+
+@contextmanager
+def hung(path: Path) -> Iterator[int]:
+    """A process that holds a lock and does nothing; its pid."""
+    reading, writing = os.pipe()
+    pid = fork()
+    if pid == 0:
+        lock = ProcessLock(path)
+        os.write(writing, b"L" if lock.take() else b"-")
+        signal.pause()
+    assert os.read(reading, 1) == b"L"
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reading)
+        os.close(writing)
