@@ -20,11 +20,14 @@ from lingua.logger import OBEYED, on_terminal, printable, start_logging
 log = logging.getLogger(__name__)
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+_FOR_ALL = {
+    "debug": Annotated[bool, typer.Option("--debug", help="Show tracebacks.")],
+    "trust": Annotated[bool, typer.Option("--trust", help="Run code that a config beside weights names.")],
+}
 
 
 class Commands(typer.Typer):
-    """A group of commands, each with -h and --debug."""
+    """A group of commands, each with -h, --debug and --trust."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(
@@ -37,19 +40,20 @@ class Commands(typer.Typer):
         )
 
     def command(self, name: str | None = None, **more: Any) -> Any:
-        """Add a command. `run_main` finds --debug among the words; here it is only accepted."""
+        """Add a command. `run_main` finds --debug and --trust among the words; here they are only accepted."""
         register = super().command(name, **more)
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             @wraps(function)
-            def run(*, debug: bool, **options: Any) -> Any:
+            def run(*, debug: bool, trust: bool, **options: Any) -> Any:
                 with redirect_stdout(cast("TextIO", _Printable(sys.stdout))):
                     return function(**options)
 
             signature = inspect.signature(function, eval_str=True)
-            debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)
-            setattr(run, "__signature__", signature.replace(parameters=[*signature.parameters.values(), debug]))  # noqa: B010
-            run.__annotations__ = function.__annotations__ | {"debug": _Debug}
+            kind = inspect.Parameter.KEYWORD_ONLY
+            more = [inspect.Parameter(name, kind, default=False, annotation=of) for name, of in _FOR_ALL.items()]
+            setattr(run, "__signature__", signature.replace(parameters=[*signature.parameters.values(), *more]))  # noqa: B010
+            run.__annotations__ = function.__annotations__ | _FOR_ALL
             register(run)
             return function
 

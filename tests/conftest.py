@@ -37,6 +37,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the user's cache is used or left behind; the sample corpus is made once per worker."""
     monkeypatch.setenv("LINGUA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
 
 
 @contextmanager

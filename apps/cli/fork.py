@@ -22,6 +22,7 @@ from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import CONFIG_FILE, Difference, compare, dump_yaml, read_frozen
 from lingua.config.keys.data import DataArgs
+from lingua.config.trust import found
 from lingua.files import RunError, entries, read_json, write_whole
 from lingua.train.check import load
 
@@ -96,7 +97,7 @@ def _check(
     world_size: int | None,
 ) -> Checked:
     """The config of the fork, checked as training checks it."""
-    line = parse_command_line([str(config_file), *words])
+    line = parse_command_line([str(found(config_file)), *words])
     for word in line.overrides:
         if (key := word.partition("=")[0]) in _SET_BY_FORK:
             raise ConfigError(f"command line: {key} follows from RUN@STEP and NEW; remove {word}")

@@ -31,6 +31,7 @@ from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine
 from lingua.config.compose import compose
 from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_frozen
+from lingua.config.trust import found
 from lingua.files import DISK, Files, RunError, entries, free_bytes, human_bytes, read_json, whole_folder, write_whole
 from lingua.train.build import fresh_shared
 from lingua.train.check import Checked, load
@@ -57,7 +58,7 @@ def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None =
         raise RunError(f"{source / 'train_state_00000.json'} contains no step, so it is not a training state") from None
     here = out.absolute()
     target = Path(TAKEN_OVER) / layout.step_name(step)
-    checked = _new_config(config or run_dir / CONFIG_FILE, here, here / target, n_ranks)
+    checked = _new_config(config or found(run_dir / CONFIG_FILE), here, here / target, n_ranks)
     kept = dcp.chosen(metadata, _names(metadata, checked.frozen["model"].get("weight_tying", False)))
     sizes = dcp.files_of(kept)
     if (free := free_bytes(out)) < sum(sizes.values()):

@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
     app = args.app or choose_app(CommandLine(config=str(config)))
     if app != __package__:
         return app_module(app, "generate").main([*words, f"app={app}"])
-    generator = load_generator(described(config), args)
+    generator = load_generator(described(config, app), args)
     for batch in [prompts] if prompts else ask(interactive=sys.stdin.isatty()):
         for prompt, answer in zip(batch, generator.generate(batch), strict=True):
             show(prompt, answer)

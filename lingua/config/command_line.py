@@ -21,13 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
+from lingua.config.trust import DEFAULT_APP, check_code, found, trusting
 from lingua.logger import printable
 
 if TYPE_CHECKING:
     from lingua.config.keys.train import TrainArgs
     from lingua.config.yaml_layers import Point
 
-DEFAULT_APP = "apps.main"
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
 EXIT_INTERRUPTED = 130
@@ -62,12 +62,12 @@ class CommandLine:
 def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> CommandLine:
     """Parse words: a bare path or `config=x.yaml`, `+overlay.yaml`, `a.b=value`, and `--flag` for the given names.
 
-    Every command knows `--debug` and `--help`. `script=apps.mine.train` means `app=apps.mine`. Raises ConfigError.
+    Every command knows --debug, --trust and --help. `script=apps.mine.train` means `app=apps.mine`. Raises ConfigError.
     """
     from lingua.config.base import ConfigError
 
     line, wrong = CommandLine(), []
-    known = ["debug", "help", *flags]
+    known = ["debug", "help", "trust", *flags]
     for before, word in zip(["", *words], words, strict=False):
         name, has_value, value = word.lstrip("-").partition("=")
         if word.startswith("-"):
@@ -106,18 +106,27 @@ def with_ckpt(words: Sequence[str]) -> list[str]:
 
 def choose_app(line: CommandLine) -> str:
     """Return the app's package: from `app=`, else the key `app` of the config or of the run that `ckpt=` or `follow=`
-    names, else the package whose configs/ contains the config."""
+    names, else the package whose configs/ contains the config. Raises ConfigError if a config that came with weights
+    names it, and is not trusted."""
     given = dict(word.split("=", 1) for word in line.overrides)
     if "app" in given:
         return given["app"]
-    config = Path(line.config) if line.config is not None else _config_of_run(given.get("ckpt") or given.get("follow"))
+    run = given.get("ckpt") or given.get("follow")
+    config = Path(line.config) if line.config is not None else found(_config_of_run(run))
     if config is None or not config.is_file():
         return DEFAULT_APP
+    from lingua.config.compose import code_named
     from lingua.config.yaml_layers import read_yaml
 
-    named = read_yaml(config).tree.get("app")
-    if isinstance(named, str):
-        return named
+    tree = read_yaml(config).tree
+    app = named if isinstance(named := tree.get("app"), str) else _app_around(config)
+    if app != DEFAULT_APP:
+        check_code([config], code_named({**tree, "app": app}))
+    return app
+
+
+def _app_around(config: Path) -> str:
+    """Return the package whose configs/ contains the config, or the default."""
     for folder in config.resolve().parents:
         if folder.name == "configs" and (folder.parent / "args.py").is_file():
             inside = folder.parent.is_relative_to(Path.cwd())
@@ -163,7 +172,8 @@ def wants_traceback(words: Sequence[str]) -> bool:
 def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> int:
     """Call `main(words)`, print errors as sentences, and return the exit code."""
     try:
-        return main(list(words)) or 0
+        with trusting("--trust" in words):
+            return main(list(words)) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -17,7 +17,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -38,7 +38,9 @@ from lingua.config.base import (
     unknown_key,
 )
 from lingua.config.keys.eval import EvalArgs
+from lingua.config.trust import DEFAULT_APP, check_code
 from lingua.config.yaml_layers import (
+    COMMAND_LINE,
     DEFAULT,
     Layer,
     Origin,
@@ -160,8 +162,40 @@ def _expand_paths(layer: Layer) -> list[tuple[Key, str]]:
     return findings
 
 
-def _import_plugins(layer: Layer) -> list[tuple[Key, str]]:
-    """Import the modules named in `plugins`, also from the working folder, as `python -m` would."""
+def code_named(tree: Mapping[str, Any], marks: Mapping[Key, Origin] | None = None) -> dict[str, list[str]]:
+    """Return the modules and files of code that a config names, by key; without those that the command line named."""
+    code: dict[str, list[str]] = {}
+    for key, name in _code(tree):
+        origins = [marks[key[:n]] for n in range(len(key), 0, -1) if marks and key[:n] in marks]
+        if origins[:1] != [COMMAND_LINE]:
+            code.setdefault(dotted_key(tuple(part for part in key if isinstance(part, str))), []).append(str(name))
+    return code
+
+
+def _code(tree: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
+    if tree.get("app") not in (None, DEFAULT_APP):
+        yield ("app",), tree["app"]
+    for outer, section in ((), tree), (("eval",), tree.get("eval")):
+        for key, value in leaves(section) if isinstance(section, dict) else ():
+            names = [part for part in key if isinstance(part, str)]
+            is_code = names[0] == "plugins" or (names[0] in ("harness", "measures") and _is_harness_code(names, value))
+            if value and is_code:
+                yield (*outer, *key), value
+
+
+def _is_harness_code(names: list[str], value: Any) -> bool:
+    """Whether harness would run code: task files may hold `!function`, caches are pickles, a metric may be a script."""
+    if names[-1] in ("metric", "tasks", "task", "group") and isinstance(value, str):
+        return "/" in value or value.endswith((".yaml", ".yml")) or Path(value).exists()
+    return names[-1] in ("include_path", "use_cache", "hf_evaluate")
+
+
+def _import_plugins(layer: Layer, configs: list[Path]) -> list[tuple[Key, str]]:
+    """Import the modules named in `plugins`, also from the working folder. Raises ConfigError if they are not trusted.
+
+    `configs`: the files that were named.
+    """
+    check_code(configs, {key: names for key, names in code_named(layer.tree, layer.marks).items() if key != "app"})
     findings, of_eval = [], layer.tree.get("eval")
     named: list[tuple[Key, Any]] = [(("plugins",), layer.tree.get("plugins"))]
     named += [(("eval", "plugins"), of_eval.get("plugins"))] if isinstance(of_eval, dict) else []
@@ -178,14 +212,16 @@ def _import_plugins(layer: Layer) -> list[tuple[Key, str]]:
 
 
 def see_working_folder() -> None:
-    """Make modules in the working folder importable, as `python -m` does and a console script does not.
+    """Make own modules in the working folder importable, also an `apps/mine` beside installed apps.
 
-    With PYTHONSAFEPATH the working folder comes last: a job runs its frozen code, not the tree it was started in.
+    It comes last: a file there, beside weights say, must not stand for a package of that name.
     """
-    if sys.flags.safe_path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    elif not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)
+    apps = sys.modules.get("apps")
+    if apps is not None and os.path.join(here, "apps") not in apps.__path__:
+        apps.__path__.append(os.path.join(here, "apps"))
 
 
 # -- validating ----------------------------------------------------------------------------------------------------
@@ -327,10 +363,11 @@ def examine(
 ) -> Examined[ArgsType]:
     """Compose and validate, collecting complaints. Raises ConfigError only if there is nothing to validate."""
     layer = stack_layers(config, overlays, overrides, schema, point)
+    named = [path for path in (Path(name).expanduser() for name in [config, *overlays] if name) if path.is_file()]
     _drop_inert(layer)
     ignored = _drop_ignored(layer, schema)
     findings, interpolated = _resolve(layer, schema)
-    findings += _expand_paths(layer) + _import_plugins(layer)
+    findings += _expand_paths(layer) + _import_plugins(layer, named)
     args, more = _validate(layer.tree, schema, interpolated)
     findings += [finding for finding in more if finding[0] not in {key for key, _ in findings}]
     complaints = [_complaint(layer.marks, key, text) for key, text in findings]

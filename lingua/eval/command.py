@@ -80,7 +80,7 @@ class EvalRequest:
         """Return the config of the run, and what to measure. Raises ConfigError."""
         overlays, overrides = self.line.overlays, self.line.overrides
         if self.measures is not None or self.run_config.suffix == ".json":  # weights of other programs have no `eval`
-            run_args = described(self.run_config)
+            run_args = described(self.run_config, self.app)
             args = compose(self.measures, overlays, overrides, EvalArgs).args
         else:
             overrides = [f"eval.{word}" for word in overrides]

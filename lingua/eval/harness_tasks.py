@@ -18,13 +18,25 @@ from lingua.config.keys.eval import HarnessArgs
 
 
 def lm_eval(module: str = "") -> Any:
-    """Return a module of lm-eval. Raises ConfigError if it is not installed."""
+    """Return a module of lm-eval, whose templates are sandboxed. Raises ConfigError if it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "eval.harness.tasks needs the package lm-eval; `uv sync --extra harness` or `pip install '.[harness]'` "
             "installs it; or set eval.harness=null"
         )
+    _sandbox()
     return importlib.import_module(f"lm_eval{module}")
+
+
+@functools.cache
+def _sandbox() -> None:
+    """Let templates of task definitions compute with a question, and reach nothing else of this process."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    utils = importlib.import_module("lm_eval.utils")
+    sandboxed = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=True)
+    sandboxed.filters.update(utils.env.filters)
+    setattr(utils, "env", sandboxed)  # noqa: B010
 
 
 def cleaned(tasks: Sequence[str | Mapping[str, Any]]) -> list[Any]:

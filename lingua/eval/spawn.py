@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import run_root
 from lingua.checkpoint.publish import read_run_id
+from lingua.config import trust
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import JobArgs, LauncherArgs
@@ -61,7 +62,8 @@ def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[st
     kept = outside_job(env)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
     kept.pop("CUDA_VISIBLE_DEVICES", None)
-    return {**kept, "PYTHONPATH": path} | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+    kept |= {"PYTHONPATH": path, trust.VARIABLE: "1"}
+    return kept | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
 
 
 def devices_beside(env: Mapping[str, str], n_gpus: int, n_ranks: int, wanted: int) -> str | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lingua.config.base import ConfigError
+from lingua.config.trust import VARIABLE
 
 FOLDER = "code"
 _KEPT = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".sh", ".slurm", ".lock", ".html", ".mplstyle")
@@ -44,9 +45,9 @@ def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
 
 
 def environment(code: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Return variables with which Python imports from `code`, and not from the working folder."""
+    """Return variables with which Python imports from `code`, not from the working folder, and runs what it names."""
     further = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
-    return {"PYTHONPATH": os.pathsep.join([str(code.absolute()), *further]), "PYTHONSAFEPATH": "1"}
+    return {"PYTHONPATH": os.pathsep.join([str(code.absolute()), *further]), "PYTHONSAFEPATH": "1", VARIABLE: "1"}
 
 
 def _code_files(tree: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from lingua.config.compose import compose
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.data import TokenizerArgs
 from lingua.config.keys.train import TrainArgs
+from lingua.config.trust import found
 from lingua.model import huggingface
 from lingua.model.tokenizer_json import SENTENCEPIECE_FILE, TOKENIZER_FILE
 from lingua.tokenizer import build_tokenizer
@@ -30,13 +31,13 @@ def config_of(ckpt: str) -> Path:
     for folder in (place, *place.absolute().parents[:2]):
         for name in (CONFIG_FILE, PARAMS_FILE, huggingface.CONFIG_FILE):
             if (folder / name).is_file():
-                return folder / name
+                return found(folder / name)
     raise ConfigError(f"ckpt={ckpt} has no {CONFIG_FILE} near it that describes its model; name one with config=FILE")
 
 
-def described(config: Path) -> TrainArgs:
-    """The args that a config stands for, of the app that it names. Raises ConfigError."""
-    schema = app_schema(choose_app(CommandLine(config=str(config))))
+def described(config: Path, app: str = "") -> TrainArgs:
+    """The args that a config stands for, of this app, or of the one that it names. Raises ConfigError."""
+    schema = app_schema(app or choose_app(CommandLine(config=str(config))))
     if config.name == huggingface.CONFIG_FILE:
         return schema.model_validate(hugging_face_tree(config.parent, config.parent))
     return compose(str(config), [], [], schema).args

@@ -12,6 +12,7 @@ from torch import nn
 from lingua.checkpoint.load_weights import load_weights, open_source
 from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.train import TrainArgs
+from lingua.config.trust import trusting
 from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import pick_device
@@ -27,9 +28,12 @@ class Loaded(NamedTuple):
     config: TrainArgs
 
 
-def load_described(path: str | Path, device: str | torch.device | None, dtype: torch.dtype | None) -> Loaded:
+def load_described(
+    path: str | Path, device: str | torch.device | None, dtype: torch.dtype | None, *, trust: bool
+) -> Loaded:
     """Load the model at `path` as the config beside it describes. See `lingua.load`."""
-    config = described(config_of(str(path)))
+    with trusting(trust):
+        config = described(config_of(str(path)))
     where = pick_device("auto", RankInfo()) if device is None else torch.device(device)
     model, tokenizer, _ = load_model(config, path, where, dtype or stored_dtype(path))
     return Loaded(model.eval(), tokenizer, config)

@@ -32,6 +32,7 @@ from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import compose
 from lingua.config.frozen import read_config, rule_of
 from lingua.config.keys.train import TrainArgs
+from lingua.config.trust import found
 from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
 from lingua.data.loader import merge_states
@@ -161,7 +162,7 @@ def replay(
     start = past.attempt_of(step) if start is None else start
     if start > past.newest_attempt:
         raise ConfigError(f"--attempt {start}: {past.run_dir} has {past.newest_attempt} attempts")
-    config = past.config_of(start)
+    config = found(past.config_of(start))
     schema = app_schema(choose_app(CommandLine(config=str(config))))
     args = compose(str(config), [], [*(f"{key}={value}" for key, value in _ALONE.items()), *words], schema).args
     args.data = with_default_sources(args.data)

@@ -19,10 +19,12 @@ import torch
 from lingua.checkpoint.layout import done_steps
 from lingua.checkpoint.load_weights import copy_weights
 from lingua.config.base import ConfigError
+from lingua.config.compose import code_named
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
+from lingua.config.trust import note_run
 from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
 from lingua.distributed.process_group import World, from_main, on_every_rank
@@ -71,6 +73,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
             _freeze_config(path, checked, attempt)
         # After the config: what the last attempt left may be the reason why this one is allowed to differ.
         archive_exit_records(path, attempt - 1)
+        note_run(path, code_named(checked.frozen))
         describe_start(path, ["-m", f"{checked.args.app}.train", *words])
         return attempt
 

@@ -45,7 +45,8 @@ StartService = Callable[[Path, Path, Path], ServiceProcess]
 
 def start_service(run_dir: Path, shm: Path, log_file: Path) -> ServiceProcess:
     """Start the service of this node in a session of its own, so that it outlives us."""
-    command = [sys.executable, "-m", "lingua.checkpoint.shm.service", os.path.realpath(run_dir), "--shm", str(shm)]
+    module = ["-P", "-m", "lingua.checkpoint.shm.service"]
+    command = [sys.executable, *module, os.path.realpath(run_dir), "--shm", str(shm)]
     home = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     log_file.parent.mkdir(parents=True, exist_ok=True)

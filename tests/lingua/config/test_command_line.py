@@ -8,6 +8,7 @@ import pytest
 
 from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.config.trust import trusting
 from lingua.files import RunError
 
 
@@ -65,7 +66,8 @@ def test_the_app_is_chosen_by_word_by_config_by_run_or_by_place(
     (tmp_path / "run" / "config.yaml").write_text("app: apps.own")
     assert choose_app(parse_command_line(["run/config.yaml"])) == "apps.own"
     for checkpoint in ("run", "run/checkpoints/0000000010"):
-        assert choose_app(parse_command_line([f"ckpt={checkpoint}"])) == "apps.own"
+        with trusting():
+            assert choose_app(parse_command_line([f"ckpt={checkpoint}"])) == "apps.own"
 
 
 def test_an_app_that_is_not_there() -> None:

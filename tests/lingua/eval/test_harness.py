@@ -307,6 +307,18 @@ def test_what_cannot_be_loaded_is_named(lm_eval: Any, tmp_path: Path) -> None:
     assert "lingua eval prefetch CONFIG" in caught.value.problems[0]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_template_of_a_task_reaches_nothing_of_this_process(lm_eval: Any, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"a": "xx"}\n')
+    escape = f"{{{{ cycler.__init__.__globals__.os.system('touch {tmp_path}/ran') }}}}"
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
+    task = {"task": "t", "output_type": "generate_until", "test_split": "test", "doc_to_target": "{{a}}", **data}
+    assert load_tasks(HarnessArgs(tasks=[task | {"doc_to_text": "{{ a | regex_replace('x', 'y') }}"}])) == ["t"]
+    with pytest.raises(ConfigError, match=r"t cannot be loaded here \(SecurityError: access to attribute '__init__'"):
+        load_tasks(HarnessArgs(tasks=[task | {"doc_to_text": escape}]))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_tokenizer_of_bytes_will_do(lm_eval: Any) -> None:
     model = LMTransformer(
         LMTransformerArgs(dim=16, n_layers=1, n_heads=2, multiple_of=8, vocab_size=258, max_seqlen=16)

@@ -1,0 +1,111 @@
+"""Whose code a config may run.
+
+A config that came with weights (it lies beside or above them, or a command found it there) chooses among what is
+registered here. It runs no code that it names itself: `--trust`, `lingua.load(..., trust=True)` or LINGUA_TRUST=1 (for
+scripts; our own jobs and evaluators set it) allow that. What the command line names is the user's own choice. So is a
+run that this user's command started: the trainer notes its folder and the names of its code in the user's state folder,
+$XDG_STATE_HOME/lingua/trusted, which no download brings along.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+
+DEFAULT_APP = "apps.main"
+"""The app that needs no trust."""
+VARIABLE = "LINGUA_TRUST"
+CONFIG = "config.yaml"
+_WEIGHTS = {".safetensors", ".distcp", ".pth", ".pt", ".ckpt", ".bin"}
+_given: ContextVar[bool] = ContextVar("trust", default=False)
+_found: set[Path] = set()
+AnyPath = TypeVar("AnyPath", bound=Path | None)
+
+
+@contextmanager
+def trusting(given: bool = True) -> Iterator[None]:
+    """Run code that a config beside weights names, within, if `given`."""
+    token = _given.set(_given.get() or given)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def found(config: AnyPath) -> AnyPath:
+    """Note that a command found this config near weights. Nobody typed its name. Returns it."""
+    if config is not None:
+        _found.add(config.absolute())
+    return config
+
+
+def check_code(configs: Sequence[Path], code: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError if the code was named by configs of which one came with weights, and is not trusted.
+
+    `code`: modules and files by the key that names them.
+    """
+    if not any(code.values()) or _given.get() or os.environ.get(VARIABLE, "0") not in ("", "0"):
+        return
+    for config in configs:
+        strange = {key: [name for name in names if not _is_noted(config, name)] for key, names in code.items()}
+        named = "; ".join(f"{key}: {', '.join(names)}" for key, names in strange.items() if names)
+        if named and came_with_weights(config):
+            from lingua.config.base import ConfigError
+
+            raise ConfigError(
+                f"{config} came with weights and names code to run here ({named}); nothing of it was imported: "
+                "read it, then add --trust (in Python: trust=True)"
+            )
+
+
+def came_with_weights(config: Path) -> bool:
+    """Whether a command found the config near weights, or weights lie beside it; below a config.yaml, two folders."""
+    if config.absolute() in _found:
+        return True
+    folders = {config.absolute().parent, config.resolve().parent}
+    return any(_holds_weights(folder, 2 if config.name == CONFIG else 0) for folder in folders)
+
+
+def _holds_weights(folder: Path, depth: int) -> bool:
+    with suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed cannot be loaded by its folder
+        for entry in entries:
+            if entry.is_dir():
+                if depth and _holds_weights(Path(entry.path), depth - 1):
+                    return True
+            elif entry.name == ".metadata" or Path(entry.name).suffix in _WEIGHTS:
+                return True
+    return False
+
+
+# -- runs that the user has started --------------------------------------------------------------------------------
+
+
+def note_run(run_dir: Path, code: Mapping[str, Sequence[str]]) -> None:
+    """Note that the user runs this code in this folder."""
+    for name in {name for names in code.values() for name in names}:
+        try:
+            note = _note(run_dir, name)
+            note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            note.touch(mode=0o600)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no home
+            log.warning("cannot note that you trust %s (%s); commands on this run will ask for --trust", name, error)
+
+
+def _is_noted(config: Path, name: str) -> bool:
+    try:
+        return any(_note(folder, name).exists() for folder in config.absolute().parents[:2])
+    except (OSError, RuntimeError):
+        return False
+
+
+def _note(run_dir: Path, name: str) -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state / "lingua" / "trusted" / sha256(f"{run_dir.resolve()}\0{name}".encode()).hexdigest()
