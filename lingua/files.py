@@ -153,6 +153,17 @@ class Files:
 DISK = Files()
 
 
+def no_follow(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=no_follow)`, but not through a link with its name."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def remove_leftover(path: Path, *, files: Files = DISK) -> None:
+    """Remove what a dead process may have left under this name, or somebody else put there. Links are not followed."""
+    with suppress(FileNotFoundError):
+        files.remove_tree(path)
+
+
 def skip_page_cache(descriptor: int) -> None:
     """Write aligned whole blocks past the page cache from now on (O_DIRECT, open(2)).
 
@@ -260,8 +271,7 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
         if is_left and left.lstat().st_uid == os.geteuid():  # last: a living process may be renaming its own
             files.remove_tree(left)
     temporary = path.with_name(f"{begin}{os.getpid()}")
-    with suppress(FileNotFoundError):
-        files.remove_tree(temporary)  # of a dead process that had our pid
+    remove_leftover(temporary, files=files)  # of a dead process that had our pid
     files.mkdir(temporary)
     try:
         yield temporary

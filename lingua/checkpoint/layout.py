@@ -151,7 +151,9 @@ def staging_dirs(root: Path) -> list[tuple[int, Path]]:
 
 
 def temporaries(staging_dir: Path) -> list[Temporary]:
-    return [found for path in entries(staging_dir) if (found := parse_temporary(path)) is not None]
+    """Return what comes and goes in a staging dir; nothing of a link, which leads to another run's."""
+    inside = () if staging_dir.is_symlink() else entries(staging_dir)
+    return [found for path in inside if (found := parse_temporary(path)) is not None]
 
 
 def unmarked_folders(root: Path) -> list[int]:

@@ -164,7 +164,7 @@ def publish(root: Path, step: int, attempt: int, facts: Manifest, *, seconds: fl
         files.remove(half)
     manifest = manifest_bytes(step, attempt, facts)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
-    if target.exists():  # a user's copy, or the rest of one set aside: not ours to delete
+    if target.exists() or target.is_symlink():  # a user's copy, or the rest of one set aside: not ours to delete
         log.warning("%s has no mark and is in the way of a new checkpoint; it is set aside", target)
         files.rename(target, layout.going(target, attempt, "unmarked"))
         files.rename(layout.going(target, attempt, "unmarked"), layout.aside(target, "unmarked"))
@@ -434,7 +434,7 @@ def _take_away(root: Path, step: int, mark: Path, attempt: int, files: Files) ->
     if mark != doomed:
         files.rename(mark, doomed)
         files.fsync_dir(root)
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():  # of a link, whatever it leads to, only the link goes
         _throw_away(folder, layout.going(folder, attempt), files)
     files.remove(doomed)
 

@@ -18,9 +18,9 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from lingua.config.keys.profiling import ProfilerArgs
-from lingua.files import write_json
+from lingua.files import no_follow, write_json
 from lingua.profiling.windows import ALL, Kind, Request, Requests, allowed, answer_file, planned
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class LightWindow:
     def _flush(self) -> None:
         held, self._held = self._held, []
         try:
-            with self.path.open("ab") as file:
+            with open(self.path, "ab", opener=no_follow) as file:
                 file.write(b"".join(held))
         except OSError as error:
             log.warning("profile: %d lines lost, cannot write %s: %s", len(held), self.path, error.strerror)
@@ -356,13 +356,12 @@ class Profiler:
 
     def _write(self, path: Path, export: Callable[[str], object]) -> None:
         """Let `export` write a file, which gets its name when it is complete."""
-        draft = path.with_name(f".{path.name}")  # torch compresses by the name's end
         try:
-            export(str(draft))
-            draft.replace(path)
+            with TemporaryDirectory(prefix=".profile-", dir=path.parent) as folder:  # torch would follow a planted link
+                draft = Path(folder, path.name)  # torch compresses by the name's end
+                export(str(draft))
+                draft.replace(path)
         except (OSError, RuntimeError) as error:
             log.warning("profile: cannot write %s: %s", path, error)
-            with suppress(OSError):  # the disk has complained already
-                draft.unlink()
             return
         log.info("profile: written to %s", path)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lingua.config.base import ConfigError
 from lingua.config.trust import VARIABLE
+from lingua.files import make_folders, remove_leftover
 
 FOLDER = "code"
 _KEPT = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".sh", ".slurm", ".lock", ".html", ".mplstyle")
@@ -28,7 +29,8 @@ def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
     if code.is_dir() and not again:
         return code
     draft = run_dir / f".{FOLDER}-{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
+    remove_leftover(draft)
+    make_folders(draft)
     for path in _code_files(tree):
         target = draft / path.relative_to(tree)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,7 @@ def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
     except OSError:
         if not code.is_dir():
             raise
-        shutil.rmtree(draft)  # another attempt was faster
+        remove_leftover(draft)  # another attempt was faster
     return code
 
 

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from lingua.config.keys.logging import LoggingArgs, WandbArgs
-from lingua.files import read_bytes
+from lingua.files import no_follow, read_bytes
 from lingua.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,9 @@ class JsonLines:
                 log.warning("cannot write %s: %s; the run tries again", self.path, error.strerror or error)
 
     def _flush(self) -> None:
-        with self.path.open("ab", buffering=0) as file:  # unbuffered: nothing is written later, on closing
+        with open(
+            self.path, "ab", buffering=0, opener=no_follow
+        ) as file:  # unbuffered: nothing is written later, on closing
             start = file.tell()
             lines = b"".join(self._held)
             if start and not _ends_with_newline(self.path):  # torn by an earlier kill
@@ -75,7 +77,7 @@ class JsonLines:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError:
-                os.truncate(self.path, start)
+                os.ftruncate(file.fileno(), start)
                 raise
         self._held.clear()
 

@@ -36,6 +36,7 @@ from typing import Protocol
 import orjson
 
 from lingua.config.keys.watchdog import WatchdogArgs
+from lingua.files import no_follow
 from lingua.run.failure import Failure, HungError, RankError, failure_of, known_to_all, record, stacks_file
 from lingua.run.folder import EXIT_FAILED, EXIT_HUNG, describe_stop, end_asked_for
 from lingua.signals import StopSignals
@@ -295,7 +296,7 @@ class Watchdog:
     def _dump_stacks(self) -> None:
         try:
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
-            with self._stacks.open("w") as file:
+            with open(self._stacks, "w", opener=no_follow) as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             log.warning("cannot write %s: %s", self._stacks, error.strerror or error)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from lingua.config.command_line import run_main
-from lingua.files import free_bytes, human_bytes
+from lingua.files import free_bytes, human_bytes, no_follow
 from lingua.slurm import node_of_each_task, this_node_name
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def check_folder(folder: Path, n_bytes: int = PROBE_BYTES) -> str | None:
     """Write, flush and read back."""
     probe, content = folder / f".node_check-{os.uname().nodename}-{os.getpid()}", os.urandom(n_bytes)
     try:
-        with probe.open("wb") as file:
+        with open(probe, "wb", opener=no_follow) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,16 @@ from lingua.config.frozen import CONFIG_FILE, read_config
 from lingua.config.keys.launch import LauncherArgs
 from lingua.config.yaml_layers import Origin, Point, stack_layers
 from lingua.console import duration
-from lingua.files import DISK, RunError, make_folder, make_folders, read_json, write_json, write_whole
+from lingua.files import (
+    DISK,
+    RunError,
+    make_folder,
+    make_folders,
+    read_json,
+    remove_leftover,
+    write_json,
+    write_whole,
+)
 from lingua.launch.job import write_job
 from lingua.launch.local_ranks import POLL_S, signals_passed_on, start_below
 from lingua.launch.submit import RUN_SCRIPT, complete_launcher, must_be_checkout, run_script, submit_run
@@ -261,8 +269,8 @@ def make_sweep(plan: Plan, base_dir: Path) -> Sweep:
     sweep, folder = plan.sweep, plan.sweep.folder
     make_folder(folder.parent, "dump_dir")
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
+        remove_leftover(draft)
         make_folders(draft / TASKS)
         freeze_code(base_dir, draft)
         for number, line, checked in zip(sweep.numbers, plan.lines, plan.checked, strict=True):
@@ -273,7 +281,7 @@ def make_sweep(plan: Plan, base_dir: Path) -> Sweep:
     except OSError as error:
         raise RunError(f"cannot make {folder}: {error.strerror}; choose another with dump_dir=") from None
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove_leftover(draft)
     DISK.fsync_dir(folder.parent)
     return sweep
 

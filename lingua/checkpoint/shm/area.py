@@ -258,12 +258,18 @@ class ShmArea:
         return Slot(self.folder / f"slot-{number}")
 
     def slots(self) -> list[Slot]:
-        return [Slot(path) for path in entries(self.folder) if _SLOT.fullmatch(path.name) and path.is_dir()]
+        named = [path for path in entries(self.folder) if _SLOT.fullmatch(path.name)]
+        return [Slot(path) for path in named if path.is_dir() and not path.is_symlink()]
 
     def make_slots(self, n_slots: int, keep: Collection[str], *, files: Files = DISK) -> None:
-        """Make the folders of `n_slots` slots; remove further free ones, and files other than `keep`. For leaders."""
+        """Make the folders of `n_slots` slots; remove further free ones, and files other than `keep`. For leaders.
+
+        Raises OSError, or RunError for a slot that is a link.
+        """
         for number in range(n_slots):
             slot = self.slot(number)
+            if slot.folder.is_symlink():
+                raise RunError(f"{slot.folder} is a link; remove it, or choose another place by checkpoint.shm_path")
             if not slot.folder.exists():
                 slot.make(files=files)
         for slot in self.slots():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lingua.checkpoint import dcp
 from lingua.checkpoint.metadata import TensorFacts
-from lingua.files import DISK, RunError
+from lingua.files import DISK, RunError, no_follow
 
 BATCH_BYTES = 256 << 20
 CONSOLIDATED = "consolidated.pth"
@@ -75,7 +75,10 @@ def consolidate(
     if not weights:
         raise RunError(f"{folder} holds no weights (no tensor is called model.*)")
     temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("wb") as file, torch.serialization.skip_data():  # as torch.save writes it, without values
+    with (
+        open(temporary, "wb", opener=no_follow) as file,
+        torch.serialization.skip_data(),
+    ):  # as torch.save writes it, without values
         torch.save({"model": _empty(weights)}, file)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
@@ -94,7 +97,7 @@ def _empty(weights: Mapping[str, TensorFacts]) -> dict[str, Tensor]:
 
 
 def _make_durable(temporary: Path, target: Path) -> None:
-    with temporary.open("rb+") as file:
+    with temporary.open("rb") as file:
         DISK.fsync(file.fileno())
     DISK.rename(temporary, target)
     DISK.fsync_dir(target.parent)

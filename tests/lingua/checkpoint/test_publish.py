@@ -283,6 +283,38 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         publish.write_hashed(layout.folder(root, 1) / NAMES[0], [b"x"])
 
 
+@pytest.mark.parametrize("mounted", [True, False])
+def test_of_a_checkpoint_that_was_moved_and_linked_back_only_the_link_is_deleted(tmp_path: Path, mounted: bool) -> None:
+    root, archive = run_with(tmp_path / "run", 1), tmp_path / "archive"
+    layout.folder(root, 1).rename(archive)
+    kept = names_in(archive)
+    layout.folder(root, 1).symlink_to(archive if mounted else tmp_path / "elsewhere")
+    publish.retire(root, 1, 1)
+    assert names_in(archive) == kept
+    assert not layout.folder(root, 1).is_symlink()
+    assert layout.done_steps(root) == []
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_link_in_the_way_of_a_checkpoint_is_set_aside(tmp_path: Path, mounted: bool) -> None:
+    root = run_with(tmp_path / "run", 1)
+    layout.folder(root, 2).symlink_to(tmp_path if mounted else tmp_path / "elsewhere")
+    write(root, 2, 1, DISK)
+    assert (root / "0000000002.unmarked-1").is_symlink()
+    assert intact(root, 2)
+
+
+def test_a_staging_dir_that_is_a_link_to_another_run_costs_that_run_nothing(tmp_path: Path) -> None:
+    other = run_with(tmp_path / "other", 1)
+    kept = names_in(other)
+    root = run_with(tmp_path / "run", 2)
+    (root / "incarnation-2").symlink_to(other)
+    publish.open_staging_dir(root, 3)
+    assert names_in(other) == kept
+    assert layout.done_steps(other) == [1]
+    assert not (root / "incarnation-2").is_symlink()
+
+
 # -- judging -------------------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,16 @@ def test_python_imports_the_copy_and_not_the_working_folder(tree: Path, hostile_
     assert done.stdout == "first\n"
 
 
+def test_a_link_under_the_name_of_the_draft_is_not_written_through(tree: Path, tmp_path: Path):
+    (tmp_path / "precious").mkdir()
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / f".code-{os.getpid()}").symlink_to(tmp_path / "precious")
+    assert (freeze_code(tree, run_dir) / "pack/__init__.py").is_file()
+    assert list((tmp_path / "precious").iterdir()) == []
+    assert not (run_dir / "code").is_symlink()
+
+
 def test_the_users_python_path_comes_after(tmp_path: Path):
     assert environment(tmp_path, {"PYTHONPATH": "/mine"})["PYTHONPATH"] == f"{tmp_path}:/mine"
 

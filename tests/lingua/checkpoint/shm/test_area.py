@@ -270,6 +270,20 @@ def test_a_memory_file_system_that_is_not_there(tmp_path: Path) -> None:
         make_area(tmp_path / "run", tmp_path / "nowhere")
 
 
+def test_a_slot_that_is_a_link_is_neither_filled_nor_cleared(area: ShmArea, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    area.slot(0).folder.symlink_to(precious)
+    area.slot(0).mark("free").touch()
+    assert area.slots() == []
+    with pytest.raises(RunError, match=r"slot-0 is a link; remove it, or choose another place by checkpoint\.shm_path"):
+        area.make_slots(1, set())
+    assert [path.name for path in precious.iterdir()] == ["file"]
+    area.remove()
+    assert (precious / "file").read_text() == "kept"
+
+
 def test_locks_are_no_links(area: ShmArea, tmp_path: Path) -> None:
     (area.folder / TRAINER_LOCK).symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match="symbolic link"):
