@@ -7,6 +7,7 @@ the name and a hash of the file; it guards saved positions. Each library is impo
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from abc import ABC, abstractmethod
@@ -36,6 +37,8 @@ class Tokenizer(ABC):
     bos_id: int | None
     eos_id: int | None
     fingerprint: str
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a generated text, besides `eos_id`."""
 
     @property
     def needed_size(self) -> int:
@@ -49,6 +52,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Begin and end tokens of `bytes` and `sp` have no text."""
+
+    errors = "replace"
+    """How `decode` shows bytes that are no character, in Python's words."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the text of the ids in UTF-8; of a character that is cut, its bytes if tokens are bytes."""
+        return self.decode(ids).encode()
 
     def encode_more(self, text: str, before: str) -> np.ndarray:
         """Return the ids of text that goes on after the character `before`. May raise anything."""
@@ -95,7 +105,7 @@ class ByteTokenizer(Tokenizer):
     """UTF-8 bytes; begin is 256, end is 257, as in lingua."""
 
     name, vocab_size, bos_id, eos_id = "bytes", 258, 256, 257
-    fingerprint = "bytes"
+    fingerprint, errors = "bytes", "backslashreplace"
 
     def encode_text(self, text: str) -> np.ndarray:
         import numpy as np
@@ -103,7 +113,10 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="backslashreplace")
+        return self.decode_bytes(ids).decode(errors=self.errors)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in ids if 0 <= i < 256)
 
 
 class _WordTokenizer(Tokenizer):
@@ -256,7 +269,10 @@ class TiktokenTokenizer(Tokenizer):
         return self._model.encode_to_numpy(text, allowed_special=_NOTHING, disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
+        return self.decode_bytes(ids).decode(errors=self.errors)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._model.decode_bytes([int(i) for i in ids])
 
 
 _NOTHING: frozenset[str] = frozenset()
@@ -439,18 +455,17 @@ def tokenizer_fingerprint(args: TokenizerArgs) -> str:
 def _fingerprint(name: str, path: Path, split: str) -> str:
     import xxhash
 
-    # cl100k was the rule before there was a choice.
-    other_split = (
-        f":{split}" if split not in ("auto", "cl100k") else ""
-    )  # cl100k was the rule before there was a choice
+    other_split = f":{split}" if split not in ("auto", "cl100k") else ""  # before there was a choice, it was cl100k
     return f"{name}:{xxhash.xxh3_64_hexdigest(path.read_bytes())}{other_split}"
 
 
 def build_tokenizer(args: TokenizerArgs) -> Tokenizer:
     """Build the tokenizer that the config names."""
-    if args.name == "bytes":
-        return ByteTokenizer()
-    return _build(args.name, tokenizer_file(args), args.split)
+    tokenizer = ByteTokenizer() if args.name == "bytes" else _build(args.name, tokenizer_file(args), args.split)
+    if args.end_ids:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.end_ids = tuple(args.end_ids)
+    return tokenizer
 
 
 @functools.lru_cache(maxsize=4)  # 0.5 s for a large file, so loader, validation and generation share it

@@ -283,17 +283,16 @@ def _describe(
         warnings = [warning] if warning else []
     except (ConfigError, RunError) as error:
         warnings = [f"no tokenizer was exported: {error}"]
-    special = dict(zip(("bos_token_id", "eos_token_id"), ids, strict=True))
+    special = huggingface.special_ids(*ids, args.data.tokenizer.end_ids)
     document = huggingface.config_json(
         model,
         vocab_size=embedding.shape[0],
         max_seqlen=max_seqlen,
         dtype=str(embedding.dtype).removeprefix("torch."),
-        bos_id=ids[0],
-        eos_id=ids[1],
+        special=special,
     )
     write_json(folder / huggingface.CONFIG_FILE, document, files=files)
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **special}, files=files)
+    write_json(folder / huggingface.GENERATION_FILE, {"_from_model_config": True, **special}, files=files)
     return warnings
 
 

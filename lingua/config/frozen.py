@@ -70,6 +70,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.add_bos", "refuse"),
     ("data.add_eos", "refuse"),
     ("data.tokenizer.path", "free"),  # files may move; their hash is in the loader's state
+    ("data.tokenizer.end_ids", "free"),
     ("data.tokenizer", "refuse"),
     ("data.sources", "accept"),
     ("data.doc_mask", "accept"),

@@ -71,8 +71,8 @@ def group(lengths: Sequence[int], max_gen_len: int, max_tokens: int) -> list[lis
     return batches
 
 
-def find_stop(text: str, until: Sequence[str]) -> int | None:
-    """Where the first stop string begins."""
+def find_stop(text: bytes, until: Sequence[bytes]) -> int | None:
+    """Where the first stop string begins, in UTF-8: what is shown for half a character is no text that can match."""
     return min((at for stop in until if (at := text.find(stop)) >= 0), default=None)
 
 
@@ -106,29 +106,29 @@ class _Row:
         self.end: End | None = None
         self._limit = limit
         self._tokenizer = tokenizer
-        self._until = until
+        self._until = [stop.encode() for stop in until]
         # A stop string of n bytes is spelled by at most n tokens; a few more so that no character is cut in two.
-        self._tail = max((len(stop.encode()) for stop in until), default=0) + 4
+        self._tail = max(map(len, self._until), default=0) + 4
 
     def add(self, token: int) -> None:
         """Take one token; sets `end` and `text` when the answer is complete."""
         self.ids.append(token)
-        if token == self._tokenizer.eos_id:
-            self._finish("eos", self._tokenizer.decode(self.ids[:-1]), None)
+        if token == self._tokenizer.eos_id or token in self._tokenizer.end_ids:
+            self._finish("eos", self._tokenizer.decode(self.ids[:-1]))
             return
-        if self._until and find_stop(self._tokenizer.decode(self.ids[-self._tail :]), self._until) is not None:
+        if self._until and find_stop(self._tokenizer.decode_bytes(self.ids[-self._tail :]), self._until) is not None:
             # The tail can spell what the whole does not (a tokenizer may drop a leading blank): the whole decides.
-            whole = self._tokenizer.decode(self.ids)
+            whole = self._tokenizer.decode_bytes(self.ids)
             stop = find_stop(whole, self._until)
             if stop is not None:
-                self._finish("until", whole, stop)
+                self._finish("until", whole[:stop].decode(errors=self._tokenizer.errors))
                 return
         self.position += 1
         if len(self.ids) >= self._limit:
-            self._finish("length", self._tokenizer.decode(self.ids), None)
+            self._finish("length", self._tokenizer.decode(self.ids))
 
-    def _finish(self, end: End, text: str, stop: int | None) -> None:
-        self.end, self.text = end, text[:stop]
+    def _finish(self, end: End, text: str) -> None:
+        self.end, self.text = end, text
 
 
 # -- the generator -------------------------------------------------------------------------------------------------

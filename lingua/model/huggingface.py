@@ -10,7 +10,7 @@ and `checkpoint/export_weights.py` reorder the rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.model import LlamaArgs
 from lingua.files import RunError, read_json
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 
@@ -95,8 +95,14 @@ def tensor_shapes(model: LlamaArgs, vocab_size: int) -> dict[str, tuple[int, ...
 # -- our model in their format ---------------------------------------------------------------------------------------
 
 
+def special_ids(bos_id: int | None, eos_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
+    """What both config.json and generation_config.json say of the tokens at begin and end."""
+    ends = [*end_ids, *([eos_id] if eos_id is not None and eos_id not in end_ids else [])]
+    return {"bos_token_id": bos_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+
+
 def config_json(
-    model: LlamaArgs, *, vocab_size: int, max_seqlen: int, dtype: str, bos_id: int | None, eos_id: int | None
+    model: LlamaArgs, *, vocab_size: int, max_seqlen: int, dtype: str, special: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The config.json of our model. `dtype`: torch's name of the type that its tensors are written in."""
     architecture, own = _architecture(model)
@@ -127,8 +133,7 @@ def config_json(
         "tie_word_embeddings": model.weight_tying,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        **special,
         "torch_dtype": dtype,
         "use_cache": True,
     }
@@ -165,6 +170,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RunError(f"{path} is not a JSON object")
     return config
+
+
+def end_ids(config: Mapping[str, Any], folder: Path) -> list[int]:
+    """The ids that end a generated text, by generation_config.json or else config.json."""
+    path = folder / GENERATION_FILE
+    generation = read_json(path) if path.is_file() else {}
+    found = generation.get("eos_token_id", config.get("eos_token_id"))
+    return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int) and i >= 0]
 
 
 def head_width(config: Mapping[str, Any], path: Path) -> int:

@@ -48,12 +48,17 @@ def hugging_face_tree(folder: Path, tokenizer_folder: Path) -> dict[str, Any]:
 
     `tokenizer_folder`: where its tokenizer lies, or will.
     """
-    model = huggingface.model_section(huggingface.read_config(folder), folder / huggingface.CONFIG_FILE)
+    config = huggingface.read_config(folder)
+    model = huggingface.model_section(config, folder / huggingface.CONFIG_FILE)
     name, file = "hf", TOKENIZER_FILE
     if not (folder / TOKENIZER_FILE).is_file() and (folder / SENTENCEPIECE_FILE).is_file():
         name, file = "sp", SENTENCEPIECE_FILE
+    ends = huggingface.end_ids(config, folder)
     data: dict[str, Any] = {"tokenizer": {"name": name, "path": str(tokenizer_folder / file)}}
     if (folder / file).is_file():
         tokenizer = build_tokenizer(TokenizerArgs(name=name, path=str(folder / file)))  # pyright: ignore[reportArgumentType]
         data |= {"add_bos": tokenizer.bos_id is not None, "add_eos": tokenizer.eos_id is not None}
+        ends = [] if ends == [tokenizer.eos_id] else ends
+    if ends:
+        data["tokenizer"]["end_ids"] = ends
     return {"model": model, "data": data}

@@ -21,6 +21,8 @@ class TokenizerArgs(Args):
     split: Literal["auto", "gpt2", "cl100k", "o200k"] = "auto"
     """tiktoken: how text is split before merging, which a rank file does not say. auto: known from the number of ranks
     (GPT-2, cl100k, o200k, Llama 3, Llama 4)."""
+    end_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Ids that end a generated text, besides the tokenizer's end token: a model of Hugging Face may have several."""
 
 
 MIN_LANES = 64

@@ -256,6 +256,30 @@ def test_a_tokenizer_that_is_gone_or_another_is_left_out_and_said_so(tmp_path: P
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "kept"),
+    [
+        ([257, 77], [257, 77], [257, 77]),
+        ([257, 77], 257, 257),  # generation_config.json decides
+        (257, [77, 65], [77, 65, 257]),  # documents of continued training end with the tokenizer's own end token
+        (77, None, [77, 257]),
+        (257, None, 257),
+    ],
+)
+def test_all_end_tokens_are_kept_on_the_way_in_and_out(tmp_path: Path, config: Any, generation: Any, kept: Any) -> None:
+    make_run(tmp_path / "run", n_layers=1)
+    hf, files = tmp_path / "hf", ("config.json", "generation_config.json")
+    make_export(str(tmp_path / "run"), hf, Format.hf)
+    for name, ids in zip(files, (config, generation), strict=True):
+        (hf / name).write_text(json.dumps({**json.loads((hf / name).read_text()), "eos_token_id": ids}))
+    if generation is None:
+        (hf / files[1]).unlink()
+    make_import(hf, tmp_path / "in")
+    make_export(str(tmp_path / "in"), tmp_path / "out", Format.hf)
+    for name in files:
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == kept
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_left_out_and_said_so(tmp_path: Path) -> None:
     make_run(tmp_path / "run", vocab_size=100, n_layers=1)
     made = make_export(str(tmp_path / "run"), tmp_path / "hf", Format.hf)

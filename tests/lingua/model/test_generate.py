@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ from torch.distributed.fsdp import fully_shard
 
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
+from lingua.config.keys.data import TokenizerArgs
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.model.generate import Answer, Generator, find_stop, group, prompt_room, sample
-from lingua.tokenizer import ByteTokenizer
+from lingua.tokenizer import ByteTokenizer, build_tokenizer
 from tests.ranks import run_on_ranks
 
 # -- pure decisions ------------------------------------------------------------------------------------------------
@@ -44,9 +46,10 @@ def test_batches_fit_the_memory(lengths: list[int], max_tokens: int, batches: li
 
 
 @pytest.mark.parametrize(
-    ("text", "until", "at"), [("abcabc", ["ca", "b"], 1), ("abc", ["d"], None), ("abc", [], None), ("aEND", ["END"], 1)]
+    ("text", "until", "at"),
+    [(b"abcabc", [b"ca", b"b"], 1), (b"abc", [b"d"], None), (b"abc", [], None), (b"aEND", [b"END"], 1)],
 )
-def test_the_first_stop_string_counts(text: str, until: list[str], at: int | None) -> None:
+def test_the_first_stop_string_counts(text: bytes, until: list[bytes], at: int | None) -> None:
     assert find_stop(text, until) == at
 
 
@@ -81,11 +84,12 @@ def test_sampling_draws_from_the_stated_distribution(keys: dict[str, Any], share
 class Script(nn.Module):
     """After any prompt that ends in byte c, the script of c follows, letter by letter."""
 
-    def __init__(self, scripts: dict[str, str], max_seqlen: int = 64) -> None:
+    def __init__(self, scripts: Mapping[str, str | bytes], max_seqlen: int = 64) -> None:
         super().__init__()
         self.args = LMTransformerArgs(n_heads=1, max_seqlen=max_seqlen)
         self.device_marker = nn.Parameter(torch.zeros(1))
-        self.scripts = {ord(first): [*script.encode(), 257] for first, script in scripts.items()}
+        said = {first: script.encode() if isinstance(script, str) else script for first, script in scripts.items()}
+        self.scripts = {ord(first): [*script, 257] for first, script in said.items()}
 
     def forward(self, tokens: Tensor, *, cache: Any, positions: Tensor, select: Tensor | None = None) -> Tensor:
         if select is not None:
@@ -99,7 +103,7 @@ class Script(nn.Module):
         return logits
 
 
-def say(prompts: list[str], scripts: dict[str, str], max_seqlen: int = 64, **keys: Any) -> list[Answer]:
+def say(prompts: list[str], scripts: Mapping[str, str | bytes], max_seqlen: int = 64, **keys: Any) -> list[Answer]:
     return Generator(Script(scripts, max_seqlen), ByteTokenizer(), GeneratorArgs(**keys)).generate(prompts)
 
 
@@ -126,6 +130,22 @@ def test_a_stop_string_of_several_tokens_ends_the_answer_and_is_no_part_of_it(
 ) -> None:
     (answer,) = say(["a"], {"a": "line\nnext\n\nQuestion: é and so on"}, until=until)
     assert (answer.text, answer.end, answer.n_tokens) == (text, "until", n_tokens)
+
+
+def test_what_is_shown_for_bytes_that_are_no_character_is_no_stop_string() -> None:
+    """A character comes byte by byte, and a model may say bytes that never become one."""
+    for until in (["\\"], ["xe2"], ["\\xe2\\x86"], ["\ufffd"]):
+        (answer,) = say(["a"], {"a": "go → on"}, until=until)
+        assert (answer.text, answer.end) == ("go → on", "eos")
+    (answer,) = say(["a"], {"a": b"\xff\\x41 END"}, until=["xff", "x41"])
+    assert (answer.text, answer.end) == ("\\xff\\", "until")
+
+
+def test_any_of_several_end_tokens_ends_the_answer() -> None:
+    tokenizer = build_tokenizer(TokenizerArgs(end_ids=[257, ord("!")]))
+    generator = Generator(Script({"a": "yes! and more", "b": "no"}), tokenizer, GeneratorArgs())
+    assert [(each.text, each.end) for each in generator.generate(["a", "b"])] == [("yes", "eos"), ("no", "eos")]
+    assert build_tokenizer(TokenizerArgs()).end_ids == ()
 
 
 def test_long_prompts_keep_their_end_and_say_what_was_cut() -> None:
