@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lingua.checkpoint.manager import SaveReport
 from lingua.console import Progress
-from lingua.distributed.peers import Peers
+from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import first_given, from_main, pick_device, set_environment, start_world
 from lingua.distributed.same_config import code_of
@@ -111,8 +111,9 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
 def start(checked: Checked, words: list[str], place: RankInfo) -> int:
     """Start or go on with the run that a checked config describes; return the exit code."""
     args, size = checked.args, checked.resolved
-    device = pick_device(args.device, place)
-    set_environment(args.env, place, on_gpu=device.type == "cuda", unset=args.launcher.env.unset)
+    with told_to_others(place):
+        device = pick_device(args.device, place)
+        set_environment(args.env, place, on_gpu=device.type == "cuda", unset=args.launcher.env.unset)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals(args.signals_that("stop")))
         requests, save_asked = Requests(), SignalFlag()
@@ -122,8 +123,8 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
         with watchdog.reporting():
             same = checked.frozen | code_of(["lingua", args.app, *args.plugins])
             world = stack.enter_context(start_world(args.distributed, place, device, same))
-            if world.store is not None:
-                watchdog.join(Peers(world.store, place.rank, place.world_size))
+            if world.peers is not None:
+                watchdog.join(world.peers)
             folder = stack.enter_context(open_run_folder(checked, words, world))
             watchdog.open(folder.attempt)
             if folder.lock is not None:

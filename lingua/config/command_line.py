@@ -181,10 +181,15 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
         code = _exit_code(error)
         if wants_traceback(words) or code is None:
             traceback.print_exc()
-        elif code != EXIT_BAD_CONFIG or os.environ.get("RANK", "0") == "0":  # every rank finds the same errors
+        elif code != EXIT_BAD_CONFIG or not _said_by_rank_0(error):
             for sentence in getattr(error, "problems", [str(error) or type(error).__name__]):
                 print(f"error: {printable(sentence)}", file=sys.stderr)
         return code or EXIT_FAILED
+
+
+def _said_by_rank_0(error: Exception) -> bool:
+    """Return whether all ranks raise this error and another one prints it."""
+    return getattr(error, "known_to_all", False) and os.environ.get("RANK", "0") != "0"
 
 
 def leave(exit_code: int) -> NoReturn:

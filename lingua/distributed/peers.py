@@ -1,5 +1,7 @@
 """What ranks tell each other outside of collectives: that one of them is leaving, and why.
 
+What ends a run is signed: others on the network may reach the store, and read and write whatever is in it.
+
 This works while the main thread of a rank is stuck in a collective, under gloo and NCCL alike, and needs nothing from
 the stuck rank. Rank 0, where the store usually lives, leaves last, so that the messages of the others get through. A
 thread asks the store every POLL_S over a connection of its own; a step costs nothing.
@@ -10,10 +12,13 @@ would not reach a rank that waits for its disk.
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _END = "lingua/end"
 _LEFT = "lingua/left"
@@ -22,19 +27,34 @@ _LEFT = "lingua/left"
 class Peers:
     """The other ranks, reached over the store at which all met. Methods raise torch's DistError when it is gone."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, secret: bytes) -> None:
+        """`secret`: known to these ranks alone, and never in the store."""
         # A connection of its own, since the main thread may be waiting in the other. (torch's stubs lack `clone`.)
         self._store: dist.Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self._rank = rank
         self._world_size = world_size
+        self._secret = secret
+
+    def _signed(self, message: bytes) -> bytes:
+        return hmac.digest(self._secret, message, "sha256").hex().encode() + b" " + message
 
     def send(self, message: bytes) -> None:
-        """Send a message to all ranks; the first of several wins."""
-        self._store.compare_set(_END, "", message.decode())
+        """Send a message of one line to all ranks; the first of several wins."""
+        self._store.append(_END, self._signed(message).decode() + "\n")  # pyright: ignore[reportAttributeAccessIssue] - stubs lack it
 
     def received(self) -> bytes | None:
         """Return the message that a rank sent, or None."""
-        return self._store.get(_END) if self._store.check([_END]) else None
+        lines = self._store.get(_END).splitlines() if self._store.check([_END]) else []
+        messages = [(line, line.partition(b" ")[2]) for line in lines]
+        return next((text for line, text in messages if hmac.compare_digest(line, self._signed(text))), None)
+
+    def set_flag(self, name: str) -> None:
+        """Set a flag that all ranks see."""
+        self._store.set(name, self._signed(name.encode()).decode())
+
+    def is_set(self, name: str) -> bool:
+        """Return whether a rank has set this flag."""
+        return self._store.check([name]) and hmac.compare_digest(self._store.get(name), self._signed(name.encode()))
 
     def leave(self, within_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         """The last thing a rank does. Rank 0 waits for the others, but not for longer than `within_s`."""

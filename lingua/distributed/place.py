@@ -5,12 +5,19 @@ Ranks come from torchrun's variables or from the Slurm step; a lone process in a
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lingua.slurm import this_task
+from lingua.config.base import ConfigError
+from lingua.slurm import SlurmTask, this_task
+
+log = logging.getLogger(__name__)
+
+_SHELLS = ("RANK", "WORLD_SIZE")
+_STEPS = ("SLURM_STEP_NUM_TASKS",)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,10 @@ class RankInfo:
     local_world_size: int = 1
     master: tuple[str, int] | None = None
     """Host and port of rank 0. None: alone, no process group."""
+    said_by: tuple[str, ...] = field(default=_SHELLS, compare=False)
+    """Variables without which this process would be alone."""
+    has_agent: bool = field(default=False, compare=False)
+    """torchrun keeps the store at which the ranks meet."""
 
     @property
     def is_main(self) -> bool:
@@ -30,25 +41,65 @@ class RankInfo:
 
 
 def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
-    """This process's place: from torchrun (RANK, WORLD_SIZE, ...), else from the Slurm step, else alone."""
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return RankInfo(
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env.get("LOCAL_RANK", "0")),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
-            master=(env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))),
-        )
+    """Return this process's place: from torchrun (RANK, WORLD_SIZE, ...), else from the Slurm step, else alone.
+
+    Raises ConfigError for variables that make no sense.
+    """
     task = this_task(env)
-    if task is None:
-        return RankInfo()
+    inherited = env if all(env.get(name) for name in _SHELLS) else {}
+    given = _place_in(env) if inherited else RankInfo()
+    if task is None or (inherited and _is_below_a_launcher(env, task, given)):
+        return given
+    if inherited and (given.rank, given.world_size) != (task.rank, task.n_tasks):
+        log.warning(
+            "RANK %d and WORLD_SIZE %d, from the shell that started this step, are ignored: this is task %d of %d of "
+            "Slurm's step", given.rank, given.world_size, task.rank, task.n_tasks,
+        )  # fmt: skip
     # Two runs on one node must not meet: the port follows from the job and its step.
     step = f"{task.job_id}.{env.get('SLURM_STEP_ID', '0')}"
-    port = int(env.get("MASTER_PORT") or 20_000 + zlib.crc32(step.encode()) % 12_000)  # below the ephemeral ports
+    port = 20_000 + zlib.crc32(step.encode()) % 12_000  # below the ephemeral ports
+    meeting = {} if inherited else env  # which goes with RANK
     return RankInfo(
         rank=task.rank,
         world_size=task.n_tasks,
         local_rank=task.local_rank,
         local_world_size=task.n_local_tasks,
-        master=(env.get("MASTER_ADDR") or task.head_node, port),
+        master=(meeting.get("MASTER_ADDR") or task.head_node, _number(meeting, "MASTER_PORT", port, 1, 65_535)),
+        said_by=_STEPS,
     )
+
+
+def _place_in(env: Mapping[str, str]) -> RankInfo:
+    """Return the place that torchrun's variables describe."""
+    size = _number(env, "WORLD_SIZE", 1, 1)
+    rank = _number(env, "RANK", 0)
+    if rank >= size:
+        raise ConfigError(f"environment: RANK is {rank}, but with WORLD_SIZE={size} ranks are 0 to {size - 1}; {_HOW}")
+    host = env.get("MASTER_ADDR")
+    alone = size == 1 and not host
+    return RankInfo(
+        rank=rank,
+        world_size=size,
+        local_rank=_number(env, "LOCAL_RANK", 0),
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", 1, 1),
+        master=None if alone else (host or "127.0.0.1", _number(env, "MASTER_PORT", 29_500, 1, 65_535)),
+        has_agent=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+_HOW = "start the ranks by torchrun, srun or `lingua launch`, or unset RANK and WORLD_SIZE to run alone"
+
+
+def _number(env: Mapping[str, str], name: str, default: int, least: int = 0, most: int = 2**31) -> int:
+    text = env.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        what = f"from {least} to {most}" if most < 2**31 else f"of at least {least}"
+        raise ConfigError(f"environment: {name} is {text!r}, which is not a number {what}; {_HOW}")
+    return int(text)
+
+
+def _is_below_a_launcher(env: Mapping[str, str], task: SlurmTask, given: RankInfo) -> bool:
+    """Return whether a launcher that is a task of Slurm's made RANK, and not the shell that started the step."""
+    if env.get("SLURM_TASK_PID") == str(os.getpid()):
+        return False
+    return "TORCHELASTIC_RUN_ID" in env or given.world_size > task.n_tasks

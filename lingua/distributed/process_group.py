@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from lingua.config.base import ConfigError
 from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
+from lingua.distributed.meeting import meet
+from lingua.distributed.peers import Peers
 from lingua.distributed.place import RankInfo
-from lingua.distributed.same_config import require_same_config
 from lingua.files import DiskError, RunError
 from lingua.run.failure import RankError, carried, classify, mark_known
 
@@ -31,24 +35,34 @@ E = TypeVar("E", bound=BaseException)
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: RankInfo) -> torch.device:
-    """The device of this rank. Raises ValueError when a GPU is asked for and there is none for this rank."""
+    """The device of this rank. Raises RankError when a GPU is asked for and there is none for this rank."""
     n_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
         return torch.device("cpu")
     if n_gpus == 0:
-        raise ValueError("device: cuda, but torch sees no CUDA device here; use device=auto or device=cpu")
+        raise RankError("device: cuda, but torch sees no CUDA device here; use device=auto or device=cpu", "device")
     if place.local_rank >= n_gpus and n_gpus != 1:  # one visible GPU per task is a common binding
-        raise ValueError(f"local rank {place.local_rank} has no GPU: this node shows {n_gpus}; start fewer ranks")
+        text = f"local rank {place.local_rank} has no GPU: this node shows {n_gpus}; start fewer ranks"
+        raise RankError(text, "device")
     return torch.device("cuda", place.local_rank if n_gpus > 1 else 0)
 
 
 def set_environment(args: EnvironmentArgs, place: RankInfo, on_gpu: bool, unset: Collection[str] = ()) -> None:
-    """Set what neither the user's shell has set nor `launcher.env.unset` names, and torch's CPU threads to match."""
+    """Set what neither the user's shell has set nor `launcher.env.unset` names, and torch's CPU threads to match.
+
+    Raises ConfigError for a number of threads that is none.
+    """
     threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     for name, value in args.model_dump().items():
         if name not in unset:
             os.environ.setdefault(name, str(threads) if value == "auto" else value)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or threads))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    outermost = given.partition(",")[0].strip() or str(threads)  # "4,2": 4, and 2 in regions inside regions
+    if not re.fullmatch(r"0*[1-9]\d{0,5}", outermost, re.ASCII):
+        raise ConfigError(
+            f"environment: OMP_NUM_THREADS is {given!r}, which is not a number of threads; unset it, or write {threads}"
+        )
+    torch.set_num_threads(int(outermost))
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,8 @@ class World:
     """Axes dp_replicate, dp_shard, tp. None: one process."""
     dp_rank: int = 0
     dp_size: int = 1
-    store: dist.Store | None = None
-    """Where the ranks met. None: one process."""
+    peers: Peers | None = None
+    """The other ranks. None: one process."""
     tp_rank: int = 0
     """Among the ranks that share the rows of one dp_rank, each with a part of the model."""
 
@@ -77,7 +91,7 @@ def start_world(
 ) -> Iterator[World]:
     """Join the process group and lay out the mesh; leave the group on the way out.
 
-    `config`: what all ranks must have alike. Raises MixedConfigError on all of them where they do not.
+    `config`: what all ranks must have alike. Raises as `meet`, RunError where ranks do not come.
     """
     replicate, shard, tp = args.degrees(place.world_size)
     if place.master is None:
@@ -87,11 +101,8 @@ def start_world(
         torch.cuda.set_device(device)
     host, port = place.master
     timeout = timedelta(seconds=args.timeout_s)
-    meeting = "env://" if "RANK" in os.environ else f"tcp://{host}:{port}"  # torchrun keeps its own store
     try:
-        store, _, _ = next(dist.rendezvous(meeting, place.rank, place.world_size, timeout=timeout))
-        store.set_timeout(timeout)
-        require_same_config(store, place.rank, place.world_size, config)
+        store = meet(place, args.timeout_s, config)
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("ranks", store),
@@ -111,7 +122,9 @@ def start_world(
         for group in mesh.get_all_groups():  # torch gives those of gloo 30 minutes, whatever the default group has
             _set_pg_timeout(timeout, group)
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
-        yield World(place, device, mesh, dp_rank, replicate * shard, store, mesh.get_local_rank("tp"))
+        secret = from_main(lambda: secrets.token_bytes(32))  # which travels past the store
+        peers = Peers(store, place.rank, place.world_size, secret)
+        yield World(place, device, mesh, dp_rank, replicate * shard, peers, mesh.get_local_rank("tp"))
     finally:
         dist.destroy_process_group()
 

@@ -1,8 +1,6 @@
-"""Whether all ranks were started with the same config and code: compared once, before anything is built.
+"""What differs between the configs and code of ranks: compared where the ranks meet, before anything is built.
 
 Ranks with different learning rates, say, would train without an error, and every number of the run would be wrong.
-The comparison needs only the store at which the ranks meet: with different configs not even the process groups would
-be the same. Each rank writes one hash; rank 0 compares them and writes one sentence that all ranks read.
 """
 
 from __future__ import annotations
@@ -10,16 +8,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from lingua.distributed.peers import Peers
 from lingua.files import RunError
-from lingua.run.failure import mark_known
 from lingua.run.folder import public_value
 
 # Folders on a machine's own disk, which may have another name on each machine.
@@ -28,31 +21,10 @@ _SHOWN_KEYS = 8
 _SHOWN_CHARACTERS = 400
 _ORDER = " (order)"
 _ABSENT = object()
-_READ_WITHIN_S = 5.0
-"""How long rank 0, which usually holds the store, waits for the others to read why they must leave."""
 
 
 class MixedConfigError(RunError):
     """The ranks were not started with the same config."""
-
-
-def require_same_config(store: dist.Store, rank: int, world_size: int, config: Mapping[str, Any]) -> None:
-    """Raise MixedConfigError on every rank unless all ranks have the same config. Collective.
-
-    Raises torch's DistError when a rank does not answer within the store's timeout.
-    """
-    store = dist.PrefixStore("lingua/config", store)
-    content = json.dumps(config)
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    store.set(digest, content)
-    store.set(f"rank {rank}", digest)
-    if rank == 0:
-        digests = [found.decode() for found in store.multi_get([f"rank {other}" for other in range(world_size)])]
-        configs = {found: json.loads(store.get(found)) for found in dict.fromkeys(digests)}
-        store.set("verdict", difference([configs[found] for found in digests]) if len(configs) > 1 else "")
-    if sentence := store.get("verdict").decode():
-        Peers(store, rank, world_size).leave(_READ_WITHIN_S)
-        raise mark_known(MixedConfigError(sentence))
 
 
 def difference(configs: list[dict[str, Any]]) -> str:
@@ -93,7 +65,7 @@ def _by_rank(key: str, flat: list[dict[str, Any]]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, values in enumerate(flat):
         ranks.setdefault(repr(values.get(key, _ABSENT)), []).append(rank)
-    texts = [f"{_shown(key, flat[having[0]])} on {_spell(having)}" for having in ranks.values()]
+    texts = [f"{_shown(key, flat[having[0]])} on {spell_ranks(having)}" for having in ranks.values()]
     return f"{key} is {', '.join(texts[:-1])} and {texts[-1]}"
 
 
@@ -101,8 +73,8 @@ def _shown(key: str, values: dict[str, Any]) -> str:
     return public_value(key, values[key], _SHOWN_CHARACTERS) if key in values else "absent"
 
 
-def _spell(ranks: list[int]) -> str:
-    """`rank 3`, `ranks 0, 4-7`."""
+def spell_ranks(ranks: list[int]) -> str:
+    """Name ranks: `rank 3`, `ranks 0, 4-7`."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and spans[-1][-1] == rank - 1:

@@ -20,6 +20,8 @@ from lingua.config.keys.eval import EvalArgs, HarnessArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import stack_layers
 from lingua.console import show_json
+from lingua.distributed.meeting import told_to_others
+from lingua.distributed.place import find_rank_info
 from lingua.eval.evaluator import Beat, Evaluator, MeasureCheckpoint, write_results
 from lingua.eval.harness_tasks import load_tasks
 from lingua.eval.slurm_jobs import EvalJobs
@@ -145,7 +147,8 @@ def prefetch(words: list[str]) -> int:
 
 def evaluate_here(request: EvalRequest) -> int:
     """Measure in this process, together with the other ranks if there are any; return the exit code."""
-    run_args, args = request.compose()
+    with told_to_others(find_rank_info()):
+        run_args, args = request.compose()
     from lingua.eval.measures import Together, started  # loads torch, which a wrong key need not wait for
 
     with started(run_args, args, request.app) as measures:

@@ -215,13 +215,13 @@ class InTraining(Evaluation):
 
     @property
     def _left(self) -> str:
-        """Key in the store that is set when a rank has left the present evaluation."""
+        """Flag that is set when a rank has left the present evaluation."""
         return f"lingua/evaluation/{self._n_begun}/left"
 
     def _leave(self) -> None:
         """Let the other ranks know, who would finish their shares first. Local."""
-        if self._run.world.store is not None:
-            self._run.world.store.set(self._left, "1")
+        if self._run.world.peers is not None:
+            self._run.world.peers.set_flag(self._left)
 
     def _abandon(self) -> None:
         """Record that a stop is not a failure, for a process that a thread ends. Local."""
@@ -234,8 +234,8 @@ class InTraining(Evaluation):
         if self._watchdog.asked:
             self._leave()
             raise Stopped
-        store, now_s = self._run.world.store, self._now()
-        if store is not None and now_s - self._peers_s >= PEERS_S:
+        peers, now_s = self._run.world.peers, self._now()
+        if peers is not None and now_s - self._peers_s >= PEERS_S:
             self._peers_s = now_s
-            if store.check([self._left]):
+            if peers.is_set(self._left):
                 raise Stopped

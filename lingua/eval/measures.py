@@ -25,6 +25,7 @@ from lingua.config.keys.eval import EvalArgs, HeldOutArgs
 from lingua.config.keys.model import CrossEntropyArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.held_out import HeldOut, HeldOutText, ScoredRow, Wording, by_document, held_out_texts, packed, padded
+from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import find_rank_info
 from lingua.distributed.process_group import World, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.distributed.same_config import code_of
@@ -186,8 +187,9 @@ def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]
     start_logging(rank_info.rank, own_packages=("lingua", "apps", app))
     if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
         be_offline()
-    device = pick_device(args.generator.device, rank_info)
-    set_environment(run_args.env, rank_info, device.type == "cuda", run_args.launcher.env.unset)
+    with told_to_others(rank_info):
+        device = pick_device(args.generator.device, rank_info)
+        set_environment(run_args.env, rank_info, device.type == "cuda", run_args.launcher.env.unset)
     timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
     same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
     same |= code_of(["lingua", run_args.app, *run_args.plugins, *args.plugins])

@@ -32,9 +32,9 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def rank_env(env: Mapping[str, str], local_rank: int, n_local: int, node: int, n_nodes: int) -> dict[str, str]:
-    """Return the environment of one rank, with torchrun's names."""
+    """Return the environment of one rank, with torchrun's names: it is not the task of Slurm's step, we are."""
     return {
-        **env,
+        **{name: value for name, value in env.items() if name != "SLURM_STEP_NUM_TASKS"},
         "RANK": str(node * n_local + local_rank),
         "WORLD_SIZE": str(n_nodes * n_local),
         "LOCAL_RANK": str(local_rank),

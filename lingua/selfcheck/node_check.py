@@ -158,17 +158,17 @@ def check_together(
 ) -> NodeReport | None:
     """Share the answers over a store on rank 0 and sum up once; returns the report on rank 0, None elsewhere.
 
-    Raises torch's DistError where rank 0 cannot be reached.
+    Raises RankError or torch's DistError where rank 0 cannot be reached.
     """
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
-    assert place.master is not None
+    from lingua.distributed.meeting import open_store
+
     started_s, limit = time.monotonic(), timedelta(seconds=within_s)
-    own_store = place.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun keeps one
-    store = dist.TCPStore(*place.master, is_master=own_store, timeout=limit, wait_for_workers=False)
+    store = open_store(place, within_s)
     store.set(f"answer/{place.rank}", orjson.dumps(asdict(answer)).decode())
 
     def collect(what: str, until_s: float) -> dict[int, bytes]:
@@ -268,7 +268,7 @@ def main(words: list[str]) -> int:
         nodes = nodes_of_ranks(node_of_each_task(os.environ), place.world_size)
         try:
             report = check_together(place, answer, device, nodes, given.within)
-        except RuntimeError as error:  # torch's DistError
+        except RuntimeError as error:  # RankError, torch's DistError
             problem = f"rank 0 cannot be reached from {node}: {_first_line(error)}"
             report = NodeReport(False, [nodes[0]], {nodes[0]: [problem]}, 1, 0.0)
     timer.cancel()

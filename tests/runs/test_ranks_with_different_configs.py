@@ -43,6 +43,17 @@ def test_another_learning_rate_on_rank_1_ends_all_ranks_with_the_reason(tmp_path
 
 
 @pytest.mark.ranks
+def test_a_config_that_rank_1_alone_refuses_ends_both_at_once_and_is_printed_once(tmp_path: Path):
+    words = [*WORDS, "optim.lr=${oc.env:RATE}", "distributed.timeout_s=300", f"dump_dir={tmp_path / 'run'}"]
+    result = train(words, n_ranks=2, hook=rate_by_rank("0.001", "fast"))
+    assert result.exit_codes == [2, 2], result.output
+    assert result.output.count("error: ") == 1
+    assert "error: rank 1: " in result.output
+    assert "optim.lr" in result.output
+    assert not judge(Outcome(2), max_retries=3).requeue
+
+
+@pytest.mark.ranks
 def test_another_layout_or_run_folder_on_a_rank_is_found_before_ranks_could_wait_for_each_other(tmp_path: Path):
     words = [*WORDS, "distributed.timeout_s=300", "distributed.fsdp_type=full_shard"]
     words += ["distributed.dp_replicate=${oc.env:RATE}", f"dump_dir={tmp_path}/$RATE"]

@@ -11,6 +11,8 @@ from lingua.distributed.peers import Peers
 from tests.ranks import run_on_ranks
 from tests.trainer import free_port
 
+SECRET = b"known to the ranks alone"
+
 
 @pytest.mark.ranks
 def test_a_message_arrives_while_the_main_thread_waits_in_a_collective():
@@ -18,7 +20,7 @@ def test_a_message_arrives_while_the_main_thread_waits_in_a_collective():
 
     def act(rank: int) -> list[bytes | None]:
         store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
-        peers, heard = Peers(store, rank, 3), list[bytes | None]()
+        peers, heard = Peers(store, rank, 3, SECRET), list[bytes | None]()
         heard.append(peers.received())
         dist.barrier()
 
@@ -44,10 +46,27 @@ def test_a_message_arrives_while_the_main_thread_waits_in_a_collective():
 def test_rank_0_does_not_wait_for_ever_for_those_who_are_gone():
     store = dist.TCPStore("127.0.0.1", free_port(), 1, is_master=True)
     naps: list[float] = []
-    Peers(store, 0, 3).leave(within_s=1, sleep=naps.append)
+    Peers(store, 0, 3, SECRET).leave(within_s=1, sleep=naps.append)
     assert sum(naps) == pytest.approx(1, abs=0.06)
-    Peers(store, 1, 3).leave(within_s=1)
-    Peers(store, 2, 3).leave(within_s=1)
+    Peers(store, 1, 3, SECRET).leave(within_s=1)
+    Peers(store, 2, 3, SECRET).leave(within_s=1)
     naps.clear()
-    Peers(store, 0, 3).leave(within_s=1, sleep=naps.append)
+    Peers(store, 0, 3, SECRET).leave(within_s=1, sleep=naps.append)
     assert naps == []
+
+
+def test_what_a_stranger_puts_into_the_store_ends_nothing():
+    store = dist.TCPStore("127.0.0.1", free_port(), 1, is_master=True)
+    peers = Peers(store, 0, 2, SECRET)
+    end = b'{"rank": 1, "reason": "asked", "exit_code": 130, "message": "stop"}'
+    for key in ("lingua/end", "lingua/evaluation/1/left"):
+        store.set(key, end.decode())
+    Peers(store, 1, 2, b"a guess").send(end)
+    Peers(store, 1, 2, b"a guess").set_flag("lingua/evaluation/1/left")
+    assert peers.received() is None
+    assert not peers.is_set("lingua/evaluation/1/left")
+    Peers(store, 1, 2, SECRET).send(b"rank 1 has no data")
+    Peers(store, 1, 2, SECRET).set_flag("lingua/evaluation/1/left")
+    assert peers.received() == b"rank 1 has no data"
+    assert peers.is_set("lingua/evaluation/1/left")
+    assert not peers.is_set("lingua/evaluation/2/left")

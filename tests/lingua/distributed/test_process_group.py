@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from lingua.config.base import ConfigError
 from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
-from lingua.distributed.place import RankInfo, find_rank_info
+from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import (
     RankError,
     StepReduce,
@@ -20,55 +21,28 @@ from lingua.files import DiskError
 from lingua.run.failure import classify
 from tests.ranks import run_on_ranks
 
-TORCHRUN = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "head",
-    "MASTER_PORT": "1234",
-}
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    "SLURM_STEP_NODELIST": "n[1-2]",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-}
 
-
-def test_torchrun_says_where_we_are():
-    assert find_rank_info(TORCHRUN) == RankInfo(5, 8, 1, 4, ("head", 1234))
-
-
-def test_torchrun_inside_slurm_wins_over_the_task():
-    assert find_rank_info(SLURM | TORCHRUN).world_size == 8
-
-
-def test_a_slurm_step_says_where_we_are():
-    place = find_rank_info(SLURM)
-    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (3, 4, 1, 2)
-    assert place.master is not None
-    assert place.master[0] == "n1"
-
-
-def test_two_jobs_and_two_steps_do_not_meet_at_one_port():
-    places = [find_rank_info(SLURM | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job in "789" for step in "01"]
-    assert len({place.master for place in places}) == len(places)
-
-
-@pytest.mark.parametrize("env", [{}, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}])
-def test_otherwise_we_are_alone(env: dict[str, str]):
-    assert find_rank_info(env) == RankInfo()
+@pytest.mark.parametrize(
+    ("given", "threads"), [("4,2", 4), ("", 1), ("03", 3), ("0", None), ("many", None), ("-1", None)]
+)
+def test_threads_are_counted_or_refused(given: str, threads: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": given})
+    before = torch.get_num_threads()
+    try:
+        if threads is None:
+            with pytest.raises(ConfigError, match=f"OMP_NUM_THREADS is '{given}', .*; unset it, or write 1"):
+                set_environment(EnvironmentArgs(), RankInfo(), on_gpu=True)
+        else:
+            set_environment(EnvironmentArgs(), RankInfo(), on_gpu=True)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_gpu_that_is_not_there_is_refused_with_the_remedy():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ValueError, match="device=cpu"):
+    with pytest.raises(RankError, match="device=cpu"):
         pick_device("cuda", RankInfo())
     assert pick_device("auto", RankInfo()) == torch.device("cpu")
 

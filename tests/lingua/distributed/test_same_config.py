@@ -1,5 +1,6 @@
 """Ranks that were started with different configs find that out before anything is built."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch.distributed as dist
 
 from lingua.config.frozen import rule_of
-from lingua.distributed.same_config import MixedConfigError, code_of, difference, require_same_config
+from lingua.distributed.meeting import agree
+from lingua.distributed.place import RankInfo
+from lingua.distributed.same_config import MixedConfigError, code_of, difference
 from lingua.run.failure import classify, known_to_all
 from tests.ranks import run_on_ranks
 
@@ -24,7 +27,7 @@ def with_other(section: str, **values: Any) -> dict[str, Any]:
 
 
 def heard(rank: int, config: dict[str, Any]) -> str:
-    """What require_same_config tells a rank that must leave."""
+    """What `agree` tells a rank that must leave."""
     with pytest.raises(MixedConfigError) as caught:
         compare(rank, config)
     assert classify(caught.value) == "setup"
@@ -33,7 +36,8 @@ def heard(rank: int, config: dict[str, Any]) -> str:
 
 
 def compare(rank: int, config: dict[str, Any]) -> None:
-    require_same_config(dist.distributed_c10d._get_default_store(), rank, dist.get_world_size(), config)
+    store, place = dist.distributed_c10d._get_default_store(), RankInfo(rank, dist.get_world_size(), master=("here", 1))
+    agree(store, place, 60, json.dumps(config))
 
 
 def test_ranks_with_the_same_config_go_on():
