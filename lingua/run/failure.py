@@ -10,6 +10,8 @@ import logging
 import re
 import socket
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +37,10 @@ class HungError(RunError):
     kind = "hang"
 
 
+class TooLargeError(RunError):
+    """A model does not fit into the memory, whatever the batch."""
+
+
 class Kind(NamedTuple):
     """What to do about a kind of failure."""
 
@@ -49,6 +55,9 @@ KINDS: dict[str, Kind] = {
     "data": Kind(False, "repair the file, or skip its rows with data.skip_rows"),
     "nan": Kind(False, "skip these rows with data.skip_rows, or lower optim.lr"),
     "oom": Kind(False, "lower data.batch_size (grad_acc_steps follows), or set full_activation_checkpointing"),
+    "too_large": Kind(
+        False, "take a smaller model, or spread it over more GPUs (distributed.dp_shard, distributed.tp_size)"
+    ),
     "disk_full": Kind(False, "free disk space or raise the quota; published checkpoints are whole"),
     "occupied": Kind(False, "another attempt owns the run folder: stop that one, or choose another name"),
     "disk": Kind(True, "the disk or its server failed; check whether other jobs on that node can read it"),
@@ -65,6 +74,7 @@ _BY_CLASS = {
     "MixedConfigError": "setup",  # not by its message, which has values of the config
     "NonFiniteError": "nan",
     "OccupiedError": "occupied",
+    "TooLargeError": "too_large",
     "OutOfMemoryError": "oom",  # torch's
     "MemoryError": "oom",
     "DistError": "nccl",  # torch's, with DistBackendError, DistNetworkError and DistStoreError below it
@@ -110,6 +120,17 @@ def carried(error: Exception, message: str | None = None) -> RunError:
         return DiskError.of(error, message)
     kind = classify(error)
     return RunError(message) if kind == "setup" else RankError(message, kind)
+
+
+@contextmanager
+def fits(what: str) -> Iterator[None]:
+    """Raise TooLargeError, which names `what`, if the memory does not suffice inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if classify(error) != "oom":
+            raise
+        raise TooLargeError(f"{what} does not fit into the memory; {KINDS['too_large'].remedy}") from error
 
 
 def mark_known(error: Exception) -> Exception:

@@ -33,6 +33,7 @@ from lingua.distributed.process_group import World, on_every_rank
 from lingua.model.attention import resolve_attn_impl
 from lingua.model.loss import CrossEntropy, Loss
 from lingua.optim.update import LossScale, Updater
+from lingua.run.failure import fits
 from lingua.run.lock import RunLock
 from lingua.tokenizer import Tokenizer, build_tokenizer
 from lingua.train.learner import Run
@@ -67,8 +68,9 @@ def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
         model: nn.Module = build_part(model_args)
     require_counted(model, model_args)
     model = parallelize(model, args.distributed, world)
-    model.to_empty(device=world.device)
-    model.init_weights(model_args.seed)  # pyright: ignore[reportCallIssue] - every model of an app has it
+    with fits(f"the model of {size.n_params:,} parameters"):
+        model.to_empty(device=world.device)
+        model.init_weights(model_args.seed)  # pyright: ignore[reportCallIssue] - every model of an app has it
     return model
 
 

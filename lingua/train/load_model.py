@@ -16,6 +16,7 @@ from lingua.config.trust import trusting
 from lingua.distributed.parallelize import DTYPES
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import pick_device
+from lingua.run.failure import fits
 from lingua.tokenizer import Tokenizer, build_tokenizer
 from lingua.train.describe import config_of, described
 
@@ -76,6 +77,7 @@ def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, 
     update = {"vocab_size": vocab_size, "max_seqlen": max(run_args.model.max_seqlen, run_args.data.seq_len)}
     with torch.device("meta"):
         model: nn.Module = build_part(run_args.model.model_copy(update=update))
-    model.to(dtype).to_empty(device=device)
+    with fits(f"the model of {sum(parameter.numel() for parameter in model.parameters()):,} parameters"):
+        model.to(dtype).to_empty(device=device)
     model.init_buffers()  # pyright: ignore[reportCallIssue]
     return model

@@ -12,6 +12,7 @@ from apps.cli.main import app
 from lingua.config.command_line import run_main
 from lingua.files import Files
 from lingua.train.learner import Run
+from tests.cli import Lingua
 from tests.trainer import TINY, Hook, Trainer, at_step, kill_self, published, train
 
 WORDS = [*TINY, "steps=4"]
@@ -219,6 +220,18 @@ def test_a_first_start_that_fails_does_not_freeze_its_mistake(
     assert again.exit_code == 0, again.output
     assert published(tmp_path / "run") == [4]
     assert str(tmp_path / "run") in lingua("runs", tmp_path)
+
+
+def test_a_model_that_fits_nowhere_is_a_sentence_and_why_advises_no_smaller_batch(tmp_path: Path, lingua: Lingua):
+    # More than a process can address; `deterministic` would fill what still fits.
+    huge = ["model.dim=20000000", "model.n_heads=1000", "deterministic=false"]
+    failed = train([*WORDS, *huge, f"dump_dir={tmp_path / 'run'}"])
+    assert failed.exit_code == 1
+    assert "parameters does not fit into the memory; take a smaller model" in failed.output
+    assert "Traceback" not in failed.output
+    said = lingua("why", tmp_path / "run")[1]
+    assert "take a smaller model" in said
+    assert "batch_size" not in said
 
 
 def test_a_checkpoint_that_turns_up_late_binds_the_config(tmp_path: Path):

@@ -16,10 +16,12 @@ from lingua.run.failure import (
     KINDS,
     HungError,
     RankError,
+    TooLargeError,
     carried,
     classify,
     error_file,
     failure_of,
+    fits,
     read_failures,
     record,
 )
@@ -118,7 +120,7 @@ def test_a_folder_that_cannot_be_written_for_a_moment_is_not_setup(tmp_path: Pat
 
 def test_what_would_loop_is_not_started_again():
     hopeless = {kind for kind, facts in KINDS.items() if not facts.restart_may_help}
-    assert hopeless == {"config", "setup", "data", "nan", "oom", "disk_full", "occupied"}
+    assert hopeless == {"config", "setup", "data", "nan", "oom", "too_large", "disk_full", "occupied"}
 
 
 def raised(error: Exception) -> Exception:
@@ -154,3 +156,14 @@ def test_a_disk_that_refuses_the_file_hides_no_failure(tmp_path: Path, caplog: p
     (tmp_path / "logs").write_text("")
     record(tmp_path, failure_of(ValueError("x"), rank=0, step=1, incarnation=1))
     assert "cannot write" in caplog.text
+
+
+def test_what_does_not_fit_into_the_memory_is_a_sentence_that_does_not_advise_a_smaller_batch():
+    said = "the model does not fit into the memory; take a smaller model"
+    with pytest.raises(TooLargeError, match=said) as caught, fits("the model"):
+        torch.empty(1 << 50)  # more than any process can address
+    assert classify(caught.value) == classify(carried(caught.value)) == "too_large"
+    with pytest.raises(ZeroDivisionError), fits("the model"):
+        _ = 1 / 0
+    with pytest.raises(RuntimeError, match="size"), fits("the model"):
+        _ = torch.zeros(2) + torch.zeros(3)
