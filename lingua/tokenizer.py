@@ -438,6 +438,8 @@ def tokenizer_file(args: TokenizerArgs) -> Path:
     path = Path(os.path.expandvars(args.path)).expanduser()
     if args.name == "hf" and path.is_dir():
         path = path / "tokenizer.json"
+    if args.name != "hf" and path.is_dir():
+        raise ConfigError(f"data.tokenizer.path: {path} is a folder; name the tokenizer's file in it")
     if not path.is_file():
         raise ConfigError(
             f"data.tokenizer.path: no file {path}; download it with `python setup/download_tokenizer.py NAME DIR`"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -70,14 +71,17 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
     known = ["debug", "help", "trust", *flags]
     for before, word in zip(["", *words], words, strict=False):
         name, has_value, value = word.lstrip("-").partition("=")
-        if word.startswith("-"):
+        if has_value and not name.strip("+-"):
+            wrong.append(f"command line: {word} names no key; write KEY=VALUE")
+        elif word.startswith("-"):
             name = {"h": "help"}.get(name, name)
-            if "." in name:
-                wrong.append(f"command line: {word}: keys take no dashes; write {name}={value or 'VALUE'}")
-            elif word.startswith("---") or name not in known:
-                near = difflib.get_close_matches(name, known, 1) or known
-                wrong.append(f"command line: unknown option {word}; did you mean --{near[0]}?")
+            if word.startswith("---") or name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                remedy = f"did you mean --{near[0]}?" if near else f"a key takes no dashes: {name}={value or 'VALUE'}"
+                wrong.append(f"command line: unknown option {word}; {remedy}")
             line.flags[name] = value if has_value else True
+        elif word == "+":
+            wrong.append("command line: + names no overlay; write +NAME or +FILE.yaml, without a blank")
         elif word.startswith("+"):
             line.overlays.append(word[1:])
         elif not has_value and before.endswith("="):
@@ -149,6 +153,8 @@ def app_module(app: str, name: str) -> ModuleType:
 
     see_working_folder()
     module = f"{app}.{name}"
+    if not all(part.isidentifier() for part in app.split(".")):
+        raise ConfigError(f"app={app} is not the name of a package; write it as in Python, app={DEFAULT_APP}")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -162,16 +168,34 @@ def app_module(app: str, name: str) -> ModuleType:
 
 def app_schema(app: str) -> type[TrainArgs]:
     """Return the class of an app's config. Raises ConfigError if there is no such app."""
-    return app_module(app, "args").TrainArgs
+    from lingua.config.base import ConfigError
+
+    module = app_module(app, "args")
+    if not hasattr(module, "TrainArgs"):
+        raise ConfigError(f"app={app}: {module.__file__} has no class TrainArgs; see apps/main/args.py")
+    return module.TrainArgs
 
 
 def wants_traceback(words: Sequence[str]) -> bool:
     return "--debug" in words or os.environ.get("LINGUA_DEBUG", "") not in ("", "0")
 
 
+def _refuse_words(words: Sequence[str]) -> None:
+    """Raise ConfigError for words that no command takes."""
+    from lingua.config.base import ConfigError
+
+    if "" in words:
+        raise ConfigError("command line: a word is empty; remove it, or set the shell variable that it stands for")
+    for word in words:
+        name, _, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and _KEY.fullmatch(name):
+            raise ConfigError(f"command line: {word}: keys take no dashes; write {name}={value or 'VALUE'}")
+
+
 def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> int:
     """Call `main(words)`, print errors as sentences, and return the exit code."""
     try:
+        _refuse_words(words)
         with trusting("--trust" in words):
             return main(list(words)) or 0
     except KeyboardInterrupt:
@@ -182,7 +206,7 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
         if wants_traceback(words) or code is None:
             traceback.print_exc()
         elif code != EXIT_BAD_CONFIG or not _said_by_rank_0(error):
-            for sentence in getattr(error, "problems", [str(error) or type(error).__name__]):
+            for sentence in getattr(error, "problems", [_sentence(error)]):
                 print(f"error: {printable(sentence)}", file=sys.stderr)
         return code or EXIT_FAILED
 
@@ -190,6 +214,14 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
 def _said_by_rank_0(error: Exception) -> bool:
     """Return whether all ranks raise this error and another one prints it."""
     return getattr(error, "known_to_all", False) and os.environ.get("RANK", "0") != "0"
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # one that nobody put into words
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space there" if full else "check the path and its permissions"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; {remedy}"
+    return str(error) or type(error).__name__
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -183,8 +183,12 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         reason = " ".join(filter(None, [error.context, error.problem]))
         raise ConfigError(f"{path}:{line}: not valid YAML: {reason}; fix that line") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error or type(error).__name__}") from error
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise ConfigError(f"{path}: not a text file in UTF-8, {at}; name a YAML file, or save it as UTF-8") from error
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"{path}: not valid YAML: {reason}; write `key: value` lines") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: contains {show(tree)} instead of keys with values; write `key: value` lines")
     return Layer(tree, marks)

@@ -313,7 +313,10 @@ def main(ready: int, free: int, memory: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    setup = orjson.loads(sys.stdin.buffer.read())
+    given = sys.stdin.buffer.read()
+    if not given:
+        return  # the trainer failed before it could say what to read
+    setup = orjson.loads(given)
     if setup["die_with_parent"]:  # the kernel goes by the thread that started us
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != setup["parent"]:

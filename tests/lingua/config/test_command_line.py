@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lingua.config.base import ConfigError
-from lingua.config.command_line import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.config.command_line import CommandLine, app_module, app_schema, choose_app, parse_command_line, run_main
 from lingua.config.trust import trusting
 from lingua.files import RunError
 
@@ -34,8 +35,10 @@ def test_words_are_sorted(words: list[str], line: CommandLine) -> None:
     [
         (["a.yaml", "config=b.yaml"], "two configs, a.yaml and b.yaml"),
         (["--acept-change"], "did you mean --accept-change?"),
-        (["--what"], "unknown option --what"),
-        (["a.yaml", "--optim.lr", "1e-3"], "--optim.lr: keys take no dashes; write optim.lr=VALUE"),
+        (["--what"], "unknown option --what; a key takes no dashes: what=VALUE"),
+        (["a.yaml", "--steps=5"], "unknown option --steps=5; a key takes no dashes: steps=5"),
+        (["a.yaml", "=5"], "=5 names no key; write KEY=VALUE"),
+        (["a.yaml", "+", "debug"], r"\+ names no overlay; write \+NAME"),
         (["a.yaml", "optim.lr=", "1e-3"], "optim.lr= 1e-3: remove the space after the ="),
         (["a.yaml", "optim.lr"], "optim.lr has no value; write optim.lr=VALUE"),
     ],
@@ -82,7 +85,8 @@ def test_an_app_that_is_not_there() -> None:
         (ConfigError(["one", "two"]), 2, "error: one\nerror: two\n"),
         (ValueError("bad"), 1, "error: bad\n"),
         (RunError("lost"), 1, "error: lost\n"),
-        (OSError(28, "No space left on device", "x"), 1, "error: [Errno 28] No space left on device: 'x'\n"),
+        (OSError(28, "No space left on device", "x"), 1, "error: x: No space left on device; free some space there\n"),
+        (OSError(20, "Not a directory", "x"), 1, "error: x: Not a directory; check the path and its permissions\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -123,3 +127,29 @@ def test_who_leaves_does_not_wait_for_a_package_that_never_ends() -> None:
     code += "atexit.register(threading.Event().wait); print('said', end=''); lingua.config.command_line.leave(75)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (75, "said", "")
+
+
+@pytest.mark.parametrize("app", ["", ".", "..x", "apps/main", "apps..main", "/tmp"])
+def test_what_is_no_package_is_no_app(app: str) -> None:
+    with pytest.raises(ConfigError, match=f"app={re.escape(app)} is not the name of a package"):
+        app_schema(app)
+
+
+def test_a_package_without_a_config_class_is_no_app() -> None:
+    with pytest.raises(ConfigError, match=r"app=lingua: .*args.py has no class TrainArgs; see apps/main/args.py"):
+        app_schema("lingua")
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("", "a word is empty; remove it, or set the shell variable"),
+        ("--optim.lr", "--optim.lr: keys take no dashes; write optim.lr=VALUE"),
+        ("--optim.lr=1e-3", "--optim.lr=1e-3: keys take no dashes; write optim.lr=1e-3"),
+    ],
+)
+def test_what_no_command_takes_is_refused_by_every_command(
+    word: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(lambda words: pytest.fail("it began"), ["status", word]) == 2
+    assert sentence in capsys.readouterr().err

@@ -364,6 +364,13 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("seed: !!int 1_0", "run.yaml:1: not valid YAML: '1_0' is not a number"),
         ("seed: !!bool yes", "run.yaml:1: not valid YAML: 'yes' is neither true nor false"),
         ("seed: " + "9" * 5000, "run.yaml:1: not valid YAML: a number of 5000 digits"),
+        ("seed: 99999999999999999999", "run.yaml:1: seed: 99999999999999999999 has more than 64 bits; 92233720368547"),
+        ("data: {seed: -99999999999999999999}", "run.yaml:1: data.seed: -99999999999999999999 has more than 64 bits"),
+        (
+            "name: a\0b",
+            "run.yaml: not valid YAML: unacceptable character #x0000: special characters are not",
+        ),
+        ("a: " + "[" * 3000, "run.yaml: not valid YAML: maximum recursion depth exceeded"),
         ("distributed: {compile: 1}", "run.yaml:1: distributed.compile is 1; it must be true or false"),
         ("device: tpu", "run.yaml:1: device is 'tpu'; it must be 'auto', 'cpu' or 'cuda'"),
         ("data: 3", "run.yaml:1: data is 3; it is a section: set its keys, such as data."),
@@ -399,6 +406,16 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, text: str, senten
     found = complaints(tmp_path, text)
     assert len(found) == 1
     assert sentence in found[0]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("name: caf\u00e9".encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        compose(str(path), [], [], TrainArgs)
+    assert (
+        str(caught.value) == f"{path}: not a text file in UTF-8, byte 9 is 0xe9; name a YAML file, or save it as UTF-8"
+    )
 
 
 def test_a_grid_outside_a_sweep_is_said(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ LIKE_INTERPOLATIONS = ["${x}", "\\${x}", "\\\\${x}", "${HOME:-x}", "${", "a${oc.
 TEXTS = st.one_of(
     st.text(), st.text("0123456789._:+-eExo ", max_size=8), st.sampled_from(NOT_TEXT_ELSEWHERE + LIKE_INTERPOLATIONS)
 )
+LONG = st.integers(-(1 << 63), (1 << 63) - 1)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
@@ -107,7 +108,7 @@ ANYTHING = st.recursive(
 
 
 @settings(max_examples=25, deadline=None)
-@given(text=TEXTS, texts=st.lists(TEXTS, max_size=3), lr=st.floats(1e-300, 1e300), n=st.integers(), rest=ANYTHING)
+@given(text=TEXTS, texts=st.lists(TEXTS, max_size=3), lr=st.floats(1e-300, 1e300), n=LONG, rest=ANYTHING)
 @example(text="\x85", texts=NOT_TEXT_ELSEWHERE, lr=1e22, n=-1, rest=[float("inf"), 1.0, 1, True, "\u2028 a  b\r"])
 @example(text="a" * 200, texts=LIKE_INTERPOLATIONS, lr=1e-5, n=0, rest={text: text for text in NOT_TEXT_ELSEWHERE})
 def test_any_config_reads_back_as_itself(text: str, texts: list[str], lr: float, n: int, rest: Any) -> None:
