@@ -58,6 +58,7 @@ def inspect(
     with progress_shown() as progress:
         facts = inspect_path(path, encoder, progress, fields)
     show(facts, as_json)
+    raise typer.Exit(1 if facts.get("damaged_files") else 0)
 
 
 @app.command()
@@ -149,6 +150,9 @@ def audit(
         bool | None,
         typer.Option("--tokens/--no-tokens", help="Also check tokens. Default: only if that needs no tokenizer."),
     ] = None,
+    content: Annotated[
+        bool, typer.Option("--content", help="Also --tokens, and compare all bytes with the hashes beside the data.")
+    ] = False,
     workers: Workers = CORES,
     as_json: AsJson = False,
 ) -> None:
@@ -156,8 +160,10 @@ def audit(
 
     Reads the sources again in the config's order and compares each lane at each checkpoint: its position, the hash over
     (source, file, offset, piece) of all text before it, and its number of rows. This shows which text made the rows.
-    Where a row ends depends on its tokens: --tokens checks this too, and tokenizes everything that was read (not needed
-    for token files and bytes). It cannot show what the trainer did with the rows, or anything from before an accepted
+    Where a row ends depends on its tokens: --tokens checks this too, and a hash over all tokens, which a text edited in
+    place changes; it tokenizes everything that was read (not needed for token files and bytes). --content also compares
+    all bytes of the sources with the manifest of prepared data, and token files and indexes with their own hashes. It
+    cannot show what the trainer did with the rows, or anything from before an accepted
     change of sources. Exit code 1: the order was not kept.
     """
     from dataclasses import asdict
@@ -173,6 +179,7 @@ def audit(
             states,
             first_row=first_row,
             count_tokens=tokens,
+            content=content,
             n_workers=workers,
             progress=progress,
         )

@@ -5,8 +5,11 @@ the order prescribes, one after another: none left out, none read twice, over al
 
     without tokenizing   each lane's running hash over (source, file, offset, first character) of every piece, and the
                          number of rows that each lane has given
-    with tokenizing      also on where the tokens of these pieces, cut every seq_len, end. Free for token files and
-                         bytes; otherwise it takes the tokenizer's time for all that was read
+    with tokenizing      also on where the tokens of these pieces, cut every seq_len, end, and on a running hash of the
+                         tokens, so a text that was edited in place is found. Free for token files and bytes;
+                         otherwise it takes the tokenizer's time for all that was read
+    with `content`       also on the hashes over all bytes that the manifests of prepared data, token files and indexes
+                         hold; this also finds edits of what the run has not read yet
 
 It cannot see whether the trainer really used the rows that the loader gave it, nor anything from before an accepted
 change of sources: then the proof begins at the first checkpoint with the present sources.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +32,7 @@ from lingua.config.keys.data import DataArgs
 from lingua.console import Progress
 from lingua.data.blocked_source import BlockedSource, OpenedData
 from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of
+from lingua.data.manifest import MANIFEST, check_manifest, read_manifest
 from lingua.data.mix import block_at
 from lingua.data.pack import Lane, PackedRow, Packer, contains, ids_of, merged
 from lingua.data.prepare.worker_pool import each
@@ -75,10 +80,13 @@ def audit(
     *,
     first_row: int = 0,
     count_tokens: bool | None = None,
+    content: bool = False,
     n_workers: int = 1,
     progress: Progress | None = None,
 ) -> AuditResult:
     """Read again what led to the states (of all lanes, by step). `count_tokens` None: if it needs no tokenizer.
+
+    `content`: also compare all bytes of the sources with the hashes that there are.
 
     Step n uses the rows first_row + [(n-1)*G, n*G); `first_row` is not 0 for a run that began with another one's state.
     """
@@ -92,13 +100,17 @@ def audit(
     for step in fits:
         check_order(states[step], order_of(args, n_lanes))
     cheap = args.tokenizer.name == "bytes" or all(source.holds_tokens for source in data.sources)
-    count_tokens = cheap if count_tokens is None else count_tokens
+    count_tokens = content or cheap if count_tokens is None else count_tokens
     found = AuditResult(fits, 0, states[fits[-1]]["row"], tokens_checked=count_tokens)
     if len(fits) < len(states) or args.accept_change:
         found.begin = fits[0]
         found.notes.append(f"the sources were changed during the run; what came before step {fits[0]} is not confirmed")
     for step in fits:
         found.problems += _wrong_counts(args, n_lanes, rows_per_step, first_row, step, states[step])
+    if content:
+        _compare_bytes(args, data, found)
+    if count_tokens and any("ids" not in lane for step in fits for lane in states[step]["lanes"].values()):
+        found.notes.append("the run began with an older version, which did not record hashes of its tokens")
     tokenizer = build_tokenizer(args.tokenizer) if count_tokens else _Uncounted()
 
     def lane_task(lane: int) -> tuple[int, list[str]]:
@@ -115,6 +127,18 @@ def audit(
         progress.advance(total // n_lanes)
     data.close()
     return found
+
+
+def _compare_bytes(args: DataArgs, data: OpenedData, found: AuditResult) -> None:
+    """Compare all bytes of the sources with the hashes that there are."""
+    for source, section in zip(data.sources, args.read_sources(), strict=True):
+        found.problems += source.wrong_bytes()
+        path = Path(section.path)
+        folder = path if path.is_dir() else path.parent
+        if not source.holds_tokens and read_manifest(folder) is None:
+            found.notes.append(f"{folder} has no {MANIFEST}, so only the tokens that the run has read are compared")
+        elif not source.holds_tokens:
+            found.problems += check_manifest(folder, source.suffix, hashes=True)
 
 
 def _bytes_read(sources: Sequence[BlockedSource], state: State) -> int:
@@ -167,6 +191,11 @@ def _walk(
             return n_pieces, [f"{where}: is at {_described(state)}, but the order leads to {_described(here)}"]
         if state["hash"] != f"{piece.position.hash:016x}":
             return n_pieces, [f"{where}: is at {_described(state)}, but came there by other documents (other hash)"]
+        ids_hash = piece.position.ids_hash
+        if count_tokens and "ids" in state and ids_hash is not None and state["ids"] != f"{ids_hash:016x}":
+            return n_pieces, [
+                f"{where}: the text up to {_described(state)} is not the text that was read (other tokens)"
+            ]
         if count_tokens and (given := _tokens_given(args, state)) != tokens + state["token"]:
             return n_pieces, [
                 f"{where}: {given} tokens were given, up to its position there are {tokens} + {state['token']}"

@@ -37,6 +37,8 @@ BLOCKS_PER_LANE = 16
 _MIN_LINES = 1000  # before the share of bad lines means something
 _SAMPLE_BYTES = 1 << 20
 _SAMPLE_DOCUMENTS = 10_000
+HASHED_BYTES = 64 << 20
+"""Bytes of the binary files of a source up to which they are compared with their hash whenever they are opened."""
 
 
 class DataError(ValueError):
@@ -107,6 +109,16 @@ def edges(path: Path, size: int) -> str:
         stream.seek(max(0, size - 4096))
         hasher.update(stream.read(4096))
     return hasher.hexdigest()
+
+
+def content_hash(path: Path, begin: int) -> str:
+    """Hash of a file's bytes from `begin` on."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        file.seek(begin)
+        while data := file.read(4 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def fingerprint(files: Iterable[tuple[str, int, str]], fields: TextFields) -> str:
@@ -286,6 +298,10 @@ class BlockedSource(ABC):
     @abstractmethod
     def reader(self) -> Reader:
         """Return one lane's view of the source: the source itself if it needs no buffer."""
+
+    def wrong_bytes(self) -> Iterator[str]:
+        """Read all binary files; yield a sentence for each that is not as it was written."""
+        yield from ()
 
     def close(self) -> None:  # noqa: B027 - most formats hold none
         """Release files; harmless twice."""

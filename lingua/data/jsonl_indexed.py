@@ -7,6 +7,9 @@ Cost: 8 bytes per line on disk, none in memory; one scan at about 1 GB/s from th
 `pread` and 10 to 45 us for its place in the order. On a slow shared disk, shuffle the data when you prepare it
 (setup/download_prepare_hf_data.py), or stage it (`data.stage_to`).
 
+An index is compared with its hash where those of a source take 64 MiB together at most. Whatever its size, what is read
+must begin and end where a line does.
+
 An index: 64 bytes of header (magic, version, size and edges of the file, number of lines, hash of what follows), then
 the offset at which each line begins and the size of the file, 8 bytes each. A line is a block of its own.
 """
@@ -26,7 +29,17 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from lingua.data.blocked_source import BlockedSource, DataError, Document, Reader, edges, name_key, whole_file
+from lingua.data.blocked_source import (
+    HASHED_BYTES,
+    BlockedSource,
+    DataError,
+    Document,
+    Reader,
+    content_hash,
+    edges,
+    name_key,
+    whole_file,
+)
 from lingua.data.corpus import cache_dir
 from lingua.data.jsonl import JsonlSource
 from lingua.files import human_bytes
@@ -38,6 +51,7 @@ VERSION = 1
 _MAGIC = b"LINGUAIX"
 _HEADER = struct.Struct("<8sIIQQQQ16x")
 _SCAN_BYTES = 4 << 20
+_READ_BYTES = 8 << 20
 
 
 class IndexHeader(NamedTuple):
@@ -105,8 +119,8 @@ def _line_starts(path: Path, descriptor: int, size: int) -> Iterator[tuple[int, 
 # -- using one -----------------------------------------------------------------------------------------------------
 
 
-def read_header(index: Path, path: Path) -> IndexHeader | str:
-    """Return the header of an index that fits `path`, or why it does not."""
+def read_header(index: Path, path: Path, hashed_bytes: int = HASHED_BYTES) -> IndexHeader | str:
+    """Return the header of an index that fits `path`, or why it does not; up to `hashed_bytes` all of it is read."""
     try:
         with index.open("rb") as file:
             raw, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
@@ -124,18 +138,20 @@ def read_header(index: Path, path: Path) -> IndexHeader | str:
         return f"it is of a file of {head.source_bytes} bytes, this one has {source_bytes}"
     if head.source_edges != int(edges(path, source_bytes), 16):
         return "it is of a file with other first or last bytes"
+    if size <= hashed_bytes and content_hash(index, _HEADER.size) != f"{head.hash:016x}":
+        return "its bytes are not as they were written"
     return head
 
 
-def find_index(path: Path) -> Path:
+def find_index(path: Path, hashed_bytes: int = HASHED_BYTES) -> Path:
     """Return the index of a jsonl file; make it if none fits."""
-    if found := _usable(path):
+    if found := _usable(path, hashed_bytes):
         return found
     with _alone_on_this_machine(path):
-        if found := _usable(path):
+        if found := _usable(path, hashed_bytes):
             return found
         beside, cached = index_paths(path)
-        why = read_header(beside, path)
+        why = read_header(beside, path, hashed_bytes)
         log.info("%s: indexing %s (%s: %s)", path, human_bytes(path.stat().st_size), beside.name, why)
         try:
             write_index(path, beside)
@@ -146,10 +162,10 @@ def find_index(path: Path) -> Path:
         return beside
 
 
-def _usable(path: Path) -> Path | None:
+def _usable(path: Path, hashed_bytes: int) -> Path | None:
     for index in index_paths(path):
         with contextlib.suppress(PermissionError):
-            if isinstance(read_header(index, path), IndexHeader):
+            if isinstance(read_header(index, path, hashed_bytes), IndexHeader):
                 return index
     return None
 
@@ -163,9 +179,9 @@ def _alone_on_this_machine(path: Path) -> Iterator[None]:
         yield
 
 
-def map_index(path: Path) -> np.ndarray:
+def map_index(path: Path, hashed_bytes: int = HASHED_BYTES) -> np.ndarray:
     """Return where each line of a jsonl file begins, and the file's size: (n_lines + 1,) int64, memory-mapped."""
-    index = find_index(path)
+    index = find_index(path, hashed_bytes)
     with index.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     offsets = np.frombuffer(mapped, np.dtype("<i8"), offset=_HEADER.size)
@@ -186,7 +202,7 @@ class IndexedSource(JsonlSource):
         return JsonlSource
 
     def cut(self, n_lanes: int) -> None:
-        self._lines = [map_index(file.path) for file in self.files]
+        self._lines = [map_index(file.path, HASHED_BYTES // len(self.files)) for file in self.files]
         self.number_blocks([len(lines) - 1 for lines in self._lines])
 
     @property
@@ -199,6 +215,11 @@ class IndexedSource(JsonlSource):
         start, end = self._lines[file][line : line + 2].tolist()
         return file, start, end
 
+    def wrong_bytes(self) -> Iterator[str]:
+        for file in self.files:
+            if (index := _usable(file.path, 0)) and isinstance(why := read_header(index, file.path, 1 << 62), str):
+                yield f"{index}: {why}; remove it, and it will be made again"
+
     def reader(self) -> Reader:
         return self
 
@@ -206,8 +227,22 @@ class IndexedSource(JsonlSource):
         file, start, end = self.block(block)
         if offset > start:
             return None
-        line, at = b"", start
-        while at < end:  # once, except for lines of more than 2 GB
-            line += self.pread(file, end - at, at)
-            at = start + len(line)
+        path, size, *_ = self.files[file]
+        at = before = max(0, start - 1)  # the newline of the line before
+        is_line, parts = 0 <= start < end <= size, []
+        while is_line and at < end:  # once, except for long lines
+            data = self.pread(file, min(end - at, _READ_BYTES), at)
+            if at == before and start > 0:
+                is_line = data.startswith(b"\n")
+                data, at = data[1:], start
+            newline = data.find(b"\n")
+            is_line = is_line and newline in (-1, end - 1 - at)
+            parts.append(data)
+            at += len(data)
+        line = b"".join(parts)
+        if not is_line or not (end == size or line.endswith(b"\n")):
+            raise DataError(
+                f"{path}: no line is at bytes {start} to {end}, where {_usable(path, 0)} says so; the index is damaged "
+                "or the file was edited: remove the index, and it will be made again"
+            )
         return self.parse(line.removesuffix(b"\n"), file, start, end)

@@ -26,6 +26,7 @@ Cost: 150-400 bytes of state per lane; memory for `prefetch_size` batches; in th
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -40,6 +41,8 @@ from lingua.data.pack import IGNORED, IntArray, ids_of
 from lingua.data.sources import check_manifests, open_data
 from lingua.data.workers import InProcess, Workers
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -183,6 +186,7 @@ class Loader:
         self._lanes, self._states, self._header, self._n_blocks = lanes, states, header, n_blocks
         self._row, self._dp_size = row, dp_size  # rows of the run used so far, by all ranks
         self._turn = row // dp_size  # rows of this rank used so far
+        self._open = True
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -232,7 +236,12 @@ class Loader:
         return out
 
     def close(self) -> None:
-        """Release files and processes; harmless twice."""
+        """Release files and processes, and say what was left out; harmless twice."""
+        if self._open and (kinds := dict(self.producer.counts())):
+            lines = kinds.pop("lines", 0)
+            if bad := sum(kinds.values()):
+                log.warning("this rank left out %d of %d lines of its data as bad: %s", bad, lines, kinds)
+        self._open = False
         self.producer.close()
 
     def __enter__(self) -> Self:
@@ -304,7 +313,16 @@ def _own_states(states: dict[int, dict[str, Any]], lanes: Sequence[int]) -> dict
 def _start(lane: int, sources: Sequence[BlockedSource]) -> dict[str, Any]:
     """The state of a lane before its first row."""
     tapes = {source.name: [lane, -1] for source in sources}
-    return {"rows": 0, "pick": 0, "source": None, "tapes": tapes, "char": 0, "token": 0, "hash": f"{0:016x}"}
+    return {
+        "rows": 0,
+        "pick": 0,
+        "source": None,
+        "tapes": tapes,
+        "char": 0,
+        "token": 0,
+        "hash": f"{0:016x}",
+        "ids": f"{0:016x}",
+    }
 
 
 def _check_sizes(n_lanes: int, rows_per_step: int, dp_size: int, batch_size: int) -> None:

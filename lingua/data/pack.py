@@ -18,9 +18,10 @@ Five short documents (a, bb, ccc, dd, e; `<` and `>` are begin and end) with S =
     doc_ids   0 0 0 1   0 0 0 1   0 0 0 0    (of the inputs; documents counted from the row's begin)
 
 The state is a position and never data: pick and position of the current document, first character of the current
-piece, how many of its tokens are used, rows made, and the running hash before the piece. The hash chains (source, file,
+piece, how many of its tokens are used, rows made, and two running hashes before the piece. `hash` chains (source, file,
 offset, first character) of every piece so far, so `lingua data audit` can prove without tokenizing that no piece was
-left out or read twice.
+left out or read twice. `ids` chains the tokens themselves, so it can prove that the text is still what was read; states
+of older versions, and runs that go on from them, have none.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from lingua.data.blocked_source import BlockedSource, DataError, Document, OpenedData
 from lingua.data.mix import DocumentStream, SourcePosition, draw, window_order
@@ -76,6 +78,7 @@ class PiecePosition(NamedTuple):
     positions: tuple[SourcePosition, ...]
     char: int
     hash: int
+    ids_hash: int | None
 
     def state(self, sources: Sequence[BlockedSource]) -> dict[str, Any]:
         """What a `DocumentStream` is restored from, and the first character of the piece."""
@@ -122,23 +125,28 @@ class Packer:
         self._char = 0
         self._number = 0
         self._hash = 0
+        self._ids_hash: int | None = 0
         self._pieces: deque[TextPiece] = deque()
         self._token = 0  # tokens of the first piece that are used
         self._n_empty = 0  # pieces in a row without a token
         self._empty_from: dict[int, int] = {}  # by source: the tape position where they began
         if state is not None:
             self._hash = int(state["hash"], 16)
+            self._ids_hash = int(state["ids"], 16) if "ids" in state else None
             if documents.source is not None:
                 self._document, self._char, self._token = documents.reread(), state["char"], state["token"]
 
     def state(self) -> dict[str, Any]:
         """The position after the last row."""
         position = self._pieces[0].position if self._pieces else self._position()
-        return {**position.state(self._sources), "token": self._token, "hash": f"{position.hash:016x}"}
+        state = {**position.state(self._sources), "token": self._token, "hash": f"{position.hash:016x}"}
+        return state if position.ids_hash is None else {**state, "ids": f"{position.ids_hash:016x}"}
 
     def _position(self) -> PiecePosition:
         documents = self._documents
-        return PiecePosition(documents.pick, documents.source, documents.positions, self._char, self._hash)
+        return PiecePosition(
+            documents.pick, documents.source, documents.positions, self._char, self._hash, self._ids_hash
+        )
 
     def row(self) -> tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]:
         """The next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
@@ -187,6 +195,8 @@ class Packer:
         try:
             if document.encoded is not None:
                 ids = self._tokenizer.wrap(document.encoded.ids(start), bos, eos)
+                if len(ids) and ids.max() >= self._tokenizer.vocab_size:
+                    raise DataError(f"{source.path_of(document)}: damaged (an unknown token); tokenize again")
             else:
                 text = document.text if whole else document.text[start : end or None]
                 ids = self._tokenizer.encode(text, bos, eos, document.before(start))
@@ -195,6 +205,8 @@ class Packer:
             # A document in one piece is left out; a longer one loses this piece, but not its begin and end.
             ids = np.empty(0, np.int32) if whole else self._tokenizer.encode("", bos, eos)
             is_label = is_label and document.prompt_chars == 0  # an end is no answer to a prompt
+        if self._ids_hash is not None:
+            self._ids_hash = draw(self._ids_hash, xxhash.xxh3_64_intdigest(ids.data))
         self._count_empty(len(ids), position)
         return TextPiece(ids if is_label else ~ids, self._number, position)
 

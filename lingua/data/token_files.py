@@ -13,7 +13,8 @@ A file: 4096 bytes of header (magic, then JSON), the ids, and a table of four co
     char     first character of the piece; ~char if the tokenizer failed on it
     token    its first id in this file                             (one more row: the number of ids)
 
-Bad lines are left out; the header counts them by kind.
+Bad lines are left out; the header counts them by kind. The files of a source that take 64 MiB together at most are
+compared with their hash when they are opened; rows of the table and ids that cannot be are refused when they are read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import contextlib
 import mmap
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +33,14 @@ import xxhash
 
 from lingua.config.base import ConfigError
 from lingua.data.blocked_source import (
+    HASHED_BYTES,
     BlockedSource,
     DataError,
     Document,
     Reader,
     SourceFile,
     TextFields,
+    content_hash,
     edges,
     find_files,
     fingerprint,
@@ -53,6 +56,8 @@ VERSION = 1
 _MAGIC = b"LINGUATK"
 _HEADER_BYTES = 4096
 _ALIGN = 8
+_FACTS = dict.fromkeys(("version", "bytes", "documents", "pieces", "tokens"), int) | {"bad": dict}
+_FACTS |= dict.fromkeys(("file", "edges", "tokenizer", "dtype", "xxh3_64"), str)
 
 
 # -- making them ---------------------------------------------------------------------------------------------------
@@ -150,22 +155,19 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts = orjson.loads(head[len(_MAGIC) :])
         if facts["version"] != VERSION:
             raise DataError(f"{path}: of version {facts['version']}, this is {VERSION}; tokenize again")
+        if any(type(facts[key]) is not kind for key, kind in _FACTS.items()) or facts["dtype"] not in ("<u2", "<u4"):
+            raise TypeError
         expected = _table_at(facts) + 8 * (4 * facts["pieces"] + 1)
     except (orjson.JSONDecodeError, KeyError, TypeError):
         raise DataError(f"{path}: damaged header; tokenize again") from None
-    if size != expected:
+    if size != expected or min(facts["pieces"], facts["tokens"], facts["bytes"]) < 0:
         raise DataError(f"{path}: has {size} bytes, its header says {expected}; copy it again or tokenize again")
     return facts
 
 
 def check_hash(path: Path, facts: dict[str, Any]) -> bool:
     """Whether the content is as written; reads all of it."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        file.seek(_HEADER_BYTES)
-        while data := file.read(4 << 20):
-            digest.update(data)
-    return digest.hexdigest() == facts["xxh3_64"]
+    return content_hash(path, _HEADER_BYTES) == facts["xxh3_64"]
 
 
 def _table_at(facts: dict[str, Any]) -> int:
@@ -181,6 +183,32 @@ class MappedTokens(NamedTuple):
     end: np.ndarray
     char: np.ndarray
     token: np.ndarray  # (P + 1,) int64
+    path: Path
+    n_bytes: int  # of the jsonl file
+
+    def first_char(self, row: int) -> int:
+        char = int(self.char[row])
+        return char if char >= 0 else ~char
+
+    def is_begun(self, row: int) -> bool:
+        """Whether the row continues the document of the row before."""
+        return row > 0 and bool(self.start[row] == self.start[row - 1])
+
+    def check(self, row: int) -> None:
+        """Raise DataError if this row of the table cannot be, or the one before: a wild one misleads searches to it."""
+        begin, chars = max(row - 2, 0), [-1]
+        starts, ends = self.start[begin : row + 1].tolist(), self.end[begin : row + 1].tolist()
+        tokens = self.token[begin : row + 2].tolist()
+        for i, char in enumerate(self.char[begin : row + 1].tolist()):
+            chars.append(char ^ char >> 63)
+            is_right = 0 <= starts[i] < ends[i] <= self.n_bytes and chars[-1] < self.n_bytes
+            is_right &= 0 <= tokens[i] <= tokens[i + 1] <= len(self.ids)
+            if i and starts[i] == starts[i - 1]:
+                is_right &= ends[i] == ends[i - 1] and chars[-1] > chars[-2]
+            elif i or begin == 0:
+                is_right &= chars[-1] == 0 and (i == 0 or starts[i] >= ends[i - 1])
+            if not is_right:
+                raise DataError(f"{self.path}: damaged (row {begin + i} of its table); copy it again or tokenize again")
 
 
 def map_tokens(path: Path, facts: dict[str, Any]) -> MappedTokens:
@@ -189,7 +217,8 @@ def map_tokens(path: Path, facts: dict[str, Any]) -> MappedTokens:
     n = facts["pieces"]
     table = np.frombuffer(mapped, np.dtype("<i8"), 4 * n + 1, _table_at(facts))
     ids = np.frombuffer(mapped, np.dtype(facts["dtype"]), facts["tokens"], _HEADER_BYTES)
-    return MappedTokens(ids, table[:n], table[n : 2 * n], table[2 * n : 3 * n], table[3 * n :])
+    columns = table[:n], table[n : 2 * n], table[2 * n : 3 * n], table[3 * n :]
+    return MappedTokens(ids, *columns, path, facts["bytes"])
 
 
 class TokenSource(BlockedSource):
@@ -226,6 +255,8 @@ class TokenSource(BlockedSource):
                     f"{path}: made from field {facts['text_key'] or 'text or content'!r}, and text_key of source "
                     f"{self.name} is {self.fields.text_key!r}; drop it, or tokenize again"
                 )
+            if path.stat().st_size <= HASHED_BYTES // len(paths) and not check_hash(path, facts):
+                raise DataError(f"{path}: damaged (other hash); copy it again or tokenize again")
             if facts["bytes"] > 0:
                 files.append(SourceFile(path, facts["bytes"], name_key(facts["file"]), facts["bytes"]))
                 self._facts.append(facts)
@@ -242,6 +273,11 @@ class TokenSource(BlockedSource):
         """Exact, from the headers."""
         return sum(facts["tokens"] + n_ends * facts["documents"] for facts in self._facts)
 
+    def wrong_bytes(self) -> Iterator[str]:
+        for file, facts in zip(self.files, self._facts, strict=True):
+            if not check_hash(file.path, facts):
+                yield f"{file.path} has other bytes than its header says; copy it again or tokenize again"
+
     def reader(self) -> Reader:
         return self
 
@@ -249,6 +285,7 @@ class TokenSource(BlockedSource):
         file, first, last = self.block(block)
         mapped = self._mapped[file]
         row = int(np.searchsorted(mapped.start, first if offset < 0 else offset))
+        mapped.check(row)
         if row == len(mapped.start) or mapped.start[row] >= last:
             return None
         self.bad.lines += 1
@@ -269,16 +306,18 @@ class MappedDocument:
         return mapped.ids[mapped.token[row] : mapped.token[row + 1]]
 
     def next_char(self, char: int) -> int:
-        row, start = self._row_of(char) + 1, self._mapped.start
-        return self._first_char(row) if row < len(start) and start[row] == start[row - 1] else 0
-
-    def _first_char(self, row: int) -> int:
-        char = int(self._mapped.char[row])
-        return char if char >= 0 else ~char
+        mapped, row = self._mapped, self._row_of(char) + 1
+        if row == len(mapped.start) or not mapped.is_begun(row):
+            return 0
+        mapped.check(row)
+        return mapped.first_char(row)
 
     def _row_of(self, char: int) -> int:
-        while self._char < char:  # pieces are asked for in order, and a document has few
+        mapped = self._mapped
+        while self._char < char and self._row + 1 < len(mapped.start):  # asked for in order, and a document has few
             self._row += 1
-            self._char = self._first_char(self._row)
-        assert self._char == char, "no piece begins there"
+            mapped.check(self._row)
+            self._char = mapped.first_char(self._row)
+        if self._char != char:
+            raise DataError(f"{mapped.path}: no piece begins at character {char} of a document; tokenize again")
         return self._row

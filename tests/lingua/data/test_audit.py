@@ -12,7 +12,9 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs
 from lingua.data.audit import audit, rows_of_step
 from lingua.data.loader import build_loader
+from lingua.data.manifest import MANIFEST, hash_file
 from lingua.data.token_files import token_file, tokenize_file
+from lingua.files import write_json
 from lingua.tokenizer import ByteTokenizer
 from tests.corpora import data_args, run_steps, two_sources, write_source
 
@@ -49,6 +51,50 @@ def test_an_honest_run_is_confirmed(tmp_path: Path, form: str, changed: dict[str
         assert (found.checkpoints, found.begin, found.rows) == ([1, 2, 5, 9], 0, 9 * G)
     states[5]["lanes"]["7"]["token"] += 1
     assert "step 5, lane 7" in audit(args, K, G, states).problems[0]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "mmap_jsonl"])
+def test_text_edited_in_place_is_found(tmp_path: Path, form: str) -> None:
+    """The same size, the same first and last 4 KiB: every start takes the file for the one it was."""
+    texts = [f"{n:04}" + "x" * 500 for n in range(100)]
+    file = write_source(tmp_path, "s", texts, n_files=1) / "s.chunk.00.jsonl"
+    sources = [SourceArgs(path="s", format=form)]  # pyright: ignore[reportArgumentType]
+    args = data_args(tmp_path, sources=sources, seq_len=100, lanes=K)
+    states = run(args, [10, 60])
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"0050x", b"0050y"))
+    found = audit(args, K, G, states)
+    assert len(found.problems) == 1
+    assert "is not the text that was read" in found.problems[0]
+    assert audit(args, K, G, states, count_tokens=False).problems == []
+    for state in states.values():  # of an older version
+        for lane in state["lanes"].values():
+            del lane["ids"]
+    found = audit(args, K, G, states)
+    assert (found.problems, len(found.notes)) == ([], 1)
+    assert "older version" in found.notes[0]
+    assert "no manifest.json" in audit(args, K, G, states, content=True).notes[0]
+    file.write_bytes(whole)
+    facts = {"bytes": len(whole), "xxh3_128": hash_file(file)}
+    write_json(file.with_name(MANIFEST), {"files": {file.name: facts}})
+    assert audit(args, K, G, states, content=True).problems == []
+    file.write_bytes(whole.replace(b"0050x", b"0050y"))
+    assert audit(args, K, G, states, content=True).problems == [
+        f"{file} has another content than its manifest says; copy it again"
+    ]
+
+
+def test_a_run_of_an_older_version_goes_on_without_hashes_of_its_tokens(tmp_path: Path) -> None:
+    two_sources(tmp_path)
+    args = data_args(tmp_path, lanes=K)
+    states = run(args, [2])
+    expected = run(args, [5], states)
+    for lane in states[2]["lanes"].values():
+        del lane["ids"]
+    states = run(args, [5], states)
+    for number, lane in states[5]["lanes"].items():
+        assert "ids" not in lane
+        assert {**lane, "ids": expected[5]["lanes"][number]["ids"]} == expected[5]["lanes"][number]
 
 
 def test_a_change_of_sources_begins_the_proof_anew(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -156,8 +157,74 @@ def test_token_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert check_hash(path, read_facts(path))
     path.write_bytes(whole[:5000] + b"\0" + whole[5001:])
     assert not check_hash(path, read_facts(path))
+    with pytest.raises(DataError, match=r"damaged \(other hash\); copy it again or tokenize again"):
+        build_loader(args, rows_per_step=G)
+    path.write_bytes(whole)
     with pytest.raises(ConfigError, match="make them with `lingua data tokenize`"):
         build_loader(data_args(tmp_path, sources=[SourceArgs(path="big", format="tokens")]), rows_per_step=G)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("dtype", "<u8"),
+        ("dtype", "O"),
+        ("tokens", -1),
+        ("tokens", 1 << 80),
+        ("pieces", 1.5),
+        ("file", None),
+        ("bytes", -1),
+    ],
+)
+def test_a_wild_header_of_a_token_file_is_one_sentence(tmp_path: Path, fact: str, value: Any) -> None:
+    path = write_source(tmp_path, "s", ["abc", "d"], n_files=1) / "s.chunk.00.jsonl"
+    target = tmp_path / "t" / "s.jsonl.tokens"
+    facts = tokenize_file(path, target, ByteTokenizer()) | {fact: value}
+    head = json.dumps(facts).encode()
+    target.write_bytes((b"LINGUATK" + head).ljust(4096, b"\n") + target.read_bytes()[4096:])
+    with pytest.raises(DataError, match=r"s\.jsonl\.tokens: (damaged header|has \d+ bytes, its header says)"):
+        TokenSource("s", target.parent, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [*product((0, 1), (-1, 0, 7, 50_000)), *product(range(4), (1 << 62, -(1 << 63)))],  # others could be right
+)
+def test_a_wild_table_of_a_large_token_file_ends_with_a_sentence(
+    tmp_path: Path, column: int, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lingua.data.token_files.HASHED_BYTES", 0)
+    path = write_source(tmp_path, "s", ["abc", "x\n" * 200_000, "last"], n_files=1) / "s.chunk.00.jsonl"
+    target = tmp_path / "t" / "s.jsonl.tokens"
+    n = tokenize_file(path, target, ByteTokenizer())["pieces"]
+    assert n == 4
+    whole = target.read_bytes()
+    for row in range(1, n):
+        at = len(whole) - 8 * (4 * n + 1) + 8 * (column * n + row)
+        if int.from_bytes(whole[at : at + 8], "little", signed=True) == value:
+            continue
+        target.write_bytes(whole[:at] + value.to_bytes(8, "little", signed=True) + whole[at + 8 :])
+        args = data_args(tmp_path, sources=[SourceArgs(path="t", format="tokens")], lanes=1, seq_len=4096, batch_size=1)
+        found = TokenSource("t", target.parent, 1)
+        assert len(list(found.wrong_bytes())) == 1
+        with pytest.raises(DataError, match=r"s\.jsonl\.tokens: (damaged \(row \d|no piece begins)"):
+            list(islice(build_loader(args, rows_per_step=1), 120))  # more than an epoch
+
+
+def test_ids_that_the_tokenizer_does_not_have_end_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lingua.data.token_files.HASHED_BYTES", 0)
+    path = write_source(tmp_path, "s", ["abc"], n_files=1) / "s.chunk.00.jsonl"
+    target = tmp_path / "t" / "s.jsonl.tokens"
+    tokenize_file(path, target, ByteTokenizer())
+    target.write_bytes(target.read_bytes().replace(b"a\0b\0", b"a\0\xff\xff"))
+    args = data_args(tmp_path, sources=[SourceArgs(path="t", format="tokens")], lanes=2)
+    with (
+        build_loader(args, rows_per_step=2) as loader,
+        pytest.raises(DataError, match=r"s\.jsonl\.tokens: damaged \(an unknown token\); tokenize again"),
+    ):
+        next(loader)
 
 
 def test_tokenizing_again_only_what_changed(tmp_path: Path) -> None:
@@ -233,6 +300,28 @@ def test_an_index_that_does_not_belong_to_the_file_is_made_again(tmp_path: Path)
     index.write_bytes(whole[:-8] + bytes(8))
     header = read_header(index, path)
     assert isinstance(header, str)
+
+
+def test_a_damaged_index_with_a_valid_header_is_made_again_and_a_large_one_is_found_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_source(tmp_path, "s", ["a", "b", "c"], n_files=1) / "s.chunk.00.jsonl"
+    index = find_index(path)
+    whole = index.read_bytes()
+    for value in (3, 13, 28, 29, 41, 42, 1 << 62, -1, -(1 << 63)):
+        damaged = whole[:72] + value.to_bytes(8, "little", signed=True) + whole[80:]
+        index.write_bytes(damaged)
+        assert map_index(path).tolist() == [0, 14, 28, 42]
+        index.write_bytes(damaged)
+        with monkeypatch.context() as patch:
+            patch.setattr(index_file, "HASHED_BYTES", 0)
+            source = IndexedSource("s", path.parent, 1)
+        assert [problem.partition(": ")[0] for problem in source.wrong_bytes()] == [str(index)]
+        with pytest.raises(
+            DataError, match=r"no line is at bytes -?\d+ to -?\d+, where .*\.idx says so; the index is dam"
+        ):
+            list(source.documents())
+        source.close()
 
 
 def test_an_index_goes_into_the_cache_where_the_folder_is_not_writable(

@@ -124,6 +124,7 @@ def test_state_is_small_and_holds_no_data(tmp_path: Path) -> None:
         "char": 0,
         "token": 16,
         "hash": f"{0:016x}",
+        "ids": f"{0:016x}",
     }
 
 

@@ -140,6 +140,10 @@ def test_bad_lines_are_logged_in_the_trainer(tmp_path: Path, caplog: pytest.LogC
         for _ in range(20):
             next(loader)
     assert sum("s.chunk.01.jsonl, byte 0: no JSON" in message for message in caplog.messages) == 1
+    loader.close()
+    said = [message for message in caplog.messages if message.startswith("this rank left out ")]
+    assert len(said) == 1
+    assert "lines of its data as bad: {'not_json': " in said[0]
 
 
 def test_closing_is_prompt_and_leaves_nothing(tmp_path: Path) -> None:
