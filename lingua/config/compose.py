@@ -181,6 +181,12 @@ def _code(tree: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
             is_code = names[0] == "plugins" or (names[0] in ("harness", "measures") and _is_harness_code(names, value))
             if value and is_code:
                 yield (*outer, *key), value
+    launcher = tree.get("launcher")
+    for key, value in leaves(launcher) if isinstance(launcher, dict) else ():
+        if value and key[0] in ("setup", "directives"):
+            yield ("launcher", *key), value
+        elif value and key[:2] == ("env", "set"):  # LD_PRELOAD, say; the value may be a secret
+            yield ("launcher", *key), key[-1]
 
 
 def _is_harness_code(names: list[str], value: Any) -> bool:
@@ -195,7 +201,8 @@ def _import_plugins(layer: Layer, configs: list[Path]) -> list[tuple[Key, str]]:
 
     `configs`: the files that were named.
     """
-    check_code(configs, {key: names for key, names in code_named(layer.tree, layer.marks).items() if key != "app"})
+    code = code_named(layer.tree, layer.marks)  # `choose_app` judges the app, `lingua launch` what its job runs
+    check_code(configs, {key: names for key, names in code.items() if not key.startswith(("app", "launcher."))})
     findings, of_eval = [], layer.tree.get("eval")
     named: list[tuple[Key, Any]] = [(("plugins",), layer.tree.get("plugins"))]
     named += [(("eval", "plugins"), of_eval.get("plugins"))] if isinstance(of_eval, dict) else []

@@ -61,7 +61,7 @@ def check_code(configs: Sequence[Path], code: Mapping[str, Sequence[str]]) -> No
             from lingua.config.base import ConfigError
 
             raise ConfigError(
-                f"{config} came with weights and names code to run here ({named}); nothing of it was imported: "
+                f"{config} came with weights and names code to run here ({named}); nothing of it has run: "
                 "read it, then add --trust (in Python: trust=True)"
             )
 

@@ -16,13 +16,15 @@ from typing import Any
 
 from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine
+from lingua.config.compose import code_named
 from lingua.config.keys.launch import LauncherArgs
+from lingua.config.trust import check_code
 from lingua.files import make_folder, write_whole
 from lingua.launch.job import JOBS, freeze_job
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
 from lingua.slurm import Runner, job_script, outside_job, run_command, submit
-from lingua.train.check import load
+from lingua.train.check import Checked, load
 
 RUN_SCRIPT = "run.sh"
 BODY = Path("scripts", "job.sh")
@@ -74,6 +76,7 @@ def freeze_launch(line: CommandLine, base_dir: Path, *, dry_run: bool = False) -
     """
     must_be_checkout(base_dir)
     checked = load(line)
+    check_job_code(line, checked)
     launcher = complete_launcher(checked)
     key = "launch-" + sha256(repr((line.config, line.overlays, line.overrides)).encode()).hexdigest()[:8]
     job_file = Path(checked.args.dump_dir).absolute() / JOBS / f"{key}.json"
@@ -101,6 +104,13 @@ def submit_run(
 def must_be_checkout(base_dir: Path) -> None:
     if not (base_dir / BODY).is_file():
         raise ConfigError(f"{base_dir} is not a checkout of lingua: it has no {BODY}; launch from yours")
+
+
+def check_job_code(line: CommandLine, checked: Checked) -> None:
+    """Raise ConfigError if shell lines or variables of the job were named beside weights, and are not trusted."""
+    code = code_named(checked.frozen, checked.composed.marks)
+    of_job = {key: names for key, names in code.items() if key.startswith("launcher.")}
+    check_code([] if line.config is None else [Path(line.config).expanduser()], of_job)
 
 
 def complete_launcher(checked: Any) -> LauncherArgs:

@@ -45,7 +45,7 @@ from lingua.files import (
 )
 from lingua.launch.job import write_job
 from lingua.launch.local_ranks import POLL_S, signals_passed_on, start_below
-from lingua.launch.submit import RUN_SCRIPT, complete_launcher, must_be_checkout, run_script, submit_run
+from lingua.launch.submit import RUN_SCRIPT, check_job_code, complete_launcher, must_be_checkout, run_script, submit_run
 from lingua.logger import RANK_LOGS
 from lingua.report.diff import flatten, label
 from lingua.run.code_snapshot import freeze_code
@@ -168,6 +168,7 @@ def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) ->
     _must_not_share(checked)
     _must_differ(checked, [label(each) for each in values])
     sweep = Sweep(folder, args.name, line.typed, list(values[0]), values, at_once)
+    check_job_code(line, checked[0])
     launcher = _same_launcher(checked)
     array = array_of(sweep.numbers, at_once)
     script = run_script(sweep.name, launcher, base_dir, sweep.task_file(1).absolute(), array)

@@ -76,6 +76,17 @@ def test_no_command_imports_what_a_config_beside_weights_names(
     assert not (weights.parent / "ran").exists()
 
 
+@pytest.mark.parametrize("command", [["launch"], ["sweep", "start", "optim.lr=1e-3,2e-3"]], ids=" ".join)
+def test_a_job_runs_no_shell_lines_that_came_with_weights(weights: Path, lingua: Lingua, command: list[str]) -> None:
+    (weights / "config.yaml").write_text("launcher: {setup: [touch ran], env: {set: {LD_PRELOAD: secret.so}}}\n")
+    status, _, error = lingua(*command, "weights/config.yaml", "--dry-run")
+    assert status == 2
+    assert "code to run here (launcher.env.set.LD_PRELOAD: LD_PRELOAD; launcher.setup: touch ran); nothing" in error
+    status, _, error = lingua(*command, "weights/config.yaml", "--dry-run", "--trust")
+    assert status == 0, error
+    assert lingua("check", "weights/config.yaml")[0] == 0  # no job, no shell
+
+
 def test_the_python_door_refuses_it_too(weights: Path) -> None:
     with pytest.raises(ConfigError, match="plugins: stranger"):
         product.load(weights)
