@@ -1,7 +1,7 @@
 """Logging to the terminal and the run folder, in one format that shows the rank.
 
-Rank 0 logs to the terminal, other ranks only warnings; each rank has its own file. A log file that cannot be written
-(disk full, quota) never ends a run: the terminal shows one message, and the run continues.
+Secrets are masked. Rank 0 logs to the terminal, other ranks only warnings; each rank has its own file. A log file that
+cannot be written (disk full, quota) never ends a run: the terminal shows one message, and the run continues.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 from typing import TextIO
+
+from lingua.masking import public_text
 
 MAIN_LOG = "train.log"
 RANK_LOGS = "logs"
@@ -32,7 +34,7 @@ class _Format(logging.Formatter):
         super().__init__(f"%(asctime)s %(levelname)-7s {rank}: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(public_text(super().format(record)))
 
 
 class _Terminal(logging.StreamHandler):

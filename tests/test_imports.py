@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # A name imports only names of lower levels, and its own modules.
 LEVELS = [
+    ["masking"],
     ["files", "interrupt", "logger", "signals"],
     ["config"],
     ["slurm", "tokenizer"],

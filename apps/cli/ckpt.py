@@ -321,7 +321,7 @@ def consolidate(
     from lingua.checkpoint.metadata import read_tensors
     from lingua.checkpoint.tools.copy import travelling_config
     from lingua.checkpoint.tools.diff import CONSOLIDATED, consolidate
-    from lingua.config.frozen import CONFIG_FILE, dump_yaml
+    from lingua.config.frozen import CONFIG_FILE, public_yaml
     from lingua.files import human_bytes, write_whole
 
     one = lookup.intact(place, needed=is_weights)
@@ -333,7 +333,7 @@ def consolidate(
         n_bytes = consolidate(one.folder, tensors, target, progress.advance)
     config = travelling_config(one.run_dir) if one.run_dir is not None else None
     if config is not None and target.parent == out:
-        write_whole(out / CONFIG_FILE, dump_yaml(config))
+        write_whole(out / CONFIG_FILE, public_yaml(config))
     show({"file": target, "bytes": n_bytes, "folder": one.folder}, as_json, [f"{target} ({human_bytes(n_bytes)})"])
 
 

@@ -148,7 +148,7 @@ def make_export(
     from lingua.checkpoint.export_weights import as_ours, as_theirs, write_safetensors
     from lingua.checkpoint.load_weights import open_source
     from lingua.config.base import ConfigError
-    from lingua.config.frozen import CONFIG_FILE, dump_yaml
+    from lingua.config.frozen import CONFIG_FILE, public_yaml
     from lingua.distributed.parallelize import DTYPES
     from lingua.files import DISK, whole_folder, write_whole
     from lingua.train.describe import config_of
@@ -179,7 +179,7 @@ def make_export(
             progress.begin("writing", sum(item.size_bytes for item in items))
             write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
         if form is not Format.hf:
-            write_whole(folder / CONFIG_FILE, dump_yaml(_travelling(config)), files=files)
+            write_whole(folder / CONFIG_FILE, public_yaml(_travelling(config)), files=files)
         _count(made, folder)
     return made
 

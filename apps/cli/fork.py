@@ -20,7 +20,7 @@ from lingua.checkpoint import layout, lookup, metadata, publish
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
-from lingua.config.frozen import CONFIG_FILE, Difference, compare, dump_yaml, read_frozen
+from lingua.config.frozen import CONFIG_FILE, Difference, compare, public_yaml, read_frozen
 from lingua.config.keys.data import DataArgs
 from lingua.config.trust import found
 from lingua.files import RunError, entries, read_json, write_whole
@@ -82,7 +82,7 @@ def fork(place: str, folder: Path, words: Sequence[str], world_size: int | None 
         raise ConfigError(problems)
     folder.mkdir(parents=True, exist_ok=True)
     pinned_until = _pin(checkpoint, folder)
-    write_whole(folder / CONFIG_FILE, dump_yaml(checked.frozen))
+    write_whole(folder / CONFIG_FILE, public_yaml(checked.frozen))
     own = (*_SET_BY_FORK, *_NOT_INHERITED, "name", "checkpoint.continue_training_from_init")
     changes = [d.change for d in differences if d.key not in own or any(w.startswith(f"{d.key}=") for w in words)]
     return Fork(folder, origin, changes, checked.warnings, pinned_until)

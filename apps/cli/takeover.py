@@ -30,7 +30,7 @@ from lingua.checkpoint.tools.copy import chunks
 from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine
 from lingua.config.compose import compose
-from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_frozen
+from lingua.config.frozen import CONFIG_FILE, public_yaml, read_frozen
 from lingua.config.trust import found
 from lingua.files import DISK, Files, RunError, entries, free_bytes, human_bytes, read_json, whole_folder, write_whole
 from lingua.train.build import fresh_shared
@@ -78,7 +78,7 @@ def take_over(old: Path, out: Path, progress: Progress, *, config: Path | None =
         for name, content in made_here.items():
             facts[name] = publish.write_hashed(folder / target / name, [content], files=files)
         write_whole(folder / target / layout.MANIFEST, publish.manifest_bytes(step, 0, facts), files=files)
-        write_whole(folder / CONFIG_FILE, dump_yaml(checked.frozen), files=files)
+        write_whole(folder / CONFIG_FILE, public_yaml(checked.frozen), files=files)
         files.fsync_dir(folder / TAKEN_OVER)
     notes = [
         *checked.warnings,

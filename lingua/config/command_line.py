@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lingua.config.trust import DEFAULT_APP, check_code, found, trusting
 from lingua.logger import printable
+from lingua.masking import public_text
 
 if TYPE_CHECKING:
     from lingua.config.keys.train import TrainArgs
@@ -204,10 +205,10 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
     except Exception as error:
         code = _exit_code(error)
         if wants_traceback(words) or code is None:
-            traceback.print_exc()
+            print(printable(public_text(traceback.format_exc())), end="", file=sys.stderr)
         elif code != EXIT_BAD_CONFIG or not _said_by_rank_0(error):
             for sentence in getattr(error, "problems", [_sentence(error)]):
-                print(f"error: {printable(sentence)}", file=sys.stderr)
+                print(f"error: {printable(public_text(sentence))}", file=sys.stderr)
         return code or EXIT_FAILED
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from lingua.config.base import Args, Written, WrittenFloat, WrittenInt, plain, show
 from lingua.config.yaml_layers import CORE_SCHEMA, escape, read_yaml, unescape
+from lingua.masking import public_tree
 
 CONFIG_FILE = "config.yaml"
 ORIGIN_FILE = "config.origin.yaml"
@@ -155,6 +156,11 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     return yaml.dump(escaped, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def public_yaml(tree: Mapping[str, Any]) -> str:
+    """Return the YAML of a config for a folder that others may read, with secrets masked."""
+    return dump_yaml(public_tree(tree))
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return the values of a frozen config. Raises ConfigError if it cannot be read."""
     return _with_texts(read_yaml(path).tree, unescape)
@@ -185,8 +191,10 @@ def rule_of(key: str) -> Rule:
 
 
 def compare(frozen: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return every key whose value changed. A key on one side only (written by another version) does not count."""
-    return [Difference(key, old, now, rule_of(key)) for key, old, now in _changes(frozen, new, "")]
+    """Return every key whose value changed. A key on one side only (written by another version) does not count, and
+    neither does a secret, which a frozen config does not hold."""
+    changes = _changes(public_tree(frozen), public_tree(new), "")
+    return [Difference(key, old, now, rule_of(key)) for key, old, now in changes]
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:

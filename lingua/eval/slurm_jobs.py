@@ -77,7 +77,7 @@ class EvalJobs:
         """Submit the job unless it waits or runs already. Raises RunError if Slurm does not answer."""
         make_folder(folder, "evals")
         script = folder / RUN_SCRIPT
-        write_whole(script, self.render(folder, name, step), mode=0o755)
+        write_whole(script, self.render(folder, name, step), mode=0o700)
         job_id = submit(script, self.asked, folder, once=name, run=self.run)
         log.info("step %d is evaluated by job %s: %s", step, job_id, folder)
 

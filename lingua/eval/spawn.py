@@ -228,7 +228,7 @@ class Beside(Evaluation):
         asked = LauncherArgs.model_validate(evaluation.model_dump() | small)
         name = f"follow-{read_run_id(run_root(self.run_dir))}"
         script = make_folder(self.run_dir / layout.EVALS, "evals") / SCRIPT
-        write_whole(script, self.render(name, asked), mode=0o755)
+        write_whole(script, self.render(name, asked), mode=0o700)
         output = log_pattern(self.run_dir / RANK_LOGS, "evaluator")
         env = follower_environment(self.env, None)
         return submit(script, asked, script.parent, output=output, once=name, env=env, run=self.run)

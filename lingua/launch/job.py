@@ -42,6 +42,7 @@ from lingua.files import RunError, make_folder, read_json, write_json, write_who
 from lingua.launch.local_ranks import PATIENCE_S, meeting_point, rank_env, run_ranks
 from lingua.launch.requeue import Outcome, RequeueDecision, judge
 from lingua.logger import RANK_LOGS
+from lingua.masking import MASK, public_word
 from lingua.run.code_snapshot import environment, freeze_code
 from lingua.run.failure import KINDS, Failure, classify, read_failures
 from lingua.run.folder import EXIT_FAILED, STOP_FILE
@@ -96,11 +97,16 @@ def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
 
 
 def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
-    """Write a checked config as a job file, with the YAML beside it."""
-    write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen))
+    """Write a checked config as a job file, with the YAML beside it, which only its owner may read."""
+    if MASK in str(checked.frozen["launcher"]):
+        masked = [f"launcher.env.set.{name}" for name, text in checked.args.launcher.env.set.items() if MASK in text]
+        what = f"{', '.join(masked) or 'launcher'} holds {MASK} in place of a secret, which no run folder keeps"
+        raise ConfigError(f"{what}; set it again on the command line")
+    write_whole(job_file.with_suffix(".yaml"), dump_yaml(checked.frozen), mode=0o600)  # ranks need its secrets
     accepted, n_ranks = "accept-change" in line.flags, checked.resolved.world_size
     origins = checked.composed.origins()
-    write_json(job_file, {"typed": line.typed, "accept_change": accepted, "n_ranks": n_ranks, "origins": origins})
+    typed = [public_word(word) for word in line.typed]
+    write_json(job_file, {"typed": typed, "accept_change": accepted, "n_ranks": n_ranks, "origins": origins})
 
 
 def begin(env: Mapping[str, str]) -> int:

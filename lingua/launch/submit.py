@@ -85,7 +85,7 @@ def freeze_launch(line: CommandLine, base_dir: Path, *, dry_run: bool = False) -
         print(f"warning: {warning}", file=sys.stderr)
     if not dry_run:
         freeze_job(checked, line, base_dir, key)
-        write_whole(path, text, mode=0o755)
+        write_whole(path, text, mode=0o700)
     return path, text, launcher
 
 

@@ -16,13 +16,14 @@ from typing import Any
 
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, read_config
 from lingua.files import RunError, human_bytes, write_whole
+from lingua.masking import public_text
 from lingua.report.charts import brief, interrupted_picture, pictures_of, probe_picture, spent_picture, time_line
 from lingua.report.diff import ABSENT, config_differences, flatten, keys_that_differ, telling_labels
 from lingua.report.figure import COLORS, Picture
 from lingua.report.heat_maps import read_probes
 from lingua.report.history import LOSS, MFU, SPENT, WPS, Event, History, Scores, keys_of
 from lingua.report.status import LIVING, status_of, why
-from lingua.run.folder import public_text, public_value
+from lingua.run.folder import public_value
 from lingua.run.lock import Owner, this_process
 from lingua.run.metrics import PROBE_FILE
 

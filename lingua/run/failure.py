@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lingua.files import DiskError, RunError, entries, read_json, write_json
 from lingua.logger import RANK_LOGS
+from lingua.masking import public_text
 
 log = logging.getLogger(__name__)
 
@@ -166,12 +167,12 @@ class Failure:
 
 
 def failure_of(error: BaseException, **more: Any) -> Failure:
-    """Describe an error that was raised in this process."""
+    """Describe an error that was raised in this process, with secrets masked."""
     return Failure(
         kind=classify(error),
         type=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
+        message=public_text(str(error)),
+        traceback=public_text("".join(traceback.format_exception(error))),
         host=socket.gethostname(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         **more,

@@ -1,7 +1,7 @@
 """Writes what explains a run into its folder: the command, the environment without secrets, and how it ended.
 
-Values of variables that may be secrets are never written. `stop.json` repeats the exit code, since launchers in between
-change it (torchrun turns 75 into 1).
+Values that look like secrets are never written (lingua/masking.py). `stop.json` repeats the exit code, since launchers
+in between change it (torchrun turns 75 into 1).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import orjson
 from lingua.config.base import show
 from lingua.files import DISK, entries, read_bytes, write_reserved, write_whole
 from lingua.logger import RANK_LOGS
+from lingua.masking import command_line, public_text, public_tree, public_variables
 from lingua.signals import STOP_REQUEST
 
 log = logging.getLogger(__name__)
@@ -36,46 +37,25 @@ _SHOWN = re.compile(
     r"^(SLURM|SBATCH|CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|LINGUA|WANDB|HF|UV|PYTHON|TRITON)"
     r"|^(PATH|LD_LIBRARY_PATH|HOSTNAME|USER|TMPDIR|BASE_DIR|CONFIG_FILE|EXTRA_ARGS|VIRTUAL_ENV)$"
 )
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH|COOKIE|JWT", re.IGNORECASE)
-_SECRET_KEY = re.compile(r"(^|_)(secret|password|passwd|token|api_?key|credentials?|auth)s?$", re.IGNORECASE)
-_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def public_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that explain a run; values of variables that look like secrets are masked."""
-    shown = {name: value for name, value in sorted(env.items()) if _SHOWN.search(name)}
-    return {name: "***" if _SECRET.search(name) else _URL_LOGIN.sub("***@", value) for name, value in shown.items()}
-
-
-def public_text(text: str) -> str:
-    """Mask logins in addresses."""
-    return _URL_LOGIN.sub("***@", text)
+    """Return the variables that explain a run, with secrets masked."""
+    return public_variables({name: value for name, value in sorted(env.items()) if _SHOWN.search(name)})
 
 
 def public_value(key: str, value: Any, at_most: int = 80) -> str:
-    """Format the value of a config key; values of keys that look like secrets are masked.
-
-    Keys of `env` are judged like variables of the environment, others (`tokenizer`, `text_key`) by whole words.
-    """
-    return public_text(show(_without_secrets(key, value), at_most))
-
-
-def _without_secrets(key: str, value: Any) -> Any:
-    name = key.rpartition(".")[2]
-    if value is not None and (_SECRET.search(name) if key.startswith("env.") else _SECRET_KEY.search(name)):
-        return "***"
-    if isinstance(value, Mapping):
-        return {inner: _without_secrets(f"{key}.{inner}", v) for inner, v in value.items()}
-    return [_without_secrets(key, v) for v in value] if isinstance(value, list) else value
+    """Format the value of a config key, with secrets masked."""
+    return public_text(show(public_tree(value, key), at_most))
 
 
 def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:
     """Write run.sh (the command of the newest attempt; that of `lingua launch` stays) and env.txt."""
-    command, script = shlex.join([sys.executable, *argv]), run_dir / "run.sh"
+    command, script = command_line([sys.executable, *argv]), run_dir / "run.sh"
     if not script.is_file() or b"\n#SBATCH" not in read_bytes(script):
         write_whole(script, f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in public_environment(env).items()]
-    write_whole(run_dir / "env.txt", "".join(lines).encode())
+    write_whole(run_dir / "env.txt", "".join(lines).encode(), mode=0o600)
 
 
 def end_asked_for(received: str) -> tuple[str, int]:
@@ -108,7 +88,7 @@ def reserve_last_words(run_dir: Path) -> None:
 
 def describe_stop(run_dir: Path, reason: str, exit_code: int, **more: Any) -> None:
     """Write stop.json: why the newest attempt ended. If that fails, log it; there is still the exit code."""
-    record, path = {"reason": reason, "exit_code": exit_code, **more}, run_dir / STOP_FILE
+    record, path = public_tree({"reason": reason, "exit_code": exit_code, **more}), run_dir / STOP_FILE
     try:
         try:
             write_whole(path, _json(record))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import sys
 import time
 import uuid
 from collections import deque
@@ -23,6 +24,7 @@ import orjson
 
 from lingua.config.keys.logging import LoggingArgs, WandbArgs
 from lingua.files import no_follow, read_bytes
+from lingua.masking import public_tree, public_word
 from lingua.run.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -258,7 +260,8 @@ class _WandbRun:
         import wandb  # takes half a second, and only some runs use it
 
         limits = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": WANDB_INIT_S}
-        self._run = wandb.init(config=dict(config), settings=limits, **settings)
+        sys.argv = [public_word(word) for word in sys.argv]  # wandb keeps it
+        self._run = wandb.init(config=public_tree(config), settings=limits, **settings)
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
         self.folder: str | None = str(Path(self._run.dir).parent)

@@ -47,6 +47,7 @@ from lingua.launch.job import write_job
 from lingua.launch.local_ranks import POLL_S, signals_passed_on, start_below
 from lingua.launch.submit import RUN_SCRIPT, check_job_code, complete_launcher, must_be_checkout, run_script, submit_run
 from lingua.logger import RANK_LOGS
+from lingua.masking import public_tree, public_word
 from lingua.report.diff import flatten, label
 from lingua.run.code_snapshot import freeze_code
 from lingua.run.folder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE
@@ -106,7 +107,8 @@ class Sweep:
 
     def save(self, folder: Path) -> None:
         """Write sweep.json into `folder`, which becomes the sweep's."""
-        write_json(folder / SWEEP_FILE, {key: value for key, value in asdict(self).items() if key != "folder"})
+        record = {key: value for key, value in asdict(self).items() if key != "folder"}
+        write_json(folder / SWEEP_FILE, public_tree(record | {"typed": [public_word(word) for word in self.typed]}))
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -276,7 +278,7 @@ def make_sweep(plan: Plan, base_dir: Path) -> Sweep:
         freeze_code(base_dir, draft)
         for number, line, checked in zip(sweep.numbers, plan.lines, plan.checked, strict=True):
             write_job(checked, line, draft / TASKS / f"{number}.json")
-        write_whole(draft / RUN_SCRIPT, plan.script, mode=0o755)
+        write_whole(draft / RUN_SCRIPT, plan.script, mode=0o700)
         sweep.save(draft)
         draft.rename(folder)
     except OSError as error:

@@ -18,6 +18,7 @@ from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.files import human_bytes
+from lingua.masking import public_tree
 from lingua.run.throughput import PEAKS, find_peak
 from lingua.train.check import Checked, load
 from lingua.train.sizes import Resolved
@@ -65,7 +66,7 @@ def too_large(figures: list[Fact], gpu: str) -> list[str]:
 
 def as_record(checked: Checked, figures: list[Fact]) -> dict[str, Any]:
     return {
-        "config": checked.args.model_dump(mode="json"),
+        "config": public_tree(checked.args.model_dump(mode="json")),
         "origins": checked.composed.origins(),
         "facts": {fact.name: fact.value for fact in figures},
         "formulas": {fact.name: fact.how for fact in figures},
@@ -153,7 +154,7 @@ def _print(checked: Checked, figures: list[Fact]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    print("\n".join(annotated(checked.args.model_dump(mode="json"), checked.composed.origins())))
+    print("\n".join(annotated(public_tree(checked.args.model_dump(mode="json")), checked.composed.origins())))
     table = Table("", "value", "how", box=None, pad_edge=False, header_style="bold")
     for fact in figures:
         table.add_row(fact.name.replace("_", " "), Text(fact.shown, justify="right"), Text(fact.how))

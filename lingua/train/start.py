@@ -20,7 +20,7 @@ from lingua.checkpoint.layout import done_steps
 from lingua.checkpoint.load_weights import copy_weights
 from lingua.config.base import ConfigError
 from lingua.config.compose import code_named
-from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml
+from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yaml
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
@@ -118,7 +118,7 @@ def _note_failure(log_file: logging.Handler, error: Exception) -> None:
 
 
 def _freeze_config(path: Path, checked: Checked, attempt: int) -> None:
-    text, file = dump_yaml(checked.frozen).encode(), path / CONFIG_FILE
+    text, file = public_yaml(checked.frozen).encode(), path / CONFIG_FILE
     if file.is_file() and read_bytes(file) != text:
         write_whole(path / f"config.{attempt - 1:04d}.yaml", file.read_bytes())
     write_whole(file, text)

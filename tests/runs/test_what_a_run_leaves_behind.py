@@ -1,6 +1,9 @@
 """The run folder: config with origins, command, metrics, validation, profile; nothing secret."""
 
 import gzip
+import logging
+import os
+import time
 from pathlib import Path
 
 import orjson
@@ -8,9 +11,14 @@ import pytest
 import yaml
 
 import apps.main.loop
+from lingua.report.facts import read_run
+from lingua.report.history import read_history
+from lingua.report.page import write_report
+from lingua.run.lock import this_process
 from lingua.run.metrics import read_metrics
 from lingua.run.watchdog import Watchdog
 from lingua.train.learner import Run
+from tests.lingua.test_masking import VARIABLES
 from tests.trainer import TINY, at_step, kill_self, train
 
 
@@ -71,6 +79,34 @@ def test_no_secret_is_left_anywhere(run_dir: Path):
     for file in run_dir.rglob("*"):
         if file.is_file():
             assert b"s3cret" not in file.read_bytes(), file
+
+
+def test_forty_spellings_of_secrets_are_in_no_file_of_a_run_and_its_report(tmp_path: Path):
+    variables = {f"{prefix}_{name}": f"s3cr3t-{i}" for i, name in enumerate(VARIABLES) for prefix in ("HF", "UV")}
+    words = [*TINY, f"dump_dir={tmp_path}", "steps=3", "logging.wandb.mode=offline"]
+    words += ["data.root_dir=s3://AKID:s3cr3t-a/b@bucket/x"]
+    words += [f"launcher.env.set.{name}=s3cr3t-{i}" for i, name in enumerate(VARIABLES)]
+    words += ["launcher.setup=['export HF_PAT=s3cr3t-p', 'pip config --password s3cr3t-q']"]
+
+    def fail() -> None:
+        logging.getLogger("lingua").warning("cannot reach https://me:s3cr3t-u@host/x")
+        raise RuntimeError(f"{os.environ['HF_MY_KEY']} is refused by s3:/AKID:s3cr3t-a/b@bucket/x")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.setenv("UV_INDEX", "corp=https://dl.cloudsmith.io/s3cr3t-i/simple/")
+        failed = train(words, hook=at_step(2, fail))
+        assert failed.exit_code == 1
+        assert train(words).exit_code == 0
+    write_report([read_history(read_run(tmp_path), this_process(), time.time())], None, tmp_path / "png")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    kinds = {"env.txt", "config.yaml", "run.sh", "report.html", "stop.json", "error_0.0001.json", "train.log"}
+    assert kinds <= {file.name for file in files}
+    assert any(file.suffix == ".wandb" for file in files)
+    assert [file for file in files if b"s3cr3t" in file.read_bytes()] == []
+    assert "s3cr3t" not in failed.output
+    assert (tmp_path / "env.txt").stat().st_mode & 0o777 == 0o600
 
 
 def test_the_profile_opens(run_dir: Path):

@@ -20,7 +20,7 @@ from lingua.checkpoint import layout, publish
 from lingua.checkpoint.lookup import Checkpoint, root_of
 from lingua.checkpoint.pins import pinned
 from lingua.checkpoint.publish import DamagedError, Manifest
-from lingua.config.frozen import CONFIG_FILE, dump_yaml, read_frozen
+from lingua.config.frozen import CONFIG_FILE, public_yaml, read_frozen
 from lingua.files import DISK, Buffer, Files, RunError, free_bytes, human_bytes, write_whole
 from lingua.run.lock import RunLock, this_process
 from lingua.slurm import this_job
@@ -60,7 +60,7 @@ def copy_checkpoint(
                 coming = layout.coming(layout.folder(target_root, step), lock.attempt)
                 _copy_files(source, coming, advance, renew, files)
                 if config is not None:
-                    write_whole(target_dir / CONFIG_FILE, dump_yaml(config), files=files)
+                    write_whole(target_dir / CONFIG_FILE, public_yaml(config), files=files)
                 lock.check()
                 seconds = time.monotonic() - began_s
                 publish.publish(target_root, step, lock.attempt, facts, seconds=seconds, files=files)

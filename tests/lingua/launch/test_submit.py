@@ -12,6 +12,7 @@ import pytest
 from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
 from lingua.config.keys.launch import LaunchEnvArgs, LauncherArgs
+from lingua.launch.job import rank_variables, read_job
 from lingua.launch.submit import launch, run_script
 from tests.trainer import TINY
 
@@ -90,6 +91,28 @@ def test_a_launch_freezes_and_submits(
     (config,) = (run_dir / "jobs").glob("launch-*.yaml")
     assert "global_batch_size: 4" in config.read_text(), "two ranks of batch_size 2"
     assert (run_dir / "run.sh").stat().st_mode & 0o111
+
+
+def test_only_their_owner_may_read_the_files_of_a_job_that_hold_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    words = [*TINY, f"dump_dir={tmp_path / 'run'}", "steps=2", "launcher.setup=['export HF_TOKEN=s3cr3t']"]
+    assert launch(parse_command_line([*words, "launcher.env.set.HF_PAT=s3cr3t"]), base_dir=ROOT, run=Sbatch()) == 0
+    holding = {file for file in tmp_path.rglob("*") if file.is_file() and b"s3cr3t" in file.read_bytes()}
+    assert {file.suffix for file in holding} == {".yaml", ".sh"}
+    assert [oct(file.stat().st_mode & 0o077) for file in holding] == ["0o0"] * 2
+    (job_file,) = (tmp_path / "run" / "jobs").glob("launch-*.json")
+    assert rank_variables(read_job(job_file, None), {})["HF_PAT"] == "s3cr3t"
+
+
+def test_a_config_whose_secrets_were_masked_is_not_launched_with_the_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    words = [*TINY, f"dump_dir={tmp_path / 'run'}", "launcher.env.set.HF_PAT='***'"]
+    with pytest.raises(ConfigError, match=r"launcher\.env\.set\.HF_PAT holds \*\*\* in place of a secret"):
+        launch(parse_command_line(words), base_dir=ROOT, run=Sbatch())
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
