@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lingua.config.base import ConfigError
 from lingua.config.trust import VARIABLE
-from lingua.files import make_folders, remove_leftover
+from lingua.files import make_folders, remove_leftover, write_json
+from lingua.run.provenance import COMMIT_FILE, describe_code
 
 FOLDER = "code"
 _KEPT = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".sh", ".slurm", ".lock", ".html", ".mplstyle")
@@ -35,6 +36,8 @@ def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
         target = draft / path.relative_to(tree)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    if (facts := describe_code(tree))["commit"] is not None:
+        write_json(draft / COMMIT_FILE, facts)
     if code.is_dir():
         code.rename(_free_name(code))
     try:

@@ -21,6 +21,7 @@ from lingua.config.base import show
 from lingua.files import DISK, entries, read_bytes, write_reserved, write_whole
 from lingua.logger import RANK_LOGS
 from lingua.masking import command_line, public_text, public_tree, public_variables
+from lingua.run.provenance import RUN_FILE
 from lingua.signals import STOP_REQUEST
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,10 @@ def end_asked_for(received: str) -> tuple[str, int]:
 def archive_exit_records(run_dir: Path, attempt: int) -> None:
     """Rename what an earlier attempt left at its end, so that stop.json and the like are the newest attempt's.
 
-    Attempt 1 has logs/stop.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt.
+    Attempt 1 has logs/stop.0001.json, logs/run.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt.
     """
     left = [path for path in entries(run_dir / RANK_LOGS) if re.fullmatch(r"(error|stacks)_\d+\.(json|txt)", path.name)]
-    for path in (run_dir / STOP_FILE, *left):
+    for path in (run_dir / STOP_FILE, run_dir / RUN_FILE, *left):
         target = run_dir / RANK_LOGS / f"{path.stem}.{attempt:04d}{path.suffix}"
         if path.is_file():
             target.parent.mkdir(exist_ok=True)

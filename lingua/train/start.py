@@ -6,13 +6,16 @@ its errors are raised on all ranks.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +31,7 @@ from lingua.config.trust import note_run
 from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
 from lingua.distributed.process_group import World, from_main, on_every_rank
+from lingua.distributed.same_config import code_of
 from lingua.files import DiskError, read_bytes, write_whole
 from lingua.logger import log_to_folder
 from lingua.model.attention import resolve_attn_impl
@@ -35,6 +39,7 @@ from lingua.model.generate import Generator
 from lingua.run.folder import archive_exit_records, describe_start, reserve_last_words
 from lingua.run.lock import RunLock, this_process
 from lingua.run.metrics import MetricLogger
+from lingua.run.provenance import record_run
 from lingua.run.throughput import Meter, find_peak
 from lingua.slurm import this_job
 from lingua.train.check import Checked
@@ -74,7 +79,9 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
         # After the config: what the last attempt left may be the reason why this one is allowed to differ.
         archive_exit_records(path, attempt - 1)
         note_run(path, code_named(checked.frozen))
-        describe_start(path, ["-m", f"{checked.args.app}.train", *words])
+        command = ["-m", f"{checked.args.app}.train", *words]
+        describe_start(path, command)
+        record_run(path, attempt, [sys.executable, *command], _code_folder(checked.args.app), **_facts(checked, world))
         return attempt
 
     try:
@@ -91,6 +98,24 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
     finally:
         if lock is not None:
             lock.release()
+
+
+def _code_folder(app: str) -> Path:
+    """Return the folder from which the app is imported."""
+    spec = importlib.util.find_spec(app)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]).parents[app.count(".")] if places else Path.cwd()
+
+
+def _facts(checked: Checked, world: World) -> dict[str, Any]:
+    on_gpu = world.device.type == "cuda"
+    return {
+        "code": code_of(["lingua", checked.args.app, *checked.args.plugins]),
+        "ranks": world.rank_info.world_size,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else "CPU",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
 
 
 def settle_config(run: Run, checked: Checked, attempt: int) -> None:

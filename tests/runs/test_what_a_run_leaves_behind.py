@@ -75,6 +75,17 @@ def test_the_config_is_kept_with_the_place_of_every_value(run_dir: Path):
     assert origin["optim.beta1"] == "default"
 
 
+def test_what_ran_is_recorded(run_dir: Path):
+    record = orjson.loads((run_dir / "run.json").read_bytes())
+    assert record["attempt"] == 1
+    assert record["command"][1:3] == ["-m", "apps.main.train"]
+    assert record["packages"]["torch"] == record["torch"].partition("+")[0]
+    assert record["code"].keys() == {"the code of lingua", "the code of apps.main"}
+    assert (record["device"], record["ranks"]) == ("CPU", 1)
+    assert record["host"]
+    assert {"commit", "diff", "untracked"} <= record.keys()
+
+
 def test_no_secret_is_left_anywhere(run_dir: Path):
     for file in run_dir.rglob("*"):
         if file.is_file():
