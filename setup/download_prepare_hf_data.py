@@ -40,6 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text_key", help="field (or column) with the text (text, else content); data.sources needs it too")
     add("--max_bad_fraction", type=float, default=0.01, help="end if more lines hold no document (%(default)s)")
     add("--revision", help="branch, tag or commit of the data set (main, as it is at the first start)")
+    add("--offline", action="store_true", help="ask no hub: use a complete download, or end at once")
     add("--workers", type=int, help="processes (as many as cores and memory allow)")
     add("--json", action="store_true", help="print the manifest, seconds per stage and peak memory as JSON")
     return parser.parse_args(argv)
@@ -48,6 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(words: list[str]) -> int:
     args = parse(words)
     start_logging()
+    if args.offline:
+        hub.stay_offline()
     job = Job(
         dataset=args.dataset,
         memory_bytes=int(args.memory * 1e9),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lingua.config.command_line import run_main
-from lingua.data.prepare.hub import asking_the_hub
+from lingua.data.prepare.hub import asking_the_hub, must_reach_hub
 
 
 class Place(NamedTuple):
@@ -41,6 +41,7 @@ def fetch(name: str, folder: Path, api_key: str | None = None) -> Path:
     if place is None:
         raise ValueError(f"no tokenizer {name!r}; there are {', '.join(sorted(TOKENIZERS))}, or give owner/repository")
     with asking_the_hub(f"fetching {place.file} of {place.repo}"):
+        must_reach_hub()
         return Path(hf_hub_download(place.repo, place.file, local_dir=folder, token=api_key))
 
 

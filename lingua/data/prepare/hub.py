@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from lingua.data.prepare.convert import SUFFIXES
 from lingua.data.prepare.worker_pool import is_disk_full, need_space
@@ -27,6 +30,8 @@ log = logging.getLogger(__name__)
 
 STATE = ".download.json"
 N_THREADS = 16
+REACH_S = 5.0
+"""How long the hub has to accept a connection."""
 
 
 class HubSet(NamedTuple):
@@ -91,7 +96,8 @@ def asking_the_hub(what: str) -> Iterator[None]:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise RunError(f"{what}: HF_HUB_OFFLINE is set, so the hub cannot be asked; unset it")
+        why = "HF_HUB_OFFLINE is set, by --offline or the environment"
+        raise RunError(f"{what}: {why}, so the hub cannot be asked; unset it")
     try:
         yield
     except Exception as error:
@@ -102,6 +108,28 @@ def asking_the_hub(what: str) -> Iterator[None]:
             f"{what}: {type(error).__name__}: {reason}; check the network, the name, the revision and your access "
             "(HF_TOKEN), then give the same command again: it continues from here"
         ) from error
+
+
+def stay_offline() -> None:
+    """Ask no hub from now on, as HF_HUB_OFFLINE does where it is set before the start."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+
+
+def must_reach_hub() -> None:
+    """Raise OSError unless something listens there, or at the proxy: the hub's client would try for minutes."""
+    from huggingface_hub import constants
+
+    log.info("asking %s", constants.ENDPOINT)
+    place = urlsplit(constants.ENDPOINT)
+    if (proxy := getproxies().get(place.scheme)) and not proxy_bypass(place.netloc):
+        place = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host, port = place.hostname or "", place.port or (443 if place.scheme == "https" else 80)
+    try:
+        socket.create_connection((host, port), REACH_S).close()
+    except OSError as error:
+        raise OSError(f"{host}:{port} cannot be reached ({error.strerror or error})") from None
 
 
 def fetch(
@@ -163,6 +191,7 @@ def _resolve(dataset: str, revision: str) -> Snapshot:
 
     place, api = DATASETS[dataset], HfApi()
     with asking_the_hub(f"listing {place.repo} at {revision}"):
+        must_reach_hub()
         commit = api.dataset_info(place.repo, revision=revision).sha
         assert isinstance(commit, str)
         found = [
@@ -182,6 +211,7 @@ def _download(snapshot: Snapshot, place: HubSet, folder: Path) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     with asking_the_hub(f"fetching {snapshot.repo}"):
+        must_reach_hub()
         snapshot_download(
             snapshot.repo,
             repo_type="dataset",

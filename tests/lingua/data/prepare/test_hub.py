@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +33,22 @@ sys.path.insert(0, "setup")
 import download_prepare_hf_data as script
 sys.exit(script.main())
 """
+
+
+def test_without_a_network_the_command_says_so_at_once(tmp_path: Path):
+    silent = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{silent.getsockname()[1]}"
+    silent.close()  # now nobody listens there, and connections are refused
+    env = {**os.environ, "HF_ENDPOINT": f"http://{address}", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", RUN, "fineweb_edu_10bt", "1", "--data_dir", str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"asking http://{address}" in done.stderr
+    assert f"listing HuggingFaceFW/fineweb-edu at main: OSError: {address} cannot be reached (Connection" in done.stderr
+    offline = subprocess.run([*command, "--offline"], env=env, capture_output=True, text=True, check=False)
+    assert offline.returncode == 1
+    assert "HF_HUB_OFFLINE is set, by --offline or the environment" in offline.stderr
+    assert "asking" not in offline.stderr
 
 
 def texts(n: int, name: str) -> list[dict[str, str]]:
