@@ -44,7 +44,7 @@ def main(words: list[str]) -> int:
         if line.flags.get("help"):
             print(HELP)
             return 0
-        checked = load(line, place.world_size, schema=TrainArgs)
+        checked = load(line, place.world_size, starting=True, schema=TrainArgs)
         app = checked.args.app
         if app != __package__:
             raise ConfigError(f"app is {app}, but this is {__package__}.train; type python -m {app}.train")

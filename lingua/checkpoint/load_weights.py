@@ -66,8 +66,8 @@ class WeightSource:
 def load_weights(model: nn.Module, path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> str:
     """Fill `model` with the weights at `path`; return what was loaded from where, for the log.
 
-    `path`: RUN, RUN@step, a checkpoint folder (ours or lingua's), consolidated.pth, any torch file, a safetensors file
-    or a Hugging Face folder. `model_key`: key of the weights in it; "" for the top level; None: it is detected.
+    `path`: RUN, RUN@step or a checkpoint folder, ours or Meta Lingua's, consolidated.pth, any torch file, a safetensors
+    file or a Hugging Face folder. `model_key`: key of the weights in it; "" for the top level; None: it is detected.
     `sizes_only`: verify only the sizes of a checkpoint with a manifest. Raises RunError with names, shapes and remedy.
     """
     source = open_source(path, model_key, sizes_only=sizes_only)
@@ -138,6 +138,8 @@ def _copy(target: Tensor, full: Tensor) -> None:
 def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> WeightSource:
     """Detect the format at `path` and open it. Raises RunError if it holds no weights."""
     place, _ = lookup.split(path)
+    if (theirs := lookup.of_meta_lingua(path)) is not None:
+        return _from_dcp(theirs, model_key)
     if lookup.is_checkpoint(path):
         return _from_dcp(lookup.intact(path, needed=is_weights, sizes_only=sizes_only).folder, model_key)
     if place.is_file():

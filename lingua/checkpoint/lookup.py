@@ -121,8 +121,23 @@ def find(path: str | Path) -> list[Checkpoint]:
     return [Checkpoint(place)]
 
 
+def of_meta_lingua(path: str | Path) -> Path | None:
+    """Return the checkpoint folder that RUN or RUN@step means if it is a run of Meta Lingua, whose folders have neither
+    marks nor manifests: torch writes `.metadata` last. Raises RunError if RUN does not exist."""
+    place, step = split(path)
+    root = next((folder for folder in (root_of(place), place / layout.CHECKPOINTS) if folder.is_dir()), None)
+    if root is None or layout.done_steps(root):  # its config may name a folder of before it was moved
+        return None
+    folders = [layout.folder(root, n) for n in sorted(layout.unmarked_folders(root)) if step in (None, n)]
+    whole = [f for f in folders if (f / layout.METADATA).exists() and not (f / layout.MANIFEST).exists()]
+    return whole[-1] if whole else None
+
+
 def _of_run(run_dir: Path, root: Path, step: int | None) -> list[Checkpoint]:
     there = layout.done_steps(root)
+    if not there and of_meta_lingua(run_dir) is not None:
+        remedy = f"`lingua import --run {run_dir} NEW` makes it one of ours"
+        raise RunError(f"{run_dir} is a run of Meta Lingua; {remedy} (its weights alone: checkpoint.init_ckpt_path)")
     if step is not None and step not in there:
         raise RunError(f"{root} has no published checkpoint of step {step}; it has {some_steps(there)}")
     if not there:

@@ -243,6 +243,19 @@ def all_keys(schema: type[Args], prefix: str = "") -> Iterator[str]:
             yield from all_keys(section, f"{prefix}{name}.")
 
 
+_MODELS_ELSEWHERE = {
+    "apps/mamba": "state_dim n_groups dt_bias D_has_head_dim learnable_init_states ssm_chunk_size init_args",
+    "apps/mamba and apps/fastRNN": "conv_size",
+    "apps/fastRNN (Hawk)": "lru_dim_multiplier",
+    "apps/mtp (multi-token prediction)": "n_future_head",
+    "apps/aunet": "dimensions layers head_dims residuals sliding_windows max_seqlens block lambda_level pooling_type",
+}
+
+
+def _of(app: str) -> str:
+    return f"it belongs to Meta Lingua's {app}, which is not here; choose a model with model.type (own ones: `plugins`)"
+
+
 _PREPARE = "prepare the sources that way once, and name the new folders in data.sources"
 MOVED = {
     "grid": "only `lingua sweep` reads it; start a sweep with this file, or remove it",
@@ -258,6 +271,9 @@ MOVED = {
     "slurm.override": "it belongs to the command that launches a run, not to the run",
     "slurm.config": "it belongs to the command that launches a run, not to the run",
     "slurm.stdout": "remove it: logs are in the run folder's logs/",
+    "model_type": _of("apps/fastRNN (minGRU, minLSTM, Hawk)"),
+    **{f"model.{name}": _of(app) for app, names in _MODELS_ELSEWHERE.items() for name in names.split()},
+    "data.regex": _of("apps/aunet"),
     "model.tie_weights": "use model.weight_tying",
     "model.hf": "use data.tokenizer.name: hf, and checkpoint.init_ckpt_path for the weights",
 }

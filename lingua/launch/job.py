@@ -115,7 +115,7 @@ def begin(env: Mapping[str, str]) -> int:
     base_dir, allocation = Path.cwd(), this_allocation(env)
     words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
     line = parse_command_line(words, ["accept-change", "refreeze"])
-    checked = load(line, allocation.n_tasks if allocation else None)
+    checked = load(line, allocation.n_tasks if allocation else None, starting=True)
     for warning in checked.warnings:
         log.warning("%s", warning)
     key = allocation.job_id if allocation else "local"

@@ -75,7 +75,7 @@ def freeze_launch(line: CommandLine, base_dir: Path, *, dry_run: bool = False) -
     Returns the path of run.sh, its text and what the job asks for. Raises ConfigError or RunError.
     """
     must_be_checkout(base_dir)
-    checked = load(line)
+    checked = load(line, starting=True)
     check_job_code(line, checked)
     launcher = complete_launcher(checked)
     key = "launch-" + sha256(repr((line.config, line.overlays, line.overrides)).encode()).hexdigest()[:8]

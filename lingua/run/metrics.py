@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from lingua.config.keys.logging import LoggingArgs, WandbArgs
+from lingua.config.keys.logging import NO_TENSORBOARD, LoggingArgs, WandbArgs
 from lingua.files import no_follow, read_bytes
 from lingua.masking import public_tree, public_word
 from lingua.run.tracking import Tracker
@@ -289,10 +289,7 @@ def _tensorboard_tracker(run_dir: Path) -> Tracker:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(
-            "logging.tensorboard is true, but the package tensorboard is missing; "
-            "`uv pip install tensorboard`, or set logging.tensorboard=false"
-        ) from error
+        raise ValueError(NO_TENSORBOARD) from error
     return Tracker("tensorboard", [lambda: _TensorBoard(SummaryWriter(str(run_dir / "tensorboard")))])
 
 

@@ -166,7 +166,7 @@ def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) ->
     _must_be_free(folder)
     lines = [replace(base, point=_completed(point, i, folder, args)) for i, point in enumerate(points, 1)]
     values = [{key: plain(value) for key, (value, _) in point.items()} for point in points]
-    checked = _check(lines, [label(each) for each in values], partial(load, schema=schema))
+    checked = _check(lines, [label(each) for each in values], partial(load, schema=schema, starting=True))
     _must_not_share(checked)
     _must_differ(checked, [label(each) for each in values])
     sweep = Sweep(folder, args.name, line.typed, list(values[0]), values, at_once)

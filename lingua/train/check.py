@@ -10,6 +10,7 @@ a step, S tokens of a row, K lanes. G and K stay when a run goes on with other G
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,9 +23,11 @@ from lingua.config.compose import Composed, Examined, examine
 from lingua.config.frozen import Difference, compare, freeze
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.eval import HeldOutArgs
+from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.files import DiskError, human_bytes
+from lingua.run.throughput import PEAKS
 from lingua.tokenizer import assumed_vocab_size
 from lingua.train.earlier import Earlier, read_earlier
 from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, tokenizer_is_there
@@ -32,6 +35,9 @@ from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, t
 _GIB = 1 << 30
 MAX_LIKELY_LR = 1.0
 """Learning rate above which `check` warns: the largest that optimizers here train with is 0.02 (Muon, `original`)."""
+_PATH_KEYS = (
+    "data.tokenizer.path", "data.sources", "checkpoint.init_ckpt_path", "eval.validation.root_dir", "eval.measures"
+)  # fmt: skip
 _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # judged together
 
 
@@ -59,10 +65,12 @@ def load(
     world_size: int | None = None,
     *,
     strict_paths: bool = False,
+    starting: bool = False,
     schema: type[TrainArgs] | None = None,
 ) -> Checked:
     """Return the config of a command line, checked. Raises ConfigError with everything that is wrong with it.
 
+    `strict_paths`: data and tokenizer must be on this machine. `starting`: the run starts here, so its tokenizer must.
     `schema`: the config class of the app; None: of the app that the line chooses.
     """
     if line.config is None:
@@ -75,12 +83,13 @@ def load(
     earlier = read_earlier(Path(args.dump_dir), Path(args.checkpoint.path) if args.checkpoint.path else None)
     kept = earlier.config if earlier.is_bound or earlier.has_begun else None
     followers = [name for name in ("model", "data") if (name, "seed") not in composed.marks]
+    needed = _PATH_KEYS if strict_paths else _PATH_KEYS[:1] if starting else ()
     n_ranks = world_size or default_world_size(args)
-    judged = _judge(examined, composed, n_ranks, followers, kept, strict_paths)
+    judged = _judge(examined, composed, n_ranks, followers, kept, needed)
     barring = _barring(judged, earlier, line)
     if not earlier.is_bound and kept is not None and (judged.complaints or barring):
         # No step is kept, so what the earlier attempt derived need not be kept either.
-        judged = _judge(examined, composed, n_ranks, followers, None, strict_paths)
+        judged = _judge(examined, composed, n_ranks, followers, None, needed)
         barring = _barring(judged, earlier, line)
     if judged.complaints or judged.study.resolved is None:
         raise ConfigError(judged.complaints)
@@ -112,13 +121,16 @@ def _judge(
     world_size: int,
     followers: Sequence[str],
     kept: Mapping[str, Any] | None,
-    strict_paths: bool,
+    needed: Sequence[str],
 ) -> _Judged:
     """Study a config. `kept`: the frozen config whose derived numbers stay; `followers`: sections without a seed."""
     args = composed.args
     for name in followers:
         getattr(args, name).seed = (kept or {}).get(name, {}).get("seed", args.seed)
-    found = study(args, world_size, kept, strict_paths=strict_paths)
+    found = study(args, world_size, kept, needed)
+    if kept is None and (absent := list(_nothing_to_begin_with(args))):
+        found.warnings = [warning for warning in found.warnings if warning.key != absent[0].key]
+        found.errors = [error for error in found.errors if error.key != absent[0].key] + absent
     about = {key.partition(".")[0] for key in examined.bad_keys}
     about |= _SIZE_KEYS if about & _SIZE_KEYS else set()
     # A finding that may only follow from a dropped wrong value is not reported.
@@ -189,12 +201,21 @@ def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None =
 
 
 def study(
-    args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None, *, strict_paths: bool = False
+    args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None, needed: Sequence[str] = ()
 ) -> Study:
-    """Return all findings about a valid config; `frozen` is the config of the run's first attempt."""
+    """Return all findings about a valid config.
+
+    `frozen`: the config of the run's first attempt; `needed`: keys whose files must be on this machine.
+    """
     found = Study()
-    (found.errors if strict_paths else found.warnings).extend(missing_paths(args))
+    for finding in missing_paths(args):
+        if finding.key in needed:
+            text = finding.text.partition("; assumed")[0]
+            found.errors.append(Finding(finding.key, f"{text}; correct the path, or copy it here"))
+        else:
+            found.warnings.append(finding)
     found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
+    found.errors += _impossible_folders(args)
     found.resolved = sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
         found.errors += _misfits(args, found.resolved)
@@ -235,9 +256,34 @@ def _place_of(start: str) -> tuple[Path, int | None]:
 
     try:
         found = lookup.find_one(start)
-    except (RunError, OSError):  # a file of weights, or nothing at all
+    except (RunError, OSError):  # Meta Lingua's, a file of weights, or nothing at all
+        with suppress(RunError, OSError):
+            return lookup.of_meta_lingua(start) or Path(start), None
         return Path(start), None
     return found.folder, found.step
+
+
+def _nothing_to_begin_with(args: TrainArgs) -> Iterator[Finding]:
+    """Yield weights that are missing from a folder that is there; without the folder they may be on another machine."""
+    start = args.checkpoint.init_ckpt_path
+    if not start or (place := _place_of(start)[0]).exists():
+        return
+    run, at, _ = start.rpartition("@")
+    if place.absolute().parent.is_dir() or (at and Path(run).exists()):
+        where = f"{run} has no such checkpoint" if at and Path(run).exists() else f"{place.parent} does not hold it"
+        text = f"checkpoint.init_ckpt_path {start} does not exist: {where}; correct it, or remove it to begin anew"
+        yield Finding("checkpoint.init_ckpt_path", text)
+
+
+def _impossible_folders(args: TrainArgs) -> Iterator[Finding]:
+    """Yield folders of the run that no program can make: below a file, or in a file system of the kernel (/proc)."""
+    for key, path in (("dump_dir", args.dump_dir), ("checkpoint.path", args.checkpoint.path)):
+        place = Path(path or ".").absolute()
+        there = next(parent for parent in (place, *place.parents) if parent.exists())
+        if not there.is_dir():
+            yield Finding(key, f"{key} is {path}, but {there} is a file; choose another folder")
+        elif os.statvfs(there).f_blocks == 0 and there != place:
+            yield Finding(key, f"{key} is {path}, but {there} cannot hold files; choose another folder")
 
 
 def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
@@ -314,8 +360,24 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
         yield from (Finding(*conflict) for conflict in section.conflicts(args))
 
 
+def _too_large(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
+    """Yield a micro step that no device can hold, even if only the inputs of the blocks are kept for backward."""
+    if not isinstance(args.model, LlamaArgs):
+        return
+    width = 4 if args.distributed.model_dtype == "fp32" else 2
+    least = size.batch_size * size.seq_len * args.model.dim * args.model.n_layers * width // size.tp_size
+    limit, what = max(peak.memory_gib for peak in PEAKS.values()) * _GIB, "no GPU known here has more than"
+    if args.device == "cpu":
+        limit, what = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine has"
+    if least > limit:
+        text = f"a micro step of {size.batch_size} rows of data.seq_len {size.seq_len:,} takes {human_bytes(least)}"
+        remedy = "lower data.seq_len or data.batch_size"
+        yield Finding("data.seq_len", f"{text} at least, and {what} {human_bytes(limit)}; {remedy}")
+
+
 def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     """Yield sizes that do not divide each other."""
+    yield from _too_large(args, size)
     if size.lanes % size.dp_size:
         low = size.lanes // size.dp_size * size.dp_size
         near = " or ".join(str(n) for n in (low, low + size.dp_size) if n)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import importlib.util
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from lingua.config.base import Args, Text
+
+NO_TENSORBOARD = (
+    "logging.tensorboard is true, but the package tensorboard is missing; `uv sync --extra tensorboard` or "
+    "`pip install '.[tensorboard]'` installs it; or set logging.tensorboard=false"
+)
 
 
 class WandbArgs(Args):
@@ -66,4 +73,8 @@ class LoggingArgs(Args):
     wandb: WandbArgs | None = None
     """Null: no wandb."""
     tensorboard: bool = False
-    """Write TensorBoard files too (needs the tensorboard package)."""
+    """Write TensorBoard files too (needs the extra `tensorboard`)."""
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            yield "logging.tensorboard", NO_TENSORBOARD

@@ -16,9 +16,12 @@ from apps.cli.made import Made
 from apps.cli.takeover import take_over
 from apps.main.args import LMTransformerArgs
 from apps.main.transformer import LMTransformer
+from lingua.checkpoint import lookup
+from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.base import ConfigError
+from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import dump_yaml
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.config.keys.model import CrossEntropyArgs
@@ -27,8 +30,9 @@ from lingua.console import Progress
 from lingua.files import RunError
 from lingua.model.loss import CrossEntropy
 from lingua.optim.adamw import build_adamw
+from lingua.train.check import load
 from lingua.train.describe import described
-from tests.trainer import losses, published, train
+from tests.trainer import TINY, losses, published, train
 
 MODEL: dict[str, Any] = {"dim": 32, "n_layers": 1, "n_heads": 2, "multiple_of": 8, "vocab_size": 258, "max_seqlen": 32}
 
@@ -170,3 +174,25 @@ def test_nothing_of_the_old_run_is_executed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is refused"):
         taken(tmp_path / "old", tmp_path / "new")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", ["", "@4"])
+def test_a_run_of_meta_lingua_gives_its_weights_to_a_new_run(tmp_path: Path, step: str) -> None:
+    model, _ = old_run(tmp_path / "old")
+    (tmp_path / "old/checkpoints/0000000009").mkdir()  # killed while it was saved: no .metadata
+    fresh = LMTransformer(LMTransformerArgs.model_validate(MODEL))
+    assert "0000000004" in load_weights(fresh, f"{tmp_path}/old{step}")
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+    words = [*TINY, f"dump_dir={tmp_path}/new", f"checkpoint.init_ckpt_path={tmp_path}/old{step}"]
+    assert not any("init_ckpt_path" in warning for warning in load(parse_command_line(words)).warnings)
+    with pytest.raises(RunError, match=r"is a run of Meta Lingua; `lingua import --run .*/old NEW` makes it one"):
+        lookup.intact(f"{tmp_path}/old{step}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_a_run_of_meta_lingua_does_not_have_is_refused(tmp_path: Path) -> None:
+    old_run(tmp_path / "old")
+    words = [*TINY, f"dump_dir={tmp_path}/new", f"checkpoint.init_ckpt_path={tmp_path}/old@5"]
+    with pytest.raises(ConfigError, match=r"/old@5 does not exist: .*/old has no such checkpoint; correct it"):
+        load(parse_command_line(words))

@@ -357,6 +357,24 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("optim: {lr: 1:30}", "run.yaml:1: optim.lr is '1:30'; it must be a number"),
         ("seed: 1_000", "run.yaml:1: seed is '1_000'; it must be a whole number"),
         (
+            "model: {n_heads: 8, state_dim: 128}",
+            "run.yaml:1: unknown key model.state_dim: it belongs to Meta Lingua's apps/mamba, which",
+        ),
+        ("model: {n_heads: 8, init_args: {dt_max: 0.01}}", "run.yaml:1: unknown key model.init_args: it belongs"),
+        (
+            "model: {n_heads: 8, conv_size: 4}",
+            "run.yaml:1: unknown key model.conv_size: it belongs to Meta Lingua's apps/mamba and",
+        ),
+        ("model_type: minGRU", "run.yaml:1: unknown key model_type: it belongs to Meta Lingua's apps/fastRNN (minGRU,"),
+        (
+            "model: {n_heads: 8, n_future_head: 3}",
+            "run.yaml:1: unknown key model.n_future_head: it belongs to Meta Lingua's apps/mtp",
+        ),
+        (
+            "model: {n_heads: 8, layers: [4]}",
+            "run.yaml:1: unknown key model.layers: it belongs to Meta Lingua's apps/aunet",
+        ),
+        (
             "distributed: {compile: yes}",
             "run.yaml:1: distributed.compile is 'yes' (write true); it must be true or false",
         ),

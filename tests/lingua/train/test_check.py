@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -514,3 +515,39 @@ def test_a_seed_that_changes_nothing_is_a_warning(tmp_path: Path) -> None:
     (warning,) = [text for text in loaded(config, "seed=2").warnings if "follow seed" in text]
     assert warning.startswith("command line: seed is 2, but model.seed is 1 (")
     assert not [text for text in loaded(config, "seed=2", "data.seed=null").warnings if "follow seed" in text]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["checkpoint.init_ckpt_path=/nope"], r"init_ckpt_path /nope does not exist: / does not hold it; correct it"),
+        (["dump_dir=/proc/x"], r"dump_dir is /proc/x, but /proc cannot hold files; choose another folder"),
+        (["dump_dir=/etc/passwd/x"], r"dump_dir is /etc/passwd/x, but /etc/passwd is a file; choose another folder"),
+        (["checkpoint.path=/sys/x"], r"checkpoint\.path is /sys/x, but /sys cannot hold files; choose another"),
+        (["data.seq_len=100000000"], r"4 rows of data\.seq_len 100,000,000 takes 2\.2 TiB at least, and no GPU known"),
+        (["data.seq_len=100000000", "device=cpu"], r"takes 2\.2 TiB at least, and this machine has .*; lower data"),
+    ],
+)
+def test_what_can_never_start_does_not_pass(words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load(parse_command_line(["apps/main/configs/debug.yaml", *words]), 1)
+
+
+def test_weights_of_a_folder_that_is_not_on_this_machine_may_be_on_another(tmp_path: Path) -> None:
+    line = parse_command_line(["apps/main/configs/debug.yaml", f"checkpoint.init_ckpt_path={tmp_path}/there/weights"])
+    assert any("there/weights is not on this machine" in warning for warning in load(line, 1).warnings)
+
+
+def test_a_tokenizer_that_is_missing_is_found_where_the_run_is_started(tmp_path: Path) -> None:
+    words = ["data.tokenizer.name=hf", f"data.tokenizer.path={tmp_path}/tokenizer.json"]
+    line = parse_command_line(["apps/main/configs/debug.yaml", *words])
+    assert any("assumed to have 128,256 tokens" in warning for warning in load(line, 1).warnings)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not on this machine; correct the path, or copy it here"):
+        load(line, 1, starting=True)
+
+
+def test_tensorboard_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    line = parse_command_line(["apps/main/configs/debug.yaml", "logging.tensorboard=true"])
+    with pytest.raises(ConfigError, match=r"the package tensorboard is missing; `uv sync --extra tensorboard`"):
+        load(line, 1)
