@@ -11,6 +11,7 @@ usage: python -m apps.main.eval [ckpt=]RUN[@STEP] [config=FILE] [key=value ...] 
   --once          with follow: end as soon as nothing waits
   --slurm         with follow: submit a Slurm job for each checkpoint; needs neither GPU nor torch here
   --alone         with follow: leave if the run has an evaluator that it started; the run itself uses this
+  --trust         run code that a config beside weights names
   --json          print the results as JSON
 
 By hand the results are printed, and with dump_dir=FOLDER written to FOLDER/results.json. Following writes

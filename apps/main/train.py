@@ -22,12 +22,13 @@ from .args import TrainArgs
 
 HELP = """Train, or go on with a run that was stopped or killed.
 
-usage: python -m apps.main.train [config=]FILE [+OVERLAY ...] [key=value ...] [--accept-change] [--debug]
+usage: python -m apps.main.train [config=]FILE [+OVERLAY ...] [key=value ...] [--accept-change] [--trust] [--debug]
 
   FILE             a YAML config; apps/main/configs/debug.yaml is the one to begin with
   +OVERLAY         a YAML file, or the name of one in configs/overlays, on top of it
   key=value        any key of the config, dotted: optim.lr=1e-3; a group pick: model=llama_7B
   --accept-change  go on although a key that changes what the run computes is not as it was
+  --trust          run code that a config beside weights names
   --debug          show tracebacks
 
 `lingua check FILE` shows what would run; `lingua schema --reference` lists every key.
