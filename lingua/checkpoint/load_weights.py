@@ -17,7 +17,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _match(source: WeightSource, tensors: Mapping[str, Tensor], aliases: Mapping
         else:
             chosen[name] = theirs
     for name in source.shapes:
-        if name not in tensors and name not in aliases and not _COMPUTED.fullmatch(name):
+        if name not in tensors and name not in aliases:
             problems.append(f"{name} is not in this model")
     untied = {alias: of for alias, of in aliases.items() if alias in source.shapes and of in source.shapes}
     if HEAD not in tensors and HEAD not in aliases and HEAD in source.shapes:  # a tied model without a head of its own
@@ -136,7 +136,13 @@ def _copy(target: Tensor, full: Tensor) -> None:
 
 
 def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> WeightSource:
-    """Detect the format at `path` and open it. Raises RunError if it holds no weights."""
+    """Detect the format at `path` and open it, without tables that are computed. Raises RunError for no weights."""
+    source = _open(path, model_key, sizes_only)
+    kept = [name for name in source.shapes if not _COMPUTED.fullmatch(name)]
+    return replace(source, shapes={n: source.shapes[n] for n in kept}, dtypes={n: source.dtypes[n] for n in kept})
+
+
+def _open(path: str | Path, model_key: str | None, sizes_only: bool) -> WeightSource:
     place, _ = lookup.split(path)
     if (theirs := lookup.of_meta_lingua(path)) is not None:
         return _from_dcp(theirs, model_key)

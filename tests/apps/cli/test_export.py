@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter, save
 
@@ -28,6 +29,7 @@ from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.config.keys.model import RopeScalingArgs
 from lingua.files import DISK, Files, RunError
 from lingua.train.describe import described
+from lingua.train.load_model import stored_dtype
 from tests.cli import Lingua
 from tests.fakes import FaultyFiles, KillFiles
 from tests.ranks import exit_code_of
@@ -254,6 +256,20 @@ def test_a_tokenizer_that_is_gone_or_another_is_left_out_and_said_so(tmp_path: P
     assert (
         "has no tokenizer; copy its tokenizer.json into" in make_import(tmp_path / "hf", tmp_path / "back").warnings[0]
     )
+
+
+def test_tables_that_a_model_computes_itself_are_left_behind(tmp_path: Path) -> None:
+    """Older Llama folders hold the frequencies of their positions, in fp32 whatever the weights are."""
+    make_run(tmp_path / "run", n_layers=1)
+    make_export(str(tmp_path / "run"), tmp_path / "hf", Format.hf, dtype=Dtype.bf16)
+    file = tmp_path / "hf" / "model.safetensors"
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4)}
+    save_file(load_file(file) | table, file)
+    assert stored_dtype(tmp_path / "hf") == torch.bfloat16
+    make_import(tmp_path / "hf", tmp_path / "in")
+    assert not [name for name in weights(tmp_path / "in") if "inv_freq" in name]
+    make_export(str(tmp_path / "hf"), tmp_path / "again", Format.hf)
+    assert_equal(weights(tmp_path / "again"), weights(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize(
