@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import wraps
 from typing import Annotated, Any, Literal, TextIO, cast
 
@@ -72,6 +72,25 @@ class _Printable:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unescaped, name)
+
+
+class _MayLeave:
+    """A terminal that may be closed: what can no longer be shown must not end a run that saves just then."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._terminal.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._terminal.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._terminal, name)
 
 
 def show(facts: Any, as_json: bool, lines: Iterable[str] | None = None) -> None:
@@ -160,7 +179,8 @@ class Progress:
 
             columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[count]}")
             more = TimeElapsedColumn(), TextColumn("{task.fields[more]}")
-            self._bar = Bar(*columns, *more, console=Console(file=sys.stderr, force_terminal=True))
+            terminal = cast("TextIO", _MayLeave(sys.stderr))
+            self._bar = Bar(*columns, *more, console=Console(file=terminal, force_terminal=True))
 
     def __enter__(self) -> Progress:
         if self._bar:

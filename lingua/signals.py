@@ -50,6 +50,11 @@ def noted(names: Iterable[str], flag: SignalFlag) -> Iterator[None]:
             signal.signal(signal.Signals[name], handler)
 
 
+def is_nohup(number: signal.Signals) -> bool:
+    """Return whether a person has asked, by `nohup`, that this signal changes nothing."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
 @dataclass
 class StopSignals:
     """Listen for `names` ("SIGTERM", ...) inside a `with`, and restore the old handlers on leaving."""
@@ -71,6 +76,8 @@ class StopSignals:
         self._old_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for name in self.names:
             number = signal.Signals[name]
+            if is_nohup(number):
+                continue
             self._old[number] = signal.signal(number, self._handle)
         return self
 

@@ -242,7 +242,7 @@ def leave(exit_code: int) -> NoReturn:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # the reader is gone
+        with contextlib.suppress(OSError):  # the reader or the terminal is gone
             stream.flush()
 
 

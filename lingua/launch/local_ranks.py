@@ -1,8 +1,9 @@
 """The ranks of one node as processes below this one: `python -m lingua.launch.local_ranks N COMMAND...`.
 
-Each rank gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, ...). SIGTERM, SIGUSR1, SIGUSR2 and SIGINT are passed
-on, and the ranks get all the time they need to save; torchrun dies of SIGUSR2 and kills its workers 30 s after SIGTERM.
-When a rank fails, the others get PATIENCE_S to end by themselves. No rank outlives this process.
+Each rank gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, ...). SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP
+are passed on, and the ranks get all the time they need to save; torchrun dies of SIGUSR2 and kills its workers 30 s
+after SIGTERM. When a rank fails, the others get PATIENCE_S to end by themselves. If this process is killed, they get
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import IO
 
 from lingua.config.command_line import run_main
 from lingua.files import RunError
+from lingua.signals import is_nohup
 from lingua.slurm import this_node, this_node_name
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 PATIENCE_S = 120.0
 """For the others to end after the first: longer than it takes to notice a lost rank, shorter than a grace."""
 POLL_S = 0.1
@@ -113,7 +115,7 @@ def signals_passed_on(
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON if not is_nohup(number)}
     try:
         yield
     finally:
@@ -126,16 +128,17 @@ def signals_passed_on(
 def start_below(
     processes: list[subprocess.Popen[bytes]],
     commands: Sequence[tuple[Sequence[str], Mapping[str, str], IO[bytes] | None]],
-    at_death: signal.Signals = signal.SIGKILL,
 ) -> None:
     """Start each (command, environment, file for its output) and add it to `processes`.
 
-    They get the signal `at_death` when this process dies.
+    They get SIGTERM when this process dies, so that they save.
     """
-    libc = ctypes.CDLL(None)
+    libc, here = ctypes.CDLL(None), os.getpid()
 
     def begin() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, at_death)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != here:  # it died before that
+            os.kill(os.getpid(), signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
     # A signal between two starts would miss the second: it waits until all are there.

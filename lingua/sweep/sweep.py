@@ -350,9 +350,7 @@ def run_points(
                     number = waiting.pop(0)
                     output = files.enter_context((logs / f"{number}.out").open("ab"))
                     command = ["bash", str(sweep.script), str(number)]
-                    start_below(
-                        processes, [(command, outside_job(env) | shares[slot], output)], at_death=signal.SIGTERM
-                    )
+                    start_below(processes, [(command, outside_job(env) | shares[slot], output)])
                     slots[slot] = number, processes[-1], now()
                     report(f"point {number} ({label(sweep.values(number))}) runs; log: {logs / f'{number}.out'}")
             sleep(POLL_S)

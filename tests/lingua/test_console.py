@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import sys
 from typing import Literal
 
 import pytest
@@ -24,6 +27,20 @@ def test_facts_are_lines_or_json(capsys: pytest.CaptureFixture[str]):
     show({"a": 1}, False, ["one line"])
     show([1], True, ["one line"])
     assert capsys.readouterr().out == f"{'a':<24} 1,234\nb\n  {'c':<24} -\none line\n[\n  1\n]\n"
+
+
+def test_a_terminal_that_is_closed_ends_nothing(monkeypatch: pytest.MonkeyPatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def flush(self) -> None:
+            self.write("")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with Progress(bar=True) as progress:
+        progress.begin("x", 10, "steps")
+        progress.advance(1)
 
 
 def test_figures():

@@ -16,6 +16,16 @@ def test_a_signal_is_noted_with_its_time_and_nothing_else_happens(name: str):
         assert (signals.received, signals.received_at_s) == (name, 12.5)
 
 
+def test_below_nohup_the_end_of_the_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals(["SIGHUP"]) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_first_signal_is_the_one_that_counts():
     with StopSignals(["SIGTERM", "SIGUSR2"]) as signals:
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -73,13 +83,13 @@ def test_a_request_counts_as_a_signal_does():
 @pytest.mark.parametrize(
     ("config", "stop", "save", "profile"),
     [
-        ({}, "SIGINT SIGTERM SIGUSR2", "", "SIGUSR1"),
-        ({"signals": {"SIGUSR1": "save"}}, "SIGINT SIGTERM SIGUSR2", "SIGUSR1", ""),
+        ({}, "SIGHUP SIGINT SIGTERM SIGUSR2", "", "SIGUSR1"),
+        ({"signals": {"SIGUSR1": "save"}}, "SIGHUP SIGINT SIGTERM SIGUSR2", "SIGUSR1", ""),
         ({"signals": {"SIGUSR2": "save", "SIGHUP": "stop"}}, "SIGHUP SIGINT SIGTERM", "SIGUSR2", "SIGUSR1"),
         ({"signals": {"SIGUSR1": "save", "SIGHUP": "profile"}}, "SIGINT SIGTERM SIGUSR2", "SIGUSR1", "SIGHUP"),
-        ({"stop_signals": ["SIGTERM", "SIGUSR1"]}, "SIGTERM SIGUSR1", "", ""),
+        ({"stop_signals": ["SIGTERM", "SIGUSR1"]}, "SIGHUP SIGTERM SIGUSR1", "", ""),
         ({"profiling": {"signal": "SIGHUP"}}, "SIGINT SIGTERM SIGUSR2", "", "SIGHUP"),
-        ({"profiling": {"signal": None}}, "SIGINT SIGTERM SIGUSR2", "", ""),
+        ({"profiling": {"signal": None}}, "SIGHUP SIGINT SIGTERM SIGUSR2", "", ""),
     ],
 )
 def test_what_each_signal_does(config: dict[str, Any], stop: str, save: str, profile: str):

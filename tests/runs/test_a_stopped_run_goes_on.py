@@ -1,6 +1,9 @@
 """A stop signal on any rank ends all ranks after the same step, with a checkpoint; the run goes on from it bitwise."""
 
 import errno
+import fcntl
+import os
+import termios
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -96,8 +99,25 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path):
 
 
 def test_signals_are_configurable(tmp_path: Path):
-    words = [*WORDS, f"dump_dir={tmp_path}", "stop_signals=[SIGHUP]"]
-    assert train(words, hook=at_step(2, send_self("SIGHUP"))).exit_code == 75
+    words = [*WORDS, f"dump_dir={tmp_path}", "stop_signals=[SIGUSR1]"]
+    assert train(words, hook=at_step(2, send_self("SIGUSR1"))).exit_code == 75
+
+
+def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path):
+    def hook(rank: int) -> None:
+        """Lead a session on a terminal of our own, with a bar, and close that at step 2."""
+        os.setsid()
+        outside, inside = os.openpty()
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+        os.dup2(inside, 2)
+        os.close(inside)
+        os.environ["TERM"] = "xterm"
+        at_step(2, lambda: os.close(outside))(rank)
+
+    result = train([*WORDS, f"dump_dir={tmp_path}"], hook=hook)
+    assert result.exit_code == 75, result.output
+    stop = orjson.loads((tmp_path / "stop.json").read_bytes())
+    assert (stop["signal"], published(tmp_path)) == ("SIGHUP", [stop["step"]])
 
 
 @pytest.mark.ranks

@@ -49,7 +49,7 @@ class SignalsArgs(Args):
     SIGUSR2: Action | None = None
     """What `lingua launch` asks Slurm for before the time limit."""
     SIGHUP: Action | None = None
-    """The terminal has gone."""
+    """The terminal has gone: stop, unless profiling.signal takes it. Ignored below `nohup`."""
 
 
 class TrainArgs(Args):
@@ -119,9 +119,10 @@ class TrainArgs(Args):
 
     def signals_that(self, action: Action) -> list[str]:
         """Return the signals that do this: `signals` counts before stop_signals, that before profiling.signal."""
-        does: dict[str, str] = dict.fromkeys(self.stop_signals, "stop")
+        does: dict[str, str] = {"SIGHUP": "stop"}
         if self.profiling.signal is not None:
-            does = {self.profiling.signal: "profile"} | does
+            does[self.profiling.signal] = "profile"
+        does |= dict.fromkeys(self.stop_signals, "stop")
         does |= {name: chosen for name, chosen in self.signals if chosen is not None}
         return sorted(name for name, chosen in does.items() if chosen == action)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,14 @@ while True:
 """
 
 
-def spawn(n_ranks: int, folder: Path, name: str) -> subprocess.Popen[bytes]:
+def spawn(n_ranks: int, folder: Path, name: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Start ranks that end with 75 at this signal."""
     ranks = [sys.executable, "-c", SAVES, str(folder), name]
-    command = [sys.executable, "-m", "lingua.launch.local_ranks", str(n_ranks), *ranks]
+    command = [*before, sys.executable, "-m", "lingua.launch.local_ranks", str(n_ranks), *ranks]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT", "SIGHUP"])
 def test_a_signal_reaches_every_rank_and_75_comes_back(tmp_path: Path, name: str):
     spawner = spawn(2, tmp_path, name)
     try:
@@ -57,6 +58,26 @@ def test_ranks_die_with_a_spawner_that_is_killed(tmp_path: Path):
         return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
     until(gone, "the rank's end")
+
+
+def test_ranks_save_when_their_spawner_is_killed(tmp_path: Path):
+    spawner = spawn(2, tmp_path, "SIGTERM")
+    until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), "two ranks")
+    spawner.kill()
+    spawner.wait()
+    until(lambda: all((tmp_path / f"saved{rank}").exists() for rank in (0, 1)), "two saves")
+
+
+def test_below_nohup_the_ranks_outlive_their_terminal(tmp_path: Path):
+    spawner = spawn(1, tmp_path, "SIGTERM", before=["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"])
+    try:
+        until((tmp_path / "ready0").exists, "a rank")
+        spawner.send_signal(signal.SIGHUP)
+        spawner.send_signal(signal.SIGTERM)
+        assert spawner.wait(60) == 75
+    finally:
+        spawner.kill()
+        spawner.wait()
 
 
 def test_the_others_are_ended_when_one_failed_and_patience_is_over():
