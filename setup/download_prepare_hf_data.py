@@ -12,6 +12,7 @@ from __future__ import annotations
 import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -25,15 +26,33 @@ from lingua.data.prepare.worker_pool import peak_rss_bytes
 from lingua.logger import start_logging
 
 
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """Return a type for argparse: a number in a range."""
+
+    def parse_number(text: str) -> float:
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse_number.__name__ = kind.__name__  # what argparse calls it
+    return parse_number
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", help=f"one of {', '.join(sorted(hub.DATASETS))}; with --source any name")
-    add("memory", type=float, metavar="MEMORY", help="GB (10^9 bytes) of memory that all processes may hold together")
+    add(
+        "memory",
+        type=number(float, 0, 1e6),
+        metavar="MEMORY",
+        help="GB (10^9 bytes) that all processes may hold together",
+    )
     add("--data_dir", type=Path, default=Path("data"), help="work folder: the download and the chunks (%(default)s)")
     add("--tmp_dir", type=Path, default=Path("/tmp"), help="fast disk for sorted runs of all text (%(default)s)")
-    add("--seed", type=int, default=42, help="of the shuffle (%(default)s)")
-    add("--nchunks", type=int, default=32, help="files to split into (%(default)s)")
+    add("--seed", type=number(int, -(1 << 63), 1 << 63), default=42, help="of the shuffle (%(default)s)")
+    add("--nchunks", type=number(int, 1, 1 << 31), default=32, help="files to split into (%(default)s)")
     add("--final_data_dir", type=Path, help="copy the result there, checked")
     add("--clear_work_dir_after_transfer_to_final", action="store_true", help="then remove both work folders")
     add("--source", type=Path, help="folder of jsonl, gz, zst or parquet files instead of the hub; needs no network")
@@ -41,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_bad_fraction", type=float, default=0.01, help="end if more lines hold no document (%(default)s)")
     add("--revision", help="branch, tag or commit of the data set (main, as it is at the first start)")
     add("--offline", action="store_true", help="ask no hub: use a complete download, or end at once")
-    add("--workers", type=int, help="processes (as many as cores and memory allow)")
+    add("--workers", type=number(int, 1, 1 << 31), help="processes (as many as cores and memory allow)")
     add("--json", action="store_true", help="print the manifest, seconds per stage and peak memory as JSON")
     return parser.parse_args(argv)
 

@@ -53,6 +53,10 @@ def runs(
     from lingua.report.status import COLUMNS, has_trained, row, status_of
     from lingua.run.lock import this_process
 
+    if not folder.is_dir():
+        from lingua.files import RunError
+
+        raise RunError(f"{folder} is not a folder; name the one below which the runs are")
     every = [(facts, status_of(facts, this_process())) for facts in _read(find_runs(folder))]
     found = [status for facts, status in every if has_trained(facts, status)]
     if as_json or not found:

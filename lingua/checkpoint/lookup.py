@@ -79,8 +79,14 @@ def run_root(run_dir: Path) -> Path:
     """Return `root_of` for commands that need a run. Raises RunError."""
     if not (root := root_of(run_dir)).is_dir() and not (run_dir / CONFIG_FILE).is_file():
         what = "has neither config.yaml nor checkpoints/" if run_dir.exists() else "does not exist"
-        raise RunError(f"{run_dir} is not a run: it {what}")
+        raise RunError(f"{run_dir} is not a run: it {what}{hint_at_step(run_dir)}")
     return root
+
+
+def hint_at_step(run_dir: Path) -> str:
+    """Return the remedy for RUN@STEP where a run without a step is meant; empty if that is not the fault."""
+    run, at, _ = str(run_dir).rpartition("@")
+    return f"; leave out the step: {run}" if at and Path(run).is_dir() else ""
 
 
 def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:

@@ -94,6 +94,8 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
             if line.config is not None:
                 wrong.append(f"command line: two configs, {line.config} and {path}; write +{path} to stack the second")
             line.config = path
+        elif name == "script" and "." not in value:
+            wrong.append(f"command line: {word} names no module of an app; write script={DEFAULT_APP}.train")
         elif name == "script":
             line.overrides.append(f"app={value.rpartition('.')[0]}")
         else:

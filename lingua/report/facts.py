@@ -17,6 +17,7 @@ import orjson
 import yaml
 
 from lingua.checkpoint.layout import CHECKPOINTS, EVALS, done_mark, done_steps, parse_folder
+from lingua.checkpoint.lookup import hint_at_step
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.yaml_layers import MAX_VALUES, n_values
 from lingua.files import RunError, entries, read_json
@@ -76,6 +77,8 @@ def find_run(path: Path) -> Path:
     if (path / CONFIG_FILE).is_file():
         return path
     inside = find_runs(path)
+    if step := hint_at_step(path):
+        raise RunError(f"{path} is not a run folder{step}")
     hint = f"did you mean {inside[0]}?" if inside else "`lingua runs FOLDER` lists the runs below a folder"
     raise RunError(f"{path} is not a run folder: it has no {CONFIG_FILE}; {hint}")
 

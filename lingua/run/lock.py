@@ -231,7 +231,9 @@ class RunLock:
             while not self._try_next():
                 pass
         except OSError as error:
-            raise DiskError.of(error, f"cannot lock {self._run_dir}: {error.strerror} ({error.filename})") from None
+            remedy = "" if DiskError.of(error).may_pass else "; choose another folder"
+            text = f"cannot lock {self._run_dir}: {error.strerror} ({error.filename}){remedy}"
+            raise DiskError.of(error, text) from None
         self._thread = threading.Thread(target=self._beat_on, name="run-lock", daemon=True)
         self._thread.start()
         return self.attempt

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import orjson
+import pytest
 
 SCRIPT = ["setup/download_prepare_hf_data.py"]
 
@@ -78,3 +79,13 @@ def test_the_old_command_line_is_understood(tmp_path: Path) -> None:
     assert out == f"3 documents in {final / 'mine_shuffled'}\n"
     assert "3 documents fill 2 chunks, not 8" in error
     assert os.listdir(tmp_path / "d") == []
+
+
+@pytest.mark.parametrize(
+    "words", [["nan"], ["inf"], ["-1"], ["1", "--seed", "9" * 20], ["1", "--workers", "0"], ["1", "--nchunks", "-1"]]
+)
+def test_a_number_out_of_range_is_named_before_anything_is_touched(tmp_path: Path, words: list[str]) -> None:
+    process = start(["x", *words, "--source", str(tmp_path), "--data_dir", str(tmp_path / "data")])
+    assert f"{words[-1]} is not between" in process.communicate()[1]
+    assert process.returncode == 2
+    assert not (tmp_path / "data").exists()

@@ -185,6 +185,7 @@ def test_consolidated_weights_are_taken_by_training_and_generate(trained: Path, 
     ("words", "code", "sentence"),
     [
         (["ls", "absent"], 1, "absent is not a run: it does not exist"),
+        (["ls", "run@99"], 1, "@99 is not a run: it does not exist; leave out the step: run"),
         (["verify", "run@7"], 1, "no published checkpoint of step 7; it has 1"),
         (["verify", "run@1", "--all"], 2, "give the run without a step, or the step without --all"),
         (["inspect", "."], 1, "is neither a run nor a checkpoint folder"),

@@ -37,6 +37,7 @@ def test_words_are_sorted(words: list[str], line: CommandLine) -> None:
         (["--acept-change"], "did you mean --accept-change?"),
         (["--what"], "unknown option --what; a key takes no dashes: what=VALUE"),
         (["a.yaml", "--steps=5"], "unknown option --steps=5; a key takes no dashes: steps=5"),
+        (["script=x"], "script=x names no module of an app; write script=apps.main.train"),
         (["a.yaml", "=5"], "=5 names no key; write KEY=VALUE"),
         (["a.yaml", "+", "debug"], r"\+ names no overlay; write \+NAME"),
         (["a.yaml", "optim.lr=", "1e-3"], "optim.lr= 1e-3: remove the space after the ="),
