@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lingua.config.keys.data import DataArgs
+from lingua.config.keys.data import DataArgs, TokenizerArgs
 from lingua.data.blocked_source import BadLines, DataError, OpenedData
 from lingua.data.jsonl import JsonlSource
 from lingua.data.mix import DocumentStream
 from lingua.data.pack import PIECE_CHARS, Lane, contains, merged, piece_end
-from lingua.tokenizer import ByteTokenizer
+from lingua.tokenizer import ByteTokenizer, build_tokenizer
 from tests.corpora import FailingTokenizer, assert_loader_resumes, data_args, documents, write_source
 
 BOS, EOS = 256, 257
@@ -165,6 +166,22 @@ def test_ranges() -> None:
     assert ranges == [(0, 2), (5, 9), (20, 20)]
     assert [n for n in range(25) if contains(ranges, n)] == [0, 1, 2, 5, 6, 7, 8, 9, 20]
     assert not contains([], 3)
+
+
+def test_a_long_document_has_the_tokens_of_the_uncut_text(tmp_path: Path) -> None:
+    """SentencePiece puts a blank before each text, so also before each piece."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words here", "and more words there"] * 9), model_prefix=str(tmp_path / "m"),
+        vocab_size=60, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = build_tokenizer(TokenizerArgs(name="sp", path=str(tmp_path / "m.model")))
+    for line in ("some words here\n", "some words here "):
+        text = line * (PIECE_CHARS // len(line) + 9)
+        whole = tokenizer.encode(text, True, True)
+        source = JsonlSource("s", write_source(tmp_path, "s", [text], n_files=1), 1)
+        row = make_lane(source, len(whole), n_views=1, tokenizer=tokenizer).next()
+        assert row.tokens.tolist() == whole.tolist()
 
 
 # -- text that the tokenizer gives up on ---------------------------------------------------------------------------
