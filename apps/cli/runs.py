@@ -244,7 +244,16 @@ def _running(run: Path, remedy: str) -> tuple[RunFacts, Attempt]:
 
     (facts,) = _read([run])
     if facts.attempt is not None and is_alive(facts, this_process()):
+        if not facts.attempt.looks_in(facts.path, this_process()):
+            old = facts.attempt.folder
+            raise RunError(
+                f"{facts.path} was {old} when {facts.attempt} began, which looks there: rename it back first"
+            )
         return facts, facts.attempt
+    if facts.attempt is not None and (other := facts.attempt.copied_from):
+        raise RunError(
+            f"{facts.path} is a copy of {other} and is not running itself; name {other} if you mean that one"
+        )
     if facts.job is not None and facts.job.is_waiting and not remedy:
         remedy = f"; to keep job {facts.job_id} from starting it again: scancel {facts.job_id}"
     raise RunError(f"{facts.path} is not running, it is {state_of(facts, this_process())}{remedy}")

@@ -128,6 +128,7 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
             folder = stack.enter_context(open_run_folder(checked, words, world))
             watchdog.open(folder.attempt)
             if folder.lock is not None:
+                folder.lock.on_lost = watchdog.fail
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
                 folder.lock.on_beat = lambda: look_for_request(folder, requests)
                 watchdog.at_exit.append(folder.lock.release)

@@ -6,6 +6,7 @@ checkpoints/0000001000/                    published, if and only if its mark is
             0000001000.broken-1/           did not verify (its mark: checkpoint_0000001000.done.broken-1)
             0000001500.later-1/            intact, but the run went back to a step before it
             run_id                         distinguishes this run from one that had the folder before
+            owner.json                     the run folder that these checkpoints belong to (`lingua.run.place`)
             pins/                          leases of readers
             incarnation-3/                 staging dir: all that attempt 3 writes or removes goes through it
                 0000001500/                    being written

@@ -125,6 +125,8 @@ class CheckpointManager:
     def _look(self) -> tuple[int, str, tuple[int, int]]:
         """On rank 0: return (attempt, id of the run, (step, attempt) of the newest checkpoint)."""
         make_folder(self.root, "checkpoint.path" if self.args.path else "dump_dir")
+        if self._lock is not None:
+            self._lock.bind(self.root)
         if (run_id := publish.read_run_id(self.root)) is None:
             run_id = secrets.token_hex(8)
             write_whole(self.root / layout.RUN_ID, run_id)
@@ -137,6 +139,7 @@ class CheckpointManager:
             drain.await_older_writers(self.root, self.attempt, this_process(*this_job(os.environ)))
         try:
             publish.open_staging_dir(self.root, self.attempt, files=self._files)
+            self._check_owner()  # last: whoever takes over after this closes the staging dir
         except OSError as error:
             raise publish.disk_error(error, self.root, 0) from error
 
@@ -262,6 +265,7 @@ class CheckpointManager:
         deadline_s: float | None,
     ) -> SaveReport:
         assert self._background is not None
+        self._ranks.from_main(lambda: self._lock.look() if self._lock else None)  # without waiting for the disk
         error = self._background.save(step, state, tensors.by_name, final=final, deadline_s=deadline_s)
         report = SaveReport(step, layout.folder(self.root, step), published=False, staged=error is None, error=error)
         report.seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.process_group import Ranks
 from lingua.files import DiskError, Files, RunError
 from lingua.run.failure import RankError, carried, classify
+from lingua.run.lock import OvertakenError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class DirectWriter:
     direct_io: bool
     readback: bool
     check_owner: Callable[[], None]
-    """On rank 0: raises RunError if a newer attempt owns the run."""
+    """On rank 0: raises RunError if the run or its checkpoints are another's now; OvertakenError: the run."""
 
     def save(
         self,
@@ -115,17 +116,19 @@ class DirectWriter:
     def _publish(self, step: int, written: list[_Written], started: float, total_bytes: int) -> RunError | None:
         """On rank 0: publish what all ranks have written, or remove it; return what went wrong."""
         problem = next((of_rank.error for of_rank in written if of_rank.error is not None), None)
-        if problem is None:
-            facts = {name: fact for of_rank in written for name, fact in of_rank.facts.items()}
-            try:
-                self.check_owner()
+        try:
+            self.check_owner()  # also after an error: it may come from an attempt that has taken over
+            if problem is None:
+                facts = {name: fact for of_rank in written for name, fact in of_rank.facts.items()}
                 seconds = time.perf_counter() - started
                 publish.publish(self.root, step, self.attempt, facts, seconds=seconds, files=self.files)
                 return None
-            except OSError as error:
-                problem = disk_error(error, self.root, total_bytes)
-            except RunError:
-                publish.abandon(self.root, step, self.attempt, files=self.files)
-                raise
+        except OSError as error:
+            problem = problem or disk_error(error, self.root, total_bytes)
+        except OvertakenError:  # and what lies in our staging dir may be the other's
+            raise
+        except RunError:
+            publish.abandon(self.root, step, self.attempt, files=self.files)
+            raise
         publish.abandon(self.root, step, self.attempt, files=self.files)
         return carried(problem, f"checkpoint {step} is lost, older ones are untouched: {problem}")

@@ -430,7 +430,9 @@ def _is_bug(error: Exception) -> bool:
 def owned_by_another(run_dir: Path, job_id: str) -> bool:
     """Return whether the newest attempt of the run is another job's, and has not ended by itself."""
     newest = newest_attempt(run_dir)
-    return newest is not None and not newest.released and newest.owner.slurm_job_id != job_id
+    if newest is None or newest.released or newest.copied_from:
+        return False
+    return newest.owner.slurm_job_id != job_id
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

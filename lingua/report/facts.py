@@ -69,7 +69,7 @@ class RunFacts:
 
     @property
     def job_id(self) -> str:
-        return self.attempt.owner.slurm_job_id if self.attempt is not None else ""
+        return self.attempt.owner.slurm_job_id if self.attempt is not None and not self.attempt.copied_from else ""
 
 
 def find_run(path: Path) -> Path:

@@ -210,6 +210,8 @@ def _cause(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     if cause is not None:
         return f"{cause.kind}: {cause.type}: {_first_line(cause.message)}"
     stop, job = facts.stop or {}, facts.job
+    if facts.attempt is not None and facts.attempt.copied_from and status.state == "killed":
+        return f"this folder is a copy: {facts.attempt} ran in {facts.attempt.copied_from}, and may still run there"
     match status.state:
         case "failed":
             return f"{stop.get('kind', 'error')}: {_first_line(str(stop.get('error', 'no message was left')))}"

@@ -1,13 +1,14 @@
-"""Gives a run folder one owner at a time, and each attempt to run it a number.
+"""Says who owns a folder: one attempt a run folder, and one run a folder of checkpoints.
 
 Two trainers never own a folder at once; the second is refused with a sentence that names the first. The lock of a dead
 owner blocks others for at most a minute, and not at all if its death is certain (same host: no such process; same Slurm
-job, restarted). An owner that was replaced while it was suspended finds out before it publishes.
+job, restarted). An owner that was replaced while it was suspended is told at its next heartbeat or save.
 
 The folder `incarnations/` has one file per attempt, 0000000001.json and so on; the highest number is the owner. Taking
 over means creating the next number, which a file system grants to one process only, so there is no lock to break and no
-race in breaking it. A thread touches the file every BEAT_S, and then checks for requests of `lingua stop` and `lingua
-profile`. The age of a heartbeat is measured with the file server's clock alone.
+race in breaking it. Every BEAT_S a thread checks that the folder is still ours, touches the file, and looks for what
+`lingua stop` and `lingua profile` ask. A heartbeat is old by the file server's clock, or because it did not change for
+a minute by that of the newcomer. A record that only came with a copy of the folder owns nothing (`place.py`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lingua.files import DiskError, RunError, entries, read_json, write_json, write_whole
+from lingua.files import DiskError, RunError, entries, raise_if, read_json, write_json, write_whole
+from lingua.run.place import Place, Run, bind, bound_to, copied_from, is_of_another, place_in, place_of
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,10 @@ _NAME = re.compile(r"(\d{10})\.json", re.ASCII)
 
 class OccupiedError(RunError):
     """Another process owns the run folder."""
+
+
+class OvertakenError(OccupiedError):
+    """Another process has taken over the run folder, which was ours."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +153,23 @@ class Attempt:
     released_s: float | None = None
     beat_s: float = 0.0
     """Time of the last heartbeat."""
+    copied_from: str = ""
+    """The folder that it ran in, if this one is a copy of it."""
+    folder: str = ""
+    """The folder that it ran in, as it was named then; empty: an older version wrote the file."""
 
     def is_alive(self, me: Owner | None = None, now_s: float | None = None, silent_s: float = DEAD_AFTER_S) -> bool:
-        """Return whether the owner is running, as far as reading can show; an owner elsewhere by its heartbeat."""
-        if self.released:
+        """Return whether the owner is running here, as far as reading can show; an owner elsewhere by its heartbeat."""
+        if self.released or self.copied_from:
             return False
         alive = certainly(self.owner, me or this_process())
         return (time.time() if now_s is None else now_s) - self.beat_s < silent_s if alive is None else alive
+
+    def looks_in(self, run_dir: Path, me: Owner) -> bool:
+        """Return whether its owner finds what is written into `run_dir`, which may have been renamed since it began."""
+        if not self.folder or certainly(self.owner, me) is None:
+            return True  # elsewhere the folder may have this name
+        return os.path.exists(self.folder) and os.path.samefile(self.folder, run_dir)
 
     def __str__(self) -> str:
         return f"attempt {self.number} ({_process(self.owner)})"
@@ -170,7 +187,9 @@ def read_attempt(path: Path) -> Attempt:
     if not isinstance(record, dict) or not {"released", *Owner.__dataclass_fields__} & record.keys():
         raise RunError(f"{path} does not say whose attempt it is; it is damaged or was edited")
     began_s, released_s = (_time_in(record, key) for key in ("began_at", "released_at"))
-    return Attempt(int(path.stem), owner_in(record), bool(record.get("released")), began_s, released_s, beat_s)
+    released, copied, held = bool(record.get("released")), copied_from(record, path.parent.parent), place_in(record)
+    folder = held.path if held else ""
+    return Attempt(int(path.stem), owner_in(record), released, began_s, released_s, beat_s, copied, folder)
 
 
 def _time_in(record: dict[str, Any], key: str) -> float | None:
@@ -191,6 +210,46 @@ def living_attempt(run_dir: Path, me: Owner | None = None, now: Callable[[], flo
     return newest if newest is not None and newest.is_alive(me, now()) else None
 
 
+# -- decisions -----------------------------------------------------------------------------------------------------
+
+
+def still_owns(
+    attempt: Attempt, certain: bool | None, *, age_s: float, unchanged_s: float, has_beaten: bool
+) -> bool | None:
+    """Return whether an owner holds the folder against a newcomer; None: look again.
+
+    `certain`: what `certainly` says. `age_s` of its heartbeat is negative where a clock was set back, so `unchanged_s`,
+    by the newcomer's own clock, counts too. `has_beaten`: the heartbeat has changed meanwhile.
+    """
+    if attempt.released or attempt.copied_from:
+        return False
+    if certain is not None:
+        return certain
+    if has_beaten:
+        return True
+    return False if max(age_s, unchanged_s) > DEAD_AFTER_S else None
+
+
+def why_overtaken(run_dir: Path, attempt: int, newest: int, is_ours: bool | None) -> str | None:
+    """Return why an attempt must stop, or None. `is_ours`: whether it wrote the file with its number; None: no file."""
+    this = f"this one, attempt {attempt}, stops"
+    if newest > attempt:
+        return f"attempt {newest} of this run has taken over {run_dir}; {this}"
+    if is_ours is False:
+        return f"another run has begun in {run_dir}, after the folder of this one was removed or replaced; {this}"
+    return None
+
+
+def run_in(run_dir: Path) -> Run:
+    """Return the identity of a run, also of one that is still to come. Raises OSError."""
+    first = attempt_files(run_dir).get(1)
+    record = None
+    with suppress(FileNotFoundError, RunError):  # a damaged record: the folder alone identifies it
+        record = None if first is None else read_json(first)
+    born_s = _time_in(record, "began_at") if isinstance(record, dict) else None
+    return Run(place_of(run_dir) if run_dir.exists() else Place(os.path.realpath(run_dir), 0), born_s)
+
+
 def _process(owner: Owner) -> str:
     job = f", Slurm job {owner.slurm_job_id}" if owner.slurm_job_id else ""
     return f"process {owner.pid} on {owner.host}{job}"
@@ -206,6 +265,7 @@ class RunLock:
         *,
         doing: str = "trained",
         now: Callable[[], float] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`now`: seconds since the epoch; None: the file server's own clock. `doing`: what owners do, for messages."""
@@ -213,12 +273,16 @@ class RunLock:
         self._doing = doing
         self._folder = run_dir / FOLDER
         self._me = me or this_process()
-        self._now = now
-        self._sleep = sleep
-        self._stop = threading.Event()
+        self._now, self._monotonic, self._sleep = now, monotonic, sleep
+        self._began_at = 0.0
+        self._bound: Path | None = None
+        self._lost: RunError | None = None
+        self._stop, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.attempt = 0
         """Number of this attempt, from 1. 0: not the owner."""
+        self.on_lost: Callable[[RunError], object] = lambda error: None
+        """Called from the heartbeat's thread when the folder is not ours any more."""
         self.on_stop_request: Callable[[], object] = lambda: None
         """Called from the heartbeat's thread when `lingua stop` has asked this attempt to stop."""
         self.on_beat: Callable[[], object] = lambda: None
@@ -243,29 +307,44 @@ class RunLock:
         number = max(files, default=0) + 1
         if files:
             self._wait_until_gone(files[number - 1])
-        draft = self._folder / f".{os.getpid()}-{threading.get_ident()}.json"
-        write_json(draft, asdict(self._me) | {"incarnation": number, "released": False, "began_at": time.time()})
+        self._began_at = time.time()
+        record = {"incarnation": number, "released": False, "began_at": self._began_at}
+        record["folder"] = asdict(place_of(self._run_dir))
+        if not self._create(self._path(number), asdict(self._me) | record):
+            return False  # another process was faster: look again who it is
+        self.attempt = number
+        return True
+
+    def _create(self, path: Path, record: dict[str, Any]) -> bool:
+        """Write a record that nobody else has written; return False if somebody has."""
+        draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}.json")
+        write_json(draft, record)
         self._touch(draft)
         try:
-            _claim(draft, self._path(number))
+            _claim(draft, path)
         except FileExistsError:
-            return False  # another process was faster: look again who it is
+            return False
         finally:
             draft.unlink(missing_ok=True)
-        self.attempt = number
         return True
 
     def _wait_until_gone(self, path: Path) -> None:
         """Return when the owner described in `path` is gone; raise OccupiedError as soon as it is known to be alive."""
         first_beat_s: float | None = None
+        since_s = self._monotonic()
         while True:
-            attempt = read_attempt(path)
-            alive = certainly(attempt.owner, self._me)
-            if attempt.released or alive is False:
+            looked_s, attempt = self._monotonic(), read_attempt(path)
+            certain = certainly(attempt.owner, self._me)
+            owns = still_owns(
+                attempt,
+                certain,
+                age_s=self._time() - attempt.beat_s if certain is None else 0.0,
+                unchanged_s=looked_s - since_s,
+                has_beaten=first_beat_s not in (None, attempt.beat_s),
+            )
+            if owns is False:
                 return
-            if alive is None and self._time() - attempt.beat_s > DEAD_AFTER_S:
-                return
-            if alive or first_beat_s not in (None, attempt.beat_s):
+            if owns:
                 raise OccupiedError(
                     f"{self._run_dir} is being {self._doing} by {_process(attempt.owner)}; "
                     "stop that one first, or choose another name or dump_dir"
@@ -275,17 +354,46 @@ class RunLock:
             first_beat_s = attempt.beat_s
             self._sleep(5.0)
 
+    def bind(self, folder: Path) -> None:
+        """Make a folder of checkpoints this run's alone. Raises RunError if it is another's, OSError."""
+        run = run_in(self._run_dir)
+        while not bind(folder, run, self._create):
+            pass
+        self._bound = folder
+
     def check(self) -> None:
-        """Raise RunError if a newer attempt owns the folder."""
-        newest = self._newest()
-        if newest > self.attempt:
-            raise RunError(
-                f"attempt {newest} of this run has taken over {self._run_dir}; this one, attempt {self.attempt}, stops"
-            )
+        """Raise OvertakenError if another attempt has the folder, RunError if another run has its checkpoints.
+
+        Raises OSError where that cannot be read. Nothing, where the folder was moved away: then nobody took it over.
+        """
+        record, path = None, self._path(self.attempt)
+        with suppress(FileNotFoundError, RunError):  # damaged: nobody else writes such a record
+            record = read_json(path)
+        is_ours = None if record is None else self._is_ours(record)
+        if why := why_overtaken(self._run_dir, self.attempt, self._newest(), is_ours):
+            raise OvertakenError(why)
+        bound = None
+        with suppress(FileNotFoundError, RunError):
+            bound = None if self._bound is None else bound_to(self._bound)
+        if bound is not None and is_of_another(bound, run_in(self._run_dir), is_gone=False):
+            whose = f"{self._bound} belongs to another run now, {bound.place.path}"
+            raise RunError(f"{whose}; attempt {self.attempt} of {self._run_dir} stops")
+
+    def look(self) -> None:
+        """Raise what `check` found last, and let the heartbeat's thread check soon: the disk may hang."""
+        raise_if(self._lost)
+        self._wake.set()
 
     def holds(self) -> bool:
-        """Return whether the folder is still ours: no newer attempt owns it, and it was not moved away."""
+        """Return whether the folder is still ours: nobody has taken it over, and it was not moved away."""
+        try:
+            self.check()
+        except RunError:
+            return False
         return self._newest() == self.attempt
+
+    def _is_ours(self, record: Any) -> bool:
+        return isinstance(record, dict) and record.get("began_at") == self._began_at  # to the microsecond
 
     def _newest(self) -> int:
         return max(attempt_files(self._run_dir), default=0)
@@ -298,11 +406,14 @@ class RunLock:
         if not self.attempt:
             return
         self._stop.set()
+        self._wake.set()
         if self._thread is not None:
             self._thread.join()
         path = self._path(self.attempt)
         try:
-            write_json(path, read_json(path) | {"released": True, "released_at": time.time()})
+            record = read_json(path)
+            if self._is_ours(record):  # or it is the lock of another run
+                write_json(path, record | {"released": True, "released_at": time.time()})
         except (OSError, RunError) as error:
             log.warning("cannot release the lock of %s: %s", self._run_dir, error)
 
@@ -314,14 +425,28 @@ class RunLock:
         self.release()
 
     def _beat_on(self) -> None:
-        while not self._stop.wait(BEAT_S):
+        while True:
+            self._wake.wait(BEAT_S)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            self.beat()
+
+    def beat(self) -> None:
+        """Check that the folder is ours, sign, and look for requests. A disk that fails costs a warning."""
+        try:
             try:
-                self._touch(self._path(self.attempt))
-                if stop_request(self._run_dir, self.attempt).exists():
-                    self.on_stop_request()
-                self.on_beat()
-            except OSError as error:
-                log.warning("no heartbeat in %s: %s", self._run_dir, error)
+                self.check()
+            except RunError as error:
+                self._lost = error
+                self.on_lost(error)
+                return
+            self._touch(self._path(self.attempt))
+            if stop_request(self._run_dir, self.attempt).exists():
+                self.on_stop_request()
+            self.on_beat()
+        except OSError as error:
+            log.warning("no heartbeat in %s: %s", self._run_dir, error)
 
     def _touch(self, path: Path) -> None:
         os.utime(path, None if self._now is None else (self._now(), self._now()))

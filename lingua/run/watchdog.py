@@ -103,6 +103,7 @@ class Watchdog:
         self._peers: Others | None = None
         self._attempt: int | None = None
         self._end: End | None = None
+        self._found: Exception | None = None
         self._leave_by_s = float("inf")
         self._only_one = threading.Lock()
         self._closed = threading.Event()
@@ -135,6 +136,11 @@ class Watchdog:
     def open(self, attempt: int) -> None:
         """Note that the run folder is ours, as this attempt of it."""
         self._attempt = attempt
+
+    def fail(self, error: Exception) -> None:
+        """End all ranks because of an error that a thread of ours has found, whatever the main thread waits for."""
+        self._found = self._found or error
+        self._signals.wake()
 
     # -- the main thread -------------------------------------------------------------------------------------------
 
@@ -185,7 +191,10 @@ class Watchdog:
                 log.error("the cleanup did not end within %d s; leaving", LEAVE_WITHIN_S)
                 self._leave(self._end.exit_code)
             return
-        if self._signals.received is not None and self.heartbeat.starting:
+        if self._found is not None:
+            failure = self._failure(self._found)
+            self._go(self._end_of(failure), failure)
+        elif self._signals.received is not None and self.heartbeat.starting:
             assert self._signals.received_at_s is not None
             if self._now() - self._signals.received_at_s < START_GRACE_S:
                 return  # the first step may be about to end: then the loop can save it
@@ -255,7 +264,9 @@ class Watchdog:
                 self._peers.send(orjson.dumps(asdict(end)))
             except RuntimeError as error:
                 log.warning("cannot send this to the other ranks: %s", str(error).partition("\n")[0])
-        if failure is not None and failure.kind != "occupied":  # then the folder is another process's
+        if failure is not None and failure.kind == "occupied":  # the folder is another process's
+            return True
+        if failure is not None:
             if failure.kind == "hang":
                 self._dump_stacks()
             record(self._run_dir, failure)

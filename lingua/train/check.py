@@ -87,6 +87,8 @@ def load(
     n_ranks = world_size or default_world_size(args)
     judged = _judge(examined, composed, n_ranks, followers, kept, needed)
     barring = _barring(judged, earlier, line)
+    if why := earlier.why_not_there:
+        raise ConfigError([*judged.complaints, composed.complaint("checkpoint.path", why)])
     if not earlier.is_bound and kept is not None and (judged.complaints or barring):
         # No step is kept, so what the earlier attempt derived need not be kept either.
         judged = _judge(examined, composed, n_ranks, followers, None, needed)

@@ -16,7 +16,9 @@ from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import Difference, read_frozen
 from lingua.report.facts import json_object_in, last_line
 from lingua.run.folder import STOP_FILE
+from lingua.run.lock import run_in
 from lingua.run.metrics import CHECKPOINT_FILE
+from lingua.run.place import why_not_ours
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Earlier:
     """The next attempt would resume from a checkpoint."""
     has_begun: bool = False
     """An attempt reached its first step."""
+    why_not_there: str | None = None
+    """Why the next attempt must not keep its checkpoints where the config says; None: it may."""
     ended_by: str = ""
     """Kind of the failure that ended the newest attempt; empty if it did not fail."""
 
@@ -41,13 +45,15 @@ class Earlier:
 def read_earlier(run_dir: Path, root: Path | None = None) -> Earlier:
     """Read a run folder. `root`: where the next attempt looks for checkpoints, if not where the last one did."""
     config = read_frozen(run_dir)
+    why_not_there = None if root is None else why_not_ours(root, run_in(run_dir))
     if config is None:
-        return Earlier()
+        return Earlier(why_not_there=why_not_there)
     roots = {root_of(run_dir), *([root] if root is not None else [])}
     shm = Path((config.get("checkpoint") or {}).get("shm_path") or SHM)
     return Earlier(
         config=config,
         is_bound=is_resumable(run_dir, *roots, shm=shm),
         has_begun=last_line(run_dir / CHECKPOINT_FILE) is not None,
+        why_not_there=why_not_there,
         ended_by=str((json_object_in(run_dir / STOP_FILE) or {}).get("kind", "")),
     )

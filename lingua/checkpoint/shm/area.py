@@ -418,6 +418,15 @@ def read_run(area: ShmArea) -> ServedRun | None:
         raise RunError(f"{area.session.path} is of another version of lingua ({reason}); remove it") from None
 
 
+def served_by(area: ShmArea) -> tuple[str, int] | None:
+    """Return (run id, attempt) of the run that an area serves; None: of none yet, or it cannot be read."""
+    try:
+        content = area.session.read()
+        return str(content["run_id"]), int(content["attempt"])
+    except (OSError, TypeError, KeyError, ValueError):
+        return None
+
+
 def write_run(area: ShmArea, run: ServedRun, *, files: Files = DISK) -> None:
     """Replace what the newest attempt wrote. Raises OSError, and then it is as before."""
     paths = {"run_dir": str(run.run_dir), "root": str(run.root)}

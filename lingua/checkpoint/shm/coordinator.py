@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lingua.checkpoint import capacity, dcp
 from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, State, make_area
+from lingua.checkpoint.shm.moved import adopt
 from lingua.checkpoint.shm.service_client import ServiceClient, StartService, say_who_is_waited_for, start_service
 from lingua.checkpoint.shm.slot_writer import SlotWriter
 from lingua.checkpoint.state import TrainState, scalars_json
@@ -202,6 +203,8 @@ class Coordinator:
 
     def find_unsaved(self, newest_done: tuple[int, int]) -> set[tuple[int, int]]:
         """Look for snapshots in memory that are worth saving, (attempt, step) each; all others are forgotten."""
+        run, step = self._run, newest_done[0]
+        self._ranks.on_each(lambda: adopt(self.area, run, step, files=self._files) if self._service else None)
         own = self._complete() if self._service else {}
         found = [save for of_rank in self._ranks.gather(list(own.values())) for save in of_rank]
         wanted = worth_saving(found, self._run.run_id, newest_done)

@@ -28,6 +28,7 @@ from lingua.checkpoint.publish import CHUNK_BYTES, DamagedError, FileFacts, Mani
 from lingua.checkpoint.shm.area import Save, ServedRun
 from lingua.files import DISK, Buffer, Files, RunError, is_plain_file, read_json, write_json
 from lingua.run.lock import Owner, certainly, owner_in, this_process
+from lingua.run.place import copied_from, place_of
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Throttle:
 def at_work(run: ServedRun, save: Save, *, files: Files = DISK) -> Iterator[None]:
     """Keep a heartbeat file while a step is being written. Raises OSError."""
     path = run.writer_file(save.step, save.node)
-    write_json(path, asdict(this_process(*run.job)), files=files)
+    write_json(path, asdict(this_process(*run.job)) | {"folder": asdict(place_of(run.root))}, files=files)
     done = threading.Event()
 
     def beat() -> None:
@@ -128,7 +129,8 @@ def busy_writers(root: Path, before: int, me: Owner) -> dict[Path, tuple[float, 
             continue
         for path in staging_dir.glob("writer-*.json"):
             with suppress(OSError, RunError):  # it is just being removed
-                alive = certainly(owner_in(read_json(path)), me)
+                record = read_json(path)
+                alive = False if copied_from(record, root) else certainly(owner_in(record), me)
                 if alive is not False:
                     found[path] = (path.stat().st_mtime, alive)
     return found
@@ -183,6 +185,7 @@ def store(
     disk fails, and DamagedError, NodeMissingError or FencedError when there will be no such step.
     """
     try:
+        require_ours(run)
         if is_published(save, run, files=files):
             return save.node == 0 and publish.attempt_of(run.root, save.step) == run.attempt
         with at_work(run, save, files=files):
@@ -263,6 +266,17 @@ def _chunks(content: memoryview, throttle: Throttle) -> Iterator[Buffer]:
         chunk = content[start : start + CHUNK_BYTES]
         throttle.let_through(len(chunk))
         yield chunk
+
+
+def require_ours(run: ServedRun) -> None:
+    """Raise FencedError if a newer attempt, or another run, has the run's folder; OSError if that is gone."""
+    if not run.staging_dir.exists():
+        raise why_missing(run)
+    run_id = None
+    with suppress(RunError):  # it is damaged: no other run wrote it
+        run_id = publish.read_run_id(run.root)
+    if run_id not in (None, run.run_id):
+        raise FencedError(f"{run.root} holds another run's checkpoints now: the folder of this one was replaced")
 
 
 def why_missing(run: ServedRun) -> Exception:

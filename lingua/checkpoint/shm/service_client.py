@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from lingua.checkpoint.shm.area import SERVICE_LOCK, Events, ServedRun, ShmArea, write_run
+from lingua.checkpoint.shm.area import SERVICE_LOCK, Events, ServedRun, ShmArea, served_by, write_run
 from lingua.files import DISK, DiskError, Files, ProcessLock, RunError, raise_if
 from lingua.run.failure import RankError, carried
+from lingua.run.lock import why_overtaken
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,17 @@ def start_service(run_dir: Path, shm: Path, log_file: Path) -> ServiceProcess:
         )
 
 
+def why_taken(run: ServedRun, served: tuple[str, int] | None, *, is_first: bool) -> str | None:
+    """Return why an attempt must not use the memory of its node, or None.
+
+    `served`: (run id, attempt) that the service knows. Before it knows us (`is_first`), it may know another run, which
+    had the folder before.
+    """
+    run_id, attempt = served or (run.run_id, run.attempt)
+    is_ours = is_first or (run_id, attempt) == (run.run_id, run.attempt)
+    return why_overtaken(run.run_dir, run.attempt, attempt if run_id == run.run_id else run.attempt, is_ours)
+
+
 class ServiceClient:
     """The service of one node, for the leader of its ranks."""
 
@@ -90,9 +102,15 @@ class ServiceClient:
 
     def send(self, run: ServedRun) -> None:
         """Send the service what it must know of the run; start it if need be. Raises OSError, RunError."""
+        self._check_area(run)
         self._run = run
         write_run(self._area, run, files=self._files)
         self.ensure()
+
+    def _check_area(self, run: ServedRun) -> None:
+        """Raise RankError if another attempt has the memory of this node: not a byte of it is ours then."""
+        if why := why_taken(run, served_by(self._area), is_first=self._run is None):
+            raise RankError(why, "occupied")
 
     def ensure(self) -> None:
         """Start the service if there is none. Raises RunError when it dies again and again."""
@@ -129,11 +147,13 @@ class ServiceClient:
             if event["kind"] == "published":
                 self._n_starts, self._n_refusals = min(self._n_starts, 1), 0
             elif event["kind"] in ("failed", "fenced"):
-                self.fatal = RankError(event["why"], "bug") if event["kind"] == "failed" else RunError(event["why"])
+                self.fatal = RankError(event["why"], "bug" if event["kind"] == "failed" else "occupied")
         return events
 
     def check(self) -> None:
-        """Read its reports and start it if it died. Raises RunError when it cannot go on."""
+        """Read its reports and start it if it died. Raises RunError when it cannot go on, or must not."""
+        assert self._run is not None
+        self._check_area(self._run)
         self.read_events()
         raise_if(self.fatal)
         self.ensure()

@@ -22,7 +22,8 @@ from lingua.checkpoint.pins import pinned
 from lingua.checkpoint.publish import DamagedError, Manifest
 from lingua.config.frozen import CONFIG_FILE, public_yaml, read_frozen
 from lingua.files import DISK, Buffer, Files, RunError, free_bytes, human_bytes, write_whole
-from lingua.run.lock import RunLock, this_process
+from lingua.run.lock import RunLock, run_in, this_process
+from lingua.run.place import why_not_ours
 from lingua.slurm import this_job
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,8 @@ def _check_target(target_dir: Path, config: dict[str, Any] | None) -> None:
         raise RunError(f"{target_dir} holds copies from another run, {there.get('dump_dir')}; choose another folder")
     if there is not None and root_of(target_dir) != target_dir / layout.CHECKPOINTS:
         raise RunError(f"{target_dir} keeps its checkpoints in {root_of(target_dir)}; choose another folder")
+    if why := why_not_ours(target_dir / layout.CHECKPOINTS, run_in(target_dir)):
+        raise RunError(why)
 
 
 def chunks(path: Path, advance: Callable[[int], object]) -> Iterator[Buffer]:

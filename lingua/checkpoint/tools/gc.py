@@ -20,13 +20,15 @@ from pathlib import Path
 
 from lingua.checkpoint import layout, pins, publish, retention
 from lingua.checkpoint.lookup import Checkpoint, root_of, run_root
-from lingua.checkpoint.shm.area import SERVICE_LOCK, SHM, TRAINER_LOCK, ShmArea, base
+from lingua.checkpoint.shm.area import SERVICE_LOCK, SHM, TRAINER_LOCK, ServedRun, ShmArea, base
 from lingua.checkpoint.shm.drain import BEAT_S, busy_writers
+from lingua.checkpoint.shm.moved import left_behind
 from lingua.checkpoint.tools.status import leases, moving, set_aside, tree_facts
 from lingua.config.base import ConfigError
 from lingua.config.frozen import read_frozen
 from lingua.files import DISK, Files, RunError, entries
-from lingua.run.lock import Owner, RunLock, living_attempt, this_process
+from lingua.run.lock import Owner, RunLock, living_attempt, run_in, this_process
+from lingua.run.place import why_not_ours
 from lingua.slurm import this_job
 
 log = logging.getLogger(__name__)
@@ -99,9 +101,11 @@ def _given_up(run_dir: Path, root: Path, attempt: int, now_s: float, files: File
 def _memory(run_dir: Path, files: Files) -> Iterator[Garbage]:
     """List memory of this user's dead runs on this machine, except snapshots that a next attempt would save."""
     shm = ((read_frozen(run_dir) or {}).get("checkpoint") or {}).get("shm_path")
+    own = Path(os.path.realpath(run_root(run_dir)))
+    ours, newest = ServedRun(publish.read_run_id(own) or "", run_dir, own, 0), max(layout.done_steps(own), default=-1)
     for folder in entries(base(Path(shm or SHM))):
         area = ShmArea(folder)
-        if folder.is_symlink() or not folder.is_dir() or _is_held(area):
+        if folder.is_symlink() or not folder.is_dir() or _is_held(area) or left_behind(area, ours, newest):
             continue
         try:
             owner = Path(area.session.read()["run_dir"])
@@ -147,7 +151,7 @@ def why_not_now(run_dir: Path, now: Callable[[], float] = time.time) -> str | No
     for path, (beat, alive) in busy_writers(run_root(run_dir), sys.maxsize, _me()).items():
         if alive or now() - beat < SILENT_S:
             return f"{run_dir} is not being trained, but its checkpoint service still writes {path.name}; wait for it"
-    return None
+    return why_not_ours(run_root(run_dir), run_in(run_dir))
 
 
 def _me() -> Owner:

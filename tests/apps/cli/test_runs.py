@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -165,6 +166,26 @@ def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(lingua: Lin
         parts = sum(record[f"time/{phase}_s"] for phase in ("data", "forward", "backward", "optimizer", "rest"))
         assert parts == pytest.approx(record["time/step_s"], abs=1e-4)
         assert min(record["time/forward_s"], record["time/backward_s"]) > 0
+
+
+def test_a_copy_of_a_living_run_is_not_asked_to_stop(lingua: Lingua, folder: Path, tmp_path: Path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(folder / "sweep" / "killed", run)
+    with lock.RunLock(run):
+        shutil.copytree(run, copy)
+        code, out, err = lingua("stop", copy)
+        assert (code, out) == (1, "")
+        assert f"{copy} is a copy of {run} and is not running itself" in err
+        assert f"this folder is a copy: attempt 2 (process {os.getpid()}" in lingua.record("why", copy)["cause"]
+        assert lingua.record("status", copy)[0]["state"] == "killed"
+        assert not list((copy / "incarnations").glob("*.stop"))
+        assert lingua("stop", run)[0] == 0
+        run.rename(tmp_path / "renamed")
+        code, out, err = lingua("stop", tmp_path / "renamed")
+        assert (code, out) == (1, "")
+        assert f"was {run} when attempt 2" in err
+        assert "rename it back first" in err
+        (tmp_path / "renamed").rename(run)
 
 
 def test_a_start_is_stopped_too(tmp_path: Path):

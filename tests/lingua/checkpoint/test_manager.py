@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lingua.checkpoint import dcp, layout
+from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Buffer, DiskError, Files, RunError, write_json
 from lingua.run.failure import KINDS, classify
-from lingua.run.lock import RunLock
+from lingua.run.lock import OvertakenError, RunLock
 from tests.fakes import At, Clock, FaultyFiles
 from tests.ranks import run_on_ranks
 from tests.tiny import DIM, VOCAB, TinyLM, assert_equal, make, snapshot, train
@@ -646,6 +646,47 @@ def test_an_overtaken_start_does_not_publish(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="attempt 2 of this run has taken over"):
             manager.save(2, make())
     assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [1]
+
+
+@pytest.mark.ranks
+def test_an_overtaken_start_is_told_also_when_its_write_fails_first(tmp_path: Path) -> None:
+    """Its staging dir is gone, so the disk's error comes first; training on with it would be in vain."""
+
+    def save(rank: int) -> tuple[str, str]:
+        lock = RunLock(tmp_path) if rank == 0 else None
+        if lock is not None:
+            lock.acquire()
+        manager = CheckpointManager(args(), tmp_path, lock=lock)
+        assert manager.save(1, make()).published
+        if rank == 0:
+            write_json(tmp_path / "incarnations" / "0000000002.json", {})
+            publish.open_staging_dir(tmp_path / layout.CHECKPOINTS, 2)
+        with pytest.raises(RunError) as caught:
+            manager.save(2, make(), final=True)
+        return classify(caught.value), str(caught.value)
+
+    for kind, why in run_on_ranks(save, 2):
+        assert kind == "occupied"
+        assert "attempt 2 of this run has taken over" in why
+    assert layout.done_steps(tmp_path / layout.CHECKPOINTS) == [1]
+
+
+def test_a_start_that_was_overtaken_while_it_began_saves_nothing(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as lock:
+        write_json(tmp_path / "incarnations" / "0000000002.json", {})
+        with pytest.raises(OvertakenError, match="attempt 2 of this run has taken over"):
+            CheckpointManager(args(), tmp_path, lock=lock)
+
+
+def test_two_runs_do_not_share_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    shared = args().model_copy(update={"path": str(tmp_path / "shared")})
+    with RunLock(tmp_path / "a") as lock:
+        assert CheckpointManager(shared, tmp_path / "a", lock=lock).save(1, make()).published
+    with (
+        RunLock(tmp_path / "b") as lock,
+        pytest.raises(RunError, match=r"shared holds the checkpoints of another run, .*/a;"),
+    ):
+        CheckpointManager(shared, tmp_path / "b", lock=lock)
 
 
 def test_readback_reads_what_the_disk_holds(tmp_path: Path) -> None:

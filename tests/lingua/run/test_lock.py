@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from lingua.files import RunError, read_json
-from lingua.run.lock import OccupiedError, Owner, RunLock, certainly, living_attempt, newest_attempt, this_process
+from lingua.files import RunError, read_json, write_json
+from lingua.run.lock import (
+    Attempt,
+    OccupiedError,
+    OvertakenError,
+    Owner,
+    RunLock,
+    certainly,
+    living_attempt,
+    newest_attempt,
+    still_owns,
+    this_process,
+    why_overtaken,
+)
 from tests.ranks import exit_code_of
 
 
@@ -20,14 +34,18 @@ class Clock:
     """A clock that only sleeping moves."""
 
     def __init__(self) -> None:
-        self.time = 1e9
+        self.time, self.awake_s = 1e9, 0.0
         self.while_asleep: Callable[[], None] = lambda: None
 
     def now(self) -> float:
         return self.time
 
+    def monotonic(self) -> float:
+        return self.awake_s
+
     def sleep(self, seconds: float) -> None:
         self.time += seconds
+        self.awake_s += seconds
         self.while_asleep()
 
 
@@ -36,7 +54,45 @@ ELSEWHERE = Owner(host="node-b", boot_id="other", pid_space="other", pid=1, star
 
 def lock_of(run_dir: Path, me: Owner | None = None, clock: Clock | None = None) -> RunLock:
     clock = clock or Clock()
-    return RunLock(run_dir, me, now=clock.now, sleep=clock.sleep)
+    return RunLock(run_dir, me, now=clock.now, monotonic=clock.monotonic, sleep=clock.sleep)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "certain", "age_s", "unchanged_s", "has_beaten", "owns"),
+    [
+        (Attempt(1, ELSEWHERE, released=True), True, 0, 0, False, False),
+        (Attempt(1, ELSEWHERE, copied_from="/runs/a"), True, 0, 0, True, False),
+        (Attempt(1, ELSEWHERE), True, 1e6, 1e6, False, True),  # it lives on this host
+        (Attempt(1, ELSEWHERE), False, 0, 0, True, False),
+        (Attempt(1, ELSEWHERE), None, 5, 0, False, None),
+        (Attempt(1, ELSEWHERE), None, 61, 0, False, False),
+        (Attempt(1, ELSEWHERE), None, 5, 60, False, None),
+        (Attempt(1, ELSEWHERE), None, 5, 61, False, False),
+        (Attempt(1, ELSEWHERE), None, -240, 60, False, None),  # the clock was set back
+        (Attempt(1, ELSEWHERE), None, -240, 61, False, False),
+        (Attempt(1, ELSEWHERE), None, 1e6, 5, True, True),  # the clock was set forward
+    ],
+)
+def test_whether_an_owner_still_owns(
+    attempt: Attempt, certain: bool | None, age_s: float, unchanged_s: float, has_beaten: bool, owns: bool | None
+) -> None:
+    assert still_owns(attempt, certain, age_s=age_s, unchanged_s=unchanged_s, has_beaten=has_beaten) is owns
+
+
+@pytest.mark.parametrize(
+    ("newest", "is_ours", "why"),
+    [
+        (3, True, None),
+        (0, None, None),  # the folder was moved away: nobody has it
+        (4, True, "attempt 4 of this run has taken over /run; this one, attempt 3, stops"),
+        (4, None, "attempt 4 of this run has taken over /run; this one, attempt 3, stops"),
+        (3, False, "another run has begun in /run, after the folder .* was removed or replaced; .* attempt 3, stops"),
+        (1, None, None),
+    ],
+)
+def test_why_an_attempt_must_stop(newest: int, is_ours: bool | None, why: str | None) -> None:
+    found = why_overtaken(Path("/run"), 3, newest, is_ours)
+    assert found is None if why is None else found is not None and re.fullmatch(why, found)
 
 
 def test_numbers_go_up(tmp_path: Path) -> None:
@@ -80,6 +136,15 @@ def test_a_silent_owner_elsewhere_is_waited_for_and_taken_over(tmp_path: Path) -
     began = clock.time
     assert lock_of(tmp_path, None, clock).acquire() == 2
     assert 60 < clock.time - began < 70
+
+
+@pytest.mark.parametrize("back_s", [240.0, 1e6])
+def test_a_clock_that_was_set_back_holds_up_a_minute(tmp_path: Path, back_s: float) -> None:
+    clock = Clock()
+    lock_of(tmp_path, ELSEWHERE, clock).acquire()
+    clock.time -= back_s
+    assert lock_of(tmp_path, None, clock).acquire() == 2
+    assert 60 < clock.awake_s < 70
 
 
 def test_a_beating_owner_elsewhere_refuses_at_its_next_beat(tmp_path: Path) -> None:
@@ -178,3 +243,81 @@ def test_a_damaged_record_names_the_file(tmp_path: Path, content: str, problem: 
     (tmp_path / "incarnations" / "0000000001.json").write_text(content)
     with pytest.raises(RunError, match=rf"0000000001\.json .*{problem}"):
         RunLock(tmp_path).acquire()
+
+
+def test_an_overtaken_owner_is_told_at_its_next_heartbeat_and_signs_nothing(tmp_path: Path) -> None:
+    clock, told = Clock(), list[RunError]()
+    asleep = lock_of(tmp_path, ELSEWHERE, clock)
+    asleep.acquire()
+    asleep.on_lost = told.append
+    asleep.beat()
+    asleep.look()
+    clock.time += 100
+    lock_of(tmp_path, None, clock).acquire()
+    before_s = (tmp_path / "incarnations" / "0000000001.json").stat().st_mtime
+    asleep.beat()
+    assert [type(error) for error in told] == [OvertakenError]
+    assert (tmp_path / "incarnations" / "0000000001.json").stat().st_mtime == before_s
+    with pytest.raises(OvertakenError, match="attempt 2 of this run has taken over"):
+        asleep.look()
+
+
+def test_a_look_is_taken_by_the_heartbeats_thread_at_once(tmp_path: Path) -> None:
+    lock, told = lock_of(tmp_path), threading.Event()
+    lock.acquire()
+    lock.on_lost = lambda error: told.set()
+    (tmp_path / "incarnations" / "0000000002.json").write_text("{}")
+    lock.look()
+    assert told.wait(60.0)  # and not only at the next heartbeat
+    lock.release()
+
+
+def test_a_run_in_a_folder_that_was_removed_and_made_again_is_another(tmp_path: Path) -> None:
+    old = lock_of(tmp_path)
+    old.acquire()
+    assert old.holds()
+    shutil.rmtree(tmp_path / "incarnations")
+    old.check()
+    assert not old.holds()
+    with lock_of(tmp_path, replace(this_process(), slurm_job_id="8")) as new:
+        assert new.attempt == old.attempt == 1
+        with pytest.raises(OvertakenError, match="another run has begun"):
+            old.check()
+        old.release()  # its own lock, which is gone
+        with pytest.raises(OccupiedError):
+            lock_of(tmp_path).acquire()
+
+
+def test_a_copy_of_a_living_run_is_free_and_the_run_is_not(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    with lock_of(run) as lock:
+        shutil.copytree(run, copy)
+        found = newest_attempt(copy)
+        assert found is not None
+        assert found.copied_from == str(run)
+        assert living_attempt(copy) is None
+        assert living_attempt(run) is not None
+        with lock_of(copy) as other:
+            assert other.attempt == 2
+            assert living_attempt(copy) is not None
+            lock.check()
+        with pytest.raises(OccupiedError):
+            lock_of(run).acquire()
+
+
+def test_a_living_run_whose_folder_was_renamed_still_owns_it(tmp_path: Path) -> None:
+    with lock_of(tmp_path / "run") as lock:
+        (tmp_path / "run").rename(tmp_path / "renamed")
+        with pytest.raises(OccupiedError):
+            lock_of(tmp_path / "renamed").acquire()
+        lock.check()
+        (tmp_path / "renamed").rename(tmp_path / "run")
+
+
+def test_an_older_version_s_record_names_no_folder(tmp_path: Path) -> None:
+    with lock_of(tmp_path / "run"):
+        pass
+    path = tmp_path / "run" / "incarnations" / "0000000001.json"
+    write_json(path, vars(this_process()) | {"incarnation": 1, "released": False})
+    with pytest.raises(OccupiedError):
+        lock_of(tmp_path / "run").acquire()

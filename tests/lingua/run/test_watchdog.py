@@ -12,6 +12,7 @@ import lingua.run.watchdog
 from lingua.config.keys.watchdog import WatchdogArgs
 from lingua.files import RunError
 from lingua.run.failure import HungError, RankError, mark_known, read_failures
+from lingua.run.lock import OvertakenError
 from lingua.run.watchdog import End, Watchdog
 from lingua.signals import STOP_REQUEST, StopSignals
 
@@ -192,4 +193,26 @@ def test_a_context_that_ends_in_good_order_leaves_no_thread(tmp_path: Path):
         threads = list(watchdog._threads)
         assert all(thread.is_alive() for thread in threads)
     assert not any(thread.is_alive() for thread in threads)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_a_thread_has_found_ends_all_ranks(tmp_path: Path):
+    rank, room = Rank(tmp_path), Room()
+    rank.watchdog._peers = room
+    rank.watchdog.fail(RunError("the folder belongs to another run"))
+    rank.watchdog.look()
+    assert rank.exit_codes == [1]
+    assert rank.stop["reason"] == "error"
+    assert room.message is not None
+    assert "the folder belongs to another run" in room.message.decode()
+
+
+def test_an_overtaken_rank_ends_and_leaves_nothing_in_what_is_anothers_folder(tmp_path: Path):
+    rank, room, other = Rank(tmp_path), Room(), Rank(tmp_path, rank=1)
+    rank.watchdog._peers = room
+    rank.watchdog.fail(OvertakenError("attempt 4 of this run has taken over"))
+    rank.watchdog.look()
+    assert rank.exit_codes == [1]
+    listen(other, room)
+    assert other.exit_codes == [1]
     assert list(tmp_path.iterdir()) == []

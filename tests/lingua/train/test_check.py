@@ -19,6 +19,7 @@ from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.eval import EvalArgs, MeasureArgs
 from lingua.config.keys.optim import OptimArgs
 from lingua.data.sources import estimate_tokens
+from lingua.run.lock import RunLock
 from lingua.train.check import load, problems, resolve
 from tests.checkpoints import make_run
 
@@ -551,3 +552,14 @@ def test_tensorboard_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     line = parse_command_line(["apps/main/configs/debug.yaml", "logging.tensorboard=true"])
     with pytest.raises(ConfigError, match=r"the package tensorboard is missing; `uv sync --extra tensorboard`"):
         load(line, 1)
+
+
+def test_a_folder_with_another_runs_checkpoints_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with RunLock(tmp_path / "a") as lock:
+        lock.bind(shared)
+    words = ["config=apps/main/configs/debug.yaml", f"checkpoint.path={shared}"]
+    load(parse_command_line([*words, f"dump_dir={tmp_path / 'a'}"]))
+    with pytest.raises(ConfigError, match=r"shared holds the checkpoints of another run, .*/a; choose another"):
+        load(parse_command_line([*words, f"dump_dir={tmp_path / 'b'}"]))

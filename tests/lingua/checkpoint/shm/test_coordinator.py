@@ -24,7 +24,7 @@ from lingua.checkpoint.shm.coordinator import (
     worth_saving,
 )
 from lingua.checkpoint.shm.drain import BEAT_S, HANDOVER_S, SILENT_BEATS, await_older_writers
-from lingua.checkpoint.shm.service_client import LOOK_S, RESTARTS, WORD_S, ServiceClient
+from lingua.checkpoint.shm.service_client import LOOK_S, RESTARTS, WORD_S, ServiceClient, why_taken
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.distributed.process_group import Ranks
 from lingua.files import ProcessLock, RunError, write_json
@@ -255,3 +255,24 @@ def hung(path: Path) -> Iterator[int]:
         os.waitpid(pid, 0)
         os.close(reading)
         os.close(writing)
+
+
+@pytest.mark.parametrize(
+    ("served", "is_first", "why"),
+    [
+        (None, True, None),
+        (("run", 2), True, None),
+        (("before", 9), True, None),  # another run, which had the folder before us
+        (("run", 4), True, "attempt 4 of this run has taken over"),
+        (("run", 3), False, None),
+        (None, False, None),  # it cannot be read
+        (("run", 4), False, "attempt 4 of this run has taken over"),
+        (("after", 1), False, "another run has begun"),
+        (("after", 9), False, "another run has begun"),
+    ],
+)
+def test_whose_the_memory_of_a_node_is(
+    tmp_path: Path, served: tuple[str, int] | None, is_first: bool, why: str | None
+) -> None:
+    found = why_taken(ServedRun("run", tmp_path, tmp_path, 3), served, is_first=is_first)
+    assert found is None if why is None else found is not None and found.startswith(why)

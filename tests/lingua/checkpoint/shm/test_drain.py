@@ -22,7 +22,7 @@ from lingua.checkpoint.shm.service import Service
 from lingua.files import DISK, Files, write_json
 from lingua.run.lock import Owner, this_process
 from tests.fakes import Clock, FaultyFiles, KillFiles
-from tests.slotted import DiskFiles, Start, World, fast_place, killed, names_of
+from tests.slotted import DiskFiles, Start, World, content, fast_place, killed, names_of
 
 LONG_S = 60.0
 SHORT_S = 25 * LOOK_S
@@ -419,6 +419,50 @@ def test_busy_writers(world: World, who: Callable[[], Owner], expected: list[boo
     assert [alive for _, alive in drain.busy_writers(world.root, 3, me).values()] == expected
     path.write_bytes(b"{")
     assert drain.busy_writers(world.root, 3, me) == {}
+
+
+def test_a_copy_of_a_run_waits_for_no_service_of_the_original(world: World) -> None:
+    slot, target = staged(world)
+    save = slot.save()
+    assert save is not None
+    with drain.at_work(target, save):
+        shutil.copytree(world.root, world.place / "copy")
+        assert drain.busy_writers(world.place / "copy", 3, this_process()) == {}
+        assert drain.busy_writers(world.root, 3, this_process()) != {}
+
+
+def test_another_run_in_the_same_folder_gets_nothing_of_this_one(world: World) -> None:
+    """The folder was removed and a new run has begun there, also as attempt 2."""
+    start = Start(world, 2)
+    start.begin()
+    start.make_slots()
+    start.stage(2)
+    (world.root / layout.RUN_ID).write_text("another")
+    service = world.service()
+    assert service.take()
+    service.tick()
+    service.tick()
+    assert "fenced" in world.kinds()
+    assert world.done() == [1]
+    assert not world.served(2).folder(2).exists()
+
+
+def test_a_step_that_a_newer_attempt_has_published_is_not_this_one_s(world: World) -> None:
+    start = Start(world, 2)
+    start.begin()
+    start.make_slots()
+    start.stage(2)
+    publish.open_staging_dir(world.root, 3)
+    for name, data in ((name, content(2, name)) for name in names_of(0)):
+        layout.coming(layout.folder(world.root, 2), 3).mkdir(exist_ok=True)
+        (layout.coming(layout.folder(world.root, 2), 3) / name).write_bytes(data)
+    publish.publish(world.root, 2, 3, {n: publish.FileFacts(len(content(2, n)), "") for n in names_of(0)})
+    service = world.service()
+    assert service.take()
+    service.tick()
+    service.tick()
+    assert "fenced" in world.kinds()
+    assert "published" not in world.kinds()
 
 
 def test_a_link_in_the_staging_dir_is_not_written_through(world: World) -> None:

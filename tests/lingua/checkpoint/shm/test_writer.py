@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lingua.checkpoint import capacity, layout, publish
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm import drain, service
-from lingua.checkpoint.shm.area import ShmArea, State, area_of, base, make_area
+from lingua.checkpoint.shm.area import ShmArea, State, area_of, base, make_area, read_run, write_run
 from lingua.checkpoint.shm.slot_writer import SMALL_BYTES
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
-from lingua.files import DISK, Buffer, DiskError, Files, RunError
+from lingua.files import DISK, Buffer, DiskError, Files, RunError, write_json
 from lingua.run.failure import classify
-from lingua.run.lock import RunLock
+from lingua.run.lock import OvertakenError, RunLock
 from tests.fakes import At, FaultyFiles, FillingMemory, KillFiles
 from tests.ranks import run_on_ranks
 from tests.services import Services
@@ -657,6 +657,41 @@ def test_a_start_that_was_overtaken_ends(tmp_path: Path, shm: Path):
     kept = area_of(tmp_path, shm).slot(0).complete()  # the newer start may die before it saves anything
     assert kept is not None
     assert kept[0].step == 1
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_start_whose_memory_serves_a_newer_one_touches_nothing_there(
+    tmp_path: Path, shm: Path, services: Services, final: bool
+):
+    """Both on one node, as where a container hid the first from the second."""
+    manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+    manager.prepare(make())
+    area = area_of(tmp_path, shm)
+    first = read_run(area)
+    assert first is not None
+    newer = replace(first, attempt=1)
+    write_run(area, newer)
+    with pytest.raises(RunError, match=r"attempt 1 of this run has taken over .*, attempt 0, stops") as caught:
+        manager.save(2, make(), final=final)
+    manager.close()
+    assert classify(caught.value) == "occupied"
+    assert read_run(area) == newer
+    assert done(tmp_path) == []
+
+
+def test_a_start_does_not_wait_for_the_disk_to_hear_that_it_was_overtaken(
+    tmp_path: Path, shm: Path, services: Services
+):
+    with RunLock(tmp_path) as lock:
+        manager = CheckpointManager(args(shm), tmp_path, lock=lock, start_service=services.start)
+        told = threading.Event()
+        lock.on_lost = lambda error: told.set()
+        write_json(tmp_path / "incarnations" / "0000000002.json", {})
+        manager.save(1, make())  # asks the heartbeat's thread
+        assert told.wait(60.0)
+        with pytest.raises(OvertakenError):
+            manager.save(2, make())
+        manager.close()
 
 
 def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(tmp_path: Path, shm: Path):

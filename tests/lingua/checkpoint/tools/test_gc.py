@@ -239,10 +239,24 @@ def test_a_gc_that_was_overtaken_while_it_slept_stops(tmp_path: Path) -> None:
     def take_over() -> None:
         for path in (tmp_path / "incarnations").iterdir():
             path.write_bytes(path.read_bytes().replace(b'"released": false', b'"released": true'))
-        RunLock(tmp_path).acquire()
+        taken = RunLock(tmp_path)
+        taken.acquire()
+        taken._stop.set()  # it beats no more, but it is not released
+        taken._wake.set()
         publish.open_staging_dir(root, 3)
 
     with pytest.raises((RunError, OSError)):
         remove_garbage(tmp_path, lambda items: None, now=later, files=Waking(3, take_over))
     assert layout.done_steps(root) == [1, 2, 4]
     DISK.rmdir(layout.staging_dir(root, 3))
+
+
+def test_what_is_another_runs_is_left_alone(tmp_path: Path) -> None:
+    """As in a copy of a run folder with `checkpoint.path`."""
+    root = make_run(tmp_path / "run", 1, 2, 3, **KEEP_ONE)
+    with RunLock(tmp_path / "run") as lock:
+        lock.bind(root)
+    make_run(tmp_path / "copy", path=str(root), **KEEP_ONE)
+    with pytest.raises(RunError, match=r"holds the checkpoints of another run, .*/run;"):
+        remove_garbage(tmp_path / "copy", lambda items: None, now=later)
+    assert layout.done_steps(root) == [1, 2, 3]
