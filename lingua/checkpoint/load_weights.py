@@ -196,7 +196,7 @@ def _from_torch(file: Path, model_key: str | None) -> WeightSource:
         except RuntimeError:  # the format before torch 1.6 cannot be mapped
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0] or repr(error)
         raise RunError(f"{file} is refused: it is not a plain file of tensors ({reason})") from None
     keys = model_key.split(".") if model_key else []
     if model_key is None and isinstance(content, dict):
