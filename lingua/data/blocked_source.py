@@ -37,12 +37,17 @@ BLOCKS_PER_LANE = 16
 _MIN_LINES = 1000  # before the share of bad lines means something
 _SAMPLE_BYTES = 1 << 20
 _SAMPLE_DOCUMENTS = 10_000
+_LOOKED_AT_LINES = 10_000  # by `lingua check`, in search of a document
 HASHED_BYTES = 64 << 20
 """Bytes of the binary files of a source up to which they are compared with their hash whenever they are opened."""
 
 
 class DataError(ValueError):
     """The data is not as the config says; the message names file and position."""
+
+
+class EmptyError(DataError):
+    """The files of a source have no content."""
 
 
 class BadLines:
@@ -254,7 +259,7 @@ class BlockedSource(ABC):
         self.bad = bad or BadLines()
         self.files = [file for file in self.open_files(self.find_files(path)) if file.size > 0]
         if not self.files:
-            raise DataError(f"{path}: all files of source {name!r} are empty; fix data.sources or prepare the data")
+            raise EmptyError(f"{path}: all files of source {name!r} are empty; fix data.sources or prepare the data")
         self.size = sum(file.size for file in self.files)
         self.n_bytes = sum(file.n_bytes for file in self.files)
         self.cut(n_lanes)
@@ -268,8 +273,23 @@ class BlockedSource(ABC):
 
     @classmethod
     def check_files(cls, path: Path, fields: TextFields) -> None:
-        """Raise ConfigError or DataError for files that are wrong at a glance."""
-        cls.find_files(path)
+        """Raise ConfigError or DataError for files that are wrong at a glance, or without a document at their begin."""
+        bad = BadLines(quiet=True)
+        for file in cls.find_files(path):
+            with (
+                contextlib.suppress(EmptyError),
+                contextlib.closing(cls.sequential()(file.name, file, 1, fields=fields, bad=bad)) as source,
+            ):
+                reader = source.reader()
+                for block in range(source.n_blocks):
+                    if reader.document(block, -1) is not None:
+                        return
+                    if bad.lines >= _LOOKED_AT_LINES:
+                        break
+            if bad.lines >= _LOOKED_AT_LINES:
+                break
+        where = f"the first {bad.lines} lines" if bad.lines >= _LOOKED_AT_LINES else f"{bad.lines} lines"
+        raise DataError(f"{path}: no document with {fields} in {where} ({dict(bad.kinds)}); {fields.remedy}")
 
     @classmethod
     def side_files(cls, files: Sequence[Path]) -> list[Path]:

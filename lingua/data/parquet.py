@@ -54,6 +54,7 @@ class ParquetSource(BlockedSource):
     def check_files(cls, path: Path, fields: TextFields) -> None:
         first = cls.find_files(path)[0]
         text_columns(first, open_parquet(first).schema_arrow, fields)
+        super().check_files(path, fields)
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
         files = []

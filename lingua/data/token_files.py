@@ -221,6 +221,11 @@ def map_tokens(path: Path, facts: dict[str, Any]) -> MappedTokens:
     return MappedTokens(ids, *columns, path, facts["bytes"])
 
 
+def _refuse_prompts(path: Path, fields: TextFields) -> None:
+    if fields.has_prompt:
+        raise ConfigError(f"{path}: token files do not mark prompts; set data.loss_on: all, or name the jsonl")
+
+
 class TokenSource(BlockedSource):
     """Token files, in blocks of the jsonl files they were made from."""
 
@@ -233,17 +238,16 @@ class TokenSource(BlockedSource):
 
     @classmethod
     def check_files(cls, path: Path, fields: TextFields) -> None:
-        if fields.has_prompt:
-            raise ConfigError(f"{path}: token files do not mark prompts; set data.loss_on: all, or name the jsonl")
-        for file in cls.find_files(path):
-            read_facts(file)
+        _refuse_prompts(path, fields)
+        if sum(read_facts(file)["documents"] for file in cls.find_files(path)) == 0:
+            raise DataError(f"{path}: no document in these token files; tokenize other data, or fix data.sources")
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
         self._facts: list[dict[str, Any]] = []
         self._mapped: list[MappedTokens] = []
         files = []
         for path in paths:
-            self.check_files(path, self.fields)
+            _refuse_prompts(path, self.fields)
             facts = read_facts(path)
             if facts["tokenizer"] != self.tokenizer:
                 raise ConfigError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow
 import pytest
 
 from apps.main.args import TrainArgs
@@ -19,9 +20,12 @@ from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.eval import EvalArgs, MeasureArgs
 from lingua.config.keys.optim import OptimArgs
 from lingua.data.sources import estimate_tokens
+from lingua.data.token_files import tokenize_file
 from lingua.run.lock import RunLock
+from lingua.tokenizer import ByteTokenizer
 from lingua.train.check import load, problems, resolve
 from tests.checkpoints import make_run
+from tests.corpora import write_parquet
 
 MANY = {"steps": 10**6, "model": {"dim": 2048}, "checkpoint": {"dump": {"every": 1000}, "eval": {"keep": 1}}}
 SMALL: dict[str, Any] = {
@@ -288,6 +292,41 @@ def test_epochs_make_steps_from_the_bytes_of_the_sources(tmp_path: Path) -> None
     (folder / "a.chunk.00.jsonl").unlink()
     errors, _ = problems(args(data=data), 1)
     assert "no *.jsonl file in this folder" in errors[0].text
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ("", "in 0 lines"),
+        ("\n \n\r\n", "in 3 lines ({'blank': 3})"),
+        ('{"body": "a"}\n[]\n{\n{"text": ""}\n', "in 4 lines ({'no_text': 2, 'not_json': 1, 'empty': 1})"),
+        ("\n" * 300_000, "in the first "),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "mmap_jsonl"])
+def test_a_source_without_a_document_is_wrong(tmp_path: Path, form: str, lines: str, found: str) -> None:
+    (tmp_path / "a.chunk.00.jsonl").touch()
+    (tmp_path / "a.chunk.01.jsonl").write_text(lines)
+    sources = [{"path": str(tmp_path), "format": form}]
+    errors, _ = problems(args(data={"sources": sources}), 1)
+    assert [error.key for error in errors] == ["data.sources"]
+    assert f"{tmp_path}: no document with 'text' or 'content' {found}" in errors[0].text
+    assert list(tmp_path.glob("*.idx")) == []
+    (tmp_path / "a.chunk.02.jsonl").write_text('{"text": "a"}\n')
+    assert bool(problems(args(data={"sources": sources}), 1)[0]) == (len(lines) > 10_000)
+
+
+def test_a_parquet_or_token_source_without_a_document_is_wrong(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "rows" / "a.parquet", {"text": ["", None]})
+    write_parquet(tmp_path / "rows" / "b.parquet", {"text": pyarrow.array([], "string")})
+    (tmp_path / "a.jsonl").write_text("[]\n")
+    tokenize_file(tmp_path / "a.jsonl", tmp_path / "made" / "a.jsonl.tokens", ByteTokenizer())
+    for name, form, found in (
+        ("rows", "parquet", "no document with 'text' or 'content' in 2 lines ({'empty': 1, 'no_text': 1})"),
+        ("made", "tokens", "no document in these token files"),
+    ):
+        errors, _ = problems(args(data={"sources": [{"path": str(tmp_path / name), "format": form}]}), 1)
+        assert found in errors[0].text
 
 
 def test_sources_lie_under_root_dir_unless_absolute() -> None:
