@@ -319,6 +319,11 @@ class BlockedSource(ABC):
     def reader(self) -> Reader:
         """Return one lane's view of the source: the source itself if it needs no buffer."""
 
+    @property
+    def warning(self) -> str | None:
+        """What makes this source slow to read."""
+        return None
+
     def wrong_bytes(self) -> Iterator[str]:
         """Read all binary files; yield a sentence for each that is not as it was written."""
         yield from ()

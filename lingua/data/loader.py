@@ -281,6 +281,8 @@ def build_loader(
         sources = data.sources
         for source in sources:
             source.check()
+            if dp_rank == 0 and source.warning:
+                log.warning("%s", source.warning)
         row, states = 0, {lane: _start(lane, sources) for lane in own_lanes}
         if state is not None:
             row, states = state["row"], _own_states(adapt(state, sources, args.accept_change), own_lanes)

@@ -3,8 +3,8 @@
 A row group is a block. If there are fewer than about 16 groups per lane, each is cut into parts of equal numbers of
 rows, so that small data sets spread over the lanes too. Positions in a file are row numbers.
 Cost: one batch of rows (about 1 MiB, at most 256 rows) per lane and source, and the pages that pyarrow decodes for it.
-Beginning in the middle of a row group decodes the rows before that point as well, so groups of a few thousand rows are
-best.
+Beginning in the middle of a row group decodes the rows before that point as well, unless the lane is there already, so
+groups of a few thousand rows are best; a start warns of much larger ones.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20  # fewer rows where documents are long
 _BUFFER_BYTES = 1 << 20
 _OPEN_FILES = 64
+_MANY_TIMES = 4  # that an epoch decodes a row
 
 
 class ParquetSource(BlockedSource):
@@ -80,22 +81,38 @@ class ParquetSource(BlockedSource):
             self._begins.append([*begins, groups[-1]])
         self.number_blocks([len(begins) - 1 for begins in self._begins])
 
+    @property
+    def warning(self) -> str | None:
+        begun = sum(
+            begin - groups[bisect.bisect_right(groups, begin) - 1]
+            for groups, begins in zip(self._groups, self._begins, strict=True)
+            for begin in begins[:-1]
+        )
+        if begun < _MANY_TIMES * self.size:
+            return None
+        return (
+            f"source {self.name}: its row groups are so large that each row is decoded {1 + begun // self.size} times; "
+            f"write them with row_group_size={max(1, self.size // self.n_blocks)}, or prepare the files as jsonl"
+        )
+
     def block(self, block: int) -> tuple[int, int, int]:
         file, index = self.locate(block)
         return file, self._begins[file][index], self._begins[file][index + 1]
 
-    def batches(self, file: int, row: int) -> tuple[int, Iterator[pa.RecordBatch]]:
-        """Return (first row, batches) of the row group that holds a row."""
+    def group_begin(self, file: int, row: int) -> int:
+        """First row of the row group that holds a row."""
+        return self._groups[file][bisect.bisect_right(self._groups[file], row) - 1]
+
+    def batches(self, file: int, row: int) -> Iterator[pa.RecordBatch]:
+        """The batches of the row group that begins at a row."""
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
             self._open[file] = open_parquet(self.files[file].path)
-        groups = self._groups[file]
-        group = bisect.bisect_right(groups, row) - 1
-        names = self._columns[file]
+        group, names = bisect.bisect_right(self._groups[file], row) - 1, self._columns[file]
         n_rows = rows_per_batch(self._open[file].metadata.row_group(group), names)
         batches = self._open[file].iter_batches(n_rows, row_groups=[group], columns=names, use_threads=False)
-        return groups[group], (batch.select(names) for batch in batches)  # pyarrow also reads x.y where x is asked for
+        return (batch.select(names) for batch in batches)  # pyarrow also reads x.y where x is asked for
 
     def parse(self, record: dict[str, bytes | None], file: int, row: int) -> Document | None:
         """The document of a row, or None after it was counted as bad."""
@@ -120,6 +137,7 @@ class ParquetReader:
     def __init__(self, source: ParquetSource) -> None:
         self._source = source
         self._block, self._file, self._begin, self._end = -1, 0, 0, 0
+        self._group = (-1, -1)  # file, and first row of the row group, that the batches are of
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._rows: list[dict[str, bytes | None]] = []
         self._first = 0  # row number of the first of these
@@ -128,8 +146,10 @@ class ParquetReader:
         source = self._source
         if block != self._block or 0 <= offset < self._first:
             self._file, self._begin, self._end = source.block(block)
-            self._first, self._batches = source.batches(self._file, self._begin)
-            self._block, self._rows = block, []
+            group = self._file, source.group_begin(self._file, self._begin)
+            if group != self._group or max(offset, self._begin) < self._first:
+                self._group, self._first, self._rows, self._batches = group, group[1], [], source.batches(*group)
+            self._block = block
         row = max(offset, self._begin)
         while row < self._end:
             if row >= self._first + len(self._rows):
@@ -138,7 +158,7 @@ class ParquetReader:
             if document is not None:
                 return document
             row += 1
-        self._block, self._batches, self._rows = -1, iter(()), []
+        self._block = -1
         return None
 
     def _read_to(self, row: int) -> None:

@@ -60,7 +60,7 @@ def test_a_batch_of_long_documents_has_fewer_rows(tmp_path: Path, n_chars: int, 
     wide = ["y" * n_chars + str(n) for n, _ in enumerate(texts)]  # is not read, so it does not count
     write_parquet(tmp_path / "s.parquet", {"text": texts, "wide": wide}, row_group_size=300)
     source = ParquetSource("s", tmp_path / "s.parquet", 1)
-    assert next(source.batches(0, 0)[1]).num_rows == pytest.approx(n_rows, rel=0.05)
+    assert next(source.batches(0, 0)).num_rows == pytest.approx(n_rows, rel=0.05)
     assert texts_of(source) == texts
 
 
@@ -125,6 +125,26 @@ def test_a_column_with_a_dot_is_not_taken_for_part_of_another(tmp_path: Path, ke
     assert texts_of(ParquetSource("s", tmp_path, 1, fields=TextFields(key))) == ["x", "y"]
 
 
+def test_a_row_group_is_decoded_once_on_the_way_through_it_and_large_ones_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [str(n) for n in range(640)]
+    write_parquet(tmp_path / "s" / "s.parquet", {"text": texts}, row_group_size=640)
+    source = ParquetSource("s", tmp_path / "s", 4)
+    begun: list[int] = []
+    batches = source.batches
+    monkeypatch.setattr(source, "batches", lambda file, row: (begun.append(row), batches(file, row))[1])
+    assert source.n_blocks == 64
+    assert texts_of(source) == texts
+    assert begun == [0]
+    reader = source.reader()
+    assert [document.text for block in (40, 3, 5) if (document := reader.document(block, -1))] == ["400", "30", "50"]
+    assert begun == [0, 0, 0]
+    args = data_args(tmp_path, sources=[SourceArgs(path="s", format="parquet")], lanes=4)
+    build_loader(args, rows_per_step=4).close()
+    assert "source s: its row groups are so large that each row is decoded 32 times; write them with" in caplog.text
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
     parquet.write_table(twice, tmp_path / "twice.parquet")
@@ -149,7 +169,7 @@ def test_hidden_and_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
     (tmp_path / "._a.parquet").write_bytes(b"of another system")
     (tmp_path / "._a.jsonl.tokens").write_bytes(b"of another system")
     (tmp_path / "b.parquet").mkdir()
-    assert class_of_files(tmp_path) is ParquetSource
+    assert class_of_files(tmp_path).__name__ == "ParquetSource"
     assert texts_of(ParquetSource("s", tmp_path, 1)) == ["a"]
     assert held_out_file(tmp_path) == tmp_path / "a.val.parquet"
     with HeldOutText("s", tmp_path / "a.val.parquet").open() as source:
