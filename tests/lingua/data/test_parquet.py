@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import SourceArgs
-from lingua.data.blocked_source import BadLines, DataError, TextFields
+from lingua.data.blocked_source import BadLines, BlockedSource, DataError, TextFields
 from lingua.data.held_out import HeldOutText, held_out_file
 from lingua.data.loader import build_loader
 from lingua.data.parquet import ParquetSource
@@ -19,7 +19,7 @@ from lingua.data.sources import class_of_files, estimate_tokens
 from tests.corpora import data_args, documents, write_parquet, write_source
 
 
-def texts_of(source: ParquetSource) -> list[str]:
+def texts_of(source: BlockedSource) -> list[str]:
     return [document.text for document in source.documents()]
 
 
