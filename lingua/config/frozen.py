@@ -100,6 +100,8 @@ class Difference:
     old: Any
     new: Any
     rule: Rule
+    effect: str = "changes what the run computes"
+    """Of a change that must be allowed."""
 
     @property
     def change(self) -> str:
@@ -110,7 +112,7 @@ class Difference:
         if self.rule == "refuse":
             return f"{change} cannot change within a run; set it back, or start a new run under another name"
         if self.rule == "accept":
-            return f"{change} changes what the run computes; allow it with --accept-change, or set it back"
+            return f"{change} {self.effect}; allow it with --accept-change, or set it back"
         return f"{change} takes effect from here on"
 
 

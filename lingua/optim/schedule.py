@@ -45,6 +45,12 @@ def lr_at(args: OptimArgs, step: int, n_steps: int) -> float:
     return args.lr * schedule(args, min(step, max(n_steps, args.warmup)), n_steps)
 
 
+def rates_of_longer(args: OptimArgs, step: int, n_steps: int, longer: int) -> tuple[float, float] | None:
+    """Return the rate of the next step in runs of both lengths, if it rises by more than a twentieth; else None."""
+    rates = lr_at(args, step, n_steps), lr_at(args, step, longer)
+    return rates if rates[1] > 1.05 * rates[0] else None
+
+
 def _progress(args: OptimArgs, step: int, n_steps: int) -> float:
     """Share of the way from the end of the warm-up to the end of the run, in [0, 1]."""
     return min(1.0, (step - args.warmup) / max(1, n_steps - args.warmup))

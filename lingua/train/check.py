@@ -24,6 +24,7 @@ from lingua.config.frozen import Difference, compare, freeze
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.eval import HeldOutArgs
 from lingua.config.keys.model import LlamaArgs
+from lingua.config.keys.optim import OptimArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.files import DiskError, human_bytes
@@ -115,6 +116,7 @@ class _Judged:
     complaints: list[str]
     frozen: dict[str, Any]
     """What `config.yaml` would say; empty where the sizes are wrong."""
+    optim: OptimArgs
 
 
 def _judge(
@@ -139,11 +141,27 @@ def _judge(
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
     errors = [f for f in found.errors if f.key in written or f.key.partition(".")[0] not in about]
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
-    return _Judged(found, complaints, freeze(args, found.resolved.frozen()) if found.resolved else {})
+    return _Judged(found, complaints, freeze(args, found.resolved.frozen()) if found.resolved else {}, args.optim)
 
 
 def _differences(judged: _Judged, earlier: Earlier) -> list[Difference]:
-    return compare(earlier.config, judged.frozen) if earlier.config is not None else []
+    found = compare(earlier.config, judged.frozen) if earlier.config is not None else []
+    return [_with_rates(difference, judged.optim, earlier) for difference in found]
+
+
+def _with_rates(difference: Difference, optim: OptimArgs, earlier: Earlier) -> Difference:
+    """Let a length that raises the learning rate at the point where the run goes on be a change to allow."""
+    from lingua.optim.schedule import rates_of_longer
+
+    lengths = difference.old, difference.new
+    if difference.key != "steps" or earlier.step is None or not all(isinstance(n, int) for n in lengths):
+        return difference
+    begin = earlier.schedule_begin
+    rates = rates_of_longer(optim, earlier.step - begin, lengths[0] - begin, lengths[1] - begin)
+    if rates is None:
+        return difference
+    effect = f"raises the learning rate of step {earlier.step + 1:,} from {rates[0]:.3g} to {rates[1]:.3g}"
+    return replace(difference, rule="accept", effect=effect)
 
 
 def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Difference]:

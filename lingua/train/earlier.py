@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lingua.checkpoint.layout import done_steps, folder, train_state_file
 from lingua.checkpoint.lookup import is_resumable, root_of
 from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import Difference, read_frozen
@@ -33,6 +34,10 @@ class Earlier:
     """An attempt reached its first step."""
     why_not_there: str | None = None
     """Why the next attempt must not keep its checkpoints where the config says; None: it may."""
+    step: int | None = None
+    """Of the newest published checkpoint."""
+    schedule_begin: int = 0
+    """Step that its learning rate counts from."""
     ended_by: str = ""
     """Kind of the failure that ended the newest attempt; empty if it did not fail."""
 
@@ -49,11 +54,17 @@ def read_earlier(run_dir: Path, root: Path | None = None) -> Earlier:
     if config is None:
         return Earlier(why_not_there=why_not_there)
     roots = {root_of(run_dir), *([root] if root is not None else [])}
+    step, root_of_it = max(((done[-1], each) for each in roots if (done := done_steps(each))), default=(None, run_dir))
+    state = None if step is None else json_object_in(folder(root_of_it, step) / train_state_file(0))
+    shared = (state or {}).get("shared")
+    begin = shared.get("schedule_begin") if isinstance(shared, dict) else None
     shm = Path((config.get("checkpoint") or {}).get("shm_path") or SHM)
     return Earlier(
         config=config,
         is_bound=is_resumable(run_dir, *roots, shm=shm),
         has_begun=last_line(run_dir / CHECKPOINT_FILE) is not None,
         why_not_there=why_not_there,
+        step=step,
+        schedule_begin=begin if isinstance(begin, int) else 0,
         ended_by=str((json_object_in(run_dir / STOP_FILE) or {}).get("kind", "")),
     )

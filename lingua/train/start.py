@@ -36,6 +36,7 @@ from lingua.files import DiskError, read_bytes, write_whole
 from lingua.logger import log_to_folder
 from lingua.model.attention import resolve_attn_impl
 from lingua.model.generate import Generator
+from lingua.optim.schedule import rates_of_longer
 from lingua.run.folder import archive_exit_records, describe_start, reserve_last_words
 from lingua.run.lock import RunLock, this_process
 from lingua.run.metrics import MetricLogger
@@ -214,7 +215,7 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
     log.info(
         "%s parameters, %s tokens per step (%d rows of %d), %s steps, %s tokens in all",
         f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,
-        f"{size.n_steps:,}", f"{size.total_tokens:,}",
+        f"{size.n_steps:,}", f"{run.shared['total_tokens'] + (size.n_steps - run.step) * size.tokens_per_step:,}",
     )  # fmt: skip
     log.info("%s", meter.formula())
 
@@ -222,9 +223,16 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
 def say_finished_already(run: Run) -> None:
     if run.world.is_main:
         log.info(
-            "%s is finished: all %d steps are done. To go on, raise the number: steps=%d",
-            run.run_dir, run.size.n_steps, 2 * run.size.n_steps,
+            "%s is finished: all %d steps are done. To go on, raise the number: %s",
+            run.run_dir, run.size.n_steps, _twice_as_long(run),
         )  # fmt: skip
+
+
+def _twice_as_long(run: Run) -> str:
+    """Return the words that let a finished run go on."""
+    n_steps, begin = run.size.n_steps, run.shared.get("schedule_begin", 0)
+    rises = rates_of_longer(run.args.optim, n_steps - begin, n_steps - begin, 2 * n_steps - begin)
+    return f"steps={2 * n_steps}" + (" --accept-change" if rises else "")
 
 
 def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after: dict[str, float]) -> None:
@@ -245,7 +253,7 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     command = f"uv run python -m {run.args.app}"
     given, folder = shlex.join([word for word in words if not word.startswith("steps=")]), shlex.quote(str(run.run_dir))
     log.info("next:")
-    log.info("  go on:            %s.train %s steps=%d", command, given, 2 * run.size.n_steps)
+    log.info("  go on:            %s.train %s %s", command, given, _twice_as_long(run))
     log.info("  generate:         %s.generate ckpt=%s 'prompt=import '", command, folder)
     log.info("  look at a bigger: uv run lingua check apps/main/configs/llama_1B_8H200.yaml")
 

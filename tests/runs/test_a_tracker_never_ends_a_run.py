@@ -63,5 +63,5 @@ def test_the_run_finishes_and_its_files_are_whole(bad_call: str, act: Any, said:
     assert orjson.loads((tmp_path / "stop.json").read_bytes())["reason"] == "finished"
     assert not list((tmp_path / "logs").glob("error_*"))
 
-    assert train([*words, "steps=6"], hook=with_wandb(bad_call, act)).exit_code == 0
+    assert train([*words, "steps=6", "--accept-change"], hook=with_wandb(bad_call, act)).exit_code == 0
     assert published(tmp_path)[-1] == 6

@@ -177,7 +177,7 @@ def test_a_run_folder_may_have_any_name(hostile_dir: Path):
     words = [*WORDS, f"dump_dir={hostile_dir / 'run'}"]
     result = train(words)
     assert result.exit_code == 0, result.output
-    assert train([*words, "steps=5"]).exit_code == 0
+    assert train([*words, "steps=5", "--accept-change"]).exit_code == 0
     assert published(hostile_dir / "run") == [4, 5]
 
 
@@ -191,7 +191,10 @@ def test_the_model_cannot_change_within_a_run(tmp_path: Path):
     assert accepted.exit_code == 2
     assert "--accept-change" in accepted.output
     assert train([*words, "steps=6", "optim.lr=1e-3", "--accept-change"]).exit_code == 0
-    assert train([*words, "steps=8", "optim.lr=1e-3"]).exit_code == 0  # accepted once
+    assert train([*words, "steps=6", "optim.lr=1e-3"]).exit_code == 0  # accepted once
+    longer = train([*words, "steps=12", "optim.lr=1e-3"])
+    assert longer.exit_code == 2
+    assert "steps: 6 -> 12 raises the learning rate of step 7 from 5e-05 to 0." in longer.output
 
 
 @pytest.mark.parametrize(

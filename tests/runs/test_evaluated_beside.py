@@ -54,7 +54,7 @@ def test_run_and_evaluator_are_killed_in_turn(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, and left for the run to find
 
-    assert train([*words, "steps=8"], hook=at_step(7, kill_it)).exit_code == 0
+    assert train([*words, "steps=8", "--accept-change"], hook=at_step(7, kill_it)).exit_code == 0
     until(lambda: sorted(verdicts(run_dir)) == [2, 4, 6, 8], "all evaluations", 120)
     until(lambda: evaluator_of(run_dir) is None, "its leave")
     assert evaluations(run_dir) == by_hand(run_dir, [2, 4, 6, 8])

@@ -119,7 +119,7 @@ def test_weights_optimizer_and_step_are_the_old_ones_and_training_goes_on(tmp_pa
     assert result.exit_code == 0, result.output
     assert sorted(losses(tmp_path / "new")) == [5, 6]
     assert published(tmp_path / "new") == [6]
-    assert train([str(tmp_path / "new" / "config.yaml"), "device=cpu", "steps=7"]).exit_code == 0
+    assert train([str(tmp_path / "new" / "config.yaml"), "device=cpu", "steps=7", "--accept-change"]).exit_code == 0
     assert sorted(losses(tmp_path / "new")) == [5, 6, 7]
 
 

@@ -458,6 +458,34 @@ def test_a_second_start_is_compared_with_the_first(tmp_path: Path) -> None:
         loaded(str(run_dir / "config.yaml"), world_size=4)
 
 
+@pytest.mark.parametrize(
+    ("optim", "step", "n_steps", "effect"),
+    [
+        ({"scheduler": "cosine"}, 100, 200, "raises the learning rate of step 101 from 3e-05 to 0.00017"),
+        ({"scheduler": "linear"}, 100, 200, "raises the learning rate of step 101 from 3e-05 to 0.000172"),
+        ({"scheduler": "cosine"}, 50, 200, "raises the learning rate of step 51 from"),
+        ({"scheduler": "wsd"}, 100, 200, "raises the learning rate of step 101 from 3e-05 to 0.0003"),
+        ({"scheduler": "wsd"}, 50, 200, None),  # its decay had not begun
+        ({"scheduler": "constant"}, 100, 200, None),
+        ({"scheduler": "cosine"}, 5, 200, None),  # warming up
+        ({"scheduler": "cosine"}, 50, 60, None),  # it falls
+    ],
+)
+def test_a_length_that_raises_the_rate_again_must_be_allowed(
+    tmp_path: Path, optim: dict[str, Any], step: int, n_steps: int, effect: str | None
+) -> None:
+    config, run_dir = write(tmp_path, optim={**optim, "warmup": 10}), tmp_path / "run"
+    started(run_dir, loaded(config).frozen)
+    (run_dir / "checkpoints" / f"checkpoint_{step:010d}.done").write_text("{}")
+    if effect is None:
+        assert [d.key for d in loaded(config, f"steps={n_steps}").differences] == ["steps"]
+        return
+    sentence = rf"steps: 100 -> {n_steps} {re.escape(effect)}.*; allow it with --accept-change"
+    with pytest.raises(ConfigError, match=sentence):
+        loaded(config, f"steps={n_steps}")
+    assert [d.key for d in loaded(config, f"steps={n_steps}", "--accept-change").differences] == ["steps"]
+
+
 def test_until_there_is_a_checkpoint_the_config_is_free(tmp_path: Path) -> None:
     config = write(tmp_path)
     started(tmp_path / "run", loaded(config, world_size=2).frozen)
