@@ -223,13 +223,13 @@ def document_lines(documents: Iterable[SpanOrigin], chars: int) -> Iterator[str]
 def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, Any]]]:
     """Return the data section, lanes, rows per step, first row and the loader's state of each published checkpoint."""
     from lingua.checkpoint import layout
+    from lingua.checkpoint.documents import read_states
     from lingua.checkpoint.lookup import root_of
     from lingua.config.base import ConfigError
     from lingua.config.frozen import CONFIG_FILE, read_config
     from lingua.config.keys.data import DataArgs
-    from lingua.data.loader import merge_states
+    from lingua.data.loader import saved_state
     from lingua.data.sources import with_default_sources
-    from lingua.files import read_json
 
     config = run / CONFIG_FILE
     if not config.is_file():
@@ -237,8 +237,8 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
     tree, root = read_config(config), root_of(run)
     first_row, states = 0, {}
     for step in layout.done_steps(root):
-        documents = [read_json(file) for file in sorted(layout.folder(root, step).glob("train_state.*.json"))]
-        states[step] = merge_states([document["per_rank"]["data"] for document in documents])
+        documents = read_states(layout.folder(root, step))
+        states[step] = saved_state([document["per_rank"] for document in documents])
         first_row = documents[0]["shared"].get("first_row", 0)
     if not states:
         raise ConfigError(f"{run} has no checkpoint yet, so the rows that it read are not known")

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lingua.checkpoint import layout, lookup, metadata, publish
+from lingua.checkpoint import lookup, metadata, publish
+from lingua.checkpoint.documents import read_states
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
 from lingua.config.frozen import CONFIG_FILE, Difference, compare, public_yaml, read_frozen
 from lingua.config.keys.data import DataArgs
 from lingua.config.trust import found
-from lingua.files import RunError, entries, read_json, write_whole
+from lingua.files import RunError, entries, write_whole
 from lingua.train.check import load
 
 if TYPE_CHECKING:
@@ -150,8 +151,9 @@ def misfits(checkpoint: Checkpoint, checked: Checked, differences: Sequence[Diff
 
 
 def _data_states(folder: Path) -> list[dict[str, Any]]:
-    documents = [read_json(file) for file in sorted(folder.glob(layout.train_state_file(0).replace("00000", "*")))]
-    return [document["per_rank"]["data"] for document in documents]
+    from lingua.data.loader import saved_state
+
+    return [saved_state([state["per_rank"] for state in read_states(folder)])]
 
 
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from apps.cli.made import Made
 from apps.main.args import TrainArgs
 from lingua.checkpoint import dcp, layout, lookup, publish
-from lingua.checkpoint.state import VERSION, rng_state, seed_rng
+from lingua.checkpoint.state import STATE_VERSION, rng_state, seed_rng
 from lingua.checkpoint.tools.copy import chunks
 from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine
@@ -158,5 +158,5 @@ def _state(checked: Checked, step: int) -> dict[str, Any]:
     """Build our JSON state at that step; the optimizer's groups are those of the config."""
     seed_rng(checked.args.seed, step, 0)
     shared = {**fresh_shared(), "step": step, "total_tokens": step * checked.resolved.tokens_per_step}
-    document = {"version": VERSION, "rank": 0, "world_size": 1, "per_rank": {}, "rng": rng_state()}
+    document = {"version": STATE_VERSION, "rank": 0, "world_size": 1, "per_rank": {}, "rng": rng_state()}
     return {**document, "shared": shared, "param_groups": [], "optim_scalars": {}}

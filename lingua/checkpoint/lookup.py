@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingua.checkpoint import layout, publish
+from lingua.checkpoint import documents, layout, publish
 from lingua.checkpoint.publish import DamagedError, Manifest
 from lingua.checkpoint.shm.area import area_of
 from lingua.config.frozen import CONFIG_FILE, read_frozen
@@ -71,8 +71,9 @@ def split(path: str | Path) -> tuple[Path, int | None]:
 def root_of(run_dir: Path) -> Path:
     """Return where a run's checkpoints are or would be: `checkpoint.path` of its config, else RUN/checkpoints."""
     config = read_frozen(run_dir) or {}
-    elsewhere = (config.get("checkpoint") or {}).get("path")
-    return Path(elsewhere) if elsewhere else run_dir / layout.CHECKPOINTS
+    section = config.get("checkpoint")
+    elsewhere = section.get("path") if isinstance(section, dict) else None
+    return Path(elsewhere) if elsewhere and isinstance(elsewhere, str) else run_dir / layout.CHECKPOINTS
 
 
 def run_root(run_dir: Path) -> Path:
@@ -97,7 +98,7 @@ def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
     is published, since no node knows whether the other parts are still there. They are looked for in the order in which
     a checkpoint passes through them, so that one on its way is not missed.
     """
-    ids = {publish.read_run_id(root) for root in roots}
+    ids = {documents.read_run_id(root) for root in roots}
     for slot in area_of(run_dir, shm).slots():
         found = slot.complete()
         if found is not None and found[0].n_nodes == 1 and found[0].run_id in ids:

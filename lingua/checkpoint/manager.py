@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from lingua.checkpoint import dcp, layout, pins, publish, retention
+from lingua.checkpoint import dcp, documents, layout, pins, publish, retention
 from lingua.checkpoint.capacity import DiskRoom
 from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.shm import drain
@@ -117,6 +117,7 @@ class CheckpointManager:
             files,
             direct_io=args.direct_io,
             readback=args.verify == "readback",
+            run_id=run_id,
             check_owner=self._check_owner,
         )
 
@@ -127,12 +128,19 @@ class CheckpointManager:
         make_folder(self.root, "checkpoint.path" if self.args.path else "dump_dir")
         if self._lock is not None:
             self._lock.bind(self.root)
-        if (run_id := publish.read_run_id(self.root)) is None:
-            run_id = secrets.token_hex(8)
-            write_whole(self.root / layout.RUN_ID, run_id)
         done = layout.done_steps(self.root)
+        if (run_id := documents.read_run_id(self.root)) is None:
+            run_id = (self._id_of(done[-1]) if done else None) or secrets.token_hex(8)
+            write_whole(self.root / layout.RUN_ID, run_id)
         newest = (done[-1], publish.attempt_of(self.root, done[-1])) if done else (-1, 0)
         return self._lock.attempt if self._lock else 0, run_id, newest
+
+    def _id_of(self, step: int) -> str | None:
+        """Return the run that a checkpoint says it is of: of a folder that was put together by hand."""
+        try:
+            return publish.read_manifest_document(layout.folder(self.root, step)).run_id
+        except publish.DamagedError:
+            return None
 
     def _open_staging_dir(self) -> None:
         if self.args.async_save_mode:

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import xxhash
 
 from lingua.checkpoint import layout
-from lingua.files import RunError, naming, read_json
+from lingua.checkpoint.documents import read_states
+from lingua.files import RunError, naming
 
 ALLOWED = {
     ("torch", "Size"),
@@ -181,10 +182,9 @@ def read_scalars(folder: Path) -> dict[str, Any]:
     """
     if not (folder / layout.train_state_file(0)).exists():
         return {}
-    first = read_json(folder / layout.train_state_file(0))
+    documents = read_states(folder)
+    first, n_ranks = documents[0], len(documents)
     try:
-        n_ranks = int(first["world_size"])
-        documents = [first, *(read_json(folder / layout.train_state_file(rank)) for rank in range(1, n_ranks))]
         groups = [{"tensors": len(group["params"]), **group["values"]} for group in first["param_groups"]]
         rng = _hash([document["rng"] for document in documents])
         scalars = {"ranks": n_ranks, "shared": first["shared"], "param_groups": groups, "rng": rng}
@@ -196,9 +196,10 @@ def read_scalars(folder: Path) -> dict[str, Any]:
 
 def read_tokenizer(folder: Path) -> str | None:
     """Return the fingerprint of the tokenizer that made the run's rows, or None if the checkpoint does not have it."""
-    path = folder / layout.train_state_file(0)
-    per_rank = read_json(path).get("per_rank", {}) if path.exists() else {}
-    return per_rank.get("data", {}).get("tokenizer")
+    if not (folder / layout.train_state_file(0)).exists():
+        return None
+    data = read_states(folder)[0]["per_rank"].get("data")
+    return data.get("tokenizer") if isinstance(data, dict) else None
 
 
 def _position(states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,18 +24,19 @@ import errno
 import logging
 import mmap
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import xxhash
 
 from lingua.checkpoint import layout
+from lingua.checkpoint.documents import MANIFEST_VERSION, ManifestDocument, MarkDocument, read_run_id
+from lingua.config.base import judged
 from lingua.files import (
     DISK,
     Buffer,
@@ -57,13 +58,18 @@ from lingua.files import (
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+M = TypeVar("M", ManifestDocument, MarkDocument)
+
 CHUNK_BYTES = 16 << 20  # without the page cache a disk is fastest with large writes: 16 MiB gave 1.8 GB/s, 4 MiB 1.55
 VERIFY_THREADS = min(8, os.cpu_count() or 1)
 
 
 class DamagedError(RunError):
     """A checkpoint that differs from what was written."""
+
+
+class ForeignError(DamagedError):
+    """A checkpoint of another run than the folder's."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +150,26 @@ def sync_written(descriptor: int, path: Path, facts: FileFacts, *, readback: boo
         raise OSError(errno.EIO, f"the disk returned something else than was written ({problem})", str(path))
 
 
-def manifest_bytes(step: int, attempt: int, facts: Manifest) -> bytes:
-    """Return the text of `manifest.json`; equal facts give equal bytes."""
+def manifest_bytes(step: int, attempt: int, facts: Manifest, run_id: str | None = None) -> bytes:
+    """Return the text of `manifest.json`; equal facts of one run give equal bytes."""
     listed = {name: {"bytes": fact.size_bytes, "xxh3_128": fact.xxh3_128} for name, fact in sorted(facts.items())}
-    document = {"version": VERSION, "step": step, "incarnation": attempt, "files": listed}
+    document = {"version": MANIFEST_VERSION, "step": step, "incarnation": attempt, "run_id": run_id, "files": listed}
     return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def publish(root: Path, step: int, attempt: int, facts: Manifest, *, seconds: float = 0.0, files: Files = DISK) -> None:
+def publish(
+    root: Path,
+    step: int,
+    attempt: int,
+    facts: Manifest,
+    *,
+    run_id: str | None = None,
+    seconds: float = 0.0,
+    files: Files = DISK,
+) -> None:
     """Turn the complete staged folder of `step` into a checkpoint. Raises OSError, and then nothing is published.
 
-    `facts`: of every file, from the ranks that wrote them.
+    `facts`: of every file, from the ranks that wrote them; `run_id`: None for a copy, which any run may have.
     """
     target, mark = layout.folder(root, step), layout.done_mark(root, step)
     source, draft = layout.coming(target, attempt), layout.coming(mark, attempt)
@@ -162,14 +177,14 @@ def publish(root: Path, step: int, attempt: int, facts: Manifest, *, seconds: fl
         _must_be_there(source / name, fact)
     for half in source.glob(f".{layout.MANIFEST}.tmp-*"):  # a process of this attempt died here
         files.remove(half)
-    manifest = manifest_bytes(step, attempt, facts)
+    manifest = manifest_bytes(step, attempt, facts, run_id)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
     if target.exists() or target.is_symlink():  # a user's copy, or the rest of one set aside: not ours to delete
         log.warning("%s has no mark and is in the way of a new checkpoint; it is set aside", target)
         files.rename(target, layout.going(target, attempt, "unmarked"))
         files.rename(layout.going(target, attempt, "unmarked"), layout.aside(target, "unmarked"))
     facts_of_mark = {
-        "version": VERSION,
+        "version": MANIFEST_VERSION,
         "step": step,
         "incarnation": attempt,
         "manifest_xxh3_128": xxhash.xxh3_128_hexdigest(manifest),
@@ -234,44 +249,45 @@ def abandon(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None
 # -- verifying ---------------------------------------------------------------------------------------------------
 
 
-def read_run_id(root: Path) -> str | None:
-    """Return the id of the run whose checkpoints these are; None before its first attempt. Raises OSError, RunError."""
-    path = root / layout.RUN_ID
-    try:
-        run_id = read_bytes(path).decode("ascii", "replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):
-        raise RunError(f"{path} holds no id of a run; remove it, and the newest checkpoint's id is taken")
-    return run_id
-
-
 def read_manifest(folder: Path) -> Manifest:
+    """Read what a checkpoint folder's files must be. Raises DamagedError."""
+    return _listed(read_manifest_document(folder))
+
+
+def read_manifest_document(folder: Path) -> ManifestDocument:
     """Read the manifest of a checkpoint folder. Raises DamagedError."""
-    return _parse_manifest(folder, _read(folder / layout.MANIFEST))
+    return _parse(ManifestDocument, folder / layout.MANIFEST, _read(folder / layout.MANIFEST), "manifest")
 
 
 def read_marked_manifest(root: Path, step: int) -> Manifest:
-    """Read the manifest of a published checkpoint and check it against the mark. Raises DamagedError."""
-    mark_path, folder = layout.done_mark(root, step), layout.folder(root, step)
-    try:
-        mark = orjson.loads(_read(mark_path))
-        expected = mark["manifest_xxh3_128"]
-    except (orjson.JSONDecodeError, TypeError, KeyError):
-        raise DamagedError(f"{mark_path} is not a checkpoint's mark") from None
-    content = _read(folder / layout.MANIFEST)
-    if mark.get("step") != step or xxhash.xxh3_128_hexdigest(content) != expected:
-        raise DamagedError(f"{folder / layout.MANIFEST} does not match the checksum in {mark_path.name}")
-    return _parse_manifest(folder, content)
+    """Read the manifest of a published checkpoint and check it against the mark, and both against their places.
+
+    Raises DamagedError: ForeignError for a checkpoint that another run has saved.
+    """
+    mark_path, path = layout.done_mark(root, step), layout.folder(root, step) / layout.MANIFEST
+    mark = _parse(MarkDocument, mark_path, _read(mark_path), "mark")
+    content = _read(path)
+    if mark.step != step or xxhash.xxh3_128_hexdigest(content) != mark.manifest_xxh3_128:
+        raise DamagedError(f"{path} does not match the checksum in {mark_path.name}")
+    manifest = _parse(ManifestDocument, path, content, "manifest")
+    if (manifest.step, manifest.incarnation) != (step, mark.incarnation):
+        there, here = (f"step {of.step} by attempt {of.incarnation}" for of in (manifest, mark))
+        raise DamagedError(f"{path} is of {there}, but {mark_path.name} of {here}")
+    if manifest.run_id is not None and (run_id := read_run_id(root)) not in (None, manifest.run_id):
+        raise ForeignError(
+            f"{path} is of the run {manifest.run_id}, but {root / layout.RUN_ID} says {run_id}; put that back, or "
+            "begin a run of its own with checkpoint.init_ckpt_path"
+        )
+    return _listed(manifest)
 
 
 def mark_facts(root: Path, step: int) -> dict[str, Any]:
     """Read a mark (step, incarnation, bytes, seconds, ...); empty if it is damaged."""
+    path = layout.done_mark(root, step)
     try:
-        facts = orjson.loads(layout.done_mark(root, step).read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        return dict(_parse(MarkDocument, path, read_bytes(path), "mark"))
+    except (OSError, DamagedError):
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def attempt_of(root: Path, step: int) -> int:
@@ -279,15 +295,15 @@ def attempt_of(root: Path, step: int) -> int:
     return mark_facts(root, step).get("incarnation", 0)
 
 
-def _parse_manifest(folder: Path, content: bytes) -> Manifest:
+def _parse(model: type[M], path: Path, content: bytes, what: str) -> M:
     try:
-        listed = orjson.loads(content)["files"]
-        facts = {name: FileFacts(int(fact["bytes"]), str(fact["xxh3_128"])) for name, fact in listed.items()}
-    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError):
-        raise DamagedError(f"{folder / layout.MANIFEST} is not a checkpoint's manifest") from None
-    if bad := [name for name in facts if name != Path(name).name or name in ("", ".", "..")]:
-        raise DamagedError(f"{folder / layout.MANIFEST} names {bad[0]!r}, which is not a file in the folder")
-    return facts
+        return judged(model, orjson.loads(content))
+    except ValueError as error:  # of JSON too
+        raise DamagedError(f"{path} is not a checkpoint's {what} ({error})") from None
+
+
+def _listed(manifest: ManifestDocument) -> Manifest:
+    return {name: FileFacts(file.bytes, file.xxh3_128) for name, file in manifest.files.items()}
 
 
 def _read(path: Path) -> bytes:

@@ -12,13 +12,14 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lingua.checkpoint import dcp, layout, lookup, publish
+from lingua.checkpoint.documents import read_states, require_agreement
 from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
 from lingua.distributed.process_group import Ranks
-from lingua.files import Files, RunError, raise_if, read_json
+from lingua.files import Files, RunError, raise_if
 from lingua.run.failure import RankError, carried, classify
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Restorer:
         def manifest() -> Manifest | str:
             try:
                 return publish.read_marked_manifest(self._root, step)
+            except publish.ForeignError:
+                raise  # it is whole, and another run's: nothing to set aside
             except publish.DamagedError as error:
                 return str(error)
             except OSError as error:
@@ -112,6 +115,9 @@ class Restorer:
         sizes_only = self._verify == "sizes"
         folder = self._ranks.from_main(lambda: lookup.intact(path, sizes_only=sizes_only).folder)
         self.load_folder(folder, state, optimizer=optimizer)
+        there, told = publish.read_manifest_document(folder).step, state.shared.get("step")
+        if told != there:
+            raise RunError(f"{folder} holds step {there}, but its state is of step {told}; take another checkpoint")
         return folder
 
     def load_folder(self, folder: Path, state: TrainState, *, optimizer: bool = True) -> None:
@@ -133,16 +139,20 @@ class Restorer:
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
 
     def _load_local(self, folder: Path, state: TrainState, optimizer: bool) -> None:
-        first = read_json(folder / layout.train_state_file(0))
+        documents = read_states(folder)
         try:
-            n_ranks = int(first["world_size"])
-            documents = [first, *(read_json(folder / layout.train_state_file(rank)) for rank in range(1, n_ranks))]
-        except (KeyError, TypeError):
-            raise RunError(f"{folder / layout.train_state_file(0)} is not a training state") from None
+            self._take(folder, documents, state, optimizer)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            raise RunError(f"{folder} cannot be restored: {said}; take another checkpoint") from error
+
+    def _take(self, folder: Path, documents: list[dict[str, Any]], state: TrainState, optimizer: bool) -> None:
         tensors = tensors_of(state)
         wanted = {name: t for name, t in tensors.by_name.items() if optimizer or name.startswith("model.")}
-        there = {name for name in dcp.tensor_properties(folder) if optimizer or name.startswith("model.")}
+        metadata = dcp.read_metadata(folder)
+        require_agreement(folder, documents, dcp.files_of(metadata), publish.read_manifest_document(folder))
+        there = {name for name in dcp.properties_in(metadata) if optimizer or name.startswith("model.")}
         if extra := sorted(there - set(wanted) - set(tensors.aliases)):
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
-        dcp.read_into(folder, wanted)
+        dcp.read_into(folder, wanted, metadata)
         restore_scalars(state, documents, self._ranks.rank, self._ranks.size, optimizer=optimizer)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lingua.checkpoint.documents import STATE_VERSION
+
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-VERSION = 1
 
 
 @dataclass
@@ -132,7 +133,7 @@ def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 def scalars_of(state: TrainState, rank: int, world_size: int) -> dict[str, Any]:
     """Return the JSON document of this rank; only rank 0's has what is the same on all ranks."""
-    document: dict[str, Any] = {"version": VERSION, "rank": rank, "world_size": world_size}
+    document: dict[str, Any] = {"version": STATE_VERSION, "rank": rank, "world_size": world_size}
     document |= {"per_rank": state.per_rank, "rng": rng_state()}
     if rank == 0:
         document |= {"shared": state.shared, "param_groups": _groups(state), "optim_scalars": _optim_scalars(state)}
@@ -198,10 +199,16 @@ def _restore_groups(state: TrainState, saved: list[dict[str, Any]]) -> None:
             continue  # the groups differ, which only a changed config does: it wins
         for key, value in old["values"].items():
             if key in constructed and old["constructed"].get(key) == constructed[key]:
-                group[key] = _like(group[key], value)
+                group[key] = _like(key, group[key], value)
 
 
-def _like(present: Any, value: Any) -> Any:
+def _like(key: str, present: Any, value: Any) -> Any:
+    """Return a saved value in the type of the present one. Raises ValueError where it is none of that kind."""
+    one = present[0] if isinstance(present, tuple) else present
+    found: list[Any] = value if isinstance(present, tuple) and isinstance(value, list) else [value]
+    is_number = isinstance(one, int | float | Tensor)
+    if is_number and not all(isinstance(each, int | float) for each in found):
+        raise ValueError(f"{key} of the optimizer is {value!r}, not like {present!r}")
     if isinstance(present, Tensor):
         return present.fill_(value)
     return tuple(value) if isinstance(present, tuple) else value
@@ -224,7 +231,12 @@ def _optim_scalars(state: TrainState) -> dict[str, dict[str, Any]]:
 def _restore_optim_scalars(state: TrainState, saved: dict[str, dict[str, Any]]) -> None:
     parameters = {name: p for p, name in ((p, _parameter_names(state.model)[id(p)]) for p in state.optimizer.state)}
     for name, slots in saved.items():
-        state.optimizer.state[parameters[name]].update(slots)
+        if name not in parameters:
+            raise ValueError(f"it has optimizer state of {name!r}, which this model does not have")
+        present = state.optimizer.state[parameters[name]]
+        if tensors := [key for key in slots if isinstance(present.get(key), Tensor)]:
+            raise ValueError(f"{tensors[0]} of {name} is a number, not a tensor")
+        present.update(slots)
 
 
 # -- random number generators --------------------------------------------------------------------------------------
@@ -245,6 +257,14 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(document: Mapping[str, Any]) -> None:
+    """Restore what `rng_state` returned. Raises ValueError for anything else."""
+    try:
+        _restore_rng(document)
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise ValueError(f"its random state is none ({str(error).partition(chr(10))[0]})") from error
+
+
+def _restore_rng(document: Mapping[str, Any]) -> None:
     torch.set_rng_state(_from_text(document["torch"]))
     kind, keys, position, has_gauss, gauss = document["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))

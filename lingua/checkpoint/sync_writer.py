@@ -45,6 +45,7 @@ class DirectWriter:
     files: Files
     direct_io: bool
     readback: bool
+    run_id: str
     check_owner: Callable[[], None]
     """On rank 0: raises RunError if the run or its checkpoints are another's now; OvertakenError: the run."""
 
@@ -121,7 +122,9 @@ class DirectWriter:
             if problem is None:
                 facts = {name: fact for of_rank in written for name, fact in of_rank.facts.items()}
                 seconds = time.perf_counter() - started
-                publish.publish(self.root, step, self.attempt, facts, seconds=seconds, files=self.files)
+                publish.publish(
+                    self.root, step, self.attempt, facts, run_id=self.run_id, seconds=seconds, files=self.files
+                )
                 return None
         except OSError as error:
             problem = problem or disk_error(error, self.root, total_bytes)

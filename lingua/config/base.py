@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -310,3 +310,26 @@ def unknown_key(key: Key, schema: type[Args]) -> str:
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+# -- documents of a program ---------------------------------------------------------------------------------------
+
+
+class Document(BaseModel):
+    """The form of a JSON document that a program wrote: types as they are; unknown keys are a newer version's."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+D = TypeVar("D", bound=Document)
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+def judged(form: type[D], value: Any) -> D:
+    """Return a JSON value as a document. Raises ValueError that says what is wrong with it, and where."""
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ValueError(f"{where}: {first['msg']}") from None

@@ -106,7 +106,7 @@ def audit(
         found.begin = fits[0]
         found.notes.append(f"the sources were changed during the run; what came before step {fits[0]} is not confirmed")
     for step in fits:
-        found.problems += _wrong_counts(args, n_lanes, rows_per_step, first_row, step, states[step])
+        found.problems += wrong_counts(args, n_lanes, rows_per_step, first_row, step, states[step])
     if content:
         _compare_bytes(args, data, found)
     if count_tokens and any("ids" not in lane for step in fits for lane in states[step]["lanes"].values()):
@@ -148,14 +148,17 @@ def _bytes_read(sources: Sequence[BlockedSource], state: State) -> int:
     return sum(int(source.n_bytes * epoch) for source, epoch in zip(sources, epochs, strict=True))
 
 
-def _wrong_counts(
-    args: DataArgs, n_lanes: int, rows_per_step: int, first_row: int, step: int, state: State
+def wrong_counts(
+    args: DataArgs, n_lanes: int, rows_per_step: int, first_row: int, step: int, state: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield the lanes that have not given the rows that the step number demands; arithmetic only."""
     row, skipped_rows = state["row"], merged(args.skip_rows)
     if row != (due := first_row + step * rows_per_step):
         yield f"step {step}: {row} rows were used, {step} steps of {rows_per_step} from row {first_row} on are {due}"
     for lane in range(n_lanes):
+        if str(lane) not in state["lanes"]:
+            yield f"step {step}: lane {lane} is not in its state"
+            continue
         made = state["lanes"][str(lane)]["rows"]
         given = len(range(lane, row, n_lanes))
         skipped = sum(contains(skipped_rows, lane + n_lanes * k) for k in range(made)) if skipped_rows else 0

@@ -27,19 +27,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import xxhash
+from pydantic import Field
 
-from lingua.config.base import ConfigError
+from lingua.config.base import ConfigError, Count, Document, judged
 from lingua.config.keys.data import DataArgs, default_lanes
 from lingua.data.blocked_source import BlockedSource
 from lingua.data.pack import IGNORED, IntArray, ids_of
 from lingua.data.sources import check_manifests, open_data
 from lingua.data.workers import InProcess, Workers
+from lingua.files import RunError
 from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -144,6 +146,40 @@ def _begin_again(source: BlockedSource, lanes: dict[int, dict[str, Any]], n_lane
         record["tapes"][source.name] = [begin + (lane - begin) % n_lanes, -1]
         if record["source"] == source.name:
             record["source"] = None
+
+
+class _SavedSource(Document):
+    weight: float
+    fingerprint: str
+
+
+class _SavedLane(Document):
+    rows: Count
+    pick: Count
+    source: str | None
+    tapes: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
+    char: Count
+    token: Count
+    hash: Annotated[str, Field(pattern="^[0-9a-f]{1,16}$")]
+
+
+class _SavedState(Document):
+    K: Annotated[int, Field(ge=1)]
+    row: Count
+    epochs: dict[str, Count]
+    sources: dict[str, _SavedSource]
+    lanes: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], _SavedLane]
+
+
+def saved_state(per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the state of all lanes out of what the ranks saved. Raises RunError where that was edited or damaged."""
+    for rank, saved in enumerate(per_rank):
+        try:
+            judged(_SavedState, saved.get("data"))
+        except ValueError as error:
+            what = f"rank {rank}'s position in the data is damaged: {error}"
+            raise RunError(f"{what}; take another checkpoint, or a new run with checkpoint.reset=[data]") from None
+    return merge_states([saved["data"] for saved in per_rank])
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

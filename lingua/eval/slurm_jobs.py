@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lingua.checkpoint import layout, publish
+from lingua.checkpoint import documents, layout, publish
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.config.keys.launch import JobArgs
 from lingua.eval.evaluator import Beat, Stopped, read_results
@@ -60,7 +60,7 @@ class EvalJobs:
         folder = layout.found(self.run_dir, checkpoint.step, saved_by)
         if (there := read_results(folder)) is not None:
             return there[1]
-        name = f"eval-{publish.read_run_id(checkpoint.root)}-{checkpoint.step}-{saved_by}"
+        name = f"eval-{documents.read_run_id(checkpoint.root)}-{checkpoint.step}-{saved_by}"
         self._submit(folder, name, checkpoint.step)
         try:
             return self._wait(folder, name, beat)

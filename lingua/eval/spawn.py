@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lingua.checkpoint import layout
+from lingua.checkpoint.documents import read_run_id
 from lingua.checkpoint.lookup import run_root
-from lingua.checkpoint.publish import read_run_id
 from lingua.config import trust
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs

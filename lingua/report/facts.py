@@ -142,8 +142,8 @@ def last_line(path: Path) -> dict[str, Any] | None:
     for line in reversed(lines):
         with suppress(orjson.JSONDecodeError):  # torn by a kill, or cut by the seek
             record = orjson.loads(line)
-            if isinstance(record, dict):
-                return record
+            if isinstance(record, dict) and all(type(record.get(k, 0)) is int for k in ("global_step", "incarnation")):
+                return {key: value for key, value in record.items() if "/" not in key or isinstance(value, int | float)}
     return None
 
 

@@ -90,15 +90,18 @@ def read_past(run: Path) -> Past:
     run_dir = find_run(run)
     facts, root = read_run(run_dir), lookup.root_of(run_dir)
     lines = read_metrics(run_dir / METRICS_FILE)
-    stop, failed = facts.stop or {}, [failure for failure in facts.failures if failure.because_of_rank is None]
+    failed = [failure for failure in facts.failures if failure.because_of_rank is None]
+    ends = [(facts.stop or {}).get("step"), *(failure.step for failure in failed)]
+    logging = facts.config.get("logging")
+    freq = logging.get("freq") if isinstance(logging, dict) else None
     return Past(
         run_dir=run_dir,
         root=root,
         newest_attempt=facts.attempt.number if facts.attempt else 1,
-        freq=int((facts.config.get("logging") or {}).get("freq") or 1),
+        freq=freq if isinstance(freq, int) and freq > 0 else 1,
         records=[line for line in lines if {"global_step", "incarnation"} <= line.keys()],
         published={step: publish.attempt_of(root, step) for step in layout.done_steps(root)},
-        ended_at=max([stop.get("step") or 0, *(failure.step or 0 for failure in failed)]),
+        ended_at=max([0, *(step for step in ends if isinstance(step, int))]),
         last_words=failed[0].message if failed else "",
     )
 

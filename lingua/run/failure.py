@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
+
 from lingua.files import DiskError, RunError, entries, read_json, write_json
 from lingua.logger import RANK_LOGS
 from lingua.masking import public_text
@@ -204,7 +206,8 @@ def read_failures(run_dir: Path) -> list[Failure]:
         if re.fullmatch(r"error_\d+\.json", path.name):
             try:
                 facts = read_json(path)
-                found.append(Failure(**{name: facts[name] for name in Failure.__dataclass_fields__}))
-            except (OSError, RunError, KeyError, TypeError):
+                fields = {name: facts[name] for name in Failure.__dataclass_fields__}
+                found.append(TypeAdapter(Failure).validate_python(fields))
+            except (OSError, RunError, KeyError, TypeError, ValueError):
                 log.warning("%s cannot be read", path)
     return sorted(found, key=lambda failure: failure.rank)

@@ -91,13 +91,15 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all whole lines of a metrics file, without one torn by a kill; no file has no lines."""
+    """Read all whole lines of a metrics file, without one torn by a kill or of another form; no file has no lines."""
     records = []
     for line in read_bytes(path).splitlines() if path.is_file() else []:
         try:
-            records.append(orjson.loads(line))
+            record = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
+        if isinstance(record, dict) and all(type(record.get(key, 0)) is int for key in ("global_step", "incarnation")):
+            records.append(record)
     return records
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,12 +24,14 @@ from lingua.checkpoint.state import TrainState
 from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
+from lingua.data.audit import wrong_counts
 from lingua.data.held_out import HeldOut, Wording, packed, texts_beside_sources
-from lingua.data.loader import Loader, build_loader, merge_states
+from lingua.data.loader import Loader, build_loader, saved_state
 from lingua.data.local_copy import staged
 from lingua.distributed.compile import keep_compiled_code
 from lingua.distributed.parallelize import DTYPES, parallelize, set_matmul_precision
 from lingua.distributed.process_group import World, on_every_rank
+from lingua.files import RunError
 from lingua.model.attention import resolve_attn_impl
 from lingua.model.loss import CrossEntropy, Loss
 from lingua.optim.update import LossScale, Updater
@@ -183,8 +185,26 @@ def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size:
     newest = manager.latest()
     if newest is not None:
         manager.load(newest, state)
-        return merge_states([rank["data"] for rank in state.per_rank_all])
+        data = saved_state(state.per_rank_all)
+        require_progress(state.shared, data, args, size, newest)
+        state.shared = fresh_shared() | state.shared
+        return data
     return begin(state, manager, args, size)
+
+
+def require_progress(
+    shared: Mapping[str, Any], data: Mapping[str, Any], args: TrainArgs, size: Resolved, step: int
+) -> None:
+    """Raise RunError unless the rows and tokens of this run's state are those of its steps."""
+    n_steps, n_tokens = shared.get("step"), shared.get("total_tokens")
+    wrong = wrong_counts(args.data, size.lanes, size.rows_per_step, shared.get("first_row", 0), step, data)
+    problem = next(wrong, None)
+    if n_steps != step:
+        problem = f"it counts {n_steps} steps"
+    elif n_tokens is None or (args.checkpoint.init_ckpt_path is None and n_tokens != step * size.tokens_per_step):
+        problem = f"it counts {n_tokens} tokens, but {step} steps are {step * size.tokens_per_step}"
+    if problem:
+        raise RunError(f"the state of checkpoint {step} contradicts itself: {problem}; take another checkpoint")
 
 
 def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
@@ -204,7 +224,7 @@ def _continue_other(
 ) -> dict[str, Any] | None:
     """Continue another run's full state, except for what is `reset`; returns the loader's state."""
     loads.load_from(start, state, optimizer="optim" not in reset)
-    data = None if "data" in reset else merge_states([rank["data"] for rank in state.per_rank_all])
+    data = None if "data" in reset else saved_state(state.per_rank_all)
     if "step" in reset:
         state.shared = fresh_shared()
     elif "schedule" in reset:

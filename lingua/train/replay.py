@@ -35,7 +35,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import found
 from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
-from lingua.data.loader import merge_states
+from lingua.data.loader import saved_state
 from lingua.data.sources import with_default_sources
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import Ranks, World, pick_device, set_environment
@@ -44,6 +44,7 @@ from lingua.optim.update import grad_norm_and_clip_coef
 from lingua.profiling.first_nonfinite import Watch, first_nonfinite, grad_norms, nonfinite_names
 from lingua.report.diff import config_differences, relative_difference
 from lingua.report.past import Past, check_step, nothing_before, read_past
+from lingua.report.series import is_number
 from lingua.tokenizer import build_tokenizer
 from lingua.train.build import begin, build_loss, build_rows, build_state, build_updater
 from lingua.train.check import resolve
@@ -218,7 +219,8 @@ def _finite(value: float) -> float | None:
 
 
 def _numbers(record: Mapping[str, Any]) -> Numbers:
-    return Numbers(record.get("loss/out"), record.get("optim/grad_norm"), record.get("optim/lr"))
+    found = [record.get(key) for key in ("loss/out", "optim/grad_norm", "optim/lr")]
+    return Numbers(*(value if is_number(value) else None for value in found))
 
 
 def _badness(row: ReplayedRow) -> tuple[bool, float]:
@@ -277,7 +279,7 @@ def load(
         data_state = begin(state, restorer, args, size)
     else:
         restorer.load_folder(checkpoint.folder, state)
-        data_state = merge_states([rank["data"] for rank in state.per_rank_all])
+        data_state = saved_state(state.per_rank_all)
     try:
         loader = stack.enter_context(build_rows(args, size, world, tokenizer, data_state))
     except ConfigError as error:
@@ -314,8 +316,9 @@ def go(learner: Learner, past: Past, start: int, last: int) -> Way:
                 )
             progress.advance(1)
             record = past.on_the_way(done.step, start)
-            if record is not None and record.get("loss/out") is not None:
-                found.append((done.step, done.numbers["loss/out"].item(), record["loss/out"]))
+            there = None if record is None else _numbers(record).loss
+            if there is not None:
+                found.append((done.step, done.numbers["loss/out"].item(), there))
     return compare(last - first, found)
 
 

@@ -318,7 +318,7 @@ def publish_step(
         _await_mark(save, run, sleep)
         return False
     everything = facts if save.n_nodes == 1 else _await_parts(save, run, sleep)
-    publish.publish(run.root, save.step, run.attempt, everything, seconds=seconds(), files=files)
+    publish.publish(run.root, save.step, run.attempt, everything, run_id=run.run_id, seconds=seconds(), files=files)
     _remove_parts(save, run, range(save.n_nodes), files)
     return True
 

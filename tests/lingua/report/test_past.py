@@ -5,7 +5,9 @@ import pytest
 
 from lingua.config.base import ConfigError
 from lingua.files import write_json
+from lingua.report.facts import last_line
 from lingua.report.past import Past, check_step, nothing_before, read_past
+from lingua.train.replay import Numbers, _numbers
 from tests.checkpoints import make_run, publish_step
 
 
@@ -100,3 +102,28 @@ def test_what_a_run_folder_remembers(tmp_path: Path) -> None:
     assert run.reported(20, 1) is not None
     assert run.reported(20, 2) is None
     assert run.reached == 25
+
+
+def test_lines_and_records_of_wrong_types_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, 10)
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text() + "logging: {freq: often}\n")
+    lines = [
+        '{"global_step": 20, "incarnation": 1, "loss/out": "low", "optim/lr": 0.5}',
+        '{"global_step": "30", "incarnation": 1}',
+        '{"global_step": 30, "incarnation": null}',
+        '{"global_step": 30.5, "incarnation": 1}',
+        "[20, 1]",
+        "3",
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    write_json(tmp_path / "stop.json", {"reason": "error", "step": "24"})
+    (tmp_path / "logs").mkdir()
+    failure = {"kind": "bug", "type": "E", "message": [], "traceback": "", "rank": 0, "step": {}, "incarnation": 1}
+    write_json(tmp_path / "logs" / "error_0.json", failure | {"host": "", "time": "", "because_of_rank": None})
+    run = read_past(tmp_path)
+    assert ([record["global_step"] for record in run.records], run.freq, run.ended_at) == ([20], 1, 0)
+    record = run.reported(20, 1)
+    assert record is not None
+    assert _numbers(record) == Numbers(None, None, 0.5)
+    assert last_line(tmp_path / "metrics.jsonl") == {"global_step": 20, "incarnation": 1, "optim/lr": 0.5}

@@ -1,0 +1,151 @@
+"""The JSON documents of a checkpoint, judged before anything is taken from them. Torch-free.
+
+A checksum shows that a file is what the manifest lists, not that a trainer wrote it: someone may have edited both. So
+each document has a form, and what several of them say (step, attempt, run, files) must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from lingua.checkpoint import layout
+from lingua.config.base import Count, Document, judged
+from lingua.files import RunError, read_bytes, read_json
+
+MANIFEST_VERSION = 1
+STATE_VERSION = 1
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Scalar = bool | int | float | str
+
+
+class ListedFile(Document):
+    """A file as the manifest lists it."""
+
+    bytes: Count
+    xxh3_128: Hash
+
+
+class ManifestDocument(Document):
+    """manifest.json."""
+
+    version: Annotated[int, Field(ge=1, le=MANIFEST_VERSION)]
+    step: Count
+    incarnation: Count
+    run_id: str | None = None
+    """None: written by an older version, or not by a run."""
+    files: dict[Annotated[str, Field(pattern=r"^\.*[^/.\x00][^/\x00]*$")], ListedFile]
+
+
+class MarkDocument(Document):
+    """checkpoint_<step>.done."""
+
+    version: Annotated[int, Field(ge=1, le=MANIFEST_VERSION)]
+    step: Count
+    incarnation: Count
+    manifest_xxh3_128: Hash
+    bytes: Count
+    seconds: Annotated[float, Field(ge=0)]
+    created_at: Annotated[float, Field(ge=0)]
+
+
+class _LossScale(Document):
+    factor: Annotated[float, Field(gt=0)]
+    good_steps: Count
+
+
+class _Shared(Document):
+    step: Count = 0
+    total_tokens: Count = 0
+    skipped_steps: Count = 0
+    schedule_begin: Count = 0
+    first_row: int = 0
+    tracking_id: str | None = None
+    validation_at_start: dict[str, float | None] = {}
+    loss_scale: _LossScale | None = None
+
+
+class _Group(Document):
+    params: list[str]
+    values: dict[str, Scalar | list[Any] | None]
+    constructed: dict[str, Scalar | list[Any] | None]
+
+
+class _Random(Document):
+    torch: str
+    numpy: Annotated[list[Any], Field(min_length=5, max_length=5)]
+    python: Annotated[list[Any], Field(min_length=3, max_length=3)]
+    cuda: str | None = None
+
+
+class _RankState(Document):
+    version: Annotated[int, Field(ge=1, le=STATE_VERSION)]
+    rank: Count
+    world_size: Annotated[int, Field(ge=1)]
+    per_rank: dict[str, Any]
+    rng: _Random
+
+
+class _FirstState(_RankState):
+    shared: _Shared
+    param_groups: list[_Group]
+    optim_scalars: dict[str, dict[str, Scalar]]
+
+
+def read_run_id(root: Path) -> str | None:
+    """Return the id of the run whose checkpoints these are; None before its first attempt. Raises OSError, RunError."""
+    path = root / layout.RUN_ID
+    try:
+        run_id = read_bytes(path).decode("ascii", "replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):
+        raise RunError(f"{path} holds no id of a run; remove it, and the newest checkpoint's id is taken")
+    return run_id
+
+
+def read_states(folder: Path) -> list[dict[str, Any]]:
+    """Return the training state of every rank that saved, rank 0 first. Raises RunError, OSError."""
+    first = _read_state(folder, 0, _FirstState)
+    n_ranks = first["world_size"]
+    states = [first, *(_read_state(folder, rank, _RankState) for rank in range(1, n_ranks))]
+    for rank, state in enumerate(states):
+        if (state["rank"], state["world_size"]) != (rank, n_ranks):
+            path = folder / layout.train_state_file(rank)
+            raise RunError(
+                f"{path} is not a training state of this checkpoint: it is of rank {state['rank']} of "
+                f"{state['world_size']}, not {rank} of {n_ranks}; take another checkpoint"
+            )
+    return states
+
+
+def _read_state(folder: Path, rank: int, model: type[_RankState]) -> dict[str, Any]:
+    path = folder / layout.train_state_file(rank)
+    try:
+        state = read_json(path)
+        judged(model, state)
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; take another checkpoint") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not a training state: {error}; take another checkpoint") from None
+    return state
+
+
+def require_agreement(
+    folder: Path, states: list[dict[str, Any]], tensors: dict[str, int], manifest: ManifestDocument
+) -> None:
+    """Raise RunError unless the files that a state needs are those that were published.
+
+    `tensors`: the files that `.metadata` points at, and the bytes that each must have at least.
+    """
+    small = [layout.METADATA, *(layout.train_state_file(rank) for rank in range(len(states)))]
+    for name, n_bytes in sorted((dict.fromkeys(small, 0) | tensors).items()):
+        if name not in manifest.files:
+            raise RunError(f"{folder / layout.MANIFEST} does not list {name}, so that nobody verified it; take another")
+        if (there := manifest.files[name].bytes) < n_bytes:
+            what = f"{name} has {there} bytes, but {layout.METADATA} points at byte {n_bytes} of it"
+            raise RunError(f"{folder}: {what}; take another checkpoint")
