@@ -146,22 +146,7 @@ def _judge(
 
 def _differences(judged: _Judged, earlier: Earlier) -> list[Difference]:
     found = compare(earlier.config, judged.frozen) if earlier.config is not None else []
-    return [_with_rates(difference, judged.optim, earlier) for difference in found]
-
-
-def _with_rates(difference: Difference, optim: OptimArgs, earlier: Earlier) -> Difference:
-    """Let a length that raises the learning rate at the point where the run goes on be a change to allow."""
-    from lingua.optim.schedule import rates_of_longer
-
-    lengths = difference.old, difference.new
-    if difference.key != "steps" or earlier.step is None or not all(isinstance(n, int) for n in lengths):
-        return difference
-    begin = earlier.schedule_begin
-    rates = rates_of_longer(optim, earlier.step - begin, lengths[0] - begin, lengths[1] - begin)
-    if rates is None:
-        return difference
-    effect = f"raises the learning rate of step {earlier.step + 1:,} from {rates[0]:.3g} to {rates[1]:.3g}"
-    return replace(difference, rule="accept", effect=effect)
+    return [earlier.with_rates(difference, judged.optim) for difference in found]
 
 
 def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Difference]:

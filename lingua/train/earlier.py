@@ -7,7 +7,7 @@ or in this machine's memory. Before that, the next attempt begins at step 0, so 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from lingua.checkpoint.layout import done_steps, folder, train_state_file
 from lingua.checkpoint.lookup import is_resumable, root_of
 from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import Difference, read_frozen
+from lingua.config.keys.optim import OptimArgs
+from lingua.optim.schedule import rates_of_longer
 from lingua.report.facts import json_object_in, last_line
 from lingua.run.folder import STOP_FILE
 from lingua.run.lock import run_in
@@ -45,6 +47,18 @@ class Earlier:
         """Return whether a change is the remedy that the newest attempt named when it failed."""
         lowered = difference.key == "optim.lr" and difference.new < difference.old
         return self.ended_by == "nan" and lowered
+
+    def with_rates(self, difference: Difference, optim: OptimArgs) -> Difference:
+        """Let a length that raises the learning rate at the point where the run goes on be a change to allow."""
+        lengths = difference.old, difference.new
+        if difference.key != "steps" or self.step is None or not all(isinstance(n, int) for n in lengths):
+            return difference
+        begin = self.schedule_begin
+        rates = rates_of_longer(optim, self.step - begin, lengths[0] - begin, lengths[1] - begin)
+        if rates is None:
+            return difference
+        effect = f"raises the learning rate of step {self.step + 1:,} from {rates[0]:.3g} to {rates[1]:.3g}"
+        return replace(difference, rule="accept", effect=effect)
 
 
 def read_earlier(run_dir: Path, root: Path | None = None) -> Earlier:
