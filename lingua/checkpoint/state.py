@@ -210,8 +210,8 @@ def _like(key: str, present: Any, value: Any) -> Any:
     if is_number and not all(isinstance(each, int | float) for each in found):
         raise ValueError(f"{key} of the optimizer is {value!r}, not like {present!r}")
     if isinstance(present, Tensor):
-        return present.fill_(value)
-    return tuple(value) if isinstance(present, tuple) else value
+        return present.fill_(found[0])
+    return tuple(found) if isinstance(present, tuple) else value
 
 
 def _optim_scalars(state: TrainState) -> dict[str, dict[str, Any]]:
