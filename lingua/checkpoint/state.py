@@ -207,7 +207,8 @@ def _like(key: str, present: Any, value: Any) -> Any:
     one = present[0] if isinstance(present, tuple) else present
     found: list[Any] = value if isinstance(present, tuple) and isinstance(value, list) else [value]
     is_number = isinstance(one, int | float | Tensor)
-    if is_number and not all(isinstance(each, int | float) for each in found):
+    fits = len(found) == (len(present) if isinstance(present, tuple) else 1)
+    if is_number and not (fits and all(isinstance(each, int | float) for each in found)):
         raise ValueError(f"{key} of the optimizer is {value!r}, not like {present!r}")
     if isinstance(present, Tensor):
         return present.fill_(found[0])
