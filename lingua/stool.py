@@ -6,7 +6,7 @@ message, never in silence.
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import sys
 from collections.abc import Sequence
 from pathlib import Path

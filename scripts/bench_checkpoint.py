@@ -33,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp

@@ -32,7 +32,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 from bench_common import make_parser, print_figures, timed
 

@@ -14,7 +14,7 @@ all processes, rather than tokens per second. The shuffle runs the command that 
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import json
 import os

@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
 from bench_common import format_figure, make_parser, timed, write_corpus
 from bench_kernels import (

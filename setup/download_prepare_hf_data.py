@@ -9,7 +9,7 @@ Stopped by whatever, the same command continues. `data.sources: {fineweb_edu_10b
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import sys
 from collections.abc import Callable

@@ -7,7 +7,7 @@ llama and gemma files are gated: accept their licence on the hub first; the key 
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import sys
 from pathlib import Path

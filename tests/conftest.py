@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-import lingua.interrupt  # noqa: F401 (first of all: it sets what torch reads once)
+import lingua.config.interrupt  # noqa: F401 (first of all: it sets what torch reads once)
 from tests.cli import Lingua
 from tests.slurm_cluster import Cluster, until, why_not
 

@@ -7,9 +7,9 @@ ROOT = Path(__file__).parents[1]
 # A name imports only names of lower levels, and its own modules.
 LEVELS = [
     ["masking"],
-    ["files", "interrupt", "logger", "signals"],
+    ["files", "logger", "signals"],
     ["config"],
-    ["slurm", "tokenizer"],
+    ["slurm", "slurm_script", "tokenizer"],
     ["run", "optim"],
     ["console", "model"],
     ["data", "distributed"],

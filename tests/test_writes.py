@@ -33,7 +33,7 @@ ALLOWED = {
         lingua/run/code_snapshot.py:freeze_code rename
         lingua/run/folder.py:archive_exit_records replace
         lingua/run/lock.py:_claim link
-        lingua/run/lock.py:_try_next unlink
+        lingua/run/lock.py:_create unlink
         lingua/run/lock.py:_time unlink
         lingua/selfcheck/node_check.py:check_folder unlink
         lingua/sweep/sweep.py:make_sweep rename

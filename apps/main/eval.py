@@ -22,7 +22,7 @@ Exit codes: 0 all is evaluated, 75 stopped by a signal, 130 Ctrl-C, 2 bad config
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import sys
 
 from lingua.config.command_line import leave, run_main

@@ -10,7 +10,7 @@ Cost: the weights once, in `dtype`.
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import os
 import sys
 from collections.abc import Iterable, Iterator

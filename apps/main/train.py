@@ -8,7 +8,7 @@ started again, 130 ended by a person (saved), 76 hung, 1 and 2 failures.
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import sys
 
 from lingua.config.base import ConfigError

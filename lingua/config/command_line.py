@@ -185,14 +185,15 @@ def wants_traceback(words: Sequence[str]) -> bool:
 
 def _refuse_words(words: Sequence[str]) -> None:
     """Raise ConfigError for words that no command takes."""
-    from lingua.config.base import ConfigError
-
-    if "" in words:
-        raise ConfigError("command line: a word is empty; remove it, or set the shell variable that it stands for")
+    wrong = "" if "" not in words else "a word is empty; remove it, or set the shell variable that it stands for"
     for word in words:
         name, _, value = word.lstrip("-").partition("=")
         if word.startswith("-") and _KEY.fullmatch(name):
-            raise ConfigError(f"command line: {word}: keys take no dashes; write {name}={value or 'VALUE'}")
+            wrong = f"{word}: keys take no dashes; write {name}={value or 'VALUE'}"
+    if wrong:
+        from lingua.config.base import ConfigError  # pydantic, which `--help` does without
+
+        raise ConfigError(f"command line: {wrong}")
 
 
 def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> int:

@@ -25,7 +25,8 @@ from lingua.eval.evaluator import Beat, Stopped, read_results
 from lingua.files import RunError, make_folder, write_whole
 from lingua.launch.submit import RUN_SCRIPT
 from lingua.run.code_snapshot import FOLDER as CODE
-from lingua.slurm import Runner, cancel, code_lines, job_script, jobs_named, run_command, step_command, submit
+from lingua.slurm import Runner, cancel, jobs_named, run_command, submit
+from lingua.slurm_script import code_lines, job_script, step_command
 
 log = logging.getLogger(__name__)
 

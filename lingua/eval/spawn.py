@@ -37,7 +37,8 @@ from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
 from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import OccupiedError, RunLock, living_attempt, this_process
-from lingua.slurm import Runner, code_lines, job_script, log_pattern, outside_job, run_command, submit, this_job
+from lingua.slurm import Runner, outside_job, run_command, submit, this_job
+from lingua.slurm_script import code_lines, job_script, log_pattern
 
 if TYPE_CHECKING:
     from lingua.checkpoint.manager import SaveReport

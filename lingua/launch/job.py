@@ -19,7 +19,7 @@ A job file is in <run>/jobs, or in the folder `tasks` of a sweep, whose points s
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import logging
 import os
 import signal
@@ -47,17 +47,8 @@ from lingua.run.code_snapshot import environment, freeze_code
 from lingua.run.failure import KINDS, Failure, classify, read_failures
 from lingua.run.folder import EXIT_FAILED, STOP_FILE
 from lingua.run.lock import attempt_files, newest_attempt
-from lingua.slurm import (
-    Allocation,
-    JobState,
-    for_steps,
-    job_state,
-    log_pattern,
-    requeue,
-    require_tasks_that_fit,
-    step_command,
-    this_allocation,
-)
+from lingua.slurm import Allocation, JobState, for_steps, job_state, requeue, require_tasks_that_fit, this_allocation
+from lingua.slurm_script import log_pattern, step_command
 from lingua.train.check import load
 
 JOBS = "jobs"

@@ -8,7 +8,7 @@ SIGTERM.
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import ctypes
 import os
 import signal

@@ -23,7 +23,8 @@ from lingua.files import make_folder, write_whole
 from lingua.launch.job import JOBS, freeze_job
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
-from lingua.slurm import Runner, job_script, outside_job, run_command, submit
+from lingua.slurm import Runner, outside_job, run_command, submit
+from lingua.slurm_script import job_script
 from lingua.train.check import Checked, load
 
 RUN_SCRIPT = "run.sh"

@@ -10,7 +10,7 @@ an import of torch and a second: a small matrix product, some MiB written, one a
 
 from __future__ import annotations
 
-import lingua.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import contextlib
 import os

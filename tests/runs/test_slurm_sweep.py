@@ -59,11 +59,8 @@ def test_an_array_with_a_failing_point(checkout: Checkout, tmp_path: Path):
     first, second, third = points(checkout, folder)
     assert (first["state"], first["step"], first["values"]["optim.lr"]) == ("finished", 3, 1e-3)
     assert (second["state"], second["kind"], second["busy"]) == ("failed", "nan", False)
-    assert (third["state"], third["busy"], third["job"]) in (
-        ("queued", True, tasks[2]),
-        ("starting", True, tasks[2]),
-        ("running", True, tasks[2]),
-    )
+    assert (third["busy"], third["job"]) == (True, tasks[2])
+    assert third["state"] in ("saved", "queued", "starting", "running")  # it has just been put back
 
     # Only what failed starts again; what waits or runs is left alone.
     said = sweep(checkout, "rerun", folder)

@@ -12,7 +12,7 @@ from lingua.config.base import ConfigError
 from lingua.config.compose import Composed, compose, examine
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.generate import GeneratorArgs
-from lingua.slurm import job_script
+from lingua.slurm_script import job_script
 
 
 def composed(folder: Path, text: str = "{}", *words: str, overlays: list[str] | None = None) -> Composed[TrainArgs]:
