@@ -1,6 +1,6 @@
 """What is specific to Slurm: its variables, commands and answers; the text of its jobs is in slurm_script.py.
 
-Another scheduler would be two more files with these functions. Besides this module, only `scripts/job.sh` and the script
+Another scheduler would be two more files with these functions. Besides these, only `scripts/job.sh` and the script
 of a sweep read SLURM_* variables. A command is a list of words, never shell text.
 """
 
