@@ -31,7 +31,6 @@ def lenient(then: Hook = lambda rank: None) -> Hook:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1500)  # 20 kernels in C++, one after the other: two ranks on two busy cores need minutes
 @pytest.mark.ranks
 @pytest.mark.parametrize("layout", [pytest.param("fsdp_type=full_shard", marks=pytest.mark.gate), "tp_size=2"])
 def test_two_ranks_compiled_and_spread(tmp_path: Path, shm: Path, layout: str):

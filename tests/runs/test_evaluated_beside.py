@@ -14,7 +14,7 @@ from tests.evaluated import by_hand, evaluations, make_data, verdicts, words_of
 from tests.slurm_cluster import until
 from tests.trainer import Trainer, at_step, kill_self, train
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.soak
 
 
 def evaluator_of(run_dir: Path) -> int | None:

@@ -175,7 +175,6 @@ def twenty_on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
 def test_twenty_steps_of_every_layout_end_where_one_rank_ends(twenty_on_one: Path, tmp_path: Path, name: str):
     layout = LAYOUTS[name]

@@ -35,7 +35,6 @@ def test_killed_and_resumed(tmp_path: Path):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)  # compiling
 @pytest.mark.filterwarnings("ignore")  # torch's own, while its compiler traces
 @pytest.mark.parametrize(
     ("n_ranks", "words"),

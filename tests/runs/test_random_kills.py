@@ -58,7 +58,6 @@ def disturb(seconds: float, words: list[str], n_ranks: int, rng: random.Random) 
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("n_ranks", "n_kills"), [pytest.param(1, 8, marks=pytest.mark.gate), (2, 4)])
 def test_random_kills_lose_nothing(tmp_path: Path, n_ranks: int, n_kills: int):
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"

@@ -42,7 +42,6 @@ def shared_pages() -> int:
 
 @pytest.mark.gate
 @pytest.mark.soak
-@pytest.mark.timeout(900)
 def test_nothing_grows(tmp_path: Path, shm: Path):
     words = [
         *TINY, f"steps={N_STEPS}", "checkpoint.dump.every=1", "checkpoint.dump.keep=2", "data.num_workers=1",

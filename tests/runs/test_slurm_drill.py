@@ -14,8 +14,6 @@ import pytest
 from tests.checkout import ROOT, Checkout
 from tests.slurm_cluster import until
 
-pytestmark = pytest.mark.timeout(600)
-
 
 def drill(cwd: Path, env: dict[str, str], *words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "apps.cli.main", "drill", "--json", "--patience=3", *words, "device=cpu"]

@@ -12,7 +12,7 @@ from tests.evaluated import EVAL, by_hand, evaluations, make_data
 from tests.runs.test_slurm_signals import preempt
 from tests.slurm_cluster import until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slurm
 
 EVERY = 500
 

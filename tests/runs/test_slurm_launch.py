@@ -16,8 +16,6 @@ from tests.checkout import ROOT, Checkout, newest_step
 from tests.slurm_cluster import until
 from tests.trainer import TINY, published
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.mark.gate
 @pytest.mark.ranks

@@ -8,7 +8,7 @@ from tests.checkout import Checkout, tiny
 from tests.slurm_cluster import until
 from tests.trainer import published
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slurm
 
 # Script and the flags that spare two cores.
 SCRIPTS = {

@@ -14,7 +14,7 @@ from tests.checkout import Checkout, tiny, undisturbed
 from tests.slurm_cluster import until
 from tests.trainer import fingerprint, losses, published, train
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slurm
 
 LONG = 100_000
 """Steps that nobody waits for."""

@@ -14,7 +14,7 @@ from tests.checkout import Checkout
 from tests.slurm_cluster import until
 from tests.trainer import TINY, published
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slurm
 
 GRID = """\
 base: [{config}]

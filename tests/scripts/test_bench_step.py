@@ -94,7 +94,6 @@ def test_without_a_gpu_the_benchmark_of_one_ends_at_once_with_one_sentence(tmp_p
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
 def test_all_of_it_runs_in_small(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), str(out), "--tiny", "--steps", "2"]

@@ -123,7 +123,6 @@ def test_from_tensor_parallel_ranks_to_shards_and_back(tmp_path: Path, shm: Path
 
 @pytest.mark.ranks
 @pytest.mark.soak
-@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
 def test_from_every_layout_to_every_layout(tmp_path: Path, shm: Path) -> None:
     assert_moves(tmp_path, shm, list(LAYOUTS), list(LAYOUTS))

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,11 @@ def wait_for_end(pid: int, timeout_s: float = 30) -> None:
         os.close(descriptor)
 
 
-def shared_memory() -> set[str]:
-    """Names in /dev/shm, but for those that tests running beside this one make."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith(("test-", "lingua-"))}
+def named_memory(pids: Iterable[int]) -> list[str]:
+    """Files of /dev/shm that these processes have open or mapped; a kill would leave them there."""
+    maps = [line.split()[-1] for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    opened = [os.readlink(path) for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    return [name for name in (*maps, *opened) if name.startswith("/dev/shm/")]
 
 
 def test_signals_of_the_trainer_do_not_reach_workers(tmp_path: Path) -> None:
@@ -148,11 +151,11 @@ def test_bad_lines_are_logged_in_the_trainer(tmp_path: Path, caplog: pytest.LogC
 
 def test_closing_is_prompt_and_leaves_nothing(tmp_path: Path) -> None:
     two_sources(tmp_path)
-    before, descriptors = shared_memory(), len(os.listdir("/proc/self/fd"))
+    descriptors = len(os.listdir("/proc/self/fd"))
     loader = loader_with_workers(tmp_path)
     next(loader)
     started = pids(loader)
-    assert shared_memory() <= before
+    assert named_memory(started) == []
     loader.close()
     loader.close()
     for pid in started:
@@ -201,7 +204,6 @@ def test_workers_die_with_a_killed_parent_and_never_import_torch(tmp_path: Path)
     script = tmp_path / "parent.py"  # no `if __name__ == "__main__"`: a worker must not run it
     script.write_text(PARENT)
     root = Path(__file__).parents[3]
-    before = shared_memory()
     parent = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -217,8 +219,8 @@ def test_workers_die_with_a_killed_parent_and_never_import_torch(tmp_path: Path)
         assert len(workers) == 2
         for pid in workers:
             assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+        assert named_memory([parent.pid, *workers]) == []
         parent.kill()
         parent.wait()
         for pid in workers:
             wait_for_end(pid)
-    assert shared_memory() <= before

@@ -104,7 +104,6 @@ def test_four_ranks_compute_what_one_computes(shape: Shape, keys: dict[str, Any]
 
 @pytest.mark.ranks
 @pytest.mark.soak
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_blocks_compute_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for all blocks: what differs from block to block would be compiled again and again.
