@@ -32,7 +32,14 @@ from tests.ranks import exit_code_of
 from tests.trainer import TINY, train
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "lingua").glob("*/README.md"), *ROOT.glob("[as]*/README.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        *ROOT.glob("lingua/*/README.md"),
+        *ROOT.glob("[as]*/README.md"),
+        *ROOT.glob("apps/*/README.md"),
+    ]
+)
 PATH = re.compile(r"(?<![\w/.])(?:lingua|apps|scripts|setup|tests)/[\w./-]*[\w/]")
 BLOCK = re.compile(r"(<!-- run -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(page, *block) for page in PAGES for block in BLOCK.findall(page.read_text())]

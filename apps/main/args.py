@@ -9,6 +9,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import SerializeAsAny
 
+import apps.fastRNN.args
+import apps.mamba.args
+import apps.mtp.args
+import apps.xlstm.args  # noqa: F401 - each registers its model types
 from lingua.config.base import part_of
 from lingua.config.keys import train
 from lingua.config.keys.model import LlamaArgs, ModelArgs

@@ -29,9 +29,9 @@ from lingua.config.command_line import leave, run_main
 from lingua.eval.command import evaluate
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str], app: str = str(__package__)) -> int:
     """Evaluate what the words of a command line say; return the exit code."""
-    return evaluate(words, str(__package__), str(__doc__))
+    return evaluate(words, app, str(__doc__))
 
 
 if __name__ == "__main__":

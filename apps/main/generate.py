@@ -42,7 +42,7 @@ class GenerateArgs(GeneratorArgs):
     """Stop string or strings."""
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str], app: str = str(__package__)) -> int:
     """Answer the prompts on the command line, or those that are read."""
     prompts = [word.removeprefix("prompt=") for word in words if word.startswith("prompt=")]
     line = parse_command_line([word for word in words if not word.startswith("prompt=")])
@@ -50,10 +50,10 @@ def main(words: list[str]) -> int:
         print(__doc__)
         return 0
     config, args = read_command_line(line)
-    app = args.app or choose_app(CommandLine(config=str(config)))
-    if app != __package__:
-        return app_module(app, "generate").main([*words, f"app={app}"])
-    generator = load_generator(described(config, app), args)
+    wanted = args.app or choose_app(CommandLine(config=str(config)))
+    if wanted != app:
+        return app_module(wanted, "generate").main([*words, f"app={wanted}"])
+    generator = load_generator(described(config, wanted), args)
     for batch in [prompts] if prompts else ask(interactive=sys.stdin.isatty()):
         for prompt, answer in zip(batch, generator.generate(batch), strict=True):
             show(prompt, answer)

@@ -13,6 +13,7 @@ import sys
 
 from lingua.config.base import ConfigError
 from lingua.config.command_line import leave, parse_command_line, run_main
+from lingua.config.keys import train
 from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import find_rank_info
 from lingua.logger import start_logging
@@ -36,19 +37,20 @@ Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a pe
 2 bad config, 76 hung, 1 other failures."""
 
 
-def main(words: list[str]) -> int:
-    """Train the run that a command line describes; return the exit code."""
+def main(words: list[str], schema: type[train.TrainArgs] = TrainArgs) -> int:
+    """Train the run that a command line describes, with the config of an app; return the exit code."""
+    own: str = schema.model_fields["app"].default
     place = find_rank_info()
-    start_logging(place.rank, own_packages=("lingua", str(__package__)))
+    start_logging(place.rank, own_packages=("lingua", str(__package__), own))
     with told_to_others(place):
         line = parse_command_line(words, ["accept-change"])
         if line.flags.get("help"):
             print(HELP)
             return 0
-        checked = load(line, place.world_size, starting=True, schema=TrainArgs)
+        checked = load(line, place.world_size, starting=True, schema=schema)
         app = checked.args.app
-        if app != __package__:
-            raise ConfigError(f"app is {app}, but this is {__package__}.train; type python -m {app}.train")
+        if app != own:
+            raise ConfigError(f"app is {app}, but this is {own}.train; type python -m {app}.train")
     from .loop import start  # loads torch, which a wrong config need not wait for
 
     return start(checked, words, place)

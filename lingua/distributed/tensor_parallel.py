@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -29,7 +29,6 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from torch.nn import functional
 
 _BY_POSITION = Shard(1)
 
@@ -79,7 +78,7 @@ BLOCKS: Mapping[str, ParallelStyle] = {
     r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])": _TO_OWN,
     r"layers\.\d+\.(attention\.wo|feed_forward\.w2)": _FROM_OWN,
     r"layers\.\d+\.attention\.[qk]_norm": _HEAD_NORM,
-    r"output": ColwiseParallel(),  # by vocabulary; its weight alone is used, by the loss and by `logits`
+    r"output|heads\.\d+": ColwiseParallel(),  # by vocabulary; its weight alone is used, by the loss and by `logits`
 }
 """Pattern of a module's whole name -> what becomes of it. For the blocks of lingua/model/transformer.py."""
 
@@ -101,19 +100,3 @@ def split_model(model: nn.Module, mesh: DeviceMesh, rules: Mapping[str, Parallel
             f"distributed.tp_size is {mesh.size()}, but lingua/distributed/tensor_parallel.py has no rule for {left[0]}"
             f"{f' and {len(left) - 1} more' if left[1:] else ''}; add one, or use tp_size=1"
         )
-
-
-# -- called by models; identities where nothing is split ---------------------------------------------------------
-
-
-def full_tensor(x: Tensor) -> Tensor:
-    """Return all positions of a stream that may be split. Collective."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x (B, S, D) times the head's weight (V, D), which may be split by vocabulary: (B, S, V). Collective."""
-    if not isinstance(weight, DTensor):
-        return functional.linear(x, weight)
-    spread = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
-    return full_tensor(functional.linear(spread, weight))

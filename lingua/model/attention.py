@@ -191,7 +191,7 @@ def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc
 class RowDocuments:
     """Which document each position of a batch belongs to, in both forms that kernels want.
 
-    One object and not loose tensors, as ForwardContext (lingua/model/transformer.py) is.
+    One object and not loose tensors, as ForwardContext (lingua/model/context.py) is.
     """
 
     ids: Tensor  # (B, S) int: positions of a row with equal numbers may see each other

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lingua.config.keys.generate import GeneratorArgs
-from lingua.model.transformer import KVCache
+from lingua.model.context import Cache
 from lingua.tokenizer import Tokenizer
 
 End = Literal["until", "eos", "length"]
@@ -185,7 +185,7 @@ class Generator:
             for n, ids in prompts.items()
         ]
         width = max(row.position for row in rows)
-        cache = KVCache(n_slots=min(width + args.max_gen_len, self.max_seqlen), end=width)
+        cache = Cache(n_slots=min(width + args.max_gen_len, self.max_seqlen), end=width)
         padded = [ids + [0] * (width - len(ids)) for ids in prompts.values()]
         logits: Tensor = self._prefill(
             torch.tensor(padded, device=device),

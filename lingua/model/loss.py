@@ -43,6 +43,7 @@ class Loss(Protocol):
         """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
 
         With a padded vocabulary (`model.vocab_multiple_of`) also `vocab_size=`: later rows of the weight are no tokens.
+        With `soft_cap=` c the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
         Under tensor parallelism hidden is a DTensor split by positions and weight one split by vocabulary, and every
         rank of the mesh returns the same. A loss that can do that says so: `vocab_parallel = True` in its Args.
         """
@@ -62,7 +63,13 @@ class CrossEntropy:
         self._loss_of_logits = torch.compile(_loss_of_logits_in_one_pass, backend=backend, dynamic=False)
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        vocab_size: int | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
@@ -74,7 +81,7 @@ class CrossEntropy:
         chunk = self.chunk_tokens or max(1, len(labels))
         with_grad = torch.is_grad_enabled()
         loss_sum: Any = _ChunkedCrossEntropy.apply(
-            hidden, weight, labels, vocab_size, dtype, chunk, self.z_loss, with_grad, loss_of_logits
+            hidden, weight, labels, vocab_size, dtype, chunk, self.z_loss, with_grad, _capped(loss_of_logits, soft_cap)
         )
         return loss_sum, (labels != IGNORE).sum()
 
@@ -127,6 +134,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 # -- from logits to loss and gradient ------------------------------------------------------------------------------
+
+
+def _capped(loss_of_logits: LossOfLogits, soft_cap: float | None) -> LossOfLogits:
+    """Return the loss of c tanh(logits / c), computed in fp32, for c = soft_cap."""
+    if soft_cap is None:
+        return loss_of_logits
+
+    def capped(
+        logits: Tensor, labels: Tensor, vocab_size: int | None, z_loss: float, with_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        bent = torch.tanh(logits.float() / soft_cap)  # (n, V/t)
+        slope = 1 - bent.square() if with_grad else None
+        loss, grad = loss_of_logits(bent.mul_(soft_cap), labels, vocab_size, z_loss, with_grad)
+        return loss, None if grad is None or slope is None else (grad * slope).to(logits.dtype)
+
+    return capped
 
 
 @dataclass(frozen=True)

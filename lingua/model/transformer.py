@@ -1,73 +1,24 @@
-"""Blocks of a Llama-type decoder: norm, rotary positions, attention, feed-forward, and their initial weights.
+"""Blocks of a Llama-type decoder: norm, rotary positions, attention, feed-forward.
 
 Parameter names, and the rotation of neighbouring pairs, are Meta Lingua's, so its weights load. Norms, rotation and
-softmax compute in fp32 under autocast and under FSDP2's mixed precision alike. Initial weights are a function of
-(seed, parameter name, shape) alone: they are the same on any number of ranks, sharded or not, but CPU and CUDA draw
-different ones. Each rank draws whole tensors and keeps its shard. Nothing here syncs the host or breaks a graph.
+softmax compute in fp32 under autocast and under FSDP2's mixed precision alike. Nothing here syncs the host or breaks a
+graph.
 
 Letters: B rows, S positions, T cached positions, D model width, H heads, K key/value heads, E head width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
-from lingua.config.keys.model import LlamaArgs, RopeScalingArgs
-from lingua.model.attention import Mask, attend, visible
-
-
-@dataclass(eq=False)
-class KVCache:
-    """Keys and values of the positions seen so far; slot t of a row holds its position t.
-
-    Rows may differ in length and are padded on the right: what padding leaves in a slot is never seen, since a query
-    at position p sees slots up to p only, and the token of position p overwrites slot p before.
-    """
-
-    n_slots: int
-    end: int = 0
-    """Slots in use: every query of the next pass has a position below it. The caller sets it."""
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Keys and values of each layer, (B, n_slots, K, E); made by the layer's first pass, in the type it computes in."""
-
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, S, K, E) at positions (B, S); returns all that is in use, (B, end, K, E) each."""
-        if layer not in self.layers:
-            shape = (len(k), self.n_slots, *k.shape[2:])
-            self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
-        keys, values = self.layers[layer]
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        keys[rows, positions], values[rows, positions] = k, v
-        return keys[:, : self.end], values[:, : self.end]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these, in this order."""
-        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
-
-
-@dataclass(eq=False)
-class ForwardContext:
-    """What all blocks of one forward pass share.
-
-    One object and not loose tensors: FSDP2 casts tensor arguments of a block to bf16, and angles must stay fp32.
-    """
-
-    impl: str
-    window: int | None
-    cos: Tensor  # fp32 (S, E/2), or (B, S, E/2)
-    sin: Tensor
-    mask: Mask = None
-    cache: KVCache | None = None
-    positions: Tensor | None = None  # (B, S), with a cache
-
+from lingua.config.keys.model import DecoderArgs, LlamaArgs, RopeScalingArgs
+from lingua.model.attention import attend, visible
+from lingua.model.context import ForwardContext
 
 # -- rotary positions --------------------------------------------------------------------------------------------
 
@@ -167,7 +118,7 @@ class LayerNorm(nn.Module):
         return functional.layer_norm(x.float(), self.weight.shape, weight, bias, self.eps).type_as(x)
 
 
-def build_norm(args: LlamaArgs, dim: int) -> nn.Module:
+def build_norm(args: DecoderArgs, dim: int) -> nn.Module:
     """Build a norm of the kind that `model.norm` names."""
     return {"rms": RMSNorm, "layer": LayerNorm}[args.norm](dim, args.norm_eps)
 
@@ -198,13 +149,24 @@ class Attention(nn.Module):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, heads, E)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin), v
+        assert ctx.angles is not None, "a model with attention has angles"
+        return rotate(q, *ctx.angles), rotate(k, *ctx.angles), v
+
+
+class FeedForwardArgs(Protocol):
+    """What a feed-forward layer asks of the Args of a model."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def ffn_width(self) -> int: ...
 
 
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, args: LlamaArgs) -> None:
+    def __init__(self, args: FeedForwardArgs) -> None:
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.ffn_width, bias=False)
         self.w3 = nn.Linear(args.dim, args.ffn_width, bias=False)
@@ -233,92 +195,3 @@ def cached_mask(positions: Tensor, n_slots: int, window: int | None) -> Tensor:
     """What queries at positions (B, S) see of n_slots cache slots: (B, 1, S, T)."""
     slots = torch.arange(n_slots, device=positions.device)
     return visible(positions[:, None, :, None], slots, window)
-
-
-# -- initial weights -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def init_modules(model: nn.Module, args: LlamaArgs, seed: int) -> None:
-    """Give every parameter, sharded or not, its initial value: a function of (seed, name, shape) alone.
-
-    Weights of linear layers and embeddings are drawn and their biases are 0; any other module with parameters has a
-    method `reset_parameters`. Raises ValueError for one that has none.
-    """
-    done: set[nn.Parameter] = set()
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        own = {kind: p for kind, p in module.named_parameters(recurse=False) if p not in done}
-        done |= set(own.values())
-        if not own:
-            continue
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            _reset(module, own, seed, name)
-            continue
-        for kind, parameter in own.items():
-            if kind == "bias":
-                parameter.zero_()
-            else:
-                std = initial_std(args, f"{prefix}{kind}", parameter.shape)
-                init_parameter(parameter, std, seed, f"{prefix}{kind}")
-
-
-def _reset(module: nn.Module, own: Mapping[str, nn.Parameter], seed: int, name: str) -> None:
-    """Let a module initialise whole tensors in place of its parameters, then give each rank its shard."""
-    if not hasattr(module, "reset_parameters"):
-        raise ValueError(
-            f"{name or 'the model'} ({type(module).__name__}) has parameters but no reset_parameters(); "
-            "add this method and give them their initial values in it"
-        )
-    device = next(iter(own.values())).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(_seed_of(seed, name))
-        try:
-            drawn = {kind: nn.Parameter(_whole_like(p)) for kind, p in own.items()}
-            module._parameters.update(drawn)
-            module.reset_parameters()  # pyright: ignore[reportCallIssue]
-        finally:
-            module._parameters.update(own)
-    for kind, parameter in own.items():
-        _fill(parameter, drawn[kind])
-
-
-def initial_std(args: LlamaArgs, name: str, shape: torch.Size) -> float:
-    """Return the standard deviation of a matrix's initial values, which are cut off at 3 of them."""
-    fan_in = args.dim if "embed" in name else shape[-1]
-    std = args.init_base_std or fan_in**-0.5
-    return std / _depth_factor(args, name) if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")) else std
-
-
-def _depth_factor(args: LlamaArgs, name: str) -> float:
-    layer = int(name.split("layers.")[1].split(".")[0])
-    return {
-        "disabled": 1.0,
-        "global_depth": (2 * (args.n_layers + 1)) ** 0.5,
-        "current_depth": (2 * (layer + 1)) ** 0.5,
-        "dim_ratio": args.dim / 4096,
-    }[args.init_std_factor]
-
-
-@torch.no_grad()
-def init_parameter(parameter: Tensor, std: float, seed: int, name: str) -> None:
-    """Fill a matrix, sharded or not, with the values that (seed, name) stand for."""
-    generator = torch.Generator(parameter.device).manual_seed(_seed_of(seed, name))
-    drawn = _whole_like(parameter)
-    nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator)
-    _fill(parameter, drawn)
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed:d}/{name}".encode(), digest_size=7).digest(), "little")
-
-
-def _whole_like(parameter: Tensor) -> Tensor:
-    return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-
-
-def _fill(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter. Every rank has it and takes its shard, so nothing is sent."""
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(whole)

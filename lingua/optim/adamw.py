@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from lingua.config.keys.optim import AdamWArgs
 
 
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether it multiplies vectors: two axes and the name `weight`. A table of taps or states has another."""
+    return parameter.ndim == 2 and name.endswith(".weight")
+
+
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Matrices of the blocks and the head are decayed; vectors (norms) and embedding tables are not."""
-    return parameter.ndim >= 2 and "embed" not in name
+    """Return whether it is a matrix of the blocks or the head; all else and embedding tables are not decayed."""
+    return is_matrix(name, parameter) and "embed" not in name
 
 
 def build_adamw(args: AdamWArgs, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

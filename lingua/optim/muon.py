@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lingua.config.keys.optim import AdamWArgs, MuonArgs
-from lingua.optim.adamw import build_adamw
+from lingua.optim.adamw import build_adamw, is_matrix
 from lingua.optim.update import amp_scaling, divide_gradients
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -41,8 +41,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def takes_muon(name: str, parameter: Tensor) -> bool:
-    """Matrices of the blocks; AdamW takes embeddings, head and everything that is not a matrix."""
-    return parameter.ndim == 2 and name.startswith("layers.")
+    """Return whether it is a matrix of a block; AdamW takes embeddings, head and everything that is not a matrix."""
+    return is_matrix(name, parameter) and name.startswith("layers.")
 
 
 def ns_dtype_on(device: torch.device, wanted: Literal["auto", "bf16", "fp32"]) -> torch.dtype:

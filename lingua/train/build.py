@@ -22,7 +22,7 @@ from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.base import ConfigError, build_part
-from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, ModelArgs
+from lingua.config.keys.model import CrossEntropyArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.audit import wrong_counts
 from lingua.data.held_out import HeldOut, Wording, packed, texts_beside_sources
@@ -62,9 +62,9 @@ def make_deterministic() -> None:
 def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
     """Build the model with its initial weights, spread over the world."""
     sized: dict[str, Any] = {"vocab_size": size.vocab_size, "max_seqlen": size.max_seqlen}
-    if isinstance(args.model, LlamaArgs):
+    if (attention := args.model.attention) is not None:
         dtype = DTYPES[args.distributed.model_dtype]
-        sized["attn_impl"] = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
+        sized["attn_impl"] = resolve_attn_impl(attention, world.device.type, dtype, args.data.doc_mask)
     model_args = args.model.model_copy(update=sized)
     with torch.device("meta"):
         model: nn.Module = build_part(model_args)

@@ -434,7 +434,7 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if args.distributed.dp_replicate not in (None, size.dp_replicate):
         text = f"distributed.dp_replicate is {args.distributed.dp_replicate}, but on {size.world_size} ranks it is"
         yield Finding("distributed.dp_replicate", f"{text} {size.dp_replicate}")
-    if args.data.n_views > 2:
+    if args.data.n_views > 2 and args.model.n_labels == 1:
         yield Finding("data.n_views", f"data.n_views is {args.data.n_views}; this model learns from the first 2 only")
     if args.distributed.model_dtype == "fp16":
         text = (

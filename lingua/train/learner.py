@@ -44,7 +44,7 @@ class MicroBatch:
     rows: np.ndarray
     """Numbers of the rows."""
     tokens: Tensor  # (B, S)
-    labels: Tensor  # (B, S)
+    labels: Tensor  # (B, S), or (labels, B, S) for a model that predicts several
     documents: RowDocuments | None
     """With data.doc_mask only."""
 
@@ -135,7 +135,9 @@ class Learner:
     def batches(self) -> Iterator[MicroBatch]:
         """Yield this rank's micro batches, for ever."""
         for batch in self.loader:
-            tokens, labels = (self._to_device(view).long() for view in batch.views[:2])
+            n_labels = self.args.model.n_labels
+            of_one = batch.views[1] if n_labels == 1 else batch.views[1 : 1 + n_labels]
+            tokens, labels = (self._to_device(view).long() for view in (batch.views[0], of_one))
             yield MicroBatch(batch.rows, tokens, labels, self._documents(batch))
 
     def forward(self, batch: MicroBatch) -> Tensor:

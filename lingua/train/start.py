@@ -25,7 +25,6 @@ from lingua.config.base import ConfigError
 from lingua.config.compose import code_named
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yaml
 from lingua.config.keys.generate import GeneratorArgs
-from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import note_run
 from lingua.data.sources import with_default_sources
@@ -191,9 +190,9 @@ def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
 
 def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
     impl = "sdpa"
-    if isinstance(args.model, LlamaArgs):
+    if (attention := args.model.attention) is not None:
         dtype = DTYPES[args.distributed.model_dtype]
-        impl = resolve_attn_impl(args.model, world.device.type, dtype, args.data.doc_mask)
+        impl = resolve_attn_impl(attention, world.device.type, dtype, args.data.doc_mask)
     blocks, attention = recomputed(args.distributed, impl)
     return args.model.recomputed_flops_per_token(args.data.seq_len, blocks, attention)
 

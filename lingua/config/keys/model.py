@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from lingua.config.base import Args, Part, PositiveInt, register
+from lingua.config.base import Anything, Args, Part, PositiveInt, parts, register
 
 AttnImpl = Literal[
     "auto", "sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "varlen", "xformers", "flash_attn", "eager"
@@ -34,6 +34,14 @@ class RopeScalingArgs(Args):
     """Only Llama 3's rule is known."""
 
 
+def rounded_width(width: float, multiplier: float | None, multiple_of: int) -> int:
+    """Return a hidden width: stretched by the multiplier, then rounded up."""
+    width = int(width)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return -(-width // multiple_of) * multiple_of
+
+
 class ModelArgs(Part):
     """What every model has, whatever its type: the loop, the check and the exporters read only this."""
 
@@ -45,6 +53,16 @@ class ModelArgs(Part):
     """Longest S the model is built for; training raises it to data.seq_len."""
     seed: int | None = None
     """Seed of the initial weights. Null: the run's `seed`."""
+
+    @property
+    def n_labels(self) -> int:
+        """Tokens after each position that the model learns to predict; data.n_views has one view more."""
+        return 1
+
+    @property
+    def attention(self) -> LlamaArgs | None:
+        """Args of the layers that have attention, or None if none has."""
+        return None
 
     def n_params(self) -> int:
         """Parameters in all. Needs vocab_size >= 1."""
@@ -63,10 +81,18 @@ class ModelArgs(Part):
         return None
 
 
-class LlamaArgs(ModelArgs):
-    """Llama-type decoder, built from the blocks of lingua/model/transformer.py. An app's own Args say who builds it."""
+class DecoderArgs(ModelArgs):
+    """Embedding, a stack of blocks, norm and head (lingua/model/decoder.py).
 
-    type: Literal["llama"] = "llama"
+    A family adds its keys and four facts: `block`, `block_params`, `mixing_flops_per_token` and `residual_outputs`.
+    """
+
+    builder: ClassVar[str] = "lingua.model.decoder:Decoder"
+    block: ClassVar[str]
+    """ "module:class" of its blocks, which are built from (args, layer)."""
+    residual_outputs: ClassVar[tuple[str, ...]] = ()
+    """How the names of the matrices end whose product is added to the stream."""
+
     vocab_multiple_of: PositiveInt = 1
     """Embedding and head get rows up to a multiple of this, which kernels like (64 or 128). The additional ones are no
     tokens: they have no probability, no gradient and no place in what is exported for others."""
@@ -74,6 +100,96 @@ class LlamaArgs(ModelArgs):
     """D."""
     n_layers: PositiveInt = 8
     """L."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Kind of every norm. rms: RMSNorm; layer: LayerNorm with weight and bias."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of every norm."""
+    init_base_std: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of initial weights. Null: fan_in ** -0.5."""
+    init_std_factor: Literal["disabled", "global_depth", "current_depth", "dim_ratio"] = "disabled"
+    """Divides the std of residual outputs by: 1 | sqrt(2(L+1)) | sqrt(2(l+1)) | D/4096."""
+    weight_tying: bool = False
+    """Input embedding and output head are one parameter."""
+
+    def of_layer(self, layer: int) -> DecoderArgs:
+        """Return the Args of one layer's block: these, unless layers differ."""
+        return self
+
+    @property
+    def logit_soft_cap(self) -> float | None:
+        """c of logits = c tanh(logits / c), or None."""
+        return None
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: V, padded."""
+        return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if (tp_size := args.distributed.tp_size) > 1 and self.attention is not self:
+            key = "distributed.tp_size"
+            yield (
+                key,
+                f"{key} is {tp_size}, but model.type {self.type} cannot be split over ranks; set it to 1, use FSDP",
+            )
+
+    # -- what `lingua check` counts; the model that is built must agree
+
+    def norm_params(self, width: int) -> int:
+        """Parameters of a norm over `width` numbers."""
+        return (2 if self.norm == "layer" else 1) * width  # weight and bias
+
+    def block_params(self) -> int:
+        """Parameters of one block."""
+        raise NotImplementedError
+
+    def mixing_flops_per_token(self, seq_len: int) -> float:
+        """Forward and backward FLOPs per token of one block that are not 6 per parameter: what mixes positions."""
+        raise NotImplementedError
+
+    def n_params_non_embedding(self) -> int:
+        blocks = sum(self.of_layer(layer).block_params() for layer in range(self.n_layers))
+        return blocks + self.norm_params(self.dim)
+
+    def n_params(self) -> int:
+        embeddings = self.vocab_rows * self.dim * (1 if self.weight_tying else 2)
+        return self.n_params_non_embedding() + embeddings
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """6N and what mixes positions, N = all parameters but the input embedding's lookup (PaLM, arXiv 2204.02311, B).
+
+        Padded rows of the vocabulary (`vocab_multiple_of`) are computed with and not counted.
+        """
+        n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
+        mixing = sum(self.of_layer(layer).mixing_flops_per_token(seq_len) for layer in range(self.n_layers))
+        return 6 * n_matmul + mixing
+
+    # -- initial values
+
+    def initial_std(self, name: str, shape: Sequence[int]) -> float:
+        """Return the standard deviation of a matrix's initial values, which are cut off at 3 of them."""
+        fan_in = self.dim if "embed" in name else shape[-1]
+        std = self.init_base_std or fan_in**-0.5
+        return std / self.depth_factor(name) if name.endswith(self.residual_outputs) else std
+
+    def depth_factor(self, name: str) -> float:
+        """Return what `init_std_factor` divides by, for a parameter named layers.<l>.<...>."""
+        layer = int(name.split("layers.")[1].split(".")[0])
+        return {
+            "disabled": 1.0,
+            "global_depth": (2 * (self.n_layers + 1)) ** 0.5,
+            "current_depth": (2 * (layer + 1)) ** 0.5,
+            "dim_ratio": self.dim / 4096,
+        }[self.init_std_factor]
+
+
+class LlamaArgs(DecoderArgs):
+    """Llama-type decoder, built from the blocks of lingua/model/transformer.py."""
+
+    block: ClassVar[str] = "lingua.model.transformer:TransformerBlock"
+    residual_outputs: ClassVar[tuple[str, ...]] = ("attention.wo.weight", "feed_forward.w2.weight")
+
+    type: Literal["llama"] = "llama"
     n_heads: PositiveInt | None = None
     """H. Null: dim / head_dim."""
     head_dim: PositiveInt | None = None
@@ -86,20 +202,10 @@ class LlamaArgs(ModelArgs):
     """Stretches the derived feed-forward width; ignored when hidden_dim is given."""
     multiple_of: PositiveInt = 256
     """The derived feed-forward width is a multiple of this."""
-    norm: Literal["rms", "layer"] = "rms"
-    """Kind of every norm. rms: RMSNorm; layer: LayerNorm with weight and bias."""
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    """Epsilon of every norm."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScalingArgs | None = None
     """Llama 3's frequency scaling. Null: none."""
-    init_base_std: Annotated[float, Field(gt=0)] | None = None
-    """Standard deviation of initial weights. Null: fan_in ** -0.5."""
-    init_std_factor: Literal["disabled", "global_depth", "current_depth", "dim_ratio"] = "disabled"
-    """Divides the std of residual outputs by: 1 | sqrt(2(L+1)) | sqrt(2(l+1)) | D/4096."""
-    weight_tying: bool = False
-    """Input embedding and output head are one parameter."""
     qk_norm: bool = False
     """Norm on queries and keys of each head, before rotation."""
     sliding_window: PositiveInt | None = None
@@ -142,9 +248,8 @@ class LlamaArgs(ModelArgs):
             yield key, f"{key} is {tp_size}, which does not divide {width}; set model.multiple_of"
 
     @property
-    def vocab_rows(self) -> int:
-        """Rows of embedding and head: V, padded."""
-        return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+    def attention(self) -> LlamaArgs:
+        return self
 
     @property
     def heads(self) -> int:
@@ -161,32 +266,16 @@ class LlamaArgs(ModelArgs):
     @property
     def ffn_width(self) -> int:
         """Llama's rule: two thirds of 4D (SwiGLU has three matrices), stretched, rounded up."""
-        if self.hidden_dim is not None:
-            return self.hidden_dim
-        width = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return self.multiple_of * ((width + self.multiple_of - 1) // self.multiple_of)
+        return self.hidden_dim or rounded_width(8 * self.dim / 3, self.ffn_dim_multiplier, self.multiple_of)
 
-    def n_params_non_embedding(self) -> int:
+    def block_params(self) -> int:
         attention = 2 * self.dim * self.head_width * (self.heads + self.kv_heads)
         norms = 2 * self.dim + (2 * self.head_width if self.qk_norm else 0)
-        in_norms = (self.n_layers * norms + self.dim) * (2 if self.norm == "layer" else 1)  # weight and bias
-        return self.n_layers * (attention + 3 * self.dim * self.ffn_width) + in_norms
+        return attention + 3 * self.dim * self.ffn_width + self.norm_params(norms)
 
-    def n_params(self) -> int:
-        embeddings = self.vocab_rows * self.dim * (1 if self.weight_tying else 2)
-        return self.n_params_non_embedding() + embeddings
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """6N + 12LHQS (PaLM, arXiv 2204.02311, appendix B), N = all parameters but the input embedding's lookup.
-
-        Attention is not halved for causality; with a sliding window, S is the window. Padded rows of the vocabulary
-        (`vocab_multiple_of`) are computed with and not counted.
-        """
-        n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
-        seen = min(seq_len, self.sliding_window or seq_len)
-        return 6 * n_matmul + 12 * self.n_layers * self.heads * self.head_width * seen
+    def mixing_flops_per_token(self, seq_len: int) -> float:
+        """12HQS (PaLM, as above), not halved for causality; with a sliding window, S is the window."""
+        return 12 * self.heads * self.head_width * min(seq_len, self.sliding_window or seq_len)
 
     def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float:
         """One more forward pass of all blocks, 2N_blocks + 4LHQS, or of their attention kernels alone, 4LHQS.
@@ -198,6 +287,61 @@ class LlamaArgs(ModelArgs):
         seen = min(seq_len, self.sliding_window or seq_len)
         kernels = 4 * self.n_layers * self.heads * self.head_width * seen
         return (2 * again if blocks else 0) + (kernels if blocks or attention else 0)
+
+
+@register("model", "hybrid")
+class HybridArgs(DecoderArgs):
+    """Blocks of several families in one stack."""
+
+    type: Literal["hybrid"] = "hybrid"
+    layers: Annotated[list[str], Field(min_length=1)] = ["attention"]
+    """Kind of each layer, from the first on and repeated up to n_layers: attention (a Llama block), or a model.type."""
+    blocks: dict[str, Anything] = {}
+    """Keys of each kind, as its own `model:` section has them: {attention: {n_heads: 4}, mamba2: {n_heads: 8}}."""
+    n_heads: PositiveInt | None = None
+    """Heads of the kinds whose blocks do not say how many they have."""
+    attn_impl: AttnImpl = "auto"
+    """Attention kernel, as for a Llama."""
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        if unused := sorted(self.blocks.keys() - set(self.layers)):
+            raise ValueError(f"blocks.{unused[0]} is used by no layer; add {unused[0]} to layers, or remove it")
+        for kind in dict.fromkeys(self.layers):
+            known = {"attention", *(name for name, part in parts("model").items() if part.builder == self.builder)}
+            if kind not in known - {"hybrid"}:
+                raise ValueError(f"layers: unknown kind {kind}; known: {', '.join(sorted(known - {'hybrid'}))}")
+            try:
+                self.of_kind(kind)
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(map(str, ("blocks", kind, *first["loc"])))
+                raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+    def of_kind(self, kind: str) -> DecoderArgs:
+        """Return the Args of one kind of layer: what all share, and its own keys."""
+        family: Any = LlamaArgs if kind == "attention" else parts("model")[kind]
+        shared: dict[str, Any] = {name: getattr(self, name) for name in DecoderArgs.model_fields if name != "type"}
+        if self.n_heads is not None and "n_heads" in family.model_fields:
+            shared["n_heads"] = self.n_heads
+        if kind == "attention":
+            shared["attn_impl"] = self.attn_impl
+        return family.model_validate(shared | self.blocks.get(kind, {}))
+
+    def of_layer(self, layer: int) -> DecoderArgs:
+        return self.of_kind(self.layers[layer % len(self.layers)])
+
+    @property
+    def attention(self) -> LlamaArgs | None:
+        found = self.of_kind("attention") if "attention" in self.layers else None
+        assert found is None or isinstance(found, LlamaArgs)
+        return found
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts(args)
+        for kind in dict.fromkeys(self.layers):
+            yield from self.of_kind(kind).conflicts(args)
 
 
 @register("loss", "cross_entropy")

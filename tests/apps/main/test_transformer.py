@@ -22,8 +22,8 @@ from lingua.distributed.parallelize import parallelize, recomputed
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import World
 from lingua.eval.scorer import Scorer
+from lingua.model.context import Cache
 from lingua.model.loss import CrossEntropy
-from lingua.model.transformer import KVCache
 from lingua.train.build import require_counted
 from tests import packed_kernels
 from tests.packed_kernels import give_varlen_a_cpu, row_documents
@@ -332,7 +332,7 @@ def test_cached_logits_equal_uncached_ones(keys: dict[str, Any]) -> None:
     """Two rows of 9 and 5 tokens in one padded pass, then token by token."""
     model, (tokens, _) = build(**keys), batch()
     lengths, width = [9, 5], 9
-    cache = KVCache(n_slots=SEQ_LEN)
+    cache = Cache(n_slots=SEQ_LEN)
     with torch.no_grad():
         expected = model(tokens)
         padded = tokens[:, :width].clone()

@@ -10,15 +10,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import functional
 
 from lingua.config.keys.model import LlamaArgs, RopeScalingArgs
+from lingua.model.context import Cache
+from lingua.model.decoder import init_modules, init_parameter
 from lingua.model.transformer import (
-    KVCache,
     LayerNorm,
     RMSNorm,
     RotaryEmbedding,
     cached_mask,
-    init_modules,
-    init_parameter,
-    initial_std,
     rotary_frequencies,
     rotate,
 )
@@ -128,7 +126,7 @@ def test_a_norm_computes_in_fp32_and_returns_the_type_it_got(kind: type[nn.Modul
 
 
 def test_cache_holds_position_p_in_slot_p_and_shows_no_padding() -> None:
-    cache = KVCache(n_slots=8)
+    cache = Cache(n_slots=8)
     new = torch.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2)
     cache.end = 3
     keys, _ = cache.update(0, torch.arange(3).expand(2, 3), new, new)  # the second row is one long, padded to 3
@@ -168,13 +166,13 @@ ARGS: dict[str, Any] = {"dim": 16, "n_heads": 2, "n_layers": 3, "hidden_dim": 64
 )
 def test_initial_std_by_mode(name: str, shape: tuple[int, ...], mode: str, std: float) -> None:
     args = LlamaArgs(init_std_factor=cast(Any, mode), **ARGS)
-    assert initial_std(args, name, torch.Size(shape)) == pytest.approx(std)
+    assert args.initial_std(name, torch.Size(shape)) == pytest.approx(std)
 
 
 def test_a_base_std_replaces_the_fan_in() -> None:
     args = LlamaArgs(init_base_std=0.02, init_std_factor="current_depth", **ARGS)
-    assert initial_std(args, "layers.0.feed_forward.w2.weight", torch.Size((16, 64))) == 0.02 / 2**0.5
-    assert initial_std(args, "output.weight", torch.Size((9, 16))) == 0.02
+    assert args.initial_std("layers.0.feed_forward.w2.weight", torch.Size((16, 64))) == 0.02 / 2**0.5
+    assert args.initial_std("output.weight", torch.Size((9, 16))) == 0.02
 
 
 def test_initial_values_are_a_truncated_normal_of_seed_and_name() -> None:

@@ -1,0 +1,120 @@
+"""Config of minGRU, minLSTM and Hawk. Keys are Meta Lingua's. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from lingua.config.base import PositiveInt, part_of, register
+from lingua.config.keys import train
+from lingua.config.keys.model import DecoderArgs, ModelArgs, rounded_width
+
+
+class RecurrentArgs(DecoderArgs):
+    """Keys that the three share."""
+
+    n_heads: PositiveInt = 1
+    """Heads; they say how gates are laid out (minLSTM) or shared (Hawk), and must divide the hidden width."""
+    multiple_of: PositiveInt = 256
+    """Derived hidden widths are multiples of this."""
+    ffn_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Stretches the derived hidden width; for Hawk that of its feed-forward layer."""
+    conv_size: Annotated[int, Field(ge=2, le=4)] | None = None
+    """Taps of the convolution over positions before the gates (Hawk: before the recurrence). Null: none."""
+
+    @property
+    def width(self) -> int:
+        """Channels of the recurrence: twice D, stretched and rounded up."""
+        return rounded_width(2 * self.dim, self.ffn_dim_multiplier, self.multiple_of)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.n_heads:
+            raise ValueError(f"the hidden width {self.width} is not a multiple of n_heads {self.n_heads}; change one")
+        return self
+
+    def mixing_flops_per_token(self, seq_len: int) -> float:
+        """One product and one sum per channel, forward and twice backward."""
+        return 6 * self.width
+
+
+@register("model", "mingru")
+class MinGRUArgs(RecurrentArgs):
+    """minGRU (arXiv 2410.01201) as Meta Lingua has it: gated by silu(w x), without the paper's g on the candidate."""
+
+    block: ClassVar[str] = "apps.fastRNN.blocks:GRUBlock"
+    residual_outputs: ClassVar[tuple[str, ...]] = ("gru.wo.weight",)
+
+    type: Literal["mingru"] = "mingru"
+
+    def block_params(self) -> int:
+        return self.width * (4 * self.dim + (self.conv_size or 0)) + self.norm_params(self.dim)
+
+
+@register("model", "minlstm")
+class MinLSTMArgs(RecurrentArgs):
+    """minLSTM (arXiv 2410.01201) as Meta Lingua has it."""
+
+    block: ClassVar[str] = "apps.fastRNN.blocks:LSTMBlock"
+    residual_outputs: ClassVar[tuple[str, ...]] = ("lstm.wo.weight",)
+
+    type: Literal["minlstm"] = "minlstm"
+
+    def block_params(self) -> int:
+        return self.width * (5 * self.dim + 2 * (self.conv_size or 0)) + self.norm_params(self.dim)
+
+
+@register("model", "hawk")
+class HawkArgs(RecurrentArgs):
+    """Hawk (arXiv 2402.19427) as Meta Lingua has it: dense gates without bias, and a feed-forward layer."""
+
+    block: ClassVar[str] = "apps.fastRNN.blocks:HawkBlock"
+
+    type: Literal["hawk"] = "hawk"
+    lru_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Stretches the width of the recurrence, which is 4/3 dim rounded up to multiple_of."""
+
+    @property
+    def width(self) -> int:
+        return rounded_width(int(4 / 3 * self.dim), self.lru_dim_multiplier, self.multiple_of)
+
+    @property
+    def ffn_width(self) -> int:
+        return rounded_width(8 * self.dim / 3, self.ffn_dim_multiplier, self.multiple_of)
+
+    def block_params(self) -> int:
+        recurrence = self.width * (3 * self.dim + 2 * self.width + (self.conv_size or 0)) + self.width // self.n_heads
+        return recurrence + 3 * self.dim * self.ffn_width + self.norm_params(2 * self.dim)
+
+    def initial_std(self, name: str, shape: Any) -> float:
+        """As Meta Lingua: `init_std_factor` divides every matrix of the recurrent half of a block."""
+        std = self.init_base_std or (self.dim if "embed" in name else shape[-1]) ** -0.5
+        return std / self.depth_factor(name) if "rlgru_block" in name else std
+
+
+_TYPES = {"minGRU": "mingru", "minLSTM": "minlstm", "hawk": "hawk"}
+
+
+class TrainArgs(train.TrainArgs):
+    """Everything a run is made of."""
+
+    app: str = __package__ or "apps.fastRNN"
+    """Package of the app that trains this run."""
+    model_type: Literal["minGRU", "minLSTM", "hawk"] | None = None
+    """Meta Lingua's spelling of model.type."""
+    model: Annotated[SerializeAsAny[ModelArgs], part_of("model", MinGRUArgs)] = MinGRUArgs()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_spelling(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("model_type") in _TYPES:
+            model = {"type": _TYPES[tree["model_type"]], **(tree.get("model") or {})}
+            return tree | {"model": model}
+        return tree
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts(args)
+        if self.model_type is not None and self.model.type != _TYPES[self.model_type]:
+            yield "model_type", f"model_type is {self.model_type}, but model.type is {self.model.type}; drop model_type"

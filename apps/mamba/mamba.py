@@ -1,0 +1,95 @@
+"""A block of Mamba-2 (arXiv 2405.21060). Parameter names are Meta Lingua's, so its weights load.
+
+Letters: B rows, S positions, D model width, H heads, P channels of a head, G groups, N state per channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lingua.model.context import ForwardContext
+from lingua.model.recurrence import causal_conv, decayed_attention
+from lingua.model.transformer import RMSNorm, build_norm
+
+from .args import Mamba2Args
+
+
+class SSM(nn.Module):
+    """S_t = exp(dt A) S_{t-1} + dt B x^T, y = C S + D x per head; then norm(y * silu(z)) and a projection."""
+
+    def __init__(self, args: Mamba2Args, layer: int) -> None:
+        super().__init__()
+        self.args, self.layer = args, layer
+        width, heads, groups = args.width, args.n_heads, args.n_groups
+        self.split = [width, width, groups * args.state_dim, groups * args.state_dim, heads]  # z, x, B, C, dt
+        self.in_proj = nn.Linear(args.dim, sum(self.split), bias=False)
+        self.conv_weight = self._parameter(args.conv_width, args.conv_size) if args.conv_size else None
+        self.conv_bias = self._parameter(args.conv_width) if args.conv_size and args.conv_bias else None
+        self.init_states = (
+            self._parameter(heads, width // heads, args.state_dim) if args.learnable_init_states else None
+        )
+        self.dt_bias = self._parameter(heads) if args.dt_bias else None
+        self.A_log = self._parameter(heads)
+        self.D = self._parameter(*((heads, width // heads) if args.D_has_head_dim else (heads,)))
+        self.ssm_norm = RMSNorm(width, args.norm_eps)
+        self.out_proj = nn.Linear(width, args.dim, bias=False)
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape))
+
+    def reset_parameters(self) -> None:
+        args, init = self.args, self.args.init_args
+        self.A_log.uniform_(init.A_init_min, init.A_init_max).log_()
+        self.D.fill_(1.0)
+        if self.dt_bias is not None:
+            dt = self.dt_bias.uniform_(init.dt_min, init.dt_max).clamp_(min=init.dt_init_floor)
+            dt.add_(torch.log(-torch.expm1(-dt)))  # softplus of the bias is dt
+        if self.conv_weight is not None:
+            std = args.init_base_std or self.conv_weight.shape[1] ** -0.5
+            nn.init.trunc_normal_(self.conv_weight, std=std, a=-3 * std, b=3 * std)
+        for zeroed in (self.conv_bias, self.init_states):
+            if zeroed is not None:
+                zeroed.zero_()
+
+    def forward(self, u: Tensor, ctx: ForwardContext) -> Tensor:
+        args = self.args
+        conv_state, state = ctx.state(self.layer) or (None, None)
+        z, mixed, dt = self.in_proj(u).split([self.split[0], args.conv_width, args.n_heads], dim=-1)
+        if self.conv_weight is not None:
+            mixed, conv_state = causal_conv(mixed, self.conv_weight, self.conv_bias, ctx.starts, ctx.real, conv_state)
+            mixed = functional.silu(mixed)
+        x, keys, queries = mixed.split(self.split[1:4], dim=-1)
+        x = x.unflatten(-1, (args.n_heads, -1))  # (B, S, H, P)
+        keys, queries = (each.unflatten(-1, (args.n_groups, -1)) for each in (keys, queries))  # (B, S, G, N)
+        dt = functional.softplus(dt.float() + (0.0 if self.dt_bias is None else self.dt_bias.float()))  # (B, S, H)
+        if ctx.real is not None:
+            dt = dt * ctx.real.unsqueeze(-1)  # no step: the state stays
+        y, state = self.state_space(x, keys, queries, dt, ctx, state)
+        y = y + x.float() * self.D.float().view(args.n_heads, -1)
+        ctx.keep(self.layer, mixed[:, :0] if conv_state is None else conv_state, state)
+        gated = y.flatten(-2) * functional.silu(z.float())
+        return self.out_proj(self.ssm_norm(gated.type_as(u)))
+
+    def state_space(
+        self, x: Tensor, keys: Tensor, queries: Tensor, dt: Tensor, ctx: ForwardContext, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (C S, (B, S, H, P) in fp32; the state after the last position, (B, H, N, P))."""
+        log_decay = -self.A_log.float().exp() * dt
+        if state is None and self.init_states is not None:
+            state = self.init_states.float().transpose(-1, -2).expand(len(x), -1, -1, -1)
+        chunk = self.args.ssm_chunk_size
+        return decayed_attention(queries, keys, x.float() * dt.unsqueeze(-1), log_decay, ctx.starts, state, chunk)
+
+
+class MambaBlock(nn.Module):
+    """An SSM after a norm, added to the stream."""
+
+    def __init__(self, args: Mamba2Args, layer: int) -> None:
+        super().__init__()
+        self.ssm_norm = build_norm(args, args.dim)
+        self.ssm = SSM(args, layer)
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return x + self.ssm(self.ssm_norm(x), ctx)

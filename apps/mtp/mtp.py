@@ -1,0 +1,37 @@
+"""Multi-token prediction (arXiv 2404.19737): several heads on one decoder. Parameter names are Meta Lingua's.
+
+Letters: B rows, S positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lingua.model.decoder import Decoder
+from lingua.model.loss import Loss
+
+from .args import MTPArgs
+
+
+class MTP(Decoder):
+    """tok_embeddings, layers, norm, heads. Head 0 is that of generation, validation and evaluation."""
+
+    def __init__(self, args: MTPArgs) -> None:
+        super().__init__(args)
+        self.heads = nn.ModuleList(nn.Linear(args.dim, args.vocab_rows, bias=False) for _ in range(args.n_future_head))
+
+    def build_output(self) -> None:
+        """Build nothing: the heads are it."""
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.heads[0].weight  # pyright: ignore[reportReturnType]
+
+    def loss_of(self, x: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Sum the losses of all heads, labels (heads, B, S); of head 0 alone for labels (B, S)."""
+        if labels.ndim == 2:
+            return super().loss_of(x, labels, loss)
+        weights: list[Tensor] = [head.weight for head in self.heads]  # pyright: ignore[reportAssignmentType]
+        losses = [self.loss_of_head(x, weight, own, loss) for weight, own in zip(weights, labels, strict=True)]
+        return torch.stack([loss_sum for loss_sum, _ in losses]).sum(), losses[0][1]

@@ -1,0 +1,93 @@
+"""Config of mLSTM (xLSTM, arXiv 2405.04517; the block of arXiv 2503.13427). Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from lingua.config.base import PositiveInt, part_of, register
+from lingua.config.keys import train
+from lingua.config.keys.model import DecoderArgs, ModelArgs
+
+
+@register("model", "mlstm")
+class MLSTMArgs(DecoderArgs):
+    """mLSTM and a feed-forward layer per block; keys beyond ours have xlstm's names."""
+
+    block: ClassVar[str] = "apps.xlstm.mlstm:MLSTMBlock"
+
+    type: Literal["mlstm"] = "mlstm"
+    n_heads: PositiveInt = 4
+    """H."""
+    qk_dim_factor: Annotated[float, Field(gt=0)] = 0.5
+    """Width of all queries (and keys) over dim."""
+    v_dim_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Width of all values over dim."""
+    ffn_proj_factor: Annotated[float, Field(gt=0)] = 2.667
+    """Width of the feed-forward layer over dim; rounded up to a multiple of ffn_round_up_to_multiple_of."""
+    ffn_round_up_to_multiple_of: PositiveInt = 64
+    hidden_dim: PositiveInt | None = None
+    """Width of the feed-forward layer, in place of the derived one."""
+    gate_soft_cap: Annotated[float, Field(gt=0)] = 15.0
+    """c of c tanh(gate / c) for input and forget gates before their activations."""
+    output_logit_soft_cap: Annotated[float, Field(gt=0)] | None = 30.0
+    """The same for logits. Null: no cap."""
+    igate_bias_init_range: Annotated[float, Field(le=0)] = -10.0
+    """Initial bias of the input gates."""
+    chunk_size: PositiveInt = 64
+    """Positions that are computed at once; changes memory and speed, not the function."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        for name, width in (("qk_dim_factor", self.qk_width), ("v_dim_factor", self.v_width)):
+            if width < 1 or width % self.n_heads:
+                raise ValueError(f"{name} * dim is {width}, not a multiple of n_heads {self.n_heads}; change one")
+        return self
+
+    @property
+    def logit_soft_cap(self) -> float | None:
+        return self.output_logit_soft_cap
+
+    @property
+    def qk_width(self) -> int:
+        return int(self.dim * self.qk_dim_factor)
+
+    @property
+    def v_width(self) -> int:
+        return int(self.dim * self.v_dim_factor)
+
+    @property
+    def ffn_width(self) -> int:
+        if self.hidden_dim is not None:
+            return self.hidden_dim
+        multiple = self.ffn_round_up_to_multiple_of
+        return -(-int(self.dim * self.ffn_proj_factor) // multiple) * multiple
+
+    def block_params(self) -> int:
+        projections = self.dim * (2 * self.qk_width + 2 * self.v_width) + self.v_width * self.dim
+        gates = 2 * (self.dim + 1) * self.n_heads
+        return projections + gates + self.v_width + 3 * self.dim * self.ffn_width + self.norm_params(2 * self.dim)
+
+    def mixing_flops_per_token(self, seq_len: int) -> float:
+        """12 H N P: the memory is updated and read, 2 H N P each, forward and twice backward; no chunking counted."""
+        return 12 * self.qk_width * self.v_width / self.n_heads
+
+    def initial_std(self, name: str, shape: Any) -> float:
+        """xlstm-jax's: sqrt(2 / 5D) (arXiv 1910.05895); 2 / (L sqrt D) where a branch ends; 0 for output gates."""
+        if name.endswith("ogate_preact.weight"):
+            return 0.0
+        if self.init_base_std is not None:
+            return self.init_base_std
+        if name.endswith(("out_proj.weight", "proj_down.weight")):
+            return 2 / (self.n_layers * self.dim**0.5)
+        return (2 / (5 * self.dim)) ** 0.5
+
+
+class TrainArgs(train.TrainArgs):
+    """Everything a run is made of."""
+
+    app: str = __package__ or "apps.xlstm"
+    """Package of the app that trains this run."""
+    model: Annotated[SerializeAsAny[ModelArgs], part_of("model", MLSTMArgs)] = MLSTMArgs()
