@@ -1,7 +1,7 @@
 """What is specific to Slurm: its variables, commands and answers; the text of its jobs is in slurm_script.py.
 
-Another scheduler would be two more files with these functions. Besides these, only `scripts/job.sh` and the script
-of a sweep read SLURM_* variables. A command is a list of words, never shell text.
+Another scheduler would be two more files with these functions. `scripts/job.sh`, the script of a sweep,
+distributed/place.py and launch/local_ranks.py read SLURM_* variables too. A command is a list of words, not shell text.
 """
 
 from __future__ import annotations

@@ -243,19 +243,10 @@ def all_keys(schema: type[Args], prefix: str = "") -> Iterator[str]:
             yield from all_keys(section, f"{prefix}{name}.")
 
 
-_MODELS_ELSEWHERE = {
-    "apps/mamba": "state_dim n_groups dt_bias D_has_head_dim learnable_init_states ssm_chunk_size init_args",
-    "apps/mamba and apps/fastRNN": "conv_size",
-    "apps/fastRNN (Hawk)": "lru_dim_multiplier",
-    "apps/mtp (multi-token prediction)": "n_future_head",
-    "apps/aunet": "dimensions layers head_dims residuals sliding_windows max_seqlens block lambda_level pooling_type",
-}
-
-
-def _of(app: str) -> str:
-    return f"it belongs to Meta Lingua's {app}, which is not here; choose a model with model.type (own ones: `plugins`)"
-
-
+_AUNET = (
+    "it belongs to Meta Lingua's apps/aunet, which is not here; choose a model with model.type (own ones: `plugins`)"
+)
+_OF_AUNET = "dimensions head_dims residuals sliding_windows max_seqlens block lambda_level pooling_type"
 _PREPARE = "prepare the sources that way once, and name the new folders in data.sources"
 MOVED = {
     "grid": "only `lingua sweep` reads it; start a sweep with this file, or remove it",
@@ -271,9 +262,9 @@ MOVED = {
     "slurm.override": "it belongs to the command that launches a run, not to the run",
     "slurm.config": "it belongs to the command that launches a run, not to the run",
     "slurm.stdout": "remove it: logs are in the run folder's logs/",
-    "model_type": _of("apps/fastRNN (minGRU, minLSTM, Hawk)"),
-    **{f"model.{name}": _of(app) for app, names in _MODELS_ELSEWHERE.items() for name in names.split()},
-    "data.regex": _of("apps/aunet"),
+    "model_type": "use model.type: mingru, minlstm or hawk",
+    **{f"model.{name}": _AUNET for name in _OF_AUNET.split()},
+    "data.regex": _AUNET,
     "model.tie_weights": "use model.weight_tying",
     "model.hf": "use data.tokenizer.name: hf, and checkpoint.init_ckpt_path for the weights",
 }
@@ -300,6 +291,8 @@ def unknown_key(key: Key, schema: type[Args]) -> str:
             sections = inner_sections(sections, name, items=isinstance(following, int))
     names = [name for section in sections for name in section.model_fields]
     last, prefix = str(key[-1]), dotted_key(key[:-1])
+    if owners := [name for name, part in parts(prefix).items() if last in part.model_fields]:
+        return f"unknown key {dotted} for this {prefix}.type; it is a key of {prefix}.type {' and '.join(owners)}"
     keys = list(all_keys(schema))
     near = [name for name in keys if name.rpartition(".")[2] == last][:1]
     near = near or [f"{prefix}.{name}" if prefix else name for name in difflib.get_close_matches(last, names, 1)]

@@ -1,4 +1,4 @@
-"""Args of the loader. Torch-free and numpy-free; the promise of order is in DESIGN's words in `loader.py`."""
+"""Args of the loader. Torch-free and numpy-free; the promise of order is in `lingua/data/loader.py`."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class DecoderArgs(ModelArgs):
     n_layers: PositiveInt = 8
     """L."""
     norm: Literal["rms", "layer"] = "rms"
-    """Kind of every norm. rms: RMSNorm; layer: LayerNorm with weight and bias."""
+    """Kind of the norms on the stream. rms: RMSNorm; layer: LayerNorm with weight and bias."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon of every norm."""
     init_base_std: Annotated[float, Field(gt=0)] | None = None

@@ -358,21 +358,23 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("seed: 1_000", "run.yaml:1: seed is '1_000'; it must be a whole number"),
         (
             "model: {n_heads: 8, state_dim: 128}",
-            "run.yaml:1: unknown key model.state_dim: it belongs to Meta Lingua's apps/mamba, which",
+            "run.yaml:1: unknown key model.state_dim for this model.type; it is a key of model.type mamba2",
         ),
-        ("model: {n_heads: 8, init_args: {dt_max: 0.01}}", "run.yaml:1: unknown key model.init_args: it belongs"),
+        ("model: {n_heads: 8, init_args: {dt_max: 0.01}}", "run.yaml:1: unknown key model.init_args for this"),
         (
             "model: {n_heads: 8, conv_size: 4}",
-            "run.yaml:1: unknown key model.conv_size: it belongs to Meta Lingua's apps/mamba and",
+            "run.yaml:1: unknown key model.conv_size for this model.type; it is a key of model.type mingru",
         ),
-        ("model_type: minGRU", "run.yaml:1: unknown key model_type: it belongs to Meta Lingua's apps/fastRNN (minGRU,"),
+        ("model: {type: mamba2, n_groups: 0}", "run.yaml:1: model.n_groups is 0; it must be at least 1"),
+        ("model: {type: hybrid, n_heads: 8, layers: []}", "run.yaml:1: model.layers is []"),
+        ("model_type: minGRU", "run.yaml:1: unknown key model_type: use model.type: mingru, minlstm or hawk"),
         (
             "model: {n_heads: 8, n_future_head: 3}",
-            "run.yaml:1: unknown key model.n_future_head: it belongs to Meta Lingua's apps/mtp",
+            "run.yaml:1: unknown key model.n_future_head for this model.type; it is a key of model.type mtp",
         ),
         (
             "model: {n_heads: 8, layers: [4]}",
-            "run.yaml:1: unknown key model.layers: it belongs to Meta Lingua's apps/aunet",
+            "run.yaml:1: unknown key model.layers for this model.type; it is a key of model.type hybrid",
         ),
         (
             "distributed: {compile: yes}",
@@ -399,7 +401,10 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
             "model: {dim: 100, n_heads: 3}",
             "run.yaml:1: model: dim 100 is not a multiple of n_heads 3",
         ),
-        ("model: {type: mamba}", "run.yaml:1: model.type: unknown model type 'mamba'; known: llama"),
+        (
+            "model: {type: mamba}",
+            "run.yaml:1: model.type: unknown model type 'mamba'; known: hawk, hybrid,",
+        ),
         ("data: {randomize_rate: 0.5}", "run.yaml:1: unknown key data.randomize_rate: tokens are not randomised"),
         ("eval: {dataset_dir: x}", "run.yaml:1: unknown key eval.dataset_dir: use eval.validation.root_dir"),
         ("name: [", "run.yaml:1: not valid YAML"),
