@@ -64,7 +64,7 @@ from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import World
 from lingua.files import RunError
 from lingua.model.attention import RowDocuments
-from lingua.model.huggingface import config_json
+from lingua.model.huggingface import Llama
 from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
 from lingua.run.metrics import read_metrics
 from lingua.train.build import build_loss, build_model, make_deterministic
@@ -202,7 +202,7 @@ class Trainer:
         args, tokens, shape = self.args, self._rows[0], self.args.model
         assert isinstance(shape, LlamaArgs)
         size = {"vocab_size": self.size.vocab_size, "max_seqlen": self.size.seq_len}
-        config = LlamaConfig(**config_json(shape, **size, dtype="float32", bos_id=None, eos_id=None))
+        config = LlamaConfig(**Llama().config_json(shape, **size, dtype="float32", special={}))
         with self._device:
             model: Any = LlamaForCausalLM(config)
         model.train()

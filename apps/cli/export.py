@@ -24,10 +24,10 @@ from lingua.console import AsJson, progress_shown, show_json
 if TYPE_CHECKING:
     from lingua.checkpoint.export_weights import ExportTensor
     from lingua.checkpoint.lookup import Checkpoint
-    from lingua.config.keys.model import LlamaArgs
     from lingua.config.keys.train import TrainArgs
     from lingua.console import Progress
     from lingua.files import Files
+    from lingua.model.huggingface import Translation
 
 GIGA = 10**9
 _CONFIG_HEAD = (
@@ -159,6 +159,7 @@ def make_export(
     if trim_vocab and form is not Format.hf:
         raise ConfigError("--trim-vocab goes with --format hf; our own programs know the tokenizer")
     config = config_of(place)
+    translated = _translated(config) if form is Format.hf else None  # before the weights, which take long to verify
     made = Made(out, place)
     with (
         whole_folder(out, files=files) as folder,
@@ -170,10 +171,10 @@ def make_export(
         else:
             source = open_source(checkpoint.folder if checkpoint else place, sizes_only=True)
             made.origin, torch_type = source.what, None if dtype is None else DTYPES[dtype]
-            if form is Format.hf:
-                args, model, made.warnings = _llama(config)
-                items = as_theirs(source, model, _rows_to_keep(args, model, trim_vocab), torch_type)
-                made.warnings += _describe(folder, args, model, items[0], checkpoint, files)
+            if translated is not None:
+                args, translation, made.warnings = translated
+                items = as_theirs(source, args.model, translation, _rows_to_keep(args, trim_vocab), torch_type)
+                made.warnings += _describe(folder, args, translation, items[0], checkpoint, files)
             else:
                 items = as_ours(source, torch_type)
             progress.begin("writing", sum(item.size_bytes for item in items))
@@ -209,53 +210,48 @@ def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
         yield checkpoint
 
 
-def _rows_to_keep(args: TrainArgs, model: LlamaArgs, trim_vocab: bool) -> int | None:
+def _rows_to_keep(args: TrainArgs, trim_vocab: bool) -> int | None:
     """Return how many rows of embedding and head to export; None: all."""
+    from lingua.config.keys.model import DecoderArgs
     from lingua.tokenizer import build_tokenizer
 
+    model = args.model
     if trim_vocab:
         return build_tokenizer(args.data.tokenizer).vocab_size
-    if model.vocab_multiple_of == 1:
+    if not isinstance(model, DecoderArgs) or model.vocab_multiple_of == 1:
         return None
     # Other programs would take the padded rows for tokens and give them probability.
     return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).vocab_size
 
 
-def _llama(config: Path) -> tuple[TrainArgs, LlamaArgs, list[str]]:
-    """Return (args, those of the model, warnings). Raises ConfigError if Hugging Face has no such model."""
-    from lingua.config.base import ConfigError
+def _translated(config: Path) -> tuple[TrainArgs, Translation, list[str]]:
+    """Return (args, translation of their model, warnings). Raises ConfigError if Hugging Face has no such model."""
+    from lingua.config.base import ConfigError, parts
     from lingua.config.command_line import DEFAULT_APP, CommandLine, choose_app
-    from lingua.config.keys.model import LlamaArgs
+    from lingua.model.huggingface import translation_of
     from lingua.train.describe import described
 
     app = choose_app(CommandLine(config=str(config)))
     args = described(config)
-    if not isinstance(args.model, LlamaArgs):
+    translation = translation_of(args.model)
+    if translation is None:
         raise ConfigError(
             f"{config}: model.type is {args.model.type!r}, which Hugging Face's libraries do not have; "
             "use --format safetensors"
         )
-    if args.model.norm != "rms":
-        raise ConfigError(
-            f"{config}: model.norm is {args.model.norm}, but a Hugging Face llama has RMSNorm only; "
-            "use --format safetensors"
-        )
-    if app == DEFAULT_APP:
-        return args, args.model, []
-    return (
-        args,
-        args.model,
-        [
-            f"{config}: the app {app} has its own model; its tensors fit a Llama, but compare for yourself whether it "
-            "computes the same"
-        ],
-    )
+    if problems := [f"{config}: {problem}; use --format safetensors" for problem in translation.not_theirs(args.model)]:
+        raise ConfigError(problems)
+    if app == DEFAULT_APP or type(args.model) is parts("model").get(args.model.type):
+        return args, translation, []
+    kind = translation.model_types[0]
+    warning = f"the app {app} has its own model; its tensors fit a {kind}, but compare for yourself whether it computes"
+    return args, translation, [f"{config}: {warning} the same"]
 
 
 def _describe(
     folder: Path,
     args: TrainArgs,
-    model: LlamaArgs,
+    translation: Translation,
     embedding: ExportTensor,
     checkpoint: Checkpoint | None,
     files: Files,
@@ -267,7 +263,7 @@ def _describe(
     from lingua.model.tokenizer_json import write_tokenizer
     from lingua.tokenizer import build_tokenizer
 
-    max_seqlen = max(model.max_seqlen, args.data.seq_len)
+    max_seqlen = max(args.model.max_seqlen, args.data.seq_len)
     warnings, ids = [], (None, None)
     try:
         _same_tokenizer(args, checkpoint)
@@ -284,8 +280,8 @@ def _describe(
     except (ConfigError, RunError) as error:
         warnings = [f"no tokenizer was exported: {error}"]
     special = huggingface.special_ids(*ids, args.data.tokenizer.end_ids)
-    document = huggingface.config_json(
-        model,
+    document = translation.config_json(
+        args.model,
         vocab_size=embedding.shape[0],
         max_seqlen=max_seqlen,
         dtype=str(embedding.dtype).removeprefix("torch."),
@@ -335,12 +331,11 @@ def _travelling(config: Path) -> dict[str, Any]:
 
 def make_import(place: Path, out: Path, *, shard_bytes: float = 5 * GIGA, files: Files | None = None) -> Made:
     """Import a Hugging Face folder. Raises ConfigError, RunError and OSError, and then makes no folder."""
-    from apps.main.args import LMTransformerArgs
+    from apps.main.args import TrainArgs
     from lingua.checkpoint.export_weights import as_ours, must_fit, write_safetensors
     from lingua.checkpoint.load_weights import open_source
     from lingua.config.frozen import CONFIG_FILE, dump_yaml
     from lingua.files import DISK, whole_folder, write_whole
-    from lingua.model.huggingface import HEAD
     from lingua.model.tokenizer_json import copy_tokenizer
     from lingua.train.describe import hugging_face_tree
 
@@ -348,10 +343,9 @@ def make_import(place: Path, out: Path, *, shard_bytes: float = 5 * GIGA, files:
     tree = hugging_face_tree(place, here)
     with whole_folder(out, files=files) as folder, progress_shown() as progress:
         source = open_source(place)
-        model = LMTransformerArgs.model_validate(tree["model"])
-        must_fit(source, model)
+        own = must_fit(source, TrainArgs.model_validate(tree).model)
         made = Made(out, source.what)
-        items = [item for item in as_ours(source) if item.name != HEAD or not model.weight_tying]
+        items = [item for item in as_ours(source) if item.name in own]  # without a tied head
         progress.begin("writing", sum(item.size_bytes for item in items))
         write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
         if not copy_tokenizer(place, folder, files=files):

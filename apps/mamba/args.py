@@ -32,6 +32,7 @@ class Mamba2Args(DecoderArgs):
     """Mamba-2 (arXiv 2405.21060): blocks of state space duality, without feed-forward layers."""
 
     block: ClassVar[str] = "apps.mamba.mamba:MambaBlock"
+    hugging_face: ClassVar[str] = "apps.mamba.huggingface:Mamba2"
     residual_outputs: ClassVar[tuple[str, ...]] = ("ssm.out_proj.weight",)
 
     type: Literal["mamba2"] = "mamba2"

@@ -17,6 +17,7 @@ class MTPArgs(LlamaArgs):
     """A Llama-type decoder whose head i predicts token i + 1 after a position."""
 
     builder: ClassVar[str] = "apps.mtp.mtp:MTP"
+    hugging_face: ClassVar[str] = ""  # it has no such model
 
     type: Literal["mtp"] = "mtp"  # pyright: ignore[reportIncompatibleVariableOverride]
     n_future_head: PositiveInt = 1

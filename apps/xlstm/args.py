@@ -16,6 +16,7 @@ class MLSTMArgs(DecoderArgs):
     """mLSTM and a feed-forward layer per block; keys beyond ours have xlstm's names."""
 
     block: ClassVar[str] = "apps.xlstm.mlstm:MLSTMBlock"
+    hugging_face: ClassVar[str] = "apps.xlstm.huggingface:XLSTM"
 
     type: Literal["mlstm"] = "mlstm"
     n_heads: PositiveInt = 4

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import dcp, publish
-from lingua.checkpoint.load_weights import TYPES, WeightSource, pair_halves
-from lingua.config.keys.model import LlamaArgs
+from lingua.checkpoint.load_weights import TYPES, WeightSource
+from lingua.checkpoint.state import model_tensors
+from lingua.config.base import build_part
+from lingua.config.keys.model import ModelArgs
 from lingua.files import DISK, Buffer, Files, RunError, write_json
-from lingua.model.huggingface import EMBEDDING, HEAD, INDEX_FILE, is_rotated, tensor_shapes, their_name
+from lingua.model.huggingface import EMBEDDING, HEAD, INDEX_FILE, Translation
 
 _TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -50,47 +52,58 @@ def as_ours(source: WeightSource, dtype: torch.dtype | None = None) -> list[Expo
 
 
 def as_theirs(
-    source: WeightSource, model: LlamaArgs, vocab_size: int | None = None, dtype: torch.dtype | None = None
+    source: WeightSource,
+    model: ModelArgs,
+    translation: Translation,
+    vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[ExportTensor]:
-    """List the tensors of a Llama under Hugging Face's names, rows of heads in their order.
+    """List the tensors of a model as Hugging Face has them, the embedding first.
 
     `vocab_size`: keep only that many rows of embedding and head. Raises RunError if the source does not fit `model`.
     """
-    must_fit(source, model)
+    make = translation.into_theirs(model)
 
     def read(name: str, n_rows: int) -> Tensor:
-        tensor = source.read(name)
-        return pair_halves(tensor, model.head_width) if is_rotated(name) else tensor[:n_rows]
+        return make(name, source.read(name)[:n_rows])
 
     items = []
-    for name, shape in tensor_shapes(model, vocab_size_of(source)).items():
+    for name, shape in must_fit(source, model).items():
         n_rows = min(shape[0], vocab_size or shape[0]) if name in (EMBEDDING, HEAD) else shape[0]
+        try:
+            theirs = translation.their_name(name)
+        except KeyError:
+            kind = translation.model_types[0]
+            raise RunError(f"{source.what} has {name}, which a Hugging Face {kind} does not have") from None
         take = partial(read, name, n_rows)
-        items.append(ExportTensor(their_name(name), (n_rows, *shape[1:]), dtype or source.dtypes[name], take))
+        own_shape = translation.their_shape(name, (n_rows, *shape[1:]))
+        items.append(ExportTensor(theirs, own_shape, dtype or source.dtypes[name], take))
     return items
 
 
-def vocab_size_of(source: WeightSource) -> int:
-    """Return the vocabulary size from the embedding. Raises RunError if there is none."""
+def must_fit(source: WeightSource, model: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of all tensors of the model, the embedding first.
+
+    Raises RunError unless the source has exactly these; a tied head may be there too.
+    """
     if EMBEDDING not in source.shapes:
-        raise RunError(f"{source.what} holds no Llama: it has no {EMBEDDING}")
-    return source.shapes[EMBEDDING][0]
-
-
-def must_fit(source: WeightSource, model: LlamaArgs) -> None:
-    """Raise RunError unless the source has exactly the model's tensors; a tied head may be there too."""
-    wanted = tensor_shapes(model, vocab_size_of(source))
+        raise RunError(f"{source.what} holds no model of ours: it has no {EMBEDDING}")
+    rows = {"vocab_size": source.shapes[EMBEDDING][0], "vocab_multiple_of": 1}
+    with torch.device("meta"):
+        tensors, _ = model_tensors(build_part(model.model_copy(update=rows)))
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [
         f"{name} is {source.shapes[name]} there and {shape} by its config" if name in source.shapes else f"no {name}"
         for name, shape in wanted.items()
         if source.shapes.get(name) != shape
     ]
-    spare = {HEAD} if model.weight_tying else set()
+    spare = set() if HEAD in wanted else {HEAD}
     problems += [f"{name} is not part of it" for name in source.shapes if name not in wanted and name not in spare]
     if problems:
-        raise RunError(f"{source.what} does not hold the Llama that its config describes: {dcp.some(problems)}")
-    if model.weight_tying and HEAD in source.shapes and not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
+        raise RunError(f"{source.what} does not hold the model that its config describes: {dcp.some(problems)}")
+    if HEAD in spare & source.shapes.keys() and not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
         raise RunError(f"{source.what}: {HEAD} and {EMBEDDING} differ, but the config ties them; it cannot be exported")
+    return wanted
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

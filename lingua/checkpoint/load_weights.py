@@ -4,12 +4,6 @@ Loading is strict: every parameter gets a value of its shape and nothing in the 
 what is wrong. The model is changed only after all names and shapes fit. No code in the source is executed: `.metadata`
 goes through an allow-list, torch files are read with weights_only. Checkpoints with a manifest are verified. Files are
 mapped, not read whole, and each rank copies only its own shards. Only `copy_weights` is collective.
-
-Rotary embeddings: Hugging Face's Llama pairs the two halves of a head, ours (like Meta's) pairs neighbours. So rows of
-wq and wk are reordered while loading.
-
-    head of width 8, their rows:  0 1 2 3 | 4 5 6 7      pairs (0,4) (1,5) (2,6) (3,7)
-                     our rows:    0 4 1 5 2 6 3 7        the same pairs, side by side
 """
 
 from __future__ import annotations
@@ -35,10 +29,9 @@ from lingua.model.huggingface import (
     EMBEDDING,
     HEAD,
     INDEX_FILE,
-    head_width,
-    is_rotated,
-    our_name,
+    described_by,
     read_config,
+    translations,
 )
 
 TYPES = {
@@ -252,30 +245,18 @@ def _from_safetensors(files: list[Path]) -> WeightSource:
 
 def _with_our_names(source: WeightSource, folder: Path) -> WeightSource:
     """Rename weights with Hugging Face's names to ours; needs the config.json beside them."""
-    if "model.embed_tokens.weight" not in source.shapes:
+    fitting = [translation for translation in translations() if translation.embedding in source.shapes]
+    if not fitting:
         return source
-    config = read_config(folder)
-    width = head_width(config, folder / CONFIG_FILE)
-    theirs = {our_name(name): name for name in source.shapes}
+    config, path = read_config(folder), folder / CONFIG_FILE
+    # Other programs' model types have Llama's names too.
+    translation = fitting[0] if len(fitting) == 1 else described_by(config, path, fitting)
+    make = translation.into_ours(config, path)
+    theirs = {translation.our_name(name): name for name in source.shapes}
     if config.get("tie_word_embeddings") and HEAD not in theirs:
         theirs[HEAD] = theirs[EMBEDDING]
-
-    def read(name: str) -> Tensor:
-        tensor = source.read(theirs[name])
-        return pair_neighbours(tensor, width) if is_rotated(name) else tensor
-
-    shapes = {name: source.shapes[original] for name, original in theirs.items()}
+    shapes = {name: translation.our_shape(name, source.shapes[original]) for name, original in theirs.items()}
     dtypes = {name: source.dtypes[original] for name, original in theirs.items()}
-    return WeightSource(f"Hugging Face {source.what}", shapes, dtypes, read)
-
-
-def pair_neighbours(tensor: Tensor, head_width: int) -> Tensor:
-    """Reorder the rows of each head from halves (i, i + head_width/2) to neighbours (2i, 2i + 1)."""
-    heads = tensor.unflatten(0, (-1, 2, head_width // 2))  # (H, half, pair, ...)
-    return heads.transpose(1, 2).reshape(tensor.shape)
-
-
-def pair_halves(tensor: Tensor, head_width: int) -> Tensor:
-    """Undo `pair_neighbours`."""
-    heads = tensor.unflatten(0, (-1, head_width // 2, 2))  # (H, pair, half, ...)
-    return heads.transpose(1, 2).reshape(tensor.shape)
+    return WeightSource(
+        f"Hugging Face {source.what}", shapes, dtypes, lambda name: make(name, source.read(theirs[name]))
+    )

@@ -1,31 +1,204 @@
 """Translate our models to Hugging Face's config.json and tensor names, and back. Torch-free.
 
-A translated config describes the same function; a key without a counterpart is refused by name. Our decoder is their
-`llama`; with qk_norm it is `qwen3`, with only a sliding window `mistral`.
+A translated config describes the same function; a key without a counterpart is refused by name. Each architecture has
+a `Translation`, which a family's Args name in `hugging_face`. The one of our own decoder is here: it is their `llama`;
+with qk_norm `qwen3`, with only a sliding window `mistral`.
 
-They rotate the two halves of a head against each other, we (like Meta) rotate neighbours: `checkpoint/load_weights.py`
-and `checkpoint/export_weights.py` reorder the rows.
+Rotary embeddings: they pair the two halves of a head, we (like Meta) neighbours. So rows of wq and wk are reordered.
+
+    head of width 8, their rows:  0 1 2 3 | 4 5 6 7      pairs (0,4) (1,5) (2,6) (3,7)
+                     our rows:    0 4 1 5 2 6 3 7        the same pairs, side by side
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lingua.config.base import ConfigError
-from lingua.config.keys.model import LlamaArgs
-from lingua.files import RunError, read_json
+from lingua.config.base import ConfigError, parts
+from lingua.config.keys.model import LlamaArgs, ModelArgs
+from lingua.files import RunError, read_bytes, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 
-_OURS = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
+
+class Translation:
+    """An architecture of Hugging Face's that computes what one of our families does."""
+
+    model_types: ClassVar[tuple[str, ...]]
+    """`model_type` in config.json."""
+    layers: ClassVar[str]
+    """What comes before the number of a layer in their names of tensors."""
+    names: ClassVar[Mapping[str, str]]
+    """Their names of tensors -> ours; within a layer, without `layers` and its number."""
+
+    # -- names and values
+
+    def our_name(self, name: str) -> str:
+        """Return our name of a tensor; an unknown one stays as it is."""
+        layer = re.match(re.escape(self.layers) + r"(\d+\.)", name)
+        own = name if layer is None else name[layer.end() :]
+        if own not in self.names:
+            return name
+        return f"{'' if layer is None else f'layers.{layer[1]}'}{self.names[own]}"
+
+    def their_name(self, name: str) -> str:
+        """Return their name of a tensor. Raises KeyError for one that their model does not have."""
+        theirs = {ours: their for their, ours in self.names.items()}
+        layer = re.match(r"layers\.(\d+\.)", name)
+        return theirs[name] if layer is None else f"{self.layers}{layer[1]}{theirs[name[layer.end() :]]}"
+
+    @property
+    def embedding(self) -> str:
+        """Their name of the embedding."""
+        return self.their_name(EMBEDDING)
+
+    def our_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape here of a tensor (our name) of theirs."""
+        return shape
+
+    def their_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Undo `our_shape`."""
+        return shape
+
+    def into_ours(self, config: Mapping[str, Any], path: Path) -> Callable[[str, Tensor], Tensor]:
+        """Return what makes our tensor of theirs, called with our name. `path`: of the config, for an error."""
+        return lambda name, tensor: tensor.reshape(self.our_shape(name, tuple(tensor.shape)))
+
+    def into_theirs(self, model: Any) -> Callable[[str, Tensor], Tensor]:
+        """Return what makes their tensor of ours, called with our name."""
+        return lambda name, tensor: tensor.reshape(self.their_shape(name, tuple(tensor.shape)))
+
+    # -- configs
+
+    def config_json(
+        self, model: Any, *, vocab_size: int, max_seqlen: int, dtype: str, special: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the config.json of our model. `dtype`: torch's name of the type that its tensors are written in."""
+        return {
+            **self.own_keys(model),
+            "vocab_size": vocab_size,
+            "hidden_size": model.dim,
+            "num_hidden_layers": model.n_layers,
+            "max_position_embeddings": max_seqlen,
+            "tie_word_embeddings": model.weight_tying,
+            **special,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }
+
+    def model_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """Return our `model:` section for a config.json, read from `path`.
+
+        Raises ConfigError with all that we have no counterpart of.
+        """
+        if problems := [f"{path}: {problem}" for problem in self.not_ours(config)]:
+            raise ConfigError(problems)
+        try:
+            return {
+                "dim": config["hidden_size"],
+                "n_layers": config["num_hidden_layers"],
+                "vocab_size": config["vocab_size"],
+                "max_seqlen": config.get("max_position_embeddings", 2048),
+                "weight_tying": bool(config.get("tie_word_embeddings", False)),
+                **self.own_section(config, path),
+            }
+        except KeyError as error:
+            raise ConfigError(f"{path} lacks {error.args[0]}, which gives the size of the model") from None
+
+    def not_theirs(self, model: Any) -> Iterator[str]:
+        """Yield what our model does that theirs cannot: "model.<key> is ..., but ..."."""
+        if model.norm != "rms":
+            yield f"model.norm is {model.norm}, but a Hugging Face {self.model_types[0]} has RMSNorm only"
+
+    def not_ours(self, config: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what a config.json asks for that our model cannot do."""
+        if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+            yield f"hidden_act is {act!r}; our blocks have silu only"
+
+    def own_keys(self, model: Any) -> dict[str, Any]:
+        """Return what config.json has beyond what every model's has."""
+        raise NotImplementedError
+
+    def own_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """Return what our section has beyond what every model's has. Raises KeyError."""
+        raise NotImplementedError
+
+
+# -- which one -------------------------------------------------------------------------------------------------------
+
+
+def translation_of(model: ModelArgs) -> Translation | None:
+    """Return the translation of a family, or None if Hugging Face has no such model."""
+    return _load(model.hugging_face) if model.hugging_face else None
+
+
+def translations() -> list[Translation]:
+    """Return the translations of all families that are registered, our own decoder's first."""
+    families = [part for part in parts("model").values() if issubclass(part, ModelArgs)]
+    places = dict.fromkeys(family.hugging_face for family in (LlamaArgs, *families))
+    return [_load(place) for place in places if place]
+
+
+def described_by(config: Mapping[str, Any], path: Path, among: Sequence[Translation]) -> Translation:
+    """Return the translation for the model_type of a config.json. Raises ConfigError if there is none."""
+    kind = config.get("model_type")
+    for translation in among:
+        if kind in translation.model_types:
+            return translation
+    known = ", ".join(sorted(name for translation in among for name in translation.model_types))
+    raise ConfigError(f"{path}: model_type is {kind!r}; these can be taken over: {known}")
+
+
+def _load(place: str) -> Translation:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)()
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def special_ids(bos_id: int | None, eos_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
+    """Return what both config.json and generation_config.json say of the tokens at begin and end."""
+    ends = [*end_ids, *([eos_id] if eos_id is not None and eos_id not in end_ids else [])]
+    return {"bos_token_id": bos_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a Hugging Face folder. Raises RunError when there is none."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(read_bytes(path))  # not orjson: older Mamba-2 folders hold a bare Infinity
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; Hugging Face weights need it") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); it is damaged or was edited") from None
+    if not isinstance(config, dict):
+        raise RunError(f"{path} is not a JSON object")
+    return config
+
+
+def end_ids(config: Mapping[str, Any], folder: Path) -> list[int]:
+    """Return the ids that end a generated text, by generation_config.json or else config.json."""
+    path = folder / GENERATION_FILE
+    generation = read_json(path) if path.is_file() else {}
+    found = generation.get("eos_token_id", config.get("eos_token_id"))
+    return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int) and i >= 0]
+
+
+# -- our own decoder ---------------------------------------------------------------------------------------------------
+
+
+_LLAMA = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attention.wq",
@@ -37,192 +210,105 @@ _OURS = {
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
 }
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
-_ROTATED = ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm")
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-# -- names -----------------------------------------------------------------------------------------------------------
+class Llama(Translation):
+    """Embedding, blocks of attention and SwiGLU, norm and head."""
 
+    model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen3")
+    layers: ClassVar[str] = "model.layers."
+    names: ClassVar[Mapping[str, str]] = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in _LLAMA.items()}
 
-def our_name(name: str) -> str:
-    """Hugging Face's name of a tensor -> ours; an unknown one stays as it is."""
-    prefix, module, kind = _split(name.removeprefix("model.") if name.startswith("model.layers.") else name)
-    return f"{prefix}{_OURS[module]}.{kind}" if module in _OURS else name
+    def into_ours(self, config: Mapping[str, Any], path: Path) -> Callable[[str, Tensor], Tensor]:
+        width = head_width(config, path)
+        return lambda name, tensor: pair_neighbours(tensor, width) if _is_rotated(name) else tensor
 
+    def into_theirs(self, model: Any) -> Callable[[str, Tensor], Tensor]:
+        return lambda name, tensor: pair_halves(tensor, model.head_width) if _is_rotated(name) else tensor
 
-def their_name(name: str) -> str:
-    """Our name of a tensor -> Hugging Face's. Raises KeyError for a name that a Llama does not have."""
-    prefix, module, kind = _split(name)
-    return f"{'model.' if prefix else ''}{prefix}{_THEIRS[module]}.{kind}"
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    """("layers.0." or "", module, "weight")."""
-    layer = re.match(r"layers\.\d+\.", name)
-    prefix = layer[0] if layer else ""
-    module, _, kind = name[len(prefix) :].rpartition(".")
-    return prefix, module, kind
-
-
-def is_rotated(name: str) -> bool:
-    """Whether rows of this tensor (our name) lie in another order at Hugging Face's."""
-    return any(part in name for part in _ROTATED)
-
-
-def tensor_shapes(model: LlamaArgs, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Our name and shape of every tensor that this model has."""
-    queries, keys = model.heads * model.head_width, model.kv_heads * model.head_width
-    block: dict[str, tuple[int, ...]] = {
-        "attention.wq": (queries, model.dim),
-        "attention.wk": (keys, model.dim),
-        "attention.wv": (keys, model.dim),
-        "attention.wo": (model.dim, queries),
-        **({"attention.q_norm": (model.head_width,), "attention.k_norm": (model.head_width,)} if model.qk_norm else {}),
-        "feed_forward.w1": (model.ffn_width, model.dim),
-        "feed_forward.w3": (model.ffn_width, model.dim),
-        "feed_forward.w2": (model.dim, model.ffn_width),
-        "attention_norm": (model.dim,),
-        "ffn_norm": (model.dim,),
-    }
-    layers = {
-        f"layers.{layer}.{name}.weight": shape for layer in range(model.n_layers) for name, shape in block.items()
-    }
-    head = {} if model.weight_tying else {HEAD: (vocab_size, model.dim)}
-    return {EMBEDDING: (vocab_size, model.dim), **layers, "norm.weight": (model.dim,), **head}
-
-
-# -- our model in their format ---------------------------------------------------------------------------------------
-
-
-def special_ids(bos_id: int | None, eos_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
-    """What both config.json and generation_config.json say of the tokens at begin and end."""
-    ends = [*end_ids, *([eos_id] if eos_id is not None and eos_id not in end_ids else [])]
-    return {"bos_token_id": bos_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
-
-
-def config_json(
-    model: LlamaArgs, *, vocab_size: int, max_seqlen: int, dtype: str, special: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The config.json of our model. `dtype`: torch's name of the type that its tensors are written in."""
-    architecture, own = _architecture(model)
-    rope: dict[str, Any] | None = None
-    if (scaling := model.rope_scaling) is not None:
-        rope = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    def own_keys(self, model: Any) -> dict[str, Any]:
+        scaling = model.rope_scaling
+        rope = None if scaling is None else {"rope_type": "llama3", **{k: getattr(scaling, k) for k in _LLAMA3_ROPE}}
+        return {
+            **_architecture(model),
+            "intermediate_size": model.ffn_width,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads,
+            "head_dim": model.head_width,
+            "hidden_act": "silu",
+            "rms_norm_eps": model.norm_eps,
+            "rope_theta": model.rope_theta,
+            "rope_scaling": rope,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
         }
-    return {
-        "architectures": [architecture],
-        **own,
-        "vocab_size": vocab_size,
-        "hidden_size": model.dim,
-        "intermediate_size": model.ffn_width,
-        "num_hidden_layers": model.n_layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_width,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "max_position_embeddings": max_seqlen,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": rope,
-        "tie_word_embeddings": model.weight_tying,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        **special,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
+
+    def own_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        rope = _rope(config)
+        scaling = {key: rope[key] for key in _LLAMA3_ROPE if key in rope}
+        section = {
+            "n_heads": config["num_attention_heads"],
+            "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+            "head_dim": head_width(config, path),
+            "hidden_dim": config["intermediate_size"],
+            "norm_eps": config.get("rms_norm_eps", 1e-6),
+            "rope_theta": float(rope.get("rope_theta") or 10000.0),
+            "qk_norm": config["model_type"] == "qwen3",
+            "sliding_window": _window(config),
+        }
+        return {**section, "rope_scaling": scaling} if scaling else section
+
+    def not_ours(self, config: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().not_ours(config)
+        yield from (
+            f"{key} is true; our projections have no bias" for key in ("attention_bias", "mlp_bias") if config.get(key)
+        )
+        rope = _rope(config)
+        if (rule := rope.get("rope_type") or rope.get("type") or "default") not in ("default", "llama3"):
+            yield f"rope_type is {rule!r}; only llama3's scaling of rotary frequencies is known"
+        if config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            yield "partial_rotary_factor is not 1; our heads are turned whole"
+        if _window(config) and len({*(config.get("layer_types") or ["sliding_attention"])}) > 1:
+            yield "layer_types has several kinds; our layers all have the same window"
+        mixed = config["model_type"] == "qwen3" and not config.get("layer_types") and config.get("max_window_layers")
+        if mixed and _window(config):
+            yield "max_window_layers is not 0; our layers all have the same window"
 
 
-def _architecture(model: LlamaArgs) -> tuple[str, dict[str, Any]]:
-    """(class, what its config has besides) of the architecture that computes what ours does."""
+def _architecture(model: LlamaArgs) -> dict[str, Any]:
+    """Return the keys that say which architecture computes what ours does."""
     if model.qk_norm:
         window = model.sliding_window
         layer_type = "full_attention" if window is None else "sliding_attention"
-        own = {
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             "use_sliding_window": window is not None,
             "sliding_window": window,
             "max_window_layers": 0 if window is not None else model.n_layers,
             "layer_types": [layer_type] * model.n_layers,
         }
-        return "Qwen3ForCausalLM", own
     if model.sliding_window is not None:
-        return "MistralForCausalLM", {"model_type": "mistral", "sliding_window": model.sliding_window}
-    return "LlamaForCausalLM", {"model_type": "llama", "mlp_bias": False}
-
-
-# -- their model in our format -----------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face folder. Raises RunError when there is none."""
-    path = folder / CONFIG_FILE
-    try:
-        config = read_json(path)
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing; Hugging Face weights need it") from None
-    if not isinstance(config, dict):
-        raise RunError(f"{path} is not a JSON object")
-    return config
-
-
-def end_ids(config: Mapping[str, Any], folder: Path) -> list[int]:
-    """The ids that end a generated text, by generation_config.json or else config.json."""
-    path = folder / GENERATION_FILE
-    generation = read_json(path) if path.is_file() else {}
-    found = generation.get("eos_token_id", config.get("eos_token_id"))
-    return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int) and i >= 0]
+        own = {"model_type": "mistral", "sliding_window": model.sliding_window}
+        return {"architectures": ["MistralForCausalLM"], **own}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
 
 
 def head_width(config: Mapping[str, Any], path: Path) -> int:
-    """E, which says where the halves of a head are."""
+    """Return E, which says where the halves of a head are."""
     try:
         return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     except (KeyError, TypeError, ZeroDivisionError):
         raise RunError(f"{path} lacks hidden_size and num_attention_heads (or head_dim)") from None
 
 
-def model_section(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Our `model:` section for a config.json. Raises ConfigError with all that we have no counterpart of.
-
-    `path` is where it was read from, for the error.
-    """
-    if problems := [f"{path}: {problem}" for problem in _not_ours(config)]:
-        raise ConfigError(problems)
-    rope = _rope(config)
-    scaling = {key: rope[key] for key in _LLAMA3_ROPE if key in rope}
-    try:
-        section = {
-            "dim": config["hidden_size"],
-            "n_layers": config["num_hidden_layers"],
-            "n_heads": config["num_attention_heads"],
-            "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-            "head_dim": head_width(config, path),
-            "hidden_dim": config["intermediate_size"],
-            "vocab_size": config["vocab_size"],
-            "norm_eps": config.get("rms_norm_eps", 1e-6),
-            "rope_theta": float(rope.get("rope_theta") or 10000.0),
-            "max_seqlen": config.get("max_position_embeddings", 2048),
-            "weight_tying": bool(config.get("tie_word_embeddings", False)),
-            "qk_norm": config["model_type"] == "qwen3",
-            "sliding_window": _window(config),
-        }
-    except KeyError as error:
-        raise ConfigError(f"{path} lacks {error.args[0]}, which gives the size of the model") from None
-    return {**section, "rope_scaling": scaling} if scaling else section
-
-
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and what scales it, from either generation of config.json (transformers 5: rope_parameters)."""
+    """Return rope_theta and what scales it, from either generation of config.json (transformers 5: rope_parameters)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {"rope_theta": config.get("rope_theta"), **rope}
 
@@ -232,23 +318,18 @@ def _window(config: Mapping[str, Any]) -> int | None:
     return config.get("sliding_window") if uses else None
 
 
-def _not_ours(config: Mapping[str, Any]) -> Iterator[str]:
-    """What a config.json asks for that our model cannot do."""
-    kind = config.get("model_type")
-    if kind not in ("llama", "mistral", "qwen3"):
-        yield f"model_type is {kind!r}; llama, mistral and qwen3 can be taken over"
-        return
-    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        yield f"hidden_act is {act!r}; our feed-forward layer has silu only"
-    yield from (
-        f"{key} is true; our projections have no bias" for key in ("attention_bias", "mlp_bias") if config.get(key)
-    )
-    rope = _rope(config)
-    if (rule := rope.get("rope_type") or rope.get("type") or "default") not in ("default", "llama3"):
-        yield f"rope_type is {rule!r}; only llama3's scaling of rotary frequencies is known"
-    if config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        yield "partial_rotary_factor is not 1; our heads are turned whole"
-    if _window(config) and len({*(config.get("layer_types") or ["sliding_attention"])}) > 1:
-        yield "layer_types has several kinds; our layers all have the same window"
-    elif kind == "qwen3" and _window(config) and not config.get("layer_types") and config.get("max_window_layers"):
-        yield "max_window_layers is not 0; our layers all have the same window"
+def _is_rotated(name: str) -> bool:
+    """Return whether rows of this tensor (our name) lie in another order there."""
+    return any(part in name for part in ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm"))
+
+
+def pair_neighbours(tensor: Tensor, head_width: int) -> Tensor:
+    """Reorder the rows of each head from halves (i, i + head_width/2) to neighbours (2i, 2i + 1)."""
+    heads = tensor.unflatten(0, (-1, 2, head_width // 2))  # (H, half, pair, ...)
+    return heads.transpose(1, 2).reshape(tensor.shape)
+
+
+def pair_halves(tensor: Tensor, head_width: int) -> Tensor:
+    """Undo `pair_neighbours`."""
+    heads = tensor.unflatten(0, (-1, head_width // 2, 2))  # (H, pair, half, ...)
+    return heads.transpose(1, 2).reshape(tensor.shape)

@@ -49,7 +49,8 @@ def hugging_face_tree(folder: Path, tokenizer_folder: Path) -> dict[str, Any]:
     `tokenizer_folder`: where its tokenizer lies, or will.
     """
     config = huggingface.read_config(folder)
-    model = huggingface.model_section(config, folder / huggingface.CONFIG_FILE)
+    path = folder / huggingface.CONFIG_FILE
+    model = huggingface.described_by(config, path, huggingface.translations()).model_section(config, path)
     name, file = "hf", TOKENIZER_FILE
     if not (folder / TOKENIZER_FILE).is_file() and (folder / SENTENCEPIECE_FILE).is_file():
         name, file = "sp", SENTENCEPIECE_FILE

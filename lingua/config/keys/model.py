@@ -45,6 +45,9 @@ def rounded_width(width: float, multiplier: float | None, multiple_of: int) -> i
 class ModelArgs(Part):
     """What every model has, whatever its type: the loop, the check and the exporters read only this."""
 
+    hugging_face: ClassVar[str] = ""
+    """ "module:class" of its translation (lingua/model/huggingface.py). Empty: Hugging Face has no such model."""
+
     type: str = "llama"
     """Which registered model; own ones come by `plugins`."""
     vocab_size: Annotated[int, Field(ge=-1)] = -1
@@ -187,6 +190,7 @@ class LlamaArgs(DecoderArgs):
     """Llama-type decoder, built from the blocks of lingua/model/transformer.py."""
 
     block: ClassVar[str] = "lingua.model.transformer:TransformerBlock"
+    hugging_face: ClassVar[str] = "lingua.model.huggingface:Llama"
     residual_outputs: ClassVar[tuple[str, ...]] = ("attention.wo.weight", "feed_forward.w2.weight")
 
     type: Literal["llama"] = "llama"

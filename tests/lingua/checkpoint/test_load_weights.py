@@ -16,12 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lingua.checkpoint import layout
-from lingua.checkpoint.load_weights import load_weights, pair_halves, pair_neighbours
+from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.files import RunError
-from lingua.model.huggingface import our_name
+from lingua.model.huggingface import Llama, pair_halves, pair_neighbours
 from tests.ranks import run_on_ranks
 
 VOCAB, DIM, HEADS, KV_HEADS, HEAD_WIDTH, FFN = 11, 8, 4, 2, 2 * 2, 6
@@ -251,11 +251,12 @@ def test_pairing_and_back(heads: int, pairs: int, rest: tuple[int, ...]) -> None
 
 
 def test_names() -> None:
-    assert our_name("model.layers.11.self_attn.q_proj.weight") == "layers.11.attention.wq.weight"
-    assert our_name("model.layers.0.post_attention_layernorm.weight") == "layers.0.ffn_norm.weight"
-    assert our_name("model.layers.0.self_attn.q_proj.bias") == "layers.0.attention.wq.bias"
-    assert our_name("lm_head.weight") == "output.weight"
-    assert our_name("something.else") == "something.else"
+    assert Llama().our_name("model.layers.11.self_attn.q_proj.weight") == "layers.11.attention.wq.weight"
+    assert Llama().our_name("model.layers.0.post_attention_layernorm.weight") == "layers.0.ffn_norm.weight"
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    assert Llama().our_name(bias) == bias
+    assert Llama().our_name("lm_head.weight") == "output.weight"
+    assert Llama().our_name("something.else") == "something.else"
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
