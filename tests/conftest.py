@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.checkout import Checkout
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest is no program of ours
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup it is ignored, by trainers of the tests too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 hypothesis.settings.register_profile("no deadline", deadline=None)  # no test depends on speed

@@ -110,7 +110,10 @@ def commands_of(text: str) -> Iterator[list[str]]:
     for line in lines:
         command = re.sub(r"(^|\s)#.*", "", line)
         if "<<'EOF'" in command:
-            ast.parse("\n".join(iter(lines.__next__, "EOF")))
+            text = "\n".join(iter(lines.__next__, "EOF"))
+            ast.parse(text)
+            if made := re.fullmatch(r"cat > (\S+) <<'EOF'", command):
+                yield ["cat", made[1], text]
             continue
         command = re.sub(r"\s\[[^\]]*\.\.\.\]", "", command)  # [POINT ...]
         command = re.sub(r"\s\[([^\]]*)\]", r" \1", command)  # [--option]
@@ -128,6 +131,9 @@ def commands_of(text: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize(("page", "text"), MARKED, ids=name)
 def test_marked_commands_run(page: Path, text: str, desk: Path) -> None:
     for words in commands_of(text):
+        if words[0] == "cat":
+            (desk / words[1]).write_text(words[2] + "\n")
+            continue
         assert words[0] == "lingua", f"{page}: only `lingua ...` can be marked"
         assert exit_code_of(lambda words=words: run(words, desk)) == 0, words
 

@@ -28,6 +28,7 @@ class MLSTMArgs(DecoderArgs):
     ffn_proj_factor: Annotated[float, Field(gt=0)] = 2.667
     """Width of the feed-forward layer over dim; rounded up to a multiple of ffn_round_up_to_multiple_of."""
     ffn_round_up_to_multiple_of: PositiveInt = 64
+    """The derived width of the feed-forward layer is a multiple of this."""
     hidden_dim: PositiveInt | None = None
     """Width of the feed-forward layer, in place of the derived one."""
     gate_soft_cap: Annotated[float, Field(gt=0)] = 15.0

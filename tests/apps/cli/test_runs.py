@@ -57,7 +57,8 @@ def test_runs_below_a_folder(lingua: Lingua, folder: Path):
         [str(folder / "sweep" / "killed"), "killed"],
     ]
     assert [run["state"] for run in lingua.record("runs", folder)] == ["finished", "killed"]
-    assert "no runs" in lingua("runs", folder / "nothing")[1]
+    (folder / "empty").mkdir()
+    assert "no runs" in lingua("runs", folder / "empty")[1]
 
 
 def test_diff(lingua: Lingua, folder: Path):

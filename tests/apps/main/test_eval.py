@@ -59,7 +59,7 @@ def test_by_hand_on_all_that_holds_weights(
 ) -> None:
     newest = by_hand(capsys, str(run), *SMALL)
     assert newest.keys() == {
-        f"documents/mine/{name}" for name in ("nll", "ppl", "bpb", "n_tokens", "n_bytes", "n_documents")
+        f"documents/mine/{name}" for name in ("nll", "ppl", "bpb", "n_tokens", "n_bytes", "n_documents", "n_skipped")
     }
     assert newest["documents/mine/n_documents"] == 3
     assert by_hand(capsys, f"ckpt={run}@5") == newest

@@ -31,7 +31,7 @@ import sys, time
 time.sleep = lambda seconds: None  # the hub's client pauses before it tries again
 sys.path.insert(0, "setup")
 import download_prepare_hf_data as script
-sys.exit(script.main())
+sys.exit(script.run_main(script.main, sys.argv[1:]))
 """
 
 
