@@ -42,7 +42,14 @@ _FOLDER = re.compile(r"(?<=[^/:]/)(?:[^\s/@'\"]{16,}|(?=[^\s/]*\d)[^\s/@'\"]{6,}
 _NAMED = re.compile(
     r"(?<![\w.-])(--)?(?P<name>[A-Za-z_][\w.-]*+)(?:[\"']?(?:=|:[ ]*)|[ ]+(?:=|is)[ ]+(?=[\"'])|(?(1)[ ]+|(?!)))"
 )
-_VALUE = re.compile(r"(?:Basic |Bearer )?(?:\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^\s\"'][^\s\"]*)", re.IGNORECASE)
+_VALUE = re.compile(
+    r"(?:Basic |Bearer )?(?:\\+\"[^\"\\]*\\+\"|\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^\s\"'][^\s\"]*)", re.IGNORECASE
+)
+# Words of well-known programs that say by their place what they are.
+_TYPED = re.compile(
+    r"(\b(?:curl|wget)\s(?:[^\n;|&]{0,300}?\s)?(?:-u|--user)[ =]?[\"']?|\bwandb login (?:-\S+ )*"
+    r"|\b(?:sshpass|(?:docker|podman) login)\s(?:[^\n;|&]{0,300}?\s)?-p ?[\"']?)[^\s\"'-][^\s\"']*"
+)
 _NOTHING = ("", "null", "none", "true", "false", MASK)
 _FORMS = re.compile(
     r"(?<=bearer )[\w.~+/=-]{6,}|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END|\Z)"
@@ -71,6 +78,7 @@ def public_text(text: str) -> str:
 
 def _by_form(text: str) -> str:
     text = _LOGIN.sub(lambda found: f"{found[1] or found[2] or ''}{MASK}@", text)
+    text = _TYPED.sub(rf"\1{MASK}", text)
     parts, done = [], 0
     for found in _NAMED.finditer(text):
         value = _VALUE.match(text, found.end()) if found.start() >= done and is_secret(found["name"]) else None

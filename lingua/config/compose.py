@@ -333,6 +333,8 @@ class Composed(Generic[ArgsType]):
     marks: dict[Key, Origin]
     ignored: list[str] = field(default_factory=list)
     """Keys that were set but have no effect."""
+    configs: list[Path] = field(default_factory=list)
+    """The files that were named."""
 
     def origins(self) -> dict[str, str]:
         """Return the origin of each leaf key's value, for `config.origin.yaml`."""
@@ -378,7 +380,7 @@ def examine(
     args, more = _validate(layer.tree, schema, interpolated)
     findings += [finding for finding in more if finding[0] not in {key for key, _ in findings}]
     complaints = [_complaint(layer.marks, key, text) for key, text in findings]
-    composed = None if args is None else Composed(args, layer.marks, ignored)
+    composed = None if args is None else Composed(args, layer.marks, ignored, named)
     bad_keys = [dotted_key(key) for key, text in findings if not text.startswith("unknown key ")]
     return Examined(composed, complaints, bad_keys)
 

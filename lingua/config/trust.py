@@ -3,8 +3,8 @@
 A config that came with weights (it lies beside or above them, or a command found it there) chooses among what is
 registered here. It runs no code that it names itself: `--trust`, `lingua.load(..., trust=True)` or LINGUA_TRUST=1 (for
 scripts; our own jobs and evaluators set it) allow that. What the command line names is the user's own choice. So is a
-run that this user's command started: the trainer notes its folder and the names of its code in the user's state folder,
-$XDG_STATE_HOME/lingua/trusted, which no download brings along.
+run that this user's command started: the trainer notes its folder, the configs that were named, and the names of its
+code in the user's state folder, $XDG_STATE_HOME/lingua/trusted, which no download brings along.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,11 +89,11 @@ def _holds_weights(folder: Path, depth: int) -> bool:
 # -- runs that the user has started --------------------------------------------------------------------------------
 
 
-def note_run(run_dir: Path, code: Mapping[str, Sequence[str]]) -> None:
-    """Note that the user runs this code in this folder."""
-    for name in {name for names in code.values() for name in names}:
+def note_run(run_dir: Path, code: Mapping[str, Sequence[str]], configs: Sequence[Path] = ()) -> None:
+    """Note that the user runs this code in this folder, and from these configs: weights may come to lie beside them."""
+    for place, name in product((run_dir, *configs), {name for names in code.values() for name in names}):
         try:
-            note = _note(run_dir, name)
+            note = _note(place, name)
             note.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             note.touch(mode=0o600)
         except (OSError, RuntimeError) as error:  # RuntimeError: no home
@@ -101,11 +102,11 @@ def note_run(run_dir: Path, code: Mapping[str, Sequence[str]]) -> None:
 
 def _is_noted(config: Path, name: str) -> bool:
     try:
-        return any(_note(folder, name).exists() for folder in config.absolute().parents[:2])
+        return any(_note(place, name).exists() for place in (config, *config.absolute().parents[:2]))
     except (OSError, RuntimeError):
         return False
 
 
-def _note(run_dir: Path, name: str) -> Path:
+def _note(place: Path, name: str) -> Path:
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return state / "lingua" / "trusted" / sha256(f"{run_dir.resolve()}\0{name}".encode()).hexdigest()
+    return state / "lingua" / "trusted" / sha256(f"{place.resolve()}\0{name}".encode()).hexdigest()

@@ -135,6 +135,11 @@ def _listen(place: RankInfo) -> socket.socket:
                     f"rank 0 cannot listen at {host}, MASTER_PORT {port}: {taken}; give all ranks another MASTER_PORT"
                 ) from None
         else:
+            if found and not address[0]:
+                log.warning(
+                    "MASTER_ADDR %s is not an address of this host, so rank 0 listens on all interfaces; unless a "
+                    "router leads here, set it to an address of this host", host,
+                )  # fmt: skip
             return listener
     raise RankError(f"rank 0 cannot listen at {host}:{port}; set MASTER_ADDR to an address of this host")
 

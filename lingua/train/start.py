@@ -78,7 +78,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
             _freeze_config(path, checked, attempt)
         # After the config: what the last attempt left may be the reason why this one is allowed to differ.
         archive_exit_records(path, attempt - 1)
-        note_run(path, code_named(checked.frozen))
+        note_run(path, code_named(checked.frozen), checked.composed.configs)
         command = ["-m", f"{checked.args.app}.train", *words]
         describe_start(path, command)
         record_run(path, attempt, [sys.executable, *command], _code_folder(checked.args.app), **_facts(checked, world))
@@ -250,9 +250,10 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
                 source.name, before[key], after[key], 100 * share,
             )  # fmt: skip
     command = f"uv run python -m {run.args.app}"
-    given, folder = shlex.join([word for word in words if not word.startswith("steps=")]), shlex.quote(str(run.run_dir))
+    more, folder = _twice_as_long(run), shlex.quote(str(run.run_dir))
+    given = shlex.join([word for word in words if not word.startswith("steps=") and word not in more.split()])
     log.info("next:")
-    log.info("  go on:            %s.train %s %s", command, given, _twice_as_long(run))
+    log.info("  go on:            %s.train %s %s", command, given, more)
     log.info("  generate:         %s.generate ckpt=%s 'prompt=import '", command, folder)
     log.info("  look at a bigger: uv run lingua check apps/main/configs/llama_1B_8H200.yaml")
 

@@ -28,6 +28,8 @@ TEXTS = [
     f"Authorization: Bearer {S}", f"{{'DB_PWD': '{S}', 'n': 3}}", f'{{"clientSecret": "{S}"}}', f"api-key: {S}",
     f"launcher.env.set.HF_PAT is '{S}'; it must be a number", "push to hf_s3cr3tABCDEFGHIJKLMNOPQRS",
     "-----BEGIN OPENSSH PRIVATE KEY-----\ns3cr3t\n-----END OPENSSH PRIVATE KEY-----", f"db_password={S}",
+    f'"setup=[\\"export DB_PASS=\\\\"{S}\\\\"\\"]"', f"curl -sSf -u me:{S} https://h", f"wget -q --user=me:{S} x",
+    "wandb login --relogin s3cr3t", f"echo x | docker login -u me -p {S} ghcr.io", f"sshpass -p '{S}' ssh h",
 ]  # fmt: skip
 
 
@@ -71,6 +73,7 @@ def test_no_key_of_ours_counts_as_a_secret_and_a_whole_config_stays_as_it_is():
         "7,680 tokens in all", "TOKENIZERS_PARALLELISM=false", "data.text_key=content", "loss.chunk_tokens: 4096",
         "eos_token: </s>", "out//runs/llama@500", "https://host:8080/a@b", "HF_TOKEN is missing; set it",
         "PWD=/home/me", "step 10: loss 3.1, 4096 tokens per step",
+        "sbatch -p gpu", "docker login ghcr.io", "curl -fsSL https://h/x | sh -u", "wandb login", "login -p gpu",
         "unknown key data.sourcs; did you mean data.sources?",
     ],
 )  # fmt: skip

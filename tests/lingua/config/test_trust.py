@@ -152,6 +152,15 @@ def test_a_run_that_the_user_started_is_trusted_with_its_code_where_it_was_start
         described(weights.with_name("downloaded") / "config.yaml")
 
 
+def test_a_config_that_the_user_trained_from_stays_trusted_with_its_code_beside_later_weights(weights: Path) -> None:
+    config, other = weights / "config.yaml", weights / "other.yaml"
+    other.write_text("plugins: [stranger]\n")
+    note_run(weights.parent / "run", {"plugins": ["stranger"]}, [config])
+    assert compose(str(config), [], [], TrainArgs).configs == [config]
+    with pytest.raises(ConfigError, match=r"other\.yaml came with weights"):
+        compose(str(other), [], [], TrainArgs)
+
+
 def test_a_folder_without_a_home_trusts_nothing_and_says_so(
     weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,7 +43,9 @@ def test_the_store_listens_at_the_address_that_is_used_and_at_no_other(port: int
     assert open_store(at(port, 1, host=host), 30).get("a") == b"b"
 
 
-def test_a_name_that_means_this_host_alone_is_not_what_other_nodes_look_for(port: int, monkeypatch: pytest.MonkeyPatch):
+def test_a_name_that_means_this_host_alone_is_not_what_other_nodes_look_for(
+    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     """Debian's 127.0.1.1. An address of a router, which no interface here has, is reached on all interfaces as well."""
     answers = {"node7": "127.0.1.1", "router": "192.0.2.1"}  # TEST-NET-1
     look_up = socket.getaddrinfo
@@ -55,6 +57,7 @@ def test_a_name_that_means_this_host_alone_is_not_what_other_nodes_look_for(port
     for host, local, everywhere in (("node7", 1, True), ("router", 1, True), ("node7", 2, False)):
         with lingua.distributed.meeting._listen(at(port, host=host, local=local)) as listener:
             assert (listener.getsockname()[0] == "0.0.0.0") == everywhere
+        assert (f"MASTER_ADDR {host} is not an address of this host, so" in caplog.text) == (host == "router")
 
 
 def test_a_port_that_is_taken_is_said_at_once(port: int):
