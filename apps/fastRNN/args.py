@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -94,27 +93,9 @@ class HawkArgs(RecurrentArgs):
         return std / self.depth_factor(name) if "rlgru_block" in name else std
 
 
-_TYPES = {"minGRU": "mingru", "minLSTM": "minlstm", "hawk": "hawk"}
-
-
 class TrainArgs(train.TrainArgs):
     """Everything a run is made of."""
 
     app: str = __package__ or "apps.fastRNN"
     """Package of the app that trains this run."""
-    model_type: Literal["minGRU", "minLSTM", "hawk"] | None = None
-    """Meta Lingua's spelling of model.type."""
     model: Annotated[SerializeAsAny[ModelArgs], part_of("model", MinGRUArgs)] = MinGRUArgs()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _older_spelling(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and tree.get("model_type") in _TYPES:
-            model = {"type": _TYPES[tree["model_type"]], **(tree.get("model") or {})}
-            return tree | {"model": model}
-        return tree
-
-    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
-        yield from super().conflicts(args)
-        if self.model_type is not None and self.model.type != _TYPES[self.model_type]:
-            yield "model_type", f"model_type is {self.model_type}, but model.type is {self.model.type}; drop model_type"

@@ -262,7 +262,6 @@ MOVED = {
     "slurm.override": "it belongs to the command that launches a run, not to the run",
     "slurm.config": "it belongs to the command that launches a run, not to the run",
     "slurm.stdout": "remove it: logs are in the run folder's logs/",
-    "model_type": "use model.type: mingru, minlstm or hawk",
     **{f"model.{name}": _AUNET for name in _OF_AUNET.split()},
     "data.regex": _AUNET,
     "model.tie_weights": "use model.weight_tying",
@@ -276,6 +275,9 @@ NO_EFFECT: dict[str, Any] = {
     "eval.wipe_ckpt": False,
     "eval.terminal_eval_wandb": False,
     "eval.harness.device": None,
+    "model.init_use_depth": False,
+    "model.loss_reduction": "mean",
+    "model.mask": "causal",
 }
 """Keys that are accepted and ignored, each with its old default. Older configs and Meta Lingua's contain them."""
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lingua.config.base import ConfigError
+from lingua.config.base import ConfigError, parts
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import compose
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.data import TokenizerArgs
+from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import found
+from lingua.config.yaml_layers import read_yaml
 from lingua.model import huggingface
 from lingua.model.tokenizer_json import SENTENCEPIECE_FILE, TOKENIZER_FILE
 from lingua.tokenizer import build_tokenizer
@@ -40,7 +42,23 @@ def described(config: Path, app: str = "") -> TrainArgs:
     schema = app_schema(app or choose_app(CommandLine(config=str(config))))
     if config.name == huggingface.CONFIG_FILE:
         return schema.model_validate(hugging_face_tree(config.parent, config.parent))
-    return compose(str(config), [], [], schema).args
+    return compose(str(config), [], _unnamed_family(config), schema).args
+
+
+def _unnamed_family(config: Path) -> list[str]:
+    """Return the override that names the family of a model.
+
+    Meta Lingua has a program for each family, whose config does not say which. It is the only one that knows the keys
+    which a Llama does not have; if there are several or none, the keys are left to be complained about.
+    """
+    tree = read_yaml(config).tree
+    model = tree.get("model")
+    if not isinstance(model, dict) or "type" in model or {"model_type", "app"} & tree.keys():
+        return []
+    families = {name: family.model_fields.keys() - LlamaArgs.model_fields for name, family in parts("model").items()}
+    own = model.keys() & {key for keys in families.values() for key in keys}
+    fitting = [name for name, keys in families.items() if own and own <= keys]
+    return [f"model.type={fitting[0]}"] if len(fitting) == 1 else []
 
 
 def hugging_face_tree(folder: Path, tokenizer_folder: Path) -> dict[str, Any]:

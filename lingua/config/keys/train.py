@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from lingua.config.base import Args, Part, Text, part_of
+from lingua.config.base import Args, Part, Text, part_of, parts, show
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.config.keys.data import DEFAULT_SEED, DataArgs
 from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
@@ -125,6 +125,20 @@ class TrainArgs(Args):
         does |= dict.fromkeys(self.stop_signals, "stop")
         does |= {name: chosen for name, chosen in self.signals if chosen is not None}
         return sorted(name for name, chosen in does.items() if chosen == action)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_type(cls, tree: Any) -> Any:
+        """Take Meta Lingua's spelling of model.type: `model_type: minGRU`."""
+        if not isinstance(tree, dict) or not isinstance(name := tree.get("model_type"), str):
+            return tree
+        if name.lower() not in (known := parts("model")):
+            raise ValueError(f"model_type is {show(name)}; use one of {', '.join(sorted(known))}, as model.type")
+        model = tree.get("model") or {}
+        if isinstance(model, dict) and model.get("type", name.lower()) != name.lower():
+            raise ValueError(f"model_type is {name}, but model.type is {model['type']}; remove model_type")
+        others = {key: value for key, value in tree.items() if key != "model_type"}
+        return others | ({"model": {"type": name.lower(), **model}} if isinstance(model, dict) else {})
 
     @model_validator(mode="after")
     def _profiling_signal(self) -> Self:

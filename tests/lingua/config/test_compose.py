@@ -367,7 +367,11 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ),
         ("model: {type: mamba2, n_groups: 0}", "run.yaml:1: model.n_groups is 0; it must be at least 1"),
         ("model: {type: hybrid, n_heads: 8, layers: []}", "run.yaml:1: model.layers is []"),
-        ("model_type: minGRU", "run.yaml:1: unknown key model_type: use model.type: mingru, minlstm or hawk"),
+        ("model_type: minRNN", "model_type is 'minRNN'; use one of hawk, hybrid,"),
+        (
+            "{model_type: minGRU, model: {type: hawk}}",
+            "model_type is minGRU, but model.type is hawk; remove model_type",
+        ),
         (
             "model: {n_heads: 8, n_future_head: 3}",
             "run.yaml:1: unknown key model.n_future_head for this model.type; it is a key of model.type mtp",
