@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import apps.fastRNN.args
+import apps.main.args
 from lingua.checkpoint.load_weights import load_weights
 from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.model import DecoderArgs
@@ -144,6 +146,15 @@ def test_generate_takes_such_a_folder_and_what_is_exported_of_it(family: str, tm
     ]
     assert [code for code, _, _ in said] == [0, 0], said
     assert said[0][1] == said[1][1]
+
+
+@pytest.mark.parametrize(("given", "chosen"), [("minLSTM", "minlstm"), ("hawk", "hawk"), (None, "mingru")])
+def test_every_app_takes_model_type_and_keeps_model_type_alone(given: str | None, chosen: str) -> None:
+    for schema in (apps.main.args.TrainArgs, apps.fastRNN.args.TrainArgs):
+        tree = {"model": {"type": chosen} if given is None else {"dim": 32}, "model_type": given}
+        args = schema.model_validate(tree)
+        assert args.model.type == chosen
+        assert "model_type" not in args.model_dump()
 
 
 def test_keys_that_several_families_have_name_none(tmp_path: Path) -> None:

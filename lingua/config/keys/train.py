@@ -130,14 +130,16 @@ class TrainArgs(Args):
     @classmethod
     def _model_type(cls, tree: Any) -> Any:
         """Take Meta Lingua's spelling of model.type: `model_type: minGRU`."""
-        if not isinstance(tree, dict) or not isinstance(name := tree.get("model_type"), str):
+        if not isinstance(tree, dict) or not isinstance(name := tree.get("model_type", 0), str | None):
             return tree
+        others = {key: value for key, value in tree.items() if key != "model_type"}
+        if name is None:  # frozen by an app that had the key
+            return others
         if name.lower() not in (known := parts("model")):
             raise ValueError(f"model_type is {show(name)}; use one of {', '.join(sorted(known))}, as model.type")
         model = tree.get("model") or {}
         if isinstance(model, dict) and model.get("type", name.lower()) != name.lower():
             raise ValueError(f"model_type is {name}, but model.type is {model['type']}; remove model_type")
-        others = {key: value for key, value in tree.items() if key != "model_type"}
         return others | ({"model": {"type": name.lower(), **model}} if isinstance(model, dict) else {})
 
     @model_validator(mode="after")
