@@ -38,7 +38,7 @@ from lingua.config.base import (
     unknown_key,
 )
 from lingua.config.keys.eval import EvalArgs
-from lingua.config.trust import DEFAULT_APP, check_code
+from lingua.config.trust import SHIPPED_APPS, check_code
 from lingua.config.yaml_layers import (
     COMMAND_LINE,
     DEFAULT,
@@ -173,7 +173,7 @@ def code_named(tree: Mapping[str, Any], marks: Mapping[Key, Origin] | None = Non
 
 
 def _code(tree: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
-    if tree.get("app") not in (None, DEFAULT_APP):
+    if tree.get("app") not in (None, *SHIPPED_APPS):
         yield ("app",), tree["app"]
     for outer, section in ((), tree), (("eval",), tree.get("eval")):
         for key, value in leaves(section) if isinstance(section, dict) else ():

@@ -22,7 +22,8 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 
 DEFAULT_APP = "apps.main"
-"""The app that needs no trust."""
+SHIPPED_APPS = (DEFAULT_APP, "apps.fastRNN", "apps.mamba", "apps.mtp", "apps.xlstm")
+"""Apps of this repository, which need no trust."""
 VARIABLE = "LINGUA_TRUST"
 CONFIG = "config.yaml"
 _WEIGHTS = {".safetensors", ".distcp", ".pth", ".pt", ".ckpt", ".bin"}

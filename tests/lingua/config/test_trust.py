@@ -17,7 +17,7 @@ from lingua.config.command_line import choose_app, parse_command_line
 from lingua.config.compose import code_named, compose
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.config.trust import VARIABLE, found, note_run, trusting
+from lingua.config.trust import SHIPPED_APPS, VARIABLE, found, note_run, trusting
 from lingua.files import RunError
 from lingua.train.describe import described
 from tests.cli import Lingua
@@ -120,6 +120,14 @@ def test_a_config_above_the_weights_came_with_them(weights: Path, place: str) ->
     (weights / "inner.yaml").write_text("plugins: [stranger]\n")
     with pytest.raises(ConfigError, match="plugins: stranger"):
         product.load(weights.parent / place)
+
+
+def test_apps_of_the_repository_need_no_trust(weights: Path) -> None:
+    shipped = {f"apps.{file.parent.name}" for file in ROOT.glob("apps/*/args.py")}
+    assert shipped == set(SHIPPED_APPS)
+    for app in SHIPPED_APPS:
+        (weights / "config.yaml").write_text(f"app: {app}\n")
+        assert choose_app(parse_command_line([str(weights / "config.yaml")])) == app
 
 
 def test_ones_own_config_may_use_plugins(weights: Path) -> None:
