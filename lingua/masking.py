@@ -50,7 +50,7 @@ _TYPED = re.compile(
     r"(\b(?:curl|wget)\s(?:[^\n;|&]{0,300}?\s)?(?:-u|--user)[ =]?[\"']?|\bwandb login (?:-\S+ )*"
     r"|\b(?:sshpass|(?:docker|podman) login)\s(?:[^\n;|&]{0,300}?\s)?-p ?[\"']?)[^\s\"'-][^\s\"']*"
 )
-_NOTHING = ("", "null", "none", "true", "false", MASK)
+_NOTHING = ("", "null", "none", "true", "false", "value", "...", MASK)
 _FORMS = re.compile(
     r"(?<=bearer )[\w.~+/=-]{6,}|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END|\Z)"
     r"|\b(?:hf_[a-z0-9]{20,}|gh[pousr]_\w{16,}|github_pat_\w{10,}|glpat-[\w-]{10,}|pypi-[\w-]{16,}|sk-[\w-]{16,}"

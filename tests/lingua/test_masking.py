@@ -72,7 +72,7 @@ def test_no_key_of_ours_counts_as_a_secret_and_a_whole_config_stays_as_it_is():
     [
         "7,680 tokens in all", "TOKENIZERS_PARALLELISM=false", "data.text_key=content", "loss.chunk_tokens: 4096",
         "eos_token: </s>", "out//runs/llama@500", "https://host:8080/a@b", "HF_TOKEN is missing; set it",
-        "PWD=/home/me", "step 10: loss 3.1, 4096 tokens per step",
+        "PWD=/home/me", "write KEY=VALUE", "step 10: loss 3.1, 4096 tokens per step",
         "sbatch -p gpu", "docker login ghcr.io", "curl -fsSL https://h/x | sh -u", "wandb login", "login -p gpu",
         "unknown key data.sourcs; did you mean data.sources?",
     ],

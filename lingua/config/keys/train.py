@@ -166,8 +166,10 @@ class TrainArgs(Args):
                 raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")
             if re.search(r"\$[\w{]", self.name):  # the frozen dump_dir would be expanded, as every path is
                 raise ValueError(f"name is {self.name!r}; a run folder cannot hold a $, so remove it or set dump_dir")
-            if ".." in PurePath(self.name).parts or self.name.startswith("/"):
-                raise ValueError(f"name is {self.name!r}, which leaves dump_base; choose a plain name, or set dump_dir")
+            path = PurePath(self.name)
+            if not path.parts or path.is_absolute() or ".." in path.parts:
+                text = f"name is {self.name!r}, which is not a folder below dump_base"
+                raise ValueError(f"{text}; choose a plain name, or set dump_dir")
             object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
         return self
 
