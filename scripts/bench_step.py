@@ -18,7 +18,6 @@ outlast --budget-s, and the table names what was left out. The cases:
 
 `mfu_causal_halved` counts 6 L H Q S for attention; `share_of_matmul` compares with an 8192^3 bf16 product measured in
 the same run. The peak is the data sheet's (lingua/run/throughput.py); a device without one, such as a CPU, has no MFU.
-A missed goal is reported and is not a failure: people judge the figures.
 """
 
 from __future__ import annotations
