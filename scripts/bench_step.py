@@ -1,12 +1,15 @@
 """How fast one device trains: our updates against a plain `transformers` loop, and the real trainer.
 
     uv run python scripts/bench_step.py                      # this CPU: debug and a 30M model, ours and transformers
+    uv run python scripts/bench_step.py --suite families     # this CPU: every model family at 1M and 5M parameters
     bash scripts/bench_gpu.sh                                # one GPU, in under ten minutes: everything below
     uv run python scripts/bench_step.py --suite gpu --list   # names the cases; --only NAME ... runs some of them
 
-Suite `cpu`: both models in one process, taking turns; `over_transformers` is the ratio of the medians. Suite `gpu`:
-each case runs in a forked process, so torch is imported once. The most wanted come first, none begins that would
-outlast --budget-s, and the table names what was left out. The cases:
+Suite `cpu`: both models in one process, taking turns; `over_transformers` is the ratio of the medians. Suite `families`
+does the same against transformers' model of that kind, where it has one, and our Llama of that size (`over_llama`), and
+measures cached generation of one row at two positions, in tokens/s. Suite `gpu`: each case runs in a forked process, so
+torch is imported once. The most wanted come first, none begins that would outlast --budget-s, and the table names what
+was left out. The cases:
 
     attention ...      forward and backward of each kernel that runs here, on whole rows and on documents in them
     <model> ...        whole updates (forward, backward, clip, AdamW) on random tokens: tokens/s, MFU, memory, power
@@ -26,6 +29,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -55,7 +59,7 @@ from bench_kernels import (
 
 from lingua.config.base import build_part
 from lingua.config.command_line import parse_command_line, run_main
-from lingua.config.keys.model import LlamaArgs
+from lingua.config.keys.model import LlamaArgs, ModelArgs
 from lingua.console import show_table
 from lingua.distributed.compile import let_length_vary
 from lingua.distributed.parallelize import forward_precision, set_matmul_precision
@@ -63,11 +67,13 @@ from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import World
 from lingua.files import RunError
 from lingua.model.attention import RowDocuments
-from lingua.model.huggingface import Llama
+from lingua.model.context import Cache
+from lingua.model.huggingface import translation_of
 from lingua.optim.update import grad_norm_and_clip_coef, optimizer_step
 from lingua.run.metrics import read_metrics
 from lingua.train.build import build_loss, build_model, make_deterministic
 from lingua.train.check import Checked, load
+from lingua.train.sizes import Resolved
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "apps" / "main" / "configs"
@@ -90,6 +96,8 @@ class Case:
     seq_len: int = 2048
     batches: tuple[int, ...] = (8, 4, 2, 1)
     transformers: bool = False
+    rivals: tuple[Case, ...] = ()
+    """What takes turns with it on a CPU; `over_<first word of the name>` is the ratio of the tokens/s."""
 
 
 FULL = "distributed.full_activation_checkpointing=true"
@@ -113,10 +121,48 @@ GPU_CASES = (
     Case("1B documents flash_attn 2048", "llama_1B", (DOCUMENTS, "model.attn_impl=flash_attn")),
 )
 EAGER = ("distributed.compile=false", "distributed.model_dtype=fp32")
-CPU_CASES = (
-    Case("debug", "dim=256 n_layers=6 n_heads=4 vocab_size=258", EAGER, seq_len=256, batches=(4,)),
-    Case("30M", "dim=512 n_layers=8 n_heads=8 vocab_size=8192", EAGER, seq_len=256, batches=(2,)),
+
+
+def beside_theirs(case: Case) -> Case:
+    """The case with transformers' model as a rival."""
+    theirs = replace(case, name=f"transformers {case.name}", transformers=True)
+    return replace(case, rivals=(theirs, *case.rivals))
+
+
+CPU_CASES = tuple(
+    map(
+        beside_theirs,
+        (
+            Case("debug", "dim=256 n_layers=6 n_heads=4 vocab_size=258", EAGER, seq_len=256, batches=(4,)),
+            Case("30M", "dim=512 n_layers=8 n_heads=8 vocab_size=8192", EAGER, seq_len=256, batches=(2,)),
+        ),
+    )
 )
+MAMBA = "type=mamba2 conv_size=4 conv_bias=true dt_bias=true ssm_chunk_size=64"  # what transformers' has, too
+FAMILIES: dict[str, tuple[str, str]] = {  # keys at about 1M parameters, and at about 5M
+    "llama": ("n_layers=4 n_heads=4", "n_layers=6 n_heads=4"),
+    "mamba2": (f"{MAMBA} n_layers=9 n_heads=8 state_dim=32", f"{MAMBA} n_layers=12 n_heads=8 state_dim=64"),
+    "mingru": ("type=mingru conv_size=4 n_layers=8", "type=mingru conv_size=4 n_layers=10"),
+    "minlstm": ("type=minlstm conv_size=4 n_layers=6", "type=minlstm conv_size=4 n_layers=8"),
+    "hawk": ("type=hawk conv_size=4 n_layers=3 multiple_of=64", "type=hawk conv_size=4 n_layers=4 multiple_of=64"),
+    "mlstm": ("type=mlstm n_layers=5", "type=mlstm n_layers=6"),
+    "mtp": ("type=mtp n_layers=4 n_heads=4 n_future_head=3", "type=mtp n_layers=6 n_heads=4 n_future_head=3"),
+}
+
+
+def family_cases(tiny: bool = False) -> list[Case]:
+    """Every family at both sizes; `tiny`: at one for which a CPU needs seconds."""
+    found: list[Case] = []
+    for at, (size, dim) in enumerate({"1M": 128, "5M": 256}.items()):
+        llama: tuple[Case, ...] = ()
+        for name, keys in FAMILIES.items():
+            words = EAGER + (("data.n_views=4",) if name == "mtp" else ())
+            model = re.sub("n_layers=[0-9]+", "n_layers=2", keys[at]) if tiny else keys[at]
+            model += f" dim={32 if tiny else dim} vocab_size=258"
+            case = Case(f"{name} {size}", model, words, 64 if tiny else 256, (2,) if tiny else (4,), rivals=llama)
+            llama = llama or (case,)
+            found.append(beside_theirs(case) if name in ("llama", "mamba2", "mlstm") else case)
+    return found
 
 
 def in_small(case: Case) -> Case:
@@ -183,6 +229,8 @@ class Trainer:
         precision = forward_precision(model, args.distributed, self._device)
         parameters = list(model.parameters())
         tokens, labels = self._rows
+        if args.model.n_labels > 1:
+            labels = labels.expand(args.model.n_labels, *labels.shape)
 
         def step() -> None:
             with precision:
@@ -195,16 +243,14 @@ class Trainer:
         return step
 
     def _theirs(self) -> Callable[[], object]:
-        """transformers' Llama of the same shape, fp32 parameters, its own initial values."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        args, tokens, shape = self.args, self._rows[0], self.args.model
-        assert isinstance(shape, LlamaArgs)
-        size = {"vocab_size": self.size.vocab_size, "max_seqlen": self.size.seq_len}
-        config = LlamaConfig(**Llama().config_json(shape, **size, dtype="float32", special={}))
+        """transformers' model of the same shape, fp32 parameters, its own initial values."""
+        args, tokens = self.args, self._rows[0]
         with self._device:
-            model: Any = LlamaForCausalLM(config)
+            model = their_model(args.model, self.size)
         model.train()
+        ours = args.model.model_copy(update={"vocab_size": self.size.vocab_size}).n_params()
+        if (theirs := sum(parameter.numel() for parameter in model.parameters())) != ours:
+            raise RunError(f"transformers' {type(model).__name__} has {theirs:,} parameters, and ours has {ours:,}")
         if args.distributed.compile:
             model = torch.compile(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.optim.lr, fused=True)
@@ -219,6 +265,42 @@ class Trainer:
             optimizer.zero_grad()
 
         return step
+
+
+def their_model(model: ModelArgs, size: Resolved) -> Any:
+    """transformers' model of the same shape."""
+    import transformers
+
+    translation = translation_of(model)
+    assert translation is not None
+    sizes = {"vocab_size": size.vocab_size, "max_seqlen": size.seq_len}
+    theirs = translation.config_json(model, **sizes, dtype="float32", special={})
+    if model.type == "mlstm":  # it trains in this mode only
+        theirs |= {"mode": "train", "return_last_states": True, "use_cache": False}
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**theirs))
+
+
+@torch.no_grad()
+def generation_rates(case: Case, positions: Sequence[int], repeats: int) -> dict[str, float]:
+    """Tokens/s of cached generation, one row, after prompts of so many tokens."""
+    found = checked(case, 1)
+    end = max(positions) + repeats
+    size = replace(found.resolved, max_seqlen=max(end, found.resolved.max_seqlen))
+    model = build_model(found.args, size, World(RankInfo(), torch.device("cpu"), mesh=None)).eval()
+    cache, at, rates_at = Cache(n_slots=end), 0, {}
+
+    def go(n_tokens: int) -> None:
+        nonlocal at
+        cache.end = at + n_tokens
+        tokens = torch.randint(0, size.vocab_size, (1, n_tokens))
+        model(tokens, cache=cache, positions=torch.arange(at, at + n_tokens)[None], select=torch.tensor([n_tokens - 1]))
+        at += n_tokens
+
+    for position in positions:
+        while at < position:
+            go(min(500, position - at))
+        rates_at[f"generated_at_{position}"] = 1 / statistics.median(timed(partial(go, 1))[0] for _ in range(repeats))
+    return rates_at
 
 
 def rates(case: Case, batch: int, times_s: Sequence[float], trainer: Trainer, peaks: Mapping[str, float]) -> dict:
@@ -402,28 +484,39 @@ def goals(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return judged
 
 
-def cpu_suite(names: Sequence[str], rounds: int, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Ours and transformers' take turns, `steps` updates each; then the real trainer."""
+def cpu_suite(
+    cases: Sequence[Case],
+    rounds: int,
+    steps: int,
+    say: Callable[[str], None],
+    with_loop: bool = False,
+    positions: Sequence[int] = (),
+) -> dict[str, Any]:
+    """A case and its rivals take turns, `steps` updates each; then generation at `positions`, and the real trainer."""
     device = torch.device("cpu")
     facts = device_facts(device)
     found: dict[str, Any] = {}
-    for case in CPU_CASES:
-        if names and case.name not in names:
-            continue
+    for case in cases:
         say(case.name)
-        batch = case.batches[0]
-        both = [Trainer(each, batch, device) for each in (case, replace(case, transformers=True))]
-        times_s: list[list[float]] = [[], []]
+        batch, group = case.batches[0], (case, *case.rivals)
+        trainers = [Trainer(each, batch, device) for each in group]
+        times_s: list[list[float]] = [[] for _ in group]
         for turn in range(rounds + 1):
-            for mine, trainer in zip(times_s, both, strict=True):
+            for mine, trainer in zip(times_s, trainers, strict=True):
                 taken = step_seconds(trainer.step, device, steps, 0)
                 mine += taken if turn else []  # the first round warms up
-        ours, theirs = (
-            rates(case, batch, mine, trainer, facts["peaks"]) for mine, trainer in zip(times_s, both, strict=True)
-        )
-        found[case.name] = ours | {"over_transformers": ours["tokens_per_s"] / theirs["tokens_per_s"]}
-        found[f"transformers {case.name}"] = theirs
-    if not names or LOOP in names:
+        measured = [
+            rates(each, batch, *those, facts["peaks"]) for each, *those in zip(group, times_s, trainers, strict=True)
+        ]
+        ours = measured[0]
+        for rival, theirs in zip(case.rivals, measured[1:], strict=True):
+            ours[f"over_{rival.name.split()[0]}"] = ours["tokens_per_s"] / theirs["tokens_per_s"]
+            if rival.transformers:
+                found[rival.name] = theirs
+        if positions:
+            ours |= generation_rates(case, positions, rounds * steps)
+        found[case.name] = ours
+    if with_loop:
         say(LOOP)
         with tempfile.TemporaryDirectory(prefix="lingua-bench-") as folder:
             found[LOOP] = measure_loop(CPU_CASES[0], Path(folder), "shm", 2 * SAVE_EVERY)
@@ -432,7 +525,8 @@ def cpu_suite(names: Sequence[str], rounds: int, steps: int, say: Callable[[str]
 
 # -- output ----------------------------------------------------------------------------------------------------------
 
-UPDATES = ("batch_size", "step_s", "tokens_per_s", "mfu", "mfu_causal_halved", "share_of_matmul", "over_transformers")
+UPDATES = ("n_params", "batch_size", "step_s", "tokens_per_s", "mfu", "mfu_causal_halved", "share_of_matmul")
+RATIOS = ("over_transformers", "over_llama", *(f"generated_at_{n}" for n in (10, 20, 100, 10_000)))
 DEVICE = ("peak_memory_gib", "power_w", "first_step_s", "attention", "error")
 LOOPS = ("start_to_step_1_s", "step_s", "tokens_per_s", "outside_share", "step_s_beside_save", "slowdown")
 KERNELS = ("tflops", "mask_ms", "error")
@@ -447,7 +541,8 @@ def show(result: Mapping[str, Any]) -> None:
     loops = {name: found for name, found in cases.items() if name.startswith("loop")}
     kernels = {name: found for name, found in cases.items() if name.startswith("attention")}
     updates = {name: found for name, found in cases.items() if name not in {*loops, *kernels}}
-    tables = [("updates", updates, UPDATES), ("", updates, DEVICE), ("real trainer", loops, LOOPS), ("", loops, SAVES)]
+    tables = [("updates", updates, UPDATES), ("", updates, RATIOS), ("", updates, DEVICE)]
+    tables += [("real trainer", loops, LOOPS), ("", loops, SAVES)]
     for title, some, wanted in [*tables, *((name, found, KERNELS) for name, found in kernels.items())]:
         columns = [column for column in wanted if any(found.get(column) is not None for found in some.values())]
         if columns:
@@ -464,17 +559,19 @@ def show(result: Mapping[str, Any]) -> None:
 
 def main(words: list[str]) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--suite", choices=("cpu", "families", "gpu"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these cases only")
     parser.add_argument("--list", action="store_true", help="name the cases of the suite")
     parser.add_argument("--budget-s", type=float, default=570.0, help="gpu: begin nothing that would take longer (570)")
-    parser.add_argument("--steps", type=int, default=20, help="updates timed (20); cpu: in each round")
-    parser.add_argument("--rounds", type=int, default=5, help="cpu: turns of each (5)")
-    parser.add_argument("--tiny", action="store_true", help="gpu: tiny models, to see that it runs, also on a CPU")
+    parser.add_argument("--steps", type=int, default=20, help="updates timed (20); on a CPU: in each round")
+    parser.add_argument("--rounds", type=int, default=5, help="on a CPU: turns of each (5)")
+    parser.add_argument("--tiny", action="store_true", help="gpu, families: tiny models, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the JSON object there, too")
     options = parser.parse_args(words)
-    on_cpu = options.suite == "cpu"
-    known = [*(c.name for c in CPU_CASES), LOOP] if on_cpu else [p.name for p in gpu_plan(options.tiny, options.steps)]
+    families = options.suite == "families"
+    cases = family_cases(options.tiny) if families else CPU_CASES if options.suite == "cpu" else ()
+    planned = [p.name for p in gpu_plan(options.tiny, options.steps)]
+    known = [*(case.name for case in cases), *(() if families else (LOOP,))] if cases else planned
     if options.list:
         print("\n".join(known))
         return 0
@@ -483,8 +580,11 @@ def main(words: list[str]) -> int:
     if options.steps < 2:
         parser.error(f"--steps {options.steps} gives no spread; at least 2")
     say = partial(print, file=sys.stderr, flush=True)
-    if on_cpu:
-        result = cpu_suite(options.only, options.rounds, options.steps, say)
+    if cases:
+        chosen = [case for case in cases if not options.only or case.name in options.only]
+        positions = ((10, 20) if options.tiny else (100, 10_000)) if families else ()
+        with_loop = not families and (not options.only or LOOP in options.only)
+        result = cpu_suite(chosen, options.rounds, options.steps, say, with_loop, positions)
     else:
         result = gpu_suite(options.only, options.tiny, options.budget_s, options.steps, say)
     if options.out:

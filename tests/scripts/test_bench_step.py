@@ -24,6 +24,24 @@ def test_every_case_is_a_config_that_may_start() -> None:
     assert found == pytest.approx([1.81e9, 7.53e9, 494e6], rel=5e-3)
 
 
+def test_families_are_compared_at_equal_size_and_with_transformers_where_it_has_them() -> None:
+    cases = bench.family_cases()
+    sizes = {case.name: bench.checked(case, 4).resolved.n_params for case in cases}
+    for name, n_params in sizes.items():
+        assert n_params == pytest.approx(sizes[f"llama {name.split()[1]}"], rel=0.15)
+    rivals = {case.name: [rival.name for rival in case.rivals] for case in cases}
+    assert rivals["hawk 1M"] == ["llama 1M"]
+    assert rivals["mamba2 5M"] == ["transformers mamba2 5M", "llama 5M"]
+
+
+@pytest.mark.parametrize("case", bench.family_cases(tiny=True)[:7], ids=lambda case: case.name)
+def test_every_family_is_measured_beside_its_rivals(case: Any) -> None:
+    found = bench.cpu_suite([case], 1, 2, lambda what: None, positions=(10, 20))["cases"]
+    for rival in case.rivals:
+        assert found[case.name][f"over_{rival.name.split()[0]}"] > 0
+    assert found[case.name]["generated_at_20"] > 0
+
+
 @pytest.mark.parametrize(
     ("found", "met"),
     [
