@@ -59,7 +59,7 @@ from bench_kernels import (
 
 from lingua.config.base import build_part
 from lingua.config.command_line import parse_command_line, run_main
-from lingua.config.keys.model import LlamaArgs, ModelArgs
+from lingua.config.keys.model import LlamaArgs
 from lingua.console import show_table
 from lingua.distributed.compile import let_length_vary
 from lingua.distributed.parallelize import forward_precision, set_matmul_precision
@@ -267,7 +267,7 @@ class Trainer:
         return step
 
 
-def their_model(model: ModelArgs, size: Resolved) -> Any:
+def their_model(model: Any, size: Resolved) -> Any:
     """transformers' model of the same shape."""
     import transformers
 
@@ -506,7 +506,8 @@ def cpu_suite(
                 taken = step_seconds(trainer.step, device, steps, 0)
                 mine += taken if turn else []  # the first round warms up
         measured = [
-            rates(each, batch, *those, facts["peaks"]) for each, *those in zip(group, times_s, trainers, strict=True)
+            rates(each, batch, mine, trainer, facts["peaks"])
+            for each, mine, trainer in zip(group, times_s, trainers, strict=True)
         ]
         ours = measured[0]
         for rival, theirs in zip(case.rivals, measured[1:], strict=True):
