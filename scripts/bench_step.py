@@ -246,7 +246,7 @@ class Trainer:
         """transformers' model of the same shape, fp32 parameters, its own initial values."""
         args, tokens = self.args, self._rows[0]
         with self._device:
-            model = their_model(args.model, self.size)
+            model: Any = their_model(args.model, self.size)
         model.train()
         ours = args.model.model_copy(update={"vocab_size": self.size.vocab_size}).n_params()
         if (theirs := sum(parameter.numel() for parameter in model.parameters())) != ours:

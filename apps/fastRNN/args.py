@@ -8,11 +8,13 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from lingua.config.base import PositiveInt, part_of, register
 from lingua.config.keys import train
-from lingua.config.keys.model import DecoderArgs, ModelArgs, rounded_width
+from lingua.config.keys.model import KernelArgs, ModelArgs, rounded_width
 
 
-class RecurrentArgs(DecoderArgs):
+class RecurrentArgs(KernelArgs):
     """Keys that the three share."""
+
+    kernels: ClassVar[tuple[str, ...]] = ("fla",)
 
     n_heads: PositiveInt = 1
     """Heads; they say how gates are laid out (minLSTM) or shared (Hawk), and must divide the hidden width."""
@@ -22,6 +24,9 @@ class RecurrentArgs(DecoderArgs):
     """Stretches the derived hidden width; for Hawk that of its feed-forward layer."""
     conv_size: Annotated[int, Field(ge=2, le=4)] | None = None
     """Taps of the convolution over positions before the gates (Hawk: before the recurrence). Null: none."""
+    kernel: Literal["auto", "torch", "fla"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What computes the recurrence; what is named is used, or refused with the reason. auto: on a GPU a package that is
+    installed and fits, else torch."""
 
     @property
     def width(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lingua.model.context import ForwardContext
+from lingua.model.kernels import kernel_of, linear_scan_by_fla
 from lingua.model.recurrence import causal_conv, linear_scan
 from lingua.model.transformer import FeedForward, build_norm
 
@@ -54,7 +55,7 @@ class Recurrence(nn.Module):
         if ctx.real is not None:
             a = a.masked_fill(~ctx.real.unsqueeze(-1), 1.0)
             b = b.masked_fill(~ctx.real.unsqueeze(-1), 0.0)
-        states = linear_scan(a, b, state)
+        states = linear_scan_by_fla(a, b, state) if kernel_of(self.args, a, ctx) == "fla" else linear_scan(a, b, state)
         ctx.keep(self.layer, conv_state, states[:, -1])
         return states
 

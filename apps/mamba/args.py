@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from lingua.config.base import Args, PositiveInt, part_of, register
 from lingua.config.keys import train
-from lingua.config.keys.model import DecoderArgs, ModelArgs, rounded_width
+from lingua.config.keys.model import KernelArgs, ModelArgs, rounded_width
 
 
 class InitArgs(Args):
@@ -28,12 +28,13 @@ class InitArgs(Args):
 
 
 @register("model", "mamba2")
-class Mamba2Args(DecoderArgs):
+class Mamba2Args(KernelArgs):
     """Mamba-2 (arXiv 2405.21060): blocks of state space duality, without feed-forward layers."""
 
     block: ClassVar[str] = "apps.mamba.mamba:MambaBlock"
     hugging_face: ClassVar[str] = "apps.mamba.huggingface:Mamba2"
     residual_outputs: ClassVar[tuple[str, ...]] = ("ssm.out_proj.weight",)
+    kernels: ClassVar[tuple[str, ...]] = ("mamba_ssm", "fla")
 
     type: Literal["mamba2"] = "mamba2"
     n_heads: PositiveInt = 8
@@ -61,6 +62,9 @@ class Mamba2Args(DecoderArgs):
     ssm_chunk_size: PositiveInt = 256
     """Positions that are computed at once; changes memory and speed, not the function."""
     init_args: InitArgs = InitArgs()
+    kernel: Literal["auto", "torch", "mamba_ssm", "fla"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What computes the recurrence; what is named is used, or refused with the reason. auto: on a GPU a package that is
+    installed and fits, else torch."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:

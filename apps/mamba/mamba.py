@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lingua.model.context import ForwardContext
+from lingua.model.kernels import decayed_attention_by_fla, kernel_of, state_space_by_mamba_ssm
 from lingua.model.recurrence import causal_conv, decayed_attention
 from lingua.model.transformer import RMSNorm, build_norm
 
@@ -76,11 +77,16 @@ class SSM(nn.Module):
         self, x: Tensor, keys: Tensor, queries: Tensor, dt: Tensor, ctx: ForwardContext, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return (C S, (B, S, H, P) in fp32; the state after the last position, (B, H, N, P))."""
-        log_decay = -self.A_log.float().exp() * dt
+        a = -self.A_log.float().exp()
         if state is None and self.init_states is not None:
             state = self.init_states.float().transpose(-1, -2).expand(len(x), -1, -1, -1)
-        chunk = self.args.ssm_chunk_size
-        return decayed_attention(queries, keys, x.float() * dt.unsqueeze(-1), log_decay, ctx.starts, state, chunk)
+        kernel, chunk = kernel_of(self.args, x, ctx), self.args.ssm_chunk_size
+        if kernel == "mamba_ssm":
+            return state_space_by_mamba_ssm(x, dt, a, keys, queries, ctx.starts, state, chunk)
+        values, log_decay = x.float() * dt.unsqueeze(-1), a * dt
+        if kernel == "fla":
+            return decayed_attention_by_fla(queries, keys, values, log_decay, ctx.starts, state)
+        return decayed_attention(queries, keys, values, log_decay, ctx.starts, state, chunk)
 
 
 class MambaBlock(nn.Module):

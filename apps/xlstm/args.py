@@ -8,15 +8,16 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from lingua.config.base import PositiveInt, part_of, register
 from lingua.config.keys import train
-from lingua.config.keys.model import DecoderArgs, ModelArgs
+from lingua.config.keys.model import KernelArgs, ModelArgs
 
 
 @register("model", "mlstm")
-class MLSTMArgs(DecoderArgs):
+class MLSTMArgs(KernelArgs):
     """mLSTM and a feed-forward layer per block; keys beyond ours have xlstm's names."""
 
     block: ClassVar[str] = "apps.xlstm.mlstm:MLSTMBlock"
     hugging_face: ClassVar[str] = "apps.xlstm.huggingface:XLSTM"
+    kernels: ClassVar[tuple[str, ...]] = ("mlstm_kernels",)
 
     type: Literal["mlstm"] = "mlstm"
     n_heads: PositiveInt = 4
@@ -40,6 +41,9 @@ class MLSTMArgs(DecoderArgs):
     chunk_size: PositiveInt = 64
     """Positions that are computed at once; changes memory and speed, not the function."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    kernel: Literal["auto", "torch", "mlstm_kernels"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What computes the recurrence; what is named is used, or refused with the reason. auto: on a GPU a package that is
+    installed and fits, else torch."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -47,6 +51,18 @@ class MLSTMArgs(DecoderArgs):
             if width < 1 or width % self.n_heads:
                 raise ValueError(f"{name} * dim is {width}, not a multiple of n_heads {self.n_heads}; change one")
         return self
+
+    def kernel_unfit(self, kernel: str, device_type: str, *, documents: bool, deterministic: bool) -> str | None:
+        unfit = super().kernel_unfit(kernel, device_type, documents=documents, deterministic=deterministic)
+        if unfit or kernel == "torch":
+            return unfit
+        if documents:
+            return "it cannot reset its memory where a document begins (data.doc_mask)"
+        sizes = {"a head's keys": self.qk_width // self.n_heads, "a head's values": self.v_width // self.n_heads}
+        for what, size in (sizes | {"model.chunk_size": self.chunk_size}).items():
+            if size < 16 or size & (size - 1):
+                return f"it needs powers of two from 16 on, and {what} is {size}"
+        return None
 
     @property
     def logit_soft_cap(self) -> float | None:

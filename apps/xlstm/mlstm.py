@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lingua.model.context import ForwardContext
+from lingua.model.kernels import kernel_of, mlstm_by_kernels
 from lingua.model.recurrence import mlstm
 from lingua.model.transformer import build_norm
 
@@ -75,9 +76,12 @@ class MLSTM(nn.Module):
             padded = ~ctx.real.unsqueeze(-1)
             input_gate = input_gate.masked_fill(padded, float("-inf"))
             forget_gate = forget_gate.masked_fill(padded, float("inf"))
-        state = ctx.state(self.layer)
-        h, state = mlstm(q, k, v, input_gate, forget_gate, ctx.starts, state, self.args.chunk_size)
-        ctx.keep(self.layer, *state)
+        chunk = self.args.chunk_size
+        if ctx.cache is None and kernel_of(self.args, x, ctx) == "mlstm_kernels":  # cached passes are short, or padded
+            h = mlstm_by_kernels(q, k, v, input_gate, forget_gate, chunk)
+        else:
+            h, state = mlstm(q, k, v, input_gate, forget_gate, ctx.starts, ctx.state(self.layer), chunk)
+            ctx.keep(self.layer, *state)
         gate = self.ogate_preact(x).sigmoid()
         return self.out_proj(gate * self.multihead_norm(h).type_as(x))
 

@@ -60,6 +60,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("model.max_seqlen", "free"),  # no parameter depends on it
     ("model.seed", "free"),  # the weights exist already
     ("model.attn_impl", "free"),  # another kernel for the same function
+    ("model.kernel", "free"),
+    ("model.blocks.*.kernel", "free"),
     ("model", "refuse"),
     ("optim.type", "refuse"),
     # The order of rows.

@@ -22,7 +22,7 @@ from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.base import ConfigError, build_part
-from lingua.config.keys.model import CrossEntropyArgs, ModelArgs
+from lingua.config.keys.model import CrossEntropyArgs, DecoderArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.audit import wrong_counts
 from lingua.data.held_out import HeldOut, Wording, packed, texts_beside_sources
@@ -33,6 +33,7 @@ from lingua.distributed.parallelize import DTYPES, parallelize, set_matmul_preci
 from lingua.distributed.process_group import World, on_every_rank
 from lingua.files import RunError
 from lingua.model.attention import resolve_attn_impl
+from lingua.model.kernels import kernels_in_use
 from lingua.model.loss import CrossEntropy, Loss
 from lingua.optim.update import LossScale, Updater
 from lingua.run.failure import fits
@@ -66,6 +67,8 @@ def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
         dtype = DTYPES[args.distributed.model_dtype]
         sized["attn_impl"] = resolve_attn_impl(attention, world.device.type, dtype, args.data.doc_mask)
     model_args = args.model.model_copy(update=sized)
+    if isinstance(model_args, DecoderArgs):
+        list(kernels_in_use(model_args, world.device.type, args.data.doc_mask))  # refuses one that does not fit
     with torch.device("meta"):
         model: nn.Module = build_part(model_args)
     require_counted(model, model_args)

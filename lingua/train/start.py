@@ -25,6 +25,7 @@ from lingua.config.base import ConfigError
 from lingua.config.compose import code_named
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yaml
 from lingua.config.keys.generate import GeneratorArgs
+from lingua.config.keys.model import DecoderArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import note_run
 from lingua.data.sources import with_default_sources
@@ -35,6 +36,7 @@ from lingua.files import DiskError, read_bytes, write_whole
 from lingua.logger import log_to_folder
 from lingua.model.attention import resolve_attn_impl
 from lingua.model.generate import Generator
+from lingua.model.kernels import kernels_in_use
 from lingua.optim.schedule import rates_of_longer
 from lingua.run.folder import archive_exit_records, describe_start, reserve_last_words
 from lingua.run.lock import RunLock, this_process
@@ -217,6 +219,9 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
         f"{size.n_steps:,}", f"{run.shared['total_tokens'] + (size.n_steps - run.step) * size.tokens_per_step:,}",
     )  # fmt: skip
     log.info("%s", meter.formula())
+    if isinstance(run.args.model, DecoderArgs):
+        for kernel in dict.fromkeys(kernels_in_use(run.args.model, device.type, run.args.data.doc_mask)):
+            log.info("recurrence of %s (model.kernel)", kernel)
 
 
 def say_finished_already(run: Run) -> None:

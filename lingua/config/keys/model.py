@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -184,6 +185,45 @@ class DecoderArgs(ModelArgs):
             "current_depth": (2 * (layer + 1)) ** 0.5,
             "dim_ratio": self.dim / 4096,
         }[self.init_std_factor]
+
+
+KERNELS = {
+    "mamba_ssm": "uv pip install --no-build-isolation mamba-ssm",
+    "fla": "uv pip install flash-linear-attention",
+    "mlstm_kernels": "uv pip install mlstm-kernels",
+}
+"""Packages with kernels for recurrences, and what installs them."""
+INSTALLED_KERNELS = frozenset(name for name in KERNELS if importlib.util.find_spec(name) is not None)
+
+
+class KernelArgs(DecoderArgs):
+    """A family whose recurrence other packages compute, too (lingua/model/kernels.py). It adds a key `kernel`."""
+
+    kernels: ClassVar[tuple[str, ...]]
+    """Those that know it, the fastest first."""
+    kernel: str = "auto"
+
+    def kernel_unfit(self, kernel: str, device_type: str, *, documents: bool, deterministic: bool) -> str | None:
+        """Return why a kernel cannot compute these blocks, or None."""
+        if kernel == "torch":
+            return None
+        if kernel not in INSTALLED_KERNELS:
+            return f"the package {kernel} is not installed; install it with `{KERNELS[kernel]}`"
+        if device_type != "cuda":
+            return f"it runs on CUDA only, and the device is {device_type}"
+        return "its gradients may differ from run to run (deterministic: true)" if deterministic else None
+
+    def kernel_refused(self, reason: str | None) -> str:
+        """Return the sentence for a named kernel that does not fit."""
+        return f"model.kernel is {self.kernel} (for {self.type}), but {reason}; or use auto"
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts(args)
+        if self.kernel != "auto":
+            device_type = "cpu" if args.device == "cpu" else "cuda"  # auto: the machine that trains may have a GPU
+            here = {"documents": args.data.doc_mask, "deterministic": args.deterministic}
+            if (reason := self.kernel_unfit(self.kernel, device_type, **here)) is not None:
+                yield "model.kernel", self.kernel_refused(reason)
 
 
 class LlamaArgs(DecoderArgs):
