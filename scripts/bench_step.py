@@ -223,7 +223,7 @@ class Trainer:
     def _ours(self) -> Callable[[], object]:
         args = self.args
         model = build_model(args, self.size, World(RankInfo(), self._device, mesh=None))
-        self.attn_impl = str(getattr(model.args.attention, "attn_impl", ""))
+        self.attn_impl = str(getattr(getattr(model.args, "attention", None), "attn_impl", ""))
         model.train()
         loss, optimizer = build_loss(args), build_part(args.optim, list(model.named_parameters()))
         precision = forward_precision(model, args.distributed, self._device)

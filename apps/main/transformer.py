@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from lingua.model.decoder import Decoder
 
+from .args import LMTransformerArgs
+
 
 class LMTransformer(Decoder):
     """tok_embeddings, layers, norm, output."""
+
+    args: LMTransformerArgs  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -197,7 +197,7 @@ def hugging_face(model: LMTransformer, folder: Path, **more: Any) -> Any:
     model_of_harness = pytest.importorskip("lm_eval.models.huggingface").HFLM
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from lingua.checkpoint import load_weights
+    from lingua.model import huggingface
 
     args = model.args
     config = LlamaConfig(
@@ -215,11 +215,11 @@ def hugging_face(model: LMTransformer, folder: Path, **more: Any) -> Any:
         pad_token_id=1,
     )
     theirs = LlamaForCausalLM(config).eval()
-    ours = model.state_dict()
+    ours, llama = model.state_dict(), huggingface.Llama()
+    into_theirs = llama.into_theirs(args)
     for name, tensor in theirs.state_dict().items():
-        value = ours[load_weights.our_name(name)]
-        rotated = any(part in name for part in ("q_proj", "k_proj"))
-        tensor.copy_(load_weights.pair_halves(value, args.head_width) if rotated else value)
+        our_name = llama.our_name(name)
+        tensor.copy_(into_theirs(our_name, ours[our_name]))
     spoken = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
         bos_token="<|begin_of_text|>",
