@@ -1,7 +1,7 @@
 """Recurrences by the kernels of other packages (`model.kernel`), each called as ours in lingua/model/recurrence.py.
 
-Not run on a GPU yet: the tests call stand-ins that compute the same in torch. Versions whose signatures these are:
-mamba-ssm 2.3, flash-linear-attention 0.4 to 0.6, mlstm-kernels 2.0 (under a licence of its own).
+Not run on a GPU yet: the tests call stand-ins that compute the same in torch. The signatures were read from sources of
+mamba-ssm, flash-linear-attention and mlstm-kernels (under a licence of its own), no release of which was installed.
 
 Letters as in lingua/model/recurrence.py.
 """
