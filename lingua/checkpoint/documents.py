@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lingua.checkpoint import layout
 from lingua.config.base import Count, Document, judged
@@ -68,6 +68,12 @@ class _Shared(Document):
     validation_at_start: dict[str, float | None] = {}
     loss_scale: _LossScale | None = None
 
+    @model_validator(mode="after")
+    def _schedule_has_begun(self) -> Self:
+        if self.schedule_begin > self.step:
+            raise ValueError(f"schedule_begin {self.schedule_begin} is after step {self.step}")
+        return self
+
 
 class _Group(Document):
     params: list[str]
@@ -92,7 +98,7 @@ class _RankState(Document):
 
 class _FirstState(_RankState):
     shared: _Shared
-    param_groups: list[_Group]
+    param_groups: Annotated[list[_Group], Field(min_length=1)]
     optim_scalars: dict[str, dict[str, Scalar]]
 
 
