@@ -162,14 +162,15 @@ def test_a_second_trainer_of_the_same_folder_is_refused(tmp_path: Path):
         at_step(2, pause)(rank)
 
     with Trainer(words, hook=wait_in_the_middle) as first:
-        os.read(reached, 1)
+        os.close(reached_here)  # the trainer has the other end: its death ends the wait
+        assert os.read(reached, 1) == b"."
         second = train(words)
         os.write(go_on, b".")
         assert first.wait().exit_code == 0
     assert second.exit_code == 1
     assert f"process {first.pids[0]}" in second.output
     assert "Traceback" not in second.output
-    for descriptor in (reached, reached_here, go_on_here, go_on):
+    for descriptor in (reached, go_on_here, go_on):
         os.close(descriptor)
 
 
