@@ -98,7 +98,8 @@ class _RankState(Document):
 
 class _FirstState(_RankState):
     shared: _Shared
-    param_groups: Annotated[list[_Group], Field(min_length=1)]
+    param_groups: list[_Group]
+    """[]: of a run that was taken over from Meta Lingua."""
     optim_scalars: dict[str, dict[str, Scalar]]
 
 

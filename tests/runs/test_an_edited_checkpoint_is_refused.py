@@ -84,7 +84,6 @@ EDITS: list[tuple[str, Edit, str]] = [
     (STATE, put("shared", "total_tokens", value=10**9), "it counts 1000000000 tokens, but 4 steps are"),
     (STATE, put("shared", value=None), "shared: Input should be a valid dictionary"),
     (STATE, put("shared", "schedule_begin", value=999), "schedule_begin 999 is after step 4"),
-    (STATE, put("param_groups", value=[]), "param_groups"),
     (STATE, put("world_size", value=3), "train_state.00001.json is missing"),
     (STATE, put("world_size", value=0), "world_size"),
     (STATE, put("rank", value=1), "it is of rank 1 of 1, not 0 of 1"),
