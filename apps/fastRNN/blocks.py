@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lingua.model.context import ForwardContext
 from lingua.model.kernels import kernel_of, linear_scan_by_fla
-from lingua.model.recurrence import causal_conv, linear_scan
+from lingua.model.recurrence import causal_conv, init_taps, linear_scan
 from lingua.model.transformer import FeedForward, build_norm
 
 from .args import HawkArgs, MinGRUArgs, MinLSTMArgs, RecurrentArgs
@@ -36,8 +36,7 @@ class Recurrence(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.conv_weight is not None:
-            std = self.args.init_base_std or self.conv_weight.shape[1] ** -0.5
-            nn.init.trunc_normal_(self.conv_weight, std=std, a=-3 * std, b=3 * std)
+            init_taps(self.conv_weight, self.args.init_base_std)
 
     def conv(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Return silu(convolution of x), or x where there is none; and its last inputs, (B, K - 1, channels)."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lingua.model.context import ForwardContext
 from lingua.model.kernels import decayed_attention_by_fla, kernel_of, state_space_by_mamba_ssm
-from lingua.model.recurrence import causal_conv, decayed_attention
+from lingua.model.recurrence import causal_conv, decayed_attention, init_taps
 from lingua.model.transformer import RMSNorm, build_norm
 
 from .args import Mamba2Args
@@ -48,8 +48,7 @@ class SSM(nn.Module):
             dt = self.dt_bias.uniform_(init.dt_min, init.dt_max).clamp_(min=init.dt_init_floor)
             dt.add_(torch.log(-torch.expm1(-dt)))  # softplus of the bias is dt
         if self.conv_weight is not None:
-            std = args.init_base_std or self.conv_weight.shape[1] ** -0.5
-            nn.init.trunc_normal_(self.conv_weight, std=std, a=-3 * std, b=3 * std)
+            init_taps(self.conv_weight, args.init_base_std)
         for zeroed in (self.conv_bias, self.init_states):
             if zeroed is not None:
                 zeroed.zero_()

@@ -36,7 +36,8 @@ class Decoder(nn.Module):
             raise ValueError(f"model.vocab_size is {args.vocab_size}; set it to the tokenizer's number of tokens")
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)
-        self.rope_embeddings = None if args.attention is None else RotaryEmbedding(args.attention)
+        self.attention = args.attention  # once: a hybrid validates the keys of its blocks to tell
+        self.rope_embeddings = None if self.attention is None else RotaryEmbedding(self.attention)
         self.layers = nn.ModuleList(build_block(args.of_layer(layer), layer) for layer in range(args.n_layers))
         self.norm = build_norm(args, args.dim)
         self.output = self.build_output()
@@ -107,7 +108,7 @@ class Decoder(nn.Module):
                 ctx.real = torch.arange(tokens.shape[1], device=tokens.device) <= select[:, None]
         elif documents is not None:
             ctx.starts = starts_of(documents.ids)
-        attention = self.args.attention
+        attention = self.attention
         if attention is not None and self.rope_embeddings is not None:
             ctx.angles = self.rope_embeddings(tokens.shape[1], positions)
             ctx.window = attention.sliding_window

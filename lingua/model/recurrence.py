@@ -92,6 +92,12 @@ def causal_conv(
     return y.type_as(x), after
 
 
+def init_taps(weight: Tensor, base_std: float | None) -> None:
+    """Draw the taps (D, K) of a convolution, cut off at 3 standard deviations; None: K ** -0.5, as Meta Lingua."""
+    std = base_std or weight.shape[1] ** -0.5
+    torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+
+
 class _CausalConv(torch.autograd.Function):
     """Taps added up in place: half the passes over memory that autograd would make of them."""
 

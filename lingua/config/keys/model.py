@@ -351,10 +351,11 @@ class HybridArgs(DecoderArgs):
     def _blocks_fit(self) -> Self:
         if unused := sorted(self.blocks.keys() - set(self.layers)):
             raise ValueError(f"blocks.{unused[0]} is used by no layer; add {unused[0]} to layers, or remove it")
+        families = {name for name, part in parts("model").items() if part.builder == self.builder}
+        known = families - {self.type} | {"attention"}
         for kind in dict.fromkeys(self.layers):
-            known = {"attention", *(name for name, part in parts("model").items() if part.builder == self.builder)}
-            if kind not in known - {"hybrid"}:
-                raise ValueError(f"layers: unknown kind {kind}; known: {', '.join(sorted(known - {'hybrid'}))}")
+            if kind not in known:
+                raise ValueError(f"layers: unknown kind {kind}; known: {', '.join(sorted(known))}")
             try:
                 self.of_kind(kind)
             except ValidationError as error:
