@@ -13,7 +13,7 @@ import pytest
 from apps.main.args import TrainArgs
 from lingua.checkpoint.shm.area import Save, make_area
 from lingua.config.base import ConfigError, Part
-from lingua.config.command_line import parse_command_line
+from lingua.config.command_line import CommandLine, parse_command_line
 from lingua.config.frozen import dump_yaml
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.distributed import DistributedArgs
@@ -585,6 +585,11 @@ def test_a_seed_that_changes_nothing_is_a_warning(tmp_path: Path) -> None:
     assert not [text for text in loaded(config, "seed=2", "data.seed=null").warnings if "follow seed" in text]
 
 
+def debug(tmp_path: Path, *words: str) -> CommandLine:
+    """Return the command line of a run that has not begun: who ran the README's first command has an out/debug."""
+    return parse_command_line(["apps/main/configs/debug.yaml", f"dump_dir={tmp_path}/out", *words])
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -596,27 +601,26 @@ def test_a_seed_that_changes_nothing_is_a_warning(tmp_path: Path) -> None:
         (["data.seq_len=100000000", "device=cpu"], r"takes 2\.2 TiB at least, and this machine has .*; lower data"),
     ],
 )
-def test_what_can_never_start_does_not_pass(words: list[str], sentence: str) -> None:
+def test_what_can_never_start_does_not_pass(tmp_path: Path, words: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        load(parse_command_line(["apps/main/configs/debug.yaml", *words]), 1)
+        load(debug(tmp_path, *words), 1)
 
 
 def test_weights_of_a_folder_that_is_not_on_this_machine_may_be_on_another(tmp_path: Path) -> None:
-    line = parse_command_line(["apps/main/configs/debug.yaml", f"checkpoint.init_ckpt_path={tmp_path}/there/weights"])
+    line = debug(tmp_path, f"checkpoint.init_ckpt_path={tmp_path}/there/weights")
     assert any("there/weights is not on this machine" in warning for warning in load(line, 1).warnings)
 
 
 def test_a_tokenizer_that_is_missing_is_found_where_the_run_is_started(tmp_path: Path) -> None:
-    words = ["data.tokenizer.name=hf", f"data.tokenizer.path={tmp_path}/tokenizer.json"]
-    line = parse_command_line(["apps/main/configs/debug.yaml", *words])
+    line = debug(tmp_path, "data.tokenizer.name=hf", f"data.tokenizer.path={tmp_path}/tokenizer.json")
     assert any("assumed to have 128,256 tokens" in warning for warning in load(line, 1).warnings)
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not on this machine; correct the path, or copy it here"):
         load(line, 1, starting=True)
 
 
-def test_tensorboard_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    line = parse_command_line(["apps/main/configs/debug.yaml", "logging.tensorboard=true"])
+    line = debug(tmp_path, "logging.tensorboard=true")
     with pytest.raises(ConfigError, match=r"the package tensorboard is missing; `uv sync --extra tensorboard`"):
         load(line, 1)
 
