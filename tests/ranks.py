@@ -21,7 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 900.0  # for tests that hang; a slow machine needs minutes
+
+# Autograd starts a thread per GPU at the first backward pass, and a process with such threads cannot fork. A fake
+# tensor (so torch.compile) makes torch see eight GPUs where there are none: the first pass comes before any test.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def run_on_ranks(fn: Callable[[int], Any], n: int, timeout_s: float = TIMEOUT_S) -> list[Any]:
