@@ -51,7 +51,7 @@ EAGER = ("distributed.compile=false", "distributed.model_dtype=fp32")
 
 
 def beside_theirs(case: Case) -> Case:
-    """The case with transformers' model as a rival."""
+    """Return the case with transformers' model as a rival."""
     theirs = replace(case, name=f"transformers {case.name}", transformers=True)
     return replace(case, rivals=(theirs, *case.rivals))
 
@@ -93,7 +93,7 @@ def family_cases(tiny: bool = False) -> list[Case]:
 
 
 def in_small(case: Case) -> Case:
-    """The case at a size for which a CPU needs seconds: to see that it runs."""
+    """Return the case at a size for which a CPU needs seconds: to see that it runs."""
     words = tuple(word.replace("flex", "sdpa") for word in case.words)
     tiny = "dim=64 n_layers=2 n_heads=2 vocab_size=260"
     return replace(case, model=tiny, words=(*EAGER, *words), seq_len=32, batches=(2,))
@@ -103,7 +103,7 @@ TINY_CASES = tuple(in_small(case) for case in (*GPU_CASES[:5], GPU_CASES[6]))
 
 
 def command_of(case: Case, batch: int, dump_dir: Path, *more: str) -> list[str]:
-    """The command line of a run of this case, with nothing in it that is not training."""
+    """Return the command line of a run of this case, with nothing in it that is not training."""
     is_file = "=" not in case.model
     model = ["model.vocab_size=128256", f"model={case.model}"] if is_file else []  # Llama 3's, as in the recipes
     return [

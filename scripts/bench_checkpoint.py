@@ -93,7 +93,7 @@ class Bench:
         return CheckpointManager(args, self.folder / name)
 
     def extra_memory_bytes(self) -> int:
-        """What this process grew by, and all of the service's."""
+        """Return what this process grew by, and all of the service's."""
         lock = area_of(self.folder / "ours").lock(SERVICE_LOCK)
         pid = lock.holder()
         lock.close()
@@ -115,7 +115,7 @@ class Bench:
         return seconds
 
     def _draining(self) -> bool:
-        """Whether the newest save is still on its way."""
+        """Return whether the newest save is still on its way."""
         return not (self.folder / "ours" / "checkpoints" / f"checkpoint_{self.step:010d}.done").exists()
 
     def _wait_for_service(self) -> float:

@@ -63,7 +63,7 @@ ANSWER_TOKENS = 32
 
 
 def make_run(run_dir: Path, overrides: list[str]) -> None:
-    """A run whose one checkpoint holds random weights."""
+    """Make a run whose one checkpoint holds random weights."""
     args = compose(CONFIG, [], [*overrides, f"dump_dir={run_dir}"], TrainArgs).args
     sized = {"vocab_size": 258, "max_seqlen": args.data.seq_len}
     model = build_part(args.model.model_copy(update=sized))
@@ -76,7 +76,7 @@ def make_run(run_dir: Path, overrides: list[str]) -> None:
 
 
 def make_tasks(folder: Path, n_documents: int, context: int) -> list[dict[str, Any]]:
-    """A task of each kind over a file of made-up text; questions of different lengths, up to the context's."""
+    """Make a task of each kind over a file of made-up text; questions of different lengths, up to the context's."""
     draw, words = random.Random(1), ["return", "self", "import", "for", "in", "range", "lambda", "x", "def", "None"]
 
     def text(n_characters: int) -> str:
@@ -111,7 +111,7 @@ def make_tasks(folder: Path, n_documents: int, context: int) -> list[dict[str, A
 
 
 def answers_of(found: dict[str, Any], task: str) -> list[Any]:
-    """What a model answered, in a form that can be compared."""
+    """Return what a model answered, in a form that can be compared."""
     answers = [sample["resps"] for sample in found["samples"][task]]
     if task == "answers":  # bytes that are not UTF-8: hf shows each as one sign, we as \\xNN
         return [re.sub(r"\\x[0-9a-f]{2}", "\N{REPLACEMENT CHARACTER}", answer) for ((answer,),) in answers]
@@ -132,7 +132,7 @@ def must_agree(task: str, ours: list[Any], theirs: list[Any]) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All rounds."""
+    """Run all rounds."""
     from lm_eval.models import huggingface
 
     hugging_face: Any = huggingface.HFLM  # its decorator hides its parameters

@@ -70,7 +70,7 @@ def device_facts(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def apart(act: Callable[..., Any], *args: Any) -> Any:
-    """The result of a call in a forked process, so that its memory and its settings end with it."""
+    """Call in a forked process and return the result, so that its memory and its settings end with it."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
 

@@ -83,7 +83,7 @@ def resume_s(args: DataArgs, row: int) -> float:
 
 
 def as_if_at(loader: Loader, row: int) -> dict[str, Any]:
-    """The loader's state; for a late row its lanes are moved on the tape to where they would be by then."""
+    """Return the loader's state; for a late row its lanes are moved on the tape to where they would be by then."""
     state = json.loads(json.dumps(loader.state_dict()))
     if row >= 10_000:
         for lane in state["lanes"].values():

@@ -191,7 +191,7 @@ def generation_rates(case: Case, positions: Sequence[int], repeats: int) -> dict
 
 
 def rates(case: Case, batch: int, times_s: Sequence[float], trainer: Trainer, peaks: Mapping[str, float]) -> dict:
-    """What the times of single steps mean."""
+    """Summarise the times of single steps."""
     size, median_s = trainer.size, statistics.median(times_s)
     tokens_per_s = batch * case.seq_len / median_s
     flops_per_s = halved = tokens_per_s * size.flops_per_token
@@ -214,7 +214,7 @@ def rates(case: Case, batch: int, times_s: Sequence[float], trainer: Trainer, pe
 
 
 def measure(case: Case, peaks: Mapping[str, float], steps: int) -> dict[str, Any]:
-    """The case at the largest batch that fits."""
+    """Measure the case at the largest batch that fits."""
     device = pick_device()
     too_large: list[int] = []
     for batch in case.batches:
@@ -243,7 +243,7 @@ def measure(case: Case, peaks: Mapping[str, float], steps: int) -> dict[str, Any
 
 
 def measure_loop(case: Case, folder: Path, mode: str, steps: int) -> dict[str, Any]:
-    """A run as a user starts it; `mode`: checkpoint.async_save_mode."""
+    """Run as a user starts it; `mode`: checkpoint.async_save_mode."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     if not (folder / "sources").is_dir():
@@ -302,7 +302,7 @@ class Planned(NamedTuple):
 
 
 def gpu_plan(tiny: bool, steps: int) -> list[Planned]:
-    """All measurements, the most wanted first."""
+    """Make all measurements, the most wanted first."""
     cases = TINY_CASES if tiny else GPU_CASES
     sizes = (32, 2, 16, 2) if tiny else (2048,)
 
@@ -347,7 +347,7 @@ def gpu_suite(names: Sequence[str], tiny: bool, budget_s: float, steps: int, say
 
 
 def goals(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each goal, and the value measured; cases that were left out are not judged."""
+    """Return each goal, and the value measured; cases that were left out are not judged."""
 
     def value(case: str, key: str, over: str | None = None) -> float | None:
         found, base = cases.get(case, {}).get(key), cases.get(over or "", {}).get(key)
@@ -379,7 +379,7 @@ def cpu_suite(
     with_loop: bool = False,
     positions: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """A case and its rivals take turns, `steps` updates each; then generation at `positions`, and the real trainer."""
+    """Let a case and its rivals take turns, `steps` updates each; then generation at `positions`, and the trainer."""
     device = torch.device("cpu")
     facts = device_facts(device)
     found: dict[str, Any] = {}

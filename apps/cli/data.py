@@ -213,7 +213,7 @@ def rows(
 
 
 def document_lines(documents: Iterable[SpanOrigin], chars: int) -> Iterator[str]:
-    """Where each document of a row comes from, and the beginning of its text."""
+    """Yield where each document of a row comes from, and the beginning of its text."""
     for one in documents:
         where = f"{one.unit} {one.offset}, from token {one.token}{'' if one.is_label else ', a prompt'}"
         yield f"  {one.source}  {one.file}  {where}: {one.n_tokens} tokens"

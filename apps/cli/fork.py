@@ -97,7 +97,7 @@ def _check(
     words: Sequence[str],
     world_size: int | None,
 ) -> Checked:
-    """The config of the fork, checked as training checks it."""
+    """Return the config of the fork, checked as training checks it."""
     line = parse_command_line([str(found(config_file)), *words])
     for word in line.overrides:
         if (key := word.partition("=")[0]) in _SET_BY_FORK:

@@ -40,7 +40,7 @@ class RecurrentArgs(KernelArgs):
         return self
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
-        """One product and one sum per channel, forward and twice backward."""
+        """Count one product and one sum per channel, forward and twice backward."""
         return 6 * self.width
 
 

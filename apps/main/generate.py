@@ -71,7 +71,7 @@ def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
 
 
 def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
-    """A generator with the weights of `args.ckpt` in the model of `run_args`. Loads torch."""
+    """Return a generator with the weights of `args.ckpt` in the model of `run_args`. Loads torch."""
     import torch
 
     from lingua.distributed.place import find_rank_info

@@ -161,7 +161,7 @@ def look_for_request(folder: RunFolder, requests: Requests) -> None:
 def train_to_the_end(
     run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation, words: list[str]
 ) -> int:
-    """The loop with what comes before and after it; leaves stop.json and returns the exit code."""
+    """Run the loop with what comes before and after it; leaves stop.json and returns the exit code."""
     args, n_steps = run.args, run.size.n_steps
     report: SaveReport | None = None
     monitor.note_stop(evaluation.begin())
@@ -214,7 +214,7 @@ def say_stopped(run: Run, watchdog: Watchdog, unsaved: str | None) -> int:
 
 
 def was_validated(run: Run) -> bool:
-    """Whether nothing is owed at this step: a kill or a stop may come between a step and its validation. Collective."""
+    """Return whether nothing is owed at this step: a kill may come between a step and its validation. Collective."""
     every, at_end = run.args.validation.every, run.step >= run.size.n_steps
     due = run.args.validation.at_ends if at_end else run.step and every and run.step % every == 0
     if not due or not run.held_out:

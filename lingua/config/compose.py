@@ -190,7 +190,7 @@ def _code(tree: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
 
 
 def _is_harness_code(names: list[str], value: Any) -> bool:
-    """Whether harness would run code: task files may hold `!function`, caches are pickles, a metric may be a script."""
+    """Return whether harness would run code: task files may hold `!function`, caches are pickles, a metric a script."""
     if names[-1] in ("metric", "tasks", "task", "group") and isinstance(value, str):
         return "/" in value or value.endswith((".yaml", ".yml")) or Path(value).exists()
     return names[-1] in ("include_path", "use_cache", "hf_evaluate")

@@ -69,7 +69,7 @@ def check_code(configs: Sequence[Path], code: Mapping[str, Sequence[str]]) -> No
 
 
 def came_with_weights(config: Path) -> bool:
-    """Whether a command found the config near weights, or weights lie beside it; below a config.yaml, two folders."""
+    """Return whether a command found the config near weights, or weights lie beside it or in two folders below."""
     if config.absolute() in _found:
         return True
     folders = {config.absolute().parent, config.resolve().parent}

@@ -278,7 +278,7 @@ def _turns(lane: int, n_lanes: int, begin: int, end: int) -> int:
 
 
 def origins(data: OpenedData, tokenizer: Tokenizer, row: PackedRow) -> Iterator[SpanOrigin]:
-    """Where the first S tokens of a row come from."""
+    """Yield where the first S tokens of a row come from."""
     at, args = 0, data.args
     for position, token, n_tokens in row.spans:
         n = min(n_tokens, args.seq_len - at)

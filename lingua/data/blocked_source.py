@@ -142,7 +142,7 @@ def name_key(name: str) -> int:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which gets its name at the end of the block, durable; after an error it is removed."""
+    """Open a file to write, which gets its name at the end of the block, durable; an error removes it."""
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
     try:
         with open(descriptor, "wb", buffering=1 << 20) as out:
@@ -184,7 +184,7 @@ class Document(NamedTuple):
     """Length of the prompt that `text` begins with; its tokens are not labels."""
 
     def before(self, char: int) -> str:
-        """The character before this one, or "" at the document's begin."""
+        """Return the character before this one, or "" at the document's begin."""
         return self.text[char - 1 : char] if char else ""
 
 
@@ -192,7 +192,7 @@ class Reader(Protocol):
     """What a lane reads a source with; holds at most a buffer."""
 
     def document(self, block: int, offset: int) -> Document | None:
-        """The first document of the block at or after `offset` (-1: the block's begin), or None if there is none."""
+        """Return the block's first document at or after `offset` (-1: the block's begin), None if there is none."""
         ...
 
 
@@ -356,7 +356,7 @@ class BlockedSource(ABC):
     # -- documents -------------------------------------------------------------------------------------------------
 
     def document_of(self, record: Any, file: int, start: int, end: int) -> Document | None:
-        """The document of a record, or None after its bad line was counted."""
+        """Return the document of a record, or None after its bad line was counted."""
         prompt, text = "", None
         if type(record) is dict:
             if self._has_prompt:
@@ -383,7 +383,7 @@ class BlockedSource(ABC):
         return next(file.path for file in self.files if file.key == document.file_key)
 
     def documents(self, first_block: int = 0, end_block: int | None = None) -> Iterator[Document]:
-        """The documents of these blocks (default: all), in the order of the files."""
+        """Yield the documents of these blocks (default: all), in the order of the files."""
         reader = self.reader()
         for block in range(first_block, self.n_blocks if end_block is None else end_block):
             offset = -1

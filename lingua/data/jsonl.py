@@ -71,7 +71,7 @@ class JsonlSource(BlockedSource):
         return data
 
     def parse(self, line: bytes, file: int, start: int, end: int) -> Document | None:
-        """The document of a line, or None after it was counted as bad."""
+        """Return the document of a line, or None after it was counted as bad."""
         self.bad.lines += 1
         if start == 0 and line.startswith(_BOM):
             line = line[len(_BOM) :]
@@ -116,7 +116,7 @@ class JsonlReader:
         return None
 
     def _first_line(self) -> int:
-        """Where the first line of the block begins, or the block's end or more if no line begins in it."""
+        """Return where the first line of the block begins, or the block's end or more if no line begins in it."""
         if self._first == 0:
             return 0
         at = self._first - 1
@@ -134,7 +134,7 @@ class JsonlReader:
         self._start = at
 
     def _line(self, offset: int) -> tuple[bytes, int]:
-        """The line at `offset` without its newline, and where the next one begins."""
+        """Return the line at `offset` without its newline, and where the next one begins."""
         if not 0 <= offset - self._start < len(self._data):
             self._fill(offset, self._last + _SLACK_BYTES - offset)
         begin = offset - self._start
@@ -144,7 +144,7 @@ class JsonlReader:
         return self._long_line(begin)
 
     def _long_line(self, begin: int) -> tuple[bytes, int]:
-        """A line that continues beyond the buffer."""
+        """Read a line that continues beyond the buffer."""
         source, file = self._source, self._file
         size = source.files[file].size
         parts = [self._data[begin:]]

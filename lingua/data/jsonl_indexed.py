@@ -70,7 +70,7 @@ class IndexHeader(NamedTuple):
 
 
 def index_paths(path: Path) -> tuple[Path, Path]:
-    """Where the index of a jsonl file may be: beside it, or in the user's cache."""
+    """Return where the index of a jsonl file may be: beside it, or in the user's cache."""
     whole = os.fsencode(path.resolve())
     return path.with_name(path.name + SUFFIX), cache_dir() / "index" / f"{xxhash.xxh3_64_hexdigest(whole)}{SUFFIX}"
 

@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 
 def order_of(args: DataArgs, n_lanes: int) -> dict[str, Any]:
-    """What the order of rows depends on besides the sources; a state only fits if all of it is the same."""
+    """Return what the order of rows depends on besides the sources; a state only fits if all of it is the same."""
     return {
         "version": VERSION,
         "K": n_lanes,
@@ -80,7 +80,7 @@ def sources_of(sources: Sequence[BlockedSource]) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint_of(described: dict[str, dict[str, Any]]) -> str:
-    """A short hash of all sources and their weights, as `data.accept_change` takes it."""
+    """Return a short hash of all sources and their weights, as `data.accept_change` takes it."""
     text = repr([(name, float(d["weight"]), d["fingerprint"]) for name, d in sorted(described.items())])
     return xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogateescape"))
 
@@ -349,7 +349,7 @@ def _own_states(states: dict[int, dict[str, Any]], lanes: Sequence[int]) -> dict
 
 
 def _start(lane: int, sources: Sequence[BlockedSource]) -> dict[str, Any]:
-    """The state of a lane before its first row."""
+    """Return the state of a lane before its first row."""
     tapes = {source.name: [lane, -1] for source in sources}
     return {
         "rows": 0,

@@ -39,7 +39,7 @@ def draw(*key: int) -> int:
 
 
 def permuted(index: int, n: int, key: int) -> int:
-    """Where `index` goes in the permutation of range(n) given by the key (a Feistel network with cycle walking)."""
+    """Return where the key's permutation of range(n) puts `index` (a Feistel network with cycle walking)."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
     while True:
@@ -52,7 +52,7 @@ def permuted(index: int, n: int, key: int) -> int:
 
 
 def window_order(index: int, n: int, seed: int, lane: int, window: int) -> int:
-    """Which row of a shuffle window comes `index`-th."""
+    """Return which row of a shuffle window comes `index`-th."""
     return permuted(index, n, draw(_SALT_WINDOW, seed, lane, window))
 
 
@@ -75,7 +75,7 @@ class SourceChoice:
 
 
 def block_at(source: BlockedSource, seed: int, position: int) -> int:
-    """The block at a tape position."""
+    """Return the block at a tape position."""
     epoch, index = divmod(position, source.n_blocks)
     return permuted(index, source.n_blocks, draw(_SALT_BLOCKS, seed, source.key, epoch))
 
@@ -112,7 +112,7 @@ class DocumentStream:
         return self._read(self.source, *self.positions[self.source])
 
     def next(self) -> Document:
-        """The next document."""
+        """Return the next document."""
         if self.source is not None:
             if self._end < 0:
                 self.reread()
@@ -132,7 +132,7 @@ class DocumentStream:
             position, offset = position + self._n_lanes, -1
 
     def _block_at(self, source: int, position: int) -> int:
-        """The block at a tape position; cached, since many documents of a block follow each other."""
+        """Return the block at a tape position; cached, since many documents of a block follow each other."""
         known, block = self._blocks[source]
         if known != position:
             block = block_at(self._sources[source], self._seed, position)

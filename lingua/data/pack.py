@@ -49,7 +49,7 @@ IntArray = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def piece_end(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends: after a newline, else before a space, else at 256 Ki characters."""
+    """Return the end of the piece that begins at `start`: after a newline, else before a space, or 256 Ki chars."""
     limit = start + PIECE_CHARS
     if len(text) <= limit:
         return len(text)
@@ -81,7 +81,7 @@ class PiecePosition(NamedTuple):
     ids_hash: int | None
 
     def state(self, sources: Sequence[BlockedSource]) -> dict[str, Any]:
-        """What a `DocumentStream` is restored from, and the first character of the piece."""
+        """Return what a `DocumentStream` is restored from, and the first character of the piece."""
         return {
             "pick": self.pick,
             "source": None if self.source is None else sources[self.source].name,
@@ -137,7 +137,7 @@ class Packer:
                 self._document, self._char, self._token = documents.reread(), state["char"], state["token"]
 
     def state(self) -> dict[str, Any]:
-        """The position after the last row."""
+        """Return the position after the last row."""
         position = self._pieces[0].position if self._pieces else self._position()
         state = {**position.state(self._sources), "token": self._token, "hash": f"{position.hash:016x}"}
         return state if position.ids_hash is None else {**state, "ids": f"{position.ids_hash:016x}"}
@@ -149,7 +149,7 @@ class Packer:
         )
 
     def row(self) -> tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]:
-        """The next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
+        """Return the next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
         seq_len, n = self._args.seq_len, self._args.seq_len + self._args.n_views - 1
         tokens = np.empty(n, np.int32)
         doc_ids = np.empty(n, np.int32) if self._args.doc_mask else None
@@ -179,7 +179,7 @@ class Packer:
         self._token = token
 
     def piece(self) -> TextPiece:
-        """The next piece; without tokens if the tokenizer fails on it."""
+        """Return the next piece; without tokens if the tokenizer fails on it."""
         if self._document is None:
             self._document, self._char = self._documents.next(), 0
             self._number += 1
@@ -272,7 +272,7 @@ class Lane:
 
 
 def ids_of(tokens: IntArray) -> IntArray:
-    """The ids of a row's tokens, labels or not."""
+    """Return the ids of a row's tokens, labels or not."""
     return np.where(tokens < 0, ~tokens, tokens)
 
 
@@ -288,6 +288,6 @@ def merged(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 def contains(ranges: Sequence[tuple[int, int]], number: int) -> bool:
-    """Whether one of the merged ranges holds the number."""
+    """Return whether one of the merged ranges holds the number."""
     index = bisect.bisect_right(ranges, (number, 1 << 63)) - 1
     return index >= 0 and number <= ranges[index][1]

@@ -104,7 +104,7 @@ class ParquetSource(BlockedSource):
         return self._groups[file][bisect.bisect_right(self._groups[file], row) - 1]
 
     def batches(self, file: int, row: int) -> Iterator[pa.RecordBatch]:
-        """The batches of the row group that begins at a row."""
+        """Yield the batches of the row group that begins at a row."""
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
@@ -115,7 +115,7 @@ class ParquetSource(BlockedSource):
         return (batch.select(names) for batch in batches)  # pyarrow also reads x.y where x is asked for
 
     def parse(self, record: dict[str, bytes | None], file: int, row: int) -> Document | None:
-        """The document of a row, or None after it was counted as bad."""
+        """Return the document of a row, or None after it was counted as bad."""
         self.bad.lines += 1
         try:
             texts = {name: value if value is None else value.decode() for name, value in record.items()}
@@ -225,7 +225,7 @@ _TEXT_TYPES = (
 
 
 def as_bytes(column: pa.Array) -> list[bytes | None]:
-    """The values of a text column. Arrow does not check that strings are UTF-8, so they are decoded one by one."""
+    """Return the values of a text column, decoded one by one: Arrow does not check that strings are UTF-8."""
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
     return column.cast(pa.large_binary()).to_pylist()

@@ -69,7 +69,7 @@ def token_file(path: Path, folder: Path) -> Path:
 
 
 def is_made(path: Path, target: Path, tokenizer: Tokenizer, text_key: str | None) -> bool:
-    """Whether there is a token file of this jsonl file by this tokenizer."""
+    """Return whether there is a token file of this jsonl file by this tokenizer."""
     try:
         facts = read_facts(target)
     except (OSError, DataError):
@@ -166,7 +166,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_hash(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether the content is as written; reads all of it."""
+    """Return whether the content is as written; reads all of it."""
     return content_hash(path, _HEADER_BYTES) == facts["xxh3_64"]
 
 
@@ -191,7 +191,7 @@ class MappedTokens(NamedTuple):
         return char if char >= 0 else ~char
 
     def is_begun(self, row: int) -> bool:
-        """Whether the row continues the document of the row before."""
+        """Return whether the row continues the document of the row before."""
         return row > 0 and bool(self.start[row] == self.start[row - 1])
 
     def check(self, row: int) -> None:

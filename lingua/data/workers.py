@@ -104,7 +104,7 @@ class InProcess:
         self._lanes = {lane: Lane(lane, data, tokenizer, state) for lane, state in states.items()}
 
     def next(self, lane: int) -> tuple[PackedRow, dict[str, Any]]:
-        """The lane's next row, and its state after it."""
+        """Return the lane's next row, and its state after it."""
         made = self._lanes[lane]
         return made.next(), made.state()
 

@@ -62,7 +62,7 @@ def keep_compiled_code(folder: str | None, env: MutableMapping[str, str] = os.en
 
 
 def _is_users(env: MutableMapping[str, str]) -> bool:
-    """Whether the user has chosen a folder. torch writes its own choice into the environment as soon as its compiler is
+    """Return whether the user chose a folder. torch writes its own choice into the environment when its compiler is
     imported, which `deterministic: true` does."""
     if INDUCTOR not in env:
         return False
@@ -91,7 +91,7 @@ def _first_private(places: Sequence[Path]) -> Path:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, made if it is not there. Raises DiskError when that fails, ValueError when it is not ours alone."""
+    """Return the folder, made if missing. Raises DiskError when that fails, ValueError when it is not ours alone."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):

@@ -119,7 +119,7 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The data-parallel axes; without replicas only one, or FSDP2 would reduce over a group of one rank."""
+    """Return the data-parallel axes; without replicas only one, or FSDP2 would reduce over a group of one rank."""
     return mesh["dp_replicate", "dp_shard"] if mesh.size(0) > 1 else mesh["dp_shard"]
 
 
@@ -169,6 +169,6 @@ def set_matmul_precision(args: DistributedArgs) -> None:
 
 
 def recomputed(args: DistributedArgs, attn_impl: str) -> tuple[bool, bool]:
-    """What backward computes again: (blocks, attention kernels). Selective: kernels that _KEPT_OPERATORS lacks."""
+    """Return what backward recomputes: (blocks, attention kernels). Selective: kernels that _KEPT_OPERATORS lacks."""
     selective = args.selective_activation_checkpointing and not attn_impl.startswith(("sdpa", "varlen"))
     return args.full_activation_checkpointing, args.full_activation_checkpointing or selective

@@ -57,7 +57,7 @@ class Peers:
         return self._store.check([name]) and hmac.compare_digest(self._store.get(name), self._signed(name.encode()))
 
     def leave(self, within_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        """The last thing a rank does. Rank 0 waits for the others, but not for longer than `within_s`."""
+        """Leave, as the last thing a rank does. Rank 0 waits for the others, but not for longer than `within_s`."""
         if self._rank:
             self._store.add(_LEFT, 1)
             return

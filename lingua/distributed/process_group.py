@@ -35,7 +35,7 @@ E = TypeVar("E", bound=BaseException)
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: RankInfo) -> torch.device:
-    """The device of this rank. Raises RankError when a GPU is asked for and there is none for this rank."""
+    """Return the device of this rank. Raises RankError when a GPU is asked for and there is none for this rank."""
     n_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
         return torch.device("cpu")

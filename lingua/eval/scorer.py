@@ -67,7 +67,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
-        """One score per row, in order. Raises ValueError for a row that is longer than the model's context."""
+        """Return one score per row, in order. Raises ValueError for a row that is longer than the model's context."""
         alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input -> rows
         for number, row in enumerate(rows):
             if not 1 <= row.first < len(row.ids) <= self.context + 1:

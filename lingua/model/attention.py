@@ -106,7 +106,7 @@ def _missing(here: KernelConditions, package: str) -> str | None:
 
 
 def refusal(impl: str, here: KernelConditions) -> str | None:
-    """Why this kernel cannot be used here; None if it can."""
+    """Return why this kernel cannot be used here; None if it can."""
     match impl:
         case "sdpa" | "eager":
             return None
@@ -152,7 +152,7 @@ ALL_IMPLS = (
 
 
 def choose(impl: str, here: KernelConditions) -> str:
-    """The kernel that runs for `attn_impl: <impl>`. Raises ConfigError if what is named cannot be had."""
+    """Return the kernel that runs for `attn_impl: <impl>`. Raises ConfigError if what is named cannot be had."""
     if impl == "auto":
         causal = _BEST_CAUSAL_ON_HOPPER if here.capability[0] == 9 else _BEST_CAUSAL
         best = _BEST_MASKED if here.doc_mask or here.window else causal
@@ -170,7 +170,7 @@ def installed() -> frozenset[str]:
 
 
 def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc_mask: bool) -> str:
-    """The kernel for this model on this machine: never "auto". Raises ConfigError with the reason and what fits."""
+    """Return the kernel for this model on this machine, never "auto". Raises ConfigError with the reason and remedy."""
     here = KernelConditions(
         device_type=device_type,
         capability=torch.cuda.get_device_capability() if device_type == "cuda" else (0, 0),
@@ -216,7 +216,7 @@ def document_bounds(doc_ids: np.ndarray) -> np.ndarray:
 
 
 def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Whether the position `key` is seen from the position `query`; both broadcast."""
+    """Return whether the position `key` is seen from the position `query`; both broadcast."""
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
 
@@ -224,7 +224,7 @@ def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 def build_mask(
     impl: str, shape: tuple[int, int], window: int | None, documents: RowDocuments | None, device: torch.device
 ) -> Mask:
-    """The mask of a pass over whole rows, (B, S)."""
+    """Return the mask of a pass over whole rows, (B, S)."""
     n_rows, seq_len = shape
     if impl in ("varlen", "xformers", "flash_attn"):  # they know windows themselves
         if documents is not None:
@@ -338,7 +338,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Te
 
 
 def _packed(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, **how: Any) -> Tensor:
-    """A kernel on the rows laid end to end, (B S, heads, E), given where sequences begin.
+    """Call a kernel on the rows laid end to end, (B S, heads, E), given where sequences begin.
 
     The row length bounds each of them; the longest would be a constant for torch.compile.
     """

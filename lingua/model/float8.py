@@ -43,7 +43,7 @@ class Recipe:
     """The same in backward. The rowwise kernels of Hopper are fast with it only."""
 
     def out_dtype(self, wanted: torch.dtype) -> torch.dtype:
-        """What a product may be written in: with scales per row bf16 only."""
+        """Return what a product may be written in: with scales per row bf16 only."""
         return torch.bfloat16 if self.per_row else wanted
 
 
@@ -54,7 +54,7 @@ RECIPES: dict[Literal["tensorwise", "rowwise"], Recipe] = {
 
 
 def refusal(device_type: str, capability: tuple[int, int]) -> str | None:
-    """Why float8 cannot be used on this device; None if it can."""
+    """Return why float8 cannot be used on this device; None if it can."""
     if device_type != "cuda":
         return f"float8 products need a CUDA device, and the device is {device_type}"
     if capability < (8, 9):

@@ -72,7 +72,7 @@ def group(lengths: Sequence[int], max_gen_len: int, max_tokens: int) -> list[lis
 
 
 def find_stop(text: bytes, until: Sequence[bytes]) -> int | None:
-    """Where the first stop string begins, in UTF-8: what is shown for half a character is no text that can match."""
+    """Return where the first stop string begins, in UTF-8: the sign shown for half a character matches no text."""
     return min((at for stop in until if (at := text.find(stop)) >= 0), default=None)
 
 
@@ -151,7 +151,7 @@ class Generator:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str]) -> list[Answer]:
-        """One answer per prompt, in order. The same prompts give the same answers: sampling starts from args.seed."""
+        """Return one answer per prompt, in order. Equal prompts give equal answers: sampling starts from args.seed."""
         room = prompt_room(self.args, self.max_seqlen)
         whole = [self._encode(prompt) for prompt in prompts]
         kept = [ids[-room:] for ids in whole]
@@ -178,7 +178,7 @@ class Generator:
         return ids
 
     def _answer(self, prompts: dict[int, list[int]], device: torch.device, random: torch.Generator) -> list[_Row]:
-        """All answers of one batch: one pass over the padded prompts, then one token per row and pass."""
+        """Return all answers of one batch: one pass over the padded prompts, then one token per row and pass."""
         args = self.args
         rows = [
             _Row(n, ids, min(args.max_gen_len, self.max_seqlen - len(ids)), self.tokenizer, args.until)

@@ -59,7 +59,7 @@ class CrossEntropy:
         self._loss_of_logits: LossOfLogits = VocabShard().loss_of_logits
 
     def compile(self, backend: Any = "inductor") -> None:
-        """What is between the matrix products becomes one or two kernels, which read the logits in the model's type."""
+        """Compile what is between the matrix products into one or two kernels, which read the model's own type."""
         self._loss_of_logits = torch.compile(_loss_of_logits_in_one_pass, backend=backend, dynamic=False)
 
     def __call__(

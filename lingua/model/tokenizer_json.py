@@ -155,7 +155,7 @@ def _as_bpe(args: TokenizerArgs, tokenizer: Tokenizer, add_bos: bool) -> tuple[s
 
 
 def _letters() -> dict[int, str]:
-    """A printable letter for each byte, as GPT-2 spells them: itself where it is printable, else one from 256 on."""
+    """Return a printable letter for each byte, as GPT-2 spells them: itself if printable, else one from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}

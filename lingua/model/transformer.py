@@ -192,6 +192,6 @@ class TransformerBlock(nn.Module):
 
 
 def cached_mask(positions: Tensor, n_slots: int, window: int | None) -> Tensor:
-    """What queries at positions (B, S) see of n_slots cache slots: (B, 1, S, T)."""
+    """Return what queries at positions (B, S) see of n_slots cache slots: (B, 1, S, T)."""
     slots = torch.arange(n_slots, device=positions.device)
     return visible(positions[:, None, :, None], slots, window)

@@ -46,14 +46,14 @@ def takes_muon(name: str, parameter: Tensor) -> bool:
 
 
 def ns_dtype_on(device: torch.device, wanted: Literal["auto", "bf16", "fp32"]) -> torch.dtype:
-    """The type to orthogonalise in. On a CPU without bf16 units (AVX2) bf16 took 30 times as long for 256 x 256."""
+    """Return the type to orthogonalise in. On a CPU without bf16 units bf16 took 30 times as long for 256 x 256."""
     if wanted == "auto":
         wanted = "fp32" if device.type == "cpu" else "bf16"
     return DTYPES[wanted]
 
 
 def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """The matrix with its singular values brought to between 0.7 and 1.2; (m, n) -> (m, n) in `dtype`."""
+    """Return the matrix with its singular values brought to between 0.7 and 1.2; (m, n) -> (m, n) in `dtype`."""
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype)
     tall = x.shape[0] > x.shape[1]
@@ -66,7 +66,7 @@ def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def scale_of(shape: Sequence[int], rule: Scale) -> float:
-    """What the update of a matrix is multiplied by."""
+    """Return what the update of a matrix is multiplied by."""
     n_rows, n_columns = shape
     if rule == "original":
         return math.sqrt(max(1.0, n_rows / n_columns))
@@ -99,7 +99,7 @@ class Layout:
 
 
 def layout_of(named: Sequence[tuple[str, Tensor]]) -> Layout:
-    """The one layout of all matrices. Raises ValueError for one that cannot be made whole by rows."""
+    """Return the one layout of all matrices. Raises ValueError for one that cannot be made whole by rows."""
     found = {name: (p.device_mesh, p.placements) for name, p in named if isinstance(p, DTensor)}
     if not found:
         return Layout()
@@ -213,7 +213,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update by the gradients over `grad_scale`, or none at all where `found_inf` is not 0.
+        """Make one update by the gradients over `grad_scale`, or none at all where `found_inf` is not 0.
 
         Both are scalars on the device, set by `optimizer_step`; without them gradients are taken as they are.
         """
@@ -250,7 +250,7 @@ class Muon(torch.optim.Optimizer):
             values.copy_(moved if wanted is None else torch.where(wanted, moved, values))
 
     def _momentum(self, parameter: nn.Parameter, group: dict[str, Any], wanted: Tensor | None) -> Tensor:
-        """What is to be orthogonalised, this rank's rows; the momentum moves on."""
+        """Return what is to be orthogonalised, this rank's rows; the momentum moves on."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)

@@ -90,7 +90,7 @@ def nonfinite_names(named: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 def group_of(name: str) -> str:
-    """The layer of a parameter: `layers.3.attention.wq.weight` -> `layers.3`, `norm.weight` -> `norm`."""
+    """Return the layer of a parameter: `layers.3.attention.wq.weight` -> `layers.3`, `norm.weight` -> `norm`."""
     numbered = re.match(r"\w+\.\d+(?=\.)", name)
     return numbered[0] if numbered else name.partition(".")[0]
 

@@ -245,6 +245,6 @@ def _watched(model: nn.Module, tally: Tally, device: torch.device, doc_ids: Tens
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:
-    """An output's tensors of real numbers: it may be one, or a tuple of an own model's making."""
+    """Return an output's tensors of real numbers: it may be one, or a tuple of an own model's making."""
     outputs = output if isinstance(output, tuple | list) else (output,)
     return (each for each in outputs if isinstance(each, Tensor) and each.is_floating_point())

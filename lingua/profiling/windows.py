@@ -39,13 +39,13 @@ _ID = re.compile(r"[0-9a-f]{8}")
 
 
 def lies_in(done: int, warmup: int, n_steps: int, every: int) -> bool:
-    """Whether the step after `done` ones lies in a window of `n_steps` that begins after `warmup` (every `every`)."""
+    """Return whether the step after `done` is in a window of `n_steps` that begins after `warmup` (every `every`)."""
     since = done - warmup
     return 0 <= (since % every if every and since >= 0 else since) < n_steps
 
 
 def planned(args: ProfilerArgs, done: int, rank: int) -> frozenset[Kind]:
-    """What the config says of the step after `done` steps of this attempt."""
+    """Return what the config says of the step after `done` steps of this attempt."""
     if not args.run:
         return frozenset()
     windows: dict[Kind, tuple[int, int]] = {
@@ -58,7 +58,7 @@ def planned(args: ProfilerArgs, done: int, rank: int) -> frozenset[Kind]:
 
 
 def allowed(args: ProfilerArgs, rank: int) -> frozenset[Kind]:
-    """What a rank may profile: light windows are everybody's, heavy ones those of `ranks`."""
+    """Return what a rank may profile: light windows are everybody's, heavy ones those of `ranks`."""
     return ALL if args.ranks == "all" or rank in args.ranks else LIGHT
 
 
@@ -110,12 +110,12 @@ class Requests:
 
 
 def request_file(run_dir: Path, attempt: int) -> Path:
-    """The file that asks this attempt; later attempts ignore it."""
+    """Return the file that asks this attempt; later attempts ignore it."""
     return run_dir / FOLDER / f"{attempt:010d}.profile"
 
 
 def answer_file(folder: Path, request_id: str) -> Path:
-    """What a run leaves in its trace folder when the window of a request has closed."""
+    """Return what a run leaves in its trace folder when the window of a request has closed."""
     return folder / f"asked_{request_id}.json"
 
 
@@ -138,7 +138,7 @@ def ask_to_profile(run_dir: Path, attempt: int, n_steps: int, heavy: bool) -> Re
 
 
 def take_request(run_dir: Path, attempt: int) -> Request | None:
-    """The request that waits for this attempt, if any; it is gone then. Raises OSError."""
+    """Return the request that waits for this attempt, if any; it is gone then. Raises OSError."""
     path = request_file(run_dir, attempt)
     if not path.exists():
         return None
@@ -152,7 +152,7 @@ def take_request(run_dir: Path, attempt: int) -> Request | None:
 
 
 def request_in(record: Any) -> Request:
-    """The request that a JSON document holds; others may have written it. Raises RunError."""
+    """Return the request that a JSON document holds; others may have written it. Raises RunError."""
     if isinstance(record, Mapping):
         n_steps, heavy, request_id = (record.get(key) for key in ("n_steps", "heavy", "id"))
         if (

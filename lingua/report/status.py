@@ -199,7 +199,7 @@ def _ended(facts: RunFacts, status: Status) -> str:
 
 
 def _history(facts: RunFacts) -> str:
-    """How the attempts before ended; equal neighbours are counted."""
+    """Return how the attempts before ended; equal neighbours are counted."""
     ends = ("killed" if s is None else str(s.get("kind") or s.get("signal") or s.get("reason")) for s in facts.earlier)
     counts = [(end, len(list(same))) for end, same in groupby(ends)]
     words = [end if n == 1 else f"{n} x {end}" for end, n in counts[-6:]]
@@ -242,7 +242,7 @@ def _where(facts: RunFacts, status: Status, cause: Failure | None) -> str:
 
 
 def _unsaved(facts: RunFacts) -> str:
-    """Why the last step is not on the disk, as a stopped run said."""
+    """Return why the last step is not on the disk, as a stopped run said."""
     return str((facts.stop or {}).get("unsaved") or "")
 
 

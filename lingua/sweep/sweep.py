@@ -94,7 +94,7 @@ class Sweep:
         return self.folder / str(number)
 
     def task_file(self, number: int) -> Path:
-        """The job file of a point; its YAML is beside it."""
+        """Return the job file of a point; its YAML is beside it."""
         return self.folder / TASKS / f"{number}.json"
 
     @property

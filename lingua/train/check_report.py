@@ -130,7 +130,7 @@ def _memory(args: TrainArgs, size: Resolved, gpu_gib: int, gpu: str) -> Fact:
 
 
 def _activation_bytes(model: LlamaArgs, layout: DistributedArgs, size: Resolved) -> float:
-    """What backward keeps of a micro step in 2-byte types, counted block by block, attention scores never stored.
+    """Return what backward keeps of a micro step in 2-byte types, block by block, attention scores never stored.
 
     Per position and layer: six vectors of width D (two inputs of norms, two outputs, queries, attention's output), keys
     and values, four of the feed-forward width (both products, the gate's output, their product). Tensor-parallel ranks
@@ -168,7 +168,7 @@ def _print(checked: Checked, figures: list[Fact]) -> None:
 
 
 def annotated(tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "", indent: str = "") -> list[str]:
-    """The config as YAML, each value with the place it came from."""
+    """Return the config as YAML, each value with the place it came from."""
     lines = []
     for name, value in tree.items():
         if isinstance(value, dict) and value:

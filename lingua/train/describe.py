@@ -24,7 +24,7 @@ PARAMS_FILE = "params.json"
 
 
 def config_of(ckpt: str) -> Path:
-    """The config of the model that a checkpoint belongs to: beside it, or up to two folders above."""
+    """Return the config of the model that a checkpoint belongs to: beside it, or up to two folders above."""
     place = Path(ckpt).expanduser()
     if not place.exists():
         place = Path(str(place).rpartition("@")[0] or place)
@@ -38,7 +38,7 @@ def config_of(ckpt: str) -> Path:
 
 
 def described(config: Path, app: str = "") -> TrainArgs:
-    """The args that a config stands for, of this app, or of the one that it names. Raises ConfigError."""
+    """Return the args that a config stands for, of this app, or of the one that it names. Raises ConfigError."""
     schema = app_schema(app or choose_app(CommandLine(config=str(config))))
     if config.name == huggingface.CONFIG_FILE:
         return schema.model_validate(hugging_face_tree(config.parent, config.parent))

@@ -56,7 +56,7 @@ def chosen_dtype(name: str, device: torch.device, stored: Callable[[], torch.dty
 def load_model(
     run_args: TrainArgs, ckpt: str | Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, Tokenizer, str]:
-    """The model of `run_args` with the weights at `ckpt`, its tokenizer, and what was loaded from where.
+    """Return the model of `run_args` with the weights at `ckpt`, its tokenizer, and what was loaded from where.
 
     Memory: the model, and its largest tensor once more. Raises RunError for weights that do not fit.
     """
@@ -67,7 +67,7 @@ def load_model(
 
 
 def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model of `run_args`, whole and by itself, whose weights are to be filled in."""
+    """Return the model of `run_args`, whole and by itself, whose weights are to be filled in."""
     vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.vocab_size
     if vocab_size < tokenizer.needed_size:
         raise ConfigError(

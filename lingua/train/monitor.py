@@ -121,7 +121,7 @@ class StepMonitor:
         return losses
 
     def report_save(self, report: SaveReport) -> None:
-        """How a save went."""
+        """Note how a save went."""
         if not report.seconds:
             return  # it was there already
         cost = {"seconds": report.seconds, "bytes": report.size_bytes}
@@ -138,7 +138,7 @@ class StepMonitor:
             self._metrics.log_checkpoint({"global_step": self._run.step, "event": event, **facts})
 
     def report_probe(self, statistics: dict[str, float]) -> None:
-        """What a probe has seen in the step that is about to end."""
+        """Note what a probe saw in the step that is about to end."""
         if self._metrics is not None:
             self._metrics.log_probe({"global_step": self._run.step + 1, **statistics})
 

@@ -229,7 +229,7 @@ def _badness(row: ReplayedRow) -> tuple[bool, float]:
 
 
 def find_checkpoint(past: Past, args: TrainArgs, step: int, start: int, origin: int | None) -> Checkpoint | None:
-    """The nearest checkpoint before `step` that verifies; None: where the run began. Raises ConfigError or RunError."""
+    """Return the last checkpoint before `step` that verifies; None: the run's start. Raises ConfigError or RunError."""
     there = past.before(step, start)
     if origin is not None and origin not in (0, *there):
         raise ConfigError(f"--from {origin}: no checkpoint to come to step {step} from; there are 0 and {there}")
@@ -246,7 +246,7 @@ def find_checkpoint(past: Past, args: TrainArgs, step: int, start: int, origin: 
 
 
 def _none_was_due(args: TrainArgs, step: int) -> bool:
-    """Whether the config asks for no checkpoint between where the run began and `step`."""
+    """Return whether the config asks for no checkpoint between where the run began and `step`."""
     wants = args.checkpoint
     first = 0
     if wants.init_ckpt_path and wants.continue_training_from_init and "step" not in wants.reset:
@@ -332,7 +332,7 @@ def compare(n_steps: int, found: Sequence[tuple[int, float, float]]) -> Way:
 
 
 def take_apart(learner: Learner) -> tuple[list[MicroBatch], float, float, int | None]:
-    """The step without its update: (its micro batches, loss, gradient norm, first micro step that was not finite)."""
+    """Run the step without its update: (its micro batches, loss, gradient norm, first micro step not finite)."""
     taken, first_bad, batches = [], None, learner.batches()
     for number in range(learner.size.grad_acc_steps):
         taken.append(next(batches))
@@ -400,6 +400,6 @@ def _named(watch: Watch, loss: float, grad_norm: float | None) -> str | None:
 def origins_of(
     args: TrainArgs, size: Resolved, first_row: int, step: int, state_before: dict[str, Any]
 ) -> dict[int, list[SpanOrigin]]:
-    """Where each row of the step comes from; `state_before`: the loader's after step N - 1."""
+    """Return where each row of the step comes from; `state_before`: the loader's after step N - 1."""
     states = {step - 1: state_before} if step > 1 else {}
     return dict(rows_of_step(args.data, size.lanes, size.rows_per_step, states, step, first_row=first_row))

@@ -68,7 +68,7 @@ class Resolved:
         return self.n_steps * self.tokens_per_step
 
     def frozen(self) -> dict[str, Any]:
-        """What the frozen config says in place of what was left open."""
+        """Return what the frozen config says in place of what was left open."""
         return {
             "steps": self.n_steps,
             "epochs": None,
@@ -161,7 +161,7 @@ def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], fou
 
 
 def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
-    """The batch sizes closest to `near`, one on each side, that go into G on this many ranks."""
+    """Return the batch sizes closest to `near`, one on each side, that go into G on this many ranks."""
     if rows % dp_size:
         return []
     fits = [b for b in range(1, rows // dp_size + 1) if rows // dp_size % b == 0]

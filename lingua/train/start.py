@@ -153,12 +153,12 @@ def _freeze_config(path: Path, checked: Checked, attempt: int) -> None:
 
 
 def use_embedded_corpus(args: TrainArgs) -> None:
-    """Where the config names no source, train on the sample corpus."""
+    """Train on the sample corpus where the config names no source."""
     args.data = with_default_sources(args.data)
 
 
 def start_metrics(run: Run, attempt: int, stack: ExitStack) -> MetricLogger | None:
-    """The metric logger of rank 0, None elsewhere; its tracking id is kept with the run. Collective."""
+    """Return the metric logger of rank 0, None elsewhere; its tracking id is kept with the run. Collective."""
     started: list[MetricLogger] = []
 
     def start() -> str | None:
@@ -203,7 +203,7 @@ def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
 
 
 def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
-    """What runs, where, and what differs from the first attempt."""
+    """Say what runs, where, and what differs from the first attempt."""
     if not run.world.is_main:
         return
     size, device = run.size, run.world.device
@@ -240,7 +240,7 @@ def _twice_as_long(run: Run) -> str:
 
 
 def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after: dict[str, float]) -> None:
-    """How it went and what to type next."""
+    """Say how it went and what to type next."""
     if not run.world.is_main:
         return
     log.info(
@@ -264,7 +264,7 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
 
 
 def say_sample(run: Run, prompt: str) -> None:
-    """A few words from the trained model. Collective: a sharded model needs all ranks."""
+    """Print a few words from the trained model. Collective: a sharded model needs all ranks."""
     args = GeneratorArgs(temperature=0.7, top_p=0.9, max_gen_len=160)
     model = run.model
     if run.size.tp_size > 1:

@@ -101,7 +101,7 @@ class Record:
             files.close(descriptor)
 
     def read(self) -> Any:
-        """The newest document; None before the first one. Raises FileNotFoundError."""
+        """Return the newest document; None before the first one. Raises FileNotFoundError."""
         return orjson.loads(self._newest()[1])
 
     def n_writes(self) -> int:
@@ -391,7 +391,7 @@ class ServedRun:
         return layout.staging_dir(self.root, self.attempt)
 
     def folder(self, step: int) -> Path:
-        """Where the files of a step are written before it is published."""
+        """Return where the files of a step are written before it is published."""
         return layout.coming(layout.folder(self.root, step), self.attempt)
 
     def part_file(self, step: int, node: int) -> Path:

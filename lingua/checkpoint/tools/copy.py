@@ -134,7 +134,7 @@ def _check_target(target_dir: Path, config: dict[str, Any] | None) -> None:
 
 
 def chunks(path: Path, advance: Callable[[int], object]) -> Iterator[Buffer]:
-    """The bytes of a file; each piece holds until the next is asked for."""
+    """Yield the bytes of a file; each piece holds until the next is asked for."""
     with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while n_read := file.readinto(buffer):

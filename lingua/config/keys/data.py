@@ -106,7 +106,7 @@ class DataArgs(Args):
         return DEFAULT_SEED if self.seed is None else self.seed
 
     def read_sources(self) -> list[SourceArgs]:
-        """The sources with a weight above 0, by name (their order in the config is free), with their whole paths.
+        """Return the sources with a weight above 0, by name (any order in the config will do), with their whole paths.
 
         Raises ConfigError if none has a weight or two have one name.
         """

@@ -322,7 +322,7 @@ class LlamaArgs(DecoderArgs):
         return 12 * self.heads * self.head_width * min(seq_len, self.sliding_window or seq_len)
 
     def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float:
-        """One more forward pass of all blocks, 2N_blocks + 4LHQS, or of their attention kernels alone, 4LHQS.
+        """Count one more forward pass of all blocks, 2N_blocks + 4LHQS, or of their attention kernels alone, 4LHQS.
 
         A forward pass is a third of forward and backward (PaLM, as above; "hardware FLOPs" as in arXiv 2205.05198, A).
         The last product of a block is not made again: backward needs its inputs only (torch stops there).

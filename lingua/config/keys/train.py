@@ -160,7 +160,7 @@ class TrainArgs(Args):
 
     @model_validator(mode="after")
     def _run_folder(self) -> Self:
-        """The folder depends on nothing but the config: a commit between two starts must not lose the run."""
+        """Return the run folder, by the config alone: a commit between two starts must not lose the run."""
         if not self.dump_dir:
             if not self.name:
                 raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")

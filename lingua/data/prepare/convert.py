@@ -151,7 +151,7 @@ def _parquet(path: Path, fields: TextFields) -> Iterator[bytes]:
 
 
 def _line(key: str, value: bytes | None, row: dict[str, object]) -> bytes:
-    """A row as a line; text that is no UTF-8 is left as it is, so the line counts as bad."""
+    """Return the row as a line; text that is no UTF-8 is left as it is, so the line counts as bad."""
     try:
         return orjson.dumps({key: value if value is None else value.decode(), **row}, default=str) + b"\n"
     except UnicodeDecodeError:

@@ -111,7 +111,7 @@ class LineScan:
         return min(start, end)
 
     def documents(self, view: memoryview, seed: int, file_number: int) -> Documents:
-        """The documents found since the last `clear`, in ascending order of key."""
+        """Return the documents found since the last `clear`, in ascending order of key."""
         starts, ends, lines = (np.frombuffer(array, np.uint64) for array in (self.starts, self.ends, self.lines))
         keys = keys_of(seed, file_number, lines)
         order = np.argsort(keys, kind="stable")
@@ -203,7 +203,7 @@ def _fill(file: object, memory: memoryview) -> None:
 def map_file(
     path: Path, name: str, file_number: int, seed: int, fields: TextFields = PLAIN_TEXT, spare_bytes: int | None = None
 ) -> tuple[MappedRun | None, Counts]:
-    """The run of a plain jsonl file, without copying it; None if it holds no document. `spare_bytes`: see LineScan."""
+    """Map a plain jsonl file as a run, without a copy; None if it holds no document. `spare_bytes`: see LineScan."""
     scan = LineScan(name, fields, spare_bytes)
     if size := path.stat().st_size:
         with path.open("rb") as file:
@@ -216,7 +216,7 @@ def map_file(
 
 
 def mark_of(folder: Path, file_number: int) -> Path:
-    """The file that exists once a file's runs are complete."""
+    """Return the file that exists once a file's runs are complete."""
     return folder / f"{file_number:06d}.done.json"
 
 
@@ -283,7 +283,7 @@ _windows: list[mmap.mmap] = []
 
 
 def _window(n_bytes: int) -> mmap.mmap:
-    """The one large buffer of this process, kept because the first touch of memory costs more than all else here."""
+    """Return this process's one large buffer, kept because the first touch of memory costs more than all else here."""
     if not _windows or len(_windows[0]) < n_bytes:
         _windows.clear()
         window = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # exists where it is touched
@@ -395,7 +395,7 @@ def plan_outputs(runs: Sequence[SortedRun], dataset: str, *, n_chunks: int, val_
 
 
 def _key_at_rank(runs: Sequence[SortedRun], rank: int) -> int:
-    """The smallest key that has `rank` documents below it."""
+    """Return the smallest key that has `rank` documents below it."""
     low, high = 0, KEY_END
     while low < high:
         middle = (low + high) // 2
@@ -446,7 +446,7 @@ def write_output(
 
 
 def _take(runs: Sequence[SortedRun], low: int, high: int, n_bytes: int) -> list[Documents]:
-    """The documents of a key range, in the order of the runs."""
+    """Return the documents of a key range, in the order of the runs."""
     window = memoryview(_window(n_bytes) if any(isinstance(run, DiskRun) for run in runs) else b"")
     taken = []
     for run in runs:

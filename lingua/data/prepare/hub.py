@@ -170,7 +170,7 @@ def fetch(
 
 
 def _recorded(folder: Path, revision: str | None) -> Snapshot | None:
-    """What an earlier start resolved, or None if there was none."""
+    """Return what an earlier start resolved, or None if there was none."""
     try:
         state = read_json(folder / STATE)
     except FileNotFoundError:

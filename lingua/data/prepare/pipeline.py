@@ -168,7 +168,7 @@ def _locked(job: Job, folder: Path) -> Iterator[None]:
 
 
 def _recipe(job: Job, revision: str, requested: str, inputs: list[list[Any]]) -> dict[str, Any]:
-    """All that the result depends on."""
+    """Return all that the result depends on."""
     return {
         "version": ORDER_VERSION,
         "dataset": job.dataset,
@@ -204,7 +204,7 @@ def _refuse_problems(problems: list[str]) -> None:
 
 
 def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished result of this very request, or None. Raises if it is damaged or another's."""
+    """Return the manifest of a finished result of this very request, or None. Raises if it is damaged or another's."""
     if (manifest := read_manifest(folder)) is not None:
         _refuse_other(job, manifest, folder)
         _refuse_problems(check_manifest(folder))

@@ -69,7 +69,7 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
 
 
 def peak_rss_bytes() -> int:
-    """An upper bound of the memory resident at once: the peaks of this process and of its workers, added up."""
+    """Return an upper bound of the memory resident at once: the peaks of this process and of its workers, added up."""
     workers = _most_workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return max(_peak_alone, _own_peak_bytes() + workers)
 
