@@ -29,9 +29,9 @@ class MTP(Decoder):
         return self.heads[0].weight  # pyright: ignore[reportReturnType]
 
     def loss_of(self, x: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Sum the losses of all heads, labels (heads, B, S); of head 0 alone for labels (B, S)."""
+        """Return the loss sum of each head, (heads,), for labels (heads, B, S); of head 0 alone for labels (B, S)."""
         if labels.ndim == 2:
             return super().loss_of(x, labels, loss)
         weights: list[Tensor] = [head.weight for head in self.heads]  # pyright: ignore[reportAssignmentType]
         losses = [self.loss_of_head(x, weight, own, loss) for weight, own in zip(weights, labels, strict=True)]
-        return torch.stack([loss_sum for loss_sum, _ in losses]).sum(), losses[0][1]
+        return torch.stack([loss_sum for loss_sum, _ in losses]), losses[0][1]

@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,  # (B, S) int, with a cache
         select: Tensor | None = None,  # (B,) int: the one position of each row whose logits are wanted; rows end there
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss: (fp32 loss sum, number of labels)."""
+        """Logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss: what `loss_of` returns."""
         ctx = self.forward_context(tokens, documents, cache, positions, select)
         x = self.tok_embeddings(tokens)  # (B, S, D)
         device_type = x.device.type
@@ -82,7 +82,10 @@ class Decoder(nn.Module):
         return found if cap is None else cap * torch.tanh(found.float() / cap)
 
     def loss_of(self, x: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Return (fp32 loss sum, number of labels) of the last hidden states (B, S, D)."""
+        """Return (fp32 loss sum, number of labels) of the last hidden states (B, S, D).
+
+        A model that predicts several labels per position returns their loss sums as a vector; training adds them up.
+        """
         return self.loss_of_head(x, self.output_weight, labels, loss)
 
     def loss_of_head(self, x: Tensor, weight: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ from lingua.report.figure import (
 from lingua.report.heat_maps import HeatMap
 from lingua.report.history import (
     GRAD_NORM,
+    HEADS,
     HFU,
     LOSS,
     LR,
@@ -120,6 +121,10 @@ def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Pi
 
 def _course(runs: Sequence[History], names: Sequence[str]) -> Iterator[Picture | None]:
     """Describe what is logged beside the loss."""
+    if len(runs) == 1:
+        each = [(i, *_lines(runs, names, key)) for i, key in enumerate(HEADS)]
+        heads = [replace(line, name=f"head {i}", color=SERIES[i]) for i, line in each]
+        yield line_chart("heads", "Training loss of each head", heads, "nats per token", note="their sum is the loss")
     yield line_chart("lr", "Learning rate", _lines(runs, names, LR), "learning rate")
     norms = _lines(runs, names, GRAD_NORM)
     values = np.concatenate([line.points.mean for line in norms])

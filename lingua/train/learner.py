@@ -53,8 +53,8 @@ class StepSums:
     """What the micro steps of a step add up to."""
 
     def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        """Sum of this rank's losses over the positions of its step."""
+        self.losses = torch.zeros((), device=device)
+        """Sum of this rank's losses over the positions of its step; a vector where a model has several losses."""
         self.rows: list[int] = []
         """First and last row of each micro step."""
         self.n_micro_steps = 0
@@ -62,9 +62,14 @@ class StepSums:
         self._n_labels = torch.zeros((), dtype=torch.float64, device=device)
         self._counting: dist.Work | None = None
 
-    def add(self, batch: MicroBatch, loss: Tensor, n_labels: Tensor) -> None:
+    @property
+    def loss(self) -> Tensor:
+        """Their sum."""
+        return self.losses.sum()
+
+    def add(self, batch: MicroBatch, losses: Tensor, n_labels: Tensor) -> None:
         """Add a micro step."""
-        self.loss += loss.detach()
+        self.losses = self.losses + losses.detach()
         self._n_labels += n_labels
         self.rows += [int(batch.rows.min()), int(batch.rows.max())]
         self.n_micro_steps += 1
@@ -145,14 +150,14 @@ class Learner:
         is_last = self.sums.n_micro_steps == self.size.grad_acc_steps - 1
         begin_micro_step(self.model, self.args.distributed, is_last=is_last)
         with self.precision:
-            loss_sum, n_labels = self.model(
+            loss_sums, n_labels = self.model(
                 batch.tokens, labels=batch.labels, documents=batch.documents, loss=self.loss
             )
-        loss = loss_sum / self.size.tokens_per_rank_step
-        self.sums.add(batch, loss, n_labels)
+        losses = loss_sums / self.size.tokens_per_rank_step
+        self.sums.add(batch, losses, n_labels)
         if is_last:
             self.sums.start_counting()
-        return loss
+        return losses.sum()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of what `forward` returned to those that are there."""
@@ -168,11 +173,13 @@ class Learner:
 
     def update(self, gradient: Gradient) -> StepDone:
         """Do the update, unless the step went wrong; a new step begins."""
-        lr, sums, loss = self.lr, self.sums, self.sums.loss / self.label_share()
+        lr, sums, share = self.lr, self.sums, self.label_share()
+        loss, several = sums.loss / share, sums.losses / share
+        heads = {f"loss/head_{i}": each for i, each in enumerate(several.unbind())} if several.ndim else {}
         report = self.updater.step(lr, gradient, loss)
         self.sums = StepSums(self.world.device)
         self.advance()
-        return StepDone(self.step, lr, sums.rows, {"loss/out": loss, **report})
+        return StepDone(self.step, lr, sums.rows, {"loss/out": loss, **heads, **report})
 
     def advance(self) -> None:
         """Count one more update."""

@@ -363,11 +363,11 @@ def row_by_row(
                 with learner.precision, torch.set_grad_enabled(backward):
                     loss_sum, n_labels = learner.model(
                         batch.tokens[i : i + 1],
-                        labels=batch.labels[i : i + 1],
+                        labels=batch.labels[..., i : i + 1, :],
                         documents=documents,
                         loss=learner.loss,
                     )
-                    loss = loss_sum / n_labels.clamp(min=1)
+                    loss = loss_sum.sum() / n_labels.clamp(min=1)
                 grad_norm = _grad_norm(learner, loss) if backward else None
                 yield (
                     number,

@@ -18,6 +18,7 @@ from lingua.model.loss import CrossEntropy
 from lingua.optim.muon import takes_muon
 from lingua.tokenizer import ByteTokenizer
 from lingua.train.build import require_counted
+from lingua.train.learner import MicroBatch, StepSums
 from tests.families import FAMILIES, SHARED, VOCAB, build
 
 every_family = pytest.mark.parametrize("args", FAMILIES.values(), ids=FAMILIES.keys())
@@ -59,9 +60,23 @@ def test_the_first_loss_is_near_that_of_a_guess(args: DecoderArgs) -> None:
 def test_every_parameter_gets_a_gradient(args: DecoderArgs) -> None:
     model, tokens = build(args), some_tokens()
     labels = tokens.expand(args.n_labels, *tokens.shape) if args.n_labels > 1 else tokens
-    model(tokens, labels=labels, loss=CrossEntropy(CrossEntropyArgs()))[0].backward()
+    model(tokens, labels=labels, loss=CrossEntropy(CrossEntropyArgs()))[0].sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())]
     assert without == []
+
+
+@torch.no_grad()
+def test_each_head_of_mtp_has_a_loss_of_its_own() -> None:
+    model, tokens, loss = build(FAMILIES["mtp"]), some_tokens(), CrossEntropy(CrossEntropyArgs())
+    labels = torch.stack([tokens.roll(-i, 1) for i in (1, 2, 3)])
+    losses, n_labels = model(tokens, labels=labels, loss=loss)
+    assert (losses.shape, int(n_labels)) == ((3,), tokens.numel())
+    assert losses[0] == model(tokens, labels=labels[0], loss=loss)[0]
+    sums = StepSums(torch.device("cpu"))
+    for _ in range(2):
+        sums.add(MicroBatch(np.arange(2), tokens, labels, None), losses, n_labels)
+    torch.testing.assert_close(sums.losses, 2 * losses)
+    torch.testing.assert_close(sums.loss, 2 * losses.sum())
 
 
 @every_family

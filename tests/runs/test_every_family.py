@@ -1,12 +1,18 @@
 """Runs of every model family: killed, resumed, sharded, compiled, evaluated and asked for text as a Llama is."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from apps.main.eval import main as evaluate
 from apps.main.generate import main as generate
+from lingua.report.facts import read_run
+from lingua.report.history import read_history
+from lingua.report.page import report_page
+from lingua.run.lock import this_process
 from lingua.run.metrics import read_metrics
+from tests.runs.test_replay import replay
 from tests.trainer import TINY, at_step, fingerprint, kill_self, losses, published, train
 
 MODELS: dict[str, list[str]] = {
@@ -90,6 +96,14 @@ def test_multi_token_prediction_splits_its_heads_over_ranks(tmp_path: Path):
     result = train([*words_of(words, two), "distributed.tp_size=2"], n_ranks=2)
     assert result.exit_code == 0, result.output
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    for record, on_one in zip(read_metrics(two / "metrics.jsonl"), read_metrics(one / "metrics.jsonl"), strict=True):
+        heads = [record[f"loss/head_{i}"] for i in range(3)]
+        assert heads == pytest.approx([on_one[f"loss/head_{i}"] for i in range(3)], rel=1e-4)
+        assert sum(heads) == pytest.approx(record["loss/out"], rel=1e-6)
+    _, pictures = report_page([read_history(read_run(one), this_process(), time.time())])
+    assert "heads" in [picture.key for picture in pictures]
+    rows = replay(one, 6)["rows"]
+    assert sum(row["loss"] for row in rows) / len(rows) == pytest.approx(losses(one)[6], rel=1e-4)
 
 
 def test_tensor_parallelism_is_refused_where_no_rule_exists(tmp_path: Path):
