@@ -1,8 +1,8 @@
 """What all formats share: the files of a source, cut into blocks, and what happens to bad documents.
 
 A document belongs to the block it begins in, so the blocks hold each document exactly once, whatever their size.
-Positions in a file are bytes, or rows for parquet. To add a format: one file with a subclass, one line in
-`sources.FORMATS`, one word in `SourceArgs.format`.
+Positions in a file are bytes, or rows for parquet. To add a format: one file with a subclass, a line in `FORMATS` and
+`SUFFIXES` of `sources.py`, a word in `SourceArgs.format`.
 """
 
 from __future__ import annotations

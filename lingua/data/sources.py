@@ -20,7 +20,7 @@ FORMATS = {
     "tokens": "lingua.data.token_files:TokenSource",
     "parquet": "lingua.data.parquet:ParquetSource",
 }
-_SUFFIXES = {".tokens": "tokens", ".jsonl": "jsonl", ".parquet": "parquet"}
+SUFFIXES = {".tokens": "tokens", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 def source_class(name: str) -> type[BlockedSource]:
@@ -33,7 +33,7 @@ def class_of_files(path: Path, *, with_text: bool = False) -> type[BlockedSource
     """Return the class that reads a file or folder, judged by names alone. `with_text`: not token files."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
     names = [name for name in names if path.is_file() or not name.startswith(".")]
-    kinds = (source_class(kind) for suffix, kind in _SUFFIXES.items() if any(name.endswith(suffix) for name in names))
+    kinds = (source_class(kind) for suffix, kind in SUFFIXES.items() if any(name.endswith(suffix) for name in names))
     return next((kind for kind in kinds if not (with_text and kind.holds_tokens)), source_class("jsonl"))
 
 

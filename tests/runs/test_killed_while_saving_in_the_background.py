@@ -156,11 +156,12 @@ def kill_the_service(run_dir: Path, shm: Path, n_ranks: int, kill_at: At, calm: 
     end_calmly(run_dir, shm, n_ranks, calm)
 
 
-@pytest.mark.parametrize("kill_at", [RENAME, FREE])
+@pytest.mark.parametrize("kill_at", [RENAME, pytest.param(FREE, marks=pytest.mark.soak)])
 def test_a_killed_service_is_replaced(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: At):
     kill_the_service(tmp_path / "run", shm, 1, kill_at, calm(1))
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @pytest.mark.parametrize("kill_at", [MARK])
 def test_a_killed_service_of_two_ranks(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: At):
@@ -181,7 +182,7 @@ def kill_a_rank(run_dir: Path, shm: Path, n_ranks: int, rank: int, kill_at: At, 
     end_calmly(run_dir, shm, n_ranks, calm)
 
 
-@pytest.mark.parametrize("kill_at", [STAGED, THIRD_READY])
+@pytest.mark.parametrize("kill_at", [STAGED, pytest.param(THIRD_READY, marks=pytest.mark.soak)])
 def test_a_killed_trainer_goes_on(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: At):
     kill_a_rank(tmp_path / "run", shm, 1, 0, kill_at, calm(1))
 
@@ -213,13 +214,14 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("block_at", [WRITE, MARK])
+@pytest.mark.parametrize("block_at", [pytest.param(WRITE, marks=pytest.mark.soak), MARK])
 def test_when_all_is_killed_the_next_start_goes_on(
     tmp_path: Path, shm: Path, calm: Callable[[int], Path], block_at: At
 ):
     kill_both(tmp_path / "run", shm, 1, block_at, calm(1))
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @pytest.mark.parametrize("block_at", [RENAME])
 def test_all_of_two_ranks(tmp_path: Path, shm: Path, calm: Callable[[int], Path], block_at: At):
@@ -330,7 +332,7 @@ def stop(run_dir: Path) -> dict[str, object]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("n_ranks", "step"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("n_ranks", "step"), [pytest.param(1, 4, marks=pytest.mark.soak), (2, 2)])
 def test_a_stop_signal_saves_before_the_exit(
     tmp_path: Path, shm: Path, calm: Callable[[int], Path], n_ranks: int, step: int
 ):
@@ -350,6 +352,7 @@ def small_chunks() -> None:
     setattr(drain, "CHUNK_BYTES", 1 << 14)  # noqa: B010
 
 
+@pytest.mark.soak
 def test_a_stop_signal_lifts_the_limit_on_bandwidth(tmp_path: Path, shm: Path):
     run_dir = tmp_path / "run"
     with Services(prepare=small_chunks) as services:

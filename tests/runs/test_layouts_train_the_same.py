@@ -32,10 +32,10 @@ def one_large_batch(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float
 @pytest.mark.parametrize(
     ("n_ranks", "words"),
     [
-        (1, ["data.batch_size=3", "grad_acc_steps=4"]),
-        (1, ["data.batch_size=4", f"global_batch_size={G}"]),
+        pytest.param(1, ["data.batch_size=3", "grad_acc_steps=4"], marks=pytest.mark.soak),
+        pytest.param(1, ["data.batch_size=4", f"global_batch_size={G}"], marks=pytest.mark.soak),
         pytest.param(2, ["data.batch_size=6"], marks=[pytest.mark.ranks, pytest.mark.soak]),
-        pytest.param(2, ["data.batch_size=2", "grad_acc_steps=3"], marks=pytest.mark.ranks),
+        pytest.param(2, ["data.batch_size=2", "grad_acc_steps=3"], marks=[pytest.mark.ranks, pytest.mark.soak]),
         pytest.param(3, ["data.batch_size=4", "distributed.fsdp_type=full_shard"], marks=pytest.mark.ranks),
         pytest.param(
             4, ["data.batch_size=3", "distributed.fsdp_type=full_shard", "distributed.dp_shard=2"],
@@ -47,7 +47,9 @@ def one_large_batch(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float
             marks=[pytest.mark.ranks, pytest.mark.soak],
         ),
         (1, [f"data.batch_size={G}", "distributed.selective_activation_checkpointing=true"]),
-        (1, [f"data.batch_size={G}", "distributed.full_activation_checkpointing=true"]),
+        pytest.param(
+            1, [f"data.batch_size={G}", "distributed.full_activation_checkpointing=true"], marks=pytest.mark.soak
+        ),
     ],
 )  # fmt: skip
 def test_losses_equal_those_of_one_large_batch(

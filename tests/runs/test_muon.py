@@ -13,6 +13,7 @@ G = 12  # rows per step
 RANKS = [*WORDS, f"global_batch_size={G}", "distributed.fsdp_type=full_shard", "optim.scheduler=constant"]
 
 
+@pytest.mark.soak
 def test_a_killed_run_ends_as_the_undisturbed_one(tmp_path: Path):
     calm, killed = ([*WORDS, f"dump_dir={tmp_path / name}"] for name in ("calm", "killed"))
     assert train(calm).exit_code == 0

@@ -51,6 +51,7 @@ def test_the_lower_rate_that_the_message_asks_for_is_accepted(tmp_path: Path):
     assert train(lower).exit_code == 0  # the config of the start that was killed says so now
 
 
+@pytest.mark.soak
 def test_it_stops_even_when_that_step_would_have_been_saved(tmp_path: Path):
     result = train([*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=4"], hook=spoil(4))
     assert result.exit_code == 1
@@ -67,6 +68,7 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(tmp_path: Path):
     assert published(tmp_path) == [8]
 
 
+@pytest.mark.soak
 def test_skips_in_a_row_are_limited(tmp_path: Path):
     words = [*WORDS, f"dump_dir={tmp_path}", "optim.on_nonfinite=skip", "optim.max_skips=2"]
     assert train(words, hook=spoil(3, 4, 6, 7)).exit_code == 0

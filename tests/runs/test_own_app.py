@@ -25,7 +25,7 @@ SMALL = [
 def workplace(tmp_path: Path) -> Path:
     """A copy of the code in which apps/mine is a changed copy of apps/main."""
     for package in ("apps", "lingua"):
-        shutil.copytree(REPOSITORY / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / package, tmp_path / package)  # with its bytecode
     mine = tmp_path / "apps" / "mine"
     shutil.copytree(tmp_path / "apps" / "main", mine)
     args = mine / "args.py"
@@ -50,6 +50,8 @@ def run(workplace: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=workplace, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.gate
+@pytest.mark.soak
 def test_a_changed_copy_is_found_by_every_command(workplace: Path):
     config = "apps/mine/configs/debug.yaml"
     train = ["-m", "apps.mine.train", config, *SMALL, "model.embedding_scale=2.0", "steps=2", "dump_dir=out/mine"]

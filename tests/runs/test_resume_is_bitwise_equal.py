@@ -48,12 +48,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "kill",
     [
-        pytest.param(at_step(1, kill_self), id="before the first checkpoint"),
+        pytest.param(at_step(1, kill_self), id="before the first checkpoint", marks=pytest.mark.soak),
         pytest.param(at_step(7, kill_self), id="between two checkpoints"),
-        pytest.param(at_step(8, kill_self), id="just before a save"),
-        pytest.param(kill_during_save_of(8, 3), id="early in a save"),
+        pytest.param(at_step(8, kill_self), id="just before a save", marks=pytest.mark.soak),
+        pytest.param(kill_during_save_of(8, 3), id="early in a save", marks=pytest.mark.soak),
         pytest.param(kill_during_save_of(8, 12), id="late in a save"),
-        pytest.param(kill_during_save_of(12, 5), id="in the last save"),
+        pytest.param(kill_during_save_of(12, 5), id="in the last save", marks=pytest.mark.soak),
     ],
 )
 @pytest.mark.parametrize("load_async", ["true", pytest.param("false", marks=pytest.mark.soak)])

@@ -17,13 +17,16 @@ def test_two_runs_end_with_the_same_bytes(tmp_path: Path, n_ranks: int):
     assert fingerprint(tmp_path / "one", 6) == fingerprint(tmp_path / "two", 6)
 
 
-@pytest.mark.parametrize("key", ["seed", "model.seed", "data.seed"])
+@pytest.mark.parametrize(
+    "key", ["seed", *(pytest.param(key, marks=pytest.mark.soak) for key in ("model.seed", "data.seed"))]
+)
 def test_another_seed_is_another_run(tmp_path: Path, key: str):
     for name, seed in (("one", 1), ("two", 2)):
         assert train([*WORDS, f"dump_dir={tmp_path / name}", f"{key}={seed}"]).exit_code == 0
     assert losses(tmp_path / "one") != losses(tmp_path / "two")
 
 
+@pytest.mark.soak
 def test_what_has_no_say_in_the_numbers_changes_no_byte(tmp_path: Path):
     """Workers, prefetch, logging and checkpoint periods."""
     variants = {

@@ -34,6 +34,7 @@ def test_families_are_compared_at_equal_size_and_with_transformers_where_it_has_
     assert rivals["mamba2 5M"] == ["transformers mamba2 5M", "llama 5M"]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("case", bench.family_cases(tiny=True)[:7], ids=lambda case: case.name)
 def test_every_family_is_measured_beside_its_rivals(case: Any) -> None:
     found = bench.cpu_suite([case], 1, 2, lambda what: None, positions=(10, 20))["cases"]
