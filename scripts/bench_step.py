@@ -122,7 +122,7 @@ class Trainer:
         def step() -> None:
             with precision:
                 loss_sum, _ = model(tokens, labels=labels, documents=next(self._documents), loss=loss)
-            (loss_sum / labels.numel()).backward()
+            (loss_sum.sum() / labels.numel()).backward()
             _, finite, divisor = grad_norm_and_clip_coef(parameters, args.optim.clip)
             optimizer_step(optimizer, args.optim.lr, finite, divisor)
             optimizer.zero_grad()
