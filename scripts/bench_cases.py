@@ -65,7 +65,10 @@ CPU_CASES = tuple(
         ),
     )
 )
+DIMS = {"1M": 128, "5M": 256}
 MAMBA = "type=mamba2 conv_size=4 conv_bias=true dt_bias=true ssm_chunk_size=64"  # what transformers' has, too
+_IN_HYBRID = '{"mamba2":{"conv_size":4,"dt_bias":true,"ssm_chunk_size":64,"n_heads":8,"state_dim":%d}}'
+HYBRID = f"type=hybrid layers=[attention,mamba2,mamba2] n_heads=4 n_layers=%d blocks={_IN_HYBRID}"
 FAMILIES: dict[str, tuple[str, str]] = {  # keys at about 1M parameters, and at about 5M
     "llama": ("n_layers=4 n_heads=4", "n_layers=6 n_heads=4"),
     "mamba2": (f"{MAMBA} n_layers=9 n_heads=8 state_dim=32", f"{MAMBA} n_layers=12 n_heads=8 state_dim=64"),
@@ -74,13 +77,14 @@ FAMILIES: dict[str, tuple[str, str]] = {  # keys at about 1M parameters, and at 
     "hawk": ("type=hawk conv_size=4 n_layers=3 multiple_of=64", "type=hawk conv_size=4 n_layers=4 multiple_of=64"),
     "mlstm": ("type=mlstm n_layers=5", "type=mlstm n_layers=6"),
     "mtp": ("type=mtp n_layers=4 n_heads=4 n_future_head=3", "type=mtp n_layers=6 n_heads=4 n_future_head=3"),
+    "hybrid": (HYBRID % (6, 32), HYBRID % (9, 64)),
 }
 
 
 def family_cases(tiny: bool = False) -> list[Case]:
     """Every family at both sizes; `tiny`: at one for which a CPU needs seconds."""
     found: list[Case] = []
-    for at, (size, dim) in enumerate({"1M": 128, "5M": 256}.items()):
+    for at, (size, dim) in enumerate(DIMS.items()):
         llama: tuple[Case, ...] = ()
         for name, keys in FAMILIES.items():
             words = EAGER + (("data.n_views=4",) if name == "mtp" else ())

@@ -78,6 +78,7 @@ ALLOWED = {
         scripts/bench_eval.py:make_tasks write_text
         scripts/bench_step.py:measure_loop rmtree
         scripts/bench_step.py:main write_text
+        scripts/compare_families.py:train open
     """,
 }
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import bench_cases
 import bench_step as bench
 import pytest
 
@@ -35,7 +36,7 @@ def test_families_are_compared_at_equal_size_and_with_transformers_where_it_has_
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("case", bench.family_cases(tiny=True)[:7], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", bench.family_cases(tiny=True)[: len(bench_cases.FAMILIES)], ids=lambda case: case.name)
 def test_every_family_is_measured_beside_its_rivals(case: Any) -> None:
     found = bench.cpu_suite([case], 1, 2, lambda what: None, positions=(10, 20))["cases"]
     for rival in case.rivals:
