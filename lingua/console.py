@@ -256,6 +256,7 @@ def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:
     parts = [
         f"step {metrics['global_step']}/{n_steps}",
         f"loss {metrics['loss/out']:.4f}",
+        *([f"above floor {metrics['loss/above_floor']:.4f}"] if "loss/above_floor" in metrics else []),
         f"grad {metrics['optim/grad_norm']:.3g}",
         f"lr {metrics['optim/lr']:.2e}",
         f"{metrics['speed/wps']:,.0f} tokens/s",

@@ -119,6 +119,26 @@ class ByteTokenizer(Tokenizer):
         return bytes(i for i in ids if 0 <= i < 256)
 
 
+class IdTokenizer(Tokenizer):
+    """No tokenizer: text is ids with blanks between them."""
+
+    name, bos_id, eos_id = "none", None, None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.fingerprint = vocab_size, f"none:{vocab_size}"
+
+    def encode_text(self, text: str) -> np.ndarray:
+        import numpy as np
+
+        ids = np.array(text.split(), np.int32)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"ids are 0 to {self.vocab_size - 1}")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(f"{i} " for i in ids)
+
+
 class _WordTokenizer(Tokenizer):
     """May put a blank before a text. Where a document was cut there is none, so there a model without that is used."""
 
@@ -449,8 +469,8 @@ def tokenizer_file(args: TokenizerArgs) -> Path:
 
 def tokenizer_fingerprint(args: TokenizerArgs) -> str:
     """Return the fingerprint (name and hash of the file) without building the tokenizer."""
-    if args.name == "bytes":
-        return ByteTokenizer.fingerprint
+    if not args.needs_file:
+        return build_tokenizer(args).fingerprint
     return _fingerprint(args.name, tokenizer_file(args), args.split)
 
 
@@ -463,7 +483,12 @@ def _fingerprint(name: str, path: Path, split: str) -> str:
 
 def build_tokenizer(args: TokenizerArgs) -> Tokenizer:
     """Build the tokenizer that the config names."""
-    tokenizer = ByteTokenizer() if args.name == "bytes" else _build(args.name, tokenizer_file(args), args.split)
+    if args.name == "none":
+        if args.vocab_size is None:
+            raise ConfigError("data.tokenizer.name is none; say how many ids there are with data.tokenizer.vocab_size")
+        tokenizer: Tokenizer = IdTokenizer(args.vocab_size)
+    else:
+        tokenizer = ByteTokenizer() if args.name == "bytes" else _build(args.name, tokenizer_file(args), args.split)
     if args.end_ids:
         tokenizer = copy.copy(tokenizer)
         tokenizer.end_ids = tuple(args.end_ids)

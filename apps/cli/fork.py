@@ -167,7 +167,7 @@ def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) 
     try:
         state = merge_states(states)
         check_order(state, order_of(args, lanes))
-        if all(Path(source.path).exists() for source in args.read_sources()):
+        if all(Path(source.path).exists() for source in args.read_files()):
             with closing(open_data(args, lanes)) as data:
                 adapt(state, data.sources, args.accept_change)
     except ConfigError as error:

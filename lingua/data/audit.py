@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import DataArgs
+from lingua.config.keys.data import DataArgs, SourceArgs
 from lingua.console import Progress
 from lingua.data.blocked_source import BlockedSource, OpenedData
 from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of
@@ -133,6 +133,8 @@ def _compare_bytes(args: DataArgs, data: OpenedData, found: AuditResult) -> None
     """Compare all bytes of the sources with the hashes that there are."""
     for source, section in zip(data.sources, args.read_sources(), strict=True):
         found.problems += source.wrong_bytes()
+        if not isinstance(section, SourceArgs):
+            continue  # made, not read
         path = Path(section.path)
         folder = path if path.is_dir() else path.parent
         if not source.holds_tokens and read_manifest(folder) is None:
@@ -209,7 +211,7 @@ def _walk(
 def _tokens_given(args: DataArgs, state: State) -> int:
     """Tokens before the position of a state; with a shuffle window, before the window's begin."""
     window = max(1, args.shuffle_window)
-    return state["rows"] // window * window * args.seq_len
+    return state["rows"] // window * window * args.row_step
 
 
 def _order_of_piece(position: Mapping[str, Any]) -> tuple[int, int]:

@@ -230,6 +230,17 @@ def block_bytes(source_bytes: int, n_lanes: int) -> int:
     return min(max(source_bytes // (BLOCKS_PER_LANE * n_lanes), 256), 4 << 20)
 
 
+class Floor(NamedTuple):
+    """The least loss that any model can have, in nats per token."""
+
+    nats: float
+    error: float = 0.0
+    """Its standard error, where it is a mean over documents; 0: exact."""
+
+    def __str__(self) -> str:
+        return f"{self.nats:.4f}" + (f" +- {self.error:.4f}" if self.error else "")
+
+
 class BlockedSource(ABC):
     """Files cut into blocks."""
 
@@ -322,6 +333,10 @@ class BlockedSource(ABC):
     @property
     def warning(self) -> str | None:
         """What makes this source slow to read."""
+        return None
+
+    def floor(self, n_labels: int, row_tokens: int) -> Floor | None:
+        """Return the least loss of rows with so many labels and tokens, None where nobody knows."""
         return None
 
     def wrong_bytes(self) -> Iterator[str]:

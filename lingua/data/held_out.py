@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import DataArgs
+from lingua.config.keys.data import DataArgs, SyntheticArgs
 from lingua.config.keys.eval import HeldOutArgs
 from lingua.data.blocked_source import PLAIN_TEXT, BadLines, BlockedSource, Document, TextFields
 from lingua.data.pack import IGNORED, ids_of, next_piece
-from lingua.data.sources import SUFFIXES, class_of_files, with_default_sources
+from lingua.data.sources import SUFFIXES, class_of_files, held_out_documents, with_default_sources
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 BLOCK_TOKENS = 1 << 20  # documents in memory at once
@@ -37,11 +37,17 @@ class HeldOutText:
 
     name: str
     file: Path
+    """Of a source that makes its documents: its name."""
     fields: TextFields = PLAIN_TEXT
+    made: SyntheticArgs | None = None
+    row_tokens: int = 0
 
     def open(self) -> closing[BlockedSource]:
         """Open the file; bad lines are skipped and counted, however many there are, and the first is logged."""
-        kind, bad = class_of_files(self.file), BadLines(max_fraction=math.inf)
+        bad = BadLines(max_fraction=math.inf)
+        if self.made is not None:
+            return closing(held_out_documents(self.made, self.row_tokens))
+        kind = class_of_files(self.file)
         return closing(kind(self.file.name, self.file, 1, fields=self.fields, bad=bad))
 
 
@@ -55,7 +61,9 @@ def texts_beside_sources(data: DataArgs) -> tuple[list[HeldOutText], list[str]]:
     """Return the held-out text of each training source, and the names of the sources that have none."""
     found, without = [], []
     for source in data.read_sources():
-        if file := held_out_file(Path(source.path)):
+        if isinstance(source, SyntheticArgs):
+            found.append(HeldOutText(str(source.name), Path(source.type), PLAIN_TEXT, source, data.row_tokens))
+        elif file := held_out_file(Path(source.path)):
             found.append(HeldOutText(str(source.name), file, TextFields(source.text_key, data.loss_on)))
         else:
             without.append(str(source.name))
@@ -112,13 +120,16 @@ class Wording:
     def ids(
         self, document: Document, failed: Callable[[Document, str], object], *, whole: bool = True
     ) -> tuple[list[int], int]:
-        """Return a document's tokens after its prefix, and the bytes of the text that they score.
+        """Return a document's tokens after its prefix, and the bytes of the text that they score (of ids: one each).
 
         Tokens of the prompt, and of the prefix before it, are given as ~id: they are not scored. Without a prefix the
         first token is not either. As in training, the document is tokenized in pieces, and one on which the tokenizer
         fails is told to `failed` and left out. `whole`: the document ends here; an end token follows where training
         adds one.
         """
+        if document.encoded is not None:
+            made = document.encoded.ids(0).tolist()
+            return made, len(made)
         found = [] if self.prefix is None else [self.prefix if document.prompt_chars == 0 else ~self.prefix]
         n_bytes, start, more = 0, 0, True
         while more:
@@ -156,12 +167,13 @@ class HeldOut:
     """Lines that hold no document, and documents or parts of them on which the tokenizer failed."""
 
 
-def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int) -> HeldOut:
+def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int, row_step: int | None = None) -> HeldOut:
     """Pack the first documents, whole, into at most `max_rows` rows that score `seq_len` tokens each.
 
-    A first document that is too long alone is cut. Raises ValueError when there is no text.
+    `row_step`: as in DataArgs. A first document that is too long alone is cut. Raises ValueError when there is no text.
     """
-    budget, stream = max_rows * seq_len, list[int]()
+    step = row_step or seq_len
+    budget, stream = max_rows * step, list[int]()
     found = HeldOut(text.name, [])
     with text.open() as source:
         for document in source.documents():
@@ -183,7 +195,7 @@ def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int) 
         found.n_skipped = source.bad.kinds.total()
     if not found.n_bytes:
         raise ValueError(f"{text.file}: no text to validate on; put documents there or set validation.every=0")
-    found.rows = [ScoredRow(stream[start : start + seq_len + 1]) for start in range(0, len(stream) - 1, seq_len)]
+    found.rows = [ScoredRow(stream[start : start + seq_len + 1]) for start in range(0, len(stream) - 1, step)]
     return found
 
 

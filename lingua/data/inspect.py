@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import DataArgs
+from lingua.config.keys.data import DataArgs, SourceArgs
 from lingua.console import Progress
 from lingua.data import token_files
 from lingua.data.audit import origins
@@ -22,7 +22,7 @@ from lingua.data.jsonl import JsonlSource
 from lingua.data.jsonl_indexed import SUFFIX, write_index
 from lingua.data.pack import Lane
 from lingua.data.prepare.worker_pool import each
-from lingua.data.sources import class_of_files, open_data, source_class
+from lingua.data.sources import class_of_files, floor_of, open_data, source_class
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
 _N_SAMPLES = 64  # places of a source that an estimate samples
@@ -140,7 +140,7 @@ def preview_mixture(
             shown.append({"row": row.number, "documents": parts})
         progress.advance(4 * args.seq_len)
     total, ends = max(1, n_tokens.total()), args.add_bos + args.add_eos
-    by_source = {}
+    by_source: dict[str, dict[str, float]] = {}
     for source in sources:
         share = n_tokens[source.name] / total
         epoch_tokens = source.estimate_tokens(tokenizer, ends, _N_SAMPLES)
@@ -153,6 +153,10 @@ def preview_mixture(
             "tokens_per_epoch_estimated": epoch_tokens,
             "epochs_at_the_end_estimated": run_tokens / max(1, epoch_tokens),
         }
+        if floor := source.floor(args.seq_len, args.row_tokens):
+            by_source[source.name]["floor_nats_per_token"] = floor.nats
+            by_source[source.name]["floor_standard_error"] = floor.error
+    floor = floor_of(args, sources)
     data.close()
     return {
         "steps": n_steps,
@@ -161,6 +165,7 @@ def preview_mixture(
         "seq_len": args.seq_len,
         "lanes": n_lanes,
         "bad_lines": data.bad.kinds.total(),
+        **({} if floor is None else {"floor_nats_per_token": floor.nats, "floor_standard_error": floor.error}),
         "sources": by_source,
         "first_rows": shown,
     }
@@ -192,6 +197,8 @@ def tokenize_sources(args: DataArgs, out: Path, n_workers: int, progress: Progre
     n_there = 0
     sources = args.read_sources()
     for source in sources:
+        if not isinstance(source, SourceArgs):
+            raise ConfigError(f"source {source.name} is made and not read; write it with `lingua data generate`")
         kind = source_class(source.format)
         if not issubclass(kind, JsonlSource):
             raise ConfigError(f"source {source.name} has format {source.format}; only jsonl can be tokenized, name it")

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from lingua.config.keys.data import DataArgs, SourceArgs
+from lingua.config.keys.data import DataArgs, SourceArgs, SyntheticArgs
 from lingua.data.blocked_source import edges
 from lingua.data.held_out import held_out_file
 from lingua.data.sources import check_manifests, source_class
@@ -71,8 +71,11 @@ def staged(args: DataArgs) -> Iterator[DataArgs]:
 
 
 def _moved(args: DataArgs, folder: Path) -> DataArgs:
-    sources: list[SourceArgs] = []
+    sources: list[SourceArgs | SyntheticArgs] = []
     for number, source in enumerate(args.read_sources()):
+        if isinstance(source, SyntheticArgs):
+            sources.append(source)
+            continue
         path, copy = Path(source.path), folder / f"{number:03d}"
         sources.append(source.model_copy(update={"path": str(copy if path.is_dir() else copy / path.name)}))
     return args.model_copy(update={"sources": sources, "root_dir": None})
@@ -81,6 +84,8 @@ def _moved(args: DataArgs, folder: Path) -> DataArgs:
 def _files(args: DataArgs) -> Iterator[StagedFile]:
     """Yield the files that are read and what is used beside them."""
     for number, source in enumerate(args.read_sources()):
+        if isinstance(source, SyntheticArgs):
+            continue
         path, kind = Path(source.path), source_class(source.format)
         files = kind.find_files(path)
         held_out = held_out_file(path)

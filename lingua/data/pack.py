@@ -150,7 +150,7 @@ class Packer:
 
     def row(self) -> tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]:
         """Return the next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
-        seq_len, n = self._args.seq_len, self._args.seq_len + self._args.n_views - 1
+        seq_len, n = self._args.seq_len, self._args.row_tokens
         tokens = np.empty(n, np.int32)
         doc_ids = np.empty(n, np.int32) if self._args.doc_mask else None
         pieces, filled, index, skip = self._pieces, 0, 0, self._token
@@ -166,7 +166,7 @@ class Packer:
             if len(part):
                 spans.append(RowSpan(piece.position, skip, len(part)))
             filled, index, skip = filled + len(part), index + 1, 0
-        self._use(seq_len)
+        self._use(self._args.row_step)
         if doc_ids is not None:
             doc_ids = doc_ids[:seq_len]
             doc_ids -= doc_ids[0]

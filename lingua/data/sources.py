@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import DataArgs, SourceArgs
-from lingua.data.blocked_source import BadLines, BlockedSource, DataError, OpenedData, TextFields
+from lingua.config.keys.data import DataArgs, SourceArgs, SyntheticArgs
+from lingua.data.blocked_source import BadLines, BlockedSource, DataError, Floor, OpenedData, TextFields
 from lingua.data.corpus import SOURCE_NAME, embedded_corpus
 from lingua.data.manifest import check_manifest
 from lingua.tokenizer import build_tokenizer, tokenizer_fingerprint
@@ -47,7 +49,7 @@ def with_default_sources(args: DataArgs) -> DataArgs:
 
 def check_manifests(args: DataArgs) -> None:
     """Compare each source with the manifest beside it, by sizes. Raises DataError."""
-    for source in args.read_sources():
+    for source in args.read_files():
         kind, folder = source_class(source.format), Path(source.path)
         problems = check_manifest(folder, kind.suffix) if not kind.holds_tokens and folder.is_dir() else []
         if problems:
@@ -55,7 +57,16 @@ def check_manifests(args: DataArgs) -> None:
             raise DataError(f"source {source.name}: {problems[0]}{more}")
 
 
-def _open(args: DataArgs, source: SourceArgs, kind: type[BlockedSource], n_lanes: int, bad: BadLines) -> BlockedSource:
+def _open(
+    args: DataArgs, source: SourceArgs | SyntheticArgs, n_lanes: int, bad: BadLines, *, looked_at: bool = False
+) -> BlockedSource:
+    if isinstance(source, SyntheticArgs):
+        from lingua.data.synthetic import SyntheticSource
+
+        return SyntheticSource(source, n_lanes, row_tokens=args.row_tokens, bad=bad)
+    kind = source_class(source.format)
+    if looked_at:
+        kind = kind.sequential()  # no index is made for this
     return kind(
         str(source.name),
         Path(source.path),
@@ -67,7 +78,14 @@ def _open(args: DataArgs, source: SourceArgs, kind: type[BlockedSource], n_lanes
     )
 
 
-def _read_sources(args: DataArgs) -> list[SourceArgs]:
+def held_out_documents(source: SyntheticArgs, row_tokens: int) -> BlockedSource:
+    """Open documents of a source that training never reads."""
+    from lingua.data.synthetic import HELD_OUT_FROM, N_HELD_OUT, SyntheticSource
+
+    return SyntheticSource(source, 1, row_tokens=row_tokens, first=HELD_OUT_FROM, documents=N_HELD_OUT)
+
+
+def _read_sources(args: DataArgs) -> list[SourceArgs | SyntheticArgs]:
     sources = args.read_sources()
     if not sources:
         raise ConfigError("data.sources is empty; name a source")
@@ -77,7 +95,7 @@ def _read_sources(args: DataArgs) -> list[SourceArgs]:
 def open_data(args: DataArgs, n_lanes: int) -> OpenedData:
     """Open all sources that are read."""
     bad = BadLines(args.on_bad_line, args.max_bad_fraction)
-    sources = [_open(args, source, source_class(source.format), n_lanes, bad) for source in _read_sources(args)]
+    sources = [_open(args, source, n_lanes, bad) for source in _read_sources(args)]
     return OpenedData(args, n_lanes, sources, bad)
 
 
@@ -85,7 +103,25 @@ def estimate_tokens(args: DataArgs) -> int:
     """Tokens of one pass over every source. Raises ConfigError, DataError or OSError if one cannot be read."""
     tokenizer, total = build_tokenizer(args.tokenizer), 0
     for source in _read_sources(args):
-        kind = source_class(source.format).sequential()  # no index is made for this
-        with closing(_open(args, source, kind, 1, BadLines(quiet=True))) as opened:
+        with closing(_open(args, source, 1, BadLines(quiet=True), looked_at=True)) as opened:
             total += opened.estimate_tokens(tokenizer, args.add_bos + args.add_eos)
     return total
+
+
+def floor_of(args: DataArgs, sources: Sequence[BlockedSource]) -> Floor | None:
+    """Return the least loss on a mixture: of a model that knows each row's source. None where nobody knows."""
+    found = [(source.weight, source.floor(args.seq_len, args.row_tokens)) for source in sources]
+    total, nats, variance = 0.0, 0.0, 0.0
+    for weight, floor in found:
+        if floor is None:
+            return None
+        total, nats, variance = total + weight, nats + weight * floor.nats, variance + (weight * floor.error) ** 2
+    return Floor(nats / total, math.sqrt(variance) / total)
+
+
+def loss_floor(args: DataArgs) -> Floor | None:
+    """Return the least loss that any model can have on the data of a run, None where nobody knows."""
+    if args.tokenizer.name != "none":
+        return None
+    with closing(open_data(args, 1)) as data:
+        return floor_of(args, data.sources)

@@ -56,7 +56,7 @@ class Slots:
     """A ring of slots in anonymous shared memory: a note (JSON), S + n_views - 1 tokens, S document ids or none."""
 
     def __init__(self, descriptor: int, n_slots: int, args: DataArgs) -> None:
-        self.n_slots, self._n_tokens = n_slots, args.seq_len + args.n_views - 1
+        self.n_slots, self._n_tokens = n_slots, args.row_tokens
         self._n_doc_ids = args.seq_len * args.doc_mask
         # Room for an error message, and for the position in each source; pages that stay untouched cost nothing.
         self._note = 8192 + 512 * len(args.sources)

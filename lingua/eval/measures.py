@@ -139,7 +139,11 @@ def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured
             more = {"stride": args.stride, "max_documents": args.max_steps, "share": (rank, n_ranks)}
             yield from by_document(text, measured.wording, context=measured.context, **more)
         else:
-            sizes = {"max_rows": run_args.validation.max_rows, "seq_len": run_args.data.seq_len}
+            sizes = {
+                "max_rows": run_args.validation.max_rows,
+                "seq_len": run_args.data.seq_len,
+                "row_step": run_args.data.row_step,
+            }
             whole = packed(text, measured.wording, **sizes)
             counts = (whole.n_bytes, whole.n_documents, whole.n_skipped) if rank == 0 else ()
             yield HeldOut(whole.name, whole.rows[rank::n_ranks], *counts)

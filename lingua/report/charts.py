@@ -36,6 +36,7 @@ from lingua.report.figure import (
 )
 from lingua.report.heat_maps import HeatMap
 from lingua.report.history import (
+    ABOVE_FLOOR,
     GRAD_NORM,
     HEADS,
     HFU,
@@ -125,6 +126,10 @@ def _course(runs: Sequence[History], names: Sequence[str]) -> Iterator[Picture |
         each = [(i, *_lines(runs, names, key)) for i, key in enumerate(HEADS)]
         heads = [replace(line, name=f"head {i}", color=SERIES[i]) for i, line in each]
         yield line_chart("heads", "Training loss of each head", heads, "nats per token", note="their sum is the loss")
+    above = _lines(runs, names, ABOVE_FLOOR)
+    some = [line.points.mean for line in above if len(line.points.x)]
+    note, is_log = "the least loss that any model can have on this data", bool(some and min(map(min, some)) > 0)
+    yield line_chart("above_floor", "Loss above the floor", above, "nats per token", note=note, log_y=is_log)
     yield line_chart("lr", "Learning rate", _lines(runs, names, LR), "learning rate")
     norms = _lines(runs, names, GRAD_NORM)
     values = np.concatenate([line.points.mean for line in norms])

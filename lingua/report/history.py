@@ -26,11 +26,12 @@ from lingua.run.lock import Attempt, Owner, attempt_files, read_attempt
 from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE
 
 LOSS, TOKENS, LR, GRAD_NORM = "loss/out", "optim/total_tokens", "optim/lr", "optim/grad_norm"
+ABOVE_FLOOR = "loss/above_floor"
 HEADS = tuple(f"loss/head_{i}" for i in range(8))
 """Losses of a model that predicts several tokens: the first eight."""
 WPS, MFU, HFU = "speed/wps", "speed/mfu", "speed/hfu"
 _STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
-_KEYS = (LOSS, *HEADS, TOKENS, LR, GRAD_NORM, WPS, MFU, HFU, _STEP_S, _LOAD_S, _STALL_S)
+_KEYS = (LOSS, ABOVE_FLOOR, *HEADS, TOKENS, LR, GRAD_NORM, WPS, MFU, HFU, _STEP_S, _LOAD_S, _STALL_S)
 TRAINED_S = "trained_s"
 """Seconds of training that counts up to a line, with waiting for data, without start-up, validation and saves."""
 

@@ -25,9 +25,11 @@ from lingua.config.base import ConfigError, build_part
 from lingua.config.keys.model import CrossEntropyArgs, DecoderArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.audit import wrong_counts
+from lingua.data.blocked_source import Floor
 from lingua.data.held_out import HeldOut, Wording, packed, texts_beside_sources
 from lingua.data.loader import Loader, build_loader, saved_state
 from lingua.data.local_copy import staged
+from lingua.data.sources import loss_floor
 from lingua.distributed.compile import keep_compiled_code
 from lingua.distributed.parallelize import DTYPES, parallelize, set_matmul_precision
 from lingua.distributed.process_group import World, on_every_rank
@@ -162,7 +164,13 @@ def build_run(
         manager=manager,
         held_out=on_every_rank(lambda: held_out_rows(args, tokenizer)),
         state=state,
+        floor=on_every_rank(lambda: known_floor(args, world)),
     )
+
+
+def known_floor(args: TrainArgs, world: World) -> Floor | None:
+    """Return the least loss, on the main rank; None for a model with several labels, whose losses are summed."""
+    return loss_floor(args.data) if world.is_main and args.model.n_labels == 1 else None
 
 
 def fresh_shared() -> dict[str, Any]:
@@ -247,7 +255,8 @@ def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
     if without:
         log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(without))
     wording = Wording(tokenizer, args.data.add_bos, args.data.add_eos)
-    found = [packed(text, wording, max_rows=args.validation.max_rows, seq_len=args.data.seq_len) for text in texts]
+    sizes = {"max_rows": args.validation.max_rows, "seq_len": args.data.seq_len, "row_step": args.data.row_step}
+    found = [packed(text, wording, **sizes) for text in texts]
     for text, one in zip(texts, found, strict=True):
         if one.n_skipped:
             log.warning(

@@ -235,7 +235,7 @@ def study(
 def missing_paths(args: TrainArgs) -> Iterator[Finding]:
     """Yield what the config names and this machine does not have, with what is assumed instead."""
     with suppress(ConfigError):  # `_unreadable_sources` reports it
-        for source in args.data.read_sources():
+        for source in args.data.read_files():
             if not Path(source.path).exists():
                 text = f"data source {source.name}: {source.path} is not on this machine; assumed to be good"
                 yield Finding("data.sources", text)
@@ -294,7 +294,7 @@ def _impossible_folders(args: TrainArgs) -> Iterator[Finding]:
 def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
     """Yield sources that exist and cannot be used."""
     try:
-        sources = args.read_sources()
+        sources = args.read_files()
     except ConfigError as error:
         yield Finding("data.sources", str(error))
         return
@@ -346,7 +346,7 @@ def _conflicts(args: TrainArgs) -> Iterator[Finding]:
     if args.data.n_views < 2:
         yield Finding("data.n_views", "data.n_views is 1, which leaves no labels; training needs 2")
     tokenizer = args.data.tokenizer
-    if tokenizer.name != "bytes" and not tokenizer.path:
+    if tokenizer.needs_file and not tokenizer.path:
         text = f"data.tokenizer.name is {tokenizer.name}, which needs a file; set data.tokenizer.path"
         yield Finding("data.tokenizer", text)
     if args.async_eval_gpus is not None and args.eval is None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
 from lingua.config.keys.train import TrainArgs
+from lingua.data.blocked_source import Floor
 from lingua.data.held_out import HeldOut
 from lingua.data.loader import Batch, Loader
 from lingua.distributed.compile import let_length_vary
@@ -217,6 +218,8 @@ class Run(Learner):
     validation_loss: Loss
     manager: CheckpointManager
     held_out: list[HeldOut]
+    floor: Floor | None = None
+    """The least loss that any model can have on this data, where it is known. On the main rank alone."""
 
     def probe(self) -> dict[str, float]:
         """Return statistics of the model on the last micro batch, and of the step's gradients. Collective."""

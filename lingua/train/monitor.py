@@ -164,6 +164,7 @@ class StepMonitor:
             "global_step": facts.step,
             "acc_step": 0,
             **means,
+            **({} if run.floor is None else {"loss/above_floor": means["loss/out"] - run.floor.nats}),
             "optim/lr": facts.lr,
             "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],

@@ -182,7 +182,7 @@ def _vocab_size(args: TrainArgs, found: Study) -> int:
 
 def _tokenizer_vocab_size(args: TokenizerArgs) -> tuple[int, int]:
     """(vocabulary, how much of it the model needs; 0 if the file is not here to be read)."""
-    if args.name != "bytes" and not tokenizer_is_there(args):
+    if args.needs_file and not tokenizer_is_there(args):
         return assumed_vocab_size(args), 0
     tokenizer = build_tokenizer(args)
     return tokenizer.vocab_size, tokenizer.needed_size

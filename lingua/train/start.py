@@ -218,6 +218,8 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
         f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,
         f"{size.n_steps:,}", f"{run.shared['total_tokens'] + (size.n_steps - run.step) * size.tokens_per_step:,}",
     )  # fmt: skip
+    if run.floor is not None:
+        log.info("no model has a loss below %s nats per token on this data (loss/above_floor)", run.floor)
     log.info("%s", meter.formula())
     if isinstance(run.args.model, DecoderArgs):
         for kernel in dict.fromkeys(kernels_in_use(run.args.model, device.type, run.args.data.doc_mask)):
@@ -259,7 +261,8 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     given = shlex.join([word for word in words if not word.startswith("steps=") and word not in more.split()])
     log.info("next:")
     log.info("  go on:            %s.train %s %s", command, given, more)
-    log.info("  generate:         %s.generate ckpt=%s 'prompt=import '", command, folder)
+    prompt = "import " if run.args.data.tokenizer.name != "none" else "0 0"
+    log.info("  generate:         %s.generate ckpt=%s 'prompt=%s'", command, folder, prompt)
     log.info("  look at a bigger: uv run lingua check apps/main/configs/llama_1B_8H200.yaml")
 
 

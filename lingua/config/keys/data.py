@@ -6,16 +6,18 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from lingua.config.base import Args, ConfigError, Text
+from lingua.config.base import Args, ConfigError, Text, part_of
+from lingua.config.keys.sources import SourceArgs, SyntheticArgs
 
 
 class TokenizerArgs(Args):
     """Which tokenizer."""
 
-    name: Literal["bytes", "sp", "tiktoken", "hf"] = "bytes"
-    """bytes needs no file; sp: SentencePiece model; tiktoken: rank file; hf: tokenizer.json or its folder."""
+    name: Literal["bytes", "sp", "tiktoken", "hf", "none"] = "bytes"
+    """bytes needs no file; sp: SentencePiece model; tiktoken: rank file; hf: tokenizer.json or its folder. none: the
+    sources give token ids (text is ids with blanks between them), and each document is a row of its own."""
     path: Text | None = None
     """File (or folder, for hf) of the tokenizer."""
     split: Literal["auto", "gpt2", "cl100k", "o200k"] = "auto"
@@ -23,6 +25,18 @@ class TokenizerArgs(Args):
     (GPT-2, cl100k, o200k, Llama 3, Llama 4)."""
     end_ids: list[Annotated[int, Field(ge=0)]] = []
     """Ids that end a generated text, besides the tokenizer's end token: a model of Hugging Face may have several."""
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    """With none: number of token ids. Null: as many as data.sources make."""
+
+    @property
+    def needs_file(self) -> bool:
+        return self.name not in ("bytes", "none")
+
+    @model_validator(mode="after")
+    def _size_fits(self) -> Self:
+        if self.vocab_size is not None and self.name != "none":
+            raise ValueError(f"vocab_size is for tokenizer.name: none; {self.name} has its own, drop it")
+        return self
 
 
 MIN_LANES = 64
@@ -34,21 +48,7 @@ def default_lanes(rows_per_step: int) -> int:
     return rows_per_step * -(-MIN_LANES // rows_per_step)
 
 
-class SourceArgs(Args):
-    """One data source."""
-
-    path: Text
-    """Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or those of another format, or one file."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Share of documents, relative to the other sources'. 0: not read."""
-    format: Literal["jsonl", "mmap_jsonl", "tokens", "parquet"] = "jsonl"
-    """jsonl: raw lines, shuffled by blocks; mmap_jsonl: raw lines with an index, shuffled one by one; tokens: files
-    made by `lingua data tokenize`, which give the rows of the jsonl they were made from; parquet: rows, shuffled by
-    row groups."""
-    text_key: Text | None = None
-    """Field (or column) with the text. Null: `text`, else `content`."""
-    name: Text | None = None
-    """Name in logs and state. Null: the path's last part."""
+AnySource = Annotated[SerializeAsAny[SourceArgs | SyntheticArgs], part_of("source", SourceArgs)]
 
 
 class DataArgs(Args):
@@ -56,7 +56,7 @@ class DataArgs(Args):
 
     root_dir: Text | None = None
     """Folder that relative source paths are looked up in."""
-    sources: dict[str, Annotated[float, Field(ge=0)]] | list[SourceArgs] = {}
+    sources: dict[str, Annotated[float, Field(ge=0)]] | list[AnySource] = {}
     """`name: weight` under root_dir, or a list of sources. Empty: the embedded corpus."""
     batch_size: Annotated[int, Field(ge=1)] = 2
     """B: rows of a micro step on each data-parallel rank."""
@@ -69,9 +69,9 @@ class DataArgs(Args):
     lanes: Annotated[int, Field(ge=1)] | None = None
     """K, fixed for the life of a run. Null: the smallest multiple of the rows per step that is at least 64."""
     add_bos: bool = True
-    """Begin every document with the tokenizer's begin token."""
+    """Begin every document with the tokenizer's begin token. Off with tokenizer.name: none."""
     add_eos: bool = True
-    """End every document with the tokenizer's end token."""
+    """End every document with the tokenizer's end token. Off with tokenizer.name: none."""
     tokenizer: TokenizerArgs = TokenizerArgs()
     """Text to tokens."""
     load_async: bool = True
@@ -105,7 +105,17 @@ class DataArgs(Args):
         """The seed in effect. A run's config always states it (`TrainArgs`); the default is for data without a run."""
         return DEFAULT_SEED if self.seed is None else self.seed
 
-    def read_sources(self) -> list[SourceArgs]:
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row, the last label included."""
+        return self.seq_len + self.n_views - 1
+
+    @property
+    def row_step(self) -> int:
+        """Tokens from the begin of a row to that of the lane's next: documents of ids share none."""
+        return self.row_tokens if self.tokenizer.name == "none" else self.seq_len
+
+    def read_sources(self) -> list[SourceArgs | SyntheticArgs]:
         """Return the sources with a weight above 0, by name (any order in the config will do), with their whole paths.
 
         Raises ConfigError if none has a weight or two have one name.
@@ -114,8 +124,13 @@ class DataArgs(Args):
             listed = [SourceArgs(path=name, weight=weight, name=name) for name, weight in self.sources.items()]
         else:
             listed = self.sources
-        root, found = Path(os.path.expandvars(self.root_dir or "")).expanduser(), []
+        root = Path(os.path.expandvars(self.root_dir or "")).expanduser()
+        found: list[SourceArgs | SyntheticArgs] = []
         for source in listed:
+            if isinstance(source, SyntheticArgs):
+                seed = self.order_seed if source.seed is None else source.seed
+                found.append(source.model_copy(update={"name": source.name or source.type, "seed": seed}))
+                continue
             path = Path(os.path.expandvars(source.path)).expanduser()
             found.append(source.model_copy(update={"name": source.name or path.name, "path": str(root / path)}))
         names = [str(source.name) for source in found]
@@ -126,11 +141,40 @@ class DataArgs(Args):
             raise ConfigError("data.sources: no source has a weight above 0; give one a weight")
         return sorted(read, key=lambda source: str(source.name))
 
+    def read_files(self) -> list[SourceArgs]:
+        """Return those of `read_sources` that are files."""
+        return [source for source in self.read_sources() if isinstance(source, SourceArgs)]
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> Self:
+        listed = self.sources if isinstance(self.sources, list) else []
+        made = [source for source in listed if isinstance(source, SyntheticArgs)]
+        if self.tokenizer.name != "none":
+            if made:
+                text = f"sources: {made[0].name or made[0].type} makes token ids, and tokenizer.name is"
+                raise ValueError(f"{text} {self.tokenizer.name}; set data.tokenizer.name: none")
+            return self
+        needed, stated = max((source.n_ids for source in made), default=0), self.tokenizer.vocab_size
+        if not needed and stated is None:
+            raise ValueError("tokenizer.name is none, and no source says how many ids there are; set its vocab_size")
+        if stated is not None and stated < needed:
+            raise ValueError(f"tokenizer.vocab_size is {stated}, but sources make {needed} ids; raise it, or drop it")
+        if self.loss_on != "all":
+            raise ValueError("loss_on: completion needs text, and tokenizer.name is none; set loss_on: all")
+        tokenizer = self.tokenizer.model_copy(update={"vocab_size": stated or needed})
+        for key, value in {"tokenizer": tokenizer, "add_bos": False, "add_eos": False}.items():
+            object.__setattr__(self, key, value)  # an assignment would validate again, for ever
+        return self
+
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
         if isinstance(self.sources, dict) and self.sources and self.root_dir is None:
             raise ValueError("sources are given by name, so root_dir is needed; set data.root_dir")
-        if self.loss_on != "all" and isinstance(self.sources, list) and any(s.text_key for s in self.sources):
+        if (
+            self.loss_on != "all"
+            and isinstance(self.sources, list)
+            and any(isinstance(s, SourceArgs) and s.text_key for s in self.sources)
+        ):
             raise ValueError("loss_on: completion reads the fields prompt and completion; drop text_key from sources")
         for first, last in self.skip_rows:
             if not 0 <= first <= last:
