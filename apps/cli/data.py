@@ -144,6 +144,31 @@ def tokenize(
 
 
 @app.command()
+def generate(
+    words: Words,
+    out: Annotated[Path, typer.Option(help="Output folder, with a subfolder for each source.")],
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each source. Default: its key `documents`.")
+    ] = None,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Also as jsonl, of ids with blanks between them.")] = False,
+    workers: Workers = CORES,
+    as_json: AsJson = False,
+) -> None:
+    """Write the documents of sources of type gssm, markov, copy or random as token files.
+
+    They give the rows that a source with `documents: N` makes as a run goes, so a run may change between the two at any
+    restart. Prints the floor of the loss and the `data.sources` to use. Finished files are kept, so run the command
+    again after an interruption.
+    """
+    from lingua.data.generate import generate as write
+    from lingua.train.check import load
+
+    args = load(parse_command_line(words)).args.data
+    with progress_shown() as progress:
+        show(write(args, out, documents, workers, progress, jsonl=jsonl), as_json)
+
+
+@app.command()
 def audit(
     run: Run,
     tokens: Annotated[

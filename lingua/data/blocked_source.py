@@ -230,6 +230,11 @@ def block_bytes(source_bytes: int, n_lanes: int) -> int:
     return min(max(source_bytes // (BLOCKS_PER_LANE * n_lanes), 256), 4 << 20)
 
 
+def block_documents(n_documents: int, n_lanes: int) -> int:
+    """Documents of a block, where positions are documents."""
+    return min(max(n_documents // (BLOCKS_PER_LANE * n_lanes), 1), 1 << 14)
+
+
 class Floor(NamedTuple):
     """The least loss that any model can have, in nats per token."""
 
@@ -251,6 +256,8 @@ class BlockedSource(ABC):
     """What holds one document."""
     holds_tokens: ClassVar[bool] = False
     """Counting tokens needs no tokenizer."""
+    row_tokens: int | None = None
+    """Tokens of a document, where each was made to fill a row."""
 
     def __init__(
         self,
@@ -335,8 +342,8 @@ class BlockedSource(ABC):
         """What makes this source slow to read."""
         return None
 
-    def floor(self, n_labels: int, row_tokens: int) -> Floor | None:
-        """Return the least loss of rows with so many labels and tokens, None where nobody knows."""
+    def floor(self, n_labels: int) -> Floor | None:
+        """Return the least loss of rows with so many labels, None where nobody knows."""
         return None
 
     def wrong_bytes(self) -> Iterator[str]:

@@ -153,7 +153,7 @@ def preview_mixture(
             "tokens_per_epoch_estimated": epoch_tokens,
             "epochs_at_the_end_estimated": run_tokens / max(1, epoch_tokens),
         }
-        if floor := source.floor(args.seq_len, args.row_tokens):
+        if floor := source.floor(args.seq_len):
             by_source[source.name]["floor_nats_per_token"] = floor.nats
             by_source[source.name]["floor_standard_error"] = floor.error
     floor = floor_of(args, sources)

@@ -96,6 +96,11 @@ def open_data(args: DataArgs, n_lanes: int) -> OpenedData:
     """Open all sources that are read."""
     bad = BadLines(args.on_bad_line, args.max_bad_fraction)
     sources = [_open(args, source, n_lanes, bad) for source in _read_sources(args)]
+    for source in sources:
+        if source.row_tokens is not None and source.row_tokens != args.row_tokens:
+            what = f"its rows have {source.row_tokens} tokens, and data.seq_len {args.seq_len} with data.n_views"
+            remedy = f"set data.seq_len: {source.row_tokens - args.n_views + 1}, or generate it again"
+            raise ConfigError(f"source {source.name}: {what} {args.n_views} makes {args.row_tokens}; {remedy}")
     return OpenedData(args, n_lanes, sources, bad)
 
 
@@ -110,7 +115,7 @@ def estimate_tokens(args: DataArgs) -> int:
 
 def floor_of(args: DataArgs, sources: Sequence[BlockedSource]) -> Floor | None:
     """Return the least loss on a mixture: of a model that knows each row's source. None where nobody knows."""
-    found = [(source.weight, source.floor(args.seq_len, args.row_tokens)) for source in sources]
+    found = [(source.weight, source.floor(args.seq_len)) for source in sources]
     total, nats, variance = 0.0, 0.0, 0.0
     for weight, floor in found:
         if floor is None:

@@ -30,7 +30,6 @@ import xxhash
 from lingua.config.base import build_part
 from lingua.config.keys.sources import ENDLESS, CopyArgs, MarkovArgs, RandomArgs, SyntheticArgs
 from lingua.data.blocked_source import (
-    BLOCKS_PER_LANE,
     PLAIN_TEXT,
     BadLines,
     BlockedSource,
@@ -38,6 +37,7 @@ from lingua.data.blocked_source import (
     Floor,
     Reader,
     SourceFile,
+    block_documents,
     fingerprint,
     name_key,
 )
@@ -48,7 +48,6 @@ HELD_OUT_FROM, AVERAGED_FROM = 1 << 40, 1 << 41
 N_HELD_OUT = 512
 FILE_DOCUMENTS = 1 << 16
 """Documents of a file of `lingua data generate`, unless there were more than 1024 files."""
-_MAX_BLOCK = 1 << 14
 _MAX_AT_ONCE = 32  # documents that a reader makes together
 
 A = TypeVar("A", bound=SyntheticArgs)
@@ -146,11 +145,6 @@ class Markov(Process[MarkovArgs]):
 # -- as a source ---------------------------------------------------------------------------------------------------
 
 
-def document_blocks(n_documents: int, n_lanes: int) -> int:
-    """Documents of a block."""
-    return min(max(n_documents // (BLOCKS_PER_LANE * n_lanes), 1), _MAX_BLOCK)
-
-
 class SyntheticSource(BlockedSource):
     """Documents made when they are read, in files that `lingua data generate` would write."""
 
@@ -166,14 +160,18 @@ class SyntheticSource(BlockedSource):
         bad: BadLines | None = None,
         first: int = 0,
         documents: int | None = None,
+        tokenizer: str = "none",
     ) -> None:
         """`args`: as `read_sources` returns it; `first`, `documents`: which, if not those of training."""
         assert args.seed is not None
-        self.args, self.row_tokens, self._first = args, row_tokens, first
+        self.args, self.n_tokens, self._first = args, row_tokens, first
+        self.row_tokens = row_tokens
         self._n_documents = documents or args.documents or ENDLESS
         self.file_documents = max(FILE_DOCUMENTS, -(-self._n_documents // 1024))
         self.process: Process[Any] = build_part(args, args.seed)
-        super().__init__(str(args.name), Path(str(args.name)), n_lanes, weight=args.weight, bad=bad)
+        super().__init__(
+            str(args.name), Path(str(args.name)), n_lanes, weight=args.weight, bad=bad, tokenizer=tokenizer
+        )
 
     @classmethod
     def find_files(cls, path: Path) -> list[Path]:
@@ -188,14 +186,12 @@ class SyntheticSource(BlockedSource):
         return [SourceFile(path, n, name_key(path.name), n) for path, n in files]
 
     def cut(self, n_lanes: int) -> None:
-        self.cut_bytes(document_blocks(self.size, n_lanes))
+        self.cut_bytes(block_documents(self.size, n_lanes))
 
     def edges(self, file: int) -> str:
         """Return what stands for the content of a file: keys, row length, and the first documents of all."""
         keys = self.args.model_dump(mode="json", exclude={"name", "weight", "documents"})
-        hasher = xxhash.xxh3_64(
-            orjson.dumps([keys, self.row_tokens, self.number(file, 0)], option=orjson.OPT_SORT_KEYS)
-        )
+        hasher = xxhash.xxh3_64(orjson.dumps([keys, self.n_tokens, self.number(file, 0)], option=orjson.OPT_SORT_KEYS))
         hasher.update(self._first_documents)
         return hasher.hexdigest()
 
@@ -214,13 +210,13 @@ class SyntheticSource(BlockedSource):
 
     def ids(self, number: int, n: int = 1) -> np.ndarray:
         """Make documents. (n, row_tokens)"""
-        return self.process.documents(number, n, self.row_tokens).astype(np.int32)
+        return self.process.documents(number, n, self.n_tokens).astype(np.int32)
 
     def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
         """Exact."""
-        return self.size * self.row_tokens
+        return self.size * self.n_tokens
 
-    def floor(self, n_labels: int, row_tokens: int) -> Floor:
+    def floor(self, n_labels: int) -> Floor:
         return self.process.floor(n_labels)
 
     def reader(self) -> Reader:

@@ -13,8 +13,10 @@ A file: 4096 bytes of header (magic, then JSON), the ids, and a table of four co
     char     first character of the piece; ~char if the tokenizer failed on it
     token    its first id in this file                             (one more row: the number of ids)
 
-Bad lines are left out; the header counts them by kind. The files of a source that take 64 MiB together at most are
-compared with their hash when they are opened; rows of the table and ids that cannot be are refused when they are read.
+`lingua data generate` writes such files too: a document is a row, positions are documents, and the header knows the
+floor of the loss. Bad lines are left out; the header counts them by kind. The files of a source that take 64 MiB
+together at most are compared with their hash when they are opened; rows of the table and ids that cannot be are refused
+when they are read.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -37,9 +39,11 @@ from lingua.data.blocked_source import (
     BlockedSource,
     DataError,
     Document,
+    Floor,
     Reader,
     SourceFile,
     TextFields,
+    block_documents,
     content_hash,
     edges,
     find_files,
@@ -49,6 +53,7 @@ from lingua.data.blocked_source import (
 )
 from lingua.data.jsonl import JsonlSource
 from lingua.data.pack import piece_end
+from lingua.data.synthetic import SyntheticSource
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 SUFFIX = ".tokens"
@@ -56,6 +61,7 @@ VERSION = 1
 _MAGIC = b"LINGUATK"
 _HEADER_BYTES = 4096
 _ALIGN = 8
+_ROWS_AT_ONCE = 64
 _FACTS = dict.fromkeys(("version", "bytes", "documents", "pieces", "tokens"), int) | {"bad": dict}
 _FACTS |= dict.fromkeys(("file", "edges", "tokenizer", "dtype", "xxh3_64"), str)
 
@@ -118,11 +124,7 @@ def tokenize_file(
             at = document.end
         advance(source.size - at)
         tokens.append(n_tokens)
-        for part in (bytes(-out.tell() % _ALIGN), *(column.tobytes() for column in columns)):
-            digest.update(part)
-            out.write(part)
         facts = {
-            "version": VERSION,
             "file": path.name,
             "bytes": source.size,
             "edges": edges(path, source.size),
@@ -133,13 +135,56 @@ def tokenize_file(
             "pieces": len(starts),
             "tokens": n_tokens,
             "bad": dict(source.bad.kinds),
-            "xxh3_64": digest.hexdigest(),
         }
-        out.seek(0)
-        out.write((_MAGIC + orjson.dumps(facts)).ljust(_HEADER_BYTES, b"\n"))
+        facts = write_end(out, digest, columns, facts)
         if path.stat().st_size != source.size:
             raise DataError(f"{path}: changed while it was tokenized; wait until it is complete")
     return facts
+
+
+def write_end(out: IO[bytes], digest: xxhash.xxh3_64, columns: Sequence[Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the table and the header of a token file whose ids are written; return the header."""
+    for part in (bytes(-out.tell() % _ALIGN), *(column.tobytes() for column in columns)):
+        digest.update(part)
+        out.write(part)
+    facts = {"version": VERSION, **facts, "xxh3_64": digest.hexdigest()}
+    out.seek(0)
+    out.write((_MAGIC + orjson.dumps(facts)).ljust(_HEADER_BYTES, b"\n"))
+    return facts
+
+
+def write_rows(target: Path, source: SyntheticSource, file: int, floor: Floor) -> dict[str, Any]:
+    """Write the token file of a file of a source that makes its documents; return its header."""
+    n, dtype = source.files[file].size, np.dtype("<u2" if source.args.n_ids <= 1 << 16 else "<u4")
+    digest, rows = xxhash.xxh3_64(), np.arange(n + 1, dtype="<i8")
+    with whole_file(target) as out:
+        out.write(bytes(_HEADER_BYTES))
+        for begin in range(0, n, _ROWS_AT_ONCE):
+            ids = source.ids(source.number(file, begin), min(_ROWS_AT_ONCE, n - begin)).astype(dtype).tobytes()
+            digest.update(ids)
+            out.write(ids)
+        facts = {
+            **facts_of_rows(source, file),
+            "text_key": None,
+            "dtype": dtype.str,
+            "documents": n,
+            "pieces": n,
+            "tokens": n * source.n_tokens,
+            "bad": {},
+            "floor": [floor.nats, floor.error],
+        }
+        return write_end(out, digest, (rows[:-1], rows[1:], 0 * rows[:-1], rows * source.n_tokens), facts)
+
+
+def facts_of_rows(source: SyntheticSource, file: int) -> dict[str, Any]:
+    """Return what tells whether a token file is that of a source's file."""
+    return {
+        "file": source.files[file].path.name,
+        "bytes": source.files[file].size,
+        "edges": source.edges(file),
+        "tokenizer": source.tokenizer,
+        "row_tokens": source.row_tokens,
+    }
 
 
 # -- reading them --------------------------------------------------------------------------------------------------
@@ -266,6 +311,16 @@ class TokenSource(BlockedSource):
                 self._facts.append(facts)
                 self._mapped.append(map_tokens(path, facts))
         return files
+
+    def cut(self, n_lanes: int) -> None:
+        self.row_tokens = self._facts[0].get("row_tokens")
+        if self.row_tokens is None:
+            super().cut(n_lanes)
+        else:
+            self.cut_bytes(block_documents(self.size, n_lanes))
+
+    def floor(self, n_labels: int) -> Floor | None:
+        return Floor(*self._facts[0]["floor"]) if self.row_tokens is not None else None
 
     @property
     def fingerprint(self) -> str:

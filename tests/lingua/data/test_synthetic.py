@@ -14,11 +14,14 @@ from pydantic import ValidationError
 from lingua.config.base import build_part, parts
 from lingua.config.keys.data import DataArgs
 from lingua.config.keys.sources import GssmArgs, SyntheticArgs
+from lingua.console import Progress
 from lingua.data.audit import audit, rows_of_step
+from lingua.data.generate import generate
 from lingua.data.gssm import Gssm
 from lingua.data.held_out import Wording, packed, texts_beside_sources
 from lingua.data.loader import build_loader
 from lingua.data.local_copy import staged
+from lingua.data.manifest import check_manifest
 from lingua.data.sources import loss_floor
 from lingua.data.synthetic import HELD_OUT_FROM, Process
 from lingua.tokenizer import build_tokenizer
@@ -277,3 +280,55 @@ def test_what_is_made_needs_no_copy(tmp_path: Path) -> None:
     args = made("copy", stage_to=str(tmp_path))
     with staged(args) as there:
         assert there.read_sources() == args.read_sources()
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def generated(args: DataArgs, out: Path, **more: Any) -> dict[str, Any]:
+    return generate(args, out, None, 1, Progress(bar=False), **more)
+
+
+@pytest.mark.parametrize("kinds", [("gssm",), ("markov", "copy")], ids="+".join)
+def test_generated_files_give_the_rows_and_states_of_their_source(
+    tmp_path: Path, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lingua.data.synthetic.FILE_DOCUMENTS", 128)
+    monkeypatch.setattr("lingua.data.gssm._AVERAGED_TOKENS", 64)
+    args = made(*kinds)
+    facts = generated(args, tmp_path)
+    files = made(sources=facts["data.sources"], tokenizer=facts["data.tokenizer"])
+    expected, last = run_steps(args, 12)
+    assert run_steps(files, 12, dp=3) == (expected, last)
+    first, state = run_steps(files, 5)  # and a run may change between the two
+    second, state = run_steps(args, 7, state=state)
+    assert (first | second, state) == (expected, last)
+    assert loss_floor(files) == loss_floor(args)
+    with pytest.raises(ValueError, match=r"set data\.seq_len: 7"):
+        loss_floor(made(sources=facts["data.sources"], tokenizer=facts["data.tokenizer"], seq_len=6))
+
+
+def test_generating_goes_on_after_a_kill_and_writes_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lingua.data.synthetic.FILE_DOCUMENTS", 128)
+    args, folder = made("copy"), tmp_path / "copy"
+    generated(args, tmp_path)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert [name for name in sorted(whole) if name != "manifest.json"] == [
+        f"copy.chunk.000{i}.tokens" for i in range(3)
+    ]
+    (folder / "copy.chunk.0001.tokens").unlink()
+    assert generated(args, tmp_path)["files_there_already"] == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert generated(args, tmp_path, jsonl=True)["files_made"] == 3
+    assert check_manifest(folder, hashes=True) == []
+    lines = made(sources=[{"path": str(folder)}], tokenizer={"name": "none", "vocab_size": 3}, lanes=4)
+    table, _ = run_steps(lines, 4, n_rows=8)
+    documents = process("copy", seed=args.order_seed).documents(0, 300, 8).tolist()
+    assert all(row in documents for row in table.values())
+    other = made("copy", seed=5)
+    assert generated(other, tmp_path)["files_made"] == 3
+    assert not list(folder.glob("*.jsonl"))
+    with pytest.raises(ValueError, match="belongs to no file of source copy"):
+        generate(args, tmp_path, 100, 1, Progress(bar=False))
+    with pytest.raises(ValueError, match="has no end; say --documents N"):
+        generated(made(sources=[{"type": "random", "vocab_size": 3}]), tmp_path)
