@@ -10,7 +10,7 @@ from apps.fastRNN.args import HawkArgs, MinGRUArgs, MinLSTMArgs
 from apps.main.args import LMTransformerArgs
 from apps.mamba.args import Mamba2Args
 from apps.mtp.args import MTPArgs
-from apps.xlstm.args import MLSTMArgs
+from apps.xlstm.args import MLSTMArgs, MLSTMV0Args, SLSTMArgs
 from lingua.config.base import build_part
 from lingua.config.keys.model import DecoderArgs, HybridArgs
 from lingua.model.decoder import Decoder
@@ -32,6 +32,8 @@ FAMILIES: dict[str, DecoderArgs] = {
     "minlstm": MinLSTMArgs(**SHARED, multiple_of=16, n_heads=4, conv_size=3),
     "hawk": HawkArgs(**SHARED, multiple_of=16, n_heads=2, conv_size=2),
     "mlstm": MLSTMArgs(**SHARED, chunk_size=8),
+    "mlstm_v0": MLSTMV0Args(**SHARED, chunk_size=8, conv_size=3),
+    "slstm": SLSTMArgs(**SHARED),
     "mtp": MTPArgs(**SHARED, n_heads=4, multiple_of=16, n_future_head=3),
     "hybrid": HybridArgs(
         **SHARED,

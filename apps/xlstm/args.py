@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
 from lingua.config.base import PositiveInt, part_of, register
 from lingua.config.keys import train
-from lingua.config.keys.model import KernelArgs, ModelArgs
+from lingua.config.keys.model import DecoderArgs, KernelArgs, ModelArgs, rounded_width
+
+
+class XLSTMArgs(DecoderArgs):
+    """Initial values that all blocks share."""
+
+    def initial_std(self, name: str, shape: Any) -> float:
+        """xlstm-jax's: sqrt(2 / 5D) (arXiv 1910.05895); 2 / (L sqrt D) where a branch ends; 0 for output gates."""
+        if name.endswith("ogate_preact.weight"):
+            return 0.0
+        if self.init_base_std is not None:
+            return self.init_base_std
+        if name.endswith(("out_proj.weight", "proj_down.weight")):
+            return 2 / (self.n_layers * self.dim**0.5)
+        return (2 / (5 * self.dim)) ** 0.5
 
 
 @register("model", "mlstm")
-class MLSTMArgs(KernelArgs):
+class MLSTMArgs(XLSTMArgs, KernelArgs):
     """mLSTM and a feed-forward layer per block; keys beyond ours have xlstm's names."""
 
     block: ClassVar[str] = "apps.xlstm.mlstm:MLSTMBlock"
@@ -92,15 +107,84 @@ class MLSTMArgs(KernelArgs):
         """12 H N P: the memory is updated and read, 2 H N P each, forward and twice backward; no chunking counted."""
         return 12 * self.qk_width * self.v_width / self.n_heads
 
-    def initial_std(self, name: str, shape: Any) -> float:
-        """xlstm-jax's: sqrt(2 / 5D) (arXiv 1910.05895); 2 / (L sqrt D) where a branch ends; 0 for output gates."""
-        if name.endswith("ogate_preact.weight"):
-            return 0.0
-        if self.init_base_std is not None:
-            return self.init_base_std
-        if name.endswith(("out_proj.weight", "proj_down.weight")):
-            return 2 / (self.n_layers * self.dim**0.5)
-        return (2 / (5 * self.dim)) ** 0.5
+
+class ConvolvedArgs(XLSTMArgs):
+    """Keys of the two blocks of arXiv 2405.04517."""
+
+    n_heads: PositiveInt = 4
+    """H."""
+    conv_size: Annotated[int, Field(ge=2, le=4)] = 4
+    """Taps of the convolution over positions, with a bias, before the gates (mLSTM: before queries and keys)."""
+    proj_factor: Annotated[float, Field(gt=0)] = 2.0
+    """Width of the block (sLSTM: of its feed-forward layer) over dim; rounded up to a multiple of 64."""
+
+    @property
+    def width(self) -> int:
+        return rounded_width(self.proj_factor * self.dim, None, 64)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        what, width = (
+            ("dim", self.dim) if isinstance(self, SLSTMArgs) else ("proj_factor * dim, rounded up,", self.width)
+        )
+        if width % self.n_heads:
+            raise ValueError(f"{what} is {width}, not a multiple of n_heads {self.n_heads}; change one")
+        return self
+
+
+@register("model", "mlstm_v0")
+class MLSTMV0Args(ConvolvedArgs):
+    """The mLSTM block of the first paper (arXiv 2405.04517, figure 11): the memory is inside an up-projection."""
+
+    block: ClassVar[str] = "apps.xlstm.v0:MLSTMV0Block"
+
+    type: Literal["mlstm_v0"] = "mlstm_v0"
+    qkv_proj_blocksize: PositiveInt = 4
+    """Queries, keys and values are made of so many channels each."""
+    chunk_size: PositiveInt = 64
+    """Positions that are computed at once; changes memory and speed, not the function."""
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        if self.width % self.qkv_proj_blocksize:
+            raise ValueError(
+                f"the width {self.width} is not a multiple of qkv_proj_blocksize {self.qkv_proj_blocksize}"
+            )
+        return self
+
+    def block_params(self) -> int:
+        of_channels = 3 * self.qkv_proj_blocksize + self.conv_size + 1 + 2  # qkv; taps and bias; norm and skip
+        gates = 2 * (3 * self.width + 1) * self.n_heads
+        return self.width * (3 * self.dim + of_channels) + gates + self.norm_params(self.dim)
+
+    def mixing_flops_per_token(self, seq_len: int) -> float:
+        """As mLSTM's."""
+        return 12 * self.width * self.width / self.n_heads
+
+
+@register("model", "slstm")
+class SLSTMArgs(ConvolvedArgs):
+    """sLSTM (arXiv 2405.04517, figure 10) and a feed-forward layer: what was said before comes back into the gates."""
+
+    block: ClassVar[str] = "apps.xlstm.slstm:SLSTMBlock"
+
+    type: Literal["slstm"] = "slstm"
+    proj_factor: Annotated[float, Field(gt=0)] = 1.3
+
+    def oddities(self, args: Any) -> Iterator[tuple[str, str]]:
+        text = (
+            "slstm computes one position after another: on a CPU core a block took 2.2 times as long as mlstm's, with"
+        )
+        yield "model", f"{text} half the parameters (a GPU: far more); a few layers of it in a hybrid may be enough"
+
+    def block_params(self) -> int:
+        gates = 4 * (2 * self.dim**2 // self.n_heads + self.dim)
+        ffn = 3 * self.dim * self.width
+        return gates + self.dim * (self.conv_size + 2) + ffn + self.norm_params(2 * self.dim)
+
+    def mixing_flops_per_token(self, seq_len: int) -> float:
+        """Count a product and a sum per number of cell and normaliser, forward and twice backward."""
+        return 12 * self.dim
 
 
 class TrainArgs(train.TrainArgs):

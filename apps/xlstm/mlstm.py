@@ -18,24 +18,33 @@ from .args import MLSTMArgs
 
 
 class Gate(nn.Module):
-    """c tanh((weight x + bias) / c) per head, in fp32; drawn as 0 with a given bias."""
+    """c tanh((weight x + bias) / c) per head, in fp32; no cap: weight x + bias. Drawn as 0 with biases in a range."""
 
-    def __init__(self, args: MLSTMArgs, *, forget: bool) -> None:
+    def __init__(self, width: int, n_heads: int, biases: tuple[float, float], cap: float | None) -> None:
         super().__init__()
-        self.args, self.forget = args, forget
-        self.weight = nn.Parameter(torch.empty(args.n_heads, args.dim))
-        self.bias = nn.Parameter(torch.empty(args.n_heads))
+        self.biases, self.cap = biases, cap
+        self.weight = nn.Parameter(torch.empty(n_heads, width))
+        self.bias = nn.Parameter(torch.empty(n_heads))
 
     def reset_parameters(self) -> None:
         self.weight.zero_()
-        if self.forget:
-            self.bias.copy_(torch.linspace(3.0, 6.0, len(self.bias)))  # xlstm: most is kept at first
-        else:
-            self.bias.fill_(self.args.igate_bias_init_range)
+        self.bias.copy_(torch.linspace(*self.biases, len(self.bias)))
 
     def forward(self, x: Tensor) -> Tensor:
-        cap = self.args.gate_soft_cap
-        return cap * torch.tanh(functional.linear(x, self.weight, self.bias).float() / cap)  # (B, S, H)
+        gate = functional.linear(x, self.weight, self.bias).float()  # (B, S, H)
+        return gate if self.cap is None else self.cap * torch.tanh(gate / self.cap)
+
+
+FORGET_BIASES = (3.0, 6.0)
+"""xlstm's, first and last head: most is kept at first."""
+
+
+def over_padding(input_gate: Tensor, forget_gate: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+    """Return the gates (B, S, H) such that in padding nothing comes in and nothing is forgotten."""
+    if ctx.real is None:
+        return input_gate, forget_gate
+    padded = ~ctx.real.unsqueeze(-1)
+    return input_gate.masked_fill(padded, float("-inf")), forget_gate.masked_fill(padded, float("inf"))
 
 
 class HeadNorm(nn.Module):
@@ -64,18 +73,15 @@ class MLSTM(nn.Module):
         self.k = nn.Linear(args.dim, args.qk_width, bias=False)
         self.v = nn.Linear(args.dim, args.v_width, bias=False)
         self.ogate_preact = nn.Linear(args.dim, args.v_width, bias=False)
-        self.igate_preact = Gate(args, forget=False)
-        self.fgate_preact = Gate(args, forget=True)
+        in_biases = (args.igate_bias_init_range, args.igate_bias_init_range)
+        self.igate_preact = Gate(args.dim, args.n_heads, in_biases, args.gate_soft_cap)
+        self.fgate_preact = Gate(args.dim, args.n_heads, FORGET_BIASES, args.gate_soft_cap)
         self.multihead_norm = HeadNorm(args.v_width, args.norm_eps)
         self.out_proj = nn.Linear(args.v_width, args.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (self.args.n_heads, -1)) for w in (self.q, self.k, self.v))  # (B, S, H, N or P)
-        input_gate, forget_gate = self.igate_preact(x), self.fgate_preact(x)
-        if ctx.real is not None:  # padding: nothing comes in, nothing is forgotten
-            padded = ~ctx.real.unsqueeze(-1)
-            input_gate = input_gate.masked_fill(padded, float("-inf"))
-            forget_gate = forget_gate.masked_fill(padded, float("inf"))
+        input_gate, forget_gate = over_padding(self.igate_preact(x), self.fgate_preact(x), ctx)
         chunk = self.args.chunk_size
         if ctx.cache is None and kernel_of(self.args, x, ctx) == "mlstm_kernels":  # cached passes are short, or padded
             h = mlstm_by_kernels(q, k, v, input_gate, forget_gate, chunk)

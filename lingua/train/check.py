@@ -467,6 +467,7 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
             yield Finding(f"signals.{signal}", f"{text}; set signals.{signal}=stop")
     if args.checkpoint.init_ckpt_model_key and not args.checkpoint.init_ckpt_path:
         yield Finding("checkpoint.init_ckpt_model_key", "checkpoint.init_ckpt_model_key is ignored: no init_ckpt_path")
+    yield from (Finding(*oddity) for oddity in args.model.oddities(args))
     yield from _odd_checkpoints(args, size)
 
 

@@ -147,7 +147,8 @@ def test_a_batch_of_prompts_is_answered_as_one_by_one(args: DecoderArgs) -> None
     assert generator.generate(prompts) == [generator.generate([prompt])[0] for prompt in prompts]
 
 
-CHUNKED = {"mamba2": "ssm_chunk_size", "mamba2, every option": "ssm_chunk_size", "mlstm": "chunk_size"}
+CHUNKED = {"mamba2": "ssm_chunk_size", "mamba2, every option": "ssm_chunk_size"}
+CHUNKED |= {"mlstm": "chunk_size", "mlstm_v0": "chunk_size"}
 
 
 @pytest.mark.parametrize(("name", "key"), CHUNKED.items())

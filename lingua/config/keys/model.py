@@ -68,6 +68,10 @@ class ModelArgs(Part):
         """Args of the layers that have attention, or None if none has."""
         return None
 
+    def oddities(self, args: Any) -> Iterator[tuple[str, str]]:
+        """Yield (key, sentence) of what can run but costs more than one may think: warnings of `lingua check`."""
+        yield from ()
+
     def n_params(self) -> int:
         """Parameters in all. Needs vocab_size >= 1."""
         raise NotImplementedError
@@ -387,6 +391,10 @@ class HybridArgs(DecoderArgs):
         yield from super().conflicts(args)
         for kind in dict.fromkeys(self.layers):
             yield from self.of_kind(kind).conflicts(args)
+
+    def oddities(self, args: Any) -> Iterator[tuple[str, str]]:
+        for kind in dict.fromkeys(self.layers):
+            yield from self.of_kind(kind).oddities(args)
 
 
 @register("loss", "cross_entropy")
