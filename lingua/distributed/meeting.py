@@ -2,6 +2,7 @@
 
 The store listens at that address alone. Each rank brings its config, or why it cannot take part; rank 0 compares them
 and leaves one verdict, which all ranks read, so that all go on or all leave. Who is missing is said after SAY_AFTER_S.
+What others on the network write into the store is not read as a rank's words, unless it is forged to look like them.
 Imports torch only to meet: a config is checked before.
 """
 
@@ -12,15 +13,18 @@ import hashlib
 import ipaddress
 import json
 import logging
+import re
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from lingua.config.base import ConfigError
 from lingua.distributed.peers import Peers
@@ -43,7 +47,8 @@ _READ_WITHIN_S = 5.0
 """How long rank 0, which usually holds the store, waits for the others to read why they must leave."""
 
 
-class Failed(TypedDict):
+@dataclass(frozen=True)
+class Failed:
     """Why a rank cannot take part."""
 
     problems: list[str]
@@ -57,9 +62,7 @@ def meet(place: RankInfo, timeout_s: float, config: Mapping[str, Any]) -> dist.S
     Raises MixedConfigError where configs differ, and on all ranks the error of one that cannot take part; RankError
     or torch's DistError when ranks do not meet.
     """
-    store = open_store(place, timeout_s)
-    agree(store, place, timeout_s, config=json.dumps(config))
-    return store
+    return agree(open_store(place, timeout_s), place, timeout_s, config=json.dumps(config))
 
 
 @contextmanager
@@ -199,22 +202,30 @@ def _wait_for_main(place: RankInfo, timeout_s: float) -> None:
 
 def agree(
     store: dist.Store, place: RankInfo, timeout_s: float, config: str = "{}", failed: Failed | None = None
-) -> None:
-    """Return when all ranks have come with the same config (as JSON); raise on all of them otherwise. Collective."""
+) -> dist.Store:
+    """Return a part of the store for what follows, when all ranks have come with the same config (as JSON).
+
+    Raises on all of them otherwise. Collective.
+    """
     import torch.distributed as dist
 
-    store = dist.PrefixStore("lingua/meeting", store)
-    if not place.has_agent and store.add(f"here/{place.rank}", 1) > 1:  # an agent's store outlives its ranks
+    whole, store = store, dist.PrefixStore("lingua/meeting", store)
+    here, me = f"here/{place.rank}", secrets.token_hex(16)
+    store.append(here, f"\n{me}\n")  # pyright: ignore[reportAttributeAccessIssue] - stubs lack it
+    first = next(line for line in store.get(here).split() if re.fullmatch(rb"[0-9a-f]{32}", line))
+    if not place.has_agent and first != me.encode():  # an agent's store outlives its ranks
         raise RankError(
             f"rank {place.rank} is at MASTER_PORT {place.master and place.master[1]} already: two runs have one port, "
             "or two processes one RANK; give each its own"
         )
     digest = hashlib.sha256(config.encode()).hexdigest()
     store.set(f"config/{digest}", config)
-    store.set(f"rank/{place.rank}", orjson.dumps({"digest": digest, "failed": failed}).decode())
+    store.set(f"rank/{place.rank}", orjson.dumps(asdict(_Brought(digest, failed))).decode())
     if place.is_main:
-        store.set("verdict", orjson.dumps(asdict(_judge(store, place, timeout_s))).decode())
-    verdict = _Verdict(**orjson.loads(store.get("verdict")))
+        verdict = _judge(store, place, timeout_s)
+        store.set("verdict", orjson.dumps(asdict(verdict)).decode())
+    else:
+        verdict = _read_verdict(store, place, timeout_s)
     if verdict.world_size != place.world_size:
         raise RankError(
             f"WORLD_SIZE is {verdict.world_size} on rank 0 and {place.world_size} on rank {place.rank}; "
@@ -223,6 +234,15 @@ def agree(
     if verdict.problems:
         Peers(store, place.rank, place.world_size, secret=b"").leave(_READ_WITHIN_S)
         raise mark_known(verdict.error())
+    return dist.PrefixStore(verdict.part, whole)
+
+
+@dataclass(frozen=True)
+class _Brought:
+    """What a rank brings: the digest of its config, or why it cannot take part."""
+
+    digest: str
+    failed: Failed | None
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,8 @@ class _Verdict:
     problems: list[str]
     type: str = ""
     kind: str = ""
+    part: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Of the store, for what follows: where nobody has left anything yet."""
 
     def error(self) -> Exception:
         if self.type == ConfigError.__name__:
@@ -241,26 +263,43 @@ class _Verdict:
         return RankError(sentence, self.kind) if self.type else MixedConfigError(sentence)
 
 
+def _brought(store: dist.Store, rank: int) -> _Brought | None:
+    """Return what a rank brings; None: it has not come, and what may lie there is somebody else's."""
+    with suppress(ValidationError):
+        return TypeAdapter(_Brought).validate_json(store.get(key)) if store.check([key := f"rank/{rank}"]) else None
+    return None
+
+
+def _read_verdict(store: dist.Store, place: RankInfo, timeout_s: float) -> _Verdict:
+    patience = _Patience(place, timeout_s)
+    while True:
+        with suppress(ValidationError):
+            return TypeAdapter(_Verdict).validate_json(store.get("verdict"))
+        patience.wait([0])  # somebody else's words, which rank 0 will replace
+
+
 def _judge(store: dist.Store, place: RankInfo, timeout_s: float) -> _Verdict:
     """Read what the ranks bring, all of them, or, if one has failed, those that come within SAY_AFTER_S."""
     patience, missing = _Patience(place, timeout_s), list(range(place.world_size))
-    brought: dict[int, dict[str, Any]] = {}
+    brought: dict[int, _Brought] = {}
     failed: dict[int, Failed] = {}
     while True:
-        brought |= {rank: orjson.loads(store.get(f"rank/{rank}")) for rank in missing if store.check([f"rank/{rank}"])}
+        brought |= {rank: found for rank in missing if (found := _brought(store, rank)) is not None}
         missing = [rank for rank in missing if rank not in brought]
-        failed = {rank: brought[rank]["failed"] for rank in sorted(brought) if brought[rank]["failed"]}
+        failed = {rank: why for rank in sorted(brought) if (why := brought[rank].failed) is not None}
         if not missing or (failed and patience.over(SAY_AFTER_S)):
             break
         patience.wait(missing)
     if not failed:
-        digests = [brought[rank]["digest"] for rank in range(place.world_size)]
+        digests = [brought[rank].digest for rank in range(place.world_size)]
+        if len(set(digests)) == 1:
+            return _Verdict(place.world_size, [])
         configs = {digest: orjson.loads(store.get(f"config/{digest}")) for digest in dict.fromkeys(digests)}
-        sentence = difference([configs[digest] for digest in digests]) if len(configs) > 1 else ""
+        sentence = difference([configs[digest] for digest in digests])
         return _Verdict(place.world_size, [sentence] if sentence else [])
     ranks: dict[str, list[int]] = {}
     for rank, failure in failed.items():
-        for problem in failure["problems"]:
+        for problem in failure.problems:
             ranks.setdefault(problem, []).append(rank)
     everywhere = place.world_size
     problems = [
@@ -268,4 +307,4 @@ def _judge(store: dist.Store, place: RankInfo, timeout_s: float) -> _Verdict:
         for problem, having in ranks.items()
     ]
     first = failed[min(failed)]
-    return _Verdict(place.world_size, problems, first["type"], first["kind"])
+    return _Verdict(place.world_size, problems, first.type, first.kind)

@@ -59,9 +59,9 @@ class Peers:
     def leave(self, within_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         """Leave, as the last thing a rank does. Rank 0 waits for the others, but not for longer than `within_s`."""
         if self._rank:
-            self._store.add(_LEFT, 1)
+            self.set_flag(f"{_LEFT}/{self._rank}")
             return
-        waited_s = 0.0
-        while self._store.add(_LEFT, 0) < self._world_size - 1 and waited_s < within_s:
+        waited_s, here = 0.0, range(1, self._world_size)
+        while (here := [rank for rank in here if not self.is_set(f"{_LEFT}/{rank}")]) and waited_s < within_s:
             sleep(0.05)
             waited_s += 0.05

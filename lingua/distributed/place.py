@@ -75,14 +75,13 @@ def _place_in(env: Mapping[str, str]) -> RankInfo:
     rank = _number(env, "RANK", 0)
     if rank >= size:
         raise ConfigError(f"environment: RANK is {rank}, but with WORLD_SIZE={size} ranks are 0 to {size - 1}; {_HOW}")
-    host = env.get("MASTER_ADDR")
-    alone = size == 1 and not host
+    host = env.get("MASTER_ADDR") or "127.0.0.1"
     return RankInfo(
         rank=rank,
         world_size=size,
         local_rank=_number(env, "LOCAL_RANK", 0),
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", 1, 1),
-        master=None if alone else (host or "127.0.0.1", _number(env, "MASTER_PORT", 29_500, 1, 65_535)),
+        master=None if size == 1 else (host, _number(env, "MASTER_PORT", 29_500, 1, 65_535)),
         has_agent=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 

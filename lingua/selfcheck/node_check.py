@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from lingua.config.command_line import run_main
 from lingua.files import free_bytes, human_bytes, no_follow
@@ -30,6 +31,8 @@ from lingua.slurm import node_of_each_task, this_node_name
 
 if TYPE_CHECKING:
     from lingua.distributed.place import RankInfo
+
+T = TypeVar("T")
 
 SHM = Path("/dev/shm")
 PROBE_BYTES = 16 << 20
@@ -171,11 +174,14 @@ def check_together(
     store = open_store(place, within_s)
     store.set(f"answer/{place.rank}", orjson.dumps(asdict(answer)).decode())
 
-    def collect(what: str, until_s: float) -> dict[int, bytes]:
+    def collect(what: str, kind: type[T], until_s: float) -> dict[int, T]:
         missing = set(range(place.world_size))
-        found: dict[int, bytes] = {}
+        found: dict[int, T] = {}
         while missing and time.monotonic() < until_s:
-            found |= {rank: store.get(f"{what}/{rank}") for rank in missing if store.check([f"{what}/{rank}"])}
+            for rank in missing:
+                with contextlib.suppress(ValidationError):  # what a stranger may have left there
+                    if store.check([key := f"{what}/{rank}"]):
+                        found[rank] = TypeAdapter(kind).validate_json(store.get(key))
             missing -= set(found)
             time.sleep(0.05)
         return found
@@ -199,23 +205,21 @@ def check_together(
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()
-        store.set(f"sum/{place.rank}", problem)
+        store.set(f"sum/{place.rank}", orjson.dumps(problem).decode())
 
     if not place.is_main:
         if store.get("go") == b"1":
             sum_up()
         store.get("done")
         return None
-    answers = {
-        rank: NodeAnswer(**orjson.loads(raw)) for rank, raw in collect("answer", started_s + within_s / 2).items()
-    }
+    answers = collect("answer", NodeAnswer, started_s + within_s / 2)
     everybody = len(answers) == place.world_size and not any(each.problems for each in answers.values())
     store.set("go", "1" if everybody else "0")
     network: dict[int, str] = {}
     if everybody:
         sum_up()
-        sums = collect("sum", started_s + within_s)
-        network = {rank: sums.get(rank, b"no answer").decode() for rank in range(place.world_size)}
+        sums = collect("sum", str, started_s + within_s)
+        network = {rank: sums.get(rank, "no answer") for rank in range(place.world_size)}
     report = judge(answers, {k: v for k, v in network.items() if v}, nodes, time.monotonic() - started_s)
     store.set("done", "1")
     time.sleep(0.2)  # the others read it from this process

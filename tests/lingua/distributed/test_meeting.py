@@ -80,7 +80,7 @@ def test_who_is_missing_is_said_with_what_to_type(
 
 def test_a_second_process_of_the_same_rank_is_refused(port: int):
     store = open_store(at(port), 30)
-    dist.PrefixStore("lingua/meeting", store).add("here/1", 1)
+    dist.PrefixStore("lingua/meeting", store).append("here/1", f"{'0' * 32}\n")  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RankError, match=r"rank 1 is at MASTER_PORT \d+ already"):
         meet(at(port, 1), 30, {})
 
@@ -90,6 +90,29 @@ def test_ranks_of_another_world_are_refused(port: int):
     agree(store, at(port, size=1), 30)
     with pytest.raises(RankError, match="WORLD_SIZE is 1 on rank 0 and 2 on rank 1"):
         meet(at(port, 1, 2), 30, {})
+
+
+@pytest.mark.ranks
+def test_what_a_stranger_puts_into_the_store_before_the_ranks_come_ends_nothing(port: int):
+    words = ["not a number", "", "{}", "[1,", '{"digest": 3, "failed": null}', '{"world_size": "two"}']
+
+    def act(rank: int) -> tuple[str, bool]:
+        store = open_store(at(port, rank), 60)
+        if rank == 0:
+            theirs = ["verdict", *(f"{what}/{other}" for what in ("here", "rank") for other in range(2))]
+            for key in theirs:
+                for text in words if key == "rank/1" else words[:1]:
+                    dist.PrefixStore("lingua/meeting", store).set(key, text)
+                    assert lingua.distributed.meeting._brought(dist.PrefixStore("lingua/meeting", store), 1) is None
+        dist.barrier()
+        part = agree(store, at(port, rank), 60)
+        store.set("a", "a stranger's")
+        part.set(f"a/{rank}", str(rank))
+        found = part.get(f"a/{1 - rank}").decode(), part.check(["a"])
+        dist.barrier()
+        return found
+
+    assert run_on_ranks(act, 2) == [("1", False), ("0", False)]
 
 
 @pytest.mark.ranks

@@ -99,6 +99,7 @@ def test_two_jobs_and_two_steps_do_not_meet_at_one_port():
     [
         {},
         {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"},
         {"RANK": "", "WORLD_SIZE": "2"},
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"},
     ],
