@@ -167,8 +167,10 @@ def expand_hosts(node_list: str) -> list[str]:
 
 # What a shell of one job or step must not hand to another. It does: sbatch takes along all variables of its shell.
 _OF_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-# A site's GPU_BIND would bind GPUs to tasks, see `step_command`.
-_OF_STEP = re.compile(r"SLURM_(STEP|CPU_BIND|MEM_BIND|GPU_BIND|SRUN_COMM|LAUNCH_NODE|PTY)")
+# A site's GPU_BIND would bind GPUs to tasks, see `step_command`; without a number of GPUs a step gets all of the job's.
+_OF_STEP = re.compile(
+    r"SLURM_(STEP|CPU_BIND|MEM_BIND|GPU_BIND|SRUN_COMM|LAUNCH_NODE|PTY|(GPUS(_PER_(TASK|SOCKET))?|TRES_PER_TASK)$)"
+)
 _OF_RANK = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 _MEMORY = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE")
 

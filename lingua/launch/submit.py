@@ -42,10 +42,12 @@ def run_script(
     `array`: `1-3%2` for an array whose tasks have the job files 1.json and so on, beside `job_file`.
     """
     variables = {"BASE_DIR": base_dir, "PYTHON": python}
+    # Submitted by hand from a task of an array, the job would be taken for that task, and requeue it in its place.
+    own = [] if array else ["unset ${!SLURM_ARRAY_@}"]
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
     job = f"{shlex.quote(str(job_file.parent))}/{_TASK}.json" if array else shlex.quote(str(job_file))
     body = shlex.quote(str(job_file.parents[1] / CODE / BODY))
-    lines = [*exports, f"export JOB_FILE={job}", *launcher.setup, f"source {body}"]
+    lines = [*own, *exports, f"export JOB_FILE={job}", *launcher.setup, f"source {body}"]
     return job_script(name, launcher, lines, array=array, note=_HOW_ARRAY if array else _HOW)
 
 

@@ -221,6 +221,7 @@ STEP = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0",
     "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_LIST": "0x1", "SLURM_SRUN_COMM_PORT": "4711",
     "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_GPU_BIND": "single:1", "SLURM_PTY_PORT": "1",
+    "SLURM_GPUS": "1", "SLURM_GPUS_PER_TASK": "1", "SLURM_GPUS_PER_SOCKET": "1", "SLURM_TRES_PER_TASK": "cpu=1",
     "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1",
     "MASTER_ADDR": "n1", "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True",
 }  # fmt: skip
@@ -240,6 +241,7 @@ def test_a_job_that_a_step_or_a_rank_submits_inherits_neither():
 
 def test_a_job_that_a_step_submitted_by_hand_hands_nothing_of_it_to_its_own_steps():
     ours = {"SLURM_JOB_ID": "8", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_MEM_PER_NODE": "900"}
+    ours |= {"SLURM_GPUS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "2"}
     assert for_steps(STEP | CLUSTER | ours) == CLUSTER | ours
     both = for_steps(CLUSTER | ours | {"SLURM_MEM_PER_CPU": "100"})
     assert both == {name: value for name, value in (CLUSTER | ours).items() if name != "SLURM_MEM_PER_NODE"}

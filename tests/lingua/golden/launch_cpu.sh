@@ -7,6 +7,7 @@
 #SBATCH --distribution=block
 #SBATCH --open-mode=append
 #SBATCH --requeue
+unset ${!SLURM_ARRAY_@}
 export BASE_DIR=/home/me/lingua
 export PYTHON=/opt/venv/bin/python
 export JOB_FILE=/home/me/lingua/out/llama/jobs/launch-1.json

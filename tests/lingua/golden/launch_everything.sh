@@ -20,6 +20,7 @@
 #SBATCH --no-requeue
 #SBATCH --reservation=night
 #SBATCH --mail-type=END
+unset ${!SLURM_ARRAY_@}
 export BASE_DIR='/home/my self/it'"'"'s; echo $HOME
 &/lingua'
 export PYTHON=/opt/venv/bin/python
