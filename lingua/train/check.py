@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lingua.checkpoint.layout import train_state_file
 from lingua.config.base import ConfigError, all_args, dotted_key
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import Composed, Examined, examine
@@ -28,6 +29,7 @@ from lingua.config.keys.optim import OptimArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.files import DiskError, human_bytes
+from lingua.report.facts import json_object_in
 from lingua.run.throughput import PEAKS
 from lingua.tokenizer import assumed_vocab_size
 from lingua.train.earlier import Earlier, read_earlier
@@ -268,6 +270,16 @@ def _place_of(start: str) -> tuple[Path, int | None]:
     return found.folder, found.step
 
 
+def begins_with(args: TrainArgs) -> tuple[int, int]:
+    """Return (steps, tokens) that the state which a run begins with has done, as far as it is on this machine."""
+    start = args.checkpoint.init_ckpt_path
+    if start is None or not args.checkpoint.continue_training_from_init or "step" in args.checkpoint.reset:
+        return 0, 0
+    place, step = _place_of(start)
+    shared = (json_object_in(place / train_state_file(0)) or {}).get("shared")
+    return step or 0, int(shared.get("total_tokens", 0)) if isinstance(shared, dict) else 0
+
+
 def _nothing_to_begin_with(args: TrainArgs) -> Iterator[Finding]:
     """Yield weights that are missing from a folder that is there; without the folder they may be on another machine."""
     start = args.checkpoint.init_ckpt_path
@@ -404,14 +416,11 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     """Warn if a first attempt begins with a state that has all its steps done."""
-    start, reset = args.checkpoint.init_ckpt_path, args.checkpoint.reset
-    if start is None or not args.checkpoint.continue_training_from_init or "step" in reset:
-        return
-    _, step = _place_of(start)
-    if step is not None and step >= size.n_steps:
+    step, _ = begins_with(args)
+    if step and step >= size.n_steps:
         text = (
-            f"steps is {size.n_steps}, but {start} is already at step {step}; raise steps, or count from 0 with "
-            f"checkpoint.reset=[{','.join([*reset, 'step'])}]"
+            f"steps is {size.n_steps}, but {args.checkpoint.init_ckpt_path} is already at step {step}; raise steps, or "
+            f"count from 0 with checkpoint.reset=[{','.join([*args.checkpoint.reset, 'step'])}]"
         )
         yield Finding("steps", text)
 

@@ -20,7 +20,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.files import human_bytes
 from lingua.masking import public_tree
 from lingua.run.throughput import PEAKS, find_peak
-from lingua.train.check import Checked, load
+from lingua.train.check import Checked, begins_with, load
 from lingua.train.sizes import Resolved
 
 
@@ -91,15 +91,21 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fac
     per_step = size.tokens_per_step
     yield Fact("tokens_per_step", per_step, f"{per_step:,}", f"G * S {size.seq_len}")
     yield Fact("steps", size.n_steps, f"{size.n_steps:,}", size.how_long)
-    yield Fact("total_tokens", size.total_tokens, f"{size.total_tokens:,}", "steps * tokens per step")
-    yield Fact("tokens_per_parameter", size.total_tokens / n, f"{size.total_tokens / n:.3g}", "of all parameters")
+    done_steps, done_tokens = begins_with(args)
+    n_steps = size.n_steps - done_steps
+    to_train = n_steps * per_step
+    n_tokens = (done_tokens or done_steps * per_step) + to_train
+    how = f"{n_tokens - to_train:,} of the first {done_steps:,} steps + {n_steps:,} steps" if done_steps else "steps"
+    yield Fact("total_tokens", n_tokens, f"{n_tokens:,}", f"{how} * tokens per step")
+    yield Fact("tokens_per_parameter", n_tokens / n, f"{n_tokens / n:.3g}", "of all parameters")
     how = f"{state / n:.4g} bytes per parameter: fp32 weights and the state of {args.optim.type}"
     yield Fact("checkpoint_bytes", state, human_bytes(state), how)
     yield _memory(args, size, peak.memory_gib, gpu)
     per_token, formula = float(size.flops_per_token), type(args.model).flops_per_token.__doc__ or ""
     yield Fact("flops_per_token", per_token, f"{per_token:.4g}", formula.partition("\n")[0])
-    total = float(per_token * size.total_tokens)
-    yield Fact("total_flops", total, f"{total:.4g}", "FLOPs per token * total tokens")
+    total = float(per_token * to_train)
+    how = f"FLOPs per token * {to_train:,} tokens" if done_steps else "FLOPs per token * total tokens"
+    yield Fact("total_flops", total, f"{total:.4g}", how)
     hours = total / (mfu * peak.flops_per_s * size.world_size) / 3600
     how = f"at MFU {mfu:g} of {peak.flops_per_s / 1e12:g} TFLOPS ({gpu}; {peak.sheet}) on {size.world_size} ranks"
     yield Fact("hours", hours, f"{hours:,.2f}", how)

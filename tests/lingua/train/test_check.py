@@ -24,6 +24,7 @@ from lingua.data.token_files import tokenize_file
 from lingua.run.lock import RunLock
 from lingua.tokenizer import ByteTokenizer
 from lingua.train.check import load, problems, resolve
+from lingua.train.check_report import Fact, facts
 from tests.checkpoints import make_run
 from tests.corpora import write_parquet
 
@@ -350,6 +351,23 @@ def test_a_run_to_go_on_from(tmp_path: Path) -> None:
         assert "is already at step 100; raise steps, or count from 0 with checkpoint.reset=[data,step]" in error
         assert found(start, "step") == ([], [])
     assert found(f"{tmp_path}/run@7")[1] == [f"checkpoint.init_ckpt_path {tmp_path}/run@7 is not on this machine"]
+
+
+def test_a_fork_trains_what_its_origin_has_not(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 50)
+    (tmp_path / "run/checkpoints/0000000050/train_state.00000.json").write_text('{"shared": {"total_tokens": 777}}')
+
+    def figures(*reset: str) -> dict[str, Fact]:
+        start = {"init_ckpt_path": f"{tmp_path}/run", "continue_training_from_init": True, "reset": list(reset)}
+        fork = args(steps=80, checkpoint=start)
+        return {fact.name: fact for fact in facts(fork, resolve(fork, 1), 0.4, "h200")}
+
+    of_fork, anew = figures(), figures("step")
+    per_step = anew["tokens_per_step"].value
+    assert anew["total_tokens"].value == 80 * per_step
+    assert of_fork["total_tokens"].value == 777 + 30 * per_step
+    assert of_fork["total_tokens"].how == "777 of the first 50 steps + 30 steps * tokens per step"
+    assert of_fork["total_flops"].value == of_fork["flops_per_token"].value * 30 * per_step
 
 
 # -- on other GPUs -------------------------------------------------------------------------------------------------
