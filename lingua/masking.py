@@ -29,6 +29,7 @@ _KEY = re.compile(
     r"|(access|private|account|signing|encryption|client|master|ssh|storage|license)_?keys?(_id)?$"
     r"|(^|_)(?<!bos_)(?<!eos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!stop_)(?<!start_)(?<!end_)token$"
 )
+_POSITION = re.compile(r"(^|\.)lanes\.\d+\.token$", re.ASCII)  # in the state of a checkpoint
 _PLACE_KEY = re.compile(r"(^|_)(path|file|dir|folder|name|base)$")
 
 _LOGIN = re.compile(
@@ -66,7 +67,7 @@ def is_secret(name: str) -> bool:
     if last.isupper() or "env" in sections:
         return not _NO_SECRET.fullmatch(last) and _VARIABLE.search(last) is not None
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|-", "_", last).lower()
-    return _KEY.search(words) is not None and not _PLACE_KEY.search(words)
+    return _KEY.search(words) is not None and not _PLACE_KEY.search(words) and not _POSITION.search(name)
 
 
 def public_text(text: str) -> str:

@@ -348,7 +348,10 @@ class Composed(Generic[ArgsType]):
 
 def _complaint(marks: Mapping[Key, Origin], key: Key, text: str) -> str:
     inside = [origin for mark, origin in marks.items() if mark[: len(key)] == key]
-    origin = marks.get(key) or (inside or [DEFAULT])[0]
+    # What a section as a whole refuses begins with the key that is to blame: `data: skip_rows ...`.
+    refused = re.match(rf"(the config|{re.escape(dotted_key(key))}): (\w+)", text)
+    own = marks.get((*key, refused[2])) if refused else None
+    origin = own or marks.get(key) or (inside or [DEFAULT])[0]
     return text if origin == DEFAULT else f"{origin}: {text}"
 
 

@@ -74,7 +74,7 @@ def test_no_key_of_ours_counts_as_a_secret_and_a_whole_config_stays_as_it_is():
         "eos_token: </s>", "out//runs/llama@500", "https://host:8080/a@b", "HF_TOKEN is missing; set it",
         "PWD=/home/me", "write KEY=VALUE", "step 10: loss 3.1, 4096 tokens per step",
         "sbatch -p gpu", "docker login ghcr.io", "curl -fsSL https://h/x | sh -u", "wandb login", "login -p gpu",
-        "unknown key data.sourcs; did you mean data.sources?",
+        "unknown key data.sourcs; did you mean data.sources?", "state: lanes.3.token: 4096 -> 8192",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(text: str):

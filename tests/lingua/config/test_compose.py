@@ -428,6 +428,8 @@ def test_the_run_folder_is_a_function_of_the_config_alone(tmp_path: Path) -> Non
         ("base: {a: 1}", "run.yaml:1: base is {'a': 1}; write a list"),
         ("plugins: [no_such_module]", "run.yaml:1: plugins names 'no_such_module', which cannot be imported"),
         ("name: ''", "name and dump_dir are both empty"),
+        ("seed: 1\nname: a/../../x", "run.yaml:2: the config: name is 'a/../../x', which is not a folder"),
+        ("data:\n  seed: 1\n  skip_rows: [[2, 1]]", "run.yaml:3: data: skip_rows [2, 1] is no range of rows"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
