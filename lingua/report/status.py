@@ -269,6 +269,9 @@ def _next(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     begins = "begins at step 0" if status.checkpoint is None else "resumes from that checkpoint"
     if _unsaved(facts):
         begins = f"resumes from what is in memory, if it starts on {status.host}"
+    again = "the same command, or the same job,"
+    if facts.attempt is not None and facts.attempt.copied_from:
+        again = f"the same command with dump_dir={status.path}"
     follow = f"`lingua status {status.path}` follows it"
     return {
         "finished": "raise `steps` to train longer",
@@ -276,7 +279,7 @@ def _next(facts: RunFacts, status: Status, cause: Failure | None) -> str:
         "starting": follow,
         "queued": f"nothing: it goes on when Slurm starts job {status.job}",
         "new": "start it",
-    }.get(status.state, f"start it again: the same command, or the same job, {begins}")
+    }.get(status.state, f"start it again: {again} {begins}")
 
 
 def _first_line(text: str) -> str:

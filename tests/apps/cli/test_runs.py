@@ -177,7 +177,9 @@ def test_a_copy_of_a_living_run_is_not_asked_to_stop(lingua: Lingua, folder: Pat
         code, out, err = lingua("stop", copy)
         assert (code, out) == (1, "")
         assert f"{copy} is a copy of {run} and is not running itself" in err
-        assert f"this folder is a copy: attempt 2 (process {os.getpid()}" in lingua.record("why", copy)["cause"]
+        why = lingua.record("why", copy)
+        assert f"this folder is a copy: attempt 2 (process {os.getpid()}" in why["cause"]
+        assert f"the same command with dump_dir={copy} " in why["next"]
         assert lingua.record("status", copy)[0]["state"] == "killed"
         assert not list((copy / "incarnations").glob("*.stop"))
         assert lingua("stop", run)[0] == 0
