@@ -25,6 +25,9 @@ from lingua.model.attention import RowDocuments, document_bounds
 CALLS: list[dict[str, Any]] = []
 """What the stand-in operators were told, newest last."""
 
+BOTH_WAYS = -2
+"""In the place of the number of positions seen before the own: those after it are seen, too."""
+
 Piece = tuple[slice, Tensor, Tensor, Tensor]
 
 
@@ -44,7 +47,8 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left: int) -> Itera
     for begin, end in pairwise(bounds.tolist()):
         here = slice(begin, end)
         keys, values = (each[here].repeat_interleave(group, dim=1).transpose(0, 1) for each in (k, v))
-        seen = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
+        seen = torch.ones(end - begin, end - begin, dtype=torch.bool)
+        seen = seen if left == BOTH_WAYS else seen.tril()
         if left >= 0:
             seen = seen.triu(-left)
         scores = q[here].transpose(0, 1) @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
@@ -73,6 +77,10 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, left
     return dq, dk, dv
 
 
+def _left(causal: bool, window_size: Sequence[int]) -> int:
+    return window_size[0] if causal or window_size[1] == 0 else BOTH_WAYS
+
+
 def _lse(q: Tensor) -> Tensor:
     return q.new_zeros(q.shape[1], len(q), dtype=torch.float32)
 
@@ -87,16 +95,15 @@ def give_varlen_a_cpu() -> None:
     ):
         assert torch.equal(cu_seq_q, cu_seq_k)
         assert max_q == max_k >= cu_seq_q.diff().max()
-        assert is_causal or window_size[1] == 0
         CALLS.append({"varlen": len(cu_seq_q) - 1})
-        out = forward(query, key, value, cu_seq_q, window_size[0])
+        out = forward(query, key, value, cu_seq_q, _left(is_causal, window_size))
         return out, _lse(query), torch.zeros(2, dtype=torch.uint64)
 
     def run_back(
         grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, rng_state, scale=None,
         window_size=(-1, -1), **_,
     ):  # fmt: skip
-        return backward(grad_out, query, key, value, cu_seq_q, window_size[0])
+        return backward(grad_out, query, key, value, cu_seq_q, _left(is_causal, window_size))
 
     varlen._varlen_attn.register_kernel("cpu")(run)
     varlen._varlen_attn_backward.register_kernel("cpu")(run_back)
@@ -123,16 +130,15 @@ def _give_xformers_operators_a_cpu() -> None:
     ):  # fmt: skip
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
         assert max_seqlen_q == max_seqlen_k >= cu_seqlens_q.diff().max()
-        assert is_causal
         assert window_right <= 0
-        out = forward(query, key, value, cu_seqlens_q, window_left)
+        out = forward(query, key, value, cu_seqlens_q, _left(is_causal, (window_left, window_right)))
         return out, _lse(query), torch.zeros(2, dtype=torch.int64)
 
     def run_back(
         grads_share_storage, grad, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         p, softmax_scale, is_causal, window_left, window_right, rng_state,
     ):  # fmt: skip
-        return backward(grad, query, key, value, cu_seqlens_q, window_left)
+        return backward(grad, query, key, value, cu_seqlens_q, _left(is_causal, (window_left, window_right)))
 
     flash._flash_fwd.register_kernel("cpu")(run)
     flash._flash_bwd.register_kernel("cpu")(run_back)
@@ -161,9 +167,8 @@ def flash_attn_varlen_func(
     """With the arguments of flash_attn 2.8."""
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert max_seqlen_q == max_seqlen_k >= cu_seqlens_q.diff().max()
-    assert causal
     CALLS.append({"deterministic": deterministic, "window_size": window_size})
-    return Exact.apply(q, k, v, cu_seqlens_q, window_size[0])
+    return Exact.apply(q, k, v, cu_seqlens_q, _left(causal, window_size))
 
 
 def install_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from lingua.config.command_line import (
     app_module,
     app_schema,
     choose_app,
+    is_prompt,
     parse_command_line,
     run_main,
     with_ckpt,
@@ -193,7 +194,7 @@ for command in (*run_commands.COMMANDS, drill, replay):
 
 def _pass_on(module: str, words: list[str]) -> NoReturn:
     """Call the chosen app's `main(words)`."""
-    config = [word for word in words if not word.startswith(("-", "+", "prompt=", "prefetch"))]
+    config = [word for word in words if not word.startswith(("-", "+", "prefetch")) and not is_prompt(word)]
     raise typer.Exit(app_module(choose_app(parse_command_line(config)), module).main(words))
 
 

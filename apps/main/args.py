@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import SerializeAsAny
 
+import apps.diffusion.args
 import apps.fastRNN.args
 import apps.mamba.args
 import apps.mtp.args
-import apps.xlstm.args  # noqa: F401 - each registers its model types
+import apps.xlstm.args  # noqa: F401 - each registers its types of models, or of losses
 from lingua.config.base import part_of
 from lingua.config.keys import train
 from lingua.config.keys.model import LlamaArgs, ModelArgs

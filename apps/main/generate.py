@@ -3,8 +3,9 @@
 ckpt is a run, RUN@step, a checkpoint folder, what `lingua export` and `lingua import` make, a Hugging Face folder or
 any file of weights that training can start from; the model and the tokenizer are those of the run's config.yaml (Meta
 Lingua's params.json, Hugging Face's config.json), or of the config given as `config=x.yaml` (a bare path is understood
-as either). Several `prompt=` make one batch; without one, prompts are read line by line until the end of input. The
-other keys are those of the config's section eval.generator; `until` is a string or a list.
+as either). Several `prompt=` make one batch, and a word with [MASK] is a prompt with a gap (apps/diffusion/README.md);
+without one, prompts are read line by line until the end of input. The other keys are those of the config's section
+eval.generator; `until` is a string or a list.
 Cost: the weights once, in `dtype`.
 """
 
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator
 
-from lingua.config.base import ConfigError, Text
-from lingua.config.command_line import CommandLine, app_module, choose_app, parse_command_line, run_main
+from lingua.config.base import ConfigError, Text, named
+from lingua.config.command_line import CommandLine, app_module, choose_app, is_prompt, parse_command_line, run_main
 from lingua.config.compose import compose
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
@@ -44,8 +45,8 @@ class GenerateArgs(GeneratorArgs):
 
 def main(words: list[str], app: str = str(__package__)) -> int:
     """Answer the prompts on the command line, or those that are read."""
-    prompts = [word.removeprefix("prompt=") for word in words if word.startswith("prompt=")]
-    line = parse_command_line([word for word in words if not word.startswith("prompt=")])
+    prompts = [word.removeprefix("prompt=") for word in words if is_prompt(word)]
+    line = parse_command_line([word for word in words if not is_prompt(word)])
     if line.flags.get("help"):
         print(__doc__)
         return 0
@@ -76,7 +77,7 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
 
     from lingua.distributed.place import find_rank_info
     from lingua.distributed.process_group import pick_device
-    from lingua.model.generate import Generator, cpu_threads
+    from lingua.model.generate import cpu_threads
     from lingua.train.load_model import chosen_dtype, load_model, stored_dtype
 
     device = pick_device(args.device, find_rank_info())
@@ -86,7 +87,7 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
         n_params = sum(parameter.numel() for parameter in model.parameters())
         torch.set_num_threads(cpu_threads(n_params, torch.get_num_threads()))
     print(f"{loaded}, on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
-    return Generator(model, tokenizer, args, add_bos=run_args.data.add_bos)
+    return named(run_args.objective.generator)(model, tokenizer, args, add_bos=run_args.data.add_bos)
 
 
 def ask(interactive: bool) -> Iterator[list[str]]:
@@ -111,7 +112,7 @@ def show(prompt: str, answer: Answer) -> None:
     """Prompt and answer on stdout; what the user should know about them on stderr."""
     if answer.n_cut:
         print(f"(the prompt was too long: its first {answer.n_cut} tokens were cut off)", file=sys.stderr)
-    text = f"{prompt}{answer.text}"
+    text = answer.text if answer.infilled else f"{prompt}{answer.text}"
     print(printable(text) if sys.stdout.isatty() else text, flush=True)
 
 

@@ -56,20 +56,34 @@ class WeightSource:
     read: Callable[[str], Tensor]
 
 
-def load_weights(model: nn.Module, path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> str:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    model_key: str | None = None,
+    *,
+    sizes_only: bool = False,
+    more_rows: bool = False,
+) -> str:
     """Fill `model` with the weights at `path`; return what was loaded from where, for the log.
 
     `path`: RUN, RUN@step or a checkpoint folder, ours or Meta Lingua's, consolidated.pth, any torch file, a safetensors
     file or a Hugging Face folder. `model_key`: key of the weights in it; "" for the top level; None: it is detected.
-    `sizes_only`: verify only the sizes of a checkpoint with a manifest. Raises RunError with names, shapes and remedy.
+    `sizes_only`: verify only the sizes of a checkpoint with a manifest. `more_rows`: embedding and head may have more
+    rows than there; those keep their values. Raises RunError with names, shapes and remedy.
     """
     source = open_source(path, model_key, sizes_only=sizes_only)
     tensors, aliases = model_tensors(model)
-    chosen = _match(source, tensors, aliases)
+    chosen = _match(source, tensors, aliases, more_rows)
     for name, theirs in chosen.items():
         _copy(tensors[name], source.read(theirs))
     n_values = sum(tensor.numel() for tensor in tensors.values())
-    return f"{len(tensors)} tensors ({n_values:,} parameters) from {source.what}"
+    counts = {name: (source.shapes[theirs][0], len(tensors[name])) for name, theirs in chosen.items() if more_rows}
+    grown = [
+        f"; {name} has {here - there} rows more, which are new"
+        for name, (there, here) in counts.items()
+        if here > there
+    ]
+    return f"{len(tensors)} tensors ({n_values:,} parameters) from {source.what}{''.join(grown)}"
 
 
 @torch.no_grad()
@@ -84,7 +98,9 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         ours[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
-def _match(source: WeightSource, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
+def _match(
+    source: WeightSource, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], more_rows: bool
+) -> dict[str, str]:
     """Map our name of every tensor to the source's. Raises RunError for anything that does not fit."""
     chosen: dict[str, str] = {}
     problems: list[str] = []
@@ -94,7 +110,9 @@ def _match(source: WeightSource, tensors: Mapping[str, Tensor], aliases: Mapping
         if theirs is None:
             tied = " (it has tied weights: set model.weight_tying: true)" if name == HEAD else ""
             problems.append(f"{name} is missing there{tied}")
-        elif source.shapes[theirs] != tuple(tensor.shape):
+        elif (shape := source.shapes[theirs]) != tuple(tensor.shape) and not (
+            more_rows and name in (EMBEDDING, HEAD) and shape[0] <= len(tensor) and shape[1:] == tuple(tensor.shape[1:])
+        ):
             problems.append(f"{name} is {source.shapes[theirs]} there and {tuple(tensor.shape)} here")
         else:
             chosen[name] = theirs
@@ -116,13 +134,14 @@ def _match(source: WeightSource, tensors: Mapping[str, Tensor], aliases: Mapping
 
 
 def _copy(target: Tensor, full: Tensor) -> None:
-    """Copy a full tensor into `target`, of which this rank may hold only a shard."""
+    """Copy a full tensor into the first rows of `target`, of which this rank may hold only a shard."""
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
         for axis, (size, start) in enumerate(zip(shape, offset, strict=True)):
-            full = full.narrow(axis, min(start, full.shape[axis]), size)
+            start = min(start, full.shape[axis])
+            full = full.narrow(axis, start, min(size, full.shape[axis] - start))
         target = target.to_local()
-    target.copy_(full)
+    target[tuple(slice(n) for n in full.shape)].copy_(full)
 
 
 # -- detecting the format ----------------------------------------------------------------------------------------

@@ -172,10 +172,15 @@ def part_of(kind: str, default: type[Part] | None = None) -> WrapValidator:
     return WrapValidator(choose)
 
 
+def named(place: str) -> Any:
+    """Import what "module:name" stands for."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def build_part(part: Part, *args: Any, **kwargs: Any) -> Any:
     """Import the part's builder and call it with the part's Args first."""
-    module, _, name = part.builder.partition(":")
-    return getattr(importlib.import_module(module), name)(part, *args, **kwargs)
+    return named(part.builder)(part, *args, **kwargs)
 
 
 # -- what a schema knows -----------------------------------------------------------------------------------------

@@ -111,6 +111,11 @@ def with_ckpt(words: Sequence[str]) -> list[str]:
     return [word if other.fullmatch(word) else f"ckpt={word}" for word in words]
 
 
+def is_prompt(word: str) -> bool:
+    """Return whether a word of `generate` is a prompt: `prompt=TEXT`, or a text with a gap such as [MASK]."""
+    return word.startswith("prompt=") or "[MASK" in word
+
+
 def choose_app(line: CommandLine) -> str:
     """Return the app's package: from `app=`, else the key `app` of the config or of the run that `ckpt=` or `follow=`
     names, else the package whose configs/ contains the config. Raises ConfigError if a config that came with weights

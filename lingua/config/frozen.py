@@ -86,6 +86,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("optim.max_skips", "free"),
     ("optim", "accept"),
     ("loss.chunk_tokens", "free"),
+    ("loss.samples", "free"),  # of evaluations
+    ("loss.validation_samples", "free"),
     ("loss", "accept"),
     ("distributed.model_dtype", "accept"),
     ("distributed.float8_*", "accept"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from lingua.data.held_out import ScoredRow, Wording, windows
 from lingua.distributed.process_group import from_main, on_every_rank
 from lingua.eval.harness_tasks import cleaned, lm_eval, load_tasks, task_manager, task_name
 from lingua.eval.measures import Measure, MeasuredModel
-from lingua.eval.scorer import Scorer
+from lingua.eval.scorer import Score, Scorer
 from lingua.model.generate import Generator
 
 T = TypeVar("T")
@@ -92,6 +93,11 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
     class LinguaLM(lm_eval(".api.model").TemplateLM):
         """Turns text into tokens as training does; the rest of the tokenization is harness's own."""
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores: list[Score] = []
+            """Of all answers and texts so far."""
+
         @property
         def eot_token_id(self) -> int:
             return _token(wording.tokenizer.eos_id)
@@ -109,19 +115,23 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
             return wording.tokenizer.encode(string, add_bos=begins, add_eos=False).tolist()
 
         def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-            found = _shared(
+            scores = _shared(
                 requests, lambda mine: _score([list(scored_rows(c, t, scorer.context)) for _, c, t in mine])
             )
+            self.scores += scores
+            found = [(-score.nats, score.is_greedy) for score in scores]
             self._cache("loglikelihood", [request for request, _, _ in requests], found)
             return found
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            def score(mine: list[Any]) -> list[tuple[float, bool]]:
+            def score(mine: list[Any]) -> list[Score]:
                 prefix = [] if wording.prefix is None else [wording.prefix]
                 all_ids = [[*prefix, *self.tok_encode(request.args[0], False)] for request in mine]
                 return _score([list(whole_rows(ids, scorer.context)) for ids in all_ids])
 
-            found = [log_likelihood for log_likelihood, _ in _shared(requests, score)]
+            scores = _shared(requests, score)
+            self.scores += scores
+            found = [-score.nats for score in scores]
             self._cache("loglikelihood_rolling", [request.args for request in requests], found)
             return found
 
@@ -144,21 +154,41 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
                 if request is not None:
                     self.cache_hook.add_partial(kind, request, answer)
 
-    def _score(rows_of: list[list[ScoredRow]]) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, whether each token is the likeliest) for each list of rows."""
+    def _score(rows_of: list[list[ScoredRow]]) -> list[Score]:
+        """Return the score of each list of rows."""
         scores = iter(scorer.score([row for rows in rows_of for row in rows]))
-        texts = [[next(scores) for _ in rows] for rows in rows_of]
-        return [(-sum(score.nats for score in text), all(score.is_greedy for score in text)) for text in texts]
+        return [sum_of_scores([next(scores) for _ in rows]) for rows in rows_of]
 
     def _generate(prompts: list[str], args: GeneratorArgs) -> list[str]:
         scorer.beat()
-        same = Generator(generator.model, generator.tokenizer, args, add_bos=generator.add_bos)
+        same = type(generator)(generator.model, generator.tokenizer, args, add_bos=generator.add_bos)
         # With a begin token a prompt is never empty; without one, harness's empty prompt becomes a blank.
         answers = same.generate([prompt or ("" if generator.add_bos else " ") for prompt in prompts])
         begin = "" if wording.tokenizer.bos_id is None else wording.tokenizer.decode([wording.tokenizer.bos_id])
         return [answer.text.replace(begin, "") if begin else answer.text for answer in answers]  # not text, as in `hf`
 
     return LinguaLM()
+
+
+def sum_of_scores(scores: Sequence[Score]) -> Score:
+    """Return the score of a text from those of its rows."""
+    nats, n_tokens, greedy, variance, n_samples = zip(*scores, strict=True) if scores else ((),) * 5
+    return Score(sum(nats), sum(n_tokens), all(greedy), sum(variance), sum(n_samples))
+
+
+def estimate_of(scores: Sequence[Score]) -> dict[str, float]:
+    """Return how sure log-likelihoods are that were estimated: metrics by name, none if all are exact."""
+    estimated = [score for score in scores if score.n_samples]
+    if not estimated:
+        return {}
+    errors = [math.sqrt(score.variance) for score in estimated]
+    return {
+        "eval_bound/n_answers": len(scores),
+        "eval_bound/n_estimated": len(estimated),
+        "eval_bound/samples_per_answer": sum(score.n_samples for score in estimated) / len(estimated),
+        "eval_bound/stderr_nats": sum(errors) / len(errors),
+        "eval_bound/stderr_nats_max": max(errors),
+    }
 
 
 def _token(token: int | None) -> int:
@@ -190,8 +220,8 @@ def build_harness(args: HarnessArgs, run_args: TrainArgs, eval_args: EvalArgs) -
     load_tasks(args)
 
     def measure(measured: MeasuredModel) -> dict[str, Any]:
-        scorer = Scorer(measured.model, measured.max_tokens, measured.beat)
-        return run_tasks(make_lm(scorer, measured.generator, measured.wording), args, eval_args.core_metrics)
+        lm = make_lm(measured.scorer, measured.generator, measured.wording)
+        return {**run_tasks(lm, args, eval_args.core_metrics), **estimate_of(lm.scores)}
 
     return measure
 

@@ -10,34 +10,33 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from lingua.config.base import ConfigError, build_part
+from lingua.config.base import ConfigError, build_part, named
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.eval import EvalArgs, HeldOutArgs
-from lingua.config.keys.model import CrossEntropyArgs
+from lingua.config.keys.model import CrossEntropyArgs, LossArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.data.held_out import HeldOut, HeldOutText, ScoredRow, Wording, by_document, held_out_texts, packed, padded
+from lingua.data.held_out import HeldOut, HeldOutText, Wording, by_document, held_out_texts, packed
 from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import find_rank_info
 from lingua.distributed.process_group import World, from_main, on_every_rank, pick_device, set_environment, start_world
 from lingua.distributed.same_config import code_of
 from lingua.eval.evaluator import Beat
 from lingua.eval.harness_tasks import be_offline
+from lingua.eval.scorer import Scorer
 from lingua.logger import start_logging
-from lingua.model.generate import Generator, group
-from lingua.model.loss import IGNORE, CrossEntropy
+from lingua.model.generate import Generator
 from lingua.slurm import this_allocation
 from lingua.tokenizer import Tokenizer
 from lingua.train.load_model import chosen_dtype, load_model, stored_dtype
-from lingua.train.validate import HeldOutLoss, sum_of_losses
+from lingua.train.validate import HeldOutLoss
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -56,10 +55,13 @@ class MeasuredModel:
     world: World
     beat: Beat
     """To be called before each batch: it raises when the evaluation must end."""
+    objective: LossArgs = field(default_factory=CrossEntropyArgs)
+    """What the model learnt to tell."""
 
     @property
-    def context(self) -> int:
-        return self.model.args.max_seqlen  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+    def scorer(self) -> Scorer:
+        """Scores rows of text."""
+        return named(self.objective.scorer)(self.model, self.max_tokens, self.beat, self.objective)
 
     @property
     def max_tokens(self) -> int:
@@ -97,9 +99,10 @@ class Measures:
     def measure_model(self, model: nn.Module, tokenizer: Tokenizer, beat: Beat) -> dict[str, Any]:
         """Return the metrics of a model that each rank holds whole. Collective, as `measure`."""
         data = self.run_args.data
-        generator = Generator(model, tokenizer, self.args.generator, add_bos=data.add_bos)
+        objective = self.run_args.objective
+        generator = named(objective.generator)(model, tokenizer, self.args.generator, add_bos=data.add_bos)
         wording = Wording(tokenizer, data.add_bos, data.add_eos)
-        measured = MeasuredModel(model, tokenizer, generator, wording, self.world, beat)
+        measured = MeasuredModel(model, tokenizer, generator, wording, self.world, beat, objective)
         found: dict[str, Any] = {}
         for measure in self._measures:
             more = on_every_rank(lambda measure=measure: dict(measure(measured)))
@@ -132,28 +135,22 @@ def build_held_out(args: HeldOutArgs, run_args: TrainArgs, eval_args: EvalArgs) 
 def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured: MeasuredModel) -> HeldOutLoss:
     """Return the loss over all ranks, each of which scores its share."""
     rank, n_ranks = measured.world.rank_info.rank, measured.world.rank_info.world_size
-    device = measured.world.device
+    scorer = measured.scorer
 
     def parts() -> Iterator[HeldOut]:
         if args.context == "document":
             more = {"stride": args.stride, "max_documents": args.max_steps, "share": (rank, n_ranks)}
-            yield from by_document(text, measured.wording, context=measured.context, **more)
+            yield from by_document(text, measured.wording, context=scorer.context, **more)
         else:
-            sizes = {
-                "max_rows": run_args.validation.max_rows,
-                "seq_len": run_args.data.seq_len,
-                "row_step": run_args.data.row_step,
-            }
-            whole = packed(text, measured.wording, **sizes)
+            whole = packed(text, measured.wording, **run_args.held_out_sizes())
             counts = (whole.n_bytes, whole.n_documents, whole.n_skipped) if rank == 0 else ()
             yield HeldOut(whole.name, whole.rows[rank::n_ranks], *counts)
 
     def score() -> torch.Tensor:
-        sums = torch.zeros(5, dtype=torch.float64)
+        sums = torch.zeros(7, dtype=torch.float64)
         for part in parts():
-            batches = _batches(part.rows, measured.max_tokens)
-            sums[:2] += sum_of_losses(measured.model, _loss_where_scored, batches, device, measured.beat).cpu()
-            sums[2:] += torch.tensor([part.n_bytes, part.n_documents, part.n_skipped], dtype=torch.float64)
+            sums[:4] += scorer.total(part.rows)
+            sums[4:] += torch.tensor([part.n_bytes, part.n_documents, part.n_skipped], dtype=torch.float64)
         return sums
 
     was_training = measured.model.training
@@ -164,21 +161,8 @@ def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured
         measured.model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    nats, *counts = sums.tolist()
-    return HeldOutLoss(nats, *map(int, counts))
-
-
-def _loss_where_scored(hidden: Tensor, weight: Tensor, labels: Tensor, **padded_vocab: int) -> tuple[Tensor, Tensor]:
-    """Return the loss as `CrossEntropy` does, without logits for positions that are not scored: windows overlap."""
-    scored = labels != IGNORE  # (B, S)
-    return CrossEntropy(CrossEntropyArgs())(hidden[scored], weight, labels[scored], **padded_vocab)
-
-
-def _batches(rows: list[ScoredRow], max_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield batches of rows alike in length."""
-    for numbers in group([len(row.ids) - 1 for row in rows], 0, max_tokens):
-        chosen = [rows[n] for n in numbers]
-        yield padded(chosen, len(chosen), max(len(row.ids) for row in chosen) - 1)
+    nats, n_tokens, variance, n_samples, *counts = sums.tolist()
+    return HeldOutLoss(nats, int(n_tokens), *map(int, counts), variance=variance, n_samples=int(n_samples))
 
 
 # -- ranks ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How likely a model finds each of many given answers: what the tasks of the harness ask.
+"""How likely a model finds given answers, which the tasks of the harness ask, and held-out text.
 
 A token's score depends only on the tokens before it in its row, not on the other rows, the batch size or the number
 of ranks (in fp32 up to 1e-6 of a sum; in bf16, kernels round differently for each batch shape). Sums are fp64.
@@ -11,15 +11,22 @@ Letters: B rows, S positions, D model width, V vocabulary, N scored tokens.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lingua.data.held_out import ScoredRow
+from lingua.config.keys.model import CrossEntropyArgs, LossArgs
+from lingua.data.held_out import ScoredRow, padded
+from lingua.model.decoder import full_tensor
 from lingua.model.generate import group
+from lingua.model.loss import IGNORE, CrossEntropy
+from lingua.train.validate import sum_of_losses
 
+NO_ESTIMATE = torch.zeros(2, dtype=torch.float64)
+"""Variance and samples of what is exact."""
 CHUNK_TOKENS = 4096  # positions whose logits exist at once
 
 
@@ -31,39 +38,73 @@ class Score(NamedTuple):
     n_tokens: int
     is_greedy: bool
     """Each of them is the likeliest."""
+    variance: float = 0.0
+    """Of `nats`, where they are an estimate."""
+    n_samples: int = 0
+    """Passes that they are estimated from. 0: they are exact."""
 
 
-class _Head:
+class Head:
     """Takes the place of a loss: scores chosen positions of the last hidden states."""
 
     def __init__(self, rows: Tensor, positions: Tensor, targets: Tensor) -> None:
         self._rows, self._positions, self._targets = rows, positions, targets  # (N,) each
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """hidden (B, S, D), weight (V, D) -> (nats (N,) fp64, whether the likeliest (N,))."""
-        nats, greedy = [], []
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        vocab_size: int | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (B, S, D), weight (V, D) -> (nats (N,) fp64, whether the likeliest, log p of the likeliest).
+
+        Collective if they are split over ranks.
+        """
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        hidden, weight = full_tensor(hidden), full_tensor(weight)
         for start in range(0, len(self._targets), CHUNK_TOKENS):
             here = slice(start, start + CHUNK_TOKENS)
             targets = self._targets[here]
             x = hidden[self._rows[here], self._positions[here]].to(weight.dtype)  # (n, D)
             logits = (x @ weight.t())[:, :vocab_size].float()  # (n, V)
+            logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
             of_target = logits.gather(1, targets[:, None]).squeeze(1)
-            nats.append((torch.logsumexp(logits, 1) - of_target).double())
-            greedy.append(logits.argmax(1) == targets)
-        return torch.cat(nats), torch.cat(greedy)
+            log_z, (most, likeliest) = torch.logsumexp(logits, 1), logits.max(1)
+            found.append(((log_z - of_target).double(), likeliest == targets, most - log_z))
+        nats, greedy, surest = map(torch.cat, zip(*found, strict=True))
+        return nats, greedy, surest
 
 
 class Scorer:
     """Scores rows with a model as it is. `beat` is called before each batch."""
 
-    def __init__(self, model: nn.Module, max_tokens: int, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        max_tokens: int,
+        beat: Callable[[], None] = lambda: None,
+        args: LossArgs | None = None,
+    ) -> None:
         """`max_tokens` of one batch, padding included; a row that is longer is a batch by itself."""
         self.model = model
         self.context: int = model.args.max_seqlen  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
         self.beat = beat
         self._max_tokens = max_tokens
+
+    def total(self, rows: Sequence[ScoredRow]) -> Tensor:
+        """Return (nats, scored tokens, variance, samples) of held-out rows, summed, fp64 on the host."""
+        batches = self._batches(rows)
+        device = next(self.model.parameters()).device
+        return torch.cat([sum_of_losses(self.model, _loss_where_scored, batches, device, self.beat).cpu(), NO_ESTIMATE])
+
+    def _batches(self, rows: Sequence[ScoredRow]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield batches of rows alike in length."""
+        for numbers in group([len(row.ids) - 1 for row in rows], 0, self._max_tokens):
+            chosen = [rows[n] for n in numbers]
+            yield padded(chosen, len(chosen), max(len(row.ids) for row in chosen) - 1)
 
     @torch.no_grad()
     def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
@@ -96,7 +137,13 @@ class Scorer:
         rows = torch.tensor([b for (b, _, _), count in zip(flat, counts, strict=True) for _ in range(count)])
         positions = torch.tensor([at for _, _, row in flat for at in range(row.first - 1, len(row.ids) - 1)])
         targets = torch.tensor([token for _, _, row in flat for token in row.ids[row.first :]])
-        head = _Head(rows.to(device), positions.to(device), targets.to(device))
-        nats, greedy = self.model(tokens, labels=tokens, loss=head)
+        head = Head(rows.to(device), positions.to(device), targets.to(device))
+        nats, greedy, _ = self.model(tokens, labels=tokens, loss=head)
         parts = zip(flat, nats.cpu().split(counts), greedy.cpu().split(counts), strict=True)
         return [(number, Score(n.sum().item(), len(n), bool(g.all()))) for (_, number, _), n, g in parts]
+
+
+def _loss_where_scored(hidden: Tensor, weight: Tensor, labels: Tensor, **keys: Any) -> tuple[Tensor, Tensor]:
+    """Return the loss as `CrossEntropy` does, without logits for positions that are not scored: windows overlap."""
+    scored = labels != IGNORE  # (B, S)
+    return CrossEntropy(CrossEntropyArgs())(hidden[scored], weight, labels[scored], **keys)

@@ -1,8 +1,8 @@
 """Attention by the kernel that the config names, or a refusal that says why and what would work here.
 
 `resolve_attn_impl` decides before a model is built, and what it returns is what runs. All kernels compute the same
-function: causal, limited to the last `window` positions if there is a window, and to the own document if there are
-documents.
+function: causal unless the model sees both directions, limited to the last `window` positions if there is a window, and
+to the own document if there are documents.
 
 For documents, sdpa and eager need a (B, 1, S, S) boolean mask, flex a block mask; for a window a (1, 1, S, S) mask.
 varlen, flash_attn and xformers get the positions where documents begin, computed on the host: 4 bytes per document.
@@ -31,8 +31,8 @@ from lingua.config.keys.model import LlamaArgs
 
 HALF = (torch.float16, torch.bfloat16)
 Mask = Any
-"""None: causal and nothing else; a boolean tensor (B or 1, 1, S, T), True where seen; flex's BlockMask; xformers' bias;
-or int32 (N + 1,), where N sequences begin in the rows laid end to end."""
+"""None: causality and nothing else, or not even that; a boolean tensor (B or 1, 1, S, T), True where seen; flex's
+BlockMask; xformers' bias; or int32 (N + 1,), where N sequences begin in the rows laid end to end."""
 
 _VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 """torch 2.10: `is_causal` and no window; from 2.11 on `window_size`; in 2.12 `enable_gqa`, too. Its flash kernels share
@@ -222,28 +222,34 @@ def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 
 def build_mask(
-    impl: str, shape: tuple[int, int], window: int | None, documents: RowDocuments | None, device: torch.device
+    impl: str,
+    shape: tuple[int, int],
+    window: int | None,
+    documents: RowDocuments | None,
+    device: torch.device,
+    causal: bool = True,
 ) -> Mask:
-    """Return the mask of a pass over whole rows, (B, S)."""
+    """Return the mask of a pass over whole rows, (B, S). A window goes with causal attention only."""
     n_rows, seq_len = shape
     if impl in ("varlen", "xformers", "flash_attn"):  # they know windows themselves
         if documents is not None:
-            return _diagonal_bias(documents.bounds, shape, window) if impl == "xformers" else documents.bounds
+            return _diagonal_bias(documents.bounds, shape, window, causal) if impl == "xformers" else documents.bounds
         rows = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * seq_len
         return rows if impl == "varlen" else None
     if documents is None and (window is None or window >= seq_len):
-        return None  # a plain causal pass
+        return None  # a plain pass
     doc_ids = None if documents is None else documents.ids
     if impl == "flex":
-        return _block_mask(seq_len, window, doc_ids, device)
+        return _block_mask(seq_len, window, doc_ids, device, causal)
     positions = torch.arange(seq_len, device=device)
     seen = visible(positions[:, None], positions, window)  # (S, S)
     if doc_ids is None:
         return seen[None, None]
-    return (seen & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]  # (B, 1, S, S)
+    same = doc_ids[:, :, None] == doc_ids[:, None, :]  # (B, S, S)
+    return (same & seen if causal else same)[:, None]
 
 
-def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None) -> Any:
+def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None, causal: bool) -> Any:
     """xformers' bias for documents.
 
     Its list on the host is that of one sequence: the kernels read `seqstart` and `max_seqlen` alone, and torch.compile,
@@ -254,15 +260,19 @@ def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None) -
     n_rows, seq_len = shape
     sequences = _SeqLenInfo(seqstart=bounds, max_seqlen=seq_len, min_seqlen=1, seqstart_py=[0, n_rows * seq_len])
     bias = BlockDiagonalMask(q_seqinfo=sequences, k_seqinfo=sequences)
+    if not causal:
+        return bias
     return bias.make_causal() if window is None or window >= seq_len else bias.make_local_attention(window)
 
 
-def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device: torch.device) -> Mask:
+def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device: torch.device, causal: bool) -> Mask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        causal = visible(q, k, window)
-        return causal if doc_ids is None else causal & (doc_ids[b, q] == doc_ids[b, k])
+        if doc_ids is None:
+            return visible(q, k, window)
+        same = doc_ids[b, q] == doc_ids[b, k]
+        return same & visible(q, k, window) if causal else same
 
     rows = None if doc_ids is None else len(doc_ids)
     return create_block_mask(seen, rows, None, seq_len, seq_len, device=str(device))
@@ -271,11 +281,11 @@ def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device
 # -- kernels -------------------------------------------------------------------------------------------------------
 
 
-def attend(impl: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def attend(impl: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool = True) -> Tensor:
     """q (B, S, H, E), k and v (B, T, K, E) -> (B, S, H, E)."""
     if window is not None and window >= q.shape[1]:
         window = None
-    return _KERNELS[impl](q, k, v, mask, window)
+    return _KERNELS[impl](q, k, v, mask, window, causal)
 
 
 def _for_each_head(k: Tensor, n_heads: int) -> Tensor:
@@ -283,20 +293,24 @@ def _for_each_head(k: Tensor, n_heads: int) -> Tensor:
     return k if k.shape[1] == n_heads else k.repeat_interleave(n_heads // k.shape[1], dim=1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, heads, positions, E)
     grouped = k.shape[1] != q.shape[1]
     # Only the plain causal kernels of CUDA share key heads; with a mask, enable_gqa would mean the slow fallback.
     shared = grouped and mask is None and q.device.type == "cuda"
     if grouped and not shared:
         k, v = _for_each_head(k, q.shape[1]), _for_each_head(v, q.shape[1])
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+    out = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=shared
+    )
     return out.transpose(1, 2)
 
 
-def _sdpa_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def _sdpa_by(
+    backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool
+) -> Tensor:
     with sdpa_kernel(backend):
-        return _sdpa(q, k, v, mask, window)
+        return _sdpa(q, k, v, mask, window, causal)
 
 
 _CUDNN_FIRST = [
@@ -307,18 +321,20 @@ _CUDNN_FIRST = [
 ]
 
 
-def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     with sdpa_kernel(_CUDNN_FIRST, set_priority=True):  # an order, no restriction: what cuDNN cannot do, others do
-        return _sdpa(q, k, v, mask, window)
+        return _sdpa(q, k, v, mask, window, causal)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     k, v = _for_each_head(k, q.shape[1]), _for_each_head(v, q.shape[1])
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # (B, H, S, T)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    if mask is None and causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
     return (weights @ v).transpose(1, 2)
 
 
@@ -329,10 +345,10 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)  # pyright: ignore[reportReturnType]
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    if mask is None:
-        mask = _block_mask(q.shape[2], None, None, q.device)
+    if mask is None and causal:
+        mask = _block_mask(q.shape[2], None, None, q.device, causal)
     out = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
     return out.transpose(1, 2)
 
@@ -347,16 +363,16 @@ def _packed(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, bounds:
     return out.unflatten(0, q.shape[:2])
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
-    how: dict[str, Any] = {"is_causal": True}
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
+    how: dict[str, Any] = {"is_causal": causal}
     if "window_size" in _VARLEN_TAKES:
-        how = {"window_size": (-1 if window is None else window - 1, 0)}
+        how = {"window_size": (-1 if window is None else window - 1, 0 if causal else -1)}
     if "enable_gqa" in _VARLEN_TAKES:
         how["enable_gqa"] = k.shape[2] != q.shape[2]
     return _packed(varlen_attn, q, k, v, mask, **how)
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     from xformers.ops import fmha
 
     if k.shape[2] != q.shape[2]:
@@ -364,7 +380,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -
     if mask is not None:
         one_row = (each.flatten(0, 1).unsqueeze(0) for each in (q, k, v))  # (1, B S, H, E)
         return fmha.memory_efficient_attention(*one_row, attn_bias=mask).view(q.shape)
-    bias = fmha.attn_bias.LowerTriangularMask() if window is None else _local_bias(window)
+    bias = _local_bias(window) if window is not None else fmha.attn_bias.LowerTriangularMask() if causal else None
     return fmha.memory_efficient_attention(q, k, v, attn_bias=bias)
 
 
@@ -374,11 +390,11 @@ def _local_bias(window: int) -> Any:
     return fmha.attn_bias.LocalAttentionFromBottomRightMask(window_left=window - 1, window_right=0)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     how: dict[str, Any] = {
-        "causal": True,
+        "causal": causal,
         "window_size": (-1, -1) if window is None else (window - 1, 0),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
@@ -387,7 +403,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None)
     return _packed(flash_attn_varlen_func, q, k, v, mask, **how)
 
 
-_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, int | None], Tensor]] = {
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, int | None, bool], Tensor]] = {
     "sdpa": _sdpa,
     "sdpa_cudnn_first": _sdpa_cudnn_first,
     "sdpa_flash": partial(_sdpa_by, SDPBackend.FLASH_ATTENTION),

@@ -53,6 +53,7 @@ class ForwardContext:
 
     angles: tuple[Tensor, Tensor] | None = None  # cosines and sines, fp32 (S, E/2) or (B, S, E/2), with attention
     impl: str = "sdpa"
+    causal: bool = True
     window: int | None = None
     mask: Mask = None
     starts: Tensor | None = None  # (B, S) bool, with documents: one begins here; True at position 0

@@ -114,14 +114,16 @@ class Decoder(nn.Module):
         attention = self.attention
         if attention is not None and self.rope_embeddings is not None:
             ctx.angles = self.rope_embeddings(tokens.shape[1], positions)
-            ctx.window = attention.sliding_window
+            ctx.causal, ctx.window = attention.causal, attention.sliding_window
+            assert ctx.causal or cache is None, "a cache is for models that look back only"
             # sdpa runs everywhere. A trainer resolves `auto` for its machine before it builds the model. Cached passes
             # are short or one token long and need an explicit mask, which sdpa takes everywhere.
             ctx.impl = "sdpa" if attention.attn_impl == "auto" or cache is not None else attention.attn_impl
             if cache is not None and positions is not None:
                 ctx.mask = cached_mask(positions, cache.end, ctx.window)
             else:
-                ctx.mask = build_mask(ctx.impl, (len(tokens), tokens.shape[1]), ctx.window, documents, tokens.device)
+                shape = (len(tokens), tokens.shape[1])
+                ctx.mask = build_mask(ctx.impl, shape, ctx.window, documents, tokens.device, ctx.causal)
         return ctx
 
     def init_weights(self, seed: int) -> None:

@@ -41,6 +41,8 @@ class Answer:
     """Tokens generated, stop string and end token included."""
     n_cut: int
     """Tokens cut off the left of the prompt because it was too long."""
+    infilled: bool = False
+    """The prompt had gaps, and `text` is the prompt with them filled in."""
 
 
 # -- pure decisions ------------------------------------------------------------------------------------------------
@@ -80,7 +82,12 @@ def sample(logits: Tensor, args: GeneratorArgs, generator: torch.Generator | Non
     """Next tokens (B,) from logits (B, V)."""
     if args.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / args.temperature
+    return torch.multinomial(tempered(logits.float(), args), 1, generator=generator).squeeze(1)
+
+
+def tempered(logits: Tensor, args: GeneratorArgs) -> Tensor:
+    """Return probabilities to sample with, (B, V); with top_p they add up to less than 1. Temperature is above 0."""
+    logits = logits / args.temperature
     if args.top_k is not None and args.top_k < logits.shape[-1]:
         least = logits.topk(args.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
@@ -89,13 +96,13 @@ def sample(logits: Tensor, args: GeneratorArgs, generator: torch.Generator | Non
         ordered, order = probabilities.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= args.top_p, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return probabilities
 
 
 # -- one row -------------------------------------------------------------------------------------------------------
 
 
-class _Row:
+class Row:
     """The growing answer to one prompt."""
 
     def __init__(self, number: int, prompt: list[int], limit: int, tokenizer: Tokenizer, until: Sequence[str]) -> None:
@@ -158,11 +165,11 @@ class Generator:
         batches = group([len(ids) for ids in kept], self.args.max_gen_len, self.args.max_tokens)
         device = next(self.model.parameters()).device
         random = torch.Generator(device).manual_seed(self.args.seed)
-        rows: dict[int, _Row] = {}
+        rows: dict[int, Row] = {}
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch in _with_progress(batches, self.args.show_progress):
+            for batch in with_progress(batches, self.args.show_progress):
                 rows |= {row.number: row for row in self._answer({n: kept[n] for n in batch}, device, random)}
         finally:
             self.model.train(was_training)
@@ -177,11 +184,11 @@ class Generator:
             raise ValueError("the prompt is empty, and this tokenizer has no begin token to start from; give a prompt")
         return ids
 
-    def _answer(self, prompts: dict[int, list[int]], device: torch.device, random: torch.Generator) -> list[_Row]:
+    def _answer(self, prompts: dict[int, list[int]], device: torch.device, random: torch.Generator) -> list[Row]:
         """Return all answers of one batch: one pass over the padded prompts, then one token per row and pass."""
         args = self.args
         rows = [
-            _Row(n, ids, min(args.max_gen_len, self.max_seqlen - len(ids)), self.tokenizer, args.until)
+            Row(n, ids, min(args.max_gen_len, self.max_seqlen - len(ids)), self.tokenizer, args.until)
             for n, ids in prompts.items()
         ]
         width = max(row.position for row in rows)
@@ -215,7 +222,7 @@ def _maybe_compiled(model: nn.Module, wanted: bool) -> Callable[..., Any]:
     return torch.compile(model, dynamic=True) if wanted else model
 
 
-def _with_progress(batches: list[list[int]], shown: bool) -> Any:
+def with_progress(batches: Sequence[Any], shown: bool) -> Any:
     if not shown:
         return batches
     from rich.progress import track

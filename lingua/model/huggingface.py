@@ -119,6 +119,8 @@ class Translation:
         """Yield what our model does that theirs cannot: "model.<key> is ..., but ..."."""
         if model.norm != "rms":
             yield f"model.norm is {model.norm}, but a Hugging Face {self.model_types[0]} has RMSNorm only"
+        if not getattr(model, "causal", True):
+            yield f"model.causal is false, but a Hugging Face {self.model_types[0]} looks back only"
 
     def not_ours(self, config: Mapping[str, Any]) -> Iterator[str]:
         """Yield what a config.json asks for that our model cannot do."""

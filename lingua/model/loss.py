@@ -1,4 +1,6 @@
-"""Next-token cross-entropy computed from hidden states in chunks, so that the logits of a whole batch never exist.
+"""What rows ask of a model, and the cross-entropy of its answers, computed from hidden states in chunks.
+
+The logits of a whole batch never exist.
 
 The log-softmax is in fp32 whatever the model's type. The loss returns the sum over positions and their number, so that
 the caller can divide by the labels of a whole step; labels of -100 do not count. Nothing syncs the host.
@@ -16,8 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,15 +28,43 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lingua.config.keys.model import CrossEntropyArgs
+from lingua.config.keys.model import CrossEntropyArgs, ModelArgs
 
 IGNORE = -100
 _FP16_ROOM = 64.0
 """fp16 ends at 65504, and the head's gradient sums up to chunk_tokens positions before any loss scale could help."""
 
 
-LossOfLogits = Callable[[Tensor, Tensor, int | None, float, bool], tuple[Tensor, Tensor | None]]
-"""(logits, labels, vocab_size, z_loss, with_grad) -> (loss sum, gradient): see `VocabShard.loss_of_logits`."""
+LossOfLogits = Callable[[Tensor, Tensor, Tensor | None, int | None, float, bool], tuple[Tensor, Tensor | None]]
+"""(logits, labels, weights, vocab_size, z_loss, with_grad) -> (loss sum, gradient): see `VocabShard.loss_of_logits`."""
+
+
+class Question(NamedTuple):
+    """What a micro batch asks of a model; on the host."""
+
+    tokens: np.ndarray  # (B, S)
+    labels: np.ndarray  # (B, S), or (n_labels, B, S); IGNORE where nothing is asked
+    weights: np.ndarray | None = None  # (B, S) fp32: what a label's loss is multiplied by; None: 1
+
+
+class Turn(NamedTuple):
+    """Where a micro batch stands in its run."""
+
+    step: int
+    """Updates before it."""
+    rows: np.ndarray
+    """Numbers of its rows, (B,)."""
+    rows_per_step: int
+    """G, which never changes in a run."""
+
+
+Ask = Callable[[np.ndarray, ModelArgs, Turn], Question]
+"""(views, the model's keys, turn) -> question. A loss with a method `ask` puts its own; the others, `next_tokens`."""
+
+
+def next_tokens(views: np.ndarray, model: ModelArgs, turn: Turn) -> Question:
+    """Ask for the `n_labels` tokens after each position. `views`: (n_views, B, S), each shifted by one token."""
+    return Question(views[0], views[1] if model.n_labels == 1 else views[1 : 1 + model.n_labels])
 
 
 class Loss(Protocol):
@@ -43,7 +74,8 @@ class Loss(Protocol):
         """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
 
         With a padded vocabulary (`model.vocab_multiple_of`) also `vocab_size=`: later rows of the weight are no tokens.
-        With `soft_cap=` c the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118).
+        With `soft_cap=` c the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118). With `weights=` (B, S), which
+        only a loss that asks for them gets, each label's loss is multiplied by its own.
         Under tensor parallelism hidden is a DTensor split by positions and weight one split by vocabulary, and every
         rank of the mesh returns the same. A loss that can do that says so: `vocab_parallel = True` in its Args.
         """
@@ -70,6 +102,7 @@ class CrossEntropy:
         *,
         vocab_size: int | None = None,
         soft_cap: float | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
@@ -78,11 +111,13 @@ class CrossEntropy:
             hidden, weight, vocab_shard = _vocab_shard(hidden, weight)
             loss_of_logits = vocab_shard.loss_of_logits
         hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (N, D), (N,)
+        weights = None if weights is None else weights.flatten()
         chunk = self.chunk_tokens or max(1, len(labels))
         with_grad = torch.is_grad_enabled()
         loss_sum: Any = _ChunkedCrossEntropy.apply(
-            hidden, weight, labels, vocab_size, dtype, chunk, self.z_loss, with_grad, _capped(loss_of_logits, soft_cap)
-        )
+            hidden, weight, labels, weights, vocab_size, dtype, chunk, self.z_loss, with_grad,
+            _capped(loss_of_logits, soft_cap),
+        )  # fmt: skip
         return loss_sum, (labels != IGNORE).sum()
 
 
@@ -93,6 +128,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
         labels: Tensor,  # (N,)
+        weights: Tensor | None,  # (N,)
         vocab_size: int | None,
         dtype: torch.dtype,
         chunk_tokens: int,
@@ -108,7 +144,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(labels), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 x = hidden[rows].to(dtype)  # (n, D)
-                chunk_loss, logits_grad = loss_of_logits(x @ head.t(), labels[rows], vocab_size, z_loss, with_grad)
+                own = None if weights is None else weights[rows]
+                chunk_loss, logits_grad = loss_of_logits(x @ head.t(), labels[rows], own, vocab_size, z_loss, with_grad)
                 loss_sum += chunk_loss
                 if hidden_grad is not None and logits_grad is not None:
                     hidden_grad[rows] = logits_grad @ head
@@ -130,7 +167,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # In place: once. autograd refuses a second backward by itself, since what was saved has changed.
         of_hidden = hidden_grad.mul_(grad.to(hidden_grad.dtype)) if ctx.needs_input_grad[0] else None
         of_weight = weight_grad.mul_(grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return of_hidden, of_weight, *[None] * 7
+        return of_hidden, of_weight, *[None] * 8
 
 
 # -- from logits to loss and gradient ------------------------------------------------------------------------------
@@ -142,11 +179,11 @@ def _capped(loss_of_logits: LossOfLogits, soft_cap: float | None) -> LossOfLogit
         return loss_of_logits
 
     def capped(
-        logits: Tensor, labels: Tensor, vocab_size: int | None, z_loss: float, with_grad: bool
+        logits: Tensor, labels: Tensor, weights: Tensor | None, vocab_size: int | None, z_loss: float, with_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
         bent = torch.tanh(logits.float() / soft_cap)  # (n, V/t)
         slope = 1 - bent.square() if with_grad else None
-        loss, grad = loss_of_logits(bent.mul_(soft_cap), labels, vocab_size, z_loss, with_grad)
+        loss, grad = loss_of_logits(bent.mul_(soft_cap), labels, weights, vocab_size, z_loss, with_grad)
         return loss, None if grad is None or slope is None else (grad * slope).to(logits.dtype)
 
     return capped
@@ -164,6 +201,7 @@ class VocabShard:
         self,
         logits: Tensor,  # (n, V/t), of any type; overwritten
         labels: Tensor,  # (n,)
+        weights: Tensor | None,  # (n,)
         vocab_size: int | None,
         z_loss: float,
         with_grad: bool,
@@ -191,12 +229,13 @@ class VocabShard:
         z, of_target = sums  # of exp(logit - top); logit - top
         log_z = z.log() + top
         losses = z.log() - of_target + z_loss * log_z.square()
-        loss_sum = torch.where(counted, losses, 0.0).sum()
+        share = counted.float() if weights is None else torch.where(counted, weights, 0.0)
+        loss_sum = (torch.where(counted, losses, 0.0) * share).sum()
         if not with_grad:
             return loss_sum, None
         # d/dlogits = p * (1 + 2 z log Z) - onehot(label); uncounted rows: 0
-        grad = powers.mul_(torch.where(counted, (1 + 2 * z_loss * log_z) / z, 0.0).unsqueeze(1))
-        grad.scatter_add_(1, target, -is_own.float().unsqueeze(1))
+        grad = powers.mul_((torch.where(counted, (1 + 2 * z_loss * log_z) / z, 0.0) * share).unsqueeze(1))
+        grad.scatter_add_(1, target, -(is_own * share).unsqueeze(1))
         return loss_sum, grad.to(dtype)
 
     def _reduce(self, x: Tensor, how: dist.ReduceOp.RedOpType) -> None:
@@ -205,7 +244,7 @@ class VocabShard:
 
 
 def _loss_of_logits_in_one_pass(
-    logits: Tensor, labels: Tensor, vocab_size: int | None, z_loss: float, with_grad: bool
+    logits: Tensor, labels: Tensor, weights: Tensor | None, vocab_size: int | None, z_loss: float, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `VocabShard().loss_of_logits`, to be compiled.
 
@@ -220,13 +259,14 @@ def _loss_of_logits_in_one_pass(
     target = torch.where(counted, labels, 0).long().unsqueeze(1)  # (n, 1)
     log_z = torch.logsumexp(logits, dim=1)  # (n,)
     losses = log_z - logits.gather(1, target).squeeze(1) + z_loss * log_z.square()
-    loss_sum = torch.where(counted, losses, 0.0).sum()
+    share = counted.float() if weights is None else torch.where(counted, weights, 0.0)
+    loss_sum = (torch.where(counted, losses, 0.0) * share).sum()
     if not with_grad:
         return loss_sum, None
-    scale = torch.where(counted, 1 + 2 * z_loss * log_z, 0.0).unsqueeze(1)  # (n, 1)
+    scale = (torch.where(counted, 1 + 2 * z_loss * log_z, 0.0) * share).unsqueeze(1)  # (n, 1)
     grad = (logits - log_z.unsqueeze(1)).exp() * scale
     columns = torch.arange(logits.shape[1], device=logits.device)
-    return loss_sum, (grad - (counted.unsqueeze(1) & (columns == target)).float()).to(dtype)
+    return loss_sum, (grad - share.unsqueeze(1) * (columns == target)).to(dtype)
 
 
 def _vocab_shard(hidden: Tensor, weight: DTensor) -> tuple[Tensor, Tensor, VocabShard]:

@@ -141,7 +141,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, ctx)
         if ctx.cache is not None and ctx.positions is not None:
             k, v = ctx.cache.update(self.layer, ctx.positions, k, v)
-        out = attend(ctx.impl, q, k, v, ctx.mask, ctx.window)  # (B, S, H, E)
+        out = attend(ctx.impl, q, k, v, ctx.mask, ctx.window, ctx.causal)  # (B, S, H, E)
         return self.wo(out.flatten(-2))
 
     def project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:

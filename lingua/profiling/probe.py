@@ -158,13 +158,14 @@ def tally_attention(
     k: Tensor,  # (B, S, K, E)
     window: int | None,
     doc_ids: Tensor | None,  # (B, S)
+    causal: bool = True,
 ) -> None:
     """Add what softmax is given, and the entropy of what it returns, for a sample of rows and positions."""
     keys = torch.arange(q.shape[1], device=q.device)
     for row in range(min(PROBED_ROWS, len(q))):
         row_k = k[row].float()  # (S, K, E)
         for queries in probed_positions(q.shape[1]).to(q.device).split(CHUNK):
-            seen = visible(queries[:, None], keys, window)  # (C, S)
+            seen = visible(queries[:, None], keys, window) | (not causal)  # (C, S)
             if doc_ids is not None:
                 seen = seen & (doc_ids[row, queries, None] == doc_ids[row])
             grouped = q[row, queries].float().unflatten(1, (k.shape[2], -1))  # (C, K, H/K, E)
@@ -232,7 +233,7 @@ def _watched(model: nn.Module, tally: Tally, device: torch.device, doc_ids: Tens
             if isinstance(module, Attention):
                 q, k, _ = module.project(*args)
                 with torch.autocast(device.type, enabled=False):
-                    tally_attention(tally, f"probe/{name}", q, k, args[1].window, doc_ids)
+                    tally_attention(tally, f"probe/{name}", q, k, args[1].window, doc_ids, args[1].causal)
 
         return hook
 

@@ -21,7 +21,7 @@ from torch import nn
 from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.state import TrainState
-from lingua.config.base import ConfigError, build_part
+from lingua.config.base import ConfigError, build_part, show
 from lingua.config.keys.model import CrossEntropyArgs, DecoderArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.audit import wrong_counts
@@ -225,8 +225,13 @@ def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) 
         return _continue_other(state, loads, start, args.checkpoint.reset, size)
     if start is not None:
         key, sizes_only = args.checkpoint.init_ckpt_model_key, args.checkpoint.verify_on_load == "sizes"
-        weights = on_every_rank(lambda: load_weights(state.model, start, key, sizes_only=sizes_only))
+        asked = args.objective.asks_of_model
+        more = {"sizes_only": sizes_only, "more_rows": "mask_token" in asked}
+        weights = on_every_rank(lambda: load_weights(state.model, start, key, **more))
         log.info("%s", weights)
+        if asked:
+            changes = ", ".join(f"model.{name} {show(value)}" for name, value in asked.items())
+            log.info("whatever they were trained with, loss.type %s goes on with %s", args.loss.type, changes)
     return None
 
 
@@ -255,8 +260,7 @@ def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
     if without:
         log.warning("no *.val.jsonl beside the sources %s, so they are not validated", ", ".join(without))
     wording = Wording(tokenizer, args.data.add_bos, args.data.add_eos)
-    sizes = {"max_rows": args.validation.max_rows, "seq_len": args.data.seq_len, "row_step": args.data.row_step}
-    found = [packed(text, wording, **sizes) for text in texts]
+    found = [packed(text, wording, **args.held_out_sizes()) for text in texts]
     for text, one in zip(texts, found, strict=True):
         if one.n_skipped:
             log.warning(

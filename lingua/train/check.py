@@ -82,10 +82,10 @@ def load(
     examined = examine(line.config, line.overlays, line.overrides, schema, line.point)
     if examined.composed is None:
         raise ConfigError(examined.complaints)
-    composed, args = examined.composed, examined.composed.args
+    composed, args, marks = examined.composed, examined.composed.args, examined.composed.marks
     earlier = read_earlier(Path(args.dump_dir), Path(args.checkpoint.path) if args.checkpoint.path else None)
     kept = earlier.config if earlier.is_bound or earlier.has_begun else None
-    followers = [name for name in ("model", "data") if (name, "seed") not in composed.marks]
+    followers = [n for n in ("model", "data", "loss") if hasattr(getattr(args, n), "seed") and (n, "seed") not in marks]
     needed = _PATH_KEYS if strict_paths else _PATH_KEYS[:1] if starting else ()
     n_ranks = world_size or default_world_size(args)
     judged = _judge(examined, composed, n_ranks, followers, kept, needed)
@@ -102,8 +102,8 @@ def load(
         raise ConfigError([f"{Path(args.dump_dir) / 'config.yaml'}: {difference}" for difference in barring])
     ignored = [Finding(key, f"{key} has no effect; take it out") for key in composed.ignored]
     warnings = [composed.complaint(*finding) for finding in [*judged.study.warnings, *_idle_seed(composed), *ignored]]
-    for name in followers:
-        composed.marks[name, "seed"] = _origin_of_seed(composed, getattr(args, name).seed)
+    marks |= {(name, "seed"): _origin_of_seed(composed, getattr(args, name).seed) for name in followers}
+    marks |= {("model", k): Origin(f"loss.type {args.loss.type}") for k in args.objective.asks_of_model} | marks
     waived = [] if earlier.is_bound else barring
     differences = _differences(judged, earlier) if kept is not None else []
     differences = [replace(d, rule="free") if waived or earlier.allows(d) else d for d in differences]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lingua.distributed.compile import let_length_vary
 from lingua.distributed.parallelize import begin_micro_step, forward_precision
 from lingua.distributed.process_group import World
 from lingua.model.attention import RowDocuments, document_bounds
-from lingua.model.loss import Loss
+from lingua.model.loss import Ask, Loss, Turn, next_tokens
 from lingua.optim.schedule import lr_at
 from lingua.optim.update import Gradient, Updater
 from lingua.profiling.probe import probe
@@ -48,6 +49,18 @@ class MicroBatch:
     labels: Tensor  # (B, S), or (labels, B, S) for a model that predicts several
     documents: RowDocuments | None
     """With data.doc_mask only."""
+    weights: Tensor | None = None  # (B, S): of the labels in the loss
+
+    def row(self, number: int) -> MicroBatch:
+        """Return one row alone. Waits for the device."""
+        one = slice(number, number + 1)
+        return MicroBatch(
+            self.rows[one],
+            self.tokens[one],
+            self.labels[..., one, :],
+            None if self.documents is None else self.documents.row(number),
+            None if self.weights is None else self.weights[one],
+        )
 
 
 class StepSums:
@@ -140,25 +153,33 @@ class Learner:
 
     def batches(self) -> Iterator[MicroBatch]:
         """Yield this rank's micro batches, for ever."""
+        ask: Ask = getattr(self.loss, "ask", next_tokens)
+        model = self.args.model.model_copy(update={"vocab_size": self.size.vocab_size})
         for batch in self.loader:
-            n_labels = self.args.model.n_labels
-            of_one = batch.views[1] if n_labels == 1 else batch.views[1 : 1 + n_labels]
-            tokens, labels = (self._to_device(view).long() for view in (batch.views[0], of_one))
-            yield MicroBatch(batch.rows, tokens, labels, self._documents(batch))
+            turn = Turn(self.step, batch.rows, self.size.rows_per_step)
+            question = ask(batch.views, model, turn)
+            tokens, labels = (self._to_device(view).long() for view in (question.tokens, question.labels))
+            weights = None if question.weights is None else self._to_device(question.weights)
+            yield MicroBatch(batch.rows, tokens, labels, self._documents(batch), weights)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Return the sum of the batch's losses over the positions of a rank's step, and count its labels."""
         is_last = self.sums.n_micro_steps == self.size.grad_acc_steps - 1
         begin_micro_step(self.model, self.args.distributed, is_last=is_last)
         with self.precision:
-            loss_sums, n_labels = self.model(
-                batch.tokens, labels=batch.labels, documents=batch.documents, loss=self.loss
-            )
+            loss_sums, n_labels = self.losses_of(batch)
         losses = loss_sums / self.size.tokens_per_rank_step
         self.sums.add(batch, losses, n_labels)
         if is_last:
             self.sums.start_counting()
         return losses.sum()
+
+    def losses_of(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Return (sum of the weighted losses, or a vector of several, number of labels)."""
+        loss: Any = self.loss
+        if batch.weights is not None:
+            loss = partial(loss, weights=batch.weights)
+        return self.model(batch.tokens, labels=batch.labels, documents=batch.documents, loss=loss)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of what `forward` returned to those that are there."""

@@ -358,15 +358,9 @@ def row_by_row(
         watch = stack.enter_context(first_nonfinite(learner.model)) if watched else Watch()
         for micro_step, batch in enumerate(taken):
             for i, number in enumerate(batch.rows.tolist()):
-                documents = None if batch.documents is None else batch.documents.row(i)
                 watch.clear()
                 with learner.precision, torch.set_grad_enabled(backward):
-                    loss_sum, n_labels = learner.model(
-                        batch.tokens[i : i + 1],
-                        labels=batch.labels[..., i : i + 1, :],
-                        documents=documents,
-                        loss=learner.loss,
-                    )
+                    loss_sum, n_labels = learner.losses_of(batch.row(i))
                     loss = loss_sum.sum() / n_labels.clamp(min=1)
                 grad_norm = _grad_norm(learner, loss) if backward else None
                 yield (

@@ -21,7 +21,7 @@ import torch
 
 from lingua.checkpoint.layout import done_steps
 from lingua.checkpoint.load_weights import copy_weights
-from lingua.config.base import ConfigError
+from lingua.config.base import ConfigError, named
 from lingua.config.compose import code_named
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yaml
 from lingua.config.keys.generate import GeneratorArgs
@@ -35,7 +35,6 @@ from lingua.distributed.same_config import code_of
 from lingua.files import DiskError, read_bytes, write_whole
 from lingua.logger import log_to_folder
 from lingua.model.attention import resolve_attn_impl
-from lingua.model.generate import Generator
 from lingua.model.kernels import kernels_in_use
 from lingua.optim.schedule import rates_of_longer
 from lingua.run.folder import archive_exit_records, describe_start, reserve_last_words
@@ -275,7 +274,7 @@ def say_sample(run: Run, prompt: str) -> None:
         # gloo spoilt the heap (2.10, "malloc(): unaligned tcache chunk", now and then). So each rank has a whole copy.
         model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, run.world.device, torch.float32))
         copy_weights(run.model, model)
-    generator = Generator(model, run.tokenizer, args, add_bos=run.args.data.add_bos)
+    generator = named(run.args.objective.generator)(model, run.tokenizer, args, add_bos=run.args.data.add_bos)
     (answer,) = generator.generate([prompt])
     if run.world.is_main:
         log.info("a sample: %s%s", prompt, answer.text)

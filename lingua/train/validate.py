@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lingua.data.held_out import equal_shares
+from lingua.config.base import named
+from lingua.data.held_out import ScoredRow, equal_shares
 from lingua.distributed.parallelize import forward_precision, reshard
 from lingua.distributed.process_group import StepReduce
 from lingua.run.watchdog import Watchdog
@@ -31,6 +32,10 @@ class HeldOutLoss:
     n_documents: int = 0
     n_skipped: int = 0
     """Lines without a document, and pieces of text on which the tokenizer failed."""
+    variance: float = 0.0
+    """Of `nats`, where they are an estimate."""
+    n_samples: int = 0
+    """Passes of rows that they are estimated from. 0: they are exact."""
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return nats per token, perplexity, bits per byte, and counts. Raises ValueError where there is no text."""
@@ -46,6 +51,10 @@ class HeldOutLoss:
             "n_documents": self.n_documents,
             "n_skipped": self.n_skipped,
         }
+        if self.n_samples:
+            found["bpb_stderr"] = math.sqrt(self.variance) / math.log(2) / self.n_bytes
+            found["nll_stderr"] = math.sqrt(self.variance) / self.n_tokens
+            found["n_samples"] = self.n_samples
         return {f"{prefix}/{name}": value for name, value in found.items()}
 
 
@@ -66,6 +75,14 @@ def sum_of_losses(
         )
         total += torch.stack([nats.double(), torch.as_tensor(n_tokens, device=device).double()])
     return total
+
+
+def next_token_loss(run: Run, rows: Sequence[ScoredRow], before_batch: Callable[[], None]) -> torch.Tensor:
+    """Return (nats, scored tokens, variance 0, samples 0) of this rank's share of held-out rows, fp64. Collective."""
+    world, data = run.world, run.args.data
+    batches = equal_shares(rows, data.seq_len, world.dp_rank, world.dp_size, data.batch_size)
+    total = sum_of_losses(run.model, run.validation_loss, batches, world.device, before_batch)
+    return torch.cat([total, torch.zeros_like(total)])
 
 
 class _AskedToStopError(Exception):
@@ -98,17 +115,17 @@ def validate(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
 
 
 def _measure(run: Run, vote: Callable[[], None]) -> dict[str, float]:
-    world, data = run.world, run.args.data
+    world, loss_of = run.world, named(run.args.objective.validation)
     results: dict[str, float] = {}
     for source in run.held_out:
-        batches = equal_shares(source.rows, data.seq_len, world.dp_rank, world.dp_size, data.batch_size)
-        with forward_precision(run.model, run.args.distributed, world.device):
-            total = sum_of_losses(run.model, run.validation_loss, batches, world.device, vote)
+        with torch.no_grad(), forward_precision(run.model, run.args.distributed, world.device):
+            total: torch.Tensor = loss_of(run, source.rows, vote)
         if dist.is_initialized():
             if world.tp_rank:  # a tensor-parallel group has scored the same rows: they count once
                 total.zero_()
             dist.all_reduce(total)
-        nats, n_tokens = total.tolist()
-        found = HeldOutLoss(nats, int(n_tokens), source.n_bytes).metrics(source.name)
-        results |= {f"{source.name}/{name}": found[f"{source.name}/{name}"] for name in ("nll", "bpb")}
+        nats, n_tokens, variance, n_samples = total.tolist()
+        whole = HeldOutLoss(nats, int(n_tokens), source.n_bytes, variance=variance, n_samples=int(n_samples))
+        found, names = whole.metrics(source.name), ("nll", "bpb", "bpb_stderr", "n_samples")
+        results |= {key: found[key] for name in names if (key := f"{source.name}/{name}") in found}
     return results

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.model import CrossEntropyArgs, DecoderArgs, HybridArgs
+from lingua.data.held_out import ScoredRow
+from lingua.eval.scorer import Scorer
 from lingua.model.attention import RowDocuments, document_bounds
 from lingua.model.context import Cache
 from lingua.model.decoder import Decoder
@@ -54,6 +56,15 @@ def test_the_first_loss_is_near_that_of_a_guess(args: DecoderArgs) -> None:
     assert float(loss_sum) / float(n_labels) == pytest.approx(
         math.log(VOCAB), abs=1.0
     )  # drawn logits have a spread of 1
+
+
+@every_family
+@torch.no_grad()
+def test_a_score_is_that_of_the_logits(args: DecoderArgs) -> None:
+    model, ids = build(args), some_tokens(1, 9)[0]
+    (score,) = Scorer(model, 100).score([ScoredRow(ids.tolist(), 3)])
+    logits = model(ids[None, :-1])[0, 2:].log_softmax(-1)
+    assert score.nats == pytest.approx(-logits.gather(1, ids[3:, None]).sum().item(), rel=1e-4)
 
 
 @every_family

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lingua.checkpoint import layout
-from lingua.eval import measures
+from lingua.eval import scorer
 from lingua.eval.evaluator import Evaluator
 from lingua.eval.measures import Measures
 from lingua.files import read_json
@@ -136,7 +136,7 @@ def test_a_stop_of_one_rank_ends_the_evaluation_on_all(data: Path, tmp_path: Pat
                 os.kill(os.getpid(), signal.SIGTERM)
 
         wrap(Measures, "measure_model", once(tmp_path / f"asked-{rank}", first_batch))
-        original = measures.sum_of_losses
+        original = scorer.sum_of_losses
 
         def score_for_long(model: Any, loss: Any, batches: Any, device: Any, before_batch: Callable[[], None]) -> Any:
             if rank == 0:
@@ -145,7 +145,7 @@ def test_a_stop_of_one_rank_ends_the_evaluation_on_all(data: Path, tmp_path: Pat
                     before_batch()
             return original(model, loss, batches, device, before_batch)
 
-        setattr(measures, "sum_of_losses", score_for_long)  # noqa: B010
+        setattr(scorer, "sum_of_losses", score_for_long)  # noqa: B010
 
     words = words_of(data, run_dir)
     assert train(words, 2, hook).exit_code == 75
@@ -166,7 +166,7 @@ def test_what_fails_is_given_up_and_training_goes_on(data: Path, tmp_path: Path)
             raise ValueError("out of luck")
 
         if rank == 1:
-            wrap(measures, "sum_of_losses", once(tmp_path / "failed", fail))
+            wrap(scorer, "sum_of_losses", once(tmp_path / "failed", fail))
 
     result = train(words_of(data, run_dir), 2, hook)
     assert result.exit_code == 0, result.output

@@ -22,6 +22,7 @@ MODELS: dict[str, list[str]] = {
     "hawk": ["model.type=hawk", "model.conv_size=4", "model.multiple_of=32"],
     "mlstm": ["model.type=mlstm", "model.chunk_size=8"],
     "mtp": ["model.type=mtp", "model.n_future_head=3", "data.n_views=4"],
+    "masked diffusion": ["loss.type=masked_diffusion", "loss.samples=2"],
     "hybrid": [
         "model.type=hybrid",
         "model.layers=[attention,mamba2]",

@@ -36,5 +36,12 @@ class GeneratorArgs(Args):
     """Type of weights and cache. auto: bf16 on a GPU; on a CPU the type that the weights are stored in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where."""
+    sampler: Literal["low_confidence", "ancestral"] = "low_confidence"
+    """Of masked diffusion. low_confidence: each step fills in the tokens that the model is surest of; ancestral: each
+    hidden token is filled in with the same chance."""
+    diffusion_steps: PositiveInt | None = None
+    """Of masked diffusion: steps in which an answer is filled in. Null: one per token."""
+    block: PositiveInt | None = None
+    """Of masked diffusion: so many tokens are filled in before those to their right. Null: all at once."""
     seed: int = 42
     """Seed of the sampling."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -118,6 +118,8 @@ class DecoderArgs(ModelArgs):
     """Divides the std of residual outputs by: 1 | sqrt(2(L+1)) | sqrt(2(l+1)) | D/4096."""
     weight_tying: bool = False
     """Input embedding and output head are one parameter."""
+    mask_token: bool = False
+    """Embedding and head have one row more, for [MASK]. Its id is vocab_size; it has no probability."""
 
     def of_layer(self, layer: int) -> DecoderArgs:
         """Return the Args of one layer's block: these, unless layers differ."""
@@ -130,8 +132,8 @@ class DecoderArgs(ModelArgs):
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of embedding and head: V, padded."""
-        return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+        """Rows of embedding and head: V, and [MASK] if there is one, padded."""
+        return -(-(self.vocab_size + self.mask_token) // self.vocab_multiple_of) * self.vocab_multiple_of
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         if (tp_size := args.distributed.tp_size) > 1 and self.attention is not self:
@@ -256,6 +258,8 @@ class LlamaArgs(DecoderArgs):
     """Llama 3's frequency scaling. Null: none."""
     qk_norm: bool = False
     """Norm on queries and keys of each head, before rotation."""
+    causal: bool = True
+    """Each position sees those before it. false: all of its row, or document; what masked diffusion needs."""
     sliding_window: PositiveInt | None = None
     """Each position sees itself and the sliding_window - 1 before it. Null: all before it."""
     attn_impl: AttnImpl = "auto"
@@ -279,6 +283,12 @@ class LlamaArgs(DecoderArgs):
         return self
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if not self.causal and "causal" not in args.objective.asks_of_model:
+            text = f"model.causal is false, but with loss.type {args.loss.type} each position would see its label"
+            yield "model.causal", f"{text}; set it to true, or loss.type to masked_diffusion"
+        if not self.causal and self.sliding_window is not None:
+            text = f"model.sliding_window is {self.sliding_window}, which looks back only, but model.causal is false"
+            yield "model.sliding_window", f"{text}; set it to null"
         impl, key = self.attn_impl, "model.attn_impl"
         if impl in _NO_MASK and (args.data.doc_mask or self.sliding_window is not None):
             asked = "data.doc_mask" if args.data.doc_mask else "model.sliding_window"
@@ -397,12 +407,34 @@ class HybridArgs(DecoderArgs):
             yield from self.of_kind(kind).oddities(args)
 
 
+class LossArgs(Part):
+    """An objective: what a model learns to tell of a row, and what that asks of the model, of scoring and of sampling.
+
+    These are for the next token.
+    """
+
+    vocab_parallel: ClassVar[bool] = False
+    """Takes a head whose words are spread over ranks: tensor parallelism."""
+    asks_of_model: ClassVar[Mapping[str, Any]] = {}
+    """Keys of the section `model` that it needs, with their values; they are set where the config leaves them out."""
+    validation: ClassVar[str] = "lingua.train.validate:next_token_loss"
+    """Sums the loss of held-out rows in training, on all ranks together."""
+    scorer: ClassVar[str] = "lingua.eval.scorer:Scorer"
+    """Scores given texts in an evaluation."""
+    generator: ClassVar[str] = "lingua.model.generate:Generator"
+    """Answers prompts."""
+
+    def scored_tokens(self, seq_len: int) -> int:
+        """Return how many tokens of a text a row of S positions scores."""
+        return seq_len
+
+
 @register("loss", "cross_entropy")
-class CrossEntropyArgs(Part):
+class CrossEntropyArgs(LossArgs):
     """Next-token cross-entropy (lingua/model/loss.py)."""
 
     builder: ClassVar[str] = "lingua.model.loss:CrossEntropy"
-    vocab_parallel: ClassVar[bool] = True  # takes a head whose words are spread over ranks: tensor parallelism
+    vocab_parallel: ClassVar[bool] = True
 
     type: Literal["cross_entropy"] = "cross_entropy"
     z_loss: Annotated[float, Field(ge=0)] = 0.0

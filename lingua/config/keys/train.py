@@ -15,7 +15,7 @@ from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.launch import JobArgs, LauncherArgs, SlurmArgs
 from lingua.config.keys.logging import LoggingArgs
-from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, ModelArgs
+from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, LossArgs, ModelArgs
 from lingua.config.keys.optim import AdamWArgs, OptimArgs
 from lingua.config.keys.profiling import ProfilerArgs
 from lingua.config.keys.watchdog import WatchdogArgs
@@ -111,6 +111,17 @@ class TrainArgs(Args):
     slurm: SlurmArgs | None = None
     """What an evaluation job asks for, as Meta Lingua writes it. eval.launcher, where it is set, counts instead."""
 
+    @property
+    def objective(self) -> LossArgs:
+        """The loss as an objective; one of a plugin that derives from Part alone is about the next token."""
+        return self.loss if isinstance(self.loss, LossArgs) else LossArgs(type=self.loss.type)
+
+    def held_out_sizes(self) -> dict[str, int]:
+        """Return the sizes of packed rows of held-out text (lingua/data/held_out.py)."""
+        data, scored = self.data, self.objective.scored_tokens(self.data.seq_len)
+        step = scored if data.row_step == data.seq_len else data.row_step
+        return {"max_rows": self.validation.max_rows, "seq_len": scored, "row_step": step}
+
     def evaluation_job(self) -> JobArgs:
         """Return what the Slurm job of an evaluation asks for."""
         slurm = self.slurm or SlurmArgs()
@@ -174,10 +185,19 @@ class TrainArgs(Args):
         return self
 
     @model_validator(mode="after")
+    def _objective(self) -> Self:
+        """State what the objective asks of the model, unless the config says otherwise (then `conflicts` complains)."""
+        stated = self.model.model_fields_set
+        fields = type(self.model).model_fields
+        if asked := {k: v for k, v in self.objective.asks_of_model.items() if k in fields and k not in stated}:
+            object.__setattr__(self, "model", self.model.model_copy(update=asked))
+        return self
+
+    @model_validator(mode="after")
     def _seeds(self) -> Self:
         """State the seeds that follow `seed`, so that a frozen config holds numbers."""
-        for name in ("model", "data"):
+        for name in ("model", "data", "loss"):
             section = getattr(self, name)
-            if section.seed is None:
+            if getattr(section, "seed", self.seed) is None:
                 object.__setattr__(self, name, section.model_copy(update={"seed": self.seed}))
         return self

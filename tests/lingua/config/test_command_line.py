@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from lingua.config.base import ConfigError
-from lingua.config.command_line import CommandLine, app_module, app_schema, choose_app, parse_command_line, run_main
+from lingua.config.command_line import (
+    CommandLine,
+    app_module,
+    app_schema,
+    choose_app,
+    is_prompt,
+    parse_command_line,
+    run_main,
+)
 from lingua.config.trust import trusting
 from lingua.files import RunError
 
@@ -28,6 +36,11 @@ from lingua.files import RunError
 )
 def test_words_are_sorted(words: list[str], line: CommandLine) -> None:
     assert parse_command_line(words, ["accept-change", "world-size"]) == line
+
+
+def test_prompts_are_told_from_other_words() -> None:
+    words = ["out/run", "prompt=a", "def f([MASK]): x=1", "temperature=1", "+over"]
+    assert [is_prompt(word) for word in words] == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,14 @@ def inputs(kv_heads: int, n_rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor, T
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, doc_ids: np.ndarray | None, window: int | None) -> Tensor:
+def by_hand(
+    q: Tensor, k: Tensor, v: Tensor, doc_ids: np.ndarray | None, window: int | None, causal: bool = True
+) -> Tensor:
     """One query at a time, in fp64."""
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     q, k, v = q.double(), k.double(), v.double()
     for row, s, head in itertools.product(range(ROWS), range(SEQ_LEN), range(HEADS)):
-        seen = [t for t in range(s + 1) if window is None or s - t < window]
+        seen = [t for t in range(s + 1 if causal else SEQ_LEN) if window is None or s - t < window]
         if doc_ids is not None:
             seen = [t for t in seen if doc_ids[row, t] == doc_ids[row, s]]
         group = head // (HEADS // k.shape[2])
@@ -184,6 +186,33 @@ def test_all_kernels_that_run_here_agree(kv_heads: int, documents: bool, window:
         grads = torch.autograd.grad((out.float() * upstream).sum(), (q, k, v))
         for ours, theirs in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=TOLERANCE, atol=TOLERANCE, msg=impl)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_kernels_that_look_both_ways_agree(documents: bool) -> None:
+    q, k, v, _ = inputs(2)
+    expected = by_hand(q, k, v, DOC_IDS if documents else None, None, causal=False)
+    capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (0, 0)
+    here = KernelConditions(DEVICE, capability, DTYPE, WIDTH, documents, False, attention.installed())
+    for impl in (name for name in NAMES if refusal(name, here) is None):
+        own = row_documents(DOC_IDS, DEVICE) if documents else None
+        mask = build_mask(impl, (ROWS, SEQ_LEN), None, own, q.device, causal=False)
+        out = attend(impl, q, k, v, mask, None, causal=False)
+        torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE, atol=TOLERANCE, msg=impl)
+
+
+def test_flex_is_told_to_look_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its eager form, which runs everywhere."""
+    flex = torch.nn.attention.flex_attention.flex_attention
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
+    q, k, v, _ = (each.detach() for each in inputs(2))
+    for own, doc_ids in ((None, None), (row_documents(DOC_IDS, DEVICE), DOC_IDS)):
+        mask = build_mask("flex", (ROWS, SEQ_LEN), None, own, q.device, causal=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, on speed
+            out = attend("flex", q, k, v, mask, None, causal=False)
+        expected = by_hand(q, k, v, doc_ids, None, causal=False)
+        torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_an_order_of_kernels_is_one_graph_and_ends_with_its_call() -> None:
@@ -238,16 +267,22 @@ def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-def assert_like_eager(impl: str, doc_ids: np.ndarray | None, kv_heads: int, window: int | None, n_rows: int) -> None:
+def assert_like_eager(
+    impl: str, doc_ids: np.ndarray | None, kv_heads: int, window: int | None, n_rows: int, causal: bool = True
+) -> None:
     q, k, v, upstream = inputs(kv_heads, n_rows)
     documents = None if doc_ids is None else row_documents(doc_ids, DEVICE)
     found = []
     for name in ("eager", impl):
-        mask = build_mask(name, (n_rows, SEQ_LEN), window, documents, q.device)
-        out = attend(name, q, k, v, mask, window)
+        mask = build_mask(name, (n_rows, SEQ_LEN), window, documents, q.device, causal)
+        out = attend(name, q, k, v, mask, window, causal)
         found.append([out, *torch.autograd.grad((out * upstream).sum(), (q, k, v))])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_are_those_of_the_mask_both_ways(packed: str) -> None:
+    assert_like_eager(packed, DOC_IDS, 2, None, ROWS, causal=False)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, SEQ_LEN])
