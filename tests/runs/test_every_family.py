@@ -21,6 +21,8 @@ MODELS: dict[str, list[str]] = {
     "minlstm": ["model.type=minlstm", "model.conv_size=4", "model.multiple_of=32"],
     "hawk": ["model.type=hawk", "model.conv_size=4", "model.multiple_of=32"],
     "mlstm": ["model.type=mlstm", "model.chunk_size=8"],
+    "mlstm_v0": ["model.type=mlstm_v0", "model.chunk_size=8"],
+    "slstm": ["model.type=slstm"],
     "mtp": ["model.type=mtp", "model.n_future_head=3", "data.n_views=4"],
     "masked diffusion": ["loss.type=masked_diffusion", "loss.samples=2"],
     "hybrid": [
