@@ -136,7 +136,7 @@ class IdTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(f"{i} " for i in ids)
+        return "".join(f" {i}" for i in ids)  # so that it goes on a prompt
 
 
 class _WordTokenizer(Tokenizer):

@@ -266,6 +266,8 @@ def _describe(
     max_seqlen = max(args.model.max_seqlen, args.data.seq_len)
     warnings, ids = [], (None, None)
     try:
+        if args.data.tokenizer.name == "none":
+            raise ConfigError("data.tokenizer.name is none, so the model takes token ids")
         _same_tokenizer(args, checkpoint)
         tokenizer = build_tokenizer(args.data.tokenizer)
         if embedding.shape[0] < tokenizer.needed_size:

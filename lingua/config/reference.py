@@ -60,8 +60,9 @@ def json_schema(schema: type[Args]) -> dict[str, Any]:
             parts = [part for part in section_classes(section, key, items=True) if issubclass(part, Part)]
             chosen: dict[str, Any] = {"anyOf": [{"$ref": f"#/$defs/{names[part]}"} for part in parts]}
             chosen["description"] = f"Chosen by its key `type`. {_first_line(section)}"
-            if get_origin(info.annotation) is list and parts:
-                properties[key]["items"] = chosen
+            lists = [way for way in (properties[key], *properties[key].get("anyOf", ())) if way.get("type") == "array"]
+            if lists and parts:
+                lists[0]["items"] = chosen
             elif isinstance(info.default, Part) and len(get_args(info.annotation)) < 2:
                 properties[key] = chosen
     main = definitions.pop(names[schema])

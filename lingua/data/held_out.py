@@ -120,7 +120,7 @@ class Wording:
     def ids(
         self, document: Document, failed: Callable[[Document, str], object], *, whole: bool = True
     ) -> tuple[list[int], int]:
-        """Return a document's tokens after its prefix, and the bytes of the text that they score (of ids: one each).
+        """Return a document's tokens after its prefix, and the bytes of the text that they score (of ids: 1 per label).
 
         Tokens of the prompt, and of the prefix before it, are given as ~id: they are not scored. Without a prefix the
         first token is not either. As in training, the document is tokenized in pieces, and one on which the tokenizer
@@ -129,7 +129,7 @@ class Wording:
         """
         if document.encoded is not None:
             made = document.encoded.ids(0).tolist()
-            return made, len(made)
+            return made, len(made) - 1
         found = [] if self.prefix is None else [self.prefix if document.prompt_chars == 0 else ~self.prefix]
         n_bytes, start, more = 0, 0, True
         while more:

@@ -106,6 +106,7 @@ def test_held_out_documents_are_rows_that_training_never_reads() -> None:
     found = packed(text, Wording(tokenizer, False, False), max_rows=3, seq_len=7, row_step=args.row_step)
     expected = process("copy", seed=args.order_seed).documents(HELD_OUT_FROM, 3, 8)
     assert ([list(row.ids) for row in found.rows], without) == (expected.tolist(), [])
+    assert found.n_bytes == 3 * 7  # so bits per byte are bits per token
     assert tokenizer.encode(tokenizer.decode(expected[0]), False, False).tolist() == expected[0].tolist()
 
 
