@@ -22,7 +22,7 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 
 DEFAULT_APP = "apps.main"
-SHIPPED_APPS = (DEFAULT_APP, "apps.fastRNN", "apps.gssm", "apps.mamba", "apps.mtp", "apps.xlstm")
+SHIPPED_APPS = (DEFAULT_APP, "apps.diffusion", "apps.fastRNN", "apps.gssm", "apps.mamba", "apps.mtp", "apps.xlstm")
 """Apps of this repository, which need no trust."""
 VARIABLE = "LINGUA_TRUST"
 CONFIG = "config.yaml"
