@@ -98,12 +98,16 @@ def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
     is published, since no node knows whether the other parts are still there. They are looked for in the order in which
     a checkpoint passes through them, so that one on its way is not missed.
     """
-    ids = {documents.read_run_id(root) for root in roots}
-    for slot in area_of(run_dir, shm).slots():
-        found = slot.complete()
-        if found is not None and found[0].n_nodes == 1 and found[0].run_id in ids:
-            return True
+    if step_in_memory(run_dir, *roots, shm=shm) is not None:
+        return True
     return any(_unmarked_but_whole(root) or layout.done_steps(root) for root in roots)
+
+
+def step_in_memory(run_dir: Path, *roots: Path, shm: Path) -> int | None:
+    """Return the newest step of a run that lies whole in this machine's memory, or None."""
+    ids = {documents.read_run_id(root) for root in roots}
+    saves = [found[0] for slot in area_of(run_dir, shm).slots() if (found := slot.complete()) is not None]
+    return max((save.step for save in saves if save.n_nodes == 1 and save.run_id in ids), default=None)
 
 
 def _unmarked_but_whole(root: Path) -> bool:

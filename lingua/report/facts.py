@@ -17,7 +17,8 @@ import orjson
 import yaml
 
 from lingua.checkpoint.layout import CHECKPOINTS, EVALS, done_mark, done_steps, parse_folder
-from lingua.checkpoint.lookup import hint_at_step
+from lingua.checkpoint.lookup import hint_at_step, step_in_memory
+from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.yaml_layers import MAX_VALUES, n_values
 from lingua.files import RunError, entries, read_json
@@ -55,6 +56,8 @@ class RunFacts:
     checkpoint: int | None = None
     """Step of the newest published checkpoint."""
     checkpoint_age_s: float | None = None
+    in_memory: int | None = None
+    """Newest step that is whole in this machine's memory, from where the next start here saves it first."""
     job: SlurmJob | None = None
     """The newest attempt's, where Slurm knows it."""
 
@@ -127,8 +130,17 @@ def read_run(path: Path, job: SlurmJob | None = None, now_s: float | None = None
         evaluated_step=max((step for step in evaluated if step is not None), default=None),
         checkpoint=done[-1] if done else None,
         checkpoint_age_s=age_s(done_mark(root, done[-1])) if done else None,
+        in_memory=_in_memory(path, root, section if isinstance(section, dict) else {}),
         job=job,
     )
+
+
+def _in_memory(path: Path, root: Path, section: dict[str, Any]) -> int | None:
+    if section.get("async_save_mode") is None:
+        return None
+    with suppress(OSError, RunError):
+        return step_in_memory(path, root, shm=Path(str(section.get("shm_path") or SHM)))
+    return None
 
 
 def last_line(path: Path) -> dict[str, Any] | None:

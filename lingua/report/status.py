@@ -246,9 +246,18 @@ def _unsaved(facts: RunFacts) -> str:
     return str((facts.stop or {}).get("unsaved") or "")
 
 
+def _is_in_memory(facts: RunFacts, status: Status) -> bool:
+    """Return whether a run that ended has left its newest checkpoint in the memory of this machine alone."""
+    newest = -1 if status.checkpoint is None else status.checkpoint
+    return status.state not in LIVING and facts.in_memory is not None and facts.in_memory > newest
+
+
 def _saved(facts: RunFacts, status: Status) -> str:
     if unsaved := _unsaved(facts):
         return f"{unsaved}; on the disk: {_checkpoint(status, 'no checkpoint yet')}"
+    if _is_in_memory(facts, status):
+        text = f"checkpoint {facts.in_memory:,} is in this machine's memory, and a start here saves it first"
+        return f"{text}; on the disk: {_checkpoint(status, 'no checkpoint yet')}"
     if status.checkpoint is None:
         if not status.step and status.state != "killed":
             return "nothing was trained yet"
@@ -267,6 +276,8 @@ def _next(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     if status.state == "failed" and kind is not None:
         return f"a restart {'may help' if kind.restart_may_help else 'would fail again'}: {kind.remedy}"
     begins = "begins at step 0" if status.checkpoint is None else "resumes from that checkpoint"
+    if _is_in_memory(facts, status):
+        begins = "resumes from what is in memory, if it starts on this machine"
     if _unsaved(facts):
         begins = f"resumes from what is in memory, if it starts on {status.host}"
     again = "the same command, or the same job,"

@@ -12,10 +12,16 @@ from lingua.config.base import Args, Text
 GPUS_PER_NODE = 8
 
 
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[^=\s\0]+", name):
+        raise ValueError(f"{name!r} is not the name of a variable; leave out = and blanks")
+    return name
+
+
 class LaunchEnvArgs(Args):
     """Environment variables of all ranks, over what the shell has set. A fabric's are a group file: launcher/<name>."""
 
-    set: dict[str, Text] = {}
+    set: dict[Annotated[str, AfterValidator(_variable)], Text] = {}
     """Variables to set."""
     unset: list[Text] = []
     """Variables to take away; those that `env:` would set stay away too."""

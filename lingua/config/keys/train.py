@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
@@ -172,6 +173,7 @@ class TrainArgs(Args):
     @model_validator(mode="after")
     def _run_folder(self) -> Self:
         """Return the run folder, by the config alone: a commit between two starts must not lose the run."""
+        written = "dump_dir" if self.dump_dir else "name"
         if not self.dump_dir:
             if not self.name:
                 raise ValueError("name and dump_dir are both empty; set name, and the run folder is <dump_base>/<name>")
@@ -182,6 +184,9 @@ class TrainArgs(Args):
                 text = f"name is {self.name!r}, which is not a folder below dump_base"
                 raise ValueError(f"{text}; choose a plain name, or set dump_dir")
             object.__setattr__(self, "dump_dir", f"{self.dump_base}/{self.name}")  # an assignment validates again
+        for key, path in ((written, getattr(self, written)), ("checkpoint.path", self.checkpoint.path or "")):
+            if any(len(os.fsencode(part)) > 255 for part in PurePath(path).parts):
+                raise ValueError(f"{key} is {show(path)}; file systems take 255 bytes between slashes")
         return self
 
     @model_validator(mode="after")

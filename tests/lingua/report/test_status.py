@@ -153,6 +153,13 @@ def test_why_a_data_error():
         (RunFacts(Path("out/x")), "ended", "out/x was never started"),
         (replace(GONE, checkpoint=None), "saved", "it will begin at step 0 again"),
         (replace(GONE, checkpoint=None), "next", "start it again: the same command, or the same job, begins at step 0"),
+        (
+            replace(GONE, checkpoint=None, in_memory=50),
+            "saved",
+            "checkpoint 50 is in this machine's memory, and a start",
+        ),
+        (replace(GONE, in_memory=101), "next", "resumes from what is in memory, if it starts on this machine"),
+        (replace(GONE, in_memory=100), "next", "resumes from that checkpoint"),
         (replace(GONE, checkpoint=None, metrics=None), "saved", "it will begin at step 0 again"),  # no line was written
         (replace(ended("signal", 75, signal="SIGTERM"), checkpoint=None), "ended", "stopped, step 120"),
         (replace(ended("signal", 75, signal="SIGTERM"), checkpoint=None), "next", "begins at step 0"),
