@@ -253,6 +253,14 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is not valid JSON ({error}); it is damaged or was edited") from None
 
 
+def json_object_in(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object of a file; None if there is none, or it is damaged."""
+    with suppress(OSError, RunError):
+        record = read_json(path)
+        return record if isinstance(record, dict) else None
+    return None
+
+
 @contextmanager
 def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` at the end of the block, or remove it on an error.

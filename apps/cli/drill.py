@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -45,10 +44,10 @@ def drill(
     from lingua.files import RunError
     from lingua.report.facts import read_run
     from lingua.report.history import read_history
-    from lingua.report.page import write_interrupted
     from lingua.run.lock import this_process
     from lingua.selfcheck.drill import Drill, OnSlurm, OnThisMachine
     from lingua.selfcheck.drill_plan import report
+    from lingua.selfcheck.interrupted import write_interrupted
 
     if figure is not None and figure.suffix not in (".svg", ".png"):
         raise RunError(f"--figure {figure}: the name of the file must end in .svg or .png")
@@ -61,7 +60,6 @@ def drill(
     found = report(work.run(seed))
     show(found | {"folder": str(path)}, as_json)
     if figure is not None and found["bitwise_equal"] is not None:  # the undisturbed run trained as far
-        me, now_s = this_process(), time.time()
-        taken, calm = (read_history(read_run(path / name), me, now_s) for name in ("taken", "calm"))
+        taken, calm = (read_history(read_run(path / name), this_process()) for name in ("taken", "calm"))
         write_interrupted(taken, calm, figure)
     raise typer.Exit(0 if found["kept"] else 1)

@@ -123,7 +123,7 @@ def _way_line(way: Way) -> Iterator[str]:
 
 
 def _compared(here: float | None, there: float | None, *, reported: bool) -> str:
-    from lingua.report.diff import relative_difference
+    from lingua.train.replay import relative_difference
 
     if not reported:
         return "the run reported nothing of this step"

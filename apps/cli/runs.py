@@ -71,7 +71,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs: keys of their configs that differ, and their losses at common steps."""
-    from lingua.report.diff import ABSENT, common_curves, config_differences, some_of
+    from lingua.report.diff import ABSENT, common_curves, config_differences, shown, some_of
     from lingua.run.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
 
     both = _read([left, right])
@@ -81,37 +81,33 @@ def diff(
     keys = sorted({key for one in held_out for record in one for key in record if "/" in key})
     validation = {key: common_curves(held_out[0], held_out[1], key) for key in keys}
     differences = config_differences(both[0].config, both[1].config)
+    n, first = len(losses), next((step for step, a, b in losses if a != b), None)
     if as_json:
+
+        def columns_of(curve: list[tuple[int, float, float]]) -> dict[str, Any]:
+            return {name: [point[i] for point in curve] for i, name in enumerate(("steps", "left", "right"))}
+
         record = {
             "config": {key: [None if v is ABSENT else v for v in values] for key, values in differences.items()},
-            "loss": losses.__dict__ | {"first_difference": losses.first_difference},
-            "validation": {key: curve.__dict__ for key, curve in validation.items()},
+            "loss": columns_of(losses) | {"first_difference": first},
+            "validation": {key: columns_of(curve) for key, curve in validation.items()},
         }
         show(record, as_json)
         return
     if differences:
-        show_table(("key", *names), [(key, *map(_spell, values)) for key, values in differences.items()])
+        show_table(("key", *names), [(key, *(shown(key, v) for v in values)) for key, values in differences.items()])
     print("" if differences else "the configs are equal\n")
-    if not losses.steps:
+    if not losses:
         print("no step was reported by both runs")
         return
-    n, first = len(losses.steps), losses.first_difference
-    where = f"{n} common steps, {losses.steps[0]} to {losses.steps[-1]}; different from step {first} on"
+    where = f"{n} common steps, {losses[0][0]} to {losses[-1][0]}; different from step {first} on"
     print(f"loss: equal at all {n} common steps" if first is None else f"loss: {where}")
-    chosen = [(losses.steps[i], losses.left[i], losses.right[i]) for i in some_of(n)]
+    chosen = [losses[i] for i in some_of(n)]
     columns = ("step", *names, "difference")
     show_table(columns, [(f"{s:,}", f"{a:.5f}", f"{b:.5f}", f"{b - a:+.5f}") for s, a, b in chosen], right=columns)
     for key, curve in validation.items():
-        if curve.steps:
-            a, b = curve.left[-1], curve.right[-1]
-            print(f"{key} at step {curve.steps[-1]:,}: {a:.5f}, {b:.5f} ({b - a:+.5f})")
-
-
-def _spell(value: Any) -> str:
-    from lingua.config.base import show as spell
-    from lingua.report.diff import ABSENT
-
-    return "-" if value is ABSENT else spell(value)
+        for step, a, b in curve[-1:]:
+            print(f"{key} at step {step:,}: {a:.5f}, {b:.5f} ({b - a:+.5f})")
 
 
 def report(
@@ -137,12 +133,11 @@ def report(
     from lingua.report.page import as_record, write_report
     from lingua.run.lock import this_process
 
-    me, now_s = this_process(), time.time()
-    histories = [read_history(facts, me, now_s) for facts in _read(runs)]
+    histories = [read_history(facts, this_process()) for facts in _read(runs)]
     page, pictures = write_report(histories, out, png)
     lines = [str(page), *([f"{len(pictures)} figures in {png}"] if png else [])]
     made = {"html": str(page), "png": [str(path) for path in pictures]}
-    show(made | {"runs": as_record(histories, me)} if as_json else made, as_json, lines)
+    show(made | {"runs": as_record(histories)} if as_json else made, as_json, lines)
 
 
 def stop(run: Run) -> None:

@@ -7,9 +7,10 @@ has the manifest's checksum; a folder that was copied elsewhere is compared with
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lingua.checkpoint import documents, layout, publish
 from lingua.checkpoint.publish import DamagedError, Manifest
@@ -70,7 +71,11 @@ def split(path: str | Path) -> tuple[Path, int | None]:
 
 def root_of(run_dir: Path) -> Path:
     """Return where a run's checkpoints are or would be: `checkpoint.path` of its config, else RUN/checkpoints."""
-    config = read_frozen(run_dir) or {}
+    return root_in(read_frozen(run_dir) or {}, run_dir)
+
+
+def root_in(config: Mapping[str, Any], run_dir: Path) -> Path:
+    """Return the same by a config that was read already."""
     section = config.get("checkpoint")
     elsewhere = section.get("path") if isinstance(section, dict) else None
     return Path(elsewhere) if elsewhere and isinstance(elsewhere, str) else run_dir / layout.CHECKPOINTS

@@ -48,7 +48,7 @@ from lingua.files import read_bytes
 
 GRID = "grid"
 """Block of a config that only `lingua sweep` reads."""
-MAX_VALUES = 100_000
+_MAX_VALUES = 100_000
 """Most values of one file, aliases expanded. A larger one is an alias bomb, not a config."""
 
 # -- reading YAML with the line of every key -----------------------------------------------------------------------
@@ -175,8 +175,8 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f"{path}: is empty; write `key: value` lines, or leave it out")
-        if (expanded := n_values(node)) > MAX_VALUES:
-            raise ConfigError(f"{path}: its aliases expand to {expanded} values, more than {MAX_VALUES}; write fewer")
+        if (expanded := _n_values(node)) > _MAX_VALUES:
+            raise ConfigError(f"{path}: its aliases expand to {expanded} values, more than {_MAX_VALUES}; write fewer")
         marks = dict(_marks(node, str(path)))
         tree = _unshared(loader.construct_document(node))
     except yaml.MarkedYAMLError as error:
@@ -194,14 +194,25 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
     return Layer(tree, marks)
 
 
-def n_values(node: yaml.Node, sizes: dict[int, int] | None = None) -> int:
+def read_leniently(path: Path) -> dict[str, Any]:
+    """Read a YAML file, in C since there may be hundreds of runs; {} if it is missing or damaged."""
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_bytes())
+        node = loader.get_single_node()
+        tree = None if node is None or _n_values(node) > _MAX_VALUES else loader.construct_document(node)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _n_values(node: yaml.Node, sizes: dict[int, int] | None = None) -> int:
     """Return the number of values that a document has once every alias is expanded."""
     sizes = {} if sizes is None else sizes
     if id(node) not in sizes:
-        sizes[id(node)] = MAX_VALUES + 1  # what an alias to its own parent finds
+        sizes[id(node)] = _MAX_VALUES + 1  # what an alias to its own parent finds
         children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
         inner = [] if isinstance(node, yaml.ScalarNode) else children
-        sizes[id(node)] = 1 + sum(n_values(child, sizes) for child in inner)
+        sizes[id(node)] = 1 + sum(_n_values(child, sizes) for child in inner)
     return sizes[id(node)]
 
 

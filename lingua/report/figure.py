@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,40 +22,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 150
-SMALL, WIDE = (5.6, 3.3), (11.2, 4.0)
-"""Inches; 9 points are readable in both, at the width of a page (small: also on a phone)."""
-LOG_FROM = 8
-"""Ratio of the largest to the smallest value above which an axis is logarithmic."""
-N_VALUES = 12
-"""Rows of the table of values below a line chart."""
+SMALL, WIDE = (5.6, 3.3), (11.2, 4.0)  # inches; 9 points are readable at a page's width (small: also on a phone)
+LOG_FROM = 8  # ratio of the largest to the smallest value above which an axis is logarithmic
+N_VALUES = 12  # rows of the table of values below a line chart
+STYLES = ("-", "--", ":", "-.")
 
 COLORS = {
-    "c0": ("#2f6fb3", "#6cacf0"),
-    "c1": ("#d9772b", "#f5a35c"),
-    "c2": ("#3a9b62", "#6fd09a"),
-    "c3": ("#8460b5", "#b596e8"),
-    "c4": ("#c7609f", "#f092c9"),
-    "c5": ("#2a9aa5", "#62cfda"),
-    "c6": ("#8c6d4f", "#c7a582"),
-    "c7": ("#a3991f", "#d6cb55"),
-    "ink": ("#1d1d1e", "#e8e8e9"),
-    "soft": ("#6a6a6b", "#a0a0a1"),
-    "grid": ("#e4e4e5", "#37373a"),
-    "paper": ("#fffffe", "#18181a"),
-    "bad": ("#c1121f", "#ff6b6b"),
-    "good": ("#2e8b57", "#5fc98d"),
+    "c0": ("#2f6fb3", "#6cacf0"), "c1": ("#d9772b", "#f5a35c"), "c2": ("#3a9b62", "#6fd09a"),
+    "c3": ("#8460b5", "#b596e8"), "c4": ("#c7609f", "#f092c9"), "c5": ("#2a9aa5", "#62cfda"),
+    "c6": ("#8c6d4f", "#c7a582"), "c7": ("#a3991f", "#d6cb55"),
+    "ink": ("#1d1d1e", "#e8e8e9"), "soft": ("#6a6a6b", "#a0a0a1"), "grid": ("#e4e4e5", "#37373a"),
+    "paper": ("#fffffe", "#18181a"), "bad": ("#c1121f", "#ff6b6b"), "good": ("#2e8b57", "#5fc98d"),
     "faint": ("#b9b9ba", "#5c5c5f"),
-}
+}  # fmt: skip
 """(light, dark) of each. `look` makes one half matplotlib's colour cycle, so C8 is `ink` on the page at hand."""
 SERIES = [f"C{i}" for i in range(8)]
 INK, SOFT, GRID, PAPER, BAD, GOOD, FAINT = (f"C{i}" for i in range(8, 15))
-STYLES = ("-", "--", ":", "-.")
-_MAX_LEGEND = 16
-_LETTERS_PER_INCH = 13
-"""Letters of a legend that fit beside the vertical axis."""
 
-_STYLE = Path(__file__).with_name("style.mplstyle")
+_MAX_LEGEND, _LETTERS_PER_INCH = 16, 13  # curves in a legend; letters that fit beside the vertical axis
 _METADATA = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "png": {"Software": None}}
 
 
@@ -63,14 +47,12 @@ _METADATA = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "png":
 class Picture:
     """A figure, drawn anew for each format and colour scheme, and what a page says about it."""
 
-    key: str
-    """Name of its file, without the ending."""
+    key: str  # name of its file, without the ending
     title: str
     note: str
     make: Callable[[], Figure]
     is_wide: bool = False
-    values: Sequence[Sequence[str]] = ()
-    """Some of the points of a line chart as a table, the first row its heading."""
+    values: Sequence[Sequence[str]] = ()  # some of the points of a line chart as a table; first its heading
 
     def drawn(self, kind: str) -> bytes:
         """Draw it as `svg` or `png`, in light colours."""
@@ -87,16 +69,15 @@ class Picture:
                     figure.set_layout_engine("none")
                     for axes, place in zip(figure.axes, places, strict=True):
                         axes.set_position(place)
-                found.append(
-                    "data:image/svg+xml;base64," + base64.b64encode(_written(figure, "svg", transparent=True)).decode()
-                )
+                text = base64.b64encode(_written(figure, "svg", transparent=True)).decode()
+                found.append(f"data:image/svg+xml;base64,{text}")
                 places = [axes.get_position() for axes in figure.axes]
         return found
 
 
 def _written(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=kind, dpi=DPI, transparent=transparent, metadata=_METADATA[kind])
+    figure.savefig(file, format=kind, transparent=transparent, metadata=_METADATA[kind])
     return file.getvalue()
 
 
@@ -106,51 +87,35 @@ def look(*, dark: bool = False) -> Iterator[None]:
     from cycler import cycler
     from matplotlib import rc_context
 
-    colors = cycler(color=[pair[dark] for pair in COLORS.values()])
-    with rc_context({"axes.prop_cycle": colors}, fname=_STYLE), warnings.catch_warnings():
+    colors, style = cycler(color=[pair[dark] for pair in COLORS.values()]), Path(__file__).with_name("style.mplstyle")
+    with rc_context({"axes.prop_cycle": colors}, fname=style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         yield
 
 
-def blank(size: tuple[float, float], n_columns: int = 1) -> tuple[Figure, Any]:
+def blank(size: tuple[float, float], n_columns: int = 1, **more: Any) -> tuple[Figure, Any]:
     """Make a figure with axes side by side. Call inside `look()`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=DPI)
-    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
-    return figure, figure.subplots(1, n_columns)
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(1, n_columns, **more)
 
 
-# -- line charts ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A curve, or dots."""
 
     name: str
     points: Thinned
     color: str
     style: str = "-"
-    dots: bool = False
-    """Few points, each to be seen."""
-    is_back: bool = False
-    """Faint, behind the others, and not in the table of values."""
+    dots: bool = False  # few points, each to be seen
+    is_back: bool = False  # faint, behind the others, and not in the table of values
 
 
 def line_chart(
-    key: str,
-    title: str,
-    lines: Sequence[Line],
-    y_title: str,
-    *,
-    note: str = "",
-    x_title: str = "step",
-    y_range: tuple[float, float] | None = None,
-    log_y: bool = False,
-    percent: bool = False,
+    key: str, title: str, lines: Sequence[Line], y_title: str, note: str = "", *, percent: bool = False, **axis: Any
 ) -> Picture | None:
-    """Describe a chart of curves over a common axis; None if no curve has a point."""
+    """Describe a chart of curves over a common axis; None if no curve has a point. `axis`: what `Axes.set` takes."""
     lines = [line for line in lines if len(line.points.x)]
     if not lines:
         return None
@@ -159,48 +124,38 @@ def line_chart(
         from matplotlib.ticker import PercentFormatter
 
         figure, axes = blank(SMALL)
-        for line in lines:
-            _draw_line(axes, line)
-        axes.set(xlabel=x_title, ylabel=y_title, yscale="log" if log_y else "linear")
-        if y_range is not None:
-            axes.set_ylim(*y_range)
-        axes.xaxis.set_major_formatter(lambda value, _: counted(value))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else lambda value, _: counted(value))
+        for name, (x, mean, low, high), color, style, dots, is_back in lines:
+            front = 1 if is_back else 3
+            if (low < high).any():
+                axes.fill_between(x, low, high, color=color, alpha=0.22, linewidth=0, zorder=front)
+            marker = {"marker": "o", "markersize": 4.5} if dots or len(x) == 1 else {}
+            axes.plot(
+                x, mean, style, color=color, linewidth=1.0 if is_back else 1.6, zorder=front + 1,
+                label=plain(name, 44) or None, **marker,
+            )  # fmt: skip
+        axes.set(xlabel=x_title, ylabel=y_title, **axis)
+        axes.xaxis.set_major_formatter(counted)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else counted)
         legend(axes)
         return figure
 
-    values = _values_of([line for line in lines if not line.is_back], x_title, y_title, percent)
-    return Picture(key, title, note, make, values=values)
+    x_title, front = axis.pop("xlabel", "step"), [line for line in lines if not line.is_back]
+    return Picture(key, title, note, make, values=_values_of(front, x_title, y_title, ".1%" if percent else ".5g"))
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
-    points, front = line.points, 1 if line.is_back else 3
-    if not points.is_whole:
-        axes.fill_between(points.x, points.low, points.high, color=line.color, alpha=0.22, linewidth=0, zorder=front)
-    style: dict[str, Any] = {"color": line.color, "zorder": front + 1, "label": plain(line.name, 44) or None}
-    if line.dots or len(points.x) == 1:
-        style |= {"marker": "o", "markersize": 4.5}
-    axes.plot(points.x, points.mean, line.style, linewidth=1.0 if line.is_back else 1.6, **style)
-
-
-def _values_of(lines: Sequence[Line], x_title: str, y_title: str, percent: bool) -> list[Sequence[str]]:
+def _values_of(lines: Sequence[Line], x_title: str, y_title: str, form: str) -> list[Sequence[str]]:
     """Tabulate the curves at a few places, each with the value of its nearest point, or - if that is far away."""
     if not lines:
         return []
     every = np.unique(np.concatenate([line.points.x for line in lines]))
     places = every[np.linspace(0, len(every) - 1, min(len(every), N_VALUES)).astype(int)]
     reach = max(np.diff(places), default=0.0) / 2
-
-    def value(points: Thinned, x: float) -> str:
-        i = int(np.abs(points.x - x).argmin())
-        if abs(points.x[i] - x) > reach:
-            return "-"
-        return f"{points.mean[i]:.1%}" if percent else f"{points.mean[i]:.5g}"
-
-    rows = [
-        (f"{x:,.0f}" if x >= 100 else f"{x:.3g}", *(value(line.points, x) for line in lines)) for x in places.tolist()
-    ]
-    return [(x_title, *(line.name or y_title for line in lines)), *rows]
+    rows: list[Sequence[str]] = [(x_title, *(line.name or y_title for line in lines))]
+    for x in places.tolist():
+        nearest = [(line.points, int(np.abs(line.points.x - x).argmin())) for line in lines]
+        values = (format(points.mean[i], form) if abs(points.x[i] - x) <= reach else "-" for points, i in nearest)
+        rows.append((format(x, ",.0f" if x >= 100 else ".3g"), *values))
+    return rows
 
 
 def plain(name: str, length: int = 28) -> str:
@@ -210,30 +165,27 @@ def plain(name: str, length: int = 28) -> str:
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # "_": matplotlib would leave it out
 
 
-def legend(axes: Axes) -> None:
-    """Name the curves above the picture if there are several, and not too many."""
+def legend(axes: Axes, width: float = SMALL[0]) -> None:
+    """Name the curves above a picture so many inches wide, if there are several, and not too many."""
     named = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
     if 1 < len(named) <= _MAX_LEGEND:
-        figure = axes.get_figure(root=True)
-        assert figure is not None
         letters = max(map(len, named)) + 6  # and a piece of the curve, and a gap
-        n_columns = min(len(named), int(_LETTERS_PER_INCH * figure.get_figwidth() / letters))
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=max(1, n_columns), borderaxespad=0.3, handlelength=1.6
-        )
+        n_columns = min(len(named), int(_LETTERS_PER_INCH * width / letters))
+        axes.legend(bbox_to_anchor=(0, 1.0), ncols=max(1, n_columns))
 
 
-def shown_range(curves: Sequence[Numbers]) -> tuple[float, float] | None:
-    """Choose the vertical range for losses: the first twentieth of a curve does not stretch it."""
+def shown_range(curves: Sequence[Numbers], lowest: Sequence[Numbers] = ()) -> tuple[float, float] | None:
+    """Choose the vertical range for losses: the first twentieth of a curve does not stretch it, but `lowest` does."""
     shown = [curve[len(curve) // 20 :] for curve in curves if len(curve)]
     if not shown:
         return None
     low, high = min(float(curve.min()) for curve in shown), max(float(curve.max()) for curve in shown)
-    return (low - 0.05 * (high - low), high + 0.05 * (high - low)) if high > low else None
+    below = [low - 0.05 * (high - low), *(float(curve.min()) for curve in lowest if len(curve))]
+    return (min(below), high + 0.05 * (high - low)) if high > low else None
 
 
-def counted(n: float) -> str:
-    """Format 2500000000 as `2.5B`."""
+def counted(n: float, _: float | None = None) -> str:
+    """Format 2500000000 as `2.5B`; also as matplotlib formats ticks."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.4g}{unit}"

@@ -1,8 +1,7 @@
 """Builds the history of a run from its folder: every attempt, what came of its steps, and where the time went.
 
 Only reads: a file that is missing, damaged or of an older version leaves a gap and no wrong figure. If a run went back
-to a checkpoint, what the newer attempt trained counts, and the rest is reported as lost. Reads the metrics once (see
-`series.py`), and a small file per attempt, checkpoint and evaluation.
+to a checkpoint, what the newer attempt trained counts, and the rest is reported as lost.
 """
 
 from __future__ import annotations
@@ -10,58 +9,50 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lingua.checkpoint.layout import EVALS, FAILED, RESULTS, done_mark, done_steps, parse_folder
-from lingua.checkpoint.lookup import root_of
-from lingua.files import RunError, entries
-from lingua.report.facts import RunFacts, json_object_in
-from lingua.report.series import ATTEMPT, STEP, WHEN, Table, is_number, read_table, records_in, when
-from lingua.report.status import is_alive, root_cause, state_of
+from lingua.files import RunError, entries, json_object_in
+from lingua.report.facts import RunFacts
+from lingua.report.series import ATTEMPT, STEP, WHEN, Table, curve, read_table, records_in, when
+from lingua.report.status import is_alive, root_cause
 from lingua.run.failure import Failure
 from lingua.run.lock import Attempt, Owner, attempt_files, read_attempt
-from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE
+from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE, is_number
 
-LOSS, TOKENS, LR, GRAD_NORM = "loss/out", "optim/total_tokens", "optim/lr", "optim/grad_norm"
-ABOVE_FLOOR = "loss/above_floor"
-HEADS = tuple(f"loss/head_{i}" for i in range(8))
-"""Losses of a model that predicts several tokens: the first eight."""
-WPS, MFU, HFU = "speed/wps", "speed/mfu", "speed/hfu"
+LOSS, TOKENS = "loss/out", "optim/total_tokens"
+HEADS = tuple(f"loss/head_{i}" for i in range(8))  # of a model that predicts several tokens: the first eight
 _STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
-_KEYS = (LOSS, ABOVE_FLOOR, *HEADS, TOKENS, LR, GRAD_NORM, WPS, MFU, HFU, _STEP_S, _LOAD_S, _STALL_S)
-TRAINED_S = "trained_s"
-"""Seconds of training that counts up to a line, with waiting for data, without start-up, validation and saves."""
+TRAINED_S, _LOADED_S = "trained_s", "loaded_s"  # columns of our own
+_LEARNT = (LOSS, "loss/above_floor", *HEADS, TOKENS, "optim/lr", "optim/grad_norm")
+_KEYS = (*_LEARNT, "speed/wps", "speed/mfu", "speed/hfu", _STEP_S, _LOAD_S, _STALL_S, TRAINED_S, _LOADED_S)
 
 SPENT = {
-    "training": "training that counts",
-    "loading": "waiting for data",
-    "saving": "held up by checkpoints",
-    "validating": "validation",
-    "starting": "start-up, until the first step",
-    "lost": "lost: trained again, or killed before it was saved",
-    "other": "ending, and steps not reported yet",
-    "idle": "not running",
+    "training": ("training", "training that counts"),
+    "loading": ("waiting for data", "waiting for data"),
+    "saving": ("checkpoints", "held up by checkpoints"),
+    "validating": ("validation", "validation"),
+    "starting": ("start-up", "start-up, until the first step"),
+    "lost": ("lost, trained again", "lost: trained again, or killed before it was saved"),
+    "other": ("ending, unreported", "ending, and steps not reported yet"),
+    "idle": ("not running", "not running"),
 }
-"""Kinds of time, in the order of the report."""
+"""Kinds of time, in the order of the report: in a picture, and in a table."""
 
 
 @dataclass(frozen=True)
 class PastAttempt(Attempt):
     """An attempt and what came of it. None: no file says so."""
 
-    begun_s: float | None = None
-    """When its first step began."""
-    ended_s: float | None = None
-    """Its last sign of life; now, while it is running."""
-    first_step: int | None = None
-    """The step that it resumed from."""
-    last_step: int | None = None
-    """The last step that it reported."""
-    end: str = ""
-    """running, finished, killed, ...: how it ended, in a word or two."""
+    begun_s: float | None = None  # when its first step began
+    ended_s: float | None = None  # its last sign of life; now, while it is running
+    first_step: int | None = None  # the step that it resumed from
+    last_step: int | None = None  # the last one that it reported
+    end: str = ""  # running, finished, killed, ...: in a word or two
 
 
 @dataclass(frozen=True)
@@ -69,12 +60,11 @@ class Event:
     """What happened to the checkpoint of a step."""
 
     kind: str
-    """staged, published, failed, evaluated, given up."""
+    """staged (seconds: training was paused), published (from memory to the disk), failed, evaluated, given up."""
     step: int
     at_s: float
     attempt: int
     seconds: float | None = None
-    """staged: training was paused; published: from memory to the disk (or the whole save); evaluated: all of it."""
     size_bytes: int | None = None
     why: str = ""
 
@@ -95,96 +85,84 @@ class History:
     """The history of a run."""
 
     facts: RunFacts
-    state: str
-    now_s: float
     attempts: list[PastAttempt]
-    metrics: Table
-    """The lines that count, with the column TRAINED_S."""
-    undone: Table
-    """Lines of steps that a later attempt trained again, or will train again."""
+    metrics: Table  # the lines that count; TRAINED_S: seconds of training so far, without start-up, validation, saves
+    undone: Table  # lines of steps that a later attempt trained again, or will train again
     events: list[Event]
     validations: list[Scores] = field(default_factory=list)
     evaluations: list[Scores] = field(default_factory=list)
-    spent: list[dict[str, float]] = field(default_factory=list)
-    """Seconds by kind, of each attempt; `idle` is the time after it."""
+    spent: list[dict[str, float]] = field(default_factory=list)  # seconds by kind, of each attempt; `idle` is after it
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by kind, of the whole run."""
         return {kind: sum(one[kind] for one in self.spent) for kind in SPENT}
+
+    @property
+    def began_s(self) -> float:
+        return min(attempt.began_s for attempt in self.attempts if attempt.began_s is not None)
 
     def at(self, steps: np.ndarray, key: str) -> np.ndarray:
         """Return a column that grows with the steps at `steps`, interpolated between lines."""
-        xs, ys = self.metrics.curve(key)
-        if len(xs) == 0:
-            return np.full(len(steps), np.nan)
-        if self.attempts and self.attempts[0].first_step == 0:
+        xs, ys = curve(self.metrics, key)
+        if len(xs) and self.attempts and self.attempts[0].first_step == 0:
             xs, ys = np.append(0.0, xs), np.append(0.0, ys)
-        return np.interp(steps, xs, ys)
+        return np.interp(steps, xs, ys) if len(xs) else np.full(len(steps), np.nan)
 
 
-def read_history(facts: RunFacts, me: Owner, now_s: float) -> History:
+def read_history(facts: RunFacts, me: Owner) -> History:
     """Build the history of a run."""
     table = read_table(facts.path / METRICS_FILE, _KEYS)
     notes = [r for r in records_in(facts.path / CHECKPOINT_FILE) if isinstance(r.get("event"), str)]
+    attempts = _read_attempts(facts, table, notes, me)
+    for attempt in attempts:  # a line has the mean of the steps since the line before
+        mine = table[ATTEMPT] == attempt.number
+        n_steps = np.maximum(np.diff(table[STEP][mine], prepend=attempt.first_step or 0), 0)
+        for key, total in ((_STEP_S, TRAINED_S), (_LOAD_S, _LOADED_S)):
+            table[total][mine] = np.nan_to_num(table[key][mine]) * n_steps
+    limits = limits_of(attempts)
+    counts = table[STEP] <= [limits.get(number, np.inf) for number in table[ATTEMPT].tolist()]
+    metrics = table[counts]
+    metrics[TRAINED_S] = np.cumsum(np.nan_to_num(metrics[TRAINED_S]))
     validations = _scores(facts.path / VALIDATION_FILE)
-    attempts = read_attempts(facts, table, notes, me, now_s)
-    counts = counting(attempts, table)
     return History(
         facts=facts,
-        state=state_of(facts, me),
-        now_s=now_s,
         attempts=attempts,
-        metrics=_with_time(attempts, table, counts),
-        undone=table.where(~counts),
+        metrics=metrics,
+        undone=table[~counts],
         events=sorted(_events(facts, notes), key=lambda event: event.at_s),
-        validations=that_count(attempts, validations),
-        evaluations=that_count(attempts, _scores(facts.path / EVAL_FILE)),
-        spent=account(attempts, table, counts, validations, notes),
+        validations=that_count(limits, validations),
+        evaluations=that_count(limits, _scores(facts.path / EVAL_FILE)),
+        spent=_account(attempts, table, counts, validations, notes),
     )
 
 
-# -- attempts ------------------------------------------------------------------------------------------------------
-
-
-def read_attempts(
-    facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner, now_s: float
-) -> list[PastAttempt]:
+def _read_attempts(facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner) -> list[PastAttempt]:
     """Return every attempt that left a file or a line of metrics, the first one first."""
     files = attempt_files(facts.path)
-    begun = {r[ATTEMPT]: r for r in notes if r["event"] == "begun" and isinstance(r.get(ATTEMPT), int)}
-    numbers = sorted({*files, *begun, *(int(n) for n in np.unique(table[ATTEMPT]) if np.isfinite(n))})
-    found = [_read_attempt(n, files.get(n), begun.get(n), table.where(table[ATTEMPT] == n)) for n in numbers]
-    ends = [_end_of(attempt, facts, me) for attempt in found]
-    attempts = [replace(attempt, end=end) for attempt, end in zip(found, ends, strict=True)]
-    if attempts and attempts[-1].end == "running":
-        attempts[-1] = replace(attempts[-1], ended_s=now_s)
-    return in_order(attempts)
-
-
-def _read_attempt(number: int, file: Path | None, begun: Mapping[str, Any] | None, lines: Table) -> PastAttempt:
-    attempt, sign_s = Attempt(number, Owner()), None
-    if file is not None:
-        with suppress(OSError, RunError):
-            attempt = read_attempt(file)
-            sign_s = attempt.beat_s
-    steps, times = lines[STEP], lines[WHEN]
-    first_step, begun_s = None, None
-    if len(steps):
-        gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
-        first_step = max(0, int(steps[0] - gap))
-        begun_s = _number(times[0] - np.nan_to_num(lines[_STEP_S][0]) * (steps[0] - first_step))
-        sign_s = max([s for s in (sign_s, _number(times[-1])) if s is not None], default=None)
-    if begun is not None:
-        first_step, begun_s = int(begun[STEP]), _number(when(begun.get(WHEN)))
-    return replace(
-        PastAttempt(**vars(attempt)),
-        began_s=attempt.began_s or begun_s,
-        begun_s=begun_s,
-        ended_s=attempt.released_s or sign_s or begun_s,
-        first_step=first_step,
-        last_step=int(steps[-1]) if len(steps) else None,
-    )
+    begun = {note[ATTEMPT]: note for note in notes if note["event"] == "begun" and ATTEMPT in note}
+    found, reported = [], table[ATTEMPT][np.isfinite(table[ATTEMPT])]
+    for number in sorted({*files, *begun, *np.unique(reported).astype(int).tolist()}):
+        lines, attempt, signs_s = table[table[ATTEMPT] == number], Attempt(number, Owner()), []
+        if number in files:
+            with suppress(OSError, RunError):
+                attempt = read_attempt(files[number])
+                signs_s = [attempt.beat_s]
+        first_step, begun_s, steps = None, None, lines[STEP]
+        if len(steps):
+            gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+            first_step = max(0, int(steps[0] - gap))
+            begun_s = _number(lines[WHEN][0] - np.nan_to_num(lines[_STEP_S][0]) * (steps[0] - first_step))
+            signs_s = [s for s in (*signs_s, _number(lines[WHEN][-1])) if s is not None]
+        if number in begun:
+            first_step, begun_s = begun[number][STEP], _number(when(begun[number].get(WHEN)))
+        end = _end_of(number, facts, me)
+        ended_s = facts.now_s if end == "running" else attempt.released_s or max(signs_s, default=begun_s)
+        last_step = int(steps[-1]) if len(steps) else None
+        known: dict[str, Any] = vars(attempt) | {"began_s": attempt.began_s or begun_s}
+        found.append(
+            PastAttempt(**known, begun_s=begun_s, ended_s=ended_s, first_step=first_step, last_step=last_step, end=end)
+        )
+    return in_order(found)
 
 
 def _number(value: Any) -> float | None:
@@ -200,14 +178,12 @@ def in_order(attempts: Sequence[PastAttempt]) -> list[PastAttempt]:
     return found
 
 
-def _end_of(attempt: PastAttempt, facts: RunFacts, me: Owner) -> str:
+def _end_of(number: int, facts: RunFacts, me: Owner) -> str:
     """Say how an attempt ended, in a word or two."""
-    if facts.attempt is not None and attempt.number > facts.attempt.number:
-        return "not known"
-    if facts.attempt is None or attempt.number == facts.attempt.number:
+    newest = number if facts.attempt is None else facts.attempt.number
+    if number == newest:
         return "running" if is_alive(facts, me) else end_in_words(facts.stop, facts.failures)
-    before = facts.earlier[attempt.number - 1 : attempt.number]
-    return end_in_words(before[0] if before else None)
+    return "not known" if number > newest else end_in_words(facts.earlier[number - 1] if number > 0 else None)
 
 
 def end_in_words(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ()) -> str:
@@ -223,15 +199,9 @@ def end_in_words(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] =
     }.get(reason, reason)
 
 
-# -- what counts ---------------------------------------------------------------------------------------------------
-
-
-def limits_of(attempts: Sequence[PastAttempt]) -> dict[int, float]:
-    """Return the step up to which the work of each attempt counts: the lowest one that a later attempt resumed from.
-
-    For the attempt that computed a step, counting or not, see `Past.attempt_of` in past.py.
-    """
-    limits: dict[int, float] = {}
+def limits_of(attempts: Sequence[PastAttempt]) -> dict[float, float]:
+    """Return the step up to which the work of each attempt counts: the lowest one that a later attempt resumed from."""
+    limits: dict[float, float] = {}
     limit = np.inf
     for attempt in reversed(attempts):
         limits[attempt.number] = limit
@@ -240,46 +210,14 @@ def limits_of(attempts: Sequence[PastAttempt]) -> dict[int, float]:
     return limits
 
 
-def counting(attempts: Sequence[PastAttempt], table: Table) -> np.ndarray:
-    """Return a mask of the lines that no later attempt trained again."""
-    mask = np.ones(len(table), dtype=bool)
-    for number, limit in limits_of(attempts).items():
-        mask &= (table[ATTEMPT] != number) | (table[STEP] <= limit)
-    return mask
-
-
-def that_count(attempts: Sequence[PastAttempt], scores: Iterable[Scores]) -> list[Scores]:
+def that_count(limits: Mapping[float, float], scores: Iterable[Scores]) -> list[Scores]:
     """Drop the figures of steps that a later attempt trained again; return the newest of each step, ascending."""
-    limits = limits_of(attempts)
     newest = {one.step: one for one in scores if one.step <= limits.get(one.attempt, np.inf)}
     return [newest[step] for step in sorted(newest)]
 
 
-# -- where the time went -------------------------------------------------------------------------------------------
-
-
-def _with_time(attempts: Sequence[PastAttempt], table: Table, counts: np.ndarray) -> Table:
-    """Return the lines that count, with TRAINED_S."""
-    seconds = np.zeros(len(table))
-    for attempt in attempts:
-        mine = table[ATTEMPT] == attempt.number
-        seconds[mine] = _seconds(attempt, table.where(mine), _STEP_S)
-    kept = table.where(counts)
-    return Table({**kept.columns, TRAINED_S: np.cumsum(seconds[counts])})
-
-
-def _seconds(attempt: PastAttempt, lines: Table, key: str) -> np.ndarray:
-    """Return the seconds that the steps of each line of an attempt took; `key` has the mean of a step."""
-    n_steps = np.maximum(np.diff(lines[STEP], prepend=attempt.first_step or 0), 0)
-    return np.nan_to_num(lines[key]) * n_steps
-
-
-def account(
-    attempts: Sequence[PastAttempt],
-    table: Table,
-    counts: np.ndarray,
-    validations: Sequence[Scores],
-    notes: Iterable[Mapping[str, Any]],
+def _account(
+    attempts: Sequence[PastAttempt], table: Table, counts: np.ndarray, scores: Sequence[Scores], notes: Iterable[Any]
 ) -> list[dict[str, float]]:
     """Return the seconds of each attempt by kind. They add up to the time from its beginning to the next one's."""
     saved: dict[Any, float] = {}
@@ -287,88 +225,56 @@ def account(
         if note["event"] in ("staged", "published") and note.get("bytes"):  # training waited for these
             saved[note.get(ATTEMPT)] = saved.get(note.get(ATTEMPT), 0.0) + (_number(note.get("seconds")) or 0.0)
     accounts = []
-    for i, attempt in enumerate(attempts):
-        chosen = table[ATTEMPT] == attempt.number
-        mine = [one for one in validations if one.attempt == attempt.number]
-        one = _account_attempt(attempt, table.where(chosen), counts[chosen], mine, saved.get(attempt.number))
-        later = attempts[i + 1].began_s if i + 1 < len(attempts) else None
-        if later is not None and attempt.ended_s is not None:
-            one["idle"] = max(0.0, later - attempt.ended_s)
-        accounts.append(one)
+    for attempt, later in zip_longest(attempts, attempts[1:]):
+        spent = dict.fromkeys(SPENT, 0.0)
+        accounts.append(spent)
+        if attempt.ended_s is None:
+            continue
+        if attempt.began_s is not None:
+            all_s, mine = max(0.0, attempt.ended_s - attempt.began_s), table[ATTEMPT] == attempt.number
+            lines, kept, measured = table[mine], counts[mine], [one for one in scores if one.attempt == attempt.number]
+            loaded_s = np.minimum(lines[_LOADED_S], lines[TRAINED_S])
+            spent["training"] = float((lines[TRAINED_S] - loaded_s)[kept].sum())
+            spent["loading"] = float(loaded_s[kept].sum())
+            spent["lost"] = float(lines[TRAINED_S][~kept].sum())
+            stalls = lines[_STALL_S][np.isfinite(lines[_STALL_S])]  # each line repeats the newest save's
+            spent["saving"] = saved.get(attempt.number, float(stalls[np.diff(stalls, prepend=np.nan) != 0].sum()))
+            spent["validating"] = sum(one.seconds for one in measured)
+            until_s = attempt.ended_s if attempt.begun_s is None else attempt.begun_s
+            before_s = sum(v.seconds for v in measured if attempt.begun_s is not None and v.at_s <= until_s)
+            spent["starting"] = max(0.0, until_s - attempt.began_s - before_s)
+            if attempt.end == "killed" and len(lines):  # what it trained since its last line
+                spent["lost"] += max(0.0, attempt.ended_s - float(lines[WHEN][-1]))
+            spent["other"] = max(0.0, all_s - sum(spent.values()))
+        if later is not None and later.began_s is not None:
+            spent["idle"] = max(0.0, later.began_s - attempt.ended_s)
     return accounts
 
 
-def _account_attempt(
-    attempt: PastAttempt, lines: Table, counts: np.ndarray, validations: Sequence[Scores], saving_s: float | None
-) -> dict[str, float]:
-    spent = dict.fromkeys(SPENT, 0.0)
-    if attempt.began_s is None or attempt.ended_s is None:
-        return spent
-    all_s = max(0.0, attempt.ended_s - attempt.began_s)
-    trained_s = _seconds(attempt, lines, _STEP_S)
-    loaded_s = np.minimum(_seconds(attempt, lines, _LOAD_S), trained_s)
-    spent["training"] = float((trained_s - loaded_s)[counts].sum())
-    spent["loading"] = float(loaded_s[counts].sum())
-    spent["lost"] = float(trained_s[~counts].sum())
-    spent["saving"] = _stalls_s(lines[_STALL_S]) if saving_s is None else saving_s
-    spent["validating"] = sum(one.seconds for one in validations)
-    if attempt.begun_s is None:
-        spent["starting"] = all_s
-    else:
-        before_s = sum(one.seconds for one in validations if one.at_s <= attempt.begun_s)
-        spent["starting"] = max(0.0, attempt.begun_s - attempt.began_s - before_s)
-    if attempt.end == "killed" and len(lines):  # what it trained since its last line
-        spent["lost"] += max(0.0, attempt.ended_s - float(lines[WHEN][-1]))
-    spent["other"] = max(0.0, all_s - sum(spent.values()))
-    return spent
-
-
-def _stalls_s(stalls: np.ndarray) -> float:
-    """Return the seconds of all saves: each line repeats the newest one's."""
-    there = stalls[np.isfinite(stalls)]
-    return float(there[np.diff(there, prepend=np.nan) != 0].sum()) if len(there) else 0.0
-
-
-# -- checkpoints and scores ----------------------------------------------------------------------------------------
-
-
-def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> list[Event]:
+def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> Collection[Event]:
     """Return what happened to checkpoints: from the trainer's notes, .done marks and folders of evaluations."""
-    events = []
+    found: dict[Any, Event] = {}
+
+    def add(kind: str, step: int, at_s: float, record: Mapping[str, Any], why: str = "error") -> None:
+        seconds, attempt = _number(record.get("seconds")), record.get(ATTEMPT)
+        attempt = attempt if isinstance(attempt, int) else 0
+        key = (kind, step, attempt) if kind == "published" else len(found)
+        found[key] = Event(kind, step, at_s, attempt, seconds, record.get("bytes") or None, str(record.get(why, "")))
+
     for note in notes:
-        at_s, step, attempt = when(note.get(WHEN)), int(note[STEP]), note.get(ATTEMPT)
-        if note["event"] in ("staged", "published", "failed") and np.isfinite(at_s) and isinstance(attempt, int):
-            size_bytes, why = note.get("bytes"), str(note.get("error", ""))
-            seconds = _number(note.get("seconds"))
-            events.append(Event(note["event"], step, at_s, attempt, seconds, size_bytes or None, why))
-    noted = {(event.step, event.attempt): i for i, event in enumerate(events) if event.kind == "published"}
-    try:
-        root = root_of(facts.path)
-    except (ValueError, TypeError, AttributeError):  # a config that cannot be read, or holds something else there
-        root = facts.path / "checkpoints"
-    for step in done_steps(root):
-        record = json_object_in(done_mark(root, step)) or {}
-        if not is_number(record.get("created_at")) or not isinstance(record.get(ATTEMPT), int):
-            continue
-        seconds, size_bytes = _number(record.get("seconds")), record.get("bytes")
-        event = Event("published", step, record["created_at"], record[ATTEMPT], seconds, size_bytes)
-        if (step, event.attempt) in noted:  # the mark has the exact time and size
-            events[noted[step, event.attempt]] = event
-        else:
-            events.append(event)
+        if note["event"] in ("staged", "published", "failed") and ATTEMPT in note and np.isfinite(when(note.get(WHEN))):
+            add(note["event"], note[STEP], when(note.get(WHEN)), note)
+    for step in done_steps(facts.root):
+        mark = json_object_in(done_mark(facts.root, step)) or {}
+        if is_number(mark.get("created_at")) and isinstance(mark.get(ATTEMPT), int):
+            add("published", step, mark["created_at"], mark)  # in place of a note: it has the exact time and size
     for folder in entries(facts.path / EVALS):
         step = parse_folder(folder.name)
         for name, kind in ((RESULTS, "evaluated"), (FAILED, "given up")):
             record = json_object_in(folder / name) if step is not None else None
             if record and step is not None and is_number(record.get("created_at")):
-                seconds, why = _number(record.get("seconds")), str(record.get("reason", ""))
-                events.append(Event(kind, step, record["created_at"], _attempt_in(record), seconds, None, why))
-    return events
-
-
-def _attempt_in(record: Mapping[str, Any]) -> int:
-    number = record.get(ATTEMPT)
-    return number if isinstance(number, int) else 0
+                add(kind, step, record["created_at"], record, "reason")
+    return found.values()
 
 
 def _scores(path: Path) -> list[Scores]:
@@ -377,7 +283,7 @@ def _scores(path: Path) -> list[Scores]:
     for record in records_in(path):
         values = {key: float(v) for key, v in record.items() if "/" in key and is_number(v)}
         seconds = _number(record.get("seconds")) or 0.0
-        found.append(Scores(int(record[STEP]), _attempt_in(record), when(record.get(WHEN)), values, seconds))
+        found.append(Scores(record[STEP], record.get(ATTEMPT, 0), when(record.get(WHEN)), values, seconds))
     return found
 
 

@@ -26,25 +26,20 @@ class Status:
     step: int | None
     n_steps: int | None
     loss: float | None
-    tokens_per_s: float | None
-    """Per device."""
-    left_s: float | None
-    """Seconds of training left at the present speed."""
+    tokens_per_s: float | None  # per device
+    left_s: float | None  # of training, at this speed
     metrics_age_s: float | None
     checkpoint: int | None
     checkpoint_age_s: float | None
     validation: dict[str, float]
     validated_step: int | None
     evaluated_step: int | None
-    starts: int
-    """Number of attempts."""
+    starts: int  # number of attempts
     host: str
     job: str
     job_state: str
-    job_left: str
-    """Rest of the job's time limit, as Slurm writes it."""
-    kind: str | None
-    """Of the failure."""
+    job_left: str  # of its time limit, as Slurm writes it
+    kind: str | None  # of the failure
 
 
 def is_alive(facts: RunFacts, me: Owner) -> bool:
@@ -84,7 +79,7 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
         name=facts.name,
         state=state,
         step=max(steps, default=None) if state not in LIVING else metrics.get("global_step", facts.checkpoint),
-        n_steps=facts.n_steps,
+        n_steps=n_steps if isinstance(n_steps := facts.config.get("steps"), int) else None,
         loss=metrics.get("loss/out"),
         tokens_per_s=metrics.get("speed/wps"),
         left_s=0.0 if state == "finished" else metrics.get("time/eta_s"),
@@ -108,44 +103,40 @@ def root_cause(failures: tuple[Failure, ...]) -> Failure | None:
     return min(failures, key=lambda f: (f.because_of_rank is not None, f.kind == "nccl", f.time, f.rank), default=None)
 
 
-# -- text for people -----------------------------------------------------------------------------------------------
-
-
 def describe(status: Status) -> list[str]:
     """Describe a run in a few lines, the first of them its path and state."""
-    one, step, left = status, figure(status.step or 0, ","), ""
+    one, step = status, figure(status.step or 0, ",")
     if one.n_steps:
-        share = "" if one.step is None else f" ({one.step / one.n_steps:.0%})"
-        step += f" of {one.n_steps:,}{share}"
+        step += f" of {one.n_steps:,}" + ("" if one.step is None else f" ({one.step / one.n_steps:.0%})")
     if one.step is not None:
-        step += "" if one.loss is None else f", loss {one.loss:.4f}"
-        step += "" if one.metrics_age_s is None else f", {duration(one.metrics_age_s)} ago"
-    if one.left_s is not None and one.state != "finished":
-        left = f"{duration(one.left_s)} of training" + (f"; of the job's time {one.job_left}" if one.job_left else "")
-    evaluated = []
-    if one.validated_step is not None:
-        values = ", ".join(f"{key} {value:.4f}" for key, value in one.validation.items() if key.endswith("/bpb"))
-        evaluated.append(f"validation at {one.validated_step:,}: {values}")
-    if one.evaluated_step is not None:
-        evaluated.append(f"evaluated up to {one.evaluated_step:,}")
+        step += ("" if one.loss is None else f", loss {one.loss:.4f}") + _ago(one.metrics_age_s)
+    left = "" if one.left_s is None or one.state == "finished" else f"{duration(one.left_s)} of training"
+    bpb = ", ".join(f"{key} {value:.4f}" for key, value in one.validation.items() if key.endswith("/bpb"))
+    validated = "" if one.validated_step is None else f"validation at {one.validated_step:,}: {bpb}"
+    evaluated = "" if one.evaluated_step is None else f"evaluated up to {one.evaluated_step:,}"
     lines = {
         "step": step,
         "speed": "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f} tokens/s per device",
-        "left": left,
+        "left": left + (f"; of the job's time {one.job_left}" if left and one.job_left else ""),
         "checkpoint": _checkpoint(one, "none yet"),
-        "evaluation": "; ".join(evaluated),
+        "evaluation": "; ".join(filter(None, (validated, evaluated))),
         "job": f"{one.job} {one.job_state or '(Slurm does not say)'}" if one.job else "",
         "attempt": f"{one.starts} on {one.host}" if one.starts else "none yet",
     }
-    title = f"{one.path}  {one.state}" + (f" ({one.kind})" if one.kind else "")
-    return [title, *(f"  {name:<11} {text}" for name, text in lines.items() if text)]
+    return [f"{one.path}  {state_text(one)}", *(f"  {name:<11} {text}" for name, text in lines.items() if text)]
+
+
+def state_text(status: Status) -> str:
+    """Format the state as in `failed (nan)`."""
+    return f"{status.state} ({status.kind})" if status.kind else status.state
 
 
 def _checkpoint(status: Status, none: str) -> str:
-    if status.checkpoint is None:
-        return none
-    ago = "" if status.checkpoint_age_s is None else f", {duration(status.checkpoint_age_s)} ago"
-    return f"{status.checkpoint:,}{ago}"
+    return none if status.checkpoint is None else f"{status.checkpoint:,}{_ago(status.checkpoint_age_s)}"
+
+
+def _ago(seconds: float | None) -> str:
+    return "" if seconds is None else f", {duration(seconds)} ago"
 
 
 COLUMNS = ("run", "state", "step", "of", "loss", "tokens/s", "left", "checkpoint", "job")
@@ -153,20 +144,9 @@ COLUMNS = ("run", "state", "step", "of", "loss", "tokens/s", "left", "checkpoint
 
 def row(one: Status) -> tuple[str, ...]:
     """Return a run as a row of a table with COLUMNS."""
-    return (
-        one.path,
-        f"{one.state} ({one.kind})" if one.kind else one.state,
-        figure(one.step, ","),
-        figure(one.n_steps, ","),
-        figure(one.loss),
-        figure(one.tokens_per_s, ",.0f"),
-        duration(one.left_s) if one.left_s is not None and one.state in (*LIVING, "queued") else "-",
-        _checkpoint(one, "-"),
-        one.job or "-",
-    )
-
-
-# -- why it ended --------------------------------------------------------------------------------------------------
+    left = duration(one.left_s) if one.left_s is not None and one.state in (*LIVING, "queued") else "-"
+    figures = figure(one.step, ","), figure(one.n_steps, ","), figure(one.loss), figure(one.tokens_per_s, ",.0f")
+    return (one.path, state_text(one), *figures, left, _checkpoint(one, "-"), one.job or "-")
 
 
 def why(facts: RunFacts, me: Owner) -> dict[str, str]:
@@ -175,7 +155,7 @@ def why(facts: RunFacts, me: Owner) -> dict[str, str]:
     cause = root_cause(facts.failures) if status.state in ("failed", "queued") else None
     return {
         "ended": _ended(facts, status),
-        "cause": _cause(facts, status, cause),
+        "cause": _cause(facts, status, cause).partition("\n")[0],
         "where": _where(facts, status, cause),
         "saved": _saved(facts, status),
         "next": _next(facts, status, cause),
@@ -192,42 +172,32 @@ def _ended(facts: RunFacts, status: Status) -> str:
         how = f"not at all: it is {status.state}"
     else:
         seen_s = [max(0.0, facts.now_s - facts.attempt.beat_s), facts.metrics_age_s]
-        age_s = min(s for s in seen_s if s is not None) if facts.stop is None else facts.stop_age_s
-        ago = "" if age_s is None else f", {duration(age_s)} ago"
+        ago = _ago(min(s for s in seen_s if s is not None) if facts.stop is None else facts.stop_age_s)
     at = f", step {status.step or 0:,} of {status.n_steps:,}" if status.n_steps else ""
-    return f"{how}{at}{ago}; attempt {status.starts}{_history(facts)}"
-
-
-def _history(facts: RunFacts) -> str:
-    """Return how the attempts before ended; equal neighbours are counted."""
     ends = ("killed" if s is None else str(s.get("kind") or s.get("signal") or s.get("reason")) for s in facts.earlier)
-    counts = [(end, len(list(same))) for end, same in groupby(ends)]
-    words = [end if n == 1 else f"{n} x {end}" for end, n in counts[-6:]]
-    return f" (before: {', '.join(words)})" if words else ""
+    counts = [(end, len(list(same))) for end, same in groupby(ends)][-6:]
+    before = ", ".join(end if n == 1 else f"{n} x {end}" for end, n in counts)
+    return f"{how}{at}{ago}; attempt {status.starts}" + (f" (before: {before})" if before else "")
 
 
 def _cause(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     if cause is not None:
-        return f"{cause.kind}: {cause.type}: {_first_line(cause.message)}"
+        return f"{cause.kind}: {cause.type}: {cause.message.strip()}"
     stop, job = facts.stop or {}, facts.job
     if facts.attempt is not None and facts.attempt.copied_from and status.state == "killed":
         return f"this folder is a copy: {facts.attempt} ran in {facts.attempt.copied_from}, and may still run there"
-    match status.state:
-        case "failed":
-            return f"{stop.get('kind', 'error')}: {_first_line(str(stop.get('error', 'no message was left')))}"
-        case "killed" if job is not None:
-            return f"Slurm says {job.state}{f' ({job.reason})' if job.reason else ''}; the run could leave no message"
-        case "killed":
-            return "it left no message: SIGKILL, a lost node, or no memory left on the host (`dmesg`, `sacct`)"
-        case "saved":
-            return f"{stop.get('signal', 'a signal')}: preemption, the time limit, or a person sent it"
-        case "stopped":
-            return "a person: " + ("Ctrl-C" if stop.get("signal") == "SIGINT" else str(stop.get("signal")))
-        case "finished":
-            return "all steps are done"
-        case "queued" if job is not None:
-            return f"{stop.get('signal') or 'killed'}; job {job.id} is {job.state} {job.reason}".rstrip()
-    return "-"
+    texts = {
+        "failed": f"{stop.get('kind', 'error')}: {str(stop.get('error', 'no message was left')).strip()}",
+        "killed": "it left no message: SIGKILL, a lost node, or no memory left on the host (`dmesg`, `sacct`)",
+        "saved": f"{stop.get('signal', 'a signal')}: preemption, the time limit, or a person sent it",
+        "stopped": "a person: " + ("Ctrl-C" if stop.get("signal") == "SIGINT" else str(stop.get("signal"))),
+        "finished": "all steps are done",
+    }
+    if job is not None:
+        reason = f" ({job.reason})" if job.reason else ""
+        texts["killed"] = f"Slurm says {job.state}{reason}; the run could leave no message"
+        texts["queued"] = f"{stop.get('signal') or 'killed'}; job {job.id} is {job.state} {job.reason}".rstrip()
+    return texts.get(status.state, "-")
 
 
 def _where(facts: RunFacts, status: Status, cause: Failure | None) -> str:
@@ -236,8 +206,7 @@ def _where(facts: RunFacts, status: Status, cause: Failure | None) -> str:
         return f"{status.host or '-'}{job}; {facts.path / 'train.log'}"
     files = f"{facts.path}/logs/error_{cause.rank}.json" + (", stacks_*.txt" if cause.kind == "hang" else "")
     step = "before the first step" if cause.step is None else f"after step {cause.step:,}"
-    others = len(facts.failures) - 1
-    more = f" (and {others} that followed)" if others else ""
+    more = f" (and {len(facts.failures) - 1} that followed)" if len(facts.failures) > 1 else ""
     return f"rank {cause.rank} on {cause.host}, {step}, {cause.time}{job}; {files}{more}"
 
 
@@ -259,15 +228,14 @@ def _saved(facts: RunFacts, status: Status) -> str:
         text = f"checkpoint {facts.in_memory:,} is in this machine's memory, and a start here saves it first"
         return f"{text}; on the disk: {_checkpoint(status, 'no checkpoint yet')}"
     if status.checkpoint is None:
-        if not status.step and status.state != "killed":
-            return "nothing was trained yet"
-        return "no checkpoint yet: it will begin at step 0 again"
+        is_new = not status.step and status.state != "killed"
+        return "nothing was trained yet" if is_new else "no checkpoint yet: it will begin at step 0 again"
     again = max(0, (status.step or 0) - status.checkpoint)
-    lost = f"{again:,} steps will be trained again" if again else "no step is lost"
-    if status.state in LIVING:
-        lost = f"if it is killed now, {again:,} steps will be trained again"
-    if status.state == "killed":  # the newest steps may not be in the metrics
-        lost = "later steps will be trained again"
+    otherwise = f"{again:,} steps will be trained again" if again else "no step is lost"
+    lost = {
+        "killed": "later steps will be trained again",  # the newest ones may not be in the metrics
+        **dict.fromkeys(LIVING, f"if it is killed now, {again:,} steps will be trained again"),
+    }.get(status.state, otherwise)
     return f"checkpoint {_checkpoint(status, '')}; {lost}"
 
 
@@ -280,18 +248,11 @@ def _next(facts: RunFacts, status: Status, cause: Failure | None) -> str:
         begins = "resumes from what is in memory, if it starts on this machine"
     if _unsaved(facts):
         begins = f"resumes from what is in memory, if it starts on {status.host}"
-    again = "the same command, or the same job,"
-    if facts.attempt is not None and facts.attempt.copied_from:
-        again = f"the same command with dump_dir={status.path}"
-    follow = f"`lingua status {status.path}` follows it"
+    is_copy = facts.attempt is not None and facts.attempt.copied_from
+    again = f"the same command with dump_dir={status.path}" if is_copy else "the same command, or the same job,"
     return {
         "finished": "raise `steps` to train longer",
-        "running": follow,
-        "starting": follow,
+        **dict.fromkeys(LIVING, f"`lingua status {status.path}` follows it"),
         "queued": f"nothing: it goes on when Slurm starts job {status.job}",
         "new": "start it",
     }.get(status.state, f"start it again: {again} {begins}")
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]

@@ -79,6 +79,12 @@ def archive_exit_records(run_dir: Path, attempt: int) -> None:
             path.replace(target)
 
 
+def kept_configs(run_dir: Path) -> dict[int, Path]:
+    """Return each config.<n>.yaml by n, ascending: the config of the last attempt before a change."""
+    named = ((re.fullmatch(r"config\.(\d+)\.yaml", path.name), path) for path in entries(run_dir))
+    return dict(sorted((int(found[1]), path) for found, path in named if found))
+
+
 def reserve_last_words(run_dir: Path) -> None:
     """Allocate room for stop.json, so that a run whose disk fills up can still say so. Raises OSError."""
     room = run_dir / _ROOM

@@ -15,9 +15,10 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 import orjson
@@ -34,6 +35,7 @@ VALIDATION_FILE = "metrics.validation.jsonl"
 CHECKPOINT_FILE = "metrics.checkpoint.jsonl"
 EVAL_FILE = "metrics.eval.jsonl"
 PROBE_FILE = "probe.jsonl"
+_TAIL_BYTES = 64 << 10
 _HELD_LINES = 10_000  # kept in memory while they cannot be written
 BEGIN_S = 10.0
 """How long an attempt waits for its trackers to begin; records are kept for those that take longer."""
@@ -90,17 +92,35 @@ def _ends_with_newline(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all whole lines of a metrics file, without one torn by a kill or of another form; no file has no lines."""
-    records = []
-    for line in read_bytes(path).splitlines() if path.is_file() else []:
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
+def record_in(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line; None for one that is torn by a kill, or of another form."""
+    with suppress(orjson.JSONDecodeError):
+        record = orjson.loads(line)
         if isinstance(record, dict) and all(type(record.get(key, 0)) is int for key in ("global_step", "incarnation")):
-            records.append(record)
-    return records
+            return record
+    return None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read all records of a metrics file; no file has none."""
+    lines = read_bytes(path).splitlines() if path.is_file() else []
+    return [record for record in map(record_in, lines) if record is not None]
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """Return the numbers and notes of the last record; None where there is no file or no record."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.readlines()
+    except OSError:
+        return None
+    found = next((record for line in reversed(lines) if (record := record_in(line)) is not None), None)
+    return found and {key: v for key, v in found.items() if "/" not in key or isinstance(v, int | float)}
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # -- trackers ----------------------------------------------------------------------------------------------------

@@ -28,9 +28,8 @@ from lingua.files import RunError, write_whole
 from lingua.launch.job import NO_REQUEUE, RANKS_STEP, REFUSED, SERVICE_STEP
 from lingua.launch.submit import freeze_launch, submit_run
 from lingua.logger import MAIN_LOG, RANK_LOGS
-from lingua.report.facts import last_line
 from lingua.run.folder import EXIT_INTERRUPTED
-from lingua.run.metrics import METRICS_FILE, read_metrics
+from lingua.run.metrics import METRICS_FILE, last_line, read_metrics
 from lingua.selfcheck.drill_plan import N_STEPS, SAVING, SOURCE, Fault, Injected, Seen, faults, run_config, text_lines
 from lingua.slurm import (
     JobState,

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lingua.files import DISK, RunError, write_whole
+from lingua.files import RunError
 from lingua.report.diff import label, short_names, spell
-from lingua.report.figure import BAD, DPI, FAINT, INK, LOG_FROM, PAPER, SOFT, STYLES, Picture, counted, shown_range
-from lingua.report.page import render
+from lingua.report.figure import BAD, FAINT, INK, LOG_FROM, PAPER, SOFT, STYLES, Picture, blank, counted, shown_range
+from lingua.report.page import render, write
 from lingua.report.series import thinned
 from lingua.sweep.status import LOSS_IS, Curve, PointStatus, best_of, ranked_by, state_text
 from lingua.sweep.sweep import Sweep
@@ -106,15 +106,11 @@ def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: bool = True) -> Figure:
     """Draw the losses that rank the finished points, and all curves; `titled` if the picture stands alone."""
-    from matplotlib.figure import Figure
-
     points = [point for point, _ in read]
     layout = layout_of(sweep.keys, sweep.points)
     places = dict(zip(sweep.numbers, places_of(layout, sweep.points), strict=True))
     colors = _colors(places)
-    figure = Figure(figsize=(13, 5.2), dpi=DPI)
-    figure.set_layout_engine("constrained", w_pad=0.1, wspace=0.05)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    figure, (left, right) = blank((13, 5.2), 2, width_ratios=(1, 1.15))
     _draw_losses(left, layout, points, places, colors)
     _draw_curves(right, layout, read, colors)
     missing = [_shortened(line, 150) for line in _unfinished(points)]
@@ -207,7 +203,7 @@ def _draw_losses(
     axes.set_ylabel(AXIS_TITLES[field])
     axes.set_title("after the last step", fontsize=10.5, loc="left", pad=18)
     if layout.series and len(series) <= _MAX_LEGEND:
-        axes.legend(fontsize=8.5)
+        axes.legend(fontsize=8.5, loc="best")
 
 
 def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
@@ -258,10 +254,11 @@ def _draw_curves(
         )  # fmt: skip
         if _went_wrong(point):
             axes.plot(tokens[-1:], losses[-1:], "X", color=BAD, ms=7, zorder=5)
-    shown = shown_range([np.array(curve.losses) for curve in finished or [curve for _, curve in read]])
+    every = [np.array(curve.losses) for _, curve in read]
+    shown = shown_range([np.array(curve.losses) for curve in finished] or every, every)
     if shown is not None:
-        axes.set_ylim(min(shown[0], *(min(curve.losses) for _, curve in read if curve.losses)), shown[1])
-    axes.xaxis.set_major_formatter(lambda value, _: counted(value))
+        axes.set_ylim(*shown)
+    axes.xaxis.set_major_formatter(counted)
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel(AXIS_TITLES["loss"])
     axes.set_title("while training (running average)", fontsize=10.5, loc="left", pad=16)
@@ -278,12 +275,8 @@ def write_report(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], folder
         raise RunError(
             f"no point of {sweep.folder} has reported a step yet; `lingua sweep status {sweep.folder}` shows more"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / PNG, _picture(sweep, read, titled=True).drawn("png"), files=DISK)
-        write_whole(folder / HTML, page(sweep, read))
-    except OSError as error:
-        raise RunError(f"cannot write the report into {folder}: {error.strerror}; choose another with --out") from None
+    write(folder / PNG, _picture(sweep, read, titled=True).drawn("png"), "choose another folder with --out")
+    write(folder / HTML, page(sweep, read), "choose another folder with --out")
     return folder / HTML, folder / PNG
 
 

@@ -16,11 +16,11 @@ from lingua.checkpoint.lookup import is_resumable, root_of
 from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import Difference, read_frozen
 from lingua.config.keys.optim import OptimArgs
+from lingua.files import json_object_in
 from lingua.optim.schedule import rates_of_longer
-from lingua.report.facts import json_object_in, last_line
 from lingua.run.folder import STOP_FILE
 from lingua.run.lock import run_in
-from lingua.run.metrics import CHECKPOINT_FILE
+from lingua.run.metrics import CHECKPOINT_FILE, last_line
 from lingua.run.place import why_not_ours
 
 

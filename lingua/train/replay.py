@@ -42,13 +42,13 @@ from lingua.distributed.process_group import Ranks, World, pick_device, set_envi
 from lingua.files import DISK, RunError
 from lingua.optim.update import grad_norm_and_clip_coef
 from lingua.profiling.first_nonfinite import Watch, first_nonfinite, grad_norms, nonfinite_names
-from lingua.report.diff import config_differences, relative_difference
-from lingua.report.past import Past, check_step, nothing_before, read_past
-from lingua.report.series import is_number
+from lingua.report.diff import config_differences
+from lingua.run.metrics import is_number
 from lingua.tokenizer import build_tokenizer
 from lingua.train.build import begin, build_loss, build_rows, build_state, build_updater
 from lingua.train.check import resolve
 from lingua.train.learner import Learner, MicroBatch
+from lingua.train.past import Past, check_step, nothing_before, read_past
 from lingua.train.sizes import Resolved
 
 log = logging.getLogger(__name__)
@@ -329,6 +329,11 @@ def compare(n_steps: int, found: Sequence[tuple[int, float, float]]) -> Way:
     apart = {step: relative_difference(here, there) for step, here, there in found}
     worst = max(apart, key=lambda step: apart[step])
     return Way(n_steps, len(found), sum(here == there for _, here, there in found), apart[worst], worst)
+
+
+def relative_difference(value: float, other: float) -> float:
+    """Return the difference as a fraction of `other`."""
+    return 0.0 if value == other else abs(value - other) / max(abs(other), 1e-30)
 
 
 def take_apart(learner: Learner) -> tuple[list[MicroBatch], float, float, int | None]:

@@ -3,7 +3,6 @@
 import gzip
 import logging
 import os
-import time
 from pathlib import Path
 
 import orjson
@@ -110,7 +109,7 @@ def test_forty_spellings_of_secrets_are_in_no_file_of_a_run_and_its_report(tmp_p
         failed = train(words, hook=at_step(2, fail))
         assert failed.exit_code == 1
         assert train(words).exit_code == 0
-    write_report([read_history(read_run(tmp_path), this_process(), time.time())], None, tmp_path / "png")
+    write_report([read_history(read_run(tmp_path), this_process())], None, tmp_path / "png")
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     kinds = {"env.txt", "config.yaml", "run.sh", "report.html", "stop.json", "error_0.0001.json", "train.log"}
     assert kinds <= {file.name for file in files}

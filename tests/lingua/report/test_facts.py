@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lingua.files import RunError, write_json
-from lingua.report.facts import find_run, find_runs, last_line, read_run
+from lingua.report.facts import find_run, find_runs, read_run
 from lingua.run.failure import failure_of, record
 from lingua.run.lock import RunLock
 
@@ -45,7 +45,7 @@ def test_everything_that_is_there(tmp_path: Path):
     assert [failure.rank for failure in facts.failures] == [1]
     assert facts.metrics == {"global_step": 2}
     assert facts.validation == {"global_step": 2, "web/bpb": 1.5}
-    assert (facts.checkpoint, facts.evaluated_step, facts.n_steps, facts.name) == (10, 5, 10, "x")
+    assert (facts.checkpoint, facts.evaluated_step, facts.name) == (10, 5, "x")
 
 
 def test_checkpoints_on_another_disk_are_found(tmp_path: Path):
@@ -82,17 +82,6 @@ def test_one_broken_config_hides_no_other_run(tmp_path: Path, text: str):
     (tmp_path / "good" / "config.yaml").write_text("name: good")
     broken, good = (read_run(run) for run in find_runs(tmp_path))
     assert (broken.config, good.config) == ({}, {"name": "good"})
-
-
-def test_the_last_line_of_a_long_file(tmp_path: Path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(f'{{"global_step": {i}, "pad": "{"x" * 100}"}}\n' for i in range(5000)))
-    found = last_line(file)
-    assert found is not None
-    assert found["global_step"] == 4999
-    file.write_text("")
-    assert last_line(file) is None
-    assert last_line(tmp_path / "nothing") is None
 
 
 def test_runs_are_found_below_a_folder_and_not_inside_a_run(tmp_path: Path):

@@ -11,10 +11,10 @@ from lingua.report.figure import COLORS, SERIES, Line, Picture, counted, line_ch
 from lingua.report.series import thinned
 
 
-def chart(*names: str, n: int = 1000, log_y: bool = False) -> Picture:
+def chart(*names: str, n: int = 1000, yscale: str = "linear") -> Picture:
     x = np.arange(float(n))
     lines = [Line(name, thinned(x, i + 2 + np.sin(x), 50), SERIES[i]) for i, name in enumerate(names)]
-    picture = line_chart("k", "t", lines, "loss", log_y=log_y)
+    picture = line_chart("k", "t", lines, "loss", yscale=yscale)
     assert picture is not None
     return picture
 
@@ -42,9 +42,9 @@ def test_the_steep_begin_is_cut_off():
     assert shown_range([np.array([1.0, 1.0])]) is None
 
 
-@pytest.mark.parametrize("log_y", [False, True])
-def test_a_picture_is_drawn_for_light_and_for_dark_pages(log_y: bool):
-    picture = chart("<b>$x^{$ 数", "b", log_y=log_y)
+@pytest.mark.parametrize("yscale", ["linear", "log"])
+def test_a_picture_is_drawn_for_light_and_for_dark_pages(yscale: str):
+    picture = chart("<b>$x^{$ 数", "b", yscale=yscale)
     assert picture.drawn("png").startswith(b"\x89PNG")
     light, dark = (base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")).decode() for uri in picture.uris())
     for svg, theirs, others in ((light, 0, 1), (dark, 1, 0)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lingua.report.history import (
     that_count,
 )
 from lingua.report.series import STEP, WHEN
+from lingua.report.status import state_of
 from lingua.run.lock import Owner, this_process
 
 T0 = 1_700_000_000.0
@@ -54,9 +55,10 @@ def attempt(number: int, first_step: int | None, **more: Any) -> PastAttempt:
 )
 def test_the_work_of_a_start_counts_up_to_where_later_ones_went_on(first_steps: list[int | None], limits: list[float]):
     attempts = [attempt(i + 1, step) for i, step in enumerate(first_steps)]
-    assert [limits_of(attempts)[one.number] for one in attempts] == limits
+    found = limits_of(attempts)
+    assert [found[one.number] for one in attempts] == limits
     unknown = Scores(10**9, 99, 0.0, {})  # of an attempt that left no other trace
-    assert that_count(attempts, [unknown]) == [unknown]
+    assert that_count(found, [unknown]) == [unknown]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def make_run(path: Path) -> Path:
 
 
 def history_of(path: Path, now_s: float = T0 + 1000) -> History:
-    return read_history(read_run(path), this_process(), now_s)
+    return read_history(replace(read_run(path), now_s=now_s), this_process())
 
 
 def test_after_a_rollback_the_newer_start_counts(tmp_path: Path):
@@ -211,6 +213,6 @@ def test_a_run_that_has_just_begun(tmp_path: Path):
     (tmp_path / "incarnations").mkdir()
     me = this_process()
     write_json(tmp_path / "incarnations" / "0000000001.json", asdict(me) | {"began_at": T0, "released": False})
-    run = read_history(read_run(tmp_path), me, T0 + 30)
-    assert (run.state, [one.end for one in run.attempts]) == ("starting", ["running"])
+    run = read_history(replace(read_run(tmp_path), now_s=T0 + 30), me)
+    assert (state_of(run.facts, me), [one.end for one in run.attempts]) == ("starting", ["running"])
     assert run.seconds["starting"] == sum(run.seconds.values()) == 30.0

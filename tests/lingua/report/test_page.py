@@ -15,9 +15,10 @@ import yaml
 from apps.cli.drill import drill
 from lingua.files import RunError
 from lingua.report.history import History
-from lingua.report.page import as_record, config_changes, names_of, report_page, write_interrupted, write_report
+from lingua.report.page import as_record, config_changes, names_of, report_page, write_report
 from lingua.report.status import why
 from lingua.run.lock import this_process
+from lingua.selfcheck.interrupted import write_interrupted
 from tests.checkout import ROOT
 from tests.lingua.report.test_history import history_of, make_run
 

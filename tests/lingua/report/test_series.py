@@ -1,13 +1,14 @@
-"""Metrics files as columns, and curves thinned."""
+"""Metrics files as columns, curves thinned, and probe.jsonl as tables of layers and steps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 
-from lingua.report.series import WHEN, read_table, records_in, thinned
+from lingua.report.series import MAX_PROBES, WHEN, curve, read_probes, read_table, records_in, thinned
 
 
 def test_what_is_no_record_is_passed_over(tmp_path: Path):
@@ -27,7 +28,7 @@ def test_what_is_no_record_is_passed_over(tmp_path: Path):
     assert table["global_step"].tolist() == [1, 3, 4]
     assert np.array_equal(table["loss"], [2.5, np.nan, np.nan], equal_nan=True)
     assert np.array_equal(table[WHEN], [60.0, np.nan, np.nan], equal_nan=True)
-    assert [column.tolist() for column in table.curve("loss")] == [[1], [2.5]]
+    assert [column.tolist() for column in curve(table, "loss")] == [[1], [2.5]]
     assert len(read_table(tmp_path / "nothing", ["loss"])) == 0
     assert list(records_in(tmp_path)) == []  # a folder
 
@@ -38,7 +39,7 @@ def test_a_thinned_curve_keeps_extremes_and_ends(n: int, n_pieces: int):
     y = np.random.default_rng(n).normal(size=n)
     thin = thinned(x, y, n_pieces)
     assert len(thin.x) == min(n, n_pieces)
-    assert thin.is_whole == (n <= n_pieces)
+    assert (thin.low == thin.high).all() == (n <= n_pieces)
     if n:
         assert (thin.low.min(), thin.high.max()) == (y.min(), y.max())
         assert (thin.x[0], thin.x[-1]) == (x[0], x[-1])
@@ -51,3 +52,38 @@ def test_a_piece_is_the_mean_of_its_points():
     thin = thinned(np.arange(6.0), np.array([1.0, 3.0, 5.0, 7.0, 2.0, 4.0]), 3)
     assert thin.mean.tolist() == [2, 6, 3]
     assert (thin.low.tolist(), thin.high.tolist()) == ([1, 5, 2], [3, 7, 4])
+
+
+def write(path: Path, records: list[dict[str, object]], torn: str = "") -> Path:
+    path.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in records) + torn.encode())
+    return path
+
+
+def test_a_table_per_quantity(tmp_path: Path):
+    def record(step: int, start: int, value: float) -> dict[str, object]:
+        figures = {f"probe/layers.{i}.attention/activation/{s}": value + i for i in (0, 1) for s in ("mean", "rms")}
+        return {"global_step": step, "incarnation": start, **figures, "probe/norm/grad/max": value, "probe/odd": 1.0}
+
+    late = {"global_step": 20, "probe/late/grad/max": 7.0}
+    records = [record(10, 1, 1.0), record(20, 1, 9.0), record(20, 2, 2.0) | late]  # step 20 was trained again
+    activation, grad = read_probes(write(tmp_path / "probe.jsonl", records, '{"global_step": 30, "pro'))
+    assert (activation.quantity, activation.stat) == ("activation", "rms")
+    assert activation.layers == ["layers.0.attention", "layers.1.attention"]
+    assert activation.steps.tolist() == [10, 20]
+    assert activation.values.tolist() == [[1, 2], [2, 3]]
+    assert (grad.quantity, grad.stat, grad.layers) == ("grad", "max", ["norm", "late"])
+    assert np.array_equal(grad.values, [[1, 2], [np.nan, 7]], equal_nan=True), "a gap where nothing was probed"
+
+
+def test_many_steps_are_thinned_evenly(tmp_path: Path):
+    n = 5 * MAX_PROBES
+    records = [{"global_step": step, "probe/a/weight/rms": float(step)} for step in range(1, n + 1)]
+    (found,) = read_probes(write(tmp_path / "probe.jsonl", records))
+    assert MAX_PROBES // 2 < len(found.steps) <= MAX_PROBES
+    assert len(set(np.diff(found.steps))) == 1
+    assert found.values.tolist() == [found.steps.tolist()]
+
+
+def test_a_run_without_probes_has_none(tmp_path: Path):
+    assert read_probes(tmp_path / "probe.jsonl") == []
+    assert read_probes(write(tmp_path / "probe.jsonl", [{"global_step": 1}])) == []

@@ -11,7 +11,7 @@ import pytest
 
 from lingua.config.keys.logging import LoggingArgs, WandbArgs
 from lingua.run import metrics as metrics_module
-from lingua.run.metrics import JsonLines, MetricLogger, read_metrics
+from lingua.run.metrics import JsonLines, MetricLogger, last_line, read_metrics
 from lingua.run.tracking import Tracker
 
 
@@ -280,3 +280,14 @@ def test_wandbs_helper_process_is_killed_and_the_run_goes_on(
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert all(str(tmp_path / "wandb" / name) in warning for name in runs)
     assert helpers_of_wandb() == []
+
+
+def test_the_last_line_of_a_long_file(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"global_step": {i}, "pad": "{"x" * 100}"}}\n' for i in range(5000)))
+    found = last_line(file)
+    assert found is not None
+    assert found["global_step"] == 4999
+    file.write_text("")
+    assert last_line(file) is None
+    assert last_line(tmp_path / "nothing") is None

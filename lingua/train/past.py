@@ -14,8 +14,8 @@ from typing import Any
 from lingua.checkpoint import layout, lookup, publish
 from lingua.config.base import ConfigError
 from lingua.config.frozen import CONFIG_FILE
-from lingua.files import entries
 from lingua.report.facts import find_run, read_run
+from lingua.run.folder import kept_configs
 from lingua.run.metrics import METRICS_FILE, read_metrics
 
 
@@ -79,16 +79,14 @@ class Past:
 
     def config_of(self, attempt: int) -> Path:
         """Return the config of an attempt: config.<n>.yaml is that of the last attempt before a change."""
-        kept = [path for path in entries(self.run_dir) if path.match("config.[0-9]*.yaml")]
-        numbers = {int(path.name.split(".")[1]): path for path in kept if path.name.split(".")[1].isdecimal()}
-        later = [number for number in numbers if number >= attempt]
-        return numbers[min(later)] if later else self.run_dir / CONFIG_FILE
+        kept = kept_configs(self.run_dir)
+        return next((path for number, path in kept.items() if number >= attempt), self.run_dir / CONFIG_FILE)
 
 
 def read_past(run: Path) -> Past:
     """Read a run folder. Raises RunError if it is none."""
     run_dir = find_run(run)
-    facts, root = read_run(run_dir), lookup.root_of(run_dir)
+    facts = read_run(run_dir)
     lines = read_metrics(run_dir / METRICS_FILE)
     failed = [failure for failure in facts.failures if failure.because_of_rank is None]
     ends = [(facts.stop or {}).get("step"), *(failure.step for failure in failed)]
@@ -96,11 +94,11 @@ def read_past(run: Path) -> Past:
     freq = logging.get("freq") if isinstance(logging, dict) else None
     return Past(
         run_dir=run_dir,
-        root=root,
+        root=facts.root,
         newest_attempt=facts.attempt.number if facts.attempt else 1,
         freq=freq if isinstance(freq, int) and freq > 0 else 1,
         records=[line for line in lines if {"global_step", "incarnation"} <= line.keys()],
-        published={step: publish.attempt_of(root, step) for step in layout.done_steps(root)},
+        published={step: publish.attempt_of(facts.root, step) for step in layout.done_steps(facts.root)},
         ended_at=max([0, *(step for step in ends if isinstance(step, int))]),
         last_words=failed[0].message if failed else "",
     )

@@ -5,8 +5,8 @@ import pytest
 
 from lingua.config.base import ConfigError
 from lingua.files import write_json
-from lingua.report.facts import last_line
-from lingua.report.past import Past, check_step, nothing_before, read_past
+from lingua.run.metrics import last_line
+from lingua.train.past import Past, check_step, nothing_before, read_past
 from lingua.train.replay import Numbers, _numbers
 from tests.checkpoints import make_run, publish_step
 
