@@ -78,11 +78,7 @@ def load_weights(
         _copy(tensors[name], source.read(theirs))
     n_values = sum(tensor.numel() for tensor in tensors.values())
     counts = {name: (source.shapes[theirs][0], len(tensors[name])) for name, theirs in chosen.items() if more_rows}
-    grown = [
-        f"; {name} has {here - there} rows more, which are new"
-        for name, (there, here) in counts.items()
-        if here > there
-    ]
+    grown = [f"; rows of {name} from {there} on are new" for name, (there, here) in counts.items() if here > there]
     return f"{len(tensors)} tensors ({n_values:,} parameters) from {source.what}{''.join(grown)}"
 
 

@@ -184,7 +184,7 @@ def test_the_weights_of_a_llama_are_taken_and_the_row_of_the_mask_is_new(tmp_pat
     with pytest.raises(RunError, match=r"tok_embeddings.weight is \(37, 32\) there and \(38, 32\) here"):
         load_weights(target, tmp_path / "llama.pt")
     said = load_weights(target, tmp_path / "llama.pt", more_rows=True)
-    assert "tok_embeddings.weight has 1 rows more, which are new; output.weight has 1 rows more" in said
+    assert "; rows of tok_embeddings.weight from 37 on are new; rows of output.weight from 37 on are new" in said
     theirs = source.state_dict()
     assert all(torch.equal(tensor[: len(theirs[name])], theirs[name]) for name, tensor in target.state_dict().items())
     assert torch.equal(target.tok_embeddings.weight[VOCAB], fresh)
@@ -250,3 +250,25 @@ def test_killed_resumed_and_on_other_numbers_of_ranks_it_hides_the_same(tmp_path
         assert result.exit_code == 0, result.output
         assert losses(run_dir) == pytest.approx(losses(calm), rel=2e-5)
         assert validations(run_dir) == pytest.approx(validations(calm), rel=1e-4)
+
+
+@pytest.mark.soak
+def test_a_run_that_looks_back_is_where_it_starts(tmp_path: Path) -> None:
+    assert train([*TINY, "steps=3", f"dump_dir={tmp_path}/llama"]).exit_code == 0
+    result = train([*WORDS, f"dump_dir={tmp_path}/own", f"checkpoint.init_ckpt_path={tmp_path}/llama"])
+    assert result.exit_code == 0, result.output
+    assert "rows of tok_embeddings.weight from 258 on are new" in result.output
+    assert "loss.type masked_diffusion goes on with model.causal false, model.mask_token true" in result.output
+
+
+@pytest.mark.soak
+@pytest.mark.ranks
+def test_tensor_parallel_ranks_train_score_and_speak_as_one(tmp_path: Path) -> None:
+    words = [word for word in WORDS if "random_lengths" not in word]
+    assert train([*words, f"dump_dir={tmp_path}/one", "data.batch_size=4"]).exit_code == 0
+    split = ["data.batch_size=4", "distributed.tp_size=2", "sample_prompt=def"]
+    result = train([*words, f"dump_dir={tmp_path}/two", *split], n_ranks=2)
+    assert result.exit_code == 0, result.output
+    assert "a sample: def" in result.output
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+    assert validations(tmp_path / "two") == pytest.approx(validations(tmp_path / "one"), rel=1e-4)
