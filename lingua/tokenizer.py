@@ -124,7 +124,9 @@ class IdTokenizer(Tokenizer):
 
     name, bos_id, eos_id = "none", None, None
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int | None) -> None:
+        if vocab_size is None:
+            raise ConfigError("data.tokenizer.name is none; say how many ids there are with data.tokenizer.vocab_size")
         self.vocab_size, self.fingerprint = vocab_size, f"none:{vocab_size}"
 
     def encode_text(self, text: str) -> np.ndarray:
@@ -224,16 +226,10 @@ _CL100K = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
     r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-_O200K = "|".join(
-    (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
+_O200K = (
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
+    r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
 _SPLITS = {"gpt2": _GPT2, "cl100k": _CL100K, "o200k": _O200K}
 _LLAMA3 = {
@@ -286,16 +282,13 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode_text(self, text: str) -> np.ndarray:
         # Faster than encode_ordinary and an array of its list, which costs 16% more.
-        return self._model.encode_to_numpy(text, allowed_special=_NOTHING, disallowed_special=())
+        return self._model.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode(errors=self.errors)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._model.decode_bytes([int(i) for i in ids])
-
-
-_NOTHING: frozenset[str] = frozenset()
 
 
 def read_ranks(path: Path, split: str) -> tuple[dict[bytes, int], Ranks]:
@@ -319,11 +312,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line:
-            continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ConfigError(
                 f"{path}, line {number}: not a tiktoken rank file (`<base64> <rank>` per line); "
@@ -363,13 +355,13 @@ class HuggingFaceTokenizer(_WordTokenizer):
 
     def _first(self, declared: dict[str, Any], key: str, usual: Sequence[str]) -> int | None:
         if key in declared:  # null means none
-            token = _content(declared[key])
+            token = declared[key]["content"] if isinstance(declared[key], dict) else declared[key]
             return None if token is None else self._id(token)
         return next((i for i in map(self._id, usual) if i is not None), None)
 
     def _id(self, token: str) -> int | None:
-        found = self._model.token_to_id(_hide(token)) if _hide(token) in self._hidden else None
-        return self._model.token_to_id(token) if found is None else found
+        spelled = {hidden: spelled for spelled, hidden in self._hidden.items()}
+        return self._model.token_to_id(spelled.get(token, token))
 
     def _without_blank(self) -> Any:
         from tokenizers import Tokenizer as Model
@@ -408,15 +400,6 @@ def _without_blank(part: Any) -> Any:
     return part
 
 
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _hide(token: str) -> str:
-    """Spell a special token so that no text spells it: U+FFFE is not a character (Unicode 16, section 23.7)."""
-    return f"\ufffe{token}\ufffe"
-
-
 def _for_training(content: bytes, declared: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """Return a tokenizer.json for deterministic training, and its hidden spellings of special tokens.
 
@@ -429,23 +412,22 @@ def _for_training(content: bytes, declared: dict[str, Any]) -> tuple[str, dict[s
     file |= {"truncation": None, "padding": None, "post_processor": None}
     if model.get("dropout") is not None:
         model["dropout"] = None
-    named = {_content(token) for key, token in declared.items() if key.endswith("_token")}
+    tokens = [token for key, token in declared.items() if key.endswith("_token")]
+    named = {token.get("content") if isinstance(token, dict) else token for token in tokens}
     added = file.get("added_tokens") or []
     for token in added:
         token["special"] |= token["content"] in named
     pieces = set(vocab) if isinstance(vocab, dict) else {piece for piece, *_ in vocab}
-    hidden = {_hide(token["content"]): token["content"] for token in added if token["special"]}
-    hidden = {spelled: token for spelled, token in hidden.items() if token in pieces}
-    special = set(hidden.values())
+    special = {token["content"] for token in added if token["special"]} & pieces
+    spell = {token: f"\ufffe{token}\ufffe" for token in special}  # U+FFFE is not a character (Unicode 16, section 23.7)
     file["added_tokens"] = [token for token in added if token["content"] not in special]
-    spell = {token: spelled for spelled, token in hidden.items()}
     if isinstance(vocab, dict):
         model["vocab"] = {spell.get(piece, piece): i for piece, i in vocab.items()}
     else:
         model["vocab"] = [[spell.get(piece, piece), *score] for piece, *score in vocab]
     if model.get("unk_token") in special:
         model["unk_token"] = spell[model["unk_token"]]
-    return orjson.dumps(file).decode(), hidden
+    return orjson.dumps(file).decode(), {spelled: token for token, spelled in spell.items()}
 
 
 # -- choosing one --------------------------------------------------------------------------------------------------
@@ -456,9 +438,9 @@ def tokenizer_file(args: TokenizerArgs) -> Path:
     if not args.path:
         raise ConfigError(f"data.tokenizer.name is {args.name}, which needs a file; set data.tokenizer.path")
     path = Path(os.path.expandvars(args.path)).expanduser()
-    if args.name == "hf" and path.is_dir():
+    if path.is_dir() and args.name == "hf":
         path = path / "tokenizer.json"
-    if args.name != "hf" and path.is_dir():
+    elif path.is_dir():
         raise ConfigError(f"data.tokenizer.path: {path} is a folder; name the tokenizer's file in it")
     if not path.is_file():
         raise ConfigError(
@@ -484,8 +466,6 @@ def _fingerprint(name: str, path: Path, split: str) -> str:
 def build_tokenizer(args: TokenizerArgs) -> Tokenizer:
     """Build the tokenizer that the config names."""
     if args.name == "none":
-        if args.vocab_size is None:
-            raise ConfigError("data.tokenizer.name is none; say how many ids there are with data.tokenizer.vocab_size")
         tokenizer: Tokenizer = IdTokenizer(args.vocab_size)
     else:
         tokenizer = ByteTokenizer() if args.name == "bytes" else _build(args.name, tokenizer_file(args), args.split)
@@ -500,10 +480,9 @@ def _build(name: str, path: Path, split: str) -> Tokenizer:
     kinds = {"sp": SentencePieceTokenizer, "hf": HuggingFaceTokenizer}
     try:
         tokenizer = TiktokenTokenizer(path, split) if name == "tiktoken" else kinds[name](path)
-    except ConfigError:
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and DiskError.of(error).may_pass:  # no fault of the config
+        may_pass = isinstance(error, OSError) and DiskError.of(error).may_pass  # no fault of the config
+        if may_pass or isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not readable as data.tokenizer.name: {name} ({str(error)[:200]})") from error
     tokenizer.fingerprint = _fingerprint(name, path, split)

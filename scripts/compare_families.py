@@ -9,6 +9,7 @@ that was killed goes on where it was. The table takes the best rate of each. The
 
 from __future__ import annotations
 
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import subprocess
 import sys

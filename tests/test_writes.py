@@ -22,6 +22,7 @@ ALLOWED = {
         lingua/checkpoint/pins.py:pinned unlink
         lingua/data/blocked_source.py:whole_file rename
         lingua/data/blocked_source.py:whole_file unlink
+        lingua/data/generate.py:_write unlink
         lingua/data/local_copy.py:_remove unlink
         lingua/data/prepare/external_sort.py:write_output unlink
         lingua/data/prepare/hub.py:_remove_wrong unlink

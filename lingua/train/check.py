@@ -416,7 +416,7 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     """Warn if a first attempt begins with a state that has all its steps done."""
-    if (step := begins_with(args)[0]) >= size.n_steps:
+    if size.n_steps <= (step := begins_with(args)[0]) > 0:
         text = (
             f"steps is {size.n_steps}, but {args.checkpoint.init_ckpt_path} is already at step {step}; raise steps, or "
             f"count from 0 with checkpoint.reset=[{','.join([*args.checkpoint.reset, 'step'])}]"
