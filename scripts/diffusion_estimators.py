@@ -9,6 +9,7 @@ that is turned, as in training; exact count: l tokens are hidden, with l spread 
 
 from __future__ import annotations
 
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
 import math
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 from apps.diffusion.args import MaskedDiffusionArgs
 from apps.diffusion.objective import chances_and_weights, levels
 from apps.diffusion.score import bound_of, samples_of
+from lingua.config.command_line import run_main
 from lingua.data.held_out import ScoredRow
 
 N_STATES = 8
@@ -81,4 +83,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))
