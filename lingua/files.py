@@ -30,6 +30,14 @@ BLOCK_BYTES = mmap.PAGESIZE
 """Alignment that O_DIRECT needs: pages on Lustre, disk blocks on local file systems."""
 
 
+class ConfigError(ValueError):
+    """A config error that its author can fix. `problems` holds one complete sentence per finding."""
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
 class RunError(RuntimeError):
     """A problem outside the program that its user can fix. The message is one sentence with the remedy."""
 

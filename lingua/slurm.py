@@ -1,7 +1,7 @@
 """What is specific to Slurm: its variables, commands and answers; the text of its jobs is in slurm_script.py.
 
-Another scheduler would be two more files with these functions. `scripts/job.sh`, the script of a sweep,
-distributed/place.py and launch/local_ranks.py read SLURM_* variables too. A command is a list of words, not shell text.
+All other modules take both from scheduler.py, which says what another scheduler needs. A command is a list of words,
+not shell text.
 """
 
 from __future__ import annotations
@@ -12,30 +12,35 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from lingua.config.base import ConfigError
-from lingua.config.keys.launch import JobArgs
-from lingua.files import RunError
+from lingua.files import ConfigError, RunError
+
+OWN_VARIABLES = "SLURM|SBATCH"  # how variables begin that explain a run
+STEP_VARIABLES = ("SLURM_STEP_NUM_TASKS",)  # without which a process is no task of a step
+CANCEL, ACCOUNTS = "scancel", "sacct"  # what a person types to cancel a job, and to see how it ended
 
 
 @dataclass(frozen=True)
-class SlurmTask:
+class StepTask:
     """This process as a task of an `srun` step of several tasks."""
 
-    job_id: str
+    step: str
     rank: int
     n_tasks: int
     local_rank: int
     n_local_tasks: int
     node: int
     head_node: str
+    is_first: bool = False
+    """Slurm itself started this process; False: another process of the task did."""
 
 
-def this_task(env: Mapping[str, str]) -> SlurmTask | None:
+def this_task(env: Mapping[str, str]) -> StepTask | None:
     """Return the task that this process is, or None if no `srun` of several tasks started it.
 
     SLURM_NTASKS is set in every shell of an allocation, also for a plain `python` that no other rank will ever join;
@@ -46,14 +51,15 @@ def this_task(env: Mapping[str, str]) -> SlurmTask | None:
         return None
     per_node = _expand_counts(env.get("SLURM_STEP_TASKS_PER_NODE", str(n_tasks)))
     node = int(env.get("SLURM_NODEID", "0"))
-    return SlurmTask(
-        job_id=env.get("SLURM_JOB_ID", "0"),
+    return StepTask(
+        step=f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_STEP_ID', '0')}",
         rank=int(env["SLURM_PROCID"]),
         n_tasks=n_tasks,
         local_rank=int(env.get("SLURM_LOCALID", "0")),
         n_local_tasks=per_node[min(node, len(per_node) - 1)],
         node=node,
         head_node=expand_hosts(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "localhost"))[0],
+        is_first=env.get("SLURM_TASK_PID") == str(os.getpid()),
     )
 
 
@@ -88,8 +94,13 @@ def this_allocation(env: Mapping[str, str]) -> Allocation | None:
         # SLURM_NTASKS is that of the submission, even if a requeued job got fewer nodes.
         n_tasks=n_nodes * int(per_node) if per_node else int(env.get("SLURM_NTASKS") or n_nodes),
         cpus_per_task=int(cpus) if cpus else None,
-        array_task=f"{env['SLURM_ARRAY_JOB_ID']}_{task}" if (task := env.get("SLURM_ARRAY_TASK_ID")) else "",
+        array_task=array_task(env["SLURM_ARRAY_JOB_ID"], task) if (task := env.get("SLURM_ARRAY_TASK_ID")) else "",
     )
+
+
+def array_task(job_id: str, number: int | str) -> str:
+    """Name a task of an array in commands."""
+    return f"{job_id}_{number}"
 
 
 def require_tasks_that_fit(env: Mapping[str, str]) -> None:
@@ -211,7 +222,7 @@ def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, time
     return done.stdout
 
 
-def ask_slurm(words: Sequence[str], timeout_s: float = 5.0) -> str:
+def ask_scheduler(words: Sequence[str], timeout_s: float = 5.0) -> str:
     """Run a Slurm command that is not worth a long wait; returns "" if it fails."""
     try:
         return run_command(words, timeout_s=timeout_s)
@@ -231,7 +242,7 @@ def can_submit(env: Mapping[str, str]) -> bool:
 
 def submit(
     script: Path,
-    asked: JobArgs,
+    asked: Mapping[str, Any],
     folder: Path,
     *,
     output: str = "",
@@ -242,8 +253,8 @@ def submit(
 ) -> str:
     """Submit a job script that begins in `folder`; returns the job's id. Raises RunError.
 
-    `output`: a `log_pattern`; by default slurm-ID.out in `folder`. `once`: the job's name; if a job of this name waits
-    or runs already, nothing is submitted and its id is returned.
+    `asked`: keys of JobArgs. `output`: a `log_pattern`; by default slurm-ID.out in `folder`. `once`: the job's name; if
+    a job of this name waits or runs already, nothing is submitted and its id is returned.
     """
     if once and (known := jobs_named(once, run)):
         return known[0]
@@ -252,10 +263,10 @@ def submit(
     return run(words, env=_not_overruled(asked, outside_job(env))).strip().partition(";")[0]
 
 
-def _not_overruled(asked: JobArgs, env: Mapping[str, str]) -> dict[str, str]:
+def _not_overruled(asked: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without the SBATCH_* variables of keys that are set: they would overrule #SBATCH lines."""
     names = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
-    set_here = {names.get(key, f"SBATCH_{key.upper()}") for key, value in asked.model_dump().items() if value}
+    set_here = {names.get(key, f"SBATCH_{key.upper()}") for key, value in asked.items() if value}
     return {name: value for name, value in env.items() if name not in set_here}
 
 
@@ -266,7 +277,7 @@ def jobs_named(name: str, run: Runner = run_command) -> list[str]:
 
 def cancel(*, address: str = "", name: str = "", run: Runner = run_command) -> None:
     """Cancel the job with this `Allocation.address`, or this user's jobs of that name. Raises RunError."""
-    run(["scancel", address] if address else ["scancel", "--me", f"--name={name}"])
+    run([CANCEL, address] if address else [CANCEL, "--me", f"--name={name}"])
 
 
 def send_signal(address: str, signal: str, step: str = "", run: Runner = run_command) -> None:
@@ -277,7 +288,7 @@ def send_signal(address: str, signal: str, step: str = "", run: Runner = run_com
         if step not in steps:
             raise RunError(f"job {address} has no step {step}")
         address = steps[step]
-    run(["scancel", f"--signal={signal}", address])
+    run([CANCEL, f"--signal={signal}", address])
 
 
 REQUEUE_PAUSES_S = (1.0, 4.0)
@@ -314,7 +325,7 @@ _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE
 class JobState:
     """A job as the controller sees it."""
 
-    name: str
+    name: str = "UNKNOWN"
     """RUNNING, COMPLETING, ..."""
     preempted: bool = False
     ends_at_s: float | None = None
@@ -359,6 +370,26 @@ def cluster_config(run: Runner = run_command) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def describe_cluster(run: Runner = ask_scheduler) -> Iterator[tuple[str, str, str]]:
+    """Yield (part, what it is like, what to do about it or "") for `lingua doctor`."""
+    if not (config := cluster_config(run)):
+        yield "slurm", "not here, or its controller does not answer", "run with --local, or torchrun"
+        return
+    version, preempt = config.get("SLURM_VERSION", "?"), config.get("PreemptMode", "OFF")
+    yield "slurm", f"{version}, cluster {config.get('ClusterName', '?')}", ""
+    if "CANCEL" in preempt:
+        yield "preemption", preempt, "preempted jobs are cancelled, not requeued: submit again to resume"
+    else:
+        yield "preemption", f"{preempt}; {config.get('KillWait', '?')} from SIGTERM to SIGKILL at the time limit", ""
+    if config.get("JobRequeue") == "0":
+        yield "requeue", "jobs are not requeued by default", "submit with --requeue, as lingua's own scripts do"
+    if "tmpfs" in config.get("JobContainerType", ""):
+        remedy = "what is staged there dies with the job; the last save is waited for"
+        yield "job container", "each job has a /dev/shm of its own", remedy
+    if "cgroup" not in config.get("ProctrackType", "cgroup"):
+        yield "processes", f"tracked by {config['ProctrackType']}", "strays may outlive a job"
+
+
 @dataclass(frozen=True)
 class Limits:
     """What the cluster grants a job; None where it does not say."""
@@ -368,6 +399,21 @@ class Limits:
     preempt_mode: str = ""
     kill_wait_s: float | None = None
     """Between SIGTERM and SIGKILL of a job that is cancelled or requeued."""
+
+    def missing(self, save_s: float) -> Iterator[str]:
+        """Yield what a run lacks whose saves take that long, a sentence each."""
+        if self.grace_s is not None and self.preempt_mode not in ("", "OFF") and self.grace_s <= save_s:
+            yield (
+                f"a preempted job has {self.grace_s:.0f} s (GraceTime) and a save took up to {save_s:.1f} s: what was "
+                "trained since the last checkpoint may be lost; lower checkpoint.dump.every"
+            )
+        if self.preempt_mode == "CANCEL":
+            yield "a preempted job is cancelled here (PreemptMode=CANCEL); it comes back if it saves within its grace"
+        if self.kill_wait_s is not None and self.kill_wait_s <= save_s:
+            yield (
+                f"scancel and scontrol requeue leave {self.kill_wait_s:.0f} s (KillWait) and a save took up to "
+                f"{save_s:.1f} s: a run cancelled that way may lose what it trained since its last checkpoint"
+            )
 
 
 def limits_of(address: str, run: Runner = run_command) -> Limits:
@@ -381,7 +427,7 @@ def limits_of(address: str, run: Runner = run_command) -> Limits:
 
 
 @dataclass(frozen=True)
-class SlurmJob:
+class QueuedJob:
     """A job as Slurm sees it."""
 
     id: str
@@ -406,7 +452,7 @@ class SlurmJob:
         return self.is_waiting or self.state in _RUNNING
 
 
-def jobs_in_queue(run: Runner = ask_slurm) -> dict[str, SlurmJob]:
+def jobs_in_queue(run: Runner = ask_scheduler) -> dict[str, QueuedJob]:
     """Return this user's jobs that wait, run, or ended a moment ago, by id; tasks of arrays also as `4711_3`.
 
     Tasks that never started have no id of their own yet.
@@ -416,20 +462,20 @@ def jobs_in_queue(run: Runner = ask_slurm) -> dict[str, SlurmJob]:
     return {job.id: job for job in jobs} | {job.array_task: job for job in jobs if job.array_task}
 
 
-def job_of(job_id: str, queue: dict[str, SlurmJob], run: Runner = ask_slurm) -> SlurmJob | None:
+def job_of(job_id: str, queue: dict[str, QueuedJob], run: Runner = ask_scheduler) -> QueuedJob | None:
     """Look a job up in the queue, then in Slurm's accounts; None if Slurm does not know it (any more)."""
     if not job_id or job_id in queue:
         return queue.get(job_id)
     text = run(
-        ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=JobIDRaw,State,Reason"]
+        [ACCOUNTS, "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=JobIDRaw,State,Reason"]
     )
     return next((job for job in map(_job, text.splitlines()) if job is not None and job.id == job_id), None)
 
 
-def _job(line: str) -> SlurmJob | None:
+def _job(line: str) -> QueuedJob | None:
     fields = [field.strip() for field in line.split("|")]
     if len(fields) < 2 or not fields[0]:
         return None
     fields[2:3] = ["" if field == "None" else field for field in fields[2:3]]
     fields[5:6] = ["" if field.endswith("_N/A") else field for field in fields[5:6]]
-    return SlurmJob(*fields[:6])
+    return QueuedJob(*fields[:6])

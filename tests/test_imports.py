@@ -1,6 +1,8 @@
 """Wings import one way. Imports inside functions and under TYPE_CHECKING count; there is no list of exceptions."""
 
 import ast
+import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -8,8 +10,10 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     ["masking"],
     ["files", "logger", "signals"],
+    ["slurm", "slurm_script"],
+    ["scheduler"],
     ["config"],
-    ["slurm", "slurm_script", "tokenizer"],
+    ["tokenizer"],
     ["run", "optim"],
     ["console", "model"],
     ["data", "distributed"],
@@ -41,6 +45,7 @@ def wing_of(module: str) -> str:
     return parts[1] if parts[0] == "lingua" and len(parts) > 1 else parts[0]
 
 
+@cache
 def imports_of(module: str) -> set[str]:
     """The modules of this repository that a module names in its import statements, wherever they stand."""
     found: set[str] = set()
@@ -89,3 +94,36 @@ def test_files_import_each_other_in_no_circle():
 
     for module in sorted(graph):
         follow(module, [])
+
+
+# Files with Slurm's names, and why; docstrings and comments, which are the help of keys too, may have them everywhere.
+SLURM = {
+    "lingua.slurm": "its variables, commands and answers",
+    "lingua.slurm_script": "the text of its jobs",
+    "lingua.stool": "Meta Lingua's command line has launcher=sbatch",
+    "scripts.chinchilla_scaling": "submits a *.slurm script by its own sbatch command",
+}
+SLURMS_COMMAND = r"\b(sbatch|srun|scontrol|squeue|sacct|scancel|sinfo)\b"
+SLURMS_NAME = re.compile(
+    rf"SLURM|SBATCH|slurm-|{SLURMS_COMMAND}|KillWait|GraceTime|PreemptMode"
+    r"|\b(PENDING|RUNNING|COMPLETING|CANCELLED|NODE_FAIL|BOOT_FAIL|PREEMPTED|REQUEUED)\b"
+)
+
+
+def texts_of(module: str) -> list[str]:
+    """The strings of a module that are no docstrings, those in f-strings too."""
+    text = MODULES[module].read_text()
+    nodes = list(ast.walk(ast.parse(text))) if SLURMS_NAME.search(text) else []  # which is faster
+    docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    values = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docs]
+    return [str(value) for value in values if isinstance(value, str | bytes)]
+
+
+def test_slurms_variables_commands_directives_and_states_are_named_in_two_files():
+    assert {module for module in MODULES if any(map(SLURMS_NAME.search, texts_of(module)))} == set(SLURM)
+    assert not re.search(SLURMS_COMMAND, (ROOT / "scripts/job.sh").read_text()), "it serves other schedulers too"
+
+
+def test_the_scheduler_is_chosen_in_one_file():
+    slurm = {"lingua.slurm", "lingua.slurm_script"}
+    assert {module for module in MODULES if imports_of(module) & slurm} == {"lingua.scheduler"}

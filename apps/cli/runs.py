@@ -222,7 +222,7 @@ COMMANDS = (why, status, runs, diff, report, stop, profile, doctor)
 def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:
     """Read run folders, and the queue of Slurm where a run has a job. Raises RunError where there is no run."""
     from lingua.report.facts import find_run, read_run
-    from lingua.slurm import job_of, jobs_in_queue
+    from lingua.scheduler import job_of, jobs_in_queue
 
     found = [read_run(find_run(path)) for path in paths]
     queue = jobs_in_queue() if any(facts.job_id for facts in found) else {}
@@ -236,6 +236,7 @@ def _running(run: Path, remedy: str) -> tuple[RunFacts, Attempt]:
     from lingua.files import RunError
     from lingua.report.status import is_alive, state_of
     from lingua.run.lock import this_process
+    from lingua.scheduler import CANCEL
 
     (facts,) = _read([run])
     if facts.attempt is not None and is_alive(facts, this_process()):
@@ -250,5 +251,5 @@ def _running(run: Path, remedy: str) -> tuple[RunFacts, Attempt]:
             f"{facts.path} is a copy of {other} and is not running itself; name {other} if you mean that one"
         )
     if facts.job is not None and facts.job.is_waiting and not remedy:
-        remedy = f"; to keep job {facts.job_id} from starting it again: scancel {facts.job_id}"
+        remedy = f"; to keep job {facts.job_id} from starting it again: {CANCEL} {facts.job_id}"
     raise RunError(f"{facts.path} is not running, it is {state_of(facts, this_process())}{remedy}")

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from lingua.console import AsJson, Commands, show, show_json, show_table
 
 if TYPE_CHECKING:
-    from lingua.slurm import SlurmJob
+    from lingua.scheduler import QueuedJob
     from lingua.sweep.sweep import Plan, Sweep
 
 START = "start"
@@ -69,7 +69,7 @@ def start(
     `launcher`.
     """
     from lingua.config.command_line import parse_command_line
-    from lingua.slurm import must_be_there
+    from lingua.scheduler import must_be_there
     from lingua.sweep.sweep import make_sweep, plan_sweep
 
     plan = plan_sweep(parse_command_line(words or []), Path.cwd(), at_once)
@@ -203,13 +203,13 @@ def _start(sweep: Sweep, numbers: list[int], local: bool, as_json: bool) -> None
     show(record, as_json, [f"job {record['job']}: {len(numbers)} points of {sweep.folder}"])
 
 
-def _queue(sweep: Sweep, must_answer: bool = False) -> dict[str, SlurmJob]:
+def _queue(sweep: Sweep, must_answer: bool = False) -> dict[str, QueuedJob]:
     """Return Slurm's jobs; empty if the sweep has none, or if Slurm does not answer and need not."""
-    from lingua.slurm import ask_slurm, jobs_in_queue, run_command
+    from lingua.scheduler import ask_scheduler, jobs_in_queue, run_command
 
     if not sweep.jobs:
         return {}
-    return jobs_in_queue(run_command if must_answer else ask_slurm)
+    return jobs_in_queue(run_command if must_answer else ask_scheduler)
 
 
 def _show_points(plan: Plan) -> None:

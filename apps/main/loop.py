@@ -25,8 +25,8 @@ from lingua.profiling.windows import Requests, take_request
 from lingua.run.folder import EXIT_FINISHED, describe_stop, end_asked_for
 from lingua.run.metrics import VALIDATION_FILE, read_metrics
 from lingua.run.watchdog import Watchdog
+from lingua.scheduler import job_end_s
 from lingua.signals import STOP_REQUEST, SignalFlag, StopSignals, noted
-from lingua.slurm import job_end_s
 from lingua.train.build import build_run
 from lingua.train.check import Checked
 from lingua.train.learner import Run

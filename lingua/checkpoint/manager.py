@@ -40,7 +40,7 @@ from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.distributed.process_group import Ranks
 from lingua.files import DISK, DiskError, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
 from lingua.run.lock import RunLock, this_process
-from lingua.slurm import this_job
+from lingua.scheduler import this_job
 
 log = logging.getLogger(__name__)
 

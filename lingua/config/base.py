@@ -14,13 +14,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
-
-class ConfigError(ValueError):
-    """A config error that its author can fix. `problems` holds one complete sentence per finding."""
-
-    def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+from lingua.files import ConfigError as ConfigError
 
 
 class Args(BaseModel):
@@ -261,7 +255,7 @@ MOVED = {
     "eval.tasks": "use eval.harness.tasks",
     "slurm.anaconda": "remove it: jobs run in the environment that submitted them",
     "slurm.script": "use `app` to name the package that runs",
-    "slurm.launcher": "remove it: jobs are always submitted by sbatch",
+    "slurm.launcher": "remove it: jobs are always submitted to Slurm",
     "slurm.copy_code": "it belongs to the command that launches a run, not to the run",
     "slurm.dirs_exists_ok": "it belongs to the command that launches a run, not to the run",
     "slurm.override": "it belongs to the command that launches a run, not to the run",

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lingua.config.base import ConfigError
-from lingua.slurm import SlurmTask, this_task
+from lingua.scheduler import RUN_STEP, STEP_VARIABLES, StepTask, this_task
 
 log = logging.getLogger(__name__)
 
 _SHELLS = ("RANK", "WORLD_SIZE")
-_STEPS = ("SLURM_STEP_NUM_TASKS",)
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
             "Slurm's step", given.rank, given.world_size, task.rank, task.n_tasks,
         )  # fmt: skip
     # Two runs on one node must not meet: the port follows from the job and its step.
-    step = f"{task.job_id}.{env.get('SLURM_STEP_ID', '0')}"
-    port = 20_000 + zlib.crc32(step.encode()) % 12_000  # below the ephemeral ports
+    port = 20_000 + zlib.crc32(task.step.encode()) % 12_000  # below the ephemeral ports
     meeting = {} if inherited else env  # which goes with RANK
     return RankInfo(
         rank=task.rank,
@@ -65,7 +63,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
         local_rank=task.local_rank,
         local_world_size=task.n_local_tasks,
         master=(meeting.get("MASTER_ADDR") or task.head_node, _number(meeting, "MASTER_PORT", port, 1, 65_535)),
-        said_by=_STEPS,
+        said_by=STEP_VARIABLES,
     )
 
 
@@ -86,7 +84,7 @@ def _place_in(env: Mapping[str, str]) -> RankInfo:
     )
 
 
-_HOW = "start the ranks by torchrun, srun or `lingua launch`, or unset RANK and WORLD_SIZE to run alone"
+_HOW = f"start the ranks by torchrun, {RUN_STEP} or `lingua launch`, or unset RANK and WORLD_SIZE to run alone"
 
 
 def _number(env: Mapping[str, str], name: str, default: int, least: int = 0, most: int = 2**31) -> int:
@@ -97,8 +95,8 @@ def _number(env: Mapping[str, str], name: str, default: int, least: int = 0, mos
     return int(text)
 
 
-def _is_below_a_launcher(env: Mapping[str, str], task: SlurmTask, given: RankInfo) -> bool:
+def _is_below_a_launcher(env: Mapping[str, str], task: StepTask, given: RankInfo) -> bool:
     """Return whether a launcher that is a task of Slurm's made RANK, and not the shell that started the step."""
-    if env.get("SLURM_TASK_PID") == str(os.getpid()):
+    if task.is_first:
         return False
     return "TORCHELASTIC_RUN_ID" in env or given.world_size > task.n_tasks

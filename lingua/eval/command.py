@@ -30,8 +30,8 @@ from lingua.files import RunError, make_folder, read_json
 from lingua.logger import start_logging
 from lingua.run.folder import EXIT_FINISHED, end_asked_for
 from lingua.run.metrics import EvaluationTracker
+from lingua.scheduler import Runner, run_command
 from lingua.signals import SignalFlag, StopSignals, noted
-from lingua.slurm import Runner, run_command
 from lingua.train.describe import config_of, described
 
 log = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from lingua.files import RunError
 from lingua.run.lock import this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.watchdog import Watchdog
-from lingua.slurm import can_submit, this_allocation, this_job
+from lingua.scheduler import can_submit, this_allocation, this_job
 from lingua.train.learner import Run
 from lingua.train.load_model import bare_model, chosen_dtype
 

@@ -33,7 +33,7 @@ from lingua.eval.harness_tasks import be_offline
 from lingua.eval.scorer import Scorer
 from lingua.logger import start_logging
 from lingua.model.generate import Generator
-from lingua.slurm import this_allocation
+from lingua.scheduler import this_allocation
 from lingua.tokenizer import Tokenizer
 from lingua.train.load_model import chosen_dtype, load_model, stored_dtype
 from lingua.train.validate import HeldOutLoss

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lingua import scheduler
 from lingua.checkpoint import documents, layout, publish
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.config.keys.launch import JobArgs
@@ -25,8 +26,6 @@ from lingua.eval.evaluator import Beat, Stopped, read_results
 from lingua.files import RunError, make_folder, write_whole
 from lingua.launch.submit import RUN_SCRIPT
 from lingua.run.code_snapshot import FOLDER as CODE
-from lingua.slurm import Runner, cancel, jobs_named, run_command, submit
-from lingua.slurm_script import code_lines, job_script, step_command
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class EvalJobs:
     python: Path = Path(sys.executable)
     poll_s: float = 30.0
     """Interval between two looks at a job."""
-    run: Runner = run_command
+    run: scheduler.Runner = scheduler.run_command
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.time
 
@@ -69,7 +68,7 @@ class EvalJobs:
             raise  # the next follower finds the job
         except Exception:
             try:
-                cancel(name=name, run=self.run)
+                scheduler.cancel(name=name, run=self.run)
             except RunError as error:
                 log.warning("%s", error)
             raise
@@ -79,7 +78,7 @@ class EvalJobs:
         make_folder(folder, "evals")
         script = folder / RUN_SCRIPT
         write_whole(script, self.render(folder, name, step), mode=0o700)
-        job_id = submit(script, self.asked, folder, once=name, run=self.run)
+        job_id = scheduler.submit(script, self.asked.model_dump(), folder, once=name, run=self.run)
         log.info("step %d is evaluated by job %s: %s", step, job_id, folder)
 
     def render(self, folder: Path, name: str, step: int) -> str:
@@ -88,15 +87,15 @@ class EvalJobs:
         place = [f"ckpt={self.run_dir}@{step}", f"dump_dir={folder}"]
         command = [str(self.python), "-u", "-m", f"{self.app}.eval", *place, *self.words]
         # srun does not take over --cpus-per-task of the job (Slurm 22.05 release notes).
-        srun = step_command(command, cpus_per_task=self.asked.cpus_per_gpu, end_together=True)
-        return job_script(name, self.asked, code_lines(self.base_dir, code, srun))
+        words = scheduler.step_command(command, cpus_per_task=self.asked.cpus_per_gpu, end_together=True)
+        return scheduler.job_script(name, self.asked.model_dump(), scheduler.code_lines(self.base_dir, code, words))
 
     def _wait(self, folder: Path, name: str, beat: Beat) -> Mapping[str, Any]:
         gone_s: float | None = None
         while (there := read_results(folder)) is None:
             beat()
             try:
-                is_there = bool(jobs_named(name, self.run))
+                is_there = bool(scheduler.jobs_named(name, self.run))
             except RunError as error:  # Slurm's controller may be down; eval.timeout_hours ends that too
                 log.warning("%s", error)
                 is_there = True
@@ -112,8 +111,8 @@ class EvalJobs:
 
 def _last_error(folder: Path) -> str:
     """Return the last error in the log of a folder's newest job."""
-    logs = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    logs = sorted(folder.glob(scheduler.OWN_LOGS), key=lambda path: path.stat().st_mtime)
     if not logs:
-        return f"it wrote no log into {folder}; see `sacct`"
+        return f"it wrote no log into {folder}; see `{scheduler.ACCOUNTS}`"
     errors = re.findall(r"^.*\berror: (.*)$", logs[-1].read_text(errors="replace")[-20_000:], re.MULTILINE)
     return f"{errors[-1]} ({logs[-1]})" if errors else f"see {logs[-1]}"

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lingua import scheduler
 from lingua.checkpoint import layout
 from lingua.checkpoint.documents import read_run_id
 from lingua.checkpoint.lookup import run_root
@@ -37,8 +38,6 @@ from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
 from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import OccupiedError, RunLock, living_attempt, this_process
-from lingua.slurm import Runner, outside_job, run_command, submit, this_job
-from lingua.slurm_script import code_lines, job_script, log_pattern
 
 if TYPE_CHECKING:
     from lingua.checkpoint.manager import SaveReport
@@ -60,7 +59,7 @@ def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[st
 
     With None it has no CUDA_VISIBLE_DEVICES, which the jobs that it submits would inherit.
     """
-    kept = outside_job(env)
+    kept = scheduler.outside_job(env)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
     kept.pop("CUDA_VISIBLE_DEVICES", None)
     kept |= {"PYTHONPATH": path, trust.VARIABLE: "1"}
@@ -90,7 +89,8 @@ def follow_command(run_dir: Path, app: str, *, by_jobs: bool) -> list[str]:
 @contextmanager
 def alone(run_dir: Path) -> Iterator[bool]:
     """Be the evaluator that the run has started, or yield False if there is one. Raises RunError: no write access."""
-    lock = RunLock(make_folder(run_dir / layout.EVALS, "evals"), this_process(*this_job(os.environ)), doing="evaluated")
+    me = this_process(*scheduler.this_job(os.environ))
+    lock = RunLock(make_folder(run_dir / layout.EVALS, "evals"), me, doing="evaluated")
     with ExitStack() as stack:
         try:
             stack.enter_context(lock)
@@ -157,7 +157,7 @@ class Beside(Evaluation):
     base_dir: Path = field(default_factory=Path.cwd)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     start: Callable[[Sequence[str], Mapping[str, str], Path], subprocess.Popen[bytes]] = start_process
-    run: Runner = run_command
+    run: scheduler.Runner = scheduler.run_command
     _process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> bool:
@@ -230,12 +230,14 @@ class Beside(Evaluation):
         name = f"follow-{read_run_id(run_root(self.run_dir))}"
         script = make_folder(self.run_dir / layout.EVALS, "evals") / SCRIPT
         write_whole(script, self.render(name, asked), mode=0o700)
-        output = log_pattern(self.run_dir / RANK_LOGS, "evaluator")
+        output = scheduler.log_pattern(self.run_dir / RANK_LOGS, "evaluator")
         env = follower_environment(self.env, None)
-        return submit(script, asked, script.parent, output=output, once=name, env=env, run=self.run)
+        return scheduler.submit(
+            script, asked.model_dump(), script.parent, output=output, once=name, env=env, run=self.run
+        )
 
     def render(self, name: str, asked: LauncherArgs) -> str:
         """Return the text of the last job's script."""
         code = self.run_dir / CODE if (self.run_dir / CODE).is_dir() else Path(__file__).parents[2]
         command = follow_command(self.run_dir, self.app, by_jobs=True)
-        return job_script(name, asked, code_lines(self.base_dir, code, command))
+        return scheduler.job_script(name, asked.model_dump(), scheduler.code_lines(self.base_dir, code, command))

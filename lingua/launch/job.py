@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from lingua import scheduler
 from lingua.checkpoint.layout import CHECKPOINTS, done_steps
 from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine, parse_command_line, run_main
@@ -47,8 +48,6 @@ from lingua.run.code_snapshot import environment, freeze_code
 from lingua.run.failure import KINDS, Failure, classify, read_failures
 from lingua.run.folder import EXIT_FAILED, STOP_FILE
 from lingua.run.lock import attempt_files, newest_attempt
-from lingua.slurm import Allocation, JobState, for_steps, job_state, requeue, require_tasks_that_fit, this_allocation
-from lingua.slurm_script import log_pattern, step_command
 from lingua.train.check import load
 
 JOBS = "jobs"
@@ -102,8 +101,8 @@ def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
 
 def begin(env: Mapping[str, str]) -> int:
     """Freeze what a *.slurm script submitted, then become `hold`, run by the frozen code."""
-    require_tasks_that_fit(env)
-    base_dir, allocation = Path.cwd(), this_allocation(env)
+    scheduler.require_tasks_that_fit(env)
+    base_dir, allocation = Path.cwd(), scheduler.this_allocation(env)
     words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
     line = parse_command_line(words, ["accept-change", "refreeze"])
     checked = load(line, allocation.n_tasks if allocation else None, starting=True)
@@ -137,14 +136,14 @@ class HeldJob:
     train_words: list[str]
     shm: str | None
     """Memory file system of the checkpoint service, or None if there is no service."""
-    allocation: Allocation | None
+    allocation: scheduler.Allocation | None
 
     @property
     def name(self) -> str:
         return self.allocation.job_id if self.allocation else "local"
 
 
-def read_job(job_file: Path, allocation: Allocation | None) -> HeldJob:
+def read_job(job_file: Path, allocation: scheduler.Allocation | None) -> HeldJob:
     """Read a job file. Raises OSError, RunError or ConfigError."""
     config = job_file.with_suffix(".yaml")
     try:
@@ -176,10 +175,10 @@ def ranks_command(job: HeldJob) -> list[str]:
         return train
     per_node, n_local = job.launcher.tasks_per_node == "per_node", job.n_ranks // slurm.n_nodes
     below = [sys.executable, "-m", "lingua.launch.local_ranks", str(n_local)] if per_node else []
-    return step_command(
+    return scheduler.step_command(
         [*below, *train],
         name=RANKS_STEP,
-        output=log_pattern(job.run_dir / RANK_LOGS, "%t"),
+        output=scheduler.log_pattern(job.run_dir / RANK_LOGS, scheduler.TASK),
         n_tasks=slurm.n_nodes if per_node else job.n_ranks,
         cpus_per_task=(slurm.cpus_per_task or 1) * (n_local if per_node else 1),
         wait_s=PATIENCE_S,
@@ -190,7 +189,7 @@ def node_check_command(job: HeldJob) -> list[str] | None:
     """Return the command that finds bad nodes, with as many tasks as ranks, or None if it is switched off."""
     if job.allocation is None or not job.launcher.node_check:
         return None
-    return step_command([sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"], n_tasks=job.n_ranks)
+    return scheduler.step_command([sys.executable, "-m", NODE_CHECK, f"--dir={job.run_dir}"], n_tasks=job.n_ranks)
 
 
 def read_bad_nodes(output: str) -> dict[str, list[str]]:
@@ -213,11 +212,11 @@ def service_command(job: HeldJob) -> list[str] | None:
     if job.allocation is None or job.shm is None:
         return None
     serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm]
-    return step_command(
+    return scheduler.step_command(
         # Ranks come once per start of the job: waiting for others would cost its grace.
         [*serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"],
         name=SERVICE_STEP,
-        output=log_pattern(job.run_dir / RANK_LOGS, "service.%n"),
+        output=scheduler.log_pattern(job.run_dir / RANK_LOGS, f"service.{scheduler.NODE}"),
         n_tasks=job.allocation.n_nodes,
         n_nodes=job.allocation.n_nodes,
         cpus_per_task=1,
@@ -230,7 +229,7 @@ def rank_variables(job: HeldJob, env: Mapping[str, str]) -> dict[str, str]:
     # By name and folder, since two clusters on one host have jobs of the same number.
     meeting = meeting_point(f"{job.name} {job.run_dir}", job.allocation.n_nodes if job.allocation else 1, env)
     kept = {name: value for name, value in env.items() if name not in job.launcher.env.unset}
-    return {**for_steps(kept), **meeting, **job.launcher.env.set}
+    return {**scheduler.for_steps(kept), **meeting, **job.launcher.env.set}
 
 
 class Holder:
@@ -374,11 +373,11 @@ class Holder:
     def _failures(self) -> frozenset[Failure]:
         return self._ask(lambda: frozenset(read_failures(self.job.run_dir)), frozenset())
 
-    def _state(self) -> JobState:
+    def _state(self) -> scheduler.JobState:
         slurm = self.job.allocation
         if slurm is None:
-            return JobState("RUNNING")
-        return self._ask(lambda: job_state(slurm.address), JobState("UNKNOWN"))
+            return scheduler.JobState()
+        return self._ask(lambda: scheduler.job_state(slurm.address), scheduler.JobState())
 
     def _tries(self) -> tuple[int, list[str]]:
         """Return (failed attempts in a row before this one that gained no step, nodes to avoid)."""
@@ -403,10 +402,10 @@ class Holder:
         return self._ask(lambda: len(attempt_files(self.job.run_dir)), None)
 
 
-def send_back(allocation: Allocation, avoid: Sequence[str] = ()) -> None:
+def send_back(allocation: scheduler.Allocation, avoid: Sequence[str] = ()) -> None:
     """Put the job back into the queue if Slurm accepts it; otherwise only its exit code asks for a restart."""
     try:
-        requeue(allocation.address, avoid)
+        scheduler.requeue(allocation.address, avoid)
     except RunError as error:  # no right to, no batch job, no controller
         log.error("%s: %s", REFUSED, error)
     except Exception as error:
@@ -437,8 +436,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def hold(job_file: Path, env: Mapping[str, str]) -> int:
     """Run what a job file froze; returns the job's exit code."""
-    require_tasks_that_fit(env)
-    allocation = this_allocation(env)
+    scheduler.require_tasks_that_fit(env)
+    allocation = scheduler.this_allocation(env)
     if allocation is not None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _note)
@@ -468,10 +467,10 @@ def main(words: list[str]) -> int:
     try:
         return begin(os.environ) if words == ["begin"] else hold(Path(words[1]), os.environ)
     except Exception as error:
-        return _give_up(error, this_allocation(os.environ))
+        return _give_up(error, scheduler.this_allocation(os.environ))
 
 
-def _give_up(error: Exception, allocation: Allocation | None) -> int:
+def _give_up(error: Exception, allocation: scheduler.Allocation | None) -> int:
     """Requeue a job that failed before any rank was started if that may help, otherwise raise the error.
 
     The job file was not read, so only restarts can be counted.

@@ -23,8 +23,8 @@ from typing import IO
 
 from lingua.config.command_line import run_main
 from lingua.files import RunError
+from lingua.scheduler import STEP_VARIABLES, this_node, this_node_name
 from lingua.signals import is_nohup
-from lingua.slurm import this_node, this_node_name
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 PATIENCE_S = 120.0
@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 def rank_env(env: Mapping[str, str], local_rank: int, n_local: int, node: int, n_nodes: int) -> dict[str, str]:
     """Return the environment of one rank, with torchrun's names: it is not the task of Slurm's step, we are."""
     return {
-        **{name: value for name, value in env.items() if name != "SLURM_STEP_NUM_TASKS"},
+        **{name: value for name, value in env.items() if name not in STEP_VARIABLES},
         "RANK": str(node * n_local + local_rank),
         "WORLD_SIZE": str(n_nodes * n_local),
         "LOCAL_RANK": str(local_rank),

@@ -58,7 +58,7 @@ def judge(outcome: Outcome, max_retries: int) -> RequeueDecision:
     kinds = outcome.kinds | ({stop["kind"]} if stop.get("kind") else set())
     hopeless = sorted(kind for kind in kinds if kind in KINDS and not KINDS[kind].restart_may_help)
     ends = (
-        (outcome.cancelled, "the job is being ended, by scancel or by Slurm itself"),
+        (outcome.cancelled, "the job is being ended, by a person or by Slurm itself"),
         (code == EXIT_FINISHED, "the run is finished"),
         (code == EXIT_INTERRUPTED, "a person stopped the run"),
         (code == EXIT_BAD_CONFIG, "the config is wrong"),

@@ -23,15 +23,11 @@ from lingua.files import make_folder, write_whole
 from lingua.launch.job import JOBS, freeze_job
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
-from lingua.slurm import Runner, outside_job, run_command, submit
-from lingua.slurm_script import job_script
+from lingua.scheduler import NO_ARRAY, TASK_OF_ARRAY, Runner, job_script, outside_job, run_command, submit
 from lingua.train.check import Checked, load
 
 RUN_SCRIPT = "run.sh"
 BODY = Path("scripts", "job.sh")
-_HOW = "# Made by `lingua launch`. sbatch run.sh: submit it again; bash run.sh: run it here, without Slurm."
-_HOW_ARRAY = "# Made by `lingua sweep`. sbatch --array=2 run.sh: submit point 2 again; bash run.sh 2: run it here."
-_TASK = "${1:-${SLURM_ARRAY_TASK_ID:?say which point: bash run.sh 2}}"
 
 
 def run_script(
@@ -39,16 +35,15 @@ def run_script(
 ) -> str:
     """Return the text of run.sh. Raises ConfigError for a setting that an #SBATCH line cannot hold.
 
-    `array`: `1-3%2` for an array whose tasks have the job files 1.json and so on, beside `job_file`.
+    `array`: an `array_of`, whose tasks have the job files 1.json and so on, beside `job_file`.
     """
     variables = {"BASE_DIR": base_dir, "PYTHON": python}
-    # Submitted by hand from a task of an array, the job would be taken for that task, and requeue it in its place.
-    own = [] if array else ["unset ${!SLURM_ARRAY_@}"]
+    own = [] if array else [NO_ARRAY]
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
-    job = f"{shlex.quote(str(job_file.parent))}/{_TASK}.json" if array else shlex.quote(str(job_file))
+    job = f"{shlex.quote(str(job_file.parent))}/{TASK_OF_ARRAY}.json" if array else shlex.quote(str(job_file))
     body = shlex.quote(str(job_file.parents[1] / CODE / BODY))
     lines = [*own, *exports, f"export JOB_FILE={job}", *launcher.setup, f"source {body}"]
-    return job_script(name, launcher, lines, array=array, note=_HOW_ARRAY if array else _HOW)
+    return job_script(name, launcher.model_dump(), lines, array=array, note=True)
 
 
 def launch(
@@ -101,7 +96,7 @@ def submit_run(
 ) -> str:
     """Submit a run.sh; returns the job id. What Slurm itself prints goes to the folder's logs/."""
     logs = make_folder(script.parent / RANK_LOGS, "dump_dir")
-    return submit(script, launcher, logs, array=array, env=env, run=run)
+    return submit(script, launcher.model_dump(), logs, array=array, env=env, run=run)
 
 
 def must_be_checkout(base_dir: Path) -> None:

@@ -23,7 +23,7 @@ from lingua.run.failure import Failure, read_failures
 from lingua.run.folder import STOP_FILE
 from lingua.run.lock import FOLDER, Attempt, newest_attempt
 from lingua.run.metrics import METRICS_FILE, VALIDATION_FILE, last_line
-from lingua.slurm import SlurmJob
+from lingua.scheduler import QueuedJob
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RunFacts:
     checkpoint: int | None = None  # step of the newest published one
     checkpoint_age_s: float | None = None
     in_memory: int | None = None  # newest step that is whole in this machine's memory; a start here saves it first
-    job: SlurmJob | None = None  # None where Slurm does not know it
+    job: QueuedJob | None = None  # None where Slurm does not know it
 
     @property
     def name(self) -> str:

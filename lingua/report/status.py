@@ -10,6 +10,7 @@ from lingua.report.facts import RunFacts
 from lingua.run.failure import KINDS, Failure
 from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import DEAD_AFTER_S, Owner
+from lingua.scheduler import ACCOUNTS
 
 _SILENT_S = 3 * DEAD_AFTER_S  # another machine's view of a shared disk may be a minute old, and so may its clock
 LIVING = ("running", "starting")
@@ -188,7 +189,7 @@ def _cause(facts: RunFacts, status: Status, cause: Failure | None) -> str:
         return f"this folder is a copy: {facts.attempt} ran in {facts.attempt.copied_from}, and may still run there"
     texts = {
         "failed": f"{stop.get('kind', 'error')}: {str(stop.get('error', 'no message was left')).strip()}",
-        "killed": "it left no message: SIGKILL, a lost node, or no memory left on the host (`dmesg`, `sacct`)",
+        "killed": f"it left no message: SIGKILL, a lost node, or no memory left on the host (`dmesg`, `{ACCOUNTS}`)",
         "saved": f"{stop.get('signal', 'a signal')}: preemption, the time limit, or a person sent it",
         "stopped": "a person: " + ("Ctrl-C" if stop.get("signal") == "SIGINT" else str(stop.get("signal"))),
         "finished": "all steps are done",

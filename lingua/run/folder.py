@@ -22,6 +22,7 @@ from lingua.files import DISK, entries, read_bytes, write_reserved, write_whole
 from lingua.logger import RANK_LOGS
 from lingua.masking import command_line, public_text, public_tree, public_variables
 from lingua.run.provenance import RUN_FILE
+from lingua.scheduler import DIRECTIVE, OWN_VARIABLES
 from lingua.signals import STOP_REQUEST
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ EXIT_HUNG = 76  # the watchdog ended it
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C: a person ended it, so it is not requeued
 
 _SHOWN = re.compile(
-    r"^(SLURM|SBATCH|CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|LINGUA|WANDB|HF|UV|PYTHON|TRITON)"
+    rf"^({OWN_VARIABLES}|CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|LINGUA|WANDB|HF|UV|PYTHON|TRITON)"
     r"|^(PATH|LD_LIBRARY_PATH|HOSTNAME|USER|TMPDIR|BASE_DIR|CONFIG_FILE|EXTRA_ARGS|VIRTUAL_ENV)$"
 )
 
@@ -53,7 +54,7 @@ def public_value(key: str, value: Any, at_most: int = 80) -> str:
 def describe_start(run_dir: Path, argv: list[str], env: Mapping[str, str] = os.environ) -> None:
     """Write run.sh (the command of the newest attempt; that of `lingua launch` stays) and env.txt."""
     command, script = command_line([sys.executable, *argv]), run_dir / "run.sh"
-    if not script.is_file() or b"\n#SBATCH" not in read_bytes(script):
+    if not script.is_file() or f"\n{DIRECTIVE}".encode() not in read_bytes(script):
         write_whole(script, f"#!/usr/bin/env bash\ncd {shlex.quote(os.getcwd())}\nexec {command}\n".encode())
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in public_environment(env).items()]
     write_whole(run_dir / "env.txt", "".join(lines).encode(), mode=0o600)

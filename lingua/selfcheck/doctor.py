@@ -17,8 +17,8 @@ from typing import Literal
 
 from lingua.checkpoint.capacity import memory_limit, private_shm_here
 from lingua.files import human_bytes
+from lingua.scheduler import describe_cluster
 from lingua.selfcheck.node_check import PROBE_BYTES, SHM, check_folder
-from lingua.slurm import ask_slurm, cluster_config
 
 Level = Literal["ok", "note", "wrong"]
 _SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse", "wekafs", "panfs", "afs")
@@ -91,30 +91,6 @@ def judge_disk(folder: Path, kind: str | None, free: int, seconds: float, proble
     return row
 
 
-def judge_slurm(config: Mapping[str, str]) -> list[Diagnosis]:
-    """`config`: settings of the cluster; empty: no Slurm, or no controller that answers."""
-    if not config:
-        says = "not here, or its controller does not answer"
-        return [Diagnosis("slurm", "note", says, "run with --local, or torchrun")]
-    version, preempt = config.get("SLURM_VERSION", "?"), config.get("PreemptMode", "OFF")
-    rows = [Diagnosis("slurm", "ok", f"{version}, cluster {config.get('ClusterName', '?')}")]
-    if "CANCEL" in preempt:
-        remedy = "preempted jobs are cancelled, not requeued: submit again to resume"
-        rows.append(Diagnosis("preemption", "note", preempt, remedy))
-    else:
-        says = f"{preempt}; {config.get('KillWait', '?')} from SIGTERM to SIGKILL at the time limit"
-        rows.append(Diagnosis("preemption", "ok", says))
-    if config.get("JobRequeue") == "0":
-        remedy = "submit with --requeue, as lingua's own scripts do"
-        rows.append(Diagnosis("requeue", "note", "jobs are not requeued by default", remedy))
-    if "tmpfs" in config.get("JobContainerType", ""):
-        remedy = "what is staged there dies with the job; the last save is waited for"
-        rows.append(Diagnosis("job container", "note", "each job has a /dev/shm of its own", remedy))
-    if "cgroup" not in config.get("ProctrackType", "cgroup"):
-        rows.append(Diagnosis("processes", "note", f"tracked by {config['ProctrackType']}", "strays may outlive a job"))
-    return rows
-
-
 def judge_kernels(plain: Mapping[str, str | None], documents: Mapping[str, str | None]) -> Diagnosis:
     """By kernel, why it cannot be used here, without and with data.doc_mask; None: it can."""
     usable, packed = (
@@ -153,7 +129,7 @@ def examine(folder: Path) -> list[Diagnosis]:
         judge_shm(mounted_as(SHM, mounts), space.total, space.free, private_shm_here()),
         Diagnosis("memory", "ok", memory),
         judge_disk(folder, mounted_as(place, mounts), shutil.disk_usage(place).free, seconds, problem),
-        *judge_slurm(cluster_config(ask_slurm)),
+        *(Diagnosis(part, "note" if remedy else "ok", says, remedy) for part, says, remedy in describe_cluster()),
     ]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import orjson
 
+from lingua import scheduler
 from lingua.checkpoint import layout, publish
 from lingua.checkpoint.capacity import PRIVATE_SHM
 from lingua.checkpoint.shm.area import SERVICE_LOCK, area_of
@@ -31,18 +32,6 @@ from lingua.logger import MAIN_LOG, RANK_LOGS
 from lingua.run.folder import EXIT_INTERRUPTED
 from lingua.run.metrics import METRICS_FILE, last_line, read_metrics
 from lingua.selfcheck.drill_plan import N_STEPS, SAVING, SOURCE, Fault, Injected, Seen, faults, run_config, text_lines
-from lingua.slurm import (
-    JobState,
-    Limits,
-    Runner,
-    cancel,
-    job_state,
-    limits_of,
-    outside_job,
-    requeue,
-    run_command,
-    send_signal,
-)
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +131,7 @@ class OnSlurm:
 
     def __init__(
         self,
-        run: Runner = run_command,
+        run: scheduler.Runner = scheduler.run_command,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -159,11 +148,11 @@ class OnSlurm:
         """Inject a fault; returns Slurm's words if it refuses."""
         try:
             if kind == "requeue":
-                requeue(self._job_id, run=self._run)
+                scheduler.requeue(self._job_id, run=self._run)
             elif kind in SAVING:
-                send_signal(self._job_id, kind, run=self._run)
+                scheduler.send_signal(self._job_id, kind, run=self._run)
             else:
-                send_signal(self._job_id, "KILL", RANKS_STEP if kind == "KILL" else SERVICE_STEP, self._run)
+                scheduler.send_signal(self._job_id, "KILL", RANKS_STEP if kind == "KILL" else SERVICE_STEP, self._run)
         except RunError as error:
             return str(error)
         return ""
@@ -189,34 +178,34 @@ class OnSlurm:
         last = refused or next((line for line in reversed(lines) if line.strip()), "nothing")
         return refused is not None, f"{last.strip()} ({path})"
 
-    def _state(self) -> JobState:
+    def _state(self) -> scheduler.JobState:
         try:
-            return job_state(self._job_id, self._run)
+            return scheduler.job_state(self._job_id, self._run)
         except RunError as error:
             log.warning("%s", error)
-            return JobState("UNKNOWN")
+            return scheduler.JobState()
 
     def end(self) -> bool:
         """End the run as a person does, wait, and return whether it stayed ended."""
-        cancel(address=self._job_id, run=self._run)
+        scheduler.cancel(address=self._job_id, run=self._run)
         until_s = self._now() + END_WITHIN_S
         while not self.is_over():
             if self._now() > until_s:
                 return False
             self._sleep(ASK_S)
-        return self._state().name == "CANCELLED"
+        return self._state().taken_away
 
     def close(self) -> None:
         """Leave no job behind."""
         if self._job_id and not self._state().over:
-            cancel(address=self._job_id, run=self._run)
+            scheduler.cancel(address=self._job_id, run=self._run)
 
-    def limits(self) -> Limits:
+    def limits(self) -> scheduler.Limits:
         try:
-            return limits_of(self._job_id, self._run)
+            return scheduler.limits_of(self._job_id, self._run)
         except RunError as error:
             log.warning("%s", error)
-            return Limits()
+            return scheduler.Limits()
 
 
 class OnThisMachine:
@@ -233,7 +222,7 @@ class OnThisMachine:
         script, _, _ = freeze_launch(line, base_dir)
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
-                ["bash", str(script)], env=outside_job(os.environ), stdin=subprocess.DEVNULL, stdout=output,
+                ["bash", str(script)], env=scheduler.outside_job(os.environ), stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, start_new_session=True,
             )  # fmt: skip
 
@@ -267,8 +256,8 @@ class OnThisMachine:
             self._process.kill()
             self._process.wait()
 
-    def limits(self) -> Limits:
-        return Limits()
+    def limits(self) -> scheduler.Limits:
+        return scheduler.Limits()
 
 
 # -- the drill -----------------------------------------------------------------------------------------------------

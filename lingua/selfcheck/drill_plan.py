@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lingua.slurm import Limits
+from lingua.scheduler import Limits
 
 LONGEST_PAUSE_S = 8.0
 """The most seconds of training between two faults."""
@@ -159,23 +159,11 @@ def broken(seen: Seen) -> Iterator[str]:
 
 def not_granted(seen: Seen) -> Iterator[str]:
     """Yield what the cluster does not grant, a sentence each."""
-    slowest_s, limits = max(_seconds_to_safe(seen), default=0.0), seen.limits
     if seen.private_shm:
         yield f"/dev/shm is not shared or is cleared: {seen.private_shm}"
     if seen.not_requeued:
         yield f"a job may not requeue itself here: submit the same script again to resume ({seen.not_requeued})"
-    if limits.grace_s is not None and limits.preempt_mode not in ("", "OFF") and limits.grace_s <= slowest_s:
-        yield (
-            f"a preempted job has {limits.grace_s:.0f} s (GraceTime) and a save took up to {slowest_s:.1f} s: what was "
-            "trained since the last checkpoint may be lost; lower checkpoint.dump.every"
-        )
-    if limits.preempt_mode == "CANCEL":
-        yield "a preempted job is cancelled here (PreemptMode=CANCEL); it comes back if it saves within its grace"
-    if limits.kill_wait_s is not None and limits.kill_wait_s <= slowest_s:
-        yield (
-            f"scancel and scontrol requeue leave {limits.kill_wait_s:.0f} s (KillWait) and a save took up to "
-            f"{slowest_s:.1f} s: a run cancelled that way may lose what it trained since its last checkpoint"
-        )
+    yield from seen.limits.missing(max(_seconds_to_safe(seen), default=0.0))
     for kind, words in sorted({fault.kind: fault.refused for fault in seen.injected if fault.refused}.items()):
         yield f"{kind} was refused: {words}"
 

@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lingua.config.command_line import run_main
 from lingua.files import free_bytes, human_bytes, no_follow
-from lingua.slurm import node_of_each_task, this_node_name
+from lingua.scheduler import node_of_each_task, this_node_name
 
 if TYPE_CHECKING:
     from lingua.distributed.place import RankInfo

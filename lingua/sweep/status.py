@@ -20,7 +20,7 @@ from lingua.report.facts import RunFacts, read_run
 from lingua.report.status import LIVING, state_of, status_of, why
 from lingua.run.lock import Owner, this_process
 from lingua.run.metrics import METRICS_FILE, VALIDATION_FILE, read_metrics
-from lingua.slurm import SlurmJob
+from lingua.scheduler import QueuedJob
 from lingua.sweep.sweep import Sweep
 
 LOSS = "loss/out"
@@ -75,12 +75,12 @@ class Curve:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_points(sweep: Sweep, queue: dict[str, SlurmJob], me: Owner | None = None) -> list[tuple[PointStatus, Curve]]:
+def read_points(sweep: Sweep, queue: dict[str, QueuedJob], me: Owner | None = None) -> list[tuple[PointStatus, Curve]]:
     """Read every point as it is now."""
     return [_read_point(sweep, number, queue, me or this_process()) for number in sweep.numbers]
 
 
-def _read_point(sweep: Sweep, number: int, queue: dict[str, SlurmJob], me: Owner) -> tuple[PointStatus, Curve]:
+def _read_point(sweep: Sweep, number: int, queue: dict[str, QueuedJob], me: Owner) -> tuple[PointStatus, Curve]:
     run_dir, address = sweep.run_dir(number), sweep.address(number)
     facts = read_run(run_dir) if (run_dir / CONFIG_FILE).is_file() else RunFacts(run_dir)
     job = queue.get(address or "") or queue.get(facts.job_id)

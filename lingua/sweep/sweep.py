@@ -51,7 +51,7 @@ from lingua.masking import public_tree, public_word
 from lingua.report.diff import flatten, label
 from lingua.run.code_snapshot import freeze_code
 from lingua.run.folder import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE
-from lingua.slurm import Runner, outside_job, run_command
+from lingua.scheduler import Runner, array_of, array_task, outside_job, run_command
 from lingua.sweep.grid import plain_overrides, points_of, read_axes
 from lingua.train.check import load
 
@@ -103,7 +103,7 @@ class Sweep:
 
     def address(self, number: int) -> str | None:
         """Return Slurm's name of the newest job of a point, or None if it was never submitted."""
-        return next((f"{each.job}_{number}" for each in reversed(self.jobs) if number in each.points), None)
+        return next((array_task(each.job, number) for each in reversed(self.jobs) if number in each.points), None)
 
     def save(self, folder: Path) -> None:
         """Write sweep.json into `folder`, which becomes the sweep's."""
@@ -287,18 +287,6 @@ def make_sweep(plan: Plan, base_dir: Path) -> Sweep:
         remove_leftover(draft)
     DISK.fsync_dir(folder.parent)
     return sweep
-
-
-def array_of(numbers: Sequence[int], at_once: int | None = None) -> str:
-    """Format points as an array: [1, 2, 3, 7] -> `1-3,7`, with `%2` for two at once."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)
-    return text if at_once is None else f"{text}%{at_once}"
 
 
 def submit_points(

@@ -42,7 +42,7 @@ from lingua.run.lock import RunLock, this_process
 from lingua.run.metrics import MetricLogger
 from lingua.run.provenance import record_run
 from lingua.run.throughput import Meter, find_peak
-from lingua.slurm import this_job
+from lingua.scheduler import this_job
 from lingua.train.check import Checked
 from lingua.train.learner import Run
 from lingua.train.load_model import bare_model

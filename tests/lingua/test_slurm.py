@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,9 +16,10 @@ from lingua.slurm import (
     Allocation,
     JobState,
     Limits,
-    SlurmJob,
-    SlurmTask,
-    ask_slurm,
+    QueuedJob,
+    StepTask,
+    ask_scheduler,
+    describe_cluster,
     expand_hosts,
     for_steps,
     job_end_s,
@@ -45,7 +45,7 @@ def test_a_task_of_a_step_knows_its_place():
         "SLURM_JOB_ID": "77", "SLURM_STEP_NUM_TASKS": "12", "SLURM_STEP_TASKS_PER_NODE": "8,4",
         "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
     }  # fmt: skip
-    assert this_task(env) == SlurmTask("77", rank=9, n_tasks=12, local_rank=1, n_local_tasks=4, node=1, head_node="n1")
+    assert this_task(env) == StepTask("77.0", rank=9, n_tasks=12, local_rank=1, n_local_tasks=4, node=1, head_node="n1")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_job_that_a_step_or_a_rank_submits_inherits_neither():
         seen.update(env)
         return "17\n"
 
-    assert submit(Path("run.sh"), LauncherArgs(), Path("logs"), env=STEP | CLUSTER, run=run) == "17"
+    assert submit(Path("run.sh"), LauncherArgs().model_dump(), Path("logs"), env=STEP | CLUSTER, run=run) == "17"
     assert seen == CLUSTER
 
 
@@ -277,9 +277,9 @@ def test_a_job_that_is_known_by_its_name_is_submitted_once():
         return queue[0] if words[0] == "squeue" else "17;cluster\n"
 
     script, asked = Path("run.sh"), LauncherArgs()
-    assert submit(script, asked, Path("logs"), once="mine", run=run) == "17"
+    assert submit(script, asked.model_dump(), Path("logs"), once="mine", run=run) == "17"
     queue[0] = "17\n"
-    assert submit(script, asked, Path("logs"), once="mine", run=run) == "17"
+    assert submit(script, asked.model_dump(), Path("logs"), once="mine", run=run) == "17"
     assert commands == ["squeue", "sbatch", "squeue"]
 
 
@@ -303,42 +303,49 @@ def slurm(words: Sequence[str]) -> str:
 
 def test_the_queue_is_read_at_once():
     queue = jobs_in_queue(slurm)
-    assert queue["7"] == SlurmJob("7", "RUNNING", "", "1-02:03:04", "n[1-2]")
-    assert queue["8"] == SlurmJob("8", "PENDING", "Priority", "2:00:00", "")
+    assert queue["7"] == QueuedJob("7", "RUNNING", "", "1-02:03:04", "n[1-2]")
+    assert queue["8"] == QueuedJob("8", "PENDING", "Priority", "2:00:00", "")
     assert [name for name, job in queue.items() if job.is_waiting] == ["8", "30", "30_2", "30_3"]
     assert [name for name, job in queue.items() if not job.is_there] == ["9"]
     assert queue["30_1"] is queue["31"], "a task that has started has an id of its own"
 
 
 def test_a_job_that_left_the_queue_is_in_the_accounts():
-    assert job_of("7", jobs_in_queue(slurm), slurm) == SlurmJob("7", "RUNNING", "", "1-02:03:04", "n[1-2]")
-    assert job_of("12", {}, slurm) == SlurmJob("12", "CANCELLED by 1000")
+    assert job_of("7", jobs_in_queue(slurm), slurm) == QueuedJob("7", "RUNNING", "", "1-02:03:04", "n[1-2]")
+    assert job_of("12", {}, slurm) == QueuedJob("12", "CANCELLED by 1000")
     assert job_of("13", {}, slurm) is None
     assert job_of("", {}, slurm) is None
 
 
 def test_no_slurm_is_no_answer():
-    assert ask_slurm(["no-such-command-as-this"]) == ask_slurm(["false"]) == ""
-    assert ask_slurm(["sleep", "5"], timeout_s=0.01) == ""
+    assert ask_scheduler(["no-such-command-as-this"]) == ask_scheduler(["false"]) == ""
+    assert ask_scheduler(["sleep", "5"], timeout_s=0.01) == ""
     assert jobs_in_queue(lambda words: "") == {}
     assert job_of("7", {}, lambda words: "") is None
 
 
-COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "sacct", "scancel")
+CONFIG = """\
+Configuration data as of 2026-01-01T00:00:00
+ClusterName             = night
+JobRequeue              = 0
+JobContainerType        = job_container/tmpfs
+KillWait                = 30 sec
+PreemptMode             = REQUEUE
+ProctrackType           = proctrack/linuxproc
+SLURM_VERSION           = 22.05.8
+"""
 
 
-def test_commands_of_slurm_are_written_in_one_module():
-    """Another scheduler is one more file. Scripts that people submit with sbatch themselves are Slurm's own."""
-    root = Path(__file__).parents[2]
-    files = [path for top in ("lingua", "apps", "setup") for path in (root / top).rglob("*.py")]
-    found = {path.relative_to(root).as_posix() for path in files if names_a_command(ast.parse(path.read_text()))}
-    assert found == {"lingua/slurm.py", "lingua/slurm_script.py"}
-    assert not [word for word in COMMANDS if f"\n{word} " in (root / "scripts/job.sh").read_text()]
+GOOD = "ClusterName = c\nPreemptMode = {}\nJobRequeue = 1\nProctrackType = proctrack/cgroup\n"
 
 
-def names_a_command(tree: ast.Module) -> bool:
-    """Whether a text is a command, begins with one and an option, or is a line for sbatch."""
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    return any(
-        text in COMMANDS or text.startswith(("#SBATCH", *(f"{command} -" for command in COMMANDS))) for text in texts
-    )
+def test_what_a_clusters_settings_mean_for_a_run():
+    found = {part: (says, remedy) for part, says, remedy in describe_cluster(lambda words: CONFIG)}
+    assert found["slurm"] == ("22.05.8, cluster night", "")
+    assert found["preemption"] == ("REQUEUE; 30 sec from SIGTERM to SIGKILL at the time limit", "")
+    assert {part for part, (_, remedy) in found.items() if remedy} == {"requeue", "job container", "processes"}
+    assert [bool(remedy) for *_, remedy in describe_cluster(lambda words: GOOD.format("REQUEUE"))] == [False, False]
+    assert [bool(remedy) for *_, remedy in describe_cluster(lambda words: GOOD.format("CANCEL"))] == [False, True]
+    ((part, says, remedy),) = describe_cluster(lambda words: "")
+    assert (part, says[:8]) == ("slurm", "not here")
+    assert "--local" in remedy

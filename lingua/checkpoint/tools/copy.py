@@ -24,7 +24,7 @@ from lingua.config.frozen import CONFIG_FILE, public_yaml, read_frozen
 from lingua.files import DISK, Buffer, Files, RunError, free_bytes, human_bytes, write_whole
 from lingua.run.lock import RunLock, run_in, this_process
 from lingua.run.place import why_not_ours
-from lingua.slurm import this_job
+from lingua.scheduler import this_job
 
 log = logging.getLogger(__name__)
 

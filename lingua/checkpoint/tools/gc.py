@@ -29,7 +29,7 @@ from lingua.config.frozen import read_frozen
 from lingua.files import DISK, Files, RunError, entries
 from lingua.run.lock import Owner, RunLock, living_attempt, run_in, this_process
 from lingua.run.place import why_not_ours
-from lingua.slurm import this_job
+from lingua.scheduler import this_job
 
 log = logging.getLogger(__name__)
 

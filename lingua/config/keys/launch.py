@@ -8,8 +8,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from lingua.config.base import Args, Text
+from lingua.scheduler import memory, time_limit
 
 GPUS_PER_NODE = 8
+TimeLimit = Annotated[Text, AfterValidator(time_limit)]
+Memory = Annotated[Text, AfterValidator(memory)]
 
 
 def _variable(name: str) -> str:
@@ -25,23 +28,6 @@ class LaunchEnvArgs(Args):
     """Variables to set."""
     unset: list[Text] = []
     """Variables to take away; those that `env:` would set stay away too."""
-
-
-def _spelled(pattern: str, form: str) -> AfterValidator:
-    """Return a validator of text that sbatch must understand: empty, or all of `pattern`."""
-
-    def check(text: str) -> str:
-        if text and not re.fullmatch(pattern, text, re.ASCII):
-            raise ValueError(f"{text!r} is not {form}; sbatch would refuse it")
-        return text
-
-    return AfterValidator(check)
-
-
-# The forms of --time and --mem in sbatch(1).
-_TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"
-TimeLimit = Annotated[Text, _spelled(_TIME, 'a time limit such as 90 (minutes), "8:00:00" or "2-00:00:00"')]
-Memory = Annotated[Text, _spelled(r"\d+[KMGTkmgt]?", 'an amount of memory such as "64G"')]
 
 
 class ResourceArgs(Args):

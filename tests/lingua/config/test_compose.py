@@ -195,7 +195,7 @@ def test_text_keys_keep_the_spelling_that_was_typed(tmp_path: Path, monkeypatch:
 
 def test_the_time_limit_reaches_sbatch_as_typed(tmp_path: Path) -> None:
     launcher = composed(tmp_path, "launcher: {account: 0042}", "launcher.time=2:00:00").args.launcher
-    options = job_script("x", launcher, []).splitlines()
+    options = job_script("x", launcher.model_dump(), []).splitlines()
     assert {"#SBATCH --time=2:00:00", "#SBATCH --account=0042"} <= set(options)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pytest
 
 import lingua.launch.job
+from lingua import scheduler
 from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
 from lingua.config.keys.launch import LaunchEnvArgs, LauncherArgs
@@ -176,8 +177,8 @@ class Controller:
 @pytest.fixture
 def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     answers = Controller()
-    monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: answers.state)
-    monkeypatch.setattr(lingua.launch.job, "requeue", answers.requeue)
+    monkeypatch.setattr(scheduler, "job_state", lambda job_id: answers.state)
+    monkeypatch.setattr(scheduler, "requeue", answers.requeue)
     return answers
 
 
@@ -257,7 +258,7 @@ def test_a_job_that_is_still_running_when_its_time_is_up_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     limits = iter([None, 1.0])  # extended once, then over
-    monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: JobState("RUNNING", ends_at_s=next(limits)))
+    monkeypatch.setattr(scheduler, "job_state", lambda job_id: JobState("RUNNING", ends_at_s=next(limits)))
     assert held(tmp_path)._wait(Step(None)) is None  # pyright: ignore[reportArgumentType]
 
 
@@ -273,7 +274,7 @@ def test_a_grace_has_a_smaller_reserve_than_a_time_limit(
 
 
 def test_outside_slurm_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lingua.launch.job, "job_state", lambda job_id: pytest.fail("there is no Slurm"))
+    monkeypatch.setattr(scheduler, "job_state", lambda job_id: pytest.fail("there is no Slurm"))
     holder = held(tmp_path, allocation=None)
     assert holder.act(holder.outcome(75)) == 75
     assert os.listdir(tmp_path) == []
@@ -362,7 +363,7 @@ def test_whatever_fails_in_the_jobs_own_code_it_is_requeued(
     raised = OSError(error, "x") if isinstance(error, int) else RunError("x") if error == "RunError" else KeyError("x")
     monkeypatch.setattr(subprocess, "run", lambda *words, **more: subprocess.CompletedProcess(words, 1, b"{}"))
     monkeypatch.setattr(subprocess, "Popen", lambda *words, **more: Step(137))
-    monkeypatch.setattr(lingua.launch.job, name, raising(raised))
+    monkeypatch.setattr(scheduler if name == "job_state" else lingua.launch.job, name, raising(raised))
     holder = held(tmp_path, 1, launcher=LauncherArgs(node_check=True), shm="/dev/shm")
     assert holder.hold({"PATH": os.environ["PATH"]}) in (1, 75, 137)
     assert controller.requeued == [("7", [])]

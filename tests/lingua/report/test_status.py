@@ -12,7 +12,7 @@ from lingua.report.facts import RunFacts
 from lingua.report.status import describe, root_cause, row, state_of, status_of, why
 from lingua.run.failure import Failure
 from lingua.run.lock import Attempt, Owner
-from lingua.slurm import SlurmJob
+from lingua.slurm import QueuedJob
 
 ME = Owner(host="login", boot_id="a", pid_space="p", pid=1, started="1")
 THERE = Owner(host="n1", boot_id="b", pid_space="p", pid=7, started="7", slurm_job_id="42")
@@ -58,11 +58,11 @@ DATA = replace(
         (replace(RUNNING, metrics={**METRICS, "incarnation": 2}), "starting"),
         (GONE, "killed"),
         (replace(RUNNING, attempt=replace(ATTEMPT, beat_s=9850.0)), "running"),  # a shared disk shows it late
-        (replace(GONE, job=SlurmJob("42", "PENDING", "Priority")), "queued"),
-        (replace(GONE, job=SlurmJob("42", "NODE_FAIL")), "killed"),
+        (replace(GONE, job=QueuedJob("42", "PENDING", "Priority")), "queued"),
+        (replace(GONE, job=QueuedJob("42", "NODE_FAIL")), "killed"),
         (ended("finished", 0), "finished"),
         (ended("signal", 75, signal="SIGTERM"), "saved"),
-        (replace(ended("signal", 75, signal="SIGTERM"), job=SlurmJob("42", "PENDING")), "queued"),
+        (replace(ended("signal", 75, signal="SIGTERM"), job=QueuedJob("42", "PENDING")), "queued"),
         (ended("signal", 130, signal="SIGINT"), "stopped"),
         (ended("asked", 130, signal="lingua stop"), "stopped"),
         (DATA, "failed"),
@@ -91,7 +91,7 @@ def test_a_status_has_the_figures():
 
 
 def test_the_status_as_people_read_it():
-    facts = replace(RUNNING, job=SlurmJob("42", "RUNNING", left="3:00:00"))
+    facts = replace(RUNNING, job=QueuedJob("42", "RUNNING", left="3:00:00"))
     assert describe(status_of(facts, ME)) == [
         "out/x  running",
         "  step        120 of 1,000 (12%), loss 3.2500, 20s ago",
@@ -136,13 +136,13 @@ def test_why_a_data_error():
     [
         (GONE, "cause", "it left no message"),
         (GONE, "ended", "killed, step 120 of 1,000, 20s ago"),  # the newest sign of life
-        (replace(GONE, job=SlurmJob("42", "OUT_OF_MEMORY")), "cause", "Slurm says OUT_OF_MEMORY"),
+        (replace(GONE, job=QueuedJob("42", "OUT_OF_MEMORY")), "cause", "Slurm says OUT_OF_MEMORY"),
         (
-            replace(GONE, job=SlurmJob("42", "FAILED", "NonZeroExitCode")),
+            replace(GONE, job=QueuedJob("42", "FAILED", "NonZeroExitCode")),
             "cause",
             "Slurm says FAILED (NonZeroExitCode)",
         ),
-        (replace(GONE, job=SlurmJob("42", "PENDING", "Resources")), "next", "when Slurm starts job 42"),
+        (replace(GONE, job=QueuedJob("42", "PENDING", "Resources")), "next", "when Slurm starts job 42"),
         (ended("signal", 75, signal="SIGUSR2"), "cause", "SIGUSR2: preemption, the time limit"),
         (ended("signal", 75, signal="SIGUSR2"), "saved", "checkpoint 100"),
         (ended("asked", 130, signal="lingua stop"), "cause", "a person: lingua stop"),

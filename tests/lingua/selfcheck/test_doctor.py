@@ -13,11 +13,9 @@ from lingua.selfcheck.doctor import (
     judge_gpus,
     judge_kernels,
     judge_shm,
-    judge_slurm,
     judge_torch,
     mounted_as,
 )
-from lingua.slurm import cluster_config
 
 GIB = 2**30
 
@@ -47,35 +45,12 @@ GIB = 2**30
             "ok",
             "sdpa, sdpa_flash; with data.doc_mask: sdpa ",
         ),
-        (judge_slurm({})[0], "note", "not here"),
     ],
 )
 def test_judgements(row: Diagnosis, level: str, text: str):
     assert row.level == level
     assert text in f"{row.says} {row.remedy}"
     assert row.level != "wrong" or row.remedy, "what is wrong needs a remedy"
-
-
-CONFIG = """\
-Configuration data as of 2026-01-01T00:00:00
-ClusterName             = night
-JobRequeue              = 0
-JobContainerType        = job_container/tmpfs
-KillWait                = 30 sec
-PreemptMode             = REQUEUE
-ProctrackType           = proctrack/linuxproc
-SLURM_VERSION           = 22.05.8
-"""
-
-
-def test_what_a_clusters_settings_mean_for_a_run():
-    found = {row.part: row for row in judge_slurm(cluster_config(lambda words: CONFIG))}
-    assert found["slurm"].says == "22.05.8, cluster night"
-    assert found["preemption"].says == "REQUEUE; 30 sec from SIGTERM to SIGKILL at the time limit"
-    assert {part for part, row in found.items() if row.level == "note"} == {"requeue", "job container", "processes"}
-    good = {"ClusterName": "c", "PreemptMode": "REQUEUE", "JobRequeue": "1", "ProctrackType": "proctrack/cgroup"}
-    assert [row.level for row in judge_slurm(good)] == ["ok", "ok"]
-    assert judge_slurm({**good, "PreemptMode": "CANCEL"})[1].level == "note"
 
 
 MOUNTS = """\

@@ -14,7 +14,7 @@ import pytest
 from lingua.files import RunError
 from lingua.report.facts import RunFacts
 from lingua.run.lock import Attempt, Owner, this_process
-from lingua.slurm import SlurmJob
+from lingua.slurm import QueuedJob
 from lingua.sweep.status import (
     LOSS_IS,
     PointStatus,
@@ -44,14 +44,14 @@ def point(number: int = 1, state: str = "finished", **more: Any) -> PointStatus:
 
 
 def facts(
-    stop: dict[str, Any] | None, job: SlurmJob | None, *, started: bool = True, released: bool = True
+    stop: dict[str, Any] | None, job: QueuedJob | None, *, started: bool = True, released: bool = True
 ) -> RunFacts:
     attempt = Attempt(1, ELSEWHERE, released) if started else None
     return RunFacts(Path("run"), attempt=attempt, stop=stop, job=job)
 
 
-def job(state: str, job_id: str = "41") -> SlurmJob:
-    return SlurmJob(job_id, state, array_task="41_1")
+def job(state: str, job_id: str = "41") -> QueuedJob:
+    return QueuedJob(job_id, state, array_task="41_1")
 
 
 SAVED = {"reason": "signal", "exit_code": 75}
@@ -167,7 +167,10 @@ def test_a_sweep_is_read_and_told(tmp_path: Path):
     )
     run_folder(tmp_path / "2", [5.0, None, 4.5], None, "43")
     run_folder(tmp_path / "3", [6.0], {**FAILED, "step": 2, "error": "the loss is nan\nand more"}, "44")
-    queue = {"41_2": SlurmJob("43", "PENDING", array_task="41_2"), "41_4": SlurmJob("41", "PENDING", array_task="41_4")}
+    queue = {
+        "41_2": QueuedJob("43", "PENDING", array_task="41_2"),
+        "41_4": QueuedJob("41", "PENDING", array_task="41_4"),
+    }
     read = read_points(sweep, queue, this_process())
     points = [each for each, _ in read]
     assert [(p.state, p.busy, p.job) for p in points] == [

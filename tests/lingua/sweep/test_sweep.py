@@ -16,10 +16,10 @@ from lingua.config.command_line import parse_command_line
 from lingua.config.yaml_layers import read_yaml
 from lingua.files import RunError, read_json
 from lingua.launch.job import read_job
+from lingua.scheduler import array_of
 from lingua.sweep.sweep import (
     Plan,
     Sweep,
-    array_of,
     gpus_here,
     make_sweep,
     plan_sweep,
