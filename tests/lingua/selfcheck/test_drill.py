@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 import lingua.launch.job
+import lingua.scheduler
 import lingua.selfcheck.drill
 from lingua.checkpoint import layout, publish
 from lingua.config.command_line import CommandLine
@@ -265,6 +266,6 @@ def test_what_a_job_says_when_slurm_refuses_is_what_the_drill_looks_for(
     def refuse(address: str, avoid: Sequence[str]) -> None:
         raise RunError("scontrol requeue was refused: Access denied")
 
-    monkeypatch.setattr(lingua.launch.job, "requeue", refuse)
+    monkeypatch.setattr(lingua.scheduler, "requeue", refuse)
     lingua.launch.job.send_back(Allocation("7", 0, 1, 1, 1))
     assert f"{REFUSED}: scontrol requeue was refused: Access denied" in caplog.text
