@@ -1,6 +1,5 @@
 """Runs of every model family: killed, resumed, sharded, compiled, evaluated and asked for text as a Llama is."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -103,7 +102,7 @@ def test_multi_token_prediction_splits_its_heads_over_ranks(tmp_path: Path):
         heads = [record[f"loss/head_{i}"] for i in range(3)]
         assert heads == pytest.approx([on_one[f"loss/head_{i}"] for i in range(3)], rel=1e-4)
         assert sum(heads) == pytest.approx(record["loss/out"], rel=1e-6)
-    _, pictures = report_page([read_history(read_run(one), this_process(), time.time())])
+    _, pictures = report_page([read_history(read_run(one), this_process())])
     assert "heads" in [picture.key for picture in pictures]
     rows = replay(one, 6)["rows"]
     assert sum(row["loss"] for row in rows) / len(rows) == pytest.approx(losses(one)[6], rel=1e-4)

@@ -88,7 +88,7 @@ def test_logits_exist_for_scored_positions_only(file: Path, monkeypatch: pytest.
     n_positions: list[int] = []
     whole = CrossEntropy.__call__
 
-    def counting(self: CrossEntropy, hidden: Tensor, weight: Tensor, labels: Tensor, **more: int) -> Any:
+    def counting(self: CrossEntropy, hidden: Tensor, weight: Tensor, labels: Tensor, **more: Any) -> Any:
         n_positions.append(labels.numel())
         return whole(self, hidden, weight, labels, **more)
 

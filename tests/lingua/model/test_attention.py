@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.model import LlamaArgs
@@ -203,8 +204,7 @@ def test_kernels_that_look_both_ways_agree(documents: bool) -> None:
 
 def test_flex_is_told_to_look_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """By its eager form, which runs everywhere."""
-    flex = torch.nn.attention.flex_attention.flex_attention
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
     q, k, v, _ = (each.detach() for each in inputs(2))
     for own, doc_ids in ((None, None), (row_documents(DOC_IDS, DEVICE), DOC_IDS)):
         mask = build_mask("flex", (ROWS, SEQ_LEN), None, own, q.device, causal=False)

@@ -332,9 +332,9 @@ def test_a_parquet_or_token_source_without_a_document_is_wrong(tmp_path: Path) -
 
 def test_sources_lie_under_root_dir_unless_absolute() -> None:
     named = DataArgs.model_validate({"root_dir": "d", "sources": {"a": 1.0, "off": 0.0}})
-    assert [(s.name, s.path) for s in named.read_sources()] == [("a", "d/a")]
+    assert [(s.name, s.path) for s in named.read_files()] == [("a", "d/a")]
     listed = DataArgs.model_validate({"root_dir": "d", "sources": [{"path": "a/b"}, {"path": "/c", "name": "see"}]})
-    assert [(s.name, s.path) for s in listed.read_sources()] == [("b", "d/a/b"), ("see", "/c")]
+    assert [(s.name, s.path) for s in listed.read_files()] == [("b", "d/a/b"), ("see", "/c")]
 
 
 def test_a_run_to_go_on_from(tmp_path: Path) -> None:
