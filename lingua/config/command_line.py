@@ -128,12 +128,12 @@ def choose_app(line: CommandLine) -> str:
     if config is None or not config.is_file():
         return DEFAULT_APP
     from lingua.config.compose import code_named
-    from lingua.config.yaml_layers import read_yaml
+    from lingua.config.yaml_layers import read_yaml, with_bases
 
-    tree = read_yaml(config).tree
-    app = named if isinstance(named := tree.get("app"), str) else _app_around(config)
+    named = (layer["app"] for layer in with_bases(config) if isinstance(layer.get("app"), str))
+    app = next(named, None) or _app_around(config)
     if app != DEFAULT_APP:
-        check_code([config], code_named({**tree, "app": app}))
+        check_code([config], code_named({**read_yaml(config).tree, "app": app}))
     return app
 
 

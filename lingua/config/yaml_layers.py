@@ -297,6 +297,17 @@ def at(tree: Any, key: Key) -> Any:
     return tree
 
 
+def with_bases(config: Path, above: tuple[Path, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the tree of a file and those of its bases, the one that wins first; what is wrong with them is not said."""
+    tree = read_yaml(config).tree
+    yield tree
+    bases = tree.get("base")
+    for base in reversed(bases if isinstance(bases, list) else [bases]):
+        path = config.parent / Path(base).expanduser() if isinstance(base, str) else config
+        if path.suffix in (".yaml", ".yml") and path.is_file() and path.resolve() not in (config.resolve(), *above):
+            yield from with_bases(path, (*above, config.resolve()))
+
+
 # -- composing -----------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +322,8 @@ class _Composer:
     """Group picks of the command line or of a sweep point."""
     used: set[str] = field(default_factory=set)
     """Groups whose pick replaced one of a base."""
+    of_bases: list[Path] = field(default_factory=list)
+    """Folders of the files loaded as bases, whose overlays fit, too."""
 
     def load(self, path: Path, stack: tuple[Path, ...] = ()) -> Layer:
         """Load a file on top of its bases."""
@@ -335,6 +348,7 @@ class _Composer:
             path = named_in.parent / Path(base).expanduser()
             if not path.is_file():
                 raise ConfigError(f"{where}: base file {path} does not exist{_near_files(path)}")
+            self.of_bases.extend(_config_folders(path))
             return self.load(path, stack)
         group, _, name = base.replace("=", "/", 1).partition("/")
         if group in self.picks:
@@ -357,15 +371,15 @@ class _Composer:
 
     def overlay(self, word: str) -> Layer:
         """Load what follows a `+`: a file, a name in overlays/, `group=name` or `group=[name, name]`."""
-        path = Path(word).expanduser()
+        path, folders = Path(word).expanduser(), [*self.folders, *self.of_bases]
         if path.suffix in (".yaml", ".yml") or path.is_file():
-            _must_exist(path, "overlay", *(folder / "overlays" for folder in self.folders))
+            _must_exist(path, "overlay", *(folder / "overlays" for folder in folders))
             return self.load(path)
         group, _, names = word.rpartition("=")
         value = yaml_value(names)
         layer = Layer()
         for name in value if isinstance(value, list) else [names]:
-            layer.merge(self.pick(group or "overlays", str(name), COMMAND_LINE, self.folders))
+            layer.merge(self.pick(group or "overlays", str(name), COMMAND_LINE, folders))
         return layer
 
 

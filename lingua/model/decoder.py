@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional
 
+from lingua.config.base import ConfigError
 from lingua.config.keys.model import DecoderArgs
 from lingua.model.attention import RowDocuments, build_mask
 from lingua.model.context import Cache, ForwardContext
@@ -138,9 +139,13 @@ class Decoder(nn.Module):
 
 
 def build_block(args: DecoderArgs, layer: int) -> nn.Module:
-    """Build the block of a layer, as its Args name it."""
+    """Build the block of a layer, as its Args name it. Raises ConfigError if there is no such class."""
     module, _, name = args.block.partition(":")
-    return getattr(importlib.import_module(module), name)(args, layer)
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{type(args).__name__}.block is {args.block!r}, but {error}; correct it there") from error
+    return kind(args, layer)
 
 
 def starts_of(doc_ids: Tensor) -> Tensor:

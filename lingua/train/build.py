@@ -85,9 +85,10 @@ def require_counted(model: nn.Module, args: ModelArgs) -> None:
     """Raise ConfigError unless the model has as many parameters as its Args count, as `lingua check` assumes."""
     built, counted = sum(parameter.numel() for parameter in model.parameters()), args.n_params()
     if built != counted:
+        how = "block_params()" if isinstance(args, DecoderArgs) else "n_params_non_embedding()"
         raise ConfigError(
             f"model: {type(model).__name__} has {built:,} parameters, but n_params() of {type(args).__module__}."
-            f"{type(args).__name__} counts {counted:,}; override n_params_non_embedding() there to count them all"
+            f"{type(args).__name__} counts {counted:,}; correct {how} there"
         )
 
 

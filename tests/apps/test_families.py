@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lingua.config.base import ConfigError
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.model import CrossEntropyArgs, DecoderArgs, HybridArgs
 from lingua.data.held_out import ScoredRow
 from lingua.eval.scorer import Scorer
 from lingua.model.attention import RowDocuments, document_bounds
 from lingua.model.context import Cache
-from lingua.model.decoder import Decoder
+from lingua.model.decoder import Decoder, build_block
 from lingua.model.generate import Generator
 from lingua.model.loss import CrossEntropy
 from lingua.optim.muon import takes_muon
@@ -40,9 +41,25 @@ def test_as_many_parameters_are_built_as_counted(args: DecoderArgs) -> None:
     require_counted(build(args), args)
 
 
+class Unfinished(DecoderArgs):
+    block = "tests.families:NoSuchBlock"
+
+
+def test_what_a_family_lacks_is_one_sentence() -> None:
+    args = Unfinished(vocab_size=VOCAB)
+    for ask, lacks in (
+        (args.n_params, r"test_families\.Unfinished has no block_params\(\); add it: the parameters of one block"),
+        (lambda: args.flops_per_token(8), r"has no block_params\(\)"),
+        (lambda: args.mixing_flops_per_token(8), r"has no mixing_flops_per_token\(\); add it: FLOPs of one block"),
+        (lambda: build_block(args, 0), "Unfinished.block is 'tests.families:NoSuchBlock', but module .* has no attrib"),
+    ):
+        with pytest.raises(ConfigError, match=lacks):
+            ask()
+
+
 @every_family
 def test_flops_are_six_per_parameter_and_what_mixes_positions(args: DecoderArgs) -> None:
-    n_matmul = args.n_params() - args.vocab_rows * args.dim  # all but the embedding's lookup
+    n_matmul = args.n_params() - (0 if args.weight_tying else args.vocab_rows * args.dim)  # all but the lookup
     mixing = sum(args.of_layer(layer).mixing_flops_per_token(24) for layer in range(args.n_layers))
     assert args.flops_per_token(24) == 6 * n_matmul + mixing
     assert mixing > 0

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from lingua.config.base import Anything, Args, Part, PositiveInt, parts, register
+from lingua.config.base import Anything, Args, ConfigError, Part, PositiveInt, parts, register
 
 AttnImpl = Literal[
     "auto", "sdpa", "sdpa_cudnn_first", "sdpa_flash", "sdpa_cudnn", "flex", "varlen", "xformers", "flash_attn", "eager"
@@ -151,11 +151,15 @@ class DecoderArgs(ModelArgs):
 
     def block_params(self) -> int:
         """Parameters of one block."""
-        raise NotImplementedError
+        raise self._lacks("block_params", "the parameters of one block")
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
         """Forward and backward FLOPs per token of one block that are not 6 per parameter: what mixes positions."""
-        raise NotImplementedError
+        raise self._lacks("mixing_flops_per_token", "FLOPs of one block per token that are not 6 per parameter")
+
+    def _lacks(self, method: str, what: str) -> ConfigError:
+        own = f"{type(self).__module__}.{type(self).__name__}"
+        return ConfigError(f"model.type {self.type}: {own} has no {method}(); add it: {what}")
 
     def n_params_non_embedding(self) -> int:
         blocks = sum(self.of_layer(layer).block_params() for layer in range(self.n_layers))

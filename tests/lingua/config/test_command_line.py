@@ -82,6 +82,10 @@ def test_the_app_is_chosen_by_word_by_config_by_run_or_by_place(
     (tmp_path / "run" / "checkpoints" / "0000000010").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("app: apps.own")
     assert choose_app(parse_command_line(["run/config.yaml"])) == "apps.own"
+    (tmp_path / "mamba.yaml").write_text("base: [other.yaml, mamba.yaml, named.yaml, model=small]")
+    (tmp_path / "named.yaml").write_text("base: other.yaml\napp: apps.mamba")
+    (tmp_path / "other.yaml").write_text("base: mamba.yaml\napp: apps.other")
+    assert choose_app(parse_command_line(["mamba.yaml"])) == "apps.mamba"  # by the base that wins
     for checkpoint in ("run", "run/checkpoints/0000000010"):
         with trusting():
             assert choose_app(parse_command_line([f"ckpt={checkpoint}"])) == "apps.own"

@@ -100,6 +100,10 @@ def test_overlays_and_groups_beside_the_config_are_found_by_name(tmp_path: Path)
     args = composed(tmp_path, "seed: 1", "model=small", overlays=["experiments=[a, b]", "mine"]).args
     assert (args.optim.lr, args.optim.warmup, args.seed, args.model.dim) == (2.0, 1, 5, 64)  # pyright: ignore[reportAttributeAccessIssue]
     assert composed(tmp_path, "seed: 1", overlays=["experiments=a"]).args.optim.lr == 1.0
+    (tmp_path / "sub").mkdir()
+    base = f"base: {tmp_path / 'base.yaml'}"
+    (tmp_path / "base.yaml").write_text("name: base")
+    assert composed(tmp_path / "sub", base, overlays=["mine"]).args.seed == 5, "of the base's folder"
     with pytest.raises(ConfigError, match="no config experiments/c: there are a, b"):
         composed(tmp_path, "seed: 1", overlays=["experiments=c"])
 
