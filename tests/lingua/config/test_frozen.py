@@ -116,7 +116,7 @@ def test_any_config_reads_back_as_itself(text: str, texts: list[str], lr: float,
         "seed": n,
         "sample_prompt": text,
         "optim": {"lr": lr},
-        "launcher": {"account": text, "setup": texts, "env": {"set": dict.fromkeys(texts, text)}},
+        "launcher": {"account": text, "setup": texts, "env": {"set": {f"V{i}": each for i, each in enumerate(texts)}}},
         "logging": {"wandb": {"tags": texts}},
         "eval": {"harness": {"tasks": [*texts, {"rest": rest}], "gen_kwargs": {text: rest}}},
     }
