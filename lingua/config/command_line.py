@@ -16,11 +16,11 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lingua.config.trust import DEFAULT_APP, check_code, found, trusting
 from lingua.logger import printable
@@ -128,13 +128,26 @@ def choose_app(line: CommandLine) -> str:
     if config is None or not config.is_file():
         return DEFAULT_APP
     from lingua.config.compose import code_named
-    from lingua.config.yaml_layers import read_yaml, with_bases
 
-    named = (layer["app"] for layer in with_bases(config) if isinstance(layer.get("app"), str))
+    own, *bases = _trees(config)
+    named = (tree["app"] for tree in (own, *bases) if isinstance(tree.get("app"), str))
     app = next(named, None) or _app_around(config)
     if app != DEFAULT_APP:
-        check_code([config], code_named({**read_yaml(config).tree, "app": app}))
+        check_code([config], code_named({**own, "app": app}))
     return app
+
+
+def _trees(config: Path, above: tuple[Path, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the tree of a file and those of its bases, the one that wins first; what is wrong with them is not said."""
+    from lingua.config.yaml_layers import read_yaml
+
+    tree = read_yaml(config).tree
+    yield tree
+    bases = tree.get("base")
+    for base in reversed(bases if isinstance(bases, list) else [bases]):
+        path = config.parent / Path(base).expanduser() if isinstance(base, str) else config
+        if path.suffix in (".yaml", ".yml") and path.is_file() and path.resolve() not in (config.resolve(), *above):
+            yield from _trees(path, (*above, config.resolve()))
 
 
 def _app_around(config: Path) -> str:

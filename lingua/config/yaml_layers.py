@@ -297,17 +297,6 @@ def at(tree: Any, key: Key) -> Any:
     return tree
 
 
-def with_bases(config: Path, above: tuple[Path, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the tree of a file and those of its bases, the one that wins first; what is wrong with them is not said."""
-    tree = read_yaml(config).tree
-    yield tree
-    bases = tree.get("base")
-    for base in reversed(bases if isinstance(bases, list) else [bases]):
-        path = config.parent / Path(base).expanduser() if isinstance(base, str) else config
-        if path.suffix in (".yaml", ".yml") and path.is_file() and path.resolve() not in (config.resolve(), *above):
-            yield from with_bases(path, (*above, config.resolve()))
-
-
 # -- composing -----------------------------------------------------------------------------------------------------
 
 
