@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import itertools
 import os
 import re
 import sys
@@ -129,8 +130,9 @@ def choose_app(line: CommandLine) -> str:
         return DEFAULT_APP
     from lingua.config.compose import code_named
 
-    own, *bases = _trees(config)
-    named = (tree["app"] for tree in (own, *bases) if isinstance(tree.get("app"), str))
+    trees = _trees(config)  # bases are read only if the config itself names no app
+    own = next(trees)
+    named = (tree["app"] for tree in itertools.chain((own,), trees) if isinstance(tree.get("app"), str))
     app = next(named, None) or _app_around(config)
     if app != DEFAULT_APP:
         check_code([config], code_named({**own, "app": app}))

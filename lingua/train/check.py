@@ -28,8 +28,7 @@ from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.optim import OptimArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
-from lingua.files import DiskError, human_bytes
-from lingua.report.facts import json_object_in
+from lingua.files import DiskError, human_bytes, json_object_in
 from lingua.run.throughput import PEAKS
 from lingua.tokenizer import assumed_vocab_size
 from lingua.train.earlier import Earlier, read_earlier
