@@ -2,7 +2,7 @@
 
 The newest checkpoint and the newest one known to verify are never deleted, and pinned ones stay. A checkpoint outside
 both periods (saved when the run was stopped, or at its end) counts as a dump: it goes once `dump.keep` newer
-ones exist. Milestones (every `keep_every` steps) are kept forever.
+ones exist. Milestones (every `keep_every` steps, and the chosen `steps`) are kept forever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lingua.config.frozen import read_frozen
-from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery, is_multiple
+from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 
 
 def is_due(step: int, args: CheckpointArgs) -> bool:
@@ -24,7 +24,7 @@ def kinds(step: int, args: CheckpointArgs) -> list[str]:
     due = {
         "dump": args.dump.is_due(step),
         "eval": args.eval.is_due(step),
-        "milestone": is_multiple(step, args.keep_every),
+        "milestone": args.is_milestone(step),
     }
     return [kind for kind, is_one in due.items() if is_one] or ["stop"]
 
@@ -38,7 +38,7 @@ def to_delete(
     """
     steps = sorted(done)
     kept = set(pinned) | set(steps[-1:]) | set(sorted(set(verified) & set(steps))[-1:])
-    kept.update(step for step in steps if is_multiple(step, args.keep_every))
+    kept.update(step for step in steps if args.is_milestone(step))
     kept.update(_newest([s for s in steps if args.dump.is_due(s) or not args.eval.is_due(s)], args.dump.keep))
     kept.update(_newest([s for s in steps if args.eval.is_due(s)], args.eval.keep))
     return [step for step in steps if step not in kept]
@@ -51,13 +51,12 @@ def _newest(steps: list[int], keep: int) -> list[int]:
 def kept_at_once(args: CheckpointArgs, n_steps: int = 0) -> int | None:
     """Count the checkpoints on the disk at the worst moment, the one being written included; None if all are kept.
 
-    With `keep_every`, the milestones of all `n_steps` are counted.
+    The milestones of all `n_steps` are counted.
     """
     if kept_for_good(args, n_steps):
         return None
     used = _used(args, n_steps).values()
-    milestones = n_steps // args.keep_every if args.keep_every > 0 else 0
-    return max(1, sum(period.keep for period in used)) + milestones + 1
+    return max(1, sum(period.keep for period in used)) + len(args.milestones(n_steps)) + 1
 
 
 def kept_for_good(args: CheckpointArgs, n_steps: int = 0) -> list[str]:
@@ -80,5 +79,7 @@ def frozen_periods(run_dir: Path) -> tuple[CheckpointArgs, int | None] | None:
     if config is None:
         return None
     section = config.get("checkpoint") or {}
-    args = CheckpointArgs.model_validate({k: section[k] for k in ("dump", "eval", "keep_every") if k in section})
+    args = CheckpointArgs.model_validate(
+        {k: section[k] for k in ("dump", "eval", "keep_every", "steps") if k in section}
+    )
     return args, config.get("steps")

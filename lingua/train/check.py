@@ -481,19 +481,19 @@ def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 def _odd_checkpoints(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     each = size.checkpoint_bytes
     kept_for_good = {
-        "dump.keep": args.checkpoint.dump.every if args.checkpoint.dump.keep <= 0 else 0,
-        "eval.keep": args.checkpoint.eval.every if args.checkpoint.eval.keep <= 0 else 0,
-        "keep_every": args.checkpoint.keep_every,
+        f"{key}.keep": size.n_steps // period.every
+        for key, period in (("dump", args.checkpoint.dump), ("eval", args.checkpoint.eval))
+        if period.keep <= 0 < period.every
     }
-    for key, every in kept_for_good.items():
-        kept = size.n_steps // every if every > 0 else 0
+    milestones = args.checkpoint.milestones(size.n_steps)
+    for key, kept in {**kept_for_good, "keep_every": len(milestones)}.items():
         if kept * each > 500 * _GIB:
             text = f"checkpoint.{key} keeps all {kept} checkpoints of {human_bytes(each)}"
             yield Finding(f"checkpoint.{key}", f"{text}, {human_bytes(kept * each)}; keep fewer")
     if args.eval is not None and args.eval.automatic and args.checkpoint.eval.every <= 0:
         text = f"checkpoint.eval.every is {args.checkpoint.eval.every}: only the last checkpoint is evaluated; set it"
         yield Finding("checkpoint.eval.every", text)
-    periods = (args.checkpoint.dump.every, args.checkpoint.eval.every, args.checkpoint.keep_every)
+    periods = (args.checkpoint.dump.every, args.checkpoint.eval.every, *milestones)
     if not any(0 < every < size.n_steps for every in periods) and size.n_steps > 2000:
         text = f"no checkpoint before the last of {size.n_steps} steps; if the run is killed, all progress is lost"
         yield Finding("checkpoint.dump.every", text)

@@ -35,6 +35,8 @@ class CheckpointArgs(Args):
     """Checkpoints kept for evaluation. Without a section `eval` there are none, unless this is set."""
     keep_every: Annotated[int, Field(ge=0)] = 0
     """Steps between milestones, which are saved whatever the periods say and kept for good. 0: none."""
+    steps: Literal["log2"] | list[Annotated[int, Field(ge=1)]] = []
+    """More milestones: a list of steps. log2: 1, 2, 4, 8, and so on."""
     path: Text | None = None
     """Folder of the checkpoints. Null: <dump_dir>/checkpoints."""
     init_ckpt_path: Text | None = None
@@ -75,3 +77,14 @@ class CheckpointArgs(Args):
     """drain: what is written is hashed and compared; readback: also read again past the page cache."""
     verify_on_load: Literal["full", "sizes"] = "full"
     """full: every byte is read and compared before a checkpoint is loaded; sizes: only names and sizes."""
+
+    def milestones(self, n_steps: int) -> set[int]:
+        """Return the steps up to `n_steps` whose checkpoints are kept for good."""
+        chosen = [1 << n for n in range(n_steps.bit_length())] if self.steps == "log2" else self.steps
+        every = range(self.keep_every, n_steps + 1, self.keep_every) if self.keep_every else ()
+        return {*every, *(step for step in chosen if step <= n_steps)}
+
+    def is_milestone(self, step: int) -> bool:
+        """Return whether the checkpoint of this step is kept for good."""
+        chosen = step.bit_count() == 1 if self.steps == "log2" else step in self.steps
+        return chosen or is_multiple(step, self.keep_every)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +74,15 @@ def test_milestones_stay_for_good() -> None:
     done = [4, 6, 8, 10, 12, 16, 18, 20]
     assert to_delete(done, args((4, 1), (6, 1), 10), verified=[20]) == [4, 6, 8, 12, 16]
     assert to_delete(done, args((4, 1), (6, 1)), verified=[20]) == [4, 6, 8, 10, 12, 16]
+
+
+@pytest.mark.parametrize(("steps", "kept"), [("log2", [1, 2, 4, 8, 16]), ([3, 7], [3, 7]), ([], [])])
+def test_chosen_steps_are_saved_and_stay_for_good(steps: Any, kept: list[int]) -> None:
+    chosen = args((6, 1)).model_copy(update={"steps": steps})
+    due = [step for step in range(20) if is_due(step, chosen)]
+    assert due == sorted({*kept, 6, 12, 18})
+    assert set(due) - set(to_delete(due, chosen, verified=due)) == {*kept, 18}
+    assert kept_at_once(chosen, n_steps=19) == 2 + len(kept)
 
 
 def test_due() -> None:
