@@ -3,6 +3,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 AFTER_A_FAKE_TENSOR = """
 from tests.ranks import exit_code_of
 import torch
@@ -18,5 +20,6 @@ raise SystemExit(exit_code_of(gradient))
 """
 
 
+@pytest.mark.soak
 def test_ranks_that_are_forked_after_a_fake_tensor_was_made_compute_gradients() -> None:
     assert subprocess.run([sys.executable, "-c", AFTER_A_FAKE_TENSOR], check=False).returncode == 0

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, get_args, get_origin
 
 from pydantic.json_schema import models_json_schema
@@ -16,7 +17,8 @@ from pydantic.json_schema import models_json_schema
 from lingua.config.base import Args, Part, section_classes
 
 
-def field_docs(section: type[Args]) -> dict[str, str]:
+@cache
+def field_docs(section: type[Args]) -> Mapping[str, str]:
     """Return the docstring under each field of a class and of its bases."""
     docs: dict[str, str] = {}
     for cls in reversed(section.__mro__):

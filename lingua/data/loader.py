@@ -38,7 +38,7 @@ from pydantic import Field
 from lingua.config.base import ConfigError, Count, Document, judged
 from lingua.config.keys.data import DataArgs, default_lanes
 from lingua.data.blocked_source import BlockedSource
-from lingua.data.pack import IGNORED, IntArray, ids_of
+from lingua.data.pack import IGNORED, IntArray, LanePosition, ids_of
 from lingua.data.sources import check_manifests, open_data
 from lingua.data.workers import InProcess, Workers
 from lingua.files import RunError
@@ -219,7 +219,8 @@ class Loader:
         dp_size: int,
     ) -> None:
         self.producer, self._args = producer, args
-        self._lanes, self._states, self._header, self._n_blocks = lanes, states, header, n_blocks
+        self._lanes, self._header, self._n_blocks = lanes, header, n_blocks
+        self._positions: dict[int, LanePosition | dict[str, Any]] = dict(states)  # what workers send is a state already
         self._row, self._dp_size = row, dp_size  # rows of the run used so far, by all ranks
         self._turn = row // dp_size  # rows of this rank used so far
         self._open = True
@@ -232,10 +233,10 @@ class Loader:
         views = np.empty((n_views, n_rows, seq_len), np.int32)
         doc_ids = np.empty((n_rows, seq_len), np.int32) if self._args.doc_mask else None
         numbers = np.empty(n_rows, np.int64)
-        states: dict[int, dict[str, Any]] = {}
+        positions: dict[int, LanePosition | dict[str, Any]] = {}
         for i in range(n_rows):
             lane = self._lanes[(self._turn + i) % len(self._lanes)]
-            row, states[lane] = self.producer.next(lane)
+            row, positions[lane] = self.producer.next(lane)
             for view in range(n_views):
                 views[view, i] = row.tokens[view : view + seq_len]
             if doc_ids is not None and row.doc_ids is not None:
@@ -244,20 +245,21 @@ class Loader:
         if self._args.loss_on != "all":
             views[1:][views[1:] < 0] = IGNORED
             views[0] = ids_of(views[0])
-        self._states |= states
+        self._positions |= positions
         self._turn += n_rows
         self._row += n_rows * self._dp_size
         return Batch(views, doc_ids, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """Position of this rank's lanes after the last batch, ready for JSON; see `merge_states`."""
-        lanes = {str(lane): self._states[lane] for lane in self._lanes}
-        return {**self._header, "row": self._row, "epochs": self._epochs(), "lanes": lanes}
+        states = self._states()
+        # By source, the first epoch that none of this rank's lanes has touched.
+        epochs = {n: max(s["tapes"][n][0] for s in states.values()) // b + 1 for n, b in self._n_blocks.items()}
+        lanes = {str(lane): states[lane] for lane in self._lanes}
+        return {**self._header, "row": self._row, "epochs": epochs, "lanes": lanes}
 
-    def _epochs(self) -> dict[str, int]:
-        """By source, the first epoch that none of this rank's lanes has touched."""
-        states = self._states.values()
-        return {name: max(s["tapes"][name][0] for s in states) // n + 1 for name, n in self._n_blocks.items()}
+    def _states(self) -> dict[int, dict[str, Any]]:
+        return {lane: at.state() if isinstance(at, LanePosition) else at for lane, at in self._positions.items()}
 
     def stats(self) -> dict[str, float]:
         """Counters for the metrics: lines, bad lines by kind, and by source the epoch of this rank's lanes."""
@@ -265,8 +267,9 @@ class Loader:
         lines = counts.pop("lines", 0)
         out: dict[str, float] = {"data/lines": lines, "data/bad_lines": sum(counts.values())}
         out |= {f"data/bad_lines/{kind}": n for kind, n in sorted(counts.items())}
+        states = self._states().values()
         for name, n_blocks in self._n_blocks.items():
-            epochs = [state["tapes"][name][0] / n_blocks for state in self._states.values()]
+            epochs = [state["tapes"][name][0] / n_blocks for state in states]
             out[f"data/epoch/{name}"] = sum(epochs) / len(epochs)
             out[f"data/epoch_spread/{name}"] = max(epochs) - min(epochs)
         return out

@@ -90,6 +90,21 @@ class PiecePosition(NamedTuple):
         }
 
 
+class LanePosition(NamedTuple):
+    """Where a lane stands after a row. One is made for every row, so the state in words waits until it is asked for."""
+
+    n_rows: int
+    piece: PiecePosition
+    token: int  # the next one, counted from the piece's begin
+    sources: Sequence[BlockedSource]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a `Lane` is restored from, ready for JSON."""
+        piece = self.piece
+        state = {"rows": self.n_rows, **piece.state(self.sources), "token": self.token, "hash": f"{piece.hash:016x}"}
+        return state if piece.ids_hash is None else {**state, "ids": f"{piece.ids_hash:016x}"}
+
+
 class TextPiece(NamedTuple):
     """The tokens of a piece of a document's text."""
 
@@ -120,7 +135,9 @@ class Packer:
 
     def __init__(self, lane: int, data: OpenedData, tokenizer: Tokenizer, state: dict[str, Any] | None) -> None:
         self._documents = documents = DocumentStream(lane, data, state)
-        self._sources, self._tokenizer, self._args = data.sources, tokenizer, data.args
+        self._sources, self._tokenizer, args = data.sources, tokenizer, data.args
+        self._add_bos, self._add_eos, self._doc_mask = args.add_bos, args.add_eos, args.doc_mask
+        self._seq_len, self._row_tokens, self._row_step = args.seq_len, args.row_tokens, args.row_step
         self._document: Document | None = None  # with text left
         self._char = 0
         self._number = 0
@@ -136,11 +153,10 @@ class Packer:
             if documents.source is not None:
                 self._document, self._char, self._token = documents.reread(), state["char"], state["token"]
 
-    def state(self) -> dict[str, Any]:
-        """Return the position after the last row."""
-        position = self._pieces[0].position if self._pieces else self._position()
-        state = {**position.state(self._sources), "token": self._token, "hash": f"{position.hash:016x}"}
-        return state if position.ids_hash is None else {**state, "ids": f"{position.ids_hash:016x}"}
+    def position(self, n_rows: int) -> LanePosition:
+        """Return the position after the last row; `n_rows`: of the lane so far."""
+        piece = self._pieces[0].position if self._pieces else self._position()
+        return LanePosition(n_rows, piece, self._token, self._sources)
 
     def _position(self) -> PiecePosition:
         documents = self._documents
@@ -150,9 +166,9 @@ class Packer:
 
     def row(self) -> tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]:
         """Return the next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
-        seq_len, n = self._args.seq_len, self._args.row_tokens
+        n = self._row_tokens
         tokens = np.empty(n, np.int32)
-        doc_ids = np.empty(n, np.int32) if self._args.doc_mask else None
+        doc_ids = np.empty(n, np.int32) if self._doc_mask else None
         pieces, filled, index, skip = self._pieces, 0, 0, self._token
         spans: list[RowSpan] = []
         while filled < n:
@@ -166,9 +182,9 @@ class Packer:
             if len(part):
                 spans.append(RowSpan(piece.position, skip, len(part)))
             filled, index, skip = filled + len(part), index + 1, 0
-        self._use(self._args.row_step)
+        self._use(self._row_step)
         if doc_ids is not None:
-            doc_ids = doc_ids[:seq_len]
+            doc_ids = doc_ids[: self._seq_len]
             doc_ids -= doc_ids[0]
         return tokens, doc_ids, tuple(spans)
 
@@ -190,7 +206,7 @@ class Packer:
         end = next_piece(document, start)
         self._document, self._char = (None, 0) if end == 0 else (document, end)
         whole = start == 0 and end == 0
-        bos, eos = self._args.add_bos and start == 0, self._args.add_eos and end == 0
+        bos, eos = self._add_bos and start == 0, self._add_eos and end == 0
         is_label = start >= document.prompt_chars
         try:
             if document.encoded is not None:
@@ -243,14 +259,16 @@ class Lane:
         self._skip = merged(data.args.skip_rows)
         self._made = state["rows"] if state is not None else 0
         self._window: list[tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]] = []
-        self._window_state: dict[str, Any] = {}
+        self._window_begin: LanePosition | None = None
         if self._made % self._size:
             self._fill()
 
-    def state(self) -> dict[str, Any]:
-        """Position after the last row handed out; with a window, its begin, of which `rows` tells how much is used."""
-        position = self._window_state if self._made % self._size else self._packer.state()
-        return {"rows": self._made, **position}
+    def position(self) -> LanePosition:
+        """Return where the last row handed out ends; with a window, where that begins (`n_rows` counts on)."""
+        if self._made % self._size == 0:
+            return self._packer.position(self._made)
+        assert self._window_begin is not None
+        return self._window_begin._replace(n_rows=self._made)
 
     def next(self) -> PackedRow:
         while True:
@@ -267,7 +285,7 @@ class Lane:
 
     def _fill(self) -> None:
         if self._size > 1:
-            self._window_state = self._packer.state()
+            self._window_begin = self._packer.position(self._made)
         self._window = [self._packer.row() for _ in range(self._size)]
 
 

@@ -38,7 +38,7 @@ import orjson
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
 from lingua.data.blocked_source import DataError, OpenedData
-from lingua.data.pack import Lane, PackedRow
+from lingua.data.pack import Lane, LanePosition, PackedRow
 from lingua.data.sources import open_data
 from lingua.files import DiskError, RunError
 from lingua.tokenizer import Tokenizer, build_tokenizer
@@ -103,10 +103,10 @@ class InProcess:
         self._bad, self.close = data.bad, data.close
         self._lanes = {lane: Lane(lane, data, tokenizer, state) for lane, state in states.items()}
 
-    def next(self, lane: int) -> tuple[PackedRow, dict[str, Any]]:
-        """Return the lane's next row, and its state after it."""
+    def next(self, lane: int) -> tuple[PackedRow, LanePosition]:
+        """Return the lane's next row, and the lane's position after it."""
         made = self._lanes[lane]
-        return made.next(), made.state()
+        return made.next(), made.position()
 
     def counts(self) -> dict[str, int]:
         """Lines read, and bad ones by kind."""
@@ -305,8 +305,8 @@ def _rows(args: DataArgs, n_lanes: int, states: dict[int, dict[str, Any]]) -> It
     rows = InProcess(open_data(args, n_lanes), build_tokenizer(args.tokenizer), states)
     while True:
         for lane in states:
-            row, state = rows.next(lane)
-            yield row, orjson.dumps([row.number, state, rows.counts()])
+            row, position = rows.next(lane)
+            yield row, orjson.dumps([row.number, position.state(), rows.counts()])
 
 
 def main(ready: int, free: int, memory: int) -> None:

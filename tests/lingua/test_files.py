@@ -327,6 +327,7 @@ def test_a_folder_that_a_living_process_just_finished_is_nobody_s_leftover(
         assert folder.is_dir()
 
 
+@pytest.mark.soak
 def test_a_folder_is_there_whole_or_not_at_all(odd: Path) -> None:
     def make(files: Files) -> None:
         with whole_folder(odd / "above" / "new", files=files) as folder:

@@ -63,6 +63,7 @@ def test_the_users_own_setting_wins(own: dict[str, str]) -> None:
     assert run("-c", SAY, **own).stdout == f"{own.get('GOMP_SPINCOUNT')}\n"
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings libgomp along on Linux")
 def test_libgomp_itself_hears_of_it_where_a_trainer_loads_torch() -> None:
     count = int(run("-c", SAY).stdout)

@@ -67,9 +67,9 @@ def test_alone(tmp_path: Path):
     assert orjson.loads((tmp_path / "logs" / "stop.0001.json").read_bytes()) == stop
 
 
-@pytest.mark.gate
+@pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.parametrize("failing", [0, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.gate), 2])
 def test_the_others_leave_soon_with_a_sentence_of_their_own(tmp_path: Path, failing: int):
     """Nobody waits for the collective to time out: that would take 300 s, and a test may take 120."""
     hook = fail_loading(4, DataError("x.jsonl line 7: no text"), failing)
@@ -105,6 +105,7 @@ def test_a_rank_that_is_gone_without_a_word(tmp_path: Path, killed: int):
 WATCHDOG = ["watchdog.min_s=6", "watchdog.step_factor=5", "watchdog.other_s=100", "steps=20"]
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_a_rank_that_hangs_is_ended_with_the_stacks_of_all(tmp_path: Path):
     def hang_here() -> None:

@@ -28,7 +28,14 @@ from tests.trainer import TINY, Hook, at_step, fingerprint, losses, published, s
 WORDS = [*TINY, "steps=10"]
 
 
-@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 75), ("SIGUSR2", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "exit_code"),
+    [
+        ("SIGTERM", 75),
+        pytest.param("SIGUSR2", 75, marks=pytest.mark.soak),
+        pytest.param("SIGINT", 130, marks=pytest.mark.soak),
+    ],
+)
 def test_a_signal_saves_and_says_so(tmp_path: Path, name: str, exit_code: int):
     words = [*WORDS, f"dump_dir={tmp_path}"]
     result = train(words, hook=at_step(4, send_self(name)))
@@ -58,6 +65,7 @@ def on_disk(files: Files) -> Hook:
     return hook
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_a_signal_to_one_rank_may_save_and_the_run_goes_on(tmp_path: Path):
     """Of two signals before the save, one checkpoint comes; the run trains what it trains undisturbed."""
@@ -120,8 +128,9 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path: Path):
     assert (stop["signal"], published(tmp_path)) == ("SIGHUP", [stop["step"]])
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.parametrize("asked", [0, 1])
 def test_one_rank_is_asked_and_both_leave_after_the_same_step(tmp_path: Path, asked: int):
     words = [*WORDS, f"dump_dir={tmp_path}", "data.load_async=true"]
     result = train(words, n_ranks=2, hook=at_step(3, send_self("SIGTERM"), on_rank=asked))
@@ -158,7 +167,7 @@ def ask_while_building(rank_asked: int, name: str = "SIGTERM") -> Hook:
     return hook
 
 
-@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 75), pytest.param("SIGINT", 130, marks=pytest.mark.soak)])
 def test_a_start_is_left_at_once(tmp_path: Path, name: str, exit_code: int):
     words = [*WORDS, f"dump_dir={tmp_path}"]
     result = train(words, hook=ask_while_building(0, name))
@@ -170,8 +179,9 @@ def test_a_start_is_left_at_once(tmp_path: Path, name: str, exit_code: int):
     assert train(words).exit_code == 0
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.parametrize("asked", [0, 1])
 def test_a_start_is_left_by_all_ranks_while_they_wait_for_each_other(tmp_path: Path, asked: int):
     words = [*WORDS, f"dump_dir={tmp_path}", "distributed.timeout_s=300"]
     result = train(words, n_ranks=2, hook=ask_while_building(asked))

@@ -48,9 +48,19 @@ def block(*args: Any, **kwargs: Any) -> None:
     ("bad_call", "act", "said"),
     [
         ("log", refuse, "wandb: ConnectionResetError: Connection lost; this attempt is no longer tracked there"),
-        ("init", refuse, "wandb: ConnectionResetError: Connection lost; this attempt is no longer tracked there"),
+        pytest.param(
+            "init",
+            refuse,
+            "wandb: ConnectionResetError: Connection lost; this attempt is no longer tracked there",
+            marks=pytest.mark.soak,
+        ),
         ("init", block, "wandb: it did not end within 0.1 s; this attempt is no longer tracked there"),
-        ("log", block, "wandb: it did not end within 0.1 s; this attempt is no longer tracked there"),
+        pytest.param(
+            "log",
+            block,
+            "wandb: it did not end within 0.1 s; this attempt is no longer tracked there",
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_the_run_finishes_and_its_files_are_whole(bad_call: str, act: Any, said: str, tmp_path: Path):

@@ -53,6 +53,7 @@ def stir(rank: int) -> None:
     wrap(Measures, "measure_model", seed)
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_training_does_not_notice_and_the_numbers_are_those_of_the_checkpoints(
     data: Path, tmp_path: Path, shm: Path

@@ -89,6 +89,7 @@ def optimizer_steps(run_dir: Path, step: int) -> float:
     return count.item()
 
 
+@pytest.mark.soak
 def test_what_begins_anew_does_so_once(origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     for folder in (calm, killed):

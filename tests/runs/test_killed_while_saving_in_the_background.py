@@ -156,7 +156,8 @@ def kill_the_service(run_dir: Path, shm: Path, n_ranks: int, kill_at: At, calm: 
     end_calmly(run_dir, shm, n_ranks, calm)
 
 
-@pytest.mark.parametrize("kill_at", [RENAME, pytest.param(FREE, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kill_at", [RENAME, FREE])
 def test_a_killed_service_is_replaced(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: At):
     kill_the_service(tmp_path / "run", shm, 1, kill_at, calm(1))
 
@@ -187,6 +188,7 @@ def test_a_killed_trainer_goes_on(tmp_path: Path, shm: Path, calm: Callable[[int
     kill_a_rank(tmp_path / "run", shm, 1, 0, kill_at, calm(1))
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @pytest.mark.parametrize(("rank", "kill_at"), [(1, RANK_1_POINTS[2])])
 def test_a_killed_rank_of_two(tmp_path: Path, shm: Path, calm: Callable[[int], Path], rank: int, kill_at: At):
@@ -277,6 +279,7 @@ def leave_in_memory(run_dir: Path, shm: Path, n_ranks: int = 1) -> None:
     assert published(run_dir) == []
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @pytest.mark.parametrize("n_ranks", [2])
 def test_what_is_complete_in_memory_is_saved_before_going_on(
@@ -288,6 +291,7 @@ def test_what_is_complete_in_memory_is_saved_before_going_on(
     assert first_steps(run_dir) == {1: 1, 2: 5}
 
 
+@pytest.mark.soak
 def test_starts_killed_while_they_save_what_they_found(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
     run_dir = tmp_path / "run"
     leave_in_memory(run_dir, shm)
@@ -303,6 +307,7 @@ def test_starts_killed_while_they_save_what_they_found(tmp_path: Path, shm: Path
     assert first_steps(run_dir) == {1: 1, 4: 5}
 
 
+@pytest.mark.soak
 def test_a_folder_begun_anew_inherits_nothing(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
     run_dir = tmp_path / "run"
     leave_in_memory(run_dir, shm)
@@ -311,6 +316,7 @@ def test_a_folder_begun_anew_inherits_nothing(tmp_path: Path, shm: Path, calm: C
     assert first_steps(run_dir) == {1: 1}
 
 
+@pytest.mark.soak
 def test_memory_of_an_older_timeline_is_not_taken(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
     """Start 1 leaves step 4 on one node; start 2, on another, begins anew and saves step 2; start 3 is on the first."""
     run_dir, other_node = tmp_path / "run", shm / "other"
@@ -331,8 +337,9 @@ def stop(run_dir: Path) -> dict[str, object]:
     return orjson.loads((run_dir / "stop.json").read_bytes())
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.parametrize(("n_ranks", "step"), [pytest.param(1, 4, marks=pytest.mark.soak), (2, 2)])
+@pytest.mark.parametrize(("n_ranks", "step"), [(1, 4), (2, 2)])
 def test_a_stop_signal_saves_before_the_exit(
     tmp_path: Path, shm: Path, calm: Callable[[int], Path], n_ranks: int, step: int
 ):
@@ -369,6 +376,7 @@ def ends_in(seconds: float) -> Hook:
     return hook
 
 
+@pytest.mark.soak
 def test_what_does_not_get_to_the_disk_in_time_is_said(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
     run_dir, gate = tmp_path / "run", tmp_path / "gate"
     with Services(lambda start: BlockingFiles(WRITE, until=gate)) as services:
@@ -383,6 +391,7 @@ def test_what_does_not_get_to_the_disk_in_time_is_said(tmp_path: Path, shm: Path
     assert first_steps(run_dir) == {1: 1, 2: 5}
 
 
+@pytest.mark.soak
 def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path: Path, shm: Path, calm: Callable[[int], Path]):
     run_dir = tmp_path / "run"
 

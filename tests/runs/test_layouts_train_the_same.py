@@ -36,12 +36,17 @@ def one_large_batch(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float
         pytest.param(1, ["data.batch_size=4", f"global_batch_size={G}"], marks=pytest.mark.soak),
         pytest.param(2, ["data.batch_size=6"], marks=[pytest.mark.ranks, pytest.mark.soak]),
         pytest.param(2, ["data.batch_size=2", "grad_acc_steps=3"], marks=[pytest.mark.ranks, pytest.mark.soak]),
-        pytest.param(3, ["data.batch_size=4", "distributed.fsdp_type=full_shard"], marks=pytest.mark.ranks),
+        pytest.param(
+            3, ["data.batch_size=4", "distributed.fsdp_type=full_shard"], marks=[pytest.mark.ranks, pytest.mark.soak]
+        ),
         pytest.param(
             4, ["data.batch_size=3", "distributed.fsdp_type=full_shard", "distributed.dp_shard=2"],
             marks=[pytest.mark.ranks, pytest.mark.soak],
         ),
-        pytest.param(2, ["data.batch_size=4", "grad_acc_steps=3", "distributed.tp_size=2"], marks=pytest.mark.ranks),
+        pytest.param(
+            2, ["data.batch_size=4", "grad_acc_steps=3", "distributed.tp_size=2"],
+            marks=[pytest.mark.ranks, pytest.mark.soak],
+        ),
         pytest.param(
             4, ["data.batch_size=6", "distributed.tp_size=2", "distributed.fsdp_type=full_shard"],
             marks=[pytest.mark.ranks, pytest.mark.soak],
@@ -60,6 +65,7 @@ def test_losses_equal_those_of_one_large_batch(
     assert losses(tmp_path) == pytest.approx(one_large_batch, rel=2e-5)
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_a_run_goes_on_with_the_same_rows_on_other_numbers_of_ranks(one_large_batch: dict[int, float], tmp_path: Path):
     """Twice in mid-run; rows per step stay, so accumulation is derived."""

@@ -42,6 +42,7 @@ def test_the_run_stops_before_the_optimizer_moves_and_names_step_and_rows(tmp_pa
     assert train([*words, "data.skip_rows=[[6,7]]"]).exit_code == 0  # the way past
 
 
+@pytest.mark.soak
 def test_the_lower_rate_that_the_message_asks_for_is_accepted(tmp_path: Path):
     words = [*WORDS, f"dump_dir={tmp_path}", "checkpoint.dump.every=2", "optim.lr=1e-3"]
     assert "lower optim.lr" in train(words, hook=spoil(4)).output

@@ -96,6 +96,7 @@ def half(args, step, n_steps):
 """
 
 
+@pytest.mark.soak
 def test_a_plugin_brings_an_optimizer_and_a_schedule(workplace: Path):
     (workplace / "my_parts.py").write_text(PLUGIN)
     words = ["apps/main/configs/debug.yaml", *SMALL, "plugins=[my_parts]", "optim.type=plain_sgd", "optim.warmup=0"]

@@ -15,6 +15,7 @@ SHARDED = [
 ]
 
 
+@pytest.mark.soak
 def test_killed_and_resumed(tmp_path: Path):
     plain, probed = tmp_path / "plain", tmp_path / "probed"
     assert train([*WORDS, f"dump_dir={plain}"]).exit_code == 0

@@ -205,6 +205,7 @@ def test_the_row_behind_a_spike_is_the_first(tmp_path: Path):
     assert odd.encode() in chunk.read_bytes()[document["offset"] :].partition(b"\n")[0]
 
 
+@pytest.mark.soak
 def test_a_step_that_ended_the_run_can_be_looked_at(tmp_path: Path):
     run = tmp_path / "run"
     result = train([*WORDS, "steps=12", f"dump_dir={run}", "optim.lr=1e18", "optim.warmup=0", "logging.freq=10"])

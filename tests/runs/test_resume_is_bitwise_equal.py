@@ -52,7 +52,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(at_step(7, kill_self), id="between two checkpoints"),
         pytest.param(at_step(8, kill_self), id="just before a save", marks=pytest.mark.soak),
         pytest.param(kill_during_save_of(8, 3), id="early in a save", marks=pytest.mark.soak),
-        pytest.param(kill_during_save_of(8, 12), id="late in a save"),
+        pytest.param(kill_during_save_of(8, 12), id="late in a save", marks=pytest.mark.soak),
         pytest.param(kill_during_save_of(12, 5), id="in the last save", marks=pytest.mark.soak),
     ],
 )
@@ -77,8 +77,9 @@ def test_killed_again_and_again(undisturbed: Path, tmp_path: Path):
     assert fingerprint(tmp_path, N_STEPS) == fingerprint(undisturbed, N_STEPS)
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", [pytest.param("no_shard", marks=pytest.mark.soak), "full_shard"])
+@pytest.mark.parametrize("layout", ["no_shard", pytest.param("full_shard", marks=pytest.mark.gate)])
 def test_two_ranks_of_which_one_is_killed(tmp_path: Path, layout: str):
     words = [*WORDS, f"distributed.fsdp_type={layout}", "grad_acc_steps=1"]
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"

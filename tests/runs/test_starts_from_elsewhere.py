@@ -56,6 +56,7 @@ def test_weights_of_another_shape_are_refused_by_name(other: Path, tmp_path: Pat
     assert "Traceback" not in result.output
 
 
+@pytest.mark.soak
 def test_a_model_that_was_exported_comes_in_again(other: Path, tmp_path: Path):
     make_export(f"{other}@6", tmp_path / "hf", Format.hf)
     make_import(tmp_path / "hf", tmp_path / "in")

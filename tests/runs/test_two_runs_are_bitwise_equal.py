@@ -9,7 +9,7 @@ from tests.trainer import TINY, fingerprint, losses, train
 WORDS = [*TINY, "steps=6"]
 
 
-@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.ranks)])
+@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=[pytest.mark.ranks, pytest.mark.soak])])
 def test_two_runs_end_with_the_same_bytes(tmp_path: Path, n_ranks: int):
     for name in ("one", "two"):
         assert train([*WORDS, f"dump_dir={tmp_path / name}"], n_ranks).exit_code == 0

@@ -91,6 +91,7 @@ def test_no_secret_is_left_anywhere(run_dir: Path):
             assert b"s3cret" not in file.read_bytes(), file
 
 
+@pytest.mark.soak
 def test_forty_spellings_of_secrets_are_in_no_file_of_a_run_and_its_report(tmp_path: Path):
     variables = {f"{prefix}_{name}": f"s3cr3t-{i}" for i, name in enumerate(VARIABLES) for prefix in ("HF", "UV")}
     words = [*TINY, f"dump_dir={tmp_path}", "steps=3", "logging.wandb.mode=offline"]

@@ -103,6 +103,7 @@ def test_an_unknown_case_is_answered_with_the_known(capsys: pytest.CaptureFixtur
     assert "no case '31M'; there are: debug, 30M" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_without_a_gpu_the_benchmark_of_one_ends_at_once_with_one_sentence(tmp_path: Path) -> None:
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), str(tmp_path / "figures.json")]

@@ -31,6 +31,7 @@ def options(folder: Path) -> list[str]:
     return ["--data_dir", str(folder / "data"), "--tmp_dir", str(folder / "tmp"), "--nchunks", "4"]
 
 
+@pytest.mark.soak
 def test_memory_is_kept_and_a_kill_from_outside_costs_nothing(tmp_path: Path) -> None:
     """256 MB of text with 0.2 GB of memory, killed while it writes the chunks."""
     source = tmp_path / "source"

@@ -167,6 +167,7 @@ def test_padded_rows_stay_at_home(tmp_path: Path) -> None:
 # -- whole or not at all ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_an_export_that_dies_anywhere_leaves_nothing_or_all(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out" / "hf"
     make_run(run, n_layers=1, tokenizer={"name": "hf", "path": "/nowhere"})  # its files would be more of the same

@@ -104,6 +104,7 @@ def test_words_are_passed_on_unchanged_to_the_chosen_app(tmp_path: Path) -> None
         assert (done.stdout, done.returncode) == (f"{name} {words}\n", 75), done.stderr
 
 
+@pytest.mark.soak
 def test_a_copied_app_with_a_key_of_its_own_is_found_by_its_config(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(ROOT / "apps" / "main", mine, ignore=shutil.ignore_patterns("__pycache__"))

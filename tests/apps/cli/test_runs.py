@@ -132,6 +132,7 @@ def test_a_run_is_stopped_from_the_login_node(lingua: Lingua, tmp_path: Path):
     assert again.exit_code == 0, again.output  # the request was for the start before
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(lingua: Lingua, tmp_path: Path):
     """A signal that one rank gets, then `lingua profile`: both ranks time the same steps, rank 0 alone traces."""
@@ -191,6 +192,7 @@ def test_a_copy_of_a_living_run_is_not_asked_to_stop(lingua: Lingua, folder: Pat
         (tmp_path / "renamed").rename(run)
 
 
+@pytest.mark.soak
 def test_a_start_is_stopped_too(tmp_path: Path):
     def hook(rank: int) -> None:
         setattr(lock, "BEAT_S", 0.05)  # noqa: B010

@@ -84,6 +84,7 @@ def test_packed_rows_give_the_number_of_the_training_log(run: Path, capsys: pyte
     assert found["documents/mine/bpb"] != pytest.approx(logged["mine/bpb"], rel=1e-6), "another number, another name"
 
 
+@pytest.mark.soak
 def test_a_measure_of_ones_own_is_one_file(run: Path, tmp_path: Path) -> None:
     """The one in the README."""
     (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "lingua/eval/README.md").read_text(), re.DOTALL)

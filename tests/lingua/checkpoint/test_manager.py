@@ -91,8 +91,9 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, tied: bool) -> No
     assert_equal(snapshot(plain), snapshot(resumed))
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("tied", [False, True])
 def test_save_on_any_ranks_load_on_any_ranks(tmp_path: Path, tied: bool) -> None:
     def save(rank: int, n: int) -> dict[str, Tensor]:
         state = make(tied, shard=n > 1, name="run")

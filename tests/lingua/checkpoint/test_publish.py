@@ -104,6 +104,7 @@ def n_operations(run_dir: Path, step: int) -> int:
 # -- the crash matrix ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_at_every_operation(tmp_path: Path, damaged: bool) -> None:
     prepare = damaged_newest if damaged else lambda run_dir: run_with(run_dir, 1)

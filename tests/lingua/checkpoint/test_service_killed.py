@@ -122,7 +122,8 @@ def apart(sweep: Callable[..., int], *arguments: object) -> int:
         return pool.submit(sweep, *arguments).result()
 
 
-@pytest.mark.parametrize("service_dies_too", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("service_dies_too", [pytest.param(False, marks=pytest.mark.gate), True])
 def test_ranks_killed_at_every_operation(service_dies_too: bool) -> None:
     assert apart(kill_the_ranks, service_dies_too) > 60
 
@@ -187,6 +188,7 @@ def goes_on_beside_its_ranks(world: World, n: int, n_all: int) -> None:
         assert set(world.kinds()) <= {"published", "retired"}
 
 
-@pytest.mark.parametrize("ranks_live", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks_live", [False, True])
 def test_service_killed_at_every_operation(ranks_live: bool) -> None:
     assert apart(kill_the_service, ranks_live) > 80

@@ -117,11 +117,11 @@ def test_state_is_small_and_holds_no_data(tmp_path: Path) -> None:
     source = JsonlSource("s", write_source(tmp_path, "s", ["x" * 100_000]), 1)
     lane = make_lane(source, 16)
     lane.next()
-    assert lane.state() == {
+    assert lane.position().state() == {
         "rows": 1,
         "pick": 1,
         "source": "s",
-        "tapes": {"s": [lane.state()["tapes"]["s"][0], 0]},
+        "tapes": {"s": [lane.position().state()["tapes"]["s"][0], 0]},
         "char": 0,
         "token": 16,
         "hash": f"{0:016x}",
@@ -135,7 +135,7 @@ def test_the_running_hash_tells_other_pieces_apart(tmp_path: Path) -> None:
         source = JsonlSource(name, write_source(tmp_path, name, texts, n_files=1), 1)
         lane = make_lane(source, 20)
         lane.next()
-        hashes.add(lane.state()["hash"])
+        hashes.add(lane.position().state()["hash"])
     assert len(hashes) == 3
 
 

@@ -199,6 +199,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.soak
 def test_workers_die_with_a_killed_parent_and_never_import_torch(tmp_path: Path) -> None:
     two_sources(tmp_path)
     script = tmp_path / "parent.py"  # no `if __name__ == "__main__"`: a worker must not run it

@@ -318,7 +318,7 @@ def evaluate_ahead_and_adopt(run_dir: Path, files: Files) -> None:
     evaluator(run_dir, held, files=files).catch_up()
 
 
-@pytest.mark.parametrize("act", [evaluate_published, evaluate_ahead_and_adopt])
+@pytest.mark.parametrize("act", [evaluate_published, pytest.param(evaluate_ahead_and_adopt, marks=pytest.mark.soak)])
 def test_killed_at_every_operation_nothing_is_lost_and_none_comes_twice(
     tmp_path: Path, act: Callable[[Path, Files], None]
 ) -> None:

@@ -239,6 +239,7 @@ def said(found: dict[str, Any]) -> dict[str, list[Any]]:
     return {task: [sample["resps"] for sample in samples] for task, samples in found["samples"].items()}
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_the_same_as_the_hf_model(lm_eval: Any, tasks: list[Any], tokenizer: tuple[Tokenizer, Path]) -> None:
     model = tiny()

@@ -277,7 +277,7 @@ def n_disk_operations(node: int) -> int:
         return files.n_done
 
 
-@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_disk_error_on_one_node_costs_no_step(node: int) -> None:
     n_all = n_disk_operations(node)
     assert n_all > 20
@@ -334,6 +334,7 @@ def write_part_and_wait(world: World, node: int, files: Files) -> None:
         write_part(world, node, files)
 
 
+@pytest.mark.soak
 def test_the_other_node_s_service_killed_at_every_operation(pair: World) -> None:
     for start in begin_nodes(pair):
         start.stage(2)
@@ -363,6 +364,7 @@ def finish(world: World, files: Files) -> None:
         write_part(world, 0, files)
 
 
+@pytest.mark.soak
 def test_the_publishing_node_s_service_killed_at_every_operation(pair: World) -> None:
     for start in begin_nodes(pair):
         start.stage(2)

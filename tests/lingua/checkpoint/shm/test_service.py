@@ -233,7 +233,9 @@ N_DISK = count_disk_operations()
 ALSO = [pytest.param(error, marks=pytest.mark.soak) for error in (errno.EDQUOT, errno.EROFS)]
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, *ALSO])
+@pytest.mark.parametrize(
+    "error", [errno.ENOSPC, *(pytest.param(code, marks=pytest.mark.soak) for code in (errno.EIO, *ALSO))]
+)
 @pytest.mark.parametrize("lasting", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_failing_at_every_operation(error: int, lasting: bool) -> None:
     assert N_DISK > 45
@@ -308,6 +310,7 @@ def test_the_newest_takes_the_place_of_one_that_waits_for_the_disk(world: World)
     assert world.done() == [3]
 
 
+@pytest.mark.soak
 def test_a_disk_that_never_comes_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lingua.checkpoint.shm.service.PATIENCE_S", 500.0)
     started(world)
@@ -504,6 +507,7 @@ def test_pins_that_cannot_be_read_keep_everything(world: World) -> None:
 # -- a newer start -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_service_that_wakes_up_after_a_newer_start_changes_nothing() -> None:
     outcomes: set[tuple[int, ...]] = set()
     n_fenced = 0

@@ -119,9 +119,10 @@ def test_a_snapshot_is_of_the_moment_of_the_call(tmp_path: Path, shm: Path, serv
     assert_equal(snapshot(state), snapshot(resumed))
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.soak), True])
+@pytest.mark.parametrize("tied", [False, True])
 def test_saved_on_any_ranks_it_loads_on_any_ranks_and_in_stock_torch(tmp_path: Path, shm: Path, tied: bool):
     def save(rank: int, n: int) -> dict[str, Tensor]:
         state = make(tied, shard=n > 1)

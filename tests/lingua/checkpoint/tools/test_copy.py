@@ -60,6 +60,7 @@ def test_again_and_another_step(tmp_path: Path) -> None:
     assert layout.done_steps(tmp_path / "copy" / "checkpoints") == [1, 2]
 
 
+@pytest.mark.soak
 def test_killed_at_every_operation(tmp_path: Path) -> None:
     make_run(tmp_path / "run", 1)
     counting = FaultyFiles()

@@ -95,6 +95,7 @@ def clean(root: Path) -> bool:
     )
 
 
+@pytest.mark.soak
 def test_killed_at_every_operation(tmp_path: Path) -> None:
     counting = FaultyFiles()
     untidy(tmp_path / "count")

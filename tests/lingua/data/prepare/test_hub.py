@@ -125,6 +125,7 @@ def test_parquet_over_a_connection_that_breaks(tmp_path: Path) -> None:
     assert result.facts["documents"] == 500
 
 
+@pytest.mark.soak
 def test_zst_and_the_commit_of_the_first_start_is_kept(tmp_path: Path) -> None:
     """The hub moves on and then goes away; what was begun is what is finished."""
     names = [f"global-shard_01_of_10/local-shard_{n}_of_10/s.jsonl.zst" for n in range(3)]
