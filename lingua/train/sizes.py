@@ -217,6 +217,7 @@ def _length(args: TrainArgs, tokens_per_step: int, flops_per_token: float, found
             text = f"epochs needs the data to be counted, and {error}; assumed {DEFAULT_STEPS} steps"
             found.warnings.append(Finding("epochs", text))
             return DEFAULT_STEPS, "assumed"
-        n_steps = max(1, int(args.epochs * tokens / tokens_per_step))
-        return n_steps, f"epochs {args.epochs:g} * {tokens:,} tokens (estimated from a sample) / {tokens_per_step:,}"
+        read = tokens_per_step // args.data.seq_len * args.data.row_step
+        n_steps = max(1, int(args.epochs * tokens / read))
+        return n_steps, f"epochs {args.epochs:g} * {tokens:,} tokens (estimated from a sample) / {read:,}"
     return DEFAULT_STEPS, "default"

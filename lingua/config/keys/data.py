@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -126,10 +127,16 @@ class DataArgs(Args):
             listed = self.sources
         root = Path(os.path.expandvars(self.root_dir or "")).expanduser()
         found: list[SourceArgs | SyntheticArgs] = []
+        unseeded = [s.name or s.type for s in listed if isinstance(s, SyntheticArgs) and s.seed is None]
         for source in listed:
             if isinstance(source, SyntheticArgs):
-                seed = self.order_seed if source.seed is None else source.seed
-                found.append(source.model_copy(update={"name": source.name or source.type, "seed": seed}))
+                seed, name = source.seed, source.name or source.type
+                if seed is None and name == min(unseeded):
+                    seed = self.order_seed
+                elif seed is None:  # so that no two draw the same random numbers
+                    digest = hashlib.blake2b(f"{self.order_seed}/{name}".encode(), digest_size=7).digest()
+                    seed = int.from_bytes(digest, "little")
+                found.append(source.model_copy(update={"name": name, "seed": seed}))
                 continue
             path = Path(os.path.expandvars(source.path)).expanduser()
             found.append(source.model_copy(update={"name": source.name or path.name, "path": str(root / path)}))

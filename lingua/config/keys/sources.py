@@ -42,7 +42,8 @@ class SyntheticArgs(Part):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Share of documents, relative to the other sources'. 0: not read."""
     seed: int | None = None
-    """Seed of its tables and documents. Null: data.seed."""
+    """Seed of its tables and documents. Null: data.seed, or one made of that and the name where an earlier name of the
+    alphabet has it, so that no two sources share random numbers."""
     documents: Annotated[int, Field(ge=1, le=ENDLESS)] | None = None
     """Documents of an epoch. Null: more than any run reads, so that none is read twice."""
 

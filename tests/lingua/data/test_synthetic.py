@@ -87,6 +87,15 @@ def test_a_row_is_a_document_to_its_last_label_and_an_epoch_has_each_once() -> N
     assert sorted(table.values()) == sorted(documents.tolist())
 
 
+def test_sources_without_a_seed_of_their_own_share_no_random_numbers() -> None:
+    one, other = {"type": "random", "vocab_size": 5}, {"type": "random", "vocab_size": 5, "name": "zebra"}
+    (alone,), (first, second) = made(sources=[one]).read_sources(), made(sources=[other, one]).read_sources()
+    assert isinstance(first, SyntheticArgs)
+    assert isinstance(second, SyntheticArgs)
+    assert first == alone
+    assert first.seed == DataArgs().order_seed != second.seed
+
+
 def test_audit_and_rows_know_where_documents_come_from() -> None:
     args = made("gssm", "copy", lanes=4)
     (_, middle), (_, end) = run_steps(args, 2, n_rows=12), run_steps(args, 5, n_rows=12)
@@ -95,7 +104,8 @@ def test_audit_and_rows_know_where_documents_come_from() -> None:
     end["lanes"]["1"]["hash"] = f"{1:016x}"
     assert "lane 1" in audit(args, 4, 12, {2: middle, 5: end}).problems[0]
     row, (origin,) = next(iter(rows_of_step(args, 4, 12, {2: middle}, 4)))
-    document = process(origin.source, seed=args.order_seed).documents(origin.offset, 1, 8)[0]
+    seeds = {source.name: source.seed for source in args.read_sources() if isinstance(source, SyntheticArgs)}
+    document = process(origin.source, seed=seeds[origin.source] or 0).documents(origin.offset, 1, 8)[0]
     assert (row, origin.unit, origin.text.split()) == (36, "document", [str(i) for i in document[:7]])
 
 

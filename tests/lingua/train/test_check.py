@@ -293,6 +293,9 @@ def test_epochs_make_steps_from_the_bytes_of_the_sources(tmp_path: Path) -> None
     (folder / "a.chunk.00.jsonl").unlink()
     errors, _ = problems(args(data=data), 1)
     assert "no *.jsonl file in this folder" in errors[0].text
+    made = {"type": "random", "vocab_size": 5, "documents": 80}  # each is a row, with one token more than its labels
+    data = {"sources": [made], "tokenizer": {"name": "none"}}
+    assert resolve(args(steps=None, epochs=2.0, data=data), 1).n_steps == 2 * 80 // 4
 
 
 @pytest.mark.parametrize(
