@@ -43,7 +43,7 @@ TINY = [
     "sample_prompt=null",
     "device=cpu",
     "deterministic=true",
-    "distributed.timeout_s=30",
+    "distributed.timeout_s=300",
 ]
 """Words of a run that takes a second."""
 

@@ -141,7 +141,7 @@ def test_a_stop_of_one_rank_ends_the_evaluation_on_all(data: Path, tmp_path: Pat
 
         def score_for_long(model: Any, loss: Any, batches: Any, device: Any, before_batch: Callable[[], None]) -> Any:
             if rank == 0:
-                for _ in range(600):
+                for _ in range(9000):
                     threading.Event().wait(0.1)
                     before_batch()
             return original(model, loss, batches, device, before_batch)

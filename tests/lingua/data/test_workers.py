@@ -39,7 +39,7 @@ def pids(loader: Loader) -> list[int]:
     return loader.producer.pids()
 
 
-def wait_for_end(pid: int, timeout_s: float = 30) -> None:
+def wait_for_end(pid: int, timeout_s: float = 300) -> None:
     """Block until a process is gone, ours or not."""
     try:
         descriptor = os.pidfd_open(pid)

@@ -196,7 +196,7 @@ def test_a_fork_of_a_process_that_compiled_can_compile(monkeypatch: pytest.Monke
     monkeypatch.setattr(AsyncCompile, "pool", lru_cache(1)(lambda: ThreadPoolExecutor(1)))
 
     def answer() -> None:
-        AsyncCompile.pool().submit(int).result(timeout=10)
+        AsyncCompile.pool().submit(int).result(timeout=300)
 
     answer()
     assert exit_code_of(answer) == 0

@@ -99,7 +99,7 @@ def together(present: list[int], n_ranks: int, within_s: float) -> dict[int, Nod
     processes = [context.Process(target=act, args=(rank,)) for rank in present]
     for process in processes:
         process.start()
-    found = dict(reports.get(timeout=60) for _ in processes)
+    found = dict(reports.get(timeout=300) for _ in processes)
     for process in processes:
         process.join()
     return found

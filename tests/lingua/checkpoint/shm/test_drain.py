@@ -24,7 +24,7 @@ from lingua.run.lock import Owner, this_process
 from tests.fakes import Clock, FaultyFiles, KillFiles
 from tests.slotted import DiskFiles, Start, World, content, fast_place, killed, names_of
 
-LONG_S = 60.0
+LONG_S = 300.0
 SHORT_S = 25 * LOOK_S
 """Few looks: in these tests each takes a millisecond."""
 

@@ -28,7 +28,7 @@ from lingua.files import Buffer, Files, RunError
 from tests.fakes import At, BlockingFiles, Clock, FrozenFiles
 from tests.slotted import DiskFiles, Start, World, a_rank_lives, fast_place, names_of, serve
 
-LONG_S = 60.0
+LONG_S = 300.0
 
 
 @pytest.fixture
