@@ -23,7 +23,7 @@ def taken_over_at(step: int, take_over: Callable[[], None]) -> Hook:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("mode", ["null", "shm"])
+@pytest.mark.parametrize("mode", ["null", pytest.param("shm", marks=pytest.mark.soak)])
 def test_by_a_newer_attempt(tmp_path: Path, mode: str):
     """No save comes in time to tell: the heartbeat does."""
     run, newer = tmp_path / "run", vars(this_process()) | {"released": False}

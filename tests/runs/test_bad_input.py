@@ -237,6 +237,7 @@ def test_a_model_that_fits_nowhere_is_a_sentence_and_why_advises_no_smaller_batc
     assert "batch_size" not in said
 
 
+@pytest.mark.soak
 def test_a_checkpoint_that_turns_up_late_binds_the_config(tmp_path: Path):
     """It was in another machine's memory when the config was checked, and is on the disk when the run is built."""
     words = [*WORDS, f"dump_dir={tmp_path / 'run'}", "checkpoint.dump.every=2"]

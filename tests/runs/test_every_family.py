@@ -63,6 +63,7 @@ def test_killed_and_resumed_it_is_bitwise_equal_and_can_be_used(
     assert capfd.readouterr().out.startswith("import ")
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @families
 def test_sharded_with_muon_and_probes_it_trains_as_on_one_rank(words: list[str], tmp_path: Path):

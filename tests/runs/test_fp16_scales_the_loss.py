@@ -39,10 +39,13 @@ def test_losses_are_near_those_of_fp32(tmp_path: Path):
     assert column(tmp_path / "fp32", "optim/loss_scale") == [None] * 8
 
 
-@pytest.mark.gate
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("n_ranks", "words"),
-    [(1, []), pytest.param(2, ["distributed.fsdp_type=full_shard"], marks=[pytest.mark.soak, pytest.mark.ranks])],
+    [
+        pytest.param(1, [], marks=pytest.mark.gate),
+        pytest.param(2, ["distributed.fsdp_type=full_shard"], marks=[pytest.mark.gate, pytest.mark.ranks]),
+    ],
 )
 def test_overflows_are_skipped_and_a_killed_run_is_bitwise_equal(tmp_path: Path, n_ranks: int, words: list[str]):
     """The second start must take the scale from the checkpoint: at 2**19 it would skip steps again."""

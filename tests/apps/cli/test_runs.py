@@ -74,6 +74,7 @@ def test_diff(lingua: Lingua, folder: Path):
     assert [line.split(" ")[0] for line in lines[:5]] == ["key", "optim.clip", "", "loss:", "step"]
 
 
+@pytest.mark.soak
 def test_report(lingua: Lingua, folder: Path):
     page = folder / "page.html"
     made = lingua.record("report", folder / "calm", folder / "sweep" / "killed", "--out", page)

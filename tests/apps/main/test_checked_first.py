@@ -28,16 +28,20 @@ def weights(tmp_path: Path) -> Path:
     ("module", "words", "said"),
     [
         ("apps.main.train", [DEBUG, "optim.nope=1"], "optim.nope"),
-        ("apps.main.train", [DEBUG, "steps=soon"], "steps"),
-        ("apps.main.train", ["nothing.yaml"], "nothing.yaml"),
-        ("apps.main.train", [DEBUG, "app=apps.other"], "apps.other"),
+        pytest.param("apps.main.train", [DEBUG, "steps=soon"], "steps", marks=pytest.mark.soak),
+        pytest.param("apps.main.train", ["nothing.yaml"], "nothing.yaml", marks=pytest.mark.soak),
+        pytest.param("apps.main.train", [DEBUG, "app=apps.other"], "apps.other", marks=pytest.mark.soak),
         ("apps.cli.main", ["train", DEBUG, "optim.nope=1"], "optim.nope"),
-        ("apps.main.generate", ["ckpt={weights}", "nope=1"], "nope"),
-        ("apps.main.generate", ["ckpt={weights}", "temperature=hot"], "temperature"),
+        pytest.param("apps.main.generate", ["ckpt={weights}", "nope=1"], "nope", marks=pytest.mark.soak),
+        pytest.param(
+            "apps.main.generate", ["ckpt={weights}", "temperature=hot"], "temperature", marks=pytest.mark.soak
+        ),
         ("apps.main.generate", ["ckpt=no/such/run"], "no/such/run"),
         ("apps.main.eval", ["ckpt={weights}", "nope=1"], "nope"),
-        ("apps.main.eval", ["ckpt={weights}", "validation.max_steps=many"], "max_steps"),
-        ("apps.main.eval", ["follow={weights}", "harness=1"], "harness"),
+        pytest.param(
+            "apps.main.eval", ["ckpt={weights}", "validation.max_steps=many"], "max_steps", marks=pytest.mark.soak
+        ),
+        pytest.param("apps.main.eval", ["follow={weights}", "harness=1"], "harness", marks=pytest.mark.soak),
         ("lingua.stool", [f"config={DEBUG}", "nodes=many"], "nodes"),
     ],
 )

@@ -438,7 +438,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, error: int, sentence: str) 
     assert not left_behind(tmp_path / layout.CHECKPOINTS)
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("error", [errno.EIO, pytest.param(errno.ESTALE, marks=pytest.mark.soak)])
 def test_the_last_save_survives_any_one_fault_of_the_disk(tmp_path: Path, error: int) -> None:
     """Each operation fails once in the save that a stop asks for; nothing comes after it but the end of the run."""
     state = saved_run(tmp_path / "first", 1)

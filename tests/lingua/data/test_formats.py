@@ -90,7 +90,8 @@ def test_every_format_of_the_config_has_a_class() -> None:
 # -- tokens --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ends", [{}, pytest.param({"add_bos": False, "add_eos": False}, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("ends", [{}, {"add_bos": False, "add_eos": False}])
 def test_tokens_give_rows_and_states_of_their_jsonl(tmp_path: Path, ends: dict[str, bool]) -> None:
     two_sources(tmp_path)
     long = ["é\n" * 300_000, "x" * 600_000]  # of several pieces

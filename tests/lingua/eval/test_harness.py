@@ -264,6 +264,7 @@ def test_the_same_as_the_hf_model(lm_eval: Any, tasks: list[Any], tokenizer: tup
                 assert str(greedy) == str(their_greedy)
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")
 def test_batches_and_ranks_do_not_matter(lm_eval: Any, tasks: list[Any], tokenizer: tuple[Tokenizer, Path]) -> None:
     model = tiny()

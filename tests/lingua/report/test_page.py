@@ -105,11 +105,19 @@ def test_a_run_that_has_hardly_begun(tmp_path: Path, config: str):
     ("name", "content"),
     [
         ("incarnations/0000000001.json", '{"host": "n1", "began_at": "noon", "released": false}'),
-        ("incarnations/0000000002.json", '{"host": "n2", "began_at": 1e300, "released": true, "released_at": [1]}'),
+        pytest.param(
+            "incarnations/0000000002.json",
+            '{"host": "n2", "began_at": 1e300, "released": true, "released_at": [1]}',
+            marks=pytest.mark.soak,
+        ),
         ("stop.json", '{"reason": "finished", "exit_code": 0, "step": "ten"}'),
-        ("config.yaml", "name: x\nsteps: [10]\ncheckpoint: none\n"),
+        pytest.param("config.yaml", "name: x\nsteps: [10]\ncheckpoint: none\n", marks=pytest.mark.soak),
         ("config.yaml", "name: x\nsteps: ten\ncheckpoint: {path: 3}\n"),
-        ("checkpoints/checkpoint_0000000010.done", '{"step": 10, "incarnation": 2, "created_at": -1e18}'),
+        pytest.param(
+            "checkpoints/checkpoint_0000000010.done",
+            '{"step": 10, "incarnation": 2, "created_at": -1e18}',
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_a_value_of_the_wrong_kind_counts_as_none(tmp_path: Path, name: str, content: str):
@@ -122,6 +130,7 @@ def test_a_value_of_the_wrong_kind_counts_as_none(tmp_path: Path, name: str, con
     assert why(run.facts, this_process())["ended"].startswith("finished")
 
 
+@pytest.mark.soak
 def test_several_runs_next_to_each_other(tmp_path: Path):
     for name, dim in (("a", 8), ("b", 16)):
         (tmp_path / name).mkdir()

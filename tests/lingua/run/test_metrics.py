@@ -68,6 +68,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(metrics_module, name, 100.0)
 
 
+@pytest.mark.soak
 def test_wandb_offline_keeps_its_id_over_restarts_and_takes_steps_that_go_back(tmp_path: Path, offline: None):
     args = LoggingArgs(wandb=WandbArgs(project="tests"))
     with MetricLogger(tmp_path, args, attempt=1, run_name="x", config={"a": 1}) as metrics:

@@ -140,11 +140,19 @@ def test_a_run_that_keeps_its_promises(tmp_path: Path):
     [
         ("forgets", r"TERM at step \d+ was not answered by a checkpoint"),
         ("loses", r"checkpoint \d+ was published and is lost: the newest is now"),
-        ("dies", r"after (TERM|KILL) at step \d+ the job did not go back into the queue: FileNotFoundError: stop"),
-        ("stays_down", r"after (TERM|KILL) at step \d+ the run did not train again"),
-        ("differs", r"not equal to the undisturbed run: model.bin of checkpoint \d+"),
-        ("drifts", r"not equal to the undisturbed run: the loss of step 1 is"),
-        ("comes_back", r"the job was cancelled and came back"),
+        pytest.param(
+            "dies",
+            r"after (TERM|KILL) at step \d+ the job did not go back into the queue: FileNotFoundError: stop",
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            "stays_down", r"after (TERM|KILL) at step \d+ the run did not train again", marks=pytest.mark.soak
+        ),
+        pytest.param(
+            "differs", r"not equal to the undisturbed run: model.bin of checkpoint \d+", marks=pytest.mark.soak
+        ),
+        pytest.param("drifts", r"not equal to the undisturbed run: the loss of step 1 is", marks=pytest.mark.soak),
+        pytest.param("comes_back", r"the job was cancelled and came back", marks=pytest.mark.soak),
     ],
 )
 def test_each_broken_promise_is_found(tmp_path: Path, fault: str, sentence: str):

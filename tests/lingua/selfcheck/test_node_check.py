@@ -114,6 +114,7 @@ def test_ranks_that_are_all_there_sum_up():
     assert (found[1], found[2]) == (None, None)
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_rank_that_does_not_come_names_its_node():

@@ -277,7 +277,8 @@ def n_disk_operations(node: int) -> int:
         return files.n_done
 
 
-@pytest.mark.parametrize("node", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.soak
+@pytest.mark.parametrize("node", [0, 1])
 def test_a_disk_error_on_one_node_costs_no_step(node: int) -> None:
     n_all = n_disk_operations(node)
     assert n_all > 20

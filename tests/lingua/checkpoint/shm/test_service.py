@@ -233,10 +233,9 @@ N_DISK = count_disk_operations()
 ALSO = [pytest.param(error, marks=pytest.mark.soak) for error in (errno.EDQUOT, errno.EROFS)]
 
 
-@pytest.mark.parametrize(
-    "error", [errno.ENOSPC, *(pytest.param(code, marks=pytest.mark.soak) for code in (errno.EIO, *ALSO))]
-)
-@pytest.mark.parametrize("lasting", [False, pytest.param(True, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, *ALSO])
+@pytest.mark.parametrize("lasting", [False, True])
 def test_failing_at_every_operation(error: int, lasting: bool) -> None:
     assert N_DISK > 45
     with fast_place() as place:
