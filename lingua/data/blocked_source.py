@@ -241,9 +241,17 @@ class Floor(NamedTuple):
     nats: float
     error: float = 0.0
     """Its standard error, where it is a mean over documents; 0: exact."""
+    most: float | None = None
+    """Where it is known within bounds only, `nats` is the lower one and this the upper one."""
 
     def __str__(self) -> str:
-        return f"{self.nats:.4f}" + (f" +- {self.error:.4f}" if self.error else "")
+        text = f"{self.nats:.4f}" + (f" +- {self.error:.4f}" if self.error else "")
+        return text if self.most is None else f"{text} (at most {self.most:.4f})"
+
+    def facts(self) -> dict[str, float]:
+        """Return it as records state it."""
+        bound = {} if self.most is None else {"floor_at_most": self.most}
+        return {"floor_nats_per_token": self.nats, "floor_standard_error": self.error, **bound}
 
 
 class BlockedSource(ABC):

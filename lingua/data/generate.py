@@ -52,7 +52,7 @@ def generate(
             progress.advance(source.files[file].size * args.row_tokens)
         _write_manifest(source, folder, floor, args.seq_len)
         lines.append({"path": str(folder.absolute()), "name": one.name, "weight": one.weight, "format": "tokens"})
-        floors[source.name] = {"floor_nats_per_token": floor.nats, "floor_standard_error": floor.error}
+        floors[source.name] = floor.facts()
         counts["files_made"] += len(todo)
         counts["files_there_already"] += len(source.files) - len(todo)
         counts["documents"] += source.size
@@ -103,5 +103,4 @@ def _write_manifest(source: SyntheticSource, folder: Path, floor: Floor, seq_len
         for path in sorted([*folder.glob("*.tokens"), *folder.glob("*.jsonl")])
     }
     facts = {"source": source.args.model_dump(mode="json"), "seq_len": seq_len, "documents": source.size}
-    floors = {"floor_nats_per_token": floor.nats, "floor_standard_error": floor.error}
-    write_json(folder / MANIFEST, {**facts, **floors, "files": files})
+    write_json(folder / MANIFEST, {**facts, **floor.facts(), "files": files})

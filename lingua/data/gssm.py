@@ -15,6 +15,7 @@ Cost of the floor: n * S * (states of all hidden nodes together) * state_dim for
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,10 +51,10 @@ class Gssm(Process[GssmArgs]):
             table = table * _moved(dirichlet(source, node.alpha, size, width), node.mode).reshape(*shape, width)
         return table / table.sum(-1, keepdims=True)
 
-    def tables(self, first: int, n: int) -> dict[str, np.ndarray]:
-        """Return the tables by node; those of a context have one more axis, of the documents."""
+    def tables(self, numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Return the tables of documents by node; those of a context have one more axis, of the documents."""
         own = {
-            node.name: np.array([self._table(node, number) for number in range(first, first + n)])
+            node.name: np.array([self._table(node, int(number)) for number in numbers])
             for node in self.nodes
             if node.mode == "context"
         }
@@ -62,7 +63,7 @@ class Gssm(Process[GssmArgs]):
     # -- documents -------------------------------------------------------------------------------------------------
 
     def documents(self, first: int, n: int, length: int) -> np.ndarray:
-        sums = {name: table.cumsum(-1) for name, table in self.tables(first, n).items()}
+        sums = {name: table.cumsum(-1) for name, table in self.tables(range(first, first + n)).items()}
         u = uniform(self.seed, first, n, (length - 1) * len(self.nodes)).reshape(n, length - 1, len(self.nodes))
         inputs = {node.name: [one.name for one in self.args.inputs_of(node)] for node in self.nodes}
         states = {node.name: np.zeros(n, np.int64) for node in self.nodes}
@@ -78,13 +79,13 @@ class Gssm(Process[GssmArgs]):
 
     # -- likelihood ------------------------------------------------------------------------------------------------
 
-    def likelihood(self, first: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return for documents from number `first` on, (n, S + 1): -log p of their labels, and the entropies. (n, S)
+    def likelihood(self, numbers: Sequence[int] | np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return for documents (n, S + 1): -log p of their labels, and the entropies. (n, S)
 
-        Entropies are of the label's distribution given the tokens before it.
+        Entropies are of the label's distribution given the tokens before it. `numbers`: of whose tables.
         """
         n, length = tokens.shape
-        tables, observed = self.tables(first, n), self.args.observed
+        tables, observed = self.tables(numbers), self.args.observed
         letters = {node.name: chr(ord("a") + i) for i, node in enumerate(self.hidden)}
         joint = "".join(letters.values())
         moves = [(self._einsum(node, letters, joint), tables[node.name]) for node in self.hidden]
@@ -115,12 +116,30 @@ class Gssm(Process[GssmArgs]):
         return f"n{joint},{of_documents}{table}Z->n{joint.replace(own, 'Z')}"
 
     def floor(self, n_labels: int) -> Floor:
+        if any(node.mode == "context" for node in (*self.hidden, self.args.observed)):
+            return self._bounds(n_labels)
         n = min(max(_AVERAGED_TOKENS // n_labels, 16), 1024)
         means: list[float] = []
         for begin in range(AVERAGED_FROM, AVERAGED_FROM + n, _AT_ONCE):
             tokens = self.documents(begin, min(_AT_ONCE, AVERAGED_FROM + n - begin), n_labels + 1)
-            means += self.likelihood(begin, tokens)[1].mean(-1).tolist()
+            means += self.likelihood(range(begin, begin + len(tokens)), tokens)[1].mean(-1).tolist()
         return Floor(float(np.mean(means)), float(np.std(means, ddof=1)) / math.sqrt(len(means)))
+
+    def _bounds(self, n_labels: int) -> Floor:
+        """Bound the entropy of documents with tables of their own, which no model is told.
+
+        p(document) is the mean of its likelihood over all tables. The log of a mean over some is too small on average
+        if they are drawn anew, and too large if the document's own are among them: Jensen's inequality, for log w under
+        the former and for w log w under the latter (as in bidirectional Monte Carlo, arXiv 1511.02543).
+        """
+        n = min(max(math.isqrt(8 * _AVERAGED_TOKENS // n_labels), 16), _AT_ONCE)
+        numbers, log_p = AVERAGED_FROM + np.arange(n), np.empty((n, n))
+        tokens = self.documents(AVERAGED_FROM, n, n_labels + 1)
+        for shift in range(n):  # 0: their own tables
+            log_p[:, shift] = -self.likelihood(np.roll(numbers, shift), tokens)[0].sum(-1)
+        low = (math.log(n) - np.logaddexp.reduce(log_p, axis=1)) / n_labels
+        most = (math.log(n - 1) - np.logaddexp.reduce(log_p[:, 1:], axis=1)) / n_labels
+        return Floor(float(low.mean()), float(low.std(ddof=1)) / math.sqrt(n), float(most.mean()))
 
 
 def _moved(table: np.ndarray, mode: str) -> np.ndarray:

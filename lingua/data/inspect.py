@@ -154,8 +154,7 @@ def preview_mixture(
             "epochs_at_the_end_estimated": run_tokens / max(1, epoch_tokens),
         }
         if floor := source.floor(args.seq_len):
-            by_source[source.name]["floor_nats_per_token"] = floor.nats
-            by_source[source.name]["floor_standard_error"] = floor.error
+            by_source[source.name] |= floor.facts()
     floor = floor_of(args, sources)
     data.close()
     return {
@@ -165,7 +164,7 @@ def preview_mixture(
         "seq_len": args.seq_len,
         "lanes": n_lanes,
         "bad_lines": data.bad.kinds.total(),
-        **({} if floor is None else {"floor_nats_per_token": floor.nats, "floor_standard_error": floor.error}),
+        **({} if floor is None else floor.facts()),
         "sources": by_source,
         "first_rows": shown,
     }

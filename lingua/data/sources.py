@@ -116,12 +116,14 @@ def estimate_tokens(args: DataArgs) -> int:
 def floor_of(args: DataArgs, sources: Sequence[BlockedSource]) -> Floor | None:
     """Return the least loss on a mixture: of a model that knows each row's source. None where nobody knows."""
     found = [(source.weight, source.floor(args.seq_len)) for source in sources]
-    total, nats, variance = 0.0, 0.0, 0.0
+    total, nats, variance, most = sum(weight for weight, _ in found), 0.0, 0.0, 0.0
     for weight, floor in found:
         if floor is None:
             return None
-        total, nats, variance = total + weight, nats + weight * floor.nats, variance + (weight * floor.error) ** 2
-    return Floor(nats / total, math.sqrt(variance) / total)
+        share = weight / total
+        nats, variance = nats + share * floor.nats, variance + (share * floor.error) ** 2
+        most += share * (floor.nats if floor.most is None else floor.most)
+    return Floor(nats, math.sqrt(variance), most if most != nats else None)
 
 
 def loss_floor(args: DataArgs) -> Floor | None:

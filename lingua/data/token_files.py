@@ -171,7 +171,7 @@ def write_rows(target: Path, source: SyntheticSource, file: int, floor: Floor) -
             "pieces": n,
             "tokens": n * source.n_tokens,
             "bad": {},
-            "floor": [floor.nats, floor.error],
+            "floor": list(floor),
         }
         return write_end(out, digest, (rows[:-1], rows[1:], 0 * rows[:-1], rows * source.n_tokens), facts)
 

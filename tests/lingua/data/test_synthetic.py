@@ -16,6 +16,7 @@ from lingua.config.keys.data import DataArgs
 from lingua.config.keys.sources import GssmArgs, SyntheticArgs
 from lingua.console import Progress
 from lingua.data.audit import audit, rows_of_step
+from lingua.data.blocked_source import Floor
 from lingua.data.generate import generate
 from lingua.data.gssm import Gssm
 from lingua.data.held_out import Wording, packed, texts_beside_sources
@@ -196,7 +197,7 @@ def by_paths(one: Gssm, first: int, length: int) -> dict[tuple[int, ...], float]
 
 
 def _in_order(one: Gssm, first: int) -> list[np.ndarray]:
-    return [one.tables(first, 1)[node.name] for node in one.nodes]
+    return [one.tables([first])[node.name] for node in one.nodes]
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
@@ -205,7 +206,7 @@ def test_the_likelihood_of_a_graph_is_the_sum_over_all_paths(graph: str) -> None
     assert isinstance(one, Gssm)
     exact, expected = by_paths(one, 11, 4), 0.0
     for document, p in exact.items():
-        nll, entropies = one.likelihood(11, np.array([document]))
+        nll, entropies = one.likelihood([11], np.array([document]))
         assert math.exp(-nll.sum()) == pytest.approx(p, abs=1e-12)
         expected += p * float(entropies.sum())
     assert expected == pytest.approx(label_entropy(exact), abs=1e-9)
@@ -217,6 +218,20 @@ def test_the_floor_of_a_graph_is_a_mean_with_an_honest_error() -> None:
     exact, floor = label_entropy(by_paths(one, 0, 5)) / 4, one.floor(4)
     assert 0 < floor.error < 0.02
     assert abs(floor.nats - exact) < 4 * floor.error
+
+
+def test_the_floor_of_a_context_lies_between_two_bounds() -> None:
+    one = process("gssm", nodes=GRAPHS["context"])
+    assert isinstance(one, Gssm)
+    numbers = range(1000)  # whose tables stand for all
+    documents = [(0, *labels) for labels in itertools.product(range(3), repeat=3)]
+    p = [float(np.exp(-one.likelihood(numbers, np.array([d] * 1000))[0].sum(-1)).mean()) for d in documents]
+    exact, floor = label_entropy(dict(zip(documents, p, strict=True))) / 3, one.floor(3)
+    assert floor.most is not None
+    assert floor.nats - 3 * floor.error < exact < floor.most + 3 * floor.error
+    assert 0 < floor.most - floor.nats < 0.1
+    assert Floor(*list(floor)) == floor
+    assert str(floor).endswith(f" (at most {floor.most:.4f})")
 
 
 def test_a_mixture_has_the_floor_of_a_model_that_knows_the_source() -> None:
@@ -236,7 +251,7 @@ def test_slow_nodes_stay_and_dead_ones_fall_to_state_0() -> None:
     nodes += [{"name": "D", "state_dim": 4, "alpha": 0.1, "parents": ["S"], "mode": "dead"}]
     one = process("gssm", nodes=nodes)
     assert isinstance(one, Gssm)
-    tables = one.tables(0, 1)
+    tables = one.tables([0])
     assert tables["S"].argmax(-1).tolist() == [0, 1, 2, 3]
     assert not tables["D"].argmax(-1).any()
     assert np.allclose(tables["X"].sum(-1), 1)
