@@ -208,6 +208,10 @@ def audit(
             n_workers=workers,
             progress=progress,
         )
+    if args.skip_rows:
+        found.notes.append(
+            f"rows {args.skip_rows} are passed over: by data.skip_rows, or since a step went wrong there"
+        )
     show({"ok": not found.problems, **asdict(found)}, as_json)
     raise typer.Exit(1 if found.problems else 0)
 
@@ -253,19 +257,20 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
     from lingua.config.base import ConfigError
     from lingua.config.frozen import CONFIG_FILE, read_config
     from lingua.config.keys.data import DataArgs
-    from lingua.data.loader import saved_state
+    from lingua.data.loader import passing_over, saved_state
     from lingua.data.sources import with_default_sources
 
     config = run / CONFIG_FILE
     if not config.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no {CONFIG_FILE}")
     tree, root = read_config(config), root_of(run)
-    first_row, states = 0, {}
+    states: dict[int, dict[str, Any]] = {}
+    shared: dict[str, Any] = {}
     for step in layout.done_steps(root):
         documents = read_states(layout.folder(root, step))
         states[step] = saved_state([document["per_rank"] for document in documents])
-        first_row = documents[0]["shared"].get("first_row", 0)
+        shared = documents[0]["shared"]
     if not states:
         raise ConfigError(f"{run} has no checkpoint yet, so the rows that it read are not known")
-    args = with_default_sources(DataArgs.model_validate(tree["data"]))
-    return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), first_row, states
+    args = passing_over(with_default_sources(DataArgs.model_validate(tree["data"])), shared)
+    return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), shared.get("first_row", 0), states

@@ -30,7 +30,8 @@ from lingua.signals import STOP_REQUEST, SignalFlag, StopSignals, noted
 from lingua.train.build import build_run
 from lingua.train.check import Checked
 from lingua.train.learner import Run
-from lingua.train.monitor import StepMonitor
+from lingua.train.monitor import RewindAsked, StepMonitor
+from lingua.train.rewind import rewind
 from lingua.train.start import (
     RunFolder,
     make_meter,
@@ -51,58 +52,75 @@ log = logging.getLogger(__name__)
 def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation) -> SaveReport:
     """Train until the last step, or until a rank is asked to stop, and save; returns how that went.
 
-    Raises NonFiniteError when a step went wrong and `optim.on_nonfinite` or `max_skips` says to stop; parameters and
-    optimizer are then as before that step, and nothing is saved on top of the last checkpoint.
+    Raises NonFiniteError when a step went wrong and the config says to stop; nothing is saved on top of the last
+    checkpoint then. Where it says to go back, the steps after an earlier checkpoint are taken again.
     """
-    args, size = run.args, run.size
-    meter, profiler, batches = monitor.meter, monitor.profiler, run.batches()
+    args, profiler, is_through = run.args, monitor.profiler, False
     run.model.train()
-    meter.start(run.step)
+    monitor.meter.start(run.step)
     monitor.note("begun")
 
     with profiler:
         profiler.start(run.step)
-        while run.step < size.n_steps and not monitor.stop:
-            profiler.mark("rest")
-            for _ in range(size.grad_acc_steps):
-                with meter.loading():
-                    batch = next(batches)
-                profiler.mark("data")
-                loss = run.forward(batch)
-                profiler.mark("forward")
-                run.backward(loss)
-                profiler.mark("backward")
-            if args.probe_freq and (run.step + 1) % args.probe_freq == 0:
-                monitor.report_probe(run.probe())
-                profiler.mark("rest")
-            gradient = run.gradient()
-            run.manager.before_update()
-            done = run.update(gradient)
-            profiler.mark("optimizer")
-
-            watchdog.heartbeat.beat(run.step)
-            monitor.submit(done, stop_asked=watchdog.asked)
-            evaluation.look()
-            if run.step % args.gc_collect_freq == 0:
-                gc.collect()
-            if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
-                with meter.paused(), watchdog.heartbeat.during("validation"):
-                    monitor.report_validation(validate(run, watchdog))
-            if (run.manager.is_due(run.step) or monitor.save) and run.step < size.n_steps:
-                monitor.catch_up()  # a step is saved only after it was found good
-                monitor.save = False
-                with meter.paused(), watchdog.heartbeat.during("checkpoint"):
-                    report = run.manager.save(run.step, run.snapshot())
-                monitor.report_save(report)
-                with meter.paused():
-                    monitor.note_stop(evaluation.saved(report))
-        monitor.catch_up()
+        while not is_through:
+            try:
+                take_steps(run, watchdog, monitor, evaluation)
+                is_through = True
+            except RewindAsked as asked:
+                with watchdog.heartbeat.during("checkpoint"):
+                    monitor.forget()
+                    rewind(run, asked)
+                monitor.rewound()
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if monitor.stop else None
     with watchdog.heartbeat.during("checkpoint"):
         report = run.manager.save(run.step, run.snapshot(), final=True, stopping=monitor.stop, deadline_s=job_ends_s)
     monitor.report_save(report)
     return report
+
+
+def take_steps(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation) -> None:
+    """Take steps, with what is due after each, until the last one or until a rank is asked to stop.
+
+    Raises RewindAsked or NonFiniteError, on all ranks, when a step went wrong: one step late, and before it is saved.
+    """
+    args, size = run.args, run.size
+    meter, profiler, batches = monitor.meter, monitor.profiler, run.batches()
+    while run.step < size.n_steps and not monitor.stop:
+        profiler.mark("rest")
+        for _ in range(size.grad_acc_steps):
+            with meter.loading():
+                batch = next(batches)
+            profiler.mark("data")
+            loss = run.forward(batch)
+            profiler.mark("forward")
+            run.backward(loss)
+            profiler.mark("backward")
+        if args.probe_freq and (run.step + 1) % args.probe_freq == 0:
+            monitor.report_probe(run.probe())
+            profiler.mark("rest")
+        gradient = run.gradient()
+        run.manager.before_update()
+        done = run.update(gradient)
+        profiler.mark("optimizer")
+
+        watchdog.heartbeat.beat(run.step)
+        monitor.submit(done, stop_asked=watchdog.asked)
+        evaluation.look()
+        if run.step % args.gc_collect_freq == 0:
+            gc.collect()
+        if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
+            with meter.paused(), watchdog.heartbeat.during("validation"):
+                monitor.report_validation(validate(run, watchdog))
+        if (run.manager.is_due(run.step) or monitor.save) and run.step < size.n_steps:
+            monitor.catch_up()  # a step is saved only after it was found good
+            monitor.save = False
+            with meter.paused(), watchdog.heartbeat.during("checkpoint"):
+                report = run.manager.save(run.step, run.snapshot())
+            monitor.report_save(report)
+            with meter.paused():
+                monitor.note_stop(evaluation.saved(report))
+    monitor.catch_up()
 
 
 # -- before and after --------------------------------------------------------------------------------------------

@@ -58,6 +58,12 @@ class _LossScale(Document):
     good_steps: Count
 
 
+class _PassedOver(Document):
+    step: Count
+    rows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    why: str
+
+
 class _Shared(Document):
     step: Count = 0
     total_tokens: Count = 0
@@ -67,6 +73,8 @@ class _Shared(Document):
     tracking_id: str | None = None
     validation_at_start: dict[str, float | None] = {}
     loss_scale: _LossScale | None = None
+    recent_losses: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = []
+    passed_over: list[_PassedOver] = []
 
     @model_validator(mode="after")
     def _schedule_has_begun(self) -> Self:

@@ -391,6 +391,20 @@ class CheckpointManager:
         """
         self._restorer.load(step, self._published, state)
 
+    def rewind(self, before: int, state: TrainState) -> int | None:
+        """Restore the newest step before `before` that verifies, and return it; None: there is none.
+
+        What is in memory is waited for, so that nothing of the steps that are trained again is published by surprise.
+        """
+        if self._background is not None:
+            self._background.settle()
+        published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
+        step = self._restorer.latest({each for each in published if each < before})
+        if step is not None:
+            self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
+            self.load(step, state)
+        return step
+
     def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:
         """Restore the state in RUN, RUN@step or a checkpoint folder; return the folder."""
         return self._restorer.load_from(path, state, optimizer=optimizer)

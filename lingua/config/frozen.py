@@ -84,6 +84,8 @@ RULES: tuple[tuple[str, Rule], ...] = (
     # The course of training from here on.
     ("optim.on_nonfinite", "free"),
     ("optim.max_skips", "free"),
+    ("optim.on_spike", "free"),
+    ("optim.rewind", "free"),
     ("optim", "accept"),
     ("loss.chunk_tokens", "free"),
     ("loss.samples", "free"),  # of evaluations

@@ -38,7 +38,7 @@ from pydantic import Field
 from lingua.config.base import ConfigError, Count, Document, judged
 from lingua.config.keys.data import DataArgs, default_lanes
 from lingua.data.blocked_source import BlockedSource
-from lingua.data.pack import IGNORED, IntArray, LanePosition, ids_of
+from lingua.data.pack import IGNORED, IntArray, LanePosition, contains, ids_of, merged
 from lingua.data.sources import check_manifests, open_data
 from lingua.data.workers import InProcess, Workers
 from lingua.files import RunError
@@ -47,6 +47,8 @@ from lingua.tokenizer import Tokenizer, build_tokenizer, tokenizer_fingerprint
 log = logging.getLogger(__name__)
 
 VERSION = 1
+PASSED = "passed_over"
+"""Key of a run's state: what it has passed over of its own accord: step, rows as [first, last], why."""
 
 
 class Batch(NamedTuple):
@@ -198,6 +200,31 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name, epochs in state["epochs"].items():
             whole["epochs"][name] = max(epochs, whole["epochs"].get(name, 0))
     return whole
+
+
+# -- rows that are passed over -------------------------------------------------------------------------------------
+
+
+def passing_over(args: DataArgs, shared: Mapping[str, Any]) -> DataArgs:
+    """Return the section with the rows that a run has passed over left out too. `shared`: of its state."""
+    passed = [span for one in shared.get(PASSED, ()) for span in one["rows"] if span not in args.skip_rows]
+    return args.model_copy(update={"skip_rows": [*args.skip_rows, *passed]}) if passed else args
+
+
+def rows_ahead(state: Mapping[str, Any], skip_rows: Sequence[Sequence[int]], turns: range) -> Iterator[int]:
+    """Yield the numbers of the rows that will be given in these turns, from a state of all lanes on.
+
+    Row after row of the run has a turn, 0, 1, 2, ...; without rows left out, turn and number are the same.
+    """
+    n_lanes, skip = state["K"], merged(skip_rows)
+    made = {int(lane): record["rows"] for lane, record in state["lanes"].items()}
+    for turn in range(state["row"], turns.stop):
+        lane = turn % n_lanes
+        while contains(skip, lane + n_lanes * made[lane]):
+            made[lane] += 1
+        if turn in turns:
+            yield lane + n_lanes * made[lane]
+        made[lane] += 1
 
 
 # -- the loader ----------------------------------------------------------------------------------------------------

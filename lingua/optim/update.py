@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
@@ -145,7 +146,7 @@ class Updater:
     ) -> None:
         self.loss_scale = loss_scale
         self.halted = torch.zeros((), dtype=torch.bool, device=device)
-        """Once set, by `on_nonfinite: stop`, the optimizer moves no more."""
+        """Once set, unless `on_nonfinite` is skip, the optimizer moves no more."""
         self._optimizer, self._parameters, self._args = optimizer, list(parameters), args
 
     def backward(self, loss: Tensor) -> None:
@@ -160,18 +161,26 @@ class Updater:
         """Measure the gradient over all ranks, whose loss was multiplied by `normaliser`. Collective."""
         return grad_norm_and_clip_coef(self._parameters, self._args.clip, self.scale(normaliser))
 
-    def step(self, lr: float, gradient: Gradient, loss: Tensor) -> dict[str, Tensor]:
+    def step(self, lr: float, gradient: Gradient, loss: Tensor, limit: float = math.inf) -> dict[str, Tensor]:
         """Update the parameters, unless the step went wrong, and clear the gradients.
 
-        Returns what ranks report: the gradient norm, whether the optimizer did not move, the loss scale of fp16.
+        `limit`: a mean loss of the ranks above it is a spike, and holds the optimizer back; if finite, collective.
+        Returns what ranks report: gradient norm, whether the optimizer did not move and why, the loss scale of fp16.
         """
         norm, finite, divisor = gradient
         report = {"optim/grad_norm": norm}
         if self.loss_scale is not None:
             report["optim/loss_scale"] = self.loss_scale.factor.clone()
-        if self._args.on_nonfinite == "stop":
+        if self._args.on_nonfinite != "skip":
             self.halted |= ~finite if self.loss_scale is None else ~finite & ~self.loss_scale.can_mend(loss)
         moves = finite & ~self.halted
+        if limit < math.inf:
+            mean = loss.detach().clone()
+            if dist.is_initialized():
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            report["spiked"] = mean > limit
+            moves &= ~report["spiked"]
         optimizer_step(self._optimizer, lr, moves, divisor)
         self._optimizer.zero_grad()
         if self.loss_scale is not None:

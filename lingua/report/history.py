@@ -120,7 +120,11 @@ def read_history(facts: RunFacts, me: Owner) -> History:
         for key, total in ((_STEP_S, TRAINED_S), (_LOAD_S, _LOADED_S)):
             table[total][mine] = np.nan_to_num(table[key][mine]) * n_steps
     limits = limits_of(attempts)
-    counts = table[STEP] <= [limits.get(number, np.inf) for number in table[ATTEMPT].tolist()]
+    counts: np.ndarray = table[STEP] <= [limits.get(number, np.inf) for number in table[ATTEMPT].tolist()]
+    for note in notes:
+        if note["event"] == "rewind" and ATTEMPT in note:  # what this attempt had trained beyond that step was undone
+            before = (table[ATTEMPT] == note[ATTEMPT]) & (table[WHEN] < when(note.get(WHEN)))
+            counts &= ~(before & (table[STEP] > note[STEP]))
     metrics = table[counts]
     metrics[TRAINED_S] = np.cumsum(np.nan_to_num(metrics[TRAINED_S]))
     validations = _scores(facts.path / VALIDATION_FILE)

@@ -66,7 +66,7 @@ class Meter:
     def start(self, step: int) -> None:
         """Start the clock; `step` updates are done."""
         self._start_s, self._loading_s = self._now(), 0.0
-        self._read = (step, self.lap())
+        self._read, self._first = (step, self.lap()), None
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.data.audit import wrong_counts
 from lingua.data.blocked_source import Floor
 from lingua.data.held_out import HeldOut, Wording, packed, texts_beside_sources
-from lingua.data.loader import Loader, build_loader, saved_state
+from lingua.data.loader import PASSED, Loader, build_loader, passing_over, saved_state
 from lingua.data.local_copy import staged
 from lingua.data.sources import loss_floor
 from lingua.distributed.compile import keep_compiled_code
@@ -151,7 +151,7 @@ def build_run(
     updater = build_updater(args, state, world.device)
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
-    return Run(
+    run = Run(
         args=args,
         size=size,
         run_dir=run_dir,
@@ -167,6 +167,8 @@ def build_run(
         state=state,
         floor=on_every_rank(lambda: known_floor(args, world)),
     )
+    stack.callback(lambda: run.loader.close())  # a rewind takes another one
+    return run
 
 
 def known_floor(args: TrainArgs, world: World) -> Floor | None:
@@ -198,6 +200,7 @@ def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size:
     if newest is not None:
         manager.load(newest, state)
         data = saved_state(state.per_rank_all)
+        args.data = passing_over(args.data, state.shared)
         require_progress(state.shared, data, args, size, newest)
         state.shared = fresh_shared() | state.shared
         return data
@@ -223,7 +226,9 @@ def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) 
     """Begin a new run; return the loader's state, None for rows from the first."""
     start = args.checkpoint.init_ckpt_path
     if start is not None and args.checkpoint.continue_training_from_init:
-        return _continue_other(state, loads, start, args.checkpoint.reset, size)
+        data = _continue_other(state, loads, start, args.checkpoint.reset, size)
+        args.data = passing_over(args.data, state.shared)
+        return data
     if start is not None:
         key, sizes_only = args.checkpoint.init_ckpt_model_key, args.checkpoint.verify_on_load == "sizes"
         asked = args.objective.asks_of_model
@@ -242,10 +247,13 @@ def _continue_other(
     """Continue another run's full state, except for what is `reset`; returns the loader's state."""
     loads.load_from(start, state, optimizer="optim" not in reset)
     data = None if "data" in reset else saved_state(state.per_rank_all)
+    passed = state.shared.pop(PASSED, [])
     if "step" in reset:
         state.shared = fresh_shared()
     elif "schedule" in reset:
         state.shared["schedule_begin"] = state.shared["step"]
+    if passed and data is not None:
+        state.shared[PASSED] = passed
     if reset:
         log.info("reset, not taken over: %s", ", ".join(reset))
     state.shared["tracking_id"] = None  # another run, so another line in the plots

@@ -33,6 +33,7 @@ from lingua.distributed.process_group import World
 from lingua.model.attention import RowDocuments, document_bounds
 from lingua.model.loss import Ask, Loss, Turn, next_tokens
 from lingua.optim.schedule import lr_at
+from lingua.optim.spikes import limit_to_skip
 from lingua.optim.update import Gradient, Updater
 from lingua.profiling.probe import probe
 from lingua.tokenizer import Tokenizer
@@ -198,7 +199,8 @@ class Learner:
         lr, sums, share = self.lr, self.sums, self.label_share()
         loss, several = sums.loss / share, sums.losses / share
         heads = {f"loss/head_{i}": each for i, each in enumerate(several.unbind())} if several.ndim else {}
-        report = self.updater.step(lr, gradient, loss)
+        limit = limit_to_skip(self.shared, self.step + 1, self.args.optim.on_spike)
+        report = self.updater.step(lr, gradient, loss, limit)
         self.sums = StepSums(self.world.device)
         self.advance()
         return StepDone(self.step, lr, sums.rows, {"loss/out": loss, **heads, **report})

@@ -1,15 +1,18 @@
-"""Reads each step's reduced numbers: logs, skips or halts, and notices a stop."""
+"""Reads each step's reduced numbers: logs, skips, halts or asks to go back, and notices a stop."""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lingua.checkpoint.manager import SaveReport
 from lingua.console import Progress
+from lingua.data.loader import PASSED
 from lingua.distributed.process_group import StepReduce
 from lingua.files import RunError
+from lingua.optim.spikes import RECENT, Recent, remember, spike_limit
 from lingua.optim.update import is_overflow
 from lingua.profiling.profiler import Profiler
 from lingua.run.metrics import MetricLogger
@@ -21,7 +24,15 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RunError):
-    """Loss or gradient of a step is not finite."""
+    """Loss or gradient of a step is not finite, or a spike that may not be passed over again."""
+
+
+class RewindAsked(Exception):  # noqa: N818 - no error: the loop goes on from there
+    """A step went wrong, and the config says to go back to before it. Raised by all ranks at once."""
+
+    def __init__(self, step: int, why: str) -> None:
+        super().__init__(why)
+        self.step, self.why = step, why
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,9 @@ class StepMonitor:
         self._run = run
         self._metrics = metrics
         self._skips_in_a_row = 0
+        self._recent: Recent = ()
+        """What `shared` has under RECENT, if the state need not have it."""
+        self._in_spike = False
         self._reduce: StepReduce[StepFacts] = StepReduce(run.world.device)
 
     def submit(self, done: StepDone, stop_asked: bool) -> None:
@@ -82,23 +96,62 @@ class StepMonitor:
         if reduced is None:
             return
         facts, sums = reduced
+        spike: str | None = None
         n_ranks = self._run.world.rank_info.world_size
         means = {name: value / n_ranks for name, value in sums.items() if "/" in name}
         self.profiler.read(sums)
         self.note_stop(sums["stop"] > 0)
         self.save |= sums["save"] > 0
         loss_sum, scale = sums["loss/out"], means.get("optim/loss_scale")
-        if sums["unmoved"] > 0 and scale is not None and is_overflow(loss_sum, scale):
+        if sums.get("spiked", 0) > 0:
+            self._skip_or_halt(facts, means["loss/out"], means["optim/grad_norm"], self._run.args.optim.on_spike.action)
+        elif sums["unmoved"] > 0 and scale is not None and is_overflow(loss_sum, scale):
             self._run.shared["skipped_steps"] += 1
             log.info("step %d overflowed at loss scale %g: halved; the optimizer did not move", facts.step, scale)
         elif sums["unmoved"] > 0:
-            self._skip_or_halt(facts, means["loss/out"], means["optim/grad_norm"])
+            self._skip_or_halt(facts, means["loss/out"], means["optim/grad_norm"], self._run.args.optim.on_nonfinite)
         elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
             raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
         else:
             self._skips_in_a_row = 0
+            spike = self._judge(facts, means["loss/out"])
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
             self._report(facts, means)
+        if spike is not None:
+            raise RewindAsked(facts.step, spike)
+
+    def _judge(self, facts: StepFacts, loss: float) -> str | None:
+        """Remember the loss of a step that moved the optimizer; return why the run must go back, or None."""
+        shared, args = self._run.shared, self._run.args.optim.on_spike
+        recent = self._recent if args.action == "warn" else shared.get(RECENT, ())
+        limit = spike_limit(recent, facts.step, args)
+        why = f"{_where(facts)}: the loss {loss:.4f} is a spike, above {limit:.4f}"
+        if loss > limit and args.action == "rewind":
+            return why
+        if loss > limit and not self._in_spike:
+            log.warning("%s: %g standard deviations over the %d steps before", why, args.threshold, args.window)
+        self._in_spike = loss > limit
+        recent = remember(recent, facts.step, loss, args)
+        if args.action == "warn":
+            self._recent = recent
+        else:
+            shared[RECENT] = recent
+        return None
+
+    def forget(self) -> None:
+        """Forget the steps after the one that went wrong; what ranks were asked for meanwhile stays. Collective."""
+        late = self._reduce.result()
+        if late is not None:
+            self.profiler.read(late[1])
+            self.save |= late[1]["save"] > 0
+        self._skips_in_a_row, self._in_spike = 0, False
+
+    def rewound(self) -> None:
+        """Begin anew at the present step, to which the run went back."""
+        run, passed = self._run, self._run.shared[PASSED][-1]
+        self.meter.start(run.step)
+        self.progress.begin(run.args.name, run.size.n_steps, "steps", done=run.step)
+        self.note("rewind", wrong_step=passed["step"], rows=passed["rows"], why=passed["why"])
 
     def note_stop(self, agreed: bool) -> None:
         """`agreed`: by all ranks, to stop."""
@@ -132,7 +185,7 @@ class StepMonitor:
         elif report.published:
             self.note("published", **({} if report.staged else cost))
 
-    def note(self, event: str, **facts: float | str) -> None:
+    def note(self, event: str, **facts: Any) -> None:
         """Write what happened at the present step, for `lingua report`."""
         if self._metrics is not None:
             self._metrics.log_checkpoint({"global_step": self._run.step, "event": event, **facts})
@@ -142,19 +195,21 @@ class StepMonitor:
         if self._metrics is not None:
             self._metrics.log_probe({"global_step": self._run.step + 1, **statistics})
 
-    def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float) -> None:
+    def _skip_or_halt(self, facts: StepFacts, loss: float, grad_norm: float, action: str) -> None:
         run, optim = self._run, self._run.args.optim
-        rows = [facts.first_row, facts.last_row]
-        what = f"step {facts.step} (rows {rows[0]} to {rows[1]}): loss {loss}, gradient norm {grad_norm}"
-        skips = str([*run.args.data.skip_rows, rows]).replace(" ", "")
+        is_spike = math.isfinite(loss) and math.isfinite(grad_norm)
+        what = f"{_where(facts)}: loss {loss}, gradient norm {grad_norm} is {'a spike' if is_spike else 'not finite'}"
+        skips = str([*run.args.data.skip_rows, [facts.first_row, facts.last_row]]).replace(" ", "")
+        if action == "rewind":
+            raise RewindAsked(facts.step, what)
         self._skips_in_a_row += 1
         run.shared["skipped_steps"] += 1
-        if optim.on_nonfinite == "skip" and self._skips_in_a_row <= optim.max_skips:
-            log.warning("%s is not finite; the optimizer did not move", what)
+        if action == "skip" and self._skips_in_a_row <= optim.max_skips:
+            log.warning("%s; the optimizer did not move", what)
             return
-        limit = f", and so were the {optim.max_skips} steps before it" if optim.on_nonfinite == "skip" else ""
+        limit = f", and so were the {optim.max_skips} steps before it" if action == "skip" else ""
         raise NonFiniteError(
-            f"{what} is not finite{limit}. Nothing was updated. Since the data order is fixed, a restart meets these "
+            f"{what}{limit}. Nothing was updated. Since the data order is fixed, a restart meets these "
             f"rows again: pass over them with data.skip_rows='{skips}', or lower optim.lr"
         )
 
@@ -168,6 +223,7 @@ class StepMonitor:
             "optim/lr": facts.lr,
             "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
             "optim/skipped_steps": run.shared["skipped_steps"],
+            **({"optim/rewinds": len(run.shared[PASSED])} if PASSED in run.shared else {}),
             **self.meter.read(facts.step, facts.lap),
             **self.profiler.memory.report(),
             **run.loader.stats(),
@@ -179,3 +235,7 @@ class StepMonitor:
             for published in run.manager.published_since:
                 self._metrics.log_checkpoint({**published, "event": "published"})
         run.manager.published_since.clear()
+
+
+def _where(facts: StepFacts) -> str:
+    return f"step {facts.step} (rows {facts.first_row} to {facts.last_row})"

@@ -35,7 +35,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import found
 from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
-from lingua.data.loader import saved_state
+from lingua.data.loader import passing_over, saved_state
 from lingua.data.sources import with_default_sources
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import Ranks, World, pick_device, set_environment
@@ -280,6 +280,7 @@ def load(
     else:
         restorer.load_folder(checkpoint.folder, state)
         data_state = saved_state(state.per_rank_all)
+        args.data = passing_over(args.data, state.shared)
     try:
         loader = stack.enter_context(build_rows(args, size, world, tokenizer, data_state))
     except ConfigError as error:

@@ -442,6 +442,15 @@ class Coordinator:
                 next_word_s = self._now() + 10.0
             self._sleep(LOOK_S)
 
+    def settle(self) -> None:
+        """Wait until what is staged is on the disk, or cannot be; the same step may be saved anew afterwards."""
+        if self._newest is not None:
+            try:
+                self.finish(self._newest, None, stopping=True)
+            except RunError as error:
+                log.warning("%s", error)
+            self._newest = None
+
     def _outcome(self, step: int, deadline_s: float | None, stopping: bool) -> tuple[bool, str | None]:
         if self._service is None:
             return False, None

@@ -7,7 +7,30 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lingua.config.base import Fraction, Part, register
+from lingua.config.base import Args, Fraction, Part, register
+
+
+class SpikeArgs(Args):
+    """What counts as a spike of the loss, and what to do about one."""
+
+    threshold: Annotated[float, Field(gt=0)] = 6.0
+    """How far the loss is above the mean of the steps before, in their standard deviations."""
+    window: Annotated[int, Field(ge=2)] = 128
+    """How many steps before it are looked at. Without as many there is no spike."""
+    action: Literal["warn", "skip", "rewind"] = "warn"
+    """warn: a line in the log. skip: the optimizer does not move, as for on_nonfinite. rewind: go back to the newest
+    checkpoint before the step and pass over its rows."""
+
+
+class RewindArgs(Args):
+    """How a run goes back, with `rewind` in on_spike or on_nonfinite."""
+
+    steps: Annotated[int, Field(ge=1)] = 1
+    """Steps whose rows are passed over: the one that went wrong and those after it."""
+    limit: Annotated[int, Field(ge=0)] = 3
+    """How often a run may go back within limit_steps; then it stops, and `lingua why` tells."""
+    limit_steps: Annotated[int, Field(ge=1)] = 1000
+    """Steps in which `limit` is counted."""
 
 
 class OptimArgs(Part):
@@ -39,11 +62,16 @@ class OptimArgs(Part):
     """wsd: share of the run spent decaying."""
     exp_factor: Annotated[float, Field(gt=0)] = 0.5
     """inv_sqrt: exponent of the decay."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop before the optimizer moves, or skip that step. With
-    distributed.model_dtype fp16 a gradient that overflows is always skipped, until the loss scale has fallen to 1."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient that is not finite: stop before the optimizer moves, skip that step, or go back to the newest
+    checkpoint before it and pass over its rows. With distributed.model_dtype fp16 a gradient that overflows is always
+    skipped, until the loss scale has fallen to 1."""
     max_skips: Annotated[int, Field(ge=0)] = 10
     """With `skip`: steps that may be skipped in a row before the run stops."""
+    on_spike: SpikeArgs = SpikeArgs()
+    """A loss far above those before it."""
+    rewind: RewindArgs = RewindArgs()
+    """How `rewind` goes."""
 
     def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
         """Bytes of the optimizer's state, to plan with; unless it says otherwise, two fp32 moments as AdamW's.
@@ -51,6 +79,14 @@ class OptimArgs(Part):
         `n_in_matrices`: those of the parameters that are in the matrices of the blocks.
         """
         return 8 * n_params
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        saves, asks = args.checkpoint, {"on_nonfinite": self.on_nonfinite, "on_spike.action": self.on_spike.action}
+        if max(saves.dump.every, saves.eval.every, saves.keep_every) <= 0 and not saves.steps:
+            for key, action in asks.items():
+                if action == "rewind":
+                    text = f"optim.{key} is rewind, but the config asks for no checkpoint to go back to"
+                    yield f"optim.{key}", f"{text}; set checkpoint.dump.every"
 
 
 class AdamArgs(OptimArgs):
@@ -98,6 +134,7 @@ class MuonArgs(AdamArgs):
         return 4 * n_in_matrices + super().state_bytes(n_params - n_in_matrices, 0)
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts(args)
         if (tp_size := args.distributed.tp_size) > 1:
             text = f"optim.type is muon, which needs whole rows of matrices, but distributed.tp_size is {tp_size}"
             yield "optim.type", f"{text}; use tp_size 1 and full_shard, or optim.type adamw"

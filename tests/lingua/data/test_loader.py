@@ -12,7 +12,7 @@ import pytest
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs, default_lanes
 from lingua.data.blocked_source import DataError
-from lingua.data.loader import Batch, build_loader, merge_states
+from lingua.data.loader import Batch, build_loader, merge_states, rows_ahead
 from tests.corpora import G, data_args, documents, run_steps, two_sources, write_source
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "order.json"
@@ -51,6 +51,18 @@ def test_changing_world_size_twice_in_mid_run(tmp_path: Path, changed: dict[str,
         table |= part
     assert table == expected
     assert state == last
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_rows_ahead_are_the_rows_that_the_loader_gives(tmp_path: Path, window: int) -> None:
+    two_sources(tmp_path)
+    args = data_args(tmp_path, lanes=5, batch_size=2, shuffle_window=window, skip_rows=[[3, 4], [11, 13], [40, 44]])
+    with build_loader(args, rows_per_step=2, lanes=5) as loader:
+        given = [row for _ in range(3) for row in next(loader).rows.tolist()]
+        state = json.loads(json.dumps(loader.state_dict()))
+        given += [row for _ in range(20) for row in next(loader).rows.tolist()]
+    for begin in (6, 7, 20):
+        assert list(rows_ahead(state, args.skip_rows, range(begin, 40))) == given[begin:40]
 
 
 def test_the_golden_order(tmp_path: Path) -> None:

@@ -147,6 +147,15 @@ def test_after_a_rollback_the_newer_start_counts(tmp_path: Path):
     assert [(one.step, one.values) for one in run.evaluations] == [(10, {"eval/x/acc": 0.5})]
 
 
+def test_what_a_rewind_undid_does_not_count(tmp_path: Path):
+    note = {STEP: 2, "event": "rewind", "incarnation": 1, WHEN: iso(19)}
+    with (make_run(tmp_path) / "metrics.checkpoint.jsonl").open("a") as file:
+        file.write(json.dumps(note) + "\n")
+    run = history_of(tmp_path)
+    assert run.metrics[STEP].tolist() == [2, 6, 8, 10]
+    assert run.undone[STEP].tolist() == [4, 6, 8]
+
+
 def test_starts_and_what_happened_to_checkpoints(tmp_path: Path):
     run = history_of(make_run(tmp_path))
     told = [(s.number, s.owner.host, s.first_step, s.last_step, s.end) for s in run.attempts]

@@ -1,0 +1,36 @@
+"""Tell a spike of the loss from what came before it: pure functions of losses that all ranks know alike. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lingua.config.keys.optim import SpikeArgs
+
+RECENT = "recent_losses"
+"""Key of the state: [step, loss] of the last steps, the newest last; kept if a spike changes what is trained."""
+
+Recent = Sequence[Sequence[float]]
+
+
+def spike_limit(recent: Recent, step: int, args: SpikeArgs) -> float:
+    """Return the loss above which a step is a spike; infinity while fewer than `window` losses are known.
+
+    The step before it does not count: its loss is still being summed over ranks when this step updates.
+    """
+    known = [loss for at, loss in recent if at < step - 1][-args.window :]
+    if len(known) < args.window:
+        return math.inf
+    mean = math.fsum(known) / len(known)
+    return mean + args.threshold * math.sqrt(math.fsum((loss - mean) ** 2 for loss in known) / len(known))
+
+
+def remember(recent: Recent, step: int, loss: float, args: SpikeArgs) -> list[Sequence[float]]:
+    """Return the losses that the limits of later steps need."""
+    return [*recent, [step, loss]][-args.window - 1 :]
+
+
+def limit_to_skip(shared: Mapping[str, Any], step: int, args: SpikeArgs) -> float:
+    """Return the loss above which the optimizer must not move; infinity unless spikes are skipped."""
+    return spike_limit(shared.get(RECENT, ()), step, args) if args.action == "skip" else math.inf

@@ -1,0 +1,50 @@
+"""Take a run back to the checkpoint before a step that went wrong, and past the rows of that step.
+
+What happens depends on the exact state alone: on losses that all ranks know, and on the rows that were passed over
+before, both part of each checkpoint. So nothing needs to be written at the moment of a rewind. A run that is killed in
+the middle resumes from a checkpoint before the step, meets the same loss and decides the same. From whichever
+checkpoint it comes, the run goes on as if `data.skip_rows` had named these rows from the beginning.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from lingua.data.loader import PASSED, passing_over, rows_ahead, saved_state
+from lingua.data.pack import merged
+from lingua.distributed.parallelize import reshard
+from lingua.train.build import build_rows, build_updater, fresh_shared
+from lingua.train.learner import Run, StepSums
+from lingua.train.monitor import NonFiniteError, RewindAsked
+
+log = logging.getLogger(__name__)
+
+
+def rewind(run: Run, asked: RewindAsked) -> None:
+    """Restore the newest checkpoint before the step that went wrong; its rows are left out from now on. Collective.
+
+    Raises NonFiniteError if there is no such checkpoint, or if that happened too often.
+    """
+    args, live = run.args.optim.rewind, run.shared
+    passed = live.get(PASSED, [])
+    lately = [one["step"] for one in passed if one["step"] > asked.step - args.limit_steps]
+    if len(lately) >= args.limit:
+        story = "; ".join(one["why"] for one in passed[-args.limit :])
+        text = f"The run went back {len(lately)} times within {args.limit_steps} steps, as often as optim.rewind.limit"
+        raise NonFiniteError(f"{asked.why}. {text} allows, since: {story}")
+    reshard(run.model)
+    if run.manager.rewind(asked.step, run.state) is None:
+        raise NonFiniteError(f"{asked.why}, and there is no checkpoint before it to go back to; save more often")
+    data, size = saved_state(run.state.per_rank_all), run.size
+    first = live.get("first_row", 0) + (asked.step - 1) * size.rows_per_step
+    turns = range(first, first + args.steps * size.rows_per_step)
+    rows = merged([(row, row) for row in rows_ahead(data, run.args.data.skip_rows, turns)])
+    entry = {"step": asked.step, "rows": [list(span) for span in rows], "why": asked.why}
+    changes = {"tracking_id": live["tracking_id"], PASSED: [*passed, entry]}
+    run.state.shared = fresh_shared() | run.state.shared | changes
+    run.args.data = passing_over(run.args.data, run.shared)
+    run.loader.close()
+    run.loader = build_rows(run.args, size, run.world, run.tokenizer, data)
+    run.updater = build_updater(run.args, run.state, run.world.device)
+    run.sums = StepSums(run.world.device)
+    log.warning("%s. Back to step %d; rows %s are passed over", asked.why, run.step, entry["rows"])
