@@ -36,6 +36,7 @@ PAGES = sorted(
     [
         ROOT / "README.md",
         *ROOT.glob("lingua/*/README.md"),
+        ROOT / "lingua/train/LONG_RUNS.md",
         *ROOT.glob("[as]*/README.md"),
         *ROOT.glob("apps/*/README.md"),
     ]

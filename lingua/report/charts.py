@@ -61,10 +61,10 @@ def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Pi
     thins = [np.isfinite(run.metrics[LOSS]).sum() > len(one.points.x) for run, one in zip(runs, lines, strict=True)]
     notes = ["mean of neighbouring steps" + ("" if several else ", and their range") if any(thins) else "", over.note]
     if not several and len(undone := runs[0].undone):
-        notes.append("grey: trained again after a restart")
+        notes.append("grey: trained again after a restart or a rewind")
         curves = [curve(undone[undone[ATTEMPT] == number], LOSS) for number in np.unique(undone[ATTEMPT])]
         back = [Line("", _noisy(*points), draw.FAINT, is_back=True) for points in curves]
-    shown = draw.shown_range([line.points.high for line in lines], [line.points.low for line in lines])
+    shown = draw.shown_range([line.points.high for line in (*back, *lines)], [line.points.low for line in lines])
     return draw.line_chart(
         f"loss{over.key}", f"Training loss{over.title}", [*back, *lines], "nats per token",
         "; ".join(filter(None, notes)), xlabel=over.axis, ylim=shown,

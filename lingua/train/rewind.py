@@ -30,8 +30,8 @@ def rewind(run: Run, asked: RewindAsked) -> None:
     lately = [one["step"] for one in passed if one["step"] > asked.step - args.limit_steps]
     if len(lately) >= args.limit:
         story = "; ".join(one["why"] for one in passed[-args.limit :])
-        text = f"The run went back {len(lately)} times within {args.limit_steps} steps, as often as optim.rewind.limit"
-        raise NonFiniteError(f"{asked.why}. {text} allows, since: {story}")
+        text = f"optim.rewind.limit is {args.limit} within {args.limit_steps} steps, and the run went back from {story}"
+        raise NonFiniteError(f"{asked.why}. {text}")
     reshard(run.model)
     if run.manager.rewind(asked.step, run.state) is None:
         raise NonFiniteError(f"{asked.why}, and there is no checkpoint before it to go back to; save more often")
