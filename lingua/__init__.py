@@ -4,6 +4,8 @@ By default OpenMP's threads spin for milliseconds at a barrier, which another pr
 libgomp reads the setting when torch loads. A short spin costs nothing on idle cores and keeps a run several times
 faster on shared ones (scripts/README.md).
 
+Pydantic looks for plugins in the metadata of every installed package: hundreds of files of a slow disk at each start.
+
 Under `python -m lingua...` and `python -m apps...` the working folder comes last, much as with `python -P`: a
 `torch.py` that lies there, beside weights say, must not stand for the package.
 """
@@ -17,6 +19,7 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[:1] in ([""],
     sys.path.append(sys.path.pop(0))
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:  # the user's setting wins
     os.environ["GOMP_SPINCOUNT"] = "4000"
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

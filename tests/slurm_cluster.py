@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from tests.ports import free_port
+
 N_NODES = 3
 GRACE_S = 30
 KILL_WAIT_S = 5
@@ -56,23 +58,12 @@ def until(found: Callable[[], T | None], what: str, timeout_s: float = 120.0) ->
     return value
 
 
-def _free_ports(n: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 class Cluster:
     """A running cluster. A context manager."""
 
     def __init__(self, folder: Path, n_nodes: int = N_NODES) -> None:
         self.folder = folder
-        self._ports = _free_ports(1 + n_nodes)
+        self._ports = [free_port() for _ in range(1 + n_nodes)]
         # A cgroup is called after its node: names of our own, or two clusters would share them.
         self.nodes = [f"n{self._ports[0]}-{i}" for i in range(1, n_nodes + 1)]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import tempfile
 import traceback
@@ -25,6 +24,7 @@ from apps.main.train import main
 from lingua.config.command_line import run_main
 from lingua.run.metrics import read_metrics
 from lingua.train.learner import Run
+from tests.ports import free_port
 from tests.ranks import fork
 
 Hook = Callable[[int], None]
@@ -60,13 +60,6 @@ class Result:
         """The one code that all ranks ended with."""
         assert len(set(self.exit_codes)) == 1, f"exit codes {self.exit_codes}\n{self.output}"
         return self.exit_codes[0]
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Trainer:

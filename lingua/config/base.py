@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from lingua.files import ConfigError as ConfigError
@@ -28,14 +28,6 @@ class Args(BaseModel):
         validate_assignment=True,
         validate_default=True,
     )
-
-    @field_validator("*")
-    @classmethod
-    def _fits(cls, value: Any) -> Any:
-        """Refuse a whole number that neither torch nor JSON can hold."""
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            raise ValueError(f"{value} has more than 64 bits; {(1 << 63) - 1} is the largest whole number")
-        return value
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         """Yield (key, sentence with a remedy) for what this section cannot do beside the rest of the config `args`.

@@ -43,6 +43,9 @@ TELL_S = 60.0
 POLL_S = 0.1
 _CONNECT_S = 60.0
 """For the first exchange with a store that listens already."""
+_HELLO = b"\x00\xce\xf7\x85\x3c" + b"\x0dping"
+"""What torch's client says first, and waits for the echo of without a limit: the query VALIDATE with its magic number,
+then PING with four bytes (torch 2.10, csrc/distributed/c10d/TCPStore.cpp and TCPStoreBackend.hpp)."""
 _READ_WITHIN_S = 5.0
 """How long rank 0, which usually holds the store, waits for the others to read why they must leave."""
 
@@ -186,13 +189,20 @@ class _Patience:
 
 
 def _wait_for_main(place: RankInfo, timeout_s: float) -> None:
-    """Return when something listens where rank 0 should."""
+    """Return when a store answers where rank 0 should be: torch's client would wait for ever for another program."""
     assert place.master is not None
     patience = _Patience(place, timeout_s)
     while True:
+        listens = False
         try:
-            socket.create_connection(place.master, SAY_AFTER_S).close()
-            return
+            with socket.create_connection(place.master, SAY_AFTER_S) as there:
+                listens = True
+                there.sendall(_HELLO)
+                there.recv(1)
+                return
+        except TimeoutError:
+            taken = "what listens there does not answer; is MASTER_PORT taken by another program?"
+            patience.wait([0], f" ({taken if listens else 'timed out'})")
         except OSError as error:
             patience.wait([0], f" ({error.strerror or error})")
 

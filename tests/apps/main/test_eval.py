@@ -23,8 +23,9 @@ from lingua.eval.measures import Measures
 from lingua.files import read_json
 from lingua.run.metrics import read_metrics
 from tests.evaluated import make_data, words_of
+from tests.ports import free_port
 from tests.ranks import run_on_ranks
-from tests.trainer import free_port, train
+from tests.trainer import train
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["generator.device=cpu", "validation.max_steps=3", "generator.max_tokens=4000"]

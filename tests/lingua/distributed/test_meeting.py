@@ -13,8 +13,8 @@ from lingua.distributed.meeting import agree, meet, open_store, told_to_others
 from lingua.distributed.place import RankInfo
 from lingua.files import DiskError
 from lingua.run.failure import RankError, classify, known_to_all
+from tests.ports import free_port
 from tests.ranks import run_on_ranks
-from tests.trainer import free_port
 
 
 @pytest.fixture
@@ -142,6 +142,16 @@ def test_another_error_of_one_rank_keeps_its_kind(port: int):
         ("rank 1: DiskError: x.yaml: Stale file handle", "disk"),
         ("x.yaml: Stale file handle", "disk"),
     ]
+
+
+def test_another_program_at_the_port_is_not_waited_for_without_a_limit(port: int, monkeypatch: pytest.MonkeyPatch):
+    """Rank 0 cannot listen there and ends; torch's client alone would wait for an answer for ever."""
+    monkeypatch.setattr(lingua.distributed.meeting, "SAY_AFTER_S", 0.1)
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(RankError, match="does not answer; is MASTER_PORT taken by another program"):
+            open_store(at(port, 1), 0.3)
+        with pytest.raises(RankError, match="another process listens there"):
+            open_store(at(port), 0.3)
 
 
 def test_an_error_that_nobody_hears_is_still_told(port: int, monkeypatch: pytest.MonkeyPatch):

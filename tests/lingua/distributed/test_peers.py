@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from lingua.distributed.peers import Peers
+from tests.ports import free_port
 from tests.ranks import run_on_ranks
-from tests.trainer import free_port
 
 SECRET = b"known to the ranks alone"
 

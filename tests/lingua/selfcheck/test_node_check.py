@@ -23,7 +23,7 @@ from lingua.selfcheck.node_check import (
     main,
     nodes_of_ranks,
 )
-from tests.trainer import free_port
+from tests.ports import free_port
 
 NODES = ["n1", "n1", "n2", "n2"]
 FINE = {rank: NodeAnswer(node, []) for rank, node in enumerate(NODES)}
