@@ -87,7 +87,7 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
         n_params = sum(parameter.numel() for parameter in model.parameters())
         torch.set_num_threads(cpu_threads(n_params, torch.get_num_threads()))
     print(f"{loaded}, on {device} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
-    return named(run_args.objective.generator)(model, tokenizer, args, add_bos=run_args.data.add_bos)
+    return named(run_args.objective, "generator")(model, tokenizer, args, add_bos=run_args.data.add_bos)
 
 
 def ask(interactive: bool) -> Iterator[list[str]]:

@@ -15,15 +15,15 @@ from lingua.config.keys.model import DecoderArgs, KernelArgs, ModelArgs, rounded
 class XLSTMArgs(DecoderArgs):
     """Initial values that all blocks share."""
 
+    residual_outputs: ClassVar[tuple[str, ...]] = ("proj_down.weight",)
+
     def initial_std(self, name: str, shape: Any) -> float:
         """xlstm-jax's: sqrt(2 / 5D) (arXiv 1910.05895); 2 / (L sqrt D) where a branch ends; 0 for output gates."""
         if name.endswith("ogate_preact.weight"):
             return 0.0
-        if self.init_base_std is not None:
-            return self.init_base_std
-        if name.endswith(("out_proj.weight", "proj_down.weight")):
-            return 2 / (self.n_layers * self.dim**0.5)
-        return (2 / (5 * self.dim)) ** 0.5
+        if not name.endswith(self.residual_outputs):
+            return self.init_base_std or (2 / (5 * self.dim)) ** 0.5
+        return (self.init_base_std or 2 / (self.n_layers * self.dim**0.5)) / self.depth_factor(name)
 
 
 @register("model", "mlstm")
@@ -32,6 +32,7 @@ class MLSTMArgs(XLSTMArgs, KernelArgs):
 
     block: ClassVar[str] = "apps.xlstm.mlstm:MLSTMBlock"
     hugging_face: ClassVar[str] = "apps.xlstm.huggingface:XLSTM"
+    residual_outputs: ClassVar[tuple[str, ...]] = ("out_proj.weight", "proj_down.weight")
     kernels: ClassVar[tuple[str, ...]] = ("mlstm_kernels",)
 
     type: Literal["mlstm"] = "mlstm"

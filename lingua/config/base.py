@@ -158,15 +158,20 @@ def part_of(kind: str, default: type[Part] | None = None) -> WrapValidator:
     return WrapValidator(choose)
 
 
-def named(place: str) -> Any:
-    """Import what "module:name" stands for."""
+def named(owner: Part | type[Part], fact: str) -> Any:
+    """Import what a class of keys names as "module:name". Raises ConfigError if there is no such thing."""
+    place = getattr(owner, fact)
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise ConfigError(f"{kind.__name__}.{fact} is {place!r}, but {error}; correct it there") from error
 
 
 def build_part(part: Part, *args: Any, **kwargs: Any) -> Any:
     """Import the part's builder and call it with the part's Args first."""
-    return named(part.builder)(part, *args, **kwargs)
+    return named(part, "builder")(part, *args, **kwargs)
 
 
 # -- what a schema knows -----------------------------------------------------------------------------------------

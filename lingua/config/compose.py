@@ -348,11 +348,23 @@ class Composed(Generic[ArgsType]):
 
 def _complaint(marks: Mapping[Key, Origin], key: Key, text: str) -> str:
     inside = [origin for mark, origin in marks.items() if mark[: len(key)] == key]
-    # What a section as a whole refuses begins with the key that is to blame: `data: skip_rows ...`.
-    refused = re.match(rf"(the config|{re.escape(dotted_key(key))}): (\w+)", text)
-    own = marks.get((*key, refused[2])) if refused else None
-    origin = own or marks.get(key) or (inside or [DEFAULT])[0]
+    origin = _refused(marks, key, text) or marks.get(key) or (inside or [DEFAULT])[0]
     return text if origin == DEFAULT else f"{origin}: {text}"
+
+
+def _refused(marks: Mapping[Key, Origin], key: Key, text: str) -> Origin | None:
+    """Return the origin of what a section as a whole refuses: `data: skip_rows ...`. None for another finding.
+
+    What came last, a file or the command line, is to blame, and there the first key that the text names.
+    """
+    section = dotted_key(key) or "the config"
+    if re.match(rf"{re.escape(section)}(\.\w+)?: ", text) is None:
+        return None
+    words = re.findall(r"\w+(?:\.\w+)*", text.removeprefix(section))
+    named = [mark for word in words if (mark := (*key, *word.split("."))) in marks]
+    inside = [mark for mark in marks if (mark in named if named else mark[: len(key)] == key)]  # as they were merged
+    last = marks[inside[-1]].place if inside else ""
+    return next((marks[mark] for mark in (*named, *inside) if marks[mark].place == last), None)
 
 
 @dataclass

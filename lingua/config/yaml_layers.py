@@ -431,11 +431,14 @@ def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: typ
         node[name] = value
     elif isinstance(value, dict) and isinstance(node.get(name), dict) and sections_at(schema, key):
         node[name] = {**node[name], **value}  # a mapping of names, such as data.sources, is replaced
+        for inner in value:
+            layer.forget((*key, inner))
     else:
         layer.forget(key)
         node[name] = value
-    marked = {(*key, inner): origin for inner in value} if isinstance(value, dict) else {}
-    layer.marks.update({key: origin, **marked})
+    layer.marks[key] = origin
+    for inner, _ in leaves(value, key):
+        layer.marks.update({inner[:n]: origin for n in range(len(key) + 1, len(inner) + 1)})
 
 
 def _split(dotted: str, schema: type[Args], tree: Any) -> Key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from typing import Any
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import Checkpoint, run_root
-from lingua.config.base import ConfigError
+from lingua.config.base import MOVED, ConfigError, unknown_key
 from lingua.config.command_line import CommandLine, app_module, app_schema, choose_app, parse_command_line, with_ckpt
 from lingua.config.compose import compose, ignored_keys
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.eval import EvalArgs, HarnessArgs
 from lingua.config.keys.train import TrainArgs
-from lingua.config.yaml_layers import stack_layers
+from lingua.config.yaml_layers import COMMAND_LINE, stack_layers
 from lingua.console import show_json
 from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import find_rank_info
@@ -86,11 +87,22 @@ class EvalRequest:
             args = compose(self.measures, overlays, overrides, EvalArgs).args
         else:
             overrides = [f"eval.{word}" for word in overrides]
-            run_args = compose(str(self.run_config), overlays, overrides, app_schema(self.app)).args
+            try:
+                run_args = compose(str(self.run_config), overlays, overrides, app_schema(self.app)).args
+            except ConfigError as error:
+                raise ConfigError([_as_typed(problem) for problem in error.problems]) from None
             args = run_args.eval or EvalArgs()
         if self.follow and args.dump_dir:
             raise ConfigError(f"eval.dump_dir is {args.dump_dir}: results go to {self.place}/evals; take it out")
         return run_args, args
+
+
+def _as_typed(problem: str) -> str:
+    """Return a finding whose unknown key is that of a word: without `eval.`, and near keys that a word can name."""
+    found = re.match(rf"{COMMAND_LINE}: unknown key eval\.([\w.]+)", problem)
+    if found is None or f"eval.{found[1]}" in MOVED:
+        return problem
+    return f"{COMMAND_LINE}: {unknown_key(tuple(found[1].split('.')), EvalArgs)}"
 
 
 def read_command_line(line: CommandLine) -> EvalRequest:

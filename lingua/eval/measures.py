@@ -61,7 +61,7 @@ class MeasuredModel:
     @property
     def scorer(self) -> Scorer:
         """Scores rows of text."""
-        return named(self.objective.scorer)(self.model, self.max_tokens, self.beat, self.objective)
+        return named(self.objective, "scorer")(self.model, self.max_tokens, self.beat, self.objective)
 
     @property
     def max_tokens(self) -> int:
@@ -100,7 +100,7 @@ class Measures:
         """Return the metrics of a model that each rank holds whole. Collective, as `measure`."""
         data = self.run_args.data
         objective = self.run_args.objective
-        generator = named(objective.generator)(model, tokenizer, self.args.generator, add_bos=data.add_bos)
+        generator = named(objective, "generator")(model, tokenizer, self.args.generator, add_bos=data.add_bos)
         wording = Wording(tokenizer, data.add_bos, data.add_eos)
         measured = MeasuredModel(model, tokenizer, generator, wording, self.world, beat, objective)
         found: dict[str, Any] = {}

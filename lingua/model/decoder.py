@@ -11,7 +11,6 @@ Letters: B rows, S positions, D model width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import re
 from collections.abc import Mapping
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional
 
-from lingua.config.base import ConfigError
+from lingua.config.base import ConfigError, named
 from lingua.config.keys.model import DecoderArgs
 from lingua.model.attention import RowDocuments, build_mask
 from lingua.model.context import Cache, ForwardContext
@@ -139,13 +138,14 @@ class Decoder(nn.Module):
 
 
 def build_block(args: DecoderArgs, layer: int) -> nn.Module:
-    """Build the block of a layer, as its Args name it. Raises ConfigError if there is no such class."""
-    module, _, name = args.block.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{type(args).__name__}.block is {args.block!r}, but {error}; correct it there") from error
-    return kind(args, layer)
+    """Build the block of a layer, as its Args name it. Raises ConfigError if it is not as they say."""
+    block: nn.Module = named(args, "block")(args, layer)
+    parameters = [name for name, _ in block.named_parameters()]
+    for ending in args.residual_outputs:
+        if not any(name.endswith(ending) for name in parameters):
+            fact, known = f"{type(args).__name__}.residual_outputs", ", ".join(parameters)
+            raise ConfigError(f"{fact} names {ending}, but the block has only {known}; correct it there")
+    return block
 
 
 def starts_of(doc_ids: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ Rotary embeddings: they pair the two halves of a head, we (like Meta) neighbours
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lingua.config.base import ConfigError, parts
+from lingua.config.base import ConfigError, named, parts
 from lingua.config.keys.model import LlamaArgs, ModelArgs
 from lingua.files import RunError, read_bytes, read_json
 
@@ -141,14 +140,14 @@ class Translation:
 
 def translation_of(model: ModelArgs) -> Translation | None:
     """Return the translation of a family, or None if Hugging Face has no such model."""
-    return _load(model.hugging_face) if model.hugging_face else None
+    return named(model, "hugging_face")() if model.hugging_face else None
 
 
 def translations() -> list[Translation]:
     """Return the translations of all families that are registered, our own decoder's first."""
-    families = [part for part in parts("model").values() if issubclass(part, ModelArgs)]
-    places = dict.fromkeys(family.hugging_face for family in (LlamaArgs, *families))
-    return [_load(place) for place in places if place]
+    families = [part for part in parts("model").values() if issubclass(part, ModelArgs) and part.hugging_face]
+    by_place = {family.hugging_face: family for family in (LlamaArgs, *families)}
+    return [named(family, "hugging_face")() for family in by_place.values()]
 
 
 def described_by(config: Mapping[str, Any], path: Path, among: Sequence[Translation]) -> Translation:
@@ -159,11 +158,6 @@ def described_by(config: Mapping[str, Any], path: Path, among: Sequence[Translat
             return translation
     known = ", ".join(sorted(name for translation in among for name in translation.model_types))
     raise ConfigError(f"{path}: model_type is {kind!r}; these can be taken over: {known}")
-
-
-def _load(place: str) -> Translation:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)()
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def say_sample(run: Run, prompt: str) -> None:
         # gloo spoilt the heap (2.10, "malloc(): unaligned tcache chunk", now and then). So each rank has a whole copy.
         model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, run.world.device, torch.float32))
         copy_weights(run.model, model)
-    generator = named(run.args.objective.generator)(model, run.tokenizer, args, add_bos=run.args.data.add_bos)
+    generator = named(run.args.objective, "generator")(model, run.tokenizer, args, add_bos=run.args.data.add_bos)
     (answer,) = generator.generate([prompt])
     if run.world.is_main:
         log.info("a sample: %s%s", prompt, answer.text)

@@ -115,7 +115,7 @@ def validate(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
 
 
 def _measure(run: Run, vote: Callable[[], None]) -> dict[str, float]:
-    world, loss_of = run.world, named(run.args.objective.validation)
+    world, loss_of = run.world, named(run.args.objective, "validation")
     results: dict[str, float] = {}
     for source in run.held_out:
         with torch.no_grad(), forward_precision(run.model, run.args.distributed, world.device):

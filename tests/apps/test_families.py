@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apps.main.args import LMTransformerArgs
 from lingua.config.base import ConfigError
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.model import CrossEntropyArgs, DecoderArgs, HybridArgs
@@ -17,6 +18,7 @@ from lingua.model.attention import RowDocuments, document_bounds
 from lingua.model.context import Cache
 from lingua.model.decoder import Decoder, build_block
 from lingua.model.generate import Generator
+from lingua.model.huggingface import translation_of
 from lingua.model.loss import CrossEntropy
 from lingua.optim.muon import takes_muon
 from lingua.tokenizer import ByteTokenizer
@@ -43,6 +45,11 @@ def test_as_many_parameters_are_built_as_counted(args: DecoderArgs) -> None:
 
 class Unfinished(DecoderArgs):
     block = "tests.families:NoSuchBlock"
+    hugging_face = "tests.no_such_module:Theirs"
+
+
+class Misspelt(LMTransformerArgs):
+    residual_outputs = ("attention.wo.weight", "feed_forward.w9.weight")
 
 
 def test_what_a_family_lacks_is_one_sentence() -> None:
@@ -52,6 +59,11 @@ def test_what_a_family_lacks_is_one_sentence() -> None:
         (lambda: args.flops_per_token(8), r"has no block_params\(\)"),
         (lambda: args.mixing_flops_per_token(8), r"has no mixing_flops_per_token\(\); add it: FLOPs of one block"),
         (lambda: build_block(args, 0), "Unfinished.block is 'tests.families:NoSuchBlock', but module .* has no attrib"),
+        (lambda: translation_of(args), "Unfinished.hugging_face is 'tests.no_such_module:Theirs', but No module named"),
+        (
+            lambda: build_block(Misspelt(vocab_size=VOCAB, n_heads=2), 0),
+            "Misspelt.residual_outputs names feed_forward.w9.weight, but the block has only attention.wq.weight, ",
+        ),
     ):
         with pytest.raises(ConfigError, match=lacks):
             ask()
@@ -63,6 +75,14 @@ def test_flops_are_six_per_parameter_and_what_mixes_positions(args: DecoderArgs)
     mixing = sum(args.of_layer(layer).mixing_flops_per_token(24) for layer in range(args.n_layers))
     assert args.flops_per_token(24) == 6 * n_matmul + mixing
     assert mixing > 0
+
+
+@every_family
+def test_the_depth_divides_what_every_block_adds_to_the_stream(args: DecoderArgs) -> None:
+    plain, deep = (build(args.model_copy(update={"init_std_factor": f})) for f in ("disabled", "global_depth"))
+    factor, divided = (2 * (args.n_layers + 1)) ** 0.5, dict(deep.named_parameters())
+    shrunk = [n for n, p in plain.named_parameters() if bool(p.any()) and torch.allclose(divided[n] * factor, p)]
+    assert {name.split(".")[1] for name in shrunk} == {str(layer) for layer in range(args.n_layers)}
 
 
 @every_family

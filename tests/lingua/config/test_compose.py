@@ -72,6 +72,25 @@ def test_every_value_knows_where_it_came_from(tmp_path: Path) -> None:
     assert {key: origins[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "sentence"),
+    [
+        ("model:\n  n_heads: 7", [], "run.yaml:3: model: dim 64 is not a multiple of n_heads 7"),
+        ("model:\n  dim: 65", [], "run.yaml:3: model: dim 65 is not a multiple of n_heads 4"),
+        ("model: {n_layers: 2}", ["model.n_heads=7"], "command line: model: dim 64 is not a multiple of n_heads 7"),
+        ("model: {n_layers: 2}", ["model={n_heads: 7}"], "command line: model: dim 64 is not a multiple of n_heads 7"),
+        ("model: {type: mambo}", [], "run.yaml:2: model.type: unknown model type 'mambo'"),
+        ("name: ''\ndump_dir: ''", [], "run.yaml:2: the config: name and dump_dir are both empty"),
+        ("model:\n  type: mamba2\n  n_heads: 7", [], "run.yaml:4: model: the hidden width 256 is not a multiple of"),
+        ("steps: 2", ["eval={harness: {num_fewshot: x}}"], "command line: eval.harness.num_fewshot is 'x'"),
+    ],
+)
+def test_what_overrides_a_base_is_to_blame(tmp_path: Path, text: str, words: list[str], sentence: str) -> None:
+    base = "steps: 1\nname: base\nmodel:\n  dim: 64\n  n_heads: 4\neval: {harness: {num_fewshot: 1}}\n"
+    (tmp_path / "base.yaml").write_text(base)
+    assert sentence in complaints(tmp_path, f"base: base.yaml\n{text}", *words)[0]
+
+
 def test_merge_keys_and_aliases_keep_their_lines_and_share_nothing(tmp_path: Path) -> None:
     done = composed(tmp_path, "optim:\n  <<: [{lr: 5e-4}, {warmup: 7, lr: 1e-5}]\n  clip: 3.0\n")
     assert (done.args.optim.lr, done.args.optim.warmup, done.args.optim.clip) == (5e-4, 7, 3.0)

@@ -217,6 +217,22 @@ def request_of(*words: str) -> EvalRequest:
     return read_command_line(parse_command_line(words, ["once"]))
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("validation.max_rows=2", "unknown key validation.max_rows; did you mean validation.max_steps?"),
+        ("dataset_dir=x", "unknown key eval.dataset_dir: use eval.validation.root_dir"),
+        ("validation.max_steps=x", "eval.validation.max_steps is 'x'; it must be a whole number"),
+    ],
+)
+def test_a_wrong_word_is_said_as_it_was_typed(tmp_path: Path, word: str, sentence: str) -> None:
+    make_run(tmp_path, 2)
+    with pytest.raises(ConfigError) as caught:
+        request_of(f"ckpt={tmp_path}", word).compose()
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"command line: {sentence}")
+
+
 def test_the_command_takes_all_from_the_runs_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     root = make_run(tmp_path, 2, eval={"every": 2, "keep": 1})
