@@ -1,9 +1,9 @@
 """The same compute for every depth, learning rate and seed: 30 jobs of miso_8_silent.
 
-    python scripts/chinchilla_scaling.py [--dry-run] [--depths 24 16] [--lrs 1e-3] [--seeds 0 1] [-- OPTIONS OF SBATCH]
+    python scripts/chinchilla_scaling.py [--dry-run] [--depths 24 16] [--lrs rule] [--seeds 0 1] [-- OPTIONS OF SBATCH]
 
-Width is 96 times the depth, with heads of 32; `total_flops` decides the number of steps. Needs BASE_DIR; EMAIL may be
-set, EXTRA_ARGS go to every run.
+Width and the learning rate called `rule` are those of `lingua recipe` (lingua/train/recipe.py), heads are 32 wide;
+`total_flops` decides the number of steps. Needs BASE_DIR; EMAIL may be set, EXTRA_ARGS go to every run.
 """
 
 from __future__ import annotations
@@ -18,28 +18,35 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lingua.config.command_line import run_main
+from lingua.config.command_line import parse_command_line, run_main
 from lingua.files import RunError
+from lingua.train.check import load
+from lingua.train.recipe import WIDTH_PER_LAYER, best_rate
 
+ROOT = Path(__file__).parents[1]
 CONFIG = "apps/main/configs/llama_8H200_chinchilla.yaml"
 TWO_HOURS_FLOPS = 26.205e18  # of 8 H200 at 46% of their peak; 52.41e18 for four hours
 
 
-def points(depths: Sequence[int], lrs: Sequence[float], seeds: Sequence[int], flops: float) -> Iterator[list[str]]:
+def points(depths: Sequence[int], lrs: Sequence[str], seeds: Sequence[int], flops: float) -> Iterator[list[str]]:
     """Overrides of each run."""
     for seed, lr, depth in itertools.product(seeds, lrs, depths):
-        name = f"chinchilla_d{depth}_lr{lr:g}_s{seed}"
-        yield [
-            f"name={name}",
-            f"logging.wandb.name={name}",
-            f"model.n_layers={depth}",
-            f"model.dim={96 * depth}",
-            f"model.n_heads={3 * depth}",
-            "data.batch_size=16",
-            f"total_flops={flops:g}",
-            f"optim.lr={lr:g}",
-            f"seed={seed}",
-        ]
+        dim = WIDTH_PER_LAYER * depth
+        sizes = [f"model.n_layers={depth}", f"model.dim={dim}", f"model.n_heads={dim // 32}", "data.batch_size=16"]
+        sizes += [f"total_flops={flops:g}", f"seed={seed}"]
+        name = f"chinchilla_d{depth}_lr{lr}_s{seed}"
+        peak = by_rule(sizes) if lr == "rule" else float(lr)
+        yield [f"name={name}", f"logging.wandb.name={name}", *sizes, f"optim.lr={peak:g}"]
+
+
+def by_rule(sizes: Sequence[str]) -> float:
+    """Learning rate of the rule for a run of these sizes."""
+    size = load(parse_command_line([str(ROOT / CONFIG), *sizes])).resolved
+    return float(f"{best_rate(size.n_params_non_embedding, size.total_tokens):.3g}")
+
+
+def rate(text: str) -> str:
+    return text if text == "rule" else f"{float(text):g}"
 
 
 def submission(
@@ -58,7 +65,7 @@ def submission(
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[24, 16, 12, 8, 4])
-    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-3, 5e-4])
+    parser.add_argument("--lrs", type=rate, nargs="+", default=["0.003", "0.001", "0.0005"], help="numbers, or rule")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--total-flops", type=float, default=TWO_HOURS_FLOPS)
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted")

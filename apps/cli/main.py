@@ -77,6 +77,29 @@ def check(
 
 
 @app.command()
+def recipe(
+    params: Annotated[str, typer.Option(help="Parameters with embeddings: 300M, 1B.", show_default=False)],
+    words: Words = None,
+    tokens: Annotated[str, typer.Option(help="Tokens of the run: 20B, or 20x for so many per parameter.")] = "20x",
+    gpus: Annotated[str, typer.Option(help="Where it trains: 8xH200, or cpu.")] = "h200",
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that hours assume.")] = 0.4,
+    as_json: AsJson = False,
+) -> None:
+    """Print a whole config for a number of parameters, with the rule behind each value.
+
+    CONFIG gives what the rules do not: data, tokenizer, evaluation; without one it is the embedded corpus. KEY=VALUE
+    goes before the rules.
+    """
+    from lingua.train.recipe import report
+
+    line = parse_command_line(words or [])
+    if line.config is None:
+        sample = Path(__file__).parents[1] / "main" / "configs" / "debug.yaml"
+        line.config = str(sample.relative_to(Path.cwd()) if sample.is_relative_to(Path.cwd()) else sample)
+    report(line, params, tokens, gpus, mfu, as_json)
+
+
+@app.command()
 def schema(
     reference: Annotated[bool, typer.Option(help="A page of all keys (markdown) instead of the JSON schema.")] = False,
     chosen: Annotated[str, typer.Argument(metavar="[app=PACKAGE]", show_default=False)] = f"app={DEFAULT_APP}",

@@ -105,7 +105,7 @@ def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: St
     if rows is None:
         return None
     lanes = args.data.lanes or frozen.get("data", {}).get("lanes") or default_lanes(rows)
-    vocab_size = _vocab_size(args, found)
+    vocab_size = model_vocab_size(args, found)
     model = args.model.model_copy(update={"vocab_size": vocab_size})
     flops_per_token = model.flops_per_token(args.data.seq_len)
     n_params = model.n_params()
@@ -168,7 +168,7 @@ def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
     return [*([b for b in fits if b < near][-1:]), *([b for b in fits if b > near][:1])]
 
 
-def _vocab_size(args: TrainArgs, found: Study) -> int:
+def model_vocab_size(args: TrainArgs, found: Study) -> int:
     """V: the model's own, else the tokenizer's, else what its name lets assume."""
     vocab_size, needed = _tokenizer_vocab_size(args.data.tokenizer)
     stated = args.model.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from lingua.config.command_line import parse_command_line
 from lingua.train import check
+from lingua.train.recipe import best_rate
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +67,13 @@ def test_a_sweep_without_a_checkout_says_so(tmp_path: Path, sbatch: dict[str, st
     )
     assert done.returncode != 0
     assert "BASE_DIR: is not set; export it" in done.stderr
+
+
+def test_the_rate_called_rule_is_that_of_the_recipe():
+    [words] = runpy.run_path(str(ROOT / "scripts/chinchilla_scaling.py"))["points"]([8], ["rule"], [0], 1e18)
+    checked = check.load(parse_command_line([str(ROOT / "apps/main/configs/llama_8H200_chinchilla.yaml"), *words]))
+    size = checked.resolved
+    assert checked.args.optim.lr == pytest.approx(best_rate(size.n_params_non_embedding, size.total_tokens), rel=0.01)
 
 
 def test_thirty_models_of_the_same_compute(tmp_path: Path, sbatch: dict[str, str]):
