@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,29 @@ def write_parquet(path: Path, columns: dict[str, Any], row_group_size: int = 7) 
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(table(columns), path, row_group_size=row_group_size)
     return path
+
+
+def write_tokens(form: str, path: Path, documents: list[list[int]], width: int = 2) -> Path:
+    """A token file as another trainer would write it (path without suffix), by the layout of its package."""
+    ids = np.array([i for document in documents for i in document])
+    ends = np.cumsum([len(document) for document in documents])
+    begins = [0, *ends[:-1].tolist()]
+    data = ids.astype(f"<u{width}" if form != "megatron" or width == 2 else "<i4").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(path.name + {"megatron": ".bin"}.get(form, f".{form}"))
+    if form == "pbin":
+        index = [(width * begin, width * len(one)) for begin, one in zip(begins, documents, strict=True)]
+        data = struct.pack("<QI", len(data), width) + data + pickle.dumps(index)
+    elif form == "megatron":
+        code, n = {2: 8, 4: 4}[width], len(documents)
+        index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, n, n + 1)
+        index += np.array([len(one) for one in documents], "<i4").tobytes()
+        index += np.array([width * begin for begin in begins], "<i8").tobytes() + np.arange(n + 1).tobytes()
+        file.with_suffix(".idx").write_bytes(index)
+    elif form == "ds":
+        file.with_name(f"{file.name}.index").write_bytes(ends.astype("<u8").tobytes())
+    file.write_bytes(data)
+    return file
 
 
 def documents(tag: str, n: int, longest: int = 120, seed: int = 0) -> list[str]:

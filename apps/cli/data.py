@@ -32,7 +32,7 @@ Run = Annotated[Path, typer.Argument(help="Run folder: config.yaml and checkpoin
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A jsonl, parquet or token file, or a folder of them.")],
+    path: Annotated[Path, typer.Argument(help="A file of a format that lingua reads, or a folder of them.")],
     doc: Annotated[int | None, typer.Option(min=0, help="Print this document, counted from 0 over all files.")] = None,
     tokenizer: TokenizerName = "bytes",
     tokenizer_path: TokenizerPath = None,
@@ -43,7 +43,7 @@ def inspect(
     """Count documents, bytes and bad lines by kind, and estimate tokens.
 
     Tokens are estimated from 1 MiB of text per source; in token files they are counted. Reads everything once, except
-    token files.
+    lingua's own token files. Those of other trainers need the --tokenizer that made them.
     """
     from lingua.config.keys.data import TokenizerArgs
     from lingua.data.blocked_source import TextFields
@@ -51,10 +51,10 @@ def inspect(
     from lingua.tokenizer import build_tokenizer
 
     fields = TextFields(text_key, loss_on)
-    if doc is not None:
-        show(find_document(path, doc, fields), as_json)
-        return
     encoder = build_tokenizer(TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path}))
+    if doc is not None:
+        show(find_document(path, doc, fields, encoder), as_json)
+        return
     with progress_shown() as progress:
         facts = inspect_path(path, encoder, progress, fields)
     show(facts, as_json)

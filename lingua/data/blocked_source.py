@@ -1,8 +1,9 @@
 """What all formats share: the files of a source, cut into blocks, and what happens to bad documents.
 
 A document belongs to the block it begins in, so the blocks hold each document exactly once, whatever their size.
-Positions in a file are bytes, or rows for parquet. To add a format: one file with a subclass, a line in `FORMATS` and
-`SUFFIXES` of `sources.py`, a word in `SourceArgs.format`.
+Positions in a file are bytes; rows for parquet and arrow; tokens for other trainers' token files. To add a format: one
+file with a subclass (of tokens: a class in `token_formats.py`), a line in `FORMATS` and `SUFFIXES` of `sources.py`, a
+word in `SourceArgs.format`.
 """
 
 from __future__ import annotations
@@ -264,6 +265,10 @@ class BlockedSource(ABC):
     """What holds one document."""
     holds_tokens: ClassVar[bool] = False
     """Counting tokens needs no tokenizer."""
+    needs_tokenizer: ClassVar[bool] = False
+    """What the ids in the files mean, and where documents end, only the tokenizer knows."""
+    remedy: ClassVar[str] = "tokenize again"
+    """What helps against a token that the tokenizer does not have."""
     row_tokens: int | None = None
     """Tokens of a document, where each was made to fill a row."""
 
@@ -277,10 +282,11 @@ class BlockedSource(ABC):
         fields: TextFields = PLAIN_TEXT,
         bad: BadLines | None = None,
         tokenizer: str = "bytes",
+        vocabulary: Tokenizer | None = None,
     ) -> None:
-        """`tokenizer`: fingerprint of the config's, which tokens made before must fit."""
+        """`tokenizer`: fingerprint of the config's, which tokens made before must fit; `vocabulary`: it itself."""
         self.name, self.weight, self.key = name, weight, name_key(name)
-        self.fields, self.tokenizer = fields, tokenizer
+        self.fields, self.tokenizer, self.vocabulary = fields, tokenizer, vocabulary
         self._keys, self._has_prompt = fields.keys, fields.has_prompt
         self.bad = bad or BadLines()
         self.files = [file for file in self.open_files(self.find_files(path)) if file.size > 0]
@@ -316,6 +322,11 @@ class BlockedSource(ABC):
                 break
         where = f"the first {bad.lines} lines" if bad.lines >= _LOOKED_AT_LINES else f"{bad.lines} lines"
         raise DataError(f"{path}: no document with {fields} in {where} ({dict(bad.kinds)}); {fields.remedy}")
+
+    @classmethod
+    def check_tokenizer(cls, path: Path, tokenizer: Tokenizer) -> None:
+        """Raise ConfigError or DataError for tokens that are not this tokenizer's."""
+        return  # text has none
 
     @classmethod
     def side_files(cls, files: Sequence[Path]) -> list[Path]:
@@ -433,6 +444,10 @@ class BlockedSource(ABC):
         finally:
             self.bad = bad
 
+    def n_tokens(self, document: Document, tokenizer: Tokenizer) -> int:
+        """Tokens of a document without its ends. Raises TokenizerError."""
+        return len(tokenizer.encode(document.text, False, False))
+
     def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
         """Tokens of one epoch: its size times the tokens per unit of a sample of 1 MiB, taken at `n_samples` places.
 
@@ -446,7 +461,7 @@ class BlockedSource(ABC):
                 seen, n_chars = seen + document.end - document.start, n_chars + len(document.text)
                 n_documents += 1
                 with contextlib.suppress(TokenizerError):  # the loader counts it
-                    n_tokens += len(tokenizer.encode(document.text, False, False)) + n_ends
+                    n_tokens += self.n_tokens(document, tokenizer) + n_ends
                 if max(seen, n_chars) >= share * _SAMPLE_BYTES or n_documents >= share * _SAMPLE_DOCUMENTS:
                     break
         return int(self.size * n_tokens / max(1, seen))

@@ -21,11 +21,10 @@ from lingua.config.keys.data import DataArgs, SyntheticArgs
 from lingua.config.keys.eval import HeldOutArgs
 from lingua.data.blocked_source import PLAIN_TEXT, BadLines, BlockedSource, Document, TextFields
 from lingua.data.pack import IGNORED, ids_of, next_piece
-from lingua.data.sources import SUFFIXES, class_of_files, held_out_documents, with_default_sources
+from lingua.data.sources import TEXT_SUFFIXES, class_of_files, held_out_documents, with_default_sources
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 BLOCK_TOKENS = 1 << 20  # documents in memory at once
-_TEXT_SUFFIXES = [suffix for suffix, kind in SUFFIXES.items() if kind != "tokens"]
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -53,7 +52,7 @@ class HeldOutText:
 
 def held_out_file(source: Path) -> Path | None:
     """Return the first `*.val.jsonl`, or else `*.val.parquet` and so on, of a source folder by name, or None."""
-    found = [file for suffix in _TEXT_SUFFIXES for file in sorted(source.glob(f"*.val{suffix}"))]
+    found = [file for suffix in TEXT_SUFFIXES for file in sorted(source.glob(f"*.val{suffix}"))]
     return next((file for file in found if not file.name.startswith(".")), None)
 
 
@@ -83,7 +82,7 @@ def held_out_texts(data: DataArgs, args: HeldOutArgs) -> list[HeldOutText]:
         file = (
             (held_out_file(path) or class_of_files(path, with_text=True).find_files(path)[0]) if path.is_dir() else path
         )
-        short = Path(name).stem if Path(name).suffix in _TEXT_SUFFIXES else Path(name).name
+        short = Path(name).stem if Path(name).suffix in TEXT_SUFFIXES else Path(name).name
         found.append(HeldOutText(short, file, TextFields(loss_on=data.loss_on)))
     names = [one.name for one in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):

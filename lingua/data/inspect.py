@@ -22,7 +22,8 @@ from lingua.data.jsonl import JsonlSource
 from lingua.data.jsonl_indexed import SUFFIX, write_index
 from lingua.data.pack import Lane
 from lingua.data.prepare.worker_pool import each
-from lingua.data.sources import class_of_files, floor_of, open_data, source_class
+from lingua.data.sources import FORMATS, class_of_files, floor_of, open_data, source_class
+from lingua.data.token_formats import TokenFormat, all_ids
 from lingua.tokenizer import Tokenizer, build_tokenizer
 
 _N_SAMPLES = 64  # places of a source that an estimate samples
@@ -34,6 +35,8 @@ _N_SAMPLES = 64  # places of a source that an estimate samples
 def inspect_path(path: Path, tokenizer: Tokenizer, progress: Progress, fields: TextFields) -> dict[str, Any]:
     """Count the documents, bytes, tokens and bad lines of a source."""
     kind = class_of_files(path)
+    if issubclass(kind, TokenFormat):
+        return _inspect_token_format(kind, path, tokenizer, progress)
     if kind.holds_tokens:
         return _inspect_tokens(path, progress)
     source = kind(path.name, path, 1, fields=fields)
@@ -90,16 +93,42 @@ def _inspect_tokens(path: Path, progress: Progress) -> dict[str, Any]:
     }
 
 
-def find_document(path: Path, number: int, fields: TextFields) -> dict[str, Any]:
+def _inspect_token_format(
+    kind: type[TokenFormat], path: Path, tokenizer: Tokenizer, progress: Progress
+) -> dict[str, Any]:
+    source = kind(path.name, path, 1, vocabulary=tokenizer)
+    progress.begin("reading", source.n_bytes)
+    n_documents = n_tokens = longest = 0
+    for document in source.documents():
+        n, n_documents = len(all_ids(document)), n_documents + 1
+        n_tokens, longest = n_tokens + n, max(longest, n)
+    progress.advance(source.n_bytes)
+    return {
+        "path": str(path),
+        "format": next(name for name in FORMATS if source_class(name) is kind),
+        "files": len(source.files),
+        "bytes": source.n_bytes,
+        "token_bytes": source.layouts[0].ids.itemsize,
+        "documents": n_documents,
+        "tokens": n_tokens,
+        "longest_tokens": longest,
+        "tokenizer": tokenizer.fingerprint,
+        "empty_documents": source.bad.kinds.total(),
+    }
+
+
+def find_document(path: Path, number: int, fields: TextFields, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return one document with its position."""
     kind = class_of_files(path)
-    if kind.holds_tokens:
+    if kind.holds_tokens and not kind.needs_tokenizer:
         raise ConfigError(f"{path}: token files hold no text; give the jsonl they were made from")
-    with closing(kind(path.name, path, 1, fields=fields)) as source:
+    with closing(kind(path.name, path, 1, fields=fields, vocabulary=tokenizer)) as source:
         for n, document in enumerate(source.documents()):
             if n == number:
-                file = source.path_of(document)
-                return {"file": str(file), "offset": document.start, "end": document.end, "text": document.text}
+                file, text = source.path_of(document), document.text
+                if isinstance(source, TokenFormat):
+                    text = tokenizer.decode(all_ids(document).tolist())
+                return {"file": str(file), "offset": document.start, "end": document.end, "text": text}
     raise ConfigError(f"--doc {number}: {path} has {source.bad.lines - source.bad.kinds.total()} documents")
 
 

@@ -211,8 +211,8 @@ class Packer:
         try:
             if document.encoded is not None:
                 ids = self._tokenizer.wrap(document.encoded.ids(start), bos, eos)
-                if len(ids) and ids.max() >= self._tokenizer.vocab_size:
-                    raise DataError(f"{source.path_of(document)}: damaged (an unknown token); tokenize again")
+                if len(ids) and ids.view(np.uint32).max() >= self._tokenizer.vocab_size:  # also negative ones
+                    raise DataError(f"{source.path_of(document)}: damaged (an unknown token); {source.remedy}")
             else:
                 text = document.text if whole else document.text[start : end or None]
                 ids = self._tokenizer.encode(text, bos, eos, document.before(start))

@@ -21,8 +21,15 @@ FORMATS = {
     "mmap_jsonl": "lingua.data.jsonl_indexed:IndexedSource",
     "tokens": "lingua.data.token_files:TokenSource",
     "parquet": "lingua.data.parquet:ParquetSource",
+    "pbin": "lingua.data.token_formats:PbinSource",
+    "megatron": "lingua.data.token_formats:MegatronSource",
+    "npy": "lingua.data.token_formats:NpySource",
+    "ds": "lingua.data.token_formats:DsSource",
 }
-SUFFIXES = {".tokens": "tokens", ".jsonl": "jsonl", ".parquet": "parquet"}
+TEXT_SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}
+SUFFIXES = {
+    ".tokens": "tokens", **TEXT_SUFFIXES, ".pbin": "pbin", ".bin": "megatron", ".npy": "npy", ".ds": "ds"
+}  # fmt: skip
 
 
 def source_class(name: str) -> type[BlockedSource]:
@@ -75,6 +82,7 @@ def _open(
         fields=TextFields(source.text_key, args.loss_on),
         bad=bad,
         tokenizer=tokenizer_fingerprint(args.tokenizer),
+        vocabulary=build_tokenizer(args.tokenizer) if kind.needs_tokenizer else None,
     )
 
 

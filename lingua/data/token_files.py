@@ -266,6 +266,14 @@ def map_tokens(path: Path, facts: dict[str, Any]) -> MappedTokens:
     return MappedTokens(ids, *columns, path, facts["bytes"])
 
 
+def _refuse_other(path: Path, facts: dict[str, Any], tokenizer: str) -> None:
+    if facts["tokenizer"] != tokenizer:
+        raise ConfigError(
+            f"{path}: made by tokenizer {facts['tokenizer']}, and data.tokenizer is {tokenizer}; "
+            "set data.tokenizer to the first, or tokenize again"
+        )
+
+
 def _refuse_prompts(path: Path, fields: TextFields) -> None:
     if fields.has_prompt:
         raise ConfigError(f"{path}: token files do not mark prompts; set data.loss_on: all, or name the jsonl")
@@ -287,6 +295,11 @@ class TokenSource(BlockedSource):
         if sum(read_facts(file)["documents"] for file in cls.find_files(path)) == 0:
             raise DataError(f"{path}: no document in these token files; tokenize other data, or fix data.sources")
 
+    @classmethod
+    def check_tokenizer(cls, path: Path, tokenizer: Tokenizer) -> None:
+        for file in cls.find_files(path):
+            _refuse_other(file, read_facts(file), tokenizer.fingerprint)
+
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
         self._facts: list[dict[str, Any]] = []
         self._mapped: list[MappedTokens] = []
@@ -294,11 +307,7 @@ class TokenSource(BlockedSource):
         for path in paths:
             _refuse_prompts(path, self.fields)
             facts = read_facts(path)
-            if facts["tokenizer"] != self.tokenizer:
-                raise ConfigError(
-                    f"{path}: made by tokenizer {facts['tokenizer']}, and data.tokenizer is {self.tokenizer}; "
-                    "set data.tokenizer to the first, or tokenize again"
-                )
+            _refuse_other(path, facts, self.tokenizer)
             if self.fields.text_key not in (None, facts["text_key"]):
                 raise ConfigError(
                     f"{path}: made from field {facts['text_key'] or 'text or content'!r}, and text_key of source "

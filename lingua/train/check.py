@@ -30,7 +30,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.files import DiskError, human_bytes, json_object_in
 from lingua.run.throughput import PEAKS
-from lingua.tokenizer import assumed_vocab_size
+from lingua.tokenizer import assumed_vocab_size, build_tokenizer
 from lingua.train.earlier import Earlier, read_earlier
 from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, tokenizer_is_there
 
@@ -314,8 +314,11 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
             from lingua.data.blocked_source import TextFields
             from lingua.data.sources import source_class
 
+            kind, path = source_class(source.format), Path(source.path)
             try:
-                source_class(source.format).check_files(Path(source.path), TextFields(source.text_key, args.loss_on))
+                kind.check_files(path, TextFields(source.text_key, args.loss_on))
+                if kind.holds_tokens and (not args.tokenizer.needs_file or tokenizer_is_there(args.tokenizer)):
+                    kind.check_tokenizer(path, build_tokenizer(args.tokenizer))
             except OSError as error:
                 if DiskError.of(error).may_pass:  # no fault of the config
                     raise

@@ -32,12 +32,20 @@ from tests.corpora import (
     two_sources,
     write_parquet,
     write_source,
+    write_tokens,
 )
+
+TRAINERS = ("pbin", "megatron", "npy", "ds")
 
 
 def in_format(root: Path, form: str, **changed: Any) -> DataArgs:
-    """The two sources; as tokens or parquet they are made beside the jsonl."""
+    """The two sources; in other formats they are made beside the jsonl."""
     folder = root
+    if form in TRAINERS:
+        folder = root / "trainer"
+        for path in root.glob("*/*.jsonl"):
+            texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+            write_tokens(form, folder / path.parent.name / path.stem, [[*text.encode(), 257] for text in texts])
     if form == "parquet":
         folder = root / "rows"
         for path in root.glob("*/*.jsonl"):
@@ -72,6 +80,7 @@ def test_one_order_over_ranks_workers_and_restarts(tmp_path: Path, form: str) ->
         ("tokens", {"shuffle_window": 3}, 16),
         ("parquet", {}, 16),
         ("parquet", {"shuffle_window": 3}, 16),
+        *((form, {}, 8) for form in TRAINERS),
     ],
 )
 def test_resumes_everywhere(
