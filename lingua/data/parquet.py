@@ -54,8 +54,13 @@ class ParquetSource(BlockedSource):
     @classmethod
     def check_files(cls, path: Path, fields: TextFields) -> None:
         first = cls.find_files(path)[0]
-        text_columns(first, open_parquet(first).schema_arrow, fields)
+        text_columns(first, cls.schema(first), fields)
         super().check_files(path, fields)
+
+    @classmethod
+    def schema(cls, path: Path) -> pa.Schema:
+        """Return the columns of a file."""
+        return open_parquet(path).schema_arrow
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
         files = []
@@ -189,7 +194,11 @@ def rows_per_batch(group: Any, names: Sequence[str]) -> int:
     """Rows of a row group that are read at once, so that long documents take little memory."""
     columns = (group.column(number) for number in range(group.num_columns))
     n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in names)
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, n_bytes)))
+    return values_per_batch(group.num_rows, n_bytes)
+
+
+def values_per_batch(n_rows: int, n_bytes: int) -> int:
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * n_rows // max(1, n_bytes)))
 
 
 def _damaged(path: Path, error: Exception) -> Exception:

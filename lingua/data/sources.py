@@ -21,12 +21,13 @@ FORMATS = {
     "mmap_jsonl": "lingua.data.jsonl_indexed:IndexedSource",
     "tokens": "lingua.data.token_files:TokenSource",
     "parquet": "lingua.data.parquet:ParquetSource",
+    "arrow": "lingua.data.arrow:ArrowSource",
     "pbin": "lingua.data.token_formats:PbinSource",
     "megatron": "lingua.data.token_formats:MegatronSource",
     "npy": "lingua.data.token_formats:NpySource",
     "ds": "lingua.data.token_formats:DsSource",
 }
-TEXT_SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet"}
+TEXT_SUFFIXES = {".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = {
     ".tokens": "tokens", **TEXT_SUFFIXES, ".pbin": "pbin", ".bin": "megatron", ".npy": "npy", ".ds": "ds"
 }  # fmt: skip

@@ -24,11 +24,11 @@ class SourceArgs(Part):
     """Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or those of another format, or one file."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Share of documents, relative to the other sources'. 0: not read."""
-    format: Literal["jsonl", "mmap_jsonl", "tokens", "parquet", "pbin", "megatron", "npy", "ds"] = "jsonl"
+    format: Literal["jsonl", "mmap_jsonl", "tokens", "parquet", "arrow", "pbin", "megatron", "npy", "ds"] = "jsonl"
     """jsonl: raw lines, shuffled by blocks; mmap_jsonl: raw lines with an index, shuffled one by one; tokens: files
     made by `lingua data tokenize`, which give the rows of the jsonl they were made from; parquet: rows, shuffled by
-    row groups. Token files of other trainers, shuffled by blocks: pbin (Modalities), megatron (.bin with .idx), npy
-    (dolma, OLMo), ds (datatrove, nanotron)."""
+    row groups; arrow: what `save_to_disk` of Hugging Face's datasets wrote. Token files of other trainers, shuffled by
+    blocks: pbin (Modalities), megatron (.bin with .idx), npy (dolma, OLMo), ds (datatrove, nanotron)."""
     text_key: Text | None = None
     """Field (or column) with the text. Null: `text`, else `content`."""
     name: Text | None = None

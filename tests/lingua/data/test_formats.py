@@ -30,6 +30,7 @@ from tests.corpora import (
     data_args,
     run_steps,
     two_sources,
+    write_dataset,
     write_parquet,
     write_source,
     write_tokens,
@@ -41,6 +42,12 @@ TRAINERS = ("pbin", "megatron", "npy", "ds")
 def in_format(root: Path, form: str, **changed: Any) -> DataArgs:
     """The two sources; in other formats they are made beside the jsonl."""
     folder = root
+    if form == "arrow":
+        folder = root / "saved"
+        for name in ("big", "small"):
+            paths = sorted((root / name).glob("*.jsonl"))
+            texts = [json.loads(line)["text"] for path in paths for line in path.read_text().splitlines()]
+            write_dataset(folder / name, {"text": texts}, min(2, len(texts)))
     if form in TRAINERS:
         folder = root / "trainer"
         for path in root.glob("*/*.jsonl"):
@@ -80,7 +87,7 @@ def test_one_order_over_ranks_workers_and_restarts(tmp_path: Path, form: str) ->
         ("tokens", {"shuffle_window": 3}, 16),
         ("parquet", {}, 16),
         ("parquet", {"shuffle_window": 3}, 16),
-        *((form, {}, 8) for form in TRAINERS),
+        *((form, {}, 8) for form in ("arrow", *TRAINERS)),
     ],
 )
 def test_resumes_everywhere(
