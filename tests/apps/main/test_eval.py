@@ -103,7 +103,7 @@ def test_a_measure_of_ones_own_is_one_file(run: Path, tmp_path: Path) -> None:
     assert (metrics["documents/mine/n_documents"], metrics["length/mean"] > 0) == (3, True)
     done = evaluate("[{type: answer_length, prompt: a}, {type: answers}]")
     assert done.returncode == 2
-    assert "eval.measures.0.prompt; did you mean eval.measures.0.prompts?" in done.stderr
+    assert "unknown key measures.0.prompt; did you mean measures.0.prompts?" in done.stderr, "as it was typed"
     assert "eval.measures.1.type: unknown measure type 'answers'; known: answer_length, harness" in done.stderr
 
 
