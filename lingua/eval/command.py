@@ -102,7 +102,8 @@ def _as_typed(problem: str) -> str:
     found = re.match(rf"{COMMAND_LINE}: unknown key eval\.([\w.]+)", problem)
     if found is None or f"eval.{found[1]}" in MOVED:
         return problem
-    return f"{COMMAND_LINE}: {unknown_key(tuple(found[1].split('.')), EvalArgs)}"
+    key = tuple(int(name) if name.isdigit() else name for name in found[1].split("."))
+    return f"{COMMAND_LINE}: {unknown_key(key, EvalArgs)}"
 
 
 def read_command_line(line: CommandLine) -> EvalRequest:
