@@ -13,7 +13,7 @@ import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C
 import argparse
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,22 @@ TOKENS_PER_STEP = 1024
 Curve = Mapping[int, float]
 
 
-def train(keys: str, dim: int, rate: str, steps: int, run_dir: Path) -> Curve:
-    """Train in the run folder, if that is not done yet; return held-out bits per byte by step."""
-    model = [f"model.{key}" for key in (*keys.split(), f"dim={dim}")]
-    words = [*model, f"optim.lr={rate}", f"steps={steps}", f"validation.every={steps // 4}", f"dump_dir={run_dir}"]
-    words += ["data.n_views=4"] if "n_future_head=3" in keys else []
-    command = [sys.executable, "-m", "apps.main.train", "config=apps/main/configs/debug.yaml", *words]
+def validations(module: str, config: str, words: Sequence[str], run_dir: Path) -> list[dict[str, Any]]:
+    """Train in the run folder, if that is not done yet; return the records of its validations."""
+    command = [sys.executable, "-m", module, f"config={config}", *words, f"dump_dir={run_dir}"]
     with (run_dir.parent / f"{run_dir.name}.log").open("a") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
     if code != 0:
         raise RunError(f"training ended with exit code {code}; see {log.name}, and repeat the command to go on")
-    records = read_metrics(run_dir / VALIDATION_FILE)
+    return read_metrics(run_dir / VALIDATION_FILE)
+
+
+def train(keys: str, dim: int, rate: str, steps: int, run_dir: Path) -> Curve:
+    """Return held-out bits per byte by step."""
+    model = [f"model.{key}" for key in (*keys.split(), f"dim={dim}")]
+    words = [*model, f"optim.lr={rate}", f"steps={steps}", f"validation.every={steps // 4}"]
+    words += ["data.n_views=4"] if "n_future_head=3" in keys else []
+    records = validations("apps.main.train", "apps/main/configs/debug.yaml", words, run_dir)
     return {r["global_step"]: next(v for key, v in r.items() if key.endswith("/bpb")) for r in records}
 
 

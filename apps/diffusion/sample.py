@@ -149,7 +149,7 @@ class DiffusionGenerator(Generator):
             left = inside & (x == self._mask)
             if self.args.sampler == "ancestral":  # t falls evenly from 1 to 0: a share 1/steps_left is filled in
                 left &= torch.rand(left.shape, device=x.device, generator=random) < 1 / steps_left
-            rows = left.any(1).nonzero().squeeze(1)
+            rows = self.rows_to_ask(left).nonzero().squeeze(1)
             if not len(rows):
                 continue
             chosen, places = x[rows], left[rows]
@@ -162,6 +162,10 @@ class DiffusionGenerator(Generator):
                 tokens, places = tokens[kept[places]], kept
             chosen[places] = tokens
             x[rows] = chosen
+
+    def rows_to_ask(self, left: Tensor) -> Tensor:
+        """Return which rows get a pass, (B,) bool; `left` (B, S): what this step may fill in."""
+        return left.any(1)
 
     def _logits(self, x: Tensor, places: Tensor) -> Tensor:
         """Return the logits (N, V) of those places, in order; of ids that the tokenizer has."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional
 
 from lingua.config.base import ConfigError, named
-from lingua.config.keys.model import DecoderArgs
+from lingua.config.keys.model import TIME_WAVES, DecoderArgs
 from lingua.model.attention import RowDocuments, build_mask
 from lingua.model.context import Cache, ForwardContext
 from lingua.model.loss import Loss
@@ -38,6 +38,7 @@ class Decoder(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)
         self.attention = args.attention  # once: a hybrid validates the keys of its blocks to tell
         self.rope_embeddings = None if self.attention is None else RotaryEmbedding(self.attention)
+        self.time_input = nn.Linear(TIME_WAVES, args.dim, bias=False) if args.time_input else None
         self.layers = nn.ModuleList(build_block(args.of_layer(layer), layer) for layer in range(args.n_layers))
         self.norm = build_norm(args, args.dim)
         self.output = self.build_output()
@@ -65,6 +66,8 @@ class Decoder(nn.Module):
         """Logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss: what `loss_of` returns."""
         ctx = self.forward_context(tokens, documents, cache, positions, select)
         x = self.tok_embeddings(tokens)  # (B, S, D)
+        if self.time_input is not None:
+            x = x + self.time_input(self._time_waves(tokens).to(self.time_input.weight.dtype))
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))  # the stream has the type it would have under FSDP2
@@ -80,6 +83,11 @@ class Decoder(nn.Module):
         found = logits(x, self.output_weight)[..., : self.args.vocab_size]
         cap = self.args.logit_soft_cap
         return found if cap is None else cap * torch.tanh(found.float() / cap)
+
+    def _time_waves(self, tokens: Tensor) -> Tensor:
+        """Return cos(pi k t), (B, 1, waves), of the share t of hidden tokens of each row."""
+        share = (tokens == self.args.vocab_size).float().mean(1)[:, None, None]
+        return torch.cos(torch.pi * share * torch.arange(TIME_WAVES, device=tokens.device))
 
     def loss_of(self, x: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Return (fp32 loss sum, number of labels) of the last hidden states (B, S, D).

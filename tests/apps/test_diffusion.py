@@ -131,6 +131,20 @@ def test_every_position_sees_its_document_and_nothing_else() -> None:
     torch.testing.assert_close(model(tokens, documents=documents), separate, rtol=1e-4, atol=1e-4)
 
 
+def test_the_share_that_is_hidden_can_be_an_input() -> None:
+    args = MODEL.model_copy(update={"time_input": True})
+    model = build(args)
+    assert args.n_params() == sum(p.numel() for p in model.parameters()) > MODEL.n_params()
+    tokens = torch.ones(2, 8, dtype=torch.int64)
+    tokens[0, 1:] = tokens[1, :4] = VOCAB
+    layer = model.time_input
+    assert layer is not None
+    told = [layer(torch.cos(torch.pi * share * torch.arange(16))) for share in (7 / 8, 4 / 8)]
+    model.layers = torch.nn.ModuleList()
+    expected = model.norm(model.tok_embeddings(tokens) + torch.stack(told)[:, None]) @ model.output_weight.T
+    torch.testing.assert_close(model(tokens), expected[..., :VOCAB])
+
+
 # -- the seam ------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +166,7 @@ def conflicts_of(args: TrainArgs) -> list[str]:
         ({"model": {"type": "mamba2"}}, "model.type mamba2 has no such key; use model.type llama"),
         ({"model": {"type": "mtp", "n_future_head": 2}, "data": {"n_views": 3}}, "learns 2 tokens at each position"),
         ({"model": {"sliding_window": 8}}, "model.sliding_window is 8, which looks back only"),
+        ({"model": {"time_input": True}, "distributed": {"tp_size": 2}}, "but distributed.tp_size is above 1"),
         ({"model": {"causal": False}, "loss": {"type": "cross_entropy"}}, "each position would see its label"),
         (
             {"loss": {"random_lengths": 0.01}, "data": {"doc_mask": True}},

@@ -71,6 +71,16 @@ def test_steps_and_blocks_say_how_often_the_model_is_asked() -> None:
     assert len(passes(sampler="ancestral", diffusion_steps=1000)) <= 8  # steps that fill nothing in cost nothing
 
 
+def test_a_pass_where_nothing_is_filled_in_would_change_nothing() -> None:
+    class AsksAlways(DiffusionGenerator):
+        def rows_to_ask(self, left: Tensor) -> Tensor:
+            return torch.ones(len(left), dtype=torch.bool)
+
+    model, args = build(MODEL), GeneratorArgs(temperature=1.0, sampler="ancestral", diffusion_steps=30, max_gen_len=8)
+    found = [kind(model, ByteTokenizer(), args).generate(["ab", "cd"]) for kind in (DiffusionGenerator, AsksAlways)]
+    assert found[0] == found[1]
+
+
 def test_an_answer_ends_and_its_later_blocks_are_not_asked_for() -> None:
     model = Knows(b"ab. cd. ef. gh.")
     (found,) = answers(model, ["ab"], max_gen_len=13, block=3, until=[" ef"])

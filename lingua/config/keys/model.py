@@ -35,6 +35,10 @@ class RopeScalingArgs(Args):
     """Only Llama 3's rule is known."""
 
 
+TIME_WAVES = 16
+"""Numbers by which `model.time_input` tells the share of hidden tokens."""
+
+
 def rounded_width(width: float, multiplier: float | None, multiple_of: int) -> int:
     """Return a hidden width: stretched by the multiplier, then rounded up."""
     width = int(width)
@@ -120,6 +124,8 @@ class DecoderArgs(ModelArgs):
     """Input embedding and output head are one parameter."""
     mask_token: bool = False
     """Embedding and head have one row more, for [MASK]. Its id is vocab_size; it has no probability."""
+    time_input: bool = False
+    """With mask_token: the share of a row that is hidden is an input, too, as the time is to other diffusion models."""
 
     def of_layer(self, layer: int) -> DecoderArgs:
         """Return the Args of one layer's block: these, unless layers differ."""
@@ -136,6 +142,11 @@ class DecoderArgs(ModelArgs):
         return -(-(self.vocab_size + self.mask_token) // self.vocab_multiple_of) * self.vocab_multiple_of
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if self.time_input and (not self.mask_token or args.distributed.tp_size > 1):
+            why = (
+                "distributed.tp_size is above 1" if self.mask_token else "model.mask_token is false: nothing is hidden"
+            )
+            yield "model.time_input", f"model.time_input is true, but {why}; set it to false"
         if (tp_size := args.distributed.tp_size) > 1 and self.attention is not self:
             key = "distributed.tp_size"
             yield (
@@ -163,7 +174,7 @@ class DecoderArgs(ModelArgs):
 
     def n_params_non_embedding(self) -> int:
         blocks = sum(self.of_layer(layer).block_params() for layer in range(self.n_layers))
-        return blocks + self.norm_params(self.dim)
+        return blocks + self.norm_params(self.dim) + self.time_input * TIME_WAVES * self.dim
 
     def n_params(self) -> int:
         embeddings = self.vocab_rows * self.dim * (1 if self.weight_tying else 2)
@@ -287,6 +298,7 @@ class LlamaArgs(DecoderArgs):
         return self
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts(args)
         if not self.causal and "causal" not in args.objective.asks_of_model:
             text = f"model.causal is false, but with loss.type {args.loss.type} each position would see its label"
             yield "model.causal", f"{text}; set it to true, or loss.type to masked_diffusion"
