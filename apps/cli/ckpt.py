@@ -337,6 +337,24 @@ def consolidate(
     show({"file": target, "bytes": n_bytes, "folder": one.folder}, as_json, [f"{target} ({human_bytes(n_bytes)})"])
 
 
+@app.command()
+def average(
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN@STEP...", help="Two or more checkpoints, or weights, of one model. :ema as ever."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder; it must not exist.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write the mean of the weights of several checkpoints as safetensors, with the config of the first.
+
+    DIR then works in generate, eval, export and checkpoint.init_ckpt_path. The runs are only read.
+    """
+    from apps.cli.export import make_average, show_made
+
+    show_made(make_average(places, out), as_json)
+
+
 def _inside(path: Path, folder: Path) -> Path:
     """Return the path relative to the folder, if it is inside."""
     return path.relative_to(folder) if path.is_relative_to(folder) else path

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -56,7 +56,8 @@ def export(
         str,
         typer.Argument(
             metavar="RUN[@STEP]",
-            help="A run (its newest checkpoint), RUN@STEP, a checkpoint folder, or a file or folder of weights.",
+            help="A run (its newest checkpoint), RUN@STEP, a checkpoint folder, or a file or folder of weights. :ema "
+            "behind a checkpoint takes the average of its weights (optim.ema).",
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder; it must not exist.")],
@@ -82,7 +83,7 @@ def export(
     else's.
     """
     made = make_export(place, out, form, dtype=dtype, shard_bytes=shard_gb * GIGA, trim_vocab=trim_vocab)
-    _show(made, as_json)
+    show_made(made, as_json)
     if form is Format.hf and not as_json:
         print(f'open it with\n  AutoModelForCausalLM.from_pretrained("{made.folder}")')
 
@@ -114,13 +115,13 @@ def import_(
             made = take_over(Path(place), out, progress, config=config)
     else:
         made = make_import(Path(place), out)
-    _show(made, as_json)
+    show_made(made, as_json)
     if not as_json:
         more = "" if run else " data.root_dir=... data.sources=..."
         print(f"train it with\n  lingua train {shlex.quote(str(made.folder / 'config.yaml'))}{more}")
 
 
-def _show(made: Made, as_json: bool) -> None:
+def show_made(made: Made, as_json: bool) -> None:
     from lingua.files import human_bytes
 
     if as_json:
@@ -147,6 +148,7 @@ def make_export(
     """Run `lingua export`. Raises ConfigError, RunError and OSError, and then makes no folder."""
     from lingua.checkpoint.export_weights import as_ours, as_theirs, write_safetensors
     from lingua.checkpoint.load_weights import open_source
+    from lingua.checkpoint.lookup import EMA_SUFFIX, without_ema
     from lingua.config.base import ConfigError
     from lingua.config.frozen import CONFIG_FILE, public_yaml
     from lingua.distributed.parallelize import DTYPES
@@ -156,6 +158,8 @@ def make_export(
     files = files or DISK
     if dtype is not None and form is Format.torch:
         raise ConfigError("--dtype goes with --format hf and safetensors; a torch file has the stored type")
+    if form is Format.torch and without_ema(place)[1]:
+        raise ConfigError(f"--format torch does not take {EMA_SUFFIX}; use --format safetensors")
     if trim_vocab and form is not Format.hf:
         raise ConfigError("--trim-vocab goes with --format hf; our own programs know the tokenizer")
     config = config_of(place)
@@ -169,7 +173,8 @@ def make_export(
         if form is Format.torch:
             _write_torch(folder, checkpoint, place, progress)
         else:
-            source = open_source(checkpoint.folder if checkpoint else place, sizes_only=True)
+            suffix = EMA_SUFFIX if without_ema(place)[1] else ""
+            source = open_source(f"{checkpoint.folder}{suffix}" if checkpoint else place, sizes_only=True)
             made.origin, torch_type = source.what, None if dtype is None else DTYPES[dtype]
             if translated is not None:
                 args, translation, made.warnings = translated
@@ -181,6 +186,30 @@ def make_export(
             write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
         if form is not Format.hf:
             write_whole(folder / CONFIG_FILE, public_yaml(_travelling(config)), files=files)
+        _count(made, folder)
+    return made
+
+
+def make_average(places: Sequence[str], out: Path) -> Made:
+    """Run `lingua ckpt average`. Raises ConfigError, RunError and OSError, and then makes no folder."""
+    from lingua.checkpoint.export_weights import as_average, write_safetensors
+    from lingua.checkpoint.load_weights import open_source
+    from lingua.config.base import ConfigError
+    from lingua.config.frozen import CONFIG_FILE, public_yaml
+    from lingua.files import whole_folder, write_whole
+    from lingua.train.describe import config_of
+
+    if len(places) < 2:
+        raise ConfigError("command line: an average needs two checkpoints or more; write RUN@900 RUN@950 --out DIR")
+    config = config_of(places[0])
+    made = Made(out, f"the mean of {', '.join(places)}")
+    with whole_folder(out) as folder, progress_shown() as progress, ExitStack() as stack:
+        for place in places:
+            stack.enter_context(_verified(place, progress))
+        items = as_average([open_source(place, sizes_only=True) for place in places])
+        progress.begin("writing", sum(item.size_bytes for item in items))
+        write_safetensors(folder, items, 5 * GIGA, advance=progress.advance)
+        write_whole(folder / CONFIG_FILE, public_yaml(_travelling(config)))
         _count(made, folder)
     return made
 
@@ -197,12 +226,14 @@ def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
     from lingua.checkpoint.load_weights import is_weights
     from lingua.checkpoint.tools.copy import pinned
 
+    place, is_average = lookup.without_ema(place)
+    needed = lookup.every_file if is_average else is_weights
     if not lookup.is_checkpoint(place):
         yield None
         return
     newest = lookup.find_one(place)
-    progress.begin(f"verifying {newest}", sum(f.size_bytes for n, f in newest.manifest().items() if is_weights(n)))
-    checkpoint = lookup.intact(place, needed=is_weights, advance=progress.advance)
+    progress.begin(f"verifying {newest}", sum(f.size_bytes for n, f in newest.manifest().items() if needed(n)))
+    checkpoint = lookup.intact(place, needed=needed, advance=progress.advance)
     if checkpoint.root is None or checkpoint.step is None:
         yield checkpoint
         return

@@ -51,6 +51,25 @@ def as_ours(source: WeightSource, dtype: torch.dtype | None = None) -> list[Expo
     ]
 
 
+def as_average(sources: Sequence[WeightSource]) -> list[ExportTensor]:
+    """List the means of all tensors, computed in fp64. Raises RunError unless all sources have the same ones."""
+    first = sources[0]
+    for other in sources[1:]:
+        differ = first.shapes.keys() ^ other.shapes.keys()
+        differ |= {name for name in first.shapes if other.shapes.get(name) != first.shapes[name]}
+        if differ:
+            text = f"{first.what} and {other.what} are of two models, which differ in"
+            raise RunError(f"{text} {dcp.some(sorted(differ))}; average checkpoints of one")
+
+    def read(name: str) -> Tensor:
+        mean = first.read(name).double()
+        for other in sources[1:]:
+            mean += other.read(name)
+        return mean / len(sources)
+
+    return [ExportTensor(name, shape, first.dtypes[name], partial(read, name)) for name, shape in first.shapes.items()]
+
+
 def as_theirs(
     source: WeightSource,
     model: ModelArgs,

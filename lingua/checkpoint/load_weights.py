@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lingua.checkpoint import dcp, layout, lookup
+from lingua.checkpoint.metadata import read_tensors
 from lingua.checkpoint.state import clean_name, model_tensors
 from lingua.files import DiskError, RunError, read_json
 from lingua.model.huggingface import (
@@ -33,6 +35,7 @@ from lingua.model.huggingface import (
     read_config,
     translations,
 )
+from lingua.optim.ema import ema_name
 
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -151,6 +154,9 @@ def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: b
 
 
 def _open(path: str | Path, model_key: str | None, sizes_only: bool) -> WeightSource:
+    path, is_average = lookup.without_ema(path)
+    if is_average:
+        return _averaged(lookup.intact(path, sizes_only=sizes_only).folder)
     place, _ = lookup.split(path)
     if (theirs := lookup.of_meta_lingua(path)) is not None:
         return _from_dcp(theirs, model_key)
@@ -174,6 +180,21 @@ def is_weights(name: str) -> bool:
     return name == layout.METADATA or name.startswith("model.")
 
 
+def _averaged(folder: Path) -> WeightSource:
+    """Open the average of the weights in a checkpoint of ours (`optim.ema`); buffers are as they are."""
+    facts = read_tensors(folder)
+    names = {
+        name.removeprefix("model."): fact.same_as or name for name, fact in facts.items() if name.startswith("model.")
+    }
+    averages = {name: ema_name(of.removeprefix("model.")) for name, of in names.items()}
+    if not any(average in facts for average in averages.values()):
+        raise RunError(
+            f"{folder} holds no average of the weights; leave out {lookup.EMA_SUFFIX}, or train with optim.ema"
+        )
+    theirs = {name: average if (average := averages[name]) in facts else of for name, of in names.items()}
+    return _read_dcp(f"average of the weights in {folder}", folder, dcp.read_metadata(folder), theirs)
+
+
 def _from_dcp(folder: Path, model_key: str | None) -> WeightSource:
     metadata = dcp.read_metadata(folder)
     described = dcp.properties_in(metadata)
@@ -181,6 +202,12 @@ def _from_dcp(folder: Path, model_key: str | None) -> WeightSource:
         model_key = "model" if any(name.startswith("model.") for name in described) else ""
     prefix = f"{model_key}." if model_key else ""
     theirs = {_untied(name.removeprefix(prefix)): name for name in described if name.startswith(prefix)}
+    return _read_dcp(f"checkpoint folder {folder}", folder, metadata, theirs)
+
+
+def _read_dcp(what: str, folder: Path, metadata: Metadata, theirs: Mapping[str, str]) -> WeightSource:
+    """Open tensors of a checkpoint folder. `theirs`: our name -> theirs."""
+    described = dcp.properties_in(metadata)
 
     def read(name: str) -> Tensor:
         shape, dtype = described[theirs[name]]
@@ -190,7 +217,7 @@ def _from_dcp(folder: Path, model_key: str | None) -> WeightSource:
 
     shapes = {name: described[their][0] for name, their in theirs.items()}
     dtypes = {name: described[their][1] for name, their in theirs.items()}
-    return WeightSource(f"checkpoint folder {folder}", shapes, dtypes, read)
+    return WeightSource(what, shapes, dtypes, read)
 
 
 def _untied(name: str) -> str:

@@ -20,6 +20,8 @@ from lingua.files import RunError
 
 log = logging.getLogger(__name__)
 
+EMA_SUFFIX = ":ema"
+
 
 def every_file(name: str) -> bool:
     return True
@@ -56,6 +58,13 @@ class Checkpoint:
         except DamagedError as error:
             return [str(error)]
         return publish.damage(self.folder, facts, sizes_only=sizes_only, advance=advance)
+
+
+def without_ema(path: str | Path) -> tuple[str, bool]:
+    """Split what names weights into its place and whether their average is meant: RUN@STEP:ema."""
+    text = str(path)
+    wants = text.endswith(EMA_SUFFIX) and not Path(text).exists()
+    return (text.removesuffix(EMA_SUFFIX), True) if wants else (text, False)
 
 
 def split(path: str | Path) -> tuple[Path, int | None]:

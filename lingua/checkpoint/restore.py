@@ -20,6 +20,7 @@ from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
 from lingua.distributed.process_group import Ranks
 from lingua.files import Files, RunError, raise_if
+from lingua.optim.ema import begin_ema, is_ema
 from lingua.run.failure import RankError, carried, classify
 
 log = logging.getLogger(__name__)
@@ -148,11 +149,19 @@ class Restorer:
 
     def _take(self, folder: Path, documents: list[dict[str, Any]], state: TrainState, optimizer: bool) -> None:
         tensors = tensors_of(state)
-        wanted = {name: t for name, t in tensors.by_name.items() if optimizer or name.startswith("model.")}
         metadata = dcp.read_metadata(folder)
+        named = dcp.properties_in(metadata)
+        averages = optimizer and state.has_ema and any(map(is_ema, named))
+
+        def counts(name: str) -> bool:
+            return name.startswith("model.") or (averages if is_ema(name) else optimizer)
+
+        wanted = {name: t for name, t in tensors.by_name.items() if counts(name)}
         require_agreement(folder, documents, dcp.files_of(metadata), publish.read_manifest_document(folder))
-        there = {name for name in dcp.properties_in(metadata) if optimizer or name.startswith("model.")}
+        there = {name for name in named if counts(name)}
         if extra := sorted(there - set(wanted) - set(tensors.aliases)):
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
         dcp.read_into(folder, wanted, metadata)
+        if state.has_ema and not averages:
+            begin_ema(state.optimizer, anew=True)
         restore_scalars(state, documents, self._ranks.rank, self._ranks.size, optimizer=optimizer)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lingua.checkpoint.documents import STATE_VERSION
+from lingua.optim.ema import begin_ema
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -40,6 +41,8 @@ class TrainState:
     """After a load: `per_rank` of every rank that saved, in rank order."""
     seed: int = 0
     """Seeds the RNGs after a load on another number of ranks."""
+    has_ema: bool = False
+    """The optimizer's state has an average of the weights."""
 
     def __post_init__(self) -> None:
         self.constructed = [_values(group) for group in self.optimizer.param_groups]
@@ -91,6 +94,8 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
 def tensors_of(state: TrainState) -> Tensors:
     """Return all tensors of a state; a fresh optimizer is made to create its state first."""
     start_optimizer(state.optimizer)
+    if state.has_ema:
+        begin_ema(state.optimizer)
     weights, tied = model_tensors(state.model)
     by_name = {f"model.{name}": tensor for name, tensor in weights.items()}
     paths: dict[str, tuple[str, ...]] = {f"model.{name}": ("model", name) for name in [*weights, *tied]}

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from lingua.config.keys.optim import OptimArgs
+from lingua.optim.ema import move_ema
 
 INITIAL = 2.0**16
 GROWTH = 2.0
@@ -161,8 +162,10 @@ class Updater:
         """Measure the gradient over all ranks, whose loss was multiplied by `normaliser`. Collective."""
         return grad_norm_and_clip_coef(self._parameters, self._args.clip, self.scale(normaliser))
 
-    def step(self, lr: float, gradient: Gradient, loss: Tensor, limit: float = math.inf) -> dict[str, Tensor]:
-        """Update the parameters, unless the step went wrong, and clear the gradients.
+    def step(
+        self, lr: float, gradient: Gradient, loss: Tensor, *, step: int = 1, limit: float = math.inf
+    ) -> dict[str, Tensor]:
+        """Update the parameters, unless the step went wrong, and clear the gradients. `step`: its number, from 1.
 
         `limit`: a mean loss of the ranks above it is a spike, and holds the optimizer back; if finite, collective.
         Returns what ranks report: gradient norm, whether the optimizer did not move and why, the loss scale of fp16.
@@ -182,6 +185,8 @@ class Updater:
             report["spiked"] = mean > limit
             moves &= ~report["spiked"]
         optimizer_step(self._optimizer, lr, moves, divisor)
+        if self._args.ema is not None:
+            move_ema(self._optimizer, self._parameters, self._args.ema, step, moves)
         self._optimizer.zero_grad()
         if self.loss_scale is not None:
             self.loss_scale.update(finite)

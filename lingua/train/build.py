@@ -118,7 +118,7 @@ def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
     seed_everything(args.seed + world.dp_rank)  # tensor-parallel ranks draw alike what they hold in common
     model = on_every_rank(lambda: build_model(args, size, world))
     optimizer = build_part(args.optim, list(model.named_parameters()))
-    return TrainState(model, optimizer, shared=fresh_shared(), seed=args.seed)
+    return TrainState(model, optimizer, shared=fresh_shared(), seed=args.seed, has_ema=args.optim.ema is not None)
 
 
 def build_rows(

@@ -261,7 +261,7 @@ def _place_of(start: str) -> tuple[Path, int | None]:
     from lingua.files import RunError
 
     try:
-        found = lookup.find_one(start)
+        found = lookup.find_one(lookup.without_ema(start)[0])
     except (RunError, OSError):  # Meta Lingua's, a file of weights, or nothing at all
         with suppress(RunError, OSError):
             return lookup.of_meta_lingua(start) or Path(start), None

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lingua.checkpoint.lookup import without_ema
 from lingua.config.base import ConfigError, parts
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import compose
@@ -25,7 +26,7 @@ PARAMS_FILE = "params.json"
 
 def config_of(ckpt: str) -> Path:
     """Return the config of the model that a checkpoint belongs to: beside it, or up to two folders above."""
-    place = Path(ckpt).expanduser()
+    place = Path(without_ema(ckpt)[0]).expanduser()
     if not place.exists():
         place = Path(str(place).rpartition("@")[0] or place)
     if not place.exists():

@@ -200,7 +200,7 @@ class Learner:
         loss, several = sums.loss / share, sums.losses / share
         heads = {f"loss/head_{i}": each for i, each in enumerate(several.unbind())} if several.ndim else {}
         limit = limit_to_skip(self.shared, self.step + 1, self.args.optim.on_spike)
-        report = self.updater.step(lr, gradient, loss, limit)
+        report = self.updater.step(lr, gradient, loss, step=self.step + 1, limit=limit)
         self.sums = StepSums(self.world.device)
         self.advance()
         return StepDone(self.step, lr, sums.rows, {"loss/out": loss, **heads, **report})

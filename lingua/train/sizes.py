@@ -127,7 +127,8 @@ def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: St
         flops_per_token=flops_per_token,
         n_params=n_params,
         n_params_non_embedding=model.n_params_non_embedding(),
-        checkpoint_bytes=4 * n_params + args.optim.state_bytes(n_params, model.n_params_non_embedding()),
+        checkpoint_bytes=(4 if args.optim.ema is None else 8) * n_params
+        + args.optim.state_bytes(n_params, model.n_params_non_embedding()),
     )
 
 

@@ -27,7 +27,7 @@ class RewindArgs(Args):
 
     steps: Annotated[int, Field(ge=1)] = 1
     """Steps whose rows are passed over: the one that went wrong and those after it."""
-    limit: Annotated[int, Field(ge=0)] = 3
+    limit: Annotated[int, Field(ge=1)] = 3
     """How often a run may go back within limit_steps; then it stops, and `lingua why` tells."""
     limit_steps: Annotated[int, Field(ge=1)] = 1000
     """Steps in which `limit` is counted."""
@@ -62,6 +62,9 @@ class OptimArgs(Part):
     """wsd: share of the run spent decaying."""
     exp_factor: Annotated[float, Field(gt=0)] = 0.5
     """inv_sqrt: exponent of the decay."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights, with this decay; below it in the first steps: step n decays by
+    (1 + n) / (10 + n) at most. RUN@STEP:ema names its weights. Costs 4 bytes per parameter. Null: none."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     """A loss or gradient that is not finite: stop before the optimizer moves, skip that step, or go back to the newest
     checkpoint before it and pass over its rows. With distributed.model_dtype fp16 a gradient that overflows is always
