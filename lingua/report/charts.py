@@ -15,7 +15,7 @@ from lingua.console import duration
 from lingua.report import figure as draw
 from lingua.report.figure import SERIES, Line, Picture
 from lingua.report.history import HEADS, LOSS, SPENT, TOKENS, TRAINED_S, History, Scores, keys_of
-from lingua.report.series import ATTEMPT, STEP, WHEN, HeatMap, Numbers, Thinned, curve, thinned
+from lingua.report.series import ATTEMPT, STEP, WHEN, HeatMap, Numbers, Thinned, curve, thinned, unbroken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,8 @@ def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Pi
     if not several and len(undone := runs[0].undone):
         notes.append("grey: trained again after a restart or a rewind")
         curves = [curve(undone[undone[ATTEMPT] == number], LOSS) for number in np.unique(undone[ATTEMPT])]
-        back = [Line("", _noisy(*points), draw.FAINT, is_back=True) for points in curves]
+        pieces = (piece for points in curves for piece in unbroken(*points))
+        back = [Line("", _noisy(*points), draw.FAINT, is_back=True) for points in pieces]
     shown = draw.shown_range([line.points.high for line in (*back, *lines)], [line.points.low for line in lines])
     return draw.line_chart(
         f"loss{over.key}", f"Training loss{over.title}", [*back, *lines], "nats per token",

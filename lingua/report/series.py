@@ -50,6 +50,13 @@ def curve(table: Table, key: str, x: str = STEP) -> tuple[Numbers, Numbers]:
     return table[x][there], table[key][there]
 
 
+def unbroken(x: Numbers, y: Numbers) -> list[tuple[Numbers, Numbers]]:
+    """Cut a curve where it goes back, or leaves out more than a step between two lines."""
+    gaps = np.diff(x)
+    cuts = np.flatnonzero((gaps <= 0) | (gaps > 2 * np.median(np.abs(gaps)))) + 1 if len(gaps) else []
+    return list(zip(np.split(x, cuts), np.split(y, cuts), strict=True))
+
+
 def when(text: object) -> float:
     """Convert an ISO date to Unix seconds; anything else to NaN."""
     try:

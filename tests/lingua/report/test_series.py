@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 import pytest
 
-from lingua.report.series import MAX_PROBES, WHEN, curve, read_probes, read_table, records_in, thinned
+from lingua.report.series import MAX_PROBES, WHEN, curve, read_probes, read_table, records_in, thinned, unbroken
 
 
 def test_what_is_no_record_is_passed_over(tmp_path: Path):
@@ -87,3 +87,19 @@ def test_many_steps_are_thinned_evenly(tmp_path: Path):
 def test_a_run_without_probes_has_none(tmp_path: Path):
     assert read_probes(tmp_path / "probe.jsonl") == []
     assert read_probes(write(tmp_path / "probe.jsonl", [{"global_step": 1}])) == []
+
+
+@pytest.mark.parametrize(
+    ("x", "pieces"),
+    [
+        ([], [[]]),
+        ([4], [[4]]),
+        ([2, 4, 6, 4, 6, 8], [[2, 4, 6], [4, 6, 8]]),  # gone back twice to the same step
+        ([2, 4, 6, 30, 32], [[2, 4, 6], [30, 32]]),  # what lies between counts
+    ],
+)
+def test_a_curve_is_cut_where_a_run_went_back(x: list[float], pieces: list[list[float]]):
+    steps = np.array(x, float)
+    found = unbroken(steps, -steps)
+    assert [one.tolist() for one, _ in found] == pieces
+    assert [(-y).tolist() for _, y in found] == pieces
