@@ -110,6 +110,21 @@ def index(
         show(index_files(files, out, progress), as_json)
 
 
+@app.command("create_mmap_index")
+def create_mmap_index(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A jsonl file.")],
+    index_path: Annotated[
+        Path | None, typer.Option("--index_path", "--index-path", help="The index. Default: FILE.idx, where runs look.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Index one jsonl file, as LLMgym's command of this name did; `lingua data index` takes several."""
+    from lingua.data.inspect import index_files
+
+    with progress_shown() as progress:
+        show(index_files([file], None, progress, index_path), as_json)
+
+
 @app.command()
 def tokenize(
     words: Annotated[

@@ -114,6 +114,35 @@ def schema(
 
 
 @app.command()
+def components(
+    kind: Annotated[str | None, typer.Argument(help="model, optim, loss, source or measure. Default: all.")] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Also what this module of your own registers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the registered parts, which a section's key `type` chooses, with their keys."""
+    import importlib
+
+    from lingua.config.compose import see_working_folder
+    from lingua.config.reference import components as registered
+    from lingua.config.trust import SHIPPED_APPS
+
+    schema, *_ = [app_schema(name) for name in SHIPPED_APPS]
+    see_working_folder()
+    for name in plugin or []:
+        importlib.import_module(name)
+    found, lines = registered(schema, kind), []
+    for section, parts in found.items():
+        for type_name, part in parts.items():
+            lines += [f"{section}  type: {type_name}  {part['about']}"]
+            lines += (
+                [f"    {key}: {text}" for key, text in part["keys"].items()]
+                if kind
+                else [f"    {', '.join(part['keys'])}"]
+            )
+    show(found, as_json, lines)
+
+
+@app.command()
 def fork(
     place: Annotated[str, typer.Argument(metavar="RUN@STEP", help="A published checkpoint; RUN alone: its newest.")],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder of the new run; its last part is the name.")],

@@ -16,6 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from lingua.files import ConfigError as ConfigError
 
+Key = tuple[str | int, ...]
+
 
 class Args(BaseModel):
     """Base of every config section: strict types, no unknown keys, values checked again on assignment."""
@@ -122,6 +124,11 @@ def register(kind: str, type_name: str) -> Callable[[PartType], PartType]:
     return add
 
 
+def part_kinds() -> list[str]:
+    """Return the sections that have registered classes."""
+    return sorted(_parts)
+
+
 def parts(kind: str) -> dict[str, type[Part]]:
     """Return the registered classes of a section by type name."""
     return dict(_parts.get(kind, {}))
@@ -158,6 +165,22 @@ def part_of(kind: str, default: type[Part] | None = None) -> WrapValidator:
     return WrapValidator(choose)
 
 
+def as_parts(tree: Any, marks: dict[Key, Any], key: Key = ()) -> Any:
+    """Return a tree in which `{type_hint: X, config: {...}}`, LLMgym's spelling, is `{type: X, ...}`; marks follow."""
+    if isinstance(tree, list):
+        return [as_parts(value, marks, (*key, index)) for index, value in enumerate(tree)]
+    if not isinstance(tree, dict):
+        return tree
+    tree = {name: as_parts(value, marks, (*key, name)) for name, value in tree.items()}
+    inner = tree.get("config") or {}
+    if "type_hint" not in tree or tree.keys() - {"type_hint", "config"} or not isinstance(inner, dict):
+        return tree
+    n = len(key)
+    for mark in [mark for mark in marks if mark[:n] == key and mark[n : n + 1] in (("type_hint",), ("config",))]:
+        marks[(*key, "type") if mark[n] == "type_hint" else (*key, *mark[n + 1 :])] = marks.pop(mark)
+    return {"type": tree["type_hint"], **inner}
+
+
 def named(owner: Part | type[Part], fact: str) -> Any:
     """Import what a class of keys names as "module:name". Raises ConfigError if there is no such thing."""
     place = getattr(owner, fact)
@@ -175,9 +198,6 @@ def build_part(part: Part, *args: Any, **kwargs: Any) -> Any:
 
 
 # -- what a schema knows -----------------------------------------------------------------------------------------
-
-
-Key = tuple[str | int, ...]
 
 
 def dotted_key(key: Key) -> str:

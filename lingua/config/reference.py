@@ -14,7 +14,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic.json_schema import models_json_schema
 
-from lingua.config.base import Args, Part, section_classes
+from lingua.config.base import Args, ConfigError, Part, part_kinds, parts, section_classes
+from lingua.config.keys.sources import SourceArgs
 
 
 @cache
@@ -77,6 +78,26 @@ def json_schema(schema: type[Args]) -> dict[str, Any]:
         "type": "object",
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **main, "$defs": definitions}
+
+
+def components(schema: type[Args], kind: str | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return {kind: {type: {about, keys: {key: type, default and meaning}}}} of all parts, a schema's own included."""
+    own: dict[str, type[Part]] = {"source": SourceArgs}
+    own |= {name: type(info.default) for name, info in schema.model_fields.items() if isinstance(info.default, Part)}
+    if kind not in (None, *part_kinds()):
+        raise ConfigError(f"there are no components of kind {kind}; choose one of {', '.join(part_kinds())}")
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in part_kinds() if kind is None else [kind]:
+        defaults = {own[name].model_fields["type"].default: own[name]} if name in own else {}
+        for type_name, part in sorted((defaults | parts(name)).items()):
+            docs, keys = field_docs(part), {}
+            for key, info in part.model_fields.items():
+                default = "required" if info.is_required() else f"default {info.default!r}"
+                meaning = " ".join(docs.get(key, "").split())
+                keys[key] = f"{_type(info).replace('`', '')}, {default}" + (f". {meaning}" if meaning else "")
+            keys.pop("type", None)
+            found.setdefault(name, {})[type_name] = {"about": _first_line(part), "keys": keys}
+    return found
 
 
 def reference_page(schema: type[Args]) -> str:

@@ -35,9 +35,11 @@ from lingua.config.base import (
     Args,
     ConfigError,
     Key,
+    Part,
     Written,
     WrittenFloat,
     WrittenInt,
+    as_parts,
     inner_sections,
     is_section,
     plain,
@@ -191,7 +193,7 @@ def read_yaml(path: Path, text: str | None = None) -> Layer:
         raise ConfigError(f"{path}: not valid YAML: {reason}; write `key: value` lines") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}:1: contains {show(tree)} instead of keys with values; write `key: value` lines")
-    return Layer(tree, marks)
+    return Layer(as_parts(tree, marks), marks)
 
 
 def read_leniently(path: Path) -> dict[str, Any]:
@@ -403,7 +405,7 @@ def _parse(word: str) -> tuple[str, Any]:
     """Split `a.b.c=value` into key and parsed value."""
     dotted, _, text = word.partition("=")
     try:
-        return dotted, yaml_value(text)
+        return dotted, as_parts(yaml_value(text), {})
     except yaml.YAMLError as error:
         reason = f": {error.problem}" if isinstance(error, yaml.MarkedYAMLError) and error.problem else ""
         raise ConfigError(f"{COMMAND_LINE}: {dotted}={text} is not valid YAML{reason}; put it in quotes") from error
@@ -450,6 +452,8 @@ def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
             tree = tree[key[-1]] if key[-1] < len(tree) else None
             continue
         known = {name for section in sections for name in section.model_fields}
+        if parts_left[0] in ("type_hint", "config") and any(issubclass(section, Part) for section in sections):
+            parts_left = ["type"] if parts_left[0] == "type_hint" else parts_left[1:] or parts_left
         free = not sections and not (isinstance(tree, dict) and isinstance(tree.get(parts_left[0]), dict | list))
         name = ".".join(parts_left) if free else parts_left[0]
         parts_left = [] if free else parts_left[1:]

@@ -202,15 +202,16 @@ def preview_mixture(
 # -- index and tokenize --------------------------------------------------------------------------------------------
 
 
-def index_files(paths: Sequence[Path], out: Path | None, progress: Progress) -> dict[str, Any]:
-    """Write the index of each jsonl file; return {file: {index, lines}}."""
+def index_files(
+    paths: Sequence[Path], out: Path | None, progress: Progress, named: Path | None = None
+) -> dict[str, Any]:
+    """Write the index of each jsonl file; return {file: {index, lines}}. `named`: the index of a single file."""
     files = [file for path in paths for file in JsonlSource.find_files(path)]
     progress.begin("indexing", sum(file.stat().st_size for file in files))
     made = {}
     for file in files:
-        folder = out or file.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / (file.name + SUFFIX)
+        target = named or (out or file.parent) / (file.name + SUFFIX)
+        target.parent.mkdir(parents=True, exist_ok=True)
         n_lines = write_index(file, target, progress.advance)
         made[str(file)] = {"index": str(target), "lines": n_lines}
     return made

@@ -148,6 +148,11 @@ def test_index_and_tokenize(tmp_path: Path, lingua: Lingua) -> None:
     assert len(list((tmp_path / "s").glob("*.idx"))) == 2
     lingua.record("index", tmp_path / "s" / "s.chunk.00.jsonl", "--out", tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "s.chunk.00.jsonl.idx").is_file()
+    file = tmp_path / "s" / "s.chunk.01.jsonl"
+    for words, index in (((), file.with_name(f"{file.name}.idx")), (("--index_path", tmp_path / "i"), tmp_path / "i")):
+        made = lingua.record("create_mmap_index", file, *words)  # as LLMgym's users type it
+        assert made == {str(file): {"index": str(index), "lines": 25}}
+        assert index.is_file()
     words = ("tokenize", tmp_path / "s", "--out", tmp_path / "t")
     first = lingua.record(*words, "--workers", 2)
     assert (first["files_made"], first["documents"]) == (2, 50)

@@ -57,6 +57,33 @@ def test_sections_merge_and_lists_are_replaced(tmp_path: Path) -> None:
     assert args.eval.harness.tasks == ["z"]
 
 
+def test_type_hint_and_config_are_llmgyms_spelling_of_type_and_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "common.yaml").write_text("optim: {type_hint: adamw, config: {lr: 1.0, warmup: 7}}\n")
+    text = """base: common.yaml
+optim:
+  type_hint: muon
+  config:
+    lr: 2.0
+data:
+  root_dir: d
+  tokenizer: {name: none}
+  sources:
+    - {type_hint: random, config: {vocab_size: 5}}
+eval: {measures: [{type_hint: held_out}]}
+"""
+    done = composed(tmp_path, text)
+    assert (done.args.optim.type, done.args.optim.lr, done.args.optim.warmup) == ("muon", 2.0, 7)
+    assert done.origins()["optim.type"].endswith("run.yaml:3")
+    assert done.origins()["optim.lr"].endswith("run.yaml:5")
+    assert done.args.data.tokenizer.vocab_size == 5
+    for words in (["optim.type_hint=adamw", "optim.config.lr=3"], ["optim={type_hint: adamw, config: {lr: 3}}"]):
+        optim = composed(tmp_path, text, *words).args.optim
+        assert (optim.type, optim.lr) == ("adamw", 3.0)
+    assert complaints(tmp_path, "optim: {type_hint: adamw, config: {lt: 1.0}}") == [
+        "run.yaml:1: unknown key optim.lt; did you mean optim.lr?"
+    ]
+
+
 def test_every_value_knows_where_it_came_from(tmp_path: Path) -> None:
     (tmp_path / "common.yaml").write_text("seed: 1\noptim:\n  lr: 1e-4\n")
     done = composed(tmp_path, "base: [common.yaml]\nsteps: 5\ndata:\n  batch_size: 4\n", "optim.warmup=1")

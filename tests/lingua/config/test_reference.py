@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
+
 from apps.main.args import TrainArgs
-from lingua.config.base import Args, Part
-from lingua.config.reference import all_sections, field_docs, json_schema, reference_page
+from lingua.config.base import Args, ConfigError, Part
+from lingua.config.reference import all_sections, components, field_docs, json_schema, reference_page
 
 
 def test_every_key_of_every_section_says_what_it_means() -> None:
@@ -14,6 +16,17 @@ def test_every_key_of_every_section_says_what_it_means() -> None:
         if name not in field_docs(section) and not isinstance(info.default, Args | Part) and name != "type"
     ]
     assert unsaid == []
+
+
+def test_components_are_all_parts_with_their_keys() -> None:
+    found = components(TrainArgs, None)
+    assert {"adamw", "muon"} <= set(found["optim"])
+    assert {"files", "gssm"} <= set(found["source"])
+    assert {"mamba2", TrainArgs().model.type} <= set(found["model"])
+    assert found["optim"]["muon"]["keys"]["lr"].startswith("float (> 0), default 0.")
+    assert list(components(TrainArgs, "loss")) == ["loss"]
+    with pytest.raises(ConfigError, match="no components of kind optimizer; choose one of loss, measure, model, optim"):
+        components(TrainArgs, "optimizer")
 
 
 def test_the_json_schema_knows_every_part_and_key() -> None:
