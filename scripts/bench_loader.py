@@ -2,6 +2,7 @@
 
     uv run python scripts/bench_loader.py --tokenizer FILE              # the loader
     uv run python scripts/bench_loader.py --shuffle 0.2 8 --bytes 1e9   # the shuffle, with 0.2 and 8 GB of memory
+    uv run python scripts/bench_loader.py --formats                     # each format of sources against jsonl
 
 FILE is a tiktoken rank file, such as Llama 3's `tokenizer.model`. The wheel `llama-models` carries one:
 
@@ -18,8 +19,10 @@ import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C
 import argparse
 import json
 import os
+import pickle
 import resource
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,15 +31,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench_common import make_parser, print_figures, timed, write_corpus
 
 from lingua.config.command_line import run_main
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data.loader import Loader, build_loader
+from lingua.data.sources import FORMATS
+from lingua.data.token_files import tokenize_file
+from lingua.data.token_formats import pickled_pairs
 from lingua.files import RunError
 from lingua.tokenizer import TiktokenTokenizer, build_tokenizer
 
 ROWS = 16  # of a batch
+END = 257  # the end token of bytes
 PREPARE = Path(__file__).parents[1] / "setup" / "download_prepare_hf_data.py"
 
 
@@ -147,6 +155,57 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return figures | {"tokenizer": options.tokenizer and str(options.tokenizer)}
 
 
+def write_formats(corpus: Path, folder: Path) -> None:
+    """Write the documents of a jsonl file in each format, of bytes where it holds tokens."""
+    from datasets import Dataset
+    from pyarrow import parquet, table
+
+    for form in FORMATS:
+        (folder / form).mkdir()
+    for form in ("jsonl", "mmap_jsonl"):
+        os.link(corpus, folder / form / corpus.name)
+    texts = [json.loads(line)["text"] for line in corpus.open()]
+    rows = max(1, len(texts) // (16 * ROWS))  # a row group is then a block
+    parquet.write_table(table({"text": texts}), folder / "parquet" / "x.parquet", row_group_size=rows)
+    Dataset.from_dict({"text": texts}).save_to_disk(folder / "arrow")
+    tokenize_file(corpus, folder / "tokens" / "x.jsonl.tokens", build_tokenizer(TokenizerArgs()))
+    documents = [np.append(np.frombuffer(text.encode(), np.uint8), END).astype("<u2") for text in texts]
+    ids = np.concatenate(documents)
+    sizes = np.array([len(document) for document in documents])
+    ends = np.cumsum(sizes)
+    for form, name in (("npy", "x.npy"), ("ds", "x.ds"), ("megatron", "x.bin")):
+        (folder / form / name).write_bytes(ids.tobytes())
+    (folder / "ds" / "x.ds.index").write_bytes(ends.astype("<u8").tobytes())
+    n, begins = len(sizes), ends - sizes
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, n, n + 1) + sizes.astype("<i4").tobytes()
+    (folder / "megatron" / "x.idx").write_bytes(index + (2 * begins).tobytes() + np.arange(n + 1).tobytes())
+    pairs = list(zip((2 * begins).tolist(), (2 * sizes).tolist(), strict=True))
+    head = struct.pack("<QI", ids.nbytes, 2)
+    (folder / "pbin" / "x.pbin").write_bytes(head + ids.tobytes() + pickle.dumps(pairs))
+
+
+def measure_formats(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Text bytes per second of each format, and its share of jsonl's, with the bytes tokenizer."""
+    corpus = folder / "corpus.chunk.00.jsonl"
+    write_corpus(corpus, int(options.bytes))
+    write_formats(corpus, folder)
+    n_tokens, rates = int(options.bytes) * 7 // 10, {form: Rates() for form in FORMATS}
+    for _ in range(options.rounds):
+        for form, rate in rates.items():
+            source = SourceArgs.model_validate({"path": str(folder / form), "format": form})
+            keys = {"seq_len": options.seq_len, "batch_size": ROWS, "load_async": False, "lanes": ROWS}
+            read(rate, DataArgs.model_validate({"sources": [source], **keys}), n_tokens)
+    figures: dict[str, Any] = {}
+    for form, rate in rates.items():
+        figures[f"{form}_bytes_per_s"] = statistics.median(rate.wall)
+        figures[f"{form}_bytes_per_cpu_s"] = statistics.median(rate.cpu)
+        shares = [own / jsonl for own, jsonl in zip(rate.cpu, rates["jsonl"].cpu, strict=True)]
+        figures[f"{form}_of_jsonl_by_cpu"] = statistics.median(shares)
+    pairs = pickle.dumps([(2 * n, 2) for n in range(1_000_000)])
+    figures["pbin_index_s_per_million_documents"] = timed(lambda: sum(1 for _ in pickled_pairs(pairs)))[0]
+    return figures
+
+
 def measure_shuffle(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds (fsync included) and peak memory of preparing the corpus, for each memory budget."""
     corpus = folder / "source" / "corpus.jsonl"
@@ -171,15 +230,16 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "--shuffle", type=float, nargs="+", metavar="GB", help="measure the shuffle, with these budgets"
     )
+    parser.add_argument("--formats", action="store_true", help="measure each format against jsonl")
     parser.add_argument("--bytes", type=float, default=6e7, help="size of the corpus (%(default)g)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; each figure is their median (%(default)s)")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a row (%(default)s)")
     parser.add_argument("--dir", type=Path, help="where to work (the system's temporary folder)")
     options = parser.parse_args(words)
-    if not options.shuffle and options.tokenizer is None:
+    if not (options.shuffle or options.formats) and options.tokenizer is None:
         print("no --tokenizer: only the bytes tokenizer is measured (--help says where a file is)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        measure = measure_shuffle if options.shuffle else measure_loader
+        measure = measure_formats if options.formats else measure_shuffle if options.shuffle else measure_loader
         figures = measure(options, Path(folder))
     print_figures(figures | {"cores": len(os.sched_getaffinity(0))}, options.json)
     return 0

@@ -463,9 +463,6 @@ def _split(dotted: str, schema: type[Args], tree: Any) -> Key:
     return tuple(key)
 
 
-# -- the whole stack ---
-
-
 def stack_layers(
     config: str | None, overlays: list[str], overrides: list[str], schema: type[Args], point: Point | None = None
 ) -> Layer:
