@@ -326,7 +326,9 @@ def _array(path: Path, data: Any, dtype: str, count: int, offset: int) -> np.nda
 
 _INT = rb"(K.|M..|J....|\x8a\x05.{5}|\x8a\x06.{6})"
 _LIST = rb"(?:\x80[\x02-\x05]|\x95.{8}|[](ea\x94]|q.|r....)*"  # protocol, frame, list, mark, append, memoize
-_PICKLED = re.compile(_LIST + rb"(?:" + _INT + _INT + rb"\x86|\.)", re.DOTALL)  # a pair and its tuple, or the end
+_FRAME = rb"(?:\x95.{8})?"  # may begin before any opcode
+_PAIR = _INT + _FRAME + _INT + _FRAME + rb"\x86"
+_PICKLED = re.compile(_LIST + rb"(?:" + _PAIR + rb"|\.)", re.DOTALL)  # a pair and its tuple, or the end
 
 
 def pickled_pairs(data: bytes) -> Iterator[tuple[int, int]]:

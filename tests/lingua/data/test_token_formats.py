@@ -174,8 +174,9 @@ def test_a_pickled_list_of_pairs_is_read_without_loading_it(pairs: list[tuple[in
     assert list(pickled_pairs(pickle.dumps(distinct, protocol))) == pairs
 
 
-def test_long_pickled_lists_have_frames_and_several_marks() -> None:
-    pairs = [(n * 70_000, 70_000) for n in range(5000)]
+@pytest.mark.parametrize("n_short", range(12))
+def test_a_long_pickled_list_has_several_marks_and_frames_that_begin_before_any_opcode(n_short: int) -> None:
+    pairs = [(n, 5) for n in range(n_short)] + [(70_000 * n, 70_000 if n % 7 else 300) for n in range(1, 5600)]
     assert list(pickled_pairs(pickle.dumps(pairs))) == pairs
 
 
