@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data import token_formats
+from lingua.data.audit import audit, rows_of_step
 from lingua.data.blocked_source import DataError, TextFields
 from lingua.data.inspect import find_document, inspect_path
 from lingua.data.loader import build_loader
@@ -160,6 +161,27 @@ def test_a_token_that_the_tokenizer_does_not_have_ends_the_run_where_it_is_read(
         assert "damaged (an unknown token); set data.tokenizer to the one that made the file, or copy it again" in (
             in_words(lambda: next(loader))
         )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_audit_and_rows_know_their_places(tmp_path: Path, form: str) -> None:
+    texts = [f"document {n}" for n in range(60)]
+    path = write_tokens(form, tmp_path / "s" / "s", [[*text.encode(), END] for text in texts])
+    args = data_args(tmp_path, sources=[SourceArgs.model_validate({"path": "s", "format": form})], lanes=4)
+    _, first = run_steps(args, 2, n_rows=4)
+    _, second = run_steps(args, 2, 2, first, n_rows=4)
+    found = audit(args, 4, 4, {2: first, 4: second})
+    assert (found.problems, found.tokens_checked, found.rows) == ([], True, 16)
+    (number, parts), *_ = rows_of_step(args, 4, 4, {2: first}, 3)
+    assert (number, parts[0].unit, parts[0].file) == (8, "token", str(path))
+    begins = [sum(len(text) + 1 for text in texts[:n]) for n in range(60)]
+    assert all(part.text in texts[begins.index(part.offset)] for part in parts)
+    damaged = bytearray(path.read_bytes())
+    for at in [at for at in range(len(damaged)) if damaged[at : at + 2] == b"o\0"]:
+        damaged[at] = ord("0")
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="no checkpoint has the present sources"):
+        audit(args, 4, 4, {4: second})  # its first bytes are others
 
 
 # -- the pickled index ---------------------------------------------------------------------------------------------
