@@ -112,7 +112,7 @@ def test_a_measure_of_ones_own_is_one_file(run: Path, tmp_path: Path) -> None:
     [
         ([], 2, "nothing to evaluate; write ckpt=RUN_OR_FOLDER, or follow=RUN"),
         (["follow=/no/such/run"], 2, "not a run, it has no config.yaml"),
-        (["{run}", "validation.max_stepps=1"], 2, "did you mean eval.validation.max_steps?"),
+        (["{run}", "validation.max_stepps=1"], 2, "did you mean validation.max_steps?"),
         (["{run}", "validation=null"], 2, "nothing is measured"),
         (["{run}", "validation.use_val_from_train_src=false"], 2, "there is no *.val.jsonl beside"),
         (["{run}", "validation.sources=[nowhere]"], 2, "nowhere does not exist"),

@@ -366,8 +366,10 @@ def test_a_disk_that_hangs_is_reported(world: World, operation: str) -> None:
         assert "has accepted nothing of checkpoint 2 for 30 s" in world.events()[0]["why"]
         files.answers.set()
         wait_until(lambda: service.tick() and "published" in world.kinds())
-    assert world.kinds()[:3] == ["silent", "published", "recovered"] or world.kinds()[1] == "recovered"
     wait_until(lambda: not service.tick())
+    first, *later = world.kinds()
+    assert first == "silent"
+    assert {"published", "recovered"} <= set(later), "in either order: threads write, and one look sees both"
     service.close()
     assert world.done() == [2]
 
