@@ -2,7 +2,7 @@
 
 A record batch (1000 rows, say) is a block, as a row group of parquet is, cut into parts where lanes need more. Files
 are read in the order that `state.json` names. Positions in a file are row numbers.
-Cost: nothing to prepare; the files are mapped into memory, and one slice of at most 256 rows per lane is decoded.
+Cost: nothing to prepare; the files are mapped into memory, and one slice of about 64 KiB per lane is decoded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lingua.data.parquet import ParquetSource, text_columns, values_per_batch
 from lingua.files import json_object_in
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
+_PARTS = 16  # of the rows that parquet decodes at once: a slice costs little, what is decoded beyond a block is lost
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -72,10 +73,14 @@ class ArrowSource(ParquetSource):
     def warning(self) -> str | None:
         return None  # a slice is decoded without what comes before it
 
+    def group_begin(self, file: int, row: int) -> int:
+        return row  # a slice may begin anywhere
+
     def batches(self, file: int, row: int) -> Iterator[pa.RecordBatch]:
-        batch = self._batches[file][row].select(self._columns[file])
-        n_rows = values_per_batch(batch.num_rows, batch.nbytes)
-        return (batch.slice(begin, n_rows) for begin in range(0, batch.num_rows, n_rows))
+        first = super().group_begin(file, row)
+        batch = self._batches[file][first].select(self._columns[file])
+        n_rows = -(-values_per_batch(batch.num_rows, batch.nbytes) // _PARTS)
+        return (batch.slice(begin, n_rows) for begin in range(row - first, batch.num_rows, n_rows))
 
 
 def read_batches(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
