@@ -16,7 +16,7 @@ from torch.nn import functional
 from lingua.model.context import ForwardContext
 from lingua.model.kernels import kernel_of, linear_scan_by_fla
 from lingua.model.recurrence import causal_conv, init_taps, linear_scan
-from lingua.model.transformer import FeedForward, build_norm
+from lingua.model.transformer import FeedForward, ResidualBlock
 
 from .args import HawkArgs, MinGRUArgs, MinLSTMArgs, RecurrentArgs
 
@@ -145,43 +145,15 @@ class RGLRUBlock(nn.Module):
         return x + self.wo(states.type_as(x) * functional.silu(self.wy(x)))
 
 
-class GRUBlock(nn.Module):
-    """A minGRU after a norm, added to the stream."""
-
-    def __init__(self, args: MinGRUArgs, layer: int) -> None:
-        super().__init__()
-        self.gru_norm = build_norm(args, args.dim)
-        self.gru = GRU(args, layer)
-
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return x + self.gru(self.gru_norm(x), ctx)
+class GRUBlock(ResidualBlock):
+    branches = (("gru_norm", "gru", GRU),)
 
 
-class LSTMBlock(nn.Module):
-    """A minLSTM after a norm, added to the stream."""
-
-    def __init__(self, args: MinLSTMArgs, layer: int) -> None:
-        super().__init__()
-        self.lstm_norm = build_norm(args, args.dim)
-        self.lstm = LSTM(args, layer)
-
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return x + self.lstm(self.lstm_norm(x), ctx)
+class LSTMBlock(ResidualBlock):
+    branches = (("lstm_norm", "lstm", LSTM),)
 
 
-class HawkBlock(nn.Module):
-    """An RG-LRU and a feed-forward layer, each after a norm and added to the stream.
+class HawkBlock(ResidualBlock):
+    """Meta Lingua's recurrent half adds its own input, which is the norm's output, too; so does this one."""
 
-    Meta Lingua's recurrent half adds its own input, which is the norm's output, too; so does this one.
-    """
-
-    def __init__(self, args: HawkArgs, layer: int) -> None:
-        super().__init__()
-        self.rlgru_norm = build_norm(args, args.dim)
-        self.rlgru_block = RGLRUBlock(args, layer)
-        self.ffn_norm = build_norm(args, args.dim)
-        self.feed_forward = FeedForward(args)
-
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        x = x + self.rlgru_block(self.rlgru_norm(x), ctx)
-        return x + self.feed_forward(self.ffn_norm(x))
+    branches = (("rlgru_norm", "rlgru_block", RGLRUBlock), ("ffn_norm", "feed_forward", FeedForward))

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from functools import partial
-
 from apps.main.eval import main as evaluate
-from lingua.config.command_line import leave, run_main
+from lingua.config.command_line import program
 
-main = partial(evaluate, app=str(__package__))
-
-if __name__ == "__main__":
-    leave(run_main(main, sys.argv[1:]))
+main = program(__name__, evaluate, app=str(__package__))

@@ -33,6 +33,16 @@ class Mamba2(Translation):
         "mixer.out_proj.weight": "ssm.out_proj.weight",
     }
 
+    keys: ClassVar[Mapping[str, str]] = {
+        "num_heads": "n_heads",
+        "state_size": "state_dim",
+        "n_groups": "n_groups",
+        "conv_kernel": "conv_size",
+        "use_conv_bias": "conv_bias",
+        "layer_norm_epsilon": "norm_eps",
+        "chunk_size": "ssm_chunk_size",
+    }
+
     def our_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0], *shape[2:]) if name.endswith("ssm.conv_weight") else shape  # (C, 1, K) there
 
@@ -43,33 +53,16 @@ class Mamba2(Translation):
         return {
             "architectures": ["Mamba2ForCausalLM"],
             "model_type": "mamba2",
-            "num_heads": model.n_heads,
             "head_dim": model.width // model.n_heads,
             "expand": model.width // model.dim,
-            "state_size": model.state_dim,
-            "n_groups": model.n_groups,
-            "conv_kernel": model.conv_size,
-            "use_conv_bias": model.conv_bias,
             "use_bias": False,
             "hidden_act": "silu",
-            "layer_norm_epsilon": model.norm_eps,
-            "chunk_size": model.ssm_chunk_size,
             "pad_token_id": None,
         }
 
     def own_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        return {
-            "type": "mamba2",
-            "n_heads": config["num_heads"],
-            "hidden_dim": config["num_heads"] * config["head_dim"],
-            "state_dim": config["state_size"],
-            "n_groups": config["n_groups"],
-            "conv_size": config["conv_kernel"],
-            "conv_bias": config.get("use_conv_bias", True),
-            "dt_bias": True,
-            "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-            "ssm_chunk_size": config.get("chunk_size", 256),
-        }
+        width = config["num_heads"] * config["head_dim"]
+        return {"type": "mamba2", "hidden_dim": width, "conv_size": 4, "conv_bias": True, "dt_bias": True}
 
     def not_theirs(self, model: Any) -> Iterator[str]:
         yield from super().not_theirs(model)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from lingua.model.context import ForwardContext
 from lingua.model.kernels import decayed_attention_by_fla, kernel_of, state_space_by_mamba_ssm
 from lingua.model.recurrence import causal_conv, decayed_attention, init_taps
-from lingua.model.transformer import RMSNorm, build_norm
+from lingua.model.transformer import ResidualBlock, RMSNorm
 
 from .args import Mamba2Args
 
@@ -88,13 +88,5 @@ class SSM(nn.Module):
         return decayed_attention(queries, keys, values, log_decay, ctx.starts, state, chunk)
 
 
-class MambaBlock(nn.Module):
-    """An SSM after a norm, added to the stream."""
-
-    def __init__(self, args: Mamba2Args, layer: int) -> None:
-        super().__init__()
-        self.ssm_norm = build_norm(args, args.dim)
-        self.ssm = SSM(args, layer)
-
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return x + self.ssm(self.ssm_norm(x), ctx)
+class MambaBlock(ResidualBlock):
+    branches = (("ssm_norm", "ssm", SSM),)

@@ -16,7 +16,6 @@ _OF_BLOCK = (
     "ffn.proj_down.weight",
 )  # fmt: skip
 _SAME = ("qk_dim_factor", "v_dim_factor", "gate_soft_cap", "output_logit_soft_cap", "chunk_size", "norm_eps")
-"""Keys with one name, meaning and default."""
 _WIDTH = ("ffn_proj_factor", "ffn_round_up_to_multiple_of")
 
 
@@ -31,33 +30,29 @@ class XLSTM(Translation):
         "lm_head.weight": HEAD,
         **{name: name for name in _OF_BLOCK},
     }
+    keys: ClassVar[Mapping[str, str]] = {"num_heads": "n_heads", **{key: key for key in (*_SAME, *_WIDTH)}}
 
     def config_json(self, model: Any, *, dtype: str, **more: Any) -> dict[str, Any]:
         return super().config_json(model, dtype=dtype, **more) | {"autocast_kernel_dtype": dtype}
 
     def own_keys(self, model: Any) -> dict[str, Any]:
         # Their width is rounded down from a float: half a channel more than ours keeps it from the next lower one.
-        width: dict[str, Any] = {key: getattr(model, key) for key in _WIDTH}
-        if model.hidden_dim is not None:
-            width = dict(zip(_WIDTH, ((model.hidden_dim + 0.5) / model.dim, 1), strict=True))
+        width = () if model.hidden_dim is None else ((model.hidden_dim + 0.5) / model.dim, 1)
         return {
             "architectures": ["xLSTMForCausalLM"],
             "model_type": "xlstm",
             "embedding_dim": model.dim,
             "num_blocks": model.n_layers,
-            "num_heads": model.n_heads,
             "use_bias": False,
             "add_out_norm": True,
             "weight_mode": "single",
-            **width,
-            **{key: getattr(model, key) for key in _SAME},
+            **dict(zip(_WIDTH, width, strict=False)),
             "pad_token_id": None,
         }
 
     def own_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        given = {key: config[key] for key in (*_SAME, *_WIDTH) if key in config}
         # their class ties nothing, whatever its config says
-        return {"type": "mlstm", "n_heads": config["num_heads"], "weight_tying": False, **given}
+        return {"type": "mlstm", "n_heads": config["num_heads"], "weight_tying": False}
 
     def model_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         older = {"hidden_size": config.get("embedding_dim"), "num_hidden_layers": config.get("num_blocks")}

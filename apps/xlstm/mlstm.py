@@ -12,7 +12,7 @@ from torch.nn import functional
 from lingua.model.context import ForwardContext
 from lingua.model.kernels import kernel_of, mlstm_by_kernels
 from lingua.model.recurrence import mlstm
-from lingua.model.transformer import build_norm
+from lingua.model.transformer import ResidualBlock
 
 from .args import MLSTMArgs
 
@@ -95,26 +95,15 @@ class MLSTM(nn.Module):
 class SwiGLU(nn.Module):
     """proj_down(silu(proj_up_gate x) * proj_up x)."""
 
-    def __init__(self, args: MLSTMArgs) -> None:
+    def __init__(self, args: MLSTMArgs, layer: int) -> None:
         super().__init__()
         self.proj_up_gate = nn.Linear(args.dim, args.ffn_width, bias=False)
         self.proj_up = nn.Linear(args.dim, args.ffn_width, bias=False)
         self.proj_down = nn.Linear(args.ffn_width, args.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         return self.proj_down(functional.silu(self.proj_up_gate(x)) * self.proj_up(x))
 
 
-class MLSTMBlock(nn.Module):
-    """An mLSTM and a feed-forward layer, each after a norm and added to the stream."""
-
-    def __init__(self, args: MLSTMArgs, layer: int) -> None:
-        super().__init__()
-        self.norm_mlstm = build_norm(args, args.dim)
-        self.mlstm_layer = MLSTM(args, layer)
-        self.norm_ffn = build_norm(args, args.dim)
-        self.ffn = SwiGLU(args)
-
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        x = x + self.mlstm_layer(self.norm_mlstm(x), ctx)
-        return x + self.ffn(self.norm_ffn(x))
+class MLSTMBlock(ResidualBlock):
+    branches = (("norm_mlstm", "mlstm_layer", MLSTM), ("norm_ffn", "ffn", SwiGLU))

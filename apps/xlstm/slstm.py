@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lingua.model.context import ForwardContext
 from lingua.model.recurrence import causal_conv, init_taps
-from lingua.model.transformer import build_norm
+from lingua.model.transformer import ResidualBlock, build_norm
 
 from .args import SLSTMArgs
 from .mlstm import HeadNorm
@@ -91,17 +91,18 @@ class SLSTM(nn.Module):
         return self.multihead_norm(y.permute(2, 0, 1, 3)).type_as(x)
 
 
-class SLSTMBlock(nn.Module):
-    """An sLSTM and a gated feed-forward layer with GELU, each after a norm and added to the stream."""
+class SLSTMBlock(ResidualBlock):
+    """With a gated feed-forward layer with GELU."""
+
+    branches = (("xlstm_norm", "xlstm", SLSTM),)
 
     def __init__(self, args: SLSTMArgs, layer: int) -> None:
-        super().__init__()
-        self.xlstm_norm, self.ffn_norm = build_norm(args, args.dim), build_norm(args, args.dim)
-        self.xlstm = SLSTM(args, layer)
+        super().__init__(args, layer)
+        self.ffn_norm = build_norm(args, args.dim)
         self.proj_up = nn.Linear(args.dim, 2 * args.width, bias=False)
         self.proj_down = nn.Linear(args.width, args.dim, bias=False)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        x = x + self.xlstm(self.xlstm_norm(x), ctx)
+        x = super().forward(x, ctx)
         gate, up = self.proj_up(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self.proj_down(functional.gelu(gate) * up)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from functools import partial
-
 from apps.main.train import main as train
-from lingua.config.command_line import leave, run_main
+from lingua.config.command_line import program
 
 from .args import TrainArgs
 
-main = partial(train, schema=TrainArgs)
-
-if __name__ == "__main__":
-    leave(run_main(main, sys.argv[1:]))
+main = program(__name__, train, schema=TrainArgs)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lingua.model.context import ForwardContext
 from lingua.model.recurrence import causal_conv, init_taps, mlstm
-from lingua.model.transformer import build_norm
+from lingua.model.transformer import ResidualBlock
 
 from .args import MLSTMV0Args
 from .mlstm import FORGET_BIASES, Gate, HeadNorm, over_padding
@@ -70,13 +70,5 @@ class MLSTMV0(nn.Module):
         return self.proj_down(h * functional.silu(z))
 
 
-class MLSTMV0Block(nn.Module):
-    """It after a norm, added to the stream."""
-
-    def __init__(self, args: MLSTMV0Args, layer: int) -> None:
-        super().__init__()
-        self.xlstm_norm = build_norm(args, args.dim)
-        self.xlstm = MLSTMV0(args, layer)
-
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        return x + self.xlstm(self.xlstm_norm(x), ctx)
+class MLSTMV0Block(ResidualBlock):
+    branches = (("xlstm_norm", "xlstm", MLSTMV0),)

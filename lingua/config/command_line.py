@@ -19,6 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -233,6 +234,14 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
             for sentence in getattr(error, "problems", [_sentence(error)]):
                 print(f"error: {printable(public_text(sentence))}", file=sys.stderr)
         return code or EXIT_FAILED
+
+
+def program(module: str, main: Callable[..., int], **own: Any) -> Callable[[list[str]], int]:
+    """Return `main` with what an app has of its own, and run it if `module` is the program that was started."""
+    command = partial(main, **own)
+    if module == "__main__":
+        leave(run_main(command, sys.argv[1:]))
+    return command
 
 
 def _said_by_rank_0(error: Exception) -> bool:

@@ -39,6 +39,8 @@ class Translation:
     """What comes before the number of a layer in their names of tensors."""
     names: ClassVar[Mapping[str, str]]
     """Their names of tensors -> ours; within a layer, without `layers` and its number."""
+    keys: ClassVar[Mapping[str, str]] = {}
+    """Their keys -> ours, where the values are the same."""
 
     # -- names and values
 
@@ -84,6 +86,7 @@ class Translation:
     ) -> dict[str, Any]:
         """Return the config.json of our model. `dtype`: torch's name of the type that its tensors are written in."""
         return {
+            **{theirs: getattr(model, ours) for theirs, ours in self.keys.items()},
             **self.own_keys(model),
             "vocab_size": vocab_size,
             "hidden_size": model.dim,
@@ -110,6 +113,7 @@ class Translation:
                 "max_seqlen": config.get("max_position_embeddings", 2048),
                 "weight_tying": bool(config.get("tie_word_embeddings", False)),
                 **self.own_section(config, path),
+                **{ours: config[theirs] for theirs, ours in self.keys.items() if theirs in config},
             }
         except KeyError as error:
             raise ConfigError(f"{path} lacks {error.args[0]}, which gives the size of the model") from None
@@ -127,11 +131,14 @@ class Translation:
             yield f"hidden_act is {act!r}; our blocks have silu only"
 
     def own_keys(self, model: Any) -> dict[str, Any]:
-        """Return what config.json has beyond what every model's has."""
+        """Return what config.json has beyond `keys` and what every model's has."""
         raise NotImplementedError
 
     def own_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        """Return what our section has beyond what every model's has. Raises KeyError."""
+        """Return what our section has beyond what every model's has; `keys` of config.json come on top.
+
+        Raises KeyError.
+        """
         raise NotImplementedError
 
 

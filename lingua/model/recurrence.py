@@ -74,17 +74,17 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor]:
     """Return y_t = sum_j weight_{K-1-j} x_{t-j} + bias within documents, (B, S, D), and the last K - 1 inputs."""
     n_before, seq_len = weight.shape[1] - 1, x.shape[1]
-    if before is None:
+    if before is None and real is not None:
         before = x.new_zeros(len(x), n_before, x.shape[2])
-    inputs = torch.cat((before, x), dim=1)  # (B, K - 1 + S, D)
+    inputs = x if before is None else torch.cat((before, x), dim=1)  # (B, S or K - 1 + S, D)
     seen = None
     if starts is not None:
         document = functional.pad(starts.int().cumsum(1), (n_before, 0))
         same = [document[:, at : at + seq_len] == document[:, n_before:] for at in range(n_before)]
         seen = torch.stack(same).unsqueeze(-1)  # (K - 1, B, S, 1)
-    y: Any = _CausalConv.apply(inputs, weight, seen)
+    y: Any = _CausalConv.apply(inputs, weight, seen, seq_len)
     if real is None:
-        after = inputs[:, seq_len:]
+        after = functional.pad(inputs[:, -n_before:], (0, 0, max(0, n_before - inputs.shape[1]), 0))
     else:
         last = real.sum(1, keepdim=True) + torch.arange(n_before, device=x.device)  # (B, K - 1)
         after = inputs.gather(1, last.unsqueeze(-1).expand(-1, -1, x.shape[2]))
@@ -99,30 +99,39 @@ def init_taps(weight: Tensor, base_std: float | None) -> None:
 
 
 class _CausalConv(torch.autograd.Function):
-    """Taps added up in place: half the passes over memory that autograd would make of them."""
+    """Taps added up in place: half the passes over memory that autograd would make of them.
+
+    inputs: (B, E + S, D), E of them before the first position: 0 or K - 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, seen: Tensor | None, seq_len: int) -> Tensor:
         ctx.save_for_backward(inputs, weight, seen)
-        n_before = weight.shape[1] - 1
-        seq_len = inputs.shape[1] - n_before
-        y = inputs[:, n_before:] * weight[:, -1]
-        for at in range(n_before):
-            tap = inputs[:, at : at + seq_len]
-            y.addcmul_(tap if seen is None else tap * seen[at], weight[:, at])
+        ctx.seq_len = seq_len
+        y = inputs[:, -seq_len:] * weight[:, -1]
+        for back in range(1, min(weight.shape[1], inputs.shape[1])):
+            first, tap = _tap(back, inputs.shape[1], seq_len)
+            x = inputs[:, tap] if seen is None else inputs[:, tap] * seen[-back, :, first:]
+            y[:, first:].addcmul_(x, weight[:, -1 - back])
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,) = grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, weight, seen = ctx.saved_tensors
-        n_before, seq_len = weight.shape[1] - 1, grad.shape[1]
-        grad_inputs, grad_weight = torch.zeros_like(inputs, dtype=grad.dtype), torch.empty_like(weight)
-        for at in range(n_before + 1):
-            here = grad if seen is None or at == n_before else grad * seen[at]
-            grad_inputs[:, at : at + seq_len].addcmul_(here, weight[:, at])
-            grad_weight[:, at] = (here * inputs[:, at : at + seq_len]).sum((0, 1))
-        return grad_inputs.type_as(inputs), grad_weight, None
+        grad_inputs, grad_weight = torch.zeros_like(inputs, dtype=grads[0].dtype), torch.zeros_like(weight)
+        for back in range(min(weight.shape[1], inputs.shape[1])):
+            first, tap = _tap(back, inputs.shape[1], ctx.seq_len)
+            grad = grads[0][:, first:]
+            grad = grad if seen is None or back == 0 else grad * seen[-back, :, first:]
+            grad_inputs[:, tap].addcmul_(grad, weight[:, -1 - back])
+            grad_weight[:, -1 - back] = (grad * inputs[:, tap]).sum((0, 1))
+        return grad_inputs.type_as(inputs), grad_weight, None, None
+
+
+def _tap(back: int, n_inputs: int, seq_len: int) -> tuple[int, slice]:
+    """Return the first position that sees an input `back` positions before, and where these inputs are."""
+    first = max(0, back - (n_inputs - seq_len))
+    return first, slice(n_inputs - seq_len + first - back, n_inputs - back)
 
 
 # -- a matrix as state ---------------------------------------------------------------------------------------------
@@ -148,8 +157,7 @@ def decayed_attention(
     v = _chunks(v.float(), chunk).unflatten(2, heads)  # (B, n, G, H/G, C, P)
     total = _chunks(log_decay.float(), chunk).cumsum(-1).unflatten(2, heads)  # (B, n, G, H/G, C)
     document = _documents(starts, total, chunk)  # (B, n, 1, 1, C)
-    mask = _decays(total.unsqueeze(-1) - total.unsqueeze(-2), _same(document, chunk, q.device))  # (B, n, G, H/G, C, C)
-    y = (q @ k.transpose(-1, -2) * mask) @ v
+    y: Any = _DecayedProducts.apply(q, k, v, total, -total, _same(document, chunk, q.device))
     kept = _decays(total[..., -1:] - total, None if document is None else document == document[..., -1:])
     update = k.transpose(-1, -2) @ (v * kept.unsqueeze(-1))  # (B, n, G, H/G, N, P)
     reach = _decays(total, None if document is None else document == 0)  # what the state before the chunk has left
@@ -185,28 +193,33 @@ def mlstm(
     v = torch.cat((v.float(), v.new_ones((*v.shape[:-1], 1), dtype=torch.float32)), dim=-1)
     q, k, v = (_chunks(x.float(), chunk) for x in (q.float() * n_keys**-0.5, k, v))  # (B, n, H, C, *)
     gate = _chunks(input_gate.float(), chunk, float("-inf"))  # (B, n, H, C)
-    log_forget = _chunks(functional.logsigmoid(forget_gate.float()), chunk)
+    log_forget = _chunks(functional.logsigmoid(forget_gate.float()).double(), chunk)  # sums of it are large numbers
     total = log_forget.cumsum(-1)
     document = _documents(starts, total, chunk)  # (B, n, 1, C)
-    weight = total.unsqueeze(-1) - total.unsqueeze(-2) + gate.unsqueeze(-2)  # (B, n, H, C, C): query, key
-    weight = weight.masked_fill(~_same(document, chunk, q.device), float("-inf"))
-    to_end, since = total[..., -1:] - total + gate, total
+    seen, came = _same(document, chunk, q.device), gate - total
+    with torch.no_grad():  # the largest log weight that a query sees, less the decay up to it: (B, n, H, C)
+        if document is None:
+            top = came.cummax(-1).values
+        else:
+            top = came.float().unsqueeze(-2).masked_fill(~seen, float("-inf")).amax(-1)
+    to_end, since = total[..., -1:] + came, total
     began = torch.zeros_like(total[:, :, :1], dtype=torch.bool)  # (B, n, 1, C): the own document begins in this chunk
     if document is not None:
         to_end = to_end.masked_fill(document != document[..., -1:], float("-inf"))
         began = document > 0
         since = total - _at_start(total - log_forget, document)  # decay since the begin of chunk or document
     memory, m = state if state is not None else (None, total.new_zeros(n_rows, n_heads))
-    m_before, m_after = _scales(since[..., -1], began[..., -1], to_end.amax(-1), m)  # (B, n, H)
+    m_before, m_after = _scales(since[..., -1], began[..., -1], to_end.amax(-1), m.double())  # (B, n, H)
     carried = since + m_before.unsqueeze(-1).masked_fill(began, 0.0)  # (B, n, H, C)
-    scale = torch.maximum(carried, weight.amax(-1)).detach()
-    decay = (since[..., -1] + m_before - m_after).exp().masked_fill(began[..., -1], 0.0)
-    update = (k * (to_end - m_after.unsqueeze(-1)).exp().unsqueeze(-1)).transpose(-1, -2) @ v  # (B, n, H, N, P + 1)
+    scale = torch.maximum(carried, total + top).detach()
+    decay = _decays(since[..., -1] + m_before - m_after, ~began[..., -1])
+    kept = _decays(to_end - m_after.unsqueeze(-1), None)
+    update = (k * kept.unsqueeze(-1)).transpose(-1, -2) @ v  # (B, n, H, N, P + 1)
     before, last = _states(decay, update, memory)
-    h = (q @ k.transpose(-1, -2) * (weight - scale.unsqueeze(-1)).exp()) @ v
-    h = h + (q @ before) * (carried - scale).exp().masked_fill(began, 0.0).unsqueeze(-1)
-    h = h[..., :-1] / (torch.maximum(h[..., -1:].abs(), (-scale).exp().unsqueeze(-1)) + 1e-6)
-    return h.transpose(2, 3).reshape(n_rows, -1, n_heads, n_values)[:, :seq_len], (last, m_after[:, -1])
+    h: Any = _DecayedProducts.apply(q, k, v, (total - scale).float(), came.float(), seen)
+    h = h + (q @ before) * _decays(carried - scale, ~began).unsqueeze(-1)
+    h = h[..., :-1] / (torch.maximum(h[..., -1:].abs(), _decays(-scale, None).unsqueeze(-1)) + 1e-6)
+    return h.transpose(2, 3).reshape(n_rows, -1, n_heads, n_values)[:, :seq_len], (last, m_after[:, -1].float())
 
 
 def _scales(last: Tensor, began: Tensor, top: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,9 +237,58 @@ def _scales(last: Tensor, began: Tensor, top: Tensor, m: Tensor) -> tuple[Tensor
 
 def _states(decay: Tensor, update: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the state before each chunk, (B, n, H, N, P) as `update`, and the last one. decay: (B, n, H)."""
-    after = linear_scan(decay[..., None, None].expand_as(update), update, state)
-    first = torch.zeros_like(after[:, :1]) if state is None else state.unsqueeze(1)
-    return torch.cat((first, after[:, :-1]), dim=1), after[:, -1]
+    update = update.float()  # autocast makes products half
+    first = torch.zeros_like(update[:, 0]) if state is None else state
+    found: Any = _States.apply(decay[..., None, None], update, first)
+    return found
+
+
+class _States(torch.autograd.Function):
+    """One chunk after another: chunks are few, and each state is written once."""
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        before = torch.empty_like(update)
+        for at in range(update.shape[1]):
+            before[:, at] = state
+            state = torch.addcmul(update[:, at], decay[:, at], state)
+        ctx.save_for_backward(decay, before)
+        return before, state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_before, grad = grads
+        decay, before = ctx.saved_tensors
+        grad_update = torch.empty_like(before)
+        for at in reversed(range(before.shape[1])):
+            grad_update[:, at] = grad
+            grad = torch.addcmul(grad_before[:, at], decay[:, at], grad)
+        return (grad_update * before).sum((-1, -2), keepdim=True), grad_update, grad
+
+
+class _DecayedProducts(torch.autograd.Function):
+    """(q k^T * exp(rows + columns)) v, summed where a query sees a key. rows: (..., C) of queries; columns: of keys.
+
+    The gradients of rows and columns are what they scale, y and the keys' share of it: no pass over (C, C) makes them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, seen: Tensor) -> Tensor:
+        decay = (rows.unsqueeze(-1) + columns.unsqueeze(-2)).masked_fill_(~seen, float("-inf")).exp_()
+        weight = q @ k.transpose(-1, -2) * decay  # (..., C, C)
+        y = weight @ v
+        ctx.save_for_backward(q, k, v, decay, weight, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, decay, weight, y = ctx.saved_tensors
+        grad = grads[0].float()  # autocast makes it half
+        grad_v = weight.transpose(-1, -2) @ grad
+        scores = (grad @ v.transpose(-1, -2)).mul_(decay)
+        scores = scores.sum_to_size(*q.shape[:-1], k.shape[-2])  # over the heads of a group
+        shares = (grad * y).sum(-1), (grad_v * v).sum(-1)
+        return scores @ k, scores.transpose(-1, -2) @ q, grad_v, *shares, None
 
 
 # -- chunks and documents ------------------------------------------------------------------------------------------
@@ -255,8 +317,8 @@ def _same(document: Tensor | None, chunk: int, device: torch.device) -> Tensor:
 
 
 def _decays(log_decay: Tensor, alive: Tensor | None) -> Tensor:
-    """Return exp(log_decay), 0 where it is not alive."""
-    return (log_decay if alive is None else log_decay.masked_fill(~alive, float("-inf"))).exp()
+    """Return exp(log_decay) in fp32, 0 where it is not alive."""
+    return (log_decay if alive is None else log_decay.masked_fill(~alive, float("-inf"))).exp().float()
 
 
 def _at_start(x: Tensor, document: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ Letters: B rows, S positions, T cached positions, D model width, H heads, K key/
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,25 @@ class Attention(nn.Module):
         return rotate(q, *ctx.angles), rotate(k, *ctx.angles), v
 
 
+class ResidualBlock(nn.Module):
+    """Modules in turn, each after a norm and added to the stream."""
+
+    branches: ClassVar[Sequence[tuple[str, str, Callable[[Any, int], nn.Module]]]]
+    """Names of norm and module, as the weights have them, and what builds the module of (args, layer). It is called
+    with (x, ctx)."""
+
+    def __init__(self, args: Any, layer: int) -> None:
+        super().__init__()
+        for norm, name, build in self.branches:
+            self.add_module(norm, build_norm(args, args.dim))
+            self.add_module(name, build(args, layer))
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        for norm, name, _ in self.branches:
+            x = x + getattr(self, name)(getattr(self, norm)(x), ctx)
+        return x
+
+
 class FeedForwardArgs(Protocol):
     """What a feed-forward layer asks of the Args of a model."""
 
@@ -166,13 +186,13 @@ class FeedForwardArgs(Protocol):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, args: FeedForwardArgs) -> None:
+    def __init__(self, args: FeedForwardArgs, layer: int | None = None) -> None:
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.ffn_width, bias=False)
         self.w3 = nn.Linear(args.dim, args.ffn_width, bias=False)
         self.w2 = nn.Linear(args.ffn_width, args.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         return self.w2(functional.silu(self.w1(x)) * self.w3(x))
 
 
