@@ -32,6 +32,7 @@ from lingua.train.check import Checked
 from lingua.train.learner import Run
 from lingua.train.monitor import RewindAsked, StepMonitor
 from lingua.train.rewind import rewind
+from lingua.train.sample import check_prompt, continued
 from lingua.train.start import (
     RunFolder,
     make_meter,
@@ -39,7 +40,6 @@ from lingua.train.start import (
     say_finished_already,
     say_goodbye,
     say_hello,
-    say_sample,
     settle_config,
     start_metrics,
     use_embedded_corpus,
@@ -112,6 +112,10 @@ def take_steps(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: E
         if args.validation.every and run.step % args.validation.every == 0 and run.step < size.n_steps:
             with meter.paused(), watchdog.heartbeat.during("validation"):
                 monitor.report_validation(validate(run, watchdog))
+        if args.sample_every and run.step % args.sample_every == 0 and run.step < size.n_steps:
+            monitor.catch_up()
+            with meter.paused(), watchdog.heartbeat.during("sample"):
+                monitor.report_sample(continued(run, args.sample_prompt or ""))
         if (run.manager.is_due(run.step) or monitor.save) and run.step < size.n_steps:
             monitor.catch_up()  # a step is saved only after it was found good
             monitor.save = False
@@ -154,6 +158,8 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
             measures = make_measures(args, world)
             meter = make_meter(args, size, world)
             run = build_run(args, size, folder.path, world, folder.lock, stack)
+            if args.sample_prompt is not None:
+                check_prompt(run, args.sample_prompt)
             settle_config(run, checked, folder.attempt)
             watchdog.heartbeat.step = run.step
             say_hello(run, checked, meter, folder.attempt)
@@ -208,7 +214,7 @@ def train_to_the_end(
     if stopped:
         return say_stopped(run, watchdog, report.error if report is not None else None)
     if args.sample_prompt is not None:
-        say_sample(run, args.sample_prompt)
+        monitor.report_sample(continued(run, args.sample_prompt))
     say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
     describe_end(run, "finished", EXIT_FINISHED)
     return EXIT_FINISHED

@@ -52,6 +52,7 @@ _FREE = (
     "stop_signals",
     "watchdog",
     "sample_prompt",
+    "sample_every",
 )
 
 # The first matching pattern decides. A key without a match, such as one of your own app, needs --accept-change.

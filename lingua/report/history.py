@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from lingua.report.series import ATTEMPT, STEP, WHEN, Table, curve, read_table, 
 from lingua.report.status import is_alive, root_cause
 from lingua.run.failure import Failure
 from lingua.run.lock import Attempt, Owner, attempt_files, read_attempt
-from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, VALIDATION_FILE, is_number
+from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE, is_number
 
 LOSS, TOKENS = "loss/out", "optim/total_tokens"
 HEADS = tuple(f"loss/head_{i}" for i in range(8))  # of a model that predicts several tokens: the first eight
@@ -81,6 +81,19 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """How the model continued a prompt."""
+
+    step: int
+    attempt: int
+    prompt: str
+    text: str
+
+
+Counted = TypeVar("Counted", Scores, Sample)
+
+
+@dataclass(frozen=True)
 class History:
     """The history of a run."""
 
@@ -91,6 +104,7 @@ class History:
     events: list[Event]
     validations: list[Scores] = field(default_factory=list)
     evaluations: list[Scores] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     spent: list[dict[str, float]] = field(default_factory=list)  # seconds by kind, of each attempt; `idle` is after it
 
     @property
@@ -136,6 +150,7 @@ def read_history(facts: RunFacts, me: Owner) -> History:
         events=sorted(_events(facts, notes), key=lambda event: event.at_s),
         validations=that_count(limits, validations),
         evaluations=that_count(limits, _scores(facts.path / EVAL_FILE)),
+        samples=that_count(limits, _samples(facts.path / SAMPLES_FILE)),
         spent=_account(attempts, table, counts, validations, notes),
     )
 
@@ -214,7 +229,7 @@ def limits_of(attempts: Sequence[PastAttempt]) -> dict[float, float]:
     return limits
 
 
-def that_count(limits: Mapping[float, float], scores: Iterable[Scores]) -> list[Scores]:
+def that_count(limits: Mapping[float, float], scores: Iterable[Counted]) -> list[Counted]:
     """Drop the figures of steps that a later attempt trained again; return the newest of each step, ascending."""
     newest = {one.step: one for one in scores if one.step <= limits.get(one.attempt, np.inf)}
     return [newest[step] for step in sorted(newest)]
@@ -289,6 +304,14 @@ def _scores(path: Path) -> list[Scores]:
         seconds = _number(record.get("seconds")) or 0.0
         found.append(Scores(record[STEP], record.get(ATTEMPT, 0), when(record.get(WHEN)), values, seconds))
     return found
+
+
+def _samples(path: Path) -> list[Sample]:
+    """Read all samples of a file, in its order."""
+    return [
+        Sample(record[STEP], record.get(ATTEMPT, 0), str(record.get("prompt", "")), str(record.get("text", "")))
+        for record in records_in(path)
+    ]
 
 
 def keys_of(scores: Collection[Scores]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE
 from lingua.config.yaml_layers import read_leniently
 from lingua.files import RunError, human_bytes, write_whole
+from lingua.logger import printable
 from lingua.masking import public_text
 from lingua.report.charts import brief, pictures_of, probe_picture, spent_picture, time_line
 from lingua.report.diff import config_differences, flatten, shown, telling_labels
@@ -59,6 +60,7 @@ def as_record(runs: Sequence[History]) -> list[dict[str, Any]]:
             "lost_lines": len(run.undone),
             "validations": [asdict(one) | {"start": one.attempt} for one in run.validations],
             "evaluations": [asdict(one) | {"start": one.attempt} for one in run.evaluations],
+            "samples": [asdict(one) | {"start": one.attempt} for one in run.samples],
             "checkpoints": [asdict(one) | {"start": one.attempt} for one in run.events],
         }
         for run in runs
@@ -111,6 +113,7 @@ def render(template: str, **values: Any) -> str:
         "keys_of": keys_of,
         "state": state_text,
         "percent": _or_dash(lambda share, digits=0: f"{share:.{digits}%}"),
+        "printable": printable,
         "public": public_text,
     }
     return environment.get_template(template).render(values)

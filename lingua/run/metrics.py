@@ -35,6 +35,7 @@ VALIDATION_FILE = "metrics.validation.jsonl"
 CHECKPOINT_FILE = "metrics.checkpoint.jsonl"
 EVAL_FILE = "metrics.eval.jsonl"
 PROBE_FILE = "probe.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 _TAIL_BYTES = 64 << 10
 _HELD_LINES = 10_000  # kept in memory while they cannot be written
 BEGIN_S = 10.0
@@ -144,6 +145,7 @@ class MetricLogger:
         self._validation_lines = JsonLines(run_dir / VALIDATION_FILE)
         self._checkpoint_lines = JsonLines(run_dir / CHECKPOINT_FILE)
         self._probe_lines = JsonLines(run_dir / PROBE_FILE)
+        self._sample_lines = JsonLines(run_dir / SAMPLES_FILE)
         self._attempt = attempt
         self._wall_time = wall_time
         self._finish_s = FINISH_S
@@ -174,6 +176,10 @@ class MetricLogger:
     def log_probe(self, record: Mapping[str, float | int]) -> None:
         """Write a record of a probe, hundreds of figures, to its file only."""
         self._write(self._probe_lines, record)
+
+    def log_sample(self, record: Mapping[str, Any]) -> None:
+        """Write what the model says, to its file only."""
+        self._write(self._sample_lines, record)
 
     def track(self, record: Mapping[str, float | int]) -> None:
         """Send a record of an evaluation, which is in its own file, to the trackers; needs `global_step`."""

@@ -173,6 +173,13 @@ class StepMonitor:
             self._metrics.log_validation({"global_step": self._run.step, **losses, **seconds})
         return losses
 
+    def report_sample(self, text: str | None) -> None:
+        """Say and note how the model continues the run's prompt at the present step. None: there was no room for it."""
+        prompt = self._run.args.sample_prompt
+        if self._metrics is not None and text is not None:
+            log.info("a sample: %s%s", prompt, text)
+            self._metrics.log_sample({"global_step": self._run.step, "prompt": prompt, "text": text})
+
     def report_save(self, report: SaveReport) -> None:
         """Note how a save went."""
         if not report.seconds:

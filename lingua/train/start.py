@@ -20,17 +20,15 @@ from typing import Any
 import torch
 
 from lingua.checkpoint.layout import done_steps
-from lingua.checkpoint.load_weights import copy_weights
-from lingua.config.base import ConfigError, named
+from lingua.config.base import ConfigError
 from lingua.config.compose import code_named
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yaml
-from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.model import DecoderArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import note_run
 from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
-from lingua.distributed.process_group import World, from_main, on_every_rank
+from lingua.distributed.process_group import World, from_main
 from lingua.distributed.same_config import code_of
 from lingua.files import DiskError, read_bytes, write_whole
 from lingua.logger import log_to_folder
@@ -45,7 +43,6 @@ from lingua.run.throughput import Meter, find_peak
 from lingua.scheduler import this_job
 from lingua.train.check import Checked
 from lingua.train.learner import Run
-from lingua.train.load_model import bare_model
 from lingua.train.sizes import Resolved
 
 log = logging.getLogger(__name__)
@@ -263,18 +260,3 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     prompt = "import " if run.args.data.tokenizer.name != "none" else "0 0"
     log.info("  generate:         %s.generate ckpt=%s 'prompt=%s'", command, folder, prompt)
     log.info("  look at a bigger: uv run lingua check apps/main/configs/llama_1B_8H200.yaml")
-
-
-def say_sample(run: Run, prompt: str) -> None:
-    """Print a few words from the trained model. Collective: a sharded model needs all ranks."""
-    args = GeneratorArgs(temperature=0.7, top_p=0.9, max_gen_len=160)
-    model = run.model
-    if run.size.tp_size > 1:
-        # Tokens come one position at a time, which leaves all tensor-parallel ranks but one without any: there torch's
-        # gloo spoilt the heap (2.10, "malloc(): unaligned tcache chunk", now and then). So each rank has a whole copy.
-        model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, run.world.device, torch.float32))
-        copy_weights(run.model, model)
-    generator = named(run.args.objective, "generator")(model, run.tokenizer, args, add_bos=run.args.data.add_bos)
-    (answer,) = generator.generate([prompt])
-    if run.world.is_main:
-        log.info("a sample: %s%s", prompt, answer.text)

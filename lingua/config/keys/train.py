@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
@@ -90,7 +91,10 @@ class TrainArgs(Args):
     stop_signals: list[SignalName] = ["SIGINT", "SIGTERM", "SIGUSR2"]
     """Signals that stop, unless `signals` says otherwise."""
     sample_prompt: Text | None = None
-    """Prompt of a short sample printed at the end. Null: none."""
+    """Prompt that the model continues at the end, for people (samples.jsonl). Null: none."""
+    sample_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two such samples while the run trains; rank 0 holds the whole model once more meanwhile, in bf16
+    on a GPU. Null: only the one at the end."""
     data: DataArgs = DataArgs()
     optim: Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)] = AdamWArgs()
     loss: Annotated[SerializeAsAny[Part], part_of("loss", CrossEntropyArgs)] = CrossEntropyArgs()
@@ -137,6 +141,11 @@ class TrainArgs(Args):
         does |= dict.fromkeys(self.stop_signals, "stop")
         does |= {name: chosen for name, chosen in self.signals if chosen is not None}
         return sorted(name for name, chosen in does.items() if chosen == action)
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if self.sample_every is not None and self.sample_prompt is None:
+            text = f"sample_every is {self.sample_every}, but there is no prompt to continue"
+            yield "sample_every", f"{text}; set sample_prompt or drop it"
 
     @model_validator(mode="before")
     @classmethod

@@ -120,6 +120,11 @@ def make_run(path: Path) -> Path:
         for step, bpb, number, at_s in ((0, 9.0, 1, 8), (6, 5.0, 1, 25), (6, 4.0, 2, 72), (10, 3.0, 2, 82))
     ]
     (path / "metrics.validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in validations))
+    samples = [
+        {STEP: step, "prompt": "def ", "text": f"sample <b>{number}</b>\x1b[2J of {step}", "incarnation": number}
+        for step, number in ((4, 1), (6, 1), (6, 2), (10, 2))
+    ]
+    (path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     (path / "checkpoints").mkdir()
     mark = {"step": 10, "incarnation": 2, "created_at": T0 + 80, "seconds": 1.5, "bytes": 100}
     write_json(path / "checkpoints" / "checkpoint_0000000010.done", mark)

@@ -60,12 +60,14 @@ def test_a_page_tells_it_all_and_needs_no_other_file(tmp_path: Path, run: Histor
     read = Tags(page)
     for part in (
         "Training loss", "Held-out loss", "Where the time went", "Time line", "Evaluation tasks",
-        "weight: rms", "killed", "finished", "0 to 8", "4 to 10", "the disk is full", "a.yaml:3", "command line",
+        "def sample <b>1</b>\\x1b[2J of 4", "def sample <b>2</b>\\x1b[2J of 6", "weight: rms",
+        "killed", "finished", "0 to 8", "4 to 10", "the disk is full", "a.yaml:3", "command line",
     ):  # fmt: skip
         assert part in read.text, part
     assert "Learning rate" not in read.text  # it logs none, so there is no picture
     assert list(config_changes(tmp_path)) == [("1", "steps", "8", "10")]
     assert "hush" not in page
+    assert "sample <b>1</b>\\x1b[2J of 6" not in read.text  # the second attempt trained that step again
     needed = re.findall(r'(?:src|href|srcset)="([^"]*)"|url\(([^)]*)\)|(@import)', page)
     assert needed
     assert all("".join(each).startswith("data:") for each in needed)
