@@ -18,6 +18,7 @@ from apps.cli.data import app as data_app
 from apps.cli.drill import drill
 from apps.cli.replay import replay
 from apps.cli.sweep import app as sweep_app
+from apps.cli.watch import watch
 from lingua.config.command_line import (
     DEFAULT_APP,
     app_module,
@@ -240,7 +241,7 @@ def evaluate(
 
 app.command("export")(export_commands.export)
 app.command("import")(export_commands.import_)
-for command in (*run_commands.COMMANDS, drill, replay):
+for command in (*run_commands.COMMANDS, watch, drill, replay):
     app.command()(command)
 
 
