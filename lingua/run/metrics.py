@@ -1,4 +1,4 @@
-"""Writes the metrics of a run: `metrics.jsonl` and the like, wandb and TensorBoard.
+"""Writes the metrics of a run: `metrics.jsonl` and the like, wandb, TensorBoard and trackio.
 
 A line is written whole or retried with the next; a full disk is reported once and never ends the run, and neither does
 a tracker (tracking.py). Every line has its attempt, so that lines after a rollback can be told from those before. wandb
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from lingua.config.keys.logging import NO_TENSORBOARD, LoggingArgs, WandbArgs
+from lingua.config.keys.logging import NO_TENSORBOARD, LoggingArgs, TrackioArgs, WandbArgs
 from lingua.files import no_follow, read_bytes
 from lingua.masking import public_tree, public_word
 from lingua.run.tracking import Tracker
@@ -158,6 +158,9 @@ class MetricLogger:
             self._trackers.append(wandb_tracker(settings, config))
         if args.tensorboard:
             self._trackers.append(_tensorboard_tracker(run_dir))
+        if args.trackio is not None:
+            trackio, tree = args.trackio, public_tree(config)
+            self._trackers.append(Tracker("trackio", [lambda: _TrackioRun(trackio, run_name, tree)]))
         for tracker in self._trackers:
             tracker.wait_until_begun(BEGIN_S)
 
@@ -311,6 +314,22 @@ def _has_wandb_key() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):  # no ~/.netrc, or a damaged one
         return False
+
+
+class _TrackioRun:
+    folder: str | None = None
+
+    def __init__(self, args: TrackioArgs, run_name: str, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        settings = {"project": run_name, "name": run_name} | args.model_dump(exclude_none=True)
+        self._run = trackio.init(config=dict(config), resume="allow", embed=False, **settings)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._run.log({key: value for key, value in record.items() if key != "global_step"}, step=record["global_step"])
+
+    def finish(self, exit_code: int) -> None:
+        self._run.finish()
 
 
 def _tensorboard_tracker(run_dir: Path) -> Tracker:

@@ -15,6 +15,28 @@ NO_TENSORBOARD = (
     "`pip install '.[tensorboard]'` installs it; or set logging.tensorboard=false"
 )
 
+NO_TRACKIO = (
+    "logging.trackio is set, but the package trackio is missing; `uv pip install trackio` installs it (it is no extra, "
+    "since it holds other packages back); or set logging.trackio=null"
+)
+
+
+class TrackioArgs(Args):
+    """A run of trackio, which needs no account; keys are those of `trackio.init`. `trackio show` draws it."""
+
+    project: Text | None = None
+    """Project. Null: the run's name."""
+    name: Text | None = None
+    """Name, which a restart goes on with. Null: the run's name."""
+    group: Text | None = None
+    """Group of runs."""
+    space_id: Text | None = None
+    """Hugging Face Space to log to. Null: a folder of this machine (TRACKIO_DIR)."""
+    server_url: Text | None = None
+    """Server of one's own to log to."""
+    private: bool | None = None
+    """A new Space is private."""
+
 
 class WandbArgs(Args):
     """Weights & Biases run; keys are those of `wandb.init`."""
@@ -74,7 +96,11 @@ class LoggingArgs(Args):
     """Null: no wandb."""
     tensorboard: bool = False
     """Write TensorBoard files too (needs the extra `tensorboard`)."""
+    trackio: TrackioArgs | None = None
+    """Null: no trackio (needs the package `trackio`)."""
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             yield "logging.tensorboard", NO_TENSORBOARD
+        if self.trackio is not None and importlib.util.find_spec("trackio") is None:
+            yield "logging.trackio", NO_TRACKIO

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lingua.config.keys.logging import LoggingArgs, WandbArgs
+from lingua.config.keys.logging import LoggingArgs, TrackioArgs, WandbArgs
 from lingua.run import metrics as metrics_module
 from lingua.run.metrics import JsonLines, MetricLogger, last_line, read_metrics
 from lingua.run.tracking import Tracker
@@ -86,6 +86,38 @@ def test_wandb_offline_keeps_its_id_over_restarts_and_takes_steps_that_go_back(t
 def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"logging\.tensorboard"):
         MetricLogger(tmp_path, LoggingArgs(tensorboard=True), attempt=1, run_name="x", config={})
+
+
+def test_trackio_gets_each_record_with_its_step_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake, said = ModuleType("trackio"), []
+
+    class Run:
+        def log(self, metrics: dict[str, Any], step: int) -> None:
+            said.append((step, metrics))
+
+        def finish(self) -> None:
+            said.append("finished")
+
+    def init(**settings: Any) -> Run:
+        said.append(settings)
+        return Run()
+
+    monkeypatch.setattr(fake, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    config = {"seed": 1, "env": {"WANDB_API_KEY": "hush"}}
+    args = LoggingArgs(trackio=TrackioArgs(project="p"))
+    with MetricLogger(tmp_path, args, attempt=1, run_name="x", config=config) as metrics:
+        metrics.log({"global_step": 2, "loss/out": 2.5})
+        metrics.log_validation({"global_step": 1, "a/bpb": 3.0})  # of a step that comes again after a rollback
+    begun, *records = said
+    assert (begun["project"], begun["name"], begun["resume"]) == ("p", "x", "allow")
+    assert begun["config"] == {"seed": 1, "env": {"WANDB_API_KEY": "***"}}
+    assert records == [(2, {"loss/out": 2.5}), (1, {"validation/a/bpb": 3.0}), "finished"]
+
+
+@pytest.mark.skipif(find_spec("trackio") is not None, reason="trackio is installed")
+def test_trackio_that_is_not_installed_is_named_before_the_run():
+    assert [key for key, _ in LoggingArgs(trackio=TrackioArgs()).conflicts(None)] == ["logging.trackio"]
 
 
 class FakeWandb(ModuleType):
