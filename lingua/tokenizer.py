@@ -231,7 +231,7 @@ _O200K = (
     r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"""
     r"""\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-_SPLITS = {"gpt2": _GPT2, "cl100k": _CL100K, "o200k": _O200K}
+SPLITS = {"gpt2": _GPT2, "cl100k": _CL100K, "o200k": _O200K}
 _LLAMA3 = {
     "<|begin_of_text|>": 0,
     "<|end_of_text|>": 1,
@@ -251,7 +251,7 @@ def ranks_kind(n_ranks: int, split: str = "auto") -> Ranks | None:
     """
     llama3 = {name: n_ranks + i for name, i in _LLAMA3.items()}
     if split != "auto":
-        return Ranks(_SPLITS[split], llama3)
+        return Ranks(SPLITS[split], llama3)
     end = "<|endoftext|>"
     if n_ranks in (50256, 50280):  # r50k (GPT-2), p50k
         return Ranks(_GPT2, {end: 50256}, end, end)
@@ -298,7 +298,7 @@ def read_ranks(path: Path, split: str) -> tuple[dict[bytes, int], Ranks]:
     if kind is None:
         raise ConfigError(
             f"{path}: no known tokenizer has {len(ranks)} ranks, and the file does not say how text is split; "
-            f"set data.tokenizer.split to {', '.join(_SPLITS)}, whichever its makers used"
+            f"set data.tokenizer.split to {', '.join(SPLITS)}, whichever its makers used"
         )
     free = sorted(set(range(len(ranks) + kind.n_special)) - set(ranks.values()) - set(kind.special.values()))
     reserved = {f"<|reserved_special_token_{n}|>": token for n, token in enumerate(free)}

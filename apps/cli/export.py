@@ -41,6 +41,7 @@ class Format(StrEnum):
     hf = "hf"
     safetensors = "safetensors"
     torch = "torch"
+    gguf = "gguf"
 
 
 class Dtype(StrEnum):
@@ -66,7 +67,7 @@ def export(
         typer.Option(
             "--format",
             help="hf: what AutoModelForCausalLM opens, with the tokenizer; safetensors: our names and config.yaml; "
-            "torch: consolidated.pth and config.yaml.",
+            "torch: consolidated.pth and config.yaml; gguf: model.gguf and a Modelfile, for llama.cpp and Ollama.",
         ),
     ] = Format.hf,
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: as they are stored.")] = None,
@@ -77,7 +78,7 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model for other programs: a Hugging Face folder, safetensors, or one torch file.
+    """Write a model for other programs: a Hugging Face folder, safetensors, one torch file, or GGUF.
 
     Without @STEP, exports the newest checkpoint that verifies. The run is only read, so it may be training or somebody
     else's.
@@ -86,6 +87,8 @@ def export(
     show_made(made, as_json)
     if form is Format.hf and not as_json:
         print(f'open it with\n  AutoModelForCausalLM.from_pretrained("{made.folder}")')
+    if form is Format.gguf and not as_json:
+        print(f"open it with\n  llama-cli -m {shlex.quote(str(made.folder / 'model.gguf'))} -p PROMPT")
 
 
 def import_(
@@ -157,13 +160,19 @@ def make_export(
 
     files = files or DISK
     if dtype is not None and form is Format.torch:
-        raise ConfigError("--dtype goes with --format hf and safetensors; a torch file has the stored type")
+        raise ConfigError("--dtype goes with --format hf, safetensors and gguf; a torch file has the stored type")
     if form is Format.torch and without_ema(place)[1]:
         raise ConfigError(f"--format torch does not take {EMA_SUFFIX}; use --format safetensors")
-    if trim_vocab and form is not Format.hf:
-        raise ConfigError("--trim-vocab goes with --format hf; our own programs know the tokenizer")
+    if trim_vocab and form not in (Format.hf, Format.gguf):
+        raise ConfigError("--trim-vocab goes with --format hf and gguf; our own programs know the tokenizer")
     config = config_of(place)
-    translated = _translated(config) if form is Format.hf else None  # before the weights, which take long to verify
+    # Before the weights, which take long to verify.
+    translated = _translated(config) if form in (Format.hf, Format.gguf) else None
+    if translated is not None and form is Format.gguf:
+        from lingua.checkpoint.gguf import Gguf, must_be_gguf, write_gguf
+
+        must_be_gguf(translated[0], translated[1].model_types[0])
+        translated = translated[0], Gguf(), translated[2]
     made = Made(out, place)
     with (
         whole_folder(out, files=files) as folder,
@@ -179,12 +188,17 @@ def make_export(
             if translated is not None:
                 args, translation, made.warnings = translated
                 items = as_theirs(source, args.model, translation, _rows_to_keep(args, trim_vocab), torch_type)
-                made.warnings += _describe(folder, args, translation, items[0], checkpoint, files)
             else:
                 items = as_ours(source, torch_type)
+            if translated is not None and form is Format.hf:
+                made.warnings += _describe(folder, args, translation, items[0], checkpoint, files)
             progress.begin("writing", sum(item.size_bytes for item in items))
-            write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
-        if form is not Format.hf:
+            if translated is not None and form is Format.gguf:
+                _same_tokenizer(args, checkpoint)
+                write_gguf(folder, args, items, advance=progress.advance, files=files)
+            else:
+                write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
+        if form in (Format.safetensors, Format.torch):
             write_whole(folder / CONFIG_FILE, public_yaml(_travelling(config)), files=files)
         _count(made, folder)
     return made
@@ -289,9 +303,9 @@ def _describe(
 ) -> list[str]:
     """Write config.json, generation_config.json and the tokenizer; return warnings."""
     from lingua.config.base import ConfigError
-    from lingua.files import RunError, write_json
+    from lingua.files import RunError, write_json, write_whole
     from lingua.model import huggingface
-    from lingua.model.tokenizer_json import write_tokenizer
+    from lingua.model.tokenizer_json import ANSWER_TEMPLATE, CHAT_TEMPLATE_FILE, write_tokenizer
     from lingua.tokenizer import build_tokenizer
 
     max_seqlen = max(args.model.max_seqlen, args.data.seq_len)
@@ -309,6 +323,8 @@ def _describe(
         ids = tokenizer.bos_id, tokenizer.eos_id
         settings = {"add_bos": args.data.add_bos, "max_seqlen": max_seqlen}
         warning = write_tokenizer(args.data.tokenizer, folder, **settings, files=files)
+        if args.data.loss_on == "completion" and not (folder / CHAT_TEMPLATE_FILE).exists():
+            write_whole(folder / CHAT_TEMPLATE_FILE, ANSWER_TEMPLATE, files=files)
         warnings = [warning] if warning else []
     except (ConfigError, RunError) as error:
         warnings = [f"no tokenizer was exported: {error}"]

@@ -18,6 +18,9 @@ from lingua.tokenizer import Tokenizer, build_tokenizer, read_ranks, tokenizer_f
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+ANSWER_TEMPLATE = "{{ messages[-1]['content'] }}"
+"""Of a run with data.loss_on: completion: documents are a prompt and its answer, and nothing in between."""
 HUGGING_FACE_FILES = (
     TOKENIZER_FILE,
     SETTINGS_FILE,
@@ -25,7 +28,7 @@ HUGGING_FACE_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE_FILE,
     SENTENCEPIECE_FILE,
 )
 """What belongs to a tokenizer in a Hugging Face folder."""

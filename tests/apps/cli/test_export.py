@@ -239,7 +239,7 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path) -> 
     )
     with pytest.raises(RunError, match=r"wk\.weight is \(16, 32\) there and \(32, 32\) by its config.*no layers\.1\."):
         make_export(str(tmp_path / "run"), tmp_path / "hf", Format.hf)
-    with pytest.raises(ConfigError, match="--dtype goes with --format hf and safetensors"):
+    with pytest.raises(ConfigError, match="--dtype goes with --format hf, safetensors and gguf"):
         make_export(str(tmp_path / "run"), tmp_path / "hf", Format.torch, dtype=Dtype.bf16)
     with pytest.raises(ConfigError, match="--trim-vocab goes with --format hf"):
         make_export(str(tmp_path / "run"), tmp_path / "hf", Format.safetensors, trim_vocab=True)
