@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
@@ -112,3 +114,112 @@ class FakeHub:
 
 def _git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class ModelHub:
+    """A hub that takes models: repositories, branches, large and small files, commits. Keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, dict[str, dict[str, bytes]]] = {}
+        """Files of each branch of each model."""
+        self.visibility: dict[str, str | None] = {}
+        self.keys: set[str] = set()
+        """Authorization headers that came."""
+        self.messages: list[str] = []
+        """Of commits."""
+        self._large: dict[str, bytes] = {}
+
+    def __enter__(self) -> ModelHub:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub._answer(self, b"")
+
+            def do_POST(self) -> None:
+                hub._answer(self, b"".join(self._body()))
+
+            def _body(self) -> Iterator[bytes]:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                    return
+                while n_bytes := int(self.rfile.readline(), 16):
+                    yield self.rfile.read(n_bytes)
+                    self.rfile.readline()
+                self.rfile.readline()
+
+            do_PUT = do_POST  # noqa: N815
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
+        self.keys.add(request.headers.get("Authorization", ""))
+        status, value = self._act(unquote(urlsplit(request.path).path), body)
+        text = json.dumps(value).encode()
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(text)))
+        request.end_headers()
+        request.wfile.write(text)
+        request.close_connection = True
+
+    def _act(self, path: str, body: bytes) -> tuple[int, object]:
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo = f"{wanted['organization']}/{wanted['name']}"
+            if repo in self.models:
+                return 409, {"error": "exists", "url": f"{self.url}/{repo}"}
+            self.models[repo], self.visibility[repo] = {"main": {".gitattributes": b""}}, wanted.get("visibility")
+            return 200, {"url": f"{self.url}/{repo}"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path.startswith("/lfs/"):
+            self._large[path.removeprefix("/lfs/")] = body
+            return 200, {}
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for each in objects:
+                each["actions"] = {"upload": {"href": f"{self.url}/lfs/{each['oid']}"}}
+            return 200, {"transfer": "basic", "objects": objects}
+        user, name, act, branch = path.removeprefix("/api/models/").split("/", 3)
+        branches = self.models.get(f"{user}/{name}")
+        if branches is None:
+            return 404, {"error": "Repository not found"}
+        if act == "branch":
+            made = branch not in branches
+            branches.setdefault(branch, dict(branches["main"]))
+            return (200, {}) if made else (409, {"error": "exists"})
+        if act == "tree":
+            return 200, [
+                {"type": "file", "path": name, "size": len(data), "oid": _git_sha1(data)}
+                for name, data in branches[branch].items()
+            ]
+        if act == "preupload":
+            files = json.loads(body)["files"]
+            modes = {each["path"]: "lfs" if each["size"] >= LFS_BYTES else "regular" for each in files}
+            return 200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
+        assert act == "commit", path
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.messages.append(value["summary"])
+            elif line["key"] == "file":
+                branches[branch][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                branches[branch][value["path"]] = self._large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del branches[branch][value["path"]]
+        return 200, {"commitUrl": f"{self.url}/{user}/{name}/commit/{'a' * 40}", "commitOid": "a" * 40}

@@ -11,11 +11,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from apps.cli import chat as chat_command
 from apps.cli import export as export_commands
 from apps.cli import runs as run_commands
 from apps.cli.ckpt import app as ckpt_app
 from apps.cli.data import app as data_app
 from apps.cli.drill import drill
+from apps.cli.push import push
 from apps.cli.replay import replay
 from apps.cli.sweep import app as sweep_app
 from apps.cli.watch import watch
@@ -241,7 +243,8 @@ def evaluate(
 
 app.command("export")(export_commands.export)
 app.command("import")(export_commands.import_)
-for command in (*run_commands.COMMANDS, watch, drill, replay):
+app.command(context_settings=PASSED_ON)(chat_command.chat)
+for command in (*run_commands.COMMANDS, watch, push, drill, replay):
     app.command()(command)
 
 

@@ -153,6 +153,8 @@ class Generator:
         self.args = args
         self.add_bos = add_bos and tokenizer.bos_id is not None
         self.max_seqlen: int = model.args.max_seqlen  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
+        self.on_text: Callable[[str], None] | None = None
+        """Called after each token of a single prompt with the text so far, whose last character may not be whole."""
         self._prefill = _maybe_compiled(model, args.compile_prefilling)
         self._next = _maybe_compiled(model, args.reduce_generation_overhead)
 
@@ -206,6 +208,8 @@ class Generator:
             tokens = sample(logits[:, -1, : self.tokenizer.vocab_size], args, random)
             for row, token in zip(active, tokens.tolist(), strict=True):
                 row.add(token)
+            if self.on_text is not None and len(rows) == 1 and rows[0].end is None:
+                self.on_text(self.tokenizer.decode(rows[0].ids))
             going = [at for at, row in enumerate(active) if row.end is None]
             if not going:
                 return rows

@@ -1,0 +1,222 @@
+"""`lingua chat RUN`: type to a model and read its answer as it comes, with line editing, history and keys to turn."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lingua.logger import printable
+
+if TYPE_CHECKING:
+    from lingua.model.generate import Generator
+
+DEFAULTS = ["temperature=0.8", "top_k=50", "max_gen_len=256"]
+HELP = """/more            go on where the answer ended
+/again           answer the same once more
+/new             forget the conversation
+/KEY=VALUE       temperature, top_k, top_p, max_gen_len, until, seed: /temperature=0.5
+/quit, Ctrl-D    end; Ctrl-C ends an answer
+A line that ends with \\ goes on in the next."""
+
+
+def chat(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN[@STEP] [KEY=VALUE] ...", help="A run, or whatever `lingua generate` takes; keys."),
+    ],
+    template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja template of `messages`, as in tokenizers of Hugging Face."),
+    ] = None,
+) -> None:
+    """Type to a model, and read what it writes as it comes.
+
+    A pretrained model continues what you type. A run trained with data.loss_on=completion answers it: each prompt
+    alone, as in its training, unless a chat_template.jinja beside the weights or --template says how a conversation
+    is written. /help lists what else can be typed; keys are those of `lingua generate`.
+    """
+    from apps.main.generate import load_generator, read_command_line
+    from lingua.config.command_line import parse_command_line
+    from lingua.train.describe import described
+
+    line = parse_command_line(words)
+    line.overrides[:0] = DEFAULTS
+    config, args = read_command_line(line)
+    run_args = described(config, args.app)
+    text = template_of(config.parent, template, answers=run_args.data.loss_on == "completion")
+    talk = Talk(load_generator(run_args, args), text, _write)
+    if sys.stdin.isatty():
+        print("it continues what you type" if text is None else "it answers what you type", end="; ", file=sys.stderr)
+        print("/help lists what else can be typed, Ctrl-D ends", file=sys.stderr)
+    with _history():
+        for typed in typed_lines():
+            if not talk.take(typed):
+                return
+
+
+def template_of(folder: Path, chosen: Path | None, *, answers: bool) -> str | None:
+    """Return the template of a conversation; None for a model that continues text. Raises ConfigError."""
+    from lingua.config.base import ConfigError
+    from lingua.model.tokenizer_json import ANSWER_TEMPLATE, CHAT_TEMPLATE_FILE
+
+    beside = folder / CHAT_TEMPLATE_FILE
+    file = chosen or (beside if beside.is_file() else None)
+    if file is None:
+        return ANSWER_TEMPLATE if answers else None
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--template {file} cannot be read: {error}; name a file of text") from None
+
+
+class Talk:
+    """A conversation with a generator. `template`: None continues text."""
+
+    def __init__(self, generator: Generator, template: str | None, write: Callable[[str], None]) -> None:
+        self._generator, self._template, self._write = generator, template, write
+        self._prompt = ""
+        """What was given to the model last."""
+        self._answer = ""
+        self._messages: list[dict[str, str]] = []
+
+    def take(self, typed: str) -> bool:
+        """Answer a line, or do what it asks for; return whether the conversation goes on."""
+        word = typed.strip()
+        if word == "/quit":
+            return False
+        if word == "/help":
+            self._write(HELP + "\n")
+        elif word == "/new":
+            self._prompt, self._answer, self._messages = "", "", []
+        elif word in ("/more", "/again") and not self._prompt:
+            self._write("nothing was said yet\n")
+        elif word == "/more":
+            self._say(self._prompt + self._answer, before=self._answer)
+        elif word == "/again":
+            self._say(self._prompt)
+        elif "=" in word and word[0] == "/" and word[1:].partition("=")[0].strip() in _KEYS:
+            self._turn(word[1:])
+        elif word.startswith("/"):
+            self._write(f"{word.split()[0]} is not known; /help lists what is (text may begin with a blank)\n")
+        elif typed:
+            if self._template is not None:
+                self._messages.append({"role": "user", "content": typed})
+            self._say(typed if self._template is None else rendered(self._template, self._messages))
+        return True
+
+    def _turn(self, setting: str) -> None:
+        """Set a key of the generator, checked as in a config."""
+        from lingua.config.base import ConfigError
+        from lingua.config.compose import compose
+
+        key, value = (part.strip() for part in setting.split("=", 1))
+        try:
+            now = self._generator.args
+            changed = compose(None, [], [f"{key}={value}"], type(now)).args
+            self._generator.args = now.model_copy(update={key: getattr(changed, key)})
+        except ConfigError as error:
+            self._write(f"{error}\n")
+
+    def _say(self, prompt: str, before: str = "") -> None:
+        """Generate after a prompt, and write it as it comes. Ctrl-C keeps what has come."""
+        shown, n_held = "", max([0, *map(len, self._generator.args.until)])
+
+        def come(text: str, *, last: bool = False) -> None:
+            nonlocal shown
+            # A character or a stop string that is not whole yet waits.
+            safe = text if last else text[: len(text) - n_held].rstrip("\ufffd")
+            if safe.startswith(shown):
+                self._write(safe[len(shown) :])
+                shown = safe
+
+        self._generator.on_text = come
+        if self._template is None and not before:
+            self._write(prompt)
+        try:
+            (answer,) = self._generator.generate([prompt])
+            come(answer.text, last=True)
+            shown = answer.text
+        except KeyboardInterrupt:
+            self._write(" ...")
+        except ValueError as error:  # text that the tokenizer does not take
+            self._write(str(error))
+        self._write("\n")
+        self._prompt, self._answer = prompt.removesuffix(before) if before else prompt, before + shown
+        if self._template is not None:
+            if self._messages[-1]["role"] == "assistant":
+                self._messages.pop()
+            self._messages.append({"role": "assistant", "content": self._answer})
+        seed = self._generator.args.seed + 1  # or the same prompt would be answered alike
+        self._generator.args = self._generator.args.model_copy(update={"seed": seed})
+
+
+_KEYS = ("temperature", "top_k", "top_p", "max_gen_len", "until", "seed", "sampler", "diffusion_steps", "block")
+
+
+def rendered(template: str, messages: list[dict[str, str]]) -> str:
+    """Fill in a template; it may be anybody's, so it runs nothing. Raises ConfigError."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from lingua.config.base import ConfigError
+
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        more: dict[str, Any] = {"add_generation_prompt": True, "bos_token": "", "eos_token": ""}
+        return environment.from_string(template).render(messages=messages, **more)
+    except TemplateError as error:
+        raise ConfigError(f"the chat template: {error}; choose another with --template FILE") from None
+
+
+def _write(text: str) -> None:
+    out = getattr(sys.stdout, "unescaped", sys.stdout)
+    out.write(printable(text) if out.isatty() else text)
+    out.flush()
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield what is typed, until the end of input."""
+    asks, whole = sys.stdin.isatty(), ""
+    while True:
+        try:
+            line = input(("... " if whole else "> ") if asks else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            whole = ""
+            continue
+        if line.endswith("\\"):
+            whole += line[:-1] + "\n"
+            continue
+        yield whole + line
+        whole = ""
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Edit lines, and keep them from one conversation to the next, in the state folder of the user."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import readline
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "lingua"
+    file = state / "chat_history"
+    readline.set_history_length(1000)
+    with suppress(OSError):  # there is none yet
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
+        except OSError as error:
+            print(f"the history is not kept: {error}", file=sys.stderr)
