@@ -35,6 +35,7 @@ from lingua.config.base import (
     plain,
     sections_at,
     show,
+    too_large,
     unknown_key,
 )
 from lingua.config.keys.eval import EvalArgs
@@ -451,7 +452,7 @@ def _validate(
     for _ in range(4):
         try:
             args = schema.model_validate(tree)
-            found = _too_large(args)
+            found = too_large(args)
             if not found:
                 return args, findings
         except ValidationError as error:
@@ -462,26 +463,6 @@ def _validate(
         for key, _ in found:
             _leave_out(tree, key)
     return None, findings
-
-
-def _too_large(args: Args) -> list[tuple[Key, str]]:
-    """Find whole numbers that neither torch nor JSON can hold. A validator of each field would cost 80 ms a start."""
-    found: dict[int, Key] = {}  # the first key of each: others take it over, as data.seed does
-    for key, value in _leaves(args):
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            found.setdefault(value, key)
-    largest = f"{(1 << 63) - 1} is the largest whole number"
-    return [(key, f"{dotted_key(key)}: {value} has more than 64 bits; {largest}") for value, key in found.items()]
-
-
-def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    if isinstance(value, Args):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
-    if isinstance(value, dict | list):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, (*key, name))
-    else:
-        yield key, value
 
 
 def _read_environment_numbers(error: ValidationError, tree: Any, interpolated: set[Key]) -> bool:
