@@ -78,8 +78,10 @@ ALLOWED = {
         scripts/bench_eval.py:make_run write_text
         scripts/bench_eval.py:make_tasks write_text
         scripts/bench_step.py:measure_loop rmtree
+        scripts/bench_loader.py:write_formats link
+        scripts/bench_loader.py:write_formats write_bytes
         scripts/bench_step.py:main write_text
-        scripts/compare_families.py:train open
+        scripts/compare_families.py:validations open
     """,
 }
 

@@ -289,9 +289,13 @@ def _fit(
 
 
 def _typed(line: CommandLine, choices: Mapping[str, Choice]) -> CommandLine:
-    """Return a command line with the choices before what was typed, which so goes before the rules."""
+    """Return a command line with the choices before what was typed, which so goes before the rules.
+
+    A run that has the config's name already does not bind the recipe: its folder is none that exists.
+    """
+    nowhere = f"dump_dir=out/.recipe-{os.getpid()}"
     chosen = [f"{key}={orjson.dumps(choice.value).decode()}" for key, choice in choices.items()]
-    return replace(line, overrides=[*chosen, *line.overrides])
+    return replace(line, overrides=[nowhere, *chosen, *line.overrides])
 
 
 def _written(

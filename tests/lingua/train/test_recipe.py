@@ -58,6 +58,14 @@ def test_what_is_printed_passes_the_check_and_fits(
     )
 
 
+def test_a_run_of_that_name_does_not_bind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("debug", "recipe_1M"):
+        (tmp_path / "out" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "out" / name / "config.yaml").write_text("data: {seq_len: 7}\nsteps: 3\n")
+    assert made("1M", config=Path(__file__).parents[3] / SAMPLE, gpus="cpu").checked.args.data.seq_len > 7
+
+
 def test_data_come_from_a_config_and_what_is_typed_goes_before_the_rules(tmp_path: Path):
     config = tmp_path / "data.yaml"
     config.write_text(
