@@ -169,7 +169,7 @@ def make_export(
     # Before the weights, which take long to verify.
     translated = _translated(config) if form in (Format.hf, Format.gguf) else None
     if translated is not None and form is Format.gguf:
-        from lingua.checkpoint.gguf import Gguf, must_be_gguf, write_gguf
+        from lingua.checkpoint.gguf import Gguf, must_be_gguf
 
         must_be_gguf(translated[0], translated[1].model_types[0])
         translated = translated[0], Gguf(), translated[2]
@@ -188,14 +188,16 @@ def make_export(
             if translated is not None:
                 args, translation, made.warnings = translated
                 items = as_theirs(source, args.model, translation, _rows_to_keep(args, trim_vocab), torch_type)
+                if form is Format.hf:
+                    made.warnings += _describe(folder, args, translation, items[0], checkpoint, files)
             else:
                 items = as_ours(source, torch_type)
-            if translated is not None and form is Format.hf:
-                made.warnings += _describe(folder, args, translation, items[0], checkpoint, files)
             progress.begin("writing", sum(item.size_bytes for item in items))
             if translated is not None and form is Format.gguf:
-                _same_tokenizer(args, checkpoint)
-                write_gguf(folder, args, items, advance=progress.advance, files=files)
+                from lingua.checkpoint.gguf import write_gguf
+
+                _same_tokenizer(translated[0], checkpoint)
+                write_gguf(folder, translated[0], items, advance=progress.advance, files=files)
             else:
                 write_safetensors(folder, items, shard_bytes, advance=progress.advance, files=files)
         if form in (Format.safetensors, Format.torch):

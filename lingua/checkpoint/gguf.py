@@ -78,7 +78,8 @@ def write_gguf(
     files: Files = DISK,
 ) -> None:
     """Write model.gguf and the Modelfile. `items`: under the names of `Gguf`, the embedding first."""
-    weights, model, max_seqlen = items[0].dtype, args.model, max(args.model.max_seqlen, args.data.seq_len)
+    model: Any = args.model
+    weights, max_seqlen = items[0].dtype, max(model.max_seqlen, args.data.seq_len)
     items = [replace(item, dtype=torch.float32) if len(item.shape) == 1 else item for item in items]
     if scaling := getattr(model, "rope_scaling", None):
         plain, scaled = (rotary_frequencies(model.head_width, model.rope_theta, each) for each in (None, scaling))

@@ -320,7 +320,7 @@ class _TrackioRun:
     folder: str | None = None
 
     def __init__(self, args: TrackioArgs, run_name: str, config: Mapping[str, Any]) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports] - in no extra
 
         settings = {"project": run_name, "name": run_name} | args.model_dump(exclude_none=True)
         self._run = trackio.init(config=dict(config), resume="allow", embed=False, **settings)
