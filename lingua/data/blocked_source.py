@@ -444,7 +444,7 @@ class BlockedSource(ABC):
         finally:
             self.bad = bad
 
-    def n_tokens(self, document: Document, tokenizer: Tokenizer) -> int:
+    def tokens_of(self, document: Document, tokenizer: Tokenizer) -> int:
         """Tokens of a document without its ends. Raises TokenizerError."""
         return len(tokenizer.encode(document.text, False, False))
 
@@ -461,7 +461,7 @@ class BlockedSource(ABC):
                 seen, n_chars = seen + document.end - document.start, n_chars + len(document.text)
                 n_documents += 1
                 with contextlib.suppress(TokenizerError):  # the loader counts it
-                    n_tokens += self.n_tokens(document, tokenizer) + n_ends
+                    n_tokens += self.tokens_of(document, tokenizer) + n_ends
                 if max(seen, n_chars) >= share * _SAMPLE_BYTES or n_documents >= share * _SAMPLE_DOCUMENTS:
                     break
         return int(self.size * n_tokens / max(1, seen))

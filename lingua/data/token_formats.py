@@ -188,7 +188,7 @@ class TokenFormat(BlockedSource):
         assert self.vocabulary is not None
         return borders_of(self.layouts[file], self.vocabulary)
 
-    def n_tokens(self, document: Document, tokenizer: Tokenizer) -> int:
+    def tokens_of(self, document: Document, tokenizer: Tokenizer) -> int:
         return len(all_ids(document))
 
     def reader(self) -> Reader:

@@ -230,7 +230,7 @@ def test_the_floor_of_a_context_lies_between_two_bounds() -> None:
     assert floor.most is not None
     assert floor.nats - 3 * floor.error < exact < floor.most + 3 * floor.error
     assert 0 < floor.most - floor.nats < 0.1
-    assert Floor(*list(floor)) == floor
+    assert Floor._make(floor) == floor
     assert str(floor).endswith(f" (at most {floor.most:.4f})")
 
 
