@@ -13,8 +13,7 @@ from lingua.config.command_line import parse_command_line
 from lingua.console import AsJson, Commands, progress_shown, show
 
 if TYPE_CHECKING:
-    from lingua.config.keys.data import DataArgs
-    from lingua.data.audit import SpanOrigin
+    from lingua.data.audit import Part, SpanOrigin
 
 app = Commands(help="Inspect, index and tokenize data, and prove what a run has read.")
 
@@ -66,31 +65,36 @@ def preview(
     words: Words,
     steps: Annotated[int, typer.Option(min=1, help="Steps to read.")] = 1,
     rows: Annotated[int, typer.Option(min=0, help="First rows to show.")] = 2,
+    phase: Annotated[str | None, typer.Option(help="Of a run with phases: which. Default: the first.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the mixture as it will be read: documents and tokens per source, epochs, first rows decoded.
 
-    Reads and tokenizes the rows of these steps, as training would. Epochs at the end of the run are estimated from
-    1 MiB of text per source.
+    Reads and tokenizes the rows of these steps, as training would; those of a later phase as if it came first. Epochs
+    at the end of the run, or phase, are estimated from 1 MiB of text per source.
     """
+    from lingua.config.base import ConfigError
     from lingua.data.inspect import preview_mixture
     from lingua.data.sources import with_default_sources
     from lingua.train.check import load
 
     line = parse_command_line(words)
-    checked = load(line)
-    size = checked.resolved
+    phases = load(line).phases
+    one = phases[0] if phase is None else next((each for each in phases if each.name == phase), None)
+    if one is None:
+        raise ConfigError(f"--phase {phase}: the phases are {', '.join(p.name for p in phases if p.written) or 'none'}")
     with progress_shown() as progress:
         facts = preview_mixture(
-            with_default_sources(checked.args.data),
-            size.lanes,
-            size.rows_per_step,
+            with_default_sources(one.args.data.model_copy(update={"resting": []})),
+            one.size.lanes,
+            one.size.rows_per_step,
             n_steps=steps,
-            n_steps_of_run=size.n_steps,
+            n_steps_of_run=one.last - one.first,
             n_rows_shown=rows,
             progress=progress,
         )
-    show(facts, as_json)
+    of_phase = {"phase": one.name, "first_step": one.first + 1, "last_step": one.last} if one.written else {}
+    show(of_phase | facts, as_json)
 
 
 @app.command()
@@ -208,25 +212,21 @@ def audit(
     """
     from dataclasses import asdict
 
-    from lingua.data.audit import audit as confirm
+    from lingua.data.audit import audit_parts
 
-    args, n_lanes, rows_per_step, first_row, states = read_run(run)
+    parts, n_lanes, states = read_run(run)
     with progress_shown() as progress:
-        found = confirm(
-            args,
+        found = audit_parts(
+            parts,
             n_lanes,
-            rows_per_step,
             states,
-            first_row=first_row,
             count_tokens=tokens,
             content=content,
             n_workers=workers,
             progress=progress,
         )
-    if args.skip_rows:
-        found.notes.append(
-            f"rows {args.skip_rows} are passed over: by data.skip_rows, or since a step went wrong there"
-        )
+    if skipped := parts[0].args.skip_rows:
+        found.notes.append(f"rows {skipped} are passed over: by data.skip_rows, or since a step went wrong there")
     show({"ok": not found.problems, **asdict(found)}, as_json)
     raise typer.Exit(1 if found.problems else 0)
 
@@ -244,15 +244,23 @@ def rows(
     """
     from lingua.config.base import ConfigError
     from lingua.config.frozen import read_frozen
-    from lingua.data.audit import rows_of_step
+    from lingua.data.audit import part_of_step, rows_of_step
 
     n_steps = (read_frozen(run) or {}).get("steps")
     if isinstance(n_steps, int) and step > n_steps:
         raise ConfigError(f"--step {step}: {run} ends at step {n_steps}; name a step up to that")
-    args, n_lanes, rows_per_step, first_row, states = read_run(run)
-    table = list(rows_of_step(args, n_lanes, rows_per_step, states, step, first_row=first_row))
-    record = {"step": step, "rows": [{"row": n, "documents": [o._asdict() for o in parts]} for n, parts in table]}
+    parts, n_lanes, states = read_run(run)
+    part = part_of_step(parts, step)
+    how: dict[str, Any] = {"first_row": part.first_row, "border": part.first, "switch": part.switch}
+    table = list(rows_of_step(part.args, n_lanes, part.rows_per_step, part.states(states), step, **how))
+    in_phase = {"phase": part.name} if part.name else {}
+    record = {
+        "step": step,
+        **in_phase,
+        "rows": [{"row": n, "documents": [o._asdict() for o in parts]} for n, parts in table],
+    }
     lines = [line for n, parts in table for line in (f"row {n}", *document_lines(parts, chars))]
+    lines = [f"phase {part.name}", *lines] if part.name else lines
     show(record, as_json, lines)
 
 
@@ -264,14 +272,15 @@ def document_lines(documents: Iterable[SpanOrigin], chars: int) -> Iterator[str]
         yield f"    {one.text[:chars]!r}{' ...' if len(one.text) > chars else ''}"
 
 
-def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, Any]]]:
-    """Return the data section, lanes, rows per step, first row and the loader's state of each published checkpoint."""
+def read_run(run: Path) -> tuple[list[Part], int, dict[int, dict[str, Any]]]:
+    """Return the parts of a run, its lanes, and the loader's state of each published checkpoint."""
     from lingua.checkpoint import layout
     from lingua.checkpoint.documents import read_states
     from lingua.checkpoint.lookup import root_of
     from lingua.config.base import ConfigError
     from lingua.config.frozen import CONFIG_FILE, read_config
     from lingua.config.keys.data import DataArgs
+    from lingua.data.audit import Part
     from lingua.data.loader import passing_over, saved_state
     from lingua.data.sources import with_default_sources
 
@@ -287,5 +296,13 @@ def read_run(run: Path) -> tuple[DataArgs, int, int, int, dict[int, dict[str, An
         shared = documents[0]["shared"]
     if not states:
         raise ConfigError(f"{run} has no checkpoint yet, so the rows that it read are not known")
-    args = passing_over(with_default_sources(DataArgs.model_validate(tree["data"])), shared)
-    return args, int(tree["data"]["lanes"]), int(tree["global_batch_size"]), shared.get("first_row", 0), states
+    n_lanes, first_row = int(tree["data"]["lanes"]), shared.get("first_row", 0)
+    if tree.get("phases"):
+        from lingua.train.describe import described
+        from lingua.train.phases import parts_in
+
+        parts = parts_in(described(config), tree, first_row)
+    else:
+        args = with_default_sources(DataArgs.model_validate(tree["data"]))
+        parts = [Part(args, int(tree["global_batch_size"]), first_row)]
+    return [part._replace(args=passing_over(part.args, shared)) for part in parts], n_lanes, states

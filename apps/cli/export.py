@@ -167,7 +167,7 @@ def make_export(
         raise ConfigError("--trim-vocab goes with --format hf and gguf; our own programs know the tokenizer")
     config = config_of(place)
     # Before the weights, which take long to verify.
-    translated = _translated(config) if form in (Format.hf, Format.gguf) else None
+    translated = _translated(config, place) if form in (Format.hf, Format.gguf) else None
     if translated is not None and form is Format.gguf:
         from lingua.checkpoint.gguf import Gguf, must_be_gguf
 
@@ -271,15 +271,15 @@ def _rows_to_keep(args: TrainArgs, trim_vocab: bool) -> int | None:
     return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).vocab_size
 
 
-def _translated(config: Path) -> tuple[TrainArgs, Translation, list[str]]:
+def _translated(config: Path, place: str) -> tuple[TrainArgs, Translation, list[str]]:
     """Return (args, translation of their model, warnings). Raises ConfigError if Hugging Face has no such model."""
     from lingua.config.base import ConfigError, parts
     from lingua.config.command_line import DEFAULT_APP, CommandLine, choose_app
     from lingua.model.huggingface import translation_of
-    from lingua.train.describe import described
+    from lingua.train.describe import described, of_checkpoint
 
     app = choose_app(CommandLine(config=str(config)))
-    args = described(config)
+    args = of_checkpoint(described(config), place)
     translation = translation_of(args.model)
     if translation is None:
         raise ConfigError(

@@ -26,6 +26,7 @@ from lingua.config.keys.data import DataArgs
 from lingua.config.trust import found
 from lingua.files import RunError, entries, write_whole
 from lingua.train.check import load
+from lingua.train.phases import number_of
 
 if TYPE_CHECKING:
     from lingua.train.check import Checked
@@ -147,7 +148,9 @@ def misfits(checkpoint: Checkpoint, checked: Checked, differences: Sequence[Diff
     if "optim.type" in changed and "optim" not in settings.reset:
         yield f"{changed['optim.type'].change}: its state does not fit; reset it with checkpoint.reset=[optim]"
     if "data" not in settings.reset:
-        yield from data_problems(checked.args.data, checked.resolved.lanes, _data_states(checkpoint.folder))
+        step = 0 if "step" in settings.reset else checkpoint.step or 0
+        data = checked.phases[number_of(checked.phases, step)].args.data  # that made the state, or goes on with it
+        yield from data_problems(data, checked.resolved.lanes, _data_states(checkpoint.folder))
 
 
 def _data_states(folder: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from lingua.run.metrics import VALIDATION_FILE, read_metrics
 from lingua.run.watchdog import Watchdog
 from lingua.scheduler import job_end_s
 from lingua.signals import STOP_REQUEST, SignalFlag, StopSignals, noted
-from lingua.train.build import build_run
+from lingua.train.build import build_run, enter_next
 from lingua.train.check import Checked
 from lingua.train.learner import Run
 from lingua.train.monitor import RewindAsked, StepMonitor
@@ -88,6 +88,14 @@ def take_steps(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: E
     meter, profiler, batches = monitor.meter, monitor.profiler, run.batches()
     while run.step < size.n_steps and not monitor.stop:
         profiler.mark("rest")
+        if run.step == run.phase.last:
+            monitor.catch_up()
+            run.manager.before_update()
+            with watchdog.heartbeat.during("a new phase"):
+                enter_next(run, run.manager)
+            args, size, batches = run.args, run.size, run.batches()
+            meter = monitor.meter = make_meter(args, size, run.world)
+            meter.start(run.step)
         for _ in range(size.grad_acc_steps):
             with meter.loading():
                 batch = next(batches)
@@ -154,10 +162,10 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
                 folder.lock.on_beat = lambda: look_for_request(folder, requests)
                 watchdog.at_exit.append(folder.lock.release)
-            use_embedded_corpus(args)
+            use_embedded_corpus(args, *(phase.args for phase in checked.phases))
             measures = make_measures(args, world)
-            meter = make_meter(args, size, world)
-            run = build_run(args, size, folder.path, world, folder.lock, stack)
+            run = build_run(args, checked.phases, folder.path, world, folder.lock, stack)
+            meter = make_meter(run.args, run.size, world)
             if args.sample_prompt is not None:
                 check_prompt(run, args.sample_prompt)
             settle_config(run, checked, folder.attempt)

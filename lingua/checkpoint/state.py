@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lingua.checkpoint.documents import STATE_VERSION
-from lingua.optim.ema import begin_ema
+from lingua.optim.ema import EMA, begin_ema
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -131,6 +131,19 @@ def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
             count.zero_()
         elif count is not None:
             slots["step"] = 0
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer begin anew: zeros, as a fresh one has, and averages that begin with the present weights."""
+    start_optimizer(optimizer)
+    for slots in optimizer.state.values():
+        for key, value in slots.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif key == "step":
+                slots[key] = 0
+    if any(EMA in slots for slots in optimizer.state.values()):
+        begin_ema(optimizer, anew=True)
 
 
 # -- scalars -----------------------------------------------------------------------------------------------------

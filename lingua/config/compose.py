@@ -271,7 +271,7 @@ def _real_key(error: Mapping[str, Any], tree: Any) -> tuple[Key, bool]:
     return tuple(key), len(key) < len(loc)
 
 
-def _sentences(error: ValidationError, tree: Any, schema: type[Args]) -> list[tuple[Key, str]]:
+def sentences(error: ValidationError, tree: Any, schema: type[Args]) -> list[tuple[Key, str]]:
     """Return one finding per key. For a union, report the member whose validation got furthest."""
     listed = [(*_real_key(item, tree), item) for item in error.errors(include_url=False)]
     findings: dict[Key, str] = {}
@@ -458,7 +458,7 @@ def _validate(
         except ValidationError as error:
             if _read_environment_numbers(error, tree, interpolated):
                 continue
-            found = _sentences(error, tree, schema)
+            found = sentences(error, tree, schema)
         findings += [finding for finding in found if finding[0] not in {key for key, _ in findings}]
         for key, _ in found:
             _leave_out(tree, key)

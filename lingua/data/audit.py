@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import DataArgs, SourceArgs
+from lingua.config.keys.data import DataArgs, SourceArgs, Switch
 from lingua.console import Progress
 from lingua.data.blocked_source import BlockedSource, OpenedData
-from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of
+from lingua.data.loader import adapt, check_order, fingerprint_of, order_of, sources_of, turned
 from lingua.data.manifest import MANIFEST, check_manifest, read_manifest
 from lingua.data.mix import block_at
 from lingua.data.pack import Lane, PackedRow, Packer, contains, ids_of, merged
@@ -52,6 +52,51 @@ class _Uncounted(ByteTokenizer):
 
     def wrap(self, ids: np.ndarray, add_bos: bool, add_eos: bool) -> np.ndarray:
         return self._ONE
+
+
+class Part(NamedTuple):
+    """A part of a run with one order of rows: a phase, or the whole run."""
+
+    args: DataArgs
+    rows_per_step: int
+    first_row: int = 0
+    """Step n uses the rows first_row + [(n-1)*G, n*G)."""
+    name: str = ""
+    first: int = 0
+    """Step after which it begins."""
+    last: int = 1 << 62
+    switch: Switch | None = None
+    """What changed after step `first`; None: nothing."""
+
+    def states(self, states: Mapping[int, State]) -> dict[int, State]:
+        """Return the states that it made, and that it began with."""
+        return {step: state for step, state in states.items() if self.first <= step <= self.last}
+
+
+def part_of_step(parts: Sequence[Part], step: int) -> Part:
+    """Return the part that does update `step`."""
+    return next((part for part in parts if step <= part.last), parts[-1])
+
+
+def audit_parts(parts: Sequence[Part], n_lanes: int, states: Mapping[int, State], **options: Any) -> AuditResult:
+    """Audit each part that has a checkpoint of its own, as `audit`; a switch is followed from the checkpoint at it."""
+    found: list[tuple[str, AuditResult]] = []
+    for part in parts:
+        own = part.states(states)
+        if any(step > part.first for step in own):
+            how = {"first_row": part.first_row, "border": part.first, "switch": part.switch, **options}
+            found.append((part.name, audit(part.args, n_lanes, part.rows_per_step, own, **how)))
+    if len(found) == 1:
+        return found[0][1]
+    return AuditResult(
+        checkpoints=[step for _, one in found for step in one.checkpoints],
+        begin=found[0][1].begin,
+        rows=found[-1][1].rows,
+        pieces=sum(one.pieces for _, one in found),
+        tokens_checked=all(one.tokens_checked for _, one in found),
+        notes=[f"phase {name}: {note}" for name, one in found for note in one.notes],
+        problems=[f"phase {name}: {problem}" for name, one in found for problem in one.problems],
+    )
 
 
 # -- audit ---------------------------------------------------------------------------------------------------------
@@ -79,6 +124,8 @@ def audit(
     states: Mapping[int, State],
     *,
     first_row: int = 0,
+    border: int = 0,
+    switch: Switch | None = None,
     count_tokens: bool | None = None,
     content: bool = False,
     n_workers: int = 1,
@@ -89,8 +136,12 @@ def audit(
     `content`: also compare all bytes of the sources with the hashes that there are.
 
     Step n uses the rows first_row + [(n-1)*G, n*G); `first_row` is not 0 for a run that began with another one's state.
+    `switch`: a phase that began after step `border`, whose state is that of the phase before.
     """
     data = open_data(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
+    states, origin = dict(states), None
+    if switch is not None and (before := states.pop(border, None)) is not None:
+        origin = turned(before, args, data.sources, switch)
     now = fingerprint_of(sources_of(data.sources))
     fits = sorted(step for step, state in states.items() if fingerprint_of(state["sources"]) == now)
     if not fits:
@@ -102,7 +153,12 @@ def audit(
     cheap = args.tokenizer.name == "bytes" or all(source.holds_tokens for source in data.sources)
     count_tokens = content or cheap if count_tokens is None else count_tokens
     found = AuditResult(fits, 0, states[fits[-1]]["row"], tokens_checked=count_tokens)
-    if len(fits) < len(states) or args.accept_change:
+    if switch is not None and origin is None:
+        found.begin = fits[0]
+        found.notes.append(
+            f"checkpoint {border}, where it begins, is gone; what came before step {fits[0]} is not confirmed"
+        )
+    elif len(fits) < len(states) or args.accept_change:
         found.begin = fits[0]
         found.notes.append(f"the sources were changed during the run; what came before step {fits[0]} is not confirmed")
     for step in fits:
@@ -115,7 +171,8 @@ def audit(
 
     def lane_task(lane: int) -> tuple[int, list[str]]:
         stops = [(step, states[step]["lanes"][str(lane)]) for step in fits]
-        start = states[found.begin]["lanes"][str(lane)] if found.begin else None
+        begun = states[found.begin] if found.begin else origin
+        start = None if begun is None else begun["lanes"][str(lane)]
         return _walk(data, tokenizer, lane, start, stops, count_tokens=count_tokens)
 
     total = _bytes_read(data.sources, states[fits[-1]])
@@ -248,22 +305,35 @@ class SpanOrigin(NamedTuple):
 
 
 def rows_of_step(
-    args: DataArgs, n_lanes: int, rows_per_step: int, states: Mapping[int, State], step: int, *, first_row: int = 0
+    args: DataArgs,
+    n_lanes: int,
+    rows_per_step: int,
+    states: Mapping[int, State],
+    step: int,
+    *,
+    first_row: int = 0,
+    border: int = 0,
+    switch: Switch | None = None,
 ) -> Iterator[tuple[int, list[SpanOrigin]]]:
     """Yield (row number, where its S tokens come from) for each row of the update with `global_step` = step.
 
-    `first_row`: as in `audit`.
+    `first_row`, `border`, `switch`: as in `audit`.
     """
     first = first_row + (step - 1) * rows_per_step
     if step < 1 or first < 0:
         raise ConfigError(f"--step {step}: the first step is {1 + max(0, -first_row) // rows_per_step}")
     begin = max((saved for saved in states if saved < step), default=0)
+    if border and not begin:
+        raise ConfigError(f"--step {step}: checkpoint {border}, where its phase begins, is gone, and none is nearer")
     data = open_data(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
     tokenizer = build_tokenizer(args.tokenizer)
     saved: dict[int, State] = {}
     if begin:
-        check_order(states[begin], order_of(args, n_lanes))
-        saved = adapt(states[begin], data.sources, args.accept_change)
+        state = states[begin]
+        if switch is not None and begin == border:
+            state = turned(state, args, data.sources, switch)
+        check_order(state, order_of(args, n_lanes))
+        saved = adapt(state, data.sources, args.accept_change)
     lanes: dict[int, Lane] = {}
     for turn in range(first, first + rows_per_step):
         number = turn % n_lanes

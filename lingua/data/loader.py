@@ -20,6 +20,12 @@ A state that does not fit the config is refused with both values. Sources may ch
     files changed        the source begins with an epoch that no lane has touched, in the order of its new size; the
                          rest of the old epochs is not read, and a document that a lane is in the middle of is cut there
 
+Where a phase of the run begins (`Switch`), sources, weights and seq_len change as planned, from an exact row on. A
+lane's tokens go on where the last row of the phase before ended: the next one becomes the first of a row of the new
+length. A document that a lane is in the middle of is read to its end, whatever its source's new weight, and the next is
+chosen by the new weights. So no token is left out or read twice, unless `fresh` says so: then a source begins with its
+first document, and what is left of one that a lane is in the middle of is cut.
+
 Cost: 150-400 bytes of state per lane; memory for `prefetch_size` batches; in this process one copy per row.
 """
 
@@ -27,7 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -36,7 +42,7 @@ import xxhash
 from pydantic import Field
 
 from lingua.config.base import ConfigError, Count, Document, judged
-from lingua.config.keys.data import DataArgs, default_lanes
+from lingua.config.keys.data import DataArgs, Switch, default_lanes
 from lingua.data.blocked_source import BlockedSource
 from lingua.data.pack import IGNORED, IntArray, LanePosition, contains, ids_of, merged
 from lingua.data.sources import check_manifests, open_data
@@ -106,12 +112,17 @@ def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def adapt(state: dict[str, Any], sources: Sequence[BlockedSource], accept: str | None) -> dict[int, dict[str, Any]]:
-    """Return the lane states for these sources. Raises ConfigError for a change that was not accepted."""
+def adapt(
+    state: dict[str, Any], sources: Sequence[BlockedSource], accept: str | None, switch: Switch | None = None
+) -> dict[int, dict[str, Any]]:
+    """Return the lane states for these sources. Raises ConfigError for a change that was not accepted or planned."""
     lanes = {int(lane): {**record, "tapes": dict(record["tapes"])} for lane, record in state["lanes"].items()}
     old, new = state["sources"], sources_of(sources)
+    if switch is not None:  # new weights and new sources are planned, other files are not
+        weights = {name: {**described, "weight": new[name]["weight"]} for name, described in old.items() if name in new}
+        old = {**new, **old, **weights}
     if fingerprint_of(old) == fingerprint_of(new):
-        return lanes
+        return lanes if switch is None else _entered(lanes, new, switch.fresh)
     changes = [change for name in sorted({*old, *new}) if (change := _change(name, old.get(name), new.get(name)))]
     if accept != fingerprint_of(new):
         raise ConfigError(
@@ -125,11 +136,26 @@ def adapt(state: dict[str, Any], sources: Sequence[BlockedSource], accept: str |
     for source in sources:
         if source.name in old and old[source.name]["fingerprint"] != new[source.name]["fingerprint"]:
             _begin_again(source, lanes, n_lanes, state["epochs"][source.name])
+    return _entered(lanes, new, () if switch is None else switch.fresh)
+
+
+def _entered(
+    lanes: dict[int, dict[str, Any]], names: Collection[str], fresh: Collection[str]
+) -> dict[int, dict[str, Any]]:
+    """Let each lane have a position in each source, in those that are `fresh` the first."""
     for lane, record in lanes.items():
-        record["tapes"] = {name: record["tapes"].get(name, [lane, -1]) for name in new}
-        if record["source"] not in new:
-            record["source"] = None
+        at = {name: [lane, -1] if name in fresh else record["tapes"].get(name, [lane, -1]) for name in names}
+        record["tapes"] = at
+        if record["source"] not in names or record["source"] in fresh:
+            record |= {"source": None, "char": 0, "token": 0}
     return lanes
+
+
+def turned(state: dict[str, Any], args: DataArgs, sources: Sequence[BlockedSource], switch: Switch) -> dict[str, Any]:
+    """Return the state that a phase begins with, of that at the end of the phase before. Raises ConfigError."""
+    check_order(state, order_of(switch.before, state["K"]))
+    lanes = {str(lane): record for lane, record in adapt(state, sources, args.accept_change, switch).items()}
+    return {**state, **order_of(args, state["K"]), "sources": sources_of(sources), "lanes": lanes}
 
 
 def _change(name: str, old: dict[str, Any] | None, new: dict[str, Any] | None) -> str | None:
@@ -324,18 +350,20 @@ def build_loader(
     dp_rank: int = 0,
     dp_size: int = 1,
     state: dict[str, Any] | None = None,
+    switch: Switch | None = None,
     lanes: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Loader:
     """Build the loader of one data-parallel rank. `rows_per_step`: G; `state`: of all lanes, or None.
 
+    `switch`: the state is that of the phase before, at its end; then the rank's own lanes suffice.
     `lanes`: K, if the caller has decided it; `tokenizer`: that of `args.tokenizer`, if it is built already.
     Raises ConfigError or DataError before anything is started.
     """
     n_lanes = lanes or args.lanes or default_lanes(rows_per_step)
     _check_sizes(n_lanes, rows_per_step, dp_size, args.batch_size)
     header = order_of(args, n_lanes)
-    if state is not None:
+    if state is not None and switch is None:
         check_order(state, header)
     tokenizer = tokenizer or build_tokenizer(args.tokenizer)
     tokenizer.check_special(args.add_bos, args.add_eos)
@@ -350,6 +378,8 @@ def build_loader(
             if dp_rank == 0 and source.warning:
                 log.warning("%s", source.warning)
         row, states = 0, {lane: _start(lane, sources) for lane in own_lanes}
+        if state is not None and switch is not None:
+            state = turned(state, args, sources, switch)
         if state is not None:
             row, states = state["row"], _own_states(adapt(state, sources, args.accept_change), own_lanes)
         if row % dp_size:

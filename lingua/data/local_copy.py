@@ -78,7 +78,8 @@ def _moved(args: DataArgs, folder: Path) -> DataArgs:
             continue
         path, copy = Path(source.path), folder / f"{number:03d}"
         sources.append(source.model_copy(update={"path": str(copy if path.is_dir() else copy / path.name)}))
-    return args.model_copy(update={"sources": sources, "root_dir": None})
+    resting = [source for source in sources if not source.weight]
+    return args.model_copy(update={"sources": [s for s in sources if s.weight], "resting": resting, "root_dir": None})
 
 
 def _files(args: DataArgs) -> Iterator[StagedFile]:

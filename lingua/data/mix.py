@@ -61,6 +61,7 @@ class SourceChoice:
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self._sums = list(itertools.accumulate(weights))
+        self._last = max((i for i, weight in enumerate(weights) if weight > 0), default=0)
         self._seed = seed
 
     def pick(self, lane: int, count: int) -> int:
@@ -68,7 +69,7 @@ class SourceChoice:
         if len(self._sums) == 1:
             return 0
         share = draw(_SALT_SOURCE, self._seed, lane, count) / 2**64
-        return min(bisect.bisect_right(self._sums, share * self._sums[-1]), len(self._sums) - 1)
+        return min(bisect.bisect_right(self._sums, share * self._sums[-1]), self._last)
 
 
 # -- documents of a lane -------------------------------------------------------------------------------------------

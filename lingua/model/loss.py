@@ -55,7 +55,7 @@ class Turn(NamedTuple):
     rows: np.ndarray
     """Numbers of its rows, (B,)."""
     rows_per_step: int
-    """G, which never changes in a run."""
+    """G of its step."""
 
 
 Ask = Callable[[np.ndarray, ModelArgs, Turn], Question]

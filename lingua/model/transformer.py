@@ -60,6 +60,12 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(torch.arange(args.max_seqlen, dtype=torch.float64, device="cpu"), frequencies)
         self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
 
+    def turn_by(self, theta: float) -> None:
+        """Compute the table for another base of the frequencies, if it is another."""
+        if theta != self.args.rope_theta:
+            self.args = self.args.model_copy(update={"rope_theta": theta})
+            self.fill()
+
     def forward(self, seq_len: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows of the table for the first seq_len positions, (S, E/2), or for positions (B, S), (B, S, E/2)."""
         if positions is not None:

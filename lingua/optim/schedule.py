@@ -70,6 +70,11 @@ def linear(args: OptimArgs, step: int, n_steps: int) -> float:
     return _between(1.0, args.lr_min_ratio, _progress(args, step, n_steps))
 
 
+@register_schedule("linear_to_zero")
+def linear_to_zero(args: OptimArgs, step: int, n_steps: int) -> float:
+    return 1.0 - _progress(args, step, n_steps)
+
+
 @register_schedule("inv_sqrt")
 def inv_sqrt(args: OptimArgs, step: int, n_steps: int) -> float:
     """(warmup / step) ** exp_factor, then a straight line over the last annealing_step steps."""

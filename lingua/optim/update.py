@@ -17,7 +17,7 @@ The constants are those of torch.amp.GradScaler (its docs, "init_scale", "growth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -144,11 +144,13 @@ class Updater:
         args: OptimArgs,
         device: torch.device,
         loss_scale: LossScale | None = None,
+        frozen: Sequence[nn.Parameter] = (),
     ) -> None:
+        """`frozen`: parameters whose gradients are left out."""
         self.loss_scale = loss_scale
         self.halted = torch.zeros((), dtype=torch.bool, device=device)
         """Once set, unless `on_nonfinite` is skip, the optimizer moves no more."""
-        self._optimizer, self._parameters, self._args = optimizer, list(parameters), args
+        self._optimizer, self._parameters, self._args, self._frozen = optimizer, list(parameters), args, frozen
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, scaled, to those that are there."""
@@ -160,6 +162,8 @@ class Updater:
 
     def gradient(self, normaliser: Tensor) -> Gradient:
         """Measure the gradient over all ranks, whose loss was multiplied by `normaliser`. Collective."""
+        for parameter in self._frozen:
+            parameter.grad = None  # so neither the norm nor the optimizer sees it
         return grad_norm_and_clip_coef(self._parameters, self._args.clip, self.scale(normaliser))
 
     def step(

@@ -23,7 +23,7 @@ from lingua.report.diff import config_differences, flatten, shown, telling_label
 from lingua.report.figure import COLORS, Picture
 from lingua.report.history import LOSS, SPENT, History, keys_of
 from lingua.report.series import curve, read_probes
-from lingua.report.status import LIVING, state_text, status_of, why
+from lingua.report.status import LIVING, phases_in, state_text, status_of, why
 from lingua.run.folder import kept_configs
 from lingua.run.lock import this_process
 from lingua.run.metrics import PROBE_FILE
@@ -143,6 +143,7 @@ def _view(run: History, name: str, line: Picture | None) -> dict[str, Any]:
         "recent": {key: v[-max(1, len(v) // 20) :].mean() if len(v) else None for key, v in values.items()},
         "held_out": sum(bpb) / len(bpb) if bpb else None,
         "why": why(run.facts, this_process()) if status.state not in ("finished", "running", "new") else {},
+        "phases": [f"{name} {first + 1:,}-{last:,}" for name, first, last in phases_in(run.facts.config)],
         "time_line": line,
         "events": [event for event in run.events if event.kind != "staged" or event.seconds is not None],
         "config": list(_config(run)),

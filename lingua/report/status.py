@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from lingua.console import duration, figure
 from lingua.report.facts import RunFacts
@@ -41,6 +43,7 @@ class Status:
     job_state: str
     job_left: str  # of its time limit, as Slurm writes it
     kind: str | None  # of the failure
+    phase: str | None = None  # that does the next step, and where it ends: `anneal, to step 1000`
 
 
 def is_alive(facts: RunFacts, me: Owner) -> bool:
@@ -75,11 +78,12 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
     metrics, stop, attempt, job = facts.metrics or {}, facts.stop or {}, facts.attempt, facts.job
     validation = {key: value for key, value in (facts.validation or {}).items() if "/" in key}
     steps = [step for step in (metrics.get("global_step"), stop.get("step"), facts.checkpoint) if isinstance(step, int)]
+    step = max(steps, default=None) if state not in LIVING else metrics.get("global_step", facts.checkpoint)
     return Status(
         path=str(facts.path),
         name=facts.name,
         state=state,
-        step=max(steps, default=None) if state not in LIVING else metrics.get("global_step", facts.checkpoint),
+        step=step,
         n_steps=n_steps if isinstance(n_steps := facts.config.get("steps"), int) else None,
         loss=metrics.get("loss/out"),
         tokens_per_s=metrics.get("speed/wps"),
@@ -96,7 +100,22 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
         job_state=job.state if job is not None else "",
         job_left=job.left if job is not None else "",
         kind=cause.kind if cause is not None and state == "failed" else stop.get("kind"),
+        phase=next(
+            (f"{name}, to step {last:,}" for name, _, last in phases_in(facts.config) if (step or 0) < last), None
+        ),
     )
+
+
+def phases_in(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Return (name, updates done when it begins, when it ends) of each phase in a frozen config."""
+    listed = config.get("phases")
+    found, first = [], 0
+    for phase in listed if isinstance(listed, list) else ():
+        if not isinstance(phase, dict) or not isinstance(last := phase.get("until"), int):
+            return []  # not ours
+        found.append((str(phase.get("name")), first, int(last)))
+        first = int(last)
+    return found
 
 
 def root_cause(failures: tuple[Failure, ...]) -> Failure | None:
@@ -117,6 +136,7 @@ def describe(status: Status) -> list[str]:
     evaluated = "" if one.evaluated_step is None else f"evaluated up to {one.evaluated_step:,}"
     lines = {
         "step": step,
+        "phase": one.phase or "",
         "speed": "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f} tokens/s per device",
         "left": left + (f"; of the job's time {one.job_left}" if left and one.job_left else ""),
         "checkpoint": _checkpoint(one, "none yet"),

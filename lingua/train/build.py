@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,9 @@ from torch import nn
 
 from lingua.checkpoint.load_weights import load_weights
 from lingua.checkpoint.manager import CheckpointManager
-from lingua.checkpoint.state import TrainState
+from lingua.checkpoint.state import TrainState, bare, clean_name, forget, restore_rng, rng_state
 from lingua.config.base import ConfigError, build_part, show
+from lingua.config.keys.data import Switch
 from lingua.config.keys.model import CrossEntropyArgs, DecoderArgs, ModelArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.data.audit import wrong_counts
@@ -37,12 +39,14 @@ from lingua.files import RunError
 from lingua.model.attention import resolve_attn_impl
 from lingua.model.kernels import kernels_in_use
 from lingua.model.loss import CrossEntropy, Loss
+from lingua.model.transformer import RotaryEmbedding
 from lingua.optim.update import LossScale, Updater
 from lingua.run.failure import fits
 from lingua.run.lock import RunLock
 from lingua.tokenizer import Tokenizer, build_tokenizer
-from lingua.train.learner import Run
-from lingua.train.sizes import Resolved
+from lingua.train.learner import Learner, Run
+from lingua.train.phases import number_at, number_of, switch_at
+from lingua.train.sizes import Phase, Resolved
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +104,27 @@ def build_loss(args: TrainArgs) -> Loss:
     return loss
 
 
-def build_updater(args: TrainArgs, state: TrainState, device: torch.device) -> Updater:
-    """Build what steps the optimizer; with fp16 the loss scale is the checkpoint's."""
+def build_updater(args: TrainArgs, state: TrainState, device: torch.device, scale: LossScale | None = None) -> Updater:
+    """Build what steps the optimizer; with fp16 the loss scale is `scale`, or else the checkpoint's."""
     saved = state.shared.pop("loss_scale", None)  # a state in another type does not keep it
-    scale = LossScale(device, saved) if args.distributed.model_dtype == "fp16" else None
-    return Updater(state.optimizer, state.model.parameters(), args.optim, device, scale)
+    if scale is None and args.distributed.model_dtype == "fp16":
+        scale = LossScale(device, saved)
+    frozen = frozen_parameters(state.model, args.optim.frozen)
+    return Updater(state.optimizer, state.model.parameters(), args.optim, device, scale, frozen)
+
+
+def frozen_parameters(model: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+    """Return the parameters that do not move. Raises ConfigError for a pattern without any."""
+    named = {clean_name(name): parameter for name, parameter in bare(model).named_parameters()}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ConfigError(
+                f"optim.frozen: {pattern} is no parameter's name; the first is called {next(iter(named))}"
+            )
+    found = [p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if len(found) == len(named):
+        raise ConfigError("optim.frozen holds all parameters, which leaves nothing to train; remove a pattern")
+    return found
 
 
 def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
@@ -122,9 +142,17 @@ def build_state(args: TrainArgs, size: Resolved, world: World) -> TrainState:
 
 
 def build_rows(
-    args: TrainArgs, size: Resolved, world: World, tokenizer: Tokenizer, data_state: dict[str, Any] | None
+    args: TrainArgs,
+    size: Resolved,
+    world: World,
+    tokenizer: Tokenizer,
+    data_state: dict[str, Any] | None,
+    switch: Switch | None = None,
 ) -> Loader:
-    """Build the loader of this rank's rows, which continues at `data_state` (of all lanes), or at the first row."""
+    """Build the loader of this rank's rows, which continues at `data_state` (of all lanes), or at the first row.
+
+    `switch`: that state is of the phase before.
+    """
     return on_every_rank(
         lambda: build_loader(
             args.data,
@@ -134,41 +162,121 @@ def build_rows(
             dp_rank=world.dp_rank,
             dp_size=world.dp_size,
             state=data_state,
+            switch=switch,
         )
     )
 
 
 def build_run(
-    args: TrainArgs, size: Resolved, run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
+    args: TrainArgs, phases: Sequence[Phase], run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
 ) -> Run:
-    """Build everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`."""
-    args.data = on_every_rank(lambda: stack.enter_context(staged(args.data)))
+    """Build everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`.
+
+    `args`: those of the run; shapes are the same in all phases.
+    """
+    size = phases[0].size
     tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
     state = build_state(args, size, world)
     manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
     stack.callback(manager.close)
-    data_state = resume(state, manager, args, size)
-    updater = build_updater(args, state, world.device)
+    data_state = resume(state, manager, args, phases)
+    phase = phases[number_at(phases, state.shared["step"])]
+    on_every_rank(lambda: [frozen_parameters(state.model, each.args.optim.frozen) for each in phases])
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
-    run = Run(
-        args=args,
-        size=size,
+    take_over(phase, state, manager)
+    stage(phase, stack)
+    parts = parts_of(phase, switch_at(phases, state.shared["step"]), state, world, tokenizer, data_state, stack)
+    return Run(
+        phases=phases,
+        phase=phase,
         run_dir=run_dir,
         world=world,
         tokenizer=tokenizer,
         model=state.model,
-        loss=build_loss(args),
         validation_loss=CrossEntropy(CrossEntropyArgs()),
-        updater=updater,
-        loader=stack.enter_context(build_rows(args, size, world, tokenizer, data_state)),
         manager=manager,
-        held_out=on_every_rank(lambda: held_out_rows(args, tokenizer)),
+        held_out=on_every_rank(lambda: held_out_rows(phase.args, tokenizer)),
         state=state,
-        floor=on_every_rank(lambda: known_floor(args, world)),
+        resources=stack,
+        floor=on_every_rank(lambda: known_floor(phase.args, world)),
+        **parts,
     )
-    stack.callback(lambda: run.loader.close())  # a rewind takes another one
-    return run
+
+
+def stage(phase: Phase, resources: ExitStack) -> None:
+    """Let a phase read its sources from the fast folder, if the config names one. Collective."""
+    data = phase.args.data
+    phase.args.data = on_every_rank(lambda: resources.enter_context(staged(data)))
+
+
+def parts_of(
+    phase: Phase,
+    switch: Switch | None,
+    state: TrainState,
+    world: World,
+    tokenizer: Tokenizer,
+    data_state: dict[str, Any] | None,
+    resources: ExitStack,
+    scale: LossScale | None = None,
+) -> dict[str, Any]:
+    """Build the parts of a Learner that change between phases, and let the model's positions be those of the phase.
+
+    `scale`: the loss scale so far. Closed by `resources`. Collective.
+    """
+    args = phase.args
+    for module in state.model.modules():
+        if isinstance(module, RotaryEmbedding) and args.model.attention is not None:
+            module.turn_by(args.model.attention.rope_theta)
+    rows = build_rows(args, phase.size, world, tokenizer, data_state, switch)
+    return {
+        "updater": build_updater(args, state, world.device, scale),
+        "loss": build_loss(args),
+        "loader": resources.enter_context(rows),
+    }
+
+
+def enter_next(run: Learner, loads: LoadsFrom) -> None:
+    """Change to the phase that does the next step. Collective: all ranks call this after the same step."""
+    enter(run, run.loader.state_dict(), loads, run.updater.loss_scale)
+    if run.world.is_main:
+        log.info("phase %s: steps %d to %d", run.phase.name, run.phase.first + 1, run.phase.last)
+
+
+def enter(run: Learner, data_state: dict[str, Any], loads: LoadsFrom, scale: LossScale | None = None) -> None:
+    """Build anew what the phase of the next step needs, with the rows that follow a state of the loader. Collective.
+
+    `scale`: the loss scale so far; None: that of the restored state.
+    """
+    phase, switch = run.phases[number_at(run.phases, run.step)], switch_at(run.phases, run.step)
+    run.loader.close()
+    if phase is not run.phase:
+        stage(phase, run.resources)
+    take_over(phase, run.state, loads)
+    parts = parts_of(phase, switch, run.state, run.world, run.tokenizer, data_state, run.resources, scale)
+    for name, part in parts.items():
+        setattr(run, name, part)
+    if isinstance(run, Run) and phase is not run.phase:
+        run.held_out = on_every_rank(lambda: held_out_rows(phase.args, run.tokenizer))
+        run.floor = on_every_rank(lambda: known_floor(phase.args, run.world))
+    run.phase = phase
+    run.begin_phase()
+
+
+def take_over(phase: Phase, state: TrainState, loads: LoadsFrom) -> None:
+    """Let a phase that begins now do so with the weights that it names, if any; step and rows stay the run's own."""
+    start = None if phase.written is None else phase.written.from_run
+    if phase.written is None or start is None or state.shared["step"] != phase.first:
+        return
+    if phase.written.take == "state":
+        kept = state.shared, state.per_rank, state.per_rank_all, rng_state()
+        loads.load_from(start, state)
+        state.shared, state.per_rank, state.per_rank_all = kept[:3]
+        restore_rng(kept[3])
+        return
+    sizes_only = phase.args.checkpoint.verify_on_load == "sizes"
+    log.info("%s", on_every_rank(lambda: load_weights(state.model, start, None, sizes_only=sizes_only)))
+    forget(state.optimizer)
 
 
 def known_floor(args: TrainArgs, world: World) -> Floor | None:
@@ -194,40 +302,50 @@ class LoadsFrom(Protocol):
     def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path: ...
 
 
-def resume(state: TrainState, manager: CheckpointManager, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
+def resume(
+    state: TrainState, manager: CheckpointManager, args: TrainArgs, phases: Sequence[Phase]
+) -> dict[str, Any] | None:
     """Load the newest checkpoint, or what to start from; returns the loader's state, or None to begin at row 0."""
     newest = manager.latest()
     if newest is not None:
         manager.load(newest, state)
         data = saved_state(state.per_rank_all)
-        args.data = passing_over(args.data, state.shared)
-        require_progress(state.shared, data, args, size, newest)
+        pass_over(phases, state.shared)
+        require_progress(state.shared, data, args, phases, newest)
         state.shared = fresh_shared() | state.shared
         return data
-    return begin(state, manager, args, size)
+    return begin(state, manager, args, phases)
+
+
+def pass_over(phases: Sequence[Phase], shared: Mapping[str, Any]) -> None:
+    """Let rows that a rewind left out be left out in all phases."""
+    for phase in phases:
+        phase.args.data = passing_over(phase.args.data, shared)
 
 
 def require_progress(
-    shared: Mapping[str, Any], data: Mapping[str, Any], args: TrainArgs, size: Resolved, step: int
+    shared: Mapping[str, Any], data: Mapping[str, Any], args: TrainArgs, phases: Sequence[Phase], step: int
 ) -> None:
     """Raise RunError unless the rows and tokens of this run's state are those of its steps."""
     n_steps, n_tokens = shared.get("step"), shared.get("total_tokens")
-    wrong = wrong_counts(args.data, size.lanes, size.rows_per_step, shared.get("first_row", 0), step, data)
+    phase = phases[number_of(phases, step)]
+    size, first_row = phase.size, shared.get("first_row", 0) + phase.row_shift
+    wrong = wrong_counts(phase.args.data, size.lanes, size.rows_per_step, first_row, step, data)
     problem = next(wrong, None)
     if n_steps != step:
         problem = f"it counts {n_steps} steps"
-    elif n_tokens is None or (args.checkpoint.init_ckpt_path is None and n_tokens != step * size.tokens_per_step):
-        problem = f"it counts {n_tokens} tokens, but {step} steps are {step * size.tokens_per_step}"
+    elif n_tokens is None or (args.checkpoint.init_ckpt_path is None and n_tokens != phase.tokens_at(step)):
+        problem = f"it counts {n_tokens} tokens, but {step} steps are {phase.tokens_at(step)}"
     if problem:
         raise RunError(f"the state of checkpoint {step} contradicts itself: {problem}; take another checkpoint")
 
 
-def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) -> dict[str, Any] | None:
+def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, phases: Sequence[Phase]) -> dict[str, Any] | None:
     """Begin a new run; return the loader's state, None for rows from the first."""
     start = args.checkpoint.init_ckpt_path
     if start is not None and args.checkpoint.continue_training_from_init:
-        data = _continue_other(state, loads, start, args.checkpoint.reset, size)
-        args.data = passing_over(args.data, state.shared)
+        data = _continue_other(state, loads, start, args.checkpoint.reset, phases)
+        pass_over(phases, state.shared)
         return data
     if start is not None:
         key, sizes_only = args.checkpoint.init_ckpt_model_key, args.checkpoint.verify_on_load == "sizes"
@@ -242,7 +360,7 @@ def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, size: Resolved) 
 
 
 def _continue_other(
-    state: TrainState, loads: LoadsFrom, start: str, reset: Sequence[str], size: Resolved
+    state: TrainState, loads: LoadsFrom, start: str, reset: Sequence[str], phases: Sequence[Phase]
 ) -> dict[str, Any] | None:
     """Continue another run's full state, except for what is `reset`; returns the loader's state."""
     loads.load_from(start, state, optimizer="optim" not in reset)
@@ -257,7 +375,8 @@ def _continue_other(
     if reset:
         log.info("reset, not taken over: %s", ", ".join(reset))
     state.shared["tracking_id"] = None  # another run, so another line in the plots
-    state.shared["first_row"] = (data["row"] if data else 0) - state.shared["step"] * size.rows_per_step
+    step = state.shared["step"]
+    state.shared["first_row"] = (data["row"] if data else 0) - phases[number_of(phases, step)].rows_at(step)
     return data
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lingua.checkpoint.layout import train_state_file
 from lingua.config.base import ConfigError, all_args, dotted_key
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import Composed, Examined, examine
@@ -28,11 +27,13 @@ from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.optim import OptimArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
-from lingua.files import DiskError, human_bytes, json_object_in
+from lingua.files import DiskError, human_bytes
 from lingua.run.throughput import PEAKS
 from lingua.tokenizer import assumed_vocab_size, build_tokenizer
+from lingua.train.begins import begins_with, nothing_to_begin_with, place_of
 from lingua.train.earlier import Earlier, read_earlier
-from lingua.train.sizes import DEFAULT_STEPS, Finding, Resolved, Study, sizes, tokenizer_is_there
+from lingua.train.phases import cut, frozen_phases, kept_steps
+from lingua.train.sizes import DEFAULT_STEPS, Finding, Phase, Resolved, Study, sizes, tokenizer_is_there
 
 _GIB = 1 << 30
 MAX_LIKELY_LR = 1.0
@@ -56,6 +57,7 @@ class Checked:
     """Differences that are refused if the run has a checkpoint; `start.settle_config` checks again."""
     frozen: dict[str, Any]
     """What `config.yaml` of the run folder says."""
+    phases: list[Phase]
 
     @property
     def args(self) -> TrainArgs:
@@ -106,7 +108,10 @@ def load(
     waived = [] if earlier.is_bound else barring
     differences = _differences(judged, earlier) if kept is not None else []
     differences = [replace(d, rule="free") if waived or earlier.allows(d) else d for d in differences]
-    return Checked(composed, judged.study.resolved, warnings, differences, waived, judged.frozen)
+    phases = judged.study.phases
+    if args.phases:
+        args.checkpoint = args.checkpoint.model_copy(update={"steps": kept_steps(args, phases)})
+    return Checked(composed, judged.study.resolved, warnings, differences, waived, judged.frozen, phases)
 
 
 @dataclass
@@ -133,7 +138,8 @@ def _judge(
     for name in followers:
         getattr(args, name).seed = (kept or {}).get(name, {}).get("seed", args.seed)
     found = study(args, world_size, kept, needed)
-    if kept is None and (absent := list(_nothing_to_begin_with(args))):
+    absent = [] if kept is not None else list(nothing_to_begin_with(_PATH_KEYS[2], args.checkpoint.init_ckpt_path))
+    if absent:
         found.warnings = [warning for warning in found.warnings if warning.key != absent[0].key]
         found.errors = [error for error in found.errors if error.key != absent[0].key] + absent
     about = {key.partition(".")[0] for key in examined.bad_keys}
@@ -142,7 +148,8 @@ def _judge(
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
     errors = [f for f in found.errors if f.key in written or f.key.partition(".")[0] not in about]
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
-    return _Judged(found, complaints, freeze(args, found.resolved.frozen()) if found.resolved else {}, args.optim)
+    derived = found.resolved.frozen() | frozen_phases(found.phases) if found.resolved and found.phases else None
+    return _Judged(found, complaints, freeze(args, derived) if derived else {}, args.optim)
 
 
 def _differences(judged: _Judged, earlier: Earlier) -> list[Difference]:
@@ -198,12 +205,17 @@ def problems(args: TrainArgs, world_size: int) -> tuple[list[Finding], list[Find
     return found.errors, found.warnings
 
 
-def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None) -> Resolved:
-    """Return the sizes of a run on `world_size` ranks. Raises ConfigError if they do not fit."""
+def phases_of(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None) -> list[Phase]:
+    """Return the phases of a run on `world_size` ranks. Raises ConfigError if their sizes do not fit."""
     found = study(args, world_size, frozen)
-    if found.errors or found.resolved is None:
+    if found.errors or not found.phases:
         raise ConfigError([finding.text for finding in found.errors])
-    return found.resolved
+    return found.phases
+
+
+def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None) -> Resolved:
+    """Return the sizes with which a run begins on `world_size` ranks. Raises ConfigError if they do not fit."""
+    return phases_of(args, world_size, frozen)[0].size
 
 
 def study(
@@ -224,10 +236,32 @@ def study(
     found.errors += _impossible_folders(args)
     found.resolved = sizes(args, world_size, frozen or {}, found)
     if found.resolved is not None:
+        found.phases = cut(args, found.resolved, world_size, frozen or {}, found)
+        if found.phases:
+            size = found.phases[-1].size
+            found.resolved = replace(found.resolved, n_steps=size.n_steps, max_seqlen=size.max_seqlen)
         found.errors += _misfits(args, found.resolved)
+        found.errors += _of_phases(found.phases, needed, {finding.text for finding in found.errors})
+        absent = dict.fromkeys(
+            f for phase in found.phases for f in missing_paths(phase.args) if f.key == "data.sources"
+        )
+        found.warnings += [finding for finding in absent if finding not in found.warnings and finding.key not in needed]
         found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
         found.warnings += _oddities(args, found.resolved)
     return found
+
+
+def _of_phases(phases: Sequence[Phase], needed: Sequence[str], known: set[str]) -> Iterator[Finding]:
+    """Yield what is wrong with single phases, each once. `known`: what is wrong anyway."""
+    for phase in phases:
+        if phase.written is None:
+            continue
+        wrong = [*_conflicts(phase.args), *_unreadable_sources(phase.args.data), *_misfits(phase.args, phase.size)]
+        wrong += nothing_to_begin_with("from", phase.written.from_run)
+        if "data.sources" in needed:
+            wrong += [finding for finding in missing_paths(phase.args) if finding.key == "data.sources"]
+        yield from (Finding("phases", f"phase {phase.name}: {f.text}") for f in wrong if f.text not in known)
+        known |= {finding.text for finding in wrong}
 
 
 # -- wrong ---------------------------------------------------------------------------------------------------------
@@ -246,49 +280,13 @@ def missing_paths(args: TrainArgs) -> Iterator[Finding]:
         text = f"data.tokenizer.path {tokenizer.path} is not on this machine; assumed to have {vocab_size:,} tokens"
         yield Finding("data.tokenizer.path", text)
     start = args.checkpoint.init_ckpt_path
-    if start and not _place_of(start)[0].exists():
+    if start and not place_of(start)[0].exists():
         yield Finding("checkpoint.init_ckpt_path", f"checkpoint.init_ckpt_path {start} is not on this machine")
     evaluation = args.eval
     for measure in [] if evaluation is None else evaluation.chosen():
         if isinstance(measure, HeldOutArgs) and measure.root_dir and not Path(measure.root_dir).exists():
             key = "eval.validation.root_dir" if evaluation and measure is evaluation.validation else "eval.measures"
             yield Finding(key, f"root_dir {measure.root_dir} of held-out sources is not on this machine")
-
-
-def _place_of(start: str) -> tuple[Path, int | None]:
-    """(where init_ckpt_path leads, the step it names or by its newest checkpoint means)."""
-    from lingua.checkpoint import lookup
-    from lingua.files import RunError
-
-    try:
-        found = lookup.find_one(lookup.without_ema(start)[0])
-    except (RunError, OSError):  # Meta Lingua's, a file of weights, or nothing at all
-        with suppress(RunError, OSError):
-            return lookup.of_meta_lingua(start) or Path(start), None
-        return Path(start), None
-    return found.folder, found.step
-
-
-def begins_with(args: TrainArgs) -> tuple[int, int]:
-    """Return (steps, tokens) that the state which a run begins with has done, as far as it is on this machine."""
-    start = args.checkpoint.init_ckpt_path
-    if start is None or not args.checkpoint.continue_training_from_init or "step" in args.checkpoint.reset:
-        return 0, 0
-    place, step = _place_of(start)
-    shared = (json_object_in(place / train_state_file(0)) or {}).get("shared")
-    return step or 0, int(shared.get("total_tokens", 0)) if isinstance(shared, dict) else 0
-
-
-def _nothing_to_begin_with(args: TrainArgs) -> Iterator[Finding]:
-    """Yield weights that are missing from a folder that is there; without the folder they may be on another machine."""
-    start = args.checkpoint.init_ckpt_path
-    if not start or (place := _place_of(start)[0]).exists():
-        return
-    run, at, _ = start.rpartition("@")
-    if place.absolute().parent.is_dir() or (at and Path(run).exists()):
-        where = f"{run} has no such checkpoint" if at and Path(run).exists() else f"{place.parent} does not hold it"
-        text = f"checkpoint.init_ckpt_path {start} does not exist: {where}; correct it, or remove it to begin anew"
-        yield Finding("checkpoint.init_ckpt_path", text)
 
 
 def _impossible_folders(args: TrainArgs) -> Iterator[Finding]:

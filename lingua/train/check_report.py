@@ -6,7 +6,7 @@ Every figure comes with its formula. Nothing is built, nothing is written.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -19,9 +19,11 @@ from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.files import human_bytes
 from lingua.masking import public_tree
+from lingua.optim.schedule import lr_at
 from lingua.run.throughput import PEAKS, find_peak
-from lingua.train.check import Checked, begins_with, load
-from lingua.train.sizes import Resolved
+from lingua.train.begins import begins_with
+from lingua.train.check import Checked, load
+from lingua.train.sizes import Phase, Resolved
 
 
 class Fact(NamedTuple):
@@ -48,7 +50,7 @@ def report(
     if not 0 < mfu <= 1:
         raise ConfigError(f"command line: --mfu {mfu} is no share of the peak; write one between 0 and 1")
     checked = load(line, world_size, strict_paths=strict_paths)
-    figures = list(facts(checked.args, checked.resolved, mfu, gpu))
+    figures = list(facts(checked.args, checked.resolved, mfu, gpu, checked.phases))
     checked.warnings += too_large(figures, gpu)
     if as_json:
         sys.stdout.buffer.write(orjson.dumps(as_record(checked, figures), option=orjson.OPT_INDENT_2) + b"\n")
@@ -75,7 +77,7 @@ def as_record(checked: Checked, figures: list[Fact]) -> dict[str, Any]:
     }
 
 
-def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fact]:
+def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str, phases: Sequence[Phase] = ()) -> Iterator[Fact]:
     """Derived figures in the order in which they are asked for."""
     peak = find_peak(gpu)
     assert peak is not None
@@ -93,7 +95,9 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fac
     yield Fact("steps", size.n_steps, f"{size.n_steps:,}", size.how_long)
     done_steps, done_tokens = begins_with(args)
     n_steps = size.n_steps - done_steps
-    to_train = n_steps * per_step
+    parts = phases or [Phase(args, size, 0, size.n_steps)]
+    each_tokens = [max(0, one.last - max(one.first, done_steps)) * one.size.tokens_per_step for one in parts]
+    to_train = sum(each_tokens)
     n_tokens = (done_tokens or done_steps * per_step) + to_train
     how = f"{n_tokens - to_train:,} of the first {done_steps:,} steps + {n_steps:,} steps" if done_steps else "steps"
     yield Fact("total_tokens", n_tokens, f"{n_tokens:,}", f"{how} * tokens per step")
@@ -103,12 +107,28 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str) -> Iterator[Fac
     yield _memory(args, size, peak.memory_gib, gpu)
     per_token, formula = float(size.flops_per_token), type(args.model).flops_per_token.__doc__ or ""
     yield Fact("flops_per_token", per_token, f"{per_token:.4g}", formula.partition("\n")[0])
-    total = float(per_token * to_train)
+    total = float(sum(n * one.size.flops_per_token for n, one in zip(each_tokens, parts, strict=True)))
     how = f"FLOPs per token * {to_train:,} tokens" if done_steps else "FLOPs per token * total tokens"
+    if len(parts) > 1:
+        how = f"{how}, phase by phase"
     yield Fact("total_flops", total, f"{total:.4g}", how)
     hours = total / (mfu * peak.flops_per_s * size.world_size) / 3600
     how = f"at MFU {mfu:g} of {peak.flops_per_s / 1e12:g} TFLOPS ({gpu}; {peak.sheet}) on {size.world_size} ranks"
     yield Fact("hours", hours, f"{hours:,.2f}", how)
+
+    for phase in parts:
+        if phase.written is not None:
+            yield _of_phase(phase, size.n_steps)
+
+
+def _of_phase(phase: Phase, n_steps: int) -> Fact:
+    """Return where a phase begins and ends, and what its rows and learning rates are."""
+    size, (begin, end) = phase.size, phase.span or (0, n_steps)
+    rates = [lr_at(phase.args.optim, step - begin, end - begin) for step in (phase.first, phase.last - 1)]
+    sources = ", ".join(f"{s.name} {s.weight:g}" for s in phase.args.data.read_sources() if s.weight)
+    what = f"{size.rows_per_step} rows of {size.seq_len}, optim.lr {rates[0]:.3g} to {rates[1]:.3g}, {sources}"
+    steps = f"{phase.first + 1:,}-{phase.last:,}"
+    return Fact(f"phase_{phase.name}", phase.last, steps, what.removesuffix(", "))
 
 
 def _layout(size: Resolved) -> str:

@@ -7,16 +7,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lingua.checkpoint.lookup import without_ema
+from lingua.checkpoint.lookup import find_one, without_ema
 from lingua.config.base import ConfigError, parts
 from lingua.config.command_line import CommandLine, app_schema, choose_app
 from lingua.config.compose import compose
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.data import TokenizerArgs
 from lingua.config.keys.model import LlamaArgs
+from lingua.config.keys.phases import read_until
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import found
 from lingua.config.yaml_layers import read_yaml
+from lingua.files import RunError
 from lingua.model import huggingface
 from lingua.model.tokenizer_json import SENTENCEPIECE_FILE, TOKENIZER_FILE
 from lingua.tokenizer import build_tokenizer
@@ -44,6 +46,29 @@ def described(config: Path, app: str = "") -> TrainArgs:
     if config.name == huggingface.CONFIG_FILE:
         return schema.model_validate(hugging_face_tree(config.parent, config.parent))
     return compose(str(config), [], _unnamed_family(config), schema).args
+
+
+def at_step(args: TrainArgs, step: int | None) -> TrainArgs:
+    """Return the config of a frozen run as it holds for the checkpoint of a step, in the phase that made it."""
+    if step is None:
+        return args
+    for phase in args.phases:
+        until = read_until(phase.until)
+        if until.unit != "steps" or until.is_more:
+            return args  # not frozen
+        if step <= until.value:
+            theta = phase.changes.get("model.rope_theta")
+            model = args.model if theta is None else args.model.model_copy(update={"rope_theta": float(theta)})
+            return args.model_copy(update={"model": model})
+    return args
+
+
+def of_checkpoint(args: TrainArgs, ckpt: str | Path) -> TrainArgs:
+    """Return `at_step` for the checkpoint of a run at `ckpt`; the config as it is for other weights."""
+    try:
+        return at_step(args, find_one(without_ema(ckpt)[0]).step) if args.phases else args
+    except RunError:
+        return args
 
 
 def _unnamed_family(config: Path) -> list[str]:

@@ -10,7 +10,8 @@ Letters: B rows, S positions, G rows of a step over all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,8 @@ from lingua.optim.spikes import limit_to_skip
 from lingua.optim.update import Gradient, Updater
 from lingua.profiling.probe import probe
 from lingua.tokenizer import Tokenizer
-from lingua.train.sizes import Resolved
+from lingua.train.phases import number_of
+from lingua.train.sizes import Phase, Resolved
 
 
 @dataclass(frozen=True)
@@ -114,22 +116,38 @@ class StepDone:
     """What ranks report. A name with a slash is a metric, whose mean over ranks is logged."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Learner:
     """Takes steps: model, loss, optimizer, rows and state."""
 
-    args: TrainArgs
-    size: Resolved
+    phases: Sequence[Phase]
+    phase: Phase
+    """The one that does the next step; `lingua.train.build.enter` changes to the next."""
     world: World
+    tokenizer: Tokenizer
     model: nn.Module
     loss: Loss
     updater: Updater
     loader: Loader
     state: TrainState
     """All that the next step depends on, as of the last snapshot; `shared` is always current."""
+    resources: ExitStack
+    """Closes rows and copies of the data."""
 
     def __post_init__(self) -> None:
         self.precision = forward_precision(self.model, self.args.distributed, self.world.device)
+        self.begin_phase()
+
+    @property
+    def args(self) -> TrainArgs:
+        return self.phase.args
+
+    @property
+    def size(self) -> Resolved:
+        return self.phase.size
+
+    def begin_phase(self) -> None:
+        """Let the sums of a step have the size that the phase gives it."""
         self.sums = StepSums(self.world.device)
         n_positions = self.world.rank_info.world_size * self.size.tokens_per_rank_step
         self._n_positions = torch.full((), n_positions, dtype=torch.float64, device=self.world.device)
@@ -141,14 +159,19 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update; the schedule spans the steps from where it began to the last."""
-        begin = self.shared.get("schedule_begin", 0)  # older checkpoints lack it
-        return lr_at(self.args.optim, self.step - begin, self.size.n_steps - begin)
+        """Learning rate of the next update. The schedule spans the phase, or the run from where the schedule began."""
+        begin, end = self.phase.span or (self.shared.get("schedule_begin", 0), self.size.n_steps)  # older ones lack it
+        return lr_at(self.args.optim, self.step - begin, end - begin)
 
     @property
     def shared(self) -> dict[str, Any]:
         """What every rank knows alike and a checkpoint keeps: step, tokens, tracking id."""
         return self.state.shared
+
+    def tokens_left(self) -> int:
+        """Return the tokens of the steps to come."""
+        now = self.phases[number_of(self.phases, self.step)]
+        return self.phases[-1].tokens_at(self.size.n_steps) - now.tokens_at(self.step)
 
     # -- a step, in this order -------------------------------------------------------------------------------------
 
@@ -232,12 +255,11 @@ class Learner:
         return tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run(Learner):
     """A built run, ready for its next step."""
 
     run_dir: Path
-    tokenizer: Tokenizer
     validation_loss: Loss
     manager: CheckpointManager
     held_out: list[HeldOut]

@@ -18,7 +18,7 @@ from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import pick_device
 from lingua.run.failure import fits
 from lingua.tokenizer import Tokenizer, build_tokenizer
-from lingua.train.describe import config_of, described
+from lingua.train.describe import config_of, described, of_checkpoint
 
 
 class Loaded(NamedTuple):
@@ -60,7 +60,7 @@ def load_model(
 
     Memory: the model, and its largest tensor once more. Raises RunError for weights that do not fit.
     """
-    tokenizer = build_tokenizer(run_args.data.tokenizer)
+    run_args, tokenizer = of_checkpoint(run_args, ckpt), build_tokenizer(run_args.data.tokenizer)
     model = bare_model(run_args, tokenizer, device, dtype)
     loaded = load_weights(model, ckpt, sizes_only=run_args.checkpoint.verify_on_load == "sizes")
     return model, tokenizer, loaded

@@ -35,7 +35,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import found
 from lingua.console import Progress
 from lingua.data.audit import SpanOrigin, rows_of_step
-from lingua.data.loader import passing_over, saved_state
+from lingua.data.loader import saved_state
 from lingua.data.sources import with_default_sources
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import Ranks, World, pick_device, set_environment
@@ -45,11 +45,12 @@ from lingua.profiling.first_nonfinite import Watch, first_nonfinite, grad_norms,
 from lingua.report.diff import config_differences
 from lingua.run.metrics import is_number
 from lingua.tokenizer import build_tokenizer
-from lingua.train.build import begin, build_loss, build_rows, build_state, build_updater
-from lingua.train.check import resolve
+from lingua.train.build import begin, build_state, enter_next, parts_of, pass_over, take_over
+from lingua.train.check import phases_of
 from lingua.train.learner import Learner, MicroBatch
 from lingua.train.past import Past, check_step, nothing_before, read_past
-from lingua.train.sizes import Resolved
+from lingua.train.phases import number_at, switch_at
+from lingua.train.sizes import Phase, Resolved
 
 log = logging.getLogger(__name__)
 
@@ -167,18 +168,19 @@ def replay(
     schema = app_schema(choose_app(CommandLine(config=str(config))))
     args = compose(str(config), [], [*(f"{key}={value}" for key, value in _ALONE.items()), *words], schema).args
     args.data = with_default_sources(args.data)
-    size = resolve(args, 1, read_config(config))
-    check_step(past, step, size.n_steps)
+    phases = phases_of(args, 1, read_config(config))
+    check_step(past, step, phases[-1].last)
     checkpoint = find_checkpoint(past, args, step, start, origin)
     tell_other_starts(past, step, start, checkpoint)
 
     device = pick_device(args.device, RankInfo())
     set_environment(args.env, RankInfo(), on_gpu=device.type == "cuda", unset=args.launcher.env.unset)
     with ExitStack() as stack:
-        learner = load(past, args, size, World(RankInfo(), device, mesh=None), checkpoint, stack)
+        restorer = Restorer(past.run_dir, past.root, Ranks(), DISK, args.checkpoint.verify_on_load)
+        learner = load(args, phases, World(RankInfo(), device, mesh=None), checkpoint, restorer, stack)
         if learner.step >= step:
             raise ConfigError(f"--step {step}: the run began after step {learner.step}; choose a later one")
-        way = go(learner, past, start, step - 1)
+        way = go(learner, past, start, step - 1, restorer)
         state_before = learner.loader.state_dict()
         bad_parameters = nonfinite_names(learner.model.named_parameters())
         lr = learner.lr
@@ -189,7 +191,8 @@ def replay(
         learner.model.zero_grad()
         only_backward = not finite and math.isfinite(loss)
         losses = list(row_by_row(learner, taken, watched=not finite, backward=gradients or only_backward))
-    documents = origins_of(args, size, learner.shared.get("first_row", 0), step, state_before)
+    size, first_row = learner.size, learner.shared.get("first_row", 0) + learner.phase.row_shift
+    documents = origins_of(learner.args, size, first_row, step, state_before)
     rows = [ReplayedRow(documents=documents[number], row=number, **facts) for number, facts in losses]
     record = past.reported(step, start)
     return Replayed(
@@ -269,36 +272,43 @@ def tell_other_starts(past: Past, step: int, start: int, checkpoint: Checkpoint 
 
 
 def load(
-    past: Past, args: TrainArgs, size: Resolved, world: World, checkpoint: Checkpoint | None, stack: ExitStack
+    args: TrainArgs,
+    phases: Sequence[Phase],
+    world: World,
+    checkpoint: Checkpoint | None,
+    restorer: Restorer,
+    stack: ExitStack,
 ) -> Learner:
     """Everything as it was after the checkpoint, or where the run began."""
     tokenizer = build_tokenizer(args.data.tokenizer)
-    state: TrainState = build_state(args, size, world)
-    restorer = Restorer(past.run_dir, past.root, Ranks(), DISK, args.checkpoint.verify_on_load)
+    state: TrainState = build_state(args, phases[0].size, world)
     if checkpoint is None:
-        data_state = begin(state, restorer, args, size)
+        data_state = begin(state, restorer, args, phases)
     else:
         restorer.load_folder(checkpoint.folder, state)
         data_state = saved_state(state.per_rank_all)
-        args.data = passing_over(args.data, state.shared)
+        pass_over(phases, state.shared)
+    step = state.shared["step"]
+    phase, switch = phases[number_at(phases, step)], switch_at(phases, step)
+    take_over(phase, state, restorer)
     try:
-        loader = stack.enter_context(build_rows(args, size, world, tokenizer, data_state))
+        parts = parts_of(phase, switch, state, world, tokenizer, data_state, stack)
     except ConfigError as error:
         raise ConfigError([*error.problems, "replay needs the very data that the run has read"]) from None
     state.model.train()
     return Learner(
-        args=args,
-        size=size,
+        phases=phases,
+        phase=phase,
         world=world,
+        tokenizer=tokenizer,
         model=state.model,
-        loss=build_loss(args),
-        updater=build_updater(args, state, world.device),
-        loader=loader,
         state=state,
+        resources=stack,
+        **parts,
     )
 
 
-def go(learner: Learner, past: Past, start: int, last: int) -> Way:
+def go(learner: Learner, past: Past, start: int, last: int, restorer: Restorer) -> Way:
     """Train up to and including step `last`, as the run did."""
     first = learner.step
     if last > first:
@@ -316,6 +326,9 @@ def go(learner: Learner, past: Past, start: int, last: int) -> Way:
                     f"step {done.step}, on the way, is not finite here: look at that one with --step {done.step}"
                 )
             progress.advance(1)
+            if learner.step == learner.phase.last < learner.size.n_steps:
+                enter_next(learner, restorer)
+                batches = learner.batches()
             record = past.on_the_way(done.step, start)
             there = None if record is None else _numbers(record).loss
             if there is not None:

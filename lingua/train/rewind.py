@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 
-from lingua.data.loader import PASSED, passing_over, rows_ahead, saved_state
+from lingua.data.loader import PASSED, rows_ahead, saved_state
 from lingua.data.pack import merged
 from lingua.distributed.parallelize import reshard
-from lingua.train.build import build_rows, build_updater, fresh_shared
-from lingua.train.learner import Run, StepSums
+from lingua.train.build import enter, fresh_shared, pass_over
+from lingua.train.learner import Run
 from lingua.train.monitor import NonFiniteError, RewindAsked
 
 log = logging.getLogger(__name__)
@@ -36,15 +36,12 @@ def rewind(run: Run, asked: RewindAsked) -> None:
     if run.manager.rewind(asked.step, run.state) is None:
         raise NonFiniteError(f"{asked.why}, and there is no checkpoint before it to go back to; save more often")
     data, size = saved_state(run.state.per_rank_all), run.size
-    first = live.get("first_row", 0) + (asked.step - 1) * size.rows_per_step
+    first = live.get("first_row", 0) + run.phase.row_shift + (asked.step - 1) * size.rows_per_step
     turns = range(first, first + args.steps * size.rows_per_step)
     rows = merged([(row, row) for row in rows_ahead(data, run.args.data.skip_rows, turns)])
     entry = {"step": asked.step, "rows": [list(span) for span in rows], "why": asked.why}
     changes = {"tracking_id": live["tracking_id"], PASSED: [*passed, entry]}
     run.state.shared = fresh_shared() | run.state.shared | changes
-    run.args.data = passing_over(run.args.data, run.shared)
-    run.loader.close()
-    run.loader = build_rows(run.args, size, run.world, run.tokenizer, data)
-    run.updater = build_updater(run.args, run.state, run.world.device)
-    run.sums = StepSums(run.world.device)
+    pass_over(run.phases, run.shared)
+    enter(run, data, run.manager)
     log.warning("%s. Back to step %d; rows %s are passed over", asked.why, run.step, entry["rows"])

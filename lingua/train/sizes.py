@@ -1,4 +1,4 @@
-"""Sizes of a run: what the config leaves open, decided."""
+"""Sizes of a run and of its phases: what the config leaves open, decided."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lingua.config.keys.data import TokenizerArgs, default_lanes
+from lingua.config.keys.phases import PhaseArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.files import DiskError
 from lingua.tokenizer import assumed_vocab_size, build_tokenizer
@@ -74,6 +75,7 @@ class Resolved:
             "epochs": None,
             "total_flops": None,
             "global_batch_size": self.rows_per_step,
+            "global_batch_tokens": None,
             "grad_acc_steps": None,  # derived again, so that other GPUs may go on
             "data.lanes": self.lanes,
             "model.vocab_size": self.vocab_size,
@@ -81,11 +83,55 @@ class Resolved:
         }
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run."""
+
+    args: TrainArgs
+    size: Resolved
+    first: int
+    """Updates done when it begins."""
+    last: int
+    """Updates done when it ends."""
+    rows_before: int = 0
+    """Rows used when it begins, if the run began with row 0."""
+    tokens_before: int = 0
+    span: tuple[int, int] | None = None
+    """Steps that the learning rate's schedule spans. None: those of the run."""
+    written: PhaseArgs | None = None
+    """None: the run has no phases."""
+
+    @property
+    def name(self) -> str:
+        return "" if self.written is None else self.written.name
+
+    @property
+    def row_shift(self) -> int:
+        """Its update n uses the rows row_shift + [(n-1)*G, n*G)."""
+        return self.rows_before - self.first * self.size.rows_per_step
+
+    def rows_at(self, step: int) -> int:
+        """Return the rows used after `step` updates, if the run began with row 0."""
+        return self.rows_before + (step - self.first) * self.size.rows_per_step
+
+    def tokens_at(self, step: int) -> int:
+        return self.tokens_before + (step - self.first) * self.size.tokens_per_step
+
+    @property
+    def fresh(self) -> list[str]:
+        """Names of the sources that begin with their first document."""
+        named = self.written.fresh if self.written is not None else False
+        if isinstance(named, list):
+            return list(named)
+        return [str(source.name) for source in self.args.data.read_sources() if source.weight > 0] if named else []
+
+
 @dataclass
 class Study:
     """What is wrong and what is odd; `resolved` unless the sizes themselves are wrong."""
 
     resolved: Resolved | None = None
+    phases: list[Phase] = field(default_factory=list)
     errors: list[Finding] = field(default_factory=list)
     warnings: list[Finding] = field(default_factory=list)
 
@@ -135,6 +181,15 @@ def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: St
 def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], found: Study) -> int | None:
     """G: as stated, as frozen, or B * grad_acc_steps * dp; None (and an error) when B * dp does not divide it."""
     batch_size, micro_steps, stated = args.data.batch_size, args.grad_acc_steps, args.global_batch_size
+    if (tokens := args.global_batch_tokens) is not None:
+        problem = "global_batch_size is set, too; keep one" if stated else None
+        if tokens % args.data.seq_len:
+            near = tokens // args.data.seq_len * args.data.seq_len or args.data.seq_len
+            problem = f"no multiple of data.seq_len {args.data.seq_len}; set it to {near}"
+        if problem:
+            found.errors.append(Finding("global_batch_tokens", f"global_batch_tokens is {tokens}, {problem}"))
+            return None
+        stated = tokens // args.data.seq_len
     per_micro_step = batch_size * dp_size
     own = per_micro_step * (micro_steps or 1)
     kept = frozen.get("global_batch_size")

@@ -148,9 +148,10 @@ def _freeze_config(path: Path, checked: Checked, attempt: int) -> None:
     write_whole(path / ORIGIN_FILE, dump_yaml(checked.composed.origins()).encode())
 
 
-def use_embedded_corpus(args: TrainArgs) -> None:
-    """Train on the sample corpus where the config names no source."""
-    args.data = with_default_sources(args.data)
+def use_embedded_corpus(*configs: TrainArgs) -> None:
+    """Train on the sample corpus where the config, or that of a phase, names no source."""
+    for args in configs:
+        args.data = with_default_sources(args.data)
 
 
 def start_metrics(run: Run, attempt: int, stack: ExitStack) -> MetricLogger | None:
@@ -212,8 +213,14 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
     log.info(
         "%s parameters, %s tokens per step (%d rows of %d), %s steps, %s tokens in all",
         f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,
-        f"{size.n_steps:,}", f"{run.shared['total_tokens'] + (size.n_steps - run.step) * size.tokens_per_step:,}",
+        f"{size.n_steps:,}", f"{run.shared['total_tokens'] + run.tokens_left():,}",
     )  # fmt: skip
+    for phase in run.phases if run.phase.written else ():
+        sources = ", ".join(f"{s.name} {s.weight:g}" for s in phase.args.data.read_sources() if s.weight)
+        log.info(
+            "phase %s: steps %d to %d, %d rows of %d, %s",
+            phase.name, phase.first + 1, phase.last, phase.size.rows_per_step, phase.size.seq_len, sources,
+        )  # fmt: skip
     if run.floor is not None:
         log.info("no model has a loss below %s nats per token on this data (loss/above_floor)", run.floor)
     log.info("%s", meter.formula())
@@ -232,6 +239,8 @@ def say_finished_already(run: Run) -> None:
 
 def _twice_as_long(run: Run) -> str:
     """Return the words that let a finished run go on."""
+    if run.phase.written is not None:
+        return "--accept-change  (with one more phase in the config)"
     n_steps, begin = run.size.n_steps, run.shared.get("schedule_begin", 0)
     rises = rates_of_longer(run.args.optim, n_steps - begin, n_steps - begin, 2 * n_steps - begin)
     return f"steps={2 * n_steps}" + (" --accept-change" if rises else "")

@@ -187,8 +187,8 @@ def test_the_row_behind_a_spike_is_the_first(tmp_path: Path):
     words = [f"data.root_dir={tmp_path}", "data.sources={calm: 1.0}", "optim.lr=1e-2", "steps=40", "data.lanes=4"]
     run = tmp_path / "run"
     assert train([*WORDS, *words, f"dump_dir={run}"]).exit_code == 0
-    args, n_lanes, rows_per_step, _, states = read_run(run)
-    seen = {s: dict(rows_of_step(args, n_lanes, rows_per_step, states, s)) for s in range(10, 41)}
+    (part,), n_lanes, states = read_run(run)
+    seen = {s: dict(rows_of_step(part.args, n_lanes, part.rows_per_step, states, s)) for s in range(10, 41)}
     (step, *_) = [
         s
         for s, rows in seen.items()

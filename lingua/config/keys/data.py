@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -59,6 +60,8 @@ class DataArgs(Args):
     """Folder that relative source paths are looked up in."""
     sources: dict[str, Annotated[float, Field(ge=0)]] | list[AnySource] = {}
     """`name: weight` under root_dir, or a list of sources. Empty: the embedded corpus."""
+    resting: list[AnySource] = []
+    """Sources of earlier phases from which no new document is read; follows from `phases`."""
     batch_size: Annotated[int, Field(ge=1)] = 2
     """B: rows of a micro step on each data-parallel rank."""
     seq_len: Annotated[int, Field(ge=1)] = 2048
@@ -117,7 +120,8 @@ class DataArgs(Args):
         return self.row_tokens if self.tokenizer.name == "none" else self.seq_len
 
     def read_sources(self) -> list[SourceArgs | SyntheticArgs]:
-        """Return the sources with a weight above 0, by name (any order in the config will do), with their whole paths.
+        """Return the sources with a weight above 0, by name (any order in the config will do), with their whole paths;
+        and those of earlier phases, with weight 0.
 
         Raises ConfigError if none has a weight or two have one name.
         """
@@ -146,7 +150,9 @@ class DataArgs(Args):
         read = [source for source in found if source.weight > 0]
         if found and not read:
             raise ConfigError("data.sources: no source has a weight above 0; give one a weight")
-        return sorted(read, key=lambda source: str(source.name))
+        names = [str(source.name) for source in read]
+        rest = [source.model_copy(update={"weight": 0.0}) for source in self.resting if source.name not in names]
+        return sorted([*read, *rest], key=lambda source: str(source.name))
 
     def read_files(self) -> list[SourceArgs]:
         """Return those of `read_sources` that are files."""
@@ -187,3 +193,11 @@ class DataArgs(Args):
             if not 0 <= first <= last:
                 raise ValueError(f"skip_rows [{first}, {last}] is no range of rows; write [first, last]")
         return self
+
+
+class Switch(NamedTuple):
+    """A planned change between two rows: the state is of the phase before."""
+
+    before: DataArgs
+    fresh: Sequence[str] = ()
+    """Names of the sources that begin anew."""

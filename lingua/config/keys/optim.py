@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lingua.config.base import Args, Fraction, Part, register
+from lingua.config.base import Args, Fraction, Part, Text, register
 
 
 class SpikeArgs(Args):
@@ -47,7 +47,7 @@ class OptimArgs(Part):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the whole gradient, once per step. 0: no clipping."""
     scheduler: str = "cosine"
-    """Schedule of the learning rate: constant, linear, inv_sqrt, cosine, wsd, or one of a plugin's."""
+    """Schedule of the learning rate: constant, linear, linear_to_zero, inv_sqrt, cosine, wsd, or one of a plugin's."""
     warmup: Annotated[int, Field(ge=0)] = 2000
     """Steps of linear warm-up from 0."""
     lr_min_ratio: Fraction = 0.1
@@ -65,6 +65,8 @@ class OptimArgs(Part):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights, with this decay; below it in the first steps: step n decays by
     (1 + n) / (10 + n) at most. RUN@STEP:ema names its weights. Costs 4 bytes per parameter. Null: none."""
+    frozen: list[Text] = []
+    """Parameters that do not move, by name: tok_embeddings.*, layers.0.*. Their gradients are computed and left out."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     """A loss or gradient that is not finite: stop before the optimizer moves, skip that step, or go back to the newest
     checkpoint before it and pass over its rows. With distributed.model_dtype fp16 a gradient that overflows is always

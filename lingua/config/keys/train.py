@@ -19,6 +19,7 @@ from lingua.config.keys.launch import JobArgs, LauncherArgs, SlurmArgs
 from lingua.config.keys.logging import LoggingArgs
 from lingua.config.keys.model import CrossEntropyArgs, LlamaArgs, LossArgs, ModelArgs
 from lingua.config.keys.optim import AdamWArgs, OptimArgs
+from lingua.config.keys.phases import PhaseArgs
 from lingua.config.keys.profiling import ProfilerArgs
 from lingua.config.keys.watchdog import WatchdogArgs
 
@@ -81,6 +82,10 @@ class TrainArgs(Args):
     """Micro steps per optimizer update. Null: from global_batch_size, otherwise 1."""
     global_batch_size: Annotated[int, Field(ge=1)] | None = None
     """G: rows per optimizer update over all ranks. Null: batch_size * grad_acc_steps * data-parallel ranks."""
+    global_batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The same in tokens: G = global_batch_tokens / data.seq_len. Null: by global_batch_size."""
+    phases: list[PhaseArgs] = []
+    """Parts of the run, one after another, each with keys of its own. Empty: the config holds for the whole run."""
     gc_collect_freq: Annotated[int, Field(ge=1)] = 1000
     """Steps between garbage collections; python's own collector is off in the loop."""
     probe_freq: Annotated[int, Field(ge=1)] | None = None

@@ -84,9 +84,9 @@ def forge(state: dict[str, Any], what: str) -> None:
 def test_audit_finds_each_kind_of_lie(
     run: Path, what: str, sentence: str, monkeypatch: pytest.MonkeyPatch, lingua: Lingua
 ) -> None:
-    args, n_lanes, rows_per_step, first_row, states = read_run(run)
+    parts, n_lanes, states = read_run(run)
     forge(states[4], what)
-    monkeypatch.setattr("apps.cli.data.read_run", lambda path: (args, n_lanes, rows_per_step, first_row, states))
+    monkeypatch.setattr("apps.cli.data.read_run", lambda path: (parts, n_lanes, states))
     code, out, _ = lingua("audit", run, "--json", "--workers", 1)
     found = json.loads(out)
     assert (code, found["ok"]) == (1, False)
@@ -94,8 +94,8 @@ def test_audit_finds_each_kind_of_lie(
 
 
 def test_rows_are_those_that_the_step_was_trained_on(run: Path, lingua: Lingua) -> None:
-    args, n_lanes, rows_per_step, _, _ = read_run(run)
-    with build_loader(args, rows_per_step=rows_per_step, lanes=n_lanes) as loader:
+    (part,), n_lanes, _ = read_run(run)
+    with build_loader(part.args, rows_per_step=part.rows_per_step, lanes=n_lanes) as loader:
         trained = [[bytes(i for i in ids if i < 256) for ids in next(loader).views[0].tolist()] for _ in range(24)]
     flat = [text for batch in trained for text in batch]
     for step in (1, 4, 6):

@@ -1,0 +1,95 @@
+"""Keys of `phases:`, and which keys of a config a phase may change. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import ConfigDict, model_validator
+
+from lingua.config.base import Args, Text, plain
+
+MAY_CHANGE = (
+    "data.sources", "data.root_dir", "data.seq_len", "data.batch_size",
+    "global_batch_size", "global_batch_tokens", "grad_acc_steps",
+    "optim.lr", "optim.scheduler", "optim.warmup", "optim.lr_min_ratio", "optim.cycle_length", "optim.cosine_theta",
+    "optim.annealing_step", "optim.decay_fraction", "optim.exp_factor",
+    "optim.clip", "optim.frozen", "optim.on_nonfinite", "optim.max_skips",
+    "loss.*", "validation.*", "model.rope_theta",
+)  # fmt: skip
+"""Keys that a phase may change: no shape of a tensor, no tokenizer and no number of lanes depends on them."""
+
+_UNTIL = re.compile(r"(\+?)\s*(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kMBT]?)\s*(%|steps?|tokens?|)")
+_TIMES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+class Until(NamedTuple):
+    """Where a phase ends."""
+
+    value: float
+    unit: Literal["steps", "tokens", "%"]
+    is_more: bool
+    """Counted from the end of the phase before."""
+
+
+def read_until(text: str) -> Until:
+    """Parse `900`, `+2000 steps`, `2B tokens`, `90%`. Raises ValueError."""
+    found = _UNTIL.fullmatch(text.strip())
+    if not found or (found[3] and found[4] == "%"):
+        raise ValueError(
+            f"until is {text!r}; write steps (900 or +2000 steps), tokens (2B tokens, +500M tokens) or a share of "
+            "`steps` (90%)"
+        )
+    unit = {"%": "%", "t": "tokens"}.get(found[4][:1], "steps")
+    return Until(float(found[2]) * _TIMES[found[3]], unit, bool(found[1]))  # pyright: ignore[reportArgumentType]
+
+
+class PhaseArgs(Args):
+    """A part of a run: the config with the keys that stand here, dotted, from an exact step on."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Text
+    """Name in logs, `status` and `report`."""
+    until: Text
+    """Its last step: 900, +2000 steps, 2B tokens, +1B tokens; or a share of `steps`: 90%."""
+    schedule: Literal["run", "phase"] | None = None
+    """What the learning rate's schedule spans. Null: this phase if it sets optim.scheduler, otherwise the run."""
+    fresh: bool | list[Text] = False
+    """Sources that begin with their first document, instead of where an earlier phase left them. true: all."""
+    from_run: Text | None = None
+    """RUN@STEP whose weights it begins with; `from` is the same key."""
+    take: Literal["weights", "state"] = "weights"
+    """What is taken over with `from`. state: the optimizer's state too; weights: it begins anew."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, tree: Any) -> Any:
+        """Take `from`, which is a word of Python."""
+        return {("from_run" if k == "from" else k): v for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _until_is_one(self) -> Self:
+        read_until(self.until)
+        return self
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The keys that it changes, dotted, each with its value."""
+        return dict(_flat(plain(self.model_extra or {}), ""))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    """Return the leaves of sections that are written as such; a mapping of sources is a leaf."""
+    found = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        inside = isinstance(value, Mapping) and key != "data.sources"
+        found += _flat(value, f"{key}.") if inside else [(key, value)]
+    return found
+
+
+def may_change(key: str) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
