@@ -319,26 +319,6 @@ def unknown_key(key: Key, schema: type[Args]) -> str:
     return f"unknown key {dotted}; {hint}"
 
 
-def too_large(args: Args) -> list[tuple[Key, str]]:
-    """Find whole numbers that neither torch nor JSON can hold. A validator of each field would cost 80 ms a start."""
-    found: dict[int, Key] = {}  # the first key of each: others take it over, as data.seed does
-    for key, value in _leaves(args):
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            found.setdefault(value, key)
-    largest = f"{(1 << 63) - 1} is the largest whole number"
-    return [(key, f"{dotted_key(key)}: {value} has more than 64 bits; {largest}") for value, key in found.items()]
-
-
-def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    if isinstance(value, Args):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
-    if isinstance(value, dict | list):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, (*key, name))
-    else:
-        yield key, value
-
-
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

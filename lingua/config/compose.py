@@ -35,7 +35,6 @@ from lingua.config.base import (
     plain,
     sections_at,
     show,
-    too_large,
     unknown_key,
 )
 from lingua.config.keys.eval import EvalArgs
@@ -452,7 +451,7 @@ def _validate(
     for _ in range(4):
         try:
             args = schema.model_validate(tree)
-            found = too_large(args)
+            found = _too_large(args)
             if not found:
                 return args, findings
         except ValidationError as error:
@@ -463,6 +462,16 @@ def _validate(
         for key, _ in found:
             _leave_out(tree, key)
     return None, findings
+
+
+def _too_large(args: Args) -> list[tuple[Key, str]]:
+    """Find whole numbers that neither torch nor JSON can hold. A validator of each field would cost every start."""
+    found: dict[int, Key] = {}  # the first key of each: others take it over, as data.seed does
+    for key, value in leaves(args.model_dump()):
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            found.setdefault(value, key)
+    largest = f"{(1 << 63) - 1} is the largest whole number"
+    return [(key, f"{dotted_key(key)}: {value} has more than 64 bits; {largest}") for value, key in found.items()]
 
 
 def _read_environment_numbers(error: ValidationError, tree: Any, interpolated: set[Key]) -> bool:
