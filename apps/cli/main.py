@@ -135,13 +135,9 @@ def components(
         importlib.import_module(name)
     found, lines = registered(schema, kind), []
     for section, parts in found.items():
-        for type_name, part in parts.items():
-            lines += [f"{section}  type: {type_name}  {part['about']}"]
-            lines += (
-                [f"    {key}: {text}" for key, text in part["keys"].items()]
-                if kind
-                else [f"    {', '.join(part['keys'])}"]
-            )
+        for name, part in parts.items():
+            keys = [f"{key}: {text}" for key, text in part["keys"].items()] if kind else [", ".join(part["keys"])]
+            lines += [f"{section}  type: {name}  {part['about']}", *(f"    {text}" for text in keys)]
     show(found, as_json, lines)
 
 

@@ -27,7 +27,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -47,8 +47,7 @@ from lingua.tokenizer import Tokenizer
 
 PIECE_TOKENS = 1 << 16
 _SAMPLES, _SAMPLE_TOKENS = 16, 4096  # places that are looked at for tokens that the tokenizer does not have
-_WINDOW_TOKENS = 1 << 15  # searched at once for end tokens
-_TABLE_AT_ONCE = 1 << 20
+_WINDOW_TOKENS = 256  # searched first for an end token, then twice as many, ...
 _SEARCHED_TOKENS = 64 << 20  # in which there must be an end token
 _REMEDY = "set data.tokenizer to the one that made the file"
 
@@ -59,11 +58,12 @@ class Layout(NamedTuple):
     path: Path
     ids: np.ndarray  # (T,)
     table: np.ndarray | None = None
-    """Where documents begin, ascending; None: an end token ends each."""
+    """Where documents begin, ascending; None: `end_id` ends each."""
     per_token: int = 1
     """What a token counts in the table."""
     of_ends: bool = False
     """The table holds where documents end."""
+    end_id: int | None = None
 
     def begin(self, document: int) -> int:
         """First token of a document; T for the one after the last."""
@@ -73,60 +73,32 @@ class Layout(NamedTuple):
             return 0
         return int(self.table[entry]) // self.per_token if entry < len(self.table) else len(self.ids)
 
+    def find(self, at: int, limit: int, guess: int = 0) -> tuple[int, int, int] | None:
+        """Return (begin, end, next guess) of the first document that begins at `at` or later, before `limit`.
 
-# -- finding documents ---------------------------------------------------------------------------------------------
-
-
-class Borders(Protocol):
-    """Finds the documents of a file."""
-
-    def find(self, at: int, limit: int) -> tuple[int, int] | None:
-        """Return (begin, end) of the first document that begins at `at` or later, before `limit`."""
-        ...
-
-
-class TableBorders:
-    """Borders out of a table."""
-
-    def __init__(self, layout: Layout) -> None:
-        assert layout.table is not None
-        self._layout, self._n, self._next = layout, len(layout.table), 0
-
-    def find(self, at: int, limit: int) -> tuple[int, int] | None:
-        begin, index = self._layout.begin, self._next
-        if begin(index) != at:  # not the one after the last
-            index = bisect.bisect_left(range(self._n), at, key=begin)
-        while index < self._n and (first := begin(index)) < limit:
+        A guess of the document's number, that of the call before, spares a search in the table.
+        """
+        if self.table is None:
+            begin = at if at == 0 else self.next_end(at - 1, limit)
+            return (begin, self.next_end(begin, len(self.ids)), 0) if begin < min(limit, len(self.ids)) else None
+        n, index = len(self.table), guess
+        if self.begin(index) != at:  # not the one after the last; bisect, as numpy would copy an unaligned table
+            index = bisect.bisect_left(range(n), at, key=self.begin)
+        while index < n and (first := self.begin(index)) < limit:
             index += 1
-            if first < (end := begin(index)):
-                self._next = index
-                return first, end
+            if first < (end := self.begin(index)):
+                return first, end, index
         return None
 
-
-class EndTokenBorders:
-    """Borders after each end token."""
-
-    def __init__(self, layout: Layout, end_id: int) -> None:
-        self._ids, self._end_id = layout.ids, end_id
-        self._first = self._last = 0
-        self._ends = np.empty(0, np.int64)
-
-    def find(self, at: int, limit: int) -> tuple[int, int] | None:
-        begin = at if at == 0 else self._next_end(at - 1, limit) + 1
-        return (begin, self._next_end(begin, len(self._ids)) + 1) if begin < min(limit, len(self._ids)) else None
-
-    def _next_end(self, at: int, limit: int) -> int:
-        """Position of the first end token from `at` on, or of the last token before `limit`."""
+    def next_end(self, at: int, limit: int) -> int:
+        """Position behind the first end token from `at` on, or `limit`."""
+        window = _WINDOW_TOKENS
         while at < limit:
-            if not self._first <= at < self._last:
-                self._first, self._last = at, min(at + _WINDOW_TOKENS, len(self._ids))
-                self._ends = np.flatnonzero(self._ids[self._first : self._last] == self._end_id) + self._first
-            place = int(np.searchsorted(self._ends, at))
-            if place < len(self._ends):
-                return int(self._ends[place])
-            at = self._last
-        return limit - 1
+            ends = np.flatnonzero(self.ids[at : min(at + window, limit)] == self.end_id)
+            if len(ends):
+                return at + int(ends[0]) + 1
+            at, window = at + window, 2 * window
+        return limit
 
 
 # -- the source ----------------------------------------------------------------------------------------------------
@@ -184,10 +156,6 @@ class TokenFormat(BlockedSource):
         sizes = [(path, path.stat().st_size) for path in (*paths, *self.side_files(paths))]
         return fingerprint(((path.name, size, edges(path, size)) for path, size in sizes), self.fields)
 
-    def borders(self, file: int) -> Borders:
-        assert self.vocabulary is not None
-        return borders_of(self.layouts[file], self.vocabulary)
-
     def tokens_of(self, document: Document, tokenizer: Tokenizer) -> int:
         return len(all_ids(document))
 
@@ -200,25 +168,23 @@ class TokenFormatReader:
 
     def __init__(self, source: TokenFormat) -> None:
         assert source.vocabulary is not None
-        self._source, self._file = source, -1
+        self._source, self._file, self._next = source, -1, 0
         self._bos, self._eos = source.vocabulary.bos_id, source.vocabulary.eos_id
 
     def document(self, block: int, offset: int) -> Document | None:
         source = self._source
         file, at, last = source.block(block)
         if file != self._file:
-            self._file, self._ids, self._borders = file, source.layouts[file].ids, source.borders(file)
-        at = max(at, offset)
-        while (found := self._borders.find(at, last)) is not None:
-            begin, at = found
+            self._file, self._next = file, 0
+        at, layout = max(at, offset), source.layouts[file]
+        while (found := layout.find(at, last, self._next)) is not None:
+            begin, at, self._next = found
             source.bad.lines += 1
-            first, end = begin, at
-            if self._bos is not None and self._ids[first] == self._bos:
-                first += 1
-            if self._eos is not None and first < end and self._ids[end - 1] == self._eos:
-                end -= 1
-            if first < end:
-                return Document("", source.files[file].key, begin, at, StoredDocument(self._ids[first:end]))
+            ids = layout.ids[begin:at]
+            ids = ids[1:] if self._bos is not None and ids[0] == self._bos else ids
+            ids = ids[:-1] if self._eos is not None and len(ids) and ids[-1] == self._eos else ids
+            if len(ids):
+                return Document("", source.files[file].key, begin, at, StoredDocument(ids))
             source.report_bad("empty", file, begin, "an empty document")
         return None
 
@@ -245,35 +211,27 @@ def all_ids(document: Document) -> np.ndarray:
 # -- is it the tokenizer's -----------------------------------------------------------------------------------------
 
 
-def borders_of(layout: Layout, tokenizer: Tokenizer) -> Borders:
-    if layout.table is not None:
-        return TableBorders(layout)
-    if tokenizer.eos_id is None:
-        raise ConfigError(
-            f"{layout.path}: its documents end with an end token, and data.tokenizer ({tokenizer.name}) has none; "
-            + _REMEDY
-        )
-    return EndTokenBorders(layout, tokenizer.eos_id)
-
-
 def check_ids(layout: Layout, tokenizer: Tokenizer) -> None:
-    """Raise DataError if a sample of a file's tokens is not the tokenizer's, or its documents end otherwise."""
-    ids, path = layout.ids, layout.path
+    """Raise an error if a sample of tokens is not the tokenizer's, or the documents end otherwise."""
+    ids, path, end_id, named = layout.ids, layout.path, tokenizer.eos_id, f"data.tokenizer ({tokenizer.name})"
     for sample in range(_SAMPLES):
-        begin = (len(ids) - _SAMPLE_TOKENS) * sample // (_SAMPLES - 1)
-        part = ids[max(0, begin) : max(0, begin) + _SAMPLE_TOKENS]
+        begin = max(0, (len(ids) - _SAMPLE_TOKENS) * sample // (_SAMPLES - 1))
+        part = ids[begin : begin + _SAMPLE_TOKENS]
         if len(part) and not 0 <= part.min() <= part.max() < tokenizer.vocab_size:
             wrong = int(part.max() if part.min() >= 0 else part.min())
-            what = f"holds token {wrong}, and data.tokenizer ({tokenizer.name}) has {tokenizer.vocab_size}"
-            raise DataError(f"{path}: {what}; {_REMEDY}")
-    if layout.table is None:
-        borders_of(layout, tokenizer)
-        some = (ids[at : at + _WINDOW_TOKENS] for at in range(0, min(len(ids), _SEARCHED_TOKENS), _WINDOW_TOKENS))
-        if len(ids) and not any((part == tokenizer.eos_id).any() for part in some):
-            what = f"data.tokenizer ends documents with token {tokenizer.eos_id}, which"
-            raise DataError(f"{path}: {what} is not among its first {min(len(ids), _SEARCHED_TOKENS)}; {_REMEDY}")
-    elif tokenizer.eos_id is not None and (ended := _end_token(layout)) not in (None, tokenizer.eos_id):
-        what = f"its documents end with token {ended}, those of data.tokenizer with {tokenizer.eos_id}"
+            raise DataError(f"{path}: holds token {wrong}, and {named} has {tokenizer.vocab_size}; {_REMEDY}")
+    if layout.table is not None:
+        _compare_end(path, _end_token(layout), end_id)
+    elif end_id is None:
+        raise ConfigError(f"{path}: its documents end with an end token, and {named} has none; {_REMEDY}")
+    elif (end := layout.next_end(0, min(len(ids), _SEARCHED_TOKENS))) and ids[end - 1] != end_id:
+        what = f"data.tokenizer ends documents with token {end_id}, which is not among its first {end}"
+        raise DataError(f"{path}: {what}; {_REMEDY}")
+
+
+def _compare_end(path: Path, found: int | None, end_id: int | None) -> None:
+    if None not in (found, end_id) and found != end_id:
+        what = f"its documents end with token {found}, those of data.tokenizer with {end_id}"
         raise DataError(f"{path}: {what}; {_REMEDY}")
 
 
@@ -312,10 +270,8 @@ def _damaged(path: Path, what: str) -> DataError:
     return DataError(f"{path}: {what}; copy it again, or fix data.sources")
 
 
-def _least_step(table: np.ndarray) -> int:
-    """Return the least difference of neighbours in a table; 1 if there are none."""
-    parts = (table[at : at + _TABLE_AT_ONCE + 1].astype(np.int64) for at in range(0, len(table), _TABLE_AT_ONCE))
-    return min((int(np.diff(part).min()) for part in parts if len(part) > 1), default=1)
+def _ascends(table: np.ndarray, strictly: bool = False) -> bool:
+    return bool((np.greater if strictly else np.greater_equal)(table[1:], table[:-1]).all())
 
 
 def _array(path: Path, data: Any, dtype: str, count: int, offset: int) -> np.ndarray:
@@ -370,7 +326,7 @@ class PbinSource(TokenFormat):
             raise _damaged(path, f"its index is not a list of places of documents ({error})") from None
         begins, ends = pairs[:, 0], pairs.sum(-1)
         follow = len(pairs) and begins[0] == 0 and ends[-1] == n_bytes and (begins[1:] == ends[:-1]).all()
-        if (n_bytes and not follow) or _least_step(begins) < 0 or (pairs % width).any():
+        if (n_bytes and not follow) or not _ascends(begins) or (pairs % width).any():
             raise _damaged(path, "the documents of its index do not follow one another")
         return Layout(path, ids, np.ascontiguousarray(begins), width)
 
@@ -396,15 +352,15 @@ class MegatronSource(TokenFormat):
             raise _damaged(side, f"of version {version} with tokens of type {code}; 1, and 1, 4 or 8 are known")
         starts = _array(side, data, "<i8", n, head + 4 * n)
         borders = _array(side, data, "<i8", n_borders, head + 12 * n)
-        step = _least_step(borders)
-        if n_borders < 1 or borders[0] != 0 or borders[-1] != n or min(step, _least_step(starts)) < 0:
+        if not (n_borders and borders[0] == 0 and borders[-1] == n and _ascends(borders) and _ascends(starts)):
             raise _damaged(side, "its documents do not follow one another")
         width = np.dtype(dtype).itemsize
         lengths = _array(side, data, "<i4", n, head)
         if len(tokens) % width or (n and (starts[0] != 0 or int(starts[-1]) + width * int(lengths[-1]) != len(tokens))):
             raise _damaged(path, f"has {len(tokens)} bytes, and {side.name} says otherwise")
-        table = starts if step > 0 and n_borders == n + 1 else np.append(starts, len(tokens))[borders[:-1]]
-        return Layout(path, np.frombuffer(tokens, dtype), table, width)
+        if n_borders != n + 1 or not _ascends(borders, strictly=True):  # a document of several sequences, or of none
+            starts = np.append(starts, len(tokens))[borders[:-1]]
+        return Layout(path, np.frombuffer(tokens, dtype), starts, width)
 
 
 def _ids_of_unknown_width(path: Path, data: Any, tokenizer: Tokenizer) -> np.ndarray:
@@ -424,34 +380,26 @@ class NpySource(TokenFormat):
 
     @classmethod
     def layout(cls, path: Path, tokenizer: Tokenizer) -> Layout:
-        data = _map(path)
-        if data[:6] != b"\x93NUMPY":
-            return Layout(path, _ids_of_unknown_width(path, data, tokenizer))
+        if (data := _map(path))[:6] != b"\x93NUMPY":
+            return Layout(path, _ids_of_unknown_width(path, data, tokenizer), end_id=tokenizer.eos_id)
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
             raise _damaged(path, f"not a whole array of numpy ({error})") from None
         if ids.ndim != 1 or ids.dtype.str not in ("|u1", "<u2", "<u4", "<i4"):
             raise _damaged(path, f"an array of {ids.dtype} with {ids.ndim} axes, not one of tokens")
-        return Layout(path, np.asarray(ids))
+        return Layout(path, np.asarray(ids), end_id=tokenizer.eos_id)
 
     @classmethod
     def check_tokenizer(cls, path: Path, tokenizer: Tokenizer) -> None:
         super().check_tokenizer(path, tokenizer)
-        for file in cls.find_files(path):
-            facts = file.with_name(file.name.removesuffix(cls.suffix) + ".csv.gz")
-            if facts.is_file():
-                _compare_first(cls.layout(file, tokenizer), facts, tokenizer)
-
-
-def _compare_first(layout: Layout, facts: Path, tokenizer: Tokenizer) -> None:
-    """Compare where the first document ends with what dolma wrote beside the file."""
-    with gzip.open(facts, "rt") as lines:
-        fields = lines.readline().split(",")
-    end = int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else 0
-    if 0 < end <= len(layout.ids) and (last := int(layout.ids[end - 1])) != tokenizer.eos_id:
-        what = f"its documents end with token {last}, those of data.tokenizer with {tokenizer.eos_id}"
-        raise DataError(f"{layout.path}: {what}; {_REMEDY}")
+        for file in cls.find_files(path):  # dolma writes beside a file where its documents begin and end
+            if (facts := file.with_name(file.name.removesuffix(cls.suffix) + ".csv.gz")).is_file():
+                with gzip.open(facts, "rt") as lines:
+                    end = re.match(r"\d+,(\d+),", lines.readline())
+                ids = cls.layout(file, tokenizer).ids
+                if end and 0 < int(end[1]) <= len(ids):
+                    _compare_end(file, int(ids[int(end[1]) - 1]), tokenizer.eos_id)
 
 
 class DsSource(TokenFormat):
@@ -464,10 +412,10 @@ class DsSource(TokenFormat):
     def layout(cls, path: Path, tokenizer: Tokenizer) -> Layout:
         data, side = _map(path), cls.side_file(path)
         if not side.is_file():
-            return Layout(path, _ids_of_unknown_width(path, data, tokenizer))
+            return Layout(path, _ids_of_unknown_width(path, data, tokenizer), end_id=tokenizer.eos_id)
         ends = np.frombuffer(table, "<u8") if len(table := _map(side)) % 8 == 0 else np.empty(0, "<u8")
         n = int(ends[-1]) if len(ends) else 0
-        if len(data) not in (2 * n, 4 * n) or _least_step(ends) < 0:
+        if len(data) not in (2 * n, 4 * n) or not _ascends(ends):
             raise _damaged(path, f"has {len(data)} bytes, and {side.name} is of {n} tokens")
         return Layout(path, np.frombuffer(data, f"<u{len(data) // max(1, n) or 2}"), ends, of_ends=True)
 

@@ -98,7 +98,7 @@ def test_what_the_end_token_does_not_end_and_a_header_of_numpys(tmp_path: Path) 
 
 def test_a_long_document_is_read_in_pieces_that_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_formats, "PIECE_TOKENS", 30)
-    monkeypatch.setattr(token_formats, "_WINDOW_TOKENS", 50)
+    monkeypatch.setattr(token_formats, "_WINDOW_TOKENS", 7)
     for form in FORMS:
         texts = ["a" * 29, "b" * 30, "c" * 31, "d" * 200, "e"]
         write_tokens(form, tmp_path / form / "s", [[*text.encode(), END] for text in texts])
