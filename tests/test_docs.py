@@ -129,6 +129,8 @@ def commands_of(text: str) -> Iterator[list[str]]:
                 yield words
 
 
+@pytest.mark.soak
+@pytest.mark.gate
 @pytest.mark.parametrize(("page", "text"), MARKED, ids=name)
 def test_marked_commands_run(page: Path, text: str, desk: Path) -> None:
     for words in commands_of(text):

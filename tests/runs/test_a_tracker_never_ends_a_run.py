@@ -54,7 +54,12 @@ def block(*args: Any, **kwargs: Any) -> None:
             "wandb: ConnectionResetError: Connection lost; this attempt is no longer tracked there",
             marks=pytest.mark.soak,
         ),
-        ("init", block, "wandb: it did not end within 0.1 s; this attempt is no longer tracked there"),
+        pytest.param(
+            "init",
+            block,
+            "wandb: it did not end within 0.1 s; this attempt is no longer tracked there",
+            marks=pytest.mark.soak,
+        ),
         pytest.param(
             "log",
             block,

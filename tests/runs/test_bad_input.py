@@ -132,6 +132,7 @@ def test_a_full_disk_at_the_last_save_is_an_error_and_older_checkpoints_stay(tmp
     assert train(words).exit_code == 0  # there is room again
 
 
+@pytest.mark.soak
 def test_a_finished_run_says_so_and_goes_on_when_steps_are_raised(tmp_path: Path):
     words = [*TINY, f"dump_dir={tmp_path}"]
     assert train([*words, "steps=2"]).exit_code == 0
@@ -182,6 +183,7 @@ def test_a_run_folder_may_have_any_name(hostile_dir: Path):
     assert published(hostile_dir / "run") == [4, 5]
 
 
+@pytest.mark.soak
 def test_the_model_cannot_change_within_a_run(tmp_path: Path):
     words = [*WORDS, f"dump_dir={tmp_path}"]
     assert train(words).exit_code == 0
@@ -201,7 +203,7 @@ def test_the_model_cannot_change_within_a_run(tmp_path: Path):
 @pytest.mark.parametrize(
     "mistake",
     [
-        ["data.sources=[{path: nope}]"],
+        pytest.param(["data.sources=[{path: nope}]"], marks=pytest.mark.soak),
         ["data.batch_size=3", "checkpoint.init_ckpt_path=gone/nope"],
     ],
     ids=" ".join,

@@ -33,7 +33,10 @@ MODELS: dict[str, list[str]] = {
 IN_EVERY_GATE = ("mamba2",)
 families = pytest.mark.parametrize(
     "words",
-    [pytest.param(words, marks=[] if name in IN_EVERY_GATE else pytest.mark.soak) for name, words in MODELS.items()],
+    [
+        pytest.param(words, marks=[pytest.mark.soak, *([pytest.mark.gate] if name in IN_EVERY_GATE else [])])
+        for name, words in MODELS.items()
+    ],
     ids=MODELS.keys(),
 )
 

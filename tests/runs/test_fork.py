@@ -58,6 +58,7 @@ def tensors(run_dir: Path, step: int) -> dict[str, Any]:
     return {name: fact for name, fact in fingerprint(run_dir, step).items() if name.endswith(".distcp")}
 
 
+@pytest.mark.soak
 def test_a_fork_goes_on_as_the_run_did(origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = names_under(origin)
     assert fork(f"{origin}@3", tmp_path / "new") == 0

@@ -183,7 +183,8 @@ def kill_a_rank(run_dir: Path, shm: Path, n_ranks: int, rank: int, kill_at: At, 
     end_calmly(run_dir, shm, n_ranks, calm)
 
 
-@pytest.mark.parametrize("kill_at", [STAGED, pytest.param(THIRD_READY, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kill_at", [STAGED, THIRD_READY])
 def test_a_killed_trainer_goes_on(tmp_path: Path, shm: Path, calm: Callable[[int], Path], kill_at: At):
     kill_a_rank(tmp_path / "run", shm, 1, 0, kill_at, calm(1))
 
@@ -216,7 +217,8 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("block_at", [pytest.param(WRITE, marks=pytest.mark.soak), MARK])
+@pytest.mark.soak
+@pytest.mark.parametrize("block_at", [WRITE, MARK])
 def test_when_all_is_killed_the_next_start_goes_on(
     tmp_path: Path, shm: Path, calm: Callable[[int], Path], block_at: At
 ):

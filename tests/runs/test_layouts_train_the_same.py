@@ -102,6 +102,7 @@ def mask_labels(run_dir: Path) -> Hook:
     return hook
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_the_loss_of_a_step_is_the_mean_over_the_labels_that_count(tmp_path: Path):
     found: list[list[float]] = []

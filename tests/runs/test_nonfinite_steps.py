@@ -79,6 +79,7 @@ def test_skips_in_a_row_are_limited(tmp_path: Path):
     assert "step 5" in result.output
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_a_gradient_that_is_wrong_on_one_rank_stops_all(tmp_path: Path):
     def hook(rank: int) -> None:

@@ -23,6 +23,7 @@ def rate_by_rank(*rates: str) -> Hook:
     return hook
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_another_learning_rate_on_rank_1_ends_all_ranks_with_the_reason(tmp_path: Path):
     words = [*WORDS, "optim.lr=${oc.env:RATE}", f"dump_dir={tmp_path / 'run'}"]

@@ -76,7 +76,7 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("step", "words", "start", "checkpoint", "n_before"),
     [
         pytest.param(1, [], 1, None, 0, marks=pytest.mark.soak),
-        (7, [], 1, 4, 2),
+        pytest.param(7, [], 1, 4, 2, marks=pytest.mark.soak),
         pytest.param(7, ["--from", "0"], 1, None, 6, marks=pytest.mark.soak),
         (10, [], 2, 8, 1),
         (10, ["--start", "1"], 1, 8, 1),
@@ -103,6 +103,7 @@ def test_loss_and_gradient_norm_are_those_of_the_start_that_trained_it_to_the_la
     assert math.hypot(*found["groups"].values()) == pytest.approx(record["optim/grad_norm"], rel=1e-5)
 
 
+@pytest.mark.soak
 def test_norms_of_layers_are_of_the_step_whose_prompts_are_no_labels(tmp_path: Path):
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps({"prompt": f"why {n}? " * 3, "completion": "so"}) + "\n" for n in range(60))

@@ -71,6 +71,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.soak
+@pytest.mark.gate
 def test_a_run_that_went_back_is_the_one_that_never_met_the_rows(undisturbed: Path, tmp_path: Path):
     words = [*WORDS, f"dump_dir={tmp_path}", "data.skip_rows=[[14,15]]"]
     assert train(words, hook=bad(BAD_ROW)).exit_code == 0

@@ -17,6 +17,7 @@ def test_two_runs_end_with_the_same_bytes(tmp_path: Path, n_ranks: int):
     assert fingerprint(tmp_path / "one", 6) == fingerprint(tmp_path / "two", 6)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "key", ["seed", *(pytest.param(key, marks=pytest.mark.soak) for key in ("model.seed", "data.seed"))]
 )

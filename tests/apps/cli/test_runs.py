@@ -106,6 +106,8 @@ def test_what_is_no_run_or_does_not_run_is_a_sentence(lingua: Lingua, folder: Pa
         assert "is not running, it is finished" in err
 
 
+@pytest.mark.soak
+@pytest.mark.gate
 @pytest.mark.ranks
 def test_a_run_is_stopped_from_the_login_node(lingua: Lingua, tmp_path: Path):
     """Both ranks leave after the same step, saved, with the code that is not requeued; the next start goes on."""

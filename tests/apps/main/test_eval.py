@@ -172,6 +172,7 @@ def test_only_weights_are_read(copy: Path, capsys: pytest.CaptureFixture[str]) -
     assert by_hand(capsys, str(copy)) == expected
 
 
+@pytest.mark.soak
 @pytest.mark.ranks
 def test_ranks_share_each_evaluation(copy: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = by_hand(capsys, f"{run}@4", "validation.max_steps=null")

@@ -37,6 +37,7 @@ from tests.corpora import (
 )
 
 TRAINERS = ("pbin", "megatron", "npy", "ds")
+LIKE_PBIN = ("megatron", "npy", "ds", "arrow")  # blocks of tokens or rows as others have them
 
 
 def in_format(root: Path, form: str, **changed: Any) -> DataArgs:
@@ -66,7 +67,9 @@ def in_format(root: Path, form: str, **changed: Any) -> DataArgs:
     return data_args(folder, sources=sources, **changed)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.soak if form in LIKE_PBIN else ()) for form in FORMATS]
+)
 def test_one_order_over_ranks_workers_and_restarts(tmp_path: Path, form: str) -> None:
     two_sources(tmp_path)
     expected, last = run_steps(in_format(tmp_path, form), 8)

@@ -220,6 +220,7 @@ def test_the_floor_of_a_graph_is_a_mean_with_an_honest_error() -> None:
     assert abs(floor.nats - exact) < 4 * floor.error
 
 
+@pytest.mark.soak
 def test_the_floor_of_a_context_lies_between_two_bounds() -> None:
     one = process("gssm", nodes=GRAPHS["context"])
     assert isinstance(one, Gssm)

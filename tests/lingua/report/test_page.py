@@ -79,6 +79,7 @@ def test_a_page_tells_it_all_and_needs_no_other_file(tmp_path: Path, run: Histor
     assert report_page([run])[0] == page  # the same facts, the same bytes
 
 
+@pytest.mark.soak
 def test_nothing_of_a_run_becomes_markup(tmp_path: Path):
     make_run(tmp_path)
     honest = Tags(report_page([history_of(tmp_path)])[0])
@@ -106,13 +107,17 @@ def test_a_run_that_has_hardly_begun(tmp_path: Path, config: str):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("incarnations/0000000001.json", '{"host": "n1", "began_at": "noon", "released": false}'),
+        pytest.param(
+            "incarnations/0000000001.json",
+            '{"host": "n1", "began_at": "noon", "released": false}',
+            marks=pytest.mark.soak,
+        ),
         pytest.param(
             "incarnations/0000000002.json",
             '{"host": "n2", "began_at": 1e300, "released": true, "released_at": [1]}',
             marks=pytest.mark.soak,
         ),
-        ("stop.json", '{"reason": "finished", "exit_code": 0, "step": "ten"}'),
+        pytest.param("stop.json", '{"reason": "finished", "exit_code": 0, "step": "ten"}', marks=pytest.mark.soak),
         pytest.param("config.yaml", "name: x\nsteps: [10]\ncheckpoint: none\n", marks=pytest.mark.soak),
         ("config.yaml", "name: x\nsteps: ten\ncheckpoint: {path: 3}\n"),
         pytest.param(

@@ -294,6 +294,7 @@ def helpers_of_wandb() -> list[int]:
     return found
 
 
+@pytest.mark.soak
 def test_wandbs_helper_process_is_killed_and_the_run_goes_on(
     tmp_path: Path, offline: None, caplog: pytest.LogCaptureFixture
 ):

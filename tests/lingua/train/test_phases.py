@@ -210,7 +210,7 @@ def test_rows_are_the_undisturbed_ones_however_a_run_is_killed_and_spread(
     assert state == last
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_workers_that_read_ahead_of_a_switch_change_nothing(three: list[Phase], workers: int) -> None:
     fed = {"load_async": True, "num_workers": workers, "prefetch_size": 9, "batch_size": 3}
     assert drive(three, 0, 12, None, 2, **fed) == drive(three, 0, 12, None)
