@@ -35,34 +35,36 @@ _N_SAMPLES = 64  # places of a source that an estimate samples
 def inspect_path(path: Path, tokenizer: Tokenizer, progress: Progress, fields: TextFields) -> dict[str, Any]:
     """Count the documents, bytes, tokens and bad lines of a source."""
     kind = class_of_files(path)
-    if issubclass(kind, TokenFormat):
-        return _inspect_token_format(kind, path, tokenizer, progress)
-    if kind.holds_tokens:
+    if kind.holds_tokens and not kind.needs_tokenizer:
         return _inspect_tokens(path, progress)
-    source = kind(path.name, path, 1, fields=fields)
+    source = kind(path.name, path, 1, fields=fields, vocabulary=tokenizer)
     progress.begin("reading", source.n_bytes)
-    n_documents = text_bytes = done = longest = 0
+    n_documents = total = done = longest = 0
     for document in source.documents():
         n_documents += 1
-        size = len(document.text.encode())
-        text_bytes, longest = text_bytes + size, max(longest, size)
+        size = len(all_ids(document)) if isinstance(source, TokenFormat) else len(document.text.encode())
+        total, longest = total + size, max(longest, size)
         done += document.end - document.start
         if done > source.size // 100:
             progress.advance(source.n_bytes * done // source.size)
             done = 0
     progress.advance(source.n_bytes * done // source.size)
-    counts = dict(source.bad.kinds)
+    facts = {"path": str(path), "files": len(source.files), "bytes": source.n_bytes, "documents": n_documents}
+    facts["tokenizer"], counts = tokenizer.fingerprint, dict(source.bad.kinds)
+    if isinstance(source, TokenFormat):
+        return facts | {
+            "format": next(name for name in FORMATS if source_class(name) is kind),
+            "token_bytes": source.layouts[0].ids.itemsize,
+            "tokens": total,
+            "longest_tokens": longest,
+            "empty_documents": sum(counts.values()),
+        }
     estimated = source.estimate_tokens(tokenizer, n_samples=_N_SAMPLES) if n_documents else 0
     source.close()
-    return {
-        "path": str(path),
-        "files": len(source.files),
-        "bytes": source.n_bytes,
-        "documents": n_documents,
-        "text_bytes": text_bytes,
+    return facts | {
+        "text_bytes": total,
         "longest_text_bytes": longest,
-        "tokenizer": tokenizer.fingerprint,
-        "tokens_estimated": text_bytes if tokenizer.name == "bytes" else estimated,
+        "tokens_estimated": total if tokenizer.name == "bytes" else estimated,
         "bad_lines": sum(counts.values()),
         "bad_lines_by_kind": counts,
     }
@@ -90,30 +92,6 @@ def _inspect_tokens(path: Path, progress: Progress) -> dict[str, Any]:
         "bad_lines": bad.total(),
         "bad_lines_by_kind": dict(bad),
         "damaged_files": damaged,
-    }
-
-
-def _inspect_token_format(
-    kind: type[TokenFormat], path: Path, tokenizer: Tokenizer, progress: Progress
-) -> dict[str, Any]:
-    source = kind(path.name, path, 1, vocabulary=tokenizer)
-    progress.begin("reading", source.n_bytes)
-    n_documents = n_tokens = longest = 0
-    for document in source.documents():
-        n, n_documents = len(all_ids(document)), n_documents + 1
-        n_tokens, longest = n_tokens + n, max(longest, n)
-    progress.advance(source.n_bytes)
-    return {
-        "path": str(path),
-        "format": next(name for name in FORMATS if source_class(name) is kind),
-        "files": len(source.files),
-        "bytes": source.n_bytes,
-        "token_bytes": source.layouts[0].ids.itemsize,
-        "documents": n_documents,
-        "tokens": n_tokens,
-        "longest_tokens": longest,
-        "tokenizer": tokenizer.fingerprint,
-        "empty_documents": source.bad.kinds.total(),
     }
 
 
