@@ -70,6 +70,7 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
                 with watchdog.heartbeat.during("checkpoint"):
                     monitor.forget()
                     rewind(run, asked)
+                monitor.meter = make_meter(run.args, run.size, run.world)  # it may be in an earlier phase
                 monitor.rewound()
 
     job_ends_s = job_end_s(os.environ, args.checkpoint.grace_s, time.time()) if monitor.stop else None
@@ -213,7 +214,7 @@ def train_to_the_end(
             report = train(run, watchdog, monitor, evaluation)
             gc.enable()
     stopped, after = run.step < n_steps, {}
-    if not stopped and args.validation.at_ends:
+    if not stopped and run.args.validation.at_ends:  # of the last phase
         with watchdog.heartbeat.during("validation"):
             losses = validate(run, watchdog)
         stopped, after = losses is None, monitor.report_validation(losses)

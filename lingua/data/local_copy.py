@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -78,8 +78,8 @@ def _moved(args: DataArgs, folder: Path) -> DataArgs:
             continue
         path, copy = Path(source.path), folder / f"{number:03d}"
         sources.append(source.model_copy(update={"path": str(copy if path.is_dir() else copy / path.name)}))
-    resting = [source for source in sources if not source.weight]
-    return args.model_copy(update={"sources": [s for s in sources if s.weight], "resting": resting, "root_dir": None})
+    changes: dict[str, Any] = {"sources": [s for s in sources if s.weight], "root_dir": None, "stage_to": None}
+    return args.model_copy(update={**changes, "resting": [s for s in sources if not s.weight]})
 
 
 def _files(args: DataArgs) -> Iterator[StagedFile]:

@@ -14,12 +14,13 @@ RECENT = "recent_losses"
 Recent = Sequence[Sequence[float]]
 
 
-def spike_limit(recent: Recent, step: int, args: SpikeArgs) -> float:
+def spike_limit(recent: Recent, step: int, args: SpikeArgs, begin: int = 0) -> float:
     """Return the loss above which a step is a spike; infinity while fewer than `window` losses are known.
 
-    The step before it does not count: its loss is still being summed over ranks when this step updates.
+    The step before it does not count: its loss is still being summed over ranks when this step updates. Nor do steps up
+    to `begin`, after which the phase began: on other data the loss may jump, and that is no spike.
     """
-    known = [loss for at, loss in recent if at < step - 1][-args.window :]
+    known = [loss for at, loss in recent if begin < at < step - 1][-args.window :]
     if len(known) < args.window:
         return math.inf
     mean = math.fsum(known) / len(known)
@@ -31,6 +32,6 @@ def remember(recent: Recent, step: int, loss: float, args: SpikeArgs) -> list[Se
     return [*recent, [step, loss]][-args.window - 1 :]
 
 
-def limit_to_skip(shared: Mapping[str, Any], step: int, args: SpikeArgs) -> float:
+def limit_to_skip(shared: Mapping[str, Any], step: int, args: SpikeArgs, begin: int = 0) -> float:
     """Return the loss above which the optimizer must not move; infinity unless spikes are skipped."""
-    return spike_limit(shared.get(RECENT, ()), step, args) if args.action == "skip" else math.inf
+    return spike_limit(shared.get(RECENT, ()), step, args, begin) if args.action == "skip" else math.inf

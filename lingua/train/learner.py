@@ -222,7 +222,7 @@ class Learner:
         lr, sums, share = self.lr, self.sums, self.label_share()
         loss, several = sums.loss / share, sums.losses / share
         heads = {f"loss/head_{i}": each for i, each in enumerate(several.unbind())} if several.ndim else {}
-        limit = limit_to_skip(self.shared, self.step + 1, self.args.optim.on_spike)
+        limit = limit_to_skip(self.shared, self.step + 1, self.args.optim.on_spike, self.phase.first)
         report = self.updater.step(lr, gradient, loss, step=self.step + 1, limit=limit)
         self.sums = StepSums(self.world.device)
         self.advance()

@@ -124,7 +124,7 @@ class StepMonitor:
         """Remember the loss of a step that moved the optimizer; return why the run must go back, or None."""
         shared, args = self._run.shared, self._run.args.optim.on_spike
         recent = self._recent if args.action == "warn" else shared.get(RECENT, ())
-        limit = spike_limit(recent, facts.step, args)
+        limit = spike_limit(recent, facts.step, args, self._run.phase.first)
         why = f"{_where(facts)}: the loss {loss:.4f} is a spike, above {limit:.4f}"
         if loss > limit and args.action == "rewind":
             return why

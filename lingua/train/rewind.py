@@ -44,4 +44,5 @@ def rewind(run: Run, asked: RewindAsked) -> None:
     run.state.shared = fresh_shared() | run.state.shared | changes
     pass_over(run.phases, run.shared)
     enter(run, data, run.manager)
-    log.warning("%s. Back to step %d; rows %s are passed over", asked.why, run.step, entry["rows"])
+    where = f"step {run.step}{f' (phase {run.phase.name})' if run.phase.written else ''}"
+    log.warning("%s. Back to %s; rows %s are passed over", asked.why, where, entry["rows"])

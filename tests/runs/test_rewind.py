@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
 
 import apps.main.loop
+from apps.cli.data import read_run
 from lingua.checkpoint.manager import CheckpointManager
+from lingua.data.audit import audit_parts
 from lingua.run.metrics import read_metrics
 from lingua.train.learner import Learner, MicroBatch
+from tests.corpora import two_sources
 from tests.trainer import TINY, Hook, at_step, fingerprint, kill_self, published, train
 
 SPIKE = ["optim.on_spike.action=rewind", "optim.on_spike.window=3", "optim.on_spike.threshold=50"]
@@ -145,6 +149,54 @@ def test_a_loss_that_is_no_number_is_gone_back_from(tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "Back to step 4; rows [[8, 9]] are passed over" in result.output
     assert published(tmp_path) == [6, 8]
+
+
+PHASES = (
+    "[{name: main, until: 4}, {name: anneal, until: 8, data.sources: {big: 1, small: 4}, data.seq_len: 16,"
+    " optim.scheduler: linear_to_zero, loss.z_loss: 1e-4}]"
+)
+
+
+def without_checkpoint_4(then: Hook | None = None) -> Hook:
+    """Hook: the checkpoint at which the first phase ends could not be saved; row 8, of step 5, is bad."""
+
+    def hook(rank: int) -> None:
+        is_due = CheckpointManager.is_due
+        setattr(CheckpointManager, "is_due", lambda self, step: step != 4 and is_due(self, step))  # noqa: B010
+        bad(8, factor=float("nan"), then=then)(rank)
+
+    return hook
+
+
+def with_checkpoint_4(then: Hook | None = None) -> Hook:
+    return bad(8, factor=float("nan"), then=then)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("begun", "back_to"), [(without_checkpoint_4, "2 (phase main)"), (with_checkpoint_4, "4 (phase anneal)")]
+)
+def test_a_run_goes_back_to_the_phase_before(tmp_path: Path, begun: Callable[[Hook | None], Hook], back_to: str):
+    """The first step of a phase goes wrong: what follows is the run that never met its rows, whatever kills it."""
+    corpus = two_sources(tmp_path / "corpus")
+    data = [f"data.root_dir={corpus}", "data.sources={big: 1}", f"data.stage_to={tmp_path / 'fast'}"]
+    words = [*TINY, *data, "steps=8", "checkpoint.dump.every=2", "checkpoint.dump.keep=-1", f"phases={PHASES}"]
+    there, here = tmp_path / "there", tmp_path / "here"
+    assert train([*words, "data.skip_rows=[[8,9]]", f"dump_dir={there}"], hook=begun(None)).exit_code == 0
+    mine = [*words, "optim.on_nonfinite=rewind", f"dump_dir={here}"]
+    for kill in (at_step(5, kill_self), killed_in_rewind(loaded=True), killed_after_rewind, at_step(7, kill_self)):
+        assert train(mine, hook=begun(kill)).exit_codes == [-9]
+    result = train(mine, hook=begun(None))
+    assert result.exit_code == 0, result.output
+    assert f"Back to step {back_to}; rows [[8, 9]] are passed over" in (here / "train.log").read_text()
+    assert published(here) == published(there)
+    for step in (6, 8):
+        theirs, ours = fingerprint(there, step), fingerprint(here, step)
+        assert {n: f for n, f in theirs.items() if "distcp" in n} == {n: f for n, f in ours.items() if "distcp" in n}
+        assert state_of(here, step)["per_rank"] == state_of(there, step)["per_rank"]
+        assert state_of(here, step)["rng"] == state_of(there, step)["rng"]
+    found = audit_parts(*read_run(here))
+    assert (found.problems, found.rows) == ([], 16)
 
 
 @pytest.mark.soak

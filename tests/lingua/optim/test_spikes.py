@@ -33,6 +33,12 @@ def test_the_limit_depends_on_the_losses_up_to_the_last_but_one(recent: Recent, 
     assert limit_to_skip({RECENT: recent}, step, ARGS.model_copy(update={"action": "warn"})) == math.inf
 
 
+def test_the_losses_of_an_earlier_phase_do_not_count() -> None:
+    recent = [[1, 4.0], [2, 2.0], [3, 9.0], [4, 7.0], [5, 1.0]]
+    assert [spike_limit(recent, 6, ARGS, begin) for begin in (1, 2, 3)] == [10.0, 10.0, math.inf]
+    assert limit_to_skip({RECENT: recent}, 6, ARGS, 3) == math.inf
+
+
 def test_what_is_remembered_suffices_for_every_later_limit() -> None:
     everything: Recent = []
     kept: Recent = []

@@ -14,7 +14,7 @@ from lingua.config.base import ConfigError
 from lingua.config.frozen import freeze
 from lingua.config.keys.phases import read_until
 from lingua.data.audit import audit_parts, part_of_step, rows_of_step
-from lingua.data.loader import build_loader, merge_states
+from lingua.data.loader import build_loader, merge_states, rows_ahead
 from lingua.optim.schedule import lr_at
 from lingua.tokenizer import ByteTokenizer
 from lingua.train.check import phases_of
@@ -167,7 +167,7 @@ def drive(
                     for i, n in enumerate(batch.rows)
                 ]
             )
-        rows = sorted(row for ranks in by_rank for row in ranks)
+        rows = [row for turn in zip(*by_rank, strict=True) for row in turn]
         size = phase.size.rows_per_step
         steps += [rows[i * size : (i + 1) * size] for i in range(stop - begin)]
         state, begin = merge_states(states), stop
@@ -190,7 +190,13 @@ def three(tmp_path: Path) -> list[Phase]:
             "global_batch_size": 6,
         },
         steps=12,
-        data={"root_dir": str(tmp_path), "sources": {"big": 3, "small": 1}, "seq_len": 16, "lanes": 12},
+        data={
+            "root_dir": str(tmp_path),
+            "sources": {"big": 3, "small": 1},
+            "seq_len": 16,
+            "lanes": 12,
+            "skip_rows": [[30, 31], [58, 63]],  # some of them at the first switch
+        },
     )
     return phases_of(own, 1)
 
@@ -208,6 +214,19 @@ def test_rows_are_the_undisturbed_ones_however_a_run_is_killed_and_spread(
         table, begin = table + part, stop
     assert table == expected
     assert state == last
+
+
+@pytest.mark.parametrize("begin", [3, 7])
+def test_which_rows_come_after_a_switch_is_known_before_it(three: list[Phase], begin: int) -> None:
+    """So a rewind from a later phase finds the rows of the step that went wrong from any checkpoint before."""
+    expected, _ = drive(three, 0, 12, None)
+    _, state = drive(three, 0, begin, None)
+    for step in (8, 9, 12):
+        phase = three[number_at(three, step - 1)]
+        first = phase.row_shift + (step - 1) * phase.size.rows_per_step
+        turns = range(first, first + phase.size.rows_per_step)
+        assert state is not None
+        assert list(rows_ahead(state, phase.args.data.skip_rows, turns)) == [n for n, _ in expected[step - 1]]
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.soak)])
