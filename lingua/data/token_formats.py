@@ -47,7 +47,7 @@ from lingua.tokenizer import Tokenizer
 
 PIECE_TOKENS = 1 << 16
 _SAMPLES, _SAMPLE_TOKENS = 16, 4096  # places that are looked at for tokens that the tokenizer does not have
-_WINDOW_TOKENS = 256  # searched first for an end token, then twice as many, ...
+_WINDOW_TOKENS = 4096  # searched first for an end token, then twice as many, ...
 _SEARCHED_TOKENS = 64 << 20  # in which there must be an end token
 _REMEDY = "set data.tokenizer to the one that made the file"
 
@@ -76,11 +76,12 @@ class Layout(NamedTuple):
     def find(self, at: int, limit: int, guess: int = 0) -> tuple[int, int, int] | None:
         """Return (begin, end, next guess) of the first document that begins at `at` or later, before `limit`.
 
-        A guess of the document's number, that of the call before, spares a search in the table.
+        The guess of the call before spares a search: a document's number in the table, or where one begins.
         """
         if self.table is None:
-            begin = at if at == 0 else self.next_end(at - 1, limit)
-            return (begin, self.next_end(begin, len(self.ids)), 0) if begin < min(limit, len(self.ids)) else None
+            begin = at if at in (0, guess) else self.next_end(at - 1, limit)
+            end = self.next_end(begin, len(self.ids))
+            return (begin, end, end) if begin < min(limit, len(self.ids)) else None
         n, index = len(self.table), guess
         if self.begin(index) != at:  # not the one after the last; bisect, as numpy would copy an unaligned table
             index = bisect.bisect_left(range(n), at, key=self.begin)
@@ -94,9 +95,9 @@ class Layout(NamedTuple):
         """Position behind the first end token from `at` on, or `limit`."""
         window = _WINDOW_TOKENS
         while at < limit:
-            ends = np.flatnonzero(self.ids[at : min(at + window, limit)] == self.end_id)
-            if len(ends):
-                return at + int(ends[0]) + 1
+            is_end = self.ids[at : min(at + window, limit)] == self.end_id
+            if is_end[first := int(is_end.argmax())]:
+                return at + first + 1
             at, window = at + window, 2 * window
         return limit
 
