@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from lingua.report import figure as draw
 from lingua.report.figure import SERIES, Line, Picture
 from lingua.report.history import HEADS, LOSS, SPENT, TOKENS, TRAINED_S, History, Scores, keys_of
 from lingua.report.series import ATTEMPT, STEP, WHEN, HeatMap, Numbers, Thinned, curve, thinned, unbroken
+from lingua.report.status import phases_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +55,27 @@ def pictures_of(runs: Sequence[History], names: Sequence[str]) -> list[Picture]:
             Across(TRAINED_S, "_time", " over time", f"{unit} of training", size_s, note),
         ]
     losses = (p for over in axes for p in (_training(runs, names, over), _held_out(runs, names, over)))
-    return [one for one in (*losses, *_evaluations(runs, names), *_course(runs, names)) if one is not None]
+    pictures = [one for one in (*losses, *_evaluations(runs, names), *_course(runs, names)) if one is not None]
+    marks = [(first, name) for name, first, _ in phases_in(runs[0].facts.config) if first] if len(runs) == 1 else []
+    return [_marked(picture, marks) for picture in pictures] if marks else pictures
+
+
+def _marked(picture: Picture, marks: Sequence[tuple[int, str]]) -> Picture:
+    """Add a thin line with the name of a phase where it begins."""
+
+    def make() -> Figure:
+        figure = picture.make()
+        axes = figure.axes[0]
+        low, high = axes.get_xlim()
+        for step, name in marks:
+            if low <= step <= high:
+                axes.axvline(step, color=draw.SOFT, linewidth=0.8, linestyle=":", zorder=2)
+                look: dict[str, Any] = {"rotation": 90, "va": "top", "fontsize": 7.5, "color": draw.SOFT}
+                axes.text(step, 0.98, f" {draw.plain(name)}", transform=axes.get_xaxis_transform(), **look)
+        axes.set_xlim(low, high)
+        return figure
+
+    return replace(picture, make=make)
 
 
 def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Picture | None:

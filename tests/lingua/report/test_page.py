@@ -14,6 +14,8 @@ import yaml
 
 from apps.cli.drill import drill
 from lingua.files import RunError
+from lingua.report.charts import pictures_of
+from lingua.report.figure import look
 from lingua.report.history import History
 from lingua.report.page import as_record, config_changes, names_of, report_page, write_report
 from lingua.report.status import why
@@ -195,3 +197,12 @@ def test_an_installed_package_has_the_templates():
     wanted = {path for path in (ROOT / "lingua").rglob("*.*") if path.suffix not in (".py", ".pyc", ".md", ".svg")}
     assert wanted
     assert wanted <= found
+
+
+def test_a_phase_is_marked_in_the_curves_where_it_begins(tmp_path: Path):
+    make_run(tmp_path)
+    phases = [{"name": "main", "until": 4}, {"name": "anneal", "until": 10}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "x", "steps": 10, "phases": phases}))
+    with look():
+        axes = pictures_of([history_of(tmp_path)], ["x"])[0].make().axes[0]
+    assert [(text.get_text().strip(), text.get_position()[0]) for text in axes.texts] == [("anneal", 4)]
