@@ -32,7 +32,7 @@ from lingua.run.throughput import PEAKS
 from lingua.tokenizer import assumed_vocab_size, build_tokenizer
 from lingua.train.begins import begins_with, nothing_to_begin_with, place_of
 from lingua.train.earlier import Earlier, read_earlier
-from lingua.train.phases import cut, frozen_phases, kept_steps
+from lingua.train.phases import cut, frozen_phases, kept_steps, lr_jumps
 from lingua.train.sizes import DEFAULT_STEPS, Finding, Phase, Resolved, Study, sizes, tokenizer_is_there
 
 _GIB = 1 << 30
@@ -247,7 +247,7 @@ def study(
         )
         found.warnings += [finding for finding in absent if finding not in found.warnings and finding.key not in needed]
         found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
-        found.warnings += _oddities(args, found.resolved)
+        found.warnings += [*_oddities(args, found.resolved), *(() if found.errors else lr_jumps(found.phases))]
     return found
 
 

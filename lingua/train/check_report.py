@@ -19,7 +19,6 @@ from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.files import human_bytes
 from lingua.masking import public_tree
-from lingua.optim.schedule import lr_at
 from lingua.run.throughput import PEAKS, find_peak
 from lingua.train.begins import begins_with
 from lingua.train.check import Checked, load
@@ -118,13 +117,12 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str, phases: Sequenc
 
     for phase in parts:
         if phase.written is not None:
-            yield _of_phase(phase, size.n_steps)
+            yield _of_phase(phase)
 
 
-def _of_phase(phase: Phase, n_steps: int) -> Fact:
+def _of_phase(phase: Phase) -> Fact:
     """Return where a phase begins and ends, and what its rows and learning rates are."""
-    size, (begin, end) = phase.size, phase.span or (0, n_steps)
-    rates = [lr_at(phase.args.optim, step - begin, end - begin) for step in (phase.first, phase.last - 1)]
+    size, rates = phase.size, [phase.lr_at(step) for step in (phase.first, phase.last - 1)]
     sources = ", ".join(f"{s.name} {s.weight:g}" for s in phase.args.data.read_sources() if s.weight)
     what = f"{size.rows_per_step} rows of {size.seq_len}, optim.lr {rates[0]:.3g} to {rates[1]:.3g}, {sources}"
     steps = f"{phase.first + 1:,}-{phase.last:,}"

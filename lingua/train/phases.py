@@ -11,8 +11,9 @@ says which phase goes on. A run without `phases` is one phase.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -136,6 +137,16 @@ def cut(args: TrainArgs, base: Resolved, world_size: int, frozen: Mapping[str, A
         found.errors.append(Finding("phases", f"phases: {text}, or set steps: {end}"))
     longest = max(base.max_seqlen, *(phase.size.max_seqlen for phase in phases))
     return [replace(each, size=replace(each.size, n_steps=end, max_seqlen=longest)) for each in phases]
+
+
+def lr_jumps(phases: Sequence[Phase]) -> Iterator[Finding]:
+    """Yield where the learning rate changes by more than a factor of 2 between two phases, unless it warms up."""
+    for before, phase in pairwise(phases):
+        was, now = before.lr_at(phase.first - 1), phase.lr_at(phase.first)
+        warms_up = phase.first - (phase.span or (0, 0))[0] < phase.args.optim.warmup
+        if not warms_up and not 0.5 * was <= now <= 2 * was:
+            text = f"phase {phase.name}: the learning rate goes from {was:.3g} in step {phase.first} to {now:.3g}"
+            yield Finding("phases", f"{text}; if that is not meant, set optim.lr there, or schedule and optim.warmup")
 
 
 def _end(written: PhaseArgs, first: int, tokens_before: int, tokens_per_step: int, n_steps: int) -> int:

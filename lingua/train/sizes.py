@@ -11,6 +11,7 @@ from lingua.config.keys.data import TokenizerArgs, default_lanes
 from lingua.config.keys.phases import PhaseArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.files import DiskError
+from lingua.optim.schedule import lr_at
 from lingua.tokenizer import assumed_vocab_size, build_tokenizer
 
 DEFAULT_STEPS = 1000
@@ -113,6 +114,11 @@ class Phase:
     def rows_at(self, step: int) -> int:
         """Return the rows used after `step` updates, if the run began with row 0."""
         return self.rows_before + (step - self.first) * self.size.rows_per_step
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of update number step + 1, in a run that began with step 0."""
+        begin, end = self.span or (0, self.size.n_steps)
+        return lr_at(self.args.optim, step - begin, end - begin)
 
     def tokens_at(self, step: int) -> int:
         return self.tokens_before + (step - self.first) * self.size.tokens_per_step

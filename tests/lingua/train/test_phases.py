@@ -17,7 +17,7 @@ from lingua.data.audit import audit_parts, part_of_step, rows_of_step
 from lingua.data.loader import build_loader, merge_states, rows_ahead
 from lingua.optim.schedule import lr_at
 from lingua.tokenizer import ByteTokenizer
-from lingua.train.check import phases_of
+from lingua.train.check import phases_of, study
 from lingua.train.phases import frozen_phases, number_at, parts_in, switch_at
 from lingua.train.sizes import Phase
 from tests.corpora import documents, two_sources, write_source
@@ -136,6 +136,27 @@ def test_what_cannot_be_is_refused_by_phase_and_key(
 ) -> None:
     with pytest.raises(ConfigError, match=refusal):
         phases_of(args(*phases, **changes), 1)
+
+
+ANNEAL = {"name": "anneal", "until": "100%", "optim.scheduler": "linear_to_zero"}
+LONG = {"name": "long", "until": "+20 steps"}
+
+
+@pytest.mark.parametrize(
+    ("phases", "jump"),
+    [
+        ([MAIN, ANNEAL], None),
+        ([MAIN, ANNEAL, LONG], "phase long: the learning rate goes from 3e-05 in step 100 to 0.0003; if that is not"),
+        ([MAIN, ANNEAL, {**LONG, "schedule": "phase", "optim.warmup": 2}], None),
+        ([MAIN, {"name": "low", "until": 100, "optim.lr": 1e-4}], "phase low: the learning rate goes from 0.0003 in"),
+        ([MAIN, {"name": "low", "until": 100, "optim.lr": 2e-4}], None),
+    ],
+)
+def test_a_learning_rate_that_jumps_between_phases_is_warned_of(phases: list[dict[str, Any]], jump: str | None) -> None:
+    found = study(args(*phases, optim={"warmup": 10, "scheduler": "constant"}), 1)
+    assert found.errors == []
+    warned = [text for key, text in found.warnings if key == "phases"]
+    assert [text[: len(jump or "")] for text in warned] == ([jump] if jump else [])
 
 
 # -- the order of rows ---------------------------------------------------------------------------------------------
