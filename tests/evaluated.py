@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from apps.main.args import TrainArgs
-from lingua.config.compose import compose
+from lingua.config.command_line import CommandLine
 from lingua.distributed.place import RankInfo
 from lingua.distributed.process_group import World
+from lingua.eval.command import read_command_line
 from lingua.eval.measures import Measures
 from lingua.files import read_json
 from lingua.run.metrics import read_metrics
@@ -62,7 +62,8 @@ def evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
 
 def by_hand(run_dir: Path, steps: Sequence[int]) -> dict[int, dict[str, Any]]:
     """The same, found afterwards in the published checkpoints by one process."""
-    args = compose(str(run_dir / "config.yaml"), [], [], TrainArgs).args
-    assert args.eval is not None
-    measures = Measures(args, args.eval, World(RankInfo(), torch.device("cpu"), mesh=None))
+    request = read_command_line(CommandLine(overrides=[f"ckpt={run_dir}"]))
+    run_args, args = request.compose()
+    world = World(RankInfo(), torch.device("cpu"), mesh=None)
+    measures = Measures(run_args, args, world, request.by_phase(run_args))
     return {step: measures.measure(f"{run_dir}@{step}", lambda: None) for step in steps}

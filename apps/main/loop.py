@@ -164,7 +164,7 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
                 folder.lock.on_beat = lambda: look_for_request(folder, requests)
                 watchdog.at_exit.append(folder.lock.release)
             use_embedded_corpus(args, *(phase.args for phase in checked.phases))
-            measures = make_measures(args, world)
+            measures = make_measures(args, checked.phases, world)
             run = build_run(args, checked.phases, folder.path, world, folder.lock, stack)
             meter = make_meter(run.args, run.size, world)
             if args.sample_prompt is not None:

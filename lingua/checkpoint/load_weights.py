@@ -86,12 +86,13 @@ def load_weights(
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
+def copy_weights(source: nn.Module, target: nn.Module, instead: Mapping[str, Tensor] | None = None) -> None:
     """Copy the weights of `source`, sharded or not, to `target`, which each rank holds in full and in any dtype.
 
-    Both have the same architecture. Collective if `source` is sharded, a tensor at a time.
+    Both have the same architecture. `instead`: tensors by name that are copied in place of the source's. Collective if
+    `source` is sharded, a tensor at a time.
     """
-    theirs, ours = model_tensors(source)[0], model_tensors(target)[0]
+    theirs, ours = {**model_tensors(source)[0], **(instead or {})}, model_tensors(target)[0]
     assert theirs.keys() == ours.keys(), f"two models: {theirs.keys() ^ ours.keys()}"
     for name, tensor in theirs.items():
         ours[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)

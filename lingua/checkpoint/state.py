@@ -87,6 +87,12 @@ def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
+def averages_of(state: TrainState) -> dict[str, Tensor]:
+    """Return the averages of the weights (optim.ema) by clean name, as far as they have begun."""
+    slots = {name: state.optimizer.state.get(p, {}) for name, p in bare(state.model).named_parameters()}
+    return {clean_name(name): one[EMA] for name, one in slots.items() if EMA in one}
+
+
 def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): clean_name(name) for name, parameter in bare(model).named_parameters()}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.lookup import Checkpoint, run_root
@@ -18,6 +20,7 @@ from lingua.config.command_line import CommandLine, app_module, app_schema, choo
 from lingua.config.compose import compose, ignored_keys
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.eval import EvalArgs, HarnessArgs
+from lingua.config.keys.phases import PhaseArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, stack_layers
 from lingua.console import show_json
@@ -33,7 +36,7 @@ from lingua.run.folder import EXIT_FINISHED, end_asked_for
 from lingua.run.metrics import EvaluationTracker
 from lingua.scheduler import Runner, run_command
 from lingua.signals import SignalFlag, StopSignals, noted
-from lingua.train.describe import config_of, described
+from lingua.train.describe import config_of, described, phases_in
 
 log = logging.getLogger(__name__)
 
@@ -81,20 +84,34 @@ class EvalRequest:
 
     def compose(self) -> tuple[TrainArgs, EvalArgs]:
         """Return the config of the run, and what to measure. Raises ConfigError."""
-        overlays, overrides = self.line.overlays, self.line.overrides
         if self.measures is not None or self.run_config.suffix == ".json":  # weights of other programs have no `eval`
             run_args = described(self.run_config, self.app)
-            args = compose(self.measures, overlays, overrides, EvalArgs).args
+            args = compose(self.measures, self.line.overlays, self.line.overrides, EvalArgs).args
         else:
-            overrides = [f"eval.{word}" for word in overrides]
-            try:
-                run_args = compose(str(self.run_config), overlays, overrides, app_schema(self.app)).args
-            except ConfigError as error:
-                raise ConfigError([_as_typed(problem) for problem in error.problems]) from None
+            run_args = self._run_args()
             args = run_args.eval or EvalArgs()
         if self.follow and args.dump_dir:
             raise ConfigError(f"eval.dump_dir is {args.dump_dir}: results go to {self.place}/evals; take it out")
         return run_args, args
+
+    def by_phase(self, run_args: TrainArgs) -> list[tuple[int, EvalArgs]]:
+        """Return the last step of each phase of the run, and what to measure in it: words count before phases."""
+
+        def words(phase: PhaseArgs) -> list[str]:
+            changes = {key: value for key, value in phase.changes.items() if key.startswith("eval.")}
+            return [f"{key}={orjson.dumps(value).decode()}" for key, value in changes.items()]
+
+        phases = phases_in(run_args) if self.measures is None else []
+        if not any(words(phase) for _, phase in phases):
+            return []
+        return [(last, self._run_args(words(phase)).eval or EvalArgs()) for last, phase in phases]
+
+    def _run_args(self, changes: Sequence[str] = ()) -> TrainArgs:
+        overrides = [*changes, *(f"eval.{word}" for word in self.line.overrides)]
+        try:
+            return compose(str(self.run_config), self.line.overlays, overrides, app_schema(self.app)).args
+        except ConfigError as error:
+            raise ConfigError([_as_typed(problem) for problem in error.problems]) from None
 
 
 def _as_typed(problem: str) -> str:
@@ -162,9 +179,10 @@ def evaluate_here(request: EvalRequest) -> int:
     """Measure in this process, together with the other ranks if there are any; return the exit code."""
     with told_to_others(find_rank_info()):
         run_args, args = request.compose()
+        phases = request.by_phase(run_args)
     from lingua.eval.measures import Together, started  # loads torch, which a wrong key need not wait for
 
-    with started(run_args, args, request.app) as measures:
+    with started(run_args, args, request.app, phases) as measures:
         if not request.follow:
             found = measures.measure(request.place, lambda: None)
             if measures.world.is_main:

@@ -14,7 +14,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from lingua.checkpoint import layout
 from lingua.checkpoint.load_weights import copy_weights
 from lingua.checkpoint.lookup import Checkpoint
 from lingua.checkpoint.manager import SaveReport
-from lingua.checkpoint.state import restore_rng, rng_state
+from lingua.checkpoint.state import averages_of, restore_rng, rng_state
 from lingua.config.base import ConfigError
 from lingua.config.keys.eval import EvalArgs
 from lingua.config.keys.train import TrainArgs
@@ -40,6 +40,7 @@ from lingua.run.watchdog import Watchdog
 from lingua.scheduler import can_submit, this_allocation, this_job
 from lingua.train.learner import Run
 from lingua.train.load_model import bare_model, chosen_dtype
+from lingua.train.sizes import Phase
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +53,16 @@ PEERS_S = 1.0
 HELD = "the weights that we hold"
 
 
-def make_measures(args: TrainArgs, world: World) -> Measures | None:
+def make_measures(args: TrainArgs, phases: Sequence[Phase], world: World) -> Measures | None:
     """Return what this run's own ranks measure, or None. Raises ConfigError for what is missing. Collective."""
     if args.eval is None or args.async_eval_gpus is not None or not args.eval.automatic:
         return None
     if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
         be_offline()
-    given, evaluated = args, args.eval
-    return on_every_rank(lambda: Measures(given, evaluated, world))
+    written = [phase.written.model_copy(update={"until": str(phase.last)}) for phase in phases if phase.written]
+    given, evaluated = args.model_copy(update={"phases": written}), args.eval
+    by_phase = [(phase.last, phase.args.eval or evaluated) for phase in phases]
+    return on_every_rank(lambda: Measures(given, evaluated, world, by_phase))
 
 
 def make_evaluation(
@@ -165,7 +168,9 @@ class InTraining(Evaluation):
 
     def _lead(self, checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
         """Measure a checkpoint for the Evaluator of rank 0, with all ranks."""
-        source = HELD if checkpoint.step == self._run.step else f"{checkpoint.run_dir}@{checkpoint.step}"
+        step, run = checkpoint.step, self._run
+        # A phase that has just begun has the checkpoint of the phase before, but may have other weights and positions.
+        source = HELD if step == run.step and step != run.phase.first else f"{checkpoint.run_dir}@{step}"
 
         def beat_of_both() -> None:
             try:
@@ -191,8 +196,8 @@ class InTraining(Evaluation):
                 stored, device = next(run.model.parameters()).dtype, run.world.device
                 dtype = chosen_dtype(measures.args.generator.dtype, device, lambda: stored)
                 model = on_every_rank(lambda: bare_model(run.args, run.tokenizer, device, dtype))
-                copy_weights(run.model, model)
-                return measures.measure_model(model, run.tokenizer, beat)
+                copy_weights(run.model, model, averages_of(run.state) if measures.args.ema else {})
+                return measures.measure_model(model, run.tokenizer, beat, run.step)
             except Exception:
                 if first_given(self._watchdog.received) is not None:
                     self._is_stopping = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lingua.checkpoint.lookup import EMA_SUFFIX, without_ema
 from lingua.config.base import ConfigError, build_part, named
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.eval import EvalArgs, HeldOutArgs
@@ -35,6 +36,7 @@ from lingua.logger import start_logging
 from lingua.model.generate import Generator
 from lingua.scheduler import this_allocation
 from lingua.tokenizer import Tokenizer
+from lingua.train.describe import step_of
 from lingua.train.load_model import chosen_dtype, load_model, stored_dtype
 from lingua.train.validate import HeldOutLoss
 
@@ -77,16 +79,29 @@ result of rank 0 counts."""
 class Measures:
     """What is measured of each checkpoint; all ranks take part."""
 
-    def __init__(self, run_args: TrainArgs, args: EvalArgs, world: World) -> None:
-        """Raises ConfigError for whatever is missing, before anything is loaded."""
+    def __init__(
+        self, run_args: TrainArgs, args: EvalArgs, world: World, phases: Sequence[tuple[int, EvalArgs]] = ()
+    ) -> None:
+        """Raises ConfigError for whatever is missing, before anything is loaded.
+
+        `phases`: the last step of each phase, and what is measured in it; none: `args` holds for all checkpoints.
+        """
         self.run_args, self.args, self.world = run_args, args, world
-        self._measures: list[Measure] = [build_part(chosen, run_args, args) for chosen in args.chosen()]
-        if not self._measures:
+        sections = {each.model_dump_json(): each for _, each in phases or [(0, args)]}
+        built = {
+            key: [build_part(chosen, run_args, each) for chosen in each.chosen()] for key, each in sections.items()
+        }
+        self._measures: list[tuple[int, list[Measure]]] = [
+            (last, built[each.model_dump_json()]) for last, each in phases or [(0, args)]
+        ]
+        if not all(built.values()):
             raise ConfigError("eval: nothing is measured; set eval.validation, eval.harness.tasks or eval.measures")
 
     def measure(self, ckpt: str | Path, beat: Beat) -> dict[str, Any]:
         """Return the metrics of a checkpoint. Collective; an error on one rank is raised on all."""
-        device = self.world.device
+        device, step = self.world.device, step_of(ckpt)
+        if self.args.ema and step is not None:
+            ckpt = f"{without_ema(ckpt)[0]}{EMA_SUFFIX}"
 
         def load() -> tuple[nn.Module, Tokenizer, str]:
             dtype = chosen_dtype(self.args.generator.dtype, device, lambda: stored_dtype(ckpt))
@@ -94,17 +109,23 @@ class Measures:
 
         model, tokenizer, loaded = on_every_rank(load)
         log.info("%s, on %s in %s", loaded, device, next(model.parameters()).dtype)
-        return self.measure_model(model, tokenizer, beat)
+        return self.measure_model(model, tokenizer, beat, step)
 
-    def measure_model(self, model: nn.Module, tokenizer: Tokenizer, beat: Beat) -> dict[str, Any]:
-        """Return the metrics of a model that each rank holds whole. Collective, as `measure`."""
+    def measure_model(
+        self, model: nn.Module, tokenizer: Tokenizer, beat: Beat, step: int | None = None
+    ) -> dict[str, Any]:
+        """Return the metrics of a model that each rank holds whole. Collective, as `measure`.
+
+        `step`: of its checkpoint; None: not known, and the last phase says what to measure.
+        """
         data = self.run_args.data
         objective = self.run_args.objective
         generator = named(objective, "generator")(model, tokenizer, self.args.generator, add_bos=data.add_bos)
         wording = Wording(tokenizer, data.add_bos, data.add_eos)
         measured = MeasuredModel(model, tokenizer, generator, wording, self.world, beat, objective)
         found: dict[str, Any] = {}
-        for measure in self._measures:
+        in_phase = (measures for last, measures in self._measures if step is not None and step <= last)
+        for measure in next(in_phase, self._measures[-1][1]):
             more = on_every_rank(lambda measure=measure: dict(measure(measured)))
             for name in ("details", "samples"):
                 if name in more:
@@ -169,7 +190,9 @@ def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured
 
 
 @contextmanager
-def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]:
+def started(
+    run_args: TrainArgs, args: EvalArgs, app: str, phases: Sequence[tuple[int, EvalArgs]] = ()
+) -> Iterator[Measures]:
     """Join the other ranks of this command, and be ready to measure."""
     rank_info = find_rank_info()
     start_logging(rank_info.rank, own_packages=("lingua", "apps", app))
@@ -182,7 +205,7 @@ def started(run_args: TrainArgs, args: EvalArgs, app: str) -> Iterator[Measures]
     same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
     same |= code_of(["lingua", run_args.app, *run_args.plugins, *args.plugins])
     with start_world(DistributedArgs(timeout_s=timeout_s), rank_info, device, same) as world:
-        yield on_every_rank(lambda: Measures(run_args, args, world))
+        yield on_every_rank(lambda: Measures(run_args, args, world, phases))
 
 
 class Together:

@@ -257,7 +257,7 @@ def _of_phases(phases: Sequence[Phase], needed: Sequence[str], known: set[str]) 
         if phase.written is None:
             continue
         wrong = [*_conflicts(phase.args), *_unreadable_sources(phase.args.data), *_misfits(phase.args, phase.size)]
-        wrong += nothing_to_begin_with("from", phase.written.from_run)
+        wrong += [*_nothing_to_measure(phase.args), *nothing_to_begin_with("from", phase.written.from_run)]
         if "data.sources" in needed:
             wrong += [finding for finding in missing_paths(phase.args) if finding.key == "data.sources"]
         yield from (Finding("phases", f"phase {phase.name}: {f.text}") for f in wrong if f.text not in known)

@@ -14,7 +14,7 @@ from lingua.config.compose import compose
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.data import TokenizerArgs
 from lingua.config.keys.model import LlamaArgs
-from lingua.config.keys.phases import read_until
+from lingua.config.keys.phases import PhaseArgs, read_until
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import found
 from lingua.config.yaml_layers import read_yaml
@@ -48,27 +48,33 @@ def described(config: Path, app: str = "") -> TrainArgs:
     return compose(str(config), [], _unnamed_family(config), schema).args
 
 
+def phases_in(args: TrainArgs) -> list[tuple[int, PhaseArgs]]:
+    """Return the last step of each phase of a frozen run, and the phase."""
+    ends = [read_until(phase.until) for phase in args.phases]
+    is_frozen = all(end.unit == "steps" and not end.is_more for end in ends)
+    return [(int(end.value), phase) for end, phase in zip(ends, args.phases, strict=True)] if is_frozen else []
+
+
 def at_step(args: TrainArgs, step: int | None) -> TrainArgs:
     """Return the config of a frozen run as it holds for the checkpoint of a step, in the phase that made it."""
-    if step is None:
+    made_by = next((phase for last, phase in phases_in(args) if step is not None and step <= last), None)
+    theta = None if made_by is None else made_by.changes.get("model.rope_theta")
+    if theta is None:
         return args
-    for phase in args.phases:
-        until = read_until(phase.until)
-        if until.unit != "steps" or until.is_more:
-            return args  # not frozen
-        if step <= until.value:
-            theta = phase.changes.get("model.rope_theta")
-            model = args.model if theta is None else args.model.model_copy(update={"rope_theta": float(theta)})
-            return args.model_copy(update={"model": model})
-    return args
+    return args.model_copy(update={"model": args.model.model_copy(update={"rope_theta": float(theta)})})
+
+
+def step_of(ckpt: str | Path) -> int | None:
+    """Return the step of the checkpoint of a run at `ckpt`; None for other weights."""
+    try:
+        return find_one(without_ema(ckpt)[0]).step
+    except RunError:
+        return None
 
 
 def of_checkpoint(args: TrainArgs, ckpt: str | Path) -> TrainArgs:
     """Return `at_step` for the checkpoint of a run at `ckpt`; the config as it is for other weights."""
-    try:
-        return at_step(args, find_one(without_ema(ckpt)[0]).step) if args.phases else args
-    except RunError:
-        return args
+    return at_step(args, step_of(ckpt)) if args.phases else args
 
 
 def _unnamed_family(config: Path) -> list[str]:

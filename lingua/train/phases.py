@@ -183,6 +183,7 @@ def _with_changes(args: TrainArgs, written: PhaseArgs, base: Resolved) -> TrainA
         *sections, name = key.split(".")
         node = tree
         for section in sections:
+            node[section] = node.get(section) or {}  # eval.harness may be null
             node = node[section]
         node[name] = value
     try:
@@ -201,6 +202,9 @@ def _check(own: TrainArgs, args: TrainArgs, written: PhaseArgs, names: Sequence[
         problems.append("an earlier phase has this name; choose another")
     if "data.sources" in changes and not args.data.sources:
         problems.append("data.sources changes, but the config itself names none; name those of the first phase there")
+    if args.eval is None and own.eval is not None:
+        text = "what is evaluated changes, but the config itself has no section eval; write one there"
+        problems.append(f"{text}, `eval: {{}}` for held-out losses")
     if own.objective.asks_of_model != args.objective.asks_of_model:
         problems.append(
             f"loss.type {own.loss.type} needs another model than {args.loss.type}; train it in a run of its own"

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,29 @@ def test_killed_in_an_evaluation(data: Path, tmp_path: Path, shm: Path, place: s
     assert {2, 5} <= set(done)  # in memory, step 4 may be overtaken by step 5
     assert sorted(found) == done
     assert found == by_hand(tmp_path / "run", done)
+
+
+PHASES = (
+    "[{name: a, until: 2}, {name: b, until: 4, eval.validation.max_steps: 2, model.rope_theta: 300},"
+    " {name: c, until: 5, from: %s@5}]"
+)
+
+
+@pytest.mark.soak
+@pytest.mark.ranks
+def test_each_phase_is_evaluated_by_its_own_keys_also_after_a_kill_at_its_end(data: Path, tmp_path: Path) -> None:
+    """The checkpoint at a phase's end is made up for with its own weights and positions; averages where asked for."""
+    assert train(words_of(data, tmp_path / "first", "eval=null")).exit_code == 0
+    run_dir, more = tmp_path / "run", ["optim.ema=0.5", "eval.ema=true", f"phases={PHASES % (tmp_path / 'first')}"]
+    words = words_of(data, run_dir, *more)
+    for turn in (0, 1):  # killed in the evaluation of step 2, and in that of step 4
+        calls = iter([*[lambda: None] * turn, kill_self])
+        kill = partial(wrap, Measures, "measure_model", lambda calls=calls: next(calls)())
+        assert train(words, 1, lambda rank, kill=kill: kill()).exit_codes == [-9]
+    assert train(words).exit_code == 0
+    found = evaluations(run_dir)
+    assert {step: one["documents/mine/n_documents"] for step, one in found.items()} == {2: 3, 4: 2, 5: 3}
+    assert found == by_hand(run_dir, [2, 4, 5])
 
 
 @pytest.mark.soak

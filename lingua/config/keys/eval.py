@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
@@ -108,6 +109,8 @@ class EvalArgs(Args):
     """Where metrics.eval.jsonl is. Null: the run folder."""
     ckpt_dir: Text = ""
     """Checkpoint to evaluate."""
+    ema: bool = False
+    """Score the average of the weights that optim.ema keeps, instead of the weights."""
     generator: GeneratorArgs = GeneratorArgs()
     """Sampling and scoring."""
     harness: HarnessArgs | None = HarnessArgs()
@@ -145,6 +148,10 @@ class EvalArgs(Args):
     """How long retention keeps a checkpoint for its evaluation; then it may be deleted, with an error in the log."""
     idle_hours: Annotated[float, Field(gt=0)] = 24.0
     """An evaluator with nothing to do ends when its run has been silent this long."""
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if self.ema and args.optim.ema is None:
+            yield "eval.ema", "eval.ema is true, but the run keeps no average of its weights; set optim.ema"
 
     def chosen(self) -> list[MeasureArgs]:
         """Return what is to be measured, in order."""

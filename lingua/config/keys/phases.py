@@ -17,7 +17,8 @@ MAY_CHANGE = (
     "optim.lr", "optim.scheduler", "optim.warmup", "optim.lr_min_ratio", "optim.cycle_length", "optim.cosine_theta",
     "optim.annealing_step", "optim.decay_fraction", "optim.exp_factor",
     "optim.clip", "optim.frozen", "optim.on_nonfinite", "optim.max_skips",
-    "loss.*", "validation.*", "model.rope_theta",
+    "loss.*", "validation.*", "eval.harness*", "eval.validation*", "eval.measures", "eval.core_metrics",
+    "model.rope_theta",
 )  # fmt: skip
 """Keys that a phase may change: no shape of a tensor, no tokenizer and no number of lanes depends on them."""
 

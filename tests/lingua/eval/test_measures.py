@@ -110,6 +110,22 @@ def test_nothing_to_measure_is_an_error(file: Path) -> None:
             Measures(TrainArgs(), EvalArgs(**keys), world)
 
 
+def test_the_step_of_a_checkpoint_says_in_which_phase_it_is_measured(file: Path) -> None:
+    def section(n: int) -> EvalArgs:
+        own = HeldOutArgs(use_val_from_train_src=False, sources=[str(file)], max_steps=n)
+        return EvalArgs(validation=own, generator=GeneratorArgs(dtype="fp32"))
+
+    model = tiny()
+    world = World(RankInfo(), next(model.parameters()).device, mesh=None)
+    args = TrainArgs.model_validate({"data": {"seq_len": CONTEXT}})
+    measures = Measures(args, section(1), world, [(3, section(1)), (6, section(2)), (9, section(1))])
+
+    def n_documents(step: int | None) -> float:
+        return measures.measure_model(model, ByteTokenizer(), lambda: None, step)["documents/x/n_documents"]
+
+    assert [n_documents(step) for step in (1, 3, 4, 6, 7, 12, None)] == [1, 1, 2, 2, 1, 1, 1]
+
+
 def test_what_all_measures_find_is_kept_and_each_name_is_unique(monkeypatch: pytest.MonkeyPatch) -> None:
     one = {"a/x": 1, "details": {"a": 1}, "samples": {"t": [1]}}
     finds: list[dict[str, Any]] = []

@@ -84,6 +84,7 @@ def test_sizes(changes: dict[str, Any], world_size: int, rows: int, micro_steps:
         ({"steps": None, "total_flops": 1.0}, 1, "total_flops", "less than one step"),
         ({"eval": {"validation": None}}, 1, "eval", "nothing is measured; set eval.validation"),
         ({"async_eval_gpus": 1}, 1, "async_eval_gpus", "add a section `eval`"),
+        ({"eval": {"ema": True}}, 1, "eval.ema", "the run keeps no average of its weights; set optim.ema"),
         ({"sample_every": 5}, 1, "sample_every", "no prompt to continue; set sample_prompt"),
         ({"distributed": {"tp_size": 2}}, 3, "distributed", "tp_size 2 does not divide 3 ranks"),
         ({"distributed": {"fsdp_type": "full_shard", "dp_shard": 2}}, 3, "distributed", "dp_shard 2 does not divide 3"),

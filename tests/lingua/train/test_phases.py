@@ -129,6 +129,9 @@ MAIN = {"name": "main", "until": "90%"}
             "source x is not the files that an earlier phase calls so",
         ),
         ([MAIN, {"name": "b", "until": 100, "global_batch_tokens": 33}], {}, "is 33, no multiple of data.seq_len 32"),
+        ([{**MAIN, "eval.poll_s": 1}], {"eval": {}}, "eval.poll_s cannot change within a run"),
+        ([{**MAIN, "eval.validation": {"max_steps": 1}}], {}, "the config itself has no section eval; write one there"),
+        ([{**MAIN, "eval.validation": None}], {"eval": {}}, "phase main: eval: nothing is measured; set eval.valid"),
     ],
 )
 def test_what_cannot_be_is_refused_by_phase_and_key(
@@ -157,6 +160,14 @@ def test_a_learning_rate_that_jumps_between_phases_is_warned_of(phases: list[dic
     assert found.errors == []
     warned = [text for key, text in found.warnings if key == "phases"]
     assert [text[: len(jump or "")] for text in warned] == ([jump] if jump else [])
+
+
+def test_each_phase_says_what_is_evaluated() -> None:
+    more = {"name": "more", "until": "100%", "eval.harness": {"tasks": ["x"]}, "eval.validation.max_steps": 9}
+    phases = phases_of(args(MAIN, more, eval={"harness": None, "validation": {"max_steps": 5}}), 1)
+    sections = [phase.args.eval for phase in phases]
+    assert [each.validation.max_steps for each in sections if each and each.validation] == [5, 9]
+    assert [[one.type for one in each.chosen()] for each in sections if each] == [["held_out"], ["held_out", "harness"]]
 
 
 # -- the order of rows ---------------------------------------------------------------------------------------------
