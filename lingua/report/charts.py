@@ -48,7 +48,8 @@ def pictures_of(runs: Sequence[History], names: Sequence[str]) -> list[Picture]:
     axes = [STEPS]
     if len(runs) > 1:
         size_s, unit = time_unit(max((run.metrics[TRAINED_S][-1] for run in runs if len(run.metrics)), default=0.0))
-        note = "without start-up, saves, validation"
+        is_fork = any(run.attempts and run.attempts[0].first_step for run in runs)
+        note = "without start-up, saves, validation" + ("; a fork's time is its own" if is_fork else "")
         axes = [
             Across(title=" over steps"),
             Across(TOKENS, "_tokens", " over tokens", "tokens trained on"),
@@ -124,18 +125,29 @@ def _scale_of(values: np.ndarray) -> str:
 def _lines(runs: Sequence[History], names: Sequence[str], key: str, over: Across = STEPS) -> list[Line]:
     """Make a curve per run; the ranges of several would hide each other, so these show means of more steps only."""
     several, lines = len(runs) > 1, []
-    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-        x, y = curve(run.metrics, key, over.column)
-        at_least = N_PIECES if key == _LR else MIN_PIECES_COMPARED if several else MIN_PIECES
-        points = _noisy(x / over.unit, y, at_least)
+    curves = [curve(run.metrics, key, over.column) for run in runs]
+    at_least = N_PIECES if key == _LR else MIN_PIECES_COMPARED if several else MIN_PIECES
+    counts = n_pieces([x for x, _ in curves], at_least)
+    for i, ((x, y), name, n) in enumerate(zip(curves, names, counts, strict=True)):
+        points = thinned(x / over.unit, y, n)
         points = points._replace(low=points.mean, high=points.mean) if several else points
         lines.append(Line(name if several else "", points, *_LOOKS[i % len(_LOOKS)]))
     return lines
 
 
+def n_pieces(curves: Sequence[Numbers], at_least: int = MIN_PIECES) -> list[int]:
+    """Return into how many pieces to thin each noisy curve, so that the mean of a piece is less noisy.
+
+    Pieces of all curves are about as long: a short branch is as smooth as the trunk beside it.
+    """
+    spans = [float(x[-1] - x[0]) if len(x) else 0.0 for x in curves]
+    longest = max(spans)
+    most = max(min(len(curves[spans.index(longest)]) // 8, N_PIECES), at_least)
+    return [max(5, math.ceil(most * span / longest)) if longest else most for span in spans]
+
+
 def _noisy(x: Numbers, y: Numbers, at_least: int = MIN_PIECES) -> Thinned:
-    """Thin a noisy curve into pieces with enough points that their mean is less noisy."""
-    return thinned(x, y, max(min(len(x) // 8, N_PIECES), at_least))
+    return thinned(x, y, n_pieces([x], at_least)[0])
 
 
 def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Picture | None:

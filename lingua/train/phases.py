@@ -77,9 +77,8 @@ def frozen_phases(phases: Sequence[Phase]) -> dict[str, Any]:
     listed = []
     for phase in phases:
         assert phase.written is not None
-        given = (
-            phase.written.model_dump(mode="json", exclude=set(phase.written.model_extra or ())) | phase.written.changes
-        )
+        extra = set(phase.written.model_extra or ())
+        given = phase.written.model_dump(mode="json", exclude=extra, exclude_defaults=True) | phase.written.changes
         own = {"until": phase.last, "global_batch_size": phase.size.rows_per_step}
         listed.append({k: v for k, v in (given | own).items() if k not in ("global_batch_tokens", "grad_acc_steps")})
     return {"phases": listed, "checkpoint.steps": kept_steps(phases[0].args, phases)}

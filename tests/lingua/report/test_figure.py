@@ -7,6 +7,7 @@ import base64
 import numpy as np
 import pytest
 
+from lingua.report.charts import n_pieces
 from lingua.report.figure import COLORS, SERIES, Line, Picture, counted, line_chart, look, plain, shown_range
 from lingua.report.series import thinned
 
@@ -33,6 +34,20 @@ def test_numbers_are_counted_as_people_do(n: float, text: str):
 )
 def test_names_from_outside(name: str, text: str):
     assert plain(name, 9) == text
+
+
+@pytest.mark.parametrize(
+    ("spans", "counts"),
+    [
+        ([(0, 100)], [80]),
+        ([(0, 10_000)], [160]),
+        ([(0, 10_000), (9_000, 10_000)], [160, 16]),
+        ([(0, 2000), (0, 20), (0, 0)], [160, 5, 5]),
+        ([(0, 0)], [80]),
+    ],
+)
+def test_pieces_of_all_curves_are_about_as_long(spans: list[tuple[int, int]], counts: list[int]):
+    assert n_pieces([np.arange(a, b + (b > a), dtype=float) for a, b in spans]) == counts
 
 
 def test_the_steep_begin_is_cut_off():
