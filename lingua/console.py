@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, cast
 
 import typer
@@ -110,7 +114,7 @@ def show_json(facts: Any) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
-    """Print a table without lines; the columns named in `right` are right-aligned."""
+    """Print a table without lines; the columns named in `right` are figures: right-aligned and never wrapped."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -120,7 +124,9 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: 
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        table.add_column(_cell(name), justify="right" if name in right else "left", overflow="fold")
+        table.add_column(
+            _cell(name), justify="right" if name in right else "left", overflow="fold", no_wrap=name in right
+        )
     for row in rows:
         table.add_row(*map(_cell, row))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
@@ -151,6 +157,14 @@ def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name:<24} {'-' if shown in (None, {}) else shown}"
 
 
+def lingua_command() -> str:
+    """Return how one types the `lingua` command here."""
+    if "UV" in os.environ:  # `uv run` sets it
+        return "uv run lingua"
+    beside = Path(sys.executable).with_name("lingua")
+    return "lingua" if shutil.which("lingua") else str(beside) if beside.is_file() else "uv run lingua"
+
+
 def progress_shown() -> Progress:
     """Start logging and return a bar on a terminal; elsewhere plain lines on stderr."""
     start_logging()
@@ -158,9 +172,10 @@ def progress_shown() -> Progress:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere plain lines in the log. Several threads may advance it.
+    """A bar on a terminal, and plain lines in the log. Several threads may advance it.
 
-    Of a stage of bytes, the log gets a line when it begins, at every tenth and at its end; of steps, one per report.
+    Of steps, the log gets a line per report. Of a stage of bytes it gets, where there is no bar, a line when it begins,
+    at every tenth and at its end.
     """
 
     def __init__(
@@ -176,8 +191,10 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
-            columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[count]}")
+            name = TextColumn("{task.description}", table_column=Column(max_width=18, no_wrap=True))
+            columns = name, BarColumn(12), TextColumn("{task.fields[count]}")
             more = TimeElapsedColumn(), TextColumn("{task.fields[more]}")
             terminal = cast("TextIO", _MayLeave(sys.stderr))
             self._bar = Bar(*columns, *more, console=Console(file=terminal, force_terminal=True))
@@ -217,15 +234,14 @@ class Progress:
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Show new metrics; needs the keys of `metrics_line`."""
-        line = metrics_line(metrics, self._total)
+        line, left = metrics_line(metrics, self._total).rsplit("  ", 1)
+        self._log("%s", line if self._bar else f"{line}  {left}")
         if self._bar:
-            self._bar.update(self._id, more=line.partition("  ")[2])
-        else:
-            self._log("%s", line)
+            self._bar.update(self._id, more=left)
 
     def _count(self) -> str:
         if self._unit == "steps":
-            return f"{self._done}/{self._total}"
+            return f"step {self._done}/{self._total}"
         return f"{human_bytes(self._done)} of {human_bytes(self._total)}"
 
     def _rate(self) -> dict[str, str]:
@@ -249,6 +265,18 @@ class Progress:
 def figure(value: float | None, form: str = ".4f") -> str:
     """Format a number; None is `-`."""
     return "-" if value is None else format(value, form)
+
+
+def spark(values: Sequence[float], width: int = 60) -> str:
+    """Draw a curve as one line of block characters, each the mean of as many values; gaps stay blank."""
+    n = min(len(values), width)
+    parts = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
+    finite = [[value for value in part if math.isfinite(value)] for part in parts]
+    means = [sum(part) / len(part) if part else None for part in finite]
+    shown = [mean for mean in means if mean is not None]
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    per_level = (high - low) / 7.99 or 1.0
+    return "".join(" " if mean is None else "▁▂▃▄▅▆▇█"[int((mean - low) / per_level)] for mean in means)
 
 
 def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:

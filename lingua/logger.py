@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TextIO
 
@@ -35,6 +37,35 @@ class _Format(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(public_text(super().format(record)))
+
+
+class _ShortFormat(_Format):
+    """For a person who looks on: the time of day and the message, wrapped between words."""
+
+    def __init__(self, rank: int) -> None:
+        logging.Formatter.__init__(self, f"%(asctime)s {f'rank {rank}: ' if rank else ''}%(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        if record.levelno > logging.INFO:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return wrapped(super().format(record), shutil.get_terminal_size().columns)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Wrap lines between words, but not those that begin with blanks: commands and samples stay as they are."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= width or line.startswith(" "):
+            lines.append(line)
+        else:
+            indent = " " * len("00:00:00 ")
+            lines += textwrap.wrap(
+                line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+    return "\n".join(lines)
 
 
 class _Terminal(logging.StreamHandler):
@@ -73,7 +104,7 @@ class _SturdyFile(logging.FileHandler):
 def start_logging(rank: int = 0, level: int = logging.INFO, own_packages: tuple[str, ...] = ("lingua", "apps")) -> None:
     """Set up terminal output; call once, as soon as the rank is known. Other packages log only warnings."""
     terminal = _Terminal()
-    terminal.setFormatter(_Format(rank))
+    terminal.setFormatter(_ShortFormat(rank) if on_terminal() else _Format(rank))
     terminal.setLevel(level if rank == 0 else logging.WARNING)
     root = logging.getLogger()
     for old in list(root.handlers):

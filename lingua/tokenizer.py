@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from lingua.config.base import ConfigError
-from lingua.config.keys.data import TokenizerArgs
+from lingua.config.keys.data import TokenizerArgs, tokenizer_path
 from lingua.files import DiskError
 
 if TYPE_CHECKING:
@@ -437,7 +436,7 @@ def tokenizer_file(args: TokenizerArgs) -> Path:
     """Return the tokenizer's file. Raises ConfigError if it does not exist."""
     if not args.path:
         raise ConfigError(f"data.tokenizer.name is {args.name}, which needs a file; set data.tokenizer.path")
-    path = Path(os.path.expandvars(args.path)).expanduser()
+    path = tokenizer_path(args.path)
     if path.is_dir() and args.name == "hf":
         path = path / "tokenizer.json"
     elif path.is_dir():

@@ -3,7 +3,7 @@
     uv run --extra harness python scripts/bench_eval.py [--json] [--rounds 5] [--documents 12] [--batch 16]
 
 In one process, on the CPU and without a network: a checkpoint with random weights is made in a temporary folder (the
-model of apps/main/configs/debug.yaml; key=value change it) and exported for `hf`. Both answer the same questions, with
+model of apps/main/configs/bytes.yaml; key=value change it) and exported for `hf`. Both answer the same questions, with
 the same number of rows in a batch, taking turns in every round:
 
     choices      multiple choice, four answers of several tokens each
@@ -58,7 +58,7 @@ from lingua.files import RunError
 from lingua.model.generate import Generator
 from lingua.train.load_model import load_model
 
-CONFIG = "apps/main/configs/debug.yaml"
+CONFIG = "apps/main/configs/bytes.yaml"
 ANSWER_TOKENS = 32
 
 

@@ -46,7 +46,7 @@ def train(keys: str, dim: int, rate: str, steps: int, run_dir: Path) -> Curve:
     model = [f"model.{key}" for key in (*keys.split(), f"dim={dim}")]
     words = [*model, f"optim.lr={rate}", f"steps={steps}", f"validation.every={steps // 4}"]
     words += ["data.n_views=4"] if "n_future_head=3" in keys else []
-    records = validations("apps.main.train", "apps/main/configs/debug.yaml", words, run_dir)
+    records = validations("apps.main.train", "apps/main/configs/bytes.yaml", words, run_dir)
     return {r["global_step"]: next(v for key, v in r.items() if key.endswith("/bpb")) for r in records}
 
 

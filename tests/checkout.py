@@ -14,7 +14,7 @@ from tests.slurm_cluster import Cluster, until
 from tests.trainer import TINY
 
 ROOT = Path(__file__).parents[1]
-CONFIG = "apps/main/configs/debug.yaml"
+CONFIG = "apps/main/configs/bytes.yaml"
 PARTS = ("lingua", "apps", "scripts", "setup", "pyproject.toml")
 
 

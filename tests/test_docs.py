@@ -51,6 +51,7 @@ STANDS_FOR = {  # placeholders of the pages
     "@1000": "@4",
     "steps=5000": "steps=6",
     "out/debug": "out/my_run",
+    "data/mine_shuffled": "data/mine",
     "~colleague/out/run": "out/a",
     "--step 1234": "--step 2",
     "RUN": "out/my_run",

@@ -31,7 +31,7 @@ from tests.ranks import fork
 Hook = Callable[[int], None]
 
 TINY = [
-    "apps/main/configs/debug.yaml",
+    "apps/main/configs/bytes.yaml",
     "model.dim=32",
     "model.n_layers=2",
     "model.n_heads=2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -146,6 +147,7 @@ def tokenize(
     With a config (.yaml), uses its sources and tokenizer; with paths, those of the options. Finished files are kept, so
     run the command again after an interruption.
     """
+    from lingua.config.frozen import dump_yaml
     from lingua.config.keys.data import DataArgs, TokenizerArgs
     from lingua.data.inspect import tokenize_sources
     from lingua.data.sources import with_default_sources
@@ -159,7 +161,10 @@ def tokenize(
         encoder = TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path})
         args = DataArgs.model_validate({"sources": sources, "tokenizer": encoder})
     with progress_shown() as progress:
-        show(tokenize_sources(args, out, workers, progress), as_json)
+        facts = tokenize_sources(args, out, workers, progress)
+    show(facts if as_json else {key: value for key, value in facts.items() if key != "data.sources"}, as_json)
+    if not as_json:
+        print(f"\nin a config:\n\ndata:\n{indent(dump_yaml({'sources': facts['data.sources']}), '  ')}")
 
 
 @app.command()

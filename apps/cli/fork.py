@@ -161,10 +161,11 @@ def _data_states(folder: Path) -> list[dict[str, Any]]:
 
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
     """Return what the loader would refuse when the run starts. Files that are not on this machine are not checked."""
+    from lingua.config.keys.data import tokenizer_path
     from lingua.data.loader import adapt, check_order, merge_states, order_of
     from lingua.data.sources import open_data, with_default_sources
 
-    if args.tokenizer.path and not Path(args.tokenizer.path).exists():
+    if args.tokenizer.path and not tokenizer_path(args.tokenizer.path).exists():
         return []
     args = with_default_sources(args)
     try:

@@ -6,6 +6,7 @@ import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C
 import shlex
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -45,6 +46,16 @@ app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
 
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(metadata.version("lingua"))
+        raise typer.Exit
+
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -65,17 +76,23 @@ def check(
     gpu: Annotated[str, typer.Option(help="GPU to estimate memory and hours for.")] = "h200",
     strict_paths: Annotated[bool, typer.Option(help="Missing data and tokenizer files are errors.")] = False,
     accept_change: Annotated[bool, typer.Option(help="Allow changes to a started run that need this flag.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every key with its origin, every figure with its formula.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a config and show what it means.
 
-    Prints the resolved config, the file that each value came from, and derived figures with their formulas.
+    Prints the figures to plan a run with, and the keys that the config or the command line sets. With --all: the
+    resolved config, the file that each value came from, and all derived figures with their formulas.
     """
     line = parse_command_line(words or [])
     line.flags["accept-change"] = accept_change
     from lingua.train.check_report import report
 
-    code = report(line, world_size=world_size, mfu=mfu, gpu=gpu, strict_paths=strict_paths, as_json=as_json)
+    code = report(
+        line, world_size=world_size, mfu=mfu, gpu=gpu, strict_paths=strict_paths, as_json=as_json, everything=everything
+    )
     raise typer.Exit(code)
 
 
@@ -97,7 +114,7 @@ def recipe(
 
     line = parse_command_line(words or [])
     if line.config is None:
-        sample = Path(__file__).parents[1] / "main" / "configs" / "debug.yaml"
+        sample = Path(__file__).parents[1] / "main" / "configs" / "bytes.yaml"
         line.config = str(sample.relative_to(Path.cwd()) if sample.is_relative_to(Path.cwd()) else sample)
     report(line, params, tokens, gpus, mfu, as_json)
 

@@ -4,9 +4,8 @@ ckpt is a run, RUN@step, a checkpoint folder, what `lingua export` and `lingua i
 any file of weights that training can start from; the model and the tokenizer are those of the run's config.yaml (Meta
 Lingua's params.json, Hugging Face's config.json), or of the config given as `config=x.yaml` (a bare path is understood
 as either). Several `prompt=` make one batch, and a word with [MASK] is a prompt with a gap (apps/diffusion/README.md);
-without one, prompts are read line by line until the end of input. The other keys are those of the config's section
-eval.generator; `until` is a string or a list.
-Cost: the weights once, in `dtype`.
+without one, prompts are read line by line until the end of input. Tokens are sampled; temperature=0 takes the most
+likely one always. The answer to one prompt is written as it grows on a terminal. `until` is a string or a list.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from lingua.config.base import ConfigError, Text, named
 from lingua.config.command_line import CommandLine, app_module, choose_app, is_prompt, parse_command_line, run_main
 from lingua.config.compose import compose
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
+from lingua.config.reference import field_docs
 from lingua.logger import printable
 from lingua.train.describe import config_of, described
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 class GenerateArgs(GeneratorArgs):
     """Keys of the command line."""
 
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """0: the most likely token always (greedy)."""
     ckpt: Text = ""
     """Run, RUN@step, checkpoint folder or file of weights."""
     app: Text = ""
@@ -49,6 +51,9 @@ def main(words: list[str], app: str = str(__package__)) -> int:
     line = parse_command_line([word for word in words if not is_prompt(word)])
     if line.flags.get("help"):
         print(__doc__)
+        print("keys, with their defaults:\n")
+        for name, text in field_docs(GenerateArgs).items():
+            print(f"  {name}={GenerateArgs.model_fields[name].default!r}\n      {text.replace(chr(10), ' ')}")
         return 0
     config, args = read_command_line(line)
     wanted = args.app or choose_app(CommandLine(config=str(config)))
@@ -56,9 +61,36 @@ def main(words: list[str], app: str = str(__package__)) -> int:
         return app_module(wanted, "generate").main([*words, f"app={wanted}"])
     generator = load_generator(described(config, wanted), args)
     for batch in [prompts] if prompts else ask(interactive=sys.stdin.isatty()):
+        if len(batch) == 1 and sys.stdout.isatty() and isinstance(generator, _autoregressive()):
+            write_as_it_comes(generator, batch[0])
+            continue
         for prompt, answer in zip(batch, generator.generate(batch), strict=True):
             show(prompt, answer)
     return 0
+
+
+def write_as_it_comes(generator: Generator, prompt: str) -> None:
+    """Write prompt and answer to the terminal, the answer as it grows."""
+    shown, n_held = "", max([0, *map(len, generator.args.until)])
+
+    def come(text: str) -> None:
+        nonlocal shown
+        safe = text[: len(text) - n_held].rstrip("\ufffd")  # a character or a stop string that is not whole waits
+        if safe.startswith(shown):
+            print(printable(safe[len(shown) :]), end="", flush=True)
+            shown = safe
+
+    print(printable(prompt), end="", flush=True)
+    generator.on_text = come
+    (answer,) = generator.generate([prompt])
+    print(printable(answer.text[len(shown) :]))
+    say_cut(answer)
+
+
+def _autoregressive() -> type[Generator]:
+    from lingua.model.generate import Generator
+
+    return Generator
 
 
 def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
@@ -110,10 +142,14 @@ def _typed() -> Iterable[str]:
 
 def show(prompt: str, answer: Answer) -> None:
     """Prompt and answer on stdout; what the user should know about them on stderr."""
-    if answer.n_cut:
-        print(f"(the prompt was too long: its first {answer.n_cut} tokens were cut off)", file=sys.stderr)
+    say_cut(answer)
     text = answer.text if answer.infilled else f"{prompt}{answer.text}"
     print(printable(text) if sys.stdout.isatty() else text, flush=True)
+
+
+def say_cut(answer: Answer) -> None:
+    if answer.n_cut:
+        print(f"(the prompt was too long: its first {answer.n_cut} tokens were cut off)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def train_to_the_end(
         stopped = evaluation.saved(report, last=True)
     if stopped:
         return say_stopped(run, watchdog, report.error if report is not None else None)
+    monitor.progress.stop()  # what follows is not wrapped by it
     if args.sample_prompt is not None:
         monitor.report_sample(continued(run, args.sample_prompt))
     say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import sys
+from pathlib import Path
 
 from lingua.config.base import ConfigError
 from lingua.config.command_line import leave, parse_command_line, run_main
 from lingua.config.keys import train
 from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import find_rank_info
-from lingua.logger import start_logging
+from lingua.logger import on_terminal, start_logging
+from lingua.run.folder import EXIT_FINISHED
 from lingua.train.check import load
 
 from .args import TrainArgs
@@ -53,7 +55,12 @@ def main(words: list[str], schema: type[train.TrainArgs] = TrainArgs) -> int:
             raise ConfigError(f"app is {app}, but this is {own}.train; type python -m {app}.train")
     from .loop import start  # loads torch, which a wrong config need not wait for
 
-    return start(checked, words, place)
+    code = start(checked, words, place)
+    if code == EXIT_FINISHED and place.is_main and on_terminal():
+        from lingua.train.start import make_page
+
+        make_page(Path(checked.args.dump_dir))
+    return code
 
 
 if __name__ == "__main__":

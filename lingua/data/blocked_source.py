@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import os
+import shlex
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -104,8 +105,20 @@ def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "fix data.sourc
     files = [file for file in files if ".chunk." in file.name] or files
     files = [file for file in files if not file.is_dir()]  # a link that leads nowhere stays: it is an error
     if not files:
-        raise ConfigError(f"{path}: no *{suffix} file in this folder; {remedy}")
+        raise ConfigError(f"{path}: no *{suffix} file in this folder; {remedy}{plain_text_remedy(path)}")
     return sorted(files, key=lambda file: file.name.removesuffix(".tokens"))  # token files as their jsonl files
+
+
+def plain_text_remedy(folder: Path) -> str:
+    """Return how to make documents of a folder of plain text; empty if it has none."""
+    suffix = next((suffix for suffix in (".txt", ".md") if any(folder.rglob(f"*{suffix}"))), None)
+    if suffix is None:
+        return ""
+    code = (
+        f"[print(json.dumps({{'text': p.read_text()}})) for p in sorted(pathlib.Path(sys.argv[1]).rglob('*{suffix}'))]"
+    )
+    command = f'python -c "import json, pathlib, sys; {code}" {shlex.quote(str(folder))} > mine.jsonl'
+    return f". Its {suffix} files become documents of one jsonl file by\n  {command}"
 
 
 def edges(path: Path, size: int) -> str:
@@ -217,7 +230,9 @@ class TextFields(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        return "write both, or set data.loss_on: all" if self.has_prompt else "look at data.sources and text_key"
+        if self.has_prompt:
+            return "write both, or set data.loss_on: all"
+        return "name what holds the text: `text_key: NAME` of a source in data.sources, --text_key NAME of a command"
 
     def __str__(self) -> str:
         return (" and " if self.has_prompt else " or ").join(map(repr, self.keys))

@@ -18,7 +18,7 @@ from lingua.files import make_folders, remove_leftover, write_json
 from lingua.run.provenance import COMMIT_FILE, describe_code
 
 FOLDER = "code"
-_KEPT = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".sh", ".slurm", ".lock", ".html", ".mplstyle")
+_KEPT = (".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".sh", ".slurm", ".lock", ".html", ".mplstyle", ".tiktoken")
 _LEFT_OUT = ("out", "data", "build", "dist", "wandb", "tests")  # at the top of the tree
 
 

@@ -54,12 +54,12 @@ class Meter:
         self._read: tuple[int, Lap] = (0, Lap(0.0, 0.0))
         self._first: tuple[int, Lap] | None = None  # the first report of this attempt
 
-    def formula(self) -> str:
-        """Return the formulas of MFU and HFU with this run's numbers."""
+    def formula(self) -> str | None:
+        """Return the formulas of MFU and HFU with this run's numbers; None where the device's peak is not known."""
+        if self._peak_flops is None:
+            return None
         model, again = self._flops_per_token, self._recomputed_flops_per_token
         per_token = f"{model:.4g} FLOPs per token (6N + 12LHQS, PaLM appendix B)"
-        if self._peak_flops is None:
-            return f"{per_token}; no mfu, as this device's peak is not known"
         hardware = "" if again is None else f"; hfu = (that + {again:.4g} recomputed per token) likewise"
         return f"mfu = {per_token} * speed/wps / {self._peak_flops:.4g} per s{hardware}"
 

@@ -1,11 +1,13 @@
-"""`lingua check`: the resolved config with the origin of every value, and figures to plan a run with. Torch-free.
+"""`lingua check`: figures to plan a run with, what the config sets, with --all every key and its origin. Torch-free.
 
 Every figure comes with its formula. Nothing is built, nothing is written.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +19,19 @@ from lingua.config.frozen import dump_yaml
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import LlamaArgs
 from lingua.config.keys.train import TrainArgs
+from lingua.config.yaml_layers import DEFAULT
+from lingua.console import show_table
 from lingua.files import human_bytes
 from lingua.masking import public_tree
 from lingua.run.throughput import PEAKS, find_peak
 from lingua.train.begins import begins_with
 from lingua.train.check import Checked, load
 from lingua.train.sizes import Phase, Resolved
+
+_MAIN_FACTS = {
+    "parameters", "tokens_per_step", "steps", "total_tokens", "tokens_per_parameter", "checkpoint_bytes",
+    "memory_bytes", "total_flops", "hours",
+}  # fmt: skip
 
 
 class Fact(NamedTuple):
@@ -42,6 +51,7 @@ def report(
     gpu: str = "h200",
     strict_paths: bool = False,
     as_json: bool = False,
+    everything: bool = False,
 ) -> int:
     """Print what a config means; returns the exit code. Raises ConfigError with everything that is wrong with it."""
     if find_peak(gpu) is None:
@@ -54,7 +64,7 @@ def report(
     if as_json:
         sys.stdout.buffer.write(orjson.dumps(as_record(checked, figures), option=orjson.OPT_INDENT_2) + b"\n")
     else:
-        _print(checked, figures)
+        _print(checked, figures, everything)
     return 0
 
 
@@ -112,7 +122,7 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str, phases: Sequenc
         how = f"{how}, phase by phase"
     yield Fact("total_flops", total, f"{total:.4g}", how)
     hours = total / (mfu * peak.flops_per_s * size.world_size) / 3600
-    how = f"at MFU {mfu:g} of {peak.flops_per_s / 1e12:g} TFLOPS ({gpu}; {peak.sheet}) on {size.world_size} ranks"
+    how = f"at MFU {mfu:g} on {size.world_size} x {gpu}: of {peak.flops_per_s / 1e12:g} TFLOPS each ({peak.sheet})"
     yield Fact("hours", hours, f"{hours:,.2f}", how)
 
     for phase in parts:
@@ -173,22 +183,44 @@ def _activation_bytes(model: LlamaArgs, layout: DistributedArgs, size: Resolved)
 # -- printing ------------------------------------------------------------------------------------------------------
 
 
-def _print(checked: Checked, figures: list[Fact]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    print("\n".join(annotated(public_tree(checked.args.model_dump(mode="json")), checked.composed.origins())))
-    table = Table("", "value", "how", box=None, pad_edge=False, header_style="bold")
-    for fact in figures:
-        table.add_row(fact.name.replace("_", " "), Text(fact.shown, justify="right"), Text(fact.how))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print()
-    console.print(table)
+def _print(checked: Checked, figures: list[Fact], everything: bool) -> None:
+    tree, origins = public_tree(checked.args.model_dump(mode="json")), checked.composed.origins()
+    if everything:
+        print("\n".join([*annotated(tree, origins), ""]))
+        rows = [(fact.name.replace("_", " "), fact.shown, fact.how) for fact in figures]
+    else:
+        chosen = [fact for fact in figures if fact.name in _MAIN_FACTS]
+        rows = [(fact.name.replace("_", " "), fact.shown, fact.how.partition(":")[0]) for fact in chosen]
+    show_table(("", "value", "how"), rows, right=("value",))
+    if not everything:
+        print("\nWhat is set (--all: every key and its origin, every figure and its formula)")
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+        for section, keys in stated(tree, origins).items():
+            line = f"{section + ': ' if section else ''}{' '.join(keys)}"
+            print(textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False))
     for difference in checked.differences:
-        console.print(Text(f"since the first attempt: {difference}"))
+        print(f"since the first attempt: {difference}")
     for warning in checked.warnings:
-        console.print(Text(f"warning: {warning}", style="yellow"))
+        print(f"warning: {warning}")
+
+
+def stated(tree: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return `key=value` of every key that is not left to its default, by section; `` is the run's own."""
+    found: dict[str, list[str]] = {}
+    chosen = [leaf for leaf, where in origins.items() if where != str(DEFAULT)]
+
+    def look(branch: Mapping[str, Any], prefix: str) -> None:
+        for name, value in branch.items():
+            key = prefix + name
+            if isinstance(value, dict) and value:
+                look(value, key + ".")
+            elif any(leaf == key or leaf.startswith(f"{key}.") for leaf in chosen):
+                section, _, rest = key.partition(".")
+                shown = value if isinstance(value, str) else orjson.dumps(value).decode()
+                found.setdefault(section if rest else "", []).append(f"{rest or section}={shown}")
+
+    look(tree, "")
+    return found
 
 
 def annotated(tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "", indent: str = "") -> list[str]:

@@ -22,6 +22,8 @@ from lingua.train.learner import Run, StepDone
 
 log = logging.getLogger(__name__)
 
+_SAMPLE_LINES = 12  # shown; the file has all
+
 
 class NonFiniteError(RunError):
     """Loss or gradient of a step is not finite, or a spike that may not be passed over again."""
@@ -177,7 +179,8 @@ class StepMonitor:
         """Say and note how the model continues the run's prompt at the present step. None: there was no room for it."""
         prompt = self._run.args.sample_prompt
         if self._metrics is not None and text is not None:
-            log.info("a sample: %s%s", prompt, text)
+            lines = f"{prompt}{text}".splitlines()[:_SAMPLE_LINES]
+            log.info("a sample:%s", "".join(f"\n    {line}" for line in lines))
             self._metrics.log_sample({"global_step": self._run.step, "prompt": prompt, "text": text})
 
     def report_save(self, report: SaveReport) -> None:

@@ -18,7 +18,7 @@ from lingua.train.load_model import bare_model, chosen_dtype
 
 log = logging.getLogger(__name__)
 
-SAMPLING = GeneratorArgs(temperature=0.7, top_k=40, max_gen_len=160)
+SAMPLING = GeneratorArgs(temperature=0.7, top_k=40, max_gen_len=256)
 """No top_p: its sum has no deterministic kernel on a GPU."""
 
 

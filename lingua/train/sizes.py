@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from lingua.config.keys.data import TokenizerArgs, default_lanes
+from lingua.config.keys.data import TokenizerArgs, default_lanes, tokenizer_path
 from lingua.config.keys.phases import PhaseArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.files import DiskError
@@ -251,7 +250,7 @@ def _tokenizer_vocab_size(args: TokenizerArgs) -> tuple[int, int]:
 
 
 def tokenizer_is_there(args: TokenizerArgs) -> bool:
-    path = Path(args.path or "")
+    path = tokenizer_path(args.path or "")
     return bool(args.path) and ((path / "tokenizer.json").is_file() or path.is_file())
 
 

@@ -21,11 +21,14 @@ import torch
 
 from lingua.checkpoint.layout import done_steps
 from lingua.config.base import ConfigError
+from lingua.config.command_line import DEFAULT_APP
 from lingua.config.compose import code_named
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yaml
 from lingua.config.keys.model import DecoderArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import note_run
+from lingua.console import lingua_command, spark
+from lingua.data.corpus import SOURCE_NAME
 from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
 from lingua.distributed.process_group import World, from_main
@@ -37,7 +40,7 @@ from lingua.model.kernels import kernels_in_use
 from lingua.optim.schedule import rates_of_longer
 from lingua.run.folder import archive_exit_records, describe_start, reserve_last_words
 from lingua.run.lock import RunLock, this_process
-from lingua.run.metrics import MetricLogger
+from lingua.run.metrics import METRICS_FILE, MetricLogger, read_metrics
 from lingua.run.provenance import record_run
 from lingua.run.throughput import Meter, find_peak
 from lingua.scheduler import this_job
@@ -46,6 +49,8 @@ from lingua.train.learner import Run
 from lingua.train.sizes import Resolved
 
 log = logging.getLogger(__name__)
+
+_SAMPLE_CORPUS = "the source of Python's standard library (python_stdlib)"
 
 
 @dataclass
@@ -210,11 +215,12 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
         log.warning("%s", warning)
     for difference in checked.differences:
         log.info("config changed: %s", difference.change)
-    log.info(
-        "%s parameters, %s tokens per step (%d rows of %d), %s steps, %s tokens in all",
-        f"{size.n_params:,}", f"{size.tokens_per_step:,}", size.rows_per_step, size.seq_len,
-        f"{size.n_steps:,}", f"{run.shared['total_tokens'] + run.tokens_left():,}",
-    )  # fmt: skip
+    names = [source.name for source in run.args.data.read_sources()]
+    learnt = ", ".join(_SAMPLE_CORPUS if name == SOURCE_NAME else name for name in names)
+    log.info("a %s of %s parameters learns %s", run.args.model.type, f"{size.n_params:,}", learnt)
+    n_tokens = run.shared["total_tokens"] + run.tokens_left()
+    per_step = f"{size.tokens_per_step:,} tokens ({size.rows_per_step} rows of {size.seq_len})"
+    log.info("%s steps of %s, %s tokens in all", f"{size.n_steps:,}", per_step, f"{n_tokens:,}")
     for phase in run.phases if run.phase.written else ():
         sources = ", ".join(f"{s.name} {s.weight:g}" for s in phase.args.data.read_sources() if s.weight)
         log.info(
@@ -223,7 +229,8 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
         )  # fmt: skip
     if run.floor is not None:
         log.info("no model has a loss below %s nats per token on this data (loss/above_floor)", run.floor)
-    log.info("%s", meter.formula())
+    if (formula := meter.formula()) is not None:
+        log.info("%s", formula)
     if isinstance(run.args.model, DecoderArgs):
         for kernel in dict.fromkeys(kernels_in_use(run.args.model, device.type, run.args.data.doc_mask)):
             log.info("recurrence of %s (model.kernel)", kernel)
@@ -250,22 +257,34 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     """Say how it went and what to type next."""
     if not run.world.is_main:
         return
+    folder = shlex.quote(str(run.run_dir))
     log.info(
         "finished: %d steps, %s tokens; everything is in %s", run.step, f"{run.shared['total_tokens']:,}", run.run_dir
     )
+    reported = {r["global_step"]: r["loss/out"] for r in read_metrics(run.run_dir / METRICS_FILE) if "loss/out" in r}
+    if len(losses := [loss for _, loss in sorted(reported.items())]) > 1:
+        log.info("loss %.2f %s %.2f", losses[0], spark(losses, 50), losses[-1])
     for source in run.held_out:
         key = f"{source.name}/bpb"
         if key in before and key in after:
-            share = after[key] / before[key]
-            log.info(
-                "held-out bits per byte of %s: %.3f before, %.3f after (%.0f%%)",
-                source.name, before[key], after[key], 100 * share,
-            )  # fmt: skip
-    command = f"uv run python -m {run.args.app}"
-    more, folder = _twice_as_long(run), shlex.quote(str(run.run_dir))
-    given = shlex.join([word for word in words if not word.startswith("steps=") and word not in more.split()])
-    log.info("next:")
-    log.info("  go on:            %s.train %s %s", command, given, more)
+            log.info("held-out bits per byte of %s: %.3f before, %.3f after", source.name, before[key], after[key])
+    more, command = _twice_as_long(run), lingua_command()
+    given = [word for word in words if not word.startswith("steps=") and word not in more.split()]
+    if run.args.app != DEFAULT_APP and not any(word.startswith("app=") for word in given):
+        given.append(f"app={run.args.app}")
     prompt = "import " if run.args.data.tokenizer.name != "none" else "0 0"
-    log.info("  generate:         %s.generate ckpt=%s 'prompt=%s'", command, folder, prompt)
-    log.info("  look at a bigger: uv run lingua check apps/main/configs/llama_1B_8H200.yaml")
+    log.info(
+        "next:\n  let it write\n    %s generate %s 'prompt=%s'\n  train twice as long\n    %s train %s %s\n"
+        "  look at the curves\n    %s report %s",
+        command, folder, prompt, command, shlex.join(given), more, command, folder,
+    )  # fmt: skip
+
+
+def make_page(run_dir: Path) -> None:
+    """Make the page of a run that has ended, and say where it is."""
+    from lingua.report.facts import read_run  # pictures take seconds to import
+    from lingua.report.history import read_history
+    from lingua.report.page import write_report
+
+    page, _ = write_report([read_history(read_run(run_dir), this_process())], None, None)
+    log.info("curves and config of this run, for a browser: %s", page.resolve())

@@ -284,6 +284,6 @@ def test_tensor_parallel_ranks_train_score_and_speak_as_one(tmp_path: Path) -> N
     split = ["data.batch_size=4", "distributed.tp_size=2", "sample_prompt=def"]
     result = train([*words, f"dump_dir={tmp_path}/two", *split], n_ranks=2)
     assert result.exit_code == 0, result.output
-    assert "a sample: def" in result.output
+    assert "a sample:\n    def" in result.output
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
     assert validations(tmp_path / "two") == pytest.approx(validations(tmp_path / "one"), rel=1e-4)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from lingua.console import Commands, Progress, duration, figure, metrics_line, show, show_table
+from lingua.console import Commands, Progress, duration, figure, lingua_command, metrics_line, show, show_table, spark
 
 
 def test_a_table_is_aligned_and_never_cut_or_taken_for_markup(capsys: pytest.CaptureFixture[str]):
@@ -20,6 +22,16 @@ def test_a_table_is_aligned_and_never_cut_or_taken_for_markup(capsys: pytest.Cap
     assert capsys.readouterr().out.splitlines() == [
         f"{'run':<{width}}  [bold]n", f"{path}        7", f"{'[red]x':<{width}}     1234",
     ]  # fmt: skip
+
+
+def test_figures_are_never_wrapped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    figures = ("loss", "tokens/s")
+    show_table(("run", *figures), [("out/a_run_with_a_name_of_37_characters", "3.1234", "123,456")], right=figures)
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert first[1:] == ["3.1234", "123,456"]
+    assert first[0] + second[0] == "out/a_run_with_a_name_of_37_characters"
 
 
 def test_facts_are_lines_or_json(capsys: pytest.CaptureFixture[str]):
@@ -65,20 +77,51 @@ def test_a_log_gets_one_plain_line_per_report(shown: bool, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize(
-    ("unit", "text"), [("steps", ("3/10", "1,234 tokens/s")), ("bytes", ("3 B of 10 B", "/s, left"))]
+    ("unit", "text"), [("steps", ("step 3/10", "left 1m1s")), ("bytes", ("3 B of 10 B", "/s, left"))]
 )
 def test_a_terminal_gets_a_bar(
     unit: Literal["steps", "bytes"], text: tuple[str, str], capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
+    caplog.set_level("INFO")
     with Progress(bar=True) as progress:
-        progress.begin("myrun", 10, unit, done=2)
+        progress.begin("a name that is longer than its column", 10, unit, done=2)
         progress.advance(1)
         if unit == "steps":
             progress.report(METRICS)
     err = capsys.readouterr().err
-    assert all(part in err for part in ("myrun", *text)), err
+    assert all(part in err for part in ("a name that is lo", *text)), err
+    assert caplog.messages == ([metrics_line(METRICS, 10).removesuffix("  left 1m1s")] if unit == "steps" else [])
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([1.0], "▁"),
+        ([8, 7, 6, 5, 4, 3, 2, 1], "█▇▆▅▄▃▂▁"),
+        ([8, math.nan, 1], "█ ▁"),
+        ([2] * 6 + [1] * 6, "██▁▁"),
+    ],
+)
+def test_a_curve_is_a_line_of_blocks(values: list[float], line: str):
+    assert spark(values, 8 if len(values) < 9 else 4) == line
+
+
+def test_the_next_command_is_spelled_as_it_works_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("UV", raising=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert lingua_command() == "uv run lingua"
+    (tmp_path / "bin").mkdir()
+    own = tmp_path / "bin" / "lingua"
+    own.touch(0o755)
+    assert lingua_command() == str(own)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert lingua_command() == "lingua"
+    monkeypatch.setenv("UV", "/usr/bin/uv")
+    assert lingua_command() == "uv run lingua"
 
 
 def test_bytes_off_a_terminal_are_a_few_plain_lines(caplog: pytest.LogCaptureFixture):

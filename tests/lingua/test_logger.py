@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.logger import log_to_folder, start_logging
+from lingua.logger import log_to_folder, start_logging, wrapped
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +49,16 @@ def test_a_sample_of_a_model_that_learnt_escapes_moves_no_cursor(tmp_path: Path,
     handler.close()
     for text in (capsys.readouterr().err, (tmp_path / "train.log").read_text()):
         assert text.endswith("a sample: x\\x1b[2Jy\n\tz\n")
+
+
+def test_a_terminal_gets_short_lines_that_break_between_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lingua.logger.on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    start_logging(0)
+    logging.getLogger("lingua.test").warning("one two three four five six seven eight nine ten")
+    shown = capsys.readouterr().err.splitlines()
+    assert [line[9:] for line in shown] == ["warning: one two three four", "five six seven eight nine ten"]
+    command = "    lingua train a_very_long_path/to/a/config.yaml"
+    assert wrapped(f"next:\n{command}", 20) == f"next:\n{command}"

@@ -219,4 +219,4 @@ def test_twenty_steps_of_every_layout_end_where_one_rank_ends(twenty_on_one: Pat
 @pytest.mark.soak
 @pytest.mark.ranks
 def test_a_tensor_parallel_run_speaks_in_the_end(tmp_path: Path):
-    assert "a sample: def" in run_twenty(tmp_path / "run", LAYOUTS["tp"], 1, "steps=2", "sample_prompt=def")
+    assert "a sample:\n    def" in run_twenty(tmp_path / "run", LAYOUTS["tp"], 1, "steps=2", "sample_prompt=def")

@@ -53,7 +53,7 @@ def run(workplace: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.gate
 @pytest.mark.soak
 def test_a_changed_copy_is_found_by_every_command(workplace: Path):
-    config = "apps/mine/configs/debug.yaml"
+    config = "apps/mine/configs/bytes.yaml"
     train = ["-m", "apps.mine.train", config, *SMALL, "model.embedding_scale=2.0", "steps=2", "dump_dir=out/mine"]
     first = run(workplace, *train)
     assert first.returncode == 0, first.stderr
@@ -99,7 +99,7 @@ def half(args, step, n_steps):
 @pytest.mark.soak
 def test_a_plugin_brings_an_optimizer_and_a_schedule(workplace: Path):
     (workplace / "my_parts.py").write_text(PLUGIN)
-    words = ["apps/main/configs/debug.yaml", *SMALL, "plugins=[my_parts]", "optim.type=plain_sgd", "optim.warmup=0"]
+    words = ["apps/main/configs/bytes.yaml", *SMALL, "plugins=[my_parts]", "optim.type=plain_sgd", "optim.warmup=0"]
     words += ["optim.momentum=0.25", "optim.scheduler=half", "dump_dir=out/sgd", "steps=2", "logging.freq=1"]
     trained = run(workplace, "-m", "apps.main.train", *words)
     assert trained.returncode == 0, trained.stderr
@@ -110,7 +110,7 @@ def test_a_plugin_brings_an_optimizer_and_a_schedule(workplace: Path):
 @pytest.mark.soak
 def test_torchrun_starts_ranks_as_the_readme_says(tmp_path: Path):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
-    words += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "apps.main.train", "apps/main/configs/debug.yaml", *SMALL]
+    words += ["--rdzv-endpoint", "127.0.0.1:0", "-m", "apps.main.train", "apps/main/configs/bytes.yaml", *SMALL]
     done = run(REPOSITORY, *words, "steps=2", f"dump_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "on 2 x CPU" in done.stderr

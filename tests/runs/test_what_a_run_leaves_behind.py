@@ -70,7 +70,7 @@ def test_the_config_is_kept_with_the_place_of_every_value(run_dir: Path):
     assert config["model"]["dim"] == 32
     assert config["global_batch_size"] == 2
     assert origin["model.dim"] == "command line"
-    assert origin["optim.lr"].startswith("apps/main/configs/debug.yaml:")
+    assert origin["optim.lr"].startswith("apps/main/configs/bytes.yaml:")
     assert origin["optim.beta1"] == "default"
 
 
@@ -158,5 +158,5 @@ def test_what_is_left_to_do_after_the_last_checkpoint_is_done_by_the_next_start(
 def test_the_end_says_what_to_type_next(tmp_path: Path):
     words = [*TINY, "steps=2", f"dump_dir={tmp_path}", "validation.at_ends=true", "sample_prompt=import"]
     said = train(words).output
-    for expected in ("bits per byte", "a sample: import", "steps=4", f"ckpt={tmp_path}"):
+    for expected in ("bits per byte", "a sample:\n    import", "steps=4", f"lingua generate {tmp_path} "):
         assert expected in said

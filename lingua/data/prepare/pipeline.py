@@ -28,8 +28,9 @@ from typing import Any
 import orjson
 import xxhash
 
+from lingua.config.base import ConfigError
 from lingua.console import Progress
-from lingua.data.blocked_source import TextFields
+from lingua.data.blocked_source import TextFields, plain_text_remedy
 from lingua.data.manifest import MANIFEST, check_manifest, hash_file, read_manifest, stray_files
 from lingua.data.prepare import hub
 from lingua.data.prepare.convert import blocks, find_inputs, is_plain, unpacking_bytes
@@ -138,7 +139,7 @@ def prepare(job: Job, *, files: Files = DISK, progress: Progress | None = None) 
         manifest = _finished(job, job.final) if job.final else None
         copied_now = manifest is None
         if manifest is None:
-            manifest = _finished(job, job.out) or _make(job, progress, files)
+            manifest = _finished(job, job.out) or _make_or_leave_nothing(job, progress, files)
             _sweep(job, files)
             if job.final:
                 with disk_of(job.final, "--final_data_dir"):
@@ -215,6 +216,17 @@ def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
 # -- making the chunks -----------------------------------------------------------------------------------------------
 
 
+def _make_or_leave_nothing(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
+    """Make the chunks. Where that fails before one is begun, the folder must not stand in the way of other options."""
+    was_there = job.out.exists()
+    try:
+        return _make(job, progress, files)
+    except (ConfigError, RunError, ValueError):
+        if not was_there and job.out.is_dir() and [path.name for path in job.out.iterdir()] == [_STATE]:
+            files.remove_tree(job.out)
+        raise
+
+
 def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
     root, recipe = _inputs(job, progress, files)
     with disk_of(job.out, "--data_dir"):
@@ -264,7 +276,8 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
     if job.source is not None:
         names = find_inputs(job.source)
         if not names:
-            raise ValueError(f"--source {job.source} holds no jsonl, gz, zst or parquet files")
+            more = plain_text_remedy(job.source)
+            raise ValueError(f"--source {job.source} holds no jsonl, gz, zst or parquet files; choose another{more}")
         inputs = [[name, (job.source / name).stat().st_size] for name in names]
         return job.source, _recipe(job, "local", "local", inputs)
     with disk_of(job.raw, "--data_dir"):

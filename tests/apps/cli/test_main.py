@@ -32,7 +32,7 @@ def lingua(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedPro
 
 
 def test_check_prints_config_origins_and_figures_without_torch(tmp_path: Path) -> None:
-    done = lingua("check", str(ROOT / DEBUG), "optim.lr=1e-3", "+debug", cwd=tmp_path)
+    done = lingua("check", str(ROOT / DEBUG), "optim.lr=1e-3", "+debug", "--all", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "imported: ['pydantic']" in done.stderr
     for line in (
@@ -46,6 +46,14 @@ def test_check_prints_config_origins_and_figures_without_torch(tmp_path: Path) -
     for figure in ("parameters non embedding", "tokens per step", "checkpoint bytes", "memory bytes", "hours"):
         assert figure in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_check_prints_the_figures_one_plans_with_and_what_is_set(tmp_path: Path) -> None:
+    shown = lingua("check", str(ROOT / DEBUG), "optim.lr=1e-3", cwd=tmp_path).stdout.splitlines()
+    assert len(shown) < 25
+    assert any(line.startswith("optim: type=muon lr=0.001 ns_steps=3") for line in shown)
+    assert any(line.split()[:2] == ["parameters", "1,574,016"] for line in shown)
+    assert "name=debug" in "\n".join(shown).replace("sample", "\n")
 
 
 def test_check_as_json(tmp_path: Path) -> None:

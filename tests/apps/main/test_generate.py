@@ -9,6 +9,7 @@ from apps.main.generate import config_of, main
 from apps.main.transformer import LMTransformer
 from lingua.config.base import ConfigError
 from lingua.config.command_line import run_main
+from lingua.logger import printable
 
 CONFIG = """
 app: apps.main
@@ -145,3 +146,22 @@ def test_a_small_model_is_not_split_over_threads(
         assert torch.get_num_threads() == after
     finally:
         torch.set_num_threads(before)
+
+
+def test_one_answer_is_written_as_it_grows_and_is_the_same_text(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more in (["max_gen_len=20"], ["max_gen_len=20", "until=ab"], ["max_gen_len=20", "temperature=0"]):
+        assert main([f"ckpt={run}/consolidated.pth", "dtype=fp32", "prompt=one", *more]) == 0
+        whole = capsys.readouterr().out
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.stdout.isatty", lambda: True, raising=False)
+            assert main([f"ckpt={run}/consolidated.pth", "dtype=fp32", "prompt=one", *more]) == 0
+        assert capsys.readouterr().out == printable(whole)
+
+
+def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "temperature=0.8" in shown
+    assert "top_p=None" in shown

@@ -85,7 +85,7 @@ def test_a_sweep_is_frozen_and_submitted_once(hostile_dir: Path):
     assert "#SBATCH --array=1-4%2\n" in made.script.read_text()
     config = read_yaml(folder / "tasks" / "3.yaml").tree
     assert (config["optim"]["lr"], config["seed"], config["dump_dir"]) == (3e-4, 1, str(folder / "3"))
-    assert config["name"] == "debug lr=0.0003 seed=1"
+    assert config["name"] == "bytes lr=0.0003 seed=1"
     assert read_json(folder / "tasks" / "3.json")["origins"]["optim.lr"] == "command line"
     assert read_job(made.task_file(3), None).run_dir == made.run_dir(3)
     known = submit_points(made, list(made.numbers), env={}, run=sbatch)
@@ -111,7 +111,7 @@ def test_points_are_told_apart_where_they_are_tracked(tmp_path: Path):
     made = plan(tmp_path / "rates", "optim.lr=1,2", "logging.wandb={project: p, name: mine, id: abc}")
     for checked in made.checked:
         tracked = checked.args.logging.wandb
-        assert (tracked.name, tracked.id, tracked.group, tracked.project) == (None, None, "debug", "p")
+        assert (tracked.name, tracked.id, tracked.group, tracked.project) == (None, None, "bytes", "p")
 
 
 def test_a_group_of_configs_is_swept_too(tmp_path: Path):

@@ -12,7 +12,7 @@ from lingua.train.check import load
 from lingua.train.recipe import Recipe, best_batch, best_rate, recipe
 from tests.cli import Lingua
 
-SAMPLE = "apps/main/configs/debug.yaml"
+SAMPLE = "apps/main/configs/bytes.yaml"
 
 
 def made(params: str, *words: str, config: str | Path = SAMPLE, tokens: str = "20x", gpus: str = "h200") -> Recipe:

@@ -6,6 +6,7 @@ import gzip
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from lingua.config.base import ConfigError
 from lingua.data.manifest import MANIFEST, check_manifest, read_manifest
 from lingua.data.prepare import pipeline as prepare_module
 from lingua.data.prepare import worker_pool
@@ -407,3 +409,24 @@ def test_a_dead_worker_is_told() -> None:
 
 def test_a_worker_whose_parent_died_before_it_began_ends() -> None:
     assert exit_code_of(lambda: worker_pool._die_with(os.getpid())) == 9
+
+
+def test_a_column_of_another_name_gets_a_remedy_that_then_works(tmp_path: Path):
+    (tmp_path / "source").mkdir()
+    parquet.write_table(pyarrow.table({"body": ["a", "b"]}), tmp_path / "source" / "x.parquet")
+    job = Job(dataset="mine", memory_bytes=MEMORY_BYTES, data_dir=tmp_path, n_chunks=1, source=tmp_path / "source")
+    with pytest.raises((ConfigError, RunError), match="only body; name the right one with --text_key"):
+        prepare(job)
+    assert not job.out.exists()
+    assert prepare(replace(job, text_key="body"))["documents"] == 2
+
+
+def test_a_folder_of_plain_text_gets_a_command_that_makes_documents_of_it(tmp_path: Path):
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").write_text("one\ntwo")
+    job = Job(dataset="mine", memory_bytes=MEMORY_BYTES, data_dir=tmp_path, n_chunks=1, source=tmp_path / "my texts")
+    with pytest.raises(ValueError, match="documents of one jsonl file") as refused:
+        prepare(job)
+    command = str(refused.value).splitlines()[-1]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert orjson.loads((tmp_path / "mine.jsonl").read_bytes()) == {"text": "one\ntwo"}
