@@ -47,13 +47,18 @@ app.add_typer(data_app, name="data")
 app.add_typer(sweep_app, name="sweep")
 
 
-@app.callback()
-def about(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(metadata.version("lingua"))
         raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 Words = Annotated[
@@ -214,7 +219,7 @@ def launch(
     raise typer.Exit(launch(line, base_dir=Path.cwd(), dry_run=dry_run, local=local))
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(context_settings={**PASSED_ON, "help_option_names": []})
 def generate(
     words: Annotated[list[str] | None, typer.Argument(metavar="ckpt=RUN_OR_FOLDER [KEY=VALUE] ...")] = None,
 ) -> None:

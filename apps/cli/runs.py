@@ -6,6 +6,7 @@ Each command reads run folders and asks Slurm at most once. `--json` prints one 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -167,6 +168,8 @@ def profile(
     Works from any machine that sees the run folder, which the run checks every ten seconds; only the profiled steps
     are slower.
     """
+    import orjson
+
     from lingua.files import RunError, read_json
     from lingua.profiling.windows import answer_file, ask_to_profile
     from lingua.report.facts import read_run
@@ -189,8 +192,22 @@ def profile(
                 break
             raise RunError(f"{facts.path} ended before it was profiled: see `lingua why {facts.path}`")
     if wait:
-        for name in read_json(answer)["files"]:
-            print(folder / name)
+        files = [folder / name for name in read_json(answer)["files"]]
+        for file in files:
+            print(file)
+        lines = [line for file in files if file.name.startswith("light_") for line in file.read_bytes().splitlines()]
+        show_table(("part of a step", "ms", "share"), parts_of_steps(map(orjson.loads, lines)), right=("ms", "share"))
+
+
+def parts_of_steps(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return (part, milliseconds per step, share of the step) of what profiled steps spent, over all ranks."""
+    steps = list(records)
+    parts = {key: sum(step[key] for step in steps) for step in steps[:1] for key in step if key.startswith("time/")}
+    whole = parts.pop("time/step_s", 0.0) or sum(parts.values()) or 1.0
+    return [
+        (key.removeprefix("time/").removesuffix("_s"), f"{1e3 * spent / len(steps):,.1f}", f"{spent / whole:.0%}")
+        for key, spent in sorted(parts.items(), key=lambda part: -part[1])
+    ]
 
 
 def doctor(

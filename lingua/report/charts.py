@@ -165,14 +165,13 @@ def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Pi
         scored = "whole documents" if key.startswith("documents/") else how
         parts = (names[i] if several else "", scored, source if len(sources) > 1 or not several else "")
         points, color = _scored(scores, key, runs[i], over), SERIES[(i if several else n) % len(SERIES)]
+        if several and len(sources) > 1:  # a color is a run's, so its sources differ by their style
+            style = draw.STYLES[sources.index(source) % len(draw.STYLES)]
         lines.append(Line(": ".join(filter(None, parts)), points, color, style, dots=len(scores) <= 40))
     notes = [*(sources if several and len(sources) == 1 else []), *filter(None, [over.note])]
-    shown = draw.shown_range(
-        [line.points.mean[len(line.points.mean) > 3 :] for line in lines]
-    )  # the first is far above
     return draw.line_chart(
         f"held_out{over.key}", f"Held-out loss{over.title}", lines, "bits per byte", "; ".join(notes),
-        xlabel=over.axis, ylim=shown,
+        xlabel=over.axis,
     )  # fmt: skip
 
 

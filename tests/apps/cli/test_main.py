@@ -154,3 +154,13 @@ print("python -m: ", without_typer(["--help"]), "torch" in sys.modules)
         assert code == str(expected), done.stdout
     assert "--once" in last
     assert last.endswith("python -m: 0 False"), last
+
+
+def test_the_version_and_the_keys_of_generate_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from apps.cli.main import app  # not at the top: other tests here look at what is imported
+
+    for words, shown in ((["--version"], "0."), (["generate", "--help"], "temperature=0.8")):
+        with pytest.raises(SystemExit) as end:
+            app(words)
+        assert end.value.code == 0
+        assert shown in capsys.readouterr().out

@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from apps.cli.runs import parts_of_steps
 from lingua.run import lock
 from lingua.run.metrics import read_metrics
 from lingua.train import build
@@ -213,3 +214,9 @@ def test_a_start_is_stopped_too(tmp_path: Path):
 def test_no_torch_is_needed(folder: Path):
     report = ["report", "calm", "--out", "page.html"]
     said_without_torch(folder, ["why", "calm"], ["status", "calm"], ["runs", "."], ["diff", "calm", "calm"], report)
+
+
+def test_a_profile_is_told_as_a_table_of_where_the_time_went():
+    steps = [{"step": n, "time/step_s": 0.1, "time/forward_s": 0.02 * n, "time/data_s": 0.01} for n in (1, 2)]
+    assert parts_of_steps(steps) == [("forward", "30.0", "30%"), ("data", "10.0", "10%")]
+    assert parts_of_steps([]) == []
