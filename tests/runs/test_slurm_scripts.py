@@ -78,7 +78,7 @@ def test_what_runs_is_what_was_frozen(checkout: Checkout):
     checkout.wait_for_step("frozen", 1)
     for path in ("apps/main/train.py", "apps/main/loop.py", "lingua/launch/job.py", "lingua/schema.py"):
         (checkout.path / path).write_text("raise SystemExit('edited')\n")
-    (checkout.path / "apps/main/configs/debug.yaml").write_text("steps: many\n")
+    (checkout.path / "apps/main/configs/bytes.yaml").write_text("steps: many\n")
     checkout.cluster.run("scontrol", "requeue", job_id)
     checkout.cluster.wait(job_id, "PENDING", "RUNNING")
 
