@@ -51,7 +51,7 @@ def test_check_prints_config_origins_and_figures_without_torch(tmp_path: Path) -
 def test_check_prints_the_figures_one_plans_with_and_what_is_set(tmp_path: Path) -> None:
     shown = lingua("check", str(ROOT / DEBUG), "optim.lr=1e-3", cwd=tmp_path).stdout.splitlines()
     assert len(shown) < 25
-    assert any(line.startswith("optim: type=muon lr=0.001 ns_steps=3") for line in shown)
+    assert any(line.startswith("optim: type=muon lr=0.001 scheduler=linear") for line in shown)
     assert any(line.split()[:2] == ["parameters", "1,574,016"] for line in shown)
     assert "name=debug" in "\n".join(shown).replace("sample", "\n")
 
