@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
 import shutil
 import sys
@@ -265,18 +264,6 @@ class Progress:
 def figure(value: float | None, form: str = ".4f") -> str:
     """Format a number; None is `-`."""
     return "-" if value is None else format(value, form)
-
-
-def spark(values: Sequence[float], width: int = 60) -> str:
-    """Draw a curve as one line of block characters, each the mean of as many values; gaps stay blank."""
-    n = min(len(values), width)
-    parts = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    finite = [[value for value in part if math.isfinite(value)] for part in parts]
-    means = [sum(part) / len(part) if part else None for part in finite]
-    shown = [mean for mean in means if mean is not None]
-    low, high = min(shown, default=0.0), max(shown, default=0.0)
-    per_level = (high - low) / 7.99 or 1.0
-    return "".join(" " if mean is None else "▁▂▃▄▅▆▇█"[int((mean - low) / per_level)] for mean in means)
 
 
 def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:

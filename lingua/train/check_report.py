@@ -189,7 +189,7 @@ def _print(checked: Checked, figures: list[Fact], everything: bool) -> None:
         print("\n".join([*annotated(tree, origins), ""]))
         rows = [(fact.name.replace("_", " "), fact.shown, fact.how) for fact in figures]
     else:
-        chosen = [fact for fact in figures if fact.name in _MAIN_FACTS]
+        chosen = [fact for fact in figures if fact.name in _MAIN_FACTS or fact.name.startswith("phase_")]
         rows = [(fact.name.replace("_", " "), fact.shown, fact.how.partition(":")[0]) for fact in chosen]
     show_table(("", "value", "how"), rows, right=("value",))
     if not everything:

@@ -27,7 +27,7 @@ from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yam
 from lingua.config.keys.model import DecoderArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import note_run
-from lingua.console import lingua_command, spark
+from lingua.console import lingua_command
 from lingua.data.corpus import SOURCE_NAME
 from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
@@ -40,7 +40,7 @@ from lingua.model.kernels import kernels_in_use
 from lingua.optim.schedule import rates_of_longer
 from lingua.run.folder import archive_exit_records, describe_start, reserve_last_words
 from lingua.run.lock import RunLock, this_process
-from lingua.run.metrics import METRICS_FILE, MetricLogger, read_metrics
+from lingua.run.metrics import MetricLogger
 from lingua.run.provenance import record_run
 from lingua.run.throughput import Meter, find_peak
 from lingua.scheduler import this_job
@@ -257,13 +257,16 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     """Say how it went and what to type next."""
     if not run.world.is_main:
         return
+    from lingua.report.watch import Losses, bars  # not needed before
+
     folder = shlex.quote(str(run.run_dir))
     log.info(
         "finished: %d steps, %s tokens; everything is in %s", run.step, f"{run.shared['total_tokens']:,}", run.run_dir
     )
-    reported = {r["global_step"]: r["loss/out"] for r in read_metrics(run.run_dir / METRICS_FILE) if "loss/out" in r}
-    if len(losses := [loss for _, loss in sorted(reported.items())]) > 1:
-        log.info("loss %.2f %s %.2f", losses[0], spark(losses, 50), losses[-1])
+    losses = Losses(run.run_dir)
+    losses.read()
+    if len(values := losses.values) > 1:
+        log.info("loss %.2f %s %.2f", values[0], bars(values, 50), values[-1])
     for source in run.held_out:
         key = f"{source.name}/bpb"
         if key in before and key in after:

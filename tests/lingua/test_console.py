@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import io
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from lingua.console import Commands, Progress, duration, figure, lingua_command, metrics_line, show, show_table, spark
+from lingua.console import Commands, Progress, duration, figure, lingua_command, metrics_line, show, show_table
 
 
 def test_a_table_is_aligned_and_never_cut_or_taken_for_markup(capsys: pytest.CaptureFixture[str]):
@@ -93,20 +92,6 @@ def test_a_terminal_gets_a_bar(
     err = capsys.readouterr().err
     assert all(part in err for part in ("a name that is lo", *text)), err
     assert caplog.messages == ([metrics_line(METRICS, 10).removesuffix("  left 1m1s")] if unit == "steps" else [])
-
-
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        ([], ""),
-        ([1.0], "▁"),
-        ([8, 7, 6, 5, 4, 3, 2, 1], "█▇▆▅▄▃▂▁"),
-        ([8, math.nan, 1], "█ ▁"),
-        ([2] * 6 + [1] * 6, "██▁▁"),
-    ],
-)
-def test_a_curve_is_a_line_of_blocks(values: list[float], line: str):
-    assert spark(values, 8 if len(values) < 9 else 4) == line
 
 
 def test_the_next_command_is_spelled_as_it_works_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
