@@ -216,7 +216,7 @@ def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
     for difference in checked.differences:
         log.info("config changed: %s", difference.change)
     names = [source.name for source in run.args.data.read_sources()]
-    learnt = ", ".join(_SAMPLE_CORPUS if name == SOURCE_NAME else name for name in names)
+    learnt = ", ".join(_SAMPLE_CORPUS if name == SOURCE_NAME else str(name) for name in names)
     log.info("a %s of %s parameters learns %s", run.args.model.type, f"{size.n_params:,}", learnt)
     n_tokens = run.shared["total_tokens"] + run.tokens_left()
     per_step = f"{size.tokens_per_step:,} tokens ({size.rows_per_step} rows of {size.seq_len})"
