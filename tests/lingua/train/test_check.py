@@ -610,7 +610,7 @@ def test_a_seed_that_changes_nothing_is_a_warning(tmp_path: Path) -> None:
 
 def debug(tmp_path: Path, *words: str) -> CommandLine:
     """Return the command line of a run that has not begun: who ran the README's first command has an out/debug."""
-    return parse_command_line(["apps/main/configs/debug.yaml", f"dump_dir={tmp_path}/out", *words])
+    return parse_command_line(["apps/main/configs/bytes.yaml", f"dump_dir={tmp_path}/out", *words])
 
 
 @pytest.mark.parametrize(
@@ -653,7 +653,7 @@ def test_a_folder_with_another_runs_checkpoints_is_refused_before_anything_start
     shared.mkdir()
     with RunLock(tmp_path / "a") as lock:
         lock.bind(shared)
-    words = ["config=apps/main/configs/debug.yaml", f"checkpoint.path={shared}"]
+    words = ["config=apps/main/configs/bytes.yaml", f"checkpoint.path={shared}"]
     load(parse_command_line([*words, f"dump_dir={tmp_path / 'a'}"]))
     with pytest.raises(ConfigError, match=r"shared holds the checkpoints of another run, .*/a; choose another"):
         load(parse_command_line([*words, f"dump_dir={tmp_path / 'b'}"]))
