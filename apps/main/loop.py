@@ -24,6 +24,7 @@ from lingua.profiling.profiler import Profiler
 from lingua.profiling.windows import Requests, take_request
 from lingua.run.folder import EXIT_FINISHED, describe_stop, end_asked_for
 from lingua.run.metrics import VALIDATION_FILE, read_metrics
+from lingua.run.startup import StartUp
 from lingua.run.watchdog import Watchdog
 from lingua.scheduler import job_end_s
 from lingua.signals import STOP_REQUEST, SignalFlag, StopSignals, noted
@@ -58,7 +59,7 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
     args, profiler, is_through = run.args, monitor.profiler, False
     run.model.train()
     monitor.meter.start(run.step)
-    monitor.note("begun")
+    monitor.begin()
 
     with profiler:
         profiler.start(run.step)
@@ -139,7 +140,7 @@ def take_steps(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: E
 # -- before and after --------------------------------------------------------------------------------------------
 
 
-def start(checked: Checked, words: list[str], place: RankInfo) -> int:
+def start(checked: Checked, words: list[str], place: RankInfo, startup: StartUp) -> int:
     """Start or go on with the run that a checked config describes; return the exit code."""
     args, size = checked.args, checked.resolved
     with told_to_others(place):
@@ -158,6 +159,7 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
                 watchdog.join(world.peers)
             folder = stack.enter_context(open_run_folder(checked, words, world))
             watchdog.open(folder.attempt)
+            startup.reached("ranks")
             if folder.lock is not None:
                 folder.lock.on_lost = watchdog.fail
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
@@ -165,7 +167,7 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
                 watchdog.at_exit.append(folder.lock.release)
             use_embedded_corpus(args, *(phase.args for phase in checked.phases))
             measures = make_measures(args, checked.phases, world)
-            run = build_run(args, checked.phases, folder.path, world, folder.lock, stack)
+            run = build_run(args, checked.phases, folder.path, world, folder.lock, stack, startup)
             meter = make_meter(run.args, run.size, world)
             if args.sample_prompt is not None:
                 check_prompt(run, args.sample_prompt)
@@ -178,7 +180,8 @@ def start(checked: Checked, words: list[str], place: RankInfo) -> int:
             watchdog.at_exit.append(progress.stop)
             evaluation = make_evaluation(run, watchdog, measures, metrics, folder.attempt)
             profiler = Profiler(args.profiling, folder.path, device, place.rank, requests)
-            monitor = StepMonitor(run, meter, progress, metrics, profiler, save_asked)
+            monitor = StepMonitor(run, meter, progress, metrics, profiler, save_asked, startup)
+            startup.reached("trackers")
             exit_code = train_to_the_end(run, watchdog, monitor, evaluation, words)
             evaluation.end(exit_code)
             return exit_code

@@ -19,6 +19,7 @@ from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import find_rank_info
 from lingua.logger import on_terminal, start_logging
 from lingua.run.folder import EXIT_FINISHED
+from lingua.run.startup import StartUp
 from lingua.train.check import load
 
 from .args import TrainArgs
@@ -41,6 +42,8 @@ Exit codes: 0 finished, 75 saved and asks to be started again, 130 ended by a pe
 
 def main(words: list[str], schema: type[train.TrainArgs] = TrainArgs) -> int:
     """Train the run that a command line describes, with the config of an app; return the exit code."""
+    startup = StartUp()
+    startup.reached("python")
     own: str = schema.model_fields["app"].default
     place = find_rank_info()
     start_logging(place.rank, own_packages=("lingua", str(__package__), own))
@@ -53,9 +56,11 @@ def main(words: list[str], schema: type[train.TrainArgs] = TrainArgs) -> int:
         app = checked.args.app
         if app != own:
             raise ConfigError(f"app is {app}, but this is {own}.train; type python -m {app}.train")
+    startup.reached("config")
     from .loop import start  # loads torch, which a wrong config need not wait for
 
-    code = start(checked, words, place)
+    startup.reached("torch")
+    code = start(checked, words, place, startup)
     if code == EXIT_FINISHED and place.is_main and on_terminal():
         from lingua.train.start import make_page
 

@@ -22,7 +22,8 @@ from lingua.logger import RANK_LOGS
 from lingua.run.failure import Failure, read_failures
 from lingua.run.folder import STOP_FILE
 from lingua.run.lock import FOLDER, Attempt, newest_attempt
-from lingua.run.metrics import METRICS_FILE, VALIDATION_FILE, last_line
+from lingua.run.metrics import CHECKPOINT_FILE, METRICS_FILE, VALIDATION_FILE, last_line, read_metrics
+from lingua.run.startup import EVENT
 from lingua.scheduler import QueuedJob
 
 
@@ -43,6 +44,7 @@ class RunFacts:
     metrics_age_s: float | None = None
     validation: dict[str, Any] | None = None
     evaluated_step: int | None = None
+    startup: dict[str, Any] | None = None  # of the newest attempt that has trained a step: seconds, parts, incarnation
     checkpoint: int | None = None  # step of the newest published one
     checkpoint_age_s: float | None = None
     in_memory: int | None = None  # newest step that is whole in this machine's memory; a start here saves it first
@@ -72,6 +74,13 @@ def find_runs(folder: Path, depth: int = 4) -> list[Path]:
         return [folder]
     below = [path for path in entries(folder) if path.is_dir() and not path.name.startswith(".")] if depth else []
     return [run for path in below for run in find_runs(path, depth - 1)]
+
+
+def _startup(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError):
+        notes = read_metrics(path / CHECKPOINT_FILE)
+        return next((note for note in reversed(notes) if note.get("event") == EVENT), None)
+    return None
 
 
 def read_run(path: Path) -> RunFacts:
@@ -107,6 +116,7 @@ def read_run(path: Path) -> RunFacts:
         metrics=last_line(path / METRICS_FILE),
         metrics_age_s=age_s(path / METRICS_FILE),
         validation=last_line(path / VALIDATION_FILE),
+        startup=_startup(path),
         evaluated_step=max((step for step in evaluated if step is not None), default=None),
         checkpoint=done[-1] if done else None,
         checkpoint_age_s=age_s(done_mark(root, done[-1])) if done else None,

@@ -23,6 +23,7 @@ from lingua.report.status import is_alive, root_cause
 from lingua.run.failure import Failure
 from lingua.run.lock import Attempt, Owner, attempt_files, read_attempt
 from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE, is_number
+from lingua.run.startup import EVENT, parts_in
 
 LOSS, TOKENS = "loss/out", "optim/total_tokens"
 HEADS = tuple(f"loss/head_{i}" for i in range(8))  # of a model that predicts several tokens: the first eight
@@ -53,6 +54,7 @@ class PastAttempt(Attempt):
     first_step: int | None = None  # the step that it resumed from
     last_step: int | None = None  # the last one that it reported
     end: str = ""  # running, finished, killed, ...: in a word or two
+    startup: dict[str, float] = field(default_factory=dict)  # seconds by part, from its process to its first step
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _read_attempts(facts: RunFacts, table: Table, notes: Sequence[Mapping[str, A
     """Return every attempt that left a file or a line of metrics, the first one first."""
     files = attempt_files(facts.path)
     begun = {note[ATTEMPT]: note for note in notes if note["event"] == "begun" and ATTEMPT in note}
+    started = {note[ATTEMPT]: parts_in(note) for note in notes if note["event"] == EVENT and ATTEMPT in note}
     found, reported = [], table[ATTEMPT][np.isfinite(table[ATTEMPT])]
     for number in sorted({*files, *begun, *np.unique(reported).astype(int).tolist()}):
         lines, attempt, signs_s = table[table[ATTEMPT] == number], Attempt(number, Owner()), []
@@ -178,9 +181,9 @@ def _read_attempts(facts: RunFacts, table: Table, notes: Sequence[Mapping[str, A
         ended_s = facts.now_s if end == "running" else attempt.released_s or max(signs_s, default=begun_s)
         last_step = int(steps[-1]) if len(steps) else None
         known: dict[str, Any] = vars(attempt) | {"began_s": attempt.began_s or begun_s}
-        found.append(
-            PastAttempt(**known, begun_s=begun_s, ended_s=ended_s, first_step=first_step, last_step=last_step, end=end)
-        )
+        steps_of = {"begun_s": begun_s, "first_step": first_step, "last_step": last_step}
+        startup = started.get(number, {})
+        found.append(PastAttempt(**known, **steps_of, ended_s=ended_s, end=end, startup=startup))
     return in_order(found)
 
 

@@ -27,6 +27,7 @@ from lingua.report.status import LIVING, phases_in, state_text, status_of, why
 from lingua.run.folder import kept_configs
 from lingua.run.lock import this_process
 from lingua.run.metrics import PROBE_FILE
+from lingua.run.startup import in_words
 
 
 def write_report(runs: Sequence[History], out: Path | None, png: Path | None) -> tuple[Path, list[Path]]:
@@ -107,6 +108,7 @@ def render(template: str, **values: Any) -> str:
     environment.filters |= {
         "bytes": human_bytes,
         "clock": _or_dash(_clock),
+        "startup": in_words,
         "number": _or_dash(lambda n: f"{n:,.0f}"),
         "duration": _or_dash(brief),
         "score": _or_dash(lambda v: f"{v:,.0f}" if float(v).is_integer() and abs(v) >= 2 else f"{v:.4f}"),

@@ -12,6 +12,7 @@ from lingua.report.facts import RunFacts
 from lingua.run.failure import KINDS, Failure
 from lingua.run.folder import EXIT_REQUEUE
 from lingua.run.lock import DEAD_AFTER_S, Owner
+from lingua.run.startup import parts_in
 from lingua.scheduler import ACCOUNTS
 
 _SILENT_S = 3 * DEAD_AFTER_S  # another machine's view of a shared disk may be a minute old, and so may its clock
@@ -43,6 +44,7 @@ class Status:
     job_state: str
     job_left: str  # of its time limit, as Slurm writes it
     kind: str | None  # of the failure
+    startup: dict[str, float] | None = None  # seconds by part, of the newest attempt once it has trained a step
     phase: str | None = None  # that does the next step, and where it ends: `anneal, to step 1000`
 
 
@@ -100,10 +102,19 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
         job_state=job.state if job is not None else "",
         job_left=job.left if job is not None else "",
         kind=cause.kind if cause is not None and state == "failed" else stop.get("kind"),
+        startup=_startup(facts),
         phase=next(
             (f"{name}, to step {last:,}" for name, _, last in phases_in(facts.config) if (step or 0) < last), None
         ),
     )
+
+
+def _startup(facts: RunFacts) -> dict[str, float] | None:
+    """Return what the start of the newest attempt took: seconds by part, and as `s` in all."""
+    note = facts.startup
+    if note is None or facts.attempt is None or note.get("incarnation") != facts.attempt.number:
+        return None
+    return {"s": sum(parts_in(note).values()), **parts_in(note)}
 
 
 def phases_in(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:

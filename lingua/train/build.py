@@ -43,6 +43,7 @@ from lingua.model.transformer import RotaryEmbedding
 from lingua.optim.update import LossScale, Updater
 from lingua.run.failure import fits
 from lingua.run.lock import RunLock
+from lingua.run.startup import StartUp
 from lingua.tokenizer import Tokenizer, build_tokenizer
 from lingua.train.learner import Learner, Run
 from lingua.train.phases import number_at, number_of, switch_at
@@ -168,7 +169,13 @@ def build_rows(
 
 
 def build_run(
-    args: TrainArgs, phases: Sequence[Phase], run_dir: Path, world: World, lock: RunLock | None, stack: ExitStack
+    args: TrainArgs,
+    phases: Sequence[Phase],
+    run_dir: Path,
+    world: World,
+    lock: RunLock | None,
+    stack: ExitStack,
+    startup: StartUp,
 ) -> Run:
     """Build everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`.
 
@@ -177,6 +184,7 @@ def build_run(
     size = phases[0].size
     tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
     state = build_state(args, size, world)
+    startup.reached("model")
     manager = CheckpointManager(args.checkpoint, run_dir, device=world.device, lock=lock)
     stack.callback(manager.close)
     data_state = resume(state, manager, args, phases)
@@ -185,9 +193,10 @@ def build_run(
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
     take_over(phase, state, manager)
+    startup.reached("weights")
     stage(phase, stack)
     parts = parts_of(phase, switch_at(phases, state.shared["step"]), state, world, tokenizer, data_state, stack)
-    return Run(
+    run = Run(
         phases=phases,
         phase=phase,
         run_dir=run_dir,
@@ -202,6 +211,8 @@ def build_run(
         floor=on_every_rank(lambda: known_floor(phase.args, world)),
         **parts,
     )
+    startup.reached("data")
+    return run
 
 
 def stage(phase: Phase, resources: ExitStack) -> None:

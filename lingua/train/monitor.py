@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lingua.checkpoint.manager import SaveReport
 from lingua.console import Progress
 from lingua.data.loader import PASSED
@@ -16,6 +18,7 @@ from lingua.optim.spikes import RECENT, Recent, remember, spike_limit
 from lingua.optim.update import is_overflow
 from lingua.profiling.profiler import Profiler
 from lingua.run.metrics import MetricLogger
+from lingua.run.startup import EVENT, StartUp
 from lingua.run.throughput import Lap, Meter
 from lingua.signals import SignalFlag
 from lingua.train.learner import Run, StepDone
@@ -59,12 +62,16 @@ class StepMonitor:
         metrics: MetricLogger | None,
         profiler: Profiler,
         save_asked: SignalFlag,
+        startup: StartUp,
     ) -> None:
         self.stop = False
         """A rank has been asked to stop: the same answer on all ranks after the same step."""
         self.save = False
         """A rank has been asked for a checkpoint and to go on; likewise."""
         self.save_asked = save_asked
+        self._startup = startup
+        self._unreported: dict[str, float] = {}
+        """Metrics for the next report alone."""
         self.meter = meter
         self.progress = progress
         self.profiler = profiler
@@ -76,8 +83,15 @@ class StepMonitor:
         self._in_spike = False
         self._reduce: StepReduce[StepFacts] = StepReduce(run.world.device)
 
+    def begin(self) -> None:
+        """Begin with the first step."""
+        self.note("begun")
+        self._startup.leave_out()  # a validation before it
+
     def submit(self, done: StepDone, stop_asked: bool) -> None:
         """Start to sum a step's numbers over ranks, and act on the sums of the step before. Collective."""
+        if not self._startup.is_over:
+            self._end_startup()
         last_row = max(done.rows) + self._run.size.dp_size - 1
         facts = StepFacts(done.step, done.lr, min(done.rows), last_row, self.meter.lap())
         numbers = {**done.numbers, "stop": float(stop_asked), "save": self.save_asked.take()}
@@ -85,6 +99,18 @@ class StepMonitor:
         self._read(self._reduce.submit(facts, numbers))
         self.profiler.step(done.step)
         self.progress.advance(1)
+
+    def _end_startup(self) -> None:
+        """Report what the start-up took, once the first step is done on the device too."""
+        startup, device = self._startup, self._run.world.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        startup.reached("first step")
+        startup.is_over = True
+        self._unreported = startup.metrics()
+        self.note(EVENT, seconds=startup.seconds, parts=startup.parts)
+        if self._metrics is not None:
+            log.info("%s", startup)
 
     def catch_up(self) -> None:
         """Act on the sums of the newest step too; waits for them."""
@@ -238,7 +264,9 @@ class StepMonitor:
             **self.profiler.memory.report(),
             **run.loader.stats(),
             **run.manager.metrics(),
+            **self._unreported,
         }
+        self._unreported = {}
         self.progress.report(record)
         if self._metrics is not None:
             self._metrics.log({key: value for key, value in record.items() if math.isfinite(value)})

@@ -13,6 +13,7 @@ import apps.main.loop
 from lingua.report.facts import read_run
 from lingua.report.history import read_history
 from lingua.report.page import write_report
+from lingua.report.status import status_of
 from lingua.run.lock import this_process
 from lingua.run.metrics import read_metrics
 from lingua.run.watchdog import Watchdog
@@ -52,6 +53,30 @@ def test_validation_has_lines_of_its_own_before_between_and_after(run_dir: Path)
     records = read_metrics(run_dir / "metrics.validation.jsonl")
     assert [record["global_step"] for record in records] == [0, 3, 6]
     assert records[-1]["python_stdlib/bpb"] < records[0]["python_stdlib/bpb"]
+
+
+def test_what_the_start_took_is_logged_and_reported(run_dir: Path):
+    facts = read_run(run_dir)
+    parts = status_of(facts, this_process()).startup
+    assert parts is not None
+    assert list(parts) == [
+        "s",
+        "python",
+        "config",
+        "torch",
+        "ranks",
+        "model",
+        "weights",
+        "data",
+        "trackers",
+        "first step",
+    ]
+    assert parts["s"] == pytest.approx(sum(parts.values()) / 2)
+    first, *rest = read_metrics(run_dir / "metrics.jsonl")
+    assert first["startup/s"] == pytest.approx(parts["s"])
+    assert not [record for record in rest if "startup/s" in record]  # once an attempt
+    assert f" s: python {parts['python']:.1f}, config " in (run_dir / "train.log").read_text()
+    assert read_history(facts, this_process()).attempts[0].startup["torch"] == parts["torch"]
 
 
 def test_what_became_of_each_checkpoint_has_a_line(run_dir: Path):

@@ -74,6 +74,18 @@ def test_the_state_in_one_word(facts: RunFacts, state: str):
     assert state_of(facts, ME) == state
 
 
+@pytest.mark.parametrize(
+    ("note", "startup"),
+    [
+        (None, None),
+        ({"incarnation": 2, "parts": {"torch": 2.0}}, None),  # of the attempt before
+        ({"incarnation": 3, "parts": {"torch": 2.0, "data": 0.5}}, {"s": 2.5, "torch": 2.0, "data": 0.5}),
+    ],
+)
+def test_the_start_up_is_that_of_the_newest_attempt(note: dict[str, Any] | None, startup: dict[str, float] | None):
+    assert status_of(replace(RUNNING, startup=note), ME).startup == startup
+
+
 def test_the_first_failure_is_the_cause():
     assert root_cause(()) is None
     assert root_cause(DATA.failures) == DATA.failures[1]
