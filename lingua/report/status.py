@@ -283,7 +283,7 @@ def _next(facts: RunFacts, status: Status, cause: Failure | None) -> str:
     is_copy = facts.attempt is not None and facts.attempt.copied_from
     again = f"the same command with dump_dir={status.path}" if is_copy else "the same command, or the same job,"
     return {
-        "finished": "raise `steps` to train longer",
+        "finished": f"{'add a phase' if phases_in(facts.config) else 'raise `steps`'} to train longer",
         **dict.fromkeys(LIVING, f"`lingua status {status.path}` follows it"),
         "queued": f"nothing: it goes on when Slurm starts job {status.job}",
         "new": "start it",

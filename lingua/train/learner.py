@@ -33,7 +33,6 @@ from lingua.distributed.parallelize import begin_micro_step, forward_precision
 from lingua.distributed.process_group import World
 from lingua.model.attention import RowDocuments, document_bounds
 from lingua.model.loss import Ask, Loss, Turn, next_tokens
-from lingua.optim.schedule import lr_at
 from lingua.optim.spikes import limit_to_skip
 from lingua.optim.update import Gradient, Updater
 from lingua.profiling.probe import probe
@@ -160,8 +159,7 @@ class Learner:
     @property
     def lr(self) -> float:
         """Learning rate of the next update. The schedule spans the phase, or the run from where the schedule began."""
-        begin, end = self.phase.span or (self.shared.get("schedule_begin", 0), self.size.n_steps)  # older ones lack it
-        return lr_at(self.args.optim, self.step - begin, end - begin)
+        return self.phase.lr_at(self.step, self.shared.get("schedule_begin", 0))  # older states lack it
 
     @property
     def shared(self) -> dict[str, Any]:

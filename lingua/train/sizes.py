@@ -114,9 +114,9 @@ class Phase:
         """Return the rows used after `step` updates, if the run began with row 0."""
         return self.rows_before + (step - self.first) * self.size.rows_per_step
 
-    def lr_at(self, step: int) -> float:
-        """Return the learning rate of update number step + 1, in a run that began with step 0."""
-        begin, end = self.span or (0, self.size.n_steps)
+    def lr_at(self, step: int, run_begin: int = 0) -> float:
+        """Return the learning rate of update step + 1. `run_begin`: step from which the run's schedule counts."""
+        begin, end = self.span or (run_begin, self.size.n_steps)
         return lr_at(self.args.optim, step - begin, end - begin)
 
     def tokens_at(self, step: int) -> int:

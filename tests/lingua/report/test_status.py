@@ -86,6 +86,15 @@ def test_the_start_up_is_that_of_the_newest_attempt(note: dict[str, Any] | None,
     assert status_of(replace(RUNNING, startup=note), ME).startup == startup
 
 
+@pytest.mark.parametrize(("step", "phase"), [(119, "main, to step 120"), (120, "anneal, to step 1,000"), (1000, None)])
+def test_the_phase_is_the_one_that_does_the_next_step(step: int, phase: str | None):
+    config = {**RUNNING.config, "phases": [{"name": "main", "until": 120}, {"name": "anneal", "until": 1000}]}
+    status = status_of(replace(RUNNING, config=config, metrics={**METRICS, "global_step": step}), ME)
+    assert status.phase == phase
+    assert any(line.startswith("  phase") for line in describe(status)) is (phase is not None)
+    assert why(replace(ended("finished", 0), config=config), ME)["next"] == "add a phase to train longer"
+
+
 def test_the_first_failure_is_the_cause():
     assert root_cause(()) is None
     assert root_cause(DATA.failures) == DATA.failures[1]
