@@ -42,7 +42,7 @@ def points(depths: Sequence[int], lrs: Sequence[str], seeds: Sequence[int], flop
 def by_rule(sizes: Sequence[str]) -> float:
     """Learning rate of the rule for a run of these sizes."""
     size = load(parse_command_line([str(ROOT / CONFIG), *sizes])).resolved
-    return float(f"{best_rate(size.n_params_non_embedding, size.total_tokens):.3g}")
+    return float(f"{best_rate(size.n_params_non_embedding, size.total_tokens).value:.3g}")
 
 
 def rate(text: str) -> str:

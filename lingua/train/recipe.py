@@ -37,6 +37,8 @@ WIDTH_PER_LAYER = 96
 LAW = "Step Law, arXiv 2503.04715"
 _SHAPE = "about 96 of width per layer, GPT-3's 64 (125M) to 128 (6.7B), arXiv 2005.14165, table 2.1"
 _CHINCHILLA = "20 tokens per parameter, Chinchilla, arXiv 2203.15556"
+_MOST_RATE = 2**-7
+"""The highest best rate of the 17 grids behind the law: data/dense_lr_bs_loss.csv of github.com/step-law/steplaw."""
 _FULL = 0.8
 """Share of a GPU's memory that the rough estimate may fill."""
 _SAVE_S = 1800
@@ -50,24 +52,29 @@ _FREED = {
 """Keys that a config may set for other sizes, and what they are here."""
 
 
-def best_rate(n_blocks: int, n_tokens: float) -> float:
-    """Return AdamW's peak rate for so many parameters without embeddings, trained on so many tokens.
-
-    More tokens per parameter than the law was measured with (466) raise the rate no further.
-    """
-    return 1.79 * n_blocks**-0.713 * min(n_tokens, 466 * n_blocks) ** 0.307
-
-
-def best_batch(n_tokens: float) -> float:
-    """Return the tokens of a step for a run of so many tokens."""
-    return 0.58 * n_tokens**0.571
-
-
 class Choice(NamedTuple):
     """A value of the recipe and the rule behind it."""
 
     value: Any
     why: str
+
+
+def best_rate(n_blocks: int, n_tokens: float) -> Choice:
+    """Return AdamW's peak rate for so many parameters without embeddings, trained on so many tokens.
+
+    The law was measured on 215M to 1.07B parameters, with 19 to 466 tokens for each. More tokens raise the rate no
+    further, and no rate is above those that were ever best there.
+    """
+    law = 1.79 * n_blocks**-0.713 * min(n_tokens, 466 * n_blocks) ** 0.307
+    why = f"1.79 N^-0.713 D^0.307, N {n_blocks:,} without embeddings, D {n_tokens:,.0f} tokens: {LAW}"
+    if law > _MOST_RATE:
+        return Choice(_MOST_RATE, f"2^-7, the highest that was best when {LAW}, was measured; the law says {law:.3g}")
+    return Choice(law, why)
+
+
+def best_batch(n_tokens: float) -> float:
+    """Return the tokens of a step for a run of so many tokens."""
+    return 0.58 * n_tokens**0.571
 
 
 @dataclass(frozen=True)
@@ -230,7 +237,6 @@ def _fit(
     stated = own.args.data.seq_len if own.marks.get(("data", "seq_len")) == COMMAND_LINE else None
     seq_len = stated or min(2048, max(128, 2 ** int(math.log2(batch / 4))))
     n_rows = max(1, round(batch / (seq_len * machine.n_ranks)))
-    law = f"1.79 N^-0.713 D^0.307, N {model.n_params_non_embedding():,} without embeddings, D {n_tokens:,.0f} tokens"
     choices = {
         **{key: Choice(value, "what another size needed is taken back") for key, value in _freed(own).items()},
         "data.seq_len": Choice(seq_len, "2048, or less for four rows per step"),
@@ -238,7 +244,7 @@ def _fit(
         "model.n_layers": Choice(model.n_layers, "as many as the parameters leave"),
         "model.n_heads": Choice(model.n_heads, f"heads of {model.dim // (model.n_heads or 1)}"),
         "optim.type": Choice("adamw", f"the optimizer of {LAW}"),
-        "optim.lr": Choice(float(f"{rate:.3g}"), f"{law}: {LAW}"),
+        "optim.lr": rate._replace(value=float(f"{rate.value:.3g}")),
         "optim.scheduler": Choice("cosine", LAW),
         "optim.lr_min_ratio": Choice(0.01, f"{LAW}, ends at 1e-5, a hundredth of the rate of 1B"),
         "distributed.model_dtype": Choice({None: "fp32", "v100": "fp16"}.get(machine.gpu, "bf16"), "the device's"),

@@ -73,7 +73,8 @@ def test_the_rate_called_rule_is_that_of_the_recipe():
     [words] = runpy.run_path(str(ROOT / "scripts/chinchilla_scaling.py"))["points"]([8], ["rule"], [0], 1e18)
     checked = check.load(parse_command_line([str(ROOT / "apps/main/configs/llama_8H200_chinchilla.yaml"), *words]))
     size = checked.resolved
-    assert checked.args.optim.lr == pytest.approx(best_rate(size.n_params_non_embedding, size.total_tokens), rel=0.01)
+    rate = best_rate(size.n_params_non_embedding, size.total_tokens).value
+    assert checked.args.optim.lr == pytest.approx(rate, rel=0.01)
 
 
 def test_thirty_models_of_the_same_compute(tmp_path: Path, sbatch: dict[str, str]):

@@ -21,8 +21,16 @@ def made(params: str, *words: str, config: str | Path = SAMPLE, tokens: str = "2
 
 def test_the_law_gives_its_published_values():
     """Of a model with 1B parameters and 100B tokens, arXiv 2503.04715."""
-    assert best_rate(10**9, 1e11) == pytest.approx(1.63e-3, rel=0.01)
+    assert best_rate(10**9, 1e11).value == pytest.approx(1.63e-3, rel=0.01)
     assert best_batch(1e11) == pytest.approx(1.11e6, rel=0.01)
+
+
+def test_no_rate_is_above_those_that_were_best_when_the_law_was_measured():
+    assert best_rate(221_664, 3e5) == (
+        2**-7,
+        "2^-7, the highest that was best when Step Law, arXiv 2503.04715, was measured; the law says 0.0133",
+    )
+    assert best_rate(10**9, 1e13).value == best_rate(10**9, 466e9).value < 2**-7
 
 
 @pytest.mark.parametrize(
@@ -50,7 +58,8 @@ def test_what_is_printed_passes_the_check_and_fits(
     assert size.n_params == pytest.approx(n_wanted, rel=0.05)
     assert size.total_tokens == pytest.approx(20 * size.n_params, rel=0.01)
     assert size.tokens_per_step == pytest.approx(best_batch(size.total_tokens), rel=0.1)
-    assert args.optim.lr == pytest.approx(best_rate(size.n_params_non_embedding, size.total_tokens), rel=0.01)
+    rate = best_rate(size.n_params_non_embedding, size.total_tokens).value
+    assert args.optim.lr == pytest.approx(rate, rel=0.01)
     assert args.optim.warmup * size.tokens_per_step == pytest.approx(size.n_params, rel=0.05)
     assert all(found.sources[key] for key in ("model.dim", "optim.lr", "global_batch_size", "steps", "optim.warmup"))
     assert {"hours", "disk_bytes"} - {figure.name for figure in found.figures} == (
@@ -104,7 +113,7 @@ def test_what_cannot_be_is_said_in_a_sentence(params: str, more: dict[str, str],
 
 def test_a_script_reads_it_as_json(capsys: pytest.CaptureFixture[str]):
     found = Lingua(capsys, "recipe").record("--params", "1M", "--gpus", "cpu")
-    assert found["config"]["optim"]["lr"] == pytest.approx(0.0186, rel=0.05)
+    assert found["config"]["optim"]["lr"] == pytest.approx(2**-7, rel=0.01)
     assert "Step Law" in found["sources"]["optim.lr"]
     assert found["facts"]["disk_bytes"] > 2 * found["facts"]["checkpoint_bytes"] > 0
     code, _, said = Lingua(capsys, "recipe")("--params", "1B", "model.type=mamba2")
