@@ -212,7 +212,7 @@ def train_to_the_end(
             run.shared["validation_at_start"] = monitor.report_validation(validate(run, watchdog))
         elif not was_validated(run):  # a stop came in between
             monitor.report_validation(validate(run, watchdog))
-        if not monitor.stop:
+        if not monitor.stop or run.manager.owes(run.step):  # which is to be on the disk before the job ends
             gc.disable()
             report = train(run, watchdog, monitor, evaluation)
             gc.enable()

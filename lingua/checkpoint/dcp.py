@@ -16,7 +16,8 @@ import dataclasses
 import functools
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +36,8 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, WriteItem
+from torch.futures import Future
 
 from lingua.checkpoint import layout
 from lingua.checkpoint import metadata as contents
@@ -265,6 +267,45 @@ class _Reader(FileSystemReader):
         return metadata
 
 
+class _MappedReader(_Reader):
+    """Reads files that are mapped into memory: each tensor is copied once, to where it is wanted."""
+
+    def __init__(self, folder: Path, content: Callable[[str], Buffer], metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._content, self._described = content, metadata.state_dict_metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, io.BytesIO())  # refuses
+            source = self._tensor(item.storage_index)
+            for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                source = source.narrow(axis, start, length)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(source)
+            planner.commit_tensor(item, target)
+        read: Future[None] = Future()
+        read.set_result(None)
+        return read
+
+    def _tensor(self, index: MetadataIndex) -> Tensor:
+        """Return a saved tensor, or shard of one, where it lies."""
+        place, described = self.storage_data[index], self._described[index.fqn]
+        assert isinstance(described, TensorStorageMetadata)
+        dtype = described.properties.dtype
+        sizes = tuple(next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset))
+        head, size_bytes, _ = blob(dtype, sizes)
+        content, begin = memoryview(self._content(place.relative_path)), place.offset + len(head)
+        if content[place.offset : begin] != head or begin + size_bytes > len(content):
+            raise ValueError(f"{place.relative_path} does not hold {index.fqn} at byte {place.offset}")
+        if not size_bytes:
+            return torch.empty(sizes, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it must not be written to, and is not
+            flat = torch.frombuffer(content, dtype=torch.uint8, count=size_bytes, offset=begin)
+        return flat.view(dtype).view(sizes)
+
+
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         raise RunError(f"{read_item.dest_index.fqn} is a pickled value, not a tensor; refused")
@@ -313,14 +354,21 @@ def properties_in(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.
     }
 
 
-def read_into(folder: Path, tensors: dict[str, Tensor], metadata: Metadata | None = None) -> None:
+def read_into(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    metadata: Metadata | None = None,
+    content: Callable[[str], Buffer] | None = None,
+) -> None:
     """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. No collective.
 
-    `metadata`: the folder's, so that reading tensor by tensor does not parse it every time. Raises RunError, with the
-    names, for what the folder lacks or holds in another shape.
+    `metadata`: the folder's, so that reading tensor by tensor does not parse it every time. `content` returns a file's
+    content by name, if the files are in memory. Raises RunError, with the names, for what the folder lacks or holds in
+    another shape.
     """
-    reader, planner = _Reader(folder), _Planner(flatten_state_dict=False)
-    metadata = metadata or reader.read_metadata()
+    metadata = metadata or read_metadata(folder)
+    reader = _Reader(folder) if content is None else _MappedReader(folder, content, metadata)
+    planner = _Planner(flatten_state_dict=False)
     described = metadata.state_dict_metadata
     problems = []
     for name, tensor in tensors.items():

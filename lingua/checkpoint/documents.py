@@ -7,6 +7,7 @@ each document has a form, and what several of them say (step, attempt, run, file
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -123,11 +124,14 @@ def read_run_id(root: Path) -> str | None:
     return run_id
 
 
-def read_states(folder: Path) -> list[dict[str, Any]]:
-    """Return the training state of every rank that saved, rank 0 first. Raises RunError, OSError."""
-    first = _read_state(folder, 0, _FirstState)
+def read_states(folder: Path, read: Callable[[Path], Any] = read_json) -> list[dict[str, Any]]:
+    """Return the training state of every rank that saved, rank 0 first. Raises RunError, OSError.
+
+    `read`: returns what a JSON file holds.
+    """
+    first = _read_state(folder, 0, _FirstState, read)
     n_ranks = first["world_size"]
-    states = [first, *(_read_state(folder, rank, _RankState) for rank in range(1, n_ranks))]
+    states = [first, *(_read_state(folder, rank, _RankState, read) for rank in range(1, n_ranks))]
     for rank, state in enumerate(states):
         if (state["rank"], state["world_size"]) != (rank, n_ranks):
             path = folder / layout.train_state_file(rank)
@@ -138,10 +142,10 @@ def read_states(folder: Path) -> list[dict[str, Any]]:
     return states
 
 
-def _read_state(folder: Path, rank: int, model: type[_RankState]) -> dict[str, Any]:
+def _read_state(folder: Path, rank: int, model: type[_RankState], read: Callable[[Path], Any]) -> dict[str, Any]:
     path = folder / layout.train_state_file(rank)
     try:
-        state = read_json(path)
+        state = read(path)
         judged(model, state)
     except FileNotFoundError:
         raise RunError(f"{path} is missing; take another checkpoint") from None

@@ -108,7 +108,7 @@ def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
     """Return whether the next attempt of a run would resume from a checkpoint, which lies below one of `roots`.
 
     Counted are published checkpoints, those that lack only their mark, which the next attempt sets, and a snapshot in
-    this machine's memory (`shm`), which the next attempt saves first. A snapshot of several nodes counts only once it
+    this machine's memory (`shm`), from which the next attempt resumes. A snapshot of several nodes counts only once it
     is published, since no node knows whether the other parts are still there. They are looked for in the order in which
     a checkpoint passes through them, so that one on its way is not missed.
     """

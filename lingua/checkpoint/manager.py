@@ -6,8 +6,7 @@ a few times if the fault may pass. Every rank calls every method at the same ste
 `sync_writer.py` writes to the disk while training waits, `shm/coordinator.py` stages in memory.
 
     manager = CheckpointManager(args.checkpoint, run_dir, device=device, lock=lock)
-    step = manager.latest()                    # newest that verifies; damaged ones are set aside
-    if step is not None: manager.load(step, state)
+    step = manager.resume(state)               # from memory, or the newest that verifies; damaged ones are set aside
     manager.prepare(state)                     # before step 1: plan the files, check the room
     ...
     manager.before_update(); optimizer.step()
@@ -31,7 +30,7 @@ from lingua.checkpoint import dcp, documents, layout, pins, publish, retention
 from lingua.checkpoint.capacity import DiskRoom
 from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.shm import drain
-from lingua.checkpoint.shm.area import ServedRun
+from lingua.checkpoint.shm.area import Save, ServedRun
 from lingua.checkpoint.shm.coordinator import LEAVE_S, Coordinator, NoSlotError
 from lingua.checkpoint.shm.service_client import StartService, start_service
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
@@ -39,6 +38,7 @@ from lingua.checkpoint.sync_writer import DirectWriter
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.distributed.process_group import Ranks
 from lingua.files import DISK, DiskError, Files, RunError, free_bytes, human_bytes, make_folder, write_whole
+from lingua.run.failure import RankError
 from lingua.run.lock import RunLock, this_process
 from lingua.scheduler import this_job
 
@@ -104,11 +104,15 @@ class CheckpointManager:
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
         self.attempt, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
+        self._point: Save | None = None
+        """The snapshot in memory that `resume` begins with."""
         if self._background:
             self._background.find_unsaved(newest_done)
-        self._ranks.from_main(self._open_staging_dir)
+            self._point = self._background.resume_point(newest_done)
+        newest_done = self._ranks.from_main(self._open_staging_dir)
         if self._background:
             self._background.open()
+            self._point = self._background.resume_point(newest_done)
         self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
         self._direct = DirectWriter(
             self.root,
@@ -132,8 +136,11 @@ class CheckpointManager:
         if (run_id := documents.read_run_id(self.root)) is None:
             run_id = (self._id_of(done[-1]) if done else None) or secrets.token_hex(8)
             write_whole(self.root / layout.RUN_ID, run_id)
-        newest = (done[-1], publish.attempt_of(self.root, done[-1])) if done else (-1, 0)
-        return self._lock.attempt if self._lock else 0, run_id, newest
+        return self._lock.attempt if self._lock else 0, run_id, self._newest_done()
+
+    def _newest_done(self) -> tuple[int, int]:
+        done = layout.done_steps(self.root)
+        return (done[-1], publish.attempt_of(self.root, done[-1])) if done else (-1, 0)
 
     def _id_of(self, step: int) -> str | None:
         """Return the run that a checkpoint says it is of: of a folder that was put together by hand."""
@@ -142,14 +149,17 @@ class CheckpointManager:
         except publish.DamagedError:
             return None
 
-    def _open_staging_dir(self) -> None:
+    def _open_staging_dir(self) -> tuple[int, int]:
+        """Shut earlier attempts out; return (step, attempt) of the newest checkpoint."""
         if self.args.async_save_mode:
-            drain.await_older_writers(self.root, self.attempt, this_process(*this_job(os.environ)))
+            me, beyond = this_process(*this_job(os.environ)), -1 if self._point is None else self._point.step
+            drain.await_older_writers(self.root, self.attempt, me, beyond=beyond)
         try:
             publish.open_staging_dir(self.root, self.attempt, files=self._files)
             self._check_owner()  # last: whoever takes over after this closes the staging dir
         except OSError as error:
             raise publish.disk_error(error, self.root, 0) from error
+        return self._newest_done()
 
     def _join_background(self, run_id: str, start: StartService) -> Coordinator | None:
         if self.args.async_save_mode is None:
@@ -190,6 +200,7 @@ class CheckpointManager:
         """Save synchronously from now on; with `strict` only a `final` save may. Collective."""
         self._warn_synchronous(why, strict=self.args.strict and not final)
         assert self._background is not None
+        self._background.await_rescue()  # or two would write the same step
         self._background.close()
         self._background = None
 
@@ -375,13 +386,45 @@ class CheckpointManager:
 
     # -- resume ----------------------------------------------------------------------------------------------------
 
+    def resume(self, state: TrainState) -> int | None:
+        """Restore the newest state, in place, and return its step; None: there is none.
+
+        If a whole snapshot is in the memory of this node, it comes from there, and the disk is not waited for.
+        Otherwise it is `latest`. Raises as `latest` and `load`.
+        """
+        background, point = self._background, self._point
+        if background is not None and point is not None:
+            why = self._restorer.load_snapshot(lambda: background.snapshot(point), state)
+            if why is None:
+                background.resumed_from(point)
+                return point.step
+            if self._ranks.rank == 0:
+                log.error("checkpoint %d cannot be loaded from memory; the disk is waited for: %s", point.step, why)
+        step = self.latest()
+        if step is not None:
+            self.load(step, state)
+        elif point is not None:
+            what = f"checkpoint {point.step}, the only one, was in memory and is lost; the same command begins anew"
+            raise RankError(what, "disk")
+        return step
+
+    def owes(self, step: int) -> bool:
+        """Return whether a step is in memory and not known to be on the disk. Local."""
+        return self._background is not None and self._background.is_staged(step) and step not in self._published
+
+    def await_rescue(self) -> None:
+        """Wait until all that earlier attempts left in memory is on the disk. Raises RunError if the disk refuses."""
+        if self._background is not None:
+            self._background.await_rescue()
+        self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
+
     def latest(self) -> int | None:
         """Return the newest published step that verifies, the same on all ranks; None if nothing was published.
 
-        What does not verify is set aside (renamed, never deleted) and reported. Raises RunError if none verifies: only
-        a person may decide to begin again at step 0.
+        First all that is in memory is saved. What does not verify is set aside (renamed, never deleted) and reported.
+        Raises RunError if none verifies: only a person may decide to begin again at step 0.
         """
-        self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
+        self.await_rescue()
         return self._restorer.latest(self._published)
 
     def load(self, step: int, state: TrainState) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,7 @@ from typing import Any, Literal
 from lingua.checkpoint import dcp, layout, lookup, publish
 from lingua.checkpoint.documents import read_states, require_agreement
 from lingua.checkpoint.publish import Manifest
+from lingua.checkpoint.shm.snapshot import Snapshot
 from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
 from lingua.distributed.process_group import Ranks
 from lingua.files import Files, RunError, raise_if
@@ -139,15 +142,51 @@ class Restorer:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
 
-    def _load_local(self, folder: Path, state: TrainState, optimizer: bool) -> None:
-        documents = read_states(folder)
+    def load_snapshot(self, open_snapshot: Callable[[], Snapshot], state: TrainState) -> str | None:
+        """Restore the full state from memory; return why that is impossible, or None. Then the state is undefined.
+
+        Checksums are compared while the tensors are copied, each file by one of the ranks.
+        """
+        started, problem = time.perf_counter(), None
         try:
-            self._take(folder, documents, state, optimizer)
+            snapshot = open_snapshot()
+            self._load_local(snapshot.folder, state, True, snapshot)
+        except (RunError, OSError) as error:
+            problem = str(error)
+        except Exception:  # a bug in what comes from the disk too will be raised there
+            problem = f"rank {self._ranks.rank}:\n{traceback.format_exc()}"
+        problem = next((each for each in self._ranks.gather(problem) if each is not None), None)
+        if problem is None and self._ranks.rank == 0:
+            n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
+            log.info("loaded full state from memory (saved by %d ranks) in %.2f s", n_ranks, seconds)
+        return problem
+
+    def _load_local(self, folder: Path, state: TrainState, optimizer: bool, snapshot: Snapshot | None = None) -> None:
+        found: list[Future[str | None]] = []
+        with ThreadPoolExecutor(publish.VERIFY_THREADS) as pool:
+            if snapshot is not None and self._verify == "full":
+                mine = sorted(snapshot.facts)[self._ranks.rank :: self._ranks.size]
+                found = [pool.submit(snapshot.damage, name) for name in mine]
+            self._read_local(folder, state, optimizer, snapshot)
+        if problems := [problem for each in found if (problem := each.result())]:
+            raise publish.DamagedError(f"{folder}: {'; '.join(problems)}")
+
+    def _read_local(self, folder: Path, state: TrainState, optimizer: bool, snapshot: Snapshot | None) -> None:
+        documents = read_states(folder) if snapshot is None else read_states(folder, snapshot.json)
+        try:
+            self._take(folder, documents, state, optimizer, snapshot)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise RunError(f"{folder} cannot be restored: {said}; take another checkpoint") from error
 
-    def _take(self, folder: Path, documents: list[dict[str, Any]], state: TrainState, optimizer: bool) -> None:
+    def _take(
+        self,
+        folder: Path,
+        documents: list[dict[str, Any]],
+        state: TrainState,
+        optimizer: bool,
+        snapshot: Snapshot | None,
+    ) -> None:
         tensors = tensors_of(state)
         metadata = dcp.read_metadata(folder)
         named = dcp.properties_in(metadata)
@@ -157,11 +196,12 @@ class Restorer:
             return name.startswith("model.") or (averages if is_ema(name) else optimizer)
 
         wanted = {name: t for name, t in tensors.by_name.items() if counts(name)}
-        require_agreement(folder, documents, dcp.files_of(metadata), publish.read_manifest_document(folder))
+        manifest = publish.read_manifest_document(folder) if snapshot is None else snapshot.manifest()
+        require_agreement(folder, documents, dcp.files_of(metadata), manifest)
         there = {name for name in named if counts(name)}
         if extra := sorted(there - set(wanted) - set(tensors.aliases)):
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
-        dcp.read_into(folder, wanted, metadata)
+        dcp.read_into(folder, wanted, metadata, None if snapshot is None else snapshot.content)
         if state.has_ema and not averages:
             begin_ema(state.optimizer, anew=True)
         restore_scalars(state, documents, self._ranks.rank, self._ranks.size, optimizer=optimizer)

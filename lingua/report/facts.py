@@ -47,7 +47,7 @@ class RunFacts:
     startup: dict[str, Any] | None = None  # of the newest attempt that has trained a step: seconds, parts, incarnation
     checkpoint: int | None = None  # step of the newest published one
     checkpoint_age_s: float | None = None
-    in_memory: int | None = None  # newest step that is whole in this machine's memory; a start here saves it first
+    in_memory: int | None = None  # newest step that is whole in this machine's memory; a start here resumes from it
     job: QueuedJob | None = None  # None where Slurm does not know it
 
     @property

@@ -257,7 +257,7 @@ def _saved(facts: RunFacts, status: Status) -> str:
     if unsaved := _unsaved(facts):
         return f"{unsaved}; on the disk: {_checkpoint(status, 'no checkpoint yet')}"
     if _is_in_memory(facts, status):
-        text = f"checkpoint {facts.in_memory:,} is in this machine's memory, and a start here saves it first"
+        text = f"checkpoint {facts.in_memory:,} is in this machine's memory, and a start here resumes from it"
         return f"{text}; on the disk: {_checkpoint(status, 'no checkpoint yet')}"
     if status.checkpoint is None:
         is_new = not status.step and status.state != "killed"

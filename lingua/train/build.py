@@ -192,6 +192,8 @@ def build_run(
     on_every_rank(lambda: [frozen_parameters(state.model, each.args.optim.frozen) for each in phases])
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
+    else:
+        manager.await_rescue()  # finished means that it is on the disk
     take_over(phase, state, manager)
     startup.reached("weights")
     stage(phase, stack)
@@ -317,9 +319,8 @@ def resume(
     state: TrainState, manager: CheckpointManager, args: TrainArgs, phases: Sequence[Phase]
 ) -> dict[str, Any] | None:
     """Load the newest checkpoint, or what to start from; returns the loader's state, or None to begin at row 0."""
-    newest = manager.latest()
+    newest = manager.resume(state)
     if newest is not None:
-        manager.load(newest, state)
         data = saved_state(state.per_rank_all)
         pass_over(phases, state.shared)
         require_progress(state.shared, data, args, phases, newest)

@@ -131,7 +131,8 @@ def settle_config(run: Run, checked: Checked, attempt: int) -> None:
     def settle() -> None:
         if not checked.waived:
             return
-        if steps := done_steps(run.manager.root):
+        steps = done_steps(run.manager.root) or ([run.step] if run.manager.owes(run.step) else [])
+        if steps:
             what = f"{run.run_dir / CONFIG_FILE}: checkpoint {steps[-1]} of an earlier attempt was saved only now"
             raise ConfigError([f"{what}, and {difference}" for difference in checked.waived])
         _freeze_config(run.run_dir, checked, attempt)

@@ -4,7 +4,8 @@ A save costs the caller one memory copy and one gather of a few hundred bytes. A
 slot that is being drained is never touched; one that waits may be overwritten by a newer save if all nodes agree. If
 every slot is being drained the save is skipped, counted and reported; only the last save of a run waits. If a node's
 memory is short, that is known before step 1; if it fails later, NoSlotError asks the caller for a synchronous save.
-Complete snapshots that an earlier attempt left in memory are on the disk before anything is resumed.
+Of complete snapshots that an earlier attempt left in memory, a start may resume from the newest at once; the services
+write them to the disk meanwhile, and their slots are taken only after that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import capacity, dcp
-from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, State, make_area
+from lingua.checkpoint.publish import Manifest
+from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, make_area
+from lingua.checkpoint.shm.decisions import SlotView, choose_slot, node_of, resume_point, worth_saving
 from lingua.checkpoint.shm.moved import adopt
 from lingua.checkpoint.shm.service_client import ServiceClient, StartService, say_who_is_waited_for, start_service
 from lingua.checkpoint.shm.slot_writer import SlotWriter
+from lingua.checkpoint.shm.snapshot import Snapshot
 from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.process_group import Ranks
 from lingua.files import DISK, Files, ProcessLock, RunError, free_bytes, raise_if
@@ -47,73 +51,6 @@ class NoSlotError(RunError):
     """Some rank has no slot to fill and will never have one. Raised on all of them."""
 
 
-# -- decisions -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SlotView:
-    """A slot as one node sees it."""
-
-    state: State | None
-    step: int = -1
-
-
-def choose_slot(nodes: Sequence[dict[int, SlotView]]) -> int | None:
-    """Choose the slot for the next save: one that is free everywhere, else the newest that no node is draining yet.
-
-    `nodes`: each node's usable slots by number. Returns None if there is none.
-    """
-    common = sorted(set.intersection(*(set(node) for node in nodes)))
-    for number in common:
-        if all(node[number].state == "free" for node in nodes):
-            return number
-    idle = [n for n in common if all(node[n].state in ("free", "staged") for node in nodes)]
-    return max(idle, key=lambda n: max(node[n].step for node in nodes), default=None)
-
-
-def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int]) -> set[tuple[int, int]]:
-    """Return (attempt, step) of snapshots that are complete on all their nodes and newer than the newest on the disk.
-
-    `found`: the complete saves of all nodes; `newest_done`: (step, attempt) of the newest published checkpoint. Only
-    the most recent attempt matters: it would already have rescued anything that an earlier one left.
-    """
-    parts: dict[tuple[int, int], set[int]] = {}
-    n_nodes: dict[tuple[int, int], int] = {}
-    for save in found:
-        if save.run_id == run_id:
-            parts.setdefault((save.attempt, save.step), set()).add(save.node)
-            n_nodes[save.attempt, save.step] = save.n_nodes
-    step_done, attempt_done = newest_done
-    good = {
-        key
-        for key, nodes in parts.items()
-        if len(nodes) == n_nodes[key] and key[1] > step_done and key[0] >= attempt_done
-    }
-    last = max((attempt for attempt, _ in good), default=0)
-    return {key for key in good if key[0] == last}
-
-
-@dataclass(frozen=True)
-class Node:
-    """This rank's node: the ranks that share one area of memory."""
-
-    number: int
-    n_nodes: int
-    ranks: tuple[int, ...]
-
-    @property
-    def leader(self) -> int:
-        """The rank that acts for the node."""
-        return self.ranks[0]
-
-
-def node_of(rank: int, areas: list[Any]) -> Node:
-    """Group ranks by the area that each has entered; nodes are numbered in the order of their first rank."""
-    distinct = list(dict.fromkeys(areas))
-    ranks = tuple(other for other, area in enumerate(areas) if area == areas[rank])
-    return Node(distinct.index(areas[rank]), len(distinct), ranks)
-
-
 # -- the ranks -----------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +60,8 @@ class _Report:
 
     usable: set[int]
     """Its allocated slots."""
+    occupied: set[int]
+    """Those that hold what an earlier attempt staged."""
     problem: str | None = None
     fatal: RunError | None = None
     is_gone: bool = False
@@ -153,7 +92,13 @@ class Coordinator:
         self._run, self._ranks, self._device, self._files = run, ranks, device, files
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
         self._writer: SlotWriter | None = None
+        self._own: dict[int, tuple[Save, Manifest]] = {}
+        """On leaders: the complete slots that an earlier attempt has left on this node."""
+        self._found: list[list[Save]] = []
+        """The same of each node, on all ranks."""
         self._rescued: list[int] = []
+        """Those of this node that are to be saved and are not known to be."""
+        self._n_slots, self._keep = 0, set[str]()
         self._mark_error: OSError | None = None
         """Why this node's slot did not get its mark at the last save, until it is reported."""
         self.n_skipped = 0
@@ -205,20 +150,21 @@ class Coordinator:
         """Look for snapshots in memory that are worth saving, (attempt, step) each; all others are forgotten."""
         run, step = self._run, newest_done[0]
         self._ranks.on_each(lambda: adopt(self.area, run, step, files=self._files) if self._service else None)
-        own = self._complete() if self._service else {}
-        found = [save for of_rank in self._ranks.gather(list(own.values())) for save in of_rank]
-        wanted = worth_saving(found, self._run.run_id, newest_done)
-        self._rescued = [n for n, save in own.items() if (save.attempt, save.step) in wanted]
+        self._own = self._complete() if self._service else {}
+        of_ranks = self._ranks.gather([save for save, _ in self._own.values()] if self._service else None)
+        self._found = [of_node for of_node in of_ranks if of_node is not None]
+        wanted = worth_saving([save for of_node in self._found for save in of_node], self._run.run_id, newest_done)
+        self._rescued = [n for n, (save, _) in self._own.items() if (save.attempt, save.step) in wanted]
         for slot in self.area.slots() if self._service else []:
             if slot.number not in self._rescued:
                 slot.change("staged", "free", files=self._files)
         if self._ranks.rank == 0 and wanted:
             steps = sorted(step for _, step in wanted)
-            log.info("checkpoints %s of an earlier attempt are still in memory; they are saved first", steps)
+            log.info("checkpoints %s of an earlier attempt are still in memory and will be on the disk", steps)
         self._run = replace(self._run, rescue=tuple(sorted(wanted)))
         return wanted
 
-    def _complete(self) -> dict[int, Save]:
+    def _complete(self) -> dict[int, tuple[Save, Manifest]]:
         lock = self.area.lock(SERVICE_LOCK)
         try:
             if lock.take():  # no service lives, and none starts before we are done
@@ -227,15 +173,40 @@ class Coordinator:
             lock.close()
         for slot in self.area.slots():
             slot.change("claimed", "staged", files=self._files)
-        return {slot.number: found[0] for slot in self.area.slots() if (found := slot.complete())}
+        return {slot.number: found for slot in self.area.slots() if (found := slot.complete())}
+
+    def resume_point(self, newest_done: tuple[int, int]) -> Save | None:
+        """Return the snapshot to resume from, if it is in memory; see there. Local, the same on all ranks."""
+        return resume_point(self._found, self._run.run_id, newest_done)
 
     def open(self) -> None:
-        """Send the services this run, and wait until they have saved what was found in memory.
+        """Send the services this run; they begin to save what was found in memory.
 
-        Call when the staging dir of this attempt is open. Raises RunError if the disk refuses.
+        Call when the staging dir of this attempt is open.
         """
         self._send()
-        self._ranks.on_each(lambda: self._service.await_rescue(self._rescued) if self._service else None)
+
+    def snapshot(self, save: Save) -> Snapshot:
+        """Return what a start resumes from; nothing may be staged before all ranks have read it."""
+        here = {number: (found, facts) for number, (found, facts) in self._own.items() if found == save}
+        number, (_, facts) = self._ranks.from_main(lambda: next(iter(here.items())))
+        self._number = number
+        return Snapshot(self.area.slot(number).folder, save, facts)
+
+    def resumed_from(self, save: Save) -> None:
+        """Let a snapshot that all ranks have resumed from count as staged by this attempt. Local."""
+        self._newest = save.step
+
+    def is_staged(self, step: int) -> bool:
+        """Return whether a step is the newest in memory, wherever else it is by now. Local."""
+        return step == self._newest
+
+    def await_rescue(self) -> None:
+        """Wait until the services have saved what was found in memory. Raises RunError if the disk refuses."""
+        is_here = self._lock is not None and self._lock.is_current()
+        waits_for = self._rescued if is_here else []  # where the names have vanished, no mark tells
+        self._ranks.on_each(lambda: self._service.await_rescue(waits_for) if self._service else None)
+        self._rescued = []
 
     def _send(self, **changes: Any) -> None:
         self._run = replace(self._run, **changes)
@@ -273,22 +244,23 @@ class Coordinator:
             writer.close()
             return why
         writer.allocate(n_slots)
-        self._writer = writer
+        self._writer, self._n_slots = writer, n_slots
         return None
 
     def _room(self, slot_bytes: int) -> capacity.MemoryRoom:
-        held = sum(path.lstat().st_blocks * 512 for slot in self.area.slots() for path in slot.folder.iterdir())
+        ours = [slot for slot in self.area.slots() if slot.number < self._run.args.slots or slot.state() == "free"]
+        held = sum(path.lstat().st_blocks * 512 for slot in ours for path in slot.folder.iterdir())
         limit, used = capacity.memory_limit(Path("/proc/self/cgroup").read_text())
         return capacity.MemoryRoom(free_bytes(self.area.folder) + held, limit, max(0, used - held), slot_bytes)
 
     def _make_slots(self, n_slots: int, names: set[str]) -> str | None:
         """Make the folders of `n_slots` slots and clear what lies in them besides all ranks' files, `names` of ours."""
         of_all = self._ranks.gather(names)
-        keep = set().union(*(of_all[rank] for rank in self.node.ranks))
+        self._keep = set().union(*(of_all[rank] for rank in self.node.ranks))
 
         def act() -> str | None:
             try:
-                self.area.make_slots(n_slots, keep, files=self._files)
+                self.area.make_slots(n_slots, self._keep, files=self._files)
             except OSError as error:
                 return _no_room(error)
             return None
@@ -337,7 +309,7 @@ class Coordinator:
         problems = list(dict.fromkeys(report.problem for report in reports if report.problem))
         everywhere = set.intersection(*(report.usable for report in reports))
         is_gone = any(report.is_gone for report in reports)
-        if is_gone or not everywhere:
+        if is_gone or not set.intersection(*(report.usable | report.occupied for report in reports)):
             gone = [f"{self.area.folder} was removed by another process"] if is_gone else []
             raise NoSlotError("; ".join(problems + gone) or "no slot could be allocated")
         for problem in problems if self._ranks.rank == 0 else ():
@@ -358,12 +330,15 @@ class Coordinator:
         """Collect what this rank reports to the others. Local."""
         assert self._writer is not None
         rank = self._ranks.rank
+        self._take_saved()
         usable, failed = self._writer.usable_slots()
+        occupied = self._writer.occupied
         problem = None if failed is None else f"rank {rank}: a slot cannot be allocated: {failed}"
         if error := self._why_lost():
             problem = f"rank {rank}: the last checkpoint is lost: {error}"
-            usable = usable if self._run.args.strict else set()  # strict: never synchronous
-        report = _Report(usable, problem, fatal=bug)
+            if not self._run.args.strict:  # strict: never synchronous
+                usable, occupied = set(), set()
+        report = _Report(usable, occupied, problem, fatal=bug)
         report.is_gone = self._lock is not None and not self._lock.is_current()
         if self._service and not report.is_gone:
             try:
@@ -407,7 +382,21 @@ class Coordinator:
     def before_update(self) -> None:
         """Call before parameters or optimizer state change. Local."""
         if self._writer is not None:
+            if self._rescued or self._writer.occupied:
+                self._take_saved()
             self._writer.before_update()
+
+    def _take_saved(self) -> None:
+        """Take over the slots whose snapshot of an earlier attempt is on the disk by now. Local."""
+        assert self._writer is not None
+        waiting = [number for number in self._rescued if self.area.slot(number).state() != "free"]
+        if len(waiting) < len(self._rescued):
+            self._rescued = waiting
+            try:
+                self.area.make_slots(self._n_slots, self._keep, files=self._files)
+            except OSError as error:
+                log.warning("slots that are free again cannot be cleared: %s", error)
+        self._writer.allocate_free()
 
     def new_events(self) -> list[dict[str, Any]]:
         """Return what this node's service has reported since the last time; on leaders only. Local."""
@@ -447,6 +436,7 @@ class Coordinator:
         if self._newest is not None:
             try:
                 self.finish(self._newest, None, stopping=True)
+                self.await_rescue()
             except RunError as error:
                 log.warning("%s", error)
             self._newest = None

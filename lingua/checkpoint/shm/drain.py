@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,9 @@ HANDOVER_S = 600.0
 """How long an attempt waits for an older one's service that is writing a step."""
 SILENT_BEATS = 3
 """Missed heartbeats after which a service on another machine is considered dead."""
+
+
+_WRITER = re.compile(r"writer-(\d{10})-\d+\.json", re.ASCII)
 
 
 class FencedError(RunError):
@@ -121,13 +125,18 @@ def at_work(run: ServedRun, save: Save, *, files: Files = DISK) -> Iterator[None
             files.remove(path)
 
 
-def busy_writers(root: Path, before: int, me: Owner) -> dict[Path, tuple[float, bool | None]]:
-    """Return the heartbeat files of services of attempts before `before`, with (last beat, alive; None: unknown)."""
+def busy_writers(root: Path, before: int, me: Owner, beyond: int = -1) -> dict[Path, tuple[float, bool | None]]:
+    """Return the heartbeat files of services of attempts before `before`, with (last beat, alive; None: unknown).
+
+    `beyond`: only of those that write a later step than this.
+    """
     found: dict[Path, tuple[float, bool | None]] = {}
     for attempt, staging_dir in layout.staging_dirs(root):
         if attempt >= before:
             continue
         for path in staging_dir.glob("writer-*.json"):
+            if (step := _WRITER.match(path.name)) and int(step[1]) <= beyond:
+                continue
             with suppress(OSError, RunError):  # it is just being removed
                 record = read_json(path)
                 alive = False if copied_from(record, root) else certainly(owner_in(record), me)
@@ -141,16 +150,19 @@ def await_older_writers(
     attempt: int,
     me: Owner,
     *,
+    beyond: int = -1,
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Wait up to HANDOVER_S while a service of an older attempt is writing a step; on rank 0, before it is shut out.
 
+    `beyond`: only for later steps than this, which is in memory and loses nothing if its writing begins anew.
+
     One on this machine is waited for while it lives, one elsewhere while its heartbeat goes on.
     """
     begun_s, seen = now(), {}
     while now() - begun_s < HANDOVER_S:
-        busy = busy_writers(root, attempt, me)
+        busy = busy_writers(root, attempt, me, beyond)
         for path, (beat, alive) in list(busy.items()):
             if path not in seen:
                 log.info("waiting for the checkpoint service of an earlier attempt, which is writing (%s)", path.name)
@@ -228,7 +240,7 @@ def write_files(
             raise DamagedError(f"{slot / name} was changed after it was staged")
         return descriptor, folder / name, written
 
-    opened = [(name, fact, _map(slot / name, fact)) for name, fact in facts.items()]  # now: names may vanish later
+    opened = [(name, fact, mapped(slot / name, fact)) for name, fact in facts.items()]  # now: names may vanish later
     largest_first = sorted(opened, key=lambda item: -item[1].size_bytes)
     with ThreadPoolExecutor(max_workers=run.args.drain_threads, initializer=_step_back) as pool:
         writing = [pool.submit(write, item) for item in largest_first]
@@ -249,7 +261,8 @@ def _step_back() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def _map(path: Path, fact: FileFacts) -> mmap.mmap | bytes:
+def mapped(path: Path, fact: FileFacts) -> mmap.mmap | bytes:
+    """Return the content of a file in a slot. Raises OSError, DamagedError."""
     if not is_plain_file(path) or path.stat().st_size < fact.size_bytes:  # small files have room to spare
         raise DamagedError(f"{path} is not the file that was staged")
     if fact.size_bytes == 0:

@@ -122,7 +122,9 @@ class SlotWriter:
         self._slots: dict[int, list[SlotFile]] = {}
         self._known_pairs: dict[int, tuple[list[int], list[tuple[Tensor, Tensor]]]] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage")
-        self._allocating: Future[None] | None = None
+        self._allocating: list[Future[None]] = []
+        self.occupied: set[int] = set()
+        """Slots that are to be allocated once they are free."""
         self._hashing: Future[None] | None = None
         self._in_flight: torch.cuda.Event | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -132,14 +134,25 @@ class SlotWriter:
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def allocate(self, n_slots: int) -> None:
-        """Start to allocate, touch and pin this rank's files in the first `n_slots` slots."""
-        self._allocating = self._worker.submit(self._allocate, n_slots)
+        """Start to allocate, touch and pin this rank's files in the first `n_slots` slots, in each once it is free.
 
-    def _allocate(self, n_slots: int) -> None:
+        Until then it holds what an earlier attempt staged, not a byte of which may change.
+        """
+        self.occupied = set(range(n_slots))
+        self.allocate_free()
+
+    def allocate_free(self) -> None:
+        """Start to allocate the slots that have become free."""
+        free = {number for number in self.occupied if self._area.slot(number).state() == "free"}
+        if free:
+            self.occupied -= free
+            self._allocating.append(self._worker.submit(self._allocate, sorted(free)))
+
+    def _allocate(self, numbers: list[int]) -> None:
         """In a thread. A slot for which there is no room is left out."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # a new thread uses device 0
-        for number in range(n_slots):
+        for number in numbers:
             slot, files = self._area.slot(number), []
             try:
                 for plan in self._plan.files:
@@ -163,9 +176,10 @@ class SlotWriter:
 
     def usable_slots(self) -> tuple[set[int], OSError | None]:
         """Wait for the allocation; return the allocated slots' numbers and, once, why another one failed."""
-        if self._allocating is not None:
-            self._allocating.result()
-            self._allocating = None
+        self.allocate_free()
+        for allocating in self._allocating:
+            allocating.result()
+        self._allocating.clear()
         failed, self._failed = self._failed, None
         return set(self._slots), failed
 

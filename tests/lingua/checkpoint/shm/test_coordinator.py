@@ -15,14 +15,8 @@ import torch
 
 from lingua.checkpoint import publish
 from lingua.checkpoint.shm.area import SERVICE_LOCK, Save, ServedRun, State, make_area
-from lingua.checkpoint.shm.coordinator import (
-    Coordinator,
-    Node,
-    SlotView,
-    choose_slot,
-    node_of,
-    worth_saving,
-)
+from lingua.checkpoint.shm.coordinator import Coordinator
+from lingua.checkpoint.shm.decisions import Node, SlotView, choose_slot, node_of, resume_point, worth_saving
 from lingua.checkpoint.shm.drain import BEAT_S, HANDOVER_S, SILENT_BEATS, await_older_writers
 from lingua.checkpoint.shm.service_client import LOOK_S, RESTARTS, WORD_S, ServiceClient, why_taken
 from lingua.config.keys.checkpoint import CheckpointArgs
@@ -88,6 +82,32 @@ def one(attempt: int, step: int, node: int = 0, n_nodes: int = 1, run_id: str = 
 )
 def test_worth_saving(found: list[Save], newest_done: tuple[int, int], wanted: set[tuple[int, int]]):
     assert worth_saving(found, "run", newest_done) == wanted
+
+
+@pytest.mark.parametrize(
+    ("nodes", "newest_done", "point"),
+    [
+        ([[]], (-1, 0), None),
+        ([[one(1, 4)]], (-1, 0), (1, 4)),
+        ([[one(1, 4), one(1, 6)]], (-1, 0), (1, 6)),  # the older one is saved meanwhile
+        ([[one(1, 4), one(1, 6)]], (4, 1), (1, 6)),
+        ([[one(1, 6)]], (6, 1), (1, 6)),  # published since it was found
+        ([[one(1, 6)]], (6, 2), None),  # by another attempt
+        ([[one(1, 6)]], (8, 1), None),  # the disk is newer
+        ([[one(1, 6)]], (4, 2), None),  # of another timeline
+        ([[one(1, 6), one(2, 5)]], (4, 1), (2, 5)),
+        ([[one(1, 6, run_id="before")]], (-1, 0), None),
+        ([[replace(one(1, 6), ranks=(0, 1, 2))]], (-1, 0), (1, 6)),  # whatever the number of ranks is now
+        ([[one(1, 6, 0, 2)]], (-1, 0), None),  # the other node is not of this start
+        ([[one(1, 6, 0, 2)], [one(1, 6, 1, 2)]], (-1, 0), None),  # whole, but on two nodes
+        ([[one(1, 6)], []], (-1, 0), None),  # a new node has no part
+    ],
+)
+def test_where_a_start_resumes_from(
+    nodes: list[list[Save]], newest_done: tuple[int, int], point: tuple[int, int] | None
+):
+    found = resume_point(nodes, "run", newest_done)
+    assert (found and (found.attempt, found.step)) == point
 
 
 class Ended:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.publish import Manifest
-from lingua.checkpoint.shm.area import Save, Slot, make_area
+from lingua.checkpoint.shm.area import Save, ShmArea, Slot, make_area
 from lingua.checkpoint.shm.slot_writer import SMALL_BYTES, SlotFile, SlotWriter
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files
@@ -51,11 +51,17 @@ def copied(folder: Path, slot: Slot, facts: Manifest) -> Path:
     return folder
 
 
-def stager_of(folder: Path, state: TrainState, n_slots: int = 1, files: Files = DISK) -> SlotWriter:
+def with_slots(folder: Path, n_slots: int) -> ShmArea:
     area = make_area(folder / "run", folder)
-    writer = SlotWriter(area, 0, plan_of(tensors_of(state)), device=CPU, files=files)
     for number in range(n_slots):
-        area.slot(number).folder.mkdir(exist_ok=True)
+        if not area.slot(number).folder.exists():
+            area.slot(number).make()
+    return area
+
+
+def stager_of(folder: Path, state: TrainState, n_slots: int = 1, files: Files = DISK) -> SlotWriter:
+    area = with_slots(folder, n_slots)
+    writer = SlotWriter(area, 0, plan_of(tensors_of(state)), device=CPU, files=files)
     writer.allocate(n_slots)
     return writer
 
@@ -132,6 +138,7 @@ def test_memory_that_fails_is_told_and_leaves_nothing_ready(tmp_path: Path, oper
 def test_slots_without_room_are_left_out_and_give_back_what_they_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int
 ):
+    with_slots(tmp_path, 2)
     monkeypatch.setattr(os, "posix_fallocate", NoRoomFrom(5 + n_files))  # weights, optimizer, two small ones, `ready`
     writer = stager_of(tmp_path, make(), n_slots=2)
     usable, error = writer.usable_slots()
@@ -168,6 +175,7 @@ def test_what_a_save_writes_was_allocated_before(tmp_path: Path, monkeypatch: py
 
 
 def test_closing_does_not_wait_for_the_whole_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with_slots(tmp_path, 9)
     allocate, begun, go_on = os.posix_fallocate, threading.Event(), threading.Event()
     n_done = 0
 
@@ -193,7 +201,7 @@ def test_closing_does_not_wait_for_the_whole_allocation(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("planted", ["link", "second name"])
 def test_a_file_that_somebody_planted_is_refused(tmp_path: Path, planted: str):
     area = make_area(tmp_path / "run", tmp_path)
-    area.slot(0).folder.mkdir()
+    area.slot(0).make()
     target = tmp_path / "theirs"
     target.write_bytes(b"theirs")
     name = area.slot(0).folder / layout.model_file(0)

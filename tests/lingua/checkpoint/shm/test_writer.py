@@ -811,7 +811,7 @@ def test_a_start_that_cannot_save_what_it_finds_in_memory_is_tried_again(tmp_pat
         assert services.kill() == 1
     with Services(refusing(errno.ESTALE), impatient) as services:
         with pytest.raises(DiskError, match=r"it cannot be saved: .*Stale file handle.* start again on") as caught:
-            CheckpointManager(args(shm), tmp_path, start_service=services.start)
+            CheckpointManager(args(shm), tmp_path, start_service=services.start).latest()
         assert (caught.value.errno, classify(caught.value)) == (errno.ESTALE, "disk")
         services.kill()
 
