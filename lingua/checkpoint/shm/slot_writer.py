@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from lingua.checkpoint import layout
 from lingua.checkpoint.dcp import FilePlan, WritePlan
 from lingua.checkpoint.publish import FileFacts, Manifest
-from lingua.checkpoint.shm.area import Save, ShmArea, Slot
+from lingua.checkpoint.shm.area import Save, ShmArea, Slot, served_by
 from lingua.files import DISK, Files
 
 STRETCH_BYTES = 64 << 20
@@ -43,17 +43,17 @@ class SlotFile:
     """One file of one slot, mapped into this process."""
 
     def __init__(self, slot: Slot, plan: FilePlan, device: torch.device, closing: threading.Event) -> None:
-        """Allocate, touch, write the constant spans and pin. Raises OSError: no room, not our file, or `closing`."""
+        """Allocate, touch, write the constant spans and pin. Raises OSError: no room, or `closing`.
+
+        The file is a new one: into memory that it has mapped, a rank of an earlier attempt that was stopped in the
+        middle of a copy may still write when it wakes up.
+        """
         self.plan = plan
         self._targets: dict[int, Tensor] = {}
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(slot.folder / plan.name, flags, 0o600)
+        path = slot.folder / plan.name
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            facts = os.fstat(descriptor)
-            if facts.st_uid != os.getuid() or facts.st_nlink != 1:
-                raise PermissionError(errno.EPERM, "not a file of ours", str(slot.folder / plan.name))
-            if facts.st_size > plan.size_bytes:
-                os.ftruncate(descriptor, plan.size_bytes)
             for start in range(0, plan.size_bytes, STRETCH_BYTES):
                 _go_on(closing)  # a hole in a full /dev/shm would be a SIGBUS later
                 os.posix_fallocate(descriptor, start, min(STRETCH_BYTES, plan.size_bytes - start))
@@ -262,9 +262,16 @@ class SlotWriter:
         """In a thread: hash what was copied and report this rank's part as ready."""
         staging.copied()
         facts: Manifest = {file.plan.name: file.facts() for file in self._slots[staging.slot.number]}
+        self._require_ours(staging.save)
         for name, content in staging.small.items():
             facts[name] = self._write_small(staging.slot, name, content)
+        self._require_ours(staging.save)
         staging.slot.report_ready(self._rank, staging.save, facts, files=self._files)
+
+    def _require_ours(self, save: Save) -> None:
+        """Raise OSError if a newer attempt has the memory of this node, as it may have while this rank was stopped."""
+        if served_by(self._area) not in (None, (save.run_id, save.attempt)):
+            raise OSError(errno.ESTALE, "a newer attempt has this memory", str(self._area.folder))
 
     def _write_small(self, slot: Slot, name: str, content: bytes) -> FileFacts:
         room_bytes = self._small_files()[name]

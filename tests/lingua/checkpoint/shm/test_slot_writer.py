@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lingua.checkpoint import dcp, layout, publish
-from lingua.checkpoint.publish import Manifest
-from lingua.checkpoint.shm.area import Save, ShmArea, Slot, make_area
+from lingua.checkpoint.publish import FileFacts, Manifest
+from lingua.checkpoint.shm.area import Save, ShmArea, Slot, make_area, write_run
 from lingua.checkpoint.shm.slot_writer import SMALL_BYTES, SlotFile, SlotWriter
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.files import DISK, Files
 from tests.fakes import FaultyFiles
+from tests.slotted import RUN_ID, World
 from tests.tiny import assert_equal, make, snapshot, train
 
 CPU = torch.device("cpu")
@@ -199,18 +201,60 @@ def test_closing_does_not_wait_for_the_whole_allocation(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("planted", ["link", "second name"])
-def test_a_file_that_somebody_planted_is_refused(tmp_path: Path, planted: str):
+def test_a_file_that_somebody_planted_is_replaced(tmp_path: Path, planted: str):
     area = make_area(tmp_path / "run", tmp_path)
     area.slot(0).make()
     target = tmp_path / "theirs"
     target.write_bytes(b"theirs")
     name = area.slot(0).folder / layout.model_file(0)
     name.symlink_to(target) if planted == "link" else name.hardlink_to(target)
-    usable, error = (writer := stager_of(tmp_path, make())).usable_slots()
-    assert usable == set()
-    assert error is not None
+    writer = stager_of(tmp_path, make())
+    assert writer.usable_slots() == ({0}, None)
     writer.close()
     assert target.read_bytes() == b"theirs"
+    assert not name.is_symlink()
+
+
+@pytest.mark.parametrize("at", ["copied", "hashed"])
+def test_a_rank_that_was_stopped_in_a_save_and_wakes_up_after_a_newer_attempt_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+):
+    """It goes on with its copy into memory that it has mapped, and reports what it staged."""
+    state, area, asleep, wake = make(), with_slots(tmp_path, 1), threading.Event(), threading.Event()
+    served = World(tmp_path).served(1)
+    write_run(area, served)
+    stopped, facts_of, slot = stager_of(tmp_path, state), SlotFile.facts, area.slot(0)
+    stopped.usable_slots()
+    old, new = (Save(RUN_ID, attempt, 4, (0,)) for attempt in (1, 2))
+
+    def sleep(file: SlotFile) -> FileFacts:
+        facts = facts_of(file) if at == "hashed" else None
+        asleep.set()
+        assert wake.wait(60)
+        return facts or facts_of(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotFile, "facts", sleep)
+        slot.put_mark(old)
+        stopped.fill(0, old, tensors_of(state).by_name, b"{}", state.model)
+        assert asleep.wait(60)
+    slot.change("staged", "free")
+    write_run(area, replace(served, attempt=2))
+    writer = stager_of(tmp_path, state)
+    writer.usable_slots()
+    slot.put_mark(new)
+    writer.fill(0, new, tensors_of(state).by_name, b'{"new": 1}', state.model)
+    assert writer.wait_until_ready() is None
+    for file in stopped._slots[0]:  # pyright: ignore[reportPrivateUsage]
+        file.bytes.fill_(7)
+    wake.set()
+    assert getattr(stopped.wait_until_ready(), "errno", None) == errno.ESTALE
+    found = slot.complete()
+    assert found is not None
+    assert found[0] == new
+    assert publish.damage(copied(tmp_path / "copy", slot, found[1]), found[1]) == []
+    writer.close()
+    stopped.close()
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------

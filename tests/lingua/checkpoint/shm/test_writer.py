@@ -373,9 +373,8 @@ def test_memory_that_is_full_for_one_rank_is_so_for_all(tmp_path: Path, shm: Pat
         assert said.count("No space left") == 1
 
 
-def test_slots_stay_allocated_and_those_not_wanted_any_more_do_not(tmp_path: Path, shm: Path, services: Services):
+def test_slots_stay_and_those_not_wanted_any_more_do_not(tmp_path: Path, shm: Path, services: Services):
     area = area_of(tmp_path, shm)
-    kept: dict[int, int] = {}
     for n_slots in (3, 1, 2):
         manager = CheckpointManager(args(shm, slots=n_slots, linger_s=60), tmp_path, start_service=services.start)
         manager.prepare(make())
@@ -384,8 +383,6 @@ def test_slots_stay_allocated_and_those_not_wanted_any_more_do_not(tmp_path: Pat
         assert [slot.number for slot in area.slots()] == list(range(n_slots))
         free = {f"slot-{n}.free" for n in range(n_slots)}  # the service says so after it has published
         wait_until(lambda free=free: {path.name for path in area.folder.glob("slot-*.*")} == free)
-        inode = (area.slot(0).folder / layout.model_file(0)).stat().st_ino
-        assert kept.setdefault(0, inode) == inode
     assert services.kill() == 1  # one for all three
 
 
