@@ -41,5 +41,5 @@ if [[ -z $job ]]; then
 fi
 export LINGUA_TRUST=1 # whoever submitted the job chose its code
 hold=lingua.launch.job
-[[ -f $code/lingua/launch/job.py ]] || hold=lingua.job # code that was frozen before December 2026
+[[ ! -d $code/lingua || -f $code/lingua/launch/job.py ]] || hold=lingua.job # frozen before December 2026
 exec "$PYTHON" -m $hold hold "$job"

@@ -43,6 +43,7 @@ def drill(
     """
     from lingua.files import RunError
     from lingua.report.facts import read_run
+    from lingua.report.figure import must_draw
     from lingua.report.history import read_history
     from lingua.run.lock import this_process
     from lingua.selfcheck.drill import Drill, OnSlurm, OnThisMachine
@@ -51,6 +52,8 @@ def drill(
 
     if figure is not None and figure.suffix not in (".svg", ".png"):
         raise RunError(f"--figure {figure}: the name of the file must end in .svg or .png")
+    if figure is not None:
+        must_draw()
     path = (folder or Path("out", f"drill-{datetime.now():%Y%m%d-%H%M%S}")).absolute()
     site = OnThisMachine(path / "said.txt") if local else OnSlurm()
     work = Drill(

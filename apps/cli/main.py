@@ -18,6 +18,7 @@ from apps.cli import runs as run_commands
 from apps.cli.ckpt import app as ckpt_app
 from apps.cli.data import app as data_app
 from apps.cli.drill import drill
+from apps.cli.init import init
 from apps.cli.push import push
 from apps.cli.replay import replay
 from apps.cli.sweep import app as sweep_app
@@ -262,7 +263,7 @@ def evaluate(
 app.command("export")(export_commands.export)
 app.command("import")(export_commands.import_)
 app.command(context_settings=PASSED_ON)(chat_command.chat)
-for command in (*run_commands.COMMANDS, watch, push, drill, replay):
+for command in (*run_commands.COMMANDS, watch, push, drill, replay, init):
     app.command()(command)
 
 

@@ -101,7 +101,8 @@ def submit_run(
 
 def must_be_checkout(base_dir: Path) -> None:
     if not (base_dir / BODY).is_file():
-        raise ConfigError(f"{base_dir} is not a checkout of lingua: it has no {BODY}; launch from yours")
+        places = "launch from yours, or from what `lingua init` made"
+        raise ConfigError(f"{base_dir} is not a checkout of lingua: it has no {BODY}; {places}")
 
 
 def check_job_code(line: CommandLine, checked: Checked) -> None:

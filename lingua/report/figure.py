@@ -11,11 +11,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lingua.files import RunError
 from lingua.report.series import Numbers, Thinned
 
 if TYPE_CHECKING:
@@ -41,6 +43,21 @@ INK, SOFT, GRID, PAPER, BAD, GOOD, FAINT = (f"C{i}" for i in range(8, 15))
 
 _MAX_LEGEND, _LETTERS_PER_INCH = 16, 13  # curves in a legend; letters that fit beside the vertical axis
 _METADATA = {"svg": dict.fromkeys(("Creator", "Date", "Format", "Type")), "png": {"Software": None}}
+
+
+NO_PICTURES = (
+    "matplotlib, which draws pictures, is not installed; type `uv sync --extra plots` or `pip install matplotlib`"
+)
+
+
+def can_draw() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def must_draw() -> None:
+    """Raise RunError if pictures cannot be drawn."""
+    if not can_draw():
+        raise RunError(NO_PICTURES)
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,7 @@ def _written(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
 @contextmanager
 def look(*, dark: bool = False) -> Iterator[None]:
     """Set colours and fonts; figures are made and written inside."""
+    must_draw()
     from cycler import cycler
     from matplotlib import rc_context
 

@@ -20,7 +20,7 @@ from lingua.logger import printable
 from lingua.masking import public_text
 from lingua.report.charts import brief, pictures_of, probe_picture, spent_picture, time_line
 from lingua.report.diff import config_differences, flatten, shown, telling_labels
-from lingua.report.figure import COLORS, Picture
+from lingua.report.figure import COLORS, NO_PICTURES, Picture, can_draw, must_draw
 from lingua.report.history import LOSS, SPENT, History, keys_of
 from lingua.report.series import curve, read_probes
 from lingua.report.status import LIVING, phases_in, state_text, status_of, why
@@ -32,6 +32,8 @@ from lingua.run.startup import in_words
 
 def write_report(runs: Sequence[History], out: Path | None, png: Path | None) -> tuple[Path, list[Path]]:
     """Write the page and, into the folder `png`, its pictures; return their paths. Raises RunError."""
+    if png is not None:
+        must_draw()
     file = out or (runs[0].facts.path / "report.html" if len(runs) == 1 else Path("lingua-report.html"))
     file = file / "report.html" if file.is_dir() else file
     page, pictures = report_page(runs)
@@ -85,6 +87,8 @@ def report_page(runs: Sequence[History]) -> tuple[str, list[Picture]]:
     pictures = [*pictures_of(runs, labels), *filter(None, [spent_picture(runs, names)])]
     layers = [probe_picture(heat) for heat in read_probes(runs[0].facts.path / PROBE_FILE)] if is_alone else []
     time_lines = [time_line(run, "" if is_alone else f"{i + 1}_") for i, run in enumerate(runs)]
+    if not can_draw():
+        pictures, layers, time_lines = [], [], [None] * len(runs)
     page = render(
         "report/templates/report.html",
         title=names[0] if is_alone else f"{len(runs)} runs: {', '.join(names)}",
@@ -104,7 +108,13 @@ def render(template: str, **values: Any) -> str:
 
     look: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("lingua", ""), autoescape=True, undefined=StrictUndefined, **look)
-    environment.globals |= {"COLORS": COLORS, "SPENT": SPENT, "LIVING": LIVING, "zip": zip}
+    environment.globals |= {
+        "COLORS": COLORS,
+        "SPENT": SPENT,
+        "LIVING": LIVING,
+        "zip": zip,
+        "NO_PICTURES": "" if can_draw() else NO_PICTURES,
+    }
     environment.filters |= {
         "bytes": human_bytes,
         "clock": _or_dash(_clock),

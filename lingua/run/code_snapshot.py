@@ -1,8 +1,8 @@
 """Copies the code of a run into its folder when it is first submitted, so that later edits do not change the run.
 
 The copy appears whole or not at all, and is replaced only when asked. A process started with `environment()` imports
-the copy and nothing of the working tree. Copied are Python files at the top of the tree and folders with Python files,
-with configs and scripts in them; not links, hidden folders, virtual environments, data and outputs.
+the copy and nothing of the working tree. Copied are Python files at the top of the tree and folders with Python files
+or scripts, with configs in them; not links, hidden folders, virtual environments, data and outputs.
 """
 
 from __future__ import annotations
@@ -61,8 +61,12 @@ def _code_files(tree: Path) -> Iterator[Path]:
             continue
         if entry.is_file() and entry.suffix in _KEPT:
             yield entry
-        elif entry.is_dir() and entry.name not in _LEFT_OUT and any(entry.glob("[!.]*.py")):
+        elif entry.is_dir() and entry.name not in _LEFT_OUT and _has_code(entry):
             yield from _files_below(entry)
+
+
+def _has_code(folder: Path) -> bool:
+    return any(path.suffix in (".py", ".sh") for path in folder.glob("[!.]*"))
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -186,6 +186,21 @@ def test_an_interrupted_run_on_top_of_an_undisturbed_one(tmp_path: Path, run: Hi
         assert part in svg, part
 
 
+def test_without_matplotlib_a_page_has_all_but_pictures(tmp_path: Path, run: History, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lingua.report.figure.find_spec", lambda name: None)
+    page = Tags(write_report([run], None, None)[0].read_text())
+    assert "img" not in page.tags
+    assert "matplotlib, which draws pictures, is not installed; type `uv sync --extra plots`" in page.text
+    assert "matplotlib" in Tags(report_page([run, run])[0]).text
+    for impossible in (
+        lambda: write_report([run], None, tmp_path),
+        lambda: write_interrupted(run, run, tmp_path / "x.svg"),
+        lambda: drill(figure=tmp_path / "x.svg"),
+    ):
+        with pytest.raises(RunError, match="matplotlib, which draws pictures, is not installed"):
+            impossible()
+
+
 def test_a_figure_of_another_kind_is_refused_before_the_drill_begins():
     with pytest.raises(RunError, match=r"--figure x\.pdf: the name of the file must end in \.svg or \.png"):
         drill(figure=Path("x.pdf"))

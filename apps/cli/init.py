@@ -1,0 +1,59 @@
+"""`lingua init DIR`: a small project that uses lingua as a dependency."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lingua.console import lingua_command
+
+STARTER = Path(__file__).with_name("starter")
+PROJECT = """[project]
+name = "my-project"
+version = "0.1.0"
+requires-python = ">=3.11"
+dependencies = ["{}"]
+
+[tool.setuptools]
+py-modules = ["my_model"]
+"""
+
+
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)]) -> None:
+    """Write a small project: a config, a model of your own, a job script, and a README.
+
+    It depends on lingua, from where this lingua was installed.
+    """
+    from lingua.files import whole_folder
+
+    with whole_folder(folder) as unfinished:
+        shutil.copytree(STARTER, unfinished, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        (unfinished / "scripts").mkdir()
+        shutil.copyfile(job_script(), unfinished / "scripts" / "job.sh")
+        (unfinished / ".gitignore").write_text("out/\ndata/\n.jobs/\n.venv/\n__pycache__/\n")
+        (unfinished / "pyproject.toml").write_text(PROJECT.format(requirement()))
+    print(f"{folder} is a project with a model of its own; see its README.md. Begin with")
+    print(f"  cd {shlex.quote(str(folder))}\n  {lingua_command()} train config.yaml")
+
+
+def job_script() -> Path:
+    """Return scripts/job.sh: of a checkout, or where a wheel puts it."""
+    places = [Path(__file__).parents[2], Path(sysconfig.get_path("data"), "share", "lingua")]
+    return next(place for place in (root / "scripts" / "job.sh" for root in places) if place.is_file())
+
+
+def requirement() -> str:
+    """Return how a project names this lingua as a dependency: by where it was installed from (PEP 610)."""
+    import orjson
+
+    origin = orjson.loads(metadata.distribution("lingua").read_text("direct_url.json") or "{}")
+    if "url" not in origin:
+        return "lingua"
+    vcs = origin.get("vcs_info")
+    return "lingua @ " + (f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}" if vcs else origin["url"])
