@@ -101,7 +101,7 @@ def show(facts: Any, as_json: bool, lines: Iterable[str] | None = None) -> None:
     if as_json:
         show_json(facts)
         return
-    for line in _lines(facts) if lines is None else lines:
+    for line in fact_lines(facts) if lines is None else lines:
         print(line)
 
 
@@ -135,16 +135,16 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: 
         print(line.rstrip(), file=getattr(sys.stdout, "unescaped", sys.stdout))
 
 
-def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+def fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """`key  value` lines; tables indented below their key."""
     for name, value in facts.items():
         if isinstance(value, dict) and value:
             yield f"{indent}{name}"
-            yield from _lines(value, indent + "  ")
+            yield from fact_lines(value, indent + "  ")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for number, item in enumerate(value):
                 yield f"{indent}{name} {number}"
-                yield from _lines(item, indent + "  ")
+                yield from fact_lines(item, indent + "  ")
         elif isinstance(value, list):
             yield f"{indent}{name:<24} {', '.join(map(str, value)) or '-'}"
         elif isinstance(value, float):

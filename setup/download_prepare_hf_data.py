@@ -20,6 +20,7 @@ import orjson
 from lingua.config.command_line import run_main
 from lingua.console import Progress
 from lingua.data.prepare import hub
+from lingua.data.prepare.convert import READ
 from lingua.data.prepare.counts import Counts
 from lingua.data.prepare.pipeline import Job, prepare
 from lingua.data.prepare.worker_pool import peak_rss_bytes
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nchunks", type=number(int, 1, 1 << 31), default=32, help="files to split into (%(default)s)")
     add("--final_data_dir", type=Path, help="copy the result there, checked")
     add("--clear_work_dir_after_transfer_to_final", action="store_true", help="then remove both work folders")
-    add("--source", type=Path, help="folder of jsonl, gz, zst or parquet files instead of the hub; needs no network")
+    add("--source", type=Path, help=f"folder or file of {READ} instead of the hub; needs no network")
     add("--text_key", help="field (or column) with the text (text, else content); data.sources needs it too")
     add("--max_bad_fraction", type=float, default=0.01, help="end if more lines hold no document (%(default)s)")
     add("--revision", help="branch, tag or commit of the data set (main, as it is at the first start)")

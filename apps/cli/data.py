@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from textwrap import indent
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lingua.config.command_line import parse_command_line
-from lingua.console import AsJson, Commands, progress_shown, show
+from lingua.console import AsJson, Commands, fact_lines, lingua_command, progress_shown, show
 
 if TYPE_CHECKING:
     from lingua.data.audit import Part, SpanOrigin
@@ -23,11 +24,75 @@ Words = Annotated[
 ]
 TokenizerName = Annotated[str, typer.Option("--tokenizer", help="bytes, sp, tiktoken or hf.")]
 TokenizerPath = Annotated[str | None, typer.Option(help="The tokenizer's file.")]
-TextKey = Annotated[str | None, typer.Option(help="Field with the text. Default: text, else content.")]
+TextKey = Annotated[
+    str | None, typer.Option("--text-key", "--text_key", help="Field with the text. Default: text, else content.")
+]
 LossOn = Annotated[str, typer.Option(help="all, or completion: documents have fields prompt and completion.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes.")]
 CORES = len(os.sched_getaffinity(0))
 Run = Annotated[Path, typer.Argument(help="Run folder: config.yaml and checkpoints/.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of texts, or a file.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the new source.", show_default=False)],
+    tokenizer_size: Annotated[
+        str | None,
+        typer.Option("--train-tokenizer", metavar="SIZE", help="Also train a BPE tokenizer, of 16k tokens say."),
+    ] = None,
+    data_dir: Annotated[Path, typer.Option("--data-dir", "--data_dir", help="Where NAME is made.")] = Path("data"),
+    tmp_dir: Annotated[Path, typer.Option("--tmp-dir", "--tmp_dir", help="Room for the text.")] = Path("/tmp"),
+    text_key: TextKey = None,
+    max_bad: Annotated[
+        float, typer.Option("--max-bad-fraction", "--max_bad_fraction", help="End if more lines hold no document.")
+    ] = 0.01,
+    as_json: AsJson = False,
+) -> None:
+    """Make a source of your own texts: shuffled chunks, and a held-out file.
+
+    Reads txt, md, jsonl (each also as gz, zst or in a zip) and parquet files, in nested folders too. A text file is a
+    document; a longer one than 64 KiB is cut at empty lines. Killed, the same command continues. The tokenizer learns
+    from the first 64 MiB of the shuffled text; data.tokenizer in the printed command uses it.
+    """
+    from lingua.config.base import ConfigError
+    from lingua.config.keys.data import TokenizerArgs
+    from lingua.data.blocked_source import TextFields
+    from lingua.data.prepare import pipeline
+    from lingua.data.prepare.convert import chunks_for
+    from lingua.data.prepare.counts import Counts
+    from lingua.data.prepare.train_tokenizer import bytes_per_token, train_tokenizer
+    from lingua.data.prepare.worker_pool import available_bytes
+    from lingua.tokenizer import build_tokenizer
+    from lingua.train.recipe import amount
+
+    size = None if tokenizer_size is None else int(amount("--train-tokenizer", tokenizer_size, 258, 1e6))
+    job = pipeline.Job(
+        name, available_bytes(), data_dir, tmp_dir, n_chunks=chunks_for(source), source=source, suffix="",
+        text_key=text_key, max_bad_fraction=max_bad,
+    )  # fmt: skip
+    if job.out.resolve().is_relative_to(source.resolve()):  # the next start would read the result, too
+        raise ConfigError(f"{job.out}, where the result goes, is in {source}; choose another --data-dir")
+    facts: dict[str, Any] = {"folder": str(job.out), **pipeline.prepare(job, progress=progress_shown())}
+    made = f"{job.out}: {facts['documents']:,} documents, {facts['held_out']:,} of them held out"
+    lines = [made + Counts(**facts["counts"]).left_out]
+    keys = {"data.sources": f"{{{name}: 1}}"} | ({} if data_dir == Path("data") else {"data.root_dir": str(data_dir)})
+    if text_key is not None:
+        keys = {"data.sources": f"[{{path: {job.out}, text_key: {text_key}}}]"}
+    if size is not None:
+        fields = TextFields(text_key)
+        with progress_shown() as progress:
+            file = train_tokenizer(job.out, size, fields, progress)
+        tokenizer = build_tokenizer(TokenizerArgs(name="hf", path=str(file)))
+        facts["bytes_per_token"] = bytes_per_token(job.out, tokenizer, fields)
+        shown = f"{facts['bytes_per_token']:.2f} bytes of text per token (data.tokenizer.name=bytes: 1.00)"
+        lines.append(f"{file}: {tokenizer.vocab_size:,} tokens; {shown}")
+        keys |= {"data.tokenizer.name": "hf", "data.tokenizer.path": str(file)}
+    config = "apps/main/configs/debug.yaml" if Path("apps/main/configs").is_dir() else "CONFIG"
+    words = [config, f"name={name}", *(f"{key}={value}" for key, value in keys.items())]
+    lines += ["next:", "  train on it", f"    {lingua_command()} train {shlex.join(words)}"]
+    lines += ["  look at it", f"    {lingua_command()} data inspect {shlex.quote(str(job.out))} --page {name}.html"]
+    show(facts, as_json, lines)
 
 
 @app.command()
@@ -38,16 +103,20 @@ def inspect(
     tokenizer_path: TokenizerPath = None,
     text_key: TextKey = None,
     loss_on: LossOn = "all",
+    page: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a page for a browser.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count documents, bytes and bad lines by kind, and estimate tokens.
+    """Count documents, bytes and bad lines by kind, estimate tokens, and show the quality of the text at a glance.
 
-    Tokens are estimated from 1 MiB of text per source; in token files they are counted. Reads everything once, except
-    lingua's own token files. Those of other trainers need the --tokenizer that made them.
+    Tokens are estimated from 1 MiB of text per source; scripts, odd characters and lines that many documents share are
+    of the first 32 MiB. In token files tokens are counted. Reads everything once, except lingua's own token files;
+    those of other trainers need the --tokenizer that made them.
     """
+    from lingua.config.base import ConfigError
     from lingua.config.keys.data import TokenizerArgs
     from lingua.data.blocked_source import TextFields
     from lingua.data.inspect import find_document, inspect_path
+    from lingua.report.data_page import quality_lines, write_data_page
     from lingua.tokenizer import build_tokenizer
 
     fields = TextFields(text_key, loss_on)
@@ -57,7 +126,13 @@ def inspect(
         return
     with progress_shown() as progress:
         facts = inspect_path(path, encoder, progress, fields)
-    show(facts, as_json)
+    if page is not None:
+        if not facts.get("quality"):
+            raise ConfigError(f"--page: {path} holds no text to show; give a source of text")
+        write_data_page(facts, page)
+    shown = {key: value for key, value in facts.items() if key != "quality"}
+    shown |= quality_lines(facts) if facts.get("quality") else {}
+    show(facts, as_json, fact_lines(shown | ({} if page is None else {"page": str(page)})))
     raise typer.Exit(1 if facts.get("damaged_files") else 0)
 
 

@@ -70,7 +70,7 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
     """
     from lingua.config.base import ConfigError
 
-    line, wrong = CommandLine(), []
+    line, wrong, words = CommandLine(), [], _whole_values(words)
     known = ["debug", "help", "trust", *flags]
     for before, word in zip(["", *words], words, strict=False):
         name, has_value, value = word.lstrip("-").partition("=")
@@ -105,6 +105,17 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
     if wrong:
         raise ConfigError(wrong)
     return line
+
+
+def _whole_values(words: Sequence[str]) -> list[str]:
+    """Join a value in braces or brackets that a shell cut at its blanks: data.sources={mine: 1} without quotes."""
+    whole = [""]
+    for word in words:
+        is_open = re.match(r"[\w.]+=[{[]", whole[-1]) and any(
+            whole[-1].count(a) > whole[-1].count(b) for a, b in ("{}", "[]")
+        )
+        whole[-1:] = [f"{whole[-1]} {word}"] if is_open else [whole[-1], word]
+    return whole[1:]
 
 
 def with_ckpt(words: Sequence[str]) -> list[str]:

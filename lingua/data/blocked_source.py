@@ -112,13 +112,8 @@ def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "fix data.sourc
 def plain_text_remedy(folder: Path) -> str:
     """Return how to make documents of a folder of plain text; empty if it has none."""
     suffix = next((suffix for suffix in (".txt", ".md") if any(folder.rglob(f"*{suffix}"))), None)
-    if suffix is None:
-        return ""
-    code = (
-        f"[print(json.dumps({{'text': p.read_text()}})) for p in sorted(pathlib.Path(sys.argv[1]).rglob('*{suffix}'))]"
-    )
-    command = f'python -c "import json, pathlib, sys; {code}" {shlex.quote(str(folder))} > mine.jsonl'
-    return f". Its {suffix} files become documents of one jsonl file by\n  {command}"
+    command = f"lingua data prepare {shlex.quote(str(folder))} NAME"
+    return "" if suffix is None else f". `{command}` makes documents of its {suffix} files, in data/NAME"
 
 
 def edges(path: Path, size: int) -> str:

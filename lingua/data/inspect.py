@@ -22,6 +22,7 @@ from lingua.data.jsonl import JsonlSource
 from lingua.data.jsonl_indexed import SUFFIX, write_index
 from lingua.data.pack import Lane
 from lingua.data.prepare.worker_pool import each
+from lingua.data.quality import Quality
 from lingua.data.sources import FORMATS, class_of_files, floor_of, open_data, source_class
 from lingua.data.token_formats import TokenFormat, all_ids
 from lingua.tokenizer import Tokenizer, build_tokenizer
@@ -33,16 +34,17 @@ _N_SAMPLES = 64  # places of a source that an estimate samples
 
 
 def inspect_path(path: Path, tokenizer: Tokenizer, progress: Progress, fields: TextFields) -> dict[str, Any]:
-    """Count the documents, bytes, tokens and bad lines of a source."""
+    """Count the documents, bytes, tokens and bad lines of a source, and look at the quality of its text."""
     kind = class_of_files(path)
     if kind.holds_tokens and not kind.needs_tokenizer:
         return _inspect_tokens(path, progress)
     source = kind(path.name, path, 1, fields=fields, vocabulary=tokenizer)
     progress.begin("reading", source.n_bytes)
     n_documents = total = done = longest = 0
+    quality = Quality()
     for document in source.documents():
         n_documents += 1
-        size = len(all_ids(document)) if isinstance(source, TokenFormat) else len(document.text.encode())
+        size = len(all_ids(document)) if isinstance(source, TokenFormat) else quality.add(document.text)
         total, longest = total + size, max(longest, size)
         done += document.end - document.start
         if done > source.size // 100:
@@ -67,6 +69,7 @@ def inspect_path(path: Path, tokenizer: Tokenizer, progress: Progress, fields: T
         "tokens_estimated": total if tokenizer.name == "bytes" else estimated,
         "bad_lines": sum(counts.values()),
         "bad_lines_by_kind": counts,
+        "quality": quality.facts(),
     }
 
 

@@ -145,9 +145,9 @@ def report(line: CommandLine, params: str, tokens: str, gpus: str, mfu: float, a
 
 def recipe(line: CommandLine, params: str, tokens: str = "20x", gpus: str = "h200", mfu: float = 0.4) -> Recipe:
     """Return the recipe for a number of parameters; what the command line sets goes before the rules."""
-    wanted, machine = _amount("--params", params, most=1e12), machine_of(gpus)
+    wanted, machine = amount("--params", params, most=1e12), machine_of(gpus)
     per_parameter = tokens.lower().endswith("x")
-    many = _amount("--tokens", tokens[:-1], 0.001) if per_parameter else _amount("--tokens", tokens)
+    many = amount("--tokens", tokens[:-1], 0.001) if per_parameter else amount("--tokens", tokens)
     own = compose(line.config, line.overlays, line.overrides, app_schema(choose_app(line)))
     model = shaped(own, wanted)
     n_tokens = many * model.n_params() if per_parameter else many
@@ -182,7 +182,7 @@ def machine_of(gpus: str) -> Machine:
     return Machine(n_ranks, name)
 
 
-def _amount(option: str, text: str, least: float = 1, most: float = 1e15) -> float:
+def amount(option: str, text: str, least: float = 1, most: float = 1e15) -> float:
     """Read `300M`, `1.5B` or `2e9`."""
     found = re.fullmatch(r"(\d+\.?\d*(?:e\d{1,2})?)([kmbt]?)", text.lower().strip())
     number = float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[found[2]] if found else 0.0

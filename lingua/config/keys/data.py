@@ -67,7 +67,7 @@ class DataArgs(Args):
     """Which rows the run sees, and how they are fed."""
 
     root_dir: Text | None = None
-    """Folder that relative source paths are looked up in."""
+    """Folder that relative source paths are looked up in. Null: `data`, for sources that are given by name."""
     sources: dict[str, Annotated[float, Field(ge=0)]] | list[AnySource] = {}
     """`name: weight` under root_dir, or a list of sources. Empty: the embedded corpus."""
     resting: list[AnySource] = []
@@ -192,7 +192,7 @@ class DataArgs(Args):
     @model_validator(mode="after")
     def _keys_fit(self) -> Self:
         if isinstance(self.sources, dict) and self.sources and self.root_dir is None:
-            raise ValueError("sources are given by name, so root_dir is needed; set data.root_dir")
+            object.__setattr__(self, "root_dir", "data")  # where `lingua data prepare` puts them
         if (
             self.loss_on != "all"
             and isinstance(self.sources, list)

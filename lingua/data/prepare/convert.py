@@ -1,16 +1,21 @@
-"""Published files as blocks of jsonl bytes: jsonl as it is, .gz and .zst unpacked, parquet converted.
+"""Files as blocks of jsonl bytes: jsonl as it is, .gz, .zst and .zip unpacked, parquet and plain text converted.
 
-Lines of jsonl files keep every field, byte for byte. Of parquet only the text and `id` are read. A file that is cut off
-is an error that names it, not a shorter data set. Memory: a few blocks, whatever a file unpacks to, and
-`unpacking_bytes`.
+Lines of jsonl files keep every field, byte for byte. Of parquet only the text and `id` are read. A file of plain text
+is one document; a long one is cut at empty lines. A file that is cut off is an error that names it, not a shorter data
+set. Memory: a few blocks, whatever a file unpacks to, and `unpacking_bytes`.
 """
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import os
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import orjson
@@ -20,7 +25,14 @@ from lingua.files import RunError, human_bytes
 
 BLOCK_BYTES = 1 << 20
 PLAIN = ".jsonl"
-SUFFIXES = (PLAIN, *(f"{kind}.{packed}" for kind in (PLAIN, ".json") for packed in ("gz", "zst", "zstd")), ".parquet")
+_PACKED = ("gz", "zst", "zstd")
+_TEXT = tuple(f"{kind}{packed}" for kind in (".txt", ".md") for packed in ("", *(f".{one}" for one in _PACKED)))
+SUFFIXES = (PLAIN, *(f"{kind}.{one}" for kind in (PLAIN, ".json") for one in _PACKED), *_TEXT, ".parquet", ".zip")
+READ = "txt, md, jsonl (also as gz, zst or in a zip) and parquet"
+UNIT_BYTES = 64 << 20
+"""Of plain texts that are read as one input: there may be many small ones, and each input costs files of its own."""
+DOCUMENT_CHARS = 64 << 10
+"""Of plain text, from which on a document ends at the next empty line."""
 _ZSTD = (".zst", ".zstd")
 _PARQUET_BYTES = 96 << 20  # its library and a row group
 _ZSTD_WINDOW_BYTES = 8 << 20  # what every decoder must allow
@@ -31,18 +43,57 @@ def is_plain(path: str | Path) -> bool:
     return str(path).endswith(PLAIN)
 
 
-def find_inputs(folder: Path) -> list[str]:
-    """Find the files that can be read, relative to `folder`, in the order that numbers them; no hidden ones."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.name.endswith(SUFFIXES))
-    found = (path for path in found if not (folder / path).is_dir())  # a link that leads nowhere is an error later
-    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+def is_text(path: str | Path) -> bool:
+    """Return whether a file is plain text, packed or not."""
+    return str(path).lower().endswith(_TEXT)
+
+
+def find_inputs(source: Path) -> list[str]:
+    """Find the files that can be read, relative to the folder `source`, in the order that numbers them; no hidden ones.
+
+    `source` may be such a file.
+    """
+    return sorted(name for name in _names(source) if name.lower().endswith(SUFFIXES))
+
+
+def chunks_for(source: Path) -> int:
+    """Return how many chunks suit a source, by its size."""
+    folder = source if source.is_dir() else source.parent
+    return min(max(sum((folder / name).stat().st_size for name in find_inputs(source)) >> 26, 1), 32)
+
+
+def left_aside(source: Path) -> str:
+    """Count the files that cannot be read, by their suffix; empty if there are none."""
+    others = Counter(Path(name).suffix or "other" for name in _names(source) if not name.lower().endswith(SUFFIXES))
+    return ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+
+
+def _names(source: Path) -> list[str]:
+    if source.is_file():
+        return [source.name]
+    found = [path.relative_to(source) for path in source.rglob("*") if not path.is_dir()]  # a dead link fails later
+    return [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
+
+
+def as_units(names: Sequence[str], sizes: Sequence[int]) -> tuple[list[list[str]], list[int]]:
+    """Return the inputs, each one file or several plain texts in a row, and their sizes."""
+    units: list[list[str]] = []
+    unit_sizes: list[int] = []
+    for name, size in zip(names, sizes, strict=True):
+        if units and is_text(name) and is_text(units[-1][-1]) and unit_sizes[-1] < UNIT_BYTES:
+            units[-1].append(name)
+            unit_sizes[-1] += size
+        else:
+            units.append([name])
+            unit_sizes.append(size)
+    return units, unit_sizes
 
 
 def unpacking_bytes(path: Path) -> int:
     """Memory that unpacking a file takes beside its blocks."""
-    if path.name.endswith(".parquet"):
+    if path.name.lower().endswith(".parquet"):
         return _PARQUET_BYTES
-    if not path.name.endswith(_ZSTD):
+    if not path.name.lower().endswith(_ZSTD):
         return 0
     with path.open("rb", buffering=0) as file:
         return _zstd_window(file.read(_ZSTD_HEAD_BYTES))
@@ -60,24 +111,76 @@ def _zstd_window(head: bytes) -> int:
 
 def blocks(path: Path, fields: TextFields = PLAIN_TEXT) -> Iterator[bytes]:
     """Yield the file as pieces of jsonl. Raises RunError that names a damaged file."""
-    name = path.name
+    name = path.name.lower()
     try:
         if name.endswith(".parquet"):
             yield from _parquet(path, fields)
-        elif not is_plain(path) and path.stat().st_size == 0:
-            raise EOFError("it has 0 bytes")
-        elif name.endswith(".gz"):
-            with gzip.open(path, "rb") as file:
-                while block := file.read(BLOCK_BYTES):
-                    yield block
-        elif name.endswith(_ZSTD):
-            yield from _zstd(path)
+        elif name.endswith(".zip"):
+            yield from _zip(path, fields)
+        elif name.endswith(_TEXT):
+            yield from _documents(_unpacked(path), fields, path.name, str(path))
         else:
-            with path.open("rb", buffering=0) as file:
-                while block := file.read(BLOCK_BYTES):
-                    yield block
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield from _unpacked(path)
+    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
         raise RunError(f"{path} is damaged or cut off ({error}); remove it and start again") from None
+
+
+def _unpacked(path: Path) -> Iterator[bytes]:
+    name = path.name.lower()
+    if name.endswith((".gz", *_ZSTD)) and path.stat().st_size == 0:
+        raise EOFError("it has 0 bytes")
+    if name.endswith(_ZSTD):
+        yield from _zstd(path)
+        return
+    with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def _zip(path: Path, fields: TextFields) -> Iterator[bytes]:
+    with zipfile.ZipFile(path) as packed:
+        names = sorted(one for one in packed.namelist() if one.lower().endswith((PLAIN, ".txt", ".md")))
+        names = [one for one in names if not any(part.startswith((".", "__MACOSX")) for part in one.split("/"))]
+        if not names:
+            raise RunError(f"{path} holds no txt, md or jsonl files; unpack it, or remove it, and start again")
+        for name in names:
+            if packed.getinfo(name).flag_bits & 1:
+                raise RunError(f"{path}: {name} is encrypted; unpack it, or remove it, and start again")
+            last = b"\n"
+            with packed.open(name) as file:
+                content = iter(lambda file=file: file.read(BLOCK_BYTES), b"")
+                where = f"{path}: {name}"
+                for block in content if name.lower().endswith(PLAIN) else _documents(content, fields, name, where):
+                    yield block
+                    last = block[-1:]
+            if last != b"\n":
+                yield b"\n"
+
+
+def _documents(content: Iterable[bytes], fields: TextFields, name: str, where: str) -> Iterator[bytes]:
+    """Yield plain text as lines of jsonl. Raises RunError if it is not UTF-8."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    held, n = "", 0
+    try:
+        for block in chain(content, (None,)):
+            is_last = block is None
+            held += decoder.decode(block or b"", final=is_last)  # pyright: ignore[reportArgumentType] - any bytes
+            while len(held) > 4 * DOCUMENT_CHARS or (is_last and held.strip()):
+                end, n = _end(held), n + 1
+                yield orjson.dumps({"id": name if n == 1 else f"{name}#{n}", fields.keys[0]: held[:end]}) + b"\n"
+                held = held[end:]
+    except UnicodeDecodeError as error:
+        raise RunError(f"{where} is not text in UTF-8 ({error.reason}); convert it with iconv, or remove it") from None
+    if not n:
+        yield b"\n"  # counted as blank
+
+
+def _end(text: str) -> int:
+    """Return where a document ends: behind an empty line, else a line, else anywhere."""
+    if len(text) <= DOCUMENT_CHARS:
+        return len(text)
+    ends = (text.find(mark, DOCUMENT_CHARS, 4 * DOCUMENT_CHARS) + len(mark) for mark in ("\n\n", "\n"))
+    return next((end for end in ends if end > DOCUMENT_CHARS), min(len(text), 4 * DOCUMENT_CHARS))
 
 
 def _zstd(path: Path) -> Iterator[bytes]:

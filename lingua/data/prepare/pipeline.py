@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ import xxhash
 
 from lingua.config.base import ConfigError
 from lingua.console import Progress
-from lingua.data.blocked_source import TextFields, plain_text_remedy
+from lingua.data.blocked_source import TextFields
 from lingua.data.manifest import MANIFEST, check_manifest, hash_file, read_manifest, stray_files
 from lingua.data.prepare import hub
-from lingua.data.prepare.convert import blocks, find_inputs, is_plain, unpacking_bytes
+from lingua.data.prepare.convert import READ, as_units, blocks, find_inputs, is_plain, left_aside, unpacking_bytes
 from lingua.data.prepare.counts import Counts, LongLineError
 from lingua.data.prepare.external_sort import (
     DOC_BYTES,
@@ -78,7 +79,9 @@ class Job:
     final_data_dir: Path | None = None
     clear: bool = False
     source: Path | None = None
-    """A local folder of jsonl, gz, zst or parquet files instead of the hub."""
+    """A local folder, or a file, instead of the hub: plain text, jsonl, parquet, packed or not."""
+    suffix: str = "_shuffled"
+    """What the name of the folder of chunks adds to that of the data set."""
     revision: str | None = None
     n_workers: int | None = None
     """Processes; None for as many as cores, inputs and memory allow."""
@@ -98,11 +101,11 @@ class Job:
 
     @property
     def out(self) -> Path:
-        return self.data_dir / f"{self.dataset}_shuffled"
+        return self.data_dir / f"{self.dataset}{self.suffix}"
 
     @property
     def final(self) -> Path | None:
-        return self.final_data_dir / f"{self.dataset}_shuffled" if self.final_data_dir else None
+        return self.final_data_dir / self.out.name if self.final_data_dir else None
 
     @property
     def repo(self) -> str:
@@ -123,8 +126,8 @@ def check_job(job: Job) -> None:
     if job.final and job.final.resolve() == job.out.resolve():
         raise ValueError(f"--final_data_dir is --data_dir ({job.data_dir}); leave it out")
     if job.source is not None:
-        if not job.source.is_dir():
-            raise ValueError(f"--source {job.source} is not a folder; check the path")
+        if not job.source.is_dir() and not job.source.is_file():
+            raise ValueError(f"{job.source} is not a folder, nor a file; check the path")
         if job.source.resolve() in (job.out.resolve(), job.final.resolve() if job.final else None):
             raise ValueError(f"--source {job.source} is where the result goes; choose another --data_dir")
     _window_bytes(job.memory_bytes - rss_bytes(), 1)
@@ -246,7 +249,7 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
         log.info("the machine has %s of memory to spare; that is the budget", human_bytes(memory_bytes))
     runs, counts = _runs(job, root, recipe, memory_bytes, progress, files)
     if not counts.documents:
-        raise RunError(f"no document in {root}: {counts}")
+        raise RunError(f"no document in {job.source or root}: {counts}; add text, or name its field with --text_key")
     log.info("%s", counts)
     if counts.bad > job.max_bad_fraction * (counts.bad + counts.documents):
         raise RunError(
@@ -274,12 +277,15 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
 def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str, Any]]:
     """Folder of the input files, and the recipe that names them."""
     if job.source is not None:
-        names = find_inputs(job.source)
+        names, others = find_inputs(job.source), left_aside(job.source)
         if not names:
-            more = plain_text_remedy(job.source)
-            raise ValueError(f"--source {job.source} holds no jsonl, gz, zst or parquet files; choose another{more}")
-        inputs = [[name, (job.source / name).stat().st_size] for name in names]
-        return job.source, _recipe(job, "local", "local", inputs)
+            more = f" (only {others})" if others else ""
+            raise ValueError(f"{job.source} holds no file that can be read{more}; lingua reads {READ}")
+        if others:
+            log.warning("left aside: %s; lingua reads %s", others, READ)
+        root = job.source if job.source.is_dir() else job.source.parent
+        inputs = [[name, (root / name).stat().st_size] for name in names]
+        return root, _recipe(job, "local", "local", inputs)
     with disk_of(job.raw, "--data_dir"):
         snapshot = hub.fetch(
             job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, files=files
@@ -297,8 +303,9 @@ def _runs(
     if (mapped := _map_all(job, root, names, sizes, memory_bytes, progress)) is not None:
         return mapped
     folder = _scratch(job, recipe, files)
-    todo = [number for number in range(len(names)) if not mark_of(folder, number).is_file()]
-    reserve = max((unpacking_bytes(root / names[number]) for number in todo), default=0)
+    units, sizes = as_units(names, sizes)
+    todo = [number for number in range(len(units)) if not mark_of(folder, number).is_file()]
+    reserve = max((unpacking_bytes(root / name) for number in todo for name in units[number]), default=0)
     n_workers = _n_workers(job, memory_bytes, len(todo), sum(sizes), reserve)
     window_bytes = _window_bytes(memory_bytes, n_workers, reserve)
     with disk_of(folder, "--tmp_dir"):
@@ -307,15 +314,15 @@ def _runs(
         progress.begin("sort", sum(sizes), done=sum(sizes) - todo_bytes)
 
         def sort(number: int) -> None:
-            path, fields = root / names[number], job.fields
+            paths, fields = [root / name for name in units[number]], job.fields
             sort_file(
-                blocks(path, fields), str(path), number, folder,
+                chain.from_iterable(blocks(path, fields) for path in paths), str(paths[0]), number, folder,
                 seed=job.seed, memory_bytes=window_bytes, fields=fields, files=files,
             )  # fmt: skip
 
         for number, _ in each(todo, sort, n_workers):
             progress.advance(sizes[number])
-    return load_runs(folder, len(names))
+    return load_runs(folder, len(units))
 
 
 def _map_all(

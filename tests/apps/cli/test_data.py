@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apps.cli.data import read_run
+from lingua.config.command_line import parse_command_line
 from lingua.data.loader import build_loader
+from lingua.tokenizer import build_tokenizer
+from lingua.train.check import load
 from tests.cli import Lingua
 from tests.corpora import documents, two_sources, write_source
 from tests.no_torch import said_without_torch
@@ -139,6 +143,56 @@ def test_inspect(tmp_path: Path, lingua: Lingua) -> None:
     code, out, _ = lingua("inspect", folder)
     assert code == 0
     assert "documents                3" in out
+
+
+def test_inspect_shows_the_quality_of_text_and_makes_a_page(tmp_path: Path, lingua: Lingua) -> None:
+    texts = [f"word {n} <b>x</b>\nSubscribe to our <i>newsletter</i>" for n in range(9)]
+    folder = write_source(tmp_path, "s", [*texts, texts[0], "bad \ufffd"])
+    page = tmp_path / "pages" / "s.html"
+    code, out, _ = lingua("inspect", folder, "--page", page)
+    assert code == 0
+    assert "exact duplicates         1 (9.1% of the documents)" in out
+    assert "scripts of letters       Latin 100.0%" in out
+    assert "odd characters           1 replacement (U+FFFD), in 1 documents" in out
+    html = page.read_text()
+    assert "Subscribe to our &lt;i&gt;newsletter&lt;/i&gt;" in html
+    assert "<script" not in html
+    assert "http" not in html
+    assert lingua.record("inspect", folder)["quality"]["boilerplate"]["Subscribe to our <i>newsletter</i>"] == 10
+    (tmp_path / "file").touch()
+    assert (
+        "choose another place with --page FILE" in lingua("inspect", folder, "--page", tmp_path / "file" / "x.html")[2]
+    )
+    lingua.record("tokenize", folder, "--out", tmp_path / "t")
+    assert "holds no text to show" in lingua("inspect", tmp_path / "t" / "s", "--page", page)[2]
+
+
+def test_own_texts_and_a_tokenizer_of_them_in_one_command(
+    tmp_path: Path, lingua: Lingua, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my texts").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "my texts" / f"{name}.txt").write_text(f"the {name} and the other " * 50)
+    words = ("prepare", tmp_path / "my texts", "mine", "--tmp-dir", tmp_path, "--train-tokenizer", 300)
+    facts = lingua.record(*words)
+    assert (facts["documents"], facts["held_out"]) == (3, 1)
+    assert facts["bytes_per_token"] > 2
+    file = tmp_path / "data/mine/tokenizer-300.json"
+    before = file.stat().st_mtime_ns
+    code, out, _ = lingua(*words)  # again: what is there stays
+    assert (code, file.stat().st_mtime_ns) == (0, before)
+    command = next(line for line in out.splitlines() if " train CONFIG " in line)
+    typed = [f"config={ROOT}/apps/main/configs/debug.yaml", *shlex.split(command.split(" CONFIG ")[1])]
+    args = load(parse_command_line([*typed, f"dump_dir={tmp_path}/run"]), strict_paths=True).args
+    tokenizer = build_tokenizer(args.data.tokenizer)
+    assert tokenizer.vocab_size <= 300
+    tokenizer.check_special(True, True)
+    assert tokenizer.decode(tokenizer.encode("the é\x00 <|end_of_text|>", False, False)) == "the é\x00 <|end_of_text|>"
+    assert [source.path for source in args.data.read_files()] == ["data/mine"]
+    assert "is in" in lingua("prepare", tmp_path, "mine")[2]
+    for size in ("16q", "100", "k", "-5k"):
+        assert "is no number from 258 to 1e+06" in lingua(*words[:-1], size)[2]
 
 
 def test_index_and_tokenize(tmp_path: Path, lingua: Lingua) -> None:

@@ -171,3 +171,10 @@ def test_what_no_command_takes_is_refused_by_every_command(
 ) -> None:
     assert run_main(lambda words: pytest.fail("it began"), ["status", word]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_value_that_the_shell_cut_at_its_blanks_is_whole() -> None:
+    words = ["x.yaml", "data.sources={a:", "1,", "b:", "2}", "model.layers=[a,", "b]", "name=c", "prompt=def f({", "+d"]
+    line = parse_command_line(words)
+    assert line.overrides == ["data.sources={a: 1, b: 2}", "model.layers=[a, b]", "name=c", "prompt=def f({"]
+    assert (line.config, line.overlays) == ("x.yaml", ["d"])

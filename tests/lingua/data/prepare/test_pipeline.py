@@ -6,7 +6,6 @@ import gzip
 import os
 import random
 import shutil
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -419,14 +418,3 @@ def test_a_column_of_another_name_gets_a_remedy_that_then_works(tmp_path: Path):
         prepare(job)
     assert not job.out.exists()
     assert prepare(replace(job, text_key="body"))["documents"] == 2
-
-
-def test_a_folder_of_plain_text_gets_a_command_that_makes_documents_of_it(tmp_path: Path):
-    (tmp_path / "my texts").mkdir()
-    (tmp_path / "my texts" / "a.txt").write_text("one\ntwo")
-    job = Job(dataset="mine", memory_bytes=MEMORY_BYTES, data_dir=tmp_path, n_chunks=1, source=tmp_path / "my texts")
-    with pytest.raises(ValueError, match="documents of one jsonl file") as refused:
-        prepare(job)
-    command = str(refused.value).splitlines()[-1]
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert orjson.loads((tmp_path / "mine.jsonl").read_bytes()) == {"text": "one\ntwo"}
