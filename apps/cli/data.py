@@ -88,7 +88,7 @@ def prepare(
         shown = f"{facts['bytes_per_token']:.2f} bytes of text per token (data.tokenizer.name=bytes: 1.00)"
         lines.append(f"{file}: {tokenizer.vocab_size:,} tokens; {shown}")
         keys |= {"data.tokenizer.name": "hf", "data.tokenizer.path": str(file)}
-    config = "apps/main/configs/debug.yaml" if Path("apps/main/configs").is_dir() else "CONFIG"
+    config = next((file for file in ("apps/main/configs/debug.yaml", "config.yaml") if Path(file).is_file()), "CONFIG")
     words = [config, f"name={name}", *(f"{key}={value}" for key, value in keys.items())]
     lines += ["next:", "  train on it", f"    {lingua_command()} train {shlex.join(words)}"]
     lines += ["  look at it", f"    {lingua_command()} data inspect {shlex.quote(str(job.out))} --page {name}.html"]

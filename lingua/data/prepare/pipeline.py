@@ -281,6 +281,8 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
         if not names:
             more = f" (only {others})" if others else ""
             raise ValueError(f"{job.source} holds no file that can be read{more}; lingua reads {READ}")
+        if strange := [name for name in names if name.encode(errors="replace").decode() != name]:
+            raise ValueError(f"{job.source}: the name of the file {strange[0]!r} is not UTF-8; rename it")
         if others:
             log.warning("left aside: %s; lingua reads %s", others, READ)
         root = job.source if job.source.is_dir() else job.source.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,7 @@ def without_text(path: Path) -> None:
         ("a.zip", encrypted, "a.zip: a.txt is encrypted"),
         ("a.zip", without_text, "a.zip holds no txt, md or jsonl files"),
         ("a.txt", b"", "no document in .*: 0 documents; left out: 1 blank lines; add text"),
+        (os.fsdecode(b"caf\xe9.txt"), b"a", "the name of the file .* is not UTF-8; rename it"),
         ("a.pdf", b"", r"holds no file that can be read \(only 1 .pdf\); lingua reads txt, md"),
     ],
 )
