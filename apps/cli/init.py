@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sysconfig
 from importlib import metadata
 from pathlib import Path
@@ -30,14 +29,15 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folde
 
     It depends on lingua, from where this lingua was installed.
     """
-    from lingua.files import whole_folder
+    from lingua.files import make_folders, whole_folder, write_whole
 
+    files = {path.name: path.read_text() for path in STARTER.iterdir() if path.is_file()}
+    files |= {"scripts/job.sh": job_script().read_text(), "pyproject.toml": PROJECT.format(requirement())}
+    files[".gitignore"] = "out/\ndata/\n.jobs/\n.venv/\n__pycache__/\n"
     with whole_folder(folder) as unfinished:
-        shutil.copytree(STARTER, unfinished, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-        (unfinished / "scripts").mkdir()
-        shutil.copyfile(job_script(), unfinished / "scripts" / "job.sh")
-        (unfinished / ".gitignore").write_text("out/\ndata/\n.jobs/\n.venv/\n__pycache__/\n")
-        (unfinished / "pyproject.toml").write_text(PROJECT.format(requirement()))
+        make_folders(unfinished / "scripts")
+        for name, text in files.items():
+            write_whole(unfinished / name, text)
     print(f"{folder} is a project with a model of its own; see its README.md. Begin with")
     print(f"  cd {shlex.quote(str(folder))}\n  {lingua_command()} train config.yaml")
 
