@@ -112,23 +112,45 @@ def show_json(facts: Any) -> None:
     print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
-    """Print a table without lines; the columns named in `right` are figures: right-aligned and never wrapped."""
+_WORD = 16  # a longer word, such as a path, may be cut where the terminal is narrow
+
+
+def show_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
+) -> None:
+    """Print a table without lines; the columns named in `right` are figures: right-aligned and never wrapped.
+
+    On a terminal that is too narrow, columns named in `spare` are left out, the first first, before words are cut.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    def _cell(value: object) -> Text:
-        return Text(printable(str(value)).replace("\n", "\\n"))
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(
-            _cell(name), justify="right" if name in right else "left", overflow="fold", no_wrap=name in right
-        )
-    for row in rows:
-        table.add_row(*map(_cell, row))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    grid = [[Text(printable(str(value)).replace("\n", "\\n")) for value in row] for row in (columns, *rows)]
+    widths = {i: max(row[i].cell_len for row in grid) for i in range(len(columns))}
+    least = dict(widths)
+    for i, name in enumerate(columns):
+        if name not in right:
+            longest = max(len(word) for row in grid for word in [*row[i].plain.split(), ""])
+            least[i] = min(widths[i], longest, _WORD)
+    room = console.width + 2
+    for i in map(columns.index, spare):
+        if sum(least.values()) + 2 * len(least) > room:
+            del widths[i], least[i]
+    while sum(widths.values()) + 2 * len(widths) > room and widths != least:
+        widths[max(widths, key=lambda i: widths[i] - least[i])] -= 1
+    console.width = max(console.width, sum(widths.values()) + 2 * len(widths))  # a number that is cut misleads
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, width in widths.items():
+        figures = columns[i] in right
+        justify = "right" if figures else "left"
+        table.add_column(grid[0][i], justify=justify, overflow="fold", no_wrap=figures, width=width)
+    for row in grid[1:]:
+        table.add_row(*(row[i] for i in widths))
     with console.capture() as capture:
         console.print(table)
     for line in capture.get().splitlines():  # with escapes of our own
@@ -170,11 +192,14 @@ def progress_shown() -> Progress:
     return Progress()
 
 
+_MANY_BYTES = 64 << 20  # more than this is worth a bar at once
+
+
 class Progress:
     """A bar on a terminal, and plain lines in the log. Several threads may advance it.
 
     Of steps, the log gets a line per report. Of a stage of bytes it gets, where there is no bar, a line when it begins,
-    at every tenth and at its end.
+    at every tenth and at its end. A small stage has no bar and only its last line, unless it takes more than a second.
     """
 
     def __init__(
@@ -218,15 +243,18 @@ class Progress:
         self._tenth, self._start_s = 0, self._now()
         if self._bar:
             self._id = self._bar.add_task(name, total=total, completed=done, count=self._count(), more="")
-        elif unit == "bytes":
+            self._bar.update(self._id, visible=self._is_long())
+        elif unit == "bytes" and self._is_long():
             self._log("%s: %s", name, human_bytes(total))
 
     def advance(self, n: int) -> None:
         """Add to what is done of the stage."""
         with self._lock:
             self._done += n
+            if not self._is_long():
+                return
             if self._bar:
-                self._bar.update(self._id, completed=self._done, count=self._count(), **self._rate())
+                self._bar.update(self._id, completed=self._done, count=self._count(), visible=True, **self._rate())
             elif self._unit == "bytes" and self._tenth < (tenth := 10 * self._done // max(self._total, 1)) < 10:
                 self._tenth = tenth
                 self._log("%s: %d%% of %s", self._name, 10 * tenth, human_bytes(self._total))
@@ -237,6 +265,9 @@ class Progress:
         self._log("%s", line if self._bar else f"{line}  {left}")
         if self._bar:
             self._bar.update(self._id, more=left)
+
+    def _is_long(self) -> bool:
+        return self._unit == "steps" or self._total >= _MANY_BYTES or self._now() - self._start_s >= 1
 
     def _count(self) -> str:
         if self._unit == "steps":

@@ -6,7 +6,6 @@ import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C
 import shlex
 import sys
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -50,6 +49,8 @@ app.add_typer(sweep_app, name="sweep")
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from importlib import metadata
+
         print(metadata.version("lingua"))
         raise typer.Exit
 

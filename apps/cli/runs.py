@@ -63,7 +63,7 @@ def runs(
     if as_json or not found:
         show([asdict(one) for one in found], as_json, [f"no runs in {folder}"])
     else:
-        show_table(COLUMNS, map(row, found), right=COLUMNS[2:7])
+        show_table(COLUMNS, map(row, found), right=COLUMNS[2:7], spare=("job", "checkpoint", "tokens/s"))
 
 
 def diff(

@@ -29,6 +29,7 @@ class Args(BaseModel):
         ser_json_inf_nan="constants",  # or a frozen config has null where a free mapping holds .inf
         validate_assignment=True,
         validate_default=True,
+        defer_build=True,  # most classes are only used inside others, or not at all
     )
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
@@ -115,6 +116,8 @@ def register(kind: str, type_name: str) -> Callable[[PartType], PartType]:
     """Class decorator: make `type: <type_name>` in the section `kind` choose this class. Raises ValueError if taken."""
 
     def add(part: PartType) -> PartType:
+        if not part.__module__.startswith(("lingua.", "apps.")):  # a plugin's: what is wrong with it is told now
+            part.model_rebuild(raise_errors=False)
         taken = _parts.setdefault(kind, {}).setdefault(type_name, part)
         if taken.__qualname__ != part.__qualname__ or taken.__module__ != part.__module__:
             raise ValueError(f"{kind} type {type_name!r} is already {taken.__module__}.{taken.__qualname__}")

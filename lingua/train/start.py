@@ -277,10 +277,12 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     if run.args.app != DEFAULT_APP and not any(word.startswith("app=") for word in given):
         given.append(f"app={run.args.app}")
     prompt = "import " if run.args.data.tokenizer.name != "none" else "0 0"
+    again = f"{command} train {shlex.join(given)}"
+    again += f" {more}" if len(f"    {again} {more}") <= 80 else f" \\\n      {more}"
     log.info(
-        "next:\n  let it write\n    %s generate %s 'prompt=%s'\n  train twice as long\n    %s train %s %s\n"
+        "next:\n  let it write\n    %s generate %s 'prompt=%s'\n  train twice as long\n    %s\n"
         "  look at the curves\n    %s report %s",
-        command, folder, prompt, command, shlex.join(given), more, command, folder,
+        command, folder, prompt, again, command, folder,
     )  # fmt: skip
 
 

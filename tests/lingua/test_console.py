@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -23,14 +25,31 @@ def test_a_table_is_aligned_and_never_cut_or_taken_for_markup(capsys: pytest.Cap
     ]  # fmt: skip
 
 
-def test_figures_are_never_wrapped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "40")
+ROWS = [("out/a_run_with_a_name_of_37_characters", "failed (nan)", "3.1234", "123,456", "100, 3m ago")]
+
+
+@pytest.mark.parametrize(
+    ("width", "names", "lines"),
+    [
+        (100, "run state loss tokens/s saved", 1),
+        (70, "run state loss tokens/s saved", 2),
+        (44, "run state loss tokens/s", 3),
+        (20, "run state loss tokens/s", 3),
+    ],
+)
+def test_figures_and_words_are_not_cut_where_a_terminal_is_narrow(
+    width: int, names: str, lines: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    figures = ("loss", "tokens/s")
-    show_table(("run", *figures), [("out/a_run_with_a_name_of_37_characters", "3.1234", "123,456")], right=figures)
-    first, second = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
-    assert first[1:] == ["3.1234", "123,456"]
-    assert first[0] + second[0] == "out/a_run_with_a_name_of_37_characters"
+    show_table(("run", "state", "loss", "tokens/s", "saved"), ROWS, right=("loss", "tokens/s"), spare=("saved",))
+    head, *shown = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+    assert head.split() == names.split()
+    assert len(shown) == lines
+    words = " ".join(shown).split()
+    for word in ("failed", "(nan)", "3.1234", "123,456", *(("100,", "3m", "ago") if "saved" in names else ())):
+        words.remove(word)
+    assert "".join(words) == ROWS[0][0]
 
 
 def test_facts_are_lines_or_json(capsys: pytest.CaptureFixture[str]):
@@ -84,7 +103,8 @@ def test_a_terminal_gets_a_bar(
 ):  # fmt: skip
     monkeypatch.setenv("COLUMNS", "80")
     caplog.set_level("INFO")
-    with Progress(bar=True) as progress:
+    ticks = chain([0.0], repeat(2.0))
+    with Progress(bar=True, now=lambda: next(ticks)) as progress:
         progress.begin("a name that is longer than its column", 10, unit, done=2)
         progress.advance(1)
         if unit == "steps":
@@ -109,19 +129,26 @@ def test_the_next_command_is_spelled_as_it_works_here(tmp_path: Path, monkeypatc
     assert lingua_command() == "uv run lingua"
 
 
-def test_bytes_off_a_terminal_are_a_few_plain_lines(caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_bytes_off_a_terminal_are_a_few_plain_lines_and_one_if_they_are_quick(
+    seconds: float, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level("INFO")
-    ticks = iter([0.0, 2.0])
+    ticks = chain([0.0, 0.0], repeat(seconds))
     with Progress(bar=False, now=lambda: next(ticks)) as progress:
         progress.begin("sort", 1000)
         for _ in range(4):
             progress.advance(250)
-    assert caplog.messages == [
-        "sort: 1000 B",
-        *(f"sort: {n}% of 1000 B" for n in (20, 50, 70)),
-        "sort: 1000 B in 2.0 s",
-    ]
-    assert progress.seconds == {"sort": 2.0}
+    tenths = [f"sort: {n}% of 1000 B" for n in (20, 50, 70)] if seconds > 1 else []
+    assert caplog.messages == [*tenths, f"sort: 1000 B in {seconds} s"]
+    assert progress.seconds == {"sort": seconds}
+
+
+def test_many_bytes_are_announced_at_once(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    with Progress(bar=False) as progress:
+        progress.begin("sort", 1 << 30)
+        assert caplog.messages == ["sort: 1.0 GiB"]
 
 
 HOSTILE = "a\x1b]0;owned\x07\x9b31m\u202eb\rc\nd"

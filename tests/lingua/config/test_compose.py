@@ -545,6 +545,19 @@ def test_a_plugin_registers_before_the_config_is_checked(tmp_path: Path, monkeyp
     assert "unknown key optim.sharpness" not in str(complaints(tmp_path, text + "\nseed: x"))
 
 
+def test_what_is_wrong_with_a_class_of_a_plugin_is_told_with_the_name_of_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong_plugin_of_test.py").write_text(
+        "from lingua.config.base import register\nfrom lingua.config.keys.optim import OptimArgs\n"
+        "class Odd: ...\n@register('optim', 'odd_of_test')\nclass OddArgs(OptimArgs):\n"
+        "    type: str = 'odd_of_test'\n    odd: Odd | None = None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = str(complaints(tmp_path, "plugins: [wrong_plugin_of_test]\noptim: {type: odd_of_test}"))
+    assert "plugins names 'wrong_plugin_of_test', which cannot be imported" in found
+
+
 def test_keys_without_an_effect_are_read_and_named_where_they_ask_for_something(tmp_path: Path) -> None:
     config = tmp_path / "old.yaml"
     config.write_text(
