@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +17,7 @@ from lingua.checkpoint import publish
 from lingua.checkpoint.layout import folder
 from lingua.checkpoint.shm import drain
 from lingua.checkpoint.shm.area import area_of, base
+from lingua.checkpoint.shm.slot_writer import SlotFile
 from lingua.files import DISK, Files
 from lingua.run.metrics import read_metrics
 from tests.fakes import At, BlockingFiles, FaultyFiles, KillFiles
@@ -351,6 +353,38 @@ def test_memory_of_an_older_timeline_is_not_taken(tmp_path: Path, shm: Path, cal
     assert published(run_dir) == [2]
     end_calmly(run_dir, shm, 1, calm(1))
     assert first_steps(run_dir) == {1: 1, 2: 1, 3: 3}
+
+
+@pytest.mark.soak
+@pytest.mark.ranks
+def test_a_rank_that_was_stopped_in_a_save_wakes_up_when_the_next_attempt_is_through(
+    tmp_path: Path, shm: Path, calm: Callable[[int], Path]
+):
+    run_dir, asleep = tmp_path / "run", tmp_path / "asleep"
+
+    def sleep_in_a_save(rank: int) -> None:
+        facts = SlotFile.facts
+
+        def sleep(file: SlotFile) -> publish.FileFacts:
+            if not asleep.exists():
+                asleep.touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return facts(file)
+
+        if rank == 1:
+            setattr(SlotFile, "facts", sleep)  # noqa: B010
+
+    with Services() as services, Trainer(words(run_dir, shm), 2, both(served_by(services), sleep_in_a_save)) as sleeper:
+        wait_for(asleep)
+        os.kill(sleeper.pids[0], signal.SIGKILL)
+        assert train(words(run_dir, shm), 2, served_by(services)).exit_code == 0
+        os.kill(sleeper.pids[1], signal.SIGCONT)
+        assert all(code != 0 for code in sleeper.wait().exit_codes)
+    assert fingerprint(run_dir, N_STEPS) == fingerprint(calm(2), N_STEPS)
+    assert losses(run_dir) == losses(calm(2))
+    assert_nothing_published_is_lost(run_dir)
+    assert stop(run_dir)["reason"] == "finished"
+    assert not list(base(shm).iterdir())
 
 
 # -- stop ----------------------------------------------------------------------------------------------------------
