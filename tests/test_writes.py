@@ -48,7 +48,6 @@ ALLOWED = {
     """,
     "an open descriptor, a stream or a file of the kernel, no path of a disk": """
         lingua/checkpoint/dcp.py:blob torch.save
-        lingua/checkpoint/shm/slot_writer.py:__init__ ftruncate
         lingua/checkpoint/tools/diff.py:consolidate torch.save
         lingua/data/blocked_source.py:whole_file open
         lingua/data/prepare/worker_pool.py:each write_text

@@ -51,7 +51,8 @@ class SlotFile:
         self.plan = plan
         self._targets: dict[int, Tensor] = {}
         path = slot.folder / plan.name
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            DISK.remove(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             for start in range(0, plan.size_bytes, STRETCH_BYTES):
