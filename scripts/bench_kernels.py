@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
 import statistics
@@ -67,28 +66,6 @@ def device_facts(device: torch.device | None = None) -> dict[str, Any]:
         if (peak := find_peak(machine["device"])) is not None:
             peaks["sheet"], source = peak.flops_per_s, peak.sheet
     return {"machine": machine, "peaks": peaks, "peak": source}
-
-
-def apart(act: Callable[..., Any], *args: Any) -> Any:
-    """Call in a forked process and return the result, so that its memory and its settings end with it."""
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            sending.send(act(*args))
-        except Exception as error:  # the table shows it as this case's result
-            sending.send({"error": f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"})
-
-    process = context.Process(target=run)
-    process.start()
-    sending.close()
-    try:
-        result = receiving.recv()
-    except EOFError:
-        result = None
-    process.join()
-    return {"error": f"the process ended with {process.exitcode}"} if result is None else result
 
 
 def some_documents(batch: int, seq_len: int, device: torch.device, seed: int) -> RowDocuments:

@@ -3,13 +3,11 @@
     uv run python scripts/bench_step.py                      # this CPU: debug and a 30M model, ours and transformers
     uv run python scripts/bench_step.py --suite families     # this CPU: every model family at 1M and 5M parameters
     bash scripts/bench_gpu.sh                                # one GPU, in under ten minutes: everything below
-    uv run python scripts/bench_step.py --suite gpu --list   # names the cases; --only NAME ... runs some of them
+    uv run python scripts/bench_step.py --list               # names the cases; --only NAME ... runs some of them
 
 Suite `cpu`: both models in one process, taking turns; `over_transformers` is the ratio of the medians. Suite `families`
 does the same against transformers' model of that kind, where it has one, and our Llama of that size (`over_llama`), and
-measures cached generation of one row at two positions, in tokens/s. Suite `gpu`: each case runs in a forked process, so
-torch is imported once. The most wanted come first, none begins that would outlast --budget-s, and the table names what
-was left out. The cases:
+measures cached generation of one row at two positions, in tokens/s. The cases, here and in bench_gpu.py:
 
     attention ...      forward and backward of each kernel that runs here, on whole rows and on documents in them
     <model> ...        whole updates (forward, backward, clip, AdamW) on random tokens: tokens/s, MFU, memory, power
@@ -25,7 +23,6 @@ the same run. The peak is the data sheet's (lingua/run/throughput.py); a device 
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import os
@@ -35,27 +32,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: it sets what torch reads once)
 import torch
-from bench_cases import CPU_CASES, GPU_CASES, TINY_CASES, Case, checked, command_of, family_cases
+from bench_budget import die_with_parent
+from bench_cases import CPU_CASES, Case, checked, command_of, family_cases
 from bench_common import format_figure, make_parser, timed, write_corpus
-from bench_kernels import (
-    apart,
-    device_facts,
-    measure_attention,
-    pick_device,
-    some_documents,
-    step_seconds,
-    synchronize,
-)
+from bench_kernels import device_facts, pick_device, some_documents, step_seconds, synchronize
 
 from lingua.config.base import build_part
 from lingua.config.command_line import run_main
@@ -76,7 +68,8 @@ from lingua.train.sizes import Resolved
 
 ROOT = Path(__file__).parents[1]
 FORMULA = "tokens/s * (6 N + 12 L H Q S) / peak, N = parameters without the input embedding's lookup"
-WARM_UP_STEPS = 4
+WARM_UP_STEPS = 3
+TIMED_S = 15.0  # of a case on a GPU; its clock needs no more
 LOOP = "loop debug"  # the case of the CPU suite
 SAVE_EVERY = 20  # of a loop: it trains undisturbed up to this step, and beside the save after it
 
@@ -213,44 +206,75 @@ def rates(case: Case, batch: int, times_s: Sequence[float], trainer: Trainer, pe
     }
 
 
-def measure(case: Case, peaks: Mapping[str, float], steps: int) -> dict[str, Any]:
-    """Measure the case at the largest batch that fits."""
+def measure(
+    case: Case, batch: int, peaks: Mapping[str, float], steps: int, trace: Path | None = None
+) -> dict[str, Any]:
+    """Measure the case in this process; with `trace`, also the longest kernels of one more step."""
     device = pick_device()
-    too_large: list[int] = []
-    for batch in case.batches:
-        try:
-            trainer = Trainer(case, batch, device)
-            first_step_s, _ = timed(lambda trainer=trainer: (trainer.step(), synchronize(device)))
-            times_s = step_seconds(trainer.step, device, steps, WARM_UP_STEPS)
-        except torch.cuda.OutOfMemoryError:
-            too_large.append(batch)
-            trainer = None
-            gc.collect()
-            torch.cuda.empty_cache()
-            continue
-        found = rates(case, batch, times_s, trainer, peaks) | {"first_step_s": first_step_s, "too_large": too_large}
-        if device.type == "cuda":
-            found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-            for _ in range(3):  # the GPU is busy with these while it is asked
-                trainer.step()
-            with suppress(Exception):  # no NVML, or no right to read it: then the figure is left out
-                found["power_w"] = torch.cuda.power_draw(device) / 1000  # mW
-        return found
-    return {"error": f"no batch of {case.batches} fits into the memory"}
+    if case.allocator and device.type == "cuda":
+        torch._C._accelerator_setAllocatorSettings(case.allocator)  # before the first allocation
+    trainer = Trainer(case, batch, device)
+    first_step_s, _ = timed(lambda: (trainer.step(), synchronize(device)))
+    step_s = statistics.median(step_seconds(trainer.step, device, 2, WARM_UP_STEPS))
+    if device.type == "cuda":
+        steps = n_timed(step_s, steps)
+    times_s = step_seconds(trainer.step, device, steps, 0)
+    found = rates(case, batch, times_s, trainer, peaks) | {"first_step_s": first_step_s}
+    if device.type == "cuda":
+        found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        for _ in range(3):  # the GPU is busy with these while it is asked
+            trainer.step()
+        with suppress(Exception):  # no NVML, or no right to read it: then the figure is left out
+            found["power_w"] = torch.cuda.power_draw(device) / 1000  # mW
+    if trace is not None:
+        found["kernels"] = longest_kernels(trainer.step, device, trace)
+    return found
+
+
+def n_timed(step_s: float, steps: int) -> int:
+    """Return how many steps to time: as many as asked for, but no more than TIMED_S of them, and at least eight."""
+    return min(steps, max(8, int(TIMED_S / step_s)))
+
+
+def expected_s(flops: float, steps: int, compiled: bool) -> float:
+    """Seconds of a case on an H200 or H100: initial values, compiling, and steps at 45% of the peak.
+
+    12 and 40 s are guesses until a GPU is there: on two CPU cores, compiling a small model took 20 to 43 s.
+    """
+    step_s = flops / (0.45 * 989.5e12)
+    return 12.0 + (40.0 if compiled else 0.0) + step_s * (WARM_UP_STEPS + 6 + n_timed(step_s, steps))
+
+
+def longest_kernels(step: Callable[[], object], device: torch.device, trace: Path, n: int = 20) -> list[list[Any]]:
+    """[name, ms, share] of the kernels that take longest in one step; all of them are in the file `trace`."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiled:
+        step()
+        synchronize(device)
+    profiled.export_chrome_trace(str(trace))
+    of_kernel = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")  # microseconds
+    kernels = sorted(profiled.key_averages(), key=of_kernel, reverse=True)
+    total = sum(map(of_kernel, kernels)) or 1
+    return [[kernel.key, of_kernel(kernel) / 1000, of_kernel(kernel) / total] for kernel in kernels[:n]]
 
 
 # -- the real trainer ------------------------------------------------------------------------------------------------
 
 
-def measure_loop(case: Case, folder: Path, mode: str, steps: int) -> dict[str, Any]:
+def measure_loop(case: Case, batch: int, folder: Path, mode: str, steps: int) -> dict[str, Any]:
     """Run as a user starts it; `mode`: checkpoint.async_save_mode."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     if not (folder / "sources").is_dir():
         write_corpus(folder / "sources" / "sources.chunk.00.jsonl", 1 << 20 if case.seq_len < 2048 else 64 << 20)
     words = command_of(
-        *(case, case.batches[0], run_dir, f"data.root_dir={folder}", "data.sources={sources: 1}", "logging.freq=1"),
-        *(f"checkpoint.dump={{every: {SAVE_EVERY}, keep: 1}}", f"checkpoint.async_save_mode={mode}"),
+        *(case, batch, run_dir, f"data.root_dir={folder}", "data.sources={sources: 1}", "logging.freq=1"),
+        *(
+            f"checkpoint.dump={{every: {SAVE_EVERY}, keep: 1}}",
+            f"checkpoint.async_save_mode={mode}",
+            "checkpoint.slots=1",
+        ),
         *("checkpoint.eval.every=0", "sample_prompt=null", "validation.at_ends=false", f"steps={steps}"),
         *("profiling.run=true", f"profiling.light_steps={steps}", "profiling.mem_steps=0", "profiling.profile_steps=0"),
     )
@@ -258,13 +282,26 @@ def measure_loop(case: Case, folder: Path, mode: str, steps: int) -> dict[str, A
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     started_s = time.time()
     command = [sys.executable, "-m", "apps.main.train", *words]
-    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, preexec_fn=die_with_parent
+    )
     if ended.returncode != 0:
         return {"error": (ended.stderr.strip() or f"exit code {ended.returncode}").splitlines()[-1]}
     profile = next((run_dir / "profiling").glob("light_*_rank0.jsonl")).read_text()
-    return loop_figures(
+    found = loop_figures(
         read_metrics(run_dir / "metrics.jsonl"), [json.loads(line) for line in profile.splitlines()], started_s
     )
+    return found | {"batch_size": batch, "save": kind_of_save(mode, ended.stdout + ended.stderr)}
+
+
+def kind_of_save(mode: str, log: str) -> str:
+    """Say how the loop saved: as asked for, or synchronously after all, and why."""
+    if mode == "null":
+        return "synchronous"
+    if "staged in" in log:
+        return "asynchronous"
+    why = [line.strip() for line in log.splitlines() if "synchronous" in line]
+    return f"synchronous, not as asked for: {why[0] if why else 'the log does not say why'}"
 
 
 def loop_figures(
@@ -272,7 +309,7 @@ def loop_figures(
 ) -> dict[str, Any]:
     """Figures of a run from the metrics of every step and the light profile."""
     before = [record for record in records if SAVE_EVERY // 2 < record["global_step"] <= SAVE_EVERY]
-    beside = [record for record in records if record["global_step"] > SAVE_EVERY + 1]
+    beside = [record for record in records if record["global_step"] > SAVE_EVERY]
     stalls = [record["checkpoint/stall_s"] for record in records if "checkpoint/stall_s" in record]
     step_s, beside_s = (statistics.median(r["speed/curr_iter_time"] for r in each) for each in (before, beside))
     return {
@@ -282,6 +319,7 @@ def loop_figures(
         "outside_share": statistics.median(
             (times["time/data_s"] + times["time/rest_s"]) / times["time/step_s"] for times in phases
         ),
+        "step_s_of_copy": beside[0]["speed/curr_iter_time"],  # the step in which the copy to the host competes
         "step_s_beside_save": beside_s,
         "slowdown": beside_s / step_s - 1,
         "save_stall_s": stalls[0] if stalls else None,
@@ -291,84 +329,6 @@ def loop_figures(
 
 
 # -- suites ----------------------------------------------------------------------------------------------------------
-
-
-class Planned(NamedTuple):
-    """A measurement of the GPU suite; it does not begin with less than `seconds` left."""
-
-    name: str
-    seconds: float
-    measure: Callable[[Path, Mapping[str, float]], dict[str, Any]]
-
-
-def gpu_plan(tiny: bool, steps: int) -> list[Planned]:
-    """Make all measurements, the most wanted first."""
-    cases = TINY_CASES if tiny else GPU_CASES
-    sizes = (32, 2, 16, 2) if tiny else (2048,)
-
-    def updates(case: Case) -> Planned:
-        return Planned(case.name, 45.0, lambda _, peaks: apart(measure, case, peaks, steps))
-
-    def attention(name: str, seconds: float, packed: bool) -> Planned:
-        return Planned(f"attention {name}", seconds, lambda *_: apart(measure_attention, packed, *sizes))
-
-    def loop(name: str, seconds: float, mode: str, n_steps: int) -> Planned:
-        n_steps = SAVE_EVERY + 4 if tiny else n_steps
-        return Planned(f"loop 1B {name}", seconds, lambda folder, _: measure_loop(cases[0], folder, mode, n_steps))
-
-    return [
-        attention("2048", 25.0, False),
-        *map(updates, cases[:3]),
-        attention("documents 2048", 30.0, True),
-        loop("asynchronous", 120.0, "shm", 50),
-        loop("synchronous", 110.0, "null", 30),
-        *map(updates, cases[3:]),
-    ]
-
-
-def gpu_suite(names: Sequence[str], tiny: bool, budget_s: float, steps: int, say: Callable[[str], None]) -> dict:
-    """Measure what is named, or all, as far as the time goes."""
-    end_s = time.monotonic() + budget_s
-    result = apart(device_facts)  # a process that has touched the GPU cannot fork others that use it
-    if "error" in result:
-        raise RunError(f"the device cannot be used: {result['error']}")
-    if result["machine"]["cuda"] is None and not tiny:
-        raise RunError("no GPU is visible here; run it on a GPU node, or --suite cpu, or --tiny to try it out")
-    result |= {"formula": FORMULA, "cases": {}, "left_out": []}
-    with tempfile.TemporaryDirectory(prefix="lingua-bench-") as folder:
-        for planned in gpu_plan(tiny, steps):
-            left_s = end_s - time.monotonic()
-            if (names and planned.name not in names) or (not tiny and left_s < planned.seconds):
-                result["left_out"].append(planned.name)
-                continue
-            say(f"{planned.name} ({left_s:.0f} s left)")
-            result["cases"][planned.name] = planned.measure(Path(folder), result["peaks"])
-    return result | {"goals": goals(result["cases"]), "seconds": budget_s - (end_s - time.monotonic())}
-
-
-def goals(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each goal, and the value measured; cases that were left out are not judged."""
-
-    def value(case: str, key: str, over: str | None = None) -> float | None:
-        found, base = cases.get(case, {}).get(key), cases.get(over or "", {}).get(key)
-        return found if over is None else found / base if found and base else None
-
-    main, loop = "1B bf16 2048", "loop 1B asynchronous"
-    wanted: list[tuple[str, float | None, str, float]] = [
-        (f"MFU, {main}", value(main, "mfu"), ">=", 0.55),
-        (f"share of the matrix product, {main}", value(main, "share_of_matmul"), ">=", 0.70),
-        ("MFU, 7B bf16 2048", value("7B bf16 2048", "mfu"), ">=", 0.55),
-        ("deterministic over not, 1B", value("1B deterministic 2048", "step_s", main), "<=", 1.05),
-        ("save call, s, 1B asynchronous", value(loop, "save_stall_s"), "<=", 0.010),
-        ("slow-down beside a save, 1B", value(loop, "slowdown"), "<=", 0.02),
-        ("ours over transformers, 1B", value(main, "tokens_per_s", f"transformers {main}"), ">=", 1.0),
-    ]
-    judged = []
-    for what, found, sign, goal in wanted:
-        if found is not None:
-            met = found >= goal if sign == ">=" else found <= goal
-            judged.append({"what": what, "value": found, "goal": f"{sign} {goal}", "met": met})
-    return judged
 
 
 def cpu_suite(
@@ -407,7 +367,7 @@ def cpu_suite(
     if with_loop:
         say(LOOP)
         with tempfile.TemporaryDirectory(prefix="lingua-bench-") as folder:
-            found[LOOP] = measure_loop(CPU_CASES[0], Path(folder), "shm", 2 * SAVE_EVERY)
+            found[LOOP] = measure_loop(CPU_CASES[0], CPU_CASES[0].batches[0], Path(folder), "shm", 2 * SAVE_EVERY)
     return facts | {"formula": FORMULA, "cases": found}
 
 
@@ -416,18 +376,24 @@ def cpu_suite(
 UPDATES = ("n_params", "batch_size", "step_s", "tokens_per_s", "mfu", "mfu_causal_halved", "share_of_matmul")
 RATIOS = ("over_transformers", "over_llama", *(f"generated_at_{n}" for n in (10, 20, 100, 10_000)))
 DEVICE = ("peak_memory_gib", "power_w", "first_step_s", "attention", "error")
-LOOPS = ("start_to_step_1_s", "step_s", "tokens_per_s", "outside_share", "step_s_beside_save", "slowdown")
+LOOPS = ("start_to_step_1_s", "step_s", "tokens_per_s", "outside_share", "step_s_of_copy", "step_s_beside_save")
 KERNELS = ("tflops", "mask_ms", "error")
-SAVES = ("save_stall_s", "drain_gb_per_s", "mfu", "error")
+SAVES = ("slowdown", "save_stall_s", "drain_gb_per_s", "mfu", "save", "error")
 
 
 def show(result: Mapping[str, Any]) -> None:
     """Tables for people."""
     facts, peaks, cases = result["machine"], result["peaks"], result["cases"]
-    print(f"{facts['device']}, torch {facts['torch']}" + (f"; MFU = {result['formula']}" if "sheet" in peaks else ""))
+    if facts:
+        formula = f"; MFU = {result['formula']}" if "sheet" in peaks else ""
+        print(f"{facts['device']}, torch {facts['torch']}{formula}")
     print(f"peak: {result['peak']}" + "".join(f"; {name} {rate / 1e12:.4g} TFLOP/s" for name, rate in peaks.items()))
     loops = {name: found for name, found in cases.items() if name.startswith("loop")}
-    kernels = {name: found for name, found in cases.items() if name.startswith("attention")}
+    kernels = {
+        name: {"": found} if "error" in found else found
+        for name, found in cases.items()
+        if name.startswith("attention")
+    }
     updates = {name: found for name, found in cases.items() if name not in {*loops, *kernels}}
     tables = [("updates", updates, UPDATES), ("", updates, RATIOS), ("", updates, DEVICE)]
     tables += [("real trainer", loops, LOOPS), ("", loops, SAVES)]
@@ -437,44 +403,41 @@ def show(result: Mapping[str, Any]) -> None:
             rows = [[name, *(format_figure(found.get(key)) for key in columns)] for name, found in some.items()]
             print()
             show_table((title, *columns), rows, columns)
+    for name, found in cases.items():
+        if "kernels" in found:
+            rows = [(kernel[:100], format_figure(ms), f"{share:.1%}") for kernel, ms, share in found["kernels"]]
+            print()
+            show_table((f"longest kernels, {name}", "ms", "share"), rows, ("ms", "share"))
     print()
     for goal in result.get("goals", []):
         verdict = "met   " if goal["met"] else "MISSED"
         print(f"{verdict}  {goal['what']}: {format_figure(goal['value'])} (goal {goal['goal']})")
+    if result.get("running"):
+        print(f"ended during: {result['running']}")
     if result.get("left_out"):
         print("left out: " + ", ".join(result["left_out"]))
 
 
 def main(words: list[str]) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--suite", choices=("cpu", "families", "gpu"), default="cpu")
+    parser.add_argument("--suite", choices=("cpu", "families"), default="cpu")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these cases only")
     parser.add_argument("--list", action="store_true", help="name the cases of the suite")
-    parser.add_argument("--budget-s", type=float, default=570.0, help="gpu: begin nothing that would take longer (570)")
-    parser.add_argument("--steps", type=int, default=20, help="updates timed (20); on a CPU: in each round")
-    parser.add_argument("--rounds", type=int, default=5, help="on a CPU: turns of each (5)")
-    parser.add_argument("--tiny", action="store_true", help="gpu, families: tiny models, to see that it runs")
+    parser.add_argument("--steps", type=int, default=20, help="updates timed in each round (20)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
+    parser.add_argument("--tiny", action="store_true", help="families: tiny models, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the JSON object there, too")
     options = parser.parse_args(words)
     families = options.suite == "families"
-    cases = family_cases(options.tiny) if families else CPU_CASES if options.suite == "cpu" else ()
-    planned = [p.name for p in gpu_plan(options.tiny, options.steps)]
-    known = [*(case.name for case in cases), *(() if families else (LOOP,))] if cases else planned
-    if options.list:
-        print("\n".join(known))
+    cases = family_cases(options.tiny) if families else CPU_CASES
+    known = [*(case.name for case in cases), *(() if families else (LOOP,))]
+    if check_options(parser, options, known):
         return 0
-    if unknown := sorted(set(options.only) - set(known)):
-        parser.error(f"no case {unknown[0]!r}; there are: {', '.join(known)}")
-    if options.steps < 2:
-        parser.error(f"--steps {options.steps} gives no spread; at least 2")
     say = partial(print, file=sys.stderr, flush=True)
-    if cases:
-        chosen = [case for case in cases if not options.only or case.name in options.only]
-        positions = ((10, 20) if options.tiny else (100, 10_000)) if families else ()
-        with_loop = not families and (not options.only or LOOP in options.only)
-        result = cpu_suite(chosen, options.rounds, options.steps, say, with_loop, positions)
-    else:
-        result = gpu_suite(options.only, options.tiny, options.budget_s, options.steps, say)
+    chosen = [case for case in cases if not options.only or case.name in options.only]
+    positions = ((10, 20) if options.tiny else (100, 10_000)) if families else ()
+    with_loop = not families and (not options.only or LOOP in options.only)
+    result = cpu_suite(chosen, options.rounds, options.steps, say, with_loop, positions)
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
     if options.json:
@@ -482,6 +445,18 @@ def main(words: list[str]) -> int:
     else:
         show(result)
     return 0
+
+
+def check_options(parser: ArgumentParser, options: Namespace, known: Sequence[str]) -> bool:
+    """Refuse names and numbers that cannot be; print the known names and return True if that was all that was asked."""
+    if options.list:
+        print("\n".join(known))
+        return True
+    if unknown := sorted(set(options.only) - set(known)):
+        parser.error(f"no case {unknown[0]!r}; there are: {', '.join(known)}")
+    if options.steps < 2:
+        parser.error(f"--steps {options.steps} gives no spread; at least 2")
+    return False
 
 
 if __name__ == "__main__":
