@@ -62,9 +62,11 @@ def wrapped(text: str, width: int) -> str:
             lines.append(line)
         else:
             indent = " " * len("00:00:00 ")
-            lines += textwrap.wrap(
-                line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            whole = re.sub(r"(?<=[^\d\s]) (?=\d)", "\xa0", line)  # a number stays with its name
+            parts = textwrap.wrap(
+                whole, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
             )
+            lines += [part.replace("\xa0", " ") for part in parts]
     return "\n".join(lines)
 
 

@@ -60,5 +60,6 @@ def test_a_terminal_gets_short_lines_that_break_between_words(
     logging.getLogger("lingua.test").warning("one two three four five six seven eight nine ten")
     shown = capsys.readouterr().err.splitlines()
     assert [line[9:] for line in shown] == ["warning: one two three four", "five six seven eight nine ten"]
+    assert wrapped("step 3: a/nll 1.25  a/bpb 2.5", 25) == "step 3: a/nll 1.25\n         a/bpb 2.5"
     command = "    lingua train a_very_long_path/to/a/config.yaml"
     assert wrapped(f"next:\n{command}", 20) == f"next:\n{command}"
