@@ -277,12 +277,16 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     if run.args.app != DEFAULT_APP and not any(word.startswith("app=") for word in given):
         given.append(f"app={run.args.app}")
     prompt = "import " if run.args.data.tokenizer.name != "none" else "0 0"
-    again = f"{command} train {shlex.join(given)}"
-    again += f" {more}" if len(f"    {again} {more}") <= 80 else f" \\\n      {more}"
+    again = [f"{command} train"]
+    for word in [*map(shlex.quote, given), more]:
+        if len(again[-1]) + len(word) > 70:
+            again.append(word)
+        else:
+            again[-1] += f" {word}"
     log.info(
         "next:\n  let it write\n    %s generate %s 'prompt=%s'\n  train twice as long\n    %s\n"
         "  look at the curves\n    %s report %s",
-        command, folder, prompt, again, command, folder,
+        command, folder, prompt, " \\\n      ".join(again), command, folder,
     )  # fmt: skip
 
 
