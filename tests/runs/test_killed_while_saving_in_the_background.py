@@ -9,17 +9,23 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
+import apps.main.loop
 from lingua.checkpoint import publish
 from lingua.checkpoint.layout import folder
 from lingua.checkpoint.shm import drain
 from lingua.checkpoint.shm.area import area_of, base
+from lingua.checkpoint.shm.coordinator import Coordinator
 from lingua.checkpoint.shm.slot_writer import SlotFile
 from lingua.files import DISK, Files
 from lingua.run.metrics import read_metrics
+from lingua.run.watchdog import Watchdog
+from lingua.train.learner import Run
+from lingua.train.monitor import StepMonitor
 from tests.fakes import At, BlockingFiles, FaultyFiles, KillFiles
 from tests.services import Services, both, served_by
 from tests.trainer import TINY, Hook, Trainer, at_step, fingerprint, kill_self, losses, published, send_self, train
@@ -314,6 +320,36 @@ def test_a_start_trains_on_from_memory_while_the_disk_stands_still(
     assert first_steps(run_dir) == {1: 1, 2: 5}
     assert fingerprint(run_dir, N_STEPS) == fingerprint(calm(n_ranks), N_STEPS)
     assert losses(run_dir) == losses(calm(n_ranks))
+
+
+@pytest.mark.soak
+def test_a_stop_before_the_first_step_waits_until_what_was_in_memory_is_on_the_disk(
+    tmp_path: Path, shm: Path, calm: Callable[[int], Path]
+):
+    run_dir, gate = tmp_path / "run", tmp_path / "gate"
+    leave_in_memory(run_dir, shm)
+
+    def stop_at_once(rank: int) -> None:
+        go_on, finish = apps.main.loop.train_to_the_end, Coordinator.finish
+
+        def stopped(run: Run, watchdog: Watchdog, monitor: StepMonitor, *rest: Any) -> int:
+            send_self("SIGTERM")()
+            monitor.note_stop(True)
+            return go_on(run, watchdog, monitor, *rest)
+
+        def opened(*args: Any) -> str | None:
+            gate.touch()
+            return finish(*args)
+
+        setattr(apps.main.loop, "train_to_the_end", stopped)  # noqa: B010
+        setattr(Coordinator, "finish", opened)  # noqa: B010
+
+    with Services(lambda start: BlockingFiles(WRITE, until=gate)) as services:
+        result = train(words(run_dir, shm), 1, both(served_by(services), stop_at_once))
+        assert result.exit_code == 75, result.output
+        assert published(run_dir)[-1] == 4
+    assert (stop(run_dir)["step"], stop(run_dir)["unsaved"]) == (4, None)
+    end_calmly(run_dir, shm, 1, calm(1))
 
 
 @pytest.mark.soak
