@@ -233,7 +233,7 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
     try:
         _refuse_words(words)
         with trusting("--trust" in words):
-            return main(list(words)) or 0
+            return main(_whole_values(words)) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -38,7 +38,7 @@ def quality_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     quality, of_sample = facts["quality"], f"; {sample(facts['quality'])}".rstrip("; ")
     twice = quality["duplicates"]
     low, half, high = (human_bytes(quality[f"{n}_bytes"]) for n in ("percentile_10", "median", "percentile_90"))
-    scripts = ", ".join(f"{name} {share:.1%}" for name, share in list(quality["scripts"].items())[:4])
+    scripts = ", ".join(f"{name} {share:.1%}" for name, share in quality["scripts"].items() if share >= 0.0005)
     odd = ", ".join(f"{count:,} {kind}" for kind, count in quality["odd_characters"].items())
     return {
         "lengths": f"half up to {half}; 10% up to {low}, 90% up to {high}",

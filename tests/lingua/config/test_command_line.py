@@ -178,3 +178,6 @@ def test_a_value_that_the_shell_cut_at_its_blanks_is_whole() -> None:
     line = parse_command_line(words)
     assert line.overrides == ["data.sources={a: 1, b: 2}", "model.layers=[a, b]", "name=c", "prompt=def f({"]
     assert (line.config, line.overlays) == ("x.yaml", ["d"])
+    seen: list[str] = []
+    assert run_main(seen.extend, words[:5]) == 0
+    assert seen == ["x.yaml", "data.sources={a: 1, b: 2}"]
