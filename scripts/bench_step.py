@@ -298,7 +298,7 @@ def kind_of_save(mode: str, log: str) -> str:
     """Say how the loop saved: as asked for, or synchronously after all, and why."""
     if mode == "null":
         return "synchronous"
-    if "staged in" in log:
+    if "staged in" in log and "copied synchronously" not in log:
         return "asynchronous"
     why = [line.strip() for line in log.splitlines() if "synchronous" in line]
     return f"synchronous, not as asked for: {why[0] if why else 'the log does not say why'}"

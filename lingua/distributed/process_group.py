@@ -54,7 +54,7 @@ def set_environment(args: EnvironmentArgs, place: RankInfo, on_gpu: bool, unset:
     """
     threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     for name, value in args.model_dump().items():
-        if name not in unset:
+        if value is not None and name not in unset:
             os.environ.setdefault(name, str(threads) if value == "auto" else value)
     given = os.environ.get("OMP_NUM_THREADS", "")
     outermost = given.partition(",")[0].strip() or str(threads)  # "4,2": 4, and 2 in regions inside regions

@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def _varies(here: KernelConditions) -> str | None:
 
     torch's own flash and memory-efficient kernels obey it (its notes on randomness, "CUDA SDPA"; varlen is the former),
     flash_attn takes an argument (2.4.1 on), flex has each gradient summed by one program (no atomics in its backward
-    template).
+    template). cuDNN's refuses in torch 2.10 (check_cudnn_deterministic in sdp_utils.cpp), so flash runs instead.
     """
     return "its gradients differ from run to run (deterministic: true)" if here.deterministic else None
 
@@ -236,8 +236,11 @@ def build_mask(
             return _diagonal_bias(documents.bounds, shape, window, causal) if impl == "xformers" else documents.bounds
         rows = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * seq_len
         return rows if impl == "varlen" else None
-    if documents is None and (window is None or window >= seq_len):
-        return None  # a plain pass
+    plain = documents is None and (window is None or window >= seq_len)
+    if impl == "flex" and documents is None and causal:
+        return _lasting_block_mask(seq_len, None if plain else window, device)
+    if plain:
+        return None
     doc_ids = None if documents is None else documents.ids
     if impl == "flex":
         return _block_mask(seq_len, window, doc_ids, device, causal)
@@ -263,6 +266,13 @@ def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None, c
     if not causal:
         return bias
     return bias.make_causal() if window is None or window >= seq_len else bias.make_local_attention(window)
+
+
+@lru_cache(maxsize=8)
+def _lasting_block_mask(seq_len: int, window: int | None, device: torch.device) -> Mask:
+    """The mask of causal rows without documents, which is the same in every step."""
+    with torch.inference_mode(False):  # a sample's would be of no use to training
+        return _block_mask(seq_len, window, None, device, causal=True)
 
 
 def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device: torch.device, causal: bool) -> Mask:
@@ -348,7 +358,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     if mask is None and causal:
-        mask = _block_mask(q.shape[2], None, None, q.device, causal)
+        mask = _lasting_block_mask(q.shape[2], None, q.device)
     out = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
     return out.transpose(1, 2)
 

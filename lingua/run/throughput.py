@@ -122,14 +122,15 @@ class Peak(NamedTuple):
     sheet: str
 
 
-# By lower-case words of torch's device name; longer names are tried first.
+# By the short name that users write.
 PEAKS: dict[str, Peak] = {
     "b200": Peak(2250e12, 180, "NVIDIA DGX B200 data sheet: 72 PFLOPS FP8 with sparsity for 8, a quarter dense bf16"),
     "h200": Peak(989.5e12, 141, "NVIDIA H200 data sheet (SXM): BF16 1,979 TFLOPS with sparsity, half dense"),
+    "h200 nvl": Peak(835.5e12, 141, "NVIDIA H200 data sheet (NVL): BF16 1,671 TFLOPS with sparsity, half dense"),
     "h100": Peak(989.5e12, 80, "NVIDIA H100 data sheet (SXM): BF16 1,979 TFLOPS with sparsity, half dense"),
     "h100 pcie": Peak(756.5e12, 80, "NVIDIA H100 data sheet (PCIe): BF16 1,513 TFLOPS with sparsity, half dense"),
     "h100 nvl": Peak(835.5e12, 94, "NVIDIA H100 data sheet (NVL): BF16 1,671 TFLOPS with sparsity, half dense"),
-    "a100": Peak(312e12, 80, "NVIDIA A100 data sheet: BF16 312 TFLOPS"),
+    "a100": Peak(312e12, 80, "NVIDIA A100 data sheet: BF16 312 TFLOPS, SXM and PCIe"),
     "l40s": Peak(362.05e12, 48, "NVIDIA L40S data sheet: BF16 362.05 TFLOPS"),
     "a40": Peak(149.7e12, 48, "NVIDIA A40 data sheet: BF16 149.7 TFLOPS"),
     "a10": Peak(125e12, 24, "NVIDIA A10 data sheet: BF16 125 TFLOPS"),
@@ -139,10 +140,17 @@ PEAKS: dict[str, Peak] = {
 }
 
 
+# torch.cuda.get_device_name, whole: a part of a GPU (MIG), or a board with another power limit ("NVIDIA H200 NVL" is no
+# "NVIDIA H200"), must not be taken for another one. A name that is not here has no peak.
+_NAMES = {
+    "h100": ("NVIDIA H100 80GB HBM3",),
+    "a100": ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
+    "rtx 6000 ada": ("NVIDIA RTX 6000 Ada Generation",),
+    "v100": ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"),
+}
+
+
 def find_peak(device_name: str) -> Peak | None:
-    """Return the peak of a device, by torch's name ("NVIDIA H100 80GB HBM3") or a short one ("h200")."""
-    words = device_name.lower().replace("-", " ").split()
-    for name in sorted(PEAKS, key=len, reverse=True):
-        if set(name.split()) <= set(words):
-            return PEAKS[name]
-    return None
+    """Return the peak of a device, by torch's exact name ("NVIDIA H200") or a short one ("h200", "H100-NVL")."""
+    short = device_name.lower().replace("-", " ").removeprefix("nvidia ")
+    return PEAKS.get(next((row for row, names in _NAMES.items() if device_name in names), short))

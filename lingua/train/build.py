@@ -60,9 +60,14 @@ def seed_everything(seed: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Bitwise equal runs: deterministic kernels only; an operator that has none raises an error that names it."""
+    """Bitwise equal runs: deterministic kernels only; an operator that has none raises an error that names it.
+
+    torch would also fill all memory that it hands out, to make reads of what nobody wrote alike; a program without such
+    reads may turn that off for speed (its documentation, torch.utils.deterministic).
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS documentation, "Results reproducibility"
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 

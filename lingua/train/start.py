@@ -182,7 +182,10 @@ def start_metrics(run: Run, attempt: int, stack: ExitStack) -> MetricLogger | No
 
 def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
     """Make the run's speedometer. A CPU has no data sheet to state MFU against."""
-    peak = find_peak(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    peak = None if name is None else find_peak(name)
+    if name is not None and peak is None and world.is_main:
+        log.warning("no mfu: lingua/run/throughput.py knows no peak of a device named %s", name)
     return Meter(
         n_steps=size.n_steps,
         tokens_per_step=size.tokens_per_step,

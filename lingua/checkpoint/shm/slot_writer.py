@@ -10,13 +10,17 @@ in a thread. A save writes only to memory that was allocated before.
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
+import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +30,13 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
 
 from lingua.checkpoint import layout
+from lingua.checkpoint.capacity import memory_limit
 from lingua.checkpoint.dcp import FilePlan, WritePlan
 from lingua.checkpoint.publish import FileFacts, Manifest
 from lingua.checkpoint.shm.area import Save, ShmArea, Slot, served_by
-from lingua.files import DISK, Files
+from lingua.files import DISK, Files, human_bytes
+
+log = logging.getLogger(__name__)
 
 STRETCH_BYTES = 64 << 20
 """Allocated or touched between two checks whether to stop."""
@@ -98,9 +105,25 @@ def _go_on(closing: threading.Event) -> None:
 
 
 def _pin(memory: Tensor) -> bool:
-    """Let the GPU copy into this memory directly; return whether it can. Otherwise copies are slower."""
+    """Let the GPU copy into this memory directly; return whether it can."""
     code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # pyright: ignore[reportOptionalMemberAccess]
+    if int(code) != 0:
+        _say_that_saves_wait(int(code))
     return int(code) == 0
+
+
+@cache
+def _say_that_saves_wait(code: int) -> None:
+    """Warn once: a copy to memory that is not pinned holds the host up until it is done (CUDA, "cudaMemcpyAsync")."""
+    locked_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    locked = "unlimited" if locked_bytes == resource.RLIM_INFINITY else human_bytes(locked_bytes)
+    limit_bytes, used_bytes = memory_limit(Path("/proc/self/cgroup").read_text())
+    limit = "no limit" if limit_bytes is None else f"{human_bytes(limit_bytes)}, {human_bytes(used_bytes)} in use"
+    log.warning(
+        "checkpoint: cudaHostRegister failed with error %d (locked memory, ulimit -l: %s; the job's memory: %s), so "
+        "each save is copied synchronously; raise what is too low, or lower checkpoint.slots",
+        code, locked, limit,
+    )  # fmt: skip
 
 
 @dataclass

@@ -103,21 +103,25 @@ class DistributedArgs(Args):
 
 
 class EnvironmentArgs(Args):
-    """Environment variables set before torch starts. What the user's shell has set already wins."""
+    """Environment variables set before torch starts; null sets none. What the user's shell has set already wins."""
 
-    MKL_SERVICE_FORCE_INTEL: Text = "GNU"
-    """Threading layer of MKL."""
+    MKL_SERVICE_FORCE_INTEL: Text | None = None
+    """Threading layer of MKL, for numpy from conda."""
     OMP_NUM_THREADS: Text = "auto"
-    """Threads per process of CPU kernels. auto: 1 beside a GPU, otherwise the machine's cores over its ranks."""
+    """Threads per process of CPU kernels. auto: 1 beside a GPU, as torchrun sets, otherwise the machine's cores over
+    its ranks."""
     MKL_NUM_THREADS: Text = "auto"
     """The same for MKL."""
-    ENABLE_INTRA_NODE_COMM: Text = "1"
-    """NCCL paths inside a node."""
-    TORCH_NCCL_AVOID_RECORD_STREAMS: Text = "1"
-    """Less memory held by collectives."""
+    ENABLE_INTRA_NODE_COMM: Text | None = None
+    """1: small all-reduces inside a node by a prototype of torch's (c10d/symm_mem/intra_node_comm.hpp) in place of
+    NCCL; no time-out watches it."""
+    TORCH_NCCL_AVOID_RECORD_STREAMS: Text | None = None
+    """Deprecated: what 1 asked for is how torch 2.10 works (libtorch_cuda warns so)."""
     NCCL_IB_TIMEOUT: Text = "22"
-    """InfiniBand time-out exponent."""
+    """InfiniBand: 4.096 us * 2^22 = 17 s per try, so that a link that is busy for seconds does not end a run; as
+    facebookresearch/lingua sets it. NCCL's own: 18 to 20, by its version (src/transport/net_ib.cc)."""
     NCCL_DEBUG: Text = "WARN"
-    """How much NCCL prints."""
-    TORCH_NCCL_ASYNC_ERROR_HANDLING: Text = "1"
-    """A failed collective ends the process instead of hanging."""
+    """How much NCCL prints (NCCL's documentation, "Environment Variables"). WARN: why a collective failed."""
+    TORCH_NCCL_ASYNC_ERROR_HANDLING: Text | None = None
+    """What torch does after a failed collective. Its own choice, 3, ends the process; 1 aborts the communicator before,
+    which may hang (c10d/ProcessGroupNCCL.hpp; torch's documentation, "ProcessGroupNCCL Environment Variables")."""

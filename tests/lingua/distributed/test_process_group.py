@@ -145,13 +145,15 @@ def test_an_error_of_a_disk_is_the_same_on_all_ranks_and_a_bug_keeps_nobody_wait
     assert run_on_ranks(act, 2) == [[disk, "RankError config", *here], [disk, "ValueError config", *here]]
 
 
-def test_what_the_launcher_takes_away_is_not_put_back(monkeypatch: pytest.MonkeyPatch):
+def test_what_the_launcher_takes_away_is_not_put_back_and_torch_keeps_its_own_choices(monkeypatch: pytest.MonkeyPatch):
     before = torch.get_num_threads()
     for name in EnvironmentArgs.model_fields:
         monkeypatch.setenv(name, "1")  # so that it is as before afterwards
         monkeypatch.delenv(name)
     try:
         set_environment(EnvironmentArgs(), RankInfo(), False, ["NCCL_DEBUG", "OMP_NUM_THREADS"])
-        assert set(EnvironmentArgs.model_fields) - set(os.environ) == {"NCCL_DEBUG", "OMP_NUM_THREADS"}
+        given = {name for name, value in EnvironmentArgs().model_dump().items() if value is not None}
+        assert given - set(os.environ) == {"NCCL_DEBUG", "OMP_NUM_THREADS"}
+        assert given - {"NCCL_DEBUG", "OMP_NUM_THREADS"} == {"MKL_NUM_THREADS", "NCCL_IB_TIMEOUT"}
     finally:
         torch.set_num_threads(before)

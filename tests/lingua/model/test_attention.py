@@ -2,6 +2,7 @@ import inspect
 import itertools
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -213,6 +214,32 @@ def test_flex_is_told_to_look_both_ways(monkeypatch: pytest.MonkeyPatch) -> None
             out = attend("flex", q, k, v, mask, None, causal=False)
         expected = by_hand(q, k, v, doc_ids, None, causal=False)
         torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_flex_builds_the_mask_of_plain_rows_once_and_that_of_documents_in_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[int] = []
+    build = attention._block_mask
+
+    def count(seq_len: int, *args: Any, **more: Any) -> Any:
+        built.append(seq_len)
+        return build(seq_len, *args, **more)
+
+    monkeypatch.setattr(attention, "_block_mask", count)
+    attention._lasting_block_mask.cache_clear()
+    device = torch.device(DEVICE)
+    own = row_documents(DOC_IDS, DEVICE)
+    with torch.inference_mode():
+        masks = [build_mask("flex", (rows, SEQ_LEN), None, None, device) for rows in (1, ROWS)]
+    assert masks[0] is masks[1]
+    assert built == [SEQ_LEN]
+    assert not masks[0].kv_num_blocks.is_inference()  # a later step trains with it
+    for _ in range(2):
+        build_mask("flex", (ROWS, SEQ_LEN), 3, None, device)
+        build_mask("flex", (1, 2 * SEQ_LEN), None, None, device)
+        build_mask("flex", (ROWS, SEQ_LEN), None, own, device)
+    assert built == [SEQ_LEN, SEQ_LEN, 2 * SEQ_LEN, SEQ_LEN, SEQ_LEN]
 
 
 def test_an_order_of_kernels_is_one_graph_and_ends_with_its_call() -> None:

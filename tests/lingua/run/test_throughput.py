@@ -85,6 +85,12 @@ def test_a_step_read_late_has_its_own_lap():
         ("NVIDIA RTX A6000", "rtx a6000"),
         ("NVIDIA RTX 6000 Ada Generation", "rtx 6000 ada"),
         ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA H200 NVL", "h200 nvl"),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA H100 80GB HBM2e", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A10G", None),
+        ("Tesla V100-PCIE-32GB", None),
         ("NVIDIA GeForce GTX 750", None),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.publish import FileFacts, Manifest
+from lingua.checkpoint.shm import slot_writer
 from lingua.checkpoint.shm.area import Save, ShmArea, Slot, make_area, write_run
 from lingua.checkpoint.shm.slot_writer import SMALL_BYTES, SlotFile, SlotWriter
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
@@ -366,3 +368,18 @@ def test_on_a_gpu_the_snapshot_is_of_the_moment_of_the_call(shm: Path):
         dcp.read_into(area.slot(0).folder, found)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     writer.close()
+
+
+def test_memory_that_cannot_be_pinned_is_told_once_with_the_limits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+    broken = SimpleNamespace(cudaHostRegister=lambda *args: asked.append(args) or 2)  # cudaErrorMemoryAllocation
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: broken)
+    monkeypatch.setattr(slot_writer.resource, "getrlimit", lambda which: (64 << 10, 64 << 10))
+    slot_writer._say_that_saves_wait.cache_clear()
+    assert [slot_writer._pin(torch.zeros(8, dtype=torch.uint8)) for _ in range(2)] == [False, False]
+    assert len(asked) == 2
+    assert len(caplog.messages) == 1
+    assert "failed with error 2 (locked memory, ulimit -l: 64.0 KiB; the job's memory: " in caplog.text
+    assert "each save is copied synchronously" in caplog.text
