@@ -37,8 +37,10 @@ WIDTH_PER_LAYER = 96
 LAW = "Step Law, arXiv 2503.04715"
 _SHAPE = "about 96 of width per layer, GPT-3's 64 (125M) to 128 (6.7B), arXiv 2005.14165, table 2.1"
 _CHINCHILLA = "20 tokens per parameter, Chinchilla, arXiv 2203.15556"
-_MOST_RATE = 2**-7
-"""The highest best rate of the 17 grids behind the law: data/dense_lr_bs_loss.csv of github.com/step-law/steplaw."""
+_FEWEST, _MOST = 19, 466
+"""Tokens per parameter that the law was measured with, on 215M to 1.07B parameters without embeddings."""
+_SMALLEST_BEST = 2.76e-3
+"""The best rate of 215M with the fewest tokens: data/dense_lr_bs_loss.csv of github.com/step-law/steplaw."""
 _FULL = 0.8
 """Share of a GPU's memory that the rough estimate may fill."""
 _SAVE_S = 1800
@@ -62,14 +64,13 @@ class Choice(NamedTuple):
 def best_rate(n_blocks: int, n_tokens: float) -> Choice:
     """Return AdamW's peak rate for so many parameters without embeddings, trained on so many tokens.
 
-    The law was measured on 215M to 1.07B parameters, with 19 to 466 tokens for each. More tokens raise the rate no
-    further, and no rate is above those that were ever best there.
+    More tokens per parameter than the law was measured with raise the rate no further, and models that are smaller
+    get no more than was best for the smallest one.
     """
-    law = 1.79 * n_blocks**-0.713 * min(n_tokens, 466 * n_blocks) ** 0.307
+    law = 1.79 * n_blocks**-0.713 * min(n_tokens, _MOST * n_blocks) ** 0.307
+    most = _SMALLEST_BEST * (min(max(n_tokens / n_blocks, _FEWEST), _MOST) / _FEWEST) ** 0.307
     why = f"1.79 N^-0.713 D^0.307, N {n_blocks:,} without embeddings, D {n_tokens:,.0f} tokens: {LAW}"
-    if law > _MOST_RATE:
-        return Choice(_MOST_RATE, f"2^-7, the highest that was best when {LAW}, was measured; the law says {law:.3g}")
-    return Choice(law, why)
+    return Choice(law, why) if law <= most else Choice(most, f"as 215M, {LAW}'s smallest model; the law says {law:.3g}")
 
 
 def best_batch(n_tokens: float) -> float:
