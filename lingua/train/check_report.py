@@ -112,7 +112,7 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str, phases: Sequenc
     yield Fact("total_tokens", n_tokens, f"{n_tokens:,}", f"{how} * tokens per step")
     yield Fact("tokens_per_parameter", n_tokens / n, f"{n_tokens / n:.3g}", "of all parameters")
     how = f"{state / n:.4g} bytes per parameter: fp32 weights and the state of {args.optim.type}"
-    yield Fact("checkpoint_bytes", state, human_bytes(state), how)
+    yield Fact("checkpoint_bytes", state, human_bytes(state), f"{how}; {_save_cost(args, state)}")
     yield _memory(args, size, peak.memory_gib, gpu)
     per_token, formula = float(size.flops_per_token), type(args.model).flops_per_token.__doc__ or ""
     yield Fact("flops_per_token", per_token, f"{per_token:.4g}", formula.partition("\n")[0])
@@ -137,6 +137,15 @@ def _of_phase(phase: Phase) -> Fact:
     what = f"{size.rows_per_step} rows of {size.seq_len}, optim.lr {rates[0]:.3g} to {rates[1]:.3g}, {sources}"
     steps = f"{phase.first + 1:,}-{phase.last:,}"
     return Fact(f"phase_{phase.name}", phase.last, steps, what.removesuffix(", "))
+
+
+def _save_cost(args: TrainArgs, state: int) -> str:
+    """Say what training waits for at each save, in either mode; a disk of 1 GB/s is an example."""
+    drain = f"{state / 1e9:.2g} s at 1 GB/s"
+    if args.checkpoint.async_save_mode is None:
+        return f"training waits until each is on the disk ({drain}); checkpoint.async_save_mode=shm writes meanwhile"
+    room = human_bytes(args.checkpoint.slots * state)
+    return f"training goes on while each is written ({drain}), from {room} of the nodes' /dev/shm"
 
 
 def _layout(size: Resolved) -> str:

@@ -4,6 +4,7 @@ import errno
 import re
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -373,6 +374,22 @@ def test_a_fork_trains_what_its_origin_has_not(tmp_path: Path) -> None:
     assert of_fork["total_tokens"].value == 777 + 30 * per_step
     assert of_fork["total_tokens"].how == "777 of the first 50 steps + 30 steps * tokens per step"
     assert of_fork["total_flops"].value == of_fork["flops_per_token"].value * 30 * per_step
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "sentence"),
+    [
+        ({}, "training waits until each is on the disk (0.* s at 1 GB/s); checkpoint.async_save_mode=shm writes"),
+        (
+            {"async_save_mode": "shm", "slots": 3},
+            "training goes on while each is written (0.* s at 1 GB/s), from 5.4 MiB of",
+        ),
+    ],
+)
+def test_what_a_save_costs_is_said_in_either_mode(checkpoint: dict[str, Any], sentence: str) -> None:
+    run = args(steps=80, checkpoint=checkpoint)
+    how = next(fact.how for fact in facts(run, resolve(run, 1), 0.4, "h200") if fact.name == "checkpoint_bytes")
+    assert fnmatch(how, f"*; {sentence}*")
 
 
 # -- on other GPUs -------------------------------------------------------------------------------------------------
