@@ -25,8 +25,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest is no program
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup it is ignored, by trainers of the tests too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-hypothesis.settings.register_profile("no deadline", deadline=None)  # no test depends on speed
-hypothesis.settings.load_profile("no deadline")
+# No test depends on speed or luck: all runs draw the same examples; `pytest --hypothesis-profile=explore` draws others.
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("same examples", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same examples")
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -150,6 +150,9 @@ def recipe(line: CommandLine, params: str, tokens: str = "20x", gpus: str = "h20
     per_parameter = tokens.lower().endswith("x")
     many = amount("--tokens", tokens[:-1], 0.001) if per_parameter else amount("--tokens", tokens)
     own = compose(line.config, line.overlays, line.overrides, app_schema(choose_app(line)))
+    if own.args.optim.type != "adamw":
+        what = f"optim.type is {own.args.optim.type}, but the rules were measured with adamw"
+        raise ConfigError(f"{what}; leave out optim.type and its keys")
     model = shaped(own, wanted)
     n_tokens = many * model.n_params() if per_parameter else many
     fitted = _fit(line, own, model, n_tokens, machine, mfu)

@@ -299,5 +299,9 @@ def make_page(run_dir: Path) -> None:
     from lingua.report.history import read_history
     from lingua.report.page import write_report
 
-    page, _ = write_report([read_history(read_run(run_dir), this_process())], None, None)
-    log.info("curves and config of this run, for a browser: %s", page.resolve())
+    try:
+        page, _ = write_report([read_history(read_run(run_dir), this_process())], None, None)
+    except OSError as error:  # the run is finished all the same
+        log.warning("no page of this run: %s; lingua report %s makes it later", error, run_dir)
+    else:
+        log.info("curves and config of this run, for a browser: %s", page.resolve())

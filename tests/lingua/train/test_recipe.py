@@ -110,6 +110,18 @@ def test_what_cannot_be_is_said_in_a_sentence(params: str, more: dict[str, str],
     assert said in problem
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("optim.type=muon", "optim.type is muon, but the rules were measured with adamw"),
+        ("model.type=mtp", "model.type is mtp, but the rules were measured on llama"),
+    ],
+)
+def test_what_the_rules_do_not_cover_is_refused(word: str, said: str):
+    with pytest.raises(ConfigError, match=said):
+        made("1M", word)
+
+
 def test_a_script_reads_it_as_json(capsys: pytest.CaptureFixture[str]):
     found = Lingua(capsys, "recipe").record("--params", "1M", "--gpus", "cpu")
     assert found["config"]["optim"]["lr"] == pytest.approx(2.9e-3, rel=0.01)
