@@ -33,10 +33,10 @@ class Rates:
     memory: float = 4.3e12
     """Bytes/s, read and written: measured, a copy of 8.6 GB (data sheet: 4.8e12)."""
     attention_forward: float = 450e12
-    """FLOP/s of what causality leaves, cuDNN's kernels: assumed (FlashAttention-3, arXiv 2407.08608, figure 5: 400 to
-    650 at 2k to 16k, heads of 128)."""
+    """FLOP/s of what causality leaves, at 2k to 4k positions with heads of 128: assumed. The abstract of FlashAttention-3
+    (arXiv 2407.08608) has up to 740e12 in fp16 on an H100."""
     attention_backward: float = 350e12
-    """Likewise, figure 6: assumed."""
+    """Likewise: assumed."""
     multiprocessors: int = 132
     """Data sheet of H100 and H200 (SXM)."""
     tile: tuple[int, int] = (128, 256)
