@@ -33,7 +33,7 @@ class Rates:
     memory: float = 4.3e12
     """Bytes/s, read and written: measured, a copy of 8.6 GB (data sheet: 4.8e12)."""
     attention_forward: float = 450e12
-    """FLOP/s of what causality leaves, at 2k to 4k positions with heads of 128: assumed. The abstract of FlashAttention-3
+    """FLOP/s of what causality leaves, at 2k to 4k positions with heads of 128: assumed. FlashAttention-3's abstract
     (arXiv 2407.08608) has up to 740e12 in fp16 on an H100."""
     attention_backward: float = 350e12
     """Likewise: assumed."""

@@ -210,7 +210,7 @@ def _refuse_problems(problems: list[str]) -> None:
 def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished result of this very request, or None. Raises if it is damaged or another's."""
     if (manifest := read_manifest(folder)) is not None:
-        _refuse_other(job, manifest, folder)
+        _refuse_other(job, manifest, folder, None if job.source is None else _sizes(job.source))
         _refuse_problems(check_manifest(folder))
         log.info("%s is complete already", folder)
     return manifest
@@ -286,14 +286,19 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
         if others:
             log.warning("left aside: %s; lingua reads %s", others, READ)
         root = job.source if job.source.is_dir() else job.source.parent
-        inputs = [[name, (root / name).stat().st_size] for name in names]
-        return root, _recipe(job, "local", "local", inputs)
+        return root, _recipe(job, "local", "local", _sizes(job.source))
     with disk_of(job.raw, "--data_dir"):
         snapshot = hub.fetch(
             job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, files=files
         )
     inputs = [[file.path, file.n_bytes, file.sha256 or file.git_sha1] for file in snapshot.files]
     return job.raw, _recipe(job, snapshot.revision, snapshot.requested, inputs)
+
+
+def _sizes(source: Path) -> list[list[Any]]:
+    """Return [name, bytes] of each input file of a source."""
+    root = source if source.is_dir() else source.parent
+    return [[name, (root / name).stat().st_size] for name in find_inputs(source)]
 
 
 def _runs(

@@ -182,6 +182,10 @@ def test_a_finished_preparation_is_left_alone_and_is_not_mixed_with_another(job:
         prepare(replace(job, seed=7))
     with pytest.raises(ValueError, match="n_chunks 3, not 4"):
         prepare(replace(job, n_chunks=4))
+    assert job.source
+    (job.source / "new.jsonl").write_bytes(b"\n".join(texts(51, 1)))
+    with pytest.raises(ValueError, match=r"input files changed since .* was begun \(new.jsonl\)"):
+        prepare(job)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
