@@ -79,6 +79,14 @@ class FileFacts:
     size_bytes: int
     xxh3_128: str
 
+    @classmethod
+    def of(cls, content: memoryview) -> FileFacts:
+        """Compute what a file with this content, bytes in memory, must be."""
+        digest = xxhash.xxh3_128()
+        for start in range(0, len(content), CHUNK_BYTES):
+            digest.update(content[start : start + CHUNK_BYTES])
+        return cls(len(content), digest.hexdigest())
+
 
 Manifest = dict[str, FileFacts]
 

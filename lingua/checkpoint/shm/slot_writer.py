@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.tensor import DTensor
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 
 STRETCH_BYTES = 64 << 20
 """Allocated or touched between two checks whether to stop."""
-HASH_BYTES = 16 << 20
 SMALL_BYTES = 1 << 20
 """Room for a rank's JSON is a multiple of this, since it grows from save to save."""
 PAGE_BYTES = 4096
@@ -87,11 +85,8 @@ class SlotFile:
         return self._targets[part_number]
 
     def facts(self) -> FileFacts:
-        digest, content = xxhash.xxh3_128(), memoryview(self._map)
-        for start in range(0, len(content), HASH_BYTES):
-            digest.update(content[start : start + HASH_BYTES])
-        content.release()
-        return FileFacts(self.plan.size_bytes, digest.hexdigest())
+        with memoryview(self._map) as content:
+            return FileFacts.of(content)
 
     def close(self) -> None:
         if self._pinned:
@@ -306,7 +301,7 @@ class SlotWriter:
             self._files.write(descriptor, content)
         finally:
             self._files.close(descriptor)
-        return FileFacts(len(content), xxhash.xxh3_128_hexdigest(content))
+        return FileFacts.of(memoryview(content))
 
     def wait_until_ready(self) -> OSError | None:
         """Wait until the last save is hashed and reported; return why that failed, if memory was the reason."""

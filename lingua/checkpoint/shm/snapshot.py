@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import xxhash
 
 from lingua.checkpoint.documents import MANIFEST_VERSION, ListedFile, ManifestDocument
-from lingua.checkpoint.publish import CHUNK_BYTES, Manifest
+from lingua.checkpoint.publish import FileFacts, Manifest
 from lingua.checkpoint.shm.area import Save
 from lingua.checkpoint.shm.drain import mapped
 from lingua.files import RunError
@@ -42,10 +41,8 @@ class Snapshot:
 
     def damage(self, name: str) -> str | None:
         """Return what is wrong with a file, or None; reads every byte of it."""
-        digest, content = xxhash.xxh3_128(), self.content(name)
-        for start in range(0, len(content), CHUNK_BYTES):
-            digest.update(content[start : start + CHUNK_BYTES])
-        return None if digest.hexdigest() == self.facts[name].xxh3_128 else f"{name} was changed after it was staged"
+        is_whole = FileFacts.of(self.content(name)) == self.facts[name]
+        return None if is_whole else f"{name} was changed after it was staged"
 
     def manifest(self) -> ManifestDocument:
         """Return the manifest that the checkpoint will have."""

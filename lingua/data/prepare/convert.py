@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -56,10 +57,15 @@ def find_inputs(source: Path) -> list[str]:
     return sorted(name for name in _names(source) if name.lower().endswith(SUFFIXES))
 
 
+def input_sizes(source: Path) -> list[list[Any]]:
+    """Return [name, bytes] of each file that `find_inputs` finds."""
+    folder = source if source.is_dir() else source.parent
+    return [[name, (folder / name).stat().st_size] for name in find_inputs(source)]
+
+
 def chunks_for(source: Path) -> int:
     """Return how many chunks suit a source, by its size."""
-    folder = source if source.is_dir() else source.parent
-    return min(max(sum((folder / name).stat().st_size for name in find_inputs(source)) >> 26, 1), 32)
+    return min(max(sum(size for _, size in input_sizes(source)) >> 26, 1), 32)
 
 
 def left_aside(source: Path) -> str:

@@ -34,7 +34,7 @@ from lingua.console import Progress
 from lingua.data.blocked_source import TextFields
 from lingua.data.manifest import MANIFEST, check_manifest, hash_file, read_manifest, stray_files
 from lingua.data.prepare import hub
-from lingua.data.prepare.convert import READ, as_units, blocks, find_inputs, is_plain, left_aside, unpacking_bytes
+from lingua.data.prepare.convert import READ, as_units, blocks, input_sizes, is_plain, left_aside, unpacking_bytes
 from lingua.data.prepare.counts import Counts, LongLineError
 from lingua.data.prepare.external_sort import (
     DOC_BYTES,
@@ -210,7 +210,7 @@ def _refuse_problems(problems: list[str]) -> None:
 def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished result of this very request, or None. Raises if it is damaged or another's."""
     if (manifest := read_manifest(folder)) is not None:
-        _refuse_other(job, manifest, folder, None if job.source is None else _sizes(job.source))
+        _refuse_other(job, manifest, folder, None if job.source is None else input_sizes(job.source))
         _refuse_problems(check_manifest(folder))
         log.info("%s is complete already", folder)
     return manifest
@@ -277,28 +277,22 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
 def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str, Any]]:
     """Folder of the input files, and the recipe that names them."""
     if job.source is not None:
-        names, others = find_inputs(job.source), left_aside(job.source)
-        if not names:
+        inputs, others = input_sizes(job.source), left_aside(job.source)
+        if not inputs:
             more = f" (only {others})" if others else ""
             raise ValueError(f"{job.source} holds no file that can be read{more}; lingua reads {READ}")
-        if strange := [name for name in names if name.encode(errors="replace").decode() != name]:
+        if strange := [name for name, _ in inputs if name.encode(errors="replace").decode() != name]:
             raise ValueError(f"{job.source}: the name of the file {strange[0]!r} is not UTF-8; rename it")
         if others:
             log.warning("left aside: %s; lingua reads %s", others, READ)
         root = job.source if job.source.is_dir() else job.source.parent
-        return root, _recipe(job, "local", "local", _sizes(job.source))
+        return root, _recipe(job, "local", "local", inputs)
     with disk_of(job.raw, "--data_dir"):
         snapshot = hub.fetch(
             job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, files=files
         )
     inputs = [[file.path, file.n_bytes, file.sha256 or file.git_sha1] for file in snapshot.files]
     return job.raw, _recipe(job, snapshot.revision, snapshot.requested, inputs)
-
-
-def _sizes(source: Path) -> list[list[Any]]:
-    """Return [name, bytes] of each input file of a source."""
-    root = source if source.is_dir() else source.parent
-    return [[name, (root / name).stat().st_size] for name in find_inputs(source)]
 
 
 def _runs(
