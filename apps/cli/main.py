@@ -82,6 +82,10 @@ def check(
     mfu: Annotated[float, typer.Option(help="Share of the peak that the estimate of hours assumes.")] = 0.4,
     gpu: Annotated[str, typer.Option(help="GPU to estimate memory and hours for.")] = "h200",
     strict_paths: Annotated[bool, typer.Option(help="Missing data and tokenizer files are errors.")] = False,
+    kill_every: Annotated[
+        str | None, typer.Option(metavar="2h", help="Say what one kill per so long costs, and the best dump.every.")
+    ] = None,
+    disk_gb_per_s: Annotated[float, typer.Option(help="Rate of the disk that --kill-every assumes.")] = 1.0,
     accept_change: Annotated[bool, typer.Option(help="Allow changes to a started run that need this flag.")] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Every key with its origin, every figure with its formula.")
@@ -98,7 +102,15 @@ def check(
     from lingua.train.check_report import report
 
     code = report(
-        line, world_size=world_size, mfu=mfu, gpu=gpu, strict_paths=strict_paths, as_json=as_json, everything=everything
+        line,
+        world_size=world_size,
+        mfu=mfu,
+        gpu=gpu,
+        strict_paths=strict_paths,
+        as_json=as_json,
+        everything=everything,
+        kill_every=kill_every,
+        disk_gb_per_s=disk_gb_per_s,
     )
     raise typer.Exit(code)
 

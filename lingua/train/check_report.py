@@ -5,6 +5,7 @@ Every figure comes with its formula. Nothing is built, nothing is written.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from lingua.checkpoint import goodput
 from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine
 from lingua.config.frozen import dump_yaml
@@ -30,8 +32,9 @@ from lingua.train.sizes import Phase, Resolved
 
 _MAIN_FACTS = {
     "parameters", "tokens_per_step", "steps", "total_tokens", "tokens_per_parameter", "checkpoint_bytes",
-    "memory_bytes", "total_flops", "hours",
+    "memory_bytes", "total_flops", "hours", "lost_to_kills", "best_dump_every",
 }  # fmt: skip
+_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Fact(NamedTuple):
@@ -52,6 +55,8 @@ def report(
     strict_paths: bool = False,
     as_json: bool = False,
     everything: bool = False,
+    kill_every: str | None = None,
+    disk_gb_per_s: float = 1.0,
 ) -> int:
     """Print what a config means; returns the exit code. Raises ConfigError with everything that is wrong with it."""
     if find_peak(gpu) is None:
@@ -61,6 +66,9 @@ def report(
     checked = load(line, world_size, strict_paths=strict_paths)
     figures = list(facts(checked.args, checked.resolved, mfu, gpu, checked.phases))
     checked.warnings += too_large(figures, gpu)
+    if kill_every is not None:
+        hours = next(fact.value for fact in figures if fact.name == "hours")
+        figures += facts_of_kills(checked.args, checked.resolved, hours, kill_every, disk_gb_per_s)
     if as_json:
         sys.stdout.buffer.write(orjson.dumps(as_record(checked, figures), option=orjson.OPT_INDENT_2) + b"\n")
     else:
@@ -128,6 +136,33 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str, phases: Sequenc
     for phase in parts:
         if phase.written is not None:
             yield _of_phase(phase)
+
+
+def facts_of_kills(
+    args: TrainArgs, size: Resolved, hours: float, kill_every: str, disk_gb_per_s: float
+) -> Iterator[Fact]:
+    """Yield what kills cost as configured, and the period of saves that loses least. `hours`: of the whole training."""
+    number, unit = kill_every[:-1], kill_every[-1:]
+    if not re.fullmatch(r"\d*\.?\d+", number) or unit not in _UNITS_S or not float(number):
+        raise ConfigError(f"command line: --kill-every {kill_every} is no duration; write 90s, 30m, 2h or 1d")
+    if disk_gb_per_s <= 0:
+        raise ConfigError(f"command line: --disk-gb-per-s {disk_gb_per_s:g} is no rate; write one above 0")
+    step_s = hours * 3600 / max(1, size.n_steps - begins_with(args)[0])
+    asynchronous = args.checkpoint.async_save_mode is not None
+    run = goodput.Setting(size.checkpoint_bytes, step_s, size.world_size, disk_gb_per_s * 1e9, asynchronous)
+    every = args.checkpoint.dump.every
+    now, best, then = goodput.advice(run, every, float(number) * _UNITS_S[unit])
+    lost = 1.0 if now is None else 1 - now.kept
+    how = f"of the time, at one kill per {kill_every} with checkpoint.dump.every {every}"
+    yield Fact("lost_to_kills", lost, f"{lost:.1%}", f"{how}: {_spent(now)}" if now else f"{how}: nothing is kept")
+    best = min(best, size.n_steps)
+    assumed = f"{step_s:.2g} s per step, disk {disk_gb_per_s:g} GB/s, {goodput.START_UP_S:g} s to start, nodes lost"
+    how = f"steps, the checkpoint.dump.every that loses least, {1 - then.kept:.1%}"
+    yield Fact("best_dump_every", best, f"{best:,}", f"{how}: {_spent(then)}; with {assumed}")
+
+
+def _spent(seen: goodput.Outlook) -> str:
+    return f"saves {seen.saving:.1%} + repeated steps {seen.repeated:.1%} + restarts {seen.restarting:.1%}"
 
 
 def _of_phase(phase: Phase) -> Fact:

@@ -4,6 +4,7 @@ import errno
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ from lingua.data.token_files import tokenize_file
 from lingua.run.lock import RunLock
 from lingua.tokenizer import ByteTokenizer
 from lingua.train.check import load, problems, resolve
-from lingua.train.check_report import Fact, facts
+from lingua.train.check_report import Fact, facts, facts_of_kills
 from tests.checkpoints import make_run
 from tests.corpora import write_parquet
 
@@ -390,6 +391,32 @@ def test_what_a_save_costs_is_said_in_either_mode(checkpoint: dict[str, Any], se
     run = args(steps=80, checkpoint=checkpoint)
     how = next(fact.how for fact in facts(run, resolve(run, 1), 0.4, "h200") if fact.name == "checkpoint_bytes")
     assert fnmatch(how, f"*; {sentence}*")
+
+
+@pytest.mark.parametrize(
+    ("mode", "every", "kill_every", "lost", "best"),
+    [  # 5 s per step; 85 GB: 85 s to the disk, 2.7 s into the memory of 8 ranks
+        (None, 400, "2h", "18.9% of the time, at one kill per 2h with checkpoint.dump.every 400", 211),
+        ("shm", 400, "2h", "16.1% of the time", 39),
+        ("shm", 39, "120m", "5.7% of the time", 39),
+        ("shm", 0, "1d", "100.0% of the time, at one kill per 1d with checkpoint.dump.every 0: nothing is kept", 136),
+    ],
+)
+def test_kills_cost_what_the_period_of_saves_leaves_to_lose(
+    mode: str | None, every: int, kill_every: str, lost: str, best: int
+) -> None:
+    run = args(steps=1000, checkpoint={"async_save_mode": mode, "dump": {"every": every}})
+    size = replace(resolve(run, 1), world_size=8, checkpoint_bytes=int(85e9))
+    now, then = facts_of_kills(run, size, hours=5000 / 3600, kill_every=kill_every, disk_gb_per_s=1)
+    assert f"{now.shown} {now.how}".startswith(lost)
+    assert then.value == best
+
+
+@pytest.mark.parametrize("kill_every", ["2", "h", "2x", "-1h", "0h", ""])
+def test_a_kill_rate_that_cannot_be_read_is_refused(kill_every: str) -> None:
+    run = args(steps=80)
+    with pytest.raises(ConfigError, match=f"--kill-every {kill_every} is no duration; write 90s, 30m, 2h or 1d"):
+        list(facts_of_kills(run, resolve(run, 1), 1.0, kill_every, 1.0))
 
 
 # -- on other GPUs -------------------------------------------------------------------------------------------------
