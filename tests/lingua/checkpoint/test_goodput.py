@@ -67,7 +67,7 @@ def test_costs_of_7b_on_8_ranks_and_half_a_gigabyte_per_second(
     assert costs(Setting(85e9, 5, 8, 0.5e9, asynchronous)) == expected
 
 
-@pytest.mark.parametrize(("asynchronous", "every"), itertools.product((False, True), (1, 10, 400)))
+@pytest.mark.parametrize(("asynchronous", "every"), list(itertools.product((False, True), (1, 10, 400))))
 def test_no_configured_period_keeps_more_than_the_advised_one(asynchronous: bool, every: int) -> None:
     run = Setting(85e9, 5, 8, 0.5e9, asynchronous)
     now, best, then = advice(run, every, 2 * HOUR_S)
