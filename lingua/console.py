@@ -186,6 +186,17 @@ def lingua_command() -> str:
     return "lingua" if shutil.which("lingua") else str(beside) if beside.is_file() else "uv run lingua"
 
 
+def command_lines(command: str, words: Iterable[str]) -> str:
+    """Return a long command as indented lines that a shell takes as one. Words are quoted already."""
+    lines = [command]
+    for word in words:
+        if len(lines[-1]) + len(word) > 70:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return "    " + " \\\n      ".join(lines)
+
+
 def progress_shown() -> Progress:
     """Start logging and return a bar on a terminal; elsewhere plain lines on stderr."""
     start_logging()

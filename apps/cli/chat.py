@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +30,10 @@ A line that ends with \\ goes on in the next."""
 def chat(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="RUN[@STEP] [KEY=VALUE] ...", help="A run, or whatever `lingua generate` takes; keys."),
+        typer.Argument(
+            metavar="RUN[@STEP] [TEXT] [KEY=VALUE] ...",
+            help="A run, or whatever `lingua generate` takes; what to say first; keys.",
+        ),
     ],
     template: Annotated[
         Path | None,
@@ -42,10 +47,11 @@ def chat(
     is written. /help lists what else can be typed; keys are those of `lingua generate`.
     """
     from apps.main.generate import load_generator, read_command_line
-    from lingua.config.command_line import parse_command_line
+    from lingua.config.command_line import parse_command_line, split_prompts
     from lingua.train.describe import described
 
-    line = parse_command_line(words)
+    others, first = split_prompts(words)
+    line = parse_command_line(others)
     line.overrides[:0] = DEFAULTS
     config, args = read_command_line(line)
     run_args = described(config, args.app)
@@ -55,7 +61,7 @@ def chat(
         print("it continues what you type" if text is None else "it answers what you type", end="; ", file=sys.stderr)
         print("/help lists what else can be typed, Ctrl-D ends", file=sys.stderr)
     with _history():
-        for typed in typed_lines():
+        for typed in chain(first, typed_lines()):
             if not talk.take(typed):
                 return
 
@@ -87,7 +93,8 @@ class Talk:
 
     def take(self, typed: str) -> bool:
         """Answer a line, or do what it asks for; return whether the conversation goes on."""
-        word = typed.strip()
+        word = typed.rstrip()
+        name, has_value, value = (part.strip() for part in word[1:].partition("="))
         if word == "/quit":
             return False
         if word == "/help":
@@ -100,28 +107,31 @@ class Talk:
             self._say(self._prompt + self._answer, before=self._answer)
         elif word == "/again":
             self._say(self._prompt)
-        elif "=" in word and word[0] == "/" and word[1:].partition("=")[0].strip() in _KEYS:
-            self._turn(word[1:])
-        elif word.startswith("/"):
-            self._write(f"{word.split()[0]} is not known; /help lists what is (text may begin with a blank)\n")
+        elif word.startswith("/") and name in _KEYS:
+            self._turn(name, value if has_value else None)
+        elif typed.startswith("/"):
+            near = get_close_matches(name.partition(" ")[0], (*_WORDS, *_KEYS), 1)
+            hint = f"did you mean /{near[0]}{'=VALUE' * (near[0] in _KEYS)}? " if near else ""
+            self._write(f"{word.split()[0]} is not known; {hint}/help lists what is (text may begin with a blank)\n")
         elif typed:
             if self._template is not None:
                 self._messages.append({"role": "user", "content": typed})
             self._say(typed if self._template is None else rendered(self._template, self._messages))
         return True
 
-    def _turn(self, setting: str) -> None:
-        """Set a key of the generator, checked as in a config."""
+    def _turn(self, key: str, value: str | None) -> None:
+        """Set a key of the generator, checked as in a config, and say what it is now. None: only say it."""
         from lingua.config.base import ConfigError
         from lingua.config.compose import compose
 
-        key, value = (part.strip() for part in setting.split("=", 1))
+        now = self._generator.args
         try:
-            now = self._generator.args
-            changed = compose(None, [], [f"{key}={value}"], type(now)).args
-            self._generator.args = now.model_copy(update={key: getattr(changed, key)})
+            changed = now if value is None else compose(None, [], [f"{key}={value}"], type(now)).args
         except ConfigError as error:
             self._write(f"{error}\n")
+            return
+        self._generator.args = now.model_copy(update={key: getattr(changed, key)})
+        self._write(f"{key} is {getattr(changed, key)}\n")
 
     def _say(self, prompt: str, before: str = "") -> None:
         """Generate after a prompt, and write it as it comes. Ctrl-C keeps what has come."""
@@ -157,6 +167,7 @@ class Talk:
 
 
 _KEYS = ("temperature", "top_k", "top_p", "max_gen_len", "until", "seed", "sampler", "diffusion_steps", "block")
+_WORDS = ("more", "again", "new", "help", "quit")
 
 
 def rendered(template: str, messages: list[dict[str, str]]) -> str:

@@ -7,9 +7,10 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from apps.cli import chat as chat_command
 from apps.cli import export as export_commands
@@ -27,9 +28,9 @@ from lingua.config.command_line import (
     app_module,
     app_schema,
     choose_app,
-    is_prompt,
     parse_command_line,
     run_main,
+    split_prompts,
     with_ckpt,
 )
 from lingua.console import AsJson, Commands, show
@@ -233,13 +234,29 @@ def launch(
     raise typer.Exit(launch(line, base_dir=Path.cwd(), dry_run=dry_run, local=local))
 
 
-@app.command(context_settings={**PASSED_ON, "help_option_names": []})
-def generate(
-    words: Annotated[list[str] | None, typer.Argument(metavar="ckpt=RUN_OR_FOLDER [KEY=VALUE] ...")] = None,
-) -> None:
-    """Generate text from a run.
+class _WithKeys(TyperCommand):
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from apps.main.generate import key_rows
 
-    The same as `python -m apps.main.generate`: all arguments are passed on unchanged.
+        with formatter.section("Keys, with their defaults"):
+            formatter.write_dl(key_rows())
+
+
+@app.command(cls=_WithKeys, context_settings=PASSED_ON)
+def generate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN[@STEP] [TEXT] ... [KEY=VALUE] ...",
+            help="A run (its newest checkpoint) or a step of it, an export, or weights; prompts; keys.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Generate text from a run, or continue prompts.
+
+    Several texts make one batch; write prompt=TEXT for one that looks like a key. Without one, prompts are read line by
+    line. config=FILE names the config of weights that have none near them.
     """
     _pass_on("generate", words or [])
 
@@ -282,7 +299,8 @@ for command in (*run_commands.COMMANDS, watch, push, drill, replay, init):
 
 def _pass_on(module: str, words: list[str]) -> NoReturn:
     """Call the chosen app's `main(words)`."""
-    config = [word for word in words if not word.startswith(("-", "+", "prefetch")) and not is_prompt(word)]
+    typed = split_prompts(words)[0] if module == "generate" else words
+    config = [word for word in typed if not word.startswith(("-", "+", "prefetch"))]
     raise typer.Exit(app_module(choose_app(parse_command_line(config)), module).main(words))
 
 

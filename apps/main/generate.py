@@ -1,11 +1,18 @@
-"""Generate: `python -m apps.main.generate ckpt=RUN_OR_FOLDER ["prompt=..."] [temperature=0.8 until=END ...]`.
+"""Generate text from a run, or continue prompts.
 
-ckpt is a run, RUN@step, a checkpoint folder, what `lingua export` and `lingua import` make, a Hugging Face folder or
-any file of weights that training can start from; the model and the tokenizer are those of the run's config.yaml (Meta
-Lingua's params.json, Hugging Face's config.json), or of the config given as `config=x.yaml` (a bare path is understood
-as either). Several `prompt=` make one batch, and a word with [MASK] is a prompt with a gap (apps/diffusion/README.md);
-without one, prompts are read line by line until the end of input. Tokens are sampled; temperature=0 takes the most
-likely one always. The answer to one prompt is written as it grows on a terminal. `until` is a string or a list.
+usage: python -m apps.main.generate [ckpt=]RUN[@STEP] [TEXT ...] [config=FILE] [key=value ...]
+
+  RUN[@STEP]      a run (its newest checkpoint), a step of it, a checkpoint folder, an export, a Hugging Face folder, or
+                  any file of weights that training can start from
+  TEXT            a prompt, also as prompt=TEXT; with [MASK] in it, one with a gap (apps/diffusion/README.md). Several
+                  make one batch. Without one, prompts are read line by line until the end of input
+  config=FILE     the config of the model. Without it: the config.yaml of the run (params.json of Meta Lingua,
+                  config.json of Hugging Face)
+  key=value       a key below: temperature=0 until=END
+  --trust         run code that a config beside weights names
+  --debug         show tracebacks
+
+On a terminal, the answer to one prompt is written as it grows.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BeforeValidator, Field
 
 from lingua.config.base import ConfigError, Text, named
-from lingua.config.command_line import CommandLine, app_module, choose_app, is_prompt, parse_command_line, run_main
+from lingua.config.command_line import CommandLine, app_module, choose_app, parse_command_line, run_main, split_prompts
 from lingua.config.compose import compose
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
@@ -47,13 +54,10 @@ class GenerateArgs(GeneratorArgs):
 
 def main(words: list[str], app: str = str(__package__)) -> int:
     """Answer the prompts on the command line, or those that are read."""
-    prompts = [word.removeprefix("prompt=") for word in words if is_prompt(word)]
-    line = parse_command_line([word for word in words if not is_prompt(word)])
+    others, prompts = split_prompts(words)
+    line = parse_command_line(others)
     if line.flags.get("help"):
-        print(__doc__)
-        print("keys, with their defaults:\n")
-        for name, text in field_docs(GenerateArgs).items():
-            print(f"  {name}={GenerateArgs.model_fields[name].default!r}\n      {text.replace(chr(10), ' ')}")
+        print(__doc__, "keys, with their defaults:", *(f"  {key}\n      {text}" for key, text in key_rows()), sep="\n")
         return 0
     config, args = read_command_line(line)
     wanted = args.app or choose_app(CommandLine(config=str(config)))
@@ -67,6 +71,13 @@ def main(words: list[str], app: str = str(__package__)) -> int:
         for prompt, answer in zip(batch, generator.generate(batch), strict=True):
             show(prompt, answer)
     return 0
+
+
+def key_rows() -> list[tuple[str, str]]:
+    """Return `key=default` and the meaning of each key."""
+    defaults = {name: field.default for name, field in GenerateArgs.model_fields.items()}
+    shown = {name: "null" if value is None else str(value) for name, value in defaults.items()}
+    return [(f"{name}={shown[name]}", text.replace("\n", " ")) for name, text in field_docs(GenerateArgs).items()]
 
 
 def write_as_it_comes(generator: Generator, prompt: str) -> None:
@@ -95,16 +106,15 @@ def _autoregressive() -> type[Generator]:
 
 def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
     """(config of the model, how to generate). Raises ConfigError."""
-    bare = line.config if line.config is not None and not line.config.endswith((".yaml", ".yml")) else None
-    overrides = [*line.overrides, *([f"ckpt={bare}"] if bare else [])]
-    args = compose(None, line.overlays, overrides, GenerateArgs).args
+    args = compose(None, line.overlays, line.overrides, GenerateArgs).args
     if not args.ckpt:
-        raise ConfigError('command line: no checkpoint; write ckpt=RUN_OR_FOLDER, say ckpt=out/debug "prompt=import "')
-    return Path(line.config) if line.config and not bare else config_of(args.ckpt), args
+        raise ConfigError("command line: no run is named; write RUN first, out/debug say, then the text to continue")
+    return Path(line.config) if line.config else config_of(args.ckpt), args
 
 
 def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
     """Return a generator with the weights of `args.ckpt` in the model of `run_args`. Loads torch."""
+    print(f"loading {args.ckpt}", file=sys.stderr, flush=True)
     import torch
 
     from lingua.distributed.place import find_rank_info

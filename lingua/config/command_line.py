@@ -118,15 +118,31 @@ def _whole_values(words: Sequence[str]) -> list[str]:
     return whole[1:]
 
 
+_NOT_BARE = re.compile(r"[-+].*|[\w.]+=.*|.*\.ya?ml", re.DOTALL)
+
+
 def with_ckpt(words: Sequence[str]) -> list[str]:
     """Read a bare RUN, RUN@STEP or folder as `ckpt=`; a .yaml stays the config."""
-    other = re.compile(r"[-+].*|.*=.*|.*\.ya?ml", re.DOTALL)
-    return [word if other.fullmatch(word) else f"ckpt={word}" for word in words]
+    return [word if _NOT_BARE.fullmatch(word) else f"ckpt={word}" for word in words]
 
 
-def is_prompt(word: str) -> bool:
-    """Return whether a word of `generate` is a prompt: `prompt=TEXT`, or a text with a gap such as [MASK]."""
-    return word.startswith("prompt=") or "[MASK" in word
+def split_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the other words of `generate`, a bare RUN as `ckpt=`, and the prompts.
+
+    A prompt is `prompt=TEXT`, a text with a gap such as [MASK], or a bare text after the run.
+    """
+    others: list[str] = []
+    prompts: list[str] = []
+    for word in words:
+        if word.startswith("prompt=") or "[MASK" in word:
+            prompts.append(word.removeprefix("prompt="))
+        elif _NOT_BARE.fullmatch(word) or not any(other.startswith("ckpt=") for other in others):
+            others += with_ckpt([word])
+        elif others[-1].endswith("="):  # a blank after it, which is told later
+            others.append(word)
+        else:
+            prompts.append(word)
+    return others, prompts
 
 
 def choose_app(line: CommandLine) -> str:

@@ -27,7 +27,7 @@ from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE, dump_yaml, public_yam
 from lingua.config.keys.model import DecoderArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import note_run
-from lingua.console import lingua_command
+from lingua.console import command_lines, lingua_command
 from lingua.data.corpus import SOURCE_NAME
 from lingua.data.sources import with_default_sources
 from lingua.distributed.parallelize import DTYPES, recomputed
@@ -279,17 +279,12 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     given = [word for word in words if not word.startswith("steps=") and word not in more.split()]
     if run.args.app != DEFAULT_APP and not any(word.startswith("app=") for word in given):
         given.append(f"app={run.args.app}")
-    prompt = "import " if run.args.data.tokenizer.name != "none" else "0 0"
-    again = [f"{command} train"]
-    for word in [*map(shlex.quote, given), more]:
-        if len(again[-1]) + len(word) > 70:
-            again.append(word)
-        else:
-            again[-1] += f" {word}"
+    sample = run.args.sample_prompt
+    prompt = "" if sample is None else " " + shlex.quote(f"prompt={sample}")  # without one, it asks
     log.info(
-        "next:\n  let it write\n    %s generate %s 'prompt=%s'\n  train twice as long\n    %s\n"
-        "  look at the curves\n    %s report %s",
-        command, folder, prompt, " \\\n      ".join(again), command, folder,
+        "next:\n  let it write\n    %s generate %s%s\n"
+        "  train twice as long\n%s\n  look at the curves\n    %s report %s",
+        command, folder, prompt, command_lines(f"{command} train", [*map(shlex.quote, given), more]), command, folder,
     )  # fmt: skip
 
 

@@ -183,5 +183,10 @@ def test_what_is_left_to_do_after_the_last_checkpoint_is_done_by_the_next_start(
 def test_the_end_says_what_to_type_next(tmp_path: Path):
     words = [*TINY, "steps=2", f"dump_dir={tmp_path}", "validation.at_ends=true", "sample_prompt=import"]
     said = train(words).output
-    for expected in ("bits per byte", "a sample:\n    import", "steps=4", f"lingua generate {tmp_path} "):
+    for expected in (
+        "bits per byte",
+        "a sample:\n    import",
+        "steps=4",
+        f"lingua generate {tmp_path} prompt=import\n",
+    ):
         assert expected in said

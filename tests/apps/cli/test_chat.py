@@ -66,10 +66,14 @@ def test_a_model_of_answers_gets_each_prompt_alone_or_by_the_template() -> None:
 
 def test_keys_are_turned_while_one_talks() -> None:
     parrot = Parrot("A")
-    said = talk(parrot, None, "/temperature=0.5", "/temperature=cold", "/what", "/top_k = 3", "/help")
+    lines = ["/temperature=0.5", "/temperature=cold", "/what", "/top_k = 3", "/temperature", "/temperture=1", "/mor"]
+    said = talk(parrot, None, *lines, "/temperature 1", "/help")
     assert (parrot.args.temperature, parrot.args.top_k) == (0.5, 3)
-    for part in ("cold", "/what is not known", "/quit, Ctrl-D"):
+    for part in ("cold", "/what is not known; /help lists", "top_k is 3\ntemperature is 0.5\n", "/quit, Ctrl-D"):
         assert part in said, said
+    assert said.count("/temperature=VALUE?") == 2
+    assert "/mor is not known; did you mean /more?" in said
+    assert talk(parrot, None, " /usr/bin") == " /usr/binA\n"
     assert not Talk(parrot, None, print).take("/quit")  # pyright: ignore[reportArgumentType]
 
 
@@ -106,10 +110,11 @@ def test_a_model_speaks_as_it_is_asked(
         raise EOFError
 
     monkeypatch.setattr("builtins.input", typed)
-    code, out, err = Lingua(capsys, "chat")(f"{tmp_path}/run@1", "max_gen_len=8", "device=cpu")
+    code, out, err = Lingua(capsys, "chat")(f"{tmp_path}/run@1", "said first", "max_gen_len=8", "device=cpu")
     assert code == 0, err
-    assert out.startswith("def \nx")
-    assert len(out) > len("def \nx\n\n")
+    assert out.startswith("said first")
+    assert "\ndef \nx" in out
+    assert out.count("temperature is 0.0\n") == 1
 
 
 def test_lines_that_end_with_a_backslash_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,15 @@ def words(run: Path, *more: str) -> list[str]:
 
 
 def test_prompts_are_answered_in_order(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words(run, "prompt=one", "prompt=a: [b", "temperature=0.5", "top_k=5", "top_p=0.9")) == 0
+    more = ["temperature=0.5", "top_k=5", "top_p=0.9"]
+    assert main(words(run, "prompt=one", "prompt=a: [b", *more)) == 0
     out, err = capsys.readouterr()
+    bare = words(run, "one", *more, "a: [b")
+    assert main([bare[0].removeprefix("ckpt="), *bare[1:]]) == 0
+    assert capsys.readouterr().out == out
     assert out.startswith("one")
     assert "\na: [b" in out
+    assert err.startswith(f"loading {run}/consolidated.pth\n")
     assert "parameters" in err
 
 
@@ -93,7 +98,7 @@ def test_without_a_prompt_they_are_read(
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["prompt=x"], "no checkpoint; write ckpt=RUN_OR_FOLDER"),
+        (["prompt=x"], "no run is named; write RUN first"),
         (["ckpt=/no/such/run"], "ckpt=/no/such/run does not exist"),
         (["ckpt=x", "temprature=1"], "temperature"),
         (["ckpt=x", "temperature=-1"], "temperature"),
@@ -126,9 +131,12 @@ def test_the_config_of_a_checkpoint_is_that_of_its_run(run: Path) -> None:
         assert config_of(ckpt) == run / "config.yaml"
 
 
-def test_help_is_the_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_the_usage_and_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "ckpt=RUN_OR_FOLDER" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[ckpt=]RUN[@STEP] [TEXT ...]" in out
+    assert "temperature=0.8\n" in out
+    assert "top_p=null\n" in out
 
 
 @pytest.mark.parametrize(("users_own", "after"), [(None, 1), ("2", 2)], ids=["one thread", "the user's own number"])
@@ -158,10 +166,3 @@ def test_one_answer_is_written_as_it_grows_and_is_the_same_text(
             patched.setattr("sys.stdout.isatty", lambda: True, raising=False)
             assert main([f"ckpt={run}/consolidated.pth", "dtype=fp32", "prompt=one", *more]) == 0
         assert capsys.readouterr().out == printable(whole)
-
-
-def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert "temperature=0.8" in shown
-    assert "top_p=None" in shown

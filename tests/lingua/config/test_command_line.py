@@ -13,9 +13,9 @@ from lingua.config.command_line import (
     app_module,
     app_schema,
     choose_app,
-    is_prompt,
     parse_command_line,
     run_main,
+    split_prompts,
 )
 from lingua.config.trust import trusting
 from lingua.files import RunError
@@ -38,9 +38,20 @@ def test_words_are_sorted(words: list[str], line: CommandLine) -> None:
     assert parse_command_line(words, ["accept-change", "world-size"]) == line
 
 
-def test_prompts_are_told_from_other_words() -> None:
-    words = ["out/run", "prompt=a", "def f([MASK]): x=1", "temperature=1", "+over"]
-    assert [is_prompt(word) for word in words] == [False, True, True, False, False]
+@pytest.mark.parametrize(
+    ("words", "others", "prompts"),
+    [
+        (["out/run"], ["ckpt=out/run"], []),
+        (["out/run", "some text", "more"], ["ckpt=out/run"], ["some text", "more"]),
+        (["ckpt=out/run", "x = 1", "steps"], ["ckpt=out/run"], ["x = 1", "steps"]),
+        (["out/run", "prompt=x=1", "temperature=1", "a"], ["ckpt=out/run", "temperature=1"], ["x=1", "a"]),
+        (["def f([MASK]): x=1", "out/lr=1@5", "+over", "a.yaml"], ["ckpt=out/lr=1@5", "+over", "a.yaml"], None),
+        (["out/run", "temperature=", "0.3"], ["ckpt=out/run", "temperature=", "0.3"], []),
+        (["config=a.yaml", "--trust", "prompt=a"], ["config=a.yaml", "--trust"], ["a"]),
+    ],
+)
+def test_prompts_are_told_from_other_words(words: list[str], others: list[str], prompts: list[str] | None) -> None:
+    assert split_prompts(words) == (others, words[:1] if prompts is None else prompts)
 
 
 @pytest.mark.parametrize(
