@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -253,6 +253,16 @@ def _read_metadata(file: BinaryIO, path: Path) -> Metadata:
     return metadata
 
 
+class Content(Protocol):
+    """What a file holds: slices of it are bytes in memory."""
+
+    def __getitem__(self, span: slice, /) -> memoryview: ...
+
+
+Contents = Callable[[str], Content]
+"""Returns the content of a checkpoint's file by name."""
+
+
 class _Reader(FileSystemReader):
     """Stock reading (which takes tensors with weights_only), but `.metadata` goes through the allow-list."""
 
@@ -270,7 +280,7 @@ class _Reader(FileSystemReader):
 class _MappedReader(_Reader):
     """Reads files that are mapped into memory: each tensor is copied once, to where it is wanted."""
 
-    def __init__(self, folder: Path, content: Callable[[str], Buffer], metadata: Metadata) -> None:
+    def __init__(self, folder: Path, content: Contents, metadata: Metadata) -> None:
         super().__init__(folder)
         self._content, self._described = content, metadata.state_dict_metadata
 
@@ -295,14 +305,15 @@ class _MappedReader(_Reader):
         dtype = described.properties.dtype
         sizes = tuple(next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset))
         head, size_bytes, _ = blob(dtype, sizes)
-        content, begin = memoryview(self._content(place.relative_path)), place.offset + len(head)
-        if content[place.offset : begin] != head or begin + size_bytes > len(content):
+        end = place.offset + len(head) + size_bytes
+        content = self._content(place.relative_path)[place.offset : end]
+        if content[: len(head)] != head or len(content) != len(head) + size_bytes:
             raise ValueError(f"{place.relative_path} does not hold {index.fqn} at byte {place.offset}")
         if not size_bytes:
             return torch.empty(sizes, dtype=dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it must not be written to, and is not
-            flat = torch.frombuffer(content, dtype=torch.uint8, count=size_bytes, offset=begin)
+            flat = torch.frombuffer(content, dtype=torch.uint8, count=size_bytes, offset=len(head))
         return flat.view(dtype).view(sizes)
 
 
@@ -311,9 +322,13 @@ class _Planner(DefaultLoadPlanner):
         raise RunError(f"{read_item.dest_index.fqn} is a pickled value, not a tensor; refused")
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path, content: Contents | None = None) -> Metadata:
     """Read the metadata of a checkpoint folder. Raises RunError if it is not what it should be."""
-    return _Reader(folder).read_metadata()
+    if content is None:
+        return _Reader(folder).read_metadata()
+    metadata = _read_metadata(io.BytesIO(content(layout.METADATA)[:]), folder / layout.METADATA)
+    metadata.storage_meta = StorageMeta()
+    return metadata
 
 
 def tensor_properties(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -358,7 +373,7 @@ def read_into(
     folder: Path,
     tensors: dict[str, Tensor],
     metadata: Metadata | None = None,
-    content: Callable[[str], Buffer] | None = None,
+    content: Contents | None = None,
 ) -> None:
     """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. No collective.
 

@@ -30,8 +30,9 @@ from lingua.checkpoint import dcp, documents, layout, pins, publish, retention
 from lingua.checkpoint.capacity import DiskRoom
 from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.shm import drain
-from lingua.checkpoint.shm.area import Save, ServedRun
+from lingua.checkpoint.shm.area import ServedRun
 from lingua.checkpoint.shm.coordinator import LEAVE_S, Coordinator, NoSlotError
+from lingua.checkpoint.shm.decisions import Newest, Point
 from lingua.checkpoint.shm.service_client import StartService, start_service
 from lingua.checkpoint.state import Tensors, TrainState, tensors_of
 from lingua.checkpoint.sync_writer import DirectWriter
@@ -104,7 +105,7 @@ class CheckpointManager:
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
         self.attempt, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
-        self._point: Save | None = None
+        self._point: Point | None = None
         """The snapshot in memory that `resume` begins with."""
         if self._background:
             self._background.find_unsaved(newest_done)
@@ -127,8 +128,8 @@ class CheckpointManager:
 
     # -- start -----------------------------------------------------------------------------------------------------
 
-    def _look(self) -> tuple[int, str, tuple[int, int]]:
-        """On rank 0: return (attempt, id of the run, (step, attempt) of the newest checkpoint)."""
+    def _look(self) -> tuple[int, str, Newest]:
+        """On rank 0: return (attempt, id of the run, the newest checkpoint)."""
         make_folder(self.root, "checkpoint.path" if self.args.path else "dump_dir")
         if self._lock is not None:
             self._lock.bind(self.root)
@@ -138,9 +139,11 @@ class CheckpointManager:
             write_whole(self.root / layout.RUN_ID, run_id)
         return self._lock.attempt if self._lock else 0, run_id, self._newest_done()
 
-    def _newest_done(self) -> tuple[int, int]:
-        done = layout.done_steps(self.root)
-        return (done[-1], publish.attempt_of(self.root, done[-1])) if done else (-1, 0)
+    def _newest_done(self) -> Newest:
+        if not (done := layout.done_steps(self.root)):
+            return Newest()
+        mark = publish.mark_facts(self.root, done[-1])
+        return Newest(done[-1], mark.get("incarnation", 0), mark.get("manifest_xxh3_128", ""))
 
     def _id_of(self, step: int) -> str | None:
         """Return the run that a checkpoint says it is of: of a folder that was put together by hand."""
@@ -149,8 +152,8 @@ class CheckpointManager:
         except publish.DamagedError:
             return None
 
-    def _open_staging_dir(self) -> tuple[int, int]:
-        """Shut earlier attempts out; return (step, attempt) of the newest checkpoint."""
+    def _open_staging_dir(self) -> Newest:
+        """Shut earlier attempts out; return the newest checkpoint."""
         if self.args.async_save_mode:
             me, beyond = this_process(*this_job(os.environ)), -1 if self._point is None else self._point.step
             drain.await_older_writers(self.root, self.attempt, me, beyond=beyond)
@@ -389,12 +392,12 @@ class CheckpointManager:
     def resume(self, state: TrainState) -> int | None:
         """Restore the newest state, in place, and return its step; None: there is none.
 
-        If a whole snapshot is in the memory of this node, it comes from there, and the disk is not waited for.
+        If the memories of the nodes hold a whole snapshot, it comes from there, and the disk is not waited for.
         Otherwise it is `latest`. Raises as `latest` and `load`.
         """
         background, point = self._background, self._point
         if background is not None and point is not None:
-            why = self._restorer.load_snapshot(lambda: background.snapshot(point), state)
+            why = self._restorer.load_snapshot(background.snapshot(point), state)
             if why is None:
                 background.resumed_from(point)
                 return point.step

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -142,15 +142,15 @@ class Restorer:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
 
-    def load_snapshot(self, open_snapshot: Callable[[], Snapshot], state: TrainState) -> str | None:
+    def load_snapshot(self, opened: AbstractContextManager[Snapshot], state: TrainState) -> str | None:
         """Restore the full state from memory; return why that is impossible, or None. Then the state is undefined.
 
-        Checksums are compared while the tensors are copied, each file by one of the ranks.
+        Checksums are compared while the tensors are copied, each file by a rank of the node that holds it.
         """
         started, problem = time.perf_counter(), None
         try:
-            snapshot = open_snapshot()
-            self._load_local(snapshot.folder, state, True, snapshot)
+            with opened as snapshot:
+                self._load_local(snapshot.folder, state, True, snapshot)
         except (RunError, OSError) as error:
             problem = str(error)
         except Exception:  # a bug in what comes from the disk too will be raised there
@@ -165,8 +165,7 @@ class Restorer:
         found: list[Future[str | None]] = []
         with ThreadPoolExecutor(publish.VERIFY_THREADS) as pool:
             if snapshot is not None and self._verify == "full":
-                mine = sorted(snapshot.facts)[self._ranks.rank :: self._ranks.size]
-                found = [pool.submit(snapshot.damage, name) for name in mine]
+                found = [pool.submit(snapshot.damage, name) for name in snapshot.to_verify]
             self._read_local(folder, state, optimizer, snapshot)
         if problems := [problem for each in found if (problem := each.result())]:
             raise publish.DamagedError(f"{folder}: {'; '.join(problems)}")
@@ -188,7 +187,7 @@ class Restorer:
         snapshot: Snapshot | None,
     ) -> None:
         tensors = tensors_of(state)
-        metadata = dcp.read_metadata(folder)
+        metadata = dcp.read_metadata(folder, None if snapshot is None else snapshot.content)
         named = dcp.properties_in(metadata)
         averages = optimizer and state.has_ema and any(map(is_ema, named))
 

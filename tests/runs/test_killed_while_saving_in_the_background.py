@@ -72,12 +72,12 @@ SLOT = At(r"mkdir .*/slot-0$")
 STAGED = At(r"rename .*/slot-0\.staged$")
 STATE = At(r"write .*/slot-0/train_state\.00000\.json$")
 FILLED = At(r"write .*/slot-0/\.metadata$")
-READY = At(r"write .*/slot-0/ready\.00000$", 2)  # each save says first that it is not
+READY = At(r"write .*/slot-0/ready\.00000$", 3)  # the allocation and each save say first that it is not
 READY_SAID = At(r"close .*/slot-0/ready\.00000$", 3)
 SECOND_MARK = At(r"write .*/slot-\d\.(free|claimed)$", 2)
 SECOND = At(r"rename .*/slot-\d\.staged$", 2)
-SECOND_UNREADY = At(r"write .*/ready\.00000$", 3)
-THIRD_READY = At(r"write .*/ready\.00000$", 6)
+SECOND_UNREADY = At(r"write .*/ready\.00000$", 5)
+THIRD_READY = At(r"write .*/ready\.00000$", 8)
 ENDING = At(r"write .*/session$", 3)
 MEMORY = At(r"mkdir .*/lingua-\d+$")
 BEFORE_THE_SERVICE = (MEMORY, JOIN, PASSAGE, SESSION)
@@ -90,7 +90,7 @@ RANK_1_POINTS = (
     MEMORY,
     At(r"reserve .*/train_state\.00001\.json$"),
     At(r"write .*/train_state\.00001\.json$", 2),
-    At(r"write .*/ready\.00001$", 2),
+    At(r"write .*/ready\.00001$", 4),
     At(r"close .*/ready\.00001$", 6),  # two of `reserve`, two of each save
 )
 

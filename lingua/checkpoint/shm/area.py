@@ -12,6 +12,7 @@ system's bytes or inodes.
     service.lock       locked by the node's service
     session            the run as its newest attempt describes it to the service (`ServedRun`)
     events             what the service reports to the ranks (`Events`)
+    address            where the service listens for readers on other nodes, if there are any
     slot-0/            model.00003.distcp ...   the final bytes of each file, allocated once
            ready.00003                          rank 3's part is complete: sizes and checksums of its files
     slot-0.staged      the mark; its content: one save (step, attempt, which ranks)
@@ -160,10 +161,10 @@ class Slot:
         """Return the state, or None in the middle of a change."""
         return next((state for state in STATES if self.mark(state).exists()), None)
 
-    def save(self) -> Save | None:
-        """Read the mark; None if the slot is free or the mark is unreadable."""
+    def save(self, *, even_free: bool = False) -> Save | None:
+        """Read the mark; None if it is unreadable, or the slot is free, unless the save it held last is asked for."""
         state = self.state()
-        if state in (None, "free"):
+        if state is None or (state == "free" and not even_free):
             return None
         try:
             mark = self._record(state).read()
@@ -217,9 +218,12 @@ class Slot:
         """Report that this rank is about to change its files."""
         self.ready(rank).write(None, files=files)
 
-    def complete(self) -> tuple[Save, Manifest] | None:
-        """Return the save and the facts of all its files on this node, or None while a rank's part is missing."""
-        save = self.save()
+    def complete(self, *, even_free: bool = False) -> tuple[Save, Manifest] | None:
+        """Return the save and the facts of all its files on this node, or None while a rank's part is missing.
+
+        `even_free`: also of a free slot, which holds its last save until it is allocated anew or filled.
+        """
+        save = self.save(even_free=even_free)
         if save is None:
             return None
         facts: Manifest = {}
@@ -253,6 +257,10 @@ class ShmArea:
     @property
     def events(self) -> Record:
         return Record(self.folder / "events", EVENTS_BYTES)
+
+    @property
+    def address(self) -> Record:
+        return Record(self.folder / "address", MARK_BYTES)
 
     def slot(self, number: int) -> Slot:
         return Slot(self.folder / f"slot-{number}")
@@ -372,6 +380,10 @@ class ServedRun:
     """The ranks only wait for their last save."""
     deadline_s: float | None = None
     """Seconds since the epoch at which the job ends, once it has been asked to stop."""
+    listen: str = ""
+    """Where this node's service listens for readers on other nodes. Empty: nowhere."""
+    secret: str = field(default="", repr=False)
+    """Known to the ranks and services of this attempt alone."""
 
     def wants(self, save: Save) -> bool:
         own = save.run_id == self.run_id and save.attempt == self.attempt

@@ -13,9 +13,11 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,24 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import capacity, dcp
-from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, make_area
-from lingua.checkpoint.shm.decisions import SlotView, choose_slot, node_of, resume_point, worth_saving
+from lingua.checkpoint.shm.decisions import (
+    Found,
+    Newest,
+    Point,
+    SlotView,
+    choose_slot,
+    node_of,
+    resume_point,
+    worth_saving,
+)
 from lingua.checkpoint.shm.moved import adopt
+from lingua.checkpoint.shm.part_server import PartReader, address_of_this_node
 from lingua.checkpoint.shm.service_client import ServiceClient, StartService, say_who_is_waited_for, start_service
 from lingua.checkpoint.shm.slot_writer import SlotWriter
 from lingua.checkpoint.shm.snapshot import Snapshot
 from lingua.checkpoint.state import TrainState, scalars_json
+from lingua.distributed.place import find_rank_info
 from lingua.distributed.process_group import Ranks
 from lingua.files import DISK, Files, ProcessLock, RunError, free_bytes, raise_if
 from lingua.run.failure import RankError, carried, classify
@@ -92,10 +104,8 @@ class Coordinator:
         self._run, self._ranks, self._device, self._files = run, ranks, device, files
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
         self._writer: SlotWriter | None = None
-        self._own: dict[int, tuple[Save, Manifest]] = {}
-        """On leaders: the complete slots that an earlier attempt has left on this node."""
-        self._found: list[list[Save]] = []
-        """The same of each node, on all ranks."""
+        self._found: list[list[Found]] = []
+        """What earlier attempts have left complete in the memory of each node."""
         self._rescued: list[int] = []
         """Those of this node that are to be saved and are not known to be."""
         self._n_slots, self._keep = 0, set[str]()
@@ -146,15 +156,16 @@ class Coordinator:
 
     # -- start -----------------------------------------------------------------------------------------------------
 
-    def find_unsaved(self, newest_done: tuple[int, int]) -> set[tuple[int, int]]:
+    def find_unsaved(self, newest: Newest) -> set[tuple[int, int]]:
         """Look for snapshots in memory that are worth saving, (attempt, step) each; all others are forgotten."""
-        run, step = self._run, newest_done[0]
-        self._ranks.on_each(lambda: adopt(self.area, run, step, files=self._files) if self._service else None)
-        self._own = self._complete() if self._service else {}
-        of_ranks = self._ranks.gather([save for save, _ in self._own.values()] if self._service else None)
+        run = self._run
+        self._ranks.on_each(lambda: adopt(self.area, run, newest.step, files=self._files) if self._service else None)
+        of_ranks = self._ranks.gather(self._complete() if self._service else None)
         self._found = [of_node for of_node in of_ranks if of_node is not None]
-        wanted = worth_saving([save for of_node in self._found for save in of_node], self._run.run_id, newest_done)
-        self._rescued = [n for n, (save, _) in self._own.items() if (save.attempt, save.step) in wanted]
+        unsaved = [part.save for of_node in self._found for part in of_node if not part.is_free]
+        wanted = worth_saving(unsaved, run.run_id, newest)
+        own = [part for part in self._found[self.node.number] if (part.save.attempt, part.save.step) in wanted]
+        self._rescued = [part.number for part in own if not part.is_free] if self._service else []
         for slot in self.area.slots() if self._service else []:
             if slot.number not in self._rescued:
                 slot.change("staged", "free", files=self._files)
@@ -164,7 +175,7 @@ class Coordinator:
         self._run = replace(self._run, rescue=tuple(sorted(wanted)))
         return wanted
 
-    def _complete(self) -> dict[int, tuple[Save, Manifest]]:
+    def _complete(self) -> list[Found]:
         lock = self.area.lock(SERVICE_LOCK)
         try:
             if lock.take():  # no service lives, and none starts before we are done
@@ -173,29 +184,42 @@ class Coordinator:
             lock.close()
         for slot in self.area.slots():
             slot.change("claimed", "staged", files=self._files)
-        return {slot.number: found for slot in self.area.slots() if (found := slot.complete())}
+        slots = [(slot, slot.state() == "free") for slot in self.area.slots()]
+        return [
+            Found(slot.number, *found, is_free) for slot, is_free in slots if (found := slot.complete(even_free=True))
+        ]
 
-    def resume_point(self, newest_done: tuple[int, int]) -> Save | None:
+    def resume_point(self, newest: Newest) -> Point | None:
         """Return the snapshot to resume from, if it is in memory; see there. Local, the same on all ranks."""
-        return resume_point(self._found, self._run.run_id, newest_done)
+        return resume_point(self._found, self._run.run_id, newest)
 
     def open(self) -> None:
         """Send the services this run; they begin to save what was found in memory.
 
         Call when the staging dir of this attempt is open.
         """
+        if self.node.n_nodes > 1 and any(self._found):
+            secret = self._ranks.from_main(lambda: secrets.token_hex(32))
+            self._run = replace(self._run, secret=secret, listen=address_of_this_node(find_rank_info().master))
         self._send()
 
-    def snapshot(self, save: Save) -> Snapshot:
-        """Return what a start resumes from; nothing may be staged before all ranks have read it."""
-        here = {number: (found, facts) for number, (found, facts) in self._own.items() if found == save}
-        number, (_, facts) = self._ranks.from_main(lambda: next(iter(here.items())))
-        self._number = number
-        return Snapshot(self.area.slot(number).folder, save, facts)
+    @contextmanager
+    def snapshot(self, point: Point) -> Iterator[Snapshot]:
+        """Open what a start resumes from; nothing may be staged before all ranks have read it. Collective."""
+        listens = self._service is not None and self.node.n_nodes > 1
+        of_ranks = self._ranks.on_each(lambda: self._service.address() if self._service and listens else None)
+        addresses = [address for address in of_ranks if address is not None]
+        with ExitStack() as stack:
+            readers: dict[int, PartReader] = {}
+            for holder in sorted({holder for holder, _ in point.parts} - {self.node.number}):
+                readers[holder] = stack.enter_context(closing(PartReader(addresses[holder], self._run.secret)))
+            slots = {slot.number: slot.folder for slot in self.area.slots()}
+            share = slice(self.node.ranks.index(self._ranks.rank), None, len(self.node.ranks))
+            yield Snapshot(point, self.node.number, slots, readers, share)
 
-    def resumed_from(self, save: Save) -> None:
+    def resumed_from(self, point: Point) -> None:
         """Let a snapshot that all ranks have resumed from count as staged by this attempt. Local."""
-        self._newest = save.step
+        self._newest = point.step
 
     def is_staged(self, step: int) -> bool:
         """Return whether a step is the newest in memory, wherever else it is by now. Local."""
@@ -423,7 +447,9 @@ class Coordinator:
         if self._service:
             self._service.expect()
         while True:
-            is_settled, missing = self._ranks.on_each(lambda: self._outcome(step, deadline_s, stopping))[0]
+            outcomes = self._ranks.on_each(lambda: self._outcome(step, deadline_s, stopping))
+            # Of a save by an earlier attempt, any node may be the one that publishes it.
+            is_settled, missing = next((each for each in outcomes if each == (True, None)), outcomes[0])
             if is_settled:
                 return missing
             if self._now() > next_word_s and self._ranks.rank == 0:

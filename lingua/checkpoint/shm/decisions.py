@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import xxhash
+
+from lingua.checkpoint import publish
+from lingua.checkpoint.publish import Manifest
 from lingua.checkpoint.shm.area import Save, State
 
 
@@ -30,11 +34,47 @@ def choose_slot(nodes: Sequence[dict[int, SlotView]]) -> int | None:
     return max(idle, key=lambda n: max(node[n].step for node in nodes), default=None)
 
 
-def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int]) -> set[tuple[int, int]]:
+class Newest(NamedTuple):
+    """The newest published checkpoint, as its mark describes it."""
+
+    step: int = -1
+    attempt: int = 0
+    manifest_xxh3_128: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A node's part of a save, complete in the memory of a node of this start."""
+
+    number: int
+    """Of the slot."""
+    save: Save
+    facts: Manifest = field(default_factory=dict)
+    is_free: bool = False
+    """The slot is free: the save was published, or given up."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A snapshot in memory that a start resumes from."""
+
+    parts: tuple[tuple[int, Found], ...]
+    """Of each node that saved it: which node of this start holds its part, and the part."""
+
+    @property
+    def step(self) -> int:
+        return self.parts[0][1].save.step
+
+    @property
+    def facts(self) -> Manifest:
+        return {name: fact for _, part in self.parts for name, fact in part.facts.items()}
+
+
+def worth_saving(found: Iterable[Save], run_id: str, newest: Newest) -> set[tuple[int, int]]:
     """Return (attempt, step) of snapshots that are complete on all their nodes and newer than the newest on the disk.
 
-    `found`: the complete saves of all nodes; `newest_done`: (step, attempt) of the newest published checkpoint. Only
-    the most recent attempt matters: it would already have rescued anything that an earlier one left.
+    `found`: the complete saves of all nodes. Only the most recent attempt matters: it would already have rescued
+    anything that an earlier one left.
     """
     parts: dict[tuple[int, int], set[int]] = {}
     n_nodes: dict[tuple[int, int], int] = {}
@@ -42,29 +82,48 @@ def worth_saving(found: Iterable[Save], run_id: str, newest_done: tuple[int, int
         if save.run_id == run_id:
             parts.setdefault((save.attempt, save.step), set()).add(save.node)
             n_nodes[save.attempt, save.step] = save.n_nodes
-    step_done, attempt_done = newest_done
     good = {
         key
         for key, nodes in parts.items()
-        if len(nodes) == n_nodes[key] and key[1] > step_done and key[0] >= attempt_done
+        if len(nodes) == n_nodes[key] and key[1] > newest.step and key[0] >= newest.attempt
     }
     last = max((attempt for attempt, _ in good), default=0)
     return {key for key in good if key[0] == last}
 
 
-def resume_point(nodes: Sequence[Sequence[Save]], run_id: str, newest_done: tuple[int, int]) -> Save | None:
+def resume_point(nodes: Sequence[Sequence[Found]], run_id: str, newest: Newest) -> Point | None:
     """Return the snapshot in memory that a start resumes from, or None: then from the newest checkpoint on the disk.
 
-    `nodes`: the complete saves in the memory of each node of this start. It is the newest one worth saving, or the
-    newest on the disk itself if that was written only now; and all of it must be on the one node, since parts do not
-    travel between nodes. How many ranks there were does not matter.
+    `nodes`: what is complete in the memory of each node of this start. It is the newest snapshot worth saving, or else
+    the very one that is the newest on the disk, if memory still holds all of it. How many ranks and nodes there were
+    does not matter, nor on which of the nodes a part lies.
     """
-    step_done, attempt_done = newest_done
-    found = [save for of_node in nodes for save in of_node]
-    newest = max(worth_saving(found, run_id, (step_done - 1, attempt_done)), key=lambda key: key[1], default=None)
-    if newest is None or len(nodes) > 1 or (newest[1] == step_done and newest[0] != attempt_done):
-        return None
-    return next((save for save in found if (save.run_id, save.attempt, save.step) == (run_id, *newest)), None)
+    unsaved = [part.save for of_node in nodes for part in of_node if not part.is_free]
+    if wanted := worth_saving(unsaved, run_id, newest):
+        return _whole(nodes, run_id, *max(wanted, key=lambda key: key[1]))
+    same = {part.save.attempt for of_node in nodes for part in of_node if part.save.step == newest.step}
+    points = [_whole(nodes, run_id, attempt, newest.step, even_free=True) for attempt in sorted(same)]
+    return next((point for point in points if point is not None and _is(point, newest, run_id)), None)
+
+
+def _whole(
+    nodes: Sequence[Sequence[Found]], run_id: str, attempt: int, step: int, *, even_free: bool = False
+) -> Point | None:
+    """Gather the parts of a save; None if one is missing. Of several the one in use counts."""
+    parts: dict[int, tuple[int, Found]] = {}
+    for number, of_node in enumerate(nodes):
+        for part in sorted(of_node, key=lambda part: part.is_free):
+            save = part.save
+            if (save.run_id, save.attempt, save.step) == (run_id, attempt, step) and (even_free or not part.is_free):
+                parts.setdefault(save.node, (number, part))
+    is_whole = bool(parts) and len(parts) == next(iter(parts.values()))[1].save.n_nodes
+    return Point(tuple(parts[node] for node in sorted(parts))) if is_whole else None
+
+
+def _is(point: Point, newest: Newest, run_id: str) -> bool:
+    """Return whether a snapshot is what was published, by the checksum of the manifest, which names those of files."""
+    manifest = publish.manifest_bytes(newest.step, newest.attempt, point.facts, run_id)
+    return xxhash.xxh3_128_hexdigest(manifest) == newest.manifest_xxh3_128
 
 
 @dataclass(frozen=True)

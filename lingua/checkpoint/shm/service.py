@@ -44,6 +44,7 @@ from lingua.checkpoint.shm.area import (
     read_run,
 )
 from lingua.checkpoint.shm.drain import FencedError, NodeMissingError, StagedSlot, Throttle, next_to_drain
+from lingua.checkpoint.shm.part_server import PartServer, keep_serving
 from lingua.files import DISK, Files, RunError
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "lingua.checkpoint.shm.service")
@@ -126,6 +127,7 @@ class Service:
         self._silent = False
         self._attempt = 0
         self._fenced = -1
+        self._server: PartServer | None = None
         self._events = Events(area)
         self._unsent: deque[dict[str, Any]] = deque()
         self._sending = threading.Lock()
@@ -159,6 +161,7 @@ class Service:
         self._report_silence()
         self._send_events()
         if run is not None:
+            self._server = keep_serving(self._server, self.area, run)
             self._throttle_jobs(run, alone)
             self._begin_next(run, alone)
         return self._is_needed(run, alone)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +131,21 @@ class ServiceClient:
                     late = f"the checkpoint service did not start within {START_S:.0f} s"
                     raise RunError(f"{late}; see {self._log_file}")
                 self._sleep(LOOK_S)
+
+    def address(self) -> tuple[str, int]:
+        """Wait until the service listens for other nodes; return where. Raises RunError if it does not."""
+        assert self._run is not None
+        for _ in range(int(START_S / LOOK_S)):
+            with suppress(FileNotFoundError):
+                said = self._area.address.read()
+                if (said["pid"], said["host"]) == (_holder(self._area.lock(SERVICE_LOCK)), self._run.listen):
+                    if not said["port"]:
+                        break
+                    return said["host"], said["port"]
+            self._sleep(LOOK_S)
+        raise RunError(
+            f"the checkpoint service of this node does not listen at {self._run.listen}; see {self._log_file}"
+        )
 
     def _is_alive(self) -> bool:
         return _holder(self._area.lock(SERVICE_LOCK)) is not None

@@ -174,11 +174,11 @@ class SlotWriter:
         for number in numbers:
             slot, files = self._area.slot(number), []
             try:
+                slot.report_unready(self._rank, files=self._files)  # first: what it held ends here
                 for plan in self._plan.files:
                     files.append(SlotFile(slot, plan, self._device, self._closing))
                 for name, size_bytes in self._small_files().items():
                     self._files.close(self._files.reserve(slot.folder / name, size_bytes))
-                slot.ready(self._rank).reserve(files=self._files)
             except OSError as error:
                 self._failed = error
                 self._give_back(slot, files)

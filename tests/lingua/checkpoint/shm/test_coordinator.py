@@ -12,11 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 
 from lingua.checkpoint import publish
+from lingua.checkpoint.publish import FileFacts
 from lingua.checkpoint.shm.area import SERVICE_LOCK, Save, ServedRun, State, make_area
 from lingua.checkpoint.shm.coordinator import Coordinator
-from lingua.checkpoint.shm.decisions import Node, SlotView, choose_slot, node_of, resume_point, worth_saving
+from lingua.checkpoint.shm.decisions import (
+    Found,
+    Newest,
+    Node,
+    SlotView,
+    choose_slot,
+    node_of,
+    resume_point,
+    worth_saving,
+)
 from lingua.checkpoint.shm.drain import BEAT_S, HANDOVER_S, SILENT_BEATS, await_older_writers
 from lingua.checkpoint.shm.service_client import LOOK_S, RESTARTS, WORD_S, ServiceClient, why_taken
 from lingua.config.keys.checkpoint import CheckpointArgs
@@ -81,33 +92,68 @@ def one(attempt: int, step: int, node: int = 0, n_nodes: int = 1, run_id: str = 
     ],
 )
 def test_worth_saving(found: list[Save], newest_done: tuple[int, int], wanted: set[tuple[int, int]]):
-    assert worth_saving(found, "run", newest_done) == wanted
+    assert worth_saving(found, "run", Newest(*newest_done)) == wanted
+
+
+def part(attempt: int, step: int, node: int = 0, n_nodes: int = 1, *, is_free: bool = False, digest: str = "") -> Found:
+    """A part of one file, whose content is named by the digest."""
+    facts = {f"model.{node}": FileFacts(1, digest or f"{attempt}-{step}")}
+    return Found(0, one(attempt, step, node, n_nodes), facts, is_free)
+
+
+def mark_of(step: int, attempt: int, *parts: Found) -> Newest:
+    """The newest checkpoint on the disk, made of these parts."""
+    facts = {name: fact for each in parts for name, fact in each.facts.items()}
+    return Newest(step, attempt, xxhash.xxh3_128_hexdigest(publish.manifest_bytes(step, attempt, facts, "run")))
+
+
+BOTH = (part(1, 6, 0, 2), part(1, 6, 1, 2))
+FREE = (part(1, 6, 0, 2, is_free=True), part(1, 6, 1, 2, is_free=True))
+THREE = (part(1, 6, 0, 3), part(1, 6, 1, 3), part(1, 6, 2, 3))
 
 
 @pytest.mark.parametrize(
-    ("nodes", "newest_done", "point"),
+    ("nodes", "newest", "point"),
     [
-        ([[]], (-1, 0), None),
-        ([[one(1, 4)]], (-1, 0), (1, 4)),
-        ([[one(1, 4), one(1, 6)]], (-1, 0), (1, 6)),  # the older one is saved meanwhile
-        ([[one(1, 4), one(1, 6)]], (4, 1), (1, 6)),
-        ([[one(1, 6)]], (6, 1), (1, 6)),  # published since it was found
-        ([[one(1, 6)]], (6, 2), None),  # by another attempt
-        ([[one(1, 6)]], (8, 1), None),  # the disk is newer
-        ([[one(1, 6)]], (4, 2), None),  # of another timeline
-        ([[one(1, 6), one(2, 5)]], (4, 1), (2, 5)),
-        ([[one(1, 6, run_id="before")]], (-1, 0), None),
-        ([[replace(one(1, 6), ranks=(0, 1, 2))]], (-1, 0), (1, 6)),  # whatever the number of ranks is now
-        ([[one(1, 6, 0, 2)]], (-1, 0), None),  # the other node is not of this start
-        ([[one(1, 6, 0, 2)], [one(1, 6, 1, 2)]], (-1, 0), None),  # whole, but on two nodes
-        ([[one(1, 6)], []], (-1, 0), None),  # a new node has no part
+        ([[]], Newest(), None),
+        ([[part(1, 4)]], Newest(), (1, 4, [0])),
+        ([[part(1, 4), part(1, 6)]], Newest(), (1, 6, [0])),  # the older one is saved meanwhile
+        ([[part(1, 4), part(1, 6)]], Newest(4, 1), (1, 6, [0])),
+        ([[part(1, 6)]], Newest(8, 1), None),  # the disk is newer
+        ([[part(1, 6)]], Newest(4, 2), None),  # of another timeline
+        ([[part(1, 6), part(2, 5)]], Newest(4, 1), (2, 5, [0])),
+        ([[replace(part(1, 6), save=one(1, 6, run_id="before"))]], Newest(), None),
+        ([[replace(part(1, 6), save=replace(one(1, 6), ranks=(0, 1, 2)))]], Newest(), (1, 6, [0])),  # now other ranks
+        # on several nodes
+        ([[BOTH[0]], [BOTH[1]]], Newest(), (1, 6, [0, 1])),
+        ([[BOTH[1]], [BOTH[0]]], Newest(), (1, 6, [1, 0])),  # in another order
+        ([[BOTH[0]], [], [BOTH[1]]], Newest(), (1, 6, [0, 2])),  # with a new node between them
+        ([[], [part(1, 6)]], Newest(), (1, 6, [1])),  # on the other one
+        ([list(BOTH)], Newest(), (1, 6, [0, 0])),  # on one node
+        ([[THREE[2], THREE[0]], [THREE[1]]], Newest(), (1, 6, [0, 1, 0])),  # on fewer nodes
+        ([[BOTH[0]]], Newest(), None),  # the other node is not of this start
+        ([[BOTH[0]], []], Newest(), None),  # it was replaced by a new one
+        ([[BOTH[0]], [part(1, 4, 1, 2)]], Newest(), None),  # it has an older one
+        ([[BOTH[0], part(1, 4, 0, 2)], [part(1, 4, 1, 2)]], Newest(), (1, 4, [0, 1])),  # then that one
+        ([[BOTH[0]], [part(2, 6, 1, 2)]], Newest(), None),  # two attempts, two timelines
+        ([[THREE[0]], [THREE[1]]], Newest(), None),
+        # what is on the disk already
+        ([[part(1, 6)]], mark_of(6, 1, part(1, 6)), (1, 6, [0])),  # published since it was found
+        ([[part(1, 6, is_free=True)]], mark_of(6, 1, part(1, 6)), (1, 6, [0])),
+        ([[part(1, 6, is_free=True)]], mark_of(6, 2, part(1, 6)), (1, 6, [0])),  # by the attempt that resumed from it
+        ([[part(1, 6, is_free=True)]], mark_of(6, 1, part(1, 6, digest="other")), None),  # trained again after a rewind
+        ([[part(1, 6, is_free=True)]], Newest(4, 1), None),  # it was given up: the disk does not have it
+        ([[part(1, 6, is_free=True), part(2, 8)]], mark_of(6, 1, part(1, 6)), (2, 8, [0])),
+        ([[FREE[0]], [FREE[1]]], mark_of(6, 1, *BOTH), (1, 6, [0, 1])),
+        ([[FREE[0]], [BOTH[1]]], mark_of(6, 1, *BOTH), (1, 6, [0, 1])),  # the node that did not hear of it
+        ([[FREE[0]], [BOTH[1]]], Newest(4, 1), None),
+        ([[FREE[0]], []], mark_of(6, 1, *BOTH), None),
     ],
 )
-def test_where_a_start_resumes_from(
-    nodes: list[list[Save]], newest_done: tuple[int, int], point: tuple[int, int] | None
-):
-    found = resume_point(nodes, "run", newest_done)
-    assert (found and (found.attempt, found.step)) == point
+def test_where_a_start_resumes_from(nodes: list[list[Found]], newest: Newest, point: tuple[int, int, list[int]] | None):
+    found = resume_point(nodes, "run", newest)
+    told = found and (found.parts[0][1].save.attempt, found.step, [holder for holder, _ in found.parts])
+    assert told == point
 
 
 class Ended:
@@ -164,7 +210,7 @@ def test_what_a_leader_left_half_changed_can_be_used_again(tmp_path: Path):
     for state in states:
         slot.mark(state).write_text("{}")
         there = coordinator_of(tmp_path, lambda *where: Running())
-        assert there.find_unsaved((-1, 0)) == set()
+        assert there.find_unsaved(Newest()) == set()
         assert slot.state() == "free"
         assert [path.name for path in area.folder.glob("slot-0.*")] == ["slot-0.free"]
         there.close()

@@ -32,8 +32,10 @@ FIRST_WRITE = At(r"write .*/\d{10}/")
 
 
 def manager_of(run_dir: Path, shm: Path, services: Services, **more: Any) -> CheckpointManager:
-    dump, where = SaveEvery(every=1, keep=0), {"async_save_mode": "shm", "shm_path": str(shm), "linger_s": 0.0}
-    args = CheckpointArgs(dump=dump, eval=SaveEvery(every=0), **where)
+    """`more`: keys of `checkpoint:`, or arguments of the manager."""
+    keys = {"async_save_mode": "shm", "shm_path": str(shm), "linger_s": 0.0}
+    keys |= {key: more.pop(key) for key in list(more) if key in CheckpointArgs.model_fields}
+    args = CheckpointArgs(dump=SaveEvery(every=1, keep=0), eval=SaveEvery(every=0), **keys)
     return CheckpointManager(args, run_dir, start_service=services.start, **more)
 
 
