@@ -281,8 +281,8 @@ class RunLock:
         self._thread: threading.Thread | None = None
         self.attempt = 0
         """Number of this attempt, from 1. 0: not the owner."""
-        self.on_lost: Callable[[RunError], object] = lambda error: None
-        """Called from the heartbeat's thread when the folder is not ours any more."""
+        self.on_lost: Callable[[Exception], object] = lambda error: None
+        """Called from the heartbeat's thread when the folder is not ours any more, or for a bug in that thread."""
         self.on_stop_request: Callable[[], object] = lambda: None
         """Called from the heartbeat's thread when `lingua stop` has asked this attempt to stop."""
         self.on_beat: Callable[[], object] = lambda: None
@@ -366,6 +366,7 @@ class RunLock:
 
         Raises OSError where that cannot be read. Nothing, where the folder was moved away: then nobody took it over.
         """
+        raise_if(self._lost)
         record, path = None, self._path(self.attempt)
         with suppress(FileNotFoundError, RunError):  # damaged: nobody else writes such a record
             record = read_json(path)
@@ -430,7 +431,13 @@ class RunLock:
             self._wake.clear()
             if self._stop.is_set():
                 return
-            self.beat()
+            try:
+                self.beat()
+            except Exception as error:  # a bug; without a heartbeat another process would take the folder over
+                log.exception("the heartbeat in %s has a bug", self._run_dir)
+                self._lost = RunError(f"the heartbeat in {self._run_dir} failed: {type(error).__name__}: {error}")
+                self.on_lost(error)
+                return
 
     def beat(self) -> None:
         """Check that the folder is ours, sign, and look for requests. A disk that fails costs a warning."""

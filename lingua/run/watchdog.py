@@ -124,9 +124,18 @@ class Watchdog:
         self._leave_peers()
 
     def _start(self, act: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=act, name=name, daemon=True)
+        thread = threading.Thread(target=self._or_leave, args=[act], name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
+
+    def _or_leave(self, act: Callable[[], None]) -> None:
+        """In a thread: end the process if `act` has a bug, since nobody would watch or listen any more."""
+        try:
+            act()
+        except Exception as error:
+            log.exception("a thread of the watchdog has a bug")
+            failure = self._failure(error)
+            self._go(self._end_of(failure), failure)
 
     def join(self, peers: Others) -> None:
         """Listen to the other ranks, which can be reached from now on."""

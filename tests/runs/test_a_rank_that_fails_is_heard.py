@@ -10,6 +10,7 @@ import pytest
 
 import apps.main.loop
 import lingua.run.watchdog
+from lingua.checkpoint.shm.slot_writer import SlotWriter
 from lingua.data.blocked_source import DataError
 from lingua.data.loader import Batch, Loader
 from lingua.run.watchdog import Watchdog
@@ -85,6 +86,26 @@ def test_the_others_leave_soon_with_a_sentence_of_their_own(tmp_path: Path, fail
     stop = orjson.loads((tmp_path / "stop.json").read_bytes())
     assert (stop["reason"], stop["kind"], stop["rank"], stop["step"]) == ("error", "data", failing, 3)
     assert train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=3).exit_code == 0  # the lock was given back
+
+
+@pytest.mark.soak
+@pytest.mark.ranks
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.gate)])
+def test_a_bug_in_a_thread_that_stages_ends_all(tmp_path: Path, failing: int):
+    def hook(rank: int) -> None:
+        def bug(*_: object) -> None:
+            raise NameError("name 'oops' is not defined")
+
+        if rank == failing:
+            setattr(SlotWriter, "_write_small", bug)  # noqa: B010
+
+    words = [*WORDS, f"dump_dir={tmp_path}", "checkpoint.async_save_mode=shm", "checkpoint.linger_s=0"]
+    result = train(words, n_ranks=2, hook=hook)
+    assert result.exit_codes == [1, 1], result.output
+    assert "in bug" in last_words(tmp_path, failing)["traceback"]
+    assert "NameError: name 'oops' is not defined" in last_words(tmp_path, 1 - failing)["message"]
+    assert (tmp_path / "stop.json").exists()
+    assert published(tmp_path) == []
 
 
 @pytest.mark.soak

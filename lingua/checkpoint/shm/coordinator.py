@@ -11,11 +11,11 @@ write them to the disk meanwhile, and their slots are taken only after that.
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import logging
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -45,8 +45,8 @@ from lingua.checkpoint.shm.snapshot import Snapshot
 from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.place import find_rank_info
 from lingua.distributed.process_group import Ranks
-from lingua.files import DISK, Files, ProcessLock, RunError, free_bytes, raise_if
-from lingua.run.failure import RankError, carried, classify
+from lingua.files import DISK, Files, ProcessLock, RunError, free_bytes
+from lingua.run.failure import carried
 from lingua.run.lock import this_process
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,6 @@ class _Report:
     occupied: set[int]
     """Those that hold what an earlier attempt staged."""
     problem: str | None = None
-    fatal: RunError | None = None
     is_gone: bool = False
     """The area's names have vanished, as RemoveIPC of systemd does it (logind.conf(5)); what is mapped stays."""
     slots: dict[int, SlotView] | None = None
@@ -299,37 +298,28 @@ class Coordinator:
         """Stage a snapshot; return why there is none, or None. The `final` one hurries the services, and waits.
 
         Raises NoSlotError, on all ranks, if there is no slot at all that it could wait for, or if memory failed the
-        save before, and RunError, on all ranks, for a bug.
+        save before, and an error on all ranks for a bug on one of them, in its threads or in its service.
         """
         assert self._writer is not None
         if final:
             self._send(ending=True, deadline_s=deadline_s)
         if step == self._newest:
             return None  # it is staged already
-        scalars, bug = self._scalars(state)
-        number = self._take_slot(step, bug)
+        scalars = functools.cache(lambda: scalars_json(state, self._ranks.rank, self._ranks.size))
+        number = self._take_slot(step, scalars)
         while number is None and final and not self._ranks.from_main(lambda: self.is_late(deadline_s)):
             self._sleep(SLOT_LOOK_S)
-            number = self._take_slot(step, bug)
+            number = self._take_slot(step, scalars)
         if number is None:
             self.n_skipped += 1
             return f"checkpoint {step} is skipped: every slot is still being written to the disk"
-        self._writer.fill(number, self._save_of(step), tensors, scalars, state.model)
+        self._writer.fill(number, self._save_of(step), tensors, scalars(), state.model)
         self._newest, self._number = step, number
         return None
 
-    def _scalars(self, state: TrainState) -> tuple[bytes, RunError | None]:
-        """Return this rank's JSON, and why there is none: the other ranks must know. Local."""
-        try:
-            return scalars_json(state, self._ranks.rank, self._ranks.size), None
-        except Exception as error:
-            what = f"rank {self._ranks.rank} failed:\n{traceback.format_exc()}"
-            return b"", RankError(what, classify(error))
-
-    def _take_slot(self, step: int, bug: RunError | None) -> int | None:
+    def _take_slot(self, step: int, scalars: Callable[[], bytes]) -> int | None:
         """Choose the slot to fill and mark it; None if all are taken. Raises as `save`."""
-        reports = self._ranks.gather(self._report(bug))
-        raise_if(next((report.fatal for report in reports if report.fatal), None))
+        reports = self._ranks.on_each(lambda: self._report(scalars))
         problems = list(dict.fromkeys(report.problem for report in reports if report.problem))
         everywhere = set.intersection(*(report.usable for report in reports))
         is_gone = any(report.is_gone for report in reports)
@@ -350,9 +340,10 @@ class Coordinator:
                 self._mark_error = error
         return number
 
-    def _report(self, bug: RunError | None) -> _Report:
-        """Collect what this rank reports to the others. Local."""
+    def _report(self, scalars: Callable[[], bytes]) -> _Report:
+        """Collect what this rank reports to the others. Local. Raises what must end all ranks."""
         assert self._writer is not None
+        scalars()  # made now, while the others can still hear that it failed
         rank = self._ranks.rank
         self._take_saved()
         usable, failed = self._writer.usable_slots()
@@ -362,13 +353,10 @@ class Coordinator:
             problem = f"rank {rank}: the last checkpoint is lost: {error}"
             if not self._run.args.strict:  # strict: never synchronous
                 usable, occupied = set(), set()
-        report = _Report(usable, occupied, problem, fatal=bug)
+        report = _Report(usable, occupied, problem)
         report.is_gone = self._lock is not None and not self._lock.is_current()
         if self._service and not report.is_gone:
-            try:
-                self._service.check()
-            except RunError as error:
-                report.fatal = carried(error)
+            self._service.check()
             report.slots = {slot.number: self._view(slot) for slot in self.area.slots()}
         return report
 
@@ -404,8 +392,9 @@ class Coordinator:
         return Save(run.run_id, run.attempt, step, node.ranks, node.number, node.n_nodes)
 
     def before_update(self) -> None:
-        """Call before parameters or optimizer state change. Local."""
+        """Call before parameters or optimizer state change. Local. Raises a bug that a thread of ours met since."""
         if self._writer is not None:
+            self._writer.raise_bug()
             if self._rescued or self._writer.occupied:
                 self._take_saved()
             self._writer.before_update()
@@ -439,7 +428,7 @@ class Coordinator:
         known and the disk refuses the step again and again, it stays there too if the run is only `stopping`.
         Raises RunError, on all ranks, if it will not be there: NoSlotError, if memory failed it.
         """
-        lost = [error for error in self._ranks.gather(self._why_lost()) if error is not None]
+        lost = [error for error in self._ranks.on_each(self._why_lost) if error is not None]
         if lost:
             why = f"checkpoint {step} is lost: {lost[0]}"
             raise NoSlotError(why) if self.withdraw(self._number) else carried(lost[0], why)

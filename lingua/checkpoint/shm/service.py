@@ -144,10 +144,16 @@ class Service:
         return self._own.is_current() and self._trainers.is_current()
 
     def run(self) -> None:
-        """Serve until the ranks have left and nothing is left to save."""
-        while self.tick():
-            self._sleep(POLL_S)
-        self._leave()
+        """Serve until the ranks have left and nothing is left to save. The ranks hear of a bug."""
+        try:
+            while self.tick():
+                self._sleep(POLL_S)
+            self._leave()
+        except (RunError, OSError):
+            raise
+        except BaseException:
+            self._report("failed", self._attempt, step=0, why=traceback.format_exc())
+            raise
 
     def tick(self) -> bool:
         """Make one pass over the area; return False when nothing is left to do."""
@@ -263,9 +269,6 @@ class Service:
             why = f"{publish.disk_sentence(error, job.run.root, job.size_bytes)}; it stays in memory"
             why = f"checkpoint {step}: {why}, next attempt in {again_s:.0f} s"
             self._report("failing", attempt, step=step, why=why, errno=error.errno)
-        except BaseException:
-            self._report("failed", attempt, step=step, why=traceback.format_exc())
-            raise
         else:
             self._settled(job, published_here)
 
@@ -293,6 +296,9 @@ class Service:
 
     def _begin_retention(self) -> None:
         """Start one pass for all steps that were published during the last one."""
+        if self._retiring is not None and self._retiring.done():
+            ended, self._retiring = self._retiring, None
+            ended.result()  # raises a bug
         if self._to_retain is not None and not self._is_retiring():
             run, self._to_retain = self._to_retain, None
             self._retiring = self._executor.submit(self._retire, run)

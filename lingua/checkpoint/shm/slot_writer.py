@@ -315,6 +315,13 @@ class SlotWriter:
             self._hashing = None
         return None
 
+    def raise_bug(self) -> None:
+        """Raise what a thread has met and nothing here reports: anything but OSError. Does not wait for threads."""
+        for future in (self._hashing, *self._allocating):
+            error = future.exception() if future is not None and future.done() else None
+            if error is not None and not isinstance(error, OSError):
+                raise error
+
     def close(self) -> None:
         """Wait for the thread and unmap the slots; their content stays."""
         self._closing.set()

@@ -246,7 +246,7 @@ def test_a_damaged_record_names_the_file(tmp_path: Path, content: str, problem: 
 
 
 def test_an_overtaken_owner_is_told_at_its_next_heartbeat_and_signs_nothing(tmp_path: Path) -> None:
-    clock, told = Clock(), list[RunError]()
+    clock, told = Clock(), list[Exception]()
     asleep = lock_of(tmp_path, ELSEWHERE, clock)
     asleep.acquire()
     asleep.on_lost = told.append
@@ -269,6 +269,23 @@ def test_a_look_is_taken_by_the_heartbeats_thread_at_once(tmp_path: Path) -> Non
     (tmp_path / "incarnations" / "0000000002.json").write_text("{}")
     lock.look()
     assert told.wait(60.0)  # and not only at the next heartbeat
+    lock.release()
+
+
+def test_a_bug_in_the_heartbeats_thread_is_told_and_the_folder_is_not_held_in_silence(tmp_path: Path) -> None:
+    def bug() -> None:
+        raise ZeroDivisionError("what was never thought of")
+
+    lock, told = lock_of(tmp_path), list[Exception]()
+    lock.acquire()
+    lock.on_beat, lock.on_lost = bug, told.append
+    lock.look()  # wakes the thread
+    assert lock._thread is not None
+    lock._thread.join(300)
+    assert [str(error) for error in told] == ["what was never thought of"]
+    for ask in (lock.look, lock.check):
+        with pytest.raises(RunError, match=r"the heartbeat in .* failed: ZeroDivisionError: what was never"):
+            ask()
     lock.release()
 
 

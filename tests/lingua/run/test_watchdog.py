@@ -216,3 +216,27 @@ def test_an_overtaken_rank_ends_and_leaves_nothing_in_what_is_anothers_folder(tm
     listen(other, room)
     assert other.exit_codes == [1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("thread", ["watch", "listen"])
+def test_a_bug_in_a_thread_of_the_watchdog_ends_all_ranks(tmp_path: Path, thread: str):
+    """Or nobody would look at the clock, or hear another rank that leaves."""
+
+    class Broken(Room):
+        def received(self) -> bytes | None:
+            raise ZeroDivisionError("what was never thought of")
+
+    rank, room = Rank(tmp_path), Broken()
+    if thread == "watch":
+        rank.watchdog._peers = room
+        rank.watchdog.look = room.received  # pyright: ignore[reportAttributeAccessIssue]
+        rank.watchdog._start(rank.watchdog._watch, "watchdog")
+    else:
+        rank.watchdog.join(room)
+    for each in rank.watchdog._threads:
+        each.join(300)
+    assert rank.exit_codes == [1]
+    assert (rank.stop["reason"], rank.stop["kind"]) == ("error", "bug")
+    assert room.message is not None
+    assert "ZeroDivisionError: what was never thought of" in room.message.decode()
+    assert "in received" in str(read_failures(tmp_path)[0].traceback)

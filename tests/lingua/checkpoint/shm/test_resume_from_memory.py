@@ -200,6 +200,7 @@ def test_the_service_of_a_dead_attempt_that_hangs_on_the_disk_is_not_waited_for(
             train(state, 1, 1)
             assert manager.save(1, state).staged
             while area_of(run_dir, shm).slot(0).state() != "draining":
+                manager.before_update()  # raises a bug
                 time.sleep(0.01)
             manager.close()
         with RunLock(run_dir) as lock:

@@ -728,3 +728,27 @@ def test_the_process_needs_no_torch_and_has_help() -> None:
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for word in ("run_dir", "--shm", "--wait-s", "kill -9", "SIGTERM"):
         assert word in said
+
+
+# -- bugs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["drain.store", "retention.to_delete", "service.next_to_drain"])
+def test_a_bug_wherever_it_is_ends_the_service_and_the_ranks_hear_of_it(
+    world: World, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread that writes, in one that deletes, and in the loop."""
+
+    def bug(*_: object, **__: object) -> None:
+        raise NameError("name 'oops' is not defined")
+
+    start = started(world)
+    staged(start, 2)
+    monkeypatch.setattr(f"lingua.checkpoint.{'shm.' if 'retention' not in place else ''}{place}", bug)
+    service = world.service()
+    assert service.take()
+    with a_rank_lives(start.area), pytest.raises(NameError, match="oops"):
+        service.run()
+    assert world.kinds()[-1] == "failed"
+    assert "in bug" in world.events()[-1]["why"]
+    assert world.done() == ([1, 2] if place == "retention.to_delete" else [1])

@@ -27,7 +27,7 @@ from lingua.checkpoint import capacity, layout, publish
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm import drain, service
 from lingua.checkpoint.shm.area import ShmArea, State, area_of, base, make_area, read_run, write_run
-from lingua.checkpoint.shm.slot_writer import SMALL_BYTES
+from lingua.checkpoint.shm.slot_writer import SMALL_BYTES, SlotWriter
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Buffer, DiskError, Files, RunError, write_json
 from lingua.run.failure import classify
@@ -70,8 +70,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it never came")
 
 
-def wait_for_state(area: ShmArea, number: int, state: State) -> None:
-    wait_until(lambda: area.slot(number).state() == state)
+def wait_for_state(manager: CheckpointManager, area: ShmArea, number: int, state: State) -> None:
+    """Wait, but not for a save that a bug has ended."""
+    wait_until(lambda: manager.before_update() is None and area.slot(number).state() == state)
 
 
 def facts_of(run_dir: Path, step: int) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def save_behind_a_gate(rank: int, run_dir: Path, shm: Path, services: Services, 
         report = manager.save(step, state)
         said.append((report.staged, report.published, report.error))
         if step == 1:
-            wait_for_state(area_of(run_dir, shm), 0, "draining")
+            wait_for_state(manager, area_of(run_dir, shm), 0, "draining")
     if rank == 0:
         threading.Timer(0.2, gate.touch).start()
     assert manager.save(4, state, final=True).published
@@ -247,7 +248,7 @@ def test_a_step_on_its_way_is_not_staged_again(tmp_path: Path, shm: Path):
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         assert manager.save(2, state).staged
         area = area_of(tmp_path, shm)
-        wait_for_state(area, 0, "draining")
+        wait_for_state(manager, area, 0, "draining")
         timer = threading.Timer(0.1, gate.touch)
         timer.start()
         assert manager.save(2, state, final=True).published
@@ -452,7 +453,7 @@ def test_a_snapshot_in_memory_that_somebody_filled_is_saved_by_the_next_start(tm
     with Services(lambda n: GatedFiles(tmp_path / "never"), memory.prepare) as services:
         manager = CheckpointManager(args(memory.path), tmp_path, start_service=services.start)
         assert manager.save(1, make(step=1)).staged
-        wait_for_state(area_of(tmp_path, memory.path), 0, "draining")
+        wait_for_state(manager, area_of(tmp_path, memory.path), 0, "draining")
         memory.fill()
         assert manager.save(2, make(step=2)).staged
         manager.close()
@@ -511,8 +512,8 @@ def saved_once(run_dir: Path, shm: Path, services: Services, then_fails: str, **
     manager = CheckpointManager(args(shm, **more), run_dir, start_service=services.start, files=files)
     manager.prepare(make())
     manager.save(1, make())
-    wait_until(lambda: done(run_dir) == [1])
-    wait_for_state(area_of(run_dir, shm), 0, "free")
+    wait_until(lambda: manager.before_update() is None and done(run_dir) == [1])
+    wait_for_state(manager, area_of(run_dir, shm), 0, "free")
     files.fail_at, files.log = At(then_fails), []
     return manager
 
@@ -635,7 +636,7 @@ def test_a_bug_of_the_service_reaches_the_loop(tmp_path: Path, shm: Path):
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         manager.save(1, make())
         area = area_of(tmp_path, shm)
-        wait_until(lambda: ("failed", 1) in events(area))
+        wait_until(lambda: ("failed", 0) in events(area))
         with pytest.raises(RunError, match="ZeroDivisionError: what was never thought of"):
             manager.save(2, make())
         manager.close()
@@ -646,7 +647,7 @@ def test_a_start_that_was_overtaken_ends(tmp_path: Path, shm: Path):
     with Services(lambda n: GatedFiles(gate)) as services:
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         manager.save(1, make())
-        wait_for_state(area_of(tmp_path, shm), 0, "draining")
+        wait_for_state(manager, area_of(tmp_path, shm), 0, "draining")
         publish.open_staging_dir(tmp_path / layout.CHECKPOINTS, 5)
         gate.touch()
         with pytest.raises(RunError, match="a newer attempt of this run has begun"):
@@ -700,7 +701,7 @@ def test_what_an_older_start_was_writing_when_shut_out_does_not_end_the_new_one(
         old.acquire()
         manager = CheckpointManager(args(shm), tmp_path, lock=old, start_service=services.start)
         manager.save(1, make(step=1))
-        wait_for_state(area_of(tmp_path, shm), 0, "draining")
+        wait_for_state(manager, area_of(tmp_path, shm), 0, "draining")
         manager.close()
         old.release()
         with RunLock(tmp_path) as lock, pytest.MonkeyPatch.context() as patch:
@@ -721,15 +722,61 @@ def test_a_bug_on_one_rank_ends_all(tmp_path: Path, shm: Path):
         if rank == 1:
             state.per_rank = {"data": object()}
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
-        with pytest.raises(RunError) as caught:
+        with pytest.raises(TypeError if rank == 1 else RunError) as caught:
             manager.save(1, state)
         manager.close()
         return str(caught.value)
 
     with Services() as services:
-        for message in run_on_ranks(save, 2):
-            assert "rank 1 failed" in message
-            assert "not JSON serializable" in message
+        elsewhere, here = run_on_ranks(save, 2)
+    assert "not JSON serializable" in here
+    assert elsewhere == f"rank 1: TypeError: {here}"
+
+
+def bug(*_: object) -> Any:
+    raise NameError("name 'oops' is not defined")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("where", ["_allocate", "_write_small"])
+def test_a_bug_in_the_staging_thread_of_one_rank_ends_all(tmp_path: Path, shm: Path, where: str, final: bool):
+    """Whether the others wait for a slot or for the end of the last save."""
+
+    def save(rank: int) -> str:
+        if rank == 1:
+            setattr(SlotWriter, where, bug)
+        manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+        state = make(shard=True)
+        with pytest.raises(NameError if rank == 1 else RunError) as caught:  # noqa: PT012 - either save may
+            if not final:
+                manager.save(1, state)
+            manager.save(2, state, final=final)
+        manager.close()
+        return str(caught.value)
+
+    with Services() as services:
+        assert run_on_ranks(save, 2) == ["rank 1: NameError: name 'oops' is not defined", "name 'oops' is not defined"]
+    assert done(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["_allocate", "_write_small"])
+def test_a_bug_in_the_staging_thread_is_raised_before_the_next_update(
+    tmp_path: Path, shm: Path, services: Services, where: str, monkeypatch: pytest.MonkeyPatch
+):
+    """And not only at the next save, which may be hours away."""
+    monkeypatch.setattr(SlotWriter, where, bug)
+    manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
+    manager.prepare(make())
+    if where == "_write_small":
+        assert manager.save(1, make()).staged
+    assert manager._background is not None
+    assert manager._background._writer is not None
+    manager._background._writer._worker.shutdown()  # the thread has ended
+    with pytest.raises(NameError, match="oops"):
+        manager.before_update()
+    manager.close()
+    assert done(tmp_path) == []
 
 
 def test_a_slot_that_somebody_overwrites_is_never_published(tmp_path: Path, shm: Path):
@@ -738,7 +785,7 @@ def test_a_slot_that_somebody_overwrites_is_never_published(tmp_path: Path, shm:
         manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
         manager.save(1, make())
         area = area_of(tmp_path, shm)
-        wait_for_state(area, 0, "draining")
+        wait_for_state(manager, area, 0, "draining")
         with (area.slot(0).folder / layout.optim_file(0)).open("r+b") as file:
             file.seek(1000)
             file.write(b"somebody")
@@ -837,7 +884,7 @@ def test_a_limit_on_bandwidth_ends_with_the_run(tmp_path: Path, shm: Path):
     with Services(prepare=small_chunks) as services:  # one byte per second
         manager = CheckpointManager(args(shm, bandwidth_gb_per_s=1e-9), tmp_path, start_service=services.start)
         manager.save(1, make())
-        wait_for_state(area_of(tmp_path, shm), 0, "draining")
+        wait_for_state(manager, area_of(tmp_path, shm), 0, "draining")
         assert manager.save(1, make(), final=True).published
         manager.close()
 
