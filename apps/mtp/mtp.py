@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lingua.model.decoder import Decoder
+from lingua.model.decoder import Decoder, Head, T, UseOfHead
 from lingua.model.loss import Loss
 
 from .args import MTPArgs
@@ -19,19 +19,17 @@ class MTP(Decoder):
 
     def __init__(self, args: MTPArgs) -> None:
         super().__init__(args)
-        self.heads = nn.ModuleList(nn.Linear(args.dim, args.vocab_rows, bias=False) for _ in range(args.n_future_head))
+        self.heads = nn.ModuleList(Head(args.dim, args.vocab_rows, bias=False) for _ in range(args.n_future_head))
 
     def build_output(self) -> None:
         """Build nothing: the heads are it."""
 
-    @property
-    def output_weight(self) -> Tensor:
-        return self.heads[0].weight  # pyright: ignore[reportReturnType]
+    def head(self, x: Tensor, use: UseOfHead[T]) -> T:
+        return self.heads[0](x, use)
 
     def loss_of(self, x: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
         """Return the loss sum of each head, (heads,), for labels (heads, B, S); of head 0 alone for labels (B, S)."""
         if labels.ndim == 2:
             return super().loss_of(x, labels, loss)
-        weights: list[Tensor] = [head.weight for head in self.heads]  # pyright: ignore[reportAssignmentType]
-        losses = [self.loss_of_head(x, weight, own, loss) for weight, own in zip(weights, labels, strict=True)]
+        losses = [head(x, self.loss_with(own, loss)) for head, own in zip(self.heads, labels, strict=True)]
         return torch.stack([loss_sum for loss_sum, _ in losses]), losses[0][1]

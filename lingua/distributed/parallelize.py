@@ -11,15 +11,18 @@ step of n micro steps:
       accumulate_sharded          n reduce-scatters; the gradient of n > 1 is not held whole: 4 bytes per parameter less
     HSDP                          as full shards, and one all-reduce of the reduced gradient
 
-The model says where it can be cut: `model.layers` is a ModuleDict or ModuleList of blocks.
+The model says where it can be cut: `model.layers` is a ModuleDict or ModuleList of blocks, and a `Head` is the output
+layer. Embedding and heads are gathered once per micro step with full shards; a head's gradient is sent as soon as
+backward begins, behind the blocks' work.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from lingua.distributed.compile import compile_model
 from lingua.distributed.process_group import World
 from lingua.distributed.tensor_parallel import split_model
 from lingua.model import float8
+from lingua.model.decoder import Head
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +115,23 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
             param_dtype=None if args.model_dtype == "fp32" else DTYPES[args.model_dtype],
             reduce_dtype=torch.float32,
         )
-        for _, block in blocks_of(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        groups = _groups(model)
+        for group in groups:  # backward begins with the heads
+            drop = reshard_after_forward and not isinstance(group, Head)
+            fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=drop)
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        _gather_ahead(model)
+        _gather_ahead(model, groups)
     return model
+
+
+def _groups(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose parameters are sent together, as forward calls them; the root sends what is left.
+
+    An embedding that is the head too is left to the root: it is used at both ends.
+    """
+    heads = [module for module in model.modules() if isinstance(module, Head)]
+    embeddings = [module for module in model.children() if isinstance(module, nn.Embedding)] if heads else []
+    return [*embeddings, *(block for _, block in blocks_of(model)), *heads]
 
 
 def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -123,17 +139,18 @@ def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp_replicate", "dp_shard"] if mesh.size(0) > 1 else mesh["dp_shard"]
 
 
-def _gather_ahead(model: nn.Module) -> None:
-    """Begin to gather a block's parameters before the block in front of it computes.
+def _gather_ahead(model: nn.Module, groups: Sequence[nn.Module]) -> None:
+    """Begin to gather a group's parameters before the group in front of it computes.
 
-    Otherwise that begins when the host arrives at the block, which is too late where the host is not far ahead of the
-    device. In backward FSDP2 does it by itself. Price: the parameters of one more block, gathered.
+    Otherwise that begins when the host arrives at it, which is too late where the host is not far ahead of the device.
+    In backward FSDP2 does it by itself. Price: the parameters of one more group, gathered.
     """
-    blocks = [block for _, block in blocks_of(model)]
-    for module, following in zip([model, *blocks], blocks, strict=False):
+    for module, following in pairwise([model, *groups]):
         assert isinstance(module, FSDPModule)
         assert isinstance(following, FSDPModule)
         module.set_modules_to_forward_prefetch([following])
+        if isinstance(following, nn.Embedding):
+            following.set_unshard_in_backward(False)  # its gradient needs no weights
 
 
 def forward_precision(model: nn.Module, args: DistributedArgs, device: torch.device) -> AbstractContextManager:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -63,6 +63,13 @@ class VocabParallelEmbedding(RowwiseParallel):
         return outputs.redistribute(placements=output_layouts)
 
 
+class SplitByRows(ColwiseParallel):
+    """A weight split by rows, whose module takes and gives what it did before."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._partition_linear_fn)
+
+
 # The stream stays a DTensor from block to block: it knows its length, so positions need not divide evenly.
 _NORM = SequenceParallel(sequence_dim=1)
 _HEAD_NORM = SequenceParallel(sequence_dim=2, use_local_output=True)  # (B, S, heads, E): each rank has its heads
@@ -78,7 +85,7 @@ BLOCKS: Mapping[str, ParallelStyle] = {
     r"layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])": _TO_OWN,
     r"layers\.\d+\.(attention\.wo|feed_forward\.w2)": _FROM_OWN,
     r"layers\.\d+\.attention\.[qk]_norm": _HEAD_NORM,
-    r"output|heads\.\d+": ColwiseParallel(),  # by vocabulary; its weight alone is used, by the loss and by `logits`
+    r"output|heads\.\d+": SplitByRows(),  # by vocabulary; the loss and `logits` know it
 }
 """Pattern of a module's whole name -> what becomes of it. For the blocks of lingua/model/transformer.py."""
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,22 @@ from lingua.model.attention import RowDocuments, build_mask
 from lingua.model.context import Cache, ForwardContext
 from lingua.model.loss import Loss
 from lingua.model.transformer import RotaryEmbedding, build_norm, cached_mask
+
+T = TypeVar("T")
+
+UseOfHead = Callable[[Tensor, Tensor], T]
+"""(hidden states (B, S, D), weight of the head (V, D)) -> logits or losses."""
+
+
+class Head(nn.Linear):
+    """The output layer. All that uses its weight, the loss too, does so inside of `forward`.
+
+    So FSDP2, which works around the calls of modules, gathers the weight when its turn has come, and sends its gradient
+    while the blocks' backward computes.
+    """
+
+    def forward(self, x: Tensor, use: UseOfHead[T]) -> T:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return use(x, self.weight)
 
 
 class Decoder(nn.Module):
@@ -43,14 +60,13 @@ class Decoder(nn.Module):
         self.norm = build_norm(args, args.dim)
         self.output = self.build_output()
 
-    def build_output(self) -> nn.Module | None:
+    def build_output(self) -> Head | None:
         """Build the head; None if the embedding is the head too."""
-        return None if self.args.weight_tying else nn.Linear(self.args.dim, self.args.vocab_rows, bias=False)
+        return None if self.args.weight_tying else Head(self.args.dim, self.args.vocab_rows, bias=False)
 
-    @property
-    def output_weight(self) -> Tensor:
-        """(V, D), V padded: the head's own, or the embedding's."""
-        return self.tok_embeddings.weight if self.output is None else self.output.weight  # pyright: ignore[reportReturnType]
+    def head(self, x: Tensor, use: UseOfHead[T]) -> T:
+        """Return use(x, weight), with the weight (V, D), V padded, of the head or of the embedding."""
+        return use(x, self.tok_embeddings.weight) if self.output is None else self.output(x, use)
 
     def forward(
         self,
@@ -80,7 +96,7 @@ class Decoder(nn.Module):
         x = full_tensor(x)
         if select is not None:
             x = x[torch.arange(len(x), device=x.device), select].unsqueeze(1)
-        found = logits(x, self.output_weight)[..., : self.args.vocab_size]
+        found = self.head(x, logits)[..., : self.args.vocab_size]
         cap = self.args.logit_soft_cap
         return found if cap is None else cap * torch.tanh(found.float() / cap)
 
@@ -94,13 +110,13 @@ class Decoder(nn.Module):
 
         A model that predicts several labels per position returns their loss sums as a vector; training adds them up.
         """
-        return self.loss_of_head(x, self.output_weight, labels, loss)
+        return self.head(x, self.loss_with(labels, loss))
 
-    def loss_of_head(self, x: Tensor, weight: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """As `loss_of`, with a head's weight (V, D)."""
+    def loss_with(self, labels: Tensor, loss: Loss) -> UseOfHead[tuple[Tensor, Tensor]]:
+        """Return the function of hidden states and a head's weight that gives the loss sum and the number of labels."""
         padded = {"vocab_size": self.args.vocab_size} if self.args.vocab_rows > self.args.vocab_size else {}
         capped = {} if self.args.logit_soft_cap is None else {"soft_cap": self.args.logit_soft_cap}
-        return loss(x, weight, labels, **padded, **capped)
+        return lambda x, weight: loss(x, weight, labels, **padded, **capped)
 
     def forward_context(
         self,

@@ -103,7 +103,7 @@ def test_the_loss_is_weighted_and_a_mask_has_no_probability() -> None:
     torch.testing.assert_close(loss_sum, expected)
     assert n_labels == labels.numel()
     loss_sum.backward()
-    head = model.output_weight.grad
+    head = model.get_parameter("output.weight").grad
     assert head is not None
     assert head[:VOCAB].abs().sum() > 0
     assert head[VOCAB:].abs().sum() == 0
@@ -141,7 +141,9 @@ def test_the_share_that_is_hidden_can_be_an_input() -> None:
     assert layer is not None
     told = [layer(torch.cos(torch.pi * share * torch.arange(16))) for share in (7 / 8, 4 / 8)]
     model.layers = torch.nn.ModuleList()
-    expected = model.norm(model.tok_embeddings(tokens) + torch.stack(told)[:, None]) @ model.output_weight.T
+    expected = (
+        model.norm(model.tok_embeddings(tokens) + torch.stack(told)[:, None]) @ model.get_parameter("output.weight").T
+    )
     torch.testing.assert_close(model(tokens), expected[..., :VOCAB])
 
 

@@ -158,7 +158,7 @@ def test_rows_behind_the_vocabulary_stay_or_go(tmp_path: Path) -> None:
 
 def test_padded_rows_stay_at_home(tmp_path: Path) -> None:
     ours = make_run(tmp_path / "run", vocab_multiple_of=64)
-    assert ours.output_weight.shape[0] == 320
+    assert ours.get_parameter("output.weight").shape[0] == 320
     make_export(str(tmp_path / "run"), tmp_path / "hf", Format.hf)
     assert json.loads((tmp_path / "hf" / "config.json").read_bytes())["vocab_size"] == 258
     assert_same_function(ours, theirs(tmp_path / "hf"))

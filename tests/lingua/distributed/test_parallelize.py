@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apps.main.transformer import LMTransformer
@@ -22,7 +23,7 @@ from tests.layouts import Layout
 from tests.ranks import run_on_ranks
 
 N_LAYERS, VOCAB, SEQ_LEN = 3, 257, 8
-N_GROUPS = N_LAYERS + 1  # of parameters that FSDP2 sends together: the blocks, and the rest
+N_GROUPS = N_LAYERS + 3  # of parameters that FSDP2 sends together: embedding, blocks, head, and the rest
 LOSS = CrossEntropy(CrossEntropyArgs())
 NAMES = {
     "c10d::_allgather_base_": "gather",
@@ -43,18 +44,22 @@ class Sent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.sizes: list[tuple[str, int]] = []
+        """What was sent in turn, and how many elements the whole has."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition(".")[0]
         if name in NAMES:
             self.counts[NAMES[name]] += 1
+            tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self.sizes.append((NAMES[name], max((x.numel() for x in tensors), default=0)))
         elif name.startswith(("c10d::", "_c10d_functional::")) and not any(word in name for word in SEND_NOTHING):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-def build(shape: tuple[int, int, int], args: DistributedArgs) -> LMTransformer:
-    sizes: dict[str, Any] = {"dim": 16, "n_layers": N_LAYERS, "n_heads": 2, "n_kv_heads": 2, "qk_norm": False}
+def build(shape: tuple[int, int, int], args: DistributedArgs, **more: Any) -> LMTransformer:
+    sizes: dict[str, Any] = {"dim": 16, "n_layers": N_LAYERS, "n_heads": 2, "n_kv_heads": 2, "qk_norm": False, **more}
     return layouts.build(Layout(*shape).world(), args, **sizes)
 
 
@@ -154,8 +159,41 @@ def test_a_block_is_gathered_while_the_one_before_it_computes() -> None:
         assert isinstance(model, FSDPModule)
         return gathered_before
 
-    # The rest and block 0 before any block; at each block the one behind it is under way, too.
-    assert run_on_ranks(on_rank, 2) == [[3, 4, 4]] * 2
+    # The rest, the embedding and block 0 before any block; at each block what follows is under way, too.
+    assert run_on_ranks(on_rank, 2) == [[4, 5, 6]] * 2
+
+
+def size_of(*modules: nn.Module) -> int:
+    """Elements that FSDP2 sends for them: each parameter is padded to a multiple of two rows."""
+    parameters = [p for module in modules for p in module.parameters()]
+    return sum((len(p) + len(p) % 2) * (p.numel() // len(p)) for p in parameters)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_sent_as_soon_as_backward_has_it_and_the_embedding_last(tied: bool) -> None:
+    def on_rank(rank: int) -> None:
+        args = DistributedArgs(**FULL)
+        model = build((1, 2, 1), args, weight_tying=tied)
+        block, norm = size_of(model.layers[0]), size_of(model.norm)
+        embedding, head = size_of(model.tok_embeddings), 0 if model.output is None else size_of(model.output)
+        forward = [norm, embedding, *[block] * N_LAYERS, head]
+        backward = [head, *[block] * N_LAYERS, embedding, norm]
+        if tied:
+            forward, backward = [embedding + norm, *[block] * N_LAYERS], [*[block] * N_LAYERS, embedding + norm]
+        with Sent() as sent:
+            begin_micro_step(model, args, is_last=True)
+            rows = torch.zeros(1, SEQ_LEN + 1, dtype=torch.int64)
+            loss, _ = model(rows[:, :-1], labels=rows[:, 1:], loss=LOSS)
+            assert sent.sizes == [("gather", size) for size in forward]
+            loss.backward()
+        behind = sent.sizes[len(forward) :]
+        assert [size for kind, size in behind if kind == "gather"] == [block] * N_LAYERS
+        assert sorted(size for kind, size in behind if kind == "scatter") == sorted(backward)
+        scatters = [size for kind, size in behind if kind == "scatter"]
+        assert scatters[: N_LAYERS + (not tied)] == backward[: N_LAYERS + (not tied)]
+
+    run_on_ranks(on_rank, 2)
 
 
 @pytest.mark.parametrize("key", ["keep_gathered", "accumulate_sharded"])
