@@ -23,7 +23,7 @@ from lingua.report.status import is_alive, root_cause
 from lingua.run.failure import Failure
 from lingua.run.lock import Attempt, Owner, attempt_files, read_attempt
 from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE, is_number
-from lingua.run.startup import EVENT, parts_in
+from lingua.run.startup import EVENT, FIRST_STEP, parts_in
 
 LOSS, TOKENS = "loss/out", "optim/total_tokens"
 HEADS = tuple(f"loss/head_{i}" for i in range(8))  # of a model that predicts several tokens: the first eight
@@ -37,7 +37,7 @@ SPENT = {
     "loading": ("waiting for data", "waiting for data"),
     "saving": ("checkpoints", "held up by checkpoints"),
     "validating": ("validation", "validation"),
-    "starting": ("start-up", "start-up, until the first step"),
+    "starting": ("start-up", "start-up, to the end of the first step"),
     "lost": ("lost, trained again", "lost: trained again, or killed before it was saved"),
     "other": ("ending, unreported", "ending, and steps not reported yet"),
     "idle": ("not running", "not running"),
@@ -129,12 +129,15 @@ def read_history(facts: RunFacts, me: Owner) -> History:
     """Build the history of a run."""
     table = read_table(facts.path / METRICS_FILE, _KEYS)
     notes = [r for r in records_in(facts.path / CHECKPOINT_FILE) if isinstance(r.get("event"), str)]
-    attempts = _read_attempts(facts, table, notes, me)
+    validations = _scores(facts.path / VALIDATION_FILE)
+    attempts = _read_attempts(facts, table, notes, validations, me)
     for attempt in attempts:  # a line has the mean of the steps since the line before
         mine = table[ATTEMPT] == attempt.number
         n_steps = np.maximum(np.diff(table[STEP][mine], prepend=attempt.first_step or 0), 0)
         for key, total in ((_STEP_S, TRAINED_S), (_LOAD_S, _LOADED_S)):
             table[total][mine] = np.nan_to_num(table[key][mine]) * n_steps
+        first = np.flatnonzero(mine)[:1]  # its first step counts as start-up
+        table[TRAINED_S][first] = np.maximum(table[TRAINED_S][first] - attempt.startup.get(FIRST_STEP, 0.0), 0.0)
     limits = limits_of(attempts)
     counts: np.ndarray = table[STEP] <= [limits.get(number, np.inf) for number in table[ATTEMPT].tolist()]
     for note in notes:
@@ -143,7 +146,6 @@ def read_history(facts: RunFacts, me: Owner) -> History:
             counts &= ~(before & (table[STEP] > note[STEP]))
     metrics = table[counts]
     metrics[TRAINED_S] = np.cumsum(np.nan_to_num(metrics[TRAINED_S]))
-    validations = _scores(facts.path / VALIDATION_FILE)
     return History(
         facts=facts,
         attempts=attempts,
@@ -157,8 +159,13 @@ def read_history(facts: RunFacts, me: Owner) -> History:
     )
 
 
-def _read_attempts(facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], me: Owner) -> list[PastAttempt]:
-    """Return every attempt that left a file or a line of metrics, the first one first."""
+def _read_attempts(
+    facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], scores: Sequence[Scores], me: Owner
+) -> list[PastAttempt]:
+    """Return every attempt that left a file or a line of metrics, the first one first.
+
+    An attempt begins with its process, as its start-up does, where that is known; else when it took the folder.
+    """
     files = attempt_files(facts.path)
     begun = {note[ATTEMPT]: note for note in notes if note["event"] == "begun" and ATTEMPT in note}
     started = {note[ATTEMPT]: parts_in(note) for note in notes if note["event"] == EVENT and ATTEMPT in note}
@@ -180,11 +187,18 @@ def _read_attempts(facts: RunFacts, table: Table, notes: Sequence[Mapping[str, A
         end = _end_of(number, facts, me)
         ended_s = facts.now_s if end == "running" else attempt.released_s or max(signs_s, default=begun_s)
         last_step = int(steps[-1]) if len(steps) else None
-        known: dict[str, Any] = vars(attempt) | {"began_s": attempt.began_s or begun_s}
+        began_s, startup = attempt.began_s or begun_s, started.get(number, {})
+        if startup and began_s is not None and begun_s is not None:
+            before_s = sum(startup.values()) - startup.get(FIRST_STEP, 0.0) + _validated_s(number, begun_s, scores)
+            began_s = min(began_s, begun_s - before_s)
+        known: dict[str, Any] = vars(attempt) | {"began_s": began_s}
         steps_of = {"begun_s": begun_s, "first_step": first_step, "last_step": last_step}
-        startup = started.get(number, {})
         found.append(PastAttempt(**known, **steps_of, ended_s=ended_s, end=end, startup=startup))
     return in_order(found)
+
+
+def _validated_s(number: int, until_s: float, scores: Iterable[Scores]) -> float:
+    return sum(one.seconds for one in scores if one.attempt == number and one.at_s <= until_s)
 
 
 def _number(value: Any) -> float | None:
@@ -263,8 +277,8 @@ def _account(
             spent["saving"] = saved.get(attempt.number, float(stalls[np.diff(stalls, prepend=np.nan) != 0].sum()))
             spent["validating"] = sum(one.seconds for one in measured)
             until_s = attempt.ended_s if attempt.begun_s is None else attempt.begun_s
-            before_s = sum(v.seconds for v in measured if attempt.begun_s is not None and v.at_s <= until_s)
-            spent["starting"] = max(0.0, until_s - attempt.began_s - before_s)
+            before_s = 0.0 if attempt.begun_s is None else _validated_s(attempt.number, until_s, scores)
+            spent["starting"] = sum(attempt.startup.values()) or max(0.0, until_s - attempt.began_s - before_s)
             if attempt.end == "killed" and len(lines):  # what it trained since its last line
                 spent["lost"] += max(0.0, attempt.ended_s - float(lines[WHEN][-1]))
             spent["other"] = max(0.0, all_s - sum(spent.values()))

@@ -12,6 +12,8 @@ from lingua.run.metrics import is_number
 
 EVENT = "trained"
 """Of the line in metrics.checkpoint.jsonl that keeps what a start-up took."""
+FIRST_STEP = "first step"
+"""The last part."""
 
 
 def since_boot_s() -> float:

@@ -18,7 +18,7 @@ from lingua.optim.spikes import RECENT, Recent, remember, spike_limit
 from lingua.optim.update import is_overflow
 from lingua.profiling.profiler import Profiler
 from lingua.run.metrics import MetricLogger
-from lingua.run.startup import EVENT, StartUp
+from lingua.run.startup import EVENT, FIRST_STEP, StartUp
 from lingua.run.throughput import Lap, Meter
 from lingua.signals import SignalFlag
 from lingua.train.learner import Run, StepDone
@@ -105,7 +105,7 @@ class StepMonitor:
         startup, device = self._startup, self._run.world.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        startup.reached("first step")
+        startup.reached(FIRST_STEP)
         startup.is_over = True
         self._unreported = startup.metrics()
         self.note(EVENT, seconds=startup.seconds, parts=startup.parts)

@@ -76,7 +76,9 @@ def test_what_the_start_took_is_logged_and_reported(run_dir: Path):
     assert first["startup/s"] == pytest.approx(parts["s"])
     assert not [record for record in rest if "startup/s" in record]  # once an attempt
     assert f" s: python {parts['python']:.1f}, config " in (run_dir / "train.log").read_text()
-    assert read_history(facts, this_process()).attempts[0].startup["torch"] == parts["torch"]
+    history = read_history(facts, this_process())
+    assert history.attempts[0].startup["torch"] == parts["torch"]
+    assert history.seconds["starting"] == pytest.approx(parts["s"])
 
 
 def test_what_became_of_each_checkpoint_has_a_line(run_dir: Path):

@@ -185,6 +185,20 @@ def test_where_the_time_went(tmp_path: Path):
     assert run.seconds == {kind: first[kind] + second[kind] for kind in SPENT}
 
 
+def test_the_start_up_is_the_one_that_was_logged(tmp_path: Path):
+    path = make_run(tmp_path)
+    before = history_of(path).seconds
+    parts = {"python": 5.0, "data": 4.0, "first step": 1.5}
+    note = {STEP: 0, "event": "trained", "seconds": 10.5, "parts": parts, "incarnation": 1, WHEN: iso(12)}
+    with (path / "metrics.checkpoint.jsonl").open("a") as file:
+        file.write(json.dumps(note) + "\n")
+    run = history_of(path)
+    assert run.began_s == T0 + 10 - 3 - 9  # the process: before the first step at 10 s, and a validation of 3 s
+    assert run.spent[0]["starting"] == 10.5
+    assert run.spent[0]["training"] + run.spent[0]["loading"] == 8 - 1.5  # no second counts twice
+    assert sum(run.seconds.values()) == sum(before.values()) + 2
+
+
 def test_curves_over_time_and_tokens(tmp_path: Path):
     run = history_of(make_run(tmp_path))
     assert run.metrics[TRAINED_S].tolist() == [4, 8, 12, 16, 20]  # without what was trained in vain
