@@ -101,7 +101,7 @@ def open_store(place: RankInfo, timeout_s: float) -> dist.Store:
     if place.has_agent:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
     elif place.is_main:
-        listener = _listen(place)
+        listener = listen(place, port)
         store = dist.TCPStore(
             host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
@@ -116,10 +116,10 @@ def open_store(place: RankInfo, timeout_s: float) -> dist.Store:
 # -- the way there -------------------------------------------------------------------------------------------------
 
 
-def _listen(place: RankInfo) -> socket.socket:
+def listen(place: RankInfo, port: int) -> socket.socket:
     """Return a socket that listens where the other ranks look for rank 0, and on no other interface."""
     assert place.master is not None
-    host, port = place.master
+    host, _ = place.master
     try:
         found = [(family, address) for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except OSError as error:

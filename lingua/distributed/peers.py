@@ -1,4 +1,4 @@
-"""What ranks tell each other outside of collectives: that one of them is leaving, and why.
+"""What ranks tell each other outside of collectives: that one of them is leaving, and why, or is gone without a word.
 
 What ends a run is signed: others on the network may reach the store, and read and write whatever is in it.
 
@@ -13,15 +13,20 @@ would not reach a rank that waits for its disk.
 from __future__ import annotations
 
 import hmac
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from lingua.distributed.lifeline import Lifelines, hold
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 _END = "lingua/end"
 _LEFT = "lingua/left"
+_PORT = "lingua/port"
+_HERE = b"here/%09d"
 
 
 class Peers:
@@ -34,6 +39,8 @@ class Peers:
         self._rank = rank
         self._world_size = world_size
         self._secret = secret
+        self._lifelines: Lifelines | None = None
+        self._lifeline: socket.socket | None = None
 
     def _signed(self, message: bytes) -> bytes:
         return hmac.digest(self._secret, message, "sha256").hex().encode() + b" " + message
@@ -55,6 +62,25 @@ class Peers:
     def is_set(self, name: str) -> bool:
         """Return whether a rank has set this flag."""
         return self._store.check([name]) and hmac.compare_digest(self._store.get(name), self._signed(name.encode()))
+
+    def watch(self, listener: socket.socket) -> None:
+        """Learn, as rank 0, when the process of another rank is gone."""
+        greetings = [self._signed(_HERE % rank) for rank in range(1, self._world_size)]
+        self._lifelines = Lifelines(listener, greetings)
+        port = b"%d" % listener.getsockname()[1]
+        self._store.set(_PORT, self._signed(port).decode())
+
+    def let_watch(self, host: str) -> None:
+        """Let rank 0, which listens at `host`, learn when this process is gone."""
+        signed = self._store.get(_PORT)
+        port = signed.partition(b" ")[2]
+        if hmac.compare_digest(signed, self._signed(port)):
+            self._lifeline = hold((host, int(port)), self._signed(_HERE % self._rank))
+
+    def gone(self) -> list[int]:
+        """Return the ranks that have ended without `leave` since the last call; on rank 0 alone, others return []."""
+        broken = [] if self._lifelines is None else self._lifelines.broken()
+        return [rank for rank in broken if not self.is_set(f"{_LEFT}/{rank}")]
 
     def leave(self, within_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
         """Leave, as the last thing a rank does. Rank 0 waits for the others, but not for longer than `within_s`."""

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.distributed import DistributedArgs, EnvironmentArgs
-from lingua.distributed.meeting import meet
+from lingua.distributed.meeting import listen, meet
 from lingua.distributed.peers import Peers
 from lingua.distributed.place import RankInfo
 from lingua.files import DiskError, RunError
@@ -124,6 +124,10 @@ def start_world(
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
         secret = from_main(lambda: secrets.token_bytes(32))  # which travels past the store
         peers = Peers(store, place.rank, place.world_size, secret)
+        if place.is_main:
+            peers.watch(listen(place, port=0))
+        else:
+            peers.let_watch(host)
         yield World(place, device, mesh, dp_rank, replicate * shard, peers, mesh.get_local_rank("tp"))
     finally:
         dist.destroy_process_group()

@@ -1,10 +1,10 @@
 """Watches a rank from a second thread, since the main thread may be stuck, and ends the process if necessary.
 
-When a rank fails, all others learn of it within seconds: each leaves with a message and its own `error_<rank>.json`,
-long before a collective would time out. If a rank hangs, every rank's stacks are in `logs/stacks_<rank>.txt`. A stop
-signal before the first step of this attempt ends all ranks soon, since nothing can be lost; later the training loop
-decides for all ranks. After a failure was recorded, the process is gone within LEAVE_WITHIN_S, even if its cleanup
-hangs.
+When a rank fails or is killed, all others learn of it within seconds: each leaves with a message and its own
+`error_<rank>.json`, long before a collective would time out. If a rank hangs, every rank's stacks are in
+`logs/stacks_<rank>.txt`. A stop signal before the first step of this attempt ends all ranks soon, since nothing can be
+lost; later the training loop decides for all ranks. After a failure was recorded, the process is gone within
+LEAVE_WITHIN_S, even if its cleanup hangs.
 
     with Watchdog(rank, signals, args.watchdog, run_dir) as watchdog:
         with watchdog.reporting():        # an error in here is recorded and sent to the other ranks
@@ -61,6 +61,8 @@ class Others(Protocol):
     def send(self, message: bytes) -> None: ...
 
     def received(self) -> bytes | None: ...
+
+    def gone(self) -> list[int]: ...
 
     def leave(self, within_s: float) -> None: ...
 
@@ -222,13 +224,17 @@ class Watchdog:
         faulthandler.dump_traceback_later(limit_s, exit=True, file=2)
 
     def _listen(self) -> None:
-        """Leave when another rank sends its end, or can no longer be reached."""
+        """Leave when another rank sends its end, is gone, or can no longer be reached."""
         assert self._peers is not None
         while not self._closed.wait(POLL_S):
             try:
-                message = self._peers.received()
+                gone = self._peers.gone()
+                message = self._peers.received()  # asked last: who is gone may have sent it
             except RuntimeError as error:  # torch's DistError
                 self._lost(str(error).partition("\n")[0])
+                return
+            if message is None and gone:
+                self._missed(gone[0])
                 return
             if message is None:
                 continue
@@ -243,6 +249,14 @@ class Watchdog:
         error = RankError(f"rank 0 or its node is gone ({how})")
         failure = self._failure(error)
         self._go(self._end_of(failure), failure)
+
+    def _missed(self, rank: int) -> None:
+        error = RankError(
+            f"rank {rank} is gone without a word: its process was killed, perhaps for memory, or its node failed; see "
+            "the system's log there"
+        )
+        failure = self._failure(error)
+        self._go(replace(self._end_of(failure), rank=rank), replace(failure, because_of_rank=rank))
 
     def _follow(self, end: End) -> None:
         """Leave because another rank does."""

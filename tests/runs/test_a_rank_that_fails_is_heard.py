@@ -123,6 +123,24 @@ def test_a_rank_that_is_gone_without_a_word(tmp_path: Path, killed: int):
     assert train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=2).exit_code == 0
 
 
+@pytest.mark.gate
+@pytest.mark.soak
+@pytest.mark.ranks
+def test_a_killed_rank_is_noticed_where_no_collective_tells(tmp_path: Path):
+    """As under NCCL: the main threads of the others wait for ever."""
+
+    def hook(rank: int) -> None:
+        at_step(5, kill_self if rank == 1 else threading.Event().wait, on_rank=rank)(rank)
+
+    result = train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=3, hook=hook)
+    assert result.exit_codes == [1, -9, 1], result.output
+    for rank in (0, 2):
+        facts = last_words(tmp_path, rank)
+        assert (facts["kind"], facts["because_of_rank"], facts["restart_may_help"]) == ("nccl", 1, True)
+        assert "rank 1 is gone without a word" in facts["message"]
+    assert train([*WORDS, f"dump_dir={tmp_path}"], n_ranks=3).exit_code == 0
+
+
 WATCHDOG = ["watchdog.min_s=6", "watchdog.step_factor=5", "watchdog.other_s=100", "steps=20"]
 
 

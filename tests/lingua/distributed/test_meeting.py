@@ -55,7 +55,7 @@ def test_a_name_that_means_this_host_alone_is_not_what_other_nodes_look_for(
 
     monkeypatch.setattr(socket, "getaddrinfo", found)
     for host, local, everywhere in (("node7", 1, True), ("router", 1, True), ("node7", 2, False)):
-        with lingua.distributed.meeting._listen(at(port, host=host, local=local)) as listener:
+        with lingua.distributed.meeting.listen(at(port, host=host, local=local), port) as listener:
             assert (listener.getsockname()[0] == "0.0.0.0") == everywhere
         assert (f"MASTER_ADDR {host} is not an address of this host, so" in caplog.text) == (host == "router")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ FAILED_ELSEWHERE = End(2, "error", 1, "DataError: line 7", "data")
 class Room:
     """The store at which ranks meet: the first message stands."""
 
-    def __init__(self, message: End | None = None) -> None:
+    def __init__(self, message: End | None = None, killed: Sequence[int] = ()) -> None:
+        self.killed = list(killed)
         self.message = None if message is None else orjson.dumps(message.__dict__)
         self.left = 0
 
@@ -31,6 +33,9 @@ class Room:
 
     def received(self) -> bytes | None:
         return self.message
+
+    def gone(self) -> list[int]:
+        return self.killed
 
     def leave(self, within_s: float) -> None:
         self.left += 1
@@ -126,6 +131,25 @@ def test_the_failure_of_another_rank_is_taken_over_with_its_kind(tmp_path: Path)
     assert (failure.kind, failure.because_of_rank, failure.rank) == ("data", 2, 0)
     assert failure.message == "rank 2 failed, so rank 0 leaves: DataError: line 7"
     assert (rank.stop["kind"], rank.stop["rank"], rank.stop["error"]) == ("data", 2, "rank 2: DataError: line 7")
+
+
+def test_a_rank_that_is_gone_without_a_word_is_named_to_all(tmp_path: Path):
+    rank, room = Rank(tmp_path), Room(killed=[2])
+    listen(rank, room)
+    assert rank.exit_codes == [1]
+    (failure,) = read_failures(tmp_path)
+    assert (failure.kind, failure.because_of_rank) == ("nccl", 2)
+    assert failure.message.startswith("rank 2 is gone without a word: its process was killed")
+    assert (rank.stop["kind"], rank.stop["rank"]) == ("nccl", 2)
+    other = Rank(tmp_path, rank=1)
+    listen(other, room)
+    assert "rank 2 is gone" in read_failures(tmp_path)[1].message
+
+
+def test_what_a_rank_said_before_it_was_gone_counts(tmp_path: Path):
+    rank = Rank(tmp_path)
+    listen(rank, Room(FAILED_ELSEWHERE, killed=[2]))
+    assert rank.stop["error"] == "rank 2: DataError: line 7"
 
 
 def test_an_own_failure_is_told_and_raised(tmp_path: Path):
