@@ -309,11 +309,12 @@ def figure(value: float | None, form: str = ".4f") -> str:
 
 
 def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:
-    """Format the metrics of a report as one line."""
+    """Format the metrics of a report as one line; the loss is the mean of the steps since the line before."""
+    loss = metrics.get("loss/mean", last := metrics["loss/out"])
     parts = [
         f"step {metrics['global_step']}/{n_steps}",
-        f"loss {metrics['loss/out']:.4f}",
-        *([f"above floor {metrics['loss/above_floor']:.4f}"] if "loss/above_floor" in metrics else []),
+        f"{'mean ' if 'loss/mean' in metrics else ''}loss {loss:.4f}",
+        *([f"above floor {loss - last + above:.4f}"] if (above := metrics.get("loss/above_floor")) is not None else []),
         f"grad {metrics['optim/grad_norm']:.3g}",
         f"lr {metrics['optim/lr']:.2e}",
         f"{metrics['speed/wps']:,.0f} tokens/s",

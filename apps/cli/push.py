@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 def push(
     place: Annotated[
-        str, typer.Argument(metavar="RUN[@STEP]", help="A run (its newest checkpoint, to main) or one of its steps.")
+        str,
+        typer.Argument(
+            metavar="RUN[@STEP][:ema]",
+            help="A run (its newest checkpoint, to main) or one of its steps; :ema: the average of its weights.",
+        ),
     ],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Model on the hub; it is made if there is none.")],
     revision: Annotated[
         str | None,
-        typer.Option(help="Branch. Default: stepN for RUN@N, main for RUN.", show_default=False),
+        typer.Option(help="Branch. Default: stepN for RUN@N (stepN-ema of :ema), main for RUN.", show_default=False),
     ] = None,
     form: Annotated[
         Format,
@@ -85,17 +89,19 @@ def make_pushed(
     from lingua.report.history import read_history
     from lingua.run.lock import this_process
 
+    place, is_average = lookup.without_ema(place)
     checkpoint = lookup.intact(place, needed=is_weights, sizes_only=True) if lookup.is_checkpoint(place) else None
     if checkpoint is None or checkpoint.step is None or checkpoint.run_dir is None:
         raise ConfigError(f"{place} is no checkpoint of a run, which the card is filled from; name RUN or RUN@STEP")
     step = checkpoint.step
-    folder = Path(f"{out}-step{step}") if isinstance(out, str) else out
-    made = make_export(f"{checkpoint.run_dir}@{step}", folder, form, dtype=dtype)
+    suffix, branch = (lookup.EMA_SUFFIX, f"step{step}-ema") if is_average else ("", f"step{step}")
+    folder = Path(f"{out}-{branch}") if isinstance(out, str) else out
+    made = make_export(f"{checkpoint.run_dir}@{step}{suffix}", folder, form, dtype=dtype)
     shapes = open_source(folder, sizes_only=True).shapes
     n_params = sum(math.prod(shape) for shape in shapes.values())
     named = lookup.split(place)[1] is not None
-    chosen = revision or (f"step{step}" if named else "main")
-    pushed = Pushed(repo, chosen, step, n_params, form is Format.hf)
+    chosen = revision or (branch if named else "main")
+    pushed = Pushed(repo, chosen, step, n_params, form is Format.hf, is_average)
     card, pictures = model_card(read_history(read_run(checkpoint.run_dir), this_process()), pushed)
     (folder / PICTURES).mkdir()
     for picture in pictures:

@@ -146,6 +146,12 @@ def done_steps(root: Path) -> list[int]:
     return sorted(step for path in entries(root) if (step := parse_done(path.name)) is not None)
 
 
+def evaluated_steps(run_dir: Path) -> list[int]:
+    """Return the steps with results of an evaluation, ascending."""
+    found = ((parse_folder(path.name), path) for path in entries(run_dir / EVALS))
+    return sorted(step for step, path in found if step is not None and (path / RESULTS).is_file())
+
+
 def staging_dirs(root: Path) -> list[tuple[int, Path]]:
     """Return (attempt, folder) of each staging dir, including those that a newer attempt has closed."""
     return [(int(match[1]), path) for path in entries(root) if (match := _STAGING_DIR.fullmatch(path.name))]

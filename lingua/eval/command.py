@@ -26,7 +26,7 @@ from lingua.config.yaml_layers import COMMAND_LINE, stack_layers
 from lingua.console import show_json
 from lingua.distributed.meeting import told_to_others
 from lingua.distributed.place import find_rank_info
-from lingua.eval.evaluator import Beat, Evaluator, MeasureCheckpoint, write_results
+from lingua.eval.evaluator import Beat, Evaluator, MeasureCheckpoint, read_results, write_results
 from lingua.eval.harness_tasks import load_tasks
 from lingua.eval.slurm_jobs import EvalJobs
 from lingua.eval.spawn import alone
@@ -40,6 +40,9 @@ from lingua.train.describe import config_of, described, phases_in
 
 log = logging.getLogger(__name__)
 
+OTHER_ROWS = (
+    "documents/: each document by itself; training logs packed rows: validation.context=packed gives that number"
+)
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
@@ -256,7 +259,21 @@ def follow(
         )
         log.info("evaluating the checkpoints of %s", run_dir)
         log.info("the evaluator of %s ends: %s", run_dir, evaluator.follow(once=request.has("once")))
-    return EXIT_FINISHED if signals.received is None else end_asked_for(signals.received)[1]
+    if signals.received is not None:
+        return end_asked_for(signals.received)[1]
+    if request.has("once") or request.has("json"):
+        show_newest(run_dir, as_json=request.has("json"))
+    return EXIT_FINISHED
+
+
+def show_newest(run_dir: Path, *, as_json: bool) -> None:
+    """Print the results of the newest checkpoint that is evaluated, if there is one."""
+    for step in layout.evaluated_steps(run_dir)[-1:]:
+        there = read_results(layout.evaluation(run_dir, step))
+        assert there is not None, "it has just been listed"
+        if not as_json:
+            print(f"{run_dir}@{step}")
+        show(f"{run_dir}@{step}", there[1], None, as_json=as_json)
 
 
 def training_id(run_dir: Path, step: int) -> str | None:
@@ -279,3 +296,5 @@ def show(ckpt: str, found: Mapping[str, Any], dump_dir: str | None, *, as_json: 
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:<{width}}  {value:,.6g}")
+    if any(name.startswith("documents/") for name in metrics):
+        print(OTHER_ROWS)

@@ -42,6 +42,8 @@ class Pushed:
     n_params: int
     is_transformers: bool
     """AutoModelForCausalLM opens it; otherwise `lingua.load` does."""
+    is_average: bool = False
+    """The weights are the moving average of the run's (`optim.ema`)."""
 
 
 def until(run: History, step: int) -> History:
@@ -69,6 +71,9 @@ def _lines(run: History, pushed: Pushed, pictures: Sequence[Picture]) -> Iterato
     yield f"---\n{dump_yaml({**library, 'pipeline_tag': 'text-generation', 'tags': ['lingua', kind]})}---\n"
     yield f"# {_cell(name)}\n"
     yield f"A {kind} of {pushed.n_params:,} parameters, pretrained with lingua: step {pushed.step:,}{_of(config)}."
+    if pushed.is_average:
+        decay = _section(config, "optim").get("ema")
+        yield f"The weights are a moving average (decay {decay}); losses and samples in training are not of them."
     if run.samples:
         yield f"\nIt continues a prompt so (step {run.samples[-1].step:,}):\n"
         yield f"{_FENCE}text\n{printable(run.samples[-1].prompt + run.samples[-1].text)}\n{_FENCE}"

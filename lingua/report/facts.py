@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lingua.checkpoint.layout import EVALS, RESULTS, done_mark, done_steps, parse_folder
+from lingua.checkpoint.layout import done_mark, done_steps, evaluated_steps
 from lingua.checkpoint.lookup import hint_at_step, root_in, step_in_memory
 from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import CONFIG_FILE
@@ -101,7 +101,6 @@ def read_run(path: Path) -> RunFacts:
     if isinstance(section, dict) and section.get("async_save_mode") is not None:
         with suppress(OSError, RunError):
             in_memory = step_in_memory(path, root, shm=Path(str(section.get("shm_path") or SHM)))
-    evaluated = (parse_folder(each.name) for each in entries(path / EVALS) if (each / RESULTS).is_file())
     earlier = range(1, attempt.number if attempt is not None else 1)
     return RunFacts(
         path=path,
@@ -117,7 +116,7 @@ def read_run(path: Path) -> RunFacts:
         metrics_age_s=age_s(path / METRICS_FILE),
         validation=last_line(path / VALIDATION_FILE),
         startup=_startup(path),
-        evaluated_step=max((step for step in evaluated if step is not None), default=None),
+        evaluated_step=max(evaluated_steps(path), default=None),
         checkpoint=done[-1] if done else None,
         checkpoint_age_s=age_s(done_mark(root, done[-1])) if done else None,
         in_memory=in_memory,

@@ -78,6 +78,8 @@ class StepMonitor:
         self._run = run
         self._metrics = metrics
         self._skips_in_a_row = 0
+        self._losses: list[float] = []
+        """Of the steps since the last report."""
         self._recent: Recent = ()
         """What `shared` has under RECENT, if the state need not have it."""
         self._in_spike = False
@@ -142,6 +144,7 @@ class StepMonitor:
             raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
         else:
             self._skips_in_a_row = 0
+            self._losses.append(means["loss/out"])
             spike = self._judge(facts, means["loss/out"])
         if facts.step % self._run.args.logging.freq == 0 or facts.step == self._run.size.n_steps:
             self._report(facts, means)
@@ -172,7 +175,7 @@ class StepMonitor:
         if late is not None:
             self.profiler.read(late[1])
             self.save |= late[1]["save"] > 0
-        self._skips_in_a_row, self._in_spike = 0, False
+        self._skips_in_a_row, self._in_spike, self._losses = 0, False, []
 
     def rewound(self) -> None:
         """Begin anew at the present step, to which the run went back."""
@@ -255,6 +258,7 @@ class StepMonitor:
             "global_step": facts.step,
             "acc_step": 0,
             **means,
+            **({"loss/mean": sum(self._losses) / len(self._losses)} if len(self._losses) > 1 else {}),
             **({} if run.floor is None else {"loss/above_floor": means["loss/out"] - run.floor.nats}),
             "optim/lr": facts.lr,
             "optim/total_tokens": run.shared["total_tokens"] - (run.step - facts.step) * run.size.tokens_per_step,
@@ -266,7 +270,7 @@ class StepMonitor:
             **run.manager.metrics(),
             **self._unreported,
         }
-        self._unreported = {}
+        self._unreported, self._losses = {}, []
         self.progress.report(record)
         if self._metrics is not None:
             self._metrics.log({key: value for key, value in record.items() if math.isfinite(value)})

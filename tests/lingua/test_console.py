@@ -91,7 +91,9 @@ def test_a_log_gets_one_plain_line_per_report(shown: bool, caplog: pytest.LogCap
         progress.advance(3)
         progress.report(METRICS)
     assert caplog.messages == ([metrics_line(METRICS, 10)] if shown else [])
-    assert metrics_line(METRICS, 10).startswith("step 3/10  loss 2.5000")
+    assert metrics_line(METRICS, 10).startswith("step 3/10  loss 2.5000  grad")
+    several = METRICS | {"loss/mean": 2.75, "loss/above_floor": 0.5}
+    assert metrics_line(several, 10).startswith("step 3/10  mean loss 2.7500  above floor 0.7500  grad")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_metrics_have_the_names_that_plots_expect(run_dir: Path):
     records = read_metrics(run_dir / "metrics.jsonl")
     assert [record["global_step"] for record in records] == [2, 4, 6]
+    assert all("loss/mean" in record for record in records)
     expected = {
         "global_step", "acc_step", "speed/wps", "speed/FLOPS", "speed/curr_iter_time",
         "speed/data_load_time", "optim/grad_norm", "optim/lr", "optim/total_tokens", "loss/out", "created_at",

@@ -91,7 +91,7 @@ class LoggingArgs(Args):
     """How often metrics are reported, and where to."""
 
     freq: Annotated[int, Field(ge=1)] = 10
-    """Report every this many steps."""
+    """Report every this many steps. A log line has their mean loss (`loss/mean`; `loss/out`: the last one's)."""
     wandb: WandbArgs | None = None
     """Null: no wandb."""
     tensorboard: bool = False

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from apps.cli.export import Format, make_export
+from apps.main.args import LMTransformerArgs
+from apps.main.transformer import LMTransformer
+from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.state import TrainState
+from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.files import write_json
+from lingua.optim.ema import begin_ema
 from lingua.report.card import telling
-from tests.apps.cli.test_export import make_run, theirs
+from tests.apps.cli.test_export import TINY, assert_equal, make_run, theirs, weights
 from tests.cli import Lingua
 from tests.hub import ModelHub
 
@@ -27,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config |= {"steps": 3, "launcher": {"account": "acct42", "setup": [f"export HF_TOKEN={SECRET}"]}}
     config["data"] |= {"sources": {"wiki": 1.0, "co|de": 2.0}, "root_dir": "/home/me/data"}
-    config["optim"] = {"type": "adamw", "lr": 0.001, "scheduler": "cosine"}
+    config["optim"] = {"type": "adamw", "lr": 0.001, "scheduler": "cosine", "ema": 0.9}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     facts = {"commit": "abc123", "dirty": True, "ranks": 2, "device": "NVIDIA H200", "torch": "2.10", "host": "node7"}
     write_json(folder / "run.json", facts)
@@ -105,6 +113,34 @@ def test_steps_become_branches_and_what_was_there_goes(
     assert f"{hub.url}/me/tiny/tree/step1 has step 1" in said
     assert SECRET not in said + caplog.text
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_average_of_the_weights_is_pushed_as_such(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = LMTransformer(LMTransformerArgs.model_validate({**TINY, "vocab_size": 258}))
+    model.init_weights(1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    begin_ema(optimizer)
+    averages = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    manager = CheckpointManager(CheckpointArgs(), run)
+    manager.save(2, TrainState(model, optimizer))
+    manager.close()
+    lingua = Lingua(capsys, "push")
+    for place, revision in ((f"{run}@2:ema", "step2-ema"), (f"{run}:ema", "main")):
+        found = lingua.record(place, "me/tiny", "--dry-run", "--format", "safetensors")
+        folder = tmp_path / "tiny-step2-ema"
+        assert (found["folder"], found["revision"], found["is_average"]) == (folder.name, revision, True)
+        assert_equal(weights(folder), {name: averages[name] for name in weights(folder)})
+        assert "The weights are a moving average (decay 0.9)" in (folder / "README.md").read_text()
+        shutil.rmtree(folder)
+    code, _, err = lingua(f"{run}@1:ema", "me/tiny", "--dry-run")
+    assert code != 0
+    assert "holds no average of the weights" in err
 
 
 def test_what_cannot_be_pushed_is_said_in_a_sentence(

@@ -149,6 +149,14 @@ def test_following_gives_what_evaluating_afterwards_gives(copy: Path, capsys: py
         assert metrics == by_hand(capsys, f"{copy}@{step}")
         assert line.items() >= metrics.items()
     assert lines[-1]["documents/mine/nll"] < lines[0]["documents/mine/nll"]
+    newest = lines[-1]["documents/mine/bpb"]
+    assert main([f"follow={copy}", "--once"]) == 0  # nothing waits any more
+    said = capsys.readouterr().out
+    assert said.startswith(f"{copy}@5\n")
+    assert f"documents/mine/bpb          {newest:,.6g}\n" in said
+    assert main([f"follow={copy}", "--once", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ckpt"], found["metrics"]["documents/mine/bpb"]) == (f"{copy}@5", newest)
 
 
 def test_a_damaged_checkpoint_is_given_up_and_the_others_are_evaluated(
