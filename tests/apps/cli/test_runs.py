@@ -161,9 +161,10 @@ def test_a_running_run_is_profiled_by_signal_and_from_the_login_node(lingua: Lin
     folder = tmp_path / "profiling"
     light = {path.name: read_metrics(path) for path in sorted(folder.glob("light_*"))}
     steps = {name: [record["global_step"] for record in records] for name, records in light.items()}
-    first, asked = steps["light_0000000005_rank0.jsonl"], out.splitlines()[-2:]
+    first, asked = steps["light_0000000005_rank0.jsonl"], out.splitlines()[1:3]
     assert first == steps["light_0000000005_rank1.jsonl"] == [5]  # asked at 3, voted at 4 at the latest
     begin = Path(asked[0]).name[6:16]
+    assert out.splitlines()[3].split() == ["part", "of", "a", "step", "ms", "share"]
     assert asked == [str(folder / f"light_{begin}_rank0.jsonl"), str(folder / f"trace_{begin}_rank0.json.gz")]
     assert steps[f"light_{begin}_rank0.jsonl"] == steps[f"light_{begin}_rank1.jsonl"] == [int(begin), int(begin) + 1]
     assert len(light) == 4
