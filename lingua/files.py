@@ -42,6 +42,10 @@ class RunError(RuntimeError):
     """A problem outside the program that its user can fix. The message is one sentence with the remedy."""
 
 
+class CommandError(RunError):
+    """What a command names is not there, or there already: the command is wrong, as a config may be."""
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TO_MEND = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
@@ -274,11 +278,11 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` at the end of the block, or remove it on an error.
 
     Its files must be durable when the block ends. Leftovers of killed processes of this machine are removed. Raises
-    RunError if `path` exists or another process creates it meanwhile.
+    CommandError if `path` exists, RunError if another process creates it meanwhile.
     """
     path = path.absolute()
     if path.exists() or path.is_symlink():
-        raise RunError(f"{path} already exists; choose a new folder, or remove it first")
+        raise CommandError(f"{path} already exists; choose a new folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     begin = f".{path.name}.tmp-{socket.gethostname()}-"
     for left in entries(path.parent):

@@ -363,10 +363,9 @@ def read_run(run: Path) -> tuple[list[Part], int, dict[int, dict[str, Any]]]:
     from lingua.data.audit import Part
     from lingua.data.loader import passing_over, saved_state
     from lingua.data.sources import with_default_sources
+    from lingua.run.find import find_run
 
-    config = run / CONFIG_FILE
-    if not config.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no {CONFIG_FILE}")
+    config = find_run(run) / CONFIG_FILE
     tree, root = read_config(config), root_of(run)
     states: dict[int, dict[str, Any]] = {}
     shared: dict[str, Any] = {}

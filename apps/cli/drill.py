@@ -41,7 +41,7 @@ def drill(
     published and lost, whether the run ended bitwise equal to an undisturbed one, how long it takes from a signal until
     everything is saved, and what this cluster does not allow. Exit code 1: a guarantee was broken.
     """
-    from lingua.files import RunError
+    from lingua.files import CommandError
     from lingua.report.facts import read_run
     from lingua.report.figure import must_draw
     from lingua.report.history import read_history
@@ -51,7 +51,7 @@ def drill(
     from lingua.selfcheck.interrupted import write_interrupted
 
     if figure is not None and figure.suffix not in (".svg", ".png"):
-        raise RunError(f"--figure {figure}: the name of the file must end in .svg or .png")
+        raise CommandError(f"--figure {figure}: the name of the file must end in .svg or .png")
     if figure is not None:
         must_draw()
     path = (folder or Path("out", f"drill-{datetime.now():%Y%m%d-%H%M%S}")).absolute()

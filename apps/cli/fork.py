@@ -69,7 +69,7 @@ def fork(place: str, folder: Path, words: Sequence[str], world_size: int | None 
     """
     checkpoint = lookup.find_one(place)
     if checkpoint.run_dir is None or checkpoint.step is None:
-        raise RunError(f"{place} is not a checkpoint of a run; write RUN@STEP")
+        raise ConfigError(f"{place} is not a checkpoint of a run; write RUN@STEP")
     if any(entries(folder)) or folder.is_file():
         raise ConfigError(f"{folder} already exists; choose a new folder")
     if problems := checkpoint.damage(sizes_only=True):

@@ -50,14 +50,12 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs below a folder, except those that failed before they trained (`lingua why RUN`)."""
-    from lingua.report.facts import find_runs
     from lingua.report.status import COLUMNS, has_trained, row, status_of
+    from lingua.run.find import find_runs, no_run
     from lingua.run.lock import this_process
 
     if not folder.is_dir():
-        from lingua.files import RunError
-
-        raise RunError(f"{folder} is not a folder; name the one below which the runs are")
+        raise no_run(folder)
     every = [(facts, status_of(facts, this_process())) for facts in _read(find_runs(folder))]
     found = [status for facts, status in every if has_trained(facts, status)]
     if as_json or not found:
@@ -237,8 +235,9 @@ COMMANDS = (why, status, runs, diff, report, stop, profile, doctor)
 
 
 def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:
-    """Read run folders, and the queue of Slurm where a run has a job. Raises RunError where there is no run."""
-    from lingua.report.facts import find_run, read_run
+    """Read run folders, and the queue of Slurm where a run has a job. Raises CommandError where there is no run."""
+    from lingua.report.facts import read_run
+    from lingua.run.find import find_run
     from lingua.scheduler import job_of, jobs_in_queue
 
     found = [read_run(find_run(path)) for path in paths]

@@ -127,7 +127,7 @@ def rerun(
     """
     from dataclasses import replace
 
-    from lingua.files import RunError
+    from lingua.files import CommandError
     from lingua.launch.submit import must_be_checkout
     from lingua.report.diff import label
     from lingua.run.code_snapshot import freeze_code
@@ -137,7 +137,7 @@ def rerun(
 
     unknown = [kind for kind in skip or [] if kind not in KINDS]
     if unknown:
-        raise RunError(f"--skip {unknown[0]}: unknown kind of failure; choose from {', '.join(KINDS)}")
+        raise CommandError(f"--skip {unknown[0]}: unknown kind of failure; choose from {', '.join(KINDS)}")
     found = read_sweep(sweep)
     now = [point for point, _ in read_points(found, _queue(found, must_answer=not local))]
     chosen = to_rerun(now, points or [], skip or [])

@@ -32,7 +32,18 @@ from lingua.config.command_line import CommandLine
 from lingua.config.compose import compose
 from lingua.config.frozen import CONFIG_FILE, public_yaml, read_frozen
 from lingua.config.trust import found
-from lingua.files import DISK, Files, RunError, entries, free_bytes, human_bytes, read_json, whole_folder, write_whole
+from lingua.files import (
+    DISK,
+    CommandError,
+    Files,
+    RunError,
+    entries,
+    free_bytes,
+    human_bytes,
+    read_json,
+    whole_folder,
+    write_whole,
+)
 from lingua.train.build import fresh_shared
 from lingua.train.check import Checked, load
 
@@ -97,7 +108,7 @@ def _newest_complete(run_dir: Path, step: int | None) -> tuple[Path, Metadata]:
     root = path if path.is_dir() else run_dir / layout.CHECKPOINTS  # the run may have been moved
     steps = {number: path for path in entries(root) if (number := layout.parse_folder(path.name)) is not None}
     if step is not None and step not in steps:
-        raise RunError(f"{root} has no checkpoint of step {step}; it has {lookup.some_steps(sorted(steps))}")
+        raise CommandError(f"{root} has no checkpoint of step {step}; it has {lookup.some_steps(sorted(steps))}")
     for number in sorted(steps, reverse=True) if step is None else [step]:
         folder = steps[number]
         if (folder / layout.train_state_file(0)).exists():

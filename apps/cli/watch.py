@@ -90,7 +90,7 @@ class View:
     def _runs(self) -> tuple[str, list[Path], int]:
         """Return (title of a sweep, run folders, points of sweeps that have none yet)."""
         from lingua.config.frozen import CONFIG_FILE
-        from lingua.report.facts import find_run
+        from lingua.run.find import find_run
         from lingua.sweep.sweep import SWEEP_FILE, read_sweep
 
         titles, folders, n_new = [], [], 0

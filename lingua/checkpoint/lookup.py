@@ -16,7 +16,8 @@ from lingua.checkpoint import documents, layout, publish
 from lingua.checkpoint.publish import DamagedError, Manifest
 from lingua.checkpoint.shm.area import area_of
 from lingua.config.frozen import CONFIG_FILE, read_frozen
-from lingua.files import RunError
+from lingua.files import CommandError, RunError
+from lingua.run.find import no_run
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,13 @@ def without_ema(path: str | Path) -> tuple[str, bool]:
 
 
 def split(path: str | Path) -> tuple[Path, int | None]:
-    """Split RUN@step into (RUN, step); anything that exists under its whole name is (path, None). Raises RunError."""
+    """Split RUN@step into (RUN, step); what exists under its whole name is (path, None). Raises CommandError."""
     run, at, number = str(path).rpartition("@")
     place, step = Path(path), None
     if at and number.isdecimal() and not place.exists():
         place, step = Path(run), int(number)
     if not place.exists():
-        raise RunError(f"{place} does not exist; it should be a run, a checkpoint folder or a file of weights")
+        raise no_run(place)
     return place, step
 
 
@@ -91,17 +92,10 @@ def root_in(config: Mapping[str, Any], run_dir: Path) -> Path:
 
 
 def run_root(run_dir: Path) -> Path:
-    """Return `root_of` for commands that need a run. Raises RunError."""
+    """Return `root_of` for commands that need a run. Raises CommandError."""
     if not (root := root_of(run_dir)).is_dir() and not (run_dir / CONFIG_FILE).is_file():
-        what = "has neither config.yaml nor checkpoints/" if run_dir.exists() else "does not exist"
-        raise RunError(f"{run_dir} is not a run: it {what}{hint_at_step(run_dir)}")
+        raise no_run(run_dir)
     return root
-
-
-def hint_at_step(run_dir: Path) -> str:
-    """Return the remedy for RUN@STEP where a run without a step is meant; empty if that is not the fault."""
-    run, at, _ = str(run_dir).rpartition("@")
-    return f"; leave out the step: {run}" if at and Path(run).is_dir() else ""
 
 
 def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
@@ -136,10 +130,10 @@ def find(path: str | Path) -> list[Checkpoint]:
     place, step = split(path)
     if (root := root_of(place)).is_dir():
         return _of_run(place, root, step)
-    if step is not None:
-        raise RunError(f"{place} is not a run: it has no folder {layout.CHECKPOINTS!r}, so there is no step {step}")
-    if not (place / layout.METADATA).exists():
-        raise RunError(f"{path} is neither a run nor a checkpoint folder")
+    if step is not None or not (place / layout.METADATA).exists():
+        if (place / CONFIG_FILE).is_file():
+            return _of_run(place, root, step)
+        raise no_run(place)
     number = layout.parse_folder(place.name)
     if number is not None and layout.done_mark(place.parent, number).exists():
         return [Checkpoint(place, place.parent, number, place.parent.parent)]
@@ -164,7 +158,7 @@ def _of_run(run_dir: Path, root: Path, step: int | None) -> list[Checkpoint]:
         remedy = f"`lingua import --run {run_dir} NEW` makes it one of ours"
         raise RunError(f"{run_dir} is a run of Meta Lingua; {remedy} (its weights alone: checkpoint.init_ckpt_path)")
     if step is not None and step not in there:
-        raise RunError(f"{root} has no published checkpoint of step {step}; it has {some_steps(there)}")
+        raise CommandError(f"{root} has no published checkpoint of step {step}; it has {some_steps(there)}")
     if not there:
         raise RunError(f"{root} has no published checkpoint")
     steps = reversed(there) if step is None else [step]

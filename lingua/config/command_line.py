@@ -307,9 +307,8 @@ def _flush() -> None:
 
 def _exit_code(error: Exception) -> int | None:
     """Return the exit code of an error that a user can fix, or None for a bug."""
-    from lingua.config.base import ConfigError
-    from lingua.files import RunError
+    from lingua.files import CommandError, ConfigError, RunError
 
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | CommandError):
         return EXIT_BAD_CONFIG
     return EXIT_FAILED if isinstance(error, ValueError | OSError | RunError) else None

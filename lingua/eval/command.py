@@ -18,7 +18,6 @@ from lingua.checkpoint.lookup import Checkpoint, run_root
 from lingua.config.base import MOVED, ConfigError, unknown_key
 from lingua.config.command_line import CommandLine, app_module, app_schema, choose_app, parse_command_line, with_ckpt
 from lingua.config.compose import compose, ignored_keys
-from lingua.config.frozen import CONFIG_FILE
 from lingua.config.keys.eval import EvalArgs, HarnessArgs
 from lingua.config.keys.phases import PhaseArgs
 from lingua.config.keys.train import TrainArgs
@@ -32,6 +31,7 @@ from lingua.eval.slurm_jobs import EvalJobs
 from lingua.eval.spawn import alone
 from lingua.files import RunError, make_folder, read_json
 from lingua.logger import start_logging
+from lingua.run.find import find_run
 from lingua.run.folder import EXIT_FINISHED, end_asked_for
 from lingua.run.metrics import EvaluationTracker
 from lingua.scheduler import Runner, run_command
@@ -138,8 +138,8 @@ def read_command_line(line: CommandLine) -> EvalRequest:
     place = own.get("follow") or own.get("ckpt") or own.get("ckpt_dir")
     if not place:
         raise ConfigError("command line: nothing to evaluate; write ckpt=RUN_OR_FOLDER, or follow=RUN")
-    if "follow" in own and not (Path(place) / CONFIG_FILE).is_file():
-        raise ConfigError(f"follow={place}: not a run, it has no {CONFIG_FILE}; start the run first")
+    if "follow" in own:
+        find_run(Path(place))
     is_of_run = line.config is not None and not is_about_measures(line.config)
     run_config = Path(line.config) if is_of_run and line.config else config_of(place)
     return EvalRequest(

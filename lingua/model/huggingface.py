@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lingua.config.base import ConfigError, named, parts
 from lingua.config.keys.model import LlamaArgs, ModelArgs
-from lingua.files import RunError, read_bytes, read_json
+from lingua.files import CommandError, RunError, read_bytes, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,7 +182,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_bytes(path))  # not orjson: older Mamba-2 folders hold a bare Infinity
     except FileNotFoundError:
-        raise RunError(f"{path} is missing; Hugging Face weights need it") from None
+        raise CommandError(f"{path} is missing; Hugging Face weights need it") from None
     except ValueError as error:
         raise RunError(f"{path} is not valid JSON ({error}); it is damaged or was edited") from None
     if not isinstance(config, dict):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.checkpoint.layout import done_mark, done_steps, evaluated_steps
-from lingua.checkpoint.lookup import hint_at_step, root_in, step_in_memory
+from lingua.checkpoint.lookup import root_in, step_in_memory
 from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.yaml_layers import read_leniently
@@ -21,7 +21,7 @@ from lingua.files import RunError, entries, json_object_in
 from lingua.logger import RANK_LOGS
 from lingua.run.failure import Failure, read_failures
 from lingua.run.folder import STOP_FILE
-from lingua.run.lock import FOLDER, Attempt, newest_attempt
+from lingua.run.lock import Attempt, newest_attempt
 from lingua.run.metrics import CHECKPOINT_FILE, METRICS_FILE, VALIDATION_FILE, last_line, read_metrics
 from lingua.run.startup import EVENT
 from lingua.scheduler import QueuedJob
@@ -57,23 +57,6 @@ class RunFacts:
     @property
     def job_id(self) -> str:
         return self.attempt.owner.slurm_job_id if self.attempt is not None and not self.attempt.copied_from else ""
-
-
-def find_run(path: Path) -> Path:
-    """Return the run folder that a path means. Raises RunError if it is none."""
-    if (path / CONFIG_FILE).is_file():
-        return path
-    inside = find_runs(path)
-    remedy = f"did you mean {inside[0]}?" if inside else "`lingua runs FOLDER` lists the runs below a folder"
-    raise RunError(f"{path} is not a run folder{hint_at_step(path) or f': it has no {CONFIG_FILE}; {remedy}'}")
-
-
-def find_runs(folder: Path, depth: int = 4) -> list[Path]:
-    """Return the run folders at or below a folder, by name; does not look inside a run."""
-    if (folder / CONFIG_FILE).is_file() and (folder / FOLDER).is_dir():
-        return [folder]
-    below = [path for path in entries(folder) if path.is_dir() and not path.name.startswith(".")] if depth else []
-    return [run for path in below for run in find_runs(path, depth - 1)]
 
 
 def _startup(path: Path) -> dict[str, Any] | None:

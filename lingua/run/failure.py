@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from lingua.files import DiskError, RunError, entries, read_json, write_json
+from lingua.files import CommandError, DiskError, RunError, entries, read_json, write_json
 from lingua.logger import RANK_LOGS
 from lingua.masking import public_text
 
@@ -122,7 +122,9 @@ def carried(error: Exception, message: str | None = None) -> RunError:
     if isinstance(error, OSError):
         return DiskError.of(error, message)
     kind = classify(error)
-    return RunError(message) if kind == "setup" else RankError(message, kind)
+    if kind == "setup":
+        return (CommandError if isinstance(error, CommandError) else RunError)(message)
+    return RankError(message, kind)
 
 
 @contextmanager

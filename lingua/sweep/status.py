@@ -14,7 +14,7 @@ from typing import Any
 
 from lingua.config.frozen import CONFIG_FILE
 from lingua.console import figure
-from lingua.files import RunError
+from lingua.files import CommandError, RunError
 from lingua.report.diff import curve, short_names, spell
 from lingua.report.facts import RunFacts, read_run
 from lingua.report.status import LIVING, state_of, status_of, why
@@ -175,7 +175,7 @@ def to_rerun(
             raise RunError(f"point {point.point} is {point.state}, so it cannot be started again")
     unknown = sorted(set(named) - {point.point for point in points})
     if unknown:
-        raise RunError(f"there is no point {unknown[0]}; the points are 1 to {len(points)}")
+        raise CommandError(f"there is no point {unknown[0]}; the points are 1 to {len(points)}")
     chosen = [
         point.point
         for point in points

@@ -35,6 +35,7 @@ from lingua.config.yaml_layers import Origin, Point, stack_layers
 from lingua.console import duration
 from lingua.files import (
     DISK,
+    CommandError,
     RunError,
     make_folder,
     make_folders,
@@ -114,7 +115,8 @@ class Sweep:
 def read_sweep(folder: Path) -> Sweep:
     """Read a sweep. Raises RunError if the folder is not one."""
     if not (folder / SWEEP_FILE).is_file():
-        raise RunError(f"{folder} is not a sweep: it has no {SWEEP_FILE}; `lingua sweep CONFIG KEY=V1,V2` starts one")
+        remedy = "`lingua sweep CONFIG optim.lr=1e-3,3e-4` starts one"
+        raise CommandError(f"{folder} is not a sweep: it has no {SWEEP_FILE}; {remedy}")
     record = read_json(folder / SWEEP_FILE)
     return Sweep(folder, **{**record, "jobs": [Submission(**each) for each in record["jobs"]]})
 

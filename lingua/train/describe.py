@@ -21,6 +21,7 @@ from lingua.config.yaml_layers import read_yaml
 from lingua.files import RunError
 from lingua.model import huggingface
 from lingua.model.tokenizer_json import SENTENCEPIECE_FILE, TOKENIZER_FILE
+from lingua.run.find import find_runs, no_run
 from lingua.tokenizer import build_tokenizer
 
 PARAMS_FILE = "params.json"
@@ -32,11 +33,13 @@ def config_of(ckpt: str) -> Path:
     if not place.exists():
         place = Path(str(place).rpartition("@")[0] or place)
     if not place.exists():
-        raise ConfigError(f"ckpt={ckpt} does not exist; it should be a run, a checkpoint folder or a file of weights")
+        raise no_run(place)
     for folder in (place, *place.absolute().parents[:2]):
         for name in (CONFIG_FILE, PARAMS_FILE, huggingface.CONFIG_FILE):
             if (folder / name).is_file():
                 return found(folder / name)
+    if find_runs(place):
+        raise no_run(place)
     raise ConfigError(f"ckpt={ckpt} has no {CONFIG_FILE} near it that describes its model; name one with config=FILE")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from lingua.checkpoint import layout, lookup, publish
 from lingua.config.base import ConfigError
 from lingua.config.frozen import CONFIG_FILE
-from lingua.report.facts import find_run, read_run
+from lingua.report.facts import read_run
+from lingua.run.find import find_run
 from lingua.run.folder import kept_configs
 from lingua.run.metrics import METRICS_FILE, read_metrics
 

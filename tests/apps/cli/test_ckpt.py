@@ -184,13 +184,13 @@ def test_consolidated_weights_are_taken_by_training_and_generate(trained: Path, 
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["ls", "absent"], 1, "absent is not a run: it does not exist"),
-        (["ls", "run@99"], 1, "@99 is not a run: it does not exist; leave out the step: run"),
-        (["verify", "run@7"], 1, "no published checkpoint of step 7; it has 1"),
+        (["ls", "absent"], 2, "absent does not exist"),
+        (["ls", "run@99"], 2, "@99 is not a run; leave out the step: run"),
+        (["verify", "run@7"], 2, "no published checkpoint of step 7; it has 1"),
         (["verify", "run@1", "--all"], 2, "give the run without a step, or the step without --all"),
-        (["inspect", "."], 1, "is neither a run nor a checkpoint folder"),
+        (["inspect", "."], 2, ". is a folder of runs, not a run; name one: run"),
         (["copy", "run", "run"], 1, "is a run that was trained in that folder"),
-        (["wait", "absent@1"], 1, "absent does not exist"),
+        (["wait", "absent@1"], 2, "absent does not exist"),
     ],
 )
 def test_what_is_wrong_is_a_sentence_and_an_exit_code(

@@ -121,7 +121,7 @@ def test_rows_are_those_that_the_step_was_trained_on(run: Path, lingua: Lingua) 
 
 def test_what_is_no_run_is_told(tmp_path: Path, run: Path, lingua: Lingua) -> None:
     code, _, err = lingua("audit", tmp_path)
-    assert (code, err) == (2, f"error: {tmp_path} is not a run folder: it has no config.yaml\n")
+    assert (code, f"error: {tmp_path} is not a run: it has no config.yaml" in err) == (2, True)
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert "no checkpoint yet" in lingua("rows", tmp_path, "--step", 1)[2]
 

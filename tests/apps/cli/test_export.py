@@ -317,7 +317,7 @@ def test_the_commands(hostile_dir: Path, lingua: Lingua) -> None:
     assert (code, facts["folder"], facts["warnings"]) == (0, str(back), [])
     assert facts["files"] == ["config.yaml", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert lingua("import", hf, back)[::2] == (
-        1,
+        2,
         f"error: {back} already exists; choose a new folder, or remove it first\n",
     )
 

@@ -92,15 +92,7 @@ def test_report(lingua: Lingua, folder: Path):
     assert "2 runs" in page.read_text()
 
 
-def test_what_is_no_run_or_does_not_run_is_a_sentence(lingua: Lingua, folder: Path):
-    for words in (["why", folder], ["status", folder / "calm", folder / "nothing"], ["diff", folder, folder]):
-        code, _, err = lingua(*words)
-        assert code == 1
-        assert "is not a run folder" in err
-    assert lingua("status", f"{folder / 'calm'}@4")[2].endswith(
-        f"is not a run folder; leave out the step: {folder / 'calm'}\n"
-    )
-    assert lingua("runs", folder / "nothing")[0] == 1
+def test_what_does_not_run_is_a_sentence(lingua: Lingua, folder: Path):
     for command in ("stop", "profile"):
         code, _, err = lingua(command, folder / "calm")
         assert code == 1

@@ -111,12 +111,12 @@ def test_a_measure_of_ones_own_is_one_file(run: Path, tmp_path: Path) -> None:
     ("words", "code", "sentence"),
     [
         ([], 2, "nothing to evaluate; write ckpt=RUN_OR_FOLDER, or follow=RUN"),
-        (["follow=/no/such/run"], 2, "not a run, it has no config.yaml"),
+        (["follow=/no/such/run"], 2, "/no/such/run does not exist"),
         (["{run}", "validation.max_stepps=1"], 2, "did you mean validation.max_steps?"),
         (["{run}", "validation=null"], 2, "nothing is measured"),
         (["{run}", "validation.use_val_from_train_src=false"], 2, "there is no *.val.jsonl beside"),
         (["{run}", "validation.sources=[nowhere]"], 2, "nowhere does not exist"),
-        (["{run}@3"], 1, "no published checkpoint of step 3"),
+        (["{run}@3"], 2, "no published checkpoint of step 3"),
         (["follow={run}", "dump_dir=x"], 2, "results go to"),
     ],
 )
@@ -128,7 +128,7 @@ def test_mistakes_are_one_sentence(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if code == 2:
+    if words != ["{run}@3"]:
         monkeypatch.setattr(Measures, "measure", lambda *args: pytest.fail("a model was loaded"))
     assert run_main(main, [word.replace("{run}", str(run)) for word in words]) == code
     assert sentence in capsys.readouterr().err

@@ -46,17 +46,21 @@ def test_a_name_with_an_at_in_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("absent@3", "absent does not exist; it should be a run"),
+        ("absent@3", "absent does not exist; `lingua runs"),
         ("run@7", "no published checkpoint of step 7; it has 1, 2"),
         ("empty", "has no published checkpoint$"),
-        ("other", "is neither a run nor a checkpoint folder"),
-        ("other@3", "is not a run: it has no folder 'checkpoints', so there is no step 3"),
+        ("other", "is not a run: it has no config.yaml"),
+        ("other@3", "other is not a run: it has no config.yaml"),
+        ("new", "has no published checkpoint$"),
+        ("new@3", "no published checkpoint of step 3; it has none"),
     ],
 )
 def test_what_is_not_there_is_told(tmp_path: Path, path: str, sentence: str) -> None:
     make_run(tmp_path / "run", 1, 2)
     make_run(tmp_path / "empty")
     (tmp_path / "other").mkdir()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text("name: new")
     with pytest.raises(RunError, match=sentence):
         lookup.find(tmp_path / path)
 

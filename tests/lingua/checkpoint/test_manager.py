@@ -179,7 +179,7 @@ def test_another_run_is_continued(tmp_path: Path) -> None:
     assert manager.load_from(tmp_path / "first", make()).name == "0000000001"
     with pytest.raises(RunError, match=r"does not verify: optim\.00000\.distcp"):
         manager.load_from(f"{tmp_path / 'first'}@2", make())
-    with pytest.raises(RunError, match="neither a run nor a checkpoint folder"):
+    with pytest.raises(RunError, match="is not a run: it has no config"):
         manager.load_from(tmp_path, make())
 
 

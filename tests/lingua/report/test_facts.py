@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lingua.files import RunError, write_json
-from lingua.report.facts import find_run, find_runs, read_run
+from lingua.files import write_json
+from lingua.report.facts import read_run
 from lingua.run.failure import failure_of, record
+from lingua.run.find import find_runs
 from lingua.run.lock import RunLock
 
 
@@ -89,12 +90,3 @@ def test_runs_are_found_below_a_folder_and_not_inside_a_run(tmp_path: Path):
         make_run(tmp_path / name)
     assert [str(run.relative_to(tmp_path)) for run in find_runs(tmp_path)] == ["a", "sweep/tasks/b"]
     assert find_runs(tmp_path / "nothing") == []
-
-
-def test_what_is_no_run_is_refused_with_a_hint(tmp_path: Path):
-    run = make_run(tmp_path / "out" / "x")
-    assert find_run(run) == run
-    with pytest.raises(RunError, match=rf"did you mean {run}\?"):
-        find_run(tmp_path / "out")
-    with pytest.raises(RunError, match="lingua runs"):
-        find_run(tmp_path / "nothing")

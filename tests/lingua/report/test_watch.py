@@ -91,7 +91,7 @@ def test_it_prints_once_where_nobody_watches_and_goes_on_in_a_terminal(
     assert (code, out.count("finished")) == (0, 3)
     code, _, err = lingua(runs[0] / "nowhere")
     assert code != 0
-    assert "is not a run folder" in err
+    assert "nowhere does not exist" in err
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

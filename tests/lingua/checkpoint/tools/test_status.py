@@ -82,9 +82,9 @@ def test_a_lease_that_cannot_be_read_has_run_out(tmp_path: Path) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"is not a run: it has neither config\.yaml nor checkpoints/"):
+    with pytest.raises(RunError, match=r"is not a run: it has no config\.yaml"):
         survey(tmp_path)
-    with pytest.raises(RunError, match="is not a run: it does not exist"):
+    with pytest.raises(RunError, match="absent does not exist"):
         survey(tmp_path / "absent")
 
 
