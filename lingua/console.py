@@ -38,7 +38,10 @@ class Commands(typer.Typer):
             add_completion=False,
             pretty_exceptions_enable=False,
             rich_markup_mode=None,  # help in boxes would take longer to import than everything else
-            context_settings={"help_option_names": ["-h", "--help"]},
+            context_settings={
+                "help_option_names": ["-h", "--help"],
+                "token_normalize_func": lambda word: word.replace("_", "-"),  # --data_dir is --data-dir
+            },
             **more,
         )
 

@@ -352,6 +352,11 @@ def entries(folder: Path) -> Iterator[Path]:
         return
 
 
+def plural(n: int, one: str, many: str = "") -> str:
+    """Count things: (1, "file") -> "1 file", (2000, "file") -> "2,000 files"."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def human_bytes(n_bytes: float) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

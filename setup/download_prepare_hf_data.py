@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from lingua.data.prepare.convert import READ
 from lingua.data.prepare.counts import Counts
 from lingua.data.prepare.pipeline import Job, prepare
 from lingua.data.prepare.worker_pool import peak_rss_bytes
+from lingua.files import plural
 from lingua.logger import start_logging
 
 
@@ -63,7 +65,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--offline", action="store_true", help="ask no hub: use a complete download, or end at once")
     add("--workers", type=number(int, 1, 1 << 31), help="processes (as many as cores and memory allow)")
     add("--json", action="store_true", help="print the manifest, seconds per stage and peak memory as JSON")
-    return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    return parser.parse_args(
+        [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), w) for w in words]
+    )
 
 
 def main(words: list[str]) -> int:
@@ -93,7 +98,7 @@ def main(words: list[str]) -> int:
         sys.stdout.buffer.write(orjson.dumps(manifest | facts) + b"\n")
     else:
         counts = Counts(**manifest["counts"])
-        print(f"{counts.documents} documents in {job.final or job.out}{counts.left_out}")
+        print(f"{plural(counts.documents, 'document')} in {job.final or job.out}{counts.left_out}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,21 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lingua.config.command_line import parse_command_line
-from lingua.console import AsJson, Commands, fact_lines, lingua_command, progress_shown, show
+from lingua.console import AsJson, Commands, command_lines, fact_lines, lingua_command, progress_shown, show
 
 if TYPE_CHECKING:
+    from lingua.config.keys.data import TokenizerArgs
     from lingua.data.audit import Part, SpanOrigin
+    from lingua.data.prepare.pipeline import Job
 
 app = Commands(help="Inspect, index and tokenize data, and prove what a run has read.")
 
 Words = Annotated[
     list[str], typer.Argument(metavar="CONFIG [KEY=VALUE] ...", help="A config with overlays, overrides.")
 ]
-TokenizerName = Annotated[str, typer.Option("--tokenizer", help="bytes, sp, tiktoken or hf.")]
-TokenizerPath = Annotated[str | None, typer.Option(help="The tokenizer's file.")]
-TextKey = Annotated[
-    str | None, typer.Option("--text-key", "--text_key", help="Field with the text. Default: text, else content.")
+TokenizerName = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="bytes, sp, tiktoken or hf. Default: one trained with the data, else bytes."),
 ]
+TokenizerPath = Annotated[str | None, typer.Option(help="The tokenizer's file.")]
+TextKey = Annotated[str | None, typer.Option("--text-key", help="Field with the text. Default: text, else content.")]
 LossOn = Annotated[str, typer.Option(help="all, or completion: documents have fields prompt and completion.")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="Processes.")]
 CORES = len(os.sched_getaffinity(0))
@@ -41,12 +45,10 @@ def prepare(
         str | None,
         typer.Option("--train-tokenizer", metavar="SIZE", help="Also train a BPE tokenizer, of 16k tokens say."),
     ] = None,
-    data_dir: Annotated[Path, typer.Option("--data-dir", "--data_dir", help="Where NAME is made.")] = Path("data"),
-    tmp_dir: Annotated[Path, typer.Option("--tmp-dir", "--tmp_dir", help="Room for the text.")] = Path("/tmp"),
+    data_dir: Annotated[Path, typer.Option("--data-dir", help="Where NAME is made.")] = Path("data"),
+    tmp_dir: Annotated[Path, typer.Option("--tmp-dir", help="Room for the text.")] = Path("/tmp"),
     text_key: TextKey = None,
-    max_bad: Annotated[
-        float, typer.Option("--max-bad-fraction", "--max_bad_fraction", help="End if more lines hold no document.")
-    ] = 0.01,
+    max_bad: Annotated[float, typer.Option("--max-bad-fraction", help="End if more lines hold no document.")] = 0.01,
     as_json: AsJson = False,
 ) -> None:
     """Make a source of your own texts: shuffled chunks, and a held-out file.
@@ -57,49 +59,92 @@ def prepare(
     """
     from lingua.config.base import ConfigError
     from lingua.config.keys.data import TokenizerArgs
-    from lingua.data.blocked_source import TextFields
     from lingua.data.prepare import pipeline
     from lingua.data.prepare.convert import chunks_for
     from lingua.data.prepare.counts import Counts
     from lingua.data.prepare.train_tokenizer import bytes_per_token, train_tokenizer
     from lingua.data.prepare.worker_pool import available_bytes
+    from lingua.files import plural
     from lingua.tokenizer import build_tokenizer
     from lingua.train.recipe import amount
 
-    size = None if tokenizer_size is None else int(amount("--train-tokenizer", tokenizer_size, 258, 1e6))
+    such = "8k, 16k or 32000"
+    size = None if tokenizer_size is None else int(amount("--train-tokenizer", tokenizer_size, 258, 200_000, such))
     job = pipeline.Job(
-        name, available_bytes(), data_dir, tmp_dir, n_chunks=chunks_for(source), source=source, suffix="",
+        name, available_bytes() * 3 // 4, data_dir, tmp_dir, n_chunks=chunks_for(source), source=source, suffix="",
         text_key=text_key, max_bad_fraction=max_bad,
     )  # fmt: skip
     if job.out.resolve().is_relative_to(source.resolve()):  # the next start would read the result, too
         raise ConfigError(f"{job.out}, where the result goes, is in {source}; choose another --data-dir")
     facts: dict[str, Any] = {"folder": str(job.out), **pipeline.prepare(job, progress=progress_shown())}
-    made = f"{job.out}: {facts['documents']:,} documents, {facts['held_out']:,} of them held out"
-    lines = [made + Counts(**facts["counts"]).left_out]
+    counts, n_held_out = Counts(**facts["counts"]), facts["held_out"]
+    lines = [
+        f"{job.out}: {plural(counts.documents, 'document')} of {plural(len(facts['inputs']), 'file')}{counts.left_out}"
+    ]
+    how = f"in {job.out}/{name}.val.jsonl: 1 of 100 documents and at least 1, drawn at random"
+    lines.append(f"held out for validation: {f'{n_held_out:,} {how}' if n_held_out else 'none of a single document'}")
     keys = {"data.sources": f"{{{name}: 1}}"} | ({} if data_dir == Path("data") else {"data.root_dir": str(data_dir)})
     if text_key is not None:
         keys = {"data.sources": f"[{{path: {job.out}, text_key: {text_key}}}]"}
     if size is not None:
-        fields = TextFields(text_key)
         with progress_shown() as progress:
-            file = train_tokenizer(job.out, size, fields, progress)
+            file = train_tokenizer(job.out, size, job.fields, progress)
         tokenizer = build_tokenizer(TokenizerArgs(name="hf", path=str(file)))
-        facts["bytes_per_token"] = bytes_per_token(job.out, tokenizer, fields)
+        facts["bytes_per_token"] = bytes_per_token(job.out, tokenizer, job.fields)
         shown = f"{facts['bytes_per_token']:.2f} bytes of text per token (data.tokenizer.name=bytes: 1.00)"
         lines.append(f"{file}: {tokenizer.vocab_size:,} tokens; {shown}")
+        if tokenizer.vocab_size < size:
+            lines.append(f"warning: that is fewer than {size:,}: the texts hold no more; ask for fewer, or add text")
         keys |= {"data.tokenizer.name": "hf", "data.tokenizer.path": str(file)}
-    config = next((file for file in ("apps/main/configs/debug.yaml", "config.yaml") if Path(file).is_file()), "CONFIG")
-    words = [config, f"name={name}", *(f"{key}={value}" for key, value in keys.items())]
-    lines += ["next:", "  train on it", f"    {lingua_command()} train {shlex.join(words)}"]
-    lines += ["  look at it", f"    {lingua_command()} data inspect {shlex.quote(str(job.out))} --page {name}.html"]
+    lines += next_lines(job, [f"name={name}", *(f"{key}={value}" for key, value in keys.items())])
     show(facts, as_json, lines)
+
+
+def next_lines(job: Job, words: list[str]) -> Iterator[str]:
+    """Yield what to type after a preparation: a training that begins with `words`, and a look at the data."""
+    from lingua.config.base import ConfigError
+    from lingua.data.held_out import held_out_file
+    from lingua.data.prepare.first_run import first_steps, first_words
+    from lingua.data.prepare.train_tokenizer import bytes_per_token, texts
+    from lingua.files import RunError, plural
+    from lingua.tokenizer import build_tokenizer
+    from lingua.train.check import load
+
+    known = (file for file in ("apps/main/configs/debug.yaml", "config.yaml") if Path(file).is_file())
+    text = next(texts(held_out_file(job.out) or job.out, 1, job.fields), "")
+    words = [next(known, "CONFIG"), *words, f"sample_prompt={first_words(text) or 'null'}"]
+    how_long = ""
+    with suppress(ConfigError, RunError):  # of a config that is not there, or a run that is: its own start says so
+        checked = load(parse_command_line(words))
+        per_token = bytes_per_token(job.out, build_tokenizer(checked.args.data.tokenizer), job.fields)
+        n_bytes = sum(file.stat().st_size for file in job.out.glob("*.chunk.*.jsonl"))
+        per_pass = max(1, round(n_bytes / per_token / checked.resolved.tokens_per_step))
+        words.append(f"steps={first_steps(per_pass)}")
+        how_long = f": one pass over it takes about {plural(per_pass, 'step')}"
+    yield from ("next:", f"  train on it{how_long}")
+    yield command_lines(f"{lingua_command()} train", map(shlex.quote, words))
+    yield "  look at it"
+    yield command_lines(f"{lingua_command()} data inspect", [shlex.quote(str(job.out)), "--page", f"{job.out}.html"])
+
+
+def tokenizer_of(name: str | None, path: str | None, data: Path) -> TokenizerArgs:
+    """Return the tokenizer that the options name, else the one that was trained with the data, else bytes."""
+    from lingua.config.base import ConfigError
+    from lingua.config.keys.data import TokenizerArgs
+    from lingua.data.prepare.train_tokenizer import trained_tokenizer
+
+    if name is None and path is not None:
+        raise ConfigError(f"--tokenizer-path {path}: say what it is with --tokenizer sp, tiktoken or hf")
+    if name is None and (file := trained_tokenizer(data)) is not None:
+        name, path = "hf", str(file)
+    return TokenizerArgs.model_validate({"name": name or "bytes", "path": path})
 
 
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A file of a format that lingua reads, or a folder of them.")],
     doc: Annotated[int | None, typer.Option(min=0, help="Print this document, counted from 0 over all files.")] = None,
-    tokenizer: TokenizerName = "bytes",
+    tokenizer: TokenizerName = None,
     tokenizer_path: TokenizerPath = None,
     text_key: TextKey = None,
     loss_on: LossOn = "all",
@@ -113,19 +158,20 @@ def inspect(
     those of other trainers need the --tokenizer that made them.
     """
     from lingua.config.base import ConfigError
-    from lingua.config.keys.data import TokenizerArgs
     from lingua.data.blocked_source import TextFields
     from lingua.data.inspect import find_document, inspect_path
     from lingua.report.data_page import quality_lines, write_data_page
     from lingua.tokenizer import build_tokenizer
 
     fields = TextFields(text_key, loss_on)
-    encoder = build_tokenizer(TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path}))
+    encoder = build_tokenizer(chosen := tokenizer_of(tokenizer, tokenizer_path, path))
     if doc is not None:
         show(find_document(path, doc, fields, encoder), as_json)
         return
     with progress_shown() as progress:
         facts = inspect_path(path, encoder, progress, fields)
+    if chosen.path is not None and facts["tokenizer"] == encoder.fingerprint:
+        facts["tokenizer"] += f" ({chosen.path})"
     if page is not None:
         if not facts.get("quality"):
             raise ConfigError(f"--page: {path} holds no text to show; give a source of text")
@@ -194,7 +240,7 @@ def index(
 def create_mmap_index(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A jsonl file.")],
     index_path: Annotated[
-        Path | None, typer.Option("--index_path", "--index-path", help="The index. Default: FILE.idx, where runs look.")
+        Path | None, typer.Option("--index-path", help="The index. Default: FILE.idx, where runs look.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -211,7 +257,7 @@ def tokenize(
         list[str], typer.Argument(metavar="CONFIG [KEY=VALUE] ... | PATH...", help="A config, or sources.")
     ],
     out: Annotated[Path, typer.Option(help="Output folder, with a subfolder for each source.")],
-    tokenizer: TokenizerName = "bytes",
+    tokenizer: TokenizerName = None,
     tokenizer_path: TokenizerPath = None,
     text_key: TextKey = None,
     workers: Workers = CORES,
@@ -223,7 +269,7 @@ def tokenize(
     run the command again after an interruption.
     """
     from lingua.config.frozen import dump_yaml
-    from lingua.config.keys.data import DataArgs, TokenizerArgs
+    from lingua.config.keys.data import DataArgs
     from lingua.data.inspect import tokenize_sources
     from lingua.data.sources import with_default_sources
     from lingua.train.check import load
@@ -233,7 +279,7 @@ def tokenize(
         args = with_default_sources(load(line).args.data)
     else:
         sources = [{"path": str(Path(word).absolute()), "text_key": text_key} for word in words]
-        encoder = TokenizerArgs.model_validate({"name": tokenizer, "path": tokenizer_path})
+        encoder = tokenizer_of(tokenizer, tokenizer_path, Path(words[0]))
         args = DataArgs.model_validate({"sources": sources, "tokenizer": encoder})
     with progress_shown() as progress:
         facts = tokenize_sources(args, out, workers, progress)

@@ -40,7 +40,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new model private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder only; ask no hub.")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="With --dry-run: the folder. Default: NAME-stepN.")
+        Path | None, typer.Option(metavar="DIR", help="With --dry-run: the folder. Default: NAME-stepN beside RUN.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +79,7 @@ def push(
 def make_pushed(
     place: str, repo: str, out: Path | str, form: Format, *, dtype: Dtype | None = None, revision: str | None = None
 ) -> tuple[Pushed, Made]:
-    """Export a checkpoint with its card. `out` as text: the beginning of a name that the step completes."""
+    """Export a checkpoint with its card. `out` as text: the beginning of a name beside the run; the step ends it."""
     from lingua.checkpoint import lookup
     from lingua.checkpoint.load_weights import is_weights, open_source
     from lingua.config.base import ConfigError
@@ -95,7 +95,7 @@ def make_pushed(
         raise ConfigError(f"{place} is no checkpoint of a run, which the card is filled from; name RUN or RUN@STEP")
     step = checkpoint.step
     suffix, branch = (lookup.EMA_SUFFIX, f"step{step}-ema") if is_average else ("", f"step{step}")
-    folder = Path(f"{out}-{branch}") if isinstance(out, str) else out
+    folder = checkpoint.run_dir.parent / f"{out}-{branch}" if isinstance(out, str) else out
     made = make_export(f"{checkpoint.run_dir}@{step}{suffix}", folder, form, dtype=dtype)
     shapes = open_source(folder, sizes_only=True).shapes
     n_params = sum(math.prod(shape) for shape in shapes.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.data.quality import BOILERPLATE_DOCUMENTS, BOILERPLATE_SHARE, LOOKED_AT_BYTES
-from lingua.files import human_bytes
+from lingua.files import human_bytes, plural
 from lingua.report.page import render, write
 
 BOILERPLATE = f"in at least {BOILERPLATE_SHARE:.0%} of the documents, and in {BOILERPLATE_DOCUMENTS} or more"
@@ -30,7 +30,7 @@ def write_data_page(facts: Mapping[str, Any], file: Path) -> None:
 def sample(quality: Mapping[str, Any]) -> str:
     """Say of which text the figures are that are not of all; empty if of all."""
     n_bytes, n = quality["looked_at"]["text_bytes"], quality["looked_at"]["documents"]
-    return "" if n_bytes < LOOKED_AT_BYTES else f"of the first {human_bytes(n_bytes)} ({n:,} documents)"
+    return "" if n_bytes < LOOKED_AT_BYTES else f"of the first {human_bytes(n_bytes)} ({plural(n, 'document')})"
 
 
 def quality_lines(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -40,10 +40,11 @@ def quality_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     low, half, high = (human_bytes(quality[f"{n}_bytes"]) for n in ("percentile_10", "median", "percentile_90"))
     scripts = ", ".join(f"{name} {share:.1%}" for name, share in quality["scripts"].items() if share >= 0.0005)
     odd = ", ".join(f"{count:,} {kind}" for kind, count in quality["odd_characters"].items())
+    where = plural(quality["documents_with_odd_characters"], "document")
     return {
         "lengths": f"half up to {half}; 10% up to {low}, 90% up to {high}",
         "exact duplicates": f"{twice:,} ({twice / facts['documents']:.1%} of the documents)",
         "scripts of letters": (scripts or "-") + of_sample,
-        "odd characters": f"{odd or 'none'}, in {quality['documents_with_odd_characters']:,} documents{of_sample}",
+        "odd characters": f"{odd or 'none'}, in {where}{of_sample}",
         "boilerplate lines": f"{quality['boilerplate_share_of_lines']:.1%}, {BOILERPLATE}{of_sample}",
     }

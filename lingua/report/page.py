@@ -15,7 +15,7 @@ from typing import Any
 
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE
 from lingua.config.yaml_layers import read_leniently
-from lingua.files import RunError, human_bytes, write_whole
+from lingua.files import RunError, human_bytes, plural, write_whole
 from lingua.logger import printable
 from lingua.masking import public_text
 from lingua.report.charts import brief, pictures_of, probe_picture, spent_picture, time_line
@@ -120,6 +120,7 @@ def render(template: str, **values: Any) -> str:
         "clock": _or_dash(_clock),
         "startup": in_words,
         "number": _or_dash(lambda n: f"{n:,.0f}"),
+        "plural": plural,
         "duration": _or_dash(brief),
         "score": _or_dash(lambda v: f"{v:,.0f}" if float(v).is_integer() and abs(v) >= 2 else f"{v:.4f}"),
         "keys_of": keys_of,

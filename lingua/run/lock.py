@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lingua.files import DiskError, RunError, entries, raise_if, read_json, write_json, write_whole
+from lingua.files import DISK, DiskError, RunError, entries, raise_if, read_json, write_json, write_whole
 from lingua.run.place import Place, Run, bind, bound_to, copied_from, is_of_another, place_in, place_of
 
 log = logging.getLogger(__name__)
@@ -417,6 +417,16 @@ class RunLock:
                 write_json(path, record | {"released": True, "released_at": time.time()})
         except (OSError, RunError) as error:
             log.warning("cannot release the lock of %s: %s", self._run_dir, error)
+
+    def release_and_remove(self) -> None:
+        """Give up the folder, and remove it if it holds nothing else."""
+        self.release()
+        with suppress(OSError):  # a newcomer has locked it already
+            for number, path in attempt_files(self._run_dir).items():
+                if number <= self.attempt:
+                    DISK.remove(path)
+            DISK.rmdir(self._folder)
+            DISK.rmdir(self._run_dir)
 
     def __enter__(self) -> RunLock:
         self.acquire()

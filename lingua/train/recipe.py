@@ -186,14 +186,14 @@ def machine_of(gpus: str) -> Machine:
     return Machine(n_ranks, name)
 
 
-def amount(option: str, text: str, least: float = 1, most: float = 1e15) -> float:
+def amount(option: str, text: str, least: float = 1, most: float = 1e15, such: str = "300M, 1B or 2e9") -> float:
     """Read `300M`, `1.5B` or `2e9`."""
     found = re.fullmatch(r"(\d+\.?\d*(?:e\d{1,2})?)([kmbt]?)", text.lower().strip())
     number = float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[found[2]] if found else 0.0
     if not least <= number <= most:
         more = ", or 20x for so many per parameter" if option == "--tokens" else ""
         raise ConfigError(
-            f"command line: {option} {text} is no number from {least:g} to {most:g}; write 300M, 1B or 2e9{more}"
+            f"command line: {option} {text} is not a number from {least:g} to {most:g}; write {such}{more}"
         )
     return number
 

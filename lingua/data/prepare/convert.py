@@ -22,6 +22,7 @@ from typing import Any
 import orjson
 
 from lingua.data.blocked_source import PLAIN_TEXT, DataError, TextFields
+from lingua.data.prepare.counts import refuse
 from lingua.files import RunError, human_bytes
 
 BLOCK_BYTES = 1 << 20
@@ -60,7 +61,10 @@ def find_inputs(source: Path) -> list[str]:
 def input_sizes(source: Path) -> list[list[Any]]:
     """Return [name, bytes] of each file that `find_inputs` finds."""
     folder = source if source.is_dir() else source.parent
-    return [[name, (folder / name).stat().st_size] for name in find_inputs(source)]
+    names = find_inputs(source)
+    closed = [folder / name for name in names if not os.access(folder / name, os.R_OK)]
+    refuse([f"{file} cannot be opened; mend the link or its permissions, or remove it" for file in closed])
+    return [[name, (folder / name).stat().st_size] for name in names]
 
 
 def chunks_for(source: Path) -> int:
@@ -77,7 +81,7 @@ def left_aside(source: Path) -> str:
 def _names(source: Path) -> list[str]:
     if source.is_file():
         return [source.name]
-    found = [path.relative_to(source) for path in source.rglob("*") if not path.is_dir()]  # a dead link fails later
+    found = [path.relative_to(source) for path in source.rglob("*") if not path.is_dir()]  # a dead link is told later
     return [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
 
 
@@ -129,6 +133,16 @@ def blocks(path: Path, fields: TextFields = PLAIN_TEXT) -> Iterator[bytes]:
             yield from _unpacked(path)
     except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
         raise RunError(f"{path} is damaged or cut off ({error}); remove it and start again") from None
+
+
+def readable_blocks(paths: Sequence[Path], fields: TextFields, problems: list[str]) -> Iterator[bytes]:
+    """Yield the blocks of the files, and append what is wrong with some. Raises RunError at the end if any is."""
+    for path in paths:
+        try:
+            yield from blocks(path, fields)
+        except RunError as error:
+            problems.append(str(error))
+    refuse(problems)
 
 
 def _unpacked(path: Path) -> Iterator[bytes]:
@@ -242,7 +256,7 @@ def _parquet(path: Path, fields: TextFields) -> Iterator[bytes]:
         names = file.schema_arrow.names
         if not any(key in names for key in fields.keys):
             raise RunError(
-                f"{path} has no column {fields}, only {', '.join(names)}; name the right one with --text_key, or, "
+                f"{path} has no column {fields}, only {', '.join(names)}; name the right one with --text-key, or, "
                 "where documents are named and not held, fetch the texts, write them as jsonl and use --source"
             )
         text = text_columns(path, file.schema_arrow, fields)[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from lingua.data.blocked_source import PLAIN_TEXT
-from lingua.files import RunError, human_bytes
+from lingua.files import RunError, human_bytes, plural
 
 MAX_EXAMPLES = 10
 
@@ -38,13 +38,21 @@ class Counts:
     @property
     def left_out(self) -> str:
         """Say what became of the lines that are no documents; empty if there are none."""
-        kinds = {"blank lines": self.blank, "not JSON": self.not_json}
-        kinds |= {"without text": self.no_text, "with empty text": self.empty}
-        some = ", ".join(f"{n} {what}" for what, n in kinds.items() if n)
-        return "; ".join([f"; left out: {some}", *self.examples[:3]]) if some else ""
+        blank = plural(self.blank, "blank line or empty file", "blank lines or empty files")
+        bad = {"not JSON": self.not_json, "without text": self.no_text, "with empty text": self.empty}
+        kinds = [blank] * (self.blank > 0) + [f"{n} {what}" for what, n in bad.items() if n]
+        return "; ".join([f"; left out: {', '.join(kinds)}", *self.examples[:3]]) if kinds else ""
 
     def __str__(self) -> str:
-        return f"{self.documents} documents{self.left_out}"
+        return f"{plural(self.documents, 'document')}{self.left_out}"
+
+
+def refuse(problems: Sequence[str], what: str = "files cannot be read") -> None:
+    """Raise RunError with the first problems and the number of them, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - MAX_EXAMPLES} more"] if len(problems) > MAX_EXAMPLES else []
+        several = "\n  ".join([f"{len(problems)} {what}:", *problems[:MAX_EXAMPLES], *more])
+        raise RunError(several if len(problems) > 1 else problems[0])
 
 
 class LongLineError(RunError):

@@ -152,7 +152,7 @@ def fetch(
             "%d files are missing or cut off, the first is %s; fetching them again", len(missing), missing[0].path
         )
     write_json(folder / STATE, asdict(replace(snapshot, complete=False)), files=files)
-    need_space(folder, sum(file.n_bytes for file in missing), "--data_dir")
+    need_space(folder, sum(file.n_bytes for file in missing), "--data-dir")
 
     _download(snapshot, DATASETS[dataset], folder)
     begin(f"check {snapshot.repo}", sum(file.n_bytes for file in snapshot.files))

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,17 @@ from lingua.console import Progress
 from lingua.data.blocked_source import TextFields
 from lingua.data.manifest import MANIFEST, check_manifest, hash_file, read_manifest, stray_files
 from lingua.data.prepare import hub
-from lingua.data.prepare.convert import READ, as_units, blocks, input_sizes, is_plain, left_aside, unpacking_bytes
-from lingua.data.prepare.counts import Counts, LongLineError
+from lingua.data.prepare.convert import (
+    READ,
+    as_units,
+    blocks,
+    input_sizes,
+    is_plain,
+    left_aside,
+    readable_blocks,
+    unpacking_bytes,
+)
+from lingua.data.prepare.counts import Counts, LongLineError, refuse
 from lingua.data.prepare.external_sort import (
     DOC_BYTES,
     FIXED_BYTES,
@@ -122,14 +130,14 @@ def check_job(job: Job) -> None:
     if job.n_chunks < 1:
         raise ValueError(f"--nchunks {job.n_chunks}: give at least 1")
     if job.clear and job.final is None:
-        raise ValueError("--clear_work_dir_after_transfer_to_final needs --final_data_dir, or nothing would remain")
+        raise ValueError("--clear-work-dir-after-transfer-to-final needs --final-data-dir, or nothing would remain")
     if job.final and job.final.resolve() == job.out.resolve():
-        raise ValueError(f"--final_data_dir is --data_dir ({job.data_dir}); leave it out")
+        raise ValueError(f"--final-data-dir is --data-dir ({job.data_dir}); leave it out")
     if job.source is not None:
         if not job.source.is_dir() and not job.source.is_file():
             raise ValueError(f"{job.source} is not a folder, nor a file; check the path")
         if job.source.resolve() in (job.out.resolve(), job.final.resolve() if job.final else None):
-            raise ValueError(f"--source {job.source} is where the result goes; choose another --data_dir")
+            raise ValueError(f"--source {job.source} is where the result goes; choose another --data-dir")
     _window_bytes(job.memory_bytes - rss_bytes(), 1)
 
 
@@ -137,20 +145,17 @@ def prepare(job: Job, *, files: Files = DISK, progress: Progress | None = None) 
     """Do all that is not done yet; returns the manifest. Raises RunError or ValueError with one sentence."""
     check_job(job)
     progress = progress or Progress()
-    lock_folder = job.data_dir / f".prepare-{job.dataset}"
-    with progress, _locked(job, lock_folder):
+    with progress, _locked(job, job.data_dir / f".prepare-{job.dataset}"):
         manifest = _finished(job, job.final) if job.final else None
         copied_now = manifest is None
         if manifest is None:
             manifest = _finished(job, job.out) or _make_or_leave_nothing(job, progress, files)
             _sweep(job, files)
             if job.final:
-                with disk_of(job.final, "--final_data_dir"):
+                with disk_of(job.final, "--final-data-dir"):
                     _copy(job.out, job.final, manifest, progress, files)
         if job.clear:
             _clear(job, files, verified=copied_now)
-    if job.clear:
-        DISK.remove_tree(lock_folder)
     return manifest
 
 
@@ -165,7 +170,7 @@ def _locked(job: Job, folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        lock.release_and_remove()
 
 
 # -- what was asked for, now and at the first start ------------------------------------------------------------------
@@ -201,17 +206,11 @@ def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[l
         raise ValueError(f"the input files changed since {folder} was begun ({', '.join(changed[:3])}); {remedy}")
 
 
-def _refuse_problems(problems: list[str]) -> None:
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RunError(problems[0] + more)
-
-
 def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a finished result of this very request, or None. Raises if it is damaged or another's."""
     if (manifest := read_manifest(folder)) is not None:
         _refuse_other(job, manifest, folder, None if job.source is None else input_sizes(job.source))
-        _refuse_problems(check_manifest(folder))
+        refuse(check_manifest(folder), "faults")
         log.info("%s is complete already", folder)
     return manifest
 
@@ -232,14 +231,14 @@ def _make_or_leave_nothing(job: Job, progress: Progress, files: Files) -> dict[s
 
 def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
     root, recipe = _inputs(job, progress, files)
-    with disk_of(job.out, "--data_dir"):
+    with disk_of(job.out, "--data-dir"):
         make_folders(job.out, files=files)
         try:
             recorded = read_json(job.out / _STATE)
         except FileNotFoundError:
             if stray := stray_files(job.out, set()):
                 raise ValueError(
-                    f"{job.out} already holds {stray[0]}, from elsewhere; remove it, or choose another --data_dir"
+                    f"{job.out} already holds {stray[0]}, from elsewhere; remove it, or choose another --data-dir"
                 ) from None
             write_json(job.out / _STATE, recipe, files=files)
         else:
@@ -249,18 +248,17 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
         log.info("the machine has %s of memory to spare; that is the budget", human_bytes(memory_bytes))
     runs, counts = _runs(job, root, recipe, memory_bytes, progress, files)
     if not counts.documents:
-        raise RunError(f"no document in {job.source or root}: {counts}; add text, or name its field with --text_key")
-    log.info("%s", counts)
+        raise RunError(f"no document in {job.source or root}: {counts}; add text, or name its field with --text-key")
     if counts.bad > job.max_bad_fraction * (counts.bad + counts.documents):
         raise RunError(
             f"{counts.bad} of {counts.bad + counts.documents} lines of {root} hold no document, more than "
-            f"--max_bad_fraction {job.max_bad_fraction} ({counts}); fix the data or name its text with "
-            "--text_key, or allow more: the same command with another --max_bad_fraction continues from here"
+            f"--max-bad-fraction {job.max_bad_fraction} ({counts}); fix the data or name its text with "
+            "--text-key, or allow more: the same command with another --max-bad-fraction continues from here"
         )
     outputs = plan_outputs(runs, job.dataset, n_chunks=job.n_chunks, val_per_chunk=job.val_per_chunk)
     if (n_chunks := sum(".chunk." in output.name for output in outputs)) < job.n_chunks:
         log.warning("%d documents fill %d chunks, not %d", counts.documents, n_chunks, job.n_chunks)
-    with disk_of(job.out, "--data_dir"):
+    with disk_of(job.out, "--data-dir"):
         written = _write_all(job, runs, outputs, memory_bytes, progress, files)
         manifest = {
             **recipe,
@@ -287,7 +285,7 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
             log.warning("left aside: %s; lingua reads %s", others, READ)
         root = job.source if job.source.is_dir() else job.source.parent
         return root, _recipe(job, "local", "local", inputs)
-    with disk_of(job.raw, "--data_dir"):
+    with disk_of(job.raw, "--data-dir"):
         snapshot = hub.fetch(
             job.dataset, job.raw, job.revision, begin=progress.begin, advance=progress.advance, files=files
         )
@@ -309,20 +307,30 @@ def _runs(
     reserve = max((unpacking_bytes(root / name) for number in todo for name in units[number]), default=0)
     n_workers = _n_workers(job, memory_bytes, len(todo), sum(sizes), reserve)
     window_bytes = _window_bytes(memory_bytes, n_workers, reserve)
-    with disk_of(folder, "--tmp_dir"):
+    with disk_of(folder, "--tmp-dir"):
         todo_bytes = sum(sizes[number] for number in todo)
-        need_space(folder, todo_bytes, "--tmp_dir")
+        need_space(folder, todo_bytes, "--tmp-dir")
         progress.begin("sort", sum(sizes), done=sum(sizes) - todo_bytes)
 
-        def sort(number: int) -> None:
-            paths, fields = [root / name for name in units[number]], job.fields
-            sort_file(
-                chain.from_iterable(blocks(path, fields) for path in paths), str(paths[0]), number, folder,
-                seed=job.seed, memory_bytes=window_bytes, fields=fields, files=files,
-            )  # fmt: skip
+        def sort(number: int) -> list[str]:
+            paths, problems = [root / name for name in units[number]], list[str]()
+            try:
+                sort_file(
+                    readable_blocks(paths, job.fields, problems), str(paths[0]), number, folder,
+                    seed=job.seed, memory_bytes=window_bytes, fields=job.fields, files=files,
+                )  # fmt: skip
+            except RunError:
+                if not problems:
+                    raise
+            return problems
 
-        for number, _ in each(todo, sort, n_workers):
+        unreadable: list[str] = []
+        for number, problems in each(todo, sort, n_workers):
+            if problems and not unreadable:
+                log.warning("%s; the other files are read before this ends", problems[0])
+            unreadable += problems
             progress.advance(sizes[number])
+        refuse(sorted(unreadable))
     return load_runs(folder, len(units))
 
 
@@ -360,7 +368,7 @@ def _write_all(
     written = {output.name: _mark_read(job.out, output) for output in outputs}
     todo = [number for number, output in enumerate(outputs) if written[output.name] is None]
     todo_bytes = sum(outputs[number].n_bytes for number in todo)
-    need_space(job.out, todo_bytes, "--data_dir")
+    need_space(job.out, todo_bytes, "--data-dir")
     mapped_bytes = sum(run.n_bytes for run in runs if isinstance(run, MappedRun))  # each process is charged for them
     n_workers = _n_workers(job, memory_bytes - mapped_bytes, len(todo), todo_bytes, mapped_bytes)
     if n_workers > 1:
@@ -402,11 +410,11 @@ def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
     """Make the folder of this recipe's runs; what another recipe left there is removed."""
     root = _scratch_root(job)
     folder = root / xxhash.xxh3_64_hexdigest(orjson.dumps(recipe))
-    with disk_of(root, "--tmp_dir"):
+    with disk_of(root, "--tmp-dir"):
         make_folders(root, files=files)
         facts = root.lstat()
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():  # /tmp belongs to everybody
-            raise RunError(f"{root} belongs to another user; choose another --tmp_dir")
+            raise RunError(f"{root} belongs to another user; choose another --tmp-dir")
         root.chmod(0o700)
         for other in root.iterdir():
             if other != folder:
@@ -437,7 +445,7 @@ def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progre
     todo = {name: facts for name, facts in wanted.items() if not _is_copied(target / name, facts)}
     n_bytes, todo_bytes = (sum(facts["bytes"] for facts in some.values()) for some in (wanted, todo))
     progress.begin(f"copy to {target}", n_bytes, done=n_bytes - todo_bytes)
-    need_space(target, todo_bytes, "--final_data_dir")
+    need_space(target, todo_bytes, "--final-data-dir")
     for name, facts in todo.items():
         temporary = target / f".{name}.tmp"
         try:
@@ -465,7 +473,7 @@ def _clear(job: Job, files: Files, *, verified: bool) -> None:
     assert job.final is not None
     folders = [folder for folder in (job.out, *(() if job.source else (job.raw,))) if folder.is_dir()]
     if folders and not verified:
-        _refuse_problems(check_manifest(job.final, hashes=True))
+        refuse(check_manifest(job.final, hashes=True), "faults")
     for folder in folders:
         log.info("removing %s", folder)
         files.remove_tree(folder)

@@ -43,6 +43,12 @@ def train_tokenizer(folder: Path, size: int, fields: TextFields, progress: Progr
     return file
 
 
+def trained_tokenizer(path: Path) -> Path | None:
+    """Return the newest tokenizer that was trained for a source, its folder or a file in it; None if there is none."""
+    folder = path if path.is_dir() else path.parent
+    return max(folder.glob("tokenizer-*.json"), key=lambda file: file.stat().st_mtime, default=None)
+
+
 def texts(path: Path, n_bytes: int, fields: TextFields, progress: Progress | None = None) -> Iterator[str]:
     """Yield documents until they have so many bytes."""
     with closing(JsonlSource(path.name, path, 1, fields=fields, bad=BadLines())) as source:

@@ -153,7 +153,7 @@ def test_inspect_shows_the_quality_of_text_and_makes_a_page(tmp_path: Path, ling
     assert code == 0
     assert "exact duplicates         1 (9.1% of the documents)" in out
     assert "scripts of letters       Latin 100.0%" in out
-    assert "odd characters           1 replacement (U+FFFD), in 1 documents" in out
+    assert "odd characters           1 replacement (U+FFFD), in 1 document\n" in out
     html = page.read_text()
     assert "Subscribe to our &lt;i&gt;newsletter&lt;/i&gt;" in html
     assert "<script" not in html
@@ -174,7 +174,7 @@ def test_own_texts_and_a_tokenizer_of_them_in_one_command(
     (tmp_path / "my texts").mkdir()
     for name in ("a", "b", "c"):
         (tmp_path / "my texts" / f"{name}.txt").write_text(f"the {name} and the other " * 50)
-    words = ("prepare", tmp_path / "my texts", "mine", "--tmp-dir", tmp_path, "--train-tokenizer", 300)
+    words = ("prepare", tmp_path / "my texts", "mine", "--tmp_dir", tmp_path, "--train-tokenizer", 300)
     facts = lingua.record(*words)
     assert (facts["documents"], facts["held_out"]) == (3, 1)
     assert facts["bytes_per_token"] > 2
@@ -182,17 +182,34 @@ def test_own_texts_and_a_tokenizer_of_them_in_one_command(
     before = file.stat().st_mtime_ns
     code, out, _ = lingua(*words)  # again: what is there stays
     assert (code, file.stat().st_mtime_ns) == (0, before)
-    command = next(line for line in out.splitlines() if " train CONFIG " in line)
-    typed = [f"config={ROOT}/apps/main/configs/debug.yaml", *shlex.split(command.split(" CONFIG ")[1])]
+    assert "data/mine: 3 documents of 3 files\nheld out for validation: 1 in data/mine/mine.val.jsonl: " in out
+    assert "warning: that is fewer than 300: the texts hold no more" in out
+    command = out.split(" train CONFIG ")[1].split("\n  look at it")[0]
+    typed = [f"config={ROOT}/apps/main/configs/debug.yaml", *shlex.split(command.replace("\\\n", ""))]
     args = load(parse_command_line([*typed, f"dump_dir={tmp_path}/run"]), strict_paths=True).args
     tokenizer = build_tokenizer(args.data.tokenizer)
     assert tokenizer.vocab_size <= 300
     tokenizer.check_special(True, True)
     assert tokenizer.decode(tokenizer.encode("the é\x00 <|end_of_text|>", False, False)) == "the é\x00 <|end_of_text|>"
     assert [source.path for source in args.data.read_files()] == ["data/mine"]
+    assert re.fullmatch("the [abc] and the", args.sample_prompt or "")
+    facts = lingua.record("inspect", "data/mine")  # counts the tokens of the tokenizer beside the data
+    fingerprint = tokenizer.fingerprint.removesuffix(":gpt2")  # the config's split, which this kind does not have
+    assert facts["tokenizer"] == f"{fingerprint} (data/mine/tokenizer-300.json)"
+    assert facts["tokens_estimated"] < facts["text_bytes"]
+    assert lingua.record("inspect", "data/mine", "--tokenizer", "bytes")["tokenizer"] == "bytes"
+    assert "say what it is with --tokenizer" in lingua("inspect", "data/mine", "--tokenizer-path", file)[2]
+    made = lingua.record("tokenize", "data/mine", "--out", "data/tokens")
+    assert made["tokenizer"] == fingerprint
+    (tmp_path / "apps/main/configs").mkdir(parents=True)
+    (tmp_path / "apps/main/configs/debug.yaml").write_bytes((ROOT / "apps/main/configs/debug.yaml").read_bytes())
+    out = lingua(*words[:-1], 258)[1]
+    assert "fewer than" not in out
+    assert "one pass over it takes about 2 steps\n" in out
+    assert out.split("look at it")[0].split()[-1] == "steps=20"
     assert "is in" in lingua("prepare", tmp_path, "mine")[2]
     for size in ("16q", "100", "k", "-5k"):
-        assert "is no number from 258 to 1e+06" in lingua(*words[:-1], size)[2]
+        assert "is not a number from 258 to 200000; write 8k, 16k or 32000" in lingua(*words[:-1], size)[2]
 
 
 def test_index_and_tokenize(tmp_path: Path, lingua: Lingua) -> None:

@@ -54,11 +54,13 @@ def run(tmp_path: Path) -> Path:
 def test_a_dry_run_writes_the_folder_with_a_card_that_tells_no_secret(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkout").mkdir()
+    monkeypatch.chdir(tmp_path / "checkout")
     lingua = Lingua(capsys, "push")
     found = lingua.record(f"{run}@1", "me/tiny", "--dry-run")
-    assert (found["folder"], found["revision"], found["step"]) == ("tiny-step1", "step1", 1)
-    folder = tmp_path / "tiny-step1"
+    folder = run.parent / "tiny-step1"
+    assert (found["folder"], found["revision"], found["step"]) == (str(folder), "step1", 1)
+    assert list(Path.cwd().iterdir()) == []
     card = (folder / "README.md").read_text()
     head = yaml.safe_load(card.split("---\n")[1])
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lingua", "llama"]}
@@ -134,7 +136,7 @@ def test_the_average_of_the_weights_is_pushed_as_such(
     for place, revision in ((f"{run}@2:ema", "step2-ema"), (f"{run}:ema", "main")):
         found = lingua.record(place, "me/tiny", "--dry-run", "--format", "safetensors")
         folder = tmp_path / "tiny-step2-ema"
-        assert (found["folder"], found["revision"], found["is_average"]) == (folder.name, revision, True)
+        assert (found["folder"], found["revision"], found["is_average"]) == (str(folder), revision, True)
         assert_equal(weights(folder), {name: averages[name] for name in weights(folder)})
         assert "The weights are a moving average (decay 0.9)" in (folder / "README.md").read_text()
         shutil.rmtree(folder)

@@ -94,9 +94,9 @@ def test_data_come_from_a_config_and_what_is_typed_goes_before_the_rules(tmp_pat
 @pytest.mark.parametrize(
     ("params", "more", "said"),
     [
-        ("0", {}, "--params 0 is no number from 1 to 1e+12; write 300M"),
-        ("abc", {}, "--params abc is no number"),
-        ("1B", {"tokens": "manyx"}, "--tokens many is no number from 0.001 to 1e+15; write 300M, 1B or 2e9, or 20x"),
+        ("0", {}, "--params 0 is not a number from 1 to 1e+12; write 300M"),
+        ("abc", {}, "--params abc is not a number"),
+        ("1B", {"tokens": "manyx"}, "--tokens many is not a number from 0.001 to 1e+15; write 300M, 1B or 2e9, or 20x"),
         ("1B", {"gpus": "8xgtx"}, "--gpus 8xgtx names no GPU in the table; write 8xh200 or cpu; known: b200"),
         ("1B", {"gpus": "12xh200"}, "--gpus 12xh200 is no number of whole nodes of 8; write 8xh200"),
         ("70B", {"gpus": "8xh200"}, "--params 70B does not fit 8 x h200; use --gpus 16xh200"),

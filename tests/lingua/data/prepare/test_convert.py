@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -112,7 +113,7 @@ def without_text(path: Path) -> None:
         ("a.zip", b"PK", "a.zip is damaged or cut off"),
         ("a.zip", encrypted, "a.zip: a.txt is encrypted"),
         ("a.zip", without_text, "a.zip holds no txt, md or jsonl files"),
-        ("a.txt", b"", "no document in .*: 0 documents; left out: 1 blank lines; add text"),
+        ("a.txt", b"", "no document in .*: 0 documents; left out: 1 blank line or empty file; add text"),
         (os.fsdecode(b"caf\xe9.txt"), b"a", "the name of the file .* is not UTF-8; rename it"),
         ("a.pdf", b"", r"holds no file that can be read \(only 1 .pdf\); lingua reads txt, md"),
     ],
@@ -131,6 +132,26 @@ def test_what_cannot_be_read_is_a_sentence_and_may_be_mended(
     (source / name).unlink()
     (source / "b.txt").write_text("b")
     assert prepare(job)["documents"] == 1
+
+
+def test_all_files_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:
+    (source := tmp_path / "source").mkdir()
+    (source / "good.txt").write_text("a")
+    (source / "good.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    for n in range(9):
+        (source / f"b{n}.txt").write_bytes(b"\xff")
+    for name in ("c.gz", "c.jsonl.gz", "c.zip"):
+        (source / name).write_bytes(b"no")  # c.gz is of no kind that is read
+    for n_workers in (1, 2):
+        with pytest.raises(RunError) as refused:
+            prepare(replace(job_of(source, tmp_path), n_workers=n_workers))
+        first, *named, last = str(refused.value).split("\n  ")
+        assert (first, len(named), last) == ("11 files cannot be read:", 10, "and 1 more")
+        assert [Path(line.split(" ")[0]).name for line in named] == [f"b{n}.txt" for n in range(9)] + ["c.jsonl.gz"]
+    for name in ("x.txt", "y.md"):
+        (source / name).symlink_to("nowhere")
+    with pytest.raises(RunError, match=r"2 files cannot be read:\n  .*x.txt cannot be opened; .*\n  .*y.md cannot be"):
+        prepare(job_of(source, tmp_path))
 
 
 def test_a_run_told_to_read_plain_text_names_the_command_that_prepares_it(tmp_path: Path) -> None:

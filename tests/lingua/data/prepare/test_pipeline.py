@@ -134,7 +134,7 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing(job: Job, tmp_path: Path) -
 
 def test_too_little_space_is_said_before(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "free_bytes", lambda path: 10)
-    with pytest.raises(RunError, match=r"fast/lingua-prepare.* needs .* bytes\) and has 10 B free; .*--tmp_dir"):
+    with pytest.raises(RunError, match=r"fast/lingua-prepare.* needs .* bytes\) and has 10 B free; .*--tmp-dir"):
         prepare(job)
 
 
@@ -205,6 +205,18 @@ def test_two_at_once_are_refused(job: Job) -> None:
         prepare(job)
 
 
+def test_nothing_is_left_of_the_lock_after_success_or_refusal(job: Job) -> None:
+    job = replace(job, final_data_dir=None, clear=False)
+    (empty := job.data_dir.parent / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no file"):
+        prepare(replace(job, source=empty))
+    assert list(job.data_dir.iterdir()) == []
+    assert killed_at(job, 40)
+    assert (job.data_dir / ".prepare-mine").is_dir()
+    prepare(job)
+    assert [path.name for path in job.data_dir.iterdir()] == ["mine_shuffled"]
+
+
 def test_work_is_not_cleared_while_the_copy_is_bad(job: Job) -> None:
     class Flipping(Files):
         final = False
@@ -253,7 +265,7 @@ def test_chunks_from_elsewhere_are_not_mixed_in(job: Job) -> None:
         ({"source": None}, "no data set 'mine'; there are cosmopedia_v2"),
         ({"dataset": "a/b"}, "not a name for a data set"),
         ({"n_chunks": 0}, "--nchunks 0: give at least 1"),
-        ({"final_data_dir": None}, "needs --final_data_dir"),
+        ({"final_data_dir": None}, "needs --final-data-dir"),
         ({"memory_bytes": 1 << 20}, "MEMORY is too small"),
         ({"source": Path("nowhere")}, "is not a folder"),
     ],
@@ -316,7 +328,7 @@ def test_many_lines_without_a_document_end_the_preparation_until_they_are_allowe
     assert job.source
     (job.source / "bad.jsonl").write_bytes(b'{"text": 3}\n{\n\n\n\n{"text": ""}\n' * 10)
     with pytest.raises(
-        RunError, match=r"30 of 180 lines of .*source hold no document, .*--max_bad_fraction 0.01 \(150 documents; left"
+        RunError, match=r"30 of 180 lines of .*source hold no document, .*--max-bad-fraction 0.01 \(150 documents; left"
     ):
         prepare(job)
     assert not job.final or not job.final.exists()
@@ -348,7 +360,7 @@ def test_a_packed_file_of_0_bytes_is_damaged(tmp_path: Path, name: str) -> None:
 def test_a_link_to_data_that_leads_nowhere_is_an_error(job: Job) -> None:
     assert job.source
     (job.source / "z.jsonl").symlink_to("nowhere")
-    with pytest.raises(FileNotFoundError, match=r"z\.jsonl"):
+    with pytest.raises(RunError, match=r"z\.jsonl cannot be opened; mend the link"):
         prepare(job)
 
 
@@ -418,7 +430,7 @@ def test_a_column_of_another_name_gets_a_remedy_that_then_works(tmp_path: Path):
     (tmp_path / "source").mkdir()
     parquet.write_table(pyarrow.table({"body": ["a", "b"]}), tmp_path / "source" / "x.parquet")
     job = Job(dataset="mine", memory_bytes=MEMORY_BYTES, data_dir=tmp_path, n_chunks=1, source=tmp_path / "source")
-    with pytest.raises((ConfigError, RunError), match="only body; name the right one with --text_key"):
+    with pytest.raises((ConfigError, RunError), match="only body; name the right one with --text-key"):
         prepare(job)
     assert not job.out.exists()
     assert prepare(replace(job, text_key="body"))["documents"] == 2
