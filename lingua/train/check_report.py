@@ -29,6 +29,7 @@ from lingua.run.throughput import PEAKS, find_peak
 from lingua.train.begins import begins_with
 from lingua.train.check import Checked, load
 from lingua.train.sizes import Phase, Resolved
+from lingua.train.step_time import is_known, step_parts
 
 _MAIN_FACTS = {
     "parameters", "tokens_per_step", "steps", "total_tokens", "tokens_per_parameter", "checkpoint_bytes",
@@ -132,10 +133,22 @@ def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str, phases: Sequenc
     hours = total / (mfu * peak.flops_per_s * size.world_size) / 3600
     how = f"at MFU {mfu:g} on {size.world_size} x {gpu}: of {peak.flops_per_s / 1e12:g} TFLOPS each ({peak.sheet})"
     yield Fact("hours", hours, f"{hours:,.2f}", how)
+    yield from _predicted(args, size, gpu, peak.flops_per_s)
 
     for phase in parts:
         if phase.written is not None:
             yield _of_phase(phase)
+
+
+def _predicted(args: TrainArgs, size: Resolved, gpu: str, peak: float) -> Iterator[Fact]:
+    if not is_known(args, gpu) or not isinstance(args.model, LlamaArgs):
+        return
+    parts = step_parts(args.model, args.distributed, size)
+    step_s = sum(parts.values())
+    mfu = size.tokens_per_step * size.flops_per_token / (step_s * peak * size.world_size)
+    shares = ", ".join(f"{name} {seconds / step_s:.0%}" for name, seconds in parts.items())
+    yield Fact("predicted_step_s", step_s, f"{step_s:.3g} s", f"on {gpu}, without what ranks send each other: {shares}")
+    yield Fact("predicted_mfu", mfu, f"{mfu:.0%}", "upper bound, not measured: see lingua/train/step_time.py")
 
 
 def facts_of_kills(

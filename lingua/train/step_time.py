@@ -1,27 +1,18 @@
-"""Predict the step time and MFU of a config on one GPU of a kind, part by part. Imports no torch.
+"""Predict the seconds of a step of a Llama in bf16 on one H200, part by part. Imports no torch.
 
-    uv run python scripts/step_budget.py apps/main/configs/llama_1B_8H200.yaml data.batch_size=24 grad_acc_steps=1
-
-For Llamas in bf16. What ranks send each other is not in it. `measured` rates come from one H200; what is `assumed` was
-measured nowhere here: put your own figures in RATES once there is a GPU.
+What ranks send each other is not in it, so MFU is an upper bound. `measured` rates come from one H200; what is
+`assumed` was measured nowhere here.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
-from typing import Any
 
-import lingua.config.interrupt  # noqa: F401 # isort: skip
-from bench_common import make_parser, print_figures
-
-from lingua.config.base import ConfigError
-from lingua.config.command_line import parse_command_line, run_main
 from lingua.config.keys.distributed import DistributedArgs
 from lingua.config.keys.model import LlamaArgs
-from lingua.run.throughput import find_peak
-from lingua.train.check import load
+from lingua.config.keys.train import TrainArgs
+from lingua.train.sizes import Resolved
 
 
 @dataclass(frozen=True)
@@ -63,17 +54,19 @@ def linear_s(positions: int, out: int, inner: int, recomputed: bool, rates: Rate
     return forward * (2 if recomputed else 1) + backward
 
 
-def step_parts(
-    model: LlamaArgs, layout: DistributedArgs, vocab: int, rows: int, seq_len: int, n_micro: int, rates: Rates = RATES
-) -> dict[str, float]:
-    """Seconds of each part of a step of `n_micro` micro steps of `rows` rows."""
+def is_known(args: TrainArgs, gpu: str) -> bool:
+    """Return whether it can be predicted: a Llama with AdamW in bf16, not split by tensors, on H200s."""
+    layout = args.distributed
+    plain = layout.model_dtype == "bf16" and layout.tp_size == 1 and layout.float8_recipe is None
+    return gpu == "h200" and args.model.type == "llama" and args.optim.type == "adamw" and plain
+
+
+def step_parts(model: LlamaArgs, layout: DistributedArgs, size: Resolved, rates: Rates = RATES) -> dict[str, float]:
+    """Return the seconds of each part of a step."""
+    rows, seq_len, n_micro, vocab = size.batch_size, size.seq_len, size.grad_acc_steps, size.vocab_size
     again, positions = layout.full_activation_checkpointing, rows * seq_len
-    dim, ffn, queries, keys = (
-        model.dim,
-        model.ffn_width,
-        model.heads * model.head_width,
-        model.kv_heads * model.head_width,
-    )
+    dim, ffn = model.dim, model.ffn_width
+    queries, keys = model.heads * model.head_width, model.kv_heads * model.head_width
     shapes = [(queries, dim), (keys, dim), (keys, dim), (dim, queries), (ffn, dim), (ffn, dim), (dim, ffn)]
     layers = model.n_layers * sum(linear_s(positions, out, inner, again, rates) for out, inner in shapes)
     # One pass of attention: two products of S x S x width, half of each left by causality.
@@ -85,50 +78,13 @@ def step_parts(
     # Logits in bf16 written and read, and fp32 values and gradients of them: 16 bytes each in all.
     n = model.model_copy(update={"vocab_size": vocab}).n_params()
     casts = (4 + 2 + 2 + 8) * n / rates.memory  # weights to bf16; gradients in bf16 added to fp32
-    return {
+    parts = {
         "layers' products": n_micro * layers,
         "head's products": n_micro * linear_s(positions, vocab, dim, False, rates),
         "attention": n_micro * attention,
         "norms, rotation, gates": n_micro * elementwise,
         "loss": n_micro * 16 * positions * vocab / rates.memory,
         "casts": n_micro * casts,
-        "clipping and AdamW": (4 + 28) * n / (layout.dp_shard or 1) / rates.memory,  # norm; p, g, m, v and p, m, v
+        "clipping and AdamW": (4 + 28) * n / size.dp_shard / rates.memory,  # norm; p, g, m, v and p, m, v
     }
-
-
-def predict(line: list[str], gpu: str, rates: Rates = RATES) -> dict[str, Any]:
-    """Figures of a config."""
-    checked = load(parse_command_line(line), world_size=1)
-    args, size = checked.args, checked.resolved
-    peak = find_peak(gpu)
-    if peak is None:
-        raise ConfigError(f"command line: --gpu {gpu} has no known peak; write h200")
-    if not isinstance(args.model, LlamaArgs):
-        raise ConfigError(f"model.type is {args.model.type}; the budget knows Llamas only")
-    parts = step_parts(
-        args.model, args.distributed, size.vocab_size, size.batch_size, size.seq_len, size.grad_acc_steps, rates
-    )
-    step_s = sum(parts.values()) / (1 - rates.gaps)
-    tokens = size.batch_size * size.seq_len * size.grad_acc_steps
-    return {
-        **{f"{name}, ms": 1000 * seconds for name, seconds in parts.items()},
-        "gaps, ms": 1000 * rates.gaps * step_s,
-        "step_s": step_s,
-        "tokens_per_s": tokens / step_s,
-        "mfu": tokens / step_s * size.flops_per_token / peak.flops_per_s,
-    }
-
-
-def main(words: list[str]) -> int:
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--gpu", default="h200", help="whose peak MFU is stated against (h200); the rates are an H200's"
-    )
-    parser.add_argument("words", nargs="+", help="CONFIG KEY=VALUE ...")
-    options = parser.parse_args(words)
-    print_figures(predict(options.words, options.gpu), options.json)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    return {**parts, "gaps": sum(parts.values()) * rates.gaps / (1 - rates.gaps)}
