@@ -37,7 +37,7 @@ def load(
     dtype: torch.dtype | None = None,
     trust: bool = False,
 ) -> Loaded:
-    """Load a model, its tokenizer and its config for a notebook: `lingua.load("out/debug@100").model`.
+    """Load a model, its tokenizer and its config for a notebook: `lingua.load("out/debug@100").generate("def main(")`.
 
     `path` is RUN, RUN@STEP, a checkpoint folder, a file of weights or a Hugging Face folder. `device` defaults to the
     GPU if there is one, `dtype` to the stored one. `trust`: run the plugins and the app that the config beside the

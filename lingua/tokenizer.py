@@ -63,7 +63,7 @@ class Tokenizer(ABC):
         """Return the ids of text that goes on after the character `before`. May raise anything."""
         return self.encode_text(text)
 
-    def encode(self, text: str, add_bos: bool, add_eos: bool, before: str = "") -> np.ndarray:
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False, before: str = "") -> np.ndarray:
         """Return the ids of the text as int32, with begin and end tokens on request.
 
         `before`: the character before it, where it goes on a document that was cut.

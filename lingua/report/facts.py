@@ -17,7 +17,7 @@ from lingua.checkpoint.lookup import root_in, step_in_memory
 from lingua.checkpoint.shm.area import SHM
 from lingua.config.frozen import CONFIG_FILE
 from lingua.config.yaml_layers import read_leniently
-from lingua.files import RunError, entries, json_object_in
+from lingua.files import RunError, json_object_in
 from lingua.logger import RANK_LOGS
 from lingua.run.failure import Failure, read_failures
 from lingua.run.folder import STOP_FILE

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lingua.checkpoint.load_weights import load_weights, open_source
-from lingua.config.base import ConfigError, build_part
+from lingua.config.base import ConfigError, build_part, named
+from lingua.config.compose import compose
+from lingua.config.keys.generate import GeneratorArgs
 from lingua.config.keys.train import TrainArgs
 from lingua.config.trust import trusting
 from lingua.distributed.parallelize import DTYPES
@@ -27,6 +30,14 @@ class Loaded(NamedTuple):
     model: nn.Module
     tokenizer: Tokenizer
     config: TrainArgs
+
+    def generate(self, prompt: str, **keys: Any) -> str:
+        """Return what the model writes after a prompt. `keys`: those of `lingua generate`, such as max_gen_len=40."""
+        words = [f"{key}={json.dumps(value)}" for key, value in {"temperature": 0.8, **keys}.items()]
+        args = compose(None, [], words, GeneratorArgs).args
+        generator = named(self.config.objective, "generator")
+        (answer,) = generator(self.model, self.tokenizer, args, add_bos=self.config.data.add_bos).generate([prompt])
+        return answer.text
 
 
 def load_described(

@@ -99,7 +99,7 @@ def test_without_a_prompt_they_are_read(
     ("given", "sentence"),
     [
         (["prompt=x"], "no run is named; write RUN first"),
-        (["ckpt=/no/such/run"], "ckpt=/no/such/run does not exist"),
+        (["ckpt=/no/such/run"], "error: /no/such/run does not exist"),
         (["ckpt=x", "temprature=1"], "temperature"),
         (["ckpt=x", "temperature=-1"], "temperature"),
     ],

@@ -11,6 +11,9 @@ import torch
 
 import lingua
 from lingua.config.base import ConfigError
+from lingua.config.keys.generate import GeneratorArgs
+from lingua.files import RunError
+from lingua.model.generate import Generator
 from lingua.train.describe import config_of, described
 from lingua.train.load_model import load_model
 from tests.trainer import TINY, train
@@ -27,18 +30,27 @@ def test_a_run_and_a_step_of_it_load_as_load_model_does(tmp_path: Path) -> None:
         assert not model.training
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert config.dump_dir == str(run)
-        assert tokenizer.decode(tokenizer.encode("def", False, False)) == "def"
+        assert tokenizer.decode(tokenizer.encode("def").tolist()) == "def"
         same, _, _ = load_model(described(config_of(path)), path, torch.device("cpu"), torch.float32)
         with torch.no_grad():
             logits.append(model(tokens))
             assert torch.equal(logits[-1], same.eval()(tokens))
     assert not torch.equal(*logits)
+    loaded = lingua.load(run, device="cpu")  # as README shows it
+    text = loaded.generate("def main(", max_gen_len=10)
+    assert text == loaded.generate("def main(", max_gen_len=10, seed=42) != loaded.generate("def main(", max_gen_len=5)
+    assert text != loaded.generate("def main(", max_gen_len=10, temperature=0)
+    expected = Generator(loaded.model, loaded.tokenizer, GeneratorArgs(temperature=0.8, max_gen_len=10))
+    assert text == expected.generate(["def main("])[0].text
+    assert loaded.generate("def main(", until=["\n", text[3]], max_gen_len=10) == text.split("\n")[0].split(text[3])[0]
+    with pytest.raises(ConfigError, match="max_len"):
+        loaded.generate("def main(", max_len=10)
     half = lingua.load(run, device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
 
 
 def test_a_path_without_a_run_is_answered_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none does not exist; it should be a run"):
+    with pytest.raises(RunError, match="none does not exist; `lingua runs FOLDER` lists"):
         lingua.load(tmp_path / "none")
 
 
