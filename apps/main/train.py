@@ -52,7 +52,7 @@ def main(words: list[str], schema: type[train.TrainArgs] = TrainArgs) -> int:
         if line.flags.get("help"):
             print(HELP)
             return 0
-        checked = load(line, place.world_size, starting=True, schema=schema)
+        checked = load(line, place.world_size, starting=True, here=True, schema=schema)
         app = checked.args.app
         if app != own:
             raise ConfigError(f"app is {app}, but this is {own}.train; type python -m {app}.train")

@@ -105,7 +105,7 @@ def begin(env: Mapping[str, str]) -> int:
     base_dir, allocation = Path.cwd(), scheduler.this_allocation(env)
     words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
     line = parse_command_line(words, ["accept-change", "refreeze"])
-    checked = load(line, allocation.n_tasks if allocation else None, starting=True)
+    checked = load(line, allocation.n_tasks if allocation else None, starting=True, here=True)
     for warning in checked.warnings:
         log.warning("%s", warning)
     key = allocation.job_id if allocation else "local"

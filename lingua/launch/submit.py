@@ -56,7 +56,7 @@ def launch(
     run: Runner = run_command,
 ) -> int:
     """Check, freeze, write run.sh, submit; returns an exit code. Raises ConfigError or RunError."""
-    path, text, launcher = freeze_launch(line, base_dir, dry_run=dry_run)
+    path, text, launcher = freeze_launch(line, base_dir, dry_run=dry_run, here=local)
     if dry_run:
         print(text, end="")
         return 0
@@ -67,13 +67,16 @@ def launch(
     return 0
 
 
-def freeze_launch(line: CommandLine, base_dir: Path, *, dry_run: bool = False) -> tuple[Path, str, LauncherArgs]:
+def freeze_launch(
+    line: CommandLine, base_dir: Path, *, dry_run: bool = False, here: bool = False
+) -> tuple[Path, str, LauncherArgs]:
     """Check a config, freeze it with the code and write run.sh, or write nothing in a dry run.
 
+    `here`: it will run on this machine, which must have its data; a login node need not see the disk of the nodes.
     Returns the path of run.sh, its text and what the job asks for. Raises ConfigError or RunError.
     """
     must_be_checkout(base_dir)
-    checked = load(line, starting=True)
+    checked = load(line, starting=True, here=here)
     check_job_code(line, checked)
     launcher = complete_launcher(checked)
     key = "launch-" + sha256(repr((line.config, line.overlays, line.overrides)).encode()).hexdigest()[:8]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ from lingua.config.keys.train import TrainArgs
 from lingua.config.yaml_layers import COMMAND_LINE, DEFAULT, Origin
 from lingua.files import DiskError, human_bytes
 from lingua.run.throughput import PEAKS
-from lingua.tokenizer import assumed_vocab_size, build_tokenizer
-from lingua.train.begins import begins_with, nothing_to_begin_with, place_of
+from lingua.tokenizer import build_tokenizer
+from lingua.train.absent import misnamed_sources, missing_paths, missing_sources
+from lingua.train.begins import begins_with, nothing_to_begin_with
 from lingua.train.earlier import Earlier, read_earlier
 from lingua.train.phases import cut, frozen_phases, kept_steps, lr_jumps
 from lingua.train.sizes import DEFAULT_STEPS, Finding, Phase, Resolved, Study, sizes, tokenizer_is_there
@@ -70,11 +70,13 @@ def load(
     *,
     strict_paths: bool = False,
     starting: bool = False,
+    here: bool = False,
     schema: type[TrainArgs] | None = None,
 ) -> Checked:
     """Return the config of a command line, checked. Raises ConfigError with everything that is wrong with it.
 
-    `strict_paths`: data and tokenizer must be on this machine. `starting`: the run starts here, so its tokenizer must.
+    `strict_paths`: data and tokenizer must be on this machine. `starting`: the run is started, so its tokenizer must.
+    `here`: on this machine, so that its data must, and the weights that it begins with; phases find out by themselves.
     `schema`: the config class of the app; None: of the app that the line chooses.
     """
     if line.config is None:
@@ -87,7 +89,8 @@ def load(
     earlier = read_earlier(Path(args.dump_dir), Path(args.checkpoint.path) if args.checkpoint.path else None)
     kept = earlier.config if earlier.is_bound or earlier.has_begun else None
     followers = [n for n in ("model", "data", "loss") if hasattr(getattr(args, n), "seed") and (n, "seed") not in marks]
-    needed = _PATH_KEYS if strict_paths else _PATH_KEYS[:1] if starting else ()
+    at_start = _PATH_KEYS[: 1 if not here or args.phases else 2 if kept else 3]
+    needed = _PATH_KEYS if strict_paths else at_start if starting else ()
     n_ranks = world_size or default_world_size(args)
     judged = _judge(examined, composed, n_ranks, followers, kept, needed)
     barring = _barring(judged, earlier, line)
@@ -232,6 +235,7 @@ def study(
             found.errors.append(Finding(finding.key, f"{text}; correct the path, or copy it here"))
         else:
             found.warnings.append(finding)
+    found.errors += misnamed_sources(args.data)
     found.errors += [*_conflicts(args), *_unreadable_sources(args.data), *_nothing_to_measure(args)]
     found.errors += _impossible_folders(args)
     found.resolved = sizes(args, world_size, frozen or {}, found)
@@ -242,10 +246,9 @@ def study(
             found.resolved = replace(found.resolved, n_steps=size.n_steps, max_seqlen=size.max_seqlen)
         found.errors += _misfits(args, found.resolved)
         found.errors += _of_phases(found.phases, needed, {finding.text for finding in found.errors})
-        absent = dict.fromkeys(
-            f for phase in found.phases for f in missing_paths(phase.args) if f.key == "data.sources"
-        )
-        found.warnings += [finding for finding in absent if finding not in found.warnings and finding.key not in needed]
+        later = [Finding("data.sources", text) for one in found.phases for text, _ in missing_sources(one.args.data)]
+        known = {*found.warnings, *found.errors}
+        found.warnings += [f for f in dict.fromkeys(later) if f not in known and f.key not in needed]
         found.errors += _nothing_to_do(args, found.resolved) if frozen is None else ()
         found.warnings += [*_oddities(args, found.resolved), *(() if found.errors else lr_jumps(found.phases))]
     return found
@@ -259,34 +262,12 @@ def _of_phases(phases: Sequence[Phase], needed: Sequence[str], known: set[str]) 
         wrong = [*_conflicts(phase.args), *_unreadable_sources(phase.args.data), *_misfits(phase.args, phase.size)]
         wrong += [*_nothing_to_measure(phase.args), *nothing_to_begin_with("from", phase.written.from_run)]
         if "data.sources" in needed:
-            wrong += [finding for finding in missing_paths(phase.args) if finding.key == "data.sources"]
+            wrong += [Finding("data.sources", text) for text, _ in missing_sources(phase.args.data)]
         yield from (Finding("phases", f"phase {phase.name}: {f.text}") for f in wrong if f.text not in known)
         known |= {finding.text for finding in wrong}
 
 
 # -- wrong ---------------------------------------------------------------------------------------------------------
-
-
-def missing_paths(args: TrainArgs) -> Iterator[Finding]:
-    """Yield what the config names and this machine does not have, with what is assumed instead."""
-    with suppress(ConfigError):  # `_unreadable_sources` reports it
-        for source in args.data.read_files():
-            if not Path(source.path).exists():
-                text = f"data source {source.name}: {source.path} is not on this machine; assumed to be good"
-                yield Finding("data.sources", text)
-    tokenizer = args.data.tokenizer
-    if tokenizer.path and not tokenizer_is_there(tokenizer):
-        vocab_size = assumed_vocab_size(tokenizer)
-        text = f"data.tokenizer.path {tokenizer.path} is not on this machine; assumed to have {vocab_size:,} tokens"
-        yield Finding("data.tokenizer.path", text)
-    start = args.checkpoint.init_ckpt_path
-    if start and not place_of(start)[0].exists():
-        yield Finding("checkpoint.init_ckpt_path", f"checkpoint.init_ckpt_path {start} is not on this machine")
-    evaluation = args.eval
-    for measure in [] if evaluation is None else evaluation.chosen():
-        if isinstance(measure, HeldOutArgs) and measure.root_dir and not Path(measure.root_dir).exists():
-            key = "eval.validation.root_dir" if evaluation and measure is evaluation.validation else "eval.measures"
-            yield Finding(key, f"root_dir {measure.root_dir} of held-out sources is not on this machine")
 
 
 def _impossible_folders(args: TrainArgs) -> Iterator[Finding]:
@@ -333,7 +314,7 @@ def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
     if not chosen:
         text = "eval: nothing is measured; set eval.validation, eval.harness.tasks or eval.measures, or eval=null"
         yield Finding("eval", text)
-    elif args.data.sources and not any(missing_paths(args)):
+    elif args.data.sources and not any(missing_paths(args)) and not misnamed_sources(args.data):
         from lingua.data.held_out import held_out_texts
 
         for measure in chosen:
