@@ -388,10 +388,8 @@ def _config_folders(path: Path) -> list[Path]:
 
 def _must_exist(path: Path, what: str, *more_folders: Path) -> None:
     if path.is_dir():
-        own = path / "config.yaml"  # of a run
-        remedy = f"name a YAML file in it{_near_files(path / '_', *more_folders)}"
-        remedy = f"{own} goes on with the run in it" if own.is_file() else remedy
-        raise ConfigError(f"{what} {path} is a folder; {remedy}")
+        own, near = path / "config.yaml", f"name a YAML file in it{_near_files(path / '_', *more_folders)}"
+        raise ConfigError(f"{what} {path} is a folder; {f'{own} goes on with its run' if own.is_file() else near}")
     if not path.is_file():
         raise ConfigError(f"{what} {path} does not exist in {Path.cwd()}{_near_files(path, *more_folders)}")
 
