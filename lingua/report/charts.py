@@ -15,7 +15,7 @@ import numpy as np
 from lingua.console import duration
 from lingua.report import figure as draw
 from lingua.report.figure import SERIES, Line, Picture
-from lingua.report.history import HEADS, LOSS, SPENT, TOKENS, TRAINED_S, History, Scores, keys_of
+from lingua.report.history import HEADS, LOSS, MEAN_LOSS, SPENT, TOKENS, TRAINED_S, History, Scores, keys_of
 from lingua.report.series import ATTEMPT, STEP, WHEN, HeatMap, Numbers, Thinned, curve, thinned, unbroken
 from lingua.report.status import phases_in
 
@@ -80,12 +80,15 @@ def _marked(picture: Picture, marks: Sequence[tuple[int, str]]) -> Picture:
 
 
 def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Picture | None:
-    several, lines, back = len(runs) > 1, _lines(runs, names, LOSS, over), []
-    thins = [np.isfinite(run.metrics[LOSS]).sum() > len(one.points.x) for run, one in zip(runs, lines, strict=True)]
-    notes = ["mean of neighbouring steps" + ("" if several else ", and their range") if any(thins) else "", over.note]
+    several, lines, back = len(runs) > 1, _lines(runs, names, MEAN_LOSS, over), []
+    tables = [run.metrics for run in runs]
+    thins = any(len(curve(t, MEAN_LOSS)[0]) > len(one.points.x) for t, one in zip(tables, lines, strict=True))
+    is_mean = thins or any(np.nan_to_num(t[MEAN_LOSS] - t[LOSS]).any() for t in tables)
+    spread = ", and their range" if thins and not several else ""
+    notes = [f"mean of neighbouring steps{spread}" if is_mean else "", over.note]
     if not several and len(undone := runs[0].undone):
         notes.append("grey: trained again after a restart or a rewind")
-        curves = [curve(undone[undone[ATTEMPT] == number], LOSS) for number in np.unique(undone[ATTEMPT])]
+        curves = [curve(undone[undone[ATTEMPT] == number], MEAN_LOSS) for number in np.unique(undone[ATTEMPT])]
         pieces = (piece for points in curves for piece in unbroken(*points))
         back = [Line("", _noisy(*points), draw.FAINT, is_back=True) for points in pieces]
     shown = draw.shown_range([line.points.high for line in (*back, *lines)], [line.points.low for line in lines])

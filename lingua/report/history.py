@@ -26,10 +26,11 @@ from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, SAMPLES
 from lingua.run.startup import EVENT, FIRST_STEP, parts_in
 
 LOSS, TOKENS = "loss/out", "optim/total_tokens"
+MEAN_LOSS = "loss/mean"  # of the steps since the line before; in a table of ours that of the step, where there is none
 HEADS = tuple(f"loss/head_{i}" for i in range(8))  # of a model that predicts several tokens: the first eight
 _STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
 TRAINED_S, _LOADED_S = "trained_s", "loaded_s"  # columns of our own
-_LEARNT = (LOSS, "loss/above_floor", *HEADS, TOKENS, "optim/lr", "optim/grad_norm")
+_LEARNT = (LOSS, MEAN_LOSS, "loss/above_floor", *HEADS, TOKENS, "optim/lr", "optim/grad_norm")
 _KEYS = (*_LEARNT, "speed/wps", "speed/mfu", "speed/hfu", _STEP_S, _LOAD_S, _STALL_S, TRAINED_S, _LOADED_S)
 
 SPENT = {
@@ -128,6 +129,7 @@ class History:
 def read_history(facts: RunFacts, me: Owner) -> History:
     """Build the history of a run."""
     table = read_table(facts.path / METRICS_FILE, _KEYS)
+    table[MEAN_LOSS] = np.where(np.isfinite(table[MEAN_LOSS]), table[MEAN_LOSS], table[LOSS])
     notes = [r for r in records_in(facts.path / CHECKPOINT_FILE) if isinstance(r.get("event"), str)]
     validations = _scores(facts.path / VALIDATION_FILE)
     attempts = _read_attempts(facts, table, notes, validations, me)

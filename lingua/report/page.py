@@ -21,7 +21,7 @@ from lingua.masking import public_text
 from lingua.report.charts import brief, pictures_of, probe_picture, spent_picture, time_line
 from lingua.report.diff import config_differences, flatten, shown, telling_labels
 from lingua.report.figure import COLORS, NO_PICTURES, Picture, can_draw, must_draw
-from lingua.report.history import LOSS, SPENT, History, keys_of
+from lingua.report.history import MEAN_LOSS, SPENT, History, keys_of
 from lingua.report.series import curve, read_probes
 from lingua.report.status import LIVING, phases_in, state_text, status_of, why
 from lingua.run.folder import kept_configs
@@ -146,13 +146,13 @@ def _or_dash(spelled: Callable[..., str]) -> Callable[..., str]:
 def _view(run: History, name: str, line: Picture | None) -> dict[str, Any]:
     """Collect what the templates show of one run."""
     status = status_of(run.facts, this_process())
-    values = {key: curve(run.metrics, key)[1] for key in (LOSS, "speed/wps", "speed/mfu")}
+    values = {key: curve(run.metrics, key)[1] for key in (MEAN_LOSS, "speed/wps", "speed/mfu")}
     bpb = [value for one in run.validations[-1:] for key, value in one.values.items() if key.endswith("/bpb")]
     return {
         "run": run,
         "name": name,
         "status": status,
-        "last_loss": values[LOSS][-1] if len(values[LOSS]) else None,
+        "last_loss": values[MEAN_LOSS][-1] if len(values[MEAN_LOSS]) else None,
         "recent": {key: v[-max(1, len(v) // 20) :].mean() if len(v) else None for key, v in values.items()},
         "held_out": sum(bpb) / len(bpb) if bpb else None,
         "why": why(run.facts, this_process()) if status.state not in ("finished", "running", "new") else {},

@@ -20,7 +20,7 @@ from rich.text import Text
 from lingua.console import duration, figure
 from lingua.logger import printable
 from lingua.report.facts import RunFacts
-from lingua.report.history import LOSS
+from lingua.report.history import LOSS, MEAN_LOSS
 from lingua.report.status import LIVING, Status, state_text
 from lingua.run.metrics import EVAL_FILE, METRICS_FILE, SAMPLES_FILE, is_number, last_line, record_in
 
@@ -65,7 +65,7 @@ class Losses:
             self.steps.pop()
             self.values.pop()
         self.steps.append(step)
-        self.values.append(record[LOSS])
+        self.values.append(record[MEAN_LOSS] if is_number(record.get(MEAN_LOSS)) else record[LOSS])
 
 
 # -- pictures in characters ----------------------------------------------------------------------------------------

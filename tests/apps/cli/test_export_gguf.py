@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gguf import GGUFReader
 from apps.cli.export import Dtype, Format, make_export
 from lingua.checkpoint.gguf import Gguf, _rule_of
 from lingua.config.base import ConfigError
+from lingua.config.keys.data import TokenizerArgs
 from lingua.config.keys.generate import GeneratorArgs
 from lingua.model.generate import Generator
 from lingua.model.transformer import rotary_frequencies
@@ -67,16 +69,24 @@ def test_transformers_computes_the_same_from_it(tmp_path: Path) -> None:
     assert_same_function(ours, other.eval())
 
 
-def test_llama_cpp_writes_what_we_write(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # of the package
+@pytest.mark.parametrize("model", [{"weight_tying": True}, {"rope_scaling": SCALING, "rope_theta": 500.0}])
+def test_llama_cpp_writes_what_we_write(tmp_path: Path, model: dict[str, Any]) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    ours = make_run(tmp_path / "run", weight_tying=True)
+    ours, tokenizer, prompt = make_run(tmp_path / "run", **model), build_tokenizer(TokenizerArgs()), "def ü(<|x|>):\n"
     make_export(str(tmp_path / "run"), tmp_path / "out", Format.gguf)
-    there = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=64, verbose=False, logits_all=True)
-    from lingua.config.keys.data import TokenizerArgs
-
-    (answer,) = Generator(ours, build_tokenizer(TokenizerArgs()), GeneratorArgs(max_gen_len=20)).generate(["def "])
-    said = there.create_completion("def ", max_tokens=20, temperature=0.0)
-    assert said["choices"][0]["text"] == answer.text
+    settings = {"n_ctx": 64, "verbose": False, "logits_all": True}
+    settings |= {"type_k": 0, "type_v": 0}  # its cache in fp32; by default it is in fp16
+    there = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), **settings)
+    ids = tokenizer.encode(prompt, add_bos=True, add_eos=False)
+    assert there.tokenize(prompt.encode(), add_bos=True, special=False) == list(ids)
+    there.eval(list(ids))
+    with torch.no_grad():
+        expected = ours(torch.tensor([list(ids)]))[0]
+    torch.testing.assert_close(torch.from_numpy(there.scores[: len(ids)].copy()), expected, rtol=1e-4, atol=1e-4)
+    (answer,) = Generator(ours, tokenizer, GeneratorArgs(max_gen_len=20, temperature=0.0)).generate([prompt])
+    written = takewhile(lambda token: token != tokenizer.eos_id, there.generate(list(ids), temp=0.0))
+    assert tokenizer.decode(list(islice(written, 20))) == answer.text
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from lingua.files import write_json
+from lingua.report.charts import pictures_of
 from lingua.report.facts import read_run
 from lingua.report.history import (
+    LOSS,
+    MEAN_LOSS,
     SPENT,
     TOKENS,
     TRAINED_S,
@@ -150,6 +153,15 @@ def test_after_a_rollback_the_newer_start_counts(tmp_path: Path):
     assert run.undone[STEP].tolist() == [6, 8]
     assert [(one.step, one.values["web/bpb"]) for one in run.validations] == [(0, 9.0), (6, 4.0), (10, 3.0)]
     assert [(one.step, one.values) for one in run.evaluations] == [(10, {"eval/x/acc": 0.5})]
+
+
+def test_a_curve_of_losses_is_that_of_means_where_the_lines_have_them(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    lines = [{STEP: 10, "loss/out": 3.0}, {STEP: 20, "loss/out": 2.0, "loss/mean": 2.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | {"incarnation": 1}) + "\n" for line in lines))
+    run = history_of(tmp_path)
+    assert (run.metrics[MEAN_LOSS].tolist(), run.metrics[LOSS].tolist()) == ([3.0, 2.5], [3.0, 2.0])
+    assert pictures_of([run], ["x"])[0].note == "mean of neighbouring steps"
 
 
 def test_what_a_rewind_undid_does_not_count(tmp_path: Path):

@@ -17,8 +17,8 @@ from tests.cli import Lingua
 from tests.lingua.report.test_history import make_run
 
 
-def line(step: int, attempt: int, loss: float | None) -> str:
-    return json.dumps({"global_step": step, "incarnation": attempt, "loss/out": loss}) + "\n"
+def line(step: int, attempt: int, loss: float | None, **more: float) -> str:
+    return json.dumps({"global_step": step, "incarnation": attempt, "loss/out": loss, **more}) + "\n"
 
 
 def test_losses_are_read_as_they_come_and_those_of_a_rollback_are_dropped(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_losses_are_read_as_they_come_and_those_of_a_rollback_are_dropped(tmp_pa
         more.write(line(4, 1, 3.5)[9:] + line(3, 2, 4.25))  # attempt 2 went back to step 2
     losses.read()
     assert list(zip(losses.steps, losses.values, strict=True)) == [(1, 5.0), (3, 4.25)]
-    file.write_text(line(1, 1, 9.0))  # another run took the folder
+    file.write_text(line(1, 1, 7.0, **{"loss/mean": 9.0}))  # another run took the folder
     losses.read()
     assert list(losses.values) == [9.0]
 
