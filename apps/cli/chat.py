@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lingua.logger import printable
-
 if TYPE_CHECKING:
     from lingua.model.generate import Generator
 
@@ -46,7 +44,7 @@ def chat(
     alone, as in its training, unless a chat_template.jinja beside the weights or --template says how a conversation
     is written. /help lists what else can be typed; keys are those of `lingua generate`.
     """
-    from apps.main.generate import load_generator, read_command_line
+    from apps.main.generate import load_generator, read_command_line, write
     from lingua.config.command_line import parse_command_line, split_prompts
     from lingua.train.describe import described
 
@@ -56,7 +54,7 @@ def chat(
     config, args = read_command_line(line)
     run_args = described(config, args.app)
     text = template_of(config.parent, template, answers=run_args.data.loss_on == "completion")
-    talk = Talk(load_generator(run_args, args), text, _write)
+    talk = Talk(load_generator(run_args, args), text, write)
     if sys.stdin.isatty():
         print("it continues what you type" if text is None else "it answers what you type", end="; ", file=sys.stderr)
         print("/help lists what else can be typed, Ctrl-D ends", file=sys.stderr)
@@ -135,23 +133,19 @@ class Talk:
 
     def _say(self, prompt: str, before: str = "") -> None:
         """Generate after a prompt, and write it as it comes. Ctrl-C keeps what has come."""
-        shown, n_held = "", max([0, *map(len, self._generator.args.until)])
+        from apps.main.generate import write_as_it_comes
 
-        def come(text: str, *, last: bool = False) -> None:
+        shown = ""
+
+        def come(text: str) -> None:
             nonlocal shown
-            # A character or a stop string that is not whole yet waits.
-            safe = text if last else text[: len(text) - n_held].rstrip("\ufffd")
-            if safe.startswith(shown):
-                self._write(safe[len(shown) :])
-                shown = safe
+            shown += text
+            self._write(text)
 
-        self._generator.on_text = come
         if self._template is None and not before:
             self._write(prompt)
         try:
-            (answer,) = self._generator.generate([prompt])
-            come(answer.text, last=True)
-            shown = answer.text
+            shown = write_as_it_comes(self._generator, prompt, come).text
         except KeyboardInterrupt:
             self._write(" ...")
         except ValueError as error:  # text that the tokenizer does not take
@@ -183,12 +177,6 @@ def rendered(template: str, messages: list[dict[str, str]]) -> str:
         return environment.from_string(template).render(messages=messages, **more)
     except TemplateError as error:
         raise ConfigError(f"the chat template: {error}; choose another with --template FILE") from None
-
-
-def _write(text: str) -> None:
-    out = getattr(sys.stdout, "unescaped", sys.stdout)
-    out.write(printable(text) if out.isatty() else text)
-    out.flush()
 
 
 def typed_lines() -> Iterator[str]:

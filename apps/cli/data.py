@@ -81,8 +81,8 @@ def prepare(
     lines = [
         f"{job.out}: {plural(counts.documents, 'document')} of {plural(len(facts['inputs']), 'file')}{counts.left_out}"
     ]
-    how = f"in {job.out}/{name}.val.jsonl: 1 of 100 documents and at least 1, drawn at random"
-    lines.append(f"held out for validation: {f'{n_held_out:,} {how}' if n_held_out else 'none of a single document'}")
+    how = f"{plural(n_held_out, 'document')}, 1 of 100 drawn at random (at least 1), in {name}.val.jsonl"
+    lines.append(f"held out for validation: {how if n_held_out else 'none of a single document'}")
     keys = {"data.sources": f"{{{name}: 1}}"} | ({} if data_dir == Path("data") else {"data.root_dir": str(data_dir)})
     if text_key is not None:
         keys = {"data.sources": f"[{{path: {job.out}, text_key: {text_key}}}]"}

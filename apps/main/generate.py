@@ -2,17 +2,11 @@
 
 usage: python -m apps.main.generate [ckpt=]RUN[@STEP] [TEXT ...] [config=FILE] [key=value ...]
 
-  RUN[@STEP]      a run (its newest checkpoint), a step of it, a checkpoint folder, an export, a Hugging Face folder, or
-                  any file of weights that training can start from
-  TEXT            a prompt, also as prompt=TEXT; with [MASK] in it, one with a gap (apps/diffusion/README.md). Several
-                  make one batch. Without one, prompts are read line by line until the end of input
-  config=FILE     the config of the model. Without it: the config.yaml of the run (params.json of Meta Lingua,
-                  config.json of Hugging Face)
-  key=value       a key below: temperature=0 until=END
-  --trust         run code that a config beside weights names
-  --debug         show tracebacks
-
-On a terminal, the answer to one prompt is written as it grows.
+RUN is a run (its newest checkpoint), a step of it, a checkpoint folder, an export, a Hugging Face folder or any file of
+weights that training can start from. The config of the model is the config.yaml, params.json or config.json near it, or
+config=FILE. TEXT is a prompt, also as prompt=TEXT; with [MASK] in it, one with a gap (apps/diffusion/README.md).
+Several texts make one batch; without one, prompts are read line by line. --trust runs code that a config beside weights
+names.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ from __future__ import annotations
 import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +60,10 @@ def main(words: list[str], app: str = str(__package__)) -> int:
     generator = load_generator(described(config, wanted), args)
     for batch in [prompts] if prompts else ask(interactive=sys.stdin.isatty()):
         if len(batch) == 1 and sys.stdout.isatty() and isinstance(generator, _autoregressive()):
-            write_as_it_comes(generator, batch[0])
+            write(batch[0])
+            answer = write_as_it_comes(generator, batch[0], write)
+            write("\n")
+            say_cut(answer)
             continue
         for prompt, answer in zip(batch, generator.generate(batch), strict=True):
             show(prompt, answer)
@@ -80,22 +77,22 @@ def key_rows() -> list[tuple[str, str]]:
     return [(f"{name}={shown[name]}", text.replace("\n", " ")) for name, text in field_docs(GenerateArgs).items()]
 
 
-def write_as_it_comes(generator: Generator, prompt: str) -> None:
-    """Write prompt and answer to the terminal, the answer as it grows."""
+def write_as_it_comes(generator: Generator, prompt: str, write: Callable[[str], None]) -> Answer:
+    """Answer a prompt, and write the answer as it grows."""
     shown, n_held = "", max([0, *map(len, generator.args.until)])
 
-    def come(text: str) -> None:
+    def come(text: str, *, last: bool = False) -> None:
         nonlocal shown
-        safe = text[: len(text) - n_held].rstrip("\ufffd")  # a character or a stop string that is not whole waits
+        # A character or a stop string that is not whole yet waits.
+        safe = text if last else text[: len(text) - n_held].rstrip("\ufffd")
         if safe.startswith(shown):
-            print(printable(safe[len(shown) :]), end="", flush=True)
+            write(safe[len(shown) :])
             shown = safe
 
-    print(printable(prompt), end="", flush=True)
     generator.on_text = come
     (answer,) = generator.generate([prompt])
-    print(printable(answer.text[len(shown) :]))
-    say_cut(answer)
+    come(answer.text, last=True)
+    return answer
 
 
 def _autoregressive() -> type[Generator]:
@@ -132,6 +129,13 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
     return named(run_args.objective, "generator")(model, tokenizer, args, add_bos=run_args.data.add_bos)
 
 
+def write(text: str) -> None:
+    """Write text as it is, to a terminal with its escapes shown."""
+    out = getattr(sys.stdout, "unescaped", sys.stdout)
+    out.write(printable(text) if out.isatty() else text)
+    out.flush()
+
+
 def ask(interactive: bool) -> Iterator[list[str]]:
     """Prompts typed one by one, or piped in and then answered together."""
     if not interactive:
@@ -153,8 +157,7 @@ def _typed() -> Iterable[str]:
 def show(prompt: str, answer: Answer) -> None:
     """Prompt and answer on stdout; what the user should know about them on stderr."""
     say_cut(answer)
-    text = answer.text if answer.infilled else f"{prompt}{answer.text}"
-    print(printable(text) if sys.stdout.isatty() else text, flush=True)
+    write(f"{answer.text}\n" if answer.infilled else f"{prompt}{answer.text}\n")
 
 
 def say_cut(answer: Answer) -> None:

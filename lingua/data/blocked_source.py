@@ -94,12 +94,15 @@ class SourceFile(NamedTuple):
     n_bytes: int
 
 
-def find_files(path: Path, suffix: str = ".jsonl", remedy: str = "fix data.sources or data.root_dir") -> list[Path]:
+CHECK_PATH = "check the path, in a config data.sources and data.root_dir"
+
+
+def find_files(path: Path, suffix: str = ".jsonl", remedy: str = CHECK_PATH) -> list[Path]:
     """List a source's files by name: the path itself, or a folder's `*.chunk.*`, or else all but `*.val.*`."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ConfigError(f"{path}: no such file or folder; fix data.sources or data.root_dir")
+        raise ConfigError(f"{path}: no such file or folder; {CHECK_PATH}")
     files = [file for file in path.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
     files = [file for file in files if not file.name.endswith(f".val{suffix}")]
     files = [file for file in files if ".chunk." in file.name] or files

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from lingua.config.base import ConfigError
-from lingua.data.blocked_source import BlockedSource, DataError, Document, Reader, find_files
+from lingua.data.blocked_source import CHECK_PATH, BlockedSource, DataError, Document, Reader, find_files
 from lingua.files import naming
 
 _READ_BYTES = 256 << 10
@@ -46,9 +46,8 @@ class JsonlSource(BlockedSource):
                     f"`{'gunzip -k' if packing == 'gz' else 'zstd -d'} {file}` "
                     "(setup/download_prepare_hf_data.py does so by itself)"
                 )
-        remedy = "fix data.sources or data.root_dir"
-        if any(name.endswith(".parquet") for name in every):
-            remedy = "it holds parquet files: set `format: parquet` in data.sources"
+        holds_parquet = any(name.endswith(".parquet") for name in every)
+        remedy = "it holds parquet files: set `format: parquet` in data.sources" if holds_parquet else CHECK_PATH
         return find_files(path, cls.suffix, remedy)
 
     @property

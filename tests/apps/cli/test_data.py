@@ -182,7 +182,7 @@ def test_own_texts_and_a_tokenizer_of_them_in_one_command(
     before = file.stat().st_mtime_ns
     code, out, _ = lingua(*words)  # again: what is there stays
     assert (code, file.stat().st_mtime_ns) == (0, before)
-    assert "data/mine: 3 documents of 3 files\nheld out for validation: 1 in data/mine/mine.val.jsonl: " in out
+    assert "data/mine: 3 documents of 3 files\nheld out for validation: 1 document, 1 of 100 drawn" in out
     assert "warning: that is fewer than 300: the texts hold no more" in out
     command = out.split(" train CONFIG ")[1].split("\n  look at it")[0]
     typed = [f"config={ROOT}/apps/main/configs/debug.yaml", *shlex.split(command.replace("\\\n", ""))]
