@@ -105,7 +105,7 @@ class Files:
             try:
                 view = view[os.write(descriptor, view[:whole_bytes]) :]
             except OSError as error:
-                if error.errno != errno.EINVAL or not _use_page_cache(descriptor):
+                if error.errno != errno.EINVAL or not use_page_cache(descriptor):
                     raise
 
     def fsync(self, descriptor: int) -> None:
@@ -185,7 +185,7 @@ def skip_page_cache(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
 
 
-def _use_page_cache(descriptor: int) -> bool:
+def use_page_cache(descriptor: int) -> bool:
     """End `skip_page_cache`; return False if it was not on."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)

@@ -1,6 +1,6 @@
-"""What a checkpoint costs: how long training waits for it, how fast it reaches the disk, what steps lose meanwhile.
+"""What a checkpoint costs: how long training waits for it, how fast it reaches the disk and comes back from there.
 
-    uv run python scripts/bench_checkpoint.py [--params 80e6] [--rounds 5] [--json] [--folder DIR]
+    uv run python scripts/bench_checkpoint.py [--params 80e6] [--rounds 5] [--json] [--folder DIR] [--only-loads]
 
 One process, one state (fp32 parameters with AdamW: 12 bytes per parameter), all ways in turn in every round, medians:
 
@@ -12,6 +12,9 @@ One process, one state (fp32 parameters with AdamW: 12 bytes per parameter), all
     dcp_save_s            torch.distributed.checkpoint.save
     drain_gb_per_s        our service, from taking up a slot to the published checkpoint, checksums included
     cp_gb_per_s           `cp -r` of the same bytes from /dev/shm and `sync`
+    load_gb_per_s         our resume from the disk, checksums included; nothing of it is in the page cache before
+    dd_gb_per_s           as many `dd iflag=direct` as blocks that we read at a time, of the same size and files
+    dcp_load_s            torch.distributed.checkpoint.load of the same state, from the disk; nothing is verified
     slowdown_draining     how much longer a step of matrix products takes while the service writes; all cores but one
                           compute. Steps with and without take turns
     extra_memory_bytes    memory beside the slots: what the process grew by, and all of the service's
@@ -41,11 +44,17 @@ from bench_common import make_parser, print_figures, timed
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from lingua.checkpoint import layout
+from lingua.checkpoint.dcp_reader import READERS
 from lingua.checkpoint.manager import CheckpointManager
+from lingua.checkpoint.restore import Restorer
 from lingua.checkpoint.shm.area import SERVICE_LOCK, area_of
 from lingua.checkpoint.state import TrainState, tensors_of
+from lingua.checkpoint.verified import CHUNK_BYTES, READ_AHEAD
 from lingua.config.command_line import run_main
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
+from lingua.distributed.process_group import Ranks
+from lingua.files import DISK
 
 WIDTH = 1024
 STEP_S = 0.02
@@ -55,6 +64,28 @@ def anonymous_bytes(pid: int | str) -> int:
     """Private memory of a process (proc(5): RssAnon, in kB); slots are shared memory and do not count."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def evict(folder: Path) -> None:
+    """Take the files of a folder out of the page cache."""
+    os.sync()
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_with_dd(files: list[Path]) -> None:
+    """Read files with as many processes, READ_AHEAD for each of READERS at a time, each a stretch of a file."""
+    for at_once in (files[at : at + READERS] for at in range(0, len(files), READERS)):
+        running = []
+        for path in at_once:
+            n_blocks = -(-path.stat().st_size // CHUNK_BYTES)
+            share = -(-n_blocks // READ_AHEAD)
+            for first in range(0, n_blocks, share):
+                words = [f"if={path}", "of=/dev/null", f"bs={CHUNK_BYTES}", f"skip={first}", f"count={share}"]
+                running.append(subprocess.Popen(["dd", *words, "iflag=direct", "status=none"]))
+        assert all(process.wait() == 0 for process in running)
 
 
 class Bench:
@@ -110,7 +141,8 @@ class Bench:
         """Seconds of a synchronous save; the old checkpoint's end is awaited outside, as for the stock ones."""
         seconds, report = timed(lambda: self.direct.save(self.step, self.state))
         assert report.error is None, report.error
-        while len(list((self.folder / "direct").glob("checkpoints/**/.metadata"))) > 1:
+        root = self.folder / "direct" / layout.CHECKPOINTS
+        while len([*root.glob("0*"), *root.glob("incarnation-*/*")]) > 1:
             time.sleep(0.01)
         return seconds
 
@@ -149,6 +181,34 @@ class Bench:
         seconds, _ = timed(lambda: subprocess.run(["sh", "-c", script, "sh", slot, target], check=True))
         return sum(path.stat().st_size for path in target.iterdir()) / 1e9 / seconds
 
+    def loads(self) -> dict[str, float]:
+        """Our load, dd and the stock one, of checkpoints that the round has just written."""
+        root = self.folder / "direct" / layout.CHECKPOINTS
+        step = layout.done_steps(root)[-1]
+        large = sorted(layout.folder(root, step).glob(f"*{layout.TENSORS}"))
+        size_bytes = sum(path.stat().st_size for path in large)
+        restorer = Restorer(self.folder / "direct", root, Ranks(), DISK, CheckpointArgs())
+        evict(layout.folder(root, step))
+        load_s, _ = timed(lambda: restorer.load(step, {step}, self.state))
+        dd_s, _ = timed(lambda: read_with_dd(large))
+        evict(self.folder / "stock")
+        nested: dict[str, Any] = {"state": self.tensors}
+        dcp_s, _ = timed(lambda: dcp.load(nested, checkpoint_id=str(self.folder / "stock")))
+        rates = {"load_gb_per_s": size_bytes / 1e9 / load_s, "dd_gb_per_s": size_bytes / 1e9 / dd_s}
+        return {
+            **rates,
+            "load_s": load_s,
+            "dcp_load_s": dcp_s,
+            "load_per_dd": dd_s / load_s,
+            "dcp_per_load": dcp_s / load_s,
+        }
+
+    def load_round(self) -> dict[str, float]:
+        self.step += 1
+        self._stock(lambda path: dcp.save({"state": self.tensors}, checkpoint_id=path))
+        self._ours_direct()
+        return self.loads()
+
     def round(self) -> dict[str, float]:
         nested: dict[str, Any] = {"state": self.tensors}
         found = {"copy_s": timed(self._copy)[0], "ours_stall_s": self._ours()}
@@ -160,6 +220,7 @@ class Bench:
         )
         found["dcp_save_s"] = self._stock(lambda path: dcp.save(nested, checkpoint_id=path))
         found["ours_direct_s"] = self._ours_direct()
+        found |= self.loads()
         for name, base in (
             ("copy", "copy_s"),
             ("dcp_async", "dcp_async_cold_s"),
@@ -200,22 +261,25 @@ def main(words: list[str]) -> int:
     parser.add_argument("--params", type=float, default=80e6, help="parameters (default 80e6: 0.96 GB of state)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slowdown-s", type=float, default=20.0, help="seconds spent on slowdown_draining")
+    parser.add_argument("--only-loads", action="store_true", help="only load, dd and dcp.load")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     options = parser.parse_args(words)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         bench = Bench(int(options.params), Path(folder))
-        bench.round()  # warms up
-        rounds = [bench.round() for _ in range(options.rounds)]
+        take = bench.load_round if options.only_loads else bench.round
+        take()  # warms up
+        rounds = [take() for _ in range(options.rounds)]
         result: dict[str, Any] = {
             "machine": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "state_bytes": bench.size_bytes,
             "rounds": options.rounds,
             **{key: statistics.median(found[key] for found in rounds) for key in rounds[0]},
         }
-        result["extra_memory_bytes"] = bench.extra_memory_bytes()
-        result |= bench.slowdown(options.slowdown_s)
+        if not options.only_loads:
+            result["extra_memory_bytes"] = bench.extra_memory_bytes()
+            result |= bench.slowdown(options.slowdown_s)
         bench.close()
         dist.destroy_process_group()
         while area_of(bench.folder / "ours").folder.exists():  # the service leaves last

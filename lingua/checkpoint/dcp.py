@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import io
 import pickle
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,7 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, WriteItem
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 from lingua.checkpoint import layout
 from lingua.checkpoint import metadata as contents
@@ -263,7 +261,7 @@ Contents = Callable[[str], Content]
 """Returns the content of a checkpoint's file by name."""
 
 
-class _Reader(FileSystemReader):
+class Reader(FileSystemReader):
     """Stock reading (which takes tensors with weights_only), but `.metadata` goes through the allow-list."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -277,46 +275,6 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-class _MappedReader(_Reader):
-    """Reads files that are mapped into memory: each tensor is copied once, to where it is wanted."""
-
-    def __init__(self, folder: Path, content: Contents, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._content, self._described = content, metadata.state_dict_metadata
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, io.BytesIO())  # refuses
-            source = self._tensor(item.storage_index)
-            for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                source = source.narrow(axis, start, length)
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(source)
-            planner.commit_tensor(item, target)
-        read: Future[None] = Future()
-        read.set_result(None)
-        return read
-
-    def _tensor(self, index: MetadataIndex) -> Tensor:
-        """Return a saved tensor, or shard of one, where it lies."""
-        place, described = self.storage_data[index], self._described[index.fqn]
-        assert isinstance(described, TensorStorageMetadata)
-        dtype = described.properties.dtype
-        sizes = tuple(next(chunk.sizes for chunk in described.chunks if chunk.offsets == index.offset))
-        head, size_bytes, _ = blob(dtype, sizes)
-        end = place.offset + len(head) + size_bytes
-        content = self._content(place.relative_path)[place.offset : end]
-        if content[: len(head)] != head or len(content) != len(head) + size_bytes:
-            raise ValueError(f"{place.relative_path} does not hold {index.fqn} at byte {place.offset}")
-        if not size_bytes:
-            return torch.empty(sizes, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it must not be written to, and is not
-            flat = torch.frombuffer(content, dtype=torch.uint8, count=size_bytes, offset=len(head))
-        return flat.view(dtype).view(sizes)
-
-
 class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         raise RunError(f"{read_item.dest_index.fqn} is a pickled value, not a tensor; refused")
@@ -325,7 +283,7 @@ class _Planner(DefaultLoadPlanner):
 def read_metadata(folder: Path, content: Contents | None = None) -> Metadata:
     """Read the metadata of a checkpoint folder. Raises RunError if it is not what it should be."""
     if content is None:
-        return _Reader(folder).read_metadata()
+        return Reader(folder).read_metadata()
     metadata = _read_metadata(io.BytesIO(content(layout.METADATA)[:]), folder / layout.METADATA)
     metadata.storage_meta = StorageMeta()
     return metadata
@@ -373,16 +331,15 @@ def read_into(
     folder: Path,
     tensors: dict[str, Tensor],
     metadata: Metadata | None = None,
-    content: Contents | None = None,
+    reader: FileSystemReader | None = None,
 ) -> None:
     """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. No collective.
 
-    `metadata`: the folder's, so that reading tensor by tensor does not parse it every time. `content` returns a file's
-    content by name, if the files are in memory. Raises RunError, with the names, for what the folder lacks or holds in
-    another shape.
+    `metadata`: the folder's, so that reading tensor by tensor does not parse it every time. `reader`: of the
+    folder, if not the stock one. Raises RunError, with the names, for what the folder lacks or holds in another shape.
     """
     metadata = metadata or read_metadata(folder)
-    reader = _Reader(folder) if content is None else _MappedReader(folder, content, metadata)
+    reader = reader or Reader(folder)
     planner = _Planner(flatten_state_dict=False)
     described = metadata.state_dict_metadata
     problems = []

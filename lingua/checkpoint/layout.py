@@ -29,6 +29,7 @@ from typing import Literal, cast
 from lingua.files import entries
 
 STEP_DIGITS = 10
+TENSORS = ".distcp"
 METADATA = ".metadata"  # torch.distributed.checkpoint's own name
 MANIFEST = "manifest.json"
 PINS = "pins"
@@ -44,6 +45,7 @@ _FOLDER = re.compile(r"(\d{10})", re.ASCII)
 _DONE = re.compile(r"checkpoint_(\d{10})\.done", re.ASCII)
 _STAGING_DIR = re.compile(r"incarnation-(\d{1,9})(?:\.closed)?", re.ASCII)
 _INSIDE = re.compile(r"(\d{10}|checkpoint_(\d{10})\.done)(?:\.(trash|unmarked))?", re.ASCII)
+_OF_RANK = re.compile(r"\.(\d{5})\.", re.ASCII)
 _ASIDE = re.compile(r"(?:(\d{10})|checkpoint_(\d{10})\.done)\.([a-z]+)-\d+", re.ASCII)
 
 Kind = Literal["coming", "trash", "unmarked"]
@@ -102,15 +104,21 @@ def parse_aside(name: str) -> tuple[int, str] | None:
 
 
 def model_file(rank: int) -> str:
-    return f"model.{rank:05d}.distcp"
+    return f"model.{rank:05d}{TENSORS}"
 
 
 def optim_file(rank: int) -> str:
-    return f"optim.{rank:05d}.distcp"
+    return f"optim.{rank:05d}{TENSORS}"
 
 
 def train_state_file(rank: int) -> str:
     return f"train_state.{rank:05d}.json"
+
+
+def reader_of(name: str, n_saved: int, n_ranks: int) -> int:
+    """Return which of `n_ranks` ranks reads a file of `n_saved` ranks whole: the one that wants the most of it."""
+    saved_by = _OF_RANK.search(name)
+    return min(int(saved_by[1]) * n_ranks // max(1, n_saved), n_ranks - 1) if saved_by else 0
 
 
 def evaluation(run_dir: Path, step: int) -> Path:

@@ -102,7 +102,7 @@ class CheckpointManager:
         self._last_save: dict[str, float] = {}
         self.published_since: list[dict[str, float]] = []
         """Step and seconds of what the service has published since the caller last emptied this list."""
-        self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args.verify_on_load)
+        self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args)
         self.attempt, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
         self._point: Point | None = None
@@ -403,10 +403,9 @@ class CheckpointManager:
                 return point.step
             if self._ranks.rank == 0:
                 log.error("checkpoint %d cannot be loaded from memory; the disk is waited for: %s", point.step, why)
-        step = self.latest()
-        if step is not None:
-            self.load(step, state)
-        elif point is not None:
+        self.await_rescue()
+        step = self._restorer.load_latest(self._published, state)
+        if step is None and point is not None:
             what = f"checkpoint {point.step}, the only one, was in memory and is lost; the same command begins anew"
             raise RankError(what, "disk")
         return step
@@ -445,10 +444,10 @@ class CheckpointManager:
         if self._background is not None:
             self._background.settle()
         published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
-        step = self._restorer.latest({each for each in published if each < before})
+        step = self._restorer.load_latest({each for each in published if each < before}, state)
         if step is not None:
             self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
-            self.load(step, state)
+            self._restorer.forget_later(step, self._published)
         return step
 
     def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:

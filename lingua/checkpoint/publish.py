@@ -23,11 +23,9 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +34,7 @@ import xxhash
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.documents import MANIFEST_VERSION, ManifestDocument, MarkDocument, read_run_id
+from lingua.checkpoint.verified import CHUNK_BYTES, VERIFY_THREADS, FileFacts, Manifest, differs, pieces_of
 from lingua.config.base import judged
 from lingua.files import (
     DISK,
@@ -60,9 +59,6 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", ManifestDocument, MarkDocument)
 
-CHUNK_BYTES = 16 << 20  # without the page cache a disk is fastest with large writes: 16 MiB gave 1.8 GB/s, 4 MiB 1.55
-VERIFY_THREADS = min(8, os.cpu_count() or 1)
-
 
 class DamagedError(RunError):
     """A checkpoint that differs from what was written."""
@@ -70,25 +66,6 @@ class DamagedError(RunError):
 
 class ForeignError(DamagedError):
     """A checkpoint of another run than the folder's."""
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What a file must be, computed from memory and not from the disk."""
-
-    size_bytes: int
-    xxh3_128: str
-
-    @classmethod
-    def of(cls, content: memoryview) -> FileFacts:
-        """Compute what a file with this content, bytes in memory, must be."""
-        digest = xxhash.xxh3_128()
-        for start in range(0, len(content), CHUNK_BYTES):
-            digest.update(content[start : start + CHUNK_BYTES])
-        return cls(len(content), digest.hexdigest())
-
-
-Manifest = dict[str, FileFacts]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -344,24 +321,9 @@ def _differs(
 ) -> str | None:
     if not is_plain_file(path):
         return f"{path.name} is missing or not a plain file"
-    digest = xxhash.xxh3_128()
-    try:
-        with naming(path), path.open("rb", buffering=0) as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes != fact.size_bytes:
-                return f"{path.name} has {size_bytes} bytes instead of {fact.size_bytes}"
-            if size_only:
-                return None
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            buffer = bytearray(min(CHUNK_BYTES, size_bytes))
-            while n_read := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:n_read])
-                advance(n_read)
-    except OSError as error:
-        if error.errno == errno.EIO:
-            return f"{path.name} cannot be read ({error.strerror})"
-        raise
-    return None if digest.hexdigest() == fact.xxh3_128 else f"{path.name} does not have the content it was written with"
+    if (size_bytes := path.stat().st_size) != fact.size_bytes:
+        return fact.wrong_size(path.name, size_bytes)
+    return None if size_only else differs(path.name, pieces_of(path), fact, lambda piece: advance(len(piece)))
 
 
 # -- removing ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Finding, verifying and loading checkpoints. Every method is collective.
 
 Rank 0 decides and all ranks load the same. A checkpoint that does not verify is set aside: renamed, never deleted, and
-reported as an error. Nothing in a checkpoint is executed. A full verification reads every byte once, shared by the
-ranks; `sizes` reads only names and sizes.
+reported as an error. Nothing in a checkpoint is executed. Every byte is read once, by the rank that wants it, and
+verified on the way; `sizes` compares only names and sizes.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
 
 from lingua.checkpoint import dcp, layout, lookup, publish
-from lingua.checkpoint.documents import read_states, require_agreement
-from lingua.checkpoint.publish import Manifest
+from lingua.checkpoint.dcp_reader import Pieces, StreamReader, pieces_in
+from lingua.checkpoint.documents import ManifestDocument, read_states, require_agreement
 from lingua.checkpoint.shm.snapshot import Snapshot
 from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
+from lingua.checkpoint.verified import Manifest, differs, pieces_of
+from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.distributed.process_group import Ranks
-from lingua.files import Files, RunError, raise_if
+from lingua.files import Files, RunError, raise_if, read_json
 from lingua.optim.ema import begin_ema, is_ema
 from lingua.run.failure import RankError, carried, classify
 
@@ -32,21 +37,21 @@ log = logging.getLogger(__name__)
 class Restorer:
     """Loads from the checkpoints of one run, or from elsewhere."""
 
-    def __init__(self, run_dir: Path, root: Path, ranks: Ranks, files: Files, verify: Literal["full", "sizes"]) -> None:
+    def __init__(self, run_dir: Path, root: Path, ranks: Ranks, files: Files, args: CheckpointArgs) -> None:
         self._run_dir, self._root, self._ranks, self._files = run_dir, root, ranks, files
-        self._verify = verify
+        self._verify, self._direct_io = args.verify_on_load, args.direct_io
         self.verified: set[int] = set()
         """Steps that were verified and found intact."""
 
-    def latest(self, published: set[int]) -> int | None:
+    def latest(self, published: set[int], damage: Callable[[int], list[str]] | None = None) -> int | None:
         """Return the newest of the published steps that verifies; see `CheckpointManager.latest`.
 
-        Steps that do not verify are taken out of `published`.
+        Steps that do not verify, as `damage` has it, are taken out of `published`.
         """
         broken: list[int] = []
         while published:
             step = max(published)
-            problems = self.damage(step)
+            problems = (damage or self.damage)(step)
             if not problems:
                 return step
             self._ranks.from_main(partial(self._set_aside, [step], "broken", "; ".join(problems)))
@@ -59,11 +64,26 @@ class Restorer:
             )
         return None
 
+    def load_latest(self, published: set[int], state: TrainState) -> int | None:
+        """Restore the newest of the published steps that verifies, reading it once; return it. Otherwise as `latest`.
+
+        What does not verify leaves its traces in `state`, until the next one is restored.
+        """
+        return self.latest(published, lambda step: self._load_verifying(step, state))
+
     def damage(self, step: int) -> list[str]:
         """Return what is wrong with a published checkpoint, a sentence each; every rank reads a part of it."""
         if step in self.verified:
             return []
-        folder = layout.folder(self._root, step)
+        facts, problems = self._listed(step)
+        if not problems and self._verify == "full":
+            problems = self._differences(step, facts, sizes_only=False)
+        if not problems:
+            self.verified.add(step)
+        return problems
+
+    def _listed(self, step: int) -> tuple[Manifest, list[str]]:
+        """Return what a checkpoint's files must be, and what is wrong with its names and sizes."""
 
         def manifest() -> Manifest | str:
             try:
@@ -73,28 +93,39 @@ class Restorer:
             except publish.DamagedError as error:
                 return str(error)
             except OSError as error:
-                raise self._unjudged(step, error) from error
+                raise self._unjudged(layout.folder(self._root, step), error) from error
 
         facts = self._ranks.from_main(manifest)
-        if isinstance(facts, str):
-            return [facts]
+        return ({}, [facts]) if isinstance(facts, str) else (facts, self._differences(step, facts, sizes_only=True))
+
+    def _differences(self, step: int, facts: Manifest, *, sizes_only: bool) -> list[str]:
         mine = dict(sorted(facts.items())[self._ranks.rank :: self._ranks.size])
         problems: list[str] = []
         unjudged: RunError | None = None
+        folder = layout.folder(self._root, step)
         try:
-            problems = publish.damage(folder, mine, sizes_only=self._verify == "sizes")
+            problems = publish.damage(folder, mine, sizes_only=sizes_only)
         except OSError as error:
-            unjudged = self._unjudged(step, error)
+            unjudged = self._unjudged(folder, error)
         found = self._ranks.gather((problems, unjudged))
         raise_if(next((error for _, error in found if error is not None), None))
-        everything = [problem for problems, _ in found for problem in problems]
-        if not everything:
-            self.verified.add(step)
-        return everything
+        return [problem for problems, _ in found for problem in problems]
 
-    def _unjudged(self, step: int, error: OSError) -> RunError:
-        remedy = f"repair that, or move {layout.folder(self._root, step)} and its mark away"
-        return carried(error, f"cannot read checkpoint {step}: {error}; {remedy}")
+    def _load_verifying(self, step: int, state: TrainState) -> list[str]:
+        """Restore a published step unless something is wrong with it, a sentence each; its bytes are read once."""
+        facts: Manifest = {}
+        if step not in self.verified:
+            facts, problems = self._listed(step)
+            if problems:
+                return problems
+        problems = self.load_folder(layout.folder(self._root, step), state, verify=facts)
+        if not problems:
+            self.verified.add(step)
+        return problems
+
+    def _unjudged(self, folder: Path, error: OSError) -> RunError:
+        where = f"repair that, or move {folder} and its mark away"
+        return carried(error, f"cannot read checkpoint {folder.name}: {error}; {where}")
 
     def _set_aside(self, steps: list[int], reason: str, why: str) -> None:
         for step in sorted(steps, reverse=True):
@@ -105,9 +136,12 @@ class Restorer:
         """Restore a published step into `state`, in place; later ones and their evaluations are set aside."""
         if step not in published:
             raise RunError(f"{self._root} has no checkpoint of step {step}; it has {sorted(published) or 'none'}")
-        if problems := self.damage(step):
+        if problems := self._load_verifying(step, state):
             raise RunError(f"checkpoint {step} in {self._root} does not verify: {'; '.join(problems)}")
-        self.load_folder(layout.folder(self._root, step), state)
+        self.forget_later(step, published)
+
+    def forget_later(self, step: int, published: set[int]) -> None:
+        """Set aside what is later than a step from which the run continues, and take it out of `published`."""
         later = sorted(s for s in published if s > step)
         if later:
             why = f"the run continues from step {step}"
@@ -124,23 +158,33 @@ class Restorer:
             raise RunError(f"{folder} holds step {there}, but its state is of step {told}; take another checkpoint")
         return folder
 
-    def load_folder(self, folder: Path, state: TrainState, *, optimizer: bool = True) -> None:
-        """Restore the full state from a checkpoint folder of ours, without verifying it."""
-        started = time.perf_counter()
-        error: RunError | None = None
+    def load_folder(
+        self, folder: Path, state: TrainState, *, optimizer: bool = True, verify: Manifest | None = None
+    ) -> list[str]:
+        """Restore the full state from a checkpoint folder of ours; return what is wrong with the files to `verify`."""
+        started, verify = time.perf_counter(), (verify or {}) if self._verify == "full" else {}
+        error, problems = None, list[str]()
         try:
-            self._load_local(folder, state, optimizer)
+            n_saved = sum(name.startswith("train_state") for name in verify)
+            mine = {
+                n: f for n, f in verify.items() if layout.reader_of(n, n_saved, self._ranks.size) == self._ranks.rank
+            }
+            problems = self._load_local(self._on_disk(folder, mine), state, optimizer)
         except RunError as caught:
             error = carried(caught)
         except OSError as caught:
-            error = carried(caught, f"cannot load {folder}: {caught}; see whether its disk is well")
+            error = self._unjudged(folder, caught)
         except Exception as caught:
             what = f"loading {folder} failed on rank {self._ranks.rank}:\n{traceback.format_exc()}"
             error = RankError(what, classify(caught))
-        raise_if(next((each for each in self._ranks.gather(error) if each is not None), None))
+        found = self._ranks.gather((problems, error))
+        if everything := [problem for problems, _ in found for problem in problems]:
+            return everything
+        raise_if(next((error for _, error in found if error is not None), None))
         if self._ranks.rank == 0:
             n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
             log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
+        return []
 
     def load_snapshot(self, opened: AbstractContextManager[Snapshot], state: TrainState) -> str | None:
         """Restore the full state from memory; return why that is impossible, or None. Then the state is undefined.
@@ -150,7 +194,8 @@ class Restorer:
         started, problem = time.perf_counter(), None
         try:
             with opened as snapshot:
-                self._load_local(snapshot.folder, state, True, snapshot)
+                damaged = self._load_local(self._in_memory(snapshot), state, True)
+            problem = f"{snapshot.folder}: {'; '.join(damaged)}" if damaged else None
         except (RunError, OSError) as error:
             problem = str(error)
         except Exception:  # a bug in what comes from the disk too will be raised there
@@ -161,33 +206,33 @@ class Restorer:
             log.info("loaded full state from memory (saved by %d ranks) in %.2f s", n_ranks, seconds)
         return problem
 
-    def _load_local(self, folder: Path, state: TrainState, optimizer: bool, snapshot: Snapshot | None = None) -> None:
-        found: list[Future[str | None]] = []
-        with ThreadPoolExecutor(publish.VERIFY_THREADS) as pool:
-            if snapshot is not None and self._verify == "full":
-                found = [pool.submit(snapshot.damage, name) for name in snapshot.to_verify]
-            self._read_local(folder, state, optimizer, snapshot)
-        if problems := [problem for each in found if (problem := each.result())]:
-            raise publish.DamagedError(f"{folder}: {'; '.join(problems)}")
+    def _on_disk(self, folder: Path, verify: Manifest) -> _Source:
+        def pieces(name: str, begin: int, end: int | None) -> Iterator[memoryview]:
+            return pieces_of(folder / name, begin, end, direct_io=self._direct_io)
 
-    def _read_local(self, folder: Path, state: TrainState, optimizer: bool, snapshot: Snapshot | None) -> None:
-        documents = read_states(folder) if snapshot is None else read_states(folder, snapshot.json)
+        manifest = partial(publish.read_manifest_document, folder)
+        return _Source(folder, pieces, verify, partial(dcp.read_metadata, folder), read_json, manifest)
+
+    def _in_memory(self, snapshot: Snapshot) -> _Source:
+        verify = {name: snapshot.facts[name] for name in snapshot.to_verify if self._verify == "full"}
+        metadata = partial(dcp.read_metadata, snapshot.folder, snapshot.content)
+        return _Source(snapshot.folder, pieces_in(snapshot.content), verify, metadata, snapshot.json, snapshot.manifest)
+
+    def _load_local(self, source: _Source, state: TrainState, optimizer: bool) -> list[str]:
+        """Restore what is this rank's; return what is wrong with the files that it verifies, and then do not."""
+        small = {name: fact for name, fact in source.verify.items() if not name.endswith(layout.TENSORS)}
+        found = [differs(name, source.pieces(name, 0, None), fact) for name, fact in small.items()]
+        if problems := [problem for problem in found if problem]:
+            return problems
         try:
-            self._take(folder, documents, state, optimizer, snapshot)
+            return self._take(source, read_states(source.folder, source.json), state, optimizer)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            raise RunError(f"{folder} cannot be restored: {said}; take another checkpoint") from error
+            raise RunError(f"{source.folder} cannot be restored: {said}; take another checkpoint") from error
 
-    def _take(
-        self,
-        folder: Path,
-        documents: list[dict[str, Any]],
-        state: TrainState,
-        optimizer: bool,
-        snapshot: Snapshot | None,
-    ) -> None:
+    def _take(self, source: _Source, documents: list[dict[str, Any]], state: TrainState, optimizer: bool) -> list[str]:
         tensors = tensors_of(state)
-        metadata = dcp.read_metadata(folder, None if snapshot is None else snapshot.content)
+        metadata, folder = source.metadata(), source.folder
         named = dcp.properties_in(metadata)
         averages = optimizer and state.has_ema and any(map(is_ema, named))
 
@@ -195,12 +240,30 @@ class Restorer:
             return name.startswith("model.") or (averages if is_ema(name) else optimizer)
 
         wanted = {name: t for name, t in tensors.by_name.items() if counts(name)}
-        manifest = publish.read_manifest_document(folder) if snapshot is None else snapshot.manifest()
-        require_agreement(folder, documents, dcp.files_of(metadata), manifest)
+        require_agreement(folder, documents, dcp.files_of(metadata), source.manifest())
         there = {name for name in named if counts(name)}
         if extra := sorted(there - set(wanted) - set(tensors.aliases)):
             raise RunError(f"{folder} holds what this model and optimizer do not have: {dcp.some(extra)}")
-        dcp.read_into(folder, wanted, metadata, None if snapshot is None else snapshot.content)
+        large = {name: fact for name, fact in source.verify.items() if name.endswith(layout.TENSORS)}
+        reader = StreamReader(folder, source.pieces, metadata, large)
+        dcp.read_into(folder, wanted, metadata, reader)
+        if reader.problems:
+            return reader.problems
         if state.has_ema and not averages:
             begin_ema(state.optimizer, anew=True)
         restore_scalars(state, documents, self._ranks.rank, self._ranks.size, optimizer=optimizer)
+        return []
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint on the disk or in memory, as one rank reads it."""
+
+    folder: Path
+    """What messages call it."""
+    pieces: Pieces
+    verify: Manifest
+    """The files that this rank reads whole and compares."""
+    metadata: Callable[[], Metadata]
+    json: Callable[[Path], Any]
+    manifest: Callable[[], ManifestDocument]

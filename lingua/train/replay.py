@@ -176,7 +176,7 @@ def replay(
     device = pick_device(args.device, RankInfo())
     set_environment(args.env, RankInfo(), on_gpu=device.type == "cuda", unset=args.launcher.env.unset)
     with ExitStack() as stack:
-        restorer = Restorer(past.run_dir, past.root, Ranks(), DISK, args.checkpoint.verify_on_load)
+        restorer = Restorer(past.run_dir, past.root, Ranks(), DISK, args.checkpoint)
         learner = load(args, phases, World(RankInfo(), device, mesh=None), checkpoint, restorer, stack)
         if learner.step >= step:
             raise ConfigError(f"--step {step}: the run began after step {learner.step}; choose a later one")

@@ -16,7 +16,6 @@ import orjson
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.documents import MANIFEST_VERSION, ListedFile, ManifestDocument
-from lingua.checkpoint.publish import FileFacts
 from lingua.checkpoint.shm.decisions import Point
 from lingua.checkpoint.shm.drain import mapped
 from lingua.checkpoint.shm.part_server import PartReader, RemoteFile, key_of
@@ -61,11 +60,6 @@ class Snapshot:
             return orjson.loads(self.content(path.name)[:])
         except (KeyError, orjson.JSONDecodeError) as error:
             raise RunError(f"{path} is not valid JSON ({error})") from None
-
-    def damage(self, name: str) -> str | None:
-        """Return what is wrong with a file, or None; reads every byte of it."""
-        is_whole = FileFacts.of(self.content(name)[:]) == self.facts[name]
-        return None if is_whole else f"{name} was changed after it was staged"
 
     def manifest(self) -> ManifestDocument:
         """Return the manifest that the checkpoint will have."""

@@ -76,7 +76,7 @@ class CheckpointArgs(Args):
     verify: Literal["drain", "readback"] = "drain"
     """drain: what is written is hashed and compared; readback: also read again past the page cache."""
     verify_on_load: Literal["full", "sizes"] = "full"
-    """full: every byte is read and compared before a checkpoint is loaded; sizes: only names and sizes."""
+    """full: every byte is compared as it is loaded; sizes: only names and sizes."""
 
     def milestones(self, n_steps: int) -> set[int]:
         """Return the steps up to `n_steps` whose checkpoints are kept for good."""
