@@ -124,7 +124,8 @@ def next_lines(job: Job, words: list[str]) -> Iterator[str]:
     yield from ("next:", f"  train on it{how_long}")
     yield command_lines(f"{lingua_command()} train", map(shlex.quote, words))
     yield "  look at it"
-    yield command_lines(f"{lingua_command()} data inspect", [shlex.quote(str(job.out)), "--page", f"{job.out}.html"])
+    look = (str(job.out), "--page", f"{job.out}.html")
+    yield command_lines(f"{lingua_command()} data inspect", map(shlex.quote, look))
 
 
 def tokenizer_of(name: str | None, path: str | None, data: Path) -> TokenizerArgs:
@@ -166,7 +167,9 @@ def inspect(
     fields = TextFields(text_key, loss_on)
     encoder = build_tokenizer(chosen := tokenizer_of(tokenizer, tokenizer_path, path))
     if doc is not None:
-        show(find_document(path, doc, fields, encoder), as_json)
+        found = find_document(path, doc, fields, encoder)
+        place = {key: value for key, value in found.items() if key != "text"}
+        show(found, as_json, [*fact_lines(place), "", found["text"]])
         return
     with progress_shown() as progress:
         facts = inspect_path(path, encoder, progress, fields)
@@ -285,7 +288,9 @@ def tokenize(
         facts = tokenize_sources(args, out, workers, progress)
     show(facts if as_json else {key: value for key, value in facts.items() if key != "data.sources"}, as_json)
     if not as_json:
-        print(f"\nin a config:\n\ndata:\n{indent(dump_yaml({'sources': facts['data.sources']}), '  ')}")
+        tokens_of = {"name": args.tokenizer.name} | args.tokenizer.model_dump(exclude_defaults=True)
+        section = {"tokenizer": tokens_of, "sources": facts["data.sources"]}
+        print(f"\nin a config:\n\ndata:\n{indent(dump_yaml(section), '  ')}")
 
 
 @app.command()

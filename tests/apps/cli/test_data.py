@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from apps.cli.data import read_run
 from lingua.config.command_line import parse_command_line
@@ -139,6 +140,7 @@ def test_inspect(tmp_path: Path, lingua: Lingua) -> None:
     assert facts["bad_lines_by_kind"] == {"blank": 1, "not_json": 1}
     document = lingua.record("inspect", folder, "--doc", 1)
     assert (document["text"], document["offset"]) == ("é", 16)
+    assert lingua("inspect", folder, "--doc", 1)[1].endswith("\n\né\n")
     assert "has 3 documents" in lingua("inspect", folder, "--doc", 3)[2]
     code, out, _ = lingua("inspect", folder)
     assert code == 0
@@ -199,8 +201,11 @@ def test_own_texts_and_a_tokenizer_of_them_in_one_command(
     assert facts["tokens_estimated"] < facts["text_bytes"]
     assert lingua.record("inspect", "data/mine", "--tokenizer", "bytes")["tokenizer"] == "bytes"
     assert "say what it is with --tokenizer" in lingua("inspect", "data/mine", "--tokenizer-path", file)[2]
-    made = lingua.record("tokenize", "data/mine", "--out", "data/tokens")
-    assert made["tokenizer"] == fingerprint
+    printed = lingua("tokenize", "data/mine", "--out", "data/tokens")[1].split("in a config:")[1]
+    data = yaml.safe_load(printed)["data"]
+    assert data["tokenizer"] == {"name": "hf", "path": "data/mine/tokenizer-300.json"}
+    assert data["sources"][0]["path"] == str(tmp_path / "data/tokens/mine")
+    assert lingua.record("inspect", "data/tokens/mine")["tokenizer"] == fingerprint
     (tmp_path / "apps/main/configs").mkdir(parents=True)
     (tmp_path / "apps/main/configs/debug.yaml").write_bytes((ROOT / "apps/main/configs/debug.yaml").read_bytes())
     out = lingua(*words[:-1], 258)[1]
