@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
+import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -265,8 +266,8 @@ def generate(
 def evaluate(
     words: Annotated[list[str] | None, typer.Argument(metavar="[RUN[@STEP]] [KEY=VALUE] ...")] = None,
     follow: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Evaluate each checkpoint of a run as it appears.")
-    ] = None,
+        bool, typer.Option("--follow", help="Evaluate each checkpoint of the run as it appears.")
+    ] = False,
     newest_first: Annotated[
         bool, typer.Option("--newest-first", help="Evaluate the newest waiting checkpoint first.")
     ] = False,
@@ -283,11 +284,10 @@ def evaluate(
     With --slurm this process needs no GPU: each evaluation is a job with async_eval_gpus GPUs and the Slurm options of
     the run's config.
     """
-    options = {f"follow={follow}": follow, "newest_first=true": newest_first, "--once": once, "--json": as_json}
-    options["--slurm"] = slurm
-    given = [word for word, is_given in options.items() if is_given]
-    words = words or []
-    _pass_on("eval", [*(words if words[:1] == ["prefetch"] else with_ckpt(words)), *given])
+    options = {"newest_first=true": newest_first, "--once": once, "--json": as_json, "--slurm": slurm}
+    words = (words or []) if (words or [])[:1] == ["prefetch"] else with_ckpt(words or [])
+    words = [re.sub("^ckpt=", "follow=", word) if follow else word for word in words]
+    _pass_on("eval", [*words, *(word for word, is_given in options.items() if is_given)])
 
 
 app.command("export")(export_commands.export)

@@ -28,10 +28,10 @@ from lingua.run.startup import EVENT, FIRST_STEP, parts_in
 LOSS, TOKENS = "loss/out", "optim/total_tokens"
 MEAN_LOSS = "loss/mean"  # of the steps since the line before; in a table of ours that of the step, where there is none
 HEADS = tuple(f"loss/head_{i}" for i in range(8))  # of a model that predicts several tokens: the first eight
-_STEP_S, _LOAD_S, _STALL_S = "speed/curr_iter_time", "speed/data_load_time", "checkpoint/stall_s"
+_STEP_S, _LOAD_S = "speed/curr_iter_time", "speed/data_load_time"
 TRAINED_S, _LOADED_S = "trained_s", "loaded_s"  # columns of our own
 _LEARNT = (LOSS, MEAN_LOSS, "loss/above_floor", *HEADS, TOKENS, "optim/lr", "optim/grad_norm")
-_KEYS = (*_LEARNT, "speed/wps", "speed/mfu", "speed/hfu", _STEP_S, _LOAD_S, _STALL_S, TRAINED_S, _LOADED_S)
+_KEYS = (*_LEARNT, "speed/wps", "speed/mfu", "speed/hfu", _STEP_S, _LOAD_S, TRAINED_S, _LOADED_S)
 
 SPENT = {
     "training": ("training", "training that counts"),
@@ -275,8 +275,7 @@ def _account(
             spent["training"] = float((lines[TRAINED_S] - loaded_s)[kept].sum())
             spent["loading"] = float(loaded_s[kept].sum())
             spent["lost"] = float(lines[TRAINED_S][~kept].sum())
-            stalls = lines[_STALL_S][np.isfinite(lines[_STALL_S])]  # each line repeats the newest save's
-            spent["saving"] = saved.get(attempt.number, float(stalls[np.diff(stalls, prepend=np.nan) != 0].sum()))
+            spent["saving"] = saved.get(attempt.number, 0.0)
             spent["validating"] = sum(one.seconds for one in measured)
             until_s = attempt.ended_s if attempt.begun_s is None else attempt.begun_s
             before_s = 0.0 if attempt.begun_s is None else _validated_s(attempt.number, until_s, scores)

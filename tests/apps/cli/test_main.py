@@ -128,7 +128,8 @@ def test_a_copied_app_with_a_key_of_its_own_is_found_by_its_config(tmp_path: Pat
 
 def test_eval_says_what_it_takes_and_what_is_wrong_without_torch(tmp_path: Path) -> None:
     cases = [
-        (["--help"], 0, ["--follow RUN", "--newest-first", "--once", "prefetch CONFIG"]),
+        (["--help"], 0, ["--follow", "--newest-first", "--once", "prefetch CONFIG"]),
+        (["--follow", "--once", f"{tmp_path}/run"], 2, [f"{tmp_path}/run does not exist"]),
         ([f"{tmp_path}/run@3", "config=apps/main/configs/eval.yaml"], 2, [f"{tmp_path}/run does not exist"]),
         (["prefetch", DEBUG], 0, ["names no harness tasks"]),
     ]

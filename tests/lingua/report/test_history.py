@@ -102,7 +102,7 @@ def make_run(path: Path) -> Path:
             {
                 STEP: step, "incarnation": number, WHEN: iso(begun_s + 2 * (step - steps.start + 2)),
                 "loss/out": 5 - step / 10 + number / 100, "speed/curr_iter_time": 2.0, "speed/data_load_time": 0.5,
-                "optim/total_tokens": 64 * step, "checkpoint/stall_s": 0.25,
+                "optim/total_tokens": 64 * step,
             }
             for step in steps
         ]  # fmt: skip
@@ -229,8 +229,7 @@ def test_runs_from_before_such_notes_were_taken(tmp_path: Path):
     run = history_of(path)
     assert [(one.first_step, one.end) for one in run.attempts] == [(0, "killed"), (4, "finished")]
     assert run.metrics[STEP].tolist() == [2, 4, 6, 8, 10]
-    assert run.seconds["saving"] == 0.5
-    assert run.seconds["starting"] == 0.0
+    assert run.seconds["saving"] == run.seconds["starting"] == 0.0  # a gap, and no wrong figure
 
 
 @pytest.mark.parametrize("name", ["", "metrics.jsonl", "incarnations", "stop.json", "evals", "config.yaml"])
