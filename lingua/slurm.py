@@ -209,16 +209,20 @@ Runner = Callable[..., str]
 """`run_command`, or what takes its place in a test: (words, env=...) -> output."""
 
 
+class RefusedError(RunError):
+    """Slurm did not do what was asked, for certain."""
+
+
 def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
     """Run a Slurm command and return its output. Raises RunError with Slurm's own words."""
     try:
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
     except FileNotFoundError:
-        raise RunError(f"there is no {words[0]} on this machine; run this where Slurm is, or add --local") from None
+        raise RefusedError(f"there is no {words[0]} on this machine; run this where Slurm is, or add --local") from None
     except subprocess.TimeoutExpired:
         raise RunError(f"{words[0]} gave no answer within {timeout_s:.0f} s; the controller may be down") from None
     if done.returncode:
-        raise RunError(f"{' '.join(words[:2])} was refused: {(done.stderr or done.stdout).strip()}")
+        raise RefusedError(f"{' '.join(words[:2])} was refused: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 

@@ -82,7 +82,9 @@ def check(
     words: Words = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Ranks. Default: as the config says.")] = None,
     mfu: Annotated[float, typer.Option(help="Share of the peak that the estimate of hours assumes.")] = 0.4,
-    gpu: Annotated[str, typer.Option(help="GPU to estimate memory and hours for.")] = "h200",
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU to estimate memory and hours for. Default: the one of this machine.")
+    ] = None,
     strict_paths: Annotated[bool, typer.Option(help="Missing data and tokenizer files are errors.")] = False,
     kill_every: Annotated[
         str | None, typer.Option(metavar="2h", help="Say what one kill per so long costs, and the best dump.every.")

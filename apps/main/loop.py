@@ -157,14 +157,15 @@ def start(checked: Checked, words: list[str], place: RankInfo, startup: StartUp)
             world = stack.enter_context(start_world(args.distributed, place, device, same))
             if world.peers is not None:
                 watchdog.join(world.peers)
-            folder = stack.enter_context(open_run_folder(checked, words, world))
-            watchdog.open(folder.attempt)
+            folder = stack.enter_context(open_run_folder(checked, words, world, lambda: watchdog.refused))
+            watchdog.open(folder.attempt, folder.is_new)
             startup.reached("ranks")
             if folder.lock is not None:
                 folder.lock.on_lost = watchdog.fail
                 folder.lock.on_stop_request = lambda: signals.ask(STOP_REQUEST)
                 folder.lock.on_beat = lambda: look_for_request(folder, requests)
-                watchdog.at_exit.append(folder.lock.release)
+                release = folder.lock.release
+                watchdog.at_exit.append(lambda: release(remove=watchdog.refused))
             use_embedded_corpus(args, *(phase.args for phase in checked.phases))
             measures = make_measures(args, checked.phases, world)
             run = build_run(args, checked.phases, folder.path, world, folder.lock, stack, startup)

@@ -19,11 +19,11 @@ from lingua.config.command_line import CommandLine
 from lingua.config.compose import code_named
 from lingua.config.keys.launch import LauncherArgs
 from lingua.config.trust import check_code
-from lingua.files import make_folder, write_whole
+from lingua.files import make_folder, remove_leftover, write_whole
 from lingua.launch.job import JOBS, freeze_job
 from lingua.logger import RANK_LOGS
 from lingua.run.code_snapshot import FOLDER as CODE
-from lingua.scheduler import NO_ARRAY, TASK_OF_ARRAY, Runner, job_script, outside_job, run_command, submit
+from lingua.scheduler import NO_ARRAY, TASK_OF_ARRAY, RefusedError, Runner, job_script, outside_job, run_command, submit
 from lingua.train.check import Checked, load
 
 RUN_SCRIPT = "run.sh"
@@ -56,24 +56,31 @@ def launch(
     run: Runner = run_command,
 ) -> int:
     """Check, freeze, write run.sh, submit; returns an exit code. Raises ConfigError or RunError."""
-    path, text, launcher = freeze_launch(line, base_dir, dry_run=dry_run, here=local)
+    path, text, launcher, is_new = freeze_launch(line, base_dir, dry_run=dry_run, here=local)
     if dry_run:
         print(text, end="")
         return 0
     if local:
         # No process stays in between that would have to pass signals on.
         os.execvpe("bash", ["bash", str(path)], outside_job(env))
-    print(f"job {submit_run(path, launcher, env=env, run=run)}: {path}")
+    try:
+        job = submit_run(path, launcher, env=env, run=run)
+    except RefusedError:
+        if is_new:
+            remove_leftover(path.parent)
+        raise
+    print(f"job {job}: {path}")
     return 0
 
 
 def freeze_launch(
     line: CommandLine, base_dir: Path, *, dry_run: bool = False, here: bool = False
-) -> tuple[Path, str, LauncherArgs]:
+) -> tuple[Path, str, LauncherArgs, bool]:
     """Check a config, freeze it with the code and write run.sh, or write nothing in a dry run.
 
     `here`: it will run on this machine, which must have its data; a login node need not see the disk of the nodes.
-    Returns the path of run.sh, its text and what the job asks for. Raises ConfigError or RunError.
+    Returns the path of run.sh, its text, what the job asks for, and whether the folder is new. Raises ConfigError or
+    RunError.
     """
     must_be_checkout(base_dir)
     checked = load(line, starting=True, here=here)
@@ -84,10 +91,11 @@ def freeze_launch(
     path, text = job_file.parents[1] / RUN_SCRIPT, run_script(checked.args.name, launcher, base_dir, job_file)
     for warning in checked.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    is_new = not path.parent.exists()
     if not dry_run:
         freeze_job(checked, line, base_dir, key)
         write_whole(path, text, mode=0o700)
-    return path, text, launcher
+    return path, text, launcher, is_new
 
 
 def submit_run(

@@ -30,7 +30,7 @@ class Status:
     step: int | None
     n_steps: int | None
     loss: float | None
-    tokens_per_s: float | None  # per device
+    tokens_per_s: float | None  # per device; None unless it runs, as left_s
     left_s: float | None  # of training, at this speed
     metrics_age_s: float | None
     checkpoint: int | None
@@ -88,8 +88,8 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
         step=step,
         n_steps=n_steps if isinstance(n_steps := facts.config.get("steps"), int) else None,
         loss=metrics.get("loss/out"),
-        tokens_per_s=metrics.get("speed/wps"),
-        left_s=0.0 if state == "finished" else metrics.get("time/eta_s"),
+        tokens_per_s=metrics.get("speed/wps") if state == "running" else None,
+        left_s=metrics.get("time/eta_s") if state == "running" else 0.0 if state == "finished" else None,
         metrics_age_s=facts.metrics_age_s,
         checkpoint=facts.checkpoint,
         checkpoint_age_s=facts.checkpoint_age_s,
@@ -176,7 +176,7 @@ COLUMNS = ("run", "state", "step", "of", "loss", "tokens/s", "left", "checkpoint
 
 def row(one: Status) -> tuple[str, ...]:
     """Return a run as a row of a table with COLUMNS."""
-    left = duration(one.left_s) if one.left_s is not None and one.state in (*LIVING, "queued") else "-"
+    left = duration(one.left_s) if one.left_s else "-"
     figures = figure(one.step, ","), figure(one.n_steps, ","), figure(one.loss), figure(one.tokens_per_s, ",.0f")
     return (one.path, state_text(one), *figures, left, _checkpoint(one, "-"), one.job or "-")
 

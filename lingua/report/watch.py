@@ -213,7 +213,7 @@ def _step(status: Status) -> str:
 
 
 def _left(status: Status) -> str:
-    return "" if status.left_s is None or status.state not in (*LIVING, "queued") else duration(status.left_s)
+    return duration(status.left_s) if status.left_s else ""
 
 
 def _panel(run: Watched, width: int, height: int, plain: bool) -> RenderableType:

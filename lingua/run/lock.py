@@ -402,8 +402,8 @@ class RunLock:
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:010d}.json"
 
-    def release(self) -> None:
-        """Give up the folder; the number stays used."""
+    def release(self, *, remove: bool = False) -> None:
+        """Give up the folder; the number stays used. `remove`: the folder vanishes, at once, if it is still ours."""
         if not self.attempt:
             return
         self._stop.set()
@@ -412,6 +412,11 @@ class RunLock:
             self._thread.join()
         path = self._path(self.attempt)
         try:
+            if remove and self.holds():
+                gone = self._run_dir.with_name(f".{self._run_dir.name}.refused-{os.getpid()}")
+                DISK.rename(self._run_dir, gone)
+                DISK.remove_tree(gone)
+                return
             record = read_json(path)
             if self._is_ours(record):  # or it is the lock of another run
                 write_json(path, record | {"released": True, "released_at": time.time()})

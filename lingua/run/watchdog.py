@@ -37,7 +37,7 @@ import orjson
 
 from lingua.config.keys.watchdog import WatchdogArgs
 from lingua.files import no_follow
-from lingua.run.failure import Failure, HungError, RankError, failure_of, known_to_all, record, stacks_file
+from lingua.run.failure import REFUSALS, Failure, HungError, RankError, failure_of, known_to_all, record, stacks_file
 from lingua.run.folder import EXIT_FAILED, EXIT_HUNG, describe_stop, end_asked_for
 from lingua.signals import StopSignals
 
@@ -104,6 +104,7 @@ class Watchdog:
         self._now, self._leave = now, leave
         self._peers: Others | None = None
         self._attempt: int | None = None
+        self._is_new = False
         self._end: End | None = None
         self._found: Exception | None = None
         self._leave_by_s = float("inf")
@@ -144,9 +145,15 @@ class Watchdog:
         self._peers = peers
         self._start(self._listen, "peers")
 
-    def open(self, attempt: int) -> None:
-        """Note that the run folder is ours, as this attempt of it."""
-        self._attempt = attempt
+    def open(self, attempt: int, is_new: bool = False) -> None:
+        """Note that the run folder is ours, as this attempt of it. `is_new`: this start has made it."""
+        self._attempt, self._is_new = attempt, is_new
+
+    @property
+    def refused(self) -> bool:
+        """This start was refused before its first step, so the folder that it made, if any, is to vanish."""
+        is_new = not self._run_dir.exists() if self._attempt is None else self._is_new
+        return self._end is not None and self._end.kind in REFUSALS and is_new and self.heartbeat.starting
 
     def fail(self, error: Exception) -> None:
         """End all ranks because of an error that a thread of ours has found, whatever the main thread waits for."""
@@ -287,7 +294,7 @@ class Watchdog:
                 self._peers.send(orjson.dumps(asdict(end)))
             except RuntimeError as error:
                 log.warning("cannot send this to the other ranks: %s", str(error).partition("\n")[0])
-        if failure is not None and failure.kind == "occupied":  # the folder is another process's
+        if self.refused or (failure is not None and failure.kind == "occupied"):  # the folder is another process's
             return True
         if failure is not None:
             if failure.kind == "hang":

@@ -141,7 +141,7 @@ class OnSlurm:
 
     def start(self, line: CommandLine, base_dir: Path) -> None:
         """Start a run or resume it."""
-        script, _, launcher = freeze_launch(line, base_dir)
+        script, _, launcher, _ = freeze_launch(line, base_dir)
         self._job_id, self._over_since_s = submit_run(script, launcher, run=self._run), float("inf")
 
     def inject(self, kind: str, run_dir: Path) -> str:
@@ -219,7 +219,7 @@ class OnThisMachine:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, line: CommandLine, base_dir: Path) -> None:
-        script, _, _ = freeze_launch(line, base_dir)
+        script, *_ = freeze_launch(line, base_dir)
         with self._output.open("ab") as output:
             self._process = subprocess.Popen(
                 ["bash", str(script)], env=scheduler.outside_job(os.environ), stdin=subprocess.DEVNULL, stdout=output,

@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
@@ -38,6 +39,10 @@ _MAIN_FACTS = {
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+_OF_GPU = {"memory_bytes", "hours", "predicted_step_s", "predicted_mfu"}
+EXAMPLE_GPU = "h200"
+
+
 class Fact(NamedTuple):
     """A derived figure."""
 
@@ -52,7 +57,7 @@ def report(
     *,
     world_size: int | None = None,
     mfu: float = 0.4,
-    gpu: str = "h200",
+    gpu: str | None = None,
     strict_paths: bool = False,
     as_json: bool = False,
     everything: bool = False,
@@ -60,21 +65,34 @@ def report(
     disk_gb_per_s: float = 1.0,
 ) -> int:
     """Print what a config means; returns the exit code. Raises ConfigError with everything that is wrong with it."""
+    is_known = (gpu := gpu or gpu_here()) is not None
+    gpu = gpu or EXAMPLE_GPU
     if find_peak(gpu) is None:
         raise ConfigError(f"command line: --gpu {gpu} is not in the table; known are {', '.join(PEAKS)}")
     if not 0 < mfu <= 1:
         raise ConfigError(f"command line: --mfu {mfu} is no share of the peak; write one between 0 and 1")
     checked = load(line, world_size, strict_paths=strict_paths)
     figures = list(facts(checked.args, checked.resolved, mfu, gpu, checked.phases))
-    checked.warnings += too_large(figures, gpu)
+    checked.warnings += too_large(figures, gpu) if is_known else []
     if kill_every is not None:
         hours = next(fact.value for fact in figures if fact.name == "hours")
         figures += facts_of_kills(checked.args, checked.resolved, hours, kill_every, disk_gb_per_s)
     if as_json:
         sys.stdout.buffer.write(orjson.dumps(as_record(checked, figures), option=orjson.OPT_INDENT_2) + b"\n")
     else:
-        _print(checked, figures, everything)
+        _print(checked, [fact for fact in figures if is_known or everything or fact.name not in _OF_GPU], everything)
+        if not is_known:
+            print(f"\nThis machine has no GPU that is in the table; --gpu {EXAMPLE_GPU} estimates memory and hours.")
     return 0
+
+
+def gpu_here() -> str | None:
+    """Return the model of this machine's GPU as the driver tells it, without torch; None: none, or not in the table."""
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        model = re.search(r"Model:\s*(.+)", file.read_text(errors="replace"))
+        if model and find_peak(model[1]):
+            return model[1].strip()
+    return None
 
 
 def too_large(figures: list[Fact], gpu: str) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,21 +55,28 @@ _SAMPLE_CORPUS = "the source of Python's standard library (python_stdlib)"
 
 @dataclass
 class RunFolder:
-    """An open run folder. `lock` is rank 0's."""
+    """An open run folder. `lock` is rank 0's; `is_new`: this start has made the folder."""
 
     path: Path
     attempt: int
+    is_new: bool
     lock: RunLock | None
 
 
 @contextmanager
-def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Iterator[RunFolder]:
-    """Own the folder, write what describes this attempt, and log into it. Collective."""
+def open_run_folder(
+    checked: Checked, words: Sequence[str], world: World, refused: Callable[[], bool] = lambda: False
+) -> Iterator[RunFolder]:
+    """Own the folder, write what describes this attempt, and log into it. Collective.
+
+    It is removed at the end if the start that made it was `refused`.
+    """
     path = Path(checked.args.dump_dir)
     lock = RunLock(path, this_process(*this_job(os.environ))) if world.is_main else None
 
-    def begin() -> int:
+    def begin() -> tuple[int, bool]:
         assert lock is not None
+        is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -85,13 +92,13 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
         command = ["-m", f"{checked.args.app}.train", *words]
         describe_start(path, command)
         record_run(path, attempt, [sys.executable, *command], _code_folder(checked.args.app), **_facts(checked, world))
-        return attempt
+        return attempt, is_new
 
     try:
-        attempt = from_main(begin)
+        attempt, is_new = from_main(begin)
         handler = log_to_folder(path, world.rank_info.rank)
         try:
-            yield RunFolder(path, attempt, lock)
+            yield RunFolder(path, attempt, is_new, lock)
         except Exception as error:
             _note_failure(handler, error)
             raise
@@ -100,7 +107,7 @@ def open_run_folder(checked: Checked, words: Sequence[str], world: World) -> Ite
             handler.close()
     finally:
         if lock is not None:
-            lock.release()
+            lock.release(remove=refused())
 
 
 def _code_folder(app: str) -> Path:

@@ -27,6 +27,7 @@ def rate_by_rank(*rates: str) -> Hook:
 @pytest.mark.ranks
 def test_another_learning_rate_on_rank_1_ends_all_ranks_with_the_reason(tmp_path: Path):
     words = [*WORDS, "optim.lr=${oc.env:RATE}", f"dump_dir={tmp_path / 'run'}"]
+    (tmp_path / "run").mkdir()  # as a job does; or else nothing would be left
     result = train(words, n_ranks=2, hook=rate_by_rank("0.001", "0.01"))
     assert result.exit_codes == [1, 1], result.output
     sentence = "the ranks do not have the same config: optim.lr is 0.001 on rank 0 and 0.01 on rank 1; start all"

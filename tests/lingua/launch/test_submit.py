@@ -12,8 +12,10 @@ import pytest
 from lingua.config.base import ConfigError
 from lingua.config.command_line import parse_command_line
 from lingua.config.keys.launch import LaunchEnvArgs, LauncherArgs
+from lingua.files import RunError
 from lingua.launch.job import rank_variables, read_job
 from lingua.launch.submit import launch, run_script
+from lingua.scheduler import RefusedError
 from tests.trainer import TINY
 
 ROOT = Path(__file__).parents[3]
@@ -91,6 +93,25 @@ def test_a_launch_freezes_and_submits(
     (config,) = (run_dir / "jobs").glob("launch-*.yaml")
     assert "global_batch_size: 4" in config.read_text(), "two ranks of batch_size 2"
     assert (run_dir / "run.sh").stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("error", [RefusedError("sbatch was refused: no partition"), RunError("sbatch gave no answer")])
+def test_a_launch_that_slurm_refuses_leaves_no_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: RunError
+):
+    def refuse(words: Sequence[str], env: Mapping[str, str]) -> str:
+        raise error
+
+    monkeypatch.chdir(ROOT)
+    line = parse_command_line([*TINY, f"dump_dir={tmp_path / 'run'}"])
+    with pytest.raises(RunError, match="sbatch"):
+        launch(line, base_dir=ROOT, run=refuse)
+    is_certain = isinstance(error, RefusedError)  # without an answer the job may wait in the queue
+    assert (tmp_path / "run").exists() != is_certain
+    (tmp_path / "run").mkdir(exist_ok=True)
+    with pytest.raises(RunError, match="sbatch"):
+        launch(line, base_dir=ROOT, run=refuse)
+    assert (tmp_path / "run" / "run.sh").is_file(), "the folder was there"
 
 
 def test_only_their_owner_may_read_the_files_of_a_job_that_hold_secrets(

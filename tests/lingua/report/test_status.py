@@ -135,7 +135,12 @@ def test_a_run_as_a_row():
     assert row(status_of(RUNNING, ME)) == (
         "out/x", "running", "120", "1,000", "3.2500", "5,000", "2h0m", "100, 1m30s ago", "42",
     )  # fmt: skip
-    assert row(status_of(DATA, ME))[1:7] == ("failed (data)", "120", "1,000", "3.2500", "5,000", "-")  # it has ended
+    assert row(status_of(DATA, ME))[1:7] == ("failed (data)", "120", "1,000", "3.2500", "-", "-")  # it has ended
+    again = status_of(replace(RUNNING, metrics={**(RUNNING.metrics or {}), "incarnation": 0}), ME)
+    assert (again.state, again.tokens_per_s, again.left_s) == ("starting", None, None), (
+        "those are of the attempt before"
+    )
+    assert "left" not in " ".join(describe(again))
     assert row(status_of(RunFacts(Path("y")), ME)) == ("y", "new", *["-"] * 7)
 
 

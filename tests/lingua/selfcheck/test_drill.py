@@ -203,7 +203,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    frozen = tmp_path / "run.sh", "", LauncherArgs()
+    frozen = tmp_path / "run.sh", "", LauncherArgs(), True
     monkeypatch.setattr(lingua.selfcheck.drill, "freeze_launch", lambda line, base_dir: frozen)
     cluster = Cluster()
     cluster.site.start(CommandLine(), Path())

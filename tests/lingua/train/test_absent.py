@@ -31,8 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def loaded(*words: str, **how: bool) -> Any:
-    return load(parse_command_line(["x.yaml", *words]), 1, **how)
+def loaded(*words: str, starting: bool = False, here: bool = False) -> Any:
+    return load(parse_command_line(["x.yaml", *words]), 1, starting=starting, here=here)
 
 
 @pytest.mark.parametrize(
