@@ -81,7 +81,7 @@ def report(
         sys.stdout.buffer.write(orjson.dumps(as_record(checked, figures), option=orjson.OPT_INDENT_2) + b"\n")
     else:
         _print(checked, [fact for fact in figures if is_known or everything or fact.name not in _OF_GPU], everything)
-        if not is_known:
+        if not is_known and not everything:
             print(f"\nThis machine has no GPU that is in the table; --gpu {EXAMPLE_GPU} estimates memory and hours.")
     return 0
 
