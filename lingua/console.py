@@ -306,9 +306,9 @@ class Progress:
         self._name = ""
 
 
-def figure(value: float | None, form: str = ".4f") -> str:
-    """Format a number; None is `-`."""
-    return "-" if value is None else format(value, form)
+def figure(value: float | None, form: str | None = None) -> str:
+    """Format a number, without `form` a count whole and others with four decimals; None is `-`."""
+    return "-" if value is None else format(value, form or ("," if isinstance(value, int) else ".4f"))
 
 
 def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lingua.config.frozen import dump_yaml, public_yaml
-from lingua.console import duration
+from lingua.console import duration, figure
 from lingua.files import json_object_in
 from lingua.logger import printable
 from lingua.masking import public_text
@@ -137,12 +137,8 @@ def _sources(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _scores(every: Sequence[Scores]) -> Iterator[str]:
     newest = every[-_MAX_COLUMNS:]
-    rows = [(key, *(_score(one.values.get(key)) for one in newest)) for key in keys_of(newest)]
+    rows = [(key, *(figure(one.values.get(key)) for one in newest)) for key in keys_of(newest)]
     yield from _table(["at step", *(f"{one.step:,}" for one in newest)], rows)
-
-
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[tuple[str, str]]) -> Iterator[str]:

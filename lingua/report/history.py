@@ -318,7 +318,7 @@ def _scores(path: Path) -> list[Scores]:
     """Read all figures of a file, in its order."""
     found = []
     for record in records_in(path):
-        values = {key: float(v) for key, v in record.items() if "/" in key and is_number(v)}
+        values = {key: v for key, v in record.items() if "/" in key and is_number(v)}
         seconds = _number(record.get("seconds")) or 0.0
         found.append(Scores(record[STEP], record.get(ATTEMPT, 0), when(record.get(WHEN)), values, seconds))
     return found

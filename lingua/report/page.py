@@ -15,6 +15,7 @@ from typing import Any
 
 from lingua.config.frozen import CONFIG_FILE, ORIGIN_FILE
 from lingua.config.yaml_layers import read_leniently
+from lingua.console import figure
 from lingua.files import RunError, human_bytes, plural, write_whole
 from lingua.logger import printable
 from lingua.masking import public_text
@@ -122,7 +123,7 @@ def render(template: str, **values: Any) -> str:
         "number": _or_dash(lambda n: f"{n:,.0f}"),
         "plural": plural,
         "duration": _or_dash(brief),
-        "score": _or_dash(lambda v: f"{v:,.0f}" if float(v).is_integer() and abs(v) >= 2 else f"{v:.4f}"),
+        "score": figure,
         "keys_of": keys_of,
         "state": state_text,
         "percent": _or_dash(lambda share, digits=0: f"{share:.{digits}%}"),

@@ -74,7 +74,8 @@ def test_a_terminal_that_is_closed_ends_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_figures():
-    assert (figure(None), figure(2.0), figure(1234, ",")) == ("-", "2.0000", "1,234")
+    assert (figure(None), figure(2.0), figure(0.1, ".2f")) == ("-", "2.0000", "0.10")
+    assert [figure(count) for count in (0, 1, 1234)] == ["0", "1", "1,234"]
     assert [duration(s) for s in (-1, 59.6, 75, 3600, 90000)] == ["0s", "1m0s", "1m15s", "1h0m", "1d1h"]
 
 
