@@ -40,9 +40,7 @@ from lingua.train.describe import config_of, described, phases_in
 
 log = logging.getLogger(__name__)
 
-OTHER_ROWS = (
-    "documents/: each document by itself; training logs packed rows: validation.context=packed gives that number"
-)
+OTHER_ROWS = "documents/: each document by itself. Training logs another number: packed rows (validation.context=packed)"
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
@@ -269,11 +267,9 @@ def follow(
 def show_newest(run_dir: Path, *, as_json: bool) -> None:
     """Print the results of the newest checkpoint that is evaluated, if there is one."""
     for step in layout.evaluated_steps(run_dir)[-1:]:
-        there = read_results(layout.evaluation(run_dir, step))
-        assert there is not None, "it has just been listed"
-        if not as_json:
-            print(f"{run_dir}@{step}")
-        show(f"{run_dir}@{step}", there[1], None, as_json=as_json)
+        if (there := read_results(layout.evaluation(run_dir, step))) is not None:  # unless the run went back meanwhile
+            print("" if as_json else f"{run_dir}@{step}\n", end="")
+            show(f"{run_dir}@{step}", there[1], None, as_json=as_json)
 
 
 def training_id(run_dir: Path, step: int) -> str | None:

@@ -71,7 +71,8 @@ def test_a_dry_run_writes_the_folder_with_a_card_that_tells_no_secret(
     n_params = sum(parameter.numel() for parameter in theirs(folder).parameters())
     for part in (
         f"{n_params:,} parameters", "step 1 of 3", 'from_pretrained("me/tiny", revision="step1")', "| tokens | 64 |",
-        "| eval/arc/acc | 0.2500 |", "| eval/arc/n | 1,200 |", "| wiki/bpb | 8.0000 |", "| co\\|de | 2.0 |", "abc123", "not committed",
+        "| eval/arc/acc | 0.2500 |", "| eval/arc/n | 1,200 |", "| wiki/bpb | 8.0000 |", "| co\\|de | 2.0 |", "abc123",
+        "not committed",
         "2 x NVIDIA H200", "adamw 0.001 cosine", "n_layers: 2", "![Training loss](pictures/loss.png)", "\\x1b[31m",
     ):  # fmt: skip
         assert part in card, part
