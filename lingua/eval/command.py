@@ -40,7 +40,7 @@ from lingua.train.describe import config_of, described, phases_in
 
 log = logging.getLogger(__name__)
 
-OTHER_ROWS = "documents/: each document by itself. Training logs another number: packed rows (validation.context=packed)"
+OTHER_ROWS = "documents/: each document alone. Training logs another number, of packed rows (validation.context=packed)"
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
