@@ -60,7 +60,7 @@ from lingua.data.prepare.external_sort import (
     write_output,
 )
 from lingua.data.prepare.worker_pool import available_bytes, disk_of, each, need_space, rss_bytes
-from lingua.files import DISK, Files, RunError, human_bytes, make_folders, read_json, write_json
+from lingua.files import DISK, CommandError, Files, RunError, human_bytes, make_folders, read_json, write_json
 from lingua.run.lock import OccupiedError, RunLock
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def check_job(job: Job) -> None:
         raise ValueError(f"--final-data-dir is --data-dir ({job.data_dir}); leave it out")
     if job.source is not None:
         if not job.source.is_dir() and not job.source.is_file():
-            raise ValueError(f"{job.source} is not a folder, nor a file; check the path")
+            raise CommandError(f"{job.source} is not a folder, nor a file; check the path")
         if job.source.resolve() in (job.out.resolve(), job.final.resolve() if job.final else None):
             raise ValueError(f"--source {job.source} is where the result goes; choose another --data-dir")
     _window_bytes(job.memory_bytes - rss_bytes(), 1)

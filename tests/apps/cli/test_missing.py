@@ -1,4 +1,7 @@
-"""A run that is not there is told alike by every command that takes one, and so is a step that it does not have."""
+"""A run that is not there is told alike by every command that takes one, and so is a step that it does not have.
+
+What a command names wrongly exits with 2, whichever command it is; what another moment may put right exits with 1.
+"""
 
 from __future__ import annotations
 
@@ -57,3 +60,40 @@ def test_no_command_is_left_out() -> None:
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     tried = {words.split()[0] for words in (*TAKE_A_RUN, *TAKE_A_STEP)}
     assert commands - tried - TAKE_NONE == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("export out/mine there", "there already exists; choose a new folder"),
+        ("fork out/mine there", "there already exists; choose a new folder"),
+        ("ckpt average out/mine --out new", "an average needs two checkpoints"),
+        ("import nothing new", "nothing/config.json is missing"),
+        ("init there", "there already exists"),
+        ("runs there/file", "there/file is a file, not a run"),
+        ("train out/mine", "config out/mine is a folder; out/mine/config.yaml goes on with "),
+        ("check nothing.yaml", "config nothing.yaml does not exist"),
+        ("generate", "no run is named"),
+        ("generate out/mine temperature=-1", "temperature is -1"),
+        ("replay out/mine --step 101", "--step 101: out/mine has reached step 2 at most"),
+        ("push out/mine bad", "bad is no name of a model"),
+        ("data inspect nothing", "nothing: no such file or folder"),
+        ("data prepare nothing new", "nothing is not a folder, nor a file"),
+        ("drill --local --figure x.jpeg", "the name of the file must end in .svg or .png"),
+        ("sweep status out/mine", "out/mine is not a sweep"),
+        ("recipe --params many", "--params many is not a number"),
+        ("components nothing", "there are no components of kind nothing"),
+    ],
+)
+def test_a_command_that_is_wrong_exits_with_2(runs: Path, lingua: Lingua, words: str, sentence: str) -> None:
+    (runs / "there").mkdir()
+    (runs / "there" / "file").touch()
+    before = sorted(runs.rglob("*"))
+    code, _, err = lingua(*words.split())
+    assert (code, sentence in err) == (2, True), err
+    assert sorted(runs.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", ["stop out/mine", "profile out/mine", "ckpt wait out/mine@2 --timeout 0"])
+def test_what_may_be_right_at_another_time_exits_with_1(runs: Path, lingua: Lingua, words: str) -> None:
+    assert lingua(*words.split())[0] == 1
