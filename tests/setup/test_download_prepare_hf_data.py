@@ -63,7 +63,7 @@ def test_memory_is_kept_and_a_kill_from_outside_costs_nothing(tmp_path: Path) ->
 
 def test_wrong_requests_end_with_one_sentence(tmp_path: Path) -> None:
     code, out, error = finish(["nothing_known", "1", *options(tmp_path)])
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert error.startswith("error: no data set 'nothing_known'; there are cosmopedia_v2, dclm_baseline_1.0,")
     assert error.count("\n") == 1
 

@@ -60,7 +60,7 @@ from lingua.data.prepare.external_sort import (
     write_output,
 )
 from lingua.data.prepare.worker_pool import available_bytes, disk_of, each, need_space, rss_bytes
-from lingua.files import DISK, CommandError, Files, RunError, human_bytes, make_folders, read_json, write_json
+from lingua.files import DISK, Files, RunError, human_bytes, make_folders, read_json, write_json
 from lingua.run.lock import OccupiedError, RunLock
 
 log = logging.getLogger(__name__)
@@ -121,28 +121,28 @@ class Job:
 
 
 def check_job(job: Job) -> None:
-    """Refuse what cannot work, before anything is touched. Raises ValueError with a remedy."""
+    """Refuse what cannot work, before anything is touched. Raises ConfigError with a remedy."""
     if job.source is None and job.dataset not in hub.DATASETS:
         known = ", ".join(sorted(hub.DATASETS))
-        raise ValueError(f"no data set {job.dataset!r}; there are {known}, and any name with --source FOLDER")
+        raise ConfigError(f"no data set {job.dataset!r}; there are {known}, and any name with --source FOLDER")
     if not job.dataset or "/" in job.dataset or job.dataset.startswith("."):
-        raise ValueError(f"{job.dataset!r} is not a name for a data set: it becomes a folder")
+        raise ConfigError(f"{job.dataset!r} is not a name for a data set: it becomes a folder")
     if job.n_chunks < 1:
-        raise ValueError(f"--nchunks {job.n_chunks}: give at least 1")
+        raise ConfigError(f"--nchunks {job.n_chunks}: give at least 1")
     if job.clear and job.final is None:
-        raise ValueError("--clear-work-dir-after-transfer-to-final needs --final-data-dir, or nothing would remain")
+        raise ConfigError("--clear-work-dir-after-transfer-to-final needs --final-data-dir, or nothing would remain")
     if job.final and job.final.resolve() == job.out.resolve():
-        raise ValueError(f"--final-data-dir is --data-dir ({job.data_dir}); leave it out")
+        raise ConfigError(f"--final-data-dir is --data-dir ({job.data_dir}); leave it out")
     if job.source is not None:
         if not job.source.is_dir() and not job.source.is_file():
-            raise CommandError(f"{job.source} is not a folder, nor a file; check the path")
+            raise ConfigError(f"{job.source} is not a folder, nor a file; check the path")
         if job.source.resolve() in (job.out.resolve(), job.final.resolve() if job.final else None):
-            raise ValueError(f"--source {job.source} is where the result goes; choose another --data-dir")
+            raise ConfigError(f"--source {job.source} is where the result goes; choose another --data-dir")
     _window_bytes(job.memory_bytes - rss_bytes(), 1)
 
 
 def prepare(job: Job, *, files: Files = DISK, progress: Progress | None = None) -> dict[str, Any]:
-    """Do all that is not done yet; returns the manifest. Raises RunError or ValueError with one sentence."""
+    """Do all that is not done yet; returns the manifest. Raises RunError or ConfigError with one sentence."""
     check_job(job)
     progress = progress or Progress()
     with progress, _locked(job, job.data_dir / f".prepare-{job.dataset}"):
@@ -193,7 +193,7 @@ def _recipe(job: Job, revision: str, requested: str, inputs: list[list[Any]]) ->
 
 
 def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[list[Any]] | None = None) -> None:
-    """Raise ValueError if the folder holds something other than what is asked for."""
+    """Raise ConfigError if the folder holds something other than what is asked for."""
     revision, requested = recipe.get("revision", ""), recipe.get("requested_revision", "")
     asked = revision if job.revision in (None, requested) else job.revision
     wanted = _recipe(job, asked, requested, inputs or recipe.get("inputs", []))
@@ -201,9 +201,9 @@ def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[l
     remedy = f"remove {folder} to prepare it anew, or choose another folder"
     for key, value in ({"text_key": None} | wanted).items():
         if recipe.get(key) != value:
-            raise ValueError(f"{folder} was prepared with {key} {recipe.get(key)}, not {value}; {remedy}")
+            raise ConfigError(f"{folder} was prepared with {key} {recipe.get(key)}, not {value}; {remedy}")
     if changed := sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name)):
-        raise ValueError(f"the input files changed since {folder} was begun ({', '.join(changed[:3])}); {remedy}")
+        raise ConfigError(f"the input files changed since {folder} was begun ({', '.join(changed[:3])}); {remedy}")
 
 
 def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
@@ -237,7 +237,7 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
             recorded = read_json(job.out / _STATE)
         except FileNotFoundError:
             if stray := stray_files(job.out, set()):
-                raise ValueError(
+                raise ConfigError(
                     f"{job.out} already holds {stray[0]}, from elsewhere; remove it, or choose another --data-dir"
                 ) from None
             write_json(job.out / _STATE, recipe, files=files)
@@ -278,9 +278,9 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
         inputs, others = input_sizes(job.source), left_aside(job.source)
         if not inputs:
             more = f" (only {others})" if others else ""
-            raise ValueError(f"{job.source} holds no file that can be read{more}; lingua reads {READ}")
+            raise ConfigError(f"{job.source} holds no file that can be read{more}; lingua reads {READ}")
         if strange := [name for name, _ in inputs if name.encode(errors="replace").decode() != name]:
-            raise ValueError(f"{job.source}: the name of the file {strange[0]!r} is not UTF-8; rename it")
+            raise ConfigError(f"{job.source}: the name of the file {strange[0]!r} is not UTF-8; rename it")
         if others:
             log.warning("left aside: %s; lingua reads %s", others, READ)
         root = job.source if job.source.is_dir() else job.source.parent
@@ -496,5 +496,5 @@ def _window_bytes(memory_bytes: int, n_workers: int, reserve_bytes: int = 0) -> 
     n_bytes = memory_bytes // n_workers - inherited_bytes - (_FORK_BYTES if n_workers > 1 else 0) - reserve_bytes
     if n_bytes < FIXED_BYTES + _FORK_BYTES:
         more_gb = (FIXED_BYTES + _FORK_BYTES - n_bytes) / 1e9
-        raise ValueError(f"MEMORY is too small to work in; give at least {more_gb:.2f} GB more")
+        raise ConfigError(f"MEMORY is too small to work in; give at least {more_gb:.2f} GB more")
     return n_bytes
