@@ -21,7 +21,7 @@ from lingua.config.keys.train import TrainArgs
 from lingua.eval.command import EvalRequest, follow_by_jobs, read_command_line
 from lingua.eval.evaluator import Evaluator, write_results
 from lingua.eval.slurm_jobs import EvalJobs
-from lingua.files import RunError, read_json, write_json
+from lingua.files import CommandError, RunError, read_json, write_json
 from lingua.run.metrics import read_metrics
 from tests.checkpoints import make_run, publish_step
 from tests.fakes import Clock
@@ -250,7 +250,7 @@ def test_the_command_takes_all_from_the_runs_config(tmp_path: Path, monkeypatch:
         (["follow=checkpoints"], "not a run"),
         (["ckpt=."], "write follow=RUN"),
     ]:
-        with pytest.raises(ConfigError, match=sentence):
+        with pytest.raises((ConfigError, CommandError), match=sentence):
             follow_by_jobs(request_of(*words))
 
 
