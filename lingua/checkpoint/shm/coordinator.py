@@ -200,7 +200,7 @@ class Coordinator:
         if self.node.n_nodes > 1 and any(self._found):
             secret = self._ranks.from_main(lambda: secrets.token_hex(32))
             self._run = replace(self._run, secret=secret, listen=address_of_this_node(find_rank_info().master))
-        self._send()
+        self._send(wait=False)  # it starts while the state is loaded
 
     @contextmanager
     def snapshot(self, point: Point) -> Iterator[Snapshot]:
@@ -231,9 +231,9 @@ class Coordinator:
         self._ranks.on_each(lambda: self._service.await_rescue(waits_for) if self._service else None)
         self._rescued = []
 
-    def _send(self, **changes: Any) -> None:
+    def _send(self, *, wait: bool = True, **changes: Any) -> None:
         self._run = replace(self._run, **changes)
-        self._ranks.on_each(lambda: self._service.send(self._run) if self._service else None)
+        self._ranks.on_each(lambda: self._service.send(self._run, wait=wait) if self._service else None)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

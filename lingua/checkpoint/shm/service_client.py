@@ -91,6 +91,8 @@ class ServiceClient:
         self._files, self._start, self._sleep = files, start, sleep
         self._run: ServedRun | None = None
         self._n_starts = 0
+        self._starting: ServiceProcess | None = None
+        """A service that was started and has not been seen to serve."""
         self._n_refusals = 0
         """By the disk, since it last took a checkpoint or somebody began to wait."""
         self._events = Events(area)
@@ -101,40 +103,50 @@ class ServiceClient:
 
     # -- the process -----------------------------------------------------------------------------------------------
 
-    def send(self, run: ServedRun) -> None:
-        """Send the service what it must know of the run; start it if need be. Raises OSError, RunError."""
+    def send(self, run: ServedRun, *, wait: bool = True) -> None:
+        """Send the service what it must know of the run; start it if need be, and `wait` for it.
+
+        Raises OSError, RunError.
+        """
         self._check_area(run)
         self._run = run
         write_run(self._area, run, files=self._files)
-        self.ensure()
+        self.ensure(wait=wait)
 
     def _check_area(self, run: ServedRun) -> None:
         """Raise RankError if another attempt has the memory of this node: not a byte of it is ours then."""
         if why := why_taken(run, served_by(self._area), is_first=self._run is None):
             raise RankError(why, "occupied")
 
-    def ensure(self) -> None:
-        """Start the service if there is none. Raises RunError when it dies again and again."""
+    def ensure(self, *, wait: bool = True) -> None:
+        """Start the service if there is none; `wait` until it serves. Raises RunError when it dies again and again."""
         assert self._run is not None
+        looks = 0
         while not self._is_alive():
-            if self._n_starts > RESTARTS:
-                ended = f"the checkpoint service of this node has ended {self._n_starts} times"
-                raise RunError(f"{ended}; see {self._log_file}")
-            if self._n_starts:
-                log.warning("the checkpoint service of this node is gone; starting another")
-            self._n_starts += 1
-            process = self._start(self._run.run_dir, Path(self._run.args.shm_path), self._log_file)
-            looks = 0
-            while process.poll() is None and not self._is_alive():
-                looks += 1
-                if looks > START_S / LOOK_S:
-                    late = f"the checkpoint service did not start within {START_S:.0f} s"
-                    raise RunError(f"{late}; see {self._log_file}")
-                self._sleep(LOOK_S)
+            if self._starting is None or self._starting.poll() is not None:
+                self._starting, looks = self._start_another(self._run), 0
+            if not wait:
+                return
+            looks += 1
+            if looks > START_S / LOOK_S:
+                late = f"the checkpoint service did not start within {START_S:.0f} s"
+                raise RunError(f"{late}; see {self._log_file}")
+            self._sleep(LOOK_S)
+        self._starting = None
+
+    def _start_another(self, run: ServedRun) -> ServiceProcess:
+        if self._n_starts > RESTARTS:
+            ended = f"the checkpoint service of this node has ended {self._n_starts} times"
+            raise RunError(f"{ended}; see {self._log_file}")
+        if self._n_starts:
+            log.warning("the checkpoint service of this node is gone; starting another")
+        self._n_starts += 1
+        return self._start(run.run_dir, Path(run.args.shm_path), self._log_file)
 
     def address(self) -> tuple[str, int]:
         """Wait until the service listens for other nodes; return where. Raises RunError if it does not."""
         assert self._run is not None
+        self.ensure()
         for _ in range(int(START_S / LOOK_S)):
             with suppress(FileNotFoundError):
                 said = self._area.address.read()
