@@ -70,7 +70,7 @@ KINDS: dict[str, Kind] = {
     "hang": Kind(True, "logs/stacks_<rank>.txt shows where each rank was"),
     "bug": Kind(True, "the traceback is in the error file and in the log of that rank"),
 }
-REFUSALS = frozenset({"config", "setup", "data", "too_large"})
+REFUSALS = frozenset({"config", "setup", "data"})
 """Kinds that come again with the same command: before the first step nothing of such a start is worth keeping."""
 
 _BY_CLASS = {

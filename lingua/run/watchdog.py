@@ -152,8 +152,12 @@ class Watchdog:
     @property
     def refused(self) -> bool:
         """This start was refused before its first step, so the folder that it made, if any, is to vanish."""
-        is_new = not self._run_dir.exists() if self._attempt is None else self._is_new
-        return self._end is not None and self._end.kind in REFUSALS and is_new and self.heartbeat.starting
+        if self._end is None or not self.heartbeat.starting:
+            return False
+        is_there, is_refusal = self._run_dir.exists(), self._end.kind in REFUSALS
+        if self._attempt is None:
+            return is_refusal and not is_there
+        return self._is_new and (is_refusal or not is_there)  # rank 0 may be gone with it before we heard why
 
     def fail(self, error: Exception) -> None:
         """End all ranks because of an error that a thread of ours has found, whatever the main thread waits for."""

@@ -203,14 +203,23 @@ def test_the_model_cannot_change_within_a_run(tmp_path: Path):
 @pytest.mark.parametrize(
     "mistake",
     [
-        pytest.param(["data.sources=[{path: nope}]"], marks=pytest.mark.soak),
-        ["data.batch_size=3", "checkpoint.init_ckpt_path=gone/nope"],
+        ["data.sources=[{path: nope}]"],
+        ["data.sources=[{path: gone/nope}]"],
+        ["checkpoint.init_ckpt_path=gone/nope"],
+        pytest.param(["eval={validation: {root_dir: ., sources: [nope]}}"], marks=pytest.mark.soak),
     ],
     ids=" ".join,
 )
-def test_a_first_start_that_fails_does_not_freeze_its_mistake(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: list[str]
-):
+def test_a_refused_first_start_leaves_nothing(tmp_path: Path, mistake: list[str]):
+    failed = train([*WORDS, f"dump_dir={tmp_path / 'run'}", *mistake])
+    assert (failed.exit_code, "nope" in failed.output) == (2, True), failed.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_first_start_that_fails_does_not_freeze_its_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    mistake = ["data.batch_size=3", "eval={validation: {root_dir: ., sources: [nope]}}"]
+    (tmp_path / "run").mkdir()  # as a job does
+
     def lingua(*words: object) -> str:
         assert run_main(lambda given: app(given, standalone_mode=False), list(map(str, words))) == 0
         return capsys.readouterr().out
