@@ -77,6 +77,11 @@ ALLOWED = {
         scripts/bench_eval.py:make_run write_text
         scripts/bench_eval.py:make_tasks write_text
         scripts/bench_step.py:measure_loop rmtree
+        scripts/goodput_peers.py:__init__ open
+        scripts/goodput_peers.py:dcp_loop rmtree
+        scripts/goodput_peers.py:dcp_loop unlink
+        scripts/goodput_runs.py:__post_init__ write_bytes
+        scripts/goodput_runs.py:start open
         scripts/bench_loader.py:write_formats link
         scripts/bench_loader.py:write_formats write_bytes
         scripts/bench_step.py:main write_text
