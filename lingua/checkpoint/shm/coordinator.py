@@ -312,6 +312,8 @@ class Coordinator:
             number = self._take_slot(step, scalars)
         if number is None:
             self.n_skipped += 1
+            if self._service and (why := self._service.why_stopped()):
+                log.error("%s", why)
             return f"checkpoint {step} is skipped: every slot is still being written to the disk"
         self._writer.fill(number, self._save_of(step), tensors, scalars(), state.model)
         self._newest, self._number = step, number

@@ -159,6 +159,17 @@ class ServiceClient:
             f"the checkpoint service of this node does not listen at {self._run.listen}; see {self._log_file}"
         )
 
+    def why_stopped(self) -> str | None:
+        """Say that the service is stopped (SIGSTOP), and what helps; None if it is not."""
+        pid = _holder(self._area.lock(SERVICE_LOCK))
+        with suppress(OSError):  # it has just ended
+            if pid and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":  # proc(5)
+                who = f"the checkpoint service of {socket.gethostname()}, process {pid}, is stopped and saves nothing"
+                return (
+                    f"{who}; `kill -CONT {pid}` lets it go on, `kill -9 {pid}` makes room for another; nothing is lost"
+                )
+        return None
+
     def _is_alive(self) -> bool:
         return _holder(self._area.lock(SERVICE_LOCK)) is not None
 

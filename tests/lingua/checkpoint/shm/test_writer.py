@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lingua.checkpoint import capacity, layout, publish
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.shm import drain, service
-from lingua.checkpoint.shm.area import ShmArea, State, area_of, base, make_area, read_run, write_run
+from lingua.checkpoint.shm.area import SERVICE_LOCK, ShmArea, State, area_of, base, make_area, read_run, write_run
 from lingua.checkpoint.shm.slot_writer import SMALL_BYTES, SlotWriter
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
 from lingua.files import DISK, Buffer, DiskError, Files, RunError, write_json
@@ -639,6 +640,29 @@ def test_a_bug_of_the_service_reaches_the_loop(tmp_path: Path, shm: Path):
         wait_until(lambda: ("failed", 0) in events(area))
         with pytest.raises(RunError, match="ZeroDivisionError: what was never thought of"):
             manager.save(2, make())
+        manager.close()
+
+
+def test_a_stopped_service_is_named_when_saves_are_skipped(tmp_path: Path, shm: Path, caplog: pytest.LogCaptureFixture):
+    gate = tmp_path / "gate"
+    with Services(lambda n: GatedFiles(gate)) as services:
+        manager = CheckpointManager(args(shm, slots=1), tmp_path, start_service=services.start)
+        manager.save(1, make())
+        area = area_of(tmp_path, shm)
+        wait_for_state(manager, area, 0, "draining")
+        lock = area.lock(SERVICE_LOCK)
+        pid = lock.holder()
+        lock.close()
+        assert pid is not None
+        assert "is skipped" in str(manager.save(2, make()).error)
+        assert "is stopped" not in caplog.text  # the disk is only slow
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "T")
+        assert "is skipped" in str(manager.save(3, make()).error)
+        assert f"process {pid}, is stopped and saves nothing; `kill -CONT {pid}` lets it go on" in caplog.text
+        os.kill(pid, signal.SIGCONT)
+        gate.touch()
+        assert manager.save(4, make(), final=True).published
         manager.close()
 
 
