@@ -1,7 +1,7 @@
 """Finds what a config names and this machine does not have: data, tokenizer, weights. Torch-free.
 
-A login node or a laptop need not have what a job reads, so what is missing is assumed to be elsewhere, and only said. A
-source that is missing from a folder that is there has a wrong name.
+A login node or a laptop need not have what a job reads, and a config can be checked before its data is prepared: what
+is missing is only said, unless another name is near enough to be meant. A start on this machine needs it all.
 """
 
 from __future__ import annotations
@@ -54,20 +54,22 @@ def missing_sources(args: DataArgs) -> Iterator[tuple[str, bool]]:
             place = Path(source.path)
             folder = root if args.root_dir and place.is_relative_to(root) else place.parent
             if not place.exists() and folder.is_dir():
-                yield f"data.sources: {_why_not(folder, place.relative_to(folder))}", True
+                text, is_misnamed = _why_not(folder, place.relative_to(folder))
+                yield f"data.sources: {text}", is_misnamed
             elif not place.exists():
                 yield f"data source {source.name}: {place} is not on this machine; assumed to be good", False
 
 
-def _why_not(folder: Path, name: Path) -> str:
-    """Return what a folder has in place of `name`, and what may be meant."""
+def _why_not(folder: Path, name: Path) -> tuple[str, bool]:
+    """Return what a folder has in place of `name`, what may be meant, and whether something certainly is."""
     text, inner = f"{folder} has no {name}", Path(*name.parts[1:])
     looked_up = f"{text}: names are looked up in data.root_dir, which is {folder};"
     if name.parts[0] == folder.name and inner.name and (folder / inner).exists():
-        return f"{looked_up} write {inner}"
+        return f"{looked_up} write {inner}", True
     if name.exists():
-        return f"{looked_up} to name {name}, set data.root_dir=."
+        return f"{looked_up} to name {name}, set data.root_dir=.", True
     there = sorted(path.name for path in entries(folder) if not path.name.startswith("."))
     has = f"it has {', '.join(there[:_SHOWN])}{' and more' if there[_SHOWN:] else ''}" if there else "it is empty"
     near = difflib.get_close_matches(str(name), there, 1)
-    return f"{text}, {has}; {f'did you mean {near[0]}?' if near else 'correct the name, or prepare the data first'}"
+    remedy = f"did you mean {near[0]}?" if near else "correct the name, or prepare the data first"
+    return f"{text}, {has}; {remedy}", bool(near)

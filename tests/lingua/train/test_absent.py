@@ -1,5 +1,6 @@
 """Data that is not there: a wrong name is an error, another machine's disk is not, unless the run starts here."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,13 @@ def loaded(*words: str, starting: bool = False, here: bool = False) -> Any:
     ("words", "sentence"),
     [
         (["data.sources={mien: 1}"], "data has no mien, it has mine, wiki; did you mean mine?"),
-        (
-            ["data.sources={mine: 1, xyz: 1}"],
-            "data has no xyz, it has mine, wiki; correct the name, or prepare the data",
-        ),
         (["data.sources={mine/part: 1}"], "data has no mine/part, it has mine, wiki; did you mean mine?"),
         (
             ["data.sources={data/mine: 1}"],
             "data has no data/mine: names are looked up in data.root_dir, which is data; write mine",
         ),
         (["data.sources={corpora/web: 1}"], "which is data; to name corpora/web, set data.root_dir=."),
-        (["data.root_dir=empty", "data.sources={mine: 1}"], "empty has no mine, it is empty; correct the name"),
         (["data.sources=[{path: corpora/wbe}]"], "corpora has no wbe, it has web; did you mean web?"),
-        (["data.sources=[{path: corpora/web/1.jsonl}]"], "corpora/web has no 1.jsonl, it has web.chunk.00.jsonl"),
     ],
 )
 def test_a_name_that_is_missing_from_a_folder_that_is_there(words: list[str], sentence: str) -> None:
@@ -60,6 +55,21 @@ def test_a_name_that_is_missing_from_a_folder_that_is_there(words: list[str], se
             loaded(*words, **how)
         assert len(caught.value.problems) == 1
         assert sentence in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["data.sources={mine: 1, xyz: 1}"], "data has no xyz, it has mine, wiki; correct the name, or prepare"),
+        (["data.root_dir=empty", "data.sources={mine: 1}"], "empty has no mine, it is empty; correct the name"),
+        (["data.sources=[{path: corpora/web/1.jsonl}]"], "corpora/web has no 1.jsonl, it has web.chunk.00.jsonl"),
+    ],
+)
+def test_a_name_like_no_other_may_be_prepared_later_unless_the_run_starts_here(words: list[str], sentence: str) -> None:
+    for how in ({}, {"starting": True}):
+        assert [warning for warning in loaded(*words, **how).warnings if sentence in warning]
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        loaded(*words, starting=True, here=True)
 
 
 @pytest.mark.parametrize(
