@@ -176,7 +176,7 @@ def measured(
 
 def drawn_kills(minutes: float, n: int, seed: int, scale: float) -> list[tuple[float, str]]:
     """Return (seconds up, kind) of `n` kills of a Poisson process."""
-    draw = random.Random(f"{seed} {minutes}")
+    draw = random.Random(f"{seed} {minutes:g}")
     return [(draw.expovariate(scale / (60 * minutes)), "kill") for _ in range(n)]
 
 

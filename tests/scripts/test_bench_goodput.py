@@ -29,7 +29,8 @@ def kill(up_s: float, kept_steps: int) -> dict[str, Any]:
 
 def test_kills_are_the_same_for_all_ways_and_scaled() -> None:
     drawn = bench.drawn_kills(30, 2000, seed=1, scale=60)
-    assert drawn[:3] == bench.drawn_kills(30, 3, seed=1, scale=60)
+    assert drawn[:3] == bench.drawn_kills(30.0, 3, seed=1, scale=60)
+    assert [round(up_s) for up_s, _ in bench.drawn_kills(60.0, 2, seed=3, scale=60)] == [46, 78]
     assert sum(up_s for up_s, _ in drawn) / 2000 == pytest.approx(30, rel=0.05)
 
 
