@@ -144,7 +144,14 @@ class Cluster:
     # -- what an operator does -------------------------------------------------------------------------------------
 
     def start_node(self, node: str) -> None:
-        self._start(node, "-D", "-f", str(self.folder / "slurm.conf"), "-N", node, program="slurmd")
+        """Start a node's daemon, in a mount namespace of its own: `memory` there is the node's alone."""
+        mount = f'mount -t tmpfs tmpfs "{self.folder}/memory" && exec "$0" "$@"'
+        slurmd = [shutil.which("slurmd") or "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", node]
+        self._start(node, "--mount", "--propagation=private", "sh", "-c", mount, *slurmd, program="unshare")
+
+    def memory_of(self, node: str) -> Path:
+        """The folder `memory` as the processes of a node see it: for checkpoint.shm_path."""
+        return Path(f"/proc/{self._daemons[node].pid}/root{self.folder}/memory")
 
     def kill_node(self, node: str, *, all_is_gone: bool = True) -> None:
         """As if its power failed: the daemon and all that ran there are gone at once; or the daemon alone is."""
@@ -191,7 +198,7 @@ class Cluster:
         log.close()
 
     def _write_config(self) -> None:
-        for name in ("munge", "state", "spool", "gpus"):
+        for name in ("munge", "state", "spool", "gpus", "memory"):
             (self.folder / name).mkdir(parents=True)
         (self.folder / "munge").chmod(0o755)
         key = self.folder / "munge" / "key"

@@ -6,11 +6,11 @@ The figures of a file system do not include a quota; for that there is `checkpoi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lingua.files import human_bytes
+from lingua.files import free_bytes, human_bytes
 
 PRIVATE_SHM = "may not outlive this job"
 """Logged of a memory file system that only this job has; `lingua drill` looks for it."""
@@ -67,6 +67,8 @@ class MemoryRoom:
     used_bytes: int
     slot_bytes: int
     """Size of one slot, for all ranks of the node."""
+    copy_bytes: int = 0
+    """Size of a copy of another node's slot."""
 
     def slots(self, wanted: int) -> int:
         """Return how many slots fit, at most `wanted`."""
@@ -82,6 +84,22 @@ class MemoryRoom:
             f"{wanted} slots take {wanted} x {human_bytes(self.slot_bytes)} of this node's memory; /dev/shm has "
             f"{human_bytes(self.shm_free_bytes)} free{limit}"
         )
+
+
+def why_no_copies(nodes: Sequence[MemoryRoom], n_slots: int, n_nodes: int) -> str | None:
+    """Return why the nodes cannot hold copies of each other's slots, as many as slots, or None."""
+    if n_nodes == 1:
+        return "this run has one node"
+    rooms = [replace(room, slot_bytes=room.slot_bytes + room.copy_bytes) for room in nodes]
+    tightest = min(rooms, key=lambda room: room.slots(n_slots))
+    return None if tightest.slots(n_slots) == n_slots else f"with as many copies, {tightest.sentence(n_slots)}"
+
+
+def room_here(shm: Path, held: Iterable[Path], slot_bytes: int, copy_bytes: int) -> MemoryRoom:
+    """Return this node's room on a memory file system; the files in the folders `held` count as free."""
+    held_bytes = sum(path.lstat().st_blocks * 512 for folder in held for path in folder.iterdir())
+    limit, used = memory_limit(Path("/proc/self/cgroup").read_text())
+    return MemoryRoom(free_bytes(shm) + held_bytes, limit, max(0, used - held_bytes), slot_bytes, copy_bytes)
 
 
 def read_cgroup(name: str) -> str | None:

@@ -99,6 +99,8 @@ class CheckpointManager:
         self._published_at_s = self._safe_until_s = now()
         """When the newest checkpoint was published and its snapshot taken; at first, when this attempt began."""
         self._staged_at_s: dict[int, float] = {}
+        self._n_uncopied = 0
+        """How often the copy of another node's part failed, or the other node did not answer."""
         self._last_save: dict[str, float] = {}
         self.published_since: list[dict[str, float]] = []
         """Step and seconds of what the service has published since the caller last emptied this list."""
@@ -469,7 +471,10 @@ class CheckpointManager:
                 self._staged_at_s = {s: t for s, t in self._staged_at_s.items() if s > event["step"]}
                 self._last_save["checkpoint/drain_gb_per_s"] = event["gb_per_s"]
                 self.published_since.append({"global_step": event["step"], "seconds": event["seconds"]})
+            elif event["kind"] == "uncopied":
+                self._n_uncopied += 1
         counts = {} if self._background is None else {"checkpoint/skipped": float(self._background.n_skipped)}
+        counts |= {"checkpoint/uncopied": float(self._n_uncopied)} if self.args.replicate else {}
         return {
             **self._last_save,
             **counts,

@@ -210,7 +210,7 @@ def _save_cost(args: TrainArgs, state: int) -> str:
     drain = f"{state / 1e9:.2g} s at 1 GB/s"
     if args.checkpoint.async_save_mode is None:
         return f"training waits until each is on the disk ({drain}); checkpoint.async_save_mode=shm writes meanwhile"
-    room = human_bytes(args.checkpoint.slots * state)
+    room = human_bytes(args.checkpoint.slots * (1 + args.checkpoint.replicate) * state)
     return f"training goes on while each is written ({drain}), from {room} of the nodes' /dev/shm"
 
 

@@ -16,6 +16,7 @@ system's bytes or inodes.
     slot-0/            model.00003.distcp ...   the final bytes of each file, allocated once
            ready.00003                          rank 3's part is complete: sizes and checksums of its files
     slot-0.staged      the mark; its content: one save (step, attempt, which ranks)
+    copies/            slots with copies of another node's newest parts (`replica.py`)
 
     free -> staged       leader (lowest rank of the node): the slot is being filled, then complete
     staged -> draining   service
@@ -38,11 +39,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import orjson
-import xxhash
-
 from lingua.checkpoint import layout
-from lingua.checkpoint.publish import FileFacts, Manifest
+from lingua.checkpoint.publish import DamagedError, FileFacts, Manifest
+from lingua.checkpoint.shm.record import Record
 from lingua.config.base import plain
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.files import DISK, Files, ProcessLock, RunError, entries
@@ -59,73 +58,9 @@ SESSION_BYTES = 32 << 10
 """Some paths, and steps of checkpoints."""
 EVENTS_BYTES = 256 << 10
 """More than a thousand events."""
-HEAD_BYTES = 64
-"""At most so many of each line of a record come before its document."""
 
 _SLOT = re.compile(r"slot-(\d{1,3})", re.ASCII)
 _READY = re.compile(r"ready\.\d{5}", re.ASCII)
-
-
-# -- records -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Record:
-    """A small JSON document that is overwritten in place, so that a full file system cannot refuse it.
-
-    The file is allocated once and has two halves. Each holds one line: a number, a checksum and a document. A write
-    goes to the half that does not hold the newest document; a reader takes the newest line whose checksum is right. So
-    whoever dies or reads in the middle of a write, the document is whole: the new one or the one before. One writer.
-    """
-
-    path: Path
-    half_bytes: int
-
-    def reserve(self, *, files: Files = DISK) -> None:
-        """Make the file, or leave it as it is, so that `write` needs neither bytes nor a name. Raises OSError."""
-        files.close(files.reserve(self.path, 2 * self.half_bytes))
-
-    def fits(self, value: Any) -> bool:
-        return HEAD_BYTES + len(orjson.dumps(value)) <= self.half_bytes
-
-    def write(self, value: Any, *, files: Files = DISK) -> None:
-        """Raises OSError; then the document is as before."""
-        if not self.fits(value):
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self.path))
-        descriptor = files.reserve(self.path, 2 * self.half_bytes)
-        try:
-            number = self._newest()[0] + 1
-            head, text = b"%d" % number, orjson.dumps(value)
-            os.lseek(descriptor, number % 2 * self.half_bytes, os.SEEK_SET)
-            files.write(descriptor, b"%s %s %s\n" % (head, _checksum(head, text), text))
-        finally:
-            files.close(descriptor)
-
-    def read(self) -> Any:
-        """Return the newest document; None before the first one. Raises FileNotFoundError."""
-        return orjson.loads(self._newest()[1])
-
-    def n_writes(self) -> int:
-        """Return how often the document was written; 0 without a file."""
-        try:
-            return self._newest()[0]
-        except FileNotFoundError:
-            return 0
-
-    def _newest(self) -> tuple[int, bytes]:
-        found = [(0, b"null")]
-        with self.path.open("rb") as file:
-            for start in (0, self.half_bytes):
-                file.seek(start)
-                head, _, rest = file.readline(self.half_bytes).removesuffix(b"\n").partition(b" ")
-                checksum, _, text = rest.partition(b" ")
-                if checksum == _checksum(head, text):
-                    found.append((int(head), text))
-        return max(found)
-
-
-def _checksum(head: bytes, text: bytes) -> bytes:
-    return xxhash.xxh3_64_hexdigest(head + b" " + text).encode()
 
 
 # -- slots ---------------------------------------------------------------------------------------------------------
@@ -142,6 +77,21 @@ class Save:
     """Ranks whose files lie in this node's slot."""
     node: int = 0
     n_nodes: int = 1
+    number: int = 0
+    """How many saves its attempt made before: after a rewind a step is saved again."""
+
+    @property
+    def key(self) -> PartKey:
+        """What distinguishes this node's part of this save from all others."""
+        return self.run_id, self.attempt, self.step, self.number, self.node
+
+
+PartKey = tuple[str, int, int, int, int]
+
+
+def _of(save: Save) -> dict[str, Any]:
+    """Return what a `ready` record says of the save that it is of."""
+    return {"run_id": save.run_id, "incarnation": save.attempt, "step": save.step, "number": save.number}
 
 
 @dataclass(frozen=True)
@@ -169,7 +119,8 @@ class Slot:
         try:
             mark = self._record(state).read()
             ranks = tuple(mark["ranks"])
-            return Save(mark["run_id"], mark["incarnation"], mark["step"], ranks, mark["node"], mark["n_nodes"])
+            attempt, number = mark["incarnation"], mark.get("number", 0)
+            return Save(mark["run_id"], attempt, mark["step"], ranks, mark["node"], mark["n_nodes"], number)
         except (OSError, TypeError, KeyError):
             return None
 
@@ -211,8 +162,7 @@ class Slot:
     def report_ready(self, rank: int, save: Save, facts: Manifest, *, files: Files = DISK) -> None:
         """Report that this rank's files of `save` are complete."""
         listed = {name: asdict(fact) for name, fact in facts.items()}
-        ready = {"run_id": save.run_id, "incarnation": save.attempt, "step": save.step, "files": listed}
-        self.ready(rank).write(ready, files=files)
+        self.ready(rank).write({**_of(save), "files": listed}, files=files)
 
     def report_unready(self, rank: int, *, files: Files = DISK) -> None:
         """Report that this rank is about to change its files."""
@@ -230,7 +180,7 @@ class Slot:
         for rank in save.ranks:
             try:
                 ready: Any = self.ready(rank).read()
-                if (ready["run_id"], ready["incarnation"], ready["step"]) != (save.run_id, save.attempt, save.step):
+                if any({"number": 0, **ready}[name] != value for name, value in _of(save).items()):
                     return None
                 facts |= {name: FileFacts(**fact) for name, fact in ready["files"].items()}
             except (OSError, TypeError, KeyError, AttributeError):
@@ -268,6 +218,19 @@ class ShmArea:
     def slots(self) -> list[Slot]:
         named = [path for path in entries(self.folder) if _SLOT.fullmatch(path.name)]
         return [Slot(path) for path in named if path.is_dir() and not path.is_symlink()]
+
+    @property
+    def copies(self) -> ShmArea:
+        """The slots for copies of another node's parts. They have no other records."""
+        return ShmArea(self.folder / "copies")
+
+    def find(self, key: PartKey) -> tuple[Slot, Manifest]:
+        """Return the slot that holds a part, or a copy of it, and the facts of its files. Raises DamagedError."""
+        for slot in (*self.slots(), *self.copies.slots()):
+            found = slot.complete(even_free=slot.folder.parent == self.folder)
+            if found and found[0].key == key:
+                return slot, found[1]
+        raise DamagedError(f"{self.folder} does not hold node {key[4]}'s part of step {key[2]}")
 
     def make_slots(self, n_slots: int, keep: Collection[str], *, files: Files = DISK) -> None:
         """Make the folders of `n_slots` slots; remove further free ones, and files other than `keep`. For leaders.
@@ -384,6 +347,10 @@ class ServedRun:
     """Where this node's service listens for readers on other nodes. Empty: nowhere."""
     secret: str = field(default="", repr=False)
     """Known to the ranks and services of this attempt alone."""
+    copy_from: tuple[str, int] | None = None
+    """Where the service listens whose parts are copied to this node's memory. None: nothing is copied."""
+    n_copies: int = 0
+    """Copies that this node's memory holds at once."""
 
     def wants(self, save: Save) -> bool:
         own = save.run_id == self.run_id and save.attempt == self.attempt
@@ -420,7 +387,7 @@ def read_run(area: ShmArea) -> ServedRun | None:
         if content is None:
             return None
         content |= {key: Path(content[key]) for key in ("run_dir", "root")}
-        content |= {"verified": tuple(content["verified"]), "job": tuple(content["job"])}
+        content |= {name: tuple(content[name]) for name in ("verified", "job", "copy_from") if content.get(name)}
         content["rescue"] = tuple((int(attempt), int(step)) for attempt, step in content["rescue"])
         return ServedRun(**{**content, "args": CheckpointArgs.model_validate(content["args"])})
     except FileNotFoundError:
@@ -445,9 +412,11 @@ def write_run(area: ShmArea, run: ServedRun, *, files: Files = DISK) -> None:
     area.session.write({**vars(run), **paths, "args": plain(run.args.model_dump(mode="json"))}, files=files)
 
 
-EventKind = Literal["published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed"]
+EventKind = Literal[
+    "published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed", "copied", "uncopied"
+]
 """failing: the disk refused, the step is tried again; silent: the disk does not answer; fenced: a newer attempt owns
-the run; failed: a bug of ours."""
+the run; failed: a bug of ours; copied: this node has another one's part; uncopied: it could not be had."""
 
 
 class Events:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lingua.checkpoint import capacity, dcp
-from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, Slot, make_area
+from lingua.checkpoint.shm.area import TRAINER_LOCK, Save, ServedRun, Slot, make_area
 from lingua.checkpoint.shm.decisions import (
     Found,
     Newest,
@@ -35,8 +35,9 @@ from lingua.checkpoint.shm.decisions import (
     choose_slot,
     node_of,
     resume_point,
-    worth_saving,
+    unsaved,
 )
+from lingua.checkpoint.shm.found import keep, release, survey
 from lingua.checkpoint.shm.moved import adopt
 from lingua.checkpoint.shm.part_server import PartReader, address_of_this_node
 from lingua.checkpoint.shm.service_client import ServiceClient, StartService, say_who_is_waited_for, start_service
@@ -45,7 +46,7 @@ from lingua.checkpoint.shm.snapshot import Snapshot
 from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.place import find_rank_info
 from lingua.distributed.process_group import Ranks
-from lingua.files import DISK, Files, ProcessLock, RunError, free_bytes
+from lingua.files import DISK, Files, ProcessLock, RunError
 from lingua.run.failure import carried
 from lingua.run.lock import this_process
 
@@ -114,8 +115,8 @@ class Coordinator:
         """Saves that found no slot."""
         self._newest: int | None = None
         """Step of the last save that was staged."""
-        self._number = 0
-        """Its slot."""
+        self._number = self._n_saves = 0
+        """Its slot, and how many saves have got one."""
         self._lock: ProcessLock | None = None
         joined = ranks.on_each(self._join)
         if no_room := next((why for _, why in joined if why is not None), None):
@@ -159,34 +160,18 @@ class Coordinator:
         """Look for snapshots in memory that are worth saving, (attempt, step) each; all others are forgotten."""
         run = self._run
         self._ranks.on_each(lambda: adopt(self.area, run, newest.step, files=self._files) if self._service else None)
-        of_ranks = self._ranks.gather(self._complete() if self._service else None)
+        of_ranks = self._ranks.gather(survey(self.area, files=self._files) if self._service else None)
         self._found = [of_node for of_node in of_ranks if of_node is not None]
-        unsaved = [part.save for of_node in self._found for part in of_node if not part.is_free]
-        wanted = worth_saving(unsaved, run.run_id, newest)
-        own = [part for part in self._found[self.node.number] if (part.save.attempt, part.save.step) in wanted]
-        self._rescued = [part.number for part in own if not part.is_free] if self._service else []
-        for slot in self.area.slots() if self._service else []:
-            if slot.number not in self._rescued:
-                slot.change("staged", "free", files=self._files)
+        points = unsaved(self._found, run.run_id, newest)
+        wanted = {(point.parts[0][1].save.attempt, point.step) for point in points}
+        own = [part for point in points for holder, part in point.parts if holder == self.node.number]
+        kept = self._ranks.on_each(lambda: keep(self.area, own, files=self._files) if self._service else [])
+        self._rescued = kept[self._ranks.rank]
         if self._ranks.rank == 0 and wanted:
-            steps = sorted(step for _, step in wanted)
+            steps = [point.step for point in points]
             log.info("checkpoints %s of an earlier attempt are still in memory and will be on the disk", steps)
         self._run = replace(self._run, rescue=tuple(sorted(wanted)))
         return wanted
-
-    def _complete(self) -> list[Found]:
-        lock = self.area.lock(SERVICE_LOCK)
-        try:
-            if lock.take():  # no service lives, and none starts before we are done
-                self.area.recover(files=self._files)
-        finally:
-            lock.close()
-        for slot in self.area.slots():
-            slot.change("claimed", "staged", files=self._files)
-        slots = [(slot, slot.state() == "free") for slot in self.area.slots()]
-        return [
-            Found(slot.number, *found, is_free) for slot, is_free in slots if (found := slot.complete(even_free=True))
-        ]
 
     def resume_point(self, newest: Newest) -> Point | None:
         """Return the snapshot to resume from, if it is in memory; see there. Local, the same on all ranks."""
@@ -197,7 +182,7 @@ class Coordinator:
 
         Call when the staging dir of this attempt is open.
         """
-        if self.node.n_nodes > 1 and any(self._found):
+        if self.node.n_nodes > 1 and (any(self._found) or self._run.args.replicate):
             secret = self._ranks.from_main(lambda: secrets.token_hex(32))
             self._run = replace(self._run, secret=secret, listen=address_of_this_node(find_rank_info().master))
         self._send(wait=False)  # it starts while the state is loaded
@@ -205,16 +190,18 @@ class Coordinator:
     @contextmanager
     def snapshot(self, point: Point) -> Iterator[Snapshot]:
         """Open what a start resumes from; nothing may be staged before all ranks have read it. Collective."""
-        listens = self._service is not None and self.node.n_nodes > 1
-        of_ranks = self._ranks.on_each(lambda: self._service.address() if self._service and listens else None)
-        addresses = [address for address in of_ranks if address is not None]
+        addresses = self._addresses() if self.node.n_nodes > 1 else []
         with ExitStack() as stack:
             readers: dict[int, PartReader] = {}
             for holder in sorted({holder for holder, _ in point.parts} - {self.node.number}):
                 readers[holder] = stack.enter_context(closing(PartReader(addresses[holder], self._run.secret)))
-            slots = {slot.number: slot.folder for slot in self.area.slots()}
             share = slice(self.node.ranks.index(self._ranks.rank), None, len(self.node.ranks))
-            yield Snapshot(point, self.node.number, slots, readers, share)
+            yield Snapshot(point, self.node.number, self.area, readers, share)
+
+    def _addresses(self) -> list[tuple[str, int]]:
+        """Return where the service of each node listens. Collective. Raises RunError if one does not."""
+        of_ranks = self._ranks.on_each(lambda: self._service.address() if self._service else None)
+        return [address for address in of_ranks if address is not None]
 
     def resumed_from(self, point: Point) -> None:
         """Let a snapshot that all ranks have resumed from count as staged by this attempt. Local."""
@@ -247,9 +234,11 @@ class Coordinator:
             self._writer.close()
             self._writer = None
         args = self._run.args
-        sizes = self._ranks.gather(sum(file.size_bytes for file in plan.files))
-        slot_bytes = sum(sizes[rank] for rank in self.node.ranks)
-        offers = self._ranks.on_each(lambda: self._room(slot_bytes))
+        slot_bytes = [0] * self.node.n_nodes
+        for node, size in self._ranks.gather((self.node.number, sum(file.size_bytes for file in plan.files))):
+            slot_bytes[node] += size
+        own, copied = slot_bytes[self.node.number], slot_bytes[self.node.number - 1]
+        offers = self._ranks.on_each(lambda: self._room(own, copied))
         tightest = min(offers, key=lambda offer: offer.slots(args.slots))
         n_slots = tightest.slots(args.slots)
         if n_slots == 0:
@@ -268,13 +257,28 @@ class Coordinator:
             return why
         writer.allocate(n_slots)
         self._writer, self._n_slots = writer, n_slots
+        self._replicate(offers)
         return None
 
-    def _room(self, slot_bytes: int) -> capacity.MemoryRoom:
+    def _replicate(self, offers: list[capacity.MemoryRoom]) -> None:
+        """Let each node copy the parts of the one before it, if that is wanted and possible."""
+        wanted, addresses = bool(self._run.args.replicate), list[tuple[str, int]]()
+        why = capacity.why_no_copies(offers, self._n_slots, self.node.n_nodes) if wanted else None
+        if wanted and why is None:
+            try:
+                addresses = self._addresses()
+            except RunError as error:
+                why = str(error)
+        if why is not None and self._ranks.rank == 0:
+            log.warning("checkpoint.replicate is off: %s", why)
+        n_copies = self._n_slots if addresses else 0
+        self._ranks.on_each(lambda: release(self.area, n_copies, files=self._files) if self._service else None)
+        self._send(n_copies=n_copies, copy_from=addresses[self.node.number - 1] if addresses else None)
+
+    def _room(self, slot_bytes: int, copy_bytes: int) -> capacity.MemoryRoom:
         ours = [slot for slot in self.area.slots() if slot.number < self._run.args.slots or slot.state() == "free"]
-        held = sum(path.lstat().st_blocks * 512 for slot in ours for path in slot.folder.iterdir())
-        limit, used = capacity.memory_limit(Path("/proc/self/cgroup").read_text())
-        return capacity.MemoryRoom(free_bytes(self.area.folder) + held, limit, max(0, used - held), slot_bytes)
+        held = [slot.folder for slot in (*ours, *self.area.copies.slots())]
+        return capacity.room_here(self.area.folder, held, slot_bytes, copy_bytes)
 
     def _make_slots(self, n_slots: int, names: set[str]) -> str | None:
         """Make the folders of `n_slots` slots and clear what lies in them besides all ranks' files, `names` of ours."""
@@ -334,6 +338,7 @@ class Coordinator:
         number = choose_slot(nodes)
         if number is None or not self._claim(number, [node[number] for node in nodes]):
             return None
+        self._n_saves += 1
         if self._service:
             self._service.forget_outcomes()
             try:
@@ -391,7 +396,7 @@ class Coordinator:
     def _save_of(self, step: int) -> Save:
         """Describe a save for the mark of this node's slot. Local."""
         run, node = self._run, self.node
-        return Save(run.run_id, run.attempt, step, node.ranks, node.number, node.n_nodes)
+        return Save(run.run_id, run.attempt, step, node.ranks, node.number, node.n_nodes, self._n_saves)
 
     def before_update(self) -> None:
         """Call before parameters or optimizer state change. Local. Raises a bug that a thread of ours met since."""

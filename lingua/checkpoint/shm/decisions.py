@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import xxhash
 
@@ -42,16 +43,18 @@ class Newest(NamedTuple):
     manifest_xxh3_128: str = ""
 
 
+Place = Literal["used", "free", "copy"]
+"""used: a slot whose save is not on the disk yet; free: a slot that still holds its last save; copy: of another node's
+part."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A node's part of a save, complete in the memory of a node of this start."""
 
-    number: int
-    """Of the slot."""
     save: Save
     facts: Manifest = field(default_factory=dict)
-    is_free: bool = False
-    """The slot is free: the save was published, or given up."""
+    place: Place = "used"
 
 
 @dataclass(frozen=True)
@@ -70,52 +73,48 @@ class Point:
         return {name: fact for _, part in self.parts for name, fact in part.facts.items()}
 
 
-def worth_saving(found: Iterable[Save], run_id: str, newest: Newest) -> set[tuple[int, int]]:
-    """Return (attempt, step) of snapshots that are complete on all their nodes and newer than the newest on the disk.
+def unsaved(nodes: Sequence[Sequence[Found]], run_id: str, newest: Newest) -> list[Point]:
+    """Return the snapshots that are whole in memory and newer than the newest on the disk, by step.
 
-    `found`: the complete saves of all nodes. Only the most recent attempt matters: it would already have rescued
-    anything that an earlier one left.
+    `nodes`: what is complete in the memory of each node of this start. Copies stand in for parts that are missing; of a
+    save that no slot needs any more they count for nothing: it was published, and the run may have gone back since.
+    Only the most recent attempt matters: it would already have rescued anything that an earlier one left.
     """
-    parts: dict[tuple[int, int], set[int]] = {}
-    n_nodes: dict[tuple[int, int], int] = {}
-    for save in found:
-        if save.run_id == run_id:
-            parts.setdefault((save.attempt, save.step), set()).add(save.node)
-            n_nodes[save.attempt, save.step] = save.n_nodes
-    good = {
-        key
-        for key, nodes in parts.items()
-        if len(nodes) == n_nodes[key] and key[1] > newest.step and key[0] >= newest.attempt
+    saves = {
+        (part.save.attempt, part.save.step, part.save.number)
+        for part in itertools.chain(*nodes)
+        if part.place == "used" and part.save.run_id == run_id
     }
-    last = max((attempt for attempt, _ in good), default=0)
-    return {key for key in good if key[0] == last}
+    newer = [save for save in sorted(saves) if save[1] > newest.step and save[0] >= newest.attempt]
+    found = [(save, point) for save in newer if (point := _whole(nodes, run_id, save, ("used", "copy"))) is not None]
+    last = max((save[0] for save, _ in found), default=0)
+    return sorted({save[1]: point for save, point in found if save[0] == last}.values(), key=lambda point: point.step)
 
 
 def resume_point(nodes: Sequence[Sequence[Found]], run_id: str, newest: Newest) -> Point | None:
     """Return the snapshot in memory that a start resumes from, or None: then from the newest checkpoint on the disk.
 
-    `nodes`: what is complete in the memory of each node of this start. It is the newest snapshot worth saving, or else
-    the very one that is the newest on the disk, if memory still holds all of it. How many ranks and nodes there were
-    does not matter, nor on which of the nodes a part lies.
+    It is the newest that is not on the disk yet, or else the very one that is the newest there, if memory still holds
+    all of it. How many ranks and nodes there were does not matter, nor on which of the nodes a part lies.
     """
-    unsaved = [part.save for of_node in nodes for part in of_node if not part.is_free]
-    if wanted := worth_saving(unsaved, run_id, newest):
-        return _whole(nodes, run_id, *max(wanted, key=lambda key: key[1]))
-    same = {part.save.attempt for of_node in nodes for part in of_node if part.save.step == newest.step}
-    points = [_whole(nodes, run_id, attempt, newest.step, even_free=True) for attempt in sorted(same)]
+    if points := unsaved(nodes, run_id, newest):
+        return points[-1]
+    parts = [part.save for part in itertools.chain(*nodes) if part.save.step == newest.step]
+    saves = sorted({(save.attempt, save.step, save.number) for save in parts})
+    points = [_whole(nodes, run_id, save, ("used", "free", "copy")) for save in saves]
     return next((point for point in points if point is not None and _is(point, newest, run_id)), None)
 
 
 def _whole(
-    nodes: Sequence[Sequence[Found]], run_id: str, attempt: int, step: int, *, even_free: bool = False
+    nodes: Sequence[Sequence[Found]], run_id: str, save: tuple[int, int, int], places: Sequence[Place]
 ) -> Point | None:
-    """Gather the parts of a save; None if one is missing. Of several the one in use counts."""
+    """Gather the parts of a save (attempt, step, number), each from the first of the places; None if one is missing."""
     parts: dict[int, tuple[int, Found]] = {}
-    for number, of_node in enumerate(nodes):
-        for part in sorted(of_node, key=lambda part: part.is_free):
-            save = part.save
-            if (save.run_id, save.attempt, save.step) == (run_id, attempt, step) and (even_free or not part.is_free):
-                parts.setdefault(save.node, (number, part))
+    for place, (number, of_node) in itertools.product(places, enumerate(nodes)):
+        for part in of_node:
+            told = part.save
+            if part.place == place and (told.run_id, told.attempt, told.step, told.number) == (run_id, *save):
+                parts.setdefault(told.node, (number, part))
     is_whole = bool(parts) and len(parts) == next(iter(parts.values()))[1].save.n_nodes
     return Point(tuple(parts[node] for node in sorted(parts))) if is_whole else None
 

@@ -6,7 +6,6 @@ train them again.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import socket
 from contextlib import ExitStack, suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from lingua.checkpoint import publish
 from lingua.checkpoint.shm.area import SERVICE_LOCK, TRAINER_LOCK, Save, ServedRun, ShmArea, Slot, base
+from lingua.checkpoint.shm.found import adopt_slot
 from lingua.files import DISK, Files, RunError, entries
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,5 @@ def adopt(area: ShmArea, run: ServedRun, newest_done: int, *, files: Files = DIS
                     )
             log.info("%s has %s", folder, what)
             for slot, _ in found:
-                taken = {each.number for each in area.slots()}
-                target = next(t for n in itertools.count() if n not in taken and not (t := area.slot(n)).state())
-                state = slot.state()
-                assert state is not None
-                files.link(slot.mark(state), target.mark("staged"))  # first: a slot without a mark holds nothing
-                files.rename(slot.folder, target.folder)
+                adopt_slot(slot, area, files=files)
             other.remove(files=files)

@@ -19,12 +19,13 @@ import socket
 import struct
 import threading
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import orjson
 
 from lingua.checkpoint.publish import DamagedError, FileFacts
-from lingua.checkpoint.shm.area import Save, ServedRun, ShmArea
+from lingua.checkpoint.shm.area import PartKey, Save, ServedRun, ShmArea
 from lingua.checkpoint.shm.drain import mapped
 from lingua.files import Buffer, RunError
 
@@ -37,13 +38,6 @@ DOCUMENT_BYTES = 16 << 20
 """Longest JSON document: the names and checksums of some 100,000 files."""
 _HEAD = struct.Struct("!IQ")
 """Bytes of the document and of the content after it."""
-
-PartKey = tuple[str, int, int, int]
-
-
-def key_of(save: Save) -> PartKey:
-    """Return what distinguishes a node's part of a save from all others."""
-    return save.run_id, save.attempt, save.step, save.node
 
 
 def address_of_this_node(master: tuple[str, int] | None) -> str:
@@ -152,7 +146,9 @@ class PartServer:
 
     def _answer(self, wire: _Wire, asked: Any, contents: dict[tuple[PartKey, str], mmap.mmap | bytes]) -> None:
         try:
-            key, name = (PartKey(asked["part"]), str(asked["name"]))
+            if "newest" in asked:
+                return wire.send(self._newest(*asked["newest"]))
+            key, name = PartKey(asked["part"]), str(asked["name"])
             if (key, name) not in contents:
                 contents[key, name] = self._open(key, name)
             piece = memoryview(contents[key, name])[asked["start"] : asked["start"] + asked["bytes"]]
@@ -162,10 +158,17 @@ class PartServer:
             wire.send({"xxh3_128": FileFacts.of(piece).xxh3_128}, piece)
 
     def _open(self, key: PartKey, name: str) -> mmap.mmap | bytes:
-        for slot in self._area.slots():
-            if (found := slot.complete(even_free=True)) and key_of(found[0]) == key:
-                return mapped(slot.folder / name, found[1][name])
-        raise DamagedError(f"{self._area.folder} does not hold node {key[3]}'s part of step {key[2]}")
+        slot, facts = self._area.find(key)
+        return mapped(slot.folder / name, facts[name])
+
+    def _newest(self, run_id: str, attempt: int) -> Any:
+        """Return the newest part of an attempt that is complete, and its ranks' records; null: none is."""
+        found = [(found[0], slot) for slot in self._area.slots() if (found := slot.complete(even_free=True))]
+        ours = [(save.number, save, slot) for save, slot in found if (save.run_id, save.attempt) == (run_id, attempt)]
+        if not ours:
+            return None
+        _, save, slot = max(ours, key=lambda one: one[0])
+        return {"save": asdict(save), "ready": [slot.ready(rank).read() for rank in save.ranks]}
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -217,6 +220,19 @@ class PartReader:
         if len(content) != n_bytes or FileFacts.of(content).xxh3_128 != answer["xxh3_128"]:
             raise DamagedError(f"{name} was damaged on its way from {self._address[0]}")
         return content
+
+    def newest(self, run_id: str, attempt: int) -> tuple[Save, dict[int, Any]] | None:
+        """Return the newest part of an attempt that the other node has whole, and its ranks' records; None: none.
+
+        Raises OSError.
+        """
+        with self._asking:
+            self._wire.send({"newest": [run_id, attempt]})
+            answer = self._wire.receive()[0]
+        if answer is None or "why" in answer:
+            return None
+        save = Save(**{**answer["save"], "ranks": tuple(answer["save"]["ranks"])})
+        return save, dict(zip(save.ranks, answer["ready"], strict=True))
 
     def close(self) -> None:
         self._wire.connection.close()

@@ -45,6 +45,7 @@ from lingua.checkpoint.shm.area import (
 )
 from lingua.checkpoint.shm.drain import FencedError, NodeMissingError, StagedSlot, Throttle, next_to_drain
 from lingua.checkpoint.shm.part_server import PartServer, keep_serving
+from lingua.checkpoint.shm.replica import Copier
 from lingua.files import DISK, Files, RunError
 
 log = logging.getLogger(__name__ if __name__ != "__main__" else "lingua.checkpoint.shm.service")
@@ -128,6 +129,7 @@ class Service:
         self._attempt = 0
         self._fenced = -1
         self._server: PartServer | None = None
+        self._copier = Copier(area, self._report, files=files, now=now, sleep=sleep)
         self._events = Events(area)
         self._unsent: deque[dict[str, Any]] = deque()
         self._sending = threading.Lock()
@@ -168,6 +170,7 @@ class Service:
         self._send_events()
         if run is not None:
             self._server = keep_serving(self._server, self.area, run)
+            self._copier.follow(run)
             self._throttle_jobs(run, alone)
             self._begin_next(run, alone)
         return self._is_needed(run, alone)
@@ -396,6 +399,7 @@ class Service:
             if steps := [save.step for save in unsaved if run is not None and self._may_be_missed(save, run)]:
                 log.error("leaving although steps %s are only in memory; the next attempt here saves them", steps)
             else:
+                self._copier.stop()
                 self.area.remove(files=self._files)
         self.close()
 
@@ -416,7 +420,7 @@ class Service:
         """Send an event to the ranks of an attempt, and log it."""
         self._unsent.append({"kind": kind, "incarnation": attempt, "at_s": self._wall_clock(), **facts})
         self._send_events()
-        level = logging.INFO if kind in ("published", "recovered", "retired") else logging.ERROR
+        level = logging.INFO if kind in ("published", "recovered", "retired", "copied") else logging.ERROR
         log.log(level, "%s %s", kind, facts)
 
     def _send_events(self) -> None:

@@ -281,5 +281,9 @@ def _log(event: dict[str, Any]) -> None:
         )  # fmt: skip
     elif event["kind"] == "recovered":
         log.info("%s", event["why"])
+    elif event["kind"] == "copied":
+        log.debug("node %d's part of checkpoint %d is copied to this node", event["node"], event["step"])
+    elif event["kind"] == "uncopied":
+        log.warning("%s", event["why"])
     elif event["kind"] != "retired" or "why" in event:
         log.error("%s", event["why"])

@@ -16,19 +16,18 @@ import orjson
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.documents import MANIFEST_VERSION, ListedFile, ManifestDocument
+from lingua.checkpoint.shm.area import ShmArea
 from lingua.checkpoint.shm.decisions import Point
 from lingua.checkpoint.shm.drain import mapped
-from lingua.checkpoint.shm.part_server import PartReader, RemoteFile, key_of
+from lingua.checkpoint.shm.part_server import PartReader, RemoteFile
 from lingua.files import RunError
 
 
 class Snapshot:
     """The files of a save: mapped, where this node holds them, else read from the node that does."""
 
-    def __init__(
-        self, point: Point, node: int, slots: Mapping[int, Path], readers: Mapping[int, PartReader], share: slice
-    ) -> None:
-        """`node`: ours; `slots`: its folders by number; `readers`: by node; `share`: of its files, which we verify.
+    def __init__(self, point: Point, node: int, area: ShmArea, readers: Mapping[int, PartReader], share: slice) -> None:
+        """`node`: ours; `readers`: by node; `share`: which files of our node this rank verifies.
 
         Raises OSError, and DamagedError for a file that is not there as it was staged.
         """
@@ -36,12 +35,14 @@ class Snapshot:
         self._contents: dict[str, mmap.mmap | bytes | RemoteFile] = {}
         here: list[str] = []
         for holder, part in point.parts:
-            for name, fact in part.facts.items():
-                if holder == node:
-                    self._contents[name] = mapped(slots[part.number] / name, fact)
-                    here.append(name)
-                else:
-                    self._contents[name] = RemoteFile(readers[holder], key_of(part.save), name, fact.size_bytes)
+            if holder == node:
+                folder = area.find(part.save.key)[0].folder
+                self._contents |= {name: mapped(folder / name, fact) for name, fact in part.facts.items()}
+                here += part.facts
+            else:
+                reader, key = readers[holder], part.save.key
+                sizes = {name: fact.size_bytes for name, fact in part.facts.items()}
+                self._contents |= {name: RemoteFile(reader, key, name, size) for name, size in sizes.items()}
         self.to_verify = sorted(here)[share]
 
     @property

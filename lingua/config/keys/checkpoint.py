@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -57,6 +58,9 @@ class CheckpointArgs(Args):
     """Memory file system for staging, on each node."""
     slots: Annotated[int, Field(ge=1, le=9)] = 2
     """Snapshots that a node's memory holds at once; fewer are taken where they do not fit."""
+    replicate: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: each node also holds copies of another node's snapshots, so that the end of one node loses none. They take as
+    much memory as the slots again. With async_save_mode shm on several nodes."""
     strict: bool = False
     """Stop with an error, instead of saving synchronously, where memory does not suffice for one slot."""
     bandwidth_gb_per_s: Annotated[float, Field(gt=0)] | None = None
@@ -77,6 +81,11 @@ class CheckpointArgs(Args):
     """drain: what is written is hashed and compared; readback: also read again past the page cache."""
     verify_on_load: Literal["full", "sizes"] = "full"
     """full: every byte is compared as it is loaded; sizes: only names and sizes."""
+
+    def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
+        if self.replicate and self.async_save_mode is None:
+            text = "checkpoint.replicate is 1, but nothing is staged in memory; set checkpoint.async_save_mode to shm"
+            yield "checkpoint.replicate", f"{text}, or leave out replicate"
 
     def milestones(self, n_steps: int) -> set[int]:
         """Return the steps up to `n_steps` whose checkpoints are kept for good."""

@@ -385,6 +385,10 @@ def test_a_fork_trains_what_its_origin_has_not(tmp_path: Path) -> None:
             {"async_save_mode": "shm", "slots": 3},
             "training goes on while each is written (0.* s at 1 GB/s), from 5.4 MiB of",
         ),
+        (
+            {"async_save_mode": "shm", "slots": 3, "replicate": 1},
+            "training goes on while each is written (0.* s at 1 GB/s), from 10.7 MiB of",
+        ),
     ],
 )
 def test_what_a_save_costs_is_said_in_either_mode(checkpoint: dict[str, Any], sentence: str) -> None:

@@ -13,12 +13,10 @@ import pytest
 from lingua.checkpoint.publish import FileFacts
 from lingua.checkpoint.shm.area import (
     EVENTS_BYTES,
-    HEAD_BYTES,
     MARK_BYTES,
     SERVICE_LOCK,
     TRAINER_LOCK,
     Events,
-    Record,
     Save,
     ShmArea,
     Slot,
@@ -29,6 +27,7 @@ from lingua.checkpoint.shm.area import (
     read_run,
     write_run,
 )
+from lingua.checkpoint.shm.record import HEAD_BYTES, Record
 from lingua.files import RunError
 from tests.fakes import FaultyFiles, KillFiles
 from tests.slotted import Start, World, a_rank_lives, killed

@@ -22,11 +22,12 @@ from lingua.checkpoint.shm.decisions import (
     Found,
     Newest,
     Node,
+    Place,
     SlotView,
     choose_slot,
     node_of,
     resume_point,
-    worth_saving,
+    unsaved,
 )
 from lingua.checkpoint.shm.drain import BEAT_S, HANDOVER_S, SILENT_BEATS, await_older_writers
 from lingua.checkpoint.shm.service_client import LOOK_S, RESTARTS, WORD_S, ServiceClient, why_taken
@@ -76,7 +77,7 @@ def one(attempt: int, step: int, node: int = 0, n_nodes: int = 1, run_id: str = 
 
 
 @pytest.mark.parametrize(
-    ("found", "newest_done", "wanted"),
+    ("saves", "newest_done", "wanted"),
     [
         ([], (-1, 0), set()),
         ([one(1, 4), one(1, 6)], (-1, 0), {(1, 4), (1, 6)}),
@@ -91,14 +92,24 @@ def one(attempt: int, step: int, node: int = 0, n_nodes: int = 1, run_id: str = 
         ([one(1, 6, 0, 2), one(1, 6, 1, 2), one(1, 8, 0, 2)], (-1, 0), {(1, 6)}),
     ],
 )
-def test_worth_saving(found: list[Save], newest_done: tuple[int, int], wanted: set[tuple[int, int]]):
-    assert worth_saving(found, "run", Newest(*newest_done)) == wanted
+def test_worth_saving(saves: list[Save], newest_done: tuple[int, int], wanted: set[tuple[int, int]]):
+    points = unsaved([[Found(save)] for save in saves], "run", Newest(*newest_done))
+    assert {(point.parts[0][1].save.attempt, point.step) for point in points} == wanted
 
 
-def part(attempt: int, step: int, node: int = 0, n_nodes: int = 1, *, is_free: bool = False, digest: str = "") -> Found:
+def part(
+    attempt: int,
+    step: int,
+    node: int = 0,
+    n_nodes: int = 1,
+    *,
+    place: Place = "used",
+    digest: str = "",
+    number: int = 0,
+) -> Found:
     """A part of one file, whose content is named by the digest."""
     facts = {f"model.{node}": FileFacts(1, digest or f"{attempt}-{step}")}
-    return Found(0, one(attempt, step, node, n_nodes), facts, is_free)
+    return Found(replace(one(attempt, step, node, n_nodes), number=number), facts, place)
 
 
 def mark_of(step: int, attempt: int, *parts: Found) -> Newest:
@@ -108,8 +119,10 @@ def mark_of(step: int, attempt: int, *parts: Found) -> Newest:
 
 
 BOTH = (part(1, 6, 0, 2), part(1, 6, 1, 2))
-FREE = (part(1, 6, 0, 2, is_free=True), part(1, 6, 1, 2, is_free=True))
+FREE = (part(1, 6, 0, 2, place="free"), part(1, 6, 1, 2, place="free"))
 THREE = (part(1, 6, 0, 3), part(1, 6, 1, 3), part(1, 6, 2, 3))
+COPIES = (part(1, 6, 0, 3, place="copy"), part(1, 6, 1, 3, place="copy"), part(1, 6, 2, 3, place="copy"))
+GONE = tuple(replace(each, place="free") for each in THREE)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +150,29 @@ THREE = (part(1, 6, 0, 3), part(1, 6, 1, 3), part(1, 6, 2, 3))
         ([[BOTH[0], part(1, 4, 0, 2)], [part(1, 4, 1, 2)]], Newest(), (1, 4, [0, 1])),  # then that one
         ([[BOTH[0]], [part(2, 6, 1, 2)]], Newest(), None),  # two attempts, two timelines
         ([[THREE[0]], [THREE[1]]], Newest(), None),
+        # copies
+        ([[THREE[0], COPIES[2]], [THREE[2], COPIES[1]]], Newest(), (1, 6, [0, 1, 1])),  # node 1 has gone
+        ([[THREE[1], COPIES[0]], [], [THREE[2], COPIES[1]]], Newest(), (1, 6, [0, 0, 2])),  # node 0; a new one came
+        ([[THREE[0], COPIES[2]], [THREE[1], COPIES[0]]], Newest(), (1, 6, [0, 1, 0])),  # node 2
+        ([[THREE[0], COPIES[2]], [THREE[1], COPIES[0]], [THREE[2], COPIES[1]]], Newest(), (1, 6, [0, 1, 2])),
+        ([[THREE[0], COPIES[2]]], Newest(), None),  # two of three have gone
+        ([[BOTH[0], part(1, 6, 1, 2, place="copy")]], Newest(), (1, 6, [0, 0])),  # one node is left
+        ([[BOTH[0], part(1, 6, 1, 2, place="copy", number=1)]], Newest(), None),  # saved again after a rewind
+        (
+            [[BOTH[0], part(1, 4, 1, 2, place="copy"), part(1, 4, 0, 2)]],
+            Newest(),
+            (1, 4, [0, 0]),
+        ),  # 6 is not copied yet
+        ([[GONE[0], COPIES[2]], [GONE[1], COPIES[0]], [GONE[2], COPIES[1]]], Newest(4, 1), None),  # before a rewind
+        ([list(COPIES)], Newest(4, 1), None),
+        ([[GONE[0], COPIES[2]], [GONE[1]]], mark_of(6, 1, *THREE), (1, 6, [0, 1, 0])),
         # what is on the disk already
         ([[part(1, 6)]], mark_of(6, 1, part(1, 6)), (1, 6, [0])),  # published since it was found
-        ([[part(1, 6, is_free=True)]], mark_of(6, 1, part(1, 6)), (1, 6, [0])),
-        ([[part(1, 6, is_free=True)]], mark_of(6, 2, part(1, 6)), (1, 6, [0])),  # by the attempt that resumed from it
-        ([[part(1, 6, is_free=True)]], mark_of(6, 1, part(1, 6, digest="other")), None),  # trained again after a rewind
-        ([[part(1, 6, is_free=True)]], Newest(4, 1), None),  # it was given up: the disk does not have it
-        ([[part(1, 6, is_free=True), part(2, 8)]], mark_of(6, 1, part(1, 6)), (2, 8, [0])),
+        ([[part(1, 6, place="free")]], mark_of(6, 1, part(1, 6)), (1, 6, [0])),
+        ([[part(1, 6, place="free")]], mark_of(6, 2, part(1, 6)), (1, 6, [0])),  # by the attempt that resumed from it
+        ([[part(1, 6, place="free")]], mark_of(6, 1, part(1, 6, digest="other")), None),  # trained again after a rewind
+        ([[part(1, 6, place="free")]], Newest(4, 1), None),  # it was given up: the disk does not have it
+        ([[part(1, 6, place="free"), part(2, 8)]], mark_of(6, 1, part(1, 6)), (2, 8, [0])),
         ([[FREE[0]], [FREE[1]]], mark_of(6, 1, *BOTH), (1, 6, [0, 1])),
         ([[FREE[0]], [BOTH[1]]], mark_of(6, 1, *BOTH), (1, 6, [0, 1])),  # the node that did not hear of it
         ([[FREE[0]], [BOTH[1]]], Newest(4, 1), None),

@@ -267,7 +267,7 @@ def test_a_service_killed_at_any_operation_meanwhile_loses_nothing(tmp_path: Pat
 class DyingFiles(KillFiles):
     """Leaves a file before it dies."""
 
-    def __init__(self, fail_at: int, died: Path) -> None:
+    def __init__(self, fail_at: int | At, died: Path) -> None:
         super().__init__(fail_at)
         self._died = died
 

@@ -208,15 +208,17 @@ def test_a_file_is_read_in_pieces(there: World):
     name = names_of(0)[0]
     with closing(PartReader(serve(there), SECRET)) as reader:
         for start, n_bytes in ((0, 10), (5, 3000), (0, 0)):
-            assert reader.read(("the-run", 1, 4, 0), name, start, n_bytes) == content(4, name)[start : start + n_bytes]
+            assert (
+                reader.read(("the-run", 1, 4, 0, 0), name, start, n_bytes) == content(4, name)[start : start + n_bytes]
+            )
         with pytest.raises(DamagedError, match="was damaged on its way"):
-            reader.read(("the-run", 1, 4, 0), name, 0, 1 << 20)
-        for key in (("the-run", 1, 6, 0), ("the-run", 2, 4, 0), ("the-run", 1, 4, 1), ("another", 1, 4, 0)):
+            reader.read(("the-run", 1, 4, 0, 0), name, 0, 1 << 20)
+        for key in (("the-run", 1, 6, 0, 0), ("the-run", 2, 4, 0, 0), ("the-run", 1, 4, 0, 1), ("another", 1, 4, 0, 0)):
             with pytest.raises(DamagedError, match="does not hold"):
                 reader.read(key, name, 0, 10)
         for other in ("model.00007.distcp", "../session", "ready.00000"):
             with pytest.raises(DamagedError, match="KeyError"):
-                reader.read(("the-run", 1, 4, 0), other, 0, 10)
+                reader.read(("the-run", 1, 4, 0, 0), other, 0, 10)
 
 
 def test_only_who_knows_the_secret_reads_and_is_believed(there: World, caplog: pytest.LogCaptureFixture):

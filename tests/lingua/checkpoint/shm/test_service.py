@@ -596,7 +596,7 @@ def test_without_memory_for_words_they_come_later(world: World, monkeypatch: pyt
     service = world.service()
     assert service.take()
     with a_rank_lives(start.area):
-        monkeypatch.setattr("lingua.checkpoint.shm.area.Record.write", _full)
+        monkeypatch.setattr("lingua.checkpoint.shm.record.Record.write", _full)
         service.tick()
         service.tick()
         assert slot.state() == "free"

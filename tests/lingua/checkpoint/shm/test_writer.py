@@ -314,7 +314,7 @@ def test_fewer_slots_then_none_where_memory_is_short(
     n_slots: int,
     sentence: str,
 ):
-    monkeypatch.setattr("lingua.checkpoint.shm.coordinator.free_bytes", lambda path: free)
+    monkeypatch.setattr("lingua.checkpoint.capacity.free_bytes", lambda path: free)
     monkeypatch.setattr(capacity, "memory_limit", lambda text: limit or (None, 0))
     caplog.set_level(logging.WARNING)
     manager = CheckpointManager(args(shm), tmp_path, start_service=services.start)
@@ -329,7 +329,7 @@ def test_fewer_slots_then_none_where_memory_is_short(
 
 
 def test_strict_asks_for_memory(tmp_path: Path, shm: Path, services: Services, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lingua.checkpoint.shm.coordinator.free_bytes", lambda path: 0)
+    monkeypatch.setattr("lingua.checkpoint.capacity.free_bytes", lambda path: 0)
     manager = CheckpointManager(args(shm, strict=True), tmp_path, start_service=services.start)
     with pytest.raises(RunError, match=r"/dev/shm has 0 B free.*or allow synchronous saves with checkpoint.strict=f"):
         manager.prepare(make())
