@@ -47,7 +47,7 @@ class _Uncounted(ByteTokenizer):
 
     _ONE = np.zeros(1, np.int32)
 
-    def encode(self, text: str, add_bos: bool, add_eos: bool, before: str = "") -> np.ndarray:
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False, before: str = "") -> np.ndarray:
         return self._ONE
 
     def wrap(self, ids: np.ndarray, add_bos: bool, add_eos: bool) -> np.ndarray:
