@@ -160,7 +160,7 @@ def _of_run(run_dir: Path, root: Path, step: int | None) -> list[Checkpoint]:
     if step is not None and step not in there:
         raise CommandError(f"{root} has no published checkpoint of step {step}; it has {some_steps(there)}")
     if not there:
-        raise RunError(f"{root} has no published checkpoint")
+        raise RunError(f"{root} has no published checkpoint yet; `lingua status {run_dir}` says where the run stands")
     steps = reversed(there) if step is None else [step]
     return [Checkpoint(layout.folder(root, found), root, found, run_dir) for found in steps]
 

@@ -119,7 +119,7 @@ class Difference:
         if self.rule == "refuse":
             return f"{change} cannot change within a run; set it back, or start a new run under another name"
         if self.rule == "accept":
-            return f"{change} {self.effect}; allow it with --accept-change, or set it back"
+            return f"{change} {self.effect}; allow it with --accept-change, or start another run (name=NEW)"
         return f"{change} takes effect from here on"
 
 

@@ -29,7 +29,7 @@ class Status:
     """new, starting, running, queued, finished, saved (after a signal; to be resumed), stopped, failed, killed."""
     step: int | None
     n_steps: int | None
-    loss: float | None
+    loss: float | None  # mean since the line of metrics before, as in the log
     tokens_per_s: float | None  # per device; None unless it runs, as left_s
     left_s: float | None  # of training, at this speed
     metrics_age_s: float | None
@@ -87,7 +87,7 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
         state=state,
         step=step,
         n_steps=n_steps if isinstance(n_steps := facts.config.get("steps"), int) else None,
-        loss=metrics.get("loss/out"),
+        loss=metrics.get("loss/mean", metrics.get("loss/out")),
         tokens_per_s=metrics.get("speed/wps") if state == "running" else None,
         left_s=metrics.get("time/eta_s") if state == "running" else 0.0 if state == "finished" else None,
         metrics_age_s=facts.metrics_age_s,

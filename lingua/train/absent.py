@@ -68,7 +68,7 @@ def _why_not(folder: Path, name: Path) -> tuple[str, bool]:
         return f"{looked_up} write {inner}", True
     if name.exists():
         return f"{looked_up} to name {name}, set data.root_dir=.", True
-    there = sorted(path.name for path in entries(folder) if not path.name.startswith("."))
+    there = sorted(path.name for path in entries(folder) if not path.name.startswith(".") and path.suffix != ".html")
     has = f"it has {', '.join(there[:_SHOWN])}{' and more' if there[_SHOWN:] else ''}" if there else "it is empty"
     near = difflib.get_close_matches(str(name), there, 1)
     remedy = f"did you mean {near[0]}?" if near else "correct the name, or prepare the data first"

@@ -48,10 +48,10 @@ def test_a_name_with_an_at_in_it(tmp_path: Path) -> None:
     [
         ("absent@3", "absent does not exist; `lingua runs"),
         ("run@7", "no published checkpoint of step 7; it has 1, 2"),
-        ("empty", "has no published checkpoint$"),
+        ("empty", "has no published checkpoint yet; `lingua status "),
         ("other", "is not a run: it has no config.yaml"),
         ("other@3", "other is not a run: it has no config.yaml"),
-        ("new", "has no published checkpoint$"),
+        ("new", "has no published checkpoint yet; `lingua status "),
         ("new@3", "no published checkpoint of step 3; it has none"),
     ],
 )

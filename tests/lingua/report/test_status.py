@@ -17,7 +17,14 @@ from lingua.slurm import QueuedJob
 ME = Owner(host="login", boot_id="a", pid_space="p", pid=1, started="1")
 THERE = Owner(host="n1", boot_id="b", pid_space="p", pid=7, started="7", slurm_job_id="42")
 ATTEMPT = Attempt(number=3, owner=THERE, beat_s=9995.0)
-METRICS = {"global_step": 120, "incarnation": 3, "loss/out": 3.25, "speed/wps": 5000.0, "time/eta_s": 7200.0}
+METRICS = {
+    "global_step": 120,
+    "incarnation": 3,
+    "loss/out": 3.5,
+    "loss/mean": 3.25,
+    "speed/wps": 5000.0,
+    "time/eta_s": 7200.0,
+}
 RUNNING = RunFacts(
     path=Path("out/x"),
     config={"name": "x", "steps": 1000},

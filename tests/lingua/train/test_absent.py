@@ -26,7 +26,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("data/mine/mine.chunk.00.jsonl", "data/wiki/wiki.chunk.00.jsonl", "corpora/web/web.chunk.00.jsonl"):
         Path(name).parent.mkdir(parents=True)
         Path(name).write_text('{"text": "one"}\n')
-    Path("data/.hidden").touch()
+    for name in ("data/.hidden", "data/mine.html"):  # the latter: `lingua data inspect mine --page`
+        Path(name).touch()
     Path("empty").mkdir()
     Path("x.yaml").write_text(dump_yaml(SMALL))
     return tmp_path
