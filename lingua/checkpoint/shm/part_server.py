@@ -9,6 +9,7 @@ after PATIENCE_S.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 import logging
@@ -38,6 +39,11 @@ DOCUMENT_BYTES = 16 << 20
 """Longest JSON document: the names and checksums of some 100,000 files."""
 _HEAD = struct.Struct("!IQ")
 """Bytes of the document and of the content after it."""
+
+
+def public_name(secret: str) -> str:
+    """Return what a secret is called where it must not be seen."""
+    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def address_of_this_node(master: tuple[str, int] | None) -> str:
@@ -98,7 +104,7 @@ class PartServer:
     """Serves the parts in an area to whoever knows the secret. Threads of its own; they end with the process."""
 
     def __init__(self, area: ShmArea, host: str) -> None:
-        """Listen, at the port of the service before us if that is free. Says in the area where, or that it cannot."""
+        """Listen, at the port of the service before us if that is free."""
         self._area, self.host, self.secret = area, host, ""
         self._listener: socket.socket | None = None
         ports = [0]
@@ -111,9 +117,16 @@ class PartServer:
                 break
             except OSError as error:
                 log.error("cannot listen at %s, port %d: %s", host, port, error)
+
+    def admit(self, secret: str) -> None:
+        """Serve whoever knows this secret from now on; then say in the area where, or that it cannot."""
+        if secret == self.secret:
+            return
+        self.secret = secret
         port = self._listener.getsockname()[1] if self._listener else 0
+        said = {"pid": os.getpid(), "host": self.host, "port": port, "for": public_name(secret)}
         try:
-            area.address.write({"pid": os.getpid(), "host": host, "port": port})
+            self._area.address.write(said)
         except OSError as error:
             log.error("cannot say where this service listens: %s", error)
 
@@ -187,7 +200,7 @@ def keep_serving(server: PartServer | None, area: ShmArea, run: ServedRun) -> Pa
             server.close()
         server = PartServer(area, run.listen)
     if server is not None:
-        server.secret = run.secret
+        server.admit(run.secret)
     return server
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lingua.checkpoint.shm.area import SERVICE_LOCK, Events, ServedRun, ShmArea, served_by, write_run
+from lingua.checkpoint.shm.part_server import public_name
 from lingua.files import DISK, DiskError, Files, ProcessLock, RunError, raise_if
 from lingua.run.failure import RankError, carried
 from lingua.run.lock import why_overtaken
@@ -150,7 +151,8 @@ class ServiceClient:
         for _ in range(int(START_S / LOOK_S)):
             with suppress(FileNotFoundError):
                 said = self._area.address.read()
-                if (said["pid"], said["host"]) == (_holder(self._area.lock(SERVICE_LOCK)), self._run.listen):
+                ours = (_holder(self._area.lock(SERVICE_LOCK)), self._run.listen, public_name(self._run.secret))
+                if (said["pid"], said["host"], said.get("for")) == ours:  # it may still serve the attempt before us
                     if not said["port"]:
                         break
                     return said["host"], said["port"]

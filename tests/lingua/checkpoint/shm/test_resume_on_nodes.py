@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +18,9 @@ from lingua.checkpoint import layout
 from lingua.checkpoint.manager import CheckpointManager
 from lingua.checkpoint.publish import DamagedError
 from lingua.checkpoint.shm import part_server
-from lingua.checkpoint.shm.area import area_of
+from lingua.checkpoint.shm.area import SERVICE_LOCK, area_of
 from lingua.checkpoint.shm.part_server import PartReader, address_of_this_node, keep_serving
+from lingua.checkpoint.shm.service_client import ServiceClient
 from lingua.config.keys.checkpoint import CheckpointArgs
 from tests.lingua.checkpoint.shm.test_resume_from_memory import blocked, damage, done, manager_of
 from tests.ranks import run_on_ranks
@@ -229,6 +231,42 @@ def test_only_who_knows_the_secret_reads_and_is_believed(there: World, caplog: p
     assert "does not know the secret of this run, is refused" in caplog.text
     assert SECRET not in caplog.text
     assert SECRET not in repr(there.served(1, secret=SECRET))
+
+
+def test_where_a_service_listens_counts_once_it_knows_the_attempt(there: World):
+    """It may have begun with what the attempt before has left."""
+    run = there.served(2, listen="127.0.0.1", secret="of the next attempt")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            assert there.area().lock(SERVICE_LOCK).take()
+            server = keep_serving(None, there.area(), there.served(1, listen="127.0.0.1", secret=SECRET))
+            os.write(writer, b"L")
+            signal.sigwait({signal.SIGUSR1})
+            keep_serving(server, there.area(), run)
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reader, 1) == b"L"
+        looks: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            looks.append(seconds)
+            os.kill(pid, signal.SIGUSR1) if len(looks) == 3 else None
+            time.sleep(seconds)
+
+        client = ServiceClient(there.area(), 2, there.place / "log", sleep=sleep)
+        client.send(run)
+        with closing(PartReader(client.address(), run.secret)) as part:
+            assert part.newest("the-run", 2) is None
+        assert len(looks) >= 3
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def test_a_service_that_was_stopped_is_left(there: World, monkeypatch: pytest.MonkeyPatch):
