@@ -300,7 +300,7 @@ def test_a_hostile_torch_file_is_refused_unexecuted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda p: None, "does not exist; it should be a run"),
+        (lambda p: None, "does not exist; `lingua runs FOLDER` lists the runs"),
         (lambda p: p.mkdir(), r"holds no weights: expected \.metadata"),
         (lambda p: p.write_bytes(b"nonsense"), r"it is not a plain file of tensors \(Weights only load failed\)$"),
         (lambda p: torch.save([1, 2], p), "holds more than named tensors"),
