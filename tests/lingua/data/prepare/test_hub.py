@@ -160,7 +160,7 @@ def test_zst_and_the_commit_of_the_first_start_is_kept(tmp_path: Path) -> None:
     assert gone.code == 0, gone.error
     assert content(out) == before
     other = run(server, tmp_path, "dclm_baseline_1.0_10prct", "--revision", "v2")
-    assert other.code == 1
+    assert other.code == 2
     assert "revision aaaa" in other.error
 
 
