@@ -379,7 +379,7 @@ def test_a_service_killed_while_it_copies_is_replaced_and_copies_go_on(tmp_path:
             train(state, step, step)
             manager.save(step, state)
             wait_until(lambda step=step: died.exists() or step in copied(run_dir, where))
-        wait_until(died.exists)
+        wait_until(lambda: died.exists() and not Path("/proc", died.read_text()).exists())
         step, is_staged = 3, False
         while not is_staged:  # until there is a new service, no slot may be free
             step += 1

@@ -265,14 +265,16 @@ def test_a_service_killed_at_any_operation_meanwhile_loses_nothing(tmp_path: Pat
 
 
 class DyingFiles(KillFiles):
-    """Leaves a file before it dies."""
+    """Leaves a file with its pid before it dies."""
 
     def __init__(self, fail_at: int | At, died: Path) -> None:
         super().__init__(fail_at)
         self._died = died
 
     def _fail(self, name: str) -> None:
-        os.close(os.open(self._died, os.O_CREAT))
+        whole = self._died.with_suffix(".new")
+        whole.write_text(str(os.getpid()))
+        whole.rename(self._died)
         super()._fail(name)
 
 
