@@ -44,6 +44,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
 from bench_common import make_parser
 from goodput_runs import KINDS, POLL_S, TINY, WAYS, Bench, Running, Shape, Way
 

@@ -16,8 +16,13 @@ PROGRAMS = {
     for path in (ROOT / folder).rglob("*.py")
     if '\nif __name__ == "__main__":\n' in path.read_text()
 }
-DEAF = {Path("lingua/data/workers.py"), Path("lingua/checkpoint/shm/service.py")}
-"""Started with signals blocked, or away from the terminal; they ignore Ctrl-C."""
+DEAF = {
+    Path("lingua/data/workers.py"),
+    Path("lingua/checkpoint/shm/service.py"),
+    Path("scripts/goodput_peers.py"),
+}
+"""Started with signals blocked, or away from the terminal: they ignore Ctrl-C. The last stands for a user's own program
+without lingua, which the benchmark starts and ends."""
 LIBRARY = """
 import os, signal
 try:

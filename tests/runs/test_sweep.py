@@ -83,10 +83,10 @@ def test_without_slurm_nothing_is_written(lingua: Lingua, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["status", "."], 1, "is not a sweep: it has no sweep.json"),
-        (["report", "."], 1, "is not a sweep: it has no sweep.json"),
-        (["rerun", "."], 1, "is not a sweep: it has no sweep.json"),
-        (["rerun", ".", "--skip=tired"], 1, "--skip tired: unknown kind of failure; choose from config, "),
+        (["status", "."], 2, "is not a sweep: it has no sweep.json"),
+        (["report", "."], 2, "is not a sweep: it has no sweep.json"),
+        (["rerun", "."], 2, "is not a sweep: it has no sweep.json"),
+        (["rerun", ".", "--skip=tired"], 2, "--skip tired: unknown kind of failure; choose from config, "),
         (["apps/main/configs/debug.yaml"], 2, "nothing to sweep"),
         (["optim.lr=1,2"], 2, "no config is named"),
     ],
