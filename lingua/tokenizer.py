@@ -458,7 +458,8 @@ def tokenizer_fingerprint(args: TokenizerArgs) -> str:
 def _fingerprint(name: str, path: Path, split: str) -> str:
     import xxhash
 
-    other_split = f":{split}" if split not in ("auto", "cl100k") else ""  # before there was a choice, it was cl100k
+    splits = name == "tiktoken" and split not in ("auto", "cl100k")  # before there was a choice, it was cl100k
+    other_split = f":{split}" if splits else ""
     return f"{name}:{xxhash.xxh3_64_hexdigest(path.read_bytes())}{other_split}"
 
 

@@ -265,6 +265,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     options = parser.parse_args(words)
     warnings.simplefilter("ignore")
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         bench = Bench(int(options.params), Path(folder))

@@ -21,7 +21,7 @@ once from an exponential distribution (a Poisson process) and are the same for a
 
 First each way trains undisturbed: its step, what a save costs, a restart. From these the model
 (lingua/checkpoint/goodput.py) chooses the best interval of each way and predicts its goodput for the same kills. `off`
-is model / measured - 1.
+is model / measured - 1. A step counts with the median of those that no save slowed down in the same case.
 
 FILE (bench_goodput.json) is written anew after every case and holds every kill; --figure FILE.svg draws it.
 """
@@ -33,13 +33,14 @@ import json
 import math
 import random
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,21 @@ class Undisturbed:
 # -- measuring -----------------------------------------------------------------------------------------------------
 
 
+def steps_s(ends_s: Mapping[int, float]) -> dict[int, float]:
+    """Return the seconds of each step but the first, with those of the save before it."""
+    return {step: at_s - ends_s[step - 1] for step, at_s in ends_s.items() if step - 1 in ends_s}
+
+
+def quiet_steps_s(ends_s: Mapping[int, float], every: int, beside_s: float) -> list[float]:
+    """Return the seconds of the steps that no save slowed down: none of the `beside_s` before their end began one."""
+    saves_s = [at_s for step, at_s in ends_s.items() if step % every == 0]
+    return [
+        step_s
+        for step, step_s in steps_s(ends_s).items()
+        if not any(save_s <= ends_s[step] <= save_s + beside_s + step_s for save_s in saves_s)
+    ]
+
+
 def undisturbed(bench: Bench, way: Way) -> Undisturbed:
     """Train until two saves are on the disk, and for one interval more; then restart after each kind of kill."""
     n, marks, times, size = bench.shape.first_steps, {}, {}, 0
@@ -81,7 +97,7 @@ def undisturbed(bench: Bench, way: Way) -> Undisturbed:
         run.start()
         while len(marks) < 2 or max(times) < max(marks) + n - 1:
             time.sleep(POLL_S)
-            times = run.steps_s()
+            times = steps_s(run.ends_s())
             for save in range(n, max(times, default=0), n):
                 if len(marks) < 2 and save not in marks and (written := run.written(save)):
                     marks[save], size = written
@@ -112,9 +128,11 @@ def interval(calm: Undisturbed, way: Way, between_s: float) -> int:
     return max(1, math.ceil(goodput.best_every_s(calm.wait_s, between_s, at_least_s) / calm.step_s))
 
 
-def disturbed(bench: Bench, way: Way, every: int, trace: Sequence[tuple[float, str]]) -> list[dict[str, Any]]:
-    """Train under kills; return what each one has cost."""
-    found = []
+def disturbed(
+    bench: Bench, way: Way, every: int, trace: Sequence[tuple[float, str]], beside_s: float
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Train under kills; return what each one has cost, and the seconds of the steps that no save slowed down."""
+    found, quiet_s = [], []
     with Running(bench, way, every) as run:
         now = run.start()
         for up_s, kind in trace:
@@ -122,6 +140,7 @@ def disturbed(bench: Bench, way: Way, every: int, trace: Sequence[tuple[float, s
             time.sleep(max(0.0, now.at_s + up_s - time.time()))
             killed_s = time.time()
             run.kill(kind)
+            quiet_s += quiet_steps_s(run.ends_s(), every, beside_s)
             last_step, before, now = run.last_step(), now, run.start()
             found.append(
                 {
@@ -134,7 +153,7 @@ def disturbed(bench: Bench, way: Way, every: int, trace: Sequence[tuple[float, s
                     "lost_steps": max(0, last_step - now.step + 1),
                 }
             )
-    return found
+    return found, quiet_s
 
 
 def judged(
@@ -169,7 +188,9 @@ def measured(
 ) -> dict[str, Any]:
     """Return the figures of one case."""
     every = interval(calm, way, statistics.mean(up_s for up_s, _ in trace))
-    kills = disturbed(bench, way, every, trace)
+    kills, quiet_s = disturbed(bench, way, every, trace, calm.wait_s + calm.unsafe_s)
+    if quiet_s:  # the same steps as those that are counted: a shared machine drifts by 10% within minutes
+        calm = replace(calm, step_s=statistics.median(quiet_s))
     shares = judged(kills, calm, way, every, scale)
     medians = {name: statistics.median(k[name] for k in kills) for name in ("back_s", "load_s", "lost_steps")}
     return {"every": every, **shares, **medians, "calm": asdict(calm), "kills": kills}
@@ -310,12 +331,15 @@ def main(words: list[str]) -> int:
 
 def run_cases(options: Namespace, words: Sequence[str]) -> dict[str, Any]:
     """Measure all cases; what is known so far is in `options.out` after each."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or its trainer would go on
     if options.trace:
         traces = {options.trace.name: read_trace(options.trace, options.scale)}
     else:
         traces = {f"{m:g} min": drawn_kills(m, options.kills, options.seed, options.scale) for m in options.kill_every}
     ways = [way for way in WAYS if way.name in options.way]
     result: dict[str, Any] = {"command": shlex.join(words), "scale": options.scale, "traces": traces, "cases": []}
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         bench = Bench(Path(folder).resolve(), TINY if options.tiny else Shape(), options.disk_mb_per_s * 1e6)
         calm: dict[str, Undisturbed] = {}

@@ -187,13 +187,11 @@ class Running:
             return [line for line in lines if line["at"] >= self.started_s]
         return []
 
-    def steps_s(self) -> dict[int, float]:
-        """Return the seconds of each step of this attempt but the first, with those of the save before it."""
+    def ends_s(self) -> dict[int, float]:
+        """Return when each step of this attempt ended."""
         if self.way.is_ours:  # the line of a step is written when the next one is done
-            ends_s = {line["global_step"] + 1: line["at"] for line in self._lines("metrics.jsonl")}
-        else:
-            ends_s = {line["step"]: line["at"] for line in self._lines("journal.jsonl") if "step" in line}
-        return {step: at_s - ends_s[step - 1] for step, at_s in ends_s.items() if step - 1 in ends_s}
+            return {line["global_step"] + 1: line["at"] for line in self._lines("metrics.jsonl")}
+        return {line["step"]: line["at"] for line in self._lines("journal.jsonl") if "step" in line}
 
     def last_step(self) -> int:
         """Return the newest step that this attempt has noted; ours notes one when the next is done."""

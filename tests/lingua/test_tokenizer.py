@@ -363,6 +363,14 @@ def test_fingerprint_is_name_and_content(files: dict[str, Path], tmp_path: Path)
     assert tokenizer_fingerprint(TokenizerArgs(name="tiktoken", path=str(moved))) != fingerprint
 
 
+def test_split_is_no_part_of_the_fingerprint_of_a_tokenizer_that_has_its_own(files: dict[str, Path]) -> None:
+    # A config that names another tokenizer on top of debug.yaml keeps its `split`.
+    for name in ("hf", "sp"):
+        args = args_of(name, files)
+        other = args.model_copy(update={"split": "gpt2"})
+        assert tokenizer_fingerprint(args) == tokenizer_fingerprint(other) == build_tokenizer(other).fingerprint
+
+
 @pytest.mark.parametrize(
     ("name", "path", "vocab_size"),
     [

@@ -74,6 +74,13 @@ def test_a_case_is_judged_by_steps_that_count_over_scaled_time(
     assert found["goodput_unscaled"] == pytest.approx(kept_steps * 0.5 / 53.5)
 
 
+def test_steps_beside_a_save_are_not_what_a_step_takes() -> None:
+    ends_s = {1: 10.0, 2: 11.0, 3: 12.0, 4: 15.0, 5: 17.0, 6: 18.0, 7: 19.0, 8: 22.0}  # saved after 3 and 6
+    assert bench.quiet_steps_s(ends_s, every=3, beside_s=4.0) == [1.0]  # step 2; the save after 3 lasts to 16
+    assert bench.quiet_steps_s(ends_s, every=3, beside_s=0.5) == [1.0, 2.0, 3.0]
+    assert bench.quiet_steps_s(ends_s, every=10, beside_s=4.0) == [1.0, 1.0, 3.0, 2.0, 1.0, 1.0, 3.0]
+
+
 def test_the_best_interval_waits_for_the_disk_only_where_memory_does_not_survive() -> None:
     found = {
         name: bench.interval(replace(CALM, step_s=0.1, wait_s=0.01, unsafe_s=3.0), way, 10)
