@@ -35,12 +35,22 @@ ALL_1B = (24, 16, 8)
 # Parameters, gradients and optimizer state take 120 of 141 GB at 7B: there the allocator's gaps count.
 # CUDA semantics, "Optimizing memory usage with PYTORCH_ALLOC_CONF": expandable_segments.
 NO_GAPS = "expandable_segments:True"
+HALF_MOMENTS = "optim.state_dtype=bf16"
 MAIN = Case("1B bf16 2048", "llama_1B", batches=ALL_1B)
 GPU_CASES = (  # the most wanted first
     MAIN,
     Case("280M bf16 2048", "llama_280M", batches=(32, 16, 8)),
     Case("transformers 1B bf16 2048", "llama_1B", batches=(16, 8, 4), transformers=True),
     Case("7B bf16 4096", "llama_7B", (FULL,), seq_len=4096, batches=(4, 2, 1), allocator=NO_GAPS),
+    Case("7B bf16 moments 4096", "llama_7B", (HALF_MOMENTS,), seq_len=4096, batches=(2, 1), allocator=NO_GAPS),
+    Case(
+        "7B bf16 moments budget 0.5 4096",
+        "llama_7B",
+        (HALF_MOMENTS, "distributed.activation_memory_budget=0.5"),
+        seq_len=4096,
+        batches=(4, 2, 1),
+        allocator=NO_GAPS,
+    ),
     Case("7B bf16 2048", "llama_7B", (FULL,), allocator=NO_GAPS),
     Case("1B float8 rowwise 2048", "llama_1B", ("distributed.float8_recipe=rowwise",), batches=ALL_1B),
     Case("1B documents flex 2048", "llama_1B", (DOCUMENTS, "model.attn_impl=flex"), batches=ALL_1B),

@@ -197,8 +197,8 @@ def write_plan(tensors: dict[str, Tensor], plan: SavePlan, rank: int, metadata: 
     return WritePlan([file for file, _ in _plan_rank(plan, rank)], metadata, _signature(tensors))
 
 
-def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer]:
-    """Yield the bytes of a file with the tensors' present values, span by span."""
+def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer | Tensor]:
+    """Yield what a file holds with the tensors' present values, span by span: bytes, or a flat tensor on a device."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors))
     for part in file.parts:
@@ -206,9 +206,9 @@ def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer]
             yield part.constant
             continue
         assert part.index is not None
-        content = host_bytes(planner.lookup_object(part.index))
-        assert len(content) == part.size_bytes, f"{part.index.fqn} changed its size"
-        yield content
+        tensor = planner.lookup_object(part.index).detach()
+        assert tensor.nbytes == part.size_bytes, f"{part.index.fqn} changed its size"
+        yield host_bytes(tensor) if tensor.device.type == "cpu" else tensor.contiguous().reshape(-1)
 
 
 def host_bytes(tensor: Tensor) -> memoryview:

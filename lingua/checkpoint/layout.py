@@ -111,6 +111,10 @@ def optim_file(rank: int) -> str:
     return f"optim.{rank:05d}{TENSORS}"
 
 
+def is_optim_file(name: str) -> bool:
+    return name.startswith("optim.") and name.endswith(TENSORS)
+
+
 def train_state_file(rank: int) -> str:
     return f"train_state.{rank:05d}.json"
 

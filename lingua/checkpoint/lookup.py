@@ -7,7 +7,7 @@ has the manifest's checksum; a folder that was copied elsewhere is compared with
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,9 +190,13 @@ def intact(
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> Checkpoint:
     """Return the checkpoint that a path means; of a run without a step the newest that verifies. Raises RunError."""
-    candidates = find(path)
+    return first_intact(find(path), lambda found: found.damage(needed=needed, sizes_only=sizes_only, advance=advance))
+
+
+def first_intact(candidates: Sequence[Checkpoint], damage: Callable[[Checkpoint], list[str]]) -> Checkpoint:
+    """Return the first of which `damage` says nothing. Raises RunError."""
     for checkpoint in candidates:
-        problems = checkpoint.damage(needed=needed, sizes_only=sizes_only, advance=advance)
+        problems = damage(checkpoint)
         if not problems:
             return checkpoint
         if len(candidates) == 1:

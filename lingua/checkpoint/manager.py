@@ -64,6 +64,8 @@ class SaveReport:
     size_bytes: int = 0
     seconds: float = 0.0
     """Time that the caller waited."""
+    synchronous: bool = False
+    """The caller waited for the whole copy: to the disk, or to memory that could not be pinned (on rank 0)."""
     deleted: list[int] = field(default_factory=list)
     """Steps that retention deleted afterwards, or with async_cleanup will delete. Empty if the service does it."""
 
@@ -298,6 +300,8 @@ class CheckpointManager:
             self._staged_at_s[step] = self._now()
             rate = self._total_bytes / 1e9 / report.seconds
             self._last_save |= {"checkpoint/stall_s": report.seconds, "checkpoint/stage_gb_per_s": rate}
+            report.synchronous = self._background.is_synchronous
+            self._last_save["checkpoint/synchronous"] = float(report.synchronous)
         if self._ranks.rank == 0:
             if error is not None:
                 log.error("%s", error)
@@ -329,7 +333,7 @@ class CheckpointManager:
                 log.warning("%s; trying again in %g s", error, pause_s)
             self._sleep(pause_s)
             error, size_bytes = self._direct.save(step, plan, state, tensors.by_name, self._total_bytes, again=True)
-        report = SaveReport(step, layout.folder(self.root, step), published=error is None)
+        report = SaveReport(step, layout.folder(self.root, step), published=error is None, synchronous=True)
         report.seconds = time.perf_counter() - started
         if error is not None:
             report.error = str(error)
@@ -343,7 +347,8 @@ class CheckpointManager:
         self._restorer.verified.add(step)
         self._published_at_s = self._safe_until_s = self._now()
         rate = size_bytes / 1e9 / report.seconds
-        self._last_save = {"checkpoint/stall_s": report.seconds, "checkpoint/drain_gb_per_s": rate}
+        cost = {"stall_s": report.seconds, "drain_gb_per_s": rate, "synchronous": 1.0}
+        self._last_save = {f"checkpoint/{name}": value for name, value in cost.items()}
         report.deleted = self._ranks.from_main(self._retain)
         self._published.difference_update(report.deleted)
         if self._ranks.rank == 0:

@@ -27,7 +27,7 @@ from lingua.checkpoint.state import TrainState, restore_scalars, tensors_of
 from lingua.checkpoint.verified import Manifest, differs, pieces_of
 from lingua.config.keys.checkpoint import CheckpointArgs
 from lingua.distributed.process_group import Ranks
-from lingua.files import Files, RunError, raise_if, read_json
+from lingua.files import Files, RunError, plural, raise_if, read_json
 from lingua.optim.ema import begin_ema, is_ema
 from lingua.run.failure import RankError, carried, classify
 
@@ -150,9 +150,16 @@ class Restorer:
 
     def load_from(self, path: str | Path, state: TrainState, *, optimizer: bool = True) -> Path:
         """Restore the state in RUN, RUN@step or a checkpoint folder; return the folder."""
-        sizes_only = self._verify == "sizes"
-        folder = self._ranks.from_main(lambda: lookup.intact(path, sizes_only=sizes_only).folder)
-        self.load_folder(folder, state, optimizer=optimizer)
+
+        def load(checkpoint: lookup.Checkpoint) -> list[str]:
+            problems = self._ranks.from_main(lambda: checkpoint.damage(sizes_only=True))
+            if problems:
+                return problems
+            facts = self._ranks.from_main(checkpoint.manifest)
+            needed = {name: fact for name, fact in facts.items() if optimizer or not layout.is_optim_file(name)}
+            return self.load_folder(checkpoint.folder, state, optimizer=optimizer, verify=needed)
+
+        folder = lookup.first_intact(self._ranks.from_main(lambda: lookup.find(path)), load).folder
         there, told = publish.read_manifest_document(folder).step, state.shared.get("step")
         if told != there:
             raise RunError(f"{folder} holds step {there}, but its state is of step {told}; take another checkpoint")
@@ -182,8 +189,7 @@ class Restorer:
             return everything
         raise_if(next((error for _, error in found if error is not None), None))
         if self._ranks.rank == 0:
-            n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
-            log.info("loaded full state from %s (saved by %d ranks) in %.2f s", folder, n_ranks, seconds)
+            _say_loaded(str(folder), state, started)
         return []
 
     def load_snapshot(self, opened: AbstractContextManager[Snapshot], state: TrainState) -> str | None:
@@ -202,8 +208,7 @@ class Restorer:
             problem = f"rank {self._ranks.rank}:\n{traceback.format_exc()}"
         problem = next((each for each in self._ranks.gather(problem) if each is not None), None)
         if problem is None and self._ranks.rank == 0:
-            n_ranks, seconds = len(state.per_rank_all), time.perf_counter() - started
-            log.info("loaded full state from memory (saved by %d ranks) in %.2f s", n_ranks, seconds)
+            _say_loaded("memory", state, started)
         return problem
 
     def _on_disk(self, folder: Path, verify: Manifest) -> _Source:
@@ -253,6 +258,11 @@ class Restorer:
             begin_ema(state.optimizer, anew=True)
         restore_scalars(state, documents, self._ranks.rank, self._ranks.size, optimizer=optimizer)
         return []
+
+
+def _say_loaded(place: str, state: TrainState, started: float) -> None:
+    by, seconds = plural(len(state.per_rank_all), "rank"), time.perf_counter() - started
+    log.info("loaded full state from %s (saved by %s) in %.2f s", place, by, seconds)
 
 
 @dataclass(frozen=True)

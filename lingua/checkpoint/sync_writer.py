@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.publish import Manifest, disk_error
+from lingua.checkpoint.staging_buffers import StagingBuffers
 from lingua.checkpoint.state import TrainState, scalars_json
 from lingua.distributed.process_group import Ranks
 from lingua.files import DiskError, Files, RunError
@@ -92,8 +93,9 @@ class DirectWriter:
         facts: Manifest = {}
         try:
             self.files.mkdir(folder)
+            buffers = StagingBuffers()
             for file in plan.files:
-                content = dcp.file_content(file, tensors)
+                content = buffers.stream(dcp.file_content(file, tensors))
                 facts[file.name] = publish.write_hashed(
                     folder / file.name,
                     publish.in_pages(content) if self.direct_io else content,

@@ -33,6 +33,10 @@ def compile_model(
     a class share. So hooks of FSDP2 stay outside, and the guards of one block's code hold for all.
     """
     torch._dynamo.config.recompile_limit = args.compile_cache_size_limit
+    if args.activation_memory_budget is not None:
+        import torch._functorch.config as functorch
+
+        functorch.activation_memory_budget = args.activation_memory_budget
     for module in blocks if args.compile_scope == "block" else [model]:
         module.compile(backend=backend)
 

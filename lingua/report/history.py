@@ -70,6 +70,7 @@ class Event:
     seconds: float | None = None
     size_bytes: int | None = None
     why: str = ""
+    """It failed; or training waited for all of a save."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,10 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> Collection[E
         seconds, attempt = _number(record.get("seconds")), record.get(ATTEMPT)
         attempt = attempt if isinstance(attempt, int) else 0
         key = (kind, step, attempt) if kind == "published" else len(found)
-        found[key] = Event(kind, step, at_s, attempt, seconds, record.get("bytes") or None, str(record.get(why, "")))
+        reason = str(record.get(why, "")) or ("synchronous" if record.get("synchronous") else "")
+        if key in found:  # its mark says nothing of that
+            reason = reason or found[key].why
+        found[key] = Event(kind, step, at_s, attempt, seconds, record.get("bytes") or None, reason)
 
     for note in notes:
         if note["event"] in ("staged", "published", "failed") and ATTEMPT in note and np.isfinite(when(note.get(WHEN))):

@@ -30,7 +30,7 @@ from lingua.run.throughput import PEAKS, find_peak
 from lingua.train.begins import begins_with
 from lingua.train.check import Checked, load
 from lingua.train.sizes import Phase, Resolved
-from lingua.train.step_time import is_known, step_parts
+from lingua.train.step_time import RATES, is_known, staging_s, step_parts
 
 _MAIN_FACTS = {
     "parameters", "tokens_per_step", "steps", "total_tokens", "tokens_per_parameter", "checkpoint_bytes",
@@ -167,6 +167,10 @@ def _predicted(args: TrainArgs, size: Resolved, gpu: str, peak: float) -> Iterat
     shares = ", ".join(f"{name} {seconds / step_s:.0%}" for name, seconds in parts.items())
     yield Fact("predicted_step_s", step_s, f"{step_s:.3g} s", f"on {gpu}, without what ranks send each other: {shares}")
     yield Fact("predicted_mfu", mfu, f"{mfu:.0%}", "upper bound, not measured: see lingua/train/step_time.py")
+    if args.checkpoint.async_save_mode is not None:
+        copy_s, wait_s = staging_s(size.checkpoint_bytes, size.world_size, parts)
+        how = f"for which the update after a save waits; a copy at {RATES.to_host / 1e9:g} GB/s takes {copy_s:.2g} s"
+        yield Fact("predicted_staging_wait_s", wait_s, f"{wait_s:.2g} s", f"{how} and begins with the step")
 
 
 def facts_of_kills(
@@ -252,6 +256,8 @@ def _activation_bytes(model: LlamaArgs, layout: DistributedArgs, size: Resolved)
     if layout.full_activation_checkpointing:  # every block's input, and one block in full
         return positions * (width * model.dim * model.n_layers / size.tp_size + whole)
     share = 0.5 if layout.selective_activation_checkpointing else 1.0
+    if layout.activation_memory_budget is not None:
+        share = layout.activation_memory_budget
     return positions * whole * model.n_layers * share
 
 

@@ -216,7 +216,7 @@ class StepMonitor:
         """Note how a save went."""
         if not report.seconds:
             return  # it was there already
-        cost = {"seconds": report.seconds, "bytes": report.size_bytes}
+        cost = {"seconds": report.seconds, "bytes": report.size_bytes, "synchronous": report.synchronous}
         if report.staged:
             self.note("staged", **cost)
         if report.error is not None:

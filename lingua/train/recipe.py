@@ -50,6 +50,7 @@ _FREED = {
     "distributed.tp_size": 1,
     "distributed.selective_activation_checkpointing": False,
     "distributed.full_activation_checkpointing": False,
+    "distributed.activation_memory_budget": None,
 }
 """Keys that a config may set for other sizes, and what they are here."""
 

@@ -204,6 +204,8 @@ def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
 
 
 def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
+    if args.distributed.activation_memory_budget is not None:
+        return None  # known to the compiler only
     impl = "sdpa"
     if (attention := args.model.attention) is not None:
         dtype = DTYPES[args.distributed.model_dtype]

@@ -32,6 +32,8 @@ class Rates:
     """Data sheet of H100 and H200 (SXM)."""
     tile: tuple[int, int] = (128, 256)
     """Rows and columns that one multiprocessor computes at once: cuBLAS's usual choice on Hopper, assumed."""
+    to_host: float = 55e9
+    """Bytes/s into pinned memory: assumed; PCIe 5.0 x16 has 63e9 each way."""
     gaps: float = 0.03
     """Share of a step in which no kernel runs: assumed."""
 
@@ -58,6 +60,7 @@ def is_known(args: TrainArgs, gpu: str) -> bool:
     """Return whether it can be predicted: a Llama with AdamW in bf16, not split by tensors, on H200s."""
     layout = args.distributed
     plain = layout.model_dtype == "bf16" and layout.tp_size == 1 and layout.float8_recipe is None
+    plain = plain and layout.activation_memory_budget is None
     return gpu == "h200" and args.model.type == "llama" and args.optim.type == "adamw" and plain
 
 
@@ -85,6 +88,16 @@ def step_parts(model: LlamaArgs, layout: DistributedArgs, size: Resolved, rates:
         "norms, rotation, gates": n_micro * elementwise,
         "loss": n_micro * 16 * positions * vocab / rates.memory,
         "casts": n_micro * casts,
-        "clipping and AdamW": (4 + 28) * n / size.dp_shard / rates.memory,  # norm; p, g, m, v and p, m, v
+        "clipping and AdamW": (4 + 12) * n / size.dp_shard / rates.memory  # norm; parameters twice, gradients
+        + 2 * (size.checkpoint_bytes - 4 * n) / size.dp_shard / rates.memory,  # moments, read and written
     }
     return {**parts, "gaps": sum(parts.values()) * rates.gaps / (1 - rates.gaps)}
+
+
+def staging_s(state_bytes: float, n_ranks: int, parts: dict[str, float], rates: Rates = RATES) -> tuple[float, float]:
+    """Seconds in which a rank's share of the state is copied to the host, and for which the update waits for that.
+
+    The copy begins before a forward pass and must be done when the gradients are clipped.
+    """
+    copy_s = state_bytes / n_ranks / rates.to_host
+    return copy_s, max(0.0, copy_s - sum(parts.values()) + parts["clipping and AdamW"])

@@ -207,6 +207,11 @@ class Coordinator:
         """Let a snapshot that all ranks have resumed from count as staged by this attempt. Local."""
         self._newest = point.step
 
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether a save waits for the whole copy into this rank's memory. Local."""
+        return self._writer is not None and self._writer.is_synchronous
+
     def is_staged(self, step: int) -> bool:
         """Return whether a step is the newest in memory, wherever else it is by now. Local."""
         return step == self._newest

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lingua.config.base import Args, PositiveInt, Text
 
@@ -42,6 +42,9 @@ class DistributedArgs(Args):
     """Recompute the cheap operators of each block in backward."""
     full_activation_checkpointing: bool = False
     """Recompute each whole block in backward."""
+    activation_memory_budget: Annotated[float, Field(ge=0, le=1)] | None = None
+    """With compile: how much of what backward needs the compiler may keep, 0 (a block's input) to 1 (what it would keep
+    by itself); it recomputes what costs the fewest FLOPs (torch/_functorch/config.py). Null: left to torch."""
     float8_recipe: Literal["rowwise", "tensorwise"] | None = None
     """Matrix products of matching layers in float8 (Ada and Hopper GPUs on). rowwise: a scale per row, more exact;
     tensorwise: one per tensor, faster. Null: none."""
@@ -67,8 +70,12 @@ class DistributedArgs(Args):
                 raise ValueError(
                     f"{key} is about shards, which fsdp_type no_shard has none of; use full_shard, or drop it"
                 )
-        if self.selective_activation_checkpointing and self.full_activation_checkpointing:
-            raise ValueError("selective_ and full_activation_checkpointing exclude each other; choose one")
+        ways = ["selective_activation_checkpointing", "full_activation_checkpointing", "activation_memory_budget"]
+        chosen = [key for key in ways if getattr(self, key) not in (False, None)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one")
+        if self.activation_memory_budget is not None and not self.compile:
+            raise ValueError("activation_memory_budget is for the compiler; set compile to true, or drop it")
         try:
             re.compile(self.float8_filter)
         except re.error as error:

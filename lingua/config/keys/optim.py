@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lingua.config.base import Args, Fraction, Part, Text, register
 
@@ -112,6 +112,20 @@ class AdamWArgs(AdamArgs):
     builder: ClassVar[str] = "lingua.optim.adamw:build_adamw"
 
     type: Literal["adamw"] = "adamw"
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the moments between steps. bf16: 4 bytes less of each parameter, rounded once per step, as DeepSeek-V3
+    was trained (arXiv 2412.19437, section 3.3.3); beta2 at most 0.98."""
+
+    @model_validator(mode="after")
+    def _moves_in_bf16(self) -> Self:
+        # bf16 has 8 bits: a second moment within 2^-8 / (1 - beta2) of a squared gradient, relative to itself, stays.
+        if self.state_dtype == "bf16" and self.beta2 > 0.98:
+            text = f"state_dtype bf16 with beta2 {self.beta2:g}: rounding would keep the second moment from moving"
+            raise ValueError(f"{text}; set beta2 to 0.98 or less, or state_dtype to fp32")
+        return self
+
+    def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
+        return super().state_bytes(n_params, n_in_matrices) // (2 if self.state_dtype == "bf16" else 1)
 
 
 @register("optim", "muon")

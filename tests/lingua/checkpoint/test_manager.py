@@ -8,8 +8,9 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,12 @@ from torch.distributed.fsdp import fully_shard
 
 from lingua.checkpoint import dcp, layout, publish
 from lingua.checkpoint.manager import CheckpointManager
-from lingua.checkpoint.state import TrainState
+from lingua.checkpoint.state import TrainState, tensors_of
+from lingua.checkpoint.verified import pieces_of
 from lingua.config.keys.checkpoint import CheckpointArgs, SaveEvery
+from lingua.config.keys.optim import AdamWArgs
 from lingua.files import DISK, Buffer, DiskError, Files, RunError, write_json
+from lingua.optim.adamw import build_adamw
 from lingua.run.failure import KINDS, classify
 from lingua.run.lock import OvertakenError, RunLock
 from tests.fakes import At, Clock, FaultyFiles
@@ -168,6 +172,25 @@ def test_a_changed_config_wins_and_the_schedule_is_restored(tmp_path: Path) -> N
     assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
+@pytest.mark.parametrize(("saved", "wanted"), [("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32")])
+def test_moments_of_one_type_are_loaded_as_another(tmp_path: Path, saved: str, wanted: str) -> None:
+    def state_of(state_dtype: str) -> TrainState:
+        model = make().model
+        args = AdamWArgs.model_validate({"state_dtype": state_dtype})
+        return TrainState(model, build_adamw(args, model.named_parameters()))
+
+    first, second = state_of(saved), state_of(wanted)
+    train(first, 1, 3)
+    manager_of(tmp_path).save(3, first)
+    manager_of(tmp_path).load(3, second)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
+    expected = {
+        name: tensor.to(dtype) if "exp_avg" in name else tensor for name, tensor in tensors_of(first).by_name.items()
+    }
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(second).by_name.items())
+    assert tensors_of(second).by_name.keys() == expected.keys()
+
+
 def test_another_run_is_continued(tmp_path: Path) -> None:
     first = saved_run(tmp_path / "first", 1, 2)
     manager = manager_of(tmp_path / "second")
@@ -181,6 +204,26 @@ def test_another_run_is_continued(tmp_path: Path) -> None:
         manager.load_from(f"{tmp_path / 'first'}@2", make())
     with pytest.raises(RunError, match="is not a run: it has no config"):
         manager.load_from(tmp_path, make())
+    without = make()
+    manager.load_from(f"{tmp_path / 'first'}@2", without, optimizer=False)  # its file is not read
+    found = snapshot(without)
+    assert all(torch.equal(found[n], tensor) for n, tensor in snapshot(first).items() if n.startswith("model."))
+
+
+def test_another_runs_files_are_read_once_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_run(tmp_path / "first", 1)
+    opened: list[str] = []
+
+    def noted(path: Path, *args: Any, **more: Any) -> Iterator[memoryview]:
+        opened.append(path.name)
+        return pieces_of(path, *args, **more)
+
+    for module in ("restore", "publish", "verified"):
+        monkeypatch.setattr(f"lingua.checkpoint.{module}.pieces_of", noted)
+    manager_of(tmp_path / "second").load_from(tmp_path / "first", make())
+    assert sorted(name for name in opened if name.endswith(layout.TENSORS)) == [
+        layout.model_file(0), layout.optim_file(0),
+    ]  # fmt: skip
 
 
 @pytest.mark.ranks
@@ -635,6 +678,7 @@ def test_metrics(tmp_path: Path) -> None:
     assert found["checkpoint/age_of_newest_done_s"] == found["checkpoint/lost_work_at_risk_s"] == 2.0
     assert found["checkpoint/stall_s"] > 0
     assert found["checkpoint/drain_gb_per_s"] > 0
+    assert found["checkpoint/synchronous"] == 1.0
 
 
 def test_an_overtaken_start_does_not_publish(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,27 @@ def test_the_whole_model_is_one_graph(backend: Counting):
     assert backend.graphs == 1
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_the_compiler_keeps_no_more_than_the_budget(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch._functorch.config.activation_memory_budget", 1.0)  # and set back afterwards
+    backend = "aot_eager_decomp_partition"  # Inductor's, without generated code
+    monkeypatch.setattr(parallel, "compile_model", partial(compile_model, backend=backend))
+    expected, kept_bytes = step(*build()), {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept_bytes[budget] += tensor.nbytes
+        return tensor
+
+    for budget in (1.0, 0.5, 0.0):
+        torch._dynamo.reset()
+        kept_bytes[budget] = 0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = step(*build(compile=True, activation_memory_budget=budget))
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient)
+    torch._dynamo.reset()
+    assert kept_bytes[0.0] < kept_bytes[0.5] < kept_bytes[1.0]
 
 
 def test_the_whole_model_needs_one_process():

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from pydantic import ValidationError
 
 from lingua.config.keys.optim import AdamWArgs
+from lingua.optim import adamw
 from lingua.optim.adamw import build_adamw
 from lingua.optim.update import optimizer_step
 from tests.lingua.optim.tiny import TRUE, Tiny
@@ -37,3 +39,49 @@ def test_steps_equal_a_plain_adamw() -> None:
         reference.step()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def trained(state_dtype: str, n_steps: int) -> tuple[Tiny, torch.optim.Optimizer]:
+    model = Tiny()
+    args = AdamWArgs.model_validate({"weight_decay": 0.1, "state_dtype": state_dtype})
+    optimizer = build_adamw(args, model.named_parameters())
+    for step in range(n_steps):
+        model(torch.tensor([step % 7, 3])).backward()
+        optimizer_step(optimizer, 0.01, TRUE, torch.tensor(2.0))
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_moments_in_bf16_change_a_step_by_their_rounding_only() -> None:
+    start = Tiny()
+    for n_steps, tolerance in ((1, 1e-5), (20, 0.02)):  # the first step uses no rounded moment
+        (exact, _), (rounded, optimizer) = trained("fp32", n_steps), trained("bf16", n_steps)
+        for name, parameter in rounded.named_parameters():
+            expected = exact.get_parameter(name)
+            largest = (expected - start.get_parameter(name)).abs().max()
+            assert (parameter - expected).abs().max() <= tolerance * largest, name
+        dtypes = {key: slot.dtype for slots in optimizer.state.values() for key, slot in slots.items()}
+        assert dtypes == {"step": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
+
+
+def test_a_step_compiles_to_one_graph_with_weight_decay_and_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        adamw._move,  # pyright: ignore[reportPrivateUsage]
+        dynamic=True,
+        fullgraph=True,
+        backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+    )
+    (plain, _) = trained("bf16", 3)
+    monkeypatch.setattr(adamw, "_move", compiled)
+    (model, _) = trained("bf16", 3)
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert len(graphs) == 2
+    torch._dynamo.reset()
+
+
+def test_a_second_moment_that_rounding_would_stop_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"state_dtype bf16 with beta2 0\.999: .*set beta2 to 0\.98 or less"):
+        AdamWArgs(state_dtype="bf16", beta2=0.999)

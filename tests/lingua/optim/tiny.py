@@ -17,6 +17,9 @@ from tests.tiny import whole
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw": lambda model: build_adamw(AdamWArgs(weight_decay=0.1), model.named_parameters()),
+    "adamw with moments in bf16": lambda model: build_adamw(
+        AdamWArgs(weight_decay=0.1, state_dtype="bf16"), model.named_parameters()
+    ),
     "muon": lambda model: build_muon(MuonArgs(ns_dtype="fp32", weight_decay=0.1), model.named_parameters()),
 }
 

@@ -116,6 +116,7 @@ def make_run(path: Path) -> Path:
         {STEP: 8, "event": "staged", "seconds": 0.25, "bytes": 100, "incarnation": 1, WHEN: iso(27)},
         {STEP: 4, "event": "begun", "incarnation": 2, WHEN: iso(65)},
         {STEP: 8, "event": "failed", "error": "the disk is full", "incarnation": 2, WHEN: iso(75)},
+        {STEP: 10, "event": "published", "synchronous": True, "seconds": 1.4, "incarnation": 2, WHEN: iso(79)},
     ]
     (path / "metrics.checkpoint.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
     validations = [
@@ -181,6 +182,7 @@ def test_starts_and_what_happened_to_checkpoints(tmp_path: Path):
         ("staged", 4, 1, 18), ("published", 4, 1, 19), ("staged", 8, 1, 27), ("failed", 8, 2, 75),
         ("published", 10, 2, 80), ("evaluated", 10, 2, 99),
     ]  # fmt: skip
+    assert [event.why for event in run.events] == ["", "", "", "the disk is full", "synchronous", ""]
 
 
 def test_where_the_time_went(tmp_path: Path):

@@ -38,6 +38,8 @@ def test_a_part_grows_with_what_it_depends_on() -> None:
     assert sum(large.values()) < 3 * sum(small.values())
     recomputed = parts_of("distributed.full_activation_checkpointing=true")
     assert recomputed["layers' products"] == pytest.approx(4 / 3 * large["layers' products"], rel=0.02)
+    halved = parts_of("optim.state_dtype=bf16")
+    assert halved["clipping and AdamW"] == pytest.approx(24 / 32 * large["clipping and AdamW"])
     assert large["gaps"] == pytest.approx(0.03 * sum(large.values()))
     twice = parts_of("data.batch_size=8", "grad_acc_steps=2")
     assert twice["head's products"] == pytest.approx(2 * small["head's products"])
@@ -56,11 +58,23 @@ def test_shards_divide_the_update_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("state_bytes", "n_ranks", "copy_s", "wait_s"),
+    [(11e9, 1, 0.2, 0.0), (110e9, 1, 2.0, 1.2), (110e9, 8, 0.25, 0.0)],
+)
+def test_the_update_waits_for_what_is_copied_after_the_backward_pass(
+    state_bytes: float, n_ranks: int, copy_s: float, wait_s: float
+) -> None:
+    parts = {"attention": 0.7, "clipping and AdamW": 0.3, "gaps": 0.1}
+    assert step_time.staging_s(state_bytes, n_ranks, parts) == pytest.approx((copy_s, wait_s))
+
+
+@pytest.mark.parametrize(
     ("words", "gpu"),
     [
         (["distributed.model_dtype=fp32"], "h200"),
         (["+muon"], "h200"),
         (["distributed.float8_recipe=rowwise"], "h200"),
+        (["distributed.activation_memory_budget=0.5"], "h200"),
         ([], "h100"),
     ],
 )

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,50 @@ def test_while_a_start_looks_no_copy_is_overwritten(shm: Path):
     assert pair.copies() == [2]
     release(pair.area, 0)
     assert list(pair.area.copies.folder.iterdir()) == []
+
+
+class StoppedFiles(FaultyFiles):
+    """A disk of a process that is stopped before its n-th operation, and wakes up when others have acted."""
+
+    def __init__(self, stop_at: int, others: Callable[[], object]) -> None:
+        super().__init__(stop_at)
+        self._others = others
+
+    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
+        if self._is_hit(name, args):
+            self._others()
+        return operation(*args)
+
+
+@pytest.mark.parametrize("n_copies", [2, 1, 0])
+def test_a_copier_that_was_stopped_while_a_start_took_over_harms_nothing(shm: Path, n_copies: int):
+    """The start takes what it needs and keeps memory for so many copies."""
+    at, woke = 0, True
+    while woke:
+        at += 1
+        pair, taken = Pair(shm / str(at)), list[list[int]]()
+        with_own_part(pair)
+        pair.stage(2)
+
+        def start(pair: Pair = pair, taken: list[list[int]] = taken) -> None:
+            taken.append(look(pair)[1])
+            release(pair.area, n_copies)
+
+        with suppress(OSError, DamagedError):  # its slot may be gone
+            pair.copier(StoppedFiles(at, start)).copy_newest(pair.run)
+        woke = bool(taken)
+        assert set(pair.copies()) <= ({2} if woke else {1, 2})
+        for save, facts in [complete for slot in pair.area.slots() if (complete := slot.complete())]:
+            for name, fact in facts.items():
+                there = (pair.area.find(save.key)[0].folder / name).read_bytes()[: fact.size_bytes]
+                assert there == content(1, name)
+        if woke:
+            assert taken == [[0, 1]]
+            release(pair.area, n_copies)
+            pair.copier().copy_newest(replace(pair.run, n_copies=2))
+            assert pair.copies() == [2]
+        shutil.rmtree(shm / str(at))
+    assert at > 10
 
 
 @pytest.mark.parametrize(

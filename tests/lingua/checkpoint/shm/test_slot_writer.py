@@ -294,6 +294,12 @@ class FakeDevice:
                 device.stream = "main"
 
         self.side = Stream("side")
+
+        def copy_all(targets: Any, sources: Any, non_blocking: bool) -> None:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking)
+
+        monkeypatch.setattr(torch, "_foreach_copy_", copy_all)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream("main"))
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
@@ -383,3 +389,19 @@ def test_memory_that_cannot_be_pinned_is_told_once_with_the_limits(
     assert len(caplog.messages) == 1
     assert "failed with error 2 (locked memory, ulimit -l: 64.0 KiB; the job's memory: " in caplog.text
     assert "each save is copied synchronously" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "code", "waits"), [("cpu", 0, False), ("cuda", 0, False), ("cuda", 2, True)])
+def test_a_save_into_memory_that_is_not_pinned_counts_as_synchronous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, code: int, waits: bool
+) -> None:
+    answers = SimpleNamespace(cudaHostRegister=lambda *args: code, cudaHostUnregister=lambda *args: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: answers)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    area = with_slots(tmp_path, 1)
+    writer = SlotWriter(area, 0, plan_of(tensors_of(make())), device=torch.device(device))
+    writer.allocate(1)
+    assert writer.usable_slots() == ({0}, None)
+    assert writer.is_synchronous == waits
+    writer.close()

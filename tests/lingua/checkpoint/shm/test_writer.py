@@ -323,6 +323,7 @@ def test_fewer_slots_then_none_where_memory_is_short(
     assert len(area_of(tmp_path, shm).slots()) == n_slots
     report = manager.save(1, make(dim=16))
     assert (report.staged, report.published) == ((True, False) if n_slots else (False, True))
+    assert report.synchronous == (n_slots == 0) == bool(manager.metrics()["checkpoint/synchronous"])
     assert manager.save(2, make(dim=16), final=True).published
     manager.close()
     assert 2 in done(tmp_path)
