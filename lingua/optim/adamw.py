@@ -79,8 +79,8 @@ class LowPrecisionAdamW(torch.optim.AdamW):
         zero = torch.zeros((), dtype=torch.float32, device=device)
         moves = 1 - getattr(self, "found_inf", zero)
         slots["step"] += moves
-        move = _compiled_move() if device.type == "cuda" else _move
-        move(
+        apply = _compiled_move() if device.type == "cuda" else _move
+        apply(
             _flat(parameter),
             _flat(grad),
             _flat(slots["exp_avg"]),
