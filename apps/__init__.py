@@ -1,3 +1,3 @@
-"""Programs. `lingua` is loaded first of all: it sets what torch reads once, when it is loaded."""
+"""Programs. `lingua` is imported first: it sets environment variables that torch reads once, when it is loaded."""
 
 import lingua as lingua

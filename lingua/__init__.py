@@ -1,4 +1,4 @@
-"""What must be set before torch is loaded, so import this package first.
+"""Set what torch and pydantic read when they are loaded; so import this package first.
 
 By default OpenMP's threads spin for milliseconds at a barrier, which another process on the same cores could use;
 libgomp reads the setting when torch loads. A short spin costs nothing on idle cores and keeps a run several times
@@ -6,8 +6,8 @@ faster on shared ones (scripts/README.md).
 
 Pydantic looks for plugins in the metadata of every installed package: hundreds of files of a slow disk at each start.
 
-Under `python -m lingua...` and `python -m apps...` the working folder comes last, much as with `python -P`: a
-`torch.py` that lies there, beside weights say, must not stand for the package.
+Under `python -m lingua...` and `python -m apps...` the working folder comes last in `sys.path`, much as with
+`python -P`: a `torch.py` there (beside weights, say) must not shadow the package.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def load(
 
     `path` is RUN, RUN@STEP, a checkpoint folder, a file of weights or a Hugging Face folder. `device` defaults to the
     GPU if there is one, `dtype` to the stored one. `trust`: run the plugins and the app that the config beside the
-    weights names; without it they are refused, unless you trained the run yourself. Imports torch only when called.
+    weights names; without it they are refused, unless you trained the run yourself. torch is imported only when called.
     """
     from lingua.train.load_model import load_described
 

@@ -1,9 +1,10 @@
-"""The scheduler that jobs go to: Slurm. All other modules take its functions from here, so the choice is made here.
+"""The scheduler of jobs: Slurm. All other modules import its functions from here.
 
-Another one is two files, for what it says and takes and for the text of its jobs, with the names that others import
-from here (its dataclasses and `Runner` can be those of slurm.py), and a choice here that also holds on a login node,
-such as `if shutil.which("bsub")`. Jobs of `lingua launch` source `scripts/job.sh` as it is, after `trap '' TERM USR1
-USR2`: those are for the ranks; a script of your own that may be requeued needs its two Slurm variables there.
+To add another one, write two files, for its commands and answers and for its job scripts, with the names that other
+modules import from here (its dataclasses and `Runner` can be those of slurm.py). Choose between them here, in a way
+that also works on a login node, such as `if shutil.which("bsub")`. Jobs of `lingua launch` source `scripts/job.sh`
+unchanged, after `trap '' TERM USR1 USR2`, as these signals are for the ranks; your own script that may be requeued
+needs its two Slurm variables there.
 """
 
 from lingua.slurm import *  # noqa: F403

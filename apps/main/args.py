@@ -1,6 +1,6 @@
 """Config of the main app. Torch-free.
 
-A key that you add here is known to train, check, resume and every command.
+Train, check, resume and every command know the keys that you add here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class LMTransformerArgs(LlamaArgs):
 
 
 class TrainArgs(train.TrainArgs):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     app: str = __package__ or "apps.main"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""
     model: Annotated[SerializeAsAny[ModelArgs], part_of("model", LMTransformerArgs)] = LMTransformerArgs(n_heads=8)

@@ -30,7 +30,7 @@ from lingua.eval.command import evaluate
 
 
 def main(words: list[str], app: str = str(__package__)) -> int:
-    """Evaluate what the words of a command line say; return the exit code."""
+    """Run the evaluation that a command line asks for; return the exit code."""
     return evaluate(words, app, str(__doc__))
 
 

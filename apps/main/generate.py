@@ -37,17 +37,17 @@ class GenerateArgs(GeneratorArgs):
     """Keys of the command line."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.8
-    """0: the most likely token always (greedy)."""
+    """0: always the most likely token (greedy)."""
     ckpt: Text = ""
     """Run, RUN@step, checkpoint folder or file of weights."""
     app: Text = ""
-    """Package of the app that trained the model. Empty: the one its config names."""
+    """Package of the app that trained the model. Empty: the one that its config names."""
     until: Annotated[list[Text], BeforeValidator(lambda value: value if isinstance(value, list) else [value])] = []
-    """Stop string or strings."""
+    """Stop string or strings; an answer ends before the first of them."""
 
 
 def main(words: list[str], app: str = str(__package__)) -> int:
-    """Answer the prompts on the command line, or those that are read."""
+    """Answer the prompts on the command line, or those read from stdin."""
     others, prompts = split_prompts(words)
     line = parse_command_line(others)
     if line.flags.get("help"):
@@ -71,19 +71,19 @@ def main(words: list[str], app: str = str(__package__)) -> int:
 
 
 def key_rows() -> list[tuple[str, str]]:
-    """Return `key=default` and the meaning of each key."""
+    """Return (`key=default`, meaning) of each key."""
     defaults = {name: field.default for name, field in GenerateArgs.model_fields.items()}
     shown = {name: "null" if value is None else str(value) for name, value in defaults.items()}
     return [(f"{name}={shown[name]}", text.replace("\n", " ")) for name, text in field_docs(GenerateArgs).items()]
 
 
 def write_as_it_comes(generator: Generator, prompt: str, write: Callable[[str], None]) -> Answer:
-    """Answer a prompt, and write the answer as it grows."""
+    """Answer a prompt, writing the answer as it grows."""
     shown, n_held = "", max([0, *map(len, generator.args.until)])
 
     def come(text: str, *, last: bool = False) -> None:
         nonlocal shown
-        # A character or a stop string that is not whole yet waits.
+        # Hold back an incomplete character or stop string.
         safe = text if last else text[: len(text) - n_held].rstrip("\ufffd")
         if safe.startswith(shown):
             write(safe[len(shown) :])
@@ -102,7 +102,7 @@ def _autoregressive() -> type[Generator]:
 
 
 def read_command_line(line: CommandLine) -> tuple[Path, GenerateArgs]:
-    """(config of the model, how to generate). Raises ConfigError."""
+    """Return (config of the model, how to generate). Raises ConfigError."""
     args = compose(None, line.overlays, line.overrides, GenerateArgs).args
     if not args.ckpt:
         raise ConfigError("command line: no run is named; write RUN first, out/debug say, then the text to continue")
@@ -130,14 +130,14 @@ def load_generator(run_args: TrainArgs, args: GenerateArgs) -> Generator:
 
 
 def write(text: str) -> None:
-    """Write text as it is, to a terminal with its escapes shown."""
+    """Write text as it is; on a terminal, show escape characters."""
     out = getattr(sys.stdout, "unescaped", sys.stdout)
     out.write(printable(text) if out.isatty() else text)
     out.flush()
 
 
 def ask(interactive: bool) -> Iterator[list[str]]:
-    """Prompts typed one by one, or piped in and then answered together."""
+    """Yield prompts typed one by one, or all piped ones as one batch."""
     if not interactive:
         piped = [line.rstrip("\n") for line in sys.stdin]
         yield from [piped] if piped else []
@@ -155,7 +155,7 @@ def _typed() -> Iterable[str]:
 
 
 def show(prompt: str, answer: Answer) -> None:
-    """Prompt and answer on stdout; what the user should know about them on stderr."""
+    """Print prompt and answer to stdout, and a note about a cut prompt to stderr."""
     say_cut(answer)
     write(f"{answer.text}\n" if answer.infilled else f"{prompt}{answer.text}\n")
 

@@ -1,7 +1,7 @@
-"""The training loop, `train`, and what comes before and after it.
+"""The training loop, `train`, and the code before and after it.
 
-A step takes forward, backward and optimizer, and two all-reduces of a few numbers: the labels while backward computes,
-and what is logged, read one step late.
+A step is forward, backward and optimizer, plus two all-reduces of a few numbers: the label counts during backward, and
+the logged statistics, read one step late.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ log = logging.getLogger(__name__)
 
 
 def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation) -> SaveReport:
-    """Train until the last step, or until a rank is asked to stop, and save; returns how that went.
+    """Train until the last step, or until a rank is asked to stop; save, and return the outcome of the save.
 
-    Raises NonFiniteError when a step went wrong and the config says to stop; nothing is saved on top of the last
-    checkpoint then. Where it says to go back, the steps after an earlier checkpoint are taken again.
+    Raises NonFiniteError if a step went wrong and the config says to stop; then no further checkpoint is saved. If the
+    config says to rewind, the steps after an earlier checkpoint are taken again.
     """
     args, profiler, is_through = run.args, monitor.profiler, False
     run.model.train()
@@ -82,9 +82,9 @@ def train(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evalua
 
 
 def take_steps(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation) -> None:
-    """Take steps, with what is due after each, until the last one or until a rank is asked to stop.
+    """Take steps, with all that is due after each, until the last one or until a rank is asked to stop.
 
-    Raises RewindAsked or NonFiniteError, on all ranks, when a step went wrong: one step late, and before it is saved.
+    Raises RewindAsked or NonFiniteError on all ranks if a step went wrong: one step late, but before it is saved.
     """
     args, size = run.args, run.size
     meter, profiler, batches = monitor.meter, monitor.profiler, run.batches()
@@ -127,7 +127,7 @@ def take_steps(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: E
             with meter.paused(), watchdog.heartbeat.during("sample"):
                 monitor.report_sample(continued(run, args.sample_prompt or ""))
         if (run.manager.is_due(run.step) or monitor.save) and run.step < size.n_steps:
-            monitor.catch_up()  # a step is saved only after it was found good
+            monitor.catch_up()  # a step is saved only after it was found to be good
             monitor.save = False
             with meter.paused(), watchdog.heartbeat.during("checkpoint"):
                 report = run.manager.save(run.step, run.snapshot())
@@ -141,7 +141,7 @@ def take_steps(run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: E
 
 
 def start(checked: Checked, words: list[str], place: RankInfo, startup: StartUp) -> int:
-    """Start or go on with the run that a checked config describes; return the exit code."""
+    """Start or resume the run that a checked config describes; return the exit code."""
     args, size = checked.args, checked.resolved
     with told_to_others(place):
         device = pick_device(args.device, place)
@@ -189,7 +189,7 @@ def start(checked: Checked, words: list[str], place: RankInfo, startup: StartUp)
 
 
 def look_for_request(folder: RunFolder, requests: Requests) -> None:
-    """Take what `lingua profile` asks of this attempt."""
+    """Take a request of `lingua profile` to this attempt."""
     request = take_request(folder.path, folder.attempt)
     if request is not None:
         requests.ask(request)
@@ -198,7 +198,7 @@ def look_for_request(folder: RunFolder, requests: Requests) -> None:
 def train_to_the_end(
     run: Run, watchdog: Watchdog, monitor: StepMonitor, evaluation: Evaluation, words: list[str]
 ) -> int:
-    """Run the loop with what comes before and after it; leaves stop.json and returns the exit code."""
+    """Run the loop with validation, evaluation and samples around it; write stop.json and return the exit code."""
     args, n_steps = run.args, run.size.n_steps
     report: SaveReport | None = None
     monitor.note_stop(evaluation.begin())
@@ -211,9 +211,9 @@ def train_to_the_end(
     if run.step < n_steps:
         if run.step == 0 and args.validation.at_ends:
             run.shared["validation_at_start"] = monitor.report_validation(validate(run, watchdog))
-        elif not was_validated(run):  # a stop came in between
+        elif not was_validated(run):  # the last attempt stopped between step and validation
             monitor.report_validation(validate(run, watchdog))
-        if not monitor.stop or run.manager.owes(run.step):  # which is to be on the disk before the job ends
+        if not monitor.stop or run.manager.owes(run.step):  # an owed checkpoint must reach the disk before the job ends
             gc.disable()
             report = train(run, watchdog, monitor, evaluation)
             gc.enable()
@@ -226,7 +226,7 @@ def train_to_the_end(
         stopped = evaluation.saved(report, last=True)
     if stopped:
         return say_stopped(run, watchdog, report.error if report is not None else None)
-    monitor.progress.stop()  # what follows is not wrapped by it
+    monitor.progress.stop()  # or its bar would mix with the output below
     if args.sample_prompt is not None:
         monitor.report_sample(continued(run, args.sample_prompt))
     say_goodbye(run, words, run.shared.get("validation_at_start", {}), after)
@@ -235,9 +235,9 @@ def train_to_the_end(
 
 
 def say_stopped(run: Run, watchdog: Watchdog, unsaved: str | None) -> int:
-    """Log that the run was asked to stop, write stop.json, and return the exit code. Collective.
+    """Log that the run was asked to stop, write stop.json and return the exit code. Collective.
 
-    `unsaved`: why there is no checkpoint of the last step; None if there is one.
+    `unsaved`: why there is no checkpoint of the last step, or None if there is one.
     """
     received = first_given(watchdog.received)
     assert received is not None, "a reduction said so"
@@ -252,7 +252,7 @@ def say_stopped(run: Run, watchdog: Watchdog, unsaved: str | None) -> int:
 
 
 def was_validated(run: Run) -> bool:
-    """Return whether nothing is owed at this step: a kill may come between a step and its validation. Collective."""
+    """Return whether no validation is due at this step; a kill may come between step and validation. Collective."""
     every, at_end = run.args.validation.every, run.step >= run.size.n_steps
     due = run.args.validation.at_ends if at_end else run.step and every and run.step % every == 0
     if not due or not run.held_out:
@@ -262,6 +262,6 @@ def was_validated(run: Run) -> bool:
 
 
 def describe_end(run: Run, reason: str, exit_code: int, **more: str | None) -> None:
-    """Leave stop.json."""
+    """Write stop.json."""
     if run.world.is_main:
         describe_stop(run.run_dir, reason, exit_code, step=run.step, **more)

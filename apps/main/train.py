@@ -1,9 +1,9 @@
 """Train: `python -m apps.main.train config=apps/main/configs/debug.yaml [key=value ...]`. The loop is in loop.py.
 
-A run that is killed at any line continues from its newest published checkpoint when the same command is given again,
-bit for bit with `deterministic`. A stop signal on any rank ends all ranks after the same step, with a checkpoint. A
-failure of any rank ends all within seconds (lingua/run/watchdog.py). Exit codes: 0 finished, 75 saved and asks to be
-started again, 130 ended by a person (saved), 76 hung, 1 and 2 failures.
+A run killed at any line continues from its newest published checkpoint when the same command is given again, bit for
+bit with `deterministic`. A stop signal on any rank ends all ranks after the same step, with a checkpoint. A failure of
+any rank ends all within seconds (lingua/run/watchdog.py). Exit codes: 0 finished, 75 saved and asks to be started
+again, 130 ended by a person (saved), 76 hung, 1 and 2 failures.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(words: list[str], schema: type[train.TrainArgs] = TrainArgs) -> int:
         if app != own:
             raise ConfigError(f"app is {app}, but this is {own}.train; type python -m {app}.train")
     startup.reached("config")
-    from .loop import start  # loads torch, which a wrong config need not wait for
+    from .loop import start  # loads torch: an error in the config is reported without this wait
 
     startup.reached("torch")
     code = start(checked, words, place, startup)

@@ -1,7 +1,7 @@
-"""The app's language model: a Llama-type decoder. Change it freely.
+"""The app's language model: a Llama-style decoder. Change it freely.
 
 `Decoder` (lingua/model/decoder.py) is the whole model; its blocks are in lingua/model/transformer.py. Override here
-what yours does differently: `build_output`, `loss_of`, `forward`; or name other blocks in `LMTransformerArgs.block`.
+what your model does differently: `build_output`, `loss_of`, `forward`; or set `LMTransformerArgs.block`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class MTPArgs(LlamaArgs):
         return self.n_params_non_embedding() + (1 + self.n_future_head) * self.vocab_rows * self.dim
 
     def flops_per_token(self, seq_len: int) -> float:
-        """As Llama's, with every head."""
+        """Llama's, plus 6VD for each additional head."""
         return super().flops_per_token(seq_len) + 6 * (self.n_future_head - 1) * self.vocab_size * self.dim
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:

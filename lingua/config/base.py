@@ -33,10 +33,10 @@ class Args(BaseModel):
     )
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
-        """Yield (key, sentence with a remedy) for what this section cannot do beside the rest of the config `args`.
+        """Yield (key, sentence with a remedy) for what this section cannot do with the rest of the config `args`.
 
-        Called for the config itself and every section in it, once each value is valid by itself, without torch and
-        without a device.
+        Called for the config itself and every section in it, after each value was found valid by itself. Without torch
+        and without a device.
         """
         yield from ()
 
@@ -116,7 +116,7 @@ def register(kind: str, type_name: str) -> Callable[[PartType], PartType]:
     """Class decorator: make `type: <type_name>` in the section `kind` choose this class. Raises ValueError if taken."""
 
     def add(part: PartType) -> PartType:
-        if not part.__module__.startswith(("lingua.", "apps.")):  # a plugin's: what is wrong with it is told now
+        if not part.__module__.startswith(("lingua.", "apps.")):  # report errors in a plugin's class now
             part.model_rebuild(raise_errors=False)
         taken = _parts.setdefault(kind, {}).setdefault(type_name, part)
         if taken.__qualname__ != part.__qualname__ or taken.__module__ != part.__module__:
@@ -185,7 +185,7 @@ def as_parts(tree: Any, marks: dict[Key, Any], key: Key = ()) -> Any:
 
 
 def named(owner: Part | type[Part], fact: str) -> Any:
-    """Import what a class of keys names as "module:name". Raises ConfigError if there is no such thing."""
+    """Import what an attribute of an Args class names as "module:name". Raises ConfigError if it does not exist."""
     place = getattr(owner, fact)
     module, _, name = place.partition(":")
     try:
@@ -286,7 +286,7 @@ MOVED = {
     "model.tie_weights": "use model.weight_tying",
     "model.hf": "use data.tokenizer.name: hf, and checkpoint.init_ckpt_path for the weights",
 }
-"""Keys of Meta Lingua and its forks that do not exist here, each with its replacement."""
+"""Keys of Meta Lingua and its forks that do not exist here, each with what to do instead."""
 NO_EFFECT: dict[str, Any] = {
     "distributed.spawn_method": "forkserver",
     "checkpoint.thread_debug": True,
@@ -330,7 +330,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Document(BaseModel):
-    """The form of a JSON document that a program wrote: types as they are; unknown keys are a newer version's."""
+    """A JSON document written by a program: strict types; unknown keys are allowed, as a newer version may add some."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -340,7 +340,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 def judged(form: type[D], value: Any) -> D:
-    """Return a JSON value as a document. Raises ValueError that says what is wrong with it, and where."""
+    """Validate a JSON value as a document. Raises ValueError that says what is wrong with it, and where."""
     try:
         return form.model_validate(value)
     except ValidationError as error:

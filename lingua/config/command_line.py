@@ -1,4 +1,4 @@
-"""Parse the command line and return the exit code; every entry point uses these functions.
+"""Parse the command line and turn errors into exit codes; every entry point uses these functions.
 
 An error that a user can fix prints one sentence; `--debug` or LINGUA_DEBUG=1 adds the traceback. Exit code 2 means
 that the config or the command line is wrong and nothing was touched, 1 any other failure. Imports nothing heavy.
@@ -42,7 +42,7 @@ _KEY = re.compile(r"(?!.*\.ya?ml$)[a-z_]\w*(\.\w+)+")
 
 @dataclass
 class CommandLine:
-    """The parsed words of a command line."""
+    """A parsed command line."""
 
     config: str | None = None
     overlays: list[str] = field(default_factory=list)
@@ -138,7 +138,7 @@ def split_prompts(words: Sequence[str]) -> tuple[list[str], list[str]]:
             prompts.append(word.removeprefix("prompt="))
         elif _NOT_BARE.fullmatch(word) or not any(other.startswith("ckpt=") for other in others):
             others += with_ckpt([word])
-        elif others[-1].endswith("="):  # a blank after it, which is told later
+        elif others[-1].endswith("="):  # a space after the =, which is reported later
             others.append(word)
         else:
             prompts.append(word)
@@ -168,7 +168,7 @@ def choose_app(line: CommandLine) -> str:
 
 
 def _trees(config: Path, above: tuple[Path, ...] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the tree of a file and those of its bases, the one that wins first; what is wrong with them is not said."""
+    """Yield the trees of a file and its bases, in order of precedence; errors in bases are not reported here."""
     from lingua.config.yaml_layers import read_yaml
 
     tree = read_yaml(config).tree
@@ -264,7 +264,7 @@ def run_main(main: Callable[[list[str]], int | None], words: Sequence[str]) -> i
 
 
 def program(module: str, main: Callable[..., int], **own: Any) -> Callable[[list[str]], int]:
-    """Return `main` with what an app has of its own, and run it if `module` is the program that was started."""
+    """Return `main` bound to an app's own arguments, and run it if `module` is the program that was started."""
     command = partial(main, **own)
     if module == "__main__":
         leave(run_main(command, sys.argv[1:]))
@@ -277,7 +277,7 @@ def _said_by_rank_0(error: Exception) -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # one that nobody put into words
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # not caught anywhere else
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space there" if full else "check the path and its permissions"
         return f"{os.fsdecode(error.filename)}: {error.strerror}; {remedy}"

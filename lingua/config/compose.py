@@ -163,7 +163,7 @@ def _expand_paths(layer: Layer) -> list[tuple[Key, str]]:
 
 
 def code_named(tree: Mapping[str, Any], marks: Mapping[Key, Origin] | None = None) -> dict[str, list[str]]:
-    """Return the modules and files of code that a config names, by key; without those that the command line named."""
+    """Return the modules and files of code that a config names, by key, without those named on the command line."""
     code: dict[str, list[str]] = {}
     for key, name in _code(tree):
         origins = [marks[key[:n]] for n in range(len(key), 0, -1) if marks and key[:n] in marks]
@@ -190,7 +190,7 @@ def _code(tree: Mapping[str, Any]) -> Iterator[tuple[Key, Any]]:
 
 
 def _is_harness_code(names: list[str], value: Any) -> bool:
-    """Return whether harness would run code: task files may hold `!function`, caches are pickles, a metric a script."""
+    """Return whether harness would run code: task files may use `!function`, caches are pickles, metrics scripts."""
     if names[-1] in ("metric", "tasks", "task", "group") and isinstance(value, str):
         return "/" in value or value.endswith((".yaml", ".yml")) or Path(value).exists()
     return names[-1] in ("include_path", "use_cache", "hf_evaluate")
@@ -201,7 +201,7 @@ def _import_plugins(layer: Layer, configs: list[Path]) -> list[tuple[Key, str]]:
 
     `configs`: the files that were named.
     """
-    code = code_named(layer.tree, layer.marks)  # `choose_app` judges the app, `lingua launch` what its job runs
+    code = code_named(layer.tree, layer.marks)  # `choose_app` checks the app, `lingua launch` what its job runs
     check_code(configs, {key: names for key, names in code.items() if not key.startswith(("app", "launcher."))})
     findings, of_eval = [], layer.tree.get("eval")
     named: list[tuple[Key, Any]] = [(("plugins",), layer.tree.get("plugins"))]
@@ -221,7 +221,7 @@ def _import_plugins(layer: Layer, configs: list[Path]) -> list[tuple[Key, str]]:
 def see_working_folder() -> None:
     """Make own modules in the working folder importable, also an `apps/mine` beside installed apps.
 
-    It comes last: a file there, beside weights say, must not stand for a package of that name.
+    It comes last: a file there (beside weights, say) must not shadow a package of that name.
     """
     here = os.getcwd()
     if not {"", here} & set(sys.path):
@@ -332,9 +332,9 @@ class Composed(Generic[ArgsType]):
     args: ArgsType
     marks: dict[Key, Origin]
     ignored: list[str] = field(default_factory=list)
-    """Keys that were set but have no effect."""
+    """Keys that are set but have no effect."""
     configs: list[Path] = field(default_factory=list)
-    """The files that were named."""
+    """The files named on the command line."""
 
     def origins(self) -> dict[str, str]:
         """Return the origin of each leaf key's value, for `config.origin.yaml`."""
@@ -353,9 +353,9 @@ def _complaint(marks: Mapping[Key, Origin], key: Key, text: str) -> str:
 
 
 def _refused(marks: Mapping[Key, Origin], key: Key, text: str) -> Origin | None:
-    """Return the origin of what a section as a whole refuses: `data: skip_rows ...`. None for another finding.
+    """Return the origin of a finding about a whole section (`data: skip_rows ...`), or None for another finding.
 
-    What came last, a file or the command line, is to blame, and there the first key that the text names.
+    Blame the last place, file or command line, and there the first key that the text names.
     """
     section = dotted_key(key) or "the config"
     if re.match(rf"{re.escape(section)}(\.\w+)?: ", text) is None:
@@ -401,7 +401,7 @@ def examine(
 
 
 def _drop_inert(layer: Layer) -> None:
-    """Drop removed keys whose value asks for nothing. Configs frozen by lingua's forks contain them."""
+    """Drop removed keys whose value is empty. Configs frozen by Meta Lingua's forks contain them."""
     for dotted in MOVED:
         outer, _, name = dotted.partition(".")
         section = layer.tree.get(outer)
@@ -413,7 +413,7 @@ def _drop_inert(layer: Layer) -> None:
 def ignored_keys(schema: type[Args]) -> dict[Key, Any]:
     """Return the keys of a schema that have no effect, each with its old default."""
     keys = {tuple(dotted.split(".")): default for dotted, default in NO_EFFECT.items()}
-    if issubclass(schema, EvalArgs):  # a config of the section `eval` alone
+    if issubclass(schema, EvalArgs):  # the config is a section `eval` alone
         return {key[1:]: default for key, default in keys.items() if key[0] == "eval"}
     return {key: default for key, default in keys.items() if key[0] in schema.model_fields}
 

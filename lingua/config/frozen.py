@@ -1,4 +1,4 @@
-"""Freeze a run's config, and compare a later one with it: what may change freely, with a flag, or not at all.
+"""Freeze a run's config and compare a later one with it: keys may change freely, with a flag, or not at all.
 
 One table decides, and every difference gets one sentence. The frozen config contains the numbers that the first
 attempt derived (steps, rows per step, lanes, vocabulary), so it means the same run on other GPUs too.
@@ -108,7 +108,7 @@ class Difference:
     new: Any
     rule: Rule
     effect: str = "changes what the run computes"
-    """Of a change that must be allowed."""
+    """What the change does, if it must be allowed."""
 
     @property
     def change(self) -> str:
@@ -179,7 +179,7 @@ def read_frozen(run_dir: Path) -> dict[str, Any] | None:
     """Return the run's frozen config, or None before the first attempt. Raises ConfigError if it cannot be read."""
     try:
         return read_config(run_dir / CONFIG_FILE)
-    except (FileNotFoundError, NotADirectoryError):  # anything else is no first attempt, whatever `is_file` says
+    except (FileNotFoundError, NotADirectoryError):  # any other error does not mean a first attempt
         return None
 
 
@@ -200,8 +200,8 @@ def rule_of(key: str) -> Rule:
 
 
 def compare(frozen: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return every key whose value changed. A key on one side only (written by another version) does not count, and
-    neither does a secret, which a frozen config does not hold."""
+    """Return every key whose value changed. Keys on one side only (written by another version) do not count, nor do
+    secrets, which a frozen config does not hold."""
     changes = _changes(public_tree(frozen), public_tree(new), "")
     return [Difference(key, old, now, rule_of(key)) for key, old, now in changes]
 

@@ -1,8 +1,8 @@
-"""Ctrl-C while a program loads ends it with one word; programs import this before anything else, notebooks never do.
+"""Make Ctrl-C end a program with one word while it loads. Programs import this before anything else, notebooks never.
 
-Python raises KeyboardInterrupt wherever it just is. In the midst of an import nothing answers it: it becomes a
-traceback, or is lost in a library. So while something is imported, and until `run_main` has begun, the process ends at
-once. At any other time a KeyboardInterrupt is raised, as usual.
+Python raises KeyboardInterrupt wherever it is. In the middle of an import nothing handles it: it becomes a traceback,
+or a library swallows it. So while something is imported, and until `run_main` has begun, the process ends at once. At
+any other time a KeyboardInterrupt is raised, as usual.
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if the shell ignores it
     signal.signal(signal.SIGINT, _interrupt)

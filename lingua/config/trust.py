@@ -1,10 +1,10 @@
-"""Whose code a config may run.
+"""Decide whose code a config may run.
 
-A config that came with weights (it lies beside or above them, or a command found it there) chooses among what is
-registered here. It runs no code that it names itself: `--trust`, `lingua.load(..., trust=True)` or LINGUA_TRUST=1 (for
-scripts; our own jobs and evaluators set it) allow that. What the command line names is the user's own choice. So is a
-run that this user's command started: the trainer notes its folder, the configs that were named, and the names of its
-code in the user's state folder, $XDG_STATE_HOME/lingua/trusted, which no download brings along.
+A config that came with weights (it lies beside or above them, or a command found it there) may choose among registered
+parts, but runs no code that it names itself, unless `--trust`, `lingua.load(..., trust=True)` or LINGUA_TRUST=1 (for
+scripts; our own jobs and evaluators set it) allows that. Code named on the command line is trusted. So is the code of a
+run that this user started: the trainer notes its folder, its configs and the names of its code in the user's state
+folder, $XDG_STATE_HOME/lingua/trusted, which no download can contain.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AnyPath = TypeVar("AnyPath", bound=Path | None)
 
 @contextmanager
 def trusting(given: bool = True) -> Iterator[None]:
-    """Run code that a config beside weights names, within, if `given`."""
+    """Allow code that a config beside weights names, inside this context, if `given`."""
     token = _given.set(_given.get() or given)
     try:
         yield
@@ -50,7 +50,7 @@ def found(config: AnyPath) -> AnyPath:
 
 
 def check_code(configs: Sequence[Path], code: Mapping[str, Sequence[str]]) -> None:
-    """Raise ConfigError if the code was named by configs of which one came with weights, and is not trusted.
+    """Raise ConfigError if code is not trusted and one of the configs that name it came with weights.
 
     `code`: modules and files by the key that names them.
     """
@@ -77,7 +77,7 @@ def came_with_weights(config: Path) -> bool:
 
 
 def _holds_weights(folder: Path, depth: int) -> bool:
-    with suppress(OSError), os.scandir(folder) as entries:  # what cannot be listed cannot be loaded by its folder
+    with suppress(OSError), os.scandir(folder) as entries:  # nothing can be loaded from a folder that cannot be listed
         for entry in entries:
             if entry.is_dir():
                 if depth and _holds_weights(Path(entry.path), depth - 1):
@@ -91,7 +91,7 @@ def _holds_weights(folder: Path, depth: int) -> bool:
 
 
 def note_run(run_dir: Path, code: Mapping[str, Sequence[str]], configs: Sequence[Path] = ()) -> None:
-    """Note that the user runs this code in this folder, and from these configs: weights may come to lie beside them."""
+    """Note that the user runs this code in this folder and from these configs; weights may later lie beside them."""
     for place, name in product((run_dir, *configs), {name for names in code.values() for name in names}):
         try:
             note = _note(place, name)

@@ -1,6 +1,6 @@
 """Stack YAML files, overlays and overrides into one tree that records the origin of every value.
 
-A missing file, broken YAML, a repeated key or a circular `base` is one ConfigError with file and line.
+A missing file, broken YAML, a repeated key or a circular `base` raises one ConfigError with file and line.
 
 Layers of a config, weakest first:
 
@@ -51,7 +51,7 @@ from lingua.files import read_bytes
 GRID = "grid"
 """Block of a config that only `lingua sweep` reads."""
 _MAX_VALUES = 100_000
-"""Most values of one file, aliases expanded. A larger one is an alias bomb, not a config."""
+"""Maximum values of one file, aliases expanded. A larger file is an alias bomb, not a config."""
 
 # -- reading YAML with the line of every key -----------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ def _n_values(node: yaml.Node, sizes: dict[int, int] | None = None) -> int:
     """Return the number of values that a document has once every alias is expanded."""
     sizes = {} if sizes is None else sizes
     if id(node) not in sizes:
-        sizes[id(node)] = _MAX_VALUES + 1  # what an alias to its own parent finds
+        sizes[id(node)] = _MAX_VALUES + 1  # found by an alias to its own parent
         children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
         inner = [] if isinstance(node, yaml.ScalarNode) else children
         sizes[id(node)] = 1 + sum(_n_values(child, sizes) for child in inner)
@@ -314,7 +314,7 @@ class _Composer:
     used: set[str] = field(default_factory=set)
     """Groups whose pick replaced one of a base."""
     of_bases: list[Path] = field(default_factory=list)
-    """Folders of the files loaded as bases, whose overlays fit, too."""
+    """Folders of the files loaded as bases; their overlays are found too."""
 
     def load(self, path: Path, stack: tuple[Path, ...] = ()) -> Layer:
         """Load a file on top of its bases."""
@@ -413,7 +413,7 @@ def _parse(word: str) -> tuple[str, Any]:
 
 
 def _override(layer: Layer, dotted: str, value: Any, origin: Origin, schema: type[Args]) -> None:
-    """Set one dotted key of the layer."""
+    """Set one dotted key of a layer."""
     key = _split(dotted, schema, layer.tree)
     node: Any = layer.tree
     for depth, name in enumerate(key[:-1], 1):

@@ -1,11 +1,11 @@
-"""Attention by the kernel that the config names, or a refusal that says why and what would work here.
+"""Compute attention with the kernel that the config names, or refuse it with the reason and alternatives.
 
-`resolve_attn_impl` decides before a model is built, and what it returns is what runs. All kernels compute the same
-function: causal unless the model sees both directions, limited to the last `window` positions if there is a window, and
-to the own document if there are documents.
+`resolve_attn_impl` decides before a model is built, and the kernel that it returns is the one that runs. All kernels
+compute the same function: causal unless the model is bidirectional, limited to the last `window` positions if there is
+a window, and to the same document if there are documents.
 
 For documents, sdpa and eager need a (B, 1, S, S) boolean mask, flex a block mask; for a window a (1, 1, S, S) mask.
-varlen, flash_attn and xformers get the positions where documents begin, computed on the host: 4 bytes per document.
+varlen, flash_attn and xformers get the positions at which documents begin, computed on the host: 4 bytes per document.
 
 Letters: B rows, S query positions, T key positions, H heads, K key/value heads (K divides H), E head width.
 """
@@ -31,19 +31,19 @@ from lingua.config.keys.model import LlamaArgs
 
 HALF = (torch.float16, torch.bfloat16)
 Mask = Any
-"""None: causality and nothing else, or not even that; a boolean tensor (B or 1, 1, S, T), True where seen; flex's
-BlockMask; xformers' bias; or int32 (N + 1,), where N sequences begin in the rows laid end to end."""
+"""None: only causality, or nothing if not causal; a boolean tensor (B or 1, 1, S, T), True where visible; flex's
+BlockMask; xformers' bias; or int32 (N + 1,), the starts of N sequences in the concatenated rows."""
 
 _VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
-"""torch 2.10: `is_causal` and no window; from 2.11 on `window_size`; in 2.12 `enable_gqa`, too. Its flash kernels share
-key heads in all of them (pytorch/torchtitan, pull request 2259)."""
+"""torch 2.10 has `is_causal` and no window, 2.11 `window_size`, 2.12 also `enable_gqa`. The flash kernels of all three
+share key heads (pytorch/torchtitan, pull request 2259)."""
 
 # -- the decision ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class KernelConditions:
-    """All that the choice of a kernel depends on."""
+    """Everything that the choice of a kernel depends on."""
 
     device_type: str
     capability: tuple[int, int]
@@ -53,11 +53,11 @@ class KernelConditions:
     doc_mask: bool
     window: bool
     installed: frozenset[str]
-    """Which of xformers and flash_attn can be imported."""
+    """Those of xformers and flash_attn that can be imported."""
     deterministic: bool = False
     """Whether gradients must be equal from run to run."""
     varlen_windows: bool = "window_size" in _VARLEN_TAKES
-    """Whether torch's varlen_attn knows sliding windows."""
+    """Whether torch's varlen_attn supports sliding windows."""
 
 
 def _not_cuda(here: KernelConditions, least: tuple[int, int]) -> str | None:
@@ -92,11 +92,11 @@ def _too_wide(here: KernelConditions, most: int) -> str | None:
 
 
 def _varies(here: KernelConditions) -> str | None:
-    """For kernels whose backward adds up in any order, and that torch's deterministic mode cannot change.
+    """Refuse kernels whose backward sums in any order and that torch's deterministic mode cannot change.
 
     torch's own flash and memory-efficient kernels obey it (its notes on randomness, "CUDA SDPA"; varlen is the former),
-    flash_attn takes an argument (2.4.1 on), flex has each gradient summed by one program (no atomics in its backward
-    template). cuDNN's refuses in torch 2.10 (check_cudnn_deterministic in sdp_utils.cpp), so flash runs instead.
+    flash_attn takes an argument (since 2.4.1), and flex sums each gradient in one program (no atomics in its backward
+    template). cuDNN's kernel refuses in torch 2.10 (check_cudnn_deterministic in sdp_utils.cpp), so flash runs instead.
     """
     return "its gradients differ from run to run (deterministic: true)" if here.deterministic else None
 
@@ -106,7 +106,7 @@ def _missing(here: KernelConditions, package: str) -> str | None:
 
 
 def refusal(impl: str, here: KernelConditions) -> str | None:
-    """Return why this kernel cannot be used here; None if it can."""
+    """Return why this kernel cannot be used here, or None if it can."""
     match impl:
         case "sdpa" | "eager":
             return None
@@ -131,9 +131,9 @@ def refusal(impl: str, here: KernelConditions) -> str | None:
     return "there is no such implementation"
 
 
-# Fastest first, where masks are wanted and where they are not. sdpa leaves it to torch, which takes flash before cuDNN;
-# on Hopper cuDNN's kernels are 1.7 to 2.3 times as fast in training shapes, on Ampere, Ada and Blackwell they are not
-# (huggingface/transformers, pull request 48163, six GPUs). With documents flex is before varlen: 0.72 + 1.56 against
+# The fastest first, with and without masks. sdpa leaves the choice to torch, which prefers flash to cuDNN; on Hopper
+# cuDNN's kernels are 1.7 to 2.3 times as fast in training shapes, on Ampere, Ada and Blackwell they are not
+# (huggingface/transformers, pull request 48163, six GPUs). With documents flex beats varlen: 0.72 + 1.56 against
 # 0.77 + 1.96 ms, forward and backward of Llama 3 8B (pytorch/torchtitan, pull request 2000).
 _BEST_MASKED = ("flex", "sdpa")
 _BEST_CAUSAL = ("sdpa",)
@@ -152,7 +152,7 @@ ALL_IMPLS = (
 
 
 def choose(impl: str, here: KernelConditions) -> str:
-    """Return the kernel that runs for `attn_impl: <impl>`. Raises ConfigError if what is named cannot be had."""
+    """Return the kernel that runs for `attn_impl: <impl>`. Raises ConfigError if a named kernel cannot run here."""
     if impl == "auto":
         causal = _BEST_CAUSAL_ON_HOPPER if here.capability[0] == 9 else _BEST_CAUSAL
         best = _BEST_MASKED if here.doc_mask or here.window else causal
@@ -189,24 +189,26 @@ def resolve_attn_impl(args: LlamaArgs, device_type: str, dtype: torch.dtype, doc
 
 @dataclass(eq=False)
 class RowDocuments:
-    """Which document each position of a batch belongs to, in both forms that kernels want.
+    """The documents of a batch, in both forms that kernels need.
 
-    One object and not loose tensors, as ForwardContext (lingua/model/context.py) is.
+    It is one object for the same reason as ForwardContext (lingua/model/context.py).
     """
 
     ids: Tensor  # (B, S) int: positions of a row with equal numbers may see each other
-    bounds: Tensor  # (N + 1,) int32: where documents begin in the rows laid end to end; last B S
+    bounds: Tensor  # (N + 1,) int32: starts of documents in the concatenated rows, then B S
 
     def row(self, number: int) -> RowDocuments:
-        """Those of one row. Waits for the device."""
+        """Return the documents of one row. Waits for the device."""
         begin, end = number * self.ids.shape[1], (number + 1) * self.ids.shape[1]
         inside = (self.bounds >= begin) & (self.bounds <= end)
         return RowDocuments(self.ids[number : number + 1], self.bounds[inside] - begin)
 
 
 def document_bounds(doc_ids: np.ndarray) -> np.ndarray:
-    """Document numbers (B, S), each in one piece -> int32 (N + 1,): where documents begin in the rows laid end to end,
-    and B S. A document that continues in the next row begins anew there."""
+    """Return the starts of documents in the concatenated rows, then B S: int32 (N + 1,), from document numbers (B, S).
+
+    A document that continues in the next row starts anew there.
+    """
     begins = np.ones(doc_ids.shape, dtype=bool)
     begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     return np.append(np.flatnonzero(begins), doc_ids.size).astype(np.int32)
@@ -216,7 +218,7 @@ def document_bounds(doc_ids: np.ndarray) -> np.ndarray:
 
 
 def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Return whether the position `key` is seen from the position `query`; both broadcast."""
+    """Return whether position `query` sees position `key`; both broadcast."""
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
 
@@ -229,9 +231,9 @@ def build_mask(
     device: torch.device,
     causal: bool = True,
 ) -> Mask:
-    """Return the mask of a pass over whole rows, (B, S). A window goes with causal attention only."""
+    """Return the mask of a pass over whole rows, (B, S). Windows need causal attention."""
     n_rows, seq_len = shape
-    if impl in ("varlen", "xformers", "flash_attn"):  # they know windows themselves
+    if impl in ("varlen", "xformers", "flash_attn"):  # these apply windows themselves
         if documents is not None:
             return _diagonal_bias(documents.bounds, shape, window, causal) if impl == "xformers" else documents.bounds
         rows = torch.arange(n_rows + 1, dtype=torch.int32, device=device) * seq_len
@@ -253,10 +255,10 @@ def build_mask(
 
 
 def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None, causal: bool) -> Any:
-    """xformers' bias for documents.
+    """Return xformers' bias for documents.
 
-    Its list on the host is that of one sequence: the kernels read `seqstart` and `max_seqlen` alone, and torch.compile,
-    which looks at every number on the host, would compile anew for each batch.
+    Its list on the host holds one sequence: the kernels read only `seqstart` and `max_seqlen`, and torch.compile, which
+    specializes on every number on the host, would recompile for each batch.
     """
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
 
@@ -270,8 +272,8 @@ def _diagonal_bias(bounds: Tensor, shape: tuple[int, int], window: int | None, c
 
 @lru_cache(maxsize=8)
 def _lasting_block_mask(seq_len: int, window: int | None, device: torch.device) -> Mask:
-    """The mask of causal rows without documents, which is the same in every step."""
-    with torch.inference_mode(False):  # a sample's would be of no use to training
+    """Return the mask of causal rows without documents, which is the same in every step."""
+    with torch.inference_mode(False):  # training could not use an inference tensor
         return _block_mask(seq_len, window, None, device, causal=True)
 
 
@@ -292,21 +294,21 @@ def _block_mask(seq_len: int, window: int | None, doc_ids: Tensor | None, device
 
 
 def attend(impl: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool = True) -> Tensor:
-    """q (B, S, H, E), k and v (B, T, K, E) -> (B, S, H, E)."""
+    """Return the attention of q (B, S, H, E) over k and v (B, T, K, E): (B, S, H, E)."""
     if window is not None and window >= q.shape[1]:
         window = None
     return _KERNELS[impl](q, k, v, mask, window, causal)
 
 
 def _for_each_head(k: Tensor, n_heads: int) -> Tensor:
-    """(B, K, T, E) -> (B, H, T, E): each key/value head serves H / K neighbouring query heads."""
+    """Repeat (B, K, T, E) to (B, H, T, E): each key/value head serves H / K adjacent query heads."""
     return k if k.shape[1] == n_heads else k.repeat_interleave(n_heads // k.shape[1], dim=1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, heads, positions, E)
     grouped = k.shape[1] != q.shape[1]
-    # Only the plain causal kernels of CUDA share key heads; with a mask, enable_gqa would mean the slow fallback.
+    # Only CUDA's plain causal kernels share key heads; with a mask, enable_gqa would use the slow fallback.
     shared = grouped and mask is None and q.device.type == "cuda"
     if grouped and not shared:
         k, v = _for_each_head(k, q.shape[1]), _for_each_head(v, q.shape[1])
@@ -332,7 +334,7 @@ _CUDNN_FIRST = [
 
 
 def _sdpa_cudnn_first(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causal: bool) -> Tensor:
-    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):  # an order, no restriction: what cuDNN cannot do, others do
+    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):  # an order, not a restriction: others do what cuDNN cannot
         return _sdpa(q, k, v, mask, window, causal)
 
 
@@ -364,9 +366,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, window: int | None, causa
 
 
 def _packed(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, **how: Any) -> Tensor:
-    """Call a kernel on the rows laid end to end, (B S, heads, E), given where sequences begin.
+    """Call a kernel on the concatenated rows, (B S, heads, E), with the starts of the sequences.
 
-    The row length bounds each of them; the longest would be a constant for torch.compile.
+    The row length is passed as their maximum; the actual one would be a constant for torch.compile.
     """
     longest = q.shape[1]
     out = kernel(*(each.flatten(0, 1) for each in (q, k, v)), bounds, bounds, longest, longest, **how)

@@ -1,9 +1,9 @@
-"""A language model from blocks of any family: embedding, blocks, norm, head; and its initial weights.
+"""A language model from blocks of any family: embedding, blocks, norm and head, with its initial weights.
 
-It is built on the meta device, then `to_empty`, then `init_weights(seed)`. Initial weights are a function of (seed,
-parameter name, shape) alone: they are the same on any number of ranks, sharded or not, but CPU and CUDA draw different
-ones. Each rank draws whole tensors and keeps its shard. With weight tying there is one parameter with one name, so
-nothing can untie it. With a loss, logits exist a chunk at a time.
+It is built on the meta device, then `to_empty`, then `init_weights(seed)`. Initial weights depend only on (seed,
+parameter name, shape): they are the same on any number of ranks, sharded or not, but CPU and CUDA draw different ones.
+Each rank draws whole tensors and keeps its shard. With weight tying there is one parameter with one name, so nothing
+can untie it. With a loss, logits exist one chunk at a time.
 
 Letters: B rows, S positions, D model width, V vocabulary.
 """
@@ -34,10 +34,10 @@ UseOfHead = Callable[[Tensor, Tensor], T]
 
 
 class Head(nn.Linear):
-    """The output layer. All that uses its weight, the loss too, does so inside of `forward`.
+    """The output layer. All uses of its weight, including the loss, happen inside `forward`.
 
-    So FSDP2, which works around the calls of modules, gathers the weight when its turn has come, and sends its gradient
-    while the blocks' backward computes.
+    So FSDP2, which hooks into calls of modules, gathers the weight just in time, and reduces its gradient during the
+    blocks' backward.
     """
 
     def forward(self, x: Tensor, use: UseOfHead[T]) -> T:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -45,7 +45,7 @@ class Head(nn.Linear):
 
 
 class Decoder(nn.Module):
-    """tok_embeddings, layers, norm, output. A family changes its blocks, and a subclass whatever else is different."""
+    """tok_embeddings, layers, norm, output. A family changes the blocks; a subclass may change anything else."""
 
     def __init__(self, args: DecoderArgs) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
             raise ValueError(f"model.vocab_size is {args.vocab_size}; set it to the tokenizer's number of tokens")
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_rows, args.dim)
-        self.attention = args.attention  # once: a hybrid validates the keys of its blocks to tell
+        self.attention = args.attention  # only once: for a hybrid this validates the keys of its blocks
         self.rope_embeddings = None if self.attention is None else RotaryEmbedding(self.attention)
         self.time_input = nn.Linear(TIME_WAVES, args.dim, bias=False) if args.time_input else None
         self.layers = nn.ModuleList(build_block(args.of_layer(layer), layer) for layer in range(args.n_layers))
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         self.output = self.build_output()
 
     def build_output(self) -> Head | None:
-        """Build the head; None if the embedding is the head too."""
+        """Build the head, or return None if the embedding is the head too."""
         return None if self.args.weight_tying else Head(self.args.dim, self.args.vocab_rows, bias=False)
 
     def head(self, x: Tensor, use: UseOfHead[T]) -> T:
@@ -72,21 +72,21 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,  # (B, S) int
         *,
-        labels: Tensor | None = None,  # (B, S) int, -100 where nothing is asked
+        labels: Tensor | None = None,  # (B, S) int, -100 for none
         documents: RowDocuments | None = None,
         loss: Loss | None = None,
         cache: Cache | None = None,
         positions: Tensor | None = None,  # (B, S) int, with a cache
-        select: Tensor | None = None,  # (B,) int: the one position of each row whose logits are wanted; rows end there
+        select: Tensor | None = None,  # (B,) int: return logits of this position only; rows end there
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss: what `loss_of` returns."""
+        """Return logits (B, S, V), or (B, 1, V) with `select`; with labels and a loss, the result of `loss_of`."""
         ctx = self.forward_context(tokens, documents, cache, positions, select)
         x = self.tok_embeddings(tokens)  # (B, S, D)
         if self.time_input is not None:
             x = x + self.time_input(self._time_waves(tokens).to(self.time_input.weight.dtype))
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
-            x = x.to(torch.get_autocast_dtype(device_type))  # the stream has the type it would have under FSDP2
+            x = x.to(torch.get_autocast_dtype(device_type))  # the type of the stream under FSDP2
         for layer in self.layers:
             x = layer(x, ctx)
         x = self.norm(x)
@@ -101,19 +101,19 @@ class Decoder(nn.Module):
         return found if cap is None else cap * torch.tanh(found.float() / cap)
 
     def _time_waves(self, tokens: Tensor) -> Tensor:
-        """Return cos(pi k t), (B, 1, waves), of the share t of hidden tokens of each row."""
+        """Return cos(pi k t), (B, 1, waves), for the share t of masked tokens of each row."""
         share = (tokens == self.args.vocab_size).float().mean(1)[:, None, None]
         return torch.cos(torch.pi * share * torch.arange(TIME_WAVES, device=tokens.device))
 
     def loss_of(self, x: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Return (fp32 loss sum, number of labels) of the last hidden states (B, S, D).
+        """Return (fp32 loss sum, number of labels) for the last hidden states (B, S, D).
 
-        A model that predicts several labels per position returns their loss sums as a vector; training adds them up.
+        A model that predicts several labels per position returns a vector of loss sums; training adds them up.
         """
         return self.head(x, self.loss_with(labels, loss))
 
     def loss_with(self, labels: Tensor, loss: Loss) -> UseOfHead[tuple[Tensor, Tensor]]:
-        """Return the function of hidden states and a head's weight that gives the loss sum and the number of labels."""
+        """Return a function of hidden states and a head's weight that returns the loss sum and number of labels."""
         padded = {"vocab_size": self.args.vocab_size} if self.args.vocab_rows > self.args.vocab_size else {}
         capped = {} if self.args.logit_soft_cap is None else {"soft_cap": self.args.logit_soft_cap}
         return lambda x, weight: loss(x, weight, labels, **padded, **capped)
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         select: Tensor | None,
     ) -> ForwardContext:
-        """Return what the blocks of this pass share. With a cache, `select` says where rows end."""
+        """Return the context of this pass. With a cache, `select` says where rows end."""
         assert cache is None or (positions is not None and documents is None), "a cache needs positions, not documents"
         ctx = ForwardContext(cache=cache)
         if cache is not None:
@@ -140,8 +140,8 @@ class Decoder(nn.Module):
             ctx.angles = self.rope_embeddings(tokens.shape[1], positions)
             ctx.causal, ctx.window = attention.causal, attention.sliding_window
             assert ctx.causal or cache is None, "a cache is for models that look back only"
-            # sdpa runs everywhere. A trainer resolves `auto` for its machine before it builds the model. Cached passes
-            # are short or one token long and need an explicit mask, which sdpa takes everywhere.
+            # Training resolves `auto` before it builds the model. Cached passes are short and need an explicit mask,
+            # which sdpa supports on every device.
             ctx.impl = "sdpa" if attention.attn_impl == "auto" or cache is not None else attention.attn_impl
             if cache is not None and positions is not None:
                 ctx.mask = cached_mask(positions, cache.end, ctx.window)
@@ -151,18 +151,18 @@ class Decoder(nn.Module):
         return ctx
 
     def init_weights(self, seed: int) -> None:
-        """Give all parameters and tables their initial values; also on sharded parameters."""
+        """Initialize all parameters, sharded or not, and all tables."""
         self.init_buffers()
         init_modules(self, self.args, seed)
 
     def init_buffers(self) -> None:
-        """Fill the tables that no checkpoint holds; for `to_empty` when weights are loaded instead of initialised."""
+        """Fill the tables that no checkpoint holds; call it after `to_empty` if weights are loaded."""
         if self.rope_embeddings is not None:
             self.rope_embeddings.fill()
 
 
 def build_block(args: DecoderArgs, layer: int) -> nn.Module:
-    """Build the block of a layer, as its Args name it. Raises ConfigError if it is not as they say."""
+    """Build the block of a layer. Raises ConfigError if it contradicts its Args."""
     block: nn.Module = named(args, "block")(args, layer)
     parameters = [name for name, _ in block.named_parameters()]
     for ending in args.residual_outputs:
@@ -173,13 +173,13 @@ def build_block(args: DecoderArgs, layer: int) -> nn.Module:
 
 
 def starts_of(doc_ids: Tensor) -> Tensor:
-    """Return where documents begin, (B, S) bool, from their numbers (B, S); a row begins with one."""
+    """Return where documents begin, (B, S) bool, from document numbers (B, S); a row's first position begins one."""
     first = torch.ones_like(doc_ids[:, :1], dtype=torch.bool)
     return torch.cat((first, doc_ids[:, 1:] != doc_ids[:, :-1]), dim=1)
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """Return all positions of a stream that tensor parallelism may have split. Collective."""
+    """Gather all positions of a stream that tensor parallelism may have split. Collective."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -196,10 +196,10 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_modules(model: nn.Module, args: DecoderArgs, seed: int) -> None:
-    """Give every parameter, sharded or not, its initial value: a function of (seed, name, shape) alone.
+    """Initialize every parameter, sharded or not, as a function of (seed, name, shape) alone.
 
-    Weights of linear layers and embeddings are drawn and their biases are 0; any other module with parameters has a
-    method `reset_parameters`. Raises ValueError for one that has none.
+    Weights of linear layers and embeddings are drawn and their biases are 0; any other module with parameters needs a
+    method `reset_parameters`. Raises ValueError for one without.
     """
     done: set[nn.Parameter] = set()
     for name, module in model.named_modules():
@@ -220,13 +220,13 @@ def init_modules(model: nn.Module, args: DecoderArgs, seed: int) -> None:
 
 
 def _args_of(name: str, args: DecoderArgs) -> DecoderArgs:
-    """Return the Args that describe a module: those of its layer, if it is in one."""
+    """Return the Args of a module: those of its layer, if it is in one."""
     layer = re.match(r"layers\.(\d+)\.", name)
     return args if layer is None else args.of_layer(int(layer[1]))
 
 
 def _reset(module: nn.Module, own: Mapping[str, nn.Parameter], seed: int, name: str) -> None:
-    """Let a module initialise whole tensors in place of its parameters, then give each rank its shard."""
+    """Let a module initialize whole tensors instead of its parameters, then copy each rank's shard."""
     if not hasattr(module, "reset_parameters"):
         raise ValueError(
             f"{name or 'the model'} ({type(module).__name__}) has parameters but no reset_parameters(); "
@@ -247,7 +247,7 @@ def _reset(module: nn.Module, own: Mapping[str, nn.Parameter], seed: int, name: 
 
 @torch.no_grad()
 def init_parameter(parameter: Tensor, std: float, seed: int, name: str) -> None:
-    """Fill a matrix, sharded or not, with the values that (seed, name) stand for; with std 0 they are 0."""
+    """Fill a matrix, sharded or not, with values determined by (seed, name); with std 0, with zeros."""
     if std == 0:
         parameter.zero_()
         return
@@ -266,7 +266,7 @@ def _whole_like(parameter: Tensor) -> Tensor:
 
 
 def _fill(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter. Every rank has it and takes its shard, so nothing is sent."""
+    """Copy a whole tensor, which every rank has, into a parameter or its shard. Nothing is sent."""
     if isinstance(parameter, DTensor):
         whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(whole)

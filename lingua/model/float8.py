@@ -1,11 +1,11 @@
-"""Matrix products in float8: linear layers whose forward and both backward products are torch's `_scaled_mm`.
+"""Linear layers in float8: forward and both backward products are torch's `_scaled_mm`.
 
-Parameters keep their names, types and values, so that checkpoints, FSDP2, activation checkpointing and torch.compile
-see an ordinary linear layer. FSDP2 gathers the weight in `model_dtype`; it is cast here, on each rank. Scales are
-computed from each tensor as it is now, so there is no state. Values that are not finite stay so.
+Parameters keep their names, types and values, so checkpoints, FSDP2, activation checkpointing and torch.compile see an
+ordinary linear layer. FSDP2 gathers the weight in `model_dtype`; each rank casts it here. Scales are computed from the
+current tensors, so there is no state. Values that are not finite stay so.
 
-Each operand is read once more to find its largest magnitude. This costs less than the products save only when
-torch.compile fuses it (torchao's README says the same). Activations are kept for backward in their own type.
+Each operand is read once more to find its largest magnitude. This costs less than the products save only if
+torch.compile fuses it (torchao's README says the same). Activations are saved for backward in their own type.
 
 Letters: N positions, I and O a layer's inputs and outputs, K the dimension that a product sums over.
 
@@ -25,8 +25,8 @@ from torch.nn import functional
 MULTIPLE = 16
 """K and the columns of the right operand (torch's check: "trailing dimension of mat1 to be divisible by 16")."""
 _LEAST = 1e-30
-"""Stands for the largest magnitude of a row of zeros. Gradients of a mean over millions of positions have rows far
-below torchao's 1e-12; fp32 ends at 57344 / 3.4e38 = 1.7e-34."""
+"""Lower bound of the magnitude that a scale is computed from, for rows of zeros. Gradients of a mean over millions of
+positions have rows far below torchao's 1e-12; fp32 overflows at 57344 / 3.4e38 = 1.7e-34."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Recipe:
     """How operands are scaled and summed. Source of both: torchao, float8/config.py, recipes of the same names."""
 
     per_row: bool
-    """A scale for each row along K, a power of two, so that scaling itself rounds nothing; else one per tensor."""
+    """One scale per row along K, a power of two so that scaling itself does not round; else one per tensor."""
     gradient: torch.dtype
-    """Type of the gradient in both backward products; weights and activations are e4m3 always."""
+    """Type of the gradient in both backward products; weights and activations are always e4m3."""
     fast_forward: bool
     """Sum in the tensor cores' own precision (`use_fast_accum`) in forward."""
     fast_backward: bool
-    """The same in backward. The rowwise kernels of Hopper are fast with it only."""
+    """The same in backward. Hopper's rowwise kernels are fast only with it."""
 
     def out_dtype(self, wanted: torch.dtype) -> torch.dtype:
-        """Return what a product may be written in: with scales per row bf16 only."""
+        """Return the output type of a product: always bf16 with scales per row."""
         return torch.bfloat16 if self.per_row else wanted
 
 
@@ -54,7 +54,7 @@ RECIPES: dict[Literal["tensorwise", "rowwise"], Recipe] = {
 
 
 def refusal(device_type: str, capability: tuple[int, int]) -> str | None:
-    """Return why float8 cannot be used on this device; None if it can."""
+    """Return why float8 cannot be used on this device, or None if it can."""
     if device_type != "cuda":
         return f"float8 products need a CUDA device, and the device is {device_type}"
     if capability < (8, 9):
@@ -67,24 +67,24 @@ def refusal(device_type: str, capability: tuple[int, int]) -> str | None:
 
 
 def quantize(x: Tensor, dtype: torch.dtype, per_row: bool) -> tuple[Tensor, Tensor]:
-    """(x as float8, row-major, fp32 scale that brings it back); the scale is (rows, 1), or () for the whole tensor."""
+    """Return (x as float8, row-major; fp32 scale that restores it), the scale (rows, 1), or () for the whole tensor."""
     largest = x.abs().amax(dim=1, keepdim=True) if per_row else x.abs().amax()
     factor = torch.finfo(dtype).max / largest.float().clamp(min=_LEAST)
     if per_row:
         factor = (factor.view(torch.int32) & 0x7F800000).view(torch.float32)  # exponent only: rounded down to 2**n
-    # Not `clamp`: nothing finite exceeds the largest value by more than fp32's rounding, and casting rounds that away.
+    # No `clamp`: finite values exceed the largest one by at most fp32's rounding, which casting removes.
     return (x.float() * factor).to(dtype).contiguous(), factor.reciprocal()
 
 
 def scaled_product(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, **how: Any) -> Tensor:
-    """left (M, K) times right (N, K) transposed, both float8 and row-major -> (M, N)."""
+    """Return left (M, K) times right (N, K) transposed, both float8 and row-major: (M, N)."""
     return torch._scaled_mm(left, right.t(), scale_a=left_scale, scale_b=right_scale.t(), **how)
 
 
 def product(
     left: Tensor, right: Tensor, left_dtype: torch.dtype, recipe: Recipe, fast: bool, out: torch.dtype
 ) -> Tensor:
-    """left (M, K) times right (N, K) transposed, by float8 -> (M, N) of type `out`."""
+    """Return left (M, K) times right (N, K) transposed, computed in float8: (M, N) of type `out`."""
     a, scale_a = quantize(left, left_dtype, recipe.per_row)
     b, scale_b = quantize(right, torch.float8_e4m3fn, recipe.per_row)
     made = scaled_product(a, b, scale_a, scale_b, out_dtype=recipe.out_dtype(out), use_fast_accum=fast)
@@ -92,13 +92,13 @@ def product(
 
 
 class _Float8Product(torch.autograd.Function):
-    """x (N, I) times weight (O, I) transposed. Saves what it was given: quantizing again is cheaper than keeping."""
+    """x (N, I) times weight (O, I) transposed. Saves the inputs: quantizing again is cheaper than keeping both."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, recipe: Recipe) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.dtype, ctx.recipe = dtype, recipe
-        # The weight is rounded to the model's type first, as FSDP2 does when it gathers: alike in every layout.
+        # Round the weight to the model's type first, as FSDP2 does when it gathers: the same in every layout.
         return product(x.to(dtype), weight.to(dtype), torch.float8_e4m3fn, recipe, recipe.fast_forward, dtype)
 
     @staticmethod
@@ -109,7 +109,7 @@ class _Float8Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = product(grad, weight.to(dtype).t(), recipe.gradient, recipe, recipe.fast_backward, dtype).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            # K is N here: rows of zeros make it a multiple of 16 and add nothing.
+            # K is N here: rows of zeros make it a multiple of 16 and do not change the product.
             missing = -len(grad) % MULTIPLE
             grad, x = (functional.pad(each, (0, 0, 0, missing)) if missing else each for each in (grad, x.to(dtype)))
             of_weight = product(grad.t(), x.t(), recipe.gradient, recipe, recipe.fast_backward, dtype).to(weight.dtype)
@@ -117,7 +117,7 @@ class _Float8Product(torch.autograd.Function):
 
 
 class Float8Linear(nn.Linear):
-    """nn.Linear with products in float8, under autocast too; takes over the parameters of the one it replaces."""
+    """nn.Linear with float8 products, under autocast too, with the parameters of the layer that it replaces."""
 
     def __init__(self, linear: nn.Linear, recipe: Recipe) -> None:
         nn.Module.__init__(self)
@@ -144,7 +144,7 @@ class Converted:
 
     float8: list[str]
     unfit: list[str]
-    """Matched, but a width is no multiple of 16: they stay as they were."""
+    """Layers that match, but have a width that is not a multiple of 16; they are unchanged."""
 
     def __str__(self) -> str:
         text = f"float8 in {len(self.float8)} linear layers"
@@ -155,9 +155,9 @@ class Converted:
 
 
 def convert(model: nn.Module, recipe: Literal["tensorwise", "rowwise"], pattern: str) -> Converted:
-    """Replace the linear layers of the blocks whose names `pattern` is found in, in place.
+    """Replace the linear layers of the blocks whose names match `pattern`, in place.
 
-    Layers outside the blocks stay: the head's product is the loss's. Raises ValueError when nothing is replaced.
+    Layers outside the blocks stay: the loss computes the head's product. Raises ValueError if nothing is replaced.
     """
     layers = {
         f"layers.{name}": module

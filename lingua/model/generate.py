@@ -1,9 +1,9 @@
-"""Generate text: prompts of different lengths in one batch, with a key/value cache, until a stop string.
+"""Generate text for batches of prompts of different lengths, with a key/value cache, until a stop string.
 
-The greedy answers of a batch are those of its prompts one by one (exactly in fp32, up to near-ties in bf16). An answer
-ends before the first stop string, whatever tokens it is split into. Tokens cut off a long prompt are reported.
-Memory holds the keys and values of `max_tokens` positions. The host syncs once per token, to look for the end. All
-ranks of a sharded model must call this together.
+The greedy answers of a batch equal those of its prompts one by one (exactly in fp32, up to near-ties in bf16). An
+answer ends before the first stop string, however it is split into tokens. The number of tokens cut off a long prompt is
+reported. The cache holds keys and values of `max_tokens` positions. The host syncs once per token to check for the end.
+All ranks of a sharded model must call this together.
 
 Letters: B rows, S positions, V vocabulary.
 """
@@ -23,10 +23,10 @@ from lingua.tokenizer import Tokenizer
 
 End = Literal["until", "eos", "length"]
 ONE_THREAD_PARAMS = 10_000_000
-"""A model of at most so many parameters is not split over CPU threads: a token's products are too small.
+"""Maximum parameters of a model that generates on one CPU thread: the products of a token are too small to split.
 
-Measured with 5 million parameters on two cores, the threads spinning as `lingua/__init__.py` sets it: one thread
-generates 2.3 times what two do, and 3.8 times beside a busy process.
+Measured with 5 million parameters on two cores, with the spinning that `lingua/__init__.py` sets: one thread is 2.3
+times as fast as two, and 3.8 times next to a busy process.
 """
 
 
@@ -36,11 +36,11 @@ class Answer:
 
     text: str
     end: End
-    """until: a stop string came; eos: the document ended; length: max_gen_len or the model's max_seqlen was reached."""
+    """until: a stop string; eos: an end token; length: max_gen_len or the model's max_seqlen was reached."""
     n_tokens: int
-    """Tokens generated, stop string and end token included."""
+    """Tokens generated, including stop string and end token."""
     n_cut: int
-    """Tokens cut off the left of the prompt because it was too long."""
+    """Tokens cut off the start of a prompt that was too long."""
     infilled: bool = False
     """The prompt had gaps, and `text` is the prompt with them filled in."""
 
@@ -49,18 +49,18 @@ class Answer:
 
 
 def cpu_threads(n_params: int, n_threads: int) -> int:
-    """Return how many of `n_threads` CPU threads generate fastest."""
+    """Return the number of CPU threads, of `n_threads`, that generates fastest."""
     return 1 if n_params <= ONE_THREAD_PARAMS else n_threads
 
 
 def prompt_room(args: GeneratorArgs, max_seqlen: int) -> int:
-    """Tokens of a prompt that are kept: what max_gen_len leaves of the context, but at least half of it."""
+    """Return how many tokens of a prompt are kept: what max_gen_len leaves of the context, but at least half of it."""
     room = max(max_seqlen - args.max_gen_len, max_seqlen // 2)
     return max(1, min(args.max_prompt_len or room, max_seqlen - 1))
 
 
 def group(lengths: Sequence[int], max_gen_len: int, max_tokens: int) -> list[list[int]]:
-    """Numbers of the prompts of each batch, alike in length: rows * (longest prompt + answer) <= max_tokens.
+    """Return batches of prompt indices of similar length, with rows * (longest prompt + answer) <= max_tokens.
 
     A batch has at least one row.
     """
@@ -74,19 +74,19 @@ def group(lengths: Sequence[int], max_gen_len: int, max_tokens: int) -> list[lis
 
 
 def find_stop(text: bytes, until: Sequence[bytes]) -> int | None:
-    """Return where the first stop string begins, in UTF-8: the sign shown for half a character matches no text."""
+    """Return the start of the first stop string, in UTF-8 bytes, where an incomplete character matches nothing."""
     return min((at for stop in until if (at := text.find(stop)) >= 0), default=None)
 
 
 def sample(logits: Tensor, args: GeneratorArgs, generator: torch.Generator | None) -> Tensor:
-    """Next tokens (B,) from logits (B, V)."""
+    """Return the next tokens (B,) from logits (B, V)."""
     if args.temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(tempered(logits.float(), args), 1, generator=generator).squeeze(1)
 
 
 def tempered(logits: Tensor, args: GeneratorArgs) -> Tensor:
-    """Return probabilities to sample with, (B, V); with top_p they add up to less than 1. Temperature is above 0."""
+    """Return sampling probabilities, (B, V), for a temperature above 0; with top_p they sum to less than 1."""
     logits = logits / args.temperature
     if args.top_k is not None and args.top_k < logits.shape[-1]:
         least = logits.topk(args.top_k, dim=-1).values[:, -1:]
@@ -94,7 +94,7 @@ def tempered(logits: Tensor, args: GeneratorArgs) -> Tensor:
     probabilities = logits.softmax(-1)
     if args.top_p is not None:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
+        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= args.top_p, 0.0))
     return probabilities
 
@@ -107,24 +107,24 @@ class Row:
 
     def __init__(self, number: int, prompt: list[int], limit: int, tokenizer: Tokenizer, until: Sequence[str]) -> None:
         self.number = number
-        self.position = len(prompt)  # of the next token
+        self.position = len(prompt)  # position of the next token
         self.ids: list[int] = []
         self.text = ""
         self.end: End | None = None
         self._limit = limit
         self._tokenizer = tokenizer
         self._until = [stop.encode() for stop in until]
-        # A stop string of n bytes is spelled by at most n tokens; a few more so that no character is cut in two.
+        # A stop string of n bytes has at most n tokens; a few more, so that no character is cut in two.
         self._tail = max(map(len, self._until), default=0) + 4
 
     def add(self, token: int) -> None:
-        """Take one token; sets `end` and `text` when the answer is complete."""
+        """Add one token; set `end` and `text` when the answer is complete."""
         self.ids.append(token)
         if token == self._tokenizer.eos_id or token in self._tokenizer.end_ids:
             self._finish("eos", self._tokenizer.decode(self.ids[:-1]))
             return
         if self._until and find_stop(self._tokenizer.decode_bytes(self.ids[-self._tail :]), self._until) is not None:
-            # The tail can spell what the whole does not (a tokenizer may drop a leading blank): the whole decides.
+            # The tail may decode unlike the whole (a tokenizer may drop a leading space): the whole decides.
             whole = self._tokenizer.decode_bytes(self.ids)
             stop = find_stop(whole, self._until)
             if stop is not None:
@@ -142,9 +142,9 @@ class Row:
 
 
 class Generator:
-    """Answers prompts with a model as it is: on its device, in its type, sharded or not.
+    """Answers prompts with a model on its device, in its type, sharded or not.
 
-    `model(tokens, cache=, positions=, select=)` gives logits (B, 1, V); `model.args.max_seqlen` is its context.
+    `model(tokens, cache=, positions=, select=)` returns logits (B, 1, V); `model.args.max_seqlen` is its context.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, args: GeneratorArgs, *, add_bos: bool = True) -> None:
@@ -154,7 +154,7 @@ class Generator:
         self.add_bos = add_bos and tokenizer.bos_id is not None
         self.max_seqlen: int = model.args.max_seqlen  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
         self.on_text: Callable[[str], None] | None = None
-        """Called after each token of a single prompt with the text so far, whose last character may not be whole."""
+        """Called after each token of a single prompt with the text so far; its last character may be incomplete."""
         self._prefill = _maybe_compiled(model, args.compile_prefilling)
         self._next = _maybe_compiled(model, args.reduce_generation_overhead)
 
@@ -187,7 +187,7 @@ class Generator:
         return ids
 
     def _answer(self, prompts: dict[int, list[int]], device: torch.device, random: torch.Generator) -> list[Row]:
-        """Return all answers of one batch: one pass over the padded prompts, then one token per row and pass."""
+        """Answer one batch: one pass over the padded prompts, then one token per row and pass."""
         args = self.args
         rows = [
             Row(n, ids, min(args.max_gen_len, self.max_seqlen - len(ids)), self.tokenizer, args.until)
@@ -204,7 +204,7 @@ class Generator:
         )
         active = rows
         while True:
-            # A vocabulary padded for the kernels has ids that mean nothing.
+            # The ids of a padded vocabulary beyond the tokenizer's are not tokens.
             tokens = sample(logits[:, -1, : self.tokenizer.vocab_size], args, random)
             for row, token in zip(active, tokens.tolist(), strict=True):
                 row.add(token)

@@ -1,10 +1,11 @@
 """Translate our models to Hugging Face's config.json and tensor names, and back. Torch-free.
 
 A translated config describes the same function; a key without a counterpart is refused by name. Each architecture has
-a `Translation`, which a family's Args name in `hugging_face`. The one of our own decoder is here: it is their `llama`;
-with qk_norm `qwen3`, with only a sliding window `mistral`.
+a `Translation`, which a family's Args name in `hugging_face`. That of our own decoder is here: `llama`, with qk_norm
+`qwen3`, with only a sliding window `mistral`.
 
-Rotary embeddings: they pair the two halves of a head, we (like Meta) neighbours. So rows of wq and wk are reordered.
+Rotary embeddings: Hugging Face pairs the two halves of a head, we (like Meta) adjacent rows. So the rows of wq and wk
+are reordered.
 
     head of width 8, their rows:  0 1 2 3 | 4 5 6 7      pairs (0,4) (1,5) (2,6) (3,7)
                      our rows:    0 4 1 5 2 6 3 7        the same pairs, side by side
@@ -31,21 +32,21 @@ EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 
 
 class Translation:
-    """An architecture of Hugging Face's that computes what one of our families does."""
+    """A Hugging Face architecture that computes the same function as one of our families."""
 
     model_types: ClassVar[tuple[str, ...]]
     """`model_type` in config.json."""
     layers: ClassVar[str]
-    """What comes before the number of a layer in their names of tensors."""
+    """Prefix of a layer's number in their tensor names."""
     names: ClassVar[Mapping[str, str]]
-    """Their names of tensors -> ours; within a layer, without `layers` and its number."""
+    """Their tensor names -> ours; within a layer, without `layers` and its number."""
     keys: ClassVar[Mapping[str, str]] = {}
-    """Their keys -> ours, where the values are the same."""
+    """Their keys -> ours, if the values are the same."""
 
     # -- names and values
 
     def our_name(self, name: str) -> str:
-        """Return our name of a tensor; an unknown one stays as it is."""
+        """Return our name of a tensor; an unknown name is returned unchanged."""
         layer = re.match(re.escape(self.layers) + r"(\d+\.)", name)
         own = name if layer is None else name[layer.end() :]
         if own not in self.names:
@@ -64,7 +65,7 @@ class Translation:
         return self.their_name(EMBEDDING)
 
     def our_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape here of a tensor (our name) of theirs."""
+        """Return our shape of one of their tensors, given our name."""
         return shape
 
     def their_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -72,11 +73,11 @@ class Translation:
         return shape
 
     def into_ours(self, config: Mapping[str, Any], path: Path) -> Callable[[str, Tensor], Tensor]:
-        """Return what makes our tensor of theirs, called with our name. `path`: of the config, for an error."""
+        """Return a function of (our name, their tensor) that returns our tensor. `path`: the config's, for errors."""
         return lambda name, tensor: tensor.reshape(self.our_shape(name, tuple(tensor.shape)))
 
     def into_theirs(self, model: Any) -> Callable[[str, Tensor], Tensor]:
-        """Return what makes their tensor of ours, called with our name."""
+        """Return a function of (our name, our tensor) that returns their tensor."""
         return lambda name, tensor: tensor.reshape(self.their_shape(name, tuple(tensor.shape)))
 
     # -- configs
@@ -84,7 +85,7 @@ class Translation:
     def config_json(
         self, model: Any, *, vocab_size: int, max_seqlen: int, dtype: str, special: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the config.json of our model. `dtype`: torch's name of the type that its tensors are written in."""
+        """Return the config.json of our model. `dtype`: torch's name of the type of the written tensors."""
         return {
             **{theirs: getattr(model, ours) for theirs, ours in self.keys.items()},
             **self.own_keys(model),
@@ -101,7 +102,7 @@ class Translation:
     def model_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         """Return our `model:` section for a config.json, read from `path`.
 
-        Raises ConfigError with all that we have no counterpart of.
+        Raises ConfigError with everything that has no counterpart here.
         """
         if problems := [f"{path}: {problem}" for problem in self.not_ours(config)]:
             raise ConfigError(problems)
@@ -131,11 +132,11 @@ class Translation:
             yield f"hidden_act is {act!r}; our blocks have silu only"
 
     def own_keys(self, model: Any) -> dict[str, Any]:
-        """Return what config.json has beyond `keys` and what every model's has."""
+        """Return the keys of config.json beyond `keys` and those of every model."""
         raise NotImplementedError
 
     def own_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        """Return what our section has beyond what every model's has; `keys` of config.json come on top.
+        """Return the keys of our section beyond those of every model; `keys` of config.json override them.
 
         Raises KeyError.
         """
@@ -151,7 +152,7 @@ def translation_of(model: ModelArgs) -> Translation | None:
 
 
 def translations() -> list[Translation]:
-    """Return the translations of all families that are registered, our own decoder's first."""
+    """Return the translations of all registered families, our own decoder's first."""
     families = [part for part in parts("model").values() if issubclass(part, ModelArgs) and part.hugging_face]
     by_place = {family.hugging_face: family for family in (LlamaArgs, *families)}
     return [named(family, "hugging_face")() for family in by_place.values()]
@@ -171,13 +172,13 @@ def described_by(config: Mapping[str, Any], path: Path, among: Sequence[Translat
 
 
 def special_ids(bos_id: int | None, eos_id: int | None, end_ids: Sequence[int]) -> dict[str, Any]:
-    """Return what both config.json and generation_config.json say of the tokens at begin and end."""
+    """Return the keys for begin and end tokens of both config.json and generation_config.json."""
     ends = [*end_ids, *([eos_id] if eos_id is not None and eos_id not in end_ids else [])]
     return {"bos_token_id": bos_id, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a Hugging Face folder. Raises RunError when there is none."""
+    """Return a Hugging Face folder's config.json. Raises CommandError if there is none, RunError if it is damaged."""
     path = folder / CONFIG_FILE
     try:
         config = json.loads(read_bytes(path))  # not orjson: older Mamba-2 folders hold a bare Infinity
@@ -191,7 +192,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def end_ids(config: Mapping[str, Any], folder: Path) -> list[int]:
-    """Return the ids that end a generated text, by generation_config.json or else config.json."""
+    """Return the ids that end a generated text, from generation_config.json or else config.json."""
     path = folder / GENERATION_FILE
     generation = read_json(path) if path.is_file() else {}
     found = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -303,7 +304,7 @@ def _architecture(model: LlamaArgs) -> dict[str, Any]:
 
 
 def head_width(config: Mapping[str, Any], path: Path) -> int:
-    """Return E, which says where the halves of a head are."""
+    """Return E, the width of a head."""
     try:
         return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     except (KeyError, TypeError, ZeroDivisionError):
@@ -311,7 +312,7 @@ def head_width(config: Mapping[str, Any], path: Path) -> int:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_theta and what scales it, from either generation of config.json (transformers 5: rope_parameters)."""
+    """Return rope_theta and its scaling, from either generation of config.json (transformers 5: rope_parameters)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {"rope_theta": config.get("rope_theta"), **rope}
 
@@ -322,12 +323,12 @@ def _window(config: Mapping[str, Any]) -> int | None:
 
 
 def _is_rotated(name: str) -> bool:
-    """Return whether rows of this tensor (our name) lie in another order there."""
+    """Return whether Hugging Face has the rows of this tensor (our name) in another order."""
     return any(part in name for part in ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm"))
 
 
 def pair_neighbours(tensor: Tensor, head_width: int) -> Tensor:
-    """Reorder the rows of each head from halves (i, i + head_width/2) to neighbours (2i, 2i + 1)."""
+    """Reorder the rows of each head from halves (i, i + head_width/2) to adjacent pairs (2i, 2i + 1)."""
     heads = tensor.unflatten(0, (-1, 2, head_width // 2))  # (H, half, pair, ...)
     return heads.transpose(1, 2).reshape(tensor.shape)
 

@@ -1,7 +1,7 @@
-"""Recurrences by the kernels of other packages (`model.kernel`), each called as ours in lingua/model/recurrence.py.
+"""Recurrences with the kernels of other packages (`model.kernel`), called like ours in lingua/model/recurrence.py.
 
-Not run on a GPU yet: the tests call stand-ins that compute the same in torch. The signatures were read from sources of
-mamba-ssm, flash-linear-attention and mlstm-kernels (under a licence of its own), no release of which was installed.
+Not run on a GPU yet: the tests call stand-ins that compute the same in torch. The signatures were read from the sources
+of mamba-ssm, flash-linear-attention and mlstm-kernels (which has its own license); no release of them was installed.
 
 Letters as in lingua/model/recurrence.py.
 """
@@ -20,7 +20,7 @@ from lingua.model.context import ForwardContext
 
 
 def kernel_of(args: KernelArgs, x: Tensor, ctx: ForwardContext) -> str:
-    """Return which kernel computes a block in this pass: what is named or the first that fits, else torch."""
+    """Return the kernel that computes a block in this pass: the named one or the first that fits, else torch."""
     return _choose(args, x.device.type, documents=ctx.starts is not None)
 
 
@@ -55,7 +55,7 @@ def state_space_by_mamba_ssm(
     state: Tensor | None,  # (B, H, N, P)
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `decayed_attention` does for v = dt x and log_decay = dt a."""
+    """Return the result of `decayed_attention` for v = dt x and log_decay = dt a."""
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined  # pyright: ignore[reportMissingImports]
 
     y, last = mamba_chunk_scan_combined(
@@ -70,7 +70,7 @@ def state_space_by_mamba_ssm(
 def decayed_attention_by_fla(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `decayed_attention` does."""
+    """Return the result of `decayed_attention`."""
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
     n_rows, n_heads = len(v), v.shape[2]
@@ -86,7 +86,7 @@ def decayed_attention_by_fla(
 
 
 def linear_scan_by_fla(a: Tensor, b: Tensor, state: Tensor | None) -> Tensor:
-    """Return what `linear_scan` does; the kernel wants logs, so a factor of 0 becomes the smallest number."""
+    """Return the result of `linear_scan`; the kernel takes logs, so a factor of 0 becomes the smallest number."""
     from fla.ops.hgrn import chunk_hgrn  # pyright: ignore[reportMissingImports]
 
     log_a = a.float().clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -96,10 +96,10 @@ def linear_scan_by_fla(a: Tensor, b: Tensor, state: Tensor | None) -> Tensor:
 def mlstm_by_kernels(
     q: Tensor, k: Tensor, v: Tensor, input_gate: Tensor, forget_gate: Tensor, chunk: int
 ) -> Tensor:  # fmt: skip
-    """Return the h of `mlstm` for rows that begin with an empty memory, (B, S, H, P)."""
+    """Return the h of `mlstm`, (B, S, H, P), for rows that begin with an empty memory."""
     from mlstm_kernels.torch import get_mlstm_kernel  # pyright: ignore[reportMissingImports]
 
-    n_pad = -q.shape[1] % chunk  # what comes later changes nothing before
+    n_pad = -q.shape[1] % chunk  # padding at the end does not change earlier positions
     by_head = [x.transpose(1, 2) for x in (q, k.type_as(q), v.type_as(q), input_gate, forget_gate)]
     q, k, v = (functional.pad(x, (0, 0, 0, n_pad)).contiguous() for x in by_head[:3])
     i, f = (functional.pad(x, (0, n_pad)).contiguous() for x in by_head[3:])

@@ -1,15 +1,13 @@
-"""What rows ask of a model, and the cross-entropy of its answers, computed from hidden states in chunks.
-
-The logits of a whole batch never exist.
+"""Labels of rows, and the cross-entropy of a model's predictions, computed from hidden states in chunks.
 
 The log-softmax is in fp32 whatever the model's type. The loss returns the sum over positions and their number, so that
 the caller can divide by the labels of a whole step; labels of -100 do not count. Nothing syncs the host.
 
-`chunk_tokens` * V fp32 logits exist at a time. Gradients are made in the forward pass while a chunk's logits exist:
-nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
-Compiled, a chunk's logits exist in the model's type only, and are read three times instead of about ten.
-Under tensor parallelism each rank has V/t of the logits. The hidden states of all positions are then gathered once,
-their gradients are reduce-scattered once, and ranks exchange two numbers per position.
+Only `chunk_tokens` * V fp32 logits exist at a time. Gradients are computed in the forward pass while a chunk's logits
+exist: nothing is computed twice (three matrix products per chunk), and one (V, D) fp32 gradient is held until backward.
+If compiled, a chunk's logits exist only in the model's type, and are read three times instead of about ten.
+Under tensor parallelism each rank has V/t of the logits. The hidden states of all positions are gathered once, their
+gradients are reduce-scattered once, and ranks exchange two numbers per position.
 
 Letters: B rows, S positions, D model width, V vocabulary, N = B*S, n positions of a chunk, t tensor-parallel ranks.
 """
@@ -32,7 +30,7 @@ from lingua.config.keys.model import CrossEntropyArgs, ModelArgs
 
 IGNORE = -100
 _FP16_ROOM = 64.0
-"""fp16 ends at 65504, and the head's gradient sums up to chunk_tokens positions before any loss scale could help."""
+"""Divisor against overflow: fp16 ends at 65504, and the head's gradient sums chunk_tokens positions in one product."""
 
 
 LossOfLogits = Callable[[Tensor, Tensor, Tensor | None, int | None, float, bool], tuple[Tensor, Tensor | None]]
@@ -40,26 +38,26 @@ LossOfLogits = Callable[[Tensor, Tensor, Tensor | None, int | None, float, bool]
 
 
 class Question(NamedTuple):
-    """What a micro batch asks of a model; on the host."""
+    """Inputs and labels of a micro batch, on the host."""
 
     tokens: np.ndarray  # (B, S)
-    labels: np.ndarray  # (B, S), or (n_labels, B, S); IGNORE where nothing is asked
-    weights: np.ndarray | None = None  # (B, S) fp32: what a label's loss is multiplied by; None: 1
+    labels: np.ndarray  # (B, S), or (n_labels, B, S); IGNORE for no label
+    weights: np.ndarray | None = None  # (B, S) fp32: factor of each label's loss; None: 1
 
 
 class Turn(NamedTuple):
-    """Where a micro batch stands in its run."""
+    """The place of a micro batch in its run."""
 
     step: int
-    """Updates before it."""
+    """Number of updates before it."""
     rows: np.ndarray
-    """Numbers of its rows, (B,)."""
+    """Its row numbers, (B,)."""
     rows_per_step: int
-    """G of its step."""
+    """G."""
 
 
 Ask = Callable[[np.ndarray, ModelArgs, Turn], Question]
-"""(views, the model's keys, turn) -> question. A loss with a method `ask` puts its own; the others, `next_tokens`."""
+"""(views, the model's keys, turn) -> question. A loss may have its own method `ask`; the others use `next_tokens`."""
 
 
 def next_tokens(views: np.ndarray, model: ModelArgs, turn: Turn) -> Question:
@@ -68,16 +66,16 @@ def next_tokens(views: np.ndarray, model: ModelArgs, turn: Turn) -> Question:
 
 
 class Loss(Protocol):
-    """What a model calls with its last hidden states. Own losses register Args whose builder makes one of these."""
+    """A loss, which a model calls with its last hidden states. The builder of a loss's Args returns one."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, S, D), output weight (V, D), labels (B, S) -> (fp32 sum over positions, number of positions).
+        """Return (fp32 sum over positions, number of positions) of hidden (B, S, D), weight (V, D), labels (B, S).
 
-        With a padded vocabulary (`model.vocab_multiple_of`) also `vocab_size=`: later rows of the weight are no tokens.
-        With `soft_cap=` c the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118). With `weights=` (B, S), which
-        only a loss that asks for them gets, each label's loss is multiplied by its own.
+        With a padded vocabulary (`model.vocab_multiple_of`) also takes `vocab_size=`: later rows of the weight are not
+        tokens. With `soft_cap=` c the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118). `weights=` (B, S), the
+        factors of the labels' losses, are given only to a loss whose `ask` returns them.
         Under tensor parallelism hidden is a DTensor split by positions and weight one split by vocabulary, and every
-        rank of the mesh returns the same. A loss that can do that says so: `vocab_parallel = True` in its Args.
+        rank of the mesh returns the same. A loss that supports this has `vocab_parallel = True` in its Args.
         """
         ...
 
@@ -91,7 +89,7 @@ class CrossEntropy:
         self._loss_of_logits: LossOfLogits = VocabShard().loss_of_logits
 
     def compile(self, backend: Any = "inductor") -> None:
-        """Compile what is between the matrix products into one or two kernels, which read the model's own type."""
+        """Compile the part between the matrix products into one or two kernels, which read the model's own type."""
         self._loss_of_logits = torch.compile(_loss_of_logits_in_one_pass, backend=backend, dynamic=False)
 
     def __call__(
@@ -164,7 +162,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         hidden_grad, weight_grad = ctx.saved_tensors
-        # In place: once. autograd refuses a second backward by itself, since what was saved has changed.
+        # In place, so only once; autograd refuses a second backward, since the saved tensors have changed.
         of_hidden = hidden_grad.mul_(grad.to(hidden_grad.dtype)) if ctx.needs_input_grad[0] else None
         of_weight = weight_grad.mul_(grad).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
         return of_hidden, of_weight, *[None] * 8
@@ -174,7 +172,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _capped(loss_of_logits: LossOfLogits, soft_cap: float | None) -> LossOfLogits:
-    """Return the loss of c tanh(logits / c), computed in fp32, for c = soft_cap."""
+    """Return a function for the loss of c tanh(logits / c), computed in fp32, with c = soft_cap."""
     if soft_cap is None:
         return loss_of_logits
 
@@ -191,11 +189,11 @@ def _capped(loss_of_logits: LossOfLogits, soft_cap: float | None) -> LossOfLogit
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank has the logits of the vocabulary from `first` on; the other ranks of the group have the rest."""
+    """This rank's part of the vocabulary: it has the logits from `first` on, the group's other ranks have the rest."""
 
     first: int = 0
     group: dist.ProcessGroup | None = None
-    """None: the whole vocabulary is here."""
+    """None: this rank has the whole vocabulary."""
 
     def loss_of_logits(
         self,
@@ -208,15 +206,15 @@ class VocabShard:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the loss sum over the whole vocabulary (fp32) and its gradient (n, V/t, as the logits). Collective.
 
-        Five passes over one fp32 copy of the logits; the exponentials are taken once.
+        Takes five passes over one fp32 copy of the logits, and computes the exponentials once.
         """
         dtype, logits = logits.dtype, logits.float()
         if vocab_size is not None:
-            # exp(-inf) is 0: columns from vocab_size on have no part in the loss, and their gradients are exactly 0.
+            # exp(-inf) is 0: columns from vocab_size on do not affect the loss, and their gradients are exactly 0.
             logits[:, max(vocab_size - self.first, 0) :] = float("-inf")
         counted = labels != IGNORE
         target = torch.where(counted, labels, 0).long() - self.first  # (n,)
-        # With the whole vocabulary here, a label outside of it is an error of `gather`, not another rank's label.
+        # With the whole vocabulary, a label outside of it must be an error of `gather`, not another rank's label.
         is_own = counted if self.group is None else counted & (target >= 0) & (target < logits.shape[1])
         target = torch.where(is_own, target, 0).unsqueeze(1)  # (n, 1)
         top = logits.amax(dim=1)  # (n,)
@@ -246,10 +244,10 @@ class VocabShard:
 def _loss_of_logits_in_one_pass(
     logits: Tensor, labels: Tensor, weights: Tensor | None, vocab_size: int | None, z_loss: float, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `VocabShard().loss_of_logits`, to be compiled.
+    """Return what `VocabShard().loss_of_logits` returns; written for torch.compile.
 
-    Without a scattered write, which would end the pass over the logits, and without in-place operators: with them
-    torch 2.10 summed up wrong losses (CPU, fp32).
+    It has no scattered write, which would split the pass over the logits, and no in-place operators, with which torch
+    2.10 computed wrong losses (CPU, fp32).
     """
     dtype, logits = logits.dtype, logits.float()
     if vocab_size is not None:

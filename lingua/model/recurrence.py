@@ -1,7 +1,7 @@
-"""Recurrences over positions, computed in parallel: elementwise, with a matrix as state, and short convolutions.
+"""Recurrences over positions, computed in parallel: elementwise, with a matrix state, and short convolutions.
 
-Every function takes rows of any length, begins anew where `starts` says that a document begins, and returns the state
-after the last position, so that a row may be computed in parts. Memory is linear in the length of a row.
+Every function takes rows of any length, resets its state where `starts` marks the start of a document, and returns the
+state after the last position, so that a row can be computed in parts. Memory is linear in the length of a row.
 
 Letters: B rows, S positions, C positions of a chunk, n chunks, H heads, G groups of heads, N keys and P values of a
 head, D channels, K taps.
@@ -66,7 +66,7 @@ class _LinearScan(torch.autograd.Function):
 
 def causal_conv(
     x: Tensor,  # (B, S, D)
-    weight: Tensor,  # (D, K), the tap of the present position last
+    weight: Tensor,  # (D, K), the tap of the current position last
     bias: Tensor | None = None,  # (D,)
     starts: Tensor | None = None,  # (B, S) bool
     real: Tensor | None = None,  # (B, S) bool: False where a row is padded at its end
@@ -93,13 +93,13 @@ def causal_conv(
 
 
 def init_taps(weight: Tensor, base_std: float | None) -> None:
-    """Draw the taps (D, K) of a convolution, cut off at 3 standard deviations; None: K ** -0.5, as Meta Lingua."""
+    """Draw the taps (D, K) of a convolution, truncated at 3 standard deviations; None: K ** -0.5, as Meta Lingua."""
     std = base_std or weight.shape[1] ** -0.5
     torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 class _CausalConv(torch.autograd.Function):
-    """Taps added up in place: half the passes over memory that autograd would make of them.
+    """Sum of taps in place: takes half the passes over memory that autograd would.
 
     inputs: (B, E + S, D), E of them before the first position: 0 or K - 1.
     """
@@ -129,12 +129,12 @@ class _CausalConv(torch.autograd.Function):
 
 
 def _tap(back: int, n_inputs: int, seq_len: int) -> tuple[int, slice]:
-    """Return the first position that sees an input `back` positions before, and where these inputs are."""
+    """Return the first position that sees an input `back` positions earlier, and the slice of these inputs."""
     first = max(0, back - (n_inputs - seq_len))
     return first, slice(n_inputs - seq_len + first - back, n_inputs - back)
 
 
-# -- a matrix as state ---------------------------------------------------------------------------------------------
+# -- matrix states -------------------------------------------------------------------------------------------------
 
 
 def decayed_attention(
@@ -148,8 +148,8 @@ def decayed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return y_t = q_t S_t with S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, (B, S, H, P), and the last S, (B, H, N, P).
 
-    The chunked matrix form of state space duality (Mamba-2, arXiv 2405.21060, section 6), in fp32: within a chunk it is
-    attention with a decay mask, between chunks a linear scan of the states. Keys and queries are shared in a group.
+    Uses the chunked matrix form of state space duality (Mamba-2, arXiv 2405.21060, section 6), in fp32: attention with
+    a decay mask within a chunk, a linear scan of states between chunks. The heads of a group share keys and queries.
     """
     (n_rows, seq_len, n_heads, n_values), n_groups = v.shape, q.shape[2]
     chunk, heads = min(chunk, seq_len), (n_groups, n_heads // n_groups)
@@ -160,7 +160,7 @@ def decayed_attention(
     y: Any = _DecayedProducts.apply(q, k, v, total, -total, _same(document, chunk, q.device))
     kept = _decays(total[..., -1:] - total, None if document is None else document == document[..., -1:])
     update = k.transpose(-1, -2) @ (v * kept.unsqueeze(-1))  # (B, n, G, H/G, N, P)
-    reach = _decays(total, None if document is None else document == 0)  # what the state before the chunk has left
+    reach = _decays(total, None if document is None else document == 0)  # decay of the state before the chunk
     before, last = _states(reach[..., -1].flatten(2), update.flatten(2, 3), state)
     y = y + (q @ before.unflatten(2, heads)) * reach.unsqueeze(-1)
     y = y.flatten(2, 3).transpose(2, 3).reshape(n_rows, -1, n_heads, n_values)
@@ -168,7 +168,7 @@ def decayed_attention(
 
 
 MLSTMState = tuple[Tensor, Tensor]
-"""(B, H, N, P + 1): the memory with its normaliser as last column; (B, H): m, the log of its scale."""
+"""(B, H, N, P + 1): the memory with its normalizer as last column; (B, H): m, the log of its scale."""
 
 
 def mlstm(
@@ -185,29 +185,29 @@ def mlstm(
 
     With f = log sigmoid(forget_gate) and i = input_gate: m_t = max(f + m_{t-1}, i),
     C_t = exp(f + m_{t-1} - m_t) C_{t-1} + exp(i - m_t) k v^T, n_t the same with 1 in place of v,
-    h = C^T q / (max(|n q|, exp(-m)) + 1e-6), q scaled by N^-1/2; C, n and m begin with 0. m only keeps numbers small,
-    so no gradient flows through it.
+    h = C^T q / (max(|n q|, exp(-m)) + 1e-6), q scaled by N^-1/2; C, n and m start at 0. m only keeps numbers small, so
+    no gradient flows through it.
     """
     (n_rows, seq_len, n_heads, n_keys), n_values = q.shape, v.shape[-1]
     chunk = min(chunk, seq_len)
     v = torch.cat((v.float(), v.new_ones((*v.shape[:-1], 1), dtype=torch.float32)), dim=-1)
     q, k, v = (_chunks(x.float(), chunk) for x in (q.float() * n_keys**-0.5, k, v))  # (B, n, H, C, *)
     gate = _chunks(input_gate.float(), chunk, float("-inf"))  # (B, n, H, C)
-    log_forget = _chunks(functional.logsigmoid(forget_gate.float()).double(), chunk)  # sums of it are large numbers
+    log_forget = _chunks(functional.logsigmoid(forget_gate.float()).double(), chunk)  # fp64, since sums become large
     total = log_forget.cumsum(-1)
     document = _documents(starts, total, chunk)  # (B, n, 1, C)
     seen, came = _same(document, chunk, q.device), gate - total
-    with torch.no_grad():  # the largest log weight that a query sees, less the decay up to it: (B, n, H, C)
+    with torch.no_grad():  # the largest log weight that a query sees, minus the decay up to it: (B, n, H, C)
         if document is None:
             top = came.cummax(-1).values
         else:
             top = came.float().unsqueeze(-2).masked_fill(~seen, float("-inf")).amax(-1)
     to_end, since = total[..., -1:] + came, total
-    began = torch.zeros_like(total[:, :, :1], dtype=torch.bool)  # (B, n, 1, C): the own document begins in this chunk
+    began = torch.zeros_like(total[:, :, :1], dtype=torch.bool)  # (B, n, 1, C): the document begins in this chunk
     if document is not None:
         to_end = to_end.masked_fill(document != document[..., -1:], float("-inf"))
         began = document > 0
-        since = total - _at_start(total - log_forget, document)  # decay since the begin of chunk or document
+        since = total - _at_start(total - log_forget, document)  # decay since the start of chunk or document
     memory, m = state if state is not None else (None, total.new_zeros(n_rows, n_heads))
     m_before, m_after = _scales(since[..., -1], began[..., -1], to_end.amax(-1), m.double())  # (B, n, H)
     carried = since + m_before.unsqueeze(-1).masked_fill(began, 0.0)  # (B, n, H, C)
@@ -225,7 +225,7 @@ def mlstm(
 def _scales(last: Tensor, began: Tensor, top: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """Return m before and after each chunk, (B, n, H).
 
-    last: (B, n, H), log decay to the chunk's end; began: (B, n, 1), whether only since a document's begin in the chunk;
+    last: (B, n, H), log decay to the end of the chunk; began: (B, n, 1), whether a document began in the chunk;
     top: (B, n, H), the largest log weight of a key at its end; m: (B, H).
     """
     scales = [m]
@@ -236,15 +236,15 @@ def _scales(last: Tensor, began: Tensor, top: Tensor, m: Tensor) -> tuple[Tensor
 
 
 def _states(decay: Tensor, update: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the state before each chunk, (B, n, H, N, P) as `update`, and the last one. decay: (B, n, H)."""
-    update = update.float()  # autocast makes products half
+    """Return the state before each chunk, (B, n, H, N, P) like `update`, and the last one. decay: (B, n, H)."""
+    update = update.float()  # products are half precision under autocast
     first = torch.zeros_like(update[:, 0]) if state is None else state
     found: Any = _States.apply(decay[..., None, None], update, first)
     return found
 
 
 class _States(torch.autograd.Function):
-    """One chunk after another: chunks are few, and each state is written once."""
+    """Sequential over chunks: there are few of them, and each state is written once."""
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,9 +267,9 @@ class _States(torch.autograd.Function):
 
 
 class _DecayedProducts(torch.autograd.Function):
-    """(q k^T * exp(rows + columns)) v, summed where a query sees a key. rows: (..., C) of queries; columns: of keys.
+    """(q k^T * exp(rows + columns)) v over the keys that a query sees. rows: (..., C) of queries; columns: of keys.
 
-    The gradients of rows and columns are what they scale, y and the keys' share of it: no pass over (C, C) makes them.
+    The gradients of rows and columns follow from y and the gradient of v, without another pass over (C, C).
     """
 
     @staticmethod
@@ -283,7 +283,7 @@ class _DecayedProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, decay, weight, y = ctx.saved_tensors
-        grad = grads[0].float()  # autocast makes it half
+        grad = grads[0].float()  # half precision under autocast
         grad_v = weight.transpose(-1, -2) @ grad
         scores = (grad @ v.transpose(-1, -2)).mul_(decay)
         scores = scores.sum_to_size(*q.shape[:-1], k.shape[-2])  # over the heads of a group
@@ -303,7 +303,7 @@ def _chunks(x: Tensor, size: int, fill: float = 0.0) -> Tensor:
 
 
 def _documents(starts: Tensor | None, like: Tensor, chunk: int) -> Tensor | None:
-    """Number the documents that begin in each chunk from 1, (B, n, 1, ..., C) as `like`; 0: the one before goes on."""
+    """Number the documents that begin in each chunk from 1, (B, n, 1, ..., C) like `like`; 0: the previous one."""
     if starts is None:
         return None
     numbers = _chunks(starts.int().unsqueeze(-1), chunk).cumsum(-1)  # (B, n, 1, C)
@@ -311,13 +311,13 @@ def _documents(starts: Tensor | None, like: Tensor, chunk: int) -> Tensor | None
 
 
 def _same(document: Tensor | None, chunk: int, device: torch.device) -> Tensor:
-    """Return whether a query sees a key: not later, and of the same document; (..., C, C)."""
+    """Return whether a query sees a key, one that is not later and in the same document: (..., C, C)."""
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
     return seen if document is None else seen & (document.unsqueeze(-1) == document.unsqueeze(-2))
 
 
 def _decays(log_decay: Tensor, alive: Tensor | None) -> Tensor:
-    """Return exp(log_decay) in fp32, 0 where it is not alive."""
+    """Return exp(log_decay) in fp32, 0 where not `alive`."""
     return (log_decay if alive is None else log_decay.masked_fill(~alive, float("-inf"))).exp().float()
 
 

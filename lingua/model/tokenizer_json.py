@@ -1,8 +1,8 @@
-"""Write tokenizers as the files that Hugging Face's libraries open. Torch-free.
+"""Write tokenizers as files that Hugging Face's libraries can open. Torch-free.
 
-`tokenizer.json` gives the ids of our tokenizer; this is tested on a sample of scripts, digits and blanks before the
-file is kept. Text that spells a special token becomes that token there, as is the custom; here it is ordinary text.
-The merges of a tiktoken file of 128,000 ranks are recomputed, which takes some seconds.
+`tokenizer.json` gives the same ids as our tokenizer, which is tested on a sample of scripts, digits and spaces before
+the file is kept. There, as usual, text that spells a special token becomes that token; here it is ordinary text. The
+merges of a tiktoken file with 128,000 ranks are recomputed, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 ANSWER_TEMPLATE = "{{ messages[-1]['content'] }}"
-"""Of a run with data.loss_on: completion: documents are a prompt and its answer, and nothing in between."""
+"""For a run with data.loss_on: completion, whose documents are a prompt and its answer with nothing in between."""
 HUGGING_FACE_FILES = (
     TOKENIZER_FILE,
     SETTINGS_FILE,
@@ -31,7 +31,7 @@ HUGGING_FACE_FILES = (
     CHAT_TEMPLATE_FILE,
     SENTENCEPIECE_FILE,
 )
-"""What belongs to a tokenizer in a Hugging Face folder."""
+"""Files of a tokenizer in a Hugging Face folder."""
 
 _SAMPLE = (
     "Ein Satz, a sentence, une phrase: 1234567 + 0.5 = x_1;\n\n\tdef f(x):\r\n        return 'it''s'  \n"
@@ -42,11 +42,11 @@ _SAMPLE = (
 def write_tokenizer(
     args: TokenizerArgs, folder: Path, *, add_bos: bool, max_seqlen: int, files: Files = DISK
 ) -> str | None:
-    """Write the files of a tokenizer into a folder; return a warning if their reading may differ from ours.
+    """Write the files of a tokenizer into a folder; return a warning if other libraries may read them differently.
 
-    `add_bos`: whether documents began with the begin token in training. The exported tokenizer adds it to a text if
-    they did, and only then; it never adds the end token, since a text to continue has no end. Raises ConfigError if
-    the tokenizer is not on this machine, RunError if their format cannot express it; then nothing is written.
+    `add_bos`: whether documents began with the begin token in training. Only then, the exported tokenizer adds it to a
+    text; it never adds the end token, since a text to continue has no end. Raises ConfigError if the tokenizer is not
+    on this machine, RunError if their format cannot express it; then nothing is written.
     """
     tokenizer = build_tokenizer(args)
     if args.name == "hf":
@@ -54,7 +54,7 @@ def write_tokenizer(
         file = json.loads(tokenizer_file(args).read_bytes())
         names = {token["id"]: token["content"] for token in file.get("added_tokens") or []}
         text = _with_begin(tokenizer_file(args).read_text(), tokenizer.bos_id if add_bos else None)
-        write_whole(folder / TOKENIZER_FILE, text, files=files)  # the file may have had a name of its own
+        write_whole(folder / TOKENIZER_FILE, text, files=files)  # the file may have had another name
         there = folder / SETTINGS_FILE
         settings = read_json(there) if there.exists() else _settings(tokenizer, names, max_seqlen)
         write_json(there, settings | _added(tokenizer, add_bos), files=files)
@@ -75,7 +75,7 @@ def write_tokenizer(
 
 
 def _added(tokenizer: Tokenizer, add_bos: bool) -> dict[str, bool]:
-    """Return the settings of transformers' tokenizers that add the begin token by a rule of their class."""
+    """Return the settings of those tokenizer classes of transformers that add the begin token themselves."""
     return {"add_bos_token": add_bos and tokenizer.bos_id is not None, "add_eos_token": False}
 
 
@@ -103,7 +103,7 @@ def _with_begin(text: str, bos_id: int | None) -> str:
 
 
 def copy_tokenizer(source: Path, folder: Path, *, files: Files = DISK) -> list[str]:
-    """Copy what there is of a tokenizer in a Hugging Face folder; returns the names."""
+    """Copy the tokenizer files of a Hugging Face folder; return their names."""
     names = [name for name in HUGGING_FACE_FILES if (source / name).is_file()]
     for name in names:
         write_whole(folder / name, (source / name).read_bytes(), files=files)
@@ -124,7 +124,7 @@ def _settings(tokenizer: Tokenizer, names: Mapping[int, str], max_seqlen: int) -
 
 
 def _as_bpe(args: TokenizerArgs, tokenizer: Tokenizer, add_bos: bool) -> tuple[str, dict[int, str]]:
-    """(tokenizer.json, names of the special tokens by id) of the byte or a tiktoken tokenizer."""
+    """Return (tokenizer.json, names of the special tokens by id) of the byte tokenizer or a tiktoken tokenizer."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Model
 
@@ -158,14 +158,14 @@ def _as_bpe(args: TokenizerArgs, tokenizer: Tokenizer, add_bos: bool) -> tuple[s
 
 
 def _letters() -> dict[int, str]:
-    """Return a printable letter for each byte, as GPT-2 spells them: itself if printable, else one from 256 on."""
+    """Return a printable letter for each byte, as in GPT-2: itself if printable, else one from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Pairs of tokens that make a token, in the order in which they are merged: by the rank of what they make."""
+    """Return the pairs of tokens that merge into a token, ordered by its rank."""
     found = []
     for token, rank in ranks.items():
         for cut in range(1, len(token)):

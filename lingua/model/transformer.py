@@ -1,8 +1,7 @@
-"""Blocks of a Llama-type decoder: norm, rotary positions, attention, feed-forward.
+"""Blocks of a Llama-style decoder: norm, rotary positions, attention, feed-forward.
 
-Parameter names, and the rotation of neighbouring pairs, are Meta Lingua's, so its weights load. Norms, rotation and
-softmax compute in fp32 under autocast and under FSDP2's mixed precision alike. Nothing here syncs the host or breaks a
-graph.
+Parameter names, and the rotation of adjacent pairs, are Meta Lingua's, so its weights load. Norms, rotation and softmax
+compute in fp32 under both autocast and FSDP2's mixed precision. Nothing here syncs the host or breaks a graph.
 
 Letters: B rows, S positions, T cached positions, D model width, H heads, K key/value heads, E head width.
 """
@@ -25,12 +24,12 @@ from lingua.model.context import ForwardContext
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScalingArgs | None) -> Tensor:
-    """Radians per position of each pair, fp64 (E/2,) on the CPU."""
+    """Return the radians per position of each pair, fp64 (E/2,) on the CPU."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
     frequencies = theta ** (-pairs / head_dim)
     if scaling is None:
         return frequencies
-    # Llama 3.1: long waves are stretched by `factor`, short ones stay, those between are blended.
+    # Llama 3.1: long wavelengths are stretched by `factor`, short ones are unchanged, those between are blended.
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_position_embeddings / wavelengths  # within the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -61,13 +60,13 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
 
     def turn_by(self, theta: float) -> None:
-        """Compute the table for another base of the frequencies, if it is another."""
+        """Recompute the table if the base of the frequencies changes."""
         if theta != self.args.rope_theta:
             self.args = self.args.model_copy(update={"rope_theta": theta})
             self.fill()
 
     def forward(self, seq_len: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows of the table for the first seq_len positions, (S, E/2), or for positions (B, S), (B, S, E/2)."""
+        """Return (cos, sin) of the first seq_len positions, (S, E/2), or of positions (B, S), (B, S, E/2)."""
         if positions is not None:
             return self.cos[positions], self.sin[positions]
         if seq_len > len(self.cos):
@@ -78,13 +77,13 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x0, x1), (x2, x3), ... of x (B, S, heads, E) by their angles; in fp32, returned in x's type."""
+    """Rotate the pairs (x0, x1), (x2, x3), ... of x (B, S, heads, E) by their angles; in fp32, returned in x's type."""
     pairs = x.float().unflatten(-1, (-1, 2))
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (S or B S, 1, E/2)
-    if torch.compiler.is_compiling():  # into one kernel; inductor makes none of complex numbers
+    if torch.compiler.is_compiling():  # fused into one kernel, which inductor cannot do for complex numbers
         first, second = pairs[..., 0], pairs[..., 1]  # (B, S, heads, E/2)
         turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    else:  # the same numbers by one operator in forward and one in backward
+    else:  # the same result with one operator in forward and one in backward
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos.float(), sin.float()))
     return turned.flatten(-2).type_as(x)
 
@@ -152,7 +151,7 @@ class Attention(nn.Module):
         return self.wo(out.flatten(-2))
 
     def project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, S, D) -> rotated q (B, S, H, E) and k (B, S, K, E), and v (B, S, K, E)."""
+        """Project x (B, S, D) to rotated q (B, S, H, E) and k (B, S, K, E), and v (B, S, K, E)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, heads, E)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -161,10 +160,10 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Modules in turn, each after a norm and added to the stream."""
+    """A sequence of modules, each after a norm and added to the residual stream."""
 
     branches: ClassVar[Sequence[tuple[str, str, Callable[[Any, int], nn.Module]]]]
-    """Names of norm and module, as the weights have them, and what builds the module of (args, layer). It is called
+    """Names of norm and module, as in the weights, and a builder of the module from (args, layer). The module is called
     with (x, ctx)."""
 
     def __init__(self, args: Any, layer: int) -> None:
@@ -180,7 +179,7 @@ class ResidualBlock(nn.Module):
 
 
 class FeedForwardArgs(Protocol):
-    """What a feed-forward layer asks of the Args of a model."""
+    """The Args that a feed-forward layer needs."""
 
     @property
     def dim(self) -> int: ...
@@ -203,7 +202,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each after a norm and added to the stream."""
+    """Attention and feed-forward, each after a norm and added to the residual stream."""
 
     def __init__(self, args: LlamaArgs, layer: int) -> None:
         super().__init__()
@@ -218,6 +217,6 @@ class TransformerBlock(nn.Module):
 
 
 def cached_mask(positions: Tensor, n_slots: int, window: int | None) -> Tensor:
-    """Return what queries at positions (B, S) see of n_slots cache slots: (B, 1, S, T)."""
+    """Return which of n_slots cache slots queries at positions (B, S) see: (B, 1, S, T) bool."""
     slots = torch.arange(n_slots, device=positions.device)
     return visible(positions[:, None, :, None], slots, window)

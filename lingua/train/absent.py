@@ -1,7 +1,7 @@
-"""Finds what a config names and this machine does not have: data, tokenizer, weights. Torch-free.
+"""Find what a config names but this machine does not have: data, tokenizer, weights. Torch-free.
 
-A login node or a laptop need not have what a job reads, and a config can be checked before its data is prepared: what
-is missing is only said, unless another name is near enough to be meant. A start on this machine needs it all.
+A login node or laptop need not have what a job reads, and a config can be checked before its data is prepared. So
+missing files are only warnings, unless a similar name exists. A run on this machine needs them all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHOWN = 6
 
 
 def missing_paths(args: TrainArgs) -> Iterator[Finding]:
-    """Yield what the config names and this machine does not have, with what is assumed instead."""
+    """Yield what the config names but this machine does not have, and what is assumed instead."""
     yield from (Finding("data.sources", text) for text, is_misnamed in missing_sources(args.data) if not is_misnamed)
     tokenizer = args.data.tokenizer
     if tokenizer.path and not tokenizer_is_there(tokenizer):
@@ -47,7 +47,7 @@ def misnamed_sources(args: DataArgs) -> list[Finding]:
 
 
 def missing_sources(args: DataArgs) -> Iterator[tuple[str, bool]]:
-    """Yield what to say of each source that is not there, and whether that is because of its name."""
+    """Yield (message, whether its name is wrong) for each source that does not exist."""
     root = Path(os.path.expandvars(args.root_dir or "")).expanduser()
     with suppress(ConfigError):  # the check of sources reports it
         for source in args.read_files():
@@ -61,7 +61,7 @@ def missing_sources(args: DataArgs) -> Iterator[tuple[str, bool]]:
 
 
 def _why_not(folder: Path, name: Path) -> tuple[str, bool]:
-    """Return what a folder has in place of `name`, what may be meant, and whether something certainly is."""
+    """Return (message with what the folder has instead of `name`, whether one of those must be meant)."""
     text, inner = f"{folder} has no {name}", Path(*name.parts[1:])
     looked_up = f"{text}: names are looked up in data.root_dir, which is {folder};"
     if name.parts[0] == folder.name and inner.name and (folder / inner).exists():

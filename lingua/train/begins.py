@@ -1,4 +1,4 @@
-"""What a run begins with: the place of checkpoint.init_ckpt_path, and the progress that its state has. Torch-free."""
+"""Find what a run begins with: the place of checkpoint.init_ckpt_path and the progress of its state. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lingua.train.sizes import Finding
 
 
 def place_of(start: str) -> tuple[Path, int | None]:
-    """Return (where init_ckpt_path leads, the step it names or by its newest checkpoint means)."""
+    """Return (where init_ckpt_path leads, the step that it names or that of the newest checkpoint there)."""
     try:
         found = lookup.find_one(lookup.without_ema(start)[0])
     except (RunError, OSError):  # Meta Lingua's, a file of weights, or nothing at all
@@ -25,7 +25,7 @@ def place_of(start: str) -> tuple[Path, int | None]:
 
 
 def begins_with(args: TrainArgs) -> tuple[int, int]:
-    """Return (steps, tokens) that the state which a run begins with has done, as far as it is on this machine."""
+    """Return the (steps, tokens) of the state that a run begins with, as far as it is on this machine."""
     start = args.checkpoint.init_ckpt_path
     if start is None or not args.checkpoint.continue_training_from_init or "step" in args.checkpoint.reset:
         return 0, 0
@@ -35,7 +35,7 @@ def begins_with(args: TrainArgs) -> tuple[int, int]:
 
 
 def nothing_to_begin_with(key: str, start: str | None) -> Iterator[Finding]:
-    """Yield weights that are missing from a folder that is there; without the folder they may be on another machine."""
+    """Yield weights that are missing from an existing folder; without the folder they may be on another machine."""
     if not start or (place := place_of(start)[0]).exists():
         return
     run, at, _ = start.rpartition("@")

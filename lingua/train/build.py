@@ -1,4 +1,4 @@
-"""Build everything a run is made of, in the order in which it is needed; the loop itself is in the app's `train.py`.
+"""Build the parts of a run in order. The training loop is in the app's `loop.py`.
 
 Two builds from the same config and checkpoint are equal bit for bit. Initial weights do not depend on the number of
 ranks.
@@ -53,17 +53,17 @@ log = logging.getLogger(__name__)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch on every device."""
+    """Seed Python, numpy and torch on every device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def make_deterministic() -> None:
-    """Bitwise equal runs: deterministic kernels only; an operator that has none raises an error that names it.
+    """Allow deterministic kernels only, for runs that are equal bit for bit. Operators without one raise an error.
 
-    torch would also fill all memory that it hands out, to make reads of what nobody wrote alike; a program without such
-    reads may turn that off for speed (its documentation, torch.utils.deterministic).
+    torch would also fill new tensors with a fixed value, so that reads of uninitialized memory are reproducible; a
+    program without such reads may turn that off for speed (its documentation, torch.utils.deterministic).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS documentation, "Results reproducibility"
     torch.use_deterministic_algorithms(True)
@@ -73,14 +73,14 @@ def make_deterministic() -> None:
 
 
 def build_model(args: TrainArgs, size: Resolved, world: World) -> nn.Module:
-    """Build the model with its initial weights, spread over the world."""
+    """Build the model with its initial weights, distributed over the ranks."""
     sized: dict[str, Any] = {"vocab_size": size.vocab_size, "max_seqlen": size.max_seqlen}
     if (attention := args.model.attention) is not None:
         dtype = DTYPES[args.distributed.model_dtype]
         sized["attn_impl"] = resolve_attn_impl(attention, world.device.type, dtype, args.data.doc_mask)
     model_args = args.model.model_copy(update=sized)
     if isinstance(model_args, DecoderArgs):
-        list(kernels_in_use(model_args, world.device.type, args.data.doc_mask))  # refuses one that does not fit
+        list(kernels_in_use(model_args, world.device.type, args.data.doc_mask))  # raises for a kernel that does not fit
     with torch.device("meta"):
         model: nn.Module = build_part(model_args)
     require_counted(model, model_args)
@@ -103,7 +103,7 @@ def require_counted(model: nn.Module, args: ModelArgs) -> None:
 
 
 def build_loss(args: TrainArgs) -> Loss:
-    """Build the loss that training minimises; compiled if the model is."""
+    """Build the training loss; compiled if the model is."""
     loss = build_part(args.loss)
     if args.distributed.compile and isinstance(loss, CrossEntropy):
         loss.compile()
@@ -111,8 +111,8 @@ def build_loss(args: TrainArgs) -> Loss:
 
 
 def build_updater(args: TrainArgs, state: TrainState, device: torch.device, scale: LossScale | None = None) -> Updater:
-    """Build what steps the optimizer; with fp16 the loss scale is `scale`, or else the checkpoint's."""
-    saved = state.shared.pop("loss_scale", None)  # a state in another type does not keep it
+    """Build the updater; with fp16 its loss scale is `scale`, or else the checkpoint's."""
+    saved = state.shared.pop("loss_scale", None)  # dropped if this run is not fp16
     if scale is None and args.distributed.model_dtype == "fp16":
         scale = LossScale(device, saved)
     frozen = frozen_parameters(state.model, args.optim.frozen)
@@ -120,7 +120,7 @@ def build_updater(args: TrainArgs, state: TrainState, device: torch.device, scal
 
 
 def frozen_parameters(model: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
-    """Return the parameters that do not move. Raises ConfigError for a pattern without any."""
+    """Return the parameters that match `optim.frozen`. Raises ConfigError for a pattern that matches none."""
     named = {clean_name(name): parameter for name, parameter in bare(model).named_parameters()}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
@@ -155,9 +155,9 @@ def build_rows(
     data_state: dict[str, Any] | None,
     switch: Switch | None = None,
 ) -> Loader:
-    """Build the loader of this rank's rows, which continues at `data_state` (of all lanes), or at the first row.
+    """Build the loader of this rank's rows. It continues at `data_state` (of all lanes), or starts at the first row.
 
-    `switch`: that state is of the phase before.
+    `switch`: given if that state belongs to the previous phase.
     """
     return on_every_rank(
         lambda: build_loader(
@@ -182,9 +182,9 @@ def build_run(
     stack: ExitStack,
     startup: StartUp,
 ) -> Run:
-    """Build everything, resumed from the newest checkpoint that verifies if there is one; closed by `stack`.
+    """Build a run, resumed from the newest checkpoint that verifies if there is one; `stack` closes it.
 
-    `args`: those of the run; shapes are the same in all phases.
+    `args`: the run's; shapes are the same in all phases.
     """
     size = phases[0].size
     tokenizer = on_every_rank(lambda: build_tokenizer(args.data.tokenizer))
@@ -198,7 +198,7 @@ def build_run(
     if state.shared["step"] < size.n_steps:
         manager.prepare(state, size.n_steps)
     else:
-        manager.await_rescue()  # finished means that it is on the disk
+        manager.await_rescue()  # a run is finished only if its checkpoint is on disk
     take_over(phase, state, manager)
     startup.reached("weights")
     stage(phase, stack)
@@ -223,7 +223,7 @@ def build_run(
 
 
 def stage(phase: Phase, resources: ExitStack) -> None:
-    """Let a phase read its sources from the fast folder, if the config names one. Collective."""
+    """Copy the sources of a phase to the fast folder, if the config names one. Collective."""
     data = phase.args.data
     phase.args.data = on_every_rank(lambda: resources.enter_context(staged(data)))
 
@@ -238,9 +238,9 @@ def parts_of(
     resources: ExitStack,
     scale: LossScale | None = None,
 ) -> dict[str, Any]:
-    """Build the parts of a Learner that change between phases, and let the model's positions be those of the phase.
+    """Build the parts of a Learner that change between phases, and set the phase's rotary base. Collective.
 
-    `scale`: the loss scale so far. Closed by `resources`. Collective.
+    `scale`: the loss scale so far; `resources` closes the parts.
     """
     args = phase.args
     for module in state.model.modules():
@@ -255,16 +255,16 @@ def parts_of(
 
 
 def enter_next(run: Learner, loads: LoadsFrom) -> None:
-    """Change to the phase that does the next step. Collective: all ranks call this after the same step."""
+    """Change to the phase of the next step. Collective: all ranks call this after the same step."""
     enter(run, run.loader.state_dict(), loads, run.updater.loss_scale)
     if run.world.is_main:
         log.info("phase %s: steps %d to %d", run.phase.name, run.phase.first + 1, run.phase.last)
 
 
 def enter(run: Learner, data_state: dict[str, Any], loads: LoadsFrom, scale: LossScale | None = None) -> None:
-    """Build anew what the phase of the next step needs, with the rows that follow a state of the loader. Collective.
+    """Rebuild the parts for the phase of the next step; rows continue at `data_state`. Collective.
 
-    `scale`: the loss scale so far; None: that of the restored state.
+    `scale`: the loss scale so far, or None for that of the restored state.
     """
     phase, switch = run.phases[number_at(run.phases, run.step)], switch_at(run.phases, run.step)
     run.loader.close()
@@ -282,7 +282,7 @@ def enter(run: Learner, data_state: dict[str, Any], loads: LoadsFrom, scale: Los
 
 
 def take_over(phase: Phase, state: TrainState, loads: LoadsFrom) -> None:
-    """Let a phase that begins now do so with the weights that it names, if any; step and rows stay the run's own."""
+    """Load the weights that a phase names, if it begins now; step and rows stay the run's own."""
     start = None if phase.written is None else phase.written.from_run
     if phase.written is None or start is None or state.shared["step"] != phase.first:
         return
@@ -298,18 +298,18 @@ def take_over(phase: Phase, state: TrainState, loads: LoadsFrom) -> None:
 
 
 def known_floor(args: TrainArgs, world: World) -> Floor | None:
-    """Return the least loss, on the main rank; None for a model with several labels, whose losses are summed."""
+    """Return the least possible loss, on rank 0; None for a model with several labels, whose losses are summed."""
     return loss_floor(args.data) if world.is_main and args.model.n_labels == 1 else None
 
 
 def fresh_shared() -> dict[str, Any]:
-    """Return what all ranks know before the first step."""
+    """Return the shared state before the first step."""
     return {
         "step": 0,
         "total_tokens": 0,
         "skipped_steps": 0,
         "tracking_id": None,
-        "schedule_begin": 0,  # step that the learning rate's schedule counts from
+        "schedule_begin": 0,  # step that the learning rate schedule counts from
         "first_row": 0,  # step n uses the rows first_row + [(n-1)*G, n*G)
     }
 
@@ -323,7 +323,7 @@ class LoadsFrom(Protocol):
 def resume(
     state: TrainState, manager: CheckpointManager, args: TrainArgs, phases: Sequence[Phase]
 ) -> dict[str, Any] | None:
-    """Load the newest checkpoint, or what to start from; returns the loader's state, or None to begin at row 0."""
+    """Load the newest checkpoint, or else init_ckpt_path; return the loader's state, or None to begin at row 0."""
     newest = manager.resume(state)
     if newest is not None:
         data = saved_state(state.per_rank_all)
@@ -335,7 +335,7 @@ def resume(
 
 
 def pass_over(phases: Sequence[Phase], shared: Mapping[str, Any]) -> None:
-    """Let rows that a rewind left out be left out in all phases."""
+    """Skip the rows that rewinds skipped, in all phases."""
     for phase in phases:
         phase.args.data = passing_over(phase.args.data, shared)
 
@@ -343,7 +343,7 @@ def pass_over(phases: Sequence[Phase], shared: Mapping[str, Any]) -> None:
 def require_progress(
     shared: Mapping[str, Any], data: Mapping[str, Any], args: TrainArgs, phases: Sequence[Phase], step: int
 ) -> None:
-    """Raise RunError unless the rows and tokens of this run's state are those of its steps."""
+    """Raise RunError unless the rows and tokens of the state agree with its steps."""
     n_steps, n_tokens = shared.get("step"), shared.get("total_tokens")
     phase = phases[number_of(phases, step)]
     size, first_row = phase.size, shared.get("first_row", 0) + phase.row_shift
@@ -358,7 +358,7 @@ def require_progress(
 
 
 def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, phases: Sequence[Phase]) -> dict[str, Any] | None:
-    """Begin a new run; return the loader's state, None for rows from the first."""
+    """Begin a new run; return the loader's state, or None to begin at row 0."""
     start = args.checkpoint.init_ckpt_path
     if start is not None and args.checkpoint.continue_training_from_init:
         data = _continue_other(state, loads, start, args.checkpoint.reset, phases)
@@ -379,7 +379,7 @@ def begin(state: TrainState, loads: LoadsFrom, args: TrainArgs, phases: Sequence
 def _continue_other(
     state: TrainState, loads: LoadsFrom, start: str, reset: Sequence[str], phases: Sequence[Phase]
 ) -> dict[str, Any] | None:
-    """Continue another run's full state, except for what is `reset`; returns the loader's state."""
+    """Load another run's full state, except for what is `reset`; return the loader's state."""
     loads.load_from(start, state, optimizer="optim" not in reset)
     data = None if "data" in reset else saved_state(state.per_rank_all)
     passed = state.shared.pop(PASSED, [])
@@ -398,7 +398,7 @@ def _continue_other(
 
 
 def held_out_rows(args: TrainArgs, tokenizer: Tokenizer) -> list[HeldOut]:
-    """Read rows of each source that has a `*.val.jsonl`; none when validation is off."""
+    """Read the held-out rows of each source that has a `*.val.jsonl`; none if validation is off."""
     if not (args.validation.every or args.validation.at_ends):
         return []
     texts, without = texts_beside_sources(args.data)

@@ -1,11 +1,11 @@
 """Check a config across its sections, and derive the sizes of a run from it. Torch-free.
 
-Train, `lingua check` and every command that starts a run check a config by `load` alone, so they cannot disagree. All
+Train, `lingua check` and every command that starts a run use `load`, so they cannot disagree. All
 errors are reported at once, before a process group, a device or a folder is touched. This takes a fraction of a second,
 more if a large tokenizer file is read, or the data for `epochs`.
 
-The numbers of a step: B rows of a micro step on each of `dp` data-parallel ranks, G = B * grad_acc_steps * dp rows of
-a step, S tokens of a row, K lanes. G and K stay when a run goes on with other GPUs; grad_acc_steps is derived.
+The sizes of a step: B rows per micro step on each of `dp` data-parallel ranks, G = B * grad_acc_steps * dp rows per
+step, S tokens per row, K lanes. G and K stay when a run resumes on other GPUs; grad_acc_steps is derived.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SIZE_KEYS = {"data", "distributed", "grad_acc_steps", "global_batch_size"}  # j
 
 @dataclass
 class Checked:
-    """A config without errors: what it will run, and how it differs from what the run folder has."""
+    """A config without errors: what it will run, and how it differs from the run folder's config."""
 
     composed: Composed[TrainArgs]
     resolved: Resolved
@@ -54,9 +54,9 @@ class Checked:
     differences: list[Difference]
     """Differences from the config of the run's first attempt; none in a first attempt."""
     waived: list[Difference]
-    """Differences that are refused if the run has a checkpoint; `start.settle_config` checks again."""
+    """Differences that would be refused if the run had a checkpoint; `start.settle_config` checks again."""
     frozen: dict[str, Any]
-    """What `config.yaml` of the run folder says."""
+    """Content of the run folder's `config.yaml`."""
     phases: list[Phase]
 
     @property
@@ -73,11 +73,11 @@ def load(
     here: bool = False,
     schema: type[TrainArgs] | None = None,
 ) -> Checked:
-    """Return the config of a command line, checked. Raises ConfigError with everything that is wrong with it.
+    """Check the config of a command line. Raises ConfigError with everything that is wrong with it.
 
-    `strict_paths`: data and tokenizer must be on this machine. `starting`: the run is started, so its tokenizer must.
-    `here`: on this machine, so that its data must, and the weights that it begins with; phases find out by themselves.
-    `schema`: the config class of the app; None: of the app that the line chooses.
+    `strict_paths`: data and tokenizer must be on this machine. `starting`: the run is starting, so its tokenizer must
+    be. `here`: it starts on this machine, so data and initial weights must be too; with phases, each is checked alone.
+    `schema`: the app's config class, or None for that of the app that the command line chooses.
     """
     if line.config is None:
         raise ConfigError("no config is named; name one, apps/main/configs/debug.yaml say")
@@ -97,7 +97,7 @@ def load(
     if why := earlier.why_not_there:
         raise ConfigError([*judged.complaints, composed.complaint("checkpoint.path", why)])
     if not earlier.is_bound and kept is not None and (judged.complaints or barring):
-        # No step is kept, so what the earlier attempt derived need not be kept either.
+        # No step is kept, so the sizes that the earlier attempt derived need not be kept either.
         judged = _judge(examined, composed, n_ranks, followers, None, needed)
         barring = _barring(judged, earlier, line)
     if judged.complaints or judged.study.resolved is None:
@@ -119,12 +119,12 @@ def load(
 
 @dataclass
 class _Judged:
-    """What is wrong with a config, given the derived numbers (rows, lanes, seeds) that an earlier attempt fixed."""
+    """The findings about a config, given the derived numbers (rows, lanes, seeds) that an earlier attempt fixed."""
 
     study: Study
     complaints: list[str]
     frozen: dict[str, Any]
-    """What `config.yaml` would say; empty where the sizes are wrong."""
+    """Content of `config.yaml`; empty if the sizes are wrong."""
     optim: OptimArgs
 
 
@@ -147,7 +147,7 @@ def _judge(
         found.errors = [error for error in found.errors if error.key != absent[0].key] + absent
     about = {key.partition(".")[0] for key in examined.bad_keys}
     about |= _SIZE_KEYS if about & _SIZE_KEYS else set()
-    # A finding that may only follow from a dropped wrong value is not reported.
+    # Do not report a finding that may only follow from a wrong value that was dropped.
     written = {dotted_key(key) for key in composed.marks} - set(examined.bad_keys) - _SIZE_KEYS
     errors = [f for f in found.errors if f.key in written or f.key.partition(".")[0] not in about]
     complaints = examined.complaints + [composed.complaint(*finding) for finding in errors]
@@ -172,7 +172,7 @@ def _barring(judged: _Judged, earlier: Earlier, line: CommandLine) -> list[Diffe
 
 
 def _origin_of_seed(composed: Composed[TrainArgs], value: int) -> Origin:
-    """Return where a seed that the config does not set comes from."""
+    """Return the origin of a seed that the config does not set."""
     if value != composed.args.seed:
         return Origin("the run's first attempt")
     return Origin(f"seed, {composed.marks.get(('seed',), DEFAULT)}")
@@ -203,7 +203,7 @@ def default_world_size(args: TrainArgs) -> int:
 
 
 def problems(args: TrainArgs, world_size: int) -> tuple[list[Finding], list[Finding]]:
-    """Return (errors, warnings) of a config that is valid key by key."""
+    """Return (errors, warnings) of a config whose keys are valid by themselves."""
     found = study(args, world_size)
     return found.errors, found.warnings
 
@@ -217,7 +217,7 @@ def phases_of(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None
 
 
 def resolve(args: TrainArgs, world_size: int, frozen: Mapping[str, Any] | None = None) -> Resolved:
-    """Return the sizes with which a run begins on `world_size` ranks. Raises ConfigError if they do not fit."""
+    """Return the initial sizes of a run on `world_size` ranks. Raises ConfigError if they do not fit."""
     return phases_of(args, world_size, frozen)[0].size
 
 
@@ -255,7 +255,7 @@ def study(
 
 
 def _of_phases(phases: Sequence[Phase], needed: Sequence[str], known: set[str]) -> Iterator[Finding]:
-    """Yield what is wrong with single phases, each once. `known`: what is wrong anyway."""
+    """Yield the errors of single phases, each once. `known`: errors reported already."""
     for phase in phases:
         if phase.written is None:
             continue
@@ -267,11 +267,11 @@ def _of_phases(phases: Sequence[Phase], needed: Sequence[str], known: set[str]) 
         known |= {finding.text for finding in wrong}
 
 
-# -- wrong ---------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------
 
 
 def _impossible_folders(args: TrainArgs) -> Iterator[Finding]:
-    """Yield folders of the run that no program can make: below a file, or in a file system of the kernel (/proc)."""
+    """Yield folders of the run that nobody can create: below a file, or in a kernel file system (/proc)."""
     for key, path in (("dump_dir", args.dump_dir), ("checkpoint.path", args.checkpoint.path)):
         place = Path(path or ".").absolute()
         there = next(parent for parent in (place, *place.parents) if parent.exists())
@@ -282,7 +282,7 @@ def _impossible_folders(args: TrainArgs) -> Iterator[Finding]:
 
 
 def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
-    """Yield sources that exist and cannot be used."""
+    """Yield sources that exist but cannot be used."""
     try:
         sources = args.read_files()
     except ConfigError as error:
@@ -299,7 +299,7 @@ def _unreadable_sources(args: DataArgs) -> Iterator[Finding]:
                 if kind.holds_tokens and (not args.tokenizer.needs_file or tokenizer_is_there(args.tokenizer)):
                     kind.check_tokenizer(path, build_tokenizer(args.tokenizer))
             except OSError as error:
-                if DiskError.of(error).may_pass:  # no fault of the config
+                if DiskError.of(error).may_pass:  # not the config's fault
                     raise
                 yield Finding("data.sources", str(error))
             except ValueError as error:
@@ -326,7 +326,7 @@ def _nothing_to_measure(args: TrainArgs) -> Iterator[Finding]:
 
 
 def _conflicts(args: TrainArgs) -> Iterator[Finding]:
-    """Yield keys that contradict each other whatever the sizes."""
+    """Yield keys that contradict each other, whatever the sizes."""
     from lingua.optim.schedule import SCHEDULES
 
     lengths = [key for key in ("steps", "epochs", "total_flops") if getattr(args, key) is not None]
@@ -388,7 +388,7 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
     if size.seq_len % n_ranks:
         remedy = f"set data.seq_len to {size.seq_len - size.seq_len % n_ranks or n_ranks}"
         yield Finding("distributed.tp_size", f"{text}, which does not divide data.seq_len {size.seq_len}; {remedy}")
-    if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's way to split leaves a rank none
+    if -(-size.vocab_size // n_ranks) * (n_ranks - 1) >= size.vocab_size:  # torch's split would leave a rank nothing
         yield Finding("distributed.tp_size", f"{text}, too many for a vocabulary of {size.vocab_size}; use fewer")
     if n_ranks > 1 and not getattr(args.loss, "vocab_parallel", False):
         remedy = "use cross_entropy, or let it, and say vocab_parallel = True in its Args"
@@ -396,7 +396,7 @@ def _misfits(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
 
 
 def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    """Warn if a first attempt begins with a state that has all its steps done."""
+    """Yield an error if a first attempt begins with a state whose steps are all done."""
     if size.n_steps <= (step := begins_with(args)[0]) > 0:
         text = (
             f"steps is {size.n_steps}, but {args.checkpoint.init_ckpt_path} is already at step {step}; raise steps, or "
@@ -405,11 +405,11 @@ def _nothing_to_do(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
         yield Finding("steps", text)
 
 
-# -- odd -----------------------------------------------------------------------------------------------------------
+# -- warnings ------------------------------------------------------------------------------------------------------
 
 
 def _oddities(args: TrainArgs, size: Resolved) -> Iterator[Finding]:
-    """Yield what can run but was hardly meant."""
+    """Yield what works but is probably a mistake."""
     if args.steps is None and size.how_long == "default":
         yield Finding("steps", f"no length is given; {DEFAULT_STEPS} steps are assumed")
     if args.optim.lr > MAX_LIKELY_LR:

@@ -1,6 +1,6 @@
-"""`lingua check`: figures to plan a run with, what the config sets, with --all every key and its origin. Torch-free.
+"""`lingua check`: figures to plan a run with, and the keys that the config sets (--all: every key). Torch-free.
 
-Every figure comes with its formula. Nothing is built, nothing is written.
+Every figure comes with its formula. Nothing is built or written.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def report(
     kill_every: str | None = None,
     disk_gb_per_s: float = 1.0,
 ) -> int:
-    """Print what a config means; returns the exit code. Raises ConfigError with everything that is wrong with it."""
+    """Print what a config means; return the exit code. Raises ConfigError with everything that is wrong with it."""
     is_known = (gpu := gpu or gpu_here()) is not None
     gpu = gpu or EXAMPLE_GPU
     if find_peak(gpu) is None:
@@ -87,7 +87,7 @@ def report(
 
 
 def gpu_here() -> str | None:
-    """Return the model of this machine's GPU as the driver tells it, without torch; None: none, or not in the table."""
+    """Return the driver's name of this machine's GPU, without torch; None if there is none in the table."""
     for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
         model = re.search(r"Model:\s*(.+)", file.read_text(errors="replace"))
         if model and find_peak(model[1]):
@@ -114,7 +114,7 @@ def as_record(checked: Checked, figures: list[Fact]) -> dict[str, Any]:
 
 
 def facts(args: TrainArgs, size: Resolved, mfu: float, gpu: str, phases: Sequence[Phase] = ()) -> Iterator[Fact]:
-    """Derived figures in the order in which they are asked for."""
+    """Yield derived figures in the order in which they are shown."""
     peak = find_peak(gpu)
     assert peak is not None
     n, state = size.n_params, size.checkpoint_bytes
@@ -176,7 +176,7 @@ def _predicted(args: TrainArgs, size: Resolved, gpu: str, peak: float) -> Iterat
 def facts_of_kills(
     args: TrainArgs, size: Resolved, hours: float, kill_every: str, disk_gb_per_s: float
 ) -> Iterator[Fact]:
-    """Yield what kills cost as configured, and the period of saves that loses least. `hours`: of the whole training."""
+    """Yield the cost of kills as configured, and the period of saves that loses least. `hours`: of the whole run."""
     number, unit = kill_every[:-1], kill_every[-1:]
     if not re.fullmatch(r"\d*\.?\d+", number) or unit not in _UNITS_S or not float(number):
         raise ConfigError(f"command line: --kill-every {kill_every} is no duration; write 90s, 30m, 2h or 1d")
@@ -201,7 +201,7 @@ def _spent(seen: goodput.Outlook) -> str:
 
 
 def _of_phase(phase: Phase) -> Fact:
-    """Return where a phase begins and ends, and what its rows and learning rates are."""
+    """Return the steps, rows, learning rates and sources of a phase."""
     size, rates = phase.size, [phase.lr_at(step) for step in (phase.first, phase.last - 1)]
     sources = ", ".join(f"{s.name} {s.weight:g}" for s in phase.args.data.read_sources() if s.weight)
     what = f"{size.rows_per_step} rows of {size.seq_len}, optim.lr {rates[0]:.3g} to {rates[1]:.3g}, {sources}"
@@ -210,7 +210,7 @@ def _of_phase(phase: Phase) -> Fact:
 
 
 def _save_cost(args: TrainArgs, state: int) -> str:
-    """Say what training waits for at each save, in either mode; a disk of 1 GB/s is an example."""
+    """Describe what training waits for at each save, for an example disk of 1 GB/s."""
     drain = f"{state / 1e9:.2g} s at 1 GB/s"
     if args.checkpoint.async_save_mode is None:
         return f"training waits until each is on the disk ({drain}); checkpoint.async_save_mode=shm writes meanwhile"
@@ -223,7 +223,7 @@ def _layout(size: Resolved) -> str:
 
 
 def _memory(args: TrainArgs, size: Resolved, gpu_gib: int, gpu: str) -> Fact:
-    """Bytes on one GPU: states, activations of a micro step, and the largest piece of logits."""
+    """Estimate the bytes on one GPU: states, activations of a micro step, and the largest chunk of logits."""
     states = (4 * size.n_params + size.checkpoint_bytes) / (size.dp_shard * size.tp_size)
     parts = {"parameters, gradients, optimizer": states}
     if args.distributed.fsdp_type == "full_shard":
@@ -243,9 +243,9 @@ def _memory(args: TrainArgs, size: Resolved, gpu_gib: int, gpu: str) -> Fact:
 
 
 def _activation_bytes(model: LlamaArgs, layout: DistributedArgs, size: Resolved) -> float:
-    """Return what backward keeps of a micro step in 2-byte types, block by block, attention scores never stored.
+    """Return the bytes that a micro step keeps for backward; attention scores are never stored.
 
-    Per position and layer: six vectors of width D (two inputs of norms, two outputs, queries, attention's output), keys
+    Per position and layer: six vectors of width D (inputs and outputs of two norms, queries, attention output), keys
     and values, four of the feed-forward width (both products, the gate's output, their product). Tensor-parallel ranks
     share all of them but the outputs of the norms, which are kept gathered.
     """
@@ -286,7 +286,7 @@ def _print(checked: Checked, figures: list[Fact], everything: bool) -> None:
 
 
 def stated(tree: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return `key=value` of every key that is not left to its default, by section; `` is the run's own."""
+    """Return `key=value` of every key that is set, by section; "" holds the run's own keys."""
     found: dict[str, list[str]] = {}
     chosen = [leaf for leaf, where in origins.items() if where != str(DEFAULT)]
 
@@ -305,7 +305,7 @@ def stated(tree: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, lis
 
 
 def annotated(tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "", indent: str = "") -> list[str]:
-    """Return the config as YAML, each value with the place it came from."""
+    """Return the config as YAML, each value with its origin."""
     lines = []
     for name, value in tree.items():
         if isinstance(value, dict) and value:

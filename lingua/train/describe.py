@@ -1,5 +1,5 @@
-"""Which config describes the weights at a path, and what it says: our config.yaml, Meta Lingua's params.json, Hugging
-Face's config.json. Torch-free.
+"""Find and read the config of the weights at a path: our config.yaml, Meta Lingua's params.json, Hugging Face's
+config.json. Torch-free.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARAMS_FILE = "params.json"
 
 
 def config_of(ckpt: str) -> Path:
-    """Return the config of the model that a checkpoint belongs to: beside it, or up to two folders above."""
+    """Return the config of a checkpoint's model: beside it, or up to two folders above."""
     place = Path(without_ema(ckpt)[0]).expanduser()
     if not place.exists():
         place = Path(str(place).rpartition("@")[0] or place)
@@ -44,7 +44,7 @@ def config_of(ckpt: str) -> Path:
 
 
 def described(config: Path, app: str = "") -> TrainArgs:
-    """Return the args that a config stands for, of this app, or of the one that it names. Raises ConfigError."""
+    """Return the args of a config, for this app or for the one that it names. Raises ConfigError."""
     schema = app_schema(app or choose_app(CommandLine(config=str(config))))
     if config.name == huggingface.CONFIG_FILE:
         return schema.model_validate(hugging_face_tree(config.parent, config.parent))
@@ -52,14 +52,14 @@ def described(config: Path, app: str = "") -> TrainArgs:
 
 
 def phases_in(args: TrainArgs) -> list[tuple[int, PhaseArgs]]:
-    """Return the last step of each phase of a frozen run, and the phase."""
+    """Return (last step, phase) for each phase of a frozen run."""
     ends = [read_until(phase.until) for phase in args.phases]
     is_frozen = all(end.unit == "steps" and not end.is_more for end in ends)
     return [(int(end.value), phase) for end, phase in zip(ends, args.phases, strict=True)] if is_frozen else []
 
 
 def at_step(args: TrainArgs, step: int | None) -> TrainArgs:
-    """Return the config of a frozen run as it holds for the checkpoint of a step, in the phase that made it."""
+    """Return the config of a frozen run for the checkpoint of a step, in the phase that made it."""
     made_by = next((phase for last, phase in phases_in(args) if step is not None and step <= last), None)
     theta = None if made_by is None else made_by.changes.get("model.rope_theta")
     if theta is None:
@@ -68,7 +68,7 @@ def at_step(args: TrainArgs, step: int | None) -> TrainArgs:
 
 
 def step_of(ckpt: str | Path) -> int | None:
-    """Return the step of the checkpoint of a run at `ckpt`; None for other weights."""
+    """Return the step of a run's checkpoint at `ckpt`, or None for other weights."""
     try:
         return find_one(without_ema(ckpt)[0]).step
     except RunError:
@@ -76,15 +76,15 @@ def step_of(ckpt: str | Path) -> int | None:
 
 
 def of_checkpoint(args: TrainArgs, ckpt: str | Path) -> TrainArgs:
-    """Return `at_step` for the checkpoint of a run at `ckpt`; the config as it is for other weights."""
+    """Return `at_step` for a run's checkpoint at `ckpt`, or the config unchanged for other weights."""
     return at_step(args, step_of(ckpt)) if args.phases else args
 
 
 def _unnamed_family(config: Path) -> list[str]:
-    """Return the override that names the family of a model.
+    """Return the override that sets the model family of a config without one, or [].
 
-    Meta Lingua has a program for each family, whose config does not say which. It is the only one that knows the keys
-    which a Llama does not have; if there are several or none, the keys are left to be complained about.
+    Meta Lingua has a program per family, so its configs do not name it. The family is the only one that has the keys
+    which a Llama lacks; if several or none have them, validation reports the keys.
     """
     tree = read_yaml(config).tree
     model = tree.get("model")
@@ -97,9 +97,9 @@ def _unnamed_family(config: Path) -> list[str]:
 
 
 def hugging_face_tree(folder: Path, tokenizer_folder: Path) -> dict[str, Any]:
-    """Sections `model` and `data` for the model of a Hugging Face folder. Raises ConfigError or RunError.
+    """Return the sections `model` and `data` for a Hugging Face folder. Raises ConfigError or RunError.
 
-    `tokenizer_folder`: where its tokenizer lies, or will.
+    `tokenizer_folder`: where its tokenizer is, or will be.
     """
     config = huggingface.read_config(folder)
     path = folder / huggingface.CONFIG_FILE

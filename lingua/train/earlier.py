@@ -1,7 +1,7 @@
-"""Reads what earlier attempts of a run left, and whether they bind its config.
+"""Read what earlier attempts of a run left, and whether they bind its config.
 
-A run is bound to its config as soon as a checkpoint depends on it: one that the next attempt would resume from, on disk
-or in this machine's memory. Before that, the next attempt begins at step 0, so a wrong config may be corrected.
+A run is bound to its config as soon as the next attempt would resume from a checkpoint, on disk or in this machine's
+memory. Before that, the next attempt begins at step 0, so a wrong config may be corrected.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ class Earlier:
     """The attempts of a run so far."""
 
     config: Mapping[str, Any] | None = None
-    """The frozen config; None before the first attempt."""
+    """The frozen config, or None before the first attempt."""
     is_bound: bool = False
     """The next attempt would resume from a checkpoint."""
     has_begun: bool = False
     """An attempt reached its first step."""
     why_not_there: str | None = None
-    """Why the next attempt must not keep its checkpoints where the config says; None: it may."""
+    """Why the next attempt must not keep its checkpoints where the config says, or None if it may."""
     step: int | None = None
     """Of the newest published checkpoint."""
     schedule_begin: int = 0
-    """Step that its learning rate counts from."""
+    """Step from which its learning rate schedule counts."""
     ended_by: str = ""
     """Kind of the failure that ended the newest attempt; empty if it did not fail."""
 
     def allows(self, difference: Difference) -> bool:
-        """Return whether a change is the remedy that the newest attempt named when it failed."""
+        """Return whether a change is the remedy that the newest attempt suggested when it failed."""
         lowered = difference.key == "optim.lr" and difference.new < difference.old
         return self.ended_by == "nan" and lowered
 
     def with_rates(self, difference: Difference, optim: OptimArgs) -> Difference:
-        """Let a length that raises the learning rate at the point where the run goes on be a change to allow."""
+        """Require permission for a new length that raises the learning rate at the point where the run resumes."""
         lengths = difference.old, difference.new
         if difference.key != "steps" or self.step is None or not all(isinstance(n, int) for n in lengths):
             return difference
@@ -62,7 +62,7 @@ class Earlier:
 
 
 def read_earlier(run_dir: Path, root: Path | None = None) -> Earlier:
-    """Read a run folder. `root`: where the next attempt looks for checkpoints, if not where the last one did."""
+    """Read a run folder. `root`: where the next attempt looks for checkpoints, if that differs from the last one's."""
     config = read_frozen(run_dir)
     why_not_there = None if root is None else why_not_ours(root, run_in(run_dir))
     if config is None:

@@ -1,9 +1,9 @@
-"""A step of training: forward and backward of its micro batches, then one update by the gradient of all ranks.
+"""Take training steps: forward and backward of the micro batches, then one update with the gradient of all ranks.
 
-The loss of a step is the mean over its labels that count, on all ranks and in all micro steps. Until they are counted,
-the loss of a micro step is its sum over the step's positions; the gradient is divided by the share of positions that
-have a label within the update, together with the clip. So the count costs one all-reduce of one number per step, which
-runs while backward computes, and where all positions have labels every number is what it would be without the count.
+The loss of a step is the mean over its labels, on all ranks and in all micro steps. Until these are counted, the loss
+of a micro step is its sum divided by the positions of the step; the update divides the gradient by the share of
+positions that have a label, together with the clip. So the count costs one all-reduce of one number per step, during
+backward. If all positions have labels, every number is the same as without the count.
 
 Letters: B rows, S positions, G rows of a step over all ranks.
 """
@@ -46,15 +46,15 @@ class MicroBatch:
     """Rows of one micro step, on the device."""
 
     rows: np.ndarray
-    """Numbers of the rows."""
+    """Row numbers."""
     tokens: Tensor  # (B, S)
     labels: Tensor  # (B, S), or (labels, B, S) for a model that predicts several
     documents: RowDocuments | None
-    """With data.doc_mask only."""
-    weights: Tensor | None = None  # (B, S): of the labels in the loss
+    """None without data.doc_mask."""
+    weights: Tensor | None = None  # (B, S): weight of each label in the loss
 
     def row(self, number: int) -> MicroBatch:
-        """Return one row alone. Waits for the device."""
+        """Return a micro batch of one row. Waits for the device."""
         one = slice(number, number + 1)
         return MicroBatch(
             self.rows[one],
@@ -66,11 +66,11 @@ class MicroBatch:
 
 
 class StepSums:
-    """What the micro steps of a step add up to."""
+    """Sums over the micro steps of a step."""
 
     def __init__(self, device: torch.device) -> None:
         self.losses = torch.zeros((), device=device)
-        """Sum of this rank's losses over the positions of its step; a vector where a model has several losses."""
+        """Sum of this rank's losses divided by the positions of its step; a vector if the model has several losses."""
         self.rows: list[int] = []
         """First and last row of each micro step."""
         self.n_micro_steps = 0
@@ -80,11 +80,9 @@ class StepSums:
 
     @property
     def loss(self) -> Tensor:
-        """Their sum."""
         return self.losses.sum()
 
     def add(self, batch: MicroBatch, losses: Tensor, n_labels: Tensor) -> None:
-        """Add a micro step."""
         self.losses = self.losses + losses.detach()
         self._n_labels += n_labels
         self.rows += [int(batch.rows.min()), int(batch.rows.max())]
@@ -92,12 +90,12 @@ class StepSums:
         self.last_batch = batch
 
     def start_counting(self) -> None:
-        """Begin to sum the labels over all ranks. Collective."""
+        """Start summing the number of labels over all ranks. Collective."""
         if dist.is_initialized():
             self._counting = dist.all_reduce(self._n_labels, async_op=True)
 
     def n_labels(self) -> Tensor:
-        """Return the labels that count, over all ranks once `start_counting` was called: fp64, at least 1."""
+        """Return the number of labels, over all ranks once `start_counting` was called: fp64, at least 1."""
         if self._counting is not None:
             self._counting.wait()
             self._counting = None
@@ -112,16 +110,16 @@ class StepDone:
     lr: float
     rows: list[int]
     numbers: dict[str, Tensor]
-    """What ranks report. A name with a slash is a metric, whose mean over ranks is logged."""
+    """Numbers to reduce over ranks. A name with a slash is a metric, whose mean over ranks is logged."""
 
 
 @dataclass(kw_only=True)
 class Learner:
-    """Takes steps: model, loss, optimizer, rows and state."""
+    """Model, loss, optimizer, rows and state, and the methods that make a step."""
 
     phases: Sequence[Phase]
     phase: Phase
-    """The one that does the next step; `lingua.train.build.enter` changes to the next."""
+    """Phase of the next step; `lingua.train.build.enter` changes it."""
     world: World
     tokenizer: Tokenizer
     model: nn.Module
@@ -129,9 +127,9 @@ class Learner:
     updater: Updater
     loader: Loader
     state: TrainState
-    """All that the next step depends on, as of the last snapshot; `shared` is always current."""
+    """Everything that the next step depends on, as of the last snapshot; `shared` is always current."""
     resources: ExitStack
-    """Closes rows and copies of the data."""
+    """Closes the loader and local copies of the data."""
 
     def __post_init__(self) -> None:
         self.precision = forward_precision(self.model, self.args.distributed, self.world.device)
@@ -146,35 +144,35 @@ class Learner:
         return self.phase.size
 
     def begin_phase(self) -> None:
-        """Let the sums of a step have the size that the phase gives it."""
+        """Reset the sums for the sizes of the phase."""
         self.sums = StepSums(self.world.device)
         n_positions = self.world.rank_info.world_size * self.size.tokens_per_rank_step
         self._n_positions = torch.full((), n_positions, dtype=torch.float64, device=self.world.device)
 
     @property
     def step(self) -> int:
-        """Optimizer updates done (or skipped)."""
+        """Number of optimizer steps done or skipped."""
         return self.shared["step"]
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update. The schedule spans the phase, or the run from where the schedule began."""
-        return self.phase.lr_at(self.step, self.shared.get("schedule_begin", 0))  # older states lack it
+        """Learning rate of the next step. The schedule spans the phase, or the run from where the schedule began."""
+        return self.phase.lr_at(self.step, self.shared.get("schedule_begin", 0))  # missing in older states
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What every rank knows alike and a checkpoint keeps: step, tokens, tracking id."""
+        """State that is the same on all ranks and kept in checkpoints: step, tokens, tracking id."""
         return self.state.shared
 
     def tokens_left(self) -> int:
-        """Return the tokens of the steps to come."""
+        """Return the number of tokens of the remaining steps."""
         now = self.phases[number_of(self.phases, self.step)]
         return self.phases[-1].tokens_at(self.size.n_steps) - now.tokens_at(self.step)
 
     # -- a step, in this order -------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[MicroBatch]:
-        """Yield this rank's micro batches, for ever."""
+        """Yield this rank's micro batches, endlessly."""
         ask: Ask = getattr(self.loss, "ask", next_tokens)
         model = self.args.model.model_copy(update={"vocab_size": self.size.vocab_size})
         for batch in self.loader:
@@ -185,7 +183,7 @@ class Learner:
             yield MicroBatch(batch.rows, tokens, labels, self._documents(batch), weights)
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Return the sum of the batch's losses over the positions of a rank's step, and count its labels."""
+        """Return the sum of the batch's losses divided by the positions of a rank's step, and count its labels."""
         is_last = self.sums.n_micro_steps == self.size.grad_acc_steps - 1
         begin_micro_step(self.model, self.args.distributed, is_last=is_last)
         with self.precision:
@@ -197,18 +195,18 @@ class Learner:
         return losses.sum()
 
     def losses_of(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Return (sum of the weighted losses, or a vector of several, number of labels)."""
+        """Return (sum of the weighted losses, a vector if there are several; number of labels)."""
         loss: Any = self.loss
         if batch.weights is not None:
             loss = partial(loss, weights=batch.weights)
         return self.model(batch.tokens, labels=batch.labels, documents=batch.documents, loss=loss)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of what `forward` returned to those that are there."""
+        """Accumulate the gradients of what `forward` returned."""
         self.updater.backward(loss)
 
     def label_share(self) -> Tensor:
-        """Return labels that count per position, over all ranks and micro steps of the step, as fp32 on the device."""
+        """Return labels per position, over all ranks and micro steps of the step, as fp32 on the device."""
         return (self.sums.n_labels() / self._n_positions).float()
 
     def gradient(self) -> Gradient:
@@ -216,7 +214,7 @@ class Learner:
         return self.updater.gradient(self.label_share())
 
     def update(self, gradient: Gradient) -> StepDone:
-        """Do the update, unless the step went wrong; a new step begins."""
+        """Update the parameters, unless the step went wrong, and begin a new step."""
         lr, sums, share = self.lr, self.sums, self.label_share()
         loss, several = sums.loss / share, sums.losses / share
         heads = {f"loss/head_{i}": each for i, each in enumerate(several.unbind())} if several.ndim else {}
@@ -227,12 +225,12 @@ class Learner:
         return StepDone(self.step, lr, sums.rows, {"loss/out": loss, **heads, **report})
 
     def advance(self) -> None:
-        """Count one more update."""
+        """Count one more step."""
         self.shared["step"] += 1
         self.shared["total_tokens"] += self.size.tokens_per_step
 
     def snapshot(self) -> TrainState:
-        """Return the state with the position of the data after the last batch used; waits for the device with fp16."""
+        """Return the state, with the data position after the last batch used. With fp16, waits for the device."""
         self.state.per_rank = {"data": self.loader.state_dict()}
         if self.updater.loss_scale is not None:
             self.shared["loss_scale"] = self.updater.loss_scale.state()
@@ -262,7 +260,7 @@ class Run(Learner):
     manager: CheckpointManager
     held_out: list[HeldOut]
     floor: Floor | None = None
-    """The least loss that any model can have on this data, where it is known. On the main rank alone."""
+    """The least loss that any model can have on this data, if it is known. None on other ranks than rank 0."""
 
     def probe(self) -> dict[str, float]:
         """Return statistics of the model on the last micro batch, and of the step's gradients. Collective."""

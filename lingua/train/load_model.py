@@ -1,4 +1,4 @@
-"""A model with weights loaded, outside of training."""
+"""Load a model with its weights outside of training."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lingua.train.describe import config_of, described, of_checkpoint
 
 
 class Loaded(NamedTuple):
-    """What `lingua.load` gives; the model is in eval mode."""
+    """A model from `lingua.load`, in eval mode, with its tokenizer and config."""
 
     model: nn.Module
     tokenizer: Tokenizer
     config: TrainArgs
 
     def generate(self, prompt: str, **keys: Any) -> str:
-        """Return what the model writes after a prompt. `keys`: those of `lingua generate`, such as max_gen_len=40."""
+        """Return the model's continuation of a prompt. `keys`: those of `lingua generate`, such as max_gen_len=40."""
         words = [f"{key}={json.dumps(value)}" for key, value in {"temperature": 0.8, **keys}.items()]
         args = compose(None, [], words, GeneratorArgs).args
         generator = named(self.config.objective, "generator")
@@ -58,7 +58,7 @@ def stored_dtype(path: str | Path) -> torch.dtype:
 
 
 def chosen_dtype(name: str, device: torch.device, stored: Callable[[], torch.dtype]) -> torch.dtype:
-    """Return the dtype that `generator.dtype` asks for; `stored` tells that of the weights."""
+    """Return the dtype that `generator.dtype` asks for; `stored` returns that of the weights."""
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" else stored()
@@ -67,9 +67,9 @@ def chosen_dtype(name: str, device: torch.device, stored: Callable[[], torch.dty
 def load_model(
     run_args: TrainArgs, ckpt: str | Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, Tokenizer, str]:
-    """Return the model of `run_args` with the weights at `ckpt`, its tokenizer, and what was loaded from where.
+    """Return the model of `run_args` with the weights at `ckpt`, its tokenizer, and a description of what was loaded.
 
-    Memory: the model, and its largest tensor once more. Raises RunError for weights that do not fit.
+    Takes the memory of the model plus its largest tensor. Raises RunError for weights that do not fit.
     """
     run_args, tokenizer = of_checkpoint(run_args, ckpt), build_tokenizer(run_args.data.tokenizer)
     model = bare_model(run_args, tokenizer, device, dtype)
@@ -78,7 +78,7 @@ def load_model(
 
 
 def bare_model(run_args: TrainArgs, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return the model of `run_args`, whole and by itself, whose weights are to be filled in."""
+    """Return the whole model of `run_args` with uninitialized weights."""
     vocab_size = run_args.model.vocab_size if run_args.model.vocab_size > 0 else tokenizer.vocab_size
     if vocab_size < tokenizer.needed_size:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Reads each step's reduced numbers: logs, skips, halts or asks to go back, and notices a stop."""
+"""Act on each step's reduced numbers: log, skip, halt, rewind, or notice a stop."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _SAMPLE_LINES = 12  # shown; the file has all
 
 
 class NonFiniteError(RunError):
-    """Loss or gradient of a step is not finite, or a spike that may not be passed over again."""
+    """A step's loss or gradient is not finite, or is a spike beyond the limit of skips or rewinds."""
 
 
-class RewindAsked(Exception):  # noqa: N818 - no error: the loop goes on from there
-    """A step went wrong, and the config says to go back to before it. Raised by all ranks at once."""
+class RewindAsked(Exception):  # noqa: N818 - not an error: the loop continues after it
+    """A step went wrong, and the config says to go back to before it. All ranks raise this at the same step."""
 
     def __init__(self, step: int, why: str) -> None:
         super().__init__(why)
@@ -42,7 +42,7 @@ class RewindAsked(Exception):  # noqa: N818 - no error: the loop goes on from th
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What the host knows of a step while the device still computes it."""
+    """Facts about a step that the host knows while the device still computes it."""
 
     step: int
     lr: float
@@ -52,7 +52,7 @@ class StepFacts:
 
 
 class StepMonitor:
-    """Reads each step's sums over ranks: loss, gradient norm, whether it went wrong, to stop, what to profile."""
+    """Reads each step's sums over ranks: loss, gradient norm, errors, and requests to stop, save or profile."""
 
     def __init__(
         self,
@@ -65,13 +65,13 @@ class StepMonitor:
         startup: StartUp,
     ) -> None:
         self.stop = False
-        """A rank has been asked to stop: the same answer on all ranks after the same step."""
+        """A rank has been asked to stop; set on all ranks after the same step."""
         self.save = False
-        """A rank has been asked for a checkpoint and to go on; likewise."""
+        """A rank has been asked to save a checkpoint and go on; set likewise."""
         self.save_asked = save_asked
         self._startup = startup
         self._unreported: dict[str, float] = {}
-        """Metrics for the next report alone."""
+        """Metrics for the next report only."""
         self.meter = meter
         self.progress = progress
         self.profiler = profiler
@@ -81,17 +81,17 @@ class StepMonitor:
         self._losses: list[float] = []
         """Of the steps since the last report."""
         self._recent: Recent = ()
-        """What `shared` has under RECENT, if the state need not have it."""
+        """Recent losses, with action `warn`; otherwise `shared` holds them under RECENT."""
         self._in_spike = False
         self._reduce: StepReduce[StepFacts] = StepReduce(run.world.device)
 
     def begin(self) -> None:
-        """Begin with the first step."""
+        """Note that the first step begins."""
         self.note("begun")
-        self._startup.leave_out()  # a validation before it
+        self._startup.leave_out()  # the time of a validation before it
 
     def submit(self, done: StepDone, stop_asked: bool) -> None:
-        """Start to sum a step's numbers over ranks, and act on the sums of the step before. Collective."""
+        """Start summing a step's numbers over ranks, and act on the sums of the previous step. Collective."""
         if not self._startup.is_over:
             self._end_startup()
         last_row = max(done.rows) + self._run.size.dp_size - 1
@@ -103,7 +103,7 @@ class StepMonitor:
         self.progress.advance(1)
 
     def _end_startup(self) -> None:
-        """Report what the start-up took, once the first step is done on the device too."""
+        """Report the duration of the startup, once the device has finished the first step too."""
         startup, device = self._startup, self._run.world.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -115,7 +115,7 @@ class StepMonitor:
             log.info("%s", startup)
 
     def catch_up(self) -> None:
-        """Act on the sums of the newest step too; waits for them."""
+        """Wait for the sums of the newest step and act on them."""
         self._read(self._reduce.result())
 
     def _read(self, reduced: tuple[StepFacts, dict[str, float]] | None) -> None:
@@ -140,7 +140,7 @@ class StepMonitor:
             log.info("step %d overflowed at loss scale %g: halved; the optimizer did not move", facts.step, scale)
         elif sums["unmoved"] > 0:
             self._skip_or_halt(facts, means["loss/out"], means["optim/grad_norm"], self._run.args.optim.on_nonfinite)
-        elif not math.isfinite(loss_sum):  # only a loss that does not depend on the parameters can do that
+        elif not math.isfinite(loss_sum):  # possible only for a loss that does not depend on the parameters
             raise NonFiniteError(f"step {facts.step}: the loss is {loss_sum}, although its gradient is finite")
         else:
             self._skips_in_a_row = 0
@@ -152,7 +152,7 @@ class StepMonitor:
             raise RewindAsked(facts.step, spike)
 
     def _judge(self, facts: StepFacts, loss: float) -> str | None:
-        """Remember the loss of a step that moved the optimizer; return why the run must go back, or None."""
+        """Record the loss of an updated step; return why the run must go back, or None."""
         shared, args = self._run.shared, self._run.args.optim.on_spike
         recent = self._recent if args.action == "warn" else shared.get(RECENT, ())
         limit = spike_limit(recent, facts.step, args, self._run.phase.first)
@@ -170,7 +170,7 @@ class StepMonitor:
         return None
 
     def forget(self) -> None:
-        """Forget the steps after the one that went wrong; what ranks were asked for meanwhile stays. Collective."""
+        """Discard the steps after the one that went wrong, but keep requests made meanwhile. Collective."""
         late = self._reduce.result()
         if late is not None:
             self.profiler.read(late[1])
@@ -178,14 +178,14 @@ class StepMonitor:
         self._skips_in_a_row, self._in_spike, self._losses = 0, False, []
 
     def rewound(self) -> None:
-        """Begin anew at the present step, to which the run went back."""
+        """Restart meter and progress at the step to which the run went back."""
         run, passed = self._run, self._run.shared[PASSED][-1]
         self.meter.start(run.step)
         self.progress.begin(run.args.name, run.size.n_steps, "steps", done=run.step)
         self.note("rewind", wrong_step=passed["step"], rows=passed["rows"], why=passed["why"])
 
     def note_stop(self, agreed: bool) -> None:
-        """`agreed`: by all ranks, to stop."""
+        """Note a stop, if all ranks have `agreed` to it."""
         if agreed and not self.stop:
             self.stop = True
             if self._metrics is not None:
@@ -193,7 +193,7 @@ class StepMonitor:
             log.info("asked to stop: saving after this step (a second Ctrl-C would leave without saving)")
 
     def report_validation(self, losses: dict[str, float] | None) -> dict[str, float]:
-        """Held-out losses at the present step, handed through. None: all ranks agreed to stop instead."""
+        """Log held-out losses at the current step and return them. None means that all ranks agreed to stop instead."""
         if losses is None:
             self.note_stop(True)
             return {}
@@ -205,7 +205,7 @@ class StepMonitor:
         return losses
 
     def report_sample(self, text: str | None) -> None:
-        """Say and note how the model continues the run's prompt at the present step. None: there was no room for it."""
+        """Log a continuation of the run's prompt at the current step; None if no sample could be made."""
         prompt = self._run.args.sample_prompt
         if self._metrics is not None and text is not None:
             lines = f"{prompt}{text}".splitlines()[:_SAMPLE_LINES]
@@ -213,9 +213,9 @@ class StepMonitor:
             self._metrics.log_sample({"global_step": self._run.step, "prompt": prompt, "text": text})
 
     def report_save(self, report: SaveReport) -> None:
-        """Note how a save went."""
+        """Record the outcome of a save."""
         if not report.seconds:
-            return  # it was there already
+            return  # the checkpoint existed already
         cost = {"seconds": report.seconds, "bytes": report.size_bytes, "synchronous": report.synchronous}
         if report.staged:
             self.note("staged", **cost)
@@ -225,12 +225,12 @@ class StepMonitor:
             self.note("published", **({} if report.staged else cost))
 
     def note(self, event: str, **facts: Any) -> None:
-        """Write what happened at the present step, for `lingua report`."""
+        """Record an event at the current step, for `lingua report`."""
         if self._metrics is not None:
             self._metrics.log_checkpoint({"global_step": self._run.step, "event": event, **facts})
 
     def report_probe(self, statistics: dict[str, float]) -> None:
-        """Note what a probe saw in the step that is about to end."""
+        """Record the statistics of a probe of the step in progress."""
         if self._metrics is not None:
             self._metrics.log_probe({"global_step": self._run.step + 1, **statistics})
 

@@ -1,4 +1,4 @@
-"""Finds what `lingua replay` needs of a run: which attempt trained a step, with which config, from which checkpoints.
+"""Find what `lingua replay` needs: which attempt trained a step, with which config, from which checkpoints.
 
 If a step was trained several times, the newest attempt that trained it counts.
 """
@@ -29,18 +29,18 @@ class Past:
     """Folder of its checkpoints."""
     newest_attempt: int
     freq: int
-    """Steps between two lines of the metrics."""
+    """Steps between lines of the metrics."""
     records: Sequence[Mapping[str, Any]] = ()
     published: Mapping[int, int] = field(default_factory=dict)
     """Step -> the attempt that saved it."""
     ended_at: int = 0
-    """Updates done when the newest attempt ended, as far as is known."""
+    """Step at which the newest attempt ended, as far as is known."""
     last_words: str = ""
     """Message of the newest attempt's failure."""
 
     @cached_property
     def by_step(self) -> dict[int, list[Mapping[str, Any]]]:
-        """The lines of each step, ordered by attempt."""
+        """Lines of the metrics by step, ordered by attempt."""
         found: dict[int, list[Mapping[str, Any]]] = {}
         for record in sorted(self.records, key=lambda record: record["incarnation"]):
             found.setdefault(record["global_step"], []).append(record)
@@ -48,15 +48,15 @@ class Past:
 
     @property
     def reached(self) -> int:
-        """The last step that can have been trained: one that failed is in no line and in no checkpoint."""
+        """The last step that may have been trained; a step that failed is in neither metrics nor checkpoints."""
         lines = [record["global_step"] + self.freq for record in self.records]
         return max([*lines, *(step + self.freq for step in self.published), self.ended_at + 1, self.freq])
 
     def attempt_of(self, step: int) -> int:
-        """Return the newest attempt that reported a step; if none did, the newest that can have trained it.
+        """Return the newest attempt that reported a step; if none did, the newest that may have trained it.
 
-        That need not be the attempt whose work counts (`limits_of` in history.py): what came after the checkpoint that
-        a newer attempt went back to does not count.
+        That need not be the attempt whose work counts (`limits_of` in history.py): steps after the checkpoint from
+        which a newer attempt resumed do not count.
         """
         if step in self.by_step:
             return self.by_step[step][-1]["incarnation"]
@@ -67,25 +67,25 @@ class Past:
         return max(by, default=self.newest_attempt)
 
     def reported(self, step: int, attempt: int) -> Mapping[str, Any] | None:
-        """Return what an attempt reported of a step."""
+        """Return an attempt's line for a step."""
         return next((record for record in self.by_step.get(step, ()) if record["incarnation"] == attempt), None)
 
     def on_the_way(self, step: int, attempt: int) -> Mapping[str, Any] | None:
-        """Return what `attempt` reported of a step, or the last attempt before it that trained the step."""
+        """Return the line for a step of `attempt`, or of the last earlier attempt that trained the step."""
         return next((r for r in reversed(self.by_step.get(step, ())) if r["incarnation"] <= attempt), None)
 
     def before(self, step: int, attempt: int) -> list[int]:
-        """Return the published steps from which this attempt can have reached `step`, the nearest first."""
+        """Return the published steps from which this attempt may have reached `step`, the nearest first."""
         return sorted((s for s, by in self.published.items() if s < step and by <= attempt), reverse=True)
 
     def config_of(self, attempt: int) -> Path:
-        """Return the config of an attempt: config.<n>.yaml is that of the last attempt before a change."""
+        """Return the config of an attempt: config.<n>.yaml belongs to the last attempt before a change."""
         kept = kept_configs(self.run_dir)
         return next((path for number, path in kept.items() if number >= attempt), self.run_dir / CONFIG_FILE)
 
 
 def read_past(run: Path) -> Past:
-    """Read a run folder. Raises RunError if it is none."""
+    """Read a run folder. Raises RunError if it is not one."""
     run_dir = find_run(run)
     facts = read_run(run_dir)
     lines = read_metrics(run_dir / METRICS_FILE)
@@ -106,7 +106,7 @@ def read_past(run: Path) -> Past:
 
 
 def check_step(past: Past, step: int, n_steps: int) -> None:
-    """Raise ConfigError for a step that the run does not have, or not yet."""
+    """Raise ConfigError for a step that the run does not have or has not reached."""
     if step > n_steps:
         raise ConfigError(f"--step {step}: {past.run_dir} has {n_steps} steps; choose one of them")
     if step > past.reached:
@@ -116,7 +116,7 @@ def check_step(past: Past, step: int, n_steps: int) -> None:
 
 
 def nothing_before(past: Past, step: int, attempt: int) -> ConfigError:
-    """Return the error that no checkpoint before a step is left."""
+    """Return the error for a step without a checkpoint before it."""
     there = lookup.some_steps(sorted(past.published))
     whose = f" that attempt {attempt} can have used" if any(s < step for s in past.published) else ""
     return ConfigError(

@@ -1,7 +1,7 @@
-"""Phases of a run: which config and sizes hold for which updates, resolved before anything is built. Torch-free.
+"""Resolve the phases of a run before anything is built: which config and sizes hold for which steps. Torch-free.
 
-Every rank computes the same list from the config alone, so all switch at the same step, and the step of a checkpoint
-says which phase goes on. A run without `phases` is one phase.
+Every rank computes the same list from the config alone, so all switch at the same step, and a checkpoint's step
+determines its phase. A run without `phases` is one phase.
 
     updates done    0 ........ 900 ..... 1000 ............. 3000
     phase           main       anneal    long
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 
 
 def number_at(phases: Sequence[Phase], step: int) -> int:
-    """Return which phase does update step + 1; after the last step of all, the last one."""
+    """Return the index of the phase of update step + 1; after the last step, that of the last phase."""
     return next((i for i, phase in enumerate(phases) if step < phase.last), len(phases) - 1)
 
 
 def number_of(phases: Sequence[Phase], step: int) -> int:
-    """Return which phase did update `step`, or does the first one."""
+    """Return the index of the phase of update `step`; for step 0, that of the first phase."""
     return next((i for i, phase in enumerate(phases) if step <= phase.last), len(phases) - 1)
 
 
 def switch_at(phases: Sequence[Phase], step: int) -> Switch | None:
-    """Return what changes in the data between update `step` and the next; None within a phase."""
+    """Return the change of the data between update `step` and the next, or None within a phase."""
     number = number_at(phases, step)
     return Switch(phases[number - 1].args.data, phases[number].fresh) if number > number_of(phases, step) else None
 
 
 def parts_in(args: TrainArgs, frozen: Mapping[str, Any], first_row: int) -> list[Part]:
-    """Return the parts of a run whose config is frozen, for whoever reads its rows again. Raises ConfigError."""
+    """Return the parts of a run with a frozen config, to read its rows again. Raises ConfigError."""
     from lingua.data.audit import Part  # numpy
     from lingua.data.sources import with_default_sources
 
@@ -71,7 +71,7 @@ def parts_in(args: TrainArgs, frozen: Mapping[str, Any], first_row: int) -> list
 
 
 def frozen_phases(phases: Sequence[Phase]) -> dict[str, Any]:
-    """Return what the frozen config says of phases, with exact steps and rows per step."""
+    """Return the frozen config's keys about phases, with exact steps and rows per step."""
     if phases[0].written is None:
         return {}
     listed = []
@@ -85,16 +85,16 @@ def frozen_phases(phases: Sequence[Phase]) -> dict[str, Any]:
 
 
 def kept_steps(args: TrainArgs, phases: Sequence[Phase]) -> list[int]:
-    """Return checkpoint.steps with the steps at which phases end."""
+    """Return checkpoint.steps plus the steps at which phases end."""
     given, end = args.checkpoint.steps, phases[-1].last
     chosen = [1 << n for n in range(end.bit_length())] if given == "log2" else given
     return sorted({*chosen, *(phase.last for phase in phases)})
 
 
 def cut(args: TrainArgs, base: Resolved, world_size: int, frozen: Mapping[str, Any], found: Study) -> list[Phase]:
-    """Return the phases of a run; `found` gets what is wrong with them. `base`: sizes of the config itself.
+    """Return the phases of a run; errors go to `found`. `base`: sizes of the config without phases.
 
-    `frozen`: the config of the run's first attempt, whose rows per step stay.
+    `frozen`: the config of the run's first attempt, whose rows per step are kept.
     """
     if not args.phases:
         return [Phase(args, base, 0, base.n_steps)]
@@ -139,7 +139,7 @@ def cut(args: TrainArgs, base: Resolved, world_size: int, frozen: Mapping[str, A
 
 
 def lr_jumps(phases: Sequence[Phase]) -> Iterator[Finding]:
-    """Yield where the learning rate changes by more than a factor of 2 between two phases, unless it warms up."""
+    """Yield changes of the learning rate by more than a factor of 2 between phases, except for warmup."""
     for before, phase in pairwise(phases):
         was, now = before.lr_at(phase.first - 1), phase.lr_at(phase.first)
         warms_up = phase.first - (phase.span or (0, 0))[0] < phase.args.optim.warmup
@@ -195,7 +195,7 @@ def _with_changes(args: TrainArgs, written: PhaseArgs, base: Resolved) -> TrainA
 
 
 def _check(own: TrainArgs, args: TrainArgs, written: PhaseArgs, names: Sequence[str]) -> None:
-    """Raise ConfigError for what only a phase can have wrong."""
+    """Raise ConfigError for errors that only a phase can have."""
     problems, changes = [], written.changes
     if written.name in names:
         problems.append("an earlier phase has this name; choose another")

@@ -1,8 +1,8 @@
 """`lingua recipe`: a complete config from a number of parameters, each value with the rule behind it. Torch-free.
 
-The rules stand here alone: `best_rate` and `best_batch` (Step Law), `WIDTH_PER_LAYER` for the shape. A power law in
-parameters and tokens, and not µP: µP carries a rate from one width to another, but asks for a sweep first, changes
-initial values and rates of single matrices, and says nothing about the batch or the length of the run.
+All rules are here: `best_rate` and `best_batch` (Step Law), `WIDTH_PER_LAYER` for the shape. The law is a power law in
+parameters and tokens, not µP: µP transfers a rate from one width to another, but needs a sweep first, changes initial
+values and rates of single matrices, and says nothing about the batch or the length of the run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAW = "Step Law, arXiv 2503.04715"
 _SHAPE = "about 96 of width per layer, GPT-3's 64 (125M) to 128 (6.7B), arXiv 2005.14165, table 2.1"
 _CHINCHILLA = "20 tokens per parameter, Chinchilla, arXiv 2203.15556"
 _FEWEST, _MOST = 19, 466
-"""Tokens per parameter that the law was measured with, on 215M to 1.07B parameters without embeddings."""
+"""Range of tokens per parameter in which the law was measured, for 215M to 1.07B parameters without embeddings."""
 _SMALLEST_BEST = 2.76e-3
 """The best rate of 215M with the fewest tokens: data/dense_lr_bs_loss.csv of github.com/step-law/steplaw."""
 _FULL = 0.8
@@ -52,7 +52,7 @@ _FREED = {
     "distributed.full_activation_checkpointing": False,
     "distributed.activation_memory_budget": None,
 }
-"""Keys that a config may set for other sizes, and what they are here."""
+"""Keys that a config may set for another size, and their values here."""
 
 
 class Choice(NamedTuple):
@@ -63,10 +63,10 @@ class Choice(NamedTuple):
 
 
 def best_rate(n_blocks: int, n_tokens: float) -> Choice:
-    """Return AdamW's peak rate for so many parameters without embeddings, trained on so many tokens.
+    """Return AdamW's peak rate for `n_blocks` parameters without embeddings, trained on `n_tokens`.
 
-    More tokens per parameter than the law was measured with raise the rate no further, and models that are smaller
-    get no more than was best for the smallest one.
+    The rate is capped at the most tokens per parameter in which the law was measured, and for smaller models at the
+    best rate of the smallest one measured.
     """
     law = 1.79 * n_blocks**-0.713 * min(n_tokens, _MOST * n_blocks) ** 0.307
     most = _SMALLEST_BEST * (min(max(n_tokens / n_blocks, _FEWEST), _MOST) / _FEWEST) ** 0.307
@@ -75,17 +75,17 @@ def best_rate(n_blocks: int, n_tokens: float) -> Choice:
 
 
 def best_batch(n_tokens: float) -> float:
-    """Return the tokens of a step for a run of so many tokens."""
+    """Return the tokens per step for a run of `n_tokens`."""
     return 0.58 * n_tokens**0.571
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the recipe is to train."""
+    """The machine that the recipe is for."""
 
     n_ranks: int
     gpu: str | None
-    """A name in the table of peaks; None: this machine's CPU."""
+    """A name in the table of peaks, or None for this machine's CPU."""
 
     @property
     def n_nodes(self) -> int:
@@ -101,7 +101,7 @@ class Machine:
         return _FULL * peak.memory_gib * 2**30
 
     def layouts(self) -> Iterator[dict[str, Choice]]:
-        """Yield ways to spread the run, the fastest first."""
+        """Yield layouts of the run, the fastest first."""
         recomputed = {"distributed.full_activation_checkpointing": Choice(True, "or activations do not fit")}
         for more in ({}, recomputed):
             yield {"distributed.fsdp_type": Choice("no_shard", "a copy fits each GPU"), **more}
@@ -115,13 +115,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config that passed the check of every start, and why its values are what they are."""
+    """A config that passed the check of every start, with the reason for each value."""
 
     checked: Checked
     tree: dict[str, Any]
     """The keys that are set."""
     sources: dict[str, str]
-    """By key: the rule, or where else the value comes from."""
+    """By key: the rule, or another origin of the value."""
     figures: list[Fact]
 
     def record(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def report(line: CommandLine, params: str, tokens: str, gpus: str, mfu: float, a
 
 
 def recipe(line: CommandLine, params: str, tokens: str = "20x", gpus: str = "h200", mfu: float = 0.4) -> Recipe:
-    """Return the recipe for a number of parameters; what the command line sets goes before the rules."""
+    """Return the recipe for a number of parameters; the command line takes precedence over the rules."""
     wanted, machine = amount("--params", params, most=1e12), machine_of(gpus)
     per_parameter = tokens.lower().endswith("x")
     many = amount("--tokens", tokens[:-1], 0.001) if per_parameter else amount("--tokens", tokens)
@@ -200,13 +200,13 @@ def amount(option: str, text: str, least: float = 1, most: float = 1e15, such: s
 
 
 def _freed(own: Composed[TrainArgs]) -> dict[str, Any]:
-    """Return the keys that a config sets for another size, with what they are here; what was typed stays."""
+    """Return the keys that a config sets for another size, with their values here; typed keys stay."""
     marks = {key: own.marks.get(tuple(key.split("."))) for key in _FREED}
     return {key: value for key, value in _FREED.items() if marks[key] not in (None, COMMAND_LINE)}
 
 
 def shaped(own: Composed[TrainArgs], wanted: float) -> LlamaArgs:
-    """Return the model with the shape whose parameters, embeddings included, come closest to a number."""
+    """Return the model whose number of parameters, embeddings included, is closest to `wanted`."""
     model = own.args.model
     if not isinstance(model, LlamaArgs) or model.type != "llama":
         raise ConfigError(f"model.type is {model.type}, but the rules were measured on llama; leave model.type out")
@@ -300,9 +300,9 @@ def _fit(
 
 
 def _typed(line: CommandLine, choices: Mapping[str, Choice]) -> CommandLine:
-    """Return a command line with the choices before what was typed, which so goes before the rules.
+    """Return a command line with the choices first, so that typed keys override them.
 
-    A run that has the config's name already does not bind the recipe: its folder is none that exists.
+    The run folder is one that does not exist, so that an existing run of that name does not bind the recipe.
     """
     nowhere = f"dump_dir=out/.recipe-{os.getpid()}"
     chosen = [f"{key}={orjson.dumps(choice.value).decode()}" for key, choice in choices.items()]
@@ -312,7 +312,7 @@ def _typed(line: CommandLine, choices: Mapping[str, Choice]) -> CommandLine:
 def _written(
     line: CommandLine, own: Composed[TrainArgs], choices: Mapping[str, Choice], machine: Machine, mfu: float
 ) -> Recipe:
-    """Check the whole config and gather what is set, its sources, and the figures."""
+    """Check the whole config and collect the keys that are set, their sources and the figures."""
     checked = load(_typed(line, choices), machine.n_ranks)
     chosen = {tuple(key.split(".")): choice.why for key, choice in choices.items()}
     origins = {key: str(origin) for key, origin in own.marks.items()}

@@ -1,12 +1,12 @@
-"""`lingua replay RUN --step N`: a step of a run computed again, on one device, from the checkpoint before it.
+"""`lingua replay RUN --step N`: recompute a step of a run on one device, from the checkpoint before it.
 
-The run folder is only read (no lock, no pin, no file), so a colleague's run can be replayed. The config is that of the
+The run folder is only read (no lock, no pin, no file), so you can replay a colleague's run. The config is that of the
 attempt that trained the step; rows per step stay, so accumulation is derived for one device. A deterministic run of one
-process in fp32 gives the loss and gradient norm that it reported, to the last bit; other layouts, devices and types
-round differently. The step's own update is not done: parameters are those with which it was computed.
+process in fp32 gives the reported loss and gradient norm to the last bit; other layouts, devices and types round
+differently. The step's own update is not applied.
 
-Replay loads the checkpoint, trains the steps between it and N, and computes step N once whole and once row by row (with
-`gradients`, or if only the gradient is not finite, backward too).
+Replay loads the checkpoint, trains the steps between it and N, and computes step N once whole and once row by row
+(also backward with `gradients`, or if only the gradient is not finite).
 
 Letters: B rows of a micro step, S positions, G rows of a step.
 """
@@ -54,22 +54,22 @@ from lingua.train.sizes import Phase, Resolved
 
 log = logging.getLogger(__name__)
 
-# One process has no ranks to spread over; rows are read where and when they are needed.
+# Replay has one process, and reads rows in place when it needs them.
 _ALONE = {
     "distributed.dp_replicate": "null",
     "distributed.dp_shard": "null",
     "distributed.tp_size": "1",
     "distributed.fsdp_type": "no_shard",
-    "distributed.detect_anomaly": "false",  # ends at the first NaN, which is what is looked for
+    "distributed.detect_anomaly": "false",  # would end at the NaN that replay looks for
     "data.load_async": "false",
     "data.stage_to": "null",
-    "data.max_bad_fraction": "1.0",  # bad lines were judged by the run
+    "data.max_bad_fraction": "1.0",  # the run has judged bad lines already
 }
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a run reports of a step. None: it was not finite, or not reported."""
+    """What a run reports of a step; None if it was not finite or not reported."""
 
     loss: float | None
     grad_norm: float | None
@@ -78,14 +78,14 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Way:
-    """The steps between the checkpoint and step N, against what was reported of them."""
+    """The steps between the checkpoint and step N, compared with what the run reported."""
 
     n_steps: int
     n_compared: int = 0
     n_equal: int = 0
-    """To the last bit."""
+    """Steps whose loss is equal to the last bit."""
     largest_difference: float = 0.0
-    """Of the losses, relative."""
+    """Largest relative difference of a loss."""
     at_step: int | None = None
 
 
@@ -108,7 +108,7 @@ class ReplayedRow:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A step as it came out here, and as it was reported."""
+    """A step as computed here and as reported."""
 
     run: str
     step: int
@@ -117,7 +117,7 @@ class Replayed:
     changes: list[str]
     """Overrides of the config."""
     checkpoint: int | None
-    """None: from where the run began."""
+    """None: the start of the run."""
     device: str
     rows_per_step: int
     micro_steps: int
@@ -126,9 +126,9 @@ class Replayed:
     reported: Numbers | None
     finite: bool
     first_bad_micro_step: int | None
-    """From 0. None: all is finite."""
+    """Counted from 0. None: all are finite."""
     bad_parameters: list[str]
-    """Not finite before the step already."""
+    """Parameters that were not finite even before the step."""
     groups: dict[str, float]
     """Gradient norm by layer, before clipping."""
     rows: list[ReplayedRow]
@@ -137,7 +137,7 @@ class Replayed:
 
     @property
     def is_same(self) -> bool | None:
-        """Whether loss and gradient norm are those reported, to the last bit; None: nothing was reported."""
+        """Whether loss and gradient norm equal the reported ones to the last bit; None if nothing was reported."""
         if self.reported is None:
             return None
         return (self.here.loss, self.here.grad_norm) == (self.reported.loss, self.reported.grad_norm)
@@ -155,10 +155,10 @@ def replay(
     words: Sequence[str] = (),
     gradients: bool = False,
 ) -> Replayed:
-    """Compute step N (`global_step` of the metrics, from 1) again. Raises ConfigError or RunError.
+    """Recompute step N (`global_step` of the metrics, from 1). Raises ConfigError or RunError.
 
-    `start`: which start's step; `origin`: the checkpoint to begin with, 0: where the run began; `words`: overrides on
-    top of the run's config; `gradients`: each row's gradient norm too.
+    `start`: the attempt whose step is meant; `origin`: the checkpoint to begin with, 0 for the start of the run;
+    `words`: overrides of the run's config; `gradients`: compute each row's gradient norm too.
     """
     past = read_past(run)
     start = past.attempt_of(step) if start is None else start
@@ -227,12 +227,12 @@ def _numbers(record: Mapping[str, Any]) -> Numbers:
 
 
 def _badness(row: ReplayedRow) -> tuple[bool, float]:
-    """Sorts rows that are not finite to the front, then by loss."""
+    """Return a sort key: rows that are not finite first, then by falling loss."""
     return row.is_finite, -row.loss if math.isfinite(row.loss) else -math.inf
 
 
 def find_checkpoint(past: Past, args: TrainArgs, step: int, start: int, origin: int | None) -> Checkpoint | None:
-    """Return the last checkpoint before `step` that verifies; None: the run's start. Raises ConfigError or RunError."""
+    """Return the last valid checkpoint before `step`, None for the start of the run. Raises ConfigError or RunError."""
     there = past.before(step, start)
     if origin is not None and origin not in (0, *there):
         raise ConfigError(f"--from {origin}: no checkpoint to come to step {step} from; there are 0 and {there}")
@@ -249,7 +249,7 @@ def find_checkpoint(past: Past, args: TrainArgs, step: int, start: int, origin: 
 
 
 def _none_was_due(args: TrainArgs, step: int) -> bool:
-    """Return whether the config asks for no checkpoint between where the run began and `step`."""
+    """Return whether the config asks for no checkpoint between the start of the run and `step`."""
     wants = args.checkpoint
     first = 0
     if wants.init_ckpt_path and wants.continue_training_from_init and "step" not in wants.reset:
@@ -258,7 +258,7 @@ def _none_was_due(args: TrainArgs, step: int) -> bool:
 
 
 def tell_other_starts(past: Past, step: int, start: int, checkpoint: Checkpoint | None) -> None:
-    """Say so where steps on the way were trained with another config than step N."""
+    """Warn if steps on the way were trained with another config than step N."""
     begin_at = 0 if checkpoint is None else checkpoint.step or 0
     own = read_config(past.config_of(start))
     for other in sorted({past.attempt_of(s) for s in range(begin_at + 1, step)} - {start}):
@@ -279,7 +279,7 @@ def load(
     restorer: Restorer,
     stack: ExitStack,
 ) -> Learner:
-    """Everything as it was after the checkpoint, or where the run began."""
+    """Build the learner as it was after the checkpoint, or at the start of the run."""
     tokenizer = build_tokenizer(args.data.tokenizer)
     state: TrainState = build_state(args, phases[0].size, world)
     if checkpoint is None:
@@ -309,7 +309,7 @@ def load(
 
 
 def go(learner: Learner, past: Past, start: int, last: int, restorer: Restorer) -> Way:
-    """Train up to and including step `last`, as the run did."""
+    """Train as the run did, up to and including step `last`."""
     first = learner.step
     if last > first:
         log.info("training %d steps to get to step %d", last - first, last + 1)
@@ -337,7 +337,7 @@ def go(learner: Learner, past: Past, start: int, last: int, restorer: Restorer) 
 
 
 def compare(n_steps: int, found: Sequence[tuple[int, float, float]]) -> Way:
-    """`found`: (step, loss here, loss reported)."""
+    """Summarize the comparison of steps. `found`: (step, loss here, loss reported)."""
     if not found:
         return Way(n_steps)
     apart = {step: relative_difference(here, there) for step, here, there in found}
@@ -351,7 +351,7 @@ def relative_difference(value: float, other: float) -> float:
 
 
 def take_apart(learner: Learner) -> tuple[list[MicroBatch], float, float, int | None]:
-    """Run the step without its update: (its micro batches, loss, gradient norm, first micro step not finite)."""
+    """Compute the step without its update; return (micro batches, loss, gradient norm, first bad micro step)."""
     taken, first_bad, batches = [], None, learner.batches()
     for number in range(learner.size.grad_acc_steps):
         taken.append(next(batches))
@@ -370,8 +370,8 @@ def row_by_row(
     watched: bool,
     backward: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, facts) of each row of the step, each alone in its pass."""
-    compiled = learner.args.distributed.compile  # single rows would compile again, and hide their insides
+    """Yield (row number, facts) for each row of the step, each in a pass of its own."""
+    compiled = learner.args.distributed.compile  # single rows would compile again, and hide the modules
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager") if compiled else nullcontext())
         watch = stack.enter_context(first_nonfinite(learner.model)) if watched else Watch()
@@ -413,6 +413,6 @@ def _named(watch: Watch, loss: float, grad_norm: float | None) -> str | None:
 def origins_of(
     args: TrainArgs, size: Resolved, first_row: int, step: int, state_before: dict[str, Any]
 ) -> dict[int, list[SpanOrigin]]:
-    """Return where each row of the step comes from; `state_before`: the loader's after step N - 1."""
+    """Return the origin of each row of the step; `state_before`: the loader's state after step N - 1."""
     states = {step - 1: state_before} if step > 1 else {}
     return dict(rows_of_step(args.data, size.lanes, size.rows_per_step, states, step, first_row=first_row))

@@ -1,9 +1,9 @@
-"""Take a run back to the checkpoint before a step that went wrong, and past the rows of that step.
+"""Take a run back to the checkpoint before a step that went wrong, and skip the rows of that step.
 
-What happens depends on the exact state alone: on losses that all ranks know, and on the rows that were passed over
-before, both part of each checkpoint. So nothing needs to be written at the moment of a rewind. A run that is killed in
-the middle resumes from a checkpoint before the step, meets the same loss and decides the same. From whichever
-checkpoint it comes, the run goes on as if `data.skip_rows` had named these rows from the beginning.
+A rewind depends only on the exact state: losses that all ranks know, and the rows skipped so far, both part of each
+checkpoint. So nothing needs to be written at the moment of a rewind. A run that is killed in the middle resumes from a
+checkpoint before the step, sees the same loss and decides the same. From whichever checkpoint it resumes, the run goes
+on as if `data.skip_rows` had named these rows from the beginning.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 def rewind(run: Run, asked: RewindAsked) -> None:
-    """Restore the newest checkpoint before the step that went wrong; its rows are left out from now on. Collective.
+    """Restore the newest checkpoint before the step that went wrong, and skip its rows from now on. Collective.
 
-    Raises NonFiniteError if there is no such checkpoint, or if that happened too often.
+    Raises NonFiniteError if there is no such checkpoint, or after too many rewinds.
     """
     args, live = run.args.optim.rewind, run.shared
     passed = live.get(PASSED, [])

@@ -1,4 +1,4 @@
-"""Continues the run's prompt while it trains, so that a person can read what it has learnt (`samples.jsonl`)."""
+"""Continue the run's prompt during training, so that people can read what it has learned (`samples.jsonl`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lingua.train.load_model import bare_model, chosen_dtype
 log = logging.getLogger(__name__)
 
 SAMPLING = GeneratorArgs(temperature=0.7, top_k=40, max_gen_len=256)
-"""No top_p: its sum has no deterministic kernel on a GPU."""
+"""Uses no top_p: its sum has no deterministic kernel on a GPU."""
 
 
 def check_prompt(run: Run, prompt: str) -> None:
-    """Raise ConfigError for a prompt that the tokenizer cannot begin with, before the run trains."""
+    """Raise ConfigError for a prompt that cannot be tokenized, before the run trains."""
     try:
         n_ids = len(run.tokenizer.encode(prompt, run.args.data.add_bos, False))
     except ValueError as error:
@@ -33,17 +33,17 @@ def check_prompt(run: Run, prompt: str) -> None:
 
 
 def continued(run: Run, prompt: str) -> str | None:
-    """Return what the model says after a prompt; None, with a warning, where rank 0 cannot compute it. Collective.
+    """Return the model's continuation of a prompt; None, with a warning, if rank 0 cannot compute it. Collective.
 
-    Rank 0 alone generates, with a whole copy of the weights, so the text is that of any layout up to rounding. The
-    model, random states and the position in the data do not change.
+    Only rank 0 generates, with a whole copy of the weights, so the text does not depend on the layout, up to rounding.
+    The model, random states and the position in the data do not change.
     """
     random_states = rng_state()
     try:
         return _continued(run, prompt)
     finally:
         restore_rng(random_states)
-        gc.collect()  # python's own collector is off in the loop
+        gc.collect()  # automatic collection is off in the loop
         if run.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -68,7 +68,7 @@ def _continued(run: Run, prompt: str) -> str | None:
         )
         try:
             (answer,) = generator.generate([prompt])
-        except RuntimeError as error:  # of memory, or of logits that are not finite: nothing that training needs
+        except RuntimeError as error:  # out of memory, or logits are not finite: training can go on
             log.warning("no sample at step %d: %s", run.step, error)
             return None
         return answer.text

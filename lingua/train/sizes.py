@@ -1,4 +1,4 @@
-"""Sizes of a run and of its phases: what the config leaves open, decided."""
+"""Derive the sizes of a run and of its phases that the config leaves open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_STEPS = 1000
 
 
 class Finding(NamedTuple):
-    """Something about a key (the first that it concerns)."""
+    """An error or warning about a key (the first one that it concerns)."""
 
     key: str
     text: str
@@ -25,7 +25,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Resolved:
-    """The sizes of a run: what the config leaves open, decided."""
+    """The sizes of a run."""
 
     world_size: int
     dp_replicate: int
@@ -44,12 +44,12 @@ class Resolved:
     vocab_size: int
     max_seqlen: int
     how_long: str
-    """Where n_steps comes from."""
+    """Origin of n_steps."""
     flops_per_token: float
     n_params: int
     n_params_non_embedding: int
     checkpoint_bytes: int
-    """fp32 parameters and the optimizer's state, to plan with: the few vectors of the blocks count as matrices."""
+    """Estimate for fp32 parameters and optimizer state; the few vectors of the blocks count as matrices."""
 
     @property
     def dp_size(self) -> int:
@@ -61,7 +61,7 @@ class Resolved:
 
     @property
     def tokens_per_rank_step(self) -> int:
-        """Tokens of a step on one data-parallel rank."""
+        """Tokens per step on one data-parallel rank."""
         return self.batch_size * self.grad_acc_steps * self.seq_len
 
     @property
@@ -69,14 +69,14 @@ class Resolved:
         return self.n_steps * self.tokens_per_step
 
     def frozen(self) -> dict[str, Any]:
-        """Return what the frozen config says in place of what was left open."""
+        """Return the frozen config's values of keys that were left open."""
         return {
             "steps": self.n_steps,
             "epochs": None,
             "total_flops": None,
             "global_batch_size": self.rows_per_step,
             "global_batch_tokens": None,
-            "grad_acc_steps": None,  # derived again, so that other GPUs may go on
+            "grad_acc_steps": None,  # derived again, so that the run can resume on other GPUs
             "data.lanes": self.lanes,
             "model.vocab_size": self.vocab_size,
             "model.max_seqlen": self.max_seqlen,
@@ -90,16 +90,16 @@ class Phase:
     args: TrainArgs
     size: Resolved
     first: int
-    """Updates done when it begins."""
+    """Number of updates before it."""
     last: int
-    """Updates done when it ends."""
+    """Its last update."""
     rows_before: int = 0
-    """Rows used when it begins, if the run began with row 0."""
+    """Rows used before it, if the run began with row 0."""
     tokens_before: int = 0
     span: tuple[int, int] | None = None
-    """Steps that the learning rate's schedule spans. None: those of the run."""
+    """Steps that the learning rate schedule spans. None: those of the run."""
     written: PhaseArgs | None = None
-    """None: the run has no phases."""
+    """Its section of the config. None: the run has no phases."""
 
     @property
     def name(self) -> str:
@@ -107,7 +107,7 @@ class Phase:
 
     @property
     def row_shift(self) -> int:
-        """Its update n uses the rows row_shift + [(n-1)*G, n*G)."""
+        """Shift of its rows: update n uses rows row_shift + [(n-1)*G, n*G)."""
         return self.rows_before - self.first * self.size.rows_per_step
 
     def rows_at(self, step: int) -> int:
@@ -124,7 +124,7 @@ class Phase:
 
     @property
     def fresh(self) -> list[str]:
-        """Names of the sources that begin with their first document."""
+        """Names of the sources that restart at their first document."""
         named = self.written.fresh if self.written is not None else False
         if isinstance(named, list):
             return list(named)
@@ -133,7 +133,7 @@ class Phase:
 
 @dataclass
 class Study:
-    """What is wrong and what is odd; `resolved` unless the sizes themselves are wrong."""
+    """Errors and warnings about a config, and its sizes unless they are wrong."""
 
     resolved: Resolved | None = None
     phases: list[Phase] = field(default_factory=list)
@@ -142,7 +142,7 @@ class Study:
 
 
 def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: Study) -> Resolved | None:
-    """Return the sizes of a run on `world_size` ranks, or None where they do not fit; `found` says why.
+    """Return the sizes of a run on `world_size` ranks, or None if they do not fit; `found` gets the errors.
 
     `frozen`: the config of the run's first attempt, whose rows per step and lanes stay; empty in a first attempt.
     """
@@ -184,7 +184,7 @@ def sizes(args: TrainArgs, world_size: int, frozen: Mapping[str, Any], found: St
 
 
 def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], found: Study) -> int | None:
-    """G: as stated, as frozen, or B * grad_acc_steps * dp; None (and an error) when B * dp does not divide it."""
+    """Return G: as set, as frozen, or B * grad_acc_steps * dp; None, with an error, if B * dp does not divide it."""
     batch_size, micro_steps, stated = args.data.batch_size, args.grad_acc_steps, args.global_batch_size
     if (tokens := args.global_batch_tokens) is not None:
         problem = "global_batch_size is set, too; keep one" if stated else None
@@ -222,7 +222,7 @@ def _rows_per_step(args: TrainArgs, dp_size: int, frozen: Mapping[str, Any], fou
 
 
 def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
-    """Return the batch sizes closest to `near`, one on each side, that go into G on this many ranks."""
+    """Return the batch sizes closest to `near`, one on each side, that divide G on this many ranks."""
     if rows % dp_size:
         return []
     fits = [b for b in range(1, rows // dp_size + 1) if rows // dp_size % b == 0]
@@ -230,7 +230,7 @@ def _divisors(rows: int, dp_size: int, near: int) -> list[int]:
 
 
 def model_vocab_size(args: TrainArgs, found: Study) -> int:
-    """V: the model's own, else the tokenizer's, else what its name lets assume."""
+    """Return V: the model's, else the tokenizer's, else the one assumed from the tokenizer's name."""
     vocab_size, needed = _tokenizer_vocab_size(args.data.tokenizer)
     stated = args.model.vocab_size
     if 0 < stated < needed:
@@ -242,7 +242,7 @@ def model_vocab_size(args: TrainArgs, found: Study) -> int:
 
 
 def _tokenizer_vocab_size(args: TokenizerArgs) -> tuple[int, int]:
-    """(vocabulary, how much of it the model needs; 0 if the file is not here to be read)."""
+    """Return (vocabulary size, the size that the model needs at least; 0 if the file is not on this machine)."""
     if args.needs_file and not tokenizer_is_there(args):
         return assumed_vocab_size(args), 0
     tokenizer = build_tokenizer(args)
@@ -273,7 +273,7 @@ def _length(args: TrainArgs, tokens_per_step: int, flops_per_token: float, found
 
             tokens = estimate_tokens(args.data)
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and DiskError.of(error).may_pass:  # the run's length does not depend on it
+            if isinstance(error, OSError) and DiskError.of(error).may_pass:  # a transient error: try again
                 raise
             text = f"epochs needs the data to be counted, and {error}; assumed {DEFAULT_STEPS} steps"
             found.warnings.append(Finding("epochs", text))

@@ -1,7 +1,7 @@
-"""Opens the run folder for a checked config: ownership, the frozen config, metrics, and the first log lines.
+"""Open the run folder for a checked config: ownership, the frozen config, metrics, and the first log lines.
 
-`config.yaml` is the config that runs now, and `config.<attempt>.yaml` the one before a change. Only rank 0 writes;
-its errors are raised on all ranks.
+`config.yaml` is the current config, and `config.<attempt>.yaml` the one before a change. Only rank 0 writes; its errors
+are raised on all ranks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _SAMPLE_CORPUS = "the source of Python's standard library (python_stdlib)"
 
 @dataclass
 class RunFolder:
-    """An open run folder. `lock` is rank 0's; `is_new`: this start has made the folder."""
+    """An open run folder. `lock` is rank 0's; `is_new`: this attempt created the folder."""
 
     path: Path
     attempt: int
@@ -67,9 +67,9 @@ class RunFolder:
 def open_run_folder(
     checked: Checked, words: Sequence[str], world: World, refused: Callable[[], bool] = lambda: False
 ) -> Iterator[RunFolder]:
-    """Own the folder, write what describes this attempt, and log into it. Collective.
+    """Lock the folder, write the facts of this attempt, and log into it. Collective.
 
-    It is removed at the end if the start that made it was `refused`.
+    At the end, remove the folder if the attempt that created it was `refused`.
     """
     path = Path(checked.args.dump_dir)
     lock = RunLock(path, this_process(*this_job(os.environ))) if world.is_main else None
@@ -86,7 +86,7 @@ def open_run_folder(
         reserve_last_words(path)
         if not checked.waived:
             _freeze_config(path, checked, attempt)
-        # After the config: what the last attempt left may be the reason why this one is allowed to differ.
+        # After the config, since the last attempt's exit record may be why this config may differ.
         archive_exit_records(path, attempt - 1)
         note_run(path, code_named(checked.frozen), checked.composed.configs)
         command = ["-m", f"{checked.args.app}.train", *words]
@@ -129,10 +129,10 @@ def _facts(checked: Checked, world: World) -> dict[str, Any]:
 
 
 def settle_config(run: Run, checked: Checked, attempt: int) -> None:
-    """Freeze a config that only a run without a checkpoint may begin with, once it is sure that there is none.
+    """Freeze a config that is allowed only without a checkpoint, once it is certain that there is none. Collective.
 
-    Collective. Call after the run was built: a checkpoint that was only in the memory of other machines when the config
-    was checked is on the disk by now. Raises ConfigError, and then the config of the earlier attempt stays.
+    Call after the run was built: a checkpoint that was only in the memory of other machines when the config was checked
+    is on disk by now. If there is one, raises ConfigError and keeps the config of the earlier attempt.
     """
 
     def settle() -> None:
@@ -148,7 +148,7 @@ def settle_config(run: Run, checked: Checked, attempt: int) -> None:
 
 
 def _note_failure(log_file: logging.Handler, error: Exception) -> None:
-    """Into this rank's log file; the terminal hears of it by the exit."""
+    """Write the error to this rank's log file; the exit prints it on the terminal."""
     text, trace = f"ended by {type(error).__name__}: {error}", (type(error), error, error.__traceback__)
     log_file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), trace))
 
@@ -162,7 +162,7 @@ def _freeze_config(path: Path, checked: Checked, attempt: int) -> None:
 
 
 def use_embedded_corpus(*configs: TrainArgs) -> None:
-    """Train on the sample corpus where the config, or that of a phase, names no source."""
+    """Train on the sample corpus if the config, or that of a phase, names no source."""
     for args in configs:
         args.data = with_default_sources(args.data)
 
@@ -188,7 +188,7 @@ def start_metrics(run: Run, attempt: int, stack: ExitStack) -> MetricLogger | No
 
 
 def make_meter(args: TrainArgs, size: Resolved, world: World) -> Meter:
-    """Make the run's speedometer. A CPU has no data sheet to state MFU against."""
+    """Make the run's throughput meter. A CPU has no data-sheet peak, so it has no MFU."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     peak = None if name is None else find_peak(name)
     if name is not None and peak is None and world.is_main:
@@ -218,7 +218,7 @@ def _recomputed_flops(args: TrainArgs, world: World) -> float | None:
 
 
 def say_hello(run: Run, checked: Checked, meter: Meter, attempt: int) -> None:
-    """Say what runs, where, and what differs from the first attempt."""
+    """Log what runs, where, and what differs from the first attempt."""
     if not run.world.is_main:
         return
     size, device = run.size, run.world.device
@@ -258,7 +258,7 @@ def say_finished_already(run: Run) -> None:
 
 
 def _twice_as_long(run: Run) -> str:
-    """Return the words that let a finished run go on."""
+    """Return the command-line words that continue a finished run."""
     if run.phase.written is not None:
         return "--accept-change  (with one more phase in the config)"
     n_steps, begin = run.size.n_steps, run.shared.get("schedule_begin", 0)
@@ -267,10 +267,10 @@ def _twice_as_long(run: Run) -> str:
 
 
 def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after: dict[str, float]) -> None:
-    """Say how it went and what to type next."""
+    """Log the result and what to type next."""
     if not run.world.is_main:
         return
-    from lingua.report.watch import Losses, bars  # not needed before
+    from lingua.report.watch import Losses, bars
 
     folder = shlex.quote(str(run.run_dir))
     log.info(
@@ -289,7 +289,7 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
     if run.args.app != DEFAULT_APP and not any(word.startswith("app=") for word in given):
         given.append(f"app={run.args.app}")
     sample = run.args.sample_prompt
-    prompt = "" if sample is None else " " + shlex.quote(f"prompt={sample}")  # without one, it asks
+    prompt = "" if sample is None else " " + shlex.quote(f"prompt={sample}")  # without one, generate asks
     log.info(
         "next:\n  let it write\n    %s generate %s%s\n"
         "  train twice as long\n%s\n  look at the curves\n    %s report %s",
@@ -298,7 +298,7 @@ def say_goodbye(run: Run, words: Sequence[str], before: dict[str, float], after:
 
 
 def make_page(run_dir: Path) -> None:
-    """Make the page of a run that has ended, and say where it is."""
+    """Make the report page of a run that has ended, and log its path."""
     from lingua.report.facts import read_run  # pictures take seconds to import
     from lingua.report.history import read_history
     from lingua.report.page import write_report

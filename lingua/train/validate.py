@@ -1,4 +1,4 @@
-"""Held-out loss: nats per token and bits per byte, in training and in evaluations."""
+"""Compute held-out loss, in nats per token and bits per byte, in training and in evaluations."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class HeldOutLoss:
     n_skipped: int = 0
     """Lines without a document, and pieces of text on which the tokenizer failed."""
     variance: float = 0.0
-    """Of `nats`, where they are an estimate."""
+    """Variance of `nats`, if they are an estimate."""
     n_samples: int = 0
-    """Passes of rows that they are estimated from. 0: they are exact."""
+    """Number of passes over rows that `nats` is estimated from. 0: it is exact."""
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Return nats per token, perplexity, bits per byte, and counts. Raises ValueError where there is no text."""
+        """Return nats per token, perplexity, bits per byte and counts. Raises ValueError if there is no text."""
         if not self.n_bytes or not self.n_tokens:
             raise ValueError(f"{prefix}: there is no text to score")
         nll = self.nats / self.n_tokens
@@ -92,8 +92,8 @@ class _AskedToStopError(Exception):
 def validate(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
     """Score the packed held-out rows at the present step, or return None if a rank was asked to stop. Collective.
 
-    Returns `{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ..., "seconds": it took}`: the same number
-    on any number of ranks. Random states and the position in the training data do not change.
+    Returns `{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ..., "seconds": duration}`; losses do not
+    depend on the number of ranks. Random states and the position in the training data do not change.
     """
     began_s = time.perf_counter()
     reduce: StepReduce[None] = StepReduce(run.world.device)
@@ -121,7 +121,7 @@ def _measure(run: Run, vote: Callable[[], None]) -> dict[str, float]:
         with torch.no_grad(), forward_precision(run.model, run.args.distributed, world.device):
             total: torch.Tensor = loss_of(run, source.rows, vote)
         if dist.is_initialized():
-            if world.tp_rank:  # a tensor-parallel group has scored the same rows: they count once
+            if world.tp_rank:  # the ranks of a tensor-parallel group have scored the same rows
                 total.zero_()
             dist.all_reduce(total)
         nats, n_tokens, variance, n_samples = total.tolist()

@@ -1,4 +1,4 @@
-"""Args of the loader. Torch-free and numpy-free; the promise of order is in `lingua/data/loader.py`."""
+"""Keys of `data:`. Torch-free and numpy-free; `lingua/data/loader.py` promises the order of rows."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lingua.config.base import Args, ConfigError, Text, part_of
 from lingua.config.keys.sources import SourceArgs, SyntheticArgs
 
 BUNDLED = Path(__file__).parents[2] / "data" / "python_stdlib.tiktoken"
-"""1,792 ranks made of the sample corpus, with `split: gpt2`: `data.tokenizer.path` may name it without a folder."""
+"""1,792 ranks trained on the sample corpus, with `split: gpt2`; `data.tokenizer.path` may name it without a folder."""
 
 
 def tokenizer_path(path: str) -> Path:
-    """Return the file or folder that `data.tokenizer.path` means; it need not be there."""
+    """Return the file or folder that `data.tokenizer.path` means; it need not exist."""
     place = Path(os.path.expandvars(path)).expanduser()
     return BUNDLED if path == BUNDLED.name and not place.exists() else place
 
 
 class TokenizerArgs(Args):
-    """Which tokenizer."""
+    """How text becomes tokens."""
 
     name: Literal["bytes", "sp", "tiktoken", "hf", "none"] = "bytes"
     """bytes needs no file; sp: SentencePiece model; tiktoken: rank file; hf: tokenizer.json or its folder. none: the
-    sources give token ids (text is ids with blanks between them), and each document is a row of its own."""
+    sources give token ids (text holds ids separated by spaces), and each document is one row."""
     path: Text | None = None
-    """File (or folder, for hf) of the tokenizer. python_stdlib.tiktoken, with split gpt2, comes with lingua: 2,048
-    tokens for Python's source."""
+    """File (or folder, for hf) of the tokenizer. python_stdlib.tiktoken, for split gpt2, ships with lingua: 2,048
+    tokens for Python source code."""
     split: Literal["auto", "gpt2", "cl100k", "o200k"] = "auto"
-    """tiktoken: how text is split before merging, which a rank file does not say. auto: known from the number of ranks
-    (GPT-2, cl100k, o200k, Llama 3, Llama 4)."""
+    """tiktoken: how text is split before merging, which a rank file does not record. auto: inferred from the number of
+    ranks (GPT-2, cl100k, o200k, Llama 3, Llama 4)."""
     end_ids: list[Annotated[int, Field(ge=0)]] = []
-    """Ids that end a generated text, besides the tokenizer's end token: a model of Hugging Face may have several."""
+    """Ids that end a generated text, besides the tokenizer's end token; Hugging Face models may have several."""
     vocab_size: Annotated[int, Field(ge=1)] | None = None
-    """With none: number of token ids. Null: as many as data.sources make."""
+    """With none: number of token ids. Null: as many as data.sources produce."""
 
     @property
     def needs_file(self) -> bool:
@@ -56,7 +56,7 @@ DEFAULT_SEED = 42
 
 
 def default_lanes(rows_per_step: int) -> int:
-    """K where the config leaves it open: the smallest multiple of the rows per step that is at least 64."""
+    """Return K for a config that does not set it: the smallest multiple of the rows per step that is at least 64."""
     return rows_per_step * -(-MIN_LANES // rows_per_step)
 
 
@@ -64,22 +64,22 @@ AnySource = Annotated[SerializeAsAny[SourceArgs | SyntheticArgs], part_of("sourc
 
 
 class DataArgs(Args):
-    """Which rows the run sees, and how they are fed."""
+    """Which rows the run trains on, and how they are loaded."""
 
     root_dir: Text | None = None
-    """Folder that relative source paths are looked up in. Null: `data`, for sources that are given by name."""
+    """Folder of relative source paths. Null: `data` if sources are `name: weight`, otherwise the working folder."""
     sources: dict[str, Annotated[float, Field(ge=0)]] | list[AnySource] = {}
     """`name: weight` under root_dir, or a list of sources. Empty: the embedded corpus."""
     resting: list[AnySource] = []
-    """Sources of earlier phases from which no new document is read; follows from `phases`."""
+    """Sources of earlier phases from which no new document is read; set by `phases`."""
     batch_size: Annotated[int, Field(ge=1)] = 2
-    """B: rows of a micro step on each data-parallel rank."""
+    """B: rows per micro step on each data-parallel rank."""
     seq_len: Annotated[int, Field(ge=1)] = 2048
-    """S: tokens of a row."""
+    """S: tokens per row."""
     n_views: Annotated[int, Field(ge=1)] = 2
     """Shifted copies of a row: 2 = inputs and next-token labels."""
     seed: int | None = None
-    """Seed of source choice and order. Null: the run's `seed`."""
+    """Seed of the choice and order of documents. Null: the run's `seed`."""
     lanes: Annotated[int, Field(ge=1)] | None = None
     """K, fixed for the life of a run. Null: the smallest multiple of the rows per step that is at least 64."""
     add_bos: bool = True
@@ -87,53 +87,53 @@ class DataArgs(Args):
     add_eos: bool = True
     """End every document with the tokenizer's end token. Off with tokenizer.name: none."""
     tokenizer: TokenizerArgs = TokenizerArgs()
-    """Text to tokens."""
+    """The tokenizer."""
     load_async: bool = True
     """Prepare batches in worker processes while the device computes. false: in the training process."""
     num_workers: Annotated[int, Field(ge=1)] = 1
     """Worker processes per rank."""
     prefetch_size: Annotated[int, Field(ge=1)] = 64
-    """Micro-step batches prepared ahead, at most (memory: B * S * n_views * 4 bytes each)."""
+    """Maximum number of micro-step batches prepared ahead (memory: B * S * n_views * 4 bytes each)."""
     doc_mask: bool = False
-    """Positions restart and attention stops at document borders."""
+    """Restart positions and stop attention at document boundaries."""
     loss_on: Literal["all", "completion"] = "all"
-    """Which tokens are labels. completion: documents have the fields `prompt` and `completion` in place of the text,
-    and tokens of the prompt are not labels."""
+    """Which tokens are labels. completion: documents have the fields `prompt` and `completion` instead of text, and
+    prompt tokens are not labels."""
     on_bad_line: Literal["skip", "error"] = "skip"
-    """A line that is no JSON object with text: count and skip, or stop."""
+    """What to do with a line that is not a JSON object with text: count and skip it, or stop."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """With skip: the share of bad lines above which the run stops. Each loader process counts its own lines since its
-    start, and looks from 1000 on."""
+    """With skip: the share of bad lines above which the run stops. Each loader process counts the lines since its
+    start, and checks from 1000 lines on."""
     shuffle_window: Annotated[int, Field(ge=0)] = 0
-    """Rows of each lane shuffled together, for data that was not shuffled before. 0: none."""
+    """Rows of each lane shuffled together, for data that is not shuffled yet. 0: none."""
     skip_rows: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = []
-    """[first, last] row numbers of the run that are passed over, such as rows that make the loss explode."""
+    """Rows to skip, as [first, last] row numbers of the run, such as rows that make the loss explode."""
     accept_change: Text | None = None
-    """Fingerprint, as a refusal printed it, of changed sources that a resumed run may go on with."""
+    """Fingerprint of changed sources, copied from the error, that a resumed run may continue with."""
     stage_to: Text | None = None
-    """Copy the sources once per node to this fast folder (/dev/shm, say) and read them there. Null: read them in place.
-    Copying must end within distributed.timeout_s."""
+    """Copy the sources once per node to this fast folder (such as /dev/shm) and read them there. Null: read them in
+    place. The copy must finish within distributed.timeout_s."""
 
     @property
     def order_seed(self) -> int:
-        """The seed in effect. A run's config always states it (`TrainArgs`); the default is for data without a run."""
+        """The seed in effect. A run's config always states it (`TrainArgs`); the default is for data outside a run."""
         return DEFAULT_SEED if self.seed is None else self.seed
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a row, the last label included."""
+        """Tokens per row, including the last label."""
         return self.seq_len + self.n_views - 1
 
     @property
     def row_step(self) -> int:
-        """Tokens from the begin of a row to that of the lane's next: documents of ids share none."""
+        """Tokens from the start of a row to the start of the lane's next; rows of token ids do not overlap."""
         return self.row_tokens if self.tokenizer.name == "none" else self.seq_len
 
     def read_sources(self) -> list[SourceArgs | SyntheticArgs]:
-        """Return the sources with a weight above 0, by name (any order in the config will do), with their whole paths;
-        and those of earlier phases, with weight 0.
+        """Return the sources sorted by name, with full paths: those with a weight above 0, and those of earlier phases
+        with weight 0. The order in the config does not matter.
 
-        Raises ConfigError if none has a weight or two have one name.
+        Raises ConfigError if none has a weight or two have the same name.
         """
         if isinstance(self.sources, dict):
             listed = [SourceArgs(path=name, weight=weight, name=name) for name, weight in self.sources.items()]
@@ -165,7 +165,7 @@ class DataArgs(Args):
         return sorted([*read, *rest], key=lambda source: str(source.name))
 
     def read_files(self) -> list[SourceArgs]:
-        """Return those of `read_sources` that are files."""
+        """Return the sources of `read_sources` that are files."""
         return [source for source in self.read_sources() if isinstance(source, SourceArgs)]
 
     @model_validator(mode="after")
@@ -186,7 +186,7 @@ class DataArgs(Args):
             raise ValueError("loss_on: completion needs text, and tokenizer.name is none; set loss_on: all")
         tokenizer = self.tokenizer.model_copy(update={"vocab_size": stated or needed})
         for key, value in {"tokenizer": tokenizer, "add_bos": False, "add_eos": False}.items():
-            object.__setattr__(self, key, value)  # an assignment would validate again, for ever
+            object.__setattr__(self, key, value)  # an assignment would validate again, endlessly
         return self
 
     @model_validator(mode="after")
@@ -206,8 +206,8 @@ class DataArgs(Args):
 
 
 class Switch(NamedTuple):
-    """A planned change between two rows: the state is of the phase before."""
+    """A planned change of the data between two rows; the saved state belongs to the phase before it."""
 
     before: DataArgs
     fresh: Sequence[str] = ()
-    """Names of the sources that begin anew."""
+    """Names of the sources that restart at their first document."""

@@ -17,47 +17,48 @@ class DistributedArgs(Args):
     dp_replicate: PositiveInt | None = None
     """Data-parallel copies. Null: world size / (dp_shard * tp_size)."""
     dp_shard: PositiveInt | None = None
-    """Ranks that share one sharded copy. Null: with full_shard what dp_replicate leaves, otherwise 1."""
+    """Ranks that share one sharded copy. Null: what dp_replicate leaves with full_shard, otherwise 1."""
     tp_size: PositiveInt = 1
-    """Ranks that share each row: heads, feed-forward and words are split over them, positions between the blocks."""
+    """Tensor-parallel ranks: they share each row. Heads, feed-forward layers and vocabulary are split over them, and
+    positions between blocks."""
     fsdp_type: Literal["no_shard", "full_shard"] = "no_shard"
     """no_shard: replicas; full_shard: parameters, gradients and optimizer sharded (FSDP2)."""
     keep_gathered: bool = False
-    """full_shard: gather the parameters once per step, not twice per micro step; 2 more bytes of each (bf16)."""
+    """full_shard: gather parameters once per step, not twice per micro step; costs 2 bytes per parameter (bf16)."""
     accumulate_sharded: bool = False
-    """full_shard: reduce gradients in every micro step, not once per step; 4 bytes less of each while accumulating."""
+    """full_shard: reduce gradients in every micro step, not once per step; saves up to 4 bytes per parameter."""
     model_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of parameters in forward and backward; the optimizer's copy and reductions stay fp32. fp16, for GPUs without
-    bf16, scales the loss by a factor that is found by itself: a step that overflows is skipped and halves it."""
+    bf16, scales the loss dynamically: a step that overflows is skipped and halves the scale."""
     compile: bool = False
-    """torch.compile the blocks, and the loss."""
+    """torch.compile the blocks and the loss."""
     compile_scope: Literal["block", "model"] = "block"
-    """block: each by itself, all sharing one compiled code; model: all at once, slow to compile, one process only."""
+    """block: each block, with one compiled code for all; model: the whole model, slow to compile, one process only."""
     compile_cache: Text | None = "auto"
-    """Folder of the node's own where compiled code is kept for its ranks and later attempts. auto: below /var/tmp,
-    private to the user. Null: torch's own choice. TORCHINDUCTOR_CACHE_DIR in the environment wins."""
+    """Node-local folder that keeps compiled code for the node's ranks and for later attempts. auto: below /var/tmp,
+    private to the user. Null: torch's choice. TORCHINDUCTOR_CACHE_DIR in the environment wins."""
     compile_cache_size_limit: PositiveInt = 8
-    """Versions of compiled code (train, validate, other numbers of rows) before torch falls back to eager."""
+    """Versions of compiled code (training, validation, other numbers of rows) before torch falls back to eager."""
     selective_activation_checkpointing: bool = False
-    """Recompute the cheap operators of each block in backward."""
+    """Recompute the cheap operators of each block in the backward pass."""
     full_activation_checkpointing: bool = False
-    """Recompute each whole block in backward."""
+    """Recompute each whole block in the backward pass."""
     activation_memory_budget: Annotated[float, Field(ge=0, le=1)] | None = None
-    """With compile: how much of what backward needs the compiler may keep, 0 (a block's input) to 1 (what it would keep
-    by itself); it recomputes what costs the fewest FLOPs (torch/_functorch/config.py). Null: left to torch."""
+    """With compile: share of the tensors for backward that the compiler may keep, from 0 (a block's input) to 1 (its own
+    choice); it recomputes those that cost the fewest FLOPs (torch/_functorch/config.py). Null: torch's choice."""
     float8_recipe: Literal["rowwise", "tensorwise"] | None = None
-    """Matrix products of matching layers in float8 (Ada and Hopper GPUs on). rowwise: a scale per row, more exact;
-    tensorwise: one per tensor, faster. Null: none."""
+    """Compute matrix products of matching layers in float8 (Ada, Hopper and newer GPUs). rowwise: one scale per row,
+    more accurate; tensorwise: one per tensor, faster. Null: none."""
     float8_filter: Text = r"layers\.[0-9]+\."
-    """Regular expression, searched for in the names of the blocks' linear layers (layers.0.attention.wq): those are
-    float8. Widths that are no multiple of 16 leave a layer as it is."""
+    """Regular expression searched for in the names of the blocks' linear layers (layers.0.attention.wq); those that
+    match are float8, if their widths are multiples of 16."""
     matmul_allow_tf32: bool = False
     """fp32 products may use TF32."""
     allow_bf16_reduced_precision_reduction: bool = True
     """bf16 products may accumulate in reduced precision."""
     detect_anomaly: bool = False
-    """torch's anomaly detection: the run ends in the backward pass of the first NaN, whatever optim.on_nonfinite and
-    fp16's loss scale would do; slow."""
+    """torch's anomaly detection: the run ends in the backward pass of the first NaN, whatever optim.on_nonfinite says
+    and fp16's loss scale would do; slow."""
     timeout_s: PositiveInt = 600
     """A collective that waits longer than this ends the run."""
 
@@ -91,9 +92,9 @@ class DistributedArgs(Args):
             yield key, f"{text}; leave it null, or set distributed.tp_size=1"
 
     def degrees(self, world_size: int) -> tuple[int, int, int]:
-        """(dp_replicate, dp_shard, tp_size) for this many ranks.
+        """Return (dp_replicate, dp_shard, tp_size) for this many ranks; a dp_replicate for another number is replaced.
 
-        Raises ValueError with the sizes that fit when they do not multiply to world_size.
+        Raises ValueError if tp_size or dp_shard does not divide the ranks.
         """
         if world_size % self.tp_size:
             raise ValueError(f"tp_size {self.tp_size} does not divide {world_size} ranks")
@@ -110,25 +111,25 @@ class DistributedArgs(Args):
 
 
 class EnvironmentArgs(Args):
-    """Environment variables set before torch starts; null sets none. What the user's shell has set already wins."""
+    """Environment variables set before torch starts; null sets none. Variables that the user's shell has set win."""
 
     MKL_SERVICE_FORCE_INTEL: Text | None = None
     """Threading layer of MKL, for numpy from conda."""
     OMP_NUM_THREADS: Text = "auto"
-    """Threads per process of CPU kernels. auto: 1 beside a GPU, as torchrun sets, otherwise the machine's cores over
-    its ranks."""
+    """Threads per process for CPU kernels. auto: 1 with a GPU, as torchrun sets; otherwise the machine's cores divided
+    by its ranks."""
     MKL_NUM_THREADS: Text = "auto"
     """The same for MKL."""
     ENABLE_INTRA_NODE_COMM: Text | None = None
-    """1: small all-reduces inside a node by a prototype of torch's (c10d/symm_mem/intra_node_comm.hpp) in place of
-    NCCL; no time-out watches it."""
+    """1: a prototype of torch's (c10d/symm_mem/intra_node_comm.hpp) does small all-reduces within a node instead of
+    NCCL; no timeout covers it."""
     TORCH_NCCL_AVOID_RECORD_STREAMS: Text | None = None
-    """Deprecated: what 1 asked for is how torch 2.10 works (libtorch_cuda warns so)."""
+    """Deprecated: torch 2.10 always does what 1 asked for (libtorch_cuda warns so)."""
     NCCL_IB_TIMEOUT: Text = "22"
-    """InfiniBand: 4.096 us * 2^22 = 17 s per try, so that a link that is busy for seconds does not end a run; as
-    facebookresearch/lingua sets it. NCCL's own: 18 to 20, by its version (src/transport/net_ib.cc)."""
+    """InfiniBand: 4.096 us * 2^22 = 17 s per try, so that a link that is busy for seconds does not end a run;
+    facebookresearch/lingua sets the same. NCCL's default: 18 to 20, depending on version (src/transport/net_ib.cc)."""
     NCCL_DEBUG: Text = "WARN"
     """How much NCCL prints (NCCL's documentation, "Environment Variables"). WARN: why a collective failed."""
     TORCH_NCCL_ASYNC_ERROR_HANDLING: Text | None = None
-    """What torch does after a failed collective. Its own choice, 3, ends the process; 1 aborts the communicator before,
+    """What torch does after a failed collective. Its default, 3, ends the process; 1 aborts the communicator first,
     which may hang (c10d/ProcessGroupNCCL.hpp; torch's documentation, "ProcessGroupNCCL Environment Variables")."""

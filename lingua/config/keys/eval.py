@@ -1,4 +1,4 @@
-"""The section `eval`: what is measured of a checkpoint, and when that is given up. Torch-free."""
+"""Keys of `eval:`: what to measure of each checkpoint, and when to give up. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lingua.config.keys.logging import LoggingArgs, WandbArgs
 
 
 class MeasureArgs(Part):
-    """Something that is measured of each checkpoint. User code adds its own with `@register("measure", name)`.
+    """A measure of each checkpoint. User code adds its own with `@register("measure", name)`.
 
     The builder takes (these args, the run's args, the section eval) and returns a `Measure` (lingua/eval/measures.py).
-    It raises ConfigError for whatever is missing.
+    It raises ConfigError if anything is missing.
     """
 
 
@@ -31,11 +31,11 @@ class HarnessArgs(MeasureArgs):
     tasks: list[Text | dict[str, Anything]] = []
     """Task names, or mappings with `task` and its settings."""
     include_path: Text | None = None
-    """Folder of further task files."""
+    """Folder of additional task files."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples before each question. Null: the task's own."""
     use_cache: Text | None = None
-    """File of cached answers."""
+    """File that caches answers."""
     cache_requests: bool = False
     """Cache built requests."""
     rewrite_requests_cache: bool = False
@@ -51,7 +51,7 @@ class HarnessArgs(MeasureArgs):
     write_out: bool = False
     """Print the first prompts."""
     log_samples: bool = True
-    """Keep every question and answer, in evals/<step>/samples.json."""
+    """Save every question and answer in evals/<step>/samples.json."""
     system_instruction: Text | None = None
     """System text before every prompt."""
     apply_chat_template: bool | Text = False
@@ -63,9 +63,9 @@ class HarnessArgs(MeasureArgs):
     verbosity: Text = "INFO"
     """Log level of the harness."""
     predict_only: bool = False
-    """Answers without scores."""
+    """Generate answers without scoring them."""
     random_seed: int = 0
-    """Seed of python's random."""
+    """Seed of Python's random."""
     numpy_random_seed: int = 1234
     """Seed of numpy."""
     torch_random_seed: int = 1234
@@ -82,35 +82,35 @@ class HeldOutArgs(MeasureArgs):
 
     type: Literal["held_out"] = "held_out"
     context: Literal["document", "packed"] = "document"
-    """What precedes a token. document: its own document alone, logged as documents/<source>/*. packed: the row that
-    training packs, for the same validation.max_rows and number as in training, logged as validation/<source>/*."""
+    """What precedes a token. document: only its own document; logged as documents/<source>/*. packed: the row that
+    training packs, so the loss equals training's for the same validation.max_rows; logged as validation/<source>/*."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """Documents per source, at most. Null: all. For context: document."""
+    """Maximum documents per source. Null: all. For context: document."""
     stride: Annotated[int, Field(ge=1)] | None = None
-    """Tokens by which the window moves along a document longer than max_seqlen. Each token is scored once, with at
+    """Tokens by which the window advances in a document longer than max_seqlen. Each token is scored once, with at
     least max_seqlen - stride tokens before it; a smaller stride costs more. Null: half of max_seqlen. For context:
     document."""
     use_val_from_train_src: bool = True
     """Use the `*.val.jsonl` beside the training sources."""
     root_dir: Text = ""
-    """Folder of further held-out sources."""
+    """Folder of additional held-out sources."""
     sources: list[Text] | dict[str, Anything] = []
-    """Further held-out sources under root_dir."""
+    """Additional held-out sources under root_dir."""
 
 
 class EvalArgs(Args):
-    """What an evaluation measures."""
+    """What to measure of checkpoints, and how."""
 
     name: Text = "evals"
     """Name of the evaluation."""
     dump_dir: Text | None = None
-    """Where results go. Null: <run>/evals."""
+    """Folder of the results. Null: <run>/evals."""
     metric_log_dir: Text | None = None
-    """Where metrics.eval.jsonl is. Null: the run folder."""
+    """Folder of metrics.eval.jsonl. Null: the run folder."""
     ckpt_dir: Text = ""
     """Checkpoint to evaluate."""
     ema: bool = False
-    """Score the average of the weights that optim.ema keeps, instead of the weights."""
+    """Evaluate the moving average that optim.ema keeps instead of the weights."""
     generator: GeneratorArgs = GeneratorArgs()
     """Sampling and scoring."""
     harness: HarnessArgs | None = HarnessArgs()
@@ -118,42 +118,43 @@ class EvalArgs(Args):
     validation: HeldOutArgs | None = HeldOutArgs()
     """Held-out loss. Null: not measured."""
     measures: list[Annotated[SerializeAsAny[MeasureArgs], part_of("measure")]] = []
-    """What else to measure, each chosen by its `type`: held_out, harness, or one of a plugin's."""
+    """Additional measures, each chosen by its `type`: held_out, harness, or a plugin's."""
     plugins: list[Text] = []
     """Modules imported before the config is checked, in addition to the run's; they register measures."""
     wandb: WandbArgs | None = None
-    """wandb run of a hand-started evaluation."""
+    """wandb run of an evaluation started by hand."""
     logging: LoggingArgs | None = None
-    """Logging of a hand-started evaluation."""
+    """Logging of an evaluation started by hand."""
     core_metrics: dict[str, float] | None = None
-    """Weight of each metric (<task>/<metric>, or a task for its first) in `core_eval/overall_avg`."""
+    """Weight of each metric (<task>/<metric>, or a task for its first metric) in `core_eval/overall_avg`."""
     global_step: int | None = None
-    """Step the checkpoint belongs to. Null: from its name."""
+    """Step of the checkpoint. Null: from its name."""
     newest_first: bool = False
-    """Evaluate the newest of the waiting checkpoints first. false: in order."""
+    """Evaluate the newest waiting checkpoint first. false: in order."""
     launcher: JobArgs | None = None
-    """What the Slurm job of each evaluation asks for. Null: what the section `slurm` says."""
+    """Resources of each evaluation's Slurm job. Null: those of the section `slurm`."""
     automatic: bool = True
-    """The run evaluates its checkpoints: in its own processes, or by an evaluator that it starts (see
+    """true: the run evaluates its checkpoints, in its own processes or with an evaluator that it starts (see
     async_eval_gpus). false: only `lingua eval` does."""
     poll_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds between two looks for new checkpoints."""
+    """Seconds between checks for new checkpoints."""
     max_tries: Annotated[int, Field(ge=1)] = 3
-    """Failures after which a checkpoint is given up, with the reason in evals/<step>/failed.json."""
+    """Failures after which the evaluator gives up on a checkpoint; the reason is in evals/<step>/failed.json."""
     backoff_s: Annotated[float, Field(ge=0)] = 60.0
-    """Pause after the first failure of a checkpoint; doubled after each."""
+    """Pause after the first failure of a checkpoint; doubles after each further one."""
     timeout_hours: Annotated[float, Field(gt=0)] = 12.0
-    """An evaluation that takes longer has failed. With --slurm, its time in the queue counts."""
+    """An evaluation that takes longer counts as failed. With --slurm, time in the queue counts too."""
     max_pinned_hours: Annotated[float, Field(gt=0)] = 24.0
-    """How long retention keeps a checkpoint for its evaluation; then it may be deleted, with an error in the log."""
+    """How long retention keeps a checkpoint for its evaluation; after that it may be deleted, with an error in the
+    log."""
     idle_hours: Annotated[float, Field(gt=0)] = 24.0
-    """An evaluator with nothing to do ends when its run has been silent this long."""
+    """An idle evaluator ends when its run has been silent this long."""
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         if self.ema and args.optim.ema is None:
             yield "eval.ema", "eval.ema is true, but the run keeps no average of its weights; set optim.ema"
 
     def chosen(self) -> list[MeasureArgs]:
-        """Return what is to be measured, in order."""
+        """Return the measures, in order."""
         harness = self.harness if self.harness is not None and self.harness.tasks else None
         return [one for one in (self.validation, harness, *self.measures) if one is not None]

@@ -1,4 +1,4 @@
-"""What jobs ask of Slurm: `launcher:` for the run, `eval.launcher:` for its evaluations. Torch-free."""
+"""Resources of Slurm jobs: `launcher:` for the run, `eval.launcher:` for its evaluations. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def _variable(name: str) -> str:
 
 
 class LaunchEnvArgs(Args):
-    """Environment variables of all ranks, over what the shell has set. A fabric's are a group file: launcher/<name>."""
+    """Environment variables of all ranks; they override the shell's. A network's are a group file: launcher/<name>."""
 
     set: dict[Annotated[str, AfterValidator(_variable)], Text] = {}
     """Variables to set."""
     unset: list[Text] = []
-    """Variables to take away; those that `env:` would set stay away too."""
+    """Variables to remove; `env:` does not set them either."""
 
 
 class ResourceArgs(Args):
     """Resources that have the same name in `launcher`, `eval.launcher` and `slurm`."""
 
     nodes: Annotated[int, Field(ge=1)] = 1
-    """Nodes."""
+    """Number of nodes."""
     mem: Memory = ""
-    """Memory per node, as sbatch writes it ("64G"). Empty: the partition's default."""
+    """Memory per node, as for sbatch ("64G"). Empty: the partition's default."""
     partition: Text = ""
     """Partition. Empty: SBATCH_PARTITION, or the cluster's default."""
     account: Text = ""
@@ -50,24 +50,24 @@ class ResourceArgs(Args):
 
 
 class JobArgs(ResourceArgs):
-    """What a job asks of Slurm."""
+    """Resources of a Slurm job."""
 
     gpus: Annotated[int, Field(ge=0)] | None = None
-    """GPUs per node, one rank each. 0: one rank per node, on CPU. Null: the config's ranks over nodes; an evaluation's
-    async_eval_gpus over nodes, which are then of 8 if `nodes` is 1."""
+    """GPUs per node, one rank each. 0: one rank per node, on CPU. Null: the config's ranks divided by nodes; for an
+    evaluation async_eval_gpus divided by nodes, of which there are enough for 8 each if `nodes` is 1."""
     cpus_per_gpu: Annotated[int, Field(ge=1)] = 16
     """CPU cores per rank."""
     time: TimeLimit = ""
-    """Time limit, as sbatch writes it ("2-00:00:00", or minutes). Empty: the partition's."""
+    """Time limit, as for sbatch ("2-00:00:00", or minutes). Empty: the partition's."""
     exclusive: bool = False
     """Do not share the nodes with other jobs."""
     comment: Text = ""
     """Comment of the job."""
     directives: list[Text] = []
-    """Further options of sbatch, one each ("--reservation=night")."""
+    """Additional sbatch options, one per item ("--reservation=night")."""
 
     def of_evaluation(self, n_gpus: int) -> JobArgs:
-        """Fill in `gpus` for an evaluation on this many GPUs, and `nodes` where that is 1: up to 8 are on one node."""
+        """Fill in `gpus` for an evaluation on this many GPUs, and `nodes` if it is 1: up to 8 GPUs per node."""
         if self.gpus is not None:
             return self
         nodes = self.nodes if self.nodes > 1 else max(1, -(-n_gpus // GPUS_PER_NODE))
@@ -75,34 +75,34 @@ class JobArgs(ResourceArgs):
 
 
 class LauncherArgs(JobArgs):
-    """What a run asks of Slurm. `*.slurm` scripts take their resources from their own #SBATCH lines instead."""
+    """Slurm job of a run. `*.slurm` scripts take their resources from their own #SBATCH lines instead."""
 
     tasks_per_node: Literal["per_gpu", "per_node"] = "per_gpu"
-    """per_gpu: a Slurm task per rank; per_node: one task per node, which starts the ranks below it."""
+    """per_gpu: one Slurm task per rank; per_node: one task per node, which starts the node's ranks."""
     signal_s: Annotated[int, Field(ge=0)] = 120
-    """Seconds before the time limit at which the run is asked to save. Slurm may be up to 60 s early."""
+    """Seconds before the time limit at which the run is told to save and stop. Slurm may do so up to 60 s early."""
     requeue: bool = True
-    """Go back into the queue after preemption, the time limit and failures that may pass."""
+    """Requeue after preemption, the time limit and failures that may be transient."""
     max_retries: Annotated[int, Field(ge=0)] = 3
-    """Failed attempts in a row that gain no step, after which the job stays ended."""
+    """Failed attempts in a row without a new step, after which the job is not requeued."""
     node_check: bool = False
-    """Check device, memory, disk and network of each node before the ranks begin; a bad one is avoided from then on."""
+    """Check device, memory, disk and network of each node before the ranks start; bad nodes are avoided afterwards."""
     env: LaunchEnvArgs = LaunchEnvArgs()
     setup: list[Text] = []
-    """Shell lines run on the first node before anything else (`module load cuda`). Only `lingua launch` knows them."""
+    """Shell lines run on the first node before anything else (`module load cuda`). Only `lingua launch` uses them."""
 
 
 class SlurmArgs(ResourceArgs):
-    """`eval.launcher` as Meta Lingua writes it."""
+    """`eval.launcher` in Meta Lingua's keys."""
 
     ngpu: Annotated[int, Field(ge=0)] = 1
-    """GPUs, where async_eval_gpus is null."""
+    """GPUs, if async_eval_gpus is null."""
     ncpu: Annotated[int, Field(ge=1)] = 16
     """CPU cores per GPU."""
     time: int = -1
     """Time limit in minutes. -1: the partition's."""
 
     def as_job(self) -> JobArgs:
-        """Return the same in the keys of `eval.launcher`, without the GPUs."""
+        """Translate to the keys of `eval.launcher`, without the GPUs."""
         shared = self.model_dump(include=set(ResourceArgs.model_fields))
         return JobArgs(**shared, cpus_per_gpu=self.ncpu, time="" if self.time < 0 else str(self.time))

@@ -22,20 +22,20 @@ NO_TRACKIO = (
 
 
 class TrackioArgs(Args):
-    """A run of trackio, which needs no account; keys are those of `trackio.init`. `trackio show` draws it."""
+    """A trackio run, which needs no account; keys are those of `trackio.init`. `trackio show` displays it."""
 
     project: Text | None = None
     """Project. Null: the run's name."""
     name: Text | None = None
-    """Name, which a restart goes on with. Null: the run's name."""
+    """Name, under which a restart continues. Null: the run's name."""
     group: Text | None = None
     """Group of runs."""
     space_id: Text | None = None
-    """Hugging Face Space to log to. Null: a folder of this machine (TRACKIO_DIR)."""
+    """Hugging Face Space to log to. Null: a folder on this machine (TRACKIO_DIR)."""
     server_url: Text | None = None
-    """Server of one's own to log to."""
+    """Self-hosted server to log to."""
     private: bool | None = None
-    """A new Space is private."""
+    """Make a new Space private."""
 
 
 class WandbArgs(Args):
@@ -56,29 +56,29 @@ class WandbArgs(Args):
     job_type: Text | None = None
     """Kind of job."""
     dir: Text | None = None
-    """Folder of wandb's files. Null: <dump_dir>/wandb."""
+    """Folder for wandb's files. Null: <dump_dir>/wandb."""
     mode: Literal["online", "offline", "disabled"] | None = None
     """Null: online if there is an API key, otherwise offline."""
     id: Text | None = None
     """Run id. Null: chosen by the first attempt and kept across restarts."""
     config_exclude_keys: list[Text] | None = None
-    """Config keys not sent."""
+    """Config keys that are not sent."""
     config_include_keys: list[Text] | None = None
     """Only these config keys are sent."""
     anonymous: Text | None = None
     """Anonymous mode."""
     allow_val_change: bool | None = None
-    """Config values may change on resume."""
+    """Let config values change on resume."""
     resume: bool | Text | None = None
     """wandb's own resume rule. Null: allow."""
     force: bool | None = None
-    """Stop without an account."""
+    """Fail if nobody is logged in."""
     tensorboard: bool | None = None
     """Mirror TensorBoard."""
     sync_tensorboard: bool | None = None
     """Upload TensorBoard files."""
     monitor_gym: bool | None = None
-    """Kept for lingua's configs."""
+    """wandb's monitor_gym, which Meta Lingua's configs contain."""
     save_code: bool | None = None
     """Upload the main script."""
     fork_from: Text | None = None
@@ -88,10 +88,10 @@ class WandbArgs(Args):
 
 
 class LoggingArgs(Args):
-    """How often metrics are reported, and where to."""
+    """How often metrics are reported, and where."""
 
     freq: Annotated[int, Field(ge=1)] = 10
-    """Report every this many steps. A log line has their mean loss (`loss/mean`; `loss/out`: the last one's)."""
+    """Steps between reports. Each has the mean loss of its steps (`loss/mean`) and that of the last (`loss/out`)."""
     wandb: WandbArgs | None = None
     """Null: no wandb."""
     tensorboard: bool = False

@@ -1,4 +1,4 @@
-"""Keys of `model:` and `loss:`, with the arithmetic that needs only the config."""
+"""Keys of `model:` and `loss:`, and the arithmetic that needs only the config."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _NOT_DETERMINISTIC = ("sdpa_cudnn", "sdpa_cudnn_first", "xformers")  # atomic ad
 
 
 class RopeScalingArgs(Args):
-    """Llama 3's stretching of rotary frequencies for contexts longer than those trained on (Llama 3.1 model card)."""
+    """Llama 3's scaling of rotary frequencies for contexts longer than those trained on (Llama 3.1 model card)."""
 
     factor: Annotated[float, Field(ge=1)] = 32.0
     """How much longer the context becomes."""
     low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
     """Wavelengths above original_max_position_embeddings / this are divided by `factor`."""
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
-    """Wavelengths below original_max_position_embeddings / this stay as they are; between, interpolated."""
+    """Wavelengths below original_max_position_embeddings / this are unchanged; those between are interpolated."""
     original_max_position_embeddings: PositiveInt = 8192
-    """Context length, in positions, that the frequencies were made for."""
+    """Context length, in positions, that the frequencies were trained for."""
     rope_type: Literal["llama3"] = "llama3"
-    """Only Llama 3's rule is known."""
+    """Only Llama 3's rule is supported."""
 
 
 TIME_WAVES = 16
-"""Numbers by which `model.time_input` tells the share of hidden tokens."""
+"""Number of features that encode the share of masked tokens for `model.time_input`."""
 
 
 def rounded_width(width: float, multiplier: float | None, multiple_of: int) -> int:
-    """Return a hidden width: stretched by the multiplier, then rounded up."""
+    """Return a hidden width: scaled by the multiplier, then rounded up."""
     width = int(width)
     if multiplier is not None:
         width = int(multiplier * width)
@@ -48,97 +48,97 @@ def rounded_width(width: float, multiplier: float | None, multiple_of: int) -> i
 
 
 class ModelArgs(Part):
-    """What every model has, whatever its type: the loop, the check and the exporters read only this."""
+    """Keys of every model type; the training loop, the check and the exporters read only these."""
 
     hugging_face: ClassVar[str] = ""
-    """ "module:class" of its translation (lingua/model/huggingface.py). Empty: Hugging Face has no such model."""
+    """ "module:class" of its converter (lingua/model/huggingface.py). Empty: Hugging Face has no such model."""
 
     type: str = "llama"
-    """Which registered model; own ones come by `plugins`."""
+    """Registered model type; `plugins` add more."""
     vocab_size: Annotated[int, Field(ge=-1)] = -1
     """V. -1: the tokenizer's."""
     max_seqlen: PositiveInt = 1024
-    """Longest S the model is built for; training raises it to data.seq_len."""
+    """Maximum S of the model; training raises it to data.seq_len."""
     seed: int | None = None
     """Seed of the initial weights. Null: the run's `seed`."""
 
     @property
     def n_labels(self) -> int:
-        """Tokens after each position that the model learns to predict; data.n_views has one view more."""
+        """Number of following tokens that each position learns to predict; data.n_views is one more."""
         return 1
 
     @property
     def attention(self) -> LlamaArgs | None:
-        """Args of the layers that have attention, or None if none has."""
+        """Args of the attention layers, or None if there are none."""
         return None
 
     def oddities(self, args: Any) -> Iterator[tuple[str, str]]:
-        """Yield (key, sentence) of what can run but costs more than one may think: warnings of `lingua check`."""
+        """Yield (key, sentence) for what works but may cost more than expected: warnings of `lingua check`."""
         yield from ()
 
     def n_params(self) -> int:
-        """Parameters in all. Needs vocab_size >= 1."""
+        """Return the number of parameters. Needs vocab_size >= 1."""
         raise NotImplementedError
 
     def n_params_non_embedding(self) -> int:
-        """Parameters without input embedding and output head."""
+        """Return the number of parameters without input embedding and output head."""
         raise NotImplementedError
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward FLOPs per token, recomputation not counted."""
+        """Return the FLOPs per token of forward and backward, without recomputation."""
         raise NotImplementedError
 
     def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float | None:
-        """FLOPs per token of computing `blocks`, or only their `attention` kernels, once more. None: not known."""
+        """Return the FLOPs per token of recomputing `blocks`, or only their `attention` kernels; None if unknown."""
         return None
 
 
 class DecoderArgs(ModelArgs):
     """Embedding, a stack of blocks, norm and head (lingua/model/decoder.py).
 
-    A family adds its keys and four facts: `block`, `block_params`, `mixing_flops_per_token` and `residual_outputs`.
+    A family adds its keys, and `block`, `block_params`, `mixing_flops_per_token` and `residual_outputs`.
     """
 
     builder: ClassVar[str] = "lingua.model.decoder:Decoder"
     block: ClassVar[str]
-    """ "module:class" of its blocks, which are built from (args, layer)."""
+    """ "module:class" of its blocks, which take (args, layer)."""
     residual_outputs: ClassVar[tuple[str, ...]] = ()
-    """How the names of the matrices end whose product is added to the stream."""
+    """Endings of the names of the matrices whose products are added to the residual stream."""
 
     vocab_multiple_of: PositiveInt = 1
-    """Embedding and head get rows up to a multiple of this, which kernels like (64 or 128). The additional ones are no
-    tokens: they have no probability, no gradient and no place in what is exported for others."""
+    """Pad the rows of embedding and head to a multiple of this, for faster kernels (64 or 128). Padded rows have no
+    probability and no gradient, and are not exported."""
     dim: PositiveInt = 512
     """D."""
     n_layers: PositiveInt = 8
     """L."""
     norm: Literal["rms", "layer"] = "rms"
-    """Kind of the norms on the stream. rms: RMSNorm; layer: LayerNorm with weight and bias."""
+    """Norms of the residual stream. rms: RMSNorm; layer: LayerNorm with weight and bias."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon of every norm."""
     init_base_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation of initial weights. Null: fan_in ** -0.5."""
     init_std_factor: Literal["disabled", "global_depth", "current_depth", "dim_ratio"] = "disabled"
-    """Divides the std of residual outputs by: 1 | sqrt(2(L+1)) | sqrt(2(l+1)) | D/4096."""
+    """Divide the std of residual outputs by 1 | sqrt(2(L+1)) | sqrt(2(l+1)) | D/4096."""
     weight_tying: bool = False
-    """Input embedding and output head are one parameter."""
+    """Share one parameter between input embedding and output head."""
     mask_token: bool = False
-    """Embedding and head have one row more, for [MASK]. Its id is vocab_size; it has no probability."""
+    """Add a row for [MASK] to embedding and head. Its id is vocab_size; it has no probability."""
     time_input: bool = False
-    """With mask_token: the share of a row that is hidden is an input, too, as the time is to other diffusion models."""
+    """With mask_token: the masked share of a row is an input too, as time is in other diffusion models."""
 
     def of_layer(self, layer: int) -> DecoderArgs:
-        """Return the Args of one layer's block: these, unless layers differ."""
+        """Return the Args of one layer's block: self, unless layers differ."""
         return self
 
     @property
     def logit_soft_cap(self) -> float | None:
-        """c of logits = c tanh(logits / c), or None."""
+        """c in logits = c tanh(logits / c), or None."""
         return None
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of embedding and head: V, and [MASK] if there is one, padded."""
+        """Rows of embedding and head: V, plus [MASK] if there is one, padded."""
         return -(-(self.vocab_size + self.mask_token) // self.vocab_multiple_of) * self.vocab_multiple_of
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
@@ -154,18 +154,18 @@ class DecoderArgs(ModelArgs):
                 f"{key} is {tp_size}, but model.type {self.type} cannot be split over ranks; set it to 1, use FSDP",
             )
 
-    # -- what `lingua check` counts; the model that is built must agree
+    # -- what `lingua check` counts; the built model must agree
 
     def norm_params(self, width: int) -> int:
-        """Parameters of a norm over `width` numbers."""
+        """Return the number of parameters of a norm over `width` numbers."""
         return (2 if self.norm == "layer" else 1) * width  # weight and bias
 
     def block_params(self) -> int:
-        """Parameters of one block."""
+        """Return the number of parameters of one block."""
         raise self._lacks("block_params", "the parameters of one block")
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward FLOPs per token of one block that are not 6 per parameter: what mixes positions."""
+        """Return the FLOPs per token of mixing positions in one block, forward and backward: not 6 per parameter."""
         raise self._lacks("mixing_flops_per_token", "FLOPs of one block per token that are not 6 per parameter")
 
     def _lacks(self, method: str, what: str) -> ConfigError:
@@ -181,9 +181,9 @@ class DecoderArgs(ModelArgs):
         return self.n_params_non_embedding() + embeddings
 
     def flops_per_token(self, seq_len: int) -> float:
-        """6N and what mixes positions, N = all parameters but the input embedding's lookup (PaLM, arXiv 2204.02311, B).
+        """6N plus mixing of positions, N = all parameters but the input embedding's lookup (PaLM, arXiv 2204.02311, B).
 
-        Padded rows of the vocabulary (`vocab_multiple_of`) are computed with and not counted.
+        Padded rows of the vocabulary (`vocab_multiple_of`) are not counted, although they are computed.
         """
         n_matmul = self.n_params_non_embedding() + self.vocab_size * self.dim
         mixing = sum(self.of_layer(layer).mixing_flops_per_token(seq_len) for layer in range(self.n_layers))
@@ -192,13 +192,13 @@ class DecoderArgs(ModelArgs):
     # -- initial values
 
     def initial_std(self, name: str, shape: Sequence[int]) -> float:
-        """Return the standard deviation of a matrix's initial values, which are cut off at 3 of them."""
+        """Return the standard deviation of a matrix's initial values, which are truncated at 3 of them."""
         fan_in = self.dim if "embed" in name else shape[-1]
         std = self.init_base_std or fan_in**-0.5
         return std / self.depth_factor(name) if name.endswith(self.residual_outputs) else std
 
     def depth_factor(self, name: str) -> float:
-        """Return what `init_std_factor` divides by, for a parameter named layers.<l>.<...>."""
+        """Return the divisor of `init_std_factor` for a parameter named layers.<l>.<...>."""
         layer = int(name.split("layers.")[1].split(".")[0])
         return {
             "disabled": 1.0,
@@ -213,15 +213,15 @@ KERNELS = {
     "fla": "uv pip install flash-linear-attention",
     "mlstm_kernels": "uv pip install mlstm-kernels",
 }
-"""Packages with kernels for recurrences, and what installs them."""
+"""Packages with kernels for recurrences, and the commands that install them."""
 INSTALLED_KERNELS = frozenset(name for name in KERNELS if importlib.util.find_spec(name) is not None)
 
 
 class KernelArgs(DecoderArgs):
-    """A family whose recurrence other packages compute, too (lingua/model/kernels.py). It adds a key `kernel`."""
+    """A family whose recurrence other packages can compute, too (lingua/model/kernels.py). It adds a key `kernel`."""
 
     kernels: ClassVar[tuple[str, ...]]
-    """Those that know it, the fastest first."""
+    """Kernels that can compute it, the fastest first."""
     kernel: str = "auto"
 
     def kernel_unfit(self, kernel: str, device_type: str, *, documents: bool, deterministic: bool) -> str | None:
@@ -235,20 +235,20 @@ class KernelArgs(DecoderArgs):
         return "its gradients may differ from run to run (deterministic: true)" if deterministic else None
 
     def kernel_refused(self, reason: str | None) -> str:
-        """Return the sentence for a named kernel that does not fit."""
+        """Return the error for a named kernel that does not fit."""
         return f"model.kernel is {self.kernel} (for {self.type}), but {reason}; or use auto"
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         yield from super().conflicts(args)
         if self.kernel != "auto":
-            device_type = "cpu" if args.device == "cpu" else "cuda"  # auto: the machine that trains may have a GPU
+            device_type = "cpu" if args.device == "cpu" else "cuda"  # auto: the training machine may have a GPU
             here = {"documents": args.data.doc_mask, "deterministic": args.deterministic}
             if (reason := self.kernel_unfit(self.kernel, device_type, **here)) is not None:
                 yield "model.kernel", self.kernel_refused(reason)
 
 
 class LlamaArgs(DecoderArgs):
-    """Llama-type decoder, built from the blocks of lingua/model/transformer.py."""
+    """Llama-style decoder, built from the blocks of lingua/model/transformer.py."""
 
     block: ClassVar[str] = "lingua.model.transformer:TransformerBlock"
     hugging_face: ClassVar[str] = "lingua.model.huggingface:Llama"
@@ -258,28 +258,28 @@ class LlamaArgs(DecoderArgs):
     n_heads: PositiveInt | None = None
     """H. Null: dim / head_dim."""
     head_dim: PositiveInt | None = None
-    """Width of a head. Null: dim / n_heads."""
+    """Dimension of a head. Null: dim / n_heads."""
     n_kv_heads: PositiveInt | None = None
     """Key and value heads (grouped-query attention). Null: n_heads."""
     hidden_dim: PositiveInt | None = None
     """Width of the feed-forward layer. Null: 8/3 dim times ffn_dim_multiplier, rounded up to multiple_of."""
     ffn_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
-    """Stretches the derived feed-forward width; ignored when hidden_dim is given."""
+    """Scales the derived feed-forward width; ignored if hidden_dim is set."""
     multiple_of: PositiveInt = 256
-    """The derived feed-forward width is a multiple of this."""
+    """The derived feed-forward width is rounded up to a multiple of this."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScalingArgs | None = None
     """Llama 3's frequency scaling. Null: none."""
     qk_norm: bool = False
-    """Norm on queries and keys of each head, before rotation."""
+    """Normalize queries and keys of each head before rotation."""
     causal: bool = True
-    """Each position sees those before it. false: all of its row, or document; what masked diffusion needs."""
+    """Each position sees only those before it. false: its whole row or document, as masked diffusion needs."""
     sliding_window: PositiveInt | None = None
     """Each position sees itself and the sliding_window - 1 before it. Null: all before it."""
     attn_impl: AttnImpl = "auto"
-    """Attention kernel; what is named is used, or refused with the reason. sdpa: torch's choice; sdpa_cudnn_first: the
-    same, but cuDNN's wherever it can; varlen: torch's flash kernel on packed documents. auto: the fastest that fits."""
+    """Attention kernel; a named one is used, or refused with the reason. sdpa: torch's choice; sdpa_cudnn_first: the
+    same, but cuDNN's if possible; varlen: torch's flash kernel on packed documents. auto: the fastest that fits."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -339,7 +339,7 @@ class LlamaArgs(DecoderArgs):
 
     @property
     def ffn_width(self) -> int:
-        """Llama's rule: two thirds of 4D (SwiGLU has three matrices), stretched, rounded up."""
+        """Width by Llama's rule: two thirds of 4D (SwiGLU has three matrices), scaled, rounded up."""
         return self.hidden_dim or rounded_width(8 * self.dim / 3, self.ffn_dim_multiplier, self.multiple_of)
 
     def block_params(self) -> int:
@@ -348,14 +348,14 @@ class LlamaArgs(DecoderArgs):
         return attention + 3 * self.dim * self.ffn_width + self.norm_params(norms)
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
-        """12HQS (PaLM, as above), not halved for causality; with a sliding window, S is the window."""
+        """Return 12HQS (PaLM, as above), not halved for causality; with a sliding window, S is the window."""
         return 12 * self.heads * self.head_width * min(seq_len, self.sliding_window or seq_len)
 
     def recomputed_flops_per_token(self, seq_len: int, blocks: bool, attention: bool) -> float:
         """Count one more forward pass of all blocks, 2N_blocks + 4LHQS, or of their attention kernels alone, 4LHQS.
 
         A forward pass is a third of forward and backward (PaLM, as above; "hardware FLOPs" as in arXiv 2205.05198, A).
-        The last product of a block is not made again: backward needs its inputs only (torch stops there).
+        A block's last product is not recomputed: backward needs only its inputs (torch stops there).
         """
         again = self.n_params_non_embedding() - self.n_layers * self.dim * self.ffn_width
         seen = min(seq_len, self.sliding_window or seq_len)
@@ -369,11 +369,11 @@ class HybridArgs(DecoderArgs):
 
     type: Literal["hybrid"] = "hybrid"
     layers: Annotated[list[str], Field(min_length=1)] = ["attention"]
-    """Kind of each layer, from the first on and repeated up to n_layers: attention (a Llama block), or a model.type."""
+    """Kind of each layer, repeated up to n_layers: attention (a Llama block), or a model.type."""
     blocks: dict[str, Anything] = {}
-    """Keys of each kind, as its own `model:` section has them: {attention: {n_heads: 4}, mamba2: {n_heads: 8}}."""
+    """Keys of each kind, as in its own `model:` section: {attention: {n_heads: 4}, mamba2: {n_heads: 8}}."""
     n_heads: PositiveInt | None = None
-    """Heads of the kinds whose blocks do not say how many they have."""
+    """Number of heads of the kinds whose `blocks` do not set it."""
     attn_impl: AttnImpl = "auto"
     """Attention kernel, as for a Llama."""
 
@@ -395,7 +395,7 @@ class HybridArgs(DecoderArgs):
         return self
 
     def of_kind(self, kind: str) -> DecoderArgs:
-        """Return the Args of one kind of layer: what all share, and its own keys."""
+        """Return the Args of one kind of layer: the shared keys and its own."""
         family: Any = LlamaArgs if kind == "attention" else parts("model")[kind]
         shared: dict[str, Any] = {name: getattr(self, name) for name in DecoderArgs.model_fields if name != "type"}
         if self.n_heads is not None and "n_heads" in family.model_fields:
@@ -424,24 +424,24 @@ class HybridArgs(DecoderArgs):
 
 
 class LossArgs(Part):
-    """An objective: what a model learns to tell of a row, and what that asks of the model, of scoring and of sampling.
+    """An objective: what a model learns to predict, and what that needs of the model, of scoring and of sampling.
 
-    These are for the next token.
+    The defaults are for the next token.
     """
 
     vocab_parallel: ClassVar[bool] = False
-    """Takes a head whose words are spread over ranks: tensor parallelism."""
+    """Works with a head whose vocabulary is split over ranks (tensor parallelism)."""
     asks_of_model: ClassVar[Mapping[str, Any]] = {}
-    """Keys of the section `model` that it needs, with their values; they are set where the config leaves them out."""
+    """Keys of the section `model` that it needs, with their values; they are set if the config leaves them out."""
     validation: ClassVar[str] = "lingua.train.validate:next_token_loss"
-    """Sums the loss of held-out rows in training, on all ranks together."""
+    """Sums the loss of held-out rows during training, over all ranks."""
     scorer: ClassVar[str] = "lingua.eval.scorer:Scorer"
     """Scores given texts in an evaluation."""
     generator: ClassVar[str] = "lingua.model.generate:Generator"
     """Answers prompts."""
 
     def scored_tokens(self, seq_len: int) -> int:
-        """Return how many tokens of a text a row of S positions scores."""
+        """Return the number of tokens of a text that a row of S positions scores."""
         return seq_len
 
 
@@ -456,4 +456,4 @@ class CrossEntropyArgs(LossArgs):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log-partition term that keeps logits small (PaLM uses 1e-4). 0: none."""
     chunk_tokens: Annotated[int, Field(ge=0)] = 4096
-    """Logits are made for this many positions at a time, so the whole (B*S, V) never exists. 0: at once."""
+    """Compute logits for this many positions at a time, so that the whole (B*S, V) never exists. 0: all at once."""

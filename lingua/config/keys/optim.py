@@ -11,47 +11,47 @@ from lingua.config.base import Args, Fraction, Part, Text, register
 
 
 class SpikeArgs(Args):
-    """What counts as a spike of the loss, and what to do about one."""
+    """What counts as a loss spike, and what to do about it."""
 
     threshold: Annotated[float, Field(gt=0)] = 6.0
-    """How far the loss is above the mean of the steps before, in their standard deviations."""
+    """How far above the mean of the preceding steps the loss is, in their standard deviations."""
     window: Annotated[int, Field(ge=2)] = 128
-    """How many steps before it are looked at. Without as many there is no spike."""
+    """Number of preceding steps compared with. Until there are this many, nothing counts as a spike."""
     action: Literal["warn", "skip", "rewind"] = "warn"
-    """warn: a line in the log. skip: the optimizer does not move, as for on_nonfinite. rewind: go back to the newest
-    checkpoint before the step and pass over its rows."""
+    """warn: write a line to the log. skip: leave out the optimizer step, as for on_nonfinite. rewind: go back to the
+    newest checkpoint before the step and skip its rows."""
 
 
 class RewindArgs(Args):
-    """How a run goes back, with `rewind` in on_spike or on_nonfinite."""
+    """How a run goes back if on_spike or on_nonfinite says `rewind`."""
 
     steps: Annotated[int, Field(ge=1)] = 1
-    """Steps whose rows are passed over: the one that went wrong and those after it."""
+    """Steps whose rows are skipped: the one that went wrong and those after it."""
     limit: Annotated[int, Field(ge=1)] = 3
-    """How often a run may go back within limit_steps; then it stops, and `lingua why` tells."""
+    """Rewinds allowed within limit_steps; then the run stops, and `lingua why` says so."""
     limit_steps: Annotated[int, Field(ge=1)] = 1000
     """Steps in which `limit` is counted."""
 
 
 class OptimArgs(Part):
-    """What every optimizer has: learning rate, schedule, clipping, and what to do about a step gone wrong."""
+    """Keys of every optimizer: learning rate, schedule, clipping, and what to do about a step that went wrong."""
 
     type: str = "adamw"
-    """Which registered optimizer."""
+    """Registered optimizer."""
     lr: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay, per step and lr."""
+    """Decoupled weight decay: each step shrinks weights by lr times this."""
     decay_all: bool = False
-    """Decay norms and embeddings too (lingua did). false: matrices of the blocks and the head only."""
+    """Decay norms and embeddings too, as Meta Lingua does. false: only matrices of the blocks and the head."""
     clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest norm of the whole gradient, once per step. 0: no clipping."""
+    """Maximum norm of the whole gradient, applied once per step. 0: no clipping."""
     scheduler: str = "cosine"
-    """Schedule of the learning rate: constant, linear, linear_to_zero, inv_sqrt, cosine, wsd, or one of a plugin's."""
+    """Learning rate schedule: constant, linear, linear_to_zero, inv_sqrt, cosine, wsd, or a plugin's."""
     warmup: Annotated[int, Field(ge=0)] = 2000
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warmup from 0."""
     lr_min_ratio: Fraction = 0.1
-    """The schedule ends at lr times this."""
+    """Final learning rate of the schedule, as a multiple of lr."""
     cycle_length: Annotated[float, Field(gt=0)] = 1.0
     """cosine: length of a cycle as a share of the run."""
     cosine_theta: Annotated[float, Field(gt=0)] = 1.0
@@ -63,25 +63,26 @@ class OptimArgs(Part):
     exp_factor: Annotated[float, Field(gt=0)] = 0.5
     """inv_sqrt: exponent of the decay."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep an exponential moving average of the weights, with this decay; below it in the first steps: step n decays by
-    (1 + n) / (10 + n) at most. RUN@STEP:ema names its weights. Costs 4 bytes per parameter. Null: none."""
+    """Keep an exponential moving average of the weights with this decay, or (1 + n) / (10 + n) at step n if that is
+    less. RUN@STEP:ema names its weights. Costs 4 bytes per parameter. Null: none."""
     frozen: list[Text] = []
-    """Parameters that do not move, by name: tok_embeddings.*, layers.0.*. Their gradients are computed and left out."""
+    """Name patterns of parameters that are not trained: tok_embeddings.*, layers.0.*. Their gradients are computed but
+    not used."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
-    """A loss or gradient that is not finite: stop before the optimizer moves, skip that step, or go back to the newest
-    checkpoint before it and pass over its rows. With distributed.model_dtype fp16 a gradient that overflows is always
-    skipped, until the loss scale has fallen to 1."""
+    """What to do if the loss or a gradient is not finite: stop before the optimizer step, skip that step, or go back to
+    the newest checkpoint before it and skip its rows. With distributed.model_dtype fp16, a gradient that overflows is
+    always skipped, until the loss scale has fallen to 1."""
     max_skips: Annotated[int, Field(ge=0)] = 10
-    """With `skip`: steps that may be skipped in a row before the run stops."""
+    """With `skip`: maximum steps skipped in a row before the run stops."""
     on_spike: SpikeArgs = SpikeArgs()
-    """A loss far above those before it."""
+    """A loss far above the preceding ones."""
     rewind: RewindArgs = RewindArgs()
-    """How `rewind` goes."""
+    """How `rewind` works."""
 
     def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
-        """Bytes of the optimizer's state, to plan with; unless it says otherwise, two fp32 moments as AdamW's.
+        """Estimate the bytes of the optimizer's state; here for two fp32 moments, as AdamW has.
 
-        `n_in_matrices`: those of the parameters that are in the matrices of the blocks.
+        `n_in_matrices`: number of the parameters in matrices of the blocks.
         """
         return 8 * n_params
 
@@ -95,14 +96,14 @@ class OptimArgs(Part):
 
 
 class AdamArgs(OptimArgs):
-    """What AdamW needs, alone or as a part of another optimizer."""
+    """Keys of AdamW, alone or as part of another optimizer."""
 
     beta1: Fraction = 0.9
     """Decay of the first moment."""
     beta2: Fraction = 0.95
     """Decay of the second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
 
 @register("optim", "adamw")
@@ -136,18 +137,18 @@ class MuonArgs(AdamArgs):
 
     type: Literal["muon"] = "muon"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the momentum of the matrices (Keller Jordan)."""
+    """Momentum of the matrices (Keller Jordan)."""
     nesterov: bool = True
-    """Orthogonalise the gradient mixed with the momentum, instead of the momentum alone."""
+    """Orthogonalize the gradient mixed with the momentum, instead of the momentum alone."""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
-    """Newton-Schulz iterations that make a matrix orthogonal, or nearly so."""
+    """Newton-Schulz iterations that make a matrix nearly orthogonal."""
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of these iterations and of what ranks exchange for them. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Type of these iterations and of what ranks exchange. auto: bf16 on a GPU, fp32 on a CPU."""
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """Multiplies a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
     carry over (Moonlight, arXiv 2502.16982); original: sqrt(max(1, rows / columns)), for which lr is about 0.02."""
     adamw_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
-    """AdamW's part learns at lr times this. With `scale: original` about 0.015 (3e-4 beside 0.02)."""
+    """Learning rate of AdamW's part, as a multiple of lr. With `scale: original` about 0.015 (3e-4 / 0.02)."""
 
     def state_bytes(self, n_params: int, n_in_matrices: int) -> int:
         return 4 * n_in_matrices + super().state_bytes(n_params - n_in_matrices, 0)

@@ -1,4 +1,4 @@
-"""Keys of `phases:`, and which keys of a config a phase may change. Torch-free."""
+"""Keys of `phases:`, and the keys of a config that a phase may change. Torch-free."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Until(NamedTuple):
     value: float
     unit: Literal["steps", "tokens", "%"]
     is_more: bool
-    """Counted from the end of the phase before."""
+    """Counted from the end of the previous phase."""
 
 
 def read_until(text: str) -> Until:
@@ -48,7 +48,7 @@ def read_until(text: str) -> Until:
 
 
 class PhaseArgs(Args):
-    """A part of a run: the config with the keys that stand here, dotted, from an exact step on."""
+    """A part of a run: the config with the dotted keys given here, from an exact step on."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -57,18 +57,18 @@ class PhaseArgs(Args):
     until: Text
     """Its last step: 900, +2000 steps, 2B tokens, +1B tokens; or a share of `steps`: 90%."""
     schedule: Literal["run", "phase"] | None = None
-    """What the learning rate's schedule spans. Null: this phase if it sets optim.scheduler, otherwise the run."""
+    """Span of the learning rate schedule. Null: this phase if it sets optim.scheduler, otherwise the run."""
     fresh: bool | list[Text] = False
-    """Sources that begin with their first document, instead of where an earlier phase left them. true: all."""
+    """Sources that restart at their first document instead of where an earlier phase left them. true: all."""
     from_run: Text | None = None
-    """RUN@STEP whose weights it begins with; `from` is the same key."""
+    """RUN@STEP whose weights it starts with; also written `from`."""
     take: Literal["weights", "state"] = "weights"
-    """What is taken over with `from`. state: the optimizer's state too; weights: it begins anew."""
+    """What `from` loads. state: weights and optimizer state; weights: weights alone, with a new optimizer state."""
 
     @model_validator(mode="before")
     @classmethod
     def _names(cls, tree: Any) -> Any:
-        """Take `from`, which is a word of Python."""
+        """Accept `from`, which is a Python keyword."""
         return {("from_run" if k == "from" else k): v for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
     @model_validator(mode="after")
@@ -78,12 +78,12 @@ class PhaseArgs(Args):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The keys that it changes, dotted, each with its value."""
+        """The dotted keys that it changes, with their values."""
         return dict(_flat(plain(self.model_extra or {}), ""))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    """Return the leaves of sections that are written as such; a mapping of sources is a leaf."""
+    """Return the leaves of nested sections; a mapping of sources is a leaf."""
     found = []
     for name, value in tree.items():
         key = f"{prefix}{name}"

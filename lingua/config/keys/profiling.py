@@ -10,13 +10,13 @@ from lingua.config.base import Args, Text
 
 
 class ProfilerArgs(Args):
-    """Windows of steps that are profiled. Light: time and memory of each step, jsonl, from every rank. Heavy: a torch
-    trace, and on a GPU a snapshot of its memory; steps are several times slower in it."""
+    """Windows of steps to profile. Light: time and memory of each step as jsonl, on every rank. Heavy: a torch trace,
+    and on a GPU a memory snapshot; steps are several times slower."""
 
     run: bool = False
-    """Profile the windows below. false: only what `lingua profile` or a signal asks for."""
+    """Profile the windows below. false: only those that `lingua profile` or a signal asks for."""
     trace_folder: Text = "profiling"
-    """Where files go, inside the run folder."""
+    """Folder of the files, inside the run folder."""
     light_warmup: Annotated[int, Field(ge=0)] = 10
     """Steps of an attempt before the light window."""
     light_steps: Annotated[int, Field(ge=0)] = 20
@@ -30,12 +30,12 @@ class ProfilerArgs(Args):
     profile_steps: Annotated[int, Field(ge=0)] = 2
     """Steps of the trace window. 0: none."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Steps from the begin of a window to the next of its kind. 0: one of each kind per start."""
+    """Steps from the start of a window to the next of its kind. 0: one of each kind per attempt."""
     ranks: list[Annotated[int, Field(ge=0)]] | Literal["all"] = [0]
     """Ranks that write traces and memory snapshots."""
     signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] | None = "SIGUSR1"
     """Signal that opens a light and a heavy window of profile_steps, at least one. Null: none. `signals` and
-    stop_signals count before it."""
+    stop_signals take precedence."""
 
     @model_validator(mode="after")
     def _windows_end(self) -> Self:

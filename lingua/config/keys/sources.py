@@ -1,4 +1,4 @@
-"""Args of data sources: files of documents, and processes that make documents of token ids. Torch- and numpy-free."""
+"""Keys of data sources: files of documents, and processes that make documents of token ids. Torch- and numpy-free."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from lingua.config.base import Args, Part, PositiveInt, Text, register
 
 ENDLESS = 1 << 32
-"""Documents of a synthetic source without a stated number: more than any run reads."""
+"""Documents of a synthetic source that sets no number: more than any run reads."""
 Vocabulary = Annotated[int, Field(ge=2, le=1 << 24)]
 Alpha = Annotated[float, Field(gt=0)]
 
@@ -18,21 +18,21 @@ Alpha = Annotated[float, Field(gt=0)]
 class SourceArgs(Part):
     """One data source: files."""
 
-    type: Literal["files"] = Field(default="files", exclude=True)  # configs frozen before there was a choice have none
+    type: Literal["files"] = Field(default="files", exclude=True)  # configs frozen by older versions have none
     """files; or copy, gssm, markov, random, which make documents of token ids."""
     path: Text
-    """Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files, or those of another format, or one file."""
+    """Folder with `*.chunk.*.jsonl` or `*.jsonl` files (or files of another format), or one file."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Share of documents, relative to the other sources'. 0: not read."""
     format: Literal["jsonl", "mmap_jsonl", "tokens", "parquet", "arrow", "pbin", "megatron", "npy", "ds"] = "jsonl"
     """jsonl: raw lines, shuffled by blocks; mmap_jsonl: raw lines with an index, shuffled one by one; tokens: files
-    made by `lingua data tokenize`, which give the rows of the jsonl they were made from; parquet: rows, shuffled by
-    row groups; arrow: what `save_to_disk` of Hugging Face's datasets wrote. Token files of other trainers, shuffled by
-    blocks: pbin (Modalities), megatron (.bin with .idx), npy (dolma, OLMo), ds (datatrove, nanotron)."""
+    made by `lingua data tokenize`, which give the same rows as their jsonl; parquet: rows, shuffled by row groups;
+    arrow: what `save_to_disk` of Hugging Face datasets writes. Token files of other trainers, shuffled by blocks: pbin
+    (Modalities), megatron (.bin with .idx), npy (dolma, OLMo), ds (datatrove, nanotron)."""
     text_key: Text | None = None
-    """Field (or column) with the text. Null: `text`, else `content`."""
+    """Field or column with the text. Null: `text`, else `content`."""
     name: Text | None = None
-    """Name in logs and state. Null: the path's last part."""
+    """Name in logs and state. Null: the last part of the path."""
 
 
 class SyntheticArgs(Part):
@@ -43,10 +43,10 @@ class SyntheticArgs(Part):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Share of documents, relative to the other sources'. 0: not read."""
     seed: int | None = None
-    """Seed of its tables and documents. Null: data.seed, or one made of that and the name where an earlier name of the
-    alphabet has it, so that no two sources share random numbers."""
+    """Seed of its tables and documents. Null: data.seed for the first such source by name, and for the others a seed
+    derived from data.seed and the name, so that no two share random numbers."""
     documents: Annotated[int, Field(ge=1, le=ENDLESS)] | None = None
-    """Documents of an epoch. Null: more than any run reads, so that none is read twice."""
+    """Documents per epoch. Null: more than any run reads, so that none is read twice."""
 
     @property
     def n_ids(self) -> int:
@@ -56,7 +56,7 @@ class SyntheticArgs(Part):
 
 @register("source", "random")
 class RandomArgs(SyntheticArgs):
-    """Tokens that are drawn evenly: nothing can be learned."""
+    """Uniformly random tokens: nothing can be learned."""
 
     builder: ClassVar[str] = "lingua.data.synthetic:Random"
 
@@ -82,15 +82,15 @@ class CopyArgs(RandomArgs):
 
 @register("source", "markov")
 class MarkovArgs(RandomArgs):
-    """Each token depends on the `order` tokens before it; those before the row count as 0."""
+    """Each token depends on the `order` tokens before it; tokens before the row count as 0."""
 
     builder: ClassVar[str] = "lingua.data.synthetic:Markov"
 
     type: Literal["markov"] = "markov"  # pyright: ignore[reportIncompatibleVariableOverride]
     order: PositiveInt = 1
-    """Tokens that the next one depends on."""
+    """Number of tokens that the next one depends on."""
     alpha: Alpha = 1.0
-    """Of the Dirichlet distribution that each row of the table is drawn from: small is predictable."""
+    """Parameter of the Dirichlet distribution of each row of the table: smaller is more predictable."""
 
     @model_validator(mode="after")
     def _table_fits(self) -> Self:
@@ -105,39 +105,39 @@ class MarkovArgs(RandomArgs):
 # -- graphs of hidden states ---------------------------------------------------------------------------------------
 
 MAX_STATES = 4096
-"""States of all hidden nodes together: the floor needs a number for each."""
+"""Maximum joint states of the hidden nodes: the floor needs a number for each."""
 _MAX_ENTRIES = {"context": 1 << 18}
 _MAX_ENTRIES_OF_OTHERS = 1 << 22
 
 
 class NodeArgs(Args):
-    """A node: its next state depends on its own last state (a hidden one's) and on the new states of its parents."""
+    """A node: its next state depends on the new states of its parents and, if it is hidden, on its own last state."""
 
     name: Text
-    """Name, by which others call it their parent."""
+    """Name, which `parents` of other nodes refer to."""
     state_dim: Annotated[int, Field(ge=2)]
-    """Number of states; the observed node's are the token ids."""
+    """Number of states; those of the observed node are the token ids."""
     alpha: Alpha
-    """Of the Dirichlet distribution that each row of a table is drawn from: small is predictable."""
+    """Parameter of the Dirichlet distribution of each row of a table: smaller is more predictable."""
     parents: list[Text] = []
-    """Nodes it depends on."""
+    """Nodes that it depends on."""
     mode: Literal["default", "slow", "dead", "context"] = "default"
-    """slow: staying is likeliest; dead: state 0 is likeliest; context: each document has tables of its own."""
+    """slow: most likely stays in its state; dead: most likely in state 0; context: each document has its own tables."""
     kernel_type: Literal["product", "fullrank"] = "product"
-    """product: one row for each input, multiplied; fullrank: one row for each combination of inputs."""
+    """product: one row per input, multiplied; fullrank: one row per combination of inputs."""
     observed: bool = False
-    """Its states are the tokens. One node is observed."""
+    """Its states are the tokens. Exactly one node is observed."""
 
 
 @register("source", "gssm")
 class GssmArgs(SyntheticArgs):
-    """A graph of hidden states that emits tokens (graphical state space model); all states begin at 0."""
+    """A graph of hidden states that emits tokens (graphical state space model); all states start at 0."""
 
     builder: ClassVar[str] = "lingua.data.gssm:Gssm"
 
     type: Literal["gssm"] = "gssm"
     nodes: Annotated[list[NodeArgs], Field(min_length=1)]
-    """The graph, in any order; without cycles."""
+    """The graph, in any order, without cycles."""
 
     @property
     def observed(self) -> NodeArgs:
@@ -148,7 +148,7 @@ class GssmArgs(SyntheticArgs):
         return self.observed.state_dim
 
     def inputs_of(self, node: NodeArgs) -> list[NodeArgs]:
-        """Return what a node's next state depends on: itself if it is hidden, then its parents."""
+        """Return the nodes that a node's next state depends on: itself if it is hidden, then its parents."""
         by_name = {one.name: one for one in self.nodes}
         return [*([] if node.observed else [node]), *(by_name[name] for name in node.parents)]
 

@@ -1,4 +1,4 @@
-"""Keys of a run as a whole. An app subclasses `TrainArgs` and chooses its model. Torch-free."""
+"""Keys of a whole run. An app subclasses `TrainArgs` and chooses its model. Torch-free."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lingua.config.keys.watchdog import WatchdogArgs
 
 
 class ValidationArgs(Args):
-    """Held-out loss inside training."""
+    """Held-out loss during training."""
 
     every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two. 0: never."""
+    """Steps between validations. 0: never."""
     at_ends: bool = False
-    """Also before the first and after the last step."""
+    """Also validate before the first and after the last step."""
     max_rows: Annotated[int, Field(ge=1)] = 64
     """Rows per source, taken from the start of its `*.val.jsonl`."""
 
@@ -40,66 +40,66 @@ Action = Literal["stop", "save", "profile"]
 
 
 class SignalsArgs(Args):
-    """What a signal does. stop: end after the current step, with a checkpoint; save: checkpoint after the next step and
-    go on; profile: open a light and a heavy window. Null: as stop_signals and profiling.signal say."""
+    """What a signal does. stop: end after the current step, with a checkpoint; save: save a checkpoint after the next
+    step and go on; profile: open a light and a heavy window. Null: as stop_signals and profiling.signal say."""
 
     SIGINT: Action | None = None
     """Ctrl-C."""
     SIGTERM: Action | None = None
-    """scancel, preemption, a person's kill."""
+    """scancel, preemption, `kill`."""
     SIGUSR1: Action | None = None
-    """Free for people."""
+    """Free for the user."""
     SIGUSR2: Action | None = None
-    """What `lingua launch` asks Slurm for before the time limit."""
+    """What Slurm sends before the time limit to a job of `lingua launch`."""
     SIGHUP: Action | None = None
-    """The terminal has gone: stop, unless profiling.signal takes it. Ignored below `nohup`."""
+    """Closed terminal. Null: stop, unless profiling.signal is SIGHUP. Ignored below `nohup`."""
 
 
 class TrainArgs(Args):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     name: Text = "lingua"
     """Name of the run."""
     dump_dir: Text = ""
     """Run folder. Empty: <dump_base>/<name>."""
     dump_base: Text = "out"
-    """Folder of run folders."""
+    """Folder that holds run folders."""
     app: Text = __package__ or "apps.main"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""
     plugins: list[Text] = []
     """Modules imported before the config is checked; they register models, optimizers, schedules, losses."""
     seed: int = DEFAULT_SEED
-    """Seed of everything random in training; model.seed and data.seed follow it unless they are set."""
+    """Seed of all randomness in training; model.seed, data.seed and loss.seed follow it unless they are set."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
     steps: Annotated[int, Field(ge=1)] | None = None
-    """Length of the run in optimizer updates. Null: from epochs or total_flops; 1000 without those."""
+    """Length of the run in optimizer steps. Null: from epochs or total_flops, otherwise 1000."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length of the run in passes over the sources."""
     total_flops: Annotated[float, Field(gt=0)] | None = None
     """Length of the run in floating-point operations of forward and backward."""
     grad_acc_steps: Annotated[int, Field(ge=1)] | None = None
-    """Micro steps per optimizer update. Null: from global_batch_size, otherwise 1."""
+    """Micro steps per optimizer step. Null: from global_batch_size, otherwise 1."""
     global_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """G: rows per optimizer update over all ranks. Null: batch_size * grad_acc_steps * data-parallel ranks."""
+    """G: rows per optimizer step over all ranks. Null: batch_size * grad_acc_steps * data-parallel ranks."""
     global_batch_tokens: Annotated[int, Field(ge=1)] | None = None
-    """The same in tokens: G = global_batch_tokens / data.seq_len. Null: by global_batch_size."""
+    """The same in tokens: G = global_batch_tokens / data.seq_len. Null: global_batch_size applies."""
     phases: list[PhaseArgs] = []
-    """Parts of the run, one after another, each with keys of its own. Empty: the config holds for the whole run."""
+    """Consecutive parts of the run, each with its own keys. Empty: the config holds for the whole run."""
     gc_collect_freq: Annotated[int, Field(ge=1)] = 1000
-    """Steps between garbage collections; python's own collector is off in the loop."""
+    """Steps between garbage collections; Python's automatic collection is off in the loop."""
     probe_freq: Annotated[int, Field(ge=1)] | None = None
-    """Steps between statistics of activations, weights, gradients and attention (probe.jsonl). Null: none."""
+    """Steps between probes: statistics of activations, weights, gradients and attention (probe.jsonl). Null: none."""
     deterministic: bool = False
-    """Two runs are bitwise equal, and so is a resumed one; costs speed."""
+    """Make runs reproducible bit for bit, resumed ones too; costs speed."""
     signals: SignalsArgs = SignalsArgs()
     stop_signals: list[SignalName] = ["SIGINT", "SIGTERM", "SIGUSR2"]
-    """Signals that stop, unless `signals` says otherwise."""
+    """Signals that stop the run, unless `signals` says otherwise."""
     sample_prompt: Text | None = None
-    """Prompt that the model continues at the end, for people (samples.jsonl). Null: none."""
+    """Prompt that the model continues at the end of the run, for people to read (samples.jsonl). Null: none."""
     sample_every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between two such samples while the run trains; rank 0 holds the whole model once more meanwhile, in bf16
-    on a GPU. Null: only the one at the end."""
+    """Steps between such samples during training. Rank 0 then holds another copy of the whole model, in bf16 on a GPU.
+    Null: only the one at the end."""
     data: DataArgs = DataArgs()
     optim: Annotated[SerializeAsAny[OptimArgs], part_of("optim", AdamWArgs)] = AdamWArgs()
     loss: Annotated[SerializeAsAny[Part], part_of("loss", CrossEntropyArgs)] = CrossEntropyArgs()
@@ -108,22 +108,22 @@ class TrainArgs(Args):
     env: EnvironmentArgs = EnvironmentArgs()
     checkpoint: CheckpointArgs = CheckpointArgs()
     watchdog: WatchdogArgs | None = WatchdogArgs()
-    """When the run counts as hung. Null: never."""
+    """When a run counts as hung. Null: never."""
     validation: ValidationArgs = ValidationArgs()
     profiling: ProfilerArgs = ProfilerArgs()
     logging: LoggingArgs = LoggingArgs()
     eval: EvalArgs | None = None
-    """What the evaluator measures at each checkpoint of checkpoint.eval. Null: nothing."""
+    """What to measure of each checkpoint of checkpoint.eval. Null: nothing."""
     async_eval_gpus: Annotated[int, Field(ge=0)] | None = None
-    """GPUs of an evaluation outside of the training process: a Slurm job for each checkpoint within a job, elsewhere a
-    process beside the run. 0: on CPU. Null: evaluate in the training process, which pauses for it."""
+    """GPUs of an evaluation outside of the training process: a Slurm job per checkpoint if the run is a Slurm job,
+    otherwise a process beside it. 0: on CPU. Null: evaluate in the training process, which pauses training."""
     launcher: LauncherArgs = LauncherArgs()
     slurm: SlurmArgs | None = None
-    """What an evaluation job asks for, as Meta Lingua writes it. eval.launcher, where it is set, counts instead."""
+    """Resources of an evaluation job, in Meta Lingua's keys. eval.launcher takes precedence."""
 
     @property
     def objective(self) -> LossArgs:
-        """The loss as an objective; one of a plugin that derives from Part alone is about the next token."""
+        """The loss as an objective; a plugin's that derives from Part alone predicts the next token."""
         return self.loss if isinstance(self.loss, LossArgs) else LossArgs(type=self.loss.type)
 
     def held_out_sizes(self) -> dict[str, int]:
@@ -133,13 +133,13 @@ class TrainArgs(Args):
         return {"max_rows": self.validation.max_rows, "seq_len": scored, "row_step": step}
 
     def evaluation_job(self) -> JobArgs:
-        """Return what the Slurm job of an evaluation asks for."""
+        """Return the resources of an evaluation's Slurm job."""
         slurm = self.slurm or SlurmArgs()
         n_gpus = slurm.ngpu if self.async_eval_gpus is None else self.async_eval_gpus
         return ((self.eval and self.eval.launcher) or slurm.as_job()).of_evaluation(n_gpus)
 
     def signals_that(self, action: Action) -> list[str]:
-        """Return the signals that do this: `signals` counts before stop_signals, that before profiling.signal."""
+        """Return the signals with this action: `signals` overrides stop_signals, which overrides profiling.signal."""
         does: dict[str, str] = {"SIGHUP": "stop"}
         if self.profiling.signal is not None:
             does[self.profiling.signal] = "profile"
@@ -155,7 +155,7 @@ class TrainArgs(Args):
     @model_validator(mode="before")
     @classmethod
     def _model_type(cls, tree: Any) -> Any:
-        """Take Meta Lingua's spelling of model.type: `model_type: minGRU`."""
+        """Accept Meta Lingua's spelling of model.type: `model_type: minGRU`."""
         if not isinstance(tree, dict) or not isinstance(name := tree.get("model_type", 0), str | None):
             return tree
         others = {key: value for key, value in tree.items() if key != "model_type"}
@@ -170,7 +170,7 @@ class TrainArgs(Args):
 
     @model_validator(mode="after")
     def _profiling_signal(self) -> Self:
-        """Let `signals` take a signal from the default of the older key, so that a frozen config has no conflict."""
+        """Let `signals` take a signal from profiling.signal's default, so that a frozen config has no conflict."""
         name = self.profiling.signal
         if name and getattr(self.signals, name) and "signal" not in self.profiling.model_fields_set:
             object.__setattr__(self, "profiling", self.profiling.model_copy(update={"signal": None}))
@@ -178,7 +178,7 @@ class TrainArgs(Args):
 
     @model_validator(mode="after")
     def _eval_checkpoints(self) -> Self:
-        """Save nothing for evaluations that no section asks for, unless the config states checkpoint.eval."""
+        """Save no checkpoints for evaluation without a section `eval`, unless the config sets checkpoint.eval."""
         if self.eval is None and "eval" not in self.checkpoint.model_fields_set:
             never = self.checkpoint.eval.model_copy(update={"every": 0})
             object.__setattr__(self, "checkpoint", self.checkpoint.model_copy(update={"eval": never}))
@@ -186,7 +186,7 @@ class TrainArgs(Args):
 
     @model_validator(mode="after")
     def _run_folder(self) -> Self:
-        """Return the run folder, by the config alone: a commit between two starts must not lose the run."""
+        """Set the run folder from the config alone: a commit between two attempts must not lose the run."""
         written = "dump_dir" if self.dump_dir else "name"
         if not self.dump_dir:
             if not self.name:
@@ -205,7 +205,7 @@ class TrainArgs(Args):
 
     @model_validator(mode="after")
     def _objective(self) -> Self:
-        """State what the objective asks of the model, unless the config says otherwise (then `conflicts` complains)."""
+        """Set what the objective needs of the model, unless the config says otherwise (then `conflicts` complains)."""
         stated = self.model.model_fields_set
         fields = type(self.model).model_fields
         if asked := {k: v for k, v in self.objective.asks_of_model.items() if k in fields and k not in stated}:
@@ -214,7 +214,7 @@ class TrainArgs(Args):
 
     @model_validator(mode="after")
     def _seeds(self) -> Self:
-        """State the seeds that follow `seed`, so that a frozen config holds numbers."""
+        """Set the seeds that follow `seed`, so that a frozen config holds numbers."""
         for name in ("model", "data", "loss"):
             section = getattr(self, name)
             if getattr(section, "seed", self.seed) is None:

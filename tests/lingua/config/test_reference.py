@@ -48,8 +48,8 @@ def test_the_reference_page_has_every_section_with_type_default_and_meaning() ->
         "## model (type: llama)",
         "## checkpoint.dump",
         "## data.sources",
-        "| `batch_size` | int (>= 1) | `2` | B: rows of a micro step on each data-parallel rank. |",
-        "| `device` | `auto`, `cpu`, `cuda` | `'auto'` | auto: a GPU where there is one. |",
-        "| `path` | str | required | Folder with `*.chunk.*.jsonl` (or `*.jsonl`) files",
+        "| `batch_size` | int (>= 1) | `2` | B: rows per micro step on each data-parallel rank. |",
+        "| `device` | `auto`, `cpu`, `cuda` | `'auto'` | auto: a GPU if there is one. |",
+        "| `path` | str | required | Folder with `*.chunk.*.jsonl` or `*.jsonl` files",
     ):
         assert line in page
