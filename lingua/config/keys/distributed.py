@@ -44,7 +44,7 @@ class DistributedArgs(Args):
     full_activation_checkpointing: bool = False
     """Recompute each whole block in the backward pass."""
     activation_memory_budget: Annotated[float, Field(ge=0, le=1)] | None = None
-    """With compile: share of the tensors for backward that the compiler may keep, from 0 (a block's input) to 1 (its own
+    """With compile: share of the tensors for backward that the compiler may keep, 0 (a block's input) to 1 (its own
     choice); it recomputes those that cost the fewest FLOPs (torch/_functorch/config.py). Null: torch's choice."""
     float8_recipe: Literal["rowwise", "tensorwise"] | None = None
     """Compute matrix products of matching layers in float8 (Ada, Hopper and newer GPUs). rowwise: one scale per row,
