@@ -1,6 +1,6 @@
 """Decide whether checkpoints fit on the disk and in memory, and whether /dev/shm outlives the job. Torch-free.
 
-The figures of a file system do not include a quota; for that there is `checkpoint.disk_budget_gb`.
+A file system's free space ignores quotas; `checkpoint.disk_budget_gb` stands in for one.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from lingua.files import free_bytes, human_bytes
 
 PRIVATE_SHM = "may not outlive this job"
-"""Logged of a memory file system that only this job has; `lingua drill` looks for it."""
+"""Logged if the memory file system is private to this job; `lingua drill` looks for it."""
 RESERVE_BYTES = 256 << 20
 """Left free in /dev/shm and below the memory limit for others, such as NCCL's buffers."""
 
 
 @dataclass(frozen=True)
 class DiskRoom:
-    """What a run needs on the disk of its checkpoints, and what is there."""
+    """Disk space that a run's checkpoints need, and what is available."""
 
     free_bytes: int
     held_bytes: int
@@ -31,7 +31,7 @@ class DiskRoom:
     budget_bytes: int | None = None
 
     def problem(self, root: Path) -> str | None:
-        """Return one sentence why the checkpoints do not fit, or None."""
+        """Return why the checkpoints do not fit, in one sentence, or None."""
         wanted = self.checkpoint_bytes * (self.at_once or 1)
         offered = self.free_bytes + self.held_bytes
         size = human_bytes(self.checkpoint_bytes)
@@ -50,7 +50,7 @@ class DiskRoom:
         return None
 
     def warning(self, root: Path, kept_for_good: Sequence[str]) -> str | None:
-        """Say how many checkpoints fit if all of some periods, whose keys are given, are kept; or return None."""
+        """Return how many checkpoints fit if all of some periods (their keys) are kept, or None without periods."""
         if not kept_for_good or not self.checkpoint_bytes:
             return None
         n_fit = self.free_bytes // self.checkpoint_bytes
@@ -59,11 +59,11 @@ class DiskRoom:
 
 @dataclass(frozen=True)
 class MemoryRoom:
-    """A node's memory for slots. Pages of slots that exist already count as free."""
+    """A node's memory for slots. Pages of existing slots count as free."""
 
     shm_free_bytes: int
     limit_bytes: int | None
-    """Of the job's control group, which includes /dev/shm; None: no limit."""
+    """Limit of the job's cgroup, which includes /dev/shm; None if there is none."""
     used_bytes: int
     slot_bytes: int
     """Size of one slot, for all ranks of the node."""
@@ -87,7 +87,7 @@ class MemoryRoom:
 
 
 def why_no_copies(nodes: Sequence[MemoryRoom], n_slots: int, n_nodes: int) -> str | None:
-    """Return why the nodes cannot hold copies of each other's slots, as many as slots, or None."""
+    """Return why the nodes cannot hold a copy of each slot of another node, or None."""
     if n_nodes == 1:
         return "this run has one node"
     rooms = [replace(room, slot_bytes=room.slot_bytes + room.copy_bytes) for room in nodes]
@@ -103,7 +103,7 @@ def room_here(shm: Path, held: Iterable[Path], slot_bytes: int, copy_bytes: int)
 
 
 def read_cgroup(name: str) -> str | None:
-    """Read a file below /sys/fs/cgroup; None if there is none that we may read."""
+    """Read a file below /sys/fs/cgroup, or return None if it is missing or unreadable."""
     try:
         return (Path("/sys/fs/cgroup") / name).read_text()
     except OSError:
@@ -111,11 +111,11 @@ def read_cgroup(name: str) -> str | None:
 
 
 def memory_limit(proc_cgroup: str, read: Callable[[str], str | None] = read_cgroup) -> tuple[int | None, int]:
-    """Return (limit or None, use) of this process's memory control group, in bytes.
+    """Return (limit or None, use) of this process's memory cgroup, in bytes.
 
     `proc_cgroup`: text of /proc/self/cgroup. Version 2 has `memory.max`, version 1 `memory.limit_in_bytes`
-    (cgroups(7)); any group above ours may set the limit. Cached files count as use there, but can be dropped: those not
-    used lately (`inactive_file`, cgroup-v2.rst of the kernel) are not counted here.
+    (cgroups(7)); any parent group may set the limit. The kernel counts the page cache as use; the part that it can drop
+    (`inactive_file`, cgroup-v2.rst of the kernel) is subtracted here.
     """
     tightest: tuple[int | None, int] = (None, 0)
     for line in proc_cgroup.splitlines():
@@ -142,7 +142,7 @@ def memory_limit(proc_cgroup: str, read: Callable[[str], str | None] = read_cgro
 
 
 def private_shm(mounts: str, mounts_of_init: str | None, env: Mapping[str, str], shm: str = "/dev/shm") -> str | None:
-    """Say in a few words why the content of /dev/shm may not outlive the job, or return None.
+    """Return in a few words why the content of /dev/shm may not outlive the job, or None.
 
     `mounts`: text of /proc/self/mountinfo (proc(5)); `mounts_of_init`: that of process 1, if readable.
     """

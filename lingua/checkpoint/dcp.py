@@ -1,9 +1,9 @@
-"""torch.distributed.checkpoint's files: laid out once, written as plain bytes, read without executing any code.
+"""Lay out, write and read the files of torch.distributed.checkpoint (DCP) without executing any code in them.
 
-Stock `dcp.load` and `dcp_to_torch_save` open what is written here. The stock planner decides once per run who writes
+Stock `dcp.load` and `dcp_to_torch_save` read these files. The stock planner decides once per run which rank writes
 which shard. From then on each file is a fixed sequence of constant bytes and tensor bytes at known offsets,
 `.metadata` never changes, and a save needs no planning and no collective. Files hold tensors only, no pickled values.
-Reading takes `.metadata` through an allow-list and tensors with `weights_only`.
+`.metadata` is read through an allow-list, tensors with `weights_only`.
 
 A file:  | head of blob 0 | bytes of tensor 0 | tail | padding to 64 | head of blob 1 | ...
 where a blob is what `torch.save` writes for the tensor (a zip archive whose checksums torch ignores).
@@ -69,7 +69,7 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class WritePlan:
-    """All that a rank needs to know for every save."""
+    """The files that a rank writes; the same for every save."""
 
     files: list[FilePlan]
     metadata: bytes | None
@@ -157,7 +157,7 @@ def local_plan(tensors: dict[str, Tensor], is_coordinator: bool) -> SavePlan:
 def global_plan(
     local_plans: list[SavePlan], paths: dict[str, tuple[str, ...]], aliases: dict[str, str]
 ) -> tuple[list[SavePlan], bytes]:
-    """Decide who writes what, and make the content of `.metadata`; on rank 0.
+    """Decide which rank writes which shard; return the ranks' plans and the content of `.metadata`. Call on rank 0.
 
     `paths`: how names unfold into nested dicts. `aliases`: further names of a tensor, which is written once.
     """
@@ -178,9 +178,9 @@ def global_plan(
 
 
 def metadata_bytes(metadata: Metadata) -> bytes:
-    """Make the content of `.metadata`: the same bytes on every Python.
+    """Return the content of `.metadata`, with the same bytes on every Python.
 
-    Pythons disagree on how to pickle a member of an enum: 3.11.2 calls builtins.getattr, which no reader should allow.
+    Python versions pickle enum members differently: 3.11.2 calls builtins.getattr, which no reader should allow.
     """
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol=4)
@@ -198,7 +198,7 @@ def write_plan(tensors: dict[str, Tensor], plan: SavePlan, rank: int, metadata: 
 
 
 def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer | Tensor]:
-    """Yield what a file holds with the tensors' present values, span by span: bytes, or a flat tensor on a device."""
+    """Yield a file with the tensors' current values, span by span: bytes, or a flat tensor that is on a device."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(dict(tensors))
     for part in file.parts:
@@ -212,7 +212,7 @@ def file_content(file: FilePlan, tensors: dict[str, Tensor]) -> Iterator[Buffer 
 
 
 def host_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor; a copy only if it lies on a device or is not contiguous."""
+    """Return the bytes of a tensor, copied only if it is on a device or not contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType] - an array is a buffer
 
@@ -252,7 +252,7 @@ def _read_metadata(file: BinaryIO, path: Path) -> Metadata:
 
 
 class Content(Protocol):
-    """What a file holds: slices of it are bytes in memory."""
+    """Content of a file; a slice of it is bytes in memory."""
 
     def __getitem__(self, span: slice, /) -> memoryview: ...
 
@@ -333,10 +333,10 @@ def read_into(
     metadata: Metadata | None = None,
     reader: FileSystemReader | None = None,
 ) -> None:
-    """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. No collective.
+    """Fill `tensors` (DTensors: this rank's shards) in place from a checkpoint of any number of ranks. Not collective.
 
-    `metadata`: the folder's, so that reading tensor by tensor does not parse it every time. `reader`: of the
-    folder, if not the stock one. Raises RunError, with the names, for what the folder lacks or holds in another shape.
+    `metadata`: the folder's, parsed once for many calls. `reader`: the folder's; None for the stock one.
+    Raises RunError with the names of tensors that the folder lacks or holds in another shape.
     """
     metadata = metadata or read_metadata(folder)
     reader = reader or Reader(folder)
@@ -360,6 +360,6 @@ def read_into(
 
 
 def some(names: list[str], limit: int = 8) -> str:
-    """Join the first few of many names, and say how many more there are."""
+    """Join the first few of many names and the number of the others."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

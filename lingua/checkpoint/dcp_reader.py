@@ -1,7 +1,7 @@
-"""Read a checkpoint's tensors in one pass over its files: hashed on the way, copied once to where they are wanted.
+"""Read a checkpoint's tensors in one pass: hash each file while it is read and copy each tensor once, to its target.
 
-Several files are read at a time. Memory beside the tensors: the pieces of `verified`, and those saved tensors of which
-a wanted one is not a stretch of bytes (tensor parallelism on another number of ranks, another dtype, another writer).
+Several files are read at a time. Extra memory: the buffers of `verified`, and each saved tensor of which a target is
+not a contiguous range of bytes (tensor parallelism on another number of ranks, another dtype, another writer).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ READERS = min(4, VERIFY_THREADS)
 """Files that a rank reads at a time."""
 
 Pieces = Callable[[str, int, int | None], Iterable[memoryview]]
-"""Returns the bytes of a file between two places (None: its end), in order; each piece is valid until the next."""
+"""Yields the bytes of a file between two offsets (None: its end), in order; each piece is valid until the next."""
 
 
 def pieces_in(content: Contents) -> Pieces:
-    """Return how to read files that are in memory."""
+    """Return a reader of files that are in memory."""
 
     def pieces(name: str, begin: int, end: int | None) -> Iterator[memoryview]:
         of_file = content(name)
@@ -46,7 +46,7 @@ def pieces_in(content: Contents) -> Pieces:
 
 
 class _Blob:
-    """A saved tensor, or shard of one, whose bytes arrive in pieces and are copied to where they are wanted."""
+    """A saved tensor, or shard of one, whose bytes arrive in pieces and are copied to their targets."""
 
     def __init__(self, place: _StorageInfo, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
         self.begin, self.end = place.offset, place.offset + place.length
@@ -54,9 +54,9 @@ class _Blob:
         self._head, self._size_bytes, tail = blob(dtype, sizes)
         self._wanted: list[tuple[ReadItem, Tensor]] = []
         self._direct: list[tuple[int, Tensor]] = []
-        """Targets that are a stretch of the tensor's bytes: where it begins in the blob, and the target's bytes."""
+        """Targets that are a contiguous range of the blob: its offset in the blob, and the target's bytes."""
         self._kept: Tensor | None = None
-        """All bytes, where a target is no such stretch, or the blob not as we write it."""
+        """All bytes of the blob, if a target is not such a range or another writer laid the blob out."""
         if place.length != len(self._head) + self._size_bytes + len(tail):
             self._keep(0)
 
@@ -71,17 +71,17 @@ class _Blob:
 
     @property
     def device(self) -> torch.device | None:
-        """The GPU that its bytes go to, if they do."""
+        """The GPU that holds a target, or None."""
         return next((target.device for _, target in self._wanted if target.device.type == "cuda"), None)
 
     def _keep(self, n_known: int) -> None:
-        """Keep the bytes from now on; of those before, `n_known`, the head's are known."""
+        """Keep the bytes from now on; the `n_known` before them were equal to our head's."""
         if self._kept is None:
             self._kept = torch.empty(self.end - self.begin, dtype=torch.uint8)
             self._kept[:n_known] = torch.tensor(list(self._head[:n_known]), dtype=torch.uint8)
 
     def feed(self, piece: Tensor, at: int) -> None:
-        """Take the bytes from `at` on; on a GPU the copies are only begun."""
+        """Take the bytes that begin at `at`; copies to a GPU are only queued."""
         if self._kept is None and at < len(self._head):
             head = self._head[at : at + len(piece)]
             if bytes(piece[: len(head)].numpy()) != head:
@@ -95,7 +95,7 @@ class _Blob:
                 target[first - begin : last - begin].copy_(piece[first - at : last - at], non_blocking=True)
 
     def complete(self) -> None:
-        """Call when all bytes have come."""
+        """Fill the targets that need all bytes. Call when these have arrived."""
         if self._kept is None:
             return
         kept, begin = self._kept, len(self._head)
@@ -112,8 +112,7 @@ class _Blob:
 
 
 class StreamReader(Reader):
-    """Reads each file once, several at a time, and hashes those to `verify` on the way. No more than the pieces, and
-    tensors that are not wanted as they lie, is in memory at once."""
+    """Reads each file once, several at a time, and hashes those to `verify` while they are read."""
 
     def __init__(self, folder: Path, pieces: Pieces, metadata: Metadata, verify: Manifest) -> None:
         super().__init__(folder)
@@ -131,7 +130,7 @@ class StreamReader(Reader):
                 blobs[place.offset] = self._blob(item.storage_index, place)
             blobs[place.offset].want(item, planner.resolve_tensor(item).detach())
         with warnings.catch_warnings(), ThreadPoolExecutor(READERS) as pool:
-            warnings.simplefilter("ignore", UserWarning)  # of torch: mapped files must not be written to, and are not
+            warnings.simplefilter("ignore", UserWarning)  # torch: mapped memory is read-only; nothing writes to it
             found = pool.map(self._read, files, [[of[at] for at in sorted(of)] for of in files.values()])
             self.problems = [problem for problem in found if problem]
         read: Future[None] = Future()
@@ -145,7 +144,7 @@ class StreamReader(Reader):
         return _Blob(place, described.properties.dtype, tuple(sizes))
 
     def _read(self, name: str, blobs: list[_Blob]) -> str | None:
-        """In a thread: read a file; return what is wrong with it, if it is to be verified."""
+        """In a thread: read a file; return what is wrong with it if it is in `verify`, else None."""
         device = next((each for one in blobs if (each := one.device) is not None), None)
         inbox = _Inbox(name, blobs, None if device is None else Stage(device))
         fact = self._verify.get(name)
@@ -162,7 +161,7 @@ class StreamReader(Reader):
 
 
 class Stage:
-    """Pinned memory, from which a GPU copies a piece while it is hashed and the next one is read."""
+    """Pinned staging buffer: a GPU copies a piece from it while the piece is hashed and the next one is read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -184,7 +183,7 @@ class _Inbox:
         self._error: Exception | None = None
 
     def take(self, piece: memoryview) -> None:
-        """Copy what is wanted; errors are kept until it is known whether the file is damaged."""
+        """Copy a piece to its targets; keep errors until it is known whether the file is damaged."""
         try:
             content = torch.frombuffer(piece, dtype=torch.uint8)
             self._give(content if self._stage is None else self._stage.put(content))
@@ -204,7 +203,7 @@ class _Inbox:
             self._blobs.popleft()
 
     def close(self) -> None:
-        """Wait for the copies, and raise what went wrong."""
+        """Wait for the copies, and raise the first error."""
         if self._stage is not None:
             self._stage.settle()
         if self._error is not None:

@@ -1,7 +1,7 @@
-"""The JSON documents of a checkpoint, judged before anything is taken from them. Torch-free.
+"""Schemas of a checkpoint's JSON documents, which are validated before use. Torch-free.
 
-A checksum shows that a file is what the manifest lists, not that a trainer wrote it: someone may have edited both. So
-each document has a form, and what several of them say (step, attempt, run, files) must agree.
+A checksum shows that a file matches the manifest, not that a trainer wrote it: someone may have edited both. So each
+document has a schema, and values that several of them hold (step, attempt, run, files) must agree.
 """
 
 from __future__ import annotations
@@ -108,12 +108,15 @@ class _RankState(Document):
 class _FirstState(_RankState):
     shared: _Shared
     param_groups: list[_Group]
-    """[]: of a run that was taken over from Meta Lingua."""
+    """Empty if the run was taken over from Meta Lingua."""
     optim_scalars: dict[str, dict[str, Scalar]]
 
 
 def read_run_id(root: Path) -> str | None:
-    """Return the id of the run whose checkpoints these are; None before its first attempt. Raises OSError, RunError."""
+    """Return the id of the run that owns these checkpoints, or None before its first attempt.
+
+    Raises OSError, RunError.
+    """
     path = root / layout.RUN_ID
     try:
         run_id = read_bytes(path).decode("ascii", "replace").strip()
@@ -125,10 +128,7 @@ def read_run_id(root: Path) -> str | None:
 
 
 def read_states(folder: Path, read: Callable[[Path], Any] = read_json) -> list[dict[str, Any]]:
-    """Return the training state of every rank that saved, rank 0 first. Raises RunError, OSError.
-
-    `read`: returns what a JSON file holds.
-    """
+    """Return the training state of every rank that saved, rank 0 first. Raises RunError, OSError."""
     first = _read_state(folder, 0, _FirstState, read)
     n_ranks = first["world_size"]
     states = [first, *(_read_state(folder, rank, _RankState, read) for rank in range(1, n_ranks))]
@@ -157,9 +157,9 @@ def _read_state(folder: Path, rank: int, model: type[_RankState], read: Callable
 def require_agreement(
     folder: Path, states: list[dict[str, Any]], tensors: dict[str, int], manifest: ManifestDocument
 ) -> None:
-    """Raise RunError unless the files that a state needs are those that were published.
+    """Raise RunError unless the manifest lists every file that the state needs, and each is large enough.
 
-    `tensors`: the files that `.metadata` points at, and the bytes that each must have at least.
+    `tensors`: the files that `.metadata` points at, with the least size of each in bytes.
     """
     small = [layout.METADATA, *(layout.train_state_file(rank) for rank in range(len(states)))]
     for name, n_bytes in sorted((dict.fromkeys(small, 0) | tensors).items()):

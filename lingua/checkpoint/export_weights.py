@@ -1,7 +1,7 @@
 """Write weights to safetensors files and Hugging Face folders, tensor by tensor.
 
-Values are those of the source, bitwise unless another dtype is asked for. Each tensor is read once and written once;
-memory is about three times the largest tensor. Callers make folders appear whole (`whole_folder`).
+Values equal the source's bitwise unless another dtype is requested. Each tensor is read once and written once; memory
+is about three times the largest tensor. Callers make the folder appear atomically (`whole_folder`).
 
 A safetensors file:  | 8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | tensor bytes |
 """
@@ -31,7 +31,7 @@ _TYPE_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 @dataclass(frozen=True)
 class ExportTensor:
-    """A tensor to write; it is read only when its turn comes."""
+    """A tensor to write; it is read just before it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class ExportTensor:
 
 
 def as_ours(source: WeightSource, dtype: torch.dtype | None = None) -> list[ExportTensor]:
-    """List all tensors of a source under our names. `dtype`: None keeps each one's own."""
+    """List all tensors of a source under our names. `dtype`: None keeps each tensor's own."""
     return [
         ExportTensor(name, shape, dtype or source.dtypes[name], partial(source.read, name))
         for name, shape in source.shapes.items()
@@ -77,9 +77,9 @@ def as_theirs(
     vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[ExportTensor]:
-    """List the tensors of a model as Hugging Face has them, the embedding first.
+    """List a model's tensors with Hugging Face's names and shapes, the embedding first.
 
-    `vocab_size`: keep only that many rows of embedding and head. Raises RunError if the source does not fit `model`.
+    `vocab_size`: number of rows of embedding and head to keep. Raises RunError if the source does not fit `model`.
     """
     make = translation.into_theirs(model)
 
@@ -101,9 +101,9 @@ def as_theirs(
 
 
 def must_fit(source: WeightSource, model: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of all tensors of the model, the embedding first.
+    """Return name -> shape of all tensors of the model, the embedding first.
 
-    Raises RunError unless the source has exactly these; a tied head may be there too.
+    Raises RunError unless the source has exactly these; it may also have a tied head.
     """
     if EMBEDDING not in source.shapes:
         raise RunError(f"{source.what} holds no model of ours: it has no {EMBEDDING}")

@@ -1,8 +1,7 @@
 """Write a model as one GGUF file, which llama.cpp and Ollama open, and a Modelfile beside it.
 
-llama.cpp's `llama` turns neighbours of a head, as we do, so rows stay in our order. Norms are fp32 there, whatever the
-other weights are. The tokenizer goes by its tokenizer.json; llama.cpp knows rules of splitting text by name, so a
-tokenizer that splits by another one is refused.
+llama.cpp's `llama` rotates adjacent pairs of a head's values, as we do, so rows keep our order. Norms are always fp32.
+The tokenizer is taken from its tokenizer.json; llama.cpp knows pre-tokenizers by name, so any other one is refused.
 
 A GGUF file:  | header, keys and values | name, shape, type, offset of each tensor | tensors, at multiples of 32 bytes |
 """
@@ -35,12 +34,12 @@ _ALIGNMENT = 32
 _TYPES = {torch.float32: (0, 0), torch.float16: (1, 1), torch.bfloat16: (30, 32)}  # of a tensor, of a file
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 _SPLIT_NAMES = {"gpt2": "gpt-2", "cl100k": "llama-bpe", "o200k": "gpt-4o"}  # llama.cpp's names for our rules
-_NEVER = "Ā Ā"  # a merge of two zero bytes, since llama.cpp takes no empty list of merges
+_NEVER = "Ā Ā"  # a merge of two zero bytes: llama.cpp refuses an empty list of merges
 _REMEDY = "use --format hf and llama.cpp's own convert_hf_to_gguf.py"
 
 
 class Gguf(Translation):
-    """llama.cpp's names of the tensors of a Llama."""
+    """llama.cpp's tensor names for a Llama."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llama",)
     layers: ClassVar[str] = "blk."
@@ -61,7 +60,7 @@ class Gguf(Translation):
 
 
 def must_be_gguf(args: TrainArgs, their_type: str) -> None:
-    """Raise ConfigError for a model that llama.cpp's `llama` does not compute. `their_type`: that of Hugging Face."""
+    """Raise ConfigError for a model that llama.cpp's `llama` cannot run. `their_type`: Hugging Face's model_type."""
     if their_type != "llama" or getattr(args.model, "qk_norm", False) or getattr(args.model, "sliding_window", None):
         raise ConfigError(
             "GGUF is written of a plain llama, and this model has another architecture, qk_norm or a sliding window; "
@@ -108,7 +107,7 @@ def write_gguf(
 
 
 def modelfile(args: TrainArgs, max_seqlen: int) -> str:
-    """Return what `ollama create NAME -f Modelfile` reads; a prompt goes to the model as it is, as in training."""
+    """Return the Modelfile for `ollama create NAME -f Modelfile`; prompts reach the model unchanged, as in training."""
     return (
         f'FROM ./{MODEL_FILE}\nTEMPLATE """{{{{ .Prompt }}}}"""\nPARAMETER temperature 0.8\n'
         f"PARAMETER num_ctx {max_seqlen}\n"
@@ -116,7 +115,7 @@ def modelfile(args: TrainArgs, max_seqlen: int) -> str:
 
 
 def tokenizer_keys(args: TrainArgs, vocab_size: int, max_seqlen: int) -> dict[str, Any]:
-    """Return the tokenizer as llama.cpp reads it. Raises ConfigError for one that it does not know."""
+    """Return the tokenizer as GGUF keys. Raises ConfigError for one that llama.cpp does not know."""
     tokenizer, name = build_tokenizer(args.data.tokenizer), args.data.tokenizer.name
     file: dict[str, Any] = {}
     if name not in ("none", "sp"):
@@ -148,7 +147,7 @@ def tokenizer_keys(args: TrainArgs, vocab_size: int, max_seqlen: int) -> dict[st
 
 
 def _rule_of(section: Mapping[str, Any] | None, *, any_merges: bool) -> str | None:
-    """Return llama.cpp's name for how the `pre_tokenizer` of a tokenizer.json splits text, or None."""
+    """Return llama.cpp's name for the `pre_tokenizer` of a tokenizer.json, or None."""
     parts = (section or {}).get("pretokenizers") or [section or {}]
     splits = [part["pattern"].get("Regex") for part in parts if part.get("type") == "Split"]
     levels = [part for part in parts if part.get("type") == "ByteLevel"]
@@ -190,7 +189,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
-    """Return type and content of a value: truth value, number, text, or a list of texts or numbers."""
+    """Encode a value with its type: bool, number, string, or a list of strings or numbers."""
     match value:
         case bool():
             return struct.pack("<I?", 7, value)

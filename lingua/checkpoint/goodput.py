@@ -1,7 +1,7 @@
-"""Predict goodput: the share of paid time that ends in steps that count, of a run that is killed again and again.
+"""Predict goodput: the share of paid time spent on steps that are kept, for a run that is killed repeatedly.
 
-Pure functions, torch-free. Kills come at random (a Poisson process, mean gap M); a run is up from its first step to the
-kill and then restarts. With C the wait for a save, and a save that counts `unsafe_s` later, the steps kept are
+Pure functions, torch-free. Kills are a Poisson process with mean gap M; a run is up from its first step to the kill,
+then restarts. If training waits C for a save and the save is safe `unsafe_s` later, the training time kept is
 
     every_s * exp(-unsafe_s / M) / (exp((every_s + C) / M) - 1)     of M seconds up,
 
@@ -19,19 +19,19 @@ from typing import NamedTuple
 STAGE_BYTES_PER_S = 4e9
 """Rate at which one rank copies its part into /dev/shm: two CPU cores (scripts/bench_checkpoint.py)."""
 START_UP_S = 60.0
-"""Assumed seconds from a kill to the next step, beside reading the state: scheduler, imports, connections."""
+"""Assumed seconds from a kill to the next step, without reading the state: scheduler, imports, connections."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What one kind of kill costs."""
+    """Cost of one kind of kill."""
 
     restart_s: float
-    """From the kill until training goes on."""
+    """From the kill until training continues."""
     unsafe_s: float = 0.0
-    """How long after training has waited for it a save would still be lost: until it is on the disk; 0: it never is."""
+    """Seconds after training has waited for a save in which a kill still loses it, until it is on the disk."""
     share: float = 1.0
-    """Of all kills."""
+    """Share of all kills."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Outlook:
     """Shares of all time; they add up to 1."""
 
     kept: float
-    """In steps that count: the goodput."""
+    """Steps that are kept: the goodput."""
     saving: float
-    """Training waits for saves."""
+    """Waits for saves."""
     repeated: float
-    """In steps that are trained again, and the waits for saves among them."""
+    """Steps that are trained again, and the waits for saves among them."""
     restarting: float
 
 
 class Setting(NamedTuple):
-    """A run, as far as its saves are concerned."""
+    """Properties of a run that determine the cost of its saves."""
 
     state_bytes: float
     step_s: float
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 
 
 def kept_s(up_s: float, every_s: float, wait_s: float, unsafe_s: float = 0.0) -> float:
-    """Return the seconds of training that outlive a kill after `up_s`."""
+    """Return the seconds of training that survive a kill after `up_s`."""
     return every_s * max(0, math.floor((up_s - unsafe_s) / (every_s + wait_s)))
 
 
@@ -74,9 +74,9 @@ def outlook(every_s: float, wait_s: float, between_s: float, kills: Sequence[Kil
 
 
 def best_every_s(wait_s: float, between_s: float, at_least_s: float = 0.0) -> float:
-    """Return the interval that keeps most. `at_least_s`: a save takes so long that the next cannot begin earlier.
+    """Return the interval with the largest kept share. `at_least_s`: shortest interval, since a save takes that long.
 
-    The kept share grows as long as (1 - every / M) exp((every + wait) / M) > 1; restarts do not move that.
+    The share grows while (1 - every / M) exp((every + wait) / M) > 1, whatever a restart costs.
     """
     low_s, high_s = 0.0, between_s
     for _ in range(60):
@@ -87,7 +87,7 @@ def best_every_s(wait_s: float, between_s: float, at_least_s: float = 0.0) -> fl
 
 
 def costs(run: Setting, start_up_s: float = START_UP_S) -> tuple[float, float, Kill]:
-    """Return (seconds that training waits for a save, least seconds between two, a kill that takes the memory too)."""
+    """Return (seconds that training waits for a save, least seconds between two, a kill that also loses the memory)."""
     disk_s = run.state_bytes / run.disk_bytes_per_s
     if not run.asynchronous:
         return disk_s, 0.0, Kill(start_up_s + disk_s)
@@ -97,7 +97,7 @@ def costs(run: Setting, start_up_s: float = START_UP_S) -> tuple[float, float, K
 def advice(run: Setting, every_steps: int, between_s: float) -> tuple[Outlook | None, int, Outlook]:
     """Return (outlook as configured, best number of steps between saves, outlook with it).
 
-    None: no save before the end. Saves that are due while one is written are skipped.
+    The first is None if no save is configured. A save that is due while another one is written is skipped.
     """
     wait_s, at_least_s, kill = costs(run)
     best = max(1, math.ceil(best_every_s(wait_s, between_s, at_least_s) / run.step_s))

@@ -120,7 +120,7 @@ def train_state_file(rank: int) -> str:
 
 
 def reader_of(name: str, n_saved: int, n_ranks: int) -> int:
-    """Return which of `n_ranks` ranks reads a file of `n_saved` ranks whole: the one that wants the most of it."""
+    """Return which of `n_ranks` ranks reads all of a file saved by `n_saved` ranks: the one that needs most of it."""
     saved_by = _OF_RANK.search(name)
     return min(int(saved_by[1]) * n_ranks // max(1, n_saved), n_ranks - 1) if saved_by else 0
 
@@ -130,7 +130,7 @@ def evaluation(run_dir: Path, step: int) -> Path:
 
 
 def found(run_dir: Path, step: int, attempt: int) -> Path:
-    """Return where an evaluation of the checkpoint of that attempt puts its results before they are published."""
+    """Return where an evaluation of that attempt's checkpoint puts its results before they are published."""
     return evaluation(run_dir, step) / f"start-{attempt}"
 
 
@@ -145,7 +145,7 @@ def parse_done(name: str) -> int | None:
 
 
 def parse_temporary(path: Path) -> Temporary | None:
-    """Recognise something in a staging dir by its name; None for anything else."""
+    """Parse the name of something in a staging dir, or return None if it is not ours."""
     match = _INSIDE.fullmatch(path.name)
     if match is None:
         return None
@@ -170,7 +170,7 @@ def staging_dirs(root: Path) -> list[tuple[int, Path]]:
 
 
 def temporaries(staging_dir: Path) -> list[Temporary]:
-    """Return what comes and goes in a staging dir; nothing of a link, which leads to another run's."""
+    """Return the folders and marks in a staging dir; none for a link, which leads to another run's."""
     inside = () if staging_dir.is_symlink() else entries(staging_dir)
     return [found for path in inside if (found := parse_temporary(path)) is not None]
 

@@ -67,12 +67,12 @@ def load_weights(
     sizes_only: bool = False,
     more_rows: bool = False,
 ) -> str:
-    """Fill `model` with the weights at `path`; return what was loaded from where, for the log.
+    """Fill `model` with the weights at `path`; return a summary for the log.
 
     `path`: RUN, RUN@step or a checkpoint folder, ours or Meta Lingua's, consolidated.pth, any torch file, a safetensors
-    file or a Hugging Face folder. `model_key`: key of the weights in it; "" for the top level; None: it is detected.
-    `sizes_only`: verify only the sizes of a checkpoint with a manifest. `more_rows`: embedding and head may have more
-    rows than there; those keep their values. Raises RunError with names, shapes and remedy.
+    file or a Hugging Face folder. `model_key`: key of the weights in it; "" for the top level, None to detect it.
+    `sizes_only`: verify only the sizes of a checkpoint with a manifest. `more_rows`: the model's embedding and head may
+    have more rows than the source's; the extra rows keep their values. Raises RunError with names, shapes and remedy.
     """
     source = open_source(path, model_key, sizes_only=sizes_only)
     tensors, aliases = model_tensors(model)
@@ -89,8 +89,8 @@ def load_weights(
 def copy_weights(source: nn.Module, target: nn.Module, instead: Mapping[str, Tensor] | None = None) -> None:
     """Copy the weights of `source`, sharded or not, to `target`, which each rank holds in full and in any dtype.
 
-    Both have the same architecture. `instead`: tensors by name that are copied in place of the source's. Collective if
-    `source` is sharded, a tensor at a time.
+    Both have the same architecture. `instead`: tensors by name to copy instead of the source's. Collective, one tensor
+    at a time, if `source` is sharded.
     """
     theirs, ours = {**model_tensors(source)[0], **(instead or {})}, model_tensors(target)[0]
     assert theirs.keys() == ours.keys(), f"two models: {theirs.keys() ^ ours.keys()}"
@@ -101,7 +101,7 @@ def copy_weights(source: nn.Module, target: nn.Module, instead: Mapping[str, Ten
 def _match(
     source: WeightSource, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], more_rows: bool
 ) -> dict[str, str]:
-    """Map our name of every tensor to the source's. Raises RunError for anything that does not fit."""
+    """Map our name of every tensor to the source's. Raises RunError if anything does not fit."""
     chosen: dict[str, str] = {}
     problems: list[str] = []
     for name, tensor in tensors.items():
@@ -148,7 +148,7 @@ def _copy(target: Tensor, full: Tensor) -> None:
 
 
 def open_source(path: str | Path, model_key: str | None = None, *, sizes_only: bool = False) -> WeightSource:
-    """Detect the format at `path` and open it, without tables that are computed. Raises RunError for no weights."""
+    """Detect the format at `path` and open it, leaving out computed tables. Raises RunError if it has no weights."""
     source = _open(path, model_key, sizes_only)
     kept = [name for name in source.shapes if not _COMPUTED.fullmatch(name)]
     return replace(source, shapes={n: source.shapes[n] for n in kept}, dtypes={n: source.dtypes[n] for n in kept})
@@ -182,7 +182,7 @@ def is_weights(name: str) -> bool:
 
 
 def _averaged(folder: Path) -> WeightSource:
-    """Open the average of the weights in a checkpoint of ours (`optim.ema`); buffers are as they are."""
+    """Open the average of the weights in a checkpoint of ours (`optim.ema`); buffers are not averaged."""
     facts = read_tensors(folder)
     names = {
         name.removeprefix("model."): fact.same_as or name for name, fact in facts.items() if name.startswith("model.")

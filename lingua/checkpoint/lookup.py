@@ -41,7 +41,7 @@ class Checkpoint:
         return str(self.folder)
 
     def manifest(self) -> Manifest:
-        """Read what its files must be. Raises DamagedError."""
+        """Read sizes and checksums of its files. Raises DamagedError."""
         if self.root is None or self.step is None:
             return publish.read_manifest(self.folder)
         return publish.read_marked_manifest(self.root, self.step)
@@ -62,14 +62,14 @@ class Checkpoint:
 
 
 def without_ema(path: str | Path) -> tuple[str, bool]:
-    """Split what names weights into its place and whether their average is meant: RUN@STEP:ema."""
+    """Split RUN@STEP:ema into RUN@STEP and whether the average of the weights is meant."""
     text = str(path)
     wants = text.endswith(EMA_SUFFIX) and not Path(text).exists()
     return (text.removesuffix(EMA_SUFFIX), True) if wants else (text, False)
 
 
 def split(path: str | Path) -> tuple[Path, int | None]:
-    """Split RUN@step into (RUN, step); what exists under its whole name is (path, None). Raises CommandError."""
+    """Split RUN@step into (RUN, step), or (path, None) if the whole path exists. Raises CommandError."""
     run, at, number = str(path).rpartition("@")
     place, step = Path(path), None
     if at and number.isdecimal() and not place.exists():
@@ -85,7 +85,7 @@ def root_of(run_dir: Path) -> Path:
 
 
 def root_in(config: Mapping[str, Any], run_dir: Path) -> Path:
-    """Return the same by a config that was read already."""
+    """Return `root_of` a run, given its config."""
     section = config.get("checkpoint")
     elsewhere = section.get("path") if isinstance(section, dict) else None
     return Path(elsewhere) if elsewhere and isinstance(elsewhere, str) else run_dir / layout.CHECKPOINTS
@@ -99,12 +99,12 @@ def run_root(run_dir: Path) -> Path:
 
 
 def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
-    """Return whether the next attempt of a run would resume from a checkpoint, which lies below one of `roots`.
+    """Return whether the next attempt of a run would resume from a checkpoint.
 
-    Counted are published checkpoints, those that lack only their mark, which the next attempt sets, and a snapshot in
-    this machine's memory (`shm`), from which the next attempt resumes. A snapshot of several nodes counts only once it
-    is published, since no node knows whether the other parts are still there. They are looked for in the order in which
-    a checkpoint passes through them, so that one on its way is not missed.
+    Counts published checkpoints below `roots`, those that lack only their mark, which the next attempt sets, and a
+    snapshot in this machine's memory (`shm`). A snapshot of several nodes counts only once it is published, since no
+    node knows whether the other parts still exist. The places are checked in the order in which a checkpoint passes
+    through them, so that one on its way is not missed.
     """
     if step_in_memory(run_dir, *roots, shm=shm) is not None:
         return True
@@ -112,7 +112,7 @@ def is_resumable(run_dir: Path, *roots: Path, shm: Path) -> bool:
 
 
 def step_in_memory(run_dir: Path, *roots: Path, shm: Path) -> int | None:
-    """Return the newest step of a run that lies whole in this machine's memory, or None."""
+    """Return the newest step of a run that is complete in this machine's memory, or None."""
     ids = {documents.read_run_id(root) for root in roots}
     saves = [found[0] for slot in area_of(run_dir, shm).slots() if (found := slot.complete()) is not None]
     return max((save.step for save in saves if save.n_nodes == 1 and save.run_id in ids), default=None)

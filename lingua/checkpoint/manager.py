@@ -1,8 +1,8 @@
-"""Checkpoints as the training loop uses them: when one is due, save, find the newest good one, load.
+"""The training loop's interface to checkpoints: when one is due, save, find the newest good one, load.
 
 Rank 0 decides for all ranks. A save that fails (full disk, quota, a broken disk) costs that checkpoint and nothing
-else: its remains are removed, older ones stay, and all ranks get the same report. The last save of a run is tried again
-a few times if the fault may pass. Every rank calls every method at the same step, except those marked "Local".
+else: its remains are removed, older ones stay, and all ranks get the same report. The last save of a run is retried a
+few times if the fault may be transient. Every rank calls every method at the same step, except those marked "Local".
 `sync_writer.py` writes to the disk while training waits, `shm/coordinator.py` stages in memory.
 
     manager = CheckpointManager(args.checkpoint, run_dir, device=device, lock=lock)
@@ -102,15 +102,15 @@ class CheckpointManager:
         """When the newest checkpoint was published and its snapshot taken; at first, when this attempt began."""
         self._staged_at_s: dict[int, float] = {}
         self._n_uncopied = 0
-        """How often the copy of another node's part failed, or the other node did not answer."""
+        """Number of failed copies of another node's part."""
         self._last_save: dict[str, float] = {}
         self.published_since: list[dict[str, float]] = []
-        """Step and seconds of what the service has published since the caller last emptied this list."""
+        """Step and seconds of each checkpoint that the service published since the caller last emptied this list."""
         self._restorer = Restorer(self.run_dir, self.root, self._ranks, files, args)
         self.attempt, run_id, newest_done = self._ranks.from_main(self._look)
         self._background = self._join_background(run_id, start_service)
         self._point: Point | None = None
-        """The snapshot in memory that `resume` begins with."""
+        """The snapshot in memory that `resume` tries first."""
         if self._background:
             self._background.find_unsaved(newest_done)
             self._point = self._background.resume_point(newest_done)
@@ -150,20 +150,20 @@ class CheckpointManager:
         return Newest(done[-1], mark.get("incarnation", 0), mark.get("manifest_xxh3_128", ""))
 
     def _id_of(self, step: int) -> str | None:
-        """Return the run that a checkpoint says it is of: of a folder that was put together by hand."""
+        """Return the run id in a checkpoint's manifest, for a folder that was assembled by hand."""
         try:
             return publish.read_manifest_document(layout.folder(self.root, step)).run_id
         except publish.DamagedError:
             return None
 
     def _open_staging_dir(self) -> Newest:
-        """Shut earlier attempts out; return the newest checkpoint."""
+        """Fence off earlier attempts; return the newest checkpoint."""
         if self.args.async_save_mode:
             me, beyond = this_process(*this_job(os.environ)), -1 if self._point is None else self._point.step
             drain.await_older_writers(self.root, self.attempt, me, beyond=beyond)
         try:
             publish.open_staging_dir(self.root, self.attempt, files=self._files)
-            self._check_owner()  # last: whoever takes over after this closes the staging dir
+            self._check_owner()  # last: an attempt that takes over later closes the staging dir
         except OSError as error:
             raise publish.disk_error(error, self.root, 0) from error
         return self._newest_done()
@@ -249,7 +249,7 @@ class CheckpointManager:
     # -- save ------------------------------------------------------------------------------------------------------
 
     def before_update(self) -> None:
-        """Call before parameters or optimizer state change: waits until they are copied. Local."""
+        """Wait until parameters and optimizer state are copied. Call before they change. Local."""
         if self._background is not None:
             self._background.before_update()
 
@@ -262,11 +262,11 @@ class CheckpointManager:
         stopping: bool = False,
         deadline_s: float | None = None,
     ) -> SaveReport:
-        """Make a checkpoint, then let retention delete older ones. The report says if that failed.
+        """Save a checkpoint, then let retention delete older ones. The report tells of a failure.
 
-        The `final` save is tried again if that may help, and returns only when the checkpoint is on the disk; if it
-        fails it raises RunError. It stays in memory, as the report then says, if the job ends before that, at
-        `deadline_s` (seconds since the epoch), or with `stopping` (the run will be resumed) if the disk keeps failing.
+        The `final` save is retried if that may help, and returns only when the checkpoint is on the disk, or raises
+        RunError. It stays in memory, as the report then says, if the job ends first (`deadline_s`, seconds since the
+        epoch) or, with `stopping` (the run will be resumed), if the disk keeps failing.
         """
         if step in self._published:
             return SaveReport(step, layout.folder(self.root, step), published=True)
@@ -365,7 +365,7 @@ class CheckpointManager:
     # -- retention -------------------------------------------------------------------------------------------------
 
     def _retain(self) -> list[int]:
-        """On rank 0: delete what nobody needs. A disk that refuses is only reported."""
+        """On rank 0: apply retention; return the deleted steps. Disk errors are only logged."""
         try:
             held = pins.held_steps(self.run_dir, self.root, time.time())
             done = layout.done_steps(self.root)
@@ -397,10 +397,10 @@ class CheckpointManager:
     # -- resume ----------------------------------------------------------------------------------------------------
 
     def resume(self, state: TrainState) -> int | None:
-        """Restore the newest state, in place, and return its step; None: there is none.
+        """Restore the newest state, in place, and return its step, or None if there is none.
 
-        If the memories of the nodes hold a whole snapshot, it comes from there, and the disk is not waited for.
-        Otherwise it is `latest`. Raises as `latest` and `load`.
+        A snapshot that is complete in the nodes' memory is used without waiting for the disk; otherwise `latest` is.
+        Raises as `latest` and `load`.
         """
         background, point = self._background, self._point
         if background is not None and point is not None:
@@ -422,7 +422,7 @@ class CheckpointManager:
         return self._background is not None and self._background.is_staged(step) and step not in self._published
 
     def await_rescue(self) -> None:
-        """Wait until all that earlier attempts left in memory is on the disk. Raises RunError if the disk refuses."""
+        """Wait until the snapshots that earlier attempts left in memory are on the disk. Raises RunError on failure."""
         if self._background is not None:
             self._background.await_rescue()
         self._published = self._ranks.from_main(lambda: set(layout.done_steps(self.root)))
@@ -430,8 +430,8 @@ class CheckpointManager:
     def latest(self) -> int | None:
         """Return the newest published step that verifies, the same on all ranks; None if nothing was published.
 
-        First all that is in memory is saved. What does not verify is set aside (renamed, never deleted) and reported.
-        Raises RunError if none verifies: only a person may decide to begin again at step 0.
+        Snapshots in memory are saved first. A checkpoint that does not verify is set aside (renamed, never deleted) and
+        reported. Raises RunError if none verifies: only a person may decide to begin again at step 0.
         """
         self.await_rescue()
         return self._restorer.latest(self._published)
@@ -444,9 +444,9 @@ class CheckpointManager:
         self._restorer.load(step, self._published, state)
 
     def rewind(self, before: int, state: TrainState) -> int | None:
-        """Restore the newest step before `before` that verifies, and return it; None: there is none.
+        """Restore the newest step before `before` that verifies, and return it, or None if there is none.
 
-        What is in memory is waited for, so that nothing of the steps that are trained again is published by surprise.
+        Pending saves are settled first, so that none of a step that is trained again is published later.
         """
         if self._background is not None:
             self._background.settle()
@@ -488,7 +488,7 @@ class CheckpointManager:
         }
 
     def close(self) -> None:
-        """Wait until retention has deleted what it must; what is staged is left to the service. Local."""
+        """Wait for retention; snapshots in memory are left to the service. Local."""
         self._wait_for_cleaner()
         if self._cleaner is not None:
             self._cleaner.shutdown()

@@ -117,7 +117,7 @@ _STAND_INS: dict[str, Any] = {
 
 
 def enum_member(enum: Any, name: Any, /) -> Any:
-    """Return an enum's member of that name, and nothing else that getattr would return."""
+    """Return an enum's member by name, and nothing else that getattr would return."""
     if not isinstance(enum, EnumType) or name not in enum.__members__:
         raise pickle.UnpicklingError(
             f"it takes {name!r} from {enum!r} by {'.'.join(GETATTR)}, which no checkpoint needs"
@@ -220,7 +220,7 @@ def _hash(value: Any) -> str:
     return xxhash.xxh3_64_hexdigest(repr(value).encode("utf-8", "surrogateescape"))
 
 
-# -- two of them ---------------------------------------------------------------------------------------------------
+# -- comparison ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""What retention must not delete: checkpoints that readers have pinned, or that wait for their evaluation. Torch-free.
+"""Find the checkpoints that retention must not delete: pinned by readers, or waiting for evaluation. Torch-free.
 
-Nothing is held forever. A pin expires unless its reader renews it, and a pin with a limit is not renewed beyond it; an
-error then says so. Checkpoints wait for their evaluation from the moment they are published, even while no evaluator
-runs, but each for at most `max_pinned_s`, and none once no evaluator has been seen for that long. So an evaluator and a
-full disk cannot wait for each other.
+Nothing is held forever. A pin expires unless its reader renews it, and a pin with a limit is not renewed beyond it,
+which is logged as an error. A checkpoint waits for its evaluation from its publication on, even while no evaluator
+runs, but for at most `max_pinned_s`; none waits once no evaluator has been seen for that long. So an evaluator and a
+full disk cannot deadlock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lingua.files import DISK, Files, RunError, make_folders, read_json, write_j
 log = logging.getLogger(__name__)
 
 LEASE_S = 6 * 3600.0
-"""How long the pin of a reader that was killed holds."""
+"""How long a pin outlives a reader that was killed."""
 
 
 @contextmanager
@@ -76,15 +76,15 @@ def pinned(
         path.unlink(missing_ok=True)
 
 
-# -- what waits for an evaluation ----------------------------------------------------------------------------------
+# -- checkpoints that wait for an evaluation -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Follower:
-    """What a run's evaluator asks of retention; written again from time to time as its heartbeat."""
+    """An evaluator's request to retention; rewritten regularly as its heartbeat."""
 
     every: int
-    """It evaluates the checkpoints of every so many steps."""
+    """Steps between the checkpoints that it evaluates."""
     max_pinned_s: float
     """How long after its publication a checkpoint waits."""
     seen_at_s: float
@@ -131,11 +131,11 @@ def read_follower(run_dir: Path) -> Follower | None:
 
 @dataclass(frozen=True)
 class Held:
-    """Steps that retention must not delete."""
+    """Steps that retention must keep."""
 
     steps: set[int]
     overdue: set[int]
-    """Still without an evaluation, but held long enough."""
+    """Steps without an evaluation that were held for the maximum time."""
 
 
 def awaited(published: Mapping[int, float], judged: Collection[int], follower: Follower | None, now_s: float) -> Held:
@@ -148,7 +148,7 @@ def awaited(published: Mapping[int, float], judged: Collection[int], follower: F
 
 
 def held_steps(run_dir: Path, root: Path, now_s: float) -> Held:
-    """Return all that retention must not delete. Raises RunError or OSError if unreadable: delete nothing then."""
+    """Return the steps that retention must keep. Raises RunError or OSError if unreadable: delete nothing then."""
     waiting = Held(set(), set())
     if (follower := read_follower(run_dir)) is not None:
         published = {s: float(publish.mark_facts(root, s).get("created_at", now_s)) for s in layout.done_steps(root)}
@@ -158,5 +158,5 @@ def held_steps(run_dir: Path, root: Path, now_s: float) -> Held:
 
 
 def overdue_message(step: int) -> str:
-    """Report that retention deletes a step that waited too long for its evaluation."""
+    """Return the error for a step that retention deletes because its evaluation took too long to come."""
     return f"CHECKPOINT {step} IS DELETED WITHOUT AN EVALUATION: it has waited for longer than eval.max_pinned_hours"

@@ -1,10 +1,10 @@
-"""Publish, verify and delete checkpoints so that each exists for everyone or for no one. Torch-free.
+"""Publish, verify and delete checkpoints atomically: all readers see a checkpoint, or none does. Torch-free.
 
-The mark appears last, after every byte and every name is on the disk and agrees with the checksums that were taken from
+The mark appears last, after all bytes and names are on the disk and match the checksums that were computed from
 memory. A published folder is never changed, only removed whole: its mark first, then its name. Each function may be
 killed at any line; the next attempt's `open_staging_dir` finishes or removes what is left.
 
-A life:   incarnation-2/0000000004/model.00000.distcp ...   write_hashed, by every rank
+Stages:   incarnation-2/0000000004/model.00000.distcp ...   write_hashed, by every rank
           incarnation-2/0000000004/manifest.json            publish: sizes are checked, all is synced,
           incarnation-2/checkpoint_0000000004.done            the mark lies ready (from here on nothing needs room),
           0000000004/                                       the folder gets its name
@@ -13,9 +13,9 @@ A life:   incarnation-2/0000000004/model.00000.distcp ...   write_hashed, by eve
           incarnation-5/0000000004.trash/                   renamed, removed, the old mark last
 
 Fence: whatever changes a checkpoint's names goes through the staging dir of the writer's own attempt. A newer attempt
-renames that folder, empties it and removes it. If a writer of an older attempt then continues, even one that was frozen
-between two lines, each of its renames lacks a source or a target: it can neither publish nor delete. Emptying matters
-on NFS, where a client may still hold the folder by its handle.
+renames that folder, empties it and removes it. If a writer of an older attempt then continues, even one that was
+stopped between two lines, each of its renames lacks a source or a target: it can neither publish nor delete. Emptying
+matters on NFS, where a client may still hold the folder's handle.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DamagedError(RunError):
 
 
 class ForeignError(DamagedError):
-    """A checkpoint of another run than the folder's."""
+    """A checkpoint of another run than the one that owns the folder."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class ForeignError(DamagedError):
 def write_hashed(
     path: Path, parts: Iterable[Buffer], *, direct_io: bool = False, readback: bool = False, files: Files = DISK
 ) -> FileFacts:
-    """Write a file durably and hash what goes in; with `readback` also read it again from the disk."""
+    """Write a file durably and hash what is written; with `readback` also read it again from the disk."""
     descriptor, facts = write_unsynced(path, parts, direct_io=direct_io, files=files)
     sync_written(descriptor, path, facts, readback=readback, files=files)
     return facts
@@ -83,9 +83,9 @@ def write_hashed(
 def write_unsynced(
     path: Path, parts: Iterable[Buffer], *, direct_io: bool = False, files: Files = DISK
 ) -> tuple[int, FileFacts]:
-    """Write a file and hash what goes in; return its open descriptor for `sync_written`.
+    """Write a file and hash what is written; return its open descriptor for `sync_written`.
 
-    `direct_io`: without the page cache, as far as parts are whole pages (`in_pages` makes them so).
+    `direct_io`: bypass the page cache for parts that are whole pages (`in_pages` makes them so).
     """
     digest, size_bytes = xxhash.xxh3_128(), 0
     descriptor = files.create(path)
@@ -156,7 +156,7 @@ def publish(
 ) -> None:
     """Turn the complete staged folder of `step` into a checkpoint. Raises OSError, and then nothing is published.
 
-    `facts`: of every file, from the ranks that wrote them; `run_id`: None for a copy, which any run may have.
+    `facts`: of every file, from the ranks that wrote them; `run_id`: None for a copy, which is not bound to a run.
     """
     target, mark = layout.folder(root, step), layout.done_mark(root, step)
     source, draft = layout.coming(target, attempt), layout.coming(mark, attempt)
@@ -166,7 +166,7 @@ def publish(
         files.remove(half)
     manifest = manifest_bytes(step, attempt, facts, run_id)
     write_whole(source / layout.MANIFEST, manifest, files=files)  # syncs the folder too
-    if target.exists() or target.is_symlink():  # a user's copy, or the rest of one set aside: not ours to delete
+    if target.exists() or target.is_symlink():  # a user's copy, or the remains of one set aside: not ours to delete
         log.warning("%s has no mark and is in the way of a new checkpoint; it is set aside", target)
         files.rename(target, layout.going(target, attempt, "unmarked"))
         files.rename(layout.going(target, attempt, "unmarked"), layout.aside(target, "unmarked"))
@@ -200,7 +200,7 @@ def _must_be_there(path: Path, fact: FileFacts) -> None:
 
 
 def disk_error(error: OSError, root: Path, needed_bytes: int) -> DiskError:
-    """Describe for people what is wrong with the disk."""
+    """Return an error that tells people what is wrong with the disk."""
     return DiskError.of(error, disk_sentence(error, root, needed_bytes))
 
 
@@ -220,15 +220,15 @@ def disk_sentence(error: OSError, root: Path, needed_bytes: int) -> str:
 
 
 def abandon(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None:
-    """Remove what a failed write or publish has left, as far as the disk allows. Never raises OSError."""
+    """Remove what a failed write or publish has left, if the disk allows it. Never raises OSError."""
     target, mark = layout.folder(root, step), layout.done_mark(root, step)
     source, draft = layout.coming(target, attempt), layout.coming(mark, attempt)
     try:
         for is_ours in (mark, draft):  # without either, a folder of that name is not ours
             if is_ours.exists():
-                _take_away(root, step, is_ours, attempt, files)
+                _unmark_and_remove(root, step, is_ours, attempt, files)
         if source.exists():
-            _throw_away(source, layout.going(target, attempt), files)
+            _remove_via_trash(source, layout.going(target, attempt), files)
     except OSError as error:
         log.warning("cannot clear what is left of step %d's failed checkpoint: %s", step, error)
 
@@ -237,7 +237,7 @@ def abandon(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read what a checkpoint folder's files must be. Raises DamagedError."""
+    """Read sizes and checksums of a checkpoint folder's files. Raises DamagedError."""
     return _listed(read_manifest_document(folder))
 
 
@@ -247,9 +247,9 @@ def read_manifest_document(folder: Path) -> ManifestDocument:
 
 
 def read_marked_manifest(root: Path, step: int) -> Manifest:
-    """Read the manifest of a published checkpoint and check it against the mark, and both against their places.
+    """Read the manifest of a published checkpoint, and check that it, the mark and their paths agree.
 
-    Raises DamagedError: ForeignError for a checkpoint that another run has saved.
+    Raises DamagedError; ForeignError if another run saved the checkpoint.
     """
     mark_path, path = layout.done_mark(root, step), layout.folder(root, step) / layout.MANIFEST
     mark = _parse(MarkDocument, mark_path, _read(mark_path), "mark")
@@ -334,7 +334,7 @@ def _differs(
 def set_aside(run_dir: Path, root: Path, step: int, reason: str, *, files: Files = DISK) -> None:
     """Rename a published checkpoint and its evaluation out of the way; nothing is deleted.
 
-    The evaluation goes first: if a crash left it, it would count for the next checkpoint of the step.
+    The evaluation is renamed first: if a crash left it, it would count for the next checkpoint of the step.
     """
     for path in (layout.evaluation(run_dir, step), layout.done_mark(root, step), layout.folder(root, step)):
         if path.exists() or path.is_symlink():
@@ -344,7 +344,7 @@ def set_aside(run_dir: Path, root: Path, step: int, reason: str, *, files: Files
 
 def retire(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None:
     """Delete a published checkpoint for retention. Raises OSError."""
-    _take_away(root, step, layout.done_mark(root, step), attempt, files)
+    _unmark_and_remove(root, step, layout.done_mark(root, step), attempt, files)
 
 
 def open_staging_dir(root: Path, attempt: int, *, files: Files = DISK) -> None:
@@ -366,7 +366,7 @@ def open_staging_dir(root: Path, attempt: int, *, files: Files = DISK) -> None:
 
 
 def resume(root: Path, step: int, attempt: int, *, files: Files = DISK) -> None:
-    """Finish the renames of a step that a killed process of this very attempt has begun. Raises OSError."""
+    """Finish the renames of a step that a killed process of this same attempt began. Raises OSError."""
     found = [t for t in layout.temporaries(layout.staging_dir(root, attempt)) if t.step == step]
     for temporary in sorted(found, key=lambda t: not t.is_mark):
         _finish(root, temporary, files)
@@ -387,9 +387,9 @@ def _close(root: Path, staging_dir: Path, files: Files) -> None:
         for temporary in sorted(found, key=lambda t: not t.is_mark):  # marks first: a folder is judged by its mark
             _finish(root, temporary, files)
         try:
-            files.remove_tree(closed)  # and with it folders that are half written or half removed
+            files.remove_tree(closed)  # including folders that are half written or half removed
             return
-        except FileNotFoundError:  # another process removes it too, or a late writer has moved something
+        except FileNotFoundError:  # another process is removing it too, or a late writer has moved something
             if not closed.exists():
                 return
         except OSError as error:
@@ -398,7 +398,7 @@ def _close(root: Path, staging_dir: Path, files: Files) -> None:
 
 
 def _finish(root: Path, found: layout.Temporary, files: Files) -> None:
-    """Finish what a killed process has begun with one thing in its staging dir."""
+    """Finish what a killed process began with one folder or mark in its staging dir."""
     folder, mark = layout.folder(root, found.step), layout.done_mark(root, found.step)
     if not found.is_mark:
         if found.kind == "unmarked":
@@ -416,18 +416,18 @@ def _finish(root: Path, found: layout.Temporary, files: Files) -> None:
         log.info("checkpoint %d of an earlier attempt lacked only its mark; now it has one", found.step)
 
 
-def _take_away(root: Path, step: int, mark: Path, attempt: int, files: Files) -> None:
+def _unmark_and_remove(root: Path, step: int, mark: Path, attempt: int, files: Files) -> None:
     """Unmark a folder and remove it; the mark's new name lets `_finish` complete this after a crash."""
     folder, doomed = layout.folder(root, step), layout.going(layout.done_mark(root, step), attempt)
     if mark != doomed:
         files.rename(mark, doomed)
         files.fsync_dir(root)
     if folder.exists() or folder.is_symlink():  # of a link, whatever it leads to, only the link goes
-        _throw_away(folder, layout.going(folder, attempt), files)
+        _remove_via_trash(folder, layout.going(folder, attempt), files)
     files.remove(doomed)
 
 
-def _throw_away(path: Path, trash: Path, files: Files) -> None:
+def _remove_via_trash(path: Path, trash: Path, files: Files) -> None:
     if path != trash:
         if trash.exists():
             files.remove_tree(trash)
@@ -455,9 +455,13 @@ def pinned_steps(root: Path, now: float) -> set[int]:
     for path in entries(root / layout.PINS):
         if path.suffix != ".json" or path.name.startswith("."):
             continue
-        lease: Any = read_json(path)
-        if not isinstance(lease, dict) or not isinstance(lease.get("step"), int):
-            raise RunError(f"{path} is not a lease; remove it")
-        if float(lease.get("expires_at", 0)) > now:
-            steps.add(lease["step"])
+        try:
+            lease = read_json(path)
+            step, expires_at = int(lease["step"]), float(lease["expires_at"])
+        except FileNotFoundError:  # its reader has just ended
+            continue
+        except (KeyError, TypeError, ValueError):
+            raise RunError(f"{path} is not a lease; remove it") from None
+        if expires_at > now:
+            steps.add(step)
     return steps

@@ -1,8 +1,8 @@
-"""Finding, verifying and loading checkpoints. Every method is collective.
+"""Find, verify and load checkpoints. Every method is collective.
 
 Rank 0 decides and all ranks load the same. A checkpoint that does not verify is set aside: renamed, never deleted, and
-reported as an error. Nothing in a checkpoint is executed. Every byte is read once, by the rank that wants it, and
-verified on the way; `sizes` compares only names and sizes.
+reported as an error. Nothing in a checkpoint is executed. Every byte is read once, by the rank that needs it, and
+verified while it is read; `verify_on_load: sizes` compares only names and sizes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Restorer:
     def latest(self, published: set[int], damage: Callable[[int], list[str]] | None = None) -> int | None:
         """Return the newest of the published steps that verifies; see `CheckpointManager.latest`.
 
-        Steps that do not verify, as `damage` has it, are taken out of `published`.
+        Removes steps that do not verify, by `damage`, from `published`.
         """
         broken: list[int] = []
         while published:
@@ -67,12 +67,12 @@ class Restorer:
     def load_latest(self, published: set[int], state: TrainState) -> int | None:
         """Restore the newest of the published steps that verifies, reading it once; return it. Otherwise as `latest`.
 
-        What does not verify leaves its traces in `state`, until the next one is restored.
+        A step that does not verify leaves `state` undefined until the next one is restored.
         """
         return self.latest(published, lambda step: self._load_verifying(step, state))
 
     def damage(self, step: int) -> list[str]:
-        """Return what is wrong with a published checkpoint, a sentence each; every rank reads a part of it."""
+        """Return the problems of a published checkpoint, a sentence each; every rank reads a part of it."""
         if step in self.verified:
             return []
         facts, problems = self._listed(step)
@@ -83,13 +83,13 @@ class Restorer:
         return problems
 
     def _listed(self, step: int) -> tuple[Manifest, list[str]]:
-        """Return what a checkpoint's files must be, and what is wrong with its names and sizes."""
+        """Return a checkpoint's manifest, and the problems with its names and sizes."""
 
         def manifest() -> Manifest | str:
             try:
                 return publish.read_marked_manifest(self._root, step)
             except publish.ForeignError:
-                raise  # it is whole, and another run's: nothing to set aside
+                raise  # it is intact but another run's: nothing to set aside
             except publish.DamagedError as error:
                 return str(error)
             except OSError as error:
@@ -112,7 +112,7 @@ class Restorer:
         return [problem for problems, _ in found for problem in problems]
 
     def _load_verifying(self, step: int, state: TrainState) -> list[str]:
-        """Restore a published step unless something is wrong with it, a sentence each; its bytes are read once."""
+        """Restore a published step and verify it in the same pass; return its problems, a sentence each."""
         facts: Manifest = {}
         if step not in self.verified:
             facts, problems = self._listed(step)
@@ -141,7 +141,7 @@ class Restorer:
         self.forget_later(step, published)
 
     def forget_later(self, step: int, published: set[int]) -> None:
-        """Set aside what is later than a step from which the run continues, and take it out of `published`."""
+        """Set aside the steps after the one from which the run continues, and remove them from `published`."""
         later = sorted(s for s in published if s > step)
         if later:
             why = f"the run continues from step {step}"
@@ -168,7 +168,7 @@ class Restorer:
     def load_folder(
         self, folder: Path, state: TrainState, *, optimizer: bool = True, verify: Manifest | None = None
     ) -> list[str]:
-        """Restore the full state from a checkpoint folder of ours; return what is wrong with the files to `verify`."""
+        """Restore the full state from a checkpoint folder of ours; return the problems of the files to `verify`."""
         started, verify = time.perf_counter(), (verify or {}) if self._verify == "full" else {}
         error, problems = None, list[str]()
         try:
@@ -193,7 +193,7 @@ class Restorer:
         return []
 
     def load_snapshot(self, opened: AbstractContextManager[Snapshot], state: TrainState) -> str | None:
-        """Restore the full state from memory; return why that is impossible, or None. Then the state is undefined.
+        """Restore the full state from memory; return None, or why that failed (the state is then undefined).
 
         Checksums are compared while the tensors are copied, each file by a rank of the node that holds it.
         """
@@ -204,7 +204,7 @@ class Restorer:
             problem = f"{snapshot.folder}: {'; '.join(damaged)}" if damaged else None
         except (RunError, OSError) as error:
             problem = str(error)
-        except Exception:  # a bug in what comes from the disk too will be raised there
+        except Exception:  # a bug that is not specific to memory is raised again when loading from the disk
             problem = f"rank {self._ranks.rank}:\n{traceback.format_exc()}"
         problem = next((each for each in self._ranks.gather(problem) if each is not None), None)
         if problem is None and self._ranks.rank == 0:
@@ -224,7 +224,7 @@ class Restorer:
         return _Source(snapshot.folder, pieces_in(snapshot.content), verify, metadata, snapshot.json, snapshot.manifest)
 
     def _load_local(self, source: _Source, state: TrainState, optimizer: bool) -> list[str]:
-        """Restore what is this rank's; return what is wrong with the files that it verifies, and then do not."""
+        """Restore this rank's part, or return the problems of the files that it verifies."""
         small = {name: fact for name, fact in source.verify.items() if not name.endswith(layout.TENSORS)}
         found = [differs(name, source.pieces(name, 0, None), fact) for name, fact in small.items()]
         if problems := [problem for problem in found if problem]:
@@ -270,7 +270,7 @@ class _Source:
     """A checkpoint on the disk or in memory, as one rank reads it."""
 
     folder: Path
-    """What messages call it."""
+    """Its name in messages."""
     pieces: Pieces
     verify: Manifest
     """The files that this rank reads whole and compares."""

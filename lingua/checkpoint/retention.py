@@ -20,7 +20,7 @@ def is_due(step: int, args: CheckpointArgs) -> bool:
 
 
 def kinds(step: int, args: CheckpointArgs) -> list[str]:
-    """Say what a checkpoint of this step is kept for: dump, eval, milestone; or stop, if only a stop does so."""
+    """Return why a checkpoint of this step is saved: dump, eval, milestone, or else stop."""
     due = {
         "dump": args.dump.is_due(step),
         "eval": args.eval.is_due(step),
@@ -32,7 +32,7 @@ def kinds(step: int, args: CheckpointArgs) -> list[str]:
 def to_delete(
     done: Collection[int], args: CheckpointArgs, *, verified: Collection[int], pinned: Collection[int] = ()
 ) -> list[int]:
-    """Return the published steps that nobody needs any more, ascending. Ask only after a checkpoint was published.
+    """Return the published steps to delete, ascending. Call only after a checkpoint was published.
 
     `done`: every published step; `verified`: those known to be intact (published or checked by this process).
     """
@@ -49,9 +49,9 @@ def _newest(steps: list[int], keep: int) -> list[int]:
 
 
 def kept_at_once(args: CheckpointArgs, n_steps: int = 0) -> int | None:
-    """Count the checkpoints on the disk at the worst moment, the one being written included; None if all are kept.
+    """Return the largest number of checkpoints on the disk at once, with the one being written; None if all are kept.
 
-    The milestones of all `n_steps` are counted.
+    Counts the milestones of all `n_steps`.
     """
     if kept_for_good(args, n_steps):
         return None
@@ -71,7 +71,7 @@ def _used(args: CheckpointArgs, n_steps: int) -> dict[str, SaveEvery]:
 
 
 def frozen_periods(run_dir: Path) -> tuple[CheckpointArgs, int | None] | None:
-    """Read (when a run saves and what it keeps, its number of steps) from its frozen config; None if there is none.
+    """Read (periods and milestones, number of steps) from a run's frozen config; return None if there is none.
 
     Raises ConfigError or ValueError.
     """

@@ -29,14 +29,14 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 @dataclass
 class TrainState:
-    """What a checkpoint saves. Create it after model and optimizer are built, before the first step."""
+    """The state that a checkpoint saves. Create it after model and optimizer are built, before the first step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     shared: dict[str, Any] = field(default_factory=dict)
     """JSON-able, the same on all ranks: step, tokens seen, tracking ids."""
     per_rank: dict[str, Any] = field(default_factory=dict)
-    """JSON-able, this rank's own: positions of its data lanes."""
+    """JSON-able, per rank: positions of its data lanes."""
     per_rank_all: list[dict[str, Any]] = field(default_factory=list)
     """After a load: `per_rank` of every rank that saved, in rank order."""
     seed: int = 0
@@ -88,7 +88,7 @@ def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def averages_of(state: TrainState) -> dict[str, Tensor]:
-    """Return the averages of the weights (optim.ema) by clean name, as far as they have begun."""
+    """Return the averages of the weights (optim.ema) by clean name, for those that have begun."""
     slots = {name: state.optimizer.state.get(p, {}) for name, p in bare(state.model).named_parameters()}
     return {clean_name(name): one[EMA] for name, one in slots.items() if EMA in one}
 
@@ -98,7 +98,7 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def tensors_of(state: TrainState) -> Tensors:
-    """Return all tensors of a state; a fresh optimizer is made to create its state first."""
+    """Return all tensors of a state, after making a fresh optimizer create its state."""
     start_optimizer(state.optimizer)
     if state.has_ema:
         begin_ema(state.optimizer)
@@ -140,7 +140,7 @@ def start_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer begin anew: zeros, as a fresh one has, and averages that begin with the present weights."""
+    """Reset an optimizer's state to that of a fresh one: zeros, and averages that begin with the current weights."""
     start_optimizer(optimizer)
     for slots in optimizer.state.values():
         for key, value in slots.items():
@@ -156,7 +156,7 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
 
 
 def scalars_of(state: TrainState, rank: int, world_size: int) -> dict[str, Any]:
-    """Return the JSON document of this rank; only rank 0's has what is the same on all ranks."""
+    """Return the JSON document of this rank; only rank 0's contains the values that all ranks share."""
     document: dict[str, Any] = {"version": STATE_VERSION, "rank": rank, "world_size": world_size}
     document |= {"per_rank": state.per_rank, "rng": rng_state()}
     if rank == 0:
@@ -220,14 +220,14 @@ def _restore_groups(state: TrainState, saved: list[dict[str, Any]]) -> None:
     ):
         old = by_params.get(tuple(sorted(names)))
         if old is None:
-            continue  # the groups differ, which only a changed config does: it wins
+            continue  # the groups differ, so the config was changed: it wins
         for key, value in old["values"].items():
             if key in constructed and old["constructed"].get(key) == constructed[key]:
                 group[key] = _like(key, group[key], value)
 
 
 def _like(key: str, present: Any, value: Any) -> Any:
-    """Return a saved value in the type of the present one. Raises ValueError where it is none of that kind."""
+    """Convert a saved value to the type of the present one. Raises ValueError if it does not fit."""
     one = present[0] if isinstance(present, tuple) else present
     found: list[Any] = value if isinstance(present, tuple) and isinstance(value, list) else [value]
     is_number = isinstance(one, int | float | Tensor)

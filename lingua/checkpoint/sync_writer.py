@@ -1,4 +1,4 @@
-"""Synchronous saves: every rank writes its files to the disk, then rank 0 publishes the checkpoint.
+"""Save synchronously: every rank writes its files to the disk, then rank 0 publishes the checkpoint.
 
 A failure costs that checkpoint only: its remains are removed and all ranks get the reason, with its errno.
 """
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank has written."""
+    """The files that one rank has written, or its error."""
 
     facts: Manifest
     error: RunError | None = None
@@ -48,7 +48,7 @@ class DirectWriter:
     readback: bool
     run_id: str
     check_owner: Callable[[], None]
-    """On rank 0: raises RunError if the run or its checkpoints are another's now; OvertakenError: the run."""
+    """On rank 0: raises OvertakenError if another attempt has the run, RunError if another run has its checkpoints."""
 
     def save(
         self,
@@ -62,14 +62,14 @@ class DirectWriter:
     ) -> tuple[RunError | None, int]:
         """Return (why there is no checkpoint, or None; its bytes). Collective. Raises RunError for a bug on any rank.
 
-        `again`: this attempt has just failed to save the step; if only its last renames are missing, they are made.
+        `again`: this attempt has just failed to save the step; if only the last renames are missing, finish them.
         """
         started = time.perf_counter()
         if again:
             try:
                 if self.ranks.from_main(lambda: self._is_published(step)):
                     return None, total_bytes
-            except DiskError as error:  # on all ranks; writing now would set aside what may lack only its mark
+            except DiskError as error:  # on all ranks; writing now would set aside a folder that may lack only its mark
                 return error, 0
         written = self.ranks.gather(self._write(step, plan, state, tensors, total_bytes))
         error = self.ranks.from_main(lambda: self._publish(step, written, started, total_bytes))
@@ -78,7 +78,7 @@ class DirectWriter:
         return error, sum(fact.size_bytes for of_rank in written for fact in of_rank.facts.values())
 
     def _is_published(self, step: int) -> bool:
-        """On rank 0: return whether the step is there after all, since cleaning up has failed too."""
+        """On rank 0: finish leftover renames; return whether the step is published after all."""
         publish.resume(self.root, step, self.attempt, files=self.files)
         if not layout.done_mark(self.root, step).exists():
             return False
@@ -130,7 +130,7 @@ class DirectWriter:
                 return None
         except OSError as error:
             problem = problem or disk_error(error, self.root, total_bytes)
-        except OvertakenError:  # and what lies in our staging dir may be the other's
+        except OvertakenError:  # our staging dir may hold the other attempt's files
             raise
         except RunError:
             publish.abandon(self.root, step, self.attempt, files=self.files)

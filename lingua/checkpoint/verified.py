@@ -1,7 +1,7 @@
-"""What each file of a checkpoint must be; and reading it, once, as fast as the disk gives it. Torch-free.
+"""Read a checkpoint's files once, at the speed of the disk, and compare them with their manifest. Torch-free.
 
-Several blocks are read at once, past the page cache where the file system can, and hashed while the next ones come.
-Costs BUFFERS of CHUNK_BYTES per file that is being read.
+Several blocks are read at once, bypassing the page cache where the file system can, and hashed while the next ones
+arrive. Memory: BUFFERS x CHUNK_BYTES per file that is being read.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ CHUNK_BYTES = 16 << 20  # without the page cache a disk is fastest with large bl
 READ_AHEAD = 3
 """Blocks of a file that are read at a time."""
 BUFFERS = READ_AHEAD + 2
-"""More, so that the next ones are begun while one is used and another, which came late, is waited for."""
+"""More than READ_AHEAD: reads continue while one block is in use and a late one is awaited."""
 VERIFY_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file must be, computed from memory and not from the disk."""
+    """Size and checksum of a file, computed from memory, not from the disk."""
 
     size_bytes: int
     xxh3_128: str
 
     @classmethod
     def of(cls, content: memoryview) -> FileFacts:
-        """Compute what a file with this content, bytes in memory, must be."""
+        """Compute the facts of a file with this content, bytes in memory."""
         digest = xxhash.xxh3_128()
         for start in range(0, len(content), CHUNK_BYTES):
             digest.update(content[start : start + CHUNK_BYTES])
@@ -53,7 +53,7 @@ Manifest = dict[str, FileFacts]
 def pieces_of(path: Path, begin: int = 0, end: int | None = None, *, direct_io: bool = True) -> Iterator[memoryview]:
     """Yield the bytes of a file from `begin` to `end`, in order; each piece is valid until the next is taken.
 
-    Ends early where the file does. `direct_io`: without the page cache, where the file system can. Raises OSError.
+    Stops at the end of the file. `direct_io`: bypass the page cache where the file system can. Raises OSError.
     """
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -85,7 +85,7 @@ def _pieces(descriptor: int, begin: int, end: int) -> Iterator[memoryview]:
 
 
 def _buffer(n_bytes: int) -> memoryview:
-    """Return memory that begins with a page, of large pages where the kernel has some: touching it takes time."""
+    """Return page-aligned memory, in huge pages if the kernel has some: the first touch of small ones takes time."""
     memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -93,7 +93,7 @@ def _buffer(n_bytes: int) -> memoryview:
 
 
 def _fill(descriptor: int, offset: int, buffer: memoryview, end: int) -> int:
-    """Read a block of a file; return how many bytes of it there are before `end`."""
+    """Read a block of a file; return how many of its bytes are before `end`."""
     n_bytes, wanted, is_second_try = 0, min(len(buffer), end - offset), False
     while n_bytes < wanted:
         try:
@@ -101,7 +101,7 @@ def _fill(descriptor: int, offset: int, buffer: memoryview, end: int) -> int:
         except OSError as error:
             if error.errno != errno.EINVAL or is_second_try:
                 raise
-            use_page_cache(descriptor)  # the file system has no O_DIRECT, or the last read ended within a block
+            use_page_cache(descriptor)  # the file system lacks O_DIRECT, or the last read ended within a block
             is_second_try = True
             continue
         if n_read == 0:
@@ -113,9 +113,9 @@ def _fill(descriptor: int, offset: int, buffer: memoryview, end: int) -> int:
 def differs(
     name: str, pieces: Iterable[memoryview], fact: FileFacts, use: Callable[[memoryview], object] = lambda piece: None
 ) -> str | None:
-    """Compare what is read of a file with what it must be, and let `use` see it; return a sentence, or None.
+    """Compare a file's bytes with its facts and pass each piece to `use`; return how it differs, or None.
 
-    Raises OSError if it cannot be read for reasons that do not show it is damaged.
+    Raises OSError if it cannot be read for a reason other than damage.
     """
     digest, size_bytes = xxhash.xxh3_128(), 0
     try:

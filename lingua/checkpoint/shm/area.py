@@ -1,9 +1,9 @@
 """The shared-memory area of a run on one node: slots for snapshots, and small records beside them. Torch-free.
 
 The name of a slot's mark says who may touch the slot, and a mark changes by one rename. So if a rank wants to fill a
-slot and the service wants to drain it, one of them wins and the other knows. A slot without a mark is being changed and
-belongs to nobody who asks. A slot is complete only when every rank of the node has reported so for the same save. The
-names can be guessed on a shared machine, so a link or another user's folder is refused. All that a save writes is
+slot and the service wants to drain it, one of them wins and the other one notices. A slot without a mark is being
+changed, and nobody may claim it. A slot is complete only when every rank of the node has reported so for the same save.
+The names can be guessed on a shared machine, so a link or another user's folder is refused. All that a save writes is
 allocated with the slots and overwritten in place, so a save still works after others have used up the memory file
 system's bytes or inodes.
 
@@ -78,11 +78,11 @@ class Save:
     node: int = 0
     n_nodes: int = 1
     number: int = 0
-    """How many saves its attempt made before: after a rewind a step is saved again."""
+    """Number of earlier saves of its attempt: after a rewind a step is saved again."""
 
     @property
     def key(self) -> PartKey:
-        """What distinguishes this node's part of this save from all others."""
+        """Identity of this node's part of this save."""
         return self.run_id, self.attempt, self.step, self.number, self.node
 
 
@@ -90,13 +90,13 @@ PartKey = tuple[str, int, int, int, int]
 
 
 def _of(save: Save) -> dict[str, Any]:
-    """Return what a `ready` record says of the save that it is of."""
+    """Return the fields by which a `ready` record identifies its save."""
     return {"run_id": save.run_id, "incarnation": save.attempt, "step": save.step, "number": save.number}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One slot of an area. It has no state but what lies in the memory file system."""
+    """One slot of an area. All its state is in the memory file system."""
 
     folder: Path
 
@@ -112,7 +112,7 @@ class Slot:
         return next((state for state in STATES if self.mark(state).exists()), None)
 
     def save(self, *, even_free: bool = False) -> Save | None:
-        """Read the mark; None if it is unreadable, or the slot is free, unless the save it held last is asked for."""
+        """Return the save in the mark; None if it is unreadable or, without `even_free`, if the slot is free."""
         state = self.state()
         if state is None or (state == "free" and not even_free):
             return None
@@ -133,7 +133,7 @@ class Slot:
         files.mkdir(self.folder)
 
     def put_mark(self, save: Save, *, files: Files = DISK) -> None:
-        """Mark a free or claimed slot, which is then filled with `save`. Raises OSError, and then the slot is free."""
+        """Mark a free or claimed slot as staged for `save`, then fill it. Raises OSError, and then the slot is free."""
         before: State = "claimed" if self.mark("claimed").exists() else "free"
         try:
             mark = asdict(save)
@@ -171,7 +171,7 @@ class Slot:
     def complete(self, *, even_free: bool = False) -> tuple[Save, Manifest] | None:
         """Return the save and the facts of all its files on this node, or None while a rank's part is missing.
 
-        `even_free`: also of a free slot, which holds its last save until it is allocated anew or filled.
+        `even_free`: read free slots too; they hold their last save until they are allocated again or filled.
         """
         save = self.save(even_free=even_free)
         if save is None:
@@ -188,7 +188,7 @@ class Slot:
         return save, facts
 
     def clear_leftovers(self, keep: Collection[str], *, files: Files = DISK) -> None:
-        """Remove files that no rank of this attempt writes; only of a free slot."""
+        """Remove files that no rank of this attempt writes. Call only for a free slot."""
         for path in entries(self.folder):
             if path.name not in keep and not _READY.fullmatch(path.name):
                 files.remove(path)
@@ -233,7 +233,7 @@ class ShmArea:
         raise DamagedError(f"{self.folder} does not hold node {key[4]}'s part of step {key[2]}")
 
     def make_slots(self, n_slots: int, keep: Collection[str], *, files: Files = DISK) -> None:
-        """Make the folders of `n_slots` slots; remove further free ones, and files other than `keep`. For leaders.
+        """Make `n_slots` slots; remove further free ones and, from free slots, files not in `keep`. For leaders.
 
         Raises OSError, or RunError for a slot that is a link.
         """
@@ -254,7 +254,7 @@ class ShmArea:
         return ProcessLock(self.folder / name)
 
     def recover(self, *, files: Files = DISK) -> None:
-        """After a death: make slots that were being changed staged again, or free. Call as the only owner."""
+        """Make slots that a dead process was changing staged again, or free. Call as the only owner."""
         for slot in self.slots():
             for state in ("draining", "claimed"):
                 slot.change(state, "staged", files=files)
@@ -262,7 +262,7 @@ class ShmArea:
                 slot.make(files=files)
 
     def remove(self, *, files: Files = DISK) -> None:
-        """Free all memory. Call as the holder of both locks, which are removed last, so that nobody enters before."""
+        """Free all memory. Call as the holder of both locks; they are removed last, so that nobody enters early."""
         last = (TRAINER_LOCK, SERVICE_LOCK)
         for path in sorted(entries(self.folder), key=lambda path: last.index(path.name) if path.name in last else -1):
             if path.is_dir() and not path.is_symlink():
@@ -320,7 +320,7 @@ def _make_private(folder: Path, files: Files) -> None:
         )
 
 
-# -- what ranks and service send each other ------------------------------------------------------------------------
+# -- messages between ranks and service ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ class ServedRun:
     verified: tuple[int, ...] = ()
     """Steps that the ranks have verified."""
     rescue: tuple[tuple[int, int], ...] = ()
-    """(attempt, step) of saves by earlier attempts that are wanted."""
+    """(attempt, step) of saves by earlier attempts that must be saved."""
     ending: bool = False
     """The ranks only wait for their last save."""
     deadline_s: float | None = None
@@ -346,9 +346,9 @@ class ServedRun:
     listen: str = ""
     """Where this node's service listens for readers on other nodes. Empty: nowhere."""
     secret: str = field(default="", repr=False)
-    """Known to the ranks and services of this attempt alone."""
+    """Known only to the ranks and services of this attempt."""
     copy_from: tuple[str, int] | None = None
-    """Where the service listens whose parts are copied to this node's memory. None: nothing is copied."""
+    """Address of the service whose parts are copied to this node's memory. None: nothing is copied."""
     n_copies: int = 0
     """Copies that this node's memory holds at once."""
 
@@ -357,7 +357,7 @@ class ServedRun:
         return own or (save.run_id == self.run_id and (save.attempt, save.step) in self.rescue)
 
     def gives_up(self, save: Save) -> bool:
-        """Return whether a save is useless now. One by a newer attempt, which we may not have read of yet, is not."""
+        """Return whether a save is obsolete. A newer attempt's is not, even if we do not know of that attempt yet."""
         return not self.wants(save) and (save.run_id != self.run_id or save.attempt < self.attempt)
 
     @property
@@ -381,7 +381,7 @@ class ServedRun:
 
 
 def read_run(area: ShmArea) -> ServedRun | None:
-    """Read what the newest attempt wrote, or None before the first. Raises RunError for another version's."""
+    """Read the newest attempt's record, or return None before the first. Raises RunError for another version's."""
     try:
         content: dict[str, Any] | None = area.session.read()
         if content is None:
@@ -398,7 +398,7 @@ def read_run(area: ShmArea) -> ServedRun | None:
 
 
 def served_by(area: ShmArea) -> tuple[str, int] | None:
-    """Return (run id, attempt) of the run that an area serves; None: of none yet, or it cannot be read."""
+    """Return (run id, attempt) of the run that an area serves; None before the first, or if it cannot be read."""
     try:
         content = area.session.read()
         return str(content["run_id"]), int(content["attempt"])
@@ -407,7 +407,7 @@ def served_by(area: ShmArea) -> tuple[str, int] | None:
 
 
 def write_run(area: ShmArea, run: ServedRun, *, files: Files = DISK) -> None:
-    """Replace what the newest attempt wrote. Raises OSError, and then it is as before."""
+    """Replace the newest attempt's record. Raises OSError, and then it is unchanged."""
     paths = {"run_dir": str(run.run_dir), "root": str(run.root)}
     area.session.write({**vars(run), **paths, "args": plain(run.args.model_dump(mode="json"))}, files=files)
 
@@ -416,19 +416,19 @@ EventKind = Literal[
     "published", "lost", "failing", "silent", "recovered", "retired", "fenced", "failed", "copied", "uncopied"
 ]
 """failing: the disk refused, the step is tried again; silent: the disk does not answer; fenced: a newer attempt owns
-the run; failed: a bug of ours; copied: this node has another one's part; uncopied: it could not be had."""
+the run; failed: a bug of ours; copied: this node has a copy of another node's part; uncopied: the copy failed."""
 
 
 class Events:
-    """What the service of an area reports to its ranks. The newest are kept, a thousand or more."""
+    """Events that the service of an area reports to its ranks. The newest are kept, a thousand or more."""
 
     def __init__(self, area: ShmArea) -> None:
-        """Reading begins with what is sent from now on."""
+        """Read only events that are sent from now on."""
         self._record = area.events
         self._n_read = self._sent()[0]
 
     def send(self, event: dict[str, Any]) -> None:
-        """Append an event; only the service does. Raises OSError, and then nothing is sent."""
+        """Append an event; only the service may. Raises OSError, and then nothing is sent."""
         n_sent, newest = self._sent()
         newest.append(event)
         while len(newest) > 1 and not self._record.fits([n_sent + 1, newest]):
@@ -436,7 +436,7 @@ class Events:
         self._record.write([n_sent + 1, newest])
 
     def read(self) -> list[dict[str, Any]]:
-        """Return what was sent since the last time."""
+        """Return the events since the last call."""
         n_sent, newest = self._sent()
         n_new = max(0, n_sent - self._n_read)
         self._n_read += n_new

@@ -1,11 +1,11 @@
-"""Save in the background, all ranks together: allocate slots, choose one per save, copy into it, follow its fate.
+"""Save in the background, all ranks together: allocate slots, choose one per save, copy into it, track the outcome.
 
 A save costs the caller one memory copy and one gather of a few hundred bytes. All ranks take the same slot or none. A
 slot that is being drained is never touched; one that waits may be overwritten by a newer save if all nodes agree. If
 every slot is being drained the save is skipped, counted and reported; only the last save of a run waits. If a node's
 memory is short, that is known before step 1; if it fails later, NoSlotError asks the caller for a synchronous save.
-Of complete snapshots that an earlier attempt left in memory, a start may resume from the newest at once; the services
-write them to the disk meanwhile, and their slots are taken only after that.
+An attempt may resume at once from the newest complete snapshot that an earlier one left in memory; the services write
+these snapshots to the disk meanwhile, and their slots are reused only after that.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ LOOK_S = 0.05
 SLOT_LOOK_S = 0.2
 """Between two looks for a free slot, each of them collective."""
 LEAVE_S = 5.0
-"""What ranks need to leave before the job ends."""
+"""Seconds that ranks need to leave before the job ends."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 class NoSlotError(RunError):
-    """Some rank has no slot to fill and will never have one. Raised on all of them."""
+    """A rank has no slot to fill and will never have one. Raised on all ranks."""
 
 
 # -- the ranks -----------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class _Report:
     usable: set[int]
     """Its allocated slots."""
     occupied: set[int]
-    """Those that hold what an earlier attempt staged."""
+    """Slots that hold a snapshot of an earlier attempt."""
     problem: str | None = None
     is_gone: bool = False
     """The area's names have vanished, as RemoveIPC of systemd does it (logind.conf(5)); what is mapped stays."""
@@ -105,9 +105,9 @@ class Coordinator:
         self._now, self._wall_clock, self._sleep = now, wall_clock, sleep
         self._writer: SlotWriter | None = None
         self._found: list[list[Found]] = []
-        """What earlier attempts have left complete in the memory of each node."""
+        """Complete parts that earlier attempts left in the memory of each node."""
         self._rescued: list[int] = []
-        """Those of this node that are to be saved and are not known to be."""
+        """Slots of this node with such parts that the service has not saved yet, as far as is known."""
         self._n_slots, self._keep = 0, set[str]()
         self._mark_error: OSError | None = None
         """Why this node's slot did not get its mark at the last save, until it is reported."""
@@ -116,7 +116,7 @@ class Coordinator:
         self._newest: int | None = None
         """Step of the last save that was staged."""
         self._number = self._n_saves = 0
-        """Its slot, and how many saves have got one."""
+        """Its slot, and the number of saves that got a slot."""
         self._lock: ProcessLock | None = None
         joined = ranks.on_each(self._join)
         if no_room := next((why for _, why in joined if why is not None), None):
@@ -130,7 +130,7 @@ class Coordinator:
             self._service = ServiceClient(self.area, run.attempt, log_file, files=files, start=start, sleep=self._sleep)
 
     def _join(self) -> tuple[tuple[str, str, int, int] | None, str | None]:
-        """Make the area if need be and hold its lock; return its identity, and why there is no room for it. Local."""
+        """Make the area if needed and hold its lock; return (identity, None) or (None, why it has no room). Local."""
         try:
             return self._enter(), None
         except OSError as error:
@@ -152,12 +152,12 @@ class Coordinator:
                 return me.host, me.boot_id, facts.st_dev, facts.st_ino
             say_who_is_waited_for(looks, lock, f"it is leaving {self.area.folder}")
             self._sleep(LOOK_S)
-        raise AssertionError("it counts for ever")
+        raise AssertionError("itertools.count ended")
 
     # -- start -----------------------------------------------------------------------------------------------------
 
     def find_unsaved(self, newest: Newest) -> set[tuple[int, int]]:
-        """Look for snapshots in memory that are worth saving, (attempt, step) each; all others are forgotten."""
+        """Return (attempt, step) of the snapshots in memory that must be saved; all others are forgotten."""
         run = self._run
         self._ranks.on_each(lambda: adopt(self.area, run, newest.step, files=self._files) if self._service else None)
         of_ranks = self._ranks.gather(survey(self.area, files=self._files) if self._service else None)
@@ -174,14 +174,11 @@ class Coordinator:
         return wanted
 
     def resume_point(self, newest: Newest) -> Point | None:
-        """Return the snapshot to resume from, if it is in memory; see there. Local, the same on all ranks."""
+        """Return the snapshot in memory to resume from, or None. Local, the same on all ranks."""
         return resume_point(self._found, self._run.run_id, newest)
 
     def open(self) -> None:
-        """Send the services this run; they begin to save what was found in memory.
-
-        Call when the staging dir of this attempt is open.
-        """
+        """Send the services this run; they begin to save what was found in memory. Call after `open_staging_dir`."""
         if self.node.n_nodes > 1 and (any(self._found) or self._run.args.replicate):
             secret = self._ranks.from_main(lambda: secrets.token_hex(32))
             self._run = replace(self._run, secret=secret, listen=address_of_this_node(find_rank_info().master))
@@ -189,7 +186,7 @@ class Coordinator:
 
     @contextmanager
     def snapshot(self, point: Point) -> Iterator[Snapshot]:
-        """Open what a start resumes from; nothing may be staged before all ranks have read it. Collective."""
+        """Open the snapshot to resume from; nothing may be staged before all ranks have read it."""
         addresses = self._addresses() if self.node.n_nodes > 1 else []
         with ExitStack() as stack:
             readers: dict[int, PartReader] = {}
@@ -199,12 +196,12 @@ class Coordinator:
             yield Snapshot(point, self.node.number, self.area, readers, share)
 
     def _addresses(self) -> list[tuple[str, int]]:
-        """Return where the service of each node listens. Collective. Raises RunError if one does not."""
+        """Return where the service of each node listens. Raises RunError if one does not."""
         of_ranks = self._ranks.on_each(lambda: self._service.address() if self._service else None)
         return [address for address in of_ranks if address is not None]
 
     def resumed_from(self, point: Point) -> None:
-        """Let a snapshot that all ranks have resumed from count as staged by this attempt. Local."""
+        """Count a snapshot that all ranks have resumed from as staged by this attempt. Local."""
         self._newest = point.step
 
     @property
@@ -213,13 +210,13 @@ class Coordinator:
         return self._writer is not None and self._writer.is_synchronous
 
     def is_staged(self, step: int) -> bool:
-        """Return whether a step is the newest in memory, wherever else it is by now. Local."""
+        """Return whether a step is the newest that was staged, published or not. Local."""
         return step == self._newest
 
     def await_rescue(self) -> None:
         """Wait until the services have saved what was found in memory. Raises RunError if the disk refuses."""
         is_here = self._lock is not None and self._lock.is_current()
-        waits_for = self._rescued if is_here else []  # where the names have vanished, no mark tells
+        waits_for = self._rescued if is_here else []  # if the area's names have vanished, so have the marks
         self._ranks.on_each(lambda: self._service.await_rescue(waits_for) if self._service else None)
         self._rescued = []
 
@@ -266,7 +263,7 @@ class Coordinator:
         return None
 
     def _replicate(self, offers: list[capacity.MemoryRoom]) -> None:
-        """Let each node copy the parts of the one before it, if that is wanted and possible."""
+        """Let each node copy the parts of the previous one, if that is configured and possible."""
         wanted, addresses = bool(self._run.args.replicate), list[tuple[str, int]]()
         why = capacity.why_no_copies(offers, self._n_slots, self.node.n_nodes) if wanted else None
         if wanted and why is None:
@@ -286,7 +283,7 @@ class Coordinator:
         return capacity.room_here(self.area.folder, held, slot_bytes, copy_bytes)
 
     def _make_slots(self, n_slots: int, names: set[str]) -> str | None:
-        """Make the folders of `n_slots` slots and clear what lies in them besides all ranks' files, `names` of ours."""
+        """Make `n_slots` slots and remove files that no rank of this node writes; `names`: this rank's files."""
         of_all = self._ranks.gather(names)
         self._keep = set().union(*(of_all[rank] for rank in self.node.ranks))
 
@@ -304,10 +301,10 @@ class Coordinator:
     def save(
         self, step: int, state: TrainState, tensors: dict[str, Tensor], *, final: bool, deadline_s: float | None
     ) -> str | None:
-        """Stage a snapshot; return why there is none, or None. The `final` one hurries the services, and waits.
+        """Stage a snapshot; return None, or why it was skipped. A `final` save hurries the services and waits.
 
-        Raises NoSlotError, on all ranks, if there is no slot at all that it could wait for, or if memory failed the
-        save before, and an error on all ranks for a bug on one of them, in its threads or in its service.
+        Raises NoSlotError, on all ranks, if there is no slot to wait for or if the previous save was lost in memory.
+        A bug on one rank, in its threads or in its service is raised on all ranks.
         """
         assert self._writer is not None
         if final:
@@ -353,9 +350,9 @@ class Coordinator:
         return number
 
     def _report(self, scalars: Callable[[], bytes]) -> _Report:
-        """Collect what this rank reports to the others. Local. Raises what must end all ranks."""
+        """Collect what this rank reports to the others. Local. Raises errors that must end all ranks."""
         assert self._writer is not None
-        scalars()  # made now, while the others can still hear that it failed
+        scalars()  # made now, while the other ranks can still learn that it failed
         rank = self._ranks.rank
         self._take_saved()
         usable, failed = self._writer.usable_slots()
@@ -384,7 +381,7 @@ class Coordinator:
         return SlotView(slot.state(), save.step if save else -1)
 
     def _claim(self, number: int, nodes: list[SlotView]) -> bool:
-        """Return whether a slot may be overwritten: no service has begun with it anywhere."""
+        """Claim a slot on all nodes; return False if a service has begun to drain it on one of them."""
         if all(node.state == "free" for node in nodes):
             return True
         slot = self.area.slot(number)
@@ -404,7 +401,7 @@ class Coordinator:
         return Save(run.run_id, run.attempt, step, node.ranks, node.number, node.n_nodes, self._n_saves)
 
     def before_update(self) -> None:
-        """Call before parameters or optimizer state change. Local. Raises a bug that a thread of ours met since."""
+        """Wait for the copies. Call before parameters or optimizer state change. Local. Raises a bug of our threads."""
         if self._writer is not None:
             self._writer.raise_bug()
             if self._rescued or self._writer.occupied:
@@ -412,7 +409,7 @@ class Coordinator:
             self._writer.before_update()
 
     def _take_saved(self) -> None:
-        """Take over the slots whose snapshot of an earlier attempt is on the disk by now. Local."""
+        """Take over the slots whose snapshot of an earlier attempt has been saved. Local."""
         assert self._writer is not None
         waiting = [number for number in self._rescued if self.area.slot(number).state() != "free"]
         if len(waiting) < len(self._rescued):
@@ -424,21 +421,21 @@ class Coordinator:
         self._writer.allocate_free()
 
     def new_events(self) -> list[dict[str, Any]]:
-        """Return what this node's service has reported since the last time; on leaders only. Local."""
+        """Return what this node's service has reported since the last call; empty except on leaders. Local."""
         return self._service.read_events() if self._service else []
 
     # -- end -------------------------------------------------------------------------------------------------------
 
     def is_late(self, deadline_s: float | None) -> bool:
-        """Return whether so little is left until the job ends that the ranks must leave. Local."""
+        """Return whether the job ends so soon that the ranks must leave. Local."""
         return deadline_s is not None and self._wall_clock() > deadline_s - LEAVE_S
 
     def finish(self, step: int, deadline_s: float | None, stopping: bool) -> str | None:
-        """Wait until a staged step is on the disk; return None if it is, or what is missing if it stays in memory.
+        """Wait until a staged step is on the disk; return None, or what is missing if it stays in memory.
 
-        `deadline_s`: seconds since the epoch when the job ends, if that is known; it stays in memory then. If it is not
-        known and the disk refuses the step again and again, it stays there too if the run is only `stopping`.
-        Raises RunError, on all ranks, if it will not be there: NoSlotError, if memory failed it.
+        It stays in memory at `deadline_s`, when the job ends (seconds since the epoch). Without a deadline it stays
+        there if the disk keeps failing and the run is only `stopping`. Raises RunError, on all ranks, if the step is
+        lost: NoSlotError if it was lost in memory.
         """
         lost = [error for error in self._ranks.on_each(self._why_lost) if error is not None]
         if lost:
@@ -449,7 +446,7 @@ class Coordinator:
             self._service.expect()
         while True:
             outcomes = self._ranks.on_each(lambda: self._outcome(step, deadline_s, stopping))
-            # Of a save by an earlier attempt, any node may be the one that publishes it.
+            # A save of an earlier attempt may be published by any node.
             is_settled, missing = next((each for each in outcomes if each == (True, None)), outcomes[0])
             if is_settled:
                 return missing
@@ -459,7 +456,7 @@ class Coordinator:
             self._sleep(LOOK_S)
 
     def settle(self) -> None:
-        """Wait until what is staged is on the disk, or cannot be; the same step may be saved anew afterwards."""
+        """Wait until the staged save is on the disk or has failed; its step may be saved again afterwards."""
         if self._newest is not None:
             try:
                 self.finish(self._newest, None, stopping=True)
@@ -475,7 +472,7 @@ class Coordinator:
         return self._service.outcome(step, is_late, has_deadline=deadline_s is not None, stopping=stopping)
 
     def withdraw(self, number: int) -> bool:
-        """Take back a save that is lost on some node; False if a service has begun with the part of another one."""
+        """Take back a save that one node lost; return False if a service has begun with another node's part."""
         slot = self.area.slot(number)
         is_ours = self._service is None or slot.state() == "free" or slot.change("staged", "free", files=self._files)
         return all(self._ranks.gather(is_ours))
@@ -490,7 +487,7 @@ class Coordinator:
 
 
 def _no_room(error: OSError) -> str:
-    """Say why there is no room for an area or its slots; raises what is something else."""
+    """Return why there is no room for an area or its slots; raise any other error."""
     if error.errno not in NO_ROOM:
         raise error
     return f"there is no room in memory for checkpoints: {error.filename}: {error.strerror}"

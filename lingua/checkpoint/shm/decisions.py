@@ -1,4 +1,4 @@
-"""What the ranks decide about slots: which one to fill, what is worth saving, what to resume from. Pure, torch-free."""
+"""Decisions of the ranks: which slot to fill, which snapshots to save, which one to resume from. Pure, torch-free."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ part."""
 
 @dataclass(frozen=True)
 class Found:
-    """A node's part of a save, complete in the memory of a node of this start."""
+    """A node's part of a save, complete in the memory of a node of this attempt."""
 
     save: Save
     facts: Manifest = field(default_factory=dict)
@@ -59,10 +59,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Point:
-    """A snapshot in memory that a start resumes from."""
+    """A snapshot in memory that an attempt resumes from."""
 
     parts: tuple[tuple[int, Found], ...]
-    """Of each node that saved it: which node of this start holds its part, and the part."""
+    """For each node that saved it: (node of this attempt that holds its part, the part)."""
 
     @property
     def step(self) -> int:
@@ -74,11 +74,11 @@ class Point:
 
 
 def unsaved(nodes: Sequence[Sequence[Found]], run_id: str, newest: Newest) -> list[Point]:
-    """Return the snapshots that are whole in memory and newer than the newest on the disk, by step.
+    """Return the snapshots that are complete in memory and newer than the newest on the disk, by step.
 
-    `nodes`: what is complete in the memory of each node of this start. Copies stand in for parts that are missing; of a
-    save that no slot needs any more they count for nothing: it was published, and the run may have gone back since.
-    Only the most recent attempt matters: it would already have rescued anything that an earlier one left.
+    `nodes`: the complete parts in the memory of each node. Copies replace missing parts, but only of saves that a slot
+    still holds: any other save was published, and the run may have been rewound since. Only the most recent attempt
+    matters: it would already have rescued anything that an earlier one left.
     """
     saves = {
         (part.save.attempt, part.save.step, part.save.number)
@@ -92,23 +92,23 @@ def unsaved(nodes: Sequence[Sequence[Found]], run_id: str, newest: Newest) -> li
 
 
 def resume_point(nodes: Sequence[Sequence[Found]], run_id: str, newest: Newest) -> Point | None:
-    """Return the snapshot in memory that a start resumes from, or None: then from the newest checkpoint on the disk.
+    """Return the snapshot in memory to resume from, or None to resume from the newest checkpoint on the disk.
 
-    It is the newest that is not on the disk yet, or else the very one that is the newest there, if memory still holds
-    all of it. How many ranks and nodes there were does not matter, nor on which of the nodes a part lies.
+    It is the newest that is not on the disk yet, else the one that is the newest there, if memory still holds all of
+    it. The number of ranks and nodes that saved it does not matter, nor which node holds a part.
     """
     if points := unsaved(nodes, run_id, newest):
         return points[-1]
     parts = [part.save for part in itertools.chain(*nodes) if part.save.step == newest.step]
     saves = sorted({(save.attempt, save.step, save.number) for save in parts})
     points = [_whole(nodes, run_id, save, ("used", "free", "copy")) for save in saves]
-    return next((point for point in points if point is not None and _is(point, newest, run_id)), None)
+    return next((point for point in points if point is not None and _equals(point, newest, run_id)), None)
 
 
 def _whole(
     nodes: Sequence[Sequence[Found]], run_id: str, save: tuple[int, int, int], places: Sequence[Place]
 ) -> Point | None:
-    """Gather the parts of a save (attempt, step, number), each from the first of the places; None if one is missing."""
+    """Gather the parts of a save (attempt, step, number), each from the first of `places`; None if one is missing."""
     parts: dict[int, tuple[int, Found]] = {}
     for place, (number, of_node) in itertools.product(places, enumerate(nodes)):
         for part in of_node:
@@ -119,8 +119,8 @@ def _whole(
     return Point(tuple(parts[node] for node in sorted(parts))) if is_whole else None
 
 
-def _is(point: Point, newest: Newest, run_id: str) -> bool:
-    """Return whether a snapshot is what was published, by the checksum of the manifest, which names those of files."""
+def _equals(point: Point, newest: Newest, run_id: str) -> bool:
+    """Return whether a snapshot equals the published checkpoint: their manifests, with all checksums, are the same."""
     manifest = publish.manifest_bytes(newest.step, newest.attempt, point.facts, run_id)
     return xxhash.xxh3_128_hexdigest(manifest) == newest.manifest_xxh3_128
 

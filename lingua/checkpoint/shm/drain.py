@@ -1,8 +1,8 @@
-"""From a slot to a published checkpoint: what the service does for one save. Torch-free, blocking.
+"""Write one save from its slot to the disk and publish it, for the service. Torch-free, blocking.
 
-What is written is hashed on the way and must be what the ranks hashed in memory. A step of several nodes is published
-by the first node, once each of the others has reported on the disk that all of its files are written. A save that
-failed at any line can be tried again.
+Files are hashed while they are written and must match what the ranks hashed in memory. A step of several nodes is
+published by node 0, once each of the others has reported on the disk that all of its files are written. A save that
+failed at any line can be retried.
 
     incarnation-3/0000001500/                      the files of all nodes
     incarnation-3/part-0000001500-1.json           node 1's files are written: names and checksums
@@ -68,8 +68,8 @@ def next_to_drain(
 ) -> int | None:
     """Choose the number of the slot to drain next, or None.
 
-    While the run goes on, the oldest step. When it ends, only the newest, and only if it can be written in the time
-    that is left: half a checkpoint is useless. Without a measured rate, or after the deadline, it is tried anyway.
+    While the run continues, it is the oldest step. When the run ends, only the newest, and only if it can be written in
+    the time left: half a checkpoint is useless. Without a measured rate, or after the deadline, it is tried anyway.
     """
     if not waiting:
         return None
@@ -87,7 +87,7 @@ class Throttle:
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     done_bytes: int = 0
-    """Bytes let through so far, by which progress is watched."""
+    """Bytes let through so far; shows progress."""
     _free_at_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -128,7 +128,7 @@ def at_work(run: ServedRun, save: Save, *, files: Files = DISK) -> Iterator[None
 def busy_writers(root: Path, before: int, me: Owner, beyond: int = -1) -> dict[Path, tuple[float, bool | None]]:
     """Return the heartbeat files of services of attempts before `before`, with (last beat, alive; None: unknown).
 
-    `beyond`: only of those that write a later step than this.
+    `beyond`: ignore those that write this step or an earlier one.
     """
     found: dict[Path, tuple[float, bool | None]] = {}
     for attempt, staging_dir in layout.staging_dirs(root):
@@ -154,11 +154,10 @@ def await_older_writers(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Wait up to HANDOVER_S while a service of an older attempt is writing a step; on rank 0, before it is shut out.
+    """Wait up to HANDOVER_S while a service of an older attempt is writing a step; on rank 0, before fencing it off.
 
-    `beyond`: only for later steps than this, which is in memory and loses nothing if its writing begins anew.
-
-    One on this machine is waited for while it lives, one elsewhere while its heartbeat goes on.
+    Waits for a service on this machine while it lives, for one elsewhere while its heartbeat continues. `beyond`: do
+    not wait for this step or earlier ones, which are in memory and can be written again.
     """
     begun_s, seen = now(), {}
     while now() - begun_s < HANDOVER_S:
@@ -257,7 +256,7 @@ def write_files(
 
 
 def _step_back() -> None:
-    """Let this thread run only when nobody else wants the core (on Linux a thread has its own niceness)."""
+    """Give this thread the lowest priority (on Linux niceness is per thread)."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
@@ -293,7 +292,7 @@ def require_ours(run: ServedRun) -> None:
 
 
 def why_missing(run: ServedRun) -> Exception:
-    """Return the error that explains why a name in the staging dir was not found."""
+    """Return the error that explains why a file in the staging dir was not found."""
     if run.root.exists() and not run.staging_dir.exists():
         return FencedError(f"{run.staging_dir} is gone: a newer attempt of this run has begun")
     return FileNotFoundError(2, "the run's folder is gone", str(run.root))
@@ -412,7 +411,7 @@ def _await_mark(save: Save, run: ServedRun, sleep: Callable[[float], None]) -> N
 
 
 def clear_away(save: Save, facts: Manifest, run: ServedRun, *, files: Files = DISK) -> None:
-    """Remove what this node has written of a failed save, before it is tried again. Raises OSError."""
+    """Remove this node's files of a failed save, before it is retried. Raises OSError."""
     if layout.done_mark(run.root, save.step).exists():
         return  # published; only the last fsync has failed
     if save.n_nodes == 1:

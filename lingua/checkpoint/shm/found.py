@@ -1,6 +1,6 @@
-"""What earlier attempts left in the memory of a node, as the leader of a start takes it over. Torch-free.
+"""Take over what earlier attempts left in the memory of a node; for the node's leader. Torch-free.
 
-A copy is claimed before it is looked at, so that the service does not overwrite it. One that is wanted becomes a slot,
+A copy is claimed before it is read, so that the service does not overwrite it. A copy that is needed becomes a slot,
 which the service then drains like any other.
 """
 
@@ -15,7 +15,7 @@ from lingua.files import DISK, Files, entries
 
 
 def survey(area: ShmArea, *, files: Files = DISK) -> list[Found]:
-    """Return all parts that are complete in an area; whatever a dead process was changing can be used again."""
+    """Return the complete parts in an area, after recovering slots that a dead process was changing."""
     lock = area.lock(SERVICE_LOCK)
     try:
         if lock.take():  # no service lives, and none starts before we are done
@@ -33,7 +33,7 @@ def survey(area: ShmArea, *, files: Files = DISK) -> list[Found]:
 
 
 def keep(area: ShmArea, wanted: Sequence[Found], *, files: Files = DISK) -> list[int]:
-    """Leave these parts to the service, and no others; return the numbers of their slots."""
+    """Leave only these parts for the service to save; return the numbers of their slots."""
     keys = {part.save.key for part in wanted}
     for key in keys:
         source, _ = area.find(key)
@@ -47,7 +47,7 @@ def keep(area: ShmArea, wanted: Sequence[Found], *, files: Files = DISK) -> list
 
 
 def adopt_slot(source: Slot, area: ShmArea, *, files: Files = DISK) -> None:
-    """Take a slot that holds a save from another area, to the first number that is free. A kill loses nothing."""
+    """Move a slot with a save from another area to the first free number here. A kill loses nothing."""
     taken = {each.number for each in area.slots()}
     target = next(t for n in itertools.count() if n not in taken and not (t := area.slot(n)).state())
     state = source.state()
@@ -58,7 +58,7 @@ def adopt_slot(source: Slot, area: ShmArea, *, files: Files = DISK) -> None:
 
 
 def release(area: ShmArea, n_copies: int, *, files: Files = DISK) -> None:
-    """Let the service overwrite so many copies, and free the memory of others, once all ranks have loaded."""
+    """Let the service overwrite `n_copies` copies, and free the others. Call after all ranks have loaded."""
     for slot in area.copies.slots():
         slot.change("claimed", "free", files=files)
         if slot.number >= n_copies:

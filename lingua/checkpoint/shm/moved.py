@@ -1,6 +1,6 @@
-"""Finds what a run left in memory under the name that its folder had before it was renamed or moved. Torch-free.
+"""Find snapshots that a run left in memory before its folder was renamed or moved. Torch-free.
 
-An area is named after the run's folder, so the next attempt under another name would not see the newer steps in it, and
+An area is named after the run's folder, so the next attempt under another name would miss the newer steps in it and
 train them again.
 """
 
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def left_behind(area: ShmArea, run: ServedRun, newest_done: int) -> list[tuple[Slot, Save]]:
-    """Return the snapshots in another area that are newer than the disk and of this run, whose folder was moved.
+    """Return this run's snapshots in another area that are newer than the disk, if the run's folder was moved.
 
-    If the folder that the area served still holds the run, this one is a copy of it: then they are not ours.
+    If the folder that the area served still holds the run, our folder is a copy and the snapshots are not ours.
     """
     try:
         served = area.session.read()
@@ -39,7 +39,7 @@ def left_behind(area: ShmArea, run: ServedRun, newest_done: int) -> list[tuple[S
 
 
 def adopt(area: ShmArea, run: ServedRun, newest_done: int, *, files: Files = DISK) -> None:
-    """Take over this run's snapshots from areas of former names of its folder, before they are looked for.
+    """Move this run's snapshots here from areas under former names of its folder.
 
     Raises RunError while a process uses them. A kill between any two lines loses none.
     """

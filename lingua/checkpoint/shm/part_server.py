@@ -1,10 +1,9 @@
-"""Parts of snapshots in the memory of other nodes, read over TCP: each service serves what its node holds. Torch-free.
+"""Serve and read parts of snapshots over TCP: each service serves those in its node's memory. Torch-free.
 
-A service listens only if its run has several nodes. Before anything of the run is said, both sides prove that they
-know its secret: HMACs of random numbers that are used once. Rank 0 draws a secret per attempt; it travels through the
-process group and lies in the areas, which only their user may read. What follows is not encrypted, as between ranks.
-Every answer carries the checksum of its bytes; whole files are hashed where they lie. A side that falls silent is left
-after PATIENCE_S.
+A service listens only if its run has several nodes. Before any data is sent, both sides prove with HMACs of nonces that
+they know the run's secret. Rank 0 draws a secret per attempt; it is sent through the process group and stored in the
+areas, which only their user may read. The data is not encrypted, as between ranks. Every answer carries the checksum of
+its bytes; whole files are hashed on the node that holds them. A connection is dropped after PATIENCE_S of silence.
 """
 
 from __future__ import annotations
@@ -33,28 +32,28 @@ from lingua.files import Buffer, RunError
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 30.0
-"""How long the other side may take for its next bytes."""
+"""How long the other side may take to send its next bytes."""
 NONCE_BYTES = PROOF_BYTES = 32
 DOCUMENT_BYTES = 16 << 20
 """Longest JSON document: the names and checksums of some 100,000 files."""
 _HEAD = struct.Struct("!IQ")
-"""Bytes of the document and of the content after it."""
+"""Sizes in bytes of the document and of the content after it."""
 
 
 def public_name(secret: str) -> str:
-    """Return what a secret is called where it must not be seen."""
+    """Return a hash that identifies a secret without revealing it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def address_of_this_node(master: tuple[str, int] | None) -> str:
-    """Return the address by which other nodes reach this one: that from which it reaches rank 0, at `master`."""
+    """Return the address by which other nodes reach this one: the local end of its route to rank 0, at `master`."""
     if master is None:
         return "127.0.0.1"
     family, *_, address = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # of UDP: nothing is sent
         own = str(probe.getsockname()[0])
-    # A host may know itself by another address than its neighbours do: 127.0.1.1, on Debian.
+    # A host may know itself by an address that other nodes cannot use: 127.0.1.1, on Debian.
     return master[0] if ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
 
 
@@ -86,7 +85,7 @@ class _Wire:
         self.connection.sendall(content)
 
     def receive(self, content_bytes: int = 0) -> tuple[Any, memoryview]:
-        """Return a document and the content after it, of at most so many bytes."""
+        """Return a document and the content after it, of at most `content_bytes`."""
         n_text, n_content = _HEAD.unpack(self.take(_HEAD.size))
         if n_text > DOCUMENT_BYTES or n_content > content_bytes:
             raise ConnectionError(f"the other side sends {n_text} and {n_content} bytes, which nobody asked for")
@@ -101,10 +100,10 @@ def _proof(secret: str, side: bytes, nonces: bytes) -> bytes:
 
 
 class PartServer:
-    """Serves the parts in an area to whoever knows the secret. Threads of its own; they end with the process."""
+    """Serves the parts in an area to readers that know the secret, in daemon threads."""
 
     def __init__(self, area: ShmArea, host: str) -> None:
-        """Listen, at the port of the service before us if that is free."""
+        """Listen, at the port of the previous service if that is free."""
         self._area, self.host, self.secret = area, host, ""
         self._listener: socket.socket | None = None
         ports = [0]
@@ -119,7 +118,7 @@ class PartServer:
                 log.error("cannot listen at %s, port %d: %s", host, port, error)
 
     def admit(self, secret: str) -> None:
-        """Serve whoever knows this secret from now on; then say in the area where, or that it cannot."""
+        """Serve readers that know this secret from now on; write the address to the area (port 0: not listening)."""
         if secret == self.secret:
             return
         self.secret = secret
@@ -152,7 +151,7 @@ class PartServer:
             connection.sendall(_proof(secret, b"server", nonces))
             contents: dict[tuple[PartKey, str], mmap.mmap | bytes] = {}
             while secret == self.secret:
-                connection.settimeout(None)  # the next question may take its time
+                connection.settimeout(None)  # the next request may come late
                 asked = wire.receive()[0]
                 connection.settimeout(PATIENCE_S)
                 self._answer(wire, asked, contents)
@@ -175,7 +174,7 @@ class PartServer:
         return mapped(slot.folder / name, facts[name])
 
     def _newest(self, run_id: str, attempt: int) -> Any:
-        """Return the newest part of an attempt that is complete, and its ranks' records; null: none is."""
+        """Return the newest complete part of an attempt and its ranks' records, or None."""
         found = [(found[0], slot) for slot in self._area.slots() if (found := slot.complete(even_free=True))]
         ours = [(save.number, save, slot) for save, slot in found if (save.run_id, save.attempt) == (run_id, attempt)]
         if not ours:
@@ -186,15 +185,14 @@ class PartServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    if (
-        host not in (address[0], "localhost") and ipaddress.ip_address(address[0]).is_loopback
-    ):  # its neighbours know another one
+    # A host may resolve its own name to a loopback address, which other nodes cannot reach.
+    if host not in (address[0], "localhost") and ipaddress.ip_address(address[0]).is_loopback:
         family, address = socket.AF_INET, ("", port)
     return socket.create_server(address[:2], family=family)
 
 
 def keep_serving(server: PartServer | None, area: ShmArea, run: ServedRun) -> PartServer | None:
-    """Listen where a run wants it, or go on, with the run's secret."""
+    """Start a server if the run asks for one at a new host; give the server the run's secret, and return it."""
     if run.listen and (server is None or server.host != run.listen):
         if server is not None:
             server.close()
@@ -208,7 +206,7 @@ def keep_serving(server: PartServer | None, area: ShmArea, run: ServedRun) -> Pa
 
 
 class PartReader:
-    """Reads from the parts that another node holds. Threads may share it."""
+    """Reads parts that another node holds. Thread-safe."""
 
     def __init__(self, address: tuple[str, int], secret: str) -> None:
         """Raises OSError."""
@@ -235,10 +233,7 @@ class PartReader:
         return content
 
     def newest(self, run_id: str, attempt: int) -> tuple[Save, dict[int, Any]] | None:
-        """Return the newest part of an attempt that the other node has whole, and its ranks' records; None: none.
-
-        Raises OSError.
-        """
+        """Return the newest complete part of an attempt there and its ranks' records, or None. Raises OSError."""
         with self._asking:
             self._wire.send({"newest": [run_id, attempt]})
             answer = self._wire.receive()[0]
@@ -252,7 +247,7 @@ class PartReader:
 
 
 class RemoteFile:
-    """A file in the memory of another node; a slice of it is read when it is taken."""
+    """A file in the memory of another node; slicing reads from it."""
 
     def __init__(self, reader: PartReader, key: PartKey, name: str, size_bytes: int) -> None:
         self._reader, self._key, self._name, self._size_bytes = reader, key, name, size_bytes

@@ -1,4 +1,4 @@
-"""Small documents in memory that are whole at any time and need no room when they are written. Torch-free."""
+"""Small documents in memory that are always readable whole and are written without allocating. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import xxhash
 from lingua.files import DISK, Files
 
 HEAD_BYTES = 64
-"""At most so many of each line of a record come before its document."""
+"""At most this many bytes of a line, its number and checksum, come before the document."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class Record:
 
     The file is allocated once and has two halves. Each holds one line: a number, a checksum and a document. A write
     goes to the half that does not hold the newest document; a reader takes the newest line whose checksum is right. So
-    whoever dies or reads in the middle of a write, the document is whole: the new one or the one before. One writer.
+    if a process dies or reads in the middle of a write, the document is whole: the new one or the old one. One writer.
     """
 
     path: Path
     half_bytes: int
 
     def reserve(self, *, files: Files = DISK) -> None:
-        """Make the file, or leave it as it is, so that `write` needs neither bytes nor a name. Raises OSError."""
+        """Allocate the file, unless it exists, so that `write` needs neither bytes nor an inode. Raises OSError."""
         files.close(files.reserve(self.path, 2 * self.half_bytes))
 
     def fits(self, value: Any) -> bool:
         return HEAD_BYTES + len(orjson.dumps(value)) <= self.half_bytes
 
     def write(self, value: Any, *, files: Files = DISK) -> None:
-        """Raises OSError; then the document is as before."""
+        """Replace the document. Raises OSError, and then it is unchanged."""
         if not self.fits(value):
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self.path))
         descriptor = files.reserve(self.path, 2 * self.half_bytes)
@@ -50,7 +50,7 @@ class Record:
             files.close(descriptor)
 
     def read(self) -> Any:
-        """Return the newest document; None before the first one. Raises FileNotFoundError."""
+        """Return the newest document, or None before the first one. Raises FileNotFoundError."""
         return orjson.loads(self._newest()[1])
 
     def n_writes(self) -> int:

@@ -1,14 +1,14 @@
-"""Copies of another node's parts, so that the end of a node loses no checkpoint that was complete. Torch-free.
+"""Copy another node's parts, so that the loss of a node loses no complete checkpoint. Torch-free.
 
-With `checkpoint.replicate: 1` the service of each node copies the newest parts of the node before it, ring-wise, from
-the memory there to its own. Nobody waits for that: a neighbour that is slow or dead costs the copy. A copy is a slot
-below `copies/`, free until it is whole and its checksums are right, then staged. So that one is whole at any time,
-there are as many as slots, and the oldest is overwritten.
+With `checkpoint.replicate: 1` the service of each node copies the newest parts of the previous node, in a ring, from
+that node's memory to its own. Nobody waits for that: a slow or dead neighbor costs only the copy. A copy is a slot
+below `copies/`, free until it is complete and its checksums match, then staged. There are as many copies as slots and
+the oldest is overwritten, so that one is always complete.
 
-    free -> staged       service: the copy is whole
+    free -> staged       service: the copy is complete
     staged -> free       service: to be overwritten
-    staged -> claimed    leader of a start, which looks whether it needs it
-    claimed -> free      leader, when its ranks have loaded; or it becomes a slot, which the service then drains
+    staged -> claimed    leader of a new attempt: until it knows whether it needs the copy
+    claimed -> free      leader, when its ranks have loaded; or the copy becomes a slot, which the service then drains
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from lingua.files import DISK, Files, RunError
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Between two looks whether the other node has something new."""
+"""Seconds between two polls of the other node."""
 LONGEST_PAUSE_S = 30.0
 """The same while it does not answer."""
 BYTES_PER_S = 1e9
-"""Limit on copying: what 10 Gbit Ethernet carries, with a fifth left to others."""
+"""Limit on copying: four fifths of 10 Gbit Ethernet."""
 
 
 class Copier:
@@ -58,17 +58,17 @@ class Copier:
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
         self._made: set[Path] = set()
-        """Files that this process has made: only into these it writes again."""
+        """Files that this process has made; it overwrites only these."""
 
     def follow(self, run: ServedRun) -> None:
-        """Copy what this run wants copied from now on."""
+        """Copy parts for this run from now on, if it asks for that."""
         self._run = run
         if run.copy_from is not None and self._thread is None:
             self._thread = threading.Thread(target=self._repeat, name="copy", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Write no more. Call before the area is removed."""
+        """Stop writing. Call before the area is removed."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -114,7 +114,7 @@ class Copier:
         self._report("copied", run.attempt, step=save.step, node=save.node, seconds=seconds, gb_per_s=rate)
 
     def _slot_to_fill(self, n_copies: int) -> Slot | None:
-        """Return a free slot, else the one with the oldest copy, which is free then; None if a start has them all."""
+        """Return a free slot, else free the one with the oldest copy; None if a new attempt has claimed all."""
         copies = self._area.copies
         self._files.mkdir(copies.folder)
         slots = [copies.slot(number) for number in range(n_copies)]
@@ -131,7 +131,7 @@ class Copier:
         self, run: ServedRun, reader: PartReader, key: PartKey, name: str, fact: FileFacts, slot: Slot, limit: Throttle
     ) -> None:
         path = slot.folder / name
-        if path not in self._made:  # into a file of a process before us, that one may write when it wakes up
+        if path not in self._made:  # an earlier process that wakes up may still write into its file
             with suppress(FileNotFoundError):
                 self._files.remove(path)
         digest = xxhash.xxh3_128()

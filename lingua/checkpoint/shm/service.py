@@ -3,9 +3,9 @@
     python -m lingua.checkpoint.shm.service RUN_DIR [--shm PATH] [--wait-s N] [--linger-s N]
 
 It outlives the ranks of its node, never the job. If it is killed at any line, the next service or the next attempt
-continues from the slots' marks. A disk that fails is tried again, later and later; a slot is given up only when its
-step is published, when it does not hold what was staged, or when a newer attempt does not want it. The loop here never
-touches the durable disk itself, so it can also report a disk that hangs.
+continues from the slots' marks. A failing disk is retried with backoff; a slot is given up only when its step is
+published, when it does not hold what was staged, or when a newer attempt does not want it. The loop here never touches
+the durable disk itself, so it can also report a disk that hangs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Service:
         wait_s: float = 0.0,
         linger_s: float | None = None,
     ) -> None:
-        """`wait_s`: for the first rank; `linger_s`: after the last one (None: as the run's config has it)."""
+        """`wait_s`: for the first rank; `linger_s`: after the last one (None: from the run's config)."""
         self.area = area
         self._files = files
         self._executor = executor or ThreadPoolExecutor(max_workers=8, thread_name_prefix="drain")
@@ -146,7 +146,7 @@ class Service:
         return self._own.is_current() and self._trainers.is_current()
 
     def run(self) -> None:
-        """Serve until the ranks have left and nothing is left to save. The ranks hear of a bug."""
+        """Serve until the ranks have left and nothing is left to save. Report a bug to the ranks."""
         try:
             while self.tick():
                 self._sleep(POLL_S)
@@ -214,10 +214,8 @@ class Service:
     def _begin(self, slot: Slot, save: Save, facts: Manifest, run: ServedRun) -> None:
         if not slot.change("staged", "draining", files=self._files):
             return  # a rank was faster and fills it again
-        if slot.complete() != (
-            save,
-            facts,
-        ):  # it was even faster: this is another save, being filled
+        found = slot.complete()
+        if found != (save, facts):  # a rank was even faster: this is another save, being filled
             slot.change("draining", "staged", files=self._files)
             return
         job = _Job(slot, save, facts, run, Future(), self._now(), Throttle(run.bytes_per_s))
@@ -310,7 +308,7 @@ class Service:
         return self._retiring is not None and not self._retiring.done()
 
     def _retire(self, run: ServedRun) -> list[int]:
-        """In a thread: delete what nobody needs any more."""
+        """In a thread: apply retention; return the deleted steps."""
         try:
             held = pins.held_steps(run.run_dir, run.root, self._wall_clock())
         except (RunError, OSError) as error:
@@ -350,7 +348,7 @@ class Service:
             job.throttle.limit_bytes_per_s = None if hurry else run.bytes_per_s
 
     def _report_silence(self) -> None:
-        """Report a disk that accepts nothing any more, and its recovery."""
+        """Report a disk that has stopped accepting data, and its recovery."""
         writing = [job for job in self._jobs if job.writing.is_set()]
         done_bytes = sum(job.throttle.done_bytes for job in writing)
         since_s, last_bytes = self._progress
@@ -385,14 +383,14 @@ class Service:
         return alone_s < linger_s or self._now() < self._first_rank_until_s
 
     def _take_back_claims(self) -> None:
-        """Stage slots again whose ranks died while they claimed them: the save there may still be complete."""
+        """Stage slots again that dead ranks had claimed: their save may still be complete."""
         if self._trainers.take():
             for slot in self.area.slots():
                 slot.change("claimed", "staged", files=self._files)
             self._trainers.release()
 
     def _leave(self) -> None:
-        """Free the memory, unless it holds what could not be saved or ranks have entered meanwhile."""
+        """Free the memory, unless it holds an unsaved snapshot or ranks have entered meanwhile."""
         if self._trainers.take() and self.is_current():  # from here on no rank enters before we are done
             run = read_run(self.area)
             unsaved = [found[0] for slot in self.area.slots() if (found := slot.complete())]
@@ -404,7 +402,7 @@ class Service:
         self.close()
 
     def _may_be_missed(self, save: Save, run: ServedRun) -> bool:
-        """Return whether a save is worth keeping, even after a newer attempt shut us out: that one may have died."""
+        """Return whether a save must be kept, even after a newer attempt fenced us off: that one may have died."""
         if self._fenced != run.attempt:
             return True
         root = run.root
@@ -471,7 +469,7 @@ def main(words: list[str]) -> int:
 
 
 def serve(run_dir: Path, shm: Path, wait_s: float, linger_s: float | None = None) -> None:
-    """Be the service of a run on this node, unless there is one. Raises RunError, OSError."""
+    """Run the service of a run on this node, unless there is one. Raises RunError, OSError."""
     while True:
         area = make_area(run_dir, shm)
         try:

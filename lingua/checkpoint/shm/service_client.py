@@ -1,6 +1,6 @@
-"""The checkpoint service as the leader of its node sees it: start it, send it the run, read its reports. Torch-free.
+"""The leader's side of its node's checkpoint service: start it, send it the run, read its reports. Torch-free.
 
-The service is started again when it dies, a few times. What it reports is logged, and its bugs are raised as ours.
+A service that dies is restarted, a few times. Its reports are logged, and its bugs are raised here.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 RESTARTS = 3
-"""Of the service, until it has published something."""
+"""Restarts of the service before it has published something."""
 DISK_ATTEMPTS = 4
-"""Of the service to save what somebody waits for, on a disk that fails in a way that may pass: some seconds."""
+"""The service's attempts to save an awaited step on a disk whose fault may be transient: some seconds."""
 WORD_S = 10.0
-"""Between two words about a service that is waited for."""
+"""Seconds between two log lines about an awaited service."""
 START_S = 30.0
 """How long a service may take to start."""
 
 
 class ServiceProcess(Protocol):
-    """A process that was started."""
+    """A started process."""
 
     def poll(self) -> int | None:
         """Return its exit code, or None while it runs."""
@@ -47,7 +47,7 @@ StartService = Callable[[Path, Path, Path], ServiceProcess]
 
 
 def start_service(run_dir: Path, shm: Path, log_file: Path) -> ServiceProcess:
-    """Start the service of this node in a session of its own, so that it outlives us."""
+    """Start the service of this node in a new session, so that it outlives us."""
     module = ["-P", "-m", "lingua.checkpoint.shm.service"]
     command = [sys.executable, *module, os.path.realpath(run_dir), "--shm", str(shm)]
     home = str(Path(__file__).parents[3])
@@ -93,9 +93,9 @@ class ServiceClient:
         self._run: ServedRun | None = None
         self._n_starts = 0
         self._starting: ServiceProcess | None = None
-        """A service that was started and has not been seen to serve."""
+        """A service that was started and does not serve yet."""
         self._n_refusals = 0
-        """By the disk, since it last took a checkpoint or somebody began to wait."""
+        """Saves that the disk refused since it last took one or since a wait began."""
         self._events = Events(area)
         self._outcomes: dict[int, dict[str, Any]] = {}
         """The last report on each step since the last save."""
@@ -105,7 +105,7 @@ class ServiceClient:
     # -- the process -----------------------------------------------------------------------------------------------
 
     def send(self, run: ServedRun, *, wait: bool = True) -> None:
-        """Send the service what it must know of the run; start it if need be, and `wait` for it.
+        """Send the run to the service; start it if needed, and `wait` for it.
 
         Raises OSError, RunError.
         """
@@ -115,12 +115,12 @@ class ServiceClient:
         self.ensure(wait=wait)
 
     def _check_area(self, run: ServedRun) -> None:
-        """Raise RankError if another attempt has the memory of this node: not a byte of it is ours then."""
+        """Raise RankError if another attempt has this node's memory, which we must not touch then."""
         if why := why_taken(run, served_by(self._area), is_first=self._run is None):
             raise RankError(why, "occupied")
 
     def ensure(self, *, wait: bool = True) -> None:
-        """Start the service if there is none; `wait` until it serves. Raises RunError when it dies again and again."""
+        """Start the service if there is none; `wait` until it serves. Raises RunError if it keeps dying."""
         assert self._run is not None
         looks = 0
         while not self._is_alive():
@@ -162,7 +162,7 @@ class ServiceClient:
         )
 
     def why_stopped(self) -> str | None:
-        """Say that the service is stopped (SIGSTOP), and what helps; None if it is not."""
+        """Return a message with the remedy if the service is stopped (SIGSTOP), else None."""
         pid = _holder(self._area.lock(SERVICE_LOCK))
         with suppress(OSError):  # it has just ended
             if pid and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":  # proc(5)
@@ -178,7 +178,7 @@ class ServiceClient:
     # -- its reports -----------------------------------------------------------------------------------------------
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return what the service has reported to this attempt since the last time, and log it."""
+        """Return and log what the service has reported to this attempt since the last call."""
         events = [event for event in self._events.read() if event["incarnation"] == self._attempt]
         for event in events:
             _log(event)
@@ -192,7 +192,7 @@ class ServiceClient:
         return events
 
     def check(self) -> None:
-        """Read its reports and start it if it died. Raises RunError when it cannot go on, or must not."""
+        """Read its reports and restart it if it died. Raises RunError if it cannot or must not continue."""
         assert self._run is not None
         self._check_area(self._run)
         self.read_events()
@@ -200,7 +200,7 @@ class ServiceClient:
         self.ensure()
 
     def forget_outcomes(self) -> None:
-        """Call when a new save begins."""
+        """Forget reports on earlier saves. Call when a new one begins."""
         self._outcomes.clear()
 
     def await_rescue(self, numbers: list[int]) -> None:
@@ -221,11 +221,11 @@ class ServiceClient:
             self._sleep(LOOK_S)
 
     def expect(self) -> None:
-        """Call before waiting for a step: refusals of earlier ones do not count."""
+        """Forget refusals of earlier steps. Call before waiting for one."""
         self._n_refusals = 0
 
     def outcome(self, step: int, is_late: bool, *, has_deadline: bool, stopping: bool) -> tuple[bool, str | None]:
-        """Return whether the fate of a step is known, and what is missing if it is not published.
+        """Return whether the outcome of a step is known, and what is missing if it is not published.
 
         Raises RunError when it is lost or the disk refuses it for good; see `Coordinator.finish`.
         """
@@ -258,7 +258,7 @@ def _holder(lock: ProcessLock) -> int | None:
 
 
 def say_who_is_waited_for(looks: int, lock: ProcessLock, why: str) -> None:
-    """Log every WORD_S, counted in looks of LOOK_S, which service a start waits for; closes the lock."""
+    """Log every WORD_S, counted in looks of LOOK_S, which service is awaited; close the lock."""
     pid = _holder(lock)
     if looks % int(WORD_S / LOOK_S) == 0:
         who = "a new checkpoint service" if pid is None else f"the checkpoint service of this node, process {pid}"
@@ -267,7 +267,7 @@ def say_who_is_waited_for(looks: int, lock: ProcessLock, why: str) -> None:
 
 
 def _is_refusal(event: dict[str, Any]) -> bool:
-    """Return whether the disk has refused a checkpoint; what cannot be deleted is `failing` too."""
+    """Return whether the disk has refused a checkpoint; a failed deletion is `failing` too."""
     return event["kind"] == "failing" and "errno" in event
 
 

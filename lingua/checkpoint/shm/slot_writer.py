@@ -38,7 +38,7 @@ from lingua.files import DISK, Files, human_bytes
 log = logging.getLogger(__name__)
 
 STRETCH_BYTES = 64 << 20
-"""Allocated or touched between two checks whether to stop."""
+"""Bytes that are allocated or touched between two checks of `closing`."""
 SMALL_BYTES = 1 << 20
 """Room for a rank's JSON is a multiple of this, since it grows from save to save."""
 PAGE_BYTES = 4096
@@ -50,8 +50,7 @@ class SlotFile:
     def __init__(self, slot: Slot, plan: FilePlan, device: torch.device, closing: threading.Event) -> None:
         """Allocate, touch, write the constant spans and pin. Raises OSError: no room, or `closing`.
 
-        The file is a new one: into memory that it has mapped, a rank of an earlier attempt that was stopped in the
-        middle of a copy may still write when it wakes up.
+        Always makes a new file: a stopped rank of an earlier attempt may write into the old one when it wakes up.
         """
         self.plan = plan
         self._targets: dict[int, Tensor] = {}
@@ -61,14 +60,14 @@ class SlotFile:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             for start in range(0, plan.size_bytes, STRETCH_BYTES):
-                _go_on(closing)  # a hole in a full /dev/shm would be a SIGBUS later
+                _raise_if_closing(closing)  # a hole in a full /dev/shm would be a SIGBUS later
                 os.posix_fallocate(descriptor, start, min(STRETCH_BYTES, plan.size_bytes - start))
             self._map = mmap.mmap(descriptor, plan.size_bytes)
         finally:
             os.close(descriptor)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         for start in range(0, plan.size_bytes, STRETCH_BYTES):
-            _go_on(closing)
+            _raise_if_closing(closing)
             self.bytes[start : start + STRETCH_BYTES : PAGE_BYTES].fill_(0)
         for part in plan.parts:
             if part.constant is not None:
@@ -94,7 +93,7 @@ class SlotFile:
             self.pinned = False
 
 
-def _go_on(closing: threading.Event) -> None:
+def _raise_if_closing(closing: threading.Event) -> None:
     if closing.is_set():
         raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
@@ -103,13 +102,13 @@ def _pin(memory: Tensor) -> bool:
     """Let the GPU copy into this memory directly; return whether it can."""
     code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # pyright: ignore[reportOptionalMemberAccess]
     if int(code) != 0:
-        _say_that_saves_wait(int(code))
+        _warn_not_pinned(int(code))
     return int(code) == 0
 
 
 @cache
-def _say_that_saves_wait(code: int) -> None:
-    """Warn once: a copy to memory that is not pinned holds the host up until it is done (CUDA, "cudaMemcpyAsync")."""
+def _warn_not_pinned(code: int) -> None:
+    """Warn once: a copy to memory that is not pinned blocks the host until it is done (CUDA, "cudaMemcpyAsync")."""
     locked_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     locked = "unlimited" if locked_bytes == resource.RLIM_INFINITY else human_bytes(locked_bytes)
     limit_bytes, used_bytes = memory_limit(Path("/proc/self/cgroup").read_text())
@@ -143,7 +142,7 @@ class SlotWriter:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stage")
         self._allocating: list[Future[None]] = []
         self.occupied: set[int] = set()
-        """Slots that are to be allocated once they are free."""
+        """Slots to allocate once they are free."""
         self._hashing: Future[None] | None = None
         self._in_flight: torch.cuda.Event | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -153,9 +152,9 @@ class SlotWriter:
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def allocate(self, n_slots: int) -> None:
-        """Start to allocate, touch and pin this rank's files in the first `n_slots` slots, in each once it is free.
+        """Start to allocate, touch and pin this rank's files in the first `n_slots` slots, each once it is free.
 
-        Until then it holds what an earlier attempt staged, not a byte of which may change.
+        Until then a slot holds a snapshot of an earlier attempt, which must not change.
         """
         self.occupied = set(range(n_slots))
         self.allocate_free()
@@ -174,7 +173,7 @@ class SlotWriter:
         for number in numbers:
             slot, files = self._area.slot(number), []
             try:
-                slot.report_unready(self._rank, files=self._files)  # first: what it held ends here
+                slot.report_unready(self._rank, files=self._files)  # first: its old content becomes invalid
                 for plan in self._plan.files:
                     files.append(SlotFile(slot, plan, self._device, self._closing))
                 for name, size_bytes in self._small_files().items():
@@ -213,7 +212,7 @@ class SlotWriter:
         return {file.name for file in self._plan.files} | set(self._small_files())
 
     def _small_files(self) -> dict[str, int]:
-        """Return the names of this rank's small files, and how much room they get."""
+        """Return the names of this rank's small files and their allocated sizes."""
         metadata = self._plan.metadata
         return {layout.train_state_file(self._rank): SMALL_BYTES} | (
             {} if metadata is None else {layout.METADATA: len(metadata)}
@@ -222,7 +221,7 @@ class SlotWriter:
     # -- one save --------------------------------------------------------------------------------------------------
 
     def fill(self, number: int, save: Save, tensors: dict[str, Tensor], scalars: bytes, model: nn.Module) -> None:
-        """Copy the tensors' present values into a slot. A thread then hashes them and reports `ready`."""
+        """Copy the tensors' current values into a slot. A thread then hashes them and reports `ready`."""
         slot = self._area.slot(number)
         try:
             slot.report_unready(self._rank, files=self._files)
@@ -292,7 +291,7 @@ class SlotWriter:
         staging.slot.report_ready(self._rank, staging.save, facts, files=self._files)
 
     def _require_ours(self, save: Save) -> None:
-        """Raise OSError if a newer attempt has the memory of this node, as it may have while this rank was stopped."""
+        """Raise OSError if a newer attempt has taken this node's memory while this rank was stopped."""
         if served_by(self._area) not in (None, (save.run_id, save.attempt)):
             raise OSError(errno.ESTALE, "a newer attempt has this memory", str(self._area.folder))
 
@@ -320,7 +319,7 @@ class SlotWriter:
         return None
 
     def raise_bug(self) -> None:
-        """Raise what a thread has met and nothing here reports: anything but OSError. Does not wait for threads."""
+        """Raise a thread's exception, except OSError, which is reported elsewhere. Does not wait for threads."""
         for future in (self._hashing, *self._allocating):
             error = future.exception() if future is not None and future.done() else None
             if error is not None and not isinstance(error, OSError):

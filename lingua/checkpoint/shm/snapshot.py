@@ -1,8 +1,8 @@
-"""A complete save in memory as a start reads it, while the services write it to the disk. Torch-free.
+"""Read a complete save from memory to resume from it, while the services write it to the disk. Torch-free.
 
 Nobody changes its slots meanwhile: a rank fills a slot only after all ranks of its attempt have loaded, a service only
-changes the mark, and it does not give the area back while a rank is in it. What a newer attempt does to the names does
-not reach what is mapped.
+changes the mark, and it does not remove the area while a rank uses it. If a newer attempt removes or renames files, the
+mapped content stays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lingua.files import RunError
 
 
 class Snapshot:
-    """The files of a save: mapped, where this node holds them, else read from the node that does."""
+    """The files of a save: mapped if this node holds them, else read from the node that does."""
 
     def __init__(self, point: Point, node: int, area: ShmArea, readers: Mapping[int, PartReader], share: slice) -> None:
         """`node`: ours; `readers`: by node; `share`: which files of our node this rank verifies.
@@ -47,16 +47,16 @@ class Snapshot:
 
     @property
     def folder(self) -> Path:
-        """What messages call it."""
+        """Its name in messages."""
         return Path("memory") / layout.step_name(self._point.step)
 
     def content(self, name: str) -> memoryview | RemoteFile:
-        """Return what a file of the checkpoint holds. Raises KeyError."""
+        """Return the content of a file of the checkpoint. Raises KeyError."""
         found = self._contents[name]
         return found if isinstance(found, RemoteFile) else memoryview(found)
 
     def json(self, path: Path) -> Any:
-        """Return what a JSON file holds. Raises RunError."""
+        """Parse a JSON file. Raises RunError."""
         try:
             return orjson.loads(self.content(path.name)[:])
         except (KeyError, orjson.JSONDecodeError) as error:

@@ -1,8 +1,8 @@
 """Copy a published checkpoint to another folder and publish it there. Torch-free.
 
-The copy exists whole or not at all: it is hashed while it is written and compared with the manifest, and the mark comes
-last. If the copy is killed, the same command removes what is left and begins again. The original is pinned meanwhile if
-its run may be written to; otherwise the copy fails if retention deletes the original.
+The copy appears atomically: it is hashed while it is written and compared with the manifest, and the mark comes last.
+If the copy is killed, the same command removes what is left and begins again. The original is pinned meanwhile if its
+run is writable; otherwise the copy fails if retention deletes the original.
 
 The target looks like a run (config.yaml, checkpoints/), so it can be used wherever a run can.
 """
@@ -101,7 +101,7 @@ def copy_newest(
     begin: Callable[[Checkpoint], object] = lambda checkpoint: None,
     advance: Callable[[int], object] = lambda n_bytes: None,
 ) -> Path:
-    """Copy the first of these that is not damaged; calls `begin` before each. Raises as `copy_checkpoint`."""
+    """Copy the first candidate that is not damaged; call `begin` before each. Raises as `copy_checkpoint`."""
     for checkpoint in candidates:
         begin(checkpoint)
         try:
@@ -114,7 +114,7 @@ def copy_newest(
 
 
 def travelling_config(run_dir: Path) -> dict[str, Any] | None:
-    """Return the frozen config for a copy, whose checkpoints are in its folder whatever `checkpoint.path` was."""
+    """Return the frozen config for a copy, without `checkpoint.path`: a copy's checkpoints are in its folder."""
     config = read_frozen(run_dir)
     if config is not None and isinstance(config.get("checkpoint"), dict):
         config["checkpoint"] = {**config["checkpoint"], "path": None}
@@ -134,7 +134,7 @@ def _check_target(target_dir: Path, config: dict[str, Any] | None) -> None:
 
 
 def chunks(path: Path, advance: Callable[[int], object]) -> Iterator[Buffer]:
-    """Yield the bytes of a file; each piece holds until the next is asked for."""
+    """Yield the bytes of a file; each piece is valid until the next is taken."""
     with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while n_read := file.readinto(buffer):

@@ -1,12 +1,13 @@
 """Compare the tensors of two checkpoints, and consolidate the model's weights into one file.
 
-Nothing is executed. `consolidated.pth` appears whole or not at all, and stock `torch.load(weights_only=True)` opens it,
-mapped if asked. (torch ignores the zip checksums in it.) Only a few tensors are in memory at a time.
+Nothing is executed. `consolidated.pth` appears atomically, and stock `torch.load(weights_only=True)` opens it, with or
+without mmap. (torch ignores the zip checksums in it.) Only a few tensors are in memory at a time.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from lingua.checkpoint import dcp
 from lingua.checkpoint.metadata import TensorFacts
-from lingua.files import DISK, RunError, no_follow
+from lingua.files import DISK, RunError, naming, no_follow
 
 BATCH_BYTES = 256 << 20
 CONSOLIDATED = "consolidated.pth"
 
 
 def batches(facts: Mapping[str, TensorFacts]) -> Iterator[list[str]]:
-    """Split the names, in order, into lists of about BATCH_BYTES each, to be read at once."""
+    """Split the names, in order, into batches of about BATCH_BYTES that are read together."""
     batch, n_bytes = [], 0
     for name, fact in facts.items():
         if batch and n_bytes + fact.size_bytes > BATCH_BYTES:
@@ -37,7 +38,7 @@ def batches(facts: Mapping[str, TensorFacts]) -> Iterator[list[str]]:
 def largest_differences(
     a: Path, b: Path, facts: Mapping[str, TensorFacts], advance: Callable[[int], object] = lambda n_bytes: None
 ) -> Iterator[tuple[str, float]]:
-    """Yield (name, largest absolute difference) of the tensors `facts`, which both have; 0.0: bitwise equal."""
+    """Yield (name, largest absolute difference) of the tensors `facts`, which both have; 0.0 if bitwise equal."""
     for names in batches(facts):
         here, there = (_read(folder, {name: facts[name] for name in names}) for folder in (a, b))
         for name in names:
@@ -75,19 +76,28 @@ def consolidate(
     if not weights:
         raise RunError(f"{folder} holds no weights (no tensor is called model.*)")
     temporary = target.with_name(f".{target.name}.tmp")
-    with (
-        open(temporary, "wb", opener=no_follow) as file,
-        torch.serialization.skip_data(),
-    ):  # as torch.save writes it, without values
-        torch.save({"model": _empty(weights)}, file)
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
-    for names in batches({name: fact for name, fact in weights.items() if fact.same_as is None}):
-        dcp.read_into(folder, {name: mapped[name.removeprefix("model.")] for name in names})
-        advance(sum(weights[name].size_bytes for name in names))
-    del mapped
-    _make_durable(temporary, target)
+    try:
+        _allocate(temporary, weights)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = torch.load(temporary, mmap=True, weights_only=True)["model"]
+        for names in batches({name: fact for name, fact in weights.items() if fact.same_as is None}):
+            dcp.read_into(folder, {name: mapped[name.removeprefix("model.")] for name in names})
+            advance(sum(weights[name].size_bytes for name in names))
+        del mapped
+        _make_durable(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return target.stat().st_size
+
+
+def _allocate(path: Path, weights: Mapping[str, TensorFacts]) -> None:
+    """Write the file as torch.save does, without values, and allocate its space: a hole on a full disk is a SIGBUS."""
+    with open(path, "w+b", opener=no_follow) as file, naming(path):
+        with torch.serialization.skip_data():
+            torch.save({"model": _empty(weights)}, file)
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 def _empty(weights: Mapping[str, TensorFacts]) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Find what nobody needs any more of a run's checkpoints, and remove it. Torch-free.
+"""Find and remove what is not needed any more among a run's checkpoints. Torch-free.
 
-Looking writes nothing. Removing owns the run like an attempt of its own, so that no trainer can begin or continue
-meanwhile, and finishes or removes what an older attempt left half done. Retention follows the run's config, and deletes
-only after a newer checkpoint was read and verified. Memory in /dev/shm of this user's dead runs on this machine is
-freed too, unless it holds a snapshot that the run's next attempt would save.
+Finding writes nothing. Removing owns the run as an attempt does, so that no trainer can begin or continue meanwhile,
+and finishes or removes what an older attempt left half done. Retention follows the run's config, and deletes only after
+a newer checkpoint was read and verified. Memory in /dev/shm of this user's dead runs on this machine is freed too,
+unless it holds a snapshot that the run's next attempt would save.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class Garbage:
     why: str
     size_bytes: int
     remove: Callable[[], None] | None
-    """None: opening our staging dir removes it."""
+    """None if opening our staging dir removes it."""
 
 
 def survey_garbage(
     run_dir: Path, attempt: int = 0, *, now: Callable[[], float] = time.time, files: Files = DISK
 ) -> list[Garbage]:
-    """List all that can be removed. `attempt`: the one that would remove it."""
+    """List all that can be removed. `attempt`: the number of the one that would remove it."""
     root = run_root(run_dir)
     return [
         *_leftovers(root),
@@ -112,7 +112,7 @@ def _memory(run_dir: Path, files: Files) -> Iterator[Garbage]:
         except (OSError, TypeError, KeyError):
             owner = Path("unknown")
         root = owner / layout.CHECKPOINTS
-        with suppress(ConfigError):  # another run's config is none of our business
+        with suppress(ConfigError):  # another run's config is not ours to judge
             root = root_of(owner)
         unsaved = {found[0].step for slot in area.slots() if (found := slot.complete())}
         if not owner.is_dir() or unsaved <= set(layout.done_steps(root)):
@@ -121,7 +121,7 @@ def _memory(run_dir: Path, files: Files) -> Iterator[Garbage]:
 
 
 def _is_held(area: ShmArea) -> bool:
-    """Return whether a rank or a service lives in an area."""
+    """Return whether a rank or a service uses an area."""
     for name in (TRAINER_LOCK, SERVICE_LOCK):
         if (area.folder / name).exists():
             lock = area.lock(name)

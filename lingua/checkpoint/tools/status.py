@@ -1,4 +1,4 @@
-"""List a run's checkpoints, and wait for one that is still to come. Torch-free.
+"""List a run's checkpoints, and wait for one that is not published yet. Torch-free.
 
 Writes nothing, so it works on a colleague's run and on one that is being trained. Only names and sizes of checkpoint
 files are checked; `lingua ckpt verify` reads them.
@@ -24,7 +24,7 @@ from lingua.run.folder import EXIT_REQUEUE, STOP_FILE
 from lingua.run.lock import living_attempt
 
 SETTLE_S = 60.0
-"""How long after a run's end its checkpoint service may still publish what it has not begun to write."""
+"""How long after a run's end its checkpoint service may still begin to write a checkpoint."""
 POLL_S = 5.0
 
 
@@ -57,7 +57,7 @@ class Published:
     """From the snapshot to the mark."""
     pinned_by: list[str]
     problems: list[str]
-    """What names and sizes show to be wrong; the content is not checked."""
+    """Problems that names and sizes show; the content is not checked."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,19 @@ class Moving:
     path: Path
     step: int
     what: str
-    """coming, trash, unmarked; or the reason why it was set aside."""
+    """coming, trash, unmarked, or the reason why it was set aside."""
     size_bytes: int
     changed_at: float
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A run's checkpoints, and what else is in their folder."""
+    """A run's checkpoints, and the other content of their folder."""
 
     run_dir: Path
     root: Path
     trained_by: str | None
-    """The attempt that owns the run now; None: nobody."""
+    """The attempt that owns the run now, or None."""
     published: list[Published]
     moving: list[Moving] = field(default_factory=list)
     set_aside: list[Moving] = field(default_factory=list)
@@ -105,7 +105,7 @@ def survey(run_dir: Path, now: Callable[[], float] = time.time) -> Survey:
 
 
 def _published(root: Path, step: int, args: CheckpointArgs | None, pins: Collection[Pin]) -> Published | None:
-    """Describe a published step, or return None if retention was faster."""
+    """Describe a published step, or return None if retention has just deleted it."""
     checkpoint = Checkpoint(layout.folder(root, step), root, step)
     try:
         mark = read_json(layout.done_mark(root, step))

@@ -364,9 +364,12 @@ def test_pins(tmp_path: Path) -> None:
     publish.pin(tmp_path, 4, "eval-1", expires_at=100.0)
     publish.pin(tmp_path, 5, "eval-1", expires_at=50.0)
     assert publish.pinned_steps(tmp_path, now=70.0) == {4}
-    write_json(tmp_path / layout.PINS / "bad.json", [])
-    with pytest.raises(RunError, match="is not a lease"):
-        publish.pinned_steps(tmp_path, now=70.0)
+    (tmp_path / layout.PINS / "gone.json").symlink_to("nowhere")  # as if its reader ended after the listing
+    assert publish.pinned_steps(tmp_path, now=70.0) == {4}
+    for bad in ([], {"step": 4}, {"step": 4, "expires_at": None}, {"step": "x", "expires_at": 1}):
+        write_json(tmp_path / layout.PINS / "bad.json", bad)
+        with pytest.raises(RunError, match="is not a lease"):
+            publish.pinned_steps(tmp_path, now=70.0)
 
 
 def test_the_protocol_needs_no_torch() -> None:

@@ -383,7 +383,7 @@ def test_memory_that_cannot_be_pinned_is_told_once_with_the_limits(
     broken = SimpleNamespace(cudaHostRegister=lambda *args: asked.append(args) or 2)  # cudaErrorMemoryAllocation
     monkeypatch.setattr(torch.cuda, "cudart", lambda: broken)
     monkeypatch.setattr(slot_writer.resource, "getrlimit", lambda which: (64 << 10, 64 << 10))
-    slot_writer._say_that_saves_wait.cache_clear()
+    slot_writer._warn_not_pinned.cache_clear()
     assert [slot_writer._pin(torch.zeros(8, dtype=torch.uint8)) for _ in range(2)] == [False, False]
     assert len(asked) == 2
     assert len(caplog.messages) == 1

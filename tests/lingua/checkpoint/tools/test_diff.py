@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,27 @@ def test_a_kill_leaves_no_file_and_the_next_call_makes_it(
     assert not file.exists()
     consolidate(step, facts, file)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_is_an_error_before_the_file_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tied()
+    folder = (
+        CheckpointManager(CheckpointArgs(), tmp_path / "run")
+        .save(1, TrainState(model, torch.optim.AdamW(model.parameters())))
+        .path
+    )
+    allocated: list[tuple[int, int]] = []
+
+    def refuse(descriptor: int, offset: int, n_bytes: int) -> None:
+        allocated.append((offset, os.fstat(descriptor).st_size - n_bytes))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left") as caught:
+        consolidate(folder, read_tensors(folder), tmp_path / CONSOLIDATED)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / f".{CONSOLIDATED}.tmp"))
+    assert allocated == [(0, 0)]  # the whole file
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
 def test_nothing_to_consolidate(tmp_path: Path) -> None:
