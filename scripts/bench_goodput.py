@@ -16,8 +16,8 @@ The disk: scripts/slow_disk.c, preloaded, lets all files of a run pass at one ra
 Scaled time: a minute of a cluster is a second here (--scale 60), so one kill per 60 minutes is one per 60 s. State and
 disk are sized so that a save takes as long, in scaled time, as 85 GB at 0.5 GB/s: 2.8 s. Loading, saves and steps are
 taken as they are. What a start takes beside loading (python, torch, ...) does not shrink with the state: `goodput`
-counts a sixtieth of it, `goodput_unscaled` all. A kill comes so long after the first step of an attempt; gaps are drawn
-once from an exponential distribution (a Poisson process) and are the same for all ways.
+counts a sixtieth of it, `goodput_unscaled` all. Kills come at exponential gaps after an attempt's first step (a Poisson
+process), the same for all ways.
 
 First each way trains undisturbed: its step, what a save costs, a restart. From these the model
 (lingua/checkpoint/goodput.py) chooses the best interval of each way and predicts its goodput for the same kills. `off`
@@ -197,9 +197,10 @@ def measured(
 
 
 def drawn_kills(minutes: float, n: int, seed: int, scale: float) -> list[tuple[float, str]]:
-    """Return (seconds up, kind) of `n` kills of a Poisson process."""
-    draw = random.Random(f"{seed} {minutes:g}")
-    return [(draw.expovariate(scale / (60 * minutes)), "kill") for _ in range(n)]
+    """Return (seconds up, kind) of `n` kills: a Poisson process's gaps, stratified, with its mean."""
+    gaps = [-math.log(1 - (i + 0.5) / n) for i in range(n)]  # a few independent draws may have half or twice the mean
+    random.Random(f"{seed} {minutes:g}").shuffle(gaps)
+    return [(gap * n / sum(gaps) * 60 * minutes / scale, "kill") for gap in gaps]
 
 
 def read_trace(path: Path, scale: float) -> list[tuple[float, str]]:
@@ -289,8 +290,7 @@ def draw(cases: Sequence[Mapping[str, Any]]) -> Any:
             axes.barh(names, widths, left=left, color=color, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.plot([case["model"] for case in chosen], names, "|", color=INK, ms=16, mew=2, label="model")
-        axes.set(xlabel="share of the time (scaled)", xlim=(0, 1))
-        axes.set_title(f"one kill per {rate}", loc="right")
+        axes.set(xlabel=f"share of the time (scaled), one kill per {rate}", xlim=(0, 1))
     legend(figure.axes[0], WIDE[0])
     return figure
 
@@ -306,12 +306,14 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "--kill-every", type=float, nargs="+", default=[10, 60], metavar="MINUTES", help="before scaling"
     )
-    parser.add_argument("--kills", type=int, default=2, help="kills of each case")
+    parser.add_argument(
+        "--kills", type=int, default=2, help="at the longest gap; at shorter ones more, for the same time"
+    )
     parser.add_argument("--trace", type=Path, help="file of kills instead")
     parser.add_argument("--way", nargs="+", default=[way.name for way in WAYS], choices=[way.name for way in WAYS])
     parser.add_argument("--scale", type=float, default=60.0, help="seconds of a cluster that are one here")
     parser.add_argument("--disk-mb-per-s", type=float, default=45.0)
-    parser.add_argument("--seed", type=int, default=3, help="3: gaps of 46 and 78 s at one kill per 60 s")
+    parser.add_argument("--seed", type=int, default=3, help="of the order of the gaps")
     parser.add_argument("--tiny", action="store_true", help="a model that takes seconds: for tests")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=Path("bench_goodput.json"))
@@ -335,7 +337,9 @@ def run_cases(options: Namespace, words: Sequence[str]) -> dict[str, Any]:
     if options.trace:
         traces = {options.trace.name: read_trace(options.trace, options.scale)}
     else:
-        traces = {f"{m:g} min": drawn_kills(m, options.kills, options.seed, options.scale) for m in options.kill_every}
+        longest = max(options.kill_every)
+        n_kills = {minutes: round(options.kills * longest / minutes) for minutes in options.kill_every}
+        traces = {f"{m:g} min": drawn_kills(m, n, options.seed, options.scale) for m, n in n_kills.items()}
     ways = [way for way in WAYS if way.name in options.way]
     result: dict[str, Any] = {"command": shlex.join(words), "scale": options.scale, "traces": traces, "cases": []}
     if options.folder:

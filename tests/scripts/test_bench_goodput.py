@@ -27,11 +27,14 @@ def kill(up_s: float, kept_steps: int) -> dict[str, Any]:
     return {"kind": "kill", "up_s": up_s, "back_s": 8.5, "load_s": 2.0, "kept_steps": kept_steps}
 
 
-def test_kills_are_the_same_for_all_ways_and_scaled() -> None:
-    drawn = bench.drawn_kills(30, 2000, seed=1, scale=60)
-    assert drawn[:3] == bench.drawn_kills(30.0, 3, seed=1, scale=60)
-    assert [round(up_s) for up_s, _ in bench.drawn_kills(60.0, 2, seed=3, scale=60)] == [46, 78]
-    assert sum(up_s for up_s, _ in drawn) / 2000 == pytest.approx(30, rel=0.05)
+@pytest.mark.parametrize("n", [1, 2, 5, 2000])
+def test_kills_are_the_same_for_all_ways_and_scaled(n: int) -> None:
+    gaps = [up_s for up_s, _ in bench.drawn_kills(30, n, seed=1, scale=60)]
+    assert gaps == [up_s for up_s, _ in bench.drawn_kills(30.0, n, seed=1, scale=60)]
+    assert sum(gaps) / n == pytest.approx(30)
+    if n == 2000:  # exponential: the median is ln 2 of the mean
+        assert sorted(gaps)[1000] == pytest.approx(30 * 0.693, rel=0.01)
+        assert gaps != sorted(gaps)
 
 
 def test_a_trace_of_real_kills_is_read_and_scaled(tmp_path: Path) -> None:
