@@ -1,4 +1,4 @@
-"""The command `eval`, from its words to its exit code. Without torch, unless a model is measured in this process."""
+"""The command `eval`. Imports torch only if this process evaluates a model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 
 
 def evaluate(words: list[str], app: str, usage: str) -> int:
-    """Evaluate what a command line asks for; return the exit code. `app`: the package whose command this is."""
+    """Run the evaluation that a command line asks for; return the exit code. `app`: the package of this command."""
     if words[:1] == ["prefetch"]:
         return prefetch(words[1:])
     line = parse_command_line(with_ckpt(words), ["once", "json", "alone", "slurm"])
@@ -61,22 +61,22 @@ def evaluate(words: list[str], app: str, usage: str) -> int:
     return evaluate_here(request)
 
 
-# -- the words -----------------------------------------------------------------------------------------------------
+# -- command line --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What a command line asks for."""
+    """The evaluation that a command line asks for."""
 
     place: str
     """The checkpoint, or the run to follow."""
     follow: bool
     run_config: Path
-    """Config that describes the model."""
+    """Config of the model."""
     measures: str | None
-    """Config that says what to measure, or None for the run's own."""
+    """Config of the measures, or None for the run's own."""
     line: CommandLine
-    """The words; the overrides are keys of the section `eval`."""
+    """The command line; its overrides are keys of the section `eval`."""
     app: str
     """Package of the app whose model is evaluated."""
 
@@ -84,7 +84,7 @@ class EvalRequest:
         return bool(self.line.flags.get(flag))
 
     def compose(self) -> tuple[TrainArgs, EvalArgs]:
-        """Return the config of the run, and what to measure. Raises ConfigError."""
+        """Return (config of the run, section `eval`). Raises ConfigError."""
         if self.measures is not None or self.run_config.suffix == ".json":  # weights of other programs have no `eval`
             run_args = described(self.run_config, self.app)
             args = compose(self.measures, self.line.overlays, self.line.overrides, EvalArgs).args
@@ -96,7 +96,7 @@ class EvalRequest:
         return run_args, args
 
     def by_phase(self, run_args: TrainArgs) -> list[tuple[int, EvalArgs]]:
-        """Return the last step of each phase of the run, and what to measure in it: words count before phases."""
+        """Return (last step, section `eval`) of each phase of the run; the command line overrides phases."""
 
         def words(phase: PhaseArgs) -> list[str]:
             changes = {key: value for key, value in phase.changes.items() if key.startswith("eval.")}
@@ -116,7 +116,7 @@ class EvalRequest:
 
 
 def _as_typed(problem: str) -> str:
-    """Return a finding whose unknown key is that of a word: without `eval.`, and near keys that a word can name."""
+    """Rewrite a finding about an unknown key as the user typed it: without `eval.`, also in suggestions."""
     found = re.match(rf"{COMMAND_LINE}: unknown key eval\.([\w.]+)", problem)
     if found is None or f"eval.{found[1]}" in MOVED:
         return problem
@@ -125,7 +125,7 @@ def _as_typed(problem: str) -> str:
 
 
 def read_command_line(line: CommandLine) -> EvalRequest:
-    """Sort the words of a command line. Raises ConfigError."""
+    """Parse the words of a command line. Raises ConfigError."""
     own, overrides = {}, []
     for word in line.overrides:
         name, _, value = word.partition("=")
@@ -151,13 +151,13 @@ def read_command_line(line: CommandLine) -> EvalRequest:
 
 
 def is_about_measures(config: str) -> bool:
-    """Return whether a config holds the section `eval` alone, not a whole run."""
+    """Return whether a config is only a section `eval` and not a whole run."""
     known = EvalArgs.model_fields.keys() | {key[0] for key in ignored_keys(EvalArgs)}
     return stack_layers(config, [], [], EvalArgs).tree.keys() <= known
 
 
 def prefetch(words: list[str]) -> int:
-    """Download the data of a config's harness tasks into Hugging Face's cache; jobs then read it from there."""
+    """Download the data of a config's harness tasks into Hugging Face's cache, from which jobs read it."""
     line = parse_command_line(words)
     if line.config is None:
         raise ConfigError("command line: no config whose data sets are fetched; write lingua eval prefetch CONFIG")
@@ -177,11 +177,11 @@ def prefetch(words: list[str]) -> int:
 
 
 def evaluate_here(request: EvalRequest) -> int:
-    """Measure in this process, together with the other ranks if there are any; return the exit code."""
+    """Evaluate in this process, with the other ranks if there are any; return the exit code."""
     with told_to_others(find_rank_info()):
         run_args, args = request.compose()
         phases = request.by_phase(run_args)
-    from lingua.eval.measures import Together, started  # loads torch, which a wrong key need not wait for
+    from lingua.eval.measures import Together, started  # loads torch: errors in the config come first
 
     with started(run_args, args, request.app, phases) as measures:
         if not request.follow:
@@ -190,7 +190,7 @@ def evaluate_here(request: EvalRequest) -> int:
                 show(request.place, found, args.dump_dir, as_json=request.has("json"))
             return EXIT_FINISHED
         ranks = Together(measures.measure)
-        with heard() as signals:  # all ranks get them, and rank 0 decides
+        with heard() as signals:  # all ranks get signals, and rank 0 decides
 
             def measure(checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
                 return ranks.measure(f"{checkpoint.run_dir}@{checkpoint.step}", beat)
@@ -205,13 +205,13 @@ def evaluate_here(request: EvalRequest) -> int:
 
 @contextmanager
 def heard() -> Iterator[StopSignals]:
-    """Listen for what ends an evaluator. `scancel --signal=USR1 JOB` reaches it too, but is meant for the ranks."""
+    """Handle the signals that end an evaluator, and ignore SIGUSR1: `scancel --signal=USR1` is meant for the ranks."""
     with StopSignals(SIGNALS) as signals, noted(["SIGUSR1"], SignalFlag()):
         yield signals
 
 
 def follow_by_jobs(request: EvalRequest, run: Runner = run_command) -> int:
-    """Follow a run, each of its evaluations a Slurm job; return the exit code. Raises ConfigError."""
+    """Follow a run with one Slurm job per evaluation; return the exit code. Raises ConfigError."""
     if not request.follow:
         raise ConfigError("command line: --slurm makes a job for each checkpoint of a run; write follow=RUN with it")
     if request.line.config or request.line.overlays:
@@ -237,7 +237,7 @@ def follow(
 ) -> int:
     """Evaluate the run's checkpoints as they appear; return the exit code.
 
-    With `--alone`, leave at once if the run has an evaluator that it started.
+    With `--alone`, return at once if the run has started an evaluator already.
     """
     run_dir = Path(request.place)
     with ExitStack() as stack:
@@ -265,7 +265,7 @@ def follow(
 
 
 def show_newest(run_dir: Path, *, as_json: bool) -> None:
-    """Print the results of the newest checkpoint that is evaluated, if there is one."""
+    """Print the results of the newest evaluated checkpoint, if there is one."""
     for step in layout.evaluated_steps(run_dir)[-1:]:
         if (there := read_results(layout.evaluation(run_dir, step))) is not None:  # unless the run went back meanwhile
             print("" if as_json else f"{run_dir}@{step}\n", end="")
@@ -273,7 +273,7 @@ def show_newest(run_dir: Path, *, as_json: bool) -> None:
 
 
 def training_id(run_dir: Path, step: int) -> str | None:
-    """Return the tracking id that a published checkpoint keeps, or None if it has none or is gone."""
+    """Return the tracking id in a published checkpoint, or None if it has none or is gone."""
     try:
         state = read_json(layout.folder(run_root(run_dir), step) / layout.train_state_file(0))
         return state["shared"].get("tracking_id")
@@ -282,7 +282,7 @@ def training_id(run_dir: Path, step: int) -> str | None:
 
 
 def show(ckpt: str, found: Mapping[str, Any], dump_dir: str | None, *, as_json: bool) -> None:
-    """Print results, and write them into `dump_dir`."""
+    """Print results, and write them to `dump_dir` if given."""
     if dump_dir:
         write_results(make_folder(Path(dump_dir), "eval.dump_dir"), {"ckpt": ckpt}, found)
     metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}

@@ -1,18 +1,18 @@
-"""Evaluates each published checkpoint that is due exactly once. Torch-free.
+"""Evaluate each published checkpoint that is due exactly once. Torch-free.
 
-Any number of evaluators may work at a time, and each may be killed anywhere: `evals/<step>/results.json` appears whole,
-then one line in `metrics.eval.jsonl`. A failed evaluation is attempted again, at growing intervals, and finally given
-up with the reason in `evals/<step>/failed.json`. Evaluations, waits, claims and pins all end by themselves.
+Any number of evaluators may work at once, and each may be killed anywhere: `evals/<step>/results.json` appears as a
+whole, then one line in `metrics.eval.jsonl`. A failed evaluation is retried at growing intervals, and finally given up
+with the reason in `evals/<step>/failed.json`. Evaluations, waits, claims and pins all have time limits.
 
-There is no list of what to do: a restart reads the folders again. Evaluators agree by the lock that runs use too, one
-for each step's folder:
+There is no work queue: a restart reads the folders again. Evaluators coordinate with the lock that runs use too, one
+per step's folder:
 
     evals/follow.json                            retention waits for the evaluations of this run
     evals/0000001000/incarnations/0000000001.json    attempt 1: owner and heartbeat
                      try-0001.json                   how it ended, unless it was killed or succeeded
-                     results.json | failed.json      the verdict, with the start that saved the checkpoint
-                     start-3/results.json            results for the checkpoint that start 3 saved: from a Slurm job,
-                                                     or from training before the publication; adopted at the next look
+                     results.json | failed.json      the verdict, with the attempt that saved the checkpoint
+                     start-3/results.json            results for the checkpoint that attempt 3 saved: from a Slurm job,
+                                                     or from training before its publication; adopted later
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 LEASE_S = 3600.0
 """Lease on the checkpoint that is being evaluated; renewed during the evaluation."""
 LOOK_S = 10.0
-"""Interval at which an evaluation checks that it is still ours."""
+"""Interval at which an evaluation checks that it still holds its lock."""
 FOLLOWER_S = 600.0
 """Interval at which an evaluator renews follow.json."""
 
@@ -56,7 +56,7 @@ def attempt_file(folder: Path, number: int) -> Path:
 
 
 def read_attempts(folder: Path, me: Owner, now: Callable[[], float]) -> tuple[EvalAttempt, ...]:
-    """Return the attempts at one step's evaluation, in order."""
+    """Return the attempts at the evaluation of one step, in order."""
     alive = living_attempt(folder, me, now)
     attempts: list[EvalAttempt] = []
     for number, path in attempt_files(folder).items():
@@ -76,7 +76,7 @@ def logged_evaluations(file: Path) -> set[tuple[int, int]]:
 
 
 def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable[[], float]) -> RunState:
-    """Read how the run is. `newest_mark_s`: when the newest checkpoint was published, or the evaluator started."""
+    """Read the state of the run. `newest_mark_s`: time of the newest publication, or of the evaluator's start."""
     newest = newest_attempt(run_dir)
     if newest is not None and newest.is_alive(me, now()):
         return RunState(has_ended=False, finished=False, silent_s=0.0)
@@ -90,7 +90,7 @@ def read_run_state(run_dir: Path, newest_mark_s: float, me: Owner, now: Callable
 
 
 def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, Any], *, files: Files = DISK) -> None:
-    """Write samples.json (single questions and answers), then results.json. Raises OSError."""
+    """Write samples.json (all questions and answers), then results.json. Raises OSError."""
     metrics = {name: value for name, value in found.items() if name not in ("details", "samples")}
     if found.get("samples"):
         write_json(folder / layout.SAMPLES, found["samples"], files=files)
@@ -98,7 +98,7 @@ def write_results(folder: Path, facts: Mapping[str, Any], found: Mapping[str, An
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return (facts, found) as they were written, or None if there are no results. Raises OSError or RunError."""
+    """Return (facts, found) as written, or None if there are no results. Raises OSError or RunError."""
     try:
         facts: dict[str, Any] = read_json(folder / layout.RESULTS)
     except FileNotFoundError:
@@ -111,21 +111,21 @@ def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 # -- the evaluator -------------------------------------------------------------------------------------------------
 
 Beat = Callable[[], None]
-"""Called between two batches; raises when the evaluation must end."""
+"""Called between batches; raises if the evaluation must end."""
 MeasureCheckpoint = Callable[[Checkpoint, Beat], Mapping[str, Any]]
-"""Returns metrics by name, and under "details" and "samples" what else to keep."""
+"""Returns metrics by name, and more to keep under "details" and "samples"."""
 
 
-class Stopped(Exception):  # noqa: N818 - nothing is wrong
-    """This evaluator was asked to leave."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """This evaluator was asked to stop."""
 
 
 class LostError(RunError):
-    """The evaluation is no longer ours: another evaluator has it, or the run went back to before this step."""
+    """Another evaluator has taken over this evaluation, or the run went back to before this step."""
 
 
 class Evaluator:
-    """One evaluator of a run. `follow` works until nothing is left to do; `tick` does one thing."""
+    """One evaluator of a run. `follow` works until nothing is left to do; `tick` takes one action."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Evaluator:
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`on_record` receives each line of metrics.eval.jsonl. Raises RunError or ConfigError if this is not a run."""
+        """`on_record` gets each line of metrics.eval.jsonl. Raises RunError or ConfigError if this is not a run."""
         self.run_dir = run_dir
         self.root = run_root(run_dir)
         self._args = args
@@ -155,17 +155,17 @@ class Evaluator:
         self._renewed_s = float("-inf")
         self._overdue: set[int] = set()
         self._running: tuple[int, int] | None = None
-        """Step and number of the attempt that is running."""
+        """(step, number) of the running attempt."""
 
     def _read_period(self) -> tuple[SaveEvery, int | None]:
-        """Read them again at each look: a later start of the run may change them."""
+        """Return (checkpoint.eval, n_steps). Called each time, since a later attempt of the run may change them."""
         found = frozen_periods(self.run_dir)
         if found is None:
             raise ConfigError(f"{self.run_dir} has no config.yaml, which says what to evaluate; start the run first")
         return found[0].eval, found[1]
 
     def follow(self, *, once: bool = False) -> str:
-        """Evaluate what is due until the run has ended, or with `once` until nothing is; return why it ends."""
+        """Evaluate until the run has ended, or with `once` until nothing is due; return why it stopped."""
         before: Decision | None = None
         while True:
             decision = self.tick()
@@ -178,7 +178,7 @@ class Evaluator:
             before = decision
 
     def catch_up(self, *, measuring: bool = True) -> None:
-        """Do what can be done at once, without waiting; without `measuring` only what needs no model."""
+        """Do everything that is due now, without waiting; without `measuring` only what needs no model."""
         before: Decision | None = None
         while not self._stopping():
             decision = self.tick(measuring=measuring)
@@ -187,7 +187,7 @@ class Evaluator:
             before = decision
 
     def tick(self, *, measuring: bool = True) -> Decision:
-        """Look, decide, and do one thing. A disk error is logged, and the same thing attempted again later."""
+        """Read the folders, decide, and take one action. A disk error is logged and the action retried later."""
         try:
             self._renew_follower()
             decision = self._decide()
@@ -209,7 +209,7 @@ class Evaluator:
             follow(self.run_dir, follower, files=self._files)
             self._renewed_s = self._now()
 
-    # -- looking ---------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------------
 
     def candidates(self) -> list[Candidate]:
         """Return all published checkpoints that are due, ascending."""
@@ -218,7 +218,7 @@ class Evaluator:
         return [found for step in due if (found := self._candidate(step, logged)) is not None]
 
     def _candidate(self, step: int, logged: Collection[tuple[int, int]]) -> Candidate | None:
-        """Return None if retention was faster."""
+        """Return the candidate, or None if retention has deleted it meanwhile."""
         try:
             published_at_s = layout.done_mark(self.root, step).stat().st_mtime
         except FileNotFoundError:
@@ -243,7 +243,7 @@ class Evaluator:
         return decide(candidates, run, self._args, self._now(), self._max_killed)
 
     def _report_overdue(self, candidates: Iterable[Candidate]) -> None:
-        """Log once of each checkpoint that it has waited too long."""
+        """Log each checkpoint that has waited too long, once."""
         hours = self._args.max_pinned_hours
         for one in candidates:
             is_late = one.verdict is None and self._now() - one.published_at_s > 3600 * hours
@@ -254,10 +254,10 @@ class Evaluator:
                     "may delete it now", one.step, hours,
                 )  # fmt: skip
 
-    # -- doing -----------------------------------------------------------------------------------------------------
+    # -- acting ----------------------------------------------------------------------------------------------------
 
     def _do(self, decision: Decision) -> None:
-        """Carry the decision out as the owner of the step's folder, if it still holds then."""
+        """Lock the step's folder and carry out the decision, if it still applies."""
         step = decision.step
         with self._claim(step) as lock:
             there = self._candidate(step, logged_evaluations(self._metrics_file))
@@ -278,7 +278,7 @@ class Evaluator:
         return RunLock(layout.evaluation(self.run_dir, step), self._me, doing="evaluated", sleep=self._sleep)
 
     def abandon(self) -> None:
-        """Record that the running attempt was stopped and did not fail. For a process that ends, from any thread."""
+        """Record that the running attempt was stopped and did not fail. For a process that exits; from any thread."""
         if self._running is not None:
             self._end_attempt(*self._running, "stopped", "its process was asked to leave")
 
@@ -287,7 +287,7 @@ class Evaluator:
         write_json(path, {"end": end, "at_s": self._now(), "why": why}, files=self._files)
 
     def evaluate_ahead(self, step: int, saved_by: int) -> None:
-        """Evaluate what attempt `saved_by` of the run has saved but not published yet; results count once it is.
+        """Evaluate a checkpoint that attempt `saved_by` of the run has not published yet; results count once it has.
 
         `measure` must have the weights itself: the checkpoint that it gets does not exist yet. A failure is final.
         """
@@ -308,7 +308,7 @@ class Evaluator:
             self._record(step)
 
     def _attempt(self, step: int, saved_by: int, lock: RunLock, folder: Path, renew: Callable[[], None]) -> bool:
-        """Measure, and write the results into `folder`. If that fails, record how it ended and return False."""
+        """Measure, and write the results to `folder`; return whether that worked. Records a failure."""
         checkpoint = Checkpoint(layout.folder(self.root, step), self.root, step, self.run_dir)
         began_s, ended = self._now(), partial(self._end_attempt, step, lock.attempt)
         self._running = (step, lock.attempt)
@@ -358,7 +358,7 @@ class Evaluator:
                 try:
                     renew()
                     self._renew_follower()
-                except OSError as error:  # the lease lasts a while without renewal
+                except OSError as error:  # the lease outlasts a missed renewal
                     log.warning("cannot renew the lease on the checkpoint that is evaluated: %s", error)
 
         return beat
@@ -368,7 +368,7 @@ class Evaluator:
             raise LostError("another evaluator has taken over, or the run went back to before this step")
 
     def _adopt(self, step: int) -> None:
-        """Make results that exist already the verdict."""
+        """Make existing results the verdict."""
         saved_by = publish.attempt_of(self.root, step)
         there = read_results(layout.found(self.run_dir, step, saved_by))
         if there is None:
@@ -380,14 +380,14 @@ class Evaluator:
         self._record(step)
 
     def _give_up(self, step: int, why: str) -> None:
-        """Record that there will be no evaluation. Retention may delete the checkpoint."""
+        """Record that there will be no evaluation, so that retention may delete the checkpoint."""
         path = layout.evaluation(self.run_dir, step) / layout.FAILED
         facts = self._facts(step, publish.attempt_of(self.root, step), reason=why)
         write_json(path, facts, files=self._files)
         log.error("STEP %d IS NOT EVALUATED: %s. To attempt it again, remove %s", step, why, path.parent)
 
     def _record(self, step: int) -> None:
-        """Write the line in metrics.eval.jsonl from the results."""
+        """Append the results to metrics.eval.jsonl."""
         results = read_json(layout.evaluation(self.run_dir, step) / layout.RESULTS)
         created_at = datetime.fromtimestamp(results["created_at"], tz=UTC).isoformat()
         record = {"global_step": step, **results["metrics"]}

@@ -1,8 +1,9 @@
-"""lm-evaluation-harness, through its own `LM` interface: our models answer its questions.
+"""Run lm-evaluation-harness on our models through its `LM` interface.
 
-The answers are those of harness's own `hf` model with the same weights and tokens: prompts that are too long lose their
-beginning, never the part that is scored; an answer ends before a stop string, however its tokens are cut. Prompts begin
-as documents do in training. Ranks share the requests, and all get all answers. Importing this module needs no lm-eval.
+The answers equal those of harness's own `hf` model with the same weights and tokens: prompts that are too long lose
+their beginning, never the part that is scored; an answer ends before a stop string, however it is split into tokens.
+Prompts begin as documents do in training. Ranks share the requests, and all get all answers. Importing this module does
+not need lm-eval.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_GEN_LEN = 256
-"""Tokens of an answer whose task sets no limit, as in harness's `hf` (models/utils.py, normalize_gen_kwargs)."""
+"""Maximum tokens of an answer if the task sets none, as in harness's `hf` (models/utils.py, normalize_gen_kwargs)."""
 BLOCK = 64
-"""Consecutive requests of one rank: the answers to one question are neighbours, and share its forward pass."""
+"""Consecutive requests per rank: the answers to one question are adjacent, and share its forward pass."""
 SHARES = ("acc_norm", "acc", "exact_match", "f1")
-"""The first of these that a task has counts in `eval/overall_avg`: shares of right answers, so more is better."""
+"""Shares of correct answers, where more is better: the first one that a task has counts in `eval/overall_avg`."""
 HEADLINES = (*SHARES, "bits_per_byte")
-"""The first of these that a task has stands for it in `eval.core_metrics`."""
+"""The first of these that a task has represents it in `eval.core_metrics`."""
 
 
-# -- the model as harness sees it ----------------------------------------------------------------------------------
+# -- the model for harness -----------------------------------------------------------------------------------------
 
 
 def scored_rows(context: Sequence[int], continuation: Sequence[int], longest: int) -> Iterator[ScoredRow]:
@@ -77,7 +78,7 @@ def generator_args(base: GeneratorArgs, kwargs: Mapping[str, Any]) -> GeneratorA
 
 
 def within_context(args: GeneratorArgs, context: int) -> GeneratorArgs:
-    """Cut prompts as harness's `hf` model does: an answer may have all of max_gen_toks, the prompt has what is left."""
+    """Limit prompts as harness's `hf` model does, to the context minus max_gen_toks."""
     room = context - args.max_gen_len
     if room <= 0:
         raise ConfigError(
@@ -91,12 +92,12 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
     """Return a harness `LM` that answers with this model. Raises ConfigError if lm-eval is missing."""
 
     class LinguaLM(lm_eval(".api.model").TemplateLM):
-        """Turns text into tokens as training does; the rest of the tokenization is harness's own."""
+        """Tokenizes text as training does; the rest of the tokenization is harness's own."""
 
         def __init__(self) -> None:
             super().__init__()
             self.scores: list[Score] = []
-            """Of all answers and texts so far."""
+            """Scores of all answers and texts so far."""
 
         @property
         def eot_token_id(self) -> int:
@@ -162,7 +163,7 @@ def make_lm(scorer: Scorer, generator: Generator, wording: Wording) -> Any:
     def _generate(prompts: list[str], args: GeneratorArgs) -> list[str]:
         scorer.beat()
         same = type(generator)(generator.model, generator.tokenizer, args, add_bos=generator.add_bos)
-        # With a begin token a prompt is never empty; without one, harness's empty prompt becomes a blank.
+        # With a begin token a prompt is never empty; without one, an empty prompt becomes a space.
         answers = same.generate([prompt or ("" if generator.add_bos else " ") for prompt in prompts])
         begin = "" if wording.tokenizer.bos_id is None else wording.tokenizer.decode([wording.tokenizer.bos_id])
         return [answer.text.replace(begin, "") if begin else answer.text for answer in answers]  # not text, as in `hf`
@@ -177,7 +178,7 @@ def sum_of_scores(scores: Sequence[Score]) -> Score:
 
 
 def estimate_of(scores: Sequence[Score]) -> dict[str, float]:
-    """Return how sure log-likelihoods are that were estimated: metrics by name, none if all are exact."""
+    """Return metrics of the error of estimated log-likelihoods, none if all are exact."""
     estimated = [score for score in scores if score.n_samples]
     if not estimated:
         return {}
@@ -214,7 +215,7 @@ def _shared(items: Sequence[Any], act: Callable[[list[Any]], list[T]]) -> list[T
 
 
 def build_harness(args: HarnessArgs, run_args: TrainArgs, eval_args: EvalArgs) -> Measure:
-    """Return what asks the tasks' questions. Raises ConfigError for tasks or data that are missing."""
+    """Return the measure that runs the tasks. Raises ConfigError for missing tasks or data."""
     if not args.tasks:
         raise ConfigError("eval.measures: an entry of type harness names no tasks; set its key `tasks`, or remove it")
     load_tasks(args)
@@ -234,14 +235,14 @@ def run_tasks(lm: Any, args: HarnessArgs, core_metrics: Mapping[str, float] | No
     tasks = cleaned(args.tasks)
     logging.getLogger("lm_eval").setLevel(args.verbosity.upper())
     answers = lm_eval().simple_evaluate(lm, tasks=tasks, task_manager=task_manager(args), **settings)
-    answers = from_main(lambda: _plain(answers))  # harness computes averages on one rank of each machine
+    answers = from_main(lambda: _plain(answers))  # harness computes averages on one rank per machine
     details = {key: answers[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in answers}
     metrics = metrics_of(answers["results"], [task_name(task) for task in args.tasks], core_metrics or {})
     return {**metrics, "details": {"harness": details}, "samples": answers.get("samples") or {}}
 
 
 def _plain(answers: Any) -> Any:
-    """Return a copy that JSON can hold: without numpy's numbers and the functions in configs."""
+    """Return a copy as JSON values, without numpy's numbers and the functions in configs."""
 
     def default(value: Any) -> Any:
         return value.item() if hasattr(value, "item") else str(value)
@@ -255,7 +256,7 @@ def metrics_of(
 ) -> dict[str, float]:
     """Return `eval/<task>/<metric>`, `eval_stderr/...`, and averages.
 
-    `eval/overall_avg`: of the tasks' shares of right answers; bits per byte have no part in it. `core_eval/...`: the
+    `eval/overall_avg`: mean of the tasks' shares of correct answers, without bits per byte. `core_eval/...`: the
     metrics that `core_metrics` names (<task>/<metric>, or a task for its headline), times their weights;
     `core_eval/overall_avg`: their weighted average.
     """

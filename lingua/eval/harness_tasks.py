@@ -1,7 +1,7 @@
-"""The tasks of lm-evaluation-harness that a config names, loaded with their data.
+"""Load the tasks of lm-evaluation-harness that a config names, with their data.
 
-Importing this module needs neither lm-eval nor torch. If lm-eval or the data of a task is missing, there is a
-ConfigError before a model is loaded. lm-eval takes seconds to import, and more to read the index of its own tasks.
+Importing this module needs neither lm-eval nor torch. If lm-eval or the data of a task is missing, a ConfigError is
+raised before a model is loaded. lm-eval takes seconds to import, and more to read the index of its own tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lingua.config.keys.eval import HarnessArgs
 
 
 def lm_eval(module: str = "") -> Any:
-    """Return a module of lm-eval, whose templates are sandboxed. Raises ConfigError if it is not installed."""
+    """Return a module of lm-eval, with sandboxed templates. Raises ConfigError if it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "eval.harness.tasks needs the package lm-eval; `uv sync --extra harness` or `pip install '.[harness]'` "
@@ -30,7 +30,7 @@ def lm_eval(module: str = "") -> Any:
 
 @functools.cache
 def _sandbox() -> None:
-    """Let templates of task definitions compute with a question, and reach nothing else of this process."""
+    """Restrict the templates of task definitions, so that they cannot reach anything in this process."""
     from jinja2.sandbox import SandboxedEnvironment
 
     utils = importlib.import_module("lm_eval.utils")
@@ -40,7 +40,7 @@ def _sandbox() -> None:
 
 
 def cleaned(tasks: Sequence[str | Mapping[str, Any]]) -> list[Any]:
-    """Return tasks as harness takes them today: without `trust_remote_code`, since data sets no longer run code."""
+    """Return tasks without `trust_remote_code`, which today's harness refuses, since data sets no longer run code."""
     found: list[Any] = []
     for task in tasks:
         if isinstance(task, str):
@@ -59,7 +59,7 @@ def task_name(task: str | Mapping[str, Any]) -> str:
 
 
 def task_manager(args: HarnessArgs) -> Any:
-    """Return harness's `TaskManager`; tasks that are written out in the config need no index of harness's own."""
+    """Return harness's `TaskManager`; tasks that are defined in the config do not need its index."""
     written_out = all(isinstance(task, dict) and "dataset_path" in task for task in args.tasks)
     return _manager(args.include_path, not written_out)
 
@@ -79,7 +79,7 @@ def load_tasks(args: HarnessArgs) -> list[str]:
     for task in tasks:
         try:
             manager.load([task])
-        except Exception as error:  # of harness, of a task's own code, of the network
+        except Exception as error:  # from harness, a task's own code, or the network
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             problems.append(
                 f"eval.harness.tasks: {task_name(task)} cannot be loaded here ({type(error).__name__}: {reason}); "
@@ -91,6 +91,6 @@ def load_tasks(args: HarnessArgs) -> list[str]:
 
 
 def be_offline() -> None:
-    """Take data sets from the cache alone from now on, unless the environment says otherwise."""
+    """Read data sets only from the cache from now on, unless the environment says otherwise."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.setdefault(name, "1")

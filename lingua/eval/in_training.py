@@ -1,11 +1,11 @@
-"""Evaluations by the ranks of a run (`async_eval_gpus: null`), and the choice between that and an evaluator beside it.
+"""Evaluate with the ranks of a run (`async_eval_gpus: null`), or choose an evaluator beside it.
 
-After a checkpoint of `checkpoint.eval.every`, and after the last, the ranks measure a copy of the weights that they
-hold, with bit for bit the result of `lingua eval` on that checkpoint. Training pauses meanwhile: its model,
-random states and data order do not change, and each rank holds the whole model once more, in `eval.generator.dtype`.
-The results become the verdict when the checkpoint is published. A stop asked of any rank ends an evaluation within a
-batch; the next start catches up, with the weights that it has loaded or from the published folder. An evaluation that
-failed, or that MAX_KILLED starts in a row were killed in, is given up with its reason, and training goes on.
+After each checkpoint of `checkpoint.eval.every`, and after the last one, the ranks evaluate a copy of their weights,
+with bit for bit the result of `lingua eval` on that checkpoint. Training pauses meanwhile: its model, random states and
+data order do not change, and each rank holds the whole model once more, in `eval.generator.dtype`. The results become
+the verdict when the checkpoint is published. A stop request to any rank ends an evaluation within a batch; the next
+attempt catches up, with the weights that it has loaded or from the published folder. An evaluation that failed, or in
+which MAX_KILLED attempts in a row were killed, is given up with its reason, and training goes on.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from lingua.train.sizes import Phase
 log = logging.getLogger(__name__)
 
 MAX_KILLED = 3
-"""Less than launcher.max_retries, so that training goes on without the evaluation before the job is given up."""
+"""At most launcher.max_retries, so that the evaluation is given up before the job is."""
 LOOK_S = 10.0
-"""Interval at which to look for the publication of a checkpoint that is evaluated already."""
+"""Interval at which to check whether a checkpoint that is evaluated already has been published."""
 PEERS_S = 1.0
 """Interval at which an evaluation checks whether another rank has left it."""
 HELD = "the weights that we hold"
 
 
 def make_measures(args: TrainArgs, phases: Sequence[Phase], world: World) -> Measures | None:
-    """Return what this run's own ranks measure, or None. Raises ConfigError for what is missing. Collective."""
+    """Return the measures of this run's own ranks, or None. Raises ConfigError if anything is missing. Collective."""
     if args.eval is None or args.async_eval_gpus is not None or not args.eval.automatic:
         return None
     if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
@@ -68,7 +68,7 @@ def make_measures(args: TrainArgs, phases: Sequence[Phase], world: World) -> Mea
 def make_evaluation(
     run: Run, watchdog: Watchdog, measures: Measures | None, metrics: MetricLogger | None, attempt: int
 ) -> Evaluation:
-    """Return how this run sees to its evaluations. `measures`: from `make_measures`."""
+    """Return the object that handles this run's evaluations. `measures`: from `make_measures`."""
     args, place = run.args, run.world.rank_info
     if measures is not None:
         return InTraining(run, watchdog, measures, metrics, attempt)
@@ -90,7 +90,7 @@ def make_evaluation(
 
 
 class InTraining(Evaluation):
-    """Evaluates with the ranks of the run. Rank 0 decides and writes; the others measure with it."""
+    """Evaluates with the ranks of the run. Rank 0 decides and writes; the others take part in measuring."""
 
     def __init__(
         self,
@@ -110,9 +110,9 @@ class InTraining(Evaluation):
         self._peers_s = 0.0
         self._is_stopping = False
         self._ahead: set[int] = set()
-        """Steps that were evaluated before their publication. Rank 0 only."""
+        """Steps evaluated before their publication. Rank 0 only."""
         self._looked_s = now()
-        args: EvalArgs = measures.args.model_copy(update={"max_tries": 1})  # the weights move on
+        args: EvalArgs = measures.args.model_copy(update={"max_tries": 1})  # training changes the weights
         self._evaluator = (
             Evaluator(
                 run.run_dir,
@@ -155,7 +155,7 @@ class InTraining(Evaluation):
     # -- all ranks -------------------------------------------------------------------------------------------------
 
     def _together(self, act: Callable[[Evaluator], None]) -> bool:
-        """Do `act` on rank 0; the other ranks measure what it measures."""
+        """Call `act` on rank 0; the other ranks join its measurements. Return whether a rank was asked to stop."""
 
         def lead() -> None:
             assert self._evaluator is not None
@@ -169,7 +169,7 @@ class InTraining(Evaluation):
     def _lead(self, checkpoint: Checkpoint, beat: Beat) -> Mapping[str, Any]:
         """Measure a checkpoint for the Evaluator of rank 0, with all ranks."""
         step, run = checkpoint.step, self._run
-        # A phase that has just begun has the checkpoint of the phase before, but may have other weights and positions.
+        # The checkpoint at the start of a phase belongs to the previous one, whose weights and positions may differ.
         source = HELD if step == run.step and step != run.phase.first else f"{checkpoint.run_dir}@{step}"
 
         def beat_of_both() -> None:
@@ -186,7 +186,7 @@ class InTraining(Evaluation):
             raise RunError(str(error)) from error
 
     def _measure(self, source: str, beat: Beat) -> dict[str, Any]:
-        """Measure the weights that we hold, or a checkpoint. Collective: all ranks return the results, or all raise."""
+        """Measure the current weights or a checkpoint. Collective: all ranks return the results, or all raise."""
         self._n_begun += 1
         with self._undisturbed():
             try:
@@ -206,35 +206,35 @@ class InTraining(Evaluation):
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Restore what an evaluation changes in the process: random states (harness seeds them) and memory."""
+        """Restore random states (harness seeds them) and free memory after an evaluation."""
         random_states = rng_state()
         try:
             yield
         finally:
             restore_rng(random_states)
-            gc.collect()  # python's own collector is off in the loop
+            gc.collect()  # automatic collection is off in the loop
             if self._run.world.device.type == "cuda":
-                torch.cuda.empty_cache()  # batches of all lengths fragment the memory
+                torch.cuda.empty_cache()  # batches of many lengths fragment the memory
 
     # -- one rank --------------------------------------------------------------------------------------------------
 
     @property
     def _left(self) -> str:
-        """Flag that is set when a rank has left the present evaluation."""
+        """Flag that is set when a rank has left the current evaluation."""
         return f"lingua/evaluation/{self._n_begun}/left"
 
     def _leave(self) -> None:
-        """Let the other ranks know, who would finish their shares first. Local."""
+        """Tell the other ranks, which would otherwise finish their shares first. Local."""
         if self._run.world.peers is not None:
             self._run.world.peers.set_flag(self._left)
 
     def _abandon(self) -> None:
-        """Record that a stop is not a failure, for a process that a thread ends. Local."""
+        """Record that a stop is not a failure, if a thread ends the process. Local."""
         if self._evaluator is not None and self._watchdog.asked:
             self._evaluator.abandon()
 
     def _beat(self) -> None:
-        """Called before each batch. Raises Stopped if this rank was asked to stop or another has left. Local."""
+        """Raise Stopped if this rank was asked to stop or another has left. Called before each batch. Local."""
         self._watchdog.heartbeat.sign()
         if self._watchdog.asked:
             self._leave()

@@ -1,7 +1,7 @@
-"""What is measured of a model, by all ranks together. `@register("measure", ...)` adds a measure of a user's own.
+"""Measure a model on all ranks together. `@register("measure", ...)` adds your own measure.
 
-What is missing is reported before a model is loaded. The numbers are the same on any number of ranks, and an error on
-one rank is raised on all. Each rank holds the whole model once, and takes its share of the work.
+Missing data is reported before a model is loaded. The numbers are the same on any number of ranks, and an error on one
+rank is raised on all. Each rank holds the whole model and does its share of the work.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """The model that is measured, whole on each rank, and what a measure needs with it."""
+    """A model to measure, whole on each rank, with all that a measure needs."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -56,9 +56,9 @@ class MeasuredModel:
     """How documents become tokens."""
     world: World
     beat: Beat
-    """To be called before each batch: it raises when the evaluation must end."""
+    """Call it before each batch: it raises if the evaluation must end."""
     objective: LossArgs = field(default_factory=CrossEntropyArgs)
-    """What the model learnt to tell."""
+    """Training objective of the model."""
 
     @property
     def scorer(self) -> Scorer:
@@ -67,24 +67,24 @@ class MeasuredModel:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens in a batch, padding included."""
+        """Maximum tokens in a batch, including padding."""
         return self.generator.args.max_tokens
 
 
 Measure = Callable[[MeasuredModel], Mapping[str, Any]]
-"""Returns metrics by name, and under "details" and "samples" what else to keep. Called on every rank at once; the
-result of rank 0 counts."""
+"""Returns metrics by name, and more to keep under "details" and "samples". Called on all ranks at once; rank 0's result
+counts."""
 
 
 class Measures:
-    """What is measured of each checkpoint; all ranks take part."""
+    """The measures of each checkpoint, on all ranks."""
 
     def __init__(
         self, run_args: TrainArgs, args: EvalArgs, world: World, phases: Sequence[tuple[int, EvalArgs]] = ()
     ) -> None:
-        """Raises ConfigError for whatever is missing, before anything is loaded.
+        """Build the measures. Raises ConfigError if anything is missing, before a model is loaded.
 
-        `phases`: the last step of each phase, and what is measured in it; none: `args` holds for all checkpoints.
+        `phases`: (last step, section `eval`) of each phase; if empty, `args` holds for all checkpoints.
         """
         self.run_args, self.args, self.world = run_args, args, world
         sections = {each.model_dump_json(): each for _, each in phases or [(0, args)]}
@@ -114,9 +114,9 @@ class Measures:
     def measure_model(
         self, model: nn.Module, tokenizer: Tokenizer, beat: Beat, step: int | None = None
     ) -> dict[str, Any]:
-        """Return the metrics of a model that each rank holds whole. Collective, as `measure`.
+        """Return the metrics of a model that each rank holds whole. Collective, like `measure`.
 
-        `step`: of its checkpoint; None: not known, and the last phase says what to measure.
+        `step`: that of its checkpoint; if unknown, the measures of the last phase apply.
         """
         data = self.run_args.data
         objective = self.run_args.objective
@@ -140,7 +140,7 @@ class Measures:
 
 
 def build_held_out(args: HeldOutArgs, run_args: TrainArgs, eval_args: EvalArgs) -> Measure:
-    """Return what measures the loss of held-out texts. Raises ConfigError when one is missing."""
+    """Return the measure of the loss on held-out texts. Raises ConfigError if one is missing."""
     texts = held_out_texts(run_args.data, args)
 
     def measure(measured: MeasuredModel) -> dict[str, float]:
@@ -154,7 +154,7 @@ def build_held_out(args: HeldOutArgs, run_args: TrainArgs, eval_args: EvalArgs) 
 
 
 def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured: MeasuredModel) -> HeldOutLoss:
-    """Return the loss over all ranks, each of which scores its share."""
+    """Return the loss summed over all ranks, each of which scores its share."""
     rank, n_ranks = measured.world.rank_info.rank, measured.world.rank_info.world_size
     scorer = measured.scorer
 
@@ -193,7 +193,7 @@ def _loss_of(text: HeldOutText, args: HeldOutArgs, run_args: TrainArgs, measured
 def started(
     run_args: TrainArgs, args: EvalArgs, app: str, phases: Sequence[tuple[int, EvalArgs]] = ()
 ) -> Iterator[Measures]:
-    """Join the other ranks of this command, and be ready to measure."""
+    """Join the other ranks of this command and yield its measures."""
     rank_info = find_rank_info()
     start_logging(rank_info.rank, own_packages=("lingua", "apps", app))
     if this_allocation(os.environ) is not None:  # a compute node would wait in vain for what is not in the cache
@@ -201,7 +201,7 @@ def started(
     with told_to_others(rank_info):
         device = pick_device(args.generator.device, rank_info)
         set_environment(run_args.env, rank_info, device.type == "cuda", run_args.launcher.env.unset)
-    timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one's share
+    timeout_s = int(3600 * args.timeout_hours) + 600  # ranks may wait for the slowest one
     same = {**run_args.model_dump(mode="json"), "eval": args.model_dump(mode="json")}
     same |= code_of(["lingua", run_args.app, *run_args.plugins, *args.plugins])
     with start_world(DistributedArgs(timeout_s=timeout_s), rank_info, device, same) as world:
@@ -209,22 +209,22 @@ def started(
 
 
 class Together:
-    """Lets all ranks measure what rank 0 chooses, any number of times."""
+    """Measures on all ranks what rank 0 chooses, any number of times."""
 
     def __init__(self, measure: Callable[[str, Beat], dict[str, Any]]) -> None:
-        """`measure`: collective; either all ranks return or all raise."""
+        """`measure` is collective: either all ranks return or all raise."""
         self._measure = measure
 
     def measure(self, source: str, beat: Beat) -> dict[str, Any]:
-        """Measure `source` on all ranks. On rank 0 alone, within `led_by_main`."""
+        """Measure `source` on all ranks. Only for rank 0, within `led_by_main`."""
         return self._measure(from_main(lambda: source), beat)
 
     def keep_waiting(self) -> None:
-        """Give the waiting ranks a sign of life. On rank 0 alone, within `led_by_main`."""
+        """Keep the waiting ranks from timing out. Only for rank 0, within `led_by_main`."""
         from_main(lambda: "")
 
     def led_by_main(self, act: Callable[[], T], beat: Beat = lambda: None) -> T | None:
-        """Call `act` on rank 0 and return its result there; the others measure what it does. Collective."""
+        """Call `act` on rank 0 and return its result there; the others join its measurements. Collective."""
         if not dist.is_initialized() or dist.get_rank() == 0:
             try:
                 return act()

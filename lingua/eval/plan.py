@@ -1,4 +1,4 @@
-"""Which checkpoints still need an evaluation, and what an evaluator does next: pure functions. Torch-free."""
+"""Decide which checkpoints need an evaluation, and what an evaluator does next: pure functions. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lingua.config.keys.checkpoint import SaveEvery
 from lingua.config.keys.eval import EvalArgs
 
 MAX_KILLED = 8
-"""Killed attempts in a row after which the checkpoint itself is taken to be the cause."""
+"""Killed attempts in a row after which the checkpoint itself is considered to be the cause."""
 ENDED_SILENT_S = 600.0
-"""How long an evaluator waits for another start of a run that ended unfinished."""
+"""How long an evaluator waits for another attempt of a run that ended unfinished."""
 
 
 class EvalAttempt(NamedTuple):
     """One attempt at an evaluation."""
 
     end: Literal["running", "failed", "stopped", "killed", "found"]
-    """stopped: its evaluator was asked to leave; killed: it ended without a record; found: the results exist, and wait
-    for the publication of the checkpoint."""
+    """stopped: its evaluator was asked to stop; killed: it ended without a record; found: the results exist, but the
+    checkpoint is not published yet."""
     at_s: float
-    """When it ended, or the last sign of life of one that was killed."""
+    """Time of its end, or of the last heartbeat of one that was killed."""
     why: str = ""
 
 
@@ -38,11 +38,11 @@ class Candidate:
     """Its line is in metrics.eval.jsonl."""
     attempts: tuple[EvalAttempt, ...] = ()
     is_found: bool = False
-    """Its results exist already (`layout.found`), and only have to be adopted."""
+    """Its results exist already (`layout.found`) and only need to be adopted."""
 
     @property
     def is_owed(self) -> bool:
-        """The verdict or its line in metrics.eval.jsonl is missing."""
+        """Whether the verdict or its line in metrics.eval.jsonl is missing."""
         return self.verdict is None or (self.verdict == "evaluated" and not self.is_logged)
 
     @property
@@ -55,24 +55,24 @@ class Candidate:
 
     @property
     def n_killed(self) -> int:
-        """Number of attempts killed since the last one that was not."""
+        """Number of killed attempts in a row, up to the newest."""
         others = (n for n, one in enumerate(reversed(self.attempts)) if one.end != "killed")
         return next(others, len(self.attempts))
 
 
 class RunState(NamedTuple):
-    """State of the run that makes the checkpoints."""
+    """State of the run that saves the checkpoints."""
 
     has_ended: bool
-    """It recorded its end and asks for no other start."""
+    """It recorded its end and does not ask to be requeued."""
     finished: bool
     """It reached its last step."""
     silent_s: float
-    """Since its last sign of life; 0 while it trains."""
+    """Seconds since its last heartbeat; 0 while it trains."""
 
 
 class Decision(NamedTuple):
-    """What an evaluator does next."""
+    """The next action of an evaluator."""
 
     act: Literal["record", "adopt", "give_up", "evaluate", "wait", "end"]
     step: int = -1
@@ -80,14 +80,14 @@ class Decision(NamedTuple):
 
 
 def is_due(step: int, period: SaveEvery, n_steps: int | None) -> bool:
-    """Return whether a checkpoint is to be evaluated: by `checkpoint.eval.every`, or as the run's last."""
+    """Return whether a checkpoint must be evaluated: by `checkpoint.eval.every`, or as the run's last."""
     return period.is_due(step) or (step > 0 and step == n_steps)
 
 
 def decide(
     candidates: Sequence[Candidate], run: RunState, args: EvalArgs, now_s: float, max_killed: int = MAX_KILLED
 ) -> Decision:
-    """Return what to do next. `candidates`: all that are due, in any order."""
+    """Return the next action. `candidates`: all that are due, in any order."""
     free = [one for one in sorted(candidates, key=lambda c: c.step) if not one.is_busy]
     owed = [one for one in free if one.verdict is None]
     for one in free:
@@ -114,7 +114,7 @@ def decide(
 
 
 def hopeless(candidate: Candidate, max_tries: int, max_killed: int = MAX_KILLED) -> str | None:
-    """Return why to give a checkpoint up, or None."""
+    """Return why to give up on a checkpoint, or None."""
     failures = candidate.failures
     if len(failures) >= max_tries:
         last = failures[-1].why
@@ -125,6 +125,6 @@ def hopeless(candidate: Candidate, max_tries: int, max_killed: int = MAX_KILLED)
 
 
 def not_before_s(candidate: Candidate, backoff_s: float) -> float:
-    """Return when a checkpoint may be evaluated again: backoff_s * 2**(n-1) after the n-th failure."""
+    """Return the time from which a checkpoint may be evaluated again: backoff_s * 2**(n-1) after the n-th failure."""
     failures = candidate.failures
     return failures[-1].at_s + backoff_s * 2 ** (len(failures) - 1) if failures else 0.0

@@ -1,9 +1,9 @@
-"""How likely a model finds given answers, which the tasks of the harness ask, and held-out text.
+"""Compute log-likelihoods of given answers, for the harness's tasks, and of held-out text.
 
-A token's score depends only on the tokens before it in its row, not on the other rows, the batch size or the number
-of ranks (in fp32 up to 1e-6 of a sum; in bf16, kernels round differently for each batch shape). Sums are fp64.
-There is one forward pass per distinct input, and logits exist for the scored positions only, a chunk at a time. Rows
-that differ only in their last token, such as the answers A, B, C, D, are one input.
+A token's score depends only on the tokens before it in its row, not on other rows, the batch size or the number of
+ranks (in fp32 up to 1e-6 of a sum; in bf16, kernels round differently for each batch shape). Sums are fp64. There is
+one forward pass per distinct input, and logits exist only for the scored positions, one chunk at a time. Rows that
+differ only in their last token, such as the answers A, B, C, D, are one input.
 
 Letters: B rows, S positions, D model width, V vocabulary, N scored tokens.
 """
@@ -26,26 +26,26 @@ from lingua.model.loss import IGNORE, CrossEntropy
 from lingua.train.validate import sum_of_losses
 
 NO_ESTIMATE = torch.zeros(2, dtype=torch.float64)
-"""Variance and samples of what is exact."""
+"""Variance and samples of an exact score."""
 CHUNK_TOKENS = 4096  # positions whose logits exist at once
 
 
 class Score(NamedTuple):
-    """Of a row's scored tokens."""
+    """Score of a row's scored tokens."""
 
     nats: float
     """-log p, summed."""
     n_tokens: int
     is_greedy: bool
-    """Each of them is the likeliest."""
+    """Whether each of them is the likeliest token."""
     variance: float = 0.0
-    """Of `nats`, where they are an estimate."""
+    """Variance of `nats`, if they are an estimate."""
     n_samples: int = 0
-    """Passes that they are estimated from. 0: they are exact."""
+    """Number of passes that `nats` is estimated from. 0: it is exact."""
 
 
 class Head:
-    """Takes the place of a loss: scores chosen positions of the last hidden states."""
+    """Stands in for a loss: scores chosen positions of the last hidden states."""
 
     def __init__(self, rows: Tensor, positions: Tensor, targets: Tensor) -> None:
         self._rows, self._positions, self._targets = rows, positions, targets  # (N,) each
@@ -59,9 +59,9 @@ class Head:
         vocab_size: int | None = None,
         soft_cap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B, S, D), weight (V, D) -> (nats (N,) fp64, whether the likeliest, log p of the likeliest).
+        """Return (nats (N,) fp64, whether the target is the likeliest, log p of the likeliest).
 
-        Collective if they are split over ranks.
+        From hidden (B, S, D) and weight (V, D); collective if they are split over ranks.
         """
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         hidden, weight = full_tensor(hidden), full_tensor(weight)
@@ -79,7 +79,7 @@ class Head:
 
 
 class Scorer:
-    """Scores rows with a model as it is. `beat` is called before each batch."""
+    """Scores rows with a model, without changing it. `beat` is called before each batch."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Scorer:
         beat: Callable[[], None] = lambda: None,
         args: LossArgs | None = None,
     ) -> None:
-        """`max_tokens` of one batch, padding included; a row that is longer is a batch by itself."""
+        """`max_tokens`: of a batch, including padding; a longer row is a batch by itself."""
         self.model = model
         self.context: int = model.args.max_seqlen  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
         self.beat = beat
@@ -101,14 +101,14 @@ class Scorer:
         return torch.cat([sum_of_losses(self.model, _loss_where_scored, batches, device, self.beat).cpu(), NO_ESTIMATE])
 
     def _batches(self, rows: Sequence[ScoredRow]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield batches of rows alike in length."""
+        """Yield batches of rows of similar length."""
         for numbers in group([len(row.ids) - 1 for row in rows], 0, self._max_tokens):
             chosen = [rows[n] for n in numbers]
             yield padded(chosen, len(chosen), max(len(row.ids) for row in chosen) - 1)
 
     @torch.no_grad()
     def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
-        """Return one score per row, in order. Raises ValueError for a row that is longer than the model's context."""
+        """Return one score per row, in order. Raises ValueError for a row longer than the model's context."""
         alike: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input -> rows
         for number, row in enumerate(rows):
             if not 1 <= row.first < len(row.ids) <= self.context + 1:
@@ -144,6 +144,6 @@ class Scorer:
 
 
 def _loss_where_scored(hidden: Tensor, weight: Tensor, labels: Tensor, **keys: Any) -> tuple[Tensor, Tensor]:
-    """Return the loss as `CrossEntropy` does, without logits for positions that are not scored: windows overlap."""
+    """Return the loss as `CrossEntropy` does, but without logits for unscored positions, since windows overlap."""
     scored = labels != IGNORE  # (B, S)
     return CrossEntropy(CrossEntropyArgs())(hidden[scored], weight, labels[scored], **keys)

@@ -1,10 +1,10 @@
-"""One Slurm job per evaluation: submit it, wait for it, take its results. Torch-free.
+"""Run each evaluation as a Slurm job: submit it, wait for it, read its results. Torch-free.
 
-The follower holds no GPU, and may run on a login node. A job's name consists of the run, the step and the start that
+The follower holds no GPU, and may run on a login node. A job's name consists of the run, the step and the attempt that
 saved the checkpoint, so a follower that was killed and restarted finds the job that it submitted. While Slurm does not
-answer, nothing is submitted. The job of an evaluation that is no longer wanted is cancelled.
+answer, nothing is submitted. The job of an evaluation that is no longer needed is cancelled.
 
-    evals/0000001000/start-3/run.sh slurm-17.out results.json    of the checkpoint that start 3 saved
+    evals/0000001000/start-3/run.sh slurm-17.out results.json    for the checkpoint that attempt 3 saved
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PATIENCE_S = 90.0
 
 @dataclass(frozen=True)
 class EvalJobs:
-    """Evaluates each checkpoint in a job of its own; `measure` is what an Evaluator calls."""
+    """Evaluates each checkpoint in its own job; an Evaluator calls `measure`."""
 
     run_dir: Path
     """Absolute."""
@@ -47,7 +47,7 @@ class EvalJobs:
     """Working folder of the jobs, so that relative paths mean the same as in training."""
     python: Path = Path(sys.executable)
     poll_s: float = 30.0
-    """Interval between two looks at a job."""
+    """Interval between checks of a job."""
     run: scheduler.Runner = scheduler.run_command
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.time
@@ -74,7 +74,7 @@ class EvalJobs:
             raise
 
     def _submit(self, folder: Path, name: str, step: int) -> None:
-        """Submit the job unless it waits or runs already. Raises RunError if Slurm does not answer."""
+        """Submit the job unless it is queued or running. Raises RunError if Slurm does not answer."""
         make_folder(folder, "evals")
         script = folder / RUN_SCRIPT
         write_whole(script, self.render(folder, name, step), mode=0o700)
@@ -86,7 +86,7 @@ class EvalJobs:
         code = self.run_dir / CODE if (self.run_dir / CODE).is_dir() else self.base_dir
         place = [f"ckpt={self.run_dir}@{step}", f"dump_dir={folder}"]
         command = [str(self.python), "-u", "-m", f"{self.app}.eval", *place, *self.words]
-        # srun does not take over --cpus-per-task of the job (Slurm 22.05 release notes).
+        # srun does not inherit --cpus-per-task from the job (Slurm 22.05 release notes).
         words = scheduler.step_command(command, cpus_per_task=self.asked.cpus_per_gpu, end_together=True)
         return scheduler.job_script(name, self.asked.model_dump(), scheduler.code_lines(self.base_dir, code, words))
 
@@ -99,7 +99,7 @@ class EvalJobs:
             except RunError as error:  # Slurm's controller may be down; eval.timeout_hours ends that too
                 log.warning("%s", error)
                 is_there = True
-            if not is_there and gone_s is None:  # it may have written its results since we looked
+            if not is_there and gone_s is None:  # it may have written its results since the last read
                 gone_s = self.now()
                 continue
             gone_s = None if is_there else gone_s
@@ -110,7 +110,7 @@ class EvalJobs:
 
 
 def _last_error(folder: Path) -> str:
-    """Return the last error in the log of a folder's newest job."""
+    """Return the last error in the log of the newest job in a folder."""
     logs = sorted(folder.glob(scheduler.OWN_LOGS), key=lambda path: path.stat().st_mtime)
     if not logs:
         return f"it wrote no log into {folder}; see `{scheduler.ACCOUNTS}`"

@@ -1,11 +1,11 @@
-"""Evaluations beside a run: an evaluator that the run starts, and a job that takes over at its end. Torch-free.
+"""Start an evaluator beside a run, and a job that takes over at the run's end. Torch-free.
 
-A run has one such evaluator at a time, known by a lock in `evals/`, which the next start finds again. It is a process
-in a session of its own beside rank 0, and holds no GPU while it waits.
-- Within a Slurm job it submits a job for each checkpoint. It ends with the run's job at the latest, and the next start
-  starts another. When the run has ended for good and evaluations are owed, a job of one core takes over.
-- Elsewhere it measures by itself, outlives the run, and ends when nothing is left to evaluate.
-Its failures are logged with a remedy, and never end the run.
+A run has one such evaluator at a time, known by a lock in `evals/`, which the next attempt finds again. It is a process
+beside rank 0 in its own session, and holds no GPU while it waits.
+- Within a Slurm job it submits one job per checkpoint. It ends with the run's job at the latest, and the next attempt
+  starts another. If the run has ended for good and evaluations are still due, a job of one core takes over.
+- Elsewhere it evaluates by itself, outlives the run, and ends when nothing is left to evaluate.
+Its failures are logged with a remedy and never end the run.
 
     evals/incarnations/0000000003.json    the third evaluator: owner and heartbeat
           follow.sh                       script of the job that takes over
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 LOG_FILE = "evaluator.log"
 SCRIPT = "follow.sh"
 LEAVE_S = 5.0
-"""How long the evaluator may take to leave before the last job is submitted."""
+"""How long the evaluator may take to exit before the last job is submitted."""
 LAST_JOB_MEM = "1G"
 
 
@@ -55,9 +55,9 @@ LAST_JOB_MEM = "1G"
 
 
 def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[str, str]:
-    """Return the environment of an evaluator that a rank starts: not a rank, in no job, with the GPUs `devices`.
+    """Return the environment of an evaluator that a rank starts: outside of ranks and jobs, with the GPUs `devices`.
 
-    With None it has no CUDA_VISIBLE_DEVICES, which the jobs that it submits would inherit.
+    None removes CUDA_VISIBLE_DEVICES, which the jobs that it submits would inherit.
     """
     kept = scheduler.outside_job(env)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
@@ -67,9 +67,9 @@ def follower_environment(env: Mapping[str, str], devices: str | None) -> dict[st
 
 
 def devices_beside(env: Mapping[str, str], n_gpus: int, n_ranks: int, wanted: int) -> str | None:
-    """Return CUDA_VISIBLE_DEVICES of an evaluator beside `n_ranks` ranks that see `n_gpus`: the first one left free.
+    """Return CUDA_VISIBLE_DEVICES of an evaluator beside `n_ranks` ranks that see `n_gpus`: the first free GPU.
 
-    "" if none is wanted, None if none is free.
+    Returns "" if none is wanted, None if none is free.
     """
     if wanted == 0:
         return ""
@@ -88,7 +88,7 @@ def follow_command(run_dir: Path, app: str, *, by_jobs: bool) -> list[str]:
 
 @contextmanager
 def alone(run_dir: Path) -> Iterator[bool]:
-    """Be the evaluator that the run has started, or yield False if there is one. Raises RunError: no write access."""
+    """Lock the run for its evaluator; yield False if there is another. Raises RunError without write access."""
     me = this_process(*scheduler.this_job(os.environ))
     lock = RunLock(make_folder(run_dir / layout.EVALS, "evals"), me, doing="evaluated")
     with ExitStack() as stack:
@@ -102,7 +102,7 @@ def alone(run_dir: Path) -> Iterator[bool]:
 
 
 def owed_steps(run_dir: Path, args: EvalArgs) -> list[int]:
-    """Return the published steps that wait for their evaluation, or for its line in metrics.eval.jsonl."""
+    """Return the published steps that lack their evaluation or its line in metrics.eval.jsonl."""
     looks_only = Evaluator(run_dir, args, lambda checkpoint, beat: {})
     return [one.step for one in looks_only.candidates() if one.is_owed]
 
@@ -111,28 +111,28 @@ def owed_steps(run_dir: Path, args: EvalArgs) -> list[int]:
 
 
 class Evaluation:
-    """How a run sees to its evaluations; this base class does nothing. apps/main/loop.py calls it.
+    """Handles the evaluations of a run, called by apps/main/loop.py; this base class does nothing.
 
-    `begin` and `saved` are collective; they return True if a rank was asked to stop, and all ranks know.
+    `begin` and `saved` are collective; they return True on all ranks if a rank was asked to stop.
     """
 
     def begin(self) -> bool:
-        """Before the first step of this start, and where no step is left."""
+        """Run before the first step of this attempt, or if no step is left."""
         return False
 
     def saved(self, report: SaveReport, *, last: bool = False) -> bool:
-        """After a save, before anything else changes the weights. `last`: the run's last step."""
+        """Run after a save, before anything changes the weights. `last`: it was the run's last step."""
         return False
 
     def look(self) -> None:
-        """Between steps. Local, on every rank."""
+        """Run between steps. Local, on every rank."""
 
     def end(self, exit_code: int) -> None:
-        """When the run has ended with this exit code. Local, on every rank."""
+        """Run when the run has ended with this exit code. Local, on every rank."""
 
 
 def start_process(command: Sequence[str], env: Mapping[str, str], log_file: Path) -> subprocess.Popen[bytes]:
-    """Start it in a session of its own, which signals to the terminal or to the ranks do not reach."""
+    """Start a process in its own session, which signals to the terminal or to the ranks do not reach."""
     make_folder(log_file.parent, "dump_dir")
     with log_file.open("ab") as log_output:
         return subprocess.Popen(
@@ -142,7 +142,7 @@ def start_process(command: Sequence[str], env: Mapping[str, str], log_file: Path
 
 @dataclass
 class Beside(Evaluation):
-    """Keeps an evaluator (`lingua eval --follow`) running beside the run, in a process of its own; used by rank 0."""
+    """Keeps an evaluator process (`lingua eval --follow`) running beside the run; used by rank 0."""
 
     run_dir: Path
     """Absolute."""
@@ -151,9 +151,9 @@ class Beside(Evaluation):
     is_due: Callable[[int], bool]
     """Whether the checkpoint of a step is evaluated."""
     slurm: JobArgs | None
-    """What the job of an evaluation asks for. None: not within a Slurm job."""
+    """Resources of an evaluation's job. None: not within a Slurm job."""
     devices: str | None = None
-    """CUDA_VISIBLE_DEVICES of an evaluator that measures by itself."""
+    """CUDA_VISIBLE_DEVICES of an evaluator that evaluates by itself."""
     base_dir: Path = field(default_factory=Path.cwd)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     start: Callable[[Sequence[str], Mapping[str, str], Path], subprocess.Popen[bytes]] = start_process
@@ -170,7 +170,7 @@ class Beside(Evaluation):
         return False
 
     def end(self, exit_code: int) -> None:
-        if exit_code != EXIT_REQUEUE:  # otherwise the next start has one of its own
+        if exit_code != EXIT_REQUEUE:  # otherwise the next attempt starts its own
             self._hand_over()
 
     @property
@@ -199,7 +199,7 @@ class Beside(Evaluation):
         log.info("started the evaluator of this run; its log is %s", self.log_file)
 
     def _hand_over(self) -> None:
-        """Leave what is owed to an evaluator that is not within this job."""
+        """Leave the remaining evaluations to an evaluator outside of this job."""
         try:
             owed = owed_steps(self.run_dir, self.args)
             if not owed:
@@ -214,7 +214,7 @@ class Beside(Evaluation):
             log.error("the evaluations that are owed will not happen by themselves: %s; %s", error, self._remedy)
 
     def _dismiss(self) -> None:
-        """End the evaluator, which would die with this job: its lock must be free for the next one."""
+        """End the evaluator, which would die with this job, so that its lock is free for the next one."""
         if self._process is None:
             return
         self._process.terminate()
@@ -224,7 +224,7 @@ class Beside(Evaluation):
             log.warning("the evaluator does not leave; the last job waits for its end")
 
     def _submit(self, evaluation: JobArgs) -> str:
-        """Submit the last job, unless it waits or runs already; return its id."""
+        """Submit the last job, unless it is queued or running; return its id."""
         small = {"nodes": 1, "gpus": 0, "cpus_per_gpu": 1, "mem": LAST_JOB_MEM, "signal_s": 0}
         asked = LauncherArgs.model_validate(evaluation.model_dump() | small)
         name = f"follow-{read_run_id(run_root(self.run_dir))}"

@@ -1,8 +1,8 @@
 """An exponential moving average of the weights.
 
 It is part of the optimizer's state of each parameter: saved, sharded and restored with it, bit for bit. The decay of
-step n is at most (1 + n) / (10 + n), so that the first weights are soon forgotten. A step that was held back leaves the
-average as it is.
+step n is at most (1 + n) / (10 + n), so that the first weights are soon forgotten. A skipped step does not change the
+average.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_ema(name: str) -> bool:
 
 @torch.no_grad()
 def begin_ema(optimizer: torch.optim.Optimizer, *, anew: bool = False) -> None:
-    """Begin the averages with the present weights, where there are none yet or all `anew`."""
+    """Start missing averages at the current weights, or all of them if `anew`."""
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         slots = optimizer.state[parameter]
         if anew or EMA not in slots:
@@ -39,7 +39,7 @@ def begin_ema(optimizer: torch.optim.Optimizer, *, anew: bool = False) -> None:
 def move_ema(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], decay: float, step: int, moves: Tensor
 ) -> None:
-    """Move the averages towards the weights after `step` updates; not at all where `moves` is False on the device."""
+    """Update the averages after `step` updates, unless `moves`, a flag on the device, is False."""
     share = moves.float() * (1 - min(decay, (1 + step) / (10 + step)))
     for parameter in parameters:
         average = optimizer.state[parameter].get(EMA) if parameter in optimizer.state else None

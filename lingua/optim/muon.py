@@ -7,14 +7,14 @@
 Sources: Keller Jordan, https://kellerjordan.github.io/posts/muon/ (iteration, coefficients, Nesterov, `original`
 scale); Moonlight, arXiv 2502.16982, section 2.2 (decoupled weight decay, scale `match_rms_adamw`).
 
-On one rank the numbers are those of torch.optim.Muon; on any layout of FSDP2 they are the same within rounding. One
-rank orthogonalises a whole matrix, and all replicas take its result, so they stay equal bit for bit. A step that
-`found_inf` holds back leaves parameters and momentum unchanged, bit for bit, without a host sync.
+On one rank the results equal torch.optim.Muon's; on any layout of FSDP2 they are the same within rounding. One rank
+orthogonalizes a whole matrix, and all replicas take its result, so they stay equal bit for bit. A step that is skipped
+by `found_inf` leaves parameters and momentum unchanged, bit for bit, without a host sync.
 
 There is one fp32 momentum per matrix instead of AdamW's two moments. A step takes about 5 * 6 m^2 n FLOPs for a matrix
 of m x n (m <= n), shared by all ranks: 5 m / (tokens per step) of forward and backward. Sharded matrices are exchanged
 twice in `ns_dtype`, replicated ones are broadcast once. Each rank holds one whole matrix at a time.
-torch.optim.Muon takes matrices only, does the same work on every rank, and cannot be held back by a flag.
+torch.optim.Muon takes only matrices, does the same work on every rank, and cannot skip a step by a flag.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from lingua.optim.adamw import build_adamw, is_matrix
 from lingua.optim.update import amp_scaling, divide_gradients
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration; chosen for the steepest slope at 0 (Keller Jordan's post)."""
+"""Coefficients of the quintic iteration, chosen for the steepest slope at 0 (Keller Jordan's post)."""
 EPSILON = 1e-7
 Scale = Literal["match_rms_adamw", "original"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def takes_muon(name: str, parameter: Tensor) -> bool:
-    """Return whether it is a matrix of a block; AdamW takes embeddings, head and everything that is not a matrix."""
+    """Return whether a parameter is a matrix of a block; AdamW takes embeddings, head and everything else."""
     return is_matrix(name, parameter) and name.startswith("layers.")
 
 
 def ns_dtype_on(device: torch.device, wanted: Literal["auto", "bf16", "fp32"]) -> torch.dtype:
-    """Return the type to orthogonalise in. On a CPU without bf16 units bf16 took 30 times as long for 256 x 256."""
+    """Return the type to orthogonalize in. On a CPU without bf16 units, bf16 took 30 times as long for 256 x 256."""
     if wanted == "auto":
         wanted = "fp32" if device.type == "cpu" else "bf16"
     return DTYPES[wanted]
 
 
 def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix with its singular values brought to between 0.7 and 1.2; (m, n) -> (m, n) in `dtype`."""
+    """Return the matrix (m, n) with its singular values moved to between 0.7 and 1.2, in `dtype`."""
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype)
     tall = x.shape[0] > x.shape[1]
@@ -66,14 +66,14 @@ def newton_schulz(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def scale_of(shape: Sequence[int], rule: Scale) -> float:
-    """Return what the update of a matrix is multiplied by."""
+    """Return the factor of a matrix's update."""
     n_rows, n_columns = shape
     if rule == "original":
         return math.sqrt(max(1.0, n_rows / n_columns))
     return 0.2 * math.sqrt(max(n_rows, n_columns))
 
 
-# -- who orthogonalises what ---------------------------------------------------------------------------------------
+# -- distribution over ranks ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,19 @@ class Axis:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the matrices lie on the ranks: rows cut along `shards`, the same along `replicas`."""
+    """Layout of the matrices on the ranks: rows are split along `shards` and copied along `replicas`."""
 
     shards: Axis = Axis()
     replicas: Axis = Axis()
 
     def n_local_rows(self, n_rows: int, shard: int) -> int:
-        """Rows of a matrix on a shard, as torch.chunk and with it FSDP2 cut them."""
+        """Return the number of rows of a matrix on a shard, as torch.chunk and so FSDP2 split them."""
         chunk = -(-n_rows // self.shards.size)
         return max(0, min(chunk, n_rows - shard * chunk))
 
 
 def layout_of(named: Sequence[tuple[str, Tensor]]) -> Layout:
-    """Return the one layout of all matrices. Raises ValueError for one that cannot be made whole by rows."""
+    """Return the common layout of all matrices. Raises ValueError unless all are split by rows in the same way."""
     found = {name: (p.device_mesh, p.placements) for name, p in named if isinstance(p, DTensor)}
     if not found:
         return Layout()
@@ -126,13 +126,13 @@ def layout_of(named: Sequence[tuple[str, Tensor]]) -> Layout:
 
 
 def rounds(costs: Sequence[float], n_owners: int) -> list[list[int]]:
-    """Items in rounds of one per owner, the dearest first, so that the owners of a round have about as much to do."""
+    """Return items in rounds of one per owner, the most costly first, so that owners have about equal work."""
     dearest_first = sorted(range(len(costs)), key=lambda item: -costs[item])
     return [dearest_first[i : i + n_owners] for i in range(0, len(costs), n_owners)]
 
 
 def cost_of(shape: Sequence[int]) -> float:
-    """FLOPs of an iteration up to a factor."""
+    """Return the FLOPs of an iteration up to a factor."""
     short, long = sorted(shape)
     return float(short) ** 2 * long
 
@@ -143,7 +143,7 @@ def orthogonalise(
     layout: Layout,
     whole: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """This rank's rows of `whole(matrix)` for each matrix, the i-th computed by the i-th rank alone. Collective."""
+    """Return this rank's rows of `whole(matrix)` for each matrix; only rank i computes the i-th one. Collective."""
     shards, replicas, results = layout.shards, layout.replicas, list(local)
     by_replica = [slice(r * shards.size, (r + 1) * shards.size) for r in range(replicas.size)]
     own = by_replica[replicas.rank]
@@ -161,7 +161,7 @@ def orthogonalise(
 def _within_replica(
     local: Sequence[Tensor], shapes: Sequence[Sequence[int]], layout: Layout, whole: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """`orthogonalise` by the ranks that share one copy: to each rank all rows of its matrix, and back."""
+    """Do `orthogonalise` on the ranks that share one copy: send each rank all rows of its matrix, and back."""
     shards = layout.shards
     if shards.group is None or not local:
         return [whole(matrix) for matrix in local]
@@ -185,14 +185,14 @@ def _exchange(sent: Tensor, outgoing: list[int], incoming: list[int], axis: Axis
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps the matrices itself and leaves the other groups to an AdamW that shares its state."""
+    """Updates the matrices itself and leaves the other groups to an AdamW that shares its state."""
 
     def __init__(self, args: MuonArgs, matrices: list[tuple[str, nn.Parameter]], adamw: torch.optim.AdamW) -> None:
         self.layout = layout_of(matrices)
         self._adamw = adamw
         self._scale: Scale = args.scale
         self._ns_steps, self._ns_dtype = args.ns_steps, ns_dtype_on(matrices[0][1].device, args.ns_dtype)
-        # GradScaler's word for it: `found_inf` and `grad_scale` are heeded on the device.
+        # GradScaler's flag for optimizers that use `found_inf` and `grad_scale` on the device.
         self._step_supports_amp_scaling = getattr(adamw, "_step_supports_amp_scaling", False)
         own: dict[str, Any] = {
             "params": matrices,
@@ -213,9 +213,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Make one update by the gradients over `grad_scale`, or none at all where `found_inf` is not 0.
+        """Make one update with the gradients divided by `grad_scale`, or none if `found_inf` is not 0.
 
-        Both are scalars on the device, set by `optimizer_step`; without them gradients are taken as they are.
+        Both are scalars on the device, set by `optimizer_step`; without them gradients are used unchanged.
         """
         loss = None
         if closure is not None:
@@ -237,7 +237,7 @@ class Muon(torch.optim.Optimizer):
             self._step_round([parameters[i] for i in items], group, wanted)
 
     def _step_round(self, parameters: list[nn.Parameter], group: dict[str, Any], wanted: Tensor | None) -> None:
-        """One matrix per rank: memory for one whole matrix, and for this rank's rows of the others."""
+        """Update one matrix per rank. Takes memory for one whole matrix and for this rank's rows of the others."""
         updates = [self._momentum(p, group, wanted).to(self._ns_dtype) for p in parameters]
         shapes = [tuple(p.shape) for p in parameters]
         orthogonal = orthogonalise(
@@ -250,7 +250,7 @@ class Muon(torch.optim.Optimizer):
             values.copy_(moved if wanted is None else torch.where(wanted, moved, values))
 
     def _momentum(self, parameter: nn.Parameter, group: dict[str, Any], wanted: Tensor | None) -> Tensor:
-        """Return what is to be orthogonalised, this rank's rows; the momentum moves on."""
+        """Update the momentum and return this rank's rows of the matrix to orthogonalize."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -262,7 +262,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_others(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         adamw, groups = self._adamw, [group for group in self.param_groups if not group["muon"]]
-        adamw.state = self.state  # anew in each step: loading a state replaces them
+        adamw.state = self.state  # in every step, since loading a state replaces them
         adamw.param_groups = groups
         rates = [group["lr"] for group in groups]
         try:
@@ -280,7 +280,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def build_muon(args: MuonArgs, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """Muon over the matrices of the blocks, AdamW over the rest."""
+    """Build Muon for the matrices of the blocks and AdamW for the rest."""
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     matrices = [(name, parameter) for name, parameter in named if takes_muon(name, parameter)]
     if not matrices:

@@ -1,10 +1,10 @@
-r"""Learning rate of every step, as a pure function of the config, the step and the length of the run.
+r"""Compute the learning rate of every step, as a pure function of the config, the step and the length of the run.
 
-There is no state to save: a resumed run, or one whose `steps` was raised, asks for the step it is at. The curves are
-Meta Lingua's with these corrections: cosine cycles begin and end smoothly with a warm-up too, the last wsd cycle ends
-with the run, inv_sqrt has its final annealing, constant warms up too. Torch-free.
+There is no state to save: a resumed run, or one whose `steps` was raised, asks for its current step. The curves are
+Meta Lingua's with these corrections: cosine cycles are smooth after a warmup too, the last wsd cycle ends with the run,
+inv_sqrt has its final annealing, constant warms up too. Torch-free.
 
-    cosine   /\__      wsd   /----\      inv_sqrt   /\_____      linear   /\        (warm-up first, in all of them)
+    cosine   /\__      wsd   /----\      inv_sqrt   /\_____      linear   /\        (all of them after a warmup)
             /    \__        /      \               /       \             /   \__
 """
 
@@ -17,13 +17,13 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.optim import OptimArgs
 
 Schedule = Callable[[OptimArgs, int, int], float]
-"""(args, step, n_steps) -> share of the peak, asked only for warmup <= step <= n_steps."""
+"""(args, step, n_steps) -> share of the peak; called only for warmup <= step <= n_steps."""
 
 SCHEDULES: dict[str, Schedule] = {}
 
 
 def register_schedule(name: str) -> Callable[[Schedule], Schedule]:
-    """Decorator: `optim.scheduler: <name>` now means this function. A name is taken only once."""
+    """Return a decorator that registers a function as `optim.scheduler: <name>`. Raises ValueError for a taken name."""
 
     def add(schedule: Schedule) -> Schedule:
         taken = SCHEDULES.setdefault(name, schedule)
@@ -36,7 +36,7 @@ def register_schedule(name: str) -> Callable[[Schedule], Schedule]:
 
 
 def lr_at(args: OptimArgs, step: int, n_steps: int) -> float:
-    """Learning rate of update number step + 1 (step counts from 0) in a run of n_steps updates."""
+    """Return the learning rate of update number step + 1 (step counts from 0) in a run of n_steps updates."""
     schedule = SCHEDULES.get(args.scheduler)
     if schedule is None:
         raise ConfigError(f"optim.scheduler {args.scheduler!r} is unknown; known: {', '.join(sorted(SCHEDULES))}")
@@ -46,13 +46,13 @@ def lr_at(args: OptimArgs, step: int, n_steps: int) -> float:
 
 
 def rates_of_longer(args: OptimArgs, step: int, n_steps: int, longer: int) -> tuple[float, float] | None:
-    """Return the rate of the next step in runs of both lengths, if it rises by more than a twentieth; else None."""
+    """Return the rates of the next step in runs of both lengths if the longer one's is over 5% higher, else None."""
     rates = lr_at(args, step, n_steps), lr_at(args, step, longer)
     return rates if rates[1] > 1.05 * rates[0] else None
 
 
 def _progress(args: OptimArgs, step: int, n_steps: int) -> float:
-    """Share of the way from the end of the warm-up to the end of the run, in [0, 1]."""
+    """Return the progress from the end of the warmup to the end of the run, in [0, 1]."""
     return min(1.0, (step - args.warmup) / max(1, n_steps - args.warmup))
 
 
@@ -77,7 +77,7 @@ def linear_to_zero(args: OptimArgs, step: int, n_steps: int) -> float:
 
 @register_schedule("inv_sqrt")
 def inv_sqrt(args: OptimArgs, step: int, n_steps: int) -> float:
-    """(warmup / step) ** exp_factor, then a straight line over the last annealing_step steps."""
+    """Decay as (warmup / step) ** exp_factor, then linearly over the last annealing_step steps."""
 
     def decayed(at: int) -> float:
         start = max(1, args.warmup)
@@ -92,7 +92,7 @@ def inv_sqrt(args: OptimArgs, step: int, n_steps: int) -> float:
 
 @register_schedule("cosine")
 def cosine(args: OptimArgs, step: int, n_steps: int) -> float:
-    """Half a cosine per cycle; each cycle starts at the peak again."""
+    """Decay by half a cosine per cycle; each cycle restarts at the peak."""
     progress = _progress(args, step, n_steps)
     cycles = progress / args.cycle_length
     # The very end belongs to the cycle that ends there.
@@ -102,10 +102,10 @@ def cosine(args: OptimArgs, step: int, n_steps: int) -> float:
 
 @register_schedule("wsd")
 def wsd(args: OptimArgs, step: int, n_steps: int) -> float:
-    """Warm-up, stable, decay (WSD-S, arXiv 2410.05192): the inverse of the rate grows linearly in the decay.
+    """Stay at the peak, then decay (WSD-S, arXiv 2410.05192) so that the inverse of the rate grows linearly.
 
     With cycle_length < 1 the decay is repeated: the cycle that ends at step e decays over its last
-    decay_fraction * e steps, and the next goes on at the peak.
+    decay_fraction * e steps, and the next one continues at the peak.
     """
     cycle = max(1, int(n_steps * args.cycle_length))
     cycle_start = min(step, n_steps - 1) // cycle * cycle
@@ -115,6 +115,6 @@ def wsd(args: OptimArgs, step: int, n_steps: int) -> float:
     if decay_steps == 0 or into_decay <= 0:
         return 1.0
     progress = min(1.0, into_decay / min(decay_steps, cycle_end - cycle_start))
-    if args.lr_min_ratio == 0:  # its inverse does not exist: a straight line
+    if args.lr_min_ratio == 0:  # it has no inverse: decay linearly
         return 1.0 - progress
     return 1 / _between(1.0, 1 / args.lr_min_ratio, progress)

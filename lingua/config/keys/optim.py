@@ -114,8 +114,8 @@ class AdamWArgs(AdamArgs):
 
     type: Literal["adamw"] = "adamw"
     state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the moments between steps. bf16: 4 bytes less of each parameter, rounded once per step, as DeepSeek-V3
-    was trained (arXiv 2412.19437, section 3.3.3); beta2 at most 0.98."""
+    """Type of the moments between steps. bf16: saves 4 bytes per parameter and rounds once per step, as DeepSeek-V3 did
+    (arXiv 2412.19437, section 3.3.3); beta2 must be at most 0.98."""
 
     @model_validator(mode="after")
     def _moves_in_bf16(self) -> Self:
