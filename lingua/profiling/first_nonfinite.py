@@ -1,7 +1,7 @@
-"""Find where in a model a step went wrong: the first module whose values are not finite, and gradient norms by layer.
+"""Find where a step went wrong: the first module whose values are not finite, and gradient norms by layer.
 
-Nothing of the model is changed when the watch is over. It waits for the device once per module and pass, so it is not
-for training but for a step that is looked at once.
+The model is unchanged afterwards. Watching waits for the device once per module and pass, so it is for examining a
+single step, not for training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils import get_total_norm
 
 @dataclass
 class Watch:
-    """What was seen first; None: nothing. `clear` before the next pass."""
+    """The first values that were not finite, or None. Call `clear` before the next pass."""
 
     forward: str | None = None
     backward: str | None = None
@@ -31,7 +31,7 @@ class Watch:
 
 @contextmanager
 def first_nonfinite(model: nn.Module) -> Iterator[Watch]:
-    """Watch every module inside the block: compiled ones must be run eagerly, or their insides are not seen."""
+    """Watch every module inside the block. Run compiled modules eagerly, or their submodules are not seen."""
     watch = Watch()
     handles = [
         module.register_forward_hook(partial(_look, watch, _describe(name, module)), with_kwargs=True)
@@ -49,7 +49,7 @@ def _describe(name: str, module: nn.Module) -> str:
 
 
 def _look(watch: Watch, what: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    """Inner modules are called before the outer ones' hooks are, so the first that is seen is the innermost."""
+    """Check a module's output. Hooks of inner modules run before those of outer ones, so the innermost is found."""
     outputs = list(_tensors(output))
     if watch.forward is None and not all(map(_is_finite, outputs)):
         came_in = not all(map(_is_finite, _tensors([args, kwargs])))
@@ -65,7 +65,7 @@ def _look_back(watch: Watch, what: str, gradient: Tensor) -> None:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors of floating-point numbers in a nest of containers."""
+    """Yield the floating-point tensors in nested containers."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -85,7 +85,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def nonfinite_names(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold a number that is not finite."""
+    """Return the names of the tensors with values that are not finite."""
     return [name for name, tensor in named if tensor.is_floating_point() and not _is_finite(tensor)]
 
 
@@ -97,7 +97,7 @@ def group_of(name: str) -> str:
 
 @torch.no_grad()
 def grad_norms(model: nn.Module) -> dict[str, float]:
-    """Norm of the gradient of each layer, in the model's order."""
+    """Return the gradient norm of each layer, in the model's order."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

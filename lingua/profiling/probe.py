@@ -1,18 +1,18 @@
-"""Statistics of activations, weights, gradients and attention per layer, every `probe_freq` steps.
+"""Compute statistics of activations, weights, gradients and attention per layer, every `probe_freq` steps.
 
-A probed run is bit for bit the run without probes. Activations and attention are measured in a separate forward pass
+A probed run equals a run without probes bit for bit. Activations and attention are measured in a separate forward pass
 over the step's last micro batch, between backward and update: eager, without gradients, with hooks that are removed
-afterwards. The training step itself is not touched, so nothing is compiled again, and random states stay unchanged.
-Statistics are of the whole model and of the data of all ranks, on any layout: local sums, added over all ranks. (What
-several ranks share, a shard or a batch, is counted several times on both sides of a mean, which cancels.)
+afterwards. The training step itself does not change, so nothing is recompiled, and random states are kept. Statistics
+cover the whole model and the data of all ranks, in any layout: local sums are added over all ranks. (What several ranks
+share, a shard or a batch, is counted several times on both sides of a mean, which cancels.)
 
-A probed step takes one more forward pass of one micro step, four readings of each weight and gradient, and one wait for
-the device: 1.6 times a plain step (27M parameters, batch of 4 x 256, no accumulation, two busy CPU cores, both in one
-process); less with accumulation. This time is part of the step's in `speed/*`.
+A probed step takes one more forward pass of one micro step, reads each weight and gradient four times, and waits once
+for the device: 1.6 times a plain step (27M parameters, batch of 4 x 256, no accumulation, two busy CPU cores, both in
+one process); less with accumulation. This time is included in `speed/*`.
 
-Attention is sampled: PROBED_ROWS rows of each rank, PROBED_QUERIES positions of each, evenly spread and including the
-last, all heads, against every key that they see. Scores exist for CHUNK of these positions at a time, so memory grows
-with H * S and not with H * S * S.
+Attention is sampled: PROBED_ROWS rows per rank, PROBED_QUERIES positions of each, evenly spread and including the last,
+all heads, against every key that they see. Scores exist for CHUNK of these positions at a time, so memory grows with
+H * S and not with H * S * S.
 
 Letters: B rows, S positions, H heads, K key/value heads, E head width, C query positions of a chunk.
 """
@@ -37,7 +37,7 @@ PROBED_ROWS = 2
 PROBED_QUERIES = 128
 CHUNK = 32
 PIECE = 1 << 22
-"""Elements of a tensor that are copied to fp32 at a time."""
+"""Elements of a tensor copied to fp32 at a time."""
 
 _OF_TENSORS = ("mean", "std", "rms", "absmax")
 STATS = {
@@ -47,8 +47,8 @@ STATS = {
     "attn_logits": ("mean", "std", "max", "absmax"),
     "attn_entropy": ("mean", "std", "min", "max"),
 }
-"""Which figures of a quantity are kept. attn_logits: scaled scores of visible keys, before the softmax; attn_entropy:
-nats of a query's distribution over its keys."""
+"""Statistics kept of each quantity. attn_logits: scaled scores of visible keys, before the softmax; attn_entropy: in
+nats, of a query's distribution over its keys."""
 
 
 # -- sums ----------------------------------------------------------------------------------------------------------
@@ -63,21 +63,21 @@ class Tally:
         self._peaks: dict[str, Tensor] = {}  # fp64 (largest, -smallest)
 
     def add(self, name: str, values: Tensor) -> None:
-        """All elements of a tensor; of a sharded one, this rank's."""
+        """Add all elements of a tensor, or this rank's of a sharded one."""
         values = _local(values.detach())
         if not values.numel():  # a parameter with fewer rows than ranks
             self._put(name, 0, *values.new_tensor((0.0, 0.0, -math.inf, math.inf), dtype=torch.float32))
             return
         low, high = values.aminmax()
         mean = values.mean(dtype=torch.float32)
-        # Squares of deviations: sums of squares in fp32 would hide the spread of norm weights, all of them near 1.
+        # Squares of deviations, since sums of squares in fp32 would hide the spread of norm weights, all near 1.
         pieces = values.flatten().split(PIECE)
         deviations = torch.stack([torch.linalg.vector_norm(piece.float() - mean) for piece in pieces])
         squares = deviations.double().square().sum() + mean.double().square() * values.numel()
         self._put(name, values.numel(), mean.double() * values.numel(), squares, high, low)
 
     def add_where(self, name: str, values: Tensor, counted: Tensor) -> None:
-        """The elements of `values` at which `counted` (broadcast) is true; at least one is."""
+        """Add the elements of `values` for which `counted` (broadcast) is true; at least one is."""
         zeroed = values.masked_fill(~counted, 0.0)
         number = counted.expand_as(values).sum()
         high = values.masked_fill(~counted, -math.inf).amax()
@@ -97,7 +97,7 @@ class Tally:
         return torch.full((), value, dtype=torch.float64, device=self._device)
 
     def read(self) -> dict[str, float]:
-        """`{"<name>/<stat>": value}` over all ranks; what is not finite is left out. Collective; waits for the device.
+        """Return `{"<name>/<stat>": value}` over all ranks, finite values only. Collective; waits for the device.
 
         Names end in a quantity of `STATS`.
         """
@@ -118,7 +118,7 @@ class Tally:
 
 
 def stats_of(number: float, total: float, squares: float, high: float, low: float) -> dict[str, float]:
-    """Figures of `number` values from their sum, sum of squares, largest and smallest. Nothing seen: not numbers."""
+    """Return statistics of `number` values from their sum, sum of squares, maximum and minimum; NaN for no values."""
     if not number:
         return dict.fromkeys(("mean", "std", "rms", "max", "min", "absmax"), math.nan)
     mean, square = total / number, squares / number
@@ -133,7 +133,7 @@ def stats_of(number: float, total: float, squares: float, high: float, low: floa
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, after sums that are still to be made over ranks."""
+    """Return this rank's part of a sharded tensor, after pending sums over ranks."""
     if not isinstance(tensor, DTensor):
         return tensor
     if any(placement.is_partial() for placement in tensor.placements):
@@ -146,7 +146,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def probed_positions(seq_len: int) -> Tensor:
-    """PROBED_QUERIES positions, or all, spread evenly; the last one, which sees most, is among them."""
+    """Return at most PROBED_QUERIES positions, evenly spread and including the last one, which sees the most keys."""
     n = min(PROBED_QUERIES, seq_len)
     return torch.arange(1, n + 1) * seq_len // n - 1
 
@@ -160,7 +160,7 @@ def tally_attention(
     doc_ids: Tensor | None,  # (B, S)
     causal: bool = True,
 ) -> None:
-    """Add what softmax is given, and the entropy of what it returns, for a sample of rows and positions."""
+    """Add the inputs of softmax and the entropy of its outputs, for a sample of rows and positions."""
     keys = torch.arange(q.shape[1], device=q.device)
     for row in range(min(PROBED_ROWS, len(q))):
         row_k = k[row].float()  # (S, K, E)
@@ -182,10 +182,10 @@ def tally_attention(
 def probe(
     model: nn.Module, device: torch.device, forward: Callable[[], object], doc_ids: Tensor | None
 ) -> dict[str, float]:
-    """`{"probe/<module>/<quantity>/<stat>": value}` of a model whose gradients are there. Collective.
+    """Return `{"probe/<module>/<quantity>/<stat>": value}` of a model with gradients. Collective.
 
-    `forward` runs the model on the batch with document numbers `doc_ids`. Gradients are those of the whole step,
-    before they are clipped.
+    `forward` runs the model on the batch with document numbers `doc_ids`. Gradients are those of the whole step, before
+    clipping.
     """
     tally = Tally(device)
     rng = [device] if device.type == "cuda" else []
@@ -201,7 +201,7 @@ def probe(
 
 
 def watched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of each block, and of each part of it that holds matrices: attention, feed-forward, ..."""
+    """Yield (name, module) of each block and of its parts that contain matrices: attention, feed-forward, ..."""
     for name, block in blocks_of(model):
         yield f"layers.{name}", block
         for part_name, part in block.named_children():
@@ -211,7 +211,7 @@ def watched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """Inside, modules run as they were written: hooks are called, and compiled code neither runs nor is made."""
+    """Run modules uncompiled inside this context: hooks are called, and nothing is compiled."""
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     for module, _ in compiled:
         module._compiled_call_impl = None
@@ -224,7 +224,7 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watched(model: nn.Module, tally: Tally, device: torch.device, doc_ids: Tensor | None) -> Iterator[None]:
-    """Inside, what the watched modules put out is added to the tally."""
+    """Add the outputs of the watched modules to the tally inside this context."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -246,6 +246,6 @@ def _watched(model: nn.Module, tally: Tally, device: torch.device, doc_ids: Tens
 
 
 def _tensors(output: Any) -> Iterable[Tensor]:
-    """Return an output's tensors of real numbers: it may be one, or a tuple of an own model's making."""
+    """Return the floating-point tensors of an output, which may be a tensor or, in a user's model, a tuple."""
     outputs = output if isinstance(output, tuple | list) else (output,)
     return (each for each in outputs if isinstance(each, Tensor) and each.is_floating_point())

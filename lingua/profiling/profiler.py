@@ -1,12 +1,12 @@
-"""Profiling windows: time and memory of each step (light), a torch trace and a memory snapshot (heavy).
+"""Profile windows of steps: time and memory of each step (light), a torch trace and a memory snapshot (heavy).
 
 Outside its windows the profiler does nothing. `windows.py` decides which steps are in a window. File names contain the
-first step of the window and the rank; a file gets its name when it is complete, except a light one, which grows. If the
-disk refuses a file, the file is lost and the run goes on. Traces open in https://ui.perfetto.dev, memory snapshots in
+first step of the window and the rank; a file gets its name when it is complete, except a light one, which grows. If a
+file cannot be written, it is lost and the run goes on. Open traces in https://ui.perfetto.dev, memory snapshots in
 https://docs.pytorch.org/memory_viz.
 
-A light window takes a handful of CUDA events (read once they have passed, so nobody waits) or clock readings per step,
-the allocator's counters, and a write per FLUSH_STEPS. In a heavy window steps are several times slower, a trace of two
+A light window takes a few CUDA events (read once they have passed, so nothing waits) or clock readings per step, the
+allocator's counters, and one write per FLUSH_STEPS. In a heavy window steps are several times slower, a trace of two
 steps is 1-50 MB, and all ranks wait while one writes it.
 """
 
@@ -42,7 +42,7 @@ _GIB = 2**30
 
 
 class Clock(Protocol):
-    """Takes time stamps now, to be compared later."""
+    """Takes timestamps, which are compared later."""
 
     def stamp(self) -> Any: ...
 
@@ -54,7 +54,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """Clock of a CPU, where work is done when the call returns."""
+    """Clock of a CPU, where work is finished when the call returns."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.stamp = now
@@ -70,7 +70,7 @@ class HostClock:
 
 
 class CudaClock:
-    """CUDA events in the current stream: a stamp is the time on the device, not on the host."""
+    """Clock of CUDA events in the current stream: a stamp is the time on the device, not on the host."""
 
     def stamp(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -91,7 +91,7 @@ class StepTimes:
     """Splits each step's time into phases. `mark(phase)` assigns the time since the last mark to that phase.
 
     The remaining time is `rest`: reductions, metrics, validation, checkpoints. On a GPU `data` is the time in which the
-    device was idle or copied the batch; a wait of the host that did not delay the device is not counted.
+    device was idle or copied the batch; waits of the host that did not delay the device do not count.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -103,13 +103,13 @@ class StepTimes:
         self._marks.append((phase, self._clock.stamp()))
 
     def end_step(self, facts: dict[str, Any]) -> None:
-        """End a step; `facts` go into its record."""
+        """End a step; its record contains `facts`."""
         self.mark("rest")
         self._ended.append((facts, self._marks))
         self._marks = [("", self._marks[-1][1])]
 
     def records(self, *, wait: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield each record of an ended step once, as far as the device has got; with `wait` all."""
+        """Yield the records of ended steps once each: those that the device has finished, or with `wait` all."""
         while self._ended:
             facts, marks = self._ended[0]
             if wait:
@@ -129,7 +129,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 
 class LightWindow:
-    """Writes the records of steps into one file."""
+    """Writes the records of steps to one file."""
 
     def __init__(self, path: Path, clock: Clock) -> None:
         self.path = path
@@ -166,7 +166,7 @@ class MemoryMeter:
         self._peaks: dict[str, int] = {}
 
     def step(self) -> dict[str, float]:
-        """Return memory at the end of a step, and its peak."""
+        """Return the memory at the end of a step and its peak."""
         if self._device.type != "cuda":
             with open("/proc/self/statm") as file:
                 pages = int(file.read().split()[1])
@@ -181,7 +181,7 @@ class MemoryMeter:
         return {key: round(value / _GIB, 6) for key, value in gib.items()} | counts
 
     def report(self) -> dict[str, float]:
-        """Return peaks since the last report, in GiB and as a share of the device; on a CPU the process's peak."""
+        """Return peaks since the last report, in GiB and as a share of the device; on a CPU, the process's peak."""
         if self._device.type != "cuda":
             return {"memory/max_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB}
         stats = self._read()
@@ -209,7 +209,7 @@ class MemoryMeter:
 
 
 class Profiler:
-    """`mark` and `step` in the loop, `grant` when a request is agreed. Windows count steps of this attempt."""
+    """Opens and closes windows; the loop calls `mark`, `read` and `step`. Windows count steps of this attempt."""
 
     def __init__(
         self,
@@ -226,14 +226,14 @@ class Profiler:
         self._folder = run_dir / args.trace_folder
         self._clock = clock or (CudaClock() if device.type == "cuda" else HostClock())
         self._done = 0
-        """Steps of this attempt."""
+        """Steps done in this attempt."""
         self._next = 1
-        """Number of the step to come."""
+        """Number of the next step."""
         self._granted: deque[Request] = deque()
         self._asked: Request | None = None
-        """The request whose window is open ..."""
+        """The request whose window is open."""
         self._asked_until = 0
-        """... until so many steps are done."""
+        """Value of `_done` at which it closes."""
         self._asked_files: list[str] = []
         self._light: LightWindow | None = None
         self._trace: torch.profiler.profile | None = None
@@ -241,7 +241,7 @@ class Profiler:
         self._recording_memory = False
 
     def start(self, step: int) -> None:
-        """Begin after `step` updates of the run."""
+        """Start after `step` updates of the run."""
         self._next = step + 1
         self._open_and_close()
 
@@ -251,13 +251,13 @@ class Profiler:
             self._light.times.mark(phase)
 
     def read(self, sums: Mapping[str, float]) -> None:
-        """Take the requests that all ranks agree on; their window begins with the next step."""
+        """Take a request that all ranks agree on; its window begins with the next step."""
         request = self.requests.agreed(sums, max(1, self._args.profile_steps))
         if request is not None:
             self._granted.append(request)
 
     def step(self, step: int) -> None:
-        """Note that one more update is done."""
+        """Count one more update; open and close windows."""
         if self._light is not None:
             self._light.end_step({"global_step": step, "rank": self._rank, **self.memory.step()})
         self._done, self._next = self._done + 1, step + 1
@@ -268,7 +268,7 @@ class Profiler:
         self._open_and_close()
 
     def _begin_asked(self, request: Request) -> None:
-        """Open the window of a request, with files of its own, at the next step."""
+        """Open the window of a request, with its own files, at the next step."""
         self._close(request.kinds)
         self._asked, self._asked_until, self._asked_files = request, self._done + request.n_steps, []
         if self._rank == 0:
@@ -358,7 +358,7 @@ class Profiler:
         """Let `export` write a file, which gets its name when it is complete."""
         try:
             with TemporaryDirectory(prefix=".profile-", dir=path.parent) as folder:  # torch would follow a planted link
-                draft = Path(folder, path.name)  # torch compresses by the name's end
+                draft = Path(folder, path.name)  # torch compresses depending on the suffix
                 export(str(draft))
                 draft.replace(path)
         except (OSError, RuntimeError) as error:

@@ -1,11 +1,11 @@
-"""Decide which steps are profiled, and how: by plan, or on request while the run is running. Torch-free.
+"""Decide which steps are profiled, and how: by plan, or on request during the run. Torch-free.
 
-The decision is a pure function of the config, the steps done and what was asked. A request is for one attempt and is
-taken once; all ranks agree on its steps by two of the numbers that they reduce in each step anyway. A heartbeat looks
-at one file.
+The decision is a pure function of the config, the steps done and the requests. A request is for one attempt and is
+taken once; all ranks agree on its steps with two of the numbers that they reduce in each step anyway. A heartbeat
+checks one file.
 
-`lingua profile RUN` leaves `incarnations/<attempt>.profile`; rank 0's heartbeat takes it. When its window has closed,
-`<trace_folder>/asked_<id>.json` says which files there are.
+`lingua profile RUN` writes `incarnations/<attempt>.profile`; rank 0's heartbeat takes it. When its window has closed,
+`<trace_folder>/asked_<id>.json` lists the files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIGHT: frozenset[Kind] = frozenset(("light",))
 ALL: frozenset[Kind] = frozenset(("light", "trace", "memory"))
 MOST_STEPS = 10_000
 MOST_HEAVY_STEPS = 20
-"""A trace of more is slow to open; each step of it is held in memory until the window closes."""
+"""A longer trace is slow to open, and all of it is held in memory until the window closes."""
 _ID = re.compile(r"[0-9a-f]{8}")
 
 
@@ -39,13 +39,13 @@ _ID = re.compile(r"[0-9a-f]{8}")
 
 
 def lies_in(done: int, warmup: int, n_steps: int, every: int) -> bool:
-    """Return whether the step after `done` is in a window of `n_steps` that begins after `warmup` (every `every`)."""
+    """Return whether the step after `done` is in a window of `n_steps` after `warmup`, repeated every `every`."""
     since = done - warmup
     return 0 <= (since % every if every and since >= 0 else since) < n_steps
 
 
 def planned(args: ProfilerArgs, done: int, rank: int) -> frozenset[Kind]:
-    """Return what the config says of the step after `done` steps of this attempt."""
+    """Return what the config wants profiled in the step after `done` steps of this attempt."""
     if not args.run:
         return frozenset()
     windows: dict[Kind, tuple[int, int]] = {
@@ -58,7 +58,7 @@ def planned(args: ProfilerArgs, done: int, rank: int) -> frozenset[Kind]:
 
 
 def allowed(args: ProfilerArgs, rank: int) -> frozenset[Kind]:
-    """Return what a rank may profile: light windows are everybody's, heavy ones those of `ranks`."""
+    """Return what a rank may profile: light windows on all ranks, heavy ones on those of `ranks`."""
     return ALL if args.ranks == "all" or rank in args.ranks else LIGHT
 
 
@@ -67,7 +67,7 @@ def allowed(args: ProfilerArgs, rank: int) -> frozenset[Kind]:
 
 @dataclass(frozen=True)
 class Request:
-    """Profile the next steps. `id` is empty when a signal asked."""
+    """A request to profile the next steps. `id` is empty if it came by a signal."""
 
     n_steps: int
     heavy: bool
@@ -79,7 +79,7 @@ class Request:
 
 
 class Requests:
-    """What a running run is asked to profile. Any thread or handler may ask; the loop reduces and agrees."""
+    """Requests to profile. Any thread or handler may ask; the loop reduces them until all ranks agree."""
 
     def __init__(self) -> None:
         self.by_signal = SignalFlag()
@@ -90,9 +90,9 @@ class Requests:
         self._asked.append(request)
 
     def numbers(self) -> dict[str, float]:
-        """Return this rank's numbers for the next reduction: whether a signal came, and what was asked, each once.
+        """Return this rank's numbers for the next reduction: whether a signal came, and a request, each once.
 
-        Only rank 0 looks for requests, so their sum over ranks is the number itself.
+        Only rank 0 reads requests, so their sum over ranks is the number itself.
         """
         request = self._asked.popleft() if self._asked else None
         if request is not None:
@@ -101,7 +101,7 @@ class Requests:
         return {"profile_signal": self.by_signal.take(), "profile_request": float(asked)}
 
     def agreed(self, sums: Mapping[str, float], n_steps: int) -> Request | None:
-        """Return what all ranks are to profile by the sums of their numbers; `n_steps`: when a signal asked."""
+        """Return the request in the sums of all ranks' numbers, if any; `n_steps`: length for a signal."""
         asked = int(sums["profile_request"])
         if asked > 0:
             own_id = self._submitted.popleft().id if self._submitted else ""
@@ -110,17 +110,17 @@ class Requests:
 
 
 def request_file(run_dir: Path, attempt: int) -> Path:
-    """Return the file that asks this attempt; later attempts ignore it."""
+    """Return the file of a request to this attempt; later attempts ignore it."""
     return run_dir / FOLDER / f"{attempt:010d}.profile"
 
 
 def answer_file(folder: Path, request_id: str) -> Path:
-    """Return what a run leaves in its trace folder when the window of a request has closed."""
+    """Return the file that a run writes to its trace folder when the window of a request has closed."""
     return folder / f"asked_{request_id}.json"
 
 
 def ask_to_profile(run_dir: Path, attempt: int, n_steps: int, heavy: bool) -> Request:
-    """Ask an attempt, from any machine that sees the folder. Raises RunError: too many steps, or not to be written."""
+    """Ask an attempt from any machine that sees the folder. Raises RunError for too many steps or a failed write."""
     most = MOST_HEAVY_STEPS if heavy else MOST_STEPS
     if not 1 <= n_steps <= most:
         kind = "a heavy window" if heavy else "a window"
@@ -138,7 +138,7 @@ def ask_to_profile(run_dir: Path, attempt: int, n_steps: int, heavy: bool) -> Re
 
 
 def take_request(run_dir: Path, attempt: int) -> Request | None:
-    """Return the request that waits for this attempt, if any; it is gone then. Raises OSError."""
+    """Take the pending request to this attempt, if any. Raises OSError."""
     path = request_file(run_dir, attempt)
     if not path.exists():
         return None
@@ -152,7 +152,7 @@ def take_request(run_dir: Path, attempt: int) -> Request | None:
 
 
 def request_in(record: Any) -> Request:
-    """Return the request that a JSON document holds; others may have written it. Raises RunError."""
+    """Validate a JSON document, which anyone may have written, as a request. Raises RunError."""
     if isinstance(record, Mapping):
         n_steps, heavy, request_id = (record.get(key) for key in ("n_steps", "heavy", "id"))
         if (

@@ -1,6 +1,6 @@
-"""The model card of a checkpoint, filled from its run: data, tokens, curves, scores, config and commit. No torch.
+"""Write the model card of a checkpoint from its run: data, tokens, curves, scores, config and commit. Torch-free.
 
-Only what explains the model goes in: no folders, hosts or Slurm accounts, and values that may be secrets are masked.
+It contains only what explains the model: no folders, hosts or Slurm accounts. Values that may be secrets are masked.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _TELLING = ("model", "data", "optim", "loss", "distributed", "steps", "epochs", 
 _TELLING += ("seed", "deterministic", "app")
 _HERE = ("root_dir", "stage_to", "path", "compile_cache")  # folders of the machine that trained
 _MAX_COLUMNS = 6
-_FENCE = "`" * 12  # longer than any in a sample
+_FENCE = "`" * 12  # longer than any fence in a sample
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What is published, and where."""
+    """A checkpoint to publish, and where."""
 
     repo: str
     revision: str
     step: int
     n_params: int
     is_transformers: bool
-    """AutoModelForCausalLM opens it; otherwise `lingua.load` does."""
+    """AutoModelForCausalLM loads it; otherwise `lingua.load` does."""
     is_average: bool = False
-    """The weights are the moving average of the run's (`optim.ema`)."""
+    """The weights are the run's moving average (`optim.ema`)."""
 
 
 def until(run: History, step: int) -> History:
@@ -58,7 +58,7 @@ def until(run: History, step: int) -> History:
 
 
 def model_card(run: History, pushed: Pushed) -> tuple[str, list[Picture]]:
-    """Return the card and the pictures that it shows, to be written as PICTURES/<key>.png beside it."""
+    """Return the card and its pictures, to be written beside it as PICTURES/<key>.png."""
     run = until(run, pushed.step)
     pictures = [one for one in pictures_of([run], [run.facts.name]) if one.key in ("loss", "held_out", "evaluations")]
     return public_text("\n".join(_lines(run, pushed, pictures))), pictures
@@ -101,7 +101,7 @@ def _lines(run: History, pushed: Pushed, pictures: Sequence[Picture]) -> Iterato
 
 
 def telling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a config that says what was trained, without folders of the machine."""
+    """Return the part of a config that describes the training, without folders of the machine."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -147,7 +147,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]] | Iterator[tupl
 
 
 def _cell(text: str) -> str:
-    """Escape what would end a cell or become markup."""
+    """Escape text that would end a cell or become markup."""
     text = printable(text).replace("\n", " ").replace("|", "\\|")
     return text.replace("<", "&lt;").replace("![", "!\\[").replace("](", "]\\(")
 

@@ -1,6 +1,6 @@
-"""The pictures of `lingua report`: one run, or several on top of each other; steps trained again are grey.
+"""Draw the pictures of `lingua report`: one run, or several on top of each other; repeated steps are gray.
 
-A curve of any length becomes at most N_PIECES points, each with the range of the values it stands for.
+A curve of any length becomes at most N_PIECES points, each with the range of the values that it represents.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _LOOKS = [(color, style) for style in draw.STYLES for color in SERIES]
 
 
 class Across(NamedTuple):
-    """The horizontal axis of losses."""
+    """The horizontal axis of a loss chart."""
 
     column: str = STEP
-    key: str = ""  # ending of the names of pictures' files
+    key: str = ""  # suffix of the picture's file name
     title: str = ""
     axis: str = "step"
-    unit: float = 1.0  # its size in that of the column
+    unit: float = 1.0  # size of its unit in that of the column
     note: str = ""
 
 
@@ -62,7 +62,7 @@ def pictures_of(runs: Sequence[History], names: Sequence[str]) -> list[Picture]:
 
 
 def _marked(picture: Picture, marks: Sequence[tuple[int, str]]) -> Picture:
-    """Add a thin line with the name of a phase where it begins."""
+    """Add a thin line with the name of each phase where it begins."""
 
     def make() -> Figure:
         figure = picture.make()
@@ -99,7 +99,7 @@ def _training(runs: Sequence[History], names: Sequence[str], over: Across) -> Pi
 
 
 def _course(runs: Sequence[History], names: Sequence[str]) -> Iterator[Picture | None]:
-    """Describe what is logged beside the loss."""
+    """Describe the metrics besides the loss."""
     if len(runs) == 1:
         heads = [_lines(runs, names, key)[0]._replace(name=f"head {i}", color=SERIES[i]) for i, key in enumerate(HEADS)]
         yield draw.line_chart("heads", "Training loss of each head", heads, "nats per token", "their sum is the loss")
@@ -126,7 +126,7 @@ def _scale_of(values: np.ndarray) -> str:
 
 
 def _lines(runs: Sequence[History], names: Sequence[str], key: str, over: Across = STEPS) -> list[Line]:
-    """Make a curve per run; the ranges of several would hide each other, so these show means of more steps only."""
+    """Return a curve per run. Several runs show only means, of more steps, since ranges would hide each other."""
     several, lines = len(runs) > 1, []
     curves = [curve(run.metrics, key, over.column) for run in runs]
     at_least = N_PIECES if key == _LR else MIN_PIECES_COMPARED if several else MIN_PIECES
@@ -154,7 +154,7 @@ def _noisy(x: Numbers, y: Numbers, at_least: int = MIN_PIECES) -> Thinned:
 
 
 def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Picture | None:
-    """Compare bits per byte of each source, as measured while training and by the evaluator."""
+    """Compare bits per byte of each source, as measured during training and by the evaluator."""
     several, lines = len(runs) > 1, []
     found = [
         (i, scores, how, style, key, key.removeprefix("validation/").removeprefix("documents/").removesuffix("/bpb"))
@@ -168,7 +168,7 @@ def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Pi
         scored = "whole documents" if key.startswith("documents/") else how
         parts = (names[i] if several else "", scored, source if len(sources) > 1 or not several else "")
         points, color = _scored(scores, key, runs[i], over), SERIES[(i if several else n) % len(SERIES)]
-        if several and len(sources) > 1:  # a color is a run's, so its sources differ by their style
+        if several and len(sources) > 1:  # colors stand for runs, so sources differ by style
             style = draw.STYLES[sources.index(source) % len(draw.STYLES)]
         lines.append(Line(": ".join(filter(None, parts)), points, color, style, dots=len(scores) <= 40))
     notes = [*(sources if several and len(sources) == 1 else []), *filter(None, [over.note])]
@@ -179,7 +179,7 @@ def _held_out(runs: Sequence[History], names: Sequence[str], over: Across) -> Pi
 
 
 def _evaluations(runs: Sequence[History], names: Sequence[str]) -> Iterator[Picture | None]:
-    """Describe scores of tasks: of one run in one picture, of several in a picture per task."""
+    """Describe task scores: in one picture for one run, in a picture per task for several."""
     found = dict.fromkeys(key for run in runs for key in keys_of(run.evaluations))
     keys = [key for key in found if key.startswith(("eval/", "core_eval/"))]  # the rest: held-out losses, error bars
     keys = sorted(keys, key=lambda key: "overall_avg" not in key)[:_MAX_SCORES]
@@ -206,7 +206,7 @@ _SPENT_COLORS = draw.GOOD, SERIES[0], SERIES[1], SERIES[3], SERIES[7], draw.BAD,
 
 
 def spent_picture(runs: Sequence[History], names: Sequence[str]) -> Picture | None:
-    """Describe where the time went: a bar per kind, or a divided one per run."""
+    """Describe where the time went: a bar per kind, or a stacked one per run."""
     seconds = {kind: np.array([run.seconds[kind] for run in runs]) for kind in SPENT}
     totals, is_alone = sum(seconds.values(), np.zeros(len(runs))), len(runs) == 1
     if not totals.any():
@@ -243,7 +243,7 @@ def brief(seconds: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Return (seconds, name) of the unit that suits a span."""
+    """Return (seconds, name) of a suitable unit for a span."""
     units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
     return next(((size, name) for size, name in units if seconds >= 3 * size), (1.0, "seconds"))
 
@@ -284,7 +284,7 @@ def time_line(run: History, prefix: str = "") -> Picture | None:
                     draw.plain(attempt.end), at, (-5, 6), textcoords="offset points", ha="right", fontsize=8.5, **style
                 )
         published = {(event.step, event.attempt) for event in run.events if event.kind == "published"}
-        resumed_from = {one.first_step for one in run.attempts[1:]}  # published, even if nobody noted it
+        resumed_from = {one.first_step for one in run.attempts[1:]}  # published, even without a record of it
         for kind, (marker, color, size, name) in _MARKS.items():
             some = [e for e in run.events if e.kind == kind and e.at_s <= max(ends)]
             if kind == "staged":
@@ -306,7 +306,7 @@ def time_line(run: History, prefix: str = "") -> Picture | None:
 
 
 def draw_over_time(axes: Axes, run: History, key: str, size_s: float, color: str, width: float) -> None:
-    """Draw a column of the metrics, a curve per attempt; in grey what was trained again."""
+    """Draw a column of the metrics, with one curve per attempt; repeated steps are gray."""
     for attempt in run.attempts:
         for tables, shade in (((run.metrics, run.undone), draw.FAINT), ((run.metrics,), color)):
             curves = [curve(table[table[ATTEMPT] == attempt.number], key, WHEN) for table in tables]

@@ -1,4 +1,4 @@
-"""A page about data, and its lines in a terminal, from what `lingua.data.inspect` counted."""
+"""Write a page about data, and a summary for a terminal, from the counts of `lingua.data.inspect`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def write_data_page(facts: Mapping[str, Any], file: Path) -> None:
 
 
 def sample(quality: Mapping[str, Any]) -> str:
-    """Say of which text the figures are that are not of all; empty if of all."""
+    """Describe the sample that some figures are computed from; empty if it is all of the text."""
     n_bytes, n = quality["looked_at"]["text_bytes"], quality["looked_at"]["documents"]
     return "" if n_bytes < LOOKED_AT_BYTES else f"of the first {human_bytes(n_bytes)} ({plural(n, 'document')})"
 
 
 def quality_lines(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return a few lines for a terminal, by their names."""
+    """Return a few facts for a terminal, by name."""
     quality, of_sample = facts["quality"], f"; {sample(facts['quality'])}".rstrip("; ")
     twice = quality["duplicates"]
     low, half, high = (human_bytes(quality[f"{n}_bytes"]) for n in ("percentile_10", "median", "percentile_90"))

@@ -1,6 +1,6 @@
-"""Compares runs: the keys of their configs, and the curves of two runs at the steps that both reported.
+"""Compare runs: the keys of their configs, and the curves of two runs at the steps that both reported.
 
-Equal means equal to the last bit. If a run went back to a checkpoint, its newest line of a step counts.
+Equal means equal to the last bit. If a run went back to a checkpoint, its newest line for a step counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Records = Sequence[Mapping[str, Any]]
 _OWN_KEYS = ("name", "dump_dir")  # always differ
 _ROWS = 12
 ABSENT: Any = object()
-"""The value of a key that only another config has."""
+"""Value of a key that a config does not have."""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -37,21 +37,21 @@ def config_differences(*configs: Mapping[str, Any]) -> dict[str, tuple[Any, ...]
 
 
 def shown(key: str, value: Any) -> str:
-    """Format a value of a config; `-` is ABSENT, and what may be a secret is masked."""
+    """Format a value of a config; ABSENT is `-`, and possible secrets are masked."""
     return "-" if value is ABSENT else public_value(key, value)
 
 
 def telling_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Label each config by what differs, such as `type=muon lr=0.004`; no labels if that is too long."""
+    """Label each config by its differences, such as `type=muon lr=0.004`; return [] if that is too long."""
     flat = [flatten(config) for config in configs]
     keys = [key for key, values in config_differences(*configs).items() if ABSENT not in values]
-    keys = [key for key in keys if rule_of(key) != "free"] or keys  # if possible, what changes what is learned
+    keys = [key for key in keys if rule_of(key) != "free"] or keys  # if possible, only keys that affect training
     labels = [public_text(label(public_tree({key: tree[key] for key in keys}))) for tree in flat]
     return labels if keys and max(map(len, labels)) <= 36 else []
 
 
 def curve(records: Records, key: str) -> dict[int, float]:
-    """Return the finite values of `key` by step; of a step that was trained twice, the newest."""
+    """Return the finite values of `key` by step, the newest of a step that was trained twice."""
     found = {record["global_step"]: record[key] for record in records if key in record}
     return {step: value for step, value in found.items() if value is not None}
 
@@ -68,14 +68,14 @@ def some_of(n: int) -> list[int]:
 
 
 def spell(value: Any) -> str:
-    """Format a value as people write it: 0.0003, text without quotes."""
+    """Format a value as people write it: 0.0003, and text without quotes."""
     if isinstance(value, float):
         return next(text for text in (f"{value:g}", repr(value)) if float(text) == value)
     return value if isinstance(value, str) else show(value)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Shorten keys to their last part where that is unique."""
+    """Shorten keys to their last part if it is unique."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 

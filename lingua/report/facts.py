@@ -1,7 +1,7 @@
-"""Reads a run folder as it is at this moment; decides nothing.
+"""Read the current state of a run folder, without judging it.
 
-A file that is missing, damaged or of another version counts as absent. Takes a dozen small files and the last 64 KiB
-of the metrics, however long the run is.
+A file that is missing, damaged or of another version counts as absent. Reads a dozen small files and the last 64 KiB of
+the metrics, however long the run is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lingua.scheduler import QueuedJob
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run folder says."""
+    """The contents of a run folder."""
 
     path: Path
     root: Path = Path()  # of its checkpoints
@@ -38,17 +38,17 @@ class RunFacts:
     attempt: Attempt | None = None  # the newest; `failures` and `job` are its own
     stop: dict[str, Any] | None = None
     stop_age_s: float | None = None
-    earlier: tuple[dict[str, Any] | None, ...] = ()  # stop.json of each attempt before; None: it was killed
+    earlier: tuple[dict[str, Any] | None, ...] = ()  # stop.json of each earlier attempt; None: it was killed
     failures: tuple[Failure, ...] = ()
     metrics: dict[str, Any] | None = None  # the last line
     metrics_age_s: float | None = None
     validation: dict[str, Any] | None = None
     evaluated_step: int | None = None
-    startup: dict[str, Any] | None = None  # of the newest attempt that has trained a step: seconds, parts, incarnation
+    startup: dict[str, Any] | None = None  # the newest attempt's that has trained a step: seconds, parts, incarnation
     checkpoint: int | None = None  # step of the newest published one
     checkpoint_age_s: float | None = None
-    in_memory: int | None = None  # newest step that is whole in this machine's memory; a start here resumes from it
-    job: QueuedJob | None = None  # None where Slurm does not know it
+    in_memory: int | None = None  # newest complete step in this machine's memory; an attempt here resumes from it
+    job: QueuedJob | None = None  # None if Slurm does not know it
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Draw pictures with matplotlib in the colours of a light or a dark page, and write them as PNG or SVG.
+"""Draw pictures with matplotlib in the colors of a light or a dark page, and write them as PNG or SVG.
 
 The same facts give the same bytes. matplotlib is imported when a picture is drawn; it needs no display.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SMALL, WIDE = (5.6, 3.3), (11.2, 4.0)  # inches; 9 points are readable at a page's width (small: also on a phone)
 LOG_FROM = 8  # ratio of the largest to the smallest value above which an axis is logarithmic
-N_VALUES = 12  # rows of the table of values below a line chart
+N_VALUES = 12  # rows in the table below a line chart
 STYLES = ("-", "--", ":", "-.")
 
 COLORS = {
@@ -37,7 +37,7 @@ COLORS = {
     "paper": ("#fffffe", "#18181a"), "bad": ("#c1121f", "#ff6b6b"), "good": ("#2e8b57", "#5fc98d"),
     "faint": ("#b9b9ba", "#5c5c5f"),
 }  # fmt: skip
-"""(light, dark) of each. `look` makes one half matplotlib's colour cycle, so C8 is `ink` on the page at hand."""
+"""(light, dark) by name. `look` makes one of them matplotlib's color cycle, so C8 is `ink` of the current page."""
 SERIES = [f"C{i}" for i in range(8)]
 INK, SOFT, GRID, PAPER, BAD, GOOD, FAINT = (f"C{i}" for i in range(8, 15))
 
@@ -62,27 +62,27 @@ def must_draw() -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, drawn anew for each format and colour scheme, and what a page says about it."""
+    """A figure, drawn for each format and color scheme, with its title and note."""
 
-    key: str  # name of its file, without the ending
+    key: str  # file name without suffix
     title: str
     note: str
     make: Callable[[], Figure]
     is_wide: bool = False
-    values: Sequence[Sequence[str]] = ()  # some of the points of a line chart as a table; first its heading
+    values: Sequence[Sequence[str]] = ()  # some points of a line chart as a table, after its heading
 
     def drawn(self, kind: str) -> bytes:
-        """Draw it as `svg` or `png`, in light colours."""
+        """Draw it as `svg` or `png`, in light colors."""
         with look():
             return _written(self.make(), kind)
 
     def uris(self) -> list[str]:
-        """Draw it for light and for dark pages, each as an address that holds the whole SVG."""
+        """Draw it for light and for dark pages, each as a data URI of the SVG."""
         found, places = [], []
         for dark in (False, True):
             with look(dark=dark):
                 figure = self.make()
-                if places:  # arranging takes as long as drawing
+                if places:  # the layout takes as long as drawing, so reuse it
                     figure.set_layout_engine("none")
                     for axes, place in zip(figure.axes, places, strict=True):
                         axes.set_position(place)
@@ -100,14 +100,14 @@ def _written(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
 
 @contextmanager
 def look(*, dark: bool = False) -> Iterator[None]:
-    """Set colours and fonts; figures are made and written inside."""
+    """Set colors and fonts for the figures that are made and written inside."""
     must_draw()
     from cycler import cycler
     from matplotlib import rc_context
 
     colors, style = cycler(color=[pair[dark] for pair in COLORS.values()]), Path(__file__).with_name("style.mplstyle")
     with rc_context({"axes.prop_cycle": colors}, fname=style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may use any script
         yield
 
 
@@ -120,20 +120,20 @@ def blank(size: tuple[float, float], n_columns: int = 1, **more: Any) -> tuple[F
 
 
 class Line(NamedTuple):
-    """A curve, or dots."""
+    """A curve or a set of dots."""
 
     name: str
     points: Thinned
     color: str
     style: str = "-"
-    dots: bool = False  # few points, each to be seen
+    dots: bool = False  # few points, each drawn
     is_back: bool = False  # faint, behind the others, and not in the table of values
 
 
 def line_chart(
     key: str, title: str, lines: Sequence[Line], y_title: str, note: str = "", *, percent: bool = False, **axis: Any
 ) -> Picture | None:
-    """Describe a chart of curves over a common axis; None if no curve has a point. `axis`: what `Axes.set` takes."""
+    """Describe a chart of curves over a common axis; None if no curve has a point. `axis`: arguments of `Axes.set`."""
     lines = [line for line in lines if len(line.points.x)]
     if not lines:
         return None
@@ -162,7 +162,7 @@ def line_chart(
 
 
 def _values_of(lines: Sequence[Line], x_title: str, y_title: str, form: str) -> list[Sequence[str]]:
-    """Tabulate the curves at a few places, each with the value of its nearest point, or - if that is far away."""
+    """Tabulate the curves at a few places, with the value of the nearest point, or - if that is far away."""
     if not lines:
         return []
     every = np.unique(np.concatenate([line.points.x for line in lines]))
@@ -177,14 +177,14 @@ def _values_of(lines: Sequence[Line], x_title: str, y_title: str, form: str) -> 
 
 
 def plain(name: str, length: int = 28) -> str:
-    """Make any name text of a picture: on one line, short, with its end kept, and never read as a formula."""
+    """Make a name safe for a picture: one short line that keeps its end and is never parsed as a formula."""
     name = " ".join(name.split())
     name = name if len(name) <= length else "..." + name[3 - length :]
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # "_": matplotlib would leave it out
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")  # matplotlib would omit "_..."
 
 
 def legend(axes: Axes, width: float = SMALL[0]) -> None:
-    """Name the curves above a picture so many inches wide, if there are several, and not too many."""
+    """Add a legend above a picture of `width` inches, if it has several curves, but not too many."""
     named = [name for name in axes.get_legend_handles_labels()[1] if not name.startswith("_")]
     if 1 < len(named) <= _MAX_LEGEND:
         letters = max(map(len, named)) + 6  # and a piece of the curve, and a gap
@@ -193,7 +193,7 @@ def legend(axes: Axes, width: float = SMALL[0]) -> None:
 
 
 def shown_range(curves: Sequence[Numbers], lowest: Sequence[Numbers] = ()) -> tuple[float, float] | None:
-    """Choose the vertical range for losses: the first twentieth of a curve does not stretch it, but `lowest` does."""
+    """Return the vertical range for losses, without the first twentieth of each curve, but with all of `lowest`."""
     shown = [curve[len(curve) // 20 :] for curve in curves if len(curve)]
     if not shown:
         return None
@@ -203,7 +203,7 @@ def shown_range(curves: Sequence[Numbers], lowest: Sequence[Numbers] = ()) -> tu
 
 
 def counted(n: float, _: float | None = None) -> str:
-    """Format 2500000000 as `2.5B`; also as matplotlib formats ticks."""
+    """Format 2500000000 as `2.5B`; also usable as a tick formatter of matplotlib."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.4g}{unit}"

@@ -1,7 +1,7 @@
-"""Builds the history of a run from its folder: every attempt, what came of its steps, and where the time went.
+"""Build the history of a run from its folder: every attempt, its steps, and where the time went.
 
-Only reads: a file that is missing, damaged or of an older version leaves a gap and no wrong figure. If a run went back
-to a checkpoint, what the newer attempt trained counts, and the rest is reported as lost.
+A file that is missing, damaged or of an older version leaves a gap, never a wrong figure. If a run went back to a
+checkpoint, the steps of the newer attempt count, and the others are reported as lost.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lingua.run.metrics import CHECKPOINT_FILE, EVAL_FILE, METRICS_FILE, SAMPLES
 from lingua.run.startup import EVENT, FIRST_STEP, parts_in
 
 LOSS, TOKENS = "loss/out", "optim/total_tokens"
-MEAN_LOSS = "loss/mean"  # of the steps since the line before; in a table of ours that of the step, where there is none
-HEADS = tuple(f"loss/head_{i}" for i in range(8))  # of a model that predicts several tokens: the first eight
+MEAN_LOSS = "loss/mean"  # over the steps since the previous line; `read_history` fills gaps with the step's own loss
+HEADS = tuple(f"loss/head_{i}" for i in range(8))  # the first eight heads of a model that predicts several tokens
 _STEP_S, _LOAD_S = "speed/curr_iter_time", "speed/data_load_time"
-TRAINED_S, _LOADED_S = "trained_s", "loaded_s"  # columns of our own
+TRAINED_S, _LOADED_S = "trained_s", "loaded_s"  # computed columns
 _LEARNT = (LOSS, MEAN_LOSS, "loss/above_floor", *HEADS, TOKENS, "optim/lr", "optim/grad_norm")
 _KEYS = (*_LEARNT, "speed/wps", "speed/mfu", "speed/hfu", _STEP_S, _LOAD_S, TRAINED_S, _LOADED_S)
 
@@ -43,34 +43,34 @@ SPENT = {
     "other": ("ending, unreported", "ending, and steps not reported yet"),
     "idle": ("not running", "not running"),
 }
-"""Kinds of time, in the order of the report: in a picture, and in a table."""
+"""Kinds of time in the order of the report: (name in a picture, name in a table)."""
 
 
 @dataclass(frozen=True)
 class PastAttempt(Attempt):
-    """An attempt and what came of it. None: no file says so."""
+    """An attempt and its outcome; None for facts that no file contains."""
 
-    begun_s: float | None = None  # when its first step began
-    ended_s: float | None = None  # its last sign of life; now, while it is running
+    begun_s: float | None = None  # start of its first step
+    ended_s: float | None = None  # its last heartbeat; now, while it is running
     first_step: int | None = None  # the step that it resumed from
-    last_step: int | None = None  # the last one that it reported
-    end: str = ""  # running, finished, killed, ...: in a word or two
-    startup: dict[str, float] = field(default_factory=dict)  # seconds by part, from its process to its first step
+    last_step: int | None = None  # the last step that it reported
+    end: str = ""  # running, finished, killed, ...
+    startup: dict[str, float] = field(default_factory=dict)  # seconds by part, from process start to first step
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to the checkpoint of a step."""
+    """An event in the life of a checkpoint."""
 
     kind: str
-    """staged (seconds: training was paused), published (from memory to the disk), failed, evaluated, given up."""
+    """staged (`seconds`: training paused), published (`seconds`: from memory to disk), failed, evaluated, given up."""
     step: int
     at_s: float
     attempt: int
     seconds: float | None = None
     size_bytes: int | None = None
     why: str = ""
-    """It failed; or training waited for all of a save."""
+    """Reason of a failure; `synchronous` if training waited for the whole save."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Sample:
-    """How the model continued a prompt."""
+    """A continuation of a prompt by the model."""
 
     step: int
     attempt: int
@@ -103,13 +103,13 @@ class History:
 
     facts: RunFacts
     attempts: list[PastAttempt]
-    metrics: Table  # the lines that count; TRAINED_S: seconds of training so far, without start-up, validation, saves
+    metrics: Table  # the lines that count; TRAINED_S: seconds of training so far, without startup, validation, saves
     undone: Table  # lines of steps that a later attempt trained again, or will train again
     events: list[Event]
     validations: list[Scores] = field(default_factory=list)
     evaluations: list[Scores] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    spent: list[dict[str, float]] = field(default_factory=list)  # seconds by kind, of each attempt; `idle` is after it
+    spent: list[dict[str, float]] = field(default_factory=list)  # seconds by kind of each attempt; `idle`: after it
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -120,7 +120,7 @@ class History:
         return min(attempt.began_s for attempt in self.attempts if attempt.began_s is not None)
 
     def at(self, steps: np.ndarray, key: str) -> np.ndarray:
-        """Return a column that grows with the steps at `steps`, interpolated between lines."""
+        """Return the values at `steps` of a column that grows with them, interpolated between lines."""
         xs, ys = curve(self.metrics, key)
         if len(xs) and self.attempts and self.attempts[0].first_step == 0:
             xs, ys = np.append(0.0, xs), np.append(0.0, ys)
@@ -134,17 +134,17 @@ def read_history(facts: RunFacts, me: Owner) -> History:
     notes = [r for r in records_in(facts.path / CHECKPOINT_FILE) if isinstance(r.get("event"), str)]
     validations = _scores(facts.path / VALIDATION_FILE)
     attempts = _read_attempts(facts, table, notes, validations, me)
-    for attempt in attempts:  # a line has the mean of the steps since the line before
+    for attempt in attempts:  # a line has the mean of the steps since the previous line
         mine = table[ATTEMPT] == attempt.number
         n_steps = np.maximum(np.diff(table[STEP][mine], prepend=attempt.first_step or 0), 0)
         for key, total in ((_STEP_S, TRAINED_S), (_LOAD_S, _LOADED_S)):
             table[total][mine] = np.nan_to_num(table[key][mine]) * n_steps
-        first = np.flatnonzero(mine)[:1]  # its first step counts as start-up
+        first = np.flatnonzero(mine)[:1]  # its first step counts as startup
         table[TRAINED_S][first] = np.maximum(table[TRAINED_S][first] - attempt.startup.get(FIRST_STEP, 0.0), 0.0)
     limits = limits_of(attempts)
     counts: np.ndarray = table[STEP] <= [limits.get(number, np.inf) for number in table[ATTEMPT].tolist()]
     for note in notes:
-        if note["event"] == "rewind" and ATTEMPT in note:  # what this attempt had trained beyond that step was undone
+        if note["event"] == "rewind" and ATTEMPT in note:  # this attempt's steps after that one were undone
             before = (table[ATTEMPT] == note[ATTEMPT]) & (table[WHEN] < when(note.get(WHEN)))
             counts &= ~(before & (table[STEP] > note[STEP]))
     metrics = table[counts]
@@ -165,9 +165,9 @@ def read_history(facts: RunFacts, me: Owner) -> History:
 def _read_attempts(
     facts: RunFacts, table: Table, notes: Sequence[Mapping[str, Any]], scores: Sequence[Scores], me: Owner
 ) -> list[PastAttempt]:
-    """Return every attempt that left a file or a line of metrics, the first one first.
+    """Return every attempt that left a file or a line of metrics, in order.
 
-    An attempt begins with its process, as its start-up does, where that is known; else when it took the folder.
+    An attempt begins with its process, as its startup does, if that is known; else when it locked the folder.
     """
     files = attempt_files(facts.path)
     begun = {note[ATTEMPT]: note for note in notes if note["event"] == "begun" and ATTEMPT in note}
@@ -209,7 +209,7 @@ def _number(value: Any) -> float | None:
 
 
 def in_order(attempts: Sequence[PastAttempt]) -> list[PastAttempt]:
-    """End each attempt when the next one begins: in a copied folder, the times of heartbeats are those of the copy."""
+    """End each attempt when the next one begins: in a copied folder, heartbeats have the times of the copy."""
     found = list(attempts)
     for i, later in enumerate(found[1:]):
         if later.began_s is not None and (found[i].ended_s or 0.0) > later.began_s:
@@ -218,7 +218,7 @@ def in_order(attempts: Sequence[PastAttempt]) -> list[PastAttempt]:
 
 
 def _end_of(number: int, facts: RunFacts, me: Owner) -> str:
-    """Say how an attempt ended, in a word or two."""
+    """Describe the end of an attempt in a word or two."""
     newest = number if facts.attempt is None else facts.attempt.number
     if number == newest:
         return "running" if is_alive(facts, me) else end_in_words(facts.stop, facts.failures)
@@ -226,7 +226,7 @@ def _end_of(number: int, facts: RunFacts, me: Owner) -> str:
 
 
 def end_in_words(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] = ()) -> str:
-    """Say how an attempt ended by its stop.json; without one it was killed, unless its ranks report a failure."""
+    """Describe the end of an attempt by its stop.json; without one it was killed, unless its ranks report a failure."""
     if stop is None:
         cause = root_cause(failures)
         return "killed" if cause is None else f"failed ({cause.kind})"
@@ -239,7 +239,7 @@ def end_in_words(stop: Mapping[str, Any] | None, failures: tuple[Failure, ...] =
 
 
 def limits_of(attempts: Sequence[PastAttempt]) -> dict[float, float]:
-    """Return the step up to which the work of each attempt counts: the lowest one that a later attempt resumed from."""
+    """Return the step up to which each attempt counts: the lowest one that a later attempt resumed from."""
     limits: dict[float, float] = {}
     limit = np.inf
     for attempt in reversed(attempts):
@@ -250,7 +250,7 @@ def limits_of(attempts: Sequence[PastAttempt]) -> dict[float, float]:
 
 
 def that_count(limits: Mapping[float, float], scores: Iterable[Counted]) -> list[Counted]:
-    """Drop the figures of steps that a later attempt trained again; return the newest of each step, ascending."""
+    """Drop scores of steps that a later attempt trained again; return the newest of each step, ascending."""
     newest = {one.step: one for one in scores if one.step <= limits.get(one.attempt, np.inf)}
     return [newest[step] for step in sorted(newest)]
 
@@ -258,7 +258,7 @@ def that_count(limits: Mapping[float, float], scores: Iterable[Counted]) -> list
 def _account(
     attempts: Sequence[PastAttempt], table: Table, counts: np.ndarray, scores: Sequence[Scores], notes: Iterable[Any]
 ) -> list[dict[str, float]]:
-    """Return the seconds of each attempt by kind. They add up to the time from its beginning to the next one's."""
+    """Return the seconds of each attempt by kind. They add up to the time from its start to the next one's."""
     saved: dict[Any, float] = {}
     for note in notes:
         if note["event"] in ("staged", "published") and note.get("bytes"):  # training waited for these
@@ -281,7 +281,7 @@ def _account(
             until_s = attempt.ended_s if attempt.begun_s is None else attempt.begun_s
             before_s = 0.0 if attempt.begun_s is None else _validated_s(attempt.number, until_s, scores)
             spent["starting"] = sum(attempt.startup.values()) or max(0.0, until_s - attempt.began_s - before_s)
-            if attempt.end == "killed" and len(lines):  # what it trained since its last line
+            if attempt.end == "killed" and len(lines):  # the time since its last line
                 spent["lost"] += max(0.0, attempt.ended_s - float(lines[WHEN][-1]))
             spent["other"] = max(0.0, all_s - sum(spent.values()))
         if later is not None and later.began_s is not None:
@@ -290,7 +290,7 @@ def _account(
 
 
 def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> Collection[Event]:
-    """Return what happened to checkpoints: from the trainer's notes, .done marks and folders of evaluations."""
+    """Return the events of checkpoints, from the trainer's notes, .done marks and folders of evaluations."""
     found: dict[Any, Event] = {}
 
     def add(kind: str, step: int, at_s: float, record: Mapping[str, Any], why: str = "error") -> None:
@@ -298,7 +298,7 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> Collection[E
         attempt = attempt if isinstance(attempt, int) else 0
         key = (kind, step, attempt) if kind == "published" else len(found)
         reason = str(record.get(why, "")) or ("synchronous" if record.get("synchronous") else "")
-        if key in found:  # its mark says nothing of that
+        if key in found:  # the mark has no reason
             reason = reason or found[key].why
         found[key] = Event(kind, step, at_s, attempt, seconds, record.get("bytes") or None, reason)
 
@@ -308,7 +308,7 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> Collection[E
     for step in done_steps(facts.root):
         mark = json_object_in(done_mark(facts.root, step)) or {}
         if is_number(mark.get("created_at")) and isinstance(mark.get(ATTEMPT), int):
-            add("published", step, mark["created_at"], mark)  # in place of a note: it has the exact time and size
+            add("published", step, mark["created_at"], mark)  # replaces a note: it has the exact time and size
     for folder in entries(facts.path / EVALS):
         step = parse_folder(folder.name)
         for name, kind in ((RESULTS, "evaluated"), (FAILED, "given up")):
@@ -319,7 +319,7 @@ def _events(facts: RunFacts, notes: Iterable[Mapping[str, Any]]) -> Collection[E
 
 
 def _scores(path: Path) -> list[Scores]:
-    """Read all figures of a file, in its order."""
+    """Read all scores of a file, in order."""
     found = []
     for record in records_in(path):
         values = {key: v for key, v in record.items() if "/" in key and is_number(v)}
@@ -329,7 +329,7 @@ def _scores(path: Path) -> list[Scores]:
 
 
 def _samples(path: Path) -> list[Sample]:
-    """Read all samples of a file, in its order."""
+    """Read all samples of a file, in order."""
     return [
         Sample(record[STEP], record.get(ATTEMPT, 0), str(record.get("prompt", "")), str(record.get("text", "")))
         for record in records_in(path)
@@ -337,5 +337,5 @@ def _samples(path: Path) -> list[Sample]:
 
 
 def keys_of(scores: Collection[Scores]) -> list[str]:
-    """Return the names of all figures, in order of first appearance."""
+    """Return the names of all scores, in order of first appearance."""
     return list(dict.fromkeys(key for one in scores for key in one.values))

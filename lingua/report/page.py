@@ -1,7 +1,7 @@
 """`lingua report`: one page about a run, or about several next to each other.
 
-It is made from the run folders alone, without network or torch, also while a run is going. Templates escape whatever
-comes from a run, and values that may be secrets are masked.
+It is made only from the run folders, without network or torch, also while a run is training. Templates escape all text
+from a run, and values that may be secrets are masked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lingua.run.startup import in_words
 
 
 def write_report(runs: Sequence[History], out: Path | None, png: Path | None) -> tuple[Path, list[Path]]:
-    """Write the page and, into the folder `png`, its pictures; return their paths. Raises RunError."""
+    """Write the page and, if given, its pictures to the folder `png`; return their paths. Raises RunError."""
     if png is not None:
         must_draw()
     file = out or (runs[0].facts.path / "report.html" if len(runs) == 1 else Path("lingua-report.html"))
@@ -72,7 +72,7 @@ def as_record(runs: Sequence[History]) -> list[dict[str, Any]]:
 
 
 def names_of(runs: Sequence[History]) -> list[str]:
-    """Return a short name for each run, no two alike."""
+    """Return a short, unique name for each run."""
     names = [run.facts.name for run in runs]
     for other in (lambda path: path.name, str):
         if len(set(names)) < len(names):
@@ -81,7 +81,7 @@ def names_of(runs: Sequence[History]) -> list[str]:
 
 
 def report_page(runs: Sequence[History]) -> tuple[str, list[Picture]]:
-    """Return the HTML and the pictures in it."""
+    """Return the HTML and its pictures."""
     names, is_alone, configs = names_of(runs), len(runs) == 1, [run.facts.config for run in runs]
     differing = telling_labels(configs)
     labels = [f"{name}: {values}" for name, values in zip(names, differing, strict=True)] if differing else names
@@ -104,7 +104,7 @@ def report_page(runs: Sequence[History]) -> tuple[str, list[Picture]]:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of the library; whatever `values` hold is escaped."""
+    """Fill in a template of the library; `values` are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     look: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
@@ -136,7 +136,7 @@ def render(template: str, **values: Any) -> str:
 def _clock(at_s: float) -> str:
     try:
         return datetime.fromtimestamp(at_s, tz=UTC).strftime("%m-%d %H:%M:%S")
-    except (OSError, OverflowError, ValueError):  # of no year that there is
+    except (OSError, OverflowError, ValueError):  # outside of the years that datetime supports
         return "-"
 
 
@@ -145,7 +145,7 @@ def _or_dash(spelled: Callable[..., str]) -> Callable[..., str]:
 
 
 def _view(run: History, name: str, line: Picture | None) -> dict[str, Any]:
-    """Collect what the templates show of one run."""
+    """Collect the values that templates show of one run."""
     status = status_of(run.facts, this_process())
     values = {key: curve(run.metrics, key)[1] for key in (MEAN_LOSS, "speed/wps", "speed/mfu")}
     bpb = [value for one in run.validations[-1:] for key, value in one.values.items() if key.endswith("/bpb")]
@@ -166,16 +166,16 @@ def _view(run: History, name: str, line: Picture | None) -> dict[str, Any]:
 
 
 def _config(run: History) -> Iterator[tuple[str, str, str]]:
-    """Yield (key, value, where it came from) of every key."""
+    """Yield (key, value, origin) of every key."""
     origins = read_leniently(run.facts.path / ORIGIN_FILE)
     for key, value in flatten(run.facts.config).items():
         inside = (place for leaf, place in origins.items() if leaf == key or leaf.startswith(f"{key}."))
-        nowhere = "default" if origins and value in ([], {}) else "-"  # a list's items have places, an empty one none
+        nowhere = "default" if origins and value in ([], {}) else "-"  # only items of a list have origins
         yield key, shown(key, value), str(next(inside, nowhere))
 
 
 def config_changes(run_dir: Path) -> Iterator[tuple[str, ...]]:
-    """Yield (attempt, key, value before, value after) of each key that a later attempt changed."""
+    """Yield (attempt, key, old value, new value) of each key that a later attempt changed."""
     kept = kept_configs(run_dir)
     trees = [read_leniently(path) for path in (*kept.values(), run_dir / CONFIG_FILE)]
     for number, (before, after) in zip(kept, pairwise(trees), strict=True):

@@ -1,6 +1,6 @@
-"""Metrics files as columns of numbers, however long they are, and thinned for a picture.
+"""Read metrics files of any length as columns of numbers, and thin them out for pictures.
 
-A million lines of 0.75 kB take 9 s of a core, and 8 bytes per key and line.
+A million lines of 0.75 kB take 9 s on one core, and 8 bytes per key and line.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lingua.run.metrics import is_number, record_in
 
 Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]
 Table = np.ndarray[tuple[int], np.dtype[np.void]]
-"""Lines of a file with named columns: `table["loss/out"]`; NaN where a line lacks a key. WHEN is in Unix seconds."""
+"""Lines of a file with named columns: `table["loss/out"]`; NaN if a line lacks a key. WHEN is in Unix seconds."""
 STEP, ATTEMPT, WHEN = "global_step", "incarnation", "created_at"
 MAX_PROBES = 400
-_STATS = ("rms", "std", "mean", "max")  # the first of these that was probed is shown, else any
+_STATS = ("rms", "std", "mean", "max")  # the first of these that was probed is shown, else another one
 
 
 def records_in(path: Path, every: int = 1) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics file that have a step, of every n-th line; none if it cannot be read."""
+    """Yield the records with a step of every n-th line of a metrics file; none if it cannot be read."""
     with suppress(OSError), path.open("rb") as file:
         for line in islice(file, 0, None, every):
             record = record_in(line)
@@ -35,7 +35,7 @@ def records_in(path: Path, every: int = 1) -> Iterator[dict[str, Any]]:
 
 
 def read_table(path: Path, keys: Sequence[str]) -> Table:
-    """Read columns of a metrics file: step, attempt, time, and `keys`."""
+    """Read the columns of a metrics file: step, attempt, time, and `keys`."""
     names = (STEP, ATTEMPT, *keys)
     rows = (
         (*(value if is_number(value := record.get(name)) else math.nan for name in names), when(record.get(WHEN)))
@@ -51,7 +51,7 @@ def curve(table: Table, key: str, x: str = STEP) -> tuple[Numbers, Numbers]:
 
 
 def unbroken(x: Numbers, y: Numbers) -> list[tuple[Numbers, Numbers]]:
-    """Cut a curve where it goes back, or leaves out more than a step between two lines."""
+    """Cut a curve where it goes back or has a gap."""
     gaps = np.diff(x)
     cuts = np.flatnonzero((gaps <= 0) | (gaps > 2 * np.median(np.abs(gaps)))) + 1 if len(gaps) else []
     return list(zip(np.split(x, cuts), np.split(y, cuts), strict=True))
@@ -66,7 +66,7 @@ def when(text: object) -> float:
 
 
 class Thinned(NamedTuple):
-    """A curve of few points: the mean of each piece, its lowest and its highest value."""
+    """A curve of few points: the mean, the lowest and the highest value of each piece."""
 
     x: Numbers
     mean: Numbers
@@ -75,7 +75,7 @@ class Thinned(NamedTuple):
 
 
 def thinned(x: Numbers, y: Numbers, n_pieces: int) -> Thinned:
-    """Downsample a curve of finite values to at most n_pieces pieces of equally many points."""
+    """Downsample a curve of finite values to at most n_pieces pieces with about the same number of points."""
     if len(x) <= n_pieces:
         return Thinned(x, y, y, y)
     begins = np.linspace(0, len(x), n_pieces, endpoint=False).astype(np.intp)
@@ -86,17 +86,17 @@ def thinned(x: Numbers, y: Numbers, n_pieces: int) -> Thinned:
 
 
 class HeatMap(NamedTuple):
-    """One statistic of one quantity of each layer."""
+    """One statistic of one quantity for each layer."""
 
     quantity: str
     stat: str
     layers: list[str]
     steps: Numbers
-    values: np.ndarray  # (layers, steps); NaN where nothing was probed
+    values: np.ndarray  # (layers, steps); NaN if not probed
 
 
 def read_probes(path: Path) -> list[HeatMap]:
-    """Read `probe.jsonl`: a table per quantity, of at most MAX_PROBES steps. The newest record of a step counts."""
+    """Read `probe.jsonl`: a heat map per quantity, of at most MAX_PROBES steps. The newest record of a step counts."""
     every = max(1, math.ceil(sum(1 for _ in records_in(path)) / MAX_PROBES))
     kept = {record[STEP]: {k: v for k, v in record.items() if is_number(v)} for record in records_in(path, every)}
     steps = sorted(kept)

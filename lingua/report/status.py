@@ -1,4 +1,4 @@
-"""Says how a run is doing and why it ended: pure functions of `RunFacts`."""
+"""Describe the state of a run and why it ended: pure functions of `RunFacts`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lingua.run.lock import DEAD_AFTER_S, Owner
 from lingua.run.startup import parts_in
 from lingua.scheduler import ACCOUNTS
 
-_SILENT_S = 3 * DEAD_AFTER_S  # another machine's view of a shared disk may be a minute old, and so may its clock
+_SILENT_S = 3 * DEAD_AFTER_S  # another machine's view of a shared disk may lag by a minute, and so may its clock
 LIVING = ("running", "starting")
 
 
 @dataclass(frozen=True)
 class Status:
-    """The figures of a run, as `--json` prints them. None: not known (yet)."""
+    """The figures of a run, as `--json` prints them; None if not known (yet)."""
 
     path: str
     name: str
@@ -29,9 +29,9 @@ class Status:
     """new, starting, running, queued, finished, saved (after a signal; to be resumed), stopped, failed, killed."""
     step: int | None
     n_steps: int | None
-    loss: float | None  # mean since the line of metrics before, as in the log
-    tokens_per_s: float | None  # per device; None unless it runs, as left_s
-    left_s: float | None  # of training, at this speed
+    loss: float | None  # mean since the previous line of metrics, as in the log
+    tokens_per_s: float | None  # per device; None unless it runs, like left_s
+    left_s: float | None  # remaining training time at this speed
     metrics_age_s: float | None
     checkpoint: int | None
     checkpoint_age_s: float | None
@@ -42,14 +42,14 @@ class Status:
     host: str
     job: str
     job_state: str
-    job_left: str  # of its time limit, as Slurm writes it
-    kind: str | None  # of the failure
-    startup: dict[str, float] | None = None  # seconds by part, of the newest attempt once it has trained a step
-    phase: str | None = None  # that does the next step, and where it ends: `anneal, to step 1000`
+    job_left: str  # rest of its time limit, in Slurm's format
+    kind: str | None  # kind of failure
+    startup: dict[str, float] | None = None  # seconds by part of the newest attempt, once it has trained a step
+    phase: str | None = None  # phase of the next step, and its end: `anneal, to step 1000`
 
 
 def is_alive(facts: RunFacts, me: Owner) -> bool:
-    """Return whether the newest attempt still owns the folder, as far as can be seen from here."""
+    """Return whether the newest attempt still owns the folder, as far as this machine can tell."""
     return facts.attempt is not None and facts.attempt.is_alive(me, facts.now_s, _SILENT_S)
 
 
@@ -69,7 +69,7 @@ def state_of(facts: RunFacts, me: Owner) -> str:
 
 
 def has_trained(facts: RunFacts, status: Status) -> bool:
-    """Return whether a run is more than attempts that failed before training."""
+    """Return whether any attempt of a run got further than a failure before training."""
     ended = [*facts.earlier, facts.stop]
     return status.state != "failed" or status.step is not None or any(s is None or "step" in s for s in ended)
 
@@ -110,7 +110,7 @@ def status_of(facts: RunFacts, me: Owner) -> Status:
 
 
 def _startup(facts: RunFacts) -> dict[str, float] | None:
-    """Return what the start of the newest attempt took: seconds by part, and as `s` in all."""
+    """Return the startup time of the newest attempt: seconds by part, and the total as `s`."""
     note = facts.startup
     if note is None or facts.attempt is None or note.get("incarnation") != facts.attempt.number:
         return None
@@ -118,7 +118,7 @@ def _startup(facts: RunFacts) -> dict[str, float] | None:
 
 
 def phases_in(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Return (name, updates done when it begins, when it ends) of each phase in a frozen config."""
+    """Return (name, updates before it, its last update) of each phase in a frozen config."""
     listed = config.get("phases")
     found, first = [], 0
     for phase in listed if isinstance(listed, list) else ():
@@ -130,12 +130,12 @@ def phases_in(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def root_cause(failures: tuple[Failure, ...]) -> Failure | None:
-    """Return the failure that caused the others: it blames no other rank; a lost connection comes last, then time."""
+    """Return the failure that caused the others: blaming no other rank, not a lost connection, the earliest."""
     return min(failures, key=lambda f: (f.because_of_rank is not None, f.kind == "nccl", f.time, f.rank), default=None)
 
 
 def describe(status: Status) -> list[str]:
-    """Describe a run in a few lines, the first of them its path and state."""
+    """Describe a run in a few lines, first its path and state."""
     one, step = status, figure(status.step or 0, ",")
     if one.n_steps:
         step += f" of {one.n_steps:,}" + ("" if one.step is None else f" ({one.step / one.n_steps:.0%})")
@@ -243,7 +243,7 @@ def _where(facts: RunFacts, status: Status, cause: Failure | None) -> str:
 
 
 def _unsaved(facts: RunFacts) -> str:
-    """Return why the last step is not on the disk, as a stopped run said."""
+    """Return why the last step of a stopped run is not on disk, as its stop.json says."""
     return str((facts.stop or {}).get("unsaved") or "")
 
 
@@ -265,7 +265,7 @@ def _saved(facts: RunFacts, status: Status) -> str:
     again = max(0, (status.step or 0) - status.checkpoint)
     otherwise = f"{again:,} steps will be trained again" if again else "no step is lost"
     lost = {
-        "killed": "later steps will be trained again",  # the newest ones may not be in the metrics
+        "killed": "later steps will be trained again",  # the newest may not be in the metrics
         **dict.fromkeys(LIVING, f"if it is killed now, {again:,} steps will be trained again"),
     }.get(status.state, otherwise)
     return f"checkpoint {_checkpoint(status, '')}; {lost}"

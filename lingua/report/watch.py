@@ -1,6 +1,6 @@
-"""A live view of runs for a terminal, also over ssh: loss curve, speed, time left, checkpoints and evaluations.
+"""Show a live view of runs in a terminal, also over ssh: loss curve, speed, time left, checkpoints, evaluations.
 
-It reads run folders alone, and of the metrics only what is new since the last look.
+It reads only run folders, and only new lines of the metrics.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lingua.report.status import LIVING, Status, state_text
 from lingua.run.metrics import EVAL_FILE, METRICS_FILE, SAMPLES_FILE, is_number, last_line, record_in
 
 PANEL_COLUMNS, PANEL_LINES = 38, 14
-"""A run gets at least so much of the screen, or all runs become rows of a table."""
+"""Minimum part of the screen for a run; if there is less, all runs become rows of a table."""
 _STYLES = {"running": "green", "starting": "yellow", "queued": "yellow", "finished": "cyan", "failed": "red"}
 _STYLES |= {"killed": "red"}
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille sign, by column and row
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # dots of a braille character, by column and row
 _BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#"
 
 
 @dataclass
 class Losses:
-    """The losses that count of a run, read as its metrics file grows."""
+    """The losses of a run that count, read as its metrics file grows."""
 
     run_dir: Path
     steps: array[float] = field(default_factory=lambda: array("d"))
@@ -42,10 +42,10 @@ class Losses:
     _offset: int = 0
 
     def read(self) -> None:
-        """Take what was appended since; a line that is not whole yet waits for the next time."""
+        """Read the lines appended since the last call; an incomplete line waits for the next one."""
         try:
             with (self.run_dir / METRICS_FILE).open("rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:  # another run took the folder
+                if os.fstat(file.fileno()).st_size < self._offset:  # another run uses the folder now
                     self.steps, self.values, self._offset = array("d"), array("d"), 0
                 file.seek(self._offset)
                 for line in file:
@@ -53,7 +53,7 @@ class Losses:
                         break
                     self._offset += len(line)
                     self._take(line)
-        except OSError:  # not there yet, or a disk that hangs: the next look tries again
+        except OSError:  # does not exist yet, or the disk hangs: the next call tries again
             return
 
     def _take(self, line: bytes) -> None:
@@ -68,18 +68,18 @@ class Losses:
         self.values.append(record[MEAN_LOSS] if is_number(record.get(MEAN_LOSS)) else record[LOSS])
 
 
-# -- pictures in characters ----------------------------------------------------------------------------------------
+# -- text charts ---------------------------------------------------------------------------------------------------
 
 
 def pieces(values: Sequence[float], n: int) -> list[float]:
-    """Return the means of at most n pieces of equal length."""
+    """Return the means of at most n pieces of about equal length."""
     n = min(n, len(values))
     limits = [round(i * len(values) / n) for i in range(n + 1)] if n else []
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(limits)]
 
 
 def limits_of(values: Sequence[float]) -> tuple[float, float]:
-    """Return the range to draw: without the first twentieth, in which a loss falls from far above."""
+    """Return the range to draw, without the first twentieth, in which a loss falls steeply."""
     later = values[len(values) // 20 :]
     low, high = min(later), max(later)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
@@ -96,7 +96,7 @@ def bars(values: Sequence[float], width: int, *, plain: bool = False) -> str:
 
 
 def plot(steps: Sequence[float], values: Sequence[float], width: int, height: int, *, plain: bool = False) -> list[str]:
-    """Draw a curve in lines of `width` characters, with its range at the left and the steps below."""
+    """Draw a curve in lines of `width` characters, with its range on the left and the steps below."""
     if not values:
         return []
     low, high = limits_of(pieces(values, 400))
@@ -127,12 +127,12 @@ def plot(steps: Sequence[float], values: Sequence[float], width: int, height: in
     return [*lines, " " * edge + begin + end.rjust(max(len(end) + 1, width - edge - len(begin)))]
 
 
-# -- a screen ------------------------------------------------------------------------------------------------------
+# -- screen --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What the screen shows of a run."""
+    """A run on the screen."""
 
     label: str
     facts: RunFacts
@@ -141,7 +141,7 @@ class Watched:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Figures of the newest evaluation that people ask for first."""
+        """Main figures of the newest evaluation."""
         found = last_line(self.facts.path / EVAL_FILE) or {}
         return {key: value for key, value in found.items() if "/" in key and key.endswith(("/acc", "/bpb", "_avg"))}
 
@@ -152,7 +152,7 @@ class Watched:
 
 
 class Screen:
-    """All watched runs, as large as the terminal is: side by side, or rows of a table where there are too many."""
+    """All watched runs, in the size of the terminal: side by side, or as rows of a table if there are too many."""
 
     def __init__(self, title: str, runs: Sequence[Watched]) -> None:
         self.title, self.runs = title, runs
@@ -199,7 +199,7 @@ class Screen:
 
 
 def held_out(validation: Mapping[str, float]) -> float | None:
-    """Return held-out bits per byte, the mean of the sources."""
+    """Return the mean held-out bits per byte of the sources."""
     found = [value for key, value in validation.items() if key.endswith("/bpb")]
     return sum(found) / len(found) if found else None
 
@@ -217,7 +217,7 @@ def _left(status: Status) -> str:
 
 
 def _panel(run: Watched, width: int, height: int, plain: bool) -> RenderableType:
-    """Return one run in at most `height` lines."""
+    """Render one run in at most `height` lines."""
     one = run.status
     name = _shown(run.label, plain)[: max(10, width - len(state_text(one)) - 2)]
     head = Text(name, style="bold", no_wrap=True)
@@ -249,7 +249,7 @@ def _panel(run: Watched, width: int, height: int, plain: bool) -> RenderableType
 
 
 def wrapped(parts: Iterable[str], width: int) -> list[str]:
-    """Put facts into lines, none of them cut where it fits into one."""
+    """Arrange facts in lines, cutting only those that do not fit in one."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 3 + len(part) <= width:
@@ -260,11 +260,11 @@ def wrapped(parts: Iterable[str], width: int) -> list[str]:
 
 
 def _shown(text: str, plain: bool) -> str:
-    """Escape what the terminal would obey or cannot show."""
+    """Escape control characters and, if `plain`, all that is not ASCII."""
     return printable(text).encode("ascii", "replace").decode() if plain else printable(text)
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """Cut a text into lines of the screen, with blanks for tabs."""
+    """Fold a text into lines of the screen, with spaces for tabs."""
     whole = [line.expandtabs(4) for line in text.splitlines()]
     return [line[i : i + width] for line in whole for i in range(0, max(len(line), 1), width)]

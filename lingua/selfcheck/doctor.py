@@ -1,7 +1,7 @@
-"""`lingua doctor`: what this machine can do for training, and what is wrong with it.
+"""`lingua doctor`: what this machine offers for training, and what is wrong with it.
 
-`examine` gathers facts and changes nothing but a probe file on the disk; the judgements are pure functions of facts.
-Every row that is wrong has a remedy. What a login node lacks (a GPU) is not wrong. Imports torch; a few seconds.
+`examine` gathers facts and changes nothing except a probe file on the disk; the judgments are pure functions of facts.
+Every row that is wrong has a remedy. Lack of a GPU, as on a login node, is not wrong. Imports torch; takes seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Diagnosis:
     remedy: str = ""
 
 
-# -- judgements ----------------------------------------------------------------------------------------------------
+# -- judgments -----------------------------------------------------------------------------------------------------
 
 
 def judge_torch(version: str, python: tuple[int, int]) -> list[Diagnosis]:
@@ -49,7 +49,7 @@ def judge_torch(version: str, python: tuple[int, int]) -> list[Diagnosis]:
 
 
 def judge_gpus(names: list[str], built_for: str | None, driver_there: bool) -> Diagnosis:
-    """`built_for`: the CUDA version of this torch."""
+    """Judge the GPUs. `built_for`: the CUDA version of this torch."""
     if names:
         counted = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
         return Diagnosis("cuda", "ok", f"{counted}; torch is built for CUDA {built_for}")
@@ -76,7 +76,7 @@ def judge_shm(kind: str | None, size: int, free: int, private: str | None) -> Di
 
 
 def judge_disk(folder: Path, kind: str | None, free: int, seconds: float, problem: str | None) -> Diagnosis:
-    """`seconds`: to write, flush and read back node_check's probe."""
+    """Judge the disk. `seconds`: time to write, flush and read back node_check's probe."""
     speed = f"{human_bytes(PROBE_BYTES)} there and back in {seconds:.2f} s"
     row = Diagnosis(f"disk {folder}", "ok", f"{kind or 'unknown'}, {human_bytes(free)} free, {speed}")
     if problem is not None:
@@ -92,7 +92,7 @@ def judge_disk(folder: Path, kind: str | None, free: int, seconds: float, proble
 
 
 def judge_kernels(plain: Mapping[str, str | None], documents: Mapping[str, str | None]) -> Diagnosis:
-    """By kernel, why it cannot be used here, without and with data.doc_mask; None: it can."""
+    """List the attention kernels. Takes, by kernel, why it cannot be used here, without and with data.doc_mask."""
     usable, packed = (
         ", ".join(name for name, reason in refusals.items() if reason is None) for refusals in (plain, documents)
     )
@@ -107,14 +107,14 @@ def mounted_as(path: Path, mounts: str) -> str | None:
     best: tuple[int, str] | None = None
     for line in mounts.splitlines():
         _, point, kind, *_ = line.split()
-        point = point.encode().decode("unicode_escape")  # \040 for a blank
+        point = point.encode().decode("unicode_escape")  # \040 stands for a space
         if path.is_relative_to(point) and (best is None or len(point) >= best[0]):
             best = (len(point), kind)
     return best[1] if best is not None else None
 
 
 def examine(folder: Path) -> list[Diagnosis]:
-    """Examine this machine; `folder` is where run folders are to be."""
+    """Examine this machine; `folder` is the place for run folders."""
     mounts, space = Path("/proc/mounts").read_text(), shutil.disk_usage(SHM)
     limit, used = memory_limit(Path("/proc/self/cgroup").read_text())
     memory = "no limit but the machine's"

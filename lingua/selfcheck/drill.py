@@ -1,7 +1,7 @@
-"""`lingua drill`, the work: train a small run, inject faults again and again, compare it with an undisturbed run.
+"""Carry out `lingua drill`: train a small run, inject faults repeatedly, compare it with an undisturbed run.
 
-It does only what users of a cluster may do to their own jobs, and ends whatever it started, also after Ctrl-C. Times
-are those of the run folder's file server, since clocks of nodes differ.
+It does only what users of a cluster may do to their own jobs, and ends everything that it started, even after Ctrl-C.
+Times are those of the run folder's file server, since clocks of nodes differ.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 ASK_S = 1.0
-"""Between two questions to Slurm's controller."""
+"""Interval between queries to Slurm's controller."""
 SETTLED_S = 5.0
-"""How long a job must be over before it counts as such: a job that is requeued passes through the same states."""
+"""How long a job must be over before it counts as ended, since a requeued job passes through the same states."""
 END_WITHIN_S = 300.0
-"""A cancelled job that is not over by then has come back: longer than any KillWait."""
+"""A cancelled job that is not over by then has come back; longer than any KillWait."""
 
 
-# -- what can be seen ----------------------------------------------------------------------------------------------
+# -- observation ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class RunWatch:
-    """What was seen in a run folder so far."""
+    """Observations of a run folder so far."""
 
     run_dir: Path
     published: dict[int, tuple[int, float]] = field(default_factory=dict)
-    """(attempt, time of its mark) of every checkpoint that was ever seen, by step."""
+    """(attempt, time of its mark) of every checkpoint ever seen, by step."""
     lost: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -65,7 +65,7 @@ class RunWatch:
         return max(self.published, default=0)
 
     def look(self) -> tuple[int, int]:
-        """Look again; returns (attempt that wrote the newest metrics, their step), (0, 0) before the first."""
+        """Update; return (attempt that wrote the newest metrics, their step), or (0, 0) before the first."""
         newest, done = self.newest, layout.done_steps(self.root)
         for step in set(done) - set(self.published):
             with contextlib.suppress(FileNotFoundError, RunError):  # retention was faster
@@ -77,18 +77,18 @@ class RunWatch:
         return int(record.get("incarnation", 0)), int(record.get("global_step", 0))
 
     def newest_of(self, attempt: int) -> int | None:
-        """Return the newest checkpoint that attempts up to this one have published."""
+        """Return the newest checkpoint published by attempts up to this one."""
         return max((step for step, (by, _) in self.published.items() if by <= attempt), default=None)
 
     def server_time_s(self) -> float:
-        """Return the time by the disk's own clock."""
+        """Return the time of the disk's clock."""
         probe = self.run_dir / ".clock"
         write_whole(probe, b"")
         os.utime(probe)
         return probe.stat().st_mtime
 
     def verify(self) -> None:
-        """Read every checkpoint, and count those that are damaged as lost."""
+        """Read every checkpoint, and count damaged ones as lost."""
         for step in layout.done_steps(self.root):
             try:
                 facts = publish.read_marked_manifest(self.root, step)
@@ -100,7 +100,7 @@ class RunWatch:
 
 
 def differences(disturbed: Path, undisturbed: Path, step: int) -> list[str]:
-    """Return how two runs differ up to a step: files of its checkpoint, and losses."""
+    """Return the differences of two runs up to a step: in files of its checkpoint, and in losses."""
     left, right = (publish.read_marked_manifest(run / layout.CHECKPOINTS, step) for run in (disturbed, undisturbed))
     found = [f"{name} of checkpoint {step}" for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
     expected = losses(undisturbed)
@@ -123,11 +123,11 @@ def losses(run_dir: Path) -> dict[int, set[float]]:
 
 
 class OnSlurm:
-    """Runs of the drill are jobs of this user."""
+    """Runs the drill as jobs of this user."""
 
     kinds: Sequence[str] = (*SAVING, "KILL", "requeue", "service")
     requeues = True
-    """Whether a run is expected to come back by itself."""
+    """Whether a run should come back by itself."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class OnSlurm:
         self._job_id, self._over_since_s = submit_run(script, launcher, run=self._run), float("inf")
 
     def inject(self, kind: str, run_dir: Path) -> str:
-        """Inject a fault; returns Slurm's words if it refuses."""
+        """Inject a fault; return Slurm's message if it refuses."""
         try:
             if kind == "requeue":
                 scheduler.requeue(self._job_id, run=self._run)
@@ -158,7 +158,7 @@ class OnSlurm:
         return ""
 
     def is_over(self) -> bool:
-        """Return whether the run has ended and does not come back by itself."""
+        """Return whether the run has ended and will not come back by itself."""
         now_s = self._now()
         if now_s - self._asked_s >= ASK_S:
             self._asked_s = now_s
@@ -166,7 +166,7 @@ class OnSlurm:
         return now_s - self._over_since_s > SETTLED_S
 
     def why_over(self, run_dir: Path) -> tuple[bool, str]:
-        """Return (whether the cluster is responsible for that, how the job ended), of a run that is over."""
+        """Return (whether the cluster caused the end of the run, how the job ended)."""
         if (state := self._state()).taken_away:
             return True, f"job {self._job_id} is {state.name}"
         path = run_dir / RANK_LOGS / f"{self._job_id}.out"
@@ -186,7 +186,7 @@ class OnSlurm:
             return scheduler.JobState()
 
     def end(self) -> bool:
-        """End the run as a person does, wait, and return whether it stayed ended."""
+        """End the run as a user does, wait, and return whether it stayed ended."""
         scheduler.cancel(address=self._job_id, run=self._run)
         until_s = self._now() + END_WITHIN_S
         while not self.is_over():
@@ -196,7 +196,7 @@ class OnSlurm:
         return self._state().taken_away
 
     def close(self) -> None:
-        """Leave no job behind."""
+        """Cancel the job if it is not over."""
         if self._job_id and not self._state().over:
             scheduler.cancel(address=self._job_id, run=self._run)
 
@@ -209,7 +209,7 @@ class OnSlurm:
 
 
 class OnThisMachine:
-    """Runs of the drill are processes here, without Slurm: nobody starts them again, so the drill does."""
+    """Runs the drill as processes on this machine, without Slurm; the drill itself restarts them."""
 
     kinds: Sequence[str] = (*SAVING, "KILL", "service")
     requeues = False
@@ -237,7 +237,7 @@ class OnThisMachine:
                 return "no checkpoint service runs"
             os.kill(pid, signal.SIGKILL)
         else:
-            self._process.send_signal(signal.Signals[f"SIG{kind}"])  # its ranks die with it
+            self._process.send_signal(signal.Signals[f"SIG{kind}"])  # the ranks die with it
         return ""
 
     def is_over(self) -> bool:
@@ -264,7 +264,7 @@ class OnThisMachine:
 
 
 class OutOfPatienceError(RunError):
-    """The run has not done what the drill waits for."""
+    """The run did not reach the state that the drill waits for."""
 
 
 @dataclass
@@ -286,7 +286,7 @@ class Drill:
         self._not_requeued = ""
 
     def run(self, seed: int) -> Seen:
-        """Run the drill; whatever it started is ended when this returns or raises."""
+        """Run the drill; end everything that it started when this returns or raises."""
         self._make_data()
         try:
             return self._compare(self._disturb(seed))
@@ -351,7 +351,7 @@ class Drill:
         def is_back() -> bool:
             nonlocal ended
             now_in, _ = watch.look()
-            if fault.kind == "service":  # the ranks live; the service that they start next publishes
+            if fault.kind == "service":  # the ranks survive, and the service that they start next publishes
                 return watch.newest > before
             if now_in == attempt and site.is_over():
                 if site.requeues:
@@ -401,7 +401,7 @@ class Drill:
 
 
 def describe(injected: Injected) -> str:
-    """Format one fault as a line for people."""
+    """Format a fault as one line."""
     if injected.refused:
         return f"{injected.kind}: refused ({injected.refused})"
     safe = f", safe after {injected.safe_s:.1f} s" if injected.safe_s is not None else ""

@@ -1,7 +1,7 @@
-"""`lingua drill`, the decisions: the run's config, which fault comes next, whether the promises held. Pure functions.
+"""Decisions of `lingua drill`: the run's config, the next fault, whether the promises held. Pure functions.
 
-What a cluster does not grant (a shared /dev/shm, a long grace, the right to requeue) is reported apart from a broken
-promise; only the latter fails the drill.
+What a cluster does not grant (a shared /dev/shm, a long grace period, the right to requeue) is reported separately from
+broken promises; only the latter fail the drill.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from lingua.scheduler import Limits
 
 LONGEST_PAUSE_S = 8.0
-"""The most seconds of training between two faults."""
+"""Maximum seconds of training between faults."""
 EVERY = 20
-"""Steps between two checkpoints of the run."""
+"""Steps between checkpoints of the run."""
 N_STEPS = 1_000_000
-"""More than a drill trains."""
+"""More steps than a drill trains."""
 SOURCE = "words"
 
 SAVING = ("TERM", "USR2")
-"""Faults after which nothing may be lost: nobody kills the run."""
+"""Faults after which nothing may be lost, since the run is not killed."""
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def text_lines(seed: int = 1, n_lines: int = 4000) -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to the run next."""
+    """A fault to inject into the run."""
 
     kind: str
     after_s: float
@@ -77,7 +77,7 @@ class Fault:
 
 
 def faults(kinds: Sequence[str], seed: int) -> Iterator[Fault]:
-    """Yield faults at random without end; each kind comes once before any comes again."""
+    """Yield random faults endlessly; each kind comes once before any is repeated."""
     rng = random.Random(seed)
     while True:
         for kind in rng.sample(list(kinds), len(kinds)):
@@ -86,54 +86,54 @@ def faults(kinds: Sequence[str], seed: int) -> Iterator[Fault]:
 
 @dataclass(frozen=True)
 class Injected:
-    """A fault and what came of it."""
+    """A fault and its outcome."""
 
     kind: str
     step: int
     """Step of the newest metrics at that moment."""
     saved: int | None = None
-    """The newest checkpoint that the attempt has published, if any."""
+    """The newest checkpoint that the attempt published, if any."""
     safe_s: float | None = None
-    """Seconds until that was published, by the clock of the run folder's disk. None: it was published before."""
+    """Seconds until it was published, by the clock of the run folder's disk. None: it was published before."""
     back_s: float | None = None
     """Seconds until the run trained again. None: it did not."""
     refused: str = ""
-    """Slurm's words, if the user may not do this."""
+    """Slurm's message, if the user may not do this."""
     ended: str = ""
     """The last log line of the job, if the run came back only because the drill submitted it again."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a drill has seen."""
+    """The observations of a drill."""
 
     injected: Sequence[Injected] = ()
     published: frozenset[int] = frozenset()
-    """Steps that were published at some time."""
+    """Steps that were ever published."""
     lost: Mapping[int, str] | None = None
-    """Published steps that went away without a newer one, or do not verify: step -> how."""
+    """Published steps that disappeared without a newer one, or do not verify: step -> how."""
     last_step: int = 0
     """The newest checkpoint at the end."""
     holes: Sequence[int] = ()
-    """Steps up to that one that no attempt trained."""
+    """Steps up to `last_step` that no attempt trained."""
     differences: Sequence[str] | None = None
-    """To the undisturbed run, at the last checkpoint and in the losses. None: there was none to compare with."""
+    """Differences from the undisturbed run in the last checkpoint and the losses. None: there was no such run."""
     uncompared: str = ""
     """Why there was none."""
     stayed_away: bool | None = None
-    """Whether the cancelled job stayed cancelled. None: it was not seen."""
+    """Whether the cancelled job stayed cancelled. None: not observed."""
     private_shm: str = ""
     """The run's warning about its /dev/shm."""
     not_requeued: str = ""
-    """Why Slurm did not take back a job that asked for it. Empty: it did, or there is no Slurm."""
+    """Why Slurm did not requeue a job that asked for it. Empty: it did, or there is no Slurm."""
     limits: Limits = field(default_factory=Limits)
 
 
-# -- judgement -----------------------------------------------------------------------------------------------------
+# -- judgment ------------------------------------------------------------------------------------------------------
 
 
 def broken(seen: Seen) -> Iterator[str]:
-    """Yield the promises that were broken, a sentence each."""
+    """Yield the broken promises, one sentence each."""
     done = [fault for fault in seen.injected if not fault.refused]
     if not done:
         yield "nothing was proved: no fault was injected while the run was training; give it more minutes"
@@ -158,7 +158,7 @@ def broken(seen: Seen) -> Iterator[str]:
 
 
 def not_granted(seen: Seen) -> Iterator[str]:
-    """Yield what the cluster does not grant, a sentence each."""
+    """Yield what the cluster does not grant, one sentence each."""
     if seen.private_shm:
         yield f"/dev/shm is not shared or is cleared: {seen.private_shm}"
     if seen.not_requeued:
@@ -169,12 +169,12 @@ def not_granted(seen: Seen) -> Iterator[str]:
 
 
 def _seconds_to_safe(seen: Seen) -> list[float]:
-    """Return how long saves took, of the faults that a run can answer by saving."""
+    """Return the durations of saves after faults that leave the run time to save."""
     return [fault.safe_s for fault in seen.injected if fault.kind in SAVING and fault.safe_s is not None]
 
 
 def report(seen: Seen) -> dict[str, Any]:
-    """Return what `--json` prints; people see it as lines."""
+    """Return the report that `--json` prints; without it, it is printed as lines."""
     safe_s, back_s = _seconds_to_safe(seen), [fault.back_s for fault in seen.injected if fault.back_s is not None]
     problems = list(broken(seen))
     return {

@@ -1,4 +1,4 @@
-"""Draws the losses of a run that was killed and stopped on top of those of an undisturbed one."""
+"""Draw the losses of a run that was killed and stopped on top of those of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_interrupted(run: History, calm: History, file: Path) -> None:
-    """Draw a run that was killed and stopped, and an undisturbed one, into an .svg or .png file. Raises RunError."""
+    """Draw a run that was killed and stopped and an undisturbed one to an .svg or .png file. Raises RunError."""
     picture = Picture("interrupted", "Training loss", "", lambda: _draw(run, calm), is_wide=True)
     write(file, picture.drawn(file.suffix[1:]), "choose another place with --figure FILE")
 

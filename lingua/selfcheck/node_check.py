@@ -1,8 +1,8 @@
-"""Is every node of a job fit to train? `python -m lingua.selfcheck.node_check`, once per rank, before the ranks begin.
+"""Check whether every node of a job is fit to train: once per rank, before training starts.
 
-Rank 0 prints one JSON object that names the nodes that are not; the exit code says the same (0 fit, 1 not). A device
-that hangs, a disk that does not answer or a rank that never comes delays that to `--within` seconds at most. It takes
-an import of torch and a second: a small matrix product, some MiB written, one all-reduce.
+Rank 0 prints one JSON object with the bad nodes; the exit code is 0 if there are none, else 1. A device that hangs, a
+disk that does not answer or a missing rank delays that to at most `--within` seconds. It takes an import of torch and a
+second: a small matrix product, some MiB written, one all-reduce.
 
     srun python -m lingua.selfcheck.node_check --dir out/my_run --shm-gib 40
     {"ok": false, "bad_nodes": ["n7"], "problems": {"n7": ["device cuda:3: ..."]}, "n_ranks": 16, "seconds": 4.1}
@@ -41,7 +41,7 @@ _MATRIX = 512
 
 @dataclass(frozen=True)
 class NodeAnswer:
-    """What one rank found on its node."""
+    """One rank's findings about its node."""
 
     node: str
     problems: list[str]
@@ -49,12 +49,12 @@ class NodeAnswer:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What all ranks found."""
+    """The findings of all ranks."""
 
     ok: bool
     bad_nodes: list[str]
     problems: dict[str, list[str]]
-    """By node; those between nodes under "network"."""
+    """Problems by node; those between nodes are under "network"."""
     n_ranks: int
     seconds: float
 
@@ -66,7 +66,7 @@ class NodeReport:
 
 
 def local_problems(devices: Sequence[Any], folder: Path | None, shm_bytes: int, shm: Path = SHM) -> list[str]:
-    """Return what is wrong on this node, a sentence each."""
+    """Return the problems of this node, one sentence each."""
     checks: list[Callable[[], str | None]] = [lambda device=device: check_device(device) for device in devices]
     checks.append(lambda: check_room(shm, max(shm_bytes, PROBE_BYTES)) or check_folder(shm))
     if folder is not None:
@@ -75,7 +75,7 @@ def local_problems(devices: Sequence[Any], folder: Path | None, shm_bytes: int, 
 
 
 def check_device(device: Any) -> str | None:
-    """Multiply small integers, which every correct device does exactly, in TF32 too."""
+    """Multiply matrices of small integers, which every correct device does exactly, even in TF32."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def check_room(folder: Path, n_bytes: int) -> str | None:
 
 
 def check_folder(folder: Path, n_bytes: int = PROBE_BYTES) -> str | None:
-    """Write, flush and read back."""
+    """Write a probe file, flush it and read it back."""
     probe, content = folder / f".node_check-{os.uname().nodename}-{os.getpid()}", os.urandom(n_bytes)
     try:
         with open(probe, "wb", opener=no_follow) as file:
@@ -120,9 +120,9 @@ def check_folder(folder: Path, n_bytes: int = PROBE_BYTES) -> str | None:
 def judge(
     answers: Mapping[int, NodeAnswer], network: Mapping[int, str], nodes: Sequence[str], seconds: float
 ) -> NodeReport:
-    """Decide which nodes are bad. `network`: by rank, why its sum failed; `nodes`: of each rank, as expected.
+    """Decide which nodes are bad. `network`: why the sum failed, by rank; `nodes`: the expected node of each rank.
 
-    When only some ranks could not sum up, their nodes are to blame; when none could, no one is.
+    If the sum failed on only some ranks, their nodes are bad; if it failed on all, none is.
     """
     problems: dict[str, list[str]] = {}
     for rank, node in enumerate(nodes):
@@ -138,7 +138,7 @@ def judge(
 
 
 def nodes_of_ranks(of_tasks: Sequence[str], n_ranks: int) -> list[str]:
-    """Return the node of each rank if each task of the step started equally many, otherwise made-up names."""
+    """Return the node of each rank if each task of the step started the same number, otherwise made-up names."""
     if not of_tasks or n_ranks % len(of_tasks):
         return [f"the node of rank {rank}" for rank in range(n_ranks)]
     return [node for node in of_tasks for _ in range(n_ranks // len(of_tasks))]
@@ -146,7 +146,7 @@ def nodes_of_ranks(of_tasks: Sequence[str], n_ranks: int) -> list[str]:
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Gloo prints to stdout, which is for the report."""
+    """Redirect stdout, which is for the report, since gloo prints to it."""
     stdout = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -159,9 +159,9 @@ def stdout_to_stderr() -> Iterator[None]:
 def check_together(
     place: RankInfo, answer: NodeAnswer, device: Any, nodes: Sequence[str], within_s: float
 ) -> NodeReport | None:
-    """Share the answers over a store on rank 0 and sum up once; returns the report on rank 0, None elsewhere.
+    """Share the answers over a store on rank 0 and do an all-reduce; return the report on rank 0, None elsewhere.
 
-    Raises RankError or torch's DistError where rank 0 cannot be reached.
+    Raises RankError or torch's DistError if rank 0 cannot be reached.
     """
     from datetime import timedelta
 
@@ -187,7 +187,7 @@ def check_together(
         return found
 
     def sum_up() -> None:
-        """Send what went wrong in an all-reduce of all ranks, or nothing."""
+        """Do an all-reduce of all ranks and send the problem, or an empty text."""
         backend, problem = "nccl" if device.type == "cuda" else "gloo", ""
         with stdout_to_stderr():
             try:
@@ -222,7 +222,7 @@ def check_together(
         network = {rank: sums.get(rank, "no answer") for rank in range(place.world_size)}
     report = judge(answers, {k: v for k, v in network.items() if v}, nodes, time.monotonic() - started_s)
     store.set("done", "1")
-    time.sleep(0.2)  # the others read it from this process
+    time.sleep(0.2)  # the other ranks read it from this process
     return report
 
 
