@@ -1,4 +1,4 @@
-"""Prints what commands find: facts as lines, tables, JSON for scripts; progress bars go to stderr."""
+"""Print the results of commands: facts as lines, tables, JSON for scripts; progress bars go to stderr."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Commands(typer.Typer):
             no_args_is_help=True,
             add_completion=False,
             pretty_exceptions_enable=False,
-            rich_markup_mode=None,  # help in boxes would take longer to import than everything else
+            rich_markup_mode=None,  # boxed help would take longer to import than everything else
             context_settings={
                 "help_option_names": ["-h", "--help"],
                 "token_normalize_func": lambda word: word.replace("_", "-"),  # --data_dir is --data-dir
@@ -46,7 +46,7 @@ class Commands(typer.Typer):
         )
 
     def command(self, name: str | None = None, **more: Any) -> Any:
-        """Add a command. `run_main` finds --debug and --trust among the words; here they are only accepted."""
+        """Add a command. `run_main` handles --debug and --trust; here they are only accepted."""
         register = super().command(name, **more)
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +67,7 @@ class Commands(typer.Typer):
 
 
 class _Printable:
-    """A stream that escapes what a terminal would obey: names and texts that commands print may be anybody's."""
+    """A stream that escapes control characters, since commands print names and texts from anyone."""
 
     def __init__(self, unescaped: TextIO) -> None:
         self.unescaped = unescaped
@@ -81,7 +81,7 @@ class _Printable:
 
 
 class _MayLeave:
-    """A terminal that may be closed: what can no longer be shown must not end a run that saves just then."""
+    """A terminal that may be closed: failed output must not end a run that is saving."""
 
     def __init__(self, terminal: TextIO) -> None:
         self._terminal = terminal
@@ -115,7 +115,7 @@ def show_json(facts: Any) -> None:
     print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
-_WORD = 16  # a longer word, such as a path, may be cut where the terminal is narrow
+_WORD = 16  # a longer word, such as a path, may be cut on a narrow terminal
 
 
 def show_table(
@@ -124,9 +124,9 @@ def show_table(
     right: Sequence[str] = (),
     spare: Sequence[str] = (),
 ) -> None:
-    """Print a table without lines; the columns named in `right` are figures: right-aligned and never wrapped.
+    """Print a table without lines; the columns named in `right` are numbers: right-aligned and never wrapped.
 
-    On a terminal that is too narrow, columns named in `spare` are left out, the first first, before words are cut.
+    On a terminal that is too narrow, columns named in `spare` are dropped, in order, before words are cut.
     """
     from rich.console import Console
     from rich.table import Table
@@ -156,12 +156,12 @@ def show_table(
         table.add_row(*(row[i] for i in widths))
     with console.capture() as capture:
         console.print(table)
-    for line in capture.get().splitlines():  # with escapes of our own
+    for line in capture.get().splitlines():  # contains our own escape codes
         print(line.rstrip(), file=getattr(sys.stdout, "unescaped", sys.stdout))
 
 
 def fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """`key  value` lines; tables indented below their key."""
+    """Yield `key  value` lines, with tables indented below their key."""
     for name, value in facts.items():
         if isinstance(value, dict) and value:
             yield f"{indent}{name}"
@@ -182,7 +182,7 @@ def fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def lingua_command() -> str:
-    """Return how one types the `lingua` command here."""
+    """Return how to type the `lingua` command here."""
     if "UV" in os.environ:  # `uv run` sets it
         return "uv run lingua"
     beside = Path(sys.executable).with_name("lingua")
@@ -190,7 +190,7 @@ def lingua_command() -> str:
 
 
 def command_lines(command: str, words: Iterable[str]) -> str:
-    """Return a long command as indented lines that a shell takes as one. Words are quoted already."""
+    """Return a long command as indented lines with continuations. Words are quoted already."""
     lines = [command]
     for word in words:
         if len(lines[-1]) + len(word) > 70:
@@ -206,14 +206,14 @@ def progress_shown() -> Progress:
     return Progress()
 
 
-_MANY_BYTES = 64 << 20  # more than this is worth a bar at once
+_MANY_BYTES = 64 << 20  # a larger stage gets a bar at once
 
 
 class Progress:
-    """A bar on a terminal, and plain lines in the log. Several threads may advance it.
+    """A progress bar on a terminal, and plain lines in the log. Several threads may advance it.
 
-    Of steps, the log gets a line per report. Of a stage of bytes it gets, where there is no bar, a line when it begins,
-    at every tenth and at its end. A small stage has no bar and only its last line, unless it takes more than a second.
+    For steps, the log gets a line per report. For a stage of bytes without a bar it gets a line at its start, at every
+    tenth and at its end. A small stage has no bar and only its last line, unless it takes more than a second.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Progress:
         self._name, self._unit, self._total, self._done, self._tenth, self._start_s = "", "bytes", 0, 0, 0, 0.0
         self._bar: Any = None
         self.seconds: dict[str, float] = {}
-        """Time of each stage that has ended."""
+        """Duration of each finished stage."""
         if shown and (on_terminal() if bar is None else bar):
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -246,7 +246,7 @@ class Progress:
         self.stop()
 
     def stop(self) -> None:
-        """End the stage and give the terminal back."""
+        """End the stage and release the terminal."""
         self._end()
         if self._bar:
             self._bar.stop()
@@ -262,7 +262,7 @@ class Progress:
             self._log("%s: %s", name, human_bytes(total))
 
     def advance(self, n: int) -> None:
-        """Add to what is done of the stage."""
+        """Advance the stage by `n`."""
         with self._lock:
             self._done += n
             if not self._is_long():
@@ -274,7 +274,7 @@ class Progress:
                 self._log("%s: %d%% of %s", self._name, 10 * tenth, human_bytes(self._total))
 
     def report(self, metrics: Mapping[str, float]) -> None:
-        """Show new metrics; needs the keys of `metrics_line`."""
+        """Show new metrics, which must have the keys of `metrics_line`."""
         line, left = metrics_line(metrics, self._total).rsplit("  ", 1)
         self._log("%s", line if self._bar else f"{line}  {left}")
         if self._bar:
@@ -307,12 +307,12 @@ class Progress:
 
 
 def figure(value: float | None, form: str | None = None) -> str:
-    """Format a number, without `form` a count whole and others with four decimals; None is `-`."""
+    """Format a number; without `form`, integers with commas and others with four decimals; None is `-`."""
     return "-" if value is None else format(value, form or ("," if isinstance(value, int) else ".4f"))
 
 
 def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:
-    """Format the metrics of a report as one line; the loss is the mean of the steps since the line before."""
+    """Format the metrics of a report as one line; the loss is the mean since the previous line."""
     loss = metrics.get("loss/mean", last := metrics["loss/out"])
     parts = [
         f"step {metrics['global_step']}/{n_steps}",
@@ -329,7 +329,7 @@ def metrics_line(metrics: Mapping[str, float], n_steps: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`75` -> `1m15s`, `90000` -> `1d1h`."""
+    """Format seconds: `75` as `1m15s`, `90000` as `1d1h`."""
     whole = round(max(seconds, 0))
     for name, size, small_name, small_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if whole >= size:

@@ -1,4 +1,4 @@
-"""Logging to the terminal and the run folder, in one format that shows the rank.
+"""Log to the terminal and the run folder, in one format that shows the rank.
 
 Secrets are masked. Rank 0 logs to the terminal, other ranks only warnings; each rank has its own file. A log file that
 cannot be written (disk full, quota) never ends a run: the terminal shows one message, and the run continues.
@@ -22,12 +22,12 @@ RANK_LOGS = "logs"
 
 
 OBEYED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
-"""What a terminal obeys instead of showing it: control characters but newline and tab, and marks of the direction of
-text; and lone surrogates, which no terminal can show."""
+"""Characters that a terminal would interpret instead of showing: control characters except newline and tab, and text
+direction marks; also lone surrogates, which no terminal can show."""
 
 
 def printable(text: str) -> str:
-    """Escape what a terminal would obey, for text from data, models, configs and folders of other people."""
+    """Escape control characters in text from other people's data, models, configs and folders."""
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -40,7 +40,7 @@ class _Format(logging.Formatter):
 
 
 class _ShortFormat(_Format):
-    """For a person who looks on: the time of day and the message, wrapped between words."""
+    """Short format for a terminal: time of day and message, wrapped between words."""
 
     def __init__(self, rank: int) -> None:
         logging.Formatter.__init__(self, f"%(asctime)s {f'rank {rank}: ' if rank else ''}%(message)s", "%H:%M:%S")
@@ -55,7 +55,7 @@ class _ShortFormat(_Format):
 
 
 def wrapped(text: str, width: int) -> str:
-    """Wrap lines between words, but not those that begin with blanks: commands and samples stay as they are."""
+    """Wrap lines between words, except those that begin with spaces: commands and samples are unchanged."""
     lines: list[str] = []
     for line in text.split("\n"):
         if len(line) <= width or line.startswith(" "):
@@ -71,7 +71,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 class _Terminal(logging.StreamHandler):
-    """Writes to the current sys.stderr, so that lines appear above a progress bar and not inside it."""
+    """Writes to the current sys.stderr, so that lines appear above a progress bar, not inside it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -129,5 +129,5 @@ def log_to_folder(run_dir: Path, rank: int) -> logging.Handler:
 
 
 def on_terminal() -> bool:
-    """Return whether output goes to a terminal: draw progress bars there, plain lines otherwise."""
+    """Return whether output goes to a terminal, where progress bars are drawn instead of plain lines."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"

@@ -1,7 +1,7 @@
-"""Masks secrets in what a run writes: environment, config, commands, logs, errors. Only this file says what is secret.
+"""Mask secrets in everything that a run writes: environment, config, commands, logs, errors. All rules are here.
 
-A value is masked by its name, by its form (logins in addresses, tokens of known services), or because a variable of
-this process with a secret name holds it. Too much rather than too little is masked, but no key of our own configs.
+A value is masked because of its name, its form (logins in addresses, tokens of known services), or because a variable
+of this process with a secret name has it. When in doubt, values are masked, but no key of our own configs is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LOGIN = re.compile(
     r"|(\w:/{1,2})[^\s/'\"]*@"
     r"|(?<![\w/.:@-])[\w.+-]++:[^\s@/'\"]+@(?=[\w-]+[.:])"  # of a proxy, say, without `http://`
 )
-# Addresses of package indexes may have a token as a folder; `simple` and `whl/cu128` are none.
+# Addresses of package indexes may have a token as a folder; `simple` and `whl/cu128` are not tokens.
 _INDEX = re.compile(r"(?<=index)[\w-]*[\"']?[=\s]+\S+", re.IGNORECASE)
 _FOLDER = re.compile(r"(?<=[^/:]/)(?:[^\s/@'\"]{16,}|(?=[^\s/]*\d)[^\s/@'\"]{6,})")
 _NAMED = re.compile(
@@ -46,7 +46,7 @@ _NAMED = re.compile(
 _VALUE = re.compile(
     r"(?:Basic |Bearer )?(?:\\+\"[^\"\\]*\\+\"|\"(?:[^\"\\]|\\.)*\"|'[^']*'|[^\s\"'][^\s\"]*)", re.IGNORECASE
 )
-# Words of well-known programs that say by their place what they are.
+# Options of well-known programs that hold a secret by their position.
 _TYPED = re.compile(
     r"(\b(?:curl|wget)\s(?:[^\n;|&]{0,300}?\s)?(?:-u|--user)[ =]?[\"']?|\bwandb login (?:-\S+ )*"
     r"|\b(?:sshpass|(?:docker|podman) login)\s(?:[^\n;|&]{0,300}?\s)?-p ?[\"']?)[^\s\"'-][^\s\"']*"
@@ -62,7 +62,7 @@ _FORMS = re.compile(
 
 @lru_cache(maxsize=4096)
 def is_secret(name: str) -> bool:
-    """Return whether a variable or a (dotted) key holds a secret by its name."""
+    """Return whether the name of a variable or a (dotted) key means that it holds a secret."""
     *sections, last = name.split(".")
     if last.isupper() or "env" in sections:
         return not _NO_SECRET.fullmatch(last) and _VARIABLE.search(last) is not None
@@ -71,7 +71,7 @@ def is_secret(name: str) -> bool:
 
 
 def public_text(text: str) -> str:
-    """Mask what looks like a secret in any text: a message, a log line, a command."""
+    """Mask possible secrets in any text: a message, a log line, a command."""
     for value in _values_of_this_process():
         text = text.replace(value, MASK)
     return _by_form(text)
@@ -95,14 +95,14 @@ def _without_folders(index: re.Match[str]) -> str:
 
 
 def _values_of_this_process() -> list[str]:
-    """Return the values that no text may hold. Short words and paths are not told from other text."""
+    """Return the values that no text may contain, except short words and paths, which may occur in other text."""
     named = [value for name, value in os.environ.items() if is_secret(f"env.{name}")]
     telling = [value for value in named if len(value) >= 6 and not value.isalpha() and not value.isdecimal()]
     return sorted((value for value in telling if not value.startswith(("/", "~", "."))), key=len, reverse=True)
 
 
 def public_word(word: str) -> str:
-    """Mask what is secret in a word of a command line, such as `launcher.env.set.HF_PAT=...`."""
+    """Mask a secret in a word of a command line, such as `launcher.env.set.HF_PAT=...`."""
     name, assigned, value = word.partition("=")
     if assigned and value and is_secret(name.lstrip("-")):
         return f"{name}={MASK}"
@@ -123,19 +123,19 @@ def public_tree(value: Any, key: str = "") -> Any:
     parts = key.split(".")
     named = any(is_secret(".".join(parts[: n + 1])) for n in range(len(parts)))  # a section may be secret as a whole
     if isinstance(value, str):
-        if value and ((named and not value.startswith("<")) or _is_copied(value, parts[-1])):  # `<s>` is no secret
+        if value and ((named and not value.startswith("<")) or _is_copied(value, parts[-1])):  # `<s>` is not a secret
             return MASK
         return public_word(f"{parts[-1]}={value}").partition("=")[2] if "env" in parts else _by_form(value)
     return MASK if named and isinstance(value, int) and abs(value) >= 1000 else value
 
 
 def _is_copied(value: str, name: str) -> bool:
-    """Return whether a secret variable of this process holds exactly this value, which is not to be read back."""
+    """Return whether a secret variable of this process has exactly this value, which must not be written."""
     return not _PLACE_KEY.search(name) and value in _values_of_this_process()
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """Format a command for a shell. In place of a word with a secret it asks for a variable."""
+    """Format a command for a shell. A variable replaces each word with a secret."""
     return " ".join(shlex.quote(word) if public_word(word) == word else _asked_for(word) for word in argv)
 
 

@@ -1,4 +1,4 @@
-"""Signals: noted in the handler, acted on by the loop.
+"""Handle signals: the handler records them, and the loop acts on them.
 
 The handler of a stop records the first signal and its time, nothing else. A second Ctrl-C ends the process at once,
 because the first one restores SIGINT's default action. A thread in `wait` sees a signal even while the main thread is
@@ -19,18 +19,18 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOP_REQUEST = "lingua stop"
-"""Value of `received` when a person asked for the end without a signal."""
+"""Value of `received` if `lingua stop` asked instead of a signal."""
 
 
 @dataclass
 class SignalFlag:
-    """Set by signals, read by the loop. Only the handler writes `received`: a signal inside `take` is not lost."""
+    """A flag set by signals, read by the loop. Only the handler writes `received`, so `take` loses no signal."""
 
     received: int = 0
     taken: int = 0
 
     def note(self, *_: object) -> None:
-        """Note a signal; may be a handler."""
+        """Record a signal; usable as a handler."""
         self.received += 1
 
     def take(self) -> float:
@@ -41,7 +41,7 @@ class SignalFlag:
 
 @contextmanager
 def noted(names: Iterable[str], flag: SignalFlag) -> Iterator[None]:
-    """Inside, these signals set the flag."""
+    """Let these signals set the flag inside this context."""
     old = {name: signal.signal(signal.Signals[name], flag.note) for name in names}
     try:
         yield
@@ -51,7 +51,7 @@ def noted(names: Iterable[str], flag: SignalFlag) -> Iterator[None]:
 
 
 def is_nohup(number: signal.Signals) -> bool:
-    """Return whether a person has asked, by `nohup`, that this signal changes nothing."""
+    """Return whether `nohup` asks to ignore this signal."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
@@ -96,10 +96,10 @@ class StopSignals:
         """Act as if a signal of this name had arrived."""
         if self.received is None:
             self.received_at_s = self.now()
-            self.received = name  # last: other threads look at it first
+            self.received = name  # set last, since other threads check it first
 
     def wait(self, timeout_s: float) -> None:
-        """Wait for a signal or for `timeout_s`; afterwards `received` is up to date. For any thread."""
+        """Wait for a signal or for `timeout_s` and update `received`. Callable from any thread."""
         if self._pipe is None:
             return
         if select.select([self._pipe[0]], [], [], timeout_s)[0]:

@@ -1,7 +1,7 @@
-"""`python -m lingua.stool script=apps.main.train config=... nodes=1 ngpu=8 partition=...`: Meta Lingua's way to submit.
+"""Meta Lingua's submit command: `python -m lingua.stool script=apps.main.train config=... nodes=1 ngpu=8`.
 
-The same as `lingua launch`, whose `launcher.*` keys it sets. Meta Lingua's other keys are refused or ignored with a
-message, never in silence.
+It does the same as `lingua launch`, whose `launcher.*` keys it sets. Meta Lingua's other keys are refused or ignored
+with a message, never silently.
 """
 
 from __future__ import annotations

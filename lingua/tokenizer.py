@@ -1,7 +1,7 @@
-"""Tokenizers behind one small interface: bytes, SentencePiece, tiktoken, Hugging Face.
+"""Tokenizers with a common interface: bytes, SentencePiece, tiktoken, Hugging Face.
 
-Ids equal those of the original library. Text that spells a special token is ordinary text; begin and end tokens
-appear only on request. A tokenizer that fails on a text raises `TokenizerError`, never a Rust panic. `fingerprint` is
+Ids equal those of the original library. Text that spells a special token is ordinary text; begin and end tokens are
+added only on request. A tokenizer that fails on a text raises `TokenizerError`, never a Rust panic. `fingerprint` is
 the name and a hash of the file; it guards saved positions. Each library is imported only when it is used.
 """
 
@@ -41,32 +41,32 @@ class Tokenizer(ABC):
 
     @property
     def needed_size(self) -> int:
-        """The vocabulary that a model needs. Special tokens that no text becomes, such as padding, need no row."""
+        """Vocabulary size that a model needs: special tokens that no text yields, such as padding, need no row."""
         return self.vocab_size
 
     @abstractmethod
     def encode_text(self, text: str) -> np.ndarray:
-        """Return the ids of the text alone, int32 or uint32, perhaps read-only. May raise anything."""
+        """Return the ids of the text alone, int32 or uint32, possibly read-only. May raise anything."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Begin and end tokens of `bytes` and `sp` have no text."""
 
     errors = "replace"
-    """How `decode` shows bytes that are no character, in Python's words."""
+    """Python's error handler with which `decode` shows bytes that are not characters."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the text of the ids in UTF-8; of a character that is cut, its bytes if tokens are bytes."""
+        """Return the text of the ids in UTF-8, with the bytes of an incomplete character if tokens are bytes."""
         return self.decode(ids).encode()
 
     def encode_more(self, text: str, before: str) -> np.ndarray:
-        """Return the ids of text that goes on after the character `before`. May raise anything."""
+        """Return the ids of text that continues after the character `before`. May raise anything."""
         return self.encode_text(text)
 
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False, before: str = "") -> np.ndarray:
         """Return the ids of the text as int32, with begin and end tokens on request.
 
-        `before`: the character before it, where it goes on a document that was cut.
+        `before`: the preceding character, if the text continues a document that was cut.
         """
         try:
             ids = self.encode_more(text, before) if before else self.encode_text(text)
@@ -101,7 +101,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes; begin is 256, end is 257, as in lingua."""
+    """UTF-8 bytes; begin is 256, end is 257, as in Meta Lingua."""
 
     name, vocab_size, bos_id, eos_id = "bytes", 258, 256, 257
     fingerprint, errors = "bytes", "backslashreplace"
@@ -119,7 +119,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class IdTokenizer(Tokenizer):
-    """No tokenizer: text is ids with blanks between them."""
+    """No tokenizer: text is ids separated by spaces."""
 
     name, bos_id, eos_id = "none", None, None
 
@@ -137,11 +137,11 @@ class IdTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(f" {i}" for i in ids)  # so that it goes on a prompt
+        return "".join(f" {i}" for i in ids)  # so that it can follow a prompt
 
 
 class _WordTokenizer(Tokenizer):
-    """May put a blank before a text. Where a document was cut there is none, so there a model without that is used."""
+    """A tokenizer that may put a space before a text. After a cut in a document, a model that does not is used."""
 
     _model: Any
 
@@ -149,8 +149,8 @@ class _WordTokenizer(Tokenizer):
         return self._encode(self._model, text)
 
     def encode_more(self, text: str, before: str) -> np.ndarray:
-        # Some drop blanks at the ends of a text, so that the blank put first stands for the one at the cut: that model
-        # is right whose pieces around the cut are as long as those of the uncut text.
+        # Some drop spaces at the ends of a text, so that the added space stands for one at the cut: the right model is
+        # the one whose pieces around the cut are as long as those of the uncut text.
         head, left = text[:64], self._spelled(self._model, before)
         whole = self._spelled(self._model, before + head)
 
@@ -165,14 +165,14 @@ class _WordTokenizer(Tokenizer):
 
     @abstractmethod
     def _without_blank(self) -> Any:
-        """Return the model, but it puts nothing before a text."""
+        """Return a copy of the model that puts nothing before a text."""
 
     @abstractmethod
     def _encode(self, model: Any, text: str) -> np.ndarray: ...
 
     @abstractmethod
     def _spelled(self, model: Any, text: str) -> str:
-        """Return the pieces of a text, joined."""
+        """Return the joined pieces of a text."""
 
 
 class SentencePieceTokenizer(_WordTokenizer):
@@ -189,7 +189,7 @@ class SentencePieceTokenizer(_WordTokenizer):
     def _without_blank(self) -> Any:
         from sentencepiece import SentencePieceProcessor
 
-        # In protobuf the last value of a field counts: here normalizer_spec (3), add_dummy_prefix (3), false.
+        # In protobuf the last value of a field wins: here normalizer_spec (3), add_dummy_prefix (3), false.
         return SentencePieceProcessor(model_proto=self._model.serialized_model_proto() + b"\x1a\x02\x18\x00")
 
     def _encode(self, model: Any, text: str) -> np.ndarray:
@@ -204,22 +204,22 @@ class SentencePieceTokenizer(_WordTokenizer):
         return self._model.decode([int(i) for i in ids])
 
     def piece(self, token: int) -> str:
-        """Return how the model's file spells a token, such as <s>."""
+        """Return the spelling of a token in the model's file, such as <s>."""
         return self._model.id_to_piece(token)
 
 
 class Ranks(NamedTuple):
-    """What a rank file does not contain: the split pattern and the special tokens."""
+    """Facts that a rank file does not contain: the split pattern and the special tokens."""
 
     pattern: str
     special: dict[str, int]
     bos: str = "<|begin_of_text|>"
     eos: str = "<|end_of_text|>"
     n_special: int = 256
-    """Ids reserved after the ranks (256 in Llama 3 and lingua); some have no name."""
+    """Ids reserved after the ranks (256 in Llama 3 and Meta Lingua); some have no name."""
 
 
-# The split pattern is part of a published tokenizer: another one gives other ids for the same ranks.
+# The split pattern is part of a published tokenizer: another pattern gives other ids for the same ranks.
 _GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _CL100K = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
@@ -244,7 +244,7 @@ _LLAMA3 = {
 
 
 def ranks_kind(n_ranks: int, split: str = "auto") -> Ranks | None:
-    """Return how to use a rank file of this length, or None if no known tokenizer has it and `split` is auto.
+    """Return the facts about a rank file of this length, or None if `split` is auto and no known tokenizer has it.
 
     In OpenAI's files <|endoftext|> is both begin and end.
     """
@@ -280,7 +280,7 @@ class TiktokenTokenizer(Tokenizer):
         self.bos_id, self.eos_id = kind.special[kind.bos], kind.special[kind.eos]
 
     def encode_text(self, text: str) -> np.ndarray:
-        # Faster than encode_ordinary and an array of its list, which costs 16% more.
+        # encode_ordinary and an array of its list take 16% longer.
         return self._model.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -291,7 +291,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def read_ranks(path: Path, split: str) -> tuple[dict[bytes, int], Ranks]:
-    """Return the tokens of a rank file and how to use them; every id beyond them has a special token."""
+    """Return (tokens of a rank file, facts about it); every id beyond the tokens has a special token."""
     ranks = _read_ranks(path)
     kind = ranks_kind(len(ranks), split)
     if kind is None:
@@ -347,7 +347,7 @@ class HuggingFaceTokenizer(_WordTokenizer):
         return max(ids) + 1
 
     def _special(self, declared: dict[str, Any]) -> tuple[int | None, int | None]:
-        """Return the begin and end ids that tokenizer_config.json declares, else those of the usual names."""
+        """Return the begin and end ids that tokenizer_config.json declares, else those with the usual names."""
         usual_bos = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")
         usual_eos = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|endoftext|>")
         return self._first(declared, "bos_token", usual_bos), self._first(declared, "eos_token", usual_eos)
@@ -390,7 +390,7 @@ class HuggingFaceTokenizer(_WordTokenizer):
 
 
 def _without_blank(part: Any) -> Any:
-    """Return a part of a tokenizer.json that puts nothing before a text."""
+    """Return a copy of a part of a tokenizer.json that puts nothing before a text."""
     if isinstance(part, list):
         return [_without_blank(one) for one in part if not (isinstance(one, dict) and one.get("type") == "Prepend")]
     if isinstance(part, dict):
@@ -402,8 +402,8 @@ def _without_blank(part: Any) -> Any:
 def _for_training(content: bytes, declared: dict[str, Any]) -> tuple[str, dict[str, str]]:
     """Return a tokenizer.json for deterministic training, and its hidden spellings of special tokens.
 
-    BPE dropout, truncation and padding are off. A special token that the model's own vocabulary contains could come
-    out of ordinary text (Unigram, or BPE with ignore_merges), so it is spelled as no text is. Tokens that
+    BPE dropout, truncation and padding are off. A special token in the model's own vocabulary could result from
+    ordinary text (Unigram, or BPE with ignore_merges), so it gets a spelling that no text has. Tokens that
     tokenizer_config.json declares as bos_token, eos_token and the like are special, whatever the file says.
     """
     file = orjson.loads(content)
@@ -429,7 +429,7 @@ def _for_training(content: bytes, declared: dict[str, Any]) -> tuple[str, dict[s
     return orjson.dumps(file).decode(), {spelled: token for token, spelled in spell.items()}
 
 
-# -- choosing one --------------------------------------------------------------------------------------------------
+# -- construction --------------------------------------------------------------------------------------------------
 
 
 def tokenizer_file(args: TokenizerArgs) -> Path:
@@ -458,7 +458,7 @@ def tokenizer_fingerprint(args: TokenizerArgs) -> str:
 def _fingerprint(name: str, path: Path, split: str) -> str:
     import xxhash
 
-    splits = name == "tiktoken" and split not in ("auto", "cl100k")  # before there was a choice, it was cl100k
+    splits = name == "tiktoken" and split not in ("auto", "cl100k")  # older fingerprints mean cl100k
     other_split = f":{split}" if splits else ""
     return f"{name}:{xxhash.xxh3_64_hexdigest(path.read_bytes())}{other_split}"
 
@@ -481,7 +481,7 @@ def _build(name: str, path: Path, split: str) -> Tokenizer:
     try:
         tokenizer = TiktokenTokenizer(path, split) if name == "tiktoken" else kinds[name](path)
     except Exception as error:
-        may_pass = isinstance(error, OSError) and DiskError.of(error).may_pass  # no fault of the config
+        may_pass = isinstance(error, OSError) and DiskError.of(error).may_pass  # not the config's fault
         if may_pass or isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: not readable as data.tokenizer.name: {name} ({str(error)[:200]})") from error

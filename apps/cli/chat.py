@@ -1,4 +1,4 @@
-"""`lingua chat RUN`: type to a model and read its answer as it comes, with line editing, history and keys to turn."""
+"""`lingua chat RUN`: talk to a model, with streamed answers, line editing, history and sampling keys."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def chat(
         typer.Option(metavar="FILE", help="Jinja template of `messages`, as in tokenizers of Hugging Face."),
     ] = None,
 ) -> None:
-    """Type to a model, and read what it writes as it comes.
+    """Talk to a model and see its answer as it is generated.
 
-    A pretrained model continues what you type. A run trained with data.loss_on=completion answers it: each prompt
-    alone, as in its training, unless a chat_template.jinja beside the weights or --template says how a conversation
-    is written. /help lists what else can be typed; keys are those of `lingua generate`.
+    A pretrained model continues what you type. A run trained with data.loss_on=completion answers it: each prompt by
+    itself, as in training, unless a chat_template.jinja beside the weights or --template formats the conversation.
+    /help lists the commands; keys are those of `lingua generate`.
     """
     from apps.main.generate import load_generator, read_command_line, write
     from lingua.config.command_line import parse_command_line, split_prompts
@@ -65,7 +65,7 @@ def chat(
 
 
 def template_of(folder: Path, chosen: Path | None, *, answers: bool) -> str | None:
-    """Return the template of a conversation; None for a model that continues text. Raises ConfigError."""
+    """Return the template of conversations, or None for a model that continues text. Raises ConfigError."""
     from lingua.config.base import ConfigError
     from lingua.model.tokenizer_json import ANSWER_TEMPLATE, CHAT_TEMPLATE_FILE
 
@@ -80,17 +80,17 @@ def template_of(folder: Path, chosen: Path | None, *, answers: bool) -> str | No
 
 
 class Talk:
-    """A conversation with a generator. `template`: None continues text."""
+    """A conversation with a generator. Without a template, it continues text."""
 
     def __init__(self, generator: Generator, template: str | None, write: Callable[[str], None]) -> None:
         self._generator, self._template, self._write = generator, template, write
         self._prompt = ""
-        """What was given to the model last."""
+        """The last prompt."""
         self._answer = ""
         self._messages: list[dict[str, str]] = []
 
     def take(self, typed: str) -> bool:
-        """Answer a line, or do what it asks for; return whether the conversation goes on."""
+        """Answer a line or carry out its command; return whether the conversation goes on."""
         word = typed.rstrip()
         name, has_value, value = (part.strip() for part in word[1:].partition("="))
         if word == "/quit":
@@ -118,7 +118,7 @@ class Talk:
         return True
 
     def _turn(self, key: str, value: str | None) -> None:
-        """Set a key of the generator, checked as in a config, and say what it is now. None: only say it."""
+        """Set a key of the generator, checked as in a config, unless `value` is None, and print it."""
         from lingua.config.base import ConfigError
         from lingua.config.compose import compose
 
@@ -132,7 +132,7 @@ class Talk:
         self._write(f"{key} is {getattr(changed, key)}\n")
 
     def _say(self, prompt: str, before: str = "") -> None:
-        """Generate after a prompt, and write it as it comes. Ctrl-C keeps what has come."""
+        """Generate after a prompt and write the text as it comes. Ctrl-C keeps the text so far."""
         from apps.main.generate import write_as_it_comes
 
         shown = ""
@@ -148,7 +148,7 @@ class Talk:
             shown = write_as_it_comes(self._generator, prompt, come).text
         except KeyboardInterrupt:
             self._write(" ...")
-        except ValueError as error:  # text that the tokenizer does not take
+        except ValueError as error:  # the tokenizer refuses the text
             self._write(str(error))
         self._write("\n")
         self._prompt, self._answer = prompt.removesuffix(before) if before else prompt, before + shown
@@ -156,7 +156,7 @@ class Talk:
             if self._messages[-1]["role"] == "assistant":
                 self._messages.pop()
             self._messages.append({"role": "assistant", "content": self._answer})
-        seed = self._generator.args.seed + 1  # or the same prompt would be answered alike
+        seed = self._generator.args.seed + 1  # or the same prompt would get the same answer
         self._generator.args = self._generator.args.model_copy(update={"seed": seed})
 
 
@@ -165,7 +165,7 @@ _WORDS = ("more", "again", "new", "help", "quit")
 
 
 def rendered(template: str, messages: list[dict[str, str]]) -> str:
-    """Fill in a template; it may be anybody's, so it runs nothing. Raises ConfigError."""
+    """Fill in a template, sandboxed, since anyone may have written it. Raises ConfigError."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -180,7 +180,7 @@ def rendered(template: str, messages: list[dict[str, str]]) -> str:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield what is typed, until the end of input."""
+    """Yield the lines typed, until the end of input."""
     asks, whole = sys.stdin.isatty(), ""
     while True:
         try:
@@ -200,7 +200,7 @@ def typed_lines() -> Iterator[str]:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Edit lines, and keep them from one conversation to the next, in the state folder of the user."""
+    """Enable line editing, with a history that is kept in the user's state folder."""
     if not sys.stdin.isatty():
         yield
         return
@@ -209,7 +209,7 @@ def _history() -> Iterator[None]:
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "lingua"
     file = state / "chat_history"
     readline.set_history_length(1000)
-    with suppress(OSError):  # there is none yet
+    with suppress(OSError):  # no history yet
         readline.read_history_file(file)
     try:
         yield

@@ -129,7 +129,7 @@ def inspect(
     match: Annotated[str, typer.Option(help="Names of the tensors to show; * matches any text.")] = "model.*",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint holds: step, tokens, rates, position in the data; tensors with shape, type and file.
+    """Show the contents of a checkpoint: step, tokens, rates, data position; tensors with shape, type and file.
 
     Executes nothing in the folder and reads no tensor. --json has all tensors.
     """
@@ -221,11 +221,11 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is shown.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List what can be deleted of a run's checkpoints, and with --yes delete it.
+    """List what can be deleted of a run's checkpoints, and delete it with --yes.
 
-    That is: what dead attempts left unfinished, what was set aside (broken, later, unmarked), what the run's config
-    does not keep, expired pins, and the memory that your dead runs hold on this machine. Refused while the run is
-    training or its checkpoint service is writing.
+    That is: unfinished saves of dead attempts, what was set aside (broken, later, unmarked), checkpoints that the
+    config does not keep, expired pins, and the memory that your dead runs hold on this machine. Refused while the run
+    is training or its checkpoint service is writing.
     """
     from lingua.checkpoint.tools.gc import remove_garbage, survey_garbage, why_not_now
     from lingua.files import human_bytes

@@ -1,4 +1,4 @@
-"""`lingua data ...`: inspect data, prepare it for faster reading, and prove what a run has read. Imports no torch."""
+"""`lingua data ...`: inspect and prepare data, and prove what a run has read. Torch-free."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def prepare(
     max_bad: Annotated[float, typer.Option("--max-bad-fraction", help="End if more lines hold no document.")] = 0.01,
     as_json: AsJson = False,
 ) -> None:
-    """Make a source of your own texts: shuffled chunks, and a held-out file.
+    """Make a source of your own texts: shuffled chunks and a held-out file.
 
-    Reads txt, md, jsonl (each also as gz, zst or in a zip) and parquet files, in nested folders too. A text file is a
-    document; a longer one than 64 KiB is cut at empty lines. Killed, the same command continues. The tokenizer learns
-    from the first 64 MiB of the shuffled text; data.tokenizer in the printed command uses it.
+    Reads txt, md, jsonl (each also as gz, zst or in a zip) and parquet files, also in nested folders. A text file is
+    one document; files over 64 KiB are cut at empty lines. If it is killed, the same command continues. The tokenizer
+    is trained on the first 64 MiB of the shuffled text; data.tokenizer in the printed command uses it.
     """
     from lingua.config.base import ConfigError
     from lingua.config.keys.data import TokenizerArgs
@@ -74,7 +74,7 @@ def prepare(
         name, available_bytes() * 3 // 4, data_dir, tmp_dir, n_chunks=chunks_for(source), source=source, suffix="",
         text_key=text_key, max_bad_fraction=max_bad,
     )  # fmt: skip
-    if job.out.resolve().is_relative_to(source.resolve()):  # the next start would read the result, too
+    if job.out.resolve().is_relative_to(source.resolve()):  # the same command would read its own result next time
         raise ConfigError(f"{job.out}, where the result goes, is in {source}; choose another --data-dir")
     facts: dict[str, Any] = {"folder": str(job.out), **pipeline.prepare(job, progress=progress_shown())}
     counts, n_held_out = Counts(**facts["counts"]), facts["held_out"]
@@ -101,7 +101,7 @@ def prepare(
 
 
 def next_lines(job: Job, words: list[str]) -> Iterator[str]:
-    """Yield what to type after a preparation: a training that begins with `words`, and a look at the data."""
+    """Yield the commands to type after a preparation: training with `words`, and a look at the data."""
     from lingua.config.base import ConfigError
     from lingua.data.held_out import held_out_file
     from lingua.data.prepare.first_run import first_steps, first_words
@@ -114,7 +114,7 @@ def next_lines(job: Job, words: list[str]) -> Iterator[str]:
     text = next(texts(held_out_file(job.out) or job.out, 1, job.fields), "")
     words = [next(known, "CONFIG"), *words, f"sample_prompt={first_words(text) or 'null'}"]
     how_long = ""
-    with suppress(ConfigError, RunError):  # of a config that is not there, or a run that is: its own start says so
+    with suppress(ConfigError, RunError):  # a missing config or an existing run, which `lingua train` reports
         checked = load(parse_command_line(words))
         per_token = bytes_per_token(job.out, build_tokenizer(checked.args.data.tokenizer), job.fields)
         n_bytes = sum(file.stat().st_size for file in job.out.glob("*.chunk.*.jsonl"))
@@ -129,7 +129,7 @@ def next_lines(job: Job, words: list[str]) -> Iterator[str]:
 
 
 def tokenizer_of(name: str | None, path: str | None, data: Path) -> TokenizerArgs:
-    """Return the tokenizer that the options name, else the one that was trained with the data, else bytes."""
+    """Return the tokenizer that the options name, else the one trained with the data, else bytes."""
     from lingua.config.base import ConfigError
     from lingua.config.keys.data import TokenizerArgs
     from lingua.data.prepare.train_tokenizer import trained_tokenizer
@@ -152,11 +152,11 @@ def inspect(
     page: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a page for a browser.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count documents, bytes and bad lines by kind, estimate tokens, and show the quality of the text at a glance.
+    """Count documents, bytes and bad lines by kind, estimate tokens, and summarize the quality of the text.
 
-    Tokens are estimated from 1 MiB of text per source; scripts, odd characters and lines that many documents share are
-    of the first 32 MiB. In token files tokens are counted. Reads everything once, except lingua's own token files;
-    those of other trainers need the --tokenizer that made them.
+    Tokens are estimated from 1 MiB of text per source; scripts, odd characters and lines shared by many documents are
+    counted in the first 32 MiB. In token files tokens are counted. Reads everything once, except lingua's own token
+    files; those of other trainers need the --tokenizer that made them.
     """
     from lingua.config.base import ConfigError
     from lingua.data.blocked_source import TextFields
@@ -195,8 +195,8 @@ def preview(
 ) -> None:
     """Show the mixture as it will be read: documents and tokens per source, epochs, first rows decoded.
 
-    Reads and tokenizes the rows of these steps, as training would; those of a later phase as if it came first. Epochs
-    at the end of the run, or phase, are estimated from 1 MiB of text per source.
+    Reads and tokenizes the rows of these steps as training would, those of a later phase as if it came first. Epochs at
+    the end of the run, or phase, are estimated from 1 MiB of text per source.
     """
     from lingua.config.base import ConfigError
     from lingua.data.inspect import preview_mixture
@@ -247,7 +247,7 @@ def create_mmap_index(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Index one jsonl file, as LLMgym's command of this name did; `lingua data index` takes several."""
+    """Index one jsonl file, like LLMgym's command of this name; `lingua data index` takes several."""
     from lingua.data.inspect import index_files
 
     with progress_shown() as progress:
@@ -269,7 +269,7 @@ def tokenize(
     """Tokenize sources for `format: tokens`, which gives the same rows as the jsonl files.
 
     With a config (.yaml), uses its sources and tokenizer; with paths, those of the options. Finished files are kept, so
-    run the command again after an interruption.
+    run the command again if it was interrupted.
     """
     from lingua.config.frozen import dump_yaml
     from lingua.config.keys.data import DataArgs
@@ -306,9 +306,9 @@ def generate(
 ) -> None:
     """Write the documents of sources of type gssm, markov, copy or random as token files.
 
-    They give the rows that a source with `documents: N` makes as a run goes, so a run may change between the two at any
+    They give the same rows as a source with `documents: N` during training, so a run may switch between the two at any
     restart. Prints the floor of the loss and the `data.sources` to use. Finished files are kept, so run the command
-    again after an interruption.
+    again if it was interrupted.
     """
     from lingua.data.generate import generate as write
     from lingua.train.check import load
@@ -334,12 +334,12 @@ def audit(
     """Prove from the checkpoints that no row was skipped or repeated, across all restarts.
 
     Reads the sources again in the config's order and compares each lane at each checkpoint: its position, the hash over
-    (source, file, offset, piece) of all text before it, and its number of rows. This shows which text made the rows.
-    Where a row ends depends on its tokens: --tokens checks this too, and a hash over all tokens, which a text edited in
-    place changes; it tokenizes everything that was read (not needed for token files and bytes). --content also compares
-    all bytes of the sources with the manifest of prepared data, and token files and indexes with their own hashes. It
-    cannot show what the trainer did with the rows, or anything from before an accepted
-    change of sources. Exit code 1: the order was not kept.
+    (source, file, offset, piece) of all text before it, and its number of rows. This proves which text made the rows.
+    Where a row ends depends on its tokens: --tokens checks this too, and a hash over all tokens, which detects text
+    edited in place; it tokenizes everything that was read (not needed for token files and bytes). --content also
+    compares all bytes of the sources with the manifest of prepared data, and token files and indexes with their own
+    hashes. It cannot show what the trainer did with the rows, or anything before an accepted change of sources. Exit
+    code 1: the order was not kept.
     """
     from dataclasses import asdict
 
@@ -396,7 +396,7 @@ def rows(
 
 
 def document_lines(documents: Iterable[SpanOrigin], chars: int) -> Iterator[str]:
-    """Yield where each document of a row comes from, and the beginning of its text."""
+    """Yield the origin of each document of a row and the beginning of its text."""
     for one in documents:
         where = f"{one.unit} {one.offset}, from token {one.token}{'' if one.is_label else ', a prompt'}"
         yield f"  {one.source}  {one.file}  {where}: {one.n_tokens} tokens"
@@ -404,7 +404,7 @@ def document_lines(documents: Iterable[SpanOrigin], chars: int) -> Iterator[str]
 
 
 def read_run(run: Path) -> tuple[list[Part], int, dict[int, dict[str, Any]]]:
-    """Return the parts of a run, its lanes, and the loader's state of each published checkpoint."""
+    """Return (parts of a run, number of lanes, the loader's state by published checkpoint)."""
     from lingua.checkpoint import layout
     from lingua.checkpoint.documents import read_states
     from lingua.checkpoint.lookup import root_of

@@ -1,8 +1,8 @@
 """`lingua export` and `lingua import`: convert models to and from other formats.
 
 The output folder appears whole or not at all. Weights of a checkpoint are verified against its manifest before they are
-read, and pinned meanwhile. Needs no GPU, executes nothing in a file, reads the weights twice (verify, convert) and
-takes memory of about three times the largest tensor. Commands import torch when they run.
+read, and pinned meanwhile. Needs no GPU, executes no code in a file, reads the weights twice (verify, convert) and
+takes memory for about three times the largest tensor. Commands import torch when they run.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def export(
 ) -> None:
     """Write a model for other programs: a Hugging Face folder, safetensors, one torch file, or GGUF.
 
-    Without @STEP, exports the newest checkpoint that verifies. The run is only read, so it may be training or somebody
-    else's.
+    Without @STEP, exports the newest checkpoint that verifies. The run is only read, so it may be training or belong to
+    another user.
     """
     made = make_export(place, out, form, dtype=dtype, shard_bytes=shard_gb * GIGA, trim_vocab=trim_vocab)
     show_made(made, as_json)
@@ -102,7 +102,7 @@ def import_(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Import a model: weights under lingua's names, a config.yaml that describes it, its tokenizer.
+    """Import a model: weights with lingua's names, a config.yaml that describes it, its tokenizer.
 
     Use OUT in checkpoint.init_ckpt_path, generate and export; its config.yaml starts continued pretraining. With
     --run, OUT is a run folder that resumes at the old run's step.
@@ -135,7 +135,7 @@ def show_made(made: Made, as_json: bool) -> None:
     print(f"{made.folder}: {human_bytes(made.bytes)} from {made.origin}")
 
 
-# -- out -------------------------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------------------------
 
 
 def make_export(
@@ -148,7 +148,7 @@ def make_export(
     trim_vocab: bool = False,
     files: Files | None = None,
 ) -> Made:
-    """Run `lingua export`. Raises ConfigError, RunError and OSError, and then makes no folder."""
+    """Run `lingua export`. On ConfigError, RunError or OSError no folder is left."""
     from lingua.checkpoint.export_weights import as_ours, as_theirs, write_safetensors
     from lingua.checkpoint.load_weights import open_source
     from lingua.checkpoint.lookup import EMA_SUFFIX, without_ema
@@ -166,7 +166,7 @@ def make_export(
     if trim_vocab and form not in (Format.hf, Format.gguf):
         raise ConfigError("--trim-vocab goes with --format hf and gguf; our own programs know the tokenizer")
     config = config_of(place)
-    # Before the weights, which take long to verify.
+    # First, since verifying the weights takes long.
     translated = _translated(config, place) if form in (Format.hf, Format.gguf) else None
     if translated is not None and form is Format.gguf:
         from lingua.checkpoint.gguf import Gguf, must_be_gguf
@@ -207,7 +207,7 @@ def make_export(
 
 
 def make_average(places: Sequence[str], out: Path) -> Made:
-    """Run `lingua ckpt average`. Raises ConfigError, RunError and OSError, and then makes no folder."""
+    """Run `lingua ckpt average`. On ConfigError, RunError or OSError no folder is left."""
     from lingua.checkpoint.export_weights import as_average, write_safetensors
     from lingua.checkpoint.load_weights import open_source
     from lingua.config.base import ConfigError
@@ -237,7 +237,7 @@ def _count(made: Made, folder: Path) -> None:
 
 @contextmanager
 def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
-    """Verify the weights of the checkpoint and pin it; None: a file or folder of weights without a manifest."""
+    """Verify the weights of a checkpoint and pin it; yield None for a file or folder of weights without a manifest."""
     from lingua.checkpoint import lookup
     from lingua.checkpoint.load_weights import is_weights
     from lingua.checkpoint.tools.copy import pinned
@@ -258,7 +258,7 @@ def _verified(place: str, progress: Progress) -> Iterator[Checkpoint | None]:
 
 
 def _rows_to_keep(args: TrainArgs, trim_vocab: bool) -> int | None:
-    """Return how many rows of embedding and head to export; None: all."""
+    """Return how many rows of embedding and head to export, or None for all."""
     from lingua.config.keys.model import DecoderArgs
     from lingua.tokenizer import build_tokenizer
 
@@ -267,12 +267,12 @@ def _rows_to_keep(args: TrainArgs, trim_vocab: bool) -> int | None:
         return build_tokenizer(args.data.tokenizer).vocab_size
     if not isinstance(model, DecoderArgs) or model.vocab_multiple_of == 1:
         return None
-    # Other programs would take the padded rows for tokens and give them probability.
+    # Other programs would treat the padded rows as tokens and give them probability.
     return model.vocab_size if model.vocab_size > 0 else build_tokenizer(args.data.tokenizer).vocab_size
 
 
 def _translated(config: Path, place: str) -> tuple[TrainArgs, Translation, list[str]]:
-    """Return (args, translation of their model, warnings). Raises ConfigError if Hugging Face has no such model."""
+    """Return (args, translation of the model, warnings). Raises ConfigError if Hugging Face has no such model."""
     from lingua.config.base import ConfigError, parts
     from lingua.config.command_line import DEFAULT_APP, CommandLine, choose_app
     from lingua.model.huggingface import translation_of
@@ -344,7 +344,7 @@ def _describe(
 
 
 def _same_tokenizer(args: TrainArgs, checkpoint: Checkpoint | None) -> None:
-    """Raise ConfigError if the checkpoint was trained with another tokenizer, as far as it records that."""
+    """Raise ConfigError if the checkpoint records another tokenizer than the config's."""
     from lingua.checkpoint.metadata import read_tokenizer
     from lingua.config.base import ConfigError
     from lingua.tokenizer import tokenizer_fingerprint
@@ -377,11 +377,11 @@ def _travelling(config: Path) -> dict[str, Any]:
     return found if found is not None else described(config).model_dump(mode="json")
 
 
-# -- in --------------------------------------------------------------------------------------------------------------
+# -- import ----------------------------------------------------------------------------------------------------------
 
 
 def make_import(place: Path, out: Path, *, shard_bytes: float = 5 * GIGA, files: Files | None = None) -> Made:
-    """Import a Hugging Face folder. Raises ConfigError, RunError and OSError, and then makes no folder."""
+    """Import a Hugging Face folder. On ConfigError, RunError or OSError no folder is left."""
     from apps.main.args import TrainArgs
     from lingua.checkpoint.export_weights import as_ours, must_fit, write_safetensors
     from lingua.checkpoint.load_weights import open_source

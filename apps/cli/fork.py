@@ -1,8 +1,8 @@
 """`lingua fork`: make a new run that resumes from a published checkpoint of another run, with its full state.
 
 Everything is checked before anything is written: the config as training checks it, and whether model, optimizer and
-data of the checkpoint fit it. The other run is only read; if it can be written to, its checkpoint is pinned for a week,
-until the new run has its own. The new folder has only a config.yaml, which names the checkpoint
+data of the checkpoint fit it. The other run is only read; if it is writable, its checkpoint is pinned for a week, until
+the new run has its own. The new folder has only a config.yaml, which names the checkpoint
 (checkpoint.init_ckpt_path). Its files are not read here: the first attempt verifies them.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PIN_S = 7 * 86400.0
 _SET_BY_FORK = ("dump_dir", "dump_base", "checkpoint.init_ckpt_path")
-# Keys that belong to the other run alone.
+# Keys that belong only to the other run.
 _NOT_INHERITED = {
     "checkpoint.path": None,
     "checkpoint.reset": [],
@@ -46,7 +46,7 @@ _NOT_INHERITED = {
 
 @dataclass(frozen=True)
 class Fork:
-    """A new run that is ready to start."""
+    """A new run, ready to start."""
 
     folder: Path
     origin: str
@@ -55,7 +55,7 @@ class Fork:
     """Differences from the other run's config."""
     warnings: list[str]
     pinned_until: float | None
-    """Seconds since the epoch; None: the other run cannot be written to."""
+    """Seconds since the epoch; None if the other run is not writable."""
 
     @property
     def config(self) -> Path:
@@ -63,7 +63,7 @@ class Fork:
 
 
 def fork(place: str, folder: Path, words: Sequence[str], world_size: int | None = None) -> Fork:
-    """Make `folder` a run that resumes from RUN[@step]. Raises ConfigError, RunError or OSError before it makes it.
+    """Make `folder` a run that resumes from RUN[@step]. Raises ConfigError, RunError or OSError before making it.
 
     `words`: overrides, overlays and group picks on top of the other run's config, as for training.
     """
@@ -130,11 +130,11 @@ def _pin(checkpoint: Checkpoint, folder: Path) -> float | None:
     return until
 
 
-# -- does the state fit --------------------------------------------------------------------------------------------
+# -- fit of the state ----------------------------------------------------------------------------------------------
 
 
 def misfits(checkpoint: Checkpoint, checked: Checked, differences: Sequence[Difference]) -> Iterator[str]:
-    """Yield why the checkpoint's state does not fit the changed config, with the remedy."""
+    """Yield reasons, with remedies, why the checkpoint's state does not fit the changed config."""
     settings = checked.args.checkpoint
     changed = {difference.key: difference for difference in differences}
     tensors = metadata.read_tensors(checkpoint.folder)
@@ -149,7 +149,7 @@ def misfits(checkpoint: Checkpoint, checked: Checked, differences: Sequence[Diff
         yield f"{changed['optim.type'].change}: its state does not fit; reset it with checkpoint.reset=[optim]"
     if "data" not in settings.reset:
         step = 0 if "step" in settings.reset else checkpoint.step or 0
-        data = checked.phases[number_of(checked.phases, step)].args.data  # that made the state, or goes on with it
+        data = checked.phases[number_of(checked.phases, step)].args.data  # of the phase that made the state, or resumes
         yield from data_problems(data, checked.resolved.lanes, _data_states(checkpoint.folder))
 
 
@@ -160,7 +160,7 @@ def _data_states(folder: Path) -> list[dict[str, Any]]:
 
 
 def data_problems(args: DataArgs, lanes: int, states: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what the loader would refuse when the run starts. Files that are not on this machine are not checked."""
+    """Return what the loader would refuse at the start of the run, without checking files on other machines."""
     from lingua.config.keys.data import tokenizer_path
     from lingua.data.loader import adapt, check_order, merge_states, order_of
     from lingua.data.sources import open_data, with_default_sources

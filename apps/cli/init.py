@@ -25,9 +25,9 @@ py-modules = ["my_model"]
 
 
 def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)]) -> None:
-    """Write a small project: a config, a model of your own, a job script, and a README.
+    """Write a small project: a config, a model of your own, a job script and a README.
 
-    It depends on lingua, from where this lingua was installed.
+    It depends on lingua, from the source that this lingua was installed from.
     """
     from lingua.files import make_folders, whole_folder, write_whole
 
@@ -43,13 +43,13 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folde
 
 
 def job_script() -> Path:
-    """Return scripts/job.sh: of a checkout, or where a wheel puts it."""
+    """Return the path of scripts/job.sh, in a checkout or where a wheel puts it."""
     places = [Path(__file__).parents[2], Path(sysconfig.get_path("data"), "share", "lingua")]
     return next(place for place in (root / "scripts" / "job.sh" for root in places) if place.is_file())
 
 
 def requirement() -> str:
-    """Return how a project names this lingua as a dependency: by where it was installed from (PEP 610)."""
+    """Return this lingua as a dependency of a project, by the source that it was installed from (PEP 610)."""
     import orjson
 
     origin = orjson.loads(metadata.distribution("lingua").read_text("direct_url.json") or "{}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass
 class Made:
-    """A new folder."""
+    """A converted model in a new folder."""
 
     folder: Path
     origin: str

@@ -1,4 +1,4 @@
-"""The `lingua` command. Each sub-command imports what it calls when it is called, so that `--help` is fast."""
+"""The `lingua` command. Each subcommand imports its code when it is called, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -128,10 +128,10 @@ def recipe(
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that hours assume.")] = 0.4,
     as_json: AsJson = False,
 ) -> None:
-    """Print a whole config for a number of parameters, with the rule behind each value.
+    """Print a complete config for a number of parameters, with the rule behind each value.
 
-    CONFIG gives what the rules do not: data, tokenizer, evaluation; without one it is the embedded corpus. KEY=VALUE
-    goes before the rules.
+    CONFIG provides what the rules do not: data, tokenizer, evaluation; the default is the embedded corpus. KEY=VALUE
+    overrides the rules.
     """
     from lingua.train.recipe import report
 
@@ -162,7 +162,7 @@ def components(
     plugin: Annotated[list[str] | None, typer.Option(help="Also what this module of your own registers.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the registered parts, which a section's key `type` chooses, with their keys."""
+    """List the registered types of model, optimizer and other parts, with their keys."""
     import importlib
 
     from lingua.config.compose import see_working_folder

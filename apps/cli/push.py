@@ -46,8 +46,8 @@ def push(
 ) -> None:
     """Publish a checkpoint on the Hugging Face hub: the exported folder, and a card filled from the run.
 
-    The card has data, tokens, curves, evaluations, config and commit, and no secrets or folders. Each step is a branch
-    of its own, so that a model's whole training can be published. The account is that of `hf auth login` or HF_TOKEN.
+    The card has data, tokens, curves, evaluations, config and commit, but no secrets or folders. Each step gets its own
+    branch, so you can publish a model's whole training. The account is that of `hf auth login` or HF_TOKEN.
     """
     from lingua.config.base import ConfigError
 
@@ -79,7 +79,7 @@ def push(
 def make_pushed(
     place: str, repo: str, out: Path | str, form: Format, *, dtype: Dtype | None = None, revision: str | None = None
 ) -> tuple[Pushed, Made]:
-    """Export a checkpoint with its card. `out` as text: the beginning of a name beside the run; the step ends it."""
+    """Export a checkpoint with its card. `out`: a folder, or as text the prefix of a folder beside the run."""
     from lingua.checkpoint import lookup
     from lingua.checkpoint.load_weights import is_weights, open_source
     from lingua.config.base import ConfigError
@@ -111,7 +111,7 @@ def make_pushed(
 
 
 def upload(pushed: Pushed, folder: Path, *, private: bool) -> str:
-    """Make the folder the content of the revision, in one commit, and return its address."""
+    """Upload the folder as the content of the revision, in one commit, and return its address."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -123,6 +123,6 @@ def upload(pushed: Pushed, folder: Path, *, private: bool) -> str:
         folder_path=folder,
         revision=pushed.revision,
         commit_message=f"Step {pushed.step}",
-        delete_patterns="*",  # files of another model that the branch began with
+        delete_patterns="*",  # files that the branch inherited from another model
     )
     return f"{api.endpoint}/{pushed.repo}/tree/{pushed.revision}"

@@ -1,4 +1,4 @@
-"""`lingua replay`: show what `lingua/train/replay.py` finds when it computes a step of a run again."""
+"""`lingua replay`: recompute a step of a run with `lingua/train/replay.py` and show the results."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def replay(
     chars: Annotated[int, typer.Option(min=0, help="Characters of text to show per document. 0: no text.")] = 200,
     as_json: AsJson = False,
 ) -> None:
-    """Compute a step again on one device and show where its loss came from: for spikes and NaN.
+    """Recompute a step on one device and show where its loss came from, to find the cause of spikes and NaN.
 
     Starts at the nearest checkpoint before the step, with the config of the attempt that trained it and the same rows.
-    Shows loss and gradient norm against what the run reported, gradient norms by layer, the rows with the largest
+    Compares loss and gradient norm with the reported ones, and shows gradient norms by layer, the rows with the largest
     losses and, if something is not finite, the module where it first appeared. Also works for a step that ended the
     run.
     """

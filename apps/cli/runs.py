@@ -26,7 +26,7 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.
 def why(run: Run, as_json: AsJson = False) -> None:
     """Explain why a run ended.
 
-    From stop.json, the error files of the ranks, the attempts, the metrics, and Slurm where it can be reached.
+    Reads stop.json, the error files of the ranks, the attempts, the metrics, and asks Slurm if it can be reached.
     """
     from lingua.report.status import why as explain
     from lingua.run.lock import this_process
@@ -49,7 +49,7 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="Runs at or below this folder, up to four levels.")] = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """List the runs below a folder, except those that failed before they trained (`lingua why RUN`)."""
+    """List the runs below a folder, except those that failed before training (`lingua why RUN`)."""
     from lingua.report.status import COLUMNS, has_trained, row, status_of
     from lingua.run.find import find_runs, no_run
     from lingua.run.lock import this_process
@@ -124,9 +124,9 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page about a run or several: curves, time line, where the time went, evaluations, config.
+    """Write one HTML page about one or several runs: curves, time line, where the time went, evaluations, config.
 
-    Made from the run folders alone, also while the runs are going; the page needs no other file and no network.
+    Reads only the run folders, also while runs are training; the page needs no other file and no network.
     """
     from lingua.report.history import read_history
     from lingua.report.page import as_record, write_report
@@ -184,7 +184,7 @@ def profile(
     answer = answer_file(folder, request.id)
     while wait and not answer.exists():
         time.sleep(1.0)
-        facts = read_run(facts.path)  # Slurm need not be asked
+        facts = read_run(facts.path)  # without asking Slurm
         if facts.attempt is None or facts.attempt.number != attempt.number or not is_alive(facts, this_process()):
             if answer.exists():
                 break
@@ -198,7 +198,7 @@ def profile(
 
 
 def parts_of_steps(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return (part, milliseconds per step, share of the step) of what profiled steps spent, over all ranks."""
+    """Return (part, milliseconds per step, share of the step) of profiled steps, over all ranks."""
     steps = list(records)
     parts = {key: sum(step[key] for step in steps) for step in steps[:1] for key in step if key.startswith("time/")}
     whole = parts.pop("time/step_s", 0.0) or sum(parts.values()) or 1.0
@@ -213,7 +213,7 @@ def doctor(
     node: Annotated[bool, typer.Option("--node", help="Only test this node, as jobs do before they train.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check what this machine can do for training, and how to repair what is wrong. Exit code 1: something is wrong.
+    """Check whether this machine is fit for training, with remedies for problems. Exit code 1: something is wrong.
 
     With --node, the self-test that a job runs on each of its nodes before it trains; it prints JSON.
     """
@@ -235,7 +235,7 @@ COMMANDS = (why, status, runs, diff, report, stop, profile, doctor)
 
 
 def _read(paths: list[Path], from_accounts: bool = False) -> list[RunFacts]:
-    """Read run folders, and the queue of Slurm where a run has a job. Raises CommandError where there is no run."""
+    """Read run folders, and Slurm's queue if a run has a job. Raises CommandError for a folder without a run."""
     from lingua.report.facts import read_run
     from lingua.run.find import find_run
     from lingua.scheduler import job_of, jobs_in_queue

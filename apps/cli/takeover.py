@@ -7,8 +7,8 @@ whole or not at all.
     OUT/config.yaml                      the old config with our keys: lingua train OUT/config.yaml resumes
         taken_over/0000012000/           the old checkpoint, with a manifest and our JSON state
 
-The position in the data is not kept, since rows have another order here: reading begins with the first row. Defaults
-that were hard-coded there are set explicitly in the config: norms and embeddings are decayed (optim.decay_all).
+The position in the data is not kept, since rows have another order here: reading restarts at the first row. Defaults
+that are hard-coded in Meta Lingua are set explicitly in the config: norms and embeddings are decayed (optim.decay_all).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _newest_complete(run_dir: Path, step: int | None) -> tuple[Path, Metadata]:
 
 
 def _incomplete(folder: Path) -> str | None:
-    """Return what a checkpoint folder lacks; None: nothing that its metadata names."""
+    """Return what a checkpoint folder lacks of the files that its metadata names, or None."""
     if not (folder / layout.METADATA).exists() or not (folder / "train_state_00000.json").exists():
         return f"it has no {layout.METADATA} or no train_state_00000.json"
     for name, n_bytes in sorted(dcp.files_of(dcp.read_metadata(folder)).items()):
@@ -131,7 +131,7 @@ def _incomplete(folder: Path) -> str | None:
 
 
 def _names(metadata: Metadata, is_tied: bool) -> dict[str, str]:
-    """Map the old names of tensors of model and optimizer to the new ones."""
+    """Map the old names of model and optimizer tensors to the new ones."""
     tensors = dcp.properties_in(metadata)
     chosen = {name: name for name in tensors if name.startswith(("model.", "optim.state."))}
     if is_tied:  # Meta Lingua saves the embedding a second time, as the head
@@ -166,7 +166,7 @@ def _new_config(config: Path, out: Path, start: Path, n_ranks: int) -> Checked:
 
 
 def _state(checked: Checked, step: int) -> dict[str, Any]:
-    """Build our JSON state at that step; the optimizer's groups are those of the config."""
+    """Build our JSON state at that step; the optimizer's groups come from the config."""
     seed_rng(checked.args.seed, step, 0)
     shared = {**fresh_shared(), "step": step, "total_tokens": step * checked.resolved.tokens_per_step}
     document = {"version": STATE_VERSION, "rank": 0, "world_size": 1, "per_rank": {}, "rng": rng_state()}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lingua.report.watch import Losses, Screen
 
 QUEUE_S = 60.0
-"""Interval at which Slurm is asked."""
+"""Interval between queries to Slurm."""
 
 
 def watch(
@@ -27,14 +27,14 @@ def watch(
 ) -> None:
     """Watch runs in the terminal: loss curve, speed, time left, checkpoints, evaluations, the newest sample.
 
-    Several runs stand side by side, or as a table where there are too many for the screen; a sweep is watched as all
-    of its points. It needs run folders alone, so it works over ssh and on a login node. Ctrl-C ends it, and so does the
-    end of the last run that is not finished.
+    Shows several runs side by side, or as a table if there are too many for the screen; a sweep stands for all of its
+    points. It reads only run folders, so it works over ssh and on a login node. Ends when all runs are finished, or
+    with Ctrl-C.
     """
     from rich.console import Console
     from rich.live import Live
 
-    out = getattr(sys.stdout, "unescaped", sys.stdout)  # what runs say is escaped, our colours are not
+    out = getattr(sys.stdout, "unescaped", sys.stdout)  # texts of runs are escaped, our colors are not
     view = View(runs)
     live = not once and out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     console = Console(file=out, highlight=False)
@@ -52,7 +52,7 @@ def watch(
 
 
 class View:
-    """The runs that are watched, looked at again and again."""
+    """The watched runs."""
 
     def __init__(self, places: list[Path]) -> None:
         self._places, self._losses = places, dict[Path, "Losses"]()
@@ -61,7 +61,7 @@ class View:
         """All runs are finished."""
 
     def look(self) -> Screen:
-        """Read all runs as they are now. Raises RunError where there is none."""
+        """Read the current state of all runs. Raises RunError for a folder without a run."""
         from lingua.report.diff import telling_labels
         from lingua.report.facts import read_run
         from lingua.report.status import status_of
@@ -88,7 +88,7 @@ class View:
         return Screen(title, watched)
 
     def _runs(self) -> tuple[str, list[Path], int]:
-        """Return (title of a sweep, run folders, points of sweeps that have none yet)."""
+        """Return (title of sweeps, run folders, number of points without a run folder yet)."""
         from lingua.config.frozen import CONFIG_FILE
         from lingua.run.find import find_run
         from lingua.sweep.sweep import SWEEP_FILE, read_sweep

@@ -14,7 +14,7 @@ from lingua.config.keys.model import CrossEntropyArgs
 
 @register("loss", "masked_diffusion")
 class MaskedDiffusionArgs(CrossEntropyArgs):
-    """Masked diffusion: tokens of a row are hidden with chance t, and the model tells them from all that is left."""
+    """Masked diffusion: tokens of a row are masked with probability t, and the model predicts them from the rest."""
 
     builder: ClassVar[str] = "apps.diffusion.objective:MaskedDiffusion"
     asks_of_model: ClassVar[Mapping[str, Any]] = {"causal": False, "mask_token": True}
@@ -24,24 +24,24 @@ class MaskedDiffusionArgs(CrossEntropyArgs):
 
     type: Literal["masked_diffusion"] = "masked_diffusion"  # pyright: ignore[reportIncompatibleVariableOverride]
     schedule: Literal["log_linear", "llada"] = "log_linear"
-    """log_linear: t from min_t to 1, a token is hidden with chance (1 - min_t) t and weighs 1/t. llada: chance
-    p = (1 - min_t) t + min_t with t from 0, and weight 1/p."""
+    """log_linear: t from min_t to 1; a token is masked with probability (1 - min_t) t and has weight 1/t. llada: t from
+    0 to 1, probability p = (1 - min_t) t + min_t, weight 1/p."""
     min_t: Annotated[float, Field(gt=0, lt=1)] = 1e-3
-    """The least t, which bounds the weight."""
+    """Minimum of t, which bounds the weight."""
     soft_cap: Annotated[float, Field(gt=0)] | None = None
-    """Bends the weights so that they stay below this (UniDisc: 5); the loss is no bound any more. Null: exact."""
+    """Soft cap of the weights (UniDisc: 5); the loss is then not a bound any more. Null: none."""
     random_lengths: Fraction = 0.0
-    """Share of steps whose rows are cut to a random length (LLaDA: 0.01), so that short texts are known too."""
+    """Share of steps whose rows are cut to a random length (LLaDA: 0.01), to train on short texts too."""
     samples: Annotated[int, Field(ge=2)] = 128
-    """Times that an evaluation hides a part of each text, to bound its likelihood. A text of n tokens with at most this
-    many ways to hide some, 2^n - 1, is scored by all of them: exactly."""
+    """Number of maskings of each text in an evaluation, to bound its likelihood. A text of n tokens with at most this
+    many possible maskings, 2^n - 1, is scored exactly, with all of them."""
     validation_samples: Annotated[int, Field(ge=2)] = 8
-    """The same, for each row of a validation in training."""
+    """The same for each row of a validation during training."""
     seed: int | None = None
-    """Seed of what is hidden. Null: the run's `seed`."""
+    """Seed of the masking. Null: the run's `seed`."""
 
     def scored_tokens(self, seq_len: int) -> int:
-        return seq_len - 1  # the first is given, as it is to a model that looks back
+        return seq_len - 1  # the first token is given, as it is to a causal model
 
     def conflicts(self, args: Any) -> Iterator[tuple[str, str]]:
         model = args.model
@@ -63,8 +63,8 @@ class MaskedDiffusionArgs(CrossEntropyArgs):
 
 
 class TrainArgs(train.TrainArgs):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     app: str = __package__ or "apps.diffusion"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""
     loss: Annotated[SerializeAsAny[Part], part_of("loss", MaskedDiffusionArgs)] = MaskedDiffusionArgs()

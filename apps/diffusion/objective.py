@@ -1,11 +1,11 @@
-"""What masked diffusion asks of a model (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
+"""The training objective of masked diffusion (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
 
-Each row has a t; each of its tokens is hidden with chance t, that is, replaced by [MASK]. The loss is -log p of each
-hidden token, given what is left, times 1/t, over the number of all tokens, hidden or not: on average that is an upper
-bound of a row's -log p per token. [MASK] has no probability: its row of the head lies beyond the vocabulary.
+Each row has a t; each of its tokens is masked with probability t, that is, replaced by [MASK]. The loss is -log p of
+each masked token, given the others, times 1/t, divided by the number of all tokens, masked or not: on average that is
+an upper bound of a row's -log p per token. [MASK] has no probability: its row of the head lies beyond the vocabulary.
 
-What is hidden in row r is a function of (seed, r) and the rows per step alone: not of world size, accumulation,
-restarts or recomputation. Over the rows of a step, t is spread evenly.
+The masking of row r depends only on (seed, r) and the rows per step, not on world size, accumulation, restarts or
+recomputation. Over the rows of a step, t is spread evenly.
 
 Letters: B rows, S positions, G rows of a step over all ranks.
 """
@@ -24,14 +24,14 @@ _SALT_LEVEL, _SALT_HIDDEN, _SALT_LENGTH, _SALT_CUT = 101, 102, 103, 104
 
 
 def levels(rows: np.ndarray, seed: int, rows_per_step: int) -> np.ndarray:
-    """Return one u in [0, 1) per row, fp64: a grid of G points over the rows of a step, turned by a random share."""
+    """Return one u in [0, 1) per row, fp64: a grid of G points over the rows of a step, rotated by a random offset."""
     steps, places = np.divmod(rows, rows_per_step)
     turned = np.array([draw(_SALT_LEVEL, seed, int(step)) / 2**64 for step in steps])
     return (places / rows_per_step + turned) % 1.0
 
 
 def chances_and_weights(u: np.ndarray, args: MaskedDiffusionArgs) -> tuple[np.ndarray, np.ndarray]:
-    """Return the chance to be hidden, and the weight of a token that is."""
+    """Return (probability of masking, weight of a masked token)."""
     t = (1 - args.min_t) * u + args.min_t
     chance = t if args.schedule == "llada" else (1 - args.min_t) * t
     weight = 1 / t
@@ -41,22 +41,22 @@ def chances_and_weights(u: np.ndarray, args: MaskedDiffusionArgs) -> tuple[np.nd
 
 
 def uniform(n: int, *key: int) -> np.ndarray:
-    """Return n numbers in [0, 1), fp64, which depend on the key alone (Philox counts, and has no history)."""
+    """Return n numbers in [0, 1), fp64, which depend only on the key (Philox is counter-based)."""
     bits = np.random.Philox(key=np.array([draw(*key, 0), draw(*key, 1)], np.uint64)).random_raw(n)
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 class MaskedDiffusion(CrossEntropy):
-    """The weighted cross-entropy of hidden tokens."""
+    """The weighted cross-entropy of masked tokens."""
 
     def __init__(self, args: MaskedDiffusionArgs) -> None:
         super().__init__(args)
         self.args, self.seed = args, args.seed or 0
 
     def ask(self, views: np.ndarray, model: ModelArgs, turn: Turn) -> Question:
-        """Hide tokens of the rows, and ask for them."""
+        """Mask tokens of the rows, and make them the labels."""
         labels = views[0].astype(np.int64)
-        # Whether a token is a label (data.loss_on) is told one place before it; the first is like the second.
+        # The mark whether a token is a label (data.loss_on) is one place before it; the first is like the second.
         labels[:, 1:][views[1, :, :-1] == IGNORE] = IGNORE
         labels[:, 0][views[1, :, 0] == IGNORE] = IGNORE
         tokens = views[0][:, : self.length(labels.shape[1], turn.step)]
@@ -69,7 +69,7 @@ class MaskedDiffusion(CrossEntropy):
         )
 
     def length(self, seq_len: int, step: int) -> int:
-        """Return how many positions of the rows of a step are used."""
+        """Return the number of positions used of the rows of a step."""
         if draw(_SALT_CUT, self.seed, step) / 2**64 >= self.args.random_lengths:
             return seq_len
         return 1 + draw(_SALT_LENGTH, self.seed, step) % seq_len

@@ -1,9 +1,9 @@
-"""Generate text by masked diffusion: hidden tokens after a prompt, or gaps `[MASK]` in it, are filled in.
+"""Generate text by masked diffusion: fill in masked tokens after a prompt, or gaps `[MASK]` in it.
 
-Tokens are filled in over `diffusion_steps` steps; with `block`, so many of them at a time from left to right, and an
-answer that has ended needs no further block. There is a pass for a step that fills something in, and none for others
-(the model is not told the time, so it would say the same again). Prompts are answered together if they have one length:
-padding would be seen. Temperature is applied in fp64, since Gumbel noise in fp32 makes unlikely tokens rarer still.
+Tokens are filled in over `diffusion_steps` steps; with `block`, blocks of tokens are filled in from left to right,
+until the answer has ended. A step that fills in nothing needs no pass (the model does not know the time, so it would
+return the same again). Only prompts of the same length are batched, since padding would be seen. Temperature is applied
+in fp64, since Gumbel noise in fp32 makes unlikely tokens even rarer.
 
 Letters: B rows, S positions, N places, V vocabulary.
 """
@@ -24,17 +24,17 @@ from lingua.model.decoder import full_tensor
 from lingua.model.generate import Answer, Generator, Row, prompt_room, tempered, with_progress
 
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")
-"""`[MASK]` in a prompt is one hidden token, `[MASK:12]` twelve."""
+"""`[MASK]` in a prompt is one masked token, `[MASK:12]` twelve."""
 
 
 @dataclass
 class Canvas:
-    """A prompt with its hidden tokens."""
+    """A prompt with its masked tokens."""
 
     ids: list[int]
     n_cut: int = 0
     answer: Row | None = None
-    """What follows the prompt; None if there are gaps in it."""
+    """The answer after the prompt; None for a prompt with gaps."""
 
 
 def pick(args: GeneratorArgs, logits: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def pick(args: GeneratorArgs, logits: Tensor, random: torch.Generator) -> tuple[
 
 
 def surest(certainty: Tensor, n_chosen: Tensor) -> Tensor:
-    """Return where the n_chosen (B,) largest values of each row of `certainty` (B, S) are, (B, S) bool."""
+    """Return the places of the n_chosen (B,) largest values of each row of `certainty` (B, S), (B, S) bool."""
     order = certainty.argsort(dim=1, descending=True, stable=True)
     counted = torch.arange(order.shape[1], device=order.device).expand_as(order)
     ranks = torch.empty_like(order).scatter_(1, order, counted)
@@ -56,7 +56,7 @@ def surest(certainty: Tensor, n_chosen: Tensor) -> Tensor:
 
 
 class DiffusionGenerator(Generator):
-    """Answers prompts, and fills the gaps of those that have some."""
+    """Answers prompts, and fills in the gaps of prompts that have some."""
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str]) -> list[Answer]:
@@ -113,10 +113,10 @@ class DiffusionGenerator(Generator):
         return Answer(self.tokenizer.decode(ids), "length", n_filled, 0, infilled=True)
 
     def _fill(self, batch: list[Canvas], device: torch.device, random: torch.Generator) -> None:
-        """Fill in the hidden tokens of canvases of one length."""
+        """Fill in the masked tokens of canvases of the same length."""
         x = torch.tensor([canvas.ids for canvas in batch], device=device)  # (B, S)
         hidden = x == self._mask
-        place = hidden.cumsum(1) - 1  # the how manieth of its row
+        place = hidden.cumsum(1) - 1  # index among the masked tokens of its row
         counts = hidden.sum(1).tolist()
         n_hidden = max(counts)
         width = min(self.args.block or n_hidden, n_hidden) or 1
@@ -128,7 +128,7 @@ class DiffusionGenerator(Generator):
                 if (row := canvas.answer) is None:
                     canvas.ids = ids
                     continue
-                first = len(ids) - count + begin  # all that it hides is at its end
+                first = len(ids) - count + begin  # all its masked tokens are at the end
                 for token in ids[first : first + width]:
                     if row.end is None:
                         row.add(token)
@@ -137,7 +137,7 @@ class DiffusionGenerator(Generator):
                 return
 
     def _blocks(self, n_hidden: int, width: int) -> Iterator[tuple[int, int]]:
-        """Yield (first hidden token, steps) of each block."""
+        """Yield (first masked token, steps) of each block."""
         begins = range(0, n_hidden, width)
         for number, begin in enumerate(begins):
             steps = self.args.diffusion_steps
@@ -147,7 +147,7 @@ class DiffusionGenerator(Generator):
     def _fill_block(self, x: Tensor, inside: Tensor, n_steps: int, random: torch.Generator) -> None:
         for steps_left in range(n_steps, 0, -1):
             left = inside & (x == self._mask)
-            if self.args.sampler == "ancestral":  # t falls evenly from 1 to 0: a share 1/steps_left is filled in
+            if self.args.sampler == "ancestral":  # t falls linearly from 1 to 0: a share 1/steps_left is filled in
                 left &= torch.rand(left.shape, device=x.device, generator=random) < 1 / steps_left
             rows = self.rows_to_ask(left).nonzero().squeeze(1)
             if not len(rows):
@@ -164,11 +164,11 @@ class DiffusionGenerator(Generator):
             x[rows] = chosen
 
     def rows_to_ask(self, left: Tensor) -> Tensor:
-        """Return which rows get a pass, (B,) bool; `left` (B, S): what this step may fill in."""
+        """Return which rows need a pass, (B,) bool; `left` (B, S): places that this step may fill in."""
         return left.any(1)
 
     def _logits(self, x: Tensor, places: Tensor) -> Tensor:
-        """Return the logits (N, V) of those places, in order; of ids that the tokenizer has."""
+        """Return the logits (N, V) of those places, in order, for the tokenizer's ids."""
 
         def head(hidden: Tensor, weight: Tensor, labels: Tensor, soft_cap: float | None = None, **keys: Any) -> Tensor:
             found = (full_tensor(hidden)[places] @ full_tensor(weight).t().to(hidden.dtype)).double()

@@ -1,16 +1,16 @@
-"""How likely a masked diffusion model finds a text, at most: an upper bound of its nats, with a standard error.
+"""Estimate an upper bound of the nats of a text under a masked diffusion model, with a standard error.
 
     -log p(x) <= mean over l = 1 .. L, and over sets of l of the L scored tokens, of
-                 L/l * sum over the set of -log p(token | all that is not in the set)
+                 L/l * sum over the set of -log p(token | all tokens not in the set)
 
-(LLaDA, arXiv 2502.09992, equation 6.) Prompts, and the first token of a text, are never hidden. Of n samples, sample j
-hides exactly l tokens, with l spread evenly: (j + u)/n of the way from 1 to L, for a u of the row. That varies far less
-than hiding each token by chance (see the README). Where a text has no more than n sets, all of them are taken.
+(LLaDA, arXiv 2502.09992, equation 6.) Prompts, and the first token of a text, are never masked. Of n samples, sample j
+masks exactly l tokens, with l spread evenly: (j + u)/n of the way from 1 to L, for a u of the row. This has a far lower
+variance than masking each token independently (see the README). If a text has at most n sets, all of them are used.
 
-What is hidden is a function of (seed, text), or (seed, prompt) where there is one, so that answers of one length to a
-question are compared with the same places hidden. Batches hold rows of one length: padding would be seen.
+The masking depends only on (seed, text), or (seed, prompt) if there is one, so that answers of the same length to a
+question are compared with the same places masked. Batches hold rows of one length, since padding would be seen.
 
-Letters: B rows, S positions, L scored tokens of a row, N hidden positions.
+Letters: B rows, S positions, L scored tokens of a row, N masked positions.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _SALT_OFFSET, _SALT_PLACES = 111, 112
 
 
 class Sample(NamedTuple):
-    """A part of a row that is hidden, and how much its loss counts in the bound."""
+    """A masked part of a row, and the weight of its loss in the bound."""
 
     hidden: np.ndarray
     weight: float
 
 
 class Bound(NamedTuple):
-    """Of a row."""
+    """The bound of a row."""
 
     nats: float
     variance: float
@@ -55,17 +55,17 @@ class Bound(NamedTuple):
 
 
 def scored_places(row: ScoredRow) -> np.ndarray:
-    """Return the positions of a row that are scored: no prompt (~id), and none before `first`."""
+    """Return the positions of a row that are scored: those from `first` on, without prompts (~id)."""
     return np.flatnonzero(np.asarray(row.ids)[row.first :] >= 0) + row.first
 
 
 def is_small(n_places: int, n_samples: int) -> bool:
-    """Return whether all sets of that many tokens are taken."""
+    """Return whether all sets of `n_places` tokens are used."""
     return n_places < 63 and 2**n_places - 1 <= n_samples
 
 
 def samples_of(row: ScoredRow, n_samples: int, seed: int) -> Iterator[Sample]:
-    """Yield what is hidden of a row; the losses of what is hidden, times the weights, add up to the bound."""
+    """Yield the maskings of a row; the losses of masked tokens, times the weights, add up to the bound."""
     places = scored_places(row)
     n = len(places)
     if is_small(n, n_samples):
@@ -85,8 +85,8 @@ def samples_of(row: ScoredRow, n_samples: int, seed: int) -> Iterator[Sample]:
 def bound_of(terms: Sequence[float], is_exact: bool) -> Bound:
     """Return the bound from its weighted losses, in the order of the samples.
 
-    Sizes rise from sample to sample, so the variance is that between neighbours: it leaves out what is due to size. A
-    sample has two neighbours, so the first and the last, which has the others' share of the variance, count twice.
+    Sizes rise from sample to sample, so the variance is computed between adjacent samples, to exclude the effect of
+    size. Since the first and the last sample have only one neighbor, their differences count twice.
     """
     if is_exact:
         return Bound(math.fsum(terms), 0.0, 0)
@@ -95,16 +95,16 @@ def bound_of(terms: Sequence[float], is_exact: bool) -> Bound:
 
 
 class Copy(NamedTuple):
-    """A row with a part of it hidden."""
+    """A row with a part of it masked."""
 
     row: int
-    """Its number."""
+    """Index of the row."""
     ids: np.ndarray
     sample: Sample
 
 
 def batches_of(rows: Sequence[ScoredRow], n_samples: int, seed: int, max_tokens: int) -> Iterator[list[Copy]]:
-    """Yield copies of rows of one length, at most `max_tokens` tokens at a time; those of a row are in order."""
+    """Yield batches of copies of rows of one length, at most `max_tokens` tokens each; those of a row are in order."""
     batch: list[Copy] = []
     for number in sorted(range(len(rows)), key=lambda n: -len(rows[n].ids)):
         ids = ids_of(np.asarray(rows[number].ids))
@@ -120,7 +120,7 @@ def batches_of(rows: Sequence[ScoredRow], n_samples: int, seed: int, max_tokens:
 def answers(
     model: nn.Module, ids: np.ndarray, hidden: Sequence[np.ndarray], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `Head` does of the hidden tokens of each row of `ids` (B, S)."""
+    """Return the results of `Head` for the masked tokens of each row of `ids` (B, S)."""
     rows = torch.from_numpy(np.repeat(np.arange(len(ids)), [len(places) for places in hidden])).to(device)
     places = torch.from_numpy(np.concatenate(hidden)).to(device)
     tokens = torch.from_numpy(ids.astype(np.int64)).to(device)
@@ -140,7 +140,7 @@ def bounds(
     *,
     together: bool = False,
 ) -> list[Bound]:
-    """Return the bound of each row. `together`: ranks share a model, so each makes as many passes as any other."""
+    """Return the bound of each row. `together`: ranks share a model, so all must make the same number of passes."""
     device = next(model.parameters()).device
     terms: list[list[float]] = [[] for _ in rows]
     batches = batches_of(rows, n_samples, seed, max_tokens)
@@ -156,7 +156,7 @@ def bounds(
 
 
 def _evened(batches: list[list[Copy]], device: torch.device) -> list[list[Copy]]:
-    """Add empty batches, up to the number of the rank that has most. Collective."""
+    """Add empty batches, up to the number of the rank with the most. Collective."""
     if not dist.is_initialized():
         return batches
     most = torch.tensor(len(batches), device=device)
@@ -186,13 +186,13 @@ class BoundScorer(Scorer):
     def __init__(self, model: nn.Module, max_tokens: int, beat: Callable[[], None], args: MaskedDiffusionArgs) -> None:
         super().__init__(model, max_tokens, beat)
         self.args = args
-        self.context -= 1  # a row has its first token in it, which is given
+        self.context -= 1  # a row includes its first token, which is given
 
     def total(self, rows: Sequence[ScoredRow]) -> Tensor:
         return total_of(rows, self._bounds(rows))
 
     def score(self, rows: Sequence[ScoredRow]) -> list[Score]:
-        """As `Scorer.score`. Greedy: the row is what comes out if the surest token is filled in, one by one."""
+        """Return scores like `Scorer.score`. Greedy: filling in the surest token, one by one, gives the row."""
         found = self._bounds(rows)
         return [
             Score(bound.nats, len(scored_places(row)), self._is_greedy(row), bound.variance, bound.n_samples)

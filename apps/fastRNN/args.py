@@ -12,25 +12,25 @@ from lingua.config.keys.model import KernelArgs, ModelArgs, rounded_width
 
 
 class RecurrentArgs(KernelArgs):
-    """Keys that the three share."""
+    """Keys that the three families share."""
 
     kernels: ClassVar[tuple[str, ...]] = ("fla",)
 
     n_heads: PositiveInt = 1
-    """Heads; they say how gates are laid out (minLSTM) or shared (Hawk), and must divide the hidden width."""
+    """Heads, which determine how gates are laid out (minLSTM) or shared (Hawk); must divide the hidden width."""
     multiple_of: PositiveInt = 256
-    """Derived hidden widths are multiples of this."""
+    """Derived hidden widths are rounded up to a multiple of this."""
     ffn_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
-    """Stretches the derived hidden width; for Hawk that of its feed-forward layer."""
+    """Scales the derived hidden width; for Hawk, that of its feed-forward layer."""
     conv_size: Annotated[int, Field(ge=2, le=4)] | None = None
     """Taps of the convolution over positions before the gates (Hawk: before the recurrence). Null: none."""
     kernel: Literal["auto", "torch", "fla"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What computes the recurrence; what is named is used, or refused with the reason. auto: on a GPU a package that is
-    installed and fits, else torch."""
+    """Kernel of the recurrence; a named one is used, or refused with the reason. auto: on a GPU an installed package
+    that fits, else torch."""
 
     @property
     def width(self) -> int:
-        """Channels of the recurrence: twice D, stretched and rounded up."""
+        """Channels of the recurrence: twice D, scaled and rounded up."""
         return rounded_width(2 * self.dim, self.ffn_dim_multiplier, self.multiple_of)
 
     @model_validator(mode="after")
@@ -46,7 +46,7 @@ class RecurrentArgs(KernelArgs):
 
 @register("model", "mingru")
 class MinGRUArgs(RecurrentArgs):
-    """minGRU (arXiv 2410.01201) as Meta Lingua has it: gated by silu(w x), without the paper's g on the candidate."""
+    """minGRU (arXiv 2410.01201) as in Meta Lingua: gated by silu(w x), without the paper's g on the candidate."""
 
     block: ClassVar[str] = "apps.fastRNN.blocks:GRUBlock"
     residual_outputs: ClassVar[tuple[str, ...]] = ("gru.wo.weight",)
@@ -59,7 +59,7 @@ class MinGRUArgs(RecurrentArgs):
 
 @register("model", "minlstm")
 class MinLSTMArgs(RecurrentArgs):
-    """minLSTM (arXiv 2410.01201) as Meta Lingua has it."""
+    """minLSTM (arXiv 2410.01201) as in Meta Lingua."""
 
     block: ClassVar[str] = "apps.fastRNN.blocks:LSTMBlock"
     residual_outputs: ClassVar[tuple[str, ...]] = ("lstm.wo.weight",)
@@ -72,13 +72,13 @@ class MinLSTMArgs(RecurrentArgs):
 
 @register("model", "hawk")
 class HawkArgs(RecurrentArgs):
-    """Hawk (arXiv 2402.19427) as Meta Lingua has it: dense gates without bias, and a feed-forward layer."""
+    """Hawk (arXiv 2402.19427) as in Meta Lingua: dense gates without bias, and a feed-forward layer."""
 
     block: ClassVar[str] = "apps.fastRNN.blocks:HawkBlock"
 
     type: Literal["hawk"] = "hawk"
     lru_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
-    """Stretches the width of the recurrence, which is 4/3 dim rounded up to multiple_of."""
+    """Scales the width of the recurrence, which is 4/3 dim rounded up to multiple_of."""
 
     @property
     def width(self) -> int:
@@ -93,14 +93,14 @@ class HawkArgs(RecurrentArgs):
         return recurrence + 3 * self.dim * self.ffn_width + self.norm_params(2 * self.dim)
 
     def initial_std(self, name: str, shape: Any) -> float:
-        """As Meta Lingua: `init_std_factor` divides every matrix of the recurrent half of a block."""
+        """Return the std as Meta Lingua does: `init_std_factor` divides every matrix of the block's recurrent half."""
         std = self.init_base_std or (self.dim if "embed" in name else shape[-1]) ** -0.5
         return std / self.depth_factor(name) if "rlgru_block" in name else std
 
 
 class TrainArgs(train.TrainArgs):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     app: str = __package__ or "apps.fastRNN"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""
     model: Annotated[SerializeAsAny[ModelArgs], part_of("model", MinGRUArgs)] = MinGRUArgs()

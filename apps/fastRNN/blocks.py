@@ -1,4 +1,4 @@
-"""Blocks of minGRU, minLSTM (arXiv 2410.01201) and Hawk (arXiv 2402.19427), each over a linear scan of its channels.
+"""Blocks of minGRU, minLSTM (arXiv 2410.01201) and Hawk (arXiv 2402.19427), each with a linear scan per channel.
 
 Parameter names are Meta Lingua's, so its weights load.
 
@@ -23,11 +23,11 @@ from .args import HawkArgs, MinGRUArgs, MinLSTMArgs, RecurrentArgs
 _LRU_SCALE = 8.0
 """c of the paper, equation 4."""
 _MAX_SQRT_GRADIENT = 1000.0
-"""Griffin's own bound (recurrentgemma, torch/layers.py)."""
+"""The bound in Griffin's own code (recurrentgemma, torch/layers.py)."""
 
 
 class Recurrence(nn.Module):
-    """What the three share: a convolution that may be there, and the scan, each with a state between passes."""
+    """Base of the three: an optional convolution and the scan, each with a state between passes."""
 
     def __init__(self, args: RecurrentArgs, layer: int, conv_width: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Recurrence(nn.Module):
             init_taps(self.conv_weight, self.args.init_base_std)
 
     def conv(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Return silu(convolution of x), or x where there is none; and its last inputs, (B, K - 1, channels)."""
+        """Return silu(convolution of x), or x if there is none; and its last inputs, (B, K - 1, channels)."""
         if self.conv_weight is None:
             return x, x[:, :0]
         before, _ = ctx.state(self.layer) or (None, None)
@@ -47,7 +47,7 @@ class Recurrence(nn.Module):
         return functional.silu(y), after
 
     def scan(self, a: Tensor, b: Tensor, conv_state: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return s_t = a_t s_{t-1} + b_t within documents, (B, S, R) in fp32, and keep what the next pass needs."""
+        """Return s_t = a_t s_{t-1} + b_t within documents, (B, S, R) in fp32, and keep the state for the next pass."""
         _, state = ctx.state(self.layer) or (None, None)
         if ctx.starts is not None:
             a = a.masked_fill(ctx.starts.unsqueeze(-1), 0.0)
@@ -117,7 +117,7 @@ class RGLRU(Recurrence):
 
 
 class _BoundedSqrt(torch.autograd.Function):
-    """sqrt, whose gradient is at most _MAX_SQRT_GRADIENT."""
+    """sqrt with a gradient of at most _MAX_SQRT_GRADIENT."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -154,6 +154,6 @@ class LSTMBlock(ResidualBlock):
 
 
 class HawkBlock(ResidualBlock):
-    """Meta Lingua's recurrent half adds its own input, which is the norm's output, too; so does this one."""
+    """As in Meta Lingua, the recurrent half also adds its own input, which is the norm's output."""
 
     branches = (("rlgru_norm", "rlgru_block", RGLRUBlock), ("ffn_norm", "feed_forward", FeedForward))

@@ -1,4 +1,4 @@
-"""Config of runs on data that is made as they go: that of apps/main, whose models they train. Torch-free."""
+"""Config of runs on data that is generated during training; otherwise that of apps/main. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import apps.main.args
 
 
 class TrainArgs(apps.main.args.TrainArgs):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     app: str = __package__ or "apps.gssm"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""

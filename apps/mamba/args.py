@@ -1,4 +1,4 @@
-"""Config of Mamba-2. Keys are Meta Lingua's; those that it lacks are marked. Torch-free."""
+"""Config of Mamba-2. Keys are Meta Lingua's; additional ones are marked. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class InitArgs(Args):
     """Initial values of A and of the bias of dt (arXiv 2405.21060, section 7, and Meta Lingua's apps/mamba)."""
 
     dt_max: Annotated[float, Field(gt=0)] = 0.1
-    """Largest initial step size; with dt_bias."""
+    """Maximum initial step size, with dt_bias."""
     dt_min: Annotated[float, Field(gt=0)] = 0.001
-    """Smallest initial step size."""
+    """Minimum initial step size."""
     dt_init_floor: Annotated[float, Field(gt=0)] = 1e-4
-    """Initial step sizes are raised to this."""
+    """Smaller initial step sizes are raised to this."""
     A_init_min: Annotated[float, Field(gt=0)] = 1.0
     """-A of each head is drawn between this and A_init_max."""
     A_init_max: Annotated[float, Field(gt=0)] = 16.0
-    """Largest initial -A."""
+    """Maximum initial -A."""
 
 
 @register("model", "mamba2")
@@ -40,31 +40,31 @@ class Mamba2Args(KernelArgs):
     n_heads: PositiveInt = 8
     """H."""
     hidden_dim: PositiveInt | None = None
-    """Width of the heads together, H P. Null: 2 dim times ffn_dim_multiplier, rounded up to multiple_of. (Ours.)"""
+    """Total width of the heads, H P. Null: 2 dim times ffn_dim_multiplier, rounded up to multiple_of. (Ours.)"""
     ffn_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
-    """Stretches the derived hidden_dim."""
+    """Scales the derived hidden_dim."""
     multiple_of: PositiveInt = 256
-    """The derived hidden_dim is a multiple of this."""
+    """The derived hidden_dim is rounded up to a multiple of this."""
     state_dim: PositiveInt = 128
-    """N, numbers of state per channel."""
+    """N: state size per channel."""
     n_groups: PositiveInt = 1
     """G: heads of a group share B and C."""
     conv_size: Annotated[int, Field(ge=2, le=4)] | None = None
-    """Taps of the convolution over x, B and C before the state. Null: none."""
+    """Taps of the convolution over x, B and C before the recurrence. Null: none."""
     conv_bias: bool = False
-    """The convolution has a bias. (Ours, for Hugging Face's models.)"""
+    """Give the convolution a bias. (Ours, for Hugging Face's models.)"""
     dt_bias: bool = False
-    """The step size of each head has a bias."""
+    """Give the step size of each head a bias."""
     D_has_head_dim: bool = False
-    """The skip connection has a weight per channel, not per head."""
+    """Give the skip connection a weight per channel instead of per head."""
     learnable_init_states: bool = False
-    """The state before each row is a parameter."""
+    """Make the state before each row a parameter."""
     ssm_chunk_size: PositiveInt = 256
-    """Positions that are computed at once; changes memory and speed, not the function."""
+    """Positions computed at once; changes memory and speed, not the function."""
     init_args: InitArgs = InitArgs()
     kernel: Literal["auto", "torch", "mamba_ssm", "fla"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What computes the recurrence; what is named is used, or refused with the reason. auto: on a GPU a package that is
-    installed and fits, else torch."""
+    """Kernel of the recurrence; a named one is used, or refused with the reason. auto: on a GPU an installed package
+    that fits, else torch."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -97,13 +97,13 @@ class Mamba2Args(KernelArgs):
         return projections + conv + of_heads + states + self.width + self.norm_params(self.dim)
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
-        """12 H P N: the state is updated and read, 2 H P N each, forward and twice backward; no chunking counted."""
+        """Return 12 H P N: update and read of the state, 2 H P N each, forward and twice backward; no chunking."""
         return 12 * self.width * self.state_dim
 
 
 class TrainArgs(train.TrainArgs):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     app: str = __package__ or "apps.mamba"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""
     model: Annotated[SerializeAsAny[ModelArgs], part_of("model", Mamba2Args)] = Mamba2Args()

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from lingua.model.huggingface import EMBEDDING, HEAD, Translation
 
 _ENDLESS = ([0.0, math.inf], [0.0, {"__float__": "Infinity"}])
-"""What a time_step_limit looks like that limits nothing (transformers 4 and 5)."""
+"""Spellings of a time_step_limit without a limit (transformers 4 and 5)."""
 
 
 class Mamba2(Translation):
-    """Mamba-2 with a convolution and dt_bias. transformers norms each group by itself, so that only one fits ours."""
+    """Mamba-2 with a convolution and dt_bias, and one group, since transformers normalizes each group by itself."""
 
     model_types: ClassVar[tuple[str, ...]] = ("mamba2",)
     layers: ClassVar[str] = "backbone.layers."

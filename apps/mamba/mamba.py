@@ -65,7 +65,7 @@ class SSM(nn.Module):
         keys, queries = (each.unflatten(-1, (args.n_groups, -1)) for each in (keys, queries))  # (B, S, G, N)
         dt = functional.softplus(dt.float() + (0.0 if self.dt_bias is None else self.dt_bias.float()))  # (B, S, H)
         if ctx.real is not None:
-            dt = dt * ctx.real.unsqueeze(-1)  # no step: the state stays
+            dt = dt * ctx.real.unsqueeze(-1)  # a step of 0 keeps the state
         y, state = self.state_space(x, keys, queries, dt, ctx, state)
         y = y + x.float() * self.D.float().view(args.n_heads, -1)
         ctx.keep(self.layer, mixed[:, :0] if conv_state is None else conv_state, state)

@@ -1,4 +1,4 @@
-"""Train: `python -m apps.mamba.train config=FILE [key=value ...]`. The loop is apps/main/train.py."""
+"""Train: `python -m apps.mamba.train config=FILE [key=value ...]`, as apps/main/train.py."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from lingua.config.keys.model import LlamaArgs, ModelArgs
 
 @register("model", "mtp")
 class MTPArgs(LlamaArgs):
-    """A Llama-type decoder whose head i predicts token i + 1 after a position."""
+    """A Llama-style decoder whose head i predicts token i + 1 after a position."""
 
     builder: ClassVar[str] = "apps.mtp.mtp:MTP"
-    hugging_face: ClassVar[str] = ""  # it has no such model
+    hugging_face: ClassVar[str] = ""  # Hugging Face has no such model
 
     type: Literal["mtp"] = "mtp"  # pyright: ignore[reportIncompatibleVariableOverride]
     n_future_head: PositiveInt = 1
-    """Heads, each (V, D). Needs data.n_views n_future_head + 1."""
+    """Number of heads, each (V, D). Needs data.n_views = n_future_head + 1."""
 
     @property
     def n_labels(self) -> int:
@@ -51,8 +51,8 @@ class MTPArgs(LlamaArgs):
 
 
 class TrainArgs(train.TrainArgs):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     app: str = __package__ or "apps.mtp"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""
     model: Annotated[SerializeAsAny[ModelArgs], part_of("model", MTPArgs)] = MTPArgs(n_heads=8)

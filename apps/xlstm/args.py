@@ -13,12 +13,12 @@ from lingua.config.keys.model import DecoderArgs, KernelArgs, ModelArgs, rounded
 
 
 class XLSTMArgs(DecoderArgs):
-    """Initial values that all blocks share."""
+    """Initial values of all blocks."""
 
     residual_outputs: ClassVar[tuple[str, ...]] = ("proj_down.weight",)
 
     def initial_std(self, name: str, shape: Any) -> float:
-        """xlstm-jax's: sqrt(2 / 5D) (arXiv 1910.05895); 2 / (L sqrt D) where a branch ends; 0 for output gates."""
+        """Return xlstm-jax's std: sqrt(2 / 5D) (arXiv 1910.05895); 2 / (L sqrt D) at branch ends; 0 at output gates."""
         if name.endswith("ogate_preact.weight"):
             return 0.0
         if not name.endswith(self.residual_outputs):
@@ -28,7 +28,7 @@ class XLSTMArgs(DecoderArgs):
 
 @register("model", "mlstm")
 class MLSTMArgs(XLSTMArgs, KernelArgs):
-    """mLSTM and a feed-forward layer per block; keys beyond ours have xlstm's names."""
+    """mLSTM and a feed-forward layer per block; its own keys have xlstm's names."""
 
     block: ClassVar[str] = "apps.xlstm.mlstm:MLSTMBlock"
     hugging_face: ClassVar[str] = "apps.xlstm.huggingface:XLSTM"
@@ -39,27 +39,27 @@ class MLSTMArgs(XLSTMArgs, KernelArgs):
     n_heads: PositiveInt = 4
     """H."""
     qk_dim_factor: Annotated[float, Field(gt=0)] = 0.5
-    """Width of all queries (and keys) over dim."""
+    """Total width of queries (and of keys), as a multiple of dim."""
     v_dim_factor: Annotated[float, Field(gt=0)] = 1.0
-    """Width of all values over dim."""
+    """Total width of values, as a multiple of dim."""
     ffn_proj_factor: Annotated[float, Field(gt=0)] = 2.667
-    """Width of the feed-forward layer over dim; rounded up to a multiple of ffn_round_up_to_multiple_of."""
+    """Width of the feed-forward layer, as a multiple of dim."""
     ffn_round_up_to_multiple_of: PositiveInt = 64
-    """The derived width of the feed-forward layer is a multiple of this."""
+    """The derived feed-forward width is rounded up to a multiple of this."""
     hidden_dim: PositiveInt | None = None
-    """Width of the feed-forward layer, in place of the derived one."""
+    """Width of the feed-forward layer. Null: derived."""
     gate_soft_cap: Annotated[float, Field(gt=0)] = 15.0
-    """c of c tanh(gate / c) for input and forget gates before their activations."""
+    """c in c tanh(gate / c) for input and forget gates before their activations."""
     output_logit_soft_cap: Annotated[float, Field(gt=0)] | None = 30.0
     """The same for logits. Null: no cap."""
     igate_bias_init_range: Annotated[float, Field(le=0)] = -10.0
     """Initial bias of the input gates."""
     chunk_size: PositiveInt = 64
-    """Positions that are computed at once; changes memory and speed, not the function."""
+    """Positions computed at once; changes memory and speed, not the function."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
     kernel: Literal["auto", "torch", "mlstm_kernels"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What computes the recurrence; what is named is used, or refused with the reason. auto: on a GPU a package that is
-    installed and fits, else torch."""
+    """Kernel of the recurrence; a named one is used, or refused with the reason. auto: on a GPU an installed package
+    that fits, else torch."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -105,19 +105,19 @@ class MLSTMArgs(XLSTMArgs, KernelArgs):
         return projections + gates + self.v_width + 3 * self.dim * self.ffn_width + self.norm_params(2 * self.dim)
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
-        """12 H N P: the memory is updated and read, 2 H N P each, forward and twice backward; no chunking counted."""
+        """Return 12 H N P: update and read of the memory, 2 H N P each, forward and twice backward; no chunking."""
         return 12 * self.qk_width * self.v_width / self.n_heads
 
 
 class ConvolvedArgs(XLSTMArgs):
-    """Keys of the two blocks of arXiv 2405.04517."""
+    """Keys of both blocks of arXiv 2405.04517."""
 
     n_heads: PositiveInt = 4
     """H."""
     conv_size: Annotated[int, Field(ge=2, le=4)] = 4
-    """Taps of the convolution over positions, with a bias, before the gates (mLSTM: before queries and keys)."""
+    """Taps of the convolution with bias before the gates (mLSTM: before queries and keys)."""
     proj_factor: Annotated[float, Field(gt=0)] = 2.0
-    """Width of the block (sLSTM: of its feed-forward layer) over dim; rounded up to a multiple of 64."""
+    """Width of the block (sLSTM: of its feed-forward layer), as a multiple of dim; rounded up to a multiple of 64."""
 
     @property
     def width(self) -> int:
@@ -135,15 +135,15 @@ class ConvolvedArgs(XLSTMArgs):
 
 @register("model", "mlstm_v0")
 class MLSTMV0Args(ConvolvedArgs):
-    """The mLSTM block of the first paper (arXiv 2405.04517, figure 11): the memory is inside an up-projection."""
+    """The mLSTM block of the first paper (arXiv 2405.04517, figure 11), with the memory inside an up-projection."""
 
     block: ClassVar[str] = "apps.xlstm.v0:MLSTMV0Block"
 
     type: Literal["mlstm_v0"] = "mlstm_v0"
     qkv_proj_blocksize: PositiveInt = 4
-    """Queries, keys and values are made of so many channels each."""
+    """Block size of the block-diagonal projections to queries, keys and values, in channels."""
     chunk_size: PositiveInt = 64
-    """Positions that are computed at once; changes memory and speed, not the function."""
+    """Positions computed at once; changes memory and speed, not the function."""
 
     @model_validator(mode="after")
     def _blocks_fit(self) -> Self:
@@ -159,13 +159,12 @@ class MLSTMV0Args(ConvolvedArgs):
         return self.width * (3 * self.dim + of_channels) + gates + self.norm_params(self.dim)
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
-        """As mLSTM's."""
         return 12 * self.width * self.width / self.n_heads
 
 
 @register("model", "slstm")
 class SLSTMArgs(ConvolvedArgs):
-    """sLSTM (arXiv 2405.04517, figure 10) and a feed-forward layer: what was said before comes back into the gates."""
+    """sLSTM (arXiv 2405.04517, figure 10) and a feed-forward layer: earlier outputs feed back into the gates."""
 
     block: ClassVar[str] = "apps.xlstm.slstm:SLSTMBlock"
 
@@ -184,13 +183,13 @@ class SLSTMArgs(ConvolvedArgs):
         return gates + self.dim * (self.conv_size + 2) + ffn + self.norm_params(2 * self.dim)
 
     def mixing_flops_per_token(self, seq_len: int) -> float:
-        """Count a product and a sum per number of cell and normaliser, forward and twice backward."""
+        """Count a product and a sum per number of cell and normalizer, forward and twice backward."""
         return 12 * self.dim
 
 
 class TrainArgs(train.TrainArgs):
-    """Everything a run is made of."""
+    """The config of a run."""
 
     app: str = __package__ or "apps.xlstm"
-    """Package of the app that trains this run."""
+    """Package of the app that trains the run."""
     model: Annotated[SerializeAsAny[ModelArgs], part_of("model", MLSTMArgs)] = MLSTMArgs()

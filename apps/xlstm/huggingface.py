@@ -20,7 +20,7 @@ _WIDTH = ("ffn_proj_factor", "ffn_round_up_to_multiple_of")
 
 
 class XLSTM(Translation):
-    """mLSTM, with separate matrices for what `weight_mode: fused` has in one."""
+    """mLSTM with separate matrices (`weight_mode: single`)."""
 
     model_types: ClassVar[tuple[str, ...]] = ("xlstm",)
     layers: ClassVar[str] = "backbone.blocks."
@@ -36,7 +36,7 @@ class XLSTM(Translation):
         return super().config_json(model, dtype=dtype, **more) | {"autocast_kernel_dtype": dtype}
 
     def own_keys(self, model: Any) -> dict[str, Any]:
-        # Their width is rounded down from a float: half a channel more than ours keeps it from the next lower one.
+        # Their width is rounded down from a float: half a channel more than ours prevents the next lower one.
         width = () if model.hidden_dim is None else ((model.hidden_dim + 0.5) / model.dim, 1)
         return {
             "architectures": ["xLSTMForCausalLM"],
@@ -51,7 +51,7 @@ class XLSTM(Translation):
         }
 
     def own_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-        # their class ties nothing, whatever its config says
+        # Their class never ties weights, whatever its config says.
         return {"type": "mlstm", "n_heads": config["num_heads"], "weight_tying": False}
 
     def model_section(self, config: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The block of mLSTM (arXiv 2503.13427, figure 2). Parameter names are xlstm's own, which are Hugging Face's too.
+"""The block of mLSTM (arXiv 2503.13427, figure 2). Parameter names are those of xlstm and Hugging Face.
 
 Letters: B rows, S positions, D model width, H heads, N keys of a head, P values of a head.
 """
@@ -18,7 +18,7 @@ from .args import MLSTMArgs
 
 
 class Gate(nn.Module):
-    """c tanh((weight x + bias) / c) per head, in fp32; no cap: weight x + bias. Drawn as 0 with biases in a range."""
+    """c tanh((weight x + bias) / c) per head, in fp32; weight x + bias without a cap. Initially weight is 0."""
 
     def __init__(self, width: int, n_heads: int, biases: tuple[float, float], cap: float | None) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class Gate(nn.Module):
 
 
 FORGET_BIASES = (3.0, 6.0)
-"""xlstm's, first and last head: most is kept at first."""
+"""Initial biases of the first and last head, as in xlstm: most of the memory is kept at first."""
 
 
 def over_padding(input_gate: Tensor, forget_gate: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-    """Return the gates (B, S, H) such that in padding nothing comes in and nothing is forgotten."""
+    """Return the gates (B, S, H), closed in padding so that it neither adds to the memory nor decays it."""
     if ctx.real is None:
         return input_gate, forget_gate
     padded = ~ctx.real.unsqueeze(-1)
@@ -59,7 +59,7 @@ class HeadNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, S, H, P) -> (B, S, H P)."""
+        """Normalize x (B, S, H, P) to (B, S, H P)."""
         return functional.layer_norm(x.float(), x.shape[-1:], eps=self.eps).flatten(-2) * self.weight.float()
 
 
@@ -83,7 +83,7 @@ class MLSTM(nn.Module):
         q, k, v = (w(x).unflatten(-1, (self.args.n_heads, -1)) for w in (self.q, self.k, self.v))  # (B, S, H, N or P)
         input_gate, forget_gate = over_padding(self.igate_preact(x), self.fgate_preact(x), ctx)
         chunk = self.args.chunk_size
-        if ctx.cache is None and kernel_of(self.args, x, ctx) == "mlstm_kernels":  # cached passes are short, or padded
+        if ctx.cache is None and kernel_of(self.args, x, ctx) == "mlstm_kernels":  # cached passes are short or padded
             h = mlstm_by_kernels(q, k, v, input_gate, forget_gate, chunk)
         else:
             h, state = mlstm(q, k, v, input_gate, forget_gate, ctx.starts, ctx.state(self.layer), chunk)

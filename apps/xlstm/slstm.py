@@ -1,4 +1,4 @@
-"""The sLSTM block (arXiv 2405.04517, figure 10): one position after another, since outputs come back into the gates.
+"""The sLSTM block (arXiv 2405.04517, figure 10): sequential over positions, since outputs feed back into the gates.
 
 Letters: B rows, S positions, D model width, H heads, E channels of a head.
 """
@@ -18,9 +18,9 @@ from .mlstm import HeadNorm
 from .v0 import BlockLinear
 
 
-@torch.compiler.disable  # it would be unrolled: minutes of compilation
+@torch.compiler.disable  # it would be unrolled, which takes minutes to compile
 def slstm(
-    gates: Tensor,  # (S, H, B, 4 E): i, f, z, o without what comes back
+    gates: Tensor,  # (S, H, B, 4 E): i, f, z, o without feedback
     recurrent: Tensor,  # (H, E, 4 E)
     state: tuple[Tensor, ...],  # y, c, n, m before the first position, (H, B, E) each
     starts: Tensor | None,  # (B, S) bool
@@ -42,7 +42,7 @@ def slstm(
         kept, added = (f - m).exp(), (i - m).exp()
         c, n = kept * c + added * z.tanh(), kept * n + added
         after = o.sigmoid() * c / n, c, n, m
-        if real is not None:  # padding leaves the state as it is
+        if real is not None:  # padding keeps the state
             after = tuple(torch.where(real[:, t, None], new, old) for new, old in zip(after, state, strict=True))
         state = after
         outputs.append(state[0])
@@ -50,11 +50,11 @@ def slstm(
 
 
 EMPTY = (0.0, 0.0, 0.0, float("-inf"))
-"""y, c, n and m where a document begins: the first m is i."""
+"""y, c, n and m at the start of a document; the first m is i."""
 
 
 class SLSTM(nn.Module):
-    """i and f of silu(conv x), z and o of x, each head by itself; a norm per head."""
+    """i and f from silu(conv x), z and o from x, separately for each head; then a norm per head."""
 
     def __init__(self, args: SLSTMArgs, layer: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class SLSTM(nn.Module):
             zeroed.zero_()
         size = self.recurrent.shape[1]
         depth, place = self.layer / max(self.args.n_layers - 1, 1), torch.arange(size) / max(size - 1, 1)
-        self.gate_bias[..., size : 2 * size] = 5 - 12 * place ** (0.3 + 1.3 * depth)  # of f, as xlstm has it
+        self.gate_bias[..., size : 2 * size] = 5 - 12 * place ** (0.3 + 1.3 * depth)  # f's, as in xlstm
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         conv_state, *state = ctx.state(self.layer) or (None,)
@@ -92,7 +92,7 @@ class SLSTM(nn.Module):
 
 
 class SLSTMBlock(ResidualBlock):
-    """With a gated feed-forward layer with GELU."""
+    """sLSTM and a gated feed-forward layer with GELU."""
 
     branches = (("xlstm_norm", "xlstm", SLSTM),)
 

@@ -34,7 +34,7 @@ class BlockLinear(nn.Module):
 
 
 class MLSTMV0(nn.Module):
-    """x, z = up u; q, k of silu(conv x), v of x; down((norm(mLSTM) + skip * silu(conv x)) * silu(z))."""
+    """x, z = up u; q, k from silu(conv x), v from x; down((norm(mLSTM) + skip * silu(conv x)) * silu(z))."""
 
     def __init__(self, args: MLSTMV0Args, layer: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model of your own: Llama whose attention and feed-forward work side by side, as in GPT-J."""
+"""A model of your own: Llama with parallel attention and feed-forward, as in GPT-J."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lingua.model.transformer import TransformerBlock
 
 @register("model", "my_model")
 class MyModelArgs(LlamaArgs):
-    """Attention and feed-forward side by side. A key of your own is a line here."""
+    """Llama with parallel attention and feed-forward. Add your own keys here."""
 
     block: ClassVar[str] = f"{__name__}:MyBlock"
-    hugging_face: ClassVar[str] = ""  # theirs computes something else
+    hugging_face: ClassVar[str] = ""  # Hugging Face's Llama computes something else
 
     type: Literal["my_model"] = "my_model"  # pyright: ignore[reportIncompatibleVariableOverride]
 
