@@ -1,7 +1,7 @@
-"""Measurements with a budget each, every one in a process of its own, and a file that always holds what there is.
+"""Run measurements with a time budget, each in its own process, and save all results after each one.
 
-A GPU is lent for minutes. So the JSON and the table beside it are written anew after each measurement: whatever ends
-the benchmark, they are whole, and name what is missing. Imports no torch.
+GPU time may be short. So the JSON and the table beside it are rewritten after each measurement: however the benchmark
+ends, they are complete and list what is missing. Torch-free.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ Found = dict[str, Any]
 
 
 class Here(NamedTuple):
-    """What a measurement is given."""
+    """Inputs of a measurement."""
 
     folder: Path
     peaks: Mapping[str, float]
     cases: Mapping[str, Found]
-    """What was found so far."""
+    """Results so far."""
 
 
 class Planned(NamedTuple):
-    """A measurement of the suite. It does not begin with less than `seconds` left, and ends after twice as many."""
+    """A measurement of the suite. It starts only if `seconds` are left, and is killed after twice as many."""
 
     name: str
     seconds: float
-    """What it should take; the reckoning is beside each."""
+    """Expected duration; its estimate is beside each measurement."""
     attempts: Sequence[tuple[int, Callable[[Here], Found]]]
-    """(batch, what to do); the next is tried, in a fresh process, where one answers `out_of_memory`."""
+    """(batch, function); the next one is tried, in a fresh process, after `out_of_memory`."""
     needs_bytes: Mapping[str, int] = {}
-    """Room that it takes: by folder, or "" for the one that it is given."""
+    """Disk space needed, by folder; "" stands for its own folder."""
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent ends, however that ends; a child of its own must ask again."""
+    """Ask Linux to kill this process when its parent ends for any reason; its own children must ask again."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def apart(act: Callable[..., Any], *args: Any, limit_s: float = 600.0) -> Any:
-    """Call in a forked process and return the result, so that its memory and its settings end with it.
+    """Call a function in a forked process and return its result, so that its memory and settings end with it.
 
-    After `limit_s` it is killed with all that it has started in its process group.
+    After `limit_s` the process is killed with its process group.
     """
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
@@ -81,18 +81,18 @@ def apart(act: Callable[..., Any], *args: Any, limit_s: float = 600.0) -> Any:
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.join()  # only then is its memory on the GPU free
+        process.join()  # until then its GPU memory is not free
         receiving.close()
     return {"error": f"the process ended with {process.exitcode}"} if result is None else result
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Also what cuBLAS says where torch's allocator has taken all: CUBLAS_STATUS_ALLOC_FAILED."""
+    """Return whether an error means out of memory, also cuBLAS's CUBLAS_STATUS_ALLOC_FAILED."""
     return type(error).__name__ == "OutOfMemoryError" or "ALLOC_FAILED" in str(error)
 
 
 def shortage(needs_bytes: Mapping[str, int], folder: Path, free: Callable[[str], int]) -> str | None:
-    """Say in one sentence where there is too little room, or return None."""
+    """Return a sentence about a folder with too little space, or None."""
     for name, needed in needs_bytes.items():
         place = name or str(folder)
         if (there := free(place)) < needed:
@@ -101,7 +101,7 @@ def shortage(needs_bytes: Mapping[str, int], folder: Path, free: Callable[[str],
 
 
 def try_out(planned: Planned, here: Here, limit_s: float) -> Found:
-    """Measure at the first attempt that fits into the memory."""
+    """Measure with the first attempt that fits in memory."""
     end_s, too_large = time.monotonic() + limit_s, []
     for batch, act in planned.attempts:
         found = apart(act, here, limit_s=max(0.1, end_s - time.monotonic()))
@@ -112,7 +112,7 @@ def try_out(planned: Planned, here: Here, limit_s: float) -> Found:
 
 
 class Ledger:
-    """The result as it grows; `save` writes JSON and table."""
+    """The growing result; `save` writes JSON and table."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Ledger:
         self._out, self._show, self._judge = out, show, judge
 
     def save(self, running: str | None) -> None:
-        """Write it all; `running` is what a kill from now on would lose."""
+        """Write everything; `running` is the measurement that a kill from now on would lose."""
         self.result |= {"running": running, "goals": self._judge(self.result["cases"])}
         if self._out is None:
             return
@@ -149,7 +149,7 @@ def measure_all(
     free: Callable[[str], int],
     say: Callable[..., None],
 ) -> None:
-    """Measure one after the other as far as the time (of `time.monotonic`) goes; the file is written after each."""
+    """Measure one after another until `end_s` (of `time.monotonic`); save after each."""
     for planned in plan:
         left_s = end_s - time.monotonic()
         if left_s < planned.seconds:

@@ -1,4 +1,4 @@
-"""The cases of bench_step.py: models, their sizes, and what they are compared with."""
+"""The cases of bench_step.py: models, their sizes, and their rivals."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Case:
 
     name: str
     model: str
-    """File of configs/model, or keys of a small one."""
+    """File of configs/model, or keys of a small model."""
     words: tuple[str, ...] = ()
     seq_len: int = 2048
     batches: tuple[int, ...] = (8, 4, 2, 1)
     transformers: bool = False
     allocator: str = ""
-    """What PYTORCH_ALLOC_CONF would say."""
+    """Value for PYTORCH_ALLOC_CONF."""
     rivals: tuple[Case, ...] = ()
-    """What takes turns with it on a CPU; `over_<first word of the name>` is the ratio of the tokens/s."""
+    """Cases that alternate with it on a CPU; `over_<first word of the name>` is the ratio of tokens/s."""
 
 
 FULL = "distributed.full_activation_checkpointing=true"
@@ -37,7 +37,7 @@ ALL_1B = (24, 16, 8)
 NO_GAPS = "expandable_segments:True"
 HALF_MOMENTS = "optim.state_dtype=bf16"
 MAIN = Case("1B bf16 2048", "llama_1B", batches=ALL_1B)
-GPU_CASES = (  # the most wanted first
+GPU_CASES = (  # the most important first
     MAIN,
     Case("280M bf16 2048", "llama_280M", batches=(32, 16, 8)),
     Case("transformers 1B bf16 2048", "llama_1B", batches=(16, 8, 4), transformers=True),
@@ -83,7 +83,7 @@ CPU_CASES = tuple(
     )
 )
 DIMS = {"1M": 128, "5M": 256}
-MAMBA = "type=mamba2 conv_size=4 conv_bias=true dt_bias=true ssm_chunk_size=64"  # what transformers' has, too
+MAMBA = "type=mamba2 conv_size=4 conv_bias=true dt_bias=true ssm_chunk_size=64"  # as in transformers
 _IN_HYBRID = '{"mamba2":{"conv_size":4,"dt_bias":true,"ssm_chunk_size":64,"n_heads":8,"state_dim":%d}}'
 HYBRID = f"type=hybrid layers=[attention,mamba2,mamba2] n_heads=4 n_layers=%d blocks={_IN_HYBRID}"
 FAMILIES: dict[str, tuple[str, str]] = {  # keys at about 1M parameters, and at about 5M
@@ -99,7 +99,7 @@ FAMILIES: dict[str, tuple[str, str]] = {  # keys at about 1M parameters, and at 
 
 
 def family_cases(tiny: bool = False) -> list[Case]:
-    """Every family at both sizes; `tiny`: at one for which a CPU needs seconds."""
+    """Return every family at both sizes; `tiny`: in a size that takes seconds on a CPU."""
     found: list[Case] = []
     for at, (size, dim) in enumerate(DIMS.items()):
         llama: tuple[Case, ...] = ()
@@ -114,7 +114,7 @@ def family_cases(tiny: bool = False) -> list[Case]:
 
 
 def in_small(case: Case) -> Case:
-    """Return the case at a size for which a CPU needs seconds: to see that it runs."""
+    """Return the case in a size that takes seconds on a CPU, to check that it runs."""
     words = tuple(word.replace("flex", "sdpa") for word in case.words)
     tiny = "dim=64 n_layers=2 n_heads=2 vocab_size=260"
     return replace(case, model=tiny, words=(*EAGER, *words), seq_len=32, batches=(2,))
@@ -125,7 +125,7 @@ TINY_CASES = tuple(in_small(case) for case in GPU_CASES if case.name.startswith(
 
 
 def command_of(case: Case, batch: int, dump_dir: Path, *more: str) -> list[str]:
-    """Return the command line of a run of this case, with nothing in it that is not training."""
+    """Return the command line of a run of this case, with training only."""
     is_file = "=" not in case.model
     model = ["model.vocab_size=128256", f"model={case.model}"] if is_file else []  # Llama 3's, as in the recipes
     return [

@@ -1,25 +1,25 @@
-"""What a checkpoint costs: how long training waits for it, how fast it reaches the disk and comes back from there.
+"""Measure the cost of checkpoints: how long training waits, and the speed of writing and loading.
 
     uv run python scripts/bench_checkpoint.py [--params 80e6] [--rounds 5] [--json] [--folder DIR] [--only-loads]
 
-One process, one state (fp32 parameters with AdamW: 12 bytes per parameter), all ways in turn in every round, medians:
+One process, one state (fp32 parameters with AdamW: 12 bytes per parameter), all methods in turn each round, medians:
 
-    copy_s                bare copy of all tensors into memory that was written to before
-    ours_stall_s          our asynchronous save: what the caller waits
+    copy_s                bare copy of all tensors to memory that was written to before
+    ours_stall_s          our asynchronous save: how long the caller waits
     ours_direct_s         our synchronous save
-    dcp_async_cold_s      torch.distributed.checkpoint.async_save as it comes
+    dcp_async_cold_s      torch.distributed.checkpoint.async_save with its defaults
     dcp_async_warm_s      the same with one DefaultStager for all saves
     dcp_save_s            torch.distributed.checkpoint.save
-    drain_gb_per_s        our service, from taking up a slot to the published checkpoint, checksums included
+    drain_gb_per_s        our service, from taking a slot to the published checkpoint, including checksums
     cp_gb_per_s           `cp -r` of the same bytes from /dev/shm and `sync`
-    load_gb_per_s         our resume from the disk, checksums included; nothing of it is in the page cache before
-    dd_gb_per_s           as many `dd iflag=direct` as blocks that we read at a time, of the same size and files
+    load_gb_per_s         our resume from the disk, including checksums, with an empty page cache
+    dd_gb_per_s           as many `dd iflag=direct` as blocks that we read in parallel, of the same size and files
     dcp_load_s            torch.distributed.checkpoint.load of the same state, from the disk; nothing is verified
     slowdown_draining     how much longer a step of matrix products takes while the service writes; all cores but one
-                          compute. Steps with and without take turns
-    extra_memory_bytes    memory beside the slots: what the process grew by, and all of the service's
+                          compute; steps with and without alternate
+    extra_memory_bytes    memory besides the slots: growth of the process, and all of the service's
 
-Ratios are of values of the same round. The machine should have nothing else to do.
+Ratios are of values of the same round. The machine should be idle.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def anonymous_bytes(pid: int | str) -> int:
 
 
 def evict(folder: Path) -> None:
-    """Take the files of a folder out of the page cache."""
+    """Remove the files of a folder from the page cache."""
     os.sync()
     for path in folder.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
@@ -76,7 +76,7 @@ def evict(folder: Path) -> None:
 
 
 def read_with_dd(files: list[Path]) -> None:
-    """Read files with as many processes, READ_AHEAD for each of READERS at a time, each a stretch of a file."""
+    """Read files with parallel processes, READ_AHEAD for each of READERS files, each a stretch of a file."""
     for at_once in (files[at : at + READERS] for at in range(0, len(files), READERS)):
         running = []
         for path in at_once:
@@ -89,7 +89,7 @@ def read_with_dd(files: list[Path]) -> None:
 
 
 class Bench:
-    """All ways of saving one state."""
+    """All methods of saving one state."""
 
     def __init__(self, n_params: int, folder: Path) -> None:
         self.folder = folder
@@ -124,7 +124,7 @@ class Bench:
         return CheckpointManager(args, self.folder / name)
 
     def extra_memory_bytes(self) -> int:
-        """Return what this process grew by, and all of the service's."""
+        """Return the growth of this process plus all memory of the service."""
         lock = area_of(self.folder / "ours").lock(SERVICE_LOCK)
         pid = lock.holder()
         lock.close()
@@ -138,7 +138,7 @@ class Bench:
         return seconds
 
     def _ours_direct(self) -> float:
-        """Seconds of a synchronous save; the old checkpoint's end is awaited outside, as for the stock ones."""
+        """Return the seconds of a synchronous save; deletion of the old checkpoint is awaited outside, as for DCP."""
         seconds, report = timed(lambda: self.direct.save(self.step, self.state))
         assert report.error is None, report.error
         root = self.folder / "direct" / layout.CHECKPOINTS
@@ -151,7 +151,7 @@ class Bench:
         return not (self.folder / "ours" / "checkpoints" / f"checkpoint_{self.step:010d}.done").exists()
 
     def _wait_for_service(self) -> float:
-        """GB/s that the service reports for the newest save, once it has published it."""
+        """Return the GB/s that the service reports for the newest save, after its publication."""
         before = self._drain_rate
         while self._draining() or self._drain_rate == before:
             time.sleep(0.01)
@@ -159,7 +159,7 @@ class Bench:
         return self._drain_rate
 
     def _stock(self, save: Callable[[str], Any]) -> float:
-        """Seconds that a stock save keeps us waiting; its end is awaited outside."""
+        """Return the seconds that a DCP save blocks; its end is awaited outside."""
         target = self.folder / "stock"
         shutil.rmtree(target, ignore_errors=True)
         seconds, pending = timed(lambda: save(str(target)))
@@ -174,7 +174,7 @@ class Bench:
             self.copies[name].copy_(tensor)
 
     def _cp(self) -> float:
-        """GB/s of `cp` and `sync` from a slot to the disk."""
+        """Return the GB/s of `cp` and `sync` from a slot to the disk."""
         slot, target = area_of(self.folder / "ours").slot(0).folder, self.folder / "cp"
         shutil.rmtree(target, ignore_errors=True)
         script = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
@@ -182,7 +182,7 @@ class Bench:
         return sum(path.stat().st_size for path in target.iterdir()) / 1e9 / seconds
 
     def loads(self) -> dict[str, float]:
-        """Our load, dd and the stock one, of checkpoints that the round has just written."""
+        """Measure our load, dd and DCP's load of checkpoints that this round has written."""
         root = self.folder / "direct" / layout.CHECKPOINTS
         step = layout.done_steps(root)[-1]
         large = sorted(layout.folder(root, step).glob(f"*{layout.TENSORS}"))
@@ -231,7 +231,7 @@ class Bench:
         return found
 
     def slowdown(self, seconds: float) -> dict[str, float]:
-        """Median step with the service writing and with it idle, in turns."""
+        """Measure the median step with the service writing and with it idle, alternating."""
         torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
         left = torch.randn(WIDTH, WIDTH)
         n_products = max(1, round(STEP_S / max(1e-4, timed(lambda: [left @ left for _ in range(20)])[0] / 20)))
@@ -243,7 +243,7 @@ class Bench:
         end_s = time.perf_counter() + seconds
         while time.perf_counter() < end_s:
             self._ours()
-            time.sleep(0.1)  # hashing in a thread of ours is part of the save, not of the drain
+            time.sleep(0.1)  # hashing in our own thread is part of the save, not of the drain
             while self._draining():
                 times[True].append(step())
             times[False] += [step() for _ in range(20)]

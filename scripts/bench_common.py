@@ -1,4 +1,4 @@
-"""What the benchmarks share: a corpus of source code, a clock, and the printing of figures."""
+"""Helpers of the benchmarks: a corpus of source code, a clock, and output of figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lingua.files import human_bytes
 
 
 def write_corpus(path: Path, n_bytes: int, shortest: int = 1000, longest: int = 20_000) -> None:
-    """Write jsonl documents cut out of Python's own sources; their lengths are log-uniform."""
+    """Write jsonl documents cut from Python's own sources, with log-uniform lengths."""
     draw = random.Random(0)
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "".join(source.read_text(errors="replace") for source in sources)
@@ -27,7 +27,7 @@ def write_corpus(path: Path, n_bytes: int, shortest: int = 1000, longest: int = 
 
 
 def timed(act: Callable[[], Any]) -> tuple[float, Any]:
-    """Call `act`; returns seconds and its result."""
+    """Call `act`; return (seconds, its result)."""
     start_s = time.perf_counter()
     result = act()
     return time.perf_counter() - start_s, result

@@ -1,4 +1,4 @@
-"""How fast checkpoints are evaluated: our model under lm-evaluation-harness against its own `hf` model.
+"""Measure the speed of evaluations: our model in lm-evaluation-harness against its own `hf` model.
 
     uv run --extra harness python scripts/bench_eval.py [--json] [--rounds 5] [--documents 12] [--batch 16]
 
@@ -63,7 +63,7 @@ ANSWER_TOKENS = 32
 
 
 def make_run(run_dir: Path, overrides: list[str]) -> None:
-    """Make a run whose one checkpoint holds random weights."""
+    """Make a run with one checkpoint of random weights."""
     args = compose(CONFIG, [], [*overrides, f"dump_dir={run_dir}"], TrainArgs).args
     sized = {"vocab_size": 258, "max_seqlen": args.data.seq_len}
     model = build_part(args.model.model_copy(update=sized))
@@ -76,7 +76,7 @@ def make_run(run_dir: Path, overrides: list[str]) -> None:
 
 
 def make_tasks(folder: Path, n_documents: int, context: int) -> list[dict[str, Any]]:
-    """Make a task of each kind over a file of made-up text; questions of different lengths, up to the context's."""
+    """Make a task of each kind over a file of made-up text, with questions of lengths up to the context's."""
     draw, words = random.Random(1), ["return", "self", "import", "for", "in", "range", "lambda", "x", "def", "None"]
 
     def text(n_characters: int) -> str:
@@ -111,16 +111,16 @@ def make_tasks(folder: Path, n_documents: int, context: int) -> list[dict[str, A
 
 
 def answers_of(found: dict[str, Any], task: str) -> list[Any]:
-    """Return what a model answered, in a form that can be compared."""
+    """Return a model's answers in a comparable form."""
     answers = [sample["resps"] for sample in found["samples"][task]]
-    if task == "answers":  # bytes that are not UTF-8: hf shows each as one sign, we as \\xNN
+    if task == "answers":  # bytes that are not UTF-8: hf shows each as one character, we as \\xNN
         return [re.sub(r"\\x[0-9a-f]{2}", "\N{REPLACEMENT CHARACTER}", answer) for ((answer,),) in answers]
     numbers = str(answers).replace("[", " ").replace("]", " ").replace("'", " ").replace(",", " ").split()
     return [float(word) for word in numbers if word not in ("True", "False")]
 
 
 def must_agree(task: str, ours: list[Any], theirs: list[Any]) -> None:
-    """Raise RunError if the answers differ: a faster wrong answer is worth nothing."""
+    """Raise RunError if the answers differ."""
     if task == "answers":
         same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
         if same < 0.9:  # random weights: near-ties may fall either way
@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     measured = MeasuredModel(model, tokenizer, generator, wording, world, lambda: None)
     documents = HeldOutArgs(use_val_from_train_src=False, sources=[str(folder / "data.jsonl")])
     held_out = build_held_out(documents, args, EvalArgs())
-    # hf scores a second begin token before whole texts if it is told to add one.
+    # hf scores a second begin token before whole texts if add_bos_token is set.
     theirs = {
         begins: hugging_face(
             pretrained=str(folder / "hf"), device="cpu", dtype="float32", max_length=context, batch_size=batch,

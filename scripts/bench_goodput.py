@@ -1,4 +1,4 @@
-"""Goodput: the share of time that ends in steps that count, of runs that are killed again and again.
+"""Measure goodput, the share of time spent on steps that count, of runs that are killed repeatedly.
 
     uv run python scripts/bench_goodput.py [--kill-every 10 60] [--kills 2] [--way NAME ...] [--json] [--out FILE]
     uv run python scripts/bench_goodput.py --trace FILE    # real kills, a line each: seconds since the start [kind]
@@ -58,17 +58,17 @@ from lingua.report.figure import BAD, FAINT, GOOD, INK, SERIES, WIDE, Picture, b
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What an undisturbed run has shown."""
+    """Measurements of an undisturbed run."""
 
     step_s: float
     wait_s: float
-    """What a save takes from training, slower steps included."""
+    """Training time lost per save, including slower steps."""
     unsafe_s: float
-    """From then until it is on the disk."""
+    """Time from then until the save is on the disk."""
     start_s: float
-    """A restart without loading and without its step."""
+    """Time of a restart, without loading and its first step."""
     load_s: Mapping[str, float]
-    """By kind of kill."""
+    """Time of loading, by kind of kill."""
     state_bytes: int
 
 
@@ -76,12 +76,12 @@ class Undisturbed:
 
 
 def steps_s(ends_s: Mapping[int, float]) -> dict[int, float]:
-    """Return the seconds of each step but the first, with those of the save before it."""
+    """Return the seconds of each step but the first, including a save before it."""
     return {step: at_s - ends_s[step - 1] for step, at_s in ends_s.items() if step - 1 in ends_s}
 
 
 def quiet_steps_s(ends_s: Mapping[int, float], every: int, beside_s: float) -> list[float]:
-    """Return the seconds of the steps that no save slowed down: none of the `beside_s` before their end began one."""
+    """Return the seconds of steps that no save slowed down: none began within `beside_s` before them."""
     saves_s = [at_s for step, at_s in ends_s.items() if step % every == 0]
     return [
         step_s
@@ -91,7 +91,7 @@ def quiet_steps_s(ends_s: Mapping[int, float], every: int, beside_s: float) -> l
 
 
 def undisturbed(bench: Bench, way: Way) -> Undisturbed:
-    """Train until two saves are on the disk, and for one interval more; then restart after each kind of kill."""
+    """Train until two saves are on the disk and for one more interval; then restart after each kind of kill."""
     n, marks, times, size = bench.shape.first_steps, {}, {}, 0
     with Running(bench, way, n) as run:
         run.start()
@@ -123,7 +123,7 @@ def undisturbed(bench: Bench, way: Way) -> Undisturbed:
 
 
 def interval(calm: Undisturbed, way: Way, between_s: float) -> int:
-    """Return the steps between two saves that lose least, by the model."""
+    """Return the steps between saves that lose least, by the model."""
     at_least_s = 0.0 if way.survives(way.kind or "kill") else calm.unsafe_s
     return max(1, math.ceil(goodput.best_every_s(calm.wait_s, between_s, at_least_s) / calm.step_s))
 
@@ -131,7 +131,7 @@ def interval(calm: Undisturbed, way: Way, between_s: float) -> int:
 def disturbed(
     bench: Bench, way: Way, every: int, trace: Sequence[tuple[float, str]], beside_s: float
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Train under kills; return what each one has cost, and the seconds of the steps that no save slowed down."""
+    """Train under kills; return the cost of each one, and the seconds of the steps that no save slowed down."""
     found, quiet_s = [], []
     with Running(bench, way, every) as run:
         now = run.start()
@@ -159,7 +159,7 @@ def disturbed(
 def judged(
     kills: Sequence[Mapping[str, Any]], calm: Undisturbed, way: Way, every: int, scale: float
 ) -> dict[str, float]:
-    """Return shares of the time as measured and as the model has it; a start beside loading counts by 1 / `scale`."""
+    """Return shares of the time, measured and by the model; a start without loading counts by 1 / `scale`."""
     every_s = every * calm.step_s
     found = {}
     for suffix, by in (("", scale), ("_unscaled", 1.0)):
@@ -197,14 +197,14 @@ def measured(
 
 
 def drawn_kills(minutes: float, n: int, seed: int, scale: float) -> list[tuple[float, str]]:
-    """Return (seconds up, kind) of `n` kills: a Poisson process's gaps, stratified, with its mean."""
+    """Return (seconds up, kind) of `n` kills: stratified gaps of a Poisson process, with its mean."""
     gaps = [-math.log(1 - (i + 0.5) / n) for i in range(n)]  # a few independent draws may have half or twice the mean
     random.Random(f"{seed} {minutes:g}").shuffle(gaps)
     return [(gap * n / sum(gaps) * 60 * minutes / scale, "kill") for gap in gaps]
 
 
 def read_trace(path: Path, scale: float) -> list[tuple[float, str]]:
-    """Read kills: seconds since the start, and kill (if nothing is said), node or term."""
+    """Read kills: seconds since the start, and kill (the default), node or term."""
     found, before_s = [], 0.0
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -223,14 +223,14 @@ def read_trace(path: Path, scale: float) -> list[tuple[float, str]]:
     return found
 
 
-# -- on paper ------------------------------------------------------------------------------------------------------
+# -- projection ----------------------------------------------------------------------------------------------------
 
 PAPER = {"1B": (21.7e9, 1.81e9), "7B": (90.4e9, 7.53e9)}
 """State with AdamW, and parameters, of llama_1B.yaml and llama_7B.yaml."""
 
 
 def on_paper(between_s: float, disk_bytes_per_s: float = 0.5e9) -> list[list[str]]:
-    """Return rows for larger runs: 2 M tokens per step at 40% of an H200's 989 TFLOPS; everything assumed."""
+    """Return rows for larger runs: 2M tokens per step at 40% of an H200's 989 TFLOPS; all values are assumed."""
     rows = []
     for (name, (state, n_params)), n_ranks in itertools.product(PAPER.items(), (8, 24)):
         step_s = 6 * n_params * 2e6 / (0.4 * 989e12 * n_ranks)
@@ -242,7 +242,7 @@ def on_paper(between_s: float, disk_bytes_per_s: float = 0.5e9) -> list[list[str
     return rows
 
 
-# -- what is printed -----------------------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------------------------------
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -278,7 +278,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def draw(cases: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw where the time goes, a bar for each way, a picture beside another for each rate."""
+    """Draw where the time goes: a bar for each way, a picture for each rate."""
     rates = list(dict.fromkeys(case["rate"] for case in cases))
     figure, _ = blank(WIDE, len(rates), sharey=True)
     for axes, rate in zip(figure.axes, rates, strict=True):
@@ -332,7 +332,7 @@ def main(words: list[str]) -> int:
 
 
 def run_cases(options: Namespace, words: Sequence[str]) -> dict[str, Any]:
-    """Measure all cases; what is known so far is in `options.out` after each."""
+    """Measure all cases; save the results so far in `options.out` after each."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or its trainer would go on
     if options.trace:
         traces = {options.trace.name: read_trace(options.trace, options.scale)}

@@ -1,11 +1,11 @@
-"""All figures of one GPU in one call of under ten minutes, without a network. Started by bench_gpu.sh.
+"""Measure all figures of one GPU in under ten minutes, without a network. Started by bench_gpu.sh.
 
     bash scripts/bench_gpu.sh [OUT.json] [--only NAME ...] [--list] [--budget-s 570] [--profile] [--wheels DIR]
 
-Writes bench_gpu.json, or OUT.json, and the same as a table in a .txt beside it, anew after every case. The most wanted
-cases come first. Each has a process of its own, begins only if there is time for it, is killed after twice the time
-that it should take, and is tried with a smaller batch, in a fresh process, where the memory does not suffice. What was
-not measured stands under `left_out`. The cases are those of bench_step.py.
+Writes bench_gpu.json, or OUT.json, and the same as a table in a .txt beside it, again after every case. The most
+important cases come first. Each runs in its own process, starts only if there is time for it, is killed after twice its
+expected time, and is retried with a smaller batch, in a fresh process, if it runs out of memory. Cases that were not
+measured are listed under `left_out`. The cases are those of bench_step.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from bench_step import FORMULA, SAVE_EVERY, check_options, expected_s, measure, 
 from lingua.config.command_line import run_main
 from lingua.files import RunError
 
-SAVE_GB_PER_S = 1.0  # what the disk is taken to do, for the budgets alone
-FOLDER = ""  # of the benchmark: where loops write
+SAVE_GB_PER_S = 1.0  # assumed rate of the disk, only for the budgets
+FOLDER = ""  # folder of the benchmark, to which loops write
 
 
 def gpu_plan(tiny: bool, steps: int, trace: Path | None = None) -> list[Planned]:
-    """Make all measurements, the most wanted first."""
+    """Return all measurements, the most important first."""
     first, *others = TINY_CASES if tiny else GPU_CASES
     sizes = (32, 2, 16, 2) if tiny else (2048,)
 
@@ -79,7 +79,7 @@ def gpu_plan(tiny: bool, steps: int, trace: Path | None = None) -> list[Planned]
 
 
 def gpu_suite(plan: Sequence[Planned], tiny: bool, budget_s: float, out: Path | None) -> dict[str, Any]:
-    """Measure what is planned, as far as the time goes."""
+    """Run the planned measurements, as far as time allows."""
     end_s = time.monotonic() + budget_s
     ledger = Ledger(out, [planned.name for planned in plan], show, goals)
     ledger.result["formula"] = FORMULA
@@ -99,7 +99,7 @@ def gpu_suite(plan: Sequence[Planned], tiny: bool, budget_s: float, out: Path | 
 
 
 def goals(cases: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each goal, and the value measured; cases that were left out are not judged."""
+    """Return each goal with the measured value; cases that were left out are not judged."""
 
     def value(case: str, key: str, over: str | None = None) -> float | None:
         found, base = cases.get(case, {}).get(key), cases.get(over or "", {}).get(key)

@@ -1,4 +1,4 @@
-"""Rates of one device: its clock, a matrix product, and forward and backward of the attention kernels."""
+"""Measure one device: a matrix product, and forward and backward of the attention kernels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def step_seconds(act: Callable[[], object], device: torch.device, repeats: int, warm_up: int) -> list[float]:
-    """Seconds of each of `repeats` calls. On a GPU by its own clock, so that the host never waits in between."""
+    """Return the seconds of each of `repeats` calls, on a GPU by its own clock, so that the host does not wait."""
     for _ in range(warm_up):
         act()
     synchronize(device)
@@ -48,7 +48,7 @@ def step_seconds(act: Callable[[], object], device: torch.device, repeats: int, 
 
 
 def device_facts(device: torch.device | None = None) -> dict[str, Any]:
-    """Describe `device` (by default the GPU, if there is one) and the peaks to state its rates against."""
+    """Describe `device` (by default the GPU, if there is one) and the peaks to compare its rates with."""
     device = device or pick_device()
     on_gpu = device.type == "cuda"
     machine = {
@@ -69,7 +69,7 @@ def device_facts(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def some_documents(batch: int, seq_len: int, device: torch.device, seed: int) -> RowDocuments:
-    """Documents of random lengths, MEAN_DOCUMENT positions on average before rows cut them."""
+    """Return documents of random lengths, MEAN_DOCUMENT positions on average before rows cut them."""
     begins = np.random.default_rng(seed).random((batch, seq_len)) < 1 / MEAN_DOCUMENT
     doc_ids = begins.cumsum(axis=1).astype(np.int32)
     ids, bounds = (torch.from_numpy(array).to(device) for array in (doc_ids, document_bounds(doc_ids)))
@@ -79,9 +79,9 @@ def some_documents(batch: int, seq_len: int, device: torch.device, seed: int) ->
 def measure_attention(
     packed: bool, seq_len: int, heads: int = 16, head_dim: int = 128, batch: int = 8
 ) -> dict[str, Any]:
-    """TFLOP/s of forward and backward of each kernel, and what its mask takes, built once per step for all layers.
+    """Return TFLOP/s of forward and backward of each kernel, and the time of its mask, built once per step.
 
-    Causal, so half of each square counts: of the rows', or of the documents' when they are `packed` into rows.
+    Attention is causal, so half of each square counts: of rows, or of documents if they are `packed` into rows.
     """
     device = pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -108,6 +108,6 @@ def measure_attention(
                 "tflops": flops / statistics.median(step_seconds(step, device, 10, 3)) / 1e12,
                 "mask_ms": statistics.median(step_seconds(make_mask, device, 10, 3)) * 1e3,
             }
-        except Exception as error:  # a kernel that fails here is a finding, too
+        except Exception as error:  # a kernel that fails here is a result, too
             found[impl] = {"error": (str(error).strip() or type(error).__name__).splitlines()[0]}
     return found

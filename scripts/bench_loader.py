@@ -1,4 +1,4 @@
-"""How fast data is read and prepared: the loader against the bare tokenizer, and the shuffle of data preparation.
+"""Measure how fast data is read and prepared: the loader against the bare tokenizer, and the shuffle of preparation.
 
     uv run python scripts/bench_loader.py --tokenizer FILE              # the loader
     uv run python scripts/bench_loader.py --shuffle 0.2 8 --bytes 1e9   # the shuffle, with 0.2 and 8 GB of memory
@@ -49,7 +49,7 @@ PREPARE = Path(__file__).parents[1] / "setup" / "download_prepare_hf_data.py"
 
 
 def cpu_s() -> float:
-    """CPU seconds of this process and of those of its children that have ended (from their start on)."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -77,7 +77,7 @@ def read(rates: Rates, args: DataArgs, n_tokens: int, **more: Any) -> None:
 
 
 def resume_s(args: DataArgs, row: int) -> float:
-    """Seconds to build a loader from a state at this row and read its first batch."""
+    """Return the seconds to build a loader from a state at this row and read its first batch."""
     with build_loader(args, rows_per_step=ROWS) as loader:
         for _ in range(row // ROWS if row < 10_000 else 4):
             next(loader)
@@ -91,7 +91,7 @@ def resume_s(args: DataArgs, row: int) -> float:
 
 
 def as_if_at(loader: Loader, row: int) -> dict[str, Any]:
-    """Return the loader's state; for a late row its lanes are moved on the tape to where they would be by then."""
+    """Return the loader's state; for a late row, its lanes are moved to their positions at that row."""
     state = json.loads(json.dumps(loader.state_dict()))
     if row >= 10_000:
         for lane in state["lanes"].values():
@@ -113,7 +113,7 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         seq_len=options.seq_len,
         batch_size=ROWS,
         load_async=False,
-        lanes=ROWS,  # each lane has a document in hand, which counts in a short run
+        lanes=ROWS,  # each lane has an open document, which matters in a short run
         prefetch_size=4,  # little is ready when the clock starts
     )
     rates = {name: Rates() for name in ("loader", "bare", "workers_1", "workers_2", "bytes")}
@@ -156,7 +156,7 @@ def measure_loader(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def write_formats(corpus: Path, folder: Path) -> None:
-    """Write the documents of a jsonl file in each format, of bytes where it holds tokens."""
+    """Write the documents of a jsonl file in each format; token formats hold bytes."""
     from datasets import Dataset
     from pyarrow import parquet, table
 
@@ -185,7 +185,7 @@ def write_formats(corpus: Path, folder: Path) -> None:
 
 
 def measure_formats(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Text bytes per second of each format, and its share of jsonl's, with the bytes tokenizer."""
+    """Measure the text bytes per second of each format, and its share of jsonl's, with the bytes tokenizer."""
     corpus = folder / "corpus.chunk.00.jsonl"
     write_corpus(corpus, int(options.bytes))
     write_formats(corpus, folder)
@@ -207,7 +207,7 @@ def measure_formats(options: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 
 def measure_shuffle(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds (fsync included) and peak memory of preparing the corpus, for each memory budget."""
+    """Measure the seconds (including fsync) and peak memory of preparing the corpus, for each memory budget."""
     corpus = folder / "source" / "corpus.jsonl"
     write_corpus(corpus, int(options.bytes), 100, 10_000)
     figures: dict[str, Any] = {"corpus_bytes": corpus.stat().st_size}

@@ -1,4 +1,4 @@
-"""Tokens per CPU second of a masked diffusion model against the number of steps, with and without its cache.
+"""Measure tokens per CPU second of a masked diffusion model against the number of steps, with and without its cache.
 
     uv run python scripts/bench_sampling.py out/diffusion_debug [--tokens 60] [--rows 1] [--rounds 3]
 

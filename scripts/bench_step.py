@@ -1,12 +1,12 @@
-"""How fast one device trains: our updates against a plain `transformers` loop, and the real trainer.
+"""Measure how fast one device trains: our updates against a plain `transformers` loop, and the real trainer.
 
     uv run python scripts/bench_step.py                      # this CPU: debug and a 30M model, ours and transformers
     uv run python scripts/bench_step.py --suite families     # this CPU: every model family at 1M and 5M parameters
     bash scripts/bench_gpu.sh                                # one GPU, in under ten minutes: everything below
     uv run python scripts/bench_step.py --list               # names the cases; --only NAME ... runs some of them
 
-Suite `cpu`: both models in one process, taking turns; `over_transformers` is the ratio of the medians. Suite `families`
-does the same against transformers' model of that kind, where it has one, and our Llama of that size (`over_llama`), and
+Suite `cpu`: both models in one process, alternating; `over_transformers` is the ratio of the medians. Suite `families`
+does the same against transformers' model of that kind, if it has one, and our Llama of that size (`over_llama`), and
 measures cached generation of one row at two positions, in tokens/s. The cases, here and in bench_gpu.py:
 
     attention ...      forward and backward of each kernel that runs here, on whole rows and on documents in them
@@ -69,9 +69,9 @@ from lingua.train.sizes import Resolved
 ROOT = Path(__file__).parents[1]
 FORMULA = "tokens/s * (6 N + 12 L H Q S) / peak, N = parameters without the input embedding's lookup"
 WARM_UP_STEPS = 3
-TIMED_S = 15.0  # of a case on a GPU; its clock needs no more
+TIMED_S = 15.0  # per case on a GPU; its clock needs no more
 LOOP = "loop debug"  # the case of the CPU suite
-SAVE_EVERY = 20  # of a loop: it trains undisturbed up to this step, and beside the save after it
+SAVE_EVERY = 20  # a loop trains undisturbed up to this step, and beside the save after it
 
 # -- updates on random tokens --------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Trainer:
         return step
 
     def _theirs(self) -> Callable[[], object]:
-        """transformers' model of the same shape, fp32 parameters, its own initial values."""
+        """Build transformers' model of the same shape, with fp32 parameters and its own initial values."""
         args, tokens = self.args, self._rows[0]
         with self._device:
             model: Any = their_model(args.model, self.size)
@@ -148,21 +148,21 @@ class Trainer:
 
 
 def their_model(model: Any, size: Resolved) -> Any:
-    """transformers' model of the same shape."""
+    """Build transformers' model of the same shape."""
     import transformers
 
     translation = translation_of(model)
     assert translation is not None
     sizes = {"vocab_size": size.vocab_size, "max_seqlen": size.seq_len}
     theirs = translation.config_json(model, **sizes, dtype="float32", special={})
-    if model.type == "mlstm":  # it trains in this mode only
+    if model.type == "mlstm":  # it trains only in this mode
         theirs |= {"mode": "train", "return_last_states": True, "use_cache": False}
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**theirs))
 
 
 @torch.no_grad()
 def generation_rates(case: Case, positions: Sequence[int], repeats: int) -> dict[str, float]:
-    """Tokens/s of cached generation, one row, after prompts of so many tokens."""
+    """Return the tokens/s of cached generation of one row at these positions."""
     found = checked(case, 1)
     end = max(positions) + repeats
     size = replace(found.resolved, max_seqlen=max(end, found.resolved.max_seqlen))
@@ -184,7 +184,7 @@ def generation_rates(case: Case, positions: Sequence[int], repeats: int) -> dict
 
 
 def rates(case: Case, batch: int, times_s: Sequence[float], trainer: Trainer, peaks: Mapping[str, float]) -> dict:
-    """Summarise the times of single steps."""
+    """Summarize the times of single steps."""
     size, median_s = trainer.size, statistics.median(times_s)
     tokens_per_s = batch * case.seq_len / median_s
     flops_per_s = halved = tokens_per_s * size.flops_per_token
@@ -222,9 +222,9 @@ def measure(
     found = rates(case, batch, times_s, trainer, peaks) | {"first_step_s": first_step_s}
     if device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        for _ in range(3):  # the GPU is busy with these while it is asked
+        for _ in range(3):  # keeps the GPU busy during the query
             trainer.step()
-        with suppress(Exception):  # no NVML, or no right to read it: then the figure is left out
+        with suppress(Exception):  # no NVML, or no permission: leave the figure out
             found["power_w"] = torch.cuda.power_draw(device) / 1000  # mW
     if trace is not None:
         found["kernels"] = longest_kernels(trainer.step, device, trace)
@@ -232,12 +232,12 @@ def measure(
 
 
 def n_timed(step_s: float, steps: int) -> int:
-    """Return how many steps to time: as many as asked for, but no more than TIMED_S of them, and at least eight."""
+    """Return the number of steps to time: at most `steps` and those in TIMED_S, but at least eight."""
     return min(steps, max(8, int(TIMED_S / step_s)))
 
 
 def expected_s(flops: float, steps: int, compiled: bool) -> float:
-    """Seconds of a case on an H200 or H100: initial values, compiling, and steps at 45% of the peak.
+    """Return the expected seconds of a case on an H200 or H100: initialization, compiling, steps at 45% of the peak.
 
     12 and 40 s are guesses until a GPU is there: on two CPU cores, compiling a small model took 20 to 43 s.
     """
@@ -246,7 +246,7 @@ def expected_s(flops: float, steps: int, compiled: bool) -> float:
 
 
 def longest_kernels(step: Callable[[], object], device: torch.device, trace: Path, n: int = 20) -> list[list[Any]]:
-    """[name, ms, share] of the kernels that take longest in one step; all of them are in the file `trace`."""
+    """Return [name, ms, share] of the longest kernels of one step; the file `trace` has all of them."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiled:
@@ -263,7 +263,7 @@ def longest_kernels(step: Callable[[], object], device: torch.device, trace: Pat
 
 
 def measure_loop(case: Case, batch: int, folder: Path, mode: str, steps: int) -> dict[str, Any]:
-    """Run as a user starts it; `mode`: checkpoint.async_save_mode."""
+    """Run the trainer as users start it; `mode`: checkpoint.async_save_mode."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     if not (folder / "sources").is_dir():
@@ -295,7 +295,7 @@ def measure_loop(case: Case, batch: int, folder: Path, mode: str, steps: int) ->
 
 
 def kind_of_save(mode: str, log: str) -> str:
-    """Say how the loop saved: as asked for, or synchronously after all, and why."""
+    """Describe how the loop saved: as requested, or synchronously, and why."""
     if mode == "null":
         return "synchronous"
     if "staged in" in log and "copied synchronously" not in log:
@@ -307,7 +307,7 @@ def kind_of_save(mode: str, log: str) -> str:
 def loop_figures(
     records: Sequence[Mapping[str, Any]], phases: Sequence[Mapping[str, Any]], started_s: float
 ) -> dict[str, Any]:
-    """Figures of a run from the metrics of every step and the light profile."""
+    """Return the figures of a run from the metrics of every step and the light profile."""
     before = [record for record in records if SAVE_EVERY // 2 < record["global_step"] <= SAVE_EVERY]
     beside = [record for record in records if record["global_step"] > SAVE_EVERY]
     stalls = [record["checkpoint/stall_s"] for record in records if "checkpoint/stall_s" in record]
@@ -319,7 +319,7 @@ def loop_figures(
         "outside_share": statistics.median(
             (times["time/data_s"] + times["time/rest_s"]) / times["time/step_s"] for times in phases
         ),
-        "step_s_of_copy": beside[0]["speed/curr_iter_time"],  # the step in which the copy to the host competes
+        "step_s_of_copy": beside[0]["speed/curr_iter_time"],  # the step during the copy to the host
         "step_s_beside_save": beside_s,
         "slowdown": beside_s / step_s - 1,
         "save_stall_s": stalls[0] if stalls else None,
@@ -339,7 +339,7 @@ def cpu_suite(
     with_loop: bool = False,
     positions: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Let a case and its rivals take turns, `steps` updates each; then generation at `positions`, and the trainer."""
+    """Measure a case and its rivals in turn, `steps` updates each; then generation at `positions`, and the trainer."""
     device = torch.device("cpu")
     facts = device_facts(device)
     found: dict[str, Any] = {}
@@ -382,7 +382,7 @@ SAVES = ("slowdown", "save_stall_s", "drain_gb_per_s", "mfu", "save", "error")
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Tables for people."""
+    """Print the tables."""
     facts, peaks, cases = result["machine"], result["peaks"], result["cases"]
     if facts:
         formula = f"; MFU = {result['formula']}" if "sheet" in peaks else ""
@@ -448,7 +448,7 @@ def main(words: list[str]) -> int:
 
 
 def check_options(parser: ArgumentParser, options: Namespace, known: Sequence[str]) -> bool:
-    """Refuse names and numbers that cannot be; print the known names and return True if that was all that was asked."""
+    """Refuse unknown names and bad numbers; with --list, print the known names and return True."""
     if options.list:
         print("\n".join(known))
         return True

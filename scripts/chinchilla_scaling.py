@@ -1,9 +1,9 @@
-"""The same compute for every depth, learning rate and seed: 30 jobs of miso_8_silent.
+"""Submit jobs with the same compute for every depth, learning rate and seed: 30 jobs of miso_8_silent.
 
     python scripts/chinchilla_scaling.py [--dry-run] [--depths 24 16] [--lrs rule] [--seeds 0 1] [-- OPTIONS OF SBATCH]
 
-Width and the learning rate called `rule` are those of `lingua recipe` (lingua/train/recipe.py), heads are 32 wide;
-`total_flops` decides the number of steps. Needs BASE_DIR; EMAIL may be set, EXTRA_ARGS go to every run.
+The width, and the learning rate `rule`, follow `lingua recipe` (lingua/train/recipe.py), heads are 32 wide;
+`total_flops` determines the number of steps. Needs BASE_DIR; EMAIL is optional, EXTRA_ARGS go to every run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TWO_HOURS_FLOPS = 26.205e18  # of 8 H200 at 46% of their peak; 52.41e18 for four
 
 
 def points(depths: Sequence[int], lrs: Sequence[str], seeds: Sequence[int], flops: float) -> Iterator[list[str]]:
-    """Overrides of each run."""
+    """Yield the overrides of each run."""
     for seed, lr, depth in itertools.product(seeds, lrs, depths):
         dim = WIDTH_PER_LAYER * depth
         sizes = [f"model.n_layers={depth}", f"model.dim={dim}", f"model.n_heads={dim // 32}", "data.batch_size=16"]
@@ -40,7 +40,7 @@ def points(depths: Sequence[int], lrs: Sequence[str], seeds: Sequence[int], flop
 
 
 def by_rule(sizes: Sequence[str]) -> float:
-    """Learning rate of the rule for a run of these sizes."""
+    """Return the learning rate of the rule for a run of these sizes."""
     size = load(parse_command_line([str(ROOT / CONFIG), *sizes])).resolved
     return float(f"{best_rate(size.n_params_non_embedding, size.total_tokens).value:.3g}")
 
@@ -52,7 +52,7 @@ def rate(text: str) -> str:
 def submission(
     words: Sequence[str], options: Sequence[str], env: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that submits one run."""
+    """Return (command, environment) to submit one run."""
     mail = [f"--mail-user={env['EMAIL']}"] if env.get("EMAIL") else []
     name = words[0].removeprefix("name=")
     script = str(Path(env["BASE_DIR"]) / "apps/main/configs/miso_8_silent.slurm")

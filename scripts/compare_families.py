@@ -1,10 +1,10 @@
-"""How well each model family learns: held-out bits per byte after as many tokens of the sample corpus.
+"""Compare how well model families learn: held-out bits per byte after the same number of tokens.
 
     uv run python scripts/compare_families.py out/families                       # about two hours on two CPU cores
     uv run python scripts/compare_families.py out/families --only mingru hawk    # some; a later call adds the rest
 
-Every model trains with every rate on the same rows in the same order, each in a run folder of its own, so that a call
-that was killed goes on where it was. The table takes the best rate of each. The picture is OUT/families.svg.
+Every model trains with every rate on the same rows of the sample corpus, in the same order, in its own run folder. If a
+call is killed, the next one continues. The table shows the best rate of each. The picture is OUT/families.svg.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Curve = Mapping[int, float]
 
 
 def validations(module: str, config: str, words: Sequence[str], run_dir: Path) -> list[dict[str, Any]]:
-    """Train in the run folder, if that is not done yet; return the records of its validations."""
+    """Train in the run folder, unless that is done already; return the records of its validations."""
     command = [sys.executable, "-m", module, f"config={config}", *words, f"dump_dir={run_dir}"]
     with (run_dir.parent / f"{run_dir.name}.log").open("a") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode

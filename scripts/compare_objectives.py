@@ -1,11 +1,10 @@
-"""Autoregressive against masked diffusion: held-out bits per byte of the sample corpus at 1, 4, 16 times the compute.
+"""Compare autoregression with masked diffusion: held-out bits per byte of the sample corpus at 1x, 4x, 16x compute.
 
     uv run python scripts/compare_objectives.py out/objectives                  # about an hour of one CPU core
 
-Both train the same model on the same rows in the same order, each amount of compute in a run of its own, with a
-schedule of its own. Every run has a folder, so that a call that was killed goes on where it was. The score of masked
-diffusion is an estimate, whose standard error its bars show, twice; each seed of training is a point. The picture is
-OUT/compute.svg.
+Both train the same model on the same rows in the same order, each amount of compute in its own run with its own
+schedule. If a call is killed, the next one continues. The score of masked diffusion is an estimate; its bars show two
+standard errors. Each training seed is a point. The picture is OUT/compute.svg.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def score(kind: str, steps: int, seed: int, run_dir: Path) -> Score:
 
 
 def mean(scores: list[Score]) -> Score:
-    """Return the mean over seeds, with its standard error: that between seeds, which has the estimator's in it."""
+    """Return the mean over seeds with its standard error between seeds, which includes the estimator's."""
     bits = [one.bits for one in scores]
     spread = float(np.std(bits, ddof=1)) / len(bits) ** 0.5 if len(bits) > 1 else scores[0].error
     return Score(scores[0].tokens, float(np.mean(bits)), spread)
@@ -98,7 +97,7 @@ def main(words: list[str]) -> int:
 
 
 def _errors(scores: list[Score]) -> tuple[float, float]:
-    """Return the standard errors of the mean: that between seeds, and that of the estimator alone."""
+    """Return the standard errors of the mean: between seeds, and of the estimator alone."""
     return mean(scores).error, float(np.mean([one.error**2 for one in scores]) / len(scores)) ** 0.5
 
 

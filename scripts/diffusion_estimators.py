@@ -1,10 +1,10 @@
-"""How much three estimators of masked diffusion's bound vary, where the bound is known.
+"""Compare the variance of three estimators of masked diffusion's bound, for a known bound.
 
     python scripts/diffusion_estimators.py [--tokens 1024] [--samples 128] [--trials 50]
 
-The text is a draw of a Markov chain, and the model its true conditionals, so that the bound is the exact -log p of the
-text. Each trial estimates it from the same number of samples. iid: t is drawn for each sample; spread t: t is a grid
-that is turned, as in training; exact count: l tokens are hidden, with l spread evenly, as in evaluation.
+The text is a sample of a Markov chain, and the model its true conditionals, so that the bound is the exact -log p of
+the text. Each trial estimates it from the same number of samples. iid: t is drawn for each sample; spread t: t is a
+rotated grid, as in training; exact count: l tokens are masked, with l spread evenly, as in evaluation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N_STATES = 8
 
 
 def losses_of_hidden(ids: np.ndarray, hidden: np.ndarray, chain: np.ndarray) -> np.ndarray:
-    """Sum of -log p(hidden token | all that is seen), by messages from both sides; hidden (n, L) bool -> (n,)."""
+    """Return the sums of -log p(hidden token | visible tokens), by message passing; hidden (n, L) bool -> (n,)."""
     seen = np.where(hidden[..., None], 1.0, np.eye(N_STATES)[ids])  # (n, L, states)
     ahead, back = [np.full((len(hidden), N_STATES), 1 / N_STATES)], [np.ones((len(hidden), N_STATES))]
     for at in range(len(ids) - 1):
@@ -39,7 +39,7 @@ def losses_of_hidden(ids: np.ndarray, hidden: np.ndarray, chain: np.ndarray) -> 
 
 
 def estimates(ids: np.ndarray, chain: np.ndarray, n: int, trial: int) -> tuple[dict[str, float], float]:
-    """Return (nats per token by estimator, the standard error that the last one tells)."""
+    """Return (nats per token by estimator, the standard error estimated by the last one)."""
     random = np.random.default_rng(trial)
     found: dict[str, float] = {}
     for name, u in (("iid", random.random(n)), ("spread t", levels(np.arange(n) + n * trial, 0, n))):

@@ -1,10 +1,10 @@
-"""Trains as users of other libraries do, for bench_goodput.py: a plain loop with DCP, or Hugging Face's Trainer.
+"""Train like users of other libraries, for bench_goodput.py: a plain loop with DCP, or Hugging Face's Trainer.
 
     python goodput_peers.py SPEC
 
 SPEC is JSON: way, folder, every, llama (keys of transformers' LlamaConfig), corpus, seq_len. It resumes from the newest
-checkpoint in `folder` that is complete and never ends. Lines of folder/journal.jsonl: {"part": ..., "at": ...} as a
-start-up goes on, then {"step": ..., "at": ...}.
+complete checkpoint in `folder` and never ends. It writes lines to folder/journal.jsonl: {"part": ..., "at": ...} during
+startup, then {"step": ..., "at": ...}.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Journal:
 
 
 def complete(folder: Path, prefix: str, mark: str) -> Iterator[Path]:
-    """Yield the checkpoints whose last file is there, the newest first: what a careful user resumes from."""
+    """Yield the checkpoints whose last file exists, the newest first, as a careful user would."""
     found = sorted(folder.glob(f"{prefix}*"), key=lambda path: -int(path.name.rpartition("-")[2]))
     return (path for path in found if (path / mark).exists())
 
 
 def dcp_loop(spec: dict[str, Any], folder: Path, journal: Journal) -> None:
-    """torch's tutorials: `get_state_dict`, then `dcp.save`, or `dcp.async_save` after the one before has ended."""
+    """Train as in torch's tutorials: `get_state_dict`, then `dcp.save`, or `dcp.async_save` after the previous one."""
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
@@ -80,7 +80,7 @@ def dcp_loop(spec: dict[str, Any], folder: Path, journal: Journal) -> None:
             weights, optim = get_state_dict(model, optimizer)
             state = {"model": weights, "optim": optim, "step": step}
             place = folder / f"step-{step}"
-            shutil.rmtree(place, ignore_errors=True)  # what a kill has left
+            shutil.rmtree(place, ignore_errors=True)  # left by a kill
             if spec["way"] == "dcp.save":
                 dcp.save(state, checkpoint_id=place)
             else:
@@ -90,7 +90,7 @@ def dcp_loop(spec: dict[str, Any], folder: Path, journal: Journal) -> None:
 
 
 def hugging_face(spec: dict[str, Any], folder: Path, journal: Journal) -> None:
-    """`Trainer.train(resume_from_checkpoint=...)`, which leaves out the rows that it has seen."""
+    """Train with `Trainer.train(resume_from_checkpoint=...)`, which skips the rows that it has seen."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 

@@ -1,4 +1,4 @@
-"""Runs of bench_goodput.py: the ways to train, the slow disk, and a run that is started, watched and killed."""
+"""Runs of bench_goodput.py: the ways to train, the slow disk, and starting, watching and killing a run."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Way:
     name: str
     asynchronous: bool = False
     kind: str = ""
-    """Of every kill; empty: as the trace says."""
+    """Kind of every kill; empty: as in the trace."""
 
     @property
     def is_ours(self) -> bool:
         return self.name.startswith("lingua")
 
     def survives(self, kind: str) -> bool:
-        """Return whether what is in memory outlives this kind of kill."""
+        """Return whether memory survives this kind of kill."""
         return self.is_ours and self.asynchronous and kind == "kill"
 
 
@@ -62,7 +62,7 @@ class Shape:
     n_layers: int = 6
     seq_len: int = 64
     first_steps: int = 50
-    """Before the first save of the undisturbed run."""
+    """Steps before the first save of the undisturbed run."""
 
 
 TINY = Shape(dim=32, n_layers=1, seq_len=32, first_steps=100)
@@ -70,7 +70,7 @@ TINY = Shape(dim=32, n_layers=1, seq_len=32, first_steps=100)
 
 @dataclass(frozen=True)
 class Bench:
-    """What all ways have in common."""
+    """Settings of all ways."""
 
     folder: Path
     shape: Shape
@@ -126,7 +126,7 @@ class Bench:
 
 
 class Started(NamedTuple):
-    """A start that has come to its first step."""
+    """A start that reached its first step."""
 
     at_s: float
     step: int
@@ -135,7 +135,7 @@ class Started(NamedTuple):
 
 
 class Running:
-    """One run in one folder: it is started, killed, and started again. Times are of the wall clock."""
+    """One run in one folder, which is started, killed and restarted. Times are wall-clock times."""
 
     def __init__(self, bench: Bench, way: Way, every: int) -> None:
         self.bench, self.way, self.every = bench, way, every
@@ -178,7 +178,7 @@ class Running:
         return None
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        """Return what this attempt has written to a file of lines, each with its time, `at`."""
+        """Return the lines that this attempt has written to a file, each with its time, `at`."""
         with suppress(FileNotFoundError):
             lines = read_metrics(self.folder / name)
             for line in lines:
@@ -188,18 +188,18 @@ class Running:
         return []
 
     def ends_s(self) -> dict[int, float]:
-        """Return when each step of this attempt ended."""
-        if self.way.is_ours:  # the line of a step is written when the next one is done
+        """Return the end of each step of this attempt."""
+        if self.way.is_ours:  # the line of a step is written after the next one
             return {line["global_step"] + 1: line["at"] for line in self._lines("metrics.jsonl")}
         return {line["step"]: line["at"] for line in self._lines("journal.jsonl") if "step" in line}
 
     def last_step(self) -> int:
-        """Return the newest step that this attempt has noted; ours notes one when the next is done."""
+        """Return the newest step that this attempt has logged; ours logs one after the next is done."""
         name, key = ("metrics.jsonl", "global_step") if self.way.is_ours else ("journal.jsonl", "step")
         return max((line[key] for line in self._lines(name) if key in line), default=0)
 
     def save_began_s(self, step: int) -> float:
-        """Return when a save in the background began."""
+        """Return the start of a background save."""
         if not self.way.is_ours:
             return next(line["at"] for line in self._lines("journal.jsonl") if line.get("step") == step)
         notes = self._lines("metrics.checkpoint.jsonl")
@@ -207,7 +207,7 @@ class Running:
         return staged["at"] - staged["seconds"]
 
     def written(self, step: int) -> tuple[float, int] | None:
-        """Return when the checkpoint of a step was complete on the disk, and its bytes; None: it is not."""
+        """Return (time when the checkpoint of a step was complete on disk, its bytes), or None if it is not."""
         if self.way.is_ours:
             folder = self.folder / "checkpoints" / f"{step:010d}"
             mark = folder.with_name(f"checkpoint_{step:010d}.done")
@@ -220,7 +220,7 @@ class Running:
         return None
 
     def kill(self, kind: str, grace_s: float = 10.0) -> None:
-        """Kill all ranks; `node`: also the service, and with it goes what is in memory."""
+        """Kill all ranks; `node`: also the service, with all that is in memory."""
         if self.process is None:
             return
         with suppress(ProcessLookupError):

@@ -1,10 +1,10 @@
-"""Is the learning rate of `lingua recipe` near the best one? Sweeps of four small sizes on the sample corpus, on a CPU.
+"""Check that the learning rate of `lingua recipe` is near the best one, by sweeps of four small sizes on a CPU.
 
     OMP_NUM_THREADS=1 uv run python scripts/sweep_rates.py out/rates                  # 20 runs, one after the other
     OMP_NUM_THREADS=1 uv run python scripts/sweep_rates.py out/rates --only 0.3M 1M --at-once 2
 
-Each size is a `lingua sweep` of its recipe below OUT; a call that was killed goes on where it was. The table has the
-held-out bits per byte of every rate; the picture is OUT/rates.svg.
+Each size is a `lingua sweep` of its recipe on the sample corpus, below OUT. If a call is killed, the next one
+continues. The table has the held-out bits per byte of every rate; the picture is OUT/rates.svg.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIZES = {  # tokens, and rates: each twice the one before
 
 
 def swept(size: str, out: Path, at_once: int) -> tuple[float, dict[float, float]]:
-    """Return (the rule's rate, held-out bits per byte by rate); train what is not trained yet."""
+    """Return (the rule's rate, held-out bits per byte by rate); train the missing points."""
     tokens, rates = SIZES[size]
     base, config, folder = out / "base.yaml", out / f"{size}.yaml", out / size
     write_whole(base, BASE)

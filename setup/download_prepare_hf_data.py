@@ -3,7 +3,7 @@
     uv run python setup/download_prepare_hf_data.py fineweb_edu_10bt 8 --data_dir data --nchunks 8
     uv run python setup/download_prepare_hf_data.py mine 8 --source ~/texts --data_dir data
 
-Stopped by whatever, the same command continues. `data.sources: {fineweb_edu_10bt_shuffled: 100}` with
+If it is interrupted, the same command continues. `data.sources: {fineweb_edu_10bt_shuffled: 100}` with
 `data.root_dir: data` then reads the chunks.
 """
 
@@ -30,7 +30,7 @@ from lingua.logger import start_logging
 
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """Return a type for argparse: a number in a range."""
+    """Return an argparse type for numbers in a range."""
 
     def parse_number(text: str) -> float:
         value = kind(text)
@@ -38,7 +38,7 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
-    parse_number.__name__ = kind.__name__  # what argparse calls it
+    parse_number.__name__ = kind.__name__  # shown in argparse's messages
     return parse_number
 
 

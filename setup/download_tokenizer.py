@@ -1,8 +1,8 @@
-"""Fetch a tokenizer from the Hugging Face hub and say how a config names it.
+"""Download a tokenizer from the Hugging Face hub and print its keys for a config.
 
     uv run python setup/download_tokenizer.py llama3 tokenizers/llama3 --api_key hf_...
 
-llama and gemma files are gated: accept their licence on the hub first; the key may also come from HF_TOKEN.
+llama and gemma files are gated: accept their license on the hub first; the key may also come from HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lingua.data.prepare.hub import asking_the_hub, must_reach_hub
 
 
 class Place(NamedTuple):
-    """Where a tokenizer lives and how lingua reads it."""
+    """The repository and file of a tokenizer, and its name in lingua."""
 
     repo: str
     file: str
@@ -34,7 +34,7 @@ TOKENIZERS = {
 
 
 def fetch(name: str, folder: Path, api_key: str | None = None) -> Path:
-    """Path of the tokenizer file under `folder`; any other name is taken as a repository with a tokenizer.json."""
+    """Download a tokenizer to `folder` and return its path; an unknown name means a repository with tokenizer.json."""
     from huggingface_hub import hf_hub_download
 
     place = TOKENIZERS.get(name) or (Place(name, "tokenizer.json", "hf") if "/" in name else None)

@@ -1,4 +1,4 @@
-"""AdamW, also with moments in bf16. Norms and embeddings are decayed only if `optim.decay_all` asks for it."""
+"""AdamW, optionally with moments in bf16. Norms and embeddings are decayed only with `optim.decay_all`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lingua.config.keys.optim import AdamWArgs
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Return whether it multiplies vectors: two axes and the name `weight`. A table of taps or states has another."""
+    """Return whether a parameter is a matrix: two axes and the name `weight`; tables of taps or states have others."""
     return parameter.ndim == 2 and name.endswith(".weight")
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Return whether it is a matrix of the blocks or the head; all else and embedding tables are not decayed."""
+    """Return whether a parameter is decayed: matrices of the blocks and the head, not embeddings or vectors."""
     return is_matrix(name, parameter) and "embed" not in name
 
 
 def build_adamw(args: AdamWArgs, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-    """AdamW over one group that is decayed and one that is not, each in the order given."""
+    """Build AdamW with a group that is decayed and one that is not, each in the given order."""
     named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not named:
         raise ValueError("the model has no parameter to train")
@@ -48,24 +48,24 @@ def build_adamw(args: AdamWArgs, named_parameters: Iterable[tuple[str, nn.Parame
 
 
 class LowPrecisionAdamW(torch.optim.AdamW):
-    """AdamW whose moments are kept in bf16; each step computes in fp32, with the moments before they are rounded.
+    """AdamW with moments stored in bf16; each step computes in fp32, with the moments before they are rounded.
 
-    Takes `found_inf` and `grad_scale` as torch's fused kernels do (`amp_scaling`), so the host need not wait. On a GPU
-    a step is compiled: one pass, which moves 20 bytes per parameter where AdamW in fp32 moves 28.
+    It takes `found_inf` and `grad_scale` like torch's fused kernels (`amp_scaling`), so the host need not wait. On a
+    GPU a step is compiled into one pass, which moves 20 bytes per parameter instead of the 28 of AdamW in fp32.
     """
 
     _step_supports_amp_scaling = True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move the parameters by their gradients."""
+        """Update the parameters from their gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over another one's state; torch casts it to the parameters' type on the way."""
+        """Load a state; torch casts it to the parameters' type, so cast the moments back."""
         super().load_state_dict(state_dict)
         for slots in self.state.values():
             slots.update({key: slots[key].bfloat16() for key in ("exp_avg", "exp_avg_sq")})
@@ -124,5 +124,5 @@ def _compiled_move() -> Callable[..., None]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return this rank's part; of one axis, so that one compiled code serves tensors of any shape."""
+    """Return this rank's part, flattened so that one compiled code serves tensors of any shape."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)

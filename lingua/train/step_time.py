@@ -1,7 +1,7 @@
-"""Predict the seconds of a step of a Llama in bf16 on one H200, part by part. Imports no torch.
+"""Predict the step time of a Llama in bf16 on one H200, part by part. Torch-free.
 
-What ranks send each other is not in it, so MFU is an upper bound. `measured` rates come from one H200; what is
-`assumed` was measured nowhere here.
+Communication between ranks is not included, so MFU is an upper bound. `measured` rates come from one H200; `assumed`
+ones were not measured here.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from lingua.train.sizes import Resolved
 
 @dataclass(frozen=True)
 class Rates:
-    """What one H200 does."""
+    """Rates of one H200."""
 
     matmul: float = 788e12
     """FLOP/s of a large bf16 product, random data: measured, 8192^3, torch 2.11."""
     memory: float = 4.3e12
     """Bytes/s, read and written: measured, a copy of 8.6 GB (data sheet: 4.8e12)."""
     attention_forward: float = 450e12
-    """FLOP/s of what causality leaves, at 2k to 4k positions with heads of 128: assumed. FlashAttention-3's abstract
-    (arXiv 2407.08608) has up to 740e12 in fp16 on an H100."""
+    """FLOP/s of causal attention, at 2k to 4k positions with heads of 128: assumed. FlashAttention-3's abstract (arXiv
+    2407.08608) reports up to 740e12 in fp16 on an H100."""
     attention_backward: float = 350e12
     """Likewise: assumed."""
     multiprocessors: int = 132
@@ -42,7 +42,7 @@ RATES = Rates()
 
 
 def product_s(rows: int, columns: int, inner: int, rates: Rates = RATES) -> float:
-    """Seconds of (rows x inner) (inner x columns): whole waves of tiles, or its bytes, whichever takes longer."""
+    """Return the seconds of (rows x inner) (inner x columns): whole waves of tiles or its bytes, the longer one."""
     tiles = math.ceil(rows / rates.tile[0]) * math.ceil(columns / rates.tile[1])
     filled = tiles / (math.ceil(tiles / rates.multiprocessors) * rates.multiprocessors)
     bytes_moved = 2 * (rows * inner + inner * columns + rows * columns)
@@ -50,14 +50,14 @@ def product_s(rows: int, columns: int, inner: int, rates: Rates = RATES) -> floa
 
 
 def linear_s(positions: int, out: int, inner: int, recomputed: bool, rates: Rates = RATES) -> float:
-    """Forward, gradient of the input, gradient of the weight."""
+    """Return the seconds of a linear layer: forward, gradient of the input, gradient of the weight."""
     forward = product_s(positions, out, inner, rates)
     backward = product_s(positions, inner, out, rates) + product_s(out, inner, positions, rates)
     return forward * (2 if recomputed else 1) + backward
 
 
 def is_known(args: TrainArgs, gpu: str) -> bool:
-    """Return whether it can be predicted: a Llama with AdamW in bf16, not split by tensors, on H200s."""
+    """Return whether the run can be predicted: a Llama with AdamW in bf16, without tensor parallelism, on H200s."""
     layout = args.distributed
     plain = layout.model_dtype == "bf16" and layout.tp_size == 1 and layout.float8_recipe is None
     plain = plain and layout.activation_memory_budget is None
@@ -72,7 +72,7 @@ def step_parts(model: LlamaArgs, layout: DistributedArgs, size: Resolved, rates:
     queries, keys = model.heads * model.head_width, model.kv_heads * model.head_width
     shapes = [(queries, dim), (keys, dim), (keys, dim), (dim, queries), (ffn, dim), (ffn, dim), (dim, ffn)]
     layers = model.n_layers * sum(linear_s(positions, out, inner, again, rates) for out, inner in shapes)
-    # One pass of attention: two products of S x S x width, half of each left by causality.
+    # One pass of attention: two products of S x S x width, half of each because of causality.
     half = 2 * rows * seq_len**2 * queries
     attention = model.n_layers * half * ((2 if again else 1) / rates.attention_forward + 2.5 / rates.attention_backward)
     # Per position and layer in 2-byte types, forward: norms and residuals move 8 D, rotation 2 (Q + K), the gate 3 F.
@@ -95,9 +95,9 @@ def step_parts(model: LlamaArgs, layout: DistributedArgs, size: Resolved, rates:
 
 
 def staging_s(state_bytes: float, n_ranks: int, parts: dict[str, float], rates: Rates = RATES) -> tuple[float, float]:
-    """Seconds in which a rank's share of the state is copied to the host, and for which the update waits for that.
+    """Return (seconds to copy a rank's share of the state to the host, seconds that the update waits for that).
 
-    The copy begins before a forward pass and must be done when the gradients are clipped.
+    The copy begins before a forward pass and must be finished when the gradients are clipped.
     """
     copy_s = state_bytes / n_ranks / rates.to_host
     return copy_s, max(0.0, copy_s - sum(parts.values()) + parts["clipping and AdamW"])
