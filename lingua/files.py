@@ -171,9 +171,23 @@ def no_follow(path: str, flags: int) -> int:
 
 
 def remove_leftover(path: Path, *, files: Files = DISK) -> None:
-    """Remove what a dead process may have left under this name, or somebody else put there. Links are not followed."""
+    """Remove a file, link or folder that a dead process or somebody else left under this name, if there is one."""
     with suppress(FileNotFoundError):
-        files.remove_tree(path)
+        (files.remove_tree if stat.S_ISDIR(path.lstat().st_mode) else files.remove)(path)
+
+
+def own_temporary(path: Path, *, files: Files = DISK) -> Path:
+    """Return this process's temporary name beside `path`; remove those of dead processes of this machine."""
+    begin = f".{path.name}.tmp-{socket.gethostname()}-"
+    for left in entries(path.parent):
+        pid = left.name.removeprefix(begin)
+        is_left = left.name.startswith(begin) and pid.isdecimal() and not Path("/proc", pid).exists()
+        with suppress(FileNotFoundError):  # a living process may have just renamed its own, or removed this one too
+            if is_left and left.lstat().st_uid == os.geteuid():
+                remove_leftover(left, files=files)
+    temporary = path.with_name(f"{begin}{os.getpid()}")
+    remove_leftover(temporary, files=files)  # of a dead process that had our pid
+    return temporary
 
 
 def skip_page_cache(descriptor: int) -> None:
@@ -284,14 +298,7 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
     if path.exists() or path.is_symlink():
         raise CommandError(f"{path} already exists; choose a new folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    begin = f".{path.name}.tmp-{socket.gethostname()}-"
-    for left in entries(path.parent):
-        pid = left.name.removeprefix(begin)
-        is_left = left.name.startswith(begin) and pid.isdecimal() and not Path("/proc", pid).exists()
-        if is_left and left.lstat().st_uid == os.geteuid():  # last: a living process may be renaming its own
-            files.remove_tree(left)
-    temporary = path.with_name(f"{begin}{os.getpid()}")
-    remove_leftover(temporary, files=files)  # of a dead process that had our pid
+    temporary = own_temporary(path, files=files)
     files.mkdir(temporary)
     try:
         yield temporary

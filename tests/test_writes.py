@@ -21,8 +21,6 @@ ALLOWED = {
     "takes a name away or gives it: unlink, rename, link and symlink follow no link in the last part of a path": """
         lingua/checkpoint/pins.py:pinned unlink
         lingua/checkpoint/tools/diff.py:consolidate unlink
-        lingua/data/blocked_source.py:whole_file rename
-        lingua/data/blocked_source.py:whole_file unlink
         lingua/data/generate.py:_write unlink
         lingua/data/local_copy.py:_remove unlink
         lingua/data/prepare/external_sort.py:write_output unlink
@@ -50,7 +48,6 @@ ALLOWED = {
     "an open descriptor, a stream or a file of the kernel, no path of a disk": """
         lingua/checkpoint/dcp.py:blob torch.save
         lingua/checkpoint/tools/diff.py:_allocate torch.save
-        lingua/data/blocked_source.py:whole_file open
         lingua/data/prepare/worker_pool.py:each write_text
         lingua/data/workers.py:__init__ ftruncate
         lingua/report/figure.py:_written savefig

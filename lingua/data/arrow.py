@@ -1,7 +1,7 @@
-"""`format: arrow`: a data set that `save_to_disk` of Hugging Face's datasets wrote, or arrow files of its cache.
+"""`format: arrow`: a data set written by `save_to_disk` of Hugging Face's datasets, or arrow files of its cache.
 
-A record batch (1000 rows, say) is a block, as a row group of parquet is, cut into parts where lanes need more. Files
-are read in the order that `state.json` names. Positions in a file are row numbers.
+A record batch (1000 rows, say) is a block, like a row group of parquet, cut into parts where lanes need more. Files are
+read in the order of `state.json`. Positions in a file are row numbers.
 Cost: nothing to prepare; the files are mapped into memory, and one slice of about 64 KiB per lane is decoded.
 """
 
@@ -20,7 +20,7 @@ from lingua.data.parquet import ParquetSource, text_columns, values_per_batch
 from lingua.files import json_object_in
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
-_PARTS = 16  # of the rows that parquet decodes at once: a slice costs little, what is decoded beyond a block is lost
+_PARTS = 16  # slices of parquet's batch: a slice costs little, and rows that are decoded beyond a block are wasted
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -71,7 +71,7 @@ class ArrowSource(ParquetSource):
 
     @property
     def warning(self) -> str | None:
-        return None  # a slice is decoded without what comes before it
+        return None  # a slice is decoded without the rows before it
 
     def group_begin(self, file: int, row: int) -> int:
         return row  # a slice may begin anywhere

@@ -1,21 +1,21 @@
-"""Proof of order: what a run has read, read again and compared with the states in its checkpoints.
+"""Prove the order of the data: read it again as the run did, and compare with the states in its checkpoints.
 
-`audit` confirms for each lane and each checkpoint that the pieces of text that led to the saved position are those that
-the order prescribes, one after another: none left out, none read twice, over all restarts. It rests on:
+`audit` confirms for each lane and each checkpoint that the pieces of text up to the saved position are those that the
+order prescribes, one after another: none left out, none read twice, over all restarts. It compares:
 
     without tokenizing   each lane's running hash over (source, file, offset, first character) of every piece, and the
                          number of rows that each lane has given
-    with tokenizing      also on where the tokens of these pieces, cut every seq_len, end, and on a running hash of the
-                         tokens, so a text that was edited in place is found. Free for token files and bytes;
+    with tokenizing      also the place where the tokens of these pieces, cut every seq_len, end, and a running hash of
+                         the tokens, so text that was edited in place is found. Free for token files and bytes;
                          otherwise it takes the tokenizer's time for all that was read
-    with `content`       also on the hashes over all bytes that the manifests of prepared data, token files and indexes
-                         hold; this also finds edits of what the run has not read yet
+    with `content`       also all bytes with the hashes in the manifests of prepared data, in token files and indexes;
+                         this finds edits of data that the run has not read yet
 
-It cannot see whether the trainer really used the rows that the loader gave it, nor anything from before an accepted
-change of sources: then the proof begins at the first checkpoint with the present sources.
+It cannot see whether the trainer used the rows that the loader gave it, nor anything before an accepted change of
+sources: then the proof begins at the first checkpoint with the current sources.
 Cost: everything that the run has read is read and parsed again.
 
-`rows_of_step` makes the rows of a step again, from the nearest checkpoint before it and only for the lanes it needs.
+`rows_of_step` rebuilds the rows of a step, from the nearest checkpoint before it and only for the lanes it needs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ State = dict[str, Any]
 
 
 class _Uncounted(ByteTokenizer):
-    """Gives one token for each piece, where only the pieces matter."""
+    """Returns one token per piece, for an audit that does not count tokens."""
 
     _ONE = np.zeros(1, np.int32)
 
@@ -66,10 +66,10 @@ class Part(NamedTuple):
     """Step after which it begins."""
     last: int = 1 << 62
     switch: Switch | None = None
-    """What changed after step `first`; None: nothing."""
+    """The change after step `first`, or None."""
 
     def states(self, states: Mapping[int, State]) -> dict[int, State]:
-        """Return the states that it made, and that it began with."""
+        """Return the states that this part saved, and the one that it began with."""
         return {step: state for step, state in states.items() if self.first <= step <= self.last}
 
 
@@ -79,7 +79,7 @@ def part_of_step(parts: Sequence[Part], step: int) -> Part:
 
 
 def audit_parts(parts: Sequence[Part], n_lanes: int, states: Mapping[int, State], **options: Any) -> AuditResult:
-    """Audit each part that has a checkpoint of its own, as `audit`; a switch is followed from the checkpoint at it."""
+    """Run `audit` on each part that has a checkpoint; a switch is followed from the checkpoint at it."""
     found: list[tuple[str, AuditResult]] = []
     for part in parts:
         own = part.states(states)
@@ -109,7 +109,7 @@ class AuditResult:
     checkpoints: list[int]
     """Steps whose states were checked."""
     begin: int
-    """The step from which everything was read again; 0: from the first row."""
+    """The step from which everything was read again; 0 for the first row."""
     rows: int
     pieces: int = 0
     tokens_checked: bool = False
@@ -131,12 +131,11 @@ def audit(
     n_workers: int = 1,
     progress: Progress | None = None,
 ) -> AuditResult:
-    """Read again what led to the states (of all lanes, by step). `count_tokens` None: if it needs no tokenizer.
+    """Read again all that led to the states (of all lanes, by step) and compare.
 
-    `content`: also compare all bytes of the sources with the hashes that there are.
-
-    Step n uses the rows first_row + [(n-1)*G, n*G); `first_row` is not 0 for a run that began with another one's state.
-    `switch`: a phase that began after step `border`, whose state is that of the phase before.
+    `count_tokens`: None for yes, if that needs no tokenizer. `content`: also compare all bytes of the sources with
+    their recorded hashes. Step n uses the rows first_row + [(n-1)*G, n*G); `first_row` is not 0 for a run that began
+    with another run's state. `switch`: of a phase that began after step `border`, whose state is the previous phase's.
     """
     data = open_data(args.model_copy(update={"max_bad_fraction": 1.0}), n_lanes)
     states, origin = dict(states), None
@@ -187,11 +186,11 @@ def audit(
 
 
 def _compare_bytes(args: DataArgs, data: OpenedData, found: AuditResult) -> None:
-    """Compare all bytes of the sources with the hashes that there are."""
+    """Compare all bytes of the sources with their recorded hashes."""
     for source, section in zip(data.sources, args.read_sources(), strict=True):
         found.problems += source.wrong_bytes()
         if not isinstance(section, SourceArgs):
-            continue  # made, not read
+            continue  # a synthetic source has no files
         path = Path(section.path)
         folder = path if path.is_dir() else path.parent
         if source.holds_tokens and not source.needs_tokenizer:
@@ -203,7 +202,7 @@ def _compare_bytes(args: DataArgs, data: OpenedData, found: AuditResult) -> None
 
 
 def _bytes_read(sources: Sequence[BlockedSource], state: State) -> int:
-    """Estimate what the lanes have read so far."""
+    """Estimate the bytes that the lanes have read so far."""
     lanes = state["lanes"].values()
     epochs = [sum(lane["tapes"][s.name][0] for lane in lanes) / len(lanes) / s.n_blocks for s in sources]
     return sum(int(source.n_bytes * epoch) for source, epoch in zip(sources, epochs, strict=True))
@@ -212,7 +211,7 @@ def _bytes_read(sources: Sequence[BlockedSource], state: State) -> int:
 def wrong_counts(
     args: DataArgs, n_lanes: int, rows_per_step: int, first_row: int, step: int, state: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield the lanes that have not given the rows that the step number demands; arithmetic only."""
+    """Yield a sentence per lane whose number of rows does not match the step; arithmetic only."""
     row, skipped_rows = state["row"], merged(args.skip_rows)
     if row != (due := first_row + step * rows_per_step):
         yield f"step {step}: {row} rows were used, {step} steps of {rows_per_step} from row {first_row} on are {due}"
@@ -223,7 +222,7 @@ def wrong_counts(
         made = state["lanes"][str(lane)]["rows"]
         given = len(range(lane, row, n_lanes))
         skipped = sum(contains(skipped_rows, lane + n_lanes * k) for k in range(made)) if skipped_rows else 0
-        # Rows that are skipped since some restart were given before it.
+        # Rows that a restart added to skip_rows may have been given before it.
         if not made - skipped <= given <= made:
             yield f"step {step}, lane {lane}: gave {made - skipped} rows, its share of {row} rows is {given}"
 
@@ -286,12 +285,12 @@ def _described(position: Mapping[str, Any]) -> str:
 
 
 class SpanOrigin(NamedTuple):
-    """Tokens of a row and the document they come from."""
+    """Tokens of a row and the document that they come from."""
 
     source: str
     file: str
     unit: str
-    """What `offset` counts: byte or row."""
+    """Unit of `offset`: byte, row, token or document."""
     offset: int
     """Where the document begins in the file."""
     char: int

@@ -1,9 +1,9 @@
-"""What all formats share: the files of a source, cut into blocks, and what happens to bad documents.
+"""Base of all formats: the files of a source, cut into blocks, and the handling of bad documents.
 
 A document belongs to the block it begins in, so the blocks hold each document exactly once, whatever their size.
 Positions in a file are bytes; rows for parquet and arrow; tokens for other trainers' token files. To add a format: one
-file with a subclass (of tokens: a class in `token_formats.py`), a line in `FORMATS` and `SUFFIXES` of `sources.py`, a
-word in `SourceArgs.format`.
+file with a subclass (for tokens: a class in `token_formats.py`), a line in `FORMATS` and `SUFFIXES` of `sources.py`,
+and its name in `SourceArgs.format`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ import bisect
 import contextlib
 import itertools
 import logging
-import os
 import shlex
-import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +25,7 @@ import xxhash
 
 from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs
+from lingua.files import DISK, no_follow, own_temporary, remove_leftover
 from lingua.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
@@ -36,16 +35,16 @@ logger = logging.getLogger(__name__)
 
 BLOCKS_PER_LANE = 16
 """Blocks of a source per lane and epoch, so that small sources spread over the lanes as well."""
-_MIN_LINES = 1000  # before the share of bad lines means something
+_MIN_LINES = 1000  # before the share of bad lines is meaningful
 _SAMPLE_BYTES = 1 << 20
 _SAMPLE_DOCUMENTS = 10_000
 _LOOKED_AT_LINES = 10_000  # by `lingua check`, in search of a document
 HASHED_BYTES = 64 << 20
-"""Bytes of the binary files of a source up to which they are compared with their hash whenever they are opened."""
+"""Up to this total size, the binary files of a source are compared with their hash when they are opened."""
 
 
 class DataError(ValueError):
-    """The data is not as the config says; the message names file and position."""
+    """The data does not match the config or is damaged; the message names file and position."""
 
 
 class EmptyError(DataError):
@@ -53,7 +52,7 @@ class EmptyError(DataError):
 
 
 class BadLines:
-    """Counts the lines that this process has read, and skips bad ones or stops at them, as the config says."""
+    """Counts the lines that this process has read; skips bad ones or raises, as the config says."""
 
     def __init__(self, on_bad_line: str = "skip", max_fraction: float = 1.0, *, quiet: bool = False) -> None:
         self._stop, self._max_fraction, self._quiet = on_bad_line == "error", max_fraction, quiet
@@ -62,7 +61,7 @@ class BadLines:
         self._reported: set[Path] = set()
 
     def report(self, kind: str, path: Path, position: str, detail: str) -> None:
-        """Count one bad line as `kind`. Raises DataError if it is one too many."""
+        """Count one bad line as `kind`. Raises DataError if bad lines are errors, or if there are too many."""
         self.kinds[kind] += 1
         where = f"{path}, {position}: {detail}"
         if self._stop:
@@ -85,11 +84,11 @@ class BadLines:
 
 
 class SourceFile(NamedTuple):
-    """A file of a source; `key` stands for its name."""
+    """A file of a source; `key` is the hash of its name."""
 
     path: Path
     size: int
-    """In units of positions: bytes or rows. Of token files: the bytes of the jsonl file."""
+    """In units of positions. For token files: the bytes of the jsonl file."""
     key: int
     n_bytes: int
 
@@ -106,14 +105,14 @@ def find_files(path: Path, suffix: str = ".jsonl", remedy: str = CHECK_PATH) -> 
     files = [file for file in path.iterdir() if file.name.endswith(suffix) and not file.name.startswith(".")]
     files = [file for file in files if not file.name.endswith(f".val{suffix}")]
     files = [file for file in files if ".chunk." in file.name] or files
-    files = [file for file in files if not file.is_dir()]  # a link that leads nowhere stays: it is an error
+    files = [file for file in files if not file.is_dir()]  # a dangling link stays: it is an error
     if not files:
         raise ConfigError(f"{path}: no *{suffix} file in this folder; {remedy}{plain_text_remedy(path)}")
     return sorted(files, key=lambda file: file.name.removesuffix(".tokens"))  # token files as their jsonl files
 
 
 def plain_text_remedy(folder: Path) -> str:
-    """Return how to make documents of a folder of plain text; empty if it has none."""
+    """Return how to make documents of a folder of plain text, or "" if it has none."""
     suffix = next((suffix for suffix in (".txt", ".md") if any(folder.rglob(f"*{suffix}"))), None)
     command = f"lingua data prepare {shlex.quote(str(folder))} NAME"
     return "" if suffix is None else f". `{command}` makes documents of its {suffix} files, in data/NAME"
@@ -139,7 +138,7 @@ def content_hash(path: Path, begin: int) -> str:
 
 
 def fingerprint(files: Iterable[tuple[str, int, str]], fields: TextFields) -> str:
-    """Hash over (name, size, edges) of the files and the fields that are read; the folder may change."""
+    """Hash (name, size, edges) of the files and the fields that are read, but not the folder's path."""
     read = "+".join(fields.keys) if fields.has_prompt else fields.text_key or ""
     hasher = xxhash.xxh3_64(read.encode("utf-8", "surrogateescape"))
     for name, size, edge in files:
@@ -148,43 +147,43 @@ def fingerprint(files: Iterable[tuple[str, int, str]], fields: TextFields) -> st
 
 
 def name_key(name: str) -> int:
-    """64 bits that stand for a name."""
+    """Return a 64-bit hash of a name."""
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogateescape"))
 
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[IO[bytes]]:
-    """Open a file to write, which gets its name at the end of the block, durable; an error removes it."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+    """Open a temporary file to write; at the end of the block make it durable and rename it. An error removes it."""
+    temporary = own_temporary(target)
     try:
-        with open(descriptor, "wb", buffering=1 << 20) as out:
+        with open(temporary, "wb", buffering=1 << 20, opener=no_follow) as out:
             yield out
             out.flush()
-            os.fchmod(descriptor, 0o644)
-            os.fsync(descriptor)
-        os.rename(name, target)
+            DISK.fsync(out.fileno())
+        DISK.rename(temporary, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        remove_leftover(temporary)
         raise
+    DISK.fsync_dir(target.parent)
 
 
 # -- documents -----------------------------------------------------------------------------------------------------
 
 
 class Encoded(Protocol):
-    """A document that was tokenized before, text piece by text piece."""
+    """A document that was tokenized before, piece by piece."""
 
     def ids(self, char: int) -> np.ndarray:
-        """Ids of the piece that begins at this character. Raises TokenizerError if it could not be tokenized."""
+        """Return the ids of the piece that begins at this character. Raises TokenizerError if tokenizing failed."""
         ...
 
     def next_char(self, char: int) -> int:
-        """First character of the piece after that one, or 0 if it is the last."""
+        """Return the first character of the next piece, or 0 after the last."""
         ...
 
 
 class Document(NamedTuple):
-    """One document, from `start` to `end` of a file; the next one is looked for at `end`."""
+    """One document, from `start` to `end` of a file; the search for the next one begins at `end`."""
 
     text: str
     file_key: int
@@ -196,15 +195,15 @@ class Document(NamedTuple):
     """Length of the prompt that `text` begins with; its tokens are not labels."""
 
     def before(self, char: int) -> str:
-        """Return the character before this one, or "" at the document's begin."""
+        """Return the character before this one, or "" at the begin of the document."""
         return self.text[char - 1 : char] if char else ""
 
 
 class Reader(Protocol):
-    """What a lane reads a source with; holds at most a buffer."""
+    """A lane's view of a source; holds at most a buffer."""
 
     def document(self, block: int, offset: int) -> Document | None:
-        """Return the block's first document at or after `offset` (-1: the block's begin), None if there is none."""
+        """Return the block's first document at or after `offset` (-1: begin of the block), or None."""
         ...
 
 
@@ -213,7 +212,7 @@ class TextFields(NamedTuple):
 
     text_key: str | None = None
     loss_on: str = "all"
-    """completion: the text is `prompt` and `completion`, and only the latter's tokens are labels."""
+    """completion: the text is `prompt` + `completion`, and only the completion's tokens are labels."""
 
     @property
     def has_prompt(self) -> bool:
@@ -221,7 +220,7 @@ class TextFields(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All of these with a prompt; else the first one that is there."""
+        """All of these are read with a prompt, else the first one that exists."""
         if self.has_prompt:
             return ("prompt", "completion")
         return (self.text_key,) if self.text_key else ("text", "content")
@@ -240,12 +239,12 @@ PLAIN_TEXT = TextFields()
 
 
 def block_bytes(source_bytes: int, n_lanes: int) -> int:
-    """Bytes of a block."""
+    """Return the size of a block in bytes."""
     return min(max(source_bytes // (BLOCKS_PER_LANE * n_lanes), 256), 4 << 20)
 
 
 def block_documents(n_documents: int, n_lanes: int) -> int:
-    """Documents of a block, where positions are documents."""
+    """Return the size of a block in documents, for sources whose positions are documents."""
     return min(max(n_documents // (BLOCKS_PER_LANE * n_lanes), 1), 1 << 14)
 
 
@@ -254,16 +253,16 @@ class Floor(NamedTuple):
 
     nats: float
     error: float = 0.0
-    """Its standard error, where it is a mean over documents; 0: exact."""
+    """Standard error, if it is a mean over documents; 0 if exact."""
     most: float | None = None
-    """Where it is known within bounds only, `nats` is the lower one and this the upper one."""
+    """Upper bound, if only bounds are known; `nats` is then the lower one."""
 
     def __str__(self) -> str:
         text = f"{self.nats:.4f}" + (f" +- {self.error:.4f}" if self.error else "")
         return text if self.most is None else f"{text} (at most {self.most:.4f})"
 
     def facts(self) -> dict[str, float]:
-        """Return it as records state it."""
+        """Return the floor as keys of a record."""
         bound = {} if self.most is None else {"floor_at_most": self.most}
         return {"floor_nats_per_token": self.nats, "floor_standard_error": self.error, **bound}
 
@@ -273,17 +272,17 @@ class BlockedSource(ABC):
 
     suffix: ClassVar[str] = ".jsonl"
     unit: ClassVar[str] = "byte"
-    """What positions in a file count."""
+    """Unit of positions in a file."""
     record: ClassVar[str] = "JSON object"
-    """What holds one document."""
+    """Name of the thing that holds one document."""
     holds_tokens: ClassVar[bool] = False
     """Counting tokens needs no tokenizer."""
     needs_tokenizer: ClassVar[bool] = False
-    """What the ids in the files mean, and where documents end, only the tokenizer knows."""
+    """Only the tokenizer knows what the ids in the files mean and where documents end."""
     remedy: ClassVar[str] = "tokenize again"
-    """What helps against a token that the tokenizer does not have."""
+    """Remedy for a token that the tokenizer does not have."""
     row_tokens: int | None = None
-    """Tokens of a document, where each was made to fill a row."""
+    """Tokens of a document, if each one fills a row."""
 
     def __init__(
         self,
@@ -297,7 +296,7 @@ class BlockedSource(ABC):
         tokenizer: str = "bytes",
         vocabulary: Tokenizer | None = None,
     ) -> None:
-        """`tokenizer`: fingerprint of the config's, which tokens made before must fit; `vocabulary`: it itself."""
+        """`tokenizer`: fingerprint of the config's, which stored tokens must match; `vocabulary`: the tokenizer."""
         self.name, self.weight, self.key = name, weight, name_key(name)
         self.fields, self.tokenizer, self.vocabulary = fields, tokenizer, vocabulary
         self._keys, self._has_prompt = fields.keys, fields.has_prompt
@@ -318,7 +317,7 @@ class BlockedSource(ABC):
 
     @classmethod
     def check_files(cls, path: Path, fields: TextFields) -> None:
-        """Raise ConfigError or DataError for files that are wrong at a glance, or without a document at their begin."""
+        """Raise ConfigError or DataError for files that are obviously wrong or have no document near their begin."""
         bad = BadLines(quiet=True)
         for file in cls.find_files(path):
             with (
@@ -338,17 +337,17 @@ class BlockedSource(ABC):
 
     @classmethod
     def check_tokenizer(cls, path: Path, tokenizer: Tokenizer) -> None:
-        """Raise ConfigError or DataError for tokens that are not this tokenizer's."""
-        return  # text has none
+        """Raise ConfigError or DataError for tokens that are not this tokenizer's. Text has none."""
+        return
 
     @classmethod
     def side_files(cls, files: Sequence[Path]) -> list[Path]:
-        """List files beside these that are used as well."""
+        """List other files, beside these, that are used too."""
         return []
 
     @classmethod
     def sequential(cls) -> type[BlockedSource]:
-        """Return the class that reads these files in their own order with nothing to prepare."""
+        """Return the class that reads these files in their own order without an index."""
         return cls
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
@@ -371,19 +370,19 @@ class BlockedSource(ABC):
 
     @property
     def warning(self) -> str | None:
-        """What makes this source slow to read."""
+        """Why this source is slow to read, or another warning."""
         return None
 
     def floor(self, n_labels: int) -> Floor | None:
-        """Return the least loss of rows with so many labels, None where nobody knows."""
+        """Return the least loss of rows with `n_labels` labels, or None if it is unknown."""
         return None
 
     def wrong_bytes(self) -> Iterator[str]:
-        """Read all binary files; yield a sentence for each that is not as it was written."""
+        """Read all binary files; yield a sentence for each that differs from its hash."""
         yield from ()
 
     def close(self) -> None:  # noqa: B027 - most formats hold none
-        """Release files; harmless twice."""
+        """Release files; may be called twice."""
 
     # -- blocks ----------------------------------------------------------------------------------------------------
 
@@ -397,12 +396,12 @@ class BlockedSource(ABC):
         self.n_blocks = self._first_block[-1]
 
     def locate(self, block: int) -> tuple[int, int]:
-        """File index, and the block's number within that file."""
+        """Return the file index, and the block's number within that file."""
         file = bisect.bisect_right(self._first_block, block) - 1
         return file, block - self._first_block[file]
 
     def block(self, block: int) -> tuple[int, int, int]:
-        """File index, first position and end of a block."""
+        """Return file index, first position and end of a block."""
         file, index = self.locate(block)
         start = index * self.block_bytes
         return file, start, min(start + self.block_bytes, self.files[file].size)
@@ -410,7 +409,7 @@ class BlockedSource(ABC):
     # -- documents -------------------------------------------------------------------------------------------------
 
     def document_of(self, record: Any, file: int, start: int, end: int) -> Document | None:
-        """Return the document of a record, or None after its bad line was counted."""
+        """Return the document of a record, or count a bad line and return None."""
         prompt, text = "", None
         if type(record) is dict:
             if self._has_prompt:
@@ -447,7 +446,7 @@ class BlockedSource(ABC):
 
     def check(self) -> None:
         """Refuse a source without any document: its lanes would search forever. Usually reads one line."""
-        bad, self.bad = self.bad, BadLines(quiet=True)  # lanes will meet these lines again
+        bad, self.bad = self.bad, BadLines(quiet=True)  # lanes will read these lines again
         try:
             if next(self.documents(), None) is None:
                 raise DataError(
@@ -458,11 +457,11 @@ class BlockedSource(ABC):
             self.bad = bad
 
     def tokens_of(self, document: Document, tokenizer: Tokenizer) -> int:
-        """Tokens of a document without its ends. Raises TokenizerError."""
+        """Return the number of a document's tokens, without begin and end tokens. Raises TokenizerError."""
         return len(tokenizer.encode(document.text, False, False))
 
     def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
-        """Tokens of one epoch: its size times the tokens per unit of a sample of 1 MiB, taken at `n_samples` places.
+        """Estimate the tokens of one epoch from a sample of 1 MiB, taken at `n_samples` places.
 
         `n_ends`: begin and end tokens of a document. The same files give the same number.
         """
@@ -473,7 +472,7 @@ class BlockedSource(ABC):
             for document in self.documents(first, end):
                 seen, n_chars = seen + document.end - document.start, n_chars + len(document.text)
                 n_documents += 1
-                with contextlib.suppress(TokenizerError):  # the loader counts it
+                with contextlib.suppress(TokenizerError):  # the loader reports it
                     n_tokens += self.tokens_of(document, tokenizer) + n_ends
                 if max(seen, n_chars) >= share * _SAMPLE_BYTES or n_documents >= share * _SAMPLE_DOCUMENTS:
                     break

@@ -1,7 +1,7 @@
-"""The sample corpus: real text that every machine has, the sources of Python's own standard library.
+"""The sample corpus: real text that every machine has, the source code of Python's standard library.
 
-The same Python gives the same bytes in the same order. They are written once, all or nothing, into the user's cache
-folder (never into `data`, which is often on a shared disk): about one second, 15 MB.
+The same Python gives the same bytes in the same order. They are written once, atomically, into the user's cache folder
+(never into `data`, which is often on a shared disk): about one second, 15 MB.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def embedded_corpus(cache: Path | None = None, library: Path | None = None) -> P
         remedy = "free some space there or point LINGUA_CACHE at another folder"
         text = f"cannot write the sample corpus to {folder}: {reason}; {remedy}"
         failure = OSError(text)
-        failure.errno = getattr(error, "errno", None)  # by which it is a full disk, or one that may come back
+        failure.errno = getattr(error, "errno", None)  # tells a full disk from a transient fault
         raise failure from error
     return folder
 

@@ -1,7 +1,7 @@
-"""`lingua data generate`: the documents of sources that make them, as token files that give the same rows.
+"""`lingua data generate`: write the documents of synthetic sources to token files that give the same rows.
 
-A run may change from a source with `documents: N` to its files and back at any restart. A file appears whole, by a
-rename, and one that is there already is kept, so the same command goes on after a kill.
+A run may change from a source with `documents: N` to its files and back at any restart. A file appears atomically, by a
+rename, and an existing one is kept, so the same command continues after a kill.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LINES_AT_ONCE = 64
 def generate(
     args: DataArgs, out: Path, n_documents: int | None, n_workers: int, progress: Progress, *, jsonl: bool = False
 ) -> dict[str, Any]:
-    """Write all sources that make their documents to `out`/<source>; return counts, and what to set in a config."""
+    """Write all synthetic sources to `out`/<source>; return counts, and the keys to set in a config."""
     made = [source for source in args.read_sources() if isinstance(source, SyntheticArgs)]
     if not made:
         raise ConfigError("data.sources: none makes its documents; name one of type gssm, markov, copy or random")
@@ -62,7 +62,7 @@ def generate(
 
 
 def _todo(source: SyntheticSource, folder: Path, *, jsonl: bool) -> list[int]:
-    """Return which files are missing or of another source. Raises DataError for those that nobody asked for."""
+    """Return the files that are missing or of another source. Raises DataError for files that do not belong here."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {file.path.name for file in source.files}
     for path in sorted([*folder.glob("*.tokens"), *folder.glob("*.jsonl")]):
@@ -87,7 +87,7 @@ def _jsonl(tokens: Path) -> Path:
 def _write(source: SyntheticSource, folder: Path, floor: Floor, file: int, *, jsonl: bool) -> None:
     target = token_file(source.files[file].path, folder)
     if not _is_there(source, file, folder, jsonl=False):
-        _jsonl(target).unlink(missing_ok=True)  # so that one that is there is never older than its token file
+        _jsonl(target).unlink(missing_ok=True)  # so that an existing one is never older than its token file
         write_rows(target, source, file, floor)
     if jsonl:
         n = source.files[file].size

@@ -1,8 +1,8 @@
 """`type: gssm`: documents of a graph of hidden states, and their exact likelihood by the forward algorithm.
 
-A node's next state is drawn from a table by its inputs: its own last state (not the observed node's) and the new states
-of its parents, which move first. Rows of tables are drawn from a Dirichlet distribution. All states begin at 0, so
-token 0 of a document is 0.
+A node's next state is drawn from the row of a table that its inputs select: its own last state (except for the observed
+node) and the new states of its parents, which move first. Rows of tables are drawn from a Dirichlet distribution. All
+states begin at 0, so token 0 of a document is 0.
 
 The entropy of such a row has no closed form. Given the tokens before it, the distribution of the next one is exact,
 and so is its entropy; the floor is the mean of these entropies over documents drawn for it, with its standard error.
@@ -39,7 +39,7 @@ class Gssm(Process[GssmArgs]):
     # -- tables ----------------------------------------------------------------------------------------------------
 
     def _table(self, node: NodeArgs, number: int) -> np.ndarray:
-        """Draw the table of a node; `number`: of the document, if it has tables of its own."""
+        """Draw the table of a node; `number`: of the document, if each document has its own table."""
         source, width = bits(self.seed, 1 + self.args.nodes.index(node), number), node.state_dim
         sizes = [one.state_dim for one in self.args.inputs_of(node)]
         if node.kernel_type == "fullrank" or not sizes:
@@ -52,7 +52,7 @@ class Gssm(Process[GssmArgs]):
         return table / table.sum(-1, keepdims=True)
 
     def tables(self, numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Return the tables of documents by node; those of a context have one more axis, of the documents."""
+        """Return the tables of documents by node; those of context nodes have a first axis for the documents."""
         own = {
             node.name: np.array([self._table(node, int(number)) for number in numbers])
             for node in self.nodes
@@ -82,7 +82,7 @@ class Gssm(Process[GssmArgs]):
     def likelihood(self, numbers: Sequence[int] | np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for documents (n, S + 1): -log p of their labels, and the entropies. (n, S)
 
-        Entropies are of the label's distribution given the tokens before it. `numbers`: of whose tables.
+        Entropies are of the label's distribution given the tokens before it. `numbers`: documents whose tables to use.
         """
         n, length = tokens.shape
         tables, observed = self.tables(numbers), self.args.observed
@@ -110,7 +110,7 @@ class Gssm(Process[GssmArgs]):
         return nll, found
 
     def _einsum(self, node: NodeArgs, letters: dict[str, str], joint: str) -> str:
-        """Return the move of one node: over its own last state; its parents have moved."""
+        """Return the einsum that moves one node: it sums over the last state; the parents have moved."""
         own, table = letters[node.name], "".join(letters[one.name] for one in self.args.inputs_of(node))
         of_documents = "n" if node.mode == "context" else ""
         return f"n{joint},{of_documents}{table}Z->n{joint.replace(own, 'Z')}"
@@ -126,11 +126,11 @@ class Gssm(Process[GssmArgs]):
         return Floor(float(np.mean(means)), float(np.std(means, ddof=1)) / math.sqrt(len(means)))
 
     def _bounds(self, n_labels: int) -> Floor:
-        """Bound the entropy of documents with tables of their own, which no model is told.
+        """Bound the entropy of documents with their own tables, which the model does not know.
 
-        p(document) is the mean of its likelihood over all tables. The log of a mean over some is too small on average
-        if they are drawn anew, and too large if the document's own are among them: Jensen's inequality, for log w under
-        the former and for w log w under the latter (as in bidirectional Monte Carlo, arXiv 1511.02543).
+        p(document) is the mean of its likelihood over all tables. The log of a mean over a sample is too small on
+        average if the sample is independent, and too large if it includes the document's own tables: Jensen's
+        inequality, for log w in the first case and w log w in the second (bidirectional Monte Carlo, arXiv 1511.02543).
         """
         n = min(max(math.isqrt(8 * _AVERAGED_TOKENS // n_labels), 16), _AT_ONCE)
         numbers, log_p = AVERAGED_FROM + np.arange(n), np.empty((n, n))

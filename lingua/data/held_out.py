@@ -1,7 +1,7 @@
-"""Held-out documents: where they are, and the rows of tokens in which they are scored.
+"""Find held-out documents, and make the rows of tokens in which they are scored.
 
-Rows are `packed`, as training packs them, or hold one document each. Either way a document becomes tokens as in
-training, bytes are counted of exactly the text that is scored, and the training data keeps its position.
+Rows are `packed`, as training packs them, or hold one document each. Either way documents are tokenized as in training,
+bytes are counted for exactly the text that is scored, and the position in the training data does not change.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class HeldOutText:
 
     name: str
     file: Path
-    """Of a source that makes its documents: its name."""
+    """For a synthetic source: its type."""
     fields: TextFields = PLAIN_TEXT
     made: SyntheticArgs | None = None
     row_tokens: int = 0
 
     def open(self) -> closing[BlockedSource]:
-        """Open the file; bad lines are skipped and counted, however many there are, and the first is logged."""
+        """Open the file; all bad lines are skipped and counted, and the first is logged."""
         bad = BadLines(max_fraction=math.inf)
         if self.made is not None:
             return closing(held_out_documents(self.made, self.row_tokens))
@@ -70,7 +70,7 @@ def texts_beside_sources(data: DataArgs) -> tuple[list[HeldOutText], list[str]]:
 
 
 def held_out_texts(data: DataArgs, args: HeldOutArgs) -> list[HeldOutText]:
-    """Return the files to measure. Raises ConfigError when one that is named is missing, or there is none."""
+    """Return the files to score. Raises ConfigError if a named one is missing, or if there is none."""
     found = texts_beside_sources(with_default_sources(data))[0] if args.use_val_from_train_src else []
     for name in args.sources:
         path = Path(args.root_dir) / name
@@ -100,7 +100,7 @@ def held_out_texts(data: DataArgs, args: HeldOutArgs) -> list[HeldOutText]:
 
 @dataclass(frozen=True)
 class Wording:
-    """How a document becomes tokens: as in training."""
+    """Turns a document into tokens, as in training."""
 
     tokenizer: Tokenizer
     add_bos: bool = True
@@ -108,23 +108,22 @@ class Wording:
 
     @property
     def begins(self) -> bool:
-        """Each document begins with a token of its own."""
+        """Whether each document begins with a begin token."""
         return self.add_bos and self.tokenizer.bos_id is not None
 
     @property
     def prefix(self) -> int | None:
-        """The token before a document's first: the begin token, or without one the end token of the last document."""
+        """The token before a document's text: the begin token, else the end token of the document before."""
         return self.tokenizer.bos_id if self.begins else self.tokenizer.eos_id
 
     def ids(
         self, document: Document, failed: Callable[[Document, str], object], *, whole: bool = True
     ) -> tuple[list[int], int]:
-        """Return a document's tokens after its prefix, and the bytes of the text that they score (of ids: 1 per label).
+        """Return a document's tokens with its prefix, and the bytes of the text that they score (of ids: 1 per label).
 
         Tokens of the prompt, and of the prefix before it, are given as ~id: they are not scored. Without a prefix the
-        first token is not either. As in training, the document is tokenized in pieces, and one on which the tokenizer
-        fails is told to `failed` and left out. `whole`: the document ends here; an end token follows where training
-        adds one.
+        first token is not scored. As in training, the document is tokenized in pieces; one on which the tokenizer fails
+        is passed to `failed` and left out. `whole`: add the end token, if training does.
         """
         if document.encoded is not None:
             made = document.encoded.ids(0).tolist()
@@ -160,16 +159,16 @@ class HeldOut:
     name: str
     rows: list[ScoredRow]
     n_bytes: int = 0
-    """UTF-8 bytes of the text that the scored tokens stand for."""
+    """UTF-8 bytes of the scored text."""
     n_documents: int = 0
     n_skipped: int = 0
-    """Lines that hold no document, and documents or parts of them on which the tokenizer failed."""
+    """Lines without a document, and documents or parts of them on which the tokenizer failed."""
 
 
 def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int, row_step: int | None = None) -> HeldOut:
-    """Pack the first documents, whole, into at most `max_rows` rows that score `seq_len` tokens each.
+    """Pack the first documents, uncut, into at most `max_rows` rows that score `seq_len` tokens each.
 
-    `row_step`: as in DataArgs. A first document that is too long alone is cut. Raises ValueError when there is no text.
+    `row_step`: as in DataArgs. A first document that alone is too long is cut. Raises ValueError without any text.
     """
     step = row_step or seq_len
     budget, stream = max_rows * step, list[int]()
@@ -180,7 +179,7 @@ def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int, 
             if not n_bytes:
                 continue
             if stream and not wording.begins and wording.prefix is not None:
-                ids = ids[1:]  # the end of the document before is there already
+                ids = ids[1:]  # the stream already ends with this end token
             if len(stream) + len(ids) > budget + 1:
                 if stream:
                     break
@@ -199,7 +198,7 @@ def packed(text: HeldOutText, wording: Wording, *, max_rows: int, seq_len: int, 
 
 
 def _cut(document: Document, room: int) -> Document:
-    """Keep what surely fits into 4 * room tokens: no tokenizer makes more than 4 of a character."""
+    """Keep text that fits into 4 * room tokens: no tokenizer makes more than 4 tokens of a character."""
     prompt, text = document.text[: document.prompt_chars], document.text[document.prompt_chars :]
     prompt = prompt[max(0, len(prompt) - room // 2) :]
     return document._replace(text=prompt + text[: max(1, room - len(prompt))], prompt_chars=len(prompt))
@@ -214,7 +213,7 @@ def by_document(
     max_documents: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[HeldOut]:
-    """Yield the rows of whole documents, some documents at a time. `share`: (rank, ranks) that divide them.
+    """Yield the rows of whole documents, some documents at a time. `share`: (rank, ranks) that share them.
 
     A window over `context` tokens moves by `stride` (half the context by default) along a longer document.
     """
@@ -236,7 +235,7 @@ def by_document(
             if n_tokens >= BLOCK_TOKENS:
                 yield found
                 found, n_tokens = HeldOut(text.name, []), 0
-        failed = source.bad.kinds["tokenizer"]  # of this rank's share; all ranks see all other bad lines
+        failed = source.bad.kinds["tokenizer"]  # in this rank's share; all ranks see all other bad lines
         found.n_skipped = failed if rank else source.bad.kinds.total()
     yield found
 
@@ -244,7 +243,7 @@ def by_document(
 def windows(n_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield (start, end, first): rows of at most context + 1 tokens that score tokens 1 to n_tokens - 1 once each.
 
-    What does not fit into the first row is scored in steps of `stride`, with at least context + 1 - stride before it.
+    Tokens after the first row are scored in steps of `stride`, with at least context + 1 - stride tokens before them.
     """
     assert 1 <= stride <= context
     end = min(n_tokens, context + 1)
@@ -269,7 +268,7 @@ def padded(rows: Sequence[ScoredRow], n_rows: int, width: int) -> tuple[np.ndarr
 def equal_shares(
     rows: Sequence[ScoredRow], seq_len: int, rank: int, n_ranks: int, batch_size: int
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield batches (batch_size, seq_len) of rows rank, rank + n_ranks, ...; equally many on every rank."""
+    """Yield batches (batch_size, seq_len) of rows rank, rank + n_ranks, ...; the same number on every rank."""
     mine, n_batches = rows[rank::n_ranks], -(-len(rows) // (n_ranks * batch_size))
     for start in range(0, n_batches * batch_size, batch_size):
         yield padded(mine[start : start + batch_size], batch_size, seq_len)

@@ -1,4 +1,4 @@
-"""Behind `lingua data inspect|preview|index|tokenize`: what the data is like, and files made from it.
+"""Implement `lingua data inspect|preview|index|tokenize`: describe the data, and make files from it.
 
 The data itself is never changed. Figures that are estimates have `estimated` in their name; an estimate reads 1 MiB of
 text per source.
@@ -34,7 +34,7 @@ _N_SAMPLES = 64  # places of a source that an estimate samples
 
 
 def inspect_path(path: Path, tokenizer: Tokenizer, progress: Progress, fields: TextFields) -> dict[str, Any]:
-    """Count the documents, bytes, tokens and bad lines of a source, and look at the quality of its text."""
+    """Count the documents, bytes, tokens and bad lines of a source, and measure the quality of its text."""
     kind = class_of_files(path)
     if kind.holds_tokens and not kind.needs_tokenizer:
         return _inspect_tokens(path, progress)
@@ -199,7 +199,7 @@ def index_files(
 
 
 def tokenize_sources(args: DataArgs, out: Path, n_workers: int, progress: Progress) -> dict[str, Any]:
-    """Write token files of all sources to `out`/<source>; return counts, and the `data.sources` for a config."""
+    """Write token files of all sources to `out`/<source>; return counts, and `data.sources` for a config."""
     if args.loss_on != "all":
         raise ConfigError("data.loss_on is completion, and token files do not mark prompts; set data.loss_on: all")
     tokenizer = build_tokenizer(args.tokenizer)

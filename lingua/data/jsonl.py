@@ -1,6 +1,6 @@
-"""`format: jsonl`: lines of jsonl files, by block of bytes.
+"""`format: jsonl`: lines of jsonl files, in blocks of bytes.
 
-A line that is no JSON object with text is skipped and counted, or stops the run, as `data.on_bad_line` says. A byte
+A line that is not a JSON object with text is skipped and counted, or stops the run, as `data.on_bad_line` says. A byte
 order mark, CRLF and a missing last newline are allowed.
 Cost: one descriptor per file (at most 256 open), one buffer of at most 272 KiB per lane and source, and the current
 line; beyond the JSON parser about 1 us per line.
@@ -52,7 +52,7 @@ class JsonlSource(BlockedSource):
 
     @property
     def n_open(self) -> int:
-        """Descriptors held."""
+        """Number of open descriptors."""
         return len(self._descriptors)
 
     def pread(self, file: int, n_bytes: int, offset: int) -> bytes:
@@ -70,7 +70,7 @@ class JsonlSource(BlockedSource):
         return data
 
     def parse(self, line: bytes, file: int, start: int, end: int) -> Document | None:
-        """Return the document of a line, or None after it was counted as bad."""
+        """Return the document of a line, or count it as bad and return None."""
         self.bad.lines += 1
         if start == 0 and line.startswith(_BOM):
             line = line[len(_BOM) :]
@@ -115,7 +115,7 @@ class JsonlReader:
         return None
 
     def _first_line(self) -> int:
-        """Return where the first line of the block begins, or the block's end or more if no line begins in it."""
+        """Return where the first line of the block begins; at or after the block's end if no line begins in it."""
         if self._first == 0:
             return 0
         at = self._first - 1

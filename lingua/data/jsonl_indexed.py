@@ -1,17 +1,17 @@
 """`format: mmap_jsonl`: lines of jsonl files found by number, through a memory-mapped index of their offsets.
 
-Every epoch of the source is a permutation of all its lines, by the seed: a global shuffle without writing the data
-again. An index that does not fit its file (other size, other first or last bytes, other version, cut off) is made
-again, beside the file or, if that is not writable, in the user's cache, by one process of a machine at a time.
+Every epoch of the source is a permutation of all its lines, by the seed: a global shuffle without rewriting the data.
+An index that does not match its file (other size, other first or last bytes, other version, cut off) is rebuilt, beside
+the file or, if that is not writable, in the user's cache, by one process of a machine at a time.
 Cost: 8 bytes per line on disk, none in memory; one scan at about 1 GB/s from the page cache. Each document takes one
 `pread` and 10 to 45 us for its place in the order. On a slow shared disk, shuffle the data when you prepare it
 (setup/download_prepare_hf_data.py), or stage it (`data.stage_to`).
 
-An index is compared with its hash where those of a source take 64 MiB together at most. Whatever its size, what is read
-must begin and end where a line does.
+Indexes are compared with their hashes if those of a source take at most 64 MiB together. Whatever their size, each
+document that is read must begin and end where a line does.
 
-An index: 64 bytes of header (magic, version, size and edges of the file, number of lines, hash of what follows), then
-the offset at which each line begins and the size of the file, 8 bytes each. A line is a block of its own.
+An index: 64 bytes of header (magic, version, size and edges of the file, number of lines, hash of the rest), then the
+offset at which each line begins and the size of the file, 8 bytes each. Each line is a block.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def index_paths(path: Path) -> tuple[Path, Path]:
 
 
 def write_index(path: Path, target: Path, advance: Callable[[int], object] = lambda n_bytes: None) -> int:
-    """Scan a jsonl file and write its index, all or nothing; return the number of lines.
+    """Scan a jsonl file and write its index atomically; return the number of lines.
 
     `advance` is called with the bytes done. Raises OSError if `target` cannot be written, DataError if the file grows.
     """
@@ -120,7 +120,7 @@ def _line_starts(path: Path, descriptor: int, size: int) -> Iterator[tuple[int, 
 
 
 def read_header(index: Path, path: Path, hashed_bytes: int = HASHED_BYTES) -> IndexHeader | str:
-    """Return the header of an index that fits `path`, or why it does not; up to `hashed_bytes` all of it is read."""
+    """Return the header of an index that fits `path`, or why it does not; an index up to `hashed_bytes` is hashed."""
     try:
         with index.open("rb") as file:
             raw, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
@@ -144,7 +144,7 @@ def read_header(index: Path, path: Path, hashed_bytes: int = HASHED_BYTES) -> In
 
 
 def find_index(path: Path, hashed_bytes: int = HASHED_BYTES) -> Path:
-    """Return the index of a jsonl file; make it if none fits."""
+    """Return the index of a jsonl file; make one if none fits."""
     if found := _usable(path, hashed_bytes):
         return found
     with _alone_on_this_machine(path):
@@ -172,9 +172,9 @@ def _usable(path: Path, hashed_bytes: int) -> Path | None:
 
 @contextlib.contextmanager
 def _alone_on_this_machine(path: Path) -> Iterator[None]:
-    """Make the other ranks of this machine wait. They lock the data file itself."""
+    """Make the other ranks of this machine wait, by a lock on the data file itself."""
     with path.open("rb") as file:
-        with contextlib.suppress(OSError):  # without file locks all of them make it, which is harmless
+        with contextlib.suppress(OSError):  # without file locks all of them make the index, which is harmless
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -191,7 +191,7 @@ def map_index(path: Path, hashed_bytes: int = HASHED_BYTES) -> np.ndarray:
 
 
 class IndexedSource(JsonlSource):
-    """jsonl files shuffled line by line: each line is a block."""
+    """jsonl files shuffled by line: each line is a block."""
 
     @classmethod
     def side_files(cls, files: Sequence[Path]) -> list[Path]:
@@ -207,7 +207,7 @@ class IndexedSource(JsonlSource):
 
     @property
     def fingerprint(self) -> str:
-        """Not that of the same files read as `jsonl`, since the order is another."""
+        """Differs from that of the same files read as `jsonl`, since the order differs."""
         return f"{name_key('mmap_jsonl' + super().fingerprint):016x}"
 
     def block(self, block: int) -> tuple[int, int, int]:
@@ -228,7 +228,7 @@ class IndexedSource(JsonlSource):
         if offset > start:
             return None
         path, size, *_ = self.files[file]
-        at = before = max(0, start - 1)  # the newline of the line before
+        at = before = max(0, start - 1)  # the newline of the previous line
         is_line, parts = 0 <= start < end <= size, []
         while is_line and at < end:  # once, except for long lines
             data = self.pread(file, min(end - at, _READ_BYTES), at)

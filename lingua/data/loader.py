@@ -1,30 +1,31 @@
-"""Batches of rows: which lane gives which row to which rank, and the state that a checkpoint keeps.
+"""Make batches of rows: assign rows to lanes and ranks, and keep the state for checkpoints.
 
-Row q = 0, 1, 2, ... of a run is the next row of lane q % K; step n uses rows [(n-1)*G, n*G). Their content depends on
-(seed, sources and weights, tokenizer, seq_len, K) and on nothing else: not on world size, accumulation, workers,
-prefetch or restarts. Row q goes to data-parallel rank q % dp, so rank d owns the lanes l with l % dp = d. With K = 4
-lanes, dp = 2, B = 1 and G = 4:
+Row q = 0, 1, 2, ... of a run is the next row of lane q % K; step n uses rows [(n-1)*G, n*G). Their content depends only
+on (seed, sources and weights, tokenizer, seq_len, K), not on world size, accumulation, workers, prefetch or restarts.
+Row q goes to data-parallel rank q % dp, so rank d owns the lanes l with l % dp = d. With K = 4 lanes, dp = 2, B = 1
+and G = 4:
 
     row    0  1  2  3 | 4  5  6  7 | ...          | ends a step
     lane   0  1  2  3 | 0  1  2  3
     rank   0  1  0  1 | 0  1  0  1                micro steps of rank 0: row 0, row 2, row 4, ...
 
-A row has number l + K*k, for the k-th row of lane l. `data.skip_rows` leaves rows out of their lanes by these numbers:
-the lane's next row takes the turn, so rows keep their numbers and later ones move up within their lane.
+The k-th row of lane l has number l + K*k. `data.skip_rows` leaves rows out of their lanes by these numbers: the lane's
+next row takes the turn, so rows keep their numbers and later ones move up within their lane.
 
-A state that does not fit the config is refused with both values. Sources may change on purpose (`data.accept_change`):
+A state that does not match the config is refused with both values. Sources may change on purpose
+(`data.accept_change`):
 
     weights changed      documents are chosen by the new weights from here on
     source added         it begins with its first epoch
-    source removed       a document that a lane is in the middle of is cut there
+    source removed       a document that a lane has begun is cut there
     files changed        the source begins with an epoch that no lane has touched, in the order of its new size; the
-                         rest of the old epochs is not read, and a document that a lane is in the middle of is cut there
+                         rest of the old epochs is not read, and a document that a lane has begun is cut there
 
-Where a phase of the run begins (`Switch`), sources, weights and seq_len change as planned, from an exact row on. A
-lane's tokens go on where the last row of the phase before ended: the next one becomes the first of a row of the new
-length. A document that a lane is in the middle of is read to its end, whatever its source's new weight, and the next is
-chosen by the new weights. So no token is left out or read twice, unless `fresh` says so: then a source begins with its
-first document, and what is left of one that a lane is in the middle of is cut.
+When a phase of the run begins (`Switch`), sources, weights and seq_len change as planned, at an exact row. A lane's
+tokens continue where the last row of the previous phase ended: the next token is the first of a row of the new length.
+A document that a lane has begun is read to its end, whatever its source's new weight, and the next is chosen by the new
+weights. So no token is left out or read twice. Sources in `fresh` are the exception: they begin with their first
+document, and a document that a lane has begun is cut.
 
 Cost: 150-400 bytes of state per lane; memory for `prefetch_size` batches; in this process one copy per row.
 """
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 PASSED = "passed_over"
-"""Key of a run's state: what it has passed over of its own accord: step, rows as [first, last], why."""
+"""Key of a run's state: the rows that the run decided to pass over: step, rows as [first, last], why."""
 
 
 class Batch(NamedTuple):
@@ -69,7 +70,7 @@ class Batch(NamedTuple):
 
 
 def order_of(args: DataArgs, n_lanes: int) -> dict[str, Any]:
-    """Return what the order of rows depends on besides the sources; a state only fits if all of it is the same."""
+    """Return all that the order of rows depends on besides the sources; a state fits only if all of it is equal."""
     return {
         "version": VERSION,
         "K": n_lanes,
@@ -83,7 +84,7 @@ def order_of(args: DataArgs, n_lanes: int) -> dict[str, Any]:
 
 
 def sources_of(sources: Sequence[BlockedSource]) -> dict[str, dict[str, Any]]:
-    """Weight and fingerprint of each source, as the state holds them."""
+    """Return weight and fingerprint of each source, as in a state."""
     return {source.name: {"weight": source.weight, "fingerprint": source.fingerprint} for source in sources}
 
 
@@ -101,7 +102,7 @@ _REMEDY = {
 
 
 def check_order(state: dict[str, Any], order: dict[str, Any]) -> None:
-    """Refuse a state of another order."""
+    """Raise ConfigError for a state of another order."""
     problems = []
     for key, value in order.items():
         if state.get(key) != value:
@@ -142,7 +143,7 @@ def adapt(
 def _entered(
     lanes: dict[int, dict[str, Any]], names: Collection[str], fresh: Collection[str]
 ) -> dict[int, dict[str, Any]]:
-    """Let each lane have a position in each source, in those that are `fresh` the first."""
+    """Give each lane a position in each source: the first one in `fresh` and new sources."""
     for lane, record in lanes.items():
         at = {name: [lane, -1] if name in fresh else record["tapes"].get(name, [lane, -1]) for name in names}
         record["tapes"] = at
@@ -152,7 +153,7 @@ def _entered(
 
 
 def turned(state: dict[str, Any], args: DataArgs, sources: Sequence[BlockedSource], switch: Switch) -> dict[str, Any]:
-    """Return the state that a phase begins with, of that at the end of the phase before. Raises ConfigError."""
+    """Return the state that a phase begins with, from the state at the end of the previous one. Raises ConfigError."""
     check_order(state, order_of(switch.before, state["K"]))
     lanes = {str(lane): record for lane, record in adapt(state, sources, args.accept_change, switch).items()}
     return {**state, **order_of(args, state["K"]), "sources": sources_of(sources), "lanes": lanes}
@@ -200,7 +201,7 @@ class _SavedState(Document):
 
 
 def saved_state(per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the state of all lanes out of what the ranks saved. Raises RunError where that was edited or damaged."""
+    """Return the state of all lanes from what the ranks saved. Raises RunError if that was edited or damaged."""
     for rank, saved in enumerate(per_rank):
         try:
             judged(_SavedState, saved.get("data"))
@@ -211,7 +212,7 @@ def saved_state(per_rank: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the states of all ranks, in any order; they must be of the same moment."""
+    """Merge the states of all ranks, in any order; they must be of the same step."""
     first, *others = states
     whole = {**first, "lanes": dict(first["lanes"]), "epochs": dict(first["epochs"])}
     for state in others:
@@ -232,15 +233,15 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def passing_over(args: DataArgs, shared: Mapping[str, Any]) -> DataArgs:
-    """Return the section with the rows that a run has passed over left out too. `shared`: of its state."""
+    """Return `args` with the rows that a run has passed over added to `skip_rows`. `shared`: from the run's state."""
     passed = [span for one in shared.get(PASSED, ()) for span in one["rows"] if span not in args.skip_rows]
     return args.model_copy(update={"skip_rows": [*args.skip_rows, *passed]}) if passed else args
 
 
 def rows_ahead(state: Mapping[str, Any], skip_rows: Sequence[Sequence[int]], turns: range) -> Iterator[int]:
-    """Yield the numbers of the rows that will be given in these turns, from a state of all lanes on.
+    """Yield the numbers of the rows that will be given in these turns, given a state of all lanes.
 
-    Row after row of the run has a turn, 0, 1, 2, ...; without rows left out, turn and number are the same.
+    The rows of the run have turns 0, 1, 2, ...; without skipped rows, turn and number are the same.
     """
     n_lanes, skip = state["K"], merged(skip_rows)
     made = {int(lane): record["rows"] for lane, record in state["lanes"].items()}
@@ -273,7 +274,7 @@ class Loader:
     ) -> None:
         self.producer, self._args = producer, args
         self._lanes, self._header, self._n_blocks = lanes, header, n_blocks
-        self._positions: dict[int, LanePosition | dict[str, Any]] = dict(states)  # what workers send is a state already
+        self._positions: dict[int, LanePosition | dict[str, Any]] = dict(states)  # workers send states
         self._row, self._dp_size = row, dp_size  # rows of the run used so far, by all ranks
         self._turn = row // dp_size  # rows of this rank used so far
         self._open = True
@@ -304,7 +305,7 @@ class Loader:
         return Batch(views, doc_ids, numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of this rank's lanes after the last batch, ready for JSON; see `merge_states`."""
+        """Return the position of this rank's lanes after the last batch, JSON-able; see `merge_states`."""
         states = self._states()
         # By source, the first epoch that none of this rank's lanes has touched.
         epochs = {n: max(s["tapes"][n][0] for s in states.values()) // b + 1 for n, b in self._n_blocks.items()}
@@ -315,7 +316,7 @@ class Loader:
         return {lane: at.state() if isinstance(at, LanePosition) else at for lane, at in self._positions.items()}
 
     def stats(self) -> dict[str, float]:
-        """Counters for the metrics: lines, bad lines by kind, and by source the epoch of this rank's lanes."""
+        """Return counters for the metrics: lines, bad lines by kind, and the epoch of this rank's lanes by source."""
         counts = dict(self.producer.counts())
         lines = counts.pop("lines", 0)
         out: dict[str, float] = {"data/lines": lines, "data/bad_lines": sum(counts.values())}
@@ -328,7 +329,7 @@ class Loader:
         return out
 
     def close(self) -> None:
-        """Release files and processes, and say what was left out; harmless twice."""
+        """Release files and processes, and log the bad lines; may be called twice."""
         if self._open and (kinds := dict(self.producer.counts())):
             lines = kinds.pop("lines", 0)
             if bad := sum(kinds.values()):
@@ -356,9 +357,9 @@ def build_loader(
 ) -> Loader:
     """Build the loader of one data-parallel rank. `rows_per_step`: G; `state`: of all lanes, or None.
 
-    `switch`: the state is that of the phase before, at its end; then the rank's own lanes suffice.
-    `lanes`: K, if the caller has decided it; `tokenizer`: that of `args.tokenizer`, if it is built already.
-    Raises ConfigError or DataError before anything is started.
+    `switch`: set if the state is from the end of the previous phase; then this rank's lanes suffice. `lanes`: K, if the
+    caller has decided it; `tokenizer`: that of `args.tokenizer`, if it is built already. Raises ConfigError or
+    DataError before anything is started.
     """
     n_lanes = lanes or args.lanes or default_lanes(rows_per_step)
     _check_sizes(n_lanes, rows_per_step, dp_size, args.batch_size)

@@ -1,14 +1,14 @@
-"""`data.stage_to`: the sources copied once per machine to a fast folder, such as /dev/shm, and read there.
+"""`data.stage_to`: copy the sources once per machine to a fast folder, such as /dev/shm, and read them there.
 
 The rows are the same as without it. One process of a machine copies, the others wait for it. Only a complete copy is
-used; one that is there already, from a crash of the same run or from a neighbour, is used again. The last user that
-ends normally removes it; the next start removes what killed users left. Other users cannot read it.
+used; an existing one, of a crashed attempt or another run, is reused. The last process to end normally removes it; the
+next start removes what killed ones left. Other users cannot read it.
 Cost: the bytes of the sources, which in /dev/shm are memory; free space is checked first. One pass of reading.
 
     <stage_to>/lingua-<uid>/          mode 0700
         lock                          held by the process that copies or removes
-        data-<key>/<number>/...       a source's files; key: of the files' paths, sizes, times, first and last bytes
-        data-<key>/users              locked by each user while it lives; the kernel releases it
+        data-<key>/<number>/...       a source's files; key: hash of their paths, sizes, times, first and last bytes
+        data-<key>/users              locked by each process that uses it; the kernel releases the lock
         data-<key>/complete           written last: boot id, since after a crash of the machine files may be incomplete
 """
 
@@ -40,13 +40,13 @@ class StagedFile(NamedTuple):
     """A file to copy."""
 
     path: Path
-    source: str  # its number
+    source: str  # the source's number
     size: int
 
 
 @contextlib.contextmanager
 def staged(args: DataArgs) -> Iterator[DataArgs]:
-    """Yield the args with the sources in the fast folder, for the length of the block; unchanged without `stage_to`.
+    """Yield the args with the sources in the fast folder, for the duration of the block; unchanged without `stage_to`.
 
     Raises RunError if there is no space or the folder is not ours, DataError or ConfigError for bad sources.
     """
@@ -83,7 +83,7 @@ def _moved(args: DataArgs, folder: Path) -> DataArgs:
 
 
 def _files(args: DataArgs) -> Iterator[StagedFile]:
-    """Yield the files that are read and what is used beside them."""
+    """Yield the files that are read, their side files and held-out files."""
     for number, source in enumerate(args.read_sources()):
         if isinstance(source, SyntheticArgs):
             continue
@@ -103,7 +103,7 @@ def _key(files: list[StagedFile]) -> str:
 
 
 def _own_folder(stage_to: Path) -> Path:
-    """Return <stage_to>/lingua-<uid>, made sure that nobody else owns or can write to it."""
+    """Make <stage_to>/lingua-<uid>, ensure that nobody else owns or can write to it, and return it."""
     root = make_folder(stage_to, "data.stage_to") / f"lingua-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         root.mkdir(mode=0o700)
@@ -176,7 +176,7 @@ def _lock(path: Path, how: int) -> int:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold the right to change what is staged."""
+    """Hold the lock for copying and removing."""
     try:
         descriptor = _lock(root / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -189,7 +189,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _reclaim(root: Path, keep: Path) -> None:
-    """Remove what killed users left."""
+    """Remove copies that killed processes left."""
     for folder in root.glob("data-*"):
         if folder != keep:
             _remove_unused(folder)

@@ -1,4 +1,4 @@
-"""The manifest beside prepared chunks: what they were made from, and the size and hash of each file.
+"""Check prepared chunks against their manifest: their inputs, and the size and hash of each file.
 
 `check_manifest` finds files that are missing, cut off or (with `hashes`) changed, and files that do not belong there,
 with one `stat` per file; with `hashes` it reads everything.
@@ -19,7 +19,7 @@ _READ_BYTES = 4 << 20
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder, or None if there is none. Raises RunError if it is not a manifest."""
+    """Return the manifest of a folder, or None if it has none. Raises RunError if the file is not a manifest."""
     try:
         manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:
@@ -30,7 +30,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def check_manifest(folder: Path, suffix: str = ".jsonl", *, hashes: bool = False) -> list[str]:
-    """Return what is wrong with a prepared folder, one sentence each; nothing if it has no manifest."""
+    """Return the problems of a prepared folder, one sentence each; none if it has no manifest."""
     try:
         manifest = read_manifest(folder)
     except RunError as error:
@@ -53,13 +53,13 @@ def check_manifest(folder: Path, suffix: str = ".jsonl", *, hashes: bool = False
 
 
 def stray_files(folder: Path, names: set[str], suffix: str = ".jsonl") -> list[str]:
-    """Return files that are not among `names`, though a loader would read them as data."""
+    """Return the files that are not in `names` but that a loader would read as data."""
     found = [path.name for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")]
     return sorted(name for name in found if name not in names)
 
 
 def hash_file(path: Path, *, past_cache: bool = False) -> str:
-    """XXH3-128 of a file; `past_cache`: drop it from the page cache first, to hash what is on the disk."""
+    """Return the XXH3-128 of a file; `past_cache`: drop it from the page cache first, to hash the disk's content."""
     digest = xxhash.xxh3_128()
     buffer = bytearray(_READ_BYTES)
     view = memoryview(buffer)

@@ -1,7 +1,7 @@
-"""Which document comes next on a lane: the order of blocks in a source, and the choice between sources.
+"""Choose the next document of a lane: the order of blocks in a source, and the choice between sources.
 
-The order is a pure function of (seed, sources and weights, K) and of a position, so continuing at document ten million
-costs the same as document one. Every (epoch, document) of a source is read by exactly one lane.
+The order is a pure function of (seed, sources and weights, K) and of a position, so resuming at document ten million
+costs the same as at document one. Every (epoch, document) of a source is read by exactly one lane.
 
 A source is an endless tape of blocks, epoch after epoch; each epoch permutes its M blocks. Lane l of K reads the tape
 positions l, l+K, l+2K, ... With M = 3 blocks and K = 2 lanes:
@@ -30,16 +30,16 @@ from lingua.data.blocked_source import BlockedSource, Document, OpenedData
 _SALT_BLOCKS, _SALT_SOURCE, _SALT_WINDOW = 1, 2, 3
 
 
-# -- randomness without a generator --------------------------------------------------------------------------------
+# -- stateless randomness ------------------------------------------------------------------------------------------
 
 
 def draw(*key: int) -> int:
-    """64 random bits that depend on the key alone (XXH3 is the same on every machine and in every version)."""
+    """Return 64 random bits that depend only on the key (XXH3 is the same on every machine and in every version)."""
     return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(key)}Q", *[k & 0xFFFFFFFFFFFFFFFF for k in key]))
 
 
 def permuted(index: int, n: int, key: int) -> int:
-    """Return where the key's permutation of range(n) puts `index` (a Feistel network with cycle walking)."""
+    """Return the image of `index` under the key's permutation of range(n): a Feistel network with cycle walking."""
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
     while True:
@@ -52,7 +52,7 @@ def permuted(index: int, n: int, key: int) -> int:
 
 
 def window_order(index: int, n: int, seed: int, lane: int, window: int) -> int:
-    """Return which row of a shuffle window comes `index`-th."""
+    """Return the row of a shuffle window that comes at place `index`."""
     return permuted(index, n, draw(_SALT_WINDOW, seed, lane, window))
 
 
@@ -65,7 +65,7 @@ class SourceChoice:
         self._seed = seed
 
     def pick(self, lane: int, count: int) -> int:
-        """Index of the source of the lane's `count`-th document."""
+        """Return the index of the source of the lane's document number `count`."""
         if len(self._sums) == 1:
             return 0
         share = draw(_SALT_SOURCE, self._seed, lane, count) / 2**64
@@ -108,7 +108,7 @@ class DocumentStream:
             self.source = names.index(state["source"]) if state["source"] in names else None
 
     def reread(self) -> Document:
-        """Read the current document again: how a restored stream begins when `source` is not None."""
+        """Read the current document again; a restored stream begins so if `source` is not None."""
         assert self.source is not None
         return self._read(self.source, *self.positions[self.source])
 
@@ -133,7 +133,7 @@ class DocumentStream:
             position, offset = position + self._n_lanes, -1
 
     def _block_at(self, source: int, position: int) -> int:
-        """Return the block at a tape position; cached, since many documents of a block follow each other."""
+        """Return the block at a tape position; cached, since consecutive documents are mostly of one block."""
         known, block = self._blocks[source]
         if known != position:
             block = block_at(self._sources[source], self._seed, position)

@@ -1,12 +1,12 @@
-"""Documents to rows: pieces of text, tokens, packed rows, and the state of a lane.
+"""Turn documents into packed rows: pieces of text, tokens, rows, and the state of a lane.
 
 A lane's tokens are its documents' tokens one after another, nothing dropped and nothing padded. Row k of a lane is the
 S tokens from k*S on and the n_views - 1 after them: a row's end may cut a document, but the last token keeps its label,
 which is the first token of the next row. Resuming costs one document and one piece of text (at most 256 Ki characters),
-or with a shuffle window at most that many rows, wherever the run is.
+or, with a shuffle window, at most the rows of a window, wherever the run is.
 Cost: one copy of each token; per document about 10 us.
 
-With `data.loss_on: completion` a prompt is a piece of its own, and its tokens are kept as ~id: they are inputs, but not
+With `data.loss_on: completion` a prompt is a separate piece, and its tokens are stored as ~id: they are inputs, not
 labels.
 
 Five short documents (a, bb, ccc, dd, e; `<` and `>` are begin and end) with S = 4 and n_views = 2:
@@ -18,10 +18,10 @@ Five short documents (a, bb, ccc, dd, e; `<` and `>` are begin and end) with S =
     doc_ids   0 0 0 1   0 0 0 1   0 0 0 0    (of the inputs; documents counted from the row's begin)
 
 The state is a position and never data: pick and position of the current document, first character of the current
-piece, how many of its tokens are used, rows made, and two running hashes before the piece. `hash` chains (source, file,
+piece, number of its used tokens, rows made, and two running hashes before the piece. `hash` chains (source, file,
 offset, first character) of every piece so far, so `lingua data audit` can prove without tokenizing that no piece was
-left out or read twice. `ids` chains the tokens themselves, so it can prove that the text is still what was read; states
-of older versions, and runs that go on from them, have none.
+left out or read twice. `ids` chains the tokens themselves, to prove that the text is still the text that was read;
+states of older versions, and runs that continue from them, lack it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def piece_end(text: str, start: int) -> int:
 
 
 def next_piece(document: Document, start: int) -> int:
-    """First character of the piece after the one that begins at `start`, or 0 if that is the document's last."""
+    """Return the first character of the piece after the one at `start`, or 0 if that is the document's last."""
     if document.encoded is not None:
         return document.encoded.next_char(start)
     end = piece_end(document.text, start)
@@ -71,7 +71,7 @@ def next_piece(document: Document, start: int) -> int:
 
 
 class PiecePosition(NamedTuple):
-    """Where a piece of text comes from: all that is needed to make it again."""
+    """Position of a piece of text: all that is needed to make it again."""
 
     pick: int
     source: int | None
@@ -81,7 +81,7 @@ class PiecePosition(NamedTuple):
     ids_hash: int | None
 
     def state(self, sources: Sequence[BlockedSource]) -> dict[str, Any]:
-        """Return what a `DocumentStream` is restored from, and the first character of the piece."""
+        """Return the state for a `DocumentStream`, and the first character of the piece."""
         return {
             "pick": self.pick,
             "source": None if self.source is None else sources[self.source].name,
@@ -91,7 +91,7 @@ class PiecePosition(NamedTuple):
 
 
 class LanePosition(NamedTuple):
-    """Where a lane stands after a row. One is made for every row, so the state in words waits until it is asked for."""
+    """Position of a lane after a row. One is made for every row; the JSON state is built only on request."""
 
     n_rows: int
     piece: PiecePosition
@@ -99,7 +99,7 @@ class LanePosition(NamedTuple):
     sources: Sequence[BlockedSource]
 
     def state(self) -> dict[str, Any]:
-        """Return what a `Lane` is restored from, ready for JSON."""
+        """Return the state for a `Lane`, JSON-able."""
         piece = self.piece
         state = {"rows": self.n_rows, **piece.state(self.sources), "token": self.token, "hash": f"{piece.hash:016x}"}
         return state if piece.ids_hash is None else {**state, "ids": f"{piece.ids_hash:016x}"}
@@ -154,7 +154,7 @@ class Packer:
                 self._document, self._char, self._token = documents.reread(), state["char"], state["token"]
 
     def position(self, n_rows: int) -> LanePosition:
-        """Return the position after the last row; `n_rows`: of the lane so far."""
+        """Return the position after the last row; `n_rows`: rows of the lane so far."""
         piece = self._pieces[0].position if self._pieces else self._position()
         return LanePosition(n_rows, piece, self._token, self._sources)
 
@@ -165,7 +165,7 @@ class Packer:
         )
 
     def row(self) -> tuple[IntArray, IntArray | None, tuple[RowSpan, ...]]:
-        """Return the next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and where the tokens come from."""
+        """Return the next row: tokens (S + n_views - 1,), doc_ids (S,) or None, and the spans of the tokens."""
         n = self._row_tokens
         tokens = np.empty(n, np.int32)
         doc_ids = np.empty(n, np.int32) if self._doc_mask else None
@@ -195,7 +195,7 @@ class Packer:
         self._token = token
 
     def piece(self) -> TextPiece:
-        """Return the next piece; without tokens if the tokenizer fails on it."""
+        """Return the next piece; it has no tokens if the tokenizer fails on it."""
         if self._document is None:
             self._document, self._char = self._documents.next(), 0
             self._number += 1
@@ -227,7 +227,7 @@ class Packer:
         return TextPiece(ids if is_label else ~ids, self._number, position)
 
     def _count_empty(self, n_tokens: int, position: PiecePosition) -> None:
-        """Raise DataError if documents give no token for too long: otherwise `row` would search forever."""
+        """Raise DataError if too many documents in a row give no token: `row` would search forever."""
         if n_tokens:
             if self._n_empty:
                 self._n_empty, self._empty_from = 0, {}
@@ -244,10 +244,10 @@ class Packer:
 
 
 class Lane:
-    """Numbered rows of one lane: packed, shuffled within a window if asked for, without those in `skip_rows`.
+    """Numbered rows of one lane: packed, shuffled within a window if configured, without those in `skip_rows`.
 
     Row k of the lane has number `lane + K * k` in the run. A row in `skip_rows` is made and left out; the lane's next
-    row takes its turn and keeps its own number.
+    row takes its turn but keeps its number.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Lane:
             self._fill()
 
     def position(self) -> LanePosition:
-        """Return where the last row handed out ends; with a window, where that begins (`n_rows` counts on)."""
+        """Return the position after the last row; with a shuffle window, the window's begin and the rows so far."""
         if self._made % self._size == 0:
             return self._packer.position(self._made)
         assert self._window_begin is not None
@@ -295,7 +295,7 @@ def ids_of(tokens: IntArray) -> IntArray:
 
 
 def merged(ranges: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Ranges [first, last] in order, without overlap."""
+    """Return the ranges [first, last] in order, without overlap."""
     out: list[tuple[int, int]] = []
     for first, last in sorted((r[0], r[1]) for r in ranges):
         if out and first <= out[-1][1] + 1:

@@ -3,8 +3,8 @@
 A row group is a block. If there are fewer than about 16 groups per lane, each is cut into parts of equal numbers of
 rows, so that small data sets spread over the lanes too. Positions in a file are row numbers.
 Cost: one batch of rows (about 1 MiB, at most 256 rows) per lane and source, and the pages that pyarrow decodes for it.
-Beginning in the middle of a row group decodes the rows before that point as well, unless the lane is there already, so
-groups of a few thousand rows are best; a start warns of much larger ones.
+Beginning in the middle of a row group also decodes the rows before that point, unless the lane has just read them, so
+groups of a few thousand rows are best; a start warns about much larger ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20  # fewer rows where documents are long
 _BUFFER_BYTES = 1 << 20
 _OPEN_FILES = 64
-_MANY_TIMES = 4  # that an epoch decodes a row
+_MANY_TIMES = 4  # decodings of a row per epoch that are worth a warning
 
 
 class ParquetSource(BlockedSource):
@@ -59,7 +59,7 @@ class ParquetSource(BlockedSource):
 
     @classmethod
     def schema(cls, path: Path) -> pa.Schema:
-        """Return the columns of a file."""
+        """Return the schema of a file."""
         return open_parquet(path).schema_arrow
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:
@@ -105,7 +105,7 @@ class ParquetSource(BlockedSource):
         return file, self._begins[file][index], self._begins[file][index + 1]
 
     def group_begin(self, file: int, row: int) -> int:
-        """First row of the row group that holds a row."""
+        """Return the first row of the row group that holds a row."""
         return self._groups[file][bisect.bisect_right(self._groups[file], row) - 1]
 
     def batches(self, file: int, row: int) -> Iterator[pa.RecordBatch]:
@@ -117,10 +117,10 @@ class ParquetSource(BlockedSource):
         group, names = bisect.bisect_right(self._groups[file], row) - 1, self._columns[file]
         n_rows = rows_per_batch(self._open[file].metadata.row_group(group), names)
         batches = self._open[file].iter_batches(n_rows, row_groups=[group], columns=names, use_threads=False)
-        return (batch.select(names) for batch in batches)  # pyarrow also reads x.y where x is asked for
+        return (batch.select(names) for batch in batches)  # asked for x, pyarrow also reads x.y
 
     def parse(self, record: dict[str, bytes | None], file: int, row: int) -> Document | None:
-        """Return the document of a row, or None after it was counted as bad."""
+        """Return the document of a row, or count it as bad and return None."""
         self.bad.lines += 1
         try:
             texts = {name: value if value is None else value.decode() for name, value in record.items()}
@@ -167,7 +167,7 @@ class ParquetReader:
         return None
 
     def _read_to(self, row: int) -> None:
-        """Make the batch that holds a row the current one."""
+        """Read forward to the batch that holds a row."""
         self._first += len(self._rows)
         path = self._source.files[self._file].path
         try:
@@ -183,7 +183,7 @@ class ParquetReader:
 
 
 def open_parquet(path: Path) -> parquet.ParquetFile:
-    """Open a file. Raises DataError if it is damaged or no parquet file."""
+    """Open a file. Raises DataError if it is damaged or not a parquet file."""
     try:
         return parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
@@ -191,7 +191,7 @@ def open_parquet(path: Path) -> parquet.ParquetFile:
 
 
 def rows_per_batch(group: Any, names: Sequence[str]) -> int:
-    """Rows of a row group that are read at once, so that long documents take little memory."""
+    """Return how many rows of a row group to read at once, so that long documents take little memory."""
     columns = (group.column(number) for number in range(group.num_columns))
     n_bytes = sum(column.total_uncompressed_size for column in columns if column.path_in_schema in names)
     return values_per_batch(group.num_rows, n_bytes)
@@ -234,7 +234,7 @@ _TEXT_TYPES = (
 
 
 def as_bytes(column: pa.Array) -> list[bytes | None]:
-    """Return the values of a text column, decoded one by one: Arrow does not check that strings are UTF-8."""
+    """Return the values of a text column as bytes, to be decoded one by one: Arrow does not check for UTF-8."""
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
     return column.cast(pa.large_binary()).to_pylist()

@@ -1,6 +1,6 @@
-"""What text is like at a glance: lengths, exact duplicates, scripts, odd characters, lines that many documents share.
+"""Measure the quality of text: lengths, exact duplicates, scripts, odd characters, lines that many documents share.
 
-Lengths and duplicates are of all documents; the rest is of the first LOOKED_AT_BYTES, a sample of shuffled data.
+Lengths and duplicates cover all documents; the rest covers the first LOOKED_AT_BYTES, a sample of shuffled data.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 import xxhash
 
 LOOKED_AT_BYTES = 32 << 20
-"""Of text: every different line of it is held in memory."""
+"""Bytes of text whose distinct lines are held in memory."""
 BOILERPLATE_SHARE, BOILERPLATE_DOCUMENTS = 0.01, 5
-"""A line is boilerplate in at least this share of documents, and so many."""
+"""A line is boilerplate if at least this share and this number of documents have it."""
 _LINE_CHARS = 10  # shorter lines, such as brackets, recur anywhere
 _SHOWN = 10
 
 
 class Quality:
-    """Looks at documents one after the other."""
+    """Collects figures of documents, one after the other."""
 
     def __init__(self) -> None:
         self._sizes, self._hashes = array("Q"), array("Q")
@@ -32,7 +32,7 @@ class Quality:
         self._lines: Counter[str] = Counter()
 
     def add(self, text: str) -> int:
-        """Look at a document; return its bytes."""
+        """Add a document; return its size in bytes."""
         encoded = text.encode()
         self._sizes.append(size := len(encoded))
         self._hashes.append(xxhash.xxh3_64_intdigest(encoded))
@@ -46,7 +46,7 @@ class Quality:
         return size
 
     def facts(self) -> dict[str, Any]:
-        """Return the figures. Of no document there are none."""
+        """Return the figures; empty without documents."""
         if not self._sizes:
             return {}
         sizes = np.frombuffer(self._sizes, np.uint64)
@@ -79,14 +79,14 @@ class Quality:
 
 @functools.cache
 def script_of(letter: str) -> str:
-    """Return the script of a letter, which its name begins with: LATIN, CYRILLIC, CJK."""
+    """Return the script of a letter, from the begin of its Unicode name: LATIN, CYRILLIC, CJK."""
     name = unicodedata.name(letter, "unnamed").split()[0].split("-")[0]
     return name if name == "CJK" else name.capitalize()
 
 
 @functools.cache
 def odd(char: str) -> str | None:
-    """Say what is odd about a character that text rarely holds on purpose; None for all others."""
+    """Return the kind of a character that text rarely contains on purpose, or None for all others."""
     if char == "\ufffd":
         return "replacement (U+FFFD)"
     kind = unicodedata.category(char)

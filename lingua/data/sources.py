@@ -1,4 +1,4 @@
-"""The formats of sources, and the sources of a config, opened."""
+"""Map formats to classes, and open the sources of a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lingua.data.corpus import SOURCE_NAME, embedded_corpus
 from lingua.data.manifest import check_manifest
 from lingua.tokenizer import build_tokenizer, tokenizer_fingerprint
 
-# Imported when used, so that `lingua check` loads no more than the config needs.
+# Imported on use, so that `lingua check` loads only what the config needs.
 FORMATS = {
     "jsonl": "lingua.data.jsonl:JsonlSource",
     "mmap_jsonl": "lingua.data.jsonl_indexed:IndexedSource",
@@ -40,7 +40,7 @@ def source_class(name: str) -> type[BlockedSource]:
 
 
 def class_of_files(path: Path, *, with_text: bool = False) -> type[BlockedSource]:
-    """Return the class that reads a file or folder, judged by names alone. `with_text`: not token files."""
+    """Return the class that reads a file or folder, judged by file names. `with_text`: ignore token files."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
     names = [name for name in names if path.is_file() or not name.startswith(".")]
     kinds = (source_class(kind) for suffix, kind in SUFFIXES.items() if any(name.endswith(suffix) for name in names))
@@ -48,7 +48,7 @@ def class_of_files(path: Path, *, with_text: bool = False) -> type[BlockedSource
 
 
 def with_default_sources(args: DataArgs) -> DataArgs:
-    """Return the args with the sample corpus as source if they name none."""
+    """Return the args, with the sample corpus if they name no source."""
     if args.sources:
         return args
     folder = embedded_corpus()
@@ -74,7 +74,7 @@ def _open(
         return SyntheticSource(source, n_lanes, row_tokens=args.row_tokens, bad=bad)
     kind = source_class(source.format)
     if looked_at:
-        kind = kind.sequential()  # no index is made for this
+        kind = kind.sequential()  # without making an index
     return kind(
         str(source.name),
         Path(source.path),
@@ -88,7 +88,7 @@ def _open(
 
 
 def held_out_documents(source: SyntheticArgs, row_tokens: int) -> BlockedSource:
-    """Open documents of a source that training never reads."""
+    """Open documents of a synthetic source that training never reads."""
     from lingua.data.synthetic import HELD_OUT_FROM, N_HELD_OUT, SyntheticSource
 
     return SyntheticSource(source, 1, row_tokens=row_tokens, first=HELD_OUT_FROM, documents=N_HELD_OUT)
@@ -114,7 +114,7 @@ def open_data(args: DataArgs, n_lanes: int) -> OpenedData:
 
 
 def estimate_tokens(args: DataArgs) -> int:
-    """Tokens of one pass over every source. Raises ConfigError, DataError or OSError if one cannot be read."""
+    """Estimate the tokens of one pass over all sources. Raises ConfigError, DataError or OSError if one is bad."""
     tokenizer, total = build_tokenizer(args.tokenizer), 0
     for source in _read_sources(args):
         with closing(_open(args, source, 1, BadLines(quiet=True), looked_at=True)) as opened:
@@ -123,7 +123,7 @@ def estimate_tokens(args: DataArgs) -> int:
 
 
 def floor_of(args: DataArgs, sources: Sequence[BlockedSource]) -> Floor | None:
-    """Return the least loss on a mixture: of a model that knows each row's source. None where nobody knows."""
+    """Return the least loss on a mixture for a model that knows each row's source, or None if it is unknown."""
     found = [(source.weight, source.floor(args.seq_len)) for source in sources]
     total, nats, variance, most = sum(weight for weight, _ in found), 0.0, 0.0, 0.0
     for weight, floor in found:
@@ -136,7 +136,7 @@ def floor_of(args: DataArgs, sources: Sequence[BlockedSource]) -> Floor | None:
 
 
 def loss_floor(args: DataArgs) -> Floor | None:
-    """Return the least loss that any model can have on the data of a run, None where nobody knows."""
+    """Return the least loss that any model can have on the data of a run, or None if it is unknown."""
     if args.tokenizer.name != "none":
         return None
     with closing(open_data(args, 1)) as data:

@@ -1,8 +1,8 @@
 """Sources that make documents of token ids, and the least loss that any model can have on them.
 
-Document r is a function of (seed, r): its random numbers are Philox's, with the seed as key and r in the counter, so
-any document is made without those before it. With `data.tokenizer.name: none` a document fills a row, to the last
-label, and the floor of the loss is exactly what the row's labels hold, given the tokens before them:
+Document r is a function of (seed, r): its random numbers come from Philox with the seed as key and r in the counter, so
+any document can be made without those before it. With `data.tokenizer.name: none` a document fills a row, to the last
+label, and the floor of the loss is exactly the entropy of the row's labels, given the tokens before them:
 
     floor = sum over the S labels of H(label | tokens before it) / S             (nats per token)
 
@@ -11,7 +11,7 @@ label, and the floor of the loss is exactly what the row's labels hold, given th
     markov    sum over t of sum over contexts c of P(c before token t) H(row c of the table) / S
     gssm      the mean over documents of the same sum, each H by the forward algorithm (lingua/data/gssm.py)
 
-Documents of training are numbered from 0; held-out ones, and those that a mean is taken over, have numbers far above.
+Training documents are numbered from 0; held-out ones, and those for estimating means, have much larger numbers.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from lingua.data.blocked_source import (
 from lingua.tokenizer import Tokenizer
 
 HELD_OUT_FROM, AVERAGED_FROM = 1 << 40, 1 << 41
-"""Numbers of the first held-out document, and of the first that a mean is taken over."""
+"""Numbers of the first held-out document, and of the first one for estimating means."""
 N_HELD_OUT = 512
 FILE_DOCUMENTS = 1 << 16
-"""Documents of a file of `lingua data generate`, unless there were more than 1024 files."""
+"""Documents per file of `lingua data generate`; more if there would be over 1024 files."""
 _MAX_AT_ONCE = 32  # documents that a reader makes together
 
 A = TypeVar("A", bound=SyntheticArgs)
 
 
 def bits(seed: int, stream: int, number: int) -> np.random.Philox:
-    """Return the random bits of a document (stream 0), or of a table (streams from 1 on)."""
+    """Return the random bits of a document (stream 0) or of a table (streams 1, 2, ...)."""
     key = np.array([seed & 0xFFFFFFFFFFFFFFFF, stream], np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, number], np.uint64))
 
@@ -73,7 +73,7 @@ def dirichlet(source: np.random.Philox, alpha: float, n_rows: int, n_columns: in
 
 
 def drawn(table: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Return a draw from each row of sums of probabilities. table: (n, V), u: (n,)"""
+    """Draw from each row of cumulative probabilities. table: (n, V), u: (n,)"""
     below = (table <= u[:, None] * table[:, -1:]).sum(-1)
     return np.minimum(below, table.shape[-1] - 1)
 
@@ -84,7 +84,7 @@ def entropy(p: np.ndarray) -> np.ndarray:
 
 
 class Process(ABC, Generic[A]):
-    """Makes documents, and knows the floor of the loss."""
+    """Makes documents, and computes the floor of the loss."""
 
     def __init__(self, args: A, seed: int) -> None:
         self.args, self.seed = args, seed
@@ -135,7 +135,7 @@ class Markov(Process[MarkovArgs]):
     def floor(self, n_labels: int) -> Floor:
         now, of_rows, total = np.zeros(self.n_contexts), entropy(self.table), 0.0
         now[0] = 1.0
-        for _ in range(n_labels):  # the first token is no label: only what comes after it counts
+        for _ in range(n_labels):  # the first token is not a label: only later ones count
             joint = (now[:, None] * self.table).reshape(-1, self.n_contexts)  # the oldest token is forgotten
             now = joint.sum(0)
             total += float(now @ of_rows)
@@ -146,7 +146,7 @@ class Markov(Process[MarkovArgs]):
 
 
 class SyntheticSource(BlockedSource):
-    """Documents made when they are read, in files that `lingua data generate` would write."""
+    """Documents made when they are read, in the files that `lingua data generate` would write."""
 
     unit = "document"
     holds_tokens = True
@@ -162,7 +162,7 @@ class SyntheticSource(BlockedSource):
         documents: int | None = None,
         tokenizer: str = "none",
     ) -> None:
-        """`args`: as `read_sources` returns it; `first`, `documents`: which, if not those of training."""
+        """`args`: from `read_sources`; `first`, `documents`: the range, if not that of training."""
         assert args.seed is not None
         self.args, self.n_tokens, self._first = args, row_tokens, first
         self.row_tokens = row_tokens
@@ -189,7 +189,7 @@ class SyntheticSource(BlockedSource):
         self.cut_bytes(block_documents(self.size, n_lanes))
 
     def edges(self, file: int) -> str:
-        """Return what stands for the content of a file: keys, row length, and the first documents of all."""
+        """Return a hash for the content of a file: keys, row length, and the source's first documents."""
         keys = self.args.model_dump(mode="json", exclude={"name", "weight", "documents"})
         hasher = xxhash.xxh3_64(orjson.dumps([keys, self.n_tokens, self.number(file, 0)], option=orjson.OPT_SORT_KEYS))
         hasher.update(self._first_documents)
@@ -197,7 +197,7 @@ class SyntheticSource(BlockedSource):
 
     @cached_property
     def _first_documents(self) -> bytes:
-        return self.ids(0, 4).tobytes()  # a numpy that draws otherwise is noticed
+        return self.ids(0, 4).tobytes()  # detects a numpy that draws other numbers
 
     @cached_property
     def fingerprint(self) -> str:
@@ -213,7 +213,7 @@ class SyntheticSource(BlockedSource):
         return self.process.documents(number, n, self.n_tokens).astype(np.int32)
 
     def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
-        """Exact."""
+        """Return the exact number."""
         return self.size * self.n_tokens
 
     def floor(self, n_labels: int) -> Floor:
@@ -224,7 +224,7 @@ class SyntheticSource(BlockedSource):
 
 
 class SyntheticReader:
-    """Makes documents when their ids are asked for: one, then more at once while they are read in order."""
+    """Makes documents on demand: one, then more at once while they are read in order."""
 
     def __init__(self, source: SyntheticSource) -> None:
         self._source, self._begin, self._ids = source, 0, np.empty((0, 0), np.int32)
@@ -249,7 +249,7 @@ class SyntheticReader:
 
 
 class MadeDocument:
-    """One piece of ids."""
+    """A document of one piece, made on demand."""
 
     def __init__(self, reader: SyntheticReader, number: int, end: int) -> None:
         self._reader, self._number, self._end = reader, number, end

@@ -1,8 +1,8 @@
-"""`format: tokens`: documents tokenized before, by `lingua data tokenize`, in memory-mapped files.
+"""`format: tokens`: memory-mapped files of documents that `lingua data tokenize` has tokenized.
 
-They give the rows of the jsonl files they were made from, to the token: the same blocks (byte ranges of the jsonl
-files), the same pieces, the same state, so a run may change from `jsonl` to `tokens` and back at any restart. They hold
-no begin and end tokens, so `add_bos` and `add_eos` may change. A tokenizer other than the config's is refused.
+They give exactly the rows of the jsonl files they were made from: the same blocks (byte ranges of the jsonl files), the
+same pieces, the same state, so a run may change from `jsonl` to `tokens` and back at any restart. They hold no begin
+and end tokens, so `add_bos` and `add_eos` may change. A tokenizer other than the config's is refused.
 Cost: 2 bytes per token (4 for vocabularies above 65,536) and 32 per piece of at most 256 Ki characters, usually one
 per document; reading takes no tokenizer time and no memory beyond the page cache.
 
@@ -13,10 +13,10 @@ A file: 4096 bytes of header (magic, then JSON), the ids, and a table of four co
     char     first character of the piece; ~char if the tokenizer failed on it
     token    its first id in this file                             (one more row: the number of ids)
 
-`lingua data generate` writes such files too: a document is a row, positions are documents, and the header knows the
-floor of the loss. Bad lines are left out; the header counts them by kind. The files of a source that take 64 MiB
-together at most are compared with their hash when they are opened; rows of the table and ids that cannot be are refused
-when they are read.
+`lingua data generate` writes such files too: a document is a row, positions are documents, and the header holds the
+floor of the loss. Bad lines are left out; the header counts them by kind. If the files of a source take at most 64 MiB
+together, they are compared with their hash when they are opened; impossible ids and rows of the table are refused when
+they are read.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ _FACTS |= dict.fromkeys(("file", "edges", "tokenizer", "dtype", "xxh3_64"), str)
 
 
 def token_file(path: Path, folder: Path) -> Path:
-    """Path of the token file of a jsonl file."""
+    """Return the path of the token file of a jsonl file."""
     return folder / (path.name + SUFFIX)
 
 
 def is_made(path: Path, target: Path, tokenizer: Tokenizer, text_key: str | None) -> bool:
-    """Return whether there is a token file of this jsonl file by this tokenizer."""
+    """Return whether `target` is a token file of this jsonl file by this tokenizer."""
     try:
         facts = read_facts(target)
     except (OSError, DataError):
@@ -154,7 +154,7 @@ def write_end(out: IO[bytes], digest: xxhash.xxh3_64, columns: Sequence[Any], fa
 
 
 def write_rows(target: Path, source: SyntheticSource, file: int, floor: Floor) -> dict[str, Any]:
-    """Write the token file of a file of a source that makes its documents; return its header."""
+    """Write the token file of a file of a synthetic source; return its header."""
     n, dtype = source.files[file].size, np.dtype("<u2" if source.args.n_ids <= 1 << 16 else "<u4")
     digest, rows = xxhash.xxh3_64(), np.arange(n + 1, dtype="<i8")
     with whole_file(target) as out:
@@ -177,7 +177,7 @@ def write_rows(target: Path, source: SyntheticSource, file: int, floor: Floor) -
 
 
 def facts_of_rows(source: SyntheticSource, file: int) -> dict[str, Any]:
-    """Return what tells whether a token file is that of a source's file."""
+    """Return the facts by which a token file is recognized as that of a source's file."""
     return {
         "file": source.files[file].path.name,
         "bytes": source.files[file].size,
@@ -211,7 +211,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_hash(path: Path, facts: dict[str, Any]) -> bool:
-    """Return whether the content is as written; reads all of it."""
+    """Return whether the content matches its hash; reads all of it."""
     return content_hash(path, _HEADER_BYTES) == facts["xxh3_64"]
 
 
@@ -236,11 +236,11 @@ class MappedTokens(NamedTuple):
         return char if char >= 0 else ~char
 
     def is_begun(self, row: int) -> bool:
-        """Return whether the row continues the document of the row before."""
+        """Return whether the row continues the document of the previous row."""
         return row > 0 and bool(self.start[row] == self.start[row - 1])
 
     def check(self, row: int) -> None:
-        """Raise DataError if this row of the table cannot be, or the one before: a wild one misleads searches to it."""
+        """Raise DataError if this row of the table or the previous one, which misleads searches, is impossible."""
         begin, chars = max(row - 2, 0), [-1]
         starts, ends = self.start[begin : row + 1].tolist(), self.end[begin : row + 1].tolist()
         tokens = self.token[begin : row + 2].tolist()
@@ -333,12 +333,12 @@ class TokenSource(BlockedSource):
 
     @property
     def fingerprint(self) -> str:
-        """That of the jsonl files, since the rows are the same."""
+        """Equals that of the jsonl files, since the rows are the same."""
         files = ((facts["file"], facts["bytes"], facts["edges"]) for facts in self._facts)
         return fingerprint(files, TextFields(self._facts[0]["text_key"]))
 
     def estimate_tokens(self, tokenizer: Tokenizer, n_ends: int = 0, n_samples: int = 1) -> int:
-        """Exact, from the headers."""
+        """Return the exact number, from the headers."""
         return sum(facts["tokens"] + n_ends * facts["documents"] for facts in self._facts)
 
     def wrong_bytes(self) -> Iterator[str]:
@@ -382,7 +382,7 @@ class MappedDocument:
 
     def _row_of(self, char: int) -> int:
         mapped = self._mapped
-        while self._char < char and self._row + 1 < len(mapped.start):  # asked for in order, and a document has few
+        while self._char < char and self._row + 1 < len(mapped.start):  # read in order, and a document has few
             self._row += 1
             mapped.check(self._row)
             self._char = mapped.first_char(self._row)

@@ -1,18 +1,18 @@
-"""Token files of other trainers, read where they lie: `pbin`, `megatron`, `npy`, `ds`.
+"""Read token files of other trainers in place: `pbin`, `megatron`, `npy`, `ds`.
 
     pbin       Modalities: bytes of all tokens (8 bytes), bytes per token (4 bytes), tokens, and a pickled list of the
-               (first byte, bytes) of each document. The pickle is never loaded: only the few opcodes that such a list
-               is made of are read, and anything else is refused
+               (first byte, bytes) of each document. The pickle is never loaded: only the few opcodes of such a list are
+               parsed, and anything else is refused
     megatron   Megatron-LM: tokens in X.bin; type, lengths, first bytes and documents in X.idx
-    npy        dolma, OLMo: tokens without a header, each document with its end token. A header of numpy's is read, too
-    ds         datatrove, nanotron: tokens in X.ds, and where each document ends in X.ds.index, if it is there
+    npy        dolma, OLMo: tokens without a header, each document with its end token; or a numpy array with its header
+    ds         datatrove, nanotron: tokens in X.ds; document ends in X.ds.index, if that exists
 
-Positions are tokens. A document's own begin and end tokens are dropped: `data.add_bos` and `data.add_eos` say which it
-has, as with text. Without a table, documents end with the tokenizer's end token; where neither says how wide a token
-is, it is 4 bytes if the ids then fit the vocabulary, else 2.
+Positions are tokens. Begin and end tokens in the files are dropped: `data.add_bos` and `data.add_eos` add them, as for
+text. Without a table, documents end with the tokenizer's end token. If the width of a token is not recorded, it is 4
+bytes if the ids then fit the vocabulary, else 2.
 Cost: nothing to prepare and no tokenizer time; pbin takes 8 bytes per document in memory and 1.4 us at each start.
 
-To add a format: a subclass that says its `suffix` and its files' `Layout`.
+To add a format: a subclass with its `suffix` and its files' `Layout`.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ from lingua.data.blocked_source import (
 from lingua.tokenizer import Tokenizer
 
 PIECE_TOKENS = 1 << 16
-_SAMPLES, _SAMPLE_TOKENS = 16, 4096  # places that are looked at for tokens that the tokenizer does not have
+_SAMPLES, _SAMPLE_TOKENS = 16, 4096  # places that are searched for tokens that the tokenizer does not have
 _WINDOW_TOKENS = 4096  # searched first for an end token, then twice as many, ...
 _SEARCHED_TOKENS = 64 << 20  # in which there must be an end token
 _REMEDY = "set data.tokenizer to the one that made the file"
 
 
 class Layout(NamedTuple):
-    """Where a file's tokens are, and where its documents begin. T tokens."""
+    """A file's tokens, and the begins of its documents. T tokens."""
 
     path: Path
     ids: np.ndarray  # (T,)
     table: np.ndarray | None = None
     """Where documents begin, ascending; None: `end_id` ends each."""
     per_token: int = 1
-    """What a token counts in the table."""
+    """Units of the table per token."""
     of_ends: bool = False
     """The table holds where documents end."""
     end_id: int | None = None
 
     def begin(self, document: int) -> int:
-        """First token of a document; T for the one after the last."""
+        """Return the first token of a document; T for the one after the last."""
         assert self.table is not None
         entry = document - self.of_ends
         if entry < 0:
@@ -76,7 +76,7 @@ class Layout(NamedTuple):
     def find(self, at: int, limit: int, guess: int = 0) -> tuple[int, int, int] | None:
         """Return (begin, end, next guess) of the first document that begins at `at` or later, before `limit`.
 
-        The guess of the call before spares a search: a document's number in the table, or where one begins.
+        The guess from the previous call saves a search: a document's number in the table, or where one begins.
         """
         if self.table is None:
             begin = at if at in (0, guess) else self.next_end(at - 1, limit)
@@ -92,7 +92,7 @@ class Layout(NamedTuple):
         return None
 
     def next_end(self, at: int, limit: int) -> int:
-        """Position behind the first end token from `at` on, or `limit`."""
+        """Return the position after the first end token at or after `at`, or `limit`."""
         window = _WINDOW_TOKENS
         while at < limit:
             is_end = self.ids[at : min(at + window, limit)] == self.end_id
@@ -113,12 +113,12 @@ class TokenFormat(BlockedSource):
     needs_tokenizer = True
     remedy = f"{_REMEDY}, or copy it again"
     side_suffix: ClassVar[str | None] = None
-    """What a file's name ends with in place of `suffix`, where its table has a file of its own."""
+    """Suffix of the file that holds the table, in place of `suffix`, or None if there is no such file."""
 
     @classmethod
     @abstractmethod
     def layout(cls, path: Path, tokenizer: Tokenizer) -> Layout:
-        """Return how a file is laid out. Raises DataError if it is damaged or another kind of file."""
+        """Return the layout of a file. Raises DataError if it is damaged or another kind of file."""
 
     @classmethod
     def side_file(cls, path: Path) -> Path:
@@ -209,11 +209,11 @@ def all_ids(document: Document) -> np.ndarray:
     return document.encoded.whole
 
 
-# -- is it the tokenizer's -----------------------------------------------------------------------------------------
+# -- checks against the tokenizer ----------------------------------------------------------------------------------
 
 
 def check_ids(layout: Layout, tokenizer: Tokenizer) -> None:
-    """Raise an error if a sample of tokens is not the tokenizer's, or the documents end otherwise."""
+    """Raise DataError or ConfigError if a sample of tokens, or the documents' end token, is not the tokenizer's."""
     ids, path, end_id, named = layout.ids, layout.path, tokenizer.eos_id, f"data.tokenizer ({tokenizer.name})"
     for sample in range(_SAMPLES):
         begin = max(0, (len(ids) - _SAMPLE_TOKENS) * sample // (_SAMPLES - 1))
@@ -237,7 +237,7 @@ def _compare_end(path: Path, found: int | None, end_id: int | None) -> None:
 
 
 def _end_token(layout: Layout) -> int | None:
-    """Return the token that ends each document of a sample and is nowhere else in them, None if there is none."""
+    """Return the token that ends each document of a sample and occurs nowhere else in them, or None."""
     assert layout.table is not None
     n, ends = len(layout.table), set()
     places = sorted({n * sample // _SAMPLES for sample in range(_SAMPLES)})

@@ -1,9 +1,9 @@
-"""Rows made in this process, or by worker processes that own disjoint lanes and hand rows over through shared memory.
+"""Make rows in this process, or in worker processes that own disjoint lanes and pass rows through shared memory.
 
-Both give the same rows in the same order. A worker imports no torch and nothing of the user's program; it ignores
-SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 (the trainer decides when to end) and dies with its parent. Its error
-arrives in the trainer after the rows made before it. The memory has no name, so nothing can be left in /dev/shm.
-Nobody polls: both sides block in `read` on a pipe.
+Both give the same rows in the same order. A worker imports neither torch nor the user's program; it ignores SIGTERM,
+SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 (the trainer decides when to end) and dies with its parent. The trainer gets its
+error after the rows made before it. The memory has no name, so nothing can be left in /dev/shm. Nobody polls: both
+sides block in `read` on a pipe.
 Cost: one process start (about 0.3 s, without the tokenizer file), `prefetch_size` batches of memory, one copy per row.
 
 A worker has a ring of slots. It writes a row with its state into the next slot, then a byte into the pipe `ready`; the
@@ -12,7 +12,7 @@ trainer copies the slot out and writes a byte into the pipe `free`. One byte per
     worker    wait for a free slot, slot 0 <- row, ready <- R, slot 1 <- row, ready <- R, slot 2 <- error, ready <- E
     trainer   read ready: R, copy slot 0, free <- F;           R, copy slot 1, free <- F;  E: raise
 
-End of file on either pipe means that the other side is gone.
+End of file on either pipe means that the other side has ended.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Slots:
     def __init__(self, descriptor: int, n_slots: int, args: DataArgs) -> None:
         self.n_slots, self._n_tokens = n_slots, args.row_tokens
         self._n_doc_ids = args.seq_len * args.doc_mask
-        # Room for an error message, and for the position in each source; pages that stay untouched cost nothing.
+        # Room for an error message, and for the position in each source; untouched pages cost nothing.
         self._note = 8192 + 512 * len(args.sources)
         self._slot_bytes = -(-(4 + self._note + 4 * (self._n_tokens + self._n_doc_ids)) // 64) * 64
         os.ftruncate(descriptor, n_slots * self._slot_bytes)
@@ -97,7 +97,7 @@ class Slots:
 
 
 class InProcess:
-    """Rows made in this process, when they are asked for."""
+    """Makes rows in this process, on demand."""
 
     def __init__(self, data: OpenedData, tokenizer: Tokenizer, states: dict[int, dict[str, Any]]) -> None:
         self._bad, self.close = data.bad, data.close
@@ -109,17 +109,17 @@ class InProcess:
         return made.next(), made.position()
 
     def counts(self) -> dict[str, int]:
-        """Lines read, and bad ones by kind."""
+        """Return the number of lines read, and of bad ones by kind."""
         return self._bad.counts()
 
 
 class Workers:
-    """Rows of this rank's lanes, made by n processes; lane number i of the rank belongs to worker i % n."""
+    """Makes rows of this rank's lanes in n processes; lane number i of the rank belongs to worker i % n."""
 
     def __init__(
         self, args: DataArgs, n_lanes: int, lanes: list[int], first: int, states: dict[int, dict[str, Any]]
     ) -> None:
-        """`first`: index in `lanes` of the lane whose row is needed first."""
+        """`first`: index in `lanes` of the lane that gives the next row."""
         n = min(args.num_workers, len(lanes))
         n_slots = min(-(-args.prefetch_size * args.batch_size // n), _MAX_SLOTS)
         self._of_lane = {lane: i % n for i, lane in enumerate(lanes)}
@@ -177,7 +177,7 @@ class _Worker:
             for descriptor in (memory, ready, free):
                 os.close(descriptor)
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self.process.stdin as stream:  # dead already: `next` reports it
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stream:  # if it is dead, `next` reports it
             stream.write(orjson.dumps(setup))
 
     def next(self) -> tuple[PackedRow, dict[str, Any]]:
@@ -197,7 +197,7 @@ class _Worker:
                 raise error_in(note)
 
     def _wait(self) -> tuple[int, int]:
-        """Wait until something arrives; return what it is and its slot."""
+        """Wait until something arrives; return its kind and its slot."""
         if not self._arrived:
             if self._closed:
                 raise RunError(f"loader worker {self._index} has ended; build a new loader")
@@ -209,7 +209,7 @@ class _Worker:
         return kind, self._slot - 1
 
     def _give_back(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended; what it left in its slots is still valid
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its slots are still valid
             os.write(self._free, b"F")
 
     def _raise_death(self) -> NoReturn:
@@ -258,7 +258,7 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 def error_in(note: dict[str, Any]) -> Exception:
-    """Return the error that a worker reports: of the same kind, and with its errno."""
+    """Return the error that a worker reports, with the same type and errno."""
     if note["errno"] is not None:
         return DiskError(note["message"], note["errno"], note["path"])
     return _ERRORS[note["kind"]](note["message"])
@@ -315,7 +315,7 @@ def main(ready: int, free: int, memory: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     given = sys.stdin.buffer.read()
     if not given:
-        return  # the trainer failed before it could say what to read
+        return  # the trainer failed before it sent the setup
     setup = orjson.loads(given)
     if setup["die_with_parent"]:  # the kernel goes by the thread that started us
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -25,6 +25,7 @@ from lingua.files import (
     is_plain_file,
     is_short_of_inodes,
     make_folder,
+    own_temporary,
     read_json,
     skip_page_cache,
     whole_folder,
@@ -223,6 +224,18 @@ def test_planted_links_are_neither_written_through_nor_emptied(tmp_path: Path, m
         write_whole(folder / "a", "a")
     assert (precious / "file").read_text() == "text"
     assert os.listdir(shared / "new") == ["a"]
+
+
+def test_temporary_files_of_dead_processes_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    gone = [tmp_path / f".new.tmp-{host}-{pid}" for pid in (dead.pid, os.getpid())]
+    kept = [tmp_path / f".new.tmp-{host}-{os.getppid()}", tmp_path / f".new.tmp-elsewhere-{dead.pid}"]
+    for path in (*gone, *kept):
+        path.write_text("half")
+    assert own_temporary(tmp_path / "new") == gone[1]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_make_folder(tmp_path: Path) -> None:

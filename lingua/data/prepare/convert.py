@@ -1,8 +1,8 @@
-"""Files as blocks of jsonl bytes: jsonl as it is, .gz, .zst and .zip unpacked, parquet and plain text converted.
+"""Read files as blocks of jsonl bytes: jsonl as it is, .gz, .zst and .zip unpacked, parquet and plain text converted.
 
-Lines of jsonl files keep every field, byte for byte. Of parquet only the text and `id` are read. A file of plain text
-is one document; a long one is cut at empty lines. A file that is cut off is an error that names it, not a shorter data
-set. Memory: a few blocks, whatever a file unpacks to, and `unpacking_bytes`.
+Lines of jsonl files keep every field, byte for byte. From parquet only the text and `id` are read. A file of plain text
+is one document; a long one is cut at empty lines. A truncated file is an error that names it, not a shorter data set.
+Memory: a few blocks, whatever a file unpacks to, and `unpacking_bytes`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _TEXT = tuple(f"{kind}{packed}" for kind in (".txt", ".md") for packed in ("", *
 SUFFIXES = (PLAIN, *(f"{kind}.{one}" for kind in (PLAIN, ".json") for one in _PACKED), *_TEXT, ".parquet", ".zip")
 READ = "txt, md, jsonl (also as gz, zst or in a zip) and parquet"
 UNIT_BYTES = 64 << 20
-"""Of plain texts that are read as one input: there may be many small ones, and each input costs files of its own."""
+"""Bytes of plain-text files that are read as one input: there may be many small ones, and each input costs files."""
 DOCUMENT_CHARS = 64 << 10
-"""Of plain text, from which on a document ends at the next empty line."""
+"""Characters of plain text after which a document ends at the next empty line."""
 _ZSTD = (".zst", ".zstd")
 _PARQUET_BYTES = 96 << 20  # its library and a row group
 _ZSTD_WINDOW_BYTES = 8 << 20  # what every decoder must allow
-_ZSTD_HEAD_BYTES = 18  # of a frame, at most
+_ZSTD_HEAD_BYTES = 18  # longest header of a frame
 
 
 def is_plain(path: str | Path) -> bool:
@@ -51,7 +51,7 @@ def is_text(path: str | Path) -> bool:
 
 
 def find_inputs(source: Path) -> list[str]:
-    """Find the files that can be read, relative to the folder `source`, in the order that numbers them; no hidden ones.
+    """Find the readable files, relative to the folder `source`, in the order of their numbers; hidden ones are skipped.
 
     `source` may be such a file.
     """
@@ -68,12 +68,12 @@ def input_sizes(source: Path) -> list[list[Any]]:
 
 
 def chunks_for(source: Path) -> int:
-    """Return how many chunks suit a source, by its size."""
+    """Return a suitable number of chunks for a source, by its size."""
     return min(max(sum(size for _, size in input_sizes(source)) >> 26, 1), 32)
 
 
 def left_aside(source: Path) -> str:
-    """Count the files that cannot be read, by their suffix; empty if there are none."""
+    """Count the files that cannot be read, by suffix; "" if there are none."""
     others = Counter(Path(name).suffix or "other" for name in _names(source) if not name.lower().endswith(SUFFIXES))
     return ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
 
@@ -81,12 +81,14 @@ def left_aside(source: Path) -> str:
 def _names(source: Path) -> list[str]:
     if source.is_file():
         return [source.name]
-    found = [path.relative_to(source) for path in source.rglob("*") if not path.is_dir()]  # a dead link is told later
+    found = [
+        path.relative_to(source) for path in source.rglob("*") if not path.is_dir()
+    ]  # dead links are reported later
     return [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
 
 
 def as_units(names: Sequence[str], sizes: Sequence[int]) -> tuple[list[list[str]], list[int]]:
-    """Return the inputs, each one file or several plain texts in a row, and their sizes."""
+    """Return the inputs, each of one file or several consecutive plain texts, and their sizes."""
     units: list[list[str]] = []
     unit_sizes: list[int] = []
     for name, size in zip(names, sizes, strict=True):
@@ -100,7 +102,7 @@ def as_units(names: Sequence[str], sizes: Sequence[int]) -> tuple[list[list[str]
 
 
 def unpacking_bytes(path: Path) -> int:
-    """Memory that unpacking a file takes beside its blocks."""
+    """Return the memory that unpacking a file takes, in addition to its blocks."""
     if path.name.lower().endswith(".parquet"):
         return _PARQUET_BYTES
     if not path.name.lower().endswith(_ZSTD):
@@ -110,7 +112,7 @@ def unpacking_bytes(path: Path) -> int:
 
 
 def _zstd_window(head: bytes) -> int:
-    """Memory for the window of a frame that begins so; a skippable or a damaged one needs none."""
+    """Return the memory for the window of a frame with this head; a skippable or damaged one gets the minimum."""
     import zstandard
 
     try:
@@ -136,7 +138,7 @@ def blocks(path: Path, fields: TextFields = PLAIN_TEXT) -> Iterator[bytes]:
 
 
 def readable_blocks(paths: Sequence[Path], fields: TextFields, problems: list[str]) -> Iterator[bytes]:
-    """Yield the blocks of the files, and append what is wrong with some. Raises RunError at the end if any is."""
+    """Yield the blocks of the files, and append their problems to `problems`. Raises RunError at the end if any."""
     for path in paths:
         try:
             yield from blocks(path, fields)
@@ -178,7 +180,7 @@ def _zip(path: Path, fields: TextFields) -> Iterator[bytes]:
 
 
 def _documents(content: Iterable[bytes], fields: TextFields, name: str, where: str) -> Iterator[bytes]:
-    """Yield plain text as lines of jsonl. Raises RunError if it is not UTF-8."""
+    """Convert plain text to lines of jsonl. Raises RunError if it is not UTF-8."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     held, n = "", 0
     try:
@@ -196,7 +198,7 @@ def _documents(content: Iterable[bytes], fields: TextFields, name: str, where: s
 
 
 def _end(text: str) -> int:
-    """Return where a document ends: behind an empty line, else a line, else anywhere."""
+    """Return where a document ends: after an empty line, else after a line, else anywhere."""
     if len(text) <= DOCUMENT_CHARS:
         return len(text)
     ends = (text.find(mark, DOCUMENT_CHARS, 4 * DOCUMENT_CHARS) + len(mark) for mark in ("\n\n", "\n"))
@@ -274,7 +276,7 @@ def _parquet(path: Path, fields: TextFields) -> Iterator[bytes]:
 
 
 def _line(key: str, value: bytes | None, row: dict[str, object]) -> bytes:
-    """Return the row as a line; text that is no UTF-8 is left as it is, so the line counts as bad."""
+    """Return the row as a line; if the text is not UTF-8, a line that counts as bad."""
     try:
         return orjson.dumps({key: value if value is None else value.decode(), **row}, default=str) + b"\n"
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Which lines of a data set are documents, and what became of the others."""
+"""Decide which lines of a data set are documents, and count the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_EXAMPLES = 10
 
 @dataclass
 class Counts:
-    """What became of the lines of some files."""
+    """Numbers of lines by kind, for some files."""
 
     documents: int = 0
     blank: int = 0
@@ -37,7 +37,7 @@ class Counts:
 
     @property
     def left_out(self) -> str:
-        """Say what became of the lines that are no documents; empty if there are none."""
+        """Describe the lines that are not documents; "" if there are none."""
         blank = plural(self.blank, "blank line or empty file", "blank lines or empty files")
         bad = {"not JSON": self.not_json, "without text": self.no_text, "with empty text": self.empty}
         kinds = [blank] * (self.blank > 0) + [f"{n} {what}" for what, n in bad.items() if n]
@@ -67,7 +67,7 @@ class LongLineError(RunError):
 
 
 def judge(line: memoryview, keys: Sequence[str] = PLAIN_TEXT.keys) -> str:
-    """Return `documents`, or the name of the count that says why a line is not one."""
+    """Return the name of the count for a line: `documents`, or why it is not a document."""
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:

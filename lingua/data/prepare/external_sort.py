@@ -1,20 +1,20 @@
-"""Global shuffle of documents within a memory budget: an external sort by random keys.
+"""Shuffle documents globally within a memory budget: an external sort by random keys.
 
 Promise: the output is a pure function of (seed, input files in order, number of chunks). Memory budget, number of
-processes, kills and restarts change nothing. Every good line comes out once, byte for byte, ended by one newline.
+processes, kills and restarts change nothing. Every good line is written once, byte for byte, with one newline.
 
 A document's key is a 64-bit hash of (seed, number of its file, number of its line). All documents in ascending order of
 key are the shuffled data set; the first ones are held out, the others are cut into chunks of equal count. An example
-with 2 files, 1 held out, 2 chunks:
+with 2 files, 1 held-out document, 2 chunks:
 
     file 0   a(key 71) b(12) c(40)     run 0   b12 c40 a71    held out  b
     file 1   d(key 55) e(33)           run 1   e33 d55        chunk 0   e c    chunk 1   d a
 
 1. `sort_file` reads an input once, in windows that fit the budget; each window becomes a *run*, sorted by key.
-2. `write_output` takes one key range, cut finer until it fits the budget, from every run, sorts it and writes it.
-Both are independent per file: each may run in a process of its own, and each leaves a mark when it is done.
+2. `write_output` takes one key range, split until it fits the budget, from every run, sorts it and writes it.
+Both are independent per file: each may run in a separate process, and each leaves a mark when it is done.
 
-Cost: every byte is read twice and written twice, in large pieces. Where all inputs are plain jsonl and fit the budget,
+Cost: every byte is read twice and written twice, in large pieces. If all inputs are plain jsonl and fit the budget,
 runs are views of the mapped files (`map_file`), and every byte is written once. Memory: the window, `DOC_BYTES` per
 document in it, and `FIXED_BYTES`.
 """
@@ -36,9 +36,9 @@ from lingua.data.prepare.counts import MAX_EXAMPLES, WRONG, Counts, LongLineErro
 from lingua.files import DISK, Files, RunError, read_json, write_json
 
 DOC_BYTES = 96
-"""Memory per document of a window: start, end, key, rank, and what sorting them takes."""
+"""Memory per document of a window: start, end, key, rank, and temporaries of the sort."""
 FIXED_BYTES = 48 << 20
-"""Blocks in flight and allocator slack beside the window."""
+"""Memory for blocks in flight and allocator slack, in addition to the window."""
 BATCH_BYTES = 1 << 20
 MAX_WINDOW_BYTES = 8 << 30
 _BATCH_DOCS = 4096
@@ -47,17 +47,17 @@ KEY_END = 1 << 64
 FREE_LINE_BYTES = 8 << 20
 """Lines up to this long are parsed within `FIXED_BYTES`."""
 _PARSED = 5
-"""Memory that parsing a line takes, in times its bytes: a copy, and a string with 4 bytes per character."""
+"""Memory that parsing a line takes, as a multiple of its bytes: a copy, and a string with 4 bytes per character."""
 _BOM = b"\xef\xbb\xbf"
 
 
 def cost_bytes(n_bytes: int, n_docs: int) -> int:
-    """Memory that a window of this size takes."""
+    """Return the memory that a window of this size takes."""
     return n_bytes + DOC_BYTES * n_docs
 
 
 def keys_of(seed: int, file_number: int, lines: np.ndarray) -> np.ndarray:
-    """Keys (uint64) of a file's lines: splitmix64 (Steele, Lea, Flood 2014), started at a hash of seed and file."""
+    """Return the keys (uint64) of a file's lines: splitmix64 (Steele, Lea, Flood 2014) from a hash of seed and file."""
     start = xxhash.xxh3_64_intdigest(f"{seed}/{file_number}".encode())
     with np.errstate(over="ignore"):
         mixed = np.uint64(start) + lines.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -84,7 +84,7 @@ class LineScan:
         self.starts, self.ends, self.lines = array("Q"), array("Q"), array("Q")
 
     def scan(self, buffer: mmap.mmap, view: memoryview, start: int, end: int, *, last: bool) -> int:
-        """Look at the whole lines of buffer[start:end]; returns where the first one not looked at begins."""
+        """Scan the complete lines of buffer[start:end]; return where the rest begins."""
         while start < end:
             stop = buffer.find(b"\n", start, end)
             if stop < 0:
@@ -120,7 +120,7 @@ class LineScan:
 
 @dataclass
 class Documents:
-    """Lines in memory: their keys, and where their bytes are, newline left out."""
+    """Lines in memory: their keys, and the places of their bytes without the newline."""
 
     view: memoryview
     keys: np.ndarray
@@ -129,7 +129,7 @@ class Documents:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Bytes of each document and all before it, newlines included."""
+        """Cumulative bytes of the documents, newlines included."""
         return np.cumsum(self.ends - self.starts + np.uint64(1))
 
 
@@ -141,22 +141,22 @@ class SortedRun:
 
     keys: np.ndarray
     sizes: np.ndarray
-    """Bytes of each document and all before it, newlines included."""
+    """Cumulative bytes of the documents, newlines included."""
 
     @property
     def n_bytes(self) -> int:
         return self.n_bytes_of(0, len(self.keys))
 
     def n_bytes_of(self, first: int, last: int) -> int:
-        """Bytes of documents [first, last)."""
+        """Return the bytes of documents [first, last)."""
         return int(self.sizes[last - 1]) - (int(self.sizes[first - 1]) if first else 0) if last > first else 0
 
     def n_below(self, key: int) -> int:
-        """Documents with a smaller key."""
+        """Return the number of documents with a smaller key."""
         return len(self.keys) if key >= KEY_END else int(np.searchsorted(self.keys, np.uint64(key)))
 
     def take(self, first: int, last: int, window: memoryview) -> Documents:
-        """Documents [first, last); if their bytes are not in memory, they are read to the begin of the window."""
+        """Return documents [first, last); if their bytes are not in memory, read them to the begin of the window."""
         raise NotImplementedError
 
 
@@ -165,7 +165,7 @@ class DiskRun(SortedRun):
 
     def __init__(self, path: Path, n_docs: int, n_bytes: int) -> None:
         self._path, self._keys_at = path, -(-n_bytes // 8) * 8
-        # Mapped: a binary search touches a few of their pages.
+        # Mapped: a binary search touches only a few pages.
         self.keys, self.sizes = np.memmap(path, np.uint64, "r", self._keys_at, (2, n_docs))
 
     def take(self, first: int, last: int, window: memoryview) -> Documents:
@@ -173,7 +173,7 @@ class DiskRun(SortedRun):
         with self._path.open("rb", buffering=0) as file:
             file.seek(before)
             _fill(file, window[: self.n_bytes_of(first, last)])
-        count, n_docs = last - first, len(self.keys)  # read, because what is mapped would stay resident
+        count, n_docs = last - first, len(self.keys)  # read, because mapped pages would stay resident
         keys = np.fromfile(self._path, np.uint64, count, offset=self._keys_at + 8 * first)
         ends = np.fromfile(self._path, np.uint64, count, offset=self._keys_at + 8 * (n_docs + first))
         ends -= np.uint64(before)
@@ -182,7 +182,7 @@ class DiskRun(SortedRun):
 
 
 class MappedRun(SortedRun):
-    """A whole plain file in the page cache; nothing is copied."""
+    """A whole plain file, mapped from the page cache without a copy."""
 
     def __init__(self, documents: Documents) -> None:
         self._documents, self.keys, self.sizes = documents, documents.keys, documents.sizes
@@ -203,7 +203,7 @@ def _fill(file: object, memory: memoryview) -> None:
 def map_file(
     path: Path, name: str, file_number: int, seed: int, fields: TextFields = PLAIN_TEXT, spare_bytes: int | None = None
 ) -> tuple[MappedRun | None, Counts]:
-    """Map a plain jsonl file as a run, without a copy; None if it holds no document. `spare_bytes`: see LineScan."""
+    """Map a plain jsonl file as a run, without a copy; None if it has no document. `spare_bytes`: see LineScan."""
     scan = LineScan(name, fields, spare_bytes)
     if size := path.stat().st_size:
         with path.open("rb") as file:
@@ -242,16 +242,16 @@ def sort_file(
     fields: TextFields = PLAIN_TEXT,
     files: Files = DISK,
 ) -> Counts:
-    """Turn the lines of one input into sorted runs in `folder`, and mark them. Raises LongLineError."""
+    """Sort the lines of one input into runs in `folder`, and mark them as done. Raises LongLineError."""
     window_bytes = min(max(memory_bytes - FIXED_BYTES, _MIN_WINDOW_BYTES), MAX_WINDOW_BYTES)
     memory = _window(window_bytes)
     view = memoryview(memory)
     scan = LineScan(name, fields)
     runs: list[tuple[str, int, int]] = []
-    used = seen = 0  # bytes of the window that are filled; bytes of it that are looked at
+    used = seen = 0  # filled bytes of the window; scanned bytes of it
 
     def close_window() -> None:
-        """Write the lines looked at as a run; the begun line moves to the front."""
+        """Write the scanned lines as a run; move the incomplete line to the front."""
         nonlocal used, seen
         if scan.starts:
             run = folder / f"{file_number:06d}-{len(runs):06d}.run"
@@ -263,7 +263,7 @@ def sort_file(
     for block in blocks:
         rest = memoryview(block)
         while len(rest):
-            begun = used - seen  # bytes of a line that has not ended yet
+            begun = used - seen  # bytes of an incomplete line
             parsing = _PARSED * begun if begun > FREE_LINE_BYTES else 0
             if cost_bytes(used, len(scan.starts)) + parsing >= window_bytes:
                 if not seen:
@@ -283,22 +283,22 @@ _windows: list[mmap.mmap] = []
 
 
 def _window(n_bytes: int) -> mmap.mmap:
-    """Return this process's one large buffer, kept because the first touch of memory costs more than all else here."""
+    """Return this process's one large buffer, kept because the first touch of memory is the most costly part here."""
     if not _windows or len(_windows[0]) < n_bytes:
         _windows.clear()
-        window = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # exists where it is touched
+        window = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # memory is taken on touch
         window.madvise(mmap.MADV_HUGEPAGE)
         _windows.append(window)
     return _windows[0]
 
 
 def drop_window() -> None:
-    """Give the buffer back."""
+    """Free the buffer."""
     _windows.clear()
 
 
 def _write_run(path: Path, documents: Documents, files: Files) -> tuple[int, int]:
-    """Write a run; returns documents and bytes."""
+    """Write a run; return the numbers of documents and bytes."""
     sizes = documents.sizes
     n_bytes = int(sizes[-1])
     index = (np.zeros(-n_bytes % 8, np.uint8), documents.keys, sizes)
@@ -307,7 +307,7 @@ def _write_run(path: Path, documents: Documents, files: Files) -> tuple[int, int
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview], files: Files) -> str:
-    """Write a file and have it on the disk; returns the XXH3-128 of what was written."""
+    """Write a file durably; return the XXH3-128 of its content."""
     digest = xxhash.xxh3_128()
     descriptor = files.create(path)
     try:
@@ -321,7 +321,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], files: Files) ->
 
 
 def _in_order(parts: Sequence[Documents]) -> Iterator[memoryview]:
-    """Lines in ascending order of key. Equal keys keep the order of the parts, which is that of the input."""
+    """Yield the lines in ascending order of key. Equal keys keep the order of the parts, which is that of the input."""
     order = np.argsort(_joined([part.keys for part in parts]), kind="stable")
     starts = _joined([part.starts for part in parts])
     ends = _joined([part.ends for part in parts])
@@ -338,7 +338,7 @@ def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _batches(lines: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
-    """Add newlines to lines and join them to pieces that are worth a write."""
+    """Add newlines to lines and join them into pieces that are large enough for a write."""
     held: list[memoryview | bytes] = []
     n_bytes = 0
     for line in lines:
@@ -373,12 +373,12 @@ class Output:
 
 
 def n_held_out(n_docs: int, n_chunks: int, per_chunk: int) -> int:
-    """Documents for validation: `per_chunk` for each chunk, but at most one in a hundred (at least 1 of 2 or more)."""
+    """Return the number of held-out documents: `per_chunk` per chunk, at most 1% (at least 1 of 2 or more)."""
     return min(per_chunk * n_chunks, max(n_docs // 100, 1)) if n_docs > 1 else 0
 
 
 def plan_outputs(runs: Sequence[SortedRun], dataset: str, *, n_chunks: int, val_per_chunk: int) -> list[Output]:
-    """Choose the key ranges of the held-out file and of the chunks. No chunk is empty: there may be fewer of them."""
+    """Choose the key ranges of the held-out file and of the chunks. No chunk is empty: there may be fewer chunks."""
     n_docs = sum(len(run.keys) for run in runs)
     val = n_held_out(n_docs, n_chunks, val_per_chunk)
     n_chunks = min(n_chunks, n_docs - val)
@@ -407,14 +407,14 @@ def _key_at_rank(runs: Sequence[SortedRun], rank: int) -> int:
 
 
 def _size(runs: Sequence[SortedRun], low: int, high: int) -> tuple[int, int]:
-    """Documents and bytes of a key range."""
+    """Return the numbers of documents and bytes in a key range."""
     spans = [(run.n_below(low), run.n_below(high)) for run in runs]
     n_bytes = sum(run.n_bytes_of(first, last) for run, (first, last) in zip(runs, spans, strict=True))
     return sum(last - first for first, last in spans), n_bytes
 
 
 def _fitting(runs: Sequence[SortedRun], low: int, high: int, memory_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """(low, high, bytes) of the key ranges, in order, that fit the memory; empty ranges are left out."""
+    """Split a key range until its parts fit the memory; yield (low, high, bytes) of each, in order, if not empty."""
     n_docs, n_bytes = _size(runs, low, high)
     if not n_docs:
         return
@@ -429,7 +429,7 @@ def _fitting(runs: Sequence[SortedRun], low: int, high: int, memory_bytes: int) 
 def write_output(
     runs: Sequence[SortedRun], output: Output, path: Path, *, memory_bytes: int, files: Files = DISK
 ) -> str:
-    """Write one output under its final name, whole or not at all; returns its XXH3-128."""
+    """Write one output atomically under its final name; return its XXH3-128."""
     window_bytes = min(max(memory_bytes - FIXED_BYTES, _MIN_WINDOW_BYTES), MAX_WINDOW_BYTES)
     ranges = _fitting(runs, output.low, output.high, window_bytes)
     temporary = path.with_name(f".{path.name}.tmp")

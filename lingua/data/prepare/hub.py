@@ -1,8 +1,8 @@
-"""Data sets from the Hugging Face hub, at one commit, each file checked against the hub's own hash.
+"""Download data sets from the Hugging Face hub, at one commit, and check each file against the hub's hash.
 
 Promise: the branch is resolved to a commit once; that commit is recorded before the first byte and kept on every later
-start. A file counts as there only when its size and hash are those the hub published (SHA-256 of large files, git's own
-of small ones). Killed and started again, the download continues: huggingface_hub resumes and retries it.
+start. A file counts as downloaded only if its size and hash are those that the hub published (SHA-256 for large files,
+git's own for small ones). Killed and started again, the download continues: huggingface_hub resumes and retries it.
 Cost: one read of each file to hash it, after all of them have arrived.
 """
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 STATE = ".download.json"
 N_THREADS = 16
 REACH_S = 5.0
-"""How long the hub has to accept a connection."""
+"""Timeout for a connection to the hub."""
 
 
 class HubSet(NamedTuple):
@@ -39,7 +39,7 @@ class HubSet(NamedTuple):
 
     repo: str
     pattern: str
-    """Of the file names that belong to it, as in `fnmatch`."""
+    """Pattern of its file names, as in `fnmatch`."""
 
 
 DATASETS = {
@@ -60,9 +60,9 @@ class HubFile:
     path: str
     n_bytes: int
     sha256: str | None
-    """Of large files."""
+    """Hash of a large file; None for a small one."""
     git_sha1: str
-    """Of small files: git's hash of the content."""
+    """Git's hash of the content; used for small files."""
 
     def has_size(self, folder: Path) -> bool:
         path = folder / self.path
@@ -92,7 +92,7 @@ class Snapshot:
 
 @contextmanager
 def asking_the_hub(what: str) -> Iterator[None]:
-    """Turn the hub's errors into one sentence with a remedy. Raises RunError at once where HF_HUB_OFFLINE is set."""
+    """Turn the hub's errors into one sentence with a remedy. Raises RunError at once if HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -111,14 +111,14 @@ def asking_the_hub(what: str) -> Iterator[None]:
 
 
 def stay_offline() -> None:
-    """Ask no hub from now on, as HF_HUB_OFFLINE does where it is set before the start."""
+    """Send no requests to the hub from now on, as if HF_HUB_OFFLINE had been set before the start."""
     from huggingface_hub import constants
 
     constants.HF_HUB_OFFLINE = True
 
 
 def must_reach_hub() -> None:
-    """Raise OSError unless something listens there, or at the proxy: the hub's client would try for minutes."""
+    """Raise OSError unless the hub, or the proxy, accepts a connection: the hub's client would retry for minutes."""
     from huggingface_hub import constants
 
     log.info("asking %s", constants.ENDPOINT)
@@ -223,7 +223,7 @@ def _download(snapshot: Snapshot, place: HubSet, folder: Path) -> None:
 
 
 def _remove_wrong(files: Sequence[HubFile], folder: Path, advance: Callable[[int], None]) -> list[HubFile]:
-    """Hash the files and return those with other content, removed: the hub's client trusts what it finds."""
+    """Hash the files; remove and return those with other content, since the hub's client trusts existing files."""
     wrong = []
     with ThreadPoolExecutor(N_THREADS, thread_name_prefix="hash") as pool:
         for file, right in zip(files, pool.map(lambda file: file.is_in(folder), files), strict=True):

@@ -1,10 +1,10 @@
-"""From a published data set to shuffled chunks a run can read: download, convert, shuffle, split, hold out, copy.
+"""Turn a published data set into shuffled chunks for runs: download, convert, shuffle, split, hold out, copy.
 
 Promise: the chunks are a pure function of (input files, seed, number of chunks). Killed at any point and started again
 with the same command it continues, repeats no line, and ends with the same bytes. The memory budget covers the resident
-memory of all processes. Work folders are cleared only after the copy on the final disk was read back and is right.
-Cost: disk for the download, for sorted runs of all text under `tmp_dir` (none when plain jsonl fits the budget), and
-for the chunks.
+memory of all processes. Work folders are cleared only after the copy on the final disk was read back and verified.
+Cost: disk for the download, for sorted runs of all text under `tmp_dir` (none if plain jsonl fits the budget), and for
+the chunks.
 
     <data_dir>/<ds>/                     the download            .download.json   commit and hashes
     <data_dir>/<ds>_shuffled/            <ds>.chunk.NN.jsonl, <ds>.val.jsonl, manifest.json (last)
@@ -65,12 +65,12 @@ from lingua.run.lock import OccupiedError, RunLock
 
 log = logging.getLogger(__name__)
 
-ORDER_VERSION = 1  # counts up when the same input and seed would give another order
+ORDER_VERSION = 1  # raised when the same input and seed would give another order
 VAL_PER_CHUNK = 10_000
 MAX_WORKERS = 16
 _STATE = ".prepare.json"
 _WORKER_BYTES = 192 << 20  # below this a process spends its memory on itself
-_FORK_BYTES = 32 << 20  # pages that a forked process soon has of its own; also the smallest useful window
+_FORK_BYTES = 32 << 20  # private pages that a forked process soon has; also the smallest useful window
 _SMALL_BYTES = 64 << 20  # below this a second process costs more than it saves
 
 
@@ -89,15 +89,15 @@ class Job:
     source: Path | None = None
     """A local folder, or a file, instead of the hub: plain text, jsonl, parquet, packed or not."""
     suffix: str = "_shuffled"
-    """What the name of the folder of chunks adds to that of the data set."""
+    """Suffix of the folder of chunks, after the name of the data set."""
     revision: str | None = None
     n_workers: int | None = None
-    """Processes; None for as many as cores, inputs and memory allow."""
+    """Number of processes; None for as many as cores, inputs and memory allow."""
     val_per_chunk: int = VAL_PER_CHUNK
     text_key: str | None = None
     """Field (or column) with the text; None: `text`, else `content`."""
     max_bad_fraction: float = 0.01
-    """The share of lines without a document above which nothing is written; blank lines do not count."""
+    """Nothing is written if a larger share of lines has no document; blank lines do not count."""
 
     @property
     def fields(self) -> TextFields:
@@ -121,7 +121,7 @@ class Job:
 
 
 def check_job(job: Job) -> None:
-    """Refuse what cannot work, before anything is touched. Raises ConfigError with a remedy."""
+    """Raise ConfigError, with a remedy, for a job that cannot work, before anything is touched."""
     if job.source is None and job.dataset not in hub.DATASETS:
         known = ", ".join(sorted(hub.DATASETS))
         raise ConfigError(f"no data set {job.dataset!r}; there are {known}, and any name with --source FOLDER")
@@ -142,7 +142,7 @@ def check_job(job: Job) -> None:
 
 
 def prepare(job: Job, *, files: Files = DISK, progress: Progress | None = None) -> dict[str, Any]:
-    """Do all that is not done yet; returns the manifest. Raises RunError or ConfigError with one sentence."""
+    """Do all that is not done yet; return the manifest. Raises RunError or ConfigError with one sentence."""
     check_job(job)
     progress = progress or Progress()
     with progress, _locked(job, job.data_dir / f".prepare-{job.dataset}"):
@@ -173,7 +173,7 @@ def _locked(job: Job, folder: Path) -> Iterator[None]:
         lock.release_and_remove()
 
 
-# -- what was asked for, now and at the first start ------------------------------------------------------------------
+# -- the request, now and at the first start -------------------------------------------------------------------------
 
 
 def _recipe(job: Job, revision: str, requested: str, inputs: list[list[Any]]) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _recipe(job: Job, revision: str, requested: str, inputs: list[list[Any]]) ->
 
 
 def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[list[Any]] | None = None) -> None:
-    """Raise ConfigError if the folder holds something other than what is asked for."""
+    """Raise ConfigError if the folder holds the result of another request."""
     revision, requested = recipe.get("revision", ""), recipe.get("requested_revision", "")
     asked = revision if job.revision in (None, requested) else job.revision
     wanted = _recipe(job, asked, requested, inputs or recipe.get("inputs", []))
@@ -207,7 +207,7 @@ def _refuse_other(job: Job, recipe: dict[str, Any], folder: Path, inputs: list[l
 
 
 def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished result of this very request, or None. Raises if it is damaged or another's."""
+    """Return the manifest of a finished result of this request, or None. Raises if it is damaged or another's."""
     if (manifest := read_manifest(folder)) is not None:
         _refuse_other(job, manifest, folder, None if job.source is None else input_sizes(job.source))
         refuse(check_manifest(folder), "faults")
@@ -219,7 +219,7 @@ def _finished(job: Job, folder: Path) -> dict[str, Any] | None:
 
 
 def _make_or_leave_nothing(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
-    """Make the chunks. Where that fails before one is begun, the folder must not stand in the way of other options."""
+    """Make the chunks. If that fails before one is begun, remove the folder, which would block other options."""
     was_there = job.out.exists()
     try:
         return _make(job, progress, files)
@@ -273,7 +273,7 @@ def _make(job: Job, progress: Progress, files: Files) -> dict[str, Any]:
 
 
 def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str, Any]]:
-    """Folder of the input files, and the recipe that names them."""
+    """Return the folder of the input files, and the recipe that names them."""
     if job.source is not None:
         inputs, others = input_sizes(job.source), left_aside(job.source)
         if not inputs:
@@ -296,7 +296,7 @@ def _inputs(job: Job, progress: Progress, files: Files) -> tuple[Path, dict[str,
 def _runs(
     job: Job, root: Path, recipe: dict[str, Any], memory_bytes: int, progress: Progress, files: Files
 ) -> tuple[Sequence[SortedRun], Counts]:
-    """Sorted runs of all inputs and what became of their lines; `memory_bytes`: what is left of the budget."""
+    """Return sorted runs of all inputs and the counts of their lines; `memory_bytes`: the rest of the budget."""
     names = [name for name, *_ in recipe["inputs"]]
     sizes = [size for _, size, *_ in recipe["inputs"]]
     if (mapped := _map_all(job, root, names, sizes, memory_bytes, progress)) is not None:
@@ -337,7 +337,7 @@ def _runs(
 def _map_all(
     job: Job, root: Path, names: list[str], sizes: list[int], memory_bytes: int, progress: Progress
 ) -> tuple[Sequence[SortedRun], Counts] | None:
-    """Runs without a copy if everything is plain jsonl and fits the budget together with its index; else None."""
+    """Return runs without a copy if everything is plain jsonl and fits the budget with its index, else None."""
     left_bytes = memory_bytes - FIXED_BYTES
     for name, size in zip(names, sizes, strict=True):
         if not is_plain(name) or (left_bytes := left_bytes - size) < 0:
@@ -353,7 +353,7 @@ def _map_all(
     for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
         try:
             run, counts = map_file(root / name, str(root / name), number, job.seed, job.fields, left_bytes)
-        except LongLineError:  # it may fit where only a part of the data is in memory
+        except LongLineError:  # it may fit if only a part of the data is in memory
             return None
         runs += [run] if run else []
         total.add(counts)
@@ -364,7 +364,7 @@ def _map_all(
 def _write_all(
     job: Job, runs: Sequence[SortedRun], outputs: list[Output], memory_bytes: int, progress: Progress, files: Files
 ) -> dict[str, dict[str, Any]]:
-    """Write the outputs that are not there yet; returns size, count and hash of each by name."""
+    """Write the missing outputs; return size, count and hash of all by name."""
     written = {output.name: _mark_read(job.out, output) for output in outputs}
     todo = [number for number, output in enumerate(outputs) if written[output.name] is None]
     todo_bytes = sum(outputs[number].n_bytes for number in todo)
@@ -407,7 +407,7 @@ def _scratch_root(job: Job) -> Path:
 
 
 def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
-    """Make the folder of this recipe's runs; what another recipe left there is removed."""
+    """Make the folder of this recipe's runs; remove those of other recipes."""
     root = _scratch_root(job)
     folder = root / xxhash.xxh3_64_hexdigest(orjson.dumps(recipe))
     with disk_of(root, "--tmp-dir"):
@@ -424,7 +424,7 @@ def _scratch(job: Job, recipe: dict[str, Any], files: Files) -> Path:
 
 
 def _sweep(job: Job, files: Files) -> None:
-    """Remove what only an unfinished preparation needs, and what a killed one left half written."""
+    """Remove files that only an unfinished preparation needs, and those that a killed one left half written."""
     for path in (*job.out.glob(".done-*.json"), *job.out.glob(".*.tmp*"), job.out / _STATE):
         if path.is_file():
             files.remove(path)
@@ -433,7 +433,7 @@ def _sweep(job: Job, files: Files) -> None:
 
 
 def _copy(source: Path, target: Path, manifest: dict[str, Any], progress: Progress, files: Files) -> None:
-    """Copy the result; each file gets its name only after it was read back from the target and is right."""
+    """Copy the result; each file gets its name only after it was read back from the target and verified."""
     make_folders(target, files=files)
     for left in target.glob(".*.tmp*"):
         files.remove(left)
@@ -469,7 +469,7 @@ def _is_copied(path: Path, facts: dict[str, Any]) -> bool:
 
 
 def _clear(job: Job, files: Files, *, verified: bool) -> None:
-    """Remove both work folders; a `source` folder is the user's own and stays."""
+    """Remove both work folders; a `source` folder is the user's and stays."""
     assert job.final is not None
     folders = [folder for folder in (job.out, *(() if job.source else (job.raw,))) if folder.is_dir()]
     if folders and not verified:
@@ -483,7 +483,7 @@ def _clear(job: Job, files: Files, *, verified: bool) -> None:
 
 
 def _n_workers(job: Job, memory_bytes: int, n_tasks: int, n_bytes: int, reserve_bytes: int) -> int:
-    """Processes that cores, tasks and memory allow, this one included."""
+    """Return how many processes cores, tasks and memory allow, including this one."""
     if job.n_workers is None and n_bytes < _SMALL_BYTES:
         return 1
     wanted = job.n_workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -491,7 +491,7 @@ def _n_workers(job: Job, memory_bytes: int, n_tasks: int, n_bytes: int, reserve_
 
 
 def _window_bytes(memory_bytes: int, n_workers: int, reserve_bytes: int = 0) -> int:
-    """Memory of one process for its work, beside what it reserves."""
+    """Return the memory of one process for its work, without its reserve."""
     inherited_bytes = rss_bytes() if n_workers > 1 else 0
     n_bytes = memory_bytes // n_workers - inherited_bytes - (_FORK_BYTES if n_workers > 1 else 0) - reserve_bytes
     if n_bytes < FIXED_BYTES + _FORK_BYTES:

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on prepared text, and say how far it compresses text that it has not seen."""
+"""Train a byte-level BPE tokenizer on prepared text, and measure how well it compresses held-out text."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lingua.files import write_whole
 from lingua.tokenizer import SPLITS, Tokenizer
 
 TRAINED_ON_BYTES = 64 << 20
-"""Of text: the trainer holds its words in memory. The chunks are shuffled, so their begin is a sample."""
+"""Bytes of text to train on: the trainer holds its words in memory. The begin of shuffled chunks is a sample."""
 _MEASURED_BYTES, _ENOUGH_BYTES = 4 << 20, 64 << 10
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def train_tokenizer(folder: Path, size: int, fields: TextFields, progress: Progress) -> Path:
-    """Return the tokenizer.json of `size` tokens in a prepared folder. One that is there stays: a run may use it."""
+    """Train a tokenizer of `size` tokens in a prepared folder, and return its file. An existing one is kept."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Model
 
@@ -44,13 +44,13 @@ def train_tokenizer(folder: Path, size: int, fields: TextFields, progress: Progr
 
 
 def trained_tokenizer(path: Path) -> Path | None:
-    """Return the newest tokenizer that was trained for a source, its folder or a file in it; None if there is none."""
+    """Return the newest tokenizer that was trained for a source (a folder, or a file in it), or None."""
     folder = path if path.is_dir() else path.parent
     return max(folder.glob("tokenizer-*.json"), key=lambda file: file.stat().st_mtime, default=None)
 
 
 def texts(path: Path, n_bytes: int, fields: TextFields, progress: Progress | None = None) -> Iterator[str]:
-    """Yield documents until they have so many bytes."""
+    """Yield documents until they have `n_bytes` bytes."""
     with closing(JsonlSource(path.name, path, 1, fields=fields, bad=BadLines())) as source:
         if progress:
             progress.begin("tokenizer", min(n_bytes, source.n_bytes))
@@ -64,7 +64,7 @@ def texts(path: Path, n_bytes: int, fields: TextFields, progress: Progress | Non
 
 
 def bytes_per_token(folder: Path, tokenizer: Tokenizer, fields: TextFields) -> float:
-    """Return the bytes of text per token: of held-out text, where there is enough of it to say anything."""
+    """Return the bytes of text per token: of held-out text, if there is enough of it."""
     file, n_bytes, n_tokens = held_out_file(folder), 0, 0
     enough = file is not None and file.stat().st_size >= _ENOUGH_BYTES
     for text in texts(file if file and enough else folder, _MEASURED_BYTES, fields):

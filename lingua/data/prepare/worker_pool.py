@@ -1,6 +1,6 @@
-"""What the stages of the preparation share: forked workers, memory, disk space.
+"""Forked workers, memory and disk space, for the stages of the preparation.
 
-No worker outlives the process that started it, and its error arrives as it was raised.
+No worker outlives the process that started it, and its exceptions are raised in that process.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def _run_task(number: int) -> Any:
 
 def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: prctl(2)
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the parent died before prctl
         os._exit(9)
 
 
 def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Iterator[tuple[int, _Result]]:
-    """Yield (number, task(number)) as they end, from `n_workers` forked processes; 1 means in this process."""
+    """Yield (number, task(number)) in the order of completion, from `n_workers` forked processes (1: this one)."""
     if n_workers == 1:
         for number in todo:
             yield number, task(number)
@@ -69,36 +69,36 @@ def each(todo: list[int], task: Callable[[int], _Result], n_workers: int) -> Ite
 
 
 def peak_rss_bytes() -> int:
-    """Return an upper bound of the memory resident at once: the peaks of this process and of its workers, added up."""
+    """Return an upper bound of the memory resident at once: the sum of the peaks of this process and its workers."""
     workers = _most_workers * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return max(_peak_alone, _own_peak_bytes() + workers)
 
 
 def _own_peak_bytes() -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024  # ru_maxrss would count what was there before exec
+    return int(status["VmHWM"].split()[0]) * 1024  # ru_maxrss includes the process before exec
 
 
 def available_bytes() -> int:
-    """Memory that the machine can give without swapping."""
+    """Return the memory that the machine can give without swapping."""
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(facts["MemAvailable"].split()[0]) * 1024
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now."""
+    """Return the resident memory of this process now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether space or quota ran out. hf_xet says so only in its message."""
+    """Return whether space or quota ran out. hf_xet tells that only in its message."""
     number = getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "quota exceeded" in str(error)
 
 
 @contextmanager
 def disk_of(folder: Path, option: str) -> Iterator[None]:
-    """Turn a full disk into a sentence with a remedy; everything that is marked as done stays."""
+    """Turn a full disk into a sentence with a remedy; finished parts are kept."""
     try:
         yield
     except OSError as error:

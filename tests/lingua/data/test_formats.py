@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import subprocess
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +19,7 @@ from lingua.config.base import ConfigError
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
 from lingua.data import jsonl_indexed as index_file
 from lingua.data import token_files as token_file
-from lingua.data.blocked_source import BlockedSource, DataError, TextFields
+from lingua.data.blocked_source import BlockedSource, DataError, TextFields, whole_file
 from lingua.data.jsonl_indexed import IndexedSource, find_index, index_paths, map_index, read_header, write_index
 from lingua.data.loader import build_loader
 from lingua.data.sources import FORMATS, estimate_tokens, source_class
@@ -386,3 +388,17 @@ def test_bad_lines_and_long_files_through_the_index(tmp_path: Path) -> None:
     assert reader.document(2, found[2].end) is None  # pyright: ignore[reportOptionalMemberAccess]
     assert reader.document(2, found[2].start) == found[2]  # pyright: ignore[reportOptionalMemberAccess]
     source.close()
+
+
+def test_a_file_is_made_whole_and_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".new.tmp-{socket.gethostname()}-{dead.pid}").write_bytes(b"half")
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "new") as out:
+        out.write(bytes(1 // 0))
+    assert list(tmp_path.iterdir()) == []
+    with whole_file(tmp_path / "new") as out:
+        out.write(b"whole")
+        assert not (tmp_path / "new").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+    assert (tmp_path / "new").read_bytes() == b"whole"
