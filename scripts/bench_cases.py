@@ -120,8 +120,11 @@ def in_small(case: Case) -> Case:
     return replace(case, model=tiny, words=(*EAGER, *words), seq_len=32, batches=(2,))
 
 
-_IN_SMALL = ("1B bf16", "transformers 1B", "7B bf16 2048", "1B float8 rowwise", "1B documents flex", "1B deterministic")
-TINY_CASES = tuple(in_small(case) for case in GPU_CASES if case.name.startswith(_IN_SMALL) and "4096" not in case.name)
+_IN_SMALL = (
+    *("1B bf16 2048", "transformers 1B", "7B bf16 2048", "7B bf16 moments 4096"),
+    *("1B float8 rowwise", "1B documents flex", "1B deterministic"),
+)
+TINY_CASES = tuple(in_small(case) for case in GPU_CASES if case.name.startswith(_IN_SMALL))
 
 
 def command_of(case: Case, batch: int, dump_dir: Path, *more: str) -> list[str]:

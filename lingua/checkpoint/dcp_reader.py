@@ -24,6 +24,7 @@ from torch.futures import Future
 
 from lingua.checkpoint import layout
 from lingua.checkpoint.dcp import Contents, Reader, blob
+from lingua.checkpoint.staging_buffers import pinned_buffers
 from lingua.checkpoint.verified import CHUNK_BYTES, VERIFY_THREADS, Manifest, differs
 
 READERS = min(4, VERIFY_THREADS)
@@ -161,11 +162,11 @@ class StreamReader(Reader):
 
 
 class Stage:
-    """Pinned staging buffer: a GPU copies a piece from it while the piece is hashed and the next one is read."""
+    """Staging buffer, pinned if it can be: a GPU copies a piece from it while that is hashed and the next is read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._memory = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        (self._memory,) = pinned_buffers(1)
 
     def put(self, piece: Tensor) -> Tensor:
         self.settle()

@@ -33,13 +33,13 @@ class _Chunk(NamedTuple):
     """Free again once the content is used."""
 
 
-def pinned_buffers() -> list[Tensor]:
-    """Allocate the buffers; pinned, unless the system refuses, which only costs time."""
+def pinned_buffers(n: int = N_BUFFERS) -> list[Tensor]:
+    """Allocate buffers; pinned, unless the system refuses, which only costs time."""
     try:
-        return [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(N_BUFFERS)]
+        return [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(n)]
     except RuntimeError as error:
-        log.warning("checkpoint: no pinned memory (%s), so a save copies more slowly", str(error).splitlines()[0])
-        return [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(N_BUFFERS)]
+        log.warning("checkpoint: no pinned memory (%s), so it is copied more slowly", str(error).splitlines()[0])
+        return [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(n)]
 
 
 def begin_copy(target: Tensor, source: Tensor) -> Wait:

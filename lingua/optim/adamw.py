@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -60,9 +60,8 @@ class LowPrecisionAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the parameters from their gradients."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+            if moved := [parameter for parameter in group["params"] if parameter.grad is not None]:
+                self._step_group(moved, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; torch casts it to the parameters' type, so cast the moments back."""
@@ -70,29 +69,39 @@ class LowPrecisionAdamW(torch.optim.AdamW):
         for slots in self.state.values():
             slots.update({key: slots[key].bfloat16() for key in ("exp_avg", "exp_avg_sq")})
 
-    def _move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        slots, device = self.state[parameter], parameter.device
+    def _step_group(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update the counters of all parameters in a few kernels, then each parameter in one kernel."""
+        one = torch.ones((), dtype=torch.float32, device=parameters[0].device)
+        moves = one - getattr(self, "found_inf", torch.zeros_like(one))
+        slots = [self._slots_of(parameter) for parameter in parameters]
+        steps = [each["step"] for each in slots]
+        torch._foreach_add_(steps, [moves] * len(steps))
+        corrections = zip(*(_bias_corrections(beta, steps) for beta in group["betas"]), strict=True)
+        lr, betas = group["lr"], group["betas"]
+        # Tensors: of Python's numbers the compiler would make fp64 tensors on the host, or constants.
+        numbers = [one * x for x in (lr, 1 - lr * group["weight_decay"], 1 - betas[0], 1 - betas[1], group["eps"])]
+        common = moves.bool(), getattr(self, "grad_scale", one), *numbers
+        apply: Callable[..., None] = _compiled_move() if one.device.type == "cuda" else _move
+        for parameter, each, of_step in zip(parameters, slots, corrections, strict=True):
+            grad: Any = parameter.grad
+            if (flat := _flat(parameter)).numel():  # a rank may have no part of a small one
+                apply(flat, *map(_flat, (grad, each["exp_avg"], each["exp_avg_sq"])), *of_step, *common)
+
+    def _slots_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        slots = self.state[parameter]
         if "exp_avg" not in slots:
-            slots["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             slots["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
             slots["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        moves = 1 - getattr(self, "found_inf", zero)
-        slots["step"] += moves
-        apply = _compiled_move() if device.type == "cuda" else _move
-        apply(
-            _flat(parameter),
-            _flat(grad),
-            _flat(slots["exp_avg"]),
-            _flat(slots["exp_avg_sq"]),
-            slots["step"],
-            moves.bool(),
-            torch.full_like(zero, group["lr"]),
-            getattr(self, "grad_scale", zero + 1),
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-        )
+        return slots
+
+
+def _bias_corrections(beta: float, steps: list[Tensor]) -> Sequence[Tensor]:
+    """Return 1 - beta ** step of each."""
+    powers = torch._foreach_pow(beta, steps)
+    torch._foreach_neg_(powers)
+    torch._foreach_add_(powers, 1.0)
+    return powers
 
 
 def _move(
@@ -100,20 +109,22 @@ def _move(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: Tensor,
+    mean_correction: Tensor,
+    square_correction: Tensor,
     moves: Tensor,
-    lr: Tensor,
     divisor: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    lr: Tensor,
+    kept: Tensor,
+    mean_share: Tensor,
+    square_share: Tensor,
+    eps: Tensor,
 ) -> None:
     """Do one step in place, or none where `moves` is False. Loshchilov and Hutter, arXiv 1711.05101, algorithm 2."""
     grad = grad.float() / divisor
-    mean = torch.lerp(exp_avg.float(), grad, 1 - betas[0])
-    square = torch.lerp(exp_avg_sq.float(), grad * grad, 1 - betas[1])
-    root = (square / (1 - betas[1] ** step)).sqrt() + eps
-    moved = parameter * (1 - lr * weight_decay) - lr * mean / (1 - betas[0] ** step) / root
+    mean = torch.lerp(exp_avg.float(), grad, mean_share)
+    square = torch.lerp(exp_avg_sq.float(), grad * grad, square_share)
+    root = (square / square_correction).sqrt() + eps
+    moved = parameter * kept - lr * mean / mean_correction / root
     for old, new in ((parameter, moved), (exp_avg, mean), (exp_avg_sq, square)):
         old.copy_(torch.where(moves, new.to(old.dtype), old))
 
@@ -124,5 +135,8 @@ def _compiled_move() -> Callable[..., None]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return this rank's part, flattened so that one compiled code serves tensors of any shape."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+    """Return this rank's part, flattened and, as `data`, no view: compiled code is then the same for any shape.
+
+    Of a view, such as a gradient of FSDP2, the compiler would also look at the tensor behind it.
+    """
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1).data

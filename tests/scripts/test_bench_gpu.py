@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ import torch
 from bench_step import show
 
 ROOT = Path(__file__).parents[2]
+WHEELS = [
+    line.split("==") for line in (ROOT / "scripts" / "bench_wheels.txt").read_text().splitlines() if line[:1] != "#"
+]
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
@@ -133,11 +139,54 @@ def test_what_there_is_no_room_or_time_for_is_named(tmp_path: Path) -> None:
 
 def test_the_wheels_that_travel_are_those_that_the_tests_run_with() -> None:
     lock = (ROOT / "uv.lock").read_text()
-    lines = (ROOT / "scripts" / "bench_wheels.txt").read_text().splitlines()
-    pins = [line.split("==") for line in lines if not line.startswith("#")]
-    assert len(pins) == 6
-    for name, version in pins:
+    for name, version in WHEELS:
         assert f'name = "{name}"\nversion = "{version}"\n' in lock
+
+
+UNTOUCHED = """
+import sys
+sys.path[:0] = [{scripts!r}, {root!r}]
+import torch
+
+def refuse(*args):
+    raise AssertionError("a process that has touched the GPU cannot fork others that use it")
+
+for name in ("_cuda_init", "_cuda_getDeviceCount"):
+    setattr(torch._C, name, refuse)
+import bench_gpu
+import apps.main.loop, lingua.train.build
+
+bench_gpu.gpu_plan(False, 20)
+print(*{{name.partition(".")[0] for name in sys.modules}})
+"""
+
+
+def test_the_benchmark_plans_without_the_gpu_and_imports_what_is_there_or_travels() -> None:
+    command = [sys.executable, "-c", UNTOUCHED.format(scripts=str(ROOT / "scripts"), root=str(ROOT))]
+    modules = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    found = packages_distributions()
+    wanted = {normal(each) for module in modules - sys.stdlib_module_names for each in found.get(module, ())}
+    optional = {"attrs", "dill", "zstandard"}  # others import them where they are installed
+    there = needed_by({"torch", "transformers", "typer"}) | {name for name, _ in WHEELS}
+    assert wanted - there - {"lingua"} <= optional
+    assert {name for name, _ in WHEELS} <= wanted
+
+
+def needed_by(names: set[str]) -> set[str]:
+    """What is installed with these, themselves included."""
+    known: set[str] = set()
+    while names:
+        name = normal(names.pop())
+        if name not in known:
+            known.add(name)
+            with suppress(PackageNotFoundError):
+                lines = [line for line in requires(name) or [] if "extra ==" not in line]
+                names |= {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines}
+    return known
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def test_the_order_is_by_value_and_the_first_five_minutes_hold_what_is_asked_for_first() -> None:

@@ -82,4 +82,4 @@ def test_memory_that_cannot_be_pinned_only_costs_time(
 
     monkeypatch.setattr(torch, "empty", refused)
     assert [buffer.numel() for buffer in pinned_buffers()] == [16 << 20] * 2
-    assert caplog.messages == ["checkpoint: no pinned memory (CUDA error: out of memory), so a save copies more slowly"]
+    assert caplog.messages == ["checkpoint: no pinned memory (CUDA error: out of memory), so it is copied more slowly"]

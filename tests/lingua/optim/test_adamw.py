@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from lingua.config.keys.optim import AdamWArgs
 from lingua.optim import adamw
@@ -64,22 +67,41 @@ def test_moments_in_bf16_change_a_step_by_their_rounding_only() -> None:
         assert dtypes == {"step": torch.float32, "exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
 
 
-def test_a_step_compiles_to_one_graph_with_weight_decay_and_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = []
+def test_a_step_compiles_to_one_graph_of_tensors_of_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[list[Any]] = []
     torch._dynamo.reset()
     compiled = torch.compile(
         adamw._move,  # pyright: ignore[reportPrivateUsage]
         dynamic=True,
         fullgraph=True,
-        backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+        backend=lambda graph, inputs: graphs.append(inputs) or graph.forward,
     )
     (plain, _) = trained("bf16", 3)
     monkeypatch.setattr(adamw, "_move", compiled)
-    (model, _) = trained("bf16", 3)
+    (model, optimizer) = trained("bf16", 3)
     for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
-    assert len(graphs) == 2
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    reduced = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    begin = 0
+    for parameter in parameters:  # as FSDP2 leaves them: views of what one reduction gave
+        parameter.grad = reduced.as_strided(parameter.shape, parameter.stride(), begin)
+        begin += parameter.numel()
+    optimizer_step(optimizer, 0.01, TRUE, None)
+    (inputs,) = graphs  # of all shapes, with weight decay and without
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    assert {each.dtype for each in tensors} == {torch.float32, torch.bfloat16, torch.bool}  # fp64: a Python float
+    assert all(isinstance(each, int | torch.SymInt) for each in inputs if not isinstance(each, Tensor))
     torch._dynamo.reset()
+
+
+def test_a_rank_without_a_part_of_a_parameter_compiles_nothing_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(torch.zeros(0, 4))
+    parameter.grad = torch.zeros(0, 4)
+    optimizer = build_adamw(AdamWArgs(state_dtype="bf16"), [("w.weight", parameter)])
+    monkeypatch.setattr(adamw, "_move", lambda *tensors: pytest.fail("nothing is there to move"))
+    optimizer_step(optimizer, 0.01, TRUE, None)
+    assert optimizer.state[parameter]["step"] == 1
 
 
 def test_a_second_moment_that_rounding_would_stop_is_refused() -> None:
