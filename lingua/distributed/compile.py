@@ -1,9 +1,9 @@
-"""torch.compile: which parts of a model are compiled, how often, and where compiled code is kept between attempts.
+"""Compile a model with torch.compile, and choose where compiled code is kept between attempts.
 
-Blocks of one kind share their compiled code, however many there are. A pass without gradients, or with another number
-of rows, adds one more version, at most `compile_cache_size_limit` in all. Compiled code is kept in a folder of the node
-for all its ranks and for later attempts; since it is executed, a folder that others can write to is refused. Each
-version of torch has its own folder. Nothing ever removes these files.
+Blocks of one kind share their compiled code. A pass without gradients, or with another number of rows, adds one more
+version, at most `compile_cache_size_limit` in all. Compiled code is kept in a folder of the node for all its ranks and
+for later attempts; since it is executed, a folder that others can write to is refused. Each version of torch has its
+own folder. Nothing ever removes these files.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ INDUCTOR, TRITON = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 def compile_model(
     model: nn.Module, blocks: Iterable[nn.Module], args: DistributedArgs, backend: Any = "inductor"
 ) -> None:
-    """Have the blocks, or the whole model, compiled when they are first called. Do this before FSDP2 wraps them.
+    """Compile the blocks, or the whole model, on their first call. Call this before FSDP2 wraps them.
 
-    torch begins at the first frame below `nn.Module.__call__` that is not its own: a block's `forward`, which blocks of
-    a class share. So hooks of FSDP2 stay outside, and the guards of one block's code hold for all.
+    torch begins at the first frame below `nn.Module.__call__` that is not its own: a block's `forward`, which all
+    blocks of a class share. So hooks of FSDP2 stay outside, and the guards of one block's code hold for all.
     """
     torch._dynamo.config.recompile_limit = args.compile_cache_size_limit
     if args.activation_memory_budget is not None:
@@ -42,7 +42,7 @@ def compile_model(
 
 
 def let_length_vary(tensor: Tensor) -> None:
-    """Have code compiled for any length of `tensor` from the first on, not anew when a second one comes."""
+    """Compile for any length of `tensor` at once, instead of again when a second length comes."""
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
@@ -52,15 +52,15 @@ def let_length_vary(tensor: Tensor) -> None:
 def keep_compiled_code(folder: str | None, env: MutableMapping[str, str] = os.environ) -> Path | None:
     """Point torch's and Triton's caches at `folder` ("auto": a place of this user on this node; None: torch's own).
 
-    What the environment sets already wins. Returns the folder in use, None where it is not ours to say. Raises
-    ValueError for a folder that others can write to.
+    Variables that the user has set win. Returns the folder in use, or None if we did not choose it. Raises ValueError
+    for a folder that others can write to.
     """
     if folder is None or _is_users(env):
         return None
     places = _places(env) if folder == "auto" else [Path(folder).expanduser().absolute()]
     place = _private(_first_private(places) / f"torch-{torch.__version__}")
     env[INDUCTOR] = str(_private(place / "inductor"))
-    # By itself Triton's cache lies in a folder per device, so that ranks would not find each other's kernels.
+    # Triton's default is a folder per device, so that ranks would not find each other's kernels.
     env.setdefault(TRITON, str(_private(place / "triton")))
     return place
 
@@ -76,7 +76,7 @@ def _is_users(env: MutableMapping[str, str]) -> bool:
 
 
 def _places(env: MutableMapping[str, str]) -> list[Path]:
-    """Local disks, the first that outlives a job and a reboot: /tmp is often a job's own."""
+    """Return places on local disks; the first outlives a job and a reboot, while /tmp is often private to a job."""
     roots = ["/var/tmp", env.get("TMPDIR", "/tmp"), "/tmp"]
     return [Path(root) / f"lingua-compiled-{os.getuid()}" for root in roots]
 
@@ -95,7 +95,7 @@ def _first_private(places: Sequence[Path]) -> Path:
 
 
 def _private(folder: Path) -> Path:
-    """Return the folder, made if missing. Raises DiskError when that fails, ValueError when it is not ours alone."""
+    """Make the folder if it is missing; return it. Raises DiskError if that fails, ValueError if others can write."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):

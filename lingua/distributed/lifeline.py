@@ -1,8 +1,8 @@
-"""Connections that tell rank 0 within seconds that the process of another rank is gone, however it ended.
+"""Connections by which rank 0 notices within seconds that another rank's process has ended, however it ended.
 
-The kernel closes the sockets of a process that ends, also of a killed one; keepalive finds a node that no longer
-answers. Under NCCL nothing else would tell: the survivors wait in a collective until its time-out. A process that is
-slow or stopped keeps its connection; the watchdog deals with those.
+The kernel closes the sockets of a process that ends or is killed; keepalive detects a node that no longer answers.
+Under NCCL nothing else would tell: the survivors wait in a collective until its timeout. A process that is slow or
+stopped keeps its connection; the watchdog handles those.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 def hold(address: tuple[str, int], greeting: bytes) -> socket.socket | None:
-    """Connect to rank 0 for as long as this process lives. None, with a warning, if that cannot be."""
+    """Connect to rank 0 for the lifetime of this process. Log a warning and return None if that fails."""
     try:
         line = socket.create_connection(address, timeout=CONNECT_S)
         line.sendall(greeting)
@@ -37,13 +37,13 @@ class Lifelines:
     """Rank 0's ends of the connections."""
 
     def __init__(self, listener: socket.socket, greetings: Sequence[bytes]) -> None:
-        """`greetings`: what rank 1, 2, ... send first; of one length, and known to them alone."""
+        """`greetings`: the first bytes from rank 1, 2, ...; all of one length, and known only to these ranks."""
         listener.setblocking(False)
         self._listener = listener
         self._ranks = {greeting: rank for rank, greeting in enumerate(greetings, 1)}
         self._most_new, self._greeting_bytes = 2 * len(greetings), max(map(len, greetings), default=0)
         self._new: dict[socket.socket, bytes] = {}
-        """Connections and what they have sent so far."""
+        """Connections without a rank yet, and what they have sent so far."""
         self._known: dict[int, socket.socket] = {}
 
     def broken(self) -> list[int]:
@@ -55,10 +55,10 @@ class Lifelines:
         return broken
 
     def _accept(self) -> None:
-        while len(self._new) < self._most_new:  # strangers cost no more descriptors than these
+        while len(self._new) < self._most_new:  # limits the descriptors that strangers cost
             try:
                 line, _ = self._listener.accept()
-            except OSError:  # nobody is waiting, or who was has left
+            except OSError:  # nobody is waiting, or the peer has left again
                 break
             _keep_alive(line)
             line.setblocking(False)

@@ -1,9 +1,9 @@
-"""Where the ranks meet before anything is built: at a store that rank 0 opens at MASTER_ADDR:MASTER_PORT.
+"""Rendezvous of the ranks before anything is built: at a store that rank 0 opens at MASTER_ADDR:MASTER_PORT.
 
-The store listens at that address alone. Each rank brings its config, or why it cannot take part; rank 0 compares them
-and leaves one verdict, which all ranks read, so that all go on or all leave. Who is missing is said after SAY_AFTER_S.
-What others on the network write into the store is not read as a rank's words, unless it is forged to look like them.
-Imports torch only to meet: a config is checked before.
+The store listens only at that address. Each rank brings its config, or the reason why it cannot take part; rank 0
+compares them and writes one verdict, which all ranks read, so that all continue or all leave. Missing ranks are named
+after SAY_AFTER_S. What other hosts write into the store is ignored, unless it is forged to look like a rank's message.
+Imports torch only for the rendezvous: a config is checked before.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ POLL_S = 0.1
 _CONNECT_S = 60.0
 """For the first exchange with a store that listens already."""
 _HELLO = b"\x00\xce\xf7\x85\x3c" + b"\x0dping"
-"""What torch's client says first, and waits for the echo of without a limit: the query VALIDATE with its magic number,
-then PING with four bytes (torch 2.10, csrc/distributed/c10d/TCPStore.cpp and TCPStoreBackend.hpp)."""
+"""First bytes from torch's client, which waits for their echo without a limit: the query VALIDATE with its magic
+number, then PING with four bytes (torch 2.10, csrc/distributed/c10d/TCPStore.cpp and TCPStoreBackend.hpp)."""
 _READ_WITHIN_S = 5.0
 """How long rank 0, which usually holds the store, waits for the others to read why they must leave."""
 
@@ -62,8 +62,8 @@ class Failed:
 def meet(place: RankInfo, timeout_s: float, config: Mapping[str, Any]) -> dist.Store:
     """Return the store at which all ranks of this run have met with the same config. Collective.
 
-    Raises MixedConfigError where configs differ, and on all ranks the error of one that cannot take part; RankError
-    or torch's DistError when ranks do not meet.
+    Raises MixedConfigError if configs differ, on all ranks the error of a rank that cannot take part, and RankError or
+    torch's DistError if ranks do not meet.
     """
     return agree(open_store(place, timeout_s), place, timeout_s, config=json.dumps(config))
 
@@ -87,7 +87,7 @@ def told_to_others(place: RankInfo) -> Iterator[None]:
         except ConfigError as verdict:
             if isinstance(error, ConfigError):
                 raise verdict from None
-        except RuntimeError as others:  # they did not come, or say it in other words
+        except RuntimeError as others:  # they did not come, or report the same error
             log.debug("%s", others)
         raise
 
@@ -213,9 +213,9 @@ def _wait_for_main(place: RankInfo, timeout_s: float) -> None:
 def agree(
     store: dist.Store, place: RankInfo, timeout_s: float, config: str = "{}", failed: Failed | None = None
 ) -> dist.Store:
-    """Return a part of the store for what follows, when all ranks have come with the same config (as JSON).
+    """Return a part of the store for later use, once all ranks have come with the same config (as JSON).
 
-    Raises on all of them otherwise. Collective.
+    Raises on all ranks otherwise. Collective.
     """
     import torch.distributed as dist
 
@@ -249,7 +249,7 @@ def agree(
 
 @dataclass(frozen=True)
 class _Brought:
-    """What a rank brings: the digest of its config, or why it cannot take part."""
+    """A rank's entry: the digest of its config, or why it cannot take part."""
 
     digest: str
     failed: Failed | None
@@ -257,14 +257,14 @@ class _Brought:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """What all ranks say when they leave, or no problems."""
+    """Problems with which all ranks leave; none if all continue."""
 
     world_size: int
     problems: list[str]
     type: str = ""
     kind: str = ""
     part: str = field(default_factory=lambda: secrets.token_hex(16))
-    """Of the store, for what follows: where nobody has left anything yet."""
+    """Prefix of the store for later use, where nobody has written yet."""
 
     def error(self) -> Exception:
         if self.type == ConfigError.__name__:
@@ -274,7 +274,7 @@ class _Verdict:
 
 
 def _brought(store: dist.Store, rank: int) -> _Brought | None:
-    """Return what a rank brings; None: it has not come, and what may lie there is somebody else's."""
+    """Return a rank's entry, or None if the rank has not come (a malformed entry is not a rank's)."""
     with suppress(ValidationError):
         return TypeAdapter(_Brought).validate_json(store.get(key)) if store.check([key := f"rank/{rank}"]) else None
     return None
@@ -285,11 +285,11 @@ def _read_verdict(store: dist.Store, place: RankInfo, timeout_s: float) -> _Verd
     while True:
         with suppress(ValidationError):
             return TypeAdapter(_Verdict).validate_json(store.get("verdict"))
-        patience.wait([0])  # somebody else's words, which rank 0 will replace
+        patience.wait([0])  # a stranger's entry, which rank 0 will replace
 
 
 def _judge(store: dist.Store, place: RankInfo, timeout_s: float) -> _Verdict:
-    """Read what the ranks bring, all of them, or, if one has failed, those that come within SAY_AFTER_S."""
+    """Read the entries of all ranks, or, if one has failed, those that come within SAY_AFTER_S; return the verdict."""
     patience, missing = _Patience(place, timeout_s), list(range(place.world_size))
     brought: dict[int, _Brought] = {}
     failed: dict[int, Failed] = {}

@@ -1,9 +1,9 @@
-"""One function that turns a model into a parallel one: tensor parallelism, activation checkpointing, compile, FSDP2.
+"""Parallelize a model: tensor parallelism, activation checkpointing, compile, FSDP2.
 
-Parameters and optimizer stay fp32 and keep their names, whatever the layout; reductions are fp32; tied weights stay one
+Parameters and optimizer stay fp32 and keep their names in every layout; reductions are fp32; tied weights stay one
 tensor. Replicas, full shards and their product (HSDP) share one code path: FSDP2 on a mesh of (dp_replicate, dp_shard),
-over what tensor parallelism has split. A single process needs no FSDP and gets autocast. What ranks send per block in a
-step of n micro steps:
+on top of tensor parallelism. A single process needs no FSDP and gets autocast. Communication per block in a step of n
+micro steps:
 
     replicas                      one all-reduce of the gradient
     full shards                   2n all-gathers of the parameters, one reduce-scatter of the gradient
@@ -11,9 +11,9 @@ step of n micro steps:
       accumulate_sharded          n reduce-scatters; the gradient of n > 1 is not held whole: 4 bytes per parameter less
     HSDP                          as full shards, and one all-reduce of the reduced gradient
 
-The model says where it can be cut: `model.layers` is a ModuleDict or ModuleList of blocks, and a `Head` is the output
-layer. Embedding and heads are gathered once per micro step with full shards; a head's gradient is sent as soon as
-backward begins, behind the blocks' work.
+The model's structure defines the groups: `model.layers` is a ModuleDict or ModuleList of blocks, and a `Head` is the
+output layer. Embedding and heads are gathered once per micro step with full shards; a head's gradient is sent as soon
+as backward begins, overlapped with the blocks' work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# What selective checkpointing keeps: the expensive products and attention; the cheap rest is computed again.
+# Selective checkpointing keeps the expensive products and attention, and recomputes the cheap rest.
 _KEPT_OPERATORS = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
@@ -61,10 +61,10 @@ def _policy(context: object, operator: object, *args: object, **kwargs: object) 
 
 
 def _recompute_in_backward(block: nn.Module, **choice: Callable[[], Any]) -> None:
-    """Activation checkpointing by replacing `forward`, so that parameter names stay as they are.
+    """Checkpoint a block's activations by replacing `forward`, so that parameter names stay as they are.
 
-    A function of this file and no `partial`: torch.compile begins at the first frame that is not torch's own, and would
-    find none below `checkpoint`.
+    `forward` is a function of this file, not a `partial`: torch.compile begins at the first frame that is not torch's
+    own, and would find none below `checkpoint`.
     """
     plain = block.forward
 
@@ -75,7 +75,7 @@ def _recompute_in_backward(block: nn.Module, **choice: Callable[[], Any]) -> Non
 
 
 def _use_float8(model: nn.Module, args: DistributedArgs, device: torch.device) -> None:
-    """Products of matching layers in float8. Raises ValueError where that cannot be."""
+    """Compute the products of matching layers in float8. Raises ValueError if the device cannot."""
     assert args.float8_recipe is not None
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     reason = float8.refusal(device.type, capability)
@@ -85,13 +85,13 @@ def _use_float8(model: nn.Module, args: DistributedArgs, device: torch.device) -
 
 
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, block) of the model's layers, in order."""
+    """Return (name, block) of the model's layers, in order."""
     layers = model.get_submodule("layers")
     return list(layers.named_children())
 
 
 def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Module:
-    """Make `model` (on any device, also meta) ready for this world; returns it, changed in place.
+    """Prepare `model` (on any device, also meta) for this world, in place; return it.
 
     Raises ValueError for a layout that is not built yet.
     """
@@ -125,9 +125,9 @@ def parallelize(model: nn.Module, args: DistributedArgs, world: World) -> nn.Mod
 
 
 def _groups(model: nn.Module) -> list[nn.Module]:
-    """Return the modules whose parameters are sent together, as forward calls them; the root sends what is left.
+    """Return the modules whose parameters are sent together, in the order of forward; the root sends the rest.
 
-    An embedding that is the head too is left to the root: it is used at both ends.
+    An embedding that is also the head is left to the root: it is used at both ends.
     """
     heads = [module for module in model.modules() if isinstance(module, Head)]
     embeddings = [module for module in model.children() if isinstance(module, nn.Embedding)] if heads else []
@@ -140,10 +140,10 @@ def _data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _gather_ahead(model: nn.Module, groups: Sequence[nn.Module]) -> None:
-    """Begin to gather a group's parameters before the group in front of it computes.
+    """Begin to gather a group's parameters before the previous group computes.
 
-    Otherwise that begins when the host arrives at it, which is too late where the host is not far ahead of the device.
-    In backward FSDP2 does it by itself. Price: the parameters of one more group, gathered.
+    Otherwise that begins when the host reaches the group, which is too late if the host is not far ahead of the device.
+    In backward FSDP2 prefetches by itself. Cost: the gathered parameters of one more group.
     """
     for module, following in pairwise([model, *groups]):
         assert isinstance(module, FSDPModule)
@@ -154,33 +154,33 @@ def _gather_ahead(model: nn.Module, groups: Sequence[nn.Module]) -> None:
 
 
 def forward_precision(model: nn.Module, args: DistributedArgs, device: torch.device) -> AbstractContextManager:
-    """Context of every forward pass: autocast where FSDP2 does not already choose the type."""
+    """Return the context of every forward pass: autocast, unless FSDP2 already chooses the dtype."""
     if isinstance(model, FSDPModule) or args.model_dtype == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[args.model_dtype])
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards back in place of gathered parameters, which a forward pass without a backward leaves behind."""
+    """Free the gathered parameters that a forward pass without a backward leaves."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def begin_micro_step(model: nn.Module, args: DistributedArgs, is_last: bool) -> None:
-    """Say before each micro step whether it is the last of its step: what can wait until then is not sent before."""
+    """Call before each micro step; communication that can wait for the last one of a step is deferred to it."""
     if not isinstance(model, FSDPModule):
         return
     if args.accumulate_sharded:
-        model.set_requires_all_reduce(is_last)  # of HSDP: among the replicas
+        model.set_requires_all_reduce(is_last)  # with HSDP: among the replicas
     else:
         model.set_requires_gradient_sync(is_last)
-    # Nothing moves until the update. Where forward has left all parameters gathered, keeping them costs no more.
+    # Parameters do not change before the update. If forward has left all of them gathered, keeping them is free.
     model.set_reshard_after_backward(is_last or (args.fsdp_type == "full_shard" and not args.keep_gathered))
 
 
 def set_matmul_precision(args: DistributedArgs) -> None:
-    """Process-wide choices for matrix products."""
+    """Set process-wide options of matrix products."""
     torch.backends.cuda.matmul.allow_tf32 = args.matmul_allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = args.allow_bf16_reduced_precision_reduction
 

@@ -1,12 +1,12 @@
-"""What ranks tell each other outside of collectives: that one of them is leaving, and why, or is gone without a word.
+"""Messages between ranks outside of collectives: a rank is leaving, and why, or has ended without a message.
 
-What ends a run is signed: others on the network may reach the store, and read and write whatever is in it.
+Messages that end a run are signed: other hosts on the network may reach the store and read and write in it.
 
 This works while the main thread of a rank is stuck in a collective, under gloo and NCCL alike, and needs nothing from
 the stuck rank. Rank 0, where the store usually lives, leaves last, so that the messages of the others get through. A
-thread asks the store every POLL_S over a connection of its own; a step costs nothing.
+thread polls the store every POLL_S over a separate connection; a step costs nothing.
 
-Aborting the process group would wake the others too, but torch offers that for NCCL alone, as an experiment, and it
+Aborting the process group would wake the others too, but torch offers that only for NCCL, as an experiment, and it
 would not reach a rank that waits for its disk.
 """
 
@@ -30,11 +30,11 @@ _HERE = b"here/%09d"
 
 
 class Peers:
-    """The other ranks, reached over the store at which all met. Methods raise torch's DistError when it is gone."""
+    """The other ranks, reached over the store at which all met. Methods raise torch's DistError if it is gone."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, secret: bytes) -> None:
-        """`secret`: known to these ranks alone, and never in the store."""
-        # A connection of its own, since the main thread may be waiting in the other. (torch's stubs lack `clone`.)
+        """`secret`: known only to these ranks, and never in the store."""
+        # A separate connection, since the main thread may be waiting on the other one. (torch's stubs lack `clone`.)
         self._store: dist.Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self._rank = rank
         self._world_size = world_size
@@ -64,26 +64,26 @@ class Peers:
         return self._store.check([name]) and hmac.compare_digest(self._store.get(name), self._signed(name.encode()))
 
     def watch(self, listener: socket.socket) -> None:
-        """Learn, as rank 0, when the process of another rank is gone."""
+        """Detect, as rank 0, that the process of another rank has ended."""
         greetings = [self._signed(_HERE % rank) for rank in range(1, self._world_size)]
         self._lifelines = Lifelines(listener, greetings)
         port = b"%d" % listener.getsockname()[1]
         self._store.set(_PORT, self._signed(port).decode())
 
     def let_watch(self, host: str) -> None:
-        """Let rank 0, which listens at `host`, learn when this process is gone."""
+        """Let rank 0, which listens at `host`, detect that this process has ended."""
         signed = self._store.get(_PORT)
         port = signed.partition(b" ")[2]
         if hmac.compare_digest(signed, self._signed(port)):
             self._lifeline = hold((host, int(port)), self._signed(_HERE % self._rank))
 
     def gone(self) -> list[int]:
-        """Return the ranks that have ended without `leave` since the last call; on rank 0 alone, others return []."""
+        """Return the ranks that have ended without `leave` since the last call; only on rank 0, others return []."""
         broken = [] if self._lifelines is None else self._lifelines.broken()
         return [rank for rank in broken if not self.is_set(f"{_LEFT}/{rank}")]
 
     def leave(self, within_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Leave, as the last thing a rank does. Rank 0 waits for the others, but not for longer than `within_s`."""
+        """Leave, as the last thing a rank does. Rank 0 waits for the others, at most `within_s`."""
         if self._rank:
             self.set_flag(f"{_LEFT}/{self._rank}")
             return

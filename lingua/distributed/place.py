@@ -1,6 +1,6 @@
-"""Who this rank is. Torch-free: a trainer checks its config for all ranks before it loads torch.
+"""Find the rank of this process. Torch-free: a trainer checks its config for all ranks before it loads torch.
 
-Ranks come from torchrun's variables or from the Slurm step; a lone process in a big allocation stays alone.
+Ranks come from torchrun's variables or from the Slurm step; a single process in a big allocation stays alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RankInfo:
     local_rank: int = 0
     local_world_size: int = 1
     master: tuple[str, int] | None = None
-    """Host and port of rank 0. None: alone, no process group."""
+    """Host and port of rank 0, or None for a single process without a process group."""
     said_by: tuple[str, ...] = field(default=_SHELLS, compare=False)
     """Variables without which this process would be alone."""
     has_agent: bool = field(default=False, compare=False)
@@ -42,7 +42,7 @@ class RankInfo:
 def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
     """Return this process's place: from torchrun (RANK, WORLD_SIZE, ...), else from the Slurm step, else alone.
 
-    Raises ConfigError for variables that make no sense.
+    Raises ConfigError for inconsistent variables.
     """
     task = this_task(env)
     inherited = env if all(env.get(name) for name in _SHELLS) else {}
@@ -56,7 +56,7 @@ def find_rank_info(env: Mapping[str, str] = os.environ) -> RankInfo:
         )  # fmt: skip
     # Two runs on one node must not meet: the port follows from the job and its step.
     port = 20_000 + zlib.crc32(task.step.encode()) % 12_000  # below the ephemeral ports
-    meeting = {} if inherited else env  # which goes with RANK
+    meeting = {} if inherited else env  # an inherited MASTER_ADDR belongs to the ignored RANK
     return RankInfo(
         rank=task.rank,
         world_size=task.n_tasks,
@@ -96,7 +96,7 @@ def _number(env: Mapping[str, str], name: str, default: int, least: int = 0, mos
 
 
 def _is_below_a_launcher(env: Mapping[str, str], task: StepTask, given: RankInfo) -> bool:
-    """Return whether a launcher that is a task of Slurm's made RANK, and not the shell that started the step."""
+    """Return whether RANK was set by a launcher that is a Slurm task, not by the shell that started the step."""
     if task.is_first:
         return False
     return "TORCHELASTIC_RUN_ID" in env or given.world_size > task.n_tasks

@@ -1,6 +1,6 @@
-"""Processes: the process group, the mesh, and the collectives and reductions that a run needs.
+"""The process group, the mesh, and the collectives and reductions that a run needs.
 
-Every collective runs on the main thread. An error of one rank is raised on all, so nobody waits in vain.
+Every collective runs on the main thread. An error on one rank is raised on all, so that no rank waits forever.
 
 Data-parallel order on the mesh (dp_replicate, dp_shard, tp): dp_rank = replicate * shard_size + shard.
 """
@@ -35,7 +35,7 @@ E = TypeVar("E", bound=BaseException)
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: RankInfo) -> torch.device:
-    """Return the device of this rank. Raises RankError when a GPU is asked for and there is none for this rank."""
+    """Return the device of this rank. Raises RankError if a GPU is requested and there is none for this rank."""
     n_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cpu" or (wanted == "auto" and n_gpus == 0):
         return torch.device("cpu")
@@ -48,9 +48,9 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"], place: RankInfo) -> torc
 
 
 def set_environment(args: EnvironmentArgs, place: RankInfo, on_gpu: bool, unset: Collection[str] = ()) -> None:
-    """Set what neither the user's shell has set nor `launcher.env.unset` names, and torch's CPU threads to match.
+    """Set variables that are neither set in the user's shell nor in `launcher.env.unset`, and torch's CPU threads.
 
-    Raises ConfigError for a number of threads that is none.
+    Raises ConfigError for an invalid number of threads.
     """
     threads = 1 if on_gpu else max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     for name, value in args.model_dump().items():
@@ -72,13 +72,13 @@ class World:
     rank_info: RankInfo
     device: torch.device
     mesh: DeviceMesh | None
-    """Axes dp_replicate, dp_shard, tp. None: one process."""
+    """Axes dp_replicate, dp_shard, tp; None for one process."""
     dp_rank: int = 0
     dp_size: int = 1
     peers: Peers | None = None
-    """The other ranks. None: one process."""
+    """The other ranks; None for one process."""
     tp_rank: int = 0
-    """Among the ranks that share the rows of one dp_rank, each with a part of the model."""
+    """Rank among those that share the rows of one dp_rank, each with a part of the model."""
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +91,7 @@ def start_world(
 ) -> Iterator[World]:
     """Join the process group and lay out the mesh; leave the group on the way out.
 
-    `config`: what all ranks must have alike. Raises as `meet`, RunError where ranks do not come.
+    `config`: must be equal on all ranks. Raises as `meet`, and RunError if ranks do not come.
     """
     replicate, shard, tp = args.degrees(place.world_size)
     if place.master is None:
@@ -122,7 +122,7 @@ def start_world(
         for group in mesh.get_all_groups():  # torch gives those of gloo 30 minutes, whatever the default group has
             _set_pg_timeout(timeout, group)
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
-        secret = from_main(lambda: secrets.token_bytes(32))  # which travels past the store
+        secret = from_main(lambda: secrets.token_bytes(32))  # not sent through the store
         peers = Peers(store, place.rank, place.world_size, secret)
         if place.is_main:
             peers.watch(listen(place, port=0))
@@ -135,7 +135,7 @@ def start_world(
 
 @contextmanager
 def patient(timeout_s: float, usual_s: float) -> Iterator[None]:
-    """Meanwhile ranks wait for each other for up to `timeout_s`, as where each has work of its own to do first."""
+    """Let ranks wait for each other for up to `timeout_s` inside the block, for work whose duration differs by rank."""
     if not dist.is_initialized():
         yield
         return
@@ -183,7 +183,7 @@ def from_main(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T
 def on_each(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `act` on all ranks and return the (picklable) results by rank; if any fails, all raise. Collective.
 
-    A RunError or OSError of the first rank that failed is raised on all, so that all take the same turn.
+    A RunError or OSError of the first rank that failed is raised on all, so that all take the same branch.
     """
     value, error = _attempt(act)
     answers = gather((value, None if error is None else _sendable(error)), group)
@@ -192,7 +192,7 @@ def on_each(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> lis
 
 
 def on_every_rank(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `act` on all ranks and return this rank's result, which is not sent; if any fails, all raise. Collective."""
+    """Run `act` on all ranks and return this rank's result without sending it; if any fails, all raise. Collective."""
     value, error = _attempt(act)
     _raise_first(error, gather(None if error is None else _sendable(error), group))
     return value  # pyright: ignore[reportReturnType] - without an error there is one
@@ -211,7 +211,7 @@ def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _raise_first(own: Exception | None, errors: list[RunError | None]) -> None:
-    """Raise the error of the lowest rank that failed; a rank with a bug of its own raises that."""
+    """Raise the error of the lowest rank that failed; a rank with a bug raises its own error."""
     found = next(((rank, error) for rank, error in enumerate(errors) if error is not None), None)
     if found is None:
         return
@@ -230,12 +230,12 @@ def _without_os_error(error: E) -> E | DiskError:
 
 
 def _sendable(error: Exception) -> RunError:
-    """Return what other ranks raise: a RunError keeps its sentence."""
+    """Return the error for other ranks to raise; a RunError keeps its message."""
     return carried(error, None if isinstance(error, RunError) else f"{type(error).__name__}: {error}")
 
 
 def _portable(error: BaseException) -> Exception:
-    """Return the error itself where it survives pickling, else its words."""
+    """Return the error itself if it can be pickled, else a RankError with its message."""
     if not isinstance(error, Exception):
         return RankError("rank 0 failed, see its log", classify(error))
     try:
@@ -246,7 +246,7 @@ def _portable(error: BaseException) -> Exception:
 
 
 class StepReduce(Generic[T]):
-    """An asynchronous all-reduce of a few named numbers per step, read one step late, so that nobody waits.
+    """An asynchronous all-reduce of a few named numbers per step, read one step late, so that no rank waits.
 
     ```
     reduce.submit(facts_of_step_1, {"loss": loss, "stop": stop})    # starts the sums; None
@@ -260,7 +260,7 @@ class StepReduce(Generic[T]):
         self._pending: tuple[T, list[str], torch.Tensor, Callable[[], object]] | None = None
 
     def submit(self, facts: T, numbers: Mapping[str, torch.Tensor | float]) -> tuple[T, dict[str, float]] | None:
-        """Start the sums over ranks of this step's `numbers`; return what `result` would for the step before.
+        """Start the sums over ranks of this step's `numbers`; return `result` of the previous step.
 
         Collective: all ranks give the same names in the same order.
         """
@@ -285,7 +285,7 @@ class StepReduce(Generic[T]):
         return torch.full((), number, dtype=torch.float32, device=self._device)  # filled there: no copy, no wait
 
     def result(self) -> tuple[T, dict[str, float]] | None:
-        """Return (facts, sums by name) of the newest step, or None if they were read already. Waits for them."""
+        """Wait for the newest step; return (facts, sums by name), or None if they were read already."""
         if self._pending is None:
             return None
         facts, names, sums, wait = self._pending
@@ -295,11 +295,11 @@ class StepReduce(Generic[T]):
 
 
 SLOWEST_DISK = timedelta(hours=4)
-"""How long ranks wait for the slowest one's writing, reading or verifying."""
+"""How long ranks wait for the slowest one to write, read or verify."""
 
 
 class Ranks:
-    """All ranks of the run, over a process group of their own that waits for the slowest disk."""
+    """All ranks of the run, over a separate process group that waits for the slowest disk."""
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()

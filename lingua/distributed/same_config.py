@@ -1,4 +1,4 @@
-"""What differs between the configs and code of ranks: compared where the ranks meet, before anything is built.
+"""Compare the configs and code of the ranks when they meet, before anything is built.
 
 Ranks with different learning rates, say, would train without an error, and every number of the run would be wrong.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from lingua.files import RunError
 from lingua.run.folder import public_value
 
-# Folders on a machine's own disk, which may have another name on each machine.
+# Folders on local disks, whose names may differ between machines.
 OF_THE_MACHINE = frozenset({"data.stage_to", "distributed.compile_cache"})
 _SHOWN_KEYS = 8
 _SHOWN_CHARACTERS = 400
@@ -28,7 +28,7 @@ class MixedConfigError(RunError):
 
 
 def difference(configs: list[dict[str, Any]]) -> str:
-    """Return one sentence with the keys that differ and their values by rank; empty if none does."""
+    """Return one sentence with the keys that differ and their values by rank, or ""."""
     flat = [_flat(config) for config in configs]
     keys = [key for key in dict.fromkeys(itertools.chain(*flat)) if key not in OF_THE_MACHINE]
     differing = [key for key in keys if len({repr(values.get(key, _ABSENT)) for values in flat}) > 1]

@@ -1,10 +1,10 @@
 """Tensor parallelism: one model over several ranks, each with a part of the heads, the feed-forward and the vocabulary.
 
-The function and the parameter names stay. Every parameter is split or copied by a rule below, or the model is refused.
-Between blocks each rank holds a part of the positions (sequence parallelism), so that norms and the residual stream are
-split too. Each block takes two all-gathers and two reduce-scatters of the stream (B, S, D) in forward, and as many in
-backward; the gathered inputs of attention and feed-forward are kept for backward. Each step takes an all-reduce of each
-norm's gradient.
+The computed function and the parameter names do not change. Every parameter is split or copied by a rule below, or the
+model is refused. Between blocks each rank holds a part of the positions (sequence parallelism), so that norms and the
+residual stream are split too. Each block takes two all-gathers and two reduce-scatters of the stream (B, S, D) in
+forward, and as many in backward; the gathered inputs of attention and feed-forward are kept for backward. Each step
+takes an all-reduce of each norm's gradient.
 
     stream (B, S/t, D) -> norm -> gather (B, S, D) -> wq wk wv | w1 w3 by rows -> own heads | own width -> wo | w2 by
     columns -> reduce-scatter (B, S/t, D) -> + stream
@@ -44,7 +44,7 @@ class GatherPositions(ParallelStyle):
 def _gather(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     stream, *rest = inputs
     gathered = stream.redistribute(placements=[Replicate()])
-    if stream.shape[1] % stream.device_mesh.size():  # a text while it is generated; training has even parts
+    if stream.shape[1] % stream.device_mesh.size():  # only in generation; training has even parts
         # Unpadding returns a view that torch wrongly reports as contiguous, hence the clone.
         gathered = gathered.clone(memory_format=torch.contiguous_format)
     return gathered, *rest
@@ -53,7 +53,7 @@ def _gather(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 class VocabParallelEmbedding(RowwiseParallel):
     """An embedding split by rows of the vocabulary, which waits for the reduction of its output.
 
-    Otherwise a compiled block would be compiled twice: for a pending stream and for one that has arrived.
+    Otherwise a block would be compiled twice: for a pending stream and for a finished one.
     """
 
     @staticmethod
@@ -64,7 +64,7 @@ class VocabParallelEmbedding(RowwiseParallel):
 
 
 class SplitByRows(ColwiseParallel):
-    """A weight split by rows, whose module takes and gives what it did before."""
+    """A weight split by rows; inputs and outputs of its module do not change."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(module, device_mesh, self._partition_linear_fn)
@@ -87,7 +87,7 @@ BLOCKS: Mapping[str, ParallelStyle] = {
     r"layers\.\d+\.attention\.[qk]_norm": _HEAD_NORM,
     r"output|heads\.\d+": SplitByRows(),  # by vocabulary; the loss and `logits` know it
 }
-"""Pattern of a module's whole name -> what becomes of it. For the blocks of lingua/model/transformer.py."""
+"""Pattern of a module's full name -> how it is split. For the blocks of lingua/model/transformer.py."""
 
 
 def split_model(model: nn.Module, mesh: DeviceMesh, rules: Mapping[str, ParallelStyle] = BLOCKS) -> None:

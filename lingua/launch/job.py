@@ -34,7 +34,8 @@ from typing import Any, TypeVar
 import orjson
 
 from lingua import scheduler
-from lingua.checkpoint.layout import CHECKPOINTS, done_steps
+from lingua.checkpoint.layout import done_steps
+from lingua.checkpoint.lookup import root_in
 from lingua.config.base import ConfigError
 from lingua.config.command_line import CommandLine, parse_command_line, run_main
 from lingua.config.frozen import dump_yaml, read_config
@@ -130,6 +131,7 @@ class HeldJob:
     """What a job file holds, and what Slurm allocated."""
 
     run_dir: Path
+    checkpoints: Path
     app: str
     launcher: LauncherArgs
     n_ranks: int
@@ -156,8 +158,10 @@ def read_job(job_file: Path, allocation: scheduler.Allocation | None) -> HeldJob
     facts = read_json(job_file)
     accepted = ["--accept-change"] if facts["accept_change"] else []
     checkpoint = tree.get("checkpoint", {})
+    run_dir = Path(tree["dump_dir"]).absolute()
     return HeldJob(
-        run_dir=Path(tree["dump_dir"]).absolute(),
+        run_dir=run_dir,
+        checkpoints=root_in(tree, run_dir),
         app=tree["app"],
         launcher=launcher,
         n_ranks=allocation.n_tasks if allocation else facts["n_ranks"],
@@ -396,7 +400,7 @@ class Holder:
         return int(tries.get("fruitless", 0)), [str(node) for node in tries.get("avoid", [])]
 
     def _newest_step(self) -> int | None:
-        return self._ask(lambda: max(done_steps(self.job.run_dir / CHECKPOINTS), default=0), None)
+        return self._ask(lambda: max(done_steps(self.job.checkpoints), default=0), None)
 
     def _count_attempts(self) -> int | None:
         return self._ask(lambda: len(attempt_files(self.job.run_dir)), None)

@@ -1,8 +1,8 @@
-"""Copies the code of a run into its folder when it is first submitted, so that later edits do not change the run.
+"""Copy the code of a run into its folder when it is first submitted, so that later edits do not change the run.
 
-The copy appears whole or not at all, and is replaced only when asked. A process started with `environment()` imports
-the copy and nothing of the working tree. Copied are Python files at the top of the tree and folders with Python files
-or scripts, with configs in them; not links, hidden folders, virtual environments, data and outputs.
+The copy appears atomically, and is replaced only on request. A process started with `environment()` imports the copy
+and nothing from the working tree. The copy has the Python files at the top of the tree and folders with Python files or
+scripts, including their configs; no links, hidden folders, virtual environments, data or outputs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
 
 
 def environment(code: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Return variables with which Python imports from `code`, not from the working folder, and runs what it names."""
+    """Return variables with which Python imports from `code`, not from the working folder, and trusts its configs."""
     further = [env["PYTHONPATH"]] if env.get("PYTHONPATH") else []
     return {"PYTHONPATH": os.pathsep.join([str(code.absolute()), *further]), "PYTHONSAFEPATH": "1", VARIABLE: "1"}
 

@@ -1,7 +1,7 @@
-"""Classifies failures, to decide whether starting a run again may help.
+"""Classify failures, to decide whether restarting a run may help.
 
-`classify` gives every error exactly one kind; an error that no rule knows is a `bug`. `logs/error_<rank>.json` and
-`stop.json` have the kind. torch's errors are recognised by name, so that this imports no torch.
+`classify` gives every error exactly one kind; an error that no rule matches is a `bug`. `logs/error_<rank>.json` and
+`stop.json` have the kind. torch's errors are recognized by name, so that this imports no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class HungError(RunError):
 
 
 class TooLargeError(RunError):
-    """A model does not fit into the memory, whatever the batch."""
+    """A model does not fit into memory, whatever the batch size."""
 
 
 class Kind(NamedTuple):
@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
     "bug": Kind(True, "the traceback is in the error file and in the log of that rank"),
 }
 REFUSALS = frozenset({"config", "setup", "data"})
-"""Kinds that come again with the same command: before the first step nothing of such a start is worth keeping."""
+"""Kinds that recur with the same command: before the first step nothing of such a start is worth keeping."""
 
 _BY_CLASS = {
     "ConfigError": "config",
@@ -85,7 +85,7 @@ _BY_CLASS = {
     "DistError": "nccl",  # torch's, with DistBackendError, DistNetworkError and DistStoreError below it
     "ConnectionError": "nccl",
 }
-# Messages of torch, NCCL, gloo and CUDA, which come as plain RuntimeErrors; the first match decides.
+# Messages of torch, NCCL, gloo and CUDA, which raise plain RuntimeErrors; the first match decides.
 _BY_MESSAGE: tuple[tuple[str, str], ...] = (
     (r"^Function '\w+' returned nan values", "nan"),  # torch's anomaly detection
     (r"out of memory|can't allocate memory|not enough memory", "oom"),
@@ -117,7 +117,7 @@ def classify(error: BaseException) -> str:
 
 
 def carried(error: Exception, message: str | None = None) -> RunError:
-    """Return the error for other ranks to raise: of the same kind, by default with the same message."""
+    """Return the error for other ranks to raise, with the same kind and, by default, the same message."""
     message = str(error) if message is None else message
     if isinstance(error, DiskError):
         return DiskError(message, error.errno, error.path)
@@ -131,7 +131,7 @@ def carried(error: Exception, message: str | None = None) -> RunError:
 
 @contextmanager
 def fits(what: str) -> Iterator[None]:
-    """Raise TooLargeError, which names `what`, if the memory does not suffice inside."""
+    """Raise TooLargeError, which names `what`, if the block runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -141,7 +141,7 @@ def fits(what: str) -> Iterator[None]:
 
 
 def mark_known(error: Exception) -> Exception:
-    """Mark an error that every rank raises by itself, so that it need not be sent."""
+    """Mark an error that all ranks raise, so that it need not be sent."""
     setattr(error, "known_to_all", True)  # noqa: B010 - of any class
     return error
 
@@ -155,7 +155,7 @@ def known_to_all(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank of one attempt failed; error_<rank>.json holds it."""
+    """The failure of one rank of one attempt, as in error_<rank>.json."""
 
     kind: str
     type: str
@@ -163,13 +163,13 @@ class Failure:
     traceback: str
     rank: int
     step: int | None
-    """Updates done. None: before training."""
+    """Updates done; None before training."""
     incarnation: int | None
-    """Number of the attempt; the name is that in files. None: the run folder was not opened yet."""
+    """Number of the attempt, under its name in files; None before the run folder was opened."""
     host: str = ""
     time: str = ""
     because_of_rank: int | None = None
-    """The rank that failed first, if this one leaves because of it."""
+    """The rank that failed first, if this rank leaves because of it."""
 
 
 def failure_of(error: BaseException, **more: Any) -> Failure:

@@ -1,4 +1,4 @@
-"""Finds run folders, and says in one sentence what a path that is none of them may mean."""
+"""Find run folders, and explain in one sentence what a path that is not one may mean."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lingua.files import CommandError, entries
 from lingua.run.lock import FOLDER
 
 USUAL_FOLDER = Path("out")
-"""Where runs are unless the config says otherwise (`dump_base`)."""
+"""Default folder of runs (`dump_base`)."""
 
 
 def find_run(path: Path) -> Path:
-    """Return the run folder that a path means. Raises CommandError if it is none."""
+    """Return the run folder that a path means. Raises CommandError if it is not one."""
     if (path / CONFIG_FILE).is_file():
         return path
     raise no_run(path)
@@ -30,7 +30,7 @@ def find_runs(folder: Path, depth: int = 4) -> list[Path]:
 
 
 def no_run(path: str | Path) -> CommandError:
-    """Return the error that a path is no run, with the runs that may be meant."""
+    """Return the error for a path that is not a run, with the runs that may be meant."""
     place = Path(path)
     run, at, _ = str(place).rpartition("@")
     if at and not place.exists() and Path(run).is_dir():
@@ -49,7 +49,7 @@ def _has_run(folder: Path) -> bool:
 
 
 def _newest_of(runs: Sequence[Path], folder: Path, limit: int = 4) -> str:
-    """Name those that were started last, the newest first."""
+    """Name the runs that were started last, newest first."""
     newest = sorted(runs, key=lambda run: (run / FOLDER).stat().st_mtime, reverse=True)
     rest = f" and {len(runs) - limit} more: `lingua runs {folder}`" if len(runs) > limit else ""
     return ", ".join(map(str, newest[:limit])) + rest

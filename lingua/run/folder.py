@@ -1,4 +1,4 @@
-"""Writes what explains a run into its folder: the command, the environment without secrets, and how it ended.
+"""Record in a run's folder its command, its environment without secrets, and how it ended.
 
 Values that look like secrets are never written (lingua/masking.py). `stop.json` repeats the exit code, since launchers
 in between change it (torchrun turns 75 into 1).
@@ -31,7 +31,7 @@ STOP_FILE = "stop.json"
 _ROOM, _ROOM_BYTES = ".stop.json.room", 16 << 10
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
-EXIT_REQUEUE = 75  # EX_TEMPFAIL in sysexits.h: saved, to be started again
+EXIT_REQUEUE = 75  # EX_TEMPFAIL in sysexits.h: saved, to be restarted
 EXIT_HUNG = 76  # the watchdog ended it
 EXIT_INTERRUPTED = 130  # what a shell reports for Ctrl-C: a person ended it, so it is not requeued
 
@@ -68,7 +68,7 @@ def end_asked_for(received: str) -> tuple[str, int]:
 
 
 def archive_exit_records(run_dir: Path, attempt: int) -> None:
-    """Rename what an earlier attempt left at its end, so that stop.json and the like are the newest attempt's.
+    """Rename an earlier attempt's exit records, so that stop.json and the like are the newest attempt's.
 
     Attempt 1 has logs/stop.0001.json, logs/run.0001.json, logs/error_0.0001.json and logs/stacks_0.0001.txt.
     """
@@ -87,10 +87,10 @@ def kept_configs(run_dir: Path) -> dict[int, Path]:
 
 
 def reserve_last_words(run_dir: Path) -> None:
-    """Allocate room for stop.json, so that a run whose disk fills up can still say so. Raises OSError."""
+    """Allocate room for stop.json, so that a run whose disk fills up can still write it. Raises OSError."""
     room = run_dir / _ROOM
     if not room.exists():
-        DISK.close(DISK.create(room))  # with the mode of any file: others may ask why it ended
+        DISK.close(DISK.create(room))  # with the usual file mode: other users may ask why the run ended
     DISK.close(DISK.reserve(room, _ROOM_BYTES))
 
 

@@ -1,14 +1,14 @@
-"""Says who owns a folder: one attempt a run folder, and one run a folder of checkpoints.
+"""Ownership of folders: one attempt owns a run folder, and one run a folder of checkpoints.
 
 Two trainers never own a folder at once; the second is refused with a sentence that names the first. The lock of a dead
 owner blocks others for at most a minute, and not at all if its death is certain (same host: no such process; same Slurm
-job, restarted). An owner that was replaced while it was suspended is told at its next heartbeat or save.
+job, restarted). An owner that was replaced while it was suspended finds out at its next heartbeat or save.
 
 The folder `incarnations/` has one file per attempt, 0000000001.json and so on; the highest number is the owner. Taking
 over means creating the next number, which a file system grants to one process only, so there is no lock to break and no
-race in breaking it. Every BEAT_S a thread checks that the folder is still ours, touches the file, and looks for what
-`lingua stop` and `lingua profile` ask. A heartbeat is old by the file server's clock, or because it did not change for
-a minute by that of the newcomer. A record that only came with a copy of the folder owns nothing (`place.py`).
+race in breaking it. Every BEAT_S a thread checks that the folder is still ours, touches the file, and looks for
+requests of `lingua stop` and `lingua profile`. A heartbeat is stale by the file server's clock, or if it did not change
+for a minute of the newcomer's clock. A record that came with a copy of the folder owns nothing (`place.py`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Owner:
     """Containers on one host see different processes."""
     pid: int = 0
     started: str = ""
-    """When the process began, in clock ticks since boot: another process with the same pid has another value."""
+    """Start time in clock ticks since boot: another process with the same pid has another value."""
     slurm_job_id: str = ""
     slurm_restarts: int = 0
 
@@ -84,7 +84,7 @@ def owner_in(record: Any) -> Owner:
 
 
 def certainly(owner: Owner, me: Owner) -> bool | None:
-    """Return whether an owner is alive, where that is certain; None: only its heartbeat can tell."""
+    """Return whether an owner is alive, or None if only its heartbeat can tell."""
     if owner.place == me.place and owner.boot_id:
         return _start_of(owner.pid) == owner.started
     if owner.slurm_job_id and owner.slurm_job_id == me.slurm_job_id and owner.slurm_restarts < me.slurm_restarts:
@@ -107,13 +107,13 @@ def _link(path: str) -> str:
 
 
 def _start_of(pid: int) -> str:
-    """Field 22 of /proc/<pid>/stat (proc(5)); empty when there is no such process or it is a zombie."""
+    """Return field 22 of /proc/<pid>/stat (proc(5)), or "" if there is no such process or it is a zombie."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before ")" may hold blanks
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
 def _claim(draft: Path, path: Path) -> None:
-    """Give `draft` the name `path`, unless it is taken: then FileExistsError."""
+    """Give `draft` the name `path`. Raises FileExistsError if the name is taken."""
     try:
         os.link(draft, path)
     except OSError as error:
@@ -129,7 +129,7 @@ def stop_request(run_dir: Path, attempt: int) -> Path:
 
 
 def ask_to_stop(run_dir: Path, attempt: int) -> None:
-    """Ask an attempt to stop, from any machine that sees the folder. Raises RunError where it cannot be written."""
+    """Ask an attempt to stop, from any machine that sees the folder. Raises RunError if the folder is not writable."""
     path = stop_request(run_dir, attempt)
     try:
         write_whole(path, b"")
@@ -141,7 +141,7 @@ def ask_to_stop(run_dir: Path, attempt: int) -> None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt to run what a folder holds, as its file in `incarnations/` describes it."""
+    """One attempt of a run, as in its file in `incarnations/`."""
 
     number: int
     """From 1."""
@@ -149,24 +149,24 @@ class Attempt:
     released: bool = False
     """It ended by itself."""
     began_s: float | None = None
-    """Seconds since the epoch, as all times here. None: an older version wrote the file."""
+    """Seconds since the epoch, as all times here; None if an older version wrote the file."""
     released_s: float | None = None
     beat_s: float = 0.0
     """Time of the last heartbeat."""
     copied_from: str = ""
     """The folder that it ran in, if this one is a copy of it."""
     folder: str = ""
-    """The folder that it ran in, as it was named then; empty: an older version wrote the file."""
+    """The folder that it ran in, by its name then; "" if an older version wrote the file."""
 
     def is_alive(self, me: Owner | None = None, now_s: float | None = None, silent_s: float = DEAD_AFTER_S) -> bool:
-        """Return whether the owner is running here, as far as reading can show; an owner elsewhere by its heartbeat."""
+        """Return whether the owner seems to be running; an owner on another machine is judged by its heartbeat."""
         if self.released or self.copied_from:
             return False
         alive = certainly(self.owner, me or this_process())
         return (time.time() if now_s is None else now_s) - self.beat_s < silent_s if alive is None else alive
 
     def looks_in(self, run_dir: Path, me: Owner) -> bool:
-        """Return whether its owner finds what is written into `run_dir`, which may have been renamed since it began."""
+        """Return whether its owner sees files written to `run_dir`, which may have been renamed since it began."""
         if not self.folder or certainly(self.owner, me) is None:
             return True  # elsewhere the folder may have this name
         return os.path.exists(self.folder) and os.path.samefile(self.folder, run_dir)
@@ -176,13 +176,13 @@ class Attempt:
 
 
 def attempt_files(run_dir: Path) -> dict[int, Path]:
-    """Return the file of each attempt, the first attempt first."""
+    """Return the file of each attempt, by ascending number."""
     found = {int(match[1]): path for path in entries(run_dir / FOLDER) if (match := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
 def read_attempt(path: Path) -> Attempt:
-    """Read the file of an attempt. Raises OSError, or RunError where it is damaged."""
+    """Read the file of an attempt. Raises OSError, or RunError if it is damaged."""
     beat_s, record = path.stat().st_mtime, read_json(path)
     if not isinstance(record, dict) or not {"released", *Owner.__dataclass_fields__} & record.keys():
         raise RunError(f"{path} does not say whose attempt it is; it is damaged or was edited")
@@ -193,19 +193,22 @@ def read_attempt(path: Path) -> Attempt:
 
 
 def _time_in(record: dict[str, Any], key: str) -> float | None:
-    """Return seconds since the epoch, before the year 10000; None for anything else."""
+    """Return a time in seconds since the epoch, or None if it is not a time before the year 10000."""
     value = record.get(key)
     return float(value) if isinstance(value, int | float) and 0 <= value < _YEAR_10000_S else None
 
 
 def newest_attempt(run_dir: Path) -> Attempt | None:
-    """Read the attempt that owns the folder or owned it last; None before the first. Raises as `read_attempt`."""
+    """Read the attempt that owns the folder or owned it last, or return None before the first.
+
+    Raises as `read_attempt`.
+    """
     files = attempt_files(run_dir)
     return read_attempt(files[max(files)]) if files else None
 
 
 def living_attempt(run_dir: Path, me: Owner | None = None, now: Callable[[], float] = time.time) -> Attempt | None:
-    """Return the attempt that owns the folder now, as far as reading can show; None: nobody does."""
+    """Return the attempt that seems to own the folder now, or None."""
     newest = newest_attempt(run_dir)
     return newest if newest is not None and newest.is_alive(me, now()) else None
 
@@ -216,10 +219,10 @@ def living_attempt(run_dir: Path, me: Owner | None = None, now: Callable[[], flo
 def still_owns(
     attempt: Attempt, certain: bool | None, *, age_s: float, unchanged_s: float, has_beaten: bool
 ) -> bool | None:
-    """Return whether an owner holds the folder against a newcomer; None: look again.
+    """Return whether an owner keeps the folder from a newcomer, or None to look again.
 
-    `certain`: what `certainly` says. `age_s` of its heartbeat is negative where a clock was set back, so `unchanged_s`,
-    by the newcomer's own clock, counts too. `has_beaten`: the heartbeat has changed meanwhile.
+    `certain`: the answer of `certainly`. `age_s` of its heartbeat is negative if a clock was set back, so `unchanged_s`
+    of the newcomer's clock counts too. `has_beaten`: the heartbeat has changed meanwhile.
     """
     if attempt.released or attempt.copied_from:
         return False
@@ -231,7 +234,7 @@ def still_owns(
 
 
 def why_overtaken(run_dir: Path, attempt: int, newest: int, is_ours: bool | None) -> str | None:
-    """Return why an attempt must stop, or None. `is_ours`: whether it wrote the file with its number; None: no file."""
+    """Return why an attempt must stop, or None. `is_ours`: whether it wrote the file of its number; None: no file."""
     this = f"this one, attempt {attempt}, stops"
     if newest > attempt:
         return f"attempt {newest} of this run has taken over {run_dir}; {this}"
@@ -241,7 +244,7 @@ def why_overtaken(run_dir: Path, attempt: int, newest: int, is_ours: bool | None
 
 
 def run_in(run_dir: Path) -> Run:
-    """Return the identity of a run, also of one that is still to come. Raises OSError."""
+    """Return the identity of a run, even before its first attempt. Raises OSError."""
     first = attempt_files(run_dir).get(1)
     record = None
     with suppress(FileNotFoundError, RunError):  # a damaged record: the folder alone identifies it
@@ -268,7 +271,7 @@ class RunLock:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`now`: seconds since the epoch; None: the file server's own clock. `doing`: what owners do, for messages."""
+        """`now`: seconds since the epoch; None for the file server's clock. `doing`: the activity in messages."""
         self._run_dir = run_dir
         self._doing = doing
         self._folder = run_dir / FOLDER
@@ -280,7 +283,7 @@ class RunLock:
         self._stop, self._wake = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.attempt = 0
-        """Number of this attempt, from 1. 0: not the owner."""
+        """Number of this attempt, from 1; 0 if not the owner."""
         self.on_lost: Callable[[Exception], object] = lambda error: None
         """Called from the heartbeat's thread when the folder is not ours any more, or for a bug in that thread."""
         self.on_stop_request: Callable[[], object] = lambda: None
@@ -289,7 +292,7 @@ class RunLock:
         """Called at each heartbeat, from its thread; may raise OSError."""
 
     def acquire(self) -> int:
-        """Become the owner and return the attempt's number. Raises OccupiedError, or DiskError: not to be written."""
+        """Become the owner and return the attempt's number. Raises OccupiedError, or DiskError if writing fails."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             while not self._try_next():
@@ -311,12 +314,12 @@ class RunLock:
         record = {"incarnation": number, "released": False, "began_at": self._began_at}
         record["folder"] = asdict(place_of(self._run_dir))
         if not self._create(self._path(number), asdict(self._me) | record):
-            return False  # another process was faster: look again who it is
+            return False  # another process was faster: look at the new owner
         self.attempt = number
         return True
 
     def _create(self, path: Path, record: dict[str, Any]) -> bool:
-        """Write a record that nobody else has written; return False if somebody has."""
+        """Write a new record; return False if another process has written it."""
         draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}.json")
         write_json(draft, record)
         self._touch(draft)
@@ -329,7 +332,7 @@ class RunLock:
         return True
 
     def _wait_until_gone(self, path: Path) -> None:
-        """Return when the owner described in `path` is gone; raise OccupiedError as soon as it is known to be alive."""
+        """Wait until the owner described in `path` is gone; raise OccupiedError once it is known to be alive."""
         first_beat_s: float | None = None
         since_s = self._monotonic()
         while True:
@@ -355,7 +358,7 @@ class RunLock:
             self._sleep(5.0)
 
     def bind(self, folder: Path) -> None:
-        """Make a folder of checkpoints this run's alone. Raises RunError if it is another's, OSError."""
+        """Bind a folder of checkpoints to this run. Raises RunError if it is another run's, OSError."""
         run = run_in(self._run_dir)
         while not bind(folder, run, self._create):
             pass
@@ -364,7 +367,7 @@ class RunLock:
     def check(self) -> None:
         """Raise OvertakenError if another attempt has the folder, RunError if another run has its checkpoints.
 
-        Raises OSError where that cannot be read. Nothing, where the folder was moved away: then nobody took it over.
+        Raises OSError if that cannot be read. Does not raise if the folder was moved away: nobody took it over.
         """
         raise_if(self._lost)
         record, path = None, self._path(self.attempt)
@@ -381,7 +384,7 @@ class RunLock:
             raise RunError(f"{whose}; attempt {self.attempt} of {self._run_dir} stops")
 
     def look(self) -> None:
-        """Raise what `check` found last, and let the heartbeat's thread check soon: the disk may hang."""
+        """Raise the result of the last `check`, and wake the heartbeat's thread for a new one: the disk may hang."""
         raise_if(self._lost)
         self._wake.set()
 
@@ -403,7 +406,7 @@ class RunLock:
         return self._folder / f"{number:010d}.json"
 
     def release(self, *, remove: bool = False) -> None:
-        """Give up the folder; the number stays used. `remove`: the folder vanishes, at once, if it is still ours."""
+        """Give up the folder; the number stays used. `remove`: remove the folder at once, if it is still ours."""
         if not self.attempt:
             return
         self._stop.set()
@@ -455,7 +458,7 @@ class RunLock:
                 return
 
     def beat(self) -> None:
-        """Check that the folder is ours, sign, and look for requests. A disk that fails costs a warning."""
+        """Check that the folder is ours, touch the file, and look for requests. A failing disk is only a warning."""
         try:
             try:
                 self.check()

@@ -1,8 +1,8 @@
-"""Writes the metrics of a run: `metrics.jsonl` and the like, wandb, TensorBoard and trackio.
+"""Write the metrics of a run: `metrics.jsonl` and the like, wandb, TensorBoard and trackio.
 
 A line is written whole or retried with the next; a full disk is reported once and never ends the run, and neither does
-a tracker (tracking.py). Every line has its attempt, so that lines after a rollback can be told from those before. wandb
-counts by our own step, which may go back.
+a tracker (tracking.py). Every line has its attempt, to distinguish lines after a rollback from those before. wandb uses
+our step, which may go back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SAMPLES_FILE = "samples.jsonl"
 _TAIL_BYTES = 64 << 10
 _HELD_LINES = 10_000  # kept in memory while they cannot be written
 BEGIN_S = 10.0
-"""How long an attempt waits for its trackers to begin; records are kept for those that take longer."""
+"""How long an attempt waits for its trackers to start; records are held for those that take longer."""
 WANDB_INIT_S = 30
 """After this long without an answer from the server, wandb tracks offline. WANDB_INIT_TIMEOUT overrides it."""
 FINISH_S = 60.0
@@ -94,7 +94,7 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def record_in(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line; None for one that is torn by a kill, or of another form."""
+    """Return the record of a line, or None if the line is truncated by a kill or malformed."""
     with suppress(orjson.JSONDecodeError):
         record = orjson.loads(line)
         if isinstance(record, dict) and all(type(record.get(key, 0)) is int for key in ("global_step", "incarnation")):
@@ -103,13 +103,13 @@ def record_in(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read all records of a metrics file; no file has none."""
+    """Read all records of a metrics file; [] if there is no file."""
     lines = read_bytes(path).splitlines() if path.is_file() else []
     return [record for record in map(record_in, lines) if record is not None]
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
-    """Return the numbers and notes of the last record; None where there is no file or no record."""
+    """Return the numbers and notes of the last record, or None if there is no file or no record."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -173,7 +173,7 @@ class MetricLogger:
         self._send(self._validation_lines, record, "validation/")
 
     def log_checkpoint(self, record: Mapping[str, Any]) -> None:
-        """Write what happened to the checkpoint of `global_step`, to the file only."""
+        """Write an event of the checkpoint of `global_step`, to the file only."""
         self._write(self._checkpoint_lines, record)
 
     def log_probe(self, record: Mapping[str, float | int]) -> None:
@@ -181,7 +181,7 @@ class MetricLogger:
         self._write(self._probe_lines, record)
 
     def log_sample(self, record: Mapping[str, Any]) -> None:
-        """Write what the model says, to its file only."""
+        """Write a generated sample, to its file only."""
         self._write(self._sample_lines, record)
 
     def track(self, record: Mapping[str, float | int]) -> None:
@@ -220,7 +220,7 @@ class EvaluationTracker:
         config: Mapping[str, Any],
         training_id: Callable[[int], str | None],
     ) -> None:
-        """`args`: those of the training run; None: no wandb. `training_id`: id of the wandb run that trained a step."""
+        """`args`: the training run's; None without wandb. `training_id`: id of the wandb run that trained a step."""
         self._args, self._run_dir, self._run_name, self._config = args, run_dir, run_name, config
         self._training_id = training_id
         self._tracker: Tracker | None = None
@@ -250,7 +250,7 @@ def evaluation_wandb(args: WandbArgs, run_name: str, training_id: str | None) ->
 
 
 def wandb_settings(args: WandbArgs, run_dir: Path, run_name: str, wandb_id: str | None = None) -> dict[str, Any]:
-    """Return the keywords of `wandb.init`. `wandb_id`: that of the attempt before, to be continued."""
+    """Return the keywords of `wandb.init`. `wandb_id`: the previous attempt's id, to continue it."""
     settings = {key: value for key, value in args.model_dump().items() if value is not None}
     if wandb_id is not None:  # it was forked or rewound already
         settings.pop("fork_from", None)
@@ -270,7 +270,7 @@ def wandb_settings(args: WandbArgs, run_dir: Path, run_name: str, wandb_id: str 
 
 
 def wandb_tracker(settings: dict[str, Any], config: Mapping[str, Any]) -> Tracker:
-    """Track with wandb: first with `settings`, after a failure offline."""
+    """Track with wandb: online with `settings`, and offline after a failure."""
 
     def begin_offline() -> _WandbRun:
         import wandb

@@ -1,8 +1,8 @@
-"""Tells a folder from its copies, and says which run a folder of checkpoints belongs to.
+"""Distinguish a folder from its copies, and bind a folder of checkpoints to a run.
 
-A record of an owner names the folder in which it was written. Where that is another folder, the record came by `cp -r`
-or the like, and says nothing. `owner.json` beside the checkpoints is such a record: it binds them to one run, which may
-be renamed or moved.
+An owner's record names the folder in which it was written. If that is another folder, the record was copied by `cp -r`
+or the like, and does not count. `owner.json` beside the checkpoints is such a record: it binds them to one run, which
+may be renamed or moved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BINDING = "owner.json"
 
 @dataclass(frozen=True)
 class Place:
-    """A folder: by its resolved path, and by its inode, which a rename keeps and another mount shows too."""
+    """A folder: its resolved path, and its inode, which survives a rename and is the same on another mount."""
 
     path: str
     inode: int
@@ -35,7 +35,7 @@ class Run:
 
     place: Place
     born_s: float | None = None
-    """When its first attempt began; None: it has none yet, or an older version wrote that."""
+    """When its first attempt began; None if it has none yet, or if an older version wrote that."""
 
 
 def place_of(folder: Path) -> Place:
@@ -44,7 +44,7 @@ def place_of(folder: Path) -> Place:
 
 
 def place_in(record: Any, key: str = "folder") -> Place | None:
-    """Return the folder that a JSON object names; None: an older version wrote it, or it is damaged."""
+    """Return the folder that a JSON object names, or None if an older version wrote it or it is damaged."""
     found = record.get(key) if isinstance(record, dict) else None
     try:
         return None if found is None else Place(str(found["path"]), int(found["inode"]))
@@ -53,7 +53,7 @@ def place_in(record: Any, key: str = "folder") -> Place | None:
 
 
 def copied_from(record: Any, folder: Path) -> str:
-    """Return the folder in which an owner's record was written, if it only came to `folder` by a copy; else ""."""
+    """Return the folder in which an owner's record was written, if it was copied to `folder`; else ""."""
     held = place_in(record)
     return "" if held is None or held.is_same(place_of(folder)) else held.path
 
@@ -62,9 +62,9 @@ def copied_from(record: Any, folder: Path) -> str:
 
 
 def is_of_another(bound: Run, run: Run, *, is_gone: bool) -> bool:
-    """Return whether a folder that is `bound` to one run is closed to `run`.
+    """Return whether a folder that is `bound` to one run is not `run`'s.
 
-    A run that was renamed has the same inode; one that was moved has not, but then the folder it had before `is_gone`.
+    A renamed run has the same inode; a moved run does not, but then its former folder `is_gone`.
     """
     if bound.place.path == run.place.path:
         return False
@@ -72,7 +72,7 @@ def is_of_another(bound: Run, run: Run, *, is_gone: bool) -> bool:
 
 
 def bound_to(folder: Path) -> Run | None:
-    """Return the run that a folder of checkpoints belongs to; None: to none yet. Raises OSError, RunError: damaged."""
+    """Return the run that owns a folder of checkpoints, or None. Raises OSError, or RunError if it is damaged."""
     path = folder / BINDING
     try:
         record = read_json(path)
@@ -97,7 +97,7 @@ def why_not_ours(folder: Path, run: Run) -> str | None:
 
 
 def bind(folder: Path, run: Run, create: Callable[[Path, dict[str, Any]], bool]) -> bool:
-    """Bind a folder of checkpoints to a run; return False if another process did something meanwhile: try again.
+    """Bind a folder of checkpoints to a run; return False if another process interfered: try again.
 
     `create` writes a new file and returns False if it is there already. Raises RunError if the folder is another run's.
     """

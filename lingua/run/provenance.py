@@ -1,7 +1,7 @@
-"""Records what an attempt runs in `run.json`: command, code, package versions, host and devices.
+"""Record the provenance of an attempt in `run.json`: command, code, package versions, host and devices.
 
-The code is a git commit with what differs from it: of the checkout that the app is in or, for a job, that was frozen.
-Without git, or outside of a checkout, `commit` is null; the hashes of `code` and the versions stay.
+The code is a git commit and the changes to it, of the checkout that the app is in or, for a job, that was frozen.
+Without git, or outside of a checkout, `commit` is null; the hashes of `code` and the versions remain.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GIT_S = 10.0
 
 
 def describe_code(folder: Path) -> dict[str, Any]:
-    """Return the commit of the checkout that `folder` is in, its changes as a diff, and the files git does not know."""
+    """Return the commit of the checkout that `folder` is in, its changes as a diff, and its untracked files."""
     unknown = {"folder": str(folder.absolute()), "commit": None, "dirty": None, "diff": None, "untracked": None}
     if (frozen := folder / COMMIT_FILE).is_file():
         return {**read_json(frozen), "folder": str(folder.absolute())}

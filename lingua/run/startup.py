@@ -1,4 +1,4 @@
-"""Measures a start: what the time from the beginning of the process to its first trained step went into. Torch-free."""
+"""Measure a start-up: the parts of the time from the start of the process to its first step. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from lingua.run.metrics import is_number
 
 EVENT = "trained"
-"""Of the line in metrics.checkpoint.jsonl that keeps what a start-up took."""
+"""Event of the line in metrics.checkpoint.jsonl that holds the times of a start-up."""
 FIRST_STEP = "first step"
-"""The last part."""
+"""The last part of a start-up."""
 
 
 def since_boot_s() -> float:
@@ -27,7 +27,7 @@ def process_began_s() -> float:
 
 
 class StartUp:
-    """The parts of a start-up, in the order in which they were first reached. They add up to all of it."""
+    """The parts of a start-up, in the order in which they were first reached. They add up to the total."""
 
     def __init__(self, began_s: float | None = None, now: Callable[[], float] = since_boot_s) -> None:
         """`began_s`: by the clock `now`; None: when this process began."""
@@ -41,7 +41,7 @@ class StartUp:
         self.parts[part] = self.parts.get(part, 0.0) + self._pass()
 
     def leave_out(self) -> None:
-        """Let the time since the last call count for nothing, as that of a validation before the first step."""
+        """Do not count the time since the last call, such as that of a validation before the first step."""
         self._pass()
 
     def _pass(self) -> float:
@@ -67,6 +67,6 @@ def in_words(parts: Mapping[str, float]) -> str:
 
 
 def parts_in(note: Mapping[str, Any]) -> dict[str, float]:
-    """Return the parts that a line of EVENT keeps."""
+    """Return the parts in a line of EVENT."""
     parts = note.get("parts")
     return {str(part): float(s) for part, s in parts.items() if is_number(s)} if isinstance(parts, dict) else {}

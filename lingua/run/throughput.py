@@ -1,9 +1,9 @@
-"""Measures how fast a run is and estimates the time left.
+"""Measure how fast a run is and estimate the time left.
 
-Rates are those of the steps since the last report, so they are right after a resume; the time left is estimated from
-this attempt's steps. MFU is model FLOPs over the device's peak (PaLM, arXiv 2204.02311, B); HFU adds what activation
-checkpointing computes again, but not what attention kernels recompute inside. A device without a known peak, such as a
-CPU, has neither: a peak measured beside other processes may be far too low.
+Rates cover the steps since the last report, so they are right after a resume; the time left is estimated from this
+attempt's steps. MFU is model FLOPs over the device's peak (PaLM, arXiv 2204.02311, B); HFU adds what activation
+checkpointing recomputes, but not what attention kernels recompute inside. A device without a known peak, such as a CPU,
+has neither: a peak measured beside other processes may be far too low.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Meter:
         self._first: tuple[int, Lap] | None = None  # the first report of this attempt
 
     def formula(self) -> str | None:
-        """Return the formulas of MFU and HFU with this run's numbers; None where the device's peak is not known."""
+        """Return the formulas of MFU and HFU with this run's numbers, or None if the device's peak is not known."""
         if self._peak_flops is None:
             return None
         model, again = self._flops_per_token, self._recomputed_flops_per_token
@@ -114,10 +114,10 @@ class Meter:
 
 
 class Peak(NamedTuple):
-    """What an accelerator can do at most, and the data sheet that says so."""
+    """Peak performance of an accelerator, and the data sheet that states it."""
 
     flops_per_s: float
-    """Dense bf16 (fp16 where there is no bf16)."""
+    """Dense bf16 (fp16 without bf16 support)."""
     memory_gib: int
     sheet: str
 
@@ -140,8 +140,8 @@ PEAKS: dict[str, Peak] = {
 }
 
 
-# torch.cuda.get_device_name, whole: a part of a GPU (MIG), or a board with another power limit ("NVIDIA H200 NVL" is no
-# "NVIDIA H200"), must not be taken for another one. A name that is not here has no peak.
+# The full torch.cuda.get_device_name: a part of a GPU (MIG), or a board with another power limit ("NVIDIA H200 NVL" is
+# not an "NVIDIA H200"), must not be taken for another one. A name that is not here has no peak.
 _NAMES = {
     "h100": ("NVIDIA H100 80GB HBM3",),
     "a100": ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),

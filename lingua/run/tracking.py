@@ -1,8 +1,8 @@
-"""Sends a run's records to a tracker such as wandb, which can neither end the run nor slow it down.
+"""Send a run's records to a tracker such as wandb, which can neither end the run nor slow it down.
 
 A separate thread makes all calls to the tracker's package, since any of them may raise or never return: the server is
-unreachable, its helper process was killed, the disk is full. After a failure there is one warning and the next way to
-track is tried (wandb: offline). The metrics files have every record.
+unreachable, its helper process was killed, the disk is full. After a failure it logs one warning and tries the next way
+to track (wandb: offline). The metrics files have every record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 
 SILENT_S = 300.0
-"""After a call has taken this long, nothing more is sent."""
+"""If a call takes longer than this, nothing more is sent."""
 _HELD_RECORDS = 10_000
 
 
@@ -34,7 +34,7 @@ class Session(Protocol):
 
 
 class Tracker:
-    """Sends records to the session that the first of `ways` opens; after a failure, the next of them."""
+    """Sends records to the session that the first of `ways` opens; after a failure, to that of the next way."""
 
     def __init__(
         self, name: str, ways: Sequence[Callable[[], Session]], *, now: Callable[[], float] = time.monotonic
@@ -62,7 +62,7 @@ class Tracker:
         self._put(dict(record))
 
     def close(self, exit_code: int, within_s: float) -> None:
-        """Send what is waiting and end the session, for at most `within_s`."""
+        """Send the waiting records and end the session, within at most `within_s`."""
         self._put(exit_code)
         if not self._is_off:
             self._thread.join(within_s)

@@ -1,10 +1,10 @@
-"""Watches a rank from a second thread, since the main thread may be stuck, and ends the process if necessary.
+"""Watch a rank from a second thread, since the main thread may be stuck, and end the process if necessary.
 
 When a rank fails or is killed, all others learn of it within seconds: each leaves with a message and its own
 `error_<rank>.json`, long before a collective would time out. If a rank hangs, every rank's stacks are in
 `logs/stacks_<rank>.txt`. A stop signal before the first step of this attempt ends all ranks soon, since nothing can be
-lost; later the training loop decides for all ranks. After a failure was recorded, the process is gone within
-LEAVE_WITHIN_S, even if its cleanup hangs.
+lost; later the training loop decides for all ranks. Once a failure is recorded, the process ends within LEAVE_WITHIN_S,
+even if its cleanup hangs.
 
     with Watchdog(rank, signals, args.watchdog, run_dir) as watchdog:
         with watchdog.reporting():        # an error in here is recorded and sent to the other ranks
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 POLL_S = 0.5
 START_GRACE_S = 2.0
-"""How long a stop before the first step of an attempt waits for that step."""
+"""How long a stop signal before the first step of an attempt waits for that step."""
 ECHO_S = 5.0
 """How long a rank that lost its connection waits for the message of the rank that failed."""
 LOST_S = 20.0
@@ -132,7 +132,7 @@ class Watchdog:
         self._threads.append(thread)
 
     def _or_leave(self, act: Callable[[], None]) -> None:
-        """In a thread: end the process if `act` has a bug, since nobody would watch or listen any more."""
+        """In a thread: end the process if `act` has a bug, since nothing would watch or listen any more."""
         try:
             act()
         except Exception as error:
@@ -146,18 +146,18 @@ class Watchdog:
         self._start(self._listen, "peers")
 
     def open(self, attempt: int, is_new: bool = False) -> None:
-        """Note that the run folder is ours, as this attempt of it. `is_new`: this start has made it."""
+        """Note that this attempt owns the run folder. `is_new`: this attempt created it."""
         self._attempt, self._is_new = attempt, is_new
 
     @property
     def refused(self) -> bool:
-        """This start was refused before its first step, so the folder that it made, if any, is to vanish."""
+        """Whether this start was refused before its first step, so that a folder that it made must be removed."""
         if self._end is None or not self.heartbeat.starting:
             return False
         is_there, is_refusal = self._run_dir.exists(), self._end.kind in REFUSALS
         if self._attempt is None:
             return is_refusal and not is_there
-        return self._is_new and (is_refusal or not is_there)  # rank 0 may be gone with it before we heard why
+        return self._is_new and (is_refusal or not is_there)  # rank 0 may have removed it before we heard why
 
     def fail(self, error: Exception) -> None:
         """End all ranks because of an error that a thread of ours has found, whatever the main thread waits for."""
@@ -168,12 +168,12 @@ class Watchdog:
 
     @property
     def asked(self) -> bool:
-        """This rank was asked to stop; the others may not know yet."""
+        """Whether this rank was asked to stop; the others may not know yet."""
         return self._signals.received is not None
 
     @property
     def received(self) -> str | None:
-        """What asked this rank to stop."""
+        """The signal, or the request, that asked this rank to stop."""
         return self._signals.received
 
     @contextlib.contextmanager
@@ -240,7 +240,7 @@ class Watchdog:
         while not self._closed.wait(POLL_S):
             try:
                 gone = self._peers.gone()
-                message = self._peers.received()  # asked last: who is gone may have sent it
+                message = self._peers.received()  # read last: a rank that is gone may have sent it
             except RuntimeError as error:  # torch's DistError
                 self._lost(str(error).partition("\n")[0])
                 return
@@ -256,7 +256,7 @@ class Watchdog:
 
     def _lost(self, how: str) -> None:
         if self._closed.wait(LOST_S):
-            return  # the run was over
+            return  # the run has ended
         error = RankError(f"rank 0 or its node is gone ({how})")
         failure = self._failure(error)
         self._go(self._end_of(failure), failure)
@@ -288,7 +288,7 @@ class Watchdog:
         return End(self._rank, "error", exit_code, f"{failure.type}: {failure.message}", failure.kind)
 
     def _settle(self, end: End, failure: Failure | None = None, *, tell: bool = True) -> bool:
-        """Send the end to the other ranks and record it. False: this rank is already leaving."""
+        """Send the end to the other ranks and record it; return False if this rank is already leaving."""
         with self._only_one:
             if self._end is not None:
                 return False
@@ -352,7 +352,7 @@ _REMEMBERED_STEPS = 51
 
 
 class Heartbeat:
-    """The progress of one rank. `args` None: never overdue."""
+    """The progress of one rank; never overdue if `args` is None."""
 
     def __init__(self, args: WatchdogArgs | None, now: Callable[[], float] = time.monotonic) -> None:
         self._args = args
@@ -362,11 +362,11 @@ class Heartbeat:
         self._n_beats = 0
         self._doing: str | None = None
         self.step: int | None = None
-        """Updates done, as the training loop last reported. None: before the loop."""
+        """Updates done, as last reported by the training loop; None before the loop."""
 
     @property
     def starting(self) -> bool:
-        """No step of this attempt is done, so there is nothing to save."""
+        """Whether no step of this attempt is done, so that there is nothing to save."""
         return self._n_beats == 0
 
     def beat(self, step: int) -> None:
@@ -378,7 +378,7 @@ class Heartbeat:
         self.step, self._since_s = step, now_s
 
     def sign(self) -> None:
-        """Report progress of what is not a step."""
+        """Report progress outside of a step."""
         self._since_s = self.now()
 
     @contextmanager
@@ -398,7 +398,7 @@ class Heartbeat:
         return max(self._args.min_s, self._args.step_factor * statistics.median(self._paces_s))
 
     def overdue(self) -> str | None:
-        """Return why this rank counts as hung; None: it does not."""
+        """Return why this rank counts as hung, or None if it does not."""
         limit_s = self.limit_s
         if self.now() - self._since_s <= limit_s:
             return None

@@ -19,7 +19,6 @@ import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -333,14 +332,14 @@ def run_points(
     waiting, codes, received = list(numbers), dict[int, int](), list[int]()
     slots: dict[int, tuple[int, Popen[bytes], float]] = {}
     processes: list[Popen[bytes]] = []
-    with signals_passed_on(processes, received.append), ExitStack() as files:
+    with signals_passed_on(processes, received.append):
         while slots or (waiting and not received):
             for slot in range(at_once):
                 if slot not in slots and waiting and not received:
                     number = waiting.pop(0)
-                    output = files.enter_context((logs / f"{number}.out").open("ab"))
                     command = ["bash", str(sweep.script), str(number)]
-                    start_below(processes, [(command, outside_job(env) | shares[slot], output)])
+                    with (logs / f"{number}.out").open("ab") as output:
+                        start_below(processes, [(command, outside_job(env) | shares[slot], output)])
                     slots[slot] = number, processes[-1], now()
                     report(f"point {number} ({label(sweep.values(number))}) runs; log: {logs / f'{number}.out'}")
             sleep(POLL_S)

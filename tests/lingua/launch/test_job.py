@@ -47,8 +47,8 @@ ROOT = Path(__file__).parents[3]
 
 def job(run_dir: Path = Path("/runs/100%"), n_nodes: int = 2, **more: object) -> HeldJob:
     facts = {
-        "run_dir": run_dir, "app": "apps.main", "launcher": LauncherArgs(), "n_ranks": 4 * n_nodes,
-        "train_words": ["/runs/job.yaml"], "shm": None,
+        "run_dir": run_dir, "checkpoints": run_dir / "checkpoints", "app": "apps.main", "launcher": LauncherArgs(),
+        "n_ranks": 4 * n_nodes, "train_words": ["/runs/job.yaml"], "shm": None,
         "allocation": Allocation("7", restarts=0, n_nodes=n_nodes, n_tasks=4 * n_nodes, cpus_per_task=20),
     } | more  # fmt: skip
     return HeldJob(**facts)  # pyright: ignore[reportArgumentType]
@@ -237,6 +237,16 @@ def test_progress_is_counted_in_published_steps(tmp_path: Path, controller: Cont
     holder = held(tmp_path)
     (marks / "checkpoint_0000000025.done").touch()
     assert holder.outcome(1).steps_gained == 15
+
+
+def test_progress_is_counted_where_the_checkpoints_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    words = [*TINY, f"dump_dir={tmp_path / 'run'}", f"checkpoint.path={tmp_path / 'disk'}"]
+    line = parse_command_line(words, ["accept-change"])
+    holder = Holder(read_job(freeze_job(lingua.launch.job.load(line, 1), line, ROOT, "7"), None))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "checkpoint_0000000025.done").touch()
+    assert holder.outcome(1).steps_gained == 25
 
 
 class Step:

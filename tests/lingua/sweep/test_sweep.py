@@ -216,8 +216,15 @@ def test_so_many_at_a_time(tmp_path: Path, at_once: int, together: str):
         rm run.$1; exit $(( $1 == 3 ? 7 : 0 ))
     """
     said: list[str] = []
+    opened: set[Path] = set()
+
+    def report(text: str) -> None:
+        said.append(text)
+        opened.update(path for n in Path("/proc/self/fd").iterdir() if (path := n.resolve()).suffix == ".out")
+
     sweep = here(tmp_path / "sweep", body, 4, at_once)
-    assert run_points(sweep, [1, 2, 3, 4], report=said.append, sleep=lambda _: None) == 1
+    assert run_points(sweep, [1, 2, 3, 4], report=report, sleep=lambda _: None) == 1
+    assert not opened, "a thousand points must not take a thousand descriptors"
     assert (tmp_path / "count.1").read_text().strip() == together
     assert max(int((tmp_path / f"count.{i}").read_text()) for i in sweep.numbers) <= at_once
     assert [text.partition(" after ")[0] for text in said if "ended" in text] == ["point 3 ended with exit code 7"]
