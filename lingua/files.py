@@ -1,10 +1,10 @@
 """Atomic file operations that survive a crash.
 
-When `write_whole` returns, the file is on disk under its final name, folder entry included; until then the name shows
-the old content or none. Nothing here follows a symbolic link in the last part of a path that it writes or deletes.
-Each file and each folder costs one fsync: milliseconds on a local disk, tens of milliseconds on a shared one.
+When `write_whole` returns, the file is on disk under its final name, folder entry included; until then the name has the
+old content or does not exist. Nothing here follows a symbolic link in the last part of a path that it writes or
+deletes. Each file and each folder costs one fsync: milliseconds on a local disk, tens of milliseconds on a shared one.
 
-Checkpoints touch the disk only through `Files`, a few operations that tests replace to fail or die at each in turn.
+Checkpoints change the disk only through `Files`; tests replace its operations to fail or die at each one in turn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RunError(RuntimeError):
 
 
 class CommandError(RunError):
-    """What a command names is not there, or there already: the command is wrong, as a config may be."""
+    """Something that a command names does not exist, or exists already: the command is wrong."""
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -67,7 +67,7 @@ class DiskError(RunError):
 
     @property
     def kind(self) -> str:
-        """The kind of failure: a full or wrong disk needs a person, anything else may be transient (`run.failure`)."""
+        """The kind of failure (`run.failure`): a full or wrong disk needs a person, others may be transient."""
         if self.errno in _FULL:
             return "disk_full"
         return "setup" if self.errno in _TO_MEND else "disk"
@@ -115,7 +115,7 @@ class Files:
         os.close(descriptor)
 
     def mkdir(self, path: Path) -> None:
-        """Make a folder in an existing one. An existing folder is fine, a link to one is not."""
+        """Make a folder in an existing one. Accepts an existing folder, but not a link to one."""
         path.mkdir(exist_ok=True)
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -132,11 +132,11 @@ class Files:
         os.rename(source, target)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name. Fails if that name is taken; atomic, also on NFS."""
+        """Give a file a second name, atomically, also on NFS. Fails if the name is taken."""
         os.link(source, target)
 
     def remove(self, path: Path, folder: int | None = None) -> None:
-        """Remove a file or link. `folder`: descriptor of its parent, if the parent's path is not to be trusted."""
+        """Remove a file or link. `folder`: descriptor of its parent, if the parent's path cannot be trusted."""
         with naming(path, always=True):
             os.unlink(path if folder is None else path.name, dir_fd=folder)
 
@@ -191,9 +191,9 @@ def own_temporary(path: Path, *, files: Files = DISK) -> Path:
 
 
 def skip_page_cache(descriptor: int) -> None:
-    """Write aligned whole blocks past the page cache from now on (O_DIRECT, open(2)).
+    """Bypass the page cache for aligned whole blocks from now on (O_DIRECT, open(2)).
 
-    Anything else, and everything on a file system without O_DIRECT, still goes through the page cache.
+    Other data, and all data on a file system without O_DIRECT, still goes through the page cache.
     """
     with suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
@@ -249,7 +249,7 @@ def write_whole(path: Path, data: Buffer | str, mode: int | None = None, *, file
 
 
 def write_reserved(room: Path, path: Path, data: bytes) -> None:
-    """Write a file into `room`, whose bytes are allocated, and rename it: a full disk cannot refuse that."""
+    """Write into `room`, whose bytes are allocated, and rename it to `path`: a full disk cannot refuse that."""
     descriptor = os.open(room, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         DISK.write(descriptor, data)
@@ -266,7 +266,7 @@ def write_json(path: Path, value: Any, *, files: Files = DISK) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return a file's content. An OSError names the file, also one of reading, which by itself does not."""
+    """Return a file's content. Every OSError names the file, even one from reading."""
     with naming(path):
         return path.read_bytes()
 
@@ -280,7 +280,7 @@ def read_json(path: Path) -> Any:
 
 
 def json_object_in(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object of a file; None if there is none, or it is damaged."""
+    """Return the JSON object in a file, or None if it is missing or damaged."""
     with suppress(OSError, RunError):
         record = read_json(path)
         return record if isinstance(record, dict) else None
@@ -317,12 +317,12 @@ def whole_folder(path: Path, *, files: Files = DISK) -> Iterator[Path]:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes that this user can still write where `path` is or will be. Quotas are not visible here."""
+    """Return the free bytes for this user on the file system of `path` (existing or not). Quotas are not visible."""
     return shutil.disk_usage(_existing(path)).free
 
 
 def is_short_of_inodes(path: Path) -> bool:
-    """Return whether hardly a file more can be made where `path` is or will be, whatever bytes are free there."""
+    """Return whether the file system of `path` (existing or not) has almost no inodes left."""
     facts = os.statvfs(_existing(path))
     return 0 <= facts.f_favail < 64 and facts.f_files > 0  # some file systems do not count them
 
@@ -352,7 +352,7 @@ def is_plain_file(path: Path) -> bool:
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """Return a folder's entries by name, or [] if there is no folder."""
+    """Yield a folder's entries by name; none if there is no folder."""
     try:
         yield from sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

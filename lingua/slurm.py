@@ -1,6 +1,6 @@
-"""What is specific to Slurm: its variables, commands and answers; the text of its jobs is in slurm_script.py.
+"""Slurm's variables, commands and answers; the text of its jobs is in slurm_script.py.
 
-All other modules take both from scheduler.py, which says what another scheduler needs. A command is a list of words,
+All other modules import both from scheduler.py, which lists what another scheduler needs. A command is a list of words,
 not shell text.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 
 from lingua.files import ConfigError, RunError
 
-OWN_VARIABLES = "SLURM|SBATCH"  # how variables begin that explain a run
-STEP_VARIABLES = ("SLURM_STEP_NUM_TASKS",)  # without which a process is no task of a step
-CANCEL, ACCOUNTS = "scancel", "sacct"  # what a person types to cancel a job, and to see how it ended
+OWN_VARIABLES = "SLURM|SBATCH"  # prefixes of variables that explain a run
+STEP_VARIABLES = ("SLURM_STEP_NUM_TASKS",)  # without these a process is not a task of a step
+CANCEL, ACCOUNTS = "scancel", "sacct"  # commands to cancel a job, and to see how it ended
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class StepTask:
     node: int
     head_node: str
     is_first: bool = False
-    """Slurm itself started this process; False: another process of the task did."""
+    """Whether Slurm itself started this process, not another process of the task."""
 
 
 def this_task(env: Mapping[str, str]) -> StepTask | None:
     """Return the task that this process is, or None if no `srun` of several tasks started it.
 
-    SLURM_NTASKS is set in every shell of an allocation, also for a plain `python` that no other rank will ever join;
-    SLURM_STEP_NUM_TASKS is set for the tasks of a step only.
+    SLURM_NTASKS is set in every shell of an allocation, even for a plain `python` that no other rank will ever join;
+    SLURM_STEP_NUM_TASKS is set only for the tasks of a step.
     """
     n_tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if n_tasks <= 1 or "SLURM_PROCID" not in env:
@@ -65,7 +65,7 @@ def this_task(env: Mapping[str, str]) -> StepTask | None:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What Slurm gave to the job whose batch script this process is."""
+    """Resources of the job whose batch script this process is."""
 
     job_id: str
     restarts: int
@@ -78,7 +78,7 @@ class Allocation:
 
     @property
     def address(self) -> str:
-        """The job's name in commands: the last task of an array has the id of the array, which means all tasks."""
+        """The job in commands: the last task of an array has the array's id, which would mean all tasks."""
         return self.array_task or self.job_id
 
 
@@ -91,7 +91,7 @@ def this_allocation(env: Mapping[str, str]) -> Allocation | None:
     return Allocation(
         *this_job(env),
         n_nodes=n_nodes,
-        # SLURM_NTASKS is that of the submission, even if a requeued job got fewer nodes.
+        # SLURM_NTASKS is from the submission, even if a requeued job got fewer nodes.
         n_tasks=n_nodes * int(per_node) if per_node else int(env.get("SLURM_NTASKS") or n_nodes),
         cpus_per_task=int(cpus) if cpus else None,
         array_task=array_task(env["SLURM_ARRAY_JOB_ID"], task) if (task := env.get("SLURM_ARRAY_TASK_ID")) else "",
@@ -106,7 +106,7 @@ def array_task(job_id: str, number: int | str) -> str:
 def require_tasks_that_fit(env: Mapping[str, str]) -> None:
     """Raise ConfigError if the job was submitted with numbers of tasks that contradict each other.
 
-    A requeued job may have got other nodes since; by then its numbers were found to fit.
+    A requeued job is not checked: it may have other nodes, and its numbers were checked at its first start.
     """
     job, total, per_node = this_allocation(env), env.get("SLURM_NTASKS"), env.get("SLURM_NTASKS_PER_NODE")
     if job is not None and not job.restarts and total and per_node and int(total) < job.n_tasks:
@@ -176,9 +176,9 @@ def expand_hosts(node_list: str) -> list[str]:
 
 # -- environments --------------------------------------------------------------------------------------------------
 
-# What a shell of one job or step must not hand to another. It does: sbatch takes along all variables of its shell.
+# Variables of one job or step must not reach another, but sbatch passes on all variables of its shell.
 _OF_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-# A site's GPU_BIND would bind GPUs to tasks, see `step_command`; without a number of GPUs a step gets all of the job's.
+# A site's GPU_BIND would bind GPUs to tasks (see `step_command`); without a GPU count a step gets all of the job's.
 _OF_STEP = re.compile(
     r"SLURM_(STEP|CPU_BIND|MEM_BIND|GPU_BIND|SRUN_COMM|LAUNCH_NODE|PTY|(GPUS(_PER_(TASK|SOCKET))?|TRES_PER_TASK)$)"
 )
@@ -187,15 +187,16 @@ _MEMORY = ("SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE")
 
 
 def outside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for a process that belongs to no job and is no rank, even if this one does and is."""
+    """Return the environment for a process outside of any job that is not a rank, even if this process is one."""
     own = {name for name in env if name.startswith("SLURM_") or _OF_RANK.fullmatch(name)}
     return {name: value for name, value in env.items() if name not in own or name in _OF_CLUSTER}
 
 
 def for_steps(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for the steps of this job, without what the shell that submitted it had from a step.
+    """Return the environment for the steps of this job, without variables of a step in which it was submitted.
 
-    Of two amounts of memory one is that shell's, and srun refuses to choose: without any, a step gets all of the job's.
+    If two amounts of memory are set, one is from that step, and srun refuses both; without any, a step gets all memory
+    of the job.
     """
     left = {name for name in env if _OF_STEP.match(name) or _OF_RANK.fullmatch(name)}
     if len(amounts := env.keys() & set(_MEMORY)) > 1:
@@ -206,15 +207,15 @@ def for_steps(env: Mapping[str, str]) -> dict[str, str]:
 # -- commands ------------------------------------------------------------------------------------------------------
 
 Runner = Callable[..., str]
-"""`run_command`, or what takes its place in a test: (words, env=...) -> output."""
+"""`run_command`, or its replacement in a test: (words, env=...) -> output."""
 
 
 class RefusedError(RunError):
-    """Slurm did not do what was asked, for certain."""
+    """Slurm has certainly not done what was asked."""
 
 
 def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> str:
-    """Run a Slurm command and return its output. Raises RunError with Slurm's own words."""
+    """Run a Slurm command and return its output. Raises RunError with Slurm's message."""
     try:
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=timeout_s)
     except FileNotFoundError:
@@ -227,7 +228,7 @@ def run_command(words: Sequence[str], env: Mapping[str, str] | None = None, time
 
 
 def ask_scheduler(words: Sequence[str], timeout_s: float = 5.0) -> str:
-    """Run a Slurm command that is not worth a long wait; returns "" if it fails."""
+    """Run a Slurm command with a short timeout; return "" if it fails."""
     try:
         return run_command(words, timeout_s=timeout_s)
     except (OSError, RunError):
@@ -235,12 +236,12 @@ def ask_scheduler(words: Sequence[str], timeout_s: float = 5.0) -> str:
 
 
 def must_be_there() -> None:
-    """Raise RunError where no job can be submitted."""
+    """Raise RunError if no job can be submitted here."""
     run_command(["sbatch", "--version"])
 
 
 def can_submit(env: Mapping[str, str]) -> bool:
-    """Return whether this process is within a job and can submit others."""
+    """Return whether this process is in a job and can submit others."""
     return bool(this_job(env)[0]) and shutil.which("sbatch", path=env.get("PATH")) is not None
 
 
@@ -255,10 +256,10 @@ def submit(
     env: Mapping[str, str] = os.environ,
     run: Runner = run_command,
 ) -> str:
-    """Submit a job script that begins in `folder`; returns the job's id. Raises RunError.
+    """Submit a job script that starts in `folder`; return the job's id. Raises RunError.
 
     `asked`: keys of JobArgs. `output`: a `log_pattern`; by default slurm-ID.out in `folder`. `once`: the job's name; if
-    a job of this name waits or runs already, nothing is submitted and its id is returned.
+    a job of this name is pending or running, return its id without submitting another.
     """
     if once and (known := jobs_named(once, run)):
         return known[0]
@@ -268,14 +269,14 @@ def submit(
 
 
 def _not_overruled(asked: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without the SBATCH_* variables of keys that are set: they would overrule #SBATCH lines."""
+    """Return the environment without the SBATCH_* variables of keys that are set: they override #SBATCH lines."""
     names = {"time": "SBATCH_TIMELIMIT", "mem": "SBATCH_MEM_PER_NODE"}
     set_here = {names.get(key, f"SBATCH_{key.upper()}") for key, value in asked.items() if value}
     return {name: value for name, value in env.items() if name not in set_here}
 
 
 def jobs_named(name: str, run: Runner = run_command) -> list[str]:
-    """Return the ids of this user's jobs of that name that wait or run. Raises RunError if Slurm does not answer."""
+    """Return the ids of this user's pending and running jobs of that name. Raises RunError if Slurm does not answer."""
     return run(["squeue", "--me", "--noheader", f"--name={name}", "--format=%A"]).split()
 
 
@@ -296,7 +297,7 @@ def send_signal(address: str, signal: str, step: str = "", run: Runner = run_com
 
 
 REQUEUE_PAUSES_S = (1.0, 4.0)
-"""Before the second and the third attempt: a controller that is just being restarted refuses too."""
+"""Pauses before the second and the third attempt: a controller that is just being restarted refuses too."""
 
 
 def requeue(
@@ -333,20 +334,20 @@ class JobState:
     """RUNNING, COMPLETING, ..."""
     preempted: bool = False
     ends_at_s: float | None = None
-    """Seconds since the epoch: its time limit, or the end of its grace. None: no limit."""
+    """End of its time limit or of its grace, in seconds since the epoch; None without a limit."""
 
     @property
     def cancelled(self) -> bool:
-        """Somebody, or Slurm, is already ending it: we must not requeue a cancelled job.
+        """Whether a person or Slurm is already ending it: a cancelled job must not be requeued.
 
-        Seen in Slurm 22.05: after `scancel` a job is COMPLETING while its tasks still run; a preempted one in its
-        grace and one before its time limit are RUNNING; what Slurm requeues by itself is COMPLETING too.
+        Seen in Slurm 22.05: after `scancel` a job is COMPLETING while its tasks still run; a preempted one in its grace
+        and one before its time limit are RUNNING; a job that Slurm requeues by itself is COMPLETING too.
         """
         return self.name not in ("RUNNING", "SUSPENDED", "SIGNALING", "UNKNOWN")
 
     @property
     def taken_away(self) -> bool:
-        """It did not end by itself."""
+        """Whether it did not end by itself."""
         return self.name in ("CANCELLED", "NODE_FAIL", "BOOT_FAIL")
 
     @property
@@ -375,7 +376,7 @@ def cluster_config(run: Runner = run_command) -> dict[str, str]:
 
 
 def describe_cluster(run: Runner = ask_scheduler) -> Iterator[tuple[str, str, str]]:
-    """Yield (part, what it is like, what to do about it or "") for `lingua doctor`."""
+    """Yield (part, its state, remedy or "") for `lingua doctor`."""
     if not (config := cluster_config(run)):
         yield "slurm", "not here, or its controller does not answer", "run with --local, or torchrun"
         return
@@ -396,7 +397,7 @@ def describe_cluster(run: Runner = ask_scheduler) -> Iterator[tuple[str, str, st
 
 @dataclass(frozen=True)
 class Limits:
-    """What the cluster grants a job; None where it does not say."""
+    """The cluster's limits for a job; None for unknown ones."""
 
     grace_s: float | None = None
     """Between the notice of a preemption and the kill, in the job's partition."""
@@ -405,7 +406,7 @@ class Limits:
     """Between SIGTERM and SIGKILL of a job that is cancelled or requeued."""
 
     def missing(self, save_s: float) -> Iterator[str]:
-        """Yield what a run lacks whose saves take that long, a sentence each."""
+        """Yield the limits that are too short for a run whose saves take `save_s`, a sentence each."""
         if self.grace_s is not None and self.preempt_mode not in ("", "OFF") and self.grace_s <= save_s:
             yield (
                 f"a preempted job has {self.grace_s:.0f} s (GraceTime) and a save took up to {save_s:.1f} s: what was "
@@ -438,9 +439,9 @@ class QueuedJob:
     state: str
     """RUNNING, PENDING, CANCELLED by 1000, ..."""
     reason: str = ""
-    """Why it waits or ended, in Slurm's words."""
+    """Why it is pending or ended, in Slurm's words."""
     left: str = ""
-    """What is left of its time limit, as Slurm writes it."""
+    """Time left of its limit, in Slurm's format."""
     nodes: str = ""
     array_task: str = ""
     """`4711_3` if it is a task of an array."""
@@ -457,9 +458,9 @@ class QueuedJob:
 
 
 def jobs_in_queue(run: Runner = ask_scheduler) -> dict[str, QueuedJob]:
-    """Return this user's jobs that wait, run, or ended a moment ago, by id; tasks of arrays also as `4711_3`.
+    """Return this user's jobs that are pending, running, or just ended, by id; tasks of arrays also as `4711_3`.
 
-    Tasks that never started have no id of their own yet.
+    Array tasks that never started do not have their own id yet.
     """
     text = run(["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%A|%T|%r|%L|%N|%F_%K"])
     jobs = [job for job in map(_job, text.splitlines()) if job is not None]
@@ -467,7 +468,7 @@ def jobs_in_queue(run: Runner = ask_scheduler) -> dict[str, QueuedJob]:
 
 
 def job_of(job_id: str, queue: dict[str, QueuedJob], run: Runner = ask_scheduler) -> QueuedJob | None:
-    """Look a job up in the queue, then in Slurm's accounts; None if Slurm does not know it (any more)."""
+    """Look up a job in the queue, then in Slurm's accounting; return None if Slurm does not know it (any more)."""
     if not job_id or job_id in queue:
         return queue.get(job_id)
     text = run(

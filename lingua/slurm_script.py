@@ -1,4 +1,4 @@
-"""The text of Slurm jobs: batch scripts, #SBATCH lines, names of logs, words of a step. Taken from scheduler.py."""
+"""The text of Slurm jobs: batch scripts, #SBATCH lines, log names, step commands. Import it from scheduler.py."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from lingua.files import ConfigError
 
 Asked = Mapping[str, Any]
-"""The keys of JobArgs or LauncherArgs, with their values."""
-DIRECTIVE = "#SBATCH"  # how lines of a script begin that only Slurm reads
+"""Keys of JobArgs or LauncherArgs, with their values."""
+DIRECTIVE = "#SBATCH"  # prefix of lines of a script that only Slurm reads
 RUN_STEP = "srun"  # starts a step
 _NOTE = "# Made by `lingua launch`. sbatch run.sh: submit it again; bash run.sh: run it here, without Slurm."
 _NOTE_OF_ARRAY = "# Made by `lingua sweep`. sbatch --array=2 run.sh: submit point 2 again; bash run.sh 2: run it here."
 TASK_OF_ARRAY = "${1:-${SLURM_ARRAY_TASK_ID:?say which point: bash run.sh 2}}"  # its number, in the script of an array
-# Submitted by hand from a task of an array, the job would be taken for that task, and requeue it in its place.
+# Otherwise a job submitted by hand from an array task would believe to be that task, and requeue it.
 NO_ARRAY = "unset ${!SLURM_ARRAY_@}"
 TASK, NODE = "%t", "%n"  # of a step, for the name in `log_pattern`
-OWN_LOGS = "slurm-*.out"  # logs of jobs that were submitted without an `output`, in the folder they begin in
+OWN_LOGS = "slurm-*.out"  # logs of jobs that were submitted without an `output`, in the folder they start in
 
 _SAME = ("mem", "time", "partition", "account", "qos", "constraint", "exclude", "comment")
-# Characters that an #SBATCH line takes without quotes; sbatch ends it at a blank.
+# Characters that an #SBATCH line accepts without quotes; sbatch ends a value at a blank.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]|&*()-]*")
 
 
 def job_script(name: str, asked: Asked, lines: Sequence[str], *, array: str = "", note: bool = False) -> str:
-    """Write a job script; `note`: with how to submit it. Raises ConfigError for a setting that #SBATCH cannot hold."""
+    """Return a job script; `note`: add how to submit it. Raises ConfigError for a setting that #SBATCH cannot hold."""
     notes = [_NOTE_OF_ARRAY if array else _NOTE] if note else []
     options = (f"{DIRECTIVE} {option}" for option in _sbatch_options(name, asked, array))
     return "\n".join(["#!/usr/bin/env bash", *notes, *options, *lines, ""])
@@ -120,11 +120,11 @@ def step_command(
     """Return the command that runs `command` as a step of this job, once per task.
 
     `wait_s`: how long tasks may outlive the first that ends. `end_together`: a task that fails ends the others.
-    `shares`: the step takes nothing that other steps need.
+    `shares`: the step reserves no resources that other steps need.
 
-    GPUs of a node are not bound to tasks: NCCL's direct path needs every rank to see all of them. `--gpu-bind=none`
-    would do more: it unsets CUDA_VISIBLE_DEVICES (Slurm 22.05), and two jobs that share a node without device cgroups
-    would take the same GPUs.
+    GPUs of a node are not bound to tasks: NCCL's direct path needs every rank to see all of them. `--gpu-bind=none` is
+    not used: it also unsets CUDA_VISIBLE_DEVICES (Slurm 22.05), and two jobs that share a node without device cgroups
+    would use the same GPUs.
     """
     named = {
         "job-name": name,

@@ -1,12 +1,12 @@
-"""Inside a job: freeze what was submitted, start the ranks, wait, and decide whether the job goes back into the queue.
+"""Run a job: freeze the submitted config and code, start the ranks, wait, and decide whether to requeue the job.
 
-    python -m lingua.launch.job begin              first start of a *.slurm script: CONFIG_FILE and EXTRA_ARGS say what
+    python -m lingua.launch.job begin              first start of a *.slurm script, by CONFIG_FILE and EXTRA_ARGS
     python -m lingua.launch.job hold JOB_FILE      every start: run what JOB_FILE froze
 
-What runs is what was submitted: `begin` checks the config as training does and freezes it with the code; every start of
-the job runs those, whatever happens to the working tree. `hold` outlives its ranks and leaves signals to them. It
-requeues by `requeue.judge` alone, never a job that is being cancelled, and, with RESERVE_S left of the time limit, also
-one whose ranks still run. Its own errors do not end the job: a fact that cannot be read counts as unknown.
+A job runs exactly what was submitted: `begin` checks the config as training does and freezes it with the code; every
+start of the job runs those, whatever happens to the working tree. `hold` outlives its ranks and leaves signals to them.
+It requeues only by `requeue.judge`, never a job that is being cancelled, and, with RESERVE_S left of the time limit,
+also one whose ranks still run. Its own errors do not end the job: a fact that cannot be read counts as unknown.
 
 A job file is in <run>/jobs, or in the folder `tasks` of a sweep, whose points share one copy of the code.
 
@@ -56,7 +56,7 @@ LINKS = ".jobs"
 RESERVE_S = 15.0
 """Time left when a job is requeued although its ranks still run."""
 GRACE_RESERVE_S = 3.0
-"""The same in a preemption's grace, after which Slurm itself requeues, where it is set up to."""
+"""The same in the grace of a preemption, after which Slurm itself requeues if it is configured to."""
 NODE_CHECK = "lingua.selfcheck.node_check"
 SERVICE = "lingua.checkpoint.shm.service"
 RANKS_STEP, SERVICE_STEP = "ranks", "service"
@@ -64,12 +64,12 @@ RANKS_STEP, SERVICE_STEP = "ranks", "service"
 SERVICE_WAIT_S = 600.0
 """How long the service waits for the first rank: longer than an import of torch from a slow shared disk."""
 LOOKS = 3
-"""How often a fact about the run is read before it counts as unknown."""
+"""Number of tries to read a fact about the run before it counts as unknown."""
 LOOK_AGAIN_S = 0.5
 _UNKNOWN = (-1, -1)
 NO_REQUEUE = "launcher.requeue is false"
 REFUSED = "Slurm did not take the job back"
-"""Logged by a job that did not come back for a reason that is not ours; `lingua drill` looks for these two."""
+"""Logged by a job that was not requeued for a reason outside lingua; `lingua drill` looks for these two."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,7 +79,7 @@ T = TypeVar("T")
 
 
 def freeze_job(checked: Any, line: CommandLine, tree: Path, key: str) -> Path:
-    """Freeze a checked config (an app's `check.load`) and the code of `tree` for one job; returns the job file."""
+    """Freeze a checked config (an app's `check.load`) and the code of `tree` for one job; return the job file."""
     run_dir = make_folder(Path(checked.args.dump_dir).absolute(), "dump_dir")
     freeze_code(tree, run_dir, again="refreeze" in line.flags)
     job_file = make_folder(run_dir / JOBS, "dump_dir") / f"{key}.json"
@@ -101,7 +101,7 @@ def write_job(checked: Any, line: CommandLine, job_file: Path) -> None:
 
 
 def begin(env: Mapping[str, str]) -> int:
-    """Freeze what a *.slurm script submitted, then become `hold`, run by the frozen code."""
+    """Freeze what a *.slurm script submitted, then exec `hold` with the frozen code."""
     scheduler.require_tasks_that_fit(env)
     base_dir, allocation = Path.cwd(), scheduler.this_allocation(env)
     words = [env["CONFIG_FILE"], *env.get("EXTRA_ARGS", "").split()]
@@ -120,7 +120,7 @@ def begin(env: Mapping[str, str]) -> int:
 def _link(link: Path, target: Path) -> None:
     draft = make_folder(link.parent, "BASE_DIR") / f".{link.name}-{os.getpid()}"
     draft.symlink_to(target)
-    draft.replace(link)  # a cluster that was set up anew counts its jobs from 1
+    draft.replace(link)  # a reinstalled cluster counts its jobs from 1 again
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _link(link: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class HeldJob:
-    """What a job file holds, and what Slurm allocated."""
+    """The content of a job file, and Slurm's allocation."""
 
     run_dir: Path
     checkpoints: Path
@@ -172,7 +172,7 @@ def read_job(job_file: Path, allocation: scheduler.Allocation | None) -> HeldJob
 
 
 def ranks_command(job: HeldJob) -> list[str]:
-    """Return the command of the ranks: only srun, or one process of ours per node, is between Slurm and Python."""
+    """Return the command of the ranks: only srun, or one of our processes per node, is between Slurm and Python."""
     train = [sys.executable, "-u", "-m", f"{job.app}.train", *job.train_words]
     slurm = job.allocation
     if slurm is None:
@@ -197,7 +197,7 @@ def node_check_command(job: HeldJob) -> list[str] | None:
 
 
 def read_bad_nodes(output: str) -> dict[str, list[str]]:
-    """Return what is wrong, by bad node, from the node check's line of JSON; other lines may surround it."""
+    """Return the problems by bad node from the node check's line of JSON; other lines may surround it."""
     for line in output.splitlines():
         if line.startswith("{"):
             try:
@@ -211,13 +211,13 @@ def read_bad_nodes(output: str) -> dict[str, list[str]]:
 def service_command(job: HeldJob) -> list[str] | None:
     """Return the command of the checkpoint service, one process per node, or None if there is no service.
 
-    It is a step of its own, since a process dies with its step, and takes nothing that the ranks need.
+    It is a separate step, since a process dies with its step, and reserves nothing that the ranks need.
     """
     if job.allocation is None or job.shm is None:
         return None
     serve = [sys.executable, "-u", "-m", SERVICE, str(job.run_dir), "--shm", job.shm]
     return scheduler.step_command(
-        # Ranks come once per start of the job: waiting for others would cost its grace.
+        # Ranks start once per start of the job: lingering for others would cost its grace.
         [*serve, f"--wait-s={SERVICE_WAIT_S:.0f}", "--linger-s=0"],
         name=SERVICE_STEP,
         output=scheduler.log_pattern(job.run_dir / RANK_LOGS, f"service.{scheduler.NODE}"),
@@ -230,7 +230,7 @@ def service_command(job: HeldJob) -> list[str] | None:
 
 def rank_variables(job: HeldJob, env: Mapping[str, str]) -> dict[str, str]:
     """Return the ranks' environment: where they meet, and what the config sets and unsets."""
-    # By name and folder, since two clusters on one host have jobs of the same number.
+    # By name and folder, since two clusters on one host may have jobs of the same number.
     meeting = meeting_point(f"{job.name} {job.run_dir}", job.allocation.n_nodes if job.allocation else 1, env)
     kept = {name: value for name, value in env.items() if name not in job.launcher.env.unset}
     return {**scheduler.for_steps(kept), **meeting, **job.launcher.env.set}
@@ -250,7 +250,7 @@ class Holder:
         self._failed_before = self._failures()
 
     def hold(self, env: Mapping[str, str]) -> int:
-        """Run the attempt and act on its end; returns the exit code. An error in here counts as a failed attempt."""
+        """Run the attempt and act on its end; return the exit code. An error in here counts as a failed attempt."""
         try:
             variables = rank_variables(self.job, env)
             bad_nodes = self.check_nodes(variables)
@@ -264,7 +264,7 @@ class Holder:
         return self.act(outcome)
 
     def check_nodes(self, variables: Mapping[str, str]) -> list[str]:
-        """Run the node check, if it is asked for, and return the bad nodes."""
+        """Run the node check, if it is configured, and return the bad nodes."""
         command = node_check_command(self.job)
         if command is None:
             return []
@@ -277,7 +277,7 @@ class Holder:
         return sorted(problems)
 
     def run(self, variables: Mapping[str, str]) -> int | None:
-        """Start the steps and wait for them; returns the ranks' exit code, or None when the time is up."""
+        """Start the steps and wait for them; return the ranks' exit code, or None when the time is up."""
         if self.job.allocation is None:
             command = ranks_command(self.job)
             return run_ranks(command, [rank_env(variables, i, self.job.n_ranks, 0, 1) for i in range(self.job.n_ranks)])
@@ -287,7 +287,7 @@ class Holder:
         exit_code = self._wait(ranks)
         n_attempts = self._count_attempts()
         if serving is None or exit_code is None or (n_attempts is not None and n_attempts == self._attempts_before):
-            return exit_code  # no rank came as far as the run folder, so there is nothing to serve
+            return exit_code  # no rank reached the run folder, so there is nothing to serve
         log.info("the ranks ended with exit code %d; waiting for the checkpoint service", exit_code)
         served = self._wait(serving)
         if served is None:
@@ -297,7 +297,7 @@ class Holder:
         return exit_code
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Wait for a process; returns its exit code, or None if only the reserve is left of the time."""
+        """Wait for a process; return its exit code, or None once only the reserve is left of the time."""
         while True:
             state = self._state()
             reserve_s = GRACE_RESERVE_S if state.preempted else RESERVE_S
@@ -307,10 +307,10 @@ class Holder:
             try:
                 return process.wait(left_s)
             except subprocess.TimeoutExpired:
-                continue  # the limit may have been moved meanwhile: look again
+                continue  # the limit may have changed meanwhile: look again
 
     def outcome(self, exit_code: int | None) -> Outcome:
-        """Collect what the decision depends on. Raises nothing: what cannot be read is logged and counts as unknown."""
+        """Collect the facts for the decision. Never raises: an unreadable fact is logged and counts as unknown."""
         run_dir, first, last = self.job.run_dir, self._first_step, self._newest_step()
         return Outcome(
             exit_code=exit_code,
@@ -323,7 +323,7 @@ class Holder:
         )
 
     def act(self, outcome: Outcome) -> int:
-        """Requeue the job if that is right; returns the exit code."""
+        """Requeue the job if `judge` decides so; return the exit code."""
         decision = judge(outcome, self.job.launcher.max_retries)
         if self.job.allocation is None:
             return decision.exit_code
@@ -338,7 +338,7 @@ class Holder:
         return decision.exit_code
 
     def _count(self, decision: RequeueDecision, avoid: list[str]) -> RequeueDecision:
-        """Store the count of failed attempts. If that fails, count restarts instead, so that the job ends some day."""
+        """Store the count of failed attempts. If that fails, count restarts instead, so that the job ends at last."""
         try:
             make_folder(self.tries_file.parent, "dump_dir")
             write_json(self.tries_file, {"fruitless": decision.fruitless, "avoid": avoid})
@@ -358,14 +358,14 @@ class Holder:
                 return question()
             except Exception as error:
                 log.warning("a fact about the run is unknown: %s", error, exc_info=_is_bug(error))
-                if not isinstance(error, OSError):  # it would be the same again
+                if not isinstance(error, OSError):  # it would fail again
                     break
                 if look < LOOKS - 1:
                     self._sleep(LOOK_AGAIN_S)
         return unknown
 
     def _read_stop(self) -> dict[str, Any] | None:
-        """Read the stop.json of this attempt; None if there is none, or only that of an earlier attempt."""
+        """Read the stop.json of this attempt; None if there is none, or only an earlier attempt's."""
         now = _identity(self._stop_file)
         if now is None or now == self._stop_before or self._stop_before == _UNKNOWN:
             return None
@@ -390,7 +390,7 @@ class Holder:
     def _read_tries(self) -> tuple[int, list[str]]:
         slurm = self.job.allocation
         if slurm is None or not slurm.restarts:
-            return 0, []  # the file may be that of an older job with the same number
+            return 0, []  # the file may be from an older job with the same number
         try:
             tries = read_json(self.tries_file)
         except FileNotFoundError:
@@ -407,7 +407,7 @@ class Holder:
 
 
 def send_back(allocation: scheduler.Allocation, avoid: Sequence[str] = ()) -> None:
-    """Put the job back into the queue if Slurm accepts it; otherwise only its exit code asks for a restart."""
+    """Requeue the job if Slurm accepts it; otherwise only its exit code asks for a restart."""
     try:
         scheduler.requeue(allocation.address, avoid)
     except RunError as error:  # no right to, no batch job, no controller
@@ -430,7 +430,7 @@ def owned_by_another(run_dir: Path, job_id: str) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what changes when the file is written again, or None if it does not exist."""
+    """Return a value that changes when the file is rewritten, or None if it does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -439,7 +439,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def hold(job_file: Path, env: Mapping[str, str]) -> int:
-    """Run what a job file froze; returns the job's exit code."""
+    """Run what a job file froze; return the job's exit code."""
     scheduler.require_tasks_that_fit(env)
     allocation = scheduler.this_allocation(env)
     if allocation is not None:
@@ -475,9 +475,9 @@ def main(words: list[str]) -> int:
 
 
 def _give_up(error: Exception, allocation: scheduler.Allocation | None) -> int:
-    """Requeue a job that failed before any rank was started if that may help, otherwise raise the error.
+    """Requeue a job that failed before any rank was started if that may help; otherwise raise the error.
 
-    The job file was not read, so only restarts can be counted.
+    The job file has not been read, so only restarts can be counted.
     """
     limit = LauncherArgs().max_retries
     if allocation is None or not KINDS[classify(error)].restart_may_help or allocation.restarts >= limit:

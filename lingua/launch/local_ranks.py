@@ -1,8 +1,8 @@
-"""The ranks of one node as processes below this one: `python -m lingua.launch.local_ranks N COMMAND...`.
+"""Run the ranks of one node as child processes: `python -m lingua.launch.local_ranks N COMMAND...`.
 
 Each rank gets torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, ...). SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP
-are passed on, and the ranks get all the time they need to save; torchrun dies of SIGUSR2 and kills its workers 30 s
-after SIGTERM. When a rank fails, the others get PATIENCE_S to end by themselves. If this process is killed, they get
+are forwarded, and the ranks get all the time they need to save; torchrun dies of SIGUSR2 and kills its workers 30 s
+after SIGTERM. When a rank ends, the others get PATIENCE_S to end by themselves. If this process is killed, they get
 SIGTERM.
 """
 
@@ -28,13 +28,13 @@ from lingua.signals import is_nohup
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 PATIENCE_S = 120.0
-"""For the others to end after the first: longer than it takes to notice a lost rank, shorter than a grace."""
+"""Time for the other ranks to end after the first: longer than it takes to notice a lost rank, shorter than a grace."""
 POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def rank_env(env: Mapping[str, str], local_rank: int, n_local: int, node: int, n_nodes: int) -> dict[str, str]:
-    """Return the environment of one rank, with torchrun's names: it is not the task of Slurm's step, we are."""
+    """Return the environment of one rank, with torchrun's names: we are the task of Slurm's step, the rank is not."""
     return {
         **{name: value for name, value in env.items() if name not in STEP_VARIABLES},
         "RANK": str(node * n_local + local_rank),
@@ -51,7 +51,7 @@ def meeting_point(name: str, n_nodes: int, env: Mapping[str, str]) -> dict[str, 
 
 
 def _free_port(name: str) -> int:
-    """Find a free port of this host below the ephemeral ones; jobs of different names search from different places."""
+    """Find a free port of this host below the ephemeral ones; the search begins at a place that depends on the name."""
     first = zlib.crc32(name.encode())
     for i in range(12_000):
         port = 20_000 + (first + i) % 12_000
@@ -89,7 +89,7 @@ def run_ranks(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Run a command once per environment until all have ended; returns their exit code."""
+    """Run a command once per environment, wait until all have ended, and return their exit code."""
     ranks: list[subprocess.Popen[bytes]] = []
     with signals_passed_on(ranks):
         start_below(ranks, [(command, env, None) for env in envs])
@@ -108,7 +108,7 @@ def run_ranks(
 def signals_passed_on(
     processes: list[subprocess.Popen[bytes]], note: Callable[[int], object] = lambda number: None
 ) -> Iterator[None]:
-    """Inside, a signal of PASSED_ON goes to all `processes` and to `note`. On leaving, all of them are killed."""
+    """Forward signals of PASSED_ON to all `processes` and to `note` inside the block; kill all processes at its end."""
 
     def pass_on(number: int, frame: object) -> None:
         note(number)
@@ -129,7 +129,7 @@ def start_below(
     processes: list[subprocess.Popen[bytes]],
     commands: Sequence[tuple[Sequence[str], Mapping[str, str], IO[bytes] | None]],
 ) -> None:
-    """Start each (command, environment, file for its output) and add it to `processes`.
+    """Start each (command, environment, output file) and add it to `processes`.
 
     They get SIGTERM when this process dies, so that they save.
     """
@@ -137,15 +137,15 @@ def start_below(
 
     def begin() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != here:  # it died before that
+        if os.getppid() != here:  # the parent died before prctl
             os.kill(os.getpid(), signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
-    # A signal between two starts would miss the second: it waits until all are there.
+    # A signal between two starts would miss the second process, so it is blocked until all are started.
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     try:
         for command, env, output in commands:
-            # A group of its own: Ctrl-C on a terminal reaches a process once, through this one, and not twice.
+            # A new process group: Ctrl-C on a terminal reaches each process once, through this one, not twice.
             started = subprocess.Popen(
                 command, env=dict(env), stdout=output, stderr=output, preexec_fn=begin, process_group=0
             )

@@ -1,8 +1,8 @@
-"""Whether a job that ended goes back into the queue: one pure function, `judge`.
+"""Decide whether a job that ended is requeued: one pure function, `judge`.
 
-What a person ended stays ended, and what Slurm took away comes back. What failed comes back as long as each attempt
-gets further than the one before, otherwise at most `max_retries` times in a row. What would fail again in the same way
-(a wrong config, NaN, too little memory) does not come back.
+A job that a person ended is not requeued; one that Slurm preempted is. A failed job is requeued as long as each attempt
+gains steps, otherwise at most `max_retries` times in a row. A job that would fail again in the same way (a wrong
+config, NaN, too little memory) is not requeued.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _KILLED_BY_SIGTERM = 128 + signal.SIGTERM  # a rank that had only begun to impor
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one attempt of a job ended."""
+    """The end of one attempt of a job."""
 
     exit_code: int | None
-    """The highest of all ranks. None: they were still running when Slurm's time was nearly up."""
+    """The highest of all ranks; None if they were still running when Slurm's time was nearly up."""
     stop: Mapping[str, Any] | None = None
     """The stop.json of this attempt, or None if it wrote none."""
     kinds: frozenset[str] = frozenset()
@@ -34,24 +34,24 @@ class Outcome:
     cancelled: bool = False
     """Slurm is already ending the job."""
     steps_gained: int = 0
-    """Step of the newest checkpoint now, minus the same when the attempt began."""
+    """Step of the newest checkpoint now, minus that when the attempt began."""
     fruitless: int = 0
-    """Attempts before this one, in a row, that failed and gained no step."""
+    """Number of failed attempts in a row, before this one, that gained no step."""
 
 
 @dataclass(frozen=True)
 class RequeueDecision:
-    """What becomes of the job."""
+    """Whether to requeue the job, and why."""
 
     requeue: bool
     why: str
     exit_code: int
     fruitless: int = 0
-    """Failed attempts in a row that gained no step, this one included."""
+    """Number of failed attempts in a row that gained no step, including this one."""
 
 
 def judge(outcome: Outcome, max_retries: int) -> RequeueDecision:
-    """Decide by how the attempt ended. stop.json counts before the exit code, which a launcher may have replaced."""
+    """Decide by the end of the attempt. stop.json overrides the exit code, which a launcher may have replaced."""
     stop = outcome.stop or {}
     code = stop.get("exit_code", outcome.exit_code)
     code = EXIT_REQUEUE if code is None else int(code)
@@ -82,7 +82,7 @@ def judge(outcome: Outcome, max_retries: int) -> RequeueDecision:
 
 
 def _spell(code: int) -> str:
-    """`exit code 1`, or the signal behind a shell's 128 + n."""
+    """Return `exit code 1`, or the name of the signal for a shell's 128 + n."""
     try:
         return signal.Signals(code - 128).name
     except ValueError:

@@ -35,7 +35,7 @@ def run_script(
 ) -> str:
     """Return the text of run.sh. Raises ConfigError for a setting that an #SBATCH line cannot hold.
 
-    `array`: an `array_of`, whose tasks have the job files 1.json and so on, beside `job_file`.
+    `array`: an `array_of` tasks whose job files are 1.json and so on, beside `job_file`.
     """
     variables = {"BASE_DIR": base_dir, "PYTHON": python}
     own = [] if array else [NO_ARRAY]
@@ -55,13 +55,13 @@ def launch(
     env: Mapping[str, str] = os.environ,
     run: Runner = run_command,
 ) -> int:
-    """Check, freeze, write run.sh, submit; returns an exit code. Raises ConfigError or RunError."""
+    """Check, freeze, write run.sh, submit; return an exit code. Raises ConfigError or RunError."""
     path, text, launcher, is_new = freeze_launch(line, base_dir, dry_run=dry_run, here=local)
     if dry_run:
         print(text, end="")
         return 0
     if local:
-        # No process stays in between that would have to pass signals on.
+        # exec leaves no process in between that would have to forward signals.
         os.execvpe("bash", ["bash", str(path)], outside_job(env))
     try:
         job = submit_run(path, launcher, env=env, run=run)
@@ -76,11 +76,10 @@ def launch(
 def freeze_launch(
     line: CommandLine, base_dir: Path, *, dry_run: bool = False, here: bool = False
 ) -> tuple[Path, str, LauncherArgs, bool]:
-    """Check a config, freeze it with the code and write run.sh, or write nothing in a dry run.
+    """Check a config, freeze it with the code and write run.sh; in a dry run, write nothing.
 
-    `here`: it will run on this machine, which must have its data; a login node need not see the disk of the nodes.
-    Returns the path of run.sh, its text, what the job asks for, and whether the folder is new. Raises ConfigError or
-    RunError.
+    `here`: it will run on this machine, which must have its data; a login node need not see the nodes' disk. Returns
+    the path of run.sh, its text, the job's options, and whether the folder is new. Raises ConfigError or RunError.
     """
     must_be_checkout(base_dir)
     checked = load(line, starting=True, here=here)
@@ -105,7 +104,7 @@ def submit_run(
     env: Mapping[str, str] = os.environ,
     run: Runner = run_command,
 ) -> str:
-    """Submit a run.sh; returns the job id. What Slurm itself prints goes to the folder's logs/."""
+    """Submit a run.sh; return the job id. Slurm's own output goes to the folder's logs/."""
     logs = make_folder(script.parent / RANK_LOGS, "dump_dir")
     return submit(script, launcher.model_dump(), logs, array=array, env=env, run=run)
 
@@ -117,7 +116,7 @@ def must_be_checkout(base_dir: Path) -> None:
 
 
 def check_job_code(line: CommandLine, checked: Checked) -> None:
-    """Raise ConfigError if shell lines or variables of the job were named beside weights, and are not trusted."""
+    """Raise ConfigError if shell lines or variables of the job come from an untrusted config beside weights."""
     code = code_named(checked.frozen, checked.composed.marks)
     of_job = {key: names for key, names in code.items() if key.startswith("launcher.")}
     check_code([] if line.config is None else [Path(line.config).expanduser()], of_job)

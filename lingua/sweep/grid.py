@@ -1,4 +1,4 @@
-"""Reads the points of a sweep: all combinations of values on the command line and in a config's `grid` block.
+"""Read the points of a sweep: all combinations of values on the command line and in a config's `grid` block.
 
     lingua sweep exp.yaml optim.lr=1e-3,3e-4            two values; commas in brackets or quotes do not separate
 
@@ -8,7 +8,7 @@
         model.dim: [512, 1024]
         model.n_layers: [8, 16]
 
-The first key changes slowest. A value that is not a list is refused, not taken as a list of one. The config itself
+The first key changes slowest. A value that is not a list is refused, not treated as a list of one. The config itself
 checks whether keys exist and accept their values.
 """
 
@@ -51,7 +51,7 @@ class Axis:
 
 
 def read_axes(tree: Mapping[str, Any], marks: Mapping[Key, Origin], overrides: Sequence[str]) -> list[Axis]:
-    """Return the axes of a config's block and of the command line, which replaces the block's axis of the same key.
+    """Return the axes of a config's block and of the command line, which replaces axes of the same key in the block.
 
     Raises ConfigError with all problems.
     """
@@ -93,7 +93,7 @@ def points_of(axes: Sequence[Axis]) -> list[Point]:
 
 
 def _values_of(text: str) -> list[Any]:
-    """Split the value of an override at its commas; one value if it is not a YAML list."""
+    """Split the value of an override at its commas; return one value if it is not a YAML list."""
     try:
         values = yaml_value(f"[{text}]")
     except yaml.YAMLError:
@@ -133,7 +133,7 @@ def _axes_of_block(block: Any, marks: Mapping[Key, Origin], problems: list[str])
 def _lists(
     tree: Mapping[str, Any], path: Key, depth: int, marks: Mapping[Key, Origin], problems: list[str]
 ) -> Iterator[tuple[str, list[Any], Origin]]:
-    """Yield (dotted key, values, origin) of each list below `path`, whose first `depth` parts are not of the key."""
+    """Yield (dotted key, values, origin) of each list below `path`; the first `depth` parts are left out of the key."""
     for name, value in tree.items():
         key = (*path, name)
         dotted, origin = ".".join(map(str, key[depth:])), marks.get(key, Origin(GRID))

@@ -1,4 +1,4 @@
-"""The report of a sweep: the loss against what was swept, and all curves, as a picture and as one page.
+"""Draw the report of a sweep: the loss against the swept keys, and all curves, as a picture and as one page.
 
 `report.html` needs no other file and no network; `report.png` holds the same picture. The same facts give the same
 bytes. A point that is not finished is marked at the upper edge and listed.
@@ -35,23 +35,23 @@ _MAX_LEGEND = 24
 _MAX_LISTED = 7
 
 
-# -- what is drawn against what ------------------------------------------------------------------------------------
+# -- axes ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which key is the horizontal axis, and which keys distinguish the lines."""
+    """The key of the horizontal axis, and the keys that distinguish the lines."""
 
     x: str
     is_number: bool
-    """Otherwise its values stand side by side."""
+    """If not, its values are placed side by side."""
     is_log: bool
     series: tuple[str, ...]
-    """Keys that take several values at one place of x. Seeds are dots of one line, which goes through their mean."""
+    """Keys that have several values at one place of x. Seeds are dots of one line through their mean."""
 
 
 def layout_of(keys: Sequence[str], points: Sequence[Mapping[str, Any]]) -> Layout:
-    """Choose the axes: x is a learning rate, else the first key of numbers, else the first; a seed if nothing else."""
+    """Choose the axes: x is a learning rate, else the first numeric key, else the first key; a seed only if alone."""
     wanted = sorted(keys, key=lambda key: (_ends(key, "seed"), not _is_numeric(key, points), not _ends(key, "lr")))
     x, values = wanted[0], [point[wanted[0]] for point in points]
     is_number = _is_numeric(x, points)
@@ -84,7 +84,7 @@ def _n_values(key: str, points: Sequence[Mapping[str, Any]]) -> int:
 
 
 def ticks_of(layout: Layout, places: Sequence[float]) -> tuple[list[float], bool]:
-    """Return (places that get a tick, whether their names must turn); of two that nearly touch the first gets one."""
+    """Return (places that get a tick, whether labels must be rotated); of two close places only the first gets one."""
     ordered = sorted(set(places))
     spots = [math.log(place) for place in ordered] if layout.is_log else ordered
     width, chosen = (spots[-1] - spots[0]) or 1.0, [0]
@@ -105,7 +105,7 @@ def mean_line(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def draw(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled: bool = True) -> Figure:
-    """Draw the losses that rank the finished points, and all curves; `titled` if the picture stands alone."""
+    """Draw the losses that rank the finished points, and all curves; `titled`: with a title, for the png."""
     points = [point for point, _ in read]
     layout = layout_of(sweep.keys, sweep.points)
     places = dict(zip(sweep.numbers, places_of(layout, sweep.points), strict=True))
@@ -134,13 +134,13 @@ def _headline(sweep: Sweep, points: Sequence[PointStatus]) -> str:
 
 
 def _unfinished(points: Sequence[PointStatus]) -> list[str]:
-    """Explain each point that is not finished, a line each."""
+    """Return one line per point that is not finished, with the reason."""
     missing = [point for point in points if point.state != "finished"]
     return [f"point {point.point} ({label(point.values)}) {_how(point)}" for point in missing]
 
 
 def _how(point: PointStatus) -> str:
-    """Say why a point is not finished."""
+    """Return why a point is not finished."""
     at = f" at step {point.step:,}" if point.step else ""
     if point.cause:
         return f"{point.state}{at}: {point.cause}"
@@ -156,7 +156,7 @@ def _shortened(text: str, length: int = 80) -> str:
 
 
 def _colors(places: Mapping[int, float]) -> dict[int, str]:
-    """Colour each point: dark for the smallest place, light for the largest; all show on light and on dark pages."""
+    """Color the points from dark for the smallest place to light for the largest, visible on light and dark pages."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -270,7 +270,7 @@ def _draw_curves(
 
 
 def write_report(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.png and return their paths. Raises RunError while there is nothing to show."""
+    """Write report.html and report.png; return their paths. Raises RunError if there is nothing to show yet."""
     if not any(curve.steps for _, curve in read):
         raise RunError(
             f"no point of {sweep.folder} has reported a step yet; `lingua sweep status {sweep.folder}` shows more"

@@ -1,4 +1,4 @@
-"""Reads how the points of a sweep are doing, and decides which to start again and which was best.
+"""Read the state of a sweep's points, and decide which to start again and which was best.
 
 Finished points are ranked by held-out bits per byte after the last step if all have it, else by the training loss,
 averaged over the last twentieth of the reported steps since one batch is noise. A point that is queued or running is
@@ -33,7 +33,7 @@ _UNTIL_ASKED = ("finished", "stopped")  # started again only if named
 
 @dataclass(frozen=True)
 class PointStatus:
-    """The figures of a point, as `--json` prints them. None: not known (yet)."""
+    """The figures of a point, as `--json` prints them. None: not known yet."""
 
     point: int
     values: dict[str, Any]
@@ -41,7 +41,7 @@ class PointStatus:
     state: str
     """As in `lingua status`; new: never ran."""
     kind: str | None
-    """Of the failure."""
+    """Kind of the failure."""
     cause: str
     """Why it failed or was killed."""
     step: int | None
@@ -76,7 +76,7 @@ class Curve:
 
 
 def read_points(sweep: Sweep, queue: dict[str, QueuedJob], me: Owner | None = None) -> list[tuple[PointStatus, Curve]]:
-    """Read every point as it is now."""
+    """Read the current state of every point."""
     return [_read_point(sweep, number, queue, me or this_process()) for number in sweep.numbers]
 
 
@@ -113,7 +113,7 @@ def _read_point(sweep: Sweep, number: int, queue: dict[str, QueuedJob], me: Owne
 
 
 def state_of_point(facts: RunFacts, me: Owner) -> str:
-    """Return the state as `status.state_of`, with the queue's for a job whose training has not begun (again)."""
+    """Return `status.state_of`, or the queue's state for a job whose training has not begun (again)."""
     state, job = state_of(facts, me), facts.job
     if job is None or state in LIVING or state == "finished":
         return state
@@ -138,7 +138,7 @@ def _held_out(file: Path) -> tuple[int | None, float | None]:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Average each value with those before it, over a twentieth of all values."""
+    """Return a trailing mean of each value, over a twentieth of all values."""
     width, averages, total = max(1, round(len(losses) * _SMOOTHED_PART)), [], 0.0
     for i, loss in enumerate(losses):
         total += loss - (losses[i - width] if i >= width else 0.0)

@@ -1,10 +1,10 @@
-"""`lingua sweep`: many runs from one config, as one array job, or on this machine a few at a time.
+"""`lingua sweep`: start many runs from one config, as one array job, or on this machine a few at a time.
 
 Nothing is written or submitted unless every point passes the check that training makes. The code is frozen once, for
-all points, and the folder of a sweep appears whole or not at all. A point is a run like any other: script, signals,
-requeue and run folder are those of `lingua launch`.
+all points, and the folder of a sweep appears atomically. A point is a run like any other: script, signals, requeue and
+run folder are those of `lingua launch`.
 
-    <sweep>/sweep.json            what is swept, and the jobs that were submitted
+    <sweep>/sweep.json            the swept keys and values, and the submitted jobs
             run.sh                sbatch's script; bash run.sh 2 runs point 2 here
             code/                 the code
             tasks/2.yaml 2.json   the resolved config of point 2, and its job file
@@ -80,7 +80,7 @@ class Sweep:
     points: list[dict[str, Any]]
     """Values by key."""
     at_once: int | None = None
-    """How many points run at the same time. None: all under Slurm, one here."""
+    """Number of points that run at the same time; None for all under Slurm, one here."""
     jobs: list[Submission] = field(default_factory=list)
 
     @property
@@ -106,7 +106,7 @@ class Sweep:
         return next((array_task(each.job, number) for each in reversed(self.jobs) if number in each.points), None)
 
     def save(self, folder: Path) -> None:
-        """Write sweep.json into `folder`, which becomes the sweep's."""
+        """Write sweep.json into `folder`, the sweep's or a draft of it."""
         record = {key: value for key, value in asdict(self).items() if key != "folder"}
         write_json(folder / SWEEP_FILE, public_tree(record | {"typed": [public_word(word) for word in self.typed]}))
 
@@ -145,7 +145,7 @@ class Plan:
 
 
 def plan_sweep(line: CommandLine, base_dir: Path, at_once: int | None = None) -> Plan:
-    """Find the points and check all of them. Raises ConfigError with everything that is wrong."""
+    """Find the points and check all of them. Raises ConfigError with all problems."""
     must_be_checkout(base_dir)
     if line.config is None:
         raise ConfigError("no config is named; name one, as in `lingua sweep exp.yaml optim.lr=1e-3,3e-4`")
@@ -191,17 +191,17 @@ def _must_be_free(folder: Path) -> None:
 
 
 def _completed(point: Point, number: int, folder: Path, args: Any) -> Point:
-    """Add the keys that keep the runs of points apart."""
+    """Add the keys that separate the runs of the points."""
     values = {key: value for key, (value, _) in point.items()}
     own: dict[str, Any] = {"name": f"{args.name} {label(values)}", "dump_dir": str(folder / str(number))}
-    if args.logging.wandb is not None:  # a tracking id of each point's own, displayed under the run's name
+    if args.logging.wandb is not None:  # each point has its own tracking id, displayed under the run's name
         group = args.logging.wandb.group or args.name
         own |= {"logging.wandb.name": None, "logging.wandb.id": None, "logging.wandb.group": group}
     return {**point, **{key: (value, Origin(f"point {number}")) for key, value in own.items()}}
 
 
 def _check(lines: Sequence[CommandLine], labels: Sequence[str], load: Callable[[CommandLine], Any]) -> list[Any]:
-    """Check every point; a problem of several points is reported once, with the first of them."""
+    """Check every point; a problem of several points is reported once, with the first one."""
     checked, wrong = [], dict[str, list[int]]()
     for number, line in enumerate(lines, 1):
         try:
@@ -236,7 +236,7 @@ _OF_A_POINT = {"name", "dump_dir", "seed", "checkpoint.path", "eval.dump_dir", "
 
 
 def _must_differ(checked: Sequence[Any], labels: Sequence[str]) -> None:
-    """Refuse points that train the same thing. `seed` alone has no effect: model.seed and data.seed have."""
+    """Refuse points that train the same thing. `seed` alone has no effect if model.seed and data.seed are set."""
     seen: dict[str, int] = {}
     for number, each in enumerate(checked, 1):
         tree = flatten(each.frozen)
@@ -297,7 +297,7 @@ def submit_points(
     env: Mapping[str, str] = os.environ,
     run: Runner = run_command,
 ) -> Sweep:
-    """Submit these points as one array job; returns the sweep with that job."""
+    """Submit these points as one array job; return the sweep with that job."""
     launcher = LauncherArgs.model_validate(_config(sweep, numbers[0]).get("launcher", {}))
     job = submit_run(sweep.script, launcher, array_of(numbers, sweep.at_once), env, run)
     known = replace(sweep, jobs=[*sweep.jobs, Submission(job, sorted(numbers))])
@@ -322,9 +322,9 @@ def run_points(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
-    """Run these points on this machine, `at_once` side by side; returns an exit code.
+    """Run these points on this machine, `at_once` at a time; return an exit code.
 
-    A signal goes to the running points, which save and end; no other starts. `gpus` are divided among them.
+    A signal is forwarded to the running points, which save and end; no other starts. `gpus` are divided among them.
     """
     at_once = min(sweep.at_once or 1, len(numbers))
     shares = _shares(sweep, numbers, at_once, gpus)
@@ -359,7 +359,7 @@ def run_points(
 
 
 def _shares(sweep: Sweep, numbers: Sequence[int], at_once: int, gpus: Sequence[str]) -> list[dict[str, str]]:
-    """Return, for each slot, the variables that give it GPUs of its own."""
+    """Return, for each slot, the variables that assign its GPUs."""
     if at_once == 1 or not gpus or _config(sweep, numbers[0]).get("device") == "cpu":
         return [{}] * at_once
     n_ranks = max(read_json(sweep.task_file(number))["n_ranks"] for number in numbers)
