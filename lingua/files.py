@@ -365,7 +365,7 @@ def plural(n: int, one: str, many: str = "") -> str:
 
 
 def human_bytes(n_bytes: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Format a size: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(n_bytes) < 1024:
             return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"

@@ -281,7 +281,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def read_metadata(folder: Path, content: Contents | None = None) -> Metadata:
-    """Read the metadata of a checkpoint folder. Raises RunError if it is not what it should be."""
+    """Read the metadata of a checkpoint folder. Raises RunError if it is refused."""
     if content is None:
         return Reader(folder).read_metadata()
     metadata = _read_metadata(io.BytesIO(content(layout.METADATA)[:]), folder / layout.METADATA)

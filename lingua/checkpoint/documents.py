@@ -38,7 +38,7 @@ class ManifestDocument(Document):
     step: Count
     incarnation: Count
     run_id: str | None = None
-    """None: written by an older version, or not by a run."""
+    """None if an older version wrote it, or not a run."""
     files: dict[Annotated[str, Field(pattern=r"^\.*[^/.\x00][^/\x00]*$")], ListedFile]
 
 

@@ -120,7 +120,7 @@ def _match(
         if name not in tensors and name not in aliases:
             problems.append(f"{name} is not in this model")
     untied = {alias: of for alias, of in aliases.items() if alias in source.shapes and of in source.shapes}
-    if HEAD not in tensors and HEAD not in aliases and HEAD in source.shapes:  # a tied model without a head of its own
+    if HEAD not in tensors and HEAD not in aliases and HEAD in source.shapes:  # a tied model has no separate head
         problems = [problem for problem in problems if not problem.startswith(f"{HEAD} ")]
         untied[HEAD] = EMBEDDING
     if problems:

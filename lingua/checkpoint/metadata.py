@@ -1,4 +1,4 @@
-"""Read what a checkpoint folder holds, without torch: names, shapes and types of tensors, step, rates, data position.
+"""Describe a checkpoint folder without torch: names, shapes and types of tensors, step, rates, data position.
 
 Nothing in the folder is executed. `.metadata` is a pickle written by torch; it is read with stand-ins for the few
 classes that a checkpoint needs, and refused if it names any other. No tensor is read.
@@ -137,7 +137,7 @@ class _TorchFreeUnpickler(pickle.Unpickler):
 
 
 def read_tensors(folder: Path) -> dict[str, TensorFacts]:
-    """Return every tensor of a checkpoint folder by name. Raises RunError if `.metadata` is not what it should be."""
+    """Return every tensor of a checkpoint folder by name. Raises RunError if `.metadata` is refused."""
     path = folder / layout.METADATA
     try:
         with naming(path), path.open("rb") as file:

@@ -6,7 +6,7 @@ killed at any line; the next attempt's `open_staging_dir` finishes or removes wh
 
 Stages:   incarnation-2/0000000004/model.00000.distcp ...   write_hashed, by every rank
           incarnation-2/0000000004/manifest.json            publish: sizes are checked, all is synced,
-          incarnation-2/checkpoint_0000000004.done            the mark lies ready (from here on nothing needs room),
+          incarnation-2/checkpoint_0000000004.done            the mark is ready (from here on nothing needs room),
           0000000004/                                       the folder gets its name
           checkpoint_0000000004.done                        and then its mark
           incarnation-5/checkpoint_0000000004.done.trash    retire: unmarked,

@@ -1,4 +1,4 @@
-"""Bring tensors of a device to the host in chunks: while one is written to the disk, the next is copied.
+"""Copy tensors from a device to the host in chunks: while one is written to the disk, the next is copied.
 
 `Tensor.cpu` instead needs host memory for a whole tensor, and memory that is not pinned, into which CUDA copies at a
 fraction of the bus's rate (CUDA C++ Best Practices Guide, "Pinned Memory").
@@ -28,9 +28,9 @@ Wait = Callable[[], None]
 class _Chunk(NamedTuple):
     content: Buffer
     copied: Wait | None = None
-    """Waits until the content is there. None: it is."""
+    """Waits until the content has arrived; None if it has."""
     buffer: Tensor | None = None
-    """Free again once the content is used."""
+    """Staging buffer to free once the content is used."""
 
 
 def pinned_buffers(n: int = N_BUFFERS) -> list[Tensor]:
@@ -43,7 +43,7 @@ def pinned_buffers(n: int = N_BUFFERS) -> list[Tensor]:
 
 
 def begin_copy(target: Tensor, source: Tensor) -> Wait:
-    """Begin to copy from a device; return what waits for the end."""
+    """Begin to copy from a device; return a function that waits for the copy."""
     target.copy_(source, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
@@ -58,14 +58,14 @@ class StagingBuffers:
         allocate: Callable[[], list[Tensor]] = pinned_buffers,
         begin: Callable[[Tensor, Tensor], Wait] = begin_copy,
     ) -> None:
-        """`allocate` is called for the first tensor: uint8, all of one size."""
+        """`allocate`: called for the first tensor; returns uint8 buffers of one size."""
         self._allocate, self._begin = allocate, begin
         self._buffers: list[Tensor] = []
         self._free: list[Tensor] = []
         self._waiting: deque[_Chunk] = deque()
 
     def stream(self, pieces: Iterable[Buffer | Tensor]) -> Iterator[Buffer]:
-        """Yield the bytes of the pieces in order, each valid until the next is taken. A tensor: of the device, flat."""
+        """Yield the bytes of the pieces in order, each valid until the next is taken. Tensors are flat, on a device."""
         for piece in pieces:
             if not isinstance(piece, Tensor):
                 if self._waiting:

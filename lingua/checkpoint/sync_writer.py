@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Written:
-    """The files that one rank has written, or its error."""
+    """The files that one rank has written, and its error."""
 
     facts: Manifest
     error: RunError | None = None

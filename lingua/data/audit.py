@@ -194,7 +194,7 @@ def _compare_bytes(args: DataArgs, data: OpenedData, found: AuditResult) -> None
         path = Path(section.path)
         folder = path if path.is_dir() else path.parent
         if source.holds_tokens and not source.needs_tokenizer:
-            continue  # these files have hashes of their own
+            continue  # these files contain their hashes
         if read_manifest(folder) is None:
             found.notes.append(f"{folder} has no {MANIFEST}, so only the tokens that the run has read are compared")
         else:
@@ -267,7 +267,7 @@ def _walk(
 
 
 def _tokens_given(args: DataArgs, state: State) -> int:
-    """Tokens before the position of a state; with a shuffle window, before the window's begin."""
+    """Return the number of tokens before the position of a state, or before its shuffle window."""
     window = max(1, args.shuffle_window)
     return state["rows"] // window * window * args.row_step
 

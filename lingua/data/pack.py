@@ -65,7 +65,7 @@ def next_piece(document: Document, start: int) -> int:
     if document.encoded is not None:
         return document.encoded.next_char(start)
     end = piece_end(document.text, start)
-    if start < document.prompt_chars:  # a piece of its own, since all tokens of a piece are labels or none is
+    if start < document.prompt_chars:  # a separate piece: either all tokens of a piece are labels or none
         end = min(end, document.prompt_chars)
     return end if end < len(document.text) else 0
 
@@ -220,7 +220,7 @@ class Packer:
             source.report_untokenizable(document, str(error))
             # A document in one piece is left out; a longer one loses this piece, but not its begin and end.
             ids = np.empty(0, np.int32) if whole else self._tokenizer.encode("", bos, eos)
-            is_label = is_label and document.prompt_chars == 0  # an end is no answer to a prompt
+            is_label = is_label and document.prompt_chars == 0  # an end token does not answer a prompt
         if self._ids_hash is not None:
             self._ids_hash = draw(self._ids_hash, xxhash.xxh3_64_intdigest(ids.data))
         self._count_empty(len(ids), position)

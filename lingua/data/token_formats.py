@@ -394,7 +394,7 @@ class NpySource(TokenFormat):
     @classmethod
     def check_tokenizer(cls, path: Path, tokenizer: Tokenizer) -> None:
         super().check_tokenizer(path, tokenizer)
-        for file in cls.find_files(path):  # dolma writes beside a file where its documents begin and end
+        for file in cls.find_files(path):  # dolma writes a table of documents beside a file
             if (facts := file.with_name(file.name.removesuffix(cls.suffix) + ".csv.gz")).is_file():
                 with gzip.open(facts, "rt") as lines:
                     end = re.match(r"\d+,(\d+),", lines.readline())

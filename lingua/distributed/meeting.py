@@ -113,7 +113,7 @@ def open_store(place: RankInfo, timeout_s: float) -> dist.Store:
     return store
 
 
-# -- the way there -------------------------------------------------------------------------------------------------
+# -- connecting ----------------------------------------------------------------------------------------------------
 
 
 def listen(place: RankInfo, port: int) -> socket.socket:
@@ -125,9 +125,9 @@ def listen(place: RankInfo, port: int) -> socket.socket:
     except OSError as error:
         raise RankError(f"MASTER_ADDR {host} has no address: {error.strerror}; set it to one of this host") from None
     if place.local_world_size < place.world_size and host != "localhost" and not _is_address(host):
-        # A host may know itself by another address than its neighbours do: 127.0.1.1, on Debian.
+        # A host may know itself by an address that other nodes cannot use: 127.0.1.1, on Debian.
         found = [each for each in found if not ipaddress.ip_address(str(each[1][0]).partition("%")[0]).is_loopback]
-    for family, address in (*found, (socket.AF_INET, ("", port))):  # last: all, as behind an address of a router
+    for family, address in (*found, (socket.AF_INET, ("", port))):  # last: all interfaces, as behind NAT
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -159,7 +159,7 @@ def _is_address(host: str) -> bool:
 
 
 class _Patience:
-    """Waits for other ranks: says after SAY_AFTER_S whom for, and raises RankError when the time is over."""
+    """Waits for other ranks; logs which ones after SAY_AFTER_S, and raises RankError at the timeout."""
 
     def __init__(self, place: RankInfo, timeout_s: float) -> None:
         self._place, self._timeout_s = place, timeout_s
@@ -189,7 +189,7 @@ class _Patience:
 
 
 def _wait_for_main(place: RankInfo, timeout_s: float) -> None:
-    """Return when a store answers where rank 0 should be: torch's client would wait for ever for another program."""
+    """Wait until a store answers at rank 0's address: torch's client would wait forever for another program."""
     assert place.master is not None
     patience = _Patience(place, timeout_s)
     while True:

@@ -119,7 +119,7 @@ def start_world(
         ) from error
     try:
         mesh = init_device_mesh(device.type, (replicate, shard, tp), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
-        for group in mesh.get_all_groups():  # torch gives those of gloo 30 minutes, whatever the default group has
+        for group in mesh.get_all_groups():  # torch gives gloo's groups 30 minutes, whatever the default group has
             _set_pg_timeout(timeout, group)
         dp_rank = mesh.get_local_rank("dp_replicate") * shard + mesh.get_local_rank("dp_shard")
         secret = from_main(lambda: secrets.token_bytes(32))  # not sent through the store

@@ -61,7 +61,7 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
 
 
 def _by_rank(key: str, flat: list[dict[str, Any]]) -> str:
-    """`optim.lr is 0.001 on rank 0 and 0.01 on ranks 1-7`."""
+    """Return text such as `optim.lr is 0.001 on rank 0 and 0.01 on ranks 1-7`."""
     ranks: dict[str, list[int]] = {}
     for rank, values in enumerate(flat):
         ranks.setdefault(repr(values.get(key, _ABSENT)), []).append(rank)

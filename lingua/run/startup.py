@@ -30,7 +30,7 @@ class StartUp:
     """The parts of a start-up, in the order in which they were first reached. They add up to the total."""
 
     def __init__(self, began_s: float | None = None, now: Callable[[], float] = since_boot_s) -> None:
-        """`began_s`: by the clock `now`; None: when this process began."""
+        """`began_s`: by the clock `now`; None for the start of this process."""
         self._now = now
         self._last_s = process_began_s() if began_s is None else began_s
         self.parts: dict[str, float] = {}

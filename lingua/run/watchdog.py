@@ -13,7 +13,7 @@ even if its cleanup hangs.
             ...; watchdog.heartbeat.beat(step)
 
 The thread ends the process by `os._exit`, because an exception cannot be raised in a main thread that waits in a
-collective. That skips what a kill skips too, which the next attempt handles; functions in `at_exit` are called.
+collective. That skips the same cleanup as a kill, which the next attempt handles; functions in `at_exit` are called.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Watchdog:
             self._arm(limit_s + 60)
 
     def _arm(self, limit_s: float) -> None:
-        """Last resort if a call never releases the GIL: faulthandler needs no Python thread."""
+        """End the process even if a call never releases the GIL: faulthandler needs no Python thread."""
         faulthandler.dump_traceback_later(limit_s, exit=True, file=2)
 
     def _listen(self) -> None:

@@ -348,7 +348,7 @@ class ServedRun:
     secret: str = field(default="", repr=False)
     """Known only to the ranks and services of this attempt."""
     copy_from: tuple[str, int] | None = None
-    """Address of the service whose parts are copied to this node's memory. None: nothing is copied."""
+    """Address of the service whose parts are copied to this node's memory, or None."""
     n_copies: int = 0
     """Copies that this node's memory holds at once."""
 

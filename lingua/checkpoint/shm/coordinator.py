@@ -69,7 +69,7 @@ class NoSlotError(RunError):
 
 @dataclass
 class _Report:
-    """What a rank reports to the others before a save."""
+    """A rank's report to the others before a save."""
 
     usable: set[int]
     """Its allocated slots."""
@@ -77,7 +77,7 @@ class _Report:
     """Slots that hold a snapshot of an earlier attempt."""
     problem: str | None = None
     is_gone: bool = False
-    """The area's names have vanished, as RemoveIPC of systemd does it (logind.conf(5)); what is mapped stays."""
+    """The area's names have vanished, as by RemoveIPC of systemd (logind.conf(5)); mapped memory stays."""
     slots: dict[int, SlotView] | None = None
     """A leader's view of its node."""
 

@@ -81,7 +81,7 @@ def next_to_drain(
 
 @dataclass
 class Throttle:
-    """Limits the rate of all threads together. The limit may change at any time; None: no limit."""
+    """Limits the rate of all threads together. The limit may change at any time; None for no limit."""
 
     limit_bytes_per_s: float | None = None
     now: Callable[[], float] = time.monotonic

@@ -209,7 +209,7 @@ class PartReader:
     """Reads parts that another node holds. Thread-safe."""
 
     def __init__(self, address: tuple[str, int], secret: str) -> None:
-        """Raises OSError."""
+        """Connect, and prove to each other that both sides know the secret. Raises OSError."""
         self._address, self._asking = address, threading.Lock()
         self._wire = _Wire(socket.create_connection(address, PATIENCE_S))
         try:

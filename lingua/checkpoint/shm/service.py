@@ -183,7 +183,7 @@ class Service:
         except RunError:
             if n_writes != self._n_writes_before:
                 raise
-            return None  # an earlier version left it; the first rank writes it anew
+            return None  # an earlier version left it; the first rank replaces it
 
     # -- one slot --------------------------------------------------------------------------------------------------
 
@@ -426,7 +426,7 @@ class Service:
             while self._unsent:
                 try:
                     self._events.send(self._unsent[0])
-                except OSError as error:  # the area's names have vanished; draining goes on
+                except OSError as error:  # the area's names have vanished; draining continues
                     log.error("cannot send the ranks %s: %s", self._unsent[0], error)
                     return  # until the next pass
                 self._unsent.popleft()

@@ -167,7 +167,7 @@ class SlotWriter:
             self._allocating.append(self._worker.submit(self._allocate, sorted(free)))
 
     def _allocate(self, numbers: list[int]) -> None:
-        """In a thread. A slot for which there is no room is left out."""
+        """In a thread: allocate slots; stop at the first for which there is no room."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # a new thread uses device 0
         for number in numbers:

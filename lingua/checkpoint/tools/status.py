@@ -48,7 +48,7 @@ class Published:
 
     step: int
     kinds: list[str]
-    """dump, eval, milestone; stop if it is none of them: the run ended or was stopped there. Empty without a config."""
+    """dump, eval, milestone; else stop: the run ended or was stopped there. Empty without a config."""
     size_bytes: int
     created_at: float
     incarnation: int | None

@@ -417,6 +417,17 @@ def test_cut_off_files_are_named(tmp_path: Path, suffix: str) -> None:
         list(blocks(whole))
 
 
+def test_workers_start_where_the_kernel_does_not_reset_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str) -> int:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(worker_pool, "_most_workers", 0)
+    monkeypatch.setattr(worker_pool, "_peak_alone", 0)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert dict(each([1, 2], str, 2)) == {1: "1", 2: "2"}
+    assert worker_pool.peak_rss_bytes() > 0
+
+
 def test_a_dead_worker_is_told() -> None:
     with pytest.raises(RunError, match="a worker process was killed"):
         list(each([1, 2], lambda number: os._exit(number), 2))
