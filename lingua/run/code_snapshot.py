@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lingua.config.base import ConfigError
 from lingua.config.trust import VARIABLE
-from lingua.files import make_folders, remove_leftover, write_json
+from lingua.files import make_folders, own_temporary, remove_leftover, write_json
 from lingua.run.provenance import COMMIT_FILE, describe_code
 
 FOLDER = "code"
@@ -29,8 +29,7 @@ def freeze_code(tree: Path, run_dir: Path, *, again: bool = False) -> Path:
         raise ConfigError(f"run folder {run_dir} has a {os.pathsep!r} in its path, which Python cannot import from")
     if code.is_dir() and not again:
         return code
-    draft = run_dir / f".{FOLDER}-{os.getpid()}"
-    remove_leftover(draft)
+    draft = own_temporary(code)
     make_folders(draft)
     for path in _code_files(tree):
         target = draft / path.relative_to(tree)

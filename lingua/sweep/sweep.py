@@ -38,6 +38,7 @@ from lingua.files import (
     RunError,
     make_folder,
     make_folders,
+    own_temporary,
     read_json,
     remove_leftover,
     write_json,
@@ -272,9 +273,8 @@ def make_sweep(plan: Plan, base_dir: Path) -> Sweep:
     """Freeze the code and the points and write run.sh. Raises RunError."""
     sweep, folder = plan.sweep, plan.sweep.folder
     make_folder(folder.parent, "dump_dir")
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    draft = own_temporary(folder)
     try:
-        remove_leftover(draft)
         make_folders(draft / TASKS)
         freeze_code(base_dir, draft)
         for number, line, checked in zip(sweep.numbers, plan.lines, plan.checked, strict=True):

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,10 +74,19 @@ def test_a_link_under_the_name_of_the_draft_is_not_written_through(tree: Path, t
     (tmp_path / "precious").mkdir()
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / f".code-{os.getpid()}").symlink_to(tmp_path / "precious")
+    (run_dir / f".code.tmp-{socket.gethostname()}-{os.getpid()}").symlink_to(tmp_path / "precious")
     assert (freeze_code(tree, run_dir) / "pack/__init__.py").is_file()
     assert list((tmp_path / "precious").iterdir()) == []
     assert not (run_dir / "code").is_symlink()
+
+
+def test_what_a_killed_process_left_is_removed(tree: Path, tmp_path: Path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / "run" / f".code.tmp-{socket.gethostname()}-{dead.pid}"
+    (left / "pack").mkdir(parents=True)
+    freeze_code(tree, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["code"]
 
 
 def test_the_users_python_path_comes_after(tmp_path: Path):
