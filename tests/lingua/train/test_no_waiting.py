@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lingua.config.keys.optim import AdamWArgs, OptimArgs
 from lingua.data.loader import Batch
 from lingua.distributed.parallelize import parallelize
 from lingua.distributed.place import RankInfo
-from lingua.distributed.process_group import World
+from lingua.distributed.process_group import StepReduce, World
 from lingua.optim import adamw
 from lingua.optim.ema import begin_ema
 from lingua.optim.update import LossScale, Updater
@@ -130,6 +131,16 @@ def test_in_the_update(name: str, is_fp16: bool, keys: dict[str, Any], uncompile
         with NoWaiting():
             report = updater.step(0.1, updater.gradient(share), loss, step=3, limit=2.0)
         assert {number.device for number in report.values()} == {CUDA}
+
+
+def test_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    event = SimpleNamespace(record=lambda: said.append("record"), synchronize=lambda: said.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    with FakeTensorMode(), NoWaiting():
+        numbers = {"loss/out": torch.ones((), device=CUDA, dtype=torch.float64), "stop": 1.0}
+        assert StepReduce(CUDA).submit("step 1", numbers) is None
+    assert said == ["record"]
 
 
 class Kernels(TorchDispatchMode):
