@@ -61,7 +61,7 @@ STEP_S = 0.02
 
 
 def anonymous_bytes(pid: int | str) -> int:
-    """Private memory of a process (proc(5): RssAnon, in kB); slots are shared memory and do not count."""
+    """Return the private memory of a process (proc(5): RssAnon, in kB); slots are shared and do not count."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 

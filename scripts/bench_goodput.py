@@ -15,15 +15,15 @@ The disk: scripts/slow_disk.c, preloaded, lets all files of a run pass at one ra
 
 Scaled time: a minute of a cluster is a second here (--scale 60), so one kill per 60 minutes is one per 60 s. State and
 disk are sized so that a save takes as long, in scaled time, as 85 GB at 0.5 GB/s: 2.8 s. Loading, saves and steps are
-taken as they are. What a start takes beside loading (python, torch, ...) does not shrink with the state: `goodput`
-counts a sixtieth of it, `goodput_unscaled` all. Kills come at exponential gaps after an attempt's first step (a Poisson
-process), the same for all ways.
+not scaled. Startup without loading (python, torch, ...) does not shrink with the state: `goodput` counts a sixtieth of
+it, `goodput_unscaled` all. Kills come at exponential gaps after an attempt's first step (a Poisson process), the same
+for all ways.
 
 First each way trains undisturbed: its step, what a save costs, a restart. From these the model
 (lingua/checkpoint/goodput.py) chooses the best interval of each way and predicts its goodput for the same kills. `off`
 is model / measured - 1. A step counts with the median of those that no save slowed down in the same case.
 
-FILE (bench_goodput.json) is written anew after every case and holds every kill; --figure FILE.svg draws it.
+FILE (bench_goodput.json) is rewritten after every case and holds every kill; --figure FILE.svg draws it.
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ def _pass_on(module: str, words: list[str]) -> NoReturn:
 
 
 def main() -> None:
-    """Console script `lingua`."""
+    """Run the console script `lingua`."""
     sys.exit(run_main(lambda words: app(words, prog_name="lingua"), sys.argv[1:]))
 
 

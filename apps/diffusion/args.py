@@ -29,7 +29,7 @@ class MaskedDiffusionArgs(CrossEntropyArgs):
     min_t: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """Minimum of t, which bounds the weight."""
     soft_cap: Annotated[float, Field(gt=0)] | None = None
-    """Soft cap of the weights (UniDisc: 5); the loss is then not a bound any more. Null: none."""
+    """Soft cap of the weights (UniDisc: 5); the loss is then no longer a bound. Null: none."""
     random_lengths: Fraction = 0.0
     """Share of steps whose rows are cut to a random length (LLaDA: 0.01), to train on short texts too."""
     samples: Annotated[int, Field(ge=2)] = 128

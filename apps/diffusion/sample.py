@@ -23,7 +23,7 @@ from lingua.config.keys.generate import GeneratorArgs
 from lingua.model.decoder import full_tensor
 from lingua.model.generate import Answer, Generator, Row, prompt_room, tempered, with_progress
 
-GAP = re.compile(r"\[MASK(?::(\d+))?\]")
+GAP = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
 """`[MASK]` in a prompt is one masked token, `[MASK:12]` twelve."""
 
 

@@ -20,7 +20,7 @@ from lingua.config.keys.model import LlamaArgs, ModelArgs
 
 
 class LMTransformerArgs(LlamaArgs):
-    """The app's model; its keys are the `model:` section."""
+    """A Llama-style decoder (apps/main/transformer.py)."""
 
     builder: ClassVar[str] = f"{__package__}.transformer:LMTransformer"
 

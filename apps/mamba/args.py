@@ -40,7 +40,7 @@ class Mamba2Args(KernelArgs):
     n_heads: PositiveInt = 8
     """H."""
     hidden_dim: PositiveInt | None = None
-    """Total width of the heads, H P. Null: 2 dim times ffn_dim_multiplier, rounded up to multiple_of. (Ours.)"""
+    """Width of all heads, H P. Null: 2 dim times ffn_dim_multiplier, rounded up to multiple_of. Not in Meta Lingua."""
     ffn_dim_multiplier: Annotated[float, Field(gt=0)] | None = None
     """Scales the derived hidden_dim."""
     multiple_of: PositiveInt = 256
@@ -52,7 +52,7 @@ class Mamba2Args(KernelArgs):
     conv_size: Annotated[int, Field(ge=2, le=4)] | None = None
     """Taps of the convolution over x, B and C before the recurrence. Null: none."""
     conv_bias: bool = False
-    """Give the convolution a bias. (Ours, for Hugging Face's models.)"""
+    """Give the convolution a bias. (Not in Meta Lingua; for Hugging Face's models.)"""
     dt_bias: bool = False
     """Give the step size of each head a bias."""
     D_has_head_dim: bool = False

@@ -113,7 +113,7 @@ _parts: dict[str, dict[str, type[Part]]] = {}
 
 
 def register(kind: str, type_name: str) -> Callable[[PartType], PartType]:
-    """Class decorator: make `type: <type_name>` in the section `kind` choose this class. Raises ValueError if taken."""
+    """Return a decorator that makes `type: <type_name>` of section `kind` mean a class. Raises ValueError if taken."""
 
     def add(part: PartType) -> PartType:
         if not part.__module__.startswith(("lingua.", "apps.")):  # report errors in a plugin's class now

@@ -108,7 +108,7 @@ def parse_command_line(words: Sequence[str], flags: Sequence[str] = ()) -> Comma
 
 
 def _whole_values(words: Sequence[str]) -> list[str]:
-    """Join a value in braces or brackets that a shell cut at its blanks: data.sources={mine: 1} without quotes."""
+    """Join a value in braces or brackets that a shell split at spaces: data.sources={mine: 1} without quotes."""
     whole = [""]
     for word in words:
         is_open = re.match(r"[\w.]+=[{[]", whole[-1]) and any(

@@ -82,7 +82,7 @@ def _interpolate(
         if any(not _ALLOWED.match(rest) for rest in value.split("${")[1:]):
             what = f"{dotted_key(key)} is {show(value)}; only ${{key}} and {', '.join(_RESOLVERS)} are resolved"
             findings.append((key, f"{what}; write the value itself, or \\${{ for text"))
-    if not open_keys or findings:  # resolve nothing beside an interpolation that is not allowed
+    if not open_keys or findings:  # resolve nothing if an interpolation is not allowed
         for key, _ in findings:
             _leave_out(layer.tree, key)
         return findings, set()
@@ -219,7 +219,7 @@ def _import_plugins(layer: Layer, configs: list[Path]) -> list[tuple[Key, str]]:
 
 
 def see_working_folder() -> None:
-    """Make own modules in the working folder importable, also an `apps/mine` beside installed apps.
+    """Make modules in the working folder importable, including an `apps/mine` beside installed apps.
 
     It comes last: a file there (beside weights, say) must not shadow a package of that name.
     """

@@ -79,7 +79,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     ("data.sources", "accept"),
     ("data.doc_mask", "accept"),
     ("data.loss_on", "accept"),
-    ("data", "free"),  # how rows are fed: batch_size, workers, prefetch, where the data lies, skip_rows
+    ("data", "free"),  # how rows are loaded: batch_size, workers, prefetch, location of the data, skip_rows
     ("global_batch_size", "refuse"),
     ("seed", "refuse"),
     # The course of training from here on.

@@ -62,7 +62,7 @@ def json_schema(schema: type[Args]) -> dict[str, Any]:
         for key, info in section.model_fields.items():
             parts = [part for part in section_classes(section, key, items=True) if issubclass(part, Part)]
             chosen: dict[str, Any] = {"anyOf": [{"$ref": f"#/$defs/{names[part]}"} for part in parts]}
-            chosen["description"] = f"Chosen by its key `type`. {_first_line(section)}"
+            chosen["description"] = f"Chosen by its key `type`. {_about(section)}"
             lists = [way for way in (properties[key], *properties[key].get("anyOf", ())) if way.get("type") == "array"]
             if lists and parts:
                 lists[0]["items"] = chosen
@@ -96,7 +96,7 @@ def components(schema: type[Args], kind: str | None) -> dict[str, dict[str, dict
                 meaning = " ".join(docs.get(key, "").split())
                 keys[key] = f"{_type(info).replace('`', '')}, {default}" + (f". {meaning}" if meaning else "")
             keys.pop("type", None)
-            found.setdefault(name, {})[type_name] = {"about": _first_line(part), "keys": keys}
+            found.setdefault(name, {})[type_name] = {"about": _about(part), "keys": keys}
     return found
 
 
@@ -108,7 +108,7 @@ def reference_page(schema: type[Args]) -> str:
         lines += [
             f"## {title}",
             "",
-            _first_line(section),
+            _about(section),
             "",
             "| key | type | default | meaning |",
             "|---|---|---|---|",
@@ -116,7 +116,7 @@ def reference_page(schema: type[Args]) -> str:
         for name, info in section.model_fields.items():
             inner = section_classes(section, name, items=True)
             default = "required" if info.is_required() else "see its section" if inner else f"`{info.default!r}`"
-            meaning = docs.get(name) or " ".join(f"{_first_line(part)}" for part in inner[:1])
+            meaning = docs.get(name) or " ".join(_about(part) for part in inner[:1])
             lines.append("| " + " | ".join(_cell(x) for x in (f"`{name}`", _type(info), default, meaning)) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -131,8 +131,8 @@ def _titled(schema: type[Args], prefix: str) -> Iterator[tuple[str, type[Args]]]
                 yield (title + chosen if inner is section else title), inner
 
 
-def _first_line(section: type[Args]) -> str:
-    return (section.__doc__ or "").partition("\n")[0]
+def _about(section: type[Args]) -> str:
+    return " ".join((section.__doc__ or "").partition("\n\n")[0].split())
 
 
 def _cell(text: str) -> str:

@@ -43,7 +43,7 @@ def trusting(given: bool = True) -> Iterator[None]:
 
 
 def found(config: AnyPath) -> AnyPath:
-    """Note that a command found this config near weights. Nobody typed its name. Returns it."""
+    """Note that a command found this config near weights, so that the user did not type its name. Returns it."""
     if config is not None:
         _found.add(config.absolute())
     return config

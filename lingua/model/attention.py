@@ -207,7 +207,7 @@ class RowDocuments:
 def document_bounds(doc_ids: np.ndarray) -> np.ndarray:
     """Return the starts of documents in the concatenated rows, then B S: int32 (N + 1,), from document numbers (B, S).
 
-    A document that continues in the next row starts anew there.
+    A document that continues in the next row starts again there.
     """
     begins = np.ones(doc_ids.shape, dtype=bool)
     begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]

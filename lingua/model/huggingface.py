@@ -285,7 +285,7 @@ class Llama(Translation):
 
 
 def _architecture(model: LlamaArgs) -> dict[str, Any]:
-    """Return the keys that say which architecture computes what ours does."""
+    """Return the keys that name the architecture of our model."""
     if model.qk_norm:
         window = model.sliding_window
         layer_type = "full_attention" if window is None else "sliding_attention"

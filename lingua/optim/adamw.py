@@ -119,7 +119,7 @@ def _move(
     square_share: Tensor,
     eps: Tensor,
 ) -> None:
-    """Do one step in place, or none where `moves` is False. Loshchilov and Hutter, arXiv 1711.05101, algorithm 2."""
+    """Do one step in place, or none if `moves` is False. Loshchilov and Hutter, arXiv 1711.05101, algorithm 2."""
     grad = grad.float() / divisor
     mean = torch.lerp(exp_avg.float(), grad, mean_share)
     square = torch.lerp(exp_avg_sq.float(), grad * grad, square_share)

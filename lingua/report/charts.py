@@ -139,9 +139,9 @@ def _lines(runs: Sequence[History], names: Sequence[str], key: str, over: Across
 
 
 def n_pieces(curves: Sequence[Numbers], at_least: int = MIN_PIECES) -> list[int]:
-    """Return into how many pieces to thin each noisy curve, so that the mean of a piece is less noisy.
+    """Return the number of pieces for each noisy curve, so that the mean of a piece is less noisy.
 
-    Pieces of all curves are about as long: a short branch is as smooth as the trunk beside it.
+    Pieces of all curves have about the same length, so that a short branch is as smooth as the trunk.
     """
     spans = [float(x[-1] - x[0]) if len(x) else 0.0 for x in curves]
     longest = max(spans)

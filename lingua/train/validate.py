@@ -90,7 +90,7 @@ class _AskedToStopError(Exception):
 
 
 def validate(run: Run, watchdog: Watchdog) -> dict[str, float] | None:
-    """Score the packed held-out rows at the present step, or return None if a rank was asked to stop. Collective.
+    """Score the packed held-out rows at the current step, or return None if a rank was asked to stop. Collective.
 
     Returns `{"<source>/nll": nats per token, "<source>/bpb": bits per byte, ..., "seconds": duration}`; losses do not
     depend on the number of ranks. Random states and the position in the training data do not change.

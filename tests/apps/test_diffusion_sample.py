@@ -125,3 +125,8 @@ def test_the_surest_places_are_chosen() -> None:
 def test_gaps_beyond_the_model_s_sight_are_refused() -> None:
     with pytest.raises(ValueError, match="are 43 tokens, but the model sees 32; shorten them"):
         answers(build(MODEL), ["ab[MASK:40]"])
+
+
+def test_a_gap_of_no_tokens_is_text() -> None:
+    generator = DiffusionGenerator(Knows(b"[MASK:0]!"), ByteTokenizer(), GeneratorArgs(max_gen_len=1), add_bos=False)
+    assert [one.infilled for one in generator.generate(["[MASK:0]"])] == [False]

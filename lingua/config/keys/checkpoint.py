@@ -68,7 +68,7 @@ class CheckpointArgs(Args):
     drain_threads: Annotated[int, Field(ge=1, le=64)] = 4
     """Files that a node writes in parallel."""
     direct_io: bool = True
-    """Bypass the page cache if the file system can: takes less CPU, and none of the job's memory limit."""
+    """Bypass the page cache if the file system can: takes less CPU and does not count toward the job's memory limit."""
     grace_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds that the job has left after a stop signal. Null: as Slurm says, or unlimited."""
     node_timeout_s: Annotated[float, Field(gt=0)] = 600.0

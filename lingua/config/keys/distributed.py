@@ -35,7 +35,7 @@ class DistributedArgs(Args):
     compile_scope: Literal["block", "model"] = "block"
     """block: each block, with one compiled code for all; model: the whole model, slow to compile, one process only."""
     compile_cache: Text | None = "auto"
-    """Node-local folder that keeps compiled code for the node's ranks and for later attempts. auto: below /var/tmp,
+    """Node-local folder that keeps compiled code for the node's ranks and for later attempts. auto: under /var/tmp,
     private to the user. Null: torch's choice. TORCHINDUCTOR_CACHE_DIR in the environment wins."""
     compile_cache_size_limit: PositiveInt = 8
     """Versions of compiled code (training, validation, other numbers of rows) before torch falls back to eager."""

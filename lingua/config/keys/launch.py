@@ -22,7 +22,7 @@ def _variable(name: str) -> str:
 
 
 class LaunchEnvArgs(Args):
-    """Environment variables of all ranks; they override the shell's. A network's are a group file: launcher/<name>."""
+    """Environment variables of all ranks; they override the shell's. For InfiniBand: launcher/infiniband."""
 
     set: dict[Annotated[str, AfterValidator(_variable)], Text] = {}
     """Variables to set."""

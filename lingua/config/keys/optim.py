@@ -145,7 +145,7 @@ class MuonArgs(AdamArgs):
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of these iterations and of what ranks exchange. auto: bf16 on a GPU, fp32 on a CPU."""
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Multiplies a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
+    """Factor of a matrix's update. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that lr and weight_decay of AdamW
     carry over (Moonlight, arXiv 2502.16982); original: sqrt(max(1, rows / columns)), for which lr is about 0.02."""
     adamw_lr_ratio: Annotated[float, Field(gt=0)] = 1.0
     """Learning rate of AdamW's part, as a multiple of lr. With `scale: original` about 0.015 (3e-4 / 0.02)."""

@@ -16,7 +16,7 @@ Alpha = Annotated[float, Field(gt=0)]
 
 
 class SourceArgs(Part):
-    """One data source: files."""
+    """Documents read from files."""
 
     type: Literal["files"] = Field(default="files", exclude=True)  # configs frozen by older versions have none
     """files; or copy, gssm, markov, random, which make documents of token ids."""

@@ -22,6 +22,7 @@ from lingua.config.keys.optim import AdamWArgs, OptimArgs
 from lingua.config.keys.phases import PhaseArgs
 from lingua.config.keys.profiling import ProfilerArgs
 from lingua.config.keys.watchdog import WatchdogArgs
+from lingua.config.trust import DEFAULT_APP
 
 
 class ValidationArgs(Args):
@@ -52,7 +53,7 @@ class SignalsArgs(Args):
     SIGUSR2: Action | None = None
     """What Slurm sends before the time limit to a job of `lingua launch`."""
     SIGHUP: Action | None = None
-    """Closed terminal. Null: stop, unless profiling.signal is SIGHUP. Ignored below `nohup`."""
+    """Closed terminal. Null: stop, unless profiling.signal is SIGHUP. Ignored under `nohup`."""
 
 
 class TrainArgs(Args):
@@ -64,7 +65,7 @@ class TrainArgs(Args):
     """Run folder. Empty: <dump_base>/<name>."""
     dump_base: Text = "out"
     """Folder that holds run folders."""
-    app: Text = __package__ or "apps.main"
+    app: Text = DEFAULT_APP
     """Package of the app that trains the run."""
     plugins: list[Text] = []
     """Modules imported before the config is checked; they register models, optimizers, schedules, losses."""

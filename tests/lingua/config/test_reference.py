@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from apps.main.args import TrainArgs
@@ -40,6 +42,13 @@ def test_the_json_schema_knows_every_part_and_key() -> None:
     assert model_keys["dim"]["description"] == "D."
     assert {"base", "data", "optim", "checkpoint"} <= set(schema["properties"])
     assert schema["additionalProperties"] is False
+
+
+def test_a_section_is_described_in_whole_sentences() -> None:
+    page = reference_page(TrainArgs)
+    for title, text in re.findall(r"^## (.+)\n\n(.*)\n", page, flags=re.MULTILINE):
+        assert not text or text.endswith("."), title
+    assert "save a checkpoint after the next step and go on" in page
 
 
 def test_the_reference_page_has_every_section_with_type_default_and_meaning() -> None:

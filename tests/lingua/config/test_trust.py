@@ -25,6 +25,10 @@ from tests.cli import Lingua
 ROOT = Path(__file__).parents[3]
 
 
+def test_defaults_name_no_code() -> None:
+    assert code_named(TrainArgs().model_dump(mode="json")) == {}
+
+
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of weights, a plugin and an app within reach that leave a trace when they are imported."""
